@@ -1,0 +1,40 @@
+# Two commands do everything from a fresh clone: `make bench` (the main job) and `make test`.
+# Options for pytest go in ARGS: make bench ARGS="--mp-preset full"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+comma := ,
+# TensorFlow brings its own CUDA libraries through the extra `gpu`: gigabytes, so only where there is a driver.
+EXTRAS := test$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)gpu)
+INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+
+.PHONY: bench test test-all lint types docs clean
+
+bench: $(INSTALLED)
+	$(BIN)/pytest bench/ --benchmark-only $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED)
+	$(BIN)/pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python -m mpscale.columns > docs/metrics.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" --constraint constraints.txt
+	touch $@

@@ -1,0 +1,60 @@
+"""What mixed precision buys, what it costs, and whether it can be trusted.
+
+The names below are loaded on first use, so that ``import mpscale`` is quick and imports no TensorFlow.
+A program that loads saved models needs ``import mpscale.scaling``: that registers the classes with Keras.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "StaticLossScale": "mpscale.scaling",
+    "DynamicLossScale": "mpscale.scaling",
+    "NoLossScale": "mpscale.scaling",
+    "LossScaleOptimizer": "mpscale.scaling",
+    "MODES": "mpscale.modes",
+    "Mode": "mpscale.modes",
+    "Workload": "mpscale.workloads",
+    "workload": "mpscale.workloads",
+    "Data": "mpscale.workloads",
+    "Run": "mpscale.analysis.runs",
+    "read_run": "mpscale.analysis.runs",
+}
+
+__all__ = [
+    "MODES",
+    "Data",
+    "DynamicLossScale",
+    "LossScaleOptimizer",
+    "Mode",
+    "NoLossScale",
+    "Run",
+    "StaticLossScale",
+    "Workload",
+    "__version__",
+    "read_run",
+    "workload",
+]
+
+if TYPE_CHECKING:
+    from mpscale.analysis.runs import Run, read_run
+    from mpscale.modes import MODES, Mode
+    from mpscale.scaling import DynamicLossScale, LossScaleOptimizer, NoLossScale, StaticLossScale
+    from mpscale.workloads import Data, Workload, workload
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'mpscale' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,192 @@
+"""Reads a run from disk: its environment, its journal and the steps of its cases."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mpscale.analysis.journal_lines import RunError, read_journal
+from mpscale.analysis.summary import summarise
+from mpscale.columns import COLUMNS, SCHEMA_VERSION
+from mpscale.records import Record
+
+__all__ = ["Run", "RunError", "cases_frame", "read_run", "resolve_run"]
+
+_DTYPES = {"str": "string", "int": "Int64", "float": "float64", "bool": "boolean", "json": "object"}
+_STEP_DTYPES = {"step": "Int64", "loss": "float64", "loss_scale": "float64", "overflow": "boolean"}
+_SHOWN = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run as its journal tells it.
+
+    Args:
+        path: the run's folder.
+        name: the folder's name in ``run.json``, which starts with the UTC time of its start.
+        info: ``run.json``: environment, settings, planned cases, schema and method version.
+        records: the last attempt of every case that was started, in the order in which they were planned.
+        finished: whether the run came to its end.
+    """
+
+    path: Path
+    name: str
+    info: dict[str, Any]
+    records: list[Record]
+    finished: bool
+
+    @cached_property
+    def cases(self) -> pd.DataFrame:
+        """One row a record and one column for each of :data:`mpscale.columns.COLUMNS`.
+
+        Unknown is ``pd.NA``, or NaN in float columns; ``unavailable`` holds dicts of reasons.
+        """
+        return cases_frame(self.records)
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """One row a workload and mode; see :func:`mpscale.analysis.summary.summarise`."""
+        return summarise(self.cases)
+
+    @property
+    def device(self) -> dict[str, Any]:
+        """The device's description in ``run.json``, empty where it holds none."""
+        device = _dict(self.info, "environment").get("device")
+        return device if isinstance(device, dict) else {}
+
+    @property
+    def not_started(self) -> list[str]:
+        """Ids of the cases that were planned and have no line in the journal."""
+        seen = {record["case_id"] for record in self.records}
+        return [case_id for case_id in self.info.get("planned", []) if case_id not in seen]
+
+    def steps(self, case_id: str) -> pd.DataFrame:
+        """The training of one case, step by step: columns step, loss, loss_scale and overflow.
+
+        Raises:
+            RunError: the run has no such case, or its steps were not written or cannot be read.
+        """
+        known = [str(record["case_id"]) for record in self.records]
+        if case_id not in known:
+            close = difflib.get_close_matches(case_id, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; it has {len(known)} others"
+            raise RunError(f"{self.name} has no case {case_id!r}{hint}")
+        path = self.path / "steps" / f"{case_id}.csv.gz"
+        if not path.is_file():
+            raise RunError(f"{path}: no such file; only a case that trained to its end has steps")
+        try:
+            steps = pd.read_csv(path, dtype=_STEP_DTYPES)
+        except (OSError, EOFError, ValueError) as error:
+            raise RunError(f"{path}: cannot be read as gzipped CSV: {error}") from error
+        missing = [name for name in _STEP_DTYPES if name not in steps.columns]
+        if missing:
+            raise RunError(f"{path}: has no column {', '.join(missing)}")
+        return steps
+
+
+def read_run(path: str | Path) -> Run:
+    """Reads the run in the folder ``path``, finished or not.
+
+    Raises:
+        RunError: the folder is no run, or a file in it is broken; the message names the file.
+    """
+    folder = Path(path)
+    info = _read_info(folder / "run.json")
+    journal = read_journal(folder / "journal.jsonl", info)
+    return Run(folder, str(info.get("run") or folder.resolve().name), info, journal.records, journal.finished)
+
+
+def resolve_run(name_or_path: str | Path, results_dir: str | Path) -> Path:
+    """The folder of a run.
+
+    Args:
+        name_or_path: ``latest``; the name of a run or the beginning of just one; or the path of its folder.
+        results_dir: where ``runs/`` and ``reference/`` are. ``latest`` looks in ``runs/`` alone.
+
+    Raises:
+        RunError: nothing, or more than one run, fits.
+    """
+    wanted = str(name_or_path)
+    made, kept = (_runs_in(Path(results_dir) / folder) for folder in ("runs", "reference"))
+    if wanted == "latest":
+        if made:
+            return made[-1]
+        raise RunError(_no_runs(results_dir))
+    runs = made + kept
+    for run in runs:
+        if run.name == wanted:
+            return run
+    path = Path(wanted)
+    if wanted and path.is_dir():
+        if not (path / "run.json").is_file():
+            raise RunError(f"{path}: holds no run.json, so it is not a run")
+        return path
+    fitting = [run for run in runs if wanted and run.name.startswith(wanted)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise RunError(f"{len(fitting)} runs begin with {wanted!r}: {_newest(fitting)}")
+    if not runs:
+        raise RunError(f"no run is called {wanted!r}; {_no_runs(results_dir)}")
+    raise RunError(f"no run is called {wanted!r}; the newest in {results_dir} are {_newest(runs)}")
+
+
+def cases_frame(records: list[Record]) -> pd.DataFrame:
+    """One row a record, in order, with the dtype that fits each column."""
+    columns: dict[str, Any] = {
+        name: pd.Series([record[name] for record in records], dtype=_DTYPES[column.kind])
+        for name, column in COLUMNS.items()
+    }
+    columns["unavailable"] = pd.Series([record.unavailable for record in records], dtype="object")
+    return pd.DataFrame(columns)
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RunError(f"{path}: no such file, so {path.parent} is not a run")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(info, dict):
+        raise RunError(f"{path}: should hold a JSON object, not {type(info).__name__}")
+    version = info.get("schema_version")
+    if not isinstance(version, int):
+        raise RunError(f"{path}: schema_version should be an integer, not {version!r}")
+    if version > SCHEMA_VERSION:
+        # A higher version means that a column changed its meaning: reading on would mislabel figures.
+        raise RunError(
+            f"{path}: written with schema version {version}, this mpscale reads up to {SCHEMA_VERSION}; upgrade it"
+        )
+    planned = info.setdefault("planned", [])
+    if not (isinstance(planned, list) and all(isinstance(case_id, str) for case_id in planned)):
+        raise RunError(f"{path}: planned should be a list of case ids")
+    return info
+
+
+def _dict(info: dict[str, Any], name: str) -> dict[str, Any]:
+    value = info.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("*/run.json"))
+
+
+def _newest(runs: list[Path]) -> str:
+    names = sorted((run.name for run in runs), reverse=True)
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _no_runs(results_dir: str | Path) -> str:
+    return (
+        f"there is no run in {Path(results_dir) / 'runs'}; "
+        "make one with `make bench` or `pytest bench/ --benchmark-only`"
+    )

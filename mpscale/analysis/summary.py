@@ -1,0 +1,213 @@
+"""Cases to one row per workload and mode."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mpscale.analysis.stats import Interval, geometric_interval, paired_ratio
+from mpscale.columns import STATUSES
+from mpscale.modes import MODES
+
+Row = dict[str, Any]
+Key = tuple[int, int]
+
+MEASURED = ("ok", "diverged", "stalled")
+"""Statuses of cases that ran to the end, and whose figures therefore count."""
+
+SUMMARY_DTYPES: dict[str, str] = {
+    "workload": "string",
+    "mode": "string",
+    "device": "string",
+    "jit": "boolean",
+    "processes": "Int64",  # that gave a step time
+    "seeds": "Int64",  # that trained to the end
+    "step_time_ms": "float64",
+    "step_time_ms_low": "float64",
+    "step_time_ms_high": "float64",
+    "speedup_fp32": "float64",
+    "speedup_fp32_low": "float64",
+    "speedup_fp32_high": "float64",
+    "speedup_tf32": "float64",
+    "speedup_tf32_low": "float64",
+    "speedup_tf32_high": "float64",
+    "headline_baseline": "string",
+    "gpu_memory_mib": "float64",
+    "gpu_memory_ratio": "float64",
+    "host_memory_mib": "float64",
+    "overflow_steps": "Int64",
+    "attempted_steps": "Int64",
+    "skipped_steps": "Int64",
+    "metric_name": "string",
+    "metric_seeds": "Int64",  # with a finite metric: fewer than `seeds` where some diverged
+    "metric_mean": "float64",
+    "metric_min": "float64",
+    "metric_max": "float64",
+    "metric_difference": "float64",
+    "metric_pairs": "Int64",  # seeds with a finite metric under this mode and fp32
+    "target_reached": "Int64",
+    "steps_to_target": "float64",
+    "loss_scale_final": "float64",
+    "dispatch_share": "float64",
+    "dispatch_bound": "boolean",
+    "cases": "Int64",
+    "ok": "Int64",
+    "statuses": "string",
+}
+"""Columns of the summary, in order."""
+
+
+def summarise(cases: pd.DataFrame) -> pd.DataFrame:
+    """One row per workload, in order of first appearance, and mode, in the order of :data:`mpscale.modes.MODES`.
+
+    Times are in ms, memory in MiB. ``step_time_ms`` is the geometric mean of the processes' medians with its 95 %
+    interval; a speed-up is the baseline's time over the mode's, paired by (seed, repeat). ``metric_difference`` is
+    the mean over seeds of the mode's metric less fp32's. Memory is the largest of any process, counts are sums and
+    ``loss_scale_final``, ``steps_to_target`` and ``dispatch_share`` medians over the cases that know them.
+    ``headline_baseline`` is the mode that a user would have had by default: tf32 where it was timed, else fp32.
+    Only cases with a status of :data:`MEASURED` count, apart from ``cases``, ``ok`` and ``statuses``.
+
+    Args:
+        cases: as :attr:`mpscale.analysis.runs.Run.cases`.
+
+    Raises:
+        ValueError: a step time is not positive.
+    """
+    rows: list[Row] = []
+    by_workload = _grouped(plain_rows(cases), "workload")
+    for workload, members in by_workload.items():
+        by_mode = _grouped(members, "mode")
+        measured = {mode: [c for c in group if c["status"] in MEASURED] for mode, group in by_mode.items()}
+        modes = [mode for mode in MODES if mode in by_mode] + [mode for mode in by_mode if mode not in MODES]
+        for mode in modes:
+            row: Row = {"workload": workload, "mode": mode}
+            row |= _counts(by_mode[mode])
+            row |= _times(mode, measured)
+            row |= _memory(measured[mode], measured.get("fp32", []))
+            row |= _training(measured[mode])
+            row |= _metric(measured[mode], measured.get("fp32", []))
+            row |= _target(measured[mode], members)
+            rows.append(row)
+    columns = {name: pd.Series([row.get(name) for row in rows], dtype=dtype) for name, dtype in SUMMARY_DTYPES.items()}
+    return pd.DataFrame(columns)
+
+
+def write_summary_csv(summary: pd.DataFrame, path: str | Path) -> None:
+    """Writes the summary, an empty cell for what is unknown."""
+    summary.to_csv(path, index=False, lineterminator="\n", encoding="utf-8")
+
+
+def plain_rows(frame: pd.DataFrame) -> list[Row]:
+    """The rows of a frame as dicts of plain values, None for what is unknown."""
+    plain = frame.astype(object).where(frame.notna(), None)
+    return [{str(name): value for name, value in row.items()} for row in plain.to_dict("records")]
+
+
+def _grouped(rows: Iterable[Row], name: str) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row[name] is not None:
+            groups.setdefault(row[name], []).append(row)
+    return groups
+
+
+def _known(rows: Iterable[Row], name: str) -> list[Any]:
+    return [row[name] for row in rows if row[name] is not None]
+
+
+def _over(function: Callable[[list[Any]], Any], values: list[Any]) -> Any:
+    """``function`` of the values, None where there are none: sum() and any() of nothing would claim 0."""
+    return function(values) if values else None
+
+
+def _first(rows: Iterable[Row], name: str) -> Any:
+    return next(iter(_known(rows, name)), None)
+
+
+def _counts(group: Sequence[Row]) -> Row:
+    statuses = Counter(str(case["status"]) for case in group)
+    return {
+        "device": _first(group, "device"),
+        "jit": _first(group, "jit"),
+        "cases": len(group),
+        "ok": statuses["ok"],
+        "statuses": ", ".join(f"{status} {statuses[status]}" for status in STATUSES if statuses[status]),
+    }
+
+
+def _by_process(rows: Iterable[Row]) -> dict[Key, float]:
+    return {
+        (case["seed"], case["repeat"]): case["step_time_ms_median"]
+        for case in rows
+        if case["step_time_ms_median"] is not None
+    }
+
+
+def _times(mode: str, measured: dict[str, list[Row]]) -> Row:
+    times = {name: _by_process(group) for name, group in measured.items()}
+    own = times[mode]
+    row: Row = {"processes": len(own), "headline_baseline": "tf32" if times.get("tf32") else "fp32"}
+    row |= _columns("step_time_ms", geometric_interval(own.values()) if own else None)
+    for name in ("fp32", "tf32"):
+        baseline = times.get(name, {})
+        if mode == name and own:
+            speedup: Interval | None = Interval(1.0, None, None, len(own))
+        else:
+            speedup = paired_ratio(baseline, own) if baseline.keys() & own.keys() else None
+        row |= _columns(f"speedup_{name}", speedup)
+    row["dispatch_share"] = _over(statistics.median, _known(measured[mode], "dispatch_share"))
+    row["dispatch_bound"] = _over(any, _known(measured[mode], "dispatch_bound"))
+    return row
+
+
+def _columns(name: str, interval: Interval | None) -> Row:
+    if interval is None:
+        return {}
+    return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _memory(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
+    gpu = _over(max, _known(group, "gpu_memory_nvml_peak_mib"))
+    baseline = _over(max, _known(fp32, "gpu_memory_nvml_peak_mib"))
+    return {
+        "gpu_memory_mib": gpu,
+        "gpu_memory_ratio": gpu / baseline if gpu is not None and baseline else None,
+        "host_memory_mib": _over(max, _known(group, "host_memory_peak_mib")),
+    }
+
+
+def _training(group: Sequence[Row]) -> Row:
+    sums = {name: _over(sum, _known(group, name)) for name in ("overflow_steps", "attempted_steps", "skipped_steps")}
+    return {
+        **sums,
+        "seeds": len({case["seed"] for case in group if case["repeat"] == 0}),
+        "loss_scale_final": _over(statistics.median, _known(group, "loss_scale_final")),
+    }
+
+
+def _metric(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
+    own, baseline = ({c["seed"]: c["metric_value"] for c in g if c["metric_value"] is not None} for g in (group, fp32))
+    values = list(own.values())
+    differences = [own[seed] - baseline[seed] for seed in own if seed in baseline]
+    return {
+        "metric_name": _first(group, "metric_name"),
+        "metric_seeds": len(values),
+        "metric_mean": _over(statistics.fmean, values),
+        "metric_min": _over(min, values),
+        "metric_max": _over(max, values),
+        "metric_difference": _over(statistics.fmean, differences),
+        "metric_pairs": len(differences),
+    }
+
+
+def _target(group: Sequence[Row], workload: Iterable[Row]) -> Row:
+    # A record does not tell "not reached" from "has no target"; but where one case reached it, there is one.
+    if not _known(workload, "steps_to_target"):
+        return {}
+    reached = _known([case for case in group if case["repeat"] == 0], "steps_to_target")
+    return {"target_reached": len(reached), "steps_to_target": _over(statistics.median, reached)}

@@ -1,0 +1,223 @@
+"""The data dictionary: every column of cases.csv, its unit, how it is made and when it is empty.
+
+``docs/metrics.md`` is printed from here (``python -m mpscale.columns``), and a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SCHEMA_VERSION = 1
+"""Raised when a column changes its name, unit or meaning."""
+
+METHOD_VERSION = 1
+"""Raised by hand when the way of measuring changes, so that older figures are not compared with newer ones."""
+
+Status = Literal[
+    "ok", "diverged", "stalled", "oom", "timeout", "crashed", "error", "unsupported", "invalid", "interrupted"
+]
+STATUSES: dict[str, str] = {
+    "ok": "trained and measured",
+    "diverged": "the weights or the loss ended non-finite; a result where scaling is on trial, else a failure",
+    "stalled": "at least 95 % of the steps were skipped, so next to nothing was learned; judged like `diverged`",
+    "oom": "the device or the host ran out of memory",
+    "timeout": "did not finish within `--mp-timeout` seconds and was killed",
+    "crashed": "the process was ended by a signal",
+    "error": "the process ended with an exception",
+    "unsupported": "this device cannot run this mode; nothing was started",
+    "invalid": "ran, but its figures must not be used; `status_reason` says why",
+    "interrupted": "stopped by the user before it finished",
+}
+FAILED = ("oom", "timeout", "crashed", "error", "invalid", "interrupted")
+"""Statuses that fail the pytest test whatever the mode."""
+
+Kind = Literal["str", "int", "float", "bool", "json"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of cases.csv.
+
+    ``made`` says how the value comes about and ``empty`` when there is none. A column with ``measured`` must hold a
+    value or be named, with the reason, in the column ``unavailable``.
+    """
+
+    name: str
+    kind: Kind
+    unit: str
+    made: str
+    empty: str = "never"
+    measured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Columns that belong together, under the heading that docs/metrics.md gives them."""
+
+    title: str
+    columns: tuple[Column, ...]
+
+
+def _known(name: str, kind: Kind, unit: str, made: str, empty: str = "never") -> Column:
+    return Column(name, kind, unit, made, empty)
+
+
+def _measured(name: str, kind: Kind, unit: str, made: str, empty: str) -> Column:
+    return Column(name, kind, unit, made, empty, measured=True)
+
+
+# fmt: off
+_NOT_REACHED = "the case ended before that"
+_NO_TRAINING = "timing-only process (`repeat` above 0), or the case ended before that"
+_NO_TIMING = "timing was off (`--benchmark-disable`), or the case ended before that"
+_NO_CHECK = (
+    "the mode checks no gradient (fp32, tf32, mixed-bf16, mixed-unscaled, article), or the case ended before that"
+)
+_NO_SCALE = "the mode has no loss scale, or the case ended before that"
+
+SECTIONS: tuple[Section, ...] = (
+    Section(
+        "Which case",
+        (
+            _known("case_id", "str", "", "`<workload>--<mode>--s<seed>--r<repeat>`; unique in a run"),
+            _known("workload", "str", "", "what was trained"),
+            _known("mode", "str", "", "how it was trained"),
+            _known("seed", "int", "", "seed of the initial weights and of the order of the data"),
+            _known("repeat", "int", "", "0: trained to the end, then timed; above 0: a process that only times"),
+            _known("order", "int", "", "place in the run, from 0: modes of a seed run side by side, in shuffled order"),
+            _known("attempts", "int", "", "how often the case was started; this row is the last attempt"),
+            _measured("series_key", "str", "", "workload, its digest, mode, settings and method version: rows of different runs may be compared where it is equal", "the workload was never built"),
+            _measured("workload_digest", "str", "", "SHA-256 over the model's config, its parameter count and `data_digest`, first 16 hex digits", _NOT_REACHED),
+            _known("schema_version", "int", "", "version of this table"),
+            _known("method_version", "int", "", "version of the way of measuring"),
+        ),
+    ),
+    Section(
+        "How it ended",
+        (
+            _known("status", "str", "", "one of the statuses below"),
+            _known("status_reason", "str", "", "one line that says why the status is not `ok`", "status is `ok`"),
+            _known("output_tail", "str", "", "the last lines the process wrote, journal and CSV only", "the case did not fail"),
+            _known("case_wall_time_s", "float", "s", "from the start of the process to its end, by the clock of the supervising process", "nothing was started"),
+        ),
+    ),
+    Section(
+        "Settings",
+        (
+            _known("device", "str", "", "`cpu` or `gpu`: where the train step ran"),
+            _known("device_name", "str", "", "the device's own name"),
+            _known("start_method", "str", "", "`fork`: child of a process that has TensorFlow imported and no device touched; `fresh`: an interpreter of its own", "nothing was started"),
+            _known("jit", "bool", "", "whether the train step is compiled by XLA; the same for all modes of a run"),
+            _known("policy", "str", "", "Keras dtype policy"),
+            _measured("tf32", "bool", "", "whether float32 products may be rounded to TF32, read back from TensorFlow", "the device has no TF32"),
+            _measured("gpu_allocator", "str", "", "`TF_GPU_ALLOCATOR` of the process", "on a CPU"),
+            _measured("batch_size", "int", "examples", "examples per step", _NOT_REACHED),
+            _measured("optimizer", "str", "", "class of the wrapped Keras optimizer", _NOT_REACHED),
+            _measured("parameters", "int", "", "trainable parameters of the model", _NOT_REACHED),
+        ),
+    ),
+    Section(
+        "Same training in every mode?",
+        (
+            _measured("initial_weights_digest", "str", "", "SHA-256 over the initial weights, first 16 hex digits; checked equal over the modes of a seed", _NOT_REACHED),
+            _measured("data_order_digest", "str", "", "SHA-256 over the order of the examples, first 16 hex digits; checked equal over the modes of a seed", _NOT_REACHED),
+            _measured("data_digest", "str", "", "SHA-256 over all examples and labels, first 16 hex digits; checked equal over the modes of a seed", _NOT_REACHED),
+        ),
+    ),
+    Section(
+        "Training",
+        (
+            _measured("attempted_steps", "int", "steps", "train steps begun in training, timing apart", _NO_TRAINING),
+            _measured("applied_steps", "int", "steps", "train steps whose update reached the weights", "the mode checks no gradient, so it cannot tell (mixed-keras: each step without a backoff); or " + _NO_TRAINING),
+            _measured("skipped_steps", "int", "steps", "train steps that changed nothing, because a gradient was not finite", _NO_CHECK + "; or timing-only"),
+            _measured("overflow_steps", "int", "steps", "train steps with a non-finite gradient; for mixed-keras, steps after which its scale was lower than before", _NO_CHECK + "; or timing-only"),
+            _measured("longest_skip_run", "int", "steps", "most skipped steps in a row", _NO_CHECK + "; or timing-only"),
+            _measured("first_overflow_step", "int", "step, from 0", "first step with a non-finite gradient", "there was none; " + _NO_CHECK + "; or timing-only"),
+            _measured("last_overflow_step", "int", "step, from 0", "last step with a non-finite gradient", "there was none; " + _NO_CHECK + "; or timing-only"),
+            _measured("nonfinite_loss_steps", "int", "steps", "train steps whose loss was not finite; known in every mode", _NO_TRAINING),
+            _measured("loss_scale_initial", "float", "", "loss scale of the first step", _NO_SCALE + "; or timing-only"),
+            _measured("loss_scale_final", "float", "", "loss scale of the last step", _NO_SCALE + "; or timing-only"),
+            _measured("loss_scale_min", "float", "", "smallest loss scale of any step", _NO_SCALE + "; or timing-only"),
+            _measured("loss_scale_max", "float", "", "largest loss scale of any step", _NO_SCALE + "; or timing-only"),
+            _measured("train_loss_first", "float", "", "loss of the first step, unscaled", "it was not finite; " + _NO_TRAINING),
+            _measured("train_loss_final", "float", "", "mean loss of the last 100 steps, unscaled", "one of them was not finite; " + _NO_TRAINING),
+            _measured("train_wall_time_s", "float", "s", "time in train steps and in reading their log; first step and evaluations apart", _NO_TRAINING),
+            _measured("steps_to_target", "int", "steps", "steps after which the metric on the progress set first reached the workload's target", "the target was not reached, the workload has none, or " + _NO_TRAINING),
+            _measured("time_to_target_s", "float", "s", "`train_wall_time_s` up to that step", "as `steps_to_target`"),
+        ),
+    ),
+    Section(
+        "Result of the training",
+        (
+            _measured("final_accuracy", "float", "share", "accuracy on the test set after the last step", "the workload's metric is another, or " + _NO_TRAINING),
+            _measured("metric_name", "str", "", "the workload's metric", _NOT_REACHED),
+            _measured("metric_value", "float", "", "that metric on the test set after the last step", "it was not finite, or " + _NO_TRAINING),
+            _measured("metric_higher_is_better", "bool", "", "its direction", _NOT_REACHED),
+            _measured("test_examples", "int", "examples", "size of the test set", _NOT_REACHED),
+            _measured("published_metric_value", "float", "", "the metric on the test set that the publication of the data uses, where that is another (mnist1d: its 1,000 examples)", "there is no such set, or " + _NO_TRAINING),
+        ),
+    ),
+    Section(
+        "Step time",
+        (
+            _measured("step_time_ms_median", "float", "ms", "median over the blocks of (time of a block / its steps), steady state; the one number of this process", _NO_TIMING),
+            _measured("step_time_ms_p10", "float", "ms", "10th percentile over the blocks", _NO_TIMING),
+            _measured("step_time_ms_p90", "float", "ms", "90th percentile over the blocks", _NO_TIMING),
+            _measured("step_time_ms_per_applied", "float", "ms", "time of all blocks over the steps applied in them: a skipped step is cheaper and buys nothing", "the mode checks no gradient, no step was applied, or timing was off"),
+            _measured("examples_per_s", "float", "1/s", "`batch_size` / `step_time_ms_median`", _NO_TIMING),
+            _measured("timed_blocks", "int", "blocks", "blocks timed, one synchronisation each", _NO_TIMING),
+            _measured("timed_steps", "int", "steps", "steps in them", _NO_TIMING),
+            _measured("timed_overflow_steps", "int", "steps", "steps with a non-finite gradient in them; not in `overflow_steps`", _NO_CHECK + "; or timing was off"),
+            _measured("dispatch_share", "float", "share", "time per call of a step that does no work but takes the same variables, over `step_time_ms_median`", _NO_TIMING),
+            _measured("dispatch_bound", "bool", "", "whether `dispatch_share` is above 0.5: the step time then says more about Python and TensorFlow than about the device", _NO_TIMING),
+            _measured("build_time_s", "float", "s", "building model and optimizer, weights included", _NOT_REACHED),
+            _measured("trace_time_s", "float", "s", "tracing the train step into a graph", _NOT_REACHED),
+            _measured("first_step_s", "float", "s", "first call of the traced step, compilation included", _NOT_REACHED),
+        ),
+    ),
+    Section(
+        "Memory",
+        (
+            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "largest memory use of the process that NVML reported, sampled every 50 ms and at every phase of the case", "no GPU, no NVML, or NVML does not name the process; the reason says which"),
+            _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process", "on a CPU, where TensorFlow returns zeros, or not reached"),
+            _measured("host_memory_peak_mib", "float", "MiB", "largest resident memory of the process (VmHWM), compiler included; on a CPU it measures the compiler more than the model", "the process ended too early to be read"),
+        ),
+    ),
+    Section(
+        "What is missing",
+        (
+            _known("unavailable", "json", "", "JSON object {column: reason}: why each empty cell is empty", "no cell is empty"),
+        ),
+    ),
+)
+# fmt: on
+
+COLUMNS: dict[str, Column] = {column.name: column for section in SECTIONS for column in section.columns}
+
+
+def data_dictionary() -> str:
+    """docs/metrics.md, as markdown."""
+    from tabulate import tabulate
+
+    parts = [
+        "# Data dictionary: cases.csv\n",
+        "Printed from `mpscale/columns.py` by `make docs`; one row a case. How each number is made, step by\n"
+        "step, is in [method.md](method.md). An empty cell is unknown, never 0, and the column `unavailable` says why it is empty.\n"
+        f"This is schema version {SCHEMA_VERSION}, method version {METHOD_VERSION}.\n",
+    ]
+    for section in SECTIONS:
+        rows = [(f"`{c.name}`", c.kind, c.unit, c.made, c.empty) for c in section.columns]
+        parts += [
+            f"## {section.title}\n",
+            tabulate(rows, ["column", "type", "unit", "how it is made", "when it is empty"], "github") + "\n",
+        ]
+    parts += [
+        "## Statuses\n",
+        tabulate([(f"`{k}`", v) for k, v in STATUSES.items()], ["status", "meaning"], "github") + "\n",
+    ]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(data_dictionary(), end="")

@@ -1,0 +1,217 @@
+"""One case, from an idle process to its last figure. Runs in the worker."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from mpscale.harness.case import Case, series_key
+from mpscale.harness.protocol import Channel
+from mpscale.modes import MODES, Mode
+from mpscale.telemetry.device import Device
+from mpscale.training import order
+from mpscale.training.evaluation import Evaluator
+from mpscale.training.scalers import UNKNOWN, scaler_for
+from mpscale.training.step import TrainStep
+from mpscale.training.timing import time_steps, warm_up
+from mpscale.training.trainer import train
+from mpscale.workloads import Data, Workload, registry
+
+
+def execute(case: Case, device: Device, steps_path: Path | None, channel: Channel) -> tuple[str, str | None]:
+    """Runs ``case`` and reports over ``channel`` as it goes.
+
+    Args:
+        case: what to run.
+        device: where; the process must have been started with this device visible.
+        steps_path: where the log of every step goes, as gzipped CSV.
+        channel: the supervisor's end.
+
+    Returns:
+        The status, and why it is not ``ok``.
+    """
+    mode, workload, settings = MODES[case.mode], registry.get(case.workload), case.settings
+    channel.phase("idle")
+    _touch(device, mode, channel)
+    channel.phase("context-ready")
+
+    data = workload.data()
+    batch = settings.batch_size or workload.batch_size
+    steps = settings.train_steps or workload.train_steps
+    indices = order.batches(len(data.train_x), batch, steps, case.seed)
+    start = time.perf_counter()
+    # The seed comes last before the model: loading data may draw numbers, and not in every process.
+    keras.utils.set_random_seed(case.seed)
+    keras.config.set_dtype_policy(mode.policy)
+    model = workload.model()
+    scaler = scaler_for(mode, workload.optimizer(), settings.static_scale, settings.dynamic_scale)
+    step = TrainStep(model, scaler, workload.loss, data.train_x, data.train_y, indices, settings.jit)
+    channel.values({"build_time_s": time.perf_counter() - start})
+    _describe(case, mode, workload, model, data, indices, scaler.optimizer, channel)
+    channel.phase("model-built")
+
+    trace_s = step.trace()
+    start = time.perf_counter()
+    step()
+    step.synchronise()
+    channel.values({"trace_time_s": trace_s, "first_step_s": time.perf_counter() - start})
+    channel.phase("compiled")
+
+    status: tuple[str, str | None] = ("ok", None)
+    if case.trains:
+        status = _train(step, model, workload, data, steps, settings.jit, steps_path, channel)
+        channel.phase("trained")
+    else:
+        step.read_log()
+    if settings.timing_s > 0:
+        warm_up(step)
+        channel.phase("warm")
+        channel.phase("timing-start")
+        timing = time_steps(step, settings.timing_s, settings.timing_blocks)
+        channel.phase("timing-end")
+        channel.values(timing.values(batch))
+        channel.blocks(timing.step_s.tolist())
+    if device.kind == "gpu":
+        peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
+        channel.values({"gpu_memory_allocator_peak_mib": peak / 2**20})
+    channel.phase("done")
+    return status
+
+
+def _touch(device: Device, mode: Mode, channel: Channel) -> None:
+    """Makes the device ready, and says what it was set to."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if device.kind == "gpu" and not gpus:
+        raise RuntimeError(
+            f"{device.name} is there but TensorFlow {tf.__version__} sees no GPU; "
+            "install its CUDA libraries with pip install 'tensorflow[and-cuda]', or hide the GPU with "
+            "CUDA_VISIBLE_DEVICES=-1 to measure the CPU"
+        )
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    tf.config.experimental.enable_tensor_float_32_execution(mode.tf32)
+    if device.has_tf32:
+        channel.values({"tf32": tf.config.experimental.tensor_float_32_execution_enabled()})
+    else:
+        channel.miss(["tf32"], f"{device.name} has no TF32")
+    if device.kind == "gpu":
+        channel.values({"gpu_allocator": os.environ.get("TF_GPU_ALLOCATOR", "bfc")})
+    else:
+        channel.miss(["gpu_allocator"], "no GPU")
+        channel.miss(["gpu_memory_allocator_peak_mib"], "TensorFlow's CPU allocator keeps no statistics")
+    tf.constant(0.0).numpy()
+
+
+def _describe(
+    case: Case,
+    mode: Mode,
+    workload: Workload,
+    model: keras.Model,
+    data: Data,
+    indices: npt.NDArray[np.int64],
+    optimizer: keras.optimizers.Optimizer,
+    channel: Channel,
+) -> None:
+    """Reports what is about to be trained, and the digests by which modes are held to the same start."""
+    steps, batch = indices.shape
+    data_digest = data.digest()
+    parameters = int(sum(np.prod(v.shape) for v in model.trainable_variables))
+    config = json.dumps(_without_precision(_config(model)), sort_keys=True, default=str)
+    digest = hashlib.sha256(f"{config}|{parameters}|{data_digest}".encode()).hexdigest()[:16]
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    channel.values(
+        {
+            # The prefix keeps a digest of digits alone from being read back as a number.
+            "workload_digest": f"sha256:{digest}",
+            "data_digest": f"sha256:{data_digest}",
+            "data_order_digest": f"sha256:{order.digest([indices])}",
+            "initial_weights_digest": f"sha256:{order.digest(v.numpy() for v in model.variables)}",
+            "series_key": series_key(mode, case.workload, digest, batch, steps, case.settings),
+            "batch_size": batch,
+            "optimizer": type(inner).__name__,
+            "parameters": parameters,
+            "metric_name": workload.metric_name,
+            "metric_higher_is_better": workload.metric_higher_is_better,
+            "test_examples": len(data.test_x),
+        }
+    )
+
+
+def _train(
+    step: TrainStep,
+    model: keras.Model,
+    workload: Workload,
+    data: Data,
+    steps: int,
+    jit: bool,
+    steps_path: Path | None,
+    channel: Channel,
+) -> tuple[str, str | None]:
+    """Trains to the end, evaluates, reports."""
+    evaluate = Evaluator(model, workload.metric, jit)
+    training = train(step, model, evaluate, workload, data, steps, lambda done: channel.progress(done, steps))
+    channel.values(training.values())
+    if training.steps_to_target is None:
+        target = "the workload has no target" if workload.target is None else f"{workload.target:g} was not reached"
+        channel.miss(["steps_to_target", "time_to_target_s"], target)
+    if steps_path is not None:
+        _write_steps(steps_path, training.log)
+    metric = evaluate(data.test_x, data.test_y)
+    channel.values({"metric_value": metric})
+    if workload.metric_name == "accuracy":
+        channel.values({"final_accuracy": metric})
+    else:
+        channel.miss(["final_accuracy"], f"the workload's metric is {workload.metric_name}")
+    if data.published_x is not None:
+        channel.values({"published_metric_value": evaluate(*data.progress)})
+    else:
+        channel.miss(["published_metric_value"], "the data has no other published test set")
+    return training.status
+
+
+def _write_steps(path: Path, log: npt.NDArray[np.float32]) -> None:
+    """Writes loss, loss scale and overflow of every step; empty where the mode has none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with gzip.open(partial, "wt", newline="", compresslevel=5) as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["step", "loss", "loss_scale", "overflow"])
+        for number, (loss, scale, overflow) in enumerate(log.tolist()):
+            rows.writerow(
+                [
+                    number,
+                    f"{loss:.9g}",
+                    "" if scale == UNKNOWN else scale,
+                    "" if overflow == UNKNOWN else int(overflow),
+                ]
+            )
+    partial.replace(path)
+
+
+def _config(model: keras.Model) -> Any:
+    """The model's config, or for a model that has none, the shapes of its weights."""
+    try:
+        return model.get_config()
+    except (NotImplementedError, TypeError, ValueError):
+        return [tuple(v.shape) for v in model.variables]
+
+
+def _without_precision(config: Any) -> Any:
+    """``config`` without names and dtypes: the same model in another mode has to have the same digest."""
+    if isinstance(config, dict):
+        dropped = ("name", "dtype", "dtype_policy", "registered_name", "build_config")
+        return {key: _without_precision(value) for key, value in config.items() if key not in dropped}
+    if isinstance(config, list | tuple):
+        return [_without_precision(value) for value in config]
+    return config

@@ -1,0 +1,88 @@
+"""What worker and supervisor say to each other: JSON objects, one a line.
+
+The supervisor's first line is the request, ``{"case": ..., "device": ..., "steps_path": ..., "sys_path": [...]}``.
+The worker then writes, in any number and order,
+
+- ``{"event": "values", "values": {column: value}}`` and ``{"event": "miss", "columns": [...], "reason": ...}``, as
+  soon as they are known, so that a case that dies later keeps what it had;
+- ``{"event": "phase", "phase": ...}``, and waits for an empty line: the supervisor looks at the machine in between;
+- ``{"event": "progress", "done": steps, "total": steps}``;
+- ``{"event": "blocks", "step_s": [...]}``, the step time of each timed block;
+
+and last ``{"event": "done", "status": ..., "reason": ...}`` or ``{"event": "error", "type": ..., "message": ...}``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import IO, Any, Protocol
+
+PHASES = (
+    "idle",
+    "context-ready",
+    "model-built",
+    "compiled",
+    "trained",
+    "warm",
+    "timing-start",
+    "timing-end",
+    "done",
+)
+"""Where the machine is looked at. A case that does not train, or does not time, leaves some out."""
+
+
+class Channel(Protocol):
+    """The worker's end."""
+
+    def values(self, values: dict[str, Any]) -> None:
+        """Reports columns of the record."""
+
+    def miss(self, columns: Sequence[str], reason: str) -> None:
+        """Reports columns that stay empty."""
+
+    def phase(self, phase: str) -> None:
+        """Reports a phase and waits until the supervisor has looked at the machine."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Reports steps taken."""
+
+    def blocks(self, step_s: Sequence[float]) -> None:
+        """Reports the step times of the timed blocks."""
+
+
+class PipeChannel:
+    """A channel over two text streams."""
+
+    def __init__(self, source: IO[str], sink: IO[str]) -> None:
+        self._source, self._sink = source, sink
+
+    def request(self) -> dict[str, Any]:
+        """The supervisor's request."""
+        line = self._source.readline()
+        if not line:
+            raise EOFError("the supervisor is gone")
+        request: dict[str, Any] = json.loads(line)
+        return request
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Writes one event."""
+        self._sink.write(json.dumps({"event": event, **fields}) + "\n")
+        self._sink.flush()
+
+    def values(self, values: dict[str, Any]) -> None:
+        self.send("values", values=values)
+
+    def miss(self, columns: Sequence[str], reason: str) -> None:
+        self.send("miss", columns=list(columns), reason=reason)
+
+    def phase(self, phase: str) -> None:
+        self.send("phase", phase=phase)
+        if not self._source.readline():
+            raise EOFError("the supervisor is gone")
+
+    def progress(self, done: int, total: int) -> None:
+        self.send("progress", done=done, total=total)
+
+    def blocks(self, step_s: Sequence[float]) -> None:
+        self.send("blocks", step_s=list(step_s))

@@ -1,0 +1,99 @@
+"""The process of one case: ``python -m mpscale.harness.worker`` reads a request and answers in JSON lines.
+
+With ``--serve SOCKET_FD`` it is the warm parent instead, which imports TensorFlow once and forks a child for each
+case that it is asked for; see forkserver.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from mpscale.harness.case import Case
+from mpscale.harness.protocol import PipeChannel
+from mpscale.telemetry.device import Device
+
+_PR_SET_PDEATHSIG = 1
+_OUT_OF_MEMORY = ("ResourceExhaustedError", "MemoryError")
+_TAIL = 4000
+
+
+def main() -> int:
+    """Runs the case on standard input; the exit code, 0 also for a case whose training diverged."""
+    channel = _open_channel()
+    request = channel.request()
+    # The suite's own folders, so that a workload defined there can be found by module:attribute.
+    sys.path += [entry for entry in request["sys_path"] if entry not in sys.path]
+    try:
+        from mpscale.harness.execute import execute
+
+        steps_path = request.get("steps_path")
+        status, reason = execute(
+            Case.from_json(request["case"]),
+            Device.from_json(request["device"]),
+            Path(steps_path) if steps_path else None,
+            channel,
+        )
+    except Exception as error:
+        traceback.print_exc()
+        kind = type(error).__name__
+        channel.send(
+            "error",
+            type=kind,
+            message=str(error)[-_TAIL:],
+            oom=kind in _OUT_OF_MEMORY or _allocation_failed(error),
+        )
+        return 1
+    channel.send("done", status=status, reason=reason, runtime=_runtime())
+    return 0
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to end this process when its parent ends, however that happens. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _open_channel() -> PipeChannel:
+    """The protocol on copies of standard input and output; what libraries print goes to standard error."""
+    source = os.fdopen(os.dup(0), "r", encoding="utf-8")
+    sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return PipeChannel(source, sink)
+
+
+def _allocation_failed(error: Exception) -> bool:
+    """XLA reports an exhausted device as an internal error whose text says so."""
+    text = str(error).lower()
+    return "out of memory" in text or "resource_exhausted" in text
+
+
+def _runtime() -> dict[str, Any]:
+    """What only a process with TensorFlow in it knows about the environment."""
+    import tensorflow as tf
+
+    build = tf.sysconfig.get_build_info()
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices("GPU")]
+    return {
+        "tensorflow": tf.version.VERSION,
+        "tensorflow_git": tf.version.GIT_VERSION,
+        "cuda": build.get("cuda_version"),
+        "cudnn": build.get("cudnn_version"),
+        "cuda_compute_capabilities": build.get("cuda_compute_capabilities"),
+        "gpus": [str(detail.get("device_name")) for detail in details],
+    }
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    if sys.argv[1:2] == ["--serve"]:
+        from mpscale.harness.forkserver import serve
+
+        serve(int(sys.argv[2]))
+    else:
+        sys.exit(main())

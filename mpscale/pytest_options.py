@@ -1,0 +1,202 @@
+"""The options of the pytest plug-in, and what they come to: modes, workloads and settings of a run."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpscale.harness.case import DYNAMIC_KEYS, Settings
+from mpscale.modes import MODES, Mode, select_modes
+from mpscale.presets import DEFAULT_PRESET, PRESETS, Preset
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Adds the options, all under ``--mp-``."""
+    group = parser.getgroup("mpscale", "mpscale: train in several precisions and measure")
+    add = group.addoption
+    presets = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
+    add(
+        "--mp-preset",
+        choices=sorted(PRESETS),
+        default=DEFAULT_PRESET,
+        help=f"what runs by default. {presets}",
+    )
+    add(
+        "--mp-workloads",
+        type=_names,
+        metavar="A,B",
+        help="workloads; `mpscale workloads` lists them; module:attribute names your own",
+    )
+    add(
+        "--mp-modes",
+        type=_names,
+        metavar="A,B",
+        help=f"modes out of {', '.join(MODES)}; the comparison needs fp32 among them",
+    )
+    add(
+        "--mp-seeds",
+        type=_at_least(1),
+        metavar="N",
+        help="trainings of each workload in each mode, seeds 0 to N-1 (default: the preset's)",
+    )
+    add(
+        "--mp-repeats",
+        type=_at_least(0),
+        default=0,
+        metavar="N",
+        help="further processes that only time, for narrower intervals (default: 0)",
+    )
+    add("--mp-steps", type=_at_least(1), metavar="N", help="steps of a training (default: the workload's)")
+    add("--mp-batch-size", type=_at_least(1), metavar="N", help="examples per step (default: the workload's)")
+    add(
+        "--mp-static-scale",
+        type=_scale,
+        default=128.0,
+        metavar="S",
+        help="loss scale of mixed-static, such as 1024 or 2**24 (default: 128)",
+    )
+    add(
+        "--mp-dynamic-scale",
+        type=_dynamic_scale,
+        default={},
+        metavar="KEY=VALUE,...",
+        help=f"arguments of mixed-dynamic's scale: {', '.join(DYNAMIC_KEYS)}",
+    )
+    add(
+        "--mp-jit",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compile train steps with XLA; auto is on, since float16 on a CPU is some hundred times slower without",
+    )
+    add(
+        "--mp-start-method",
+        choices=("auto", "fork", "fresh"),
+        default="auto",
+        help="auto: children of a process that has TensorFlow imported on a CPU, fresh interpreters on a GPU",
+    )
+    add(
+        "--mp-timeout",
+        type=_positive,
+        default=900.0,
+        metavar="SECONDS",
+        help="time that one case may take (default: 900)",
+    )
+    add(
+        "--mp-timing",
+        type=_positive,
+        metavar="SECONDS",
+        help="time that steady-state timing takes in each case (default: the preset's)",
+    )
+    add(
+        "--mp-results",
+        type=Path,
+        metavar="DIR",
+        help="results folder (default: results/ under pytest's root directory)",
+    )
+
+
+def preset(config: pytest.Config) -> Preset:
+    """The preset of the run."""
+    return PRESETS[config.getoption("mp_preset")]
+
+
+def settings(config: pytest.Config) -> Settings:
+    """What all cases of the run have in common."""
+    option = config.getoption
+    # --benchmark-disable asks for a test of what is benchmarked: everything but the timing.
+    timed = not option("benchmark_disable") or option("benchmark_enable")
+    return Settings(
+        jit=option("mp_jit") != "off",
+        train_steps=option("mp_steps") or preset(config).train_steps,
+        batch_size=option("mp_batch_size"),
+        static_scale=option("mp_static_scale"),
+        dynamic_scale=option("mp_dynamic_scale"),
+        timing_s=(option("mp_timing") or preset(config).timing_s) if timed else 0.0,
+        timing_blocks=preset(config).timing_blocks,
+    )
+
+
+def named_modes(config: pytest.Config) -> tuple[Mode, ...]:
+    """The modes that ``--mp-modes`` names."""
+    try:
+        return select_modes(config.getoption("mp_modes"))
+    except ValueError as error:
+        raise pytest.UsageError(f"--mp-modes: {error}") from error
+
+
+def workloads(config: pytest.Config) -> list[str]:
+    """The workloads of the run, each of them known to exist."""
+    from mpscale.workloads import registry
+
+    # A workload of the suite's own is found from pytest's root directory, as it will be by the workers.
+    root = str(config.rootpath)
+    if root not in sys.path:
+        sys.path.append(root)
+    names = config.getoption("mp_workloads") or preset(config).workloads
+    try:
+        for name in names:
+            registry.get(name)
+    except registry.UnknownWorkload as error:
+        raise pytest.UsageError(f"--mp-workloads: {error}") from error
+    return list(dict.fromkeys(names))
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("expected at least one name")
+    return names
+
+
+def _at_least(least: int) -> Any:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, not {text!r}")
+        return value
+
+    return parse
+
+
+def _number(text: str) -> float:
+    power = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:\*\*|\^)\s*(-?\d+)\s*", text)
+    try:
+        return float(power[1]) ** int(power[2]) if power else float(text)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"expected a number such as 1024 or 2**24, not {text!r}") from None
+
+
+def _positive(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+    return value
+
+
+def _scale(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= 2.0**126:
+        raise argparse.ArgumentTypeError(f"expected a loss scale above 0 and at most 2**126, not {text!r}")
+    return value
+
+
+def _dynamic_scale(text: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for pair in text.split(","):
+        key, _, value = pair.partition("=")
+        key = key.strip()
+        if key not in DYNAMIC_KEYS:
+            raise argparse.ArgumentTypeError(f"{key!r} is none of {', '.join(DYNAMIC_KEYS)}")
+        number = _number(value)
+        if DYNAMIC_KEYS[key] is int and number != int(number):
+            raise argparse.ArgumentTypeError(f"{key} has to be an integer, not {value!r}")
+        found[key] = DYNAMIC_KEYS[key](number)
+    return found

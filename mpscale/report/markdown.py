@@ -1,0 +1,73 @@
+"""report.md: what a run found, on what, and what its numbers do not say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mpscale.analysis.runs import Run
+from mpscale.report import cells, sections, words
+from mpscale.report.tables import escape, markdown_table, result_cells
+
+
+def render(run: Run) -> str:
+    """The report of a run as markdown. A section with nothing to say is left out."""
+    headers, rows = result_cells(run)
+    parts = {
+        "Results": markdown_table(headers, rows) if rows else "",
+        "Cases that did not end well": sections.troubles(run),
+        "Overflow and loss scale": sections.overflow(run),
+        "Accuracy": sections.accuracy(run),
+        "Timing quality": sections.timing(run),
+        "Memory": sections.memory(run),
+        "How to read this": words.how_to_read(run),
+        "Environment": _facts(run.info.get("environment")),
+        "Settings": _facts(run.info.get("settings")),
+        "What is empty and why": sections.empty(run),
+    }
+    head = [f"# mpscale: {escape(run.name)}", _when(run), words.findings(run)]
+    body = [f"## {title}\n\n{text}" for title, text in parts.items() if text]
+    return "\n\n".join([part for part in head if part] + body) + "\n"
+
+
+def write(run: Run) -> Path:
+    """Writes report.md into the run's folder and says where it is.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path = run.path / "report.md"
+    path.write_text(render(run), encoding="utf-8")
+    return path
+
+
+def _when(run: Run) -> str:
+    names = {"started": "Started", "schema_version": "schema version", "method_version": "method version"}
+    known = [f"{label} {escape(run.info[name])}" for name, label in names.items() if run.info.get(name) is not None]
+    return ", ".join(known) + "." if known else ""
+
+
+def _facts(facts: Any) -> str:
+    rows = [[name, value] for name, value in _flat(facts)] if isinstance(facts, Mapping) else []
+    return markdown_table(["what", "value"], rows) if rows else ""
+
+
+def _flat(facts: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Nested facts one a row, named by the way to them; None is unknown."""
+    for key, value in facts.items():
+        name = f"{above} {key}".strip()
+        if isinstance(value, Mapping):
+            yield from _flat(value, name)
+        elif isinstance(value, list | tuple):
+            yield name, ", ".join(_fact(item) for item in value) or cells.DASH
+        else:
+            yield name, _fact(value)
+
+
+def _fact(value: Any) -> str:
+    if value is None:
+        return cells.DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,208 @@
+"""The sections of a report that go into detail. Each is empty where the run has nothing to say on it."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mpscale.analysis.runs import Run
+from mpscale.analysis.summary import MEASURED, plain_rows
+from mpscale.modes import MODES
+from mpscale.records import Record
+from mpscale.report import cells
+from mpscale.report.tables import markdown_table
+from mpscale.report.words import is_mixed
+
+_COLUMNS_SHOWN = 8
+_STEP_COUNTS = ("attempted_steps", "applied_steps", "skipped_steps", "overflow_steps", "nonfinite_loss_steps")
+Group = tuple[str, str, list[Record]]
+
+
+def overflow(run: Run) -> str:
+    """Steps applied and skipped, and the way of the loss scale, over the seeds of each mixed mode."""
+    rows = []
+    for workload, mode, records in _measured(run, trained=True):
+        if not is_mixed(mode) or not _values(records, "attempted_steps"):
+            continue
+        sums = {name: _or_none(sum, _values(records, name)) for name in _STEP_COUNTS}
+        first, last = _values(records, "first_overflow_step"), _values(records, "last_overflow_step")
+        smallest, largest = _values(records, "loss_scale_min"), _values(records, "loss_scale_max")
+        initial, final = (_scales(records, name) for name in ("loss_scale_initial", "loss_scale_final"))
+        rows.append(
+            [
+                workload,
+                mode,
+                *(cells.count(total) for total in sums.values()),
+                cells.count(_or_none(max, _values(records, "longest_skip_run"))),
+                cells.span([cells.count(_or_none(min, first)), cells.count(_or_none(max, last))]),
+                cells.DASH if initial == final == cells.DASH else f"{initial} -> {final}",
+                cells.span([cells.loss_scale(_or_none(min, smallest)), cells.loss_scale(_or_none(max, largest))]),
+            ]
+        )
+    headers = ["workload", "mode", "attempted", "applied", "skipped", "overflow", "non-finite loss"]
+    headers += ["longest skip run", "first to last overflow", "loss scale, first -> last step", "min to max"]
+    return markdown_table(headers, rows) if rows else ""
+
+
+def accuracy(run: Run) -> str:
+    """The metric of every seed under every mode, and when the target was reached."""
+    modes = list(dict.fromkeys(mode for _, mode, _ in _measured(run, trained=True)))
+    found: dict[tuple[str, str, int], dict[str, str]] = {}
+    for workload, mode, records in _measured(run, trained=True):
+        for record in sorted(records, key=lambda record: record["seed"]):
+            name = record["metric_name"]
+            for column, label in (("metric_value", ""), ("published_metric_value", ", published test set")):
+                if record[column] is not None:
+                    row = found.setdefault((workload, (name or "metric") + label, record["seed"]), {})
+                    row[mode] = cells.metric(record[column], name)
+    places = {place: number for number, place in enumerate(dict.fromkeys(key[:2] for key in found))}
+    rows = [
+        [workload, name, cells.count(seed), *(row.get(mode, cells.DASH) for mode in modes)]
+        for (workload, name, seed), row in sorted(found.items(), key=lambda item: (places[item[0][:2]], item[0][2]))
+    ]
+    parts = [markdown_table(["workload", "metric", "seed", *modes], rows)] if rows else []
+    targets = [
+        [
+            row["workload"],
+            row["mode"],
+            f"{row['target_reached']} of {row['seeds']}",
+            cells.count(row["steps_to_target"]),
+        ]
+        for row in plain_rows(run.summary)
+        if row["target_reached"] is not None
+    ]
+    if targets:
+        parts.append(
+            markdown_table(["workload", "mode", "seeds that reached the target", "steps to it, median"], targets)
+        )
+    return "\n\n".join(parts)
+
+
+def timing(run: Run) -> str:
+    """What the step times rest on."""
+    rows, bound = [], False
+    for workload, mode, records in _measured(run):
+        if not any(_values(records, name) for name in ("step_time_ms_median", "first_step_s", "trace_time_s")):
+            continue
+        is_bound = any(_values(records, "dispatch_bound"))
+        bound = bound or is_bound
+        rows.append(
+            [workload, mode, cells.count(len(_values(records, "step_time_ms_median")))]
+            + [cells.count(_or_none(sum, _values(records, "timed_blocks")))]
+            + [cells.number(_median(records, "step_time_ms_per_applied"))]
+            + [cells.share(_median(records, "dispatch_share")) + (" (bound)" if is_bound else "")]
+            + [cells.number(_median(records, name)) for name in ("trace_time_s", "first_step_s")]
+        )
+    if not rows:
+        return ""
+    headers = [
+        "workload",
+        "mode",
+        "processes",
+        "blocks",
+        "ms per applied step",
+        "dispatch share",
+        "trace s",
+        "first step s",
+    ]
+    parts = [markdown_table(headers, rows)]
+    if bound:
+        parts.append(
+            "Where `bound` is noted, over half of a step's time went into dispatch: into Python and TensorFlow, and "
+            "not into the device. The model or its batch is too small there to show what a mode does to the device."
+        )
+    return "\n\n".join(parts)
+
+
+def memory(run: Run) -> str:
+    """Peaks over the processes of a mode."""
+    names = ("gpu_memory_nvml_peak_mib", "gpu_memory_allocator_peak_mib", "host_memory_peak_mib")
+    ratios = {(row["workload"], row["mode"]): row["gpu_memory_ratio"] for row in plain_rows(run.summary)}
+    rows = []
+    for workload, mode, records in _measured(run):
+        peaks = [_or_none(max, _values(records, name)) for name in names]
+        if any(peak is not None for peak in peaks):
+            driver, allocator, host = (cells.number(peak, 4) for peak in peaks)
+            rows.append([workload, mode, driver, cells.number(ratios[workload, mode]), allocator, host])
+    headers = ["workload", "mode", "GPU, NVML (MiB)", "over fp32", "GPU, allocator (MiB)", "host (MiB)"]
+    return markdown_table(headers, rows) if rows else ""
+
+
+def troubles(run: Run) -> str:
+    """Cases with another status than ok: why, and what the process wrote last."""
+    bad = [record for record in run.records if record["status"] != "ok"]
+    if not bad:
+        return ""
+    names = ("case_id", "status", "status_reason")
+    parts = [markdown_table(["case", "status", "reason"], [[_text(r[name]) for name in names] for r in bad])]
+    for record in bad:
+        if record["output_tail"]:
+            parts.append(f"The last lines of {_text(record['case_id'])}:\n\n{_fenced(record['output_tail'])}")
+    return "\n\n".join(parts)
+
+
+def empty(run: Run) -> str:
+    """The reasons for empty cells, with the columns and modes that they hold for."""
+    cases: dict[tuple[str, str], list[Record]] = {}
+    for record in run.records:
+        for column, reason in record.unavailable.items():
+            cases.setdefault((reason, column), []).append(record)
+    # Columns that are empty in the same cases for the same reason share a row.
+    shared: dict[tuple[str, tuple[str, ...]], tuple[list[str], list[Record]]] = {}
+    for (reason, column), records in cases.items():
+        ids = tuple(str(record["case_id"]) for record in records)
+        shared.setdefault((reason, ids), ([], records))[0].append(column)
+    rows = []
+    for (reason, _), (columns, records) in shared.items():
+        more = len(columns) - _COLUMNS_SHOWN
+        listed = ", ".join(columns[:_COLUMNS_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        has = {record["mode"] for record in records}
+        modes = ", ".join([mode for mode in MODES if mode in has] + sorted(has - MODES.keys()))
+        rows.append([reason, listed, modes, f"{len(records)} of {len(run.records)}"])
+    rows.sort(key=lambda row: (row[0], row[2]))
+    return markdown_table(["reason", "empty columns", "modes", "cases"], rows) if rows else ""
+
+
+def _measured(run: Run, trained: bool = False) -> Iterator[Group]:
+    """Cases whose figures count, by workload and mode, in the order of the summary."""
+    for row in plain_rows(run.summary):
+        records = [
+            record
+            for record in run.records
+            if (record["workload"], record["mode"]) == (row["workload"], row["mode"])
+            and record["status"] in MEASURED
+            and (record["repeat"] == 0 or not trained)
+        ]
+        if records:
+            yield row["workload"], row["mode"], records
+
+
+def _values(records: Sequence[Record], name: str) -> list[Any]:
+    return [record[name] for record in records if record[name] is not None]
+
+
+def _or_none(function: Any, values: list[Any]) -> Any:
+    return function(values) if values else None
+
+
+def _median(records: Sequence[Record], name: str) -> float | None:
+    values = _values(records, name)
+    return statistics.median(values) if values else None
+
+
+def _scales(records: Sequence[Record], name: str) -> str:
+    return cells.span([cells.loss_scale(value) for value in sorted(_values(records, name))])
+
+
+def _text(value: Any) -> str:
+    return cells.DASH if value is None else str(value)
+
+
+def _fenced(text: str) -> str:
+    """A code block that nothing in ``text`` can end, without the colours and bells of a terminal."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.replace("\r\n", "\n").replace("\r", "\n"))
+    plain = "".join(c for c in plain if c in "\n\t" or c.isprintable()).strip("\n")
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", plain))])
+    return f"{fence}text\n{plain}\n{fence}"

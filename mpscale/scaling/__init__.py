@@ -1,0 +1,19 @@
+"""Loss scaling for Keras and TensorFlow, usable alone.
+
+Importing this package registers its classes with Keras, which is what ``keras.saving.load_model`` needs.
+"""
+
+from mpscale.scaling.article import ArticleLossScale
+from mpscale.scaling.finite import all_finite
+from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, NoLossScale, StaticLossScale
+from mpscale.scaling.optimizer import LossScaleOptimizer
+
+__all__ = [
+    "ArticleLossScale",
+    "DynamicLossScale",
+    "LossScale",
+    "LossScaleOptimizer",
+    "NoLossScale",
+    "StaticLossScale",
+    "all_finite",
+]

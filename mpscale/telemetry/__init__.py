@@ -1,0 +1,1 @@
+"""What the machine did while a case ran. Nothing here imports TensorFlow."""

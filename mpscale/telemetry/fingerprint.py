@@ -1,0 +1,126 @@
+"""The environment of a run: all that can change a figure and is not in its settings.
+
+Reports get published, so the host's name, paths and the environment at large stay out.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mpscale.telemetry import host
+from mpscale.telemetry.device import Device
+from mpscale.telemetry.nvml import NoNvml, Nvml
+
+PACKAGES = (
+    "mpscale",
+    "tensorflow",
+    "keras",
+    "numpy",
+    "nvidia-ml-py",
+    "pytest-benchmark",
+    "pandas",
+    "mnist1d",
+)
+
+VARIABLES = (
+    "CI",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_DEVICE_ORDER",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDA_VISIBLE_DEVICES",
+    "KERAS_BACKEND",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS",
+    "ONEDNN_MAX_CPU_ISA",
+    "TF_CUDNN_DETERMINISTIC",
+    "TF_CUDNN_USE_AUTOTUNE",
+    "TF_DETERMINISTIC_OPS",
+    "TF_ENABLE_ONEDNN_OPTS",
+    "TF_FORCE_GPU_ALLOW_GROWTH",
+    "TF_GPU_ALLOCATOR",
+    "TF_GPU_THREAD_COUNT",
+    "TF_GPU_THREAD_MODE",
+    "TF_NUM_INTEROP_THREADS",
+    "TF_NUM_INTRAOP_THREADS",
+    "TF_XLA_FLAGS",
+    "XLA_FLAGS",
+)
+"""Environment variables that change results. No other is ever recorded."""
+
+_GIT_TIMEOUT_S = 5.0
+_SLUG_LENGTH = 40
+
+
+def environment(device: Device, nvml: Nvml | NoNvml, project_dir: Path) -> dict[str, Any]:
+    """What ``run.json`` says of software and machine, as values that JSON has; None for what is unknown.
+
+    Args:
+        device: where the run trains.
+        nvml: asked for the versions of the driver.
+        project_dir: the directory whose git commit is recorded.
+    """
+    return {
+        "packages": _packages(),
+        "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
+        "platform": platform.platform(),
+        "kernel": platform.release(),
+        "libc": " ".join(filter(None, platform.libc_ver())) or None,
+        "cpu": host.cpu_facts(),
+        "memory_mib": host.memory_mib(),
+        "load_average_at_start": host.load_average(),
+        "device": device.to_json(),
+        "nvidia_driver": nvml.driver_version(),
+        "cuda_driver": nvml.cuda_driver_version(),
+        "git": _git(project_dir),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def run_slug(device: Device) -> str:
+    """The device's name for a folder: at most 40 lower-case letters, digits and single dashes."""
+    without_marks = re.sub(r"\((?:r|tm|c)\)", " ", device.name.lower())
+    slug = re.sub(r"[^a-z0-9]+", "-", without_marks).strip("-")
+    return slug[:_SLUG_LENGTH].rstrip("-") or device.kind
+
+
+def _packages() -> dict[str, str | None]:
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for distribution in metadata.distributions():
+        # A broken installation may have no name; the first of two of one name is the one that gets imported.
+        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+        if (name in versions or name.startswith("nvidia-")) and versions.get(name) is None:
+            versions[name] = distribution.version
+    return versions
+
+
+def _git(directory: Path) -> dict[str, Any] | None:
+    """Commit, and whether any file differs from it or is new; None without git or outside a repository."""
+    changes = _run_git(directory, "status", "--porcelain")
+    if changes is None:
+        return None
+    return {"commit": _run_git(directory, "rev-parse", "--verify", "HEAD"), "dirty": changes != ""}
+
+
+def _run_git(directory: Path, *arguments: str) -> str | None:
+    # Inside a git hook GIT_DIR and its kin point at another repository than the directory's. Without optional locks
+    # a look at the status does not get in the way of a commit made at the same time.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(directory), *arguments],
+            env={**variables, "GIT_OPTIONAL_LOCKS": "0"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_GIT_TIMEOUT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

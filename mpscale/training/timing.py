@@ -1,0 +1,134 @@
+"""Steady-state step time of one process."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpscale.training.scalers import UNKNOWN
+from mpscale.training.step import LOG_CAPACITY, TrainStep
+
+DISPATCH_BOUND = 0.5
+"""Share of dispatch above which a step time says more about Python and TensorFlow than about the device."""
+
+_WARM_UP_S = 0.3
+_WARM_UP_STEPS = 20
+_DISPATCH_BLOCKS = 11
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Blocks of steps, each with one synchronisation at its end.
+
+    Args:
+        block_s: seconds of each block (blocks,).
+        steps_per_block: steps in each.
+        overflow_steps: steps with a non-finite gradient among them, None where the mode does not know.
+        empty_call_s: seconds of a call that does no work.
+    """
+
+    block_s: npt.NDArray[np.float64]
+    steps_per_block: int
+    overflow_steps: int | None
+    empty_call_s: float
+
+    @property
+    def step_s(self) -> npt.NDArray[np.float64]:
+        """Seconds per step, of each block."""
+        return self.block_s / self.steps_per_block
+
+    def values(self, batch_size: int) -> dict[str, Any]:
+        """The columns of a record that follow from it."""
+        step_ms = self.step_s * 1e3
+        median = float(np.median(step_ms))
+        steps = len(step_ms) * self.steps_per_block
+        share = min(self.empty_call_s * 1e3 / median, 1.0)
+        values: dict[str, Any] = {
+            "step_time_ms_median": median,
+            "step_time_ms_p10": float(np.percentile(step_ms, 10)),
+            "step_time_ms_p90": float(np.percentile(step_ms, 90)),
+            "examples_per_s": batch_size / median * 1e3,
+            "timed_blocks": len(step_ms),
+            "timed_steps": steps,
+            "dispatch_share": share,
+            "dispatch_bound": share > DISPATCH_BOUND,
+        }
+        if self.overflow_steps is not None:
+            applied = steps - self.overflow_steps
+            values["timed_overflow_steps"] = self.overflow_steps
+            values["step_time_ms_per_applied"] = float(self.block_s.sum()) * 1e3 / applied if applied else None
+        return values
+
+
+def warm_up(step: TrainStep) -> None:
+    """Takes steps until caches and clocks have settled; returns when the device is done."""
+    end = time.perf_counter() + _WARM_UP_S
+    taken = 0
+    while taken < _WARM_UP_STEPS or time.perf_counter() < end:
+        step()
+        taken += 1
+        if taken % _WARM_UP_STEPS == 0:
+            step.read_log()
+    step.read_log()
+
+
+def time_steps(step: TrainStep, seconds: float, min_blocks: int) -> Timing:
+    """Times steps for ``seconds`` and at least ``min_blocks`` blocks.
+
+    Blocks are as long as ``seconds / min_blocks`` where steps are quick, and one step where they are slow. The log
+    is read at the end of each block, inside it: reading is what synchronises.
+    """
+    per_block = _steps_per_block(step, seconds / min_blocks)
+    blocks: list[float] = []
+    flags: list[npt.NDArray[np.float32]] = []
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.perf_counter() + seconds
+        while len(blocks) < min_blocks or time.perf_counter() < end:
+            start = time.perf_counter_ns()
+            for _ in range(per_block):
+                step()
+            log = step.read_log()
+            blocks.append((time.perf_counter_ns() - start) / 1e9)
+            flags.append(log[:, 2])
+        empty = _empty_call_s(step, per_block)
+    finally:
+        if collecting:
+            gc.enable()
+    overflow = np.concatenate(flags)
+    known = overflow[0] != UNKNOWN
+    return Timing(np.array(blocks), per_block, int(np.sum(overflow == 1.0)) if known else None, empty)
+
+
+def _steps_per_block(step: TrainStep, block_s: float) -> int:
+    """How many steps take ``block_s``, by the quickest of a few short blocks."""
+    quickest = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(5):
+            step()
+        step.read_log()
+        quickest = min(quickest, (time.perf_counter() - start) / 5)
+    return int(np.clip(round(block_s / quickest), 1, LOG_CAPACITY))
+
+
+def _empty_call_s(step: TrainStep, calls: int) -> float:
+    """Seconds of an empty call, the median over blocks; at least 50 calls a block."""
+    calls = max(calls, 50)
+    step.empty()
+    step.synchronise()
+    times = []
+    for _ in range(_DISPATCH_BLOCKS):
+        start = time.perf_counter()
+        for _ in range(calls):
+            step.empty()
+        step.synchronise()
+        times.append((time.perf_counter() - start) / calls)
+    return float(np.median(times))

@@ -1,0 +1,5 @@
+"""What is trained: a model, its data, its optimizer and its metric. Importing this imports no TensorFlow."""
+
+from mpscale.workloads.workload import Data, Workload, accuracy, workload
+
+__all__ = ["Data", "Workload", "accuracy", "workload"]

@@ -1,0 +1,159 @@
+"""One row a workload and mode, from cases whose figures are easy to check."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from runfolder import record
+
+from mpscale.analysis.runs import cases_frame
+from mpscale.analysis.summary import SUMMARY_DTYPES, plain_rows, summarise, write_summary_csv
+
+
+def rows_of(*records):
+    return {(row["workload"], row["mode"]): row for row in plain_rows(summarise(cases_frame(list(records))))}
+
+
+def row_of(mode, *records):
+    return rows_of(*records)["toy", mode]
+
+
+def test_workloads_come_as_they_appeared_and_modes_in_their_own_order():
+    found = rows_of(
+        record("mixed-bf16", workload="b"),
+        record("fp32", workload="b"),
+        record("other", workload="a"),
+        record("tf32", workload="a"),
+    )
+    assert list(found) == [("b", "fp32"), ("b", "mixed-bf16"), ("a", "tf32"), ("a", "other")]
+
+
+def test_step_time_is_the_geometric_mean_over_processes():
+    row = row_of("fp32", record(step_time_ms_median=1.0), record(repeat=1, step_time_ms_median=4.0))
+    assert row["step_time_ms"] == pytest.approx(2.0)
+    assert row["step_time_ms_low"] < 2.0 < row["step_time_ms_high"]
+    assert (row["processes"], row["seeds"]) == (2, 1)
+
+
+def test_speedup_is_paired_by_seed_and_repeat():
+    row = row_of(
+        "mixed-static",
+        record(step_time_ms_median=10.0),
+        record(seed=1, step_time_ms_median=40.0),
+        record("mixed-static", step_time_ms_median=5.0),
+        record("mixed-static", seed=1, step_time_ms_median=20.0),
+        record("mixed-static", repeat=1, step_time_ms_median=1000.0),
+    )
+    assert [row[f"speedup_fp32{end}"] for end in ("", "_low", "_high")] == [pytest.approx(2.0)] * 3
+
+
+def test_a_baseline_over_itself_is_1_without_an_interval():
+    row = row_of("fp32", record(step_time_ms_median=3.0), record(seed=1, step_time_ms_median=4.0))
+    assert (row["speedup_fp32"], row["speedup_fp32_low"], row["speedup_fp32_high"]) == (1.0, None, None)
+
+
+def test_the_headline_baseline_is_tf32_where_it_was_timed():
+    timed = [
+        record(mode, step_time_ms_median=time) for mode, time in (("fp32", 8.0), ("tf32", 4.0), ("mixed-bf16", 2.0))
+    ]
+    row = row_of("mixed-bf16", *timed)
+    assert (row["speedup_fp32"], row["speedup_tf32"], row["headline_baseline"]) == (
+        pytest.approx(4.0),
+        pytest.approx(2.0),
+        "tf32",
+    )
+    row = row_of("mixed-bf16", timed[0], record("tf32", status="unsupported"), timed[2])
+    assert (row["speedup_tf32"], row["headline_baseline"]) == (None, "fp32")
+
+
+@pytest.mark.parametrize("status", ["diverged", "stalled"])
+def test_a_training_that_failed_to_learn_was_still_timed(status):
+    row = row_of("fp32", record(status=status, step_time_ms_median=2.0, metric_value=0.1))
+    assert (row["step_time_ms"], row["metric_mean"], row["ok"]) == (pytest.approx(2.0), 0.1, 0)
+
+
+@pytest.mark.parametrize("status", ["oom", "timeout", "crashed", "error", "unsupported", "invalid", "interrupted"])
+def test_the_figures_of_a_case_that_failed_do_not_count(status):
+    figures = {
+        "step_time_ms_median": 99.0,
+        "metric_value": 0.1,
+        "overflow_steps": 7,
+        "attempted_steps": 9,
+        "host_memory_peak_mib": 9999.0,
+        "gpu_memory_nvml_peak_mib": 9999.0,
+        "dispatch_bound": True,
+    }
+    good = {name: type(value)(1) for name, value in figures.items()} | {"dispatch_bound": False}
+    row = row_of("fp32", record(**good), record(seed=1, status=status, **figures))
+    assert (row["step_time_ms"], row["metric_mean"], row["overflow_steps"], row["attempted_steps"]) == (1.0, 1.0, 1, 1)
+    assert (row["host_memory_mib"], row["gpu_memory_mib"], row["dispatch_bound"]) == (1.0, 1.0, False)
+    assert (row["processes"], row["seeds"], row["cases"], row["ok"]) == (1, 1, 2, 1)
+    assert row["statuses"] == f"ok 1, {status} 1"
+
+
+def test_memory_is_the_largest_of_any_process():
+    row = row_of(
+        "mixed-static",
+        record(gpu_memory_nvml_peak_mib=1000.0),
+        record(repeat=1, gpu_memory_nvml_peak_mib=2000.0),
+        record("mixed-static", gpu_memory_nvml_peak_mib=1500.0, host_memory_peak_mib=800.0),
+    )
+    assert (row["gpu_memory_mib"], row["gpu_memory_ratio"], row["host_memory_mib"]) == (1500.0, 0.75, 800.0)
+
+
+def test_metrics_are_compared_seed_by_seed():
+    row = row_of(
+        "mixed-dynamic",
+        record(seed=0, metric_value=0.9, metric_name="accuracy"),
+        record(seed=1, metric_value=0.5, metric_name="accuracy"),
+        record("mixed-dynamic", seed=0, metric_value=0.8, metric_name="accuracy"),
+        record("mixed-dynamic", seed=2, metric_value=0.2, metric_name="accuracy"),
+    )
+    assert (row["metric_mean"], row["metric_min"], row["metric_max"]) == (pytest.approx(0.5), 0.2, 0.8)
+    assert row["metric_difference"] == pytest.approx(-0.1)
+    assert (row["metric_seeds"], row["metric_pairs"], row["metric_name"]) == (2, 1, "accuracy")
+
+
+def test_counts_are_sums_and_the_scale_is_a_median():
+    group = [
+        record(
+            "mixed-dynamic", seed=seed, overflow_steps=n, skipped_steps=n, attempted_steps=100, loss_scale_final=2.0**n
+        )
+        for seed, n in enumerate([1, 2, 9])
+    ]
+    row = row_of("mixed-dynamic", *group)
+    assert (row["overflow_steps"], row["skipped_steps"], row["attempted_steps"]) == (12, 12, 300)
+    assert row["loss_scale_final"] == 4.0
+
+
+def test_unknown_is_empty_and_never_0():
+    row = row_of("mixed-bf16", record("mixed-bf16"))
+    unknown = {"overflow_steps", "attempted_steps", "skipped_steps", "step_time_ms", "gpu_memory_mib", "metric_mean"}
+    unknown |= {"dispatch_bound", "jit", "target_reached", "speedup_fp32", "speedup_tf32", "metric_difference"}
+    assert {name for name in unknown if row[name] is not None} == set()
+
+
+def test_a_target_that_any_case_reached_was_missed_by_those_that_did_not():
+    reached = record(steps_to_target=300), record(seed=1, steps_to_target=500), record(seed=2)
+    found = rows_of(*reached, record("mixed-unscaled"), record("fp32", workload="other"))
+    assert (found["toy", "fp32"]["target_reached"], found["toy", "fp32"]["steps_to_target"]) == (2, 400.0)
+    assert (found["toy", "mixed-unscaled"]["target_reached"], found["toy", "mixed-unscaled"]["steps_to_target"]) == (
+        0,
+        None,
+    )
+    assert found["other", "fp32"]["target_reached"] is None
+
+
+def test_no_cases_make_no_rows_but_all_columns(tmp_path):
+    summary = summarise(cases_frame([]))
+    assert summary.empty
+    assert list(summary.columns) == list(SUMMARY_DTYPES)
+
+
+def test_the_csv_holds_the_columns_and_leaves_unknown_empty(tmp_path):
+    path = tmp_path / "summary.csv"
+    write_summary_csv(summarise(cases_frame([record(step_time_ms_median=2.5)])), path)
+    found = pd.read_csv(path)
+    assert list(found.columns) == list(SUMMARY_DTYPES)
+    assert found.loc[0, "step_time_ms"] == 2.5
+    assert pd.isna(found.loc[0, "overflow_steps"])

@@ -1,0 +1,267 @@
+"""report.md says what the records say, and says so whatever is missing."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runfolder import CPU, GPU, NAME, finished, record, started, write_run
+
+from mpscale.analysis.runs import read_run
+from mpscale.columns import COLUMNS, STATUSES
+from mpscale.modes import MODES
+from mpscale.report.build import rebuild
+from mpscale.report.cells import DASH
+from mpscale.report.markdown import render
+from mpscale.report.tables import escape, markdown_table, result_table
+
+
+def rendered(tmp_path, *records, **options):
+    return render(read_run(write_run(tmp_path, finished(records), **options)))
+
+
+def table(report, title):
+    """The cells of the first table of a section, by header."""
+    section = report.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def two_seeds(mode, times, values, **more):
+    return [
+        record(mode, seed, step_time_ms_median=t, metric_value=v, metric_name="accuracy", attempted_steps=100, **more)
+        for seed, (t, v) in enumerate(zip(times, values, strict=True))
+    ]
+
+
+def test_the_result_table_of_a_gpu_run(tmp_path):
+    checked = {"overflow_steps": 6, "skipped_steps": 6, "applied_steps": 94, "device": "gpu"}
+    report = rendered(
+        tmp_path,
+        *two_seeds("fp32", (8.0, 8.0), (0.90, 0.92), gpu_memory_nvml_peak_mib=2000.0),
+        *two_seeds("tf32", (6.0, 6.0), (0.90, 0.92), gpu_memory_nvml_peak_mib=2000.0),
+        *two_seeds("mixed-static", (4.0, 4.0), (0.91, 0.91), gpu_memory_nvml_peak_mib=1200.0, **checked),
+        device=GPU,
+    )
+    spread, rest = "91.00 % (90.00 % to 92.00 %)", ("1200 MiB", "12/200", "91.00 %")
+    assert table(report, "Results") == [
+        {
+            "workload": "toy",
+            "mode": mode,
+            "step time": time,
+            "speed-up over fp32": over_fp32,
+            "speed-up over tf32": over_tf32,
+            "peak memory": memory,
+            "overflow steps": overflow,
+            "final accuracy": accuracy,
+        }
+        for mode, time, over_fp32, over_tf32, memory, overflow, accuracy in [
+            ("fp32", "8.00 [8.00, 8.00] ms", "1.00x", "0.75x [0.75, 0.75]", "2000 MiB", DASH, spread),
+            ("tf32", "6.00 [6.00, 6.00] ms", "1.33x [1.33, 1.33]", "1.00x", "2000 MiB", DASH, spread),
+            ("mixed-static", "4.00 [4.00, 4.00] ms", "2.00x [2.00, 2.00]", "1.50x [1.50, 1.50]", *rest),
+        ]
+    ]
+
+
+def test_the_headline_is_over_what_the_user_would_have_had(tmp_path):
+    modes = {"fp32": 8.0, "tf32": 6.0, "mixed-bf16": 4.0}
+    report = rendered(tmp_path, *(r for m, t in modes.items() for r in two_seeds(m, (t, t), (0.9, 0.9))), device=GPU)
+    assert "toy, **mixed-bf16**: 1.50 times the speed of tf32 (95 % interval 1.50 to 1.50)" in report
+    assert "**fp32**" not in report
+    assert "**tf32**" not in report
+
+
+def test_the_headline_tells_accuracy_overflow_and_memory(tmp_path):
+    report = rendered(
+        tmp_path,
+        *two_seeds("fp32", (4.0, 5.0), (0.92, 0.92), gpu_memory_nvml_peak_mib=1000.0),
+        *two_seeds("mixed-dynamic", (4.0, 5.0), (0.90, 0.93), overflow_steps=3, gpu_memory_nvml_peak_mib=640.0),
+        device=GPU,
+    )
+    assert (
+        "- toy, **mixed-dynamic**: 1.00 times the speed of fp32 (95 % interval 1.00 to 1.00, so no difference "
+        "is shown); accuracy 91.50 %, 0.50 points below fp32 (2 seeds); 6 of 200 steps overflowed; "
+        "peak GPU memory 0.64 times fp32's."
+    ) in report
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_a_cpu_run_says_that_it_tells_nothing_of_a_gpu(tmp_path, kind):
+    report = rendered(tmp_path, record("mixed-bf16", device=kind), device=CPU if kind == "cpu" else GPU)
+    for words in (
+        "Step times of float16 modes here say nothing",
+        "The same goes for bfloat16",
+        "its compiler more than",
+    ):
+        assert (words in report) == (kind == "cpu")
+
+
+def test_overflow_and_loss_scale_over_seeds(tmp_path):
+    first = record(
+        "mixed-dynamic",
+        seed=0,
+        attempted_steps=100,
+        applied_steps=97,
+        skipped_steps=3,
+        overflow_steps=3,
+        nonfinite_loss_steps=1,
+        longest_skip_run=2,
+        first_overflow_step=0,
+        last_overflow_step=41,
+        loss_scale_initial=32768.0,
+        loss_scale_final=8192.0,
+        loss_scale_min=8192.0,
+        loss_scale_max=32768.0,
+    )
+    second = record(
+        "mixed-dynamic",
+        seed=1,
+        attempted_steps=100,
+        applied_steps=100,
+        skipped_steps=0,
+        overflow_steps=0,
+        nonfinite_loss_steps=0,
+        longest_skip_run=0,
+        loss_scale_initial=32768.0,
+        loss_scale_final=65536.0,
+        loss_scale_min=32768.0,
+        loss_scale_max=65536.0,
+    )
+    bf16 = record("mixed-bf16", attempted_steps=100, nonfinite_loss_steps=0)
+    report = rendered(tmp_path, record(attempted_steps=100), first, second, bf16)
+    scales = ["32768 -> 8192 to 65536", "8192 to 65536"]
+    assert [list(row.values()) for row in table(report, "Overflow and loss scale")] == [
+        ["toy", "mixed-dynamic", "200", "197", "3", "3", "1", "2", "0 to 41", *scales],
+        ["toy", "mixed-bf16", "100", DASH, DASH, DASH, "0", DASH, DASH, DASH, DASH],
+    ]
+
+
+def test_accuracy_is_shown_seed_by_seed(tmp_path):
+    fp32 = two_seeds("fp32", (1.0, 1.0), (0.91, 0.92), published_metric_value=0.5)
+    rows = table(rendered(tmp_path, *fp32, *two_seeds("mixed-bf16", (1.0, 1.0), (0.93, 0.94))), "Accuracy")
+    accuracy, published = "accuracy", "accuracy, published test set"
+    assert [list(row.values()) for row in rows] == [
+        ["toy", accuracy, "0", "91.00 %", "93.00 %"],
+        ["toy", accuracy, "1", "92.00 %", "94.00 %"],
+        ["toy", published, "0", "50.00 %", DASH],
+        ["toy", published, "1", "50.00 %", DASH],
+    ]
+
+
+def test_timing_quality_notes_what_dispatch_dominates(tmp_path):
+    figures = {"timed_blocks": 50, "dispatch_share": 0.75, "trace_time_s": 0.5, "first_step_s": 2.0}
+    report = rendered(tmp_path, record(step_time_ms_median=1.0, dispatch_bound=True, **figures))
+    assert [list(row.values()) for row in table(report, "Timing quality")] == [
+        ["toy", "fp32", "1", "50", DASH, "75 % (bound)", "0.500", "2.00"]
+    ]
+    assert "over half of a step's time went into dispatch" in report
+
+
+def test_trouble_is_told_with_the_last_output(tmp_path):
+    bad = record(
+        "mixed-static", status="crashed", status_reason="signal 11 | <core>", output_tail="a\x1b[31mb\x1b[0m\n```\nend"
+    )
+    report = rendered(tmp_path, record(), bad)
+    assert table(report.replace("\\|", "/"), "Cases that did not end well") == [
+        {"case": bad["case_id"], "status": "crashed", "reason": "signal 11 / &lt;core>"}
+    ]
+    assert "````text\nab\n```\nend\n````" in report
+    assert "1 of 2 cases did not end well." in report
+
+
+def test_a_run_that_was_killed_says_so(tmp_path):
+    path = write_run(tmp_path, [*finished([record()]), started(record(seed=1))], finish=False, planned=["a", "b"])
+    report = render(read_run(path))
+    assert "2 planned cases were not started." in report
+    assert "stopped or is still going on" in report
+    assert "toy--fp32--s1--r0" in report
+
+
+def test_reasons_are_grouped_by_columns_that_share_them(tmp_path):
+    first, second = record("fp32"), record("mixed-bf16")
+    first.miss(["tf32", "gpu_allocator"], "no GPU")
+    second.miss(["tf32", "gpu_allocator"], "no GPU")
+    second.miss("overflow_steps", "checks nothing")
+    assert [list(row.values()) for row in table(rendered(tmp_path, first, second), "What is empty and why")] == [
+        ["checks nothing", "overflow_steps", "mixed-bf16", "1 of 2"],
+        ["no GPU", "tf32, gpu_allocator", "fp32, mixed-bf16", "2 of 2"],
+    ]
+
+
+def test_environment_and_settings_are_listed(tmp_path):
+    report = rendered(tmp_path, record())
+    facts = {row["what"]: row["value"] for row in table(report, "Environment")}
+    assert (facts["device name"], facts["packages tensorflow"], facts["packages keras"]) == ("Test CPU", "2.21.0", DASH)
+    assert {row["what"]: row["value"] for row in table(report, "Settings")} == {"jit": "auto", "seeds": "2"}
+
+
+def test_sections_with_nothing_to_say_are_left_out(tmp_path):
+    report = rendered(tmp_path, record(), environment={}, settings={})
+    titles = [line[3:] for line in report.splitlines() if line.startswith("## ")]
+    assert titles == ["Results", "How to read this"]
+
+
+def test_a_run_in_which_nothing_was_started_has_a_report(tmp_path):
+    assert "No case was started on Test CPU (CPU)" in rendered(tmp_path)
+    assert result_table(read_run(tmp_path / "runs" / NAME)) == ""
+
+
+def test_the_status_shows_only_where_a_case_failed(tmp_path):
+    good = read_run(write_run(tmp_path, finished([record()]), name="a"))
+    bad = read_run(write_run(tmp_path, finished([record(), record(seed=1, status="oom")]), name="b"))
+    assert "status" not in result_table(good)
+    assert "ok 1, oom 1" in result_table(bad)
+
+
+def test_no_cell_breaks_a_table():
+    assert escape("a|b\nc <i> *d* `e`") == "a\\|b c &lt;i> \\*d\\* \\`e\\`"
+    assert len(markdown_table(["h"], [["a\nb|c"]]).splitlines()) == 3
+
+
+def test_rebuilding_writes_three_files_and_is_repeatable(tmp_path):
+    path = write_run(tmp_path, finished([record(step_time_ms_median=2.0)]))
+    names = ("cases.csv", "summary.csv", "report.md")
+    assert rebuild(path).name in (path / "report.md").read_text(encoding="utf-8")
+    before = [(path / name).read_bytes() for name in names]
+    rebuild(path)
+    assert [(path / name).read_bytes() for name in names] == before
+
+
+VALUES = {
+    "str": st.text(max_size=20),
+    "int": st.integers(0, 10**6),
+    "float": st.floats(1e-6, 1e6),
+    "bool": st.booleans(),
+}
+IDENTITY = ("case_id", "workload", "mode", "seed", "repeat", "status", "unavailable")
+
+
+@st.composite
+def record_lists(draw):
+    """Cases with a random choice of values, a reason for some of those that are missing."""
+    keys = st.tuples(
+        st.sampled_from([*MODES, "mode-of-tomorrow"]), st.integers(0, 2), st.integers(0, 2), st.sampled_from(["a", "b"])
+    )
+    free = [c for c in COLUMNS.values() if c.name not in IDENTITY]
+    found = []
+    for mode, seed, repeat, workload in draw(st.lists(keys, unique=True, max_size=6)):
+        chosen = draw(st.sets(st.sampled_from(free), max_size=len(free)))
+        one = record(mode, seed, repeat, workload, status=draw(st.sampled_from(list(STATUSES))))
+        one.update({c.name: draw(VALUES[c.kind]) for c in chosen})
+        one.miss(draw(st.sets(st.sampled_from([c.name for c in free]))), draw(st.text(max_size=20)))
+        found.append(one)
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(records=record_lists(), device=st.sampled_from([CPU, GPU, {}]), finish=st.booleans())
+def test_every_run_has_a_report(records, device, finish):
+    with tempfile.TemporaryDirectory() as folder:
+        run = read_run(write_run(Path(folder), finished(records), device=device, finish=finish))
+        report = render(run)
+        assert report.startswith("# mpscale: ")
+        assert "nan" not in result_table(run)
+        assert "<NA>" not in report

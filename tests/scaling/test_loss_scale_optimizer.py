@@ -1,0 +1,216 @@
+"""LossScaleOptimizer around real Keras optimizers, eagerly, in a graph and under XLA."""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import mpscale.scaling
+from mpscale.scaling import DynamicLossScale, LossScaleOptimizer, NoLossScale, StaticLossScale
+
+NOT_INNER = ("Optimizer", "LossScaleOptimizer", "MultiOptimizer")
+SHIPPED = sorted(
+    name
+    for name, value in vars(keras.optimizers).items()
+    if inspect.isclass(value) and issubclass(value, keras.optimizers.Optimizer) and name not in NOT_INNER
+)
+COMPILED = {"eager": None, "graph": False, "xla": True}
+
+
+def small_model():
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(2)])
+
+
+def step_function(model, optimizer, how):
+    """``step(factor)``: one step whose gradients are multiplied by ``factor``."""
+    x = tf.constant(np.arange(20, dtype=np.float32).reshape(5, 4) / 20)
+
+    def step(factor):
+        with tf.GradientTape() as tape:
+            scaled = optimizer.scale_loss(tf.reduce_mean(model(x) ** 2))
+        grads = tape.gradient(scaled, model.trainable_variables)
+        optimizer.apply([g * factor for g in grads], model.trainable_variables)
+
+    compiled = COMPILED[how]
+    function = step if compiled is None else tf.function(step, jit_compile=compiled)
+    return lambda factor: function(tf.constant(factor, tf.float32))
+
+
+def state_of(model, optimizer):
+    return [v.numpy() for v in (*model.variables, *optimizer.inner_optimizer.variables)]
+
+
+def same(before, after):
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("how", COMPILED)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_overflow_step_changes_nothing(name, how):
+    """With everything on that goes round ``assign``: decay, moving average and its overwriting, clipping."""
+    model = small_model()
+    inner = getattr(keras.optimizers, name)(
+        learning_rate=0.01, weight_decay=0.01, clipnorm=1.0, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=2
+    )
+    optimizer = LossScaleOptimizer(inner, DynamicLossScale(initial=8.0))
+    step = step_function(model, optimizer, how)
+    step(1.0)
+    before = state_of(model, optimizer)
+    for overflow in (np.inf, np.nan):
+        step(overflow)
+        assert same(before, state_of(model, optimizer))
+    step(1.0)
+    assert not same(before, state_of(model, optimizer))
+    assert optimizer.counters() == {
+        "attempted": 4,
+        "applied": 2,
+        "skipped": 2,
+        "overflow": 2,
+        "longest_skip_run": 2,
+    }
+    assert float(optimizer.loss_scale_value) == 2.0
+
+
+def test_overflow_step_changes_nothing_for_several_optimizers_in_one():
+    model = small_model()
+    first, second = keras.optimizers.Adam(0.01), keras.optimizers.SGD(0.01, momentum=0.9)
+    last = model.trainable_variables[-1]
+    inner = keras.optimizers.MultiOptimizer(lambda variable: second if variable is last else first)
+    optimizer = LossScaleOptimizer(inner, DynamicLossScale(initial=8.0))
+    step = step_function(model, optimizer, "xla")
+    step(1.0)
+    before = state_of(model, optimizer)
+    step(np.inf)
+    assert same(before, state_of(model, optimizer))
+
+
+@pytest.mark.parametrize("scale", [1.0, 128.0, 3.0, 2.0**24])
+@pytest.mark.parametrize("how", COMPILED)
+def test_scaled_training_equals_unscaled_training(scale, how):
+    """In float32 a scale cancels out: exactly for powers of two, to rounding otherwise."""
+    plain, scaled = small_model(), small_model()
+    bare = keras.optimizers.SGD(0.1, momentum=0.9)
+    step_plain = step_function(plain, LossScaleOptimizer(bare, NoLossScale()), how)
+    step_scaled = step_function(
+        scaled, LossScaleOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), StaticLossScale(scale)), how
+    )
+    for _ in range(5):
+        step_plain(1.0)
+        step_scaled(1.0)
+    for a, b in zip(plain.variables, scaled.variables, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=0 if np.log2(scale) % 1 == 0 else 1e-5, atol=1e-7)
+
+
+def test_without_skipping_an_overflow_reaches_the_weights_and_is_counted():
+    model = small_model()
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), StaticLossScale(8.0, skip_nonfinite=False))
+    step_function(model, optimizer, "xla")(np.inf)
+    assert not np.isfinite(model.trainable_variables[0].numpy()).all()
+    assert optimizer.counters()["overflow"] == 1
+    assert optimizer.counters()["skipped"] == 0
+
+
+def test_clipping_between_unscale_and_apply_does_not_hide_an_overflow():
+    model = small_model()
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), StaticLossScale(8.0))
+    variables = model.trainable_variables
+    optimizer.build(variables)
+    before = state_of(model, optimizer)
+    grads, finite = optimizer.unscale([tf.fill(v.shape, np.inf) for v in variables])
+    clipped = [tf.clip_by_value(g, -1.0, 1.0) for g in grads]
+    assert all(np.isfinite(g).all() for g in clipped)
+    optimizer.apply(clipped, variables, finite=finite)
+    assert same(before, state_of(model, optimizer))
+    assert optimizer.counters()["skipped"] == 1
+
+
+def test_unscale_gives_true_gradients_in_float32():
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), StaticLossScale(1024.0))
+    dense = tf.constant([2.0**-24 * 512, 4.0], tf.float16)
+    sparse = tf.IndexedSlices(tf.constant([[2048.0]]), tf.constant([3]), tf.constant([8, 1]))
+    (a, none, b), finite = optimizer.unscale([dense, None, sparse])
+    assert a.dtype == tf.float32
+    np.testing.assert_array_equal(a, [2.0**-25, 4.0 / 1024])
+    assert none is None
+    np.testing.assert_array_equal(b.values, [[2.0]])
+    assert bool(finite)
+
+
+@pytest.mark.parametrize("where", ["dense", "sparse"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_one_bad_element_anywhere_is_an_overflow(where, value):
+    values = np.ones((50, 2), np.float32)
+    values[17, 1] = value
+    bad = tf.constant(values)
+    if where == "sparse":
+        bad = tf.IndexedSlices(bad, tf.range(50), tf.constant([100, 2]))
+    _, finite = LossScaleOptimizer(keras.optimizers.SGD(0.1)).unscale([tf.ones(3), bad, None])
+    assert not bool(finite)
+
+
+def test_embedding_gradients_are_scaled_and_skipped_like_others():
+    model = keras.Sequential([keras.Input((2,), dtype="int32"), keras.layers.Embedding(10, 3), keras.layers.Dense(1)])
+    optimizer = LossScaleOptimizer(keras.optimizers.Adam(0.1), DynamicLossScale(initial=4.0))
+
+    def step(factor):
+        with tf.GradientTape() as tape:
+            scaled = optimizer.scale_loss(tf.reduce_mean(model(tf.constant([[1, 2], [3, 1]])) ** 2)) * factor
+        optimizer.apply(tape.gradient(scaled, model.trainable_variables), model.trainable_variables)
+
+    step(1.0)
+    before = state_of(model, optimizer)
+    step(np.inf)
+    assert same(before, state_of(model, optimizer))
+    step(1.0)
+    assert not same(before, state_of(model, optimizer))
+
+
+def test_compile_does_not_wrap_it_again_and_fit_trains():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = small_model()
+        optimizer = LossScaleOptimizer(keras.optimizers.Adam(0.01), StaticLossScale(128.0))
+        model.compile(optimizer, "mse", jit_compile=True)
+        assert model.optimizer is optimizer
+        before = [v.numpy() for v in model.variables]
+        model.fit(np.ones((20, 4), np.float32), np.zeros((20, 2), np.float32), batch_size=10, epochs=2, verbose=0)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert not same(before, [v.numpy() for v in model.variables])
+    assert optimizer.counters()["attempted"] == optimizer.counters()["applied"] == 4
+    assert float(optimizer.loss_scale_value) == 128.0
+
+
+def test_saved_model_comes_back_with_scale_and_counters(tmp_path):
+    model = small_model()
+    model.compile(LossScaleOptimizer(keras.optimizers.Adam(0.01), DynamicLossScale(8.0, growth_interval=3)), "mse")
+    model.fit(np.ones((20, 4), np.float32), np.zeros((20, 2), np.float32), batch_size=5, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras").optimizer
+    assert isinstance(loaded, mpscale.scaling.LossScaleOptimizer)
+    assert loaded.loss_scale == model.optimizer.loss_scale
+    assert loaded.counters() == model.optimizer.counters()
+    assert float(loaded.loss_scale_value) == 16.0
+    assert same(model.optimizer.variables, loaded.variables)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LossScaleOptimizer("adam"), TypeError, "must be a Keras optimizer"),
+        (lambda: LossScaleOptimizer(keras.optimizers.SGD(), 128), TypeError, "StaticLossScale"),
+        (lambda: LossScaleOptimizer(keras.optimizers.SGD(loss_scale_factor=8.0)), ValueError, "unscaled twice"),
+        (lambda: LossScaleOptimizer(LossScaleOptimizer(keras.optimizers.SGD())), ValueError, "already"),
+        (
+            lambda: LossScaleOptimizer(keras.optimizers.SGD()).apply([tf.ones(1)]),
+            ValueError,
+            "pass trainable_variables",
+        ),
+    ],
+)
+def test_wrong_use_says_what_to_do(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

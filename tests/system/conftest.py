@@ -1,0 +1,53 @@
+"""Whole runs: pytest in a process of its own, on a suite outside the repository."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import mpscale
+
+HERE = Path(__file__).parent
+
+SUITE = '''
+def test_training(mp_case, benchmark):
+    """What a suite of somebody else's looks like."""
+    mp_case.measure(benchmark)
+'''
+
+
+@pytest.fixture(scope="session")
+def run_suite(tmp_path_factory):
+    """Runs pytest with options on a fresh suite; what it printed, its exit code, and the run it made if any."""
+    # The user's cache is used where it is: generating mnist1d takes longer than a test.
+
+    def run(*options, timeout=240, suite=SUITE):
+        folder = tmp_path_factory.mktemp("suite")
+        (folder / "test_suite.py").write_text(suite)
+        (folder / "pytest.ini").write_text("[pytest]\n")
+        (folder / "suite_workloads.py").write_text((HERE / "suite_workloads.py").read_text())
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
+            cwd=folder,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        runs = sorted((folder / "results" / "runs").glob("*"))
+        return SimpleNamespace(
+            code=done.returncode,
+            output=done.stdout + done.stderr,
+            folder=folder,
+            path=runs[-1] if runs else None,
+            run=mpscale.read_run(runs[-1]) if runs else None,
+        )
+
+    return run
+
+
+QUICK = ("--mp-timing", "0.05")

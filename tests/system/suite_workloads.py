@@ -1,0 +1,106 @@
+"""Workloads for the system tests: small ones, and ones that die in every way a training can."""
+
+import os
+import signal
+import time
+
+import keras
+import numpy as np
+
+import mpscale
+from mpscale.workloads import registry
+
+
+def blobs():
+    """Two classes that a line tells apart."""
+    random = np.random.default_rng(7)
+    labels = np.arange(600) % 2
+    x = (random.normal(size=(600, 4)) + 2.0 * labels[:, None]).astype(np.float32)
+    return mpscale.Data(x[:400], labels[:400], x[400:], labels[400:])
+
+
+def sgd():
+    return keras.optimizers.SGD(0.3)
+
+
+def line():
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, dtype="float32")])
+
+
+def make(name, **options):
+    options = {"data": blobs, "optimizer": sgd, "batch_size": 20, "train_steps": 30, "evaluate_every": 10, **options}
+    return mpscale.workload(name, target=0.8, **options)(line)
+
+
+def once_trained(act):
+    """A metric that acts in the middle of a training, when progress is first looked at."""
+
+    def metric(labels, outputs):
+        act()
+        return 0.0
+
+    return metric
+
+
+def raise_error():
+    raise ValueError("the metric could not be computed")
+
+
+def eat_memory():
+    raise MemoryError("no memory left for the metric")
+
+
+def perceptron():
+    return keras.Sequential(
+        [
+            keras.Input((40,)),
+            keras.layers.Dense(100, activation="relu"),
+            keras.layers.Dense(10, dtype="float32"),
+        ]
+    )
+
+
+def mnist1d():
+    return registry.get("mnist1d-mlp").data()
+
+
+# It learns so slowly that rounding, which two compilers do differently, cannot grow into another trajectory.
+slow = mpscale.workload("slow", data=mnist1d, optimizer=lambda: keras.optimizers.SGD(1e-4), train_steps=160)(perceptron)
+
+fine = make("fine")
+killed = make("killed", metric=once_trained(lambda: os.kill(os.getpid(), signal.SIGKILL)))
+segfault = make("segfault", metric=once_trained(lambda: os.kill(os.getpid(), signal.SIGSEGV)))
+exception = make("exception", metric=once_trained(raise_error))
+hang = make("hang", metric=once_trained(lambda: time.sleep(600)))
+leaves = make("leaves", metric=once_trained(lambda: os._exit(3)))
+memory = make("memory", metric=once_trained(eat_memory))
+
+
+def unseeded_model():
+    weights = np.random.default_rng().normal(size=(4, 2))
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(2, dtype="float32", kernel_initializer=lambda shape, dtype=None: weights.astype(dtype)),
+        ]
+    )
+
+
+unseeded = mpscale.workload("unseeded", data=blobs, optimizer=sgd, batch_size=20, train_steps=30)(unseeded_model)
+
+
+def squared_error(labels, outputs):
+    return float(np.mean((outputs[:, 0] - labels) ** 2))
+
+
+def squared_loss(labels, outputs):
+    return keras.ops.mean((outputs[:, 0] - keras.ops.cast(labels, "float32")) ** 2)
+
+
+regression = make(
+    "regression",
+    loss=squared_loss,
+    metric=squared_error,
+    metric_name="squared_error",
+    metric_higher_is_better=False,
+)

@@ -1,0 +1,176 @@
+"""The main job as its user sees it: files, tables, pytest-benchmark's own options."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mpscale.columns import COLUMNS
+
+FINE = ("--mp-workloads", "suite_workloads:fine", "--mp-modes", "fp32,mixed-dynamic,tf32", "--mp-seeds", "1")
+QUICK = ("--mp-timing", "0.1")
+
+
+@pytest.fixture(scope="module")
+def job(run_suite):
+    return run_suite(
+        *FINE, *QUICK, "--mp-repeats", "1", "--benchmark-only", "--benchmark-json", "out.json",
+        "--benchmark-save", "first", "--benchmark-histogram", "picture", "--benchmark-group-by", "param:mode",
+    )  # fmt: skip
+
+
+def test_it_passes_and_leaves_its_files(job):
+    assert job.code == 0, job.output
+    assert {p.name for p in job.path.iterdir()} >= {
+        "run.json", "journal.jsonl", "cases.csv", "summary.csv", "report.md", "steps",
+    }  # fmt: skip
+
+
+def test_cases_csv_reads_without_arguments_and_has_every_column(job):
+    cases = pd.read_csv(job.path / "cases.csv")
+    assert list(cases.columns) == list(COLUMNS)
+    assert len(cases) == 6
+    assert cases["workload_digest"].dropna().str.startswith("sha256:").all()
+
+
+def test_every_empty_cell_of_a_measured_column_has_a_reason(job):
+    cases = pd.read_csv(job.path / "cases.csv")
+    for _, row in cases.iterrows():
+        reasons = json.loads(row["unavailable"])
+        empty = {c.name for c in COLUMNS.values() if c.measured and pd.isna(row[c.name])}
+        assert set(reasons) == empty
+
+
+def test_seed_trains_and_repeat_only_times(job):
+    cases = job.run.cases.query("mode == 'mixed-dynamic'").set_index("repeat")
+    assert cases.loc[0, "attempted_steps"] == 30
+    assert cases.loc[0, "final_accuracy"] > 0.8
+    assert pd.isna(cases.loc[1, "attempted_steps"])
+    assert cases.loc[1, "unavailable"]["final_accuracy"] == "timing-only process"
+    assert (cases["step_time_ms_median"] > 0).all()
+    assert cases.loc[0, "timed_overflow_steps"] == 0
+
+
+def test_mode_that_the_device_lacks_is_a_row_and_a_skip(job):
+    row = job.run.cases.query("mode == 'tf32'").iloc[0]
+    assert row["status"] == "unsupported"
+    assert "compute capability 8.0" in row["status_reason"]
+    assert "4 passed, 2 skipped" in job.output
+
+
+def test_steps_of_each_training_are_there(job):
+    steps = job.run.steps("suite_workloads-fine--mixed-dynamic--s0--r0")
+    assert list(steps.columns) == ["step", "loss", "loss_scale", "overflow"]
+    assert len(steps) == 30
+    assert steps["loss"].iloc[-1] < steps["loss"].iloc[0]
+    assert set(steps["loss_scale"]) == {2.0**15}
+
+
+def test_run_json_says_where_and_how(job):
+    info = json.loads((job.path / "run.json").read_text())
+    environment = info["environment"]
+    assert environment["runtime"]["tensorflow"] == environment["packages"]["tensorflow"]
+    assert environment["cpu"]["logical_cores"] >= 1
+    assert info["settings"]["timing_s"] == 0.1
+    assert len(info["planned"]) == 6
+
+
+def test_terminal_shows_progress_and_both_tables(job):
+    assert "[1/6] suite_workloads:fine" in job.output
+    assert "[6/6] suite_workloads:fine" in job.output
+    table = job.output[job.output.index("= mpscale =") :]
+    assert "mixed-dynamic" in table
+    assert str(job.path.relative_to(job.folder)) in table
+    assert "benchmark 'mode=mixed-dynamic'" in job.output
+
+
+def test_benchmark_json_speaks_of_training_steps(job):
+    benchmarks = json.loads((job.folder / "out.json").read_text())["benchmarks"]
+    assert len(benchmarks) == 4
+    by_case = {b["extra_info"]["case_id"]: b for b in benchmarks}
+    for _, row in job.run.cases.query("status == 'ok'").iterrows():
+        told = by_case[row["case_id"]]
+        assert told["stats"]["median"] * 1e3 == pytest.approx(row["step_time_ms_median"])
+        assert told["stats"]["rounds"] == row["timed_blocks"]
+    trained = by_case["suite_workloads-fine--mixed-dynamic--s0--r0"]["extra_info"]
+    assert trained["overflow_steps"] == 0
+    assert trained["final_accuracy"] > 0.8
+    assert trained["host_memory_peak_mib"] > 0
+
+
+def test_benchmark_histogram_is_drawn(job):
+    assert list(job.folder.glob("picture*.svg"))
+
+
+def test_benchmark_compare_fail_compares_training_steps(job, run_suite):
+    """A saved run whose times are a hundredth of the truth makes this one a regression, on any machine."""
+    (saved,) = job.folder.glob(".benchmarks/*/*_first.json")
+    stored = json.loads(saved.read_text())
+    for benchmark in stored["benchmarks"]:
+        for name in ("min", "max", "mean", "median"):
+            benchmark["stats"][name] /= 100
+    saved.write_text(json.dumps(stored))
+    done = run_suite(
+        *FINE, *QUICK, "-k", "fp32", "--benchmark-storage", f"file://{job.folder / '.benchmarks'}",
+        "--benchmark-compare", "--benchmark-compare-fail", "median:500%",
+    )  # fmt: skip
+    assert done.code != 0
+    assert "Performance has regressed" in done.output
+    assert done.run.cases["status"].tolist() == ["ok"]
+
+
+def test_benchmark_disable_trains_and_does_not_time(run_suite):
+    done = run_suite(*FINE, "-k", "mixed-dynamic", "--benchmark-disable")
+    assert done.code == 0, done.output
+    case = done.run.cases.iloc[0]
+    assert case["attempted_steps"] == 30
+    assert case["unavailable"]["step_time_ms_median"] == "timing was off"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        pytest.param(["--collect-only", "-q"], 0, "test_training[mnist1d-cnn-mixed-bf16-seed2]", id="dry run"),
+        pytest.param(["--benchmark-skip"], 0, "36 skipped", id="benchmark-skip"),
+        pytest.param(["-k", "nothing"], 5, "36 deselected", id="nothing chosen"),
+        pytest.param(["--mp-modes", "fp32,fp61"], 4, "no mode is called 'fp61'", id="unknown mode"),
+        pytest.param(["--mp-modes", "mixed-dynamc"], 4, "did you mean mixed-dynamic?", id="misspelt mode"),
+        pytest.param(
+            ["--mp-workloads", "mnist"], 4, "the workloads are mnist1d-mlp", id="unknown workload"
+        ),
+        pytest.param(["--mp-workloads", "nowhere:w"], 4, "No module named 'nowhere'", id="unknown module"),
+        pytest.param(["--mp-workloads", "suite_workloads:line"], 4, "not an mpscale.Workload", id="no workload"),
+        pytest.param(["--mp-seeds", "0"], 4, "expected an integer of at least 1", id="no seeds"),
+        pytest.param(["--mp-static-scale", "2**127"], 4, "at most 2**126", id="scale too large"),
+        pytest.param(["--mp-static-scale", "big"], 4, "such as 1024 or 2**24", id="scale that is no number"),
+        pytest.param(["--mp-dynamic-scale", "start=4"], 4, "'start' is none of initial", id="unknown argument"),
+        pytest.param(["--mp-preset", "huge"], 4, "invalid choice: 'huge'", id="unknown preset"),
+    ],
+)
+def test_without_a_case_nothing_is_left_and_wrong_options_say_what_is_right(run_suite, options, code, said):
+    done = run_suite(*options)
+    assert done.code == code, done.output
+    assert said in done.output
+    assert done.path is None
+
+
+def test_options_that_fail_late_are_an_error_of_their_case(run_suite):
+    done = run_suite(*FINE, "-k", "dynamic", "--mp-dynamic-scale", "initial=2**40", "--benchmark-disable")
+    assert done.code == 1
+    assert "not within minimum 1 and maximum" in done.run.cases.iloc[0]["status_reason"]
+
+
+def test_batch_size_and_steps_are_taken_from_the_options(run_suite):
+    done = run_suite(*FINE, "-k", "fp32", "--mp-batch-size", "50", "--mp-steps", "12", *QUICK)
+    case = done.run.cases.iloc[0]
+    assert (case["batch_size"], case["attempted_steps"]) == (50, 12)
+    assert case["examples_per_s"] == pytest.approx(50e3 / case["step_time_ms_median"])
+    assert "batch=50,steps=12" in case["series_key"]
+
+
+def test_mode_without_check_does_not_pretend_to_know(job):
+    row = job.run.cases.query("mode == 'fp32' and repeat == 0").iloc[0]
+    assert pd.isna(row["overflow_steps"])
+    assert row["unavailable"]["overflow_steps"] == "fp32 checks no gradient"
+    assert np.isnan(float(row["loss_scale_final"])) or pd.isna(row["loss_scale_final"])

@@ -1,0 +1,107 @@
+"""The command as a user runs it, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+from runfolder import NAME, finished, record, write_run
+
+from mpscale import __version__
+
+
+def mpscale(*arguments, cwd=None):
+    command = [sys.executable, "-m", "mpscale.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=60)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder in which a run was made."""
+    write_run(tmp_path / "results", finished([record(step_time_ms_median=2.0)]))
+    return tmp_path
+
+
+def test_help_names_the_commands_and_is_quick():
+    best = 9.0
+    for _ in range(3):
+        start = time.perf_counter()
+        done = mpscale("--help")
+        best = min(best, time.perf_counter() - start)
+    assert done.returncode == 0
+    assert "workloads" in done.stdout
+    assert "report" in done.stdout
+    # 0.07 s on an idle machine; TensorFlow or pandas would take far more than the rest.
+    assert best < 0.3
+
+
+def test_version():
+    assert mpscale("--version").stdout == f"mpscale {__version__}\n"
+
+
+def test_workloads_lists_what_can_be_trained_and_the_modes():
+    done = mpscale("workloads")
+    assert done.returncode == 0, done.stderr
+    for name in ("mnist1d-mlp", "article-mlp", "fp32", "mixed-dynamic"):
+        assert f"\n{name} " in f"\n{done.stdout}"
+
+
+@pytest.mark.parametrize("wanted", ["latest", NAME, NAME[:8], f"results/runs/{NAME}"])
+def test_report_rebuilds_the_files_and_says_where_they_are(project, wanted):
+    done = mpscale("report", wanted, cwd=project)
+    assert (done.returncode, done.stderr) == (0, "")
+    paths = [project / line for line in done.stdout.splitlines()]
+    assert [path.name for path in paths] == ["report.md", "summary.csv", "cases.csv"]
+    assert all(path.is_file() for path in paths)
+
+
+def test_report_prints_the_report(project):
+    done = mpscale("report", "latest", "--results", project / "results", "--format", "markdown", "--print")
+    assert done.stdout == (project / "results" / "runs" / NAME / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "COMMAND"),
+        (("measure",), "invalid choice: 'measure'"),
+        (("report",), "RUN"),
+        (("report", "latest", "--format", "pdf"), "invalid choice: 'pdf'"),
+        (("report", "nightly"), f"no run is called 'nightly'; the newest in results are {NAME}"),
+        (("report", "latest", "--results", "elsewhere"), "pytest bench/ --benchmark-only"),
+        (("report", "."), "holds no run.json"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(project, arguments, message):
+    done = mpscale(*arguments, cwd=project)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("mpscale: error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_a_broken_run_is_answered_in_one_line(project):
+    path = project / "results" / "runs" / NAME / "run.json"
+    path.write_text("{")
+    done = mpscale("report", "latest", cwd=project)
+    assert done.returncode == 2
+    assert f"runs/{NAME}/run.json: not readable as JSON" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_answered_in_one_line(project):
+    # A folder in the place of the file: this fails for root as well, which permissions do not.
+    (project / "results" / "runs" / NAME / "report.md").mkdir()
+    done = mpscale("report", "latest", cwd=project)
+    assert done.returncode == 2
+    assert done.stderr.startswith("mpscale: error: ")
+    assert "report.md: Is a directory" in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(project):
+    command = f"{sys.executable} -m mpscale.cli report latest --print | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=project, timeout=60)
+    assert done.stderr == ""
+    assert done.stdout in ("0\n", "141\n")
