@@ -154,6 +154,8 @@ SECTIONS: tuple[Section, ...] = (
             _measured("metric_name", "str", "", "the workload's metric", _NOT_REACHED),
             _measured("metric_value", "float", "", "that metric on the test set after the last step", "it was not finite, or " + _NO_TRAINING),
             _measured("metric_higher_is_better", "bool", "", "its direction", _NOT_REACHED),
+            _measured("metric_target", "float", "", "value of the metric from which on the workload counts as trained", "the workload has none, or the case ended before that"),
+            _measured("metric_margin", "float", "", "how much worse than the baseline still counts as equal, in units of the metric", _NOT_REACHED),
             _measured("test_examples", "int", "examples", "size of the test set", _NOT_REACHED),
             _measured("published_metric_value", "float", "", "the metric on the test set that the publication of the data uses, where that is another (mnist1d: its 1,000 examples)", "there is no such set, or " + _NO_TRAINING),
         ),

@@ -20,6 +20,7 @@ from mpscale import pytest_options as options
 from mpscale.modes import MODES
 
 if TYPE_CHECKING:
+    from mpscale.analysis.runs import Run
     from mpscale.harness.case import Case
     from mpscale.harness.run import BenchmarkRun
     from mpscale.harness.supervisor import Outcome
@@ -132,6 +133,7 @@ class _Session:
         self._device: Device | None = None
         self._nvml: Any = None
         self._live_line = False
+        self._finished: Run | None = None
 
     def parameters(self) -> list[Any]:
         """One pytest.param a case, in the order in which they run."""
@@ -187,21 +189,24 @@ class _Session:
         if self._run.path is not None:
             from mpscale.report.build import rebuild
 
-            rebuild(self._run.path)
+            try:
+                self._finished = rebuild(self._run.path)
+            except Exception as error:
+                # The journal is whole whatever a report stumbles over, and the tests are done.
+                self._write(f"mpscale: no report could be made of {self._run.path}: {error}\n")
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Mpscale's table, below pytest-benchmark's."""
-        if self._run is None or self._run.path is None:
+        if self._finished is None:
             return
-        from mpscale.analysis.runs import read_run
         from mpscale.report.tables import result_table
 
-        path = self._run.path
+        path = self._finished.path
         with contextlib.suppress(ValueError):
             path = path.relative_to(Path.cwd())
         terminalreporter.section("mpscale")
-        terminalreporter.write_line(result_table(read_run(path)))
+        terminalreporter.write_line(result_table(self._finished))
         terminalreporter.write_line(f"\nrun: {path}\nreport: {path / 'report.md'}")
 
     def _plan(self) -> None:

@@ -91,7 +91,7 @@ def summarise(cases: pd.DataFrame) -> pd.DataFrame:
             row |= _memory(measured[mode], measured.get("fp32", []))
             row |= _training(measured[mode])
             row |= _metric(measured[mode], measured.get("fp32", []))
-            row |= _target(measured[mode], members)
+            row |= _target(measured[mode])
             rows.append(row)
     columns = {name: pd.Series([row.get(name) for row in rows], dtype=dtype) for name, dtype in SUMMARY_DTYPES.items()}
     return pd.DataFrame(columns)
@@ -205,9 +205,9 @@ def _metric(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
     }
 
 
-def _target(group: Sequence[Row], workload: Iterable[Row]) -> Row:
-    # A record does not tell "not reached" from "has no target"; but where one case reached it, there is one.
-    if not _known(workload, "steps_to_target"):
+def _target(group: Sequence[Row]) -> Row:
+    trained = [case for case in group if case["repeat"] == 0]
+    if not _known(trained, "metric_target"):
         return {}
-    reached = _known([case for case in group if case["repeat"] == 0], "steps_to_target")
+    reached = _known(trained, "steps_to_target")
     return {"target_reached": len(reached), "steps_to_target": _over(statistics.median, reached)}

@@ -75,10 +75,10 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     else:
         step.read_log()
     if settings.timing_s > 0:
-        warm_up(step)
+        about_s = warm_up(step)
         channel.phase("warm")
         channel.phase("timing-start")
-        timing = time_steps(step, settings.timing_s, settings.timing_blocks)
+        timing = time_steps(step, about_s, settings.timing_s, settings.timing_blocks)
         channel.phase("timing-end")
         channel.values(timing.values(batch))
         channel.blocks(timing.step_s.tolist())
@@ -143,9 +143,13 @@ def _describe(
             "parameters": parameters,
             "metric_name": workload.metric_name,
             "metric_higher_is_better": workload.metric_higher_is_better,
+            "metric_target": workload.target,
+            "metric_margin": workload.margin,
             "test_examples": len(data.test_x),
         }
     )
+    if workload.target is None:
+        channel.miss(["metric_target"], "the workload has no target")
 
 
 def _train(

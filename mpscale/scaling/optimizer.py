@@ -12,6 +12,9 @@ from mpscale.scaling.finite import all_finite
 from mpscale.scaling.ledger import Ledger
 from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, state_dtype
 
+# Nothing here has control flow that depends on a tensor, and rewriting it all would add a second to every trace.
+_as_written = tf.autograph.experimental.do_not_convert
+
 
 @keras.saving.register_keras_serializable(package="mpscale")
 class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
@@ -85,12 +88,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self.inner_optimizer.build(var_list)
         keras.optimizers.Optimizer.build(self, var_list)
 
+    @_as_written
     def scale_loss(self, loss: Any) -> Any:
         """``loss`` times the loss scale, in float32: a float16 loss would overflow by being scaled."""
         if not self.loss_scale.checks_finite:
             return loss
         return tf.cast(loss, tf.float32) * self.loss_scale_value
 
+    @_as_written
     def unscale(self, scaled_grads: Iterable[Any]) -> tuple[list[Any], tf.Tensor]:
         """The true gradients, and whether all of them are finite.
 
@@ -107,6 +112,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         grads = [_divided(grad, scale) for grad in grads]
         return grads, all_finite(grads)
 
+    @_as_written
     def apply(
         self,
         grads: Iterable[Any],
@@ -137,7 +143,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 )
             with tf.init_scope():
                 self.build(list(trainable_variables))
-            self.built = True
         if finite is None:
             grads, finite = self.unscale(grads)
         finite = tf.convert_to_tensor(finite)

@@ -16,9 +16,10 @@ from mpscale.training.step import LOG_CAPACITY, TrainStep
 DISPATCH_BOUND = 0.5
 """Share of dispatch above which a step time says more about Python and TensorFlow than about the device."""
 
-_WARM_UP_S = 0.3
-_WARM_UP_STEPS = 20
-_DISPATCH_BLOCKS = 11
+_WARM_UP_S = 0.4
+_WARM_UP_BLOCK = 10
+_DISPATCH_BLOCKS = 7
+_DISPATCH_CALLS = 40
 
 
 @dataclass(frozen=True)
@@ -65,29 +66,39 @@ class Timing:
         return values
 
 
-def warm_up(step: TrainStep) -> None:
-    """Takes steps until caches and clocks have settled; returns when the device is done."""
+def warm_up(step: TrainStep) -> float:
+    """Takes steps until caches and clocks have settled; returns when the device is done.
+
+    Returns:
+        About how many seconds a step takes: the median over the second half of the steps taken.
+    """
     end = time.perf_counter() + _WARM_UP_S
-    taken = 0
-    while taken < _WARM_UP_STEPS or time.perf_counter() < end:
-        step()
-        taken += 1
-        if taken % _WARM_UP_STEPS == 0:
-            step.read_log()
-    step.read_log()
+    times: list[float] = []
+    while len(times) < 2 or time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(_WARM_UP_BLOCK):
+            step()
+        step.read_log()
+        times.append((time.perf_counter() - start) / _WARM_UP_BLOCK)
+    return float(np.median(times[len(times) // 2 :]))
 
 
-def time_steps(step: TrainStep, seconds: float, min_blocks: int) -> Timing:
+def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int) -> Timing:
     """Times steps for ``seconds`` and at least ``min_blocks`` blocks.
+
+    Args:
+        step: the train step, warm.
+        about_s: about how many seconds it takes, as :func:`warm_up` says.
+        seconds: how long to time.
+        min_blocks: fewest blocks.
 
     Blocks are as long as ``seconds / min_blocks`` where steps are quick, and one step where they are slow. The log
     is read at the end of each block, inside it: reading is what synchronises.
     """
-    per_block = _steps_per_block(step, seconds / min_blocks)
+    per_block = int(np.clip(round(seconds / min_blocks / about_s), 1, LOG_CAPACITY))
     blocks: list[float] = []
     flags: list[npt.NDArray[np.float32]] = []
     collecting = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         end = time.perf_counter() + seconds
@@ -98,7 +109,7 @@ def time_steps(step: TrainStep, seconds: float, min_blocks: int) -> Timing:
             log = step.read_log()
             blocks.append((time.perf_counter_ns() - start) / 1e9)
             flags.append(log[:, 2])
-        empty = _empty_call_s(step, per_block)
+        empty = _empty_call_s(step)
     finally:
         if collecting:
             gc.enable()
@@ -107,28 +118,15 @@ def time_steps(step: TrainStep, seconds: float, min_blocks: int) -> Timing:
     return Timing(np.array(blocks), per_block, int(np.sum(overflow == 1.0)) if known else None, empty)
 
 
-def _steps_per_block(step: TrainStep, block_s: float) -> int:
-    """How many steps take ``block_s``, by the quickest of a few short blocks."""
-    quickest = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(5):
-            step()
-        step.read_log()
-        quickest = min(quickest, (time.perf_counter() - start) / 5)
-    return int(np.clip(round(block_s / quickest), 1, LOG_CAPACITY))
-
-
-def _empty_call_s(step: TrainStep, calls: int) -> float:
-    """Seconds of an empty call, the median over blocks; at least 50 calls a block."""
-    calls = max(calls, 50)
+def _empty_call_s(step: TrainStep) -> float:
+    """Seconds of an empty call, the median over blocks of calls."""
     step.empty()
     step.synchronise()
     times = []
     for _ in range(_DISPATCH_BLOCKS):
         start = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(_DISPATCH_CALLS):
             step.empty()
         step.synchronise()
-        times.append((time.perf_counter() - start) / calls)
+        times.append((time.perf_counter() - start) / _DISPATCH_CALLS)
     return float(np.median(times))

@@ -1,10 +1,12 @@
-"""Workloads for the system tests: small ones, and ones that die in every way a training can."""
+"""Workloads for the system tests: small ones, and ones that die in every way a training can.
+
+Keras is imported where it is used: pytest, which only needs the names, then starts without TensorFlow.
+"""
 
 import os
 import signal
 import time
 
-import keras
 import numpy as np
 
 import mpscale
@@ -20,10 +22,14 @@ def blobs():
 
 
 def sgd():
+    import keras
+
     return keras.optimizers.SGD(0.3)
 
 
 def line():
+    import keras
+
     return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, dtype="float32")])
 
 
@@ -51,6 +57,8 @@ def eat_memory():
 
 
 def perceptron():
+    import keras
+
     return keras.Sequential(
         [
             keras.Input((40,)),
@@ -60,12 +68,18 @@ def perceptron():
     )
 
 
+def crawl():
+    import keras
+
+    return keras.optimizers.SGD(1e-4)
+
+
 def mnist1d():
     return registry.get("mnist1d-mlp").data()
 
 
 # It learns so slowly that rounding, which two compilers do differently, cannot grow into another trajectory.
-slow = mpscale.workload("slow", data=mnist1d, optimizer=lambda: keras.optimizers.SGD(1e-4), train_steps=160)(perceptron)
+slow = mpscale.workload("slow", data=mnist1d, optimizer=crawl, train_steps=160)(perceptron)
 
 fine = make("fine")
 killed = make("killed", metric=once_trained(lambda: os.kill(os.getpid(), signal.SIGKILL)))
@@ -77,6 +91,8 @@ memory = make("memory", metric=once_trained(eat_memory))
 
 
 def unseeded_model():
+    import keras
+
     weights = np.random.default_rng().normal(size=(4, 2))
     return keras.Sequential(
         [
@@ -94,6 +110,8 @@ def squared_error(labels, outputs):
 
 
 def squared_loss(labels, outputs):
+    import keras
+
     return keras.ops.mean((outputs[:, 0] - keras.ops.cast(labels, "float32")) ** 2)
 
 

@@ -136,9 +136,7 @@ def test_benchmark_disable_trains_and_does_not_time(run_suite):
         pytest.param(["-k", "nothing"], 5, "36 deselected", id="nothing chosen"),
         pytest.param(["--mp-modes", "fp32,fp61"], 4, "no mode is called 'fp61'", id="unknown mode"),
         pytest.param(["--mp-modes", "mixed-dynamc"], 4, "did you mean mixed-dynamic?", id="misspelt mode"),
-        pytest.param(
-            ["--mp-workloads", "mnist"], 4, "the workloads are mnist1d-mlp", id="unknown workload"
-        ),
+        pytest.param(["--mp-workloads", "mnist"], 4, "the workloads are mnist1d-mlp", id="unknown workload"),
         pytest.param(["--mp-workloads", "nowhere:w"], 4, "No module named 'nowhere'", id="unknown module"),
         pytest.param(["--mp-workloads", "suite_workloads:line"], 4, "not an mpscale.Workload", id="no workload"),
         pytest.param(["--mp-seeds", "0"], 4, "expected an integer of at least 1", id="no seeds"),
