@@ -86,7 +86,8 @@ def _overview(run: Run, rows: list[Row]) -> str:
     sentences = [f"{_and(workloads)} {'was' if len(workloads) == 1 else 'were'} run in {_and(modes)}{where}."]
     sentences.append("Every case ended well." if ok == cases else f"{cases - ok} of {cases} cases did not end well.")
     if run.not_started:
-        sentences.append(f"{len(run.not_started)} planned cases were not started.")
+        left = len(run.not_started)
+        sentences.append(f"{left} planned case{' was' if left == 1 else 's were'} not started.")
     if not run.finished:
         sentences.append("The run was stopped or is still going on: this is what there is so far.")
     if kind == "cpu":

@@ -133,9 +133,9 @@ def test_unknown_is_empty_and_never_0():
     assert {name for name in unknown if row[name] is not None} == set()
 
 
-def test_a_target_that_any_case_reached_was_missed_by_those_that_did_not():
-    reached = record(steps_to_target=300), record(seed=1, steps_to_target=500), record(seed=2)
-    found = rows_of(*reached, record("mixed-unscaled"), record("fp32", workload="other"))
+def test_a_workload_with_a_target_says_how_many_seeds_reached_it():
+    reached = [record(seed=seed, metric_target=0.9, steps_to_target=s) for seed, s in enumerate([300, 500, None])]
+    found = rows_of(*reached, record("mixed-unscaled", metric_target=0.9), record("fp32", workload="other"))
     assert (found["toy", "fp32"]["target_reached"], found["toy", "fp32"]["steps_to_target"]) == (2, 400.0)
     assert (found["toy", "mixed-unscaled"]["target_reached"], found["toy", "mixed-unscaled"]["steps_to_target"]) == (
         0,

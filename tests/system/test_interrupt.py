@@ -1,0 +1,92 @@
+"""A run that is stopped keeps what it had, and leaves no process behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mpscale
+
+WORKLOADS = "suite_workloads:fine,suite_workloads:hang,suite_workloads:regression"
+
+
+def start(folder, *options):
+    folder.mkdir()
+    (folder / "test_suite.py").write_text("def test_training(mp_case, benchmark):\n    mp_case.measure(benchmark)\n")
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    source = Path(__file__).with_name("suite_workloads.py").read_text()
+    (folder / "suite_workloads.py").write_text(source)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--mp-workloads", WORKLOADS]
+    return subprocess.Popen(
+        [*command, "--mp-modes", "fp32", "--mp-seeds", "1", "--mp-timing", "0.05", *options],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, what, seconds=90):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"waited {seconds} s for {what}")
+
+
+def hanging_case(folder):
+    """The run's folder once its second case has hung itself in the middle of its training."""
+    for journal in folder.glob("results/runs/*/journal.jsonl"):
+        if '"case_started"' in journal.read_text() and "hang" in journal.read_text().splitlines()[-1]:
+            time.sleep(3)
+            return journal.parent
+    return None
+
+
+def workers(folder):
+    """Processes of mpscale that run in ``folder``."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            here = (process / "cwd").readlink() == folder
+            alive = "Z" not in (process / "stat").read_text().rpartition(")")[2].split()[0]
+            if here and alive and b"mpscale.harness.worker" in (process / "cmdline").read_bytes():
+                found.append(process.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("method", ["fork", "fresh"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, how, method):
+    folder = tmp_path / "suite"
+    run = start(folder, "--mp-start-method", method)
+    try:
+        path = wait_for(lambda: hanging_case(folder), "the second case")
+        assert workers(folder)
+        os.kill(run.pid, how)
+        output, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    wait_for(lambda: not workers(folder), "the workers to end", 20)
+
+    subprocess.run([sys.executable, "-m", "mpscale.cli", "report", str(path)], check=True, capture_output=True)
+    first, second = mpscale.read_run(path).records
+    assert (first["status"], second["status"]) == ("ok", "interrupted")
+    assert first["step_time_ms_median"] > 0
+    assert "suite_workloads:regression" not in (path / "cases.csv").read_text()
+    assert "1 planned case was not started" in (path / "report.md").read_text()
+    events = [json.loads(line)["event"] for line in (path / "journal.jsonl").read_text().splitlines()]
+    assert events.count("run_finished") == (1 if how == signal.SIGINT else 0)
+    if how == signal.SIGINT:
+        assert "KeyboardInterrupt" in output
+        assert "= mpscale =" in output

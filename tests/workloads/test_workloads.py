@@ -1,0 +1,174 @@
+"""What is trained on, and how a workload is found."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import mpscale
+from mpscale.workloads import cache, registry
+from mpscale.workloads.workload import accuracy
+
+
+@pytest.fixture(scope="module")
+def mnist1d():
+    return registry.get("mnist1d-mlp").data()
+
+
+def test_mnist1d_is_the_published_set(mnist1d):
+    """Number for number what the package itself makes, and its split."""
+    from mnist1d.data import make_dataset
+
+    published = make_dataset()
+    np.testing.assert_array_equal(mnist1d.train_x, published["x"].astype(np.float32))
+    np.testing.assert_array_equal(mnist1d.train_y, published["y"])
+    np.testing.assert_array_equal(mnist1d.published_x, published["x_test"].astype(np.float32))
+    np.testing.assert_array_equal(mnist1d.published_y, published["y_test"])
+
+
+def test_mnist1d_test_set_is_larger_new_and_alike(mnist1d):
+    assert mnist1d.test_x.shape == (10_000, 40)
+    assert np.bincount(mnist1d.test_y).tolist() == [1000] * 10
+    seen = {row.tobytes() for row in np.concatenate([mnist1d.train_x, mnist1d.published_x])}
+    assert not any(row.tobytes() in seen for row in mnist1d.test_x)
+    assert mnist1d.test_x.mean() == pytest.approx(0.0, abs=0.02)
+    assert mnist1d.test_x.std() == pytest.approx(1.0, abs=0.02)
+
+
+def test_article_digits_are_real_digits_at_28_by_28():
+    from sklearn.datasets import load_digits
+
+    data = registry.get("article-mlp").data()
+    assert data.train_x.shape == (1297, 784)
+    assert data.test_x.shape == (500, 784)
+    assert 0.0 <= data.train_x.min() < data.train_x.max() <= 1.0
+    # Scaling up keeps the corners of an image, so each can be found again among the originals.
+    corners = {tuple(np.round(i[[0, 0, -1, -1], [0, -1, 0, -1]] / 16, 5)) for i in load_digits().images}
+    images = data.test_x.reshape(-1, 28, 28)
+    assert all(tuple(np.round(i[[0, 0, -1, -1], [0, -1, 0, -1]].astype(float), 5)) in corners for i in images)
+
+
+@pytest.mark.parametrize("name", list(registry.available()))
+def test_data_is_the_same_at_every_load(name):
+    workload = registry.get(name)
+    assert workload.data().digest() == workload.data().digest()
+
+
+def test_data_does_not_depend_on_the_cache(tmp_path, monkeypatch, mnist1d):
+    monkeypatch.setenv("MPSCALE_CACHE", str(tmp_path))
+    assert registry.get("article-mlp").data().digest() == registry.get("article-mlp").data().digest()
+    assert [p.name for p in tmp_path.iterdir()] == ["digits28-v1.npz"]
+    (tmp_path / "digits28-v1.npz").write_bytes(b"PK broken")
+    first = registry.get("article-mlp").data().digest()
+    monkeypatch.setenv("MPSCALE_CACHE", "/proc/nowhere")
+    assert registry.get("article-mlp").data().digest() == first
+
+
+def test_loading_leaves_the_global_generator_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPSCALE_CACHE", str(tmp_path))
+    from mpscale.workloads.mnist1d import _raw
+
+    np.random.seed(1)
+    expected = np.random.rand()
+    np.random.seed(1)
+    _raw(20, seed=5)
+    assert np.random.rand() == expected
+
+
+def test_cache_directory_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("MPSCALE_CACHE", "/a")
+    assert str(cache.directory()) == "/a"
+    monkeypatch.delenv("MPSCALE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert str(cache.directory()) == "/b/mpscale"
+
+
+@pytest.mark.parametrize(
+    ("logits", "share"),
+    [
+        ([[0.0, 1.0], [1.0, 0.0]], 1.0),
+        ([[1.0, 0.0], [1.0, 0.0]], 0.5),
+        ([[np.nan, 1.0], [1.0, np.nan]], 0.0),
+        ([[np.nan, np.nan], [np.nan, np.nan]], 0.0),
+    ],
+)
+def test_accuracy_never_credits_a_nan(logits, share):
+    assert accuracy(np.array([1, 0]), np.array(logits)) == share
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mnist1d-cn", "did you mean mnist1d-cnn"),
+        ("zzz", "the workloads are mnist1d-mlp"),
+        ("no_such_module:w", "No module named"),
+        ("mpscale.workloads.mnist1d:NOPE", "has no attribute"),
+        ("mpscale.workloads.mnist1d:load", "is a function, not an mpscale.Workload"),
+    ],
+)
+def test_unknown_names_say_what_there_is(name, message):
+    with pytest.raises(registry.UnknownWorkload, match=message):
+        registry.get(name)
+
+
+def test_workload_is_found_by_module_and_attribute():
+    assert registry.get("mpscale.workloads.mnist1d:CNN") is registry.get("mnist1d-cnn")
+
+
+def test_decorator_makes_a_workload():
+    @mpscale.workload("mine", data=lambda: None, optimizer=lambda: None, batch_size=7)
+    def mine():
+        """What mine is.
+
+        And more of it.
+        """
+
+    assert (mine.name, mine.summary, mine.batch_size) == ("mine", "What mine is.", 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "a--b"}, "single dashes"),
+        ({"name": "a/b"}, "letters, digits"),
+        ({"name": ""}, "letters, digits"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"train_steps": 0}, "train_steps must be at least 1"),
+    ],
+)
+def test_workload_that_cannot_be_is_refused(options, message):
+    fields = {"name": "x", "summary": "", "model": None, "data": None, "optimizer": None, **options}
+    with pytest.raises(ValueError, match=message):
+        mpscale.Workload(**fields)
+
+
+@pytest.mark.parametrize(
+    ("higher", "value", "reached"),
+    [(True, 0.9, True), (True, 0.89, False), (False, 0.9, True), (False, 0.91, False)],
+)
+def test_target_is_reached_in_the_metrics_own_direction(higher, value, reached):
+    workload = mpscale.Workload("x", "", None, None, None, target=0.9, metric_higher_is_better=higher)
+    assert workload.reached(value) is reached
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"train_y": np.zeros(3)},
+        {"test_y": np.zeros(0)},
+        {"published_x": np.zeros((2, 1))},
+        {"train_x": np.zeros((0, 1)), "train_y": np.zeros(0)},
+    ],
+)
+def test_data_that_does_not_fit_is_refused(arrays):
+    fields = {"train_x": np.zeros((2, 1)), "train_y": np.zeros(2), "test_x": np.zeros((2, 1)), "test_y": np.zeros(2)}
+    with pytest.raises(ValueError, match="same number of examples"):
+        mpscale.Data(**{**fields, **arrays})
+
+
+def test_names_are_listed_without_tensorflow():
+    code = (
+        "import sys; from mpscale.workloads import registry; registry.available(); print('tensorflow' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
