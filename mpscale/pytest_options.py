@@ -71,7 +71,7 @@ def add_options(parser: pytest.Parser) -> None:
         "--mp-jit",
         choices=("auto", "on", "off"),
         default="auto",
-        help="compile train steps with XLA; auto is on, since float16 on a CPU is some hundred times slower without",
+        help="compile train steps with XLA; auto is on, since float16 on a CPU can be many times slower without",
     )
     add(
         "--mp-start-method",

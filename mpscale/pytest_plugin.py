@@ -133,6 +133,7 @@ class _Session:
         self._device: Device | None = None
         self._nvml: Any = None
         self._live_line = False
+        self._problem: str | None = None
         self._finished: Run | None = None
 
     def parameters(self) -> list[Any]:
@@ -168,11 +169,16 @@ class _Session:
         """Notes what is left after -k, -m and the like, which is what progress counts."""
         chosen = [item for item in session.items if item.get_closest_marker("mpscale")]
         self._selected = [self.cases[tuple(item.callspec.params[name] for name in _PARAMETERS)] for item in chosen]  # type: ignore[attr-defined]
-        parallel = self._config.getoption("numprocesses", None) or hasattr(self._config, "workerinput")
-        if chosen and parallel:
-            raise pytest.UsageError(
+        if chosen and (self._config.getoption("numprocesses", None) or hasattr(self._config, "workerinput")):
+            self._problem = (
                 "mpscale times training steps, and cases side by side would disturb each other: run without -n"
             )
+        on_gpu = self._device is not None and self._device.kind == "gpu"
+        if on_gpu and self._config.getoption("mp_start_method") == "fork":
+            self._problem = "--mp-start-method fork does not work on a GPU; use fresh or auto"
+        if self._problem is not None:
+            # Raised here and not where it is found: pytest reports it as wrong use only outside collectors.
+            raise pytest.UsageError(self._problem)
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """Leaves out pytest's dot: the case's own line says more."""
@@ -222,7 +228,8 @@ class _Session:
         try:
             self._device = find_device(self._nvml, os.environ)
         except ValueError as error:
-            raise pytest.UsageError(str(error)) from error
+            self._problem = str(error)
+            return
         modes = options.named_modes(config) if config.getoption("mp_modes") else default_modes(self._device)
         cases = plan(
             options.workloads(config),
@@ -244,8 +251,6 @@ class _Session:
             start_method = config.getoption("mp_start_method")
             if start_method == "auto":
                 start_method = "fresh" if device.kind == "gpu" else "fork"
-            if start_method == "fork" and device.kind == "gpu":
-                raise pytest.UsageError("--mp-start-method fork does not work on a GPU; use fresh or auto")
             how = Options(
                 results=config.getoption("mp_results") or config.rootpath / "results",
                 project=config.rootpath,

@@ -125,6 +125,11 @@ def _over(function: Callable[[list[Any]], Any], values: list[Any]) -> Any:
     return function(values) if values else None
 
 
+def mostly(flags: Sequence[bool]) -> bool:
+    """Whether more than half are set: a single process that was disturbed says nothing of the mode."""
+    return 2 * sum(flags) > len(flags)
+
+
 def _first(rows: Iterable[Row], name: str) -> Any:
     return next(iter(_known(rows, name)), None)
 
@@ -161,7 +166,7 @@ def _times(mode: str, measured: dict[str, list[Row]]) -> Row:
             speedup = paired_ratio(baseline, own) if baseline.keys() & own.keys() else None
         row |= _columns(f"speedup_{name}", speedup)
     row["dispatch_share"] = _over(statistics.median, _known(measured[mode], "dispatch_share"))
-    row["dispatch_bound"] = _over(any, _known(measured[mode], "dispatch_bound"))
+    row["dispatch_bound"] = _over(mostly, _known(measured[mode], "dispatch_bound"))
     return row
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import MEASURED, plain_rows
+from mpscale.analysis.summary import MEASURED, mostly, plain_rows
 from mpscale.modes import MODES
 from mpscale.records import Record
 from mpscale.report import cells
@@ -86,7 +86,7 @@ def timing(run: Run) -> str:
     for workload, mode, records in _measured(run):
         if not any(_values(records, name) for name in ("step_time_ms_median", "first_step_s", "trace_time_s")):
             continue
-        is_bound = any(_values(records, "dispatch_bound"))
+        is_bound = mostly(_values(records, "dispatch_bound"))
         bound = bound or is_bound
         rows.append(
             [workload, mode, cells.count(len(_values(records, "step_time_ms_median")))]

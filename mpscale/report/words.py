@@ -42,7 +42,7 @@ def how_to_read(run: Run) -> str:
     if device_kind(run) == "cpu":
         notes += [
             "This run is from a CPU. There float16 is emulated, by conversions that XLA compiles; without XLA it is "
-            "some hundred times slower still. Step times of float16 modes here say nothing about the speed-up on "
+            "slower still, on some CPUs many times. Step times of float16 modes here say nothing about the speed-up on "
             "a GPU.",
             "The same goes for bfloat16: XLA on a CPU can make it several times slower than float32, whatever a GPU "
             "does with it.",

@@ -157,3 +157,12 @@ def test_the_csv_holds_the_columns_and_leaves_unknown_empty(tmp_path):
     assert list(found.columns) == list(SUMMARY_DTYPES)
     assert found.loc[0, "step_time_ms"] == 2.5
     assert pd.isna(found.loc[0, "overflow_steps"])
+
+
+def test_one_disturbed_process_does_not_make_a_mode_dispatch_bound():
+    bound = [
+        record(seed=seed, dispatch_share=share, dispatch_bound=share > 0.5)
+        for seed, share in enumerate([0.2, 0.3, 0.9])
+    ]
+    row = row_of("fp32", *bound)
+    assert (row["dispatch_share"], row["dispatch_bound"]) == (0.3, False)
