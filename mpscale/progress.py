@@ -58,14 +58,15 @@ class Progress:
         if not self._live:
             return
         if event == "phase":
-            self._phase = _PHASES[fields["phase"]]
+            self._phase = _PHASES.get(fields["phase"], fields["phase"])
             self._show(f"{self._head(case)}: {self._phase}{self._left()}")
         elif event == "progress":
             self._show(f"{self._head(case)}: {self._phase} {fields['done']}/{fields['total']}{self._left()}")
 
     def finished(self, case: Case, record: Record) -> None:
         """A case has ended."""
-        seconds = self._clock() - self._started
+        # The case's own time where there is one: the first case also waits for TensorFlow to be imported.
+        seconds = record["case_wall_time_s"] or self._clock() - self._started
         head = self._head(case)
         self._done += 1
         self._remaining[case.workload] -= 1

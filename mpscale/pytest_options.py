@@ -170,7 +170,7 @@ def _number(text: str) -> float:
     power = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:\*\*|\^)\s*(-?\d+)\s*", text)
     try:
         return float(power[1]) ** int(power[2]) if power else float(text)
-    except (ValueError, OverflowError):
+    except (ValueError, ArithmeticError):
         raise argparse.ArgumentTypeError(f"expected a number such as 1024 or 2**24, not {text!r}") from None
 
 
@@ -195,8 +195,8 @@ def _dynamic_scale(text: str) -> dict[str, float]:
         key = key.strip()
         if key not in DYNAMIC_KEYS:
             raise argparse.ArgumentTypeError(f"{key!r} is none of {', '.join(DYNAMIC_KEYS)}")
-        number = _number(value)
-        if DYNAMIC_KEYS[key] is int and number != int(number):
+        number = _positive(value)
+        if DYNAMIC_KEYS[key] is int and not number.is_integer():
             raise argparse.ArgumentTypeError(f"{key} has to be an integer, not {value!r}")
         found[key] = DYNAMIC_KEYS[key](number)
     return found

@@ -73,6 +73,11 @@ class Record:
         return cls(values, row.get("unavailable"))
 
 
+def _one_kind_of_line_end(value: Any) -> Any:
+    """Python's csv leaves a lone carriage return, as progress bars write it, unquoted: readers end the row there."""
+    return value.replace("\r\n", "\n").replace("\r", "\n") if isinstance(value, str) else value
+
+
 def _check_name(name: str) -> None:
     if name not in COLUMNS:
         raise KeyError(f"{name!r} is no column of a case; docs/metrics.md lists them")
@@ -84,7 +89,7 @@ def to_csv(records: Iterable[Record]) -> str:
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     for record in records:
-        row = record.to_json()
+        row = {name: _one_kind_of_line_end(value) for name, value in record.to_json().items()}
         if "unavailable" in row:
             row["unavailable"] = json.dumps(row["unavailable"], ensure_ascii=False)
         writer.writerow(row)

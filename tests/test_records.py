@@ -59,6 +59,14 @@ def test_json_and_csv_keep_everything():
     assert json.loads(row["unavailable"]) == {"final_accuracy": 'because of "x", and é'}
 
 
+def test_csv_stays_whole_whatever_is_in_a_text():
+    tail = '50%\r100%\r\nend, "quoted"'
+    text = to_csv([Record({"case_id": "a", "output_tail": tail}), Record({"case_id": "b"})])
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert [row["case_id"] for row in rows] == ["a", "b"]
+    assert rows[0]["output_tail"] == '50%\n100%\nend, "quoted"'
+
+
 @pytest.mark.parametrize("mode", ["fp32", "mixed-dynamic", "article"])
 @pytest.mark.parametrize("repeat", [0, 1])
 @pytest.mark.parametrize("status", ["ok", "crashed", "unsupported"])

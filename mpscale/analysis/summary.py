@@ -66,10 +66,12 @@ def summarise(cases: pd.DataFrame) -> pd.DataFrame:
     """One row per workload, in order of first appearance, and mode, in the order of :data:`mpscale.modes.MODES`.
 
     Times are in ms, memory in MiB. ``step_time_ms`` is the geometric mean of the processes' medians with its 95 %
-    interval; a speed-up is the baseline's time over the mode's, paired by (seed, repeat). ``metric_difference`` is
-    the mean over seeds of the mode's metric less fp32's. Memory is the largest of any process, counts are sums and
-    ``loss_scale_final``, ``steps_to_target`` and ``dispatch_share`` medians over the cases that know them.
-    ``headline_baseline`` is the mode that a user would have had by default: tf32 where it was timed, else fp32.
+    interval; a speed-up is the baseline's time over the mode's, paired by (seed, repeat), of cases that ended well.
+    ``metric_difference`` is the mean over seeds of the mode's metric less fp32's. Memory is the largest of any
+    process, counts are sums and ``loss_scale_final``, ``steps_to_target`` and ``dispatch_share`` medians over the
+    cases that know them. ``headline_baseline`` is the mode that a user would have had by default: tf32 where it
+    was timed, else fp32.
+
     Only cases with a status of :data:`MEASURED` count, apart from ``cases``, ``ok`` and ``statuses``.
 
     Args:
@@ -156,14 +158,16 @@ def _by_process(rows: Iterable[Row]) -> dict[Key, float]:
 def _times(mode: str, measured: dict[str, list[Row]]) -> Row:
     times = {name: _by_process(group) for name, group in measured.items()}
     own = times[mode]
+    # A training that diverged or skipped its steps has a step time, but no speed worth having.
+    own_ok = _by_process(case for case in measured[mode] if case["status"] == "ok")
     row: Row = {"processes": len(own), "headline_baseline": "tf32" if times.get("tf32") else "fp32"}
     row |= _columns("step_time_ms", geometric_interval(own.values()) if own else None)
     for name in ("fp32", "tf32"):
         baseline = times.get(name, {})
-        if mode == name and own:
-            speedup: Interval | None = Interval(1.0, None, None, len(own))
+        if mode == name and own_ok:
+            speedup: Interval | None = Interval(1.0, None, None, len(own_ok))
         else:
-            speedup = paired_ratio(baseline, own) if baseline.keys() & own.keys() else None
+            speedup = paired_ratio(baseline, own_ok) if baseline.keys() & own_ok.keys() else None
         row |= _columns(f"speedup_{name}", speedup)
     row["dispatch_share"] = _over(statistics.median, _known(measured[mode], "dispatch_share"))
     row["dispatch_bound"] = _over(mostly, _known(measured[mode], "dispatch_bound"))

@@ -69,7 +69,7 @@ class Case:
     @property
     def id(self) -> str:
         """Unique in a run, and usable as a file name."""
-        return f"{self.workload.replace(':', '-')}--{self.mode}--s{self.seed}--r{self.repeat}"
+        return f"{self.workload.replace(':', '+')}--{self.mode}--s{self.seed}--r{self.repeat}"
 
     @property
     def group(self) -> tuple[str, int, int]:
@@ -111,9 +111,9 @@ def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_st
     parts = {"batch": batch_size, "steps": train_steps, "jit": "on" if settings.jit else "off"}
     parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}
     if mode.scaling == "static":
-        parts["scale"] = f"{settings.static_scale:g}"
+        parts["scale"] = f"{settings.static_scale:.17g}"
     if mode.scaling == "dynamic":
-        parts |= {key: f"{value:g}" for key, value in sorted(settings.dynamic_scale.items())}
+        parts |= {key: f"{value:.17g}" for key, value in sorted(settings.dynamic_scale.items())}
     text = ",".join(f"{key}={value}" for key, value in parts.items())
     return f"{workload}/{digest}/{mode.name}/{text}/method={METHOD_VERSION}"
 

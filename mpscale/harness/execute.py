@@ -83,8 +83,11 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
         channel.values(timing.values(batch))
         channel.blocks(timing.step_s.tolist())
     if device.kind == "gpu":
-        peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
-        channel.values({"gpu_memory_allocator_peak_mib": peak / 2**20})
+        try:
+            peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
+            channel.values({"gpu_memory_allocator_peak_mib": peak / 2**20})
+        except (ValueError, tf.errors.OpError) as error:
+            channel.miss(["gpu_memory_allocator_peak_mib"], f"TensorFlow's allocator keeps no statistics: {error}")
     channel.phase("done")
     return status
 
@@ -127,9 +130,10 @@ def _describe(
     steps, batch = indices.shape
     data_digest = data.digest()
     parameters = int(sum(np.prod(v.shape) for v in model.trainable_variables))
-    config = json.dumps(_without_precision(_config(model)), sort_keys=True, default=str)
-    digest = hashlib.sha256(f"{config}|{parameters}|{data_digest}".encode()).hexdigest()[:16]
     inner = getattr(optimizer, "inner_optimizer", optimizer)
+    loss = f"{workload.loss.__module__}.{workload.loss.__qualname__}"
+    described = _without_precision([_config(model), inner.get_config(), loss, parameters, data_digest])
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
     channel.values(
         {
             # The prefix keeps a digest of digits alone from being read back as a number.
@@ -173,12 +177,15 @@ def _train(
         _write_steps(steps_path, training.log)
     metric = evaluate(data.test_x, data.test_y)
     channel.values({"metric_value": metric})
+    channel.miss(["metric_value"], "not finite")
     if workload.metric_name == "accuracy":
         channel.values({"final_accuracy": metric})
+        channel.miss(["final_accuracy"], "not finite")
     else:
         channel.miss(["final_accuracy"], f"the workload's metric is {workload.metric_name}")
     if data.published_x is not None:
         channel.values({"published_metric_value": evaluate(*data.progress)})
+        channel.miss(["published_metric_value"], "not finite")
     else:
         channel.miss(["published_metric_value"], "the data has no other published test set")
     return training.status

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -70,15 +70,23 @@ class Journal:
         identity = {key: value for key, value in case.identity().items() if key != "case_id"}
         self._append("case_started", case_id=case.id, attempt=attempt, case=identity)
 
-    def case_finished(self, case: Case, record: Record) -> None:
-        """Notes the result of a case, and brings cases.csv up to date: it is there even if the run dies next."""
-        self._append("case_finished", case_id=case.id, record=record.to_json())
+    def case_finished(self, case: Case, record: Record, step_s: Sequence[float], phases: Mapping[str, float]) -> None:
+        """Notes the result of a case, and brings cases.csv up to date: it is there even if the run dies next.
+
+        Args:
+            case: the case.
+            record: its row.
+            step_s: step time of each timed block, in seconds: what the row's medians were made of.
+            phases: when each phase was reached, in seconds from the start of its process.
+        """
+        blocks = [float(f"{value:.6g}") for value in step_s]
+        self._append("case_finished", case_id=case.id, record=record.to_json(), step_s=blocks, phases=dict(phases))
         self._records[case.id] = record
         _replace(self.path / "cases.csv", to_csv(self._records.values()))
 
-    def finish(self) -> None:
+    def finish(self, exit_status: int) -> None:
         """Notes the end of the run. Nothing may be written afterwards."""
-        self._append("run_finished")
+        self._append("run_finished", exit_status=exit_status, cases=len(self._records))
         self._file.close()
 
     def _append(self, event: str, **fields: Any) -> None:
@@ -94,5 +102,6 @@ class Journal:
 def _replace(path: Path, text: str) -> None:
     """Writes a whole file or none."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    # What a dying process wrote need not be text; nothing of it may keep the other rows from being written.
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     partial.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -14,8 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Protocol
 
-_WORKER = ("-m", "mpscale.harness.worker")
+# -P: a file in the working directory must not stand in for a module of the same name.
+_WORKER = ("-P", "-m", "mpscale.harness.worker")
 _IMPORT_S = 180.0
+_FORK_S = 30.0
+_CLOSE_S = 5.0
 
 
 class LaunchError(RuntimeError):
@@ -28,16 +32,25 @@ class Process(Protocol):
     pid: int
     stdin: IO[bytes]
     stdout: IO[bytes]
+    ended: int
+    """A file descriptor that becomes readable when the process has ended."""
 
     def wait(self, seconds: float) -> int | None:
         """Its exit code, negative for a signal; None if it has not ended within ``seconds``."""
 
     def kill(self) -> None:
-        """Ends it and every process of its session."""
+        """Ends it and every process that it left behind in its session."""
 
 
 class Launcher(Protocol):
     """Starts workers whose standard error goes to a file."""
+
+    def prepare(self) -> None:
+        """Does what has to be done once and would otherwise be counted to the first case.
+
+        Raises:
+            LaunchError: it could not be done.
+        """
 
     def start(self, stderr: Path) -> Process:
         """Starts one.
@@ -60,6 +73,9 @@ class FreshLauncher:
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = dict(environ)
 
+    def prepare(self) -> None:
+        """Nothing outlives a case, so there is nothing to prepare."""
+
     def start(self, stderr: Path) -> Process:
         with stderr.open("wb") as log:
             child = subprocess.Popen(
@@ -81,6 +97,7 @@ class _Fresh:
         assert child.stdin is not None and child.stdout is not None  # both were asked for
         self._child = child
         self.pid, self.stdin, self.stdout = child.pid, child.stdin, child.stdout
+        self.ended = os.pidfd_open(child.pid)
 
     def wait(self, seconds: float) -> int | None:
         try:
@@ -89,7 +106,8 @@ class _Fresh:
             return None
 
     def kill(self) -> None:
-        _kill_session(self.pid)
+        _kill_session(self.pid, alive=self._child.poll() is None)
+        os.close(self.ended)
 
 
 class ForkLauncher:
@@ -103,40 +121,52 @@ class ForkLauncher:
     def __init__(self, environ: Mapping[str, str], log: Path) -> None:
         self._environ, self._log = dict(environ), log
         self._parent: subprocess.Popen[bytes] | None = None
-        self._lines: IO[bytes] | None = None
         self._socket: socket.socket | None = None
 
-    def start(self, stderr: Path) -> Process:
+    def prepare(self) -> None:
+        """Starts the parent, which takes as long as importing TensorFlow does."""
         if self._parent is None or self._parent.poll() is not None:
             self.close()
-            self._start_parent()
-        assert self._socket is not None and self._lines is not None  # _start_parent made them
-        ends = [os.pipe(), os.pipe()]
-        with stderr.open("wb") as log:
             try:
-                socket.send_fds(self._socket, [b"f"], [ends[0][0], ends[1][1], log.fileno()])
-                pid = int(json.loads(self._lines.readline())["pid"])
-            except (OSError, ValueError) as error:
-                for descriptor in (ends[0][1], ends[1][0]):
-                    os.close(descriptor)
+                self._start_parent()
+            except BaseException:
+                # Also on an interrupt: a parent that is half started would answer the next case out of turn.
+                self.close()
+                raise
+
+    def start(self, stderr: Path) -> Process:
+        self.prepare()
+        assert self._socket is not None  # prepare made it
+        (stdin, ours_in), (ours_out, stdout) = os.pipe(), os.pipe()
+        try:
+            with stderr.open("wb") as log:
+                socket.send_fds(self._socket, [b"f"], [stdin, stdout, log.fileno()])
+            if not _readable(self._socket, _FORK_S):
+                raise OSError(f"it did not fork within {_FORK_S:g} s")
+            pid = int(json.loads(_read_line(self._socket))["pid"])
+        except BaseException as error:
+            os.close(ours_in)
+            os.close(ours_out)
+            self.close()
+            if isinstance(error, OSError | ValueError | KeyError):
                 raise LaunchError(f"the warm parent died: {error}; its output ends with\n{self._tail()}") from error
-            finally:
-                os.close(ends[0][0])
-                os.close(ends[1][1])
-        return _Forked(pid, os.fdopen(ends[0][1], "wb"), os.fdopen(ends[1][0], "rb"), self._socket, self._lines)
+            raise
+        finally:
+            os.close(stdin)
+            os.close(stdout)
+        return _Forked(pid, os.fdopen(ours_in, "wb"), os.fdopen(ours_out, "rb"), self._socket)
 
     def close(self) -> None:
         """Closes the socket, upon which the parent ends."""
-        for resource in (self._lines, self._socket):
-            if resource is not None:
-                resource.close()
+        if self._socket is not None:
+            self._socket.close()
         if self._parent is not None:
             try:
-                self._parent.wait(5)
+                self._parent.wait(_CLOSE_S)
             except subprocess.TimeoutExpired:
-                self._parent.kill()
+                _kill_session(self._parent.pid, alive=True)
                 self._parent.wait()
-        self._parent = self._lines = self._socket = None
+        self._parent = self._socket = None
 
     def _start_parent(self) -> None:
         ours, theirs = socket.socketpair()
@@ -158,21 +188,19 @@ class ForkLauncher:
             line = b""
         ours.settimeout(None)
         if not line:
-            tail = self._tail()
-            self.close()
-            raise LaunchError(f"the process that imports TensorFlow did not come up; its output ends with\n{tail}")
-        self._lines = ours.makefile("rb")
+            raise LaunchError(
+                f"the process that imports TensorFlow did not come up; its output ends with\n{self._tail()}"
+            )
 
     def _tail(self) -> str:
         return self._log.read_text(errors="replace")[-2000:]
 
 
 class _Forked:
-    def __init__(
-        self, pid: int, stdin: IO[bytes], stdout: IO[bytes], connection: socket.socket, lines: IO[bytes]
-    ) -> None:
+    def __init__(self, pid: int, stdin: IO[bytes], stdout: IO[bytes], connection: socket.socket) -> None:
         self.pid, self.stdin, self.stdout = pid, stdin, stdout
-        self._socket, self._lines = connection, lines
+        self._socket = connection
+        self.ended = connection.fileno()
         self._code: int | None = None
 
     def wait(self, seconds: float) -> int | None:
@@ -182,21 +210,22 @@ class _Forked:
             while not _readable(self._socket, deadline - time.monotonic()):
                 if time.monotonic() >= deadline:
                     return None
-            line = self._lines.readline()
+            line = _read_line(self._socket)
             # No line: the warm parent itself was killed, and its children with it.
             self._code = os.waitstatus_to_exitcode(json.loads(line)["status"]) if line else -int(signal.SIGKILL)
         return self._code
 
     def kill(self) -> None:
-        _kill_session(self.pid)
+        _kill_session(self.pid, alive=self._code is None)
 
 
-def _kill_session(pid: int) -> None:
-    for kill in (os.killpg, os.kill):
-        try:
+def _kill_session(pid: int, alive: bool) -> None:
+    """Kills the processes of the session that ``pid`` leads or led, and itself if it lives: once it has been waited
+    for, its number may be another process's.
+    """
+    for kill in (os.killpg, os.kill) if alive else (os.killpg,):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            continue
 
 
 def _readable(connection: socket.socket, seconds: float) -> bool:
@@ -204,7 +233,7 @@ def _readable(connection: socket.socket, seconds: float) -> bool:
 
 
 def _read_line(connection: socket.socket) -> bytes:
-    """One line, byte by byte: a buffered reader on a socket with a time-out may lose what it has read."""
+    """One line, byte by byte: a buffered reader would take the next line too, and waiting on the socket miss it."""
     line = b""
     while not line.endswith(b"\n"):
         byte = connection.recv(1)

@@ -41,8 +41,6 @@ def explain(record: Record, case: Case) -> None:
         record.miss(("first_overflow_step", "last_overflow_step"), "no step overflowed")
     if record["attempted_steps"] is not None:
         record.miss(("train_loss_first", "train_loss_final", "loss_scale_final", "loss_scale_max"), "not finite")
-    if record["metric_name"] is not None and record["published_metric_value"] is not None:
-        record.miss(("metric_value", "final_accuracy"), "not finite")
     if record["timed_steps"] is not None:
         record.miss("step_time_ms_per_applied", "no timed step was applied")
     record.complete(f"the case ended before that ({record['status']})")

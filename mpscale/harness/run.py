@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -9,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpscale.columns import FAILED
 from mpscale.harness.case import Case, StartMethod
 from mpscale.harness.journal import Journal
 from mpscale.harness.reasons import explain
 from mpscale.harness.same_start import SameStart
 from mpscale.harness.supervisor import Listener, Outcome, Supervisor
+from mpscale.records import Record
 from mpscale.telemetry.device import Device
 from mpscale.telemetry.fingerprint import environment, run_slug
 from mpscale.telemetry.nvml import NoNvml, Nvml
@@ -59,35 +62,61 @@ class BenchmarkRun:
         self._journal: Journal | None = None
         self._supervisor: Supervisor | None = None
         self._same_start = SameStart()
+        self._outcomes: dict[str, Outcome] = {}
         self._runtime_known = False
+        self._started = 0
 
     @property
     def path(self) -> Path | None:
         """The run's folder, None before the first case."""
         return None if self._journal is None else self._journal.path
 
+    def measured(self, case: Case) -> Outcome | None:
+        """The outcome of a case that has been run already and did not fail."""
+        outcome = self._outcomes.get(case.id)
+        return None if outcome is None or outcome.record["status"] in FAILED else outcome
+
     def run(self, case: Case) -> Outcome:
-        """Runs one case and writes it down."""
+        """Runs one case and writes it down; one that has been run before gets another attempt."""
         journal, supervisor = self._open()
-        journal.case_started(case, attempt=1)
-        outcome = supervisor.run(case, journal.steps_path(case) if case.trains else None)
+        earlier = self._outcomes.get(case.id)
+        attempt = 1 if earlier is None else earlier.record["attempts"] + 1
+        # Its place in what was run, which is not that in the plan where a test was left out or run again.
+        case = dataclasses.replace(case, order=self._started)
+        self._started += 1
+        journal.case_started(case, attempt)
+        outcome = Outcome(Record(case.identity()))
+        try:
+            supervisor.run(case, journal.steps_path(case) if case.trains else None, outcome, attempt)
+        except BaseException as error:
+            outcome.record.update({"status": "interrupted", "status_reason": f"stopped by {type(error).__name__}"})
+            self._finish_case(journal, case, outcome)
+            raise
         difference = self._same_start.difference(case, outcome.record)
         if difference is not None:
             outcome.record.update({"status": "invalid", "status_reason": difference})
-        explain(outcome.record, case)
-        journal.case_finished(case, outcome.record)
+        self._finish_case(journal, case, outcome)
         if outcome.runtime and not self._runtime_known:
             journal.add_environment({"runtime": outcome.runtime})
             self._runtime_known = True
         return outcome
 
-    def finish(self) -> None:
-        """Ends the processes and closes the journal."""
+    def finish(self, exit_status: int) -> None:
+        """Ends the processes and closes the journal.
+
+        Args:
+            exit_status: that of the whole run, 0 where all went well.
+        """
         if self._supervisor is not None:
             self._supervisor.close()
         if self._journal is not None:
-            self._journal.finish()
+            self._journal.finish(exit_status)
         self._supervisor = None
+
+    def _finish_case(self, journal: Journal, case: Case, outcome: Outcome) -> None:
+        explain(outcome.record, case)
+        self._outcomes[case.id] = outcome
+        journal.case_finished(case, outcome.record, outcome.step_s, outcome.phases)
 
     def _open(self) -> tuple[Journal, Supervisor]:
         if self._journal is None:

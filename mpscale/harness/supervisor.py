@@ -17,7 +17,6 @@ from typing import Any
 from mpscale.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.harness.case import Case, StartMethod
 from mpscale.harness.launch import ForkLauncher, FreshLauncher, Launcher, LaunchError, Process
-from mpscale.harness.reasons import explain
 from mpscale.modes import MODES
 from mpscale.records import Record
 from mpscale.telemetry.device import Device
@@ -32,10 +31,18 @@ _GRACE_S = 15.0
 
 @dataclass
 class Outcome:
-    """What became of a case: its record, the step times of its blocks in seconds, facts about TensorFlow."""
+    """What became of a case.
+
+    Args:
+        record: its row.
+        step_s: step time of each timed block, in seconds.
+        phases: when each phase was reached, in seconds from the start of the process.
+        runtime: what the worker knows about TensorFlow and its device.
+    """
 
     record: Record
     step_s: list[float] = field(default_factory=list)
+    phases: dict[str, float] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
 
 
@@ -72,10 +79,17 @@ class Supervisor:
             else FreshLauncher(environment)
         )
 
-    def run(self, case: Case, steps_path: Path | None, attempt: int = 1) -> Outcome:
-        """Runs a case to its end, whatever that is. Only the user's interrupt comes out as an exception."""
+    def run(self, case: Case, steps_path: Path | None, outcome: Outcome, attempt: int = 1) -> None:
+        """Runs a case to its end, whatever that is.
+
+        Args:
+            case: what to run.
+            steps_path: where its log of steps goes, None for a case that does not train.
+            outcome: is filled in as the case goes on, so that it holds what was known if this ends in an exception,
+                which only the user's interrupt and the like do.
+            attempt: how often it has been started, this time included.
+        """
         mode = MODES[case.mode]
-        outcome = Outcome(Record(case.identity()))
         outcome.record.update(
             {
                 "attempts": attempt,
@@ -92,8 +106,6 @@ class Supervisor:
             outcome.record.update({"status": "unsupported", "status_reason": unsupported})
         else:
             self._run_process(case, steps_path, outcome)
-        explain(outcome.record, case)
-        return outcome
 
     def close(self) -> None:
         """Ends what outlives a case."""
@@ -103,37 +115,39 @@ class Supervisor:
     def _run_process(self, case: Case, steps_path: Path | None, outcome: Outcome) -> None:
         record = outcome.record
         log = Path(self._logs.name) / "case.log"
-        start = time.monotonic()
         try:
+            self._launcher.prepare()
+            start = time.monotonic()
             process = self._launcher.start(log)
         except (LaunchError, OSError) as error:
             record.update({"status": "error", "status_reason": str(error), "start_method": self._start_method})
             return
         self._sampler.start(process.pid)
-        status, reason = "interrupted", None
+        record.update({"status": "interrupted", "start_method": self._start_method})
         try:
-            status, reason = self._converse(process, case, steps_path, outcome, start + self._timeout_s)
+            status, reason = self._converse(process, case, steps_path, outcome, start)
+            record.update({"status": status, "status_reason": reason})
         finally:
-            # Also on the user's interrupt: no worker outlives its case.
+            # Also on the user's interrupt: neither the worker nor a process that it left behind outlives its case.
             with contextlib.suppress(OSError):
                 process.stdin.close()
             process.stdout.close()
-            if status in ("timeout", "interrupted") or process.wait(_GRACE_S) is None:
-                process.kill()
+            if record["status"] not in ("timeout", "interrupted"):
                 process.wait(_GRACE_S)
+            process.kill()
+            process.wait(_GRACE_S)
             memory = self._sampler.stop()
-        record.update({"status": status, "status_reason": reason, "start_method": self._start_method})
-        record.update({"case_wall_time_s": time.monotonic() - start})
-        record.update(memory["values"])
-        for column, why in memory["unavailable"].items():
-            record.miss(column, why)
+            record.update({"case_wall_time_s": time.monotonic() - start, **memory["values"]})
+            for column, why in memory["unavailable"].items():
+                record.miss(column, why)
         if status not in ("ok", "diverged", "stalled"):
             record.update({"output_tail": _tail(log) or None})
 
     def _converse(
-        self, process: Process, case: Case, steps_path: Path | None, outcome: Outcome, deadline: float
+        self, process: Process, case: Case, steps_path: Path | None, outcome: Outcome, start: float
     ) -> tuple[str, str | None]:
         """Talks to a worker until it ends; its status and why."""
+        deadline = start + self._timeout_s
         request = {
             "case": case.to_json(),
             "device": self._device.to_json(),
@@ -157,6 +171,7 @@ class Supervisor:
                     outcome.runtime = event.get("runtime", {})
                 elif name == "phase":
                     phase = event["phase"]
+                    outcome.phases[phase] = round(time.monotonic() - start, 4)
                     self._sampler.mark(phase)
                     _answer(process, "")
                     self._listener(case, name, event)
@@ -198,25 +213,32 @@ def _ended_silently(code: int | None, phase: str) -> tuple[str, str]:
         return "crashed", f"closed its output {where} and did not end"
     if code < 0:
         hint = ", which the kernel sends when memory runs out" if -code == signal.SIGKILL else ""
-        return "crashed", f"killed by {signal.Signals(-code).name} {where}{hint}"
+        names = {number.value: number.name for number in signal.Signals}
+        return "crashed", f"killed by {names.get(-code, f'signal {-code}')} {where}{hint}"
     return "error", f"ended with exit code {code} {where} and without a result"
 
 
 def _events(process: Process, deadline: float) -> Iterator[dict[str, Any]]:
-    """The worker's events until it closes its output.
+    """The worker's events until it has ended or closed its output.
+
+    The end of the output alone would not do: a process that the worker left behind holds it open.
 
     Raises:
         TimeoutError: the deadline passed.
     """
     buffer = b""
-    descriptor = process.stdout.fileno()
+    output = process.stdout.fileno()
     with selectors.DefaultSelector() as selector:
-        selector.register(descriptor, selectors.EVENT_READ)
+        selector.register(output, selectors.EVENT_READ)
+        selector.register(process.ended, selectors.EVENT_READ)
         while True:
             left = deadline - time.monotonic()
-            if left <= 0 or not selector.select(left):
+            ready = {key.fd for key, _ in selector.select(left)} if left > 0 else set()
+            if not ready:
                 raise TimeoutError
-            chunk = os.read(descriptor, 65536)
+            if output not in ready:
+                return
+            chunk = os.read(output, 65536)
             if not chunk:
                 return
             *lines, buffer = (buffer + chunk).split(b"\n")

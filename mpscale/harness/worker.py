@@ -39,7 +39,7 @@ def main() -> int:
             Path(steps_path) if steps_path else None,
             channel,
         )
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         traceback.print_exc()
         kind = type(error).__name__
         channel.send(
@@ -67,7 +67,7 @@ def _open_channel() -> PipeChannel:
     return PipeChannel(source, sink)
 
 
-def _allocation_failed(error: Exception) -> bool:
+def _allocation_failed(error: BaseException) -> bool:
     """XLA reports an exhausted device as an internal error whose text says so."""
     text = str(error).lower()
     return "out of memory" in text or "resource_exhausted" in text

@@ -108,7 +108,8 @@ def _speed(row: Row) -> str | None:
     baseline = row["headline_baseline"]
     ratio, low, high = (row[f"speedup_{baseline}{end}"] for end in ("", "_low", "_high"))
     if ratio is None:
-        return f"{cells.number(row['step_time_ms'])} ms a step, with no {baseline} beside it to compare with"
+        why = f"with no {baseline} beside it to compare with" if row["ok"] else "which buys nothing"
+        return f"{cells.number(row['step_time_ms'])} ms a step, {why}"
     text = f"{ratio:.2f} times the speed of {baseline}"
     if low is None or high is None:
         return f"{text} (one pair of processes, so no interval)"

@@ -22,8 +22,6 @@ State = Mapping[str, Any]
 LARGEST_SCALE = 2.0**126
 """Above it the float32 reciprocal of the scale is subnormal, and devices that flush those to zero lose the gradient."""
 
-_DTYPES = {"scale": tf.float32}
-
 
 class LossScale(ABC):
     """What every loss scale offers."""
@@ -56,9 +54,12 @@ class LossScale(ABC):
         return cls(**config)
 
 
-def state_dtype(name: str) -> tf.DType:
-    """The dtype of one entry of a state. Counters are int64: int32 variables cannot be updated on a GPU."""
-    return _DTYPES.get(name, tf.int64)
+def state_dtype(initial: float | int) -> tf.DType:
+    """The dtype of an entry of a state that starts as ``initial``: float32, or int64 for counters.
+
+    Not int32: such variables cannot be updated on a GPU.
+    """
+    return tf.float32 if isinstance(initial, float) else tf.int64
 
 
 @keras.saving.register_keras_serializable(package="mpscale")

@@ -37,7 +37,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     ``finite`` has to travel along: clipping can turn an infinity into a 1, after which nothing looks wrong. A step
     whose gradients are not all finite changes nothing but the loss scale and the counters: no weight, no slot, no
-    moving average, no iteration count.
+    moving average of the optimizer, no iteration count. What the forward pass itself assigns, such as the statistics
+    of BatchNormalization, is outside an optimizer's reach.
 
     It derives from Keras' own class because ``compile`` would otherwise wrap it a second time under a
     mixed_float16 policy.
@@ -82,7 +83,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
         self._scale_state_names = tuple(self.loss_scale.initial_state())
         for name, initial in self.loss_scale.initial_state().items():
-            add(name, state_dtype(name).name, initial)
+            add(name, state_dtype(initial).name, initial)
         self._ledger = Ledger(lambda name: add(f"steps_{name}", "int64", 0))
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(var_list)

@@ -75,6 +75,7 @@ def environment(device: Device, nvml: Nvml | NoNvml, project_dir: Path) -> dict[
         "memory_mib": host.memory_mib(),
         "load_average_at_start": host.load_average(),
         "device": device.to_json(),
+        "nvml": nvml.reason if isinstance(nvml, NoNvml) else "works",
         "nvidia_driver": nvml.driver_version(),
         "cuda_driver": nvml.cuda_driver_version(),
         "git": _git(project_dir),

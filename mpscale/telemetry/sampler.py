@@ -79,7 +79,9 @@ class MemorySampler:
 
     def _watch(self, pid: int) -> _Watch | _NoWatch:
         if self._device.kind != "gpu":
-            return _NoWatch("the process trained on a CPU")
+            return _NoWatch(
+                f"trained on a CPU: {self._nvml.reason}" if isinstance(self._nvml, NoNvml) else "trained on a CPU"
+            )
         if isinstance(self._nvml, NoNvml):
             return _NoWatch(self._nvml.reason)
         if self._device.uuid is None:

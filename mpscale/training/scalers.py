@@ -79,7 +79,9 @@ class Scaled:
 
 
 class KerasScaled:
-    """Keras' own LossScaleOptimizer: mixed-keras. It counts nothing, but its scale falls exactly on overflow."""
+    """Keras' own LossScaleOptimizer: mixed-keras. It counts nothing, but an overflow step is no iteration of the
+    optimizer inside it.
+    """
 
     def __init__(self, optimizer: keras.optimizers.LossScaleOptimizer) -> None:
         self.optimizer = optimizer
@@ -94,9 +96,11 @@ class KerasScaled:
         return self.optimizer.scale_loss(loss)
 
     def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Any:
-        before = self.scale()
+        # Not by its scale, which halves on overflow until it is 0 and then cannot fall any further.
+        iterations = self.optimizer.inner_optimizer.iterations
+        before = tf.identity(iterations.value)
         self.optimizer.apply(grads, variables)
-        return tf.where(self.scale() < before, 1.0, 0.0)
+        return tf.where(tf.equal(iterations.value, before), 1.0, 0.0)
 
 
 class ArticleScaled:

@@ -138,8 +138,8 @@ def train(
 
 
 def weights_finite(model: keras.Model) -> bool:
-    """Whether every weight of the model is finite."""
-    return all(bool(np.isfinite(v.numpy()).all()) for v in model.trainable_variables)
+    """Whether every weight of the model is finite, statistics that are not trained included."""
+    return all(bool(np.isfinite(v.numpy()).all()) for v in model.variables)
 
 
 def _longest_run(flags: npt.NDArray[np.bool_]) -> int:

@@ -40,7 +40,7 @@ def test_case_survives_the_pipe():
 
 
 def test_id_is_a_file_name_even_for_a_workload_by_module():
-    assert Case("pkg.mod:attr", "fp32", 0, 2, 0, Settings()).id == "pkg.mod-attr--fp32--s0--r2"
+    assert Case("pkg.mod:attr", "fp32", 0, 2, 0, Settings()).id == "pkg.mod+attr--fp32--s0--r2"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Keras is imported where it is used: pytest, which only needs the names, then sta
 
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -90,6 +91,34 @@ leaves = make("leaves", metric=once_trained(lambda: os._exit(3)))
 memory = make("memory", metric=once_trained(eat_memory))
 
 
+def leave_a_child():
+    if os.fork() == 0:
+        time.sleep(600)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def print_progress():
+    print("50%\r100%", flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def explode():
+    import keras
+
+    return keras.optimizers.SGD(1e3)
+
+
+def careful():
+    import keras
+
+    return keras.optimizers.SGD(0.02)
+
+
+orphans = make("orphans", metric=once_trained(leave_a_child))
+progress_bar = make("progress-bar", metric=once_trained(print_progress))
+exits = make("exits", metric=once_trained(lambda: sys.exit("no more")))
+
+
 def unseeded_model():
     import keras
 
@@ -117,8 +146,10 @@ def squared_loss(labels, outputs):
 
 regression = make(
     "regression",
+    optimizer=careful,
     loss=squared_loss,
     metric=squared_error,
     metric_name="squared_error",
     metric_higher_is_better=False,
 )
+explodes = make("explodes", optimizer=explode, loss=squared_loss)

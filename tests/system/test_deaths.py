@@ -1,5 +1,8 @@
 """A case that dies, however it dies, leaves a row of its own and every other row whole."""
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 
 WAYS = {
@@ -8,19 +11,25 @@ WAYS = {
     "exception": ("error", "ValueError: the metric could not be computed"),
     "leaves": ("error", "exit code 3"),
     "memory": ("oom", "MemoryError"),
+    "orphans": ("crashed", "SIGKILL"),
+    "progress_bar": ("crashed", "SIGSEGV"),
+    "exits": ("error", "SystemExit: no more"),
     "hang": ("timeout", "not finished after 12 s"),
 }
 
 
-@pytest.fixture(scope="module", params=["fork", "fresh"])
-def deaths(request, run_suite):
-    """One run in which each way of dying stands between two cases that are well."""
-    names = [name for way in WAYS for name in (f"suite_workloads:{way}",)]
-    workloads = ",".join(["suite_workloads:fine", *names, "suite_workloads:regression"])
+def die(run_suite, ways, method):
+    """A run in which ways of dying stand between two cases that are well."""
+    workloads = ",".join(f"suite_workloads:{name}" for name in ("fine", *ways, "regression"))
     return run_suite(
         "--mp-workloads", workloads, "--mp-modes", "fp32", "--mp-seeds", "1", "--mp-timing", "0.05",
-        "--mp-timeout", "12", "--mp-start-method", request.param,
+        "--mp-timeout", "12", "--mp-start-method", method,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def deaths(run_suite):
+    return die(run_suite, WAYS, "fork")
 
 
 def row(deaths, name):
@@ -52,6 +61,27 @@ def test_cases_around_it_are_untouched(deaths):
 def test_each_death_fails_its_test_and_nothing_else(deaths):
     assert deaths.code == 1
     assert f"{len(WAYS)} failed, 2 passed" in deaths.output
+    for way in WAYS:
+        assert f"FAILED test_suite.py::test_training[suite_workloads:{way}-fp32-seed0]" in deaths.output
+    assert "was not used at all" not in deaths.output
+
+
+def test_process_that_a_case_left_behind_is_ended_with_it(deaths):
+    here = [p for p in Path("/proc").glob("[0-9]*") if running_in(p, deaths.folder)]
+    assert here == []
+
+
+def running_in(process, folder):
+    try:
+        return (process / "cwd").readlink() == folder
+    except OSError:
+        return False
+
+
+def test_cases_csv_is_whole_whatever_a_case_printed(deaths):
+    cases = pd.read_csv(deaths.path / "cases.csv")
+    assert cases["workload"].tolist() == deaths.run.cases["workload"].tolist()
+    assert "100%" in cases.set_index("workload").loc["suite_workloads:progress_bar", "output_tail"]
 
 
 def test_output_of_the_dead_is_kept(deaths):
@@ -70,3 +100,14 @@ def test_metric_other_than_accuracy_has_its_own_column(deaths):
     assert case["metric_name"] == "squared_error"
     assert case["metric_value"] < 0.3
     assert case["unavailable"]["final_accuracy"] == "the workload's metric is squared_error"
+
+
+def test_fresh_interpreters_die_no_differently(run_suite):
+    """Three ways, one for each path that differs from a forked child's."""
+    ways = ("segfault", "exception", "orphans")
+    done = die(run_suite, ways, "fresh")
+    expected = ["ok", *(WAYS[way][0] for way in ways), "ok"]
+    assert done.run.cases["status"].tolist() == expected, done.output
+    assert set(done.run.cases["start_method"]) == {"fresh"}
+    for way in ways:
+        assert WAYS[way][1] in row(done, way)["status_reason"]

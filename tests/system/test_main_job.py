@@ -60,7 +60,7 @@ def test_mode_that_the_device_lacks_is_a_row_and_a_skip(job):
 
 
 def test_steps_of_each_training_are_there(job):
-    steps = job.run.steps("suite_workloads-fine--mixed-dynamic--s0--r0")
+    steps = job.run.steps("suite_workloads+fine--mixed-dynamic--s0--r0")
     assert list(steps.columns) == ["step", "loss", "loss_scale", "overflow"]
     assert len(steps) == 30
     assert steps["loss"].iloc[-1] < steps["loss"].iloc[0]
@@ -93,7 +93,7 @@ def test_benchmark_json_speaks_of_training_steps(job):
         told = by_case[row["case_id"]]
         assert told["stats"]["median"] * 1e3 == pytest.approx(row["step_time_ms_median"])
         assert told["stats"]["rounds"] == row["timed_blocks"]
-    trained = by_case["suite_workloads-fine--mixed-dynamic--s0--r0"]["extra_info"]
+    trained = by_case["suite_workloads+fine--mixed-dynamic--s0--r0"]["extra_info"]
     assert trained["overflow_steps"] == 0
     assert trained["final_accuracy"] > 0.8
     assert trained["host_memory_peak_mib"] > 0
@@ -117,6 +117,7 @@ def test_benchmark_compare_fail_compares_training_steps(job, run_suite):
     )  # fmt: skip
     assert done.code != 0
     assert "Performance has regressed" in done.output
+    assert "= mpscale =" in done.output
     assert done.run.cases["status"].tolist() == ["ok"]
 
 
@@ -143,6 +144,8 @@ def test_benchmark_disable_trains_and_does_not_time(run_suite):
         pytest.param(["--mp-static-scale", "2**127"], 4, "at most 2**126", id="scale too large"),
         pytest.param(["--mp-static-scale", "big"], 4, "such as 1024 or 2**24", id="scale that is no number"),
         pytest.param(["--mp-dynamic-scale", "start=4"], 4, "'start' is none of initial", id="unknown argument"),
+        pytest.param(["--mp-dynamic-scale", "growth_interval=inf"], 4, "above 0", id="infinite interval"),
+        pytest.param(["--mp-results", "pytest.ini/x"], 4, "not a folder that can be written", id="results in a file"),
         pytest.param(["--mp-preset", "huge"], 4, "invalid choice: 'huge'", id="unknown preset"),
     ],
 )
@@ -165,6 +168,54 @@ def test_batch_size_and_steps_are_taken_from_the_options(run_suite):
     assert (case["batch_size"], case["attempted_steps"]) == (50, 12)
     assert case["examples_per_s"] == pytest.approx(50e3 / case["step_time_ms_median"])
     assert "batch=50,steps=12" in case["series_key"]
+
+
+SHARED = """
+import pytest
+
+
+@pytest.mark.benchmark(group="mine", min_rounds=3)
+def test_speed(mp_case, benchmark):
+    assert mp_case.measure(benchmark)["step_time_ms_median"] > 0
+
+
+def test_accuracy(mp_case, benchmark):
+    assert mp_case.measure(benchmark)["final_accuracy"] > 0.8
+
+
+@pytest.mark.xfail(reason="too much to ask", strict=True)
+def test_perfection(mp_case, benchmark):
+    assert mp_case.measure(benchmark)["final_accuracy"] == 1.0
+"""
+
+
+def test_tests_that_share_a_case_share_its_measurement(run_suite):
+    """Their own benchmark markers stay, but for the timer, which has to be the replayed one."""
+    done = run_suite(
+        "--mp-workloads", "suite_workloads:fine", "--mp-modes", "fp32,mixed-bf16", "--mp-seeds", "1", *QUICK,
+        "--benchmark-json", "out.json", suite=SHARED,
+    )  # fmt: skip
+    assert done.code == 0, done.output
+    assert "4 passed, 2 xfailed" in done.output
+    assert done.run.cases["attempts"].tolist() == [1, 1]
+    benchmarks = json.loads((done.folder / "out.json").read_text())["benchmarks"]
+    assert {b["group"] for b in benchmarks} == {"mine", "suite_workloads:fine"}
+    medians = done.run.cases.set_index("case_id")["step_time_ms_median"]
+    for told in benchmarks:
+        assert told["stats"]["median"] * 1e3 == pytest.approx(medians[told["extra_info"]["case_id"]])
+
+
+def test_order_is_the_place_in_the_run(run_suite):
+    done = run_suite(*FINE, "-k", "fp32 or tf32", "--mp-seeds", "2", "--benchmark-disable")
+    assert sorted(done.run.cases["order"]) == [0, 1, 2, 3]
+
+
+def test_diverged_training_fails_where_no_scaling_is_on_trial(run_suite):
+    workload = ("--mp-workloads", "suite_workloads:explodes", "--mp-seeds", "1", "--benchmark-disable")
+    done = run_suite(*workload, "--mp-modes", "fp32,mixed-unscaled", "--mp-dynamic-scale", "growth_interval=10")
+    assert "1 failed, 1 passed" in done.output
+    assert set(done.run.cases["status"]) == {"diverged"}
+    assert done.run.summary["speedup_fp32"].isna().all()
 
 
 def test_mode_without_check_does_not_pretend_to_know(job):

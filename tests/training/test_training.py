@@ -10,7 +10,7 @@ from mpscale.training.order import batches
 from mpscale.training.scalers import UNKNOWN, scaler_for
 from mpscale.training.step import LOG_CAPACITY, TrainStep
 from mpscale.training.timing import Timing, time_steps, warm_up
-from mpscale.training.trainer import Training, train
+from mpscale.training.trainer import Training, train, weights_finite
 from mpscale.workloads import Data, Workload
 from mpscale.workloads.workload import sparse_cross_entropy
 
@@ -85,6 +85,21 @@ def test_log_holds_what_the_mode_knows(mode, scale, overflow, jit):
     ((loss, logged_scale, logged_overflow),) = step.read_log()
     assert np.isfinite(loss)
     assert (logged_scale, logged_overflow) == (scale, overflow)
+
+
+def test_overflow_of_keras_is_seen_where_its_scale_can_no_longer_fall():
+    _, step, scaler = make_parts("mixed-keras")
+    for scale, overflow in ((2.0**15, 0.0), (np.inf, 1.0), (2.0**15, 0.0)):
+        scaler.optimizer.dynamic_scale.assign(scale)
+        step()
+        assert step.read_log()[0, 2] == overflow
+
+
+def test_statistics_that_are_not_trained_count_as_weights():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization()])
+    assert weights_finite(model)
+    model.non_trainable_variables[0].assign([np.nan, 0.0])
+    assert not weights_finite(model)
 
 
 def test_log_is_read_in_pieces_and_in_order_across_its_end():

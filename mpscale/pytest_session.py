@@ -1,0 +1,258 @@
+"""One pytest session of mpscale: its plan, its run, its progress, and the hooks that go with them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mpscale import pytest_options as options
+
+if TYPE_CHECKING:
+    from mpscale.analysis.runs import Run
+    from mpscale.harness.case import Case
+    from mpscale.harness.run import BenchmarkRun
+    from mpscale.harness.supervisor import Outcome
+    from mpscale.progress import Progress
+    from mpscale.telemetry.device import Device
+
+PARAMETERS = ("workload", "mode", "seed", "repeat")
+CLOCK = pytest.StashKey["ReplayClock"]()
+
+
+class ReplayClock:
+    """A clock for pytest-benchmark that replays what the worker measured.
+
+    pytest-benchmark asks for the time before and after each round; the difference is the next recorded step time.
+    """
+
+    __name__ = "ReplayClock"
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._inside = False
+        self._steps: Iterator[float] = iter(())
+
+    def load(self, step_s: list[float]) -> None:
+        """Takes the step times of the rounds to come, in seconds."""
+        self._steps = iter(step_s)
+
+    def __call__(self) -> float:
+        """Seconds since some time or other."""
+        if self._inside:
+            self._now += next(self._steps, 0.0)
+        self._inside = not self._inside
+        return self._now
+
+
+class Session:
+    """What one pytest session knows: its plan, its run, its progress."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self.cases: dict[tuple[str, str, int, int], Case] = {}
+        self._run: BenchmarkRun | None = None
+        self._progress: Progress | None = None
+        self._selected: list[Case] = []
+        self._device: Device | None = None
+        self._nvml: Any = None
+        # Resolved now: a test may change the working directory.
+        self._results = Path(config.getoption("mp_results") or config.rootpath / "results").resolve()
+        self._live_line = False
+        self._problem: str | None = None
+        self._finished: Run | None = None
+
+    def parameters(self) -> list[Any]:
+        """One pytest.param a case, in the order in which they run."""
+        self._plan()
+        return [
+            pytest.param(
+                *key,
+                id=f"{case.workload}-{case.mode}-" + (f"seed{case.seed}" if case.trains else f"repeat{case.repeat}"),
+            )
+            for key, case in self.cases.items()
+        ]
+
+    def run(self, case: Case) -> Outcome:
+        """Runs a case, with progress on the terminal."""
+        run, progress = self._open()
+        measured = run.measured(case)
+        if measured is not None:
+            return measured
+        progress.started(case)
+        outcome = run.run(case)
+        progress.finished(case, outcome.record)
+        return outcome
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Gives every case its clock, and puts cases back into their order where another plug-in has changed it."""
+        if self._problem is not None:
+            return
+        places = [place for place, item in enumerate(items) if _is_case(item)]
+        ours = sorted((items[place] for place in places), key=lambda item: self._case(item).order)
+        for place, item in zip(places, ours, strict=True):
+            items[place] = item
+            item.stash[CLOCK] = ReplayClock()
+            marker = item.get_closest_marker("benchmark")
+            own = {"group": self._case(item).workload, **(marker.kwargs if marker else {}), "timer": item.stash[CLOCK]}
+            # First, since pytest-benchmark goes by the closest one: the test's own options stay, but for the timer.
+            item.add_marker(pytest.mark.benchmark(**own), append=False)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Notes what is left after -k, -m and the like, which is what progress counts."""
+        if self._problem is None:
+            chosen = [self._case(item) for item in session.items if _is_case(item)]
+            self._selected = list({case.id: case for case in chosen}.values())
+            self._problem = self._wrong_use() if chosen else None
+        if self._problem is not None:
+            # Raised here and not where it is found: pytest reports it as wrong use only outside collectors.
+            raise pytest.UsageError(self._problem)
+
+    def _wrong_use(self) -> str | None:
+        if self._config.getoption("numprocesses", None):
+            return "mpscale times training steps, and cases side by side would disturb each other: run without -n"
+        if self._on_gpu and self._config.getoption("mp_start_method") == "fork":
+            return "--mp-start-method fork does not work on a GPU; use fresh or auto"
+        existing = next(folder for folder in (self._results, *self._results.parents) if folder.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            return f"--mp-results: {existing} is not a folder that can be written to"
+        return None
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device is not None and self._device.kind == "gpu"
+
+    def _case(self, item: pytest.Item) -> Case:
+        parameters = item.callspec.params  # type: ignore[attr-defined]
+        return self.cases[tuple(parameters[name] for name in PARAMETERS)]
+
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        """Leaves out the dot of a case that is well: its own line says more."""
+        shown = self._progress is not None and self._config.get_verbosity() == 0
+        plain = report.when == "call" and report.passed and not hasattr(report, "wasxfail")
+        if shown and plain and "mp_case" in getattr(report, "keywords", {}):
+            return "passed", "", "PASSED"
+        return None
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        """Ends the run and writes its reports."""
+        if self._run is None:
+            return
+        try:
+            self._run.finish(int(exitstatus))
+            if self._run.path is not None:
+                from mpscale.report.build import rebuild
+
+                self._finished = rebuild(self._run.path)
+        except Exception as error:
+            # The journal is whole whatever a report stumbles over, and the tests are done.
+            self._write(f"mpscale: no report could be made of {self._run.path}: {error}\n")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+        """The result table, below pytest-benchmark's; also where that ends in a regression."""
+        try:
+            return (yield)
+        finally:
+            if self._finished is not None:
+                _show(terminalreporter, self._finished)
+
+    def _plan(self) -> None:
+        if self.cases:
+            return
+        from mpscale.harness.case import plan
+        from mpscale.modes import default_modes
+        from mpscale.telemetry.device import find_device
+        from mpscale.telemetry.nvml import open_nvml
+
+        config = self._config
+        self._nvml = open_nvml()
+        try:
+            self._device = find_device(self._nvml, os.environ)
+        except ValueError as error:
+            self._problem = str(error)
+            return
+        modes = options.named_modes(config) if config.getoption("mp_modes") else default_modes(self._device)
+        cases = plan(
+            options.workloads(config),
+            modes,
+            config.getoption("mp_seeds") or options.preset(config).seeds,
+            config.getoption("mp_repeats"),
+            options.settings(config),
+            shuffle_seed=int(time.time()),
+        )
+        self.cases = {(case.workload, case.mode, case.seed, case.repeat): case for case in cases}
+
+    def _open(self) -> tuple[BenchmarkRun, Progress]:
+        if self._run is None or self._progress is None:
+            from mpscale.harness.run import BenchmarkRun, Options
+            from mpscale.progress import Progress
+
+            config, device = self._config, self._device
+            assert device is not None  # _plan found it
+            start_method = config.getoption("mp_start_method")
+            if start_method == "auto":
+                start_method = "fresh" if self._on_gpu else "fork"
+            how = Options(
+                results=self._results,
+                project=config.rootpath,
+                start_method=start_method,
+                timeout_s=config.getoption("mp_timeout"),
+                asked={
+                    "preset": config.getoption("mp_preset"),
+                    **{
+                        f"{name}s": list(dict.fromkeys(getattr(c, name) for c in self._selected)) for name in PARAMETERS
+                    },
+                    "start_method": start_method,
+                    "timeout_s": config.getoption("mp_timeout"),
+                    **options.settings(config).to_json(),
+                },
+            )
+            reporter = config.pluginmanager.getplugin("terminalreporter")
+            live = reporter is not None and reporter.isatty
+            self._progress = Progress(len(self._selected), self._write, live, time.monotonic)
+            for workload, cases in Counter(case.workload for case in self._selected).items():
+                self._progress.plan(workload, cases)
+            self._write(f"mpscale: on {device.name} ({device.kind.upper()}){self._why_no_gpu()}\n")
+            self._run = BenchmarkRun(self._selected, device, self._nvml, how, self._progress.event)
+        return self._run, self._progress
+
+    def _why_no_gpu(self) -> str:
+        """A GPU that the driver's library does not find is measured as a CPU, which must not go unsaid."""
+        reason = getattr(self._nvml, "reason", None)
+        return f"; no GPU: {reason}" if reason and not self._on_gpu else ""
+
+    def _write(self, text: str) -> None:
+        """Writes past pytest's capture of standard output, on a line of its own."""
+        plugins = self._config.pluginmanager
+        capture = plugins.getplugin("capturemanager")
+        if self._config.get_verbosity() < 0 or plugins.getplugin("terminalreporter") is None:
+            return
+        terminal = self._config.get_terminal_writer()
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            if terminal.width_of_current_line and not self._live_line:
+                terminal.line()
+            terminal.write(text, flush=True)
+        self._live_line = not text.endswith("\n")
+
+
+def _is_case(item: pytest.Item) -> bool:
+    return "mp_case" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec")
+
+
+def _show(terminalreporter: pytest.TerminalReporter, run: Run) -> None:
+    from mpscale.report.tables import result_table
+
+    path = run.path
+    with contextlib.suppress(ValueError):
+        path = path.relative_to(Path.cwd())
+    terminalreporter.section("mpscale")
+    terminalreporter.write_line(result_table(run))
+    terminalreporter.write_line(f"\nrun: {path}\nreport: {path / 'report.md'}")
