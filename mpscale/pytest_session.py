@@ -60,6 +60,7 @@ class Session:
         self._run: BenchmarkRun | None = None
         self._progress: Progress | None = None
         self._selected: list[Case] = []
+        self._nodes: set[str] = set()
         self._device: Device | None = None
         self._nvml: Any = None
         # Resolved now: a test may change the working directory.
@@ -108,6 +109,7 @@ class Session:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Notes what is left after -k, -m and the like, which is what progress counts."""
         if self._problem is None:
+            self._nodes = {item.nodeid for item in session.items if _is_case(item)}
             chosen = [self._case(item) for item in session.items if _is_case(item)]
             self._selected = list({case.id: case for case in chosen}.values())
             self._problem = self._wrong_use() if chosen else None
@@ -134,11 +136,11 @@ class Session:
         return self.cases[tuple(parameters[name] for name in PARAMETERS)]
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        """Leaves out the dot of a case that is well: its own line says more."""
+        """Leaves out the dot of a case that did not fail: its own line says more."""
         shown = self._progress is not None and self._config.get_verbosity() == 0
-        plain = report.when == "call" and report.passed and not hasattr(report, "wasxfail")
-        if shown and plain and "mp_case" in getattr(report, "keywords", {}):
-            return "passed", "", "PASSED"
+        plain = report.when == "call" and report.outcome != "failed" and not hasattr(report, "wasxfail")
+        if shown and plain and report.nodeid in self._nodes:
+            return report.outcome, "", report.outcome.upper()
         return None
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:

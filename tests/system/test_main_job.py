@@ -79,6 +79,10 @@ def test_run_json_says_where_and_how(job):
 def test_terminal_shows_progress_and_both_tables(job):
     assert "[1/6] suite_workloads:fine" in job.output
     assert "[6/6] suite_workloads:fine" in job.output
+    cases = [line for line in job.output.splitlines() if line.startswith("[")]
+    assert len(cases) == 12
+    between = job.output[job.output.index(cases[0]) : job.output.index(cases[-1])]
+    assert [line for line in between.splitlines() if not line.startswith("[") and set(line) <= {"."}] == []
     table = job.output[job.output.index("= mpscale =") :]
     assert "mixed-dynamic" in table
     assert str(job.path.relative_to(job.folder)) in table
