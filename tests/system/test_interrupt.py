@@ -65,7 +65,7 @@ def workers(folder):
     return found
 
 
-@pytest.mark.parametrize("method", ["fork", "fresh"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("fresh", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, how, method):
     folder = tmp_path / "suite"
