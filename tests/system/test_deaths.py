@@ -14,22 +14,22 @@ WAYS = {
     "orphans": ("crashed", "SIGKILL"),
     "progress_bar": ("crashed", "SIGSEGV"),
     "exits": ("error", "SystemExit: no more"),
-    "hang": ("timeout", "not finished after 12 s"),
+    "hang": ("timeout", "not finished after 15 s"),
 }
 
 
-def die(run_suite, ways, method):
+def die(run_suite, ways, method, timeout_s):
     """A run in which ways of dying stand between two cases that are well."""
     workloads = ",".join(f"suite_workloads:{name}" for name in ("fine", *ways, "regression"))
     return run_suite(
         "--mp-workloads", workloads, "--mp-modes", "fp32", "--mp-seeds", "1", "--mp-timing", "0.05",
-        "--mp-timeout", "12", "--mp-start-method", method,
+        "--mp-timeout", str(timeout_s), "--mp-start-method", method,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def deaths(run_suite):
-    return die(run_suite, WAYS, "fork")
+    return die(run_suite, WAYS, "fork", timeout_s=15)
 
 
 def row(deaths, name):
@@ -105,7 +105,7 @@ def test_metric_other_than_accuracy_has_its_own_column(deaths):
 def test_fresh_interpreters_die_no_differently(run_suite):
     """Three ways, one for each path that differs from a forked child's."""
     ways = ("segfault", "exception", "orphans")
-    done = die(run_suite, ways, "fresh")
+    done = die(run_suite, ways, "fresh", timeout_s=120)
     expected = ["ok", *(WAYS[way][0] for way in ways), "ok"]
     assert done.run.cases["status"].tolist() == expected, done.output
     assert set(done.run.cases["start_method"]) == {"fresh"}
