@@ -31,9 +31,13 @@ class Progress:
         live: whether the output is a terminal, where a line can be written over. Elsewhere a case has one line
             when it starts and one when it ends.
         clock: seconds, for the time left.
+        columns: width of the terminal: a live line that wraps could not be written over.
     """
 
-    def __init__(self, total: int, write: Callable[[str], None], live: bool, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, total: int, write: Callable[[str], None], live: bool, clock: Callable[[], float], columns: int = 80
+    ) -> None:
+        self._columns = columns
         self._total, self._write, self._live, self._clock = total, write, live, clock
         self._done = 0
         self._width = 0
@@ -94,6 +98,7 @@ class Progress:
     def _show(self, line: str) -> None:
         """Writes over the live line."""
         if self._live:
+            line = line[: self._columns - 1]
             self._write("\r" + line.ljust(self._width) + ("" if line else "\r"))
             self._width = len(line)
 

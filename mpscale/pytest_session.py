@@ -219,7 +219,8 @@ class Session:
             )
             reporter = config.pluginmanager.getplugin("terminalreporter")
             live = reporter is not None and reporter.isatty
-            self._progress = Progress(len(self._selected), self._write, live, time.monotonic)
+            columns = config.get_terminal_writer().fullwidth if live else 80
+            self._progress = Progress(len(self._selected), self._write, live, time.monotonic, columns)
             for workload, cases in Counter(case.workload for case in self._selected).items():
                 self._progress.plan(workload, cases)
             self._write(f"mpscale: on {device.name} ({device.kind.upper()}){self._why_no_gpu()}\n")

@@ -51,6 +51,13 @@ def test_on_a_terminal_one_line_lives_below_the_finished_ones():
     assert len(live[-1]) >= len(live[3].rstrip())
 
 
+def test_live_line_never_wraps():
+    screen = Screen(live=True)
+    screen.progress = Progress(1, screen.write, True, lambda: 0.0, columns=20)
+    screen.progress.started(case(0))
+    assert screen.text == "\r[1/1] w fp32 seed 0"
+
+
 def test_time_left_goes_down_to_nothing():
     screen = Screen(live=False)
     for number in range(3):
