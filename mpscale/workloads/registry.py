@@ -40,9 +40,10 @@ def get(name: str) -> Workload:
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
-            return _workload(getattr(importlib.import_module(module), attribute), f"{name!r}")
-        except (ImportError, AttributeError) as error:
-            raise UnknownWorkload(f"no workload at {name!r}: {error}") from error
+            candidate = getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # importing runs the user's code, which may fail in any way
+            raise UnknownWorkload(f"no workload at {name!r}: {type(error).__name__}: {error}") from error
+        return _workload(candidate, f"{name!r}")
     known = available()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)

@@ -112,6 +112,13 @@ def test_unknown_names_say_what_there_is(name, message):
         registry.get(name)
 
 
+def test_module_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("def w(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(registry.UnknownWorkload, match=r"SyntaxError.*broken_module\.py"):
+        registry.get("broken_module:w")
+
+
 def test_workload_is_found_by_module_and_attribute():
     assert registry.get("mpscale.workloads.mnist1d:CNN") is registry.get("mnist1d-cnn")
 
