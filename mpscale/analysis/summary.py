@@ -159,7 +159,9 @@ def _times(mode: str, measured: dict[str, list[Row]]) -> Row:
     times = {name: _by_process(group) for name, group in measured.items()}
     own = times[mode]
     # A training that diverged or skipped its steps has a step time, but no speed worth having.
-    own_ok = _by_process(case for case in measured[mode] if case["status"] == "ok")
+    # That goes for its repeats too, which time the same steps and cannot tell by themselves.
+    lost = {case["seed"] for case in measured[mode] if case["status"] != "ok"}
+    own_ok = _by_process(case for case in measured[mode] if case["seed"] not in lost)
     row: Row = {"processes": len(own), "headline_baseline": "tf32" if times.get("tf32") else "fp32"}
     row |= _columns("step_time_ms", geometric_interval(own.values()) if own else None)
     for name in ("fp32", "tf32"):

@@ -166,3 +166,14 @@ def test_one_disturbed_process_does_not_make_a_mode_dispatch_bound():
     ]
     row = row_of("fp32", *bound)
     assert (row["dispatch_share"], row["dispatch_bound"]) == (0.3, False)
+
+
+def test_repeats_of_a_stalled_training_buy_it_no_speed():
+    times = {"step_time_ms_median": 1.0}
+    stalled = (
+        record("mixed-static", status="stalled", **times),
+        record("mixed-static", repeat=1, **times),
+    )
+    found = rows_of(record("fp32", **times), record("fp32", repeat=1, **times), *stalled)
+    assert found["toy", "mixed-static"]["processes"] == 2
+    assert found["toy", "mixed-static"]["speedup_fp32"] is None
