@@ -25,7 +25,7 @@ STATUSES: dict[str, str] = {
     "timeout": "did not finish within `--mp-timeout` seconds and was killed",
     "crashed": "the process was ended by a signal",
     "error": "the process ended with an exception",
-    "unsupported": "this device cannot run this mode; nothing was started",
+    "unsupported": "this device, or train steps compiled in this way, cannot run this mode; nothing was started",
     "invalid": "ran, but its figures must not be used; `status_reason` says why",
     "interrupted": "stopped by the user before it finished",
 }
@@ -109,7 +109,7 @@ SECTIONS: tuple[Section, ...] = (
             _known("device_name", "str", "", "the device's own name"),
             _known("start_method", "str", "", "`fork`: child of a process that has TensorFlow imported and no device touched; `fresh`: an interpreter of its own", "nothing was started"),
             _known("jit", "bool", "", "whether the train step is compiled by XLA; the same for all modes of a run"),
-            _known("policy", "str", "", "Keras dtype policy"),
+            _known("policy", "str", "", "Keras dtype policy; float32 for graph-rewrite, which TensorFlow rewrites to float16 below Keras"),
             _measured("tf32", "bool", "", "whether float32 products may be rounded to TF32, read back from TensorFlow", "the device has no TF32"),
             _measured("gpu_allocator", "str", "", "`TF_GPU_ALLOCATOR` of the process", "on a CPU"),
             _measured("batch_size", "int", "examples", "examples per step", _NOT_REACHED),

@@ -10,7 +10,7 @@ from typing import Literal
 
 from mpscale.telemetry.device import Device
 
-Scaling = Literal["none", "static", "dynamic", "keras", "article"]
+Scaling = Literal["none", "static", "dynamic", "logmax", "keras", "article"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class Mode:
         on_trial: the mode exists to show what a rule does, so a training that diverges or stalls under it is a
             result and not a failure.
         summary: one line for ``mpscale workloads`` and the reports.
+        graph_rewrite: whether TensorFlow rewrites its graphs to float16 by itself, whatever the policy says.
     """
 
     name: str
@@ -34,19 +35,48 @@ class Mode:
     tf32: bool
     on_trial: bool
     summary: str
+    graph_rewrite: bool = False
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether part of the training is computed in less than float32."""
+        return self.policy != "float32" or self.graph_rewrite
 
     @property
     def sees_overflow(self) -> bool:
         """Whether each step's overflow is known: without a finite check, or Keras' own rule, it is not."""
-        return self.scaling in ("static", "dynamic", "keras")
+        return self.scaling in ("static", "dynamic", "logmax", "keras")
 
-    def unsupported_reason(self, device: Device) -> str | None:
-        """Why ``device`` cannot run this mode as what it claims to be, or None if it can."""
+    def unsupported_reason(self, device: Device, jit: bool) -> str | None:
+        """Why this mode cannot run as what it claims to be, or None if it can.
+
+        Args:
+            device: where it would run.
+            jit: whether train steps are compiled with XLA.
+        """
         if self.name == "tf32" and not device.has_tf32:
-            return f"TF32 needs an NVIDIA GPU of compute capability 8.0 or newer; this is {device.name}" + (
-                f" ({'.'.join(map(str, device.compute_capability))})" if device.compute_capability else ""
+            return f"TF32 needs an NVIDIA GPU of compute capability 8.0 or newer; this is {_described(device)}"
+        if self.graph_rewrite and not _rewrites_graphs(device):
+            return (
+                "TensorFlow's rewrite to float16 needs an NVIDIA GPU of compute capability 7.0 or newer"
+                f"{' and --mp-jit off' if jit else ''}; this is {_described(device)}"
+            )
+        if self.graph_rewrite and jit:
+            return (
+                "TensorFlow's rewrite to float16 does nothing to what XLA compiles; run this mode, and those it is "
+                "compared with, with --mp-jit off"
             )
         return None
+
+
+def _described(device: Device) -> str:
+    capability = device.compute_capability
+    return f"{device.name} ({'.'.join(map(str, capability))})" if capability else device.name
+
+
+def _rewrites_graphs(device: Device) -> bool:
+    """Whether TensorFlow's rewrite finds units for float16: from NVIDIA's Volta (7.0) on."""
+    return device.compute_capability is not None and device.compute_capability >= (7, 0)
 
 
 _ALL = (
@@ -92,12 +122,29 @@ _ALL = (
         "float16 without a loss scale: shows what scaling is for",
     ),
     Mode(
+        "mixed-logmax",
+        "mixed_float16",
+        "logmax",
+        True,
+        True,
+        "float16 with a loss scale that follows the largest gradients",
+    ),
+    Mode(
         "mixed-keras",
         "mixed_float16",
         "keras",
         True,
         True,
         "float16 with Keras' own LossScaleOptimizer, side by side",
+    ),
+    Mode(
+        "graph-rewrite",
+        "float32",
+        "dynamic",
+        True,
+        False,
+        "TensorFlow's own rewrite of float32 graphs to float16, with mixed-dynamic's scale; GPU, without XLA",
+        graph_rewrite=True,
     ),
     Mode(
         "article",

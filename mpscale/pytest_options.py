@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mpscale.harness.case import DYNAMIC_KEYS, Settings
+from mpscale.harness.case import DYNAMIC_DEFAULTS, Settings
 from mpscale.modes import MODES, Mode, select_modes
 from mpscale.presets import DEFAULT_PRESET, PRESETS, Preset
 
@@ -65,7 +65,7 @@ def add_options(parser: pytest.Parser) -> None:
         type=_dynamic_scale,
         default={},
         metavar="KEY=VALUE,...",
-        help=f"arguments of mixed-dynamic's scale: {', '.join(DYNAMIC_KEYS)}",
+        help=f"arguments of the scale of mixed-dynamic and graph-rewrite: {', '.join(DYNAMIC_DEFAULTS)}",
     )
     add(
         "--mp-jit",
@@ -193,10 +193,30 @@ def _dynamic_scale(text: str) -> dict[str, float]:
     for pair in text.split(","):
         key, _, value = pair.partition("=")
         key = key.strip()
-        if key not in DYNAMIC_KEYS:
-            raise argparse.ArgumentTypeError(f"{key!r} is none of {', '.join(DYNAMIC_KEYS)}")
-        number = _positive(value)
-        if DYNAMIC_KEYS[key] is int and not number.is_integer():
+        if key not in DYNAMIC_DEFAULTS:
+            raise argparse.ArgumentTypeError(f"{key!r} is none of {', '.join(DYNAMIC_DEFAULTS)}")
+        kind = type(DYNAMIC_DEFAULTS[key])
+        number = _scale(value) if key in ("initial", "minimum", "maximum") else _positive(value)
+        if kind is int and not number.is_integer():
             raise argparse.ArgumentTypeError(f"{key} has to be an integer, not {value!r}")
-        found[key] = DYNAMIC_KEYS[key](number)
+        found[key] = kind(number)
+    _check_dynamic_scale(**{**DYNAMIC_DEFAULTS, **found})
     return found
+
+
+def _check_dynamic_scale(
+    initial: float, minimum: float, maximum: float, growth_factor: float, backoff_factor: float, **_: float
+) -> None:
+    """Refuses, in the words of DynamicLossScale, what would else be found out by the first case that uses it."""
+    if not minimum <= initial <= maximum:
+        problem = (
+            f"the initial loss scale {initial:g} is not within minimum {minimum:g} and maximum {maximum:g}; "
+            "choose it between them or widen them"
+        )
+    elif growth_factor <= 1:
+        problem = f"growth_factor must be finite and above 1, not {growth_factor!r}"
+    elif backoff_factor >= 1:
+        problem = f"backoff_factor must be between 0 and 1, not {backoff_factor!r}"
+    else:
+        return
+    raise argparse.ArgumentTypeError(problem)

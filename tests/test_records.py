@@ -67,7 +67,7 @@ def test_csv_stays_whole_whatever_is_in_a_text():
     assert rows[0]["output_tail"] == '50%\n100%\nend, "quoted"'
 
 
-@pytest.mark.parametrize("mode", ["fp32", "mixed-dynamic", "article"])
+@pytest.mark.parametrize("mode", ["fp32", "mixed-dynamic", "mixed-logmax", "article"])
 @pytest.mark.parametrize("repeat", [0, 1])
 @pytest.mark.parametrize("status", ["ok", "crashed", "unsupported"])
 def test_every_measured_column_of_a_finished_case_has_a_value_or_a_reason(mode, repeat, status):

@@ -13,14 +13,14 @@ from mpscale.modes import Mode
 
 StartMethod = Literal["fork", "fresh"]
 
-DYNAMIC_KEYS: dict[str, type] = {
-    "initial": float,
-    "growth_factor": float,
-    "backoff_factor": float,
-    "growth_interval": int,
-    "hysteresis": int,
-    "minimum": float,
-    "maximum": float,
+DYNAMIC_DEFAULTS: dict[str, int | float] = {
+    "initial": 2.0**15,
+    "growth_factor": 2.0,
+    "backoff_factor": 0.5,
+    "growth_interval": 2000,
+    "hysteresis": 1,
+    "minimum": 1.0,
+    "maximum": 2.0**24,
 }
 """The arguments of DynamicLossScale, which this side of the pipe cannot ask: it imports no TensorFlow."""
 
@@ -34,7 +34,7 @@ class Settings:
         train_steps: steps of a training; None takes the workload's own.
         batch_size: examples per step; None takes the workload's own.
         static_scale: loss scale of mixed-static.
-        dynamic_scale: arguments of mixed-dynamic's scale that differ from the defaults.
+        dynamic_scale: arguments of the scale of mixed-dynamic and graph-rewrite that differ from the defaults.
         timing_s: seconds of steady-state timing; 0 leaves the timing out.
         timing_blocks: fewest blocks of it.
     """

@@ -103,7 +103,7 @@ def _touch(device: Device, mode: Mode, channel: Channel) -> None:
         )
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
-    tf.config.experimental.enable_tensor_float_32_execution(mode.tf32)
+    set_arithmetic(mode)
     if device.has_tf32:
         channel.values({"tf32": tf.config.experimental.tensor_float_32_execution_enabled()})
     else:
@@ -114,6 +114,16 @@ def _touch(device: Device, mode: Mode, channel: Channel) -> None:
         channel.miss(["gpu_allocator"], "no GPU")
         channel.miss(["gpu_memory_allocator_peak_mib"], "TensorFlow's CPU allocator keeps no statistics")
     tf.constant(0.0).numpy()
+
+
+def set_arithmetic(mode: Mode) -> None:
+    """Tells TensorFlow what it may do about precision by itself.
+
+    Before anything is traced: a function keeps the settings that it was traced under.
+    """
+    tf.config.experimental.enable_tensor_float_32_execution(mode.tf32)
+    if mode.graph_rewrite:
+        tf.config.optimizer.set_experimental_options({"auto_mixed_precision": True})
 
 
 def _describe(

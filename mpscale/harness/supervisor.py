@@ -101,7 +101,7 @@ class Supervisor:
                 "policy": mode.policy,
             }
         )
-        unsupported = mode.unsupported_reason(self._device)
+        unsupported = mode.unsupported_reason(self._device, case.settings.jit)
         if unsupported:
             outcome.record.update({"status": "unsupported", "status_reason": unsupported})
         else:

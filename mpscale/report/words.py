@@ -60,7 +60,7 @@ def how_to_read(run: Run) -> str:
 
 def is_mixed(mode: str) -> bool:
     """Whether a mode computes in less than float32. One that is not known here is taken to."""
-    return mode not in MODES or MODES[mode].policy != "float32"
+    return mode not in MODES or MODES[mode].is_mixed
 
 
 def device_kind(run: Run) -> str | None:

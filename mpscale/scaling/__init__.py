@@ -5,12 +5,14 @@ Importing this package registers its classes with Keras, which is what ``keras.s
 
 from mpscale.scaling.article import ArticleLossScale
 from mpscale.scaling.finite import all_finite
+from mpscale.scaling.logmax import LogMaxLossScale
 from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, NoLossScale, StaticLossScale
 from mpscale.scaling.optimizer import LossScaleOptimizer
 
 __all__ = [
     "ArticleLossScale",
     "DynamicLossScale",
+    "LogMaxLossScale",
     "LossScale",
     "LossScaleOptimizer",
     "NoLossScale",

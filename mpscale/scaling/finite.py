@@ -1,15 +1,25 @@
-"""The finite check."""
+"""The finite check: whether all gradients are finite, which of them are not, and how large the largest is."""
 
 from __future__ import annotations
 
+import functools
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
+_IN_ROWS = 2**14
+"""Elements from which a tensor is reduced in two stages. XLA spreads a reduction over a CPU's cores by its outputs:
+one that has a single output runs on a single core."""
+
 
 def all_finite(tensors: Sequence[Any]) -> tf.Tensor:
     """Whether every element of every tensor is finite.
+
+    Under XLA, tensors of one shape are checked together: their flags are combined element by element, which fuses into
+    one loop, and only the result is reduced. A network of many small layers would otherwise pay for one kernel per
+    variable, and XLA would copy the conjunction of all their results into everything that depends on it.
 
     Args:
         tensors: dense tensors or ``tf.IndexedSlices``; None stands for a variable that the loss does not reach.
@@ -17,6 +27,83 @@ def all_finite(tensors: Sequence[Any]) -> tf.Tensor:
     Returns:
         A boolean scalar, True for no tensors.
     """
-    values = [t.values if isinstance(t, tf.IndexedSlices) else t for t in tensors if t is not None]
-    checks = [tf.reduce_all(tf.math.is_finite(value)) for value in values]
-    return tf.reduce_all(tf.stack(checks)) if checks else tf.constant(True)
+    values = _values(tensors)
+    if not values:
+        return tf.constant(True)
+    if not under_xla():
+        return tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(value)) for value in values]))
+    flags = []
+    for group in _by_shape(values):
+        finite = functools.reduce(tf.logical_and, [tf.math.is_finite(value) for value in group])
+        if _in_rows(finite):
+            # A minimum over integers second, because XLA makes one reduction of two that are alike.
+            finite = tf.reduce_all(finite, axis=-1)
+            flags.append(tf.reduce_min(tf.cast(finite, tf.int32)))
+        else:
+            flags.append(tf.cast(tf.reduce_all(finite), tf.int32))
+    return tf.reduce_min(tf.stack(flags)) > 0
+
+
+def largest_magnitude(tensors: Sequence[Any]) -> tf.Tensor:
+    """The largest absolute value of all tensors, a float32 scalar; 0 for none, without meaning where one is not finite.
+
+    Args:
+        tensors: as for :func:`all_finite`.
+    """
+    values = [tf.cast(value, tf.float32) for value in _values(tensors)]
+    if not values:
+        return tf.constant(0.0)
+    if not under_xla():
+        return tf.maximum(tf.reduce_max(tf.stack([tf.reduce_max(tf.abs(value)) for value in values])), 0.0)
+    # Magnitudes are ordered as their bits are, and integers are the only maximum that XLA vectorises on a CPU.
+    largest = []
+    for group in _by_shape(values):
+        bits = functools.reduce(tf.maximum, [tf.bitcast(tf.abs(value), tf.int32) for value in group])
+        if _in_rows(bits):
+            # The complement second, because XLA makes one reduction of two that are alike.
+            largest.append(-1 - tf.reduce_min(-1 - tf.reduce_max(bits, axis=-1)))
+        else:
+            largest.append(tf.reduce_max(bits))
+    # The maximum of nothing is the smallest integer.
+    return tf.bitcast(tf.maximum(tf.reduce_max(tf.stack(largest)), 0), tf.float32)
+
+
+def nonfinite_flags(tensors: Sequence[Any]) -> tf.Tensor:
+    """1 for every tensor with an element that is not finite, int64 (tensors,); 0 for None."""
+    zero, one = tf.constant(0, tf.int64), tf.constant(1, tf.int64)
+    return tf.stack(
+        [zero if tensor is None else tf.where(all_finite([tensor]), zero, one) for tensor in tensors]
+        or [tf.zeros((0,), tf.int64)]
+    )
+
+
+def under_xla() -> bool:
+    """Whether what is being traced will be compiled by XLA as a whole, as by ``tf.function(jit_compile=True)``."""
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while graph is not None:
+        context = graph._get_control_flow_context()
+        while context is not None:
+            if context.IsXLAContext():
+                return True
+            context = context.outer_context
+        graph = getattr(graph, "outer_graph", None)
+    return False
+
+
+def _in_rows(values: tf.Tensor) -> bool:
+    return values.shape.rank >= 2 and values.shape.num_elements() >= _IN_ROWS
+
+
+def _values(tensors: Sequence[Any]) -> list[tf.Tensor]:
+    return [
+        tensor.values if isinstance(tensor, tf.IndexedSlices) else tf.convert_to_tensor(tensor)
+        for tensor in tensors
+        if tensor is not None
+    ]
+
+
+def _by_shape(values: Sequence[tf.Tensor]) -> list[list[tf.Tensor]]:
+    groups: dict[tuple[int | None, ...], list[tf.Tensor]] = defaultdict(list)
+    for value in values:
+        groups[tuple(value.shape)].append(value)
+    return list(groups.values())

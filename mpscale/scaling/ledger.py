@@ -1,49 +1,121 @@
-"""Counters of what became of each step, kept on the device so that counting costs no synchronisation."""
+"""What became of each step, counted on the device so that counting costs no synchronisation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-_COUNTERS = ("attempted", "applied", "overflow", "skip_run", "longest_skip_run")
+TRAJECTORY = 256
+"""Changes of the scale that are kept; older ones make room for newer."""
+
+_COUNTERS = (
+    "attempted",
+    "applied",
+    "overflow",
+    "skip_run",
+    "longest_skip_run",
+    "first_overflow",
+    "last_overflow",
+    "floor_overflow",
+    "scale_changes",
+)
+_NEVER = -1
 
 
 class Ledger:
-    """Counts steps in int64 variables.
+    """Counters, the steps at which the scale changed and, if wanted, the overflows of every variable.
+
+    Steps are numbered from 0 in the order in which they were attempted.
+
+    All counters share one int64 vector: every further variable of a compiled step costs time when it is called.
 
     Args:
-        add_variable: makes one int64 scalar variable from a name; the optimizer passes its own maker, so that the
-            counters are saved and restored with it.
+        add_variable: makes a variable from name, dtype and initial value, a vector; the optimizer passes its own maker,
+            so that the ledger is saved and restored with it.
+        scale: the scale of the first step.
+        blamed: paths of the variables whose overflows are counted one by one.
     """
 
-    def __init__(self, add_variable: Callable[[str], Any]) -> None:
-        self._variables = {name: add_variable(name) for name in _COUNTERS}
+    def __init__(
+        self, add_variable: Callable[[str, str, Sequence[float]], Any], scale: float, blamed: Sequence[str] = ()
+    ) -> None:
+        start = [_NEVER if name in ("first_overflow", "last_overflow") else 0 for name in _COUNTERS]
+        self._counters = add_variable("steps", "int64", start)
+        self._change_steps = add_variable("scale_change_steps", "int64", [0] * TRAJECTORY)
+        self._change_scales = add_variable("scale_changes", "float32", [scale] + [0.0] * (TRAJECTORY - 1))
+        self._blamed = list(blamed)
+        self._blame = add_variable("overflows_by_variable", "int64", [0] * len(blamed)) if blamed else None
 
-    def record(self, finite: Any, applied: Any) -> None:
+    def record(self, finite: Any, applied: Any, at_floor: Any, scale: Any, next_scale: Any) -> None:
         """Counts one step.
 
         Args:
             finite: boolean scalar, whether its gradients were finite (True where nobody looked).
             applied: boolean scalar, whether its update was applied.
+            at_floor: boolean scalar, whether its scale could not have been lower.
+            scale: float32 scalar, the scale it was taken with.
+            next_scale: float32 scalar, the scale of the next one.
         """
-        v = self._variables
-        one = tf.constant(1, tf.int64)
-        run = tf.where(applied, tf.constant(0, tf.int64), v["skip_run"].value + one)
-        v["attempted"].assign(v["attempted"].value + one)
-        v["applied"].assign(v["applied"].value + tf.cast(applied, tf.int64))
-        v["overflow"].assign(v["overflow"].value + tf.cast(tf.logical_not(finite), tf.int64))
-        v["skip_run"].assign(run)
-        v["longest_skip_run"].assign(tf.maximum(v["longest_skip_run"].value, run))
+        old = dict(zip(_COUNTERS, tf.unstack(self._counters.value), strict=True))
+        overflow = tf.logical_not(finite)
+        run = tf.where(applied, tf.constant(0, tf.int64), old["skip_run"] + 1)
+        changes = old["scale_changes"] + tf.cast(tf.not_equal(next_scale, scale), tf.int64)
+        new = {
+            "attempted": old["attempted"] + 1,
+            "applied": old["applied"] + tf.cast(applied, tf.int64),
+            "overflow": old["overflow"] + tf.cast(overflow, tf.int64),
+            "skip_run": run,
+            "longest_skip_run": tf.maximum(old["longest_skip_run"], run),
+            "first_overflow": tf.where(
+                tf.logical_and(overflow, tf.equal(old["first_overflow"], _NEVER)),
+                old["attempted"],
+                old["first_overflow"],
+            ),
+            "last_overflow": tf.where(overflow, old["attempted"], old["last_overflow"]),
+            "floor_overflow": old["floor_overflow"] + tf.cast(tf.logical_and(overflow, at_floor), tf.int64),
+            "scale_changes": changes,
+        }
+        self._counters.assign(tf.stack([new[name] for name in _COUNTERS]))
+        # Where the scale stays, its slot is written anew with what it holds already.
+        here = tf.equal(tf.range(TRAJECTORY, dtype=tf.int64), changes % TRAJECTORY)
+        since = self._change_steps.value
+        moved = tf.logical_and(here, tf.not_equal(next_scale, scale))
+        self._change_steps.assign(tf.where(moved, new["attempted"], since))
+        self._change_scales.assign(tf.where(here, next_scale, self._change_scales.value))
 
-    def read(self) -> dict[str, int]:
-        """The counters as Python integers; waits for the device."""
-        values = {name: int(variable.value) for name, variable in self._variables.items()}
+    def blame(self, flags: Any) -> None:
+        """Adds 1 for each variable whose gradient was not finite; ``flags`` is int64 (variables,)."""
+        if self._blame is not None:
+            self._blame.assign(self._blame.value + flags)
+
+    def counters(self) -> dict[str, Any]:
+        """The counters as Python values; waits for the device."""
+        values: dict[str, Any] = dict(zip(_COUNTERS, self._counters.numpy().tolist(), strict=True))
+        for name in ("first_overflow", "last_overflow"):
+            if values[name] == _NEVER:
+                values[name] = None
+        by_variable = (
+            None
+            if self._blame is None
+            else {path: n for path, n in zip(self._blamed, self._blame.numpy().tolist(), strict=True) if n}
+        )
         return {
             "attempted": values["attempted"],
             "applied": values["applied"],
             "skipped": values["attempted"] - values["applied"],
             "overflow": values["overflow"],
             "longest_skip_run": values["longest_skip_run"],
+            "first_overflow": values["first_overflow"],
+            "last_overflow": values["last_overflow"],
+            "floor_overflow": values["floor_overflow"],
+            "by_variable": by_variable,
         }
+
+    def trajectory(self) -> list[tuple[int, float]]:
+        """Pairs of a step and the scale from that step on, in order; waits for the device."""
+        changes = int(self._counters.numpy()[_COUNTERS.index("scale_changes")])
+        steps, scales = self._change_steps.numpy(), self._change_scales.numpy()
+        kept = range(max(changes - TRAJECTORY + 1, 0), changes + 1)
+        return [(int(steps[i % TRAJECTORY]), float(scales[i % TRAJECTORY])) for i in kept]

@@ -26,23 +26,33 @@ LARGEST_SCALE = 2.0**126
 class LossScale(ABC):
     """What every loss scale offers."""
 
-    #: Whether gradients have to be looked at: False means that no finite check is made at all.
+    #: Whether the loss is multiplied, and gradients divided, by the scale at all.
+    scales: bool = True
+    #: Whether gradients have to be looked at: False means that no finite check is made.
     checks_finite: bool = True
     #: Whether a step with a non-finite gradient is left out.
     skip_nonfinite: bool = True
+    #: Whether :meth:`next_state` wants the largest gradient too.
+    needs_largest: bool = False
 
     @abstractmethod
     def initial_state(self) -> dict[str, float | int]:
         """The state before the first step; ``"scale"`` is always in it."""
 
     @abstractmethod
-    def next_state(self, state: State, finite: Any) -> dict[str, Any]:
+    def next_state(self, state: State, finite: Any, largest: Any = None) -> dict[str, Any]:
         """The state after a step.
 
         Args:
             state: the state that the step began with.
             finite: boolean scalar, whether every gradient of the step was finite.
+            largest: float32 scalar, the largest absolute value of all unscaled gradients; given where
+                ``needs_largest`` is set, and without meaning where ``finite`` is False.
         """
+
+    def at_floor(self, state: State) -> Any:
+        """Whether the scale cannot fall any further, a boolean scalar: an overflow then has no remedy left."""
+        return False
 
     def get_config(self) -> dict[str, Any]:
         """Plain values from which :meth:`from_config` makes an equal loss scale."""
@@ -67,13 +77,14 @@ def state_dtype(initial: float | int) -> tf.DType:
 class NoLossScale(LossScale):
     """No scaling and no check: what float32 and bfloat16 need, and float16 does not get away with for long."""
 
+    scales = False
     checks_finite = False
     skip_nonfinite = False
 
     def initial_state(self) -> dict[str, float | int]:
         return {"scale": 1.0}
 
-    def next_state(self, state: State, finite: Any) -> dict[str, Any]:
+    def next_state(self, state: State, finite: Any, largest: Any = None) -> dict[str, Any]:
         return dict(state)
 
 
@@ -97,12 +108,12 @@ class StaticLossScale(LossScale):
     skip_nonfinite: bool = True
 
     def __post_init__(self) -> None:
-        _check_scale("scale", self.scale)
+        check_scale("scale", self.scale)
 
     def initial_state(self) -> dict[str, float | int]:
         return {"scale": float(self.scale)}
 
-    def next_state(self, state: State, finite: Any) -> dict[str, Any]:
+    def next_state(self, state: State, finite: Any, largest: Any = None) -> dict[str, Any]:
         return dict(state)
 
 
@@ -145,7 +156,7 @@ class DynamicLossScale(LossScale):
 
     def __post_init__(self) -> None:
         for name in ("initial", "minimum", "maximum"):
-            _check_scale(name, getattr(self, name))
+            check_scale(name, getattr(self, name))
         if not self.minimum <= self.initial <= self.maximum:
             raise ValueError(
                 f"the initial loss scale {self.initial:g} is not within minimum {self.minimum:g} and maximum "
@@ -163,7 +174,7 @@ class DynamicLossScale(LossScale):
     def initial_state(self) -> dict[str, float | int]:
         return {"scale": float(self.initial), "good_steps": 0, "tolerance": self.hysteresis}
 
-    def next_state(self, state: State, finite: Any) -> dict[str, Any]:
+    def next_state(self, state: State, finite: Any, largest: Any = None) -> dict[str, Any]:
         scale = tf.convert_to_tensor(state["scale"], tf.float32)
         good = tf.convert_to_tensor(state["good_steps"], tf.int64) + 1
         left = tf.maximum(tf.convert_to_tensor(state["tolerance"], tf.int64) - 1, 0)
@@ -177,8 +188,12 @@ class DynamicLossScale(LossScale):
             "tolerance": tf.where(finite, tf.constant(self.hysteresis, tf.int64), left),
         }
 
+    def at_floor(self, state: State) -> Any:
+        return tf.convert_to_tensor(state["scale"], tf.float32) <= self.minimum
 
-def _check_scale(name: str, value: float) -> None:
+
+def check_scale(name: str, value: float) -> None:
+    """Raises ValueError where ``value``, called ``name`` in the message, cannot be a loss scale."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST_SCALE:
         raise ValueError(
             f"{name} must be a number above 0 and at most 2**126, not {value!r}; "

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from mpscale.scaling.finite import all_finite
+from mpscale.scaling import replicas
+from mpscale.scaling.alarm import Alarm, check_policy, raise_alarm
+from mpscale.scaling.finite import all_finite, largest_magnitude, nonfinite_flags, under_xla
+from mpscale.scaling.gate import apply_gated
 from mpscale.scaling.ledger import Ledger
 from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, state_dtype
 
-# Nothing here has control flow that depends on a tensor, and rewriting it all would add a second to every trace.
+# Nothing here has Python control flow that depends on a tensor, and rewriting it all would add a second to every trace.
 _as_written = tf.autograph.experimental.do_not_convert
+
+Skip = Literal["auto", "branch", "gate"]
 
 
 @keras.saving.register_keras_serializable(package="mpscale")
@@ -40,23 +46,37 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     moving average of the optimizer, no iteration count. What the forward pass itself assigns, such as the statistics
     of BatchNormalization, is outside an optimizer's reach.
 
+    With ``gradient_accumulation_steps`` of the inner optimizer, one decision is made for each window: a micro-batch
+    that is not finite costs its whole window, and steps are counted in windows. Under a ``tf.distribute`` strategy one
+    decision is made over all replicas; build the optimizer under ``strategy.scope()``.
+
     It derives from Keras' own class because ``compile`` would otherwise wrap it a second time under a
     mixed_float16 policy.
 
     Args:
         inner_optimizer: any Keras optimizer that does no loss scaling of its own.
         loss_scale: a :class:`~mpscale.scaling.LossScale`; DynamicLossScale() where none is given.
+        blame: count the overflows of every variable by itself. Costs a look at every gradient in overflow steps.
+        alarm: what :meth:`check_alarm` does when steps overflow although the scale is at its floor: ``"warn"``,
+            ``"stop"`` (raise) or ``"ignore"``.
+        skip: how an overflow step is skipped: ``"branch"`` leaves the update out; ``"gate"`` computes it and holds
+            back what it writes, which is faster under XLA; ``"auto"`` gates under XLA and branches elsewhere. Both are
+            exact.
         name: name of the optimizer.
 
     Raises:
         TypeError: ``inner_optimizer`` or ``loss_scale`` is something else.
-        ValueError: ``inner_optimizer`` scales the loss itself.
+        ValueError: ``inner_optimizer`` scales the loss itself, or ``alarm`` or ``skip`` is unknown.
     """
 
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer,
         loss_scale: LossScale | None = None,
+        *,
+        blame: bool = False,
+        alarm: Alarm = "warn",
+        skip: Skip = "auto",
         name: str | None = None,
     ) -> None:
         _check_inner(inner_optimizer)
@@ -65,53 +85,90 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             raise TypeError(
                 f"loss_scale must be a LossScale such as StaticLossScale(128) or DynamicLossScale(), not {loss_scale!r}"
             )
+        check_policy(alarm)
+        if skip not in get_args(Skip):
+            raise ValueError(f"skip must be one of {', '.join(map(repr, get_args(Skip)))}, not {skip!r}")
         # Not Keras' LossScaleOptimizer's own __init__: it sets up the dynamic rule that this class replaces.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.loss_scale = loss_scale
+        self.blame = blame
+        self.alarm = alarm
+        self.skip = skip
+        self._alarmed = 0
+        self._looked_at: tuple[Any, set[int]] | None = None
 
     def build(self, var_list: Sequence[Any]) -> None:
-        """Makes the variables of the loss scale, the counters and the inner optimizer."""
+        """Makes the variables of the loss scale, the ledger and the inner optimizer."""
         if self.built:
             return
+        var_list = list(var_list)
 
-        def add(name: str, dtype: str, initial: float | int) -> Any:
-            variable = self.add_variable((), keras.initializers.Constant(initial), dtype, name=name)
+        def add(name: str, dtype: str, initial: Any) -> Any:
+            initializer = keras.initializers.Constant(initial)
+            variable = self.add_variable(np.shape(initial), initializer, dtype, name=name)
             # An attribute of its own is what tf.train.Checkpoint follows.
             setattr(self, f"_{name}_variable", variable)
             return variable
 
-        self._scale_state_names = tuple(self.loss_scale.initial_state())
-        for name, initial in self.loss_scale.initial_state().items():
-            add(name, state_dtype(initial).name, initial)
-        self._ledger = Ledger(lambda name: add(f"steps_{name}", "int64", 0))
+        initial_state = self.loss_scale.initial_state()
+        self._state = {name: add(name, state_dtype(value).name, value) for name, value in initial_state.items()}
+        blamed = [_path(variable) for variable in var_list] if self.blame else []
+        self._ledger = Ledger(add, initial_state["scale"], blamed)
+        if self.loss_scale.needs_largest:
+            self._largest = add("largest_gradient", "float32", 0.0)
+        if _window(self.inner_optimizer):
+            if tf.distribute.has_strategy():
+                raise ValueError(
+                    "gradient_accumulation_steps does not work under a strategy: Keras branches inside a replica where "
+                    "replicas have to wait for each other. Add up the gradients in the training loop"
+                )
+            self._window_finite = add("window_finite", "int64", 1)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(var_list)
+        if any(map(_window, getattr(self.inner_optimizer, "optimizers", []))):
+            raise ValueError(
+                "an optimizer inside a MultiOptimizer has gradient_accumulation_steps; windows of their own cannot be "
+                "skipped together. Accumulate gradients in the training loop, or use one optimizer"
+            )
+        # Keras' Nadam keeps a variable that it does not list. Listed here, it is saved like every other.
+        listed = {id(variable) for variable in self.inner_optimizer.variables}
+        for variable in vars(self.inner_optimizer).values():
+            if isinstance(variable, keras.Variable) and id(variable) not in listed:
+                self._track_variable(variable)
         keras.optimizers.Optimizer.build(self, var_list)
 
     @_as_written
     def scale_loss(self, loss: Any) -> Any:
-        """``loss`` times the loss scale, in float32: a float16 loss would overflow by being scaled."""
-        if not self.loss_scale.checks_finite:
+        """``loss`` times the loss scale, in float32 or wider: a float16 loss would overflow by being scaled."""
+        if not self.loss_scale.scales:
             return loss
-        return tf.cast(loss, tf.float32) * self.loss_scale_value
+        loss = tf.convert_to_tensor(loss)
+        if loss.dtype in (tf.float16, tf.bfloat16):
+            loss = tf.cast(loss, tf.float32)
+        return loss * tf.cast(self.loss_scale_value, loss.dtype)
 
     @_as_written
     def unscale(self, scaled_grads: Iterable[Any]) -> tuple[list[Any], tf.Tensor]:
-        """The true gradients, and whether all of them are finite.
+        """The true gradients, and whether all of them are finite, on all replicas.
 
         Args:
             scaled_grads: gradients of the scaled loss, dense or ``tf.IndexedSlices``; None is passed through.
 
         Returns:
             The gradients in float32 or wider, divided by the loss scale, and a boolean scalar.
+
+        Raises:
+            ValueError: the gradients are what an earlier call returned.
         """
-        grads = list(scaled_grads)
-        if not self.loss_scale.checks_finite:
-            return grads, tf.constant(True)
-        scale = self.loss_scale_value
-        grads = [_divided(grad, scale) for grad in grads]
-        return grads, all_finite(grads)
+        scaled = list(scaled_grads)
+        self._check_still_scaled(scaled)
+        grads, finite = self._judged(scaled)
+        for grad, before in zip(grads, scaled, strict=True):
+            if grad is not None and grad is not before:
+                grad._mpscale_unscaled = True
+        self._looked_at = (_place(), {id(grad) for grad in scaled if grad is not None})
+        return grads, finite
 
     @_as_written
     def apply(
@@ -129,88 +186,226 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             finite: what :meth:`unscale` said. The step is then not judged again.
 
         Raises:
-            ValueError: more than one replica trains: the decision has to be taken over all of them.
+            ValueError: gradients that were unscaled came without ``finite``, or see :func:`replicas.check_context`.
         """
         grads = list(grads)
-        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            raise ValueError(
-                "this LossScaleOptimizer works on one replica; under a strategy with several, each would decide "
-                "for itself whether to skip and the weights would drift apart. Train on one device for now"
-            )
-        if not self.built:
-            if trainable_variables is None:
-                raise ValueError(
-                    "the optimizer is not built: pass trainable_variables to apply, or call build(variables) first"
-                )
-            with tf.init_scope():
-                self.build(list(trainable_variables))
+        if not grads:
+            return
+        replicas.check_context()
+        self._ensure_built(trainable_variables)
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
         if finite is None:
-            grads, finite = self.unscale(grads)
-        finite = tf.convert_to_tensor(finite)
-
-        if self.loss_scale.skip_nonfinite:
-            applied = finite
-
-            def update() -> tf.Tensor:
-                self.inner_optimizer.apply(grads, trainable_variables)
-                return tf.constant(True)
-
-            # Everything that the inner optimizer assigns is inside the branch, which is what makes a skip exact.
-            tf.cond(finite, update, lambda: tf.constant(False))
+            self._check_still_scaled(grads)
+            self._check_not_forgotten(grads)
+            grads, finite = self._judged(grads)
         else:
-            applied = tf.constant(True)
-            self.inner_optimizer.apply(grads, trainable_variables)
+            finite = replicas.all_true(finite)
+        self._looked_at = None
 
-        state = {name: self._scale_state(name).value for name in self._scale_state_names}
-        for name, value in self.loss_scale.next_state(state, finite).items():
-            self._scale_state(name).assign(value)
-        self._ledger.record(finite, applied)
+        if _window(self.inner_optimizer) and self.loss_scale.skip_nonfinite:
+            self._accumulate(grads, variables, finite)
+            return
+        if not self.loss_scale.skip_nonfinite:
+            self.inner_optimizer.apply(grads, variables)
+        elif not self._apply_gated(grads, variables, finite):
+            # Everything that the inner optimizer assigns is inside the branch, which is what makes a skip exact.
+            index = tf.where(finite, 1, 0)
+            replicas.switch(index, [lambda *_: None, self.inner_optimizer.apply], grads, variables)
+        self._decide(finite)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]], finite: Any | None = None) -> Any:
         """:meth:`apply` for pairs of gradient and variable; returns the iteration count, as Keras does."""
-        grads, variables = zip(*grads_and_vars, strict=True)
-        self.apply(grads, variables, finite=finite)
+        pairs = list(grads_and_vars)
+        self.apply([grad for grad, _ in pairs], [variable for _, variable in pairs], finite=finite)
         return self.iterations
+
+    @property
+    def variables(self) -> list[Any]:
+        """Those of the loss scale and the ledger, then those of the inner optimizer."""
+        return [*self._variables, *self.inner_optimizer.variables]
 
     @property
     def loss_scale_value(self) -> tf.Tensor:
         """The loss scale of the next step, a float32 scalar."""
         if not self.built:
             return tf.constant(self.loss_scale.initial_state()["scale"], tf.float32)
-        return tf.convert_to_tensor(self._scale_state("scale").value)
+        return tf.convert_to_tensor(self._state["scale"].value)
 
-    def counters(self) -> dict[str, int]:
-        """What became of the steps so far: attempted, applied, skipped, overflow, longest_skip_run.
+    def counters(self) -> dict[str, Any]:
+        """What became of the steps so far; waits for the device, so not for every step of a timed loop.
 
-        Waits for the device, so not for every step of a timed loop. All are 0 before the first step.
+        Returns:
+            ``attempted``, ``applied``, ``skipped``, ``overflow`` (steps with a gradient that was not finite),
+            ``longest_skip_run``, ``floor_overflow`` (overflow steps whose scale could not have been lower), all 0
+            before the first step; ``first_overflow`` and ``last_overflow``, numbered from 0, None where there was none;
+            ``by_variable``, path to overflow steps of the variables that had one, None without ``blame``.
         """
-        if not self.built:
-            return dict.fromkeys(("attempted", "applied", "skipped", "overflow", "longest_skip_run"), 0)
-        return self._ledger.read()
+        return self._built_ledger().counters()
+
+    def trajectory(self) -> list[tuple[int, float]]:
+        """How the scale moved: pairs of a step, numbered from 0, and the scale from that step on. Waits for the device.
+
+        The last 256 changes are kept.
+        """
+        return self._built_ledger().trajectory()
+
+    def check_alarm(self) -> None:
+        """Speaks up if steps overflowed at the floor of the scale since the last call. Waits for the device.
+
+        For loops of your own, every now and then; in ``fit``, :class:`~mpscale.scaling.LossScaleMonitor` calls it.
+
+        Raises:
+            FloorOverflowError: they did, and ``alarm`` is ``"stop"``.
+        """
+        counters = self.counters()
+        if counters["floor_overflow"] > self._alarmed:
+            self._alarmed = counters["floor_overflow"]
+            raise_alarm(self.alarm, counters, float(self.loss_scale_value))
 
     def stateless_apply(self, optimizer_variables: Any, grads: Any, trainable_variables: Any) -> Any:
         """Refused, as by every Keras optimizer on TensorFlow."""
         raise ValueError("stateless_apply is not supported with the TensorFlow backend; use apply")
 
     def get_config(self) -> dict[str, Any]:
-        """Plain dicts: name, inner optimizer and loss scale."""
+        """Plain values, from which :meth:`from_config` makes an equal optimizer without its state."""
         return {
             "name": self.name,
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "loss_scale": keras.saving.serialize_keras_object(self.loss_scale),
+            "blame": self.blame,
+            "alarm": self.alarm,
+            "skip": self.skip,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> LossScaleOptimizer:
         """The inverse of :meth:`get_config`."""
-        return cls(
-            keras.saving.deserialize_keras_object(config["inner_optimizer"], custom_objects=custom_objects),
-            keras.saving.deserialize_keras_object(config["loss_scale"], custom_objects=custom_objects),
-            name=config.get("name"),
-        )
+        parts = {
+            name: keras.saving.deserialize_keras_object(config[name], custom_objects=custom_objects)
+            for name in ("inner_optimizer", "loss_scale")
+        }
+        return cls(**(config | parts))
 
-    def _scale_state(self, name: str) -> Any:
-        return getattr(self, f"_{name}_variable")
+    def _ensure_built(self, variables: Sequence[Any] | None) -> None:
+        if self.built:
+            return
+        if variables is None:
+            raise ValueError(
+                "the optimizer is not built: pass trainable_variables to apply, or call build(variables) first"
+            )
+        if tf.distribute.has_strategy():
+            raise ValueError(
+                "the optimizer is not built: under a strategy, call build(model.trainable_variables) "
+                "under strategy.scope() before the first step"
+            )
+        with tf.init_scope():
+            self.build(variables)
+
+    def _built_ledger(self) -> Ledger:
+        if self.built:
+            return self._ledger
+        # One that has seen no step. What it would blame is not known yet.
+        scale = self.loss_scale.initial_state()["scale"]
+        return Ledger(lambda name, dtype, initial: tf.Variable(initial, dtype=dtype), scale)
+
+    def _judged(self, scaled: list[Any]) -> tuple[list[Any], tf.Tensor]:
+        """:meth:`unscale`, and what is kept of it for :meth:`apply` and the ledger."""
+        replicas.check_context()
+        if not self.built and (self.blame or self.loss_scale.needs_largest):
+            raise ValueError("the optimizer is not built: call build(variables) before the first unscale")
+        scale = self.loss_scale_value
+        grads = [_divided(grad, scale) for grad in scaled] if self.loss_scale.scales else scaled
+        if not self.loss_scale.checks_finite:
+            return grads, tf.constant(True)
+        if self.loss_scale.needs_largest:
+            self._largest.assign(replicas.largest(largest_magnitude(grads)))
+        finite = all_finite(grads)
+        if self.blame:
+            nothing = tf.zeros((len(grads),), tf.int64)
+            flags = tf.cond(finite, lambda: nothing, lambda: nonfinite_flags(grads))
+            self._ledger.blame(replicas.any_set(flags))
+        return grads, replicas.all_true(finite)
+
+    def _apply_gated(self, grads: list[Any], variables: list[Any], finite: tf.Tensor) -> bool:
+        """Applies a step without a branch; False where that is not wanted or cannot be exact."""
+        if self.skip == "branch" or tf.executing_eagerly() or tf.distribute.has_strategy():
+            return False
+        if self.skip == "auto" and not under_xla():
+            return False
+        return apply_gated(lambda: self.inner_optimizer.apply(grads, variables), [*variables, *self.variables], finite)
+
+    def _accumulate(self, grads: list[Any], variables: list[Any], finite: tf.Tensor) -> None:
+        """One micro-batch of a window of ``gradient_accumulation_steps``.
+
+        The inner optimizer sees only the last one of a good window, and its own accumulators hold the sum till then:
+        it adds them up, divides, applies and clears. A bad window is thrown away as a whole.
+        """
+        inner, window = self.inner_optimizer, _window(self.inner_optimizer)
+        whole = tf.logical_and(finite, self._window_finite.value > 0)
+        ends = tf.equal((inner._iterations.value + 1) % window, 0)
+
+        def add(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
+            for grad, variable in zip(grads, variables, strict=True):
+                if grad is not None:
+                    inner._accumulated_gradients[inner._get_variable_index(variable)].assign_add(grad)
+            inner._iterations.assign_add(1)
+            self._window_finite.assign(tf.cast(whole, tf.int64))
+
+        def apply(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
+            inner.apply(grads, variables)
+            self._decide(tf.constant(True))
+
+        def discard(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
+            # Zeros are assigned, since subtracting would leave a NaN what it is.
+            for accumulator in inner._accumulated_gradients:
+                accumulator.assign(tf.zeros_like(accumulator.value))
+            inner._iterations.assign_sub(window - 1)
+            self._window_finite.assign(1)
+            self._decide(tf.constant(False))
+
+        index = tf.where(ends, tf.where(whole, 1, 2), 0)
+        replicas.switch(index, [add, apply, discard], grads, variables, whole)
+
+    def _decide(self, finite: tf.Tensor) -> None:
+        """Moves the scale and counts the step."""
+        state = {name: tf.convert_to_tensor(variable.value) for name, variable in self._state.items()}
+        largest = tf.convert_to_tensor(self._largest.value) if self.loss_scale.needs_largest else None
+        following = self.loss_scale.next_state(state, finite, largest=largest)
+        for name, value in following.items():
+            self._state[name].assign(value)
+        applied = finite if self.loss_scale.skip_nonfinite else tf.constant(True)
+        self._ledger.record(finite, applied, self.loss_scale.at_floor(state), state["scale"], following["scale"])
+
+    def _check_still_scaled(self, grads: Sequence[Any]) -> None:
+        if any(getattr(grad, "_mpscale_unscaled", False) for grad in grads):
+            raise ValueError(
+                "these gradients are unscaled already, and would be divided by the loss scale twice; "
+                "pass them to apply(grads, variables, finite=finite) with the finite that unscale returned"
+            )
+
+    def _check_not_forgotten(self, grads: Sequence[Any]) -> None:
+        """Catches unscale, clip, apply without ``finite``: what was clipped bears no mark."""
+        if self._looked_at is None or self._looked_at[0] is not _place():
+            return
+        if not any(id(grad) in self._looked_at[1] for grad in grads):
+            raise ValueError(
+                "unscale was called in this step, but apply got other gradients and no finite, so it would unscale "
+                "them again; pass apply(grads, variables, finite=finite) with the finite that unscale returned"
+            )
+
+
+def _place() -> Any:
+    """What tells one trace from another and from eager execution."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def _path(variable: Any) -> str:
+    return getattr(variable, "path", variable.name)
+
+
+def _window(inner: Any) -> int:
+    """Micro-batches per update, 0 where gradients are not accumulated."""
+    return getattr(inner, "gradient_accumulation_steps", None) or 0
 
 
 def _check_inner(inner: Any) -> None:
@@ -234,4 +429,17 @@ def _divided(grad: Any, scale: tf.Tensor) -> Any:
     grad = tf.convert_to_tensor(grad)
     if grad.dtype in (tf.float16, tf.bfloat16):
         grad = tf.cast(grad, tf.float32)
-    return grad / tf.cast(scale, grad.dtype)
+    return _out_of_reach(grad) / tf.cast(scale, grad.dtype)
+
+
+def _out_of_reach(grad: tf.Tensor) -> tf.Tensor:
+    """``grad``, kept from TensorFlow's own rewrite of graphs to float16 where that is switched on.
+
+    The rewrite takes a division along that follows a product which it has taken to float16. Unscaled there, a small
+    gradient is zero again, and from a scale of 2**16 on, which is infinity in float16, every gradient is, without a
+    sign of it. What the rewrite has on none of its lists it leaves in float32, with all that follows; Bitcast is such
+    an operation, and moves no data.
+    """
+    if grad.dtype != tf.float32 or not tf.config.optimizer.get_experimental_options().get("auto_mixed_precision"):
+        return grad
+    return tf.bitcast(tf.bitcast(grad, tf.int32), tf.float32)

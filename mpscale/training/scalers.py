@@ -13,7 +13,13 @@ import keras
 import tensorflow as tf
 
 from mpscale.modes import Mode
-from mpscale.scaling import ArticleLossScale, DynamicLossScale, LossScaleOptimizer, StaticLossScale
+from mpscale.scaling import (
+    ArticleLossScale,
+    DynamicLossScale,
+    LogMaxLossScale,
+    LossScaleOptimizer,
+    StaticLossScale,
+)
 
 UNKNOWN = -1.0
 """Stands in the step log for a value that the mode does not have."""
@@ -58,7 +64,7 @@ class Unscaled:
 
 
 class Scaled:
-    """mpscale's LossScaleOptimizer: mixed-static and mixed-dynamic."""
+    """mpscale's LossScaleOptimizer: mixed-static, mixed-dynamic, mixed-logmax and graph-rewrite."""
 
     def __init__(self, optimizer: LossScaleOptimizer) -> None:
         self.optimizer: LossScaleOptimizer = optimizer
@@ -144,6 +150,8 @@ def scaler_for(
             return Scaled(LossScaleOptimizer(optimizer, StaticLossScale(static_scale)))
         case "dynamic":
             return Scaled(LossScaleOptimizer(optimizer, DynamicLossScale(**dynamic)))
+        case "logmax":
+            return Scaled(LossScaleOptimizer(optimizer, LogMaxLossScale()))
         case "keras":
             return KerasScaled(keras.optimizers.LossScaleOptimizer(optimizer))
         case "article":

@@ -70,7 +70,12 @@ def test_overflow_step_changes_nothing(name, how):
         "skipped": 2,
         "overflow": 2,
         "longest_skip_run": 2,
+        "first_overflow": 1,
+        "last_overflow": 2,
+        "floor_overflow": 0,
+        "by_variable": None,
     }
+    assert optimizer.trajectory() == [(0, 8.0), (2, 4.0), (3, 2.0)]
     assert float(optimizer.loss_scale_value) == 2.0
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from mpscale.columns import COLUMNS
 
-FINE = ("--mp-workloads", "suite_workloads:fine", "--mp-modes", "fp32,mixed-dynamic,tf32", "--mp-seeds", "1")
+MODES = "fp32,mixed-dynamic,tf32,graph-rewrite"
+FINE = ("--mp-workloads", "suite_workloads:fine", "--mp-modes", MODES, "--mp-seeds", "1")
 QUICK = ("--mp-timing", "0.1")
 
 
@@ -17,6 +18,7 @@ def job(run_suite):
     return run_suite(
         *FINE, *QUICK, "--mp-repeats", "1", "--benchmark-only", "--benchmark-json", "out.json",
         "--benchmark-save", "first", "--benchmark-histogram", "picture", "--benchmark-group-by", "param:mode",
+        "--mp-dynamic-scale", "hysteresis=2",
     )  # fmt: skip
 
 
@@ -30,7 +32,7 @@ def test_it_passes_and_leaves_its_files(job):
 def test_cases_csv_reads_without_arguments_and_has_every_column(job):
     cases = pd.read_csv(job.path / "cases.csv")
     assert list(cases.columns) == list(COLUMNS)
-    assert len(cases) == 6
+    assert len(cases) == 8
     assert cases["workload_digest"].dropna().str.startswith("sha256:").all()
 
 
@@ -52,11 +54,22 @@ def test_seed_trains_and_repeat_only_times(job):
     assert cases.loc[0, "timed_overflow_steps"] == 0
 
 
-def test_mode_that_the_device_lacks_is_a_row_and_a_skip(job):
-    row = job.run.cases.query("mode == 'tf32'").iloc[0]
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [("tf32", "compute capability 8.0"), ("graph-rewrite", "capability 7.0 or newer and --mp-jit off")],
+)
+def test_mode_that_the_device_lacks_is_a_row_and_a_skip(job, mode, reason):
+    row = pd.read_csv(job.path / "cases.csv").query("mode == @mode").iloc[0]
     assert row["status"] == "unsupported"
-    assert "compute capability 8.0" in row["status_reason"]
-    assert "4 passed, 2 skipped" in job.output
+    assert reason in row["status_reason"]
+    assert "4 passed, 4 skipped" in job.output
+
+
+def test_arguments_of_the_loss_scale_make_a_series_of_their_own(job):
+    keys = job.run.cases.query("repeat == 0").set_index("mode")["series_key"]
+    assert "hysteresis=2" in keys["mixed-dynamic"]
+    assert "hysteresis" not in keys["fp32"]
+    assert json.loads((job.path / "run.json").read_text())["settings"]["dynamic_scale"] == {"hysteresis": 2}
 
 
 def test_steps_of_each_training_are_there(job):
@@ -73,14 +86,14 @@ def test_run_json_says_where_and_how(job):
     assert environment["runtime"]["tensorflow"] == environment["packages"]["tensorflow"]
     assert environment["cpu"]["logical_cores"] >= 1
     assert info["settings"]["timing_s"] == 0.1
-    assert len(info["planned"]) == 6
+    assert len(info["planned"]) == 8
 
 
 def test_terminal_shows_progress_and_both_tables(job):
-    assert "[1/6] suite_workloads:fine" in job.output
-    assert "[6/6] suite_workloads:fine" in job.output
+    assert "[1/8] suite_workloads:fine" in job.output
+    assert "[8/8] suite_workloads:fine" in job.output
     cases = [line for line in job.output.splitlines() if line.startswith("[")]
-    assert len(cases) == 12
+    assert len(cases) == 16
     between = job.output[job.output.index(cases[0]) : job.output.index(cases[-1])]
     assert [line for line in between.splitlines() if not line.startswith("[") and set(line) <= {"."}] == []
     table = job.output[job.output.index("= mpscale =") :]
@@ -149,6 +162,7 @@ def test_benchmark_disable_trains_and_does_not_time(run_suite):
         pytest.param(["--mp-static-scale", "big"], 4, "such as 1024 or 2**24", id="scale that is no number"),
         pytest.param(["--mp-dynamic-scale", "start=4"], 4, "'start' is none of initial", id="unknown argument"),
         pytest.param(["--mp-dynamic-scale", "growth_interval=inf"], 4, "above 0", id="infinite interval"),
+        pytest.param(["--mp-dynamic-scale", "initial=2**40"], 4, "not within minimum 1 and max", id="no such range"),
         pytest.param(["--mp-results", "pytest.ini/x"], 4, "not a folder that can be written", id="results in a file"),
         pytest.param(["--mp-preset", "huge"], 4, "invalid choice: 'huge'", id="unknown preset"),
     ],
@@ -161,9 +175,9 @@ def test_without_a_case_nothing_is_left_and_wrong_options_say_what_is_right(run_
 
 
 def test_options_that_fail_late_are_an_error_of_their_case(run_suite):
-    done = run_suite(*FINE, "-k", "dynamic", "--mp-dynamic-scale", "initial=2**40", "--benchmark-disable")
+    done = run_suite(*FINE, "-k", "dynamic", "--mp-batch-size", "401", "--benchmark-disable")
     assert done.code == 1
-    assert "not within minimum 1 and maximum" in done.run.cases.iloc[0]["status_reason"]
+    assert "choose 1 to 400" in done.run.cases.iloc[0]["status_reason"]
 
 
 def test_batch_size_and_steps_are_taken_from_the_options(run_suite):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mpscale.modes import MODES
+from mpscale.scaling import LogMaxLossScale
 from mpscale.training.evaluation import Evaluator
 from mpscale.training.order import batches
 from mpscale.training.scalers import UNKNOWN, scaler_for
@@ -75,7 +76,9 @@ def make_parts(mode="mixed-dynamic", jit=True, **dynamic):
         ("mixed-unscaled", UNKNOWN, UNKNOWN),
         ("mixed-static", 128.0, 0.0),
         ("mixed-dynamic", 2.0**15, 0.0),
+        ("mixed-logmax", LogMaxLossScale().initial, 0.0),
         ("mixed-keras", 2.0**15, 0.0),
+        ("graph-rewrite", 2.0**15, 0.0),
         ("article", 1.0, UNKNOWN),
     ],
 )
@@ -215,6 +218,13 @@ def test_log_and_ledger_count_alike():
         assert values[f"{name}_steps"] == counters[name]
     assert values["longest_skip_run"] == counters["longest_skip_run"]
     assert counters["overflow"] > 3
+
+
+def test_hysteresis_reaches_the_rule():
+    _, step = make_step(initial=2.0**126, maximum=2.0**126, hysteresis=2)
+    for _ in range(4):
+        step()
+    assert step.read_log()[:, 1:].tolist() == [[2.0**power, 1.0] for power in (126, 126, 125, 124)]
 
 
 def test_timing_is_made_of_blocks():

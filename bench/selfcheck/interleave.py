@@ -1,0 +1,97 @@
+"""Several programs timed against each other: each in a process of its own, a block of steps each in turn.
+
+In one process the order of building decides: of two identical train steps the first built was 5 to 10 % faster. Taking
+turns, because the speed of a shared machine drifts by more than what is to be told apart. Fresh processes for every
+restart, because processes of one program differ too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Times:
+    """What one contestant took: one entry per restart."""
+
+    step_s: list[float] = field(default_factory=list)
+    compile_s: list[float] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
+
+
+class _Contestant:
+    """A process that answers lines of JSON: ready, then the seconds per step of each block asked for."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"}
+        self._process = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.ready = self._answer()
+
+    def block(self, steps: int) -> float:
+        return float(self._ask({"steps": steps})["step_s"])
+
+    def end(self) -> dict[str, Any]:
+        facts = self._ask({"end": True})
+        self._process.stdin.close()
+        if self._process.wait(60) != 0:
+            raise RuntimeError(f"{self._process.args} ended with status {self._process.returncode}")
+        return facts
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._process.args} ended with status {self._process.wait()} without an answer")
+        return json.loads(line)
+
+
+def race(commands: Mapping[str, Sequence[str]], restarts: int, rounds: int, block_s: float = 0.04) -> dict[str, Times]:
+    """Times the programs ``commands``, arguments of this Python.
+
+    Args:
+        commands: by name.
+        restarts: how often all of them are started anew.
+        rounds: blocks of each per restart.
+        block_s: about how long a block is, in seconds.
+
+    Returns:
+        By name, the median seconds per step of each restart.
+    """
+    times = {name: Times() for name in commands}
+    for _ in range(restarts):
+        running: dict[str, _Contestant] = {}
+        try:
+            for name in random.sample(list(commands), len(commands)):
+                running[name] = _Contestant(commands[name])
+                times[name].compile_s.append(running[name].ready["compile_s"])
+            about_s = statistics.median(contestant.block(5) for contestant in running.values())
+            steps = max(2, round(block_s / about_s))
+            blocks: dict[str, list[float]] = {name: [] for name in commands}
+            for _ in range(rounds):
+                for name in random.sample(list(commands), len(commands)):
+                    blocks[name].append(running[name].block(steps))
+            for name, contestant in running.items():
+                times[name].step_s.append(statistics.median(blocks[name]))
+                times[name].facts.append(contestant.end())
+        finally:
+            for contestant in running.values():
+                contestant.kill()
+    return times

@@ -1,0 +1,118 @@
+"""Skipping a step without a branch: every write of an optimizer is let through or held back by a select.
+
+A branch is the obvious way to skip, and under XLA a dear one: its conditional keeps the update from being fused with
+what comes before it and copies the state in and out. Here the update always runs, and what it writes is
+``finite ? new : old``, which XLA folds into the loop that computes ``new``. docs/scaling-cost.md has the measurements.
+
+Exactness does not rest on knowing how an optimizer works. All its variables write through the gate for as long as
+the update is traced, and the trace is then searched for a write that did not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+_SCOPE = "mpscale_gate"
+
+_WRITE = re.compile(r"Assign|Resource(?!Gather)|RngSkip|RngReadAndSkip|Stateful(?!PartitionedCall)")
+"""Operations that change a resource, by the beginning of their type."""
+
+
+def apply_gated(update: Callable[[], None], variables: Iterable[Any], finite: tf.Tensor) -> bool:
+    """Traces ``update`` into the current graph so that it changes nothing where ``finite`` is False.
+
+    Args:
+        update: assigns to variables.
+        variables: those it is known to assign to, of Keras or TensorFlow.
+        finite: boolean scalar.
+
+    Returns:
+        False where a write could not be gated. Nothing has been added to the graph then.
+    """
+    known = {id(variable): variable for variable in map(_native, variables)}
+
+    def gated() -> None:
+        with _gated(known.values(), finite):
+            update()
+
+    for _ in range(2):
+        # A function of its own, so that a trace that fails the search can be thrown away. XLA inlines it.
+        function = tf.function(gated, autograph=False).get_concrete_function()
+        if not _ungated_writes(function.graph):
+            function()
+            return True
+        # The trace knows every variable that was touched, also one that the optimizer does not list.
+        known.update((id(variable), variable) for variable in function.graph.variables)
+    return False
+
+
+def _native(variable: Any) -> Any:
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def _ungated_writes(graph: Any) -> list[str]:
+    """Names of operations that write past the gate, those in branches and called functions included."""
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
+    return [node.name for node in nodes if _WRITE.match(node.op) and _SCOPE not in node.name]
+
+
+@contextlib.contextmanager
+def _gated(variables: Iterable[Any], finite: tf.Tensor) -> Iterator[None]:
+    """Lets the variables write through the gate: methods of the instance come before those of its class."""
+    gated = [(variable, _gates(variable, finite)) for variable in variables]
+    for variable, methods in gated:
+        vars(variable).update(methods)
+    try:
+        yield
+    finally:
+        for variable, methods in gated:
+            for name in methods:
+                del vars(variable)[name]
+
+
+def _gates(variable: Any, finite: tf.Tensor) -> dict[str, Callable[..., Any]]:
+    """The writing methods of ``variable``, gated."""
+    kind = type(variable)
+
+    def assign(value: Any, **options: Any) -> Any:
+        with tf.name_scope(_SCOPE):
+            value = tf.cast(tf.convert_to_tensor(value), variable.dtype)
+            return kind.assign(variable, tf.where(finite, value, variable.read_value()), **options)
+
+    def assign_add(delta: Any, **options: Any) -> Any:
+        return assign(variable.read_value() + tf.cast(delta, variable.dtype), **options)
+
+    def assign_sub(delta: Any, **options: Any) -> Any:
+        return assign(variable.read_value() - tf.cast(delta, variable.dtype), **options)
+
+    def scatter_update(rows: tf.IndexedSlices, **options: Any) -> Any:
+        with tf.name_scope(_SCOPE):
+            values = tf.where(finite, rows.values, tf.gather(variable.read_value(), rows.indices))
+            return kind.scatter_update(variable, tf.IndexedSlices(values, rows.indices), **options)
+
+    # x + -0.0 and x - 0.0 are x for every x, -0.0 included.
+    def scatter_add(rows: tf.IndexedSlices, **options: Any) -> Any:
+        with tf.name_scope(_SCOPE):
+            values = tf.where(finite, rows.values, -tf.zeros((), rows.dtype))
+            return kind.scatter_add(variable, tf.IndexedSlices(values, rows.indices), **options)
+
+    def scatter_sub(rows: tf.IndexedSlices, **options: Any) -> Any:
+        with tf.name_scope(_SCOPE):
+            values = tf.where(finite, rows.values, tf.zeros((), rows.dtype))
+            return kind.scatter_sub(variable, tf.IndexedSlices(values, rows.indices), **options)
+
+    return {
+        "assign": assign,
+        "assign_add": assign_add,
+        "assign_sub": assign_sub,
+        "scatter_update": scatter_update,
+        "scatter_add": scatter_add,
+        "scatter_sub": scatter_sub,
+    }
