@@ -16,6 +16,7 @@ _HOME = {
     "DynamicLossScale": "mpscale.scaling",
     "NoLossScale": "mpscale.scaling",
     "LossScaleOptimizer": "mpscale.scaling",
+    "LossScaleMonitor": "mpscale.scaling",
     "MODES": "mpscale.modes",
     "Mode": "mpscale.modes",
     "Workload": "mpscale.workloads",
@@ -29,6 +30,7 @@ __all__ = [
     "MODES",
     "Data",
     "DynamicLossScale",
+    "LossScaleMonitor",
     "LossScaleOptimizer",
     "Mode",
     "NoLossScale",
@@ -43,7 +45,7 @@ __all__ = [
 if TYPE_CHECKING:
     from mpscale.analysis.runs import Run, read_run
     from mpscale.modes import MODES, Mode
-    from mpscale.scaling import DynamicLossScale, LossScaleOptimizer, NoLossScale, StaticLossScale
+    from mpscale.scaling import DynamicLossScale, LossScaleMonitor, LossScaleOptimizer, NoLossScale, StaticLossScale
     from mpscale.workloads import Data, Workload, workload
 
 

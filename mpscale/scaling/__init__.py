@@ -3,17 +3,22 @@
 Importing this package registers its classes with Keras, which is what ``keras.saving.load_model`` needs.
 """
 
+from mpscale.scaling.alarm import FloorOverflowError, FloorOverflowWarning
 from mpscale.scaling.article import ArticleLossScale
 from mpscale.scaling.finite import all_finite
 from mpscale.scaling.logmax import LogMaxLossScale
 from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, NoLossScale, StaticLossScale
+from mpscale.scaling.monitor import LossScaleMonitor
 from mpscale.scaling.optimizer import LossScaleOptimizer
 
 __all__ = [
     "ArticleLossScale",
     "DynamicLossScale",
+    "FloorOverflowError",
+    "FloorOverflowWarning",
     "LogMaxLossScale",
     "LossScale",
+    "LossScaleMonitor",
     "LossScaleOptimizer",
     "NoLossScale",
     "StaticLossScale",

@@ -9,6 +9,9 @@ from typing import Any
 
 import tensorflow as tf
 
+_INFINITY_BITS = 0x7F800000
+"""Of float32."""
+
 _IN_ROWS = 2**14
 """Elements from which a tensor is reduced in two stages. XLA spreads a reduction over a CPU's cores by its outputs:
 one that has a single output runs on a single core."""
@@ -44,28 +47,31 @@ def all_finite(tensors: Sequence[Any]) -> tf.Tensor:
     return tf.reduce_min(tf.stack(flags)) > 0
 
 
-def largest_magnitude(tensors: Sequence[Any]) -> tf.Tensor:
-    """The largest absolute value of all tensors, a float32 scalar; 0 for none, without meaning where one is not finite.
+def finite_and_largest(tensors: Sequence[Any]) -> tuple[tf.Tensor, tf.Tensor]:
+    """:func:`all_finite` and the largest absolute value, from one look at the tensors.
 
     Args:
         tensors: as for :func:`all_finite`.
+
+    Returns:
+        A boolean scalar, and a float32 scalar: 0 for no tensors, without meaning where one is not finite.
     """
-    values = [tf.cast(value, tf.float32) for value in _values(tensors)]
-    if not values:
-        return tf.constant(0.0)
-    if not under_xla():
-        return tf.maximum(tf.reduce_max(tf.stack([tf.reduce_max(tf.abs(value)) for value in values])), 0.0)
-    # Magnitudes are ordered as their bits are, and integers are the only maximum that XLA vectorises on a CPU.
+    magnitudes = [tf.abs(tf.cast(value, tf.float32)) for value in _values(tensors)]
+    if not magnitudes:
+        return tf.constant(True), tf.constant(0.0)
+    # Bits are ordered as the magnitudes are, with infinity and then NaN on top; and unlike that of floating-point
+    # numbers, a maximum of integers is one that XLA vectorises on a CPU.
+    bits = [tf.bitcast(magnitude, tf.int32) for magnitude in magnitudes]
     largest = []
-    for group in _by_shape(values):
-        bits = functools.reduce(tf.maximum, [tf.bitcast(tf.abs(value), tf.int32) for value in group])
-        if _in_rows(bits):
-            # The complement second, because XLA makes one reduction of two that are alike.
-            largest.append(-1 - tf.reduce_min(-1 - tf.reduce_max(bits, axis=-1)))
+    for group in _by_shape(bits) if under_xla() else [[each] for each in bits]:
+        together = functools.reduce(tf.maximum, group)
+        if under_xla() and _in_rows(together):
+            largest.append(-tf.reduce_min(-tf.reduce_max(together, axis=-1)))
         else:
-            largest.append(tf.reduce_max(bits))
-    # The maximum of nothing is the smallest integer.
-    return tf.bitcast(tf.maximum(tf.reduce_max(tf.stack(largest)), 0), tf.float32)
+            largest.append(tf.reduce_max(together))
+    # Nothing has the smallest integer for a maximum.
+    top = tf.maximum(tf.reduce_max(tf.stack(largest)), 0)
+    return top < _INFINITY_BITS, tf.bitcast(top, tf.float32)
 
 
 def nonfinite_flags(tensors: Sequence[Any]) -> tf.Tensor:

@@ -65,7 +65,8 @@ def _ungated_writes(graph: Any) -> list[str]:
 
 @contextlib.contextmanager
 def _gated(variables: Iterable[Any], finite: tf.Tensor) -> Iterator[None]:
-    """Lets the variables write through the gate: methods of the instance come before those of its class."""
+    """Lets the variables write through the gate: attributes of an object come before those of its class."""
+    finite = tf.identity(finite)
     gated = [(variable, _gates(variable, finite)) for variable in variables]
     for variable, methods in gated:
         vars(variable).update(methods)
@@ -81,16 +82,23 @@ def _gates(variable: Any, finite: tf.Tensor) -> dict[str, Callable[..., Any]]:
     """The writing methods of ``variable``, gated."""
     kind = type(variable)
 
+    def write(old: Any, new: Any, **options: Any) -> Any:
+        # A select, and not a masked difference: only a copy keeps the bits of a subnormal number.
+        return kind.assign(variable, tf.where(finite, tf.cast(new, variable.dtype), old), **options)
+
     def assign(value: Any, **options: Any) -> Any:
         with tf.name_scope(_SCOPE):
-            value = tf.cast(tf.convert_to_tensor(value), variable.dtype)
-            return kind.assign(variable, tf.where(finite, value, variable.read_value()), **options)
+            return write(variable.read_value(), value, **options)
 
     def assign_add(delta: Any, **options: Any) -> Any:
-        return assign(variable.read_value() + tf.cast(delta, variable.dtype), **options)
+        with tf.name_scope(_SCOPE):
+            old = variable.read_value()
+            return write(old, old + tf.cast(delta, variable.dtype), **options)
 
     def assign_sub(delta: Any, **options: Any) -> Any:
-        return assign(variable.read_value() - tf.cast(delta, variable.dtype), **options)
+        with tf.name_scope(_SCOPE):
+            old = variable.read_value()
+            return write(old, old - tf.cast(delta, variable.dtype), **options)
 
     def scatter_update(rows: tf.IndexedSlices, **options: Any) -> Any:
         with tf.name_scope(_SCOPE):

@@ -85,6 +85,10 @@ class LogMaxLossScale(LossScale):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
             raise ValueError(f"deviations must be a number from 0 to 100, not {value!r}")
 
+    @property
+    def at_least_one(self) -> bool:
+        return self.minimum >= 1
+
     def initial_state(self) -> dict[str, float | int]:
         return {"scale": float(self.initial), "mean": 0.0, "slow_mean": 0.0, "variance": 0.0, "samples": 0}
 

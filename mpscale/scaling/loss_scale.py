@@ -35,6 +35,11 @@ class LossScale(ABC):
     #: Whether :meth:`next_state` wants the largest gradient too.
     needs_largest: bool = False
 
+    @property
+    def at_least_one(self) -> bool:
+        """Whether the scale is never below 1, so that a division by it cannot overflow."""
+        return False
+
     @abstractmethod
     def initial_state(self) -> dict[str, float | int]:
         """The state before the first step; ``"scale"`` is always in it."""
@@ -110,6 +115,10 @@ class StaticLossScale(LossScale):
     def __post_init__(self) -> None:
         check_scale("scale", self.scale)
 
+    @property
+    def at_least_one(self) -> bool:
+        return self.scale >= 1
+
     def initial_state(self) -> dict[str, float | int]:
         return {"scale": float(self.scale)}
 
@@ -170,6 +179,10 @@ class DynamicLossScale(LossScale):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+
+    @property
+    def at_least_one(self) -> bool:
+        return self.minimum >= 1
 
     def initial_state(self) -> dict[str, float | int]:
         return {"scale": float(self.initial), "good_steps": 0, "tolerance": self.hysteresis}

@@ -11,8 +11,9 @@ import tensorflow as tf
 
 from mpscale.scaling import replicas
 from mpscale.scaling.alarm import Alarm, check_policy, raise_alarm
-from mpscale.scaling.finite import all_finite, largest_magnitude, nonfinite_flags, under_xla
+from mpscale.scaling.finite import all_finite, finite_and_largest, nonfinite_flags, under_xla
 from mpscale.scaling.gate import apply_gated
+from mpscale.scaling.gradients import UnscaledOnce, kept_from_rewrite, unscaled
 from mpscale.scaling.ledger import Ledger
 from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, state_dtype
 
@@ -96,7 +97,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self.alarm = alarm
         self.skip = skip
         self._alarmed = 0
-        self._looked_at: tuple[Any, set[int]] | None = None
+        self._once = UnscaledOnce()
 
     def build(self, var_list: Sequence[Any]) -> None:
         """Makes the variables of the loss scale, the ledger and the inner optimizer."""
@@ -162,12 +163,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             ValueError: the gradients are what an earlier call returned.
         """
         scaled = list(scaled_grads)
-        self._check_still_scaled(scaled)
         grads, finite = self._judged(scaled)
-        for grad, before in zip(grads, scaled, strict=True):
-            if grad is not None and grad is not before:
-                grad._mpscale_unscaled = True
-        self._looked_at = (_place(), {id(grad) for grad in scaled if grad is not None})
+        if self.loss_scale.scales:
+            self._once.unscaled(scaled, grads)
         return grads, finite
 
     @_as_written
@@ -195,12 +193,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._ensure_built(trainable_variables)
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
         if finite is None:
-            self._check_still_scaled(grads)
-            self._check_not_forgotten(grads)
+            self._once.check_apply(grads)
             grads, finite = self._judged(grads)
         else:
             finite = replicas.all_true(finite)
-        self._looked_at = None
+        self._once.forget()
 
         if _window(self.inner_optimizer) and self.loss_scale.skip_nonfinite:
             self._accumulate(grads, variables, finite)
@@ -262,6 +259,21 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self._alarmed = counters["floor_overflow"]
             raise_alarm(self.alarm, counters, float(self.loss_scale_value))
 
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets :attr:`variables` in their order. Keras' own method stops before those of the inner optimizer.
+
+        Raises:
+            ValueError: their number or a shape differs.
+        """
+        if len(weights) != len(self.variables):
+            raise ValueError(
+                f"{len(weights)} weights were given, but the optimizer has {len(self.variables)} variables"
+            )
+        for variable, weight in zip(self.variables, weights, strict=True):
+            if tuple(variable.shape) != np.shape(weight):
+                raise ValueError(f"{variable.path} has shape {tuple(variable.shape)}, not {np.shape(weight)}")
+            variable.assign(weight)
+
     def stateless_apply(self, optimizer_variables: Any, grads: Any, trainable_variables: Any) -> Any:
         """Refused, as by every Keras optimizer on TensorFlow."""
         raise ValueError("stateless_apply is not supported with the TensorFlow backend; use apply")
@@ -311,18 +323,24 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def _judged(self, scaled: list[Any]) -> tuple[list[Any], tf.Tensor]:
         """:meth:`unscale`, and what is kept of it for :meth:`apply` and the ledger."""
         replicas.check_context()
+        self._once.check(scaled)
         if not self.built and (self.blame or self.loss_scale.needs_largest):
             raise ValueError("the optimizer is not built: call build(variables) before the first unscale")
         scale = self.loss_scale_value
-        grads = [_divided(grad, scale) for grad in scaled] if self.loss_scale.scales else scaled
+        scaled = kept_from_rewrite(scaled)
+        grads = unscaled(scaled, scale) if self.loss_scale.scales else scaled
         if not self.loss_scale.checks_finite:
             return grads, tf.constant(True)
+        # What is finite stays finite in a division by 1 or more, and is quicker to look at before it.
+        judged, factor = (scaled, 1.0 / scale) if self.loss_scale.at_least_one else (grads, 1.0)
         if self.loss_scale.needs_largest:
-            self._largest.assign(replicas.largest(largest_magnitude(grads)))
-        finite = all_finite(grads)
+            finite, largest = finite_and_largest(judged)
+            self._largest.assign(replicas.largest(largest * factor))
+        else:
+            finite = all_finite(judged)
         if self.blame:
-            nothing = tf.zeros((len(grads),), tf.int64)
-            flags = tf.cond(finite, lambda: nothing, lambda: nonfinite_flags(grads))
+            nothing = tf.zeros((len(judged),), tf.int64)
+            flags = tf.cond(finite, lambda: nothing, lambda: nonfinite_flags(judged))
             self._ledger.blame(replicas.any_set(flags))
         return grads, replicas.all_true(finite)
 
@@ -376,28 +394,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         applied = finite if self.loss_scale.skip_nonfinite else tf.constant(True)
         self._ledger.record(finite, applied, self.loss_scale.at_floor(state), state["scale"], following["scale"])
 
-    def _check_still_scaled(self, grads: Sequence[Any]) -> None:
-        if any(getattr(grad, "_mpscale_unscaled", False) for grad in grads):
-            raise ValueError(
-                "these gradients are unscaled already, and would be divided by the loss scale twice; "
-                "pass them to apply(grads, variables, finite=finite) with the finite that unscale returned"
-            )
-
-    def _check_not_forgotten(self, grads: Sequence[Any]) -> None:
-        """Catches unscale, clip, apply without ``finite``: what was clipped bears no mark."""
-        if self._looked_at is None or self._looked_at[0] is not _place():
-            return
-        if not any(id(grad) in self._looked_at[1] for grad in grads):
-            raise ValueError(
-                "unscale was called in this step, but apply got other gradients and no finite, so it would unscale "
-                "them again; pass apply(grads, variables, finite=finite) with the finite that unscale returned"
-            )
-
-
-def _place() -> Any:
-    """What tells one trace from another and from eager execution."""
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-
 
 def _path(variable: Any) -> str:
     return getattr(variable, "path", variable.name)
@@ -418,28 +414,3 @@ def _check_inner(inner: Any) -> None:
             f"inner_optimizer has loss_scale_factor={inner.loss_scale_factor}, so gradients would be unscaled twice; "
             f"leave that out and pass loss_scale=StaticLossScale({inner.loss_scale_factor})"
         )
-
-
-def _divided(grad: Any, scale: tf.Tensor) -> Any:
-    """``grad / scale`` in float32 or wider, so that a small gradient survives the division."""
-    if grad is None:
-        return None
-    if isinstance(grad, tf.IndexedSlices):
-        return tf.IndexedSlices(_divided(grad.values, scale), grad.indices, grad.dense_shape)
-    grad = tf.convert_to_tensor(grad)
-    if grad.dtype in (tf.float16, tf.bfloat16):
-        grad = tf.cast(grad, tf.float32)
-    return _out_of_reach(grad) / tf.cast(scale, grad.dtype)
-
-
-def _out_of_reach(grad: tf.Tensor) -> tf.Tensor:
-    """``grad``, kept from TensorFlow's own rewrite of graphs to float16 where that is switched on.
-
-    The rewrite takes a division along that follows a product which it has taken to float16. Unscaled there, a small
-    gradient is zero again, and from a scale of 2**16 on, which is infinity in float16, every gradient is, without a
-    sign of it. What the rewrite has on none of its lists it leaves in float32, with all that follows; Bitcast is such
-    an operation, and moves no data.
-    """
-    if grad.dtype != tf.float32 or not tf.config.optimizer.get_experimental_options().get("auto_mixed_precision"):
-        return grad
-    return tf.bitcast(tf.bitcast(grad, tf.int32), tf.float32)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from small_step import COMPILED, same, small_model, state_of, step_function
 
 import mpscale.scaling
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer, NoLossScale, StaticLossScale
@@ -16,35 +17,6 @@ SHIPPED = sorted(
     for name, value in vars(keras.optimizers).items()
     if inspect.isclass(value) and issubclass(value, keras.optimizers.Optimizer) and name not in NOT_INNER
 )
-COMPILED = {"eager": None, "graph": False, "xla": True}
-
-
-def small_model():
-    keras.utils.set_random_seed(0)
-    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(2)])
-
-
-def step_function(model, optimizer, how):
-    """``step(factor)``: one step whose gradients are multiplied by ``factor``."""
-    x = tf.constant(np.arange(20, dtype=np.float32).reshape(5, 4) / 20)
-
-    def step(factor):
-        with tf.GradientTape() as tape:
-            scaled = optimizer.scale_loss(tf.reduce_mean(model(x) ** 2))
-        grads = tape.gradient(scaled, model.trainable_variables)
-        optimizer.apply([g * factor for g in grads], model.trainable_variables)
-
-    compiled = COMPILED[how]
-    function = step if compiled is None else tf.function(step, jit_compile=compiled)
-    return lambda factor: function(tf.constant(factor, tf.float32))
-
-
-def state_of(model, optimizer):
-    return [v.numpy() for v in (*model.variables, *optimizer.inner_optimizer.variables)]
-
-
-def same(before, after):
-    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("how", COMPILED)

@@ -1,0 +1,99 @@
+"""From gradients of the scaled loss to true ones, and a guard that it happens once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+
+def unscaled(grads: Sequence[Any], scale: tf.Tensor) -> list[Any]:
+    """``grads / scale`` in float32 or wider, so that a small gradient survives the division.
+
+    As a product, which XLA fuses into what follows, where it computes a division once and for all and stores it. The
+    reciprocal of a power of two is exact, that of another scale rounded.
+
+    Args:
+        grads: dense tensors or ``tf.IndexedSlices``; None is passed through.
+        scale: float32 scalar, at most 2**126.
+    """
+    reciprocal = 1.0 / scale
+
+    def times(grad: tf.Tensor) -> tf.Tensor:
+        if grad.dtype in (tf.float16, tf.bfloat16):
+            grad = tf.cast(grad, tf.float32)
+        return grad * tf.cast(reciprocal, grad.dtype)
+
+    return [_each(times, grad) for grad in grads]
+
+
+def kept_from_rewrite(grads: Sequence[Any]) -> list[Any]:
+    """``grads``, out of reach of TensorFlow's own rewrite of graphs to float16 where that is switched on.
+
+    The rewrite takes a product along that follows one which it has taken to float16, and the finite check with it:
+    a small gradient, unscaled there, is zero again. What the rewrite has on none of its lists it leaves in float32,
+    with all that follows; Bitcast is such an operation, and moves no data.
+    """
+    if not tf.config.optimizer.get_experimental_options().get("auto_mixed_precision"):
+        return list(grads)
+
+    def out_of_reach(grad: tf.Tensor) -> tf.Tensor:
+        return tf.bitcast(tf.bitcast(grad, tf.int32), tf.float32) if grad.dtype == tf.float32 else grad
+
+    return [_each(out_of_reach, grad) for grad in grads]
+
+
+def _each(function: Callable[[tf.Tensor], tf.Tensor], grad: Any) -> Any:
+    if grad is None:
+        return None
+    if isinstance(grad, tf.IndexedSlices):
+        return tf.IndexedSlices(function(grad.values), grad.indices, grad.dense_shape)
+    return function(tf.convert_to_tensor(grad))
+
+
+class UnscaledOnce:
+    """Remembers what was unscaled, so that it is not unscaled again."""
+
+    def __init__(self) -> None:
+        self._pending_in: Any = None
+
+    def unscaled(self, scaled: Sequence[Any], true: Sequence[Any]) -> None:
+        """Notes that ``true`` came of ``scaled``, for the step that is under way."""
+        for before, after in zip(scaled, true, strict=True):
+            if after is not None:
+                before._mpscale_role, after._mpscale_role = "looked at", "unscaled"
+        self._pending_in = _place()
+
+    def forget(self) -> None:
+        """Notes that the step is over."""
+        self._pending_in = None
+
+    def check(self, grads: Sequence[Any]) -> None:
+        """Raises ValueError where one of ``grads`` has been unscaled."""
+        if "unscaled" in map(_role, grads):
+            raise ValueError(
+                "these gradients are unscaled already, and would be divided by the loss scale twice; "
+                "pass them to apply(grads, variables, finite=finite) with the finite that unscale returned"
+            )
+
+    def check_apply(self, grads: Sequence[Any]) -> None:
+        """Catches unscale, clip, apply without ``finite``: what came out of clipping plays no role of its own.
+
+        Raises:
+            ValueError: gradients were unscaled in this step, and ``grads`` are neither those nor what they came of.
+        """
+        if self._pending_in is _place() and not {"looked at", "unscaled"} & set(map(_role, grads)):
+            raise ValueError(
+                "unscale was called in this step, but apply got other gradients and no finite, so it would unscale "
+                "them again; pass apply(grads, variables, finite=finite) with the finite that unscale returned"
+            )
+
+
+def _role(grad: Any) -> str | None:
+    return getattr(grad, "_mpscale_role", None)
+
+
+def _place() -> Any:
+    """What tells one trace from another and from eager execution."""
+    return "eager" if tf.executing_eagerly() else tf.compat.v1.get_default_graph()

@@ -1,0 +1,102 @@
+"""Skipping without a branch under XLA, and the search for writes that went past the gate."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from small_step import same, small_model, state_of, step_function
+
+from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
+from mpscale.scaling.gate import apply_gated
+
+
+class Restless(keras.optimizers.SGD):
+    """Writes to a variable that it does not list, past the methods of the variable if it is told to."""
+
+    def __init__(self, *args, secretly=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._secretly = secretly
+
+    def build(self, variables):
+        super().build(variables)
+        with tf.init_scope():
+            self._hidden = [tf.Variable(0.0)]
+
+    def update_step(self, gradient, variable, learning_rate):
+        if self._secretly:
+            tf.raw_ops.AssignAddVariableOp(resource=self._hidden[0].handle, value=1.0)
+        else:
+            self._hidden[0].assign_add(1.0)
+        super().update_step(gradient, variable, learning_rate)
+
+
+def branches(model, optimizer):
+    """Whether a compiled step of it has a branch."""
+    x = tf.ones((5, 4))
+
+    @tf.function(jit_compile=True)
+    def step():
+        with tf.GradientTape() as tape:
+            scaled = optimizer.scale_loss(tf.reduce_mean(model(x) ** 2))
+        optimizer.apply(tape.gradient(scaled, model.trainable_variables), model.trainable_variables)
+
+    optimizer.build(model.trainable_variables)
+    graph = step.get_concrete_function().graph.as_graph_def()
+    nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+    return any(node.op in ("If", "StatelessIf") for node in nodes)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Nadam", "SGD"])
+@pytest.mark.parametrize(("skip", "expected"), [("auto", False), ("gate", False), ("branch", True)])
+def test_gate_leaves_no_branch_in_a_compiled_step(name, skip, expected):
+    inner = getattr(keras.optimizers, name)(0.01, clipnorm=1.0, use_ema=True)
+    assert branches(small_model(), LossScaleOptimizer(inner, skip=skip)) == expected
+
+
+@pytest.mark.parametrize("secretly", [False, True], ids=["hidden variable", "past the variable's methods"])
+def test_what_an_optimizer_hides_is_held_back_too(secretly):
+    """A hidden variable is found in the trace; a write past all methods cannot be gated, so there is a branch."""
+    model = small_model()
+    inner = Restless(0.1, secretly=secretly)
+    optimizer = LossScaleOptimizer(inner, DynamicLossScale(8.0))
+    step = step_function(model, optimizer, "xla")
+    step()
+    before, hidden = state_of(model, optimizer), inner._hidden[0].numpy()
+    step(np.inf)
+    assert same(before, state_of(model, optimizer))
+    assert inner._hidden[0].numpy() == hidden > 0
+    assert branches(model, optimizer) == secretly
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_sparse_writes_leave_every_bit_where_they_are_held_back(jit):
+    """Negative zeros are where a masked addition would show; duplicate indices where a masked update would."""
+    start = np.float32([-0.0, 0.0, np.nan, -np.inf, 1.5, -0.0])
+    rows = tf.IndexedSlices(tf.constant([1.0, np.nan, 2.0]), tf.constant([0, 4, 0]), tf.constant([6]))
+
+    @tf.function(jit_compile=jit)
+    def update(finite, *variables):
+        def write():
+            for variable, method in zip(variables, ("scatter_add", "scatter_sub", "scatter_update"), strict=True):
+                getattr(variable, method)(rows)
+
+        assert apply_gated(write, variables, finite)
+
+    variables = [tf.Variable(start) for _ in range(3)]
+    function = tf.function(lambda finite: update(finite, *variables), jit_compile=jit)
+    function(tf.constant(False))
+    for variable in variables:
+        assert variable.numpy().tobytes() == start.tobytes()
+    function(tf.constant(True))
+    for variable, expected in zip(variables, [3.0, -3.0, None], strict=True):
+        assert np.isnan(variable.numpy()[4])
+        assert expected is None or variable.numpy()[0] == expected
+
+
+def test_writes_are_ungated_again_after_the_trace():
+    model = small_model()
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    step_function(model, optimizer, "xla")()
+    model.trainable_variables[0].assign(np.full((4, 3), 7.0))
+    assert (model.trainable_variables[0].numpy() == 7.0).all()
+    assert "assign" not in vars(model.trainable_variables[0].value)

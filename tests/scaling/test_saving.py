@@ -1,0 +1,76 @@
+"""Saved and restored: every bit of the optimizer's state, the loss scale and the counters included."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from small_step import small_model, step_function
+
+from mpscale.scaling import DynamicLossScale, LogMaxLossScale, LossScaleOptimizer, StaticLossScale
+
+MAKE = {
+    "dynamic": lambda: LossScaleOptimizer(keras.optimizers.Adam(0.01), DynamicLossScale(8.0, growth_interval=3)),
+    "hysteresis, blame": lambda: LossScaleOptimizer(
+        keras.optimizers.SGD(0.01, momentum=0.9), DynamicLossScale(8.0, hysteresis=3), blame=True, alarm="stop"
+    ),
+    "static": lambda: LossScaleOptimizer(keras.optimizers.AdamW(0.01, use_ema=True), StaticLossScale(4.0), skip="gate"),
+    "logmax": lambda: LossScaleOptimizer(keras.optimizers.Lion(0.01), LogMaxLossScale()),
+    "a variable that Keras does not list": lambda: LossScaleOptimizer(keras.optimizers.Nadam(0.01)),
+    "window": lambda: LossScaleOptimizer(keras.optimizers.Adam(0.01, gradient_accumulation_steps=4)),
+}
+FACTORS = [1.0, 1.0, np.inf, 1.0, 1.0, np.nan, 1.0]
+
+
+def trained(make):
+    model = small_model()
+    model.compile(make(), "mse")
+    step = step_function(model, model.optimizer, "graph")
+    for i, factor in enumerate(FACTORS):
+        step(factor, i / 10)
+    return model, step
+
+
+def through_keras(model, make, folder):
+    model.save(folder / "model.keras")
+    return keras.saving.load_model(folder / "model.keras")
+
+
+def through_weights(model, make, folder):
+    fresh = small_model()
+    fresh.compile(make(), "mse")
+    fresh.optimizer.build(fresh.trainable_variables)
+    fresh.set_weights(model.get_weights())
+    fresh.optimizer.set_weights([v.numpy() for v in model.optimizer.variables])
+    return fresh
+
+
+def through_checkpoint(model, make, folder):
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(folder / "checkpoint")
+    fresh = small_model()
+    fresh.compile(make(), "mse")
+    fresh.optimizer.build(fresh.trainable_variables)
+    tf.train.Checkpoint(model=fresh, optimizer=fresh.optimizer).restore(path).assert_consumed()
+    return fresh
+
+
+def bits(model):
+    hidden = getattr(model.optimizer.inner_optimizer, "_u_product", None)
+    variables = [*model.variables, *model.optimizer.variables, *([] if hidden is None else [hidden])]
+    return [v.numpy().tobytes() for v in variables]
+
+
+@pytest.mark.parametrize("through", [through_keras, through_weights, through_checkpoint])
+@pytest.mark.parametrize("name", MAKE)
+def test_every_bit_comes_back_and_training_goes_on_alike(name, through, tmp_path):
+    model, step = trained(MAKE[name])
+    loaded = through(model, MAKE[name], tmp_path)
+    assert bits(loaded) == bits(model)
+    assert loaded.optimizer.counters() | {"by_variable": None} == model.optimizer.counters() | {"by_variable": None}
+    assert loaded.optimizer.trajectory() == model.optimizer.trajectory()
+    for setting in ("loss_scale", "blame", "alarm", "skip"):
+        assert getattr(loaded.optimizer, setting) == getattr(model.optimizer, setting)
+    loaded_step = step_function(loaded, loaded.optimizer, "graph")
+    for factor in (1.0, np.inf, 1.0, 1.0):
+        step(factor)
+        loaded_step(factor)
+    assert bits(loaded) == bits(model)
