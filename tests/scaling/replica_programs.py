@@ -106,6 +106,7 @@ def mirrored():
             optimizer.build(model.trainable_variables)
             optimizer.apply([tf.zeros(v.shape) for v in model.trainable_variables])
 
+    by_keras = lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01))  # noqa: E731
     accumulating = lambda: keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=2)  # noqa: E731
     return {
         "first": train(strategy, ours(), 0),
@@ -113,9 +114,10 @@ def mirrored():
         "second, clipped": train(strategy, ours(), 1, clip=True),
         "second, blame": train(strategy, ours(blame=True), 1),
         "second, logmax": train(strategy, ours(LogMaxLossScale()), 1),
-        "second, keras": train(strategy, lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01)), 1),
+        "second, keras": train(strategy, by_keras, 1),
         "fit": fit(strategy),
         "jit": message_of(lambda: train(strategy, ours(), 1, jit=True)),
+        "jit, keras": message_of(lambda: train(strategy, by_keras, 1, jit=True)),
         "accumulating": message_of(lambda: train(strategy, ours(inner=accumulating), 1)),
         "not built": message_of(lambda: train(strategy, ours(), 1, build=False)),
         "cross-replica": message_of(outside),

@@ -87,6 +87,11 @@ def test_fit_skips_what_one_replica_overflows(mirrored):
     assert mirrored["fit"]["scale"] == 4.0
 
 
+def test_keras_optimizer_fails_inside_tensorflow_where_ours_says_what_to_do(mirrored):
+    assert mirrored["jit, keras"].startswith("InvalidArgumentError")
+    assert "model.compile(..., jit_compile=False)" in mirrored["jit"]
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
