@@ -335,10 +335,18 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         judged, factor = (scaled, 1.0 / scale) if self.loss_scale.at_least_one else (grads, 1.0)
         if self.loss_scale.needs_largest:
             finite, largest = finite_and_largest(judged)
-            self._largest.assign(replicas.largest(largest * factor))
+            largest = replicas.largest(largest * factor)
+            if _window(self.inner_optimizer):
+                largest = tf.maximum(largest, self._largest.value)
+            self._largest.assign(largest)
         else:
             finite = all_finite(judged)
         if self.blame:
+            if len(judged) != len(self._trainable_variables):
+                raise ValueError(
+                    f"{len(judged)} gradients cannot be blamed on the {len(self._trainable_variables)} variables that "
+                    "the optimizer was built with; pass one for each, in their order and None where there is none"
+                )
             nothing = tf.zeros((len(judged),), tf.int64)
             flags = tf.cond(finite, lambda: nothing, lambda: nonfinite_flags(judged))
             self._ledger.blame(replicas.any_set(flags))
@@ -391,6 +399,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         following = self.loss_scale.next_state(state, finite, largest=largest)
         for name, value in following.items():
             self._state[name].assign(value)
+        if self.loss_scale.needs_largest:
+            self._largest.assign(0.0)  # A window of accumulated gradients begins with nothing.
         applied = finite if self.loss_scale.skip_nonfinite else tf.constant(True)
         self._ledger.record(finite, applied, self.loss_scale.at_floor(state), state["scale"], following["scale"])
 

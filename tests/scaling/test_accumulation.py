@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from small_step import COMPILED, same, small_model, state_of, step_function
 
-from mpscale.scaling import DynamicLossScale, LossScaleOptimizer, StaticLossScale
+from mpscale.scaling import DynamicLossScale, LogMaxLossScale, LossScaleOptimizer, StaticLossScale
 
 WINDOW = 3
 
@@ -79,6 +79,25 @@ def test_window_goes_on_where_a_checkpoint_left_it(tmp_path):
     step()
     assert same(before, [v.numpy() for v in model.variables])
     assert optimizer.counters()["overflow"] == 1
+
+
+def test_statistics_are_of_the_largest_gradient_of_the_window():
+    """The scale after one window tells: with one sample, it is 2**16 over that sample."""
+    model = small_model()
+    optimizer = LossScaleOptimizer(accumulating(keras.optimizers.SGD), LogMaxLossScale())
+    variables = model.trainable_variables
+    optimizer.build(variables)
+
+    @tf.function(jit_compile=True)
+    def step(largest):
+        # One element of that size, times the scale as if it came from a scaled loss.
+        grads = [tf.ones(v.shape) * largest * optimizer.loss_scale_value for v in variables]
+        optimizer.apply(grads, variables)
+
+    for windows in ([16.0, 64.0, 4.0], [64.0, 4.0, 16.0]):
+        for largest in windows:
+            step(tf.constant(largest))
+        assert float(optimizer.loss_scale_value) == pytest.approx(2.0**16 / 64, rel=1e-4)
 
 
 def test_windows_inside_several_optimizers_are_refused():

@@ -86,6 +86,15 @@ def test_variables_are_blamed_for_their_own_overflows(how):
     assert optimizer.counters()["by_variable"] == {variables[2].path: 2, variables[0].path: 1}
 
 
+def test_blame_needs_a_gradient_for_every_variable():
+    model = small_model()
+    variables = model.trainable_variables
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), blame=True)
+    optimizer.build(variables)
+    with pytest.raises(ValueError, match="2 gradients cannot be blamed on the 4 variables"):
+        optimizer.apply([tf.ones(v.shape) for v in variables[:2]], variables[:2])
+
+
 def at_the_floor(**options):
     model = small_model()
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), DynamicLossScale(2.0), **options)
