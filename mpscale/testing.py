@@ -17,6 +17,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from mpscale.scaling.ledger import path_of
+
 # Nothing here has control flow that depends on a tensor.
 _as_written = tf.autograph.experimental.do_not_convert
 
@@ -200,7 +202,7 @@ class OverflowInjector:
         """Indices of the gradients to hit; none of them is None."""
         if variables is not None and len(variables) != len(grads):
             raise ValueError(f"there are {len(grads)} gradients and {len(variables)} variables; pass one for each")
-        paths = None if variables is None else [_path(variable) for variable in variables]
+        paths = None if variables is None else [path_of(variable) for variable in variables]
         if self.variable is None:
             places = list(range(len(grads)))
         elif isinstance(self.variable, str):
@@ -327,11 +329,6 @@ def _optimizer_of(target: Any) -> Any:
     if optimizer is None:
         raise ValueError(f"the model {target.name!r} has no optimizer; compile it before into()")
     return optimizer
-
-
-def _path(variable: Any) -> str:
-    """The path of a Keras variable, such as "dense/kernel"; the name of one of TensorFlow's."""
-    return str(getattr(variable, "path", None) or variable.name).removesuffix(":0")
 
 
 def _place_of(wanted: str, paths: Sequence[str] | None) -> int:

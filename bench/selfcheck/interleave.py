@@ -1,6 +1,6 @@
 """Several programs timed against each other: each in a process of its own, a block of steps each in turn.
 
-In one process the order of building decides: of two identical train steps the first built was 5 to 10 % faster. Taking
+In one process the order of building decides: of two identical train steps the first built was 5 to 8 % faster. Taking
 turns, because the speed of a shared machine drifts by more than what is to be told apart. Fresh processes for every
 restart, because processes of one program differ too.
 """

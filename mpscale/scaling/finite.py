@@ -54,7 +54,8 @@ def finite_and_largest(tensors: Sequence[Any]) -> tuple[tf.Tensor, tf.Tensor]:
         tensors: as for :func:`all_finite`.
 
     Returns:
-        A boolean scalar, and a float32 scalar: 0 for no tensors, without meaning where one is not finite.
+        A boolean scalar, and a float32 scalar: 0 for no tensors, without meaning where one is not finite. A float64
+        value beyond float32 counts as not finite.
     """
     magnitudes = [tf.abs(tf.cast(value, tf.float32)) for value in _values(tensors)]
     if not magnitudes:

@@ -105,16 +105,16 @@ def _gates(variable: Any, finite: tf.Tensor) -> dict[str, Callable[..., Any]]:
             values = tf.where(finite, rows.values, tf.gather(variable.read_value(), rows.indices))
             return kind.scatter_update(variable, tf.IndexedSlices(values, rows.indices), **options)
 
-    # x + -0.0 and x - 0.0 are x for every x, -0.0 included.
+    # Dense, though the rows are few: adding zeros to them instead would flush subnormal numbers.
     def scatter_add(rows: tf.IndexedSlices, **options: Any) -> Any:
         with tf.name_scope(_SCOPE):
-            values = tf.where(finite, rows.values, -tf.zeros((), rows.dtype))
-            return kind.scatter_add(variable, tf.IndexedSlices(values, rows.indices), **options)
+            old = variable.read_value()
+            return write(old, tf.tensor_scatter_nd_add(old, rows.indices[:, tf.newaxis], rows.values), **options)
 
     def scatter_sub(rows: tf.IndexedSlices, **options: Any) -> Any:
         with tf.name_scope(_SCOPE):
-            values = tf.where(finite, rows.values, tf.zeros((), rows.dtype))
-            return kind.scatter_sub(variable, tf.IndexedSlices(values, rows.indices), **options)
+            old = variable.read_value()
+            return write(old, tf.tensor_scatter_nd_sub(old, rows.indices[:, tf.newaxis], rows.values), **options)
 
     return {
         "assign": assign,

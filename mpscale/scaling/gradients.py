@@ -11,8 +11,7 @@ import tensorflow as tf
 def unscaled(grads: Sequence[Any], scale: tf.Tensor) -> list[Any]:
     """``grads / scale`` in float32 or wider, so that a small gradient survives the division.
 
-    As a product, which XLA fuses into what follows, where it computes a division once and for all and stores it. The
-    reciprocal of a power of two is exact, that of another scale rounded.
+    As a product, which is quicker. The reciprocal of a power of two is exact, that of another scale rounded.
 
     Args:
         grads: dense tensors or ``tf.IndexedSlices``; None is passed through.

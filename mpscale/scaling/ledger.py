@@ -119,3 +119,8 @@ class Ledger:
         steps, scales = self._change_steps.numpy(), self._change_scales.numpy()
         kept = range(max(changes - TRAJECTORY + 1, 0), changes + 1)
         return [(int(steps[i % TRAJECTORY]), float(scales[i % TRAJECTORY])) for i in kept]
+
+
+def path_of(variable: Any) -> str:
+    """The path of a Keras variable, such as "dense/kernel"; the name of one of TensorFlow's."""
+    return str(getattr(variable, "path", None) or variable.name).removesuffix(":0")

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from mpscale.scaling.loss_scale import LossScale, State, check_scale
+from mpscale.scaling.loss_scale import LossScale, State, check_bounds
 
 _TARGET = 16.0
 """log2 of what the largest scaled gradient is to stay below: 2**16, the first power of two beyond float16."""
@@ -70,13 +70,7 @@ class LogMaxLossScale(LossScale):
     needs_largest = True
 
     def __post_init__(self) -> None:
-        for name in ("initial", "minimum", "maximum"):
-            check_scale(name, getattr(self, name))
-        if not self.minimum <= self.initial <= self.maximum:
-            raise ValueError(
-                f"the initial loss scale {self.initial:g} is not within minimum {self.minimum:g} and maximum "
-                f"{self.maximum:g}; choose it between them or widen them"
-            )
+        check_bounds(self.initial, self.minimum, self.maximum)
         for name in ("mean_decay", "deviation_decay"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:

@@ -164,13 +164,7 @@ class DynamicLossScale(LossScale):
     maximum: float = 2.0**24
 
     def __post_init__(self) -> None:
-        for name in ("initial", "minimum", "maximum"):
-            check_scale(name, getattr(self, name))
-        if not self.minimum <= self.initial <= self.maximum:
-            raise ValueError(
-                f"the initial loss scale {self.initial:g} is not within minimum {self.minimum:g} and maximum "
-                f"{self.maximum:g}; choose it between them or widen them"
-            )
+        check_bounds(self.initial, self.minimum, self.maximum)
         if not (math.isfinite(self.growth_factor) and self.growth_factor > 1):
             raise ValueError(f"growth_factor must be finite and above 1, not {self.growth_factor!r}")
         if not 0 < self.backoff_factor < 1:
@@ -211,4 +205,15 @@ def check_scale(name: str, value: float) -> None:
         raise ValueError(
             f"{name} must be a number above 0 and at most 2**126, not {value!r}; "
             "above that the reciprocal of the scale flushes to zero, and every gradient with it"
+        )
+
+
+def check_bounds(initial: float, minimum: float, maximum: float) -> None:
+    """Raises ValueError where one cannot be a loss scale, or ``minimum <= initial <= maximum`` does not hold."""
+    for name, value in (("initial", initial), ("minimum", minimum), ("maximum", maximum)):
+        check_scale(name, value)
+    if not minimum <= initial <= maximum:
+        raise ValueError(
+            f"the initial loss scale {initial:g} is not within minimum {minimum:g} and maximum {maximum:g}; "
+            "choose it between them or widen them"
         )

@@ -14,7 +14,7 @@ from mpscale.scaling.alarm import Alarm, check_policy, raise_alarm
 from mpscale.scaling.finite import all_finite, finite_and_largest, nonfinite_flags, under_xla
 from mpscale.scaling.gate import apply_gated
 from mpscale.scaling.gradients import UnscaledOnce, kept_from_rewrite, unscaled
-from mpscale.scaling.ledger import Ledger
+from mpscale.scaling.ledger import Ledger, path_of
 from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, state_dtype
 
 # Nothing here has Python control flow that depends on a tensor, and rewriting it all would add a second to every trace.
@@ -114,7 +114,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
         initial_state = self.loss_scale.initial_state()
         self._state = {name: add(name, state_dtype(value).name, value) for name, value in initial_state.items()}
-        blamed = [_path(variable) for variable in var_list] if self.blame else []
+        blamed = [path_of(variable) for variable in var_list] if self.blame else []
         self._ledger = Ledger(add, initial_state["scale"], blamed)
         if self.loss_scale.needs_largest:
             self._largest = add("largest_gradient", "float32", 0.0)
@@ -403,10 +403,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self._largest.assign(0.0)  # A window of accumulated gradients begins with nothing.
         applied = finite if self.loss_scale.skip_nonfinite else tf.constant(True)
         self._ledger.record(finite, applied, self.loss_scale.at_floor(state), state["scale"], following["scale"])
-
-
-def _path(variable: Any) -> str:
-    return getattr(variable, "path", variable.name)
 
 
 def _window(inner: Any) -> int:

@@ -70,8 +70,8 @@ def test_what_an_optimizer_hides_is_held_back_too(secretly):
 
 @pytest.mark.parametrize("jit", [True, False])
 def test_sparse_writes_leave_every_bit_where_they_are_held_back(jit):
-    """Negative zeros are where a masked addition would show; duplicate indices where a masked update would."""
-    start = np.float32([-0.0, 0.0, np.nan, -np.inf, 1.5, -0.0])
+    """Negative zeros and subnormals show a masked addition, duplicate indices a masked update."""
+    start = np.float32([-0.0, 0.0, np.nan, -np.inf, 1e-40, -0.0])
     rows = tf.IndexedSlices(tf.constant([1.0, np.nan, 2.0]), tf.constant([0, 4, 0]), tf.constant([6]))
 
     @tf.function(jit_compile=jit)
