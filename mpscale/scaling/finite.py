@@ -21,8 +21,9 @@ def all_finite(tensors: Sequence[Any]) -> tf.Tensor:
     """Whether every element of every tensor is finite.
 
     Under XLA, tensors of one shape are checked together: their flags are combined element by element, which fuses into
-    one loop, and only the result is reduced. A network of many small layers would otherwise pay for one kernel per
-    variable, and XLA would copy the conjunction of all their results into everything that depends on it.
+    one loop. The results for all shapes are laid end to end and reduced once more, to one scalar. A network of many
+    small layers would otherwise pay for one kernel per variable, and XLA would copy the conjunction of all flags into
+    every loop that depends on it, as it does with anything cheap.
 
     Args:
         tensors: dense tensors or ``tf.IndexedSlices``; None stands for a variable that the loss does not reach.
@@ -38,13 +39,9 @@ def all_finite(tensors: Sequence[Any]) -> tf.Tensor:
     flags = []
     for group in _by_shape(values):
         finite = functools.reduce(tf.logical_and, [tf.math.is_finite(value) for value in group])
-        if _in_rows(finite):
-            # A minimum over integers second, because XLA makes one reduction of two that are alike.
-            finite = tf.reduce_all(finite, axis=-1)
-            flags.append(tf.reduce_min(tf.cast(finite, tf.int32)))
-        else:
-            flags.append(tf.cast(tf.reduce_all(finite), tf.int32))
-    return tf.reduce_min(tf.stack(flags)) > 0
+        flags.append(tf.reduce_all(finite, axis=-1) if _in_rows(finite) else finite)
+    # A minimum over integers second, because XLA makes one reduction of two that are alike.
+    return tf.reduce_min(tf.cast(_joined(flags), tf.int32)) > 0
 
 
 def finite_and_largest(tensors: Sequence[Any]) -> tuple[tf.Tensor, tf.Tensor]:
@@ -63,15 +60,17 @@ def finite_and_largest(tensors: Sequence[Any]) -> tuple[tf.Tensor, tf.Tensor]:
     # Bits are ordered as the magnitudes are, with infinity and then NaN on top; and unlike that of floating-point
     # numbers, a maximum of integers is one that XLA vectorises on a CPU.
     bits = [tf.bitcast(magnitude, tf.int32) for magnitude in magnitudes]
-    largest = []
-    for group in _by_shape(bits) if under_xla() else [[each] for each in bits]:
-        together = functools.reduce(tf.maximum, group)
-        if under_xla() and _in_rows(together):
-            largest.append(-tf.reduce_min(-tf.reduce_max(together, axis=-1)))
-        else:
-            largest.append(tf.reduce_max(together))
+    if under_xla():
+        largest = []
+        for group in _by_shape(bits):
+            together = functools.reduce(tf.maximum, group)
+            largest.append(tf.reduce_max(together, axis=-1) if _in_rows(together) else together)
+        # As above: a maximum by way of a minimum.
+        top = -tf.reduce_min(-_joined(largest))
+    else:
+        top = tf.reduce_max(tf.stack([tf.reduce_max(each) for each in bits]))
     # Nothing has the smallest integer for a maximum.
-    top = tf.maximum(tf.reduce_max(tf.stack(largest)), 0)
+    top = tf.maximum(top, 0)
     return top < _INFINITY_BITS, tf.bitcast(top, tf.float32)
 
 
@@ -99,6 +98,10 @@ def under_xla() -> bool:
 
 def _in_rows(values: tf.Tensor) -> bool:
     return values.shape.rank >= 2 and values.shape.num_elements() >= _IN_ROWS
+
+
+def _joined(values: Sequence[tf.Tensor]) -> tf.Tensor:
+    return tf.concat([tf.reshape(value, (-1,)) for value in values], 0)
 
 
 def _values(tensors: Sequence[Any]) -> list[tf.Tensor]:
