@@ -187,6 +187,12 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        "Energy",
+        (
+            _measured("gpu_energy_j_per_step", "float", "J", "energy of the GPU over the timed steps, by NVML", "no GPU; not measured by this version"),
+        ),
+    ),
+    Section(
         "What is missing",
         (
             _known("unavailable", "json", "", "JSON object {column: reason}: why each empty cell is empty", "no cell is empty"),
@@ -198,13 +204,66 @@ SECTIONS: tuple[Section, ...] = (
 COLUMNS: dict[str, Column] = {column.name: column for section in SECTIONS for column in section.columns}
 
 
+# fmt: off
+_PROCESSES = "over processes; 95 % t interval on logarithms"
+_NO_BASELINE = "no process of the baseline with the same seed and repeat was timed"
+SUMMARY: tuple[Column, ...] = (
+    _known("workload", "str", "", "what was trained"),
+    _known("mode", "str", "", "how it was trained"),
+    _known("device", "str", "", "`cpu` or `gpu`"),
+    _known("jit", "bool", "", "whether train steps were compiled by XLA"),
+    _known("processes", "int", "", "processes that gave a step time"),
+    _known("seeds", "int", "", "processes that trained to the end"),
+    _known("step_time_ms", "float", "ms", f"geometric mean of `step_time_ms_median` {_PROCESSES}", "nothing was timed"),
+    _known("step_time_ms_low", "float", "ms", "lower end of its interval", "one process"),
+    _known("step_time_ms_high", "float", "ms", "upper end of its interval", "one process"),
+    _known("speedup_fp32", "float", "", "geometric mean of fp32's step time / the mode's, paired by seed and repeat, of seeds that ended well", _NO_BASELINE),
+    _known("speedup_fp32_low", "float", "", "lower end of its paired interval", "one pair, or fp32 itself"),
+    _known("speedup_fp32_high", "float", "", "upper end of its paired interval", "one pair, or fp32 itself"),
+    _known("speedup_tf32", "float", "", "likewise over tf32", _NO_BASELINE),
+    _known("speedup_tf32_low", "float", "", "lower end of its paired interval", "one pair, or tf32 itself"),
+    _known("speedup_tf32_high", "float", "", "upper end of its paired interval", "one pair, or tf32 itself"),
+    _known("headline_baseline", "str", "", "what a user would have had by default: tf32 where it was timed, else fp32"),
+    _known("gpu_memory_mib", "float", "MiB", "largest `gpu_memory_nvml_peak_mib` of any process", "no process has it"),
+    _known("gpu_memory_ratio", "float", "", "that over fp32's", "either has none"),
+    _known("gpu_energy_j_per_step", "float", "J", "geometric mean of the processes", "no process has it"),
+    _known("gpu_energy_ratio", "float", "", "that over fp32's", "either has none"),
+    _known("host_memory_mib", "float", "MiB", "largest `host_memory_peak_mib` of any process", "no process has it"),
+    _known("overflow_steps", "int", "steps", "sum over trainings", "the mode checks no gradient"),
+    _known("attempted_steps", "int", "steps", "sum over trainings", "nothing was trained"),
+    _known("skipped_steps", "int", "steps", "sum over trainings", "the mode checks no gradient"),
+    _known("overflow_rate", "float", "share", "`overflow_steps` / `attempted_steps`", "the mode checks no gradient"),
+    _known("metric_name", "str", "", "the workload's metric", "nothing was trained"),
+    _known("metric_seeds", "int", "", "trainings with a finite metric: fewer than `seeds` where some diverged"),
+    _known("metric_mean", "float", "", "mean of `metric_value` over seeds", "no seed has it"),
+    _known("metric_min", "float", "", "smallest of any seed", "no seed has it"),
+    _known("metric_max", "float", "", "largest of any seed", "no seed has it"),
+    _known("metric_difference", "float", "", "mean over seeds of the metric less fp32's", "no seed has both"),
+    _known("metric_difference_low", "float", "", "lower end of its 90 % t interval: one-sided at 95 %", "one seed, or fp32 itself"),
+    _known("metric_difference_high", "float", "", "upper end of its 90 % t interval", "one seed, or fp32 itself"),
+    _known("metric_pairs", "int", "", "seeds with a metric under this mode and fp32"),
+    _known("metric_verdict", "str", "", "`non-inferior`: a loss of the workload's margin is ruled out; `worse`: a loss beyond it is shown, or a seed diverged or stalled; else `inconclusive`", "fp32 itself, or no fp32 was trained"),
+    _known("metric_seeds_needed", "int", "", "seeds that would tell, if mean and spread stayed as they are", "they told, or one seed gives no spread"),
+    _known("target_reached", "int", "", "seeds that reached the workload's target", "it has none"),
+    _known("steps_to_target", "float", "steps", "median over the seeds that reached it", "none did"),
+    _known("loss_scale_final", "float", "", "median over seeds", "the mode has no loss scale"),
+    _known("dispatch_share", "float", "share", "median over processes", "nothing was timed"),
+    _known("dispatch_bound", "bool", "", "whether most processes were", "nothing was timed"),
+    _known("cases", "int", "", "cases that were started"),
+    _known("ok", "int", "", "of them, how many ended well"),
+    _known("statuses", "str", "", "statuses with their number"),
+)
+"""The columns of summary.csv, one row a workload and mode. Only cases that ran to the end count, but for the last three."""
+# fmt: on
+
+
 def data_dictionary() -> str:
     """docs/metrics.md, as markdown."""
     from tabulate import tabulate
 
     parts = [
-        "# Data dictionary: cases.csv\n",
-        "Printed from `mpscale/columns.py` by `make docs`; one row a case. How each number is made, step by\n"
+        "# Data dictionary\n",
+        "Printed from `mpscale/columns.py` by `make docs`: first cases.csv, one row a case, then summary.csv. How each number is made, step by\n"
         "step, is in [method.md](method.md). An empty cell is unknown, never 0, and the column `unavailable` says why it is empty.\n"
         f"This is schema version {SCHEMA_VERSION}, method version {METHOD_VERSION}.\n",
     ]
@@ -214,6 +273,12 @@ def data_dictionary() -> str:
             f"## {section.title}\n",
             tabulate(rows, ["column", "type", "unit", "how it is made", "when it is empty"], "github") + "\n",
         ]
+    rows = [(f"`{c.name}`", c.kind, c.unit, c.made, c.empty) for c in SUMMARY]
+    parts += [
+        "## summary.csv\n",
+        "One row a workload and mode. Only cases that ran to the end count, but for `cases`, `ok` and `statuses`.\n",
+        tabulate(rows, ["column", "type", "unit", "how it is made", "when it is empty"], "github") + "\n",
+    ]
     parts += [
         "## Statuses\n",
         tabulate([(f"`{k}`", v) for k, v in STATUSES.items()], ["status", "meaning"], "github") + "\n",

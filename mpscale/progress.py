@@ -46,9 +46,17 @@ class Progress:
         self._seconds: dict[str, list[float]] = defaultdict(list)
         self._remaining: dict[str, int] = defaultdict(int)
 
-    def plan(self, workload: str, cases: int) -> None:
-        """Says how many cases of a workload are to come; the time left is reckoned by workload."""
+    def plan(self, workload: str, cases: int, *, further: bool = False) -> None:
+        """Says how many cases of a workload are to come; the time left is reckoned by workload.
+
+        Args:
+            workload: its name.
+            cases: how many.
+            further: they are not in the total that was given at first.
+        """
         self._remaining[workload] += cases
+        if further:
+            self._total += cases
 
     def started(self, case: Case) -> None:
         """A case begins."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -98,6 +99,31 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="results folder (default: results/ under pytest's root directory)",
     )
+    add(
+        "--mp-baseline",
+        metavar="RUN",
+        help="run to compare with in the end: a name or how it begins, a folder, a cases.csv, `latest`",
+    )
+    add(
+        "--mp-fail-on",
+        action="append",
+        metavar="GATE",
+        help='fail the run, such as "step_time>5%%", "gpu_memory>3%%", "metric", "overflow_rate>0.01" or "missing"; '
+        "several with commas, or the option again. What is slower is measured anew first",
+    )
+    add("--mp-strict", action="store_true", default=None, help="what a gate could not tell fails the run too")
+
+
+def taken_for_a_place(config: pytest.Config) -> tuple[str, str] | None:
+    """An option of ours and its value, where pytest takes the value for a place of tests.
+
+    It looks for its root directory before it knows the options of plug-ins: ``--option value`` is then two arguments.
+    """
+    arguments = [str(argument) for argument in config.invocation_params.args]
+    for option, value in itertools.pairwise(arguments):
+        if option in ("--mp-results", "--mp-baseline") and Path(config.invocation_params.dir, value).exists():
+            return option, value
+    return None
 
 
 def preset(config: pytest.Config) -> Preset:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mpscale import pytest_options as options
+from mpscale.pytest_gates import FILE, BaselineCheck
 
 if TYPE_CHECKING:
     from mpscale.analysis.runs import Run
@@ -68,6 +69,7 @@ class Session:
         self._live_line = False
         self._problem: str | None = None
         self._finished: Run | None = None
+        self._check = BaselineCheck(config)
 
     def parameters(self) -> list[Any]:
         """One pytest.param a case, in the order in which they run."""
@@ -122,9 +124,21 @@ class Session:
             return "mpscale times training steps, and cases side by side would disturb each other: run without -n"
         if self._on_gpu and self._config.getoption("mp_start_method") == "fork":
             return "--mp-start-method fork does not work on a GPU; use fresh or auto"
+        if not self._config.invocation_params.dir.is_relative_to(self._config.rootpath):
+            taken = options.taken_for_a_place(self._config)
+            if taken is not None:
+                option, value = taken
+                return (
+                    f"pytest takes {value} for a place of tests and its root directory from it; write {option}={value}"
+                )
         existing = next(folder for folder in (self._results, *self._results.parents) if folder.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK)):
             return f"--mp-results: {existing} is not a folder that can be written to"
+        if self._device is not None:
+            try:
+                self._check.open(self._results, self._device)
+            except ValueError as error:
+                return str(error)
         return None
 
     @property
@@ -143,19 +157,43 @@ class Session:
             return report.outcome, "", report.outcome.upper()
         return None
 
-    def pytest_sessionfinish(self, exitstatus: int) -> None:
-        """Ends the run and writes its reports."""
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Compares the run with its baseline, ends it and writes its reports."""
         if self._run is None:
             return
+        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            session.exitstatus = self._judge(self._run, exitstatus)
         try:
-            self._run.finish(int(exitstatus))
+            self._run.finish(int(session.exitstatus))
             if self._run.path is not None:
                 from mpscale.report.build import rebuild
 
                 self._finished = rebuild(self._run.path)
+                self._check.write(self._run.path)
         except Exception as error:
             # The journal is whole whatever a report stumbles over, and the tests are done.
             self._write(f"mpscale: no report could be made of {self._run.path}: {error}\n")
+
+    def _judge(self, run: BenchmarkRun, exitstatus: int) -> int:
+        """The exit status of the session with what the gates have to say."""
+        if run.path is None:
+            return exitstatus
+        try:
+            self._check.judge(run.path, self._run_anew, options.settings(self._config))
+        except KeyboardInterrupt:
+            self._check.note = "stopped while rows were measured anew: no gate was judged"
+            return pytest.ExitCode.INTERRUPTED
+        return pytest.ExitCode.TESTS_FAILED if self._check.fails else exitstatus
+
+    def _run_anew(self, cases: list[Case]) -> None:
+        """Runs cases that were not planned."""
+        run, progress = self._open()
+        self._write(f"mpscale: slower than the baseline, measured anew in {len(cases)} further processes\n")
+        for workload, number in Counter(case.workload for case in cases).items():
+            progress.plan(workload, number, further=True)
+        for case in cases:
+            progress.started(case)
+            progress.finished(case, run.run(case).record)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
@@ -164,7 +202,7 @@ class Session:
             return (yield)
         finally:
             if self._finished is not None:
-                _show(terminalreporter, self._finished)
+                _show(terminalreporter, self._finished, self._check)
 
     def _plan(self) -> None:
         if self.cases:
@@ -250,7 +288,7 @@ def _is_case(item: pytest.Item) -> bool:
     return "mp_case" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec")
 
 
-def _show(terminalreporter: pytest.TerminalReporter, run: Run) -> None:
+def _show(terminalreporter: pytest.TerminalReporter, run: Run, check: BaselineCheck) -> None:
     from mpscale.report.tables import result_table
 
     path = run.path
@@ -258,4 +296,9 @@ def _show(terminalreporter: pytest.TerminalReporter, run: Run) -> None:
         path = path.relative_to(Path.cwd())
     terminalreporter.section("mpscale")
     terminalreporter.write_line(result_table(run))
+    said = check.lines()
+    if said:
+        terminalreporter.write_line("\n" + "\n".join(said), red=check.fails)
     terminalreporter.write_line(f"\nrun: {path}\nreport: {path / 'report.md'}")
+    if check.comparison is not None:
+        terminalreporter.write_line(f"comparison: {path / FILE}")

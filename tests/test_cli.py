@@ -20,7 +20,8 @@ def mpscale(*arguments, cwd=None):
 @pytest.fixture
 def project(tmp_path):
     """A folder in which a run was made."""
-    write_run(tmp_path / "results", finished([record(step_time_ms_median=2.0)]))
+    one = record(step_time_ms_median=2.0, series_key="toy/abc/fp32/batch=1/method=1")
+    write_run(tmp_path / "results", finished([one]))
     return tmp_path
 
 
@@ -62,6 +63,14 @@ def test_report_prints_the_report(project):
     assert done.stdout == (project / "results" / "runs" / NAME / "report.md").read_text(encoding="utf-8")
 
 
+def test_report_for_github_is_printed_and_writes_nothing(project):
+    before = sorted(project.rglob("*"))
+    done = mpscale("report", "latest", "--format", "github-summary", cwd=project)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("# mpscale: Test CPU (CPU)\n")
+    assert sorted(project.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -69,9 +78,17 @@ def test_report_prints_the_report(project):
         (("measure",), "invalid choice: 'measure'"),
         (("report",), "RUN"),
         (("report", "latest", "--format", "pdf"), "invalid choice: 'pdf'"),
+        (("report", "nightly", "--format", "github-summary"), "no run is called 'nightly'"),
         (("report", "nightly"), f"no run is called 'nightly'; the newest in results are {NAME}"),
         (("report", "latest", "--results", "elsewhere"), "pytest bench/ --benchmark-only"),
         (("report", "."), "holds no run.json"),
+        (("history", "--results", "elsewhere"), "there is no run in elsewhere/runs or elsewhere/reference; make one"),
+        (("history", "nightly"), f"no run is called 'nightly'; the newest in results are {NAME}"),
+        (("history", "--quantity", "speed"), "invalid choice: 'speed'"),
+        (("history", "--workload", "toys"), "no run has the workload 'toys'; there are toy"),
+        (("history", "--quantity", "energy"), "no run knows the energy a step"),
+        (("history", "--figure", "h.pdf"), "h.pdf: '.pdf' files are not made; end it in .svg or .png"),
+        (("history", "--figure", "nowhere/h.svg"), "nowhere/h.svg: No such file or directory"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(project, arguments, message):
@@ -105,3 +122,34 @@ def test_a_reader_that_has_seen_enough_is_no_error(project):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=project, timeout=60)
     assert done.stderr == ""
     assert done.stdout in ("0\n", "141\n")
+
+
+def test_history_shows_all_runs_and_skips_what_it_cannot_read(project):
+    (project / "results" / "reference" / "torn").mkdir(parents=True)
+    done = mpscale("history", cwd=project)
+    assert done.returncode == 0
+    assert NAME in done.stdout
+    assert done.stderr.startswith("mpscale: skipped results/reference/torn: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_history_takes_runs_by_name_and_a_cases_csv(project):
+    assert mpscale("report", "latest", cwd=project).returncode == 0
+    path = f"results/runs/{NAME}/cases.csv"
+    done = mpscale("history", NAME[:8], path, "--format", "csv", cwd=project)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split(",")[0] for line in done.stdout.splitlines()] == ["workload", "toy", "toy"]
+    assert NAME in done.stdout and path in done.stdout
+
+
+def test_history_writes_table_and_figure_where_it_is_told_to(project):
+    done = mpscale("history", "-o", "h.md", "--format", "markdown", "--figure", "h.svg", cwd=project)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert NAME in (project / "h.md").read_text(encoding="utf-8")
+    assert "line-1-1" in (project / "h.svg").read_text(encoding="utf-8")
+
+
+def test_history_offers_every_quantity():
+    from mpscale.analysis.measures import MEASURES
+
+    assert f"{{{','.join(MEASURES)}}}" in "".join(mpscale("history", "--help").stdout.split())

@@ -19,8 +19,9 @@ SCALINGS: dict[str, Callable[[keras.Optimizer], keras.Optimizer]] = {
     "keras": keras.optimizers.LossScaleOptimizer,
     "static": lambda inner: LossScaleOptimizer(inner, StaticLossScale(1024.0)),
     "dynamic": lambda inner: LossScaleOptimizer(inner, DynamicLossScale()),
-    "dynamic, branch": lambda inner: LossScaleOptimizer(inner, DynamicLossScale(), skip="branch"),
-    "dynamic, blame": lambda inner: LossScaleOptimizer(inner, DynamicLossScale(), blame=True),
+    "branch": lambda inner: LossScaleOptimizer(inner, DynamicLossScale(), skip="branch"),
+    "gate": lambda inner: LossScaleOptimizer(inner, DynamicLossScale(), skip="gate"),
+    "blame": lambda inner: LossScaleOptimizer(inner, DynamicLossScale(), blame=True),
     "logmax": lambda inner: LossScaleOptimizer(inner, LogMaxLossScale()),
 }
 

@@ -17,13 +17,15 @@ from tabulate import tabulate
 CONTESTANT = Path(__file__).with_name("scaling_contestant.py")
 MODELS = ("wide", "deep", "cnn")
 BASELINE = "unscaled"
-SCALINGS = (BASELINE, "keras", "static", "dynamic", "dynamic, branch", "dynamic, blame", "logmax")
+SCALINGS = (BASELINE, "keras", "static", "dynamic", "branch", "gate", "blame", "logmax")
 
 
 @pytest.mark.parametrize("jit", ["on", "off"])
 @pytest.mark.parametrize("model", MODELS)
 def test_scaling_cost(model, jit, request, capsys):
-    commands = {scaling: [str(CONTESTANT), model, scaling, jit] for scaling in SCALINGS}
+    named = request.config.getoption("scalings")
+    chosen = [BASELINE, *named.split(",")] if named else SCALINGS
+    commands = {scaling: [str(CONTESTANT), model, scaling, jit] for scaling in dict.fromkeys(chosen)}
     times = race(commands, request.config.getoption("restarts"), request.config.getoption("rounds"))
     with capsys.disabled():
         print(f"\n\n{model}, XLA {jit}\n\n{table(times)}")

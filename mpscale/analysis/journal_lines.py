@@ -15,6 +15,13 @@ from mpscale.records import Record
 NO_END = "the journal holds no end of this case: the run was stopped, or is still going on"
 
 IDENTITY = ("workload", "mode", "seed", "repeat")
+_POSITIVE = (
+    "step_time_ms_median",
+    "gpu_memory_nvml_peak_mib",
+    "host_memory_peak_mib",
+    "gpu_energy_j_per_step",
+)
+"""Columns that are compared as ratios."""
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "int": int,
@@ -96,24 +103,34 @@ def _events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _finished(event: Mapping[str, Any]) -> Record:
-    """The record of a ``case_finished``, refused where its values would fail or mislead further on."""
+    """The record of a ``case_finished``."""
     record = Record.from_json(event["record"])
     record.update({"case_id": event["case_id"]})
+    check(record, event["case_id"])
+    return record
+
+
+def check(record: Record, case_id: str) -> None:
+    """Refuses a record whose values would fail or mislead further on.
+
+    Raises:
+        ValueError: it does not say which case it is, or a value is of the wrong kind or out of range.
+    """
     for name in IDENTITY:
         if record[name] is None:
-            raise ValueError(f"the record of {event['case_id']} has no {name}")
+            raise ValueError(f"the record of {case_id} has no {name}")
     for name, column in COLUMNS.items():
         value = record[name]
         # bool is a kind of int in Python, and not here.
         fits = isinstance(value, _TYPES[column.kind]) and (column.kind == "bool") == isinstance(value, bool)
         if value is not None and not fits:
-            raise ValueError(f"{name} of {event['case_id']} should be {column.kind}, not {value!r}")
+            raise ValueError(f"{name} of {case_id} should be {column.kind}, not {value!r}")
     if record["status"] not in STATUSES:
         raise ValueError(f"{record['status']!r} is no status of a case")
-    time = record["step_time_ms_median"]
-    if time is not None and time <= 0:
-        raise ValueError(f"step_time_ms_median of {event['case_id']} is {time}; it must be above 0")
-    return record
+    for name in _POSITIVE:
+        value = record[name]
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} of {case_id} is {value}; it must be above 0")
 
 
 def _interrupted(event: Mapping[str, Any], info: Mapping[str, Any]) -> Record:

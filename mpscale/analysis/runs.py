@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from mpscale.analysis.cases_csv import read_cases
 from mpscale.analysis.journal_lines import RunError, read_journal
 from mpscale.analysis.summary import summarise
 from mpscale.columns import COLUMNS, SCHEMA_VERSION
@@ -91,22 +92,27 @@ class Run:
 
 
 def read_run(path: str | Path) -> Run:
-    """Reads the run in the folder ``path``, finished or not.
+    """Reads the run in the folder ``path``, finished or not; or, where all there is is one, a cases.csv.
+
+    A cases.csv tells nothing of the environment, of planned cases that were not started, or of steps.
 
     Raises:
         RunError: the folder is no run, or a file in it is broken; the message names the file.
     """
     folder = Path(path)
+    if folder.is_file():
+        return Run(folder, str(path), {}, read_cases(folder), finished=True)
     info = _read_info(folder / "run.json")
     journal = read_journal(folder / "journal.jsonl", info)
     return Run(folder, str(info.get("run") or folder.resolve().name), info, journal.records, journal.finished)
 
 
 def resolve_run(name_or_path: str | Path, results_dir: str | Path) -> Path:
-    """The folder of a run.
+    """The folder of a run, or a cases.csv.
 
     Args:
-        name_or_path: ``latest``; the name of a run or the beginning of just one; or the path of its folder.
+        name_or_path: ``latest``; the name of a run or the beginning of just one; or the path of its folder or of a
+            cases.csv.
         results_dir: where ``runs/`` and ``reference/`` are. ``latest`` looks in ``runs/`` alone.
 
     Raises:
@@ -123,6 +129,10 @@ def resolve_run(name_or_path: str | Path, results_dir: str | Path) -> Path:
         if run.name == wanted:
             return run
     path = Path(wanted)
+    if path.suffix.lower() == ".csv":
+        if path.is_file():
+            return path
+        raise RunError(f"{path}: no such file")
     if wanted and path.is_dir():
         if not (path / "run.json").is_file():
             raise RunError(f"{path}: holds no run.json, so it is not a run")
@@ -131,7 +141,10 @@ def resolve_run(name_or_path: str | Path, results_dir: str | Path) -> Path:
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        raise RunError(f"{len(fitting)} runs begin with {wanted!r}: {_newest(fitting)}")
+        names = {run.name for run in fitting}
+        # The same run may be kept in both folders, and its name then tells nothing.
+        which = _newest(fitting) if len(names) == len(fitting) else ", ".join(map(str, fitting[:_SHOWN]))
+        raise RunError(f"{len(fitting)} runs begin with {wanted!r}: {which}")
     if not runs:
         raise RunError(f"no run is called {wanted!r}; {_no_runs(results_dir)}")
     raise RunError(f"no run is called {wanted!r}; the newest in {results_dir} are {_newest(runs)}")

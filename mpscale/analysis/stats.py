@@ -1,21 +1,24 @@
-"""Intervals over processes.
+"""Intervals over processes, and tests between runs.
 
 One process gives one number, the median of its blocks: blocks of one process are autocorrelated and agree far better
 with each other than with those of the next process, so an interval over blocks is too narrow. Times are compared as
-ratios, hence logarithms.
+ratios, hence logarithms. Metrics are compared seed by seed, as differences.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 K = TypeVar("K", bound=Hashable)
+
+_MOST_PAIRS = 10_000
+"""Beyond which no one trains as often, so that an exact number is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,71 @@ class Interval:
     estimate: float
     low: float | None
     high: float | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogChange:
+    """The logarithm of other / baseline, of values that are not paired, with Welch's standard error.
+
+    Args:
+        estimate: mean logarithm of the one less that of the other.
+        standard_error: of the estimate, None where one side has a single value and so no spread.
+        degrees: of freedom, by Welch and Satterthwaite; None likewise.
+    """
+
+    estimate: float
+    standard_error: float | None
+    degrees: float | None
+
+    @property
+    def change(self) -> float:
+        """As a share of the baseline: 0.05 is 5 % more."""
+        return math.expm1(self.estimate)
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
+        """Ends of the two-sided interval of :attr:`change`, None where there is no spread to make it of."""
+        if self.standard_error is None or self.degrees is None:
+            return None
+        half_width = _quantile(self.degrees, (1.0 + confidence) / 2.0) * self.standard_error
+        return _exp(self.estimate - half_width) - 1.0, _exp(self.estimate + half_width) - 1.0
+
+    def p_increase(self) -> float | None:
+        """How likely an increase of at least this size is where there is none; None without a spread."""
+        if self.standard_error is None or self.degrees is None:
+            return None
+        if self.standard_error == 0.0:
+            return 0.0 if self.estimate > 0.0 else 1.0
+        return float(stdtr(self.degrees, -self.estimate / self.standard_error))
+
+    def detectable(self, confidence: float = 0.95, power: float = 0.8) -> float | None:
+        """The smallest change that values of this spread and number would have shown with the given power.
+
+        (t of the two-sided confidence + t of the power) standard errors. Bloom, "Minimum detectable effects",
+        Evaluation Review 1995;19:547.
+        """
+        if self.standard_error is None or self.degrees is None:
+            return None
+        errors = _quantile(self.degrees, (1.0 + confidence) / 2.0) + _quantile(self.degrees, power)
+        return _exp(errors * self.standard_error) - 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """The mean of paired differences.
+
+    Args:
+        mean: in the unit of the values.
+        low: lower end of its two-sided interval, None where a single pair gives no spread.
+        high: upper end, likewise.
+        spread: sample standard deviation of the differences, None likewise.
+        n: pairs.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    spread: float | None
     n: int
 
 
@@ -73,6 +141,89 @@ def paired_ratio(baseline: Mapping[K, float], other: Mapping[K, float], confiden
     return _interval([_log(baseline[key]) - _log(other[key]) for key in shared], confidence)
 
 
+def log_change(baseline: Sequence[float], other: Sequence[float]) -> LogChange:
+    """How much larger ``other`` is, by Welch's comparison of the logarithms, which takes unequal variances.
+
+    Welch, "The generalization of Student's problem when several different population variances are involved",
+    Biometrika 1947;34:28.
+
+    Args:
+        baseline: positive and independent, for instance one median step time a process.
+        other: likewise, in the same unit; of another run, so that nothing pairs the two.
+
+    Raises:
+        ValueError: one of them is empty, or holds a value that is not positive and finite.
+    """
+    logs = [[_log(value) for value in side] for side in (baseline, other)]
+    if not all(logs):
+        raise ValueError("both sides need at least one value")
+    estimate = statistics.fmean(logs[1]) - statistics.fmean(logs[0])
+    if min(map(len, logs)) < 2:
+        return LogChange(estimate, None, None)
+    parts = [statistics.variance(side) / len(side) for side in logs]
+    total = math.fsum(parts)
+    # Values that are all alike have no variance and so no degrees of freedom to work out; any number will do.
+    below = math.fsum(part**2 / (len(side) - 1) for part, side in zip(parts, logs, strict=True))
+    degrees = total**2 / below if below > 0.0 else float(sum(map(len, logs)) - 2)
+    return LogChange(estimate, math.sqrt(total), degrees)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """``p_values`` adjusted for their number: testing all at 5 % then errs anywhere in at most 5 % of cases.
+
+    Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 1979;6:65.
+    """
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def paired_difference(differences: Sequence[float], confidence: float = 0.9) -> Paired:
+    """Mean and t interval of differences, one a pair.
+
+    Args:
+        differences: for instance the metric of each seed in one mode less that in another.
+        confidence: of the two-sided interval; at 0.9 either end alone is one-sided at 95 %.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not differences:
+        raise ValueError("there is no pair to take a difference of")
+    mean, n = statistics.fmean(differences), len(differences)
+    if n == 1:
+        return Paired(mean, None, None, None, 1)
+    spread = statistics.stdev(differences)
+    half_width = _quantile(n - 1, (1.0 + confidence) / 2.0) * spread / math.sqrt(n)
+    return Paired(mean, mean - half_width, mean + half_width, spread, n)
+
+
+def pairs_that_would_tell(found: Paired, margin: float, confidence: float = 0.9) -> int | None:
+    """How many pairs of the same spread and mean would put an end of the interval beyond 0 or above ``-margin``.
+
+    Args:
+        found: what there is so far; its differences count upwards as better.
+        margin: how much worse still counts as equal.
+        confidence: of the two-sided interval.
+
+    Returns:
+        None where a single pair gives no spread, or the mean lies on the margin so that no number would do.
+    """
+    if found.spread is None:
+        return None
+    distance = found.mean + margin if found.mean > -margin else -found.mean
+    if distance <= 0.0:
+        return None
+    for n in range(2, _MOST_PAIRS):
+        if _quantile(n - 1, (1.0 + confidence) / 2.0) * found.spread / math.sqrt(n) < distance:
+            return n
+    return None
+
+
 def _interval(logs: list[float], confidence: float) -> Interval:
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence must lie between 0 and 1, not be {confidence}")
@@ -82,8 +233,13 @@ def _interval(logs: list[float], confidence: float) -> Interval:
     mean = math.fsum(logs) / n
     if n == 1:
         return Interval(math.exp(mean), None, None, 1)
-    half_width = float(stdtrit(n - 1, (1.0 + confidence) / 2.0)) * statistics.stdev(logs) / math.sqrt(n)
+    half_width = _quantile(n - 1, (1.0 + confidence) / 2.0) * statistics.stdev(logs) / math.sqrt(n)
     return Interval(math.exp(mean), _exp(mean - half_width), _exp(mean + half_width), n)
+
+
+def _quantile(degrees: float, probability: float) -> float:
+    """Of Student's t."""
+    return float(stdtrit(degrees, probability))
 
 
 def _log(value: float) -> float:

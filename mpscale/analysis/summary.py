@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
+from mpscale.analysis.quality import Quality, judge
 from mpscale.analysis.stats import Interval, geometric_interval, paired_ratio
-from mpscale.columns import STATUSES
+from mpscale.columns import STATUSES, SUMMARY
 from mpscale.modes import MODES
 
 Row = dict[str, Any]
@@ -20,45 +21,9 @@ Key = tuple[int, int]
 MEASURED = ("ok", "diverged", "stalled")
 """Statuses of cases that ran to the end, and whose figures therefore count."""
 
-SUMMARY_DTYPES: dict[str, str] = {
-    "workload": "string",
-    "mode": "string",
-    "device": "string",
-    "jit": "boolean",
-    "processes": "Int64",  # that gave a step time
-    "seeds": "Int64",  # that trained to the end
-    "step_time_ms": "float64",
-    "step_time_ms_low": "float64",
-    "step_time_ms_high": "float64",
-    "speedup_fp32": "float64",
-    "speedup_fp32_low": "float64",
-    "speedup_fp32_high": "float64",
-    "speedup_tf32": "float64",
-    "speedup_tf32_low": "float64",
-    "speedup_tf32_high": "float64",
-    "headline_baseline": "string",
-    "gpu_memory_mib": "float64",
-    "gpu_memory_ratio": "float64",
-    "host_memory_mib": "float64",
-    "overflow_steps": "Int64",
-    "attempted_steps": "Int64",
-    "skipped_steps": "Int64",
-    "metric_name": "string",
-    "metric_seeds": "Int64",  # with a finite metric: fewer than `seeds` where some diverged
-    "metric_mean": "float64",
-    "metric_min": "float64",
-    "metric_max": "float64",
-    "metric_difference": "float64",
-    "metric_pairs": "Int64",  # seeds with a finite metric under this mode and fp32
-    "target_reached": "Int64",
-    "steps_to_target": "float64",
-    "loss_scale_final": "float64",
-    "dispatch_share": "float64",
-    "dispatch_bound": "boolean",
-    "cases": "Int64",
-    "ok": "Int64",
-    "statuses": "string",
-}
+_DTYPES = {"str": "string", "int": "Int64", "float": "float64", "bool": "boolean"}
+
+SUMMARY_DTYPES: dict[str, str] = {column.name: _DTYPES[column.kind] for column in SUMMARY}
 """Columns of the summary, in order."""
 
 
@@ -67,10 +32,11 @@ def summarise(cases: pd.DataFrame) -> pd.DataFrame:
 
     Times are in ms, memory in MiB. ``step_time_ms`` is the geometric mean of the processes' medians with its 95 %
     interval; a speed-up is the baseline's time over the mode's, paired by (seed, repeat), of cases that ended well.
-    ``metric_difference`` is the mean over seeds of the mode's metric less fp32's. Memory is the largest of any
-    process, counts are sums and ``loss_scale_final``, ``steps_to_target`` and ``dispatch_share`` medians over the
-    cases that know them. ``headline_baseline`` is the mode that a user would have had by default: tf32 where it
-    was timed, else fp32.
+    ``metric_difference`` is the mean over seeds of the mode's metric less fp32's, with its 90 % interval (one-sided at
+    95 %), and ``metric_verdict`` what :func:`mpscale.analysis.quality.judge` makes of it. Memory is the largest of any
+    process, energy the geometric mean of the processes that trained, counts are sums and ``loss_scale_final``,
+    ``steps_to_target`` and ``dispatch_share`` medians over the cases that know them. ``headline_baseline`` is the mode
+    that a user would have had by default: tf32 where it was timed, else fp32.
 
     Only cases with a status of :data:`MEASURED` count, apart from ``cases``, ``ok`` and ``statuses``.
 
@@ -91,8 +57,11 @@ def summarise(cases: pd.DataFrame) -> pd.DataFrame:
             row |= _counts(by_mode[mode])
             row |= _times(mode, measured)
             row |= _memory(measured[mode], measured.get("fp32", []))
+            row |= _energy(measured[mode], measured.get("fp32", []))
             row |= _training(measured[mode])
             row |= _metric(measured[mode], measured.get("fp32", []))
+            if mode != "fp32":
+                row |= _quality(measured[mode], measured.get("fp32", []))
             row |= _target(measured[mode])
             rows.append(row)
     columns = {name: pd.Series([row.get(name) for row in rows], dtype=dtype) for name, dtype in SUMMARY_DTYPES.items()}
@@ -192,17 +161,33 @@ def _memory(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
     }
 
 
+def _energy(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
+    own, baseline = (_over(statistics.geometric_mean, _known(rows, "gpu_energy_j_per_step")) for rows in (group, fp32))
+    return {
+        "gpu_energy_j_per_step": own,
+        "gpu_energy_ratio": own / baseline if own is not None and baseline is not None else None,
+    }
+
+
 def _training(group: Sequence[Row]) -> Row:
     sums = {name: _over(sum, _known(group, name)) for name in ("overflow_steps", "attempted_steps", "skipped_steps")}
     return {
         **sums,
+        "overflow_rate": overflow_rate(group),
         "seeds": len({case["seed"] for case in group if case["repeat"] == 0}),
         "loss_scale_final": _over(statistics.median, _known(group, "loss_scale_final")),
     }
 
 
+def overflow_rate(cases: Iterable[Row]) -> float | None:
+    """Overflow steps over attempted steps, of the trainings that know both; None where none does."""
+    known = [case for case in cases if case["overflow_steps"] is not None and case["attempted_steps"]]
+    steps = sum(case["attempted_steps"] for case in known)
+    return sum(case["overflow_steps"] for case in known) / steps if steps else None
+
+
 def _metric(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
-    own, baseline = ({c["seed"]: c["metric_value"] for c in g if c["metric_value"] is not None} for g in (group, fp32))
+    own, baseline = metric_by_seed(group), metric_by_seed(fp32)
     values = list(own.values())
     differences = [own[seed] - baseline[seed] for seed in own if seed in baseline]
     return {
@@ -214,6 +199,40 @@ def _metric(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
         "metric_difference": _over(statistics.fmean, differences),
         "metric_pairs": len(differences),
     }
+
+
+def _quality(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
+    found = judge_metric(fp32, group)
+    if found is None:
+        return {}
+    return {
+        "metric_difference_low": found.difference.low if found.difference else None,
+        "metric_difference_high": found.difference.high if found.difference else None,
+        "metric_verdict": found.verdict,
+        "metric_seeds_needed": found.seeds,
+    }
+
+
+def metric_by_seed(cases: Iterable[Row]) -> dict[int, float]:
+    """The metric of every seed that has one."""
+    return {case["seed"]: case["metric_value"] for case in cases if case["metric_value"] is not None}
+
+
+def judge_metric(baseline: Sequence[Row], other: Sequence[Row]) -> Quality | None:
+    """The verdict on the metric of ``other``, both of one workload; None where the baseline trained nothing."""
+    lost, lost_there = (
+        {case["seed"] for case in cases if case["status"] in ("diverged", "stalled")} for cases in (other, baseline)
+    )
+    before, after = metric_by_seed(baseline), metric_by_seed(other)
+    shared = [seed for seed in after if seed in before and seed not in lost_there]
+    if not before or not any(case["repeat"] == 0 for case in other):
+        return None
+    return judge(
+        [after[seed] - before[seed] for seed in shared],
+        _first(other, "metric_margin"),
+        bool(_first(other, "metric_higher_is_better")),
+        sorted(lost - lost_there),
+    )
 
 
 def _target(group: Sequence[Row]) -> Row:

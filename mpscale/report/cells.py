@@ -66,6 +66,19 @@ def metric_change(difference: float, name: str | None) -> str:
     return "no different from" if rounded == 0 else f"{size} {'above' if difference > 0 else 'below'}"
 
 
+def difference(value: float | None, low: float | None, high: float | None, name: str | None) -> str:
+    """A difference between two values of a metric, with its interval; in points where it is an accuracy."""
+    if value is None:
+        return DASH
+    factor, unit = (100, " points") if name in _PERCENT_METRICS else (1, "")
+
+    def text(number: float) -> str:
+        return f"{factor * number:+.2f}" if unit else f"{number:+.3g}"
+
+    ends = "" if low is None or high is None else f" [{text(low)}, {text(high)}]"
+    return f"{text(value)}{ends}{unit}"
+
+
 def loss_scale(value: float | None) -> str:
     """A loss scale: mostly a power of two, and then in full."""
     if value is None:

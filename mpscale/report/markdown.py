@@ -19,6 +19,7 @@ def render(run: Run) -> str:
         "Cases that did not end well": sections.troubles(run),
         "Overflow and loss scale": sections.overflow(run),
         "Accuracy": sections.accuracy(run),
+        "Accuracy against fp32": sections.against_fp32(run),
         "Timing quality": sections.timing(run),
         "Memory": sections.memory(run),
         "How to read this": words.how_to_read(run),

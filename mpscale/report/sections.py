@@ -12,7 +12,7 @@ from mpscale.analysis.summary import MEASURED, mostly, plain_rows
 from mpscale.modes import MODES
 from mpscale.records import Record
 from mpscale.report import cells
-from mpscale.report.tables import markdown_table
+from mpscale.report.tables import Cells, markdown_table
 from mpscale.report.words import is_mixed
 
 _COLUMNS_SHOWN = 8
@@ -80,6 +80,28 @@ def accuracy(run: Run) -> str:
     return "\n\n".join(parts)
 
 
+def against_fp32(run: Run) -> str:
+    """Whether each mode trains as well as fp32, seed by seed."""
+    rows = []
+    for row in plain_rows(run.summary):
+        if row["metric_verdict"] is None:
+            continue
+        low, high = row["metric_difference_low"], row["metric_difference_high"]
+        verdict = str(row["metric_verdict"])
+        if row["metric_seeds_needed"] is not None:
+            verdict += f" ({row['metric_seeds_needed']} seeds would tell)"
+        rows.append(
+            [
+                row["workload"],
+                row["mode"],
+                cells.difference(row["metric_difference"], low, high, row["metric_name"]),
+                cells.count(row["metric_pairs"]),
+                verdict,
+            ]
+        )
+    return markdown_table(["workload", "mode", "difference", "seeds", "verdict"], rows) if rows else ""
+
+
 def timing(run: Run) -> str:
     """What the step times rest on."""
     rows, bound = [], False
@@ -132,15 +154,22 @@ def memory(run: Run) -> str:
 
 def troubles(run: Run) -> str:
     """Cases with another status than ok: why, and what the process wrote last."""
-    bad = [record for record in run.records if record["status"] != "ok"]
-    if not bad:
+    headers, rows = trouble_cells(run)
+    if not rows:
         return ""
+    tails = [
+        f"The last lines of {_text(record['case_id'])}:\n\n{fenced(record['output_tail'])}"
+        for record in run.records
+        if record["status"] != "ok" and record["output_tail"]
+    ]
+    return "\n\n".join([markdown_table(headers, rows), *tails])
+
+
+def trouble_cells(run: Run) -> tuple[list[str], Cells]:
+    """Headers and rows of the cases with another status than ok."""
     names = ("case_id", "status", "status_reason")
-    parts = [markdown_table(["case", "status", "reason"], [[_text(r[name]) for name in names] for r in bad])]
-    for record in bad:
-        if record["output_tail"]:
-            parts.append(f"The last lines of {_text(record['case_id'])}:\n\n{_fenced(record['output_tail'])}")
-    return "\n\n".join(parts)
+    bad = [record for record in run.records if record["status"] != "ok"]
+    return ["case", "status", "reason"], [[_text(record[name]) for name in names] for record in bad]
 
 
 def empty(run: Run) -> str:
@@ -163,6 +192,14 @@ def empty(run: Run) -> str:
         rows.append([reason, listed, modes, f"{len(records)} of {len(run.records)}"])
     rows.sort(key=lambda row: (row[0], row[2]))
     return markdown_table(["reason", "empty columns", "modes", "cases"], rows) if rows else ""
+
+
+def fenced(text: str) -> str:
+    """A code block that nothing in ``text`` can end, without the colours and bells of a terminal."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.replace("\r\n", "\n").replace("\r", "\n"))
+    plain = "".join(c for c in plain if c in "\n\t" or c.isprintable()).strip("\n")
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", plain))])
+    return f"{fence}text\n{plain}\n{fence}"
 
 
 def _measured(run: Run, trained: bool = False) -> Iterator[Group]:
@@ -198,11 +235,3 @@ def _scales(records: Sequence[Record], name: str) -> str:
 
 def _text(value: Any) -> str:
     return cells.DASH if value is None else str(value)
-
-
-def _fenced(text: str) -> str:
-    """A code block that nothing in ``text`` can end, without the colours and bells of a terminal."""
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.replace("\r\n", "\n").replace("\r", "\n"))
-    plain = "".join(c for c in plain if c in "\n\t" or c.isprintable()).strip("\n")
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", plain))])
-    return f"{fence}text\n{plain}\n{fence}"

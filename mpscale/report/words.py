@@ -35,7 +35,8 @@ def how_to_read(run: Run) -> str:
         )
     notes += [
         "The metric is the mean over seeds, with smallest and largest; modes are compared seed by seed, from the same "
-        "weights and the same order of the data. A small difference from a few seeds is not evidence of one.",
+        "weights and the same order of the data. non-inferior: a loss of more than the workload's margin is ruled out "
+        "(one-sided, 95 %). worse: there is one, or a seed was lost. inconclusive: so few seeds show neither.",
         "Overflow steps are those with a non-finite gradient. A dash means that the mode checks no gradient, so that "
         "overflow is unknown there, and not that there was none.",
     ]
@@ -68,13 +69,18 @@ def device_kind(run: Run) -> str | None:
     return _of_device(run, "kind", "device")
 
 
+def device_name(run: Run) -> str | None:
+    """The device's own name, None where neither run.json nor a record says."""
+    return _of_device(run, "name", "device_name")
+
+
 def _of_device(run: Run, key: str, column: str) -> str | None:
     known = [run.device.get(key), *(record[column] for record in run.records)]
     return next((str(value) for value in known if value is not None), None)
 
 
 def _overview(run: Run, rows: list[Row]) -> str:
-    kind, name = device_kind(run), _of_device(run, "name", "device_name")
+    kind, name = device_kind(run), device_name(run)
     where = f" on {escape(name)}" if name else ""
     if kind:
         where += f" ({kind.upper()})"
@@ -125,7 +131,8 @@ def _quality(row: Row) -> str | None:
     if row["metric_difference"] is None:
         return text
     seeds = f"{row['metric_pairs']} seed{'' if row['metric_pairs'] == 1 else 's'}"
-    return f"{text}, {cells.metric_change(row['metric_difference'], name)} fp32 ({seeds})"
+    verdict = f", {row['metric_verdict']}" if row["metric_verdict"] else ""
+    return f"{text}, {cells.metric_change(row['metric_difference'], name)} fp32 ({seeds}{verdict})"
 
 
 def _overflow(row: Row) -> str | None:

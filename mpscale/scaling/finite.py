@@ -12,6 +12,9 @@ import tensorflow as tf
 _INFINITY_BITS = 0x7F800000
 """Of float32."""
 
+_SMALL = 2**13
+"""Elements below which copying a tensor costs less than starting further kernels for it."""
+
 _IN_ROWS = 2**14
 """Elements from which a tensor is reduced in two stages. XLA spreads a reduction over a CPU's cores by its outputs:
 one that has a single output runs on a single core."""
@@ -35,7 +38,7 @@ def all_finite(tensors: Sequence[Any]) -> tf.Tensor:
     if not values:
         return tf.constant(True)
     if not under_xla():
-        return tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(value)) for value in values]))
+        return tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(value)) for value in _small_joined(values)]))
     flags = []
     for group in _by_shape(values):
         finite = functools.reduce(tf.logical_and, [tf.math.is_finite(value) for value in group])
@@ -68,7 +71,7 @@ def finite_and_largest(tensors: Sequence[Any]) -> tuple[tf.Tensor, tf.Tensor]:
         # As above: a maximum by way of a minimum.
         top = -tf.reduce_min(-_joined(largest))
     else:
-        top = tf.reduce_max(tf.stack([tf.reduce_max(each) for each in bits]))
+        top = tf.reduce_max(tf.stack([tf.reduce_max(each) for each in _small_joined(bits)]))
     # Nothing has the smallest integer for a maximum.
     top = tf.maximum(top, 0)
     return top < _INFINITY_BITS, tf.bitcast(top, tf.float32)
@@ -98,6 +101,16 @@ def under_xla() -> bool:
 
 def _in_rows(values: tf.Tensor) -> bool:
     return values.shape.rank >= 2 and values.shape.num_elements() >= _IN_ROWS
+
+
+def _small_joined(values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """``values``, small ones of a dtype laid end to end: without XLA every operation is a kernel to be started."""
+    small: dict[tf.DType, list[tf.Tensor]] = defaultdict(list)
+    large: list[tf.Tensor] = []
+    for value in values:
+        elements = value.shape.num_elements()
+        (large if elements is None or elements >= _SMALL else small[value.dtype]).append(value)
+    return large + [_joined(group) if len(group) > 1 else group[0] for group in small.values()]
 
 
 def _joined(values: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -177,3 +177,61 @@ def test_repeats_of_a_stalled_training_buy_it_no_speed():
     found = rows_of(record("fp32", **times), record("fp32", repeat=1, **times), *stalled)
     assert found["toy", "mixed-static"]["processes"] == 2
     assert found["toy", "mixed-static"]["speedup_fp32"] is None
+
+
+TRAINED = {"metric_margin": 0.01, "metric_higher_is_better": True, "metric_name": "accuracy"}
+
+
+def trainings(mode, values, **more):
+    return [record(mode, seed, metric_value=value, **{**TRAINED, **more}) for seed, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "verdict", "needed"),
+    [
+        pytest.param((0.905, 0.915, 0.925), {}, "non-inferior", None, id="better in every seed"),
+        pytest.param((0.80, 0.81, 0.82), {}, "worse", None, id="worse in every seed"),
+        # Mean -0.02 and spread 0.0721: 1.687 x 0.0721 / sqrt(38) is the first below 0.02.
+        pytest.param((0.80, 0.95, 0.92), {}, "inconclusive", 38, id="here and there"),
+        pytest.param((0.80, 0.81, 0.82), {"metric_higher_is_better": False}, "non-inferior", None, id="less is better"),
+        pytest.param((0.9,), {}, "inconclusive", None, id="one seed"),
+    ],
+)
+def test_the_verdict_on_the_metric(values, more, verdict, needed):
+    row = row_of("mixed-static", *trainings("fp32", (0.90, 0.91, 0.92)), *trainings("mixed-static", values, **more))
+    assert (row["metric_verdict"], row["metric_seeds_needed"]) == (verdict, needed)
+
+
+@pytest.mark.parametrize(("there", "verdict"), [("ok", "worse"), ("diverged", "non-inferior")])
+def test_a_seed_that_is_lost_under_the_mode_alone_makes_it_worse(there, verdict):
+    fp32, mixed = (trainings(mode, (0.90, 0.91, 0.92)) for mode in ("fp32", "mixed-static"))
+    mixed[2].update({"status": "diverged"})
+    fp32[2].update({"status": there})
+    assert row_of("mixed-static", *fp32, *mixed)["metric_verdict"] == verdict
+
+
+def test_fp32_has_no_verdict_and_without_fp32_there_is_none():
+    assert row_of("fp32", *trainings("fp32", (0.9, 0.9)))["metric_verdict"] is None
+    assert row_of("mixed-static", *trainings("mixed-static", (0.9, 0.9)))["metric_verdict"] is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate"),
+    [([(1, 100), (3, 300)], 0.01), ([(0, 100)], 0.0), ([(None, 100)], None), ([(1, 100), (None, 900)], 0.01)],
+)
+def test_the_overflow_rate_is_of_the_trainings_that_know_it(steps, rate):
+    cases = [
+        record("mixed-static", seed, overflow_steps=overflow, attempted_steps=attempted)
+        for seed, (overflow, attempted) in enumerate(steps)
+    ]
+    assert row_of("mixed-static", *cases)["overflow_rate"] == rate
+
+
+def test_energy_is_a_ratio_to_fp32():
+    row = row_of(
+        "mixed-static",
+        record("fp32", gpu_energy_j_per_step=4.0),
+        record("mixed-static", gpu_energy_j_per_step=1.0),
+        record("mixed-static", seed=1, gpu_energy_j_per_step=4.0),
+    )
+    assert (row["gpu_energy_j_per_step"], row["gpu_energy_ratio"]) == (pytest.approx(2.0), pytest.approx(0.5))

@@ -83,7 +83,7 @@ def test_the_headline_tells_accuracy_overflow_and_memory(tmp_path):
     )
     assert (
         "- toy, **mixed-dynamic**: 1.00 times the speed of fp32 (95 % interval 1.00 to 1.00, so no difference "
-        "is shown); accuracy 91.50 %, 0.50 points below fp32 (2 seeds); 6 of 200 steps overflowed; "
+        "is shown); accuracy 91.50 %, 0.50 points below fp32 (2 seeds, inconclusive); 6 of 200 steps overflowed; "
         "peak GPU memory 0.64 times fp32's."
     ) in report
 
@@ -136,6 +136,23 @@ def test_overflow_and_loss_scale_over_seeds(tmp_path):
     assert [list(row.values()) for row in table(report, "Overflow and loss scale")] == [
         ["toy", "mixed-dynamic", "200", "197", "3", "3", "1", "2", "0 to 41", *scales],
         ["toy", "mixed-bf16", "100", DASH, DASH, DASH, "0", DASH, DASH, DASH, DASH],
+    ]
+
+
+def test_accuracy_is_judged_against_fp32(tmp_path):
+    margin = {"metric_margin": 0.01, "metric_higher_is_better": True}
+    report = rendered(
+        tmp_path,
+        *two_seeds("fp32", (1.0, 1.0), (0.91, 0.92)),
+        *two_seeds("mixed-static", (1.0, 1.0), (0.93, 0.94), **margin),
+        *two_seeds("mixed-dynamic", (1.0, 1.0), (0.90, 0.93), **margin),
+        *two_seeds("mixed-bf16", (1.0, 1.0), (0.81, 0.82), **margin),
+    )
+    assert [list(row.values()) for row in table(report, "Accuracy against fp32")] == [
+        ["toy", "mixed-static", "+2.00 [+2.00, +2.00] points", "2", "non-inferior"],
+        # Half-width 6.314 x 1.414 / sqrt(2) points; 8 seeds: 1.895 x 1.414 / sqrt(8) is below 1.
+        ["toy", "mixed-dynamic", "+0.00 [-6.31, +6.31] points", "2", "inconclusive (8 seeds would tell)"],
+        ["toy", "mixed-bf16", "-10.00 [-10.00, -10.00] points", "2", "worse"],
     ]
 
 

@@ -47,10 +47,17 @@ def branches(model, optimizer):
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "Nadam", "SGD"])
-@pytest.mark.parametrize(("skip", "expected"), [("auto", False), ("gate", False), ("branch", True)])
+@pytest.mark.parametrize(("skip", "expected"), [("gate", False), ("branch", True)])
 def test_gate_leaves_no_branch_in_a_compiled_step(name, skip, expected):
     inner = getattr(keras.optimizers, name)(0.01, clipnorm=1.0, use_ema=True)
     assert branches(small_model(), LossScaleOptimizer(inner, skip=skip)) == expected
+
+
+@pytest.mark.parametrize(("units", "expected"), [(4, True), (4096, False)])
+def test_many_small_variables_are_skipped_by_a_branch_and_large_ones_by_a_gate(units, expected):
+    """5 elements a variable, and 10,240: (4 x 4096 + 4096) / 2."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(units)])
+    assert branches(model, LossScaleOptimizer(keras.optimizers.SGD(0.1))) == expected
 
 
 @pytest.mark.parametrize("secretly", [False, True], ids=["hidden variable", "past the variable's methods"])
@@ -58,7 +65,7 @@ def test_what_an_optimizer_hides_is_held_back_too(secretly):
     """A hidden variable is found in the trace; a write past all methods cannot be gated, so there is a branch."""
     model = small_model()
     inner = Restless(0.1, secretly=secretly)
-    optimizer = LossScaleOptimizer(inner, DynamicLossScale(8.0))
+    optimizer = LossScaleOptimizer(inner, DynamicLossScale(8.0), skip="gate")
     step = step_function(model, optimizer, "xla")
     step()
     before, hidden = state_of(model, optimizer), inner._hidden[0].numpy()
@@ -95,7 +102,7 @@ def test_sparse_writes_leave_every_bit_where_they_are_held_back(jit):
 
 def test_writes_are_ungated_again_after_the_trace():
     model = small_model()
-    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), skip="gate")
     step_function(model, optimizer, "xla")()
     model.trainable_variables[0].assign(np.full((4, 3), 7.0))
     assert (model.trainable_variables[0].numpy() == 7.0).all()

@@ -24,16 +24,18 @@ def run_suite(tmp_path_factory):
     """Runs pytest with options on a fresh suite; what it printed, its exit code, and the run it made if any."""
     # The user's cache is used where it is: generating mnist1d takes longer than a test.
 
-    def run(*options, timeout=240, suite=SUITE):
+    def run(*options, timeout=240, suite=SUITE, pyproject="", environ=None):
         folder = tmp_path_factory.mktemp("suite")
         (folder / "test_suite.py").write_text(suite)
         (folder / "pytest.ini").write_text("[pytest]\n")
+        (folder / "pyproject.toml").write_text(pyproject)
         (folder / "suite_workloads.py").write_text((HERE / "suite_workloads.py").read_text())
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        variables |= {"SUITE_LOG": str(folder / "cases.log"), "SUITE_SLOW_CASES": "0", **(environ or {})}
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
             cwd=folder,
-            env=environ,
+            env=variables,
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -1,0 +1,230 @@
+"""Conditions on a comparison that fail a build: what they say, whether they fire, and what could not be told."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mpscale.analysis.compare import ComparedRow, Comparison
+from mpscale.analysis.quantities import CONFIDENCE, QUANTITIES, Change, Quantity
+from mpscale.analysis.stats import holm
+
+Outcome = Literal["passed", "fired", "cannot-tell"]
+
+WELL, FIRED, COULD_NOT_TELL = 0, 1, 3
+"""Exit codes. 2 is bad use."""
+
+_GATE = re.compile(r"\s*([a-z_]+)\s*(?:>\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?))?\s*")
+_PLAIN = ("metric", "missing")
+_RATE = "overflow_rate"
+_ALPHA = 1 - CONFIDENCE
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One condition.
+
+    Args:
+        name: a quantity of :data:`QUANTITIES`, ``metric``, ``missing`` or ``overflow_rate``.
+        threshold: a share: of the baseline's value for a quantity, of the steps for ``overflow_rate``; None for the
+            other two.
+    """
+
+    name: str
+    threshold: float | None = None
+
+    def __str__(self) -> str:
+        if self.threshold is None:
+            return self.name
+        return f"{self.name}>{self.threshold:g}" if self.name == _RATE else f"{self.name}>{100 * self.threshold:g}%"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a gate found of one row.
+
+    Args:
+        gate: the condition.
+        row: workload and mode, None where the gate found no row to judge.
+        outcome: whether it fired.
+        text: the number, with its interval and the baseline's, or why it could not be told.
+        baseline: name of the run that was compared with.
+        run: name of the run that was judged.
+    """
+
+    gate: Gate
+    row: tuple[str, str] | None
+    outcome: Outcome
+    text: str
+    baseline: str = ""
+    run: str = ""
+
+    def __str__(self) -> str:
+        where = " ".join(self.row) if self.row else "no row"
+        return f"{self.gate}: {where}: {self.text} (baseline {self.baseline})"
+
+
+def parse_gates(texts: Iterable[str]) -> list[Gate]:
+    """Reads gates such as ``step_time>5%``, ``metric`` or several with commas between them.
+
+    Raises:
+        ValueError: a text is no gate; the message says what is.
+    """
+    gates = [_parse(part) for text in texts for part in text.split(",")]
+    return list(dict.fromkeys(gates))
+
+
+def parse_share(text: str) -> float:
+    """Reads a share such as ``5%`` or ``0.05``.
+
+    Raises:
+        ValueError: it is none, or not above 0.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not share > 0:
+        raise ValueError(f"{text.strip()!r} is no share; write 5% or 0.05")
+    return share
+
+
+def judge_gates(comparison: Comparison, gates: Sequence[Gate]) -> list[Finding]:
+    """What each gate finds of each row that the baseline measured.
+
+    A gate on a quantity fires where the change is at least its threshold and told from none at 5 %, one-sided, over all
+    its rows together (Holm). It could not be told where that is not so, but the 95 % interval reaches the threshold.
+    """
+    baseline, run = comparison.baseline.name, comparison.other.name
+    found = (finding for gate in gates for finding in _judge(comparison, gate))
+    return [replace(finding, baseline=baseline, run=run) for finding in found]
+
+
+def exit_code(findings: Sequence[Finding], strict: bool = False) -> int:
+    """0 where all went well, 1 where a gate fired, 3 where something could not be told; ``strict`` makes that 1."""
+    outcomes = {finding.outcome for finding in findings}
+    if "fired" in outcomes or (strict and "cannot-tell" in outcomes):
+        return FIRED
+    return COULD_NOT_TELL if "cannot-tell" in outcomes else WELL
+
+
+def _parse(text: str) -> Gate:
+    match = _GATE.fullmatch(text)
+    examples = f"{', '.join(f'{name}>5%' for name in QUANTITIES)}, {_RATE}>0.01, {', '.join(_PLAIN)}"
+    if match is None:
+        raise ValueError(f"{text.strip()!r} is no gate; gates are {examples}")
+    name, number, percent = match.groups()
+    if name not in (*QUANTITIES, *_PLAIN, _RATE):
+        close = difflib.get_close_matches(name, (*QUANTITIES, *_PLAIN, _RATE), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{name!r} is nothing that a gate knows{hint}; gates are {examples}")
+    if name in _PLAIN:
+        if number is not None:
+            raise ValueError(f"{text.strip()!r}: {name} takes no threshold; write {name}")
+        return Gate(name)
+    if number is None:
+        raise ValueError(f"{text.strip()!r} lacks a threshold; write {name}>{'0.01' if name == _RATE else '5%'}")
+    threshold = float(number) / 100 if percent else float(number)
+    if name in QUANTITIES and not percent:
+        raise ValueError(f"{text.strip()!r}: the threshold is a percentage; write {name}>{threshold:g}%")
+    if name == _RATE and threshold > 1:
+        raise ValueError(f"{text.strip()!r}: a rate is at most 1; write {_RATE}>0.01 or {_RATE}>1%")
+    return Gate(name, threshold)
+
+
+def _judge(comparison: Comparison, gate: Gate) -> list[Finding]:
+    rows = [row for row in comparison.rows if row.pair.state != "new"]
+    if gate.name in QUANTITIES:
+        return _quantity(rows, gate, QUANTITIES[gate.name])
+    if gate.name == "metric":
+        return [_metric(row, gate) for row in rows if _has_metric(row)] or [_nothing(gate, "has a metric")]
+    if gate.name == _RATE:
+        return [
+            _overflow_rate(row, gate, gate.threshold or 0.0) for row in rows if row.overflow_rates[0] is not None
+        ] or [_nothing(gate, "checks a gradient")]
+    return [_missing(row, gate) for row in rows] or [_nothing(gate, "was measured")]
+
+
+def _quantity(rows: Sequence[ComparedRow], gate: Gate, quantity: Quantity) -> list[Finding]:
+    rows = [row for row in rows if any(case[quantity.column] is not None for case in row.pair.baseline)]
+    if not rows:
+        return [_nothing(gate, f"has {quantity.column}")]
+    changes = [row.changes.get(quantity.name) for row in rows]
+    told = [(place, p) for place, change in enumerate(changes) if change and (p := change.p_increase) is not None]
+    adjusted = dict(zip([place for place, _ in told], holm([p for _, p in told]), strict=True))
+    return [
+        _change(row, gate, quantity, change, adjusted.get(place))
+        for place, (row, change) in enumerate(zip(rows, changes, strict=True))
+    ]
+
+
+def _change(row: ComparedRow, gate: Gate, quantity: Quantity, change: Change | None, p_value: float | None) -> Finding:
+    threshold = gate.threshold or 0.0
+    if change is None:
+        return _finding(row, gate, "cannot-tell", _why_not(row))
+    if change.change is None:
+        return _finding(row, gate, "cannot-tell", str(change.reason))
+    numbers = (
+        f"{change.change:+.1%} ({change.baseline:.4g} to {change.other:.4g} {quantity.unit}, "
+        f"{change.processes[0]} and {change.processes[1]} processes)"
+    )
+    if p_value is None or change.low is None or change.high is None:
+        return _finding(row, gate, "cannot-tell", f"{numbers}: {change.reason}")
+    numbers = f"{numbers}, 95 % interval {change.low:+.1%} to {change.high:+.1%}, p = {p_value:.2g} over all rows"
+    if change.change >= threshold and p_value <= _ALPHA:
+        return _finding(row, gate, "fired", numbers)
+    if change.high >= threshold:
+        seen = f"; a change of {change.detectable:.1%} would have been seen" if change.detectable else ""
+        return _finding(row, gate, "cannot-tell", numbers + seen)
+    return _finding(row, gate, "passed", numbers)
+
+
+def _has_metric(row: ComparedRow) -> bool:
+    return any(case["metric_value"] is not None for case in row.pair.baseline)
+
+
+def _metric(row: ComparedRow, gate: Gate) -> Finding:
+    quality = row.quality
+    if row.pair.state != "paired" or quality is None:
+        return _finding(row, gate, "cannot-tell", _why_not(row))
+    found = quality.difference
+    text = quality.reason or ""
+    if found is not None:
+        ends = "" if found.low is None else f" (90 % interval {found.low:+.4g} to {found.high:+.4g})"
+        text = f"{found.mean:+.4g}{ends} over {found.n} seed{'' if found.n == 1 else 's'}{text and f': {text}'}"
+    if quality.seeds is not None:
+        text += f"; {quality.seeds} seeds would tell"
+    outcomes: dict[str, Outcome] = {"worse": "fired", "non-inferior": "passed", "inconclusive": "cannot-tell"}
+    return _finding(row, gate, outcomes[quality.verdict], f"{quality.verdict}: {text}")
+
+
+def _overflow_rate(row: ComparedRow, gate: Gate, threshold: float) -> Finding:
+    before, after = row.overflow_rates
+    if row.pair.state != "paired" or after is None:
+        return _finding(row, gate, "cannot-tell", _why_not(row))
+    outcome: Outcome = "fired" if after > threshold else "passed"
+    return _finding(row, gate, outcome, f"{after:.4g} of the steps overflowed, {before:.4g} in the baseline")
+
+
+def _missing(row: ComparedRow, gate: Gate) -> Finding:
+    if row.pair.state != "paired":
+        return _finding(row, gate, "fired", _why_not(row))
+    failed = row.pair.newly_failed
+    if failed:
+        return _finding(row, gate, "fired", f"failed, and did not in the baseline: {', '.join(failed)}")
+    return _finding(row, gate, "passed", row.pair.reason or f"{len(row.pair.other)} cases")
+
+
+def _finding(row: ComparedRow, gate: Gate, outcome: Outcome, text: str) -> Finding:
+    return Finding(gate, (row.pair.workload, row.pair.mode), outcome, text)
+
+
+def _nothing(gate: Gate, what: str) -> Finding:
+    return Finding(gate, None, "cannot-tell", f"no row of the baseline {what}")
+
+
+def _why_not(row: ComparedRow) -> str:
+    if row.pair.state == "paired":
+        return row.pair.reason or "not known of the run"
+    return f"{row.pair.state}: {row.pair.reason}"

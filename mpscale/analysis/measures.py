@@ -1,0 +1,99 @@
+"""What runs can be followed by over time, and how each is made from the cases of a run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mpscale.analysis.quantities import QUANTITIES, values
+from mpscale.analysis.stats import Interval, geometric_interval
+from mpscale.analysis.summary import MEASURED, Row, metric_by_seed, overflow_rate
+
+BASELINE = "fp32"
+"""Of speed-ups."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What a history is of.
+
+    Args:
+        name: as the command line has it.
+        title: in words.
+        unit: of its values; empty for a share of 1, and for a metric, which has its own.
+        column: of cases.csv; its entry in ``unavailable`` says why there is none.
+        spread: what ``low`` and ``high`` of a point are: the 95 % t interval over processes on logarithms, or the
+            smallest and the largest seed.
+    """
+
+    name: str
+    title: str
+    unit: str
+    column: str
+    spread: Literal["interval", "range"] = "interval"
+
+
+def _compared(name: str, title: str) -> Measure:
+    return Measure(name, title, QUANTITIES[name].unit, QUANTITIES[name].column)
+
+
+MEASURES = {
+    measure.name: measure
+    for measure in (
+        _compared("step_time", "step time"),
+        _compared("gpu_memory", "GPU memory"),
+        _compared("energy", "energy a step"),
+        _compared("host_memory", "host memory"),
+        Measure("metric", "final metric", "", "metric_value", "range"),
+        Measure("overflow_rate", "overflow rate", "", "overflow_steps", "range"),
+        # Always over the same baseline: a headline that changes from fp32 to tf32 would look like a loss.
+        Measure("speedup", f"speed-up over {BASELINE}", "x", "step_time_ms_median"),
+    )
+}
+
+
+def sample_of(measure: Measure, cases: Sequence[Row], baseline: Sequence[Row]) -> list[float]:
+    """One value a process, a pair of processes, or a seed."""
+    if measure.name in QUANTITIES:
+        return values(cases, QUANTITIES[measure.name])
+    measured = [case for case in cases if case["status"] in MEASURED]
+    if measure.name == "metric":
+        return list(metric_by_seed(measured).values())
+    if measure.name == "overflow_rate":
+        return [rate for case in measured if (rate := overflow_rate([case])) is not None]
+    # As the summary pairs them, so that both give the same speed-up.
+    lost = {case["seed"] for case in measured if case["status"] != "ok"}
+    own, other = (
+        {(case["seed"], case["repeat"]): case[measure.column] for case in side if case[measure.column] is not None}
+        for side in (
+            [case for case in measured if case["seed"] not in lost],
+            [case for case in baseline if case["status"] in MEASURED],
+        )
+    )
+    return [other[key] / own[key] for key in own if key in other]
+
+
+def estimate(measure: Measure, sample: list[float], cases: Sequence[Row]) -> Interval:
+    if measure.spread == "interval":
+        return geometric_interval(sample)
+    mean = statistics.fmean(sample)
+    if measure.name == "overflow_rate":
+        rate = overflow_rate(case for case in cases if case["status"] in MEASURED)
+        mean = mean if rate is None else rate
+    low, high = (min(sample), max(sample)) if len(sample) > 1 else (None, None)
+    return Interval(mean, low, high, len(sample))
+
+
+def why_unknown(measure: Measure, cases: Sequence[Row]) -> str:
+    for case in cases:
+        reasons = case["unavailable"]
+        if case["status"] in MEASURED and isinstance(reasons, dict) and reasons.get(measure.column):
+            return str(reasons[measure.column])
+    return failure(cases) or (f"no {BASELINE} beside it" if measure.name == "speedup" else "no case has it")
+
+
+def failure(cases: Sequence[Row], leave_out: Sequence[str] = ()) -> str | None:
+    found = [case for case in cases if case["status"] not in ("ok", *leave_out)]
+    return next((f"{case['status']}: {case['status_reason'] or 'no reason was given'}" for case in found), None)

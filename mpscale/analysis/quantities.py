@@ -1,0 +1,159 @@
+"""What two runs are compared by, and the verdict on each: step time, memory, energy."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from mpscale.analysis.stats import holm, log_change
+from mpscale.analysis.summary import MEASURED, Row
+
+CONFIDENCE = 0.95
+SAME = "same"
+CANNOT_TELL = "cannot-tell"
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A figure of which less is better, one a process.
+
+    Args:
+        name: as gates have it.
+        column: of cases.csv.
+        unit: of the column.
+        threshold: change from which on it matters, as a share, where nobody said otherwise.
+        more: verdict where there is more of it.
+        less: verdict where there is less.
+        of_trainings: made from processes that trained alone: one that only times holds less in memory.
+    """
+
+    name: str
+    column: str
+    unit: str
+    threshold: float
+    more: str = "more"
+    less: str = "less"
+    of_trainings: bool = True
+
+
+QUANTITIES = {
+    quantity.name: quantity
+    for quantity in (
+        Quantity("step_time", "step_time_ms_median", "ms", 0.05, "slower", "faster", of_trainings=False),
+        Quantity("gpu_memory", "gpu_memory_nvml_peak_mib", "MiB", 0.03),
+        Quantity("energy", "gpu_energy_j_per_step", "J", 0.10, of_trainings=False),
+        Quantity("host_memory", "host_memory_peak_mib", "MiB", 0.20),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One quantity of one row, in two runs.
+
+    Args:
+        quantity: its name.
+        baseline: geometric mean over the baseline's processes, in the quantity's unit; None where there is none.
+        other: likewise of the other run.
+        change: other / baseline - 1.
+        low: lower end of its 95 % interval, None where one process gives no spread.
+        high: upper end, likewise.
+        detectable: smallest change that would have been told from none in four of five such comparisons.
+        p_increase: how likely an increase like this is by chance.
+        processes: of the baseline, and of the other run.
+        verdict: more, less (as the quantity has it), ``same``, ``cannot-tell``, or ``not-comparable``.
+        reason: why it cannot be told.
+    """
+
+    quantity: str
+    baseline: float | None
+    other: float | None
+    change: float | None = None
+    low: float | None = None
+    high: float | None = None
+    detectable: float | None = None
+    p_increase: float | None = None
+    processes: tuple[int, int] = (0, 0)
+    verdict: str = CANNOT_TELL
+    reason: str | None = None
+
+
+def values(cases: Iterable[Row], quantity: Quantity) -> list[float]:
+    """The quantity of every process that counts.
+
+    Seeds that diverged or stalled are left out, their repeats too: their steps are not those of a training that works.
+    """
+    cases = [case for case in cases if case["status"] in MEASURED]
+    lost = {case["seed"] for case in cases if case["status"] != "ok"}
+    return [
+        case[quantity.column]
+        for case in cases
+        if case[quantity.column] is not None
+        and case["seed"] not in lost
+        and (case["repeat"] == 0 or not quantity.of_trainings)
+    ]
+
+
+def measure_change(baseline: Sequence[Row], other: Sequence[Row], quantity: Quantity) -> Change | None:
+    """How ``quantity`` changed, without a verdict yet; None where neither side has it."""
+    before, after = values(baseline, quantity), values(other, quantity)
+    if not before and not after:
+        return None
+    means = Change(
+        quantity.name,
+        statistics.geometric_mean(before) if before else None,
+        statistics.geometric_mean(after) if after else None,
+        processes=(len(before), len(after)),
+    )
+    if not before or not after:
+        cases = other if before else baseline
+        why = next((reason for case in cases if (reason := _reason(case, quantity.column))), "no case has it")
+        side = "the run" if before else "the baseline"
+        return replace(means, reason=f"not known of {side}: {why}")
+    found = log_change(before, after)
+    interval = found.interval(CONFIDENCE)
+    reason = None if interval else "one process gives no spread: measure at least two on each side"
+    low, high = interval or (None, None)
+    return replace(
+        means,
+        change=found.change,
+        low=low,
+        high=high,
+        detectable=found.detectable(CONFIDENCE),
+        p_increase=found.p_increase(),
+        reason=reason,
+    )
+
+
+def with_verdicts(changes: Sequence[Change], threshold: float | None = None) -> list[Change]:
+    """The same changes with verdicts, found together: chance has as many tries as there are rows.
+
+    More (or less): the change is at least the threshold, and told from none at 5 % over all rows together, by Holm's
+    adjustment. Same: the whole interval lies within the threshold either way. Else it cannot be told.
+
+    Args:
+        changes: of one quantity.
+        threshold: change from which on it matters, as a share; the quantity's own where there is none.
+    """
+    told = [(place, p) for place, change in enumerate(changes) if (p := change.p_increase) is not None]
+    adjusted = dict(zip([place for place, _ in told], holm([2 * min(p, 1 - p) for _, p in told]), strict=True))
+    return [_judged(change, adjusted.get(place), threshold) for place, change in enumerate(changes)]
+
+
+def _judged(change: Change, p_value: float | None, threshold: float | None) -> Change:
+    quantity = QUANTITIES[change.quantity]
+    above = quantity.threshold if threshold is None else threshold
+    below = 1 / (1 + above) - 1
+    if p_value is None or change.change is None or change.low is None or change.high is None:
+        return change
+    if p_value <= 1 - CONFIDENCE and not below < change.change < above:
+        return replace(change, verdict=quantity.more if change.change > 0 else quantity.less)
+    if below < change.low and change.high < above:
+        return replace(change, verdict=SAME)
+    return replace(change, reason=f"too noisy for {above:.0%}")
+
+
+def _reason(case: Row, column: str) -> str | None:
+    reasons = case["unavailable"]
+    return reasons.get(column) if isinstance(reasons, dict) else None

@@ -1,0 +1,209 @@
+"""The end of a pytest run that has a baseline: compares, measures anew what looks worse, and fails the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mpscale import project_settings
+from mpscale.records import Record
+
+if TYPE_CHECKING:
+    from mpscale.analysis.compare import Comparison
+    from mpscale.analysis.gates import Finding, Gate
+    from mpscale.analysis.runs import Run
+    from mpscale.harness.case import Case, Settings
+    from mpscale.telemetry.device import Device
+
+FILE = "comparison.md"
+"""In the run's folder."""
+
+_NOISY = ("step_time", "energy")
+"""Quantities that chance moves from one process to the next, and that a process which only times can measure."""
+
+
+class BaselineCheck:
+    """What the options and ``[tool.mpscale]`` ask for, and what came of it.
+
+    Args:
+        config: of pytest.
+
+    Raises:
+        pytest.UsageError: a gate or a setting is not understood, or there are gates and no baseline.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        option = config.getoption
+        try:
+            settings = project_settings.load(config.rootpath)
+            asked, texts = option("mp_baseline"), option("mp_fail_on")
+            self._wanted: str | None = asked or settings.baseline
+            self._named = asked is not None
+            self._strict = settings.strict if option("mp_strict") is None else option("mp_strict")
+            self._texts = settings.fail_on if texts is None else tuple(texts)
+            self._threshold_text = settings.threshold
+            if texts and self._wanted is None:
+                raise ValueError("--mp-fail-on has nothing to compare with: give --mp-baseline RUN")
+            self._gates: list[Gate] = []
+            self._threshold: float | None = None
+            if texts:
+                self._parse()
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
+        self._baseline: Run | None = None
+        self.note: str | None = None
+        self.findings: list[Finding] = []
+        self.comparison: Comparison | None = None
+
+    def _parse(self) -> None:
+        # Not for every pytest run in a project that has a baseline: this imports pandas.
+        from mpscale.analysis.gates import parse_gates, parse_share
+
+        self._gates = parse_gates(self._texts)
+        self._threshold = None if self._threshold_text is None else parse_share(self._threshold_text)
+
+    def open(self, results: Path, device: Device) -> None:
+        """Reads the baseline before anything is run, so that one that cannot serve is known at once.
+
+        Args:
+            results: the results folder.
+            device: where the run will train.
+
+        Raises:
+            ValueError: it cannot be read, or is of another method; or, if the command line named it, of another device.
+        """
+        if self._wanted is None:
+            return
+        from mpscale.analysis.pairing import hardware, machine, machine_words, same_machine
+        from mpscale.analysis.runs import RunError, read_run, resolve_run
+        from mpscale.columns import METHOD_VERSION
+        from mpscale.telemetry import host
+
+        self._parse()
+        try:
+            # What `latest` means changes with the run that is about to begin.
+            baseline = read_run(resolve_run(self._wanted, results))
+        except RunError as error:
+            raise ValueError(f"baseline: {error}") from error
+        method = baseline.info.get("method_version", METHOD_VERSION)
+        if method != METHOD_VERSION:
+            raise ValueError(
+                f"baseline {baseline.name} was measured by method {method}, and this is method {METHOD_VERSION}; "
+                "make a new baseline"
+            )
+        there = hardware(baseline)
+        here = machine(device.kind, device.name, {"cpu": host.cpu_facts(), "variables": os.environ})
+        if not same_machine(there, here):
+            problem = f"baseline {baseline.name} is of {machine_words(there)}, and this is {machine_words(here)}"
+            if self._named:
+                raise ValueError(f"{problem}; gates judge one kind of device")
+            # From a file that people on other machines share: no reason not to let them run.
+            self.note = f"{problem}: not compared"
+            return
+        self._baseline = baseline
+
+    def judge(self, path: Path, run_more: Callable[[list[Case]], None], settings: Settings) -> None:
+        """Compares the run with the baseline; rows that look worse are measured anew before that is believed.
+
+        Args:
+            path: the run's folder, still open.
+            run_more: runs further cases of it.
+            settings: those of the run.
+        """
+        if self._baseline is None:
+            return
+        from mpscale.analysis.compare import compare
+        from mpscale.analysis.gates import judge_gates
+        from mpscale.analysis.runs import RunError, read_run
+
+        def look(run: Run) -> tuple[Comparison, list[Finding]]:
+            assert self._baseline is not None
+            comparison = compare(self._baseline, run, threshold=self._threshold)
+            return comparison, judge_gates(comparison, self._gates) if comparison.same_device else []
+
+        try:
+            run = read_run(path)
+            self.comparison, self.findings = look(run)
+            again = {f.row for f in self.findings if f.outcome == "fired" and f.gate.name in _NOISY and f.row}
+            if again:
+                first_repeats = {row: _next_repeat(run, row) for row in again}
+                run_more(_further_cases(run, first_repeats, settings))
+                self.comparison, self.findings = look(_only_anew(read_run(path), first_repeats))
+            if not self.comparison.same_device:
+                self.note = f"baseline {self._baseline.name} is of another machine: no gate was judged"
+        except RunError as error:
+            self.note = str(error)
+            self.findings = []
+
+    def write(self, path: Path) -> None:
+        """Writes the comparison into the run's folder."""
+        if self.comparison is not None:
+            from mpscale.report.comparison import render
+
+            text = f"# {path.name} against {self.comparison.baseline.name}\n\n"
+            (path / FILE).write_text(text + render([self.comparison], self.findings, "markdown"), encoding="utf-8")
+
+    @property
+    def fails(self) -> bool:
+        """Whether the run has to fail."""
+        if self.note is not None:
+            # No gate was judged. Who named the baseline for this very run counts on them.
+            return self._named and bool(self._gates)
+        if not self.findings:
+            return False
+        from mpscale.analysis.gates import FIRED, exit_code
+
+        return exit_code(self.findings, self._strict) == FIRED
+
+    def lines(self) -> list[str]:
+        """What the terminal says of it."""
+        if self.comparison is None and self.note is None:
+            return []
+        found = [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome != "passed"]
+        passed = sum(finding.outcome == "passed" for finding in self.findings)
+        if self.findings:
+            found.append(f"{passed} of {len(self.findings)} gated figures passed")
+        if self.comparison is not None:
+            found.insert(0, f"against {self.comparison.baseline.name}:")
+        return [*([self.note] if self.note else []), *found]
+
+
+def _next_repeat(run: Run, row: tuple[str, str]) -> int:
+    return 1 + max(int(r["repeat"]) for r in run.records if (r["workload"], r["mode"]) == row)
+
+
+def _further_cases(run: Run, first_repeats: Mapping[tuple[str, str], int], settings: Settings) -> list[Case]:
+    """Twice as many timing-only processes as each row had, the rows in turns so that a drift hits all of them."""
+    from mpscale.harness.case import Case
+
+    cases: list[tuple[int, Case]] = []
+    for (workload, mode), first in first_repeats.items():
+        timed = [
+            r
+            for r in run.records
+            if (r["workload"], r["mode"]) == (workload, mode) and r["step_time_ms_median"] is not None
+        ]
+        for turn in range(max(2 * len(timed), 2)):
+            cases.append((turn, Case(workload, mode, 0, first + turn, 0, settings)))
+    return [case for _, case in sorted(cases, key=lambda entry: entry[0])]
+
+
+def _only_anew(run: Run, first_repeats: Mapping[tuple[str, str], int]) -> Run:
+    """``run`` without the first times of the rows that were measured anew.
+
+    They were picked for being long; together with the new ones they would still be too long by chance.
+    """
+    records = []
+    for record in run.records:
+        first = first_repeats.get((record["workload"], record["mode"]))
+        if first is not None and record["repeat"] < first:
+            record = Record.from_json(record.to_json())
+            record.update({"step_time_ms_median": None, "gpu_energy_j_per_step": None})
+            record.miss(("step_time_ms_median", "gpu_energy_j_per_step"), "measured anew")
+        records.append(record)
+    return dataclasses.replace(run, records=records)

@@ -1,0 +1,251 @@
+"""A comparison of runs for people: tables for a terminal or markdown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from tabulate import tabulate
+
+from mpscale.analysis.compare import ComparedRow, Comparison
+from mpscale.analysis.gates import Finding
+from mpscale.analysis.pairing import hardware, machine_words
+from mpscale.analysis.quality import Quality
+from mpscale.analysis.quantities import QUANTITIES, Change
+from mpscale.analysis.runs import Run
+from mpscale.analysis.summary import Row, plain_rows
+from mpscale.report import cells
+from mpscale.report.comparison_data import as_csv, as_json
+from mpscale.report.tables import Cells, final_metric, markdown_table, overflow, speedup, step_time
+
+FORMATS = ("table", "markdown", "csv", "json")
+
+_SHOWN = 12
+"""Differences of the environment that are listed."""
+
+_TITLES = {
+    "step_time": "step time",
+    "gpu_memory": "GPU memory",
+    "energy": "energy a step",
+    "host_memory": "host memory",
+}
+
+
+def render(comparisons: Sequence[Comparison], findings: Sequence[Finding], output: str) -> str:
+    """The comparisons of one baseline with one run or more.
+
+    Args:
+        comparisons: all of the same baseline.
+        findings: of the gates, empty where there were none.
+        output: one of :data:`FORMATS`.
+    """
+    if output == "csv":
+        return as_csv(comparisons)
+    if output == "json":
+        return as_json(comparisons, findings)
+    parts = list(_parts(comparisons, findings))
+    if output == "markdown":
+        return "\n\n".join(part.markdown() for part in parts) + "\n"
+    return "\n\n".join(part.text() for part in parts) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A heading, a table and notes; what is empty is left out."""
+
+    title: str
+    headers: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
+
+    def text(self) -> str:
+        table = tabulate(self.rows, self.headers, "simple", disable_numparse=True) if self.rows else ""
+        return "\n\n".join(filter(None, [self.title, table, "\n".join(self.notes)]))
+
+    def markdown(self) -> str:
+        table = markdown_table(self.headers, self.rows) if self.rows else ""
+        notes = "\n".join(f"- {' '.join(note.split())}" for note in self.notes)
+        return "\n\n".join(filter(None, [f"## {self.title}", table, notes]))
+
+
+def _parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> Iterator[_Part]:
+    runs = [comparisons[0].baseline, *(comparison.other for comparison in comparisons)]
+    names = {id(run): letter for run, letter in zip(runs, _letters(), strict=False)}
+    yield _Part("Runs", ["", "run", "device", "cases"], [[names[id(run)], *_run(run)] for run in runs])
+    yield _Part("In short", notes=[_in_short(comparison, names) for comparison in comparisons])
+    if len(runs) > 2 or not comparisons[0].same_device:
+        yield from _side_by_side(runs, names)
+    for comparison in comparisons:
+        against = f"{names[id(comparison.other)]} against {names[id(comparison.baseline)]}"
+        if not any(change.verdict == "not-comparable" for change in _changes(comparison)):
+            yield from _verdicts(comparison, against)
+        yield from _unpaired(comparison, against)
+        yield from _environment(comparison, against)
+    if findings:
+        yield _gates(findings, {run.name: names[id(run)] for run in runs})
+
+
+def _in_short(comparison: Comparison, names: dict[int, str]) -> str:
+    """How many rows came out how, most telling first."""
+    rows = comparison.rows
+    times: Counter[str] = Counter(row.changes["step_time"].verdict for row in rows if "step_time" in row.changes)
+    metrics: Counter[str] = Counter(row.quality.verdict for row in rows if row.quality is not None)
+    states: Counter[str] = Counter(row.pair.state for row in rows if row.pair.state != "paired")
+    parts = [f"{len(rows)} rows"]
+    if times["not-comparable"]:
+        parts.append("of different machines, so step times are not judged")
+    elif times:
+        parts.append("step time " + _numbers(times, ("slower", "faster", "same", "cannot-tell")))
+    if metrics:
+        parts.append("metric " + _numbers(metrics, ("worse", "non-inferior", "inconclusive")))
+    if states:
+        parts.append(_numbers(states, ("missing", "new", "not-comparable")))
+    return f"{names[id(comparison.other)]} against {names[id(comparison.baseline)]}: {'; '.join(parts)}"
+
+
+def _numbers(counts: Mapping[str, int], order: Sequence[str]) -> str:
+    return ", ".join(f"{counts[name]} {name}" for name in order if counts[name])
+
+
+def _letters() -> Iterator[str]:
+    number = 0
+    while True:
+        yield (chr(ord("A") + number) if number < 26 else f"R{number}")
+        number += 1
+
+
+def _run(run: Run) -> list[str]:
+    started = f"{len(run.records)}"
+    if not run.finished:
+        started += ", not finished"
+    return [run.name, machine_words(hardware(run)), started]
+
+
+def _changes(comparison: Comparison) -> Iterator[Change]:
+    for row in comparison.rows:
+        yield from row.changes.values()
+
+
+def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]:
+    """Ratios within each machine first: they are what may be compared between machines."""
+    summaries = {id(run): {(row["workload"], row["mode"]): row for row in plain_rows(run.summary)} for run in runs}
+    keys = list(dict.fromkeys(key for rows in summaries.values() for key in rows))
+
+    def table(title: str, cell: Callable[[Row], str], note: str) -> Iterator[_Part]:
+        found = {
+            key: [cell(row) if (row := summaries[id(run)].get(key)) else cells.DASH for run in runs] for key in keys
+        }
+        rows = [[*key, *texts] for key, texts in found.items() if any(text != cells.DASH for text in texts)]
+        if rows:
+            yield _Part(title, ["workload", "mode", *(names[id(run)] for run in runs)], rows, [note])
+
+    for baseline in ("fp32", "tf32"):
+
+        def ratio(row: Row, baseline: str = baseline) -> str:
+            return cells.DASH if row["mode"] == baseline else speedup(row, baseline)
+
+        yield from table(f"Speed-up over {baseline}, within each run", ratio, "Above 1.00 is faster; 95 % interval.")
+    yield from table(
+        "GPU memory over fp32, within each run",
+        lambda row: cells.DASH if row["mode"] == "fp32" else cells.number(row["gpu_memory_ratio"]),
+        "Peak of the process by NVML; below 1 is less.",
+    )
+    yield from table("Final metric", final_metric, "Mean over seeds, with smallest and largest.")
+    yield from table("Overflow steps of attempted steps", overflow, "A dash: the mode checks no gradient.")
+    yield from table(
+        "Step time", step_time, "Of different machines: how fast each is, not what mixed precision does on it."
+    )
+    yield from table("Peak GPU memory (MiB)", lambda row: cells.number(row["gpu_memory_mib"], 4), "By NVML.")
+
+
+def _verdicts(comparison: Comparison, against: str) -> Iterator[_Part]:
+    rows = [row for row in comparison.rows if row.pair.state == "paired"]
+    for name, quantity in QUANTITIES.items():
+        changed = [(row, row.changes[name]) for row in rows if name in row.changes]
+        if changed:
+            yield _Part(
+                f"{against}: {_TITLES[name]}",
+                ["workload", "mode", "before", "after", "change", "smallest visible", "verdict"],
+                [[row.pair.workload, row.pair.mode, *_change_cells(change, quantity.unit)] for row, change in changed],
+            )
+    trained = [(row, row.quality) for row in rows if row.quality is not None]
+    if trained:
+        yield _Part(
+            f"{against}: metric, seed by seed",
+            ["workload", "mode", "difference", "seeds", "verdict"],
+            [[row.pair.workload, row.pair.mode, *_quality_cells(quality, row)] for row, quality in trained],
+        )
+    rated = [row for row in rows if row.overflow_rates != (None, None)]
+    if rated:
+        yield _Part(
+            f"{against}: overflow steps of attempted steps",
+            ["workload", "mode", "before", "after"],
+            [[row.pair.workload, row.pair.mode, *map(_rate, row.overflow_rates)] for row in rated],
+        )
+
+
+def _change_cells(change: Change, unit: str) -> list[str]:
+    before, after = (
+        cells.DASH if v is None else f"{cells.number(v, 4)} {unit}" for v in (change.baseline, change.other)
+    )
+    text = cells.DASH if change.change is None else f"{change.change:+.1%}"
+    if change.low is not None and change.high is not None:
+        text += f" [{change.low:+.1%}, {change.high:+.1%}]"
+    visible = cells.DASH if change.detectable is None else f"{change.detectable:.1%}"
+    verdict = f"{change.verdict}: {change.reason}" if change.reason else change.verdict
+    return [before, after, text, visible, verdict]
+
+
+def _quality_cells(quality: Quality, row: ComparedRow) -> list[str]:
+    found = quality.difference
+    name = next((case["metric_name"] for case in row.pair.other if case["metric_name"] is not None), None)
+    difference = cells.DASH if found is None else cells.difference(found.mean, found.low, found.high, name)
+    seeds = cells.DASH if found is None else cells.count(found.n)
+    more = quality.reason or (f"{quality.seeds} seeds would tell" if quality.seeds else "")
+    return [difference, seeds, f"{quality.verdict}: {more}" if more else quality.verdict]
+
+
+def _rate(rate: float | None) -> str:
+    return cells.DASH if rate is None else f"{rate:.2%}"
+
+
+def _unpaired(comparison: Comparison, against: str) -> Iterator[_Part]:
+    rows = [
+        [row.pair.workload, row.pair.mode, row.pair.state, row.pair.reason or ""]
+        for row in comparison.rows
+        if row.pair.state != "paired" or row.pair.reason
+    ]
+    rows += [
+        [row.pair.workload, row.pair.mode, "failed", failed]
+        for row in comparison.rows
+        if row.pair.state == "paired"
+        for failed in row.pair.newly_failed
+    ]
+    if rows:
+        yield _Part(f"{against}: rows that are not compared as they stand", ["workload", "mode", "", "why"], rows)
+
+
+def _environment(comparison: Comparison, against: str) -> Iterator[_Part]:
+    found = comparison.differences
+    if found:
+        more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        yield _Part(
+            f"{against}: what differs around them", ["", "before", "after"], [list(row) for row in found[:_SHOWN]], more
+        )
+
+
+def _gates(findings: Sequence[Finding], letters: dict[str, str]) -> _Part:
+    order = {"fired": 0, "cannot-tell": 1, "passed": 2}
+    shown = sorted(findings, key=lambda finding: order[finding.outcome])
+    rows: Cells = [
+        [
+            str(finding.gate),
+            finding.outcome,
+            letters[finding.run],
+            " ".join(finding.row or ("no row",)),
+            finding.text,
+        ]
+        for finding in shown
+    ]
+    return _Part("Gates", ["gate", "outcome", "run", "row", "what was found"], rows)

@@ -1,0 +1,86 @@
+"""Verdicts on changes: how often they are wrong where nothing changed, and right where something did."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from runfolder import record
+
+from mpscale.analysis.quantities import QUANTITIES, measure_change, values, with_verdicts
+from mpscale.analysis.runs import cases_frame
+from mpscale.analysis.summary import plain_rows
+
+TIME, MEMORY = QUANTITIES["step_time"], QUANTITIES["host_memory"]
+
+
+ROW = plain_rows(cases_frame([record()]))[0]
+
+
+def processes(random, noise, number=4, slower=1.0):
+    times = slower * np.exp(random.normal(0.0, noise, number))
+    return [{**ROW, "repeat": n, "step_time_ms_median": float(time)} for n, time in enumerate(times)]
+
+
+def verdicts(random, noise, rows, slower=1.0):
+    """Of a comparison of which only the first row has changed."""
+    changes = [
+        measure_change(processes(random, noise), processes(random, noise, slower=1.0 if row else slower), TIME)
+        for row in range(rows)
+    ]
+    return [change.verdict for change in with_verdicts(changes)]
+
+
+@pytest.mark.parametrize("noise", [0.005, 0.03, 0.1])
+def test_runs_of_the_same_code_get_a_verdict_in_at_most_one_comparison_of_twenty(noise):
+    random = np.random.default_rng(3)
+    found = [verdicts(random, noise, rows=12) for _ in range(60)]
+    assert sum(bool({"slower", "faster"} & set(one)) for one in found) <= 0.05 * 60
+    if noise == 0.005:
+        assert all(set(one) == {"same"} for one in found)
+
+
+@pytest.mark.parametrize(("slower", "verdict"), [(1.3, "slower"), (1 / 1.3, "faster"), (1.02, "same")])
+def test_a_change_is_found_among_rows_that_have_none(slower, verdict):
+    random = np.random.default_rng(4)
+    found = [verdicts(random, 0.006, rows=12, slower=slower) for _ in range(20)]
+    assert [one[0] for one in found].count(verdict) >= 19
+    assert all(set(one[1:]) <= {"same", "cannot-tell"} for one in found)
+
+
+def timed(ms, **identity):
+    return record(step_time_ms_median=ms, **identity)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "cases", "expected"),
+    [
+        pytest.param(TIME, [timed(1.0), timed(2.0, repeat=1)], [1.0, 2.0], id="repeats"),
+        pytest.param(
+            MEMORY,
+            [record(host_memory_peak_mib=1.0), record(repeat=1, host_memory_peak_mib=2.0)],
+            [1.0],
+            id="memory of trainings alone",
+        ),
+        pytest.param(TIME, [timed(1.0, status="crashed"), timed(2.0, seed=1)], [2.0], id="crashed"),
+        pytest.param(
+            TIME,
+            [record(status="diverged"), timed(1.0, repeat=1), timed(2.0, seed=1)],
+            [2.0],
+            id="repeats of a lost training",
+        ),
+        pytest.param(TIME, [record()], [], id="not timed"),
+    ],
+)
+def test_which_processes_count(quantity, cases, expected):
+    assert values(plain_rows(cases_frame(cases)), quantity) == expected
+
+
+def test_what_one_side_lacks_is_said_with_its_reason():
+    known = record(gpu_memory_nvml_peak_mib=9.0)
+    lacking = record()
+    lacking.miss("gpu_memory_nvml_peak_mib", "the driver gave no process memory")
+    rows = [plain_rows(cases_frame([one])) for one in (known, lacking)]
+    change = measure_change(*rows, QUANTITIES["gpu_memory"])
+    assert (change.baseline, change.other, change.change) == (pytest.approx(9.0), None, None)
+    assert change.reason == "not known of the run: the driver gave no process memory"
+    assert with_verdicts([change])[0].verdict == "cannot-tell"

@@ -1,0 +1,126 @@
+"""The summary of a run on a GitHub page: what it shows, and that it always fits."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runfolder import CPU, GPU, NAME, finished, record, write_run
+from test_report_markdown import record_lists, table, two_seeds
+
+from mpscale.analysis.runs import read_run
+from mpscale.records import to_csv
+from mpscale.report.github_summary import LIMIT, artifacts_page, render
+
+
+def summary(tmp_path, *records, limit=LIMIT, artifacts=None, **options):
+    return render(read_run(write_run(tmp_path, finished(records), **options)), limit, artifacts)
+
+
+def bad(seed, **values):
+    return record("mixed-static", seed, **{"status": "crashed", "status_reason": "signal 11", **values})
+
+
+def test_title_findings_results_time_and_files_in_this_order(tmp_path):
+    fp32 = two_seeds("fp32", (8.0, 8.0), (0.9, 0.9), case_wall_time_s=30.0)
+    mixed = two_seeds("mixed-bf16", (4.0, 4.0), (0.9, 0.9), case_wall_time_s=35.0)
+    text = summary(tmp_path, *fp32, *mixed, device=GPU)
+    assert text.startswith("# mpscale: Test GPU (GPU)\n\ntoy was run in fp32 and mixed-bf16 on Test GPU (GPU).")
+    places = [
+        text.index(part)
+        for part in (
+            "- toy, **mixed-bf16**: 2.00 times the speed of fp32",
+            "## Results\n",
+            "4 cases took 2 min 10 s, one after the other.",
+            f"The run is {NAME}: `run.json`, `journal.jsonl`.",
+        )
+    ]
+    assert places == sorted(places)
+    assert [row["mode"] for row in table(text, "Results")] == ["fp32", "mixed-bf16"]
+    assert "did not end well\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (59.4, "59.4 s"), (59.6, "1 min 0 s"), (3599.4, "59 min 59 s"), (7384.0, "2 h 3 min")],
+)
+def test_time_is_that_of_the_cases(tmp_path, seconds, text):
+    assert f"\n\n1 case took {text}, one" in summary(tmp_path, record(case_wall_time_s=seconds), record(seed=1))
+
+
+def test_time_that_is_not_known_is_not_told(tmp_path):
+    assert "took" not in summary(tmp_path, record())
+
+
+def test_a_case_that_failed_is_told_with_its_output_folded(tmp_path):
+    text = summary(tmp_path, record(), bad(0, output_tail="\x1b[31mred\x1b[0m\n</details>\n```\nend"))
+    assert table(text, "Cases that did not end well") == [
+        {"case": "toy--mixed-static--s0--r0", "status": "crashed", "reason": "signal 11"}
+    ]
+    # Within the fence, which nothing inside can end, and after the blank line that markdown needs there.
+    assert (
+        "<details>\n<summary>The last lines of toy--mixed-static--s0--r0</summary>\n\n"
+        "````text\nred\n</details>\n```\nend\n````\n\n</details>\n"
+    ) in text
+
+
+def test_the_files_are_linked_where_there_is_a_page_of_them(tmp_path):
+    environ = {"GITHUB_SERVER_URL": "https://github.test", "GITHUB_REPOSITORY": "a/b", "GITHUB_RUN_ID": "7"}
+    page = artifacts_page(environ)
+    assert page == "https://github.test/a/b/actions/runs/7#artifacts"
+    assert f"([to the files]({page}))" in summary(tmp_path, record(), artifacts=page)
+    for name in environ:
+        assert artifacts_page({**environ, name: ""}) is None
+
+
+def test_a_cases_csv_by_itself_has_a_summary(tmp_path):
+    path = tmp_path / "cases.csv"
+    path.write_text(to_csv([record(step_time_ms_median=2.0, device_name="Test GPU", device="gpu")]))
+    text = render(read_run(path))
+    assert text.startswith("# mpscale: Test GPU (GPU)\n")
+    assert "Made from cases.csv by itself" in text
+
+
+def test_long_outputs_share_the_room_and_each_keeps_its_end(tmp_path):
+    long = [bad(seed, output_tail="x" * 30_000 + f"end of {seed}") for seed in range(4)]
+    text = summary(tmp_path, *long, bad(4, output_tail="short"), limit=50_000)
+    assert len(text.encode()) < 50_000
+    for seed in range(4):
+        assert f"end of {seed}\n```" in text
+    assert text.count("[the beginning did not fit in here]\n") == 4
+    assert "```text\nshort\n```" in text
+
+
+def test_a_note_says_how_much_was_left_out(tmp_path):
+    limit = 20_000
+    cases = [bad(seed, workload=f"w{seed:03}", output_tail="o" * 3000) for seed in range(300)]
+    text = summary(tmp_path, *cases, limit=limit)
+    assert limit / 2 < len(text.encode()) < limit
+    for title in ("Results", "Cases that did not end well"):
+        section = text.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+        (left_out,) = re.findall(r"^\*(\d+) more rows did not fit in here; the report has all of them", section, re.M)
+        assert len(table(text, title)) + int(left_out) == 300
+    (left_out,) = re.findall(r"^\*The last output of (\d+) more cases did not fit in here.\*$", text, re.M)
+    assert text.count("<details>") == text.count("</details>") == 300 - int(left_out) > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    records=record_lists(),
+    texts=st.lists(st.text("`x\N{EURO SIGN}\n<", max_size=30), max_size=6),
+    times=st.integers(1, 2000),
+    device=st.sampled_from([CPU, GPU, {}]),
+)
+def test_whatever_a_run_holds_its_summary_fits(records, texts, times, device):
+    limit = 10_000
+    for one, text in zip(records, texts, strict=False):
+        one.update({"output_tail": text * times, "status_reason": text * times, "device_name": text * times})
+    with tempfile.TemporaryDirectory() as folder:
+        text = render(read_run(write_run(Path(folder), finished(records), device=device)), limit)
+    assert len(text.encode()) <= limit
+    assert text.startswith("# mpscale: ")
+    assert text.endswith("\n")

@@ -1,0 +1,369 @@
+"""`mpscale compare`: runs with figures made by hand, through the command's own entry."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+from runfolder import CPU, GPU, finished, record, write_run
+
+from mpscale.cli import main
+from mpscale.columns import METHOD_VERSION
+from mpscale.harness.case import Settings, series_key
+from mpscale.modes import MODES
+
+BEFORE, AFTER = "20260101T000000Z-test-cpu-aaaa", "20260102T000000Z-test-cpu-bbbb"
+QUIET = (0.99, 1.0, 1.01, 0.995, 1.005)
+NOISY = (0.8, 1.0, 1.2, 0.9, 1.1)
+
+
+def key(mode="fp32", workload="toy", digest="sha256:1", method=METHOD_VERSION, batch=20, steps=30, **settings):
+    found = series_key(MODES[mode], workload, digest, batch, steps, Settings(**settings))
+    return found.replace(f"method={METHOD_VERSION}", f"method={method}")
+
+
+def rows(mode="fp32", ms=2.0, spread=QUIET, workload="toy", status="ok", **values):
+    """One record a process: two trainings, the rest repeats."""
+    values = {"series_key": key(mode, workload), "method_version": 1, "device_name": "Test CPU", **values}
+    found = []
+    for number, factor in enumerate(spread):
+        trained = {"metric_value": 0.9, "metric_margin": 0.01, "metric_higher_is_better": True} if number < 2 else {}
+        times = {"step_time_ms_median": ms * factor} if status == "ok" else {"status_reason": "it broke"}
+        place = {"seed": number, "repeat": 0} if number < 2 else {"seed": 0, "repeat": number}
+        found.append(record(mode, workload=workload, status=status, **{**trained, **times, **place, **values}))
+    return found
+
+
+@pytest.fixture
+def compare(tmp_path, capsys, monkeypatch):
+    """Runs the command on two runs or more; its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(before, after, *arguments, device=CPU, **info):
+        write_run(tmp_path / "results", finished(before), name=BEFORE)
+        write_run(tmp_path / "results", finished(after), name=AFTER, device=device, **info)
+        return command(BEFORE, AFTER, *arguments)
+
+    def command(*arguments):
+        code = main(["compare", *map(str, arguments)])
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    run.command = command
+    return run
+
+
+SAME = [one for mode in ("fp32", "mixed-dynamic") for one in rows(mode)]
+GATES = ("--fail-on", "step_time>5%,missing,metric")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "arguments", "code", "said"),
+    [
+        pytest.param(SAME, SAME, GATES, 0, ["same"], id="the same figures"),
+        pytest.param(
+            SAME,
+            [*rows(ms=2.6), *rows("mixed-dynamic")],
+            GATES,
+            1,
+            [
+                "B against A: 2 rows; step time 1 slower, 1 same; metric 2 non-inferior",
+                "step_time>5%",
+                "fired",
+                "toy fp32",
+                "+30.0%",
+                "2 to 2.6 ms",
+                "5 and 5 processes",
+            ],
+            id="30 % slower",
+        ),
+        pytest.param(SAME, [*rows(ms=1.4), *rows("mixed-dynamic")], GATES, 0, ["faster"], id="faster"),
+        pytest.param(rows(spread=NOISY), rows(spread=NOISY), GATES, 3, ["too noisy for 5%"], id="noise"),
+        pytest.param(rows(spread=NOISY), rows(spread=NOISY), (*GATES, "--strict"), 1, ["cannot-tell"], id="strict"),
+        pytest.param(rows(spread=NOISY), rows(spread=NOISY), (), 0, ["cannot-tell"], id="noise without a gate"),
+        pytest.param(SAME, rows(), GATES, 1, ["missing", "no such row"], id="a row is gone"),
+        pytest.param(
+            SAME, rows(), ("--fail-on", "step_time>5%"), 3, ["missing: no such row"], id="and only time asked"
+        ),
+        pytest.param(
+            SAME,
+            [*rows(), *rows("mixed-dynamic", workload="toi")],
+            GATES,
+            1,
+            ["toi", "new", "missing"],
+            id="a renamed workload",
+        ),
+        pytest.param(
+            SAME, [*rows(), *rows("mixed-dynamic", status="crashed")], GATES, 1, ["crashed: it broke"], id="all crashed"
+        ),
+        pytest.param(
+            SAME,
+            [*rows(), *rows("mixed-dynamic")[1:], *rows("mixed-dynamic", status="timeout")[:1]],
+            GATES,
+            1,
+            ["failed, and did not in the baseline: toy--mixed-dynamic--s0--r0 timeout"],
+            id="one crashed",
+        ),
+        pytest.param(
+            SAME,
+            [*rows(), *rows("mixed-dynamic", series_key=key("mixed-dynamic", steps=40))],
+            GATES,
+            1,
+            ["not-comparable", "steps 30 against steps 40"],
+            id="other settings in one row",
+        ),
+        pytest.param(
+            SAME,
+            [*rows(), *rows("mixed-dynamic", metric_value=0.8)],
+            ("--fail-on", "metric"),
+            1,
+            ["worse: -0.1"],
+            id="a worse metric",
+        ),
+        pytest.param(
+            rows("mixed-static", overflow_steps=0, attempted_steps=100),
+            rows("mixed-static", overflow_steps=2, attempted_steps=100),
+            ("--fail-on", "overflow_rate>0.01"),
+            1,
+            ["0.02 of the steps overflowed, 0 in the baseline"],
+            id="overflows",
+        ),
+        pytest.param(
+            rows(host_memory_peak_mib=100.0),
+            rows(host_memory_peak_mib=130.0),
+            ("--fail-on", "host_memory>20%"),
+            1,
+            ["more", "+30.0%"],
+            id="host memory without any spread",
+        ),
+        pytest.param(
+            SAME, SAME, ("--fail-on", "gpu_memory>3%"), 3, ["no row of the baseline has gpu_memory"], id="no GPU"
+        ),
+        pytest.param(
+            rows(spread=(1.0,)), rows(spread=(1.0,)), GATES, 3, ["one process gives no spread"], id="one each"
+        ),
+        pytest.param(
+            SAME, [*rows(ms=2.1), *rows("mixed-dynamic")], ("--threshold", "20%"), 0, ["same"], id="a wider threshold"
+        ),
+    ],
+)
+def test_what_comes_of_two_runs(compare, before, after, arguments, code, said):
+    found, text = compare(before, after, *arguments)
+    assert found == code, text
+    for words in said:
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("after", "arguments", "message"),
+    [
+        pytest.param(rows(series_key=key(method=2)), (), "method 1 against method 2; use --force", id="method"),
+        pytest.param(rows(series_key=key(batch=9)), (), "batch 20 against batch 9; use --force", id="batch"),
+        pytest.param(rows(series_key=key(jit=False)), (), "jit on against jit off", id="jit"),
+        pytest.param(rows(series_key=key(timing_s=4.0)), (), "timing 2s/50 against timing 4s/50", id="timing"),
+        pytest.param(rows(series_key="toy/x"), (), "digest sha256:1 against no digest", id="unreadable key"),
+        pytest.param(
+            rows(series_key=key(digest="sha256:2")),
+            (),
+            "the model, its training or its data differ: digest sha256:1 against digest sha256:2",
+            id="model",
+        ),
+        pytest.param(rows(), ("--fail-on", "speed"), "'speed' is nothing that a gate knows", id="gate"),
+        pytest.param(rows(), ("--fail-on", "step_tme>5%"), "did you mean step_time?", id="misspelt"),
+        pytest.param(rows(), ("--fail-on", "step_time"), "lacks a threshold; write step_time>5%", id="no threshold"),
+        pytest.param(rows(), ("--fail-on", "step_time>0.05"), "write step_time>0.05%", id="no percent sign"),
+        pytest.param(rows(), ("--fail-on", "metric>1%"), "metric takes no threshold", id="threshold of metric"),
+        pytest.param(rows(), ("--fail-on", "overflow_rate>7"), "a rate is at most 1", id="rate"),
+        pytest.param(rows(), ("--fail-on", "step_time<5%"), "'step_time<5%' is no gate", id="sign"),
+        pytest.param(rows(), ("--threshold", "0"), "'0' is no share", id="threshold"),
+    ],
+)
+def test_bad_use_is_refused(compare, after, arguments, message):
+    code, text = compare(rows(), after, *arguments)
+    assert code == 2
+    assert message in text
+    assert text.startswith("mpscale: error: ")
+    assert len(text.splitlines()) == 1
+
+
+def test_force_compares_what_was_measured_differently(compare):
+    code, text = compare(rows(), rows(ms=3.0, series_key=key(method=2)), "--force")
+    assert code == 0
+    assert "slower" in text
+    assert "method 1 against method 2" in text
+
+
+ON_GPU = {"device": "gpu", "device_name": "Test GPU"}
+
+
+def test_other_devices_are_laid_side_by_side_ratios_first(compare):
+    before = [*rows(), *rows("mixed-dynamic", ms=3.0)]
+    after = [
+        *rows(ms=0.5, gpu_memory_nvml_peak_mib=1000.0, **ON_GPU),
+        *rows("mixed-dynamic", ms=0.2, gpu_memory_nvml_peak_mib=600.0, **ON_GPU),
+    ]
+    code, text = compare(before, after, device=GPU)
+    assert code == 0
+    places = [
+        text.index(title) for title in ("Speed-up over fp32", "GPU memory over fp32", "Final metric", "Step time")
+    ]
+    assert places == sorted(places)
+    assert "0.67x" in text
+    assert "2.50x" in text
+    assert "0.600" in text
+    assert "verdict" not in text
+
+
+def test_gates_are_refused_between_devices_unless_forced(compare):
+    code, text = compare(rows(), rows(**ON_GPU), "--fail-on", "step_time>5%", device=GPU)
+    assert code == 2
+    assert "gates judge runs of one kind of device" in text
+    code, text = compare.command(BEFORE, AFTER, "--fail-on", "step_time>5%", "--force")
+    assert code == 0, text
+
+
+@pytest.mark.parametrize(
+    ("facts", "named"),
+    [
+        ({"cpu": {"logical_cores": 1}, "variables": {}}, "1 core"),
+        ({"cpu": {"logical_cores": 2}, "variables": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}, "ONEDNN_MAX_CPU_ISA=AVX2"),
+        (
+            {"cpu": {"logical_cores": 2}, "variables": {"XLA_FLAGS": "--xla_a=1 --xla_cpu_max_isa=AVX2"}},
+            "xla_cpu_max_isa=AVX2",
+        ),
+    ],
+)
+def test_a_cpu_with_fewer_cores_or_instructions_is_another_device(compare, tmp_path, facts, named):
+    write_run(
+        tmp_path / "results",
+        finished(rows()),
+        name="20260103T000000Z",
+        environment={"device": CPU, "cpu": {"logical_cores": 2}, "variables": {}},
+    )
+    write_run(tmp_path / "results", finished(rows()), name="20260104T000000Z", environment={"device": CPU, **facts})
+    code, text = compare.command("20260103", "20260104")
+    assert code == 0
+    assert named in text
+    assert "Speed-up" not in text  # fp32 alone has none
+    assert "Step time" in text
+    assert "verdict" not in text
+
+
+def test_three_runs_at_once(compare, tmp_path):
+    compare(SAME, [*rows(ms=2.6), *rows("mixed-dynamic")])
+    write_run(tmp_path / "results", finished(SAME), name="20260105T000000Z-third", device=GPU)
+    code, text = compare.command(BEFORE, AFTER, "20260105", "--fail-on", "missing", "--force")
+    assert code == 0, text
+    assert "B against A: step time" in text
+    assert "C against A: step time" in text
+    assert "Speed-up over fp32, within each run" in text
+
+
+def test_csv_holds_every_figure_and_its_verdict(compare):
+    _, text = compare(SAME, [*rows(ms=2.6), *rows("mixed-dynamic", workload="toi")], "--format", "csv")
+    found = list(csv.DictReader(text.splitlines()))
+    first = next(row for row in found if row["quantity"] == "step_time")
+    assert (first["run"], first["workload"], first["mode"], first["verdict"]) == (AFTER, "toy", "fp32", "slower")
+    assert float(first["change"]) == pytest.approx(0.3)
+    assert [(row["workload"], row["state"]) for row in found if not row["quantity"]] == [
+        ("toy", "missing"),
+        ("toi", "new"),
+    ]
+
+
+def test_json_holds_rows_and_gates(compare):
+    code, text = compare(SAME, SAME, "--format", "json", *GATES)
+    assert code == 0
+    found = json.loads(text)
+    (one,) = found["comparisons"]
+    assert one["same_device"] is True
+    assert [row["changes"]["step_time"]["verdict"] for row in one["rows"]] == ["same", "same"]
+    assert {gate["outcome"] for gate in found["gates"]} == {"passed"}
+
+
+def test_output_goes_to_a_file_and_what_fired_to_the_terminal(compare, tmp_path):
+    after = [*rows(ms=2.6), *rows("mixed-dynamic")]
+    code, text = compare(SAME, after, "--format", "markdown", "-o", tmp_path / "out.md", *GATES)
+    assert code == 1
+    assert text.startswith("mpscale: fired: step_time>5%: toy fp32: +30.0%")
+    written = (tmp_path / "out.md").read_text()
+    assert written.startswith("## Runs\n")
+    assert "| toy" in written
+
+
+def test_settings_of_the_project_stand_below_the_command_line(compare, tmp_path):
+    (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nfail-on = ["step_time>5%"]\nstrict = true\n')
+    assert compare(rows(spread=NOISY), rows(spread=NOISY))[0] == 1
+    assert compare.command(BEFORE, AFTER, "--fail-on", "missing")[0] == 0
+    (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nfail-on = "metric"\n')
+    code, text = compare.command(BEFORE, AFTER)
+    assert code == 2
+    assert "fail-on of [tool.mpscale] must be a list of strings, not 'metric'" in text
+
+
+def test_a_cases_csv_from_elsewhere_is_as_good_as_a_run(compare, tmp_path):
+    from mpscale.report.build import rebuild
+
+    compare(SAME, SAME)
+    path = tmp_path / "elsewhere.csv"
+    path.write_bytes((rebuild(tmp_path / "results" / "runs" / AFTER).path / "cases.csv").read_bytes())
+    code, text = compare.command(BEFORE, path, *GATES)
+    assert code == 0, text
+    assert "same" in text
+
+
+HEADER = "case_id,workload,mode,seed,repeat,status,step_time_ms_median"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,mean\nx,1\n", "is no cases.csv of mpscale: it has no column workload, mode"),
+        ("", "is no cases.csv of mpscale"),
+        (HEADER + "\n", "holds no case"),
+        (HEADER + "\na,toy,fp32,0,0,ok\n", "line 2: has not as many cells as the header"),
+        (HEADER + "\na,toy,fp32,0,0,ok,fast\n", "line 2: could not convert string to float: 'fast'"),
+        (HEADER + "\na,toy,fp32,0,0,ok,-1\n", "step_time_ms_median of a is -1.0; it must be above 0"),
+        (HEADER + "\na,toy,fp32,0,0,fine,1\n", "'fine' is no status of a case"),
+        (HEADER + "\na,toy,fp32,0.5,0,ok,1\n", "expected a whole number, not '0.5'"),
+        (HEADER + "\na,toy,fp32,,0,ok,1\n", "the record of a has no seed"),
+        (HEADER + "\na,toy,fp32,0,0,ok,1\na,toy,fp32,0,0,ok,1\n", "holds a twice"),
+        (HEADER + ",schema_version\na,toy,fp32,0,0,ok,1,99\n", "written with schema version 99"),
+        (HEADER + ",jit\na,toy,fp32,0,0,ok,1,maybe\n", "expected True or False, not 'maybe'"),
+        ('"a\n', "cannot be read as CSV"),
+        ("\x00\xff", "cannot be read as CSV"),
+    ],
+)
+def test_a_broken_or_foreign_csv_is_named_with_its_line(compare, tmp_path, text, message):
+    path = tmp_path / "cases.csv"
+    path.write_bytes(text.encode("latin-1"))
+    code, said = compare.command(path, path)
+    assert code == 2
+    assert f"{path}" in said
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["one"], "compare takes two runs or more, the baseline first"),
+        (["nowhere.csv", "nowhere.csv"], "nowhere.csv: no such file"),
+        (["latest", "latest"], "there is no run in"),
+    ],
+)
+def test_runs_that_are_not_there(compare, arguments, message):
+    code, text = compare.command(*arguments)
+    assert code == 2
+    assert message in text
+
+
+def test_exit_codes_reach_the_shell(tmp_path):
+    write_run(tmp_path / "results", finished(rows()), name=BEFORE)
+    write_run(tmp_path / "results", finished(rows(ms=2.6)), name=AFTER)
+    command = [sys.executable, "-m", "mpscale.cli", "compare", BEFORE, AFTER]
+    for arguments, code in ([], 0), (["--fail-on", "step_time>5%"], 1), (["--fail-on", "no"], 2), (["--no"], 2):
+        done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, done.stderr
