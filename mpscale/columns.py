@@ -242,6 +242,7 @@ SUMMARY: tuple[Column, ...] = (
     _known("metric_difference_low", "float", "", "lower end of its 90 % t interval: one-sided at 95 %", "one seed, or fp32 itself"),
     _known("metric_difference_high", "float", "", "upper end of its 90 % t interval", "one seed, or fp32 itself"),
     _known("metric_pairs", "int", "", "seeds with a metric under this mode and fp32"),
+    _known("metric_margin", "float", "", "how much worse than fp32 still counts as equal", "fp32 itself, or no fp32 was trained"),
     _known("metric_verdict", "str", "", "`non-inferior`: a loss of the workload's margin is ruled out; `worse`: a loss beyond it is shown, or a seed diverged or stalled; else `inconclusive`", "fp32 itself, or no fp32 was trained"),
     _known("metric_seeds_needed", "int", "", "seeds that would tell, if mean and spread stayed as they are", "they told, or one seed gives no spread"),
     _known("target_reached", "int", "", "seeds that reached the workload's target", "it has none"),

@@ -208,6 +208,7 @@ def _quality(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
     return {
         "metric_difference_low": found.difference.low if found.difference else None,
         "metric_difference_high": found.difference.high if found.difference else None,
+        "metric_margin": _first(group, "metric_margin"),
         "metric_verdict": found.verdict,
         "metric_seeds_needed": found.seeds,
     }

@@ -79,6 +79,15 @@ def difference(value: float | None, low: float | None, high: float | None, name:
     return f"{text(value)}{ends}{unit}"
 
 
+def size(value: float | None, name: str | None) -> str:
+    """The size of a difference between two values of a metric, in points where it is an accuracy."""
+    if value is None:
+        return DASH
+    if name not in _PERCENT_METRICS:
+        return number(value)
+    return f"{100 * value:g} point{'' if 100 * value == 1 else 's'}"
+
+
 def loss_scale(value: float | None) -> str:
     """A loss scale: mostly a power of two, and then in full."""
     if value is None:

@@ -96,10 +96,11 @@ def against_fp32(run: Run) -> str:
                 row["mode"],
                 cells.difference(row["metric_difference"], low, high, row["metric_name"]),
                 cells.count(row["metric_pairs"]),
+                cells.size(row["metric_margin"], row["metric_name"]),
                 verdict,
             ]
         )
-    return markdown_table(["workload", "mode", "difference", "seeds", "verdict"], rows) if rows else ""
+    return markdown_table(["workload", "mode", "difference", "seeds", "margin", "verdict"], rows) if rows else ""
 
 
 def timing(run: Run) -> str:
