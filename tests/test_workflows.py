@@ -256,6 +256,12 @@ def test_the_newest_run_that_serves_is_the_baseline_and_one_that_was_kept_before
 
 
 @needs_tools
+def test_a_run_in_git_is_the_baseline_where_none_was_ever_kept(night, runs):
+    done = night(reference=(runs["old", "gpu"],), last="Measure")
+    assert Path(done.measuring[done.measuring.index("--mp-baseline") + 1]).name == runs["old", "gpu"].name
+
+
+@needs_tools
 def test_a_gpu_night_that_lands_on_the_cpu_fails(night, runs):
     done = night(measured=runs["new", "cpu"])
     assert done.failed == ["See that it was this kind of device"]
