@@ -262,6 +262,13 @@ def test_three_runs_at_once(compare, tmp_path):
     assert "Speed-up over fp32, within each run" in text
 
 
+def test_a_shift_of_all_rows_is_shown_as_what_a_machine_does(compare):
+    modes = ("fp32", "mixed-static", "mixed-dynamic", "mixed-bf16")
+    before, after = ([one for mode in modes for one in rows(mode, ms=ms)] for ms in (2.0, 1.6))
+    _, text = compare(before, after)
+    assert "step time 4 faster; median change of all rows -20.0%" in text
+
+
 def test_csv_holds_every_figure_and_its_verdict(compare):
     _, text = compare(SAME, [*rows(ms=2.6), *rows("mixed-dynamic", workload="toi")], "--format", "csv")
     found = list(csv.DictReader(text.splitlines()))

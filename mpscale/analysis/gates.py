@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mpscale.analysis.compare import ComparedRow, Comparison
-from mpscale.analysis.quantities import CONFIDENCE, QUANTITIES, Change, Quantity
+from mpscale.analysis.quantities import ERROR_RATE, QUANTITIES, Change, Quantity
 from mpscale.analysis.stats import holm
 
 Outcome = Literal["passed", "fired", "cannot-tell"]
@@ -20,7 +20,6 @@ WELL, FIRED, COULD_NOT_TELL = 0, 1, 3
 _GATE = re.compile(r"\s*([a-z_]+)\s*(?:>\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?))?\s*")
 _PLAIN = ("metric", "missing")
 _RATE = "overflow_rate"
-_ALPHA = 1 - CONFIDENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ def parse_share(text: str) -> float:
 def judge_gates(comparison: Comparison, gates: Sequence[Gate]) -> list[Finding]:
     """What each gate finds of each row that the baseline measured.
 
-    A gate on a quantity fires where the change is at least its threshold and told from none at 5 %, one-sided, over all
+    A gate on a quantity fires where the change is at least its threshold and told from none at 1 %, one-sided, over all
     its rows together (Holm). It could not be told where that is not so, but the 95 % interval reaches the threshold.
     """
     baseline, run = comparison.baseline.name, comparison.other.name
@@ -172,7 +171,7 @@ def _change(row: ComparedRow, gate: Gate, quantity: Quantity, change: Change | N
     if p_value is None or change.low is None or change.high is None:
         return _finding(row, gate, "cannot-tell", f"{numbers}: {change.reason}")
     numbers = f"{numbers}, 95 % interval {change.low:+.1%} to {change.high:+.1%}, p = {p_value:.2g} over all rows"
-    if change.change >= threshold and p_value <= _ALPHA:
+    if change.change >= threshold and p_value <= ERROR_RATE:
         return _finding(row, gate, "fired", numbers)
     if change.high >= threshold:
         seen = f"; a change of {change.detectable:.1%} would have been seen" if change.detectable else ""

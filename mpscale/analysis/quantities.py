@@ -10,6 +10,14 @@ from mpscale.analysis.stats import holm, log_change
 from mpscale.analysis.summary import MEASURED, Row
 
 CONFIDENCE = 0.95
+"""Of the intervals that are shown."""
+
+ERROR_RATE = 0.01
+"""How often a comparison of runs that do not differ may give a verdict on any of its rows, by chance between processes.
+
+Not 5 %: the state of the machine from one run to the next comes on top, and no spread within a run knows it.
+"""
+
 SAME = "same"
 CANNOT_TELL = "cannot-tell"
 
@@ -129,7 +137,7 @@ def measure_change(baseline: Sequence[Row], other: Sequence[Row], quantity: Quan
 def with_verdicts(changes: Sequence[Change], threshold: float | None = None) -> list[Change]:
     """The same changes with verdicts, found together: chance has as many tries as there are rows.
 
-    More (or less): the change is at least the threshold, and told from none at 5 % over all rows together, by Holm's
+    More (or less): the change is at least the threshold, and told from none at 1 % over all rows together, by Holm's
     adjustment. Same: the whole interval lies within the threshold either way. Else it cannot be told.
 
     Args:
@@ -147,7 +155,7 @@ def _judged(change: Change, p_value: float | None, threshold: float | None) -> C
     below = 1 / (1 + above) - 1
     if p_value is None or change.change is None or change.low is None or change.high is None:
         return change
-    if p_value <= 1 - CONFIDENCE and not below < change.change < above:
+    if p_value <= ERROR_RATE and not below < change.change < above:
         return replace(change, verdict=quantity.more if change.change > 0 else quantity.less)
     if below < change.low and change.high < above:
         return replace(change, verdict=SAME)

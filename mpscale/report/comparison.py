@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from mpscale.report.comparison_data import as_csv, as_json
 from mpscale.report.tables import Cells, final_metric, markdown_table, overflow, speedup, step_time
 
 FORMATS = ("table", "markdown", "csv", "json")
+
+_SEVERAL = 4
+"""Rows whose median says something of the machine."""
 
 _SHOWN = 12
 """Differences of the environment that are listed."""
@@ -97,6 +101,11 @@ def _in_short(comparison: Comparison, names: dict[int, str]) -> str:
         parts.append("of different machines, so step times are not judged")
     elif times:
         parts.append("step time " + _numbers(times, ("slower", "faster", "same", "cannot-tell")))
+        changes = [row.changes["step_time"].change for row in rows if "step_time" in row.changes]
+        known = [change for change in changes if change is not None]
+        if len(known) >= _SEVERAL:
+            # A machine in another state moves all rows; hardly any change of code does.
+            parts.append(f"median change of all rows {statistics.median(known):+.1%}")
     if metrics:
         parts.append("metric " + _numbers(metrics, ("worse", "non-inferior", "inconclusive")))
     if states:

@@ -31,10 +31,11 @@ def verdicts(random, noise, rows, slower=1.0):
 
 
 @pytest.mark.parametrize("noise", [0.005, 0.03, 0.1])
-def test_runs_of_the_same_code_get_a_verdict_in_at_most_one_comparison_of_twenty(noise):
+def test_runs_of_the_same_code_get_a_verdict_in_hardly_any_comparison(noise):
     random = np.random.default_rng(3)
     found = [verdicts(random, noise, rows=12) for _ in range(60)]
-    assert sum(bool({"slower", "faster"} & set(one)) for one in found) <= 0.05 * 60
+    # One in a hundred by design, and fewer where the noise lies below the threshold.
+    assert sum(bool({"slower", "faster"} & set(one)) for one in found) <= 1
     if noise == 0.005:
         assert all(set(one) == {"same"} for one in found)
 
