@@ -19,11 +19,13 @@ def baseline(run_suite):
 def test_the_same_code_passes_and_leaves_the_comparison(run_suite, baseline):
     done = run_suite(*THREE, *BOTH, *GATES, f"--mp-baseline={baseline.path}")
     assert done.code == 0, done.output
-    assert "4 of 6 gated figures passed" in done.output
+    assert "fired" not in done.output
+    # How many could be told is up to the noise of the machine.
+    assert "of 6 gated figures passed" in done.output
     assert "cannot-tell: metric: suite_workloads:laboured fp32: inconclusive: +0 over 1 seed" in done.output
     text = (done.path / "comparison.md").read_text()
     assert text.startswith(f"# {done.run.name} against {baseline.run.name}\n")
-    assert "| step_time>100% | passed | B | suite_workloads:laboured fp32 |" in " ".join(text.split())
+    assert "| missing | passed | B | suite_workloads:laboured fp32 | 3 cases |" in " ".join(text.split())
     assert len(done.run.records) == 6
 
 
@@ -34,9 +36,11 @@ def test_more_work_in_the_step_is_measured_anew_and_fails_the_run(run_suite, bas
     assert "[9/9]" in done.output
     assert "fired: step_time>100%: suite_workloads:laboured fp32: +" in done.output
     assert "3 and 6 processes" in done.output
+    assert "fired: missing: suite_workloads:laboured mixed-dynamic: missing: no such row" in done.output
     assert [record["status"] for record in done.run.records] == ["ok"] * 9
 
 
+@pytest.mark.slow
 def test_what_was_slow_by_chance_is_measured_anew_and_passes_and_a_mode_that_is_gone_does_not(run_suite, baseline):
     done = run_suite(*THREE, *FP32, *GATES, f"--mp-baseline={baseline.path}", environ={"SUITE_SLOW_CASES": "3"})
     assert "measured anew in 6 further processes" in done.output

@@ -102,6 +102,7 @@ def test_metric_other_than_accuracy_has_its_own_column(deaths):
     assert case["unavailable"]["final_accuracy"] == "the workload's metric is squared_error"
 
 
+@pytest.mark.slow
 def test_fresh_interpreters_die_no_differently(run_suite):
     """Three ways, one for each path that differs from a forked child's."""
     ways = ("segfault", "exception", "orphans")
