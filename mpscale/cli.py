@@ -85,10 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the baseline first: names or how they begin, folders, cases.csv, `latest`",
     )
     _add_results(compare)
-    compare.add_argument(
-        "--format", choices=("table", "markdown", "csv", "json"), default="table", help="default: table"
-    )
-    compare.add_argument("-o", "--output", type=Path, metavar="FILE", help="write there instead of to the terminal")
+    _add_output(compare)
     compare.add_argument("--force", action="store_true", help="compare although method, settings or device differ")
     compare.add_argument(
         "--threshold", metavar="5%", help="change of step time from which on it matters (default: 5%%)"
@@ -124,10 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         default="step_time",
         help="default: step_time",
     )
-    history.add_argument(
-        "--format", choices=("table", "markdown", "csv", "json"), default="table", help="default: table"
-    )
-    history.add_argument("-o", "--output", type=Path, metavar="FILE", help="write there instead of to the terminal")
+    _add_output(history)
     history.add_argument("--figure", type=Path, metavar="FILE", help="draw it as well: a file ending in .svg or .png")
     history.set_defaults(command=_history)
     return parser
@@ -137,6 +131,20 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results", type=Path, default=Path("results"), metavar="DIR", help="where runs are (default: results)"
     )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", choices=("table", "markdown", "csv", "json"), default="table", help="default: table"
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write there instead of to the terminal")
+
+
+def _put_out(text: str, file: Path | None) -> None:
+    if file is None:
+        print(text, end="")
+    else:
+        file.write_text(text, encoding="utf-8")
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -188,10 +196,7 @@ def _compare(options: argparse.Namespace) -> int:
     except (RunError, SettingsError, ValueError) as error:
         return _fail(str(error))
     text = render(comparisons, findings, options.format)
-    if options.output is None:
-        print(text, end="")
-    else:
-        options.output.write_text(text, encoding="utf-8")
+    _put_out(text, options.output)
     for finding in findings:
         if finding.outcome != "passed" and (options.output is not None or options.format in ("csv", "json")):
             print(f"mpscale: {finding.outcome}: {finding}", file=sys.stderr)
@@ -220,10 +225,7 @@ def _history(options: argparse.Namespace) -> int:
     if options.figure is not None:
         draw_history(history, options.figure)
     text = render(history, options.format)
-    if options.output is None:
-        print(text, end="")
-    else:
-        options.output.write_text(text, encoding="utf-8")
+    _put_out(text, options.output)
     return 0
 
 

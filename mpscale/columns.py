@@ -33,6 +33,14 @@ FAILED = ("oom", "timeout", "crashed", "error", "invalid", "interrupted")
 """Statuses that fail the pytest test whatever the mode."""
 
 Kind = Literal["str", "int", "float", "bool", "json"]
+DTYPES: dict[Kind, str] = {
+    "str": "string",
+    "int": "Int64",
+    "float": "float64",
+    "bool": "boolean",
+    "json": "object",
+}
+"""The pandas dtype of each kind: one that knows the unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,17 +276,17 @@ def data_dictionary() -> str:
         "step, is in [method.md](method.md). An empty cell is unknown, never 0, and the column `unavailable` says why it is empty.\n"
         f"This is schema version {SCHEMA_VERSION}, method version {METHOD_VERSION}.\n",
     ]
+
+    def table(columns: tuple[Column, ...]) -> str:
+        rows = [(f"`{c.name}`", c.kind, c.unit, c.made, c.empty) for c in columns]
+        return tabulate(rows, ["column", "type", "unit", "how it is made", "when it is empty"], "github") + "\n"
+
     for section in SECTIONS:
-        rows = [(f"`{c.name}`", c.kind, c.unit, c.made, c.empty) for c in section.columns]
-        parts += [
-            f"## {section.title}\n",
-            tabulate(rows, ["column", "type", "unit", "how it is made", "when it is empty"], "github") + "\n",
-        ]
-    rows = [(f"`{c.name}`", c.kind, c.unit, c.made, c.empty) for c in SUMMARY]
+        parts += [f"## {section.title}\n", table(section.columns)]
     parts += [
         "## summary.csv\n",
         "One row a workload and mode. Only cases that ran to the end count, but for `cases`, `ok` and `statuses`.\n",
-        tabulate(rows, ["column", "type", "unit", "how it is made", "when it is empty"], "github") + "\n",
+        table(SUMMARY),
     ]
     parts += [
         "## Statuses\n",

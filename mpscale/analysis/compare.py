@@ -74,12 +74,14 @@ def compare(baseline: Run, other: Run, *, force: bool = False, threshold: float 
     """
     pairs = pair_rows(baseline, other, force)
     same = same_hardware(baseline, other)
+    paired = sum(pair.state == "paired" for pair in pairs)
     changes: dict[str, dict[int, Change]] = {name: {} for name in QUANTITIES}
     for name, quantity in QUANTITIES.items():
         found = {
             place: change
             for place, pair in enumerate(pairs)
-            if pair.state == "paired" and (change := measure_change(pair.baseline, pair.other, quantity)) is not None
+            if pair.state == "paired"
+            and (change := measure_change(pair.baseline, pair.other, quantity, paired)) is not None
         }
         if same or force:
             limit = threshold if name == "step_time" else None

@@ -9,7 +9,7 @@ from typing import Literal
 
 from mpscale.analysis.quantities import QUANTITIES, values
 from mpscale.analysis.stats import Interval, geometric_interval
-from mpscale.analysis.summary import MEASURED, Row, metric_by_seed, overflow_rate
+from mpscale.analysis.summary import MEASURED, Row, metric_by_seed, of_good_trainings, overflow_rate
 
 BASELINE = "fp32"
 """Of speed-ups."""
@@ -64,11 +64,10 @@ def sample_of(measure: Measure, cases: Sequence[Row], baseline: Sequence[Row]) -
     if measure.name == "overflow_rate":
         return [rate for case in measured if (rate := overflow_rate([case])) is not None]
     # As the summary pairs them, so that both give the same speed-up.
-    lost = {case["seed"] for case in measured if case["status"] != "ok"}
     own, other = (
         {(case["seed"], case["repeat"]): case[measure.column] for case in side if case[measure.column] is not None}
         for side in (
-            [case for case in measured if case["seed"] not in lost],
+            of_good_trainings(cases),
             [case for case in baseline if case["status"] in MEASURED],
         )
     )

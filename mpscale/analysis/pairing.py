@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mpscale.analysis.runs import Run, RunError
 from mpscale.analysis.series_labels import key_facts
-from mpscale.analysis.summary import MEASURED, Row, plain_rows
+from mpscale.analysis.summary import MEASURED, Row, first_known, plain_rows
 from mpscale.columns import FAILED
 from mpscale.modes import MODES
 
@@ -83,7 +83,7 @@ def pair_rows(baseline: Run, other: Run, force: bool = False) -> list[Pair]:
 
 def hardware(run: Run) -> dict[str, Any]:
     """What makes the machine of a run this one and no other, as far as the run says."""
-    kind, name = (_first(plain_rows(run.cases), column) for column in ("device", "device_name"))
+    kind, name = (first_known(plain_rows(run.cases), column) for column in ("device", "device_name"))
     environment = run.info.get("environment")
     return machine(
         run.device.get("kind") or kind,
@@ -204,10 +204,6 @@ def _apart(before: str | None, after: str | None) -> str | None:
         found.append(what + " against ".join(sides))
     # Two keys that differ are two series, also where nothing that is known here says why.
     return "; ".join(found) or f"series {before} against {after}"
-
-
-def _first(rows: Sequence[Row], name: str) -> Any:
-    return next((row[name] for row in rows if row[name] is not None), None)
 
 
 _NOT_FACTS = ("load_average_at_start", "memory_mib", "uuid")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mpscale.analysis.stats import holm, log_change
-from mpscale.analysis.summary import MEASURED, Row
+from mpscale.analysis.summary import Row, of_good_trainings
 
 CONFIDENCE = 0.95
 """Of the intervals that are shown."""
@@ -67,7 +67,7 @@ class Change:
         change: other / baseline - 1.
         low: lower end of its 95 % interval, None where one process gives no spread.
         high: upper end, likewise.
-        detectable: smallest change that would have been told from none in four of five such comparisons.
+        detectable: smallest change that would have got a verdict in four of five such comparisons.
         p_increase: how likely an increase like this is by chance.
         processes: of the baseline, and of the other run.
         verdict: more, less (as the quantity has it), ``same``, ``cannot-tell``, or ``not-comparable``.
@@ -92,19 +92,22 @@ def values(cases: Iterable[Row], quantity: Quantity) -> list[float]:
 
     Seeds that diverged or stalled are left out, their repeats too: their steps are not those of a training that works.
     """
-    cases = [case for case in cases if case["status"] in MEASURED]
-    lost = {case["seed"] for case in cases if case["status"] != "ok"}
     return [
         case[quantity.column]
-        for case in cases
-        if case[quantity.column] is not None
-        and case["seed"] not in lost
-        and (case["repeat"] == 0 or not quantity.of_trainings)
+        for case in of_good_trainings(cases)
+        if case[quantity.column] is not None and (case["repeat"] == 0 or not quantity.of_trainings)
     ]
 
 
-def measure_change(baseline: Sequence[Row], other: Sequence[Row], quantity: Quantity) -> Change | None:
-    """How ``quantity`` changed, without a verdict yet; None where neither side has it."""
+def measure_change(baseline: Sequence[Row], other: Sequence[Row], quantity: Quantity, tries: int = 1) -> Change | None:
+    """How ``quantity`` changed, without a verdict yet; None where neither side has it.
+
+    Args:
+        baseline: cases of one row.
+        other: cases of the same row in the other run.
+        quantity: what is compared.
+        tries: rows that will be judged together, for what each of them could show.
+    """
     before, after = values(baseline, quantity), values(other, quantity)
     if not before and not after:
         return None
@@ -128,7 +131,7 @@ def measure_change(baseline: Sequence[Row], other: Sequence[Row], quantity: Quan
         change=found.change,
         low=low,
         high=high,
-        detectable=found.detectable(CONFIDENCE),
+        detectable=found.detectable(1 - ERROR_RATE / tries),
         p_increase=found.p_increase(),
         reason=reason,
     )

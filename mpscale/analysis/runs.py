@@ -14,12 +14,11 @@ import pandas as pd
 from mpscale.analysis.cases_csv import read_cases
 from mpscale.analysis.journal_lines import RunError, read_journal
 from mpscale.analysis.summary import summarise
-from mpscale.columns import COLUMNS, SCHEMA_VERSION
+from mpscale.columns import COLUMNS, DTYPES, SCHEMA_VERSION
 from mpscale.records import Record
 
 __all__ = ["Run", "RunError", "cases_frame", "read_run", "resolve_run"]
 
-_DTYPES = {"str": "string", "int": "Int64", "float": "float64", "bool": "boolean", "json": "object"}
 _STEP_DTYPES = {"step": "Int64", "loss": "float64", "loss_scale": "float64", "overflow": "boolean"}
 _SHOWN = 5
 
@@ -153,7 +152,7 @@ def resolve_run(name_or_path: str | Path, results_dir: str | Path) -> Path:
 def cases_frame(records: list[Record]) -> pd.DataFrame:
     """One row a record, in order, with the dtype that fits each column."""
     columns: dict[str, Any] = {
-        name: pd.Series([record[name] for record in records], dtype=_DTYPES[column.kind])
+        name: pd.Series([record[name] for record in records], dtype=DTYPES[column.kind])
         for name, column in COLUMNS.items()
     }
     columns["unavailable"] = pd.Series([record.unavailable for record in records], dtype="object")

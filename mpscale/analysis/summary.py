@@ -12,7 +12,7 @@ import pandas as pd
 
 from mpscale.analysis.quality import Quality, judge
 from mpscale.analysis.stats import Interval, geometric_interval, paired_ratio
-from mpscale.columns import STATUSES, SUMMARY
+from mpscale.columns import DTYPES, STATUSES, SUMMARY
 from mpscale.modes import MODES
 
 Row = dict[str, Any]
@@ -21,9 +21,7 @@ Key = tuple[int, int]
 MEASURED = ("ok", "diverged", "stalled")
 """Statuses of cases that ran to the end, and whose figures therefore count."""
 
-_DTYPES = {"str": "string", "int": "Int64", "float": "float64", "bool": "boolean"}
-
-SUMMARY_DTYPES: dict[str, str] = {column.name: _DTYPES[column.kind] for column in SUMMARY}
+SUMMARY_DTYPES: dict[str, str] = {column.name: DTYPES[column.kind] for column in SUMMARY}
 """Columns of the summary, in order."""
 
 
@@ -34,7 +32,7 @@ def summarise(cases: pd.DataFrame) -> pd.DataFrame:
     interval; a speed-up is the baseline's time over the mode's, paired by (seed, repeat), of cases that ended well.
     ``metric_difference`` is the mean over seeds of the mode's metric less fp32's, with its 90 % interval (one-sided at
     95 %), and ``metric_verdict`` what :func:`mpscale.analysis.quality.judge` makes of it. Memory is the largest of any
-    process, energy the geometric mean of the processes that trained, counts are sums and ``loss_scale_final``,
+    process, energy the geometric mean of the processes, counts are sums and ``loss_scale_final``,
     ``steps_to_target`` and ``dispatch_share`` medians over the cases that know them. ``headline_baseline`` is the mode
     that a user would have had by default: tf32 where it was timed, else fp32.
 
@@ -101,15 +99,16 @@ def mostly(flags: Sequence[bool]) -> bool:
     return 2 * sum(flags) > len(flags)
 
 
-def _first(rows: Iterable[Row], name: str) -> Any:
+def first_known(rows: Iterable[Row], name: str) -> Any:
+    """The value of the first row that has one."""
     return next(iter(_known(rows, name)), None)
 
 
 def _counts(group: Sequence[Row]) -> Row:
     statuses = Counter(str(case["status"]) for case in group)
     return {
-        "device": _first(group, "device"),
-        "jit": _first(group, "jit"),
+        "device": first_known(group, "device"),
+        "jit": first_known(group, "jit"),
         "cases": len(group),
         "ok": statuses["ok"],
         "statuses": ", ".join(f"{status} {statuses[status]}" for status in STATUSES if statuses[status]),
@@ -124,13 +123,21 @@ def _by_process(rows: Iterable[Row]) -> dict[Key, float]:
     }
 
 
+def of_good_trainings(cases: Iterable[Row]) -> list[Row]:
+    """The cases that ran to the end, without those of seeds that diverged or stalled.
+
+    Such a training has a step time, but no speed worth having. That goes for its repeats too, which time the same steps
+    and cannot tell by themselves.
+    """
+    measured = [case for case in cases if case["status"] in MEASURED]
+    lost = {case["seed"] for case in measured if case["status"] != "ok"}
+    return [case for case in measured if case["seed"] not in lost]
+
+
 def _times(mode: str, measured: dict[str, list[Row]]) -> Row:
     times = {name: _by_process(group) for name, group in measured.items()}
     own = times[mode]
-    # A training that diverged or skipped its steps has a step time, but no speed worth having.
-    # That goes for its repeats too, which time the same steps and cannot tell by themselves.
-    lost = {case["seed"] for case in measured[mode] if case["status"] != "ok"}
-    own_ok = _by_process(case for case in measured[mode] if case["seed"] not in lost)
+    own_ok = _by_process(of_good_trainings(measured[mode]))
     row: Row = {"processes": len(own), "headline_baseline": "tf32" if times.get("tf32") else "fp32"}
     row |= _columns("step_time_ms", geometric_interval(own.values()) if own else None)
     for name in ("fp32", "tf32"):
@@ -191,7 +198,7 @@ def _metric(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
     values = list(own.values())
     differences = [own[seed] - baseline[seed] for seed in own if seed in baseline]
     return {
-        "metric_name": _first(group, "metric_name"),
+        "metric_name": first_known(group, "metric_name"),
         "metric_seeds": len(values),
         "metric_mean": _over(statistics.fmean, values),
         "metric_min": _over(min, values),
@@ -208,7 +215,7 @@ def _quality(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
     return {
         "metric_difference_low": found.difference.low if found.difference else None,
         "metric_difference_high": found.difference.high if found.difference else None,
-        "metric_margin": _first(group, "metric_margin"),
+        "metric_margin": first_known(group, "metric_margin"),
         "metric_verdict": found.verdict,
         "metric_seeds_needed": found.seeds,
     }
@@ -230,8 +237,8 @@ def judge_metric(baseline: Sequence[Row], other: Sequence[Row]) -> Quality | Non
         return None
     return judge(
         [after[seed] - before[seed] for seed in shared],
-        _first(other, "metric_margin"),
-        bool(_first(other, "metric_higher_is_better")),
+        first_known(other, "metric_margin"),
+        bool(first_known(other, "metric_higher_is_better")),
         sorted(lost - lost_there),
     )
 

@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 
 from tabulate import tabulate
 
@@ -15,7 +16,7 @@ from mpscale.analysis.pairing import hardware, machine_words
 from mpscale.analysis.quality import Quality
 from mpscale.analysis.quantities import QUANTITIES, Change
 from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import Row, plain_rows
+from mpscale.analysis.summary import Row, first_known, plain_rows
 from mpscale.report import cells
 from mpscale.report.comparison_data import as_csv, as_json
 from mpscale.report.tables import Cells, final_metric, markdown_table, overflow, speedup, step_time
@@ -75,7 +76,7 @@ class _Part:
 
 def _parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> Iterator[_Part]:
     runs = [comparisons[0].baseline, *(comparison.other for comparison in comparisons)]
-    names = {id(run): letter for run, letter in zip(runs, _letters(), strict=False)}
+    names = {id(run): _letter(number) for number, run in enumerate(runs)}
     yield _Part("Runs", ["", "run", "device", "cases"], [[names[id(run)], *_run(run)] for run in runs])
     yield _Part("In short", notes=[_in_short(comparison, names) for comparison in comparisons])
     if len(runs) > 2 or not comparisons[0].same_device:
@@ -117,11 +118,8 @@ def _numbers(counts: Mapping[str, int], order: Sequence[str]) -> str:
     return ", ".join(f"{counts[name]} {name}" for name in order if counts[name])
 
 
-def _letters() -> Iterator[str]:
-    number = 0
-    while True:
-        yield (chr(ord("A") + number) if number < 26 else f"R{number}")
-        number += 1
+def _letter(number: int) -> str:
+    return ascii_uppercase[number] if number < len(ascii_uppercase) else f"R{number}"
 
 
 def _run(run: Run) -> list[str]:
@@ -208,7 +206,7 @@ def _change_cells(change: Change, unit: str) -> list[str]:
 
 def _quality_cells(quality: Quality, row: ComparedRow) -> list[str]:
     found = quality.difference
-    name = next((case["metric_name"] for case in row.pair.other if case["metric_name"] is not None), None)
+    name = first_known(row.pair.other, "metric_name")
     difference = cells.DASH if found is None else cells.difference(found.mean, found.low, found.high, name)
     seeds = cells.DASH if found is None else cells.count(found.n)
     more = quality.reason or (f"{quality.seeds} seeds would tell" if quality.seeds else "")

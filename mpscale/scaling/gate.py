@@ -58,9 +58,12 @@ def _native(variable: Any) -> Any:
 
 def _ungated_writes(graph: Any) -> list[str]:
     """Names of operations that write past the gate, those in branches and called functions included."""
-    definition = graph.as_graph_def()
-    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
-    return [node.name for node in nodes if _WRITE.match(node.op) and _SCOPE not in node.name]
+    return [node.name for node in all_nodes(graph.as_graph_def()) if _WRITE.match(node.op) and _SCOPE not in node.name]
+
+
+def all_nodes(definition: Any) -> list[Any]:
+    """The nodes of a GraphDef, those in branches and called functions included."""
+    return [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from runfolder import record
 
 from mpscale.analysis.quantities import QUANTITIES, measure_change, values, with_verdicts
 from mpscale.analysis.runs import cases_frame
+from mpscale.analysis.stats import log_change
 from mpscale.analysis.summary import plain_rows
 
 TIME, MEMORY = QUANTITIES["step_time"], QUANTITIES["host_memory"]
@@ -74,6 +75,14 @@ def timed(ms, **identity):
 )
 def test_which_processes_count(quantity, cases, expected):
     assert values(plain_rows(cases_frame(cases)), quantity) == expected
+
+
+def test_what_would_have_been_seen_goes_by_the_verdicts_own_error_rate():
+    random = np.random.default_rng(5)
+    sides = processes(random, 0.03), processes(random, 0.03)
+    found = log_change(*(values(side, TIME) for side in sides))
+    for rows in (1, 12):
+        assert measure_change(*sides, TIME, rows).detectable == found.detectable(1 - 0.01 / rows)
 
 
 def test_what_one_side_lacks_is_said_with_its_reason():

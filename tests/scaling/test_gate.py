@@ -7,7 +7,7 @@ import tensorflow as tf
 from small_step import same, small_model, state_of, step_function
 
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
-from mpscale.scaling.gate import apply_gated
+from mpscale.scaling.gate import all_nodes, apply_gated
 
 
 class Restless(keras.optimizers.SGD):
@@ -42,8 +42,7 @@ def branches(model, optimizer):
 
     optimizer.build(model.trainable_variables)
     graph = step.get_concrete_function().graph.as_graph_def()
-    nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
-    return any(node.op in ("If", "StatelessIf") for node in nodes)
+    return any(node.op in ("If", "StatelessIf") for node in all_nodes(graph))
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "Nadam", "SGD"])

@@ -12,6 +12,7 @@ from tensorflow.core.protobuf.device_properties_pb2 import NamedDevice
 from tensorflow.python.grappler import cluster, tf_optimizer
 
 from mpscale.modes import MODES
+from mpscale.scaling.gate import all_nodes
 from mpscale.training.order import batches
 from mpscale.training.scalers import scaler_for
 from mpscale.training.step import TrainStep
@@ -32,7 +33,7 @@ def graph_of_a_step(scaler):
     x, y, order = np.zeros((20, 2), np.float32), np.zeros(20, np.int64), batches(20, 5, 8, seed=0)
     step = TrainStep(model, scaler, sparse_cross_entropy, x, y, order, jit=False)
     graph = step._function.get_concrete_function().graph.as_graph_def()
-    for node in [*graph.node, *(node for function in graph.library.function for node in function.node_def)]:
+    for node in all_nodes(graph):
         node.device = GPU
     return graph
 
@@ -59,9 +60,10 @@ def rewritten(graph):
 
 def half_operations(graph):
     """The operations that compute in float16."""
-    nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
     half = tf.float16.as_datatype_enum
-    return {node.op for node in nodes if any(node.attr[name].type == half for name in ("T", "Tparams"))} - {"Cast"}
+    return {node.op for node in all_nodes(graph) if any(node.attr[name].type == half for name in ("T", "Tparams"))} - {
+        "Cast"
+    }
 
 
 @pytest.fixture
