@@ -83,6 +83,8 @@ _NO_CHECK = (
     "the mode checks no gradient (fp32, tf32, mixed-bf16, mixed-unscaled, article), or the case ended before that"
 )
 _NO_SCALE = "the mode has no loss scale, or the case ended before that"
+_NO_NVML = "no GPU, no NVML, or NVML does not tell; the reason says which"
+_NO_ENERGY = "no GPU, NVML tells neither energy nor power, energy was off (`--mp-energy 0`, preset `smoke`), or the window was shorter than 10 s"
 
 SECTIONS: tuple[Section, ...] = (
     Section(
@@ -119,7 +121,7 @@ SECTIONS: tuple[Section, ...] = (
             _known("jit", "bool", "", "whether the train step is compiled by XLA; the same for all modes of a run"),
             _known("policy", "str", "", "Keras dtype policy; float32 for graph-rewrite, which TensorFlow rewrites to float16 below Keras"),
             _measured("tf32", "bool", "", "whether float32 products may be rounded to TF32, read back from TensorFlow", "the device has no TF32"),
-            _measured("gpu_allocator", "str", "", "`TF_GPU_ALLOCATOR` of the process", "on a CPU"),
+            _measured("gpu_allocator", "str", "", "TensorFlow's allocator: `cuda_malloc_async`, or `bfc` (with growth) where that does not work or was asked for", "on a CPU"),
             _measured("batch_size", "int", "examples", "examples per step", _NOT_REACHED),
             _measured("optimizer", "str", "", "class of the wrapped Keras optimizer", _NOT_REACHED),
             _measured("parameters", "int", "", "trainable parameters of the model", _NOT_REACHED),
@@ -189,15 +191,50 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "Memory",
         (
-            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "largest memory use of the process that NVML reported, sampled every 50 ms and at every phase of the case", "no GPU, no NVML, or NVML does not name the process; the reason says which"),
+            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline: `gpu_memory_process_peak_mib` where it is known, else `gpu_memory_device_rise_mib` where nobody else used the GPU; `gpu_memory_method` says which", _NO_NVML),
+            _measured("gpu_memory_method", "str", "", "`process` or `device-minus-idle`: where the headline comes from", _NO_NVML),
+            _measured("gpu_memory_process_peak_mib", "float", "MiB", "largest memory of the process and its descendants that NVML listed, looked at every 10 ms and at every phase", "as above, or NVML lists the process without its memory or not at all"),
+            _measured("gpu_memory_device_rise_mib", "float", "MiB", "largest memory in use on the whole GPU, less `gpu_memory_idle_mib`", "it did not rise; " + _NO_NVML),
+            _measured("gpu_memory_idle_mib", "float", "MiB", "memory in use on the whole GPU before the process touched it", _NO_NVML),
+            _measured("gpu_memory_context_mib", "float", "MiB", "memory that the process held once CUDA's context was there and nothing else, by the headline's method", _NO_NVML),
+            _measured("gpu_memory_reserved_mib", "float", "MiB", "memory that the driver keeps for itself; in none of the others", "the driver does not tell it apart; " + _NO_NVML),
             _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process", "on a CPU, where TensorFlow returns zeros, or not reached"),
+            _measured("gpu_memory_allocator_timed_peak_mib", "float", "MiB", "peak of TensorFlow's allocator while steps were timed", "as above, or timing was off"),
+            _measured("gpu_memory_unexplained_mib", "float", "MiB", "headline less context less the allocator's peak: pools that hold more than is used, libraries, compiled programs; may be negative, since the peaks need not fall together", "one of the three is unknown"),
+            _measured("gpu_sample_interval_ms", "float", "ms", "mean time between two looks at the GPU's memory", _NO_NVML),
+            _measured("gpu_sample_gap_ms", "float", "ms", "longest time between two: a peak shorter than this may have gone unseen", _NO_NVML),
             _measured("host_memory_peak_mib", "float", "MiB", "largest resident memory of the process (VmHWM), compiler included; on a CPU it measures the compiler more than the model", "the process ended too early to be read"),
         ),
     ),
     Section(
         "Energy",
         (
-            _measured("gpu_energy_j_per_step", "float", "J", "energy of the GPU over the timed steps, by NVML", "no GPU; not measured by this version"),
+            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, by its counter where it has one, else by its power, divided by the steps", _NO_ENERGY),
+            _measured("gpu_energy_method", "str", "", "`counter` or `power`: where the headline comes from", _NO_ENERGY),
+            _measured("gpu_energy_j_per_applied_step", "float", "J", "the same divided by the steps that were not skipped", "the mode checks no gradient, no step was applied; " + _NO_ENERGY),
+            _measured("gpu_energy_net_j_per_step", "float", "J", "the headline less `gpu_idle_power_w` times the window: what training added", "the GPU drew no more than before, or its idle power is unknown; " + _NO_ENERGY),
+            _measured("gpu_energy_counter_j", "float", "J", "how far the GPU's energy counter moved in the window", "before Volta, or a counter that does not move; " + _NO_ENERGY),
+            _measured("gpu_energy_power_j", "float", "J", "integral of the power readings over the window, trapezoidal rule", _NO_ENERGY),
+            _measured("gpu_energy_window_s", "float", "s", "from the start of the timing until steps were taken for at least `--mp-energy` seconds", "no GPU, or timing or energy was off"),
+            _measured("gpu_energy_steps", "int", "steps", "steps taken in it: the timed ones and those that were added", "as above"),
+            _measured("gpu_power_w_mean", "float", "W", "energy over window", _NO_ENERGY),
+            _measured("gpu_power_source", "str", "", "`instant`, or `mean of up to a second`: what NVML's power readings are", _NO_NVML),
+            _measured("gpu_idle_power_w", "float", "W", "mean power in the last 2 s before the process touched the GPU", _NO_NVML),
+        ),
+    ),
+    Section(
+        "State of the GPU",
+        (
+            _measured("gpu_temperature_c_max", "float", "°C", "highest temperature of the GPU in the case", _NO_NVML),
+            _measured("gpu_sm_clock_mhz_median", "float", "MHz", "clock of the multiprocessors, median over the timed window", "timing was off; " + _NO_NVML),
+            _measured("gpu_memory_clock_mhz_median", "float", "MHz", "clock of the memory, likewise", "timing was off; " + _NO_NVML),
+            _measured("gpu_utilization_median", "float", "%", "share of time in which a kernel ran, likewise; it does not say how much of the GPU that kernel used", "timing was off; " + _NO_NVML),
+            _measured("gpu_event_reasons", "str", "", "every reason for lower clocks that NVML gave in the timed window", "timing was off; " + _NO_NVML),
+            _measured("gpu_throttled_share", "float", "share", "share of the timed window in which heat or a power brake held the clocks down", "timing was off; " + _NO_NVML),
+            _measured("gpu_power_capped_share", "float", "share", "share of the timed window at the power limit: usual under full load, and no fault", "timing was off; " + _NO_NVML),
+            _measured("gpu_other_processes", "int", "", "other processes that computed on the GPU during the case", _NO_NVML),
+            _measured("gpu_graphics_processes", "int", "", "other processes that drew with it", _NO_NVML),
+            _known("gpu_suspicion", "str", "", "why the figures of this case must not be used: throttled, hot, a falling clock, other processes, changed settings. Status `invalid`, but with `--mp-keep-suspect`", "nothing speaks against them, or no GPU"),
         ),
     ),
     Section(

@@ -16,6 +16,7 @@ class Preset:
     timing_blocks: int
     train_steps: int | None
     summary: str
+    energy_s: float = 10.0
 
 
 PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
@@ -27,6 +28,7 @@ PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
             10,
             100,
             "seconds a case: shows that everything works, measures nothing well",
+            energy_s=0.0,
         ),
         "small": Preset(
             ("mnist1d-mlp", "mnist1d-cnn", "article-mlp"),

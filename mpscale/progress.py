@@ -18,6 +18,7 @@ _PHASES = {
     "warm": "warming up",
     "timing-start": "timing",
     "timing-end": "finishing",
+    "energy-end": "finishing",
     "done": "finishing",
 }
 
@@ -66,7 +67,11 @@ class Progress:
         self._show(line) if self._live else self._write(line + "\n")
 
     def event(self, case: Case, event: str, fields: Mapping[str, Any]) -> None:
-        """A phase or a number of steps, as the supervisor's listener hears of it."""
+        """A phase, a number of steps, or a further attempt, as the supervisor's listener hears of it."""
+        if event == "again":
+            self._show("")
+            self._write(f"{self._head(case)}: {fields['reason']}; run again\n")
+            return
         if not self._live:
             return
         if event == "phase":

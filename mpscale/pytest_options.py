@@ -94,6 +94,37 @@ def add_options(parser: pytest.Parser) -> None:
         help="time that steady-state timing takes in each case (default: the preset's)",
     )
     add(
+        "--mp-energy",
+        type=_energy,
+        metavar="SECONDS",
+        help="time over which a GPU's energy is counted, at least 10; 0 leaves it out (default: the preset's)",
+    )
+    add(
+        "--mp-gpu-allocator",
+        choices=("auto", "cuda_malloc_async", "bfc"),
+        default="auto",
+        help="TensorFlow's allocator; auto is cuda_malloc_async, and bfc where that does not work",
+    )
+    add(
+        "--mp-gpu-retries",
+        type=_at_least(0),
+        default=2,
+        metavar="N",
+        help="how often a case is run again that was throttled, or had other processes beside it (default: 2)",
+    )
+    add(
+        "--mp-cool-down",
+        type=_positive,
+        default=60.0,
+        metavar="SECONDS",
+        help="time to wait for the GPU at most before that (default: 60)",
+    )
+    add(
+        "--mp-keep-suspect",
+        action="store_true",
+        help="do not make such a case invalid: its row keeps its status, and gpu_suspicion says why to doubt it",
+    )
+    add(
         "--mp-results",
         type=Path,
         metavar="DIR",
@@ -144,6 +175,7 @@ def settings(config: pytest.Config) -> Settings:
         dynamic_scale=option("mp_dynamic_scale"),
         timing_s=(option("mp_timing") or preset(config).timing_s) if timed else 0.0,
         timing_blocks=preset(config).timing_blocks,
+        energy_s=preset(config).energy_s if option("mp_energy") is None else option("mp_energy"),
     )
 
 
@@ -190,6 +222,18 @@ def _at_least(least: int) -> Any:
         return value
 
     return parse
+
+
+def _energy(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if seconds != 0 and not 10 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"expected 0 or a number of seconds of at least 10, which the sensors of GPUs need, not {text!r}"
+        )
+    return seconds
 
 
 def _number(text: str) -> float:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mpscale.harness.supervisor import Outcome
     from mpscale.progress import Progress
     from mpscale.telemetry.device import Device
+    from mpscale.telemetry.driver import Driver, NoDriver
 
 PARAMETERS = ("workload", "mode", "seed", "repeat")
 CLOCK = pytest.StashKey["ReplayClock"]()
@@ -63,7 +64,7 @@ class Session:
         self._selected: list[Case] = []
         self._nodes: set[str] = set()
         self._device: Device | None = None
-        self._nvml: Any = None
+        self._driver: Driver | NoDriver | None = None
         # Resolved now: a test may change the working directory.
         self._results = Path(config.getoption("mp_results") or config.rootpath / "results").resolve()
         self._live_line = False
@@ -122,7 +123,8 @@ class Session:
     def _wrong_use(self) -> str | None:
         if self._config.getoption("numprocesses", None):
             return "mpscale times training steps, and cases side by side would disturb each other: run without -n"
-        if self._on_gpu and self._config.getoption("mp_start_method") == "fork":
+        stand_in = self._device is not None and self._device.is_stand_in
+        if self._on_gpu and not stand_in and self._config.getoption("mp_start_method") == "fork":
             return "--mp-start-method fork does not work on a GPU; use fresh or auto"
         if not self._config.invocation_params.dir.is_relative_to(self._config.rootpath):
             taken = options.taken_for_a_place(self._config)
@@ -159,6 +161,13 @@ class Session:
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Compares the run with its baseline, ends it and writes its reports."""
+        try:
+            self._end(session, exitstatus)
+        finally:
+            if self._driver is not None:
+                self._driver.close()
+
+    def _end(self, session: pytest.Session, exitstatus: int) -> None:
         if self._run is None:
             return
         if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
@@ -210,12 +219,12 @@ class Session:
         from mpscale.harness.case import plan
         from mpscale.modes import default_modes
         from mpscale.telemetry.device import find_device
-        from mpscale.telemetry.nvml import open_nvml
+        from mpscale.telemetry.driver import open_driver
 
         config = self._config
-        self._nvml = open_nvml()
+        self._driver = open_driver()
         try:
-            self._device = find_device(self._nvml, os.environ)
+            self._device = find_device(self._driver.devices, os.environ)
         except ValueError as error:
             self._problem = str(error)
             return
@@ -235,8 +244,8 @@ class Session:
             from mpscale.harness.run import BenchmarkRun, Options
             from mpscale.progress import Progress
 
-            config, device = self._config, self._device
-            assert device is not None  # _plan found it
+            config, device, driver = self._config, self._device, self._driver
+            assert device is not None and driver is not None  # _plan found both
             start_method = config.getoption("mp_start_method")
             if start_method == "auto":
                 start_method = "fresh" if self._on_gpu else "fork"
@@ -253,7 +262,12 @@ class Session:
                     "start_method": start_method,
                     "timeout_s": config.getoption("mp_timeout"),
                     **options.settings(config).to_json(),
+                    "gpu_allocator": config.getoption("mp_gpu_allocator"),
                 },
+                gpu_allocator=config.getoption("mp_gpu_allocator"),
+                gpu_retries=config.getoption("mp_gpu_retries"),
+                cool_down_s=config.getoption("mp_cool_down"),
+                keep_suspect=config.getoption("mp_keep_suspect"),
             )
             reporter = config.pluginmanager.getplugin("terminalreporter")
             live = reporter is not None and reporter.isatty
@@ -262,12 +276,12 @@ class Session:
             for workload, cases in Counter(case.workload for case in self._selected).items():
                 self._progress.plan(workload, cases)
             self._write(f"mpscale: on {device.name} ({device.kind.upper()}){self._why_no_gpu()}\n")
-            self._run = BenchmarkRun(self._selected, device, self._nvml, how, self._progress.event)
+            self._run = BenchmarkRun(self._selected, device, driver, how, self._progress.event)
         return self._run, self._progress
 
     def _why_no_gpu(self) -> str:
         """A GPU that the driver's library does not find is measured as a CPU, which must not go unsaid."""
-        reason = getattr(self._nvml, "reason", None)
+        reason = None if self._driver is None else self._driver.reason
         return f"; no GPU: {reason}" if reason and not self._on_gpu else ""
 
     def _write(self, text: str) -> None:

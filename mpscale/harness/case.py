@@ -37,6 +37,7 @@ class Settings:
         dynamic_scale: arguments of the scale of mixed-dynamic and graph-rewrite that differ from the defaults.
         timing_s: seconds of steady-state timing; 0 leaves the timing out.
         timing_blocks: fewest blocks of it.
+        energy_s: seconds that steps go on for where a GPU's energy can be counted; 0 leaves energy out.
     """
 
     jit: bool = True
@@ -46,6 +47,7 @@ class Settings:
     dynamic_scale: Mapping[str, float] = field(default_factory=dict)
     timing_s: float = 2.0
     timing_blocks: int = 50
+    energy_s: float = 10.0
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain values."""

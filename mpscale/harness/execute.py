@@ -6,7 +6,6 @@ import csv
 import gzip
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,23 @@ from typing import Any
 import keras
 import numpy as np
 import numpy.typing as npt
-import tensorflow as tf
 
 from mpscale.harness.case import Case, series_key
 from mpscale.harness.protocol import Channel
 from mpscale.modes import MODES, Mode
 from mpscale.telemetry.device import Device
-from mpscale.training import order
+from mpscale.training import accelerator, order
 from mpscale.training.evaluation import Evaluator
 from mpscale.training.scalers import UNKNOWN, scaler_for
 from mpscale.training.step import TrainStep
-from mpscale.training.timing import time_steps, warm_up
+from mpscale.training.timing import keep_going, time_empty_call, time_steps, warm_up
 from mpscale.training.trainer import train
 from mpscale.workloads import Data, Workload, registry
 
 
-def execute(case: Case, device: Device, steps_path: Path | None, channel: Channel) -> tuple[str, str | None]:
+def execute(
+    case: Case, device: Device, steps_path: Path | None, channel: Channel, energy_s: float = 0.0
+) -> tuple[str, str | None]:
     """Runs ``case`` and reports over ``channel`` as it goes.
 
     Args:
@@ -37,13 +37,15 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
         device: where; the process must have been started with this device visible.
         steps_path: where the log of every step goes, as gzipped CSV.
         channel: the supervisor's end.
+        energy_s: seconds that steps go on for, from the start of the timing, so that their energy can be counted.
 
     Returns:
         The status, and why it is not ``ok``.
     """
     mode, workload, settings = MODES[case.mode], registry.get(case.workload), case.settings
+    accelerator.require(device)
     channel.phase("idle")
-    _touch(device, mode, channel)
+    _report(channel, *accelerator.touch(device, mode))
     channel.phase("context-ready")
 
     data = workload.data()
@@ -74,56 +76,41 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
         channel.phase("trained")
     else:
         step.read_log()
+    peak = accelerator.AllocatorPeak(device)
     if settings.timing_s > 0:
-        about_s = warm_up(step)
-        channel.phase("warm")
-        channel.phase("timing-start")
-        timing = time_steps(step, about_s, settings.timing_s, settings.timing_blocks)
-        channel.phase("timing-end")
-        channel.values(timing.values(batch))
-        channel.blocks(timing.step_s.tolist())
-    if device.kind == "gpu":
-        try:
-            peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
-            channel.values({"gpu_memory_allocator_peak_mib": peak / 2**20})
-        except (ValueError, tf.errors.OpError) as error:
-            channel.miss(["gpu_memory_allocator_peak_mib"], f"TensorFlow's allocator keeps no statistics: {error}")
+        _time(step, case, batch, energy_s, peak, channel)
+    _report(channel, *peak.columns(windowed=settings.timing_s > 0))
     channel.phase("done")
     return status
 
 
-def _touch(device: Device, mode: Mode, channel: Channel) -> None:
-    """Makes the device ready, and says what it was set to."""
-    gpus = tf.config.list_physical_devices("GPU")
-    if device.kind == "gpu" and not gpus:
-        raise RuntimeError(
-            f"{device.name} is there but TensorFlow {tf.__version__} sees no GPU; "
-            "install its CUDA libraries with pip install 'tensorflow[and-cuda]', or hide the GPU with "
-            "CUDA_VISIBLE_DEVICES=-1 to measure the CPU"
-        )
-    for gpu in gpus:
-        tf.config.experimental.set_memory_growth(gpu, True)
-    set_arithmetic(mode)
-    if device.has_tf32:
-        channel.values({"tf32": tf.config.experimental.tensor_float_32_execution_enabled()})
-    else:
-        channel.miss(["tf32"], f"{device.name} has no TF32")
-    if device.kind == "gpu":
-        channel.values({"gpu_allocator": os.environ.get("TF_GPU_ALLOCATOR", "bfc")})
-    else:
-        channel.miss(["gpu_allocator"], "no GPU")
-        channel.miss(["gpu_memory_allocator_peak_mib"], "TensorFlow's CPU allocator keeps no statistics")
-    tf.constant(0.0).numpy()
+def _time(
+    step: TrainStep, case: Case, batch: int, energy_s: float, peak: accelerator.AllocatorPeak, channel: Channel
+) -> None:
+    """Times steady state, counts energy over as many steps as that takes, reports."""
+    settings = case.settings
+    about_s = warm_up(step)
+    channel.phase("warm")
+    peak.begin_window()
+    channel.phase("timing-start")
+    start = time.perf_counter()
+    timing = time_steps(step, about_s, settings.timing_s, settings.timing_blocks)
+    channel.phase("timing-end")
+    left_s = energy_s - (time.perf_counter() - start)
+    more: tuple[int, int | None] = (0, 0)
+    if left_s > 0:
+        more = keep_going(step, timing.steps_per_block, left_s)
+        channel.phase("energy-end")
+    overflows = None if None in (timing.overflow_steps, more[1]) else (timing.overflow_steps or 0) + (more[1] or 0)
+    channel.energy(timing.steps + more[0], overflows)
+    channel.values(timing.values(batch, time_empty_call(step)))
+    channel.blocks(timing.step_s.tolist())
 
 
-def set_arithmetic(mode: Mode) -> None:
-    """Tells TensorFlow what it may do about precision by itself.
-
-    Before anything is traced: a function keeps the settings that it was traced under.
-    """
-    tf.config.experimental.enable_tensor_float_32_execution(mode.tf32)
-    if mode.graph_rewrite:
-        tf.config.optimizer.set_experimental_options({"auto_mixed_precision": True})
+def _report(channel: Channel, values: dict[str, Any], missed: dict[str, str]) -> None:
+    channel.values(values)
+    for column, reason in missed.items():
+        channel.miss([column], reason)
 
 
 def _describe(

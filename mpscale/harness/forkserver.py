@@ -21,7 +21,8 @@ def serve(descriptor: int) -> None:
     """Answers requests on the socket ``descriptor`` until its other end is closed."""
     # What a case needs is imported here, once; nothing below may create a TensorFlow context.
     import mpscale.harness.execute  # noqa: F401
-    from mpscale.harness.worker import die_with_parent, main
+    from mpscale.harness.worker import main
+    from mpscale.lifeline import die_with_parent
 
     connection = socket.socket(fileno=descriptor)
     connection.sendall(b'{"ready": true}\n')

@@ -60,6 +60,10 @@ class Journal:
         """Where the case's log of steps goes."""
         return self.path / "steps" / f"{case.id}.csv.gz"
 
+    def gpu_path(self, case: Case, attempt: int) -> Path:
+        """Where the samples of the GPU go, one file an attempt."""
+        return self.path / "gpu" / f"{case.id}--a{attempt}.csv.gz"
+
     def add_environment(self, facts: Mapping[str, Any]) -> None:
         """Adds to the environment what only a worker could find out."""
         self._environment.update(facts)

@@ -1,6 +1,7 @@
 """What worker and supervisor say to each other: JSON objects, one a line.
 
-The supervisor's first line is the request, ``{"case": ..., "device": ..., "steps_path": ..., "sys_path": [...]}``.
+The supervisor's first line is the request, ``{"case": ..., "device": ..., "steps_path": ..., "sys_path": [...],
+"energy_s": ...}``.
 The worker then writes, in any number and order,
 
 - ``{"event": "values", "values": {column: value}}`` and ``{"event": "miss", "columns": [...], "reason": ...}``, as
@@ -8,6 +9,7 @@ The worker then writes, in any number and order,
 - ``{"event": "phase", "phase": ...}``, and waits for an empty line: the supervisor looks at the machine in between;
 - ``{"event": "progress", "done": steps, "total": steps}``;
 - ``{"event": "blocks", "step_s": [...]}``, the step time of each timed block;
+- ``{"event": "energy", "steps": ..., "overflow_steps": ...}``, what was taken while energy was counted;
 
 and last ``{"event": "done", "status": ..., "reason": ...}`` or ``{"event": "error", "type": ..., "message": ...}``.
 """
@@ -27,6 +29,7 @@ PHASES = (
     "warm",
     "timing-start",
     "timing-end",
+    "energy-end",
     "done",
 )
 """Where the machine is looked at. A case that does not train, or does not time, leaves some out."""
@@ -49,6 +52,9 @@ class Channel(Protocol):
 
     def blocks(self, step_s: Sequence[float]) -> None:
         """Reports the step times of the timed blocks."""
+
+    def energy(self, steps: int, overflow_steps: int | None) -> None:
+        """Reports the steps taken while energy was counted, and how many overflowed; None where unknown."""
 
 
 class PipeChannel:
@@ -83,6 +89,9 @@ class PipeChannel:
 
     def progress(self, done: int, total: int) -> None:
         self.send("progress", done=done, total=total)
+
+    def energy(self, steps: int, overflow_steps: int | None) -> None:
+        self.send("energy", steps=steps, overflow_steps=overflow_steps)
 
     def blocks(self, step_s: Sequence[float]) -> None:
         self.send("blocks", step_s=list(step_s))

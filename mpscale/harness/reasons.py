@@ -29,8 +29,6 @@ def explain(record: Record, case: Case) -> None:
     if record["status"] == "unsupported":
         record.complete(str(record["status_reason"]))
         return
-    on_gpu = record["device"] == "gpu"
-    record.miss("gpu_energy_j_per_step", "this version does not measure energy" if on_gpu else "no GPU")
     if not case.trains:
         record.miss(_TRAINING, "timing-only process")
     if case.settings.timing_s == 0:

@@ -8,19 +8,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mpscale.columns import FAILED
 from mpscale.harness.case import Case, StartMethod
+from mpscale.harness.environment import allocators
 from mpscale.harness.journal import Journal
 from mpscale.harness.reasons import explain
 from mpscale.harness.same_start import SameStart
 from mpscale.harness.supervisor import Listener, Outcome, Supervisor
 from mpscale.records import Record
 from mpscale.telemetry.device import Device
+from mpscale.telemetry.driver import Driver, NoDriver
 from mpscale.telemetry.fingerprint import environment, run_slug
-from mpscale.telemetry.nvml import NoNvml, Nvml
-from mpscale.telemetry.sampler import MemorySampler
+from mpscale.telemetry.watch import CaseWatch
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Options:
         start_method: how workers are started.
         timeout_s: seconds that a case may take.
         asked: what the user asked for, for run.json.
+        gpu_allocator: TensorFlow's allocator on a GPU.
+        gpu_retries: how often a case is run again whose figures a state of the GPU has spoilt that may pass.
+        cool_down_s: seconds to wait at most before that.
+        keep_suspect: such cases keep their status instead.
     """
 
     results: Path
@@ -40,6 +45,10 @@ class Options:
     start_method: StartMethod
     timeout_s: float
     asked: dict[str, Any]
+    gpu_allocator: Literal["auto", "cuda_malloc_async", "bfc"] = "auto"
+    gpu_retries: int = 2
+    cool_down_s: float = 60.0
+    keep_suspect: bool = False
 
 
 class BenchmarkRun:
@@ -49,15 +58,15 @@ class BenchmarkRun:
     Args:
         cases: the plan, for the record; cases are run one by one by :meth:`run`.
         device: where they run.
-        nvml: the GPU's driver library, or its stand-in.
+        driver: tells of the GPU.
         options: how.
         listener: told of phases and progress.
     """
 
     def __init__(
-        self, cases: Sequence[Case], device: Device, nvml: Nvml | NoNvml, options: Options, listener: Listener
+        self, cases: Sequence[Case], device: Device, driver: Driver | NoDriver, options: Options, listener: Listener
     ) -> None:
-        self._cases, self._device, self._nvml = list(cases), device, nvml
+        self._cases, self._device, self._driver = list(cases), device, driver
         self._options, self._listener = options, listener
         self._journal: Journal | None = None
         self._supervisor: Supervisor | None = None
@@ -65,6 +74,7 @@ class BenchmarkRun:
         self._outcomes: dict[str, Outcome] = {}
         self._runtime_known = False
         self._started = 0
+        self._gpu_lost_in: str | None = None
 
     @property
     def path(self) -> Path | None:
@@ -77,7 +87,24 @@ class BenchmarkRun:
         return None if outcome is None or outcome.record["status"] in FAILED else outcome
 
     def run(self, case: Case) -> Outcome:
-        """Runs one case and writes it down; one that has been run before gets another attempt."""
+        """Runs one case and writes it down; one that has been run before gets another attempt.
+
+        So does one that the state of the GPU has spoilt, after a pause: every attempt is in the journal.
+        """
+        retries = 0
+        while True:
+            outcome = self._attempt(case)
+            if outcome.again is None or (outcome.again == "cooled" and retries >= self._options.gpu_retries):
+                return outcome
+            reason = str(outcome.record["status_reason"])
+            if outcome.again == "cooled":
+                retries += 1
+                self._listener(case, "again", {"reason": f"invalid, {reason}"})
+                self._open()[1].cool_down(self._options.cool_down_s)
+            else:
+                self._listener(case, "again", {"reason": f"TensorFlow failed with cuda_malloc_async ({reason})"})
+
+    def _attempt(self, case: Case) -> Outcome:
         journal, supervisor = self._open()
         earlier = self._outcomes.get(case.id)
         attempt = 1 if earlier is None else earlier.record["attempts"] + 1
@@ -86,14 +113,24 @@ class BenchmarkRun:
         self._started += 1
         journal.case_started(case, attempt)
         outcome = Outcome(Record(case.identity()))
+        if self._gpu_lost_in is not None:
+            reason = f"not started: the GPU was lost in {self._gpu_lost_in}"
+            outcome.record.update({"attempts": attempt, "status": "error", "status_reason": reason})
+            self._finish_case(journal, case, outcome)
+            return outcome
+        steps_path = journal.steps_path(case) if case.trains else None
+        gpu_path = journal.gpu_path(case, attempt) if self._device.kind == "gpu" else None
         try:
-            supervisor.run(case, journal.steps_path(case) if case.trains else None, outcome, attempt)
+            supervisor.run(case, steps_path, gpu_path, outcome, attempt)
         except BaseException as error:
             outcome.record.update({"status": "interrupted", "status_reason": f"stopped by {type(error).__name__}"})
             self._finish_case(journal, case, outcome)
             raise
         difference = self._same_start.difference(case, outcome.record)
+        if outcome.gpu_lost:
+            self._gpu_lost_in = case.id
         if difference is not None:
+            outcome.again = None
             outcome.record.update({"status": "invalid", "status_reason": difference})
         self._finish_case(journal, case, outcome)
         if outcome.runtime and not self._runtime_known:
@@ -123,18 +160,20 @@ class BenchmarkRun:
             self._journal = Journal(
                 self._options.results,
                 run_slug(self._device),
-                environment(self._device, self._nvml, self._options.project),
+                environment(self._device, self._driver, self._options.project),
                 self._options.asked,
                 self._cases,
             )
         if self._supervisor is None:
             self._supervisor = Supervisor(
                 self._device,
-                MemorySampler(self._nvml, self._device),
+                CaseWatch(self._driver, self._device),
                 self._options.start_method,
                 self._options.timeout_s,
                 os.environ,
                 [str(self._options.project), *sys.path],
                 self._listener,
+                allocators(self._options.gpu_allocator, os.environ, self._driver.cuda_version),
+                self._options.keep_suspect,
             )
         return self._journal, self._supervisor

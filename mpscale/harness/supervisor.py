@@ -12,18 +12,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mpscale.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.harness.case import Case, StartMethod
+from mpscale.harness.environment import Allocator, worker_environment
 from mpscale.harness.launch import ForkLauncher, FreshLauncher, Launcher, LaunchError, Process
 from mpscale.modes import MODES
 from mpscale.records import Record
 from mpscale.telemetry.device import Device
-from mpscale.telemetry.sampler import MemorySampler
+from mpscale.telemetry.watch import CaseWatch, Seen, Told
 
 Listener = Callable[[Case, str, Mapping[str, Any]], None]
-"""Called with a case, an event (``phase`` or ``progress``) and the event's fields."""
+"""Called with a case, an event (``phase``, ``progress`` or ``again``) and the event's fields."""
 
 _TAIL_BYTES = 4000
 _GRACE_S = 15.0
@@ -38,12 +39,16 @@ class Outcome:
         step_s: step time of each timed block, in seconds.
         phases: when each phase was reached, in seconds from the start of the process.
         runtime: what the worker knows about TensorFlow and its device.
+        again: why another attempt may end better: on a GPU that has ``cooled``, or with another ``allocator``.
+        gpu_lost: whether the GPU was lost in it.
     """
 
     record: Record
     step_s: list[float] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
+    again: Literal["cooled", "allocator"] | None = None
+    gpu_lost: bool = False
 
 
 class Supervisor:
@@ -51,40 +56,44 @@ class Supervisor:
 
     Args:
         device: where they run.
-        sampler: looks at the worker's memory from outside.
+        watch: looks at the worker and its GPU from outside.
         start_method: ``fork`` or ``fresh``; see launch.py.
         timeout_s: seconds that a case may take.
         environ: the environment to start workers in; what mpscale has to set is added.
         sys_path: where workloads named by ``module:attribute`` are looked for.
         listener: told of phases and progress.
+        allocators: of TensorFlow on a GPU, the best first; the next one is taken where one does not work.
+        keep_suspect: leaves a case its status where its figures are suspect.
     """
 
     def __init__(
         self,
         device: Device,
-        sampler: MemorySampler,
+        watch: CaseWatch,
         start_method: StartMethod,
         timeout_s: float,
         environ: Mapping[str, str],
         sys_path: Sequence[str],
         listener: Listener,
+        allocators: Sequence[Allocator | None] = (None,),
+        keep_suspect: bool = False,
     ) -> None:
-        self._device, self._sampler, self._start_method = device, sampler, start_method
+        self._device, self._watch, self._start_method = device, watch, start_method
         self._timeout_s, self._sys_path, self._listener = timeout_s, list(sys_path), listener
         self._logs = tempfile.TemporaryDirectory(prefix="mpscale-")
-        environment = worker_environment(environ, device)
-        self._launcher: Launcher = (
-            ForkLauncher(environment, Path(self._logs.name) / "parent.log")
-            if start_method == "fork"
-            else FreshLauncher(environment)
-        )
+        self._environ, self._allocators, self._keep_suspect = dict(environ), list(allocators), keep_suspect
+        self._left = list(allocators)
+        self._launcher = self._make_launcher()
 
-    def run(self, case: Case, steps_path: Path | None, outcome: Outcome, attempt: int = 1) -> None:
+    def run(
+        self, case: Case, steps_path: Path | None, gpu_path: Path | None, outcome: Outcome, attempt: int = 1
+    ) -> None:
         """Runs a case to its end, whatever that is.
 
         Args:
             case: what to run.
             steps_path: where its log of steps goes, None for a case that does not train.
+            gpu_path: where the samples of the GPU go.
             outcome: is filled in as the case goes on, so that it holds what was known if this ends in an exception,
                 which only the user's interrupt and the like do.
             attempt: how often it has been started, this time included.
@@ -105,14 +114,49 @@ class Supervisor:
         if unsupported:
             outcome.record.update({"status": "unsupported", "status_reason": unsupported})
         else:
-            self._run_process(case, steps_path, outcome)
+            self._run_process(case, steps_path, gpu_path, outcome)
+            if self._failed_on_touch(outcome):
+                self._next_allocator(outcome)
+
+    def cool_down(self, seconds: float) -> None:
+        """Waits until the GPU is fit to be measured on, for at most so long."""
+        self._watch.cool_down(seconds)
 
     def close(self) -> None:
         """Ends what outlives a case."""
         self._launcher.close()
+        self._watch.close()
         self._logs.cleanup()
 
-    def _run_process(self, case: Case, steps_path: Path | None, outcome: Outcome) -> None:
+    def _make_launcher(self) -> Launcher:
+        environment = worker_environment(self._environ, self._device, self._left[0])
+        if self._start_method == "fork":
+            return ForkLauncher(environment, Path(self._logs.name) / "parent.log")
+        return FreshLauncher(environment)
+
+    def _failed_on_touch(self, outcome: Outcome) -> bool:
+        """Whether the worker died when it first touched the GPU."""
+        return (
+            self._device.kind == "gpu"
+            and outcome.record["status"] in ("crashed", "error", "oom")
+            and "idle" in outcome.phases
+            and "context-ready" not in outcome.phases
+            and not outcome.gpu_lost
+        )
+
+    def _next_allocator(self, outcome: Outcome) -> None:
+        """Has the case run again with the next allocator; where that was the last, the allocator was not to blame."""
+        if len(self._allocators) == len(self._left) == 1:
+            return
+        self._left = self._left[1:]
+        if self._left:
+            outcome.again = "allocator"
+        else:
+            self._left = list(self._allocators)
+        self._launcher.close()
+        self._launcher = self._make_launcher()
+
+    def _run_process(self, case: Case, steps_path: Path | None, gpu_path: Path | None, outcome: Outcome) -> None:
         record = outcome.record
         log = Path(self._logs.name) / "case.log"
         try:
@@ -122,10 +166,11 @@ class Supervisor:
         except (LaunchError, OSError) as error:
             record.update({"status": "error", "status_reason": str(error), "start_method": self._start_method})
             return
-        self._sampler.start(process.pid)
+        self._watch.start(process.pid, start)
         record.update({"status": "interrupted", "start_method": self._start_method})
+        told = Told(energy_off=_energy_off(case))
         try:
-            status, reason = self._converse(process, case, steps_path, outcome, start)
+            status, reason, told = self._converse(process, case, steps_path, outcome, start)
             record.update({"status": status, "status_reason": reason})
         finally:
             # Also on the user's interrupt: neither the worker nor a process that it left behind outlives its case.
@@ -136,24 +181,50 @@ class Supervisor:
                 process.wait(_GRACE_S)
             process.kill()
             process.wait(_GRACE_S)
-            memory = self._sampler.stop()
-            record.update({"case_wall_time_s": time.monotonic() - start, **memory["values"]})
-            for column, why in memory["unavailable"].items():
+            record.update({"case_wall_time_s": time.monotonic() - start})
+            seen = self._watch.stop(told, gpu_path)
+            record.update(seen.findings.values)
+            for column, why in seen.findings.unavailable.items():
                 record.miss(column, why)
-        if status not in ("ok", "diverged", "stalled"):
+        self._judge(outcome, seen)
+        if record["status"] not in ("ok", "diverged", "stalled"):
             record.update({"output_tail": _tail(log) or None})
+
+    def _judge(self, outcome: Outcome, seen: Seen) -> None:
+        """Takes what the GPU went through into account."""
+        record = outcome.record
+        if seen.lost:
+            outcome.gpu_lost = True
+            said = f" (the worker: {record['status_reason']})" if record["status_reason"] else ""
+            reason = f"the GPU was lost during the case: it fell off the bus or was reset{said}"
+            record.update({"status": "crashed", "status_reason": reason})
+        elif seen.suspicions:
+            reason = "; ".join(suspicion.reason for suspicion in seen.suspicions)
+            record.update({"gpu_suspicion": reason})
+            if record["status"] in ("ok", "diverged", "stalled") and not self._keep_suspect:
+                record.update({"status": "invalid", "status_reason": reason})
+                outcome.again = "cooled" if all(suspicion.passes for suspicion in seen.suspicions) else None
 
     def _converse(
         self, process: Process, case: Case, steps_path: Path | None, outcome: Outcome, start: float
-    ) -> tuple[str, str | None]:
-        """Talks to a worker until it ends; its status and why."""
+    ) -> tuple[str, str | None, Told]:
+        """Talks to a worker until it ends; its status, why, and what the columns on the GPU need of it."""
         deadline = start + self._timeout_s
+        off = _energy_off(case)
+        energy: dict[str, Any] = {}
         request = {
             "case": case.to_json(),
             "device": self._device.to_json(),
             "steps_path": None if steps_path is None else str(steps_path),
             "sys_path": self._sys_path,
+            "energy_s": case.settings.energy_s if off is None and self._watch.has_power() else 0.0,
         }
+
+        def told() -> Told:
+            steps, overflows = energy.get("steps"), energy.get("overflow_steps")
+            applied = None if steps is None or overflows is None else steps - overflows
+            return Told(outcome.record["gpu_memory_allocator_peak_mib"], steps, applied, off)
+
         last: dict[str, Any] = {}
         phase = "start"
         try:
@@ -164,6 +235,8 @@ class Supervisor:
                     outcome.record.update(event["values"])
                 elif name == "miss":
                     outcome.record.miss(event["columns"], event["reason"])
+                elif name == "energy":
+                    energy = event
                 elif name == "blocks":
                     outcome.step_s = event["step_s"]
                 elif name in ("done", "error"):
@@ -172,38 +245,29 @@ class Supervisor:
                 elif name == "phase":
                     phase = event["phase"]
                     outcome.phases[phase] = round(time.monotonic() - start, 4)
-                    self._sampler.mark(phase)
+                    self._watch.mark(phase)
                     _answer(process, "")
                     self._listener(case, name, event)
                 elif name == "progress":
                     self._listener(case, name, event)
         except TimeoutError:
             if last.get("event") != "done":
-                return (
-                    "timeout",
-                    f"not finished after {self._timeout_s:g} s, killed in or after phase {phase!r}",
-                )
+                reason = f"not finished after {self._timeout_s:g} s, killed in or after phase {phase!r}"
+                return "timeout", reason, told()
         if last.get("event") == "done":
             # What was measured stands, even if the process then stumbles on its way out.
-            return last["status"], last["reason"]
+            return last["status"], last["reason"], told()
         if last.get("event") == "error":
-            return ("oom" if last["oom"] else "error"), _one_line(f"{last['type']}: {last['message']}")
+            return ("oom" if last["oom"] else "error"), _one_line(f"{last['type']}: {last['message']}"), told()
         code = process.wait(max(min(_GRACE_S, deadline - time.monotonic()), 0.1))
-        return _ended_silently(code, phase)
+        return *_ended_silently(code, phase), told()
 
 
-def worker_environment(environ: Mapping[str, str], device: Device) -> dict[str, str]:
-    """``environ`` with what a worker needs: one visible device, and an allocator whose peak means something."""
-    environment = {**environ, "KERAS_BACKEND": "tensorflow", "PYTHONUNBUFFERED": "1"}
-    environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    if device.uuid is None:
-        environment["CUDA_VISIBLE_DEVICES"] = "-1"
-    else:
-        environment["CUDA_VISIBLE_DEVICES"] = device.uuid
-        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-        # TensorFlow's default pool doubles when it grows, so that its peak says little about the model.
-        environment.setdefault("TF_GPU_ALLOCATOR", "cuda_malloc_async")
-    return environment
+def _energy_off(case: Case) -> str | None:
+    """Why no energy is counted in a case, None where it is."""
+    if case.settings.timing_s == 0:
+        return "timing was off"
+    return "energy was off (--mp-energy 0, or the preset smoke)" if case.settings.energy_s == 0 else None
 
 
 def _ended_silently(code: int | None, phase: str) -> tuple[str, str]:

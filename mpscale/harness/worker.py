@@ -6,9 +6,7 @@ case that it is asked for; see forkserver.py.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -16,9 +14,9 @@ from typing import Any
 
 from mpscale.harness.case import Case
 from mpscale.harness.protocol import PipeChannel
+from mpscale.lifeline import die_with_parent
 from mpscale.telemetry.device import Device
 
-_PR_SET_PDEATHSIG = 1
 _OUT_OF_MEMORY = ("ResourceExhaustedError", "MemoryError")
 _TAIL = 4000
 
@@ -38,6 +36,7 @@ def main() -> int:
             Device.from_json(request["device"]),
             Path(steps_path) if steps_path else None,
             channel,
+            request.get("energy_s", 0.0),
         )
     except (Exception, SystemExit) as error:
         traceback.print_exc()
@@ -51,12 +50,6 @@ def main() -> int:
         return 1
     channel.send("done", status=status, reason=reason, runtime=_runtime())
     return 0
-
-
-def die_with_parent() -> None:
-    """Asks the kernel to end this process when its parent ends, however that happens. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _open_channel() -> PipeChannel:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mpscale.telemetry import host
 from mpscale.telemetry.device import Device
-from mpscale.telemetry.nvml import NoNvml, Nvml
+from mpscale.telemetry.driver import Driver, NoDriver, SilentDriver
 
 PACKAGES = (
     "mpscale",
@@ -57,16 +57,16 @@ _GIT_TIMEOUT_S = 5.0
 _SLUG_LENGTH = 40
 
 
-def environment(device: Device, nvml: Nvml | NoNvml, project_dir: Path) -> dict[str, Any]:
+def environment(device: Device, driver: Driver | NoDriver, project_dir: Path) -> dict[str, Any]:
     """What ``run.json`` says of software and machine, as values that JSON has; None for what is unknown.
 
     Args:
         device: where the run trains.
-        nvml: asked for the versions of the driver.
+        driver: asked for its versions, and for what it knows of the GPU.
         project_dir: the directory whose git commit is recorded.
     """
     return {
-        "packages": _packages(),
+        "packages": packages(),
         "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
         "platform": platform.platform(),
         "kernel": platform.release(),
@@ -75,9 +75,10 @@ def environment(device: Device, nvml: Nvml | NoNvml, project_dir: Path) -> dict[
         "memory_mib": host.memory_mib(),
         "load_average_at_start": host.load_average(),
         "device": device.to_json(),
-        "nvml": nvml.reason if isinstance(nvml, NoNvml) else "works",
-        "nvidia_driver": nvml.driver_version(),
-        "cuda_driver": nvml.cuda_driver_version(),
+        "nvml": driver.reason or "works",
+        "nvidia_driver": driver.driver_version,
+        "cuda_driver": driver.cuda_version,
+        "gpu": _gpu(device, driver),
         "git": _git(project_dir),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
@@ -90,7 +91,21 @@ def run_slug(device: Device) -> str:
     return slug[:_SLUG_LENGTH].rstrip("-") or device.kind
 
 
-def _packages() -> dict[str, str | None]:
+def _gpu(device: Device, driver: Driver | NoDriver) -> dict[str, Any] | None:
+    """What the driver tells of the GPU: ``facts``, the ``ways`` its readings are taken, ``reasons`` for those that are
+    not; None on a CPU.
+    """
+    if device.kind != "gpu" or not isinstance(driver, Driver):
+        return None
+    try:
+        told = driver.facts(device)
+    except SilentDriver as error:
+        return {"reason": str(error)}
+    return {name: told[name] for name in ("facts", "ways", "reasons")}
+
+
+def packages() -> dict[str, str | None]:
+    """Versions of :data:`PACKAGES`, None where one is not installed, and of all that NVIDIA has on the index."""
     versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for distribution in metadata.distributions():
         # A broken installation may have no name; the first of two of one name is the one that gets imported.

@@ -1,182 +1,261 @@
-"""Peak memory of one worker process, watched from outside it.
+"""The process that talks to NVML: ``python -m mpscale.telemetry.sampler``.
 
-The host's figure is a high-water mark kept by the kernel, so reading it at every phase is enough. NVML keeps no such
-mark, so on a GPU a thread samples it. That thread alone talks to NVML: a driver call that hangs then costs a
-figure, never a run.
+It is apart from the training, which it must not slow down, and from pytest, which a driver that hangs or dies must not
+take along. It reads orders and writes answers, JSON objects one a line; each answer has the ``id`` of its order.
+
+- ``{"do": "describe"}``: the driver and its GPUs, or the reason why there are none;
+- ``{"do": "facts", "device": ...}``: what is known of a GPU and how each reading is taken, or why it is not;
+- ``{"do": "start", "device": ..., "pid": ..., "file": ..., "epoch": ...}``: begins to watch a process, into a file of
+  samples with times from ``epoch`` on (of the monotonic clock);
+- ``{"do": "mark", "phase": ...}``: a sample of everything, now; answered when it is on disk;
+- ``{"do": "stop"}``: ends the watch;
+- ``{"do": "look", "device": ...}``: what the GPU is like at this moment.
+
+Memory is looked at every 10 ms, processes whenever it has changed, the energy counter every 20 ms, and everything every
+100 ms and at every phase.
 """
 
 from __future__ import annotations
 
-import threading
+import json
+import os
+import select
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
-from mpscale.telemetry import host
+from mpscale.lifeline import die_with_parent
 from mpscale.telemetry.device import Device
-from mpscale.telemetry.nvml import NoNvml, Nvml
+from mpscale.telemetry.gpu import GARBLED, PROCESS_KINDS, Gpu
+from mpscale.telemetry.nvml import NoNvml, Nvml, open_nvml
+from mpscale.telemetry.samples import Sample, SampleFile
 
-GPU_COLUMN = "gpu_memory_nvml_peak_mib"
-HOST_COLUMN = "host_memory_peak_mib"
-
-INTERVAL_S = 0.05
-MARK_WAIT_S = 0.2
-STOP_WAIT_S = 1.0
-_MOST_REASONS = 3
+FAST_S = 0.01
+ENERGY_S = 0.019
+SLOW_S = 0.1
 
 
-class MemorySampler:
-    """Watches one process after another; to be called from one thread.
+class Family:
+    """Tells whether a process is the worker or was started by it.
 
     Args:
-        nvml: asked for the memory of the process where ``device`` is a GPU.
-        device: where the process trains.
+        pid: the worker.
     """
 
-    def __init__(self, nvml: Nvml | NoNvml, device: Device) -> None:
-        self._nvml = nvml
-        self._device = device
-        self._pid: int | None = None
-        self._host_peak_mib: float | None = None
-        self._gpu: _Watch | _NoWatch = _NoWatch("no process was watched")
-
-    def start(self, pid: int) -> None:
-        """Begins to watch the process ``pid``; what was seen of the one before is forgotten."""
-        self._gpu.stop()
+    def __init__(self, pid: int) -> None:
+        self._known = {pid: True}
         self._pid = pid
-        self._host_peak_mib = None
-        self._gpu = self._watch(pid)
 
-    def mark(self, phase: str) -> None:
-        """Takes a sample now; returns once it is taken, or after 0.2 s where NVML does not answer.
+    def __contains__(self, pid: int) -> bool:
+        # Asked once a process: walking /proc a hundred times a second would cost more than NVML.
+        if pid not in self._known:
+            self._known[pid] = self._descends(pid)
+        return self._known[pid]
+
+    def _descends(self, pid: int) -> bool:
+        while pid > 1:
+            try:
+                stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+            except OSError:
+                return False
+            # The name, in parentheses, may hold anything: the fields count from its end.
+            _, parent, _, session = stat.rpartition(")")[2].split()[:4]
+            # The worker leads a session of its own, which also holds what it left behind.
+            if int(session) == self._pid or int(parent) == self._pid:
+                return True
+            pid = int(parent)
+        return False
+
+
+class Watch:
+    """Takes the samples of one case.
+
+    Args:
+        gpu: asked for readings.
+        pid: the worker.
+        file: takes the samples.
+        epoch: the time from which samples count, of the monotonic clock.
+    """
+
+    def __init__(self, gpu: Gpu, pid: int, file: SampleFile, epoch: float) -> None:
+        self._gpu, self._family, self._file, self._epoch = gpu, Family(pid), file, epoch
+        self._kinds = ["Compute"]
+        self._last: Sample | None = None
+        self._energy_j: float | None = None
+        self._looks, self._gap, self._looked = 0, 0.0, time.monotonic()
+        self._slow_due = self._energy_due = 0.0
+
+    def sample(self, phase: str = "") -> None:
+        """Takes a sample: of memory and energy, and of all else where that is due or a phase was reached.
 
         Args:
-            phase: what the process has just reached; named in the reason should NVML stop answering after it.
+            phase: what the worker has just reached.
         """
-        self._read_host()
-        self._gpu.mark(phase)
+        gpu, now = self._gpu, time.monotonic()
+        slow = bool(phase) or now >= self._slow_due
+        self._looks += 1
+        self._gap = max(self._gap, now - self._looked)
+        self._looked = now
+        sample = Sample(round(now - self._epoch, 4), phase, self._looks, self._gap)
+        memory, last = gpu.read("memory"), self._last
+        if memory is not None:
+            sample.device_memory_mib, sample.reserved_memory_mib = memory
+        if slow:
+            self._find_other_kinds(sample)
+        # The driver makes its list of processes anew each time, which costs; while memory stands still so does that.
+        moved = last is None or memory is None or sample.device_memory_mib != last.device_memory_mib
+        if slow or moved:
+            self._read_processes(sample)
+        energy_due = slow or now >= self._energy_due
+        if energy_due:
+            self._energy_due = now + ENERGY_S
+            energy = gpu.read("energy_mj")
+            sample.energy_j = None if energy is None else energy / 1e3
+        if slow:
+            self._slow_due = now + SLOW_S
+            self._read_state(sample)
+        if slow or moved or (energy_due and sample.energy_j != self._energy_j):
+            self._energy_j = sample.energy_j if energy_due else self._energy_j
+            self._file.write(sample)
+            self._last = sample
+            self._looks, self._gap = 0, 0.0
+        if slow:
+            self._file.tell(gpu.reasons)
+            self._file.flush()
 
-    def stop(self) -> dict[str, dict[str, Any]]:
-        """Ends the watch, within about a second whatever NVML does.
+    def close(self) -> None:
+        """Ends the file."""
+        self._file.close()
 
-        Returns:
-            ``values``, {column: MiB} without the unknown ones, and ``unavailable``, {column: reason} for those.
-        """
-        self._read_host()
-        gpu_peak_mib, gpu_reason = self._gpu.stop()
-        host_reason = "the process ended before its memory could be read, or the system has no /proc"
-        if self._pid is None:
-            host_reason = gpu_reason
-        values: dict[str, Any] = {}
-        unavailable: dict[str, Any] = {}
-        for column, value, reason in (
-            (GPU_COLUMN, gpu_peak_mib, gpu_reason),
-            (HOST_COLUMN, self._host_peak_mib, host_reason),
-        ):
-            if value is None:
-                unavailable[column] = reason
-            else:
-                values[column] = value
-        return {"values": values, "unavailable": unavailable}
+    def _read_processes(self, sample: Sample) -> None:
+        listed = self._gpu.processes(self._kinds)
+        if listed is None:
+            self._file.tell({"processes": f"NVML gives no list of processes: {self._gpu.reasons.get('Compute')}"})
+            return
+        sample.processes = listed.number
+        if listed.by_pid is None:
+            self._file.tell({"processes": GARBLED})
+            return
+        ours = [used for pid, used in listed.by_pid.items() if pid in self._family]
+        sample.listed = bool(ours)
+        sample.other_pids = tuple(pid for pid in listed.by_pid if pid not in self._family)
+        told = [used for used in ours if used]
+        sample.process_memory_mib = sum(told) if told else None
 
-    def _watch(self, pid: int) -> _Watch | _NoWatch:
-        if self._device.kind != "gpu":
-            return _NoWatch(
-                f"trained on a CPU: {self._nvml.reason}" if isinstance(self._nvml, NoNvml) else "trained on a CPU"
-            )
-        if isinstance(self._nvml, NoNvml):
-            return _NoWatch(self._nvml.reason)
-        if self._device.uuid is None:
-            return _NoWatch("NVML gives no UUID for the GPU")
-        if self._gpu.alive:  # a second thread would hang like the first
-            return _NoWatch("NVML did not answer in an earlier case and has not come back")
-        try:
-            return _Watch(self._nvml, self._device.uuid, pid)
-        except RuntimeError as error:  # the host allows no further thread
-            return _NoWatch(f"the sampler could not be started: {error}")
+    def _find_other_kinds(self, sample: Sample) -> None:
+        """A worker under CUDA's multi-process service is in a list of its own, and one that draws in another."""
+        for kind in PROCESS_KINDS[1:]:
+            listed = self._gpu.processes([kind])
+            if listed is None or listed.by_pid is None:
+                continue
+            if kind not in self._kinds and any(pid in self._family for pid in listed.by_pid):
+                self._kinds.append(kind)
+            if kind == "Graphics":
+                sample.graphics_pids = tuple(pid for pid in listed.by_pid if pid not in self._family)
 
-    def _read_host(self) -> None:
-        # The newest reading is the largest, since the kernel keeps the mark. It is also the right one where an early
-        # reading caught the child before exec, when its memory was still that of its parent.
-        peak = host.peak_resident_mib(self._pid) if self._pid is not None else None
-        if peak is not None:
-            self._host_peak_mib = peak
+    def _read_state(self, sample: Sample) -> None:
+        gpu = self._gpu
+        power = gpu.read("power_mw")
+        sample.power_w = None if power is None else power / 1e3
+        for name in ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "utilization", "event_reasons"):
+            setattr(sample, name, gpu.read(name))
 
 
-class _NoWatch:
-    """Stands in for :class:`_Watch` where there is nothing to sample."""
+class Sampler:
+    """Carries out orders, and samples while a case is watched."""
 
-    alive = False
+    def __init__(self) -> None:
+        self._nvml: Nvml | NoNvml = open_nvml()
+        self._gpus: dict[str, Gpu] = {}
+        self._watch: Watch | None = None
+        self._gpu: Gpu | None = None
 
-    def __init__(self, reason: str) -> None:
-        self._reason = reason
-
-    def mark(self, phase: str) -> None:
-        pass
-
-    def stop(self) -> tuple[float | None, str]:
-        return None, self._reason
-
-
-class _Watch:
-    """A thread that samples the GPU memory of one process until it is stopped.
-
-    Its state is its own: a thread that comes back from a hanging call after its case cannot touch the next one.
-    """
-
-    def __init__(self, nvml: Nvml, uuid: str, pid: int) -> None:
-        self._nvml, self._uuid, self._pid = nvml, uuid, pid
-        self._peak_mib: float | None = None
-        self._reasons: dict[str, None] = {}  # an ordered set
-        self._phase = "the start"  # the last one that a sample answered
-        self._asked_phase = self._phase
-        self._asked = self._answered = 0  # numbers of marks
-        self._stopping = False
-        self._changed = threading.Condition()
-        # A daemon: it may be inside a call that never returns when the interpreter ends.
-        self._thread = threading.Thread(target=self._run, name="mpscale-memory-sampler", daemon=True)
-        self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def mark(self, phase: str) -> None:
-        with self._changed:
-            behind = self._answered < self._asked
-            self._asked += 1
-            self._asked_phase = phase
-            mine = self._asked
-            self._changed.notify_all()
-            if not behind:  # a driver that still owes the last mark its sample has been waited for already
-                self._changed.wait_for(lambda: self._answered >= mine, MARK_WAIT_S)
-
-    def stop(self) -> tuple[float | None, str]:
-        with self._changed:
-            waited_before, self._stopping = self._stopping, True
-            self._changed.notify_all()
-        self._thread.join(0 if waited_before else STOP_WAIT_S)
-        with self._changed:
-            peak_mib = self._peak_mib
-            if self.alive:
-                # Whatever came after is unseen, so the largest figure so far is no peak.
-                seen = "nothing was seen" if peak_mib is None else f"{peak_mib:.0f} MiB was the most until then"
-                return None, f"NVML stopped answering after {self._phase}; {seen}"
-            return peak_mib, "; ".join(self._reasons) or "the process ended before the first sample"
-
-    def _run(self) -> None:
+    def serve(self) -> None:
+        """Answers orders until standard input is closed."""
+        pending = b""
+        due = time.monotonic()
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._asked > self._answered, INTERVAL_S)
-                if self._stopping:
+            wait = None if self._watch is None else max(due - time.monotonic(), 0.0)
+            readable, _, _ = select.select([0], [], [], wait)
+            if readable:
+                chunk = os.read(0, 65536)
+                if not chunk:
                     return
-                asked, phase = self._asked, self._asked_phase
-            try:
-                used_mib, reason = self._nvml.process_memory_mib(self._uuid, self._pid)
-            except Exception as error:  # nothing that happens here may end the run
-                used_mib, reason = None, f"the sampler failed: {type(error).__name__}: {error}"
-            with self._changed:
-                if used_mib is not None:
-                    self._peak_mib = max(used_mib, self._peak_mib or 0.0)
-                elif reason and len(self._reasons) < _MOST_REASONS:
-                    self._reasons[reason] = None
-                self._answered, self._phase = asked, phase
-                self._changed.notify_all()
+                *lines, pending = (pending + chunk).split(b"\n")
+                for line in lines:
+                    self._answer(json.loads(line))
+            if self._watch is not None and time.monotonic() >= due:
+                self._watch.sample()
+                # From now on, not from when it was due: what was missed is not made up for in a burst.
+                due = max(due + FAST_S, time.monotonic() + FAST_S / 2)
+
+    def _answer(self, order: dict[str, Any]) -> None:
+        answer = getattr(self, f"_{order['do']}")(order)
+        sys.stdout.write(json.dumps({"id": order["id"], **answer}) + "\n")
+        sys.stdout.flush()
+
+    def _describe(self, order: dict[str, Any]) -> dict[str, Any]:
+        nvml = self._nvml
+        if isinstance(nvml, NoNvml):
+            return {"reason": nvml.reason}
+        return {
+            "reason": None,
+            "driver": nvml.driver_version(),
+            "cuda_driver": nvml.cuda_driver_version(),
+            "devices": [device.to_json() for device in nvml.devices()],
+        }
+
+    def _facts(self, order: dict[str, Any]) -> dict[str, Any]:
+        gpu = self._opened(order)
+        return {"facts": gpu.facts(), "ways": gpu.ways, "reasons": self._reasons(gpu)}
+
+    def _start(self, order: dict[str, Any]) -> dict[str, Any]:
+        self._stop(order)
+        self._gpu = gpu = self._opened(order)
+        self._watch = Watch(gpu, order["pid"], SampleFile(Path(order["file"])), order["epoch"])
+        self._watch.sample()
+        return {"settings": gpu.settings(), "ways": gpu.ways, "lost": gpu.lost}
+
+    def _mark(self, order: dict[str, Any]) -> dict[str, Any]:
+        if self._watch is not None:
+            self._watch.sample(order["phase"])
+        return {}
+
+    def _stop(self, order: dict[str, Any]) -> dict[str, Any]:
+        if self._watch is None or self._gpu is None:
+            return {}
+        self._watch.sample("end")
+        self._watch.close()
+        self._watch = None
+        return {"settings": self._gpu.settings(), "lost": self._gpu.lost}
+
+    def _look(self, order: dict[str, Any]) -> dict[str, Any]:
+        gpu = self._opened(order)
+        processes = gpu.processes(["Compute", "MPSCompute"])
+        graphics = gpu.processes(["Graphics"])
+        memory = gpu.read("memory")
+        return {
+            "temperature_c": gpu.read("temperature_c"),
+            "event_reasons": gpu.read("event_reasons"),
+            "processes": None if processes is None else processes.number,
+            "graphics_processes": None if graphics is None else graphics.number,
+            "used_mib": None if memory is None else memory.used_mib,
+            "lost": gpu.lost,
+        }
+
+    def _opened(self, order: dict[str, Any]) -> Gpu:
+        assert isinstance(self._nvml, Nvml)  # nobody asks for a GPU where none was described
+        device = Device.from_json(order["device"])
+        if str(device.uuid) not in self._gpus:
+            self._gpus[str(device.uuid)] = Gpu(self._nvml, device)
+        return self._gpus[str(device.uuid)]
+
+    def _reasons(self, gpu: Gpu) -> dict[str, str]:
+        garbled = {} if gpu.entries_fit else dict.fromkeys(PROCESS_KINDS, GARBLED)
+        return {**gpu.reasons, **garbled}
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    Sampler().serve()

@@ -30,25 +30,33 @@ class Timing:
         block_s: seconds of each block (blocks,).
         steps_per_block: steps in each.
         overflow_steps: steps with a non-finite gradient among them, None where the mode does not know.
-        empty_call_s: seconds of a call that does no work.
     """
 
     block_s: npt.NDArray[np.float64]
     steps_per_block: int
     overflow_steps: int | None
-    empty_call_s: float
 
     @property
     def step_s(self) -> npt.NDArray[np.float64]:
         """Seconds per step, of each block."""
         return self.block_s / self.steps_per_block
 
-    def values(self, batch_size: int) -> dict[str, Any]:
-        """The columns of a record that follow from it."""
+    @property
+    def steps(self) -> int:
+        """Steps in all blocks."""
+        return len(self.block_s) * self.steps_per_block
+
+    def values(self, batch_size: int, empty_call_s: float) -> dict[str, Any]:
+        """The columns of a record that follow from it.
+
+        Args:
+            batch_size: examples per step.
+            empty_call_s: seconds of a call that does no work, as :func:`time_empty_call` says.
+        """
         step_ms = self.step_s * 1e3
         median = float(np.median(step_ms))
-        steps = len(step_ms) * self.steps_per_block
-        share = min(self.empty_call_s * 1e3 / median, 1.0)
+        steps = self.steps
+        share = min(empty_call_s * 1e3 / median, 1.0)
         values: dict[str, Any] = {
             "step_time_ms_median": median,
             "step_time_ms_p10": float(np.percentile(step_ms, 10)),
@@ -109,16 +117,38 @@ def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int)
             log = step.read_log()
             blocks.append((time.perf_counter_ns() - start) / 1e9)
             flags.append(log[:, 2])
-        empty = _empty_call_s(step)
     finally:
         if collecting:
             gc.enable()
+    return Timing(np.array(blocks), per_block, _overflows(flags))
+
+
+def keep_going(step: TrainStep, per_block: int, seconds: float) -> tuple[int, int | None]:
+    """Takes steps as :func:`time_steps` does for ``seconds``, so that the energy of many can be counted.
+
+    Returns:
+        How many were taken, and with a non-finite gradient among them; None for that where the mode does not know.
+    """
+    steps = 0
+    flags: list[npt.NDArray[np.float32]] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(per_block):
+            step()
+        flags.append(step.read_log()[:, 2])
+        steps += per_block
+    return steps, _overflows(flags)
+
+
+def _overflows(flags: list[npt.NDArray[np.float32]]) -> int | None:
+    """Number of overflow steps in the logs of blocks, None where the mode does not know."""
+    if not flags:
+        return 0
     overflow = np.concatenate(flags)
-    known = overflow[0] != UNKNOWN
-    return Timing(np.array(blocks), per_block, int(np.sum(overflow == 1.0)) if known else None, empty)
+    return int(np.sum(overflow == 1.0)) if overflow[0] != UNKNOWN else None
 
 
-def _empty_call_s(step: TrainStep) -> float:
+def time_empty_call(step: TrainStep) -> float:
     """Seconds of an empty call, the median over blocks of calls."""
     step.empty()
     step.synchronise()

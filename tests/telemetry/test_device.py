@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from mpscale.telemetry.device import Device, find_device
-from mpscale.telemetry.nvml import NoNvml
 
 GPUS = [
     Device("gpu", "NVIDIA H200", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", (9, 0), 143_771.0),
@@ -16,19 +13,15 @@ GPUS = [
 ]
 
 
-class FakeNvml:
-    """Knows :data:`GPUS`, or those it is given."""
-
-    def __init__(self, gpus: list[Device] = GPUS) -> None:
-        self.gpus = gpus
-
-    def devices(self) -> list[Device]:
-        return self.gpus
+A100 = Device("gpu", "NVIDIA A100", "GPU-aaaa0000-0000-0000-0000-000000000000", (8, 0), 40_960.0, "0000:07", mig=True)
+MIG = [
+    Device("gpu", f"NVIDIA A100 MIG {size}", f"MIG-bbbb{n}000-0000-0000-0000-000000000000").part_of(A100)
+    for n, size in enumerate(("3g.20gb", "1g.5gb"))
+]
 
 
-def find(visible: str | None, nvml: Any = None) -> Device:
-    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    return find_device(nvml or FakeNvml(), environ)
+def find(visible: str | None, devices: list[Device] = GPUS) -> Device:
+    return find_device(devices, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
 
 
 @pytest.mark.parametrize(
@@ -54,10 +47,9 @@ def test_hidden_gpus_leave_the_cpu(visible: str) -> None:
     assert find(visible).kind == "cpu"
 
 
-@pytest.mark.parametrize("visible", [None, "0", "GPU-8932a", ""])
-@pytest.mark.parametrize("nvml", [NoNvml("no driver"), FakeNvml([])], ids=["no NVML", "no GPU"])
-def test_where_nvml_knows_no_gpu_it_is_the_cpu(visible: str | None, nvml: Any) -> None:
-    device = find(visible, nvml)
+@pytest.mark.parametrize("visible", [None, "0", "GPU-8932a", "MIG-57fdd0f8", ""])
+def test_where_nvml_knows_no_gpu_it_is_the_cpu(visible: str | None) -> None:
+    device = find(visible, [])
     assert (device.kind, device.uuid, device.compute_capability, device.has_tf32) == ("cpu", None, None, False)
     assert device.name
     assert device.memory_mib is None or device.memory_mib > 0
@@ -83,10 +75,35 @@ def test_what_names_no_single_gpu_is_refused_with_a_list(visible: str, words: st
     assert "1: Tesla V100, GPU-8932aaaa" in message
 
 
-@pytest.mark.parametrize("nvml", [FakeNvml(), NoNvml("no driver")])
-def test_mig_is_refused_even_where_it_cannot_be_seen(nvml: Any) -> None:
-    with pytest.raises(ValueError, match="MIG is not supported yet"):
-        find("MIG-57fdd0f8-4e2e-5b0c-8e5c-0a5d1a2b3c4d", nvml)
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, MIG[0]),
+        ("0", MIG[0]),
+        ("1", GPUS[0]),
+        ("GPU-aaaa", MIG[0]),
+        ("MIG-bbbb1", MIG[1]),
+        ("MIG-bbbb1000-0000-0000-0000-000000000000,0", MIG[1]),
+    ],
+)
+def test_of_a_gpu_in_mig_mode_it_is_an_instance(visible: str | None, expected: Device) -> None:
+    found = find(visible, [A100, *MIG, *GPUS])
+    assert found == expected
+    if expected in MIG:
+        assert (found.parent_uuid, found.compute_capability) == (A100.uuid, (8, 0))
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "words"),
+    [
+        ("0", [A100], "has no instance"),
+        ("MIG-bbbb", [A100, *MIG], "matches several"),
+        ("MIG-cccc", [A100, *MIG], "matches no GPU"),
+    ],
+)
+def test_mig_instance_that_is_not_there(visible: str, devices: list[Device], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        find(visible, devices)
 
 
 def test_a_gpu_without_uuid_is_refused() -> None:
@@ -94,6 +111,6 @@ def test_a_gpu_without_uuid_is_refused() -> None:
         find("2")
 
 
-@pytest.mark.parametrize("device", [*GPUS, Device("cpu", "Intel", memory_mib=1.5)])
+@pytest.mark.parametrize("device", [*GPUS, A100, *MIG, Device("cpu", "Intel", memory_mib=1.5)])
 def test_json_and_back(device: Device) -> None:
     assert Device.from_json(device.to_json()) == device

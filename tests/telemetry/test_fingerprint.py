@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from mpscale.telemetry.device import Device
+from mpscale.telemetry.driver import NoDriver
 from mpscale.telemetry.fingerprint import environment, run_slug
-from mpscale.telemetry.nvml import NoNvml
 
 CPU = Device("cpu", "Intel(R) Xeon(R) Processor", memory_mib=1024.0)
 
 
 def look(directory: Path) -> dict[str, Any]:
-    return environment(CPU, NoNvml("no driver"), directory)
+    return environment(CPU, NoDriver("no driver"), directory)
 
 
 def git(directory: Path, *arguments: str) -> str:

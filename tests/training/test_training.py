@@ -10,7 +10,7 @@ from mpscale.training.evaluation import Evaluator
 from mpscale.training.order import batches
 from mpscale.training.scalers import UNKNOWN, scaler_for
 from mpscale.training.step import LOG_CAPACITY, TrainStep
-from mpscale.training.timing import Timing, time_steps, warm_up
+from mpscale.training.timing import Timing, keep_going, time_empty_call, time_steps, warm_up
 from mpscale.training.trainer import Training, train, weights_finite
 from mpscale.workloads import Data, Workload
 from mpscale.workloads.workload import sparse_cross_entropy
@@ -228,16 +228,16 @@ def test_hysteresis_reaches_the_rule():
 
 
 def test_timing_is_made_of_blocks():
-    timing = Timing(np.array([0.02, 0.04, 0.03]), 10, 6, 0.0009)
-    values = timing.values(batch_size=50)
+    timing = Timing(np.array([0.02, 0.04, 0.03]), 10, 6)
+    values = timing.values(batch_size=50, empty_call_s=0.0009)
     assert values["step_time_ms_median"] == pytest.approx(3.0)
     assert values["examples_per_s"] == pytest.approx(50 / 3e-3)
     assert values["step_time_ms_per_applied"] == pytest.approx(90 / 24)
     assert values["timed_steps"] == 30
     assert values["dispatch_share"] == pytest.approx(0.3)
     assert values["dispatch_bound"] is False
-    assert Timing(np.array([0.01]), 10, 10, 0.0).values(1)["step_time_ms_per_applied"] is None
-    assert "timed_overflow_steps" not in Timing(np.array([0.01]), 10, None, 0.0).values(1)
+    assert Timing(np.array([0.01]), 10, 10).values(1, 0.0)["step_time_ms_per_applied"] is None
+    assert "timed_overflow_steps" not in Timing(np.array([0.01]), 10, None).values(1, 0.0)
 
 
 def test_timing_has_its_blocks_and_counts_its_overflows_apart():
@@ -248,7 +248,19 @@ def test_timing_has_its_blocks_and_counts_its_overflows_apart():
     assert len(timing.block_s) >= 5
     assert timing.overflow_steps == 0
     assert (timing.block_s > 0).all()
-    assert timing.empty_call_s > 0
+    assert 0 < time_empty_call(step) < 1
+
+
+def test_steps_that_are_added_for_energy_count_their_overflows():
+    _, step = make_step(initial=2.0**126, maximum=2.0**126, minimum=2.0**126)
+    step()
+    step.read_log()
+    steps, overflows = keep_going(step, 4, seconds=0.05)
+    assert steps == overflows > 0
+    assert steps % 4 == 0
+    _, step = make_step("fp32")
+    assert keep_going(step, 4, seconds=0.05)[1] is None
+    assert keep_going(step, 4, seconds=-1.0) == (0, 0)
 
 
 @pytest.mark.parametrize("mode", [name for name in MODES if name != "article"])

@@ -1,0 +1,139 @@
+"""Energy of the timed steps: by the GPU's counter, and by the integral of its power.
+
+The counter moves in steps of about a tenth of a second, and most power readings are means over a second, so a window
+shorter than ten seconds says little.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from mpscale.telemetry.findings import Findings
+from mpscale.telemetry.samples import Sample, Samples
+
+HEADLINE = "gpu_energy_j_per_step"
+COLUMNS = (
+    HEADLINE,
+    "gpu_energy_method",
+    "gpu_energy_j_per_applied_step",
+    "gpu_energy_net_j_per_step",
+    "gpu_energy_counter_j",
+    "gpu_energy_power_j",
+    "gpu_energy_window_s",
+    "gpu_energy_steps",
+    "gpu_power_w_mean",
+    "gpu_power_source",
+    "gpu_idle_power_w",
+)
+SHORTEST_WINDOW_S = 10.0
+IDLE_S = 2.0
+_FEWEST_IDLE_SAMPLES = 5
+_LARGEST_POWER_GAP_S = 1.0
+
+
+def timed_window(samples: Samples) -> tuple[Sample, Sample] | None:
+    """The samples at both ends of the timed steps, those included that were added for the sake of energy."""
+    start = samples.at("timing-start")
+    end = samples.at("energy-end") or samples.at("timing-end")
+    return (start, end) if start is not None and end is not None else None
+
+
+def energy_columns(
+    samples: Samples, steps: int | None, applied: int | None, power_source: str | None, off: str | None
+) -> Findings:
+    """The columns on energy and power.
+
+    Args:
+        samples: of the whole case.
+        steps: steps taken in the window, None where the case did not get through it.
+        applied: of them, those that were not skipped; None where the mode does not tell.
+        power_source: what NVML's power is.
+        off: why energy was not to be measured, None where it was.
+    """
+    found = Findings()
+    window = timed_window(samples)
+    if off is not None or window is None or not steps:
+        found.unavailable = dict.fromkeys(COLUMNS, off or "the case ended before that")
+        return found
+    start, end = window
+    seconds = end.time_s - start.time_s
+    counter, counter_reason = _by_counter(samples, start.time_s, end.time_s)
+    power, power_reason = _by_power(samples.between(start, end), samples)
+    short = None
+    told = samples.known("energy_j") or samples.known("power_w")
+    if told and round(seconds, 2) < SHORTEST_WINDOW_S:
+        short = f"a window of {seconds:.1f} s, and the GPU's sensors need {SHORTEST_WINDOW_S:g}"
+    found.put("gpu_energy_window_s", seconds, "")
+    found.put("gpu_energy_steps", steps, "")
+    found.put("gpu_energy_counter_j", None if short else counter, short or counter_reason)
+    found.put("gpu_energy_power_j", None if short else power, short or power_reason)
+    joules = None if short else (counter if counter is not None else power)
+    reason = short or f"{counter_reason}; {power_reason}"
+    idle, idle_reason = _idle_power(samples)
+    found.put("gpu_idle_power_w", idle, idle_reason)
+    found.put("gpu_power_source", power_source, samples.reasons.get("power_mw", "NVML gives no power"))
+    mean = joules / seconds if joules is not None else (power / seconds if power is not None else None)
+    found.put("gpu_power_w_mean", mean, reason)
+    found.put(HEADLINE, None if joules is None else joules / steps, reason)
+    found.put("gpu_energy_method", None if joules is None else ("counter" if counter is not None else "power"), reason)
+    per_applied = joules / applied if joules is not None and applied else None
+    no_applied = "no step was applied" if applied == 0 else "the mode checks no gradient"
+    found.put("gpu_energy_j_per_applied_step", per_applied, reason if joules is None else no_applied)
+    net = None if joules is None or idle is None else (joules - idle * seconds) / steps
+    if net is not None and net <= 0:
+        net, idle_reason = None, "the GPU drew no more than before the case"
+    found.put("gpu_energy_net_j_per_step", net, reason if joules is None else idle_reason)
+    return found
+
+
+def _by_counter(samples: Samples, start_s: float, end_s: float) -> tuple[float | None, str]:
+    """Joules between two times, or why the counter does not tell."""
+    # Where the counter moved, and when that was seen; between two such points it is taken to run evenly.
+    points: list[tuple[float, float]] = []
+    for row in samples.rows:
+        if row.energy_j is not None and (not points or row.energy_j != points[-1][1]):
+            if points and row.energy_j < points[-1][1]:
+                return None, "the energy counter went backwards: the driver was loaded anew"
+            points.append((row.time_s, row.energy_j))
+    if not points:
+        return None, samples.reasons.get("energy_mj", "NVML gives no energy counter")
+    inside = sum(start_s <= time <= end_s for time, _ in points)
+    if inside < 2:
+        return None, "the energy counter did not move"
+    return _at(points, end_s) - _at(points, start_s), ""
+
+
+def _at(points: list[tuple[float, float]], time_s: float) -> float:
+    """The counter at a time, by a straight line through its two neighbours; at the ends, through the two that are next.
+
+    So what was used since its last step counts, too.
+    """
+    pairs = list(pairwise(points))
+    (before_s, before), (after_s, after) = next((pair for pair in pairs if time_s <= pair[1][0]), pairs[-1])
+    return before + (after - before) * (time_s - before_s) / (after_s - before_s)
+
+
+def _by_power(rows: list[Sample], samples: Samples) -> tuple[float | None, str]:
+    """Joules by the trapezoidal rule over the power readings, or why there are none."""
+    read = [(row.time_s, row.power_w) for row in rows if row.power_w is not None]
+    if len(read) < 2 or rows[0].power_w is None or rows[-1].power_w is None:
+        return None, samples.reasons.get("power_mw", "NVML gave no power at both ends of the window")
+    gap = max(later - earlier for (earlier, _), (later, _) in pairwise(read))
+    if gap > _LARGEST_POWER_GAP_S:
+        return None, f"power was not read for {gap:.1f} s"
+    joules = math.fsum((b - a) * (p + q) / 2 for (a, p), (b, q) in pairwise(read))
+    return (joules, "") if joules > 0 else (None, "NVML says that the GPU draws no power")
+
+
+def _idle_power(samples: Samples) -> tuple[float | None, str]:
+    """Mean power right before the worker touched the GPU."""
+    before = samples.until("idle")
+    if not before:
+        return None, "the case ended before that"
+    end = before[-1].time_s
+    read = [row.power_w for row in before if row.power_w is not None and row.time_s >= end - IDLE_S]
+    if len(read) < _FEWEST_IDLE_SAMPLES:
+        return None, samples.reasons.get("power_mw", f"{len(read)} readings of power before the GPU was touched")
+    mean = math.fsum(read) / len(read)
+    return (mean, "") if mean > 0 else (None, "NVML says that the GPU draws no power")

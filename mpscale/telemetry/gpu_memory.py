@@ -1,0 +1,143 @@
+"""Memory of a case on a GPU: which figure is the headline, and whether the figures agree."""
+
+from __future__ import annotations
+
+from mpscale.telemetry.findings import Findings
+from mpscale.telemetry.samples import Sample, Samples
+
+HEADLINE = "gpu_memory_nvml_peak_mib"
+COLUMNS = (
+    HEADLINE,
+    "gpu_memory_method",
+    "gpu_memory_process_peak_mib",
+    "gpu_memory_device_rise_mib",
+    "gpu_memory_idle_mib",
+    "gpu_memory_context_mib",
+    "gpu_memory_reserved_mib",
+    "gpu_memory_unexplained_mib",
+    "gpu_sample_interval_ms",
+    "gpu_sample_gap_ms",
+)
+PROCESS, DEVICE = "process", "device-minus-idle"
+
+
+def memory_columns(samples: Samples, allocator_peak_mib: float | None, silent_after: str | None) -> Findings:
+    """The columns on memory, but for those of TensorFlow's allocator.
+
+    Args:
+        samples: of the whole case.
+        allocator_peak_mib: the peak of TensorFlow's allocator, for the reconciliation.
+        silent_after: the phase after which NVML stopped answering, None where it answered to the end.
+    """
+    found = Findings()
+    idle, context = samples.at("idle"), samples.at("context-ready")
+    process, process_reason = _process_peak(samples, idle)
+    rise, rise_reason = _device_rise(samples, idle)
+    if silent_after is not None:
+        # What came after is unseen, so the largest figure until then is no peak.
+        seen = "nothing was seen" if process is None else f"{process:.0f} MiB was the most until then"
+        process_reason = rise_reason = f"NVML stopped answering after {silent_after}; {seen}"
+        process = rise = None
+    found.put("gpu_memory_process_peak_mib", process, process_reason)
+    found.put("gpu_memory_device_rise_mib", rise, rise_reason)
+    found.put("gpu_memory_idle_mib", idle and idle.device_memory_mib, _why(samples, "memory", "the case did not start"))
+    found.put(
+        "gpu_memory_reserved_mib",
+        max(samples.known("reserved_memory_mib"), default=None),
+        _why(samples, "memory", "this driver does not tell reserved memory apart"),
+    )
+    headline, method, reason = _headline(samples, process, process_reason, rise, rise_reason)
+    found.put(HEADLINE, headline, reason)
+    found.put("gpu_memory_method", method, reason)
+    at_context = _at_context(idle, context, method)
+    found.put("gpu_memory_context_mib", at_context, reason if method is None else "the case ended before that")
+    unexplained = None
+    if headline is not None and at_context is not None and allocator_peak_mib is not None:
+        unexplained = headline - at_context - allocator_peak_mib
+    missing = "needs a peak by NVML, the context's memory and the allocator's peak, and one of them is unknown"
+    found.put("gpu_memory_unexplained_mib", unexplained, missing)
+    looks = sum(row.looks for row in samples.rows)
+    span = samples.rows[-1].time_s - samples.rows[0].time_s if samples.rows else 0.0
+    few = "the case ended before a second sample"
+    found.put("gpu_sample_interval_ms", span / (looks - 1) * 1e3 if looks > 1 else None, few)
+    found.put("gpu_sample_gap_ms", max(row.gap_s for row in samples.rows) * 1e3 if looks > 1 else None, few)
+    return found
+
+
+def _process_peak(samples: Samples, idle: Sample | None) -> tuple[float | None, str]:
+    """The largest memory of worker and descendants, or why the driver's list of processes does not give it."""
+    if idle is not None and idle.listed:
+        return None, (
+            "the driver's list held the worker's number before it used the GPU: this runs in a container with a PID "
+            "namespace of its own, and the number is another process's"
+        )
+    peak = max(samples.known("process_memory_mib"), default=0.0)
+    if peak > 0:
+        return peak, ""
+    listed = [row.listed for row in samples.rows if row.listed is not None]
+    if not listed:
+        return None, _why(samples, "processes", "the process ended before the first sample")
+    if any(listed):
+        return None, "NVML lists the process but not its memory, as under WSL2 and in some containers"
+    return None, (
+        "NVML does not list the process: it held no GPU memory, or this runs in a container with a PID namespace of "
+        "its own and NVML numbers processes as the host does"
+    )
+
+
+def _device_rise(samples: Samples, idle: Sample | None) -> tuple[float | None, str]:
+    """How far the memory in use on the GPU rose above what it was before the worker touched it."""
+    if idle is None or idle.device_memory_mib is None:
+        return None, _why(samples, "memory", "the case ended before the GPU was touched")
+    later = [row.device_memory_mib for row in samples.after("idle") if row.device_memory_mib is not None]
+    rise = max(later, default=idle.device_memory_mib) - idle.device_memory_mib
+    return (rise, "") if rise > 0 else (None, "memory in use on the GPU did not rise during the case")
+
+
+def _headline(
+    samples: Samples, process: float | None, process_reason: str, rise: float | None, rise_reason: str
+) -> tuple[float | None, str | None, str]:
+    """The peak that counts, how it was found, and why there is none.
+
+    The process's own figure where there is one. Else what the GPU's use rose by, if nobody else can have had a part in
+    it.
+    """
+    if process is not None:
+        return process, PROCESS, ""
+    if rise is None:
+        return None, None, process_reason if process_reason == rise_reason else f"{process_reason}; and {rise_reason}"
+    if not alone(samples):
+        return None, None, f"{process_reason}; and other processes used the GPU, so what it rose by is not the case's"
+    return rise, DEVICE, ""
+
+
+def alone(samples: Samples) -> bool:
+    """Whether nobody but the case can have used the GPU, as far as the driver's list of processes tells.
+
+    In a container the worker has another number in that list: the one process that appears after the case has begun
+    is then taken for it.
+    """
+    idle = samples.at("idle")
+    at_idle = idle.processes if idle is not None else 0
+    most = max((row.processes or 0 for row in samples.rows), default=0)
+    listed = any(row.listed for row in samples.rows) and not (idle is not None and idle.listed)
+    if listed:
+        return not any(row.other_pids for row in samples.rows)
+    pids = {pid for row in samples.rows for pid in row.other_pids or ()}
+    return not at_idle and most <= 1 and len(pids) <= 1
+
+
+def _at_context(idle: Sample | None, context: Sample | None, method: str | None) -> float | None:
+    """Memory that CUDA's context took before anything was built, by the headline's method."""
+    if context is None:
+        return None
+    if method == PROCESS:
+        return context.process_memory_mib
+    if method == DEVICE and idle is not None and None not in (idle.device_memory_mib, context.device_memory_mib):
+        assert context.device_memory_mib is not None and idle.device_memory_mib is not None
+        return context.device_memory_mib - idle.device_memory_mib
+    return None
+
+
+def _why(samples: Samples, reading: str, otherwise: str) -> str:
+    return samples.reasons.get(reading, otherwise)

@@ -1,0 +1,262 @@
+"""Whole runs on a machine with a GPU, whose driver is a stand-in and whose training the CPU does."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from nvml_stand_in import Script
+
+import mpscale
+from mpscale.telemetry.samples import read_samples
+
+TESTS = Path(__file__).parents[1]
+SUITE = f"""
+import os, re, sys
+from pathlib import Path
+sys.path.append({str(TESTS)!r})
+
+PATH = Path(os.environ["MPSCALE_STAND_IN_NVML"])
+PEAKS = {{"fp32": 3000, "tf32": 3100, "mixed-static": 1800, "mixed-dynamic": 1900, "mixed-bf16": 1700}}
+"""
+PEAKS = {"fp32": 3000.0, "tf32": 3100.0, "mixed-static": 1800.0, "mixed-dynamic": 1900.0, "mixed-bf16": 1700.0}
+CHANGE = """
+def script(pattern, line):
+    text = re.sub(pattern, line, PATH.read_text())
+    fresh = PATH.with_name("suite.new")
+    fresh.write_text(text)
+    fresh.replace(PATH)
+
+def worker(*steps):
+    script("process compute @worker .*", "process compute @worker " + " ".join(steps))
+"""
+
+
+class Machine:
+    """A machine with one GPU, and a suite to run on it.
+
+    Args:
+        folder: where the suite and its results are.
+        library: the folder of the stand-in.
+    """
+
+    def __init__(self, folder, library):
+        self.folder, self.library = folder, library
+        self.script = Script(folder / "nvml.txt")
+        self.script.process("compute", "@worker", 300)
+        (folder / "pytest.ini").write_text("[pytest]\n")
+
+    def run(self, suite, *options, **variables):
+        (self.folder / "test_suite.py").write_text(SUITE + CHANGE + suite)
+        environ = {**os.environ, **self.script.environ(self.library), **variables}
+        if "CUDA_VISIBLE_DEVICES" not in variables:
+            environ.pop("CUDA_VISIBLE_DEVICES", None)
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--mp-workloads", "mnist1d-mlp", *options],
+            cwd=self.folder,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    def path(self):
+        (path,) = (self.folder / "results" / "runs").iterdir()
+        return path
+
+    def events(self, name):
+        lines = (self.path() / "journal.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+@pytest.fixture
+def machine(tmp_path, stand_in_nvml):
+    return Machine(tmp_path, stand_in_nvml)
+
+
+QUICK = ("--mp-preset", "smoke", "--mp-seeds", "1", "--mp-start-method", "fork")
+PLAIN = "def test_training(mp_case, benchmark):\n    mp_case.measure(benchmark)\n"
+
+
+def test_main_job_holds_the_peaks_of_the_script(machine):
+    machine.script.process("graphics", 4242, 120)
+    done = machine.run(
+        """
+def test_training(mp_case, benchmark):
+    worker("0:400", f"0.05:{PEAKS[mp_case.case.mode]}", "0.11:900")
+    mp_case.measure(benchmark)
+""",
+        *QUICK,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = mpscale.read_run(machine.path())
+    cases = run.cases.set_index("mode")
+    assert set(cases.index) == set(PEAKS)
+    assert (cases["status"] == "ok").all()
+    assert cases["gpu_memory_nvml_peak_mib"].to_dict() == PEAKS
+    assert set(cases["gpu_memory_method"]) == {"process"}
+    assert set(cases["gpu_memory_idle_mib"]) == {570.0}
+    assert set(cases["gpu_memory_reserved_mib"]) == {500.0}
+    assert set(cases["gpu_graphics_processes"]) == {1}
+    assert set(cases["gpu_other_processes"]) == {0}
+    assert set(cases["gpu_allocator"]) == {"cuda_malloc_async"}
+    assert set(cases["tf32"].astype(bool) == (cases.index != "fp32")) == {True}
+    assert cases["gpu_energy_j_per_step"].isna().all()
+    assert all("energy was off" in reasons["gpu_energy_j_per_step"] for reasons in cases["unavailable"])
+    summary = run.summary.set_index("mode")
+    assert summary["gpu_memory_ratio"]["mixed-static"] == pytest.approx(0.6)
+    environment = json.loads((machine.path() / "run.json").read_text())["environment"]
+    facts = environment["gpu"]["facts"]
+    assert (facts["power_limit_w"], facts["ecc"], facts["vbios"]) == (400.0, True, "92.00.45.00.03")
+    assert environment["gpu"]["ways"]["power_mw"] == "instant"
+    report = (machine.path() / "report.md").read_text()
+    assert "mpscale stand-in A100" in report
+    # The samples that the peaks were taken from are kept.
+    frame = pd.read_csv(machine.path() / "gpu" / "mnist1d-mlp--fp32--s0--r0--a1.csv.gz", comment="#")
+    assert frame["process_memory_mib"].max() == 3000.0
+    assert {"idle", "context-ready", "timing-start", "timing-end", "done"} <= set(frame["phase"].dropna())
+
+
+def test_states_of_the_gpu_that_spoil_a_case(machine):
+    """In turn: throttled and then not; company that stays; a changed power limit; a GPU that is lost; and after."""
+    done = machine.run(
+        """
+import itertools, threading, time
+number = itertools.count()
+
+def cool_when_a_case_has_finished():
+    while not any("case_finished" in path.read_text() for path in Path("results/runs").glob("*/journal.jsonl")):
+        time.sleep(0.05)
+    script("event_reasons .*", "event_reasons 0")
+
+def test_training(mp_case, benchmark):
+    turn = next(number)
+    if turn == 0:
+        script("event_reasons .*", "event_reasons 0x40")
+        threading.Thread(target=cool_when_a_case_has_finished).start()
+    if turn == 1:
+        script("(process compute @worker .*)", r"\\1\\nprocess compute 4242 100")
+    if turn == 2:
+        script("process compute 4242 100\\n", "")
+        script("power_limit_w .*", "power_limit_w 300")
+    if turn == 3:
+        script("power_limit_w .*", "power_limit_w 400")
+        threading.Timer(1.5, script, ("temperature_c .*", "temperature_c 40\\nlost 0")).start()
+    mp_case.measure(benchmark)
+""",
+        *QUICK,
+        "--mp-gpu-retries=1",
+        "--mp-cool-down=3",
+    )
+    assert done.returncode == 1
+    finished = [event["record"] for event in machine.events("case_finished")]
+    seen = [(record["status"], record["attempts"]) for record in finished]
+    assert seen == [
+        ("invalid", 1),
+        ("ok", 2),
+        ("invalid", 1),
+        ("invalid", 2),
+        ("invalid", 1),
+        ("crashed", 1),
+        ("error", 1),
+    ], done.stdout
+    reasons = [record.get("status_reason") or "" for record in finished]
+    assert "throttled" in reasons[0] and "hardware thermal slowdown" in reasons[0]
+    assert "4242" in reasons[2]
+    assert "the power limit (W) was changed since the first case: 400 to 300" in reasons[4]
+    assert "GPU was lost" in reasons[5]
+    assert "not started: the GPU was lost in" in reasons[6]
+    assert all(record["step_time_ms_median"] > 0 for record in finished[:6])  # what was measured is kept
+    assert "run again" in done.stdout
+    assert len(list((machine.path() / "gpu").iterdir())) == 6
+
+
+@pytest.fixture(scope="module")
+def with_energy(tmp_path_factory, stand_in_nvml):
+    """A run of one case, with energy, on a GPU that is throttled all the time."""
+    machine = Machine(tmp_path_factory.mktemp("energy"), stand_in_nvml)
+    machine.script.set(power_w=200, event_reasons=0x40)
+    done = machine.run(PLAIN, *QUICK, "--mp-modes", "mixed-dynamic", "--mp-energy", "10", "--mp-keep-suspect")
+    assert done.returncode == 0, done.stdout
+    return machine
+
+
+def test_suspect_figures_are_kept_where_that_is_asked_for(with_energy):
+    (record,) = [event["record"] for event in with_energy.events("case_finished")]
+    assert record["status"] == "ok"
+    assert "throttled" in record["gpu_suspicion"]
+
+
+def test_energy_of_steps_that_go_on_for_ten_seconds(with_energy):
+    (record,) = [event["record"] for event in with_energy.events("case_finished")]
+    assert record["gpu_energy_window_s"] >= 10
+    assert record["gpu_energy_steps"] > record["timed_steps"]
+    assert record["gpu_energy_counter_j"] == pytest.approx(200 * record["gpu_energy_window_s"], rel=0.01)
+    assert record["gpu_energy_j_per_step"] * record["gpu_energy_steps"] == pytest.approx(record["gpu_energy_counter_j"])
+    assert "energy-end" in with_energy.events("case_finished")[0]["phases"]
+    (file,) = (with_energy.path() / "gpu").iterdir()
+    text = gzip.decompress(file.read_bytes()).decode()
+    assert read_samples(text.splitlines(keepends=True)).at("energy-end") is not None
+
+
+def test_allocator_that_does_not_work_is_replaced_once_and_for_all(machine):
+    (machine.folder / "picky.py").write_text(
+        "import os, tensorflow as tf\n"
+        "from mpscale.workloads import registry\n"
+        "if os.environ.get('TF_GPU_ALLOCATOR') == 'cuda_malloc_async':\n"
+        "    tf.constant = lambda *a, **k: os._exit(3)\n"
+        "mlp = registry.get('mnist1d-mlp')\n"
+    )
+    done = machine.run(PLAIN, *QUICK, "--mp-modes", "fp32,mixed-static", "--mp-workloads", "picky:mlp")
+    assert done.returncode == 0, done.stdout
+    finished = [event["record"] for event in machine.events("case_finished")]
+    assert [(record["status"], record["attempts"]) for record in finished] == [("error", 1), ("ok", 2), ("ok", 1)]
+    assert [record.get("gpu_allocator") for record in finished] == [None, "bfc", "bfc"]
+    assert "failed with cuda_malloc_async" in done.stdout
+
+
+@pytest.mark.parametrize(("visible", "tf32"), [(None, True), ("-1", False)])
+def test_ampere_adds_tf32_to_the_plan(machine, visible, tf32):
+    variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    done = machine.run(PLAIN, "--collect-only", "-q", **variables)
+    assert ("mnist1d-mlp-tf32-seed0" in done.stdout) == tf32
+
+
+def test_gpu_that_does_not_exist_is_a_usage_error(machine):
+    done = machine.run(PLAIN, "--collect-only", "-q", CUDA_VISIBLE_DEVICES="3")
+    assert done.returncode == 4
+    assert "mpscale stand-in A100" in done.stdout + done.stderr
+
+
+def test_forking_is_refused_on_a_gpu(machine):
+    machine.script.set(name="NVIDIA A100-SXM4-40GB")
+    done = machine.run(PLAIN, "--mp-modes", "fp32", "--mp-seeds", "1", "--mp-start-method", "fork")
+    assert done.returncode == 4
+    assert "use fresh or auto" in done.stdout + done.stderr
+    assert not (machine.folder / "results").exists()
+
+
+@pytest.mark.parametrize("seconds", ["9.9", "-1", "soon", "inf"])
+def test_window_too_short_for_the_sensors_is_refused(machine, seconds):
+    done = machine.run(PLAIN, f"--mp-energy={seconds}", "--collect-only")
+    assert done.returncode == 4
+    assert "at least 10" in done.stdout + done.stderr
+
+
+def test_cpu_figures_never_pass_for_those_of_the_gpu(machine):
+    """TensorFlow without CUDA beside a real GPU: the case is an error that says what to install."""
+    machine.script.set(name="NVIDIA A100-SXM4-40GB")
+    done = machine.run(PLAIN, "--mp-modes", "fp32", "--mp-seeds", "1", "--benchmark-disable")
+    assert done.returncode == 1
+    assert "-nvidia-a100-sxm4-40gb-" in machine.path().name
+    info = json.loads((machine.path() / "run.json").read_text())
+    assert info["environment"]["device"]["compute_capability"] == [8, 0]
+    assert info["environment"]["nvidia_driver"] == "570.86.15"
+    assert info["settings"]["start_method"] == "fresh"
+    (record,) = [event["record"] for event in machine.events("case_finished")]
+    assert record["status"] == "error"
+    assert "tensorflow[and-cuda]" in record["status_reason"]

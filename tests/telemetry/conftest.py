@@ -1,0 +1,44 @@
+"""What the tests of telemetry share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nvml_stand_in import Script, build
+from telemetry.gpu_case import GpuCase
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    """An idle A100, as :class:`~nvml_stand_in.Script` has it."""
+    return Script(tmp_path / "nvml.txt")
+
+
+@pytest.fixture(scope="session")
+def older(stand_in_nvml: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The stand-in as an older driver: without the symbols that are named."""
+    built: dict[tuple[str, ...], Path] = {(): stand_in_nvml}
+
+    def without(*symbols: str) -> Path:
+        if symbols not in built:
+            built[symbols] = build(tmp_path_factory.mktemp("older"), without=symbols)
+        return built[symbols]
+
+    return without
+
+
+@pytest.fixture
+def gpu_case(script: Script, stand_in_nvml: Path) -> Iterator[Callable[..., GpuCase]]:
+    """Makes cases under the stand-in, and ends them."""
+    made: list[GpuCase] = []
+
+    def make(library: Path = stand_in_nvml, **options: Any) -> GpuCase:
+        made.append(GpuCase(script, library, **options))
+        return made[-1]
+
+    yield make
+    for case in made:
+        case.close()

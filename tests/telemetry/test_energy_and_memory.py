@@ -1,0 +1,105 @@
+"""How right energy and memory are, against what the stand-in's script says is true."""
+
+from __future__ import annotations
+
+import gzip
+import threading
+import time
+
+import pytest
+
+from mpscale.telemetry.samples import read_samples
+from mpscale.telemetry.watch import Told
+
+
+def test_spike_of_60_ms_between_two_phases_is_caught(gpu_case):
+    case = gpu_case()
+
+    def spike():
+        at = case.script.now() + 0.15
+        case.uses(f"0:300 {at}:9000 {at + 0.06}:300")
+        time.sleep(0.4)
+
+    values = case.run(lambda: case.uses(300), spike).findings.values
+    assert values["gpu_memory_process_peak_mib"] == 9000.0
+    assert values["gpu_memory_device_rise_mib"] == 9000.0
+    assert values["gpu_sample_interval_ms"] < 30
+
+
+def test_memory_reconciles_with_the_allocator(gpu_case):
+    case = gpu_case()
+    told = Told(allocator_peak_mib=1000.0, energy_off="off")
+    values = case.run(lambda: case.uses(400), lambda: (case.uses(1500), time.sleep(0.05)), told=told).findings.values
+    assert values["gpu_memory_context_mib"] == 400.0
+    assert values["gpu_memory_unexplained_mib"] == 100.0
+
+
+def test_energy_of_ten_seconds_is_within_one_percent(gpu_case, tmp_path):
+    """Power that changes every 0.7 s; the truth is its integral over the window, by the script."""
+    case = gpu_case()
+    epoch = case.script.now()
+    levels = [(epoch + 0.7 * n, 120.0 + 90.0 * (n % 3)) for n in range(40)]
+    case.script.set(power_w="0:60 " + " ".join(f"{at}:{watt}" for at, watt in levels))
+    window = []
+
+    def ten_seconds():
+        window.append(case.script.now())
+        time.sleep(10.05)
+        window.append(case.script.now())
+
+    path = tmp_path / "samples.csv.gz"
+    told = Told(energy_steps=1000, energy_applied_steps=800)
+    seen = case.run(lambda: case.uses(300), ten_seconds, told=told, keep=path)
+    values = seen.findings.values
+    ends = [*(at for at, _ in levels[1:]), float("inf")]
+    truth = sum(
+        watt * max(0.0, min(end, window[1]) - max(at, window[0])) for (at, watt), end in zip(levels, ends, strict=True)
+    )
+    assert values["gpu_energy_counter_j"] == pytest.approx(truth, rel=0.01)
+    assert values["gpu_energy_power_j"] == pytest.approx(truth, rel=0.03)  # sampled every 100 ms, with jumps between
+    assert values["gpu_energy_method"] == "counter"
+    assert values["gpu_energy_j_per_step"] == pytest.approx(values["gpu_energy_counter_j"] / 1000)
+    assert values["gpu_energy_j_per_applied_step"] == pytest.approx(values["gpu_energy_counter_j"] / 800)
+    # The file that is kept has all that these were made of.
+    samples = read_samples(gzip.decompress(path.read_bytes()).decode().splitlines(keepends=True))
+    assert samples.at("timing-end").time_s - samples.at("timing-start").time_s == pytest.approx(
+        values["gpu_energy_window_s"]
+    )
+
+
+def test_what_the_gpu_drew_before_is_subtracted_beside_the_raw_figure(gpu_case):
+    case = gpu_case()
+    case.script.set(power_w="0:50")
+    time.sleep(0.1)
+    case.watch.start(case.pid, time.monotonic())
+    time.sleep(0.8)
+    case.watch.mark("idle")
+    case.watch.mark("context-ready")
+    now = case.script.now()
+    case.script.set(power_w=f"0:50 {now}:250")
+    case.watch.mark("timing-start")
+    time.sleep(10.05)
+    case.watch.mark("timing-end")
+    case.watch.mark("done")
+    values = case.watch.stop(Told(energy_steps=100), None).findings.values
+    assert values["gpu_idle_power_w"] == 50.0
+    window = values["gpu_energy_window_s"]
+    assert values["gpu_energy_j_per_step"] == pytest.approx(250 * window / 100, rel=0.01)
+    assert values["gpu_energy_net_j_per_step"] == pytest.approx(200 * window / 100, rel=0.02)
+    assert "gpu_energy_j_per_applied_step" not in values
+
+
+def test_samples_are_taken_without_help_from_the_phases(gpu_case):
+    case = gpu_case()
+    case.watch.start(case.pid, time.monotonic())
+    time.sleep(0.5)
+    values = case.watch.stop(Told(energy_off="off"), None).findings.values
+    assert 5 < values["gpu_sample_interval_ms"] < 60
+    assert values["gpu_sample_gap_ms"] >= values["gpu_sample_interval_ms"]
+
+
+def test_no_thread_is_left_behind(gpu_case):
+    before = threading.active_count()
+    case = gpu_case()
+    case.run(lambda: case.uses(300))
+    assert threading.active_count() == before

@@ -1,0 +1,401 @@
+"""Every way in which NVML is known to fail or to mislead, through nvidia-ml-py and a stand-in for the driver."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from nvml_stand_in import Script
+from telemetry.gpu_case import GpuCase
+
+from mpscale.telemetry.device import find_device
+from mpscale.telemetry.driver import Driver, NoDriver, open_driver
+from mpscale.telemetry.watch import GPU_COLUMNS, Told
+
+PEAK, METHOD = "gpu_memory_nvml_peak_mib", "gpu_memory_method"
+MEMORY_V2 = "nvmlDeviceGetMemoryInfo_v2"
+V3 = [f"nvmlDeviceGet{kind}RunningProcesses_v3" for kind in ("Compute", "Graphics", "MPSCompute")]
+
+
+# No library, no driver, init error, mismatch: run without NVML, and say why.
+
+
+def test_no_library(tmp_path):
+    environ = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    environ.pop("MPSCALE_STAND_IN_NVML", None)
+    driver = open_driver(environ)
+    assert isinstance(driver, NoDriver)
+    assert driver.devices == []
+    assert "libnvidia-ml.so.1" in driver.reason
+
+
+def test_something_else_under_the_librarys_name(tmp_path):
+    (tmp_path / "libnvidia-ml.so.1").write_text("not an ELF file")
+    driver = open_driver({**os.environ, "LD_LIBRARY_PATH": str(tmp_path)})
+    assert isinstance(driver, NoDriver)
+    assert driver.reason
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (4, "no permission"),
+        (9, "driver is not loaded"),
+        (12, "no NVIDIA driver library"),
+        (15, "GPU is lost"),
+        (18, "of different versions"),
+        (999, "Unknown Error"),
+    ],
+)
+def test_driver_that_does_not_open(script, stand_in_nvml, code, words):
+    script.general(init_error=code)
+    driver = open_driver({**os.environ, **script.environ(stand_in_nvml)})
+    assert isinstance(driver, NoDriver)
+    assert words in driver.reason
+
+
+def test_library_too_old_to_be_opened(script, older):
+    driver = open_driver({**os.environ, **script.environ(older("nvmlInitWithFlags"))})
+    assert isinstance(driver, NoDriver)
+    assert "too old" in driver.reason
+
+
+def test_driver_that_dies_when_it_is_opened(script, stand_in_nvml):
+    script.crash("nvmlInitWithFlags")
+    driver = open_driver({**os.environ, **script.environ(stand_in_nvml)})
+    assert isinstance(driver, NoDriver)
+    assert "SIGSEGV" in driver.reason
+
+
+def test_driver_that_never_opens(script, stand_in_nvml, monkeypatch):
+    monkeypatch.setattr("mpscale.telemetry.driver._DESCRIBE_S", 0.5)
+    script.latency("nvmlInitWithFlags", 1e9)
+    started = time.monotonic()
+    driver = open_driver({**os.environ, **script.environ(stand_in_nvml)})
+    assert isinstance(driver, NoDriver)
+    assert "did not answer within 0.5 s" in driver.reason
+    assert time.monotonic() - started < 10
+
+
+# A symbol is missing: the next older call.
+
+
+@pytest.mark.parametrize(
+    ("missing", "reading", "way"),
+    [
+        ((), "memory", MEMORY_V2),
+        ((MEMORY_V2,), "memory", "nvmlDeviceGetMemoryInfo"),
+        ((V3[0],), "Compute", "nvmlDeviceGetComputeRunningProcesses_v2"),
+        ((V3[1],), "Graphics", "nvmlDeviceGetGraphicsRunningProcesses_v2"),
+        ((V3[2],), "MPSCompute", "nvmlDeviceGetMPSComputeRunningProcesses_v2"),
+        ((), "temperature_c", "nvmlDeviceGetTemperatureV"),
+        (("nvmlDeviceGetTemperatureV",), "temperature_c", "nvmlDeviceGetTemperature"),
+        ((), "event_reasons", "nvmlDeviceGetCurrentClocksEventReasons"),
+        (
+            ("nvmlDeviceGetCurrentClocksEventReasons",),
+            "event_reasons",
+            "nvmlDeviceGetCurrentClocksThrottleReasons",
+        ),
+        ((), "power_mw", "instant"),
+        (("nvmlDeviceGetFieldValues",), "power_mw", "nvmlDeviceGetPowerUsage"),
+        (("nvmlDeviceGetTotalEnergyConsumption",), "energy_mj", "field 83"),
+        (("nvmlDeviceGetEnforcedPowerLimit",), "power_limit_mw", "nvmlDeviceGetPowerManagementLimit"),
+    ],
+)
+def test_missing_symbol_is_replaced_by_an_older_one(script, older, gpu_case, missing, reading, way):
+    case = gpu_case(older(*missing))
+    told = case.driver.facts(case.device)
+    assert told["ways"][reading] == way
+    assert reading not in told["reasons"]
+
+
+def test_structure_newer_than_the_driver_is_replaced_by_the_older_one(script, gpu_case):
+    script.fail(MEMORY_V2, 25)
+    case = gpu_case()
+    assert case.driver.facts(case.device)["ways"]["memory"] == "nvmlDeviceGetMemoryInfo"
+
+
+def test_what_no_call_tells_has_a_reason_and_no_value(older, gpu_case):
+    case = gpu_case(older("nvmlDeviceGetUtilizationRates", "nvmlDeviceGetTotalEnergyConsumption"))
+    case.script.fail("nvmlDeviceGetFieldValues", 3)
+    seen = case.run(lambda: case.uses(300))
+    assert "too old" in seen.findings.unavailable["gpu_utilization_median"]
+    assert "gpu_utilization_median" not in seen.findings.values
+    reasons = case.driver.facts(case.device)["reasons"]
+    assert "utilization" in reasons and "energy_mj" in reasons
+
+
+# Memory of the process.
+
+
+@pytest.mark.parametrize(
+    ("listed", "peak", "method"),
+    [
+        ("300", 300.0, "process"),
+        ("n/a(300)", 300.0, "device-minus-idle"),  # WSL2
+        ("0(300)", 300.0, "device-minus-idle"),  # containers, driver 560
+    ],
+)
+def test_process_listed_without_its_memory(gpu_case, listed, peak, method):
+    case = gpu_case()
+    seen = case.run(lambda: case.uses(listed))
+    assert seen.findings.values[PEAK] == peak
+    assert seen.findings.values[METHOD] == method
+    assert seen.suspicions == []
+    if method != "process":
+        assert "WSL2" in seen.findings.unavailable["gpu_memory_process_peak_mib"]
+
+
+def test_worker_of_another_pid_namespace_alone_on_the_gpu(gpu_case):
+    """The driver numbers processes as the host does: the one that appears is the worker, and its use the GPU's."""
+    case = gpu_case()
+    case.script.general(offset_pid=100_000)
+    seen = case.run(lambda: case.uses(700))
+    assert seen.findings.values[PEAK] == 700.0
+    assert seen.findings.values[METHOD] == "device-minus-idle"
+    assert "PID namespace" in seen.findings.unavailable["gpu_memory_process_peak_mib"]
+    assert seen.findings.values["gpu_other_processes"] == 0
+    assert seen.suspicions == []
+
+
+def test_worker_of_another_pid_namespace_in_company(gpu_case):
+    case = gpu_case()
+    case.script.general(offset_pid=100_000).process("compute", 1, 500)
+    seen = case.run(lambda: case.uses(700))
+    assert PEAK not in seen.findings.values
+    assert "other processes used the GPU" in seen.findings.unavailable[PEAK]
+    assert "other processes" in seen.suspicions[0].reason
+
+
+def test_number_that_is_another_processes_in_the_drivers_namespace(gpu_case):
+    """A process that has the worker's number is listed before the worker has touched the GPU."""
+    case = gpu_case()
+    case.uses(5000)
+    seen = case.run()
+    assert "before it used the GPU" in seen.findings.unavailable["gpu_memory_process_peak_mib"]
+    assert PEAK not in seen.findings.values
+
+
+@pytest.mark.parametrize("version", ["535.43.02", "535.54.03", "535.86.10"])
+def test_garbled_list_of_processes_is_not_read(gpu_case, version):
+    case = gpu_case_with(gpu_case, driver=version, entry_bytes=32)
+    seen = case.run(lambda: case.uses(300))
+    assert seen.findings.values[PEAK] == 300.0
+    assert seen.findings.values[METHOD] == "device-minus-idle"
+    assert "garbled" in seen.findings.unavailable["gpu_memory_process_peak_mib"]
+    assert "gpu_other_processes" not in seen.findings.values
+
+
+@pytest.mark.parametrize("version", ["535.42.99", "535.98", "535.104.05", "550.54.14"])
+def test_list_of_processes_of_other_drivers_is_read(gpu_case, version):
+    case = gpu_case_with(gpu_case, driver=version)
+    assert case.run(lambda: case.uses(300)).findings.values[METHOD] == "process"
+
+
+def gpu_case_with(gpu_case, **general) -> GpuCase:
+    case = gpu_case()
+    case.driver.close()
+    case.script.general(**general)
+    case.close()
+    return gpu_case()
+
+
+def test_no_list_of_processes_at_all(script, gpu_case):
+    for kind in ("Compute", "Graphics", "MPSCompute"):
+        for version in ("_v2", "_v3"):
+            script.fail(f"nvmlDeviceGet{kind}RunningProcesses{version}", 4)
+    case = gpu_case()
+    seen = case.run(lambda: case.script.set(used_mib=1450))
+    assert (seen.findings.values[PEAK], seen.findings.values[METHOD]) == (1000.0, "device-minus-idle")
+    assert "no permission" in seen.findings.unavailable["gpu_memory_process_peak_mib"]
+
+
+def test_memory_of_descendants_counts(gpu_case, script):
+    case = gpu_case()
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {case_sleeper()!r}])"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as parent:
+        grandchild = int(parent.stdout.readline())
+        case.pid = parent.pid
+        seen = case.run(lambda: (case.uses(300), script.process("compute", grandchild, 200)))
+        parent.kill()
+        os.kill(grandchild, 9)
+    assert seen.findings.values[PEAK] == 500.0
+    assert seen.findings.values["gpu_other_processes"] == 0
+
+
+def case_sleeper() -> str:
+    return "import os, sys; print(os.getpid(), flush=True); sys.stdin.read()"
+
+
+@pytest.mark.parametrize("kind", ["mps", "graphics"])
+def test_worker_in_another_list(gpu_case, kind):
+    """Under CUDA's multi-process service, or where it also draws."""
+    case = gpu_case()
+    seen = case.run(lambda: (case.uses(400, kind), time.sleep(0.25)), lambda: time.sleep(0.25))
+    assert seen.findings.values[PEAK] == 400.0
+    assert seen.findings.values[METHOD] == "process"
+
+
+# Used memory, and what the driver reserves.
+
+
+@pytest.mark.parametrize("v2_used", ["includes_reserved", "excludes_reserved"])
+def test_reserved_memory_is_told_apart_by_arithmetic(gpu_case, v2_used):
+    case = gpu_case()
+    case.script.set(v2_used=v2_used, used_mib=450, reserved_mib=500)
+    seen = case.run(lambda: case.uses(300))
+    assert seen.findings.values["gpu_memory_idle_mib"] == pytest.approx(450)
+    assert seen.findings.values["gpu_memory_reserved_mib"] == 500
+
+
+@pytest.mark.parametrize(("v1_used", "idle"), [("includes_reserved", 950), ("excludes_reserved", 450)])
+def test_first_version_of_memory_leaves_reserved_unknown(older, gpu_case, v1_used, idle):
+    case = gpu_case(older(MEMORY_V2))
+    case.script.set(v1_used=v1_used)
+    seen = case.run(lambda: case.uses("n/a(300)"))
+    assert seen.findings.values["gpu_memory_idle_mib"] == idle
+    assert seen.findings.values[PEAK] == 300.0
+    assert "gpu_memory_reserved_mib" not in seen.findings.values
+
+
+# Company, MIG, order of devices.
+
+
+def test_another_process_makes_figures_suspect(gpu_case):
+    case = gpu_case()
+    case.script.process("compute", 4242, 100)
+    (suspicion,) = case.run(lambda: case.uses(300)).suspicions
+    assert "4242" in suspicion.reason
+    assert suspicion.passes
+
+
+def test_another_process_that_only_draws_is_counted(gpu_case):
+    """A desktop is always there, and would make every figure of a workstation suspect."""
+    case = gpu_case()
+    case.script.process("graphics", 4242, 100)
+    seen = case.run(lambda: case.uses(300))
+    assert seen.suspicions == []
+    assert seen.findings.values["gpu_graphics_processes"] == 1
+
+
+def test_process_that_comes_and_goes_between_two_phases_is_seen(gpu_case):
+    case = gpu_case()
+
+    def visit():
+        case.script.process("compute", 4242, 100)
+        time.sleep(0.06)
+        case.script.process("compute", 4242, None)
+        time.sleep(0.06)
+
+    (suspicion,) = case.run(lambda: case.uses(300), visit).suspicions
+    assert "4242" in suspicion.reason
+
+
+def test_mig_instance_has_memory_and_no_energy(script, gpu_case):
+    script.mig()
+    script.mig()
+    case = gpu_case(visible="MIG-5b0c4a1e-0000-1111-0000-000000000001")
+    told = Told(energy_steps=10, energy_applied_steps=10)
+    seen = case.run(lambda: script.process("compute", case.pid, 300, instance=1), told=told)
+    assert case.device.parent_uuid == script._units[0, -1].lines["uuid"]
+    assert seen.findings.values[PEAK] == 300.0
+    assert seen.findings.values["gpu_memory_idle_mib"] == 12.0
+    for column in ("gpu_energy_j_per_step", "gpu_utilization_median", "gpu_power_source", "gpu_temperature_c_max"):
+        assert "MIG" in seen.findings.unavailable[column]
+    assert seen.suspicions == []
+
+
+def test_gpu_is_found_by_its_uuid_whatever_its_place(script, gpu_case):
+    second = script.device(name="mpscale stand-in H100", capability=(9, 0))
+    uuid = script._units[second, -1].lines["uuid"]
+    case = gpu_case(visible=uuid)
+    seen = case.run(lambda: script.process("compute", case.pid, 900, device=second))
+    assert case.device.name == "mpscale stand-in H100"
+    assert seen.findings.values[PEAK] == 900.0
+
+
+def test_gpu_that_does_not_answer_keeps_its_place(script, gpu_case, stand_in_nvml):
+    script.device()
+    script.fail("nvmlDeviceGetHandleByIndex_v2", 15, times=1)
+    driver = open_driver({**os.environ, **script.environ(stand_in_nvml)})
+    lost, fine = driver.devices
+    driver.close()
+    assert lost.uuid is None and "GPU is lost" in lost.name
+    assert find_device([lost, fine], {"CUDA_VISIBLE_DEVICES": "1"}) == fine
+
+
+# Lost, hanging, dying, failing now and then.
+
+
+def test_gpu_lost_in_the_middle_keeps_what_was_measured(gpu_case):
+    case = gpu_case()
+    seen = case.run(lambda: case.uses(300), lambda: case.script.set(lost=0.0) and time.sleep(0.15))
+    assert seen.lost
+    assert seen.findings.values[PEAK] == 300.0
+
+
+@pytest.mark.parametrize("symbol", [MEMORY_V2, "nvmlDeviceGetPowerUsage"])
+def test_call_that_hangs_costs_a_figure_and_little_time(script, gpu_case, symbol):
+    script.fail("nvmlDeviceGetFieldValues", 3)
+    case = gpu_case()
+    started = time.monotonic()
+    seen = case.run(lambda: case.uses(300), lambda: case.script.latency(symbol, 1e9))
+    assert time.monotonic() - started < 4
+    assert PEAK not in seen.findings.values
+    assert "stopped answering after timing-start" in seen.findings.unavailable[PEAK]
+    assert "300 MiB was the most until then" in seen.findings.unavailable[PEAK]
+    # The next case gets a sampler of its own.
+    case.script.heal().process("compute", case.pid, None)
+    assert case.run(lambda: case.uses(400)).findings.values[PEAK] == 400.0
+
+
+def test_call_that_is_late_loses_nothing(gpu_case):
+    case = gpu_case()
+    seen = case.run(
+        lambda: case.uses(300), lambda: (case.script.latency(MEMORY_V2, 0.5), time.sleep(0.05), case.script.heal())
+    )
+    assert seen.findings.values[PEAK] == 300.0
+    assert seen.findings.values["gpu_sample_gap_ms"] > 400
+
+
+def test_driver_that_takes_its_process_down(gpu_case):
+    case = gpu_case()
+    seen = case.run(lambda: case.uses(300), lambda: (case.script.crash(MEMORY_V2), time.sleep(0.1)))
+    assert (
+        "stopped answering after timing-start (NVML's process was killed by SIGSEGV); 300 MiB"
+        in (seen.findings.unavailable[PEAK])
+    )
+    case.script.heal().process("compute", case.pid, None)
+    assert case.run(lambda: case.uses(400)).findings.values[PEAK] == 400.0
+
+
+def test_driver_that_dies_again_and_again_is_left_alone(gpu_case):
+    case = gpu_case()
+    case.script.crash(MEMORY_V2)
+    reasons = [case.run().findings.unavailable[PEAK] for _ in range(4)]
+    assert "not started again" in reasons[-1]
+    assert isinstance(case.driver, Driver)
+
+
+def test_reading_that_fails_now_and_then(gpu_case):
+    case = gpu_case()
+    case.script.fail(MEMORY_V2, 999, times=3).fail("nvmlDeviceGetTemperatureV", 999, times=3)
+    seen = case.run(lambda: (time.sleep(0.4), case.uses(300)), lambda: time.sleep(0.1))
+    assert seen.findings.values[PEAK] == 300.0
+    assert seen.findings.values["gpu_temperature_c_max"] == 35.0
+
+
+def test_without_a_gpu_every_column_has_a_reason(stand_in_nvml, tmp_path):
+    case = GpuCase(Script(tmp_path / "nvml.txt"), stand_in_nvml, visible="")
+    try:
+        seen = case.run()
+    finally:
+        case.close()
+    assert case.device.kind == "cpu"
+    assert set(GPU_COLUMNS) <= set(seen.findings.unavailable)
+    assert list(seen.findings.values) == ["host_memory_peak_mib"]
