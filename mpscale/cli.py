@@ -1,4 +1,4 @@
-"""The ``mpscale`` command: reads what runs have left. Making a run is pytest's part.
+"""The ``mpscale`` command: reads what runs have left, and examines the machine. Making a run is pytest's part.
 
 Everything heavy is imported inside the commands, so that ``mpscale --help`` is quick.
 """
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line ``arguments``, by default those of the process.
 
     Returns:
-        0 if it worked, 2 after a line on standard error if not.
+        0 if it worked, 2 after a line on standard error if not; `compare` and `doctor` have codes of their own.
     """
     try:
         try:
@@ -59,6 +59,18 @@ def _parser() -> argparse.ArgumentParser:
 
     workloads = commands.add_parser("workloads", help="list what can be trained, and how")
     workloads.set_defaults(command=_workloads)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what can be measured on this machine, and what to change",
+        description="Says what a run on this machine would measure and why not the rest, and what to change. "
+        "Exit code: 0 a run here is complete for its device, 1 something is to be done, 2 bad use.",
+    )
+    doctor.add_argument("--json", action="store_true", help="the same facts as a JSON object")
+    doctor.add_argument(
+        "--gpu", action="store_true", help="train on the GPU for a moment, too, which takes up to minutes"
+    )
+    doctor.set_defaults(command=_doctor)
 
     report = commands.add_parser("report", help="make the tables and the report of a run anew from its journal")
     report.add_argument("run", metavar="RUN", help="a run's name or how it begins, its folder, or `latest`")
@@ -227,6 +239,15 @@ def _history(options: argparse.Namespace) -> int:
     text = render(history, options.format)
     _put_out(text, options.output)
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from mpscale.doctor.examine import examine
+    from mpscale.report.doctor import render
+
+    found = examine(train=options.gpu)
+    print(render(found, options.json), end="")
+    return found.verdict
 
 
 def _workloads(_: argparse.Namespace) -> int:

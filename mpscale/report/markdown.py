@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.analysis.runs import Run
-from mpscale.report import cells, sections, words
+from mpscale.report import cells, gpu_sections, sections, words
 from mpscale.report.tables import escape, markdown_table, result_cells
 
 
@@ -22,6 +22,9 @@ def render(run: Run) -> str:
         "Accuracy against fp32": sections.against_fp32(run),
         "Timing quality": sections.timing(run),
         "Memory": sections.memory(run),
+        "GPU memory in parts (MiB)": gpu_sections.memory_parts(run),
+        "Energy of the GPU": gpu_sections.energy(run),
+        "State of the GPU while steps were timed": gpu_sections.state(run),
         "How to read this": words.how_to_read(run),
         "Environment": _facts(run.info.get("environment")),
         "Settings": _facts(run.info.get("settings")),

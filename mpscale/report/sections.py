@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 import re
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import MEASURED, mostly, plain_rows
+from mpscale.analysis.summary import mostly, plain_rows
 from mpscale.modes import MODES
 from mpscale.records import Record
 from mpscale.report import cells
+from mpscale.report.groups import measured, median, or_none, values
 from mpscale.report.tables import Cells, markdown_table
 from mpscale.report.words import is_mixed
 
 _COLUMNS_SHOWN = 8
 _STEP_COUNTS = ("attempted_steps", "applied_steps", "skipped_steps", "overflow_steps", "nonfinite_loss_steps")
-Group = tuple[str, str, list[Record]]
 
 
 def overflow(run: Run) -> str:
     """Steps applied and skipped, and the way of the loss scale, over the seeds of each mixed mode."""
     rows = []
-    for workload, mode, records in _measured(run, trained=True):
-        if not is_mixed(mode) or not _values(records, "attempted_steps"):
+    for workload, mode, records in measured(run, trained=True):
+        if not is_mixed(mode) or not values(records, "attempted_steps"):
             continue
-        sums = {name: _or_none(sum, _values(records, name)) for name in _STEP_COUNTS}
-        first, last = _values(records, "first_overflow_step"), _values(records, "last_overflow_step")
-        smallest, largest = _values(records, "loss_scale_min"), _values(records, "loss_scale_max")
+        sums = {name: or_none(sum, values(records, name)) for name in _STEP_COUNTS}
+        first, last = values(records, "first_overflow_step"), values(records, "last_overflow_step")
+        smallest, largest = values(records, "loss_scale_min"), values(records, "loss_scale_max")
         initial, final = (_scales(records, name) for name in ("loss_scale_initial", "loss_scale_final"))
         rows.append(
             [
                 workload,
                 mode,
                 *(cells.count(total) for total in sums.values()),
-                cells.count(_or_none(max, _values(records, "longest_skip_run"))),
-                cells.span([cells.count(_or_none(min, first)), cells.count(_or_none(max, last))]),
+                cells.count(or_none(max, values(records, "longest_skip_run"))),
+                cells.span([cells.count(or_none(min, first)), cells.count(or_none(max, last))]),
                 cells.DASH if initial == final == cells.DASH else f"{initial} -> {final}",
-                cells.span([cells.loss_scale(_or_none(min, smallest)), cells.loss_scale(_or_none(max, largest))]),
+                cells.span([cells.loss_scale(or_none(min, smallest)), cells.loss_scale(or_none(max, largest))]),
             ]
         )
     headers = ["workload", "mode", "attempted", "applied", "skipped", "overflow", "non-finite loss"]
@@ -48,9 +47,9 @@ def overflow(run: Run) -> str:
 
 def accuracy(run: Run) -> str:
     """The metric of every seed under every mode, and when the target was reached."""
-    modes = list(dict.fromkeys(mode for _, mode, _ in _measured(run, trained=True)))
+    modes = list(dict.fromkeys(mode for _, mode, _ in measured(run, trained=True)))
     found: dict[tuple[str, str, int], dict[str, str]] = {}
-    for workload, mode, records in _measured(run, trained=True):
+    for workload, mode, records in measured(run, trained=True):
         for record in sorted(records, key=lambda record: record["seed"]):
             name = record["metric_name"]
             for column, label in (("metric_value", ""), ("published_metric_value", ", published test set")):
@@ -106,17 +105,17 @@ def against_fp32(run: Run) -> str:
 def timing(run: Run) -> str:
     """What the step times rest on."""
     rows, bound = [], False
-    for workload, mode, records in _measured(run):
-        if not any(_values(records, name) for name in ("step_time_ms_median", "first_step_s", "trace_time_s")):
+    for workload, mode, records in measured(run):
+        if not any(values(records, name) for name in ("step_time_ms_median", "first_step_s", "trace_time_s")):
             continue
-        is_bound = mostly(_values(records, "dispatch_bound"))
+        is_bound = mostly(values(records, "dispatch_bound"))
         bound = bound or is_bound
         rows.append(
-            [workload, mode, cells.count(len(_values(records, "step_time_ms_median")))]
-            + [cells.count(_or_none(sum, _values(records, "timed_blocks")))]
-            + [cells.number(_median(records, "step_time_ms_per_applied"))]
-            + [cells.share(_median(records, "dispatch_share")) + (" (bound)" if is_bound else "")]
-            + [cells.number(_median(records, name)) for name in ("trace_time_s", "first_step_s")]
+            [workload, mode, cells.count(len(values(records, "step_time_ms_median")))]
+            + [cells.count(or_none(sum, values(records, "timed_blocks")))]
+            + [cells.number(median(records, "step_time_ms_per_applied"))]
+            + [cells.share(median(records, "dispatch_share")) + (" (bound)" if is_bound else "")]
+            + [cells.number(median(records, name)) for name in ("trace_time_s", "first_step_s")]
         )
     if not rows:
         return ""
@@ -144,8 +143,8 @@ def memory(run: Run) -> str:
     names = ("gpu_memory_nvml_peak_mib", "gpu_memory_allocator_peak_mib", "host_memory_peak_mib")
     ratios = {(row["workload"], row["mode"]): row["gpu_memory_ratio"] for row in plain_rows(run.summary)}
     rows = []
-    for workload, mode, records in _measured(run):
-        peaks = [_or_none(max, _values(records, name)) for name in names]
+    for workload, mode, records in measured(run):
+        peaks = [or_none(max, values(records, name)) for name in names]
         if any(peak is not None for peak in peaks):
             driver, allocator, host = (cells.number(peak, 4) for peak in peaks)
             rows.append([workload, mode, driver, cells.number(ratios[workload, mode]), allocator, host])
@@ -203,35 +202,8 @@ def fenced(text: str) -> str:
     return f"{fence}text\n{plain}\n{fence}"
 
 
-def _measured(run: Run, trained: bool = False) -> Iterator[Group]:
-    """Cases whose figures count, by workload and mode, in the order of the summary."""
-    for row in plain_rows(run.summary):
-        records = [
-            record
-            for record in run.records
-            if (record["workload"], record["mode"]) == (row["workload"], row["mode"])
-            and record["status"] in MEASURED
-            and (record["repeat"] == 0 or not trained)
-        ]
-        if records:
-            yield row["workload"], row["mode"], records
-
-
-def _values(records: Sequence[Record], name: str) -> list[Any]:
-    return [record[name] for record in records if record[name] is not None]
-
-
-def _or_none(function: Any, values: list[Any]) -> Any:
-    return function(values) if values else None
-
-
-def _median(records: Sequence[Record], name: str) -> float | None:
-    values = _values(records, name)
-    return statistics.median(values) if values else None
-
-
 def _scales(records: Sequence[Record], name: str) -> str:
-    return cells.span([cells.loss_scale(value) for value in sorted(_values(records, name))])
+    return cells.span([cells.loss_scale(value) for value in sorted(values(records, name))])
 
 
 def _text(value: Any) -> str:

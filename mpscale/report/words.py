@@ -7,6 +7,7 @@ from mpscale.analysis.summary import Row, plain_rows
 from mpscale.modes import MODES
 from mpscale.report import cells
 from mpscale.report.tables import escape
+from mpscale.telemetry.device import STAND_IN
 
 
 def findings(run: Run) -> str:
@@ -55,6 +56,15 @@ def how_to_read(run: Run) -> str:
         notes.append(
             "GPU memory is what the driver reports for the process, context and libraries included, so the ratio is "
             "that of whole processes. Host memory is no substitute for it."
+        )
+    if any(row["gpu_energy_j_per_step"] is not None for row in plain_rows(run.summary)):
+        notes.append(
+            "Energy is that of the whole GPU and of nothing else in the machine; above idle is what it drew more than "
+            "before the process came. Medians over processes."
+        )
+    if (device_name(run) or "").startswith(STAND_IN):
+        notes.append(
+            "The GPU is a stand-in of the tests: the CPU trained, and the GPU's figures are those of a script."
         )
     return "\n".join(f"- {note}" for note in notes)
 

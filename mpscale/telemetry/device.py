@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mpscale.telemetry import host
 
-_NO_GPU = ("", "-1", "NoDevFiles")
+HIDDEN = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES that hide every GPU; Slurm writes the last one for a job without GPUs."""
 
 STAND_IN = "mpscale stand-in"
@@ -82,7 +82,7 @@ def find_device(devices: Sequence[Device], environ: Mapping[str, str]) -> Device
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     entry = None if visible is None else visible.split(",")[0].strip()
-    if entry in _NO_GPU or not devices:
+    if entry in HIDDEN or not devices:
         return _cpu()
     gpus = [device for device in devices if device.parent_uuid is None]
     device = gpus[0] if entry is None else _named(entry, gpus, devices)

@@ -101,7 +101,10 @@ def _gpu(device: Device, driver: Driver | NoDriver) -> dict[str, Any] | None:
         told = driver.facts(device)
     except SilentDriver as error:
         return {"reason": str(error)}
-    return {name: told[name] for name in ("facts", "ways", "reasons")}
+    # What the device itself says stands beside it already.
+    known = {*device.to_json(), "driver", "cuda_driver"} - {"mig"}
+    facts = {name: value for name, value in told["facts"].items() if name not in known}
+    return {"facts": facts, "ways": told["ways"], "reasons": told["reasons"]}
 
 
 def packages() -> dict[str, str | None]:

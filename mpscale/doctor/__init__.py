@@ -1,0 +1,1 @@
+"""What can be measured on this machine, and what to change first. Imports no TensorFlow; ``train.py`` starts it."""

@@ -1,0 +1,62 @@
+"""What a report says of the GPU."""
+
+from __future__ import annotations
+
+from runfolder import CPU, GPU, finished, record, write_run
+
+from mpscale.analysis.runs import read_run
+from mpscale.report.cells import DASH
+from mpscale.report.markdown import render
+
+FULL = {
+    "device": "gpu",
+    "step_time_ms_median": 2.0,
+    "gpu_memory_nvml_peak_mib": 1800.0,
+    "gpu_memory_method": "process",
+    "gpu_memory_context_mib": 400.0,
+    "gpu_memory_allocator_peak_mib": 1200.0,
+    "gpu_memory_unexplained_mib": 200.0,
+    "gpu_energy_j_per_step": 0.5,
+    "gpu_energy_net_j_per_step": 0.4,
+    "gpu_energy_method": "counter",
+    "gpu_power_w_mean": 250.0,
+    "gpu_sm_clock_mhz_median": 1410.0,
+    "gpu_temperature_c_max": 61.0,
+    "gpu_power_capped_share": 0.25,
+    "gpu_event_reasons": "software power cap",
+}
+
+
+def report(tmp_path, device, *records):
+    return render(read_run(write_run(tmp_path, finished(records), environment={"device": device})))
+
+
+def rows(text, title):
+    section = text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| toy")
+    ]
+
+
+def test_parts_energy_and_state_have_their_tables(tmp_path):
+    half = {**FULL, "gpu_energy_j_per_step": 0.25, "gpu_memory_nvml_peak_mib": 1000.0}
+    text = report(tmp_path, GPU, record("fp32", **FULL), record("mixed-dynamic", **half))
+    parts = rows(text, "GPU memory in parts (MiB)")
+    assert parts[0][2:] == ["400.0", "1200", DASH, "200.0", DASH, DASH, "process", DASH]
+    first, second = rows(text, "Energy of the GPU")
+    assert first[2:] == ["0.500", "1.00", DASH, "0.400", "250", DASH, "counter"]
+    assert second[2:4] == ["0.250", "0.500"]
+    state = rows(text, "State of the GPU while steps were timed")
+    assert state[0][2:] == ["1410", DASH, DASH, "61.0", DASH, "25 %", "software power cap"]
+
+
+def test_without_a_gpu_there_are_none(tmp_path):
+    text = report(tmp_path, CPU, record("fp32", step_time_ms_median=2.0))
+    assert "GPU memory in parts" not in text
+    assert "Energy of the GPU" not in text
+    assert "State of the GPU" not in text
+
+
+def test_stand_in_is_called_one(tmp_path):
+    text = report(tmp_path, {**GPU, "name": "mpscale stand-in A100"}, record("fp32", **FULL))
+    assert "the CPU trained" in text
