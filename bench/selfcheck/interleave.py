@@ -27,14 +27,22 @@ class Times:
     facts: list[dict[str, Any]] = field(default_factory=list)
 
 
-class _Contestant:
-    """A process that answers lines of JSON: ready, then the seconds per step of each block asked for."""
+class Contestant:
+    """A process that answers lines of JSON: ready, then the seconds per step of each block asked for.
 
-    def __init__(self, command: Sequence[str]) -> None:
+    Args:
+        command: arguments of this Python.
+        cores: those that it may use; None leaves it all.
+    """
+
+    def __init__(self, command: Sequence[str], cores: set[int] | None = None) -> None:
         environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"}
         self._process = subprocess.Popen(
             [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
+        self.pid = self._process.pid
+        if cores is not None:
+            os.sched_setaffinity(self.pid, cores)
         self.ready = self._answer()
 
     def block(self, steps: int) -> float:
@@ -77,10 +85,10 @@ def race(commands: Mapping[str, Sequence[str]], restarts: int, rounds: int, bloc
     """
     times = {name: Times() for name in commands}
     for _ in range(restarts):
-        running: dict[str, _Contestant] = {}
+        running: dict[str, Contestant] = {}
         try:
             for name in random.sample(list(commands), len(commands)):
-                running[name] = _Contestant(commands[name])
+                running[name] = Contestant(commands[name])
                 times[name].compile_s.append(running[name].ready["compile_s"])
             about_s = statistics.median(contestant.block(5) for contestant in running.values())
             steps = max(2, round(block_s / about_s))

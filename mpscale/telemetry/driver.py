@@ -137,6 +137,11 @@ class Driver:
             raise SilentDriver(self.trouble or "NVML's process has ended")
         return self._ask("stop", _STOP_S)
 
+    @property
+    def pid(self) -> int | None:
+        """Of the sampler's process, None where it has ended."""
+        return None if self._process is None else self._process.pid
+
     def close(self) -> None:
         """Ends the process."""
         if self._process is None:
