@@ -345,7 +345,7 @@ def test_call_that_hangs_costs_a_figure_and_little_time(script, gpu_case, symbol
     case = gpu_case()
     started = time.monotonic()
     seen = case.run(lambda: case.uses(300), lambda: case.script.latency(symbol, 1e9))
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 20  # and not for ever
     assert PEAK not in seen.findings.values
     assert "stopped answering after timing-start" in seen.findings.unavailable[PEAK]
     assert "300 MiB was the most until then" in seen.findings.unavailable[PEAK]
