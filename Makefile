@@ -9,6 +9,8 @@ comma := ,
 # TensorFlow brings its own CUDA libraries through the extra `gpu`: gigabytes, so only where there is a driver.
 EXTRAS := test$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)gpu)
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+# Tests, unlike benchmarks, may run side by side; those of one file share what it took long to make.
+TWO := -n 2 --dist loadfile
 
 .PHONY: bench test test-all lint types docs clean
 
@@ -16,10 +18,10 @@ bench: $(INSTALLED)
 	$(BIN)/pytest bench/ --benchmark-only $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest $(TWO) -m "not slow" $(ARGS)
 
 test-all: $(INSTALLED)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(TWO) $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -10,6 +10,11 @@ from nvml_stand_in import build
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+# A worker of pytest-xdist knows by now that it is one. A pytest that a test starts is none, and pytest-benchmark would
+# time nothing in it.
+for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+    del os.environ[name]
+
 pytest_plugins = ["pytester"]
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from runfolder import NAME, finished, record, write_run
@@ -26,11 +26,16 @@ def project(tmp_path):
 
 
 def test_help_names_the_commands_and_is_quick():
+    def busy_s():
+        # Of the processes that have ended: another test beside this one takes none of it.
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     best = 9.0
     for _ in range(3):
-        start = time.perf_counter()
+        start = busy_s()
         done = mpscale("--help")
-        best = min(best, time.perf_counter() - start)
+        best = min(best, busy_s() - start)
     assert done.returncode == 0
     assert "workloads" in done.stdout
     assert "report" in done.stdout

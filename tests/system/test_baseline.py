@@ -2,7 +2,7 @@
 
 import pytest
 
-ONE = ("--mp-workloads", "suite_workloads:laboured", "--mp-seeds", "1", "--benchmark-only")
+ONE = ("--mp-workloads", "suite_workloads:laboured", "--mp-seeds", "1", "--benchmark-only", "--mp-jit", "off")
 THREE = (*ONE, "--mp-repeats", "2", "--mp-timing", "0.2")
 BOTH = ("--mp-modes", "fp32,mixed-dynamic")
 FP32 = ("--mp-modes", "fp32")

@@ -65,6 +65,15 @@ def workers(folder):
     return found
 
 
+@pytest.fixture
+def interruptible():
+    """What a shell starts in the background of a script ignores SIGINT, and so would all that these tests start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("method", ["fork", pytest.param("fresh", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, how, method):
