@@ -189,6 +189,15 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        "Noise of the machine",
+        (
+            _measured("host_load", "float", "", "load average over a minute when the case began: processes that ran or waited to run", "the system has none"),
+            _measured("host_other_cpu_share", "float", "share", "share of all processors' time that other processes took while steps were timed; above 0.1 the machine was busy", _NO_TIMING + "; timed for less than 0.2 s; no `/proc`"),
+            _measured("host_steal_share", "float", "share", "share of all processors' time that the hypervisor gave to other machines meanwhile", "as above"),
+            _measured("host_clock_mhz", "float", "MHz", "mean clock of the processors at the end of the timing; a snapshot", _NO_TIMING + "; or the host does not tell"),
+        ),
+    ),
+    Section(
         "Memory",
         (
             _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline: `gpu_memory_process_peak_mib` where it is known, else `gpu_memory_device_rise_mib` where nobody else used the GPU; `gpu_memory_method` says which", _NO_NVML),

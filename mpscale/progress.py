@@ -8,6 +8,7 @@ from typing import Any
 
 from mpscale.harness.case import Case
 from mpscale.records import Record
+from mpscale.telemetry.host_noise import BUSY_SHARE
 
 _PHASES = {
     "idle": "starting",
@@ -128,4 +129,6 @@ def _result(record: Record) -> str:
         parts.append(f"{record['metric_name']} {record['metric_value']:.4g}")
     if record["overflow_steps"]:
         parts.append(f"{record['overflow_steps']} overflows")
+    if (record["host_other_cpu_share"] or 0.0) > BUSY_SHARE:
+        parts.append(f"busy machine: {100 * record['host_other_cpu_share']:.0f} % of its CPU time to others")
     return ", ".join(parts)

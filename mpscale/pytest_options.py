@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import sys
 from pathlib import Path
@@ -73,6 +74,12 @@ def add_options(parser: pytest.Parser) -> None:
         choices=("auto", "on", "off"),
         default="auto",
         help="compile train steps with XLA; auto is on, since float16 on a CPU can be many times slower without",
+    )
+    add(
+        "--mp-cores",
+        type=_cores,
+        metavar="0,2-3",
+        help="run everything on these processor cores alone (default: all that this process may use)",
     )
     add(
         "--mp-start-method",
@@ -222,6 +229,20 @@ def _at_least(least: int) -> Any:
         return value
 
     return parse
+
+
+def _cores(text: str) -> set[int]:
+    """Numbers of cores, such as "0,2-3", each of which this process may use."""
+    match = re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text.replace(" ", ""))
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    cores: set[int] = set()
+    for part in text.replace(" ", "").split(",") if match else ():
+        first, _, last = part.partition("-")
+        cores |= set(range(int(first), int(last or first) + 1))
+    if not cores or not cores <= usable:
+        there = ", ".join(map(str, sorted(usable))) or "none, since this system cannot tie processes to cores"
+        raise argparse.ArgumentTypeError(f"expected cores such as 0,2-3 out of {there}, not {text!r}")
+    return cores
 
 
 def _energy(text: str) -> float:

@@ -222,6 +222,10 @@ class Session:
         from mpscale.telemetry.driver import open_driver
 
         config = self._config
+        cores = config.getoption("mp_cores")
+        if cores is not None:
+            # Here, so that all that is started from here on inherits it, and the fingerprint sees what is left.
+            os.sched_setaffinity(0, cores)
         self._driver = open_driver()
         try:
             self._device = find_device(self._driver.devices, os.environ)
@@ -263,6 +267,7 @@ class Session:
                     "timeout_s": config.getoption("mp_timeout"),
                     **options.settings(config).to_json(),
                     "gpu_allocator": config.getoption("mp_gpu_allocator"),
+                    "cores": sorted(config.getoption("mp_cores") or ()) or None,
                 },
                 gpu_allocator=config.getoption("mp_gpu_allocator"),
                 gpu_retries=config.getoption("mp_gpu_retries"),
@@ -275,7 +280,7 @@ class Session:
             self._progress = Progress(len(self._selected), self._write, live, time.monotonic, columns)
             for workload, cases in Counter(case.workload for case in self._selected).items():
                 self._progress.plan(workload, cases)
-            self._write(f"mpscale: on {device.name} ({device.kind.upper()}){self._why_no_gpu()}\n")
+            self._write(f"mpscale: on {device.name} ({device.kind.upper()}){self._why_no_gpu()}\n{_busy()}")
             self._run = BenchmarkRun(self._selected, device, driver, how, self._progress.event)
         return self._run, self._progress
 
@@ -296,6 +301,21 @@ class Session:
                 terminal.line()
             terminal.write(text, flush=True)
         self._live_line = not text.endswith("\n")
+
+
+def _busy() -> str:
+    """A line on a machine that has other work to do already, where it has."""
+    from mpscale.telemetry import host
+    from mpscale.telemetry.host_noise import is_busy
+
+    average, cores = host.load_average(), host.cpu_facts()["logical_cores"]
+    load = average[0] if average else None
+    if not is_busy(load, cores):
+        return ""
+    return (
+        f"mpscale: the machine is busy: load average {load:.1f} over the last minute on {cores} usable cores; step "
+        "times will be longer than they need be, and differ more\n"
+    )
 
 
 def _is_case(item: pytest.Item) -> bool:

@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import os
 
 import pytest
 
 from mpscale.harness.case import DYNAMIC_DEFAULTS
-from mpscale.pytest_options import _dynamic_scale
+from mpscale.pytest_options import _cores, _dynamic_scale
 from mpscale.scaling import DynamicLossScale
 
 
@@ -70,3 +71,16 @@ def test_contradiction_is_refused_in_the_words_of_the_loss_scale(text, values):
 def test_value_out_of_its_range_is_refused(text, message):
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         _dynamic_scale(text)
+
+
+@pytest.mark.parametrize("text", ["0-99999", "99999", "1-0", "", "a", "0,,1", "-1", "0-"])
+def test_cores_that_are_not_there_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected cores such as 0,2-3 out of"):
+        _cores(text)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot tie processes to cores")
+def test_cores_are_numbers_and_ranges():
+    usable = sorted(os.sched_getaffinity(0))
+    assert _cores(",".join(map(str, usable))) == set(usable)
+    assert _cores(f" {usable[0]}-{usable[0]} , {usable[0]}") == {usable[0]}

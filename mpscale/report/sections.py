@@ -14,6 +14,7 @@ from mpscale.report import cells
 from mpscale.report.groups import measured, median, or_none, values
 from mpscale.report.tables import Cells, markdown_table
 from mpscale.report.words import is_mixed
+from mpscale.telemetry.host_noise import BUSY_SHARE
 
 _COLUMNS_SHOWN = 8
 _STEP_COUNTS = ("attempted_steps", "applied_steps", "skipped_steps", "overflow_steps", "nonfinite_loss_steps")
@@ -115,6 +116,7 @@ def timing(run: Run) -> str:
             + [cells.count(or_none(sum, values(records, "timed_blocks")))]
             + [cells.number(median(records, "step_time_ms_per_applied"))]
             + [cells.share(median(records, "dispatch_share")) + (" (bound)" if is_bound else "")]
+            + [cells.share(or_none(max, values(records, "host_other_cpu_share")))]
             + [cells.number(median(records, name)) for name in ("trace_time_s", "first_step_s")]
         )
     if not rows:
@@ -126,10 +128,17 @@ def timing(run: Run) -> str:
         "blocks",
         "ms per applied step",
         "dispatch share",
+        "CPU time of others, most",
         "trace s",
         "first step s",
     ]
     parts = [markdown_table(headers, rows)]
+    busiest = max((row for _, _, group in measured(run) for row in values(group, "host_other_cpu_share")), default=0.0)
+    if busiest > BUSY_SHARE:
+        parts.append(
+            f"The machine was busy: up to {cells.share(busiest)} of its processors' time went to other processes while "
+            "steps were timed. Step times are longer for that, and differ more from process to process."
+        )
     if bound:
         parts.append(
             "Where `bound` is noted, over half of a step's time went into dispatch: into Python and TensorFlow, and "

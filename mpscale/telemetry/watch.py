@@ -15,6 +15,7 @@ from mpscale.telemetry.device import Device
 from mpscale.telemetry.driver import Driver, NoDriver, SilentDriver
 from mpscale.telemetry.findings import Findings
 from mpscale.telemetry.gpu_state import Suspicion
+from mpscale.telemetry.host_noise import HostNoise
 from mpscale.telemetry.samples import Samples, read_samples
 
 HOST_COLUMN = "host_memory_peak_mib"
@@ -70,6 +71,7 @@ class CaseWatch:
         self._file = Path(self._folder.name) / "samples.csv"
         self._pid: int | None = None
         self._host_peak_mib: float | None = None
+        self._noise: HostNoise | None = None
         self._blind = "no process was watched"
         self._silent_after: str | None = None
         self._last_phase = "the start"
@@ -86,7 +88,7 @@ class CaseWatch:
             pid: the process.
             epoch: when it was started, of the monotonic clock.
         """
-        self._pid, self._host_peak_mib = pid, None
+        self._pid, self._host_peak_mib, self._noise = pid, None, HostNoise(pid)
         self._silent_after, self._last_phase, self._lost = None, "the start", False
         self._blind = self._begin(pid, epoch)
 
@@ -97,6 +99,8 @@ class CaseWatch:
             phase: what the process has just reached.
         """
         self._read_host()
+        if self._noise is not None:
+            self._noise.mark(phase)
         if self._blind or not isinstance(self._driver, Driver):
             return
         if self._driver.mark(phase):
@@ -115,6 +119,8 @@ class CaseWatch:
         seen = Seen()
         ended = "the process ended before its memory could be read, or the system has no /proc"
         seen.findings.put(HOST_COLUMN, self._host_peak_mib, self._blind if self._pid is None else ended)
+        if self._noise is not None:
+            seen.findings.add(self._noise.columns())
         if self._blind or not isinstance(self._driver, Driver):
             seen.findings.unavailable |= dict.fromkeys(GPU_COLUMNS, self._blind)
             if self._driver.reason:

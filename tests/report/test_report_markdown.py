@@ -172,9 +172,18 @@ def test_timing_quality_notes_what_dispatch_dominates(tmp_path):
     figures = {"timed_blocks": 50, "dispatch_share": 0.75, "trace_time_s": 0.5, "first_step_s": 2.0}
     report = rendered(tmp_path, record(step_time_ms_median=1.0, dispatch_bound=True, **figures))
     assert [list(row.values()) for row in table(report, "Timing quality")] == [
-        ["toy", "fp32", "1", "50", DASH, "75 % (bound)", "0.500", "2.00"]
+        ["toy", "fp32", "1", "50", DASH, "75 % (bound)", DASH, "0.500", "2.00"]
     ]
+    assert "was busy" not in report
     assert "over half of a step's time went into dispatch" in report
+
+
+def test_busy_machine_is_named_with_its_number(tmp_path):
+    calm, busy = (record(seed=seed, step_time_ms_median=1.0, host_other_cpu_share=0.04 + 0.3 * seed) for seed in (0, 1))
+    assert "was busy" not in rendered(tmp_path / "calm", calm)
+    report = rendered(tmp_path / "busy", calm, busy)
+    assert table(report, "Timing quality")[0]["CPU time of others, most"] == "34 %"
+    assert "up to 34 % of its processors' time went to other processes" in report
 
 
 def test_trouble_is_told_with_the_last_output(tmp_path):

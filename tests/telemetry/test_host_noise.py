@@ -1,0 +1,75 @@
+"""What else the processors did while a case was timed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mpscale.telemetry.host_noise import COLUMNS, HostNoise, clock_mhz, cpu_times, is_busy
+
+pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc")
+
+
+def spin(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def test_own_time_is_told_from_that_of_others() -> None:
+    """This process works; watched as the worker it is nobody else, watched beside an idle worker it is."""
+    code = "import sys; sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as idle:
+        busy_worker, idle_worker = HostNoise(os.getpid()), HostNoise(idle.pid)
+        for noise in (busy_worker, idle_worker):
+            noise.mark("timing-start")
+        spin(1.0)
+        for noise in (busy_worker, idle_worker):
+            noise.mark("timing-end")
+        idle.kill()
+    own, others = (noise.columns().values["host_other_cpu_share"] for noise in (busy_worker, idle_worker))
+    assert others > own
+    assert others - own > 0.1 / (os.cpu_count() or 1)
+    assert set(busy_worker.columns().values) | set(busy_worker.columns().unavailable) == set(COLUMNS)
+
+
+def test_what_was_not_timed_has_reasons() -> None:
+    noise = HostNoise(os.getpid())
+    found = noise.columns()
+    assert "nothing was timed" in found.unavailable["host_other_cpu_share"]
+    noise.mark("timing-start")
+    noise.mark("timing-end")
+    assert "less than 0.2 s" in noise.columns().unavailable["host_steal_share"]
+
+
+def test_process_that_is_gone_has_no_times() -> None:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    assert cpu_times(done.pid) is None
+
+
+def test_times_only_grow() -> None:
+    before = cpu_times(os.getpid())
+    spin(0.1)
+    after = cpu_times(os.getpid())
+    assert before is not None and after is not None
+    assert after.own_s >= before.own_s
+    assert after.total_s > before.total_s
+    assert after.busy_s <= after.total_s
+
+
+def test_clock_is_plausible_or_unknown() -> None:
+    clock = clock_mhz()
+    assert clock is None or 100 < clock < 10_000
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "busy"), [(0.4, 1, False), (0.6, 1, True), (2.0, 4, False), (2.1, 4, True), (None, 4, False)]
+)
+def test_busy_is_more_than_half_of_the_cores(load: float | None, cores: int, busy: bool) -> None:
+    assert is_busy(load, cores) is busy
