@@ -18,8 +18,8 @@ from mpscale import project_settings
 from mpscale.analysis.gates import parse_gates, parse_share
 from mpscale.cli import _parser
 from mpscale.telemetry.device import find_device
+from mpscale.telemetry.driver import NoDriver
 from mpscale.telemetry.fingerprint import environment
-from mpscale.telemetry.nvml import NoNvml
 
 FILES = sorted(WORKFLOWS.glob("*.yml"))
 STEPS = load("nightly.yml")["jobs"]["run"]["steps"]
@@ -368,8 +368,8 @@ def test_pytest_says_which_run_serves_as_baseline_without_measuring(runs, tmp_pa
     refused = collect(runs["old", "gpu"])
     assert refused.returncode != 0
     assert re.search(rf"^ERROR: .*{runs['old', 'gpu'].name} is of Test GPU", refused.stdout + refused.stderr, re.M)
-    no_nvml = NoNvml("not looked for")
-    device = find_device(no_nvml, {})
-    here = environment(device, no_nvml, ROOT)
+    no_driver = NoDriver("not looked for")
+    device = find_device(no_driver.devices, {})
+    here = environment(device, no_driver, ROOT)
     served = collect(write_run(tmp_path, finished(series("fp32", 2.0)), device=device.to_json(), environment=here))
     assert served.returncode == 0, served.stdout + served.stderr
