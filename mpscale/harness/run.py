@@ -115,7 +115,8 @@ class BenchmarkRun:
         outcome = Outcome(Record(case.identity()))
         if self._gpu_lost_in is not None:
             reason = f"not started: the GPU was lost in {self._gpu_lost_in}"
-            outcome.record.update({"attempts": attempt, "status": "error", "status_reason": reason})
+            supervisor.describe(case, outcome.record, attempt)
+            outcome.record.update({"status": "error", "status_reason": reason})
             self._finish_case(journal, case, outcome)
             return outcome
         steps_path = journal.steps_path(case) if case.trains else None

@@ -99,17 +99,7 @@ class Supervisor:
             attempt: how often it has been started, this time included.
         """
         mode = MODES[case.mode]
-        outcome.record.update(
-            {
-                "attempts": attempt,
-                "schema_version": SCHEMA_VERSION,
-                "method_version": METHOD_VERSION,
-                "device": self._device.kind,
-                "device_name": self._device.name,
-                "jit": case.settings.jit,
-                "policy": mode.policy,
-            }
-        )
+        self.describe(case, outcome.record, attempt)
         unsupported = mode.unsupported_reason(self._device, case.settings.jit)
         if unsupported:
             outcome.record.update({"status": "unsupported", "status_reason": unsupported})
@@ -117,6 +107,20 @@ class Supervisor:
             self._run_process(case, steps_path, gpu_path, outcome)
             if self._failed_on_touch(outcome):
                 self._next_allocator(outcome)
+
+    def describe(self, case: Case, record: Record, attempt: int) -> None:
+        """Notes what is known of a case before it is started, and also if it never is."""
+        record.update(
+            {
+                "attempts": attempt,
+                "schema_version": SCHEMA_VERSION,
+                "method_version": METHOD_VERSION,
+                "device": self._device.kind,
+                "device_name": self._device.name,
+                "jit": case.settings.jit,
+                "policy": MODES[case.mode].policy,
+            }
+        )
 
     def cool_down(self, seconds: float) -> None:
         """Waits until the GPU is fit to be measured on, for at most so long."""

@@ -170,6 +170,7 @@ def test_training(mp_case, benchmark):
     assert "the power limit (W) was changed since the first case: 400 to 300" in reasons[4]
     assert "GPU was lost" in reasons[5]
     assert "not started: the GPU was lost in" in reasons[6]
+    assert finished[6]["device_name"] == "mpscale stand-in A100"
     assert all(record["step_time_ms_median"] > 0 for record in finished[:6])  # what was measured is kept
     assert "run again" in done.stdout
     assert len(list((machine.path() / "gpu").iterdir())) == 6
