@@ -247,6 +247,7 @@ class Session:
         if self._run is None or self._progress is None:
             from mpscale.harness.run import BenchmarkRun, Options
             from mpscale.progress import Progress
+            from mpscale.telemetry.host_noise import busy_words
 
             config, device, driver = self._config, self._device, self._driver
             assert device is not None and driver is not None  # _plan found both
@@ -280,7 +281,10 @@ class Session:
             self._progress = Progress(len(self._selected), self._write, live, time.monotonic, columns)
             for workload, cases in Counter(case.workload for case in self._selected).items():
                 self._progress.plan(workload, cases)
-            self._write(f"mpscale: on {device.name} ({device.kind.upper()}){self._why_no_gpu()}\n{_busy()}")
+            self._write(f"mpscale: on {device.name} ({device.kind.upper()}){self._why_no_gpu()}\n")
+            busy = busy_words()
+            if busy:
+                self._write(f"mpscale: {busy}\n")
             self._run = BenchmarkRun(self._selected, device, driver, how, self._progress.event)
         return self._run, self._progress
 
@@ -301,21 +305,6 @@ class Session:
                 terminal.line()
             terminal.write(text, flush=True)
         self._live_line = not text.endswith("\n")
-
-
-def _busy() -> str:
-    """A line on a machine that has other work to do already, where it has."""
-    from mpscale.telemetry import host
-    from mpscale.telemetry.host_noise import is_busy
-
-    average, cores = host.load_average(), host.cpu_facts()["logical_cores"]
-    load = average[0] if average else None
-    if not is_busy(load, cores):
-        return ""
-    return (
-        f"mpscale: the machine is busy: load average {load:.1f} over the last minute on {cores} usable cores; step "
-        "times will be longer than they need be, and differ more\n"
-    )
 
 
 def _is_case(item: pytest.Item) -> bool:

@@ -166,7 +166,7 @@ def test_what_a_gpu_computes_fast(capability, name, float16, bfloat16, tf32):
 
 
 def test_a_busy_machine_is_noted(monkeypatch):
-    monkeypatch.setattr(surroundings.host, "load_average", lambda: [1000.0, 0.0, 0.0])
+    monkeypatch.setattr("mpscale.telemetry.host.load_average", lambda: [1000.0, 0.0, 0.0])
     found = Examination()
     surroundings.examine(found, None, {})
     assert "the load average is 1000.0 on" in found.notes[0]

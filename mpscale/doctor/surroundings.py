@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mpscale.doctor.findings import Examination, Problem
-from mpscale.telemetry import host
 from mpscale.telemetry.device import Device
 from mpscale.telemetry.fingerprint import VARIABLES
+from mpscale.telemetry.host_noise import busy_words
 
-_BUSY_SHARE = 0.5
 _OFF = ("", "0", "false", "False", "FALSE")
 _WORDS = {
     "CUDA_VISIBLE_DEVICES": "the first GPU that it names is used; -1 is the CPU",
@@ -45,7 +44,8 @@ def examine(found: Examination, device: Device | None, environ: Mapping[str, str
             words = f" ({_WORDS[name]})" if name in _WORDS else ""
             found.notes.append(f"{name}={environ[name]} is set and written down with each run{words}")
     found.notes += [f"{name} does nothing: {words}" for name, words in _IDLE.items() if name in environ]
-    _load(found)
+    busy = busy_words()
+    found.notes += [busy] if busy else []
 
 
 def _wrong(device: Device | None, environ: Mapping[str, str]) -> dict[str, str]:
@@ -60,12 +60,3 @@ def _wrong(device: Device | None, environ: Mapping[str, str]) -> dict[str, str]:
     if device.has_tf32:
         wrong["NVIDIA_TF32_OVERRIDE"] = "one of the modes fp32 and tf32 is then not what its name says"
     return wrong
-
-
-def _load(found: Examination) -> None:
-    load, cores = host.load_average(), host.cpu_facts()["logical_cores"]
-    if load is not None and cores and load[0] > _BUSY_SHARE * cores:
-        found.notes.append(
-            f"the load average is {load[0]:.1f} on {cores} usable core{'' if cores == 1 else 's'}: other work makes "
-            "step times longer and their intervals wider"
-        )

@@ -119,3 +119,13 @@ def is_busy(load: float | None, cores: int | None) -> bool:
         cores: those that can be used.
     """
     return load is not None and cores is not None and load > cores / 2
+
+
+def busy_words() -> str | None:
+    """What to say of this machine where it has so much to do already; None where it has not."""
+    average, cores = host.load_average(), host.cpu_facts()["logical_cores"]
+    if average is None or not is_busy(average[0], cores):
+        return None
+    usable = f"{cores} usable core{'' if cores == 1 else 's'}"
+    load = f"the load average is {average[0]:.1f} on {usable}"
+    return f"{load}: other work makes step times longer and their intervals wider"
