@@ -26,6 +26,9 @@ from mpscale.training.timing import keep_going, time_empty_call, time_steps, war
 from mpscale.training.trainer import train
 from mpscale.workloads import Data, Workload, registry
 
+_LEAST_MORE_S = 0.5
+"""While steps are timed the energy counter is read seldom, which would make for a blurred end of the window."""
+
 
 def execute(
     case: Case, device: Device, steps_path: Path | None, channel: Channel, energy_s: float = 0.0
@@ -37,7 +40,8 @@ def execute(
         device: where; the process must have been started with this device visible.
         steps_path: where the log of every step goes, as gzipped CSV.
         channel: the supervisor's end.
-        energy_s: seconds that steps go on for, from the start of the timing, so that their energy can be counted.
+        energy_s: seconds that steps go on for, from the start of the timing and for a moment after its end at least,
+            so that their energy can be counted; 0 counts none.
 
     Returns:
         The status, and why it is not ``ok``.
@@ -96,10 +100,10 @@ def _time(
     start = time.perf_counter()
     timing = time_steps(step, about_s, settings.timing_s, settings.timing_blocks)
     channel.phase("timing-end")
-    left_s = energy_s - (time.perf_counter() - start)
     more: tuple[int, int | None] = (0, 0)
-    if left_s > 0:
-        more = keep_going(step, timing.steps_per_block, left_s)
+    if energy_s > 0:
+        left_s = energy_s - (time.perf_counter() - start)
+        more = keep_going(step, timing.steps_per_block, max(left_s, _LEAST_MORE_S))
         channel.phase("energy-end")
     overflows = None if None in (timing.overflow_steps, more[1]) else (timing.overflow_steps or 0) + (more[1] or 0)
     channel.energy(timing.steps + more[0], overflows)

@@ -117,6 +117,8 @@ class Driver:
         Returns:
             Whether it was taken in time. One that still owes an answer is not waited for again.
         """
+        if self._process is None:
+            return False
         try:
             if self._answered < self._sent:
                 self._drain(0.0)

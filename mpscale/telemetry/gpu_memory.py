@@ -56,11 +56,11 @@ def memory_columns(samples: Samples, allocator_peak_mib: float | None, silent_af
         unexplained = headline - at_context - allocator_peak_mib
     missing = "needs a peak by NVML, the context's memory and the allocator's peak, and one of them is unknown"
     found.put("gpu_memory_unexplained_mib", unexplained, missing)
-    looks = sum(row.looks for row in samples.rows)
-    span = samples.rows[-1].time_s - samples.rows[0].time_s if samples.rows else 0.0
+    often = samples.often()
+    looks = sum(row.looks for row, _ in often)
     few = "the case ended before a second sample"
-    found.put("gpu_sample_interval_ms", span / (looks - 1) * 1e3 if looks > 1 else None, few)
-    found.put("gpu_sample_gap_ms", max(row.gap_s for row in samples.rows) * 1e3 if looks > 1 else None, few)
+    found.put("gpu_sample_interval_ms", sum(since_s for _, since_s in often) / looks * 1e3 if looks else None, few)
+    found.put("gpu_sample_gap_ms", max(row.gap_s for row, _ in often) * 1e3 if looks else None, few)
     return found
 
 

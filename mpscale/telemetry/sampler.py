@@ -12,7 +12,8 @@ take along. It reads orders and writes answers, JSON objects one a line; each an
 - ``{"do": "look", "device": ...}``: what the GPU is like at this moment.
 
 Memory is looked at every 10 ms, processes whenever it has changed, the energy counter every 20 ms, and everything every
-100 ms and at every phase.
+100 ms and at every phase. While steps are timed, everything every 500 ms and nothing in between: waking up costs a
+processor that the training may need, and the same steps have been watched closely before.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from mpscale.lifeline import die_with_parent
 from mpscale.telemetry.device import Device
 from mpscale.telemetry.gpu import GARBLED, PROCESS_KINDS, Gpu
 from mpscale.telemetry.nvml import NoNvml, Nvml, open_nvml
-from mpscale.telemetry.samples import Sample, SampleFile
+from mpscale.telemetry.samples import CALM_FROM, CALM_UNTIL, Sample, SampleFile
 
 FAST_S = 0.01
 ENERGY_S = 0.019
 SLOW_S = 0.1
+CALM_S = 0.5
 
 
 class Family:
@@ -85,6 +87,12 @@ class Watch:
         self._energy_j: float | None = None
         self._looks, self._gap, self._looked = 0, 0.0, time.monotonic()
         self._slow_due = self._energy_due = 0.0
+        self.calm = False
+
+    @property
+    def pause_s(self) -> float:
+        """From one look to the next."""
+        return CALM_S if self.calm else FAST_S
 
     def sample(self, phase: str = "") -> None:
         """Takes a sample: of memory and energy, and of all else where that is due or a phase was reached.
@@ -93,7 +101,8 @@ class Watch:
             phase: what the worker has just reached.
         """
         gpu, now = self._gpu, time.monotonic()
-        slow = bool(phase) or now >= self._slow_due
+        self.calm = phase == CALM_FROM or (self.calm and phase != CALM_UNTIL)
+        slow = bool(phase) or self.calm or now >= self._slow_due
         self._looks += 1
         self._gap = max(self._gap, now - self._looked)
         self._looked = now
@@ -170,13 +179,13 @@ class Sampler:
         self._gpus: dict[str, Gpu] = {}
         self._watch: Watch | None = None
         self._gpu: Gpu | None = None
+        self._due = time.monotonic()
 
     def serve(self) -> None:
         """Answers orders until standard input is closed."""
         pending = b""
-        due = time.monotonic()
         while True:
-            wait = None if self._watch is None else max(due - time.monotonic(), 0.0)
+            wait = None if self._watch is None else max(self._due - time.monotonic(), 0.0)
             readable, _, _ = select.select([0], [], [], wait)
             if readable:
                 chunk = os.read(0, 65536)
@@ -185,10 +194,11 @@ class Sampler:
                 *lines, pending = (pending + chunk).split(b"\n")
                 for line in lines:
                     self._answer(json.loads(line))
-            if self._watch is not None and time.monotonic() >= due:
+            if self._watch is not None and time.monotonic() >= self._due:
                 self._watch.sample()
                 # From now on, not from when it was due: what was missed is not made up for in a burst.
-                due = max(due + FAST_S, time.monotonic() + FAST_S / 2)
+                pause_s = self._watch.pause_s
+                self._due = max(self._due + pause_s, time.monotonic() + pause_s / 2)
 
     def _answer(self, order: dict[str, Any]) -> None:
         answer = getattr(self, f"_{order['do']}")(order)
@@ -220,6 +230,7 @@ class Sampler:
     def _mark(self, order: dict[str, Any]) -> dict[str, Any]:
         if self._watch is not None:
             self._watch.sample(order["phase"])
+            self._due = time.monotonic() + self._watch.pause_s
         return {}
 
     def _stop(self, order: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,12 @@ import csv
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
+
+CALM_FROM, CALM_UNTIL = "timing-start", "timing-end"
+"""Phases between which the sampler looks seldom, so as not to disturb what is timed."""
 
 
 @dataclass(slots=True)
@@ -150,6 +154,15 @@ class Samples:
     def between(self, first: Sample, last: Sample) -> list[Sample]:
         """The samples from one to another, both included."""
         return [row for row in self.rows if first.time_s <= row.time_s <= last.time_s]
+
+    def often(self) -> list[tuple[Sample, float]]:
+        """The samples of the time in which the sampler looks often, each with the seconds since the one before."""
+        found, calm = [], False
+        for before, row in pairwise(self.rows):
+            calm = before.phase == CALM_FROM or (calm and before.phase != CALM_UNTIL)
+            if not calm:
+                found.append((row, row.time_s - before.time_s))
+        return found
 
     def known(self, reading: str) -> list[float]:
         """The values of a reading that were seen."""

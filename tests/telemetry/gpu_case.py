@@ -45,6 +45,8 @@ class GpuCase:
         context: Callable[[], object] = lambda: None,
         timed: Callable[[], object] = lambda: None,
         *,
+        train: Callable[[], object] = lambda: None,
+        added: Callable[[], object] | None = None,
         told: Told | None = None,
         keep: Path | None = None,
     ) -> Seen:
@@ -53,6 +55,8 @@ class GpuCase:
         Args:
             context: called between ``idle`` and ``context-ready``.
             timed: called between ``timing-start`` and ``timing-end``.
+            train: called between ``context-ready`` and ``timing-start``.
+            added: called between ``timing-end`` and ``energy-end``; None leaves that phase out.
             told: what the worker would tell of itself.
             keep: where samples go.
         """
@@ -60,9 +64,13 @@ class GpuCase:
         self.watch.mark("idle")
         context()
         self.watch.mark("context-ready")
+        train()
         self.watch.mark("timing-start")
         timed()
         self.watch.mark("timing-end")
+        if added is not None:
+            added()
+            self.watch.mark("energy-end")
         self.watch.mark("done")
         return self.watch.stop(told or Told(energy_off="energy was off"), keep)
 

@@ -283,16 +283,17 @@ def test_another_process_that_only_draws_is_counted(gpu_case):
     assert seen.findings.values["gpu_graphics_processes"] == 1
 
 
-def test_process_that_comes_and_goes_between_two_phases_is_seen(gpu_case):
+@pytest.mark.parametrize(("when", "seconds"), [("train", 0.06), ("timed", 0.8)])
+def test_process_that_comes_and_goes_between_two_phases_is_seen(gpu_case, when, seconds):
     case = gpu_case()
 
     def visit():
         case.script.process("compute", 4242, 100)
-        time.sleep(0.06)
+        time.sleep(seconds)
         case.script.process("compute", 4242, None)
         time.sleep(0.06)
 
-    (suspicion,) = case.run(lambda: case.uses(300), visit).suspicions
+    (suspicion,) = case.run(lambda: case.uses(300), **{when: visit}).suspicions
     assert "4242" in suspicion.reason
 
 
@@ -357,7 +358,8 @@ def test_call_that_hangs_costs_a_figure_and_little_time(script, gpu_case, symbol
 def test_call_that_is_late_loses_nothing(gpu_case):
     case = gpu_case()
     seen = case.run(
-        lambda: case.uses(300), lambda: (case.script.latency(MEMORY_V2, 0.5), time.sleep(0.05), case.script.heal())
+        lambda: case.uses(300),
+        train=lambda: (case.script.latency(MEMORY_V2, 0.5), time.sleep(0.05), case.script.heal()),
     )
     assert seen.findings.values[PEAK] == 300.0
     assert seen.findings.values["gpu_sample_gap_ms"] > 400
