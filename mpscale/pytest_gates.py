@@ -117,17 +117,18 @@ class BaselineCheck:
         """
         if self._baseline is None:
             return
-        from mpscale.analysis.compare import compare
+        from mpscale.analysis.compare import compare, floors_for
         from mpscale.analysis.gates import judge_gates
         from mpscale.analysis.runs import RunError, read_run
 
         def look(run: Run) -> tuple[Comparison, list[Finding]]:
             assert self._baseline is not None
-            comparison = compare(self._baseline, run, threshold=self._threshold)
+            comparison = compare(self._baseline, run, threshold=self._threshold, floors=floors)
             return comparison, judge_gates(comparison, self._gates) if comparison.same_device else []
 
         try:
             run = read_run(path)
+            floors = floors_for(self._baseline, run, path.parent.parent)
             self.comparison, self.findings = look(run)
             again = {f.row for f in self.findings if f.outcome == "fired" and f.gate.name in _NOISY and f.row}
             if again:

@@ -16,7 +16,7 @@ from mpscale.harness.case import Settings, series_key
 from mpscale.modes import MODES
 
 BEFORE, AFTER = "20260101T000000Z-test-cpu-aaaa", "20260102T000000Z-test-cpu-bbbb"
-QUIET = (0.99, 1.0, 1.01, 0.995, 1.005)
+QUIET = (0.998, 1.0, 1.002, 0.999, 1.001)
 NOISY = (0.8, 1.0, 1.2, 0.9, 1.1)
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from mpscale.analysis.noise_floor import (
+    NO_FLOORS,
+    Floors,
+    assumed_floor,
+    find_floors,
+    pair_noise,
+    runs_of_the_same_code,
+)
 from mpscale.analysis.pairing import Pair, environment_differences, hardware, pair_rows, same_hardware
 from mpscale.analysis.quality import Quality
 from mpscale.analysis.quantities import QUANTITIES, Change, measure_change, with_verdicts
@@ -45,6 +54,8 @@ class Comparison:
         same_device: whether both ran on the same kind of device. Only then do times have a verdict.
         hardware: of the baseline, and of the other run.
         differences: what else differs between the environments: name, value there, value here.
+        in_turns: whether the two ran in turns, case by case, so that no state of the machine lies between them.
+        floors: how much runs of the baseline's code differ, where that is known.
         rows: those of the baseline in its order, then new ones.
     """
 
@@ -53,10 +64,14 @@ class Comparison:
     same_device: bool
     hardware: tuple[dict[str, object], dict[str, object]]
     differences: list[tuple[str, str, str]]
+    in_turns: bool = False
+    floors: Floors = NO_FLOORS
     rows: list[ComparedRow] = field(default_factory=list)
 
 
-def compare(baseline: Run, other: Run, *, force: bool = False, threshold: float | None = None) -> Comparison:
+def compare(
+    baseline: Run, other: Run, *, force: bool = False, threshold: float | None = None, floors: Floors = NO_FLOORS
+) -> Comparison:
     """Compares ``other`` with ``baseline``.
 
     Rows are paired by series key. Step times of different devices get no verdict: how much faster a GPU is than
@@ -68,21 +83,27 @@ def compare(baseline: Run, other: Run, *, force: bool = False, threshold: float 
         force: compare rows of one workload and mode though they were measured in different ways, or on different
             devices as if they were one.
         threshold: change of step time from which on it matters, as a share; 0.05 where none is given.
+        floors: how much runs of the baseline's code differ; what is not in it is assumed.
 
     Raises:
         NotComparable: the runs were measured in different ways; not with ``force``.
     """
     pairs = pair_rows(baseline, other, force)
     same = same_hardware(baseline, other)
-    paired = sum(pair.state == "paired" for pair in pairs)
+    in_turns = ran_in_turns(baseline, other)
+    paired = [pair for pair in pairs if pair.state == "paired"]
     changes: dict[str, dict[int, Change]] = {name: {} for name in QUANTITIES}
     for name, quantity in QUANTITIES.items():
-        found = {
-            place: change
-            for place, pair in enumerate(pairs)
-            if pair.state == "paired"
-            and (change := measure_change(pair.baseline, pair.other, quantity, paired)) is not None
-        }
+        sides = [{(pair.workload, pair.mode): getattr(pair, side) for pair in paired} for side in ("baseline", "other")]
+        assumed = assumed_floor(sides, quantity)
+        pairs_of = pair_noise(sides, quantity) if in_turns else {}
+        found = {}
+        for place, pair in enumerate(pairs):
+            floor = floors.get(name, (pair.workload, pair.mode)) or assumed
+            pair_of = pairs_of.get((pair.workload, pair.mode))
+            change = measure_change(pair.baseline, pair.other, quantity, len(paired), floor, pair_of)
+            if pair.state == "paired" and change is not None:
+                found[place] = change
         if same or force:
             limit = threshold if name == "step_time" else None
             changes[name] = dict(zip(found, with_verdicts(list(found.values()), limit), strict=True))
@@ -106,10 +127,35 @@ def compare(baseline: Run, other: Run, *, force: bool = False, threshold: float 
         same,
         (hardware(baseline), hardware(other)),
         environment_differences(baseline, other),
+        in_turns,
+        floors,
         rows,
     )
 
 
-def compare_all(runs: Sequence[Run], *, force: bool = False, threshold: float | None = None) -> list[Comparison]:
-    """Every run but the first against the first."""
-    return [compare(runs[0], other, force=force, threshold=threshold) for other in runs[1:]]
+def ran_in_turns(baseline: Run, other: Run) -> bool:
+    """Whether `mpscale ab` made the two runs together."""
+    one, two = (run.info.get("interleaved") for run in (baseline, other))
+    return isinstance(one, dict) and isinstance(two, dict) and one.get("id") == two.get("id") is not None
+
+
+def compare_all(
+    runs: Sequence[Run], *, force: bool = False, threshold: float | None = None, results: Path | None = None
+) -> list[Comparison]:
+    """Every run but the first against the first.
+
+    Args:
+        runs: the baseline first.
+        force: as :func:`compare` takes it.
+        threshold: likewise.
+        results: the results folder, where further runs of the baseline's code may be.
+    """
+    return [
+        compare(runs[0], other, force=force, threshold=threshold, floors=floors_for(runs[0], other, results))
+        for other in runs[1:]
+    ]
+
+
+def floors_for(baseline: Run, other: Run, results: Path | None = None) -> Floors:
+    """What is known of the noise between runs of the baseline's code, the run to be judged left out."""
+    return find_floors(runs_of_the_same_code(baseline, results, leave_out=(other.name,)))

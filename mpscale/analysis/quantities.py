@@ -6,17 +6,17 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from mpscale.analysis.stats import holm, log_change
+from mpscale.analysis.stats import Between, holm, log_change, paired_log_change
 from mpscale.analysis.summary import Row, of_good_trainings
 
 CONFIDENCE = 0.95
 """Of the intervals that are shown."""
 
 ERROR_RATE = 0.01
-"""How often a comparison of runs that do not differ may give a verdict on any of its rows, by chance between processes.
+"""How often a comparison of runs that do not differ may give a verdict on any of its rows, by chance."""
 
-Not 5 %: the state of the machine from one run to the next comes on top, and no spread within a run knows it.
-"""
+SINGLE_RUN = "single-run baseline"
+"""One of which it is not known how much runs of its code differ."""
 
 SAME = "same"
 CANNOT_TELL = "cannot-tell"
@@ -34,6 +34,7 @@ class Quantity:
         more: verdict where there is more of it.
         less: verdict where there is less.
         of_trainings: made from processes that trained alone: one that only times holds less in memory.
+        drifts: moves with the state of the machine, which is another one in every run.
     """
 
     name: str
@@ -43,14 +44,15 @@ class Quantity:
     more: str = "more"
     less: str = "less"
     of_trainings: bool = True
+    drifts: bool = False
 
 
 QUANTITIES = {
     quantity.name: quantity
     for quantity in (
-        Quantity("step_time", "step_time_ms_median", "ms", 0.05, "slower", "faster", of_trainings=False),
+        Quantity("step_time", "step_time_ms_median", "ms", 0.05, "slower", "faster", of_trainings=False, drifts=True),
         Quantity("gpu_memory", "gpu_memory_nvml_peak_mib", "MiB", 0.03),
-        Quantity("energy", "gpu_energy_j_per_step", "J", 0.10, of_trainings=False),
+        Quantity("energy", "gpu_energy_j_per_step", "J", 0.10, of_trainings=False, drifts=True),
         Quantity("host_memory", "host_memory_peak_mib", "MiB", 0.20),
     )
 }
@@ -70,6 +72,9 @@ class Change:
         detectable: smallest change that would have got a verdict in four of five such comparisons.
         p_increase: how likely an increase like this is by chance.
         processes: of the baseline, and of the other run.
+        noise_floor: by how much two runs of the same code differ at most in 19 of 20 cases, as a share; None where no
+            run comes between, since processes took turns, or where moments make no difference.
+        floor_runs: from how many runs that is known; 0 where it is assumed, for a single-run baseline.
         verdict: more, less (as the quantity has it), ``same``, ``cannot-tell``, or ``not-comparable``.
         reason: why it cannot be told.
     """
@@ -83,6 +88,8 @@ class Change:
     detectable: float | None = None
     p_increase: float | None = None
     processes: tuple[int, int] = (0, 0)
+    noise_floor: float | None = None
+    floor_runs: int | None = None
     verdict: str = CANNOT_TELL
     reason: str | None = None
 
@@ -92,14 +99,26 @@ def values(cases: Iterable[Row], quantity: Quantity) -> list[float]:
 
     Seeds that diverged or stalled are left out, their repeats too: their steps are not those of a training that works.
     """
-    return [
-        case[quantity.column]
+    return list(by_process(cases, quantity).values())
+
+
+def by_process(cases: Iterable[Row], quantity: Quantity) -> dict[tuple[int, int], float]:
+    """The same by seed and repeat."""
+    return {
+        (case["seed"], case["repeat"]): case[quantity.column]
         for case in of_good_trainings(cases)
         if case[quantity.column] is not None and (case["repeat"] == 0 or not quantity.of_trainings)
-    ]
+    }
 
 
-def measure_change(baseline: Sequence[Row], other: Sequence[Row], quantity: Quantity, tries: int = 1) -> Change | None:
+def measure_change(
+    baseline: Sequence[Row],
+    other: Sequence[Row],
+    quantity: Quantity,
+    tries: int = 1,
+    between: Between | None = None,
+    pairs: tuple[float, float] | None = None,
+) -> Change | None:
     """How ``quantity`` changed, without a verdict yet; None where neither side has it.
 
     Args:
@@ -107,8 +126,12 @@ def measure_change(baseline: Sequence[Row], other: Sequence[Row], quantity: Quan
         other: cases of the same row in the other run.
         quantity: what is compared.
         tries: rows that will be judged together, for what each of them could show.
+        between: how much runs of the same code differ.
+        pairs: variance of the logarithms of pairs, with its degrees of freedom, where the processes of both ran in
+            turns, so that those of one seed and repeat are a pair.
     """
-    before, after = values(baseline, quantity), values(other, quantity)
+    sides = [by_process(cases, quantity) for cases in (baseline, other)]
+    before, after = (list(side.values()) for side in sides)
     if not before and not after:
         return None
     means = Change(
@@ -122,9 +145,13 @@ def measure_change(baseline: Sequence[Row], other: Sequence[Row], quantity: Quan
         why = next((reason for case in cases if (reason := _reason(case, quantity.column))), "no case has it")
         side = "the run" if before else "the baseline"
         return replace(means, reason=f"not known of {side}: {why}")
-    found = log_change(before, after)
+    if pairs is None:
+        found = log_change(before, after, between)
+    else:
+        found = paired_log_change(sides[0], sides[1], *pairs)
     interval = found.interval(CONFIDENCE)
     reason = None if interval else "one process gives no spread: measure at least two on each side"
+    floor = between if pairs is None else None
     low, high = interval or (None, None)
     return replace(
         means,
@@ -133,6 +160,8 @@ def measure_change(baseline: Sequence[Row], other: Sequence[Row], quantity: Quan
         high=high,
         detectable=found.detectable(1 - ERROR_RATE / tries),
         p_increase=found.p_increase(),
+        noise_floor=None if floor is None else floor.limit,
+        floor_runs=None if floor is None else floor.runs,
         reason=reason,
     )
 
@@ -162,7 +191,8 @@ def _judged(change: Change, p_value: float | None, threshold: float | None) -> C
         return replace(change, verdict=quantity.more if change.change > 0 else quantity.less)
     if below < change.low and change.high < above:
         return replace(change, verdict=SAME)
-    return replace(change, reason=f"too noisy for {above:.0%}")
+    single = f"; {SINGLE_RUN}" if change.floor_runs == 0 else ""
+    return replace(change, reason=f"too noisy for {above:.0%}{single}")
 
 
 def _reason(case: Row, column: str) -> str | None:

@@ -13,10 +13,11 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from scipy.special import stdtr, stdtrit
+from scipy.special import fdtrc, stdtr, stdtrit
 
 K = TypeVar("K", bound=Hashable)
 
+_NOISY = 0.01
 _MOST_PAIRS = 10_000
 """Beyond which no one trains as often, so that an exact number is of no use."""
 
@@ -39,13 +40,40 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
+class Between:
+    """How much a figure moves from one run of the same code to the next, on logarithms.
+
+    Args:
+        variance: of a run's figure; of known runs with what their processes contribute, of an assumption without.
+        degrees: of freedom of the variance.
+        runs: from how many runs it is known; 0 where it is assumed.
+        within: variance of processes within a run.
+        within_degrees: its degrees of freedom, 0 where every run had one process.
+    """
+
+    variance: float
+    degrees: float
+    runs: int
+    within: float = 0.0
+    within_degrees: int = 0
+
+    @property
+    def limit(self) -> float:
+        """By how much two runs of the same code differ at most in 19 of 20 cases, as a share.
+
+        ISO 5725-6:1994, 4.1.4, the limit of repeatability and reproducibility: 1.96 sqrt(2) standard deviations.
+        """
+        return _exp(1.96 * math.sqrt(2 * self.variance)) - 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class LogChange:
-    """The logarithm of other / baseline, of values that are not paired, with Welch's standard error.
+    """The logarithm of other / baseline, with its standard error.
 
     Args:
         estimate: mean logarithm of the one less that of the other.
-        standard_error: of the estimate, None where one side has a single value and so no spread.
-        degrees: of freedom, by Welch and Satterthwaite; None likewise.
+        standard_error: of the estimate, None where too few values give no spread.
+        degrees: of freedom; None likewise.
     """
 
     estimate: float
@@ -141,15 +169,21 @@ def paired_ratio(baseline: Mapping[K, float], other: Mapping[K, float], confiden
     return _interval([_log(baseline[key]) - _log(other[key]) for key in shared], confidence)
 
 
-def log_change(baseline: Sequence[float], other: Sequence[float]) -> LogChange:
-    """How much larger ``other`` is, by Welch's comparison of the logarithms, which takes unequal variances.
+def log_change(baseline: Sequence[float], other: Sequence[float], between: Between | None = None) -> LogChange:
+    """How much larger ``other`` is, of two runs that nothing pairs.
+
+    Without ``between`` by Welch's comparison of the logarithms, which takes unequal variances. Where it is assumed, its
+    variance comes on top, once for each side. Where it is known from runs, a side has that variance, which holds what
+    processes contribute: a single process will do. Only a side whose processes differ by more than they did in those
+    runs (F test, 1 %) has its own instead, if that is larger. Degrees of freedom by Satterthwaite.
 
     Welch, "The generalization of Student's problem when several different population variances are involved",
     Biometrika 1947;34:28.
 
     Args:
         baseline: positive and independent, for instance one median step time a process.
-        other: likewise, in the same unit; of another run, so that nothing pairs the two.
+        other: likewise, in the same unit.
+        between: how much runs of the same code differ.
 
     Raises:
         ValueError: one of them is empty, or holds a value that is not positive and finite.
@@ -158,13 +192,58 @@ def log_change(baseline: Sequence[float], other: Sequence[float]) -> LogChange:
     if not all(logs):
         raise ValueError("both sides need at least one value")
     estimate = statistics.fmean(logs[1]) - statistics.fmean(logs[0])
-    if min(map(len, logs)) < 2:
-        return LogChange(estimate, None, None)
-    parts = [statistics.variance(side) / len(side) for side in logs]
-    total = math.fsum(parts)
+    # Variances with their degrees of freedom.
+    parts: list[tuple[float, float]] = []
+    if between is not None and between.runs:
+        noisy = [side for side in logs if _noisier(side, between)]
+        parts += [(statistics.variance(side) / len(side), len(side) - 1.0) for side in noisy]
+        if len(noisy) < 2:
+            parts.append(((2 - len(noisy)) * between.variance, between.degrees))
+    else:
+        if min(map(len, logs)) < 2:
+            return LogChange(estimate, None, None)
+        parts += [(statistics.variance(side) / len(side), len(side) - 1.0) for side in logs]
+        if between is not None:
+            parts.append((2 * between.variance, between.degrees))
+    return _with_error(estimate, parts)
+
+
+def paired_log_change(
+    baseline: Mapping[K, float], other: Mapping[K, float], variance: float, degrees: float
+) -> LogChange:
+    """How much larger ``other`` is, of processes that ran in turns: by the paired differences of the logarithms.
+
+    Args:
+        baseline: by key, for instance (seed, repeat); positive.
+        other: likewise, in the same unit. Keys that only one of the two has are left out.
+        variance: of the differences.
+        degrees: of freedom of the variance.
+
+    Raises:
+        ValueError: no key is shared, or a value is not positive and finite.
+    """
+    differences = [_log(other[key]) - _log(baseline[key]) for key in baseline if key in other]
+    if not differences:
+        raise ValueError("baseline and other share no key, so there is no pair to compare")
+    return _with_error(statistics.fmean(differences), [(variance / len(differences), degrees)])
+
+
+def _noisier(logs: Sequence[float], between: Between) -> bool:
+    """Whether processes differ by more than they did in earlier runs, so much that their mean is worth less."""
+    if len(logs) < 2 or not between.within_degrees:
+        return False
+    own = statistics.variance(logs)
+    if own / len(logs) <= between.variance:
+        return False
+    return between.within == 0.0 or fdtrc(len(logs) - 1, between.within_degrees, own / between.within) < _NOISY
+
+
+def _with_error(estimate: float, parts: Sequence[tuple[float, float]]) -> LogChange:
+    """Parts are variances with their degrees of freedom. Satterthwaite, Biometrics Bulletin 1946;2:110."""
+    total = math.fsum(variance for variance, _ in parts)
+    below = math.fsum(variance**2 / degrees for variance, degrees in parts)
     # Values that are all alike have no variance and so no degrees of freedom to work out; any number will do.
-    below = math.fsum(part**2 / (len(side) - 1) for part, side in zip(parts, logs, strict=True))
-    degrees = total**2 / below if below > 0.0 else float(sum(map(len, logs)) - 2)
+    degrees = total**2 / below if below > 0.0 else max(1.0, math.fsum(degrees for _, degrees in parts))
     return LogChange(estimate, math.sqrt(total), degrees)
 
 

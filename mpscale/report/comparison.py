@@ -12,9 +12,10 @@ from tabulate import tabulate
 
 from mpscale.analysis.compare import ComparedRow, Comparison
 from mpscale.analysis.gates import Finding
+from mpscale.analysis.noise_floor import ASSUMED_RATIO, FEWEST_RUNS
 from mpscale.analysis.pairing import hardware, machine_words
 from mpscale.analysis.quality import Quality
-from mpscale.analysis.quantities import QUANTITIES, Change
+from mpscale.analysis.quantities import QUANTITIES, SINGLE_RUN, Change
 from mpscale.analysis.runs import Run
 from mpscale.analysis.summary import Row, first_known, plain_rows
 from mpscale.report import cells
@@ -173,8 +174,9 @@ def _verdicts(comparison: Comparison, against: str) -> Iterator[_Part]:
         if changed:
             yield _Part(
                 f"{against}: {_TITLES[name]}",
-                ["workload", "mode", "before", "after", "change", "smallest visible", "verdict"],
+                ["workload", "mode", "before", "after", "change", "noise floor", "smallest visible", "verdict"],
                 [[row.pair.workload, row.pair.mode, *_change_cells(change, quantity.unit)] for row, change in changed],
+                _noise(comparison, [change for _, change in changed]),
             )
     trained = [(row, row.quality) for row in rows if row.quality is not None]
     if trained:
@@ -199,9 +201,33 @@ def _change_cells(change: Change, unit: str) -> list[str]:
     text = cells.DASH if change.change is None else f"{change.change:+.1%}"
     if change.low is not None and change.high is not None:
         text += f" [{change.low:+.1%}, {change.high:+.1%}]"
-    visible = cells.DASH if change.detectable is None else f"{change.detectable:.1%}"
+    floor, visible = (
+        cells.DASH if share is None else f"{share:.1%}" for share in (change.noise_floor, change.detectable)
+    )
+    if change.floor_runs == 0:
+        floor += "?"
     verdict = f"{change.verdict}: {change.reason}" if change.reason else change.verdict
-    return [before, after, text, visible, verdict]
+    return [before, after, text, floor, visible, verdict]
+
+
+def _noise(comparison: Comparison, changes: Sequence[Change]) -> list[str]:
+    """What the noise floors of a table rest on."""
+    if comparison.in_turns:
+        return ["Both ran in turns, process by process: no state of the machine lies between them."]
+    notes = []
+    runs = {change.floor_runs for change in changes if change.floor_runs is not None}
+    if runs - {0}:
+        notes.append(
+            f"Noise floor: two runs of the same code differ by less in 19 of 20 cases, by {max(runs)} runs of the "
+            "baseline's code on this machine."
+        )
+    if 0 in runs:
+        notes.append(
+            f"{SINGLE_RUN.capitalize()} (?): how much runs of the same code differ here is not known, and taken to be "
+            f"{ASSUMED_RATIO:g} times what processes of one run do. {FEWEST_RUNS} runs of the baseline's code would "
+            "tell, or `mpscale ab`."
+        )
+    return notes
 
 
 def _quality_cells(quality: Quality, row: ComparedRow) -> list[str]:

@@ -16,7 +16,7 @@ from mpscale.analysis.quantities import QUANTITIES
 
 _COLUMNS = (
     "baseline_run", "run", "workload", "mode", "state", "state_reason", "quantity", "unit", "baseline", "value",
-    "change", "low", "high", "detectable", "verdict", "verdict_reason",
+    "change", "low", "high", "noise_floor", "floor_runs", "detectable", "verdict", "verdict_reason",
 )  # fmt: skip
 
 
@@ -44,7 +44,10 @@ def _long(row: ComparedRow) -> list[dict[str, Any]]:
             "unit": QUANTITIES[name].unit,
             "baseline": change.baseline,
             "value": change.other,
-            **{key: getattr(change, key) for key in ("change", "low", "high", "detectable", "verdict")},
+            **{
+                key: getattr(change, key)
+                for key in ("change", "low", "high", "noise_floor", "floor_runs", "detectable", "verdict")
+            },
             "verdict_reason": change.reason,
         }
         for name, change in row.changes.items()
@@ -75,6 +78,8 @@ def as_json(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> s
             {
                 "run": comparison.other.name,
                 "same_device": comparison.same_device,
+                "in_turns": comparison.in_turns,
+                "floor_runs": comparison.floors.runs,
                 "hardware": {"baseline": comparison.hardware[0], "run": comparison.hardware[1]},
                 "differences": [dict(zip(("name", "baseline", "run"), d, strict=True)) for d in comparison.differences],
                 "rows": [

@@ -6,13 +6,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mpscale.analysis.noise_floor import NO_FLOORS, Floors, find_floors, runs_of_the_same_code
 from mpscale.analysis.runs import Run
-from mpscale.report import cells, gpu_sections, sections, words
+from mpscale.report import cells, gpu_sections, noise_section, sections, words
 from mpscale.report.tables import escape, markdown_table, result_cells
 
 
-def render(run: Run) -> str:
-    """The report of a run as markdown. A section with nothing to say is left out."""
+def render(run: Run, floors: Floors = NO_FLOORS) -> str:
+    """The report of a run as markdown. A section with nothing to say is left out.
+
+    Args:
+        run: the run.
+        floors: how much runs of its code differ, where that is known.
+    """
     headers, rows = result_cells(run)
     parts = {
         "Results": markdown_table(headers, rows) if rows else "",
@@ -21,6 +27,7 @@ def render(run: Run) -> str:
         "Accuracy": sections.accuracy(run),
         "Accuracy against fp32": sections.against_fp32(run),
         "Timing quality": sections.timing(run),
+        "Noise of the step time": noise_section.noise(run, floors),
         "Memory": sections.memory(run),
         "GPU memory in parts (MiB)": gpu_sections.memory_parts(run),
         "Energy of the GPU": gpu_sections.energy(run),
@@ -42,7 +49,7 @@ def write(run: Run) -> Path:
         OSError: the folder cannot be written.
     """
     path = run.path / "report.md"
-    path.write_text(render(run), encoding="utf-8")
+    path.write_text(render(run, find_floors(runs_of_the_same_code(run))), encoding="utf-8")
     return path
 
 

@@ -5,6 +5,7 @@ Reports get published, so the host's name, paths and the environment at large st
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -119,11 +120,17 @@ def packages() -> dict[str, str | None]:
 
 
 def _git(directory: Path) -> dict[str, Any] | None:
-    """Commit, and whether any file differs from it or is new; None without git or outside a repository."""
+    """Commit, whether any file differs from it or is new, and a digest of these changes (of new files only the names);
+    None without git or outside a repository.
+    """
     changes = _run_git(directory, "status", "--porcelain")
     if changes is None:
         return None
-    return {"commit": _run_git(directory, "rev-parse", "--verify", "HEAD"), "dirty": changes != ""}
+    found: dict[str, Any] = {"commit": _run_git(directory, "rev-parse", "--verify", "HEAD"), "dirty": changes != ""}
+    if changes:
+        difference = _run_git(directory, "diff", "--binary", "HEAD") or ""
+        found["changes_digest"] = hashlib.sha256(f"{changes}\n{difference}".encode()).hexdigest()[:16]
+    return found
 
 
 def _run_git(directory: Path, *arguments: str) -> str | None:

@@ -69,13 +69,19 @@ def test_git_commit_and_dirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("GIT_DIR", "/nowhere")  # as inside a git hook
     git(tmp_path, "init", "--quiet")
     (tmp_path / "code.py").write_text("1\n")
-    assert look(tmp_path)["git"] == {"commit": None, "dirty": True}
+    before = look(tmp_path)["git"]
+    assert (before["commit"], before["dirty"]) == (None, True)
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "-m", "x")
     commit = git(tmp_path, "rev-parse", "HEAD")
     assert look(tmp_path)["git"] == {"commit": commit, "dirty": False}
-    (tmp_path / "code.py").write_text("2\n")
-    assert look(tmp_path)["git"] == {"commit": commit, "dirty": True}
+    digests = []
+    for text in ("2\n", "3\n", "2\n"):
+        (tmp_path / "code.py").write_text(text)
+        found = look(tmp_path)["git"]
+        assert (found["commit"], found["dirty"]) == (commit, True)
+        digests.append(found["changes_digest"])
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_no_repository_and_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
