@@ -1,4 +1,5 @@
-"""The ``mpscale`` command: reads what runs have left, and examines the machine. Making a run is pytest's part.
+"""The ``mpscale`` command: reads what runs have left, and examines the machine. Making a run is pytest's part, which
+``ab`` has two sessions do.
 
 Everything heavy is imported inside the commands, so that ``mpscale --help`` is quick.
 """
@@ -7,13 +8,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mpscale import __version__
 
+if TYPE_CHECKING:
+    from mpscale.analysis.gates import Gate
+
+_FAILED = 1
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended
@@ -29,11 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line ``arguments``, by default those of the process.
 
     Returns:
-        0 if it worked, 2 after a line on standard error if not; `compare` and `doctor` have codes of their own.
+        0 if it worked, 2 after a line on standard error if not; `ab`, `compare` and `doctor` have codes of their own.
     """
     try:
         try:
-            options = _parser().parse_args(arguments)
+            parser = _parser()
+            options, unknown = parser.parse_known_args(arguments)
+            if unknown and options.command is not _ab:
+                parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+            options.unknown = unknown
             return int(options.command(options))
         finally:
             # Here rather than when Python ends, where a closed pipe could no longer be handled.
@@ -98,19 +110,45 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_results(compare)
     _add_output(compare)
-    compare.add_argument("--force", action="store_true", help="compare although method, settings or device differ")
-    compare.add_argument(
-        "--threshold", metavar="5%", help="change of step time from which on it matters (default: 5%%)"
-    )
-    compare.add_argument(
-        "--fail-on",
-        action="append",
-        metavar="GATE",
-        help='such as "step_time>5%%", "gpu_memory>3%%", "metric", "overflow_rate>0.01", "missing", "energy>10%%", '
-        '"host_memory>20%%"; several with commas, or the option again',
-    )
-    compare.add_argument("--strict", action="store_true", default=None, help="what could not be told fails too")
+    _add_judging(compare)
     compare.set_defaults(command=_compare)
+
+    ab = commands.add_parser(
+        "ab",
+        usage="mpscale ab --python A --python B [options] [options and places of pytest]",
+        help="run the same cases in two environments in turns, and compare them",
+        description="Runs pytest in two environments, two versions of TensorFlow, say, in turns: each case in both, "
+        "one right after the other, so that what slows the machine hits both alike. Then compares B with A. What is "
+        "not listed here goes to pytest, and `bench` where no place of tests is named and there is one; pytest's -o is "
+        "--override-ini here. Exit code: 0 all well, 1 a gate fired or a session failed, 2 bad use or nothing to "
+        "compare, 3 a gate could not tell.",
+        # An option of pytest may begin as one of these does.
+        allow_abbrev=False,
+    )
+    ab.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="PYTHON",
+        help="interpreter of an environment with mpscale, a path or a name on PATH: first A, the baseline, then B; the "
+        "same one twice shows what the machine's noise makes of no change",
+    )
+    ab.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="where both runs go (default: results/ under pytest's root directory)",
+    )
+    _add_output(ab)
+    _add_judging(ab)
+    ab.add_argument(
+        "--start-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="time that an environment may take to import TensorFlow, or to collect its cases (default: 300)",
+    )
+    ab.set_defaults(command=_ab)
 
     history = commands.add_parser(
         "history",
@@ -152,6 +190,34 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write there instead of to the terminal")
 
 
+def _add_judging(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="compare although method, settings or device differ")
+    parser.add_argument("--threshold", metavar="5%", help="change of step time from which on it matters (default: 5%%)")
+    parser.add_argument(
+        "--fail-on",
+        action="append",
+        metavar="GATE",
+        help='such as "step_time>5%%", "gpu_memory>3%%", "metric", "overflow_rate>0.01", "missing", "energy>10%%", '
+        '"host_memory>20%%"; several with commas, or the option again',
+    )
+    parser.add_argument("--strict", action="store_true", default=None, help="what could not be told fails too")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, not {text!r}")
+    return seconds
+
+
+def _write_error(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
 def _put_out(text: str, file: Path | None) -> None:
     if file is None:
         print(text, end="")
@@ -182,37 +248,110 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from mpscale.analysis.compare import compare_all
-    from mpscale.analysis.gates import WELL, exit_code, judge_gates, parse_gates, parse_share
-    from mpscale.analysis.runs import RunError, read_run, resolve_run
-    from mpscale.project_settings import SettingsError, load
-    from mpscale.report.comparison import render
+    from mpscale.analysis.runs import RunError, resolve_run
+    from mpscale.project_settings import SettingsError
 
     try:
         if len(options.runs) < 2:
             raise ValueError("compare takes two runs or more, the baseline first")
-        settings = load(Path.cwd())
-        threshold = options.threshold or settings.threshold
-        gates = parse_gates(settings.fail_on if options.fail_on is None else options.fail_on)
-        strict = settings.strict if options.strict is None else options.strict
-        runs = [read_run(resolve_run(name, options.results)) for name in options.runs]
-        limit = None if threshold is None else parse_share(threshold)
-        comparisons = compare_all(runs, force=options.force, threshold=limit)
-        alike = all(comparison.same_device or options.force for comparison in comparisons)
-        if gates and not alike and options.fail_on is not None:
-            raise ValueError(
-                "gates judge runs of one kind of device, and these are of different ones; leave out --fail-on, "
-                "or use --force"
-            )
-        findings = [finding for each in comparisons for finding in judge_gates(each, gates)] if alike else []
+        judging = _judging(options)
+        paths = [resolve_run(name, options.results) for name in options.runs]
+        return _show_comparison(paths, judging, options)
     except (RunError, SettingsError, ValueError) as error:
         return _fail(str(error))
-    text = render(comparisons, findings, options.format)
-    _put_out(text, options.output)
+
+
+def _judging(options: argparse.Namespace) -> tuple[list[Gate], bool, float | None]:
+    """Gates, whether they are strict, and the threshold, from the command line and else from ``[tool.mpscale]``.
+
+    Raises:
+        ValueError: one of them is not understood.
+    """
+    from mpscale.analysis.gates import parse_gates, parse_share
+    from mpscale.project_settings import load
+
+    settings = load(Path.cwd())
+    threshold = options.threshold or settings.threshold
+    return (
+        parse_gates(settings.fail_on if options.fail_on is None else options.fail_on),
+        settings.strict if options.strict is None else options.strict,
+        None if threshold is None else parse_share(threshold),
+    )
+
+
+def _show_comparison(
+    paths: Sequence[Path], judging: tuple[list[Gate], bool, float | None], options: argparse.Namespace
+) -> int:
+    """Compares the runs with the first one, and puts that where the options say.
+
+    Returns:
+        The exit code that the gates come to.
+
+    Raises:
+        RunError: a run cannot be read, or they cannot be compared.
+        ValueError: the gates cannot judge them.
+    """
+    from mpscale.analysis.compare import compare_all
+    from mpscale.analysis.gates import WELL, exit_code, judge_gates
+    from mpscale.analysis.runs import read_run
+    from mpscale.report.comparison import render
+
+    gates, strict, threshold = judging
+    runs = [read_run(path) for path in paths]
+    comparisons = compare_all(runs, force=options.force, threshold=threshold, results=options.results)
+    alike = all(comparison.same_device or options.force for comparison in comparisons)
+    if gates and not alike and options.fail_on is not None:
+        raise ValueError(
+            "gates judge runs of one kind of device, and these are of different ones; leave out --fail-on, "
+            "or use --force"
+        )
+    findings = [finding for each in comparisons for finding in judge_gates(each, gates)] if alike else []
+    _put_out(render(comparisons, findings, options.format), options.output)
     for finding in findings:
         if finding.outcome != "passed" and (options.output is not None or options.format in ("csv", "json")):
             print(f"mpscale: {finding.outcome}: {finding}", file=sys.stderr)
     return exit_code(findings, strict) if findings else WELL
+
+
+def _ab(options: argparse.Namespace) -> int:
+    from mpscale.ab.environments import Refused, differences, examine
+    from mpscale.ab.pytest_arguments import pytest_arguments
+    from mpscale.ab.referee import run_in_turns
+    from mpscale.ab.screen import Screen
+    from mpscale.analysis.runs import RunError
+    from mpscale.project_settings import SettingsError
+
+    try:
+        judging = _judging(options)
+        if options.output is not None and not options.output.parent.is_dir():
+            raise Refused(f"--output {options.output}: there is no folder {options.output.parent}")
+        arguments = pytest_arguments(options.unknown, options.results)
+        environments = examine(options.python, options.start_timeout, options.force)
+    except (Refused, SettingsError, ValueError) as error:
+        return _fail(str(error))
+    # Standard output is for the comparison.
+    for line in (*environments, differences(environments)):
+        print(line, file=sys.stderr)
+    # As a CI has it that cancels a job: the runs are ended like those that the user stops.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    screen = Screen(_write_error, sys.stderr.isatty(), time.monotonic, shutil.get_terminal_size().columns)
+    result = run_in_turns(environments, arguments, screen, options.start_timeout)
+    for environment, run in zip(environments, result.runs, strict=True):
+        if run is not None:
+            print(f"{environment.letter}: {run}", file=sys.stderr)
+    for problem in result.problems:
+        print(f"mpscale: {problem}", file=sys.stderr)
+    if result.interrupted:
+        return _INTERRUPTED
+    paths = [run for run in result.runs if run is not None]
+    if len(paths) < len(environments):
+        return _fail("there is nothing to compare")
+    print(file=sys.stderr)
+    try:
+        code = _show_comparison(paths, judging, options)
+    except (RunError, ValueError) as error:
+        return _fail(str(error))
+    return _FAILED if result.problems else code
 
 
 def _history(options: argparse.Namespace) -> int:

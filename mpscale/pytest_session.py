@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from mpscale.progress import Progress
     from mpscale.telemetry.device import Device
     from mpscale.telemetry.driver import Driver, NoDriver
+    from mpscale.turns import Turns
 
 PARAMETERS = ("workload", "mode", "seed", "repeat")
 CLOCK = pytest.StashKey["ReplayClock"]()
+_TURN_MORE_S = 600.0
+"""What a turn may take beside its case: the import of TensorFlow, reports, tests of the suite that are no cases."""
 
 
 class ReplayClock:
@@ -71,6 +74,7 @@ class Session:
         self._problem: str | None = None
         self._finished: Run | None = None
         self._check = BaselineCheck(config)
+        self._turns = _join()
 
     def parameters(self) -> list[Any]:
         """One pytest.param a case, in the order in which they run."""
@@ -85,14 +89,30 @@ class Session:
 
     def run(self, case: Case) -> Outcome:
         """Runs a case, with progress on the terminal."""
-        run, progress = self._open()
-        measured = run.measured(case)
+        measured = None if self._run is None else self._run.measured(case)
         if measured is not None:
             return measured
+        self._wait_for_turn(case)
+        run, progress = self._open()
         progress.started(case)
         outcome = run.run(case)
         progress.finished(case, outcome.record)
+        if self._turns is not None:
+            record = outcome.record
+            facts = {"status": record["status"], "reason": record["status_reason"]}
+            self._turns.done(case.id, **facts, step_time_ms=record["step_time_ms_median"], run=str(run.path))
         return outcome
+
+    def _wait_for_turn(self, case: Case) -> None:
+        """Where another session runs the same cases, waits until it is this one's turn."""
+        if self._turns is None:
+            return
+        from mpscale.turns import Stopped
+
+        try:
+            self._turns.wait(case.id)
+        except Stopped as why:
+            pytest.exit(f"mpscale ab: {why}")
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -119,6 +139,10 @@ class Session:
         if self._problem is not None:
             # Raised here and not where it is found: pytest reports it as wrong use only outside collectors.
             raise pytest.UsageError(self._problem)
+        if self._turns is not None:
+            option = self._config.getoption
+            longest = (option("mp_gpu_retries") + 2) * (option("mp_timeout") + option("mp_cool_down")) + _TURN_MORE_S
+            self._turns.plan([{"id": c.id, **{n: getattr(c, n) for n in PARAMETERS}} for c in self._selected], longest)
 
     def _wrong_use(self) -> str | None:
         if self._config.getoption("numprocesses", None):
@@ -136,7 +160,7 @@ class Session:
         existing = next(folder for folder in (self._results, *self._results.parents) if folder.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK)):
             return f"--mp-results: {existing} is not a folder that can be written to"
-        if self._device is not None:
+        if self._device is not None and self._turns is None:
             try:
                 self._check.open(self._results, self._device)
             except ValueError as error:
@@ -159,9 +183,13 @@ class Session:
             return report.outcome, "", report.outcome.upper()
         return None
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Compares the run with its baseline, ends it and writes its reports."""
         try:
+            if self._turns is not None:
+                path = None if self._run is None else self._run.path
+                self._turns.end(None if path is None else str(path))
             self._end(session, exitstatus)
         finally:
             if self._driver is not None:
@@ -239,7 +267,7 @@ class Session:
             config.getoption("mp_seeds") or options.preset(config).seeds,
             config.getoption("mp_repeats"),
             options.settings(config),
-            shuffle_seed=int(time.time()),
+            shuffle_seed=int(time.time()) if self._turns is None else self._turns.seed,
         )
         self.cases = {(case.workload, case.mode, case.seed, case.repeat): case for case in cases}
 
@@ -274,6 +302,7 @@ class Session:
                 gpu_retries=config.getoption("mp_gpu_retries"),
                 cool_down_s=config.getoption("mp_cool_down"),
                 keep_suspect=config.getoption("mp_keep_suspect"),
+                interleaved=None if self._turns is None else self._turns.entry,
             )
             reporter = config.pluginmanager.getplugin("terminalreporter")
             live = reporter is not None and reporter.isatty
@@ -305,6 +334,15 @@ class Session:
                 terminal.line()
             terminal.write(text, flush=True)
         self._live_line = not text.endswith("\n")
+
+
+def _join() -> Turns | None:
+    """The turns that this session takes with another one, None in an ordinary session."""
+    if "MPSCALE_TURNS" not in os.environ:
+        return None
+    from mpscale.turns import join
+
+    return join(os.environ)
 
 
 def _is_case(item: pytest.Item) -> bool:

@@ -279,16 +279,18 @@ def test_a_night_that_measures_nothing_fails_and_says_so(night, how):
 
 
 @needs_tools
-def test_refreshing_keeps_the_run_beside_those_of_before_and_gates_nothing(night, runs):
+def test_refreshing_keeps_the_runs_beside_those_of_before_and_gates_nothing(night, runs):
     old, new = runs["old", "gpu"].name, runs["new", "gpu"].name
     done = night(kept=(runs["old", "gpu"],), refresh=True)
     assert done.failed == [], done.log
     assert "--mp-fail-on" not in done.measuring
-    assert done.uploads["mpscale-baseline-gpu"] == [
-        f"{name}/{file}" for name in (old, new) for file in ("journal.jsonl", "run.json")
-    ]
+    assert sorted(done.uploads["mpscale-baseline-gpu"]) == sorted(
+        f"{name}/{file}"
+        for name in (old, new, *(f"{new}-{number}" for number in range(1, 5)))
+        for file in ("journal.jsonl", "run.json")
+    )
     assert "## B against A: step time" in done.summary
-    assert done.summary.endswith("This run is now the baseline of its device.\n")
+    assert done.summary.endswith("how much runs of its code differ is known from 5.\n")
 
 
 @needs_tools

@@ -36,7 +36,8 @@ if "--collect-only" in given:
         sys.exit("some lines\\nERROR: baseline is of another machine\\n")
 elif os.environ["RUN"]:
     run = pathlib.Path(os.environ["RUN"])
-    shutil.copytree(run, pathlib.Path("results/runs", run.name))
+    number = len(os.listdir("results/runs")) if os.path.isdir("results/runs") else 0
+    shutil.copytree(run, pathlib.Path("results/runs", run.name + ("" if number == 0 else f"-{{number}}")))
     sys.exit(int(os.environ["EXIT"]))
 """
 _MPSCALE = """#!{python}
@@ -135,9 +136,9 @@ class Night:
 
     @property
     def measuring(self) -> list[str]:
-        """The arguments with which pytest measured."""
-        (found,) = (c for c in self.commands if c[0] == "pytest" and "--collect-only" not in c)
-        return found[1:]
+        """The arguments with which pytest measured, each time if more than once."""
+        (found,) = {tuple(c[1:]) for c in self.commands if c[0] == "pytest" and "--collect-only" not in c}
+        return list(found)
 
     def run(self) -> Night:
         """Runs the job from its first step to its last."""

@@ -24,6 +24,7 @@ class Journal:
         environment: where it runs, for run.json.
         settings: what was asked for, for run.json.
         cases: the plan.
+        interleaved: with which other run this one takes turns; None where it is alone.
 
     Raises:
         OSError: the folder cannot be written.
@@ -36,6 +37,7 @@ class Journal:
         environment: Mapping[str, Any],
         settings: Mapping[str, Any],
         cases: list[Case],
+        interleaved: Mapping[str, Any] | None = None,
     ) -> None:
         started = datetime.now(UTC)
         self.name = f"{started:%Y%m%dT%H%M%SZ}-{device_slug}-{secrets.token_hex(2)}"
@@ -51,6 +53,8 @@ class Journal:
             "settings": dict(settings),
             "planned": [case.id for case in cases],
         }
+        if interleaved is not None:
+            self._info["interleaved"] = dict(interleaved)
         self._write_info()
         self._file: IO[str] = (self.path / "journal.jsonl").open("a", encoding="utf-8")
         self._append("run_started", run=self.name)

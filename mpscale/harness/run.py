@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,7 @@ class Options:
         gpu_retries: how often a case is run again whose figures a state of the GPU has spoilt that may pass.
         cool_down_s: seconds to wait at most before that.
         keep_suspect: such cases keep their status instead.
+        interleaved: with which other run this one takes turns, for run.json; None where it is alone.
     """
 
     results: Path
@@ -49,6 +50,7 @@ class Options:
     gpu_retries: int = 2
     cool_down_s: float = 60.0
     keep_suspect: bool = False
+    interleaved: Mapping[str, Any] | None = None
 
 
 class BenchmarkRun:
@@ -164,6 +166,7 @@ class BenchmarkRun:
                 environment(self._device, self._driver, self._options.project),
                 self._options.asked,
                 self._cases,
+                self._options.interleaved,
             )
         if self._supervisor is None:
             self._supervisor = Supervisor(

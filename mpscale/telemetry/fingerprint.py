@@ -54,6 +54,7 @@ VARIABLES = (
 )
 """Environment variables that change results. No other is ever recorded."""
 
+_OTHER_TENSORFLOWS = ("tensorflow-cpu", "tensorflow-cpu-aws", "tf-nightly", "tf-nightly-cpu")
 _GIT_TIMEOUT_S = 5.0
 _SLUG_LENGTH = 40
 
@@ -109,12 +110,16 @@ def _gpu(device: Device, driver: Driver | NoDriver) -> dict[str, Any] | None:
 
 
 def packages() -> dict[str, str | None]:
-    """Versions of :data:`PACKAGES`, None where one is not installed, and of all that NVIDIA has on the index."""
+    """Versions of :data:`PACKAGES`, None where one is not installed, and of all that NVIDIA has on the index.
+
+    TensorFlow comes under several names, of which the one that is installed is added.
+    """
     versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for distribution in metadata.distributions():
         # A broken installation may have no name; the first of two of one name is the one that gets imported.
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
-        if (name in versions or name.startswith("nvidia-")) and versions.get(name) is None:
+        wanted = name in versions or name in _OTHER_TENSORFLOWS or name.startswith("nvidia-")
+        if wanted and versions.get(name) is None:
             versions[name] = distribution.version
     return versions
 

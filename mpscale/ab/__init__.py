@@ -1,0 +1,1 @@
+"""The same cases in two environments, in turns, each in a pytest session of its own. Imports no TensorFlow."""

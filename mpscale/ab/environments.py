@@ -1,0 +1,168 @@
+"""The two environments: found, asked what they hold, and refused where they could not run the same cases."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpscale import turns
+from mpscale.columns import SCHEMA_VERSION
+
+LETTERS = ("A", "B")
+
+_NAMED = ("tensorflow", "keras", "mpscale")
+_SHOWN = 8
+
+
+class Refused(ValueError):
+    """What was asked for cannot be run. The message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """One of the two.
+
+    Args:
+        letter: ``A``, the baseline, or ``B``.
+        given: its interpreter as the command line has it.
+        python: the same, as it is started. Links are kept: behind one, the interpreter would not be a venv's.
+        about: what it says of itself; see :func:`mpscale.turns.about`.
+    """
+
+    letter: str
+    given: str
+    python: Path
+    about: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        packages = self.about["packages"]
+        named = ", ".join(f"{name} {packages.get(name, 'missing')}" for name in _NAMED)
+        return f"{self.letter}: {self.given} (Python {self.about['python']}, {named})"
+
+
+def examine(pythons: Sequence[str], seconds: float, force: bool) -> list[Environment]:
+    """The two environments of these interpreters.
+
+    Args:
+        pythons: paths, or names on PATH.
+        seconds: how long each may take to say what it holds.
+        force: take them although they measure by different methods.
+
+    Raises:
+        Refused: there are not two of them, or one could not take part.
+    """
+    if len(pythons) != 2:
+        raise Refused(
+            f"ab compares two environments, and {len(pythons) or 'none'} was given: give --python twice, the baseline "
+            "first (the same one twice shows what the machine's noise makes of no change)"
+        )
+    found = [_find(python) for python in pythons]
+    asked: list[subprocess.Popen[str]] = []
+    environments = []
+    try:
+        for python in found:
+            asked.append(_ask(python))
+        for letter, given, python, process in zip(LETTERS, pythons, found, asked, strict=True):
+            environments.append(Environment(letter, given, python, _about(python, process, seconds)))
+    finally:
+        for process in asked:
+            process.kill()
+            process.communicate()
+    methods = [each.about["method_version"] for each in environments]
+    if methods[0] != methods[1] and not force:
+        raise Refused(
+            f"A measures by method {methods[0]} and B by method {methods[1]}, so nothing of them could be compared: "
+            "install the same mpscale in both, or use --force"
+        )
+    return environments
+
+
+def differences(environments: Sequence[Environment]) -> str:
+    """In what else the two differ, in one line."""
+    one, two = (each.about["packages"] for each in environments)
+    names = [name for name in sorted({*one, *two}) if one.get(name) != two.get(name)]
+    if not names and environments[0].about["python"] == environments[1].about["python"]:
+        return "both hold the same: what differs in the end is noise"
+    others = [name for name in names if name not in _NAMED]
+    moved = [f"{name} {one[name]} and {two[name]}" for name in others if name in one and name in two]
+    parts = [f"{', '.join(moved[:_SHOWN])}" + _more(len(moved) - _SHOWN)] if moved else []
+    for letter, mine, theirs in (("A", one, two), ("B", two, one)):
+        alone = sum(name in mine and name not in theirs for name in others)
+        if alone:
+            parts.append(f"{alone} package{'' if alone == 1 else 's'} in {letter} alone")
+    return f"also differ: {'; '.join(parts)}" if parts else "nothing else differs"
+
+
+def _more(number: int) -> str:
+    return f" and {number} more" if number > 0 else ""
+
+
+def _find(given: str) -> Path:
+    """The interpreter, by an absolute path without resolving a link."""
+    if os.sep not in given:
+        named = shutil.which(given)
+        if named is None and not Path(given).exists():
+            raise Refused(f"--python {given}: no program of this name is on PATH; give a path such as .venv/bin/python")
+        given = named or given
+    path = Path(given).expanduser().absolute()
+    if path.is_dir():
+        inside = path / "bin" / "python"
+        hint = f"did you mean {inside}?" if inside.exists() else "give the interpreter itself"
+        raise Refused(f"--python {given}: this is a folder; {hint}")
+    if not path.exists():
+        raise Refused(f"--python {given}: no such file; give a path such as .venv/bin/python, or a name on PATH")
+    if not os.access(path, os.X_OK):
+        raise Refused(f"--python {given}: this cannot be executed; give a Python interpreter")
+    return path
+
+
+def _ask(python: Path) -> subprocess.Popen[str]:
+    try:
+        # -P: a folder mpscale/ in the working directory must not stand in for the environment's own.
+        return subprocess.Popen(
+            [python, "-P", "-m", "mpscale.turns"],
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise Refused(f"--python {python}: cannot be started: {error.strerror}") from error
+
+
+def _about(python: Path, process: subprocess.Popen[str], seconds: float) -> Mapping[str, Any]:
+    install = f"install this mpscale there: {python} -m pip install FOLDER_OF_MPSCALE"
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise Refused(f"{python} did not say what is installed there within {seconds:g} s (--start-timeout)") from None
+    try:
+        about = json.loads(output.splitlines()[-1]) if process.returncode == 0 else None
+    except (ValueError, IndexError):
+        about = None
+    if not isinstance(about, dict):
+        last = (errors.strip() or "it said nothing").splitlines()[-1]
+        if "No module named" in last:
+            raise Refused(f"{python} has no mpscale that can take turns ({last}): {install}")
+        raise Refused(f"{python} is no Python of 3.11 or newer in which mpscale works: {last}")
+    if about.get("turns") != turns.VERSION:
+        raise Refused(
+            f"{python} has an mpscale that takes turns in way {about.get('turns')}, and this one does in way "
+            f"{turns.VERSION}: {install}"
+        )
+    if about["schema_version"] > SCHEMA_VERSION:
+        raise Refused(
+            f"{python} writes runs of schema version {about['schema_version']}, and this mpscale reads up to "
+            f"{SCHEMA_VERSION}: start `mpscale ab` from there"
+        )
+    for name, reason in about["broken"].items():
+        raise Refused(f"{name} does not work in {python} ({reason}): {install}")
+    return about

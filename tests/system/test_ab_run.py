@@ -1,0 +1,180 @@
+"""`mpscale ab` on real sessions, whose figures it compares in the end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import mpscale
+
+HERE = Path(__file__).parent
+
+KNOWN = """#!{python}
+import os, sys
+if sys.argv[1:] != ["-P", "-m", "mpscale.turns"]:
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+print('{{"turns": 1, "method_version": 1, "schema_version": 1, "python": "3", "packages": {{}}, "broken": {{}}}}')
+"""
+"""The interpreter, but that it says at once what it holds; to ask TensorFlow takes long."""
+
+BREAKS_OFF = """#!{python}
+import os, sys
+if sys.argv[1:] == ["-P", "-m", "mpscale.turns"]:
+    os.execv({known!r}, [{known!r}, *sys.argv[1:]])
+from mpscale import turns
+
+mine = turns.join(os.environ)
+case = {{"workload": "suite_workloads:fine", "mode": "fp32", "seed": 0}}
+ids = [f"suite_workloads+fine--fp32--s0--r{{repeat}}" for repeat in range(2)]
+mine.plan([{{**case, "id": name, "repeat": repeat}} for repeat, name in enumerate(ids)], 600.0)
+mine.wait(ids[0])
+sys.exit("no more")
+"""
+"""An interpreter whose session ends in its first case."""
+
+
+def interpreter(folder, text, **values):
+    path = folder / "bin/python"
+    path.parent.mkdir(parents=True)
+    path.write_text(text.format(python=sys.executable, **values))
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def known(tmp_path):
+    return interpreter(tmp_path / "known", KNOWN)
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """A suite outside the repository. Its project has a baseline, which is not what two sessions are compared with."""
+    (tmp_path / "test_suite.py").write_text("def test_training(mp_case, benchmark):\n    mp_case.measure(benchmark)\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nbaseline = "nowhere"\nfail-on = ["missing"]\n')
+    (tmp_path / "suite_workloads.py").write_text((HERE / "suite_workloads.py").read_text())
+    # What is imported is the environment's own mpscale.
+    (tmp_path / "mpscale").mkdir()
+    (tmp_path / "mpscale/__init__.py").write_text("raise ImportError('from the working directory')\n")
+    return tmp_path
+
+
+def start(folder, one, other, *options):
+    command = [Path(sys.executable).with_name("mpscale"), "ab", "--python", one, "--python", other, "--mp-jit", "off"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [*command, "-p", "no:cacheprovider", "--mp-preset", "smoke", "--mp-timing", "0.05", *options],
+            cwd=folder,
+            env={**_environ(), "TMPDIR": str(folder)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _environ():
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+
+
+def runs(folder):
+    """The runs that were made, A's first."""
+    found = [mpscale.read_run(path.parent) for path in (folder / "results/runs").glob("*/run.json")]
+    return sorted(found, key=lambda run: run.info["interleaved"]["side"])
+
+
+def cases(run):
+    """Begin and end of each case, from the journal."""
+    events = [json.loads(line) for line in (run.path / "journal.jsonl").read_text().splitlines()]
+    times = {"case_started": {}, "case_finished": {}}
+    for event in events:
+        if event["event"] in times:
+            times[event["event"]][event["case_id"]] = event["time"]
+    return [(begin, times["case_finished"][case], case) for case, begin in times["case_started"].items()]
+
+
+def test_the_same_environment_twice_is_measured_in_turns_and_compared(suite, known):
+    modes = ("--mp-modes", "fp32,mixed-dynamic")
+    process = start(suite, sys.executable, known, "--mp-workloads", "suite_workloads:fine", *modes)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    a, b = runs(suite)
+    entries = [run.info["interleaved"] for run in (a, b)]
+    assert [(entry["side"], entry["python"]) for entry in entries] == [("A", sys.executable), ("B", known)]
+    assert entries[0]["id"] == entries[1]["id"]
+    assert [record["status"] for run in (a, b) for record in run.records] == ["ok"] * 4
+    assert a.info["planned"] == b.info["planned"]
+
+    ran = sorted([*cases(a), *cases(b)])
+    assert [case for _, _, case in ran[::2]] == [case for _, _, case in ran[1::2]] == a.info["planned"]
+    assert all(before[1] <= after[0] for before, after in pairwise(ran))
+    assert all((run.path / "report.md").is_file() for run in (a, b))
+
+    assert re.search(rf"^A: .* \(Python \S+, tensorflow \S+, keras \S+, mpscale {mpscale.__version__}\)$", errors, re.M)
+    assert "2 pairs of cases, in turns" in errors
+    for number, name in enumerate(a.info["planned"], 1):
+        assert f"[{number}/2] suite_workloads:fine {name.split('--')[1]} seed 0: A " in errors
+    assert "B against A: 2 rows; step time" in output
+    assert "missing" in output
+    assert "passed" in output
+
+
+def test_a_session_whose_partner_is_gone_ends_with_what_it_has(suite, known):
+    other = interpreter(suite, BREAKS_OFF, known=known)
+    options = ("--mp-workloads", "suite_workloads:fine", "--mp-modes", "fp32", "--mp-repeats", "1")
+    process = start(suite, known, other, *options)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 2
+    assert "B has ended after 0 of 2 cases" in errors
+    assert "no more" in errors
+    # Whether A or B was drawn for the first case is up to chance.
+    for run in runs(suite):
+        assert run.finished
+        assert [record["status"] for record in run.records] == ["ok"]
+        assert run.not_started == ["suite_workloads+fine--fp32--s0--r1"]
+        assert (run.path / "report.md").is_file()
+
+
+@pytest.mark.slow
+def test_stopped_by_the_user_both_runs_keep_what_they_have(suite, known):
+    workloads = "suite_workloads:fine,suite_workloads:hang"
+    process = start(suite, known, known, "--mp-workloads", workloads, "--mp-modes", "fp32")
+
+    def hangs():
+        journals = suite.glob("results/runs/*/journal.jsonl")
+        return any("hang" in journal.read_text().splitlines()[-1] for journal in journals)
+
+    end = time.monotonic() + 90
+    while not hangs():
+        assert time.monotonic() < end, "waited for the second pair"
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 130
+    found = runs(suite)
+    assert sorted(tuple(record["status"] for record in run.records) for run in found) == [
+        ("ok",),
+        ("ok", "interrupted"),
+    ]
+    assert all(run.finished for run in found)
+    assert "stopping both" in errors
+    assert [line[:3] for line in errors.splitlines()[-2:]] == ["A: ", "B: "]
+    left = [path for path in Path("/proc").glob("[0-9]*/cwd") if _points_to(path, suite)]
+    assert left == []
+
+
+def _points_to(link, folder):
+    try:
+        return link.readlink() == folder
+    except OSError:
+        return False
