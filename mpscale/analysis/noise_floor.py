@@ -19,7 +19,7 @@ from scipy.special import polygamma
 
 from mpscale.analysis.pairing import environment_differences, same_hardware
 from mpscale.analysis.quantities import QUANTITIES, Quantity, by_process, values
-from mpscale.analysis.runs import Run, RunError, read_run
+from mpscale.analysis.runs import Run, RunError, read_info, read_run
 from mpscale.analysis.stats import Between
 from mpscale.analysis.summary import MEASURED, Row, plain_rows
 
@@ -81,11 +81,15 @@ def runs_of_the_same_code(baseline: Run, results: Path | None = None, leave_out:
             break
         if name in found or name in leave_out:
             continue
+        folder = infos[name].parent
         try:
-            run = read_run(infos[name].parent)
+            # Most runs are of other code, which is known without their journals.
+            if not _alike(baseline, Run(folder, name, read_info(infos[name]), [], False)):
+                continue
+            run = read_run(folder)
         except (RunError, OSError):
             continue
-        if run.finished and _alike(baseline, run):
+        if run.finished:
             found[name] = run
     return [found[name] for name in sorted(found)]
 

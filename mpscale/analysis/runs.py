@@ -17,7 +17,7 @@ from mpscale.analysis.summary import summarise
 from mpscale.columns import COLUMNS, DTYPES, SCHEMA_VERSION
 from mpscale.records import Record
 
-__all__ = ["Run", "RunError", "cases_frame", "read_run", "resolve_run"]
+__all__ = ["Run", "RunError", "cases_frame", "read_info", "read_run", "resolve_run"]
 
 _STEP_DTYPES = {"step": "Int64", "loss": "float64", "loss_scale": "float64", "overflow": "boolean"}
 _SHOWN = 5
@@ -101,7 +101,7 @@ def read_run(path: str | Path) -> Run:
     folder = Path(path)
     if folder.is_file():
         return Run(folder, str(path), {}, read_cases(folder), finished=True)
-    info = _read_info(folder / "run.json")
+    info = read_info(folder / "run.json")
     journal = read_journal(folder / "journal.jsonl", info)
     return Run(folder, str(info.get("run") or folder.resolve().name), info, journal.records, journal.finished)
 
@@ -159,7 +159,12 @@ def cases_frame(records: list[Record]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _read_info(path: Path) -> dict[str, Any]:
+def read_info(path: Path) -> dict[str, Any]:
+    """The content of a run.json.
+
+    Raises:
+        RunError: there is none, or it is broken or of a newer version; the message names the file.
+    """
     if not path.is_file():
         raise RunError(f"{path}: no such file, so {path.parent} is not a run")
     try:
