@@ -267,7 +267,7 @@ class Session:
             config.getoption("mp_seeds") or options.preset(config).seeds,
             config.getoption("mp_repeats"),
             options.settings(config),
-            shuffle_seed=int(time.time()) if self._turns is None else self._turns.seed,
+            shuffle_seed=_seed(config) if self._turns is None else self._turns.seed,
         )
         self.cases = {(case.workload, case.mode, case.seed, case.repeat): case for case in cases}
 
@@ -343,6 +343,12 @@ def _join() -> Turns | None:
     from mpscale.turns import join
 
     return join(os.environ)
+
+
+def _seed(config: pytest.Config) -> int:
+    """Of the order of the cases. Workers of pytest-xdist have to agree on it, or they end before any test says why."""
+    worker: dict[str, str] = getattr(config, "workerinput", {})
+    return int(worker["testrunuid"], 16) if "testrunuid" in worker else int(time.time())
 
 
 def _is_case(item: pytest.Item) -> bool:
