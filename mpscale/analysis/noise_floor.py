@@ -28,8 +28,8 @@ MOST_RUNS = 30
 """Older ones than these say less of the machine as it is now, and reading them takes time."""
 
 ASSUMED_RATIO = 3.0
-"""Spread of runs over that of processes, where it is not known."""
-ASSUMED_LEAST = 0.01
+ASSUMED_LEAST, ASSUMED_MOST = 0.01, 0.10
+"""What runs are taken to differ by where it is not known: see :func:`assumed_floor`."""
 
 _ALIKE = 1e6
 """Degrees of freedom that stand for a number without end."""
@@ -113,9 +113,10 @@ def find_floors(runs: Sequence[Run]) -> Floors:
 def assumed_floor(sides: Sequence[Mapping[Place, Sequence[Row]]], quantity: Quantity) -> Between | None:
     """What runs are taken to differ by where it is not known; None for a quantity that does not depend on the moment.
 
-    Three times the standard deviation of processes within a run, over all rows, and one percent at least. On a shared
-    machine of two cores processes of one run differed by 3 to 5 %, and runs of the same code half an hour apart by up
-    to 18 %.
+    Three times the standard deviation of processes within a run, over all rows, though not less than one percent nor
+    more than ten; and as much as processes do where these differ by more. On a shared machine of two cores processes
+    of one run differed by 3 to 5 % in one hour, and runs half an hour apart by up to 18 %; in another hour processes
+    differed by 10 to 20 %, and runs by no more than follows from that.
 
     Args:
         sides: the cases of both runs by row.
@@ -124,7 +125,8 @@ def assumed_floor(sides: Sequence[Mapping[Place, Sequence[Row]]], quantity: Quan
     if not quantity.drifts:
         return None
     within, degrees = pooled([values(cases, quantity) for side in sides for cases in side.values()])
-    deviation = max(ASSUMED_RATIO * math.sqrt(within), ASSUMED_LEAST)
+    spread = math.sqrt(within)
+    deviation = max(spread, min(max(ASSUMED_RATIO * spread, ASSUMED_LEAST), ASSUMED_MOST))
     return Between(deviation**2, float(degrees), 0) if degrees else None
 
 

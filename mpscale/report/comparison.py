@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from mpscale.analysis.compare import ComparedRow, Comparison
 from mpscale.analysis.gates import Finding
-from mpscale.analysis.noise_floor import ASSUMED_RATIO, FEWEST_RUNS
+from mpscale.analysis.noise_floor import FEWEST_RUNS
 from mpscale.analysis.pairing import hardware, machine_words
 from mpscale.analysis.quality import Quality
 from mpscale.analysis.quantities import QUANTITIES, SINGLE_RUN, Change
@@ -223,9 +223,8 @@ def _noise(comparison: Comparison, changes: Sequence[Change]) -> list[str]:
         )
     if 0 in runs:
         notes.append(
-            f"{SINGLE_RUN.capitalize()} (?): how much runs of the same code differ here is not known, and taken to be "
-            f"{ASSUMED_RATIO:g} times what processes of one run do. {FEWEST_RUNS} runs of the baseline's code would "
-            "tell, or `mpscale ab`."
+            f"{SINGLE_RUN.capitalize()} (?): how much runs of the same code differ here is not known, and assumed from "
+            f"what processes of one run do. {FEWEST_RUNS} runs of the baseline's code would tell, or `mpscale ab`."
         )
     return notes
 
