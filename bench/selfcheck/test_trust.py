@@ -71,6 +71,7 @@ class Pool:
                 pool.added[int(line["variant"])] = float(line["added"])
         whole = min(map(len, pool.times.values()))
         pool.times = {key: found[:whole] for key, found in pool.times.items()}
+        pool.added = dict(sorted(pool.added.items()))
         return pool
 
     @property

@@ -31,8 +31,10 @@ ASSUMED_RATIO = 3.0
 ASSUMED_LEAST, ASSUMED_MOST = 0.01, 0.10
 """What runs are taken to differ by where it is not known: see :func:`assumed_floor`."""
 
-_ALIKE = 1e6
-"""Degrees of freedom that stand for a number without end."""
+_MOST_DEGREES = 10.0
+"""Of a moderated variance, however alike rows are: step times on a shared machine have longer tails than a normal
+distribution, and a quantile of few degrees is further out.
+"""
 
 Place = tuple[str, str]
 """Workload and mode."""
@@ -200,7 +202,8 @@ def moderated(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Variances of rows that are alike, each drawn towards what they have in common, and their degrees of freedom.
 
-    Smyth 2004, section 6.2: their logarithms tell by how much the true ones differ, hence how far to draw.
+    Smyth 2004, section 6.2: their logarithms tell how much the true ones differ, hence how far to draw. Only upwards:
+    a row that is noisier than others often is so for a reason.
 
     Args:
         variances: one a row, (rows,).
@@ -214,10 +217,11 @@ def moderated(
     spread = float(np.var(centred, ddof=1) - np.mean(polygamma(1, half)))
     mean = float(np.mean(centred))
     if spread <= 0:
-        return np.full(len(variances), math.exp(mean)), np.full(len(variances), _ALIKE)
-    prior = min(2 * brentq(lambda x: float(polygamma(1, x)) - spread, 1e-6, 1e9), _ALIKE)
+        return np.maximum(variances, math.exp(mean)), np.full(len(variances), _MOST_DEGREES)
+    prior = 2 * brentq(lambda x: float(polygamma(1, x)) - spread, 1e-6, 1e9)
     common = math.exp(mean + float(polygamma(0, prior / 2)) - math.log(prior / 2))
-    return (prior * common + degrees * variances) / (prior + degrees), prior + degrees
+    drawn = (prior * common + degrees * variances) / (prior + degrees)
+    return np.maximum(variances, drawn), np.minimum(prior + degrees, np.maximum(degrees, _MOST_DEGREES))
 
 
 def pooled(samples: Sequence[Sequence[float]]) -> tuple[float, int]:
