@@ -1,0 +1,238 @@
+"""One training loop, mpscale's or one written by hand, that takes a few blocks of steps whenever it is asked.
+
+`python fidelity_contestant.py` reads a request and answers, all in lines of JSON. With `--serve SOCKET_FD` it is a
+parent that has imported TensorFlow and touched no device, and forks such a process for each request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import IO, Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from interleave import serve
+
+from mpscale.harness import execute
+from mpscale.harness.case import Case, Settings
+from mpscale.lifeline import die_with_parent
+from mpscale.modes import MODES
+from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
+from mpscale.telemetry.device import Device
+from mpscale.training.step import TrainStep
+from mpscale.training.timing import Timing, time_steps
+from mpscale.workloads import registry
+
+FIRST_STEPS = 10
+"""Steps whose losses are reported: loops whose speed is compared have to do the same."""
+
+SETTLE_S = 0.4
+
+
+class Talk:
+    """Questions and answers, a line of JSON each."""
+
+    def __init__(self, source: IO[str], sink: IO[str]) -> None:
+        self._source, self._sink = source, sink
+
+    def question(self) -> dict[str, Any]:
+        return json.loads(self._source.readline())
+
+    def answer(self, **fields: Any) -> None:
+        self._sink.write(json.dumps(fields) + "\n")
+        self._sink.flush()
+
+
+def by_hand(request: dict[str, Any], talk: Talk, handed: bool) -> None:
+    """The custom training loop of TensorFlow's guide, with all data on the device, and nothing of mpscale.training.
+
+    The optimizer of mixed-dynamic is mpscale's LossScaleOptimizer here, too: it is the harness that is tested.
+
+    Args:
+        request: what to train.
+        talk: with whoever asks for blocks.
+        handed: the step is called with its batch, as in the guide. Otherwise it counts, and finds the batch itself.
+    """
+    workload, mode = registry.get(request["workload"]), MODES[request["mode"]]
+    compiled = partial(tf.function, jit_compile=request["jit"])
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+    tf.config.experimental.enable_tensor_float_32_execution(mode.tf32)
+    data = workload.data()
+    order = shuffled(len(data.train_x), workload.batch_size, workload.train_steps, request["seed"])
+    keras.utils.set_random_seed(request["seed"])
+    keras.config.set_dtype_policy(mode.policy)
+    model, optimizer = workload.model(), workload.optimizer()
+    weights = [variable.numpy() for variable in model.variables]
+    if mode.scaling == "dynamic":
+        optimizer = LossScaleOptimizer(optimizer, DynamicLossScale())
+    optimizer.build(model.trainable_variables)
+
+    def train(x: Any, y: Any) -> Any:
+        with tf.GradientTape() as tape:
+            loss = workload.loss(y, model(x, training=True))
+            scaled = loss if mode.scaling == "none" else optimizer.scale_loss(loss)
+        optimizer.apply(tape.gradient(scaled, model.trainable_variables), model.trainable_variables)
+        return loss
+
+    if handed:
+        batches = itertools.cycle([(tf.constant(data.train_x[i]), tf.constant(data.train_y[i])) for i in order])
+        train_step = compiled(train)
+
+        def step() -> Any:
+            return train_step(*next(batches))
+
+    else:
+        all_x, all_y, all_batches = tf.constant(data.train_x), tf.constant(data.train_y), tf.constant(order)
+        position = tf.Variable(0, dtype=tf.int64)  # An int32 would be kept in the memory of the host.
+
+        @compiled
+        def step() -> Any:
+            batch = tf.gather(all_batches, position % len(order))
+            position.assign_add(1)
+            return train(tf.gather(all_x, batch), tf.gather(all_y, batch))
+
+    def block(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            loss = step()
+        loss.numpy()
+        return (time.perf_counter() - start) / steps
+
+    losses = [float(step()) for _ in range(FIRST_STEPS)]
+    settled = time.perf_counter() + SETTLE_S
+    while time.perf_counter() < settled:
+        about_s = block(10)
+    talk.answer(about_s=about_s, losses=losses, weights=digest(weights), order=digest([order]))
+    while "end" not in (question := talk.question()):
+        block(question["untimed"])
+        gc.disable()
+        step_s = block(question["steps"])
+        gc.enable()
+        talk.answer(step_s=step_s)
+    talk.answer()
+
+
+class Worker:
+    """mpscale's own worker: :func:`execute.execute` from the idle process to the timing, with two names replaced.
+
+    ``TrainStep`` only to get hold of the step; ``time_steps`` is called for a block at every turn, and not once for
+    all. This is also the supervisor's end of the worker's channel.
+
+    Args:
+        request: what to train.
+        talk: with whoever asks for blocks.
+        recording: whether the loss, loss scale and overflow of each step are written down.
+    """
+
+    def __init__(self, request: dict[str, Any], talk: Talk, recording: bool) -> None:
+        self._talk, self._recording = talk, recording
+        self._facts: dict[str, Any] = {}
+        execute.TrainStep = self._make
+        execute.time_steps = self._take_turns
+        # A repeat times without having trained.
+        case = Case(request["workload"], request["mode"], request["seed"], 1, 0, Settings(jit=request["jit"]))
+        with contextlib.suppress(Over):
+            execute.execute(case, Device.from_json(request["device"]), None, self)
+        talk.answer()
+
+    def _make(self, *arguments: Any) -> TrainStep:
+        self._step = TrainStep(*arguments)
+        if not self._recording:
+            self._step._log = NoLog(self._step)
+        return self._step
+
+    def _take_turns(self, step: TrainStep, about_s: float, *_: Any) -> Timing:
+        self._talk.answer(about_s=about_s, **self._facts)
+        while "end" not in (question := self._talk.question()):
+            for _ in range(question["untimed"]):
+                step()
+            step.read_log()
+            # A block's steps are given as a time and how often a step fits into it.
+            timing = time_steps(step, 1e-6 / question["steps"], 1e-6, 1)
+            assert (timing.steps, len(timing.block_s)) == (question["steps"], 1)
+            self._talk.answer(step_s=timing.step_s[0])
+        raise Over
+
+    def phase(self, phase: str) -> None:
+        if phase == "compiled":
+            for _ in range(FIRST_STEPS - 1):
+                self._step()
+            losses = self._step.read_log()[:, 0].tolist()
+            if self._recording:
+                self._facts["losses"] = losses
+
+    def values(self, values: dict[str, Any]) -> None:
+        named = {"initial_weights_digest": "weights", "data_order_digest": "order"}
+        self._facts |= {named[key]: value for key, value in values.items() if key in named}
+
+    def miss(self, *_: Any) -> None:
+        """Nobody is waiting for columns."""
+
+
+class Over(Exception):
+    """What the worker does after the timing is left out."""
+
+
+class NoLog:
+    """Takes the place of the log's variable in a step, whose row is then left out of the program, the loss included."""
+
+    def __init__(self, step: TrainStep) -> None:
+        assert isinstance(step._log, tf.Variable), "the step keeps its log in another way by now"
+        self._rows, self._synchronise = step._log.numpy(), step.synchronise
+
+    @tf.autograph.experimental.do_not_convert
+    def scatter_nd_update(self, *_: Any) -> None:
+        """Writes nothing."""
+
+    def numpy(self) -> Any:
+        self._synchronise()
+        return self._rows
+
+
+LOOPS: dict[str, Callable[[dict[str, Any], Talk], Any]] = {
+    "mpscale": partial(Worker, recording=True),
+    "unrecorded": partial(Worker, recording=False),
+    "by hand": partial(by_hand, handed=False),
+    "handed": partial(by_hand, handed=True),
+}
+
+
+def shuffled(examples: int, size: int, steps: int, seed: int) -> np.ndarray:
+    """Indices (steps, size): a fresh permutation every epoch, without its incomplete last batch."""
+    random, whole = np.random.default_rng(seed), examples // size * size
+    epochs = [random.permutation(examples)[:whole] for _ in range(-(-steps * size // whole))]
+    return np.concatenate(epochs).reshape(-1, size)[:steps]
+
+
+def digest(arrays: Iterable[np.ndarray]) -> str:
+    """As mpscale's rows have it."""
+    return "sha256:" + hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
+
+
+def main() -> None:
+    faulthandler.enable()
+    # What libraries print goes to standard error.
+    talk = Talk(os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"))
+    os.dup2(2, 1)
+    request = talk.question()
+    LOOPS[request["loop"]](request, talk)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    if sys.argv[1:2] == ["--serve"]:
+        serve(int(sys.argv[2]), main)
+    else:
+        main()

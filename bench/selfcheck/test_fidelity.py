@@ -1,0 +1,151 @@
+"""Whether mpscale reports the step time that you would have without it.
+
+    pytest bench/selfcheck/test_fidelity.py --restarts 20
+
+Each workload of the default preset, in float32 and with a dynamic loss scale, with and without XLA. Timed against each
+other, a block each in turn, every one in a process of its own:
+
+- mpscale's worker, from the idle process through its own time_steps;
+- the same without the log of loss, loss scale and overflow of every step;
+- a tf.function training loop written by hand, whose step finds its batch by a counter on the device, as mpscale's does;
+- the same handed its batches, as TensorFlow's guide has it. They lie on the device already.
+
+All start from the same weights and see the same batches, and blocks have the same number of steps and one
+synchronisation. A restart's ratio is the median over its rounds of two blocks of one round; printed are the geometric
+mean over restarts and its 95 % t interval on logarithms. It fails only where more than 1.01 is shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from interleave import Contestant, Forked, WarmParent
+from tabulate import tabulate
+
+from mpscale.analysis.stats import Interval, geometric_interval
+from mpscale.harness.environment import worker_environment
+from mpscale.presets import DEFAULT_PRESET, PRESETS
+from mpscale.telemetry.device import Device, find_device
+from mpscale.telemetry.driver import open_driver
+
+CONTESTANT = Path(__file__).with_name("fidelity_contestant.py")
+TARGET = 1.01
+PRESET = PRESETS[DEFAULT_PRESET]
+BLOCK_S = PRESET.timing_s / PRESET.timing_blocks
+UNTIMED_S = 0.01
+"""Steps at the beginning of a turn, for a process that slept while others had the cores."""
+
+RESTARTS_A_PARENT = 5
+"""Children of one parent share the places of its libraries in memory."""
+
+LOOPS = ("mpscale", "unrecorded", "by hand", "handed")
+FIDELITY = {"mpscale / by hand": ("mpscale", "by hand"), "mpscale / handed its batches": ("mpscale", "handed")}
+RECORDING = {"recording on / off": ("mpscale", "unrecorded")}
+
+Blocks = dict[str, list[float]]
+Start = Callable[[dict[str, Any]], Contestant]
+
+
+@pytest.mark.parametrize("jit", ["on", "off"])
+@pytest.mark.parametrize("mode", ["fp32", "mixed-dynamic"])
+@pytest.mark.parametrize("workload", PRESET.workloads)
+def test_fidelity(workload, mode, jit, device, request, capsys):
+    restarts, rounds = request.config.getoption("restarts"), request.config.getoption("rounds")
+    asked = {"workload": workload, "mode": mode, "jit": jit == "on", "device": device.to_json()}
+    taken: list[Blocks] = []
+    while len(taken) < restarts:
+        with contestants(device) as start:
+            taken += [race(start, asked, rounds) for _ in range(min(RESTARTS_A_PARENT, restarts - len(taken)))]
+    rows = [row(name, ratios(taken, *pair), taken, pair) for name, pair in (FIDELITY | RECORDING).items()]
+    with capsys.disabled():
+        title = f"{workload}, {mode}, XLA {jit}; {restarts} restarts of {rounds} blocks"
+        print(f"\n\n{title}\n\n{tabulate(rows, headers='keys', tablefmt='github', stralign='right')}")
+    for name, pair in FIDELITY.items():
+        found = geometric_interval(ratios(taken, *pair))
+        assert verdict(found) != "not met", f"{name}: {found.estimate:.3f}, at least {found.low:.3f}"
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    driver = open_driver()
+    try:
+        return find_device(driver.devices, os.environ)
+    finally:
+        driver.close()
+
+
+@contextlib.contextmanager
+def contestants(device: Device) -> Iterator[Start]:
+    """Starts contestants as a run starts workers: as children of a warm parent, fresh ones on a GPU."""
+    environment = worker_environment(os.environ, device, "cuda_malloc_async")
+    if device.kind == "gpu":
+        yield lambda request: Contestant([str(CONTESTANT)], environment=environment, request=request)
+        return
+    parent = WarmParent([str(CONTESTANT), "--serve"], environment)
+    try:
+        yield lambda request: Forked(parent, request)
+    finally:
+        parent.close()
+
+
+def race(start: Start, asked: dict[str, Any], rounds: int) -> Blocks:
+    """Seconds per step of each block of each loop, of processes started in random order."""
+    running: dict[str, Contestant] = {}
+    seed = random.randrange(2**31)
+    try:
+        for loop in random.sample(LOOPS, len(LOOPS)):
+            running[loop] = start({**asked, "loop": loop, "seed": seed})
+        check_same_training({loop: contestant.ready for loop, contestant in running.items()})
+        about_s = statistics.median(contestant.ready["about_s"] for contestant in running.values())
+        question = {"steps": max(1, round(BLOCK_S / about_s)), "untimed": max(1, round(UNTIMED_S / about_s))}
+        blocks: Blocks = {loop: [] for loop in LOOPS}
+        for _ in range(rounds):
+            for loop in random.sample(LOOPS, len(LOOPS)):
+                blocks[loop].append(running[loop].ask(question)["step_s"])
+        for contestant in running.values():
+            contestant.end()
+        return blocks
+    finally:
+        for contestant in running.values():
+            contestant.kill()
+
+
+def check_same_training(ready: dict[str, dict[str, Any]]) -> None:
+    """Weights and batches alike by digest, and losses as near as compilers leave them."""
+    expected = ready["mpscale"]
+    for loop, facts in ready.items():
+        assert (facts["weights"], facts["order"]) == (expected["weights"], expected["order"]), loop
+        assert facts.get("losses", expected["losses"]) == pytest.approx(expected["losses"], rel=0.02), loop
+
+
+def ratios(taken: list[Blocks], loop: str, other: str) -> list[float]:
+    """Of each restart. Neighbouring blocks are compared, so a machine that slows down for a second slows both."""
+    return [statistics.median(a / b for a, b in zip(blocks[loop], blocks[other], strict=True)) for blocks in taken]
+
+
+def row(name: str, found: list[float], taken: list[Blocks], pair: tuple[str, str]) -> dict[str, str]:
+    interval = geometric_interval(found)
+    medians = [[statistics.median(blocks[loop]) for blocks in taken] for loop in pair]
+    return {
+        "": name,
+        "ms a step": " / ".join(f"{statistics.geometric_mean(side) * 1e3:.3f}" for side in medians),
+        "ratio": f"{interval.estimate:.4f}",
+        "95 %": "-" if interval.low is None else f"{interval.low:.4f} to {interval.high:.4f}",
+        "median": f"{statistics.median(found):.4f}",
+        "one restart": "-" if interval.low is None else f"±{statistics.stdev(map(math.log, found)):.1%}",
+        f"at most {TARGET}": verdict(interval) if name in FIDELITY else "-",
+    }
+
+
+def verdict(found: Interval) -> str:
+    if found.low is None or found.low <= TARGET < found.high:
+        return "cannot tell"
+    return "met" if found.high <= TARGET else "not met"
