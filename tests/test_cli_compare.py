@@ -27,7 +27,7 @@ def key(mode="fp32", workload="toy", digest="sha256:1", method=METHOD_VERSION, b
 
 def rows(mode="fp32", ms=2.0, spread=QUIET, workload="toy", status="ok", **values):
     """One record a process: two trainings, the rest repeats."""
-    values = {"series_key": key(mode, workload), "method_version": 1, "device_name": "Test CPU", **values}
+    values = {"series_key": key(mode, workload), "method_version": METHOD_VERSION, "device_name": "Test CPU", **values}
     found = []
     for number, factor in enumerate(spread):
         trained = {"metric_value": 0.9, "metric_margin": 0.01, "metric_higher_is_better": True} if number < 2 else {}
@@ -160,7 +160,9 @@ def test_what_comes_of_two_runs(compare, before, after, arguments, code, said):
 @pytest.mark.parametrize(
     ("after", "arguments", "message"),
     [
-        pytest.param(rows(series_key=key(method=2)), (), "method 1 against method 2; use --force", id="method"),
+        pytest.param(
+            rows(series_key=key(method=99)), (), f"method {METHOD_VERSION} against method 99; use --force", id="method"
+        ),
         pytest.param(rows(series_key=key(batch=9)), (), "batch 20 against batch 9; use --force", id="batch"),
         pytest.param(rows(series_key=key(jit=False)), (), "jit on against jit off", id="jit"),
         pytest.param(rows(series_key=key(timing_s=4.0)), (), "timing 2s/50 against timing 4s/50", id="timing"),
@@ -190,10 +192,10 @@ def test_bad_use_is_refused(compare, after, arguments, message):
 
 
 def test_force_compares_what_was_measured_differently(compare):
-    code, text = compare(rows(), rows(ms=3.0, series_key=key(method=2)), "--force")
+    code, text = compare(rows(), rows(ms=3.0, series_key=key(method=99)), "--force")
     assert code == 0
     assert "slower" in text
-    assert "method 1 against method 2" in text
+    assert f"method {METHOD_VERSION} against method 99" in text
 
 
 ON_GPU = {"device": "gpu", "device_name": "Test GPU"}

@@ -41,6 +41,7 @@ class Contestant:
         cores: those that it may use; None leaves it all.
         environment: its whole environment; None takes this process's.
         request: what it is asked before it is ready; None asks nothing.
+        log: where its standard error goes; None leaves it where this process's goes.
     """
 
     def __init__(
@@ -49,10 +50,15 @@ class Contestant:
         cores: set[int] | None = None,
         environment: Mapping[str, str] | None = None,
         request: dict[str, Any] | None = None,
+        log: IO[bytes] | None = None,
     ) -> None:
-        environment = environment or os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"}
         self._process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment or os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"},
         )
         self.pid = self._process.pid
         if cores is not None:
@@ -95,14 +101,14 @@ class WarmParent:
     Args:
         command: arguments of this Python; the number of a socket follows, on which it is to :func:`serve`.
         environment: the whole environment of parent and children.
+        log: where their standard error goes.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: IO[bytes]) -> None:
         self._socket, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, *command, str(theirs.fileno())], env=environment, pass_fds=[theirs.fileno()]
-            )
+            command = [sys.executable, *command, str(theirs.fileno())]
+            self._process = subprocess.Popen(command, env=environment, stderr=log, pass_fds=[theirs.fileno()])
 
     def fork(self) -> tuple[IO[str], IO[str], int]:
         """Standard input and output of a new child, and its number."""

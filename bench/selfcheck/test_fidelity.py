@@ -23,6 +23,7 @@ import os
 import random
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,6 @@ BLOCK_S = PRESET.timing_s / PRESET.timing_blocks
 UNTIMED_S = 0.01
 """Steps at the beginning of a turn, for a process that slept while others had the cores."""
 
-RESTARTS_A_PARENT = 5
-"""Children of one parent share the places of its libraries in memory."""
-
 LOOPS = ("mpscale", "unrecorded", "by hand", "handed")
 FIDELITY = {"mpscale / by hand": ("mpscale", "by hand"), "mpscale / handed its batches": ("mpscale", "handed")}
 RECORDING = {"recording on / off": ("mpscale", "unrecorded")}
@@ -57,13 +55,14 @@ Start = Callable[[dict[str, Any]], Contestant]
 @pytest.mark.parametrize("jit", ["on", "off"])
 @pytest.mark.parametrize("mode", ["fp32", "mixed-dynamic"])
 @pytest.mark.parametrize("workload", PRESET.workloads)
-def test_fidelity(workload, mode, jit, device, request, capsys):
+def test_fidelity(workload, mode, jit, device, request, tmp_path, capsys):
     restarts, rounds = request.config.getoption("restarts"), request.config.getoption("rounds")
     asked = {"workload": workload, "mode": mode, "jit": jit == "on", "device": device.to_json()}
     taken: list[Blocks] = []
-    while len(taken) < restarts:
-        with contestants(device) as start:
-            taken += [race(start, asked, rounds) for _ in range(min(RESTARTS_A_PARENT, restarts - len(taken)))]
+    for _ in range(restarts):
+        # A parent each: children of one share the places of its libraries in memory, and thereby luck.
+        with contestants(device, tmp_path / "log") as start:
+            taken.append(race(start, asked, rounds))
     rows = [row(name, ratios(taken, *pair), taken, pair) for name, pair in (FIDELITY | RECORDING).items()]
     with capsys.disabled():
         title = f"{workload}, {mode}, XLA {jit}; {restarts} restarts of {rounds} blocks"
@@ -83,17 +82,23 @@ def device() -> Device:
 
 
 @contextlib.contextmanager
-def contestants(device: Device) -> Iterator[Start]:
+def contestants(device: Device, log: Path) -> Iterator[Start]:
     """Starts contestants as a run starts workers: as children of a warm parent, fresh ones on a GPU."""
     environment = worker_environment(os.environ, device, "cuda_malloc_async")
-    if device.kind == "gpu":
-        yield lambda request: Contestant([str(CONTESTANT)], environment=environment, request=request)
-        return
-    parent = WarmParent([str(CONTESTANT), "--serve"], environment)
-    try:
-        yield lambda request: Forked(parent, request)
-    finally:
-        parent.close()
+    with log.open("ab") as end, contextlib.ExitStack() as stack:
+        stack.push(partial(_tell, log))
+        if device.kind == "gpu":
+            yield lambda request: Contestant([str(CONTESTANT)], None, environment, request, end)
+        else:
+            parent = WarmParent([str(CONTESTANT), "--serve"], environment, end)
+            stack.callback(parent.close)
+            yield lambda request: Forked(parent, request)
+
+
+def _tell(log: Path, _: object, error: BaseException | None, __: object) -> None:
+    """What contestants said last, in an error that ends them."""
+    if error is not None:
+        error.add_note("\n".join(log.read_text(errors="replace").splitlines()[-30:]))
 
 
 def race(start: Start, asked: dict[str, Any], rounds: int) -> Blocks:

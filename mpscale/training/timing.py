@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpscale.training.scalers import UNKNOWN
-from mpscale.training.step import LOG_CAPACITY, TrainStep
+from mpscale.training.step import MOST_UNREAD, TrainStep
 
 DISPATCH_BOUND = 0.5
 """Share of dispatch above which a step time says more about Python and TensorFlow than about the device."""
@@ -100,10 +100,10 @@ def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int)
         seconds: how long to time.
         min_blocks: fewest blocks.
 
-    Blocks are as long as ``seconds / min_blocks`` where steps are quick, and one step where they are slow. The log
-    is read at the end of each block, inside it: reading is what synchronises.
+    Blocks are as long as ``seconds / min_blocks`` where steps are quick, and one step where they are slow. Each ends
+    with one synchronisation; the log is read after it.
     """
-    per_block = int(np.clip(round(seconds / min_blocks / about_s), 1, LOG_CAPACITY))
+    per_block = int(np.clip(round(seconds / min_blocks / about_s), 1, MOST_UNREAD))
     blocks: list[float] = []
     flags: list[npt.NDArray[np.float32]] = []
     collecting = gc.isenabled()
@@ -114,9 +114,9 @@ def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int)
             start = time.perf_counter_ns()
             for _ in range(per_block):
                 step()
-            log = step.read_log()
+            step.synchronise()
             blocks.append((time.perf_counter_ns() - start) / 1e9)
-            flags.append(log[:, 2])
+            flags.append(step.read_log()[:, 2])
     finally:
         if collecting:
             gc.enable()

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mpscale.training.evaluation import Evaluator
 from mpscale.training.scalers import UNKNOWN
-from mpscale.training.step import LOG_CAPACITY, TrainStep
+from mpscale.training.step import MOST_UNREAD, TrainStep
 from mpscale.workloads import Data, Workload
 
 FINAL_LOSSES = 100
@@ -116,7 +116,7 @@ def train(
     reached: tuple[int, float] | None = None
     while taken < steps:
         start = time.perf_counter()
-        block = min(workload.evaluate_every - taken % workload.evaluate_every, steps - taken, LOG_CAPACITY)
+        block = min(workload.evaluate_every - taken % workload.evaluate_every, steps - taken, MOST_UNREAD)
         for _ in range(block):
             step()
         log.append(step.read_log())

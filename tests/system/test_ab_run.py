@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import mpscale
+from mpscale.columns import METHOD_VERSION, SCHEMA_VERSION
 
 HERE = Path(__file__).parent
 
@@ -20,9 +21,18 @@ KNOWN = """#!{python}
 import os, sys
 if sys.argv[1:] != ["-P", "-m", "mpscale.turns"]:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
-print('{{"turns": 1, "method_version": 1, "schema_version": 1, "python": "3", "packages": {{}}, "broken": {{}}}}')
+print('{about}')
 """
 """The interpreter, but that it says at once what it holds; to ask TensorFlow takes long."""
+
+ABOUT = {
+    "turns": 1,
+    "method_version": METHOD_VERSION,
+    "schema_version": SCHEMA_VERSION,
+    "python": "3",
+    "packages": {},
+    "broken": {},
+}
 
 BREAKS_OFF = """#!{python}
 import os, sys
@@ -50,7 +60,7 @@ def interpreter(folder, text, **values):
 
 @pytest.fixture
 def known(tmp_path):
-    return interpreter(tmp_path / "known", KNOWN)
+    return interpreter(tmp_path / "known", KNOWN, about=json.dumps(ABOUT))
 
 
 @pytest.fixture
