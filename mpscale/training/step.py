@@ -14,7 +14,7 @@ import tensorflow as tf
 from mpscale.training.scalers import StepScaler
 
 MOST_UNREAD = 1024
-"""Steps after which the log should be read: until then each keeps a few bytes of the device's memory."""
+"""Steps after which the log should be read: until then each keeps some of the device's memory."""
 
 
 class TrainStep:
@@ -23,8 +23,8 @@ class TrainStep:
     Data, labels and their order lie on the device. The step finds its batch by a counter that lies there too, and
     returns loss, loss scale and overflow as a tensor that stays there until :meth:`read_log` fetches those of a block.
 
-    Measured on the smallest workload (docs/trust.md): writing them into a variable's rows cost 4 % of the step under
-    XLA, and a function that returns nothing is optimised less by TensorFlow, which cost 4 % without.
+    Not in a variable: a scatter into its rows is slow under XLA, and without XLA TensorFlow optimises a function less
+    that returns nothing. Both could be seen in the step time of the smallest workload.
 
     Args:
         model: a built Keras model.
