@@ -67,7 +67,7 @@ class Pool:
         with path.open(newline="") as file:
             for line in csv.DictReader(file):
                 key = f"{line['workload']} {line['mode']}", int(line["variant"])
-                pool.times.setdefault(key, []).append(float(line["step_time_ms_median"]))
+                pool.times.setdefault(key, []).append(float(line[TIME.column]))
                 pool.added[int(line["variant"])] = float(line["added"])
         whole = min(map(len, pool.times.values()))
         pool.times = {key: found[:whole] for key, found in pool.times.items()}
@@ -96,7 +96,7 @@ def sample(pool, row, variant, rounds):
 
 
 def cases(times):
-    return [{**CASE, "repeat": number, "step_time_ms_median": time} for number, time in enumerate(times)]
+    return [{**CASE, "repeat": number, TIME.column: time} for number, time in enumerate(times)]
 
 
 def judged(before, after, floors, threshold, in_turns=False):

@@ -32,7 +32,14 @@ ROWS = (
 )
 SHARES = (0.0, 0.0, 0.02, 0.05, 0.10, 0.20)
 _TRIED = 2000
-RECORDED = ("step_time_ms_median", "host_other_cpu_share", "host_steal_share", "host_load", "host_clock_mhz")
+RECORDED = (
+    "step_time_ms_median",
+    "step_time_ms_p10",
+    "host_other_cpu_share",
+    "host_steal_share",
+    "host_load",
+    "host_clock_mhz",
+)
 COLUMNS = ("round", "workload", "mode", "variant", "added", "products", "began_s", *RECORDED)
 
 

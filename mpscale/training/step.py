@@ -72,7 +72,9 @@ class TrainStep:
 
     def synchronise(self) -> None:
         """Waits until the device has done all steps."""
-        self._position.numpy()
+        # The last step's tensor is there when the step is done. Reading a variable is a call of an operation more.
+        last = self._unread[-1] if self._unread else self._position
+        last.numpy()
 
     def read_log(self) -> npt.NDArray[np.float32]:
         """Waits for the device; loss, loss scale and overflow (steps, 3) of the steps since the last call."""

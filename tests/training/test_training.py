@@ -243,6 +243,14 @@ def test_timing_has_its_blocks_and_counts_its_overflows_apart():
     assert 0 < time_empty_call(step) < 1
 
 
+def test_overflows_are_counted_in_more_blocks_than_are_read_at_once():
+    _, step = make_step(initial=2.0**126, maximum=2.0**126, minimum=2.0**126)
+    timing = time_steps(step, about_s=1e-6 / 300, seconds=1e-6, min_blocks=1)
+    assert (timing.steps, timing.overflow_steps) == (300, 300)
+    timing = time_steps(step, about_s=1e-6 / 300, seconds=5e-6, min_blocks=5)
+    assert timing.overflow_steps == timing.steps >= 1500 > MOST_UNREAD
+
+
 def test_steps_that_are_added_for_energy_count_their_overflows():
     _, step = make_step(initial=2.0**126, maximum=2.0**126, minimum=2.0**126)
     step()

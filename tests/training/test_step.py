@@ -1,0 +1,83 @@
+"""The compiled step does what a loop written by hand does, and beyond it only writes down what it did.
+
+Step times say so in bench/selfcheck/test_fidelity.py, as far as they tell; programs tell exactly.
+"""
+
+import re
+from collections import Counter
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from mpscale.modes import MODES
+from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
+from mpscale.training.scalers import scaler_for
+from mpscale.training.step import TrainStep
+from mpscale.workloads import registry
+
+WORKLOAD = registry.get("mnist1d-mlp")
+SCALES = {"fp32": None, "mixed-dynamic": DynamicLossScale()}
+RECORD = Counter(Const=2, ReadVariableOp=1, SelectV2=1, Pack=1, Identity=1)
+"""Loss, loss scale and overflow in one tensor; in fp32 there is nothing but the loss to be read."""
+
+
+@pytest.fixture(scope="module")
+def start():
+    data = WORKLOAD.data()
+    return data.train_x[:200], data.train_y[:200], np.arange(200).reshape(-1, WORKLOAD.batch_size)
+
+
+def mpscales(mode, start, jit):
+    keras.config.set_dtype_policy(MODES[mode].policy)
+    scaler = scaler_for(MODES[mode], WORKLOAD.optimizer(), 128.0, {})
+    return TrainStep(WORKLOAD.model(), scaler, WORKLOAD.loss, *start, jit)._function
+
+
+def by_hand(mode, start, jit):
+    keras.config.set_dtype_policy(MODES[mode].policy)
+    model, optimizer, scale = WORKLOAD.model(), WORKLOAD.optimizer(), SCALES[mode]
+    if scale is not None:
+        optimizer = LossScaleOptimizer(optimizer, scale)
+    variables = model.trainable_variables
+    optimizer.build(variables)
+    all_x, all_y, order = map(tf.constant, start)
+    position = tf.Variable(0, dtype=tf.int64)
+
+    @tf.function(jit_compile=jit)
+    def step():
+        batch = tf.gather(order, position % len(start[2]))
+        position.assign_add(1)
+        with tf.GradientTape() as tape:
+            loss = WORKLOAD.loss(tf.gather(all_y, batch), model(tf.gather(all_x, batch), training=True))
+            scaled = loss if scale is None else optimizer.scale_loss(loss)
+        optimizer.apply(tape.gradient(scaled, variables), variables)
+        return loss
+
+    return step
+
+
+@pytest.mark.parametrize("mode", SCALES)
+def test_step_has_the_operations_of_one_written_by_hand_and_those_of_its_record(mode, start):
+    ours, theirs = (
+        Counter(op.type for op in make(mode, start, jit=False).get_concrete_function().graph.get_operations())
+        for make in (mpscales, by_hand)
+    )
+    assert ours - theirs <= RECORD
+    assert not theirs - ours
+
+
+@pytest.mark.parametrize("mode", SCALES)
+def test_step_compiled_by_xla_has_the_kernels_of_one_written_by_hand(mode, start):
+    ours, theirs = (kernels(make(mode, start, jit=True)) for make in (mpscales, by_hand))
+    assert ours["fusion"] > 10
+    assert ours == theirs
+
+
+def kernels(function):
+    """What the program compiled by XLA executes, by kind."""
+    program = function.experimental_get_compiler_ir()(stage="optimized_hlo")
+    entry = program[program.index("ENTRY") :]
+    kinds = Counter(re.findall(r" = (?:\(.*?\)|\S+) ([a-z-]+)\(", entry))
+    return Counter({kind: number for kind, number in kinds.items() if kind not in ("parameter", "tuple", "constant")})
