@@ -136,14 +136,12 @@ def resolve_run(name_or_path: str | Path, results_dir: str | Path) -> Path:
         if not (path / "run.json").is_file():
             raise RunError(f"{path}: holds no run.json, so it is not a run")
         return path
-    fitting = [run for run in runs if wanted and run.name.startswith(wanted)]
+    # A run that is kept in both folders is one run.
+    fitting = list({run.name: run for run in reversed(runs) if wanted and run.name.startswith(wanted)}.values())
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        names = {run.name for run in fitting}
-        # The same run may be kept in both folders, and its name then tells nothing.
-        which = _newest(fitting) if len(names) == len(fitting) else ", ".join(map(str, fitting[:_SHOWN]))
-        raise RunError(f"{len(fitting)} runs begin with {wanted!r}: {which}")
+        raise RunError(f"{len(fitting)} runs begin with {wanted!r}: {_newest(fitting)}")
     if not runs:
         raise RunError(f"no run is called {wanted!r}; {_no_runs(results_dir)}")
     raise RunError(f"no run is called {wanted!r}; the newest in {results_dir} are {_newest(runs)}")
@@ -197,7 +195,7 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _newest(runs: list[Path]) -> str:
-    names = sorted((run.name for run in runs), reverse=True)
+    names = sorted({run.name for run in runs}, reverse=True)
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -206,6 +207,12 @@ def test_a_run_that_was_kept_is_found_by_name_and_is_never_the_latest(results):
     (results / "runs" / NAMES[2]).rename(kept)
     assert resolve_run("2099", results) == kept
     assert resolve_run("latest", results).name == NAMES[1]
+
+
+def test_a_run_that_is_in_both_folders_is_one_run(results):
+    made = results / "runs" / NAMES[2]
+    shutil.copytree(made, results / "reference" / NAMES[2])
+    assert resolve_run(NAMES[2][:-3], results) == made
 
 
 @pytest.mark.parametrize(
