@@ -1,7 +1,9 @@
-"""One training loop, mpscale's or one written by hand, that takes a few blocks of steps whenever it is asked.
+"""mpscale's training loop and loops written by hand, in one process, timed a block each in turn.
 
-`python fidelity_contestant.py` reads a request and answers, all in lines of JSON. With `--serve SOCKET_FD` it is a
-parent that has imported TensorFlow and touched no device, and forks such a process for each request.
+`python fidelity_contestant.py` reads requests and answers, in lines of JSON.
+
+One process, since two processes of unlike programs differ by a percent or two for no reason but where their memory
+lies; the loops are built in random order, as what is built first may lie better.
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ import hashlib
 import itertools
 import json
 import os
-import sys
+import random
+import statistics
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
-from typing import IO, Any
+from typing import Any
+from unittest.mock import patch
 
 import keras
 import numpy as np
 import tensorflow as tf
-from interleave import serve
 
 from mpscale.harness import execute
 from mpscale.harness.case import Case, Settings
@@ -40,28 +44,30 @@ FIRST_STEPS = 10
 SETTLE_S = 0.4
 
 
-class Talk:
-    """Questions and answers, a line of JSON each."""
+@dataclass
+class Loop:
+    """A training that goes on whenever it is asked to.
 
-    def __init__(self, source: IO[str], sink: IO[str]) -> None:
-        self._source, self._sink = source, sink
+    Args:
+        facts: digests of its weights and of its batches, losses of its first steps where it has them.
+        about_s: about how many seconds a step takes.
+        untimed: takes so many steps.
+        timed: takes so many steps; the seconds that one of them took.
+    """
 
-    def question(self) -> dict[str, Any]:
-        return json.loads(self._source.readline())
-
-    def answer(self, **fields: Any) -> None:
-        self._sink.write(json.dumps(fields) + "\n")
-        self._sink.flush()
+    facts: dict[str, Any]
+    about_s: float
+    untimed: Callable[[int], object]
+    timed: Callable[[int], float]
 
 
-def by_hand(request: dict[str, Any], talk: Talk, handed: bool) -> None:
+def by_hand(request: dict[str, Any], handed: bool) -> Loop:
     """The custom training loop of TensorFlow's guide, with all data on the device, and nothing of mpscale.training.
 
     The optimizer of mixed-dynamic is mpscale's LossScaleOptimizer here, too: it is the harness that is tested.
 
     Args:
         request: what to train.
-        talk: with whoever asks for blocks.
         handed: the step is called with its batch, as in the guide. Otherwise it counts, and finds the batch itself.
     """
     workload, mode = registry.get(request["workload"]), MODES[request["mode"]]
@@ -114,14 +120,8 @@ def by_hand(request: dict[str, Any], talk: Talk, handed: bool) -> None:
     settled = time.perf_counter() + SETTLE_S
     while time.perf_counter() < settled:
         about_s = block(10)
-    talk.answer(about_s=about_s, losses=losses, weights=digest(weights), order=digest([order]))
-    while "end" not in (question := talk.question()):
-        block(question["untimed"])
-        gc.disable()
-        step_s = block(question["steps"])
-        gc.enable()
-        talk.answer(step_s=step_s)
-    talk.answer()
+    facts = {"losses": losses, "weights": digest(weights), "order": digest([order])}
+    return Loop(facts, about_s, block, block)
 
 
 class Worker:
@@ -132,36 +132,40 @@ class Worker:
 
     Args:
         request: what to train.
-        talk: with whoever asks for blocks.
         recording: whether the loss, loss scale and overflow of each step are written down.
     """
 
-    def __init__(self, request: dict[str, Any], talk: Talk, recording: bool) -> None:
-        self._talk, self._recording = talk, recording
+    def __init__(self, request: dict[str, Any], recording: bool) -> None:
+        self._recording = recording
         self._facts: dict[str, Any] = {}
-        execute.TrainStep = self._make
-        execute.time_steps = self._take_turns
         # A repeat times without having trained.
         case = Case(request["workload"], request["mode"], request["seed"], 1, 0, Settings(jit=request["jit"]))
-        with contextlib.suppress(Over):
+        with patch.multiple(execute, TrainStep=self._make, time_steps=self._ready), contextlib.suppress(Ready):
             execute.execute(case, Device.from_json(request["device"]), None, self)
-        talk.answer()
+
+    @property
+    def loop(self) -> Loop:
+        """What it left when it was about to time."""
+        return Loop(self._facts, self._about_s, self._untimed, self._timed)
 
     def _make(self, *arguments: Any) -> TrainStep:
         self._step = TrainStep(*arguments) if self._recording else Unrecorded(*arguments)
         return self._step
 
-    def _take_turns(self, step: TrainStep, about_s: float, *_: Any) -> Timing:
-        self._talk.answer(about_s=about_s, **self._facts)
-        while "end" not in (question := self._talk.question()):
-            step.read_log()
-            for _ in range(question["untimed"]):
-                step()
-            # A block's steps are given as a time and how often a step fits into it.
-            timing = time_steps(step, 1e-6 / question["steps"], 1e-6, 1)
-            assert (timing.steps, len(timing.block_s)) == (question["steps"], 1)
-            self._talk.answer(step_s=timing.step_s[0])
-        raise Over
+    def _ready(self, step: TrainStep, about_s: float, *_: Any) -> Timing:
+        self._about_s = about_s
+        raise Ready
+
+    def _untimed(self, steps: int) -> None:
+        self._step.read_log()
+        for _ in range(steps):
+            self._step()
+
+    def _timed(self, steps: int) -> float:
+        # A block's steps are given as a time and how often a step fits into it.
+        timing = time_steps(self._step, 1e-6 / steps, 1e-6, 1)
+        assert (timing.steps, len(timing.block_s)) == (steps, 1)
+        return float(timing.step_s[0])
 
     def phase(self, phase: str) -> None:
         if phase == "compiled":
@@ -179,8 +183,8 @@ class Worker:
         """Nobody is waiting for columns."""
 
 
-class Over(Exception):
-    """What the worker does after the timing is left out."""
+class Ready(Exception):
+    """What the worker would do from its timing on is left out."""
 
 
 class Unrecorded(TrainStep):
@@ -198,12 +202,27 @@ class Unrecorded(TrainStep):
         return TrainStep._step(self)[0]
 
 
-LOOPS: dict[str, Callable[[dict[str, Any], Talk], Any]] = {
-    "mpscale": partial(Worker, recording=True),
-    "unrecorded": partial(Worker, recording=False),
+LOOPS: dict[str, Callable[[dict[str, Any]], Loop]] = {
+    "mpscale": lambda request: Worker(request, recording=True).loop,
+    "unrecorded": lambda request: Worker(request, recording=False).loop,
     "by hand": partial(by_hand, handed=False),
     "handed": partial(by_hand, handed=True),
 }
+
+
+def race(request: dict[str, Any]) -> dict[str, Any]:
+    """Facts of each loop, and seconds per step of each block of each."""
+    loops = {name: LOOPS[name](request) for name in random.sample(list(LOOPS), len(LOOPS))}
+    about_s = statistics.median(loop.about_s for loop in loops.values())
+    untimed, steps = (max(1, round(seconds / about_s)) for seconds in (request["untimed_s"], request["block_s"]))
+    blocks: dict[str, list[float]] = {name: [] for name in LOOPS}
+    gc.collect()
+    gc.disable()  # As mpscale does while it times.
+    for _ in range(request["rounds"]):
+        for name in random.sample(list(LOOPS), len(LOOPS)):
+            loops[name].untimed(untimed)
+            blocks[name].append(loops[name].timed(steps))
+    return {"facts": {name: loop.facts for name, loop in loops.items()}, "blocks": blocks}
 
 
 def shuffled(examples: int, size: int, steps: int, seed: int) -> np.ndarray:
@@ -220,16 +239,13 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
 
 def main() -> None:
     faulthandler.enable()
-    # What libraries print goes to standard error.
-    talk = Talk(os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"))
-    os.dup2(2, 1)
-    request = talk.question()
-    LOOPS[request["loop"]](request, talk)
+    source, sink = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # What libraries print goes to standard error.
+    for line in source:
+        sink.write(json.dumps(race(json.loads(line))) + "\n")
+        sink.flush()
 
 
 if __name__ == "__main__":
     die_with_parent()
-    if sys.argv[1:2] == ["--serve"]:
-        serve(int(sys.argv[2]), main)
-    else:
-        main()
+    main()

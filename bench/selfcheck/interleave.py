@@ -7,21 +7,15 @@ restart, because processes of one program differ too.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
-import signal
-import socket
 import statistics
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
-
-from mpscale.lifeline import die_with_parent
 
 
 @dataclass
@@ -90,87 +84,6 @@ class Contestant:
         if not line:
             raise RuntimeError(f"process {self.pid} ended without an answer")
         return json.loads(line)
-
-
-class WarmParent:
-    """Forks contestants, which saves importing TensorFlow for each.
-
-    As good as fresh interpreters as long as no device has been touched before the fork, which on a GPU importing alone
-    may do.
-
-    Args:
-        command: arguments of this Python; the number of a socket follows, on which it is to :func:`serve`.
-        environment: the whole environment of parent and children.
-        log: where their standard error goes.
-    """
-
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: IO[bytes]) -> None:
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, *command, str(theirs.fileno())]
-            self._process = subprocess.Popen(command, env=environment, stderr=log, pass_fds=[theirs.fileno()])
-
-    def fork(self) -> tuple[IO[str], IO[str], int]:
-        """Standard input and output of a new child, and its number."""
-        (stdin, sink), (source, stdout) = os.pipe(), os.pipe()
-        socket.send_fds(self._socket, [b"f"], [stdin, stdout])
-        os.close(stdin)
-        os.close(stdout)
-        pid = self._socket.recv(20)
-        if not pid:
-            raise RuntimeError(f"{self._process.args} ended with status {self._process.wait()}")
-        return os.fdopen(sink, "w"), os.fdopen(source), int(pid)
-
-    def close(self) -> None:
-        self._socket.close()
-        self._process.wait(60)
-
-
-class Forked(Contestant):
-    """A contestant that is a child of ``parent``."""
-
-    def __init__(self, parent: WarmParent, request: dict[str, Any]) -> None:
-        self._sink, self._source, self.pid = parent.fork()
-        self._handle = os.pidfd_open(self.pid)
-        self.ready = self.ask(request)
-
-    def end(self) -> dict[str, Any]:
-        return self.ask({"end": True})
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._handle, signal.SIGKILL)
-        os.close(self._handle)
-        self._sink.close()
-        self._source.close()
-
-
-def serve(descriptor: int, main: Callable[[], None]) -> None:
-    """The warm parent's side: forks a child that runs ``main`` for every request, until the other end is closed."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Nobody waits for the children.
-    connection = socket.socket(fileno=descriptor)
-    while True:
-        message, descriptors, _, _ = socket.recv_fds(connection, 1, 2)
-        if not message:
-            return
-        pid = os.fork()
-        if pid == 0:
-            try:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                die_with_parent()
-                connection.close()
-                for target, source in enumerate(descriptors):
-                    os.dup2(source, target)
-                    os.close(source)
-                main()
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                # The parent's clean-up is not the child's to do.
-                os._exit(0)
-        for source in descriptors:
-            os.close(source)
-        connection.sendall(str(pid).encode())
 
 
 def race(commands: Mapping[str, Sequence[str]], restarts: int, rounds: int, block_s: float = 0.04) -> dict[str, Times]:

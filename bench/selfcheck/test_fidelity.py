@@ -3,7 +3,7 @@
     pytest bench/selfcheck/test_fidelity.py --restarts 20
 
 Each workload of the default preset, in float32 and with a dynamic loss scale, with and without XLA. Timed against each
-other, a block each in turn, every one in a process of its own:
+other, a block each in turn:
 
 - mpscale's worker, from the idle process through its own time_steps;
 - the same without the log of loss, loss scale and overflow of every step;
@@ -11,25 +11,23 @@ other, a block each in turn, every one in a process of its own:
 - the same handed its batches, as TensorFlow's guide has it. They lie on the device already.
 
 All start from the same weights and see the same batches, and blocks have the same number of steps and one
-synchronisation. A restart's ratio is the median over its rounds of two blocks of one round; printed are the geometric
-mean over restarts and its 95 % t interval on logarithms, and in the end the same over all that were measured. It fails
-only where more than 1.01 is shown. On one core (`taskset -c 0 pytest ...`) restarts differ by much less.
+synchronisation. A restart is a process that builds all four, in random order. Its ratio is the median over its rounds
+of two blocks of one round; printed are the geometric mean over restarts and its 95 % t interval on logarithms, and in
+the end the same over all that were measured. It fails only where more than 1.01 is shown. On one core
+(`taskset -c 0 pytest ...`) restarts differ by much less.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import random
 import statistics
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from interleave import Contestant, Forked, WarmParent
+from interleave import Contestant
 from scipy.special import stdtrit
 from tabulate import tabulate
 
@@ -44,14 +42,12 @@ TARGET = 1.01
 PRESET = PRESETS[DEFAULT_PRESET]
 BLOCK_S = PRESET.timing_s / PRESET.timing_blocks
 UNTIMED_S = 0.01
-"""Steps at the beginning of a turn, for a process that slept while others had the cores."""
+"""Steps at the beginning of a turn, until the processor's caches hold what this loop needs."""
 
-LOOPS = ("mpscale", "unrecorded", "by hand", "handed")
 FIDELITY = {"mpscale / by hand": ("mpscale", "by hand"), "mpscale / handed its batches": ("mpscale", "handed")}
 RECORDING = {"recording on / off": ("mpscale", "unrecorded")}
 
 Blocks = dict[str, list[float]]
-Start = Callable[[dict[str, Any]], Contestant]
 
 
 @pytest.mark.parametrize("jit", ["on", "off"])
@@ -59,12 +55,9 @@ Start = Callable[[dict[str, Any]], Contestant]
 @pytest.mark.parametrize("workload", PRESET.workloads)
 def test_fidelity(workload, mode, jit, device, request, tmp_path, capsys, everything):
     restarts, rounds = request.config.getoption("restarts"), request.config.getoption("rounds")
-    asked = {"workload": workload, "mode": mode, "jit": jit == "on", "device": device.to_json()}
-    taken: list[Blocks] = []
-    for _ in range(restarts):
-        # A parent each: children of one share the places of its libraries in memory, and thereby luck.
-        with contestants(device, tmp_path / "log") as start:
-            taken.append(race(start, asked, rounds))
+    asked = {"workload": workload, "mode": mode, "jit": jit == "on", "device": device.to_json(), "block_s": BLOCK_S}
+    asked |= {"untimed_s": UNTIMED_S, "rounds": rounds}
+    taken = [race({**asked, "seed": random.randrange(2**31)}, device, tmp_path / "log") for _ in range(restarts)]
     rows = [row(name, ratios(taken, *pair), taken, pair) for name, pair in (FIDELITY | RECORDING).items()]
     everything.setdefault(jit, []).append(taken)
     with capsys.disabled():
@@ -112,46 +105,18 @@ def device() -> Device:
         driver.close()
 
 
-@contextlib.contextmanager
-def contestants(device: Device, log: Path) -> Iterator[Start]:
-    """Starts contestants as a run starts workers: as children of a warm parent, fresh ones on a GPU."""
+def race(asked: dict[str, Any], device: Device, log: Path) -> Blocks:
+    """Seconds per step of each block of each loop, of one process."""
     environment = worker_environment(os.environ, device, "cuda_malloc_async")
-    with log.open("ab") as end, contextlib.ExitStack() as stack:
-        stack.push(partial(_tell, log))
-        if device.kind == "gpu":
-            yield lambda request: Contestant([str(CONTESTANT)], None, environment, request, end)
-        else:
-            parent = WarmParent([str(CONTESTANT), "--serve"], environment, end)
-            stack.callback(parent.close)
-            yield lambda request: Forked(parent, request)
-
-
-def _tell(log: Path, _: object, error: BaseException | None, __: object) -> None:
-    """What contestants said last, in an error that ends them."""
-    if error is not None:
-        error.add_note("\n".join(log.read_text(errors="replace").splitlines()[-30:]))
-
-
-def race(start: Start, asked: dict[str, Any], rounds: int) -> Blocks:
-    """Seconds per step of each block of each loop, of processes started in random order."""
-    running: dict[str, Contestant] = {}
-    seed = random.randrange(2**31)
-    try:
-        for loop in random.sample(LOOPS, len(LOOPS)):
-            running[loop] = start({**asked, "loop": loop, "seed": seed})
-        check_same_training({loop: contestant.ready for loop, contestant in running.items()})
-        about_s = statistics.median(contestant.ready["about_s"] for contestant in running.values())
-        question = {"steps": max(1, round(BLOCK_S / about_s)), "untimed": max(1, round(UNTIMED_S / about_s))}
-        blocks: Blocks = {loop: [] for loop in LOOPS}
-        for _ in range(rounds):
-            for loop in random.sample(LOOPS, len(LOOPS)):
-                blocks[loop].append(running[loop].ask(question)["step_s"])
-        for contestant in running.values():
-            contestant.end()
-        return blocks
-    finally:
-        for contestant in running.values():
-            contestant.kill()
+    with log.open("ab") as end:
+        try:
+            contestant = Contestant([str(CONTESTANT)], None, environment, asked, end)
+        except RuntimeError as error:
+            error.add_note("\n".join(log.read_text(errors="replace").splitlines()[-30:]))
+            raise
+    contestant.kill()
+    check_same_training(contestant.ready["facts"])
+    return contestant.ready["blocks"]
 
 
 def check_same_training(ready: dict[str, dict[str, Any]]) -> None:

@@ -41,7 +41,7 @@ from mpscale.records import Record
 
 TIME = QUANTITIES["step_time"]
 ROWS = 20
-A_A, A_B = 400, 200
+A_A, A_B = 3000, 200
 """Invocations for each cell of the tables."""
 REPEATS = (3, 5, 10, 20, 30)
 BETWEEN = 0.5
