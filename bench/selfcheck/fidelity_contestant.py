@@ -2,8 +2,8 @@
 
 `python fidelity_contestant.py` reads requests and answers, in lines of JSON.
 
-One process, since two processes of unlike programs differ by a percent or two for no reason but where their memory
-lies; the loops are built in random order, as what is built first may lie better.
+One process, since two processes of unlike programs may differ for no reason but where their memory lies; the loops are
+built in random order, as what is built first may lie better.
 """
 
 from __future__ import annotations
