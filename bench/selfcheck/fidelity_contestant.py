@@ -1,6 +1,6 @@
 """mpscale's training loop and loops written by hand, in one process, timed a block each in turn.
 
-`python fidelity_contestant.py` reads requests and answers, in lines of JSON.
+`python fidelity_contestant.py` reads a request and answers, a line of JSON each.
 
 One process, since two processes of unlike programs may differ for no reason but where their memory lies; the loops are
 built in random order, as what is built first may lie better.
@@ -241,9 +241,8 @@ def main() -> None:
     faulthandler.enable()
     source, sink = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What libraries print goes to standard error.
-    for line in source:
-        sink.write(json.dumps(race(json.loads(line))) + "\n")
-        sink.flush()
+    sink.write(json.dumps(race(json.loads(source.readline()))) + "\n")
+    sink.flush()
 
 
 if __name__ == "__main__":
