@@ -34,6 +34,7 @@ from mpscale.lifeline import die_with_parent
 from mpscale.modes import MODES
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
 from mpscale.telemetry.device import Device
+from mpscale.training.scalers import Record, StepScaler
 from mpscale.training.step import TrainStep
 from mpscale.training.timing import Timing, time_steps
 from mpscale.workloads import registry
@@ -49,7 +50,7 @@ class Loop:
     """A training that goes on whenever it is asked to.
 
     Args:
-        facts: digests of its weights and of its batches, losses of its first steps where it has them.
+        facts: digests of its weights and of its batches, losses of its first steps.
         about_s: about how many seconds a step takes.
         untimed: takes so many steps.
         timed: takes so many steps; the seconds that one of them took.
@@ -132,7 +133,7 @@ class Worker:
 
     Args:
         request: what to train.
-        recording: whether the loss, loss scale and overflow of each step are written down.
+        recording: whether a step returns what its mode knows of loss scale and overflow, or its loss alone.
     """
 
     def __init__(self, request: dict[str, Any], recording: bool) -> None:
@@ -148,8 +149,11 @@ class Worker:
         """What it left when it was about to time."""
         return Loop(self._facts, self._about_s, self._untimed, self._timed)
 
-    def _make(self, *arguments: Any) -> TrainStep:
-        self._step = TrainStep(*arguments) if self._recording else Unrecorded(*arguments)
+    def _make(self, model: keras.Model, scaler: StepScaler, *arguments: Any) -> TrainStep:
+        if not self._recording:
+            apply = scaler.apply
+            scaler.apply = lambda *gradients: (apply(*gradients), Record())[1]
+        self._step = TrainStep(model, scaler, *arguments)
         return self._step
 
     def _ready(self, step: TrainStep, about_s: float, *_: Any) -> Timing:
@@ -157,9 +161,7 @@ class Worker:
         raise Ready
 
     def _untimed(self, steps: int) -> None:
-        self._step.read_log()
-        for _ in range(steps):
-            self._step()
+        self._step.block(steps)
 
     def _timed(self, steps: int) -> float:
         # A block's steps are given as a time and how often a step fits into it.
@@ -171,9 +173,7 @@ class Worker:
         if phase == "compiled":
             for _ in range(FIRST_STEPS - 1):
                 self._step()
-            losses = self._step.read_log()[:, 0].tolist()
-            if self._recording:
-                self._facts["losses"] = losses
+            self._facts["losses"] = self._step.read_log()[:, 0].tolist()
 
     def values(self, values: dict[str, Any]) -> None:
         named = {"initial_weights_digest": "weights", "data_order_digest": "order"}
@@ -185,21 +185,6 @@ class Worker:
 
 class Ready(Exception):
     """What the worker would do from its timing on is left out."""
-
-
-class Unrecorded(TrainStep):
-    """Returns its loss, as a step written by hand does, of which the last one is kept."""
-
-    def __call__(self) -> None:
-        self._unread = [self._function()]
-
-    def read_log(self) -> np.ndarray:
-        """One row that says nothing."""
-        self._unread.clear()
-        return np.zeros((1, 3), np.float32)
-
-    def _step(self) -> tf.Tensor:
-        return TrainStep._step(self)[0]
 
 
 LOOPS: dict[str, Callable[[dict[str, Any]], Loop]] = {

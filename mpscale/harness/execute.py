@@ -20,8 +20,8 @@ from mpscale.modes import MODES, Mode
 from mpscale.telemetry.device import Device
 from mpscale.training import accelerator, order
 from mpscale.training.evaluation import Evaluator
-from mpscale.training.scalers import UNKNOWN, scaler_for
-from mpscale.training.step import TrainStep
+from mpscale.training.scalers import scaler_for
+from mpscale.training.step import UNKNOWN, TrainStep
 from mpscale.training.timing import keep_going, time_empty_call, time_steps, warm_up
 from mpscale.training.trainer import train
 from mpscale.workloads import Data, Workload, registry

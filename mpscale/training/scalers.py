@@ -7,7 +7,7 @@ baseline has to be what a user would run.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import tensorflow as tf
@@ -21,26 +21,35 @@ from mpscale.scaling import (
     StaticLossScale,
 )
 
-UNKNOWN = -1.0
-"""Stands in the step log for a value that the mode does not have."""
+
+class Record(NamedTuple):
+    """What is known of a step beyond its loss; None is no part of the step, and so costs it nothing.
+
+    Args:
+        scale: the loss scale that it was taken with, a float32 scalar; None in modes without.
+        overflow: float32 scalar, 1 if a gradient was not finite, 0 if all were; None where nobody looked.
+    """
+
+    scale: Any = None
+    overflow: Any = None
 
 
 class StepScaler(Protocol):
-    """What the train step needs. All methods are traced into it."""
+    """What the train step needs. All methods but ``overflow_steps`` are traced into it."""
 
     optimizer: keras.optimizers.Optimizer
 
     def build(self, variables: Sequence[Any]) -> None:
         """Makes every variable that :meth:`apply` will touch."""
 
-    def scale(self) -> Any:
-        """The loss scale in force, a float32 scalar; UNKNOWN in modes without."""
-
     def scale_loss(self, loss: Any) -> Any:
         """The loss to differentiate."""
 
-    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Any:
-        """Updates the weights; 1 if a gradient was not finite, 0 if all were, UNKNOWN if nobody looked."""
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Record:
+        """Updates the weights."""
+
+    def overflow_steps(self, steps: int) -> int | None:
+        """How many of the ``steps`` so far had a non-finite gradient; None where nobody looked."""
 
 
 class Unscaled:
@@ -52,15 +61,15 @@ class Unscaled:
     def build(self, variables: Sequence[Any]) -> None:
         self.optimizer.build(variables)
 
-    def scale(self) -> Any:
-        return tf.constant(UNKNOWN)
-
     def scale_loss(self, loss: Any) -> Any:
         return loss
 
-    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Any:
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Record:
         self.optimizer.apply(grads, variables)
-        return tf.constant(UNKNOWN)
+        return Record()
+
+    def overflow_steps(self, steps: int) -> int | None:
+        return None
 
 
 class Scaled:
@@ -72,16 +81,17 @@ class Scaled:
     def build(self, variables: Sequence[Any]) -> None:
         self.optimizer.build(variables)
 
-    def scale(self) -> Any:
-        return self.optimizer.loss_scale_value
-
     def scale_loss(self, loss: Any) -> Any:
         return self.optimizer.scale_loss(loss)
 
-    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Any:
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Record:
+        scale = self.optimizer.loss_scale_value
         grads, finite = self.optimizer.unscale(grads)
         self.optimizer.apply(grads, variables, finite=finite)
-        return tf.where(finite, 0.0, 1.0)
+        return Record(scale, tf.cast(tf.logical_not(finite), tf.float32))
+
+    def overflow_steps(self, steps: int) -> int | None:
+        return int(self.optimizer.counters()["overflow"])
 
 
 class KerasScaled:
@@ -95,18 +105,19 @@ class KerasScaled:
     def build(self, variables: Sequence[Any]) -> None:
         self.optimizer.build(variables)
 
-    def scale(self) -> Any:
-        return tf.convert_to_tensor(self.optimizer.dynamic_scale.value)
-
     def scale_loss(self, loss: Any) -> Any:
         return self.optimizer.scale_loss(loss)
 
-    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Any:
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Record:
+        scale = tf.convert_to_tensor(self.optimizer.dynamic_scale.value)
         # Not by its scale, which halves on overflow until it is 0 and then cannot fall any further.
         iterations = self.optimizer.inner_optimizer.iterations
         before = tf.identity(iterations.value)
         self.optimizer.apply(grads, variables)
-        return tf.where(tf.equal(iterations.value, before), 1.0, 0.0)
+        return Record(scale, tf.cast(tf.equal(iterations.value, before), tf.float32))
+
+    def overflow_steps(self, steps: int) -> int | None:
+        return steps - int(self.optimizer.inner_optimizer.iterations.numpy())
 
 
 class ArticleScaled:
@@ -120,16 +131,17 @@ class ArticleScaled:
     def build(self, variables: Sequence[Any]) -> None:
         self.optimizer.build(variables)
 
-    def scale(self) -> Any:
-        return self._scale.read_value()
-
     def scale_loss(self, loss: Any) -> Any:
         return loss * self._scale
 
-    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Any:
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Record:
         self.optimizer.apply(grads, variables)
-        self._scale.assign(self._rule.next_state({"scale": self._scale.read_value()}, scaled_loss)["scale"])
-        return tf.constant(UNKNOWN)
+        scale = self._scale.read_value()
+        self._scale.assign(self._rule.next_state({"scale": scale}, scaled_loss)["scale"])
+        return Record(scale)
+
+    def overflow_steps(self, steps: int) -> int | None:
+        return None
 
 
 def scaler_for(

@@ -1,4 +1,4 @@
-"""The compiled train step and the log of what it did, which stays on the device until it is read."""
+"""The compiled train step, taken one by one with a log of what it did, or in blocks to be timed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import tensorflow as tf
 
 from mpscale.training.scalers import StepScaler
 
+UNKNOWN = -1.0
+"""Stands in the log for a value that the mode does not have."""
+
 MOST_UNREAD = 1024
 """Steps after which the log should be read: until then each keeps some of the device's memory."""
 
@@ -21,7 +24,8 @@ class TrainStep:
     """One batch, one update, without arguments and without a synchronisation.
 
     Data, labels and their order lie on the device. The step finds its batch by a counter that lies there too, and
-    returns loss, loss scale and overflow as a tensor that stays there until :meth:`read_log` fetches those of a block.
+    returns loss, loss scale and overflow, in so far as the mode has them, as a tensor that stays there until
+    :meth:`read_log` fetches those of many steps.
 
     Not in a variable: a scatter into its rows is slow under XLA, and without XLA TensorFlow optimises a function less
     that returns nothing. Both could be seen in the step time of the smallest workload.
@@ -70,33 +74,49 @@ class TrainStep:
         """Calls a function that is handed the same variables and tensors and does no work: what dispatch costs."""
         self._empty_function()
 
-    def synchronise(self) -> None:
-        """Waits until the device has done all steps."""
-        # The last step's tensor is there when the step is done. Reading a variable is a call of an operation more.
-        last = self._unread[-1] if self._unread else self._position
+    def block(self, steps: int) -> None:
+        """Takes ``steps`` steps, at least one, that are not in the log; returns when the device is done with them.
+
+        As a loop written by hand: what a step returned is gone when the next has, and the last one's is waited for.
+        """
+        for _ in range(steps):
+            last = self._function()
+        # On a GPU a copy to the host waits for all that was put on the stream before it, so for the whole last step.
         last.numpy()
 
+    def synchronise(self) -> None:
+        """Waits until the device has done all steps."""
+        self._position.numpy()
+
+    def overflow_steps(self) -> int | None:
+        """Waits for the device; steps with a non-finite gradient so far, None where the mode does not know."""
+        return self._scaler.overflow_steps(int(self._position.numpy()))
+
     def read_log(self) -> npt.NDArray[np.float32]:
-        """Waits for the device; loss, loss scale and overflow (steps, 3) of the steps since the last call."""
+        """Waits for the device; loss, loss scale and overflow (steps, 3) of the steps since the last call.
+
+        UNKNOWN stands where the mode has no loss scale, or nobody looks for overflow.
+        """
         # One copy from the device, whatever their number.
-        log = np.zeros((0, 3), np.float32) if not self._unread else tf.stack(self._unread).numpy()
+        log = np.full((len(self._unread), 3), UNKNOWN, np.float32)
+        if self._unread:
+            log[:, self._known] = tf.stack(self._unread).numpy().reshape(len(log), -1)
         self._unread.clear()
-        return np.asarray(log)
+        return log
 
     def _step(self) -> tf.Tensor:
-        position = self._position.read_value()
         # tf.gather and not order[position]: indexing with a Python-sliced tensor recompiles at every step.
-        batch = tf.gather(self._order, position % self._order.shape[0])
+        batch = tf.gather(self._order, self._position % self._order.shape[0])
+        self._position.assign_add(1)
         x, y = tf.gather(self._x, batch), tf.gather(self._y, batch)
-        scale = self._scaler.scale()
         variables = self._model.trainable_variables
         with tf.GradientTape() as tape:
             loss = tf.cast(self._loss(y, self._model(x, training=True)), tf.float32)
             scaled = self._scaler.scale_loss(loss)
         grads = tape.gradient(scaled, variables)
-        overflow = self._scaler.apply(grads, variables, scaled)
-        self._position.assign_add(1)
-        return tf.stack([loss, tf.cast(scale, tf.float32), tf.cast(overflow, tf.float32)])
+        row = (loss, *self._scaler.apply(grads, variables, scaled))
+        self._known = [column for column, value in enumerate(row) if value is not None]
+        return loss if len(self._known) == 1 else tf.stack([row[column] for column in self._known])
 
     def _empty_step(self) -> tf.Tensor:
         for variable in (*self._model.variables, *self._scaler.optimizer.variables):

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpscale.training.scalers import UNKNOWN
-from mpscale.training.step import MOST_UNREAD, TrainStep
+from mpscale.training.step import TrainStep
 
 DISPATCH_BOUND = 0.5
 """Share of dispatch above which a step time says more about Python and TensorFlow than about the device."""
@@ -84,9 +83,7 @@ def warm_up(step: TrainStep) -> float:
     times: list[float] = []
     while len(times) < 2 or time.perf_counter() < end:
         start = time.perf_counter()
-        for _ in range(_WARM_UP_BLOCK):
-            step()
-        step.read_log()
+        step.block(_WARM_UP_BLOCK)
         times.append((time.perf_counter() - start) / _WARM_UP_BLOCK)
     return float(np.median(times[len(times) // 2 :]))
 
@@ -101,32 +98,24 @@ def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int)
         min_blocks: fewest blocks.
 
     Blocks are as long as ``seconds / min_blocks`` where steps are quick, and one step where they are slow. Each ends
-    with one synchronisation. The log is read between blocks, as seldom as it may be: the first steps after that find
+    with one synchronisation, and nothing but the clock is between two of them: the first steps after anything else find
     the processor's caches cold.
     """
-    per_block = int(np.clip(round(seconds / min_blocks / about_s), 1, MOST_UNREAD))
+    per_block = max(1, round(seconds / min_blocks / about_s))
     blocks: list[float] = []
-    flags: list[npt.NDArray[np.float32]] = []
-    unread = 0
+    overflows = step.overflow_steps()
     collecting = gc.isenabled()
     gc.disable()
     try:
         end = time.perf_counter() + seconds
         while len(blocks) < min_blocks or time.perf_counter() < end:
-            if unread + per_block > MOST_UNREAD:
-                flags.append(step.read_log()[:, 2])
-                unread = 0
             start = time.perf_counter_ns()
-            for _ in range(per_block):
-                step()
-            step.synchronise()
+            step.block(per_block)
             blocks.append((time.perf_counter_ns() - start) / 1e9)
-            unread += per_block
-        flags.append(step.read_log()[:, 2])
     finally:
         if collecting:
             gc.enable()
-    return Timing(np.array(blocks), per_block, _overflows(flags))
+    return Timing(np.array(blocks), per_block, _more_than(overflows, step))
 
 
 def keep_going(step: TrainStep, per_block: int, seconds: float) -> tuple[int, int | None]:
@@ -136,22 +125,18 @@ def keep_going(step: TrainStep, per_block: int, seconds: float) -> tuple[int, in
         How many were taken, and with a non-finite gradient among them; None for that where the mode does not know.
     """
     steps = 0
-    flags: list[npt.NDArray[np.float32]] = []
+    overflows = step.overflow_steps()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        for _ in range(per_block):
-            step()
-        flags.append(step.read_log()[:, 2])
+        step.block(per_block)
         steps += per_block
-    return steps, _overflows(flags)
+    return steps, _more_than(overflows, step)
 
 
-def _overflows(flags: list[npt.NDArray[np.float32]]) -> int | None:
-    """Number of overflow steps in the logs of blocks, None where the mode does not know."""
-    if not flags:
-        return 0
-    overflow = np.concatenate(flags)
-    return int(np.sum(overflow == 1.0)) if overflow[0] != UNKNOWN else None
+def _more_than(overflows: int | None, step: TrainStep) -> int | None:
+    """Overflow steps since there were ``overflows`` of them, None where the mode does not know."""
+    now = step.overflow_steps()
+    return None if overflows is None or now is None else now - overflows
 
 
 def time_empty_call(step: TrainStep) -> float:

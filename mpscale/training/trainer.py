@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpscale.training.evaluation import Evaluator
-from mpscale.training.scalers import UNKNOWN
-from mpscale.training.step import MOST_UNREAD, TrainStep
+from mpscale.training.step import MOST_UNREAD, UNKNOWN, TrainStep
 from mpscale.workloads import Data, Workload
 
 FINAL_LOSSES = 100

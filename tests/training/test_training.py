@@ -8,8 +8,8 @@ from mpscale.modes import MODES
 from mpscale.scaling import LogMaxLossScale
 from mpscale.training.evaluation import Evaluator
 from mpscale.training.order import batches
-from mpscale.training.scalers import UNKNOWN, scaler_for
-from mpscale.training.step import MOST_UNREAD, TrainStep
+from mpscale.training.scalers import scaler_for
+from mpscale.training.step import MOST_UNREAD, UNKNOWN, TrainStep
 from mpscale.training.timing import Timing, keep_going, time_empty_call, time_steps, warm_up
 from mpscale.training.trainer import Training, train, weights_finite
 from mpscale.workloads import Data, Workload
@@ -243,24 +243,66 @@ def test_timing_has_its_blocks_and_counts_its_overflows_apart():
     assert 0 < time_empty_call(step) < 1
 
 
-def test_overflows_are_counted_in_more_blocks_than_are_read_at_once():
-    _, step = make_step(initial=2.0**126, maximum=2.0**126, minimum=2.0**126)
-    timing = time_steps(step, about_s=1e-6 / 300, seconds=1e-6, min_blocks=1)
-    assert (timing.steps, timing.overflow_steps) == (300, 300)
-    timing = time_steps(step, about_s=1e-6 / 300, seconds=5e-6, min_blocks=5)
-    assert timing.overflow_steps == timing.steps >= 1500 > MOST_UNREAD
+def overflowing():
+    return make_parts(initial=2.0**126, maximum=2.0**126, minimum=2.0**126)[1]
+
+
+def overflowing_now_and_then():
+    return make_parts(initial=2.0**24, growth_interval=3)[1]
+
+
+def overflowing_in_keras():
+    _, step, scaler = make_parts("mixed-keras")
+    scaler.optimizer.dynamic_scale.assign(np.inf)
+    return step
+
+
+@pytest.mark.parametrize(
+    ("make", "overflows"),
+    [
+        (overflowing, 20),
+        (overflowing_now_and_then, "some"),
+        (overflowing_in_keras, 20),
+        (lambda: make_step("mixed-keras")[1], 0),
+        (lambda: make_step("mixed-static")[1], 0),
+        (lambda: make_step("fp32")[1], None),
+        (lambda: make_step("article")[1], None),
+    ],
+)
+def test_overflows_of_a_block_are_counted_without_its_log(make, overflows):
+    step, logged = make(), make()
+    for steps in (7, 13):
+        step.block(steps)
+        for _ in range(steps):
+            logged()
+    assert step.read_log().shape == (0, 3)
+    in_log = int(sum(logged.read_log()[:, 2] == 1.0))
+    if overflows == "some":
+        assert 2 < in_log < 18
+        overflows = in_log
+    assert in_log == (overflows or 0)
+    assert step.overflow_steps() == logged.overflow_steps() == overflows
+
+
+def test_only_overflows_of_timed_steps_are_counted():
+    step = overflowing()
+    for _ in range(3):
+        step()
+    assert time_steps(step, about_s=1e-6 / 300, seconds=1e-6, min_blocks=1).overflow_steps == 300
+    timing = time_steps(step, about_s=1e-6 / 20, seconds=5e-6, min_blocks=5)
+    assert timing.overflow_steps == timing.steps >= 100
+    assert len(step.read_log()) == 3
 
 
 def test_steps_that_are_added_for_energy_count_their_overflows():
-    _, step = make_step(initial=2.0**126, maximum=2.0**126, minimum=2.0**126)
+    step = overflowing()
     step()
-    step.read_log()
     steps, overflows = keep_going(step, 4, seconds=0.05)
     assert steps == overflows > 0
     assert steps % 4 == 0
     _, step = make_step("fp32")
     assert keep_going(step, 4, seconds=0.05)[1] is None
-    assert keep_going(step, 4, seconds=-1.0) == (0, 0)
+    assert keep_going(overflowing(), 4, seconds=-1.0) == (0, 0)
 
 
 @pytest.mark.parametrize("mode", [name for name in MODES if name != "article"])
