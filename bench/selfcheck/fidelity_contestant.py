@@ -1,4 +1,4 @@
-"""mpscale's training loop and loops written by hand, in one process, timed a block each in turn.
+"""mpscale's training loop and loops written by hand, in one process, in turns of two blocks of which the second counts.
 
 `python fidelity_contestant.py` reads a request and answers, a line of JSON each.
 
@@ -52,14 +52,12 @@ class Loop:
     Args:
         facts: digests of its weights and of its batches, losses of its first steps.
         about_s: about how many seconds a step takes.
-        untimed: takes so many steps.
-        timed: takes so many steps; the seconds that one of them took.
+        turn: takes two blocks of so many steps; the seconds that a step of the second took.
     """
 
     facts: dict[str, Any]
     about_s: float
-    untimed: Callable[[int], object]
-    timed: Callable[[int], float]
+    turn: Callable[[int], float]
 
 
 def by_hand(request: dict[str, Any], handed: bool) -> Loop:
@@ -122,14 +120,14 @@ def by_hand(request: dict[str, Any], handed: bool) -> Loop:
     while time.perf_counter() < settled:
         about_s = block(10)
     facts = {"losses": losses, "weights": digest(weights), "order": digest([order])}
-    return Loop(facts, about_s, block, block)
+    return Loop(facts, about_s, lambda steps: (block(steps), block(steps))[1])
 
 
 class Worker:
     """mpscale's own worker: :func:`execute.execute` from the idle process to the timing, with two names replaced.
 
-    ``TrainStep`` only to get hold of the step; ``time_steps`` is called for a block at every turn, and not once for
-    all. This is also the supervisor's end of the worker's channel.
+    ``TrainStep`` only to get hold of the step; ``time_steps`` is called at every turn, and not once for all. This is
+    also the supervisor's end of the worker's channel.
 
     Args:
         request: what to train.
@@ -147,7 +145,7 @@ class Worker:
     @property
     def loop(self) -> Loop:
         """What it left when it was about to time."""
-        return Loop(self._facts, self._about_s, self._untimed, self._timed)
+        return Loop(self._facts, self._about_s, self._turn)
 
     def _make(self, model: keras.Model, scaler: StepScaler, *arguments: Any) -> TrainStep:
         if not self._recording:
@@ -160,14 +158,11 @@ class Worker:
         self._about_s = about_s
         raise Ready
 
-    def _untimed(self, steps: int) -> None:
-        self._step.block(steps)
-
-    def _timed(self, steps: int) -> float:
+    def _turn(self, steps: int) -> float:
         # A block's steps are given as a time and how often a step fits into it.
-        timing = time_steps(self._step, 1e-6 / steps, 1e-6, 1)
-        assert (timing.steps, len(timing.block_s)) == (steps, 1)
-        return float(timing.step_s[0])
+        timing = time_steps(self._step, 1e-6 / steps, 2e-6, 2)
+        assert (timing.steps_per_block, len(timing.block_s)) == (steps, 2)
+        return float(timing.step_s[1])
 
     def phase(self, phase: str) -> None:
         if phase == "compiled":
@@ -199,14 +194,13 @@ def race(request: dict[str, Any]) -> dict[str, Any]:
     """Facts of each loop, and seconds per step of each block of each."""
     loops = {name: LOOPS[name](request) for name in random.sample(list(LOOPS), len(LOOPS))}
     about_s = statistics.median(loop.about_s for loop in loops.values())
-    untimed, steps = (max(1, round(seconds / about_s)) for seconds in (request["untimed_s"], request["block_s"]))
+    steps = max(1, round(request["block_s"] / about_s))
     blocks: dict[str, list[float]] = {name: [] for name in LOOPS}
     gc.collect()
     gc.disable()  # As mpscale does while it times.
     for _ in range(request["rounds"]):
         for name in random.sample(list(LOOPS), len(LOOPS)):
-            loops[name].untimed(untimed)
-            blocks[name].append(loops[name].timed(steps))
+            blocks[name].append(loops[name].turn(steps))
     return {"facts": {name: loop.facts for name, loop in loops.items()}, "blocks": blocks}
 
 

@@ -50,7 +50,8 @@ def by_hand(mode, start, jit):
         batch = tf.gather(order, position % len(start[2]))
         position.assign_add(1)
         with tf.GradientTape() as tape:
-            loss = WORKLOAD.loss(tf.gather(all_y, batch), model(tf.gather(all_x, batch), training=True))
+            x, y = tf.gather(all_x, batch), tf.gather(all_y, batch)
+            loss = WORKLOAD.loss(y, model(x, training=True))
             scaled = loss if scale is None else optimizer.scale_loss(loss)
         optimizer.apply(tape.gradient(scaled, variables), variables)
         return loss
@@ -70,14 +71,29 @@ def test_step_has_the_operations_of_one_written_by_hand_and_those_of_its_record(
 
 @pytest.mark.parametrize("mode", SCALES)
 def test_step_compiled_by_xla_has_the_kernels_of_one_written_by_hand(mode, start):
-    ours, theirs = (kernels(make(mode, start, jit=True)) for make in (mpscales, by_hand))
+    ours, theirs = (kernels(compiled(make(mode, start, jit=True))) for make in (mpscales, by_hand))
     assert ours["fusion"] > 10
     assert ours == theirs
 
 
-def kernels(function):
-    """What the program compiled by XLA executes, by kind."""
-    program = function.experimental_get_compiler_ir()(stage="optimized_hlo")
+def test_step_of_fp32_compiled_by_xla_is_one_written_by_hand_line_by_line(start):
+    ours, theirs = (nameless(compiled(make("fp32", start, jit=True))) for make in (mpscales, by_hand))
+    assert len(ours) > 100
+    assert ours == theirs
+
+
+def compiled(function):
+    """The program that XLA makes of it, as text."""
+    return function.experimental_get_compiler_ir()(stage="optimized_hlo")
+
+
+def nameless(program):
+    """Lines after the first, which is names alone, without TensorFlow's name for it and where in Python they are from."""
+    return re.sub(r", metadata=\{.*?\}|a_inference_\w+", "", program).splitlines()[1:]
+
+
+def kernels(program):
+    """What the program executes, by kind."""
     entry = program[program.index("ENTRY") :]
     kinds = Counter(re.findall(r" = (?:\(.*?\)|\S+) ([a-z-]+)\(", entry))
     return Counter({kind: number for kind, number in kinds.items() if kind not in ("parameter", "tuple", "constant")})
