@@ -88,7 +88,7 @@ def compiled(function):
 
 
 def nameless(program):
-    """Lines after the first, which is names alone, without TensorFlow's name for it and where in Python they are from."""
+    """Its lines without the first, which is names alone, and without where in Python they come from."""
     return re.sub(r", metadata=\{.*?\}|a_inference_\w+", "", program).splitlines()[1:]
 
 
