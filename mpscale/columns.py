@@ -11,7 +11,7 @@ from typing import Literal
 SCHEMA_VERSION = 1
 """Raised when a column changes its name, unit or meaning."""
 
-METHOD_VERSION = 4
+METHOD_VERSION = 5
 """Raised by hand when the way of measuring changes, so that older figures are not compared with newer ones."""
 
 Status = Literal[

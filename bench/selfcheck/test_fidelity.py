@@ -41,6 +41,7 @@ CONTESTANT = Path(__file__).with_name("fidelity_contestant.py")
 TARGET = 1.01
 PRESET = PRESETS[DEFAULT_PRESET]
 BLOCK_S = PRESET.timing_s / PRESET.timing_blocks
+
 FIDELITY = {"mpscale / by hand": ("mpscale", "by hand"), "mpscale / handed its batches": ("mpscale", "handed")}
 RECORDING = {"recording on / off": ("mpscale", "unrecorded")}
 
@@ -53,7 +54,7 @@ Blocks = dict[str, list[float]]
 def test_fidelity(workload, mode, jit, device, request, tmp_path, capsys, everything):
     restarts, rounds = request.config.getoption("restarts"), request.config.getoption("rounds")
     asked = {"workload": workload, "mode": mode, "jit": jit == "on", "device": device.to_json(), "block_s": BLOCK_S}
-    asked |= {"rounds": rounds}
+    asked["rounds"] = rounds
     taken = [race({**asked, "seed": random.randrange(2**31)}, device, tmp_path / "log") for _ in range(restarts)]
     rows = [row(name, ratios(taken, *pair), taken, pair) for name, pair in (FIDELITY | RECORDING).items()]
     everything.setdefault(jit, []).append(taken)
