@@ -34,7 +34,7 @@ from mpscale.lifeline import die_with_parent
 from mpscale.modes import MODES
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
 from mpscale.telemetry.device import Device
-from mpscale.training.scalers import Record, StepScaler
+from mpscale.training.scalers import StepRecord, StepScaler
 from mpscale.training.step import TrainStep
 from mpscale.training.timing import Timing, time_steps
 from mpscale.workloads import registry
@@ -150,7 +150,7 @@ class Worker:
     def _make(self, model: keras.Model, scaler: StepScaler, *arguments: Any) -> TrainStep:
         if not self._recording:
             apply = scaler.apply
-            scaler.apply = lambda *gradients: (apply(*gradients), Record())[1]
+            scaler.apply = lambda *gradients: (apply(*gradients), StepRecord())[1]
         self._step = TrainStep(model, scaler, *arguments)
         return self._step
 

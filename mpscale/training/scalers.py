@@ -22,7 +22,7 @@ from mpscale.scaling import (
 )
 
 
-class Record(NamedTuple):
+class StepRecord(NamedTuple):
     """What is known of a step beyond its loss; None is no part of the step, and so costs it nothing.
 
     Args:
@@ -45,7 +45,7 @@ class StepScaler(Protocol):
     def scale_loss(self, loss: Any) -> Any:
         """The loss to differentiate."""
 
-    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Record:
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
         """Updates the weights."""
 
     def overflow_steps(self, steps: int) -> int | None:
@@ -64,9 +64,9 @@ class Unscaled:
     def scale_loss(self, loss: Any) -> Any:
         return loss
 
-    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Record:
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
         self.optimizer.apply(grads, variables)
-        return Record()
+        return StepRecord()
 
     def overflow_steps(self, steps: int) -> int | None:
         return None
@@ -84,11 +84,11 @@ class Scaled:
     def scale_loss(self, loss: Any) -> Any:
         return self.optimizer.scale_loss(loss)
 
-    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Record:
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
         scale = self.optimizer.loss_scale_value
         grads, finite = self.optimizer.unscale(grads)
         self.optimizer.apply(grads, variables, finite=finite)
-        return Record(scale, tf.cast(tf.logical_not(finite), tf.float32))
+        return StepRecord(scale, tf.cast(tf.logical_not(finite), tf.float32))
 
     def overflow_steps(self, steps: int) -> int | None:
         return int(self.optimizer.counters()["overflow"])
@@ -108,13 +108,13 @@ class KerasScaled:
     def scale_loss(self, loss: Any) -> Any:
         return self.optimizer.scale_loss(loss)
 
-    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Record:
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
         scale = tf.convert_to_tensor(self.optimizer.dynamic_scale.value)
         # Not by its scale, which halves on overflow until it is 0 and then cannot fall any further.
         iterations = self.optimizer.inner_optimizer.iterations
         before = tf.identity(iterations.value)
         self.optimizer.apply(grads, variables)
-        return Record(scale, tf.cast(tf.equal(iterations.value, before), tf.float32))
+        return StepRecord(scale, tf.cast(tf.equal(iterations.value, before), tf.float32))
 
     def overflow_steps(self, steps: int) -> int | None:
         return steps - int(self.optimizer.inner_optimizer.iterations.numpy())
@@ -134,11 +134,11 @@ class ArticleScaled:
     def scale_loss(self, loss: Any) -> Any:
         return loss * self._scale
 
-    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> Record:
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
         self.optimizer.apply(grads, variables)
         scale = self._scale.read_value()
         self._scale.assign(self._rule.next_state({"scale": scale}, scaled_loss)["scale"])
-        return Record(scale)
+        return StepRecord(scale)
 
     def overflow_steps(self, steps: int) -> int | None:
         return None
