@@ -228,7 +228,7 @@ def _put_out(text: str, file: Path | None) -> None:
 def _report(options: argparse.Namespace) -> int:
     from mpscale.analysis.runs import RunError, read_run, resolve_run
     from mpscale.report import github_summary
-    from mpscale.report.build import rebuild
+    from mpscale.report.build import WRITTEN, rebuild
 
     try:
         path = resolve_run(options.run, options.results)
@@ -242,7 +242,7 @@ def _report(options: argparse.Namespace) -> int:
     if options.print:
         print((run.path / "report.md").read_text(encoding="utf-8"), end="")
     else:
-        for name in ("report.md", "summary.csv", "cases.csv"):
+        for name in WRITTEN:
             print(run.path / name)
     return 0
 
@@ -357,8 +357,9 @@ def _ab(options: argparse.Namespace) -> int:
 def _history(options: argparse.Namespace) -> int:
     from mpscale.analysis.history import make_history, read_folder
     from mpscale.analysis.runs import RunError, read_run, resolve_run
-    from mpscale.report.figures import FigureError, check_suffix, draw_history
+    from mpscale.report.figures import FigureError, check_suffix
     from mpscale.report.history import render
+    from mpscale.report.history_figure import draw_history
 
     broken: list[tuple[str, str]] = []
     try:

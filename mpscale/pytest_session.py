@@ -366,6 +366,6 @@ def _show(terminalreporter: pytest.TerminalReporter, run: Run, check: BaselineCh
     said = check.lines()
     if said:
         terminalreporter.write_line("\n" + "\n".join(said), red=check.fails)
-    terminalreporter.write_line(f"\nrun: {path}\nreport: {path / 'report.md'}")
+    terminalreporter.write_line(f"\nrun: {path}\nreport: {path / 'report.html'}")
     if check.comparison is not None:
         terminalreporter.write_line(f"comparison: {path / FILE}")

@@ -59,7 +59,7 @@ def test_report_rebuilds_the_files_and_says_where_they_are(project, wanted):
     done = mpscale("report", wanted, cwd=project)
     assert (done.returncode, done.stderr) == (0, "")
     paths = [project / line for line in done.stdout.splitlines()]
-    assert [path.name for path in paths] == ["report.md", "summary.csv", "cases.csv"]
+    assert [path.name for path in paths] == ["report.html", "report.md", "summary.csv", "cases.csv"]
     assert all(path.is_file() for path in paths)
 
 

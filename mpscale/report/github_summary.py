@@ -73,7 +73,7 @@ def _clock(seconds: float) -> str:
 def _files(run: Run, artifacts: str | None) -> str:
     if run.path.is_file():
         return f"Made from {_short(run.path.name)} by itself, which tells nothing of the environment."
-    names = ("report.md", "comparison.md", "cases.csv", "summary.csv", "run.json", "journal.jsonl")
+    names = ("report.html", "report.md", "comparison.md", "cases.csv", "summary.csv", "run.json", "journal.jsonl")
     there = ", ".join(f"`{name}`" for name in names if (run.path / name).is_file())
     where = f" ([to the files]({artifacts}))" if artifacts else ""
     return f"The run is {_short(run.name)}{where}: {there}. The report has the rest, and what the numbers do not say."

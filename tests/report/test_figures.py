@@ -13,8 +13,9 @@ from runfolder import CPU, GPU, finished, record, write_run
 from mpscale.analysis.history import make_history
 from mpscale.analysis.runs import read_run
 from mpscale.modes import MODES
-from mpscale.report import figures
-from mpscale.report.figures import FigureError, draw_history
+from mpscale.report import figures, history_figure
+from mpscale.report.figures import FigureError
+from mpscale.report.history_figure import draw_history
 
 SVG = "{http://www.w3.org/2000/svg}"
 START = datetime(2026, 1, 2, 3, 4)
@@ -61,11 +62,10 @@ def points_of(group):
 
 def laid_out(history):
     """The figure after layout, and every drawn text with its box in pixels."""
-    from matplotlib import style
     from matplotlib.text import Text
 
-    with style.context(["default", figures._STYLE]):
-        figure = figures._history_figure(history)
+    with figures.house_style():
+        figure = history_figure._history_figure(history)
         figure.canvas.draw()
         found = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
         return figure, [(text.get_text(), text.get_window_extent()) for text in found]
@@ -192,7 +192,7 @@ def test_a_mode_looks_the_same_in_every_panel_and_unlike_every_other(tmp_path):
     runs = [
         read_run(write_run(tmp_path, finished([case("a", m, 0, 1.0) for m in MODES] + [case("b", "article", 0, 1.0)])))
     ]
-    looks = figures._looks(make_history(runs).series)
+    looks = history_figure._looks(make_history(runs).series)
     assert list(looks) == list(MODES)
     assert len({(look.colour, look.marker) for look in looks.values()}) == len(MODES)
 
@@ -222,5 +222,6 @@ def test_another_kind_of_file_is_refused_before_anything_is_written(tmp_path, na
 
 
 def test_matplotlib_is_not_imported_until_something_is_drawn():
-    code = "import sys, mpscale.report.figures; sys.exit('matplotlib' in sys.modules)"
+    modules = "mpscale.report.history_figure, mpscale.report.build"
+    code = f"import sys, {modules}; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

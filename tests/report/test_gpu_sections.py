@@ -6,6 +6,7 @@ from runfolder import CPU, GPU, finished, record, write_run
 
 from mpscale.analysis.runs import read_run
 from mpscale.report.cells import DASH
+from mpscale.report.document import document
 from mpscale.report.markdown import render
 
 FULL = {
@@ -28,7 +29,7 @@ FULL = {
 
 
 def report(tmp_path, device, *records):
-    return render(read_run(write_run(tmp_path, finished(records), environment={"device": device})))
+    return render(document(read_run(write_run(tmp_path, finished(records), environment={"device": device}))))
 
 
 def rows(text, title):

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import tempfile
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runfolder import CPU, GPU, NAME, finished, record, started, write_run
+from runfolder import CPU, GPU, NAME, finished, record, started, write_run, write_steps
 
 from mpscale.analysis.runs import read_run
 from mpscale.columns import COLUMNS, STATUSES
 from mpscale.modes import MODES
-from mpscale.report.build import rebuild
+from mpscale.report import html
+from mpscale.report.build import WRITTEN, rebuild
 from mpscale.report.cells import DASH
+from mpscale.report.document import document
+from mpscale.report.gains_figure import gains
 from mpscale.report.markdown import render
 from mpscale.report.tables import escape, markdown_table, result_table
 
 
 def rendered(tmp_path, *records, **options):
-    return render(read_run(write_run(tmp_path, finished(records), **options)))
+    return render(document(read_run(write_run(tmp_path, finished(records), **options))))
 
 
 def table(report, title):
@@ -200,7 +204,7 @@ def test_trouble_is_told_with_the_last_output(tmp_path):
 
 def test_a_run_that_was_killed_says_so(tmp_path):
     path = write_run(tmp_path, [*finished([record()]), started(record(seed=1))], finish=False, planned=["a", "b"])
-    report = render(read_run(path))
+    report = render(document(read_run(path)))
     assert "2 planned cases were not started." in report
     assert "stopped or is still going on" in report
     assert "toy--fp32--s1--r0" in report
@@ -247,13 +251,16 @@ def test_no_cell_breaks_a_table():
     assert len(markdown_table(["h"], [["a\nb|c"]]).splitlines()) == 3
 
 
-def test_rebuilding_writes_three_files_and_is_repeatable(tmp_path):
-    path = write_run(tmp_path, finished([record(step_time_ms_median=2.0)]))
-    names = ("cases.csv", "summary.csv", "report.md")
+def test_rebuilding_writes_the_same_files_each_time(tmp_path):
+    path = write_run(
+        tmp_path, finished([record(step_time_ms_median=2.0), record("mixed-static", step_time_ms_median=1.0)])
+    )
+    write_steps(path, "toy--mixed-static--s0--r0", "step,loss,loss_scale,overflow\n0,1.5,8,0\n1,1.0,8,0\n")
     assert rebuild(path).name in (path / "report.md").read_text(encoding="utf-8")
-    before = [(path / name).read_bytes() for name in names]
+    before = [(path / name).read_bytes() for name in WRITTEN]
+    assert before[WRITTEN.index("report.html")].count(b"<svg") == 2
     rebuild(path)
-    assert [(path / name).read_bytes() for name in names] == before
+    assert [(path / name).read_bytes() for name in WRITTEN] == before
 
 
 VALUES = {
@@ -287,7 +294,11 @@ def record_lists(draw):
 def test_every_run_has_a_report(records, device, finish):
     with tempfile.TemporaryDirectory() as folder:
         run = read_run(write_run(Path(folder), finished(records), device=device, finish=finish))
-        report = render(run)
+        report = render(document(run))
         assert report.startswith("# mpscale: ")
+        picture = gains(run)
+        assert picture is None or ET.fromstring(picture.svg).tag.endswith("svg")
+        page = html.render(document(run), [picture] if picture else [])
+        assert page.count("<h2>") == report.count("\n## ")
         assert "nan" not in result_table(run)
         assert "<NA>" not in report

@@ -25,7 +25,7 @@ def job(run_suite):
 def test_it_passes_and_leaves_its_files(job):
     assert job.code == 0, job.output
     assert {p.name for p in job.path.iterdir()} >= {
-        "run.json", "journal.jsonl", "cases.csv", "summary.csv", "report.md", "steps",
+        "run.json", "journal.jsonl", "cases.csv", "summary.csv", "report.md", "report.html", "steps",
     }  # fmt: skip
 
 

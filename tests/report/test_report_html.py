@@ -1,0 +1,181 @@
+"""report.html as a real browser shows it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from runfolder import GPU, finished, record, write_run, write_steps
+
+from mpscale.analysis.runs import read_run
+from mpscale.report.build import rebuild
+from mpscale.report.tables import result_cells
+
+HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+
+
+def example():
+    """A run with something in most sections."""
+    checked = {"attempted_steps": 40, "applied_steps": 38, "skipped_steps": 2, "overflow_steps": 2}
+    for mode, ms, value, more in (
+        ("fp32", 8.0, 0.90, {}),
+        ("mixed-static", 5.0, 0.91, checked),
+        ("mixed-dynamic", 5.5, 0.905, checked),
+    ):
+        for seed in (0, 1, 2):
+            yield record(
+                mode, seed, step_time_ms_median=ms + 0.1 * seed, metric_value=value + 0.001 * seed,
+                metric_name="accuracy", metric_higher_is_better=True, metric_margin=0.01,
+                gpu_memory_nvml_peak_mib=1000.0 * ms / 8, **more,
+            )  # fmt: skip
+    yield record("mixed-bf16", 0, status="crashed", status_reason="signal 11", output_tail=f"last\n{HOSTILE}\n```\n")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = write_run(tmp_path_factory.mktemp("html"), finished(example()), device=GPU)
+    for seed in (0, 1, 2):
+        for mode in ("fp32", "mixed-static", "mixed-dynamic"):
+            scale = "" if mode == "fp32" else 128
+            rows = "".join(
+                f"{i},{2 - i / 30 + seed / 10},{scale},{'' if mode == 'fp32' else int(i < 2)}\n" for i in range(40)
+            )
+            write_steps(path, f"toy--{mode}--s{seed}--r0", "step,loss,loss_scale,overflow\n" + rows)
+    rebuild(path)
+    return read_run(path)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1280,900",
+        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def page(browser, run):
+    browser.get((run.path / "report.html").as_uri())
+    return browser
+
+
+def emulate(browser, width, scheme="light"):
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+
+
+def cells_of(page, heading):
+    """Texts of the first table below a heading, header and all."""
+    return page.execute_script(
+        """const all = [...document.querySelectorAll('section')];
+        const section = all.find(one => one.querySelector('h2').textContent === arguments[0]);
+        return [...section.querySelector('table').rows].map(row => [...row.cells].map(cell => cell.textContent));""",
+        heading,
+    )
+
+
+def test_it_needs_nothing_beside_it_and_complains_of_nothing(browser, run):
+    browser.get_log("browser"), browser.get_log("performance")
+    browser.get((run.path / "report.html").as_uri())
+    assert browser.title == f"mpscale: {run.name}"
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert asked == [(run.path / "report.html").as_uri()]
+    assert browser.get_log("browser") == []
+
+
+def test_its_results_are_those_of_the_table_in_the_terminal(page, run):
+    headers, rows = result_cells(run)
+    assert cells_of(page, "Results") == [headers, *rows]
+
+
+def test_it_has_every_section_of_the_markdown(page, run):
+    text = (run.path / "report.md").read_text(encoding="utf-8")
+    sections = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
+    assert page.execute_script("return [...document.querySelectorAll('h2')].map(h => h.textContent)") == sections
+    links = page.execute_script(
+        "return [...document.querySelectorAll('nav a')].map(a => a.getAttribute('href').slice(1))"
+    )
+    assert page.execute_script("return arguments[0].map(id => document.getElementById(id) !== null)", links) == [
+        True for _ in sections
+    ]
+
+
+def test_text_of_others_stays_text(page):
+    assert page.title != "taken"
+    assert page.execute_script("return document.querySelectorAll('script, img, iframe, link').length") == 0
+    assert HOSTILE in page.execute_script("return document.querySelector('pre').textContent")
+
+
+@pytest.mark.parametrize("width", [400, 800, 1600])
+def test_only_tables_and_pictures_scroll_sideways(page, width):
+    emulate(page, width)
+    assert page.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_a_link_unfolds_the_section_that_it_leads_to(page):
+    is_open = "return document.getElementById('environment').closest('details').open"
+    assert page.execute_script(is_open) is False
+    page.find_element("link text", "Environment").click()
+    assert page.execute_script(is_open) is True
+
+
+def test_pictures_are_drawn_whole(page):
+    emulate(page, 1280)
+    drawn = page.execute_script(
+        """return [...document.querySelectorAll('figure')].map(figure => {
+            const svg = figure.querySelector('svg').getBoundingClientRect();
+            const texts = [...figure.querySelectorAll('svg text')].map(
+                text => [text.textContent, text.getBoundingClientRect()]);
+            const beyond = texts.filter(([, box]) => box.left < svg.left - 1 || box.right > svg.right + 1
+                || box.top < svg.top - 1 || box.bottom > svg.bottom + 1).map(([text]) => text);
+            const drawn = svg.width > 600 && svg.height > 100 && texts.length > 8;
+            return [figure.querySelector('h3').textContent, drawn, beyond];
+        })"""
+    )
+    assert drawn == [["What each mode buys and costs", True, []], ["How training went", True, []]]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_the_page_in_light_and_in_dark(page, scheme):
+    emulate(page, 1280, scheme)
+    colours = page.execute_script(
+        "const style = getComputedStyle(document.body); return [style.color, style.backgroundColor]"
+    )
+    text, ground = (luminance(colour) for colour in colours)
+    assert (ground > text) == (scheme == "light")
+    # WCAG 2.2, contrast ratio of level AAA
+    assert (max(text, ground) + 0.05) / (min(text, ground) + 0.05) > 7
+
+
+def luminance(colour):
+    """Relative luminance of ``rgb(r, g, b)``; WCAG 2.2."""
+    channels = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_a_run_in_which_nothing_began_has_a_page_too(browser, tmp_path):
+    path = write_run(tmp_path, planned=["toy--fp32--s0--r0"])
+    rebuild(path)
+    browser.get((path / "report.html").as_uri())
+    assert "No case was started" in browser.execute_script("return document.body.textContent")
+    assert browser.execute_script("return document.querySelectorAll('figure').length") == 0
