@@ -296,9 +296,16 @@ def test_every_run_has_a_report(records, device, finish):
         run = read_run(write_run(Path(folder), finished(records), device=device, finish=finish))
         report = render(document(run))
         assert report.startswith("# mpscale: ")
+        assert "nan" not in result_table(run)
+        assert "<NA>" not in report
+
+
+@settings(max_examples=15, deadline=None)
+@given(records=record_lists(), device=st.sampled_from([CPU, GPU, {}]))
+def test_every_run_has_a_page_and_its_picture_is_sound(records, device):
+    with tempfile.TemporaryDirectory() as folder:
+        run = read_run(write_run(Path(folder), finished(records), device=device))
         picture = gains(run)
         assert picture is None or ET.fromstring(picture.svg).tag.endswith("svg")
         page = html.render(document(run), [picture] if picture else [])
-        assert page.count("<h2>") == report.count("\n## ")
-        assert "nan" not in result_table(run)
-        assert "<NA>" not in report
+        assert page.count("<h2>") == len(document(run).sections)
