@@ -118,9 +118,10 @@ def marker(place: int) -> str:
     return MARKERS[place % len(MARKERS)]
 
 
-def printable(text: str) -> str:
-    """``text`` without what neither a font nor XML has a place for."""
-    return "".join(c if c.isprintable() else " " for c in str(text))
+def short_name(text: str, length: int = 32) -> str:
+    """``text`` without what neither a font nor XML has a place for, and of a long one the end, which tells most."""
+    shown = "".join(c if c.isprintable() else " " for c in str(text))
+    return shown if len(shown) <= length else f"…{shown[1 - length :]}"
 
 
 def as_text(figure: Figure) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,12 +19,15 @@ from mpscale.report.figures import (
     house_style,
     marker,
     mode_places,
-    printable,
+    short_name,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_LINE = 72
+"""Characters of titles that fit beside each other."""
 
 _MOST_MARGINS = 5.0
 """Margins beyond which a difference of metrics is told in figures: a lost training must not flatten all others."""
@@ -143,9 +147,9 @@ def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
     places: list[int] = []
     for number, row in enumerate(rows):
         if number == 0 or row["workload"] != rows[number - 1]["workload"]:
-            labels.append(printable(row["workload"]))
+            labels.append(short_name(row["workload"]))
         places.append(len(labels))
-        labels.append(printable(row["mode"]))
+        labels.append(short_name(row["mode"]))
     looks = mode_places(row["mode"] for row in rows)
     figure = empty_figure(0.9 + 0.24 * len(labels))
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -173,7 +177,7 @@ def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
                 capsize=2.5, linestyle="none",
             )  # fmt: skip
             drawn.lines[0].set_gid(f"gain-{number}-{which}")
-        axes.set_title(panel.title, loc="left", size=10)
+        axes.set_title(textwrap.fill(panel.title, _LINE // len(panels)), loc="left", size=10)
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)

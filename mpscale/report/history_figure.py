@@ -23,6 +23,7 @@ from mpscale.report.figures import (
     marker,
     mode_places,
     save,
+    short_name,
 )
 from mpscale.report.history import single
 
@@ -255,11 +256,7 @@ def _run_labels(runs: Sequence[RunFacts]) -> list[str]:
     """The date of each run, with the time of day where two runs share a date; the end of its name where unknown."""
     days = [run.started.date() for run in runs if run.started is not None]
     pattern = "%Y-%m-%d" if len(set(days)) == len(days) else "%Y-%m-%d\n%H:%M"
-    return [run.started.strftime(pattern) if run.started else _end(run.name) for run in runs]
-
-
-def _end(name: str, length: int = 18) -> str:
-    return name if len(name) <= length else f"…{name[1 - length :]}"
+    return [run.started.strftime(pattern) if run.started else short_name(run.name, 18) for run in runs]
 
 
 def _text_width(figure: Figure, texts: Iterable[str]) -> float:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from mpscale.analysis.runs import Run, RunError
 from mpscale.report import cells
-from mpscale.report.figures import Picture, as_text, colour, empty_figure, house_style, mode_places, printable
+from mpscale.report.figures import Picture, as_text, colour, empty_figure, house_style, mode_places, short_name
 from mpscale.report.groups import measured
 
 if TYPE_CHECKING:
@@ -75,10 +75,10 @@ def _training_figure(by_workload: dict[str, dict[str, list[pd.DataFrame]]]) -> t
     overflowed = False
     for number, ((workload, modes), row) in enumerate(zip(by_workload.items(), grid, strict=True), 1):
         _losses(row[0], number, modes, looks)
-        row[0].set_title(f"{printable(workload)}: loss", loc="left", size=10)
+        row[0].set_title(f"{short_name(workload)}: loss", loc="left", size=10)
         if scaled:
             overflowed |= _scales(row[1], number, modes, looks)
-            row[1].set_title(f"{printable(workload)}: loss scale", loc="left", size=10)
+            row[1].set_title(f"{short_name(workload)}: loss scale", loc="left", size=10)
     for axes in grid[-1]:
         axes.set_xlabel("step")
     seen = dict.fromkeys(mode for modes in by_workload.values() for mode in modes)
@@ -90,7 +90,7 @@ def _training_figure(by_workload: dict[str, dict[str, list[pd.DataFrame]]]) -> t
 def _line_of(mode: str, look: int) -> Line2D:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=colour(look), linewidth=1.6, label=printable(mode))
+    return Line2D([], [], color=colour(look), linewidth=1.6, label=short_name(mode))
 
 
 def _losses(axes: Axes, number: int, modes: dict[str, list[pd.DataFrame]], looks: dict[str, int]) -> None:

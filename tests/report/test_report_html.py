@@ -27,7 +27,7 @@ def example():
             yield record(
                 mode, seed, step_time_ms_median=ms + 0.1 * seed, metric_value=value + 0.001 * seed,
                 metric_name="accuracy", metric_higher_is_better=True, metric_margin=0.01,
-                gpu_memory_nvml_peak_mib=1000.0 * ms / 8, **more,
+                gpu_memory_nvml_peak_mib=1000.0 * ms / 8, gpu_energy_j_per_step=ms / 20, **more,
             )  # fmt: skip
     yield record("mixed-bf16", 0, status="crashed", status_reason="signal 11", output_tail=f"last\n{HOSTILE}\n```\n")
 
@@ -138,9 +138,9 @@ def test_a_link_unfolds_the_section_that_it_leads_to(page):
     assert page.execute_script(is_open) is True
 
 
-def test_pictures_are_drawn_whole(page):
-    emulate(page, 1280)
-    drawn = page.execute_script(
+def drawn_pictures(browser):
+    """Of each its title, whether there is something to see, and the texts that do not lie within it."""
+    return browser.execute_script(
         """return [...document.querySelectorAll('figure')].map(figure => {
             const svg = figure.querySelector('svg').getBoundingClientRect();
             const texts = [...figure.querySelectorAll('svg text')].map(
@@ -151,7 +151,11 @@ def test_pictures_are_drawn_whole(page):
             return [figure.querySelector('h3').textContent, drawn, beyond];
         })"""
     )
-    assert drawn == [["What each mode buys and costs", True, []], ["How training went", True, []]]
+
+
+def test_pictures_are_drawn_whole(page):
+    emulate(page, 1280)
+    assert drawn_pictures(page) == [["What each mode buys and costs", True, []], ["How training went", True, []]]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -171,6 +175,19 @@ def luminance(colour):
     channels = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_long_names_leave_room_for_the_pictures(browser, tmp_path):
+    name = "a.package.of.somebody:" + "a_workload_with_a_long_name_" * 4
+    records = [
+        record(mode, workload=name, step_time_ms_median=ms) for mode, ms in (("fp32", 2.0), ("mixed-static", 1.0))
+    ]
+    path = write_run(tmp_path, finished(records))
+    for one in records:
+        write_steps(path, one["case_id"], "step,loss,loss_scale,overflow\n0,1.0,8,0\n1,0.5,8,0\n")
+    rebuild(path)
+    browser.get((path / "report.html").as_uri())
+    assert [beyond for _, _, beyond in drawn_pictures(browser)] == [[], []]
 
 
 def test_a_run_in_which_nothing_began_has_a_page_too(browser, tmp_path):
