@@ -21,8 +21,8 @@ WIDTH, DPI = 10.0, 100  # inches, pixels an inch: 1000 px
 FONT = 9  # points
 
 # Okabe and Ito, "Color Universal Design" (2008), without its yellow, too light for lines on white; grey instead.
-COLOURS = ("#000000", "#999999", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-MARKERS = "osD^vPX<>p"
+_COLOURS = ("#000000", "#999999", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+_MARKERS = "osD^vPX<>p"
 Dashes = Literal["-", "--", ":", "-."]
 
 _STYLE = {
@@ -110,12 +110,12 @@ def mode_places(modes: Iterable[str]) -> dict[str, int]:
 
 def colour(place: int) -> str:
     """The colour of a mode with that number."""
-    return COLOURS[place % len(COLOURS)]
+    return _COLOURS[place % len(_COLOURS)]
 
 
 def marker(place: int) -> str:
     """Likewise its marker."""
-    return MARKERS[place % len(MARKERS)]
+    return _MARKERS[place % len(_MARKERS)]
 
 
 def short_name(text: str, length: int = 32) -> str:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from mpscale.analysis.runs import Run
 from mpscale.analysis.summary import Row, plain_rows
 from mpscale.report.figures import (
-    FONT,
     Picture,
     as_text,
     colour,
@@ -91,20 +90,8 @@ def _panels(run: Run, rows: Sequence[Row]) -> list[_Panel]:
             neutral=1.0,
             floor=0.0,
         ),
-        _Panel(
-            "peak GPU memory over fp32",
-            "Memory: left of the line is less.",
-            [_plain(row["gpu_memory_ratio"]) for row in rows],
-            neutral=1.0,
-            floor=0.0,
-        ),
-        _Panel(
-            "GPU energy over fp32",
-            "Energy: left of the line is less.",
-            [_plain(row["gpu_energy_ratio"]) for row in rows],
-            neutral=1.0,
-            floor=0.0,
-        ),
+        _cost("peak GPU memory over fp32", "Memory", [row["gpu_memory_ratio"] for row in rows]),
+        _cost("GPU energy over fp32", "Energy", [row["gpu_energy_ratio"] for row in rows]),
         _Panel(
             "metric against fp32, in margins",
             "Metric: right of the line is better; a bar (90 % interval) that stays right of the dashed line "
@@ -124,8 +111,9 @@ def _speed(row: Row) -> _Known | None:
     return _Known(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
 
-def _plain(value: float | None) -> _Known | None:
-    return None if value is None else _Known(value)
+def _cost(title: str, what: str, ratios: Sequence[float | None]) -> _Panel:
+    known = [None if ratio is None else _Known(ratio) for ratio in ratios]
+    return _Panel(title, f"{what}: left of the line is less.", known, neutral=1.0, floor=0.0)
 
 
 def _metric(row: Row, run: Run) -> _Known | None:
@@ -149,7 +137,7 @@ def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
         if number == 0 or row["workload"] != rows[number - 1]["workload"]:
             labels.append(short_name(row["workload"]))
         places.append(len(labels))
-        labels.append(short_name(row["mode"]))
+        labels.append(_label(row))
     looks = mode_places(row["mode"] for row in rows)
     figure = empty_figure(0.9 + 0.24 * len(labels))
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -161,8 +149,6 @@ def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
             axes.axvline(panel.limit, color="#555555", linewidth=0.8, linestyle="--", zorder=1)
         for which, (place, row, known) in enumerate(zip(places, rows, panel.known, strict=True), 1):
             if known is None:
-                if row["ok"] != row["cases"]:
-                    axes.text(panel.neutral, place, f" {row['statuses']}", color="#777777", size=FONT - 1, va="center")
                 continue
             look = looks[row["mode"]]
             if not low <= known.value <= high:
@@ -187,6 +173,12 @@ def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
         if place not in places:
             label.set_fontweight("bold")
     return figure
+
+
+def _label(row: Row) -> str:
+    """The mode, and what became of its cases where one was lost: the others' figures do not show that."""
+    name = short_name(row["mode"])
+    return name if row["ok"] == row["cases"] else f"{name} ({row['statuses']})"
 
 
 def _beyond(axes: Axes, value: float, place: int, shade: str) -> None:

@@ -7,7 +7,7 @@ opened where there is no network, and a browser is told to hold it to that.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from markdown_it import MarkdownIt
@@ -15,10 +15,10 @@ from markdown_it import MarkdownIt
 from mpscale.report.document import Document
 from mpscale.report.figures import Picture
 
-FOLDED = ("Environment", "Settings", "What is empty and why")
+_FOLDED = ("Environment", "Settings", "What is empty and why")
 """Sections that are looked up rather than read, folded until they are."""
 
-_SENTENCES = ("Cases that did not end well", *FOLDED)
+_SENTENCES = ("Cases that did not end well", *_FOLDED)
 """Sections whose tables have cells long enough to be broken into lines."""
 
 _PICTURES_AFTER = "Results"
@@ -66,7 +66,7 @@ def render(document: Document, pictures: Sequence[Picture] = ()) -> str:
 
     Args:
         document: what it says.
-        pictures: put after the results.
+        pictures: put after the results, without which there is nothing to draw either.
     """
     markdown = _markdown()
     sections = {title: markdown.render(text) for title, text in document.sections.items()}
@@ -74,14 +74,10 @@ def render(document: Document, pictures: Sequence[Picture] = ()) -> str:
     if document.when:
         body.append(f'<p class="when">{markdown.renderInline(document.when)}</p>')
     body += [markdown.render(document.findings), _contents(sections)]
-    shown = False
     for title, text in sections.items():
         body.append(_section(title, text))
         if title == _PICTURES_AFTER:
             body += [_figure(picture) for picture in pictures]
-            shown = True
-    if not shown:
-        body += [_figure(picture) for picture in pictures]
     return _PAGE.format(policy=_POLICY, title=escape(document.title), style=_STYLE, body="\n".join(body))
 
 
@@ -98,7 +94,7 @@ _PAGE = """<!DOCTYPE html>
 <body>
 <main>
 {body}
-<footer>The same as text is in report.md, one row a case in cases.csv, all beside this page.</footer>
+<footer>The same text is in report.md, and one row a case in cases.csv, both beside this page.</footer>
 </main>
 </body>
 </html>
@@ -113,7 +109,7 @@ def _markdown() -> MarkdownIt:
     return markdown
 
 
-def _contents(titles: Sequence[str] | dict[str, str]) -> str:
+def _contents(titles: Iterable[str]) -> str:
     links = "\n".join(f'<li><a href="#{_anchor(title)}">{escape(title)}</a></li>' for title in titles)
     return f'<nav aria-label="Sections"><ul>\n{links}\n</ul></nav>'
 
@@ -121,7 +117,7 @@ def _contents(titles: Sequence[str] | dict[str, str]) -> str:
 def _section(title: str, text: str) -> str:
     heading = f"<h2>{escape(title)}</h2>"
     kind = ' class="sentences"' if title in _SENTENCES else ""
-    if title in FOLDED:
+    if title in _FOLDED:
         # The id lies on what is folded, so that a link to it unfolds it.
         return f'<details><summary>{heading}</summary>\n<div id="{_anchor(title)}"{kind}>{text}</div></details>'
     return f'<section id="{_anchor(title)}"{kind}>{heading}\n{text}</section>'

@@ -39,8 +39,10 @@ def training(run: Run) -> Picture | None:
     In the SVG, crosses of the workload ``n`` are in groups ``overflow-n``, lines in ``loss-n`` and ``scale-n``.
     """
     by_workload: dict[str, dict[str, list[pd.DataFrame]]] = {}
+    missing = 0
     for workload, mode, records in measured(run, trained=True):
         steps = [found for record in records if (found := _steps(run, str(record["case_id"]))) is not None]
+        missing += len(records) - len(steps)
         if steps:
             by_workload.setdefault(workload, {})[mode] = steps
     if not by_workload:
@@ -53,6 +55,8 @@ def training(run: Run) -> Picture | None:
         caption += " Loss scale: a line a seed."
     if overflowed:
         caption += " A cross is a step that overflowed, or several beside each other."
+    if missing:
+        caption += f" Not drawn: {missing} training{'' if missing == 1 else 's'} whose steps cannot be read."
     return Picture("How training went", caption, svg)
 
 
@@ -60,7 +64,7 @@ def _steps(run: Run, case_id: str) -> pd.DataFrame | None:
     try:
         steps = run.steps(case_id)
     except RunError:
-        return None  # A picture is not the place to complain: whoever asks for the steps is told.
+        return None  # One training less in the picture; its caption says so.
     return steps if len(steps) else None
 
 
