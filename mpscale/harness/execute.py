@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import keras
@@ -19,7 +20,9 @@ from mpscale.harness.protocol import Channel
 from mpscale.modes import MODES, Mode
 from mpscale.telemetry.device import Device
 from mpscale.training import accelerator, order
-from mpscale.training.evaluation import Evaluator
+from mpscale.training.evaluation import Evaluator, score_for
+from mpscale.training.objective import Objective, config_of
+from mpscale.training.parts import build_model, make_model, make_optimizer
 from mpscale.training.scalers import scaler_for
 from mpscale.training.step import UNKNOWN, TrainStep
 from mpscale.training.timing import keep_going, time_empty_call, time_steps, warm_up
@@ -46,13 +49,21 @@ def execute(
     Returns:
         The status, and why it is not ``ok``.
     """
-    mode, workload, settings = MODES[case.mode], registry.get(case.workload), case.settings
+    mode, settings = MODES[case.mode], case.settings
     accelerator.require(device)
     channel.phase("idle")
     _report(channel, *accelerator.touch(device, mode))
     channel.phase("context-ready")
 
+    # Only now: a module of the user's may make variables when it is imported, and TensorFlow would take the device for
+    # them before it was told how.
+    workload = registry.get(case.workload)
     data = workload.data()
+    if not isinstance(data, Data):
+        raise TypeError(
+            f"the data function of {case.workload} must return an mpscale.Data of NumPy arrays, not a "
+            f"{type(data).__name__}"
+        )
     batch = settings.batch_size or workload.batch_size
     steps = settings.train_steps or workload.train_steps
     indices = order.batches(len(data.train_x), batch, steps, case.seed)
@@ -60,11 +71,13 @@ def execute(
     # The seed comes last before the model: loading data may draw numbers, and not in every process.
     keras.utils.set_random_seed(case.seed)
     keras.config.set_dtype_policy(mode.policy)
-    model = workload.model()
-    scaler = scaler_for(mode, workload.optimizer(), settings.static_scale, settings.dynamic_scale)
-    step = TrainStep(model, scaler, workload.loss, data.train_x, data.train_y, indices, settings.jit)
+    model = make_model(workload.model)
+    build_model(model, data.train_x[:batch])
+    scaler = scaler_for(mode, make_optimizer(workload.optimizer), settings.static_scale, settings.dynamic_scale)
+    objective = Objective(workload.loss, data.train_y)
+    step = TrainStep(model, scaler, objective, data.train_x, data.train_y, indices, settings.jit)
     channel.values({"build_time_s": time.perf_counter() - start})
-    _describe(case, mode, workload, model, data, indices, scaler.optimizer, channel)
+    _describe(case, mode, workload, model, data, indices, scaler.optimizer, objective, channel)
     channel.phase("model-built")
 
     trace_s = step.trace()
@@ -76,7 +89,8 @@ def execute(
 
     status: tuple[str, str | None] = ("ok", None)
     if case.trains:
-        status = _train(step, model, workload, data, steps, settings.jit, steps_path, channel)
+        evaluate = _evaluator(model, workload, data, objective, settings.jit, batch)
+        status = _train(step, model, scaler.optimizer, evaluate, workload, data, steps, steps_path, channel)
         channel.phase("trained")
     else:
         step.read_log()
@@ -125,6 +139,7 @@ def _describe(
     data: Data,
     indices: npt.NDArray[np.int64],
     optimizer: keras.optimizers.Optimizer,
+    objective: Objective,
     channel: Channel,
 ) -> None:
     """Reports what is about to be trained, and the digests by which modes are held to the same start."""
@@ -132,9 +147,11 @@ def _describe(
     data_digest = data.digest()
     parameters = int(sum(np.prod(v.shape) for v in model.trainable_variables))
     inner = getattr(optimizer, "inner_optimizer", optimizer)
-    loss = f"{workload.loss.__module__}.{workload.loss.__qualname__}"
-    described = _without_precision([_config(model), inner.get_config(), loss, parameters, data_digest])
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    parts = [_config(model), inner.get_config(), objective.config(), parameters, data_digest]
+    if not isinstance(workload.metric, FunctionType):
+        parts.append(config_of(workload.metric))
+    described = _without_precision(parts)
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
     channel.values(
         {
             # The prefix keeps a digest of digits alone from being read back as a number.
@@ -155,20 +172,34 @@ def _describe(
     )
     if workload.target is None:
         channel.miss(["metric_target"], "the workload has no target")
+    if workload.margin is None:
+        channel.miss(["metric_margin"], "the workload has no margin")
+
+
+def _evaluator(
+    model: keras.Model, workload: Workload, data: Data, objective: Objective, jit: bool, batch: int
+) -> Evaluator:
+    """The metric, tried out: what is wrong with it is known before the training and not after."""
+    threshold = objective.threshold() if objective.output in ((), (1,)) or objective.output[-1] == 1 else None
+    score = score_for(workload.metric, str(workload.metric_name), data.test_y, objective.output, threshold)
+    evaluate = Evaluator(model, score, jit, batch)
+    evaluate.try_out(data.test_x, data.test_y)
+    evaluate.try_out(*data.progress)
+    return evaluate
 
 
 def _train(
     step: TrainStep,
     model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    evaluate: Evaluator,
     workload: Workload,
     data: Data,
     steps: int,
-    jit: bool,
     steps_path: Path | None,
     channel: Channel,
 ) -> tuple[str, str | None]:
     """Trains to the end, evaluates, reports."""
-    evaluate = Evaluator(model, workload.metric, jit)
     training = train(step, model, evaluate, workload, data, steps, lambda done: channel.progress(done, steps))
     channel.values(training.values())
     if training.steps_to_target is None:
@@ -176,6 +207,8 @@ def _train(
         channel.miss(["steps_to_target", "time_to_target_s"], target)
     if steps_path is not None:
         _write_steps(steps_path, training.log)
+    # As Keras' fit ends: an optimizer that keeps a moving average of the weights puts it in their place.
+    optimizer.finalize_variable_values(model.trainable_variables)
     metric = evaluate(data.test_x, data.test_y)
     channel.values({"metric_value": metric})
     channel.miss(["metric_value"], "not finite")
@@ -189,7 +222,10 @@ def _train(
         channel.miss(["published_metric_value"], "not finite")
     else:
         channel.miss(["published_metric_value"], "the data has no other published test set")
-    return training.status
+    status, reason = training.status
+    if status == "ok" and not np.isfinite(metric):
+        return "diverged", f"the {workload.metric_name} on the test set was {metric} after {len(training.log)} steps"
+    return status, reason
 
 
 def _write_steps(path: Path, log: npt.NDArray[np.float32]) -> None:
@@ -212,11 +248,20 @@ def _write_steps(path: Path, log: npt.NDArray[np.float32]) -> None:
 
 
 def _config(model: keras.Model) -> Any:
-    """The model's config, or for a model that has none, the shapes of its weights."""
+    """The model's config, or for a model that has none, the shapes of its weights and what is asked of them."""
     try:
         return model.get_config()
     except (NotImplementedError, TypeError, ValueError):
-        return [tuple(v.shape) for v in model.variables]
+        asked = [config_of(each) for v in model.variables for each in (v.regularizer, v.constraint) if each is not None]
+        shapes = [tuple(v.shape) for v in model.variables]
+        return [shapes, asked] if asked else shapes
+
+
+def _plain(value: Any) -> Any:
+    """What stands in a digest for a value that JSON does not know: nothing that differs from process to process."""
+    if isinstance(value, np.ndarray | np.generic) or hasattr(value, "numpy"):
+        return np.asarray(value).tolist()
+    return config_of(value)
 
 
 def _without_precision(config: Any) -> Any:

@@ -33,7 +33,7 @@ class TrainStep:
     Args:
         model: a built Keras model.
         scaler: the mode's scaling, not built yet.
-        loss: ``(labels, outputs) -> scalar``.
+        loss: ``(labels, outputs) -> scalar``; what the model itself adds to it is added here.
         x: examples (examples, ...).
         y: labels (examples, ...).
         order: indices into them, int64 (steps, batch); after the last row the first comes again.
@@ -123,6 +123,9 @@ class TrainStep:
         variables = self._model.trainable_variables
         with tf.GradientTape() as tape:
             loss = tf.cast(self._loss(y, self._model(x, training=True)), tf.float32)
+            # What the model asks for by itself, regularizers and add_loss, is a part of the loss, as in Keras' fit.
+            for more in self._model.losses:
+                loss += tf.reduce_sum(tf.cast(more, tf.float32))
             scaled = self._scaler.scale_loss(loss)
         grads = tape.gradient(scaled, variables)
         row = (loss, *self._scaler.apply(grads, variables, scaled))

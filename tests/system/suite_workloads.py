@@ -84,12 +84,12 @@ def mnist1d():
 slow = mpscale.workload("slow", data=mnist1d, optimizer=crawl, train_steps=160)(perceptron)
 
 fine = make("fine")
-killed = make("killed", metric=once_trained(lambda: os.kill(os.getpid(), signal.SIGKILL)))
-segfault = make("segfault", metric=once_trained(lambda: os.kill(os.getpid(), signal.SIGSEGV)))
-exception = make("exception", metric=once_trained(raise_error))
-hang = make("hang", metric=once_trained(lambda: time.sleep(600)))
-leaves = make("leaves", metric=once_trained(lambda: os._exit(3)))
-memory = make("memory", metric=once_trained(eat_memory))
+killed = make("killed", metric_name="accuracy", metric=once_trained(lambda: os.kill(os.getpid(), signal.SIGKILL)))
+segfault = make("segfault", metric_name="accuracy", metric=once_trained(lambda: os.kill(os.getpid(), signal.SIGSEGV)))
+exception = make("exception", metric_name="accuracy", metric=once_trained(raise_error))
+hang = make("hang", metric_name="accuracy", metric=once_trained(lambda: time.sleep(600)))
+leaves = make("leaves", metric_name="accuracy", metric=once_trained(lambda: os._exit(3)))
+memory = make("memory", metric_name="accuracy", metric=once_trained(eat_memory))
 
 
 def leave_a_child():
@@ -115,9 +115,9 @@ def careful():
     return keras.optimizers.SGD(0.02)
 
 
-orphans = make("orphans", metric=once_trained(leave_a_child))
-progress_bar = make("progress-bar", metric=once_trained(print_progress))
-exits = make("exits", metric=once_trained(lambda: sys.exit("no more")))
+orphans = make("orphans", metric_name="accuracy", metric=once_trained(leave_a_child))
+progress_bar = make("progress-bar", metric_name="accuracy", metric=once_trained(print_progress))
+exits = make("exits", metric_name="accuracy", metric=once_trained(lambda: sys.exit("no more")))
 
 
 def unseeded_model():

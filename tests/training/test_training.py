@@ -118,8 +118,8 @@ def test_log_is_read_in_pieces_and_in_order():
     assert (np.diff(scales) > 0).all()
 
 
-@pytest.mark.parametrize("examples", [1, 7, 999, 1000, 1001, 2500])
-def test_evaluation_sees_every_example_once(examples):
+@pytest.mark.parametrize(("examples", "batch"), [(1, 10), (7, 10), (10, 10), (11, 10), (25, 10), (3, 1)])
+def test_evaluation_sees_every_example_once(examples, batch):
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")])
     x = np.arange(examples, dtype=np.float32)[:, None]
     seen = []
@@ -128,14 +128,14 @@ def test_evaluation_sees_every_example_once(examples):
         seen.append((labels, outputs))
         return 1.0
 
-    assert Evaluator(model, metric, jit=True)(x, x[:, 0]) == 1.0
+    assert Evaluator(model, metric, jit=True, batch=batch)(x, x[:, 0]) == 1.0
     ((labels, outputs),) = seen
     np.testing.assert_array_equal(outputs[:, 0], labels)
     assert len(outputs) == examples
 
 
 def workload(**options):
-    return Workload("x", "", None, None, None, **{"evaluate_every": 10, **options})
+    return Workload("x", "", *[lambda: None] * 3, **{"evaluate_every": 10, **options})
 
 
 def test_training_notes_when_the_target_was_reached():

@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import mpscale
-from mpscale.workloads import cache, registry
-from mpscale.workloads.workload import accuracy
+from mpscale.workloads import accuracy, cache, registry
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,12 @@ def test_workload_is_found_by_module_and_attribute():
     assert registry.get("mpscale.workloads.mnist1d:CNN") is registry.get("mnist1d-cnn")
 
 
+def nothing():
+    """Stands for a function that is never called."""
+
+
 def test_decorator_makes_a_workload():
-    @mpscale.workload("mine", data=lambda: None, optimizer=lambda: None, batch_size=7)
+    @mpscale.workload("mine", data=nothing, optimizer=nothing, batch_size=7)
     def mine():
         """What mine is.
 
@@ -142,12 +146,58 @@ def test_decorator_makes_a_workload():
         ({"name": ""}, "letters, digits"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"train_steps": 0}, "train_steps must be at least 1"),
+        ({"train_steps": 10.0}, "train_steps must be a whole number, not 10.0"),
+        ({"batch_size": True}, "batch_size must be a whole number, not True"),
+        ({"evaluate_every": "10"}, "evaluate_every must be a whole number, not '10'"),
+        ({"target": True}, "target must be a number or None, not True"),
+        ({"target": "0.9"}, "target must be a number"),
+        ({"target": float("nan")}, "target must be a number"),
+        ({"target": 63.0}, "an accuracy is a share from 0 to 1, so target cannot be 63"),
+        ({"margin": "0.01"}, "margin must be a number"),
+        ({"margin": -0.01}, "margin must be at least 0"),
+        ({"margin": 2}, "an accuracy is a share from 0 to 1, so margin cannot be 2"),
+        ({"metric_name": 5}, "metric_name must be text, not 5"),
+        ({"metric_higher_is_better": 0}, "metric_higher_is_better must be True or False, not 0"),
+        ({"metric_higher_is_better": False}, "but more of accuracy is better"),
+        ({"metric": "mae", "metric_higher_is_better": True}, "but less of mae is better"),
+        ({"metric": nothing}, "needs a name and a direction"),
+        ({"metric": nothing, "metric_name": "f1"}, "not known whether more of f1 is better"),
+        ({"metric": "perplexity"}, "not known whether more of perplexity is better"),
+        ({"metric": "mae", "metric_name": "accuracy"}, "mae is no accuracy"),
+        ({"metric": 0.5}, "metric must be a metric of Keras, its name, or a function, not 0.5"),
+        ({"loss": None}, "loss must be a loss of Keras"),
+        ({"optimizer": 1e-3}, "optimizer must be an optimizer of Keras"),
+        ({"model": None}, "model must be a function"),
+        ({"data": np.zeros(3)}, "data must be a function"),
+        ({"summary": None}, "name and summary are text"),
     ],
 )
 def test_workload_that_cannot_be_is_refused(options, message):
-    fields = {"name": "x", "summary": "", "model": None, "data": None, "optimizer": None, **options}
-    with pytest.raises(ValueError, match=message):
+    fields = {"name": "x", "summary": "", "model": nothing, "data": nothing, "optimizer": nothing, **options}
+    with pytest.raises((TypeError, ValueError), match=message):
         mpscale.Workload(**fields)
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "higher", "margin"),
+    [
+        ({}, "accuracy", True, 0.01),
+        ({"metric": "acc", "margin": np.float32(0.25)}, "accuracy", True, 0.25),
+        ({"metric": "mae"}, "mae", False, None),
+        ({"metric": "AUC", "margin": 0.02}, "AUC", True, 0.02),
+        ({"metric": nothing, "metric_name": "f1", "metric_higher_is_better": True}, "f1", True, None),
+        ({"metric": nothing, "metric_name": "accuracy"}, "accuracy", True, 0.01),
+        ({"metric": "perplexity", "metric_higher_is_better": False}, "perplexity", False, None),
+    ],
+)
+def test_metric_has_the_name_and_the_direction_that_follow_from_it_or_were_said(options, name, higher, margin):
+    workload = mpscale.Workload("x", "", nothing, nothing, nothing, **options)
+    assert (workload.metric_name, workload.metric_higher_is_better, workload.margin) == (name, higher, margin)
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    workload = mpscale.Workload("x", "", nothing, nothing, nothing, train_steps=np.int64(7), target=np.float32(0.5))
+    assert (type(workload.train_steps), type(workload.target)) == (int, float)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +205,9 @@ def test_workload_that_cannot_be_is_refused(options, message):
     [(True, 0.9, True), (True, 0.89, False), (False, 0.9, True), (False, 0.91, False)],
 )
 def test_target_is_reached_in_the_metrics_own_direction(higher, value, reached):
-    workload = mpscale.Workload("x", "", None, None, None, target=0.9, metric_higher_is_better=higher)
+    workload = mpscale.Workload(
+        "x", "", nothing, nothing, nothing, metric=nothing, metric_name="m", target=0.9, metric_higher_is_better=higher
+    )
     assert workload.reached(value) is reached
 
 
@@ -172,6 +224,54 @@ def test_data_that_does_not_fit_is_refused(arrays):
     fields = {"train_x": np.zeros((2, 1)), "train_y": np.zeros(2), "test_x": np.zeros((2, 1)), "test_y": np.zeros(2)}
     with pytest.raises(ValueError, match="same number of examples"):
         mpscale.Data(**{**fields, **arrays})
+
+
+class Dataset:
+    """Stands for tf.data.Dataset, whose class lives in a module of TensorFlow's."""
+
+    __module__ = "tensorflow.python.data.ops"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([[0.0], [1.0]], "must be a NumPy array, not a list; pass np.asarray"),
+        ({"a": np.zeros((2, 1))}, "not a dict; models with several inputs"),
+        (pd.DataFrame({"a": [0.0, 1.0]}), r"not a DataFrame; pass frame.to_numpy\(dtype='float32'\)"),
+        (pd.Series([0.0, 1.0]), "not a Series; pass series.to_numpy"),
+        (Dataset(), "not a Dataset; read the data set into arrays"),
+        (None, "not a NoneType"),
+        (np.float32(1.0), "not a float32"),
+        (np.array(1.0), "a single value"),
+        (np.array([1, "a"], object), "Python objects \\(int, str\\)"),
+        (np.array([None, "a"], object), "Python objects \\(NoneType, str\\)"),
+        (np.array([1.5, 2.5], object), "Python objects \\(float\\); pass numbers, such as train_x.astype"),
+        (np.array(["2020-01-01", "2020-01-02"], "datetime64[D]"), "dtype datetime64"),
+        (np.zeros(2, complex), "dtype complex128"),
+        (np.ma.masked_array([1.0, 2.0], [True, False]), "masked array"),
+    ],
+)
+def test_data_that_is_no_array_of_numbers_says_what_is_accepted(given, message):
+    fields = {"train_y": np.zeros(2), "test_x": np.zeros((2, 1)), "test_y": np.zeros(2)}
+    with pytest.raises(TypeError, match=message):
+        mpscale.Data(train_x=given, **fields)
+
+
+def test_test_set_of_other_rank_is_refused():
+    with pytest.raises(ValueError, match="as many axes in both"):
+        mpscale.Data(np.zeros((2, 3)), np.zeros(2), np.zeros((2, 3, 1)), np.zeros(2))
+
+
+@pytest.mark.parametrize("kind", [str, bytes])
+def test_equal_text_has_an_equal_digest_whatever_objects_hold_it(kind):
+    """As pandas gives it: each value a Python object, at another address in every process."""
+
+    def digest(text):
+        words = np.array([kind(f"{text} {n}", "utf-8") if kind is bytes else f"{text} {n}" for n in range(3)], object)
+        return mpscale.Data(words, np.arange(3), words, np.arange(3)).digest()
+
+    assert digest("word") == digest("word")
+    assert digest("word") != digest("word ")
 
 
 def test_names_are_listed_without_tensorflow():

@@ -1,0 +1,179 @@
+"""How labels go with outputs: which shape a loss or a metric takes them in.
+
+Labels (examples,) beside outputs (examples, 1), or (examples, 1) beside (examples, classes), broadcast to a matrix of
+every label against every output. Nothing fails, and the figure is wrong. Keras' own losses and metrics are given the
+shape that Keras gives them. A function of the user's is tried: what it says of several examples has to be the mean, or
+the sum, of what it says of each alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Form = Callable[[Any], Any]
+"""Takes labels, of NumPy or TensorFlow, and returns them in the shape that is wanted."""
+
+_PROBED = 16
+_DRAWS = 2
+_RTOL = 1e-3
+
+_SHAPES_OF_THEIR_OWN = ("ctc", "circle", "io_u", "mean_io_u", "one_hot_io_u", "one_hot_mean_io_u")
+
+
+def as_they_are(labels: Any) -> Any:
+    """The form of labels that fit already."""
+    return labels
+
+
+def _expanded(labels: Any) -> Any:
+    return labels[..., None]
+
+
+def _squeezed(labels: Any) -> Any:
+    return labels[..., 0]
+
+
+def forms(labels: Sequence[int | None], outputs: Sequence[int | None]) -> list[Form]:
+    """The forms that labels may be meant in, that of Keras last.
+
+    Args:
+        labels: shape of one example's label.
+        outputs: shape of one example's output.
+    """
+    found: list[Form] = [as_they_are]
+    if len(labels) + 1 == len(outputs) and outputs[-1] == 1:
+        found.append(_expanded)
+    if (
+        labels
+        and labels[-1] == 1
+        and (len(labels) == len(outputs) + 1 or (len(labels) == len(outputs) and outputs[-1] != 1))
+    ):
+        found.append(_squeezed)
+    return found
+
+
+def check_fit(kind: str, labels: Sequence[int | None], outputs: Sequence[int | None]) -> None:
+    """Checks labels for a loss or a metric that is Keras' own, which would broadcast what does not fit.
+
+    Args:
+        kind: its name in snake case; empty for what is not Keras' own, of which nothing is known.
+        labels: shape of one example's label, in the form it will have.
+        outputs: shape of one example's output.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    if not kind or kind in _SHAPES_OF_THEIR_OWN:
+        return
+    sparse = kind.startswith("sparse")
+    expected = tuple(outputs[:-1] if sparse else outputs)
+    if len(labels) != len(expected) or any(
+        None not in (a, b) and a != b for a, b in zip(labels, expected, strict=True)
+    ):
+        one_hot = len(labels) == len(outputs)
+        cure = (
+            (
+                f"{kind} takes class numbers; for one-hot labels leave out 'sparse'"
+                if one_hot
+                else "one class an example"
+            )
+            if sparse
+            else f"{kind} takes labels of the outputs' shape; for class numbers take its 'sparse' relative"
+        )
+        raise ValueError(f"labels of shape {_shape(labels)} do not fit outputs of shape {_shape(outputs)}: {cure}")
+
+
+def form_for(
+    function: Callable[[Any, Any], Any], labels: npt.NDArray[Any], outputs: Sequence[int | None], what: str
+) -> Form:
+    """The form in which a function of the user's takes its labels.
+
+    Args:
+        function: ``(labels, outputs)`` to a number or an array of numbers.
+        labels: of the training or test set (examples, ...).
+        outputs: shape of one example's output.
+        what: ``"loss"`` or ``"metric"``, for the message.
+
+    Raises:
+        ValueError: the forms differ in what they say, and it cannot be told which is meant.
+    """
+    candidates = forms(labels.shape[1:], outputs)
+    if len(candidates) == 1 or None in outputs:
+        return candidates[0]
+    sample = _sample(labels)
+    draws = [_outputs_like(sample, outputs, seed) for seed in range(_DRAWS)]
+    said = {form: [_mean(function, form(sample), draw) for draw in draws] for form in candidates}
+    running = [form for form in candidates if None not in said[form]]
+    for form in running:
+        if all(_adds_up(function, form(sample), draw, said[form][place]) for place, draw in enumerate(draws)):
+            return form
+    if not running or all(np.allclose(said[form], said[running[0]], _RTOL) for form in running):  # type: ignore[arg-type]
+        # Nothing runs: the first real batch says why better than a probe could.
+        return running[0] if running else candidates[0]
+    raise ValueError(
+        f"labels of shape {_shape(labels.shape[1:])} and outputs of shape {_shape(outputs)} broadcast in the {what}, "
+        f"and it cannot be told what is meant; give the labels the shape {_shape(outputs)}, or make one shape of both "
+        f"in the {what}"
+    )
+
+
+def takes(function: Callable[[Any, Any], Any], labels: npt.NDArray[Any], outputs: Sequence[int | None]) -> bool:
+    """Whether the function says anything finite of such labels and outputs.
+
+    Args:
+        function: ``(labels, outputs)`` to a number or an array of numbers.
+        labels: some or all labels (examples, ...).
+        outputs: shape of one example's output.
+    """
+    if None in outputs:
+        return True
+    sample = _sample(labels)
+    return _mean(function, sample, _outputs_like(sample, outputs, 0)) is not None
+
+
+def _sample(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A few labels that differ, if any do: equal ones would hide that they are mixed up."""
+    _, first = np.unique(labels.reshape(len(labels), -1)[:, 0], return_index=True)
+    chosen = first[np.linspace(0, len(first) - 1, min(len(first), _PROBED // 2)).astype(int)]
+    return labels[np.concatenate([chosen, np.arange(len(labels))])[:_PROBED]]
+
+
+def _outputs_like(labels: npt.NDArray[Any], shape: Sequence[int | None], seed: int) -> npt.NDArray[np.float32]:
+    """Outputs between 0 and 1 of a model that is right more often than not: all wrong is the same in every shape."""
+    random = np.random.default_rng(seed)
+    outputs = random.uniform(0.05, 0.5, (len(labels), *shape))  # type: ignore[arg-type]
+    values = labels.astype(float)
+    if not shape or shape[-1] == 1:
+        low, high = values.min(), values.max()
+        outputs += 0.45 * ((values - low) / (high - low or 1.0)).reshape(outputs.shape)
+    else:
+        right = random.random(len(labels)) < 0.75
+        place = np.clip(values, 0, shape[-1] - 1).astype(int).reshape(*outputs.shape[:-1], 1)  # type: ignore[operator]
+        np.put_along_axis(outputs, place, np.where(right.reshape(-1, *[1] * (place.ndim - 1)), 0.95, 0.3), axis=-1)
+    return outputs.astype(np.float32)
+
+
+def _adds_up(function: Callable[[Any, Any], Any], labels: Any, outputs: Any, whole: float | None) -> bool:
+    singles = [_mean(function, labels[i : i + 1], outputs[i : i + 1]) for i in range(len(outputs))]
+    if None in singles or whole is None:
+        return False
+    total = float(np.sum(singles))  # type: ignore[arg-type]
+    return bool(np.isclose(whole, total / len(singles), _RTOL) or np.isclose(whole, total, _RTOL))
+
+
+def _mean(function: Callable[[Any, Any], Any], labels: Any, outputs: Any) -> float | None:
+    """What the function says, averaged; None where it fails or says nothing finite."""
+    try:
+        value = float(np.mean(np.asarray(function(labels, outputs), dtype=float)))
+    except Exception:  # the user's code, on a shape that it may not be made for
+        return None
+    return value if np.isfinite(value) else None
+
+
+def _shape(example: Sequence[int | None]) -> str:
+    inside = ", ".join(["examples", *("?" if size is None else str(size) for size in example)])
+    return f"({inside}{',' if not example else ''})"

@@ -1,0 +1,237 @@
+"""The loss as a train step computes it: one number of labels and outputs, checked before anything is trained."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from mpscale.training import labels as label_forms
+from mpscale.workloads.metric import kind_of
+from mpscale.workloads.workload import sparse_cross_entropy
+
+Loss = Callable[[Any, Any], Any]
+
+_BY_SHAPE = ("crossentropy", "ce")
+"""Names by which Keras picks the cross-entropy that fits the shapes."""
+
+
+class Objective:
+    """``(labels, outputs) -> loss``, a scalar in float32 or wider, as Keras' own ``fit`` makes it of the same loss.
+
+    Labels get the shape that the loss takes them in (see labels.py), float16 outputs are cast to float32 first, and
+    losses of single examples are averaged over those that the model does not mask.
+
+    Args:
+        loss: as :class:`~mpscale.workloads.Workload` takes it.
+        labels: the training set's, to check them and to see which shape of them the loss takes.
+
+    Raises:
+        ValueError: Keras knows no loss of that name, or the labels cannot be trained on.
+    """
+
+    def __init__(self, loss: Loss | str, labels: npt.NDArray[Any]) -> None:
+        self._labels = labels
+        self._named = loss
+        self._loss: Loss | None = None if loss in _BY_SHAPE else _resolved(loss)
+        self._form: label_forms.Form | None = None
+        self.output: tuple[int | None, ...] = ()
+        """Shape of one example's output, known once the loss has been traced."""
+        self._squashed_by: str | None = None
+        if labels.dtype.kind in "US":
+            raise ValueError(f"the labels are text ({labels.dtype}); give each class a number from 0")
+        if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+            raise ValueError(f"{np.sum(~np.isfinite(labels))} of the training labels are not finite")
+
+    def __call__(self, labels: Any, outputs: Any) -> Any:
+        """The loss of a batch.
+
+        Args:
+            labels: (batch, ...).
+            outputs: what the model returned.
+
+        Raises:
+            ValueError: outputs and labels do not fit each other or the loss, or the loss is no number.
+        """
+        check_outputs(outputs)
+        if self._form is None:
+            with tf.init_scope():
+                self._settle(outputs)
+        assert self._form is not None and self._loss is not None
+        labels, mask = self._form(labels), getattr(outputs, "_keras_mask", None)
+        if isinstance(self._loss, keras.losses.Loss):
+            return _scalar(self._loss(labels, outputs))
+        if outputs.dtype in (tf.float16, tf.bfloat16):
+            outputs = tf.cast(outputs, tf.float32)
+        return _scalar(_reduced(self._loss(labels, outputs), mask))
+
+    def config(self) -> Any:
+        """What tells this loss from another, without what differs from process to process: for a digest."""
+        return config_of(self._named if self._loss is None else self._loss)
+
+    def threshold(self) -> float | None:
+        """For a model with one output: the value at which the loss is indifferent between labels 0 and 1.
+
+        0 for logits, 0.5 for probabilities; None where it is neither, or the loss takes logits and the model's last
+        operation is a sigmoid, so that one of the two is not meant.
+        """
+        if None in self.output:
+            return None
+        for value in (0.0, 0.5):
+            outputs = tf.constant(value, shape=(1, *self.output), dtype=tf.float32)
+            zero, one = (
+                float(self(tf.constant(np.full((1, *self._labels.shape[1:]), label, self._labels.dtype)), outputs))
+                for label in (0, 1)
+            )
+            if np.isclose(zero, one, rtol=1e-4):
+                return None if value == 0.0 and self._squashed_by else value
+        return None
+
+    def _settle(self, outputs: Any) -> None:
+        """Decides once, when the first batch is traced, and checks the labels."""
+        self.output = tuple(outputs.shape[1:])
+        tail = self._labels.shape[1:]
+        if self._loss is None:
+            sparse = len(tail) < len(self.output) or tail[-1] == 1
+            self._loss = (
+                keras.losses.binary_crossentropy
+                if self.output[-1] == 1
+                else keras.losses.sparse_categorical_crossentropy
+                if sparse
+                else keras.losses.categorical_crossentropy
+            )
+        self._squashed_by = _squashed_by(outputs)
+        kind = kind_of(self._loss) if self._loss is not sparse_cross_entropy else "sparse_categorical_crossentropy"
+        if kind:
+            self._form = label_forms.forms(tail, self.output)[-1]
+            label_forms.check_fit(kind, self._form(self._labels).shape[1:], self.output)
+            self._check_values(kind)
+            return
+        loss = self._loss
+
+        def tried(labels: Any, outputs: Any) -> Any:
+            return loss(tf.constant(labels), tf.constant(outputs))
+
+        form = label_forms.form_for(tried, self._labels, self.output, "loss")
+        self._form = form
+        shaped = form(self._labels)
+        if shaped.dtype.kind in "biu" and not label_forms.takes(tried, shaped, self.output):
+            # Keras hands every loss its labels as floats.
+            if label_forms.takes(tried, shaped.astype(np.float32), self.output):
+                self._form = lambda labels: tf.cast(form(labels), tf.float32)
+
+    def _check_values(self, kind: str) -> None:
+        """Checks labels and outputs against a loss of Keras'."""
+        options = _options(self._loss)
+        logits = True if self._loss is sparse_cross_entropy else options.get("from_logits", False)
+        if logits and self._squashed_by:
+            raise ValueError(
+                f"the model's last operation is a {self._squashed_by}, but the loss takes logits and would apply "
+                "another one; leave the activation out, or take a loss with from_logits=False, such as "
+                f"loss={'binary' if self.output[-1] == 1 else 'sparse_categorical'}_crossentropy by name"
+            )
+        labels = self._labels
+        low, high = labels.min(), labels.max()
+        if kind == "sparse_categorical_crossentropy" and self.output[-1] is not None:
+            counted = labels[labels != options["ignore_class"]] if options.get("ignore_class") is not None else labels
+            whole = (counted == np.floor(counted)).all() if counted.dtype.kind == "f" else True
+            if counted.size and not (whole and counted.min() >= 0 and counted.max() < self.output[-1]):
+                raise ValueError(
+                    f"the training labels go from {low:g} to {high:g}, but a model with {self.output[-1]} outputs "
+                    f"has classes 0 to {self.output[-1] - 1}; number the classes from 0, or, if this is no "
+                    "classification of that kind, give its loss, such as loss='mse' or "
+                    "loss=keras.losses.BinaryCrossentropy(from_logits=True)"
+                )
+        if kind in ("binary_crossentropy", "binary_focal_crossentropy") and not 0 <= low <= high <= 1:
+            raise ValueError(f"{kind} takes labels from 0 to 1, but the training labels go from {low:g} to {high:g}")
+
+
+def check_outputs(outputs: Any) -> None:
+    """Checks that a model returned one tensor of numbers, an example a row.
+
+    Raises:
+        ValueError: it returned something else.
+    """
+    if isinstance(outputs, dict | list | tuple):
+        raise ValueError(
+            f"the model returns a {type(outputs).__name__} of {len(outputs)} outputs; "
+            "mpscale trains models with one output so far: build one that returns the output that is trained"
+        )
+    if not tf.is_tensor(outputs) or isinstance(outputs, tf.RaggedTensor | tf.SparseTensor):
+        raise ValueError(f"the model returns a {type(outputs).__name__}, not a tensor")
+    if outputs.shape.rank is None or outputs.shape.rank == 0 or not outputs.dtype.is_floating:
+        raise ValueError(
+            f"the model returns {outputs.dtype.name} of shape {outputs.shape}; "
+            "floating-point outputs (examples, ...) are needed"
+        )
+
+
+def config_of(thing: Any) -> Any:
+    """The config of a loss, a metric or an optimizer, or the name of a function, for a digest: plain values."""
+    if isinstance(thing, functools.partial):
+        return {"partial": config_of(thing.func), "args": list(thing.args), "keywords": dict(thing.keywords)}
+    if hasattr(thing, "get_config") and not isinstance(thing, type):
+        return {"class": _full_name(type(thing)), "config": thing.get_config()}
+    if isinstance(thing, FunctionType | type):
+        return _full_name(thing)
+    if isinstance(thing, str):
+        return thing
+    # A callable instance is its class and what it was made with.
+    plain = {key: value for key, value in vars(thing).items() if isinstance(value, str | int | float | list | tuple)}
+    return {"class": _full_name(type(thing)), "config": plain}
+
+
+def _full_name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def _resolved(given: Loss | str) -> Loss:
+    try:
+        loss: Loss = keras.losses.get(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise ValueError(f"Keras knows no loss called {given!r}; give a name such as 'mse', or the loss") from error
+    if isinstance(loss, type) and issubclass(loss, keras.losses.Loss):
+        loss = loss()
+    if isinstance(loss, keras.losses.Loss) and loss.reduction in (None, "none"):
+        raise ValueError(f"{type(loss).__name__} has reduction=None, so it is no number; leave reduction out")
+    return loss
+
+
+def _options(loss: Any) -> dict[str, Any]:
+    """The options that a loss of Keras' was made with, as far as they can be seen."""
+    if isinstance(loss, functools.partial):
+        return _options(loss.func) | loss.keywords
+    return dict(loss.get_config()) if isinstance(loss, keras.losses.Loss) else {}
+
+
+def _squashed_by(outputs: Any) -> str | None:
+    """``softmax`` or ``sigmoid`` where that is what the model ends in, as far as the trace tells."""
+    kind = {"Softmax": "softmax", "Sigmoid": "sigmoid"}.get(getattr(getattr(outputs, "op", None), "type", ""))
+    return kind
+
+
+def _reduced(losses: Any, mask: Any) -> Any:
+    """The mean, over what is not masked; what is one number already stays as it is."""
+    losses = tf.convert_to_tensor(losses)
+    if losses.shape.rank == 0:
+        return losses
+    if mask is not None:
+        weights = tf.cast(mask, losses.dtype)
+        if weights.shape.rank == losses.shape.rank:
+            return tf.math.divide_no_nan(tf.reduce_sum(losses * weights), tf.reduce_sum(weights))
+    return tf.reduce_mean(losses)
+
+
+def _scalar(loss: Any) -> Any:
+    """``loss`` as a scalar in float32 or wider."""
+    if loss.shape.rank != 0 or not loss.dtype.is_floating:
+        raise ValueError(
+            f"the loss returns {loss.dtype.name} of shape {loss.shape}; one floating-point number is needed"
+        )
+    return tf.cast(loss, tf.float32) if loss.dtype in (tf.float16, tf.bfloat16) else loss
