@@ -147,7 +147,7 @@ def _describe(
     data_digest = data.digest()
     parameters = int(sum(np.prod(v.shape) for v in model.trainable_variables))
     inner = getattr(optimizer, "inner_optimizer", optimizer)
-    parts = [_config(model), inner.get_config(), objective.config(), parameters, data_digest]
+    parts = [_config(model), config_of(inner)["config"], objective.config(), parameters, data_digest]
     if not isinstance(workload.metric, FunctionType):
         parts.append(config_of(workload.metric))
     described = _without_precision(parts)
@@ -248,13 +248,15 @@ def _write_steps(path: Path, log: npt.NDArray[np.float32]) -> None:
 
 
 def _config(model: keras.Model) -> Any:
-    """The model's config, or for a model that has none, the shapes of its weights and what is asked of them."""
-    try:
+    """The model's config. Of a class of the user's, what can be seen: its layers and weights and what is asked of them.
+
+    Keras' own config of such a class holds the default arguments of its constructor, whatever it was made with.
+    """
+    if type(model).__module__.partition(".")[0] == "keras":
         return model.get_config()
-    except (NotImplementedError, TypeError, ValueError):
-        asked = [config_of(each) for v in model.variables for each in (v.regularizer, v.constraint) if each is not None]
-        shapes = [tuple(v.shape) for v in model.variables]
-        return [shapes, asked] if asked else shapes
+    asked = [config_of(each) for v in model.variables for each in (v.regularizer, v.constraint) if each is not None]
+    layers = [config_of(layer) for layer in model._flatten_layers(include_self=False)]
+    return [config_of(model), layers, [tuple(v.shape) for v in model.variables], asked]
 
 
 def _plain(value: Any) -> Any:

@@ -87,11 +87,11 @@ def score_for(
     if isinstance(metric, type) and issubclass(metric, keras.metrics.Metric):
         metric = metric()
     if is_keras_metric(metric):
-        function, form = _afresh(metric), label_forms.forms(labels.shape[1:], outputs)[-1]
+        function, form = _afresh(metric), label_forms.keras_form(kind, labels.shape[1:], outputs)
     else:
         function = metric
         form = (
-            label_forms.forms(labels.shape[1:], outputs)[-1]
+            label_forms.keras_form(kind, labels.shape[1:], outputs)
             if kind
             else label_forms.form_for(function, labels, outputs, "metric")
         )

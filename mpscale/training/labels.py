@@ -56,6 +56,19 @@ def forms(labels: Sequence[int | None], outputs: Sequence[int | None]) -> list[F
     return found
 
 
+def keras_form(kind: str, labels: Sequence[int | None], outputs: Sequence[int | None]) -> Form:
+    """The form that a loss or a metric of Keras' gives labels by itself.
+
+    Args:
+        kind: its name in snake case.
+        labels: shape of one example's label.
+        outputs: shape of one example's output.
+    """
+    if kind.startswith("sparse"):
+        return _squeezed if labels and labels[-1] == 1 and len(labels) == len(outputs) else as_they_are
+    return forms(labels, outputs)[-1]
+
+
 def check_fit(kind: str, labels: Sequence[int | None], outputs: Sequence[int | None]) -> None:
     """Checks labels for a loss or a metric that is Keras' own, which would broadcast what does not fit.
 
@@ -75,15 +88,12 @@ def check_fit(kind: str, labels: Sequence[int | None], outputs: Sequence[int | N
         None not in (a, b) and a != b for a, b in zip(labels, expected, strict=True)
     ):
         one_hot = len(labels) == len(outputs)
-        cure = (
-            (
-                f"{kind} takes class numbers; for one-hot labels leave out 'sparse'"
-                if one_hot
-                else "one class an example"
-            )
-            if sparse
-            else f"{kind} takes labels of the outputs' shape; for class numbers take its 'sparse' relative"
-        )
+        if sparse and one_hot:
+            cure = f"{kind} takes class numbers; for one-hot labels take categorical_crossentropy or its like"
+        elif sparse:
+            cure = f"{kind} takes one class an example"
+        else:
+            cure = f"{kind} takes labels of the outputs' shape; for class numbers take its 'sparse' relative"
         raise ValueError(f"labels of shape {_shape(labels)} do not fit outputs of shape {_shape(outputs)}: {cure}")
 
 
@@ -122,7 +132,7 @@ def form_for(
 
 
 def takes(function: Callable[[Any, Any], Any], labels: npt.NDArray[Any], outputs: Sequence[int | None]) -> bool:
-    """Whether the function says anything finite of such labels and outputs.
+    """Whether the function says anything finite of such labels, in any form, and such outputs.
 
     Args:
         function: ``(labels, outputs)`` to a number or an array of numbers.
@@ -132,7 +142,8 @@ def takes(function: Callable[[Any, Any], Any], labels: npt.NDArray[Any], outputs
     if None in outputs:
         return True
     sample = _sample(labels)
-    return _mean(function, sample, _outputs_like(sample, outputs, 0)) is not None
+    draw = _outputs_like(sample, outputs, 0)
+    return any(_mean(function, form(sample), draw) is not None for form in forms(labels.shape[1:], outputs))
 
 
 def _sample(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -109,7 +109,7 @@ class Objective:
         self._squashed_by = _squashed_by(outputs)
         kind = kind_of(self._loss) if self._loss is not sparse_cross_entropy else "sparse_categorical_crossentropy"
         if kind:
-            self._form = label_forms.forms(tail, self.output)[-1]
+            self._form = label_forms.keras_form(kind, tail, self.output)
             label_forms.check_fit(kind, self._form(self._labels).shape[1:], self.output)
             self._check_values(kind)
             return
@@ -118,13 +118,13 @@ class Objective:
         def tried(labels: Any, outputs: Any) -> Any:
             return loss(tf.constant(labels), tf.constant(outputs))
 
-        form = label_forms.form_for(tried, self._labels, self.output, "loss")
-        self._form = form
-        shaped = form(self._labels)
-        if shaped.dtype.kind in "biu" and not label_forms.takes(tried, shaped, self.output):
+        labels = self._labels
+        if labels.dtype.kind in "biu" and not label_forms.takes(tried, labels, self.output):
             # Keras hands every loss its labels as floats.
-            if label_forms.takes(tried, shaped.astype(np.float32), self.output):
-                self._form = lambda labels: tf.cast(form(labels), tf.float32)
+            labels = labels.astype(np.float32)
+        form = label_forms.form_for(tried, labels, self.output, "loss")
+        as_floats = labels.dtype != self._labels.dtype
+        self._form = (lambda labels: tf.cast(form(labels), tf.float32)) if as_floats else form
 
     def _check_values(self, kind: str) -> None:
         """Checks labels and outputs against a loss of Keras'."""
@@ -176,15 +176,21 @@ def config_of(thing: Any) -> Any:
     """The config of a loss, a metric or an optimizer, or the name of a function, for a digest: plain values."""
     if isinstance(thing, functools.partial):
         return {"partial": config_of(thing.func), "args": list(thing.args), "keywords": dict(thing.keywords)}
-    if hasattr(thing, "get_config") and not isinstance(thing, type):
-        return {"class": _full_name(type(thing)), "config": thing.get_config()}
     if isinstance(thing, FunctionType | type):
         return _full_name(thing)
     if isinstance(thing, str):
         return thing
-    # A callable instance is its class and what it was made with.
-    plain = {key: value for key, value in vars(thing).items() if isinstance(value, str | int | float | list | tuple)}
-    return {"class": _full_name(type(thing)), "config": plain}
+    try:
+        config = thing.get_config()
+    except Exception:  # it has none, or something inside it has none: then its class and what it was made with
+        config = {key: value for key, value in getattr(thing, "__dict__", {}).items() if _is_plain(value)}
+    return {"class": _full_name(type(thing)), "config": config}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, str | int | float)
 
 
 def _full_name(thing: Any) -> str:

@@ -146,7 +146,12 @@ def names(metric: Any) -> tuple[str | None, bool | None]:
 
 def is_keras_metric(candidate: Any) -> bool:
     """Whether ``candidate`` is an instance of Keras' Metric. Does not import Keras."""
-    return any(base.__name__ == "Metric" and _of_keras(base) for base in type(candidate).__mro__)
+    return is_instance_of_keras(candidate, "Metric")
+
+
+def is_instance_of_keras(candidate: Any, kind: str) -> bool:
+    """Whether ``candidate`` is an instance of the class ``kind`` of Keras, such as Optimizer. Does not import Keras."""
+    return any(base.__name__ == kind and _of_keras(base) for base in type(candidate).__mro__)
 
 
 def kind_of(thing: Any) -> str:

@@ -78,10 +78,10 @@ class Workload:
         for field in ("model", "data"):
             if not callable(getattr(self, field)):
                 raise TypeError(self._wrong(field, "a function without arguments"))
-        for field, kinds in (("optimizer", "an optimizer"), ("loss", "a loss"), ("metric", "a metric")):
+        for field, kind in (("optimizer", "Optimizer"), ("loss", "Loss"), ("metric", "Metric")):
             value = getattr(self, field)
-            if not (callable(value) or isinstance(value, str) or metric_module.is_keras_metric(value)):
-                raise TypeError(self._wrong(field, f"{kinds} of Keras, its name, or a function"))
+            if not (callable(value) or isinstance(value, str) or metric_module.is_instance_of_keras(value, kind)):
+                raise TypeError(self._wrong(field, f"the name of one that Keras knows, a Keras {kind}, or a function"))
         for field in ("batch_size", "train_steps", "evaluate_every"):
             number = self._number(field, Integral, "a whole number")
             if number is None or number < 1:

@@ -1,0 +1,380 @@
+"""What a Keras model carries besides ``call``: honoured as Keras' own ``fit`` does, or refused."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from situations.one_case import blobs, by_fit, dense, split, train, workload
+
+from mpscale.modes import MODES
+
+X, Y = blobs()
+DATA = split(X, Y)
+SPARSE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+class AddsLoss(keras.layers.Layer):
+    """Asks for small activations, of every example."""
+
+    def call(self, inputs):
+        self.add_loss(20.0 * keras.ops.mean(keras.ops.square(inputs), axis=-1))
+        return inputs
+
+
+class Counts(keras.layers.Layer):
+    """Counts its training batches in a variable that is not trained, and adds the count to its output."""
+
+    def build(self, shape):
+        self.seen = self.add_weight(shape=(), initializer="zeros", trainable=False, name="seen")
+
+    def call(self, inputs, training=False):
+        if training:
+            self.seen.assign_add(1.0)
+        return inputs * keras.ops.cast(1.0 + 0.01 * self.seen, inputs.dtype)
+
+
+class Subclassed(keras.Model):
+    """Without a config; its weights are made when it first sees data, and one of them asks for something."""
+
+    def __init__(self, factor=0.5):
+        super().__init__()
+        self.hidden = keras.layers.Dense(8, activation="tanh", kernel_regularizer=keras.regularizers.L2(factor))
+        self.out = keras.layers.Dense(3, dtype="float32")
+
+    def call(self, inputs):
+        return self.out(self.hidden(inputs))
+
+
+def sequential(*layers):
+    return lambda: keras.Sequential([keras.Input((2,)), *(layer() for layer in layers)])
+
+
+def logits():
+    return keras.layers.Dense(3, dtype="float32")
+
+
+def hidden(**options):
+    return lambda: keras.layers.Dense(8, activation="tanh", **options)
+
+
+MODELS = {
+    "a kernel regularizer": sequential(hidden(kernel_regularizer=keras.regularizers.L2(0.5)), logits),
+    "an activity regularizer": sequential(hidden(activity_regularizer=keras.regularizers.L1(0.05)), logits),
+    "a bias regularizer and one for both": sequential(
+        hidden(bias_regularizer="l1", kernel_regularizer=keras.regularizers.L1L2(0.01, 0.1)), logits
+    ),
+    "add_loss of every example": sequential(hidden(), AddsLoss, logits),
+    "a constraint": sequential(hidden(kernel_constraint=keras.constraints.MaxNorm(0.3)), logits),
+    "a constraint that all weights are positive": sequential(hidden(kernel_constraint="non_neg"), logits),
+    "dropout": sequential(hidden(), lambda: keras.layers.Dropout(0.5), logits),
+    "noise": sequential(lambda: keras.layers.GaussianNoise(0.3), hidden(), logits),
+    "batch normalization": sequential(hidden(), lambda: keras.layers.BatchNormalization(momentum=0.5), logits),
+    "a variable that the forward pass assigns": sequential(hidden(), Counts, logits),
+    "a frozen layer": sequential(hidden(trainable=False), logits),
+    "a subclass with a regularizer": Subclassed,
+}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_training_is_that_of_keras_own_fit(model):
+    """The final losses of both, and the outputs of the trained model."""
+    outcome = train(workload(model, lambda: DATA, metric=loss_of_outputs, **NAMED))
+    net = by_fit(model, DATA, SPARSE, keras.optimizers.SGD(0.1))
+    assert outcome.status == "ok"
+    expected = loss_of_outputs(DATA.test_y, net.predict(DATA.test_x, verbose=0))
+    assert outcome.row["metric_value"] == pytest.approx(expected, rel=1e-4)
+
+
+NAMED = {"metric_name": "cross_entropy", "metric_higher_is_better": False}
+
+
+def loss_of_outputs(labels, outputs):
+    return float(keras.ops.mean(keras.losses.sparse_categorical_crossentropy(labels, outputs, from_logits=True)))
+
+
+def test_loss_that_is_logged_holds_what_the_model_adds():
+    """The regularizer of this one is most of the loss."""
+    outcome = train(workload(MODELS["a kernel regularizer"], lambda: DATA), train_steps=1)
+    keras.utils.set_random_seed(0)
+    net = MODELS["a kernel regularizer"]()
+    added = 0.5 * float(np.sum(np.square(net.layers[0].kernel)))
+    assert added > 0.3
+    assert outcome.row["train_loss_first"] == pytest.approx(added + np.log(3), abs=0.6)
+    bare = train(workload(dense(), lambda: DATA), train_steps=1)
+    assert outcome.row["train_loss_first"] - bare.row["train_loss_first"] == pytest.approx(added, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["mixed-static", "mixed-dynamic", "mixed-keras", "mixed-bf16"])
+def test_what_the_model_adds_is_scaled_with_the_loss(mode):
+    """Unscaled it would be a 32768th of what is meant, and weights would not be held down."""
+
+    def largest(mode, model):
+        weights = []
+
+        def norm(labels, outputs):
+            weights.append(float(np.abs(outputs).max()))
+            return weights[-1]
+
+        options = {"metric": norm, "metric_name": "largest", "metric_higher_is_better": False}
+        return train(workload(model, lambda: DATA, **options), mode, jit=True).row["metric_value"]
+
+    held = sequential(lambda: keras.layers.Dense(3, kernel_regularizer=keras.regularizers.L2(0.5)), float_output)
+    assert largest(mode, held) == pytest.approx(largest("fp32", held), rel=0.03)
+    assert largest("fp32", held) < 0.6 * largest("fp32", sequential(lambda: keras.layers.Dense(3), float_output))
+
+
+def float_output():
+    return keras.layers.Activation("linear", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda: Subclassed(0.5), lambda: Subclassed(0.25)),
+        (MODELS["a kernel regularizer"], dense()),
+        (MODELS["a constraint"], dense()),
+        (MODELS["an activity regularizer"], dense()),
+    ],
+    ids=["a subclass with another regularizer", "a regularizer or none", "a constraint or none", "an activity's"],
+)
+def test_digest_tells_models_apart_by_what_they_carry(one, other):
+    digests = [train(workload(m, lambda: DATA), train_steps=1).row["workload_digest"] for m in (one, one, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+class OwnTrainStep(keras.Sequential):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+class OwnComputeLoss(keras.Sequential):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return 2 * super().compute_loss(x, y, y_pred, sample_weight, training)
+
+
+class OwnTrainFunction(keras.Sequential):
+    def make_train_function(self, force=False):
+        super().make_train_function(force)
+
+
+class Inherited(OwnTrainStep):
+    """Its base has it."""
+
+
+def layers():
+    return [keras.Input((2,)), keras.layers.Dense(3, dtype="float32")]
+
+
+def patched():
+    model = keras.Sequential(layers())
+    model.train_step = lambda data: {}
+    return model
+
+
+def compiled():
+    model = keras.Sequential(layers())
+    model.compile("adam", loss="mse")
+    return model
+
+
+def several(wrap):
+    x = keras.Input((2,))
+    outputs = [keras.layers.Dense(3, dtype="float32", name=name)(x) for name in ("a", "b")]
+    return lambda: keras.Model(x, wrap(outputs))
+
+
+def two_inputs():
+    inputs = [keras.Input((2,)), keras.Input((2,))]
+    return keras.Model(inputs, keras.layers.Dense(3, dtype="float32")(keras.layers.Add()(inputs)))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: OwnTrainStep(layers()), "OwnTrainStep has a train_step of its own"),
+        (lambda: OwnComputeLoss(layers()), "has a compute_loss of its own"),
+        (lambda: OwnTrainFunction(layers()), "has a make_train_function of its own"),
+        (lambda: Inherited(layers()), "Inherited has a train_step of its own"),
+        (patched, "has a train_step of its own"),
+        (compiled, "leave model.compile out"),
+        (several(lambda outputs: outputs), "a list of 2 outputs"),
+        (several(lambda outputs: tuple(outputs)), "of 2 outputs"),
+        (several(lambda outputs: dict(zip("ab", outputs, strict=True))), "a dict of 2 outputs"),
+        (two_inputs, "has 2 inputs"),
+        (lambda: keras.Sequential([keras.Input((2,)), keras.layers.Activation("tanh")]), "no variable that can be"),
+        (lambda: keras.layers.Dense(3), "must return a keras.Model, not"),
+        (lambda: None, "must return a keras.Model, not builtins.NoneType"),
+        (sequential(lambda: keras.layers.Dense(3), lambda: keras.layers.Lambda(lambda x: tf.argmax(x, -1))), "int64"),
+    ],
+)  # fmt: skip
+def test_model_that_would_be_trained_otherwise_than_it_says_is_refused(model, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        train(workload(model, lambda: DATA))
+
+
+def masked():
+    """Sequences of which 0 is padding, an output at every place."""
+    return keras.Sequential(
+        [
+            keras.Input((5,), dtype="int64"),
+            keras.layers.Embedding(4, 6, mask_zero=True),
+            keras.layers.Dense(3, dtype="float32"),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [SPARSE, lambda y, out: keras.losses.sparse_categorical_crossentropy(y, out, from_logits=True)],
+    ids=["a loss object", "a loss of each place"],
+)
+def test_places_that_the_model_masks_are_no_part_of_the_loss(loss):
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 4, (240, 5))
+    data = split(tokens, np.where(tokens > 0, tokens - 1, random.integers(0, 3, tokens.shape)))
+    outcome = train(workload(masked, lambda: data, loss=loss), train_steps=30)
+    net = by_fit(masked, data, SPARSE, keras.optimizers.SGD(0.1), steps=30)
+    keras.utils.set_random_seed(0)
+    first = masked()
+    expected = first.compute_loss
+    first.compile("sgd", loss=SPARSE)
+    from mpscale.training.order import batches
+
+    batch = batches(160, 20, 1, 0)[0]
+    expected = float(first.evaluate(data.train_x[batch], data.train_y[batch], batch_size=20, verbose=0))
+    assert outcome.row["train_loss_first"] == pytest.approx(expected, rel=1e-4)
+    right = np.mean(net.predict(data.test_x, verbose=0).argmax(-1) == data.test_y)
+    assert outcome.row["final_accuracy"] == pytest.approx(right, abs=0.01)
+
+
+@pytest.mark.parametrize("examples", [1, 19, 20, 41])
+def test_model_of_fixed_batch_size_is_evaluated_on_test_sets_of_any_size(examples):
+    def fixed():
+        return keras.Sequential([keras.Input(batch_shape=(20, 2)), keras.layers.Dense(3, dtype="float32")])
+
+    from mpscale.workloads import Data
+
+    data = Data(
+        X[:200],
+        Y[:200],
+        X[200 : 200 + examples] if examples <= 40 else X[:41],
+        Y[200 : 200 + examples] if examples <= 40 else Y[:41],
+    )
+    outcome = train(workload(fixed, lambda: data))
+    assert outcome.status == "ok"
+    assert (outcome.row["final_accuracy"] * examples) % 1 == pytest.approx(0, abs=1e-6)
+
+
+def test_evaluation_never_takes_more_examples_at_once_than_training():
+    batches = set()
+
+    class Watches(keras.layers.Layer):
+        def call(self, inputs):
+            batches.add(inputs.shape[0])
+            return inputs
+
+    train(workload(sequential(Watches, logits), lambda: DATA, batch_size=8))
+    assert batches - {None} == {8}
+
+
+@pytest.mark.parametrize("mode", ["fp32", "mixed-dynamic", "mixed-keras"])
+def test_moving_average_of_the_weights_takes_their_place_as_in_fit(mode):
+    def adam():
+        return keras.optimizers.Adam(0.05, use_ema=True, ema_momentum=0.9)
+
+    outcome = train(workload(dense(), lambda: DATA, optimizer=adam, metric=loss_of_outputs, **NAMED), mode, jit=True)
+    net = by_fit(dense(), DATA, SPARSE, adam())
+    expected = loss_of_outputs(DATA.test_y, net.predict(DATA.test_x, verbose=0))
+    assert outcome.row["metric_value"] == pytest.approx(expected, rel=1e-3 if mode == "fp32" else 0.03)
+
+
+def wrapped():
+    """An optimizer that holds one that scales."""
+
+    class Holds(keras.optimizers.SGD):
+        def __init__(self):
+            super().__init__()
+            self.base = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+
+    return Holds()
+
+
+def scales_by_itself():
+    class Scales(keras.optimizers.SGD):
+        def scale_loss(self, loss):
+            return 128 * loss
+
+    return Scales()
+
+
+def ours():
+    from mpscale import LossScaleOptimizer
+
+    return LossScaleOptimizer(keras.optimizers.SGD())
+
+
+@pytest.mark.parametrize("mode", [name for name in MODES if name not in ("tf32", "graph-rewrite")])
+def test_optimizer_that_scales_already_is_refused_in_every_mode(mode):
+    with pytest.raises(ValueError, match=r"scales the loss itself .* mpscale adds the loss scaling of each mode"):
+        train(
+            workload(dense(), lambda: DATA, lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())), mode
+        )
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [ours, wrapped, scales_by_itself, lambda: keras.optimizers.SGD(loss_scale_factor=128.0)],
+    ids=["mpscale's", "one inside another", "a class of one's own", "loss_scale_factor"],
+)
+def test_everything_that_scales_is_noticed(optimizer):
+    with pytest.raises(ValueError, match="scales the loss itself"):
+        train(workload(dense(), lambda: DATA, optimizer))
+
+
+class OwnSchedule(keras.optimizers.schedules.LearningRateSchedule):
+    """Keras cannot copy an optimizer that has one, since nobody told it of the class."""
+
+    def __call__(self, step):
+        return 0.1
+
+
+USED = keras.optimizers.SGD(0.1)
+USED.iterations.assign(1000)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "sgd",
+        keras.optimizers.SGD,
+        keras.optimizers.SGD(0.01),
+        USED,  # has counted steps, and is copied as it was made
+        lambda: keras.optimizers.SGD(0.01),
+        keras.optimizers.SGD(OwnSchedule()),
+    ],
+    ids=["a name", "a class", "an instance", "an instance that was used", "a function", "a schedule of one's own"],
+)
+def test_optimizer_comes_in_every_form_that_keras_takes(optimizer):
+    losses = [train(workload(dense(), lambda: DATA, optimizer), train_steps=20).row["train_loss_final"]]
+    if isinstance(optimizer, keras.optimizers.Optimizer) and optimizer.built:
+        # What cannot be copied serves once, which is as often as a case's own process needs it.
+        with pytest.raises(ValueError, match="has been used already and cannot be copied"):
+            train(workload(dense(), lambda: DATA, optimizer), train_steps=20)
+    else:
+        losses.append(train(workload(dense(), lambda: DATA, optimizer), train_steps=20).row["train_loss_final"])
+        assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [("adamm", "knows no optimizer called"), (lambda: None, "not builtins.NoneType"), (dict, "not builtins.dict")],
+)
+def test_what_is_no_optimizer_is_refused(optimizer, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        train(workload(dense(), lambda: DATA, optimizer))
+
+
+@pytest.mark.parametrize("given", [None, (X, Y), {"x": X}, tf.data.Dataset.from_tensors((X, Y))], ids=type)
+def test_data_function_that_returns_something_else_says_what_it_should(given):
+    with pytest.raises(TypeError, match=r"must return an mpscale\.Data of NumPy arrays, not a"):
+        train(workload(dense(), lambda: given))
