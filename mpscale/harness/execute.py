@@ -77,10 +77,10 @@ def execute(
     objective = Objective(workload.loss, data.train_y)
     step = TrainStep(model, scaler, objective, data.train_x, data.train_y, indices, settings.jit)
     channel.values({"build_time_s": time.perf_counter() - start})
-    _describe(case, mode, workload, model, data, indices, scaler.optimizer, objective, channel)
     channel.phase("model-built")
 
     trace_s = step.trace()
+    _describe(case, mode, workload, model, data, indices, scaler.optimizer, objective, step.added_losses, channel)
     start = time.perf_counter()
     step()
     step.synchronise()
@@ -140,6 +140,7 @@ def _describe(
     indices: npt.NDArray[np.int64],
     optimizer: keras.optimizers.Optimizer,
     objective: Objective,
+    added_losses: int,
     channel: Channel,
 ) -> None:
     """Reports what is about to be trained, and the digests by which modes are held to the same start."""
@@ -150,6 +151,8 @@ def _describe(
     parts = [_config(model), config_of(inner)["config"], objective.config(), parameters, data_digest]
     if not isinstance(workload.metric, FunctionType):
         parts.append(config_of(workload.metric))
+    if added_losses:
+        parts.append({"losses that the model adds": added_losses})
     described = _without_precision(parts)
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
     channel.values(

@@ -58,6 +58,8 @@ class TrainStep:
         self._position = tf.Variable(0, dtype=tf.int64, trainable=False)
         self._unread: list[tuple[tf.Tensor, ...]] = []
         self._columns: list[int] = []  # those of the log that the mode knows
+        self.added_losses = 0
+        """How many losses the model adds by itself, known once the step has been traced."""
 
         # Small functions: with every call TensorFlow's detector of retracing looks the Python function's code up twice,
         # which takes 2 us more for the code of a whole step than for theirs.
@@ -124,8 +126,9 @@ class TrainStep:
         with tf.GradientTape() as tape:
             loss = tf.cast(self._loss(y, self._model(x, training=True)), tf.float32)
             # What the model asks for by itself, regularizers and add_loss, is a part of the loss, as in Keras' fit.
-            for more in self._model.losses:
-                loss += tf.reduce_sum(tf.cast(more, tf.float32))
+            added = [tf.reduce_sum(tf.cast(more, tf.float32)) for more in self._model.losses]
+            self.added_losses = len(added)
+            loss = tf.add_n([loss, *added]) if added else loss
             scaled = self._scaler.scale_loss(loss)
         grads = tape.gradient(scaled, variables)
         row = (loss, *self._scaler.apply(grads, variables, scaled))
