@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -18,8 +17,10 @@ from mpscale.harness.case import Case, series_key
 from mpscale.harness.protocol import Channel
 from mpscale.modes import MODES, Mode
 from mpscale.telemetry.device import Device
-from mpscale.training import accelerator, order
+from mpscale.training import accelerator, identity, order
+from mpscale.training.arithmetic import Arithmetic
 from mpscale.training.evaluation import Evaluator
+from mpscale.training.precision import Precision
 from mpscale.training.scalers import scaler_for
 from mpscale.training.step import UNKNOWN, TrainStep
 from mpscale.training.timing import keep_going, time_empty_call, time_steps, warm_up
@@ -53,21 +54,43 @@ def execute(
     channel.phase("context-ready")
 
     data = workload.data()
+    arithmetic = Arithmetic(mode, device, settings.jit)
     batch = settings.batch_size or workload.batch_size
     steps = settings.train_steps or workload.train_steps
     indices = order.batches(len(data.train_x), batch, steps, case.seed)
     start = time.perf_counter()
     # The seed comes last before the model: loading data may draw numbers, and not in every process.
     keras.utils.set_random_seed(case.seed)
-    keras.config.set_dtype_policy(mode.policy)
+    arithmetic.settle()
     model = workload.model()
-    scaler = scaler_for(mode, workload.optimizer(), settings.static_scale, settings.dynamic_scale)
-    step = TrainStep(model, scaler, workload.loss, data.train_x, data.train_y, indices, settings.jit)
+    arithmetic.look("the workload's model function")
+    optimizer = workload.optimizer()
+    arithmetic.look("the workload's optimizer function")
+    # Before it is wrapped, which is done in another way in every mode.
+    described = identity.optimizer_description(optimizer, steps)
+    scaler = scaler_for(mode, optimizer, settings.static_scale, settings.dynamic_scale)
+    loss = identity.NotedLoss(workload.loss)
+    step = TrainStep(model, scaler, loss, data.train_x, data.train_y, indices, settings.jit)
     channel.values({"build_time_s": time.perf_counter() - start})
     _describe(case, mode, workload, model, data, indices, scaler.optimizer, channel)
     channel.phase("model-built")
 
     trace_s = step.trace()
+    arithmetic.look("the train step was traced")
+    precision = Precision(model, step.graph)
+    _report(channel, *precision.columns())
+    _report(channel, *loss.columns(data.train_y[indices[0]]))
+    channel.values(
+        {
+            "model_digest": f"sha256:{identity.digest(identity.model_description(model))}",
+            "optimizer_config": json.dumps(described),
+            "process_settings": arithmetic.column(),
+        }
+    )
+    objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
+    if objections:
+        # Not trained: whatever came of it would stand under the name of another precision.
+        return "invalid", "; ".join(objections)
     start = time.perf_counter()
     step()
     step.synchronise()
@@ -85,7 +108,8 @@ def execute(
         _time(step, case, batch, energy_s, peak, channel)
     _report(channel, *peak.columns(windowed=settings.timing_s > 0))
     channel.phase("done")
-    return status
+    arithmetic.look("training and timing")
+    return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
 
 
 def _time(
@@ -133,8 +157,18 @@ def _describe(
     parameters = int(sum(np.prod(v.shape) for v in model.trainable_variables))
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     loss = f"{workload.loss.__module__}.{workload.loss.__qualname__}"
-    described = _without_precision([_config(model), inner.get_config(), loss, parameters, data_digest])
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    config = identity.config_of(model)
+    described = identity.without_precision(
+        [
+            # A model that has no config is known by the shapes of its weights.
+            [tuple(v.shape) for v in model.variables] if config is None else config,
+            identity.config_of(inner),
+            loss,
+            parameters,
+            data_digest,
+        ]
+    )
+    digest = identity.digest(described)
     channel.values(
         {
             # The prefix keeps a digest of digits alone from being read back as a number.
@@ -209,21 +243,3 @@ def _write_steps(path: Path, log: npt.NDArray[np.float32]) -> None:
                 ]
             )
     partial.replace(path)
-
-
-def _config(model: keras.Model) -> Any:
-    """The model's config, or for a model that has none, the shapes of its weights."""
-    try:
-        return model.get_config()
-    except (NotImplementedError, TypeError, ValueError):
-        return [tuple(v.shape) for v in model.variables]
-
-
-def _without_precision(config: Any) -> Any:
-    """``config`` without names and dtypes: the same model in another mode has to have the same digest."""
-    if isinstance(config, dict):
-        dropped = ("name", "dtype", "dtype_policy", "registered_name", "build_config")
-        return {key: _without_precision(value) for key, value in config.items() if key not in dropped}
-    if isinstance(config, list | tuple):
-        return [_without_precision(value) for value in config]
-    return config
