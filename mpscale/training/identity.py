@@ -39,7 +39,11 @@ def without_precision(config: Any) -> Any:
     if isinstance(config, Mapping):
         if config.get("class_name") == "__lambda__":
             return described_lambda(config["config"])
-        return {key: without_precision(value) for key, value in config.items() if key not in _PRECISION}
+        kept = {key: without_precision(value) for key, value in config.items() if key not in _PRECISION}
+        if isinstance(kept.get("kwargs"), dict):
+            # Keras notes an argument that is None in one mode and not in another.
+            kept["kwargs"] = {key: value for key, value in kept["kwargs"].items() if value is not None}
+        return kept
     if isinstance(config, list | tuple):
         return [without_precision(value) for value in config]
     return config
@@ -47,9 +51,11 @@ def without_precision(config: Any) -> Any:
 
 def described_object(value: Any) -> Any:
     """Stands in for what JSON cannot hold. Not ``str``, which gives most objects an address in memory."""
-    if isinstance(value, np.ndarray | np.generic | tf.Tensor | tf.Variable | keras.Variable):
+    if isinstance(value, np.ndarray | tf.Tensor | tf.Variable | keras.Variable):
         array = np.asarray(value)
         return [str(array.shape), hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]]
+    if isinstance(value, np.generic):
+        return str(value)
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     if isinstance(value, functools.partial):
@@ -63,14 +69,11 @@ def described_object(value: Any) -> Any:
 
 def described_lambda(config: Any) -> Any:
     """A lambda as Keras keeps it. Its marshalled code is not the same in every process, what it does is."""
-    value = config["value"] if isinstance(config, Mapping) and "value" in config else config
-    packed = value[0] if isinstance(value, list | tuple) else value
     try:
-        code = described_code(marshal.loads(base64.b64decode(packed)))
-    except (EOFError, TypeError, ValueError):
-        return "lambda"
-    rest = {k: v for k, v in config.items() if k != "value"} if isinstance(config, Mapping) else {}
-    return [code, without_precision(rest)]
+        code = described_code(marshal.loads(base64.b64decode(config["code"])))
+    except (EOFError, KeyError, TypeError, ValueError):
+        return "a lambda that cannot be read"
+    return [code, without_precision({key: value for key, value in config.items() if key != "code"})]
 
 
 def described_code(code: types.CodeType) -> list[Any]:
@@ -82,7 +85,8 @@ def described_code(code: types.CodeType) -> list[Any]:
 def model_description(model: keras.Model) -> Any:
     """The model's config, and those of its layers at any depth: a model that has no config has layers that do."""
     layers = model._flatten_layers(include_self=False)
-    names = {layer.name: f"layer {number}" for number, layer in enumerate(layers)} | {model.name: "model"}
+    named = [*layers, *(operation for part in (model, *layers) for operation in getattr(part, "operations", ()))]
+    names = {part.name: f"part {number}" for number, part in enumerate(named)} | {model.name: "model"}
     described = [
         [described_object(type(layer)), None if isinstance(layer, keras.Model) else config_of(layer)]
         for layer in layers

@@ -22,7 +22,7 @@ _PRODUCT = re.compile(
 )
 """Operations that multiply matrices, convolutions and recurrent layers of cuDNN among them, forward and backward."""
 
-_ELEMENT_TYPES = ("T", "Ta", "Tb", "T1", "T2", "LhsT", "RhsT", "lhs_type", "rhs_type", "Tlhs", "Trhs", "Tin", "type")
+_ELEMENT_TYPES = ("T", "DstT", "Ta", "Tb", "T1", "T2", "LhsT", "RhsT", "lhs_type", "rhs_type", "Tlhs", "Trhs", "Tin", "type")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _LOW = {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16"}
 
@@ -104,17 +104,26 @@ class Precision:
     def _computes_in(self, low: str) -> bool:
         """Whether a product is taken in ``low``, or work that is no product is done in it.
 
-        A table that is looked up (an embedding) is such work. Of a layer that has products its products count and not
-        its policy, and where a model has products a normalisation in ``low`` does not make up for them.
+        A table that is looked up is such work. Where a model has products, a normalisation in ``low`` does not make up
+        for them, and of a layer that has products these count and not its policy.
         """
         if self.products[low]:
             return True
         layers = [layer for layer in self._layers if _compute_dtype(layer) == low]
         if any(dtype in _FLOATS for dtype in self.products):
-            named = {part for node, _ in self._products for part in node.name.split("/")}
-            return any(layer.name not in named and _own_rank(layer) >= 2 for layer in layers)
+            return any(self._looks_up(layer) for layer in layers)
         weighted = [layer for layer in self._layers if _own_rank(layer) >= 0]
         return any(layer in layers for layer in weighted or self._layers)
+
+    def _looks_up(self, layer: keras.layers.Layer) -> bool:
+        """Whether it holds a table: Keras' embedding, or a layer of the user's own with a matrix and no product."""
+        if isinstance(layer, keras.layers.Embedding):
+            return True
+        if type(layer).__module__.startswith("keras.") or _own_rank(layer) < 2:
+            return False
+        # TensorFlow numbers the scope of a layer that is called more than once.
+        scope = re.compile(rf"{re.escape(layer.name)}(_\d+)*")
+        return not any(scope.fullmatch(part) for node, _ in self._products for part in node.name.split("/"))
 
 
 def counted(numbers: Counter[str]) -> str:
@@ -123,12 +132,9 @@ def counted(numbers: Counter[str]) -> str:
 
 
 def computes_below_float32(nodes: Iterable[Any]) -> bool:
-    """Whether one of ``nodes`` of a graph does more with float16 or bfloat16 than to hand it on or to convert it."""
-    return any(
-        _dtype(node) in _LOW.values()
-        for node in nodes
-        if node.op not in ("Cast", "Placeholder", "Identity", "IdentityN", "Const", "Reshape", "ReadVariableOp")
-    )
+    """Whether one of ``nodes`` of a graph computes in float16 or bfloat16, or rounds to it."""
+    handing_on = ("Placeholder", "Identity", "IdentityN", "Const", "Reshape", "ReadVariableOp")
+    return any(_dtype(node) in _LOW.values() for node in nodes if node.op not in handing_on)
 
 
 def _working_layers(model: keras.Model) -> list[keras.layers.Layer]:

@@ -32,7 +32,10 @@ def sgd():
 def line():
     import keras
 
-    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, dtype="float32")])
+    # The product in the mode's precision, the logits in float32.
+    return keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(2), keras.layers.Activation("linear", dtype="float32")]
+    )
 
 
 def make(name, **options):
@@ -127,7 +130,8 @@ def unseeded_model():
     return keras.Sequential(
         [
             keras.Input((4,)),
-            keras.layers.Dense(2, dtype="float32", kernel_initializer=lambda shape, dtype=None: weights.astype(dtype)),
+            keras.layers.Dense(2, kernel_initializer=lambda shape, dtype=None: weights.astype(dtype)),
+            keras.layers.Activation("linear", dtype="float32"),
         ]
     )
 
