@@ -54,8 +54,12 @@ class SameStart:
                     differing.setdefault(mode, []).append(f"{what} ({_apart(name, value, other, mode)})")
         if not differing:
             return None
-        said = "; ".join(f"not the same training as {mode}: other {', '.join(all_)}" for mode, all_ in differing.items())
-        return f"{said}. Modes may differ in their precision alone: the workload must not ask for the mode or its policy"
+        said = "; ".join(
+            f"not the same training as {mode}: other {', '.join(all_)}" for mode, all_ in differing.items()
+        )
+        return (
+            f"{said}. Modes may differ in their precision alone: the workload must not ask for the mode or its policy"
+        )
 
 
 def _equal(value: Any, other: Any) -> bool:

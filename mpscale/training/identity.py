@@ -195,15 +195,15 @@ class NotedLoss:
             return self._loss(labels, outputs)
 
         with tf.device("CPU:0"):
-            for narrow in (True, False):
-                outputs = tf.nest.map_structure(lambda spec: _probed(spec, narrow), self._outputs)
+            # First in the precision of the model's outputs, since the loss may ask for it.
+            for dtype in (None, tf.float32):
+                outputs = tf.nest.map_structure(functools.partial(_probed, dtype=dtype), self._outputs)
                 given = tf.nest.map_structure(tf.constant, labels)
                 specs = tf.nest.map_structure(_spec, (given, outputs))
                 traced = tf.function(call).get_concrete_function(*specs)
                 nodes = all_nodes(traced.graph.as_graph_def())
                 if any(_NOT_REPEATABLE.search(node.op) for node in nodes):
                     return "the loss draws numbers, changes variables or calls Python"
-                # First in the precision of the model's outputs, since the loss may ask for it.
                 if not computes_below_float32(nodes):
                     return float(np.sum(np.asarray(traced(given, outputs), np.float64)))
         return "the loss computes in less than float32"
@@ -219,8 +219,9 @@ def _shapes(specs: Any, dtypes: bool) -> str:
     return " and ".join(told)
 
 
-def _probed(spec: tf.TensorSpec, narrow: bool) -> tf.Tensor:
+def _probed(spec: tf.TensorSpec, dtype: tf.DType | None) -> tf.Tensor:
     """Outputs that are probabilities and could be logits, in multiples of 1/64, which every precision holds exactly."""
+    if not spec.dtype.is_floating:
+        return tf.zeros(spec.shape, spec.dtype)
     values = np.random.default_rng(_PROBE_SEED).integers(1, 64, spec.shape.as_list()) / 64.0
-    dtype = spec.dtype if narrow or not spec.dtype.is_floating else tf.float32
-    return tf.constant(values, dtype) if dtype.is_floating else tf.zeros(spec.shape, dtype)
+    return tf.constant(values, dtype or spec.dtype)

@@ -22,7 +22,22 @@ _PRODUCT = re.compile(
 )
 """Operations that multiply matrices, convolutions and recurrent layers of cuDNN among them, forward and backward."""
 
-_ELEMENT_TYPES = ("T", "DstT", "Ta", "Tb", "T1", "T2", "LhsT", "RhsT", "lhs_type", "rhs_type", "Tlhs", "Trhs", "Tin", "type")
+_ELEMENT_TYPES = (
+    "T",
+    "DstT",
+    "Ta",
+    "Tb",
+    "T1",
+    "T2",
+    "LhsT",
+    "RhsT",
+    "lhs_type",
+    "rhs_type",
+    "Tlhs",
+    "Trhs",
+    "Tin",
+    "type",
+)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _LOW = {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16"}
 
@@ -128,7 +143,9 @@ class Precision:
 
 def counted(numbers: Counter[str]) -> str:
     """``"float16 12, float32 2"``: the most frequent first."""
-    return ", ".join(f"{name} {number}" for name, number in sorted(numbers.items(), key=lambda item: (-item[1], item[0])))
+    return ", ".join(
+        f"{name} {number}" for name, number in sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
+    )
 
 
 def computes_below_float32(nodes: Iterable[Any]) -> bool:

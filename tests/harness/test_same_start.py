@@ -42,7 +42,7 @@ def same():
         ({"workload_digest": "sha256:y"}, "other workload digest (sha256:y, fp32 had sha256:e)"),
         (
             {"optimizer_config": json.dumps({"class": "SGD", "learning_rate": 0.2, "nesterov": True})},
-            "other optimizer (learning_rate 0.2, fp32 had 0.1, momentum none, fp32 had 0.0, nesterov True, fp32 had none)",
+            "(learning_rate 0.2, fp32 had 0.1, momentum none, fp32 had 0.0, nesterov True, fp32 had none)",
         ),
         ({"loss_inputs": "labels int64 (6, 1); outputs (6, 3)"}, "other labels or outputs (labels int64 (6, 1)"),
         ({"loss_probe": 1.2502}, "other loss (1.2502 on the same labels and outputs, fp32 had 1.25)"),

@@ -38,11 +38,12 @@ def gradients(layers, shape, policy):
 
 @pytest.mark.parametrize(
     ("layers", "shape", "products", "of_them"),
+    # One product forward and two backward each; MatMul's gradient leaves out that of the examples.
     [
         (lambda: [L.Dense(2), L.Dense(2)], (3,), 5, 2),
-        (lambda: [L.Conv1D(2, 3), L.SeparableConv1D(2, 2)], (8, 2), 8, 3),
-        (lambda: [L.Conv2D(2, 3), L.DepthwiseConv2D(2), L.Conv2DTranspose(2, 2)], (8, 8, 1), 8, 3),
-        (lambda: [L.Conv3D(2, 2)], (3, 3, 3, 1), 2, 1),
+        (lambda: [L.Conv1D(2, 3), L.SeparableConv1D(2, 2)], (8, 2), 9, 2),
+        (lambda: [L.Conv2D(2, 3), L.DepthwiseConv2D(2), L.Conv2DTranspose(2, 2)], (8, 8, 1), 9, 3),
+        (lambda: [L.Conv3D(2, 2)], (3, 3, 3, 1), 3, 1),
         (lambda: [L.EinsumDense("ab,bc->ac", output_shape=2)], (3,), 2, 1),
         (lambda: [L.SimpleRNN(2, unroll=True), L.BatchNormalization(), L.Dropout(0.5)], (2, 3), None, 3),
     ],
