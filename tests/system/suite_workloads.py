@@ -181,3 +181,14 @@ def laboured_loss(labels, outputs):
 
 
 laboured = make("laboured", data=laboured_data, loss=laboured_loss, train_steps=10)
+
+
+def scripted_model():
+    """As training scripts have it: the policy is set where the model is made."""
+    import keras
+
+    keras.config.set_dtype_policy("mixed_float16")
+    return line()
+
+
+scripted = mpscale.workload("scripted", data=blobs, optimizer=sgd, batch_size=20, train_steps=30)(scripted_model)
