@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -19,10 +18,12 @@ from mpscale.harness.case import Case, series_key
 from mpscale.harness.protocol import Channel
 from mpscale.modes import MODES, Mode
 from mpscale.telemetry.device import Device
-from mpscale.training import accelerator, order
+from mpscale.training import accelerator, identity, order
+from mpscale.training.arithmetic import Arithmetic
 from mpscale.training.evaluation import Evaluator, score_for
-from mpscale.training.objective import Objective, config_of
+from mpscale.training.objective import Objective
 from mpscale.training.parts import build_model, make_model, make_optimizer
+from mpscale.training.precision import Precision
 from mpscale.training.scalers import scaler_for
 from mpscale.training.step import UNKNOWN, TrainStep
 from mpscale.training.timing import keep_going, time_empty_call, time_steps, warm_up
@@ -64,23 +65,39 @@ def execute(
             f"the data function of {case.workload} must return an mpscale.Data of NumPy arrays, not a "
             f"{type(data).__name__}"
         )
+    arithmetic = Arithmetic(mode, device, settings.jit)
     batch = settings.batch_size or workload.batch_size
     steps = settings.train_steps or workload.train_steps
     indices = order.batches(len(data.train_x), batch, steps, case.seed)
     start = time.perf_counter()
     # The seed comes last before the model: loading data may draw numbers, and not in every process.
     keras.utils.set_random_seed(case.seed)
-    keras.config.set_dtype_policy(mode.policy)
+    arithmetic.settle()
     model = make_model(workload.model)
+    arithmetic.look("the workload's model function")
     build_model(model, data.train_x[:batch])
-    scaler = scaler_for(mode, make_optimizer(workload.optimizer), settings.static_scale, settings.dynamic_scale)
+    optimizer = make_optimizer(workload.optimizer)
+    arithmetic.look("the workload's optimizer function")
+    # Before it is wrapped, which is done in another way in every mode.
+    described = identity.optimizer_description(optimizer, steps)
+    scaler = scaler_for(mode, optimizer, settings.static_scale, settings.dynamic_scale)
     objective = Objective(workload.loss, data.train_y)
-    step = TrainStep(model, scaler, objective, data.train_x, data.train_y, indices, settings.jit)
+    loss = identity.NotedLoss(objective)
+    step = TrainStep(model, scaler, loss, data.train_x, data.train_y, indices, settings.jit)
     channel.values({"build_time_s": time.perf_counter() - start})
     channel.phase("model-built")
 
     trace_s = step.trace()
-    _describe(case, mode, workload, model, data, indices, scaler.optimizer, objective, step.added_losses, channel)
+    arithmetic.look("the train step was traced")
+    precision = Precision(model, step.graph)
+    _describe(case, mode, workload, model, data, indices, optimizer, described, step.added_losses, channel)
+    _report(channel, *precision.columns())
+    _report(channel, *loss.columns(data.train_y[indices[0]]))
+    channel.values({"process_settings": arithmetic.column()})
+    objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
+    if objections:
+        # Not trained: whatever came of it would stand under the name of another precision.
+        return "invalid", "; ".join(objections)
     start = time.perf_counter()
     step()
     step.synchronise()
@@ -99,7 +116,8 @@ def execute(
         _time(step, case, batch, energy_s, peak, channel)
     _report(channel, *peak.columns(windowed=settings.timing_s > 0))
     channel.phase("done")
-    return status
+    arithmetic.look("training and timing")
+    return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
 
 
 def _time(
@@ -139,22 +157,29 @@ def _describe(
     data: Data,
     indices: npt.NDArray[np.int64],
     optimizer: keras.optimizers.Optimizer,
-    objective: Objective,
+    described: dict[str, Any],
     added_losses: int,
     channel: Channel,
 ) -> None:
-    """Reports what is about to be trained, and the digests by which modes are held to the same start."""
+    """Reports what is about to be trained, and the digests by which modes are held to the same start.
+
+    ``optimizer`` is the workload's, without the mode's loss scaling; ``described`` says the same in plain values.
+    """
     steps, batch = indices.shape
     data_digest = data.digest()
     parameters = int(sum(np.prod(v.shape) for v in model.trainable_variables))
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    parts = [_config(model), config_of(inner)["config"], objective.config(), parameters, data_digest]
+    parts: list[Any] = [
+        identity.model_config(model),
+        identity.config_of(optimizer) or described,
+        identity.described_object(workload.loss),
+        parameters,
+        data_digest,
+    ]
     if not isinstance(workload.metric, FunctionType):
-        parts.append(config_of(workload.metric))
+        parts.append(identity.described_object(workload.metric))
     if added_losses:
         parts.append({"losses that the model adds": added_losses})
-    described = _without_precision(parts)
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
+    digest = identity.digest(identity.without_precision(parts))
     channel.values(
         {
             # The prefix keeps a digest of digits alone from being read back as a number.
@@ -162,9 +187,11 @@ def _describe(
             "data_digest": f"sha256:{data_digest}",
             "data_order_digest": f"sha256:{order.digest([indices])}",
             "initial_weights_digest": f"sha256:{order.digest(v.numpy() for v in model.variables)}",
+            "model_digest": f"sha256:{identity.digest(identity.model_description(model))}",
+            "optimizer_config": json.dumps(described),
             "series_key": series_key(mode, case.workload, digest, batch, steps, case.settings),
             "batch_size": batch,
-            "optimizer": type(inner).__name__,
+            "optimizer": type(optimizer).__name__,
             "parameters": parameters,
             "metric_name": workload.metric_name,
             "metric_higher_is_better": workload.metric_higher_is_better,
@@ -248,32 +275,3 @@ def _write_steps(path: Path, log: npt.NDArray[np.float32]) -> None:
                 ]
             )
     partial.replace(path)
-
-
-def _config(model: keras.Model) -> Any:
-    """The model's config. Of a class of the user's, what can be seen: its layers and weights and what is asked of them.
-
-    Keras' own config of such a class holds the default arguments of its constructor, whatever it was made with.
-    """
-    if type(model).__module__.partition(".")[0] == "keras":
-        return model.get_config()
-    asked = [config_of(each) for v in model.variables for each in (v.regularizer, v.constraint) if each is not None]
-    layers = [config_of(layer) for layer in model._flatten_layers(include_self=False)]
-    return [config_of(model), layers, [tuple(v.shape) for v in model.variables], asked]
-
-
-def _plain(value: Any) -> Any:
-    """What stands in a digest for a value that JSON does not know: nothing that differs from process to process."""
-    if isinstance(value, np.ndarray | np.generic) or hasattr(value, "numpy"):
-        return np.asarray(value).tolist()
-    return config_of(value)
-
-
-def _without_precision(config: Any) -> Any:
-    """``config`` without names and dtypes: the same model in another mode has to have the same digest."""
-    if isinstance(config, dict):
-        dropped = ("name", "dtype", "dtype_policy", "registered_name", "build_config")
-        return {key: _without_precision(value) for key, value in config.items() if key not in dropped}
-    if isinstance(config, list | tuple):
-        return [_without_precision(value) for value in config]
-    return config

@@ -134,7 +134,9 @@ class BenchmarkRun:
             self._gpu_lost_in = case.id
         if difference is not None:
             outcome.again = None
-            outcome.record.update({"status": "invalid", "status_reason": difference})
+            known = outcome.record["status_reason"] if outcome.record["status"] == "invalid" else None
+            reason = f"{known}; {difference}" if known else difference
+            outcome.record.update({"status": "invalid", "status_reason": reason})
         self._finish_case(journal, case, outcome)
         if outcome.runtime and not self._runtime_known:
             journal.add_environment({"runtime": outcome.runtime})

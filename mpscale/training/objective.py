@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import keras
@@ -38,7 +37,6 @@ class Objective:
 
     def __init__(self, loss: Loss | str, labels: npt.NDArray[Any]) -> None:
         self._labels = labels
-        self._named = loss
         self._loss: Loss | None = None if loss in _BY_SHAPE else _resolved(loss)
         self._form: label_forms.Form | None = None
         self.output: tuple[int | None, ...] = ()
@@ -70,10 +68,6 @@ class Objective:
         if outputs.dtype in (tf.float16, tf.bfloat16):
             outputs = tf.cast(outputs, tf.float32)
         return _scalar(_reduced(self._loss(labels, outputs), mask))
-
-    def config(self) -> Any:
-        """What tells this loss from another, without what differs from process to process: for a digest."""
-        return config_of(self._named if self._loss is None else self._loss)
 
     def threshold(self) -> float | None:
         """For a model with one output: the value at which the loss is indifferent between labels 0 and 1.
@@ -170,31 +164,6 @@ def check_outputs(outputs: Any) -> None:
             f"the model returns {outputs.dtype.name} of shape {outputs.shape}; "
             "floating-point outputs (examples, ...) are needed"
         )
-
-
-def config_of(thing: Any) -> Any:
-    """The config of a loss, a metric or an optimizer, or the name of a function, for a digest: plain values."""
-    if isinstance(thing, functools.partial):
-        return {"partial": config_of(thing.func), "args": list(thing.args), "keywords": dict(thing.keywords)}
-    if isinstance(thing, FunctionType | type):
-        return _full_name(thing)
-    if isinstance(thing, str):
-        return thing
-    try:
-        config = thing.get_config()
-    except Exception:  # it has none, or something inside it has none: then its class and what it was made with
-        config = {key: value for key, value in getattr(thing, "__dict__", {}).items() if _is_plain(value)}
-    return {"class": _full_name(type(thing)), "config": config}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, str | int | float)
-
-
-def _full_name(thing: Any) -> str:
-    return f"{thing.__module__}.{thing.__qualname__}"
 
 
 def _resolved(given: Loss | str) -> Loss:

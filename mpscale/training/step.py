@@ -78,6 +78,11 @@ class TrainStep:
         self._function.get_concrete_function()
         return time.perf_counter() - start
 
+    @property
+    def graph(self) -> Any:
+        """The graph it is traced into."""
+        return self._function.get_concrete_function().graph
+
     def __call__(self) -> None:
         """Takes one step. Returns when it is enqueued, which on a GPU is before it is done."""
         self._unread.append(self._function())

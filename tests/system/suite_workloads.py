@@ -32,7 +32,10 @@ def sgd():
 def line():
     import keras
 
-    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, dtype="float32")])
+    # The product in the mode's precision, the logits in float32.
+    return keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(2), keras.layers.Activation("linear", dtype="float32")]
+    )
 
 
 def make(name, **options):
@@ -127,7 +130,8 @@ def unseeded_model():
     return keras.Sequential(
         [
             keras.Input((4,)),
-            keras.layers.Dense(2, dtype="float32", kernel_initializer=lambda shape, dtype=None: weights.astype(dtype)),
+            keras.layers.Dense(2, kernel_initializer=lambda shape, dtype=None: weights.astype(dtype)),
+            keras.layers.Activation("linear", dtype="float32"),
         ]
     )
 
@@ -177,3 +181,14 @@ def laboured_loss(labels, outputs):
 
 
 laboured = make("laboured", data=laboured_data, loss=laboured_loss, train_steps=10)
+
+
+def scripted_model():
+    """As training scripts have it: the policy is set where the model is made."""
+    import keras
+
+    keras.config.set_dtype_policy("mixed_float16")
+    return line()
+
+
+scripted = mpscale.workload("scripted", data=blobs, optimizer=sgd, batch_size=20, train_steps=30)(scripted_model)

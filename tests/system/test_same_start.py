@@ -27,3 +27,16 @@ def test_a_model_that_ignores_the_seed_is_found_out(run_suite):
     assert second["status"] == "invalid"
     assert "initial weights" in second["status_reason"]
     assert done.run.cases.iloc[1]["unavailable"]["step_time_ms_median"] == "timing was off"
+
+
+def test_a_model_function_that_sets_the_policy_is_found_out(run_suite):
+    done = run_suite(
+        "--mp-workloads", "suite_workloads:scripted", "--mp-modes", "fp32,mixed-static", "--mp-seeds", "1",
+        "--benchmark-disable",
+    )  # fmt: skip
+    assert done.code == 1
+    cases = done.run.cases.set_index("mode")
+    assert cases["status"].to_dict() == {"fp32": "invalid", "mixed-static": "ok"}
+    assert "float16" in cases.loc["fp32", "status_reason"]
+    assert cases["product_dtypes"].to_dict() == {"fp32": "float16 2", "mixed-static": "float16 2"}
+    assert cases["policy"].to_dict() == {"fp32": "float32", "mixed-static": "mixed_float16"}
