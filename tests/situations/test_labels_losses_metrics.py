@@ -223,7 +223,7 @@ def test_what_cannot_be_meant_is_refused_before_the_training(labels, model, opti
         keras.metrics.sparse_categorical_accuracy,
         lambda y, out: float(np.mean(out.argmax(-1) == y)),
     ],
-    ids=str,
+    ids=["an object", "an object with a name", "a name", "accuracy", "a function of Keras", "a function by hand"],
 )
 def test_metric_does_not_remember_earlier_evaluations(metric):
     """A target has the metric looked at on the way; the final one is of the final weights alone."""
