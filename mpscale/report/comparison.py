@@ -17,7 +17,8 @@ from mpscale.analysis.pairing import hardware, machine_words
 from mpscale.analysis.quality import Quality
 from mpscale.analysis.quantities import QUANTITIES, SINGLE_RUN, Change
 from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import Row, first_known, plain_rows
+from mpscale.analysis.summary import overflow_unknown, plain_rows
+from mpscale.analysis.trainings import Row, by_reason, common
 from mpscale.report import cells
 from mpscale.report.comparison_data import as_csv, as_json
 from mpscale.report.tables import Cells, final_metric, markdown_table, overflow, speedup, step_time
@@ -125,6 +126,8 @@ def _letter(number: int) -> str:
 
 def _run(run: Run) -> list[str]:
     started = f"{len(run.records)}"
+    if run.not_started:
+        started += f" of {len(run.records) + len(run.not_started)}"
     if not run.finished:
         started += ", not finished"
     return [run.name, machine_words(hardware(run)), started]
@@ -190,7 +193,7 @@ def _verdicts(comparison: Comparison, against: str) -> Iterator[_Part]:
         yield _Part(
             f"{against}: overflow steps of attempted steps",
             ["workload", "mode", "before", "after"],
-            [[row.pair.workload, row.pair.mode, *map(_rate, row.overflow_rates)] for row in rated],
+            [[row.pair.workload, row.pair.mode, *_rates(row)] for row in rated],
         )
 
 
@@ -206,7 +209,9 @@ def _change_cells(change: Change, unit: str) -> list[str]:
     )
     if change.floor_runs == 0:
         floor += "?"
-    verdict = f"{change.verdict}: {change.reason}" if change.reason else change.verdict
+    # Left out is the reason itself where nothing else speaks against a verdict.
+    why = "; ".join(dict.fromkeys(filter(None, (change.reason, change.left_out))))
+    verdict = f"{change.verdict}: {why}" if why else change.verdict
     return [before, after, text, floor, visible, verdict]
 
 
@@ -231,15 +236,23 @@ def _noise(comparison: Comparison, changes: Sequence[Change]) -> list[str]:
 
 def _quality_cells(quality: Quality, row: ComparedRow) -> list[str]:
     found = quality.difference
-    name = first_known(row.pair.other, "metric_name")
+    name = common([*row.pair.baseline, *row.pair.other], "metric_name")
     difference = cells.DASH if found is None else cells.difference(found.mean, found.low, found.high, name)
     seeds = cells.DASH if found is None else cells.count(found.n)
-    more = quality.reason or (f"{quality.seeds} seeds would tell" if quality.seeds else "")
+    needed = f"{quality.seeds} seeds would tell" if quality.seeds else ""
+    more = "; ".join(filter(None, (needed, quality.why)))
     return [difference, seeds, f"{quality.verdict}: {more}" if more else quality.verdict]
 
 
-def _rate(rate: float | None) -> str:
-    return cells.DASH if rate is None else f"{rate:.2%}"
+def _rates(row: ComparedRow) -> list[str]:
+    """Of the seeds that know theirs; those that do not are named."""
+    found = []
+    for rate, cases, waiting in zip(
+        row.overflow_rates, (row.pair.baseline, row.pair.other), row.pair.not_started, strict=True
+    ):
+        unknown = by_reason(overflow_unknown(cases, waiting)) if rate is not None else ""
+        found.append((cells.DASH if rate is None else f"{rate:.2%}") + (f" (not of {unknown})" if unknown else ""))
+    return found
 
 
 def _unpaired(comparison: Comparison, against: str) -> Iterator[_Part]:
