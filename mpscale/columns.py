@@ -307,7 +307,7 @@ SUMMARY: tuple[Column, ...] = (
     _known("metric_reason", "str", "", "why, where the numbers do not show it", "they show it"),
     _known("metric_left_out", "str", "", "seeds of this mode or fp32 that are in no pair, with the reason", "all are in one"),
     _known("metric_seeds_needed", "int", "", "seeds that would tell, if mean and spread stayed as they are", "they told, or one seed gives no spread"),
-    _known("target_reached", "int", "", "seeds that reached the workload's target", "it has none"),
+    _known("target_reached", "int", "", "seeds that reached the workload's target and ended well", "it has none"),
     _known("steps_to_target", "float", "steps", "median over the seeds that reached it", "none did"),
     _known("loss_scale_final", "float", "", "median over seeds", "the mode has no loss scale"),
     _known("dispatch_share", "float", "share", "median over processes", "nothing was timed"),

@@ -293,7 +293,7 @@ def _points(measure: Measure, found: _Found) -> list[Point]:
     for run, cases, baseline, not_started in found.runs:
         sample = sample_of(measure, cases, baseline)
         if not sample:
-            points.append(Point(run, None, None, None, 0, reason=why_unknown(measure, cases)))
+            points.append(Point(run, None, None, None, 0, reason=why_unknown(measure, cases, baseline)))
             continue
         value = estimate(measure, sample, cases)
         change: tuple[float | None, float | None, float | None] = (None, None, None)

@@ -119,12 +119,17 @@ def lost_or_without(cases: Sequence[Row], column: str) -> tuple[str, str]:
     return by_reason(trainings(cases).lost), by_reason(without_figure(cases, column))
 
 
-def why_unknown(measure: Measure, cases: Sequence[Row]) -> str:
+def why_unknown(measure: Measure, cases: Sequence[Row], baseline: Sequence[Row]) -> str:
     for case in cases:
         reasons = case["unavailable"]
         if case["status"] in MEASURED and isinstance(reasons, dict) and reasons.get(measure.column):
             return str(reasons[measure.column])
-    return failure(cases) or (f"no {BASELINE} beside it" if measure.name == "speedup" else "no case has it")
+    if why := failure(cases):
+        return why
+    if measure.name == "speedup":
+        why = failure(baseline)
+        return f"{BASELINE}: {why}" if why else f"no {BASELINE} beside it"
+    return "no case has it"
 
 
 def failure(cases: Sequence[Row], leave_out: Sequence[str] = ()) -> str | None:

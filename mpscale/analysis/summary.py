@@ -255,5 +255,6 @@ def _target(group: Sequence[Row]) -> Row:
     trained = [case for case in group if case["repeat"] == 0]
     if not _known(trained, "metric_target"):
         return {}
-    reached = _known(trained, "steps_to_target")
+    # One that was lost in the end has passed its target, and not reached it.
+    reached = _known(of_good_trainings(trained), "steps_to_target")
     return {"target_reached": len(reached), "steps_to_target": _over(statistics.median, reached)}

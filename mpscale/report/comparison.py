@@ -151,23 +151,37 @@ def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]
         if rows:
             yield _Part(title, ["workload", "mode", *(names[id(run)] for run in runs)], rows, [note])
 
+    def of(row: Row, text: str, processes: str) -> str:
+        """``text``, and of how many processes it is where not all are in it: no status stands beside it here."""
+        return text if text == cells.DASH else text + cells.of_processes(row[processes], row)
+
     for baseline in ("fp32", "tf32"):
 
         def ratio(row: Row, baseline: str = baseline) -> str:
-            return cells.DASH if row["mode"] == baseline else speedup(row, baseline)
+            return cells.DASH if row["mode"] == baseline else of(row, speedup(row, baseline), "processes")
 
         yield from table(f"Speed-up over {baseline}, within each run", ratio, "Above 1.00 is faster; 95 % interval.")
     yield from table(
         "GPU memory over fp32, within each run",
-        lambda row: cells.DASH if row["mode"] == "fp32" else cells.number(row["gpu_memory_ratio"]),
+        lambda row: (
+            cells.DASH
+            if row["mode"] == "fp32"
+            else of(row, cells.number(row["gpu_memory_ratio"]), "gpu_memory_processes")
+        ),
         "Peak of the process by NVML; below 1 is less.",
     )
     yield from table("Final metric", final_metric, "Mean over seeds, with smallest and largest.")
     yield from table("Overflow steps of attempted steps", overflow, "A dash: the mode checks no gradient.")
     yield from table(
-        "Step time", step_time, "Of different machines: how fast each is, not what mixed precision does on it."
+        "Step time",
+        lambda row: of(row, step_time(row), "processes"),
+        "Of different machines: how fast each is, not what mixed precision does on it.",
     )
-    yield from table("Peak GPU memory (MiB)", lambda row: cells.number(row["gpu_memory_mib"], 4), "By NVML.")
+    yield from table(
+        "Peak GPU memory (MiB)",
+        lambda row: of(row, cells.number(row["gpu_memory_mib"], 4), "gpu_memory_processes"),
+        "By NVML.",
+    )
 
 
 def _verdicts(comparison: Comparison, against: str) -> Iterator[_Part]:

@@ -155,7 +155,7 @@ def test_a_row_that_failed_in_the_baseline_is_not_passed_over(tmp_path, gate):
 @pytest.mark.parametrize(
     ("more", "there", "verdict", "said"),
     [
-        pytest.param({"metric_higher_is_better": None}, {}, "inconclusive", "direction is not known", id="one lacks it"),
+        pytest.param({"metric_higher_is_better": None}, {}, "inconclusive", "direction is not known", id="no way"),
         pytest.param({"metric_margin": 0.5}, {}, "inconclusive", "the metric's margin: 0.01, 0.5", id="a wider margin"),
         pytest.param({"metric_name": "loss"}, {}, "inconclusive", "name: accuracy, loss", id="another metric"),
         pytest.param({"metric_higher_is_better": False}, {}, "inconclusive", "direction: True, False", id="turned"),
@@ -209,6 +209,19 @@ def test_figures_of_some_processes_say_of_how_many(tmp_path):
     assert "900.0 MiB (2 of 3 processes)" in text
     assert "0/200 (2 of 3 seeds)" in text
     assert "| 4.00 (2 of 3 processes)" in text
+
+
+def test_runs_of_two_machines_side_by_side_say_of_how_many_processes_a_figure_is(tmp_path, capsys):
+    known = {"gpu_memory_nvml_peak_mib": 900.0}
+    paths = []
+    for name, device in (("a", "One GPU"), ("b", "Another GPU")):
+        facts = {"device": "gpu", "device_name": device, **known}
+        cases = [*trainings("fp32", GOOD, **facts), *trainings("mixed-dynamic", (0.9, NAN, "error", 0.9, 0.9), **facts)]
+        paths.append(str(write_run(tmp_path, finished(cases), name=name, device={**GPU, "name": device})))
+    assert main(["compare", *paths]) == 0
+    text = capsys.readouterr().out
+    for title in ("Speed-up over fp32", "GPU memory over fp32", "Step time", "Peak GPU memory"):
+        assert "(3 of 5 processes)" in text.split(title)[1].split("\n\n")[1], title
 
 
 @pytest.mark.parametrize(
@@ -299,7 +312,7 @@ def test_the_sentences_of_a_run_that_was_stopped(tmp_path):
 
 def test_seeds_that_reached_a_target_are_of_all_that_were_to(tmp_path):
     cases = trainings("fp32", (0.9, 0.9, "oom", NAN), metric_target=0.8)
-    for one in cases[:2]:
+    for one in (*cases[:2], cases[3]):  # the last one passed it on its way to NaN
         one.update({"steps_to_target": 10})
     assert "| 2 of 4" in render(document(run_of(tmp_path, *cases)))
 
