@@ -150,6 +150,7 @@ def _times(mode: str, good: dict[str, list[Row]], headline: str) -> Row:
         else:
             speedup = paired_ratio(baseline, own) if baseline.keys() & own.keys() else None
         row |= _columns(f"speedup_{name}", speedup)
+        row[f"speedup_{name}_pairs"] = speedup.n if speedup else 0
     row["dispatch_share"] = _over(statistics.median, _known(good[mode], "dispatch_share"))
     row["dispatch_bound"] = _over(mostly, _known(good[mode], "dispatch_bound"))
     return row

@@ -158,7 +158,9 @@ def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]
     for baseline in ("fp32", "tf32"):
 
         def ratio(row: Row, baseline: str = baseline) -> str:
-            return cells.DASH if row["mode"] == baseline else of(row, speedup(row, baseline), "processes")
+            return (
+                cells.DASH if row["mode"] == baseline else of(row, speedup(row, baseline), f"speedup_{baseline}_pairs")
+            )
 
         yield from table(f"Speed-up over {baseline}, within each run", ratio, "Above 1.00 is faster; 95 % interval.")
     yield from table(

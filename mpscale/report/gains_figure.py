@@ -114,7 +114,7 @@ def _speed(row: Row) -> _Known | None:
     name = f"speedup_{row['headline_baseline']}"
     if row["mode"] == row["headline_baseline"] or row.get(name) is None:
         return None
-    return _Known(row[name], row[f"{name}_low"], row[f"{name}_high"], _is_of_all(row, "processes"))
+    return _Known(row[name], row[f"{name}_low"], row[f"{name}_high"], _is_of_all(row, f"{name}_pairs"))
 
 
 def _cost(title: str, what: str, rows: Sequence[Row], column: str) -> _Panel:

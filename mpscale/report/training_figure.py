@@ -61,7 +61,7 @@ def training(run: Run) -> Picture | None:
     failed = sum(record["repeat"] == 0 and record["status"] in FAILED for record in run.records)
     failed += sum(repeat == 0 for _, _, (_, repeat) in run.places_not_started)
     if failed:
-        caption += f" Not in it: {failed} training{'' if failed == 1 else 's'} that failed or were not started."
+        caption += f" Failed or not started, and so not in it: {failed} training{'' if failed == 1 else 's'}."
     if scaled:
         caption += " Loss scale: a line a seed."
     if overflowed:

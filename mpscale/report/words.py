@@ -139,7 +139,8 @@ def _speed(row: Row, rows: list[Row]) -> str | None:
         beside = any((other["workload"], other["mode"]) == (row["workload"], baseline) for other in rows)
         why = f"with no {baseline}{' that ended well' if beside else ''} beside it to compare with"
         return f"{cells.number(row['step_time_ms'])} ms a step, {why}"
-    text = f"{ratio:.2f} times the speed of {baseline}"
+    of_some = cells.of_processes(row[f"speedup_{baseline}_pairs"], row)
+    text = f"{ratio:.2f} times the speed of {baseline}{of_some}"
     if low is None or high is None:
         return f"{text} (one pair of processes, so no interval)"
     verdict = ", so no difference is shown" if low <= 1.0 <= high else ""

@@ -142,8 +142,9 @@ def test_unknown_is_empty_and_never_0():
 
 
 def test_a_workload_with_a_target_says_how_many_seeds_reached_it():
-    reached = [record(seed=seed, metric_target=0.9, steps_to_target=s) for seed, s in enumerate([300, 500, None])]
-    found = rows_of(*reached, record("mixed-unscaled", metric_target=0.9), record("fp32", workload="other"))
+    with_target = {"metric_target": 0.9, "metric_value": 0.9}
+    reached = [record(seed=seed, steps_to_target=s, **with_target) for seed, s in enumerate([300, 500, None])]
+    found = rows_of(*reached, record("mixed-unscaled", **with_target), record("fp32", workload="other"))
     assert (found["toy", "fp32"]["target_reached"], found["toy", "fp32"]["steps_to_target"]) == (2, 400.0)
     assert (found["toy", "mixed-unscaled"]["target_reached"], found["toy", "mixed-unscaled"]["steps_to_target"]) == (
         0,

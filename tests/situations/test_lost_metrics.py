@@ -310,6 +310,12 @@ def test_the_sentences_of_a_run_that_was_stopped(tmp_path):
     assert "| ok 3, not started 2 |" in render(document(run))
 
 
+def test_a_speed_over_what_is_left_of_the_baseline_says_so(tmp_path):
+    run = run_of(tmp_path, *trainings("fp32", (*GOOD[:4], "timeout")), *trainings("mixed-dynamic", GOOD))
+    assert row_of(run.records)["speedup_fp32_pairs"] == 4
+    assert "1.00 times the speed of fp32 (4 of 5 processes) (95 % interval" in words.findings(run)
+
+
 def test_seeds_that_reached_a_target_are_of_all_that_were_to(tmp_path):
     cases = trainings("fp32", (0.9, 0.9, "oom", NAN), metric_target=0.8)
     for one in (*cases[:2], cases[3]):  # the last one passed it on its way to NaN
@@ -335,7 +341,7 @@ def test_pictures_tell_what_is_not_in_them(tmp_path):
     assert "Hollow: some seeds or processes are not in it" in picture.caption
     drawn = training(run)
     assert "A triangle is the last finite loss of a seed (1 of them)" in drawn.caption
-    assert "Not in it: 1 training that failed or were not started." in drawn.caption
+    assert "Failed or not started, and so not in it: 1 training." in drawn.caption
     assert 'id="lost-1"' in drawn.svg
 
 
