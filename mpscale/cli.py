@@ -292,7 +292,7 @@ def _show_comparison(
         ValueError: the gates cannot judge them.
     """
     from mpscale.analysis.compare import compare_all
-    from mpscale.analysis.gates import WELL, exit_code, judge_gates
+    from mpscale.analysis.gates import COULD_NOT_TELL, FIRED, WELL, exit_code, judge_gates
     from mpscale.analysis.runs import read_run
     from mpscale.report.comparison import render
 
@@ -310,6 +310,9 @@ def _show_comparison(
     for finding in findings:
         if finding.outcome != "passed" and (options.output is not None or options.format in ("csv", "json")):
             print(f"mpscale: {finding.outcome}: {finding}", file=sys.stderr)
+    if gates and not alike:
+        print("mpscale: runs of different devices: no gate of [tool.mpscale] was judged", file=sys.stderr)
+        return FIRED if strict else COULD_NOT_TELL
     return exit_code(findings, strict) if findings else WELL
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mpscale import project_settings
-from mpscale.records import Record
 
 if TYPE_CHECKING:
     from mpscale.analysis.compare import Comparison
@@ -57,6 +55,7 @@ class BaselineCheck:
             raise pytest.UsageError(str(error)) from error
         self._baseline: Run | None = None
         self.note: str | None = None
+        self._unjudged = False
         self.findings: list[Finding] = []
         self.comparison: Comparison | None = None
 
@@ -121,25 +120,27 @@ class BaselineCheck:
         from mpscale.analysis.gates import judge_gates
         from mpscale.analysis.runs import RunError, read_run
 
-        def look(run: Run) -> tuple[Comparison, list[Finding]]:
+        def look(run: Run, anew: Mapping[tuple[str, str], int]) -> tuple[Comparison, list[Finding]]:
             assert self._baseline is not None
-            comparison = compare(self._baseline, run, threshold=self._threshold, floors=floors)
+            comparison = compare(self._baseline, run, threshold=self._threshold, floors=floors, anew=anew)
             return comparison, judge_gates(comparison, self._gates) if comparison.same_device else []
 
         try:
             run = read_run(path)
             floors = floors_for(self._baseline, run, path.parent.parent)
-            self.comparison, self.findings = look(run)
+            self.comparison, self.findings = look(run, {})
             again = {f.row for f in self.findings if f.outcome == "fired" and f.gate.name in _NOISY and f.row}
             if again:
                 first_repeats = {row: _next_repeat(run, row) for row in again}
                 run_more(_further_cases(run, first_repeats, settings))
-                self.comparison, self.findings = look(_only_anew(read_run(path), first_repeats))
+                self.comparison, self.findings = look(read_run(path), first_repeats)
             if not self.comparison.same_device:
                 self.note = f"baseline {self._baseline.name} is of another machine: no gate was judged"
         except RunError as error:
             self.note = str(error)
             self.findings = []
+            # Of this very machine, so it should have been comparable: nothing was judged, whoever named the baseline.
+            self._unjudged = True
 
     def write(self, path: Path) -> None:
         """Writes the comparison into the run's folder."""
@@ -154,7 +155,7 @@ class BaselineCheck:
         """Whether the run has to fail."""
         if self.note is not None:
             # No gate was judged. Who named the baseline for this very run counts on them.
-            return self._named and bool(self._gates)
+            return (self._named or self._unjudged) and bool(self._gates)
         if not self.findings:
             return False
         from mpscale.analysis.gates import FIRED, exit_code
@@ -167,11 +168,18 @@ class BaselineCheck:
             return []
         found = [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome != "passed"]
         passed = sum(finding.outcome == "passed" for finding in self.findings)
+        untold = sum(finding.outcome == "cannot-tell" for finding in self.findings)
         if self.findings:
-            found.append(f"{passed} of {len(self.findings)} gated figures passed")
+            found.append(f"{passed} of {len(self.findings)} gated figures passed" + _untold(untold, self._strict))
         if self.comparison is not None:
             found.insert(0, f"against {self.comparison.baseline.name}:")
         return [*([self.note] if self.note else []), *found]
+
+
+def _untold(number: int, strict: bool) -> str:
+    if not number:
+        return ""
+    return f"; {number} could not be told, which {'fails the run' if strict else 'fails a run with --mp-strict only'}"
 
 
 def _next_repeat(run: Run, row: tuple[str, str]) -> int:
@@ -179,32 +187,20 @@ def _next_repeat(run: Run, row: tuple[str, str]) -> int:
 
 
 def _further_cases(run: Run, first_repeats: Mapping[tuple[str, str], int], settings: Settings) -> list[Case]:
-    """Twice as many timing-only processes as each row had, the rows in turns so that a drift hits all of them."""
+    """Twice as many timing-only processes as each row had, the rows in turns so that a drift hits all of them.
+
+    Of a seed that was not lost: times of one that was do not count.
+    """
+    from mpscale.analysis.summary import plain_rows
+    from mpscale.analysis.trainings import of_good_trainings
     from mpscale.harness.case import Case
 
+    rows = plain_rows(run.cases)
     cases: list[tuple[int, Case]] = []
     for (workload, mode), first in first_repeats.items():
-        timed = [
-            r
-            for r in run.records
-            if (r["workload"], r["mode"]) == (workload, mode) and r["step_time_ms_median"] is not None
-        ]
+        good = of_good_trainings(row for row in rows if (row["workload"], row["mode"]) == (workload, mode))
+        timed = [row for row in good if row["step_time_ms_median"] is not None]
+        seed = min((row["seed"] for row in timed), default=0)
         for turn in range(max(2 * len(timed), 2)):
-            cases.append((turn, Case(workload, mode, 0, first + turn, 0, settings)))
+            cases.append((turn, Case(workload, mode, seed, first + turn, 0, settings)))
     return [case for _, case in sorted(cases, key=lambda entry: entry[0])]
-
-
-def _only_anew(run: Run, first_repeats: Mapping[tuple[str, str], int]) -> Run:
-    """``run`` without the first times of the rows that were measured anew.
-
-    They were picked for being long; together with the new ones they would still be too long by chance.
-    """
-    records = []
-    for record in run.records:
-        first = first_repeats.get((record["workload"], record["mode"]))
-        if first is not None and record["repeat"] < first:
-            record = Record.from_json(record.to_json())
-            record.update({"step_time_ms_median": None, "gpu_energy_j_per_step": None})
-            record.miss(("step_time_ms_median", "gpu_energy_j_per_step"), "measured anew")
-        records.append(record)
-    return dataclasses.replace(run, records=records)

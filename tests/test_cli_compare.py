@@ -227,6 +227,24 @@ def test_gates_are_refused_between_devices_unless_forced(compare):
     assert code == 0, text
 
 
+@pytest.mark.parametrize(("strict", "code"), [("false", 3), ("true", 1)])
+def test_gates_of_the_project_that_cannot_judge_two_devices_say_so(compare, tmp_path, strict, code):
+    (tmp_path / "pyproject.toml").write_text(f'[tool.mpscale]\nfail-on = ["step_time>5%"]\nstrict = {strict}\n')
+    found, text = compare(rows(), rows(**ON_GPU), device=GPU)
+    assert found == code
+    assert "runs of different devices: no gate of [tool.mpscale] was judged" in text
+
+
+def test_a_table_of_two_devices_is_refused(compare, tmp_path):
+    from mpscale.records import to_csv
+
+    path = tmp_path / "two.csv"
+    path.write_text(to_csv([*rows(), *rows("mixed-dynamic", device_name="Another CPU")]))
+    code, text = compare.command(path, path)
+    assert code == 2
+    assert "holds cases of Test CPU and of Another CPU; compare runs of one device each" in text
+
+
 @pytest.mark.parametrize(
     ("facts", "named"),
     [

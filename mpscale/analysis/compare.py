@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from mpscale.analysis.noise_floor import (
     NO_FLOORS,
@@ -15,10 +16,14 @@ from mpscale.analysis.noise_floor import (
     runs_of_the_same_code,
 )
 from mpscale.analysis.pairing import Pair, environment_differences, hardware, pair_rows, same_hardware
-from mpscale.analysis.quality import Quality
-from mpscale.analysis.quantities import QUANTITIES, Change, measure_change, with_verdicts
+from mpscale.analysis.quality import Quality, judge_metric
+from mpscale.analysis.quantities import QUANTITIES, Change, Quantity, measure_change, with_verdicts
 from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import judge_metric, overflow_rate
+from mpscale.analysis.summary import overflow_rate
+from mpscale.analysis.trainings import Row, of_good_trainings
+from mpscale.columns import FAILED
+
+NO_PLACES: Mapping[tuple[str, str], int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,13 @@ class Comparison:
 
 
 def compare(
-    baseline: Run, other: Run, *, force: bool = False, threshold: float | None = None, floors: Floors = NO_FLOORS
+    baseline: Run,
+    other: Run,
+    *,
+    force: bool = False,
+    threshold: float | None = None,
+    floors: Floors = NO_FLOORS,
+    anew: Mapping[tuple[str, str], int] = NO_PLACES,
 ) -> Comparison:
     """Compares ``other`` with ``baseline``.
 
@@ -84,6 +95,7 @@ def compare(
             devices as if they were one.
         threshold: change of step time from which on it matters, as a share; 0.05 where none is given.
         floors: how much runs of the baseline's code differ; what is not in it is assumed.
+        anew: rows of ``other`` that were measured anew, with the first repeat that counts for what drifts.
 
     Raises:
         NotComparable: the runs were measured in different ways; not with ``force``.
@@ -94,14 +106,25 @@ def compare(
     paired = [pair for pair in pairs if pair.state == "paired"]
     changes: dict[str, dict[int, Change]] = {name: {} for name in QUANTITIES}
     for name, quantity in QUANTITIES.items():
-        sides = [{(pair.workload, pair.mode): getattr(pair, side) for pair in paired} for side in ("baseline", "other")]
+        others = {pair.place: _since(pair.other, anew.get(pair.place, 0), quantity) for pair in pairs}
+        sides = [
+            {pair.place: pair.baseline for pair in paired},
+            {pair.place: others[pair.place] for pair in paired},
+        ]
         assumed = assumed_floor(sides, quantity)
         pairs_of = pair_noise(sides, quantity) if in_turns else {}
         found = {}
         for place, pair in enumerate(pairs):
-            floor = floors.get(name, (pair.workload, pair.mode)) or assumed
-            pair_of = pairs_of.get((pair.workload, pair.mode))
-            change = measure_change(pair.baseline, pair.other, quantity, len(paired), floor, pair_of)
+            floor = floors.get(name, pair.place) or assumed
+            change = measure_change(
+                pair.baseline,
+                others[pair.place],
+                quantity,
+                len(paired),
+                floor,
+                pairs_of.get(pair.place),
+                pair.not_started,
+            )
             if pair.state == "paired" and change is not None:
                 found[place] = change
         if same or force:
@@ -116,7 +139,7 @@ def compare(
         ComparedRow(
             pair,
             {name: of_rows[place] for name, of_rows in changes.items() if place in of_rows},
-            judge_metric(pair.baseline, pair.other) if pair.state == "paired" else None,
+            judge_metric(pair.baseline, pair.other, pair.seeds) if pair.state == "paired" else None,
             (overflow_rate(pair.baseline), overflow_rate(pair.other)),
         )
         for place, pair in enumerate(pairs)
@@ -131,6 +154,17 @@ def compare(
         floors,
         rows,
     )
+
+
+def _since(cases: Sequence[Row], first: int, quantity: Quantity) -> Sequence[Row]:
+    """The cases whose figures count where a row was measured anew.
+
+    The first times were picked for being long; together with the new ones they would still be too long by chance.
+    """
+    if not first or not quantity.drifts:
+        return cases
+    good = of_good_trainings(cases)
+    return [case for case in cases if case["repeat"] >= first and (case in good or case["status"] in FAILED)]
 
 
 def ran_in_turns(baseline: Run, other: Run) -> bool:

@@ -11,6 +11,9 @@ from typing import Literal
 from mpscale.analysis.compare import ComparedRow, Comparison
 from mpscale.analysis.quantities import ERROR_RATE, QUANTITIES, Change, Quantity
 from mpscale.analysis.stats import holm
+from mpscale.analysis.summary import overflow_unknown
+from mpscale.analysis.trainings import by_reason, seeds_text
+from mpscale.columns import FAILED
 
 Outcome = Literal["passed", "fired", "cannot-tell"]
 
@@ -90,7 +93,8 @@ def parse_share(text: str) -> float:
 
 
 def judge_gates(comparison: Comparison, gates: Sequence[Gate]) -> list[Finding]:
-    """What each gate finds of each row that the baseline measured.
+    """What each gate finds of each row that the baseline has. Rows that are new are passed over, but for ``metric``,
+    which could not tell where one of their trainings was lost.
 
     A gate on a quantity fires where the change is at least its threshold and told from none at 1 %, one-sided, over all
     its rows together (Holm). It could not be told where that is not so, but the 95 % interval reaches the threshold.
@@ -133,20 +137,29 @@ def _parse(text: str) -> Gate:
 
 
 def _judge(comparison: Comparison, gate: Gate) -> list[Finding]:
-    rows = [row for row in comparison.rows if row.pair.state != "new"]
+    rows = [row for row in comparison.rows if _is_judged(row)]
     if gate.name in QUANTITIES:
         return _quantity(rows, gate, QUANTITIES[gate.name])
     if gate.name == "metric":
-        return [_metric(row, gate) for row in rows if _has_metric(row)] or [_nothing(gate, "has a metric")]
+        lost = [row for row in comparison.rows if row.pair.state == "new" and row.pair.seeds[1].lost]
+        trained = [row for row in rows if any(side.seeds for side in row.pair.seeds)]
+        judged = [row for row in comparison.rows if row in trained or row in lost]
+        return [_metric(row, gate) for row in judged] or [_nothing(gate, "has a metric")]
     if gate.name == _RATE:
-        return [
-            _overflow_rate(row, gate, gate.threshold or 0.0) for row in rows if row.overflow_rates[0] is not None
-        ] or [_nothing(gate, "checks a gradient")]
+        rated = [row for row in rows if row.overflow_rates != (None, None)]
+        return [_overflow_rate(row, gate, gate.threshold or 0.0) for row in rated] or [
+            _nothing(gate, "checks a gradient")
+        ]
     return [_missing(row, gate) for row in rows] or [_nothing(gate, "was measured")]
 
 
+def _is_judged(row: ComparedRow) -> bool:
+    """Whether the baseline has the row: measured, or meant to be measured and failed."""
+    return row.pair.state != "new" or any(case["status"] in FAILED for case in row.pair.baseline)
+
+
 def _quantity(rows: Sequence[ComparedRow], gate: Gate, quantity: Quantity) -> list[Finding]:
-    rows = [row for row in rows if any(case[quantity.column] is not None for case in row.pair.baseline)]
+    rows = [row for row in rows if _should_have(row, quantity)]
     if not rows:
         return [_nothing(gate, f"has {quantity.column}")]
     changes = [row.changes.get(quantity.name) for row in rows]
@@ -156,6 +169,12 @@ def _quantity(rows: Sequence[ComparedRow], gate: Gate, quantity: Quantity) -> li
         _change(row, gate, quantity, change, adjusted.get(place))
         for place, (row, change) in enumerate(zip(rows, changes, strict=True))
     ]
+
+
+def _should_have(row: ComparedRow, quantity: Quantity) -> bool:
+    """Whether one of the runs has the quantity in this row, or would have it, had the row not failed."""
+    cases = [*row.pair.baseline, *row.pair.other]
+    return any(case[quantity.column] is not None or case["status"] in FAILED for case in cases)
 
 
 def _change(row: ComparedRow, gate: Gate, quantity: Quantity, change: Change | None, p_value: float | None) -> Finding:
@@ -176,19 +195,19 @@ def _change(row: ComparedRow, gate: Gate, quantity: Quantity, change: Change | N
     if change.high >= threshold:
         seen = f"; a change of {change.detectable:.1%} would have been seen" if change.detectable else ""
         return _finding(row, gate, "cannot-tell", numbers + seen)
+    if change.left_out:
+        # A process that timed out or ran out of memory is no process that did well.
+        return _finding(row, gate, "cannot-tell", f"{numbers}; {change.left_out}")
     return _finding(row, gate, "passed", numbers)
-
-
-def _has_metric(row: ComparedRow) -> bool:
-    return any(case["metric_value"] is not None for case in row.pair.baseline)
 
 
 def _metric(row: ComparedRow, gate: Gate) -> Finding:
     quality = row.quality
     if row.pair.state != "paired" or quality is None:
-        return _finding(row, gate, "cannot-tell", _why_not(row))
+        lost = row.pair.seeds[1].lost
+        return _finding(row, gate, "cannot-tell", _why_not(row) + (f"; {by_reason(lost)}" if lost else ""))
     found = quality.difference
-    text = quality.reason or ""
+    text = quality.why
     if found is not None:
         ends = "" if found.low is None else f" (90 % interval {found.low:+.4g} to {found.high:+.4g})"
         text = f"{found.mean:+.4g}{ends} over {found.n} seed{'' if found.n == 1 else 's'}{text and f': {text}'}"
@@ -202,17 +221,31 @@ def _overflow_rate(row: ComparedRow, gate: Gate, threshold: float) -> Finding:
     before, after = row.overflow_rates
     if row.pair.state != "paired" or after is None:
         return _finding(row, gate, "cannot-tell", _why_not(row))
-    outcome: Outcome = "fired" if after > threshold else "passed"
-    return _finding(row, gate, outcome, f"{after:.4g} of the steps overflowed, {before:.4g} in the baseline")
+    there = "not known" if before is None else f"{before:.4g}"
+    text = f"{after:.4g} of the steps overflowed, {there} in the baseline"
+    unknown = overflow_unknown(row.pair.other, row.pair.not_started[1])
+    if unknown:
+        text += f"; not known of {by_reason(unknown)}"
+    if after > threshold:
+        return _finding(row, gate, "fired", text)
+    return _finding(row, gate, "cannot-tell" if unknown else "passed", text)
 
 
 def _missing(row: ComparedRow, gate: Gate) -> Finding:
+    if row.pair.state == "new":
+        return _finding(row, gate, "passed", _why_not(row))
     if row.pair.state != "paired":
         return _finding(row, gate, "fired", _why_not(row))
     failed = row.pair.newly_failed
     if failed:
         return _finding(row, gate, "fired", f"failed, and did not in the baseline: {', '.join(failed)}")
-    return _finding(row, gate, "passed", row.pair.reason or f"{len(row.pair.other)} cases")
+    text = row.pair.reason or f"{len(row.pair.other)} cases"
+    before, after = row.pair.seeds
+    fewer = sorted(before.seeds - after.seeds)
+    if fewer:
+        why = "were not planned" if after.plan_known else "have no row, and it is not known whether they were planned"
+        text += f"; the baseline's {seeds_text(fewer)} {why}"
+    return _finding(row, gate, "cannot-tell" if fewer and not after.plan_known else "passed", text)
 
 
 def _finding(row: ComparedRow, gate: Gate, outcome: Outcome, text: str) -> Finding:

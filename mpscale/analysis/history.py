@@ -10,12 +10,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mpscale.analysis.measures import BASELINE, MEASURES, Measure, estimate, failure, sample_of, why_unknown
+from mpscale.analysis.measures import (
+    BASELINE,
+    MEASURES,
+    Measure,
+    estimate,
+    failure,
+    left_out,
+    sample_of,
+    why_unknown,
+)
 from mpscale.analysis.pairing import hardware
 from mpscale.analysis.runs import Run, RunError, read_run
 from mpscale.analysis.series_labels import tell_apart
 from mpscale.analysis.stats import log_change
-from mpscale.analysis.summary import Row, plain_rows
+from mpscale.analysis.summary import plain_rows
+from mpscale.analysis.trainings import Key, Row
 from mpscale.modes import MODES
 
 _TIME_IN_NAME = re.compile(r"\d{8}T\d{6}Z")
@@ -57,7 +67,7 @@ class Point:
             metric and overflow rate, of which a ratio says little.
         change_low: lower end of its 95 % interval by Welch, None where one process gives no spread.
         change_high: upper end, likewise.
-        reason: why there is no value.
+        reason: why there is no value; or which seeds or processes are not in it, and why.
     """
 
     run: RunFacts
@@ -69,6 +79,11 @@ class Point:
     change_low: float | None = None
     change_high: float | None = None
     reason: str | None = None
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether there is a value, and not of all that should be in it."""
+        return self.value is not None and self.reason is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +193,10 @@ def make_history(
     ordered = sorted(((_facts(run), run) for run in by_name.values()), key=lambda pair: _age(pair[0]))
     machines = _machines([run for _, run in ordered])
     tables = [(facts, machines[run.name], plain_rows(run.cases)) for facts, run in ordered]
+    waiting = {run.name: run.places_not_started for _, run in ordered}
     there = {column: _there(tables, column, wanted) for column, wanted in (("workload", workloads), ("mode", modes))}
     measure = MEASURES[quantity]
-    left_out: list[tuple[str, str]] = []
+    not_shown: list[tuple[str, str]] = []
     found: dict[tuple[str, str, str, str], _Found] = {}
     for facts, machine, rows in tables:
         for (workload, mode), cases in _grouped(rows).items():
@@ -191,37 +207,43 @@ def make_history(
             by_key = _by_key(cases)
             # A mode that a device does not have is no news; one that broke before its model was built is.
             if not by_key and (why := failure(cases, leave_out=("unsupported",))):
-                left_out.append((f"{facts.name} {workload} {mode}", f"{why}; so it is not known of which series it is"))
+                not_shown.append(
+                    (f"{facts.name} {workload} {mode}", f"{why}; so it is not known of which series it is")
+                )
             baseline = [case for case in rows if (case["workload"], case["mode"]) == (workload, BASELINE)]
             for key, members in by_key.items():
                 place = (workload, mode, key, json.dumps(machine, sort_keys=True, default=str))
-                found.setdefault(place, _Found(machine, [])).runs.append((facts, members, baseline))
+                # Of which series a process is that was never started is known where there is one alone.
+                keys = [key for *where, key in waiting[facts.name] if where == [workload, mode] and len(by_key) == 1]
+                found.setdefault(place, _Found(machine, [])).runs.append((facts, members, baseline, keys))
     series = []
     for place in sorted(found, key=lambda place: (there["workload"].index(place[0]), there["mode"].index(place[1]))):
         one = Series(*place[:3], found[place].machine, "", found[place].metric_name, _points(measure, found[place]))
         if all(point.value is None for point in one.points):
-            left_out.append(
+            not_shown.append(
                 (f"{one.workload} {one.mode}", f"no run knows the {measure.title}: {one.points[-1].reason}")
             )
         else:
             series.append(one)
     if not series:
         there_is_none = f"no mode but {BASELINE} was measured" if quantity == "speedup" else "no case was measured"
-        why = left_out[-1][1] if left_out else f"no run knows the {measure.title}: {there_is_none}"
+        why = not_shown[-1][1] if not_shown else f"no run knows the {measure.title}: {there_is_none}"
         raise RunError(f"{why}; choose another quantity with --quantity")
-    return History(measure, _labelled(series), [*skipped, *left_out])
+    return History(measure, _labelled(series), [*skipped, *not_shown])
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """One series: its machine, and of each run the facts, its cases and those of its baseline."""
+    """One series: its machine, and of each run the facts, cases, those of the baseline, and what was not started."""
 
     machine: dict[str, Any]
-    runs: list[tuple[RunFacts, list[Row], list[Row]]]
+    runs: list[tuple[RunFacts, list[Row], list[Row], list[Key]]]
 
     @property
     def metric_name(self) -> str | None:
-        return next((case["metric_name"] for _, cases, _ in self.runs for case in cases if case["metric_name"]), None)
+        return next(
+            (case["metric_name"] for _, cases, _, _ in self.runs for case in cases if case["metric_name"]), None
+        )
 
 
 def _there(tables: Sequence[tuple[RunFacts, Any, list[Row]]], column: str, wanted: Sequence[str]) -> list[str]:
@@ -268,17 +290,18 @@ def _by_key(cases: Sequence[Row]) -> dict[str, list[Row]]:
 def _points(measure: Measure, found: _Found) -> list[Point]:
     points = []
     before: list[float] = []
-    for run, cases, baseline in found.runs:
+    for run, cases, baseline, not_started in found.runs:
         sample = sample_of(measure, cases, baseline)
         if not sample:
-            points.append(Point(run, None, None, None, 0, reason=why_unknown(measure, cases)))
+            points.append(Point(run, None, None, None, 0, reason=why_unknown(measure, cases, baseline)))
             continue
         value = estimate(measure, sample, cases)
         change: tuple[float | None, float | None, float | None] = (None, None, None)
         if before and measure.spread == "interval":
             compared = log_change(before, sample)
             change = (compared.change, *(compared.interval() or (None, None)))
-        points.append(Point(run, value.estimate, value.low, value.high, value.n, *change))
+        why = left_out(measure, cases, baseline, not_started)
+        points.append(Point(run, value.estimate, value.low, value.high, value.n, *change, reason=why))
         before = sample
     return points
 

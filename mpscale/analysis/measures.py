@@ -9,7 +9,16 @@ from typing import Literal
 
 from mpscale.analysis.quantities import QUANTITIES, values
 from mpscale.analysis.stats import Interval, geometric_interval
-from mpscale.analysis.summary import MEASURED, Row, metric_by_seed, of_good_trainings, overflow_rate
+from mpscale.analysis.summary import overflow_rate, overflow_unknown
+from mpscale.analysis.trainings import (
+    MEASURED,
+    Key,
+    Row,
+    by_reason,
+    of_good_trainings,
+    trainings,
+    without_figure,
+)
 
 BASELINE = "fp32"
 """Of speed-ups."""
@@ -58,18 +67,14 @@ def sample_of(measure: Measure, cases: Sequence[Row], baseline: Sequence[Row]) -
     """One value a process, a pair of processes, or a seed."""
     if measure.name in QUANTITIES:
         return values(cases, QUANTITIES[measure.name])
-    measured = [case for case in cases if case["status"] in MEASURED]
     if measure.name == "metric":
-        return list(metric_by_seed(measured).values())
+        return list(trainings(cases).metric.values())
     if measure.name == "overflow_rate":
-        return [rate for case in measured if (rate := overflow_rate([case])) is not None]
+        return [rate for case in cases if (rate := overflow_rate([case])) is not None]
     # As the summary pairs them, so that both give the same speed-up.
     own, other = (
         {(case["seed"], case["repeat"]): case[measure.column] for case in side if case[measure.column] is not None}
-        for side in (
-            of_good_trainings(cases),
-            [case for case in baseline if case["status"] in MEASURED],
-        )
+        for side in (of_good_trainings(cases), of_good_trainings(baseline))
     )
     return [other[key] / own[key] for key in own if key in other]
 
@@ -79,18 +84,52 @@ def estimate(measure: Measure, sample: list[float], cases: Sequence[Row]) -> Int
         return geometric_interval(sample)
     mean = statistics.fmean(sample)
     if measure.name == "overflow_rate":
-        rate = overflow_rate(case for case in cases if case["status"] in MEASURED)
+        rate = overflow_rate(cases)
         mean = mean if rate is None else rate
     low, high = (min(sample), max(sample)) if len(sample) > 1 else (None, None)
     return Interval(mean, low, high, len(sample))
 
 
-def why_unknown(measure: Measure, cases: Sequence[Row]) -> str:
+def left_out(
+    measure: Measure, cases: Sequence[Row], baseline: Sequence[Row], not_started: Sequence[Key] = ()
+) -> str | None:
+    """Which seeds or processes should be in the value and are not, and why; None where all are in.
+
+    Args:
+        measure: of what.
+        cases: of one workload and mode.
+        baseline: those of :data:`BASELINE`.
+        not_started: processes that were planned and have no case.
+    """
+    if measure.name == "overflow_rate":
+        return by_reason(overflow_unknown(cases, not_started)) or None
+    seeds = trainings(cases, not_started)
+    # A lost training has no cost that counts, and a metric that does.
+    lacking = [by_reason({**seeds.lost, **({} if measure.name != "metric" else seeds.unknown)})]
+    if measure.name != "metric":
+        only_trained = measure.name in QUANTITIES and QUANTITIES[measure.name].of_trainings
+        lacking.append(by_reason(without_figure(cases, measure.column, not_started, only_trained)))
+    if measure.name == "speedup":
+        lacking += [f"{BASELINE}'s {text}" for text in lost_or_without(baseline, measure.column) if text]
+    return "; ".join(filter(None, lacking)) or None
+
+
+def lost_or_without(cases: Sequence[Row], column: str) -> tuple[str, str]:
+    """Seeds that were lost, and processes without a figure, in words; empty where there are none."""
+    return by_reason(trainings(cases).lost), by_reason(without_figure(cases, column))
+
+
+def why_unknown(measure: Measure, cases: Sequence[Row], baseline: Sequence[Row]) -> str:
     for case in cases:
         reasons = case["unavailable"]
         if case["status"] in MEASURED and isinstance(reasons, dict) and reasons.get(measure.column):
             return str(reasons[measure.column])
-    return failure(cases) or (f"no {BASELINE} beside it" if measure.name == "speedup" else "no case has it")
+    if why := failure(cases):
+        return why
+    if measure.name == "speedup":
+        why = failure(baseline)
+        return f"{BASELINE}: {why}" if why else f"no {BASELINE} beside it"
+    return "no case has it"
 
 
 def failure(cases: Sequence[Row], leave_out: Sequence[str] = ()) -> str | None:

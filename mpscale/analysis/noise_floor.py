@@ -21,7 +21,8 @@ from mpscale.analysis.pairing import environment_differences, same_hardware
 from mpscale.analysis.quantities import QUANTITIES, Quantity, by_process, values
 from mpscale.analysis.runs import Run, RunError, read_info, read_run
 from mpscale.analysis.stats import Between
-from mpscale.analysis.summary import MEASURED, Row, plain_rows
+from mpscale.analysis.summary import plain_rows
+from mpscale.analysis.trainings import MEASURED, Row
 
 FEWEST_RUNS = 5
 MOST_RUNS = 30

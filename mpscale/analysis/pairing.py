@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from mpscale.analysis.runs import Run, RunError
 from mpscale.analysis.series_labels import key_facts
-from mpscale.analysis.summary import MEASURED, Row, first_known, plain_rows
+from mpscale.analysis.summary import plain_rows
+from mpscale.analysis.trainings import MEASURED, NO_SUCH_ROW, NOT_STARTED, Key, Row, Trainings, trainings
 from mpscale.columns import FAILED
 from mpscale.modes import MODES
 
@@ -36,6 +37,8 @@ class Pair:
         reason: why it is not paired, or what is odd although it is.
         baseline: cases of the baseline.
         other: cases of the other run.
+        not_started: processes that were planned and not started, of the baseline and of the other run.
+        plan_known: whether the plans of both are known, likewise.
     """
 
     workload: str
@@ -44,16 +47,33 @@ class Pair:
     reason: str | None
     baseline: Sequence[Row]
     other: Sequence[Row]
+    not_started: tuple[Sequence[Key], Sequence[Key]] = ((), ())
+    plan_known: tuple[bool, bool] = (False, False)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Workload and mode."""
+        return self.workload, self.mode
+
+    @property
+    def seeds(self) -> tuple[Trainings, Trainings]:
+        """What became of the trainings of the baseline, and of the other run."""
+        sides = zip((self.baseline, self.other), self.not_started, self.plan_known, strict=True)
+        before, after = (trainings(*side) for side in sides)
+        return before, after
 
     @property
     def newly_failed(self) -> list[str]:
-        """Cases that failed in the other run and not in the baseline, with their status."""
+        """Cases that failed or were not started in the other run, and did not fail in the baseline, with the reason."""
         before = {(case["seed"], case["repeat"]) for case in self.baseline if case["status"] in FAILED}
-        return [
+        before |= set(self.not_started[0])
+        failed = [
             f"{case['case_id']} {case['status']}"
             for case in self.other
             if case["status"] in FAILED and (case["seed"], case["repeat"]) not in before
         ]
+        waiting = [key for key in self.not_started[1] if key not in before]
+        return failed + [f"seed {seed} repeat {repeat} {NOT_STARTED}" for seed, repeat in waiting]
 
 
 def pair_rows(baseline: Run, other: Run, force: bool = False) -> list[Pair]:
@@ -83,13 +103,20 @@ def pair_rows(baseline: Run, other: Run, force: bool = False) -> list[Pair]:
 
 def hardware(run: Run) -> dict[str, Any]:
     """What makes the machine of a run this one and no other, as far as the run says."""
-    kind, name = (first_known(plain_rows(run.cases), column) for column in ("device", "device_name"))
+    kind, name = (_one_device(run, column) for column in ("device", "device_name"))
     environment = run.info.get("environment")
     return machine(
         run.device.get("kind") or kind,
         run.device.get("name") or name,
         environment if isinstance(environment, dict) else {},
     )
+
+
+def _one_device(run: Run, column: str) -> str | None:
+    known = list(dict.fromkeys(record[column] for record in run.records if record[column] is not None))
+    if len(known) > 1:
+        raise RunError(f"{run.path}: holds cases of {known[0]} and of {known[1]}; compare runs of one device each")
+    return known[0] if known else None
 
 
 def machine(kind: str | None, name: str | None, environment: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +194,9 @@ def _pair(
     else:
         reason = _apart(_series(measured_before, baseline), _series(measured_after, other))
         state = "not-comparable" if reason and not force else "paired"
-    return Pair(*name, state, reason, before, after)
+    waiting = [[key for *place, key in run.places_not_started if tuple(place) == name] for run in (baseline, other)]
+    plans = (baseline.plan_known, other.plan_known)
+    return Pair(*name, state, reason, before, after, (waiting[0], waiting[1]), plans)
 
 
 def _why_not(cases: Sequence[Row], name: tuple[str, str], run: Run) -> str:
@@ -175,8 +204,8 @@ def _why_not(cases: Sequence[Row], name: tuple[str, str], run: Run) -> str:
         return "; ".join(dict.fromkeys(f"{case['status']}: {case['status_reason']}" for case in cases))
     start = f"{name[0].replace(':', '+')}--{name[1]}--"
     if any(case_id.startswith(start) for case_id in run.not_started):
-        return "planned, but not started"
-    return "no such row"
+        return NOT_STARTED
+    return NO_SUCH_ROW
 
 
 def _series(cases: Sequence[Row], run: Run) -> str | None:

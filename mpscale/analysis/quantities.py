@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mpscale.analysis.stats import Between, holm, log_change, paired_log_change
-from mpscale.analysis.summary import Row, of_good_trainings
+from mpscale.analysis.trainings import Key, Row, by_reason, of_good_trainings, without_figure
 
 CONFIDENCE = 0.95
 """Of the intervals that are shown."""
@@ -77,6 +77,7 @@ class Change:
         floor_runs: from how many runs that is known; 0 where it is assumed, for a single-run baseline.
         verdict: more, less (as the quantity has it), ``same``, ``cannot-tell``, or ``not-comparable``.
         reason: why it cannot be told.
+        missing: processes without a figure, of the baseline and of the other run, and why; empty where all have one.
     """
 
     quantity: str
@@ -92,6 +93,13 @@ class Change:
     floor_runs: int | None = None
     verdict: str = CANNOT_TELL
     reason: str | None = None
+    missing: tuple[str, str] = ("", "")
+
+    @property
+    def left_out(self) -> str:
+        """What both sides lack, in words; empty where they lack nothing."""
+        sides = zip(self.missing, self.processes, (" in the baseline", ""), strict=True)
+        return "; ".join(f"{has} processes{where} have a figure, not {lack}" for lack, has, where in sides if lack)
 
 
 def values(cases: Iterable[Row], quantity: Quantity) -> list[float]:
@@ -118,6 +126,7 @@ def measure_change(
     tries: int = 1,
     between: Between | None = None,
     pairs: tuple[float, float] | None = None,
+    not_started: tuple[Sequence[Key], Sequence[Key]] = ((), ()),
 ) -> Change | None:
     """How ``quantity`` changed, without a verdict yet; None where neither side has it.
 
@@ -129,6 +138,7 @@ def measure_change(
         between: how much runs of the same code differ.
         pairs: variance of the logarithms of pairs, with its degrees of freedom, where the processes of both ran in
             turns, so that those of one seed and repeat are a pair.
+        not_started: processes of both that were planned and have no case.
     """
     sides = [by_process(cases, quantity) for cases in (baseline, other)]
     before, after = (list(side.values()) for side in sides)
@@ -139,6 +149,10 @@ def measure_change(
         statistics.geometric_mean(before) if before else None,
         statistics.geometric_mean(after) if after else None,
         processes=(len(before), len(after)),
+        missing=(
+            by_reason(without_figure(baseline, quantity.column, not_started[0], quantity.of_trainings)),
+            by_reason(without_figure(other, quantity.column, not_started[1], quantity.of_trainings)),
+        ),
     )
     if not before or not after:
         cases = other if before else baseline
@@ -170,7 +184,8 @@ def with_verdicts(changes: Sequence[Change], threshold: float | None = None) -> 
     """The same changes with verdicts, found together: chance has as many tries as there are rows.
 
     More (or less): the change is at least the threshold, and told from none at 1 % over all rows together, by Holm's
-    adjustment. Same: the whole interval lies within the threshold either way. Else it cannot be told.
+    adjustment. Same: the whole interval lies within the threshold either way. Else it cannot be told. Nor can it where
+    nothing speaks against less or same but a process without a figure: the one that timed out was the slowest.
 
     Args:
         changes: of one quantity.
@@ -187,10 +202,13 @@ def _judged(change: Change, p_value: float | None, threshold: float | None) -> C
     below = 1 / (1 + above) - 1
     if p_value is None or change.change is None or change.low is None or change.high is None:
         return change
-    if p_value <= ERROR_RATE and not below < change.change < above:
-        return replace(change, verdict=quantity.more if change.change > 0 else quantity.less)
-    if below < change.low and change.high < above:
-        return replace(change, verdict=SAME)
+    told = p_value <= ERROR_RATE and not below < change.change < above
+    if told and change.change > 0:
+        return replace(change, verdict=quantity.more)
+    if told or (below < change.low and change.high < above):
+        if change.left_out:
+            return replace(change, reason=change.left_out)
+        return replace(change, verdict=quantity.less if told else SAME)
     single = f"; {SINGLE_RUN}" if change.floor_runs == 0 else ""
     return replace(change, reason=f"too noisy for {above:.0%}{single}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import pandas as pd
 from mpscale.analysis.cases_csv import read_cases
 from mpscale.analysis.journal_lines import RunError, read_journal
 from mpscale.analysis.summary import summarise
+from mpscale.analysis.trainings import Key, settle
 from mpscale.columns import COLUMNS, DTYPES, SCHEMA_VERSION
 from mpscale.records import Record
 
@@ -21,6 +23,8 @@ __all__ = ["Run", "RunError", "cases_frame", "read_info", "read_run", "resolve_r
 
 _STEP_DTYPES = {"step": "Int64", "loss": "float64", "loss_scale": "float64", "overflow": "boolean"}
 _SHOWN = 5
+_CASE_ID = re.compile(r"(?P<workload>.+)--(?P<mode>.+?)--s(?P<seed>\d+)--r(?P<repeat>\d+)")
+"""See :attr:`mpscale.harness.case.Case.id`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +35,8 @@ class Run:
         path: the run's folder.
         name: the folder's name in ``run.json``, which starts with the UTC time of its start.
         info: ``run.json``: environment, settings, planned cases, schema and method version.
-        records: the last attempt of every case that was started, in the order in which they were planned.
+        records: the last attempt of every case that was started, in the order in which they were planned; trainings
+            that ended without a metric are ``diverged``, whatever they were called when that was no status of its own.
         finished: whether the run came to its end.
     """
 
@@ -52,7 +57,12 @@ class Run:
     @cached_property
     def summary(self) -> pd.DataFrame:
         """One row a workload and mode; see :func:`mpscale.analysis.summary.summarise`."""
-        return summarise(self.cases)
+        return summarise(self.cases, self.places_not_started if self.plan_known else None)
+
+    @property
+    def plan_known(self) -> bool:
+        """Whether it is known which cases should be there; a cases.csv by itself does not tell."""
+        return bool(self.info.get("planned"))
 
     @property
     def device(self) -> dict[str, Any]:
@@ -65,6 +75,18 @@ class Run:
         """Ids of the cases that were planned and have no line in the journal."""
         seen = {record["case_id"] for record in self.records}
         return [case_id for case_id in self.info.get("planned", []) if case_id not in seen]
+
+    @cached_property
+    def places_not_started(self) -> list[tuple[str, str, Key]]:
+        """Workload, mode and process of :attr:`not_started`, as far as the ids tell; ``:`` is ``+`` in those."""
+        workloads = {str(name).replace(":", "+"): str(name) for name in (record["workload"] for record in self.records)}
+        found = []
+        for case_id in self.not_started:
+            place = _CASE_ID.fullmatch(case_id)
+            if place is not None:
+                workload = workloads.get(place["workload"], place["workload"])
+                found.append((workload, place["mode"], (int(place["seed"]), int(place["repeat"]))))
+        return found
 
     def steps(self, case_id: str) -> pd.DataFrame:
         """The training of one case, step by step: columns step, loss, loss_scale and overflow.
@@ -100,10 +122,10 @@ def read_run(path: str | Path) -> Run:
     """
     folder = Path(path)
     if folder.is_file():
-        return Run(folder, str(path), {}, read_cases(folder), finished=True)
+        return Run(folder, str(path), {}, settle(read_cases(folder)), finished=True)
     info = read_info(folder / "run.json")
     journal = read_journal(folder / "journal.jsonl", info)
-    return Run(folder, str(info.get("run") or folder.resolve().name), info, journal.records, journal.finished)
+    return Run(folder, str(info.get("run") or folder.resolve().name), info, settle(journal.records), journal.finished)
 
 
 def resolve_run(name_or_path: str | Path, results_dir: str | Path) -> Path:
@@ -148,7 +170,8 @@ def resolve_run(name_or_path: str | Path, results_dir: str | Path) -> Path:
 
 
 def cases_frame(records: list[Record]) -> pd.DataFrame:
-    """One row a record, in order, with the dtype that fits each column."""
+    """One row a record, in order, with the dtype that fits each column; see :func:`settle` for lost trainings."""
+    records = settle(records)
     columns: dict[str, Any] = {
         name: pd.Series([record[name] for record in records], dtype=DTYPES[column.kind])
         for name, column in COLUMNS.items()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 DASH = "–"  # noqa: RUF001
 _PERCENT_METRICS = ("accuracy",)
@@ -101,6 +102,23 @@ def span(texts: Iterable[str]) -> str:
     if not seen:
         return DASH
     return seen[0] if seen[0] == seen[-1] else f"{seen[0]} to {seen[-1]}"
+
+
+def statuses(row: Mapping[str, Any]) -> str:
+    """What became of the cases of a row of the summary: how many ended how, and how many were not started."""
+    waiting = f"not started {row['not_started']}" if row["not_started"] else ""
+    return ", ".join(filter(None, (row["statuses"], waiting)))
+
+
+def of_seeds(known: int, row: Mapping[str, Any]) -> str:
+    """`` (4 of 5 seeds)`` behind a figure that not all seeds of a row of the summary are in, else nothing."""
+    return f" ({known} of {row['seeds_planned']} seeds)" if known < row["seeds_planned"] else ""
+
+
+def of_processes(known: int, row: Mapping[str, Any]) -> str:
+    """The same for processes."""
+    there = row["cases"] + row["not_started"]
+    return f" ({known} of {there} processes)" if known < there else ""
 
 
 def _decimals(value: float, digits: int) -> int:

@@ -17,7 +17,8 @@ from mpscale.analysis.pairing import hardware, machine_words
 from mpscale.analysis.quality import Quality
 from mpscale.analysis.quantities import QUANTITIES, SINGLE_RUN, Change
 from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import Row, first_known, plain_rows
+from mpscale.analysis.summary import overflow_unknown, plain_rows
+from mpscale.analysis.trainings import Row, by_reason, common
 from mpscale.report import cells
 from mpscale.report.comparison_data import as_csv, as_json
 from mpscale.report.tables import Cells, final_metric, markdown_table, overflow, speedup, step_time
@@ -125,6 +126,8 @@ def _letter(number: int) -> str:
 
 def _run(run: Run) -> list[str]:
     started = f"{len(run.records)}"
+    if run.not_started:
+        started += f" of {len(run.records) + len(run.not_started)}"
     if not run.finished:
         started += ", not finished"
     return [run.name, machine_words(hardware(run)), started]
@@ -148,23 +151,39 @@ def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]
         if rows:
             yield _Part(title, ["workload", "mode", *(names[id(run)] for run in runs)], rows, [note])
 
+    def of(row: Row, text: str, processes: str) -> str:
+        """``text``, and of how many processes it is where not all are in it: no status stands beside it here."""
+        return text if text == cells.DASH else text + cells.of_processes(row[processes], row)
+
     for baseline in ("fp32", "tf32"):
 
         def ratio(row: Row, baseline: str = baseline) -> str:
-            return cells.DASH if row["mode"] == baseline else speedup(row, baseline)
+            return (
+                cells.DASH if row["mode"] == baseline else of(row, speedup(row, baseline), f"speedup_{baseline}_pairs")
+            )
 
         yield from table(f"Speed-up over {baseline}, within each run", ratio, "Above 1.00 is faster; 95 % interval.")
     yield from table(
         "GPU memory over fp32, within each run",
-        lambda row: cells.DASH if row["mode"] == "fp32" else cells.number(row["gpu_memory_ratio"]),
+        lambda row: (
+            cells.DASH
+            if row["mode"] == "fp32"
+            else of(row, cells.number(row["gpu_memory_ratio"]), "gpu_memory_processes")
+        ),
         "Peak of the process by NVML; below 1 is less.",
     )
     yield from table("Final metric", final_metric, "Mean over seeds, with smallest and largest.")
     yield from table("Overflow steps of attempted steps", overflow, "A dash: the mode checks no gradient.")
     yield from table(
-        "Step time", step_time, "Of different machines: how fast each is, not what mixed precision does on it."
+        "Step time",
+        lambda row: of(row, step_time(row), "processes"),
+        "Of different machines: how fast each is, not what mixed precision does on it.",
     )
-    yield from table("Peak GPU memory (MiB)", lambda row: cells.number(row["gpu_memory_mib"], 4), "By NVML.")
+    yield from table(
+        "Peak GPU memory (MiB)",
+        lambda row: of(row, cells.number(row["gpu_memory_mib"], 4), "gpu_memory_processes"),
+        "By NVML.",
+    )
 
 
 def _verdicts(comparison: Comparison, against: str) -> Iterator[_Part]:
@@ -190,7 +209,7 @@ def _verdicts(comparison: Comparison, against: str) -> Iterator[_Part]:
         yield _Part(
             f"{against}: overflow steps of attempted steps",
             ["workload", "mode", "before", "after"],
-            [[row.pair.workload, row.pair.mode, *map(_rate, row.overflow_rates)] for row in rated],
+            [[row.pair.workload, row.pair.mode, *_rates(row)] for row in rated],
         )
 
 
@@ -206,7 +225,9 @@ def _change_cells(change: Change, unit: str) -> list[str]:
     )
     if change.floor_runs == 0:
         floor += "?"
-    verdict = f"{change.verdict}: {change.reason}" if change.reason else change.verdict
+    # Left out is the reason itself where nothing else speaks against a verdict.
+    why = "; ".join(dict.fromkeys(filter(None, (change.reason, change.left_out))))
+    verdict = f"{change.verdict}: {why}" if why else change.verdict
     return [before, after, text, floor, visible, verdict]
 
 
@@ -231,15 +252,23 @@ def _noise(comparison: Comparison, changes: Sequence[Change]) -> list[str]:
 
 def _quality_cells(quality: Quality, row: ComparedRow) -> list[str]:
     found = quality.difference
-    name = first_known(row.pair.other, "metric_name")
+    name = common([*row.pair.baseline, *row.pair.other], "metric_name")
     difference = cells.DASH if found is None else cells.difference(found.mean, found.low, found.high, name)
     seeds = cells.DASH if found is None else cells.count(found.n)
-    more = quality.reason or (f"{quality.seeds} seeds would tell" if quality.seeds else "")
+    needed = f"{quality.seeds} seeds would tell" if quality.seeds else ""
+    more = "; ".join(filter(None, (needed, quality.why)))
     return [difference, seeds, f"{quality.verdict}: {more}" if more else quality.verdict]
 
 
-def _rate(rate: float | None) -> str:
-    return cells.DASH if rate is None else f"{rate:.2%}"
+def _rates(row: ComparedRow) -> list[str]:
+    """Of the seeds that know theirs; those that do not are named."""
+    found = []
+    for rate, cases, waiting in zip(
+        row.overflow_rates, (row.pair.baseline, row.pair.other), row.pair.not_started, strict=True
+    ):
+        unknown = by_reason(overflow_unknown(cases, waiting)) if rate is not None else ""
+        found.append((cells.DASH if rate is None else f"{rate:.2%}") + (f" (not of {unknown})" if unknown else ""))
+    return found
 
 
 def _unpaired(comparison: Comparison, against: str) -> Iterator[_Part]:

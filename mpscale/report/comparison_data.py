@@ -48,7 +48,7 @@ def _long(row: ComparedRow) -> list[dict[str, Any]]:
                 key: getattr(change, key)
                 for key in ("change", "low", "high", "noise_floor", "floor_runs", "detectable", "verdict")
             },
-            "verdict_reason": change.reason,
+            "verdict_reason": "; ".join(dict.fromkeys(filter(None, (change.reason, change.left_out)))) or None,
         }
         for name, change in row.changes.items()
     ]
@@ -61,7 +61,7 @@ def _long(row: ComparedRow) -> list[dict[str, Any]]:
                 "low": difference and difference.low,
                 "high": difference and difference.high,
                 "verdict": row.quality.verdict,
-                "verdict_reason": row.quality.reason,
+                "verdict_reason": row.quality.why or None,
             }
         )
     if row.overflow_rates != (None, None):

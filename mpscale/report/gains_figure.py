@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import Row, plain_rows
+from mpscale.analysis.summary import plain_rows
+from mpscale.analysis.trainings import Row
+from mpscale.report import cells
 from mpscale.report.figures import (
     Picture,
     as_text,
@@ -20,6 +22,7 @@ from mpscale.report.figures import (
     mode_places,
     short_name,
 )
+from mpscale.report.tables import metric_why
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,12 +42,13 @@ def gains(run: Run) -> Picture | None:
     and the points ``gain-n-m``, ``m`` counting the summary's rows without those of fp32.
     """
     rows = [row for row in plain_rows(run.summary) if row["mode"] != "fp32"]
-    panels = [panel for panel in _panels(run, rows) if any(known is not None for known in panel.known)]
+    panels = [panel for panel in _panels(rows) if any(known is not None for known in panel.known)]
     if not panels:
         return None
     with house_style("gains"):
         svg = as_text(_gains_figure(rows, panels))
-    return Picture("What each mode buys and costs", " ".join(panel.caption for panel in panels), svg)
+    captions = [panel.caption for panel in panels] + list(_what_is_missing(plain_rows(run.summary), panels))
+    return Picture("What each mode buys and costs", " ".join(captions), svg)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class _Known:
     value: float
     low: float | None = None
     high: float | None = None
+    of_all: bool = True
+    """Whether all processes, or all seeds, are in it."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class _Panel:
     most: float = math.inf
 
 
-def _panels(run: Run, rows: Sequence[Row]) -> list[_Panel]:
+def _panels(rows: Sequence[Row]) -> list[_Panel]:
     baselines = {row["headline_baseline"] for row in rows if row["headline_baseline"]}
     baseline = baselines.pop() if len(baselines) == 1 else "the default"
     return [
@@ -90,13 +96,13 @@ def _panels(run: Run, rows: Sequence[Row]) -> list[_Panel]:
             neutral=1.0,
             floor=0.0,
         ),
-        _cost("peak GPU memory over fp32", "Memory", [row["gpu_memory_ratio"] for row in rows]),
-        _cost("GPU energy over fp32", "Energy", [row["gpu_energy_ratio"] for row in rows]),
+        _cost("peak GPU memory over fp32", "Memory", rows, "gpu_memory"),
+        _cost("GPU energy over fp32", "Energy", rows, "gpu_energy"),
         _Panel(
             "metric against fp32, in margins",
             "Metric: right of the line is better; a bar (90 % interval) that stays right of the dashed line "
             "rules out a loss of the workload's margin.",
-            [_metric(row, run) for row in rows],
+            [_metric(row) for row in rows],
             neutral=0.0,
             limit=-1.0,
             most=_MOST_MARGINS,
@@ -108,26 +114,45 @@ def _speed(row: Row) -> _Known | None:
     name = f"speedup_{row['headline_baseline']}"
     if row["mode"] == row["headline_baseline"] or row.get(name) is None:
         return None
-    return _Known(row[name], row[f"{name}_low"], row[f"{name}_high"])
+    return _Known(row[name], row[f"{name}_low"], row[f"{name}_high"], _is_of_all(row, f"{name}_pairs"))
 
 
-def _cost(title: str, what: str, ratios: Sequence[float | None]) -> _Panel:
-    known = [None if ratio is None else _Known(ratio) for ratio in ratios]
+def _cost(title: str, what: str, rows: Sequence[Row], column: str) -> _Panel:
+    known = [
+        None
+        if (ratio := row[f"{column}_ratio"]) is None
+        else _Known(ratio, of_all=_is_of_all(row, f"{column}_processes"))
+        for row in rows
+    ]
     return _Panel(title, f"{what}: left of the line is less.", known, neutral=1.0, floor=0.0)
 
 
-def _metric(row: Row, run: Run) -> _Known | None:
-    """The difference to fp32 over the margin, above 0 where the mode is better."""
-    if row["metric_difference"] is None or not row["metric_margin"]:
+def _is_of_all(row: Row, processes: str) -> bool:
+    return bool(row[processes] >= row["cases"] + row["not_started"])
+
+
+def _what_is_missing(rows: Sequence[Row], panels: Sequence[_Panel]) -> Iterator[str]:
+    """What the picture does not show, or shows of a part alone."""
+    if any(known is not None and not known.of_all for panel in panels for known in panel.known):
+        yield "Hollow: some seeds or processes are not in it, so that it may look better than it is."
+    for row in rows:
+        name = f"{short_name(row['workload'])}, {short_name(row['mode'])}"
+        if row["mode"] == "fp32" and (row["ok"] != row["cases"] or row["not_started"]):
+            yield f"Compared with what is left of {name}: {cells.statuses(row)}."
+        if row["metric_verdict"] is not None and _metric(row) is None:
+            yield f"No metric drawn of {name}: {metric_why(row) or 'nothing is known of it'}."
+
+
+def _metric(row: Row) -> _Known | None:
+    """The difference to fp32 over the margin, above 0 where the mode is better; None where the direction is unknown."""
+    if row["metric_difference"] is None or not row["metric_margin"] or row["metric_higher_is_better"] is None:
         return None
-    directions = (r["metric_higher_is_better"] for r in run.records if r["workload"] == row["workload"])
-    better = next((direction for direction in directions if direction is not None), True)
-    unit = row["metric_margin"] if better else -row["metric_margin"]
+    unit = row["metric_margin"] if row["metric_higher_is_better"] else -row["metric_margin"]
     ends = [row["metric_difference_low"], row["metric_difference_high"]]
     if None in ends:
-        return _Known(row["metric_difference"] / unit)
+        return _Known(row["metric_difference"] / unit, of_all=row["metric_pairs"] >= row["seeds_planned"])
     low, high = sorted(end / unit for end in ends)
-    return _Known(row["metric_difference"] / unit, low, high)
+    return _Known(row["metric_difference"] / unit, low, high, row["metric_pairs"] >= row["seeds_planned"])
 
 
 def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
@@ -160,7 +185,7 @@ def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
                 bar = [[max(0.0, known.value - ends[0])], [max(0.0, ends[1] - known.value)]]
             drawn = axes.errorbar(
                 [known.value], [place], xerr=bar, color=colour(look), marker=marker(look), markersize=5, elinewidth=1.1,
-                capsize=2.5, linestyle="none",
+                capsize=2.5, linestyle="none", markerfacecolor=colour(look) if known.of_all else "white",
             )  # fmt: skip
             drawn.lines[0].set_gid(f"gain-{number}-{which}")
         axes.set_title(textwrap.fill(panel.title, _LINE // len(panels)), loc="left", size=10)
@@ -176,9 +201,9 @@ def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
 
 
 def _label(row: Row) -> str:
-    """The mode, and what became of its cases where one was lost: the others' figures do not show that."""
+    """The mode, and what became of its cases where not all ended well: the others' figures do not show that."""
     name = short_name(row["mode"])
-    return name if row["ok"] == row["cases"] else f"{name} ({row['statuses']})"
+    return name if row["ok"] == row["cases"] and not row["not_started"] else f"{name} ({cells.statuses(row)})"
 
 
 def _beyond(axes: Axes, value: float, place: int, shade: str) -> None:

@@ -12,7 +12,7 @@ from mpscale.report.tables import markdown_table
 def memory_parts(run: Run) -> str:
     """Where the memory that NVML reports went."""
     rows = []
-    for workload, mode, records in measured(run):
+    for workload, mode, records in measured(run, good=True):
         if largest(records, "gpu_memory_nvml_peak_mib") is None:
             continue
         parts = ("context", "allocator_peak", "allocator_timed_peak", "unexplained", "idle", "reserved")
@@ -33,19 +33,20 @@ def memory_parts(run: Run) -> str:
 
 def energy(run: Run) -> str:
     """Energy of the GPU per step, and the power that it drew."""
-    ratios = {(row["workload"], row["mode"]): row["gpu_energy_ratio"] for row in plain_rows(run.summary)}
+    summary = {(row["workload"], row["mode"]): row for row in plain_rows(run.summary)}
     rows = []
-    for workload, mode, records in measured(run):
+    for workload, mode, records in measured(run, good=True):
         joules = median(records, "gpu_energy_j_per_step")
         if joules is None:
             continue
+        row = summary[workload, mode]
         names = ("gpu_energy_j_per_applied_step", "gpu_energy_net_j_per_step", "gpu_power_w_mean", "gpu_idle_power_w")
         rows.append(
             [
                 workload,
                 mode,
-                cells.number(joules),
-                cells.number(ratios[workload, mode]),
+                cells.number(joules) + cells.of_processes(row["gpu_energy_processes"], row),
+                cells.number(row["gpu_energy_ratio"]),
                 *(cells.number(median(records, name)) for name in names),
                 _texts(values(records, "gpu_energy_method")),
             ]

@@ -7,19 +7,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import MEASURED, plain_rows
+from mpscale.analysis.summary import plain_rows
+from mpscale.analysis.trainings import LOST, MEASURED
 from mpscale.records import Record
 
 Group = tuple[str, str, list[Record]]
 
 
-def measured(run: Run, trained: bool = False) -> Iterator[Group]:
+def measured(run: Run, trained: bool = False, good: bool = False) -> Iterator[Group]:
     """Cases whose figures count, by workload and mode, in the order of the summary.
 
     Args:
         run: the run.
         trained: only those that trained to the end.
+        good: only those of seeds that were not lost: for what a mode costs.
     """
+    lost = {(r["workload"], r["mode"], r["seed"]) for r in run.records if r["status"] in LOST} if good else set()
     for row in plain_rows(run.summary):
         records = [
             record
@@ -27,6 +30,7 @@ def measured(run: Run, trained: bool = False) -> Iterator[Group]:
             if (record["workload"], record["mode"]) == (row["workload"], row["mode"])
             and record["status"] in MEASURED
             and (record["repeat"] == 0 or not trained)
+            and (record["workload"], record["mode"], record["seed"]) not in lost
         ]
         if records:
             yield row["workload"], row["mode"], records

@@ -151,6 +151,13 @@ def _panel(
             markerfacecolor="white" if look.hollow else look.colour,
         )
         line.lines[0].set_gid(f"line-{number}-{which + 1}")
+        part = [(point, value) for point, value in zip(series.points, values, strict=True) if point.is_incomplete]
+        if part:
+            axes.plot(
+                [places[point.run.name] + shift for point, _ in part], [value for _, value in part], linestyle="none",
+                marker="o", markersize=11, markerfacecolor="none", markeredgecolor=look.colour,
+                gid=f"part-{number}-{which + 1}",
+            )  # fmt: skip
     if measure.name == "speedup":
         axes.axhline(1.0, color="#555555", linewidth=0.8, zorder=1)
     axes.set_ylim(bottom, top)
@@ -200,6 +207,8 @@ def _caption(history: History) -> str:
         what = "pairs of processes" if history.measure.name == "speedup" else "processes"
         text = f"Points: geometric mean over {what}. Bars: 95 % interval, where there is more than one;"
         text += f" one that is cut off goes beyond {_MOST_ABOVE} times the largest value."
+    if any(point.is_incomplete for series in history.series for point in series.points):
+        text += " In a ring: a value of some seeds or processes alone; the table says why."
     return f"{text} Times are UTC. A gap in a line: no value."
 
 

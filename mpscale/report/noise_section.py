@@ -7,7 +7,8 @@ import math
 from mpscale.analysis.noise_floor import FEWEST_RUNS, Floors, assumed_floor, pooled
 from mpscale.analysis.quantities import QUANTITIES, SINGLE_RUN, values
 from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import Row, plain_rows
+from mpscale.analysis.summary import plain_rows
+from mpscale.analysis.trainings import Row
 from mpscale.report import cells
 from mpscale.report.tables import markdown_table
 

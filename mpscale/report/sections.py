@@ -8,11 +8,12 @@ from typing import Any
 
 from mpscale.analysis.runs import Run
 from mpscale.analysis.summary import mostly, plain_rows
+from mpscale.analysis.trainings import MEASURED
 from mpscale.modes import MODES
 from mpscale.records import Record
 from mpscale.report import cells
 from mpscale.report.groups import measured, median, or_none, values
-from mpscale.report.tables import Cells, markdown_table
+from mpscale.report.tables import Cells, markdown_table, metric_why
 from mpscale.report.words import is_mixed
 from mpscale.telemetry.host_noise import BUSY_SHARE
 
@@ -26,7 +27,6 @@ def overflow(run: Run) -> str:
     for workload, mode, records in measured(run, trained=True):
         if not is_mixed(mode) or not values(records, "attempted_steps"):
             continue
-        sums = {name: or_none(sum, values(records, name)) for name in _STEP_COUNTS}
         first, last = values(records, "first_overflow_step"), values(records, "last_overflow_step")
         smallest, largest = values(records, "loss_scale_min"), values(records, "loss_scale_max")
         initial, final = (_scales(records, name) for name in ("loss_scale_initial", "loss_scale_final"))
@@ -34,7 +34,7 @@ def overflow(run: Run) -> str:
             [
                 workload,
                 mode,
-                *(cells.count(total) for total in sums.values()),
+                *(_total(records, name) for name in _STEP_COUNTS),
                 cells.count(or_none(max, values(records, "longest_skip_run"))),
                 cells.span([cells.count(or_none(min, first)), cells.count(or_none(max, last))]),
                 cells.DASH if initial == final == cells.DASH else f"{initial} -> {final}",
@@ -46,17 +46,35 @@ def overflow(run: Run) -> str:
     return markdown_table(headers, rows) if rows else ""
 
 
+def _total(records: Sequence[Record], name: str) -> str:
+    """The sum of a column over trainings, and of how many where not all know it."""
+    known = values(records, name)
+    total = cells.count(or_none(sum, known))
+    return f"{total} ({len(known)} of {len(records)} seeds)" if known and len(known) < len(records) else total
+
+
 def accuracy(run: Run) -> str:
-    """The metric of every seed under every mode, and when the target was reached."""
-    modes = list(dict.fromkeys(mode for _, mode, _ in measured(run, trained=True)))
+    """The metric of every seed under every mode, and when the target was reached.
+
+    A training without a metric has its status instead: a gap would look like a seed that was not asked for.
+    """
+    trained = [record for record in run.records if record["repeat"] == 0 and record["status"] != "unsupported"]
+    started = {record["mode"] for record in trained}
+    modes = [mode for mode in dict.fromkeys(row["mode"] for row in plain_rows(run.summary)) if mode in started]
+    names = {record["workload"]: record["metric_name"] for record in trained if record["metric_name"] is not None}
     found: dict[tuple[str, str, int], dict[str, str]] = {}
-    for workload, mode, records in measured(run, trained=True):
-        for record in sorted(records, key=lambda record: record["seed"]):
-            name = record["metric_name"]
-            for column, label in (("metric_value", ""), ("published_metric_value", ", published test set")):
-                if record[column] is not None:
-                    row = found.setdefault((workload, (name or "metric") + label, record["seed"]), {})
-                    row[mode] = cells.metric(record[column], name)
+    for record in sorted(trained, key=lambda record: record["seed"]):
+        name = names.get(record["workload"])
+        row = found.setdefault((record["workload"], name or "metric", record["seed"]), {})
+        value = record["metric_value"] if record["status"] in MEASURED else None
+        if value is not None:
+            row[record["mode"]] = cells.metric(value, record["metric_name"])
+        elif record["status"] != "ok":
+            row[record["mode"]] = str(record["status"])
+        if record["published_metric_value"] is not None and record["status"] in MEASURED:
+            row = found.setdefault((record["workload"], f"{name or 'metric'}, published test set", record["seed"]), {})
+            row[record["mode"]] = cells.metric(record["published_metric_value"], record["metric_name"])
+    found = {place: row for place, row in found.items() if row}
     places = {place: number for number, place in enumerate(dict.fromkeys(key[:2] for key in found))}
     rows = [
         [workload, name, cells.count(seed), *(row.get(mode, cells.DASH) for mode in modes)]
@@ -67,7 +85,7 @@ def accuracy(run: Run) -> str:
         [
             row["workload"],
             row["mode"],
-            f"{row['target_reached']} of {row['seeds']}",
+            f"{row['target_reached']} of {row['seeds_planned']}",
             cells.count(row["steps_to_target"]),
         ]
         for row in plain_rows(run.summary)
@@ -90,6 +108,8 @@ def against_fp32(run: Run) -> str:
         verdict = str(row["metric_verdict"])
         if row["metric_seeds_needed"] is not None:
             verdict += f" ({row['metric_seeds_needed']} seeds would tell)"
+        if why := metric_why(row):
+            verdict += f": {why}"
         rows.append(
             [
                 row["workload"],
@@ -106,7 +126,7 @@ def against_fp32(run: Run) -> str:
 def timing(run: Run) -> str:
     """What the step times rest on."""
     rows, bound = [], False
-    for workload, mode, records in measured(run):
+    for workload, mode, records in measured(run, good=True):
         if not any(values(records, name) for name in ("step_time_ms_median", "first_step_s", "trace_time_s")):
             continue
         is_bound = mostly(values(records, "dispatch_bound"))
@@ -133,7 +153,9 @@ def timing(run: Run) -> str:
         "first step s",
     ]
     parts = [markdown_table(headers, rows)]
-    busiest = max((row for _, _, group in measured(run) for row in values(group, "host_other_cpu_share")), default=0.0)
+    busiest = max(
+        (row for _, _, group in measured(run, good=True) for row in values(group, "host_other_cpu_share")), default=0.0
+    )
     if busiest > BUSY_SHARE:
         parts.append(
             f"The machine was busy: up to {cells.share(busiest)} of its processors' time went to other processes while "
@@ -150,13 +172,16 @@ def timing(run: Run) -> str:
 def memory(run: Run) -> str:
     """Peaks over the processes of a mode."""
     names = ("gpu_memory_nvml_peak_mib", "gpu_memory_allocator_peak_mib", "host_memory_peak_mib")
-    ratios = {(row["workload"], row["mode"]): row["gpu_memory_ratio"] for row in plain_rows(run.summary)}
+    summary = {(row["workload"], row["mode"]): row for row in plain_rows(run.summary)}
     rows = []
-    for workload, mode, records in measured(run):
+    for workload, mode, records in measured(run, good=True):
         peaks = [or_none(max, values(records, name)) for name in names]
         if any(peak is not None for peak in peaks):
             driver, allocator, host = (cells.number(peak, 4) for peak in peaks)
-            rows.append([workload, mode, driver, cells.number(ratios[workload, mode]), allocator, host])
+            row = summary[workload, mode]
+            if peaks[0] is not None:
+                driver += cells.of_processes(row["gpu_memory_processes"], row)
+            rows.append([workload, mode, driver, cells.number(row["gpu_memory_ratio"]), allocator, host])
     headers = ["workload", "mode", "GPU, NVML (MiB)", "over fp32", "GPU, allocator (MiB)", "host (MiB)"]
     return markdown_table(headers, rows) if rows else ""
 

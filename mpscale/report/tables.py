@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import Row, plain_rows
+from mpscale.analysis.summary import plain_rows
+from mpscale.analysis.trainings import Row
 from mpscale.report import cells
 
 Cells = list[list[str]]
@@ -31,9 +32,9 @@ def result_cells(run: Run) -> tuple[list[str], Cells]:
         "peak memory": [peak_memory(row) for row in rows],
         "overflow steps": [overflow(row) for row in rows],
         "final " + _metric_header(rows): [final_metric(row) for row in rows],
-        "status": [row["statuses"] for row in rows],
+        "status": [cells.statuses(row) for row in rows],
     }
-    if all(row["ok"] == row["cases"] for row in rows):
+    if all(row["ok"] == row["cases"] and not row["not_started"] for row in rows):
         del columns["status"]
     if all(text == cells.DASH for text in columns["speed-up over tf32"]):
         del columns["speed-up over tf32"]
@@ -54,7 +55,7 @@ def speedup(row: Row, baseline: str) -> str:
 def peak_memory(row: Row) -> str:
     """Peak memory on the GPU, else of the host, which is marked: the two are not to be compared."""
     if row["gpu_memory_mib"] is not None:
-        return f"{cells.number(row['gpu_memory_mib'], 4)} MiB"
+        return f"{cells.number(row['gpu_memory_mib'], 4)} MiB{cells.of_processes(row['gpu_memory_processes'], row)}"
     if row["host_memory_mib"] is not None:
         return f"{cells.number(row['host_memory_mib'], 4)} MiB (host)"
     return cells.DASH
@@ -64,7 +65,8 @@ def overflow(row: Row) -> str:
     """Overflow steps of attempted steps."""
     if row["overflow_steps"] is None:
         return cells.DASH
-    return f"{cells.count(row['overflow_steps'])}/{cells.count(row['attempted_steps'])}"
+    counts = f"{cells.count(row['overflow_steps'])}/{cells.count(row['attempted_steps'])}"
+    return counts + cells.of_seeds(row["overflow_seeds"], row)
 
 
 def final_metric(row: Row) -> str:
@@ -72,7 +74,13 @@ def final_metric(row: Row) -> str:
     name = row["metric_name"]
     mean = cells.metric(row["metric_mean"], name)
     ends = cells.span([cells.metric(row["metric_min"], name), cells.metric(row["metric_max"], name)])
-    return mean if ends == mean else f"{mean} ({ends})"
+    text = mean if ends == mean else f"{mean} ({ends})"
+    return text if row["metric_mean"] is None else text + cells.of_seeds(row["metric_seeds"], row)
+
+
+def metric_why(row: Row) -> str:
+    """Why the verdict on the metric is what it is, and which seeds are not in it; may be empty."""
+    return "; ".join(filter(None, (row["metric_reason"], row["metric_left_out"])))
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpscale.analysis.runs import Run, RunError
+from mpscale.columns import FAILED
 from mpscale.report import cells
 from mpscale.report.figures import Picture, as_text, colour, empty_figure, house_style, mode_places, short_name
 from mpscale.report.groups import measured
@@ -51,6 +52,16 @@ def training(run: Run) -> Picture | None:
         figure, scaled, overflowed = _training_figure(by_workload)
         svg = as_text(figure)
     caption = "Loss: mean over seeds and neighbouring steps; where a line ends, no loss was finite any more."
+    stopped = [steps for modes in by_workload.values() for seeds in modes.values() for steps in _stopped(seeds)]
+    if stopped:
+        caption += (
+            f" A triangle is the last finite loss of a seed ({len(stopped)} of them); from there on the line is the "
+            "mean of the others."
+        )
+    failed = sum(record["repeat"] == 0 and record["status"] in FAILED for record in run.records)
+    failed += sum(repeat == 0 for _, _, (_, repeat) in run.places_not_started)
+    if failed:
+        caption += f" Failed or not started, and so not in it: {failed} training{'' if failed == 1 else 's'}."
     if scaled:
         caption += " Loss scale: a line a seed."
     if overflowed:
@@ -102,10 +113,30 @@ def _losses(axes: Axes, number: int, modes: dict[str, list[pd.DataFrame]], looks
     for mode, seeds in modes.items():
         where, means = _mean_loss([steps["loss"].to_numpy(float, na_value=math.nan) for steps in seeds])
         axes.plot(where, means, color=colour(looks[mode]), linewidth=1.3, gid=f"loss-{number}")
+        ends = _stopped(seeds)
+        if ends:
+            axes.plot(
+                *zip(*ends, strict=True), linestyle="none", marker="v", markersize=6, color=colour(looks[mode]),
+                gid=f"lost-{number}",
+            )  # fmt: skip
+            shown += [loss for _, loss in ends]
         shown += [value for value in means if math.isfinite(value)]
     if shown and min(shown) > 0 and max(shown) > _LOG_FROM * min(shown):
         axes.set_yscale("log")
         _label(axes, "{:g}".format)
+
+
+def _stopped(seeds: Sequence[pd.DataFrame]) -> list[tuple[int, float]]:
+    """Step and loss where a seed had its last finite loss while another one went on."""
+    finite = [np.flatnonzero(np.isfinite(steps["loss"].to_numpy(float, na_value=math.nan))) for steps in seeds]
+    last = [int(where[-1]) for where in finite if len(where)]
+    whole = max((len(steps) for steps in seeds), default=0)
+    found = []
+    for steps, where in zip(seeds, finite, strict=True):
+        # Losses that come back were a spell of overflow, which the mean leaves out.
+        if len(where) and where[-1] < max(last) and where[-1] < whole - 1:
+            found.append((int(where[-1]), float(steps["loss"].iloc[where[-1]])))
+    return found
 
 
 def _mean_loss(seeds: Sequence[_Float]) -> tuple[_Float, _Float]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import Row, plain_rows
+from mpscale.analysis.summary import plain_rows
+from mpscale.analysis.trainings import Row
 from mpscale.modes import MODES
 from mpscale.report import cells
-from mpscale.report.tables import escape
+from mpscale.report.tables import escape, metric_why
 from mpscale.telemetry.device import STAND_IN
 
 
@@ -25,6 +26,9 @@ def how_to_read(run: Run) -> str:
         "One process gives one number, the median of its blocks. Intervals are 95 % t intervals over processes, on "
         "logarithms; a speed-up is the geometric mean of baseline time / mode time over processes of the same seed "
         "and repeat, which ran side by side.",
+        "What a mode costs (step time, memory, energy) and its speed-up are of seeds that ended well. A seed that was "
+        "lost (it diverged, stalled or ended without a finite metric) makes the metric worse. A seed that failed or "
+        "was not started says neither good nor bad, so that nothing is ruled out without it.",
         "Brackets hold the interval. Without brackets there was one process, and nothing is known of its noise; with "
         "two or three the interval is wide, and a speed-up needs several processes (more seeds or repeats) to be "
         "told from none. An interval that holds 1.00 shows no difference.",
@@ -37,7 +41,8 @@ def how_to_read(run: Run) -> str:
     notes += [
         "The metric is the mean over seeds, with smallest and largest; modes are compared seed by seed, from the same "
         "weights and the same order of the data. non-inferior: a loss of more than the workload's margin is ruled out "
-        "(one-sided, 95 %). worse: there is one, or a seed was lost. inconclusive: so few seeds show neither.",
+        "(one-sided, 95 %), in all seeds. worse: there is one, or a seed was lost. inconclusive: the seeds that there "
+        "are show neither.",
         "Overflow steps are those with a non-finite gradient. A dash means that the mode checks no gradient, so that "
         "overflow is unknown there, and not that there was none.",
     ]
@@ -100,7 +105,10 @@ def _overview(run: Run, rows: list[Row]) -> str:
     modes = list(dict.fromkeys(escape(row["mode"]) for row in rows))
     ok, cases = sum(row["ok"] for row in rows), len(run.records)
     sentences = [f"{_and(workloads)} {'was' if len(workloads) == 1 else 'were'} run in {_and(modes)}{where}."]
-    sentences.append("Every case ended well." if ok == cases else f"{cases - ok} of {cases} cases did not end well.")
+    started = "" if run.finished and not run.not_started else " that was started"
+    sentences.append(
+        f"Every case{started} ended well." if ok == cases else f"{cases - ok} of {cases} cases did not end well."
+    )
     if run.not_started:
         left = len(run.not_started)
         sentences.append(f"{left} planned case{' was' if left == 1 else 's were'} not started.")
@@ -112,21 +120,27 @@ def _overview(run: Run, rows: list[Row]) -> str:
 
 
 def _finding(row: Row, rows: list[Row]) -> str:
-    parts = [part for part in (_speed(row), _quality(row), _overflow(row), _memory(row)) if part]
-    if row["ok"] != row["cases"]:
-        parts.append(f"cases: {row['statuses']}")
+    parts = [part for part in (_speed(row, rows), _quality(row), _overflow(row), _memory(row)) if part]
+    # The metric has its own word for seeds that are in no pair.
+    if row["left_out"] and row["metric_verdict"] is None:
+        parts.append(escape(row["left_out"]))
+    if row["ok"] != row["cases"] or row["not_started"]:
+        parts.append(f"cases: {cells.statuses(row)}")
     return f"{escape(row['workload'])}, **{escape(row['mode'])}**: {'; '.join(parts) or 'nothing was measured'}."
 
 
-def _speed(row: Row) -> str | None:
+def _speed(row: Row, rows: list[Row]) -> str | None:
     if row["step_time_ms"] is None:
-        return None
+        # Lost seeds may have been timed.
+        return "no training ended well, so no step time counts" if row["seeds"] and not row["ok"] else None
     baseline = row["headline_baseline"]
     ratio, low, high = (row[f"speedup_{baseline}{end}"] for end in ("", "_low", "_high"))
     if ratio is None:
-        why = f"with no {baseline} beside it to compare with" if row["ok"] else "which buys nothing"
+        beside = any((other["workload"], other["mode"]) == (row["workload"], baseline) for other in rows)
+        why = f"with no {baseline}{' that ended well' if beside else ''} beside it to compare with"
         return f"{cells.number(row['step_time_ms'])} ms a step, {why}"
-    text = f"{ratio:.2f} times the speed of {baseline}"
+    of_some = cells.of_processes(row[f"speedup_{baseline}_pairs"], row)
+    text = f"{ratio:.2f} times the speed of {baseline}{of_some}"
     if low is None or high is None:
         return f"{text} (one pair of processes, so no interval)"
     verdict = ", so no difference is shown" if low <= 1.0 <= high else ""
@@ -134,26 +148,40 @@ def _speed(row: Row) -> str | None:
 
 
 def _quality(row: Row) -> str | None:
-    if row["metric_mean"] is None:
-        return None
     name = row["metric_name"]
+    if row["metric_mean"] is None:
+        if row["metric_verdict"] is None:
+            return None
+        return f"no {escape(name or 'metric')}, {row['metric_verdict']}: {escape(metric_why(row))}"
     text = f"{escape(name or 'metric')} {cells.metric(row['metric_mean'], name)}"
+    if row["metric_seeds"] < row["seeds_planned"]:
+        text += f" over {row['metric_seeds']} of {row['seeds_planned']} seeds"
     if row["metric_difference"] is None:
-        return text
+        return text + (f", {row['metric_verdict']}{_because(row)}" if row["metric_verdict"] else "")
     seeds = f"{row['metric_pairs']} seed{'' if row['metric_pairs'] == 1 else 's'}"
-    verdict = f", {row['metric_verdict']}" if row["metric_verdict"] else ""
+    verdict = f", {row['metric_verdict']}{_because(row)}" if row["metric_verdict"] else ""
     return f"{text}, {cells.metric_change(row['metric_difference'], name)} fp32 ({seeds}{verdict})"
+
+
+def _because(row: Row) -> str:
+    """What seeds that were lost or left out have to do with the verdict; empty where all are in it."""
+    if not row["left_out"] and not row["metric_left_out"]:
+        return ""
+    return f": {escape(metric_why(row))}"
 
 
 def _overflow(row: Row) -> str | None:
     if row["overflow_steps"] is None or row["attempted_steps"] is None:
         return None
-    return f"{row['overflow_steps'] or 'none'} of {row['attempted_steps']} steps overflowed"
+    text = f"{row['overflow_steps'] or 'none'} of {row['attempted_steps']} steps overflowed"
+    return text + cells.of_seeds(row["overflow_seeds"], row)
 
 
 def _memory(row: Row) -> str | None:
     ratio = row["gpu_memory_ratio"]
-    return None if ratio is None else f"peak GPU memory {ratio:.2f} times fp32's"
+    if ratio is None:
+        return None
+    return f"peak GPU memory {ratio:.2f} times fp32's{cells.of_processes(row['gpu_memory_processes'], row)}"
 
 
 def _and(names: list[str]) -> str:

@@ -266,7 +266,7 @@ def test_every_quantity_is_taken_from_its_column(tmp_path, name):
         "step_time": 2.0, "gpu_memory": 300.0, "energy": 0.5, "host_memory": 400.0, "metric": 0.75,
         "overflow_rate": 0.25, "speedup": 2.0,
     }  # fmt: skip
-    records = [*timed(4.0), record("mixed-static", series_key=key("mixed-static"), **columns)]
+    records = [*timed(4.0, metric_value=0.7), record("mixed-static", series_key=key("mixed-static"), **columns)]
     history = make_history([run_of(tmp_path, 1, records)], name, modes=["mixed-static"])
     assert only(history).points[0].value == pytest.approx(expected[name])
 

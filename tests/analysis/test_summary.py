@@ -67,9 +67,17 @@ def test_the_headline_baseline_is_tf32_where_it_was_timed():
 
 
 @pytest.mark.parametrize("status", ["diverged", "stalled"])
-def test_a_training_that_failed_to_learn_was_still_timed(status):
-    row = row_of("fp32", record(status=status, step_time_ms_median=2.0, metric_value=0.1))
-    assert (row["step_time_ms"], row["metric_mean"], row["ok"]) == (pytest.approx(2.0), 0.1, 0)
+def test_a_training_that_failed_to_learn_has_a_metric_and_no_step_time_worth_having(status):
+    lost = record(status=status, step_time_ms_median=2.0, metric_value=0.1)
+    row = row_of("fp32", lost)
+    assert (row["step_time_ms"], row["processes"], row["metric_mean"], row["ok"]) == (None, 0, 0.1, 0)
+    row = row_of(
+        "fp32",
+        lost,
+        record(repeat=1, step_time_ms_median=2.0),
+        record(seed=1, step_time_ms_median=8.0, metric_value=0.9),
+    )
+    assert (row["step_time_ms"], row["processes"]) == (pytest.approx(8.0), 1)
 
 
 @pytest.mark.parametrize("status", ["oom", "timeout", "crashed", "error", "unsupported", "invalid", "interrupted"])
@@ -134,8 +142,9 @@ def test_unknown_is_empty_and_never_0():
 
 
 def test_a_workload_with_a_target_says_how_many_seeds_reached_it():
-    reached = [record(seed=seed, metric_target=0.9, steps_to_target=s) for seed, s in enumerate([300, 500, None])]
-    found = rows_of(*reached, record("mixed-unscaled", metric_target=0.9), record("fp32", workload="other"))
+    with_target = {"metric_target": 0.9, "metric_value": 0.9}
+    reached = [record(seed=seed, steps_to_target=s, **with_target) for seed, s in enumerate([300, 500, None])]
+    found = rows_of(*reached, record("mixed-unscaled", **with_target), record("fp32", workload="other"))
     assert (found["toy", "fp32"]["target_reached"], found["toy", "fp32"]["steps_to_target"]) == (2, 400.0)
     assert (found["toy", "mixed-unscaled"]["target_reached"], found["toy", "mixed-unscaled"]["steps_to_target"]) == (
         0,
@@ -175,7 +184,7 @@ def test_repeats_of_a_stalled_training_buy_it_no_speed():
         record("mixed-static", repeat=1, **times),
     )
     found = rows_of(record("fp32", **times), record("fp32", repeat=1, **times), *stalled)
-    assert found["toy", "mixed-static"]["processes"] == 2
+    assert found["toy", "mixed-static"]["processes"] == 0
     assert found["toy", "mixed-static"]["speedup_fp32"] is None
 
 
@@ -194,11 +203,12 @@ def trainings(mode, values, **more):
         # Mean -0.02 and spread 0.0721: 1.687 x 0.0721 / sqrt(38) is the first below 0.02.
         pytest.param((0.80, 0.95, 0.92), {}, "inconclusive", 38, id="here and there"),
         pytest.param((0.80, 0.81, 0.82), {"metric_higher_is_better": False}, "non-inferior", None, id="less is better"),
-        pytest.param((0.9,), {}, "inconclusive", None, id="one seed"),
+        pytest.param((0.9,), {}, "inconclusive", None, id="one seed of three"),
     ],
 )
 def test_the_verdict_on_the_metric(values, more, verdict, needed):
-    row = row_of("mixed-static", *trainings("fp32", (0.90, 0.91, 0.92)), *trainings("mixed-static", values, **more))
+    fp32 = trainings("fp32", (0.90, 0.91, 0.92), **more)
+    row = row_of("mixed-static", *fp32, *trainings("mixed-static", values, **more))
     assert (row["metric_verdict"], row["metric_seeds_needed"]) == (verdict, needed)
 
 

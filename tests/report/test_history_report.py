@@ -122,7 +122,7 @@ def test_every_quantity_has_its_unit(tmp_path, quantity, column, expected):
         )
         for seed, (time, metric) in enumerate([(1.0, 0.8), (2.0, 1.0)])
     ]
-    records = [*processes(2.0, 4.0), *trained]
+    records = [*processes(2.0, 4.0, metric_value=0.9), *trained]
     rows = table(render(make_history([run_of(tmp_path, 1, records)], quantity, modes=["mixed-static"]), "markdown"))
     assert [row[column] for row in rows] == [expected]
 
