@@ -83,8 +83,8 @@ _NO_CHECK = (
     "the mode checks no gradient (fp32, tf32, mixed-bf16, mixed-unscaled, article), or the case ended before that"
 )
 _NO_SCALE = "the mode has no loss scale, or the case ended before that"
-_NO_NVML = "no GPU, no NVML, or NVML does not tell; the reason says which"
-_NO_ENERGY = "no GPU, NVML tells neither energy nor power, energy was off (`--mp-energy 0`, preset `smoke`), or the window was shorter than 10 s"
+_NO_NVML = "no GPU, no NVML, or NVML does not tell or failed to in mid-case; the reason says which"
+_NO_ENERGY = "no GPU, NVML tells neither energy nor power or failed to in mid-case, energy was off (`--mp-energy 0`, preset `smoke`), or the window was shorter than 10 s"
 
 SECTIONS: tuple[Section, ...] = (
     Section(
@@ -279,9 +279,9 @@ SUMMARY: tuple[Column, ...] = (
     _known("speedup_tf32_high", "float", "", "upper end of its paired interval", "one pair, or tf32 itself"),
     _known("headline_baseline", "str", "", "what a user would have had by default: tf32 where it was timed, else fp32"),
     _known("gpu_memory_mib", "float", "MiB", "largest `gpu_memory_nvml_peak_mib` of any process", "no process has it"),
-    _known("gpu_memory_ratio", "float", "", "that over fp32's", "either has none"),
+    _known("gpu_memory_ratio", "float", "", "that over fp32's", "either has none, or the processes differ in `gpu_allocator` or `gpu_memory_method`"),
     _known("gpu_energy_j_per_step", "float", "J", "geometric mean of the processes", "no process has it"),
-    _known("gpu_energy_ratio", "float", "", "that over fp32's", "either has none"),
+    _known("gpu_energy_ratio", "float", "", "that over fp32's", "either has none, or the processes differ in `gpu_energy_method`"),
     _known("host_memory_mib", "float", "MiB", "largest `host_memory_peak_mib` of any process", "no process has it"),
     _known("overflow_steps", "int", "steps", "sum over trainings", "the mode checks no gradient"),
     _known("attempted_steps", "int", "steps", "sum over trainings", "nothing was trained"),

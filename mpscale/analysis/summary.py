@@ -21,6 +21,12 @@ Key = tuple[int, int]
 MEASURED = ("ok", "diverged", "stalled")
 """Statuses of cases that ran to the end, and whose figures therefore count."""
 
+MEMORY_IS_OF = ("gpu_allocator", "gpu_memory_method")
+ENERGY_IS_OF = ("gpu_energy_method",)
+"""Columns that say what a figure is of. Of two that differ in one of them there is no ratio: NVML's peak follows the
+pool with one allocator and what is in use with another.
+"""
+
 SUMMARY_DTYPES: dict[str, str] = {column.name: DTYPES[column.kind] for column in SUMMARY}
 """Columns of the summary, in order."""
 
@@ -158,21 +164,32 @@ def _columns(name: str, interval: Interval | None) -> Row:
     return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
+def figures_of(cases: Iterable[Row], column: str, is_of: Sequence[str]) -> set[tuple[Any, ...]]:
+    """What the figures of a column are of, over the cases that have one: values of the columns ``is_of``."""
+    return {tuple(case.get(name) for name in is_of) for case in cases if case[column] is not None}
+
+
+def _alike(column: str, is_of: Sequence[str], *groups: Sequence[Row]) -> bool:
+    return len({kind for group in groups for kind in figures_of(group, column, is_of)}) == 1
+
+
 def _memory(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
     gpu = _over(max, _known(group, "gpu_memory_nvml_peak_mib"))
     baseline = _over(max, _known(fp32, "gpu_memory_nvml_peak_mib"))
+    alike = _alike("gpu_memory_nvml_peak_mib", MEMORY_IS_OF, group, fp32)
     return {
         "gpu_memory_mib": gpu,
-        "gpu_memory_ratio": gpu / baseline if gpu is not None and baseline else None,
+        "gpu_memory_ratio": gpu / baseline if alike and gpu is not None and baseline else None,
         "host_memory_mib": _over(max, _known(group, "host_memory_peak_mib")),
     }
 
 
 def _energy(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
     own, baseline = (_over(statistics.geometric_mean, _known(rows, "gpu_energy_j_per_step")) for rows in (group, fp32))
+    alike = _alike("gpu_energy_j_per_step", ENERGY_IS_OF, group, fp32)
     return {
         "gpu_energy_j_per_step": own,
-        "gpu_energy_ratio": own / baseline if own is not None and baseline is not None else None,
+        "gpu_energy_ratio": own / baseline if alike and own is not None and baseline is not None else None,
     }
 
 

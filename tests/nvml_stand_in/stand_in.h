@@ -75,6 +75,7 @@
     X(energy) \
     X(energy_tick) \
     X(energy_start_j) \
+    X(field_type) \
     X(temperature_c) \
     X(slowdown_c) \
     X(sm_clock_mhz) \
