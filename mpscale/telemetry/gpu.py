@@ -6,6 +6,7 @@ way answers has a reason and is not asked for again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ from mpscale.telemetry.plausible import MIB, RANGES, Doubt, Implausible, checked
 
 _INSTANT_POWER, _ENERGY = 186, 83
 """Field ids of NVML: power of this moment in mW, energy since the driver was loaded in mJ."""
+
+_STALE_S = 1.0
+"""A value older than this says nothing of the moment. Drivers stamp every answer anew."""
 
 _POWER_EXCESS = 3
 """Power of a moment may exceed the limit, which holds on the mean; not by this factor."""
@@ -56,20 +60,36 @@ _KINDS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
 """Members of the union that holds a field's value, by its type (nvmlValueType_t)."""
 
 
-def _field(number: int) -> Callable[[Any, Any], float]:
-    def read(library: Any, handle: Any) -> float:
-        (answer,) = library.nvmlDeviceGetFieldValues(handle, [number])
+class _Field:
+    """Asks for the value of one field of NVML.
+
+    Args:
+        number: the field's id.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._last: tuple[Any, int, float] = (None, 0, 0.0)
+
+    def __call__(self, library: Any, handle: Any) -> float:
+        (answer,) = library.nvmlDeviceGetFieldValues(handle, [self._number])
         if answer.nvmlReturn != 0:
             raise library.NVMLError(answer.nvmlReturn)
         if not 0 <= answer.valueType < len(_KINDS):
-            words = f"NVML answers field {number} with a value of the unknown type {answer.valueType}"
+            words = f"NVML answers field {self._number} with a value of the unknown type {answer.valueType}"
             raise Implausible(Doubt.UNKNOWN_TYPE, words)
+        # The driver says when it took the value; one that it repeats is no reading of this moment.
+        last_handle, last_stamp, since_s = self._last
+        now_s = time.monotonic()
+        if handle is not last_handle or answer.timestamp != last_stamp:
+            self._last = handle, answer.timestamp, now_s
+        elif answer.timestamp and now_s - since_s > _STALE_S:
+            words = f"NVML repeats a value of field {self._number} that is {now_s - since_s:.1f} s old"
+            raise Implausible(Doubt.STALE, words)
         kind = _KINDS[answer.valueType]
         value: float = getattr(answer.value, kind)
         # All bits of a short are a number that would do as milliwatts.
         return -1 if kind == "usVal" and value == 2**16 - 1 else value
-
-    return read
 
 
 def _call(name: str, *arguments: Any) -> Way:
@@ -116,8 +136,8 @@ WAYS: dict[str, tuple[Way, ...]] = {
         )
         for kind in ("Compute", "Graphics", "MPSCompute")
     },
-    "energy_mj": (_call("nvmlDeviceGetTotalEnergyConsumption"), Way("field 83", _field(_ENERGY))),
-    "power_mw": (Way("instant", _field(_INSTANT_POWER)), _call("nvmlDeviceGetPowerUsage")),
+    "energy_mj": (_call("nvmlDeviceGetTotalEnergyConsumption"), Way("field 83", _Field(_ENERGY))),
+    "power_mw": (Way("instant", _Field(_INSTANT_POWER)), _call("nvmlDeviceGetPowerUsage")),
     "sm_clock_mhz": (_call("nvmlDeviceGetClockInfo", 1),),
     "memory_clock_mhz": (_call("nvmlDeviceGetClockInfo", 2),),
     "temperature_c": (_call("nvmlDeviceGetTemperatureV", 0), _call("nvmlDeviceGetTemperature", 0)),

@@ -77,7 +77,8 @@ def state_columns(samples: Samples) -> Findings:
 
     hottest = max(samples.known("temperature_c"), default=None)
     unseen = samples.unseen("temperature_c", *whole, _TOLERATED_S)
-    put("gpu_temperature_c_max", "temperature_c", hottest, unseen and f"{unseen}; {hottest} °C was the most until then")
+    known = "" if hottest is None else f"; {hottest:g} °C was the most until then"
+    put("gpu_temperature_c_max", "temperature_c", hottest, unseen and unseen + known)
     for column, reading in (
         ("gpu_sm_clock_mhz_median", "sm_clock_mhz"),
         ("gpu_memory_clock_mhz_median", "memory_clock_mhz"),

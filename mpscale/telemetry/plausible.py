@@ -21,6 +21,7 @@ class Doubt(Enum):
     OUT_OF_RANGE = "outside of what a GPU can have"
     INCONSISTENT = "parts that do not make up the whole"
     UNKNOWN_TYPE = "of a type that is not known"
+    STALE = "one that was given before"
 
 
 class Implausible(ValueError):

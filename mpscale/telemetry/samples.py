@@ -178,8 +178,9 @@ class Gap:
     @property
     def words(self) -> str:
         """How long and since when."""
-        long = "to the end" if math.isinf(self.to_s) else f"for {self.to_s - self.from_s:.2g} s"
-        return f"{long}, from {self.phase} on"
+        if math.isinf(self.to_s):
+            return f"from {self.phase} to the end"
+        return f"for {self.to_s - self.from_s:.2g} s from {self.phase} on"
 
 
 @dataclass(frozen=True, slots=True)

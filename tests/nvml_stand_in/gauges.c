@@ -109,6 +109,9 @@ static void fill_field(const struct unit *gpu, struct field *field)
     double type;
     if (value_of(gpu, VALUE_field_type, &type))
         field->value_type = (unsigned)type;
+    double stamp_s;
+    if (value_of(gpu, VALUE_field_stamp_s, &stamp_s))
+        field->timestamp_us = (int64_t)(1e6 * stamp_s);
 }
 
 int nvmlDeviceGetFieldValues(device_t device, int count, struct field *fields)
