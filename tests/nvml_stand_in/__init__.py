@@ -8,8 +8,8 @@ so a test can change the GPU under a program that runs. Without a script no driv
 A script has one entry a line; ``#`` begins a comment. Times are seconds of CLOCK_MONOTONIC since ``epoch``. What a
 script does not say is not supported (3), but for the defaults named here. A TIMELINE is one value, or ``t:value`` pairs
 with rising t, each of which holds from its t on, the first one from ever. A value is a number (hexadecimal after 0x),
-``-``, which is unknown: the call returns 3, or ``n/a``: the call succeeds and answers with all bits one. A wrong line makes
-every call return 999, and standard error names it.
+``-``, which is unknown: the call returns 3, or ``n/a``: the call succeeds and answers with all bits one. A wrong line
+makes every call return 999, and standard error names it.
 
 For the whole library:
 
