@@ -100,9 +100,7 @@ def not_compared(run: Run, figure: str, ratio: str, is_of: Sequence[str]) -> str
         return ""
     named = ", ".join(f"{row['workload']} {row['mode']}" for row in bare)
     columns = " or ".join(f"`{name}`" for name in is_of)
-    return (
-        f"\n\nNo ratio is given for {named}: its figure and fp32's differ in {columns}, so tell of different things."
-    )
+    return f"\n\nNo ratio is given for {named}: its figure and fp32's differ in {columns}, so tell of different things."
 
 
 def _texts(found: list[str]) -> str:
