@@ -83,8 +83,8 @@ _NO_CHECK = (
     "the mode checks no gradient (fp32, tf32, mixed-bf16, mixed-unscaled, article), or the case ended before that"
 )
 _NO_SCALE = "the mode has no loss scale, or the case ended before that"
-_NO_NVML = "no GPU, no NVML, or NVML does not tell; the reason says which"
-_NO_ENERGY = "no GPU, NVML tells neither energy nor power, energy was off (`--mp-energy 0`, preset `smoke`), or the window was shorter than 10 s"
+_NO_NVML = "no GPU, no NVML, or NVML does not tell or failed to in mid-case; the reason says which"
+_NO_ENERGY = "no GPU, NVML tells neither energy nor power or failed to in mid-case, energy was off (`--mp-energy 0`, preset `smoke`), or the window was shorter than 10 s"
 
 SECTIONS: tuple[Section, ...] = (
     Section(
@@ -292,10 +292,10 @@ SUMMARY: tuple[Column, ...] = (
     _known("headline_baseline", "str", "", "what a user would have had by default: tf32 where it was timed, else fp32"),
     _known("gpu_memory_mib", "float", "MiB", "largest `gpu_memory_nvml_peak_mib` of any process of a seed that ended well", "no process has it"),
     _known("gpu_memory_processes", "int", "", "processes that it is the largest of"),
-    _known("gpu_memory_ratio", "float", "", "that over fp32's", "either has none, or a process of either ran out of memory: it needed more than any figure here"),
+    _known("gpu_memory_ratio", "float", "", "that over fp32's", "either has none, a process of either ran out of memory (it needed more than any figure here), or the processes differ in `gpu_allocator` or `gpu_memory_method`"),
     _known("gpu_energy_j_per_step", "float", "J", "geometric mean of the processes of seeds that ended well", "no process has it"),
     _known("gpu_energy_processes", "int", "", "processes that it is the mean of"),
-    _known("gpu_energy_ratio", "float", "", "that over fp32's", "either has none"),
+    _known("gpu_energy_ratio", "float", "", "that over fp32's", "either has none, or the processes differ in `gpu_energy_method`"),
     _known("host_memory_mib", "float", "MiB", "largest `host_memory_peak_mib` of any process of a seed that ended well", "no process has it"),
     _known("overflow_steps", "int", "steps", "sum over the trainings that know it", "the mode checks no gradient"),
     _known("attempted_steps", "int", "steps", "sum over the same trainings; where none knows its overflow, over all", "nothing was trained"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mpscale.analysis.stats import Between, holm, log_change, paired_log_change
+from mpscale.analysis.summary import ENERGY_IS_OF, MEMORY_IS_OF, figures_of
 from mpscale.analysis.trainings import Key, Row, by_reason, of_good_trainings, without_figure
 
 CONFIDENCE = 0.95
@@ -35,6 +37,7 @@ class Quantity:
         less: verdict where there is less.
         of_trainings: made from processes that trained alone: one that only times holds less in memory.
         drifts: moves with the state of the machine, which is another one in every run.
+        is_of: columns that say what the figure is of; figures that differ in one of them are not compared.
     """
 
     name: str
@@ -45,14 +48,15 @@ class Quantity:
     less: str = "less"
     of_trainings: bool = True
     drifts: bool = False
+    is_of: tuple[str, ...] = ()
 
 
 QUANTITIES = {
     quantity.name: quantity
     for quantity in (
         Quantity("step_time", "step_time_ms_median", "ms", 0.05, "slower", "faster", of_trainings=False, drifts=True),
-        Quantity("gpu_memory", "gpu_memory_nvml_peak_mib", "MiB", 0.03),
-        Quantity("energy", "gpu_energy_j_per_step", "J", 0.10, of_trainings=False, drifts=True),
+        Quantity("gpu_memory", "gpu_memory_nvml_peak_mib", "MiB", 0.03, is_of=MEMORY_IS_OF),
+        Quantity("energy", "gpu_energy_j_per_step", "J", 0.10, of_trainings=False, drifts=True, is_of=ENERGY_IS_OF),
         Quantity("host_memory", "host_memory_peak_mib", "MiB", 0.20),
     )
 }
@@ -159,6 +163,10 @@ def measure_change(
         why = next((reason for case in cases if (reason := _reason(case, quantity.column))), "no case has it")
         side = "the run" if before else "the baseline"
         return replace(means, reason=f"not known of {side}: {why}")
+    kinds = {kind for cases in (baseline, other) for kind in _kinds(cases, quantity)}
+    if len(kinds) > 1:
+        said = " and ".join(sorted(", ".join(str(value or "unknown") for value in kind) for kind in kinds))
+        return replace(means, reason=f"figures of different things ({' and '.join(quantity.is_of)}: {said})")
     if pairs is None:
         found = log_change(before, after, between)
     else:
@@ -211,6 +219,13 @@ def _judged(change: Change, p_value: float | None, threshold: float | None) -> C
         return replace(change, verdict=quantity.less if told else SAME)
     single = f"; {SINGLE_RUN}" if change.floor_runs == 0 else ""
     return replace(change, reason=f"too noisy for {above:.0%}{single}")
+
+
+def _kinds(cases: Sequence[Row], quantity: Quantity) -> set[tuple[Any, ...]]:
+    """What the figures of the processes that count are of."""
+    counted = by_process(cases, quantity)
+    own = [case for case in of_good_trainings(cases) if (case["seed"], case["repeat"]) in counted]
+    return figures_of(own, quantity.column, quantity.is_of)
 
 
 def _reason(case: Row, column: str) -> str | None:

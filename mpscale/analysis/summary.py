@@ -25,6 +25,12 @@ from mpscale.analysis.trainings import (
 from mpscale.columns import DTYPES, STATUSES, SUMMARY
 from mpscale.modes import MODES
 
+MEMORY_IS_OF = ("gpu_allocator", "gpu_memory_method")
+ENERGY_IS_OF = ("gpu_energy_method",)
+"""Columns that say what a figure is of. Of two that differ in one of them there is no ratio: NVML's peak follows the
+pool with one allocator and what is in use with another.
+"""
+
 SUMMARY_DTYPES: dict[str, str] = {column.name: DTYPES[column.kind] for column in SUMMARY}
 """Columns of the summary, in order."""
 
@@ -162,25 +168,37 @@ def _columns(name: str, interval: Interval | None) -> Row:
     return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
+def figures_of(cases: Iterable[Row], column: str, is_of: Sequence[str]) -> set[tuple[Any, ...]]:
+    """What the figures of a column are of, over the cases that have one: values of the columns ``is_of``."""
+    return {tuple(case.get(name) for name in is_of) for case in cases if case[column] is not None}
+
+
+def _alike(column: str, is_of: Sequence[str], *groups: Sequence[Row]) -> bool:
+    return len({kind for group in groups for kind in figures_of(group, column, is_of)}) == 1
+
+
 def _memory(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
-    gpu, baseline = (_known(of_good_trainings(cases), "gpu_memory_nvml_peak_mib") for cases in (group, fp32))
+    own, baseline = of_good_trainings(group), of_good_trainings(fp32)
+    gpu, there = (_known(cases, "gpu_memory_nvml_peak_mib") for cases in (own, baseline))
     # A process that ran out of memory needed more than any figure that is known here.
-    told = gpu and baseline and not any(case["status"] == "oom" for case in (*group, *fp32))
+    told = gpu and there and not any(case["status"] == "oom" for case in (*group, *fp32))
+    alike = _alike("gpu_memory_nvml_peak_mib", MEMORY_IS_OF, own, baseline)
     return {
         "gpu_memory_mib": _over(max, gpu),
         "gpu_memory_processes": len(gpu),
-        "gpu_memory_ratio": max(gpu) / max(baseline) if told else None,
-        "host_memory_mib": _over(max, _known(of_good_trainings(group), "host_memory_peak_mib")),
+        "gpu_memory_ratio": max(gpu) / max(there) if told and alike else None,
+        "host_memory_mib": _over(max, _known(own, "host_memory_peak_mib")),
     }
 
 
 def _energy(good: Sequence[Row], fp32: Sequence[Row]) -> Row:
     known, there = (_known(rows, "gpu_energy_j_per_step") for rows in (good, fp32))
     own, baseline = (_over(statistics.geometric_mean, joules) for joules in (known, there))
+    alike = _alike("gpu_energy_j_per_step", ENERGY_IS_OF, good, fp32)
     return {
         "gpu_energy_j_per_step": own,
         "gpu_energy_processes": len(known),
-        "gpu_energy_ratio": own / baseline if own is not None and baseline is not None else None,
+        "gpu_energy_ratio": own / baseline if alike and own is not None and baseline is not None else None,
     }
 
 

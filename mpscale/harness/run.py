@@ -103,8 +103,12 @@ class BenchmarkRun:
                 retries += 1
                 self._listener(case, "again", {"reason": f"invalid, {reason}"})
                 self._open()[1].cool_down(self._options.cool_down_s)
+            elif outcome.again == "allocator":
+                now = self._open()[1].allocator
+                said = f"TensorFlow failed with cuda_malloc_async twice ({reason}), and is tried with {now}"
+                self._listener(case, "again", {"reason": said})
             else:
-                self._listener(case, "again", {"reason": f"TensorFlow failed with cuda_malloc_async ({reason})"})
+                self._listener(case, "again", {"reason": f"failed on touching the GPU ({reason})"})
 
     def _attempt(self, case: Case) -> Outcome:
         journal, supervisor = self._open()

@@ -26,6 +26,9 @@ from mpscale.telemetry.watch import CaseWatch, Seen, Told
 Listener = Callable[[Case, str, Mapping[str, Any]], None]
 """Called with a case, an event (``phase``, ``progress`` or ``again``) and the event's fields."""
 
+_OWN_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
+"""Signals by which a program fails; all others come from a person, the kernel's out-of-memory killer or a limit."""
+
 _TAIL_BYTES = 4000
 _GRACE_S = 15.0
 
@@ -39,16 +42,19 @@ class Outcome:
         step_s: step time of each timed block, in seconds.
         phases: when each phase was reached, in seconds from the start of the process.
         runtime: what the worker knows about TensorFlow and its device.
-        again: why another attempt may end better: on a GPU that has ``cooled``, or with another ``allocator``.
+        again: why another attempt may end better: on a GPU that has ``cooled``, with another ``allocator``, or for all
+            one knows with the same, after a failure when the GPU was first ``touched``.
         gpu_lost: whether the GPU was lost in it.
+        signal: what killed the worker, None where nothing did.
     """
 
     record: Record
     step_s: list[float] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
-    again: Literal["cooled", "allocator"] | None = None
+    again: Literal["cooled", "allocator", "touched"] | None = None
     gpu_lost: bool = False
+    signal: int | None = None
 
 
 class Supervisor:
@@ -62,7 +68,8 @@ class Supervisor:
         environ: the environment to start workers in; what mpscale has to set is added.
         sys_path: where workloads named by ``module:attribute`` are looked for.
         listener: told of phases and progress.
-        allocators: of TensorFlow on a GPU, the best first; the next one is taken where one does not work.
+        allocators: of TensorFlow on a GPU, the best first; the next one is taken where one fails twice on touching the
+            GPU, and never again once one has worked: figures of two allocators are not to stand in one run.
         keep_suspect: leaves a case its status where its figures are suspect.
     """
 
@@ -83,6 +90,7 @@ class Supervisor:
         self._logs = tempfile.TemporaryDirectory(prefix="mpscale-")
         self._environ, self._allocators, self._keep_suspect = dict(environ), list(allocators), keep_suspect
         self._left = list(allocators)
+        self._allocator_works, self._failures = False, 0
         self._launcher = self._make_launcher()
 
     def run(
@@ -105,8 +113,7 @@ class Supervisor:
             outcome.record.update({"status": "unsupported", "status_reason": unsupported})
         else:
             self._run_process(case, steps_path, gpu_path, outcome)
-            if self._failed_on_touch(outcome):
-                self._next_allocator(outcome)
+            self._judge_allocator(outcome)
 
     def describe(self, case: Case, record: Record, attempt: int) -> None:
         """Notes what is known of a case before it is started, and also if it never is."""
@@ -138,27 +145,40 @@ class Supervisor:
             return ForkLauncher(environment, Path(self._logs.name) / "parent.log")
         return FreshLauncher(environment)
 
-    def _failed_on_touch(self, outcome: Outcome) -> bool:
-        """Whether the worker died when it first touched the GPU."""
-        return (
-            self._device.kind == "gpu"
-            and outcome.record["status"] in ("crashed", "error", "oom")
-            and "idle" in outcome.phases
-            and "context-ready" not in outcome.phases
-            and not outcome.gpu_lost
-        )
+    @property
+    def allocator(self) -> Allocator | None:
+        """The one that workers are started with; None is the one that the environment names."""
+        return self._left[0]
 
-    def _next_allocator(self, outcome: Outcome) -> None:
-        """Has the case run again with the next allocator; where that was the last, the allocator was not to blame."""
-        if len(self._allocators) == len(self._left) == 1:
+    def _judge_allocator(self, outcome: Outcome) -> None:
+        """Has a case run again whose worker failed when it first touched the GPU: once as it was, then with the next
+        allocator. Where that was the last one, the allocator was not to blame.
+        """
+        if "context-ready" in outcome.phases:
+            self._allocator_works = True
+        if self._allocator_works or len(self._allocators) == 1 or not self._may_be_the_allocator(outcome):
             return
-        self._left = self._left[1:]
+        self._failures += 1
+        if self._failures == 1 and len(self._left) > 1:
+            outcome.again = "touched"
+            return
+        self._left, self._failures = self._left[1:], 0
         if self._left:
             outcome.again = "allocator"
         else:
             self._left = list(self._allocators)
         self._launcher.close()
         self._launcher = self._make_launcher()
+
+    def _may_be_the_allocator(self, outcome: Outcome) -> bool:
+        """Whether the worker failed on touching the GPU, and by itself: nobody killed it, and memory sufficed."""
+        return (
+            self._device.kind == "gpu"
+            and "idle" in outcome.phases
+            and outcome.record["status"] in ("crashed", "error")
+            and (outcome.signal is None or outcome.signal in _OWN_SIGNALS)
+            and not outcome.gpu_lost
+        )
 
     def _run_process(self, case: Case, steps_path: Path | None, gpu_path: Path | None, outcome: Outcome) -> None:
         record = outcome.record
@@ -264,6 +284,7 @@ class Supervisor:
         if last.get("event") == "error":
             return ("oom" if last["oom"] else "error"), _one_line(f"{last['type']}: {last['message']}"), told()
         code = process.wait(max(min(_GRACE_S, deadline - time.monotonic()), 0.1))
+        outcome.signal = -code if code is not None and code < 0 else None
         return *_ended_silently(code, phase), told()
 
 

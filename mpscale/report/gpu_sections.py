@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import plain_rows
+from mpscale.analysis.summary import ENERGY_IS_OF, plain_rows
 from mpscale.report import cells
 from mpscale.report.groups import largest, measured, median, values
 from mpscale.report.tables import markdown_table
@@ -53,7 +55,9 @@ def energy(run: Run) -> str:
         )
     headers = ["workload", "mode", "J per step", "over fp32", "J per applied step", "J per step above idle"]
     headers += ["power (W)", "idle (W)", "by"]
-    return markdown_table(headers, rows) if rows else ""
+    if not rows:
+        return ""
+    return markdown_table(headers, rows) + not_compared(run, "gpu_energy_j_per_step", "gpu_energy_ratio", ENERGY_IS_OF)
 
 
 def state(run: Run) -> str:
@@ -79,6 +83,25 @@ def state(run: Run) -> str:
     headers = ["workload", "mode", "SM clock (MHz)", "memory clock (MHz)", "utilisation (%)", "hottest (°C)"]
     headers += ["throttled", "at the power limit", "event reasons"]
     return markdown_table(headers, rows) if rows else ""
+
+
+def not_compared(run: Run, figure: str, ratio: str, is_of: Sequence[str]) -> str:
+    """A paragraph that says of which rows there is no ratio although both figures are there; empty if there is none.
+
+    Args:
+        run: which.
+        figure: column of the summary.
+        ratio: that of its ratio to fp32's.
+        is_of: columns of the cases in which the figures then differ.
+    """
+    rows = plain_rows(run.summary)
+    fp32 = {row["workload"] for row in rows if row["mode"] == "fp32" and row[figure] is not None}
+    bare = [row for row in rows if row[figure] is not None and row[ratio] is None and row["workload"] in fp32]
+    if not bare:
+        return ""
+    named = ", ".join(f"{row['workload']} {row['mode']}" for row in bare)
+    columns = " or ".join(f"`{name}`" for name in is_of)
+    return f"\n\nNo ratio is given for {named}: its figure and fp32's differ in {columns}, so tell of different things."
 
 
 def _texts(found: list[str]) -> str:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import mostly, plain_rows
+from mpscale.analysis.summary import MEMORY_IS_OF, mostly, plain_rows
 from mpscale.analysis.trainings import MEASURED
 from mpscale.modes import MODES
 from mpscale.records import Record
 from mpscale.report import cells
+from mpscale.report.gpu_sections import not_compared
 from mpscale.report.groups import measured, median, or_none, values
 from mpscale.report.tables import Cells, markdown_table, metric_why
 from mpscale.report.words import is_mixed
@@ -183,7 +184,9 @@ def memory(run: Run) -> str:
                 driver += cells.of_processes(row["gpu_memory_processes"], row)
             rows.append([workload, mode, driver, cells.number(row["gpu_memory_ratio"]), allocator, host])
     headers = ["workload", "mode", "GPU, NVML (MiB)", "over fp32", "GPU, allocator (MiB)", "host (MiB)"]
-    return markdown_table(headers, rows) if rows else ""
+    if not rows:
+        return ""
+    return markdown_table(headers, rows) + not_compared(run, "gpu_memory_mib", "gpu_memory_ratio", MEMORY_IS_OF)
 
 
 def troubles(run: Run) -> str:

@@ -6,15 +6,23 @@ way answers has a reason and is not asked for again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mpscale.telemetry.device import Device
-from mpscale.telemetry.nvml import MIB, Failure, Nvml, ask, text
+from mpscale.telemetry.nvml import Failure, Nvml, ask, text
+from mpscale.telemetry.plausible import MIB, RANGES, Doubt, Implausible, checked, checked_memory, checked_process
 
 _INSTANT_POWER, _ENERGY = 186, 83
 """Field ids of NVML: power of this moment in mW, energy since the driver was loaded in mJ."""
+
+_STALE_S = 1.0
+"""A value older than this says nothing of the moment. Drivers stamp every answer anew."""
+
+_POWER_EXCESS = 3
+"""Power of a moment may exceed the limit, which holds on the mean; not by this factor."""
 
 _TOLERANCE_MIB = 1.0
 """Figures of one answer that belong together differ by rounding alone."""
@@ -48,16 +56,40 @@ class Way:
     read: Callable[[Any, Any], Any]
 
 
-def _field(number: int) -> Callable[[Any, Any], int]:
-    def read(library: Any, handle: Any) -> int:
-        (answer,) = library.nvmlDeviceGetFieldValues(handle, [number])
+_KINDS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
+"""Members of the union that holds a field's value, by its type (nvmlValueType_t)."""
+
+
+class _Field:
+    """Asks for the value of one field of NVML.
+
+    Args:
+        number: the field's id.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._last: tuple[Any, int, float] = (None, 0, 0.0)
+
+    def __call__(self, library: Any, handle: Any) -> float:
+        (answer,) = library.nvmlDeviceGetFieldValues(handle, [self._number])
         if answer.nvmlReturn != 0:
             raise library.NVMLError(answer.nvmlReturn)
-        # The union's member follows from the type: double, unsigned int, unsigned long, unsigned long long, ...
-        kinds = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
-        return int(getattr(answer.value, kinds[answer.valueType]))
-
-    return read
+        if not 0 <= answer.valueType < len(_KINDS):
+            words = f"NVML answers field {self._number} with a value of the unknown type {answer.valueType}"
+            raise Implausible(Doubt.UNKNOWN_TYPE, words)
+        # The driver says when it took the value; one that it repeats is no reading of this moment.
+        last_handle, last_stamp, since_s = self._last
+        now_s = time.monotonic()
+        if handle is not last_handle or answer.timestamp != last_stamp:
+            self._last = handle, answer.timestamp, now_s
+        elif answer.timestamp and now_s - since_s > _STALE_S:
+            words = f"NVML repeats a value of field {self._number} that is {now_s - since_s:.1f} s old"
+            raise Implausible(Doubt.STALE, words)
+        kind = _KINDS[answer.valueType]
+        value: float = getattr(answer.value, kind)
+        # All bits of a short are a number that would do as milliwatts.
+        return -1 if kind == "usVal" and value == 2**16 - 1 else value
 
 
 def _call(name: str, *arguments: Any) -> Way:
@@ -66,6 +98,7 @@ def _call(name: str, *arguments: Any) -> Way:
 
 def _memory_v2(library: Any, handle: Any) -> Memory:
     answer = library.nvmlDeviceGetMemoryInfo(handle, version=library.nvmlMemory_v2)
+    checked_memory(answer.total, answer.used, answer.free, answer.reserved)
     return split_memory(answer.total / MIB, answer.used / MIB, answer.free / MIB, answer.reserved / MIB)
 
 
@@ -73,16 +106,28 @@ def split_memory(total: float, used: float, free: float, reserved: float) -> Mem
     """Memory in use without what the driver reserves.
 
     Drivers differ in whether ``used`` holds the reserved memory. The sum tells: the parts make up the total.
+
+    Raises:
+        Implausible: more is reserved than used, and held to be a part of it.
     """
     if abs(used + free - total) <= _TOLERANCE_MIB < reserved:
+        if used < reserved:
+            words = f"NVML answers {reserved:.0f} MiB reserved of {used:.0f} MiB in use"
+            raise Implausible(Doubt.INCONSISTENT, words)
         return Memory(used - reserved, reserved)
     return Memory(used, reserved)
+
+
+def _memory_v1(library: Any, handle: Any) -> Memory:
+    answer = library.nvmlDeviceGetMemoryInfo(handle)
+    checked_memory(answer.total, answer.used, answer.free)
+    return Memory(answer.used / MIB, None)
 
 
 WAYS: dict[str, tuple[Way, ...]] = {
     "memory": (
         Way("nvmlDeviceGetMemoryInfo_v2", _memory_v2),
-        Way("nvmlDeviceGetMemoryInfo", lambda n, h: Memory(n.nvmlDeviceGetMemoryInfo(h).used / MIB, None)),
+        Way("nvmlDeviceGetMemoryInfo", _memory_v1),
     ),
     **{
         kind: (
@@ -91,8 +136,8 @@ WAYS: dict[str, tuple[Way, ...]] = {
         )
         for kind in ("Compute", "Graphics", "MPSCompute")
     },
-    "energy_mj": (_call("nvmlDeviceGetTotalEnergyConsumption"), Way("field 83", _field(_ENERGY))),
-    "power_mw": (Way("instant", _field(_INSTANT_POWER)), _call("nvmlDeviceGetPowerUsage")),
+    "energy_mj": (_call("nvmlDeviceGetTotalEnergyConsumption"), Way("field 83", _Field(_ENERGY))),
+    "power_mw": (Way("instant", _Field(_INSTANT_POWER)), _call("nvmlDeviceGetPowerUsage")),
     "sm_clock_mhz": (_call("nvmlDeviceGetClockInfo", 1),),
     "memory_clock_mhz": (_call("nvmlDeviceGetClockInfo", 2),),
     "temperature_c": (_call("nvmlDeviceGetTemperatureV", 0), _call("nvmlDeviceGetTemperature", 0)),
@@ -102,7 +147,7 @@ WAYS: dict[str, tuple[Way, ...]] = {
         _call("nvmlDeviceGetCurrentClocksThrottleReasons"),
     ),
     "power_limit_mw": (_call("nvmlDeviceGetEnforcedPowerLimit"), _call("nvmlDeviceGetPowerManagementLimit")),
-    "ecc": (_call("nvmlDeviceGetEccMode"),),
+    "ecc": (Way("nvmlDeviceGetEccMode", lambda n, h: n.nvmlDeviceGetEccMode(h)[0]),),
     "persistence": (_call("nvmlDeviceGetPersistenceMode"),),
 }
 """Every reading that is taken over and over, with the ways to ask for it, the newest first."""
@@ -136,7 +181,7 @@ class Gpu:
         self.ways: dict[str, str] = {}
         """The way that answers, by reading."""
         self.reasons: dict[str, str] = {}
-        """Why a reading has no value: for good, or the last time that it was asked for."""
+        """Why a reading has no value: for good, or the last time that it was asked for. Gone once it has one."""
         self._chosen: dict[str, Way] = {}
         self.entries_fit = nvml.process_entries_fit
         self._handle, failure = nvml.ask("nvmlDeviceGetHandleByUUID", device.uuid)
@@ -147,6 +192,9 @@ class Gpu:
             self._note_lost(failure)
             self.reasons = dict.fromkeys(WAYS, f"NVML does not find GPU {device.uuid}: {failure.reason}")
             return
+        limits, _ = nvml.ask("nvmlDeviceGetPowerManagementLimitConstraints", self._whole)
+        most, _ = ask(lambda: checked("power_limit_mw", limits[1]))
+        self._most_mw = RANGES["power_mw"].most if most is None else _POWER_EXCESS * most
         for name, ways in WAYS.items():
             self._probe(name, ways)
 
@@ -155,12 +203,21 @@ class Gpu:
         way = self._chosen.get(name)
         if way is None:
             return None
-        value, failure = ask(way.read, self._nvml.library, self._of(name))
+        value, failure = self._take(name, way)
+        if failure is not None and not failure.lost:
+            # Once more: what fails for a moment shall leave no gap behind.
+            value, failure = self._take(name, way)
         if failure is not None:
             self._note_lost(failure)
             self.reasons[name] = failure.reason
             return None
+        self.ways.setdefault(name, way.name)
+        self.reasons.pop(name, None)
         return value
+
+    def asks(self, name: str) -> bool:
+        """Whether there is a way to ask for a reading, so that one without a value has failed."""
+        return name in self._chosen
 
     def processes(self, kinds: Iterable[str]) -> Processes | None:
         """The processes on the GPU, None where no list of them can be had.
@@ -173,13 +230,15 @@ class Gpu:
         for kind in kinds:
             entries = self.read(kind)
             if entries is None:
+                if kind in self.ways:
+                    # It answers as a rule: without it the others are a part, and would pass for the whole.
+                    return None
                 continue
             known = True
             number += len(entries)
             for entry in entries:
-                used = None if entry.usedGpuMemory is None else entry.usedGpuMemory / MIB
-                earlier = by_pid.get(entry.pid)
-                by_pid[entry.pid] = used if earlier is None else max(earlier, used or 0.0)
+                told = [checked_process(entry.usedGpuMemory, self.device.memory_mib), by_pid.get(entry.pid)]
+                by_pid[entry.pid] = max((mib for mib in told if mib is not None), default=None)
         if not known:
             return None
         return Processes(number if not self.entries_fit else len(by_pid), by_pid if self.entries_fit else None)
@@ -191,7 +250,7 @@ class Gpu:
         persistence = self.read("persistence")
         return {
             "power_limit_w": None if limit is None else limit / 1e3,
-            "ecc": None if ecc is None else bool(ecc[0]),
+            "ecc": None if ecc is None else bool(ecc),
             "persistence": None if persistence is None else bool(persistence),
         }
 
@@ -199,29 +258,33 @@ class Gpu:
         """What is fixed or rarely changes, for the fingerprint; None where unknown, with the reason in ``unknown``."""
         unknown: dict[str, str] = {}
 
-        def known(fact: str, function: str, *arguments: Any) -> Any:
+        def known(fact: str, range_name: str | None, function: str, *arguments: Any) -> Any:
             value, failure = self._nvml.ask(function, self._whole, *arguments)
+            if failure is None and range_name is not None:
+                parts = value if isinstance(value, list | tuple) else [value]
+                _, failure = ask(lambda: [checked(range_name, part) for part in parts])
             if failure is not None:
                 unknown[fact] = failure.reason
+                return None
             return text(value)
 
-        limits = known("power_limits_w", "nvmlDeviceGetPowerManagementLimitConstraints")
-        default = known("power_limit_default_w", "nvmlDeviceGetPowerManagementDefaultLimit")
-        mig = known("mig", "nvmlDeviceGetMigMode")
+        limits = known("power_limits_w", "power_limit_mw", "nvmlDeviceGetPowerManagementLimitConstraints")
+        default = known("power_limit_default_w", "power_limit_mw", "nvmlDeviceGetPowerManagementDefaultLimit")
+        mig = known("mig", "mig", "nvmlDeviceGetMigMode")
         found = {
             **self.device.to_json(),
             "driver": self._nvml.driver_version(),
             "cuda_driver": self._nvml.cuda_driver_version(),
-            "vbios": known("vbios", "nvmlDeviceGetVbiosVersion"),
+            "vbios": known("vbios", None, "nvmlDeviceGetVbiosVersion"),
             **self.settings(),
             "power_limit_default_w": None if default is None else default / 1e3,
             "power_limits_w": None if limits is None else [limit / 1e3 for limit in limits],
-            "max_sm_clock_mhz": known("max_sm_clock_mhz", "nvmlDeviceGetMaxClockInfo", 1),
-            "max_memory_clock_mhz": known("max_memory_clock_mhz", "nvmlDeviceGetMaxClockInfo", 2),
-            "slowdown_c": known("slowdown_c", "nvmlDeviceGetTemperatureThreshold", 1),
+            "max_sm_clock_mhz": known("max_sm_clock_mhz", "sm_clock_mhz", "nvmlDeviceGetMaxClockInfo", 1),
+            "max_memory_clock_mhz": known("max_memory_clock_mhz", "memory_clock_mhz", "nvmlDeviceGetMaxClockInfo", 2),
+            "slowdown_c": known("slowdown_c", "slowdown_c", "nvmlDeviceGetTemperatureThreshold", 1),
             "mig": None if mig is None else bool(mig[0]),
-            "pcie_generation": known("pcie_generation", "nvmlDeviceGetCurrPcieLinkGeneration"),
-            "pcie_width": known("pcie_width", "nvmlDeviceGetCurrPcieLinkWidth"),
+            "pcie_generation": known("pcie_generation", "pcie_generation", "nvmlDeviceGetCurrPcieLinkGeneration"),
+            "pcie_width": known("pcie_width", "pcie_width", "nvmlDeviceGetCurrPcieLinkWidth"),
         }
         reading = {"power_limit_w": "power_limit_mw", "ecc": "ecc", "persistence": "persistence"}
         unknown |= {fact: self.reasons[name] for fact, name in reading.items() if name in self.reasons}
@@ -233,7 +296,7 @@ class Gpu:
             return
         doubtful: Way | None = None
         for way in ways:
-            _, failure = ask(way.read, self._nvml.library, self._of(name))
+            _, failure = self._take(name, way)
             if failure is None:
                 self._chosen[name] = way
                 self.ways[name] = way.name
@@ -246,6 +309,21 @@ class Gpu:
         if doubtful is not None:
             # The call is there and failed this once, for all one knows: it is asked again.
             self._chosen[name] = doubtful
+
+    def _take(self, name: str, way: Way) -> tuple[Any, Failure | None]:
+        """The answer of one way to ask, where it can be true."""
+
+        def take() -> Any:
+            value = way.read(self._nvml.library, self._of(name))
+            if name not in RANGES:
+                return value
+            checked(name, value)
+            if name == "power_mw" and value > self._most_mw:
+                words = f"NVML answers {value / 1e3:g} W, far above the GPU's largest power limit"
+                raise Implausible(Doubt.OUT_OF_RANGE, words)
+            return value
+
+        return ask(take)
 
     def _of(self, name: str) -> Any:
         """The handle that a reading is asked of: settings are those of the whole GPU."""

@@ -29,13 +29,18 @@ COLUMNS = (
 SHORTEST_WINDOW_S = 10.0
 IDLE_S = 2.0
 _FEWEST_IDLE_SAMPLES = 5
-_LARGEST_POWER_GAP_S = 1.0
+_LARGEST_GAP_S = 1.0
+"""Between two readings of power, and between the two moves of the counter around an end of the window."""
+
+_MOST_W = 10_000.0
+"""No GPU draws so much: a counter that moves faster is broken."""
 
 
 def timed_window(samples: Samples) -> tuple[Sample, Sample] | None:
     """The samples at both ends of the timed steps, those included that were added for the sake of energy."""
     start = samples.at("timing-start")
-    end = samples.at("energy-end") or samples.at("timing-end")
+    # Steps go on until the last of the two that was reached: where NVML was late then, the other will not do.
+    end = samples.at("energy-end" if samples.reached("energy-end") else "timing-end")
     return (start, end) if start is not None and end is not None else None
 
 
@@ -54,7 +59,8 @@ def energy_columns(
     found = Findings()
     window = timed_window(samples)
     if off is not None or window is None or not steps:
-        found.unavailable = dict.fromkeys(COLUMNS, off or "the case ended before that")
+        ended = samples.not_at("timing-start", "energy-end", "timing-end")
+        found.unavailable = dict.fromkeys(COLUMNS, off or ended)
         return found
     start, end = window
     seconds = end.time_s - start.time_s
@@ -91,27 +97,44 @@ def _by_counter(samples: Samples, start_s: float, end_s: float) -> tuple[float |
     """Joules between two times, or why the counter does not tell."""
     # Where the counter moved, and when that was seen; between two such points it is taken to run evenly.
     points: list[tuple[float, float]] = []
+    stood_s = 0.0
     for row in samples.rows:
-        if row.energy_j is not None and (not points or row.energy_j != points[-1][1]):
-            if points and row.energy_j < points[-1][1]:
-                return None, "the energy counter went backwards: the driver was loaded anew"
+        if row.energy_j is None:
+            continue
+        if points and row.energy_j < points[-1][1]:
+            return None, "the energy counter went backwards: the driver was loaded anew"
+        if not points or row.energy_j != points[-1][1]:
             points.append((row.time_s, row.energy_j))
+        elif start_s <= row.time_s <= end_s:
+            stood_s = max(stood_s, row.time_s - max(points[-1][0], start_s))
     if not points:
         return None, samples.reasons.get("energy_mj", "NVML gives no energy counter")
     inside = sum(start_s <= time <= end_s for time, _ in points)
     if inside < 2:
-        return None, "the energy counter did not move"
-    return _at(points, end_s) - _at(points, start_s), ""
+        return None, samples.why_few("energy_mj", samples.rows) or "the energy counter did not move"
+    if stood_s > _LARGEST_GAP_S:
+        return None, f"the energy counter stood still for {stood_s:.1f} s while steps were taken"
+    ends = [_at(points, time_s) for time_s in (start_s, end_s)]
+    apart_s = max(seconds for _, seconds in ends)
+    if apart_s > _LARGEST_GAP_S:
+        why = samples.reasons.get("energy_mj", "no look in time")
+        return None, f"the energy counter was not read for {apart_s:.1f} s at an end of the window ({why})"
+    joules = ends[1][0] - ends[0][0]
+    if not 0 < joules <= _MOST_W * (end_s - start_s):
+        return None, f"the energy counter moved by {joules:.4g} J in {end_s - start_s:.1f} s, as no GPU draws"
+    return joules, ""
 
 
-def _at(points: list[tuple[float, float]], time_s: float) -> float:
-    """The counter at a time, by a straight line through its two neighbours; at the ends, through the two that are next.
+def _at(points: list[tuple[float, float]], time_s: float) -> tuple[float, float]:
+    """The counter at a time, and how far in seconds the points lie apart that it is found by.
 
-    So what was used since its last step counts, too.
+    It lies on a straight line through its two neighbours; at the ends, through the two that are next, so that what was
+    used since the counter's last step counts, too.
     """
     pairs = list(pairwise(points))
     (before_s, before), (after_s, after) = next((pair for pair in pairs if time_s <= pair[1][0]), pairs[-1])
-    return before + (after - before) * (time_s - before_s) / (after_s - before_s)
+    joules = before + (after - before) * (time_s - before_s) / (after_s - before_s)
+    return joules, max(after_s, time_s) - min(before_s, time_s)
 
 
 def _by_power(rows: list[Sample], samples: Samples) -> tuple[float | None, str]:
@@ -120,8 +143,9 @@ def _by_power(rows: list[Sample], samples: Samples) -> tuple[float | None, str]:
     if len(read) < 2 or rows[0].power_w is None or rows[-1].power_w is None:
         return None, samples.reasons.get("power_mw", "NVML gave no power at both ends of the window")
     gap = max(later - earlier for (earlier, _), (later, _) in pairwise(read))
-    if gap > _LARGEST_POWER_GAP_S:
-        return None, f"power was not read for {gap:.1f} s"
+    if gap > _LARGEST_GAP_S:
+        why = f" ({samples.reasons['power_mw']})" if "power_mw" in samples.reasons else ""
+        return None, f"power was not read for {gap:.1f} s{why}"
     joules = math.fsum((b - a) * (p + q) / 2 for (a, p), (b, q) in pairwise(read))
     return (joules, "") if joules > 0 else (None, "NVML says that the GPU draws no power")
 
@@ -130,9 +154,13 @@ def _idle_power(samples: Samples) -> tuple[float | None, str]:
     """Mean power right before the worker touched the GPU."""
     before = samples.until("idle")
     if not before:
-        return None, "the case ended before that"
+        return None, samples.not_at("idle")
     end = before[-1].time_s
-    read = [row.power_w for row in before if row.power_w is not None and row.time_s >= end - IDLE_S]
+    last = [row for row in before if row.time_s >= end - IDLE_S]
+    read = [row.power_w for row in last if row.power_w is not None]
+    few = samples.why_few("power_mw", last)
+    if few:
+        return None, few
     if len(read) < _FEWEST_IDLE_SAMPLES:
         return None, samples.reasons.get("power_mw", f"{len(read)} readings of power before the GPU was touched")
     mean = math.fsum(read) / len(read)

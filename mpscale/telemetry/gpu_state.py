@@ -33,6 +33,8 @@ POWER_CAP = 0x4
 SUSTAINED_SHARE = 0.05
 CLOCK_DROP = 0.10
 _FEWEST_CLOCKS = 8
+_TOLERATED_S = 0.5
+"""How long a reading may fail in a figure that is the most of all: these change slowly, and are read every 100 ms."""
 
 COLUMNS = (
     "gpu_temperature_c_max",
@@ -59,33 +61,49 @@ def state_columns(samples: Samples) -> Findings:
     """What is known of the GPU's state: in the timed window, but for the processes."""
     found = Findings()
     rows = _timed(samples)
-    why = samples.reasons
-    ended = "nothing was timed, or the case ended before that"
+    timed = samples.not_at("timing-start", "energy-end", "timing-end")
+    whole = (samples.rows[0].time_s, samples.rows[-1].time_s) if samples.rows else (0.0, 0.0)
 
-    def put(column: str, reading: str, value: Any) -> None:
-        found.put(column, value, why.get(reading, ended))
+    def put(column: str, reading: str, value: Any, spoilt: str | None) -> None:
+        """A value, unless too many of the readings that it is made from have failed."""
+        reason = samples.reasons.get(reading, samples.not_at())
+        found.put(column, None if spoilt else value, spoilt if spoilt and value is not None else reason)
 
-    temperatures = samples.known("temperature_c")
-    put("gpu_temperature_c_max", "temperature_c", max(temperatures, default=None))
+    def put_timed(column: str, reading: str, value: Any, spoilt: str | None = None) -> None:
+        if rows:
+            put(column, reading, value, samples.why_few(reading, rows) or spoilt)
+        else:
+            found.put(column, None, samples.reasons.get(reading, f"nothing was timed, or {timed}"))
+
+    hottest = max(samples.known("temperature_c"), default=None)
+    unseen = samples.unseen("temperature_c", *whole, _TOLERATED_S)
+    known = "" if hottest is None else f"; {hottest:g} °C was the most until then"
+    put("gpu_temperature_c_max", "temperature_c", hottest, unseen and unseen + known)
     for column, reading in (
         ("gpu_sm_clock_mhz_median", "sm_clock_mhz"),
         ("gpu_memory_clock_mhz_median", "memory_clock_mhz"),
         ("gpu_utilization_median", "utilization"),
     ):
         values = [value for row in rows if (value := getattr(row, reading)) is not None]
-        put(column, reading, statistics.median(values) if values else None)
+        put_timed(column, reading, statistics.median(values) if values else None)
     bits = [row.event_reasons for row in rows if row.event_reasons is not None]
     together = 0
     for each in bits:
         together |= each
     names = [name for bit, name in EVENT_REASONS.items() if together & bit]
-    put("gpu_event_reasons", "event_reasons", (", ".join(names) or "none") if bits else None)
-    put("gpu_throttled_share", "event_reasons", _share(bits, THROTTLED))
-    put("gpu_power_capped_share", "event_reasons", _share(bits, POWER_CAP))
+    # The bits of all samples together are complete or nothing, like a largest value.
+    unseen = samples.unseen("event_reasons", rows[0].time_s, rows[-1].time_s, _TOLERATED_S) if rows else None
+    put_timed("gpu_event_reasons", "event_reasons", (", ".join(names) or "none") if bits else None, unseen)
+    put_timed("gpu_throttled_share", "event_reasons", _share(bits, THROTTLED))
+    put_timed("gpu_power_capped_share", "event_reasons", _share(bits, POWER_CAP))
     others = foreign(samples)
-    put("gpu_other_processes", "processes", None if others is None else len(others))
+    number = None if others is None else len(others)
+    unseen = samples.unseen("processes", *whole, _TOLERATED_S)
+    put("gpu_other_processes", "processes", number, unseen and f"{unseen}; {number} were seen until then")
     drawing = [row.graphics_pids for row in samples.rows if row.graphics_pids is not None]
-    put("gpu_graphics_processes", "Graphics", len({pid for pids in drawing for pid in pids}) if drawing else None)
+    number = len({pid for pids in drawing for pid in pids}) if drawing else None
+    unseen = samples.unseen("Graphics", *whole, _TOLERATED_S)
+    put("gpu_graphics_processes", "Graphics", number, unseen and f"{unseen}; {number} were seen until then")
     return found
 
 

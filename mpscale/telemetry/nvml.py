@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpscale.telemetry.device import Device
-
-MIB = 2**20
+from mpscale.telemetry.plausible import MIB, Doubt, Implausible, checked
 
 _LOST = 15
 _ABSENT = (2, 3, 13, 25)
@@ -40,10 +39,12 @@ class Failure:
     Args:
         reason: in plain words.
         code: its ``nvmlReturn_t``; 0 where something else failed.
+        doubt: why the answer of a call that succeeded is no measurement; None where the call failed.
     """
 
     reason: str
     code: int = 0
+    doubt: Doubt | None = None
 
     @property
     def lost(self) -> bool:
@@ -53,7 +54,7 @@ class Failure:
     @property
     def absent(self) -> bool:
         """Whether the driver or the GPU does not have this call, so that an older one is worth a try."""
-        return self.code in _ABSENT or self.code == 0
+        return self.code in _ABSENT or (self.code == 0 and self.doubt is None)
 
 
 class NoNvml:
@@ -98,11 +99,11 @@ class Nvml:
 
     def driver_version(self) -> str | None:
         """The version of the NVIDIA driver, like ``"570.86.15"``; None if unknown."""
-        return text(self.ask("nvmlSystemGetDriverVersion")[0])
+        return text(self.ask("nvmlSystemGetDriverVersion")[0]) or None
 
     def cuda_driver_version(self) -> str | None:
         """The newest CUDA that the driver supports, like ``"12.8"``; None if unknown."""
-        number = self.ask("nvmlSystemGetCudaDriverVersion")[0]
+        number, _ = self.fact("cuda_version", "nvmlSystemGetCudaDriverVersion")
         return f"{number // 1000}.{number % 1000 // 10}" if number else None
 
     @property
@@ -122,24 +123,32 @@ class Nvml:
         """The answer of a function of nvidia-ml-py and None, or None and why there is none."""
         return ask(getattr(self.library, function, None), *arguments, **named)
 
+    def fact(self, name: str, function: str, *arguments: Any) -> tuple[Any, Failure | None]:
+        """The same for a number of :data:`mpscale.telemetry.plausible.RANGES`, where it can be true."""
+        value, failure = self.ask(function, *arguments)
+        return (value, failure) if failure is not None else ask(checked, name, value)
+
     def _device(self, handle: Any, fallback: str, parent: Device | None = None) -> Device:
-        capability = None if parent else self.ask("nvmlDeviceGetCudaComputeCapability", handle)[0]
+        capability, _ = (None, None) if parent else self.ask("nvmlDeviceGetCudaComputeCapability", handle)
+        if capability:
+            capability, _ = ask(_checked_capability, *capability)
         memory = self.ask("nvmlDeviceGetMemoryInfo", handle)[0]
+        total = ask(checked, "total_bytes", memory.total)[0] if memory else None
         pci = None if parent else self.ask("nvmlDeviceGetPciInfo", handle)[0]
         mode = None if parent else self.ask("nvmlDeviceGetMigMode", handle)[0]
         return Device(
             kind="gpu",
             name=text(self.ask("nvmlDeviceGetName", handle)[0]) or fallback,
-            uuid=text(self.ask("nvmlDeviceGetUUID", handle)[0]),
-            compute_capability=(int(capability[0]), int(capability[1])) if capability else None,
-            memory_mib=memory.total / MIB if memory else None,
+            uuid=text(self.ask("nvmlDeviceGetUUID", handle)[0]) or None,
+            compute_capability=capability,
+            memory_mib=None if total is None else total / MIB,
             pci_bus_id=text(pci.busId) if pci else None,
             mig=bool(mode and mode[0] == 1),
         )
 
     def _instances(self, handle: Any, gpu: Device) -> list[Device]:
         """The MIG instances of a GPU: each has memory of its own, and the rest from the GPU that it is a part of."""
-        count, failure = self.ask("nvmlDeviceGetMaxMigDeviceCount", handle)
+        count, failure = self.fact("devices", "nvmlDeviceGetMaxMigDeviceCount", handle)
         found = []
         for index in range(count if failure is None else 0):
             instance, failure = self.ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
@@ -159,7 +168,7 @@ def open_nvml() -> Nvml | NoNvml:
     _, failure = ask(getattr(library, "nvmlInit", None))
     if failure is not None:
         return NoNvml(failure.reason)
-    count, failure = ask(library.nvmlDeviceGetCount)
+    count, failure = ask(lambda: checked("devices", library.nvmlDeviceGetCount()))
     if failure is not None:
         ask(library.nvmlShutdown)
         return NoNvml(failure.reason)
@@ -172,6 +181,8 @@ def ask(function: Callable[..., Any] | None, *arguments: Any, **named: Any) -> t
         return None, Failure("the installed nvidia-ml-py does not know this call")
     try:
         return function(*arguments, **named), None
+    except Implausible as error:
+        return None, Failure(str(error), doubt=error.doubt)
     except Exception as error:
         # NVMLLibraryMismatchError is no NVMLError, and ctypes raises its own kinds on a library that does not fit.
         # Telemetry must never end a run, so every kind becomes a reason.
@@ -183,3 +194,7 @@ def ask(function: Callable[..., Any] | None, *arguments: Any, **named: Any) -> t
 def text(value: Any) -> str | None:
     """A string of nvidia-ml-py, which older versions give as bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _checked_capability(major: int, minor: int) -> tuple[int, int]:
+    return int(checked("compute_capability", major)), int(checked("minor_capability", minor))

@@ -30,12 +30,11 @@ from mpscale.lifeline import die_with_parent
 from mpscale.telemetry.device import Device
 from mpscale.telemetry.gpu import GARBLED, PROCESS_KINDS, Gpu
 from mpscale.telemetry.nvml import NoNvml, Nvml, open_nvml
-from mpscale.telemetry.samples import CALM_FROM, CALM_UNTIL, Sample, SampleFile
+from mpscale.telemetry.samples import CALM_FROM, CALM_S, CALM_UNTIL, Sample, SampleFile
 
 FAST_S = 0.01
 ENERGY_S = 0.019
 SLOW_S = 0.1
-CALM_S = 0.5
 
 
 class Family:
@@ -87,12 +86,17 @@ class Watch:
         self._energy_j: float | None = None
         self._looks, self._gap, self._looked = 0, 0.0, time.monotonic()
         self._slow_due = self._energy_due = 0.0
+        self._failed: list[str] = []
+        self._broken = False
+        """Whether a reading that has answered before has just failed."""
         self.calm = False
 
     @property
     def pause_s(self) -> float:
-        """From one look to the next."""
-        return CALM_S if self.calm else FAST_S
+        """From one look to the next; what fails while steps are timed is asked for again soon."""
+        if not self.calm:
+            return FAST_S
+        return SLOW_S if self._broken else CALM_S
 
     def sample(self, phase: str = "") -> None:
         """Takes a sample: of memory and energy, and of all else where that is due or a phase was reached.
@@ -107,24 +111,28 @@ class Watch:
         self._gap = max(self._gap, now - self._looked)
         self._looked = now
         sample = Sample(round(now - self._epoch, 4), phase, self._looks, self._gap)
-        memory, last = gpu.read("memory"), self._last
+        failed_before, self._failed = self._failed, []
+        broken_before, self._broken = self._broken, False
+        memory, last = self._read("memory"), self._last
         if memory is not None:
             sample.device_memory_mib, sample.reserved_memory_mib = memory
         if slow:
             self._find_other_kinds(sample)
         # The driver makes its list of processes anew each time, which costs; while memory stands still so does that.
         moved = last is None or memory is None or sample.device_memory_mib != last.device_memory_mib
-        if slow or moved:
+        if slow or moved or broken_before:
             self._read_processes(sample)
         energy_due = slow or now >= self._energy_due
         if energy_due:
             self._energy_due = now + ENERGY_S
-            energy = gpu.read("energy_mj")
+            energy = self._read("energy_mj")
             sample.energy_j = None if energy is None else energy / 1e3
         if slow:
             self._slow_due = now + SLOW_S
             self._read_state(sample)
-        if slow or moved or (energy_due and sample.energy_j != self._energy_j):
+        sample.failed = tuple(self._failed)
+        turned = self._failed != failed_before
+        if slow or moved or turned or (energy_due and sample.energy_j != self._energy_j):
             self._energy_j = sample.energy_j if energy_due else self._energy_j
             self._file.write(sample)
             self._last = sample
@@ -137,10 +145,25 @@ class Watch:
         """Ends the file."""
         self._file.close()
 
+    def _read(self, name: str) -> Any:
+        """One reading; one that fails is noted, unless the GPU is gone, and the case with it."""
+        value = self._gpu.read(name)
+        if value is None:
+            self._note(name, name)
+        return value
+
+    def _note(self, reading: str, asked: str) -> None:
+        if self._gpu.asks(asked) and not self._gpu.lost:
+            self._failed.append(reading)
+            self._broken = self._broken or asked in self._gpu.ways
+            self._file.tell({reading: self._gpu.reasons.get(asked, "NVML gave no value")})
+
     def _read_processes(self, sample: Sample) -> None:
         listed = self._gpu.processes(self._kinds)
         if listed is None:
-            self._file.tell({"processes": f"NVML gives no list of processes: {self._gpu.reasons.get('Compute')}"})
+            kind = next((kind for kind in self._kinds if kind in self._gpu.reasons), "Compute")
+            self._note("processes", kind)
+            self._file.tell({"processes": f"NVML gives no list of processes: {self._gpu.reasons.get(kind)}"})
             return
         sample.processes = listed.number
         if listed.by_pid is None:
@@ -149,13 +172,16 @@ class Watch:
         ours = [used for pid, used in listed.by_pid.items() if pid in self._family]
         sample.listed = bool(ours)
         sample.other_pids = tuple(pid for pid in listed.by_pid if pid not in self._family)
-        told = [used for used in ours if used]
-        sample.process_memory_mib = sum(told) if told else None
+        told = [used for used in ours if used is not None]
+        # A part of them would pass for all.
+        sample.process_memory_mib = sum(told) if told and len(told) == len(ours) else None
 
     def _find_other_kinds(self, sample: Sample) -> None:
         """A worker under CUDA's multi-process service is in a list of its own, and one that draws in another."""
         for kind in PROCESS_KINDS[1:]:
             listed = self._gpu.processes([kind])
+            if listed is None and kind == "Graphics":
+                self._note(kind, kind)
             if listed is None or listed.by_pid is None:
                 continue
             if kind not in self._kinds and any(pid in self._family for pid in listed.by_pid):
@@ -164,11 +190,10 @@ class Watch:
                 sample.graphics_pids = tuple(pid for pid in listed.by_pid if pid not in self._family)
 
     def _read_state(self, sample: Sample) -> None:
-        gpu = self._gpu
-        power = gpu.read("power_mw")
+        power = self._read("power_mw")
         sample.power_w = None if power is None else power / 1e3
         for name in ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "utilization", "event_reasons"):
-            setattr(sample, name, gpu.read(name))
+            setattr(sample, name, self._read(name))
 
 
 class Sampler:
@@ -239,7 +264,8 @@ class Sampler:
         self._watch.sample("end")
         self._watch.close()
         self._watch = None
-        return {"settings": self._gpu.settings(), "lost": self._gpu.lost}
+        gpu = self._gpu
+        return {"settings": gpu.settings(), "ways": gpu.ways, "lost": gpu.lost}
 
     def _look(self, order: dict[str, Any]) -> dict[str, Any]:
         gpu = self._opened(order)

@@ -16,7 +16,7 @@ from mpscale.telemetry.driver import Driver, NoDriver, SilentDriver
 from mpscale.telemetry.findings import Findings
 from mpscale.telemetry.gpu_state import Suspicion
 from mpscale.telemetry.host_noise import HostNoise
-from mpscale.telemetry.samples import Samples, read_samples
+from mpscale.telemetry.samples import LATE, SILENT, START, Samples, read_samples
 
 HOST_COLUMN = "host_memory_peak_mib"
 _COOL_BY_C = 20.0
@@ -74,7 +74,8 @@ class CaseWatch:
         self._noise: HostNoise | None = None
         self._blind = "no process was watched"
         self._silent_after: str | None = None
-        self._last_phase = "the start"
+        self._last_phase = START
+        self._late: list[str] = []
         self._settings: dict[str, Any] = {}
         self._first_settings: Mapping[str, Any] | None = None
         self._ways: Mapping[str, str] = {}
@@ -89,7 +90,8 @@ class CaseWatch:
             epoch: when it was started, of the monotonic clock.
         """
         self._pid, self._host_peak_mib, self._noise = pid, None, HostNoise(pid)
-        self._silent_after, self._last_phase, self._lost = None, "the start", False
+        self._silent_after, self._last_phase, self._lost = None, START, False
+        self._late = []
         self._blind = self._begin(pid, epoch)
 
     def mark(self, phase: str) -> None:
@@ -106,6 +108,7 @@ class CaseWatch:
         if self._driver.mark(phase):
             self._last_phase, self._silent_after = phase, None
         else:
+            self._late.append(phase)
             self._silent_after = self._silent_after or self._last_phase
 
     def stop(self, told: Told, keep: Path | None) -> Seen:
@@ -130,13 +133,14 @@ class CaseWatch:
         try:
             answer = self._driver.stop()
             after, lost = answer["settings"], self._lost or answer["lost"]
-            silent_after = None
+            self._ways = answer["ways"]
+            notes = {LATE: " ".join(self._late)} if self._late else {}
         except SilentDriver as error:
-            silent_after = f"{self._silent_after or self._last_phase} ({error})"
+            notes = {SILENT: f"NVML stopped answering after {self._silent_after or self._last_phase} ({error})"}
             lost = self._lost
-        samples = self._read_samples(keep)
+        samples = self._read_samples(keep, notes)
         seen.lost = lost
-        seen.findings.add(gpu_memory.memory_columns(samples, told.allocator_peak_mib, silent_after))
+        seen.findings.add(gpu_memory.memory_columns(samples, told.allocator_peak_mib))
         seen.findings.add(
             gpu_energy.energy_columns(
                 samples, told.energy_steps, told.energy_applied_steps, self._power_source(), told.energy_off
@@ -146,11 +150,6 @@ class CaseWatch:
         seen.suspicions = gpu_state.suspicions(
             samples, (self._settings, after), self._first_settings or {}, self._fact("slowdown_c")
         )
-        if silent_after is not None:
-            why = f"NVML stopped answering after {silent_after}"
-            for column, reason in seen.findings.unavailable.items():
-                if column in GPU_COLUMNS and "NVML stopped answering" not in reason:
-                    seen.findings.unavailable[column] = f"{why}; {reason}"
         return seen
 
     def has_power(self) -> bool:
@@ -197,8 +196,11 @@ class CaseWatch:
             self._first_settings = self._settings
         return ""
 
-    def _read_samples(self, keep: Path | None) -> Samples:
+    def _read_samples(self, keep: Path | None, notes: Mapping[str, str]) -> Samples:
         text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
+        if notes:
+            # The last line may have been cut off, when the sampler died.
+            text = text[: text.rfind("\n") + 1] + "".join(f"# {name}: {words}\n" for name, words in notes.items())
         if keep is not None and text:
             keep.parent.mkdir(parents=True, exist_ok=True)
             keep.write_bytes(gzip.compress(text.encode(), 6))

@@ -94,3 +94,28 @@ def test_what_one_side_lacks_is_said_with_its_reason():
     assert (change.baseline, change.other, change.change) == (pytest.approx(9.0), None, None)
     assert change.reason == "not known of the run: the driver gave no process memory"
     assert with_verdicts([change])[0].verdict == "cannot-tell"
+
+
+@pytest.mark.parametrize(
+    ("quantity", "column", "differing"),
+    [
+        ("gpu_memory", "gpu_memory_nvml_peak_mib", {"gpu_allocator": ("cuda_malloc_async", "bfc")}),
+        ("gpu_memory", "gpu_memory_nvml_peak_mib", {"gpu_memory_method": ("process", "device-minus-idle")}),
+        ("energy", "gpu_energy_j_per_step", {"gpu_energy_method": ("counter", "power")}),
+        ("gpu_memory", "gpu_memory_nvml_peak_mib", {"gpu_allocator": ("bfc", None)}),
+    ],
+)
+def test_figures_of_different_things_are_not_compared(quantity, column, differing):
+    ((name, kinds),) = differing.items()
+    sides = [
+        plain_rows(
+            cases_frame([record(seed=seed, **{column: 100.0 * (1 + side) + seed, name: kind}) for seed in range(3)])
+        )
+        for side, kind in enumerate(kinds)
+    ]
+    (change,) = with_verdicts([measure_change(*sides, QUANTITIES[quantity])])
+    assert (change.change, change.verdict) == (None, "cannot-tell")
+    assert name in change.reason
+    assert all((kind or "unknown") in change.reason for kind in kinds)
+    (alike,) = with_verdicts([measure_change(sides[0], sides[0], QUANTITIES[quantity])])
+    assert alike.verdict == "same"

@@ -109,6 +109,30 @@ def test_memory_is_the_largest_of_any_process():
     assert (row["gpu_memory_mib"], row["gpu_memory_ratio"], row["host_memory_mib"]) == (1500.0, 0.75, 800.0)
 
 
+@pytest.mark.parametrize(
+    ("column", "ratio", "kind", "other"),
+    [
+        ("gpu_memory_nvml_peak_mib", "gpu_memory_ratio", {"gpu_allocator": "cuda_malloc_async"}, "bfc"),
+        ("gpu_memory_nvml_peak_mib", "gpu_memory_ratio", {"gpu_memory_method": "process"}, "device-minus-idle"),
+        ("gpu_energy_j_per_step", "gpu_energy_ratio", {"gpu_energy_method": "counter"}, "power"),
+    ],
+)
+def test_figures_of_different_things_have_no_ratio(column, ratio, kind, other):
+    name = next(iter(kind))
+    same = [record(**{column: 1000.0}, **kind), record("mixed-static", **{column: 500.0}, **kind)]
+    assert row_of("mixed-static", *same)[ratio] == pytest.approx(0.5)
+    for differing in (other, None):
+        mode = record("mixed-static", **{column: 500.0, name: differing})
+        assert row_of("mixed-static", same[0], mode)[ratio] is None
+        # One process among several is enough: the largest may be its.
+        assert (
+            row_of("mixed-static", *same, record("mixed-static", seed=1, **{column: 400.0, name: differing}))[ratio]
+            is None
+        )
+    # A process without a figure does not count.
+    assert row_of("mixed-static", *same, record("mixed-static", seed=1, **{name: other}))[ratio] == pytest.approx(0.5)
+
+
 def test_metrics_are_compared_seed_by_seed():
     row = row_of(
         "mixed-dynamic",

@@ -7,8 +7,9 @@ so a test can change the GPU under a program that runs. Without a script no driv
 
 A script has one entry a line; ``#`` begins a comment. Times are seconds of CLOCK_MONOTONIC since ``epoch``. What a
 script does not say is not supported (3), but for the defaults named here. A TIMELINE is one value, or ``t:value`` pairs
-with rising t, each of which holds from its t on, the first one from ever. A value is a number (hexadecimal after 0x)
-or ``-``, which is unknown: the call returns 3. A wrong line makes every call return 999, and standard error names it.
+with rising t, each of which holds from its t on, the first one from ever. A value is a number (hexadecimal after 0x),
+``-``, which is unknown: the call returns 3, or ``n/a``: the call succeeds and answers with all bits one. A wrong line
+makes every call return 999, and standard error names it.
 
 For the whole library:
 
@@ -51,6 +52,8 @@ Then each ``device N``, from 0, followed by its lines:
                                                     multiple of energy_tick (default 0.1 s). It is computed from the
                                                     timeline as it is now: to keep what was counted, add to the end
 ``energy_start_j``, ``energy_tick`` TIMELINE
+``field_type TIMELINE``                             the type that fields say their value has (nvmlValueType_t)
+``field_stamp_s TIMELINE``                          when fields say that it was taken; by default, now
 ``temperature_c``, ``slowdown_c`` TIMELINE          now, and the threshold
 ``sm_clock_mhz``, ``mem_clock_mhz`` TIMELINE        the graphics clock is that of the SMs
 ``max_sm_clock_mhz``, ``max_mem_clock_mhz``         TIMELINE

@@ -37,6 +37,8 @@ int gpu_number(enum call call, device_t device, enum value value, double scale, 
 
 /* A value now; false where it is unknown. */
 bool value_of(const struct unit *unit, enum value value, double *answer);
+/* Whether a script says n/a: the call answers with all bits one. */
+bool not_available(const struct unit *unit, enum value value);
 /* NULL if there is none; a GPU is its own instance -1. */
 const struct unit *find_unit(int device, int mig);
 

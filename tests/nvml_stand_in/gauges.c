@@ -52,6 +52,10 @@ int nvmlDeviceGetPowerManagementLimitConstraints(device_t device, unsigned *smal
 static int energy_now(const struct unit *gpu, unsigned long long *millijoules)
 {
     double on, start, tick;
+    if (not_available(gpu, VALUE_energy)) {
+        *millijoules = ~0ULL;
+        return OK;
+    }
     if (!value_of(gpu, VALUE_energy, &on) || !value_of(gpu, VALUE_energy_start_j, &start))
         return NOT_SUPPORTED;
     double time = fmax(now, 0);
@@ -102,6 +106,12 @@ static void fill_field(const struct unit *gpu, struct field *field)
     } else {
         field->code = NOT_SUPPORTED;
     }
+    double type;
+    if (value_of(gpu, VALUE_field_type, &type))
+        field->value_type = (unsigned)type;
+    double stamp_s;
+    if (value_of(gpu, VALUE_field_stamp_s, &stamp_s))
+        field->timestamp_us = (int64_t)(1e6 * stamp_s);
 }
 
 int nvmlDeviceGetFieldValues(device_t device, int count, struct field *fields)
@@ -134,7 +144,10 @@ int nvmlDeviceGetTemperatureV(device_t device, struct temperature *temperature)
         code = INVALID_ARGUMENT;
     if (code == OK && temperature->version != 0x100000C)
         code = VERSION_MISMATCH;
-    if (code == OK && !value_of(gpu, VALUE_temperature_c, &celsius))
+    bool none = code == OK && not_available(gpu, VALUE_temperature_c);
+    if (none)
+        celsius = -1;
+    else if (code == OK && !value_of(gpu, VALUE_temperature_c, &celsius))
         code = NOT_SUPPORTED;
     if (code == OK)
         temperature->celsius = (int)lround(celsius);
@@ -195,10 +208,11 @@ static int event_reasons(enum call call, device_t device, unsigned long long *re
     int code = begin_gpu(call, device, &gpu);
     if (code == OK && reasons == NULL)
         code = INVALID_ARGUMENT;
-    if (code == OK && !value_of(gpu, VALUE_event_reasons, &bits))
+    bool none = code == OK && not_available(gpu, VALUE_event_reasons);
+    if (code == OK && !none && !value_of(gpu, VALUE_event_reasons, &bits))
         code = NOT_SUPPORTED;
     if (code == OK)
-        *reasons = (unsigned long long)bits;
+        *reasons = none ? ~0ULL : (unsigned long long)bits;
     return end(code);
 }
 

@@ -45,8 +45,15 @@ static double processes_mib(const struct unit *unit)
 
 static bool memory_now(const struct unit *unit, double *total, double *reserved, double *used)
 {
-    bool known = value_of(unit, VALUE_memory_mib, total) && value_of(unit, VALUE_reserved_mib, reserved)
-                 && value_of(unit, VALUE_used_mib, used);
+    /* What is not available is NAN, which bytes() makes all bits one. */
+    bool known = (not_available(unit, VALUE_memory_mib) || value_of(unit, VALUE_memory_mib, total))
+                 && (not_available(unit, VALUE_reserved_mib) || value_of(unit, VALUE_reserved_mib, reserved))
+                 && (not_available(unit, VALUE_used_mib) || value_of(unit, VALUE_used_mib, used));
+    if (not_available(unit, VALUE_memory_mib))
+        *total = NAN;
+    if (not_available(unit, VALUE_reserved_mib))
+        *reserved = NAN;
+    *used = not_available(unit, VALUE_used_mib) ? NAN : *used;
     if (known)
         *used += processes_mib(unit);
     return known;
@@ -54,6 +61,8 @@ static bool memory_now(const struct unit *unit, double *total, double *reserved,
 
 static unsigned long long bytes(double mib)
 {
+    if (isnan(mib))
+        return ~0ULL;
     return mib > 0 ? (unsigned long long)llround(mib * MIB) : 0;
 }
 
@@ -64,7 +73,7 @@ struct memory_v1 {
 int nvmlDeviceGetMemoryInfo(device_t device, struct memory_v1 *memory)
 {
     const struct unit *unit;
-    double total, reserved, used;
+    double total = 0, reserved = 0, used = 0;
     int code = begin_unit(CALL_nvmlDeviceGetMemoryInfo, device, &unit);
     if (code == OK && memory == NULL)
         code = INVALID_ARGUMENT;
@@ -86,7 +95,7 @@ struct memory_v2 {
 int nvmlDeviceGetMemoryInfo_v2(device_t device, struct memory_v2 *memory)
 {
     const struct unit *unit;
-    double total, reserved, used;
+    double total = 0, reserved = 0, used = 0;
     int code = begin_unit(CALL_nvmlDeviceGetMemoryInfo_v2, device, &unit);
     if (code == OK && memory == NULL)
         code = INVALID_ARGUMENT;

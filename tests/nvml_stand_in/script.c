@@ -59,7 +59,7 @@ static int find_name(const char *word, const char *const *names, int count)
     return -1;
 }
 
-/* `-`, a number, and for processes also `n/a(MIB)` and `LISTED(ACTUAL)`. Writes into the word. */
+/* `-`, `n/a`, a number, and for processes also `n/a(MIB)` and `LISTED(ACTUAL)`. Writes into the word. */
 static bool read_value(char *word, bool of_process, struct point *point)
 {
     size_t length = strlen(word);
@@ -76,7 +76,7 @@ static bool read_value(char *word, bool of_process, struct point *point)
         if (!read_number(open + 1, &point->actual))
             return false;
     }
-    if (of_process && strcmp(word, "n/a") == 0) {
+    if (strcmp(word, "n/a") == 0) {
         point->kind = NOT_AVAILABLE;
         return true;
     }

@@ -125,6 +125,11 @@ bool value_of(const struct unit *unit, enum value value, double *answer)
     return point.kind == KNOWN;
 }
 
+bool not_available(const struct unit *unit, enum value value)
+{
+    return timeline_at(script, unit->values[value], now).kind == NOT_AVAILABLE;
+}
+
 const struct unit *find_unit(int device, int mig)
 {
     for (size_t i = 0; i < script->unit_count; i++)
@@ -187,6 +192,10 @@ int give_number(const struct unit *unit, enum value value, double scale, unsigne
     double number;
     if (answer == NULL)
         return INVALID_ARGUMENT;
+    if (not_available(unit, value)) {
+        *answer = ~0U;
+        return OK;
+    }
     if (!value_of(unit, value, &number))
         return NOT_SUPPORTED;
     *answer = (unsigned)llround(number * scale);

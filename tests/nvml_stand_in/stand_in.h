@@ -75,6 +75,8 @@
     X(energy) \
     X(energy_tick) \
     X(energy_start_j) \
+    X(field_type) \
+    X(field_stamp_s) \
     X(temperature_c) \
     X(slowdown_c) \
     X(sm_clock_mhz) \

@@ -51,6 +51,15 @@ def test_parts_energy_and_state_have_their_tables(tmp_path):
     assert state[0][2:] == ["1410", DASH, DASH, "61.0", DASH, "25 %", "software power cap"]
 
 
+def test_ratio_that_is_refused_is_said(tmp_path):
+    full = {**FULL, "gpu_allocator": "cuda_malloc_async"}
+    other = {**full, "gpu_allocator": "bfc", "gpu_energy_method": "power"}
+    text = report(tmp_path, GPU, record("fp32", **full), record("tf32", **full), record("mixed-dynamic", **other))
+    said = [line for line in text.splitlines() if line.startswith("No ratio is given for")]
+    assert [line.partition(":")[0] for line in said] == ["No ratio is given for toy mixed-dynamic"] * 2
+    assert "`gpu_allocator`" in said[0] and "`gpu_energy_method`" in said[1]
+
+
 def test_without_a_gpu_there_are_none(tmp_path):
     text = report(tmp_path, CPU, record("fp32", step_time_ms_median=2.0))
     assert "GPU memory in parts" not in text

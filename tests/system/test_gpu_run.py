@@ -215,9 +215,42 @@ def test_allocator_that_does_not_work_is_replaced_once_and_for_all(machine):
     done = machine.run(PLAIN, *QUICK, "--mp-modes", "fp32,mixed-static", "--mp-workloads", "picky:mlp")
     assert done.returncode == 0, done.stdout
     finished = [event["record"] for event in machine.events("case_finished")]
-    assert [(record["status"], record["attempts"]) for record in finished] == [("error", 1), ("ok", 2), ("ok", 1)]
-    assert [record.get("gpu_allocator") for record in finished] == [None, "bfc", "bfc"]
+    assert [(record["status"], record["attempts"]) for record in finished] == [
+        ("error", 1),
+        ("error", 2),
+        ("ok", 3),
+        ("ok", 1),
+    ]
+    assert [record.get("gpu_allocator") for record in finished] == [None, None, "bfc", "bfc"]
+    assert "failed on touching the GPU" in done.stdout
     assert "failed with cuda_malloc_async" in done.stdout
+
+
+def test_allocator_is_not_blamed_for_what_others_did_to_its_process(machine):
+    """In turn: killed from outside; failed once by itself; and failed again once the allocator had worked."""
+    (machine.folder / "fragile.py").write_text(
+        "import os, signal, tensorflow as tf\n"
+        "from pathlib import Path\n"
+        "from mpscale.workloads import registry\n"
+        "deaths = Path(__file__).with_name('deaths')\n"
+        "def die(*a, **k):\n"
+        "    tf.constant = constant\n"
+        "    left = deaths.read_text().split()\n"
+        "    deaths.write_text(' '.join(left[1:]))\n"
+        "    if left[0] == 'none':\n"
+        "        return constant(*a, **k)\n"
+        "    os._exit(3) if left[0] == 'exit' else os.kill(os.getpid(), int(left[0]))\n"
+        "constant, tf.constant = tf.constant, die\n"
+        "mlp = registry.get('mnist1d-mlp')\n"
+    )
+    (machine.folder / "deaths").write_text("9 exit none exit")
+    modes = ("--mp-modes", "fp32,mixed-static,mixed-bf16")
+    done = machine.run(PLAIN, *QUICK, *modes, "--mp-workloads", "fragile:mlp")
+    finished = [event["record"] for event in machine.events("case_finished")]
+    seen = [(record["status"], record["attempts"]) for record in finished]
+    assert seen == [("crashed", 1), ("error", 1), ("ok", 2), ("error", 1)], done.stdout
+    assert {record.get("gpu_allocator") for record in finished} == {None, "cuda_malloc_async"}
+    assert "with bfc" not in done.stdout
 
 
 @pytest.mark.parametrize(("visible", "tf32"), [(None, True), ("-1", False)])

@@ -1,0 +1,97 @@
+"""When a worker's end is held against TensorFlow's allocator, so that another is tried."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from mpscale.harness.supervisor import Outcome, Supervisor
+from mpscale.records import Record
+from mpscale.telemetry.device import STAND_IN, Device
+from mpscale.telemetry.driver import NoDriver
+from mpscale.telemetry.watch import CaseWatch
+
+GPU = Device("gpu", f"{STAND_IN} A100", "GPU-0", (8, 0), 40_960.0)
+
+
+@pytest.fixture
+def supervisor():
+    """Makes supervisors that are never to start a process."""
+    made = []
+
+    def make(*allocators):
+        watch = CaseWatch(NoDriver("no driver"), GPU)
+        made.append(Supervisor(GPU, watch, "fresh", 1.0, {}, [], lambda *_: None, allocators))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def ended(status="crashed", signal=None, phase="idle", lost=False):
+    record = Record({"workload": "toy", "mode": "fp32", "seed": 0, "repeat": 0})
+    record.update({"status": status})
+    phases = {"idle": 1.0} if phase == "idle" else {"idle": 1.0, phase: 2.0} if phase else {}
+    return Outcome(record, phases=phases, signal=signal, gpu_lost=lost)
+
+
+def judged(supervisor, *outcomes):
+    """What becomes of cases that end so, and the allocator after each."""
+    found = []
+    for outcome in outcomes:
+        supervisor._judge_allocator(outcome)
+        found.append((outcome.again, supervisor.allocator))
+    return found
+
+
+KEPT = (None, "cuda_malloc_async")
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        pytest.param(ended(signal=signal.SIGKILL), id="the kernel's out-of-memory killer"),
+        pytest.param(ended(signal=signal.SIGTERM), id="a batch system"),
+        pytest.param(ended(signal=signal.SIGINT), id="a person at the terminal"),
+        pytest.param(ended(signal=signal.SIGHUP), id="a terminal that was closed"),
+        pytest.param(ended(signal=signal.SIGXCPU), id="a limit of processor time"),
+        pytest.param(ended("oom"), id="memory that others hold"),
+        pytest.param(ended("timeout"), id="the clock"),
+        pytest.param(ended("interrupted"), id="the user's interrupt"),
+        pytest.param(ended(lost=True, signal=signal.SIGABRT), id="a GPU that was lost"),
+        pytest.param(ended("error", phase=None), id="before the GPU was touched"),
+        pytest.param(ended("error", phase="context-ready"), id="after it was touched"),
+    ],
+)
+def test_what_the_allocator_cannot_be_blamed_for(supervisor, outcome):
+    assert judged(supervisor("cuda_malloc_async", "bfc"), outcome, outcome, outcome) == [KEPT] * 3
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        {"status": "error"},
+        {"signal": signal.SIGABRT},
+        {"signal": signal.SIGSEGV},
+        {"signal": signal.SIGBUS},
+    ],
+    ids=["an exception or exit code", "a failed check", "a wrong address", "a bus error"],
+)
+def test_own_failure_is_tried_again_with_the_same_and_then_with_the_next(supervisor, outcome):
+    found = judged(supervisor("cuda_malloc_async", "bfc"), *(ended(**outcome) for _ in range(3)), ended("ok"))
+    assert found[:2] == [("touched", "cuda_malloc_async"), ("allocator", "bfc")]
+    # With the last one it fails, too: no allocator was to blame, and the next case begins with the first.
+    assert found[2:] == [KEPT, KEPT]
+
+
+def test_once_an_allocator_has_worked_it_is_kept(supervisor):
+    worked, failed = ended("ok", phase="context-ready"), [ended("error") for _ in range(3)]
+    assert judged(supervisor("cuda_malloc_async", "bfc"), worked, *failed) == [KEPT] * 4
+    later = judged(supervisor("cuda_malloc_async", "bfc"), ended("error"), ended("error"), worked, *failed)
+    assert later[2:] == [(None, "bfc")] * 4
+
+
+def test_an_allocator_that_was_asked_for_is_kept(supervisor):
+    assert judged(supervisor("cuda_malloc_async"), *(ended("error") for _ in range(3))) == [KEPT] * 3

@@ -1,0 +1,317 @@
+"""A GPU, a driver or a virtual machine that tells less than it seems to: what then stands in the columns of a case."""
+
+from __future__ import annotations
+
+import gzip
+import time
+
+import pytest
+from nvml_stand_in import Script
+from telemetry.gpu_case import GpuCase
+
+from mpscale.telemetry.samples import read_samples
+from mpscale.telemetry.watch import GPU_COLUMNS, Told
+
+PEAK, METHOD = "gpu_memory_nvml_peak_mib", "gpu_memory_method"
+PROCESS, RISE = "gpu_memory_process_peak_mib", "gpu_memory_device_rise_mib"
+MEMORY = "nvmlDeviceGetMemoryInfo_v2"
+LIST = "nvmlDeviceGetComputeRunningProcesses_v3"
+MEASURED = {
+    "power_w": "gpu_power_source",
+    "temperature_c": "gpu_temperature_c_max",
+    "sm_clock_mhz": "gpu_sm_clock_mhz_median",
+    "mem_clock_mhz": "gpu_memory_clock_mhz_median",
+    "utilization": "gpu_utilization_median",
+    "event_reasons": "gpu_event_reasons",
+}
+"""Lines of the stand-in's script, and the column that each fills."""
+
+
+@pytest.fixture
+def gpu_case(tmp_path, stand_in_nvml):
+    """Makes one case under a GPU with these lines."""
+    made = []
+
+    def make(**lines):
+        script = Script(tmp_path / "nvml.txt")
+        script.set(**lines)
+        made.append(GpuCase(script, stand_in_nvml))
+        return made[-1]
+
+    yield make
+    for case in made:
+        case.close()
+
+
+@pytest.fixture(scope="module")
+def only_case(tmp_path_factory, stand_in_nvml):
+    case = GpuCase(Script(tmp_path_factory.mktemp("gpu") / "nvml.txt"), stand_in_nvml)
+    yield case
+    case.close()
+
+
+@pytest.fixture
+def case(only_case):
+    """A GPU that tells everything, whose driver's process goes on from test to test."""
+    only_case.script.heal().no_processes()
+    lines = {"used_mib": 450, "temperature_c": 35, "sm_clock_mhz": 1410, "mem_clock_mhz": 1215, "event_reasons": 0}
+    only_case.script.set(**lines)
+    return only_case
+
+
+def run(case, *, timed=lambda: None, **steps):
+    """One case of 300 MiB that counts energy."""
+    told = Told(energy_steps=10, energy_applied_steps=10)
+    return case.run(lambda: case.uses(300), timed, told=told, **steps).findings
+
+
+# What is not measured from the first reading on.
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        pytest.param(dict.fromkeys(MEASURED, "n/a"), "'not available'", id="NVML answers with all bits one"),
+        pytest.param(
+            dict.fromkeys(set(MEASURED) - {"utilization", "event_reasons"}, 0),
+            "which is no measurement",
+            id="a virtual machine is told 0 W, 0 MHz and 0 degrees",
+        ),
+        pytest.param(
+            {
+                "power_w": 50_000, "temperature_c": 900, "sm_clock_mhz": 4e6, "mem_clock_mhz": 4e6, "utilization": 101,
+                "event_reasons": "0x80000000",
+            },
+            "can be true",
+            id="NVML answers what no GPU can have",
+        ),
+        pytest.param({"power_w": -0.005, "temperature_c": -5}, "can be true", id="a negative number without its sign"),
+    ],
+)  # fmt: skip
+def test_no_measurement_is_empty_and_says_why(gpu_case, lines, words):
+    case = gpu_case(**lines)
+    found = run(case)
+    for line in lines:
+        assert MEASURED[line] not in found.values, line
+        assert words in found.unavailable[MEASURED[line]], line
+    told = case.driver.facts(case.device)
+    assert not {"power_mw", "temperature_c"} & set(told["ways"])
+    # What the GPU does tell is as right as ever: an idle GPU is 0 % busy, for no reason.
+    assert found.values[PEAK] == 300.0
+    assert {"utilization", "event_reasons"} & set(lines) or found.values["gpu_utilization_median"] == 0.0
+
+
+@pytest.mark.parametrize("energy", ["n/a", "0:1"], ids=["all bits one", "a counter of 0"])
+def test_energy_counter_that_is_none_leaves_energy_to_power(gpu_case, energy):
+    case = gpu_case(energy=energy, energy_start_j=0, energy_tick=1e9)
+    told = case.driver.facts(case.device)
+    assert "energy_mj" not in told["ways"]
+    assert "NVML answers" in told["reasons"]["energy_mj"]
+    assert told["ways"]["power_mw"] == "instant"
+
+
+def test_power_of_the_moment_that_is_not_available_leaves_power_to_the_mean(gpu_case):
+    case = gpu_case(power_instant_w="n/a")
+    assert case.driver.facts(case.device)["ways"]["power_mw"] == "nvmlDeviceGetPowerUsage"
+    assert run(case).values["gpu_power_source"] == "mean of up to a second"
+
+
+def test_facts_and_settings_of_a_gpu_that_does_not_tell_them(gpu_case):
+    lines = {
+        "power_limit_w": "n/a", "ecc": "n/a", "persistence": "n/a", "slowdown_c": 0, "max_sm_clock_mhz": 0,
+        "max_mem_clock_mhz": "n/a", "pcie_generation": 0, "pcie_width": "n/a", "capability": (-1, -1),
+        "power_limits_w": (-0.001, 0, -0.001),
+    }  # fmt: skip
+    case = gpu_case(**lines)
+    facts = case.driver.facts(case.device)["facts"]
+    empty = [
+        "power_limit_w", "ecc", "persistence", "slowdown_c", "max_sm_clock_mhz", "max_memory_clock_mhz",
+        "pcie_generation", "pcie_width", "power_limits_w", "power_limit_default_w",
+    ]  # fmt: skip
+    assert {name: facts[name] for name in empty} == dict.fromkeys(empty)
+    assert all("NVML answers" in facts["unknown"][name] for name in empty)
+    assert case.device.compute_capability is None
+    assert not case.device.has_tf32
+    assert facts["mig"] is False
+    seen = case.run(lambda: case.uses(300))
+    assert seen.suspicions == []
+
+
+@pytest.mark.parametrize(
+    "lines", [{"memory_mib": "n/a"}, {"memory_mib": 0}, {"used_mib": "n/a"}, {"used_mib": 90_000}, {"memory_mib": 100}]
+)
+def test_memory_that_cannot_be_is_not_memory_in_use(gpu_case, lines):
+    case = gpu_case(**lines)
+    found = run(case)
+    assert RISE not in found.values
+    assert "gpu_memory_idle_mib" not in found.values
+    assert "NVML answers" in found.unavailable[RISE]
+    if lines.get("memory_mib") in ("n/a", 0):
+        assert case.device.memory_mib is None
+    # The list of processes is another call; only more than the GPU has is not believed there.
+    assert found.values.get(PROCESS) == (None if lines.get("memory_mib") == 100 else 300.0)
+
+
+def test_field_of_an_unknown_type_is_not_guessed_at(gpu_case):
+    case = gpu_case(field_type=7)
+    told = case.driver.facts(case.device)
+    assert told["ways"]["power_mw"] == "nvmlDeviceGetPowerUsage"
+
+
+def test_driver_that_repeats_an_old_value(gpu_case):
+    case = gpu_case(field_stamp_s=1_700_000_000)
+    run(case, timed=lambda: time.sleep(1.1))
+    assert "NVML repeats a value" in case.driver.facts(case.device)["reasons"]["power_mw"]
+
+
+# What begins to fail in mid-case.
+
+
+BEGIN = {
+    MEMORY: {RISE, "gpu_memory_reserved_mib"},
+    LIST: {PROCESS, "gpu_other_processes"},
+    "nvmlDeviceGetGraphicsRunningProcesses_v3": {"gpu_graphics_processes"},
+    "nvmlDeviceGetTemperatureV": {"gpu_temperature_c_max"},
+    "nvmlDeviceGetClockInfo": {"gpu_sm_clock_mhz_median", "gpu_memory_clock_mhz_median"},
+    "nvmlDeviceGetUtilizationRates": {"gpu_utilization_median"},
+    "nvmlDeviceGetCurrentClocksEventReasons": {
+        "gpu_event_reasons", "gpu_throttled_share", "gpu_power_capped_share",
+    },
+}  # fmt: skip
+
+
+def always(case):
+    """What a case without any trouble fills."""
+    return {*run(case, added=lambda: time.sleep(0.3)).values} & set(GPU_COLUMNS)
+
+
+def test_one_call_that_begins_to_fail_empties_its_own_columns_and_no_others(case):
+    sound = always(case)
+    for symbol, columns in BEGIN.items():
+        case.script.heal()
+        case.uses(None)
+        found = run(
+            case,
+            train=lambda symbol=symbol: (time.sleep(0.05), case.script.fail(symbol, 999)),
+            added=lambda: time.sleep(0.75),
+        )
+        # Without the list of processes the headline is the rise of the GPU's memory, and says so.
+        assert columns <= set(found.unavailable), symbol
+        assert sound - set(found.values) <= columns, symbol
+        for column in columns:
+            assert "Unknown Error" in found.unavailable[column], symbol
+        if symbol == LIST:
+            assert (found.values[METHOD], found.values[PEAK]) == ("device-minus-idle", 300.0)
+
+
+@pytest.mark.parametrize("symbol", [MEMORY, LIST])
+def test_memory_that_grew_while_a_call_failed_is_not_missed_without_a_word(case, symbol):
+
+    def train():
+        case.script.fail(symbol, 999)
+        time.sleep(0.05)
+        case.uses(9000)
+        time.sleep(0.4)
+        case.uses(300)
+        time.sleep(0.05)
+        case.script.heal()
+        time.sleep(0.1)
+
+    found = run(case, train=train)
+    column = RISE if symbol == MEMORY else PROCESS
+    assert column not in found.values
+    assert "from context-ready on" in found.unavailable[column]
+    assert "300 MiB was the most that was seen" in found.unavailable[column]
+    # The other way to tell saw it.
+    assert found.values[PROCESS if symbol == MEMORY else RISE] == 9000.0
+    assert found.values[PEAK] == 9000.0
+    assert found.values["gpu_sample_gap_ms"] > 400
+
+
+def test_both_ways_to_tell_memory_fail(case):
+    found = run(case, train=lambda: (case.script.fail(MEMORY, 999).fail(LIST, 999), time.sleep(0.3)))
+    assert not {PEAK, METHOD, PROCESS, RISE} & set(found.values)
+    assert found.unavailable[PEAK].count("NVML failed to tell") == 2
+
+
+def test_one_look_that_fails_among_many_voids_nothing(gpu_case, tmp_path):
+    case = gpu_case()
+    readings = {"memory": (MEMORY, 30), "processes": (LIST, 10), "temperature_c": ("nvmlDeviceGetTemperatureV", 5)}
+    for symbol, after in (*readings.values(), ("nvmlDeviceGetClockInfo", 10)):
+        # A look asks twice: a call that fails once only leaves no gap at all.
+        case.script.fail(symbol, 999, after=after, times=2)
+    kept = tmp_path / "samples.csv.gz"
+    found = run(case, train=lambda: time.sleep(0.6), keep=kept)
+    rows = read_samples(gzip.decompress(kept.read_bytes()).decode().splitlines(keepends=True)).rows
+    assert {name for row in rows for name in row.failed} >= set(readings)
+    assert found.values[PEAK] == 300.0
+    assert found.values["gpu_temperature_c_max"] == 35.0
+    assert found.values["gpu_sm_clock_mhz_median"] == 1410.0
+    assert found.values["gpu_other_processes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("breaks", "words"),
+    [
+        pytest.param(lambda case: case.uses("n/a(9000)"), "failed to tell", id="listed without memory"),
+        pytest.param(lambda case: case.uses("0(9000)"), "failed to tell", id="listed with 0"),
+        pytest.param(
+            lambda case: (case.uses(None), case.script.set(used_mib=9450)), "failed to tell", id="no longer listed"
+        ),
+        pytest.param(lambda case: case.uses(2**24), "failed to tell", id="listed with more than the GPU has"),
+    ],
+)
+def test_process_whose_memory_is_no_longer_told(case, breaks, words):
+    found = run(case, train=lambda: (time.sleep(0.05), breaks(case), time.sleep(0.3)))
+    assert PROCESS not in found.values
+    assert words in found.unavailable[PROCESS]
+    assert found.values.get(PEAK, 9000.0) == 9000.0  # by the rise, where that could be read
+
+
+def test_readings_that_begin_to_be_none_in_mid_case(case):
+    lines = {"temperature_c": "n/a", "sm_clock_mhz": 0, "mem_clock_mhz": "n/a", "event_reasons": "n/a"}
+    found = run(case, train=lambda: case.script.set(**lines), added=lambda: time.sleep(0.6))
+    for line in lines:
+        assert MEASURED[line] not in found.values
+        assert "NVML answers" in found.unavailable[MEASURED[line]]
+    assert "35 °C was the most until then" in found.unavailable["gpu_temperature_c_max"]
+
+
+def test_call_that_fails_from_the_start_and_heals(case):
+    """Nothing tells what was there before."""
+    case.script.fail(LIST, 999).fail(LIST.replace("_v3", "_v2"), 999)
+    found = run(case, train=lambda: (case.uses(9000), time.sleep(0.3), case.uses(300), case.script.heal()))
+    assert PROCESS not in found.values
+    assert found.values[PEAK] == 9000.0
+
+
+def test_nvml_that_dies_in_mid_case_leaves_no_largest_value_of_anything(case):
+    found = run(case, timed=lambda: (case.script.crash(MEMORY), time.sleep(0.1)))
+    for column in (PEAK, RISE, "gpu_temperature_c_max", "gpu_other_processes", "gpu_graphics_processes"):
+        assert column not in found.values
+        assert "NVML stopped answering after timing-start" in found.unavailable[column]
+    assert "NVML stopped answering" in found.unavailable["gpu_energy_j_per_step"]
+    assert found.values["gpu_memory_idle_mib"] == 450.0
+
+
+@pytest.mark.parametrize(("phase", "column"), [("timing", "gpu_energy_window_s"), ("idle", "gpu_memory_idle_mib")])
+def test_sample_that_came_when_the_case_had_gone_on(case, phase, column):
+    """Steps are counted from timing-start on: a window that begins later would make them cheap."""
+    late = lambda: (case.script.latency("nvmlDeviceGetTemperatureV", 0.6, times=None), time.sleep(0.15))  # noqa: E731
+    case.watch.start(case.pid, time.monotonic())
+    if phase == "idle":
+        late()
+    case.watch.mark("idle")
+    case.script.heal()
+    time.sleep(0.7)
+    case.watch.mark("context-ready")
+    if phase == "timing":
+        late()
+    case.watch.mark("timing-start")
+    case.script.heal()
+    time.sleep(0.7)
+    case.watch.mark("timing-end")
+    case.watch.mark("done")
+    found = case.watch.stop(Told(energy_steps=10), None).findings
+    assert column not in found.values
+    assert "NVML was late" in found.unavailable[column]
