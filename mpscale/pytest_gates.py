@@ -57,6 +57,8 @@ class BaselineCheck:
             raise pytest.UsageError(str(error)) from error
         self._baseline: Run | None = None
         self.note: str | None = None
+        self.left_out: list[tuple[str, str]] = []
+        """Runs that ``latest`` passed over because they cannot be read: folder and reason."""
         self.findings: list[Finding] = []
         self.comparison: Comparison | None = None
 
@@ -87,7 +89,7 @@ class BaselineCheck:
         self._parse()
         try:
             # What `latest` means changes with the run that is about to begin.
-            baseline = read_run(resolve_run(self._wanted, results))
+            baseline = read_run(resolve_run(self._wanted, results, self.left_out))
         except RunError as error:
             raise ValueError(f"baseline: {error}") from error
         method = baseline.info.get("method_version", METHOD_VERSION)
@@ -163,15 +165,19 @@ class BaselineCheck:
 
     def lines(self) -> list[str]:
         """What the terminal says of it."""
+        passed_over = [f"{folder} is no baseline: {reason}" for folder, reason in self.left_out]
         if self.comparison is None and self.note is None:
-            return []
+            return passed_over
         found = [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome != "passed"]
         passed = sum(finding.outcome == "passed" for finding in self.findings)
         if self.findings:
             found.append(f"{passed} of {len(self.findings)} gated figures passed")
         if self.comparison is not None:
+            from mpscale.report.comparison import unread
+
             found.insert(0, f"against {self.comparison.baseline.name}:")
-        return [*([self.note] if self.note else []), *found]
+            found += unread([self.comparison])
+        return [*passed_over, *([self.note] if self.note else []), *found]
 
 
 def _next_repeat(run: Run, row: tuple[str, str]) -> int:

@@ -12,7 +12,7 @@ from mpscale.modes import MODES
 from mpscale.records import Record
 from mpscale.report import cells
 from mpscale.report.groups import measured, median, or_none, values
-from mpscale.report.tables import Cells, markdown_table
+from mpscale.report.tables import Cells, escape, markdown_table
 from mpscale.report.words import is_mixed
 from mpscale.telemetry.host_noise import BUSY_SHARE
 
@@ -179,6 +179,17 @@ def trouble_cells(run: Run) -> tuple[list[str], Cells]:
     names = ("case_id", "status", "status_reason")
     bad = [record for record in run.records if record["status"] != "ok"]
     return ["case", "status", "reason"], [[_text(record[name]) for name in names] for record in bad]
+
+
+def unread(run: Run, left_out: Sequence[tuple[str, str]] = ()) -> str:
+    """What of the run's own files could not be read, and which other runs, a list.
+
+    Args:
+        run: the run.
+        left_out: folders of other runs, and why each could not be read.
+    """
+    lines = [*run.problems, *(f"{folder} was left out: {reason}" for folder, reason in left_out)]
+    return "\n".join(f"- {escape(' '.join(line.split()))}" for line in lines)
 
 
 def empty(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import tempfile
 import time
@@ -200,8 +201,10 @@ class CaseWatch:
     def _read_samples(self, keep: Path | None) -> Samples:
         text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
         if keep is not None and text:
-            keep.parent.mkdir(parents=True, exist_ok=True)
-            keep.write_bytes(gzip.compress(text.encode(), 6))
+            # The case is worth more than this file. If the run's folder cannot be written, the journal says so.
+            with contextlib.suppress(OSError):
+                keep.parent.mkdir(parents=True, exist_ok=True)
+                keep.write_bytes(gzip.compress(text.encode(), 6))
         return read_samples(text.splitlines(keepends=True))
 
     def _power_source(self) -> str | None:
