@@ -264,7 +264,8 @@ class Session:
             elif self._troubles:
                 terminalreporter.section("mpscale")
             for trouble in self._troubles:
-                terminalreporter.write_line(f"\nmpscale: {trouble}", red=True, bold=True)
+                terminalreporter.line("")
+                terminalreporter.write_line(f"mpscale: {trouble}", red=True, bold=True)
 
     def _plan(self) -> None:
         if self.cases:

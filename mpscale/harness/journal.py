@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import secrets
@@ -143,8 +142,10 @@ class Journal:
         return same and (self.path / "run.json").is_file()
 
     def _write(self, file: IO[bytes], data: bytes) -> None:
-        if file.write(data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / "journal.jsonl"))
+        left = memoryview(data)
+        while left:
+            # Less than all is written before a disk is full, which the next call says.
+            left = left[file.write(left) :]
         os.fsync(file.fileno())
         self._size += len(data)
 
