@@ -83,7 +83,7 @@ def _without_surroundings(message: str) -> str:
     TensorFlow composes it as one text, so nothing but the text tells its parts apart. What does not look like this
     stays as it is.
     """
-    text = _AMONG.sub("", _BEHIND.sub("", _STACK_BEFORE.sub("", message))).strip()
+    text = _AMONG.sub("", _STACK_BEFORE.sub("", _BEHIND.sub("", message))).strip()
     return text or message
 
 

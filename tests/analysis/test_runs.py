@@ -280,7 +280,7 @@ def test_the_latest_run_is_not_the_one_before_it_unless_one_asks_for_the_newest_
     assert resolve_run("latest", results, left_out).name == NAMES[0]
     assert [Path(folder).name for folder, _ in left_out] == [NAMES[2], NAMES[1]]
     (results / "runs" / NAMES[0] / "run.json").write_text("{")
-    with pytest.raises(RunError, match="none of the 3 runs in .* can be read"):
+    with pytest.raises(RunError, match=r"none of the 3 runs in .* can be read"):
         resolve_run("latest", results, left_out)
 
 

@@ -153,7 +153,10 @@ def test_what_is_lost_in_mid_run_is_written_anew(benchmark_run, what):
     assert "was deleted, moved or changed while the run went on" in trouble
     found = only_run()
     assert found.finished
-    assert [(r["seed"], r["status"], r["step_time_ms_median"]) for r in found.records] == [(0, "ok", 2.0), (1, "ok", 2.0)]
+    assert [(r["seed"], r["status"], r["step_time_ms_median"]) for r in found.records] == [
+        (0, "ok", 2.0),
+        (1, "ok", 2.0),
+    ]
     assert found.problems == []
     assert (found.path / "cases.csv").read_text().count("\n") == 3
 
@@ -329,17 +332,17 @@ def test_other_runs_that_are_broken_are_named_and_left_out(run):
         other_run(name, info)
     (Path("results/runs/without a journal") / "journal.jsonl").unlink()
     put_a_folder_there(other_run("a folder", "{}"), "run.json")
-    before = set(os.listdir("results/runs"))
+    before = set(Path("results/runs").iterdir())
     result = run(lambda case, path: None)
     result.assert_outcomes(passed=2)
     assert result.ret == 0, result.outlines
-    (new,) = set(os.listdir("results/runs")) - before
-    report = (Path("results/runs") / new / "report.md").read_text()
+    (new,) = set(Path("results/runs").iterdir()) - before
+    report = (new / "report.md").read_text()
     for name in ("cut short", "without version", "newer", "a list", "without a journal", "a folder"):
         assert f"results/runs/{name} was left out: " in report
     assert main(["history"]) == 0
-    assert main(["report", new]) == 0
-    assert main(["compare", new, new]) == 0
+    assert main(["report", new.name]) == 0
+    assert main(["compare", new.name, new.name]) == 0
 
 
 def test_a_broken_run_is_no_baseline_and_the_one_before_it_is(run):
@@ -357,4 +360,4 @@ def test_no_baseline_that_can_be_read_stops_the_run_before_it_begins(run):
     other_run("20990101T000000Z-cpu-0000", "{")
     result = run(lambda case, path: None, "--mp-baseline", "latest")
     assert result.ret == 4
-    assert len(os.listdir("results/runs")) == 1
+    assert len(list(Path("results/runs").iterdir())) == 1
