@@ -234,11 +234,15 @@ def _report(options: argparse.Namespace) -> int:
         path = resolve_run(options.run, options.results)
         if options.format == "github-summary":
             page = github_summary.artifacts_page(os.environ)
-            print(github_summary.render(read_run(path), artifacts=page), end="")
-            return 0
-        run = rebuild(path)
+            run = read_run(path)
+            print(github_summary.render(run, artifacts=page), end="")
+        else:
+            run = rebuild(path)
     except RunError as error:
         return _fail(str(error))
+    _warn(run.problems)
+    if options.format == "github-summary":
+        return 0
     if options.print:
         print((run.path / "report.md").read_text(encoding="utf-8"), end="")
     else:
@@ -294,7 +298,7 @@ def _show_comparison(
     from mpscale.analysis.compare import compare_all
     from mpscale.analysis.gates import COULD_NOT_TELL, FIRED, WELL, exit_code, judge_gates
     from mpscale.analysis.runs import read_run
-    from mpscale.report.comparison import render
+    from mpscale.report.comparison import render, unread
 
     gates, strict, threshold = judging
     runs = [read_run(path) for path in paths]
@@ -307,6 +311,8 @@ def _show_comparison(
         )
     findings = [finding for each in comparisons for finding in judge_gates(each, gates)] if alike else []
     _put_out(render(comparisons, findings, options.format), options.output)
+    if options.output is not None or options.format in ("csv", "json"):
+        _warn(unread(comparisons))
     for finding in findings:
         if finding.outcome != "passed" and (options.output is not None or options.format in ("csv", "json")):
             print(f"mpscale: {finding.outcome}: {finding}", file=sys.stderr)
@@ -375,6 +381,7 @@ def _history(options: argparse.Namespace) -> int:
         history = make_history(runs, options.quantity, options.workload, options.mode, broken)
     except (RunError, FigureError) as error:
         return _fail(str(error))
+    _warn([problem for run in runs for problem in run.problems])
     for what, reason in history.skipped:
         print(f"mpscale: skipped {what}: {' '.join(reason.split())}", file=sys.stderr)
     if options.figure is not None:
@@ -414,6 +421,11 @@ def _workloads(_: argparse.Namespace) -> int:
     modes = [(mode.name, by_default.get(mode.name, "no"), mode.summary) for mode in MODES.values()]
     print(tabulate(modes, ["mode", "by default", "what it is"]))
     return 0
+
+
+def _warn(problems: Sequence[str]) -> None:
+    for problem in problems:
+        print(f"mpscale: warning: {' '.join(problem.split())}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

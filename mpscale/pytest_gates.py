@@ -56,6 +56,8 @@ class BaselineCheck:
         self._baseline: Run | None = None
         self.note: str | None = None
         self._unjudged = False
+        self.left_out: list[tuple[str, str]] = []
+        """Runs that ``latest`` passed over because they cannot be read: folder and reason."""
         self.findings: list[Finding] = []
         self.comparison: Comparison | None = None
 
@@ -86,7 +88,7 @@ class BaselineCheck:
         self._parse()
         try:
             # What `latest` means changes with the run that is about to begin.
-            baseline = read_run(resolve_run(self._wanted, results))
+            baseline = read_run(resolve_run(self._wanted, results, self.left_out))
         except RunError as error:
             raise ValueError(f"baseline: {error}") from error
         method = baseline.info.get("method_version", METHOD_VERSION)
@@ -164,16 +166,20 @@ class BaselineCheck:
 
     def lines(self) -> list[str]:
         """What the terminal says of it."""
+        passed_over = [f"{folder} is no baseline: {reason}" for folder, reason in self.left_out]
         if self.comparison is None and self.note is None:
-            return []
+            return passed_over
         found = [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome != "passed"]
         passed = sum(finding.outcome == "passed" for finding in self.findings)
         untold = sum(finding.outcome == "cannot-tell" for finding in self.findings)
         if self.findings:
             found.append(f"{passed} of {len(self.findings)} gated figures passed" + _untold(untold, self._strict))
         if self.comparison is not None:
+            from mpscale.report.comparison import unread
+
             found.insert(0, f"against {self.comparison.baseline.name}:")
-        return [*([self.note] if self.note else []), *found]
+            found += unread([self.comparison])
+        return [*passed_over, *([self.note] if self.note else []), *found]
 
 
 def _untold(number: int, strict: bool) -> str:

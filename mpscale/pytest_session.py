@@ -73,6 +73,8 @@ class Session:
         self._live_line = False
         self._problem: str | None = None
         self._finished: Run | None = None
+        self._troubles: list[str] = []
+        """Why this session is no success although its tests may have passed."""
         self._check = BaselineCheck(config)
         self._turns = _join()
 
@@ -97,11 +99,19 @@ class Session:
         progress.started(case)
         outcome = run.run(case)
         progress.finished(case, outcome.record)
+        self._tell_troubles(run)
         if self._turns is not None:
             record = outcome.record
             facts = {"status": record["status"], "reason": record["status_reason"]}
             self._turns.done(case.id, **facts, step_time_ms=record["step_time_ms_median"], run=str(run.path))
         return outcome
+
+    def _tell_troubles(self, run: BenchmarkRun) -> None:
+        """Says at once what went wrong with the run's files, and again at the end."""
+        for trouble in run.troubles:
+            if trouble not in self._troubles:
+                self._troubles.append(trouble)
+                self._write(f"mpscale: {trouble}\n")
 
     def _wait_for_turn(self, case: Case) -> None:
         """Where another session runs the same cases, waits until it is this one's turn."""
@@ -196,20 +206,30 @@ class Session:
                 self._driver.close()
 
     def _end(self, session: pytest.Session, exitstatus: int) -> None:
-        if self._run is None:
+        run = self._run
+        if run is None:
             return
-        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            session.exitstatus = self._judge(self._run, exitstatus)
         try:
-            self._run.finish(int(session.exitstatus))
-            if self._run.path is not None:
-                from mpscale.report.build import rebuild
-
-                self._finished = rebuild(self._run.path)
-                self._check.write(self._run.path)
+            if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+                session.exitstatus = self._judge(run, exitstatus)
         except Exception as error:
-            # The journal is whole whatever a report stumbles over, and the tests are done.
-            self._write(f"mpscale: no report could be made of {self._run.path}: {error}\n")
+            self._troubles.append(f"{run.path} could not be compared with its baseline: {_words(error)}")
+        try:
+            run.finish(int(session.exitstatus))
+            self._tell_troubles(run)
+            if run.path is not None:
+                from mpscale.analysis.runs import read_run
+                from mpscale.report.build import write_reports
+
+                self._finished = read_run(run.path)
+                self._troubles += self._finished.problems
+                write_reports(self._finished)
+                self._check.write(run.path)
+        except Exception as error:
+            # The tests are done, and what the journal holds is there whatever a report stumbles over.
+            self._troubles.append(f"no report could be made of {run.path}: {_words(error)}")
+        if self._troubles and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _judge(self, run: BenchmarkRun, exitstatus: int) -> int:
         """The exit status of the session with what the gates have to say."""
@@ -231,6 +251,7 @@ class Session:
         for case in cases:
             progress.started(case)
             progress.finished(case, run.run(case).record)
+            self._tell_troubles(run)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
@@ -240,6 +261,11 @@ class Session:
         finally:
             if self._finished is not None:
                 _show(terminalreporter, self._finished, self._check)
+            elif self._troubles:
+                terminalreporter.section("mpscale")
+            for trouble in self._troubles:
+                terminalreporter.line("")
+                terminalreporter.write_line(f"mpscale: {trouble}", red=True, bold=True)
 
     def _plan(self) -> None:
         if self.cases:
@@ -351,6 +377,13 @@ def _seed(config: pytest.Config) -> int:
     return int(worker["testrunuid"], 16) if "testrunuid" in worker else int(time.time())
 
 
+def _words(error: Exception) -> str:
+    """What was raised, with its kind where that is not one that is made for people."""
+    from mpscale.analysis.runs import RunError
+
+    return str(error) if isinstance(error, RunError | OSError) else f"{type(error).__name__}: {error}"
+
+
 def _is_case(item: pytest.Item) -> bool:
     return "mp_case" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec")
 
@@ -366,6 +399,7 @@ def _show(terminalreporter: pytest.TerminalReporter, run: Run, check: BaselineCh
     said = check.lines()
     if said:
         terminalreporter.write_line("\n" + "\n".join(said), red=check.fails)
-    terminalreporter.write_line(f"\nrun: {path}\nreport: {path / 'report.html'}")
+    report = path / "report.html"
+    terminalreporter.write_line(f"\nrun: {path}" + (f"\nreport: {report}" if report.is_file() else ""))
     if check.comparison is not None:
         terminalreporter.write_line(f"comparison: {path / FILE}")

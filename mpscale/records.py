@@ -9,7 +9,22 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mpscale.columns import COLUMNS
+from mpscale.columns import COLUMNS, FAILED, STATUSES
+
+_TYPES: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "json": dict,
+}
+_POSITIVE = (
+    "step_time_ms_median",
+    "gpu_memory_nvml_peak_mib",
+    "host_memory_peak_mib",
+    "gpu_energy_j_per_step",
+)
+"""Columns that are compared as ratios."""
 
 
 class Record:
@@ -37,7 +52,8 @@ class Record:
         """
         for name, value in values.items():
             _check_name(name)
-            if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            value = plain(value)
+            if _is_unknown(value):
                 self._values.pop(name, None)
             else:
                 self._values[name] = value
@@ -48,11 +64,32 @@ class Record:
         for name in [names] if isinstance(names, str) else names:
             _check_name(name)
             if name not in self._values:
-                self._unavailable.setdefault(name, reason)
+                self._unavailable.setdefault(name, _encodable(reason))
 
     def complete(self, reason: str) -> None:
         """Gives ``reason`` to every measured column that has neither a value nor a reason."""
         self.miss([column.name for column in COLUMNS.values() if column.measured], reason)
+
+    def drop_misfits(self) -> list[str]:
+        """Empties the columns whose values do not belong in them; why, one sentence a column.
+
+        One such value would keep whole files from being read.
+        """
+        misfits = {name: why for name, value in self._values.items() if (why := misfit(name, value)) is not None}
+        for name, why in misfits.items():
+            del self._values[name]
+            self._unavailable[name] = why
+        return list(misfits.values())
+
+    def invalidate(self, why: str) -> None:
+        """Lets no figure of the record count: ``invalid``, or the failure that it is already, with one more reason."""
+        status, said = self["status"], self["status_reason"]
+        self.update(
+            {
+                "status": status if status in (*FAILED, "unsupported") else "invalid",
+                "status_reason": f"{said}; {why}" if said else why,
+            }
+        )
 
     @property
     def unavailable(self) -> dict[str, str]:
@@ -71,6 +108,47 @@ class Record:
         """The inverse of :meth:`to_json`. Columns of a newer schema are dropped."""
         values = {name: value for name, value in row.items() if name in COLUMNS and name != "unavailable"}
         return cls(values, row.get("unavailable"))
+
+
+def plain(value: Any) -> Any:
+    """A scalar of NumPy as Python's own, and text that any file can hold; other values as they are."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    return _encodable(value) if isinstance(value, str) else value
+
+
+def misfit(name: str, value: Any) -> str | None:
+    """Why a value does not belong in its column, None where it does, or where it is unknown.
+
+    Args:
+        name: of the column.
+        value: what :func:`plain` made of it.
+    """
+    _check_name(name)
+    if _is_unknown(value):
+        return None
+    kind = COLUMNS[name].kind
+    # bool is a kind of int in Python, and not here.
+    if not isinstance(value, _TYPES[kind]) or (kind == "bool") != isinstance(value, bool):
+        return f"{name} should be {kind}, not {value!r:.200}"
+    if kind == "json" and not all(isinstance(part, str) for pair in value.items() for part in pair):
+        return f"{name} should hold texts, not {value!r:.200}"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return f"{name} does not fit into 64 bits: {str(value)[:30]}..."
+    if name == "status" and value not in STATUSES:
+        return f"{value!r} is no status of a case"
+    if name in _POSITIVE and value <= 0:
+        return f"{name} is {value}; it must be above 0"
+    return None
+
+
+def _is_unknown(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+def _encodable(text: str) -> str:
+    """Names of files that are not UTF-8 come with surrogates, which no file can be written with."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _one_kind_of_line_end(value: Any) -> Any:

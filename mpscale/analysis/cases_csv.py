@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpscale.analysis.journal_lines import IDENTITY, RunError, check
+from mpscale.analysis.journal_lines import IDENTITY, RunError, lacks
 from mpscale.columns import COLUMNS, SCHEMA_VERSION
 from mpscale.records import Record
 
@@ -54,7 +54,9 @@ def _record(path: Path, line: int, row: Mapping[str | None, Any]) -> Record:
         }
         reasons = values.pop("unavailable", None)
         record = Record(values, reasons)
-        check(record, str(record["case_id"]))
+        odd = [*record.drop_misfits(), *lacks(record, str(record["case_id"]))]
+        if odd:
+            raise ValueError("; ".join(odd))
     except ValueError as error:
         raise RunError(f"{path}, line {line}: {error}") from error
     version = record["schema_version"]

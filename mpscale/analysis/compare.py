@@ -11,9 +11,8 @@ from mpscale.analysis.noise_floor import (
     NO_FLOORS,
     Floors,
     assumed_floor,
-    find_floors,
+    floors_of,
     pair_noise,
-    runs_of_the_same_code,
 )
 from mpscale.analysis.pairing import Pair, environment_differences, hardware, pair_rows, same_hardware
 from mpscale.analysis.quality import Quality, judge_metric
@@ -192,4 +191,4 @@ def compare_all(
 
 def floors_for(baseline: Run, other: Run, results: Path | None = None) -> Floors:
     """What is known of the noise between runs of the baseline's code, the run to be judged left out."""
-    return find_floors(runs_of_the_same_code(baseline, results, leave_out=(other.name,)))
+    return floors_of(baseline, results, leave_out=(other.name,))

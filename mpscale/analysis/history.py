@@ -154,7 +154,7 @@ def read_folder(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]]]:
     for folder in folders:
         try:
             run = read_run(folder)
-        except (RunError, OSError) as error:
+        except Exception as error:  # whatever one run stumbles over must not cost the others their history
             skipped.append((str(folder), str(error)))
         else:
             runs.setdefault(run.name, run)

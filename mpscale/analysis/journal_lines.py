@@ -1,34 +1,21 @@
-"""Reads ``journal.jsonl``, the append-only account of a run, into one record a case."""
+"""Reads ``journal.jsonl``, the account of a run, into one record a case."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpscale.columns import COLUMNS, STATUSES
 from mpscale.modes import MODES
-from mpscale.records import Record
+from mpscale.records import Record, misfit
 
 NO_END = "the journal holds no end of this case: the run was stopped, or is still going on"
 
 IDENTITY = ("workload", "mode", "seed", "repeat")
-_POSITIVE = (
-    "step_time_ms_median",
-    "gpu_memory_nvml_peak_mib",
-    "host_memory_peak_mib",
-    "gpu_energy_j_per_step",
-)
-"""Columns that are compared as ratios."""
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "str": str,
-    "int": int,
-    "float": (int, float),
-    "bool": bool,
-    "json": dict,
-}
+_CASE_ID = re.compile(r"(.+)--(.+)--s(\d{1,18})--r(\d{1,18})")
 
 
 class RunError(Exception):
@@ -37,10 +24,17 @@ class RunError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """What a journal says: the last attempt of every started case, in plan order, and whether the run ended."""
+    """What a journal says.
+
+    Args:
+        records: the last attempt of every started case, in plan order.
+        finished: whether the run ended.
+        problems: what of the file could not be read as it stands, and what was made of it.
+    """
 
     records: list[Record]
     finished: bool
+    problems: list[str]
 
 
 def read_journal(path: Path, info: Mapping[str, Any]) -> Journal:
@@ -49,37 +43,26 @@ def read_journal(path: Path, info: Mapping[str, Any]) -> Journal:
     The last event of a case counts: of several attempts the last, and one that was started and not finished is a
     record with status ``interrupted``.
 
+    A line that is broken, or whose record holds what does not belong there, costs its own case and no other: that
+    case becomes ``invalid`` with the reason.
+
     Args:
         path: of ``journal.jsonl``.
         info: ``run.json``, for the plan and for what an interrupted case could not say of itself.
 
     Raises:
-        RunError: the file is missing or a line of it is broken.
+        RunError: the file is missing or cannot be read at all.
     """
-    records: dict[str, Record] = {}
-    finished = False
-    for number, event in _events(path):
-        try:
-            match event["event"]:
-                case "case_started":
-                    records[event["case_id"]] = _interrupted(event, info)
-                case "case_finished":
-                    records[event["case_id"]] = _finished(event)
-                case "run_started":
-                    finished = False
-                case "run_finished":
-                    finished = True
-        except KeyError as error:
-            raise RunError(f"{path}, line {number}: the event lacks {error}") from error
-        except (AttributeError, TypeError, ValueError) as error:
-            raise RunError(f"{path}, line {number}: {error}") from error
+    told = _Told(path.name, info)
+    for number, line in _lines(path):
+        told.take(number, line)
     place = {case_id: index for index, case_id in enumerate(info.get("planned", []))}
     # sorted() keeps the order of the journal among cases that no plan names.
-    ordered = sorted(records, key=lambda case_id: place.get(case_id, len(place)))
-    return Journal([records[case_id] for case_id in ordered], finished)
+    ordered = sorted(told.records, key=lambda case_id: place.get(case_id, len(place)))
+    return Journal([told.records[case_id] for case_id in ordered], told.finished, told.problems)
 
 
-def _events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         # Bytes, because a cut can fall inside a character.
         lines = path.read_bytes().split(b"\n")
@@ -87,70 +70,144 @@ def _events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise RunError(f"{path}: no such file; without its journal a run cannot be read") from None
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    # A whole line ends with a newline, so what comes after the last one was cut off, if it is no whole object.
+    last = lines.pop()
+    yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    try:
+        json.loads(last.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return
+    yield len(lines) + 1, last
+
+
+@dataclass
+class _Told:
+    """What the lines so far have told."""
+
+    name: str
+    info: Mapping[str, Any]
+    records: dict[str, Record] = field(default_factory=dict)
+    finished: bool = False
+    problems: list[str] = field(default_factory=list)
+    running: str | None = None
+    """The case that has begun and not ended. Cases run one at a time, so a line that cannot be read was about it."""
+
+    def take(self, number: int, line: bytes) -> None:
+        """Takes one line, whatever is in it."""
+        where = f"{self.name}, line {number}: "
         try:
             event = json.loads(line.decode("utf-8"))
-        except ValueError as error:
-            # A whole line ends with a newline, so after split() the last element is what was cut off.
-            if number == len(lines):
-                return
-            raise RunError(f"{path}, line {number}: not readable as JSON: {error}") from error
-        if not isinstance(event, dict):
-            raise RunError(f"{path}, line {number}: should hold a JSON object, not {type(event).__name__}")
-        yield number, event
+        except (ValueError, RecursionError) as error:
+            self._broken(f"{where}not readable as JSON: {error}")
+            return
+        try:
+            self._take(event, where)
+        except _Odd as why:
+            self._broken(f"{where}{why}")
+
+    def _take(self, event: Any, where: str) -> None:
+        match _part(event, "event", str, "the line"):
+            case "case_started":
+                # Noted before its parts are looked at: if they are broken, it has begun all the same.
+                self.running = _part(event, "case_id", str)
+                case = _part(event, "case", dict)
+                self.records[self.running] = self._without_end(self.running, case, event.get("attempt"))
+            case "case_finished":
+                self.running = _part(event, "case_id", str)
+                self._finish(self.running, _part(event, "record", dict), where)
+                self.running = None
+            case "run_started":
+                self.finished = False
+            case "run_finished":
+                self.finished = True
+
+    def _finish(self, case_id: str, row: dict[str, Any], where: str) -> None:
+        """Takes the record of a ``case_finished``."""
+        reasons = row.get("unavailable", {})
+        odd = [why for why in [misfit("unavailable", reasons)] if why is not None]
+        record = Record.from_json({**row, "unavailable": {} if odd else reasons})
+        record.update({"case_id": case_id})
+        odd += [*record.drop_misfits(), *lacks(record, case_id)]
+        if odd:
+            record.update(self._identity(case_id))
+            record.invalidate(where + "; ".join(odd))
+            self.problems.append(f"{case_id} counts as {record['status']}: {where}{'; '.join(odd)}")
+        self.records[case_id] = record
+
+    def _broken(self, why: str) -> None:
+        """Takes a line that tells nothing, which costs the case that was running its result."""
+        self.problems.append(why)
+        if self.running is None:
+            return
+        try:
+            identity = self._identity(self.running)
+        except _Odd:
+            return
+        record = self._without_end(self.running, identity, None)
+        record.update({"status": "invalid", "status_reason": why})
+        self.records[self.running] = record
+        self.problems[-1] = f"{self.running} counts as invalid: {why}"
+
+    def _identity(self, case_id: str) -> dict[str, Any]:
+        """Which case it is, by what was told before or by its id.
+
+        Raises:
+            _Odd: neither says so.
+        """
+        before, parts = self.records.get(case_id), _CASE_ID.fullmatch(case_id)
+        if before is not None:
+            return {name: before[name] for name in (*IDENTITY, "order", "attempts")}
+        if parts is None:
+            raise _Odd(f"{case_id!r} does not say which case it is")
+        workload, mode, seed, repeat = parts.groups()
+        return dict(zip(IDENTITY, (workload.replace("+", ":"), mode, int(seed), int(repeat)), strict=True))
+
+    def _without_end(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> Record:
+        """The record of a case of which the journal holds no result."""
+        record = Record(
+            {
+                **{name: case.get(name) for name in (*IDENTITY, "order")},
+                "case_id": case_id,
+                "attempts": case.get("attempts") if attempt is None else attempt,
+                "status": "interrupted",
+                "status_reason": NO_END,
+                "schema_version": self.info.get("schema_version"),
+                "method_version": self.info.get("method_version"),
+            }
+        )
+        odd = [*record.drop_misfits(), *lacks(record, case_id)]
+        if odd:
+            raise _Odd("; ".join(odd))
+        if record["mode"] in MODES:
+            record.update({"policy": MODES[record["mode"]].policy})
+        environment = self.info.get("environment")
+        device = environment.get("device") if isinstance(environment, dict) else None
+        if isinstance(device, dict):
+            record.update({"device": device.get("kind"), "device_name": device.get("name")})
+            record.drop_misfits()
+        record.complete(NO_END)
+        return record
 
 
-def _finished(event: Mapping[str, Any]) -> Record:
-    """The record of a ``case_finished``."""
-    record = Record.from_json(event["record"])
-    record.update({"case_id": event["case_id"]})
-    check(record, event["case_id"])
-    return record
+class _Odd(Exception):
+    """A line that is no account of an event. The message says why."""
 
 
-def check(record: Record, case_id: str) -> None:
-    """Refuses a record whose values would fail or mislead further on.
+def _part(event: Any, name: str, kind: type, what: str = "the event") -> Any:
+    """A part of an event.
 
     Raises:
-        ValueError: it does not say which case it is, or a value is of the wrong kind or out of range.
+        _Odd: it is not there or not of its kind.
     """
-    for name in IDENTITY:
-        if record[name] is None:
-            raise ValueError(f"the record of {case_id} has no {name}")
-    for name, column in COLUMNS.items():
-        value = record[name]
-        # bool is a kind of int in Python, and not here.
-        fits = isinstance(value, _TYPES[column.kind]) and (column.kind == "bool") == isinstance(value, bool)
-        if value is not None and not fits:
-            raise ValueError(f"{name} of {case_id} should be {column.kind}, not {value!r}")
-    if record["status"] not in STATUSES:
-        raise ValueError(f"{record['status']!r} is no status of a case")
-    for name in _POSITIVE:
-        value = record[name]
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} of {case_id} is {value}; it must be above 0")
+    if not isinstance(event, dict):
+        raise _Odd(f"should hold a JSON object, not {type(event).__name__}")
+    if name not in event:
+        raise _Odd(f"{what} lacks {name!r}")
+    if not isinstance(event[name], kind):
+        raise _Odd(f"{name} should be {kind.__name__}, not {event[name]!r:.200}")
+    return event[name]
 
 
-def _interrupted(event: Mapping[str, Any], info: Mapping[str, Any]) -> Record:
-    case = event["case"]
-    record = Record(
-        {
-            **{name: case[name] for name in (*IDENTITY, "order")},
-            "case_id": event["case_id"],
-            "attempts": event.get("attempt"),
-            "status": "interrupted",
-            "status_reason": NO_END,
-            "schema_version": info.get("schema_version"),
-            "method_version": info.get("method_version"),
-        }
-    )
-    if case["mode"] in MODES:
-        record.update({"policy": MODES[case["mode"]].policy})
-    environment = info.get("environment")
-    device = environment.get("device") if isinstance(environment, dict) else None
-    if isinstance(device, dict):
-        record.update({"device": device.get("kind"), "device_name": device.get("name")})
-    record.complete(NO_END)
-    return record
+def lacks(record: Record, case_id: str) -> list[str]:
+    """What a record has to say and does not: which case it is and how that ended, one sentence each."""
+    return [f"the record of {case_id} has no {name}" for name in (*IDENTITY, "status") if record[name] is None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from scipy.special import polygamma
 
 from mpscale.analysis.pairing import environment_differences, same_hardware
 from mpscale.analysis.quantities import QUANTITIES, Quantity, by_process, values
-from mpscale.analysis.runs import Run, RunError, read_info, read_run
+from mpscale.analysis.runs import Run, read_info, read_run
 from mpscale.analysis.stats import Between
 from mpscale.analysis.summary import plain_rows
 from mpscale.analysis.trainings import MEASURED, Row
@@ -48,10 +48,12 @@ class Floors:
     Args:
         runs: names of the runs of the same code that they are made from, the baseline's among them.
         of: by the name of the quantity, by workload and mode; only what is known.
+        left_out: runs that cannot be read, so that it is not known whether they belong to these: folder and reason.
     """
 
     runs: tuple[str, ...]
     of: Mapping[str, Mapping[Place, Between]]
+    left_out: tuple[tuple[str, str], ...] = ()
 
     def get(self, quantity: str, place: Place) -> Between | None:
         """What is known of a quantity in a row."""
@@ -61,7 +63,19 @@ class Floors:
 NO_FLOORS = Floors((), {})
 
 
-def runs_of_the_same_code(baseline: Run, results: Path | None = None, leave_out: Sequence[str] = ()) -> list[Run]:
+def floors_of(baseline: Run, results: Path | None = None, leave_out: Sequence[str] = ()) -> Floors:
+    """:func:`find_floors` of :func:`runs_of_the_same_code`, with what could not be read."""
+    unreadable: list[tuple[str, str]] = []
+    found = find_floors(runs_of_the_same_code(baseline, results, leave_out, unreadable))
+    return replace(found, left_out=tuple(unreadable))
+
+
+def runs_of_the_same_code(
+    baseline: Run,
+    results: Path | None = None,
+    leave_out: Sequence[str] = (),
+    unreadable: list[tuple[str, str]] | None = None,
+) -> list[Run]:
     """The baseline and the runs like it, newest last: same code, same settings, same machine.
 
     They are looked for beside the baseline's folder and in the results folder. Same code is the same software and the
@@ -71,6 +85,7 @@ def runs_of_the_same_code(baseline: Run, results: Path | None = None, leave_out:
         baseline: what is looked for. A cases.csv by itself does not know its code.
         results: the results folder, if that is not where the baseline lies.
         leave_out: names of runs that do not count, such as the one to be judged.
+        unreadable: gets the folders of runs that cannot be read, and why.
     """
     if not baseline.info:
         return [baseline]
@@ -90,7 +105,9 @@ def runs_of_the_same_code(baseline: Run, results: Path | None = None, leave_out:
             if not _alike(baseline, Run(folder, name, read_info(infos[name]), [], False)):
                 continue
             run = read_run(folder)
-        except (RunError, OSError):
+        except Exception as error:  # whatever another run stumbles over must not cost this one its report
+            if unreadable is not None:
+                unreadable.append((str(folder), str(error)))
             continue
         if run.finished:
             found[name] = run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Run:
         records: the last attempt of every case that was started, in the order in which they were planned; trainings
             that ended without a metric are ``diverged``, whatever they were called when that was no status of its own.
         finished: whether the run came to its end.
+        problems: what of its files could not be read as it stands, and what was made of it, one sentence each.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Run:
     info: dict[str, Any]
     records: list[Record]
     finished: bool
+    problems: list[str] = field(default_factory=list)
 
     @cached_property
     def cases(self) -> pd.DataFrame:
@@ -117,34 +119,41 @@ def read_run(path: str | Path) -> Run:
 
     A cases.csv tells nothing of the environment, of planned cases that were not started, or of steps.
 
+    A line of the journal that cannot be read as it stands costs its own case and no other: that becomes ``invalid``
+    with its reason, and :attr:`Run.problems` lists it. A cases.csv, which other programs write too, is read whole or
+    not at all.
+
     Raises:
-        RunError: the folder is no run, or a file in it is broken; the message names the file.
+        RunError: the folder is no run, or a file in it cannot be read at all; the message names the file.
     """
     folder = Path(path)
     if folder.is_file():
         return Run(folder, str(path), {}, settle(read_cases(folder)), finished=True)
     info = read_info(folder / "run.json")
     journal = read_journal(folder / "journal.jsonl", info)
-    return Run(folder, str(info.get("run") or folder.resolve().name), info, settle(journal.records), journal.finished)
+    name = str(info.get("run") or folder.resolve().name)
+    return Run(folder, name, info, settle(journal.records), journal.finished, journal.problems)
 
 
-def resolve_run(name_or_path: str | Path, results_dir: str | Path) -> Path:
+def resolve_run(
+    name_or_path: str | Path, results_dir: str | Path, left_out: list[tuple[str, str]] | None = None
+) -> Path:
     """The folder of a run, or a cases.csv.
 
     Args:
         name_or_path: ``latest``; the name of a run or the beginning of just one; or the path of its folder or of a
             cases.csv.
         results_dir: where ``runs/`` and ``reference/`` are. ``latest`` looks in ``runs/`` alone.
+        left_out: gets the folders that ``latest`` passed over because they cannot be read, and why. Without it,
+            ``latest`` passes none over: who has just made a run that is broken must not be shown the one before it.
 
     Raises:
-        RunError: nothing, or more than one run, fits.
+        RunError: nothing, or more than one run, fits, or the latest run cannot be read.
     """
     wanted = str(name_or_path)
     made, kept = (_runs_in(Path(results_dir) / folder) for folder in ("runs", "reference"))
     if wanted == "latest":
-        if made:
-            return made[-1]
-        raise RunError(_no_runs(results_dir))
+        return _latest(made, results_dir, left_out)
     runs = made + kept
     for run in runs:
         if run.name == wanted:
@@ -211,6 +220,27 @@ def read_info(path: Path) -> dict[str, Any]:
 def _dict(info: dict[str, Any], name: str) -> dict[str, Any]:
     value = info.get(name)
     return value if isinstance(value, dict) else {}
+
+
+def _latest(made: list[Path], results_dir: str | Path, left_out: list[tuple[str, str]] | None) -> Path:
+    broken = []
+    for folder in reversed(made):
+        try:
+            read_run(folder)
+        except RunError as error:
+            broken.append((str(folder), str(error)))
+            continue
+        if left_out is not None:
+            left_out += broken
+        elif broken:
+            raise RunError(
+                f"the latest run cannot be read: {broken[0][1]}; the newest that can be is {folder.name}: "
+                f"name it, or remove {broken[0][0]}"
+            )
+        return folder
+    if broken:
+        raise RunError(f"none of the {len(broken)} runs in {Path(results_dir) / 'runs'} can be read: {broken[0][1]}")
+    raise RunError(_no_runs(results_dir))
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -20,6 +20,8 @@ import json
 from collections.abc import Sequence
 from typing import IO, Any, Protocol
 
+from mpscale.records import misfit, plain
+
 PHASES = (
     "idle",
     "context-ready",
@@ -39,7 +41,11 @@ class Channel(Protocol):
     """The worker's end."""
 
     def values(self, values: dict[str, Any]) -> None:
-        """Reports columns of the record."""
+        """Reports columns of the record.
+
+        Raises:
+            TypeError: a value does not belong in its column: better now than after the training.
+        """
 
     def miss(self, columns: Sequence[str], reason: str) -> None:
         """Reports columns that stay empty."""
@@ -77,6 +83,11 @@ class PipeChannel:
         self._sink.flush()
 
     def values(self, values: dict[str, Any]) -> None:
+        values = {name: plain(value) for name, value in values.items()}
+        for name, value in values.items():
+            why = misfit(name, value)
+            if why is not None:
+                raise TypeError(why)
         self.send("values", values=values)
 
     def miss(self, columns: Sequence[str], reason: str) -> None:

@@ -83,6 +83,11 @@ class BenchmarkRun:
         """The run's folder, None before the first case."""
         return None if self._journal is None else self._journal.path
 
+    @property
+    def troubles(self) -> list[str]:
+        """What went wrong with the run's files so far, each once: with any, the run is no success."""
+        return [] if self._journal is None else list(self._journal.troubles)
+
     def measured(self, case: Case) -> Outcome | None:
         """The outcome of a case that has been run already and did not fail."""
         outcome = self._outcomes.get(case.id)
@@ -160,6 +165,11 @@ class BenchmarkRun:
         self._supervisor = None
 
     def _finish_case(self, journal: Journal, case: Case, outcome: Outcome) -> None:
+        # Now, and not when the run is read: what no reader could take is told while its case is on the screen.
+        misfits = outcome.record.drop_misfits()
+        if misfits:
+            outcome.record.update(case.identity())
+            outcome.record.invalidate("; ".join(misfits))
         explain(outcome.record, case)
         self._outcomes[case.id] = outcome
         journal.case_finished(case, outcome.record, outcome.step_s, outcome.phases)

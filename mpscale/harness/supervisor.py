@@ -30,6 +30,8 @@ _OWN_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, si
 """Signals by which a program fails; all others come from a person, the kernel's out-of-memory killer or a limit."""
 
 _TAIL_BYTES = 4000
+_REASON, _BEGINNING = 500, 120
+"""Characters of a reason, and how many of them are its beginning."""
 _GRACE_S = 15.0
 
 
@@ -188,7 +190,8 @@ class Supervisor:
             start = time.monotonic()
             process = self._launcher.start(log)
         except (LaunchError, OSError) as error:
-            record.update({"status": "error", "status_reason": str(error), "start_method": self._start_method})
+            record.update({"status": "error", "status_reason": _one_line(str(error))})
+            record.update({"start_method": self._start_method})
             return
         self._watch.start(process.pid, start)
         record.update({"status": "interrupted", "start_method": self._start_method})
@@ -352,4 +355,6 @@ def _tail(log: Path) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:500]
+    """The text as one line; of a long one the beginning and more of the end, which is where it says what is wrong."""
+    line = " ".join(text.split())
+    return line if len(line) <= _REASON else f"{line[:_BEGINNING]} … {line[_BEGINNING - _REASON :]}"

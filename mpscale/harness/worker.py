@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.harness.case import Case
+from mpscale.harness.cause import cause
 from mpscale.harness.protocol import PipeChannel
 from mpscale.lifeline import die_with_parent
 from mpscale.telemetry.device import Device
-
-_OUT_OF_MEMORY = ("ResourceExhaustedError", "MemoryError")
-_TAIL = 4000
 
 
 def main() -> int:
@@ -40,13 +38,7 @@ def main() -> int:
         )
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        kind = type(error).__name__
-        channel.send(
-            "error",
-            type=kind,
-            message=str(error)[-_TAIL:],
-            oom=kind in _OUT_OF_MEMORY or _allocation_failed(error),
-        )
+        channel.send("error", **cause(error, request["case"]["settings"]["jit"]))
         return 1
     channel.send("done", status=status, reason=reason, runtime=_runtime())
     return 0
@@ -58,12 +50,6 @@ def _open_channel() -> PipeChannel:
     sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return PipeChannel(source, sink)
-
-
-def _allocation_failed(error: BaseException) -> bool:
-    """XLA reports an exhausted device as an internal error whose text says so."""
-    text = str(error).lower()
-    return "out of memory" in text or "resource_exhausted" in text
 
 
 def _runtime() -> dict[str, Any]:

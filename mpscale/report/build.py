@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mpscale.analysis.noise_floor import find_floors, runs_of_the_same_code
+from mpscale.analysis.noise_floor import floors_of
 from mpscale.analysis.runs import Run, RunError, read_run
 from mpscale.analysis.summary import write_summary_csv
 from mpscale.records import to_csv
@@ -27,11 +27,25 @@ def rebuild(run_dir: str | Path) -> Run:
     run = read_run(run_dir)
     if run.path.is_file():
         raise RunError(f"{run.path}: a report is made from a run's journal, which a cases.csv by itself does not have")
-    (run.path / "cases.csv").write_text(to_csv(run.records), encoding="utf-8")
+    write_reports(run)
+    return run
+
+
+def write_reports(run: Run) -> None:
+    """Writes the files of :data:`WRITTEN` into the folder of a run that was read.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    _write(run.path / "cases.csv", to_csv(run.records))
     write_summary_csv(run.summary, run.path / "summary.csv")
-    said = document(run, find_floors(runs_of_the_same_code(run)))
-    (run.path / "report.md").write_text(markdown.render(said), encoding="utf-8")
+    said = document(run, floors_of(run))
+    _write(run.path / "report.md", markdown.render(said))
     # Last: pictures take longest, and nothing else should wait for them or be lost with them.
     pictures = [picture for picture in (gains(run), training(run)) if picture is not None]
-    (run.path / "report.html").write_text(html.render(said, pictures), encoding="utf-8")
-    return run
+    _write(run.path / "report.html", html.render(said, pictures))
+
+
+def _write(path: Path, text: str) -> None:
+    # run.json holds names of folders and variables, which need not be text.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

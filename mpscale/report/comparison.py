@@ -91,6 +91,16 @@ def _parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> It
         yield from _environment(comparison, against)
     if findings:
         yield _gates(findings, {run.name: names[id(run)] for run in runs})
+    if notes := unread(comparisons):
+        yield _Part("What could not be read", notes=notes)
+
+
+def unread(comparisons: Sequence[Comparison]) -> list[str]:
+    """What of the compared runs, and which runs of the baseline's code, could not be read, one sentence each."""
+    runs = [comparisons[0].baseline, *(comparison.other for comparison in comparisons)]
+    notes = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
+    others = [left_out for comparison in comparisons for left_out in comparison.floors.left_out]
+    return list(dict.fromkeys([*notes, *(f"{folder} was left out: {reason}" for folder, reason in others)]))
 
 
 def _in_short(comparison: Comparison, names: dict[int, str]) -> str:

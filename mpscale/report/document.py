@@ -40,6 +40,7 @@ def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
     parts = {
         "Results": markdown_table(headers, rows) if rows else "",
         "Cases that did not end well": sections.troubles(run),
+        "What could not be read": sections.unread(run, floors.left_out),
         "Overflow and loss scale": sections.overflow(run),
         "Accuracy": sections.accuracy(run),
         "Accuracy against fp32": sections.against_fp32(run),

@@ -36,6 +36,8 @@ def render(run: Run, limit: int = LIMIT, artifacts: str | None = None) -> str:
     # A quarter for each of the three that grow with the run; output, which may be of any length, gets what is over.
     share = limit // 4
     parts = [title, _lines(words.findings(run), share)]
+    if run.problems:
+        parts.append(f"## What could not be read\n\n{_lines(sections.unread(run), share // 4)}")
     headers, rows = result_cells(run)
     if rows:
         parts.append(f"## Results\n\n{_table(headers, rows, share)}")

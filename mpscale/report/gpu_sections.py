@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import ENERGY_IS_OF, plain_rows
+from mpscale.analysis.summary import ENERGY_IS_OF, figures_of, plain_rows
 from mpscale.report import cells
 from mpscale.report.groups import largest, measured, median, values
 from mpscale.report.tables import markdown_table
@@ -57,7 +57,9 @@ def energy(run: Run) -> str:
     headers += ["power (W)", "idle (W)", "by"]
     if not rows:
         return ""
-    return markdown_table(headers, rows) + not_compared(run, "gpu_energy_j_per_step", "gpu_energy_ratio", ENERGY_IS_OF)
+    return markdown_table(headers, rows) + not_compared(
+        run, "gpu_energy_j_per_step", "gpu_energy_j_per_step", "gpu_energy_ratio", ENERGY_IS_OF
+    )
 
 
 def state(run: Run) -> str:
@@ -85,18 +87,31 @@ def state(run: Run) -> str:
     return markdown_table(headers, rows) if rows else ""
 
 
-def not_compared(run: Run, figure: str, ratio: str, is_of: Sequence[str]) -> str:
-    """A paragraph that says of which rows there is no ratio although both figures are there; empty if there is none.
+def not_compared(run: Run, column: str, figure: str, ratio: str, is_of: Sequence[str]) -> str:
+    """A paragraph that says of which rows there is no ratio because their figures are of different things.
 
     Args:
         run: which.
+        column: column of the cases that the figure is made of.
         figure: column of the summary.
         ratio: that of its ratio to fp32's.
-        is_of: columns of the cases in which the figures then differ.
+        is_of: columns of the cases in which the figures may differ.
+
+    Returns:
+        The paragraph, empty if there is no such row.
     """
     rows = plain_rows(run.summary)
-    fp32 = {row["workload"] for row in rows if row["mode"] == "fp32" and row[figure] is not None}
-    bare = [row for row in rows if row[figure] is not None and row[ratio] is None and row["workload"] in fp32]
+    kinds = {
+        (workload, mode): figures_of([{name: r[name] for name in (column, *is_of)} for r in records], column, is_of)
+        for workload, mode, records in measured(run, good=True)
+    }
+    bare = [
+        row
+        for row in rows
+        if row[figure] is not None
+        and row[ratio] is None
+        and len(kinds[row["workload"], row["mode"]] | kinds.get((row["workload"], "fp32"), set())) > 1
+    ]
     if not bare:
         return ""
     named = ", ".join(f"{row['workload']} {row['mode']}" for row in bare)

@@ -14,7 +14,7 @@ from mpscale.records import Record
 from mpscale.report import cells
 from mpscale.report.gpu_sections import not_compared
 from mpscale.report.groups import measured, median, or_none, values
-from mpscale.report.tables import Cells, markdown_table, metric_why
+from mpscale.report.tables import Cells, escape, markdown_table, metric_why
 from mpscale.report.words import is_mixed
 from mpscale.telemetry.host_noise import BUSY_SHARE
 
@@ -186,7 +186,9 @@ def memory(run: Run) -> str:
     headers = ["workload", "mode", "GPU, NVML (MiB)", "over fp32", "GPU, allocator (MiB)", "host (MiB)"]
     if not rows:
         return ""
-    return markdown_table(headers, rows) + not_compared(run, "gpu_memory_mib", "gpu_memory_ratio", MEMORY_IS_OF)
+    return markdown_table(headers, rows) + not_compared(
+        run, "gpu_memory_nvml_peak_mib", "gpu_memory_mib", "gpu_memory_ratio", MEMORY_IS_OF
+    )
 
 
 def troubles(run: Run) -> str:
@@ -207,6 +209,17 @@ def trouble_cells(run: Run) -> tuple[list[str], Cells]:
     names = ("case_id", "status", "status_reason")
     bad = [record for record in run.records if record["status"] != "ok"]
     return ["case", "status", "reason"], [[_text(record[name]) for name in names] for record in bad]
+
+
+def unread(run: Run, left_out: Sequence[tuple[str, str]] = ()) -> str:
+    """What of the run's own files could not be read, and which other runs, a list.
+
+    Args:
+        run: the run.
+        left_out: folders of other runs, and why each could not be read.
+    """
+    lines = [*run.problems, *(f"{folder} was left out: {reason}" for folder, reason in left_out)]
+    return "\n".join(f"- {escape(' '.join(line.split()))}" for line in lines)
 
 
 def empty(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import tempfile
 import time
@@ -202,8 +203,10 @@ class CaseWatch:
             # The last line may have been cut off, when the sampler died.
             text = text[: text.rfind("\n") + 1] + "".join(f"# {name}: {words}\n" for name, words in notes.items())
         if keep is not None and text:
-            keep.parent.mkdir(parents=True, exist_ok=True)
-            keep.write_bytes(gzip.compress(text.encode(), 6))
+            # The case is worth more than this file. If the run's folder cannot be written, the journal says so.
+            with contextlib.suppress(OSError):
+                keep.parent.mkdir(parents=True, exist_ok=True)
+                keep.write_bytes(gzip.compress(text.encode(), 6))
         return read_samples(text.splitlines(keepends=True))
 
     def _power_source(self) -> str | None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from runfolder import NAME, finished, record, started, write_run, write_steps
 
 from mpscale.analysis.runs import RunError, read_run, resolve_run
 from mpscale.columns import COLUMNS, SCHEMA_VERSION
+from mpscale.report.document import document
 
 
 def test_records_come_in_the_order_of_the_plan(tmp_path):
@@ -72,50 +74,118 @@ def test_columns_of_another_version_are_dropped(tmp_path):
 
 
 BROKEN_RECORDS = {
-    "status": ("fine", "'fine' is no status"),
-    "seed": (None, "has no seed"),
-    "step_time_ms_median": (0.0, "must be above 0"),
-    "overflow_steps": ("12", "should be int, not '12'"),
-    "jit": (1, "should be bool, not 1"),
-    "attempted_steps": (True, "should be int, not True"),
-    "final_accuracy": ("high", "should be float, not 'high'"),
+    "a status that there is not": ("status", "fine", "'fine' is no status of a case"),
+    "no status": ("status", None, "has no status"),
+    "no seed": ("seed", None, "has no seed"),
+    "a seed that is a text": ("seed", "0", "seed should be int, not '0'"),
+    "a step time of zero": ("step_time_ms_median", 0.0, "must be above 0"),
+    "a text for a number": ("overflow_steps", "12", "should be int, not '12'"),
+    "1 for True": ("jit", 1, "should be bool, not 1"),
+    "0 for the metric's direction": ("metric_higher_is_better", 0, "should be bool, not 0"),
+    "a number for the metric's name": ("metric_name", 5, "should be str, not 5"),
+    "True for the target": ("metric_target", True, "should be float, not True"),
+    "a text for the margin": ("metric_margin", "0.01", "should be float, not '0.01'"),
+    "True for a count": ("attempted_steps", True, "should be int, not True"),
+    "a word for an accuracy": ("final_accuracy", "high", "should be float, not 'high'"),
+    "a list for a name": ("device_name", ["a"], "should be str, not ['a']"),
+    "an object for an order": ("order", {}, "should be int, not {}"),
+    "a count that no table holds": ("parameters", 10**30, "does not fit into 64 bits"),
+    "reasons that are none": ("unavailable", "x", "should be json, not 'x'"),
+    "reasons that are no texts": ("unavailable", {"jit": 1}, "should hold texts, not {'jit': 1}"),
 }
 
 
-@pytest.mark.parametrize("column", BROKEN_RECORDS)
-def test_a_record_that_would_mislead_is_refused(tmp_path, column):
-    value, message = BROKEN_RECORDS[column]
-    events = finished([record()])
+@pytest.mark.parametrize("what", BROKEN_RECORDS)
+def test_a_record_that_would_mislead_is_invalid_and_the_others_stay(tmp_path, what):
+    column, value, message = BROKEN_RECORDS[what]
+    others = [record(seed=1, step_time_ms_median=2.0), record(seed=2)]
+    events = finished([record(step_time_ms_median=1.0), *others])
     events[1]["record"][column] = value
     path = write_run(tmp_path, events)
-    with pytest.raises(RunError, match=message) as raised:
-        read_run(path)
-    assert "journal.jsonl, line 3" in str(raised.value)
+    run = read_run(path)
+    assert [r["status"] for r in run.records] == ["invalid", "ok", "ok"]
+    assert [r["seed"] for r in run.records] == [0, 1, 2]
+    reason = run.records[0]["status_reason"]
+    assert reason.startswith("journal.jsonl, line 3: ")
+    assert message in reason
+    assert run.problems == [f"toy--fp32--s0--r0 counts as invalid: {reason}"]
+    row = run.summary.iloc[0]
+    assert (row["cases"], row["ok"], row["step_time_ms"]) == (3, 2, 2.0)
+    assert "toy--fp32--s0--r0 counts as invalid" in document(run).sections["What could not be read"]
 
 
-@pytest.mark.parametrize(
-    ("event", "message"),
-    [
-        ({"event": "case_finished", "case_id": "a"}, "line 2: the event lacks 'record'"),
-        ({"event": "case_started", "case_id": "a"}, "line 2: the event lacks 'case'"),
-        ({"event": "case_finished", "case_id": "a", "record": [1]}, "line 2: "),
-        ({"event": "case_finished", "case_id": "a", "record": {"unavailable": "x"}}, "line 2: "),
-    ],
-)
-def test_an_event_that_lacks_its_parts_is_named_by_line(tmp_path, event, message):
-    path = write_run(tmp_path, [event], planned=[])
-    with pytest.raises(RunError, match=message):
-        read_run(path)
+def test_a_broken_record_of_a_failure_keeps_what_it_failed_of(tmp_path):
+    events = finished([record(status="oom", status_reason="MemoryError: no more")])
+    events[1]["record"]["jit"] = 1
+    (found,) = read_run(write_run(tmp_path, events)).records
+    assert found["status"] == "oom"
+    assert found["status_reason"].startswith("MemoryError: no more; journal.jsonl, line 3: ")
 
 
-@pytest.mark.parametrize(("line", "message"), [("{oops\n", "line 2: not readable"), ("3\n", "line 2: should hold")])
-def test_a_broken_line_in_the_middle_is_named(tmp_path, line, message):
-    path = write_run(tmp_path, finished([record()]))
+LINES = {
+    "what is no JSON": ("{oops", "not readable as JSON"),
+    "a number": ("3", "should hold a JSON object, not int"),
+    "an object that is no event": ("{}", "the line lacks 'event'"),
+    "bytes that are no text": (b"\xff\xfe", "not readable as JSON"),
+    "zeros, as a disk leaves that lost power": (b"\x00\x00", "not readable as JSON"),
+    "an end without a record": ('{"event": "case_finished", "case_id": "toy--fp32--s0--r0"}', "lacks 'record'"),
+    "an end whose record is a list": (
+        '{"event": "case_finished", "case_id": "toy--fp32--s0--r0", "record": [1]}',
+        "record should be dict, not [1]",
+    ),
+    "an end of a case without a name": ('{"event": "case_finished", "case_id": 3, "record": {}}', "should be str"),
+    "brackets that go deeper than Python": ("[" * 100_000, "not readable as JSON"),
+}
+
+
+@pytest.mark.parametrize("what", LINES)
+def test_a_broken_line_costs_the_case_that_was_running_and_no_other(tmp_path, what):
+    line, message = LINES[what]
+    path = write_run(tmp_path, finished([record(), record(seed=1), record(seed=2)]))
     journal = path / "journal.jsonl"
-    first, *rest = journal.read_text().splitlines(keepends=True)
-    journal.write_text(first + line + "".join(rest))
-    with pytest.raises(RunError, match=message):
-        read_run(path)
+    lines = journal.read_bytes().split(b"\n")
+    lines[4] = line if isinstance(line, bytes) else line.replace("s0", "s1").encode()
+    journal.write_bytes(b"\n".join(lines))
+    run = read_run(path)
+    assert [(r["seed"], r["status"]) for r in run.records] == [(0, "ok"), (1, "invalid"), (2, "ok")]
+    assert run.records[1]["status_reason"].startswith("journal.jsonl, line 5: ")
+    assert message in run.records[1]["status_reason"]
+    assert len(run.problems) == 1
+    assert "journal.jsonl, line 5: " in document(run).sections["What could not be read"]
+    assert run.finished
+
+
+def test_a_broken_line_does_not_outlive_a_whole_attempt(tmp_path):
+    path = write_run(tmp_path, [*finished([record()]), *finished([record(attempts=2)])])
+    journal = path / "journal.jsonl"
+    lines = journal.read_bytes().split(b"\n")
+    lines[2] = b"{oops"
+    journal.write_bytes(b"\n".join(lines))
+    run = read_run(path)
+    assert [(r["status"], r["attempts"]) for r in run.records] == [("ok", 2)]
+    assert len(run.problems) == 1
+
+
+def test_an_end_whose_beginning_is_broken_is_whole(tmp_path):
+    path = write_run(tmp_path, finished([record(), record("mixed-static", seed=3)]))
+    journal = path / "journal.jsonl"
+    lines = journal.read_bytes().split(b"\n")
+    lines[3] = b'{"event": "case_started", "case_id": "toy--mixed-static--s3--r0"}'
+    journal.write_bytes(b"\n".join(lines))
+    run = read_run(path)
+    assert [(r["mode"], r["status"]) for r in run.records] == [("fp32", "ok"), ("mixed-static", "ok")]
+    assert "line 4: the event lacks 'case'" in run.problems[0]
+
+
+def test_a_case_that_only_its_id_tells_of_is_found_by_it(tmp_path):
+    lost = {"event": "case_finished", "case_id": "a+b--mixed-static--s3--r2", "record": {"status": "ok"}}
+    nameless = {"event": "case_finished", "case_id": "x", "record": {"status": "ok"}}
+    run = read_run(write_run(tmp_path, [lost, nameless, *finished([record()])]))
+    assert [(r["workload"], r["mode"], r["seed"], r["repeat"], r["status"]) for r in run.records] == [
+        ("a:b", "mixed-static", 3, 2, "invalid"),
+        ("toy", "fp32", 0, 0, "ok"),
+    ]
+    assert "'x' does not say which case it is" in run.problems[1]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +269,19 @@ def test_a_run_is_found_by_name_beginning_or_latest(results, wanted, name):
 def test_a_run_is_found_by_its_path_anywhere(results, tmp_path):
     path = results / "runs" / NAMES[0]
     assert resolve_run(str(path), tmp_path / "elsewhere") == path
+
+
+def test_the_latest_run_is_not_the_one_before_it_unless_one_asks_for_the_newest_that_can_be_read(results):
+    (results / "runs" / NAMES[2] / "journal.jsonl").unlink()
+    (results / "runs" / NAMES[1] / "run.json").write_text("{")
+    with pytest.raises(RunError, match=rf"the latest run cannot be read: .*{NAMES[2]}.* is {NAMES[0]}: name it"):
+        resolve_run("latest", results)
+    left_out = []
+    assert resolve_run("latest", results, left_out).name == NAMES[0]
+    assert [Path(folder).name for folder, _ in left_out] == [NAMES[2], NAMES[1]]
+    (results / "runs" / NAMES[0] / "run.json").write_text("{")
+    with pytest.raises(RunError, match=r"none of the 3 runs in .* can be read"):
+        resolve_run("latest", results, left_out)
 
 
 def test_a_run_that_was_kept_is_found_by_name_and_is_never_the_latest(results):

@@ -1,0 +1,187 @@
+"""The reason of an error is what the user's code or TensorFlow says is wrong, and not the way there."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from mpscale.harness.cause import cause
+from mpscale.harness.supervisor import _one_line
+
+X = tf.constant([[1.0, 2.0], [2.0, 3.0]])
+NO_JIT = "--mp-jit off runs them without it"
+
+
+class NeedsTwo(Exception):
+    """An exception that AutoGraph cannot make anew."""
+
+    def __init__(self, what, where):
+        super().__init__(f"{what} is missing in {where}")
+
+
+class Unreadable(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+class Refusing(keras.layers.Layer):
+    def call(self, x):
+        raise ValueError("my layer wants three columns")
+
+
+class Unwrapping(keras.layers.Layer):
+    def call(self, x):
+        try:
+            {}["a"]
+        except KeyError as error:
+            raise ValueError("the table has no a") from error
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.refusing = Refusing()
+
+    def call(self, x):
+        return self.refusing(x)
+
+
+class Multiplying(keras.layers.Layer):
+    def call(self, x):
+        return tf.matmul(x, tf.ones((5, 5)))
+
+
+def refuse(x):
+    raise ValueError("the labels have to be whole numbers")
+
+
+def need_two(x):
+    raise NeedsTwo("a column", "the data")
+
+
+def assert_less(x):
+    tf.debugging.assert_less(x, 1.0, message="labels must be below 1")
+    return x
+
+
+def ask_python(x):
+    def fail(x):
+        raise RuntimeError("python said no")
+
+    return tf.py_function(fail, [x], tf.float32)
+
+
+def narrow():
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+
+
+def traced(function):
+    return lambda: tf.function(function, jit_compile=False)(X)
+
+
+REASONS = {
+    "a loss that refuses its labels": (traced(refuse), "ValueError: the labels have to be whole numbers"),
+    "an exception of the user's own class": (traced(need_two), "NeedsTwo: a column is missing in the data"),
+    "a layer that refuses its input": (lambda: Refusing()(X), "ValueError: my layer wants three columns"),
+    "the same layer in a traced step": (
+        lambda: traced(Refusing())(),
+        "ValueError: my layer wants three columns",
+    ),
+    "a layer in a model in a traced step": (
+        lambda: traced(Subclassed())(),
+        "ValueError: my layer wants three columns",
+    ),
+    "an exception that was raised for another one": (
+        lambda: traced(Unwrapping())(),
+        "ValueError: the table has no a",
+    ),
+    "data that do not fit the model": (
+        lambda: traced(narrow())(),
+        "ValueError: Input 0 with name 'None' of layer 'dense",
+    ),
+    "a product of the wrong shape": (lambda: Multiplying()(X), "InvalidArgumentError: Matrix size-incompatible: In[0]"),
+    "an assertion in the graph": (traced(assert_less), "InvalidArgumentError: assertion failed: [labels must be below"),
+    "an index that is too large": (
+        traced(lambda x: tf.gather(x, [7, tf.cast(x[0, 0], tf.int32)])),
+        "InvalidArgumentError: indices[0] = 7 is not in [0, 2)",
+    ),
+    "a function in Python below the graph": (traced(ask_python), "UnknownError: RuntimeError: python said no"),
+    "a missing key": (lambda: {}["labels"], "KeyError: 'labels'"),
+    "an error without a text": (lambda: exec("raise Unreadable"), "Unreadable: its message cannot be read: Runtime"),
+}
+
+
+def told(act, jit=False):
+    """The reason that a supervisor makes of what the worker of a case that ``act`` ended would say."""
+    with pytest.raises(BaseException) as caught:
+        act()
+    said = cause(caught.value, jit)
+    return _one_line(f"{said['type']}: {said['message']}")
+
+
+@pytest.mark.parametrize("what", REASONS)
+def test_the_reason_is_what_is_wrong_without_what_was_put_around_it(what):
+    act, expected = REASONS[what]
+    reason = told(act)
+    assert reason.startswith(expected)
+    for around in ("in user code", "Exception encountered", "Arguments received", "{{function_node", "[Op:", "File "):
+        assert around not in reason
+
+
+def test_a_bare_assert_is_named_by_its_line():
+    # pytest rewrites the asserts of its own modules, so this one is compiled apart.
+    source = "def fail(x):\n    assert len(x) > 3\n"
+    names = {}
+    exec(compile(source, "loss.py", "exec"), names)
+    assert told(lambda: names["fail"](X)).endswith("(line 2 of loss.py)")
+
+
+def test_a_long_message_keeps_its_end():
+    def fail():
+        raise ValueError("\n".join(["Shapes:", *(f"layer {n} (None, {n})" for n in range(200)), "the last is wrong"]))
+
+    reason = told(fail)
+    assert reason.startswith("ValueError: Shapes: layer 0 (None, 0)")
+    assert reason.endswith("layer 199 (None, 199) the last is wrong")
+    assert len(reason) <= 503
+
+
+STRINGS = tf.constant(np.array(["a", "b"], dtype=object))
+TABLE = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer([1, 2], [3, 4]), -1)
+
+NOT_FOR_XLA = {
+    "strings": (lambda x: tf.strings.length(tf.strings.as_string(x)), "AsString"),
+    "tf.print": (lambda x: [x, tf.print(x)][0], "StringFormat"),
+    "tf.py_function": (lambda x: tf.py_function(lambda y: y, [x], tf.float32), "EagerPyFunc"),
+    "tf.numpy_function": (lambda x: tf.numpy_function(lambda y: y, [x], tf.float32), "PyFunc"),
+    "labels that are strings": (lambda x: tf.gather(STRINGS, [0]), "DT_STRING"),
+    "a lookup table": (lambda x: TABLE.lookup(tf.cast(x, tf.int32)), "LookupTableFindV2"),
+    "a decomposition": (lambda x: tf.linalg.lu(x)[0], "Lu"),
+    "a shuffle, on a CPU": (lambda x: tf.random.shuffle(tf.reshape(x, [4])), "Expected comparison type SIGNED"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_FOR_XLA)
+def test_what_xla_cannot_compile_says_what_to_do(what):
+    function, named = NOT_FOR_XLA[what]
+    reason = told(lambda: tf.function(function, jit_compile=True)(X), jit=True)
+    assert named in reason
+    assert reason.endswith(NO_JIT)
+    assert len(reason) <= 503
+
+
+@pytest.mark.parametrize("what", ["an assertion in the graph", "an index that is too large", "a missing key"])
+def test_an_error_outside_of_xla_does_not_blame_it(what):
+    assert NO_JIT not in told(REASONS[what][0], jit=True)
+
+
+def test_memory_that_ran_out_is_told_by_type_also_below_a_layer():
+    class Greedy(keras.layers.Layer):
+        def call(self, x):
+            raise MemoryError("no more")
+
+    with pytest.raises(Exception, match="no more") as caught:
+        traced(Greedy())()
+    assert cause(caught.value, True) == {"type": "MemoryError", "message": "no more", "oom": True}
