@@ -46,7 +46,8 @@ def why_not_writable(wanted: Path) -> str | None:
         culprit = Path(error.filename) if isinstance(error.filename, str) else wanted
         # What is in the way of a folder, and not the temporary file that could not be made in it.
         place = culprit if culprit == wanted or culprit in wanted.parents else wanted
-        return f"{place}: {error.strerror}"
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        return f"{place}: {'something else has this name' if in_the_way else error.strerror}"
     finally:
         for each in reversed(made):
             with contextlib.suppress(OSError):

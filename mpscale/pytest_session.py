@@ -270,7 +270,7 @@ class Session:
             return (yield)
         finally:
             if self._finished is not None:
-                _show(terminalreporter, self._finished, self._check)
+                _show(terminalreporter, self, self._finished, self._check)
 
     def _plan(self) -> None:
         if self.cases:
@@ -359,6 +359,12 @@ class Session:
         reason = None if self._driver is None else self._driver.reason
         return f"; no GPU: {reason}" if reason and not self._on_gpu else ""
 
+    def printable(self, text: str) -> str:
+        """``text`` as the terminal can show it. Else pytest would write all of it as escapes, line ends too."""
+        if self._config.pluginmanager.getplugin("terminalreporter") is None:
+            return text
+        return printable(text, getattr(self._config.get_terminal_writer(), "_file", None))
+
     def _write(self, text: str) -> None:
         """Writes past pytest's capture of standard output, on a line of its own."""
         plugins = self._config.pluginmanager
@@ -369,7 +375,7 @@ class Session:
         with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
             if terminal.width_of_current_line and not self._live_line:
                 terminal.line()
-            terminal.write(_printable(text, terminal), flush=True)
+            terminal.write(self.printable(text), flush=True)
         self._live_line = not text.endswith("\n")
 
 
@@ -392,12 +398,7 @@ def _is_case(item: pytest.Item) -> bool:
     return "mp_case" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec")
 
 
-def _printable(text: str, writer: object) -> str:
-    """``text`` as a terminal shows it. What it cannot show pytest would write as Python's escapes, line ends too."""
-    return printable(text, getattr(getattr(writer, "_tw", writer), "_file", None))
-
-
-def _show(terminalreporter: pytest.TerminalReporter, run: Run, check: BaselineCheck) -> None:
+def _show(terminalreporter: pytest.TerminalReporter, session: Session, run: Run, check: BaselineCheck) -> None:
     from mpscale.report.tables import result_table
 
     path = run.path
@@ -406,7 +407,7 @@ def _show(terminalreporter: pytest.TerminalReporter, run: Run, check: BaselineCh
     terminalreporter.section("mpscale")
 
     def show(text: str, **markup: bool) -> None:
-        terminalreporter.write_line(_printable(text, terminalreporter), **markup)
+        terminalreporter.write_line(session.printable(text), **markup)
 
     show(result_table(run))
     said = check.lines()

@@ -69,17 +69,16 @@ def _text(path: Path) -> str:
         raise RunError(f"{path}: {error.strerror}") from error
     for start, what in _NO_TEXT.items():
         if content.startswith(start):
-            raise RunError(f"{path}: cannot be read as CSV: it is no text in UTF-8 but {what}; {_ELSEWHERE}")
+            raise RunError(f"{path}: cannot be read as CSV: it is not UTF-8 but {what}; {_ELSEWHERE}")
     if b"\0" in content:
-        raise RunError(
-            f"{path}: cannot be read as CSV: it is no text in UTF-8: it holds bytes of 0, as UTF-16 has them; {_ELSEWHERE}"
-        )
+        raise RunError(f"{path}: cannot be read as CSV: it holds bytes of 0, as UTF-16 has them; {_ELSEWHERE}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise RunError(
-            f"{path}, line {line}: cannot be read as CSV: it is no text in UTF-8: it holds the byte 0x{content[error.start]:02x}; {_ELSEWHERE}"
+            f"{path}, line {line}: cannot be read as CSV: it is not UTF-8, with the byte "
+            f"0x{content[error.start]:02x}; {_ELSEWHERE}"
         ) from error
 
 
