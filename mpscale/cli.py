@@ -234,7 +234,7 @@ def _put_out(text: str, file: Path | None) -> None:
     if file is None:
         print(text, end="")
     else:
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -27,11 +27,11 @@ def rebuild(run_dir: str | Path) -> Run:
     run = read_run(run_dir)
     if run.path.is_file():
         raise RunError(f"{run.path}: a report is made from a run's journal, which a cases.csv by itself does not have")
-    (run.path / "cases.csv").write_text(to_csv(run.records), encoding="utf-8")
+    (run.path / "cases.csv").write_text(to_csv(run.records), encoding="utf-8", errors="backslashreplace")
     write_summary_csv(run.summary, run.path / "summary.csv")
     said = document(run, find_floors(runs_of_the_same_code(run)))
-    (run.path / "report.md").write_text(markdown.render(said), encoding="utf-8")
+    (run.path / "report.md").write_text(markdown.render(said), encoding="utf-8", errors="backslashreplace")
     # Last: pictures take longest, and nothing else should wait for them or be lost with them.
     pictures = [picture for picture in (gains(run), training(run)) if picture is not None]
-    (run.path / "report.html").write_text(html.render(said, pictures), encoding="utf-8")
+    (run.path / "report.html").write_text(html.render(said, pictures), encoding="utf-8", errors="backslashreplace")
     return run

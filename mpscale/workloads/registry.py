@@ -123,7 +123,8 @@ def source(name: str, folders: Iterable[str | Path] = ()) -> str:
 def _own(name: str, folders: Sequence[str]) -> Workload:
     module_name, _, attribute = name.partition(":")
     nothing = f"no workload at {name!r}"
-    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
+    parts = (*module_name.split("."), *attribute.split("."))
+    if not all(part.isidentifier() for part in parts) or module_name.endswith(".py"):
         path = Path(module_name)
         meant = f"{path.stem}:{attribute}" if path.suffix == ".py" else "my_workloads:signs"
         raise UnknownWorkload(f"{nothing}: write module:attribute with the module's name, such as {meant}")

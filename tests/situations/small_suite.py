@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from mpscale.telemetry import driver
 
 SUITE = "def test_training(mp_case, benchmark):\n    mp_case.measure(benchmark)\n"
 WORKLOAD = """
@@ -49,3 +55,39 @@ def pytest_in(folder: Path, *options: object, **variables: str) -> subprocess.Co
         encoding="latin-1",
         timeout=300,
     )
+
+
+def pytest_here(folder: Path, *options: object) -> tuple[int, str]:
+    """Exit code and output of a session within this process: one that starts no worker, and asks for no GPU.
+
+    Not by pytester, which has modules forgotten that cannot be imported a second time, NumPy's among them.
+
+    Args:
+        folder: where the modules are that the session imports; they are forgotten.
+        options: for pytest.
+    """
+    before = list(sys.path)
+    # Hypothesis would be imported for its summary.
+    arguments = ["-p", "no:hypothesispytest", "--mp-modes=fp32", "--mp-seeds=1", *map(str, options)]
+    output = io.StringIO()
+    try:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            patch.setattr(driver, "open_driver", lambda: driver.NoDriver("a test"))
+            code = pytest.main(arguments)
+    finally:
+        sys.path[:] = before
+        forget(folder)
+    return int(code), output.getvalue()
+
+
+def forget(folder: Path) -> None:
+    """Has this process import the modules in ``folder`` anew when it next needs them."""
+    for name, module in list(sys.modules.items()):
+        # Past __getattr__, upon which some modules import others.
+        places = [vars(module).get("__file__"), *vars(module).get("__path__", ())]
+        if any(str(place).startswith(f"{folder}/") for place in places):
+            del sys.modules[name]
