@@ -86,8 +86,12 @@ def pytest_here(folder: Path, *options: object) -> tuple[int, str]:
 
 def forget(folder: Path) -> None:
     """Has this process import the modules in ``folder`` anew when it next needs them."""
+    gone = []
     for name, module in list(sys.modules.items()):
         # Past __getattr__, upon which some modules import others.
         places = [vars(module).get("__file__"), *vars(module).get("__path__", ())]
         if any(str(place).startswith(f"{folder}/") for place in places):
-            del sys.modules[name]
+            gone.append(name)
+    # Not while looking: a package without __init__.py asks for its parent.
+    for name in gone:
+        del sys.modules[name]
