@@ -11,6 +11,8 @@ from runfolder import NAME, finished, record, write_run
 from mpscale import terminal
 from mpscale.cli import main
 
+pytestmark = pytest.mark.filterwarnings("ignore:Glyph .* missing from font:UserWarning")  # in pictures
+
 ENCODINGS = ["ascii", "latin-1", "cp1252", "utf-8"]
 
 
