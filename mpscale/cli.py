@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mpscale import __version__
+from mpscale.paths import folder
+from mpscale.terminal import adapt_standard_streams, as_typed
 
 if TYPE_CHECKING:
     from mpscale.analysis.gates import Gate
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 if it worked, 2 after a line on standard error if not; `ab`, `compare` and `doctor` have codes of their own.
     """
+    adapt_standard_streams()
     try:
         try:
             parser = _parser()
@@ -70,6 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     workloads = commands.add_parser("workloads", help="list what can be trained, and how")
+    workloads.add_argument(
+        "names",
+        nargs="*",
+        type=as_typed,
+        metavar="NAME",
+        help="only these; module:attribute names one of your own, found on Python's path or in this folder",
+    )
     workloads.set_defaults(command=_workloads)
 
     doctor = commands.add_parser(
@@ -135,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     ab.add_argument(
         "--results",
-        type=Path,
+        type=folder,
         metavar="DIR",
         help="where both runs go (default: results/ under pytest's root directory)",
     )
@@ -163,7 +173,9 @@ def _parser() -> argparse.ArgumentParser:
         help="names or how they begin, folders, cases.csv, `latest` (default: all in runs/ and reference/)",
     )
     _add_results(history)
-    history.add_argument("--workload", action="append", default=[], metavar="A", help="only this; may be repeated")
+    history.add_argument(
+        "--workload", action="append", default=[], type=as_typed, metavar="A", help="only this; may be repeated"
+    )
     history.add_argument("--mode", action="append", default=[], metavar="B", help="only this; may be repeated")
     history.add_argument(
         "--quantity",
@@ -179,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), metavar="DIR", help="where runs are (default: results)"
+        "--results", type=folder, default=Path("results"), metavar="DIR", help="where runs are (default: results)"
     )
 
 
@@ -222,7 +234,7 @@ def _put_out(text: str, file: Path | None) -> None:
     if file is None:
         print(text, end="")
     else:
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -400,22 +412,31 @@ def _doctor(options: argparse.Namespace) -> int:
     return found.verdict
 
 
-def _workloads(_: argparse.Namespace) -> int:
+def _workloads(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
     from mpscale.modes import DEFAULT_MODES, MODES
     from mpscale.report.cells import DASH
     from mpscale.workloads import registry
 
+    here = [Path.cwd()]
+    broken: dict[str, str] = {}
     try:
-        found = registry.available()
+        found = {name: registry.get(name, here) for name in options.names}
     except registry.UnknownWorkload as error:
         return _fail(str(error))
+    if not found:
+        offered = registry.offered()
+        found, broken = offered.workloads, offered.broken
     rows = [
-        (w.name, w.batch_size, w.train_steps, DASH if w.target is None else f"{w.metric_name} {w.target:g}", w.summary)
-        for w in found.values()
+        (name, w.batch_size, w.train_steps, DASH if w.target is None else f"{w.metric_name} {w.target:g}", w.summary)
+        for name, w in found.items()
     ]
     print(tabulate(rows, ["workload", "batch", "steps", "target", "what it is"], disable_numparse=True))
+    for name in filter(registry.is_own, options.names):
+        print(f"{name} is in {registry.source(name, here)}")
+    for name, why in broken.items():
+        print(f"mpscale: broken: {name}: {' '.join(why.split())}", file=sys.stderr)
     print()
     by_default = dict.fromkeys(DEFAULT_MODES, "yes") | {"tf32": "with TF32"}
     modes = [(mode.name, by_default.get(mode.name, "no"), mode.summary) for mode in MODES.values()]

@@ -150,7 +150,9 @@ class BaselineCheck:
             from mpscale.report.comparison import render
 
             text = f"# {path.name} against {self.comparison.baseline.name}\n\n"
-            (path / FILE).write_text(text + render([self.comparison], self.findings, "markdown"), encoding="utf-8")
+            (path / FILE).write_text(
+                text + render([self.comparison], self.findings, "markdown"), encoding="utf-8", errors="backslashreplace"
+            )
 
     @property
     def fails(self) -> bool:

@@ -6,7 +6,7 @@ import argparse
 import itertools
 import os
 import re
-import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import pytest
 
 from mpscale.harness.case import DYNAMIC_DEFAULTS, Settings
 from mpscale.modes import MODES, Mode, select_modes
+from mpscale.paths import folder
 from mpscale.presets import DEFAULT_PRESET, PRESETS, Preset
+from mpscale.terminal import as_typed
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -133,7 +135,7 @@ def add_options(parser: pytest.Parser) -> None:
     )
     add(
         "--mp-results",
-        type=Path,
+        type=folder,
         metavar="DIR",
         help="results folder (default: results/ under pytest's root directory)",
     )
@@ -173,7 +175,7 @@ def settings(config: pytest.Config) -> Settings:
     """What all cases of the run have in common."""
     option = config.getoption
     # --benchmark-disable asks for a test of what is benchmarked: everything but the timing.
-    timed = not option("benchmark_disable") or option("benchmark_enable")
+    timed = not option("benchmark_disable", False) or option("benchmark_enable", False)
     return Settings(
         jit=option("mp_jit") != "off",
         train_steps=option("mp_steps") or preset(config).train_steps,
@@ -195,24 +197,42 @@ def named_modes(config: pytest.Config) -> tuple[Mode, ...]:
 
 
 def workloads(config: pytest.Config) -> list[str]:
-    """The workloads of the run, each of them known to exist."""
+    """The workloads of the run. Those of the user's own are looked for later: it takes the suite's folders."""
     from mpscale.workloads import registry
 
-    # A workload of the suite's own is found from pytest's root directory, as it will be by the workers.
-    root = str(config.rootpath)
-    if root not in sys.path:
-        sys.path.append(root)
-    names = config.getoption("mp_workloads") or preset(config).workloads
+    names = list(dict.fromkeys(config.getoption("mp_workloads") or preset(config).workloads))
+    check_workloads([name for name in names if not registry.is_own(name)])
+    return names
+
+
+def workload_folders(config: pytest.Config, suite: Iterable[Path]) -> list[Path]:
+    """Where the user's own workloads are looked for, behind Python's path: the first one that has the module counts.
+
+    Args:
+        config: of the session.
+        suite: the files of the tests that train.
+    """
+    beside = sorted({path.parent for path in suite})
+    return list(dict.fromkeys([*beside, config.invocation_params.dir, config.rootpath]))
+
+
+def check_workloads(names: Iterable[str], folders: Sequence[Path] = ()) -> None:
+    """Imports workloads, which makes sure that they are there.
+
+    Raises:
+        pytest.UsageError: one of them is not.
+    """
+    from mpscale.workloads import registry
+
     try:
         for name in names:
-            registry.get(name)
+            registry.get(name, folders)
     except registry.UnknownWorkload as error:
         raise pytest.UsageError(f"--mp-workloads: {error}") from error
-    return list(dict.fromkeys(names))
 
 
 def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in as_typed(text).split(",") if name.strip()]
     if not names:
         raise argparse.ArgumentTypeError("expected at least one name")
     return names

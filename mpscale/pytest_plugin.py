@@ -61,7 +61,7 @@ class MeasuredCase:
             benchmark.disabled = True
             benchmark.pedantic(lambda: None)
             tail = f"\nIts output ends with:\n{record['output_tail']}" if record["output_tail"] else ""
-            pytest.fail(f"{self.case.id}: {status}: {reason}{tail}", pytrace=False)
+            pytest.fail(self._session.printable(f"{self.case.id}: {status}: {reason}{tail}"), pytrace=False)
         benchmark.extra_info.update({name: record[name] for name in _EXTRA_INFO if record[name] is not None})
         self._clock.load(outcome.step_s)
         benchmark.pedantic(lambda: None, rounds=max(len(outcome.step_s), 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mpscale import pytest_options as options
+from mpscale.paths import why_not_writable
 from mpscale.pytest_gates import FILE, BaselineCheck
+from mpscale.terminal import printable
 
 if TYPE_CHECKING:
     from mpscale.analysis.runs import Run
@@ -66,11 +69,15 @@ class Session:
         self._progress: Progress | None = None
         self._selected: list[Case] = []
         self._nodes: set[str] = set()
+        self._suite: set[Path] = set()
         self._device: Device | None = None
         self._driver: Driver | NoDriver | None = None
         # Resolved now: a test may change the working directory.
-        self._results = Path(config.getoption("mp_results") or config.rootpath / "results").resolve()
+        # Not by Path.resolve, which raises where links go in a circle; that is told with all that is wrong.
+        self._results = Path(os.path.realpath(config.getoption("mp_results") or config.rootpath / "results"))
+        self._own: dict[str, str] = {}
         self._live_line = False
+        self._restore = contextlib.ExitStack()
         self._problem: str | None = None
         self._finished: Run | None = None
         self._troubles: list[str] = []
@@ -136,14 +143,17 @@ class Session:
             item.stash[CLOCK] = ReplayClock()
             marker = item.get_closest_marker("benchmark")
             own = {"group": self._case(item).workload, **(marker.kwargs if marker else {}), "timer": item.stash[CLOCK]}
-            # First, since pytest-benchmark goes by the closest one: the test's own options stay, but for the timer.
-            item.add_marker(pytest.mark.benchmark(**own), append=False)
+            if hasattr(self._config.option, "benchmark_disable"):
+                # First, since pytest-benchmark goes by the closest one: the test's own options stay, but for the timer.
+                item.add_marker(pytest.mark.benchmark(**own), append=False)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Notes what is left after -k, -m and the like, which is what progress counts."""
         if self._problem is None:
-            self._nodes = {item.nodeid for item in session.items if _is_case(item)}
-            chosen = [self._case(item) for item in session.items if _is_case(item)]
+            items = [item for item in session.items if _is_case(item)]
+            self._nodes = {item.nodeid for item in items}
+            self._suite = {item.path for item in items}
+            chosen = [self._case(item) for item in items]
             self._selected = list({case.id: case for case in chosen}.values())
             self._problem = self._wrong_use() if chosen else None
         if self._problem is not None:
@@ -154,7 +164,22 @@ class Session:
             longest = (option("mp_gpu_retries") + 2) * (option("mp_timeout") + option("mp_cool_down")) + _TURN_MORE_S
             self._turns.plan([{"id": c.id, **{n: getattr(c, n) for n in PARAMETERS}} for c in self._selected], longest)
 
+    def _find_own_workloads(self) -> None:
+        """Imports the suite's own workloads among those that were chosen, and notes where they are."""
+        from mpscale.workloads import registry
+
+        names = dict.fromkeys(case.workload for case in self._selected if registry.is_own(case.workload))
+        folders = options.workload_folders(self._config, self._suite)
+        options.check_workloads(names, folders)
+        self._own = {name: registry.source(name, folders) for name in names}
+
     def _wrong_use(self) -> str | None:
+        if not hasattr(self._config.option, "benchmark_disable"):
+            return (
+                "mpscale hands the times of training steps to pytest-benchmark, which is switched off: leave out "
+                "`-p no:benchmark`, or load it with `-p pytest_benchmark.plugin`; --benchmark-disable trains "
+                "without timing"
+            )
         if self._config.getoption("numprocesses", None):
             return "mpscale times training steps, and cases side by side would disturb each other: run without -n"
         stand_in = self._device is not None and self._device.is_stand_in
@@ -167,9 +192,14 @@ class Session:
                 return (
                     f"pytest takes {value} for a place of tests and its root directory from it; write {option}={value}"
                 )
-        existing = next(folder for folder in (self._results, *self._results.parents) if folder.exists())
-        if not (existing.is_dir() and os.access(existing, os.W_OK)):
-            return f"--mp-results: {existing} is not a folder that can be written to"
+        if not self._config.option.collectonly:
+            why_not = why_not_writable(self._results / "runs")
+            if why_not is not None:
+                return f"--mp-results: {self._results} is not a folder that can be written to ({why_not})"
+        try:
+            self._find_own_workloads()
+        except pytest.UsageError as error:
+            return str(error)
         if self._device is not None and self._turns is None:
             try:
                 self._check.open(self._results, self._device)
@@ -204,6 +234,7 @@ class Session:
         finally:
             if self._driver is not None:
                 self._driver.close()
+            self._restore.close()
 
     def _end(self, session: pytest.Session, exitstatus: int) -> None:
         run = self._run
@@ -260,12 +291,12 @@ class Session:
             return (yield)
         finally:
             if self._finished is not None:
-                _show(terminalreporter, self._finished, self._check)
+                _show(terminalreporter, self, self._finished, self._check)
             elif self._troubles:
                 terminalreporter.section("mpscale")
             for trouble in self._troubles:
                 terminalreporter.line("")
-                terminalreporter.write_line(f"mpscale: {trouble}", red=True, bold=True)
+                terminalreporter.write_line(self.printable(f"mpscale: {trouble}"), red=True, bold=True)
 
     def _plan(self) -> None:
         if self.cases:
@@ -340,6 +371,12 @@ class Session:
             busy = busy_words()
             if busy:
                 self._write(f"mpscale: {busy}\n")
+            for name, where in self._own.items():
+                self._write(f"mpscale: {name} is in {where}\n")
+            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                # As a CI has it that cancels a job: the run is ended like one that the user stops.
+                self._restore.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
             self._run = BenchmarkRun(self._selected, device, driver, how, self._progress.event)
         return self._run, self._progress
 
@@ -347,6 +384,12 @@ class Session:
         """A GPU that the driver's library does not find is measured as a CPU, which must not go unsaid."""
         reason = None if self._driver is None else self._driver.reason
         return f"; no GPU: {reason}" if reason and not self._on_gpu else ""
+
+    def printable(self, text: str) -> str:
+        """``text`` as the terminal can show it. Else pytest would write all of it as escapes, line ends too."""
+        if self._config.pluginmanager.getplugin("terminalreporter") is None:
+            return text
+        return printable(text, getattr(self._config.get_terminal_writer(), "_file", None))
 
     def _write(self, text: str) -> None:
         """Writes past pytest's capture of standard output, on a line of its own."""
@@ -358,7 +401,7 @@ class Session:
         with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
             if terminal.width_of_current_line and not self._live_line:
                 terminal.line()
-            terminal.write(text, flush=True)
+            terminal.write(self.printable(text), flush=True)
         self._live_line = not text.endswith("\n")
 
 
@@ -388,18 +431,22 @@ def _is_case(item: pytest.Item) -> bool:
     return "mp_case" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec")
 
 
-def _show(terminalreporter: pytest.TerminalReporter, run: Run, check: BaselineCheck) -> None:
+def _show(terminalreporter: pytest.TerminalReporter, session: Session, run: Run, check: BaselineCheck) -> None:
     from mpscale.report.tables import result_table
 
     path = run.path
     with contextlib.suppress(ValueError):
         path = path.relative_to(Path.cwd())
     terminalreporter.section("mpscale")
-    terminalreporter.write_line(result_table(run))
+
+    def show(text: str, **markup: bool) -> None:
+        terminalreporter.write_line(session.printable(text), **markup)
+
+    show(result_table(run))
     said = check.lines()
     if said:
-        terminalreporter.write_line("\n" + "\n".join(said), red=check.fails)
+        show("\n" + "\n".join(said), red=check.fails)
     report = path / "report.html"
-    terminalreporter.write_line(f"\nrun: {path}" + (f"\nreport: {report}" if report.is_file() else ""))
+    show(f"\nrun: {path}" + (f"\nreport: {report}" if report.is_file() else ""))
     if check.comparison is not None:
-        terminalreporter.write_line(f"comparison: {path / FILE}")
+        show(f"comparison: {path / FILE}")

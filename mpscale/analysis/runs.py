@@ -17,6 +17,7 @@ from mpscale.analysis.journal_lines import RunError, read_journal
 from mpscale.analysis.summary import summarise
 from mpscale.analysis.trainings import Key, settle
 from mpscale.columns import COLUMNS, DTYPES, SCHEMA_VERSION
+from mpscale.paths import file_name
 from mpscale.records import Record
 
 __all__ = ["Run", "RunError", "cases_frame", "read_info", "read_run", "resolve_run"]
@@ -101,7 +102,7 @@ class Run:
             close = difflib.get_close_matches(case_id, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; it has {len(known)} others"
             raise RunError(f"{self.name} has no case {case_id!r}{hint}")
-        path = self.path / "steps" / f"{case_id}.csv.gz"
+        path = self.path / "steps" / f"{file_name(case_id)}.csv.gz"
         if not path.is_file():
             raise RunError(f"{path}: no such file; only a case that trained to its end has steps")
         try:

@@ -90,7 +90,7 @@ def summarise(cases: pd.DataFrame, not_started: Sequence[tuple[str, str, Key]] |
 
 def write_summary_csv(summary: pd.DataFrame, path: str | Path) -> None:
     """Writes the summary, an empty cell for what is unknown."""
-    summary.to_csv(path, index=False, lineterminator="\n", encoding="utf-8")
+    summary.to_csv(path, index=False, lineterminator="\n", encoding="utf-8", errors="backslashreplace")
 
 
 def plain_rows(frame: pd.DataFrame) -> list[Row]:

@@ -10,11 +10,15 @@ back ``{"pid": n}`` and, when that child has ended, ``{"status": wait status}``,
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
 import signal
 import socket
 import sys
+import weakref
+from typing import Any
 
 
 def serve(descriptor: int) -> None:
@@ -33,6 +37,7 @@ def serve(descriptor: int) -> None:
         pid = os.fork()
         if pid == 0:
             code = 1
+            _forget_exit_handlers()
             try:
                 die_with_parent()
                 os.setsid()
@@ -42,13 +47,24 @@ def serve(descriptor: int) -> None:
                     os.dup2(source, target)
                     os.close(source)
                 code = main()
-                sys.stdout.flush()
-                sys.stderr.flush()
             finally:
-                # Not sys.exit: the parent's clean-up handlers are not the child's to run.
+                # Not sys.exit, which would unwind the parent's frames. As multiprocessing does it.
+                with contextlib.suppress(BaseException):
+                    atexit._run_exitfuncs()
+                    sys.stdout.flush()
+                    sys.stderr.flush()
                 os._exit(code)
         for source in descriptors:
             os.close(source)
         connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
         _, status = os.waitpid(pid, 0)
         connection.sendall(json.dumps({"status": status}).encode() + b"\n")
+
+
+def _forget_exit_handlers() -> None:
+    """Leaves the parent's clean-up to the parent; what a case registers from here on is run when it ends."""
+    atexit._clear()
+    finalize: Any = weakref.finalize
+    for inherited in list(finalize._registry):
+        inherited.atexit = False
+    finalize._registered_with_atexit = False

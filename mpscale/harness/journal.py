@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from mpscale.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.harness.case import Case
+from mpscale.paths import file_name
 from mpscale.records import Record, to_csv
 
 
@@ -73,11 +74,11 @@ class Journal:
 
     def steps_path(self, case: Case) -> Path:
         """Where the case's log of steps goes."""
-        return self.path / "steps" / f"{case.id}.csv.gz"
+        return self.path / "steps" / f"{file_name(case.id)}.csv.gz"
 
     def gpu_path(self, case: Case, attempt: int) -> Path:
         """Where the samples of the GPU go, one file an attempt."""
-        return self.path / "gpu" / f"{case.id}--a{attempt}.csv.gz"
+        return self.path / "gpu" / f"{file_name(case.id)}--a{attempt}.csv.gz"
 
     def add_environment(self, facts: Mapping[str, Any]) -> None:
         """Adds to the environment what only a worker could find out."""

@@ -1,7 +1,7 @@
 """What worker and supervisor say to each other: JSON objects, one a line.
 
 The supervisor's first line is the request, ``{"case": ..., "device": ..., "steps_path": ..., "sys_path": [...],
-"energy_s": ...}``.
+"scratch": ..., "energy_s": ...}``, where ``scratch`` is a folder that is removed when the worker has ended.
 The worker then writes, in any number and order,
 
 - ``{"event": "values", "values": {column: value}}`` and ``{"event": "miss", "columns": [...], "reason": ...}``, as

@@ -30,7 +30,7 @@ class Options:
 
     Args:
         results: the results folder.
-        project: the folder whose git commit is recorded and in which workloads are looked for.
+        project: the folder whose git commit is recorded.
         start_method: how workers are started.
         timeout_s: seconds that a case may take.
         asked: what the user asked for, for run.json.
@@ -191,7 +191,8 @@ class BenchmarkRun:
                 self._options.start_method,
                 self._options.timeout_s,
                 os.environ,
-                [str(self._options.project), *sys.path],
+                # Of the session's own folders those are on it in which it has found workloads.
+                [str(Path(entry).absolute()) for entry in sys.path],
                 self._listener,
                 allocators(self._options.gpu_allocator, os.environ, self._driver.cuda_version),
                 self._options.keep_suspect,

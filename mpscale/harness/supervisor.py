@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import tempfile
 import time
@@ -68,7 +69,7 @@ class Supervisor:
         start_method: ``fork`` or ``fresh``; see launch.py.
         timeout_s: seconds that a case may take.
         environ: the environment to start workers in; what mpscale has to set is added.
-        sys_path: where workloads named by ``module:attribute`` are looked for.
+        sys_path: Python's path for workers: where workloads named by ``module:attribute`` are looked for.
         listener: told of phases and progress.
         allocators: of TensorFlow on a GPU, the best first; the next one is taken where one fails twice on touching the
             GPU, and never again once one has worked: figures of two allocators are not to stand in one run.
@@ -90,6 +91,7 @@ class Supervisor:
         self._device, self._watch, self._start_method = device, watch, start_method
         self._timeout_s, self._sys_path, self._listener = timeout_s, list(sys_path), listener
         self._logs = tempfile.TemporaryDirectory(prefix="mpscale-")
+        self._scratch = Path(self._logs.name) / "scratch"
         self._environ, self._allocators, self._keep_suspect = dict(environ), list(allocators), keep_suspect
         self._left = list(allocators)
         self._allocator_works, self._failures = False, 0
@@ -185,6 +187,7 @@ class Supervisor:
     def _run_process(self, case: Case, steps_path: Path | None, gpu_path: Path | None, outcome: Outcome) -> None:
         record = outcome.record
         log = Path(self._logs.name) / "case.log"
+        self._scratch.mkdir(exist_ok=True)
         try:
             self._launcher.prepare()
             start = time.monotonic()
@@ -209,6 +212,7 @@ class Supervisor:
             process.kill()
             process.wait(_GRACE_S)
             record.update({"case_wall_time_s": time.monotonic() - start})
+            shutil.rmtree(self._scratch, ignore_errors=True)
             seen = self._watch.stop(told, gpu_path)
             record.update(seen.findings.values)
             for column, why in seen.findings.unavailable.items():
@@ -244,6 +248,7 @@ class Supervisor:
             "device": self._device.to_json(),
             "steps_path": None if steps_path is None else str(steps_path),
             "sys_path": self._sys_path,
+            "scratch": str(self._scratch),
             "energy_s": case.settings.energy_s if off is None and self._watch.has_power() else 0.0,
         }
 

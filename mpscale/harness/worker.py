@@ -6,9 +6,12 @@ case that it is asked for; see forkserver.py.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+import tempfile
 import traceback
+import types
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,13 @@ def main() -> int:
     """Runs the case on standard input; the exit code, 0 also for a case whose training diverged."""
     channel = _open_channel()
     request = channel.request()
-    # The suite's own folders, so that a workload defined there can be found by module:attribute.
-    sys.path += [entry for entry in request["sys_path"] if entry not in sys.path]
     try:
         from mpscale.harness.execute import execute
 
+        # Python's path as pytest has it, so that a module of the user's is the same file here. After TensorFlow has
+        # been imported: what lies beside a suite must not stand in for a module of the same name that it needs.
+        sys.path[:] = dict.fromkeys([*request["sys_path"], *sys.path])
+        _keep_generated_files_in(request["scratch"])
         steps_path = request.get("steps_path")
         status, reason = execute(
             Case.from_json(request["case"]),
@@ -44,11 +49,28 @@ def main() -> int:
     return 0
 
 
+def _keep_generated_files_in(folder: str) -> None:
+    """Has TensorFlow put the source files that it generates into ``folder``, which the supervisor removes.
+
+    It removes them itself only where Python comes to its regular end, which a worker that is killed does not. The
+    folder for temporary files stays what it is for everybody else: a workload may keep something there.
+    """
+    try:
+        from tensorflow.python.autograph.pyct import loader
+    except ImportError:
+        return  # another TensorFlow: the files stay where they were
+    own = types.ModuleType("tempfile", tempfile.__doc__)
+    vars(own).update(vars(tempfile), NamedTemporaryFile=functools.partial(tempfile.NamedTemporaryFile, dir=folder))
+    loader.tempfile = own
+
+
 def _open_channel() -> PipeChannel:
     """The protocol on copies of standard input and output; what libraries print goes to standard error."""
     source = os.fdopen(os.dup(0), "r", encoding="utf-8")
     sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    # A training is not worth less because its progress bar does not fit the terminal's encoding.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     return PipeChannel(source, sink)
 
 
@@ -70,9 +92,12 @@ def _runtime() -> dict[str, Any]:
 
 if __name__ == "__main__":
     die_with_parent()
-    if sys.argv[1:2] == ["--serve"]:
+    arguments = sys.argv[1:]
+    # A workload's module may look for arguments of its own when it is imported. These are not.
+    del sys.argv[1:]
+    if arguments[:1] == ["--serve"]:
         from mpscale.harness.forkserver import serve
 
-        serve(int(sys.argv[2]))
+        serve(int(arguments[1]))
     else:
         sys.exit(main())
