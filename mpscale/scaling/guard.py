@@ -34,11 +34,14 @@ class ScalingGuard:
         self._under_way: set[Unscaling] = set()
         self._watch = provenance.Watch()
 
-    def scaling(self, by_hand: bool = False) -> None:
-        """Notes that the loss of a further step is scaled, or, ``by_hand``, that the scale was read."""
-        self._scales_losses |= not by_hand
-        self._reads_scale |= by_hand
+    def scaling(self) -> None:
+        """Notes that the loss of a further step is scaled."""
+        self._scales_losses = True
         self.over()
+
+    def reading(self) -> None:
+        """Notes that the scale was read, perhaps to scale or unscale by hand."""
+        self._reads_scale = True
 
     def over(self) -> None:
         """Notes that the steps whose gradients were unscaled so far are over, applied or left out."""
@@ -99,7 +102,7 @@ class ScalingGuard:
     def _warn(self, message: str) -> None:
         if not self._has_warned:
             self._has_warned = True
-            warnings.warn(message, UnscaledLossWarning, stacklevel=5)
+            warnings.warn(message, UnscaledLossWarning, stacklevel=6)
 
 
 def _role(grad: Any) -> str | None:

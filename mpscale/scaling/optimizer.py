@@ -56,6 +56,8 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
     It derives from Keras' own class because ``compile`` would otherwise wrap it a second time under a
     mixed_float16 policy.
 
+    The settings of the inner optimizer, such as ``clipnorm`` or ``learning_rate``, can be read and set here as well.
+
     Args:
         inner_optimizer: any Keras optimizer that does no loss scaling of its own.
         loss_scale: a :class:`~mpscale.scaling.LossScale`; DynamicLossScale() where none is given.
@@ -260,7 +262,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
     @property
     def loss_scale_value(self) -> tf.Tensor:
         """The loss scale of the next step, a float32 scalar. Read it in the step: a number kept is soon out of date."""
-        self._guard.scaling(by_hand=True)
+        self._guard.reading()
         return self._scale()
 
     def counters(self) -> dict[str, Any]:
@@ -272,7 +274,8 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
             before the first step; ``first_overflow`` and ``last_overflow``, numbered from 0, None where there was none;
             ``by_variable``, path to overflow steps of the variables that had one, None without ``blame``.
         """
-        return self._ledger.counters()
+        counters = self._ledger.counters()
+        return counters | {"by_variable": {}} if self.blame and not self.built else counters
 
     def trajectory(self) -> list[tuple[int, float]]:
         """How the scale moved: pairs of a step, numbered from 0, and the scale from that step on. Waits for the device.

@@ -147,7 +147,7 @@ class ForwardedSettings:
                 f"{name} was changed after a step had been compiled with the old value, which that step keeps; "
                 "call model.compile again, or make a new tf.function",
                 SettingTooLateWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
 
 
