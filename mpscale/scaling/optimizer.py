@@ -134,6 +134,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         if self.built:
             return
         var_list = list(var_list)
+        replicas.check_scope([*self._state.values(), self.inner_optimizer._iterations])
         if self.blame:
             self._ledger.blame_one_by_one(var_list)
             self._add_largest()
@@ -153,10 +154,11 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
             )
         for variable in unlisted_variables(self.inner_optimizer):
             self._track_variable(variable)  # Listed here, it is saved like every other.
-        # As Keras' own build, less the moving averages and accumulators that the inner optimizer has made. Not through
-        # Keras' __setattr__, which would list the variables of the model as this optimizer's.
+        # Keras' own build, less the moving averages and accumulators, which are the inner optimizer's; and less Keras'
+        # __setattr__, which would list the variables of the model as this optimizer's.
         self._trainable_variables_indices.update({self._var_key(variable): i for i, variable in enumerate(var_list)})
-        tf.__internal__.tracking.AutoTrackable.__setattr__(self, "_trainable_variables", var_list)
+        followed = tf.__internal__.tracking.sticky_attribute_assignment(self, "_trainable_variables", var_list)
+        object.__setattr__(self, "_trainable_variables", followed)
         self.built = True
 
     @_as_written
@@ -274,8 +276,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
             before the first step; ``first_overflow`` and ``last_overflow``, numbered from 0, None where there was none;
             ``by_variable``, path to overflow steps of the variables that had one, None without ``blame``.
         """
-        counters = self._ledger.counters()
-        return counters | {"by_variable": {}} if self.blame and not self.built else counters
+        return self._ledger.counters() | ({"by_variable": {}} if self.blame and not self.built else {})
 
     def trajectory(self) -> list[tuple[int, float]]:
         """How the scale moved: pairs of a step, numbered from 0, and the scale from that step on. Waits for the device.
