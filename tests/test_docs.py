@@ -1,4 +1,4 @@
-"""The code in docs/scaling.md runs as it is printed."""
+"""The loops in docs/scaling.md and README.md run as they are printed, and train as they should."""
 
 import re
 from pathlib import Path
@@ -9,25 +9,107 @@ import pytest
 import tensorflow as tf
 
 import mpscale
+from mpscale.scaling import DynamicLossScale
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/scaling.md").read_text(), re.DOTALL)
+ROOT = Path(__file__).parents[1]
 X, Y = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32), np.arange(200) % 3
 
 
+def blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+GUIDE = blocks((ROOT / "docs/scaling.md").read_text())
+README = blocks((ROOT / "README.md").read_text().split("## The loss scale alone")[1].split("\n## ")[0])
+
+
 @pytest.fixture
-def names():
-    yield {"tf": tf, "keras": keras, "mpscale": mpscale, "x": X, "y": Y}
+def names(tmp_path):
+    loss_function = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    given = {"x": X, "y": Y, "loss_function": loss_function, "folder": tmp_path, "batches": [(X, Y)] * 2}
+    yield {"tf": tf, "keras": keras, "mpscale": mpscale} | given
     keras.config.set_dtype_policy("float32")
 
 
 def test_guide_to_loss_scaling_runs_from_top_to_bottom(names):
-    names["loss_function"] = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    fit, loop, testing = BLOCKS
+    fit, loop, two_functions, testing = GUIDE
     exec(fit, names)
     optimizer = names["optimizer"]
     assert optimizer.counters()["applied"] == 7
     exec(loop, names)
     assert np.isfinite(names["step"](X, Y))
     assert optimizer.counters()["applied"] == 8
+    exec(two_functions, names)
+    assert optimizer.counters()["applied"] == 10
     exec(testing, names)
     assert optimizer.counters()["overflow"] == 1
+
+
+def test_readme_runs_from_top_to_bottom(names):
+    fit, loop = README
+    names["model"] = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+    names |= {"y": X[:, :3], "loss_function": keras.losses.MeanSquaredError()}
+    exec(fit, names)
+    exec(loop, names)
+    names["step"](X, X[:, :3])
+    assert names["optimizer"].counters()["applied"] == 8
+
+
+def one_function(names, block):
+    exec(block, names)
+    return names["step"]
+
+
+def two_functions(names, block):
+    exec(block.split("checkpoint =")[0], names)
+    return lambda x, y: names["update"](names["gradients"](x, y))
+
+
+@pytest.mark.parametrize(
+    ("block", "loop"),
+    [
+        pytest.param(GUIDE[1], one_function, id="the guide's loop"),
+        pytest.param(GUIDE[2], two_functions, id="the guide's two functions"),
+        pytest.param(README[1], one_function, id="the README's loop"),
+    ],
+)
+def test_a_printed_loop_with_a_new_optimizer_goes_on_right_after_an_overflow(names, block, loop):
+    """Right are the weights of the same loop with an optimizer that does not scale."""
+
+    def weights(optimizer, batches):
+        keras.utils.set_random_seed(0)
+        names["model"] = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+        names["optimizer"] = optimizer
+        step = loop(names, block)
+        for batch in batches:
+            step(batch, Y)
+        return names["model"].get_weights()
+
+    class Plain(keras.optimizers.SGD):
+        """A loop's view of an optimizer without scaling."""
+
+        def unscale(self, grads):
+            return grads, None
+
+        def apply(self, grads, variables=None, finite=None):
+            super().apply(grads, variables)
+
+    expected = weights(Plain(0.1), [X, X])
+    optimizer = mpscale.LossScaleOptimizer(keras.optimizers.SGD(0.1), DynamicLossScale(2.0**10))
+    for ours, right in zip(weights(optimizer, [X, X * np.inf, X]), expected, strict=True):
+        np.testing.assert_allclose(ours, right, rtol=1e-5, atol=1e-7)
+    assert optimizer.counters()["skipped"] == 1
+
+
+def test_the_printed_checkpoint_restores_the_scale(names):
+    def optimizer():
+        return mpscale.LossScaleOptimizer(keras.optimizers.SGD(0.1), DynamicLossScale(2.0**10))
+
+    names["model"], names["optimizer"] = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)]), optimizer()
+    names["batches"] = [(X * np.inf, Y), (X, Y)]
+    exec(GUIDE[2], names)
+    names["model"], names["optimizer"] = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)]), optimizer()
+    names["batches"] = [(X, Y)]
+    exec(GUIDE[2], names)
+    assert float(names["optimizer"].loss_scale_value) == 2.0**9
+    assert names["optimizer"].counters()["attempted"] == 3

@@ -1,4 +1,4 @@
-"""From gradients of the scaled loss to true ones, and a guard that it happens once."""
+"""From gradients of the scaled loss to true ones."""
 
 from __future__ import annotations
 
@@ -49,50 +49,3 @@ def _each(function: Callable[[tf.Tensor], tf.Tensor], grad: Any) -> Any:
     if isinstance(grad, tf.IndexedSlices):
         return tf.IndexedSlices(function(grad.values), grad.indices, grad.dense_shape)
     return function(tf.convert_to_tensor(grad))
-
-
-class UnscaledOnce:
-    """Remembers what was unscaled, so that it is not unscaled again."""
-
-    def __init__(self) -> None:
-        self._pending_in: Any = None
-
-    def unscaled(self, scaled: Sequence[Any], true: Sequence[Any]) -> None:
-        """Notes that ``true`` came of ``scaled``, for the step that is under way."""
-        for before, after in zip(scaled, true, strict=True):
-            if after is not None:
-                before._mpscale_role, after._mpscale_role = "looked at", "unscaled"
-        self._pending_in = _place()
-
-    def forget(self) -> None:
-        """Notes that the step is over."""
-        self._pending_in = None
-
-    def check(self, grads: Sequence[Any]) -> None:
-        """Raises ValueError where one of ``grads`` has been unscaled."""
-        if "unscaled" in map(_role, grads):
-            raise ValueError(
-                "these gradients are unscaled already, and would be divided by the loss scale twice; "
-                "pass them to apply(grads, variables, finite=finite) with the finite that unscale returned"
-            )
-
-    def check_apply(self, grads: Sequence[Any]) -> None:
-        """Catches unscale, clip, apply without ``finite``: what came out of clipping plays no role of its own.
-
-        Raises:
-            ValueError: gradients were unscaled in this step, and ``grads`` are neither those nor what they came of.
-        """
-        if self._pending_in is _place() and not {"looked at", "unscaled"} & set(map(_role, grads)):
-            raise ValueError(
-                "unscale was called in this step, but apply got other gradients and no finite, so it would unscale "
-                "them again; pass apply(grads, variables, finite=finite) with the finite that unscale returned"
-            )
-
-
-def _role(grad: Any) -> str | None:
-    return getattr(grad, "_mpscale_role", None)
-
-
-def _place() -> Any:
-    """What tells one trace from another and from eager execution."""
-    return "eager" if tf.executing_eagerly() else tf.compat.v1.get_default_graph()

@@ -35,18 +35,16 @@ class Ledger:
         add_variable: makes a variable from name, dtype and initial value, a vector; the optimizer passes its own maker,
             so that the ledger is saved and restored with it.
         scale: the scale of the first step.
-        blamed: paths of the variables whose overflows are counted one by one.
     """
 
-    def __init__(
-        self, add_variable: Callable[[str, str, Sequence[float]], Any], scale: float, blamed: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, add_variable: Callable[[str, str, Sequence[float]], Any], scale: float) -> None:
+        self._add_variable = add_variable
         start = [_NEVER if name in ("first_overflow", "last_overflow") else 0 for name in _COUNTERS]
         self._counters = add_variable("steps", "int64", start)
         self._change_steps = add_variable("scale_change_steps", "int64", [0] * TRAJECTORY)
         self._change_scales = add_variable("scale_changes", "float32", [scale] + [0.0] * (TRAJECTORY - 1))
-        self._blamed = list(blamed)
-        self._blame = add_variable("overflows_by_variable", "int64", [0] * len(blamed)) if blamed else None
+        self._blamed: list[str] = []
+        self._blame: Any = None
 
     def record(self, finite: Any, applied: Any, at_floor: Any, scale: Any, next_scale: Any) -> None:
         """Counts one step.
@@ -85,10 +83,27 @@ class Ledger:
         self._change_steps.assign(tf.where(moved, new["attempted"], since))
         self._change_scales.assign(tf.where(here, next_scale, self._change_scales.value))
 
-    def blame(self, flags: Any) -> None:
-        """Adds 1 for each variable whose gradient was not finite; ``flags`` is int64 (variables,)."""
-        if self._blame is not None:
-            self._blame.assign(self._blame.value + flags)
+    def blame_one_by_one(self, variables: Sequence[Any]) -> None:
+        """From here on counts the overflows of each of ``variables`` by itself."""
+        paths = [path_of(variable) for variable in variables]
+        for place, path in enumerate(paths):  # Layers of one name have variables of one path.
+            earlier = paths[:place].count(path)
+            self._blamed.append(f"{path} ({earlier + 1})" if earlier else path)
+        self._blame = self._add_variable("overflows_by_variable", "int64", [0] * len(paths))
+
+    def blame(self, flags: Any, places: Sequence[int]) -> None:
+        """Adds 1 for each variable whose gradient was not finite.
+
+        Args:
+            flags: 1 for a gradient that was not finite, int64 (gradients,).
+            places: for each gradient, the place of its variable among those that are blamed one by one.
+        """
+        if list(places) != list(range(len(self._blamed))):
+            found: list[Any] = [tf.constant(0, tf.int64)] * len(self._blamed)
+            for place, flag in zip(places, tf.unstack(flags, num=len(places)), strict=True):
+                found[place] = tf.maximum(found[place], flag)
+            flags = tf.stack(found)
+        self._blame.assign(self._blame.value + flags)
 
     def counters(self) -> dict[str, Any]:
         """The counters as Python values; waits for the device."""

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from mpscale.scaling import replicas
+from mpscale.scaling import provenance, replicas
 from mpscale.scaling.alarm import Alarm, check_policy, raise_alarm
+from mpscale.scaling.blame import Blame
 from mpscale.scaling.finite import all_finite, finite_and_largest, nonfinite_flags, under_xla
-from mpscale.scaling.gate import apply_gated
-from mpscale.scaling.gradients import UnscaledOnce, kept_from_rewrite, unscaled
-from mpscale.scaling.ledger import Ledger, path_of
-from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, state_dtype
+from mpscale.scaling.gate import Skip, apply_gated, check_skip, gate_pays
+from mpscale.scaling.gradients import kept_from_rewrite, unscaled
+from mpscale.scaling.guard import ScalingGuard, Unscaling
+from mpscale.scaling.inner import check_inner, unlisted_variables, window
+from mpscale.scaling.ledger import Ledger
+from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, StaticLossScale, state_dtype
+from mpscale.scaling.settings import ForwardedSettings
 
 # Nothing here has Python control flow that depends on a tensor, and rewriting it all would add a second to every trace.
 _as_written = tf.autograph.experimental.do_not_convert
 
-Skip = Literal["auto", "branch", "gate"]
-
-_GATED_FROM = 2**13
-"""Elements per variable, on average. Measured were 1,400 and 1,800 (branch as fast or faster) and 310,000 (gate)."""
-
 
 @keras.saving.register_keras_serializable(package="mpscale")
-class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
+class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer):
     """A Keras optimizer with loss scaling.
 
     In ``model.compile`` it needs nothing else. In a loop of your own::
@@ -58,6 +56,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     It derives from Keras' own class because ``compile`` would otherwise wrap it a second time under a
     mixed_float16 policy.
 
+    The settings of the inner optimizer, such as ``clipnorm`` or ``learning_rate``, can be read and set here as well.
+
     Args:
         inner_optimizer: any Keras optimizer that does no loss scaling of its own.
         loss_scale: a :class:`~mpscale.scaling.LossScale`; DynamicLossScale() where none is given.
@@ -74,6 +74,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         ValueError: ``inner_optimizer`` scales the loss itself, or ``alarm`` or ``skip`` is unknown.
     """
 
+    built: bool
+    _closed = True
+    _fixed = ("inner_optimizer", "loss_scale", "blame")
+    _checks: ClassVar = {"alarm": check_policy, "skip": check_skip}
+
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer,
@@ -84,15 +89,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         skip: Skip = "auto",
         name: str | None = None,
     ) -> None:
-        _check_inner(inner_optimizer)
+        check_inner(inner_optimizer)
         loss_scale = DynamicLossScale() if loss_scale is None else loss_scale
         if not isinstance(loss_scale, LossScale):
             raise TypeError(
                 f"loss_scale must be a LossScale such as StaticLossScale(128) or DynamicLossScale(), not {loss_scale!r}"
             )
         check_policy(alarm)
-        if skip not in get_args(Skip):
-            raise ValueError(f"skip must be one of {', '.join(map(repr, get_args(Skip)))}, not {skip!r}")
+        check_skip(skip)
         # Not Keras' LossScaleOptimizer's own __init__: it sets up the dynamic rule that this class replaces.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
@@ -101,47 +105,61 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self.alarm = alarm
         self.skip = skip
         self._alarmed = 0
-        self._once = UnscaledOnce()
+        self._guard = ScalingGuard()
+        # Here and not in build: a step may ask for the scale before, and a restored checkpoint gives it only to a
+        # variable that there is.
+        initial_state = loss_scale.initial_state()
+        self._state = {name: self._add(name, state_dtype(value).name, value) for name, value in initial_state.items()}
+        self._ledger = Ledger(self._add, initial_state["scale"])
+        self._blame = Blame(self, self._ledger)
+        self._largest: Any = None
+        if (
+            not blame
+        ):  # Else it comes after that of the ledger: files of saved optimizers know variables by their order.
+            self._add_largest()
+        self._settings_open = True
+
+    def _add(self, name: str, dtype: str, initial: Any) -> Any:
+        variable = self.add_variable(np.shape(initial), keras.initializers.Constant(initial), dtype, name=name)
+        # An attribute of its own is what tf.train.Checkpoint follows.
+        setattr(self, f"_{name}_variable", variable)
+        return variable
+
+    def _add_largest(self) -> None:
+        if self.loss_scale.needs_largest and self._largest is None:
+            self._largest = self._add("largest_gradient", "float32", 0.0)
 
     def build(self, var_list: Sequence[Any]) -> None:
-        """Makes the variables of the loss scale, the ledger and the inner optimizer."""
+        """Makes the variables of the inner optimizer, and what blame needs."""
         if self.built:
             return
         var_list = list(var_list)
-
-        def add(name: str, dtype: str, initial: Any) -> Any:
-            initializer = keras.initializers.Constant(initial)
-            variable = self.add_variable(np.shape(initial), initializer, dtype, name=name)
-            # An attribute of its own is what tf.train.Checkpoint follows.
-            setattr(self, f"_{name}_variable", variable)
-            return variable
-
-        initial_state = self.loss_scale.initial_state()
-        self._state = {name: add(name, state_dtype(value).name, value) for name, value in initial_state.items()}
-        blamed = [path_of(variable) for variable in var_list] if self.blame else []
-        self._ledger = Ledger(add, initial_state["scale"], blamed)
-        if self.loss_scale.needs_largest:
-            self._largest = add("largest_gradient", "float32", 0.0)
-        if _window(self.inner_optimizer):
+        replicas.check_scope([*self._state.values(), self.inner_optimizer._iterations])
+        if self.blame:
+            self._ledger.blame_one_by_one(var_list)
+            self._add_largest()
+        if window(self.inner_optimizer):
             if tf.distribute.has_strategy():
                 raise ValueError(
                     "gradient_accumulation_steps does not work under a strategy: Keras branches inside a replica where "
                     "replicas have to wait for each other. Add up the gradients in the training loop"
                 )
-            self._window_finite = add("window_finite", "int64", 1)
+            self._window_finite = self._add("window_finite", "int64", 1)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(var_list)
-        if any(map(_window, getattr(self.inner_optimizer, "optimizers", []))):
+        if any(map(window, getattr(self.inner_optimizer, "optimizers", []))):
             raise ValueError(
                 "an optimizer inside a MultiOptimizer has gradient_accumulation_steps; windows of their own cannot be "
                 "skipped together. Accumulate gradients in the training loop, or use one optimizer"
             )
-        # Keras' Nadam keeps a variable that it does not list. Listed here, it is saved like every other.
-        listed = {id(variable) for variable in self.inner_optimizer.variables}
-        for variable in vars(self.inner_optimizer).values():
-            if isinstance(variable, keras.Variable) and id(variable) not in listed:
-                self._track_variable(variable)
-        keras.optimizers.Optimizer.build(self, var_list)
+        for variable in unlisted_variables(self.inner_optimizer):
+            self._track_variable(variable)  # Listed here, it is saved like every other.
+        # Keras' own build, less the moving averages and accumulators, which are the inner optimizer's; and less Keras'
+        # __setattr__, which would list the variables of the model as this optimizer's.
+        self._trainable_variables_indices.update({self._var_key(variable): i for i, variable in enumerate(var_list)})
+        followed = tf.__internal__.tracking.sticky_attribute_assignment(self, "_trainable_variables", var_list)
+        object.__setattr__(self, "_trainable_variables", followed)
+        self.built = True
 
     @_as_written
     def scale_loss(self, loss: Any) -> Any:
@@ -151,25 +169,35 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         loss = tf.convert_to_tensor(loss)
         if loss.dtype in (tf.float16, tf.bfloat16):
             loss = tf.cast(loss, tf.float32)
-        return loss * tf.cast(self.loss_scale_value, loss.dtype)
+        self._guard.scaling()
+        return loss * tf.cast(self._scale(), loss.dtype)
 
     @_as_written
-    def unscale(self, scaled_grads: Iterable[Any]) -> tuple[list[Any], tf.Tensor]:
+    def unscale(
+        self, scaled_grads: Iterable[Any], variables: Sequence[Any] | None = None
+    ) -> tuple[list[Any], tf.Tensor]:
         """The true gradients, and whether all of them are finite, on all replicas.
 
         Args:
             scaled_grads: gradients of the scaled loss, dense or ``tf.IndexedSlices``; None is passed through.
+            variables: those that they belong to. Only ``blame`` needs them, and only if :meth:`apply` is called in
+                another ``tf.function`` or with a ``finite`` that was made anew.
 
         Returns:
             The gradients in float32 or wider, divided by the loss scale, and a boolean scalar.
 
         Raises:
-            ValueError: the gradients are what an earlier call returned.
+            ValueError: the gradients were computed from what an earlier call returned.
         """
         scaled = list(scaled_grads)
-        grads, finite = self._judged(scaled)
+        variables = None if variables is None else list(variables)
+        self._blame.in_unscale |= variables is not None
+        grads, finite, flags = self._judged(scaled, variables)
+        unscaling = Unscaling(flags)
+        if self.loss_scale.checks_finite:
+            provenance.mark([finite], unscaling)
         if self.loss_scale.scales:
-            self._once.unscaled(scaled, grads)
+            self._guard.unscaled(scaled, grads, unscaling)
         return grads, finite
 
     @_as_written
@@ -194,16 +222,24 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if not grads:
             return
         replicas.check_context()
+        replicas.check_scope([*self._state.values(), self.inner_optimizer._iterations])
         self._ensure_built(trainable_variables)
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        if len(grads) != len(variables):
+            raise ValueError(f"{len(grads)} gradients were given for {len(variables)} variables; pass one for each")
+        check_inner(self.inner_optimizer)
+        self._traced |= not tf.executing_eagerly()
         if finite is None:
-            self._once.check_apply(grads)
-            grads, finite = self._judged(grads)
+            grads, finite, _ = self._judged(grads, variables)
         else:
+            if self.loss_scale.scales:
+                self._guard.check_unscaled(grads)
+            if self.blame and self.loss_scale.checks_finite:
+                self._blame.later(finite, variables)
             finite = replicas.all_true(finite)
-        self._once.forget()
+        self._guard.over()
 
-        if _window(self.inner_optimizer) and self.loss_scale.skip_nonfinite:
+        if window(self.inner_optimizer) and self.loss_scale.skip_nonfinite:
             self._accumulate(grads, variables, finite)
             return
         if not self.loss_scale.skip_nonfinite:
@@ -227,10 +263,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     @property
     def loss_scale_value(self) -> tf.Tensor:
-        """The loss scale of the next step, a float32 scalar."""
-        if not self.built:
-            return tf.constant(self.loss_scale.initial_state()["scale"], tf.float32)
-        return tf.convert_to_tensor(self._state["scale"].value)
+        """The loss scale of the next step, a float32 scalar. Read it in the step: a number kept is soon out of date."""
+        self._guard.reading()
+        return self._scale()
 
     def counters(self) -> dict[str, Any]:
         """What became of the steps so far; waits for the device, so not for every step of a timed loop.
@@ -241,14 +276,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             before the first step; ``first_overflow`` and ``last_overflow``, numbered from 0, None where there was none;
             ``by_variable``, path to overflow steps of the variables that had one, None without ``blame``.
         """
-        return self._built_ledger().counters()
+        return self._ledger.counters() | ({"by_variable": {}} if self.blame and not self.built else {})
 
     def trajectory(self) -> list[tuple[int, float]]:
         """How the scale moved: pairs of a step, numbered from 0, and the scale from that step on. Waits for the device.
 
         The last 256 changes are kept.
         """
-        return self._built_ledger().trajectory()
+        return self._ledger.trajectory()
 
     def check_alarm(self) -> None:
         """Speaks up if steps overflowed at the floor of the scale since the last call. Waits for the device.
@@ -261,7 +296,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         counters = self.counters()
         if counters["floor_overflow"] > self._alarmed:
             self._alarmed = counters["floor_overflow"]
-            raise_alarm(self.alarm, counters, float(self.loss_scale_value))
+            raise_alarm(self.alarm, counters, float(self._scale()))
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Sets :attr:`variables` in their order. Keras' own method stops before those of the inner optimizer.
@@ -317,50 +352,55 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         with tf.init_scope():
             self.build(variables)
 
-    def _built_ledger(self) -> Ledger:
-        if self.built:
-            return self._ledger
-        # One that has seen no step. What it would blame is not known yet.
-        scale = self.loss_scale.initial_state()["scale"]
-        return Ledger(lambda name, dtype, initial: tf.Variable(initial, dtype=dtype), scale)
+    def _scale(self) -> tf.Tensor:
+        return tf.convert_to_tensor(self._state["scale"].value)
 
-    def _judged(self, scaled: list[Any]) -> tuple[list[Any], tf.Tensor]:
-        """:meth:`unscale`, and what is kept of it for :meth:`apply` and the ledger."""
+    def _judged(self, scaled: list[Any], variables: list[Any] | None) -> tuple[list[Any], tf.Tensor, tf.Tensor | None]:
+        """:meth:`unscale`, and what is kept of it for :meth:`apply` and the ledger.
+
+        Returns:
+            Gradients and whether they are finite, as :meth:`unscale`; with ``blame`` and without variables to blame,
+            which are not finite, int64 (gradients,).
+        """
         replicas.check_context()
-        self._once.check(scaled)
-        if not self.built and (self.blame or self.loss_scale.needs_largest):
-            raise ValueError("the optimizer is not built: call build(variables) before the first unscale")
-        scale = self.loss_scale_value
+        if self.loss_scale.scales and self.loss_scale != StaticLossScale(1.0):
+            self._guard.check_scaled(scaled)
+        if self.loss_scale.needs_largest and self._largest is None:
+            raise ValueError(
+                "the optimizer is not built: with blame, call optimizer.build(model.trainable_variables) before the "
+                "first unscale"
+            )
+        scale = self._scale()
         scaled = kept_from_rewrite(scaled)
         grads = unscaled(scaled, scale) if self.loss_scale.scales else scaled
         if not self.loss_scale.checks_finite:
-            return grads, tf.constant(True)
+            return grads, tf.constant(True), None
         # What is finite stays finite in a division by 1 or more, and is quicker to look at before it.
         judged, factor = (scaled, 1.0 / scale) if self.loss_scale.at_least_one else (grads, 1.0)
         if self.loss_scale.needs_largest:
             finite, largest = finite_and_largest(judged)
             largest = replicas.largest(largest * factor)
-            if _window(self.inner_optimizer):
+            if window(self.inner_optimizer):
                 largest = tf.maximum(largest, self._largest.value)
             self._largest.assign(largest)
         else:
             finite = all_finite(judged)
+        flags = None
         if self.blame:
-            if len(judged) != len(self._trainable_variables):
-                raise ValueError(
-                    f"{len(judged)} gradients cannot be blamed on the {len(self._trainable_variables)} variables that "
-                    "the optimizer was built with; pass one for each, in their order and None where there is none"
-                )
             nothing = tf.zeros((len(judged),), tf.int64)
             flags = tf.cond(finite, lambda: nothing, lambda: nonfinite_flags(judged))
-            self._ledger.blame(replicas.any_set(flags))
-        return grads, replicas.all_true(finite)
+            flags = replicas.any_set(flags)
+            if variables is not None:
+                self._ensure_built(variables)
+                self._blame.now(flags, variables)
+                flags = None
+        return grads, replicas.all_true(finite), flags
 
     def _apply_gated(self, grads: list[Any], variables: list[Any], finite: tf.Tensor) -> bool:
         """Applies a step without a branch; False where that is not wanted or cannot be exact."""
         if self.skip == "branch" or tf.executing_eagerly() or tf.distribute.has_strategy():
             return False
-        if self.skip == "auto" and not (under_xla() and _gate_pays(variables)):
+        if self.skip == "auto" and not (under_xla() and gate_pays(variables)):
             return False
         return apply_gated(lambda: self.inner_optimizer.apply(grads, variables), [*variables, *self.variables], finite)
 
@@ -370,9 +410,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         The inner optimizer sees only the last one of a good window, and its own accumulators hold the sum till then:
         it adds them up, divides, applies and clears. A bad window is thrown away as a whole.
         """
-        inner, window = self.inner_optimizer, _window(self.inner_optimizer)
+        inner, steps = self.inner_optimizer, window(self.inner_optimizer)
         whole = tf.logical_and(finite, self._window_finite.value > 0)
-        ends = tf.equal((inner._iterations.value + 1) % window, 0)
+        ends = tf.equal((inner._iterations.value + 1) % steps, 0)
 
         def add(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
             for grad, variable in zip(grads, variables, strict=True):
@@ -389,7 +429,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             # Zeros are assigned, since subtracting would leave a NaN what it is.
             for accumulator in inner._accumulated_gradients:
                 accumulator.assign(tf.zeros_like(accumulator.value))
-            inner._iterations.assign_sub(window - 1)
+            inner._iterations.assign_sub(steps - 1)
             self._window_finite.assign(1)
             self._decide(tf.constant(False))
 
@@ -407,31 +447,3 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self._largest.assign(0.0)  # A window of accumulated gradients begins with nothing.
         applied = finite if self.loss_scale.skip_nonfinite else tf.constant(True)
         self._ledger.record(finite, applied, self.loss_scale.at_floor(state), state["scale"], following["scale"])
-
-
-def _gate_pays(variables: Sequence[Any]) -> bool:
-    """Whether, under XLA, holding back every write costs less than a branch.
-
-    A branch copies all state in and out and costs by the element; a gate is more work for the compiler and costs by the
-    variable (docs/scaling-cost.md). On a GPU a branch also waits for its predicate to reach the host.
-    """
-    if tf.config.list_logical_devices("GPU"):
-        return True
-    return sum(math.prod(variable.shape) for variable in variables) >= _GATED_FROM * len(variables)
-
-
-def _window(inner: Any) -> int:
-    """Micro-batches per update, 0 where gradients are not accumulated."""
-    return getattr(inner, "gradient_accumulation_steps", None) or 0
-
-
-def _check_inner(inner: Any) -> None:
-    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
-        raise ValueError(f"inner_optimizer is a {type(inner).__name__} already; wrap the optimizer inside it instead")
-    if not isinstance(inner, keras.optimizers.Optimizer):
-        raise TypeError(f"inner_optimizer must be a Keras optimizer such as keras.optimizers.Adam(), not {inner!r}")
-    if inner.loss_scale_factor is not None:
-        raise ValueError(
-            f"inner_optimizer has loss_scale_factor={inner.loss_scale_factor}, so gradients would be unscaled twice; "
-            f"leave that out and pass loss_scale=StaticLossScale({inner.loss_scale_factor})"
-        )

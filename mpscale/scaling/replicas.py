@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -29,6 +29,22 @@ def check_context() -> None:
             f"jit_compile=True does not work with {type(tf.distribute.get_strategy()).__name__} on these devices: "
             "TensorFlow joins replicas by merge_call here, which XLA cannot compile. Leave jit_compile off: "
             "model.compile(..., jit_compile=False), or tf.function without jit_compile"
+        )
+
+
+def check_scope(variables: Iterable[Any]) -> None:
+    """Refuses variables that every replica would write to in turn, so that one step counts as several.
+
+    Raises:
+        ValueError: under a strategy of several replicas, one of ``variables``, of Keras, was made outside its scope.
+    """
+    strategy = tf.distribute.get_strategy()
+    if strategy.num_replicas_in_sync > 1 and not all(
+        strategy.extended.variable_created_in_scope(variable.value) for variable in variables
+    ):
+        raise ValueError(
+            "the optimizer, or the one inside it, was made outside strategy.scope(), so every replica would count each "
+            "step again; make both under strategy.scope(): LossScaleOptimizer(keras.optimizers.Adam())"
         )
 
 

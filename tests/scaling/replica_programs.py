@@ -106,6 +106,7 @@ def mirrored():
             optimizer.build(model.trainable_variables)
             optimizer.apply([tf.zeros(v.shape) for v in model.trainable_variables])
 
+    made = lambda thing: lambda: thing  # noqa: E731
     by_keras = lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01))  # noqa: E731
     accumulating = lambda: keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=2)  # noqa: E731
     return {
@@ -121,6 +122,9 @@ def mirrored():
         "accumulating": message_of(lambda: train(strategy, ours(inner=accumulating), 1)),
         "not built": message_of(lambda: train(strategy, ours(), 1, build=False)),
         "cross-replica": message_of(outside),
+        "made outside": message_of(lambda: train(strategy, made(ours()()), 1)),
+        "inner made outside": message_of(lambda: train(strategy, ours(inner=made(keras.optimizers.Adam(0.01))), 1)),
+        "second, blame, clipped": train(strategy, ours(blame=True), 1, clip=True),
     }
 
 

@@ -86,13 +86,18 @@ def test_variables_are_blamed_for_their_own_overflows(how):
     assert optimizer.counters()["by_variable"] == {variables[2].path: 2, variables[0].path: 1}
 
 
-def test_blame_needs_a_gradient_for_every_variable():
+def test_nobody_is_blamed_before_the_first_step():
+    assert LossScaleOptimizer(keras.optimizers.SGD(0.1), blame=True).counters()["by_variable"] == {}
+
+
+def test_gradients_that_were_dropped_after_unscale_leave_nobody_to_blame():
     model = small_model()
     variables = model.trainable_variables
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), blame=True)
-    optimizer.build(variables)
-    with pytest.raises(ValueError, match="2 gradients cannot be blamed on the 4 variables"):
-        optimizer.apply([tf.ones(v.shape) for v in variables[:2]], variables[:2])
+    optimizer.scale_loss(0.0)
+    grads, finite = optimizer.unscale([tf.ones(v.shape) for v in variables])
+    with pytest.raises(ValueError, match="4 gradients cannot be blamed on the 2 variables"):
+        optimizer.apply(grads[:2], variables[:2], finite=finite)
 
 
 def at_the_floor(**options):

@@ -55,7 +55,7 @@ def mirrored():
     return results(start("mirrored"))
 
 
-@pytest.mark.parametrize("case", ["first", "second", "second, clipped", "second, blame"])
+@pytest.mark.parametrize("case", ["first", "second", "second, clipped", "second, blame", "second, blame, clipped"])
 def test_overflow_on_one_replica_skips_on_all(mirrored, case):
     result = mirrored[case]
     assert result["changed"] == CHANGED
@@ -71,8 +71,9 @@ def test_statistics_are_taken_over_all_replicas(mirrored):
     assert result["scales"][1] < result["scales"][0]
 
 
-def test_a_variable_is_blamed_whichever_replica_its_gradient_is_on(mirrored):
-    (blamed,) = mirrored["second, blame"]["counters"]["by_variable"].items()
+@pytest.mark.parametrize("case", ["second, blame", "second, blame, clipped"])
+def test_a_variable_is_blamed_whichever_replica_its_gradient_is_on(mirrored, case):
+    (blamed,) = mirrored[case]["counters"]["by_variable"].items()
     assert blamed[0].endswith("kernel") and blamed[1] == 2
 
 
@@ -98,6 +99,8 @@ def test_keras_optimizer_fails_inside_tensorflow_where_ours_says_what_to_do(mirr
         ("jit", "jit_compile=True does not work with MirroredStrategy on these devices"),
         ("not built", "call build(model.trainable_variables) under strategy.scope() before the first step"),
         ("cross-replica", "call it inside the function that you pass to strategy.run"),
+        ("made outside", "was made outside strategy.scope(), so every replica would count each step again"),
+        ("inner made outside", "make both under strategy.scope()"),
         ("accumulating", "gradient_accumulation_steps does not work under a strategy"),
     ],
 )

@@ -74,3 +74,26 @@ def test_every_bit_comes_back_and_training_goes_on_alike(name, through, tmp_path
         step(factor)
         loaded_step(factor)
     assert bits(loaded) == bits(model)
+
+
+OWN = ["iteration", "learning_rate", "scale", "good_steps", "tolerance"]
+LOGMAX = ["iteration", "learning_rate", "scale", "mean", "slow_mean", "variance", "samples"]
+LEDGER = ["steps", "scale_change_steps", "scale_changes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("dynamic", [*OWN, *LEDGER]),
+        ("hysteresis, blame", [*OWN, *LEDGER, "overflows_by_variable"]),
+        ("logmax", [*LOGMAX, *LEDGER, "largest_gradient"]),
+        ("logmax, blame", [*LOGMAX, *LEDGER, "overflows_by_variable", "largest_gradient"]),
+        ("window", [*OWN, *LEDGER, "window_finite"]),
+    ],
+)
+def test_files_know_variables_by_their_order_which_stays_the_same(name, names):
+    make = MAKE | {"logmax, blame": lambda: LossScaleOptimizer(keras.optimizers.SGD(), LogMaxLossScale(), blame=True)}
+    optimizer = make[name]()
+    optimizer.build(small_model().trainable_variables)
+    own = optimizer.variables[: -len(optimizer.inner_optimizer.variables)]
+    assert [variable.name for variable in own] == names

@@ -1,0 +1,206 @@
+"""A loss scale asked for before the optimizer is built is the one that there is, not the one it once started as."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from mpscale.scaling import DynamicLossScale, LogMaxLossScale, LossScaleOptimizer, StaticLossScale
+
+INITIAL = 2.0**15
+
+
+class Line:
+    """One weight w and the loss factor * w: with SGD(1), every applied step subtracts ``factor``."""
+
+    def __init__(self, loss_scale=None, **options):
+        self.w = keras.Variable([0.0], name="w")
+        loss_scale = loss_scale or DynamicLossScale(INITIAL, growth_interval=100)
+        self.optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale, **options)
+
+    def gradients(self, factor):
+        with tf.GradientTape() as tape:
+            scaled = self.optimizer.scale_loss(tf.reduce_sum(self.w.value * factor))
+        return tape.gradient(scaled, [self.w.value])
+
+    def update(self, grads):
+        self.optimizer.apply(grads, [self.w])
+
+    def clipped_update(self, grads):
+        grads, finite = self.optimizer.unscale(grads)
+        self.optimizer.apply([tf.clip_by_value(g, -100.0, 100.0) for g in grads], [self.w], finite=finite)
+
+    def scaled_by_hand(self, factor):
+        with tf.GradientTape() as tape:
+            scaled = tf.reduce_sum(self.w.value * factor) * self.optimizer.loss_scale_value
+        return tape.gradient(scaled, [self.w.value])
+
+
+def two_functions(line, jit):
+    grads = tf.function(line.gradients, jit_compile=jit)
+    update = tf.function(line.update, jit_compile=jit)
+    return lambda factor: update(grads(factor))
+
+
+def gradients_in_a_function(line, jit):
+    grads = tf.function(line.gradients, jit_compile=jit)
+    return lambda factor: line.update(grads(factor))
+
+
+def update_in_a_function(line, jit):
+    update = tf.function(line.update, jit_compile=jit)
+    return lambda factor: update(line.gradients(factor))
+
+
+def clipped_in_a_function(line, jit):
+    grads, update = tf.function(line.gradients, jit_compile=jit), tf.function(line.clipped_update, jit_compile=jit)
+    return lambda factor: update(grads(factor))
+
+
+def by_hand(line, jit):
+    grads = tf.function(line.scaled_by_hand, jit_compile=jit)
+    return lambda factor: line.update(grads(factor))
+
+
+def traced_before_anything_else(line, jit):
+    grads = tf.function(line.gradients, jit_compile=jit).get_concrete_function(tf.TensorSpec((), tf.float32))
+    update = tf.function(line.update, jit_compile=jit)
+    return lambda factor: update(grads(factor))
+
+
+def traced_anew_for_every_shape(line, jit):
+    grads = tf.function(lambda factor: line.gradients(tf.reduce_sum(factor)), jit_compile=jit)
+    update = tf.function(line.update, jit_compile=jit)
+    shapes = iter([(), (1,), (1, 1), (), (1,), (1, 1)])
+    return lambda factor: update(grads(tf.reshape(factor, next(shapes))))
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
+@pytest.mark.parametrize(
+    "loop",
+    [
+        two_functions,
+        gradients_in_a_function,
+        update_in_a_function,
+        clipped_in_a_function,
+        by_hand,
+        traced_before_anything_else,
+        traced_anew_for_every_shape,
+    ],
+)
+def test_after_an_overflow_steps_are_as_long_as_they_should_be(loop, jit):
+    line = Line()
+    step = loop(line, jit)
+    for factor in (1.0, np.inf, 1.0, np.inf, 1.0):
+        step(tf.constant(factor))
+    assert line.w.numpy()[0] == -3.0
+    assert line.optimizer.counters()["skipped"] == 2
+    assert float(line.optimizer.loss_scale_value) == INITIAL / 4
+
+
+def test_a_scale_that_falls_far_is_found_at_last():
+    """Gradients of 3e34 overflow float32 at any scale above 2**13."""
+    line = Line()
+    step = two_functions(line, False)
+    for _ in range(10):
+        step(tf.constant(3e34))
+    assert line.optimizer.counters()["skipped"] == 2
+    assert line.w.numpy()[0] == pytest.approx(-8 * 3e34, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rule", [DynamicLossScale(8.0), LogMaxLossScale(), StaticLossScale(8.0)], ids=lambda r: type(r).__name__
+)
+def test_unscale_needs_no_build(rule):
+    line = Line(rule)
+    for _ in range(3):
+        line.clipped_update(line.gradients(1.0))
+    assert line.w.numpy()[0] == -3.0
+
+
+def test_unscale_says_which_line_it_lacks_where_it_needs_a_build():
+    line = Line(LogMaxLossScale(), blame=True)
+    with pytest.raises(
+        ValueError, match=r"call optimizer\.build\(model\.trainable_variables\) before the first unscale"
+    ):
+        line.clipped_update(line.gradients(1.0))
+    line.optimizer.build([line.w])
+    line.clipped_update(line.gradients(1.0))
+    assert line.w.numpy()[0] == -1.0
+
+
+def after_eleven_overflows(folder, **options):
+    line = Line(**options)
+    line.update(line.gradients(1.0))
+    for _ in range(11):
+        line.update(line.gradients(np.inf))
+    assert float(line.optimizer.loss_scale_value) == 16.0
+    return tf.train.Checkpoint(w=line.w.value, optimizer=line.optimizer).save(folder / "checkpoint")
+
+
+def eager(line):
+    return lambda: line.update(line.gradients(1.0))
+
+
+def eager_and_clipped(line):
+    return lambda: line.clipped_update(line.gradients(1.0))
+
+
+def one_function(line):
+    return tf.function(lambda: line.update(line.gradients(1.0)))
+
+
+def two_traces(line):
+    step = two_functions(line, None)
+    return lambda: step(tf.constant(1.0))
+
+
+@pytest.mark.parametrize("build", [False, True], ids=["unbuilt", "built"])
+@pytest.mark.parametrize("loop", [eager, eager_and_clipped, one_function, two_traces])
+@pytest.mark.parametrize("options", [{}, {"blame": True}], ids=["plain", "blame"])
+def test_the_first_step_after_a_checkpoint_is_as_long_as_the_others(loop, build, options, tmp_path):
+    path = after_eleven_overflows(tmp_path, **options)
+    line = Line(**options)
+    step = loop(line)
+    if build:
+        line.optimizer.build([line.w])
+    status = tf.train.Checkpoint(w=line.w.value, optimizer=line.optimizer).restore(path)
+    assert float(line.optimizer.loss_scale_value) == 16.0
+    assert line.optimizer.counters()["overflow"] == 11
+    for _ in range(2):
+        step()
+    status.assert_existing_objects_matched()
+    assert line.w.numpy()[0] == -3.0
+    assert line.optimizer.counters()["attempted"] == 14
+    if options:
+        assert line.optimizer.counters()["by_variable"] == {line.w.path: 11}
+
+
+def test_a_checkpoint_restored_between_tracing_and_the_first_call_counts(tmp_path):
+    path = after_eleven_overflows(tmp_path)
+    line = Line()
+    grads = tf.function(line.gradients)
+    grads.get_concrete_function(tf.TensorSpec((), tf.float32))
+    tf.train.Checkpoint(w=line.w.value, optimizer=line.optimizer).restore(path)
+    line.update(grads(tf.constant(1.0)))
+    assert line.w.numpy()[0] == -2.0
+
+
+def test_a_loaded_keras_model_goes_on_in_a_loop_of_ones_own(tmp_path):
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
+    model.compile(LossScaleOptimizer(keras.optimizers.SGD(1.0), DynamicLossScale(INITIAL)), "mse", jit_compile=False)
+    optimizer = model.optimizer
+
+    def step(model, factor):
+        with tf.GradientTape() as tape:
+            scaled = model.optimizer.scale_loss(tf.reduce_sum(model(tf.ones((1, 1)))) * factor)
+        grads = tape.gradient(scaled, model.trainable_variables)
+        model.optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
+
+    for factor in (1.0, np.inf, np.inf):
+        step(model, factor)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert float(loaded.optimizer.loss_scale_value) == float(optimizer.loss_scale_value) == INITIAL / 4
+    tf.function(step)(loaded, tf.constant(1.0))
+    assert loaded.get_weights()[0] == -2.0
