@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
@@ -14,9 +13,10 @@ from mpscale.scaling import replicas
 from mpscale.scaling.alarm import Alarm, check_policy, raise_alarm
 from mpscale.scaling.finite import all_finite, finite_and_largest, nonfinite_flags, under_xla
 from mpscale.scaling.gate import apply_gated
-from mpscale.scaling.gradients import UnscaledOnce, kept_from_rewrite, unscaled
+from mpscale.scaling.gradients import UnscaledOnce, fitted, kept_from_rewrite, unscaled
 from mpscale.scaling.ledger import Ledger, path_of
 from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, state_dtype
+from mpscale.scaling.new_values import Handed, is_overwritten, put_back, taken_out
 
 # Nothing here has Python control flow that depends on a tensor, and rewriting it all would add a second to every trace.
 _as_written = tf.autograph.experimental.do_not_convert
@@ -102,6 +102,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self.skip = skip
         self._alarmed = 0
         self._once = UnscaledOnce()
+        self._handed = Handed()
 
     def build(self, var_list: Sequence[Any]) -> None:
         """Makes the variables of the loss scale, the ledger and the inner optimizer."""
@@ -154,20 +155,29 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return loss * tf.cast(self.loss_scale_value, loss.dtype)
 
     @_as_written
-    def unscale(self, scaled_grads: Iterable[Any]) -> tuple[list[Any], tf.Tensor]:
+    def unscale(
+        self, scaled_grads: Iterable[Any], variables: Sequence[Any] | None = None
+    ) -> tuple[list[Any], tf.Tensor]:
         """The true gradients, and whether all of them are finite, on all replicas.
 
         Args:
-            scaled_grads: gradients of the scaled loss, dense or ``tf.IndexedSlices``; None is passed through.
+            scaled_grads: gradients of the scaled loss, dense or ``tf.IndexedSlices``; None is passed through, and so
+                is the new value of a variable that Keras marks ``overwrite_with_gradient``.
+            variables: the variables they belong to; may be left out where they are those that the optimizer was
+                built with, in their order.
 
         Returns:
             The gradients in float32 or wider, divided by the loss scale, and a boolean scalar.
 
         Raises:
-            ValueError: the gradients are what an earlier call returned.
+            ValueError: the gradients are what an earlier call returned, or it cannot be told which of them are new
+                values.
         """
         scaled = list(scaled_grads)
-        grads, finite = self._judged(scaled)
+        if variables is None:
+            variables = self._trainable_variables if self.built else []
+        grads, new_values, finite = self._judged(scaled, list(variables))
+        grads = self._handed.out(grads, new_values)
         if self.loss_scale.scales:
             self._once.unscaled(scaled, grads)
         return grads, finite
@@ -198,10 +208,13 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
         if finite is None:
             self._once.check_apply(grads)
-            grads, finite = self._judged(grads)
+            grads, new_values, finite = self._judged(grads, variables)
+            grads = put_back(grads, new_values)
         else:
+            self._handed.check(grads, variables)
             finite = replicas.all_true(finite)
         self._once.forget()
+        grads = fitted(grads, variables)
 
         if _window(self.inner_optimizer) and self.loss_scale.skip_nonfinite:
             self._accumulate(grads, variables, finite)
@@ -324,17 +337,17 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         scale = self.loss_scale.initial_state()["scale"]
         return Ledger(lambda name, dtype, initial: tf.Variable(initial, dtype=dtype), scale)
 
-    def _judged(self, scaled: list[Any]) -> tuple[list[Any], tf.Tensor]:
-        """:meth:`unscale`, and what is kept of it for :meth:`apply` and the ledger."""
+    def _judged(self, scaled: list[Any], variables: list[Any]) -> tuple[list[Any], list[Any], tf.Tensor]:
+        """:meth:`unscale`, with new values apart, and what is kept of it for :meth:`apply` and the ledger."""
         replicas.check_context()
         self._once.check(scaled)
         if not self.built and (self.blame or self.loss_scale.needs_largest):
             raise ValueError("the optimizer is not built: call build(variables) before the first unscale")
         scale = self.loss_scale_value
-        scaled = kept_from_rewrite(scaled)
+        scaled, new_values = taken_out(kept_from_rewrite(scaled), variables)
         grads = unscaled(scaled, scale) if self.loss_scale.scales else scaled
         if not self.loss_scale.checks_finite:
-            return grads, tf.constant(True)
+            return grads, new_values, tf.constant(True)
         # What is finite stays finite in a division by 1 or more, and is quicker to look at before it.
         judged, factor = (scaled, 1.0 / scale) if self.loss_scale.at_least_one else (grads, 1.0)
         if self.loss_scale.needs_largest:
@@ -354,7 +367,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             nothing = tf.zeros((len(judged),), tf.int64)
             flags = tf.cond(finite, lambda: nothing, lambda: nonfinite_flags(judged))
             self._ledger.blame(replicas.any_set(flags))
-        return grads, replicas.all_true(finite)
+        return grads, new_values, replicas.all_true(finite)
 
     def _apply_gated(self, grads: list[Any], variables: list[Any], finite: tf.Tensor) -> bool:
         """Applies a step without a branch; False where that is not wanted or cannot be exact."""
@@ -372,12 +385,19 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         inner, window = self.inner_optimizer, _window(self.inner_optimizer)
         whole = tf.logical_and(finite, self._window_finite.value > 0)
+        begins = tf.equal(inner._iterations.value % window, 0)
         ends = tf.equal((inner._iterations.value + 1) % window, 0)
 
         def add(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
             for grad, variable in zip(grads, variables, strict=True):
-                if grad is not None:
-                    inner._accumulated_gradients[inner._get_variable_index(variable)].assign_add(grad)
+                if grad is None:
+                    continue
+                accumulator = inner._accumulated_gradients[inner._get_variable_index(variable)]
+                if is_overwritten(variable):
+                    # Keras takes the largest new value of a window; that of its first micro-batch may be below 0.
+                    accumulator.assign(tf.where(begins, grad, tf.maximum(accumulator.value, grad)))
+                else:
+                    accumulator.assign_add(grad)
             inner._iterations.assign_add(1)
             self._window_finite.assign(tf.cast(whole, tf.int64))
 
@@ -417,7 +437,9 @@ def _gate_pays(variables: Sequence[Any]) -> bool:
     """
     if tf.config.list_logical_devices("GPU"):
         return True
-    return sum(math.prod(variable.shape) for variable in variables) >= _GATED_FROM * len(variables)
+    # A variable whose shape is known only at run time counts as small.
+    elements = [tf.TensorShape(variable.shape).num_elements() or 0 for variable in variables]
+    return sum(elements) >= _GATED_FROM * len(variables)
 
 
 def _window(inner: Any) -> int:
