@@ -385,7 +385,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         inner, window = self.inner_optimizer, _window(self.inner_optimizer)
         whole = tf.logical_and(finite, self._window_finite.value > 0)
-        begins = tf.equal(inner._iterations.value % window, 0)
         ends = tf.equal((inner._iterations.value + 1) % window, 0)
 
         def add(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
@@ -394,7 +393,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                     continue
                 accumulator = inner._accumulated_gradients[inner._get_variable_index(variable)]
                 if is_overwritten(variable):
-                    # Keras takes the largest new value of a window; that of its first micro-batch may be below 0.
+                    # Keras takes the largest new value of a window. That of its first micro-batch may be below 0.
+                    begins = tf.equal(inner._iterations.value % window, 0)
                     accumulator.assign(tf.where(begins, grad, tf.maximum(accumulator.value, grad)))
                 else:
                     accumulator.assign_add(grad)
