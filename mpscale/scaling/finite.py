@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -24,9 +24,10 @@ def all_finite(tensors: Sequence[Any]) -> tf.Tensor:
     """Whether every element of every tensor is finite.
 
     Under XLA, tensors of one shape are checked together: their flags are combined element by element, which fuses into
-    one loop. The results for all shapes are laid end to end and reduced once more, to one scalar. A network of many
-    small layers would otherwise pay for one kernel per variable, and XLA would copy the conjunction of all flags into
-    every loop that depends on it, as it does with anything cheap.
+    one loop; a tensor whose shape is known only at run time is checked by itself. The results for all shapes are laid
+    end to end and reduced once more, to one scalar. A network of many small layers would otherwise pay for one kernel
+    per variable, and XLA would copy the conjunction of all flags into every loop that depends on it, as it does with
+    anything cheap.
 
     Args:
         tensors: dense tensors or ``tf.IndexedSlices``; None stands for a variable that the loss does not reach.
@@ -42,7 +43,7 @@ def all_finite(tensors: Sequence[Any]) -> tf.Tensor:
     flags = []
     for group in _by_shape(values):
         finite = functools.reduce(tf.logical_and, [tf.math.is_finite(value) for value in group])
-        flags.append(tf.reduce_all(finite, axis=-1) if _in_rows(finite) else finite)
+        flags.append(_reduced(tf.reduce_all, finite))
     # A minimum over integers second, because XLA makes one reduction of two that are alike.
     return tf.reduce_min(tf.cast(_joined(flags), tf.int32)) > 0
 
@@ -67,7 +68,7 @@ def finite_and_largest(tensors: Sequence[Any]) -> tuple[tf.Tensor, tf.Tensor]:
         largest = []
         for group in _by_shape(bits):
             together = functools.reduce(tf.maximum, group)
-            largest.append(tf.reduce_max(together, axis=-1) if _in_rows(together) else together)
+            largest.append(_reduced(tf.reduce_max, together))
         # As above: a maximum by way of a minimum.
         top = -tf.reduce_min(-_joined(largest))
     else:
@@ -99,8 +100,15 @@ def under_xla() -> bool:
     return False
 
 
-def _in_rows(values: tf.Tensor) -> bool:
-    return values.shape.rank >= 2 and values.shape.num_elements() >= _IN_ROWS
+def _reduced(reduce: Callable[..., tf.Tensor], values: tf.Tensor) -> tf.Tensor:
+    """``values``, or a reduction of them to fewer: what is worth doing before they are laid end to end."""
+    elements = values.shape.num_elements()
+    if elements is None:
+        # Down to one, since nothing says that they are few. A maximum of no elements is the smallest integer, which
+        # has no negative; bits of a magnitude are never below 0.
+        reduced = reduce(values)
+        return reduced if reduced.dtype == tf.bool else tf.maximum(reduced, 0)
+    return reduce(values, axis=-1) if values.shape.rank >= 2 and elements >= _IN_ROWS else values
 
 
 def _small_joined(values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
@@ -126,7 +134,8 @@ def _values(tensors: Sequence[Any]) -> list[tf.Tensor]:
 
 
 def _by_shape(values: Sequence[tf.Tensor]) -> list[list[tf.Tensor]]:
-    groups: dict[tuple[int | None, ...], list[tf.Tensor]] = defaultdict(list)
-    for value in values:
-        groups[tuple(value.shape)].append(value)
+    """Groups of tensors that surely have one shape: two of shape (None, 8) may differ in length."""
+    groups: dict[Any, list[tf.Tensor]] = defaultdict(list)
+    for place, value in enumerate(values):
+        groups[tuple(value.shape) if value.shape.is_fully_defined() else place].append(value)
     return list(groups.values())

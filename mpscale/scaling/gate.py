@@ -11,7 +11,6 @@ the update is traced, and the trace is then searched for a write that did not.
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -150,4 +149,6 @@ def gate_pays(variables: Sequence[Any]) -> bool:
     """
     if tf.config.list_logical_devices("GPU"):
         return True
-    return sum(math.prod(variable.shape) for variable in variables) >= _GATED_FROM * len(variables)
+    # A variable whose shape is known only at run time counts as small.
+    elements = [tf.TensorShape(variable.shape).num_elements() or 0 for variable in variables]
+    return sum(elements) >= _GATED_FROM * len(variables)

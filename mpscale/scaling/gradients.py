@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 
@@ -41,6 +42,30 @@ def kept_from_rewrite(grads: Sequence[Any]) -> list[Any]:
         return tf.bitcast(tf.bitcast(grad, tf.int32), tf.float32) if grad.dtype == tf.float32 else grad
 
     return [_each(out_of_reach, grad) for grad in grads]
+
+
+def fitted(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """``grads`` with the shapes of their variables, in so far as only the variables know them.
+
+    Keras' optimizers cannot add up gradients of unknown rank, nor slices that do not say of how many rows.
+
+    Args:
+        grads: dense tensors or ``tf.IndexedSlices``; None is passed through.
+        variables: of Keras or TensorFlow, one for each gradient.
+    """
+
+    def fit(grad: Any, variable: Any) -> Any:
+        if grad is None:
+            return None
+        if isinstance(grad, tf.IndexedSlices):
+            if grad.dense_shape is not None:
+                return grad
+            rows = tf.shape(variable.value if isinstance(variable, keras.Variable) else variable, grad.indices.dtype)
+            return tf.IndexedSlices(grad.values, grad.indices, rows)
+        grad = tf.convert_to_tensor(grad)
+        return grad if grad.shape.is_fully_defined() else tf.ensure_shape(grad, variable.shape)
+
+    return [fit(grad, variable) for grad, variable in zip(grads, variables, strict=True)]
 
 
 def _each(function: Callable[[tf.Tensor], tf.Tensor], grad: Any) -> Any:

@@ -14,11 +14,12 @@ from mpscale.scaling.alarm import Alarm, check_policy, raise_alarm
 from mpscale.scaling.blame import Blame
 from mpscale.scaling.finite import all_finite, finite_and_largest, nonfinite_flags, under_xla
 from mpscale.scaling.gate import Skip, apply_gated, check_skip, gate_pays
-from mpscale.scaling.gradients import kept_from_rewrite, unscaled
+from mpscale.scaling.gradients import fitted, kept_from_rewrite, unscaled
 from mpscale.scaling.guard import ScalingGuard, Unscaling
 from mpscale.scaling.inner import check_inner, unlisted_variables, window
 from mpscale.scaling.ledger import Ledger
 from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, StaticLossScale, state_dtype
+from mpscale.scaling.new_values import Handed, is_overwritten, put_back, taken_out
 from mpscale.scaling.settings import ForwardedSettings
 
 # Nothing here has Python control flow that depends on a tensor, and rewriting it all would add a second to every trace.
@@ -113,9 +114,8 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         self._ledger = Ledger(self._add, initial_state["scale"])
         self._blame = Blame(self, self._ledger)
         self._largest: Any = None
-        if (
-            not blame
-        ):  # Else it comes after that of the ledger: files of saved optimizers know variables by their order.
+        if not blame:
+            # Else it comes after that of the ledger: files of saved optimizers know variables by their order.
             self._add_largest()
         self._settings_open = True
 
@@ -128,6 +128,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
     def _add_largest(self) -> None:
         if self.loss_scale.needs_largest and self._largest is None:
             self._largest = self._add("largest_gradient", "float32", 0.0)
+        self._handed = Handed()
 
     def build(self, var_list: Sequence[Any]) -> None:
         """Makes the variables of the inner optimizer, and what blame needs."""
@@ -179,20 +180,24 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         """The true gradients, and whether all of them are finite, on all replicas.
 
         Args:
-            scaled_grads: gradients of the scaled loss, dense or ``tf.IndexedSlices``; None is passed through.
-            variables: those that they belong to. Only ``blame`` needs them, and only if :meth:`apply` is called in
-                another ``tf.function`` or with a ``finite`` that was made anew.
+            scaled_grads: gradients of the scaled loss, dense or ``tf.IndexedSlices``; None is passed through, and so
+                is the new value of a variable that Keras marks ``overwrite_with_gradient``.
+            variables: those that they belong to; may be left out if they are those that the optimizer was built with,
+                in their order. ``blame`` needs them if :meth:`apply` is called in another ``tf.function`` or with a
+                ``finite`` that was made anew.
 
         Returns:
             The gradients in float32 or wider, divided by the loss scale, and a boolean scalar.
 
         Raises:
-            ValueError: the gradients were computed from what an earlier call returned.
+            ValueError: the gradients were computed from what an earlier call returned, or it cannot be told which of
+                them are new values.
         """
         scaled = list(scaled_grads)
         variables = None if variables is None else list(variables)
         self._blame.in_unscale |= variables is not None
-        grads, finite, flags = self._judged(scaled, variables)
+        grads, new_values, finite, flags = self._judged(scaled, variables)
+        grads = self._handed.out(grads, new_values)
         unscaling = Unscaling(flags)
         if self.loss_scale.checks_finite:
             provenance.mark([finite], unscaling)
@@ -230,14 +235,17 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         check_inner(self.inner_optimizer)
         self._traced |= not tf.executing_eagerly()
         if finite is None:
-            grads, finite, _ = self._judged(grads, variables)
+            grads, new_values, finite, _ = self._judged(grads, variables)
+            grads = put_back(grads, new_values)
         else:
             if self.loss_scale.scales:
                 self._guard.check_unscaled(grads)
+            self._handed.check(grads, variables)
             if self.blame and self.loss_scale.checks_finite:
                 self._blame.later(finite, variables)
             finite = replicas.all_true(finite)
         self._guard.over()
+        grads = fitted(grads, variables)
 
         if window(self.inner_optimizer) and self.loss_scale.skip_nonfinite:
             self._accumulate(grads, variables, finite)
@@ -355,12 +363,14 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
     def _scale(self) -> tf.Tensor:
         return tf.convert_to_tensor(self._state["scale"].value)
 
-    def _judged(self, scaled: list[Any], variables: list[Any] | None) -> tuple[list[Any], tf.Tensor, tf.Tensor | None]:
+    def _judged(
+        self, scaled: list[Any], variables: list[Any] | None
+    ) -> tuple[list[Any], list[Any], tf.Tensor, tf.Tensor | None]:
         """:meth:`unscale`, and what is kept of it for :meth:`apply` and the ledger.
 
         Returns:
-            Gradients and whether they are finite, as :meth:`unscale`; with ``blame`` and without variables to blame,
-            which are not finite, int64 (gradients,).
+            Gradients, new values apart from them, and whether the gradients are finite; with ``blame`` and without
+            variables to blame, which are not finite, int64 (gradients,).
         """
         replicas.check_context()
         if self.loss_scale.scales and self.loss_scale != StaticLossScale(1.0):
@@ -371,10 +381,11 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
                 "first unscale"
             )
         scale = self._scale()
-        scaled = kept_from_rewrite(scaled)
+        known = (self._trainable_variables if self.built else []) if variables is None else variables
+        scaled, new_values = taken_out(kept_from_rewrite(scaled), known)
         grads = unscaled(scaled, scale) if self.loss_scale.scales else scaled
         if not self.loss_scale.checks_finite:
-            return grads, tf.constant(True), None
+            return grads, new_values, tf.constant(True), None
         # What is finite stays finite in a division by 1 or more, and is quicker to look at before it.
         judged, factor = (scaled, 1.0 / scale) if self.loss_scale.at_least_one else (grads, 1.0)
         if self.loss_scale.needs_largest:
@@ -394,7 +405,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
                 self._ensure_built(variables)
                 self._blame.now(flags, variables)
                 flags = None
-        return grads, replicas.all_true(finite), flags
+        return grads, new_values, replicas.all_true(finite), flags
 
     def _apply_gated(self, grads: list[Any], variables: list[Any], finite: tf.Tensor) -> bool:
         """Applies a step without a branch; False where that is not wanted or cannot be exact."""
@@ -416,8 +427,15 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
 
         def add(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
             for grad, variable in zip(grads, variables, strict=True):
-                if grad is not None:
-                    inner._accumulated_gradients[inner._get_variable_index(variable)].assign_add(grad)
+                if grad is None:
+                    continue
+                accumulator = inner._accumulated_gradients[inner._get_variable_index(variable)]
+                if is_overwritten(variable):
+                    # Keras takes the largest new value of a window. That of its first micro-batch may be below 0.
+                    begins = tf.equal(inner._iterations.value % steps, 0)
+                    accumulator.assign(tf.where(begins, grad, tf.maximum(accumulator.value, grad)))
+                else:
+                    accumulator.assign_add(grad)
             inner._iterations.assign_add(1)
             self._window_finite.assign(tf.cast(whole, tf.int64))
 
