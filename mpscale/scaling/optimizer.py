@@ -107,6 +107,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         self.skip = skip
         self._alarmed = 0
         self._guard = ScalingGuard()
+        self._handed = Handed()
         # Here and not in build: a step may ask for the scale before, and a restored checkpoint gives it only to a
         # variable that there is.
         initial_state = loss_scale.initial_state()
@@ -128,7 +129,6 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
     def _add_largest(self) -> None:
         if self.loss_scale.needs_largest and self._largest is None:
             self._largest = self._add("largest_gradient", "float32", 0.0)
-        self._handed = Handed()
 
     def build(self, var_list: Sequence[Any]) -> None:
         """Makes the variables of the inner optimizer, and what blame needs."""
@@ -155,11 +155,10 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
             )
         for variable in unlisted_variables(self.inner_optimizer):
             self._track_variable(variable)  # Listed here, it is saved like every other.
-        # Keras' own build, less the moving averages and accumulators, which are the inner optimizer's; and less Keras'
-        # __setattr__, which would list the variables of the model as this optimizer's.
+        # Keras' own build, less the moving averages and accumulators, which are the inner optimizer's. Like Keras, past
+        # __setattr__: the variables of the model are none of this optimizer's, to list or to save.
         self._trainable_variables_indices.update({self._var_key(variable): i for i, variable in enumerate(var_list)})
-        followed = tf.__internal__.tracking.sticky_attribute_assignment(self, "_trainable_variables", var_list)
-        object.__setattr__(self, "_trainable_variables", followed)
+        object.__setattr__(self, "_trainable_variables", var_list)
         self.built = True
 
     @_as_written

@@ -135,7 +135,7 @@ def after_eleven_overflows(folder, **options):
     for _ in range(11):
         line.update(line.gradients(np.inf))
     assert float(line.optimizer.loss_scale_value) == 16.0
-    return tf.train.Checkpoint(w=line.w.value, optimizer=line.optimizer).save(folder / "checkpoint")
+    return tf.train.Checkpoint(w=line.w, optimizer=line.optimizer).save(folder / "checkpoint")
 
 
 def eager(line):
@@ -164,7 +164,7 @@ def test_the_first_step_after_a_checkpoint_is_as_long_as_the_others(loop, build,
     step = loop(line)
     if build:
         line.optimizer.build([line.w])
-    status = tf.train.Checkpoint(w=line.w.value, optimizer=line.optimizer).restore(path)
+    status = tf.train.Checkpoint(w=line.w, optimizer=line.optimizer).restore(path)
     assert float(line.optimizer.loss_scale_value) == 16.0
     assert line.optimizer.counters()["overflow"] == 11
     for _ in range(2):
@@ -181,7 +181,7 @@ def test_a_checkpoint_restored_between_tracing_and_the_first_call_counts(tmp_pat
     line = Line()
     grads = tf.function(line.gradients)
     grads.get_concrete_function(tf.TensorSpec((), tf.float32))
-    tf.train.Checkpoint(w=line.w.value, optimizer=line.optimizer).restore(path)
+    tf.train.Checkpoint(w=line.w, optimizer=line.optimizer).restore(path)
     line.update(grads(tf.constant(1.0)))
     assert line.w.numpy()[0] == -2.0
 
