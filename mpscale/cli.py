@@ -422,11 +422,12 @@ def _workloads(options: argparse.Namespace) -> int:
     here = [Path.cwd()]
     broken: dict[str, str] = {}
     try:
-        found = {name: registry.get(name, here) for name in options.names}
+        with registry.without_gpus():
+            found = {name: registry.get(name, here) for name in options.names}
+            offered = registry.Offered() if found else registry.offered()
     except registry.UnknownWorkload as error:
         return _fail(str(error))
     if not found:
-        offered = registry.offered()
         found, broken = offered.workloads, offered.broken
     rows = [
         (name, w.batch_size, w.train_steps, DASH if w.target is None else f"{w.metric_name} {w.target:g}", w.summary)

@@ -225,8 +225,9 @@ def check_workloads(names: Iterable[str], folders: Sequence[Path] = ()) -> None:
     from mpscale.workloads import registry
 
     try:
-        for name in names:
-            registry.get(name, folders)
+        with registry.without_gpus():
+            for name in names:
+                registry.get(name, folders)
     except registry.UnknownWorkload as error:
         raise pytest.UsageError(f"--mp-workloads: {error}") from error
 

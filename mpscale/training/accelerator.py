@@ -57,7 +57,9 @@ class AllocatorPeak:
         if self._reason is not None:
             return None, self._reason
         try:
-            return tf.config.experimental.get_memory_info("GPU:0")["peak"] / MIB, None
+            peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
+            # A process that has trained holds memory: 0 is what an allocator says that does not count.
+            return (peak / MIB, None) if peak else (None, "TensorFlow's allocator says that it never held any memory")
         except (ValueError, tf.errors.OpError) as error:
             return None, f"TensorFlow's allocator keeps no statistics: {error}"
 

@@ -5,12 +5,14 @@ Finding one imports code of other people, which may fail in any way: only what w
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.machinery
 import operator
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -107,6 +109,24 @@ def get(name: str, folders: Iterable[str | Path] = ()) -> Workload:
         f"no workload is called {name!r}{hint}; the workloads are {', '.join(found.workloads)}, "
         f"and module:attribute names one of your own{broken}"
     )
+
+
+@contextlib.contextmanager
+def without_gpus() -> Iterator[None]:
+    """Hides all GPUs from TensorFlow while workloads are looked for in a process that will not train them.
+
+    A module that makes a metric or an optimizer when it is imported has TensorFlow take the GPU, and nearly all of its
+    memory with it, for as long as the process lives. One that makes none leaves TensorFlow free to see the GPU later.
+    """
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def is_own(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import pytest
 from small_suite import SUITE, WORKLOAD, forget, pytest_here, write
@@ -230,3 +231,14 @@ def test_the_command_shows_a_workload_of_ones_own_and_where_it_is(site, tmp_path
     assert f"mine_w:w is in {tmp_path}/mine_w.py" in said
     assert main(["workloads", "nowhere:w"]) == 2
     assert f"looked for on Python's path, then in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_module_that_uses_tensorflow_at_import_takes_no_gpu_where_nothing_is_trained(here, monkeypatch, capsys):
+    """A metric at the top of a module would have pytest hold the GPU's memory, and none be left for the worker."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    noted = 'import os\nfrom pathlib import Path\nPath("seen.txt").write_text(os.environ["CUDA_VISIBLE_DEVICES"])\n'
+    write(here, looks_at_gpus=noted + WORKLOAD)
+    forget("looks_at_gpus")
+    assert main(["workloads", "looks_at_gpus:w"]) == 0, capsys.readouterr().err
+    assert (here / "seen.txt").read_text() == "-1"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
