@@ -98,9 +98,12 @@ def _refused_by_xla(error: BaseException) -> bool:
     from tensorflow.python.framework import errors
 
     codes = (errors.INVALID_ARGUMENT, errors.UNIMPLEMENTED, errors.FAILED_PRECONDITION, errors.NOT_FOUND)
+    text = _said(error)
+    if getattr(error, "error_code", None) == errors.INTERNAL:
+        # On a GPU a compiled program can fail with this code, too. XLA's autotuner runs before there is one.
+        return text.startswith("Autotuner ")
     if getattr(error, "error_code", None) not in codes:
         return False
-    text = _said(error)
     named = re.search(r"\[Op:(\S+)\]", text)
     if named is not None and context.context().has_function(named[1]):
         return bool(context.context().get_function_def(named[1]).attr["_XlaMustCompile"].b)

@@ -185,3 +185,16 @@ def test_memory_that_ran_out_is_told_by_type_also_below_a_layer():
     with pytest.raises(Exception, match="no more") as caught:
         traced(Greedy())()
     assert cause(caught.value, True) == {"type": "MemoryError", "message": "no more", "oom": True}
+
+
+@pytest.mark.parametrize(
+    ("message", "hint"),
+    [
+        # As XLA said it on an H200, of a float32 convolution.
+        ("Autotuner could not find any supported configs for HLO: %cudnn-conv-bias-activation.13", True),
+        ("Failed to launch CUDA kernel: an illegal memory access was encountered", False),
+    ],
+)
+def test_internal_error_is_xlas_refusal_if_it_comes_before_there_is_a_program(message, hint):
+    error = tf.errors.InternalError(None, None, f"{message} [Op:__inference_step_637]")
+    assert (NO_JIT in cause(error, jit=True)["message"]) is hint
