@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from situations.one_case import train
 
 import mpscale
 from mpscale.scaling import DynamicLossScale
@@ -21,6 +22,9 @@ def blocks(text):
 
 GUIDE = blocks((ROOT / "docs/scaling.md").read_text())
 README = blocks((ROOT / "README.md").read_text().split("## The loss scale alone")[1].split("\n## ")[0])
+
+
+OWN_MODEL = blocks((ROOT / "README.md").read_text().split("## Your own model")[1].split("\n## ")[0])
 
 
 @pytest.fixture
@@ -113,3 +117,14 @@ def test_the_printed_checkpoint_restores_the_scale(names):
     exec(GUIDE[2], names)
     assert float(names["optimizer"].loss_scale_value) == 2.0**9
     assert names["optimizer"].counters()["attempted"] == 3
+
+
+def test_the_readmes_own_models_train():
+    module = {}
+    for block in OWN_MODEL[:2]:
+        exec(block, module)
+    accuracy = train(module["signs"]).row["final_accuracy"]
+    assert accuracy > 0.9
+    error = train(module["product"]).row["metric_value"]
+    by_the_mean = float(np.mean(np.abs(module["products"]().test_y)))
+    assert error < 0.7 * by_the_mean
