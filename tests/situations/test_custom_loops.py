@@ -282,19 +282,24 @@ def test_scaled_gradients_that_come_with_finite_are_refused():
 
 def test_watching_ends_with_the_step():
     """Eager operations are watched only between unscale and the end of its step."""
-    from tensorflow.python.framework import op_callbacks
+    from tensorflow.python.eager import context
 
+    def watchers():
+        return len(context.context().op_callbacks)
+
+    gc.collect()
+    before = watchers()
     loop = Loop()
     step_with_finite(loop)
-    assert not op_callbacks.should_invoke_op_callbacks()
+    assert watchers() == before
     left_out(loop)
-    assert op_callbacks.should_invoke_op_callbacks()
+    assert watchers() == before + 1
     loop.gradients()
-    assert not op_callbacks.should_invoke_op_callbacks()
+    assert watchers() == before
     left_out(loop)
     del loop
     gc.collect()
-    assert not op_callbacks.should_invoke_op_callbacks()
+    assert watchers() == before
 
 
 # What is only said
