@@ -20,7 +20,7 @@ from mpscale.modes import MODES, Mode
 from mpscale.telemetry.device import Device
 from mpscale.training import accelerator, identity, order
 from mpscale.training.arithmetic import Arithmetic
-from mpscale.training.evaluation import Evaluator, score_for
+from mpscale.training.evaluation import Evaluator, is_accuracy, score_for
 from mpscale.training.objective import Objective
 from mpscale.training.parts import build_model, make_model, make_optimizer
 from mpscale.training.precision import Precision
@@ -210,7 +210,8 @@ def _evaluator(
     model: keras.Model, workload: Workload, data: Data, objective: Objective, jit: bool, batch: int
 ) -> Evaluator:
     """The metric, tried out: what is wrong with it is known before the training and not after."""
-    threshold = objective.threshold() if objective.output in ((), (1,)) or objective.output[-1] == 1 else None
+    one_output = not objective.output or objective.output[-1] == 1
+    threshold = objective.threshold() if one_output and is_accuracy(workload.metric) else None
     score = score_for(workload.metric, str(workload.metric_name), data.test_y, objective.output, threshold)
     evaluate = Evaluator(model, score, jit, batch)
     evaluate.try_out(data.test_x, data.test_y)

@@ -2,8 +2,9 @@
 
 Labels (examples,) beside outputs (examples, 1), or (examples, 1) beside (examples, classes), broadcast to a matrix of
 every label against every output. Nothing fails, and the figure is wrong. Keras' own losses and metrics are given the
-shape that Keras gives them. A function of the user's is tried: what it says of several examples has to be the mean, or
-the sum, of what it says of each alone.
+shape that Keras gives them. A function of the user's is tried: what it says has to change when the labels change
+places, which what comes of a matrix of all against all does not. Where that does not tell, what it says of several
+examples has to be the mean, or the sum, of what it says of each alone.
 """
 
 from __future__ import annotations
@@ -13,14 +14,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tensorflow as tf
 
 Form = Callable[[Any], Any]
 """Takes labels, of NumPy or TensorFlow, and returns them in the shape that is wanted."""
 
-_PROBED = 16
+PROBED = 16
+"""Examples that a function is tried on."""
 _DRAWS = 2
+_SHIFTS = (1, 2, 5)
+"""Places by which labels are moved."""
 _RTOL = 1e-3
 
+_CLASSES = ("categorical_generalized_cross_entropy",)
+"""Kinds that take class numbers although their name does not begin with sparse."""
+_HAVE_SPARSE = ("categorical_crossentropy", "categorical_accuracy", "top_k_categorical_accuracy")
 _SHAPES_OF_THEIR_OWN = ("ctc", "circle", "io_u", "mean_io_u", "one_hot_io_u", "one_hot_mean_io_u")
 
 
@@ -56,6 +64,11 @@ def forms(labels: Sequence[int | None], outputs: Sequence[int | None]) -> list[F
     return found
 
 
+def takes_classes(kind: str) -> bool:
+    """Whether a loss or a metric of Keras' takes class numbers; ``kind`` is its name in snake case."""
+    return kind.startswith("sparse") or kind in _CLASSES
+
+
 def keras_form(kind: str, labels: Sequence[int | None], outputs: Sequence[int | None]) -> Form:
     """The form that a loss or a metric of Keras' gives labels by itself.
 
@@ -64,7 +77,7 @@ def keras_form(kind: str, labels: Sequence[int | None], outputs: Sequence[int | 
         labels: shape of one example's label.
         outputs: shape of one example's output.
     """
-    if kind.startswith("sparse"):
+    if takes_classes(kind):
         return _squeezed if labels and labels[-1] == 1 and len(labels) == len(outputs) else as_they_are
     return forms(labels, outputs)[-1]
 
@@ -82,7 +95,9 @@ def check_fit(kind: str, labels: Sequence[int | None], outputs: Sequence[int | N
     """
     if not kind or kind in _SHAPES_OF_THEIR_OWN:
         return
-    sparse = kind.startswith("sparse")
+    sparse = takes_classes(kind)
+    if sparse and not outputs:
+        raise ValueError(f"{kind} takes one output a class, but the model has outputs of shape (examples,)")
     expected = tuple(outputs[:-1] if sparse else outputs)
     if len(labels) != len(expected) or any(
         None not in (a, b) and a != b for a, b in zip(labels, expected, strict=True)
@@ -93,12 +108,17 @@ def check_fit(kind: str, labels: Sequence[int | None], outputs: Sequence[int | N
         elif sparse:
             cure = f"{kind} takes one class an example"
         else:
-            cure = f"{kind} takes labels of the outputs' shape; for class numbers take its 'sparse' relative"
+            cure = f"{kind} takes labels of the outputs' shape; for class numbers "
+            cure += "take its 'sparse' relative" if kind in _HAVE_SPARSE else "pass keras.utils.to_categorical of them"
         raise ValueError(f"labels of shape {_shape(labels)} do not fit outputs of shape {_shape(outputs)}: {cure}")
 
 
 def form_for(
-    function: Callable[[Any, Any], Any], labels: npt.NDArray[Any], outputs: Sequence[int | None], what: str
+    function: Callable[[Any, Any], Any],
+    labels: npt.NDArray[Any],
+    outputs: Sequence[int | None],
+    what: str,
+    examples: int = PROBED,
 ) -> Form:
     """The form in which a function of the user's takes its labels.
 
@@ -107,6 +127,7 @@ def form_for(
         labels: of the training or test set (examples, ...).
         outputs: shape of one example's output.
         what: ``"loss"`` or ``"metric"``, for the message.
+        examples: how many at once the function is tried on.
 
     Raises:
         ValueError: the forms differ in what they say, and it cannot be told which is meant.
@@ -114,10 +135,14 @@ def form_for(
     candidates = forms(labels.shape[1:], outputs)
     if len(candidates) == 1 or None in outputs:
         return candidates[0]
-    sample = _sample(labels)
-    draws = [_outputs_like(sample, outputs, seed) for seed in range(_DRAWS)]
-    said = {form: [_mean(function, form(sample), draw) for draw in draws] for form in candidates}
+    sample = sample_of(labels, examples)
+    draws = [outputs_like(sample, outputs, seed) for seed in range(_DRAWS)]
+    said = {form: [mean(function, form(sample), draw) for draw in draws] for form in candidates}
     running = [form for form in candidates if None not in said[form]]
+    pairing = [form for form in running if _pairs(function, form(sample), draws, said[form])]
+    if len(pairing) == 1:
+        return pairing[0]
+    running = pairing or running
     for form in running:
         if all(_adds_up(function, form(sample), draw, said[form][place]) for place, draw in enumerate(draws)):
             return form
@@ -131,53 +156,82 @@ def form_for(
     )
 
 
-def takes(function: Callable[[Any, Any], Any], labels: npt.NDArray[Any], outputs: Sequence[int | None]) -> bool:
-    """Whether the function says anything finite of such labels, in any form, and such outputs.
+def repeatable(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """``function`` of tensors as one of arrays that can be tried: it leaves its variables as they were.
 
-    Args:
-        function: ``(labels, outputs)`` to a number or an array of numbers.
-        labels: some or all labels (examples, ...).
-        outputs: shape of one example's output.
+    Each call is traced anew, as the train step will be, so that random numbers are the same in all of them.
     """
-    if None in outputs:
-        return True
-    sample = _sample(labels)
-    draw = _outputs_like(sample, outputs, 0)
-    return any(_mean(function, form(sample), draw) is not None for form in forms(labels.shape[1:], outputs))
+
+    def call(labels: Any, outputs: Any) -> Any:
+        given = tf.constant(labels), tf.constant(outputs)
+        traced = traced_with(function, *given)
+        kept = [(variable, variable.read_value()) for variable in traced.graph.variables]
+        try:
+            return np.asarray(traced(*given))
+        finally:
+            for variable, value in kept:
+                variable.assign(value)
+
+    return call
 
 
-def _sample(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A few labels that differ, if any do: equal ones would hide that they are mixed up."""
+def traced_with(function: Callable[[Any, Any], Any], labels: Any, outputs: Any) -> Any:
+    """``function`` as a graph, for tensors of the shapes and dtypes of these."""
+
+    def call(labels: Any, outputs: Any) -> Any:
+        return tf.convert_to_tensor(function(labels, outputs))
+
+    specs = (tf.TensorSpec(np.shape(given), given.dtype) for given in (labels, outputs))
+    return tf.function(call).get_concrete_function(*specs)
+
+
+def sample_of(labels: npt.NDArray[Any], examples: int = PROBED) -> npt.NDArray[Any]:
+    """So many labels that differ, if any do: equal ones would hide that they are mixed up."""
     _, first = np.unique(labels.reshape(len(labels), -1)[:, 0], return_index=True)
-    chosen = first[np.linspace(0, len(first) - 1, min(len(first), _PROBED // 2)).astype(int)]
-    return labels[np.concatenate([chosen, np.arange(len(labels))])[:_PROBED]]
+    chosen = first[np.linspace(0, len(first) - 1, min(len(first), -(-examples // 2))).astype(int)]
+    return np.resize(labels[np.concatenate([chosen, np.arange(len(labels))])[:examples]], (examples, *labels.shape[1:]))
 
 
-def _outputs_like(labels: npt.NDArray[Any], shape: Sequence[int | None], seed: int) -> npt.NDArray[np.float32]:
+def outputs_like(labels: npt.NDArray[Any], shape: Sequence[int | None], seed: int) -> npt.NDArray[np.float32]:
     """Outputs between 0 and 1 of a model that is right more often than not: all wrong is the same in every shape."""
     random = np.random.default_rng(seed)
     outputs = random.uniform(0.05, 0.5, (len(labels), *shape))  # type: ignore[arg-type]
-    values = labels.astype(float)
-    if not shape or shape[-1] == 1:
+    values = np.nan_to_num(labels.astype(float))
+    if values.size == outputs.size and (not shape or shape[-1] == 1):
         low, high = values.min(), values.max()
         outputs += 0.45 * ((values - low) / (high - low or 1.0)).reshape(outputs.shape)
-    else:
+    elif shape and values.size * outputs.shape[-1] == outputs.size:
         right = random.random(len(labels)) < 0.75
-        place = np.clip(values, 0, shape[-1] - 1).astype(int).reshape(*outputs.shape[:-1], 1)  # type: ignore[operator]
+        place = np.clip(values, 0, outputs.shape[-1] - 1).astype(int).reshape(*outputs.shape[:-1], 1)
         np.put_along_axis(outputs, place, np.where(right.reshape(-1, *[1] * (place.ndim - 1)), 0.95, 0.3), axis=-1)
     return outputs.astype(np.float32)
 
 
+def _pairs(
+    function: Callable[[Any, Any], Any], labels: Any, draws: Sequence[Any], said: Sequence[float | None]
+) -> bool:
+    """Whether it matters to the function which label goes with which output."""
+    for draw, whole in zip(draws, said, strict=True):
+        for shift in _SHIFTS:
+            moved = mean(function, np.roll(labels, shift, axis=0), draw)
+            if moved is not None and not np.isclose(moved, whole, _RTOL):  # type: ignore[arg-type]
+                return True
+    return False
+
+
 def _adds_up(function: Callable[[Any, Any], Any], labels: Any, outputs: Any, whole: float | None) -> bool:
-    singles = [_mean(function, labels[i : i + 1], outputs[i : i + 1]) for i in range(len(outputs))]
+    if len(outputs) > PROBED:
+        labels, outputs = labels[:PROBED], outputs[:PROBED]
+        whole = mean(function, labels, outputs)
+    singles = [mean(function, labels[i : i + 1], outputs[i : i + 1]) for i in range(len(outputs))]
     if None in singles or whole is None:
         return False
     total = float(np.sum(singles))  # type: ignore[arg-type]
     return bool(np.isclose(whole, total / len(singles), _RTOL) or np.isclose(whole, total, _RTOL))
 
 
-def _mean(function: Callable[[Any, Any], Any], labels: Any, outputs: Any) -> float | None:
-    """What the function says, averaged; None where it fails or says nothing finite."""
+def mean(function: Callable[[Any, Any], Any], labels: Any, outputs: Any) -> float | None:
+    """What the function says of arrays, averaged; None where it fails or says nothing finite."""
     try:
         value = float(np.mean(np.asarray(function(labels, outputs), dtype=float)))
     except Exception:  # the user's code, on a shape that it may not be made for

@@ -44,8 +44,6 @@ class Objective:
         self._squashed_by: str | None = None
         if labels.dtype.kind in "US":
             raise ValueError(f"the labels are text ({labels.dtype}); give each class a number from 0")
-        if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-            raise ValueError(f"{np.sum(~np.isfinite(labels))} of the training labels are not finite")
 
     def __call__(self, labels: Any, outputs: Any) -> Any:
         """The loss of a batch.
@@ -67,23 +65,26 @@ class Objective:
             return _scalar(self._loss(labels, outputs))
         if outputs.dtype in (tf.float16, tf.bfloat16):
             outputs = tf.cast(outputs, tf.float32)
-        return _scalar(_reduced(self._loss(labels, outputs), mask))
+        # The mean that the default loss takes itself would count what is masked.
+        of_each = mask is not None and self._loss is sparse_cross_entropy
+        return _scalar(_reduced((_cross_entropies if of_each else self._loss)(labels, outputs), mask))
 
     def threshold(self) -> float | None:
         """For a model with one output: the value at which the loss is indifferent between labels 0 and 1.
 
         0 for logits, 0.5 for probabilities; None where it is neither, or the loss takes logits and the model's last
-        operation is a sigmoid, so that one of the two is not meant.
+        operation is a sigmoid, so that one of the two is not meant, or the loss does not take one example alone.
         """
         if None in self.output:
             return None
+        loss = label_forms.repeatable(self)
         for value in (0.0, 0.5):
-            outputs = tf.constant(value, shape=(1, *self.output), dtype=tf.float32)
+            outputs = np.full([1, *map(int, self.output)], value, np.float32)  # type: ignore[arg-type]
             zero, one = (
-                float(self(tf.constant(np.full((1, *self._labels.shape[1:]), label, self._labels.dtype)), outputs))
+                label_forms.mean(loss, np.full((1, *self._labels.shape[1:]), label, self._labels.dtype), outputs)
                 for label in (0, 1)
             )
-            if np.isclose(zero, one, rtol=1e-4):
+            if zero is not None and one is not None and np.isclose(zero, one, rtol=1e-4):
                 return None if value == 0.0 and self._squashed_by else value
         return None
 
@@ -92,10 +93,10 @@ class Objective:
         self.output = tuple(outputs.shape[1:])
         tail = self._labels.shape[1:]
         if self._loss is None:
-            sparse = len(tail) < len(self.output) or tail[-1] == 1
+            sparse = len(tail) < len(self.output) or tail[-1:] == (1,)
             self._loss = (
                 keras.losses.binary_crossentropy
-                if self.output[-1] == 1
+                if self.output in ((), (1,)) or self.output[-1] == 1
                 else keras.losses.sparse_categorical_crossentropy
                 if sparse
                 else keras.losses.categorical_crossentropy
@@ -103,22 +104,65 @@ class Objective:
         self._squashed_by = _squashed_by(outputs)
         kind = kind_of(self._loss) if self._loss is not sparse_cross_entropy else "sparse_categorical_crossentropy"
         if kind:
+            self._check_finite()
             self._form = label_forms.keras_form(kind, tail, self.output)
             label_forms.check_fit(kind, self._form(self._labels).shape[1:], self.output)
             self._check_values(kind)
             return
-        loss = self._loss
+        if None in self.output:
+            # Nothing can be tried without a shape.
+            self._form = label_forms.as_they_are
+            return
+        examples = outputs.shape[0] or label_forms.PROBED
+        labels = self._as_taken(self._loss, label_forms.sample_of(self._labels, examples))
+        loss, draw = label_forms.repeatable(self._loss), label_forms.outputs_like(labels, self.output, 0)
+        if not np.isfinite(np.asarray(self._labels, float)).all():
+            # A loss of the user's may leave out labels that are missing; one that does says something finite.
+            missing = labels.copy()
+            missing[::2] = np.nan
+            if all(
+                label_forms.mean(loss, form(missing), draw) is None for form in label_forms.forms(tail, self.output)
+            ):
+                self._check_finite()
+        form = label_forms.form_for(loss, labels, self.output, "loss", examples)
+        dtype = tf.as_dtype(labels.dtype)
+        self._form = form if labels.dtype == self._labels.dtype else lambda labels: tf.cast(form(labels), dtype)
 
-        def tried(labels: Any, outputs: Any) -> Any:
-            return loss(tf.constant(labels), tf.constant(outputs))
+    def _as_taken(self, loss: Loss, labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Labels in the dtype that a function of the user's takes them in.
 
+        Keras hands every loss its labels as floats. Whole numbers stay what they are if the loss can do with them and
+        says the same: of uint8, 0 less 1 is 255.
+        """
+        outputs = label_forms.outputs_like(labels, self.output, 0)
+        floats = labels.astype(np.float32)
+        forms = label_forms.forms(labels.shape[1:], self.output)
+
+        def runs(labels: Any) -> bool:
+            for form in forms:
+                try:
+                    label_forms.traced_with(loss, form(labels), outputs)
+                    return True
+                except Exception:  # the user's code, on a dtype that it may not be made for
+                    continue
+            return False
+
+        if labels.dtype.kind == "f":
+            return floats if runs(floats) or not runs(labels) else labels
+        if not runs(labels):
+            return floats
+        if runs(floats):
+            tried = label_forms.repeatable(loss)
+            for form in forms:
+                whole, real = (label_forms.mean(tried, form(given), outputs) for given in (labels, floats))
+                if real is not None and (whole is None or not np.isclose(whole, real, rtol=1e-3)):
+                    return floats
+        return labels
+
+    def _check_finite(self) -> None:
         labels = self._labels
-        if labels.dtype.kind in "biu" and not label_forms.takes(tried, labels, self.output):
-            # Keras hands every loss its labels as floats.
-            labels = labels.astype(np.float32)
-        form = label_forms.form_for(tried, labels, self.output, "loss")
-        as_floats = labels.dtype != self._labels.dtype
-        self._form = (lambda labels: tf.cast(form(labels), tf.float32)) if as_floats else form
+        if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+            raise ValueError(f"{np.sum(~np.isfinite(labels))} of the training labels are not finite")
 
     def _check_values(self, kind: str) -> None:
         """Checks labels and outputs against a loss of Keras'."""
@@ -176,6 +220,10 @@ def _resolved(given: Loss | str) -> Loss:
     if isinstance(loss, keras.losses.Loss) and loss.reduction in (None, "none"):
         raise ValueError(f"{type(loss).__name__} has reduction=None, so it is no number; leave reduction out")
     return loss
+
+
+def _cross_entropies(labels: Any, logits: Any) -> Any:
+    return keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
 
 
 def _options(loss: Any) -> dict[str, Any]:

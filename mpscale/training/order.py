@@ -17,7 +17,10 @@ def batches(examples: int, batch_size: int, steps: int, seed: int) -> npt.NDArra
         ValueError: the batch is larger than the training set.
     """
     if not 1 <= batch_size <= examples:
-        raise ValueError(f"a batch of {batch_size} cannot be drawn from {examples} examples; choose 1 to {examples}")
+        raise ValueError(
+            f"a batch of {batch_size} cannot be drawn from a training set of {examples}; "
+            f"choose a batch_size from 1 to {examples}"
+        )
     random = np.random.default_rng(seed)
     per_epoch = examples // batch_size
     epochs = [random.permutation(examples)[: per_epoch * batch_size] for _ in range(-(-steps // per_epoch))]

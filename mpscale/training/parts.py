@@ -11,6 +11,12 @@ _STEPS = ("train_step", "compute_loss", "_compute_loss", "make_train_function", 
 """Methods of a Keras model that say how it is trained."""
 
 
+_EXCLUDED = ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern")
+_SETTINGS = (bool, int, float, str)
+_STATE = ("built", "_built", "_lock", "name")
+"""Attributes of an optimizer that are no settings."""
+
+
 def make_model(build: Any) -> keras.Model:
     """The workload's model.
 
@@ -51,7 +57,8 @@ def build_model(model: keras.Model, example: Any) -> None:
         ValueError: it has no weights that can be trained.
     """
     if not model.built:
-        model(keras.KerasTensor(example.shape, dtype=example.dtype.name))
+        dtype = "string" if example.dtype.kind in "US" else example.dtype.name
+        model(keras.KerasTensor(example.shape, dtype=dtype))
     if not model.trainable_variables:
         raise ValueError("the model has no variable that can be trained")
 
@@ -71,7 +78,7 @@ def make_optimizer(source: Any) -> keras.optimizers.Optimizer:
             optimizer = keras.optimizers.get(source)
         except ValueError as error:
             raise ValueError(f"Keras knows no optimizer called {source!r}; give a name such as 'adam'") from error
-    elif isinstance(source, keras.optimizers.Optimizer):
+    elif isinstance(source, keras.optimizers.Optimizer | keras.optimizers.schedules.LearningRateSchedule):
         optimizer = source
     else:
         optimizer = source()
@@ -91,11 +98,20 @@ def make_optimizer(source: Any) -> keras.optimizers.Optimizer:
 
 
 def _copy(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    if not optimizer.built and not type(optimizer).__module__.startswith("keras."):
+        # As good as a copy: nothing has been trained with it, and each case has a process of its own. What a class of
+        # the user's was made with need not all be in its config.
+        return optimizer
     try:
-        return type(optimizer).from_config(optimizer.get_config())
+        copy = type(optimizer).from_config(optimizer.get_config())
+        for name, value in vars(optimizer).items():
+            # Not in the config either: settings that were made later, and weights to which no weight decay goes.
+            later = isinstance(value, _SETTINGS) and not name.startswith("_self_") and name not in _STATE
+            if name in _EXCLUDED or (later and vars(copy).get(name) != value):
+                setattr(copy, name, value)
+        return copy
     except Exception as error:  # whatever a class of the user's, or its schedule, does not provide for
         if not optimizer.built:
-            # As good as a copy: nothing has been trained with it, and each case has a process of its own.
             return optimizer
         raise ValueError(
             f"{type(optimizer).__name__} has been used already and cannot be copied ({error}); "

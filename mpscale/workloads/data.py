@@ -109,7 +109,12 @@ def _checked(name: str, array: Any) -> Array:
             f"{name} has dtype {array.dtype}, which cannot be trained on; pass numbers, booleans or text, "
             f"for instance {name}.astype('float32')"
         )
-    return array
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        raise TypeError(
+            f"{name} has dtype {array.dtype}, which TensorFlow does not know; pass {name}.astype('float32')"
+        )
+    # As a plain array: a matrix stays one of two axes whatever is taken out of it.
+    return np.asarray(array)
 
 
 def _text(name: str, array: Array) -> Array:

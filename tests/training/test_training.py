@@ -39,7 +39,7 @@ def test_order_comes_from_the_seed_alone():
 
 @pytest.mark.parametrize("size", [0, 11, -1])
 def test_batch_that_cannot_be_drawn_is_refused(size):
-    with pytest.raises(ValueError, match="choose 1 to 10"):
+    with pytest.raises(ValueError, match="choose a batch_size from 1 to 10"):
         batches(10, size, 1, 0)
 
 
@@ -124,7 +124,8 @@ def test_evaluation_sees_every_example_once(examples, batch):
     x = np.arange(examples, dtype=np.float32)[:, None]
     seen = []
 
-    def metric(labels, outputs):
+    def metric(labels, outputs, mask):
+        assert mask is None
         seen.append((labels, outputs))
         return 1.0
 
