@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -108,6 +110,9 @@ REASONS = {
         "InvalidArgumentError: indices[0] = 7 is not in [0, 2)",
     ),
     "a function in Python below the graph": (traced(ask_python), "UnknownError: RuntimeError: python said no"),
+    "sys.exit with a text": (lambda: sys.exit("no data"), "SystemExit: no data"),
+    "sys.exit with a number": (lambda: sys.exit(0), "SystemExit: the code of the case called sys.exit(0)"),
+    "sys.exit without anything": (sys.exit, "SystemExit: the code of the case called sys.exit(None)"),
     "a missing key": (lambda: {}["labels"], "KeyError: 'labels'"),
     "an error without a text": (lambda: exec("raise Unreadable"), "Unreadable: its message cannot be read: Runtime"),
 }
