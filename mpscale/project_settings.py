@@ -24,7 +24,7 @@ class ProjectSettings:
     """What is set, and what holds where nothing is.
 
     Args:
-        baseline: run to compare with at the end of a pytest run.
+        baseline: run to compare with at the end of a pytest run; a path as seen from the current folder.
         fail_on: gates.
         strict: whether what could not be told fails like a gate that fired.
         threshold: change of step time from which on it matters, as text.
@@ -54,8 +54,12 @@ def load(folder: Path) -> ProjectSettings:
             raise SettingsError(f"{path}: [tool.mpscale] knows no {key!r}, only {', '.join(_KINDS)}")
         if not _fits(key, value):
             raise SettingsError(f"{path}: {key} of [tool.mpscale] must be {_KINDS[key]}, not {value!r}")
+    baseline = table.get("baseline")
+    # A path in the file goes from the folder of the file, wherever pytest is called.
+    if baseline is not None and path.parent != Path.cwd() and (path.parent / baseline).exists():
+        baseline = str(path.parent / baseline)
     return ProjectSettings(
-        table.get("baseline"), tuple(table.get("fail-on", ())), table.get("strict", False), table.get("threshold")
+        baseline, tuple(table.get("fail-on", ())), table.get("strict", False), table.get("threshold")
     )
 
 

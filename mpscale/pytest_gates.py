@@ -76,12 +76,13 @@ class BaselineCheck:
             device: where the run will train.
 
         Raises:
-            ValueError: it cannot be read, or is of another method; or, if the command line named it, of another device.
+            ValueError: it cannot be read, does not say of which machine it is, or is of another method; or, if the
+                command line named it, of another machine or not there yet.
         """
         if self._wanted is None:
             return
         from mpscale.analysis.pairing import hardware, machine, machine_words, same_machine
-        from mpscale.analysis.runs import RunError, read_run, resolve_run
+        from mpscale.analysis.runs import NoRunYet, RunError, read_run, resolve_run
         from mpscale.columns import METHOD_VERSION
         from mpscale.telemetry import host
 
@@ -89,15 +90,17 @@ class BaselineCheck:
         try:
             # What `latest` means changes with the run that is about to begin.
             baseline = read_run(resolve_run(self._wanted, results, self.left_out))
+            there = hardware(baseline)
+        except NoRunYet as error:
+            if self._named:
+                raise ValueError(f"baseline: {error}") from error
+            # `latest` in a file of settings must not keep the first run from being made.
+            self.note = f"baseline: there is no run in {results / 'runs'} yet: not compared"
+            return
         except RunError as error:
             raise ValueError(f"baseline: {error}") from error
-        method = baseline.info.get("method_version", METHOD_VERSION)
-        if method != METHOD_VERSION:
-            raise ValueError(
-                f"baseline {baseline.name} was measured by method {method}, and this is method {METHOD_VERSION}; "
-                "make a new baseline"
-            )
-        there = hardware(baseline)
+        if there["kind"] is None and there["name"] is None:
+            raise ValueError(f"baseline {baseline.name} does not say of which machine it is: take the original file")
         here = machine(device.kind, device.name, {"cpu": host.cpu_facts(), "variables": os.environ})
         if not same_machine(there, here):
             problem = f"baseline {baseline.name} is of {machine_words(there)}, and this is {machine_words(here)}"
@@ -106,6 +109,13 @@ class BaselineCheck:
             # From a file that people on other machines share: no reason not to let them run.
             self.note = f"{problem}: not compared"
             return
+        # Only now: to people on another machine it is all the same by which method the baseline was measured.
+        methods = baseline.methods - {METHOD_VERSION}
+        if methods:
+            raise ValueError(
+                f"baseline {baseline.name} was measured by method {', '.join(map(str, sorted(methods)))}, and this is "
+                f"method {METHOD_VERSION}; make a new baseline"
+            )
         self._baseline = baseline
 
     def judge(self, path: Path, run_more: Callable[[list[Case]], None], settings: Settings) -> None:

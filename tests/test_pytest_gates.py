@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 from runfolder import CPU, finished, record, write_run
 
+from mpscale import project_settings
 from mpscale.columns import METHOD_VERSION
 from mpscale.harness.case import Settings, series_key
 from mpscale.modes import MODES
 from mpscale.pytest_gates import BaselineCheck, _further_cases
+from mpscale.records import to_csv
 from mpscale.telemetry import host
 
 BEFORE, AFTER = "20260101T000000Z-before", "20260102T000000Z-after"
@@ -104,3 +106,80 @@ def test_what_is_measured_anew_is_of_a_seed_that_was_not_lost(tmp_path):
     further = _further_cases(run, {("toy", "fp32"): 1}, Settings())
     assert {(case.seed, case.trains) for case in further} == {(2, False)}
     assert len(further) == 6
+
+
+def opened(tmp_path, baseline, named=False, gates="metric"):
+    """A check whose baseline was looked at before anything runs, on a machine called Test CPU."""
+    (tmp_path / "pyproject.toml").write_text(f'[tool.mpscale]\nbaseline = "{baseline}"\nfail-on = ["{gates}"]\n')
+    options = {"mp_baseline": baseline if named else None}
+    found = BaselineCheck(SimpleNamespace(getoption=options.get, rootpath=tmp_path))
+    found.open(tmp_path / "results", SimpleNamespace(kind="cpu", name="Test CPU"))
+    return found
+
+
+def table(tmp_path, **changes):
+    """A cases.csv of this machine, but for what is changed in its first row, or in all where it is None."""
+    made = cases()
+    for one in made if None in changes.values() else made[:1]:
+        one.update(changes)
+    path = tmp_path / "table.csv"
+    path.write_text(to_csv(made))
+    return path
+
+
+def test_a_table_of_two_machines_is_no_baseline(tmp_path):
+    with pytest.raises(ValueError, match=r"baseline: .*holds cases of .*Other CPU.*; compare runs of one device each"):
+        opened(tmp_path, table(tmp_path, device_name="Other CPU"))
+
+
+def test_a_table_that_says_of_no_machine_is_no_baseline_of_another_one(tmp_path):
+    with pytest.raises(ValueError, match="does not say of which machine it is"):
+        opened(tmp_path, table(tmp_path, device=None, device_name=None))
+
+
+def test_a_table_of_another_method_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match=rf"measured by method {METHOD_VERSION - 1}, and this is method"):
+        opened(tmp_path, table(tmp_path, method_version=METHOD_VERSION - 1))
+
+
+@pytest.mark.parametrize("method", [METHOD_VERSION, METHOD_VERSION - 1])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_baseline_of_another_machine_in_a_shared_file_lets_people_run_whatever_its_method(tmp_path, method, named):
+    device = {**CPU, "name": "Another CPU"}
+    write_run(tmp_path / "results", finished(cases()), name=BEFORE, device=device, method_version=method)
+    if named:
+        with pytest.raises(ValueError, match="is of Another CPU"):
+            opened(tmp_path, BEFORE, named=True)
+        return
+    found = opened(tmp_path, BEFORE)
+    (line,) = found.lines()
+    assert "is of Another CPU (cpu)" in line and line.endswith("not compared")
+    assert not found.fails
+
+
+def test_the_latest_run_as_a_baseline_lets_the_first_one_be_made(tmp_path):
+    found = opened(tmp_path, "latest")
+    assert found.lines() == [f"baseline: there is no run in {tmp_path}/results/runs yet: not compared"]
+    assert not found.fails
+    with pytest.raises(ValueError, match="there is no run"):
+        opened(tmp_path, "latest", named=True)
+    broken = tmp_path / "results" / "runs" / BEFORE
+    broken.mkdir(parents=True)
+    (broken / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="none of the 1 runs"):
+        opened(tmp_path, "latest")
+
+
+def test_a_path_in_pyproject_goes_from_its_folder(tmp_path, monkeypatch):
+    inner = tmp_path / "bench"
+    inner.mkdir()
+    (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nbaseline = "kept/table.csv"\n')
+    for folder in (tmp_path, inner):
+        (folder / "kept").mkdir()
+        (folder / "kept" / "table.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    assert project_settings.load(tmp_path).baseline == "kept/table.csv"
+    monkeypatch.chdir(inner)
+    assert project_settings.load(inner).baseline == str(tmp_path / "kept" / "table.csv")
+    (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nbaseline = "latest"\n')
+    assert project_settings.load(inner).baseline == "latest"

@@ -155,9 +155,12 @@ def _value(name: str, text: str) -> Any:
 
 def _float(text: str) -> float:
     # Python's own numbers may hold underscores, which no tool writes and a name may.
-    if "_" in text or "," in text:
-        raise ValueError(f"expected a number such as 1234.5, not {text!r}")
-    return float(text)
+    try:
+        if "_" not in text and "," not in text:
+            return float(text)
+    except ValueError:
+        pass
+    raise ValueError(f"expected a number such as 1234.5, not {text!r}")
 
 
 def _integer(text: str) -> int:

@@ -239,7 +239,8 @@ def _missing(row: ComparedRow, gate: Gate) -> Finding:
     failed = row.pair.newly_failed
     if failed:
         return _finding(row, gate, "fired", f"failed, and did not in the baseline: {', '.join(failed)}")
-    text = row.pair.reason or f"{len(row.pair.other)} cases"
+    number = len(row.pair.other)
+    text = row.pair.reason or f"{number} case{'' if number == 1 else 's'}"
     before, after = row.pair.seeds
     fewer = sorted(before.seeds - after.seeds)
     if fewer:

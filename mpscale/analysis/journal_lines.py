@@ -51,11 +51,14 @@ def read_journal(path: Path, info: Mapping[str, Any]) -> Journal:
         info: ``run.json``, for the plan and for what an interrupted case could not say of itself.
 
     Raises:
-        RunError: the file is missing or cannot be read at all.
+        RunError: the file is missing, cannot be read at all, or holds no event: every journal begins with one.
     """
     told = _Told(path.name, info)
     for number, line in _lines(path):
         told.take(number, line)
+    if not told.events:
+        why = told.problems[0] if told.problems else "it is empty or was cut off"
+        raise RunError(f"{path}: holds no event that can be read ({why}){_what_is_left(path)}")
     place = {case_id: index for index, case_id in enumerate(info.get("planned", []))}
     # sorted() keeps the order of the journal among cases that no plan names.
     ordered = sorted(told.records, key=lambda case_id: place.get(case_id, len(place)))
@@ -67,7 +70,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         # Bytes, because a cut can fall inside a character.
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        raise RunError(f"{path}: no such file; without its journal a run cannot be read") from None
+        raise RunError(f"{path}: no such file{_what_is_left(path)}") from None
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}") from error
     # A whole line ends with a newline, so what comes after the last one was cut off, if it is no whole object.
@@ -80,6 +83,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     yield len(lines) + 1, last
 
 
+def _what_is_left(path: Path) -> str:
+    cases = path.with_name("cases.csv")
+    left = f", but its cases can be compared: {cases}" if cases.is_file() else ""
+    return f"; without its journal a run cannot be read{left}"
+
+
 @dataclass
 class _Told:
     """What the lines so far have told."""
@@ -89,6 +98,7 @@ class _Told:
     records: dict[str, Record] = field(default_factory=dict)
     finished: bool = False
     problems: list[str] = field(default_factory=list)
+    events: int = 0
     running: str | None = None
     """The case that has begun and not ended. Cases run one at a time, so a line that cannot be read was about it."""
 
@@ -106,7 +116,9 @@ class _Told:
             self._broken(f"{where}{why}")
 
     def _take(self, event: Any, where: str) -> None:
-        match _part(event, "event", str, "the line"):
+        kind = _part(event, "event", str, "the line")
+        self.events += 1
+        match kind:
             case "case_started":
                 # Noted before its parts are looked at: if they are broken, it has begun all the same.
                 self.running = _part(event, "case_id", str)

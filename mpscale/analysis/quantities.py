@@ -103,7 +103,11 @@ class Change:
     def left_out(self) -> str:
         """What both sides lack, in words; empty where they lack nothing."""
         sides = zip(self.missing, self.processes, (" in the baseline", ""), strict=True)
-        return "; ".join(f"{has} processes{where} have a figure, not {lack}" for lack, has, where in sides if lack)
+        return "; ".join(
+            f"{has} process{'' if has == 1 else 'es'}{where} {'has' if has == 1 else 'have'} a figure, not {lack}"
+            for lack, has, where in sides
+            if lack
+        )
 
 
 def values(cases: Iterable[Row], quantity: Quantity) -> list[float]:

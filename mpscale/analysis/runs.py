@@ -16,9 +16,9 @@ from mpscale.analysis.cases_csv import read_cases
 from mpscale.analysis.journal_lines import RunError, read_journal
 from mpscale.analysis.summary import summarise
 from mpscale.analysis.trainings import Key, settle
-from mpscale.columns import COLUMNS, DTYPES, SCHEMA_VERSION
+from mpscale.columns import COLUMNS, DTYPES, METHOD_VERSION, SCHEMA_VERSION
 from mpscale.paths import file_name
-from mpscale.records import Record
+from mpscale.records import Record, misfit
 
 __all__ = ["Run", "RunError", "cases_frame", "read_info", "read_run", "resolve_run"]
 
@@ -26,6 +26,10 @@ _STEP_DTYPES = {"step": "Int64", "loss": "float64", "loss_scale": "float64", "ov
 _SHOWN = 5
 _CASE_ID = re.compile(r"(?P<workload>.+)--(?P<mode>.+?)--s(?P<seed>\d+)--r(?P<repeat>\d+)")
 """See :attr:`mpscale.harness.case.Case.id`."""
+
+
+class NoRunYet(RunError):
+    """There is no run at all, broken or whole, where the latest was asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +70,13 @@ class Run:
     def plan_known(self) -> bool:
         """Whether it is known which cases should be there; a cases.csv by itself does not tell."""
         return bool(self.info.get("planned"))
+
+    @property
+    def methods(self) -> set[int]:
+        """Versions of the method by which it was measured, as far as run.json, or a cases.csv by itself, says."""
+        told = self.info.get("method_version")
+        versions = [told] if told is not None else [record["method_version"] for record in self.records]
+        return {version for version in versions if version is not None}
 
     @property
     def device(self) -> dict[str, Any]:
@@ -200,13 +211,16 @@ def read_info(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: no such file, so {path.parent} is not a run")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(info, dict):
         raise RunError(f"{path}: should hold a JSON object, not {type(info).__name__}")
     version = info.get("schema_version")
-    if not isinstance(version, int):
-        raise RunError(f"{path}: schema_version should be an integer, not {version!r}")
+    for name, value in (("schema_version", version), ("method_version", info.get("method_version", METHOD_VERSION))):
+        # Cases that have no end take both from here.
+        if value is None or misfit(name, value):
+            raise RunError(f"{path}: {name} should be an integer, not {value!r:.200}")
+    assert isinstance(version, int)
     if version > SCHEMA_VERSION:
         # A higher version means that a column changed its meaning: reading on would mislabel figures.
         raise RunError(
@@ -241,7 +255,7 @@ def _latest(made: list[Path], results_dir: str | Path, left_out: list[tuple[str,
         return folder
     if broken:
         raise RunError(f"none of the {len(broken)} runs in {Path(results_dir) / 'runs'} can be read: {broken[0][1]}")
-    raise RunError(_no_runs(results_dir))
+    raise NoRunYet(_no_runs(results_dir))
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -51,6 +51,8 @@ def _unwrapped(error: BaseException) -> BaseException:
 
 
 def _said(error: BaseException) -> str:
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        return f"the code of the case called sys.exit({error.code!r})"
     try:
         return str(error)
     except Exception as another:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -361,5 +362,7 @@ def _tail(log: Path) -> str:
 
 def _one_line(text: str) -> str:
     """The text as one line; of a long one the beginning and more of the end, which is where it says what is wrong."""
-    line = " ".join(text.split())
+    # A colour that a library gave its message would stay on the user's terminal.
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    line = "".join(c for c in " ".join(text.split()) if c.isprintable() or "\ud800" <= c <= "\udfff")
     return line if len(line) <= _REASON else f"{line[:_BEGINNING]} … {line[_BEGINNING - _REASON :]}"

@@ -41,7 +41,7 @@ def main() -> int:
             channel,
             request.get("energy_s", 0.0),
         )
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # libraries raise their own, as to stop or to cancel something
         traceback.print_exc()
         channel.send("error", **cause(error, request["case"]["settings"]["jit"]))
         return 1

@@ -109,7 +109,7 @@ def _in_short(comparison: Comparison, names: dict[int, str]) -> str:
     times: Counter[str] = Counter(row.changes["step_time"].verdict for row in rows if "step_time" in row.changes)
     metrics: Counter[str] = Counter(row.quality.verdict for row in rows if row.quality is not None)
     states: Counter[str] = Counter(row.pair.state for row in rows if row.pair.state != "paired")
-    parts = [f"{len(rows)} rows"]
+    parts = [f"{len(rows)} row{'' if len(rows) == 1 else 's'}"]
     if times["not-comparable"]:
         parts.append("of different machines, so step times are not judged")
     elif times:

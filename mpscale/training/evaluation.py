@@ -187,14 +187,22 @@ def _joined(parts: list[tuple[npt.NDArray[Any], ...]]) -> tuple[npt.NDArray[Any]
     return joined[0], joined[1].astype(bool) if len(joined) > 1 else None
 
 
+def _holds_no_numbers(array: npt.NDArray[Any]) -> bool:
+    """Whether NumPy would make numbers of what is none: NaN of None, where a function has no ``return``."""
+    if array.dtype.kind == "O":
+        return any(item is None or isinstance(item, str) for item in array.flat)
+    return array.dtype.kind in "SUMmc"
+
+
 def _number(value: Any, examples: int, name: str, mask: Mask) -> float:
     """What a metric said as one number; a value of each example is averaged, as Keras does, without masked places."""
-    if value is None:
-        raise ValueError(f"the metric {name} returned None; it must return one number")
     try:
+        if _holds_no_numbers(np.asarray(value)):
+            raise TypeError("there is no number in it")
         array = np.asarray(value, dtype=float)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the metric {name} returned {type(value).__name__}; it must return one number") from error
+        given = None if value is None else type(value).__name__
+        raise ValueError(f"the metric {name} returned {given}; it must return one number") from error
     if array.size == 1:
         number = float(array.reshape(()))
     elif array.ndim and len(array) == examples:

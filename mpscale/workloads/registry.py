@@ -193,7 +193,12 @@ def _said(error: BaseException) -> str:
             f"its import called sys.exit({error.code!r}), as argparse does; put what only a program does under "
             'if __name__ == "__main__":'
         )
-    return f"{type(error).__name__}: {error}"
+    kind = type(error).__name__
+    try:
+        text = str(error)
+    except Exception as another:
+        text = f"its message cannot be read: {type(another).__name__}"
+    return f"{kind}: {text}" if text else kind
 
 
 def _places(folders: Sequence[str]) -> str:
@@ -209,14 +214,15 @@ def _hidden(found: ModuleType | ModuleNotFoundError, folders: Sequence[str]) -> 
         return ""
     for folder in folders:
         spec = importlib.machinery.PathFinder.find_spec(top, [folder])
-        if spec is not None and spec.origin is not None and spec.origin != getattr(taken, "__file__", None):
+        if spec is not None and spec.origin is not None and spec.origin != vars(taken).get("__file__"):
             return f". {spec.origin} is hidden by {_file(taken)}: give it another name"
     return ""
 
 
 def _file(module: ModuleType) -> str:
-    places = list(getattr(module, "__path__", ()))
-    return str(getattr(module, "__file__", None) or ", ".join(places) or "Python itself")
+    # Past a __getattr__ of the module's, which may answer anything.
+    places = list(vars(module).get("__path__", ()))
+    return str(vars(module).get("__file__") or ", ".join(places) or "Python itself")
 
 
 def _package(entry: EntryPoint) -> str:
@@ -226,5 +232,7 @@ def _package(entry: EntryPoint) -> str:
 
 def _workload(candidate: object, origin: str, where: str = "") -> Workload:
     if not isinstance(candidate, Workload):
-        raise UnknownWorkload(f"{origin} is a {type(candidate).__name__}, not an mpscale.Workload{where}")
+        kind = type(candidate).__name__
+        article = "an" if kind[0].lower() in "aeio" else "a"
+        raise UnknownWorkload(f"{origin} is {article} {kind}, not an mpscale.Workload{where}")
     return candidate

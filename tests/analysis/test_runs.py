@@ -14,6 +14,7 @@ from runfolder import NAME, finished, record, started, write_run, write_steps
 
 from mpscale.analysis.runs import RunError, read_run, resolve_run
 from mpscale.columns import COLUMNS, SCHEMA_VERSION
+from mpscale.records import to_csv
 from mpscale.report.document import document
 
 
@@ -196,6 +197,10 @@ def test_a_case_that_only_its_id_tells_of_is_found_by_it(tmp_path):
         ("{}", "schema_version should be an integer"),
         (json.dumps({"schema_version": SCHEMA_VERSION + 1}), "upgrade"),
         (json.dumps({"schema_version": SCHEMA_VERSION, "planned": [1]}), "planned should be"),
+        (json.dumps({"schema_version": True}), "schema_version should be an integer, not True"),
+        (json.dumps({"schema_version": SCHEMA_VERSION, "method_version": "5"}), "method_version should be an integer"),
+        (json.dumps({"schema_version": SCHEMA_VERSION, "method_version": 10**30}), "method_version should be an integ"),
+        ("[" * 200_000, "not readable as JSON: maximum recursion depth"),
     ],
 )
 def test_a_broken_run_json_is_named(tmp_path, text, message):
@@ -204,6 +209,18 @@ def test_a_broken_run_json_is_named(tmp_path, text, message):
     with pytest.raises(RunError, match=message) as raised:
         read_run(path)
     assert "run.json" in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"\0\n\0\n", b'{"event": "run_st', b"\n\n"])
+@pytest.mark.parametrize("table", [False, True])
+def test_a_journal_that_tells_nothing_is_no_run_in_which_nothing_was_started(tmp_path, content, table):
+    path = write_run(tmp_path, finished([record()]))
+    (path / "journal.jsonl").write_bytes(content)
+    if table:
+        (path / "cases.csv").write_text(to_csv([record()]))
+    with pytest.raises(RunError, match=r"journal.jsonl: holds no event that can be read \(") as raised:
+        read_run(path)
+    assert (f"its cases can be compared: {path}/cases.csv" in str(raised.value)) == table
 
 
 @pytest.mark.parametrize("name", ["run.json", "journal.jsonl"])

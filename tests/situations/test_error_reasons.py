@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -108,6 +110,13 @@ REASONS = {
         "InvalidArgumentError: indices[0] = 7 is not in [0, 2)",
     ),
     "a function in Python below the graph": (traced(ask_python), "UnknownError: RuntimeError: python said no"),
+    "a message in colours": (
+        lambda: exec(r"raise ValueError('\x1b[1;31mno\x1b[0m data\x07\nin d\udcff \u2013 \u00e4')"),
+        "ValueError: no data in d\udcff \u2013 \u00e4",
+    ),
+    "sys.exit with a text": (lambda: sys.exit("no data"), "SystemExit: no data"),
+    "sys.exit with a number": (lambda: sys.exit(0), "SystemExit: the code of the case called sys.exit(0)"),
+    "sys.exit without anything": (sys.exit, "SystemExit: the code of the case called sys.exit(None)"),
     "a missing key": (lambda: {}["labels"], "KeyError: 'labels'"),
     "an error without a text": (lambda: exec("raise Unreadable"), "Unreadable: its message cannot be read: Runtime"),
 }

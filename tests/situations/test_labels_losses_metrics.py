@@ -197,6 +197,12 @@ REFUSED = {
     ),
     "a metric that Keras does not know": (Y, dense(), {"metric": "maee", **OWN}, "Keras knows no metric called"),
     "a metric that is an array": (Y, dense(), {"metric": lambda y, out: out[:2], **OWN}, "one number"),
+    "a metric without a return": (Y, dense(), {"metric": lambda y, out: None, **OWN}, "returned None; it must return"),
+    "a metric with a gap": (Y, dense(), {"metric": lambda y, out: [None] * len(y), **OWN}, "returned list; it must"),
+    "a metric that is a text": (Y, dense(), {"metric": lambda y, out: "nan", **OWN}, "returned str; it must return"),
+    "a metric of complex numbers": (
+        Y, dense(), {"metric": lambda y, out: np.full(len(y), 1j), **OWN}, "returned ndarray; it must return",
+    ),
     "an accuracy in percent": (
         Y, dense(), {"metric": lambda y, out: 99.8, "metric_name": "accuracy"}, "from 0 to 1, but returned 99.8",
     ),

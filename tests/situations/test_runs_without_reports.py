@@ -361,3 +361,30 @@ def test_no_baseline_that_can_be_read_stops_the_run_before_it_begins(run):
     result = run(lambda case, path: None, "--mp-baseline", "latest")
     assert result.ret == 4
     assert len(list(Path("results/runs").iterdir())) == 1
+
+
+@pytest.mark.parametrize("cut", ["behind the first case", "in the second case"])
+def test_a_journal_that_was_cut_off_later_does_not_take_the_table_with_it(benchmark_run, capsys, cut):
+    benchmark_run(lambda case, path: None)
+    path = only_run().path
+    table = (path / "cases.csv").read_text()
+    lines = (path / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    assert main(["report", "latest"]) == 0
+    assert capsys.readouterr().err == ""
+    (path / "journal.jsonl").write_bytes(b"".join(lines[: 3 if cut == "behind the first case" else 4]))
+    assert main(["report", "latest"]) == 0
+    said = "journal.jsonl lacks the results of 1 case that cases.csv has, such as toy--fp32--s1--r0"
+    assert said in capsys.readouterr().err
+    assert said in (path / "report.md").read_text()
+    assert (path / "cases.csv").read_text() == table
+
+
+def test_a_further_attempt_that_was_cut_off_has_lost_nothing(benchmark_run, capsys):
+    benchmark_run(lambda case, path: None)
+    path = only_run().path
+    begun = json.loads((path / "journal.jsonl").read_text().splitlines()[3])
+    with (path / "journal.jsonl").open("a") as journal:
+        journal.write(json.dumps({**begun, "attempt": 2}) + "\n")
+    assert main(["report", "latest"]) == 0
+    assert capsys.readouterr().err == ""
+    assert [r["status"] for r in only_run().records] == ["ok", "interrupted"]

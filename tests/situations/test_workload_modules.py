@@ -22,8 +22,14 @@ BROKEN = {
     "missing package": ("import no_such_thing\n", "ModuleNotFoundError: No module named 'no_such_thing'"),
     "exception": ("raise KeyError('DATA_DIR')\n", "KeyError: 'DATA_DIR'"),
     "exception of its own": ("class Stop(BaseException): pass\nraise Stop('enough')\n", "Stop: enough"),
+    "exception without a message": ("raise MemoryError\n", "MemoryError$"),
+    "exception whose message cannot be had": (
+        "class E(Exception):\n    def __str__(self): raise ValueError\nraise E\n",
+        "E: its message cannot be read: ValueError",
+    ),
+    "answers for everything": ("def __getattr__(name): raise ValueError(name)\n", "ValueError: w"),
     "syntax": ("w = (\n", "SyntaxError: .*broken.py"),
-    "no workload": ("w = 3\n", "is a int, not an mpscale.Workload"),
+    "no workload": ("w = 3\n", "is an int, not an mpscale.Workload"),
     "no attribute": ("v = 3\n", "has no attribute 'w'"),
 }
 

@@ -3,6 +3,7 @@
 Keras is imported where it is used: pytest, which only needs the names, then starts without TensorFlow.
 """
 
+import asyncio
 import os
 import signal
 import sys
@@ -51,6 +52,10 @@ def once_trained(act):
         return 0.0
 
     return metric
+
+
+def cancel():
+    raise asyncio.CancelledError("the data were cancelled")
 
 
 def raise_error():
@@ -120,6 +125,7 @@ def careful():
 
 orphans = make("orphans", metric_name="accuracy", metric=once_trained(leave_a_child))
 progress_bar = make("progress-bar", metric_name="accuracy", metric=once_trained(print_progress))
+cancelled = make("cancelled", metric_name="accuracy", metric=once_trained(cancel))
 exits = make("exits", metric_name="accuracy", metric=once_trained(lambda: sys.exit("no more")))
 
 

@@ -14,6 +14,7 @@ WAYS = {
     "orphans": ("crashed", "SIGKILL"),
     "progress_bar": ("crashed", "SIGSEGV"),
     "exits": ("error", "SystemExit: no more"),
+    "cancelled": ("error", "CancelledError: the data were cancelled"),
     "hang": ("timeout", "not finished after 15 s"),
 }
 

@@ -204,15 +204,41 @@ def test_energy_of_steps_that_go_on_for_ten_seconds(with_energy):
     assert read_samples(text.splitlines(keepends=True)).at("energy-end") is not None
 
 
-def test_allocator_that_does_not_work_is_replaced_once_and_for_all(machine):
-    (machine.folder / "picky.py").write_text(
-        "import os, tensorflow as tf\n"
-        "from mpscale.workloads import registry\n"
-        "if os.environ.get('TF_GPU_ALLOCATOR') == 'cuda_malloc_async':\n"
-        "    tf.constant = lambda *a, **k: os._exit(3)\n"
-        "mlp = registry.get('mnist1d-mlp')\n"
+def on_first_touch(machine, code):
+    """Has every worker run ``code`` in the moment in which it first touches the GPU, and go on if that returns.
+
+    The workload's own module is imported after that.
+    """
+    (machine.folder / "sitecustomize.py").write_text(
+        "import importlib.abc, importlib.util, os, sys\n"
+        "from pathlib import Path\n"
+        "class Hook(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name != 'mpscale.training.accelerator':\n"
+        "            return None\n"
+        "        sys.meta_path.remove(self)\n"
+        "        spec = importlib.util.find_spec(name)\n"
+        "        execute = spec.loader.exec_module\n"
+        "        def exec_module(module):\n"
+        "            execute(module)\n"
+        "            constant = module.tf.constant\n"
+        "            def touched(*a, **k):\n"
+        "                module.tf.constant = constant\n"
+        "                first_touch()\n"
+        "                return constant(*a, **k)\n"
+        "            module.tf.constant = touched\n"
+        "        spec.loader.exec_module = exec_module\n"
+        "        return spec\n"
+        "def first_touch():\n"
+        + "".join(f"    {line}\n" for line in code.splitlines())
+        + "sys.meta_path.insert(0, Hook())\n"
     )
-    done = machine.run(PLAIN, *QUICK, "--mp-modes", "fp32,mixed-static", "--mp-workloads", "picky:mlp")
+    return {"PYTHONPATH": str(machine.folder)}
+
+
+def test_allocator_that_does_not_work_is_replaced_once_and_for_all(machine):
+    picky = on_first_touch(machine, "if os.environ.get('TF_GPU_ALLOCATOR') == 'cuda_malloc_async':\n    os._exit(3)")
+    done = machine.run(PLAIN, *QUICK, "--mp-modes", "fp32,mixed-static", "--mp-workloads", "mnist1d-mlp", **picky)
     assert done.returncode == 0, done.stdout
     finished = [event["record"] for event in machine.events("case_finished")]
     assert [(record["status"], record["attempts"]) for record in finished] == [
@@ -228,24 +254,17 @@ def test_allocator_that_does_not_work_is_replaced_once_and_for_all(machine):
 
 def test_allocator_is_not_blamed_for_what_others_did_to_its_process(machine):
     """In turn: killed from outside; failed once by itself; and failed again once the allocator had worked."""
-    (machine.folder / "fragile.py").write_text(
-        "import os, signal, tensorflow as tf\n"
-        "from pathlib import Path\n"
-        "from mpscale.workloads import registry\n"
+    fragile = on_first_touch(
+        machine,
         "deaths = Path(__file__).with_name('deaths')\n"
-        "def die(*a, **k):\n"
-        "    tf.constant = constant\n"
-        "    left = deaths.read_text().split()\n"
-        "    deaths.write_text(' '.join(left[1:]))\n"
-        "    if left[0] == 'none':\n"
-        "        return constant(*a, **k)\n"
-        "    os._exit(3) if left[0] == 'exit' else os.kill(os.getpid(), int(left[0]))\n"
-        "constant, tf.constant = tf.constant, die\n"
-        "mlp = registry.get('mnist1d-mlp')\n"
+        "first, *left = deaths.read_text().split()\n"
+        "deaths.write_text(' '.join(left))\n"
+        "if first != 'none':\n"
+        "    os._exit(3) if first == 'exit' else os.kill(os.getpid(), int(first))",
     )
     (machine.folder / "deaths").write_text("9 exit none exit")
     modes = ("--mp-modes", "fp32,mixed-static,mixed-bf16")
-    done = machine.run(PLAIN, *QUICK, *modes, "--mp-workloads", "fragile:mlp")
+    done = machine.run(PLAIN, *QUICK, *modes, "--mp-workloads", "mnist1d-mlp", **fragile)
     finished = [event["record"] for event in machine.events("case_finished")]
     seen = [(record["status"], record["attempts"]) for record in finished]
     assert seen == [("crashed", 1), ("error", 1), ("ok", 2), ("error", 1)], done.stdout
