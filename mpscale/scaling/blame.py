@@ -50,8 +50,9 @@ class Blame:
         Raises:
             ValueError: as :meth:`now`, or it comes from no call that is known.
         """
-        calls = [source for source in provenance.origins([finite]) if isinstance(source, Unscaling)]
-        if not calls and not self.in_unscale:
+        found = frozenset().union(*provenance.origins([finite]))
+        calls = [source for source in found if isinstance(source, Unscaling)]
+        if not (calls or self.in_unscale) or not all(provenance.within_reach(call.flags) for call in calls):
             raise ValueError(
                 "blame does not know whose gradients were not finite: finite comes from another function than this, or "
                 "was made anew; pass the variables to unscale: grads, finite = optimizer.unscale(grads, variables)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -26,6 +26,11 @@ def unscaled(grads: Sequence[Any], scale: tf.Tensor) -> list[Any]:
         return grad * tf.cast(reciprocal, grad.dtype)
 
     return [_each(times, grad) for grad in grads]
+
+
+def as_tensors(grads: Iterable[Any]) -> list[Any]:
+    """``grads``, arrays made tensors; None is passed through."""
+    return [grad if grad is None or tf.is_tensor(grad) else tf.convert_to_tensor(grad) for grad in grads]
 
 
 def kept_from_rewrite(grads: Sequence[Any]) -> list[Any]:

@@ -32,6 +32,7 @@ class ScalingGuard:
     def __init__(self) -> None:
         self._scales_losses = self._reads_scale = self._unscales = self._has_warned = False
         self._under_way: set[Unscaling] = set()
+        self._scaled = object()  # the source of gradients that unscale was given
         self._watch = provenance.Watch()
 
     def scaling(self) -> None:
@@ -54,7 +55,8 @@ class ScalingGuard:
         for before, after in zip(scaled, true, strict=True):
             if after is not None:
                 before._mpscale_role, after._mpscale_role = "scaled", "unscaled"
-        provenance.mark(true, unscaling)
+        provenance.mark(scaled, self._scaled)
+        provenance.mark(true, unscaling, alone=True)
         self._under_way.add(unscaling)
         # Operations of several replicas run in threads of their own.
         if tf.executing_eagerly() and not tf.distribute.has_strategy():
@@ -71,7 +73,10 @@ class ScalingGuard:
             raise ValueError(
                 f"these gradients are unscaled already, and would be divided by the loss scale twice; {remedy}"
             )
-        if self._under_way and self._under_way & provenance.origins(grads):
+        # Scaled gradients times a factor that was found with the help of true ones are scaled.
+        if self._under_way and any(
+            self._under_way & found and self._scaled not in found for found in provenance.origins(grads)
+        ):
             raise ValueError(
                 "unscale was called in this step, but apply got other gradients and no finite: these were computed "
                 f"from what unscale returned, and would be divided by the loss scale twice; {remedy}"

@@ -14,7 +14,7 @@ from mpscale.scaling.alarm import Alarm, check_policy, raise_alarm
 from mpscale.scaling.blame import Blame
 from mpscale.scaling.finite import all_finite, finite_and_largest, nonfinite_flags, under_xla
 from mpscale.scaling.gate import Skip, apply_gated, check_skip, gate_pays
-from mpscale.scaling.gradients import fitted, kept_from_rewrite, unscaled
+from mpscale.scaling.gradients import as_tensors, fitted, kept_from_rewrite, unscaled
 from mpscale.scaling.guard import ScalingGuard, Unscaling
 from mpscale.scaling.inner import check_inner, unlisted_variables, window
 from mpscale.scaling.ledger import Ledger
@@ -78,6 +78,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
     built: bool
     _closed = True
     _fixed = ("inner_optimizer", "loss_scale", "blame")
+    _compiled = ("skip",)
     _checks: ClassVar = {"alarm": check_policy, "skip": check_skip}
 
     def __init__(
@@ -192,7 +193,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
             ValueError: the gradients were computed from what an earlier call returned, or it cannot be told which of
                 them are new values.
         """
-        scaled = list(scaled_grads)
+        scaled = as_tensors(scaled_grads)
         variables = None if variables is None else list(variables)
         self._blame.in_unscale |= variables is not None
         grads, new_values, finite, flags = self._judged(scaled, variables)

@@ -16,16 +16,24 @@ from tensorflow.python.framework import op_callbacks
 
 _FROM = "_mpscale_from"
 _NOTHING: frozenset[Any] = frozenset()
+_FUNCTIONS = {"While": ["body"], "If": ["then_branch", "else_branch"], "Case": ["branches"], "PartitionedCall": ["f"]}
+"""Attributes with the functions that an operation runs, by its type."""
 
 
-def mark(tensors: Iterable[Any], source: Any) -> None:
-    """Notes that ``tensors`` come from ``source``, any hashable object."""
+def mark(tensors: Iterable[Any], source: Any, alone: bool = False) -> None:
+    """Notes that ``tensors`` come from ``source``, any hashable object.
+
+    Args:
+        tensors: dense tensors or ``tf.IndexedSlices``; None is skipped.
+        source: where they come from.
+        alone: and from nothing else, whatever they were computed from.
+    """
     for tensor in tensors:
         tensor = _values(tensor)
         if tensor is not None:
-            setattr(tensor, _FROM, sources(tensor) | {source})
+            setattr(tensor, _FROM, frozenset({source}) if alone else sources(tensor) | {source})
             if _in_graph(tensor):
-                _marked(tensor.graph)[tensor.name] = sources(tensor)
+                _marked(tensor.graph)[tensor.name] = sources(tensor), alone
 
 
 def sources(tensor: Any) -> frozenset[Any]:
@@ -34,18 +42,29 @@ def sources(tensor: Any) -> frozenset[Any]:
     return found
 
 
-def origins(tensors: Iterable[Any]) -> frozenset[Any]:
-    """Every source that one of ``tensors`` was computed from, directly or not.
+def origins(tensors: Iterable[Any]) -> list[frozenset[Any]]:
+    """For each of ``tensors``, every source that it was computed from, directly or not.
 
     Args:
-        tensors: dense tensors or ``tf.IndexedSlices``, all of the graph that is being traced or eager; None is skipped.
+        tensors: dense tensors or ``tf.IndexedSlices``, all of the graph that is being traced or eager; None has none.
     """
-    found, flows = _NOTHING, dict[Any, dict[str, frozenset[Any]]]()
-    for tensor in map(_values, tensors):
-        found |= sources(tensor)
-        if _in_graph(tensor):
-            found |= _flow(tensor.graph, flows).get(tensor.name, _NOTHING)
-    return found
+    flows = dict[Any, dict[str, frozenset[Any]]]()
+
+    def of(tensor: Any) -> frozenset[Any]:
+        flow = _flow(tensor.graph, flows).get(tensor.name, _NOTHING) if _in_graph(tensor) else _NOTHING
+        return sources(tensor) | flow
+
+    return [of(_values(tensor)) for tensor in tensors]
+
+
+def within_reach(tensor: Any) -> bool:
+    """Whether ``tensor`` can be used here, and is not of a loop or a branch that is over; None can."""
+    if not _in_graph(tensor):
+        return True
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while graph is not None and graph is not tensor.graph:
+        graph = getattr(graph, "outer_graph", None)
+    return graph is not None
 
 
 class Watch:
@@ -95,11 +114,11 @@ def _remove(callback: Any) -> None:
         op_callbacks.remove_op_callback(callback)
 
 
-def _marked(graph: Any) -> dict[str, frozenset[Any]]:
-    """What was marked in ``graph``, by the names of its tensors."""
+def _marked(graph: Any) -> dict[str, tuple[frozenset[Any], bool]]:
+    """What was marked in ``graph``, by the names of its tensors: the sources, and whether there are no others."""
     if not hasattr(graph, _FROM):
         setattr(graph, _FROM, {})
-    found: dict[str, frozenset[Any]] = getattr(graph, _FROM)
+    found: dict[str, tuple[frozenset[Any], bool]] = getattr(graph, _FROM)
     return found
 
 
@@ -107,15 +126,14 @@ def _flow(graph: Any, known: dict[Any, dict[str, frozenset[Any]]]) -> dict[str, 
     """The sources of every tensor of ``graph`` that has any, by name; those from the graphs around it included."""
     if id(graph) in known:
         return known[id(graph)]
-    flow = known[id(graph)] = dict(_marked(graph))
+    marked = _marked(graph)
+    flow = known[id(graph)] = {name: found for name, (found, _) in marked.items()}
     for outer, inner in getattr(graph, "captures", ()):
         found = sources(outer)
         if _in_graph(outer):
             found |= _flow(outer.graph, known).get(outer.name, _NOTHING)
         if found:
             flow[inner.name] = found
-    if not flow:
-        return flow
     for operation in graph.get_operations():
         found = _NOTHING
         for tensor in operation.inputs:
@@ -123,8 +141,24 @@ def _flow(graph: Any, known: dict[Any, dict[str, frozenset[Any]]]) -> dict[str, 
         if found:
             written = [tensor for tensor in operation.inputs if tensor.dtype == tf.resource]
             for tensor in (*operation.outputs, *written):
-                flow[tensor.name] = flow.get(tensor.name, _NOTHING) | found
+                if not marked.get(tensor.name, (_NOTHING, False))[1]:
+                    flow[tensor.name] = flow.get(tensor.name, _NOTHING) | found
+        for nested in _nested(operation):
+            # Of a loop, a branch or a function that is called, the outputs are those of the operation.
+            for outer, inner in zip(operation.outputs, nested.outputs, strict=False):
+                found = _flow(nested, known).get(inner.name, _NOTHING)
+                if found:
+                    flow[outer.name] = flow.get(outer.name, _NOTHING) | found
     return flow
+
+
+def _nested(operation: Any) -> list[Any]:
+    """The graphs whose outputs ``operation`` hands out: the body of a loop, branches, a function that is called."""
+    names = _FUNCTIONS.get(operation.type.removeprefix("Stateless").removeprefix("Stateful"), ())
+    values = [operation.get_attr(name) for name in names]
+    functions = [each for value in values for each in (value if isinstance(value, list) else [value])]
+    known = [operation.graph._get_function(function.name) for function in functions]
+    return [function.graph for function in known if getattr(function, "graph", None) is not None]
 
 
 def _values(tensor: Any) -> Any:

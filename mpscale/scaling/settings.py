@@ -46,6 +46,7 @@ class ForwardedSettings:
     _settings_open = False
     _traced = False
     _fixed: tuple[str, ...] = ()  # attributes that cannot be changed
+    _compiled: tuple[str, ...] = ()  # attributes that a compiled step does not read again
     _checks: ClassVar[Mapping[str, Callable[[Any], None]]] = {}  # what raises for a wrong value of an attribute
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -60,6 +61,7 @@ class ForwardedSettings:
         elif hasattr(type(self), name) or name in vars(self):
             if name in self._checks:
                 self._checks[name](value)
+            if name in self._compiled and value != getattr(self, name):
                 self._warn_if_traced(name)
             super().__setattr__(name, value)
         elif hasattr(self.inner_optimizer, name):
@@ -121,7 +123,7 @@ class ForwardedSettings:
         raise NotImplementedError("LossScaleOptimizer has no update_step; call apply(grads, variables)")
 
     def _forward(self, name: str, value: Any) -> None:
-        inner = self.inner_optimizer
+        inner, before = self.inner_optimizer, getattr(self.inner_optimizer, name)
         if name in FORWARDED:
             self._refuse_multi_optimizer(name)
             settings = {setting: getattr(inner, setting) for setting in FORWARDED}
@@ -132,7 +134,8 @@ class ForwardedSettings:
                 )
             keras.optimizers.Optimizer(0.0, **settings | {name: value})  # Raises what Keras raises for these.
         setattr(inner, name, value)
-        self._warn_if_traced(name)
+        if not (value is before or (isinstance(value, str | int | float) and value == before)):
+            self._warn_if_traced(name)
 
     def _refuse_multi_optimizer(self, name: str) -> None:
         if hasattr(self.inner_optimizer, "optimizers"):

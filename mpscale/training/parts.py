@@ -59,6 +59,8 @@ def build_model(model: keras.Model, example: Any) -> None:
     if not model.built:
         dtype = "string" if example.dtype.kind in "US" else example.dtype.name
         model(keras.KerasTensor(example.shape, dtype=dtype))
+    if not (model.built and model.weights):
+        model(example)  # Some layers of a Sequential tell their shapes only of real data.
     if not model.trainable_variables:
         raise ValueError("the model has no variable that can be trained")
 

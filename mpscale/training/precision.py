@@ -51,6 +51,13 @@ Others do not: Keras clips and casts more in float16, and a loss scale has opera
 """
 
 
+_MOVES = re.compile(
+    r"(?:Placeholder|Identity|IdentityN|Const|Reshape|ReadVariableOp|ExpandDims|Squeeze|Pack|Unpack|Split|SplitV"
+    r"|ConcatV2|Slice|StridedSlice|Transpose|Tile|GatherV2|GatherNd|ResourceGather|PreventGradient|StopGradient)$"
+)
+"""Operations that only move numbers, which may well be data in float16 on the way to a layer in float32."""
+
+
 class Precision:
     """What a train step computes in.
 
@@ -64,6 +71,7 @@ class Precision:
         nodes = all_nodes(graph.as_graph_def())
         self._products = [(node, _dtype(node)) for node in nodes if _PRODUCT.search(node.op)]
         self._others = Counter(node.op for node in nodes if _OTHER.match(node.op.removeprefix("Stateless")))
+        self._dtypes = [(node.name, _dtype(node)) for node in nodes if not _MOVES.match(node.op)]
         self.layers = Counter(_compute_dtype(layer) for layer in self._layers)
         """Layers by the dtype that they compute in, those that are only containers left out."""
         self.products = Counter(dtype for _, dtype in self._products)
@@ -87,19 +95,23 @@ class Precision:
         low = _LOW.get(mode.policy)
         allowed = {"float32", low}
         wrong = [
-            f"{number} {'products' if what is self.products else 'layers'} in {dtype}"
+            f"{number} {'product' if what is self.products else 'layer'}{'s' * (number > 1)} in {dtype}"
             for what in (self.products, self.layers)
             for dtype, number in sorted(what.items())
             if dtype in _FLOATS and dtype not in allowed
         ]
+        if not wrong:
+            # Nothing of weight; but a layer may well cast to another precision between two that do not.
+            halves = [(name, dtype) for name, dtype in self._dtypes if dtype in _LOW.values() and dtype != low]
+            wrong = [f"{name.removeprefix('gradient_tape/')} in {dtype}" for name, dtype in halves[:1]]
         if wrong:
             promise = f"{low} and float32 alone" if low else "float32 throughout"
             if mode.graph_rewrite:
                 promise = "a float32 model, which TensorFlow rewrites"
             return (
                 f"the train step computes {' and '.join(wrong)}{self._named(allowed)}, and {mode.name} promises "
-                f"{promise}: take calls of set_dtype_policy and fixed dtypes other than float32 out of the workload, "
-                "since the mode sets the policy"
+                f"{promise}: take calls of set_dtype_policy, casts and fixed dtypes other than float32 out of the "
+                "workload, since the mode sets the policy"
             )
         if low and not self._computes_in(low):
             found = f"its products are {counted(self.products)}" if self.products else "it multiplies no matrices"
@@ -150,8 +162,7 @@ def counted(numbers: Counter[str]) -> str:
 
 def computes_below_float32(nodes: Iterable[Any]) -> bool:
     """Whether one of ``nodes`` of a graph computes in float16 or bfloat16, or rounds to it."""
-    handing_on = ("Placeholder", "Identity", "IdentityN", "Const", "Reshape", "ReadVariableOp")
-    return any(_dtype(node) in _LOW.values() for node in nodes if node.op not in handing_on)
+    return any(_dtype(node) in _LOW.values() for node in nodes if not _MOVES.match(node.op))
 
 
 def _working_layers(model: keras.Model) -> list[keras.layers.Layer]:

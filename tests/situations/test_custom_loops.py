@@ -272,6 +272,108 @@ def test_gradients_are_not_divided_twice(use, how):
     assert loop.fall() == 0.0
 
 
+def loop_of_two(loop, body):
+    """Adds up what ``body`` returns, in a loop of the graph."""
+    _, *sums = tf.while_loop(
+        lambda i, *_: i < 2,
+        lambda i, *sums: (i + 1, *(a + b for a, b in zip(sums, body(), strict=True))),
+        [0, *(tf.zeros(2) for _ in loop.variables)],
+    )
+    return sums
+
+
+def branch(loop, body):
+    return tf.cond(tf.reduce_sum(loop.variables[0].value) < 1.0, body, lambda: [tf.zeros(2) for _ in loop.variables])
+
+
+def one_of_several(loop, body):
+    zeros = lambda: [tf.zeros(2) for _ in loop.variables]  # noqa: E731
+    return tf.switch_case(tf.constant(1) + tf.cast(loop.variables[0].value[0], tf.int32), [zeros, body, zeros])
+
+
+def function_called(loop, body):
+    return tf.function(body)()
+
+
+def branch_in_a_loop(loop, body):
+    return loop_of_two(loop, lambda: branch(loop, body))
+
+
+INSIDE = [loop_of_two, branch, one_of_several, function_called, branch_in_a_loop]
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+def test_gradients_that_were_unscaled_inside_are_not_divided_again_outside(inside):
+    loop = Loop()
+    loop.optimizer.build(loop.variables)
+
+    @tf.function
+    def step():
+        true = inside(loop, lambda: loop.optimizer.unscale(loop.gradients())[0])
+        loop.optimizer.apply(clipped(true), loop.variables)
+
+    with pytest.raises(ValueError, match="would be divided by the loss scale twice"):
+        step()
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+def test_scaled_gradients_from_inside_are_divided_outside_beside_a_norm_for_the_log(inside):
+    loop = Loop()
+    loop.optimizer.build(loop.variables)
+
+    @tf.function
+    def step():
+        def body():
+            grads = loop.gradients()
+            loop.optimizer.unscale(grads)
+            return grads
+
+        loop.optimizer.apply(inside(loop, body), loop.variables)
+
+    step()
+    assert loop.fall() == (2.0 if inside in (loop_of_two, branch_in_a_loop) else 1.0)
+
+
+@pytest.mark.parametrize("how", ["eager", "graph"])
+def test_scaled_gradients_may_be_clipped_by_the_norm_of_the_true_ones(how):
+    """The factor is computed from what unscale returned, but what it multiplies is scaled all the same."""
+    loop = Loop()
+    loop.optimizer.build(loop.variables)
+
+    def step():
+        grads = loop.gradients(3.0)
+        true, _ = loop.optimizer.unscale(grads)
+        factor = 1.5 / tf.reduce_max(tf.stack(true))
+        loop.optimizer.apply([grad * factor for grad in grads], loop.variables)
+
+    (step if how == "eager" else tf.function(step))()
+    assert loop.fall() == 1.5
+
+
+def test_gradients_may_be_arrays():
+    loop = Loop()
+    true, finite = loop.optimizer.unscale([grad.numpy() for grad in loop.gradients()])
+    loop.optimizer.apply([np.clip(grad.numpy(), -0.5, 0.5) for grad in true], loop.variables, finite=bool(finite))
+    loop.optimizer.apply([grad.numpy() for grad in loop.gradients()], loop.variables)
+    assert loop.fall() == 1.5
+
+
+def test_blame_asks_for_the_variables_where_unscale_is_called_in_a_loop():
+    loop = Loop(blame=True)
+    loop.optimizer.build(loop.variables)
+
+    @tf.function
+    def step():
+        def body(i, finite):
+            return i + 1, tf.logical_and(finite, loop.optimizer.unscale(loop.gradients())[1])
+
+        _, finite = tf.while_loop(lambda i, _: i < 2, body, [0, True])
+        loop.optimizer.apply([tf.ones(2) for _ in loop.variables], loop.variables, finite=finite)
+
+    with pytest.raises(ValueError, match="pass the variables to unscale"):
+        step()
+
+
 def test_scaled_gradients_that_come_with_finite_are_refused():
     loop = Loop()
     grads = loop.gradients()

@@ -164,6 +164,12 @@ def loss_with_a_product(dtype):
     return loss
 
 
+def halfway(dtype):
+    """Between two layers of float32 one computes without any product in ``dtype``."""
+    between = L.Lambda(lambda x: tf.cast(tf.nn.gelu(tf.cast(x, dtype)), x.dtype), name="between")
+    return keras.Sequential([keras.Input((6,)), L.Dense(8), between, L.Dense(3, dtype="float32")])
+
+
 def rewrite():
     tf.config.optimizer.set_experimental_options({"auto_mixed_precision": True})
 
@@ -190,7 +196,10 @@ def tf32_off():
         ("mixed-keras", {"model": pinned_but_normalised}, "nothing of weight computes in float16"),
         ("mixed-unscaled", {"model": casting}, "nothing of weight computes in float16"),
         ("fp32", {"model": lambda: mlp("float16")}, "products in float16"),
-        ("fp32", {"model": lambda: looked_up(dtype="mixed_float16")}, "1 layers in float16 (embedding"),
+        ("fp32", {"model": lambda: looked_up(dtype="mixed_float16")}, "1 layer in float16 (embedding"),
+        ("fp32", {"model": lambda: halfway("float16")}, "/Cast in float16"),
+        ("mixed-bf16", {"model": lambda: halfway("float16")}, "/Cast in float16"),
+        ("graph-rewrite", {"model": lambda: halfway("bfloat16")}, "/Cast in bfloat16"),
         ("fp32", {"model": lambda: mlp("float64")}, "products in float64"),
         ("mixed-bf16", {"model": lambda: mlp("float64")}, "products in float64"),
         ("fp32", {"loss": loss_with_a_product(tf.bfloat16)}, "products in bfloat16"),
@@ -220,6 +229,12 @@ def test_row_that_would_stand_under_the_name_of_another_precision_is_invalid(tra
         assert record["metric_value"] is None
 
 
+def one_hot():
+    """Keras makes its weights only when it sees data: the shape of the first layer's output is not told before."""
+    coded = L.Lambda(lambda x: tf.one_hot(tf.cast(x > 0, tf.int32), 2))
+    return keras.Sequential([keras.Input((6,)), coded, L.Flatten(), L.Dense(4), L.Dense(3, dtype="float32")])
+
+
 def elementwise():
     return keras.Sequential([keras.Input((6,)), L.PReLU(), L.Rescaling(2.0)])
 
@@ -238,6 +253,9 @@ def elementwise():
         ("fp32", {"data": after(tf32_on, lambda: DATA)}, "float32 5"),
         ("fp32", {"data": after(rewrite, lambda: DATA)}, "float32 5"),
         ("mixed-bf16", {"data": lambda: Data(*[a.astype(np.float64) for a in (X, X[:, 0] > 0)] * 2)}, None),
+        ("fp32", {"data": lambda: Data(*[a.astype(np.float16) for a in (X, X[:, 0] > 0)] * 2)}, None),
+        ("mixed-static", {"model": lambda: halfway("float16")}, "float32 3, float16 2"),
+        ("mixed-static", {"model": one_hot}, "float32 3, float16 2"),
         ("graph-rewrite", {}, "float32 5"),
     ],
 )

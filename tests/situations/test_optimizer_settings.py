@@ -199,6 +199,21 @@ def test_a_setting_that_a_compiled_step_no_longer_reads_is_said(name):
         setattr(optimizer, name, "gate" if name == "skip" else 0.75)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("clipnorm", 0.5), ("weight_decay", None), ("momentum", 0.5), ("skip", "auto"), ("alarm", "ignore")],
+)
+def test_what_changes_no_compiled_step_is_not_warned_about(name, value):
+    """The value that the step was compiled with, and the alarm, which no step rings."""
+    optimizer = wrapped(keras.optimizers.SGD(0.5, momentum=0.5, clipnorm=0.5))
+    variable = keras.Variable([1.0])
+    tf.function(lambda: optimizer.apply([optimizer.scale_loss(tf.ones(1))], [variable]))()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        setattr(optimizer, name, value)
+    assert getattr(optimizer, name) == value
+
+
 def test_settings_of_the_inner_kind_are_read_and_set_there():
     optimizer = wrapped(keras.optimizers.Adam(0.1, beta_1=0.8))
     assert optimizer.beta_1 == 0.8
