@@ -7,9 +7,11 @@ from typing import Any
 
 import keras
 
-_STEPS = ("train_step", "compute_loss", "_compute_loss", "make_train_function", "train_on_batch", "fit")
-"""Methods of a Keras model that say how it is trained."""
-
+_STEPS = (
+    "train_step", "compute_loss", "_compute_loss", "make_train_function", "train_on_batch", "fit", "test_step",
+    "predict_step",
+)  # fmt: skip
+"""Methods of a Keras model that say how it is trained and evaluated."""
 
 _EXCLUDED = ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern")
 _SETTINGS = (bool, int, float, str)
@@ -30,8 +32,9 @@ def make_model(build: Any) -> keras.Model:
     own = [name for name in _STEPS if _overrides(model, name)]
     if own:
         raise ValueError(
-            f"{type(model).__name__} has a {' and a '.join(own)} of its own, which mpscale's train step would ignore; "
-            "put what it adds into the workload's loss, or into the model by add_loss"
+            f"{type(model).__name__} has a {' and a '.join(own)} of its own, which mpscale would ignore, since "
+            "it trains and evaluates by itself; put what it adds into the workload's loss or metric, or into the model "
+            "by add_loss"
         )
     if getattr(model, "compiled", False):
         raise ValueError(

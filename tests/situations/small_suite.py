@@ -67,8 +67,17 @@ def pytest_here(folder: Path, *options: object) -> tuple[int, str]:
         options: for pytest.
     """
     before = list(sys.path)
-    # Hypothesis would be imported for its summary.
-    arguments = ["-p", "no:hypothesispytest", "--mp-modes=fp32", "--mp-seeds=1", *map(str, options)]
+    # Hypothesis would be imported for its summary; and pytest would collect garbage five times in the end, which takes
+    # seconds in a process with many graphs of TensorFlow.
+    arguments = [
+        "-p",
+        "no:hypothesispytest",
+        "-p",
+        "no:unraisableexception",
+        "--mp-modes=fp32",
+        "--mp-seeds=1",
+        *map(str, options),
+    ]
     output = io.StringIO()
     try:
         with (

@@ -58,7 +58,7 @@ def trained_by_keras(inner, scale):
     ("inner", "loss_scale", "options", "overflows"),
     [
         ("Adam", DynamicLossScale(2.0**22), {"skip": "gate", "blame": True}, None),
-        ("AdamW that accumulates and clips", StaticLossScale(2.0**15), {}, 0),
+        pytest.param("AdamW that accumulates and clips", StaticLossScale(2.0**15), {}, 0, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -24,9 +24,14 @@ def softmax_model():
     return keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, activation="softmax", dtype="float32")])
 
 
+DENSE = dense()
+FITTED = {}
+
+
 def accuracy_by_hand(data, model, loss, kind):
-    """Of a training by Keras' own fit."""
-    net = by_fit(model, data, loss, keras.optimizers.SGD(0.1))
+    """Of a training by Keras' own fit, which is one for all that mean the same."""
+    net = FITTED.get((model, loss)) or by_fit(model, data, loss, keras.optimizers.SGD(0.1))
+    FITTED[model, loss] = net
     outputs, labels = net.predict(data.test_x, verbose=0), data.test_y.reshape(len(data.test_y), -1)
     if kind == "one logit":
         return float(np.mean((outputs > 0.0) == labels))
@@ -63,12 +68,12 @@ def logistic(labels, outputs):
 @pytest.mark.parametrize(
     ("x", "y", "model", "options", "keras_loss", "kind"),
     [
-        pytest.param(X, Y, dense(), {}, SPARSE, "classes", id="labels (n,)"),
-        pytest.param(X, Y[:, None], dense(), {}, SPARSE, "classes", id="labels (n, 1), as keras.datasets gives them"),
-        pytest.param(X, Y[:, None].astype(np.uint8), dense(), {}, SPARSE, "classes", id="labels (n, 1) of uint8"),
-        pytest.param(X, Y.astype(np.float32), dense(), {}, SPARSE, "classes", id="labels that are whole floats"),
+        pytest.param(X, Y, DENSE, {}, SPARSE, "classes", id="labels (n,)"),
+        pytest.param(X, Y[:, None], DENSE, {}, SPARSE, "classes", id="labels (n, 1), as keras.datasets gives them"),
+        pytest.param(X, Y[:, None].astype(np.uint8), DENSE, {}, SPARSE, "classes", id="labels (n, 1) of uint8"),
+        pytest.param(X, Y.astype(np.float32), DENSE, {}, SPARSE, "classes", id="labels that are whole floats"),
         pytest.param(
-            X, ONE_HOT, dense(), {"loss": keras.losses.CategoricalCrossentropy(from_logits=True)},
+            X, ONE_HOT, DENSE, {"loss": keras.losses.CategoricalCrossentropy(from_logits=True)},
             keras.losses.CategoricalCrossentropy(from_logits=True), "classes", id="one-hot labels and a loss object",
         ),
         pytest.param(
@@ -79,15 +84,15 @@ def logistic(labels, outputs):
             X, Y, softmax_model, {"loss": "sparse_categorical_crossentropy"}, "sparse_categorical_crossentropy",
             "classes", id="a softmax and a loss by name",
         ),
-        pytest.param(X, Y, dense(), {"loss": cross_entropy_of_each}, SPARSE, "classes", id="a loss of each example"),
+        pytest.param(X, Y, DENSE, {"loss": cross_entropy_of_each}, SPARSE, "classes", id="a loss of each example"),
         pytest.param(
             X, Y, dense(),
             {"loss": functools.partial(keras.losses.sparse_categorical_crossentropy, from_logits=True)}, SPARSE,
             "classes", id="a partial of a loss of Keras",
         ),
-        pytest.param(X, Y, dense(), {"loss": Weighted(1.0)}, SPARSE, "classes", id="an instance that can be called"),
+        pytest.param(X, Y, DENSE, {"loss": Weighted(1.0)}, SPARSE, "classes", id="an instance that can be called"),
         pytest.param(
-            X, Y, dense(), {"loss": keras.losses.SparseCategoricalCrossentropy},
+            X, Y, DENSE, {"loss": keras.losses.SparseCategoricalCrossentropy},
             "sparse_categorical_crossentropy", "classes", id="a class of Keras, as it is without arguments",
         ),
         pytest.param(

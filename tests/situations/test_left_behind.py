@@ -88,7 +88,7 @@ def suite(folder):
 QUICK = ("../suite", "--rootdir=..", "--import-mode=importlib", "--mp-timing=0.05", "--mp-modes=fp32")
 
 
-@pytest.fixture(scope="module", params=["fork", "fresh"])
+@pytest.fixture(scope="module", params=["fork", pytest.param("fresh", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
     """Two workloads, one of which kills its process, on a terminal that knows ASCII or Latin-1 alone."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -158,6 +158,11 @@ class OwnTrainFunction(keras.Sequential):
         super().make_train_function(force)
 
 
+class OwnTestStep(keras.Sequential):
+    def test_step(self, data):
+        return super().test_step(data)
+
+
 class Inherited(OwnTrainStep):
     """Its base has it."""
 
@@ -195,6 +200,7 @@ def two_inputs():
         (lambda: OwnTrainStep(layers()), "OwnTrainStep has a train_step of its own"),
         (lambda: OwnComputeLoss(layers()), "has a compute_loss of its own"),
         (lambda: OwnTrainFunction(layers()), "has a make_train_function of its own"),
+        (lambda: OwnTestStep(layers()), "OwnTestStep has a test_step of its own"),
         (lambda: Inherited(layers()), "Inherited has a train_step of its own"),
         (patched, "has a train_step of its own"),
         (compiled, "leave model.compile out"),

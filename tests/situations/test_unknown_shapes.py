@@ -57,12 +57,15 @@ def fitted_by_keras(inner):
     ("inner", "loss_scale", "options"),
     [
         ("Adam", DynamicLossScale(2.0**14), {}),
-        ("Adam with clipnorm", LogMaxLossScale(minimum=2.0**14), {"blame": True}),
-        ("SGD with momentum and global_clipnorm", StaticLossScale(2.0**14, skip_nonfinite=False), {}),
+        pytest.param("Adam with clipnorm", LogMaxLossScale(minimum=2.0**14), {"blame": True}, marks=pytest.mark.slow),
+        pytest.param(
+            "SGD with momentum and global_clipnorm", StaticLossScale(2.0**14, skip_nonfinite=False), {},
+            marks=pytest.mark.slow,
+        ),
         ("gradient accumulation", DynamicLossScale(2.0**14), {"skip": "gate", "blame": True}),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_embeddings_train_as_with_keras_own(mixed_float16, inner, loss_scale, options):
     ours = fitted(LossScaleOptimizer(INNER[inner](), loss_scale, **options))
     for a, b in zip(ours, fitted_by_keras(inner), strict=True):

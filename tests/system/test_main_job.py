@@ -178,7 +178,7 @@ def test_without_a_case_nothing_is_left_and_wrong_options_say_what_is_right(run_
 def test_options_that_fail_late_are_an_error_of_their_case(run_suite):
     done = run_suite(*FINE, "-k", "dynamic", "--mp-batch-size", "401", "--benchmark-disable")
     assert done.code == 1
-    assert "choose 1 to 400" in done.run.cases.iloc[0]["status_reason"]
+    assert "choose a batch_size from 1 to 400" in done.run.cases.iloc[0]["status_reason"]
 
 
 def test_batch_size_and_steps_are_taken_from_the_options(run_suite):

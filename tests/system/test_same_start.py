@@ -1,5 +1,7 @@
 """Modes are only compared when they started alike."""
 
+import pytest
+
 MODES = "fp32,mixed-static,mixed-bf16,article"
 
 
@@ -29,6 +31,7 @@ def test_a_model_that_ignores_the_seed_is_found_out(run_suite):
     assert done.run.cases.iloc[1]["unavailable"]["step_time_ms_median"] == "timing was off"
 
 
+@pytest.mark.slow  # tests/situations/test_identical_work.py has it without processes
 def test_a_model_function_that_sets_the_policy_is_found_out(run_suite):
     done = run_suite(
         "--mp-workloads", "suite_workloads:scripted", "--mp-modes", "fp32,mixed-static", "--mp-seeds", "1",
