@@ -10,7 +10,8 @@ comma := ,
 EXTRAS := test$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)gpu)
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 # Tests, unlike benchmarks, may run side by side; those of one file share what it took long to make.
-TWO := -n 2 --dist loadfile
+# In the order of the folders: by default files with few tests come last, and those are the ones that take longest.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: bench test test-all lint types docs clean
 

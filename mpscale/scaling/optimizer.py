@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from mpscale.scaling import provenance, replicas
+from mpscale.scaling.accumulation import accumulate
 from mpscale.scaling.alarm import Alarm, check_policy, raise_alarm
 from mpscale.scaling.blame import Blame
 from mpscale.scaling.finite import all_finite, finite_and_largest, nonfinite_flags, under_xla
@@ -19,7 +20,7 @@ from mpscale.scaling.guard import ScalingGuard, Unscaling
 from mpscale.scaling.inner import check_inner, unlisted_variables, window
 from mpscale.scaling.ledger import Ledger
 from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, StaticLossScale, state_dtype
-from mpscale.scaling.new_values import Handed, is_overwritten, put_back, taken_out
+from mpscale.scaling.new_values import Handed, put_back, taken_out
 from mpscale.scaling.settings import ForwardedSettings
 
 # Nothing here has Python control flow that depends on a tensor, and rewriting it all would add a second to every trace.
@@ -248,7 +249,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         grads = fitted(grads, variables)
 
         if window(self.inner_optimizer) and self.loss_scale.skip_nonfinite:
-            self._accumulate(grads, variables, finite)
+            accumulate(self.inner_optimizer, self._window_finite, self._decide, grads, variables, finite)
             return
         if not self.loss_scale.skip_nonfinite:
             self.inner_optimizer.apply(grads, variables)
@@ -414,45 +415,6 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         if self.skip == "auto" and not (under_xla() and gate_pays(variables)):
             return False
         return apply_gated(lambda: self.inner_optimizer.apply(grads, variables), [*variables, *self.variables], finite)
-
-    def _accumulate(self, grads: list[Any], variables: list[Any], finite: tf.Tensor) -> None:
-        """One micro-batch of a window of ``gradient_accumulation_steps``.
-
-        The inner optimizer sees only the last one of a good window, and its own accumulators hold the sum till then:
-        it adds them up, divides, applies and clears. A bad window is thrown away as a whole.
-        """
-        inner, steps = self.inner_optimizer, window(self.inner_optimizer)
-        whole = tf.logical_and(finite, self._window_finite.value > 0)
-        ends = tf.equal((inner._iterations.value + 1) % steps, 0)
-
-        def add(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
-            for grad, variable in zip(grads, variables, strict=True):
-                if grad is None:
-                    continue
-                accumulator = inner._accumulated_gradients[inner._get_variable_index(variable)]
-                if is_overwritten(variable):
-                    # Keras takes the largest new value of a window. That of its first micro-batch may be below 0.
-                    begins = tf.equal(inner._iterations.value % steps, 0)
-                    accumulator.assign(tf.where(begins, grad, tf.maximum(accumulator.value, grad)))
-                else:
-                    accumulator.assign_add(grad)
-            inner._iterations.assign_add(1)
-            self._window_finite.assign(tf.cast(whole, tf.int64))
-
-        def apply(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
-            inner.apply(grads, variables)
-            self._decide(tf.constant(True))
-
-        def discard(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
-            # Zeros are assigned, since subtracting would leave a NaN what it is.
-            for accumulator in inner._accumulated_gradients:
-                accumulator.assign(tf.zeros_like(accumulator.value))
-            inner._iterations.assign_sub(steps - 1)
-            self._window_finite.assign(1)
-            self._decide(tf.constant(False))
-
-        index = tf.where(ends, tf.where(whole, 1, 2), 0)
-        replicas.switch(index, [add, apply, discard], grads, variables, whole)
 
     def _decide(self, finite: tf.Tensor) -> None:
         """Moves the scale and counts the step."""

@@ -270,7 +270,7 @@ def test_process_whose_memory_is_no_longer_told(case, breaks, words):
 
 def test_readings_that_begin_to_be_none_in_mid_case(case):
     lines = {"temperature_c": "n/a", "sm_clock_mhz": 0, "mem_clock_mhz": "n/a", "event_reasons": "n/a"}
-    found = run(case, train=lambda: case.script.set(**lines), added=lambda: time.sleep(0.6))
+    found = run(case, train=lambda: case.script.set(**lines), added=lambda: time.sleep(1.5))
     for line in lines:
         assert MEASURED[line] not in found.values
         assert "NVML answers" in found.unavailable[MEASURED[line]]

@@ -377,7 +377,7 @@ def drawing_loss(labels, outputs):
         {"model": branched},
         {"model": recurrent_and_attentive},
         {"model": Bare},
-        {"model": logits_of_the_mode},
+        pytest.param({"model": logits_of_the_mode}, marks=pytest.mark.slow),
         {"model": logits_of_the_mode, "loss": of_keras},
         {"optimizer": lambda: keras.optimizers.SGD(Rate(0.1))},
         {"optimizer": lambda: keras.optimizers.AdamW(lambda: 1e-3, use_ema=True, clipnorm=1.0)},

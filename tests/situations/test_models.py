@@ -105,7 +105,14 @@ def test_loss_that_is_logged_holds_what_the_model_adds():
     assert outcome.row["train_loss_first"] - bare.row["train_loss_first"] == pytest.approx(added, rel=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["mixed-static", "mixed-dynamic", "mixed-keras", "mixed-bf16"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "mixed-dynamic",
+        "mixed-keras",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("mixed-static", "mixed-bf16")),
+    ],
+)
 def test_what_the_model_adds_is_scaled_with_the_loss(mode):
     """Unscaled it would be a 32768th of what is meant, and weights would not be held down."""
 
