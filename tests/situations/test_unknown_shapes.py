@@ -62,7 +62,9 @@ def fitted_by_keras(inner):
             "SGD with momentum and global_clipnorm", StaticLossScale(2.0**14, skip_nonfinite=False), {},
             marks=pytest.mark.slow,
         ),
-        ("gradient accumulation", DynamicLossScale(2.0**14), {"skip": "gate", "blame": True}),
+        pytest.param(
+            "gradient accumulation", DynamicLossScale(2.0**14), {"skip": "gate", "blame": True}, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )  # fmt: skip

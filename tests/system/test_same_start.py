@@ -5,6 +5,7 @@ import pytest
 MODES = "fp32,mixed-static,mixed-bf16,article"
 
 
+@pytest.mark.slow  # tests/situations/test_identical_work.py compares them without processes
 def test_digests_are_equal_over_modes_and_differ_over_seeds(run_suite):
     done = run_suite(
         "--mp-workloads", "suite_workloads:fine", "--mp-modes", MODES, "--mp-seeds", "2", "--benchmark-disable"
