@@ -172,7 +172,7 @@ class Objective:
             raise ValueError(
                 f"the model's last operation is a {self._squashed_by}, but the loss takes logits and would apply "
                 "another one; leave the activation out, or take a loss with from_logits=False, such as "
-                f"loss={'binary' if self.output[-1] == 1 else 'sparse_categorical'}_crossentropy by name"
+                f"loss={kind!r} by its name"
             )
         labels = self._labels
         low, high = labels.min(), labels.max()
@@ -235,8 +235,7 @@ def _options(loss: Any) -> dict[str, Any]:
 
 def _squashed_by(outputs: Any) -> str | None:
     """``softmax`` or ``sigmoid`` where that is what the model ends in, as far as the trace tells."""
-    kind = {"Softmax": "softmax", "Sigmoid": "sigmoid"}.get(getattr(getattr(outputs, "op", None), "type", ""))
-    return kind
+    return {"Softmax": "softmax", "Sigmoid": "sigmoid"}.get(getattr(getattr(outputs, "op", None), "type", ""))
 
 
 def _reduced(losses: Any, mask: Any) -> Any:

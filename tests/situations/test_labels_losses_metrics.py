@@ -187,6 +187,9 @@ REFUSED = {
     "a sigmoid under a loss that takes logits": (
         BINARY_Y, sigmoid_model, {"loss": LOGITS}, "last operation is a sigmoid",
     ),
+    "a softmax under a loss of one-hot labels that takes logits": (
+        ONE_HOT, softmax_model, {"loss": CATEGORICAL}, "such as loss='categorical_crossentropy'",
+    ),
     "a sigmoid under logits by hand": (BINARY_Y, sigmoid_model, {"loss": logistic}, "threshold"),
     "classes for a loss of one-hot labels": (
         Y, dense(), {"loss": "categorical_crossentropy"}, "take its 'sparse' relative",
