@@ -17,13 +17,13 @@ _HOME = {
     "NoLossScale": "mpscale.scaling",
     "LossScaleOptimizer": "mpscale.scaling",
     "LossScaleMonitor": "mpscale.scaling",
-    "MODES": "mpscale.modes",
-    "Mode": "mpscale.modes",
+    "MODES": "mpscale.core.mode",
+    "Mode": "mpscale.core.mode",
     "Workload": "mpscale.workloads",
     "workload": "mpscale.workloads",
     "Data": "mpscale.workloads",
-    "Run": "mpscale.analysis.runs",
-    "read_run": "mpscale.analysis.runs",
+    "Run": "mpscale.core.runs",
+    "read_run": "mpscale.core.runs",
 }
 
 __all__ = [
@@ -43,8 +43,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from mpscale.analysis.runs import Run, read_run
-    from mpscale.modes import MODES, Mode
+    from mpscale.core.mode import MODES, Mode
+    from mpscale.core.runs import Run, read_run
     from mpscale.scaling import DynamicLossScale, LossScaleMonitor, LossScaleOptimizer, NoLossScale, StaticLossScale
     from mpscale.workloads import Data, Workload, workload
 

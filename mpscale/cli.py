@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mpscale import __version__
-from mpscale.paths import folder
+from mpscale.config import folder
 from mpscale.terminal import adapt_standard_streams, as_typed
 
 if TYPE_CHECKING:
     from mpscale.analysis.gates import Gate
+
 
 _FAILED = 1
 _USAGE_ERROR = 2
@@ -238,16 +239,16 @@ def _put_out(text: str, file: Path | None) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from mpscale.analysis.runs import RunError, read_run, resolve_run
-    from mpscale.report import github_summary
-    from mpscale.report.build import WRITTEN, rebuild
+    from mpscale.core.runs import RunError, read_run, resolve_run
+    from mpscale.report import document as github_summary
+    from mpscale.report.files import WRITTEN, rebuild
 
     try:
         path = resolve_run(options.run, options.results)
         if options.format == "github-summary":
             page = github_summary.artifacts_page(os.environ)
             run = read_run(path)
-            print(github_summary.render(run, artifacts=page), end="")
+            print(github_summary.github_summary(run, artifacts=page), end="")
         else:
             run = rebuild(path)
     except RunError as error:
@@ -264,8 +265,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from mpscale.analysis.runs import RunError, resolve_run
-    from mpscale.project_settings import SettingsError
+    from mpscale.config import SettingsError
+    from mpscale.core.runs import RunError, resolve_run
 
     try:
         if len(options.runs) < 2:
@@ -284,7 +285,7 @@ def _judging(options: argparse.Namespace) -> tuple[list[Gate], bool, float | Non
         ValueError: one of them is not understood.
     """
     from mpscale.analysis.gates import parse_gates, parse_share
-    from mpscale.project_settings import load
+    from mpscale.config import load
 
     settings = load(Path.cwd())
     threshold = options.threshold or settings.threshold
@@ -309,7 +310,7 @@ def _show_comparison(
     """
     from mpscale.analysis.compare import compare_all
     from mpscale.analysis.gates import COULD_NOT_TELL, FIRED, WELL, exit_code, judge_gates
-    from mpscale.analysis.runs import read_run
+    from mpscale.core.runs import read_run
     from mpscale.report.comparison import render, unread
 
     gates, strict, threshold = judging
@@ -335,12 +336,11 @@ def _show_comparison(
 
 
 def _ab(options: argparse.Namespace) -> int:
-    from mpscale.ab.environments import Refused, differences, examine
-    from mpscale.ab.pytest_arguments import pytest_arguments
+    from mpscale.ab.environments import Refused, differences, examine, pytest_arguments
     from mpscale.ab.referee import run_in_turns
-    from mpscale.ab.screen import Screen
-    from mpscale.analysis.runs import RunError
-    from mpscale.project_settings import SettingsError
+    from mpscale.config import SettingsError
+    from mpscale.core.runs import RunError
+    from mpscale.terminal import Screen
 
     try:
         judging = _judging(options)
@@ -377,10 +377,9 @@ def _ab(options: argparse.Namespace) -> int:
 
 def _history(options: argparse.Namespace) -> int:
     from mpscale.analysis.history import make_history, read_folder
-    from mpscale.analysis.runs import RunError, read_run, resolve_run
+    from mpscale.core.runs import RunError, read_run, resolve_run
     from mpscale.report.figures import FigureError, check_suffix
-    from mpscale.report.history import render
-    from mpscale.report.history_figure import draw_history
+    from mpscale.report.history import draw_history, render
 
     broken: list[tuple[str, str]] = []
     try:
@@ -405,7 +404,7 @@ def _history(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     from mpscale.doctor.examine import examine
-    from mpscale.report.doctor import render
+    from mpscale.doctor.page import render
 
     found = examine(train=options.gpu)
     print(render(found, options.json), end="")
@@ -415,8 +414,8 @@ def _doctor(options: argparse.Namespace) -> int:
 def _workloads(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from mpscale.modes import DEFAULT_MODES, MODES
-    from mpscale.report.cells import DASH
+    from mpscale.core.mode import DEFAULT_MODES, MODES
+    from mpscale.report.table import DASH
     from mpscale.workloads import registry
 
     here = [Path.cwd()]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from runfolder import NAME, finished, record, write_run
+from support.runfolder import NAME, finished, record, write_run
 
 from mpscale import __version__
 
@@ -155,6 +155,6 @@ def test_history_writes_table_and_figure_where_it_is_told_to(project):
 
 
 def test_history_offers_every_quantity():
-    from mpscale.analysis.measures import MEASURES
+    from mpscale.analysis.quantities import MEASURES
 
     assert f"{{{','.join(MEASURES)}}}" in "".join(mpscale("history", "--help").stdout.split())

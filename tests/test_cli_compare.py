@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from runfolder import CPU, GPU, finished, record, write_run
+from support.runfolder import CPU, GPU, finished, record, write_run
 
 from mpscale.cli import main
-from mpscale.columns import METHOD_VERSION
-from mpscale.harness.case import Settings, series_key
-from mpscale.modes import MODES
+from mpscale.core.case import Settings, series_key
+from mpscale.core.columns import METHOD_VERSION
+from mpscale.core.mode import MODES
 
 BEFORE, AFTER = "20260101T000000Z-test-cpu-aaaa", "20260102T000000Z-test-cpu-bbbb"
 QUIET = (0.998, 1.0, 1.002, 0.999, 1.001)
@@ -236,7 +236,7 @@ def test_gates_of_the_project_that_cannot_judge_two_devices_say_so(compare, tmp_
 
 
 def test_a_table_of_two_devices_is_refused(compare, tmp_path):
-    from mpscale.records import to_csv
+    from mpscale.core.record import to_csv
 
     path = tmp_path / "two.csv"
     path.write_text(to_csv([*rows(), *rows("mixed-dynamic", device_name="Another CPU")]))
@@ -332,7 +332,7 @@ def test_settings_of_the_project_stand_below_the_command_line(compare, tmp_path)
 
 
 def test_a_cases_csv_from_elsewhere_is_as_good_as_a_run(compare, tmp_path):
-    from mpscale.report.build import rebuild
+    from mpscale.report.files import rebuild
 
     compare(SAME, SAME)
     path = tmp_path / "elsewhere.csv"

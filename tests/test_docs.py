@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from situations.one_case import train
+from support.one_case import train
 
 import mpscale
 from mpscale.scaling import DynamicLossScale

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mpscale.harness.case import Case, Settings
-from mpscale.progress import Progress
-from mpscale.records import Record
+from mpscale.core.case import Case, Settings
+from mpscale.core.record import Record
+from mpscale.terminal import Progress
 
 
 def case(number, mode="fp32", repeat=0):

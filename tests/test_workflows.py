@@ -11,14 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from runfolder import CPU, GPU, finished, record, write_run
-from workflow_job import BASH, ROOT, WORKFLOWS, Night, artifact, evaluate, filled, load
+from support.runfolder import CPU, GPU, finished, record, write_run
+from support.workflow_job import BASH, ROOT, WORKFLOWS, Night, artifact, evaluate, filled, load
 
-from mpscale import project_settings
+from mpscale import config as project_settings
 from mpscale.analysis.gates import parse_gates, parse_share
 from mpscale.cli import _parser
-from mpscale.telemetry.device import find_device
-from mpscale.telemetry.driver import NoDriver
+from mpscale.core.device import find_device
+from mpscale.telemetry import host
+from mpscale.telemetry.client import NoDriver
 from mpscale.telemetry.fingerprint import environment
 
 FILES = sorted(WORKFLOWS.glob("*.yml"))
@@ -371,7 +372,7 @@ def test_pytest_says_which_run_serves_as_baseline_without_measuring(runs, tmp_pa
     assert refused.returncode != 0
     assert re.search(rf"^ERROR: .*{runs['old', 'gpu'].name} is of Test GPU", refused.stdout + refused.stderr, re.M)
     no_driver = NoDriver("not looked for")
-    device = find_device(no_driver.devices, {})
+    device = find_device(no_driver.devices, {}, host.cpu())
     here = environment(device, no_driver, ROOT)
     served = collect(write_run(tmp_path, finished(series("fp32", 2.0)), device=device.to_json(), environment=here))
     assert served.returncode == 0, served.stdout + served.stderr

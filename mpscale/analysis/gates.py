@@ -12,8 +12,8 @@ from mpscale.analysis.compare import ComparedRow, Comparison
 from mpscale.analysis.quantities import ERROR_RATE, QUANTITIES, Change, Quantity
 from mpscale.analysis.stats import holm
 from mpscale.analysis.summary import overflow_unknown
-from mpscale.analysis.trainings import by_reason, seeds_text
-from mpscale.columns import FAILED
+from mpscale.core.columns import FAILED
+from mpscale.core.trainings import by_reason, seeds_text
 
 Outcome = Literal["passed", "fired", "cannot-tell"]
 

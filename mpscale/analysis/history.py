@@ -10,23 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mpscale.analysis.measures import (
-    BASELINE,
-    MEASURES,
-    Measure,
-    estimate,
-    failure,
-    left_out,
-    sample_of,
-    why_unknown,
-)
-from mpscale.analysis.pairing import hardware
-from mpscale.analysis.runs import Run, RunError, read_run
-from mpscale.analysis.series_labels import tell_apart
+from mpscale.analysis.quantities import BASELINE, MEASURES, Measure, estimate, failure, left_out, sample_of, why_unknown
 from mpscale.analysis.stats import log_change
-from mpscale.analysis.summary import plain_rows
-from mpscale.analysis.trainings import Key, Row
-from mpscale.modes import MODES
+from mpscale.core.case import tell_apart
+from mpscale.core.record import Record, grouped, in_order_of_modes
+from mpscale.core.runs import Run, RunError, hardware, read_run
+from mpscale.core.trainings import Key
 
 _TIME_IN_NAME = re.compile(r"\d{8}T\d{6}Z")
 _NONE_YET = "make one with `make bench` or `pytest bench/ --benchmark-only`"
@@ -93,8 +82,8 @@ class Series:
     Args:
         workload: its name.
         mode: its name.
-        key: the series key, see :func:`mpscale.harness.case.series_key`.
-        hardware: see :func:`mpscale.analysis.pairing.hardware`; only what is known.
+        key: the series key, see :func:`mpscale.core.case.series_key`.
+        hardware: see :func:`mpscale.analysis.compare.hardware`; only what is known.
         apart: what tells it from the other series of its workload and mode, empty where it is the only one.
         metric_name: of the workload, None where unknown.
         points: one a run.
@@ -120,7 +109,7 @@ class History:
 
     Args:
         measure: what they are of.
-        series: by workload, in order of first appearance, then by mode, in the order of :data:`mpscale.modes.MODES`.
+        series: by workload, in order of first appearance, then by mode, in the order of `MODES`.
         skipped: what was left out, and why.
     """
 
@@ -192,14 +181,14 @@ def make_history(
         by_name.setdefault(run.name, run)
     ordered = sorted(((_facts(run), run) for run in by_name.values()), key=lambda pair: _age(pair[0]))
     machines = _machines([run for _, run in ordered])
-    tables = [(facts, machines[run.name], plain_rows(run.cases)) for facts, run in ordered]
+    tables = [(facts, machines[run.name], run.records) for facts, run in ordered]
     waiting = {run.name: run.places_not_started for _, run in ordered}
     there = {column: _there(tables, column, wanted) for column, wanted in (("workload", workloads), ("mode", modes))}
     measure = MEASURES[quantity]
     not_shown: list[tuple[str, str]] = []
     found: dict[tuple[str, str, str, str], _Found] = {}
     for facts, machine, rows in tables:
-        for (workload, mode), cases in _grouped(rows).items():
+        for (workload, mode), cases in grouped(rows).items():
             if workload not in there["workload"] or mode not in there["mode"]:
                 continue
             if measure.name == "speedup" and mode == BASELINE:
@@ -237,7 +226,7 @@ class _Found:
     """One series: its machine, and of each run the facts, cases, those of the baseline, and what was not started."""
 
     machine: dict[str, Any]
-    runs: list[tuple[RunFacts, list[Row], list[Row], list[Key]]]
+    runs: list[tuple[RunFacts, list[Record], list[Record], list[Key]]]
 
     @property
     def metric_name(self) -> str | None:
@@ -246,7 +235,7 @@ class _Found:
         )
 
 
-def _there(tables: Sequence[tuple[RunFacts, Any, list[Row]]], column: str, wanted: Sequence[str]) -> list[str]:
+def _there(tables: Sequence[tuple[RunFacts, Any, list[Record]]], column: str, wanted: Sequence[str]) -> list[str]:
     """The workloads or modes to show, in order.
 
     Raises:
@@ -254,7 +243,7 @@ def _there(tables: Sequence[tuple[RunFacts, Any, list[Row]]], column: str, wante
     """
     seen = list(dict.fromkeys(case[column] for _, _, rows in tables for case in rows))
     if column == "mode":
-        seen = [mode for mode in MODES if mode in seen] + [mode for mode in seen if mode not in MODES]
+        seen = in_order_of_modes(seen)
     for name in wanted:
         if name not in seen:
             raise RunError(f"no run has the {column} {name!r}; there are {', '.join(seen) or 'none'}")
@@ -272,14 +261,7 @@ def _labelled(series: Sequence[Series]) -> list[Series]:
     ]
 
 
-def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for case in rows:
-        groups.setdefault((case["workload"], case["mode"]), []).append(case)
-    return groups
-
-
-def _by_key(cases: Sequence[Row]) -> dict[str, list[Row]]:
+def _by_key(cases: Sequence[Record]) -> dict[str, list[Record]]:
     """Cases of one workload and mode by series. One that failed too early to have a key is of the others' series."""
     keys = list(dict.fromkeys(case["series_key"] for case in cases if case["series_key"] is not None))
     if len(keys) == 1:

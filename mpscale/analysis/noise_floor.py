@@ -17,12 +17,11 @@ import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import polygamma
 
-from mpscale.analysis.pairing import environment_differences, same_hardware
-from mpscale.analysis.quantities import QUANTITIES, Quantity, by_process, values
-from mpscale.analysis.runs import Run, read_info, read_run
+from mpscale.analysis.quantities import QUANTITIES, Quantity, by_process, figures
 from mpscale.analysis.stats import Between
-from mpscale.analysis.summary import plain_rows
-from mpscale.analysis.trainings import MEASURED, Row
+from mpscale.core.record import Record
+from mpscale.core.runs import Run, environment_differences, read_info, read_run, same_hardware
+from mpscale.core.trainings import MEASURED
 
 FEWEST_RUNS = 5
 MOST_RUNS = 30
@@ -124,13 +123,13 @@ def find_floors(runs: Sequence[Run]) -> Floors:
         return NO_FLOORS
     tables = [_by_row(run) for run in runs]
     found = {
-        name: floors_from_samples([{row: values(cases, quantity) for row, cases in table.items()} for table in tables])
+        name: floors_from_samples([{row: figures(cases, quantity) for row, cases in table.items()} for table in tables])
         for name, quantity in QUANTITIES.items()
     }
     return Floors(tuple(run.name for run in runs), {name: floors for name, floors in found.items() if floors})
 
 
-def assumed_floor(sides: Sequence[Mapping[Place, Sequence[Row]]], quantity: Quantity) -> Between | None:
+def assumed_floor(sides: Sequence[Mapping[Place, Sequence[Record]]], quantity: Quantity) -> Between | None:
     """What runs are taken to differ by where it is not known; None for a quantity that does not depend on the moment.
 
     Three times the standard deviation of processes within a run, over all rows, though not less than one percent nor
@@ -144,7 +143,7 @@ def assumed_floor(sides: Sequence[Mapping[Place, Sequence[Row]]], quantity: Quan
     """
     if not quantity.drifts:
         return None
-    within, degrees = pooled([values(cases, quantity) for side in sides for cases in side.values()])
+    within, degrees = pooled([figures(cases, quantity) for side in sides for cases in side.values()])
     spread = math.sqrt(within)
     deviation = max(spread, min(max(ASSUMED_RATIO * spread, ASSUMED_LEAST), ASSUMED_MOST))
     return Between(deviation**2, float(degrees), 0) if degrees else None
@@ -155,10 +154,10 @@ def _alike(baseline: Run, run: Run) -> bool:
     return same_settings and same_hardware(baseline, run) and not environment_differences(baseline, run)
 
 
-def _by_row(run: Run) -> dict[tuple[str, str, str], list[Row]]:
+def _by_row(run: Run) -> dict[tuple[str, str, str], list[Record]]:
     """Cases by workload, mode and series key."""
-    found: dict[tuple[str, str, str], list[Row]] = {}
-    for case in plain_rows(run.cases):
+    found: dict[tuple[str, str, str], list[Record]] = {}
+    for case in run.records:
         if case["status"] in MEASURED and case["series_key"] is not None:
             found.setdefault((case["workload"], case["mode"], case["series_key"]), []).append(case)
     return found
@@ -196,7 +195,9 @@ def floors_from_samples(samples: Sequence[Mapping[tuple[str, str, str], Sequence
     return found
 
 
-def pair_noise(sides: Sequence[Mapping[Place, Sequence[Row]]], quantity: Quantity) -> dict[Place, tuple[float, float]]:
+def pair_noise(
+    sides: Sequence[Mapping[Place, Sequence[Record]]], quantity: Quantity
+) -> dict[Place, tuple[float, float]]:
     """Variance and degrees of freedom of the differences of pairs, of processes that ran in turns, on logarithms.
 
     Three pairs a row say little of their spread; the rows together say more, see :func:`moderated`.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from mpscale.analysis.stats import Between, holm, log_change, paired_log_change
-from mpscale.analysis.summary import ENERGY_IS_OF, MEMORY_IS_OF, figures_of
-from mpscale.analysis.trainings import Key, Row, by_reason, of_good_trainings, without_figure
+from mpscale.analysis.stats import Between, Interval, geometric_interval, holm, log_change, paired_log_change
+from mpscale.analysis.summary import ENERGY_IS_OF, MEMORY_IS_OF, figures_of, overflow_rate, overflow_unknown
+from mpscale.core.record import Record
+from mpscale.core.trainings import MEASURED, Key, by_reason, of_good_trainings, trainings, without_figure
 
 CONFIDENCE = 0.95
 """Of the intervals that are shown."""
@@ -110,7 +111,7 @@ class Change:
         )
 
 
-def values(cases: Iterable[Row], quantity: Quantity) -> list[float]:
+def figures(cases: Iterable[Record], quantity: Quantity) -> list[float]:
     """The quantity of every process that counts.
 
     Seeds that diverged or stalled are left out, their repeats too: their steps are not those of a training that works.
@@ -118,7 +119,7 @@ def values(cases: Iterable[Row], quantity: Quantity) -> list[float]:
     return list(by_process(cases, quantity).values())
 
 
-def by_process(cases: Iterable[Row], quantity: Quantity) -> dict[tuple[int, int], float]:
+def by_process(cases: Iterable[Record], quantity: Quantity) -> dict[tuple[int, int], float]:
     """The same by seed and repeat."""
     return {
         (case["seed"], case["repeat"]): case[quantity.column]
@@ -128,8 +129,8 @@ def by_process(cases: Iterable[Row], quantity: Quantity) -> dict[tuple[int, int]
 
 
 def measure_change(
-    baseline: Sequence[Row],
-    other: Sequence[Row],
+    baseline: Sequence[Record],
+    other: Sequence[Record],
     quantity: Quantity,
     tries: int = 1,
     between: Between | None = None,
@@ -225,13 +226,131 @@ def _judged(change: Change, p_value: float | None, threshold: float | None) -> C
     return replace(change, reason=f"too noisy for {above:.0%}{single}")
 
 
-def _kinds(cases: Sequence[Row], quantity: Quantity) -> set[tuple[Any, ...]]:
+def _kinds(cases: Sequence[Record], quantity: Quantity) -> set[tuple[Any, ...]]:
     """What the figures of the processes that count are of."""
     counted = by_process(cases, quantity)
     own = [case for case in of_good_trainings(cases) if (case["seed"], case["repeat"]) in counted]
     return figures_of(own, quantity.column, quantity.is_of)
 
 
-def _reason(case: Row, column: str) -> str | None:
-    reasons = case["unavailable"]
-    return reasons.get(column) if isinstance(reasons, dict) else None
+def _reason(case: Record, column: str) -> str | None:
+    return case.unavailable.get(column)
+
+
+# What runs can be followed by over time, and how each is made from the cases of a run.
+
+BASELINE = "fp32"
+"""Of speed-ups."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What a history is of.
+
+    Args:
+        name: as the command line has it.
+        title: in words.
+        unit: of its values; empty for a share of 1, and for a metric, which has its own.
+        column: of cases.csv; its entry in ``unavailable`` says why there is none.
+        spread: what ``low`` and ``high`` of a point are: the 95 % t interval over processes on logarithms, or the
+            smallest and the largest seed.
+    """
+
+    name: str
+    title: str
+    unit: str
+    column: str
+    spread: Literal["interval", "range"] = "interval"
+
+
+def _compared(name: str, title: str) -> Measure:
+    return Measure(name, title, QUANTITIES[name].unit, QUANTITIES[name].column)
+
+
+MEASURES = {
+    measure.name: measure
+    for measure in (
+        _compared("step_time", "step time"),
+        _compared("gpu_memory", "GPU memory"),
+        _compared("energy", "energy a step"),
+        _compared("host_memory", "host memory"),
+        Measure("metric", "final metric", "", "metric_value", "range"),
+        Measure("overflow_rate", "overflow rate", "", "overflow_steps", "range"),
+        # Always over the same baseline: a headline that changes from fp32 to tf32 would look like a loss.
+        Measure("speedup", f"speed-up over {BASELINE}", "x", "step_time_ms_median"),
+    )
+}
+
+
+def sample_of(measure: Measure, cases: Sequence[Record], baseline: Sequence[Record]) -> list[float]:
+    """One value a process, a pair of processes, or a seed."""
+    if measure.name in QUANTITIES:
+        return figures(cases, QUANTITIES[measure.name])
+    if measure.name == "metric":
+        return list(trainings(cases).metric.values())
+    if measure.name == "overflow_rate":
+        return [rate for case in cases if (rate := overflow_rate([case])) is not None]
+    # As the summary pairs them, so that both give the same speed-up.
+    own, other = (
+        {(case["seed"], case["repeat"]): case[measure.column] for case in side if case[measure.column] is not None}
+        for side in (of_good_trainings(cases), of_good_trainings(baseline))
+    )
+    return [other[key] / own[key] for key in own if key in other]
+
+
+def estimate(measure: Measure, sample: list[float], cases: Sequence[Record]) -> Interval:
+    if measure.spread == "interval":
+        return geometric_interval(sample)
+    mean = statistics.fmean(sample)
+    if measure.name == "overflow_rate":
+        rate = overflow_rate(cases)
+        mean = mean if rate is None else rate
+    low, high = (min(sample), max(sample)) if len(sample) > 1 else (None, None)
+    return Interval(mean, low, high, len(sample))
+
+
+def left_out(
+    measure: Measure, cases: Sequence[Record], baseline: Sequence[Record], not_started: Sequence[Key] = ()
+) -> str | None:
+    """Which seeds or processes should be in the value and are not, and why; None where all are in.
+
+    Args:
+        measure: of what.
+        cases: of one workload and mode.
+        baseline: those of :data:`BASELINE`.
+        not_started: processes that were planned and have no case.
+    """
+    if measure.name == "overflow_rate":
+        return by_reason(overflow_unknown(cases, not_started)) or None
+    seeds = trainings(cases, not_started)
+    # A lost training has no cost that counts, and a metric that does.
+    lacking = [by_reason({**seeds.lost, **({} if measure.name != "metric" else seeds.unknown)})]
+    if measure.name != "metric":
+        only_trained = measure.name in QUANTITIES and QUANTITIES[measure.name].of_trainings
+        lacking.append(by_reason(without_figure(cases, measure.column, not_started, only_trained)))
+    if measure.name == "speedup":
+        lacking += [f"{BASELINE}'s {text}" for text in lost_or_without(baseline, measure.column) if text]
+    return "; ".join(filter(None, lacking)) or None
+
+
+def lost_or_without(cases: Sequence[Record], column: str) -> tuple[str, str]:
+    """Seeds that were lost, and processes without a figure, in words; empty where there are none."""
+    return by_reason(trainings(cases).lost), by_reason(without_figure(cases, column))
+
+
+def why_unknown(measure: Measure, cases: Sequence[Record], baseline: Sequence[Record]) -> str:
+    for case in cases:
+        reason = case.unavailable.get(measure.column)
+        if case["status"] in MEASURED and reason:
+            return reason
+    if why := failure(cases):
+        return why
+    if measure.name == "speedup":
+        why = failure(baseline)
+        return f"{BASELINE}: {why}" if why else f"no {BASELINE} beside it"
+    return "no case has it"
+
+
+def failure(cases: Sequence[Record], leave_out: Sequence[str] = ()) -> str | None:
+    found = [case for case in cases if case["status"] not in ("ok", *leave_out)]
+    return next((f"{case['status']}: {case['status_reason'] or 'no reason was given'}" for case in found), None)

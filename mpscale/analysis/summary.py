@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
 
-import pandas as pd
-
-from mpscale.analysis.quality import judge_metric
-from mpscale.analysis.stats import Interval, geometric_interval, paired_ratio
-from mpscale.analysis.trainings import (
+from mpscale.analysis.stats import (
+    Interval,
+    Paired,
+    geometric_interval,
+    paired_difference,
+    paired_ratio,
+    pairs_that_would_tell,
+)
+from mpscale.core.columns import STATUSES, SUMMARY
+from mpscale.core.record import Record, grouped
+from mpscale.core.runs import Run
+from mpscale.core.trainings import (
     MEASURED,
+    NO_SUCH_ROW,
     Key,
-    Row,
     Trainings,
     by_reason,
     common,
     of_good_trainings,
+    seeds_text,
+    settle,
     trainings,
 )
-from mpscale.columns import DTYPES, STATUSES, SUMMARY
-from mpscale.modes import MODES
 
 MEMORY_IS_OF = ("gpu_allocator", "gpu_memory_method")
 ENERGY_IS_OF = ("gpu_energy_method",)
@@ -31,18 +41,20 @@ ENERGY_IS_OF = ("gpu_energy_method",)
 pool with one allocator and what is in use with another.
 """
 
-SUMMARY_DTYPES: dict[str, str] = {column.name: DTYPES[column.kind] for column in SUMMARY}
-"""Columns of the summary, in order."""
+Row = dict[str, Any]
+"""A row of the summary: a value, or None, for each of :data:`SUMMARY_COLUMNS`."""
+
+SUMMARY_COLUMNS = tuple(column.name for column in SUMMARY)
 
 
-def summarise(cases: pd.DataFrame, not_started: Sequence[tuple[str, str, Key]] | None = None) -> pd.DataFrame:
-    """One row per workload, in order of first appearance, and mode, in the order of :data:`mpscale.modes.MODES`.
+def summarise(records: Iterable[Record], not_started: Sequence[tuple[str, str, Key]] | None = None) -> list[Row]:
+    """One row per workload, in order of first appearance, and mode, in the order of :data:`mpscale.core.mode.MODES`.
 
     Times are in ms, memory in MiB. ``step_time_ms`` is the geometric mean of the processes' medians with its 95 %
     interval; a speed-up is the baseline's time over the mode's, paired by (seed, repeat). Memory is the largest of any
     process, energy the geometric mean of the processes. All of these are of seeds that ended well: what a lost training
     costs is of no use. ``metric_difference`` is the mean over seeds of the mode's metric less fp32's, with its 90 %
-    interval (one-sided at 95 %), and ``metric_verdict`` what :func:`mpscale.analysis.quality.judge_metric` makes of it.
+    interval (one-sided at 95 %), and ``metric_verdict`` what :func:`mpscale.analysis.summary.judge_metric` makes of it.
     Counts are sums and ``loss_scale_final``, ``steps_to_target`` and ``dispatch_share`` medians over the cases that
     know them. ``headline_baseline`` is the mode that a user would have had by default: tf32 where it was timed, else
     fp32.
@@ -50,7 +62,7 @@ def summarise(cases: pd.DataFrame, not_started: Sequence[tuple[str, str, Key]] |
     Only cases with a status of :data:`MEASURED` have figures that count; ``left_out`` says which have none.
 
     Args:
-        cases: as :attr:`mpscale.analysis.runs.Run.cases`.
+        records: of a run.
         not_started: workload, mode and process of the cases that were planned and have no row; None where the plan is
             not known.
 
@@ -58,9 +70,10 @@ def summarise(cases: pd.DataFrame, not_started: Sequence[tuple[str, str, Key]] |
         ValueError: a step time is not positive.
     """
     rows: list[Row] = []
-    by_workload = _grouped(plain_rows(cases), "workload")
-    for workload, members in by_workload.items():
-        by_mode = _grouped(members, "mode")
+    by_workload: dict[str, dict[str, list[Record]]] = {}
+    for (workload, mode), group in grouped(settle(list(records))).items():
+        by_workload.setdefault(workload, {})[mode] = group
+    for workload, by_mode in by_workload.items():
         measured = {mode: [c for c in group if c["status"] in MEASURED] for mode, group in by_mode.items()}
         good = {mode: of_good_trainings(group) for mode, group in by_mode.items()}
         waiting = {
@@ -71,8 +84,7 @@ def summarise(cases: pd.DataFrame, not_started: Sequence[tuple[str, str, Key]] |
             mode: trainings(group, waiting[mode], plan_known=not_started is not None) for mode, group in by_mode.items()
         }
         nothing = Trainings({}, {}, {})
-        modes = [mode for mode in MODES if mode in by_mode] + [mode for mode in by_mode if mode not in MODES]
-        for mode in modes:
+        for mode in by_mode:
             row: Row = {"workload": workload, "mode": mode}
             row |= _counts(by_mode[mode], seeds[mode], waiting[mode])
             row |= _times(mode, good, headline="tf32" if _by_process(measured.get("tf32", [])) else "fp32")
@@ -84,30 +96,25 @@ def summarise(cases: pd.DataFrame, not_started: Sequence[tuple[str, str, Key]] |
                 row |= _quality(by_mode[mode], by_mode.get("fp32", []), (seeds.get("fp32", nothing), seeds[mode]))
             row |= _target(measured[mode])
             rows.append(row)
-    columns = {name: pd.Series([row.get(name) for row in rows], dtype=dtype) for name, dtype in SUMMARY_DTYPES.items()}
-    return pd.DataFrame(columns)
+    return [{name: row.get(name) for name in SUMMARY_COLUMNS} for row in rows]
 
 
-def write_summary_csv(summary: pd.DataFrame, path: str | Path) -> None:
-    """Writes the summary, an empty cell for what is unknown."""
-    summary.to_csv(path, index=False, lineterminator="\n", encoding="utf-8", errors="backslashreplace")
+@lru_cache(maxsize=8)
+def summary_of(run: Run) -> Sequence[Row]:
+    """The summary of a run; made once, as every part of a report asks for it. Not to be changed."""
+    return summarise(run.records, run.places_not_started if run.plan_known else None)
 
 
-def plain_rows(frame: pd.DataFrame) -> list[Row]:
-    """The rows of a frame as dicts of plain values, None for what is unknown."""
-    plain = frame.astype(object).where(frame.notna(), None)
-    return [{str(name): value for name, value in row.items()} for row in plain.to_dict("records")]
+def summary_csv(rows: Iterable[Row]) -> str:
+    """The content of summary.csv: an empty cell for what is unknown."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, SUMMARY_COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    return text.getvalue()
 
 
-def _grouped(rows: Iterable[Row], name: str) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if row[name] is not None:
-            groups.setdefault(row[name], []).append(row)
-    return groups
-
-
-def _known(rows: Iterable[Row], name: str) -> list[Any]:
+def _known(rows: Iterable[Record], name: str) -> list[Any]:
     return [row[name] for row in rows if row[name] is not None]
 
 
@@ -121,7 +128,7 @@ def mostly(flags: Sequence[bool]) -> bool:
     return 2 * sum(flags) > len(flags)
 
 
-def _counts(group: Sequence[Row], seeds: Trainings, waiting: Sequence[Key]) -> Row:
+def _counts(group: Sequence[Record], seeds: Trainings, waiting: Sequence[Key]) -> Row:
     statuses = Counter(str(case["status"]) for case in group)
     left_out = {**seeds.lost, **seeds.unknown}
     return {
@@ -136,7 +143,7 @@ def _counts(group: Sequence[Row], seeds: Trainings, waiting: Sequence[Key]) -> R
     }
 
 
-def _by_process(rows: Iterable[Row]) -> dict[Key, float]:
+def _by_process(rows: Iterable[Record]) -> dict[Key, float]:
     return {
         (case["seed"], case["repeat"]): case["step_time_ms_median"]
         for case in rows
@@ -144,7 +151,7 @@ def _by_process(rows: Iterable[Row]) -> dict[Key, float]:
     }
 
 
-def _times(mode: str, good: dict[str, list[Row]], headline: str) -> Row:
+def _times(mode: str, good: dict[str, list[Record]], headline: str) -> Row:
     times = {name: _by_process(group) for name, group in good.items()}
     own = times[mode]
     row: Row = {"processes": len(own), "headline_baseline": headline}
@@ -168,16 +175,16 @@ def _columns(name: str, interval: Interval | None) -> Row:
     return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
-def figures_of(cases: Iterable[Row], column: str, is_of: Sequence[str]) -> set[tuple[Any, ...]]:
+def figures_of(cases: Iterable[Record], column: str, is_of: Sequence[str]) -> set[tuple[Any, ...]]:
     """What the figures of a column are of, over the cases that have one: values of the columns ``is_of``."""
-    return {tuple(case.get(name) for name in is_of) for case in cases if case[column] is not None}
+    return {tuple(case[name] for name in is_of) for case in cases if case[column] is not None}
 
 
-def _alike(column: str, is_of: Sequence[str], *groups: Sequence[Row]) -> bool:
+def _alike(column: str, is_of: Sequence[str], *groups: Sequence[Record]) -> bool:
     return len({kind for group in groups for kind in figures_of(group, column, is_of)}) == 1
 
 
-def _memory(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
+def _memory(group: Sequence[Record], fp32: Sequence[Record]) -> Row:
     own, baseline = of_good_trainings(group), of_good_trainings(fp32)
     gpu, there = (_known(cases, "gpu_memory_nvml_peak_mib") for cases in (own, baseline))
     # A process that ran out of memory needed more than any figure that is known here.
@@ -191,7 +198,7 @@ def _memory(group: Sequence[Row], fp32: Sequence[Row]) -> Row:
     }
 
 
-def _energy(good: Sequence[Row], fp32: Sequence[Row]) -> Row:
+def _energy(good: Sequence[Record], fp32: Sequence[Record]) -> Row:
     known, there = (_known(rows, "gpu_energy_j_per_step") for rows in (good, fp32))
     own, baseline = (_over(statistics.geometric_mean, joules) for joules in (known, there))
     alike = _alike("gpu_energy_j_per_step", ENERGY_IS_OF, good, fp32)
@@ -202,7 +209,7 @@ def _energy(good: Sequence[Row], fp32: Sequence[Row]) -> Row:
     }
 
 
-def _training(group: Sequence[Row]) -> Row:
+def _training(group: Sequence[Record]) -> Row:
     checked = [case for case in group if _knows_overflow(case)]
     return {
         "overflow_steps": _over(sum, _known(checked, "overflow_steps")),
@@ -216,18 +223,18 @@ def _training(group: Sequence[Row]) -> Row:
     }
 
 
-def _knows_overflow(case: Row) -> bool:
+def _knows_overflow(case: Record) -> bool:
     return case["overflow_steps"] is not None and bool(case["attempted_steps"])
 
 
-def overflow_rate(cases: Iterable[Row]) -> float | None:
+def overflow_rate(cases: Iterable[Record]) -> float | None:
     """Overflow steps over attempted steps, of the trainings that know both; None where none does."""
     known = [case for case in cases if case["status"] in MEASURED and _knows_overflow(case)]
     steps = sum(case["attempted_steps"] for case in known)
     return sum(case["overflow_steps"] for case in known) / steps if steps else None
 
 
-def overflow_unknown(cases: Sequence[Row], not_started: Iterable[Key] = ()) -> dict[int, str]:
+def overflow_unknown(cases: Sequence[Record], not_started: Iterable[Key] = ()) -> dict[int, str]:
     """Seeds of whose overflow nothing is known, and why; a lost training may know it."""
     seeds = trainings(cases, not_started)
     known = {case["seed"] for case in cases if case["status"] in MEASURED and _knows_overflow(case)}
@@ -235,7 +242,7 @@ def overflow_unknown(cases: Sequence[Row], not_started: Iterable[Key] = ()) -> d
     return {**dict.fromkeys(sorted(ended - known), "not known"), **seeds.unknown}
 
 
-def _metric(group: Sequence[Row], own: Trainings, baseline: Trainings) -> Row:
+def _metric(group: Sequence[Record], own: Trainings, baseline: Trainings) -> Row:
     values = list(own.metric.values())
     differences = [own.metric[seed] - baseline.metric[seed] for seed in own.metric if seed in baseline.metric]
     name = common(group, "metric_name")
@@ -252,7 +259,7 @@ def _metric(group: Sequence[Row], own: Trainings, baseline: Trainings) -> Row:
     }
 
 
-def _quality(group: Sequence[Row], fp32: Sequence[Row], seeds: tuple[Trainings, Trainings]) -> Row:
+def _quality(group: Sequence[Record], fp32: Sequence[Record], seeds: tuple[Trainings, Trainings]) -> Row:
     found = judge_metric(fp32, group, seeds)
     if found is None:
         return {}
@@ -270,10 +277,170 @@ def _quality(group: Sequence[Row], fp32: Sequence[Row], seeds: tuple[Trainings, 
     }
 
 
-def _target(group: Sequence[Row]) -> Row:
+def _target(group: Sequence[Record]) -> Row:
     trained = [case for case in group if case["repeat"] == 0]
     if not _known(trained, "metric_target"):
         return {}
     # One that was lost in the end has passed its target, and not reached it.
     reached = _known(of_good_trainings(trained), "steps_to_target")
     return {"target_reached": len(reached), "steps_to_target": _over(statistics.median, reached)}
+
+
+# Whether a training is as good as its baseline: non-inferiority of the metric, seed by seed. A difference that is not
+# significant is no evidence that there is none: three seeds hide a loss of two points. So the question is the other
+# way round: can a loss of more than the workload's margin be ruled out? Piaggio et al., "Reporting of noninferiority
+# and equivalence randomized trials", JAMA 2012;308:2594. Who looks at the survivors alone finds what they wish: had
+# the seed that ran out of memory been trained, it might have been the bad one. So a loss is ruled out over all seeds
+# or not at all. Fleming, "Addressing missing data in clinical trials", Annals of Internal Medicine 2011;154:113: what
+# is missing for a reason biases what is left.
+
+Verdict = Literal["non-inferior", "worse", "inconclusive"]
+
+_SAID_OF_A_METRIC = {"metric_name": "name", "metric_margin": "margin", "metric_higher_is_better": "direction"}
+_LOST_HOW = "the training diverged, stalled or ended without a metric"
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """A metric against its baseline's.
+
+    Args:
+        verdict: ``non-inferior``: a loss of the margin or more is ruled out, one-sided at 95 %. ``worse``: no loss is
+            ruled out and it is estimated beyond the margin; or a seed was lost. Else, or where a seed is not known
+            that could speak against it, ``inconclusive``.
+        difference: metric less that of the baseline, in its own unit and direction, with its 90 % interval; None
+            where no seed has both.
+        seeds: how many would tell, None where they told already or that is not known.
+        reason: why the verdict is what it is, where the numbers do not show it.
+        left_out: which seeds are not in the difference, and why; None where all are.
+    """
+
+    verdict: Verdict
+    difference: Paired | None
+    seeds: int | None = None
+    reason: str | None = None
+    left_out: str | None = None
+
+    @property
+    def why(self) -> str:
+        """Reason and what was left out, in one line; empty where there is neither."""
+        return "; ".join(filter(None, (self.reason, self.left_out)))
+
+
+def judge(
+    differences: Sequence[float],
+    margin: float | None,
+    higher_is_better: bool | None,
+    lost: Sequence[int] = (),
+    unknown: Sequence[int] = (),
+) -> Quality:
+    """The verdict on a metric.
+
+    Args:
+        differences: metric less that of the baseline, one a seed.
+        margin: how much worse still counts as equal, in units of the metric; None where nobody said.
+        higher_is_better: the metric's direction; None where it is not known.
+        lost: seeds that diverged, stalled or ended without a metric although they did not in the baseline.
+        unknown: seeds of which it is not known how they would have ended.
+    """
+    difference = paired_difference(differences) if differences else None
+    if lost:
+        return Quality("worse", difference, reason=f"lost {seeds_text(lost)}: {_LOST_HOW}")
+    if difference is None:
+        return Quality("inconclusive", None, reason="no seed has a metric under both")
+    if margin is None:
+        return Quality("inconclusive", difference, reason="the workload has no margin")
+    if higher_is_better is None:
+        return Quality("inconclusive", difference, reason="it is not known which way the metric is better")
+    better = paired_difference([value if higher_is_better else -value for value in differences])
+    if better.low is None or better.high is None:
+        return Quality("inconclusive", difference, reason="one seed gives no spread")
+    if better.low > -margin:
+        if unknown:
+            reason = f"a loss is ruled out over {len(differences)} seeds, and nothing is known of {seeds_text(unknown)}"
+            return Quality("inconclusive", difference, reason=reason)
+        return Quality("non-inferior", difference)
+    if better.high < 0.0 and better.mean < -margin:
+        return Quality("worse", difference)
+    return Quality("inconclusive", difference, pairs_that_would_tell(better, margin))
+
+
+def judge_metric(
+    baseline: Sequence[Record], other: Sequence[Record], seeds: tuple[Trainings, Trainings]
+) -> Quality | None:
+    """The verdict on the metric of ``other``; None where one of the two was never to be trained.
+
+    Args:
+        baseline: its cases of one workload and mode.
+        other: likewise.
+        seeds: what became of the trainings of both.
+    """
+    before, after = seeds
+    if not before.seeds or not after.seeds:
+        return None
+    # A seed that is lost in the baseline as well is no fault of the other's.
+    lost = sorted(after.lost.keys() - before.lost.keys())
+    pairs = [seed for seed in sorted(after.metric) if seed in before.metric and seed not in before.lost]
+    left_out = _left_out(before, after, pairs)
+    unknown = sorted(_unknown(before, after) - before.lost.keys())
+    with_metric = [
+        [case for case in cases if case["repeat"] == 0 and case["seed"] in side.metric]
+        for cases, side in zip((baseline, other), seeds, strict=True)
+    ]
+    differences = [] if _names_differ(with_metric) else [after.metric[seed] - before.metric[seed] for seed in pairs]
+    disagreement = _disagreement(with_metric)
+    if disagreement is not None and not lost:
+        found = Quality("inconclusive", paired_difference(differences) if differences else None, reason=disagreement)
+    else:
+        margin, better = (common(with_metric[1], name) for name in ("metric_margin", "metric_higher_is_better"))
+        found = judge(differences, margin, better, lost, unknown)
+    if not left_out:
+        return found
+    total = len(before.seeds | after.seeds)
+    return replace(found, left_out=f"{len(pairs)} of {total} seeds; {by_reason(left_out)}")
+
+
+def _unknown(before: Trainings, after: Trainings) -> set[int]:
+    """Seeds whose training has no outcome on one of the sides although it should have one, or may have had one."""
+    found = {*before.unknown, *after.unknown}
+    for side, theirs in ((before, after), (after, before)):
+        if not side.plan_known:
+            found |= theirs.seeds - side.seeds
+    return found
+
+
+def _left_out(before: Trainings, after: Trainings, pairs: Sequence[int]) -> dict[int, str]:
+    """Seeds that are no pair, and why."""
+    found = {}
+    for seed in (before.seeds | after.seeds) - set(pairs):
+        there, here = _outcome(before, seed), _outcome(after, seed)
+        if there == here:
+            found[seed] = f"{here} in both"
+        else:
+            parts = [here] if here else []
+            found[seed] = ", ".join(parts + ([f"{there} in the baseline"] if there else []))
+    return found
+
+
+def _outcome(side: Trainings, seed: int) -> str | None:
+    """Why a seed is not to be had from a side, None where it is."""
+    if seed in side.lost or seed in side.unknown:
+        return side.lost.get(seed) or side.unknown[seed]
+    return None if seed in side.metric else "not planned" if side.plan_known else NO_SUCH_ROW
+
+
+def _names_differ(with_metric: Sequence[Sequence[Record]]) -> bool:
+    """Whether the cases of the two sides are of several metrics, between which there is no difference to take."""
+    return len({case["metric_name"] for cases in with_metric for case in cases} - {None}) > 1
+
+
+def _disagreement(with_metric: Sequence[Sequence[Record]]) -> str | None:
+    """What the cases of the two sides say differently of one and the same metric, so that no verdict is to be had."""
+    for column, what in _SAID_OF_A_METRIC.items():
+        said = dict.fromkeys(case[column] for cases in with_metric for case in cases if case[column] is not None)
+        if len(said) > 1:
+            return f"the cases do not agree on the metric's {what}: {', '.join(map(str, said))}"
+        lacking = [case["seed"] for case in with_metric[1] if case[column] is None]
+        if said and 0 < len(lacking) < len(with_metric[1]):
+            return f"the metric's {what} is not known of {seeds_text(lacking)}"
+    return None

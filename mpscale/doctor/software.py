@@ -13,9 +13,9 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from mpscale.core.device import Device
 from mpscale.doctor.findings import Examination, Problem
-from mpscale.telemetry.device import Device
-from mpscale.telemetry.driver import Driver, NoDriver
+from mpscale.telemetry.client import Driver, NoDriver
 from mpscale.telemetry.fingerprint import packages
 
 SHOWN = ("mpscale", "tensorflow", "keras", "nvidia-ml-py")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,16 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mpscale.columns import FAILED
-from mpscale.harness.case import Case, StartMethod
-from mpscale.harness.environment import allocators
-from mpscale.harness.journal import Journal
-from mpscale.harness.reasons import explain
-from mpscale.harness.same_start import SameStart
+from mpscale.core.case import Case, StartMethod
+from mpscale.core.columns import FAILED, SECTIONS
+from mpscale.core.device import Device
+from mpscale.core.mode import MODES
+from mpscale.core.record import Record
+from mpscale.core.run_folder import Journal
+from mpscale.harness.launch import allocators
 from mpscale.harness.supervisor import Listener, Outcome, Supervisor
-from mpscale.records import Record
-from mpscale.telemetry.device import Device
-from mpscale.telemetry.driver import Driver, NoDriver
+from mpscale.telemetry.client import Driver, NoDriver
 from mpscale.telemetry.fingerprint import environment, run_slug
 from mpscale.telemetry.watch import CaseWatch
 
@@ -198,3 +199,119 @@ class BenchmarkRun:
                 self._options.keep_suspect,
             )
         return self._journal, self._supervisor
+
+
+# Holds the modes of a seed to the same training: a difference between them has to come from the precision alone.
+
+_COMPARED = {
+    "initial_weights_digest": "initial weights",
+    "data_order_digest": "order of the data",
+    "data_digest": "data",
+    "model_digest": "model",
+    "optimizer_config": "optimizer",
+    "loss_inputs": "labels or outputs",
+    "loss_probe": "loss",
+    "step_operations": "operations in the train step",
+    "process_settings": "settings of the process",
+}
+"""What is compared, by column. Told one by one, so that a reason can name the part."""
+
+_LAST = {"workload_digest": "workload digest"}
+"""Made of the others: named where they do not show what differs."""
+
+_SAME_LOSS = 1e-4
+"""By how much, relatively, sums of one loss may differ that are taken in another order."""
+
+
+class SameStart:
+    """Remembers what the first case of each group trained and compares the others with it."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, int, int], dict[str, tuple[str, Any]]] = {}
+
+    def difference(self, case: Case, record: Record) -> str | None:
+        """What ``case`` trained that an earlier mode of its group did not; None where all is equal.
+
+        A case that died early is judged by what it had until then.
+        """
+        first = self._first.setdefault(case.group, {})
+        differing: dict[str, list[str]] = {}
+        for columns in (_COMPARED, _LAST):
+            if differing:
+                break
+            for name, what in columns.items():
+                value = record[name]
+                if value is None:
+                    continue
+                mode, other = first.setdefault(name, (case.mode, value))
+                if not _equal(value, other):
+                    differing.setdefault(mode, []).append(f"{what} ({_apart(name, value, other, mode)})")
+        if not differing:
+            return None
+        said = "; ".join(
+            f"not the same training as {mode}: other {', '.join(all_)}" for mode, all_ in differing.items()
+        )
+        return (
+            f"{said}. Modes may differ in their precision alone: the workload must not ask for the mode or its policy"
+        )
+
+
+def _equal(value: Any, other: Any) -> bool:
+    if isinstance(value, float) and isinstance(other, float):
+        return math.isclose(value, other, rel_tol=_SAME_LOSS, abs_tol=1e-6)
+    return bool(value == other)
+
+
+def _apart(name: str, value: Any, other: Any, mode: str) -> str:
+    """What differs between two values of a column, in few words."""
+    if name == "optimizer_config":
+        ours, theirs = json.loads(value), json.loads(other)
+    elif name == "step_operations":
+        ours, theirs = (dict(part.split(" ") for part in text.split(", ")) for text in (value, other))
+    elif isinstance(value, float):
+        return f"{value:.6g} on the same labels and outputs, {mode} had {other:.6g}"
+    else:
+        return f"{value}, {mode} had {other}"
+    keys = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
+    return ", ".join(f"{key} {ours.get(key, 'none')}, {mode} had {theirs.get(key, 'none')}" for key in keys)
+
+
+# Why a column is empty although nothing went wrong: the mode has no such thing, or it was not asked for.
+
+_BY_TITLE = {section.title: tuple(c.name for c in section.columns if c.measured) for section in SECTIONS}
+_TRAINING = (*_BY_TITLE["Training"], "metric_value", "final_accuracy", "published_metric_value")
+_TIMING = tuple(name for name in _BY_TITLE["Step time"] if name not in ("build_time_s", "trace_time_s", "first_step_s"))
+_LOSS_SCALE = tuple(name for name in _TRAINING if name.startswith("loss_scale_"))
+_OVERFLOW = (
+    "applied_steps",
+    "skipped_steps",
+    "overflow_steps",
+    "longest_skip_run",
+    "first_overflow_step",
+    "last_overflow_step",
+    "timed_overflow_steps",
+    "step_time_ms_per_applied",
+)
+
+
+def explain(record: Record, case: Case) -> None:
+    """Gives every empty measured column of a finished case its reason."""
+    mode = MODES[case.mode]
+    if record["status"] == "unsupported":
+        record.complete(str(record["status_reason"]))
+        return
+    if not case.trains:
+        record.miss(_TRAINING, "timing-only process")
+    if case.settings.timing_s == 0:
+        record.miss(_TIMING, "timing was off")
+    if mode.scaling == "none":
+        record.miss(_LOSS_SCALE, f"{mode.name} has no loss scale")
+    if not mode.sees_overflow:
+        record.miss(_OVERFLOW, f"{mode.name} checks no gradient")
+    elif record["overflow_steps"] == 0:
+        record.miss(("first_overflow_step", "last_overflow_step"), "no step overflowed")
+    if record["attempted_steps"] is not None:
+        record.miss(("train_loss_first", "train_loss_final", "loss_scale_final", "loss_scale_max"), "not finite")
+    if record["timed_steps"] is not None:
+        record.miss("step_time_ms_per_applied", "no timed step was applied")
+    record.complete(f"the case ended before that ({record['status']})")

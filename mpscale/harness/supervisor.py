@@ -16,13 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mpscale.columns import METHOD_VERSION, SCHEMA_VERSION
-from mpscale.harness.case import Case, StartMethod
-from mpscale.harness.environment import Allocator, worker_environment
-from mpscale.harness.launch import ForkLauncher, FreshLauncher, Launcher, LaunchError, Process
-from mpscale.modes import MODES
-from mpscale.records import Record
-from mpscale.telemetry.device import Device
+from mpscale.core.case import Case, StartMethod
+from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
+from mpscale.core.device import Device
+from mpscale.core.mode import MODES
+from mpscale.core.record import Record
+from mpscale.harness.launch import (
+    Allocator,
+    ForkLauncher,
+    FreshLauncher,
+    Launcher,
+    LaunchError,
+    Process,
+    worker_environment,
+)
 from mpscale.telemetry.watch import CaseWatch, Seen, Told
 
 Listener = Callable[[Case, str, Mapping[str, Any]], None]

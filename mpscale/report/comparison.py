@@ -13,15 +13,12 @@ from tabulate import tabulate
 from mpscale.analysis.compare import ComparedRow, Comparison
 from mpscale.analysis.gates import Finding
 from mpscale.analysis.noise_floor import FEWEST_RUNS
-from mpscale.analysis.pairing import hardware, machine_words
-from mpscale.analysis.quality import Quality
 from mpscale.analysis.quantities import QUANTITIES, SINGLE_RUN, Change
-from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import overflow_unknown, plain_rows
-from mpscale.analysis.trainings import Row, by_reason, common
-from mpscale.report import cells
-from mpscale.report.comparison_data import as_csv, as_json
-from mpscale.report.tables import Cells, final_metric, markdown_table, overflow, speedup, step_time
+from mpscale.analysis.summary import Quality, overflow_unknown, summary_of
+from mpscale.core.runs import Run, hardware, machine_words
+from mpscale.core.trainings import Row, by_reason, common
+from mpscale.report import table as cells
+from mpscale.report.table import Cells, as_csv, as_json, final_metric, markdown_table, overflow, speedup, step_time
 
 FORMATS = ("table", "markdown", "csv", "json")
 
@@ -150,7 +147,7 @@ def _changes(comparison: Comparison) -> Iterator[Change]:
 
 def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]:
     """Ratios within each machine first: they are what may be compared between machines."""
-    summaries = {id(run): {(row["workload"], row["mode"]): row for row in plain_rows(run.summary)} for run in runs}
+    summaries = {id(run): {(row["workload"], row["mode"]): row for row in summary_of(run)} for run in runs}
     keys = list(dict.fromkeys(key for rows in summaries.values() for key in rows))
 
     def table(title: str, cell: Callable[[Row], str], note: str) -> Iterator[_Part]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
-from mpscale.modes import MODES
+from mpscale.core.mode import MODES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 SUFFIXES = (".svg", ".png")
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import MEMORY_IS_OF, mostly, plain_rows
-from mpscale.analysis.trainings import MEASURED
-from mpscale.modes import MODES
-from mpscale.records import Record
-from mpscale.report import cells
-from mpscale.report.gpu_sections import not_compared
-from mpscale.report.groups import measured, median, or_none, values
-from mpscale.report.tables import Cells, escape, markdown_table, metric_why
-from mpscale.report.words import is_mixed
-from mpscale.telemetry.host_noise import BUSY_SHARE
+from mpscale.analysis.noise_floor import FEWEST_RUNS, Floors, assumed_floor, pooled
+from mpscale.analysis.quantities import QUANTITIES, SINGLE_RUN, figures
+from mpscale.analysis.summary import ENERGY_IS_OF, MEMORY_IS_OF, figures_of, mostly, summary_of
+from mpscale.core.mode import MODES, is_mixed
+from mpscale.core.record import Record, grouped
+from mpscale.core.runs import Run
+from mpscale.core.trainings import MEASURED
+from mpscale.report import table as cells
+from mpscale.report.table import Cells, escape, largest, markdown_table, measured, median, metric_why, or_none, values
+from mpscale.telemetry.host import BUSY_SHARE
 
 _COLUMNS_SHOWN = 8
 _STEP_COUNTS = ("attempted_steps", "applied_steps", "skipped_steps", "overflow_steps", "nonfinite_loss_steps")
@@ -61,7 +61,7 @@ def accuracy(run: Run) -> str:
     """
     trained = [record for record in run.records if record["repeat"] == 0 and record["status"] != "unsupported"]
     started = {record["mode"] for record in trained}
-    modes = [mode for mode in dict.fromkeys(row["mode"] for row in plain_rows(run.summary)) if mode in started]
+    modes = [mode for mode in dict.fromkeys(row["mode"] for row in summary_of(run)) if mode in started]
     names = {record["workload"]: record["metric_name"] for record in trained if record["metric_name"] is not None}
     found: dict[tuple[str, str, int], dict[str, str]] = {}
     for record in sorted(trained, key=lambda record: record["seed"]):
@@ -89,7 +89,7 @@ def accuracy(run: Run) -> str:
             f"{row['target_reached']} of {row['seeds_planned']}",
             cells.count(row["steps_to_target"]),
         ]
-        for row in plain_rows(run.summary)
+        for row in summary_of(run)
         if row["target_reached"] is not None
     ]
     if targets:
@@ -102,7 +102,7 @@ def accuracy(run: Run) -> str:
 def against_fp32(run: Run) -> str:
     """Whether each mode trains as well as fp32, seed by seed."""
     rows = []
-    for row in plain_rows(run.summary):
+    for row in summary_of(run):
         if row["metric_verdict"] is None:
             continue
         low, high = row["metric_difference_low"], row["metric_difference_high"]
@@ -173,7 +173,7 @@ def timing(run: Run) -> str:
 def memory(run: Run) -> str:
     """Peaks over the processes of a mode."""
     names = ("gpu_memory_nvml_peak_mib", "gpu_memory_allocator_peak_mib", "host_memory_peak_mib")
-    summary = {(row["workload"], row["mode"]): row for row in plain_rows(run.summary)}
+    summary = {(row["workload"], row["mode"]): row for row in summary_of(run)}
     rows = []
     for workload, mode, records in measured(run, good=True):
         peaks = [or_none(max, values(records, name)) for name in names]
@@ -258,3 +258,161 @@ def _scales(records: Sequence[Record], name: str) -> str:
 
 def _text(value: Any) -> str:
     return cells.DASH if value is None else str(value)
+
+
+# The sections of a report on what the GPU did. Each is empty where no case has anything to say on it.
+
+
+def memory_parts(run: Run) -> str:
+    """Where the memory that NVML reports went."""
+    rows = []
+    for workload, mode, records in measured(run, good=True):
+        if largest(records, "gpu_memory_nvml_peak_mib") is None:
+            continue
+        parts = ("context", "allocator_peak", "allocator_timed_peak", "unexplained", "idle", "reserved")
+        peaks = [cells.number(largest(records, f"gpu_memory_{part}_mib"), 4) for part in parts]
+        rows.append(
+            [
+                workload,
+                mode,
+                *peaks,
+                _texts(values(records, "gpu_memory_method")),
+                _texts(values(records, "gpu_allocator")),
+            ]
+        )
+    headers = ["workload", "mode", "context", "in tensors", "of them in the timed window", "unexplained"]
+    headers += ["in use before", "reserved", "peak is of", "allocator"]
+    return markdown_table(headers, rows) if rows else ""
+
+
+def energy(run: Run) -> str:
+    """Energy of the GPU per step, and the power that it drew."""
+    summary = {(row["workload"], row["mode"]): row for row in summary_of(run)}
+    rows = []
+    for workload, mode, records in measured(run, good=True):
+        joules = median(records, "gpu_energy_j_per_step")
+        if joules is None:
+            continue
+        row = summary[workload, mode]
+        names = ("gpu_energy_j_per_applied_step", "gpu_energy_net_j_per_step", "gpu_power_w_mean", "gpu_idle_power_w")
+        rows.append(
+            [
+                workload,
+                mode,
+                cells.number(joules) + cells.of_processes(row["gpu_energy_processes"], row),
+                cells.number(row["gpu_energy_ratio"]),
+                *(cells.number(median(records, name)) for name in names),
+                _texts(values(records, "gpu_energy_method")),
+            ]
+        )
+    headers = ["workload", "mode", "J per step", "over fp32", "J per applied step", "J per step above idle"]
+    headers += ["power (W)", "idle (W)", "by"]
+    if not rows:
+        return ""
+    return markdown_table(headers, rows) + not_compared(
+        run, "gpu_energy_j_per_step", "gpu_energy_j_per_step", "gpu_energy_ratio", ENERGY_IS_OF
+    )
+
+
+def state(run: Run) -> str:
+    """Clocks, temperature and what held the clocks down while steps were timed."""
+    rows = []
+    for workload, mode, records in measured(run):
+        clock, hottest = median(records, "gpu_sm_clock_mhz_median"), largest(records, "gpu_temperature_c_max")
+        if clock is None and hottest is None:
+            continue
+        rows.append(
+            [
+                workload,
+                mode,
+                cells.number(clock, 4),
+                cells.number(median(records, "gpu_memory_clock_mhz_median"), 4),
+                cells.number(median(records, "gpu_utilization_median")),
+                cells.number(hottest),
+                cells.share(largest(records, "gpu_throttled_share")),
+                cells.share(largest(records, "gpu_power_capped_share")),
+                _texts(values(records, "gpu_event_reasons")),
+            ]
+        )
+    headers = ["workload", "mode", "SM clock (MHz)", "memory clock (MHz)", "utilisation (%)", "hottest (°C)"]
+    headers += ["throttled", "at the power limit", "event reasons"]
+    return markdown_table(headers, rows) if rows else ""
+
+
+def not_compared(run: Run, column: str, figure: str, ratio: str, is_of: Sequence[str]) -> str:
+    """A paragraph that says of which rows there is no ratio because their figures are of different things.
+
+    Args:
+        run: which.
+        column: column of the cases that the figure is made of.
+        figure: column of the summary.
+        ratio: that of its ratio to fp32's.
+        is_of: columns of the cases in which the figures may differ.
+
+    Returns:
+        The paragraph, empty if there is no such row.
+    """
+    rows = summary_of(run)
+    kinds = {
+        (workload, mode): figures_of(records, column, is_of) for workload, mode, records in measured(run, good=True)
+    }
+    bare = [
+        row
+        for row in rows
+        if row[figure] is not None
+        and row[ratio] is None
+        and len(kinds[row["workload"], row["mode"]] | kinds.get((row["workload"], "fp32"), set())) > 1
+    ]
+    if not bare:
+        return ""
+    named = ", ".join(f"{row['workload']} {row['mode']}" for row in bare)
+    columns = " or ".join(f"`{name}`" for name in is_of)
+    return f"\n\nNo ratio is given for {named}: its figure and fp32's differ in {columns}, so tell of different things."
+
+
+def _texts(found: list[str]) -> str:
+    """Each text once."""
+    return "; ".join(dict.fromkeys(found)) or cells.DASH
+
+
+# The section of a report on how much step times move by themselves.
+
+_TIME = QUANTITIES["step_time"]
+
+
+def noise(run: Run, floors: Floors) -> str:
+    """Spread between processes of this run and between runs of this code, for who wants to judge a change by it.
+
+    Args:
+        run: the run.
+        floors: how much runs of its code differ, where that is known.
+    """
+    cases = grouped(run.records)
+    assumed = assumed_floor([cases], _TIME)
+    rows = []
+    for row in summary_of(run):
+        place = (row["workload"], row["mode"])
+        times = figures(cases[place], _TIME)
+        if not times:
+            continue
+        variance, degrees = pooled([times])
+        known = floors.get("step_time", place)
+        floor = known or assumed
+        text = cells.DASH if floor is None else f"{floor.limit:.1%}{'' if known else '?'}"
+        rows.append([*place, cells.count(len(times)), f"{math.sqrt(variance):.1%}" if degrees else cells.DASH, text])
+    if not rows:
+        return ""
+    table = markdown_table(["workload", "mode", "processes", "spread of processes", "noise floor"], rows)
+    return f"{table}\n\n{_basis(floors)}"
+
+
+def _basis(floors: Floors) -> str:
+    if floors.runs:
+        return (
+            f"Spread: standard deviation. Noise floor: two runs of this code here differ by less in 19 of 20 cases, by "
+            f"{len(floors.runs)} runs of it on this machine."
+        )
+    return (
+        f"Spread: standard deviation. As a baseline this is a {SINGLE_RUN} (?): how much runs of this code differ here "
+        f"is not known until there are {FEWEST_RUNS} of them, and a comparison goes by the spread of processes."
+    )

@@ -9,19 +9,27 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mpscale.scaling import provenance, replicas
-from mpscale.scaling.accumulation import accumulate
-from mpscale.scaling.alarm import Alarm, check_policy, raise_alarm
-from mpscale.scaling.blame import Blame
-from mpscale.scaling.finite import all_finite, finite_and_largest, nonfinite_flags, under_xla
-from mpscale.scaling.gate import Skip, apply_gated, check_skip, gate_pays
-from mpscale.scaling.gradients import as_tensors, fitted, kept_from_rewrite, unscaled
+from mpscale.scaling import guard as provenance
+from mpscale.scaling import skip as replicas
+from mpscale.scaling.gradients import (
+    Blame,
+    Handed,
+    all_finite,
+    as_tensors,
+    finite_and_largest,
+    fitted,
+    kept_from_rewrite,
+    nonfinite_flags,
+    put_back,
+    taken_out,
+    under_xla,
+    unscaled,
+)
 from mpscale.scaling.guard import ScalingGuard, Unscaling
-from mpscale.scaling.inner import check_inner, unlisted_variables, window
-from mpscale.scaling.ledger import Ledger
+from mpscale.scaling.inner import ForwardedSettings, accumulate, check_inner, unlisted_variables, window
+from mpscale.scaling.ledger import Alarm, Ledger, check_policy, raise_alarm
 from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, StaticLossScale, state_dtype
-from mpscale.scaling.new_values import Handed, put_back, taken_out
-from mpscale.scaling.settings import ForwardedSettings
+from mpscale.scaling.skip import Skip, apply_gated, check_skip, gate_pays
 
 # Nothing here has Python control flow that depends on a tensor, and rewriting it all would add a second to every trace.
 _as_written = tf.autograph.experimental.do_not_convert

@@ -14,9 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mpscale.core.device import Device
 from mpscale.telemetry import host
-from mpscale.telemetry.device import Device
-from mpscale.telemetry.driver import Driver, NoDriver, SilentDriver
+from mpscale.telemetry.client import Driver, NoDriver, SilentDriver
 
 PACKAGES = (
     "mpscale",

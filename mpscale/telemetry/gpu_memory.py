@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from mpscale.telemetry.findings import Findings
+from mpscale.core.record import Findings
 from mpscale.telemetry.samples import Sample, Samples
 
 HEADLINE = "gpu_memory_nvml_peak_mib"

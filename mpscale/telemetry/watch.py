@@ -11,19 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpscale.telemetry import gpu_energy, gpu_memory, gpu_state, host
-from mpscale.telemetry.device import Device
-from mpscale.telemetry.driver import Driver, NoDriver, SilentDriver
-from mpscale.telemetry.findings import Findings
+from mpscale.core.device import Device
+from mpscale.core.record import Findings
+from mpscale.telemetry import gpu_memory, gpu_state, host
+from mpscale.telemetry import gpu_state as gpu_energy
+from mpscale.telemetry.client import Driver, NoDriver, SilentDriver
 from mpscale.telemetry.gpu_state import Suspicion
-from mpscale.telemetry.host_noise import HostNoise
+from mpscale.telemetry.host import HostNoise
 from mpscale.telemetry.samples import LATE, SILENT, START, Samples, read_samples
 
 HOST_COLUMN = "host_memory_peak_mib"
 _COOL_BY_C = 20.0
 """How far below the temperature at which it slows down a GPU has to be before a case is run again."""
 
-GPU_COLUMNS = (*gpu_memory.COLUMNS, *gpu_energy.COLUMNS, *gpu_state.COLUMNS)
+GPU_COLUMNS = (*gpu_memory.COLUMNS, *gpu_energy.ENERGY_COLUMNS, *gpu_state.COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)

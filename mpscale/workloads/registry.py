@@ -19,12 +19,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mpscale.workloads import article, mnist1d
+from mpscale.workloads import builtin as article
+from mpscale.workloads import builtin as mnist1d
 from mpscale.workloads.workload import Workload
 
 ENTRY_POINT_GROUP = "mpscale.workloads"
 
-_SHIPPED = {w.name: w for w in (mnist1d.MLP, mnist1d.CNN, mnist1d.GRU, article.MLP)}
+_SHIPPED = {w.name: w for w in (mnist1d.MLP, mnist1d.CNN, mnist1d.GRU, article.ARTICLE)}
 
 
 class UnknownWorkload(ValueError):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy.signal import lfilter
 
-from mpscale.analysis.quality import judge
 from mpscale.analysis.stats import geometric_interval, log_change, paired_difference, paired_ratio
+from mpscale.analysis.summary import judge
 
 TRIALS = 2000
 BLOCKS = 50

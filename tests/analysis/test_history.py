@@ -7,16 +7,15 @@ import shutil
 import statistics
 
 import pytest
-from runfolder import CPU, GPU, finished, record, write_run
+from support.runfolder import CPU, GPU, finished, record, write_run
 
 from mpscale.analysis.history import make_history, read_folder
-from mpscale.analysis.measures import MEASURES
-from mpscale.analysis.runs import RunError, cases_frame, read_run
-from mpscale.analysis.series_labels import tell_apart
+from mpscale.analysis.quantities import MEASURES
 from mpscale.analysis.stats import geometric_interval, log_change
 from mpscale.analysis.summary import summarise
-from mpscale.harness.case import Settings, series_key
-from mpscale.modes import MODES
+from mpscale.core.case import Settings, series_key, tell_apart
+from mpscale.core.mode import MODES
+from mpscale.core.runs import RunError, read_run
 
 
 def key(mode="fp32", workload="toy", digest="abcdef0123456789", batch_size=100, train_steps=2000, **settings):
@@ -249,7 +248,7 @@ def test_the_speedup_is_that_of_the_runs_summary(tmp_path):
         record("tf32", 7, series_key=key("tf32"), step_time_ms_median=1.0),
     ]
     (point,) = only(make_history([run_of(tmp_path, 1, records)], "speedup")).points
-    row = summarise(cases_frame(records)).iloc[1]
+    row = summarise(records)[1]
     assert [point.value, point.low, point.high] == pytest.approx(
         [row["speedup_fp32"], row["speedup_fp32_low"], row["speedup_fp32_high"]]
     )

@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 import pytest
-from runfolder import CPU, finished, record, write_run
+from support.runfolder import CPU, finished, record, write_run
 
 from mpscale.analysis.compare import compare, floors_for
 from mpscale.analysis.noise_floor import floors_from_samples, moderated, runs_of_the_same_code
-from mpscale.analysis.runs import read_run
 from mpscale.analysis.stats import Between, holm, log_change
+from mpscale.core.runs import read_run
 
 ROWS = [("toy", str(number), "key") for number in range(20)]
 FEW = ROWS[:3]

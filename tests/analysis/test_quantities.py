@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from runfolder import record
+from support.runfolder import record
 
-from mpscale.analysis.quantities import QUANTITIES, measure_change, values, with_verdicts
-from mpscale.analysis.runs import cases_frame
+from mpscale.analysis.quantities import QUANTITIES, figures, measure_change, with_verdicts
 from mpscale.analysis.stats import log_change
-from mpscale.analysis.summary import plain_rows
 
 TIME, MEMORY = QUANTITIES["step_time"], QUANTITIES["host_memory"]
 
 
-ROW = plain_rows(cases_frame([record()]))[0]
+ROW = [record()][0]
 
 
 def processes(random, noise, number=4, slower=1.0):
@@ -74,13 +72,13 @@ def timed(ms, **identity):
     ],
 )
 def test_which_processes_count(quantity, cases, expected):
-    assert values(plain_rows(cases_frame(cases)), quantity) == expected
+    assert figures(cases, quantity) == expected
 
 
 def test_what_would_have_been_seen_goes_by_the_verdicts_own_error_rate():
     random = np.random.default_rng(5)
     sides = processes(random, 0.03), processes(random, 0.03)
-    found = log_change(*(values(side, TIME) for side in sides))
+    found = log_change(*(figures(side, TIME) for side in sides))
     for rows in (1, 12):
         assert measure_change(*sides, TIME, rows).detectable == found.detectable(1 - 0.01 / rows)
 
@@ -89,7 +87,7 @@ def test_what_one_side_lacks_is_said_with_its_reason():
     known = record(gpu_memory_nvml_peak_mib=9.0)
     lacking = record()
     lacking.miss("gpu_memory_nvml_peak_mib", "the driver gave no process memory")
-    rows = [plain_rows(cases_frame([one])) for one in (known, lacking)]
+    rows = [[one] for one in (known, lacking)]
     change = measure_change(*rows, QUANTITIES["gpu_memory"])
     assert (change.baseline, change.other, change.change) == (pytest.approx(9.0), None, None)
     assert change.reason == "not known of the run: the driver gave no process memory"
@@ -108,9 +106,7 @@ def test_what_one_side_lacks_is_said_with_its_reason():
 def test_figures_of_different_things_are_not_compared(quantity, column, differing):
     ((name, kinds),) = differing.items()
     sides = [
-        plain_rows(
-            cases_frame([record(seed=seed, **{column: 100.0 * (1 + side) + seed, name: kind}) for seed in range(3)])
-        )
+        [record(seed=seed, **{column: 100.0 * (1 + side) + seed, name: kind}) for seed in range(3)]
         for side, kind in enumerate(kinds)
     ]
     (change,) = with_verdicts([measure_change(*sides, QUANTITIES[quantity])])

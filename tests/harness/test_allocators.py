@@ -6,10 +6,10 @@ import signal
 
 import pytest
 
+from mpscale.core.device import STAND_IN, Device
+from mpscale.core.record import Record
 from mpscale.harness.supervisor import Outcome, Supervisor
-from mpscale.records import Record
-from mpscale.telemetry.device import STAND_IN, Device
-from mpscale.telemetry.driver import NoDriver
+from mpscale.telemetry.client import NoDriver
 from mpscale.telemetry.watch import CaseWatch
 
 GPU = Device("gpu", f"{STAND_IN} A100", "GPU-0", (8, 0), 40_960.0)

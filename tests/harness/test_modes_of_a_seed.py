@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from mpscale.harness.case import Case, Settings
-from mpscale.harness.same_start import SameStart
-from mpscale.records import Record
+from mpscale.core.case import Case, Settings
+from mpscale.core.record import Record
+from mpscale.harness.run import SameStart
 
 WORK = {
     "initial_weights_digest": "sha256:a",

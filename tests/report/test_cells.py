@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from mpscale.report import cells
+from mpscale.report import table as cells
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runfolder import CPU, GPU, NAME, finished, record, write_run
+from support.runfolder import CPU, GPU, NAME, finished, record, write_run
 from test_report_markdown import record_lists, table, two_seeds
 
-from mpscale.analysis.runs import read_run
-from mpscale.records import to_csv
-from mpscale.report.github_summary import LIMIT, artifacts_page, render
+from mpscale.core.record import to_csv
+from mpscale.core.runs import read_run
+from mpscale.report.document import LIMIT, artifacts_page
+from mpscale.report.document import github_summary as render
 
 
 def summary(tmp_path, *records, limit=LIMIT, artifacts=None, **options):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from runfolder import CPU, GPU, finished, record, write_run
+from support.runfolder import CPU, GPU, finished, record, write_run
 
-from mpscale.analysis.runs import read_run
-from mpscale.report.cells import DASH
-from mpscale.report.document import document
-from mpscale.report.markdown import render
+from mpscale.core.runs import read_run
+from mpscale.report.document import document, render
+from mpscale.report.table import DASH
 
 FULL = {
     "device": "gpu",

@@ -8,14 +8,15 @@ import xml.etree.ElementTree as ET
 from datetime import datetime, timedelta
 
 import pytest
-from runfolder import CPU, GPU, finished, record, write_run
+from support.runfolder import CPU, GPU, finished, record, write_run
 
 from mpscale.analysis.history import make_history
-from mpscale.analysis.runs import read_run
-from mpscale.modes import MODES
-from mpscale.report import figures, history_figure
+from mpscale.core.mode import MODES
+from mpscale.core.runs import read_run
+from mpscale.report import figures
+from mpscale.report import history as history_figure
 from mpscale.report.figures import FigureError
-from mpscale.report.history_figure import draw_history
+from mpscale.report.history import draw_history
 
 SVG = "{http://www.w3.org/2000/svg}"
 START = datetime(2026, 1, 2, 3, 4)
@@ -222,6 +223,6 @@ def test_another_kind_of_file_is_refused_before_anything_is_written(tmp_path, na
 
 
 def test_matplotlib_is_not_imported_until_something_is_drawn():
-    modules = "mpscale.report.history_figure, mpscale.report.build"
+    modules = "mpscale.report.history, mpscale.report.files"
     code = f"import sys, {modules}; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -8,12 +8,12 @@ import json
 import math
 
 import pytest
-from runfolder import CPU, GPU, finished, record, write_run
+from support.runfolder import CPU, GPU, finished, record, write_run
 
 from mpscale.analysis.history import make_history
-from mpscale.analysis.runs import read_run
-from mpscale.report.cells import DASH
+from mpscale.core.runs import read_run
 from mpscale.report.history import FORMATS, render
+from mpscale.report.table import DASH
 
 KEYS = {mode: f"toy/abc/{mode}/batch=1,steps=2/method=1" for mode in ("fp32", "mixed-static")}
 GIT = {"git": {"commit": "83e8d7e262337ee5", "dirty": True}, "packages": {"tensorflow": "2.21.0"}}

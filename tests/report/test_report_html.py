@@ -6,11 +6,11 @@ import json
 import shutil
 
 import pytest
-from runfolder import GPU, finished, record, write_run, write_steps
+from support.runfolder import GPU, finished, record, write_run, write_steps
 
-from mpscale.analysis.runs import read_run
-from mpscale.report.build import rebuild
-from mpscale.report.tables import result_cells
+from mpscale.core.runs import read_run
+from mpscale.report.files import rebuild
+from mpscale.report.table import result_cells
 
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 

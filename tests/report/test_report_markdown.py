@@ -9,18 +9,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runfolder import CPU, GPU, NAME, finished, record, started, write_run, write_steps
+from support.runfolder import CPU, GPU, NAME, finished, record, started, write_run, write_steps
 
-from mpscale.analysis.runs import read_run
-from mpscale.columns import COLUMNS, STATUSES
-from mpscale.modes import MODES
-from mpscale.report import html
-from mpscale.report.build import WRITTEN, rebuild
-from mpscale.report.cells import DASH
-from mpscale.report.document import document
-from mpscale.report.gains_figure import gains
-from mpscale.report.markdown import render
-from mpscale.report.tables import escape, markdown_table, result_table
+from mpscale.core.columns import COLUMNS, STATUSES
+from mpscale.core.mode import MODES
+from mpscale.core.runs import read_run
+from mpscale.report import files as html
+from mpscale.report.document import document, render
+from mpscale.report.files import WRITTEN, rebuild
+from mpscale.report.run_figures import gains
+from mpscale.report.table import DASH, escape, markdown_table, result_table
 
 
 def rendered(tmp_path, *records, **options):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 
 import pytest
-from runfolder import GPU, finished, record, write_run, write_steps
+from support.runfolder import GPU, finished, record, write_run, write_steps
 
-from mpscale.analysis.runs import read_run
-from mpscale.report.gains_figure import gains
-from mpscale.report.training_figure import training
+from mpscale.core.runs import read_run
+from mpscale.report.run_figures import gains, training
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from small_step import X, same, small_model, step_function
+from support.small_step import X, same, small_model, step_function
 
 import mpscale.scaling
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer, StaticLossScale

@@ -4,10 +4,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from small_step import same, small_model, state_of, step_function
+from support.small_step import same, small_model, state_of, step_function
 
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
-from mpscale.scaling.gate import all_nodes, apply_gated
+from mpscale.scaling.skip import all_nodes, apply_gated
 
 
 class Restless(keras.optimizers.SGD):

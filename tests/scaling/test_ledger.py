@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from small_step import COMPILED, small_model, step_function
+from support.small_step import COMPILED, small_model, step_function
 
 from mpscale.scaling import (
     DynamicLossScale,

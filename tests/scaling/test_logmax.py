@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from trajectories import scales_of
+from support.trajectories import scales_of
 
 from mpscale.scaling import LogMaxLossScale
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from small_step import COMPILED, same, small_model, state_of, step_function
+from support.small_step import COMPILED, same, small_model, state_of, step_function
 
 import mpscale.scaling
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer, NoLossScale, StaticLossScale

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).with_name("replica_programs.py")
+PROGRAM = Path(__file__).parents[1] / "support" / "replica_programs.py"
 CHANGED = [True, False, True, True, False, True]
 COUNTERS = {
     "attempted": 6,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from trajectories import scales_of
+from support.trajectories import scales_of
 
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
 

@@ -3,7 +3,7 @@
 import keras
 import pytest
 import tensorflow as tf
-from small_step import small_model
+from support.small_step import small_model
 
 from mpscale.scaling import LossScaleOptimizer, NoLossScale, StaticLossScale
 

@@ -7,12 +7,12 @@ import io
 
 import pandas as pd
 import pytest
-from runfolder import record
+from support.runfolder import record
 
-from mpscale.analysis.cases_csv import read_cases
-from mpscale.analysis.runs import RunError, cases_frame, read_run
-from mpscale.columns import COLUMNS
-from mpscale.records import to_csv
+from mpscale.core.cases_csv import read_cases
+from mpscale.core.columns import COLUMNS
+from mpscale.core.record import to_csv
+from mpscale.core.runs import RunError, cases_frame, read_run
 
 
 def records(**values):

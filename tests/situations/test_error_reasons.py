@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mpscale.harness.cause import cause
 from mpscale.harness.supervisor import _one_line
+from mpscale.worker.cause import cause
 
 X = tf.constant([[1.0, 2.0], [2.0, 3.0]])
 NO_JIT = "--mp-jit off runs them without it"

@@ -6,8 +6,8 @@ import gzip
 import time
 
 import pytest
-from nvml_stand_in import Script
-from telemetry.gpu_case import GpuCase
+from support.gpu_case import GpuCase
+from support.nvml_stand_in import Script
 
 from mpscale.telemetry.samples import read_samples
 from mpscale.telemetry.watch import GPU_COLUMNS, Told

@@ -12,11 +12,11 @@ import pytest
 import tensorflow as tf
 
 from mpscale import Data, Workload
-from mpscale.harness.case import Case, Settings
-from mpscale.harness.execute import execute
-from mpscale.harness.same_start import SameStart
-from mpscale.records import Record
-from mpscale.telemetry.device import Device
+from mpscale.core.case import Case, Settings
+from mpscale.core.device import Device
+from mpscale.core.record import Record
+from mpscale.harness.run import SameStart
+from mpscale.worker.case import execute
 from mpscale.workloads.workload import sparse_cross_entropy
 
 L = keras.layers

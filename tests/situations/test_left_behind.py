@@ -9,7 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from small_suite import ASCII, SUITE, command, environment, pytest_in, write
+from support.small_suite import ASCII, SUITE, command, environment, pytest_in, write
 
 import mpscale
 

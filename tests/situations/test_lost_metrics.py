@@ -10,25 +10,24 @@ import json
 import math
 
 import pytest
-from runfolder import GPU, finished, record, write_run, write_steps
+from support.runfolder import GPU, finished, record, write_run, write_steps
 
 from mpscale.analysis.compare import compare
 from mpscale.analysis.gates import exit_code, judge_gates, parse_gates
 from mpscale.analysis.history import make_history
-from mpscale.analysis.runs import cases_frame, read_run
-from mpscale.analysis.summary import plain_rows, summarise
+from mpscale.analysis.summary import summarise
 from mpscale.cli import main
-from mpscale.columns import METHOD_VERSION
-from mpscale.harness.case import Settings, series_key
-from mpscale.modes import MODES
-from mpscale.records import to_csv
-from mpscale.report import github_summary, words
-from mpscale.report.build import rebuild
-from mpscale.report.document import document
-from mpscale.report.gains_figure import gains
+from mpscale.core.case import Settings, series_key
+from mpscale.core.columns import METHOD_VERSION
+from mpscale.core.mode import MODES
+from mpscale.core.record import to_csv
+from mpscale.core.runs import cases_frame, read_run
+from mpscale.report import document as github_summary
+from mpscale.report import document as words
+from mpscale.report.document import document, render
+from mpscale.report.files import rebuild
 from mpscale.report.history import render as render_history
-from mpscale.report.markdown import render
-from mpscale.report.training_figure import training
+from mpscale.report.run_figures import gains, training
 
 NAN = math.nan
 GOOD = (0.9, 0.9, 0.9, 0.9, 0.9)
@@ -58,7 +57,7 @@ def run_of(tmp_path, *records, name="a", **options):
 
 
 def row_of(records, mode="mixed-dynamic"):
-    return {row["mode"]: row for row in plain_rows(summarise(cases_frame(records)))}[mode]
+    return {row["mode"]: row for row in summarise(records)}[mode]
 
 
 LOST_OR_NOT = [
@@ -281,14 +280,14 @@ def test_a_gate_on_a_cost_does_not_pass_on_the_survivors(tmp_path, column, gate,
 def test_the_sentences_of_a_run_that_lost_seeds(tmp_path):
     fp32 = trainings("fp32", GOOD)
     run = run_of(tmp_path, *fp32, *trainings("mixed-dynamic", (*GOOD[:4], NAN)), *trainings("mixed-static", (NAN,) * 5))
-    for text in (words.findings(run), github_summary.render(run)):
+    for text in (words.findings(run), github_summary.github_summary(run)):
         assert "Every case ended well" not in text
         assert "6 of 15 cases did not end well" in text
         assert "accuracy 90.00 % over 4 of 5 seeds, no different from fp32 (4 seeds, worse: lost seed 4" in text
         assert "no accuracy, worse: lost seeds 0, 1, 2, 3, 4" in text
         assert "no training ended well, so no step time counts" in text
         assert "non-inferior" not in text
-    assert "| toy--mixed-dynamic--s4--r0 | diverged" in github_summary.render(run)
+    assert "| toy--mixed-dynamic--s4--r0 | diverged" in github_summary.github_summary(run)
     report = render(document(run))
     assert "90.00 % (4 of 5 seeds)" in report
     assert "trained to the end, and has no accuracy: not finite" in report

@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from situations.one_case import blobs, by_fit, dense, split, train, workload
+from support.one_case import blobs, by_fit, dense, split, train, workload
 
-from mpscale.modes import MODES
+from mpscale.core.mode import MODES
 from mpscale.workloads.workload import sparse_cross_entropy
 
 X, Y = blobs()
@@ -253,7 +253,7 @@ def test_places_that_the_model_masks_are_no_part_of_loss_and_metric(loss, metric
     first = masked()
     expected = first.compute_loss
     first.compile("sgd", loss=SPARSE)
-    from mpscale.training.order import batches
+    from mpscale.worker.training import batches
 
     batch = batches(160, 20, 1, 0)[0]
     expected = float(first.evaluate(data.train_x[batch], data.train_y[batch], batch_size=20, verbose=0))

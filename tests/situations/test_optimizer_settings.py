@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer, SettingTooLateWarning
-from mpscale.scaling.settings import FORWARDED
+from mpscale.scaling.inner import FORWARDED
 
 OF_ITS_OWN = {"name", "built"}
 WORKS_BY_ITSELF = {  # Keras' own code, which needs nothing of the inner optimizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
-from small_suite import SUITE, pytest_here, write
+from support.small_suite import SUITE, pytest_here, write
 
 
 @pytest.fixture

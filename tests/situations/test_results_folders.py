@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from small_suite import SUITE, pytest_here, write
+from support.small_suite import SUITE, pytest_here, write
 
-from mpscale.paths import folder, why_not_writable
+from mpscale.config import folder, why_not_writable
 
 
 @pytest.fixture

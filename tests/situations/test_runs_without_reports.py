@@ -16,12 +16,12 @@ import pytest
 
 import mpscale
 from mpscale.cli import main
+from mpscale.core.case import Case, Settings
+from mpscale.core.device import Device
 from mpscale.harness import run as harness_run
-from mpscale.harness.case import Case, Settings
 from mpscale.harness.run import BenchmarkRun
-from mpscale.report import build
-from mpscale.telemetry.device import Device
-from mpscale.telemetry.driver import NoDriver
+from mpscale.report import files as build
+from mpscale.telemetry.client import NoDriver
 
 SUITE = """
 def test_training(mp_case, benchmark):

@@ -6,7 +6,7 @@ import io
 import sys
 
 import pytest
-from runfolder import NAME, finished, record, write_run
+from support.runfolder import NAME, finished, record, write_run
 
 from mpscale import terminal
 from mpscale.cli import main

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from situations.one_case import blobs, by_fit, dense, split, train, workload
+from support.one_case import blobs, by_fit, dense, split, train, workload
 
 from mpscale.workloads import Data
 

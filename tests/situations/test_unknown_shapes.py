@@ -8,8 +8,7 @@ import pytest
 import tensorflow as tf
 
 from mpscale.scaling import DynamicLossScale, LogMaxLossScale, LossScaleOptimizer, NoLossScale, StaticLossScale
-from mpscale.scaling.finite import all_finite, finite_and_largest, nonfinite_flags
-from mpscale.scaling.gradients import unscaled
+from mpscale.scaling.gradients import all_finite, finite_and_largest, nonfinite_flags, unscaled
 
 WORDS = 20
 TOKENS = np.random.default_rng(0).integers(0, WORDS, (22, 5))  # Fewer than a batch of 32, so no length is fixed.

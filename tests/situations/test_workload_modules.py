@@ -6,7 +6,7 @@ import importlib
 import os
 
 import pytest
-from small_suite import SUITE, WORKLOAD, forget, pytest_here, write
+from support.small_suite import SUITE, WORKLOAD, forget, pytest_here, write
 
 from mpscale.cli import main
 from mpscale.workloads import registry

@@ -29,7 +29,7 @@ def run_suite(tmp_path_factory):
         (folder / "test_suite.py").write_text(suite)
         (folder / "pytest.ini").write_text("[pytest]\n")
         (folder / "pyproject.toml").write_text(pyproject)
-        (folder / "suite_workloads.py").write_text((HERE / "suite_workloads.py").read_text())
+        (folder / "suite_workloads.py").write_text((HERE.parent / "support" / "suite_workloads.py").read_text())
         variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
         variables |= {"SUITE_LOG": str(folder / "cases.log"), "SUITE_SLOW_CASES": "0", **(environ or {})}
         done = subprocess.run(

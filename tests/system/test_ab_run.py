@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 import mpscale
-from mpscale.columns import METHOD_VERSION, SCHEMA_VERSION
+from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 
 HERE = Path(__file__).parent
 
 KNOWN = """#!{python}
 import os, sys
-if sys.argv[1:] != ["-P", "-m", "mpscale.turns"]:
+if sys.argv[1:] != ["-P", "-m", "mpscale.ab.turns"]:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 print('{about}')
 """
@@ -36,7 +36,7 @@ ABOUT = {
 
 BREAKS_OFF = """#!{python}
 import os, sys
-if sys.argv[1:] == ["-P", "-m", "mpscale.turns"]:
+if sys.argv[1:] == ["-P", "-m", "mpscale.ab.turns"]:
     os.execv({known!r}, [{known!r}, *sys.argv[1:]])
 from mpscale import turns
 
@@ -69,7 +69,7 @@ def suite(tmp_path):
     (tmp_path / "test_suite.py").write_text("def test_training(mp_case, benchmark):\n    mp_case.measure(benchmark)\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nbaseline = "nowhere"\nfail-on = ["missing"]\n')
-    (tmp_path / "suite_workloads.py").write_text((HERE / "suite_workloads.py").read_text())
+    (tmp_path / "suite_workloads.py").write_text((HERE.parent / "support" / "suite_workloads.py").read_text())
     # What is imported is the environment's own mpscale.
     (tmp_path / "mpscale").mkdir()
     (tmp_path / "mpscale/__init__.py").write_text("raise ImportError('from the working directory')\n")

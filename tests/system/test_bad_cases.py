@@ -6,7 +6,7 @@ SUITE = """
 import shutil
 from pathlib import Path
 
-import suite_workloads as s
+from support import suite_workloads as s
 
 
 def test_training(mp_case, benchmark):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from nvml_stand_in import Script
+from support.nvml_stand_in import Script
 
 import mpscale
+from mpscale.analysis.summary import summary_of
 from mpscale.telemetry.samples import read_samples
 
 TESTS = Path(__file__).parents[1]
@@ -107,8 +108,8 @@ def test_training(mp_case, benchmark):
     assert set(cases["tf32"].astype(bool) == (cases.index != "fp32")) == {True}
     assert cases["gpu_energy_j_per_step"].isna().all()
     assert all("energy was off" in reasons["gpu_energy_j_per_step"] for reasons in cases["unavailable"])
-    summary = run.summary.set_index("mode")
-    assert summary["gpu_memory_ratio"]["mixed-static"] == pytest.approx(0.6)
+    summary = {row["mode"]: row for row in summary_of(run)}
+    assert summary["mixed-static"]["gpu_memory_ratio"] == pytest.approx(0.6)
     environment = json.loads((machine.path() / "run.json").read_text())["environment"]
     facts = environment["gpu"]["facts"]
     assert (facts["power_limit_w"], facts["ecc"], facts["vbios"]) == (400.0, True, "92.00.45.00.03")
@@ -214,7 +215,7 @@ def on_first_touch(machine, code):
         "from pathlib import Path\n"
         "class Hook(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
-        "        if name != 'mpscale.training.accelerator':\n"
+        "        if name != 'mpscale.worker.device':\n"
         "            return None\n"
         "        sys.meta_path.remove(self)\n"
         "        spec = importlib.util.find_spec(name)\n"

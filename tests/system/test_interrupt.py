@@ -19,7 +19,7 @@ def start(folder, *options):
     folder.mkdir()
     (folder / "test_suite.py").write_text("def test_training(mp_case, benchmark):\n    mp_case.measure(benchmark)\n")
     (folder / "pytest.ini").write_text("[pytest]\n")
-    source = Path(__file__).with_name("suite_workloads.py").read_text()
+    source = Path(__file__).parents[1].joinpath("support", "suite_workloads.py").read_text()
     (folder / "suite_workloads.py").write_text(source)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--mp-workloads", WORKLOADS]
     return subprocess.Popen(
@@ -58,7 +58,7 @@ def workers(folder):
         try:
             here = (process / "cwd").readlink() == folder
             alive = "Z" not in (process / "stat").read_text().rpartition(")")[2].split()[0]
-            if here and alive and b"mpscale.harness.worker" in (process / "cmdline").read_bytes():
+            if here and alive and b"mpscale.worker.__main__" in (process / "cmdline").read_bytes():
                 found.append(process.name)
         except OSError:
             continue

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nvml_stand_in import Script, build
-from telemetry.gpu_case import GpuCase
+from support.gpu_case import GpuCase
+from support.nvml_stand_in import Script, build
 
 
 @pytest.fixture

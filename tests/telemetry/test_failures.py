@@ -8,11 +8,12 @@ import sys
 import time
 
 import pytest
-from nvml_stand_in import Script
-from telemetry.gpu_case import GpuCase
+from support.gpu_case import GpuCase
+from support.nvml_stand_in import Script
 
-from mpscale.telemetry.device import find_device
-from mpscale.telemetry.driver import Driver, NoDriver, open_driver
+from mpscale.core.device import find_device
+from mpscale.telemetry import host
+from mpscale.telemetry.client import Driver, NoDriver, open_driver
 from mpscale.telemetry.watch import GPU_COLUMNS, Told
 
 PEAK, METHOD = "gpu_memory_nvml_peak_mib", "gpu_memory_method"
@@ -71,7 +72,7 @@ def test_driver_that_dies_when_it_is_opened(script, stand_in_nvml):
 
 
 def test_driver_that_never_opens(script, stand_in_nvml, monkeypatch):
-    monkeypatch.setattr("mpscale.telemetry.driver._DESCRIBE_S", 0.5)
+    monkeypatch.setattr("mpscale.telemetry.client._DESCRIBE_S", 0.5)
     script.latency("nvmlInitWithFlags", 1e9)
     started = time.monotonic()
     driver = open_driver({**os.environ, **script.environ(stand_in_nvml)})
@@ -327,7 +328,7 @@ def test_gpu_that_does_not_answer_keeps_its_place(script, gpu_case, stand_in_nvm
     lost, fine = driver.devices
     driver.close()
     assert lost.uuid is None and "GPU is lost" in lost.name
-    assert find_device([lost, fine], {"CUDA_VISIBLE_DEVICES": "1"}) == fine
+    assert find_device([lost, fine], {"CUDA_VISIBLE_DEVICES": "1"}, host.cpu()) == fine
 
 
 # Lost, hanging, dying, failing now and then.

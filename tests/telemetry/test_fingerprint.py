@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from mpscale.telemetry.device import Device
-from mpscale.telemetry.driver import NoDriver
+from mpscale.core.device import Device
+from mpscale.telemetry.client import NoDriver
 from mpscale.telemetry.fingerprint import environment, run_slug
 
 CPU = Device("cpu", "Intel(R) Xeon(R) Processor", memory_mib=1024.0)

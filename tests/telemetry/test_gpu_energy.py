@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mpscale.telemetry.gpu_energy import COLUMNS, energy_columns
+from mpscale.telemetry.gpu_state import ENERGY_COLUMNS as COLUMNS
+from mpscale.telemetry.gpu_state import energy_columns
 from mpscale.telemetry.samples import Sample, Samples
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mpscale.telemetry.gpu_energy import energy_columns
 from mpscale.telemetry.gpu_memory import memory_columns
-from mpscale.telemetry.gpu_state import state_columns, suspicions
+from mpscale.telemetry.gpu_state import energy_columns, state_columns, suspicions
 from mpscale.telemetry.samples import Sample, SampleFile, Samples, read_samples
 
 DATA = Path(__file__).parent / "data"

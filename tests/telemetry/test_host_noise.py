@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mpscale.telemetry.host_noise import COLUMNS, HostNoise, clock_mhz, cpu_times, is_busy
+from mpscale.telemetry.host import COLUMNS, HostNoise, clock_mhz, cpu_times, is_busy
 
 pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc")
 

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpscale.telemetry.gpu import WAYS, _Field, split_memory
-from mpscale.telemetry.nvml import NoNvml, Nvml, ask, open_nvml
+from mpscale.telemetry.nvidia import WAYS, NoNvml, Nvml, _Field, ask, open_nvml, split_memory
 from mpscale.telemetry.plausible import RANGES, Doubt, Implausible, checked, checked_memory, checked_process
 
 MIB = 2**20
@@ -152,7 +151,7 @@ def test_value_of_a_field_by_its_type(kind, value, expected):
 
 def test_field_that_stands_still_is_stale(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("mpscale.telemetry.gpu.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mpscale.telemetry.nvidia.time.monotonic", lambda: now[0])
     field, library, handle = _Field(186), Fields(1, {"uiVal": 5000}, stamp=7), object()
     assert field(library, handle) == 5000
     now[0] += 0.9
@@ -186,7 +185,7 @@ class Library:
 @pytest.mark.parametrize("count", [2**32 - 1, -1, 5000])
 def test_a_number_of_gpus_that_cannot_be(monkeypatch, count):
     library = Library(nvmlDeviceGetCount=count)
-    monkeypatch.setattr("mpscale.telemetry.nvml.importlib.import_module", lambda name: library)
+    monkeypatch.setattr("mpscale.telemetry.nvidia.importlib.import_module", lambda name: library)
     found = open_nvml()
     assert isinstance(found, NoNvml)
     assert "NVML answers" in found.reason

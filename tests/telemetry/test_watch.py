@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mpscale.telemetry.device import Device
-from mpscale.telemetry.driver import NoDriver
+from mpscale.core.device import Device
+from mpscale.telemetry.client import NoDriver
 from mpscale.telemetry.watch import GPU_COLUMNS, HOST_COLUMN, CaseWatch, Told
 
 GPU = Device("gpu", "NVIDIA H200", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", (9, 0), 143_771.0)
@@ -65,7 +65,7 @@ def test_never_started() -> None:
 
 def test_importing_telemetry_imports_neither_nvml_nor_tensorflow() -> None:
     code = (
-        "import sys, mpscale.telemetry.fingerprint, mpscale.telemetry.watch, mpscale.telemetry.cuda;"
+        "import sys, mpscale.telemetry.fingerprint, mpscale.telemetry.watch, mpscale.worker.device;"
         "print([name for name in ('tensorflow', 'keras', 'pynvml') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)

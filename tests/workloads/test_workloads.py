@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 import mpscale
-from mpscale.workloads import accuracy, cache, registry
+from mpscale.workloads import accuracy, registry
+from mpscale.workloads import builtin as cache
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_data_does_not_depend_on_the_cache(tmp_path, monkeypatch, mnist1d):
 
 def test_loading_leaves_the_global_generator_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("MPSCALE_CACHE", str(tmp_path))
-    from mpscale.workloads.mnist1d import _raw
+    from mpscale.workloads.builtin import _raw
 
     np.random.seed(1)
     expected = np.random.rand()
@@ -103,8 +104,8 @@ def test_accuracy_never_credits_a_nan(logits, share):
         ("mnist1d-cn", "did you mean mnist1d-cnn"),
         ("zzz", "the workloads are mnist1d-mlp"),
         ("no_such_module:w", "No module named"),
-        ("mpscale.workloads.mnist1d:NOPE", "has no attribute"),
-        ("mpscale.workloads.mnist1d:load", "is a function, not an mpscale.Workload"),
+        ("mpscale.workloads.builtin:NOPE", "has no attribute"),
+        ("mpscale.workloads.builtin:load", "is a function, not an mpscale.Workload"),
     ],
 )
 def test_unknown_names_say_what_there_is(name, message):
@@ -120,7 +121,7 @@ def test_module_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
 
 
 def test_workload_is_found_by_module_and_attribute():
-    assert registry.get("mpscale.workloads.mnist1d:CNN") is registry.get("mnist1d-cnn")
+    assert registry.get("mpscale.workloads.builtin:CNN") is registry.get("mnist1d-cnn")
 
 
 def nothing():

@@ -1,0 +1,426 @@
+"""The folder of one run. Its journal is appended to; everything else can be made from it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from mpscale.config import file_name
+from mpscale.core.case import Case
+from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
+from mpscale.core.mode import MODES
+from mpscale.core.record import Record, misfit, to_csv
+
+
+class Journal:
+    """Writes ``<results>/runs/<run>/``.
+
+    All lines are kept in memory as well. If the folder or its journal is deleted, moved or changed while the run goes
+    on, both are written anew. If they cannot be written, the run goes on, every further line tries again, and at the
+    end a folder for temporary files takes everything. :attr:`troubles` says so each time.
+
+    Args:
+        results: the results folder; made where it does not exist.
+        device_slug: goes into the run's name, between its time and four random characters.
+        environment: where it runs, for run.json.
+        settings: what was asked for, for run.json.
+        cases: the plan.
+        interleaved: with which other run this one takes turns; None where it is alone.
+
+    Raises:
+        OSError: the folder cannot be written, before anything was measured.
+    """
+
+    def __init__(
+        self,
+        results: Path,
+        device_slug: str,
+        environment: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        cases: list[Case],
+        interleaved: Mapping[str, Any] | None = None,
+    ) -> None:
+        started = datetime.now(UTC)
+        self.name = f"{started:%Y%m%dT%H%M%SZ}-{device_slug}-{secrets.token_hex(2)}"
+        self.path = results / "runs" / self.name
+        """The run's folder. Only :meth:`finish` changes it."""
+        self.troubles: list[str] = []
+        """What went wrong with the run's files, each once."""
+        self.path.mkdir(parents=True)
+        self._environment = dict(environment)
+        self._info: dict[str, Any] = {
+            "run": self.name,
+            "schema_version": SCHEMA_VERSION,
+            "method_version": METHOD_VERSION,
+            "started": started.isoformat(timespec="seconds"),
+            "environment": self._environment,
+            "settings": dict(settings),
+            "planned": [case.id for case in cases],
+        }
+        if interleaved is not None:
+            self._info["interleaved"] = dict(interleaved)
+        self._records: dict[str, Record] = {}
+        self._lines: list[bytes] = [_line("run_started", run=self.name)]
+        self._file: IO[bytes] | None = None
+        """Open for appending; None while it cannot be written."""
+        self._size = 0
+        self._write_anew()
+
+    def steps_path(self, case: Case) -> Path:
+        """Where the case's log of steps goes."""
+        return self.path / "steps" / f"{file_name(case.id)}.csv.gz"
+
+    def gpu_path(self, case: Case, attempt: int) -> Path:
+        """Where the samples of the GPU go, one file an attempt."""
+        return self.path / "gpu" / f"{file_name(case.id)}--a{attempt}.csv.gz"
+
+    def add_environment(self, facts: Mapping[str, Any]) -> None:
+        """Adds to the environment what only a worker could find out."""
+        self._environment.update(facts)
+        with self._no_trouble_ends_the_run():
+            self._write_info()
+
+    def case_started(self, case: Case, attempt: int) -> None:
+        """Notes the start of a case, so that a run that is cut short shows which one it was at."""
+        identity = {key: value for key, value in case.identity().items() if key != "case_id"}
+        self._append("case_started", case_id=case.id, attempt=attempt, case=identity)
+
+    def case_finished(self, case: Case, record: Record, step_s: Sequence[float], phases: Mapping[str, float]) -> None:
+        """Notes the result of a case, and brings cases.csv up to date: it is there even if the run dies next.
+
+        Args:
+            case: the case.
+            record: its row.
+            step_s: step time of each timed block, in seconds: what the row's medians were made of.
+            phases: when each phase was reached, in seconds from the start of its process.
+        """
+        blocks = [float(f"{value:.6g}") for value in step_s]
+        self._records[case.id] = record
+        self._append("case_finished", case_id=case.id, record=record.to_json(), step_s=blocks, phases=dict(phases))
+        with self._no_trouble_ends_the_run():
+            self._write_cases()
+
+    def finish(self, exit_status: int) -> None:
+        """Notes the end of the run. Nothing may be written afterwards."""
+        self._append("run_finished", exit_status=exit_status, cases=len(self._records))
+        if self._file is None:
+            self.path = Path(tempfile.mkdtemp(prefix="mpscale-")) / self.name
+            self.troubles.append(f"everything but steps and GPU samples is kept in {self.path}")
+            self._write_anew()
+        if self._file is not None:
+            self._file.close()
+
+    def _append(self, event: str, **fields: Any) -> None:
+        line = _line(event, **fields)
+        self._lines.append(line)
+        with self._no_trouble_ends_the_run():
+            if self._file is not None and self._is_in_place(self._file):
+                self._write(self._file, line)
+                return
+            known = self._file is None
+            self._close()
+            self._write_anew()
+            self._say(
+                f"{self.path} can be written again, and its journal is whole"
+                if known
+                else f"{self.path} was deleted, moved or changed while the run went on: journal and tables were "
+                "written anew; steps and GPU samples of earlier cases were lost with it"
+            )
+
+    def _is_in_place(self, file: IO[bytes]) -> bool:
+        """Whether what is at the journal's path is what was written there, and run.json is beside it."""
+        try:
+            there, here = (self.path / "journal.jsonl").stat(), os.fstat(file.fileno())
+        except OSError:
+            return False
+        same = (there.st_dev, there.st_ino, there.st_size) == (here.st_dev, here.st_ino, self._size)
+        return same and (self.path / "run.json").is_file()
+
+    def _write(self, file: IO[bytes], data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            # Less than all is written before a disk is full, which the next call says.
+            left = left[file.write(left) :]
+        os.fsync(file.fileno())
+        self._size += len(data)
+
+    def _write_anew(self) -> None:
+        """Writes everything that is in memory."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write_info()
+        if self._records:
+            self._write_cases()
+        journal = self.path / "journal.jsonl"
+        _replace(journal, b"".join(self._lines))
+        self._size = sum(map(len, self._lines))
+        self._file = journal.open("ab", buffering=0)
+
+    def _write_info(self) -> None:
+        _replace(self.path / "run.json", (json.dumps(self._info, indent=2) + "\n").encode())
+
+    def _write_cases(self) -> None:
+        _replace(self.path / "cases.csv", to_csv(self._records.values()).encode())
+
+    @contextlib.contextmanager
+    def _no_trouble_ends_the_run(self) -> Iterator[None]:
+        """What has been measured is in memory, and what is still to be measured is worth more than a file."""
+        try:
+            yield
+        except OSError as error:
+            self._close()
+            self._say(
+                f"{error.filename or self.path} cannot be written: {error.strerror or error}; the run goes on, and "
+                "writes it as soon as that is possible"
+            )
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = None
+
+    def _say(self, trouble: str) -> None:
+        if trouble not in self.troubles:
+            self.troubles.append(trouble)
+
+
+def _line(event: str, **fields: Any) -> bytes:
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"event": event, "time": time, **fields}).encode() + b"\n"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a whole file or none."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        # A disk that is full needs it.
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+# Reads ``journal.jsonl``, the account of a run, into one record a case.
+
+NO_END = "the journal holds no end of this case: the run was stopped, or is still going on"
+
+IDENTITY = ("workload", "mode", "seed", "repeat")
+_CASE_ID = re.compile(r"(.+)--(.+)--s(\d{1,18})--r(\d{1,18})")
+
+
+class RunError(Exception):
+    """A run that is not there, or a file of it that is broken. The message says which, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class JournalContent:
+    """What a journal says.
+
+    Args:
+        records: the last attempt of every started case, in plan order.
+        finished: whether the run ended.
+        problems: what of the file could not be read as it stands, and what was made of it.
+    """
+
+    records: list[Record]
+    finished: bool
+    problems: list[str]
+
+
+def read_journal(path: Path, info: Mapping[str, Any]) -> JournalContent:
+    """Reads a journal; a last line that was cut off is ignored.
+
+    The last event of a case counts: of several attempts the last, and one that was started and not finished is a
+    record with status ``interrupted``.
+
+    A line that is broken, or whose record holds what does not belong there, costs its own case and no other: that
+    case becomes ``invalid`` with the reason.
+
+    Args:
+        path: of ``journal.jsonl``.
+        info: ``run.json``, for the plan and for what an interrupted case could not say of itself.
+
+    Raises:
+        RunError: the file is missing, cannot be read at all, or holds no event: every journal begins with one.
+    """
+    told = _Told(path.name, info)
+    for number, line in _lines(path):
+        told.take(number, line)
+    if not told.events:
+        why = told.problems[0] if told.problems else "it is empty or was cut off"
+        raise RunError(f"{path}: holds no event that can be read ({why}){_what_is_left(path)}")
+    place = {case_id: index for index, case_id in enumerate(info.get("planned", []))}
+    # sorted() keeps the order of the journal among cases that no plan names.
+    ordered = sorted(told.records, key=lambda case_id: place.get(case_id, len(place)))
+    return JournalContent([told.records[case_id] for case_id in ordered], told.finished, told.problems)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        # Bytes, because a cut can fall inside a character.
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file{_what_is_left(path)}") from None
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}") from error
+    # A whole line ends with a newline, so what comes after the last one was cut off, if it is no whole object.
+    last = lines.pop()
+    yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    try:
+        json.loads(last.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return
+    yield len(lines) + 1, last
+
+
+def _what_is_left(path: Path) -> str:
+    cases = path.with_name("cases.csv")
+    left = f", but its cases can be compared: {cases}" if cases.is_file() else ""
+    return f"; without its journal a run cannot be read{left}"
+
+
+@dataclass
+class _Told:
+    """What the lines so far have told."""
+
+    name: str
+    info: Mapping[str, Any]
+    records: dict[str, Record] = field(default_factory=dict)
+    finished: bool = False
+    problems: list[str] = field(default_factory=list)
+    events: int = 0
+    running: str | None = None
+    """The case that has begun and not ended. Cases run one at a time, so a line that cannot be read was about it."""
+
+    def take(self, number: int, line: bytes) -> None:
+        """Takes one line, whatever is in it."""
+        where = f"{self.name}, line {number}: "
+        try:
+            event = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            self._broken(f"{where}not readable as JSON: {error}")
+            return
+        try:
+            self._take(event, where)
+        except _Odd as why:
+            self._broken(f"{where}{why}")
+
+    def _take(self, event: Any, where: str) -> None:
+        kind = _part(event, "event", str, "the line")
+        self.events += 1
+        match kind:
+            case "case_started":
+                # Noted before its parts are looked at: if they are broken, it has begun all the same.
+                self.running = _part(event, "case_id", str)
+                case = _part(event, "case", dict)
+                self.records[self.running] = self._without_end(self.running, case, event.get("attempt"))
+            case "case_finished":
+                self.running = _part(event, "case_id", str)
+                self._finish(self.running, _part(event, "record", dict), where)
+                self.running = None
+            case "run_started":
+                self.finished = False
+            case "run_finished":
+                self.finished = True
+
+    def _finish(self, case_id: str, row: dict[str, Any], where: str) -> None:
+        """Takes the record of a ``case_finished``."""
+        reasons = row.get("unavailable", {})
+        odd = [why for why in [misfit("unavailable", reasons)] if why is not None]
+        record = Record.from_json({**row, "unavailable": {} if odd else reasons})
+        record.update({"case_id": case_id})
+        odd += [*record.drop_misfits(), *lacks(record, case_id)]
+        if odd:
+            record.update(self._identity(case_id))
+            record.invalidate(where + "; ".join(odd))
+            self.problems.append(f"{case_id} counts as {record['status']}: {where}{'; '.join(odd)}")
+        self.records[case_id] = record
+
+    def _broken(self, why: str) -> None:
+        """Takes a line that tells nothing, which costs the case that was running its result."""
+        self.problems.append(why)
+        if self.running is None:
+            return
+        try:
+            identity = self._identity(self.running)
+        except _Odd:
+            return
+        record = self._without_end(self.running, identity, None)
+        record.update({"status": "invalid", "status_reason": why})
+        self.records[self.running] = record
+        self.problems[-1] = f"{self.running} counts as invalid: {why}"
+
+    def _identity(self, case_id: str) -> dict[str, Any]:
+        """Which case it is, by what was told before or by its id.
+
+        Raises:
+            _Odd: neither says so.
+        """
+        before, parts = self.records.get(case_id), _CASE_ID.fullmatch(case_id)
+        if before is not None:
+            return {name: before[name] for name in (*IDENTITY, "order", "attempts")}
+        if parts is None:
+            raise _Odd(f"{case_id!r} does not say which case it is")
+        workload, mode, seed, repeat = parts.groups()
+        return dict(zip(IDENTITY, (workload.replace("+", ":"), mode, int(seed), int(repeat)), strict=True))
+
+    def _without_end(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> Record:
+        """The record of a case of which the journal holds no result."""
+        record = Record(
+            {
+                **{name: case.get(name) for name in (*IDENTITY, "order")},
+                "case_id": case_id,
+                "attempts": case.get("attempts") if attempt is None else attempt,
+                "status": "interrupted",
+                "status_reason": NO_END,
+                "schema_version": self.info.get("schema_version"),
+                "method_version": self.info.get("method_version"),
+            }
+        )
+        odd = [*record.drop_misfits(), *lacks(record, case_id)]
+        if odd:
+            raise _Odd("; ".join(odd))
+        if record["mode"] in MODES:
+            record.update({"policy": MODES[record["mode"]].policy})
+        environment = self.info.get("environment")
+        device = environment.get("device") if isinstance(environment, dict) else None
+        if isinstance(device, dict):
+            record.update({"device": device.get("kind"), "device_name": device.get("name")})
+            record.drop_misfits()
+        record.complete(NO_END)
+        return record
+
+
+class _Odd(Exception):
+    """A line that is no account of an event. The message says why."""
+
+
+def _part(event: Any, name: str, kind: type, what: str = "the event") -> Any:
+    """A part of an event.
+
+    Raises:
+        _Odd: it is not there or not of its kind.
+    """
+    if not isinstance(event, dict):
+        raise _Odd(f"should hold a JSON object, not {type(event).__name__}")
+    if name not in event:
+        raise _Odd(f"{what} lacks {name!r}")
+    if not isinstance(event[name], kind):
+        raise _Odd(f"{name} should be {kind.__name__}, not {event[name]!r:.200}")
+    return event[name]
+
+
+def lacks(record: Record, case_id: str) -> list[str]:
+    """What a record has to say and does not: which case it is and how that ended, one sentence each."""
+    return [f"the record of {case_id} has no {name}" for name in (*IDENTITY, "status") if record[name] is None]
