@@ -234,7 +234,8 @@ def _kinds(cases: Sequence[Record], quantity: Quantity) -> set[tuple[Any, ...]]:
 
 
 def _reason(case: Record, column: str) -> str | None:
-    return case.unavailable.get(column)
+    reason = case.unavailable.get(column)
+    return None if reason is None else str(reason)
 
 
 # What runs can be followed by over time, and how each is made from the cases of a run.
@@ -342,7 +343,7 @@ def why_unknown(measure: Measure, cases: Sequence[Record], baseline: Sequence[Re
     for case in cases:
         reason = case.unavailable.get(measure.column)
         if case["status"] in MEASURED and reason:
-            return reason
+            return str(reason)
     if why := failure(cases):
         return why
     if measure.name == "speedup":

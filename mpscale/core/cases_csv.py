@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.columns import COLUMNS, SCHEMA_VERSION
+from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
 from mpscale.core.run_folder import IDENTITY, RunError, lacks
 
@@ -122,7 +123,7 @@ def _record(path: Path, line: int, row: Mapping[str, str], words: frozenset[str]
         known = {name: text for name, text in row.items() if name in COLUMNS and not _is_unknown(row, name, words)}
         values = {name: _value(name, text) for name, text in known.items()}
         reasons = values.pop("unavailable", None)
-        record = Record(values, reasons)
+        record = Record(values, {name: Reason(Code.OTHER, why) for name, why in (reasons or {}).items()})
         odd = [*record.drop_misfits(), *lacks(record, str(record["case_id"]))]
         if odd:
             raise ValueError("; ".join(odd))

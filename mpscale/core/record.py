@@ -12,6 +12,7 @@ from typing import Any
 
 from mpscale.core.columns import COLUMNS, FAILED, STATUSES
 from mpscale.core.mode import MODES
+from mpscale.core.reason import Code, Reason, encodable
 
 _TYPES: dict[str, Any] = {
     "str": str,
@@ -39,9 +40,11 @@ class Record:
     :meth:`complete`.
     """
 
-    def __init__(self, values: Mapping[str, Any] | None = None, unavailable: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, values: Mapping[str, Any] | None = None, unavailable: Mapping[str, Reason] | None = None
+    ) -> None:
         self._values: dict[str, Any] = {}
-        self._unavailable: dict[str, str] = dict(unavailable or {})
+        self._unavailable: dict[str, Reason] = {n: _reason(why) for n, why in (unavailable or {}).items()}
         self.update(values or {})
 
     def __getitem__(self, name: str) -> Any:
@@ -64,14 +67,14 @@ class Record:
                 self._values[name] = value
                 self._unavailable.pop(name, None)
 
-    def miss(self, names: str | Iterable[str], reason: str) -> None:
+    def miss(self, names: str | Iterable[str], reason: Reason | str) -> None:
         """Says why columns are empty. A value stays, and so does an earlier reason: it came from nearer the cause."""
         for name in [names] if isinstance(names, str) else names:
             _check_name(name)
             if name not in self._values:
-                self._unavailable.setdefault(name, _encodable(reason))
+                self._unavailable.setdefault(name, _reason(reason))
 
-    def complete(self, reason: str) -> None:
+    def complete(self, reason: Reason | str) -> None:
         """Gives ``reason`` to every measured column that has neither a value nor a reason."""
         self.miss([column.name for column in COLUMNS.values() if column.measured], reason)
 
@@ -83,7 +86,7 @@ class Record:
         misfits = {name: why for name, value in self._values.items() if (why := misfit(name, value)) is not None}
         for name, why in misfits.items():
             del self._values[name]
-            self._unavailable[name] = why
+            self._unavailable[name] = Reason(Code.MISFIT, why)
         return list(misfits.values())
 
     def invalidate(self, why: str) -> None:
@@ -97,7 +100,7 @@ class Record:
         )
 
     @property
-    def unavailable(self) -> dict[str, str]:
+    def unavailable(self) -> dict[str, Reason]:
         """The reasons given so far, by column."""
         return dict(self._unavailable)
 
@@ -105,21 +108,30 @@ class Record:
         """Plain values in the order of the columns, the empty ones left out; reasons under ``unavailable``."""
         row = {name: self._values[name] for name in COLUMNS if name in self._values}
         if self._unavailable:
-            row["unavailable"] = {name: self._unavailable[name] for name in COLUMNS if name in self._unavailable}
+            row["unavailable"] = {n: self._unavailable[n].to_json() for n in COLUMNS if n in self._unavailable}
         return row
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Record:
-        """The inverse of :meth:`to_json`. Columns of a newer schema are dropped."""
+        """The inverse of :meth:`to_json`. Columns of a newer schema are dropped.
+
+        Raises:
+            TypeError: a reason is none.
+        """
         values = {name: value for name, value in row.items() if name in COLUMNS and name != "unavailable"}
-        return cls(values, row.get("unavailable"))
+        reasons = row.get("unavailable") or {}
+        return cls(values, {name: Reason.from_json(why) for name, why in reasons.items()})
 
 
 def plain(value: Any) -> Any:
     """A scalar of NumPy as Python's own, and text that any file can hold; other values as they are."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
-    return _encodable(value) if isinstance(value, str) else value
+    return encodable(value) if isinstance(value, str) else value
+
+
+def _reason(why: Reason | str) -> Reason:
+    return why if isinstance(why, Reason) else Reason(Code.OTHER, why)
 
 
 def misfit(name: str, value: Any) -> str | None:
@@ -149,11 +161,6 @@ def misfit(name: str, value: Any) -> str | None:
 
 def _is_unknown(value: Any) -> bool:
     return value is None or (isinstance(value, float) and not math.isfinite(value))
-
-
-def _encodable(text: str) -> str:
-    """Names of files that are not UTF-8 come with surrogates, which no file can be written with."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _one_kind_of_line_end(value: Any) -> Any:
@@ -190,7 +197,8 @@ def to_csv(records: Iterable[Record]) -> str:
     for record in records:
         row = {name: _one_kind_of_line_end(value) for name, value in record.to_json().items()}
         if "unavailable" in row:
-            row["unavailable"] = json.dumps(row["unavailable"], ensure_ascii=False)
+            reasons = {name: str(why) for name, why in record.unavailable.items() if name in COLUMNS}
+            row["unavailable"] = json.dumps(reasons, ensure_ascii=False)
         writer.writerow(row)
     return text.getvalue()
 
@@ -203,14 +211,18 @@ class Findings:
     """{column: value} of what is known and {column: reason} of what is not."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    unavailable: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, Reason] = field(default_factory=dict)
 
-    def put(self, column: str, value: Any, reason: str) -> None:
+    def put(self, column: str, value: Any, reason: Reason | str) -> None:
         """Notes the value of a column, or where it is None the reason."""
         if value is None:
-            self.unavailable[column] = reason
+            self.unavailable[column] = _reason(reason)
         else:
             self.values[column] = value
+
+    def miss(self, columns: Iterable[str], reason: Reason | str) -> None:
+        """Notes one reason for several columns."""
+        self.unavailable |= dict.fromkeys(columns, _reason(reason))
 
     def add(self, other: Findings) -> None:
         """Takes over all that another found."""

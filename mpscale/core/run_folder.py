@@ -18,7 +18,7 @@ from mpscale.config import file_name
 from mpscale.core.case import Case
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.mode import MODES
-from mpscale.core.record import Record, misfit, to_csv
+from mpscale.core.record import Record, to_csv
 
 
 class Journal:
@@ -336,9 +336,12 @@ class _Told:
 
     def _finish(self, case_id: str, row: dict[str, Any], where: str) -> None:
         """Takes the record of a ``case_finished``."""
-        reasons = row.get("unavailable", {})
-        odd = [why for why in [misfit("unavailable", reasons)] if why is not None]
-        record = Record.from_json({**row, "unavailable": {} if odd else reasons})
+        odd: list[str] = []
+        try:
+            record = Record.from_json(row)
+        except (TypeError, AttributeError) as error:
+            odd.append(f"unavailable cannot be read: {error}")
+            record = Record.from_json({**row, "unavailable": {}})
         record.update({"case_id": case_id})
         odd += [*record.drop_misfits(), *lacks(record, case_id)]
         if odd:

@@ -57,7 +57,7 @@ class Run:
     def cases(self) -> pd.DataFrame:
         """One row a record and one column for each of :data:`mpscale.core.columns.COLUMNS`.
 
-        Unknown is ``pd.NA``, or NaN in float columns; ``unavailable`` holds dicts of reasons.
+        Unknown is ``pd.NA``, or NaN in float columns; ``unavailable`` holds dicts of texts.
         """
         return cases_frame(self.records)
 
@@ -192,7 +192,9 @@ def cases_frame(records: list[Record]) -> pd.DataFrame:
         name: pd.Series([record[name] for record in records], dtype=DTYPES[column.kind])
         for name, column in COLUMNS.items()
     }
-    columns["unavailable"] = pd.Series([record.unavailable for record in records], dtype="object")
+    columns["unavailable"] = pd.Series(
+        [{name: str(why) for name, why in record.unavailable.items()} for record in records], dtype="object"
+    )
     return pd.DataFrame(columns)
 
 

@@ -129,7 +129,7 @@ def without_figure(
 
 
 def _why_empty(case: Record, column: str) -> str:
-    return case.unavailable.get(column) or "not known"
+    return str(case.unavailable.get(column) or "not known")
 
 
 def common(cases: Iterable[Record], column: str) -> Any:

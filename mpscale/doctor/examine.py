@@ -135,7 +135,7 @@ def try_training(found: Examination, device: Device, driver: Driver | NoDriver) 
 
 
 def _trained(record: Record, device: Device) -> Trained:
-    empty = {column: reason for column, reason in record.unavailable.items() if column in _SHOWN}
+    empty = {column: str(reason) for column, reason in record.unavailable.items() if column in _SHOWN}
     return Trained(
         status=str(record["status"]),
         reason=record["status_reason"],

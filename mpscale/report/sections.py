@@ -226,7 +226,7 @@ def empty(run: Run) -> str:
     """The reasons for empty cells, with the columns and modes that they hold for."""
     cases: dict[tuple[str, str], list[Record]] = {}
     for record in run.records:
-        for column, reason in record.unavailable.items():
+        for column, reason in ((column, str(why)) for column, why in record.unavailable.items()):
             cases.setdefault((reason, column), []).append(record)
     # Columns that are empty in the same cases for the same reason share a row.
     shared: dict[tuple[str, tuple[str, ...]], tuple[list[str], list[Record]]] = {}

@@ -258,7 +258,7 @@ def energy_columns(
     window = timed_window(samples)
     if off is not None or window is None or not steps:
         ended = samples.not_at("timing-start", "energy-end", "timing-end")
-        found.unavailable = dict.fromkeys(ENERGY_COLUMNS, off or ended)
+        found.miss(ENERGY_COLUMNS, off or ended)
         return found
     start, end = window
     seconds = end.time_s - start.time_s

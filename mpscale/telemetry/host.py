@@ -203,7 +203,7 @@ class HostNoise:
         total = end.total_s - start.total_s if start is not None and end is not None else 0.0
         reason = "nothing was timed" if start is None or end is None else f"timed for less than {_SHORTEST_S:g} s"
         if start is None or end is None or total < _SHORTEST_S * (os.cpu_count() or 1):
-            found.unavailable |= dict.fromkeys(("host_other_cpu_share", "host_steal_share"), reason)
+            found.miss(("host_other_cpu_share", "host_steal_share"), reason)
             return found
         other = (end.busy_s - start.busy_s) - (end.own_s - start.own_s)
         found.values["host_other_cpu_share"] = min(max(other / total, 0.0), 1.0)

@@ -127,9 +127,9 @@ class CaseWatch:
         if self._noise is not None:
             seen.findings.add(self._noise.columns())
         if self._blind or not isinstance(self._driver, Driver):
-            seen.findings.unavailable |= dict.fromkeys(GPU_COLUMNS, self._blind)
+            seen.findings.miss(GPU_COLUMNS, self._blind)
             if self._driver.reason:
-                seen.findings.unavailable[gpu_memory.HEADLINE] = f"{self._blind}: {self._driver.reason}"
+                seen.findings.miss([gpu_memory.HEADLINE], f"{self._blind}: {self._driver.reason}")
             return seen
         after = self._settings
         try:
