@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal
 
 SCHEMA_VERSION = 1
@@ -59,10 +60,28 @@ class Column:
     measured: bool = False
 
 
+class Topic(StrEnum):
+    """What columns are about."""
+
+    CASE = "case"
+    ENDING = "ending"
+    SETTINGS = "settings"
+    SAME_TRAINING = "same-training"
+    TRAINING = "training"
+    RESULT = "result"
+    STEP_TIME = "step-time"
+    HOST_NOISE = "host-noise"
+    MEMORY = "memory"
+    ENERGY = "energy"
+    GPU_STATE = "gpu-state"
+    MISSING = "missing"
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
     """Columns that belong together, under the heading that docs/metrics.md gives them."""
 
+    topic: Topic
     title: str
     columns: tuple[Column, ...]
 
@@ -88,6 +107,7 @@ _NO_ENERGY = "no GPU, NVML tells neither energy nor power or failed to in mid-ca
 
 SECTIONS: tuple[Section, ...] = (
     Section(
+        Topic.CASE,
         "Which case",
         (
             _known("case_id", "str", "", "`<workload>--<mode>--s<seed>--r<repeat>`; unique in a run"),
@@ -104,6 +124,7 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        Topic.ENDING,
         "How it ended",
         (
             _known("status", "str", "", "one of the statuses below"),
@@ -113,6 +134,7 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        Topic.SETTINGS,
         "Settings",
         (
             _known("device", "str", "", "`cpu` or `gpu`: where the train step ran"),
@@ -131,6 +153,7 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        Topic.SAME_TRAINING,
         "Same training in every mode?",
         (
             _measured("initial_weights_digest", "str", "", "SHA-256 over the initial weights, first 16 hex digits; checked equal over the modes of a seed", _NOT_REACHED),
@@ -144,6 +167,7 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        Topic.TRAINING,
         "Training",
         (
             _measured("attempted_steps", "int", "steps", "train steps begun in training, timing apart", _NO_TRAINING),
@@ -166,6 +190,7 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        Topic.RESULT,
         "Result of the training",
         (
             _measured("final_accuracy", "float", "share", "accuracy on the test set after the last step", "the workload's metric is another, or " + _NO_TRAINING),
@@ -179,6 +204,7 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        Topic.STEP_TIME,
         "Step time",
         (
             _measured("step_time_ms_median", "float", "ms", "median over the blocks of (time of a block / its steps), steady state; the one number of this process", _NO_TIMING),
@@ -197,6 +223,7 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        Topic.HOST_NOISE,
         "Noise of the machine",
         (
             _measured("host_load", "float", "", "load average over a minute when the case began: processes that ran or waited to run", "the system has none"),
@@ -206,6 +233,7 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        Topic.MEMORY,
         "Memory",
         (
             _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline: `gpu_memory_process_peak_mib` where it is known, else `gpu_memory_device_rise_mib` where nobody else used the GPU; `gpu_memory_method` says which", _NO_NVML),
@@ -224,6 +252,7 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        Topic.ENERGY,
         "Energy",
         (
             _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, by its counter where it has one, else by its power, divided by the steps", _NO_ENERGY),
@@ -240,6 +269,7 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        Topic.GPU_STATE,
         "State of the GPU",
         (
             _measured("gpu_temperature_c_max", "float", "°C", "highest temperature of the GPU in the case", _NO_NVML),
@@ -255,6 +285,7 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        Topic.MISSING,
         "What is missing",
         (
             _known("unavailable", "json", "", "JSON object {column: reason}: why each empty cell is empty", "no cell is empty"),
@@ -264,6 +295,11 @@ SECTIONS: tuple[Section, ...] = (
 # fmt: on
 
 COLUMNS: dict[str, Column] = {column.name: column for section in SECTIONS for column in section.columns}
+
+
+def measured_columns(topic: Topic) -> tuple[str, ...]:
+    """Names of the measured columns about ``topic``."""
+    return tuple(c.name for section in SECTIONS if section.topic is topic for c in section.columns if c.measured)
 
 
 # fmt: off

@@ -21,23 +21,25 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import IO, Any, Protocol
 
 from mpscale.core.record import misfit, plain
 
-PHASES = (
-    "idle",
-    "context-ready",
-    "model-built",
-    "compiled",
-    "trained",
-    "warm",
-    "timing-start",
-    "timing-end",
-    "energy-end",
-    "done",
-)
-"""Where the machine is looked at. A case that does not train, or does not time, leaves some out."""
+
+class Phase(StrEnum):
+    """How far a case has come. At each phase the machine is looked at. A case skips the phases that it does not need."""
+
+    IDLE = "idle"
+    CONTEXT_READY = "context-ready"
+    MODEL_BUILT = "model-built"
+    COMPILED = "compiled"
+    TRAINED = "trained"
+    WARM = "warm"
+    TIMING_START = "timing-start"
+    TIMING_END = "timing-end"
+    ENERGY_END = "energy-end"
+    DONE = "done"
 
 
 class Channel(Protocol):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpscale.core.case import Case, StartMethod
-from mpscale.core.columns import FAILED, SECTIONS
+from mpscale.core.columns import FAILED, Topic, measured_columns
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
 from mpscale.core.record import Record
@@ -278,9 +278,10 @@ def _apart(name: str, value: Any, other: Any, mode: str) -> str:
 
 # Why a column is empty although nothing went wrong: the mode has no such thing, or it was not asked for.
 
-_BY_TITLE = {section.title: tuple(c.name for c in section.columns if c.measured) for section in SECTIONS}
-_TRAINING = (*_BY_TITLE["Training"], "metric_value", "final_accuracy", "published_metric_value")
-_TIMING = tuple(name for name in _BY_TITLE["Step time"] if name not in ("build_time_s", "trace_time_s", "first_step_s"))
+_TRAINING = (*measured_columns(Topic.TRAINING), "metric_value", "final_accuracy", "published_metric_value")
+_TIMING = tuple(
+    name for name in measured_columns(Topic.STEP_TIME) if name not in ("build_time_s", "trace_time_s", "first_step_s")
+)
 _LOSS_SCALE = tuple(name for name in _TRAINING if name.startswith("loss_scale_"))
 _OVERFLOW = (
     "applied_steps",
