@@ -28,7 +28,7 @@ from mpscale.core.record import misfit, plain
 
 
 class Phase(StrEnum):
-    """How far a case has come. At each phase the machine is looked at. A case skips the phases that it does not need."""
+    """How far a case has come. At each phase the machine is looked at. A case skips phases that it does not need."""
 
     IDLE = "idle"
     CONTEXT_READY = "context-ready"
