@@ -60,7 +60,7 @@ class Loop:
 
 
 def by_hand(request: dict[str, Any], handed: bool) -> Loop:
-    """The custom training loop of TensorFlow's guide, with all data on the device, and nothing of mpscale.training.
+    """The custom training loop of TensorFlow's guide, with all data on the device, and nothing of mpscale.worker.
 
     The optimizer of mixed-dynamic is mpscale's LossScaleOptimizer here, too: it is the harness that is tested.
 

@@ -34,7 +34,7 @@ if sys.argv[1:] == ["-P", "-m", "mpscale.ab.turns"]:
 
 assert sys.argv[1:4] == ["-P", "-m", "pytest"], sys.argv
 sys.path.insert(0, {tests!r})
-from mpscale import turns
+from mpscale.ab import turns
 from support.runfolder import finished, record, write_run
 
 print("what pytest prints", *sys.argv[4:])

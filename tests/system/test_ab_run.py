@@ -38,7 +38,7 @@ BREAKS_OFF = """#!{python}
 import os, sys
 if sys.argv[1:] == ["-P", "-m", "mpscale.ab.turns"]:
     os.execv({known!r}, [{known!r}, *sys.argv[1:]])
-from mpscale import turns
+from mpscale.ab import turns
 
 mine = turns.join(os.environ)
 case = {{"workload": "suite_workloads:fine", "mode": "fp32", "seed": 0}}
