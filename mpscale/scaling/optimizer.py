@@ -28,14 +28,26 @@ from mpscale.scaling.gradients import (
 from mpscale.scaling.guard import ScalingGuard, Unscaling
 from mpscale.scaling.inner import ForwardedSettings, accumulate, check_inner, unlisted_variables, window
 from mpscale.scaling.ledger import Alarm, Ledger, check_policy, raise_alarm
-from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, StaticLossScale, state_dtype
+from mpscale.scaling.loss_scale import (
+    DynamicLossScale,
+    LogMaxLossScale,
+    LossScale,
+    NoLossScale,
+    StaticLossScale,
+    state_dtype,
+)
 from mpscale.scaling.skip import Skip, apply_gated, check_skip, gate_pays
 
 # Nothing here has Python control flow that depends on a tensor, and rewriting it all would add a second to every trace.
 _as_written = tf.autograph.experimental.do_not_convert
 
 
-@keras.saving.register_keras_serializable(package="mpscale")
+_serializable = keras.saving.register_keras_serializable(package="mpscale")
+for _rule in (NoLossScale, StaticLossScale, DynamicLossScale, LogMaxLossScale):
+    _serializable(_rule)  # Here, because the rules are imported without Keras.
+
+
+@_serializable
 class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer):
     """A Keras optimizer with loss scaling.
 
@@ -121,7 +133,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         # Here and not in build: a step may ask for the scale before, and a restored checkpoint gives it only to a
         # variable that there is.
         initial_state = loss_scale.initial_state()
-        self._state = {name: self._add(name, state_dtype(value).name, value) for name, value in initial_state.items()}
+        self._state = {name: self._add(name, state_dtype(value), value) for name, value in initial_state.items()}
         self._ledger = Ledger(self._add, initial_state["scale"])
         self._blame = Blame(self, self._ledger)
         self._largest: Any = None

@@ -1,5 +1,8 @@
 """Saved and restored: every bit of the optimizer's state, the loss scale and the counters included."""
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -97,3 +100,32 @@ def test_files_know_variables_by_their_order_which_stays_the_same(name, names):
     optimizer.build(small_model().trainable_variables)
     own = optimizer.variables[: -len(optimizer.inner_optimizer.variables)]
     assert [variable.name for variable in own] == names
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        pytest.param("import keras, mpscale.scaling", id="Keras first"),
+        pytest.param("import mpscale.scaling, keras", id="Keras last"),
+        pytest.param("import mpscale.scaling.loss_scale, keras, mpscale.scaling", id="rules alone, then Keras"),
+    ],
+)
+def test_a_program_that_imports_the_package_can_load_models(imports, tmp_path):
+    model = small_model()
+    model.compile(LossScaleOptimizer(keras.optimizers.SGD(), StaticLossScale(4.0)), "mse")
+    model.save(tmp_path / "model.keras")
+    program = f"{imports}; print(keras.saving.load_model({str(tmp_path / 'model.keras')!r}).optimizer.loss_scale)"
+    assert output_of(program) == "StaticLossScale(scale=4.0, skip_nonfinite=True)\n"
+
+
+def test_rules_need_no_tensorflow():
+    program = (
+        "import sys; from mpscale.scaling.loss_scale import DynamicLossScale; "
+        "print(DynamicLossScale.parse('initial=2**20, hysteresis=2')); "
+        "print({'tensorflow', 'keras', 'numpy'} & sys.modules.keys())"
+    )
+    assert output_of(program) == "{'initial': 1048576.0, 'hysteresis': 2}\nset()\n"
+
+
+def output_of(program):
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
