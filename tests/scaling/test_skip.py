@@ -7,7 +7,7 @@ import tensorflow as tf
 from support.small_step import same, small_model, state_of, step_function
 
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
-from mpscale.scaling.skip import all_nodes, apply_gated
+from mpscale.scaling.skip import all_nodes, apply_masked
 
 
 class Restless(keras.optimizers.SGD):
@@ -86,7 +86,7 @@ def test_sparse_writes_leave_every_bit_where_they_are_held_back(jit):
             for variable, method in zip(variables, ("scatter_add", "scatter_sub", "scatter_update"), strict=True):
                 getattr(variable, method)(rows)
 
-        assert apply_gated(write, variables, finite)
+        assert apply_masked(write, variables, finite)
 
     variables = [tf.Variable(start) for _ in range(3)]
     function = tf.function(lambda finite: update(finite, *variables), jit_compile=jit)
