@@ -8,7 +8,6 @@ import pytest
 import tensorflow as tf
 from support.small_step import COMPILED, same, small_model, state_of, step_function
 
-import mpscale.scaling
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer, NoLossScale, StaticLossScale
 
 NOT_INNER = ("Optimizer", "LossScaleOptimizer", "MultiOptimizer")
@@ -164,19 +163,6 @@ def test_compile_does_not_wrap_it_again_and_fit_trains():
     assert not same(before, [v.numpy() for v in model.variables])
     assert optimizer.counters()["attempted"] == optimizer.counters()["applied"] == 4
     assert float(optimizer.loss_scale_value) == 128.0
-
-
-def test_saved_model_comes_back_with_scale_and_counters(tmp_path):
-    model = small_model()
-    model.compile(LossScaleOptimizer(keras.optimizers.Adam(0.01), DynamicLossScale(8.0, growth_interval=3)), "mse")
-    model.fit(np.ones((20, 4), np.float32), np.zeros((20, 2), np.float32), batch_size=5, verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras").optimizer
-    assert isinstance(loaded, mpscale.scaling.LossScaleOptimizer)
-    assert loaded.loss_scale == model.optimizer.loss_scale
-    assert loaded.counters() == model.optimizer.counters()
-    assert float(loaded.loss_scale_value) == 16.0
-    assert same(model.optimizer.variables, loaded.variables)
 
 
 @pytest.mark.parametrize(

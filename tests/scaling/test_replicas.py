@@ -1,4 +1,4 @@
-"""LossScaleOptimizer on two replicas: one decision for all."""
+"""LossScaleOptimizer under strategies: one decision for all replicas."""
 
 import json
 import os
@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import pytest
+import tensorflow as tf
+
+from mpscale.scaling import LossScaleOptimizer
 
 PROGRAM = Path(__file__).parents[1] / "support" / "replica_programs.py"
 CHANGED = [True, False, True, True, False, True]
@@ -107,6 +111,37 @@ def test_keras_optimizer_fails_inside_tensorflow_where_ours_says_what_to_do(mirr
 def test_what_cannot_work_on_several_replicas_is_refused(mirrored, case, message):
     assert mirrored[case].startswith("ValueError")
     assert message in mirrored[case]
+
+
+@pytest.mark.parametrize(
+    ("changed", "reductions"),
+    [
+        pytest.param(lambda finite: finite, 1, id="passed on"),
+        pytest.param(lambda finite: finite & True, 2, id="computed from it"),
+    ],
+)
+def test_replicas_agree_once_unless_finite_is_computed_anew(changed, reductions, monkeypatch):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        weight = keras.Variable([0.0])
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0))
+        optimizer.build([weight])
+    calls, reduce = [], tf.distribute.ReplicaContext.all_reduce
+
+    def counted(self, how, value, *args, **options):
+        if tf.is_tensor(value):  # Keras sums gradients too, a list of them.
+            calls.append(value)
+        return reduce(self, how, value, *args, **options)
+
+    monkeypatch.setattr(tf.distribute.ReplicaContext, "all_reduce", counted)
+
+    def step():
+        grads, finite = optimizer.unscale([optimizer.scale_loss(tf.ones(1))])
+        optimizer.apply(grads, [weight], finite=changed(finite))
+
+    tf.function(lambda: strategy.run(step), autograph=False)()
+    assert len(calls) == reductions
+    assert weight.numpy() == -1.0
 
 
 def test_overflow_on_one_worker_skips_on_both():

@@ -145,7 +145,7 @@ def nest():
         (apply_a_step_that_was_judged, ValueError, "call the injector on the gradients before unscale"),
         (fit_what_was_traced_before, RuntimeError, "set model.train_function = None"),
         (nest, RuntimeError, "make another with inject_overflow"),
-        (lambda: block(keras.optimizers.Adam()), RuntimeError, "no gradients arrived in the apply of Adam"),
+        (lambda: block(keras.optimizers.Adam()), RuntimeError, "no gradients were passed to the apply of Adam"),
         (lambda: tf.function(lambda: block(keras.optimizers.SGD()))(), RuntimeError, "is inside a tf.function"),
         (lambda: block("sgd"), TypeError, "takes a compiled Keras model or a Keras optimizer, not 'sgd'"),
         (lambda: block(keras.Sequential(name="m")), ValueError, "the model 'm' has no optimizer; compile it"),
