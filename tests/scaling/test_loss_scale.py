@@ -13,7 +13,7 @@ from mpscale.scaling import loss_scale as rules
 
 
 def run(loss_scale, finites):
-    """The scale before each step and after the last."""
+    """Return the scale before each step and after the last."""
     state = loss_scale.initial_state()
     scales = [float(state["scale"])]
     for finite in finites:

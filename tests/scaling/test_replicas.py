@@ -82,7 +82,7 @@ def test_a_variable_is_blamed_whichever_replica_its_gradient_is_on(mirrored, cas
 
 
 def test_keras_optimizer_lets_an_overflow_of_the_second_replica_through(mirrored):
-    """Why the decision is made over all replicas here: Keras 3.15 asks the first one only."""
+    """The reason for one decision over all replicas: Keras 3.15 checks only the first one."""
     assert mirrored["second, keras"]["changed"][1]
     assert not mirrored["second, keras"]["finite"]
 
@@ -92,7 +92,7 @@ def test_fit_skips_what_one_replica_overflows(mirrored):
     assert mirrored["fit"]["scale"] == 4.0
 
 
-def test_keras_optimizer_fails_inside_tensorflow_where_ours_says_what_to_do(mirrored):
+def test_jit_compile_is_refused_with_a_remedy_unlike_by_keras(mirrored):
     assert mirrored["jit, keras"].startswith("InvalidArgumentError")
     assert "model.compile(..., jit_compile=False)" in mirrored["jit"]
 
@@ -108,7 +108,7 @@ def test_keras_optimizer_fails_inside_tensorflow_where_ours_says_what_to_do(mirr
         ("accumulating", "gradient_accumulation_steps does not work under a strategy"),
     ],
 )
-def test_what_cannot_work_on_several_replicas_is_refused(mirrored, case, message):
+def test_uses_that_cannot_work_on_several_replicas_are_refused(mirrored, case, message):
     assert mirrored[case].startswith("ValueError")
     assert message in mirrored[case]
 
@@ -145,7 +145,7 @@ def test_replicas_agree_once_unless_finite_is_computed_anew(changed, reductions,
 
 
 def test_overflow_on_one_worker_skips_on_both():
-    """Two processes on loopback, as two machines would be."""
+    """Two processes on loopback stand for two machines."""
     cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
     processes = [
         start("multiworker", TF_CONFIG=json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}))

@@ -1,4 +1,4 @@
-"""Saved and restored: every bit of the optimizer's state, the loss scale and the counters included."""
+"""Saving and restoring keeps every bit of the optimizer's state, including loss scale and counters."""
 
 import subprocess
 import sys
@@ -64,7 +64,7 @@ def bits(model):
 
 @pytest.mark.parametrize("through", [through_keras, through_weights, through_checkpoint])
 @pytest.mark.parametrize("name", MAKE)
-def test_every_bit_comes_back_and_training_goes_on_alike(name, through, tmp_path):
+def test_every_bit_is_restored_and_training_continues_alike(name, through, tmp_path):
     model, step = trained(MAKE[name])
     loaded = through(model, MAKE[name], tmp_path)
     assert bits(loaded) == bits(model)
@@ -94,7 +94,7 @@ LEDGER = ["steps", "scale_change_steps", "scale_changes"]
         ("window", [*OWN, *LEDGER, "window_finite"]),
     ],
 )
-def test_files_know_variables_by_their_order_which_stays_the_same(name, names):
+def test_variables_keep_their_order_by_which_files_identify_them(name, names):
     make = MAKE | {"logmax, blame": lambda: LossScaleOptimizer(keras.optimizers.SGD(), LogMaxLossScale(), blame=True)}
     optimizer = make[name]()
     optimizer.build(small_model().trainable_variables)
