@@ -36,6 +36,7 @@ from mpscale.analysis.stats import Interval, geometric_interval
 from mpscale.config import DEFAULT_PRESET, PRESETS
 from mpscale.core.device import Device, find_device
 from mpscale.harness.launch import worker_environment
+from mpscale.telemetry import host
 from mpscale.telemetry.client import open_driver
 
 CONTESTANT = Path(__file__).with_name("fidelity_contestant.py")
@@ -99,7 +100,7 @@ def over_all(found: list[list[float]]) -> tuple[float, float, float]:
 def device() -> Device:
     driver = open_driver()
     try:
-        return find_device(driver.devices, os.environ)
+        return find_device(driver.devices, os.environ, host.cpu())
     finally:
         driver.close()
 
