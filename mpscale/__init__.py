@@ -1,7 +1,7 @@
 """What mixed precision buys, what it costs, and whether it can be trusted.
 
-The names below are loaded on first use, so that ``import mpscale`` is quick and imports no TensorFlow.
-A program that loads saved models needs ``import mpscale.scaling``: that registers the classes with Keras.
+The names below are loaded on first use, so that ``import mpscale`` is fast and imports no TensorFlow. A program that
+loads saved models needs ``import mpscale.scaling``, which registers the classes with Keras.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""mpscale's training loop and loops written by hand, in one process, in turns of two blocks of which the second counts.
+"""mpscale's training loop and loops written by hand, interleaved in one process.
 
-`python fidelity_contestant.py` reads a request and answers, a line of JSON each.
+`python fidelity_contestant.py` reads a request and answers, each a line of JSON. A turn is two blocks, and only the
+second counts.
 
-One process, since two processes of unlike programs may differ for no reason but where their memory lies; the loops are
-built in random order, as what is built first may lie better.
+One process, because processes of different programs may differ only by where their memory is. The loops are built in
+random order, because what is built first may be placed better.
 """
 
 from __future__ import annotations
@@ -39,19 +40,19 @@ from mpscale.worker.step import Timing, TrainStep, time_steps
 from mpscale.workloads import registry
 
 FIRST_STEPS = 10
-"""Steps whose losses are reported: loops whose speed is compared have to do the same."""
+"""Steps whose losses are reported, to check that the loops compute the same."""
 
 SETTLE_S = 0.4
 
 
 @dataclass
 class Loop:
-    """A training that goes on whenever it is asked to.
+    """A training that continues on request.
 
     Args:
-        facts: digests of its weights and of its batches, losses of its first steps.
-        about_s: about how many seconds a step takes.
-        turn: takes two blocks of so many steps; the seconds that a step of the second took.
+        facts: digests of its initial weights and its batches, losses of its first steps.
+        about_s: approximate seconds per step.
+        turn: runs two blocks of the given number of steps; returns the seconds per step of the second.
     """
 
     facts: dict[str, Any]
@@ -60,13 +61,13 @@ class Loop:
 
 
 def by_hand(request: dict[str, Any], handed: bool) -> Loop:
-    """The custom training loop of TensorFlow's guide, with all data on the device, and nothing of mpscale.worker.
+    """Build the custom training loop of TensorFlow's guide, with all data on the device and without mpscale.worker.
 
-    The optimizer of mixed-dynamic is mpscale's LossScaleOptimizer here, too: it is the harness that is tested.
+    mixed-dynamic uses mpscale's LossScaleOptimizer here too, because the harness is what is tested.
 
     Args:
         request: what to train.
-        handed: the step is called with its batch, as in the guide. Otherwise it counts, and finds the batch itself.
+        handed: whether the step is called with its batch, as in the guide, instead of finding it by a counter.
     """
     workload, mode = registry.get(request["workload"]), MODES[request["mode"]]
     compiled = partial(tf.function, jit_compile=request["jit"])
@@ -99,7 +100,7 @@ def by_hand(request: dict[str, Any], handed: bool) -> Loop:
 
     else:
         all_x, all_y, all_batches = tf.constant(data.train_x), tf.constant(data.train_y), tf.constant(order)
-        position = tf.Variable(0, dtype=tf.int64)  # An int32 would be kept in the memory of the host.
+        position = tf.Variable(0, dtype=tf.int64)  # An int32 would be kept in host memory.
 
         @compiled
         def step() -> Any:
@@ -123,27 +124,27 @@ def by_hand(request: dict[str, Any], handed: bool) -> Loop:
 
 
 class Worker:
-    """mpscale's own worker: :func:`execute.execute` from the idle process to the timing, with two names replaced.
+    """mpscale's own worker, from the idle process to the timing, with two names replaced.
 
-    ``TrainStep`` only to get hold of the step; ``time_steps`` is called at every turn, and not once for all. This is
-    also the supervisor's end of the worker's channel.
+    ``TrainStep`` is replaced to get hold of the step, and ``time_steps`` to time on request. This object is also the
+    supervisor's end of the worker's channel.
 
     Args:
         request: what to train.
-        recording: whether a step returns what its mode knows of loss scale and overflow, or its loss alone.
+        recording: whether a step returns loss scale and overflow as its mode does, or its loss only.
     """
 
     def __init__(self, request: dict[str, Any], recording: bool) -> None:
         self._recording = recording
         self._facts: dict[str, Any] = {}
-        # A repeat times without having trained.
+        # A repeat times without training.
         case = Case(request["workload"], request["mode"], request["seed"], 1, 0, Settings(jit=request["jit"]))
         with patch.multiple(execute, TrainStep=self._make, time_steps=self._ready), contextlib.suppress(Ready):
             execute.execute(case, Device.from_json(request["device"]), None, self)
 
     @property
     def loop(self) -> Loop:
-        """What it left when it was about to time."""
+        """The loop, ready to be timed."""
         return Loop(self._facts, self._about_s, self._turn)
 
     def _make(self, model: keras.Model, scaler: StepScaler, *arguments: Any) -> TrainStep:
@@ -158,7 +159,7 @@ class Worker:
         raise Ready
 
     def _turn(self, steps: int) -> float:
-        # A block's steps are given as a time and how often a step fits into it.
+        # The steps per block are given as a time and the time per step.
         timing = time_steps(self._step, 1e-6 / steps, 2e-6, 2)
         assert (timing.steps_per_block, len(timing.block_s)) == (steps, 2)
         return float(timing.step_s[1])
@@ -174,11 +175,11 @@ class Worker:
         self._facts |= {named[key]: value for key, value in values.items() if key in named}
 
     def miss(self, *_: Any) -> None:
-        """Nobody is waiting for columns."""
+        """Ignore missing columns, which nobody reads here."""
 
 
 class Ready(Exception):
-    """What the worker would do from its timing on is left out."""
+    """Ends the worker before its timing."""
 
 
 LOOPS: dict[str, Callable[[dict[str, Any]], Loop]] = {
@@ -190,13 +191,13 @@ LOOPS: dict[str, Callable[[dict[str, Any]], Loop]] = {
 
 
 def race(request: dict[str, Any]) -> dict[str, Any]:
-    """Facts of each loop, and seconds per step of each block of each."""
+    """Return the facts of each loop, and the seconds per step of each of its blocks."""
     loops = {name: LOOPS[name](request) for name in random.sample(list(LOOPS), len(LOOPS))}
     about_s = statistics.median(loop.about_s for loop in loops.values())
     steps = max(1, round(request["block_s"] / about_s))
     blocks: dict[str, list[float]] = {name: [] for name in LOOPS}
     gc.collect()
-    gc.disable()  # As mpscale does while it times.
+    gc.disable()  # As mpscale does during timing.
     for _ in range(request["rounds"]):
         for name in random.sample(list(LOOPS), len(LOOPS)):
             blocks[name].append(loops[name].turn(steps))
@@ -204,21 +205,21 @@ def race(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def shuffled(examples: int, size: int, steps: int, seed: int) -> np.ndarray:
-    """Indices (steps, size): a fresh permutation every epoch, without its incomplete last batch."""
+    """Return indices (steps, size): a new permutation every epoch, without its incomplete last batch."""
     random, whole = np.random.default_rng(seed), examples // size * size
     epochs = [random.permutation(examples)[:whole] for _ in range(-(-steps * size // whole))]
     return np.concatenate(epochs).reshape(-1, size)[:steps]
 
 
 def digest(arrays: Iterable[np.ndarray]) -> str:
-    """As mpscale's rows have it."""
+    """Return the digest that mpscale's rows have."""
     return "sha256:" + hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
 
 def main() -> None:
     faulthandler.enable()
     source, sink = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What libraries print goes to standard error.
+    os.dup2(2, 1)  # Libraries print to standard error.
     sink.write(json.dumps(race(json.loads(source.readline()))) + "\n")
     sink.flush()
 

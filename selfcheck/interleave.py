@@ -1,8 +1,8 @@
-"""Several programs timed against each other: each in a process of its own, a block of steps each in turn.
+"""Interleaved timing of several programs, each in a process of its own, a block of steps at a time.
 
-In one process the order of building decides: of two identical train steps the first built was 5 to 8 % faster. Taking
-turns, because the speed of a shared machine drifts by more than what is to be told apart. Fresh processes for every
-restart, because processes of one program differ too.
+Processes, because in one process the order of building matters: of two identical train steps, the first one built was 5
+to 8 % faster. Interleaved, because the speed of a shared machine drifts by more than the differences of interest. New
+processes for every restart, because processes of the same program differ too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import IO, Any
 
 @dataclass
 class Times:
-    """What one contestant took: one entry per restart."""
+    """Results of one contestant, one entry per restart."""
 
     step_s: list[float] = field(default_factory=list)
     compile_s: list[float] = field(default_factory=list)
@@ -28,14 +28,14 @@ class Times:
 
 
 class Contestant:
-    """A process that answers lines of JSON: ready, then the seconds per step of each block asked for.
+    """A process that answers in lines of JSON: when it is ready, then the seconds per step of each requested block.
 
     Args:
-        command: arguments of this Python.
-        cores: those that it may use; None leaves it all.
-        environment: its whole environment; None takes this process's.
-        request: what it is asked before it is ready; None asks nothing.
-        log: where its standard error goes; None leaves it where this process's goes.
+        command: arguments for this Python.
+        cores: the cores it may use; None for all.
+        environment: its whole environment; None for that of this process.
+        request: sent before it is ready; None for nothing.
+        log: destination of its standard error; None for that of this process.
     """
 
     def __init__(
@@ -87,16 +87,16 @@ class Contestant:
 
 
 def race(commands: Mapping[str, Sequence[str]], restarts: int, rounds: int, block_s: float = 0.04) -> dict[str, Times]:
-    """Times the programs ``commands``, arguments of this Python.
+    """Time programs against each other.
 
     Args:
-        commands: by name.
-        restarts: how often all of them are started anew.
-        rounds: blocks of each per restart.
-        block_s: about how long a block is, in seconds.
+        commands: arguments for this Python, by name of the program.
+        restarts: how often all programs are started.
+        rounds: blocks of each program per restart.
+        block_s: approximate seconds per block.
 
     Returns:
-        By name, the median seconds per step of each restart.
+        Results by name; ``step_s`` has the median of each restart.
     """
     times = {name: Times() for name in commands}
     for _ in range(restarts):

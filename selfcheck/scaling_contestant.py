@@ -1,4 +1,9 @@
-"""One train step with one kind of loss scaling: `python scaling_contestant.py MODEL SCALING XLA`, lines of JSON."""
+"""One train step with one kind of loss scaling, timed on request.
+
+    python scaling_contestant.py MODEL SCALING on|off
+
+It compiles with or without XLA and then answers lines of JSON: interleave.Contestant speaks to it.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +48,7 @@ def deep() -> keras.Model:
 
 
 def cnn() -> keras.Model:
-    """Three convolutions: nearly all time is in the forward and backward pass."""
+    """Three convolutions, which spend nearly all time in the forward and backward pass."""
     convolution = keras.layers.Conv2D
     return keras.Sequential(
         [
@@ -63,7 +68,7 @@ MODELS = {"wide": wide, "deep": deep, "cnn": cnn}
 
 
 class Contestant:
-    """The step, and a factor by which its loss can be made infinite."""
+    """A compiled step, and a factor that can make its loss infinite."""
 
     def __init__(self, model: str, scaling: str, jit: bool) -> None:
         keras.utils.set_random_seed(0)
@@ -82,7 +87,7 @@ class Contestant:
         self.compile_s = time.perf_counter() - start
 
     def block(self, steps: int) -> float:
-        """Seconds per step; the step that wakes the process up again is not counted."""
+        """Return the seconds per step, without the first step, which wakes the process up."""
         self._step().numpy()
         start = time.perf_counter()
         for _ in range(steps):
@@ -91,7 +96,7 @@ class Contestant:
         return (time.perf_counter() - start) / steps
 
     def overflow_changes_nothing(self) -> bool:
-        """Whether an infinite loss leaves every bit of weights and optimizer as it was."""
+        """Return whether an infinite loss changes no bit of the weights and the optimizer."""
         before = self._state()
         self._factor.assign(float("inf"))
         self._step().numpy()

@@ -2,19 +2,20 @@
 
     pytest selfcheck/test_fidelity.py --restarts 20
 
-Each workload of the default preset, in float32 and with a dynamic loss scale, with and without XLA. Timed against each
-other, in turns of two blocks of which the second counts, since a block follows a block wherever mpscale times:
+For each workload of the default preset, in float32 and with a dynamic loss scale, with and without XLA, these loops are
+timed against each other:
 
 - mpscale's worker, from the idle process through its own time_steps;
-- the same with steps that return their loss alone, without loss scale and overflow;
+- the same with steps that return only their loss, without loss scale and overflow;
 - a tf.function training loop written by hand, whose step finds its batch by a counter on the device, as mpscale's does;
-- the same handed its batches, as TensorFlow's guide has it. They lie on the device already.
+- the same, called with its batches as in TensorFlow's guide. They are on the device already.
 
-All start from the same weights and see the same batches, and blocks have the same number of steps and one
-synchronisation. A restart is a process that builds all four, in random order. Its ratio is the median over its rounds
-of two blocks of one round; printed are the geometric mean over restarts and its 95 % t interval on logarithms, and in
-the end the same over all that were measured. It fails only where more than 1.01 is shown. On one core
-(`taskset -c 0 pytest ...`) restarts differ by much less.
+All start from the same weights and see the same batches; blocks have the same number of steps and one synchronisation.
+They are interleaved in turns of two blocks, and only the second counts, because in mpscale's timing a block follows a
+block. A restart is a process that builds all four in random order. Its ratio is the median over rounds of the ratio of
+two blocks of one round. The geometric mean over restarts is printed with its 95 % t interval on logarithms, and in the
+end the same over everything measured. The test fails only if the ratio is shown to exceed 1.01. On one core
+(`taskset -c 0 pytest ...`) restarts differ much less.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from mpscale.analysis.stats import Interval, geometric_interval
 from mpscale.config import DEFAULT_PRESET, PRESETS
 from mpscale.core.device import Device, find_device
 from mpscale.harness.launch import worker_environment
+from mpscale.telemetry import host
 from mpscale.telemetry.client import open_driver
 
 CONTESTANT = Path(__file__).with_name("fidelity_contestant.py")
@@ -68,7 +70,7 @@ def test_fidelity(workload, mode, jit, device, request, tmp_path, capsys, everyt
 
 @pytest.fixture(scope="module")
 def everything(request):
-    """What was measured, by XLA on or off; in the end its figures over all workloads and modes are printed."""
+    """Collect what was measured, by XLA on or off, and print the results over all workloads and modes in the end."""
     found: dict[str, list[list[Blocks]]] = {}
     yield found
     rows = [
@@ -84,7 +86,7 @@ def everything(request):
 
 
 def over_all(found: list[list[float]]) -> tuple[float, float, float]:
-    """Geometric mean over samples of their geometric means, and the ends of its 95 % t interval."""
+    """Return the geometric mean over samples of their geometric means, and the ends of its 95 % t interval."""
     logs = [[math.log(ratio) for ratio in sample] for sample in found]
     mean = statistics.fmean(statistics.fmean(sample) for sample in logs)
     if min(map(len, logs)) < 2:
@@ -98,13 +100,13 @@ def over_all(found: list[list[float]]) -> tuple[float, float, float]:
 def device() -> Device:
     driver = open_driver()
     try:
-        return find_device(driver.devices, os.environ)
+        return find_device(driver.devices, os.environ, host.cpu())
     finally:
         driver.close()
 
 
 def race(asked: dict[str, Any], device: Device, log: Path) -> Blocks:
-    """Seconds per step of each block of each loop, of one process."""
+    """Return the seconds per step of each block of each loop, from one process."""
     environment = worker_environment(os.environ, device, "cuda_malloc_async")
     with log.open("ab") as end:
         try:
@@ -118,7 +120,7 @@ def race(asked: dict[str, Any], device: Device, log: Path) -> Blocks:
 
 
 def check_same_training(ready: dict[str, dict[str, Any]]) -> None:
-    """Weights and batches alike by digest, and losses as near as compilers leave them."""
+    """Check that weights and batches have equal digests, and losses differ only as compilers round."""
     expected = ready["mpscale"]
     for loop, facts in ready.items():
         assert (facts["weights"], facts["order"]) == (expected["weights"], expected["order"]), loop
@@ -126,7 +128,7 @@ def check_same_training(ready: dict[str, dict[str, Any]]) -> None:
 
 
 def ratios(taken: list[Blocks], loop: str, other: str) -> list[float]:
-    """Of each restart. Neighbouring blocks are compared, so a machine that slows down for a second slows both."""
+    """Return the ratio of each restart. Neighbouring blocks are compared, so that a slow moment affects both."""
     return [statistics.median(a / b for a, b in zip(blocks[loop], blocks[other], strict=True)) for blocks in taken]
 
 

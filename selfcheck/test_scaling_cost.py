@@ -1,8 +1,8 @@
-"""What loss scaling costs: step time and compile time over the same model, in float16, without it.
+"""What loss scaling costs: step and compile time relative to the same float16 model without it.
 
     pytest selfcheck/test_scaling_cost.py
 
-prints a table for each model, with and without XLA. docs/scaling-cost.md keeps one and says what it means.
+prints a table for each model, with and without XLA. docs/scaling-cost.md has the results and what they mean.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def test_scaling_cost(model, jit, request, capsys):
     times = race(commands, request.config.getoption("restarts"), request.config.getoption("rounds"))
     with capsys.disabled():
         print(f"\n\n{model}, XLA {jit}\n\n{table(times)}")
-    # Speed is worth nothing if it is bought by skipping less than has to be skipped.
+    # Speed gained by an incomplete skip is worth nothing.
     for scaling, taken in times.items():
         if scaling != BASELINE:
             assert all(facts["exact"] for facts in taken.facts), f"{scaling}: an overflow step changed something"

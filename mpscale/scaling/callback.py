@@ -1,4 +1,4 @@
-"""The loss scale in Keras' fit: in its logs, and its alarm heard."""
+"""The loss scale in Keras' ``fit``: in its logs, and with its alarm checked."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mpscale.scaling.optimizer import LossScaleOptimizer
 
 
 class LossScaleMonitor(keras.callbacks.Callback):
-    """Shows the loss scale in the logs of ``fit`` and rings the optimizer's alarm.
+    """Adds the loss scale to the logs of ``fit`` and checks the optimizer's alarm.
 
-    At the end of every epoch ``loss_scale`` and ``overflow_steps`` (those of the epoch) join the logs, where History
-    and the callbacks that come after this one find them. Overflow at the floor of the scale warns, or with
-    ``LossScaleOptimizer(..., alarm="stop")`` ends the training, as the optimizer was told.
+    At the end of every epoch, ``loss_scale`` and ``overflow_steps`` (those of the epoch) are added to the logs, for
+    History and the callbacks after this one. Overflow at the floor of the scale warns; with
+    ``LossScaleOptimizer(..., alarm="stop")`` it ends the training.
 
     Args:
-        every: steps between two looks for the alarm. Each look waits for the device.
+        every: steps between two checks of the alarm. Each check waits for the device.
 
     Raises:
         ValueError: ``every`` is below 1.
@@ -35,7 +35,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
         self._overflow = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Checks that there is something to watch."""
+        """Check that there is a loss scale to watch."""
         if not isinstance(self.model.optimizer, LossScaleOptimizer):
             raise TypeError(
                 f"LossScaleMonitor watches an mpscale.LossScaleOptimizer, but the model was compiled with "
@@ -44,14 +44,14 @@ class LossScaleMonitor(keras.callbacks.Callback):
         self._overflow = self.model.optimizer.counters()["overflow"]
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Looks for the alarm every now and then."""
+        """Check the alarm if ``every`` steps have passed."""
         self._steps += 1
         if self._steps % self._every == 0:
-            self._look()
+            self._check_alarm()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Adds to the logs."""
-        self._look()
+        """Check the alarm and add to the logs."""
+        self._check_alarm()
         optimizer = self.model.optimizer
         overflow = optimizer.counters()["overflow"]
         if logs is not None:
@@ -59,10 +59,10 @@ class LossScaleMonitor(keras.callbacks.Callback):
             logs["overflow_steps"] = overflow - self._overflow
         self._overflow = overflow
 
-    def _look(self) -> None:
+    def _check_alarm(self) -> None:
         try:
             self.model.optimizer.check_alarm()
         except FloorOverflowError as error:
-            # What was trained so far is kept, and so is fit's History.
+            # Not raised, so that what was trained so far and fit's History are kept.
             self.model.stop_training = True
             warnings.warn(f"training stops: {error}", FloorOverflowWarning, stacklevel=2)

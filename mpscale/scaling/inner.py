@@ -1,45 +1,16 @@
-"""What LossScaleOptimizer asks of the optimizer inside it."""
+"""The optimizer inside LossScaleOptimizer: what it may be, its settings, and its windows of accumulated gradients."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, get_args
 
 import keras
 import tensorflow as tf
 
-from mpscale.scaling import skip as replicas
 from mpscale.scaling.gradients import is_overwritten
-
-
-def check_inner(inner: Any) -> None:
-    """Raises TypeError where ``inner`` is no Keras optimizer, ValueError where it scales the loss itself."""
-    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
-        raise ValueError(f"inner_optimizer is a {type(inner).__name__} already; wrap the optimizer inside it instead")
-    if not isinstance(inner, keras.optimizers.Optimizer):
-        raise TypeError(f"inner_optimizer must be a Keras optimizer such as keras.optimizers.Adam(), not {inner!r}")
-    if inner.loss_scale_factor is not None:
-        raise ValueError(
-            f"inner_optimizer has loss_scale_factor={inner.loss_scale_factor}, so gradients would be unscaled twice; "
-            f"leave that out and pass loss_scale=StaticLossScale({inner.loss_scale_factor})"
-        )
-
-
-def window(inner: Any) -> int:
-    """Micro-batches per update, 0 where gradients are not accumulated."""
-    return getattr(inner, "gradient_accumulation_steps", None) or 0
-
-
-def unlisted_variables(inner: Any) -> Iterator[keras.Variable]:
-    """Variables that ``inner`` keeps and does not list, as Keras' Nadam does."""
-    listed = {id(variable) for variable in inner.variables}
-    for variable in vars(inner).values():
-        if isinstance(variable, keras.Variable) and id(variable) not in listed:
-            yield variable
-
-
-# Settings of a Keras optimizer that are set or read on the optimizer around it: forwarded, or refused.
+from mpscale.scaling.skip import switch
 
 FORWARDED = (
     "weight_decay",
@@ -51,10 +22,10 @@ FORWARDED = (
     "ema_overwrite_frequency",
     "gradient_accumulation_steps",
 )
-"""What every Keras optimizer's constructor takes, and a wrapper has no use for itself."""
+"""Arguments of every Keras optimizer's constructor that a wrapper does not use itself."""
 
 _BEFORE_BUILD = ("use_ema", "gradient_accumulation_steps")
-"""They need variables that ``build`` makes."""
+"""Settings that need variables made by ``build``."""
 
 _OF_KERAS_RULE = {
     "initial_scale": "DynamicLossScale(initial=...)",
@@ -62,17 +33,109 @@ _OF_KERAS_RULE = {
     "dynamic_scale": "optimizer.loss_scale_value",
     "step_counter": "optimizer.counters()",
 }
-"""Attributes of Keras' LossScaleOptimizer that mean nothing here, and what takes their place."""
+"""Attributes of Keras' LossScaleOptimizer that mean nothing here, and what replaces them."""
 
 
 class SettingTooLateWarning(UserWarning):
     """A setting was changed after a step had been compiled with the old value."""
 
 
-class ForwardedSettings:
-    """Hands settings on to ``inner_optimizer``, which is where Keras looks for them.
+def check_inner(inner: Any) -> None:
+    """Refuse what cannot be inside a LossScaleOptimizer.
 
-    Until ``_settings_open`` is set, at the end of the constructor, everything is kept here.
+    Raises:
+        TypeError: ``inner`` is no Keras optimizer.
+        ValueError: ``inner`` scales the loss itself.
+    """
+    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(f"inner_optimizer is a {type(inner).__name__} already; wrap the optimizer inside it instead")
+    if not isinstance(inner, keras.optimizers.Optimizer):
+        raise TypeError(f"inner_optimizer must be a Keras optimizer such as keras.optimizers.Adam(), not {inner!r}")
+    if inner.loss_scale_factor is not None:
+        raise ValueError(
+            f"inner_optimizer has loss_scale_factor={inner.loss_scale_factor}, so gradients would be unscaled twice; "
+            f"leave that out and pass loss_scale=StaticLossScale({inner.loss_scale_factor})"
+        )
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise ValueError if ``value`` is not among the arguments of ``choices``, a ``typing.Literal``."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, not {value!r}")
+
+
+def unlisted_variables(inner: Any) -> Iterator[keras.Variable]:
+    """Yield variables that ``inner`` keeps but does not list, as Keras' Nadam does."""
+    listed = {id(variable) for variable in inner.variables}
+    for variable in vars(inner).values():
+        if isinstance(variable, keras.Variable) and id(variable) not in listed:
+            yield variable
+
+
+def window(inner: Any) -> int:
+    """Return the micro-batches per update, 0 if gradients are not accumulated."""
+    return getattr(inner, "gradient_accumulation_steps", None) or 0
+
+
+def accumulate(
+    inner: Any,
+    window_finite: Any,
+    decide: Callable[[tf.Tensor], None],
+    grads: list[Any],
+    variables: list[Any],
+    finite: tf.Tensor,
+) -> None:
+    """Take one micro-batch of a window of ``gradient_accumulation_steps``, which is applied or dropped as a whole.
+
+    The inner optimizer sees only the last micro-batch of a finite window. Its own accumulators hold the sum until then;
+    it adds the last one, divides, applies and clears.
+
+    Args:
+        inner: the Keras optimizer that accumulates.
+        window_finite: int64 variable, 1 if all gradients of the window so far were finite.
+        decide: moves the scale and counts the step; called once per window with whether it was finite.
+        grads: unscaled gradients of the micro-batch; None for a variable that the loss does not depend on.
+        variables: the variables of ``grads``.
+        finite: boolean scalar, whether all of ``grads`` are finite.
+    """
+    steps = window(inner)
+    whole = tf.logical_and(finite, window_finite.value > 0)
+    ends = tf.equal((inner._iterations.value + 1) % steps, 0)
+
+    def add(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
+        for grad, variable in zip(grads, variables, strict=True):
+            if grad is None:
+                continue
+            accumulator = inner._accumulated_gradients[inner._get_variable_index(variable)]
+            if is_overwritten(variable):
+                # Keras takes the largest new value of a window, and the first may be below 0.
+                begins = tf.equal(inner._iterations.value % steps, 0)
+                accumulator.assign(tf.where(begins, grad, tf.maximum(accumulator.value, grad)))
+            else:
+                accumulator.assign_add(grad)
+        inner._iterations.assign_add(1)
+        window_finite.assign(tf.cast(whole, tf.int64))
+
+    def apply(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
+        inner.apply(grads, variables)
+        decide(tf.constant(True))
+
+    def discard(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
+        # Assigned, because a NaN minus itself is still NaN.
+        for accumulator in inner._accumulated_gradients:
+            accumulator.assign(tf.zeros_like(accumulator.value))
+        inner._iterations.assign_sub(steps - 1)
+        window_finite.assign(1)
+        decide(tf.constant(False))
+
+    index = tf.where(ends, tf.where(whole, 1, 2), 0)
+    switch(index, [add, apply, discard], grads, variables, whole)
+
+
+class ForwardedSettings:
+    """Forwards settings to ``inner_optimizer``, where Keras looks for them, and refuses those without effect.
+
+    Until the constructor sets ``_settings_open``, every attribute is kept here.
     """
 
     inner_optimizer: Any
@@ -80,7 +143,7 @@ class ForwardedSettings:
     _traced = False
     _fixed: tuple[str, ...] = ()  # attributes that cannot be changed
     _compiled: tuple[str, ...] = ()  # attributes that a compiled step does not read again
-    _checks: ClassVar[Mapping[str, Callable[[Any], None]]] = {}  # what raises for a wrong value of an attribute
+    _choices: ClassVar[Mapping[str, Any]] = {}  # for attributes with a few values, the Literal of these
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not self._settings_open or name.startswith("_"):
@@ -92,8 +155,8 @@ class ForwardedSettings:
         elif name in _OF_KERAS_RULE:
             _refuse_keras_rule(name)
         elif hasattr(type(self), name) or name in vars(self):
-            if name in self._checks:
-                self._checks[name](value)
+            if name in self._choices:
+                check_choice(name, value, self._choices[name])
             if name in self._compiled and value != getattr(self, name):
                 self._warn_if_traced(name)
             super().__setattr__(name, value)
@@ -108,7 +171,7 @@ class ForwardedSettings:
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        # Only called for what is not found here.
+        # Called only for what is not found here.
         if name in _OF_KERAS_RULE:
             _refuse_keras_rule(name)
         if name.startswith("_") or "inner_optimizer" not in vars(self):
@@ -130,19 +193,19 @@ class ForwardedSettings:
 
     @property
     def learning_rate(self) -> Any:
-        """That of the inner optimizer."""
+        """The learning rate of the inner optimizer."""
         return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
         self.inner_optimizer.learning_rate = value
-        if callable(value):  # A number goes to a variable, which every compiled step reads.
+        if callable(value):  # A number is assigned to a variable, which every compiled step reads.
             self._warn_if_traced("learning_rate")
 
     def exclude_from_weight_decay(
         self, var_list: Sequence[Any] | None = None, var_names: Sequence[str] | None = None
     ) -> None:
-        """Keras' method of the inner optimizer.
+        """Call the inner optimizer's method of this name.
 
         Raises:
             ValueError: the inner optimizer is a MultiOptimizer, which would ignore it.
@@ -152,7 +215,7 @@ class ForwardedSettings:
         self._warn_if_traced("exclude_from_weight_decay")
 
     def update_step(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: one variable cannot be updated, or skipped, without the others."""
+        """Refuse: one variable cannot be updated, or skipped, without the others."""
         raise NotImplementedError("LossScaleOptimizer has no update_step; call apply(grads, variables)")
 
     def _forward(self, name: str, value: Any) -> None:
@@ -162,7 +225,7 @@ class ForwardedSettings:
             settings = {setting: getattr(inner, setting) for setting in FORWARDED}
             if inner.built and name in _BEFORE_BUILD and value != settings[name]:
                 raise ValueError(
-                    f"{name} cannot be changed once the optimizer is built, since it needs variables of its own; "
+                    f"{name} cannot be changed once the optimizer is built, because it needs variables of its own; "
                     "set it before the first step, or pass it to the inner optimizer's constructor"
                 )
             keras.optimizers.Optimizer(0.0, **settings | {name: value})  # Raises what Keras raises for these.
@@ -188,9 +251,11 @@ class ForwardedSettings:
 
 
 def _forwarded(name: str) -> property:
-    # Without a setter, Keras' constructor could not put its defaults here; __setattr__ gets in before it later on.
+    # The setter lets Keras' constructor assign its defaults, to no effect; after that, __setattr__ comes first.
     return property(
-        lambda self: getattr(self.inner_optimizer, name), lambda self, value: None, doc="That of the inner optimizer."
+        lambda self: getattr(self.inner_optimizer, name),
+        lambda self, value: None,
+        doc="The inner optimizer's setting of this name.",
     )
 
 
@@ -202,61 +267,3 @@ def _refuse_keras_rule(name: str) -> NoReturn:
     raise AttributeError(
         f"{name} belongs to Keras' own LossScaleOptimizer; here there is {_OF_KERAS_RULE[name]} instead"
     )
-
-
-# A window of micro-batches: gradients that are accumulated and applied together, or thrown away together.
-
-
-def accumulate(
-    inner: Any,
-    window_finite: Any,
-    decide: Callable[[tf.Tensor], None],
-    grads: list[Any],
-    variables: list[Any],
-    finite: tf.Tensor,
-) -> None:
-    """Takes one micro-batch of a window of ``gradient_accumulation_steps``.
-
-    The inner optimizer sees only the last one of a good window, and its own accumulators hold the sum till then:
-    it adds them up, divides, applies and clears. A bad window is thrown away as a whole.
-
-    Args:
-        inner: the Keras optimizer that accumulates.
-        window_finite: int64 variable, 1 if all gradients of the window so far were finite.
-        decide: moves the scale and counts the step; called once a window with whether it was finite.
-        grads: of the micro-batch, unscaled; None where the loss does not reach a variable.
-        variables: those they belong to.
-        finite: boolean scalar, whether all of ``grads`` are finite.
-    """
-    steps = window(inner)
-    whole = tf.logical_and(finite, window_finite.value > 0)
-    ends = tf.equal((inner._iterations.value + 1) % steps, 0)
-
-    def add(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
-        for grad, variable in zip(grads, variables, strict=True):
-            if grad is None:
-                continue
-            accumulator = inner._accumulated_gradients[inner._get_variable_index(variable)]
-            if is_overwritten(variable):
-                # Keras takes the largest new value of a window. That of its first micro-batch may be below 0.
-                begins = tf.equal(inner._iterations.value % steps, 0)
-                accumulator.assign(tf.where(begins, grad, tf.maximum(accumulator.value, grad)))
-            else:
-                accumulator.assign_add(grad)
-        inner._iterations.assign_add(1)
-        window_finite.assign(tf.cast(whole, tf.int64))
-
-    def apply(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
-        inner.apply(grads, variables)
-        decide(tf.constant(True))
-
-    def discard(grads: list[Any], variables: list[Any], whole: tf.Tensor) -> None:
-        # Zeros are assigned, since subtracting would leave a NaN what it is.
-        for accumulator in inner._accumulated_gradients:
-            accumulator.assign(tf.zeros_like(accumulator.value))
-        inner._iterations.assign_sub(steps - 1)
-        window_finite.assign(1)
-        decide(tf.constant(False))
-
-    index = tf.where(ends, tf.where(whole, 1, 2), 0)
-    replicas.switch(index, [add, apply, discard], grads, variables, whole)

@@ -1,87 +1,117 @@
-"""The loss scales: immutable descriptions with pure functions of state.
+"""Loss-scale rules: immutable descriptions whose algorithms are pure functions of state.
 
-A loss scale holds no variable. It says what its state starts as and what follows from a step with finite or
-non-finite gradients, so its whole algorithm can be tested, or traced, without a model. ``LossScaleOptimizer`` keeps
-the state in variables.
+A rule holds no variable. It gives the state before the first step and the state after a step, so its whole algorithm
+can be tested or traced without a model. :class:`~mpscale.scaling.LossScaleOptimizer` keeps the state in variables.
+
+TensorFlow is imported only where a next state is computed: a process without it, such as the one that parses the
+command line, uses the same defaults, checks and messages as the one that trains.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import keras
-import tensorflow as tf
-
 State = Mapping[str, Any]
-"""Scalars by name: float32 (``scale``) and int64 (counters); Python numbers, NumPy scalars or tensors."""
+"""Scalars by name: float32 (``scale``) or int64 (counters), as Python numbers, NumPy scalars or tensors."""
 
 LARGEST_SCALE = 2.0**126
-"""Above it the float32 reciprocal of the scale is subnormal, and devices that flush those to zero lose the gradient."""
+"""The float32 reciprocal of a larger scale is subnormal; devices that flush subnormals to zero lose the gradient."""
 
 
 class LossScale(ABC):
-    """What every loss scale offers."""
+    """A rule for the loss scale. Subclasses are frozen dataclasses whose fields are the arguments of the rule."""
 
-    #: Whether the loss is multiplied, and gradients divided, by the scale at all.
+    #: Whether the loss is multiplied, and gradients are divided, by the scale at all.
     scales: bool = True
-    #: Whether gradients have to be looked at: False means that no finite check is made.
+    #: Whether gradients are checked for non-finite values.
     checks_finite: bool = True
-    #: Whether a step with a non-finite gradient is left out.
+    #: Whether a step with a non-finite gradient is skipped.
     skip_nonfinite: bool = True
-    #: Whether :meth:`next_state` wants the largest gradient too.
+    #: Whether :meth:`next_state` needs the largest gradient.
     needs_largest: bool = False
 
     @property
     def at_least_one(self) -> bool:
-        """Whether the scale is never below 1, so that a division by it cannot overflow."""
+        """Whether the scale is never below 1, so that dividing by it cannot overflow."""
         return False
 
     @abstractmethod
     def initial_state(self) -> dict[str, float | int]:
-        """The state before the first step; ``"scale"`` is always in it."""
+        """Return the state before the first step; it always has a ``"scale"``."""
 
     @abstractmethod
     def next_state(self, state: State, finite: Any, largest: Any = None) -> dict[str, Any]:
-        """The state after a step.
+        """Return the state after a step.
 
         Args:
-            state: the state that the step began with.
+            state: the state at the beginning of the step.
             finite: boolean scalar, whether every gradient of the step was finite.
-            largest: float32 scalar, the largest absolute value of all unscaled gradients; given where
-                ``needs_largest`` is set, and without meaning where ``finite`` is False.
+            largest: float32 scalar, the largest absolute value of the unscaled gradients. Given if ``needs_largest``
+                is set; meaningless if ``finite`` is False.
         """
 
     def at_floor(self, state: State) -> Any:
-        """Whether the scale cannot fall any further, a boolean scalar: an overflow then has no remedy left."""
+        """Return whether the scale cannot fall any further (boolean scalar); no rule can cure an overflow then."""
         return False
 
     def get_config(self) -> dict[str, Any]:
-        """Plain values from which :meth:`from_config` makes an equal loss scale."""
+        """Return plain values from which :meth:`from_config` makes an equal rule."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LossScale:
-        """The inverse of :meth:`get_config`."""
+        """Make a rule from what :meth:`get_config` returned."""
         return cls(**config)
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return the arguments of this rule with their defaults, in order."""
+        return {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
-def state_dtype(initial: float | int) -> tf.DType:
-    """The dtype of an entry of a state that starts as ``initial``: float32, or int64 for counters.
+    @classmethod
+    def parse(cls, text: str) -> dict[str, Any]:
+        """Parse ``key=value`` pairs separated by commas, such as ``"initial=2**20, hysteresis=2"``.
 
-    Not int32: such variables cannot be updated on a GPU.
+        Returns:
+            The arguments given in ``text``; those of integer defaults are integers. ``cls(**arguments)`` is valid.
+
+        Raises:
+            ValueError: a key is no argument of this rule, a value is no number, or the constructor refuses them.
+        """
+        arguments: dict[str, Any] = {}
+        defaults = cls.defaults()
+        for pair in text.split(","):
+            key, _, value = (part.strip() for part in pair.partition("="))
+            if key not in defaults:
+                raise ValueError(f"{key!r} is none of {', '.join(defaults)}")
+            number = parse_number(value)
+            arguments[key] = int(number) if type(defaults[key]) is int and number.is_integer() else number
+        cls(**arguments)
+        return arguments
+
+
+def parse_number(text: str) -> float:
+    """Parse a number that may be written as a power, such as ``2**24`` or ``2^24``.
+
+    Raises:
+        ValueError: ``text`` is no number, or too large for one.
     """
-    return tf.float32 if isinstance(initial, float) else tf.int64
+    power = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:\*\*|\^)\s*(-?\d+)\s*", text)
+    try:
+        return float(power[1]) ** int(power[2]) if power else float(text)
+    except (ValueError, ArithmeticError):
+        raise ValueError(f"expected a number such as 1024 or 2**24, not {text!r}") from None
 
 
-@keras.saving.register_keras_serializable(package="mpscale")
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class NoLossScale(LossScale):
-    """No scaling and no check: what float32 and bfloat16 need, and float16 does not get away with for long."""
+    """No scaling and no finite check: enough for float32 and bfloat16, rarely for float16."""
 
     scales = False
     checks_finite = False
@@ -94,17 +124,16 @@ class NoLossScale(LossScale):
         return dict(state)
 
 
-@keras.saving.register_keras_serializable(package="mpscale")
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class StaticLossScale(LossScale):
     """A constant loss scale.
 
-    NVIDIA's guide to mixed precision: choose it so that the largest gradient times the scale stays below 65,504;
-    8 to 32,768 are in use.
+    Choose it so that the largest gradient times the scale stays below 65,504; 8 to 32,768 are in use (NVIDIA,
+    "Training with Mixed Precision").
 
     Args:
         scale: the factor, above 0 and at most 2**126.
-        skip_nonfinite: leave out steps with a non-finite gradient. Without it they reach the weights.
+        skip_nonfinite: skip steps with a non-finite gradient. If False, such gradients reach the weights.
 
     Raises:
         ValueError: ``scale`` is out of range.
@@ -114,7 +143,7 @@ class StaticLossScale(LossScale):
     skip_nonfinite: bool = True
 
     def __post_init__(self) -> None:
-        check_scale("scale", self.scale)
+        _check_scale("scale", self.scale)
 
     @property
     def at_least_one(self) -> bool:
@@ -127,33 +156,40 @@ class StaticLossScale(LossScale):
         return dict(state)
 
 
-@keras.saving.register_keras_serializable(package="mpscale")
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class DynamicLossScale(LossScale):
-    """A loss scale that grows while all goes well and backs off on overflow.
+    """A loss scale that grows after many finite steps and backs off on overflow.
 
-    With scale S, good steps in a row c, and h overflows still tolerated (it starts at ``hysteresis``)::
+    With scale S, consecutive finite steps c, and remaining tolerance h, which starts at ``hysteresis``::
 
         finite:      c += 1;  h = hysteresis
-                     c == growth_interval:  S = min(S * growth_factor, maximum);  c = 0
-        not finite:  c = 0;   h -= 1;  the step is skipped
-                     h <= 0:                S = max(S * backoff_factor, minimum)
+                     if c == growth_interval:  S = min(S * growth_factor, maximum);  c = 0
+        non-finite:  c = 0;   h -= 1;  skip the step
+                     if h <= 0:                S = max(S * backoff_factor, minimum)
 
-    With ``hysteresis=1`` this is the rule of TensorFlow, Keras and ``torch.amp.GradScaler``; above 1 it is Apex's
-    (``update_scale_hysteresis``): only that many overflows in direct succession lower the scale, and each further
-    one in the same row lowers it again.
+    With ``hysteresis=1`` this is the rule of TensorFlow, Keras and ``torch.amp.GradScaler``. Above 1 it is Apex's
+    (``update_scale_hysteresis``): the scale falls at that many consecutive overflows, and again at each further one.
+
+        >>> rule = DynamicLossScale(growth_interval=2)
+        >>> state = rule.initial_state()
+        >>> scales = []
+        >>> for finite in (True, True, False):
+        ...     state = rule.next_state(state, finite)
+        ...     scales.append(float(state["scale"]))
+        >>> scales
+        [32768.0, 65536.0, 32768.0]
 
     Args:
         initial: scale of the first step.
         growth_factor: above 1.
         backoff_factor: between 0 and 1.
-        growth_interval: finite steps in a row before the scale grows, at least 1.
-        hysteresis: overflows in a row before the scale falls, at least 1.
-        minimum: the scale never falls below it.
-        maximum: the scale never grows above it; at most 2**126.
+        growth_interval: consecutive finite steps before the scale grows, at least 1.
+        hysteresis: consecutive overflows before the scale falls, at least 1.
+        minimum: lower bound of the scale.
+        maximum: upper bound of the scale, at most 2**126.
 
     Raises:
-        ValueError: an argument is out of range, or ``minimum <= initial <= maximum`` does not hold.
+        ValueError: an argument is out of range, or not ``minimum <= initial <= maximum``.
     """
 
     initial: float = 2.0**15
@@ -165,11 +201,10 @@ class DynamicLossScale(LossScale):
     maximum: float = 2.0**24
 
     def __post_init__(self) -> None:
-        check_bounds(self.initial, self.minimum, self.maximum)
-        if not (math.isfinite(self.growth_factor) and self.growth_factor > 1):
+        _check_bounds(self.initial, self.minimum, self.maximum)
+        if not (_is_number(self.growth_factor) and 1 < self.growth_factor < math.inf):
             raise ValueError(f"growth_factor must be finite and above 1, not {self.growth_factor!r}")
-        if not 0 < self.backoff_factor < 1:
-            raise ValueError(f"backoff_factor must be between 0 and 1, not {self.backoff_factor!r}")
+        _check_share("backoff_factor", self.backoff_factor)
         for name in ("growth_interval", "hysteresis"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -183,6 +218,8 @@ class DynamicLossScale(LossScale):
         return {"scale": float(self.initial), "good_steps": 0, "tolerance": self.hysteresis}
 
     def next_state(self, state: State, finite: Any, largest: Any = None) -> dict[str, Any]:
+        import tensorflow as tf
+
         scale = tf.convert_to_tensor(state["scale"], tf.float32)
         good = tf.convert_to_tensor(state["good_steps"], tf.int64) + 1
         left = tf.maximum(tf.convert_to_tensor(state["tolerance"], tf.int64) - 1, 0)
@@ -197,78 +234,55 @@ class DynamicLossScale(LossScale):
         }
 
     def at_floor(self, state: State) -> Any:
-        return tf.convert_to_tensor(state["scale"], tf.float32) <= self.minimum
+        return state["scale"] <= self.minimum
 
-
-def check_scale(name: str, value: float) -> None:
-    """Raises ValueError where ``value``, called ``name`` in the message, cannot be a loss scale."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST_SCALE:
-        raise ValueError(
-            f"{name} must be a number above 0 and at most 2**126, not {value!r}; "
-            "above that the reciprocal of the scale flushes to zero, and every gradient with it"
-        )
-
-
-def check_bounds(initial: float, minimum: float, maximum: float) -> None:
-    """Raises ValueError where one cannot be a loss scale, or ``minimum <= initial <= maximum`` does not hold."""
-    for name, value in (("initial", initial), ("minimum", minimum), ("maximum", maximum)):
-        check_scale(name, value)
-    if not minimum <= initial <= maximum:
-        raise ValueError(
-            f"the initial loss scale {initial:g} is not within minimum {minimum:g} and maximum {maximum:g}; "
-            "choose it between them or widen them"
-        )
-
-
-# A loss scale from the statistics of the largest gradient, which need not overflow to learn where the limit is.
 
 _TARGET = 16.0
-"""log2 of what the largest scaled gradient is to stay below: 2**16, the first power of two beyond float16."""
+"""log2 of the limit for the largest scaled gradient: 2**16 is the first power of two beyond float16."""
 
 _OVERFLOW = math.log2(65504)
-"""What a step with non-finite gradients counts as: log2 of the largest finite float16 value."""
+"""log2 of the largest finite float16 value, which a non-finite step counts as."""
 
 _OVERFLOW_FLOOR = 1.001
-"""Overflow after overflow ends at 2**_TARGET / 65504 = 1.0005, even if less is allowed; the rest is for rounding."""
+"""The scale after endless overflow, 2**_TARGET / 65504 = 1.0005, and a margin for rounding."""
 
 _SMALLEST = 2.0**-126
-"""Devices flush what is smaller in float32 to zero, whose logarithm would be minus infinity."""
+"""Smallest normal float32: devices flush smaller values to zero, whose logarithm would be minus infinity."""
 
 
-@keras.saving.register_keras_serializable(package="mpscale")
 @dataclass(frozen=True)
 class LogMaxLossScale(LossScale):
-    """A loss scale that leaves the largest gradient a margin measured in standard deviations.
+    """A loss scale that keeps the largest gradient some standard deviations below the limit of float16.
 
-    With x = log2 of the largest absolute value of the step's unscaled gradients, and moving averages corrected for
-    their start as in Adam::
+    With x = log2 of the largest absolute value of the step's unscaled gradients, and moving averages with Adam's bias
+    correction::
 
         m = average(x, mean_decay)
         sigma = sqrt(average(x**2, deviation_decay) - average(x, deviation_decay)**2)
-        S = 2**(16 - (m + deviations * sigma)), within minimum and maximum
+        S = 2**(16 - (m + deviations * sigma)), clipped to minimum and maximum
 
-    Were x normally distributed, the default of 3.09 deviations would let one step in a thousand exceed 2**16.
+    If x were normally distributed, one step in a thousand would exceed 2**16 at the default of 3.09 deviations.
 
-    - A step with non-finite gradients is skipped and counts as x = log2(65504), whatever ``largest`` says.
-    - A step whose largest gradient is zero, or so small that devices flush it to zero, has no logarithm. It says
-      nothing, and changes nothing.
+    - A step with non-finite gradients is skipped and counts as x = log2(65504); ``largest`` is ignored.
+    - A step whose largest gradient is zero, or is flushed to zero, has no logarithm and leaves the state as it is.
 
-    This is ``LogMaxScaler`` of NVIDIA's OpenSeq2Seq (``open_seq2seq/optimizers/automatic_loss_scaler.py``), mended:
-    there an overflow feeds the value 2**16 where its logarithm belongs, so that a single one lets sigma explode and
-    pins S at ``minimum`` for more than 10,000 steps; and a zero feeds minus infinity, which no average forgets.
+    This is ``LogMaxScaler`` of NVIDIA's OpenSeq2Seq (``open_seq2seq/optimizers/automatic_loss_scaler.py``) with two
+    errors corrected. There an overflow enters the averages as 2**16 instead of its logarithm, so that a single one
+    inflates sigma and keeps S at ``minimum`` for more than 10,000 steps; and a zero enters as minus infinity, which no
+    average recovers from.
 
     Args:
-        initial: scale until the first step that says something; after that step only the statistics count. It is high
-            by default, because of the two possible errors one mends itself: too high a scale overflows and falls
-            with the next step, while under too low a one gradients that flush to zero say nothing, again and again.
-        mean_decay: decay of the average m per step, above 0 and below 1; 0.99 remembers about 100 steps.
-        deviation_decay: the same for the two averages in sigma; 0.999 remembers about 1,000 steps.
+        initial: scale until the first step with a logarithm; from then on only the statistics count. High by default,
+            because a scale that is too high overflows and falls with the next step, whereas under one that is too low
+            gradients are flushed to zero and the scale never learns.
+        mean_decay: decay of the average m per step, between 0 and 1; 0.99 remembers about 100 steps.
+        deviation_decay: decay of the two averages in sigma; 0.999 remembers about 1,000 steps.
         deviations: margin in standard deviations, 0 to 100.
-        minimum: the scale never falls below it. Below 1 it hardly matters: overflow after overflow ends at 1.0005.
-        maximum: the scale never grows above it; at most 2**126.
+        minimum: lower bound of the scale. Below 1 it has little effect: endless overflow ends at 1.0005.
+        maximum: upper bound of the scale, at most 2**126.
 
     Raises:
-        ValueError: an argument is out of range, or ``minimum <= initial <= maximum`` does not hold.
+        ValueError: an argument is out of range, or not ``minimum <= initial <= maximum``.
     """
 
     initial: float = 2.0**14
@@ -281,14 +295,11 @@ class LogMaxLossScale(LossScale):
     needs_largest = True
 
     def __post_init__(self) -> None:
-        check_bounds(self.initial, self.minimum, self.maximum)
-        for name in ("mean_decay", "deviation_decay"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-                raise ValueError(f"{name} must be between 0 and 1, not {value!r}")
-        value = self.deviations
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
-            raise ValueError(f"deviations must be a number from 0 to 100, not {value!r}")
+        _check_bounds(self.initial, self.minimum, self.maximum)
+        _check_share("mean_decay", self.mean_decay)
+        _check_share("deviation_decay", self.deviation_decay)
+        if not (_is_number(self.deviations) and 0 <= self.deviations <= 100):
+            raise ValueError(f"deviations must be a number from 0 to 100, not {self.deviations!r}")
 
     @property
     def at_least_one(self) -> bool:
@@ -298,21 +309,22 @@ class LogMaxLossScale(LossScale):
         return {"scale": float(self.initial), "mean": 0.0, "slow_mean": 0.0, "variance": 0.0, "samples": 0}
 
     def next_state(self, state: State, finite: Any, largest: Any = None) -> dict[str, Any]:
+        import tensorflow as tf
+
         before = {
-            name: tf.convert_to_tensor(state[name], tf.int64 if name == "samples" else tf.float32)
-            for name in ("scale", "mean", "slow_mean", "variance", "samples")
+            name: tf.convert_to_tensor(state[name], state_dtype(value)) for name, value in self.initial_state().items()
         }
         largest = tf.convert_to_tensor(largest, tf.float32)
-        # A float64 gradient may be finite and its float32 value not.
+        # A float64 gradient can be finite when its float32 value is not.
         finite = tf.logical_and(finite, tf.math.is_finite(largest))
-        # False for NaN, too; what has no logarithm is replaced before it is taken.
+        # False for NaN as well. Values without a logarithm are replaced first, so that no NaN ever appears.
         has_logarithm = tf.logical_and(finite, largest >= _SMALLEST)
         logarithm = tf.math.log(tf.where(has_logarithm, largest, 1.0)) / math.log(2)
         x = tf.where(finite, logarithm, _OVERFLOW)
 
-        # The averages of the docstring, bias correction included, but with the variance updated as such instead of
-        # being the difference of two large squares: at x = 10 and sigma = 0.05, float32 rounds that into 10 % of the
-        # scale. So a constant x has a sigma of exactly 0.
+        # The averages of the docstring with their bias correction, but the variance is updated directly instead of as
+        # the difference of two large squares: at x = 10 and sigma = 0.05, float32 would turn that into an error of
+        # 10 % in the scale. A constant x therefore has a sigma of exactly 0.
         samples = before["samples"] + 1
         fast = _weight_of_newest(self.mean_decay, samples)
         slow = _weight_of_newest(self.deviation_decay, samples)
@@ -327,48 +339,84 @@ class LogMaxLossScale(LossScale):
             "variance": variance,
             "samples": samples,
         }
-        says_something = tf.logical_or(has_logarithm, tf.logical_not(finite))
-        return {name: tf.where(says_something, after[name], before[name]) for name in after}
+        informative = tf.logical_or(has_logarithm, tf.logical_not(finite))
+        return {name: tf.where(informative, after[name], before[name]) for name in after}
 
     def at_floor(self, state: State) -> Any:
-        return tf.convert_to_tensor(state["scale"], tf.float32) <= max(self.minimum, _OVERFLOW_FLOOR)
-
-
-def _weight_of_newest(decay: float, samples: Any) -> Any:
-    """The weight (1 - decay) / (1 - decay**samples) of the newest sample in a bias-corrected moving average."""
-    # expm1, because in float32 the difference 1 - 0.999 is off by 1.3e-5.
-    weight = math.expm1(math.log(decay)) / tf.math.expm1(tf.cast(samples, tf.float32) * math.log(decay))
-    # Exactly: rounding would give a first sample a variance.
-    return tf.where(samples == 1, 1.0, weight)
-
-
-# The rule of the article that mpscale began with, its feedback restored, kept to show by measurement what it does.
+        return state["scale"] <= max(self.minimum, _OVERFLOW_FLOOR)
 
 
 @dataclass(frozen=True)
 class ArticleLossScale:
-    """Compares the scaled loss with the scale.
+    """The rule of the article that mpscale began with, kept to measure what it does.
 
-    With loss L and scale S, starting at 1::
+    With loss L and scale S, starting at ``initial``::
 
         L * S > S:      S = S * 0.9
         L * S < S / 2:  S = S * 1.1
 
-    Since both sides carry S, this compares the loss with 1 and with 0.5: once the loss is below 0.5, S grows by a
-    tenth with every step and without bound. Gradients are neither divided by S nor checked, so S multiplies the
-    update of an optimizer that is not invariant to it, and overflow reaches the weights.
+    Both sides contain S, so this compares the loss with 1 and with 0.5: once the loss is below 0.5, S grows by a tenth
+    every step, without bound. Gradients are neither divided by S nor checked, so S multiplies the update unless the
+    optimizer is invariant to it, and overflow reaches the weights.
 
-    It is no :class:`~mpscale.scaling.LossScale`: that contract is about gradients, which this rule never looks at.
+    This is no :class:`LossScale`: those decide by gradients, which this rule never looks at.
     """
 
     initial: float = 1.0
 
     def initial_state(self) -> dict[str, float | int]:
-        """The state before the first step."""
+        """Return the state before the first step."""
         return {"scale": float(self.initial)}
 
-    def next_state(self, state: dict[str, Any], scaled_loss: Any) -> dict[str, Any]:
-        """The state after a step whose scaled loss, a float32 scalar, was ``scaled_loss``."""
+    def next_state(self, state: State, scaled_loss: Any) -> dict[str, Any]:
+        """Return the state after a step with this scaled loss, a float32 scalar."""
+        import tensorflow as tf
+
         scale = tf.convert_to_tensor(state["scale"], tf.float32)
         lower = tf.where(scaled_loss < scale / 2, scale * 1.1, scale)
         return {"scale": tf.where(scaled_loss > scale, scale * 0.9, lower)}
+
+
+def state_dtype(initial: float | int) -> str:
+    """Return the dtype of a state entry with this initial value: "float32", or "int64" for counters.
+
+    Not int32: TensorFlow cannot update int32 variables on a GPU.
+    """
+    return "float32" if isinstance(initial, float) else "int64"
+
+
+def _weight_of_newest(decay: float, samples: Any) -> Any:
+    """Return (1 - decay) / (1 - decay**samples), the newest sample's weight in a bias-corrected moving average."""
+    import tensorflow as tf
+
+    # expm1, because the difference 1 - 0.999 is off by 1.3e-5 in float32.
+    weight = math.expm1(math.log(decay)) / tf.math.expm1(tf.cast(samples, tf.float32) * math.log(decay))
+    # Exactly 1: with a rounded weight, the first sample would have a variance.
+    return tf.where(samples == 1, 1.0, weight)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_share(name: str, value: Any) -> None:
+    if not (_is_number(value) and 0 < value < 1):
+        raise ValueError(f"{name} must be between 0 and 1, not {value!r}")
+
+
+def _check_scale(name: str, value: Any) -> None:
+    if not (_is_number(value) and 0 < value <= LARGEST_SCALE):
+        raise ValueError(
+            f"{name} must be a number above 0 and at most 2**126, not {value!r}; "
+            "the reciprocal of a larger scale flushes to zero, and every gradient with it"
+        )
+
+
+def _check_bounds(initial: Any, minimum: Any, maximum: Any) -> None:
+    for name, value in (("initial", initial), ("minimum", minimum), ("maximum", maximum)):
+        _check_scale(name, value)
+    if not minimum <= initial <= maximum:
+        raise ValueError(
+            f"the initial loss scale {initial:g} is not within minimum {minimum:g} and maximum {maximum:g}; "
+            "choose it between them or widen them"
+        )

@@ -1,6 +1,6 @@
-"""What is wrong with Keras 3.15's LossScaleOptimizer, shown on it, and right here.
+"""Errors of Keras 3.15's LossScaleOptimizer, shown on it, and corrected here.
 
-Two more are in test_replicas.py, since they need two replicas: an overflow on the second one, and jit_compile.
+Two more are in test_replicas.py, because they need two replicas: an overflow on the second one, and jit_compile.
 """
 
 import keras
@@ -22,7 +22,7 @@ def sgd(**options):
 
 
 def run(optimizer, factors):
-    """Whether the weights are finite after steps with these factors, and whether each step changed them."""
+    """Return whether the weights are finite after steps with these factors, and whether each step changed them."""
     model = small_model()
     optimizer.build(model.trainable_variables)
     step = step_function(model, optimizer, "graph")
@@ -66,7 +66,7 @@ def test_scale_has_a_floor():
 
 
 def test_scale_has_a_cap():
-    """Growing with every step, Keras' scale reaches infinity, where every gradient is."""
+    """If it grows with every step, Keras' scale becomes infinite, and so does every gradient."""
     theirs = KerasOptimizer(sgd(), dynamic_growth_steps=1)
     run(theirs, [GOOD] * 130)
     assert float(theirs.dynamic_scale) == np.inf
@@ -101,7 +101,7 @@ def test_growth_counts_windows_of_accumulated_gradients_and_not_micro_batches():
 
 
 def test_window_with_an_overflow_is_skipped_as_a_whole():
-    """Keras leaves out the micro-batch and closes the window with one that belongs to the next."""
+    """Keras drops the micro-batch and completes the window with the first one of the next window."""
     factors = [GOOD, BAD, GOOD, GOOD]
     _, changed = run(KerasOptimizer(sgd(gradient_accumulation_steps=2)), factors)
     assert changed == [False, False, True, False]

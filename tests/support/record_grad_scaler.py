@@ -1,4 +1,4 @@
-"""Records what torch.amp.GradScaler does, for test_same_decisions.py to replay where there is no torch.
+"""Record what torch.amp.GradScaler does, so that test_same_decisions.py needs no torch.
 
 To record anew, after ``pip install torch``::
 
@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 STEPS = 10_000
-# Growth interval and rate of overflows: about balanced, about balanced, falling, and torch's default interval.
+# Growth interval and overflow rate: balanced, balanced, falling, and torch's default interval.
 RUNS = [(50, 0.0138), (200, 0.0035), (50, 0.017), (2000, 0.0003)]
 BAD = [math.inf, -math.inf, math.nan]
 
 
 def record(interval: int, rate: float, seed: int) -> dict:
-    """One run: at which steps gradients overflowed, and log2 of the scale after each step that changed it."""
+    """Return one run: the steps that overflowed, and log2 of the scale after each step that changed it."""
     overflows = np.flatnonzero(np.random.default_rng(seed).random(STEPS) < rate).tolist()
     gradients = torch.ones(STEPS, 2)
     for number, step in enumerate(overflows):
@@ -56,7 +56,7 @@ def record(interval: int, rate: float, seed: int) -> dict:
 
 
 def exponent_of(scale: float) -> int:
-    """log2 of a power of two."""
+    """Return log2 of a power of two."""
     mantissa, exponent = math.frexp(scale)
     if mantissa != 0.5:
         raise SystemExit(f"the scale {scale!r} is not a power of two")

@@ -1,5 +1,8 @@
-"""Trains on two replicas and prints what happened, as one line of JSON: `python replica_programs.py mirrored`, or
-`multiworker` with TF_CONFIG set. Programs of their own, because replicas are made before TensorFlow starts up.
+"""Trains on two replicas and prints what happened, as one line of JSON.
+
+    python replica_programs.py mirrored|multiworker
+
+`multiworker` needs TF_CONFIG. This is a program because replicas have to be configured before TensorFlow starts.
 """
 
 import json
@@ -22,13 +25,13 @@ def small_model():
 
 
 def copies(variable):
-    """The value of a variable on each local replica."""
+    """Return the values of a variable on the local replicas."""
     value = variable.value
     return [copy.numpy() for copy in getattr(value, "values", [value])]
 
 
 def train(strategy, make, replica, clip=False, jit=False, build=True):
-    """Steps with an overflow on ``replica`` alone; what the weights, the scale and the counters did."""
+    """Take steps with an overflow on ``replica`` only; return what became of weights, scale and counters."""
     with strategy.scope():
         model = small_model()
         optimizer = make()

@@ -1,8 +1,10 @@
-"""The small model and step that the tests of LossScaleOptimizer share."""
+"""The small model, step and loop that the tests of LossScaleOptimizer share."""
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from mpscale.scaling import LossScaleOptimizer, StaticLossScale
 
 COMPILED = {"eager": None, "graph": False, "xla": True}
 X = np.arange(20, dtype=np.float32).reshape(5, 4) / 20
@@ -14,7 +16,7 @@ def small_model():
 
 
 def step_function(model, optimizer, how):
-    """``step(factor)``: one step whose gradients are multiplied by ``factor``, on data that depend on ``data``."""
+    """Return ``step(factor, data)``: one step on shifted data, with its gradients multiplied by ``factor``."""
 
     def step(factor, data):
         with tf.GradientTape() as tape:
@@ -28,9 +30,45 @@ def step_function(model, optimizer, how):
 
 
 def state_of(model, optimizer):
-    """Every value that a skipped step has to leave alone."""
+    """Return every value that a skipped step must not change."""
     return [v.numpy() for v in (*model.variables, *optimizer.inner_optimizer.variables)]
 
 
 def same(before, after):
     return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, after, strict=True))
+
+
+class Loop:
+    """A loop of one's own over three weights of two elements, whose gradients are all ``factor``; SGD with rate 1."""
+
+    scale = 16.0
+
+    def __init__(self, loss_scale=None, **options):
+        self.variables = [keras.Variable([0.0, 0.0], name=name) for name in "abc"]
+        loss_scale = loss_scale or StaticLossScale(self.scale)
+        self.optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale, **options)
+
+    def gradients(self, factor=1.0, variables=None, scaled=True):
+        sources = [v.value for v in variables or self.variables]
+        with tf.GradientTape() as tape:
+            loss = sum(tf.reduce_sum(v) for v in sources) * factor
+            loss = self.optimizer.scale_loss(loss) if scaled else loss
+        return tape.gradient(loss, sources)
+
+    def constants(self):
+        """Return gradients that look like scaled ones and come from nowhere."""
+        return [tf.fill(v.shape, self.scale) for v in self.variables]
+
+    def apply(self, grads, finite=None):
+        self.optimizer.apply(grads, self.variables, finite=finite)
+
+    def fall(self):
+        """Return how far the weights fell, the same for all."""
+        values = np.stack([v.numpy() for v in self.variables])
+        assert np.unique(values).size == 1
+        return -float(values[0, 0])
+
+
+def clipped(grads):
+    """Clip, so that tensors are others and values the same."""
+    return tf.clip_by_global_norm(grads, 1e3)[0]

@@ -1,4 +1,4 @@
-"""Loss scales run through thousands of steps in one compiled loop: step by step, eagerly, that takes minutes."""
+"""Runs loss scales through thousands of steps in one compiled loop, which would take minutes eagerly."""
 
 import functools
 
@@ -9,12 +9,12 @@ from mpscale.scaling.loss_scale import state_dtype
 
 
 def scales_of(loss_scale, finites, largests=None):
-    """The scale after each step, a float32 array; the state starts as the loss scale says.
+    """Return the scale after each step, a float32 array, starting from the initial state.
 
     Args:
         loss_scale: a LossScale.
         finites: whether the gradients of each step are finite.
-        largests: the largest gradient of each step, where the loss scale wants it.
+        largests: the largest gradient of each step, if the loss scale needs it.
     """
     finites = np.asarray(finites, bool)
     largests = np.zeros(finites.shape) if largests is None else np.asarray(largests)

@@ -1,4 +1,4 @@
-"""A loss scale asked for before the optimizer is built is the one that there is, not the one it once started as."""
+"""A scale that is read before the optimizer is built is the current one, not the initial one."""
 
 import keras
 import numpy as np
@@ -11,7 +11,7 @@ INITIAL = 2.0**15
 
 
 class Line:
-    """One weight w and the loss factor * w: with SGD(1), every applied step subtracts ``factor``."""
+    """One weight w and the loss factor * w, so that every applied step of SGD(1) subtracts ``factor``."""
 
     def __init__(self, loss_scale=None, **options):
         self.w = keras.Variable([0.0], name="w")
@@ -88,7 +88,7 @@ def traced_anew_for_every_shape(line, jit):
         traced_anew_for_every_shape,
     ],
 )
-def test_after_an_overflow_steps_are_as_long_as_they_should_be(loop, jit):
+def test_steps_after_an_overflow_have_the_right_size(loop, jit):
     line = Line()
     step = loop(line, jit)
     for factor in (1.0, np.inf, 1.0, np.inf, 1.0):
@@ -98,7 +98,7 @@ def test_after_an_overflow_steps_are_as_long_as_they_should_be(loop, jit):
     assert float(line.optimizer.loss_scale_value) == INITIAL / 4
 
 
-def test_a_scale_that_falls_far_is_found_at_last():
+def test_a_scale_that_has_to_fall_far_does():
     """Gradients of 3e34 overflow float32 at any scale above 2**13."""
     line = Line()
     step = two_functions(line, False)
@@ -118,7 +118,7 @@ def test_unscale_needs_no_build(rule):
     assert line.w.numpy()[0] == -3.0
 
 
-def test_unscale_says_which_line_it_lacks_where_it_needs_a_build():
+def test_unscale_names_the_missing_call_of_build_if_it_needs_one():
     line = Line(LogMaxLossScale(), blame=True)
     with pytest.raises(
         ValueError, match=r"call optimizer\.build\(model\.trainable_variables\) before the first unscale"
@@ -158,7 +158,7 @@ def two_traces(line):
 @pytest.mark.parametrize("build", [False, True], ids=["unbuilt", "built"])
 @pytest.mark.parametrize("loop", [eager, eager_and_clipped, one_function, two_traces])
 @pytest.mark.parametrize("options", [{}, {"blame": True}], ids=["plain", "blame"])
-def test_the_first_step_after_a_checkpoint_is_as_long_as_the_others(loop, build, options, tmp_path):
+def test_the_first_step_after_a_checkpoint_has_the_right_size(loop, build, options, tmp_path):
     path = after_eleven_overflows(tmp_path, **options)
     line = Line(**options)
     step = loop(line)
@@ -186,7 +186,7 @@ def test_a_checkpoint_restored_between_tracing_and_the_first_call_counts(tmp_pat
     assert line.w.numpy()[0] == -2.0
 
 
-def test_a_loaded_keras_model_goes_on_in_a_loop_of_ones_own(tmp_path):
+def test_a_loaded_keras_model_continues_in_a_custom_loop(tmp_path):
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
     model.compile(LossScaleOptimizer(keras.optimizers.SGD(1.0), DynamicLossScale(INITIAL)), "mse", jit_compile=False)
     optimizer = model.optimizer

@@ -1,4 +1,4 @@
-"""What is set or read on LossScaleOptimizer reaches the optimizer inside it, or is refused."""
+"""Settings on LossScaleOptimizer are forwarded to the optimizer inside it, or refused."""
 
 import warnings
 
@@ -11,9 +11,9 @@ from mpscale.scaling import DynamicLossScale, LossScaleOptimizer, SettingTooLate
 from mpscale.scaling.inner import FORWARDED
 
 OF_ITS_OWN = {"name", "built"}
-WORKS_BY_ITSELF = {  # Keras' own code, which needs nothing of the inner optimizer
+WORKS_BY_ITSELF = {  # Keras' own code, independent of the inner optimizer
     *("add_variable", "add_variable_from_reference", "add_optimizer_variables", "assign", "assign_add", "assign_sub"),
-    *("save_own_variables", "load_own_variables"),  # they go by ``variables``
+    *("save_own_variables", "load_own_variables"),  # they use ``variables``
 }
 FORWARDED_BY_KERAS = {"iterations", "finalize_variable_values"}
 
@@ -23,12 +23,11 @@ def wrapped(inner=None, **options):
 
 
 def dense():
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, kernel_initializer="ones")])
-    return model
+    return keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, kernel_initializer="ones")])
 
 
 def steps(optimizer, count=3, gradient=3.0):
-    """Weights after ``count`` steps of a constant gradient, by the optimizer alone or with loss scaling."""
+    """Return the weights after ``count`` steps with a constant gradient."""
     model = dense()
     variables = model.trainable_variables
     for _ in range(count):
@@ -44,8 +43,8 @@ def public(thing):
     return {name for name in dir(thing) if not name.startswith("_")}
 
 
-def test_every_public_attribute_of_a_keras_optimizer_is_taken_care_of():
-    """A further one, in a later Keras, fails here: it has to be forwarded, overridden or refused."""
+def test_every_public_attribute_of_a_keras_optimizer_is_handled():
+    """A new one, in a later Keras, fails here: it has to be forwarded, overridden or refused."""
     plain = keras.optimizers.Optimizer(0.1)
     of_tensorflow = public(tf.__internal__.tracking.AutoTrackable)
     overridden = {name for kind in LossScaleOptimizer.__mro__[:2] for name in vars(kind)}
@@ -53,7 +52,7 @@ def test_every_public_attribute_of_a_keras_optimizer_is_taken_care_of():
     assert not unknown
 
 
-def test_every_public_attribute_of_keras_own_wrapper_is_taken_care_of():
+def test_every_public_attribute_of_keras_own_wrapper_is_handled():
     own = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
     own.build(dense().trainable_variables)
     optimizer = wrapped()
@@ -84,7 +83,7 @@ COMPANIONS = {
 }
 
 
-def test_every_forwarded_setting_is_tried():
+def test_the_table_has_every_forwarded_setting():
     assert set(FORWARDED) <= set(SETTINGS)
 
 
@@ -103,7 +102,7 @@ def test_a_setting_on_the_wrapper_trains_as_one_in_the_inner_constructor(name):
 
 
 @pytest.mark.parametrize("name", ["weight_decay", "clipnorm", "global_clipnorm", "clipvalue", "learning_rate"])
-def test_a_setting_made_between_two_steps_counts_from_the_next_one(name):
+def test_a_setting_changed_between_two_steps_affects_the_next_one(name):
     def with_a_change(optimizer):
         model = dense()
         kernel = model.trainable_variables[0]
@@ -151,7 +150,7 @@ def test_a_variable_excluded_from_weight_decay_does_not_decay(by):
         pytest.param({"iterations": 10}, "iterations", id="the iteration count"),
     ],
 )
-def test_what_would_do_nothing_is_refused(change, message):
+def test_settings_without_effect_are_refused(change, message):
     optimizer = wrapped()
     *before, (name, value) = change.items()
     for setting, allowed in before:
@@ -161,7 +160,7 @@ def test_what_would_do_nothing_is_refused(change, message):
 
 
 @pytest.mark.parametrize("change", [{"use_ema": True}, {"gradient_accumulation_steps": 2}], ids=lambda c: next(iter(c)))
-def test_what_needs_variables_is_refused_once_they_are_made(change):
+def test_settings_that_need_variables_are_refused_after_build(change):
     optimizer = wrapped()
     optimizer.build(dense().trainable_variables)
     ((name, value),) = change.items()
@@ -176,7 +175,7 @@ def test_a_second_scale_set_on_the_inner_optimizer_is_refused_at_the_next_step()
         steps(optimizer)
 
 
-def test_what_a_multi_optimizer_would_ignore_is_refused():
+def test_settings_that_a_multi_optimizer_would_ignore_are_refused():
     several = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1)))
     optimizer = wrapped(several)
     with pytest.raises(ValueError, match="clipnorm does nothing on a MultiOptimizer"):
@@ -186,7 +185,7 @@ def test_what_a_multi_optimizer_would_ignore_is_refused():
 
 
 @pytest.mark.parametrize("name", ["clipnorm", "weight_decay", "momentum", "skip"])
-def test_a_setting_that_a_compiled_step_no_longer_reads_is_said(name):
+def test_a_setting_that_a_compiled_step_no_longer_reads_warns(name):
     optimizer = wrapped(keras.optimizers.SGD(0.5, momentum=0.5))
     variable = keras.Variable([1.0])
     step = tf.function(lambda: optimizer.apply([optimizer.scale_loss(tf.ones(1))], [variable]))
@@ -203,8 +202,8 @@ def test_a_setting_that_a_compiled_step_no_longer_reads_is_said(name):
     ("name", "value"),
     [("clipnorm", 0.5), ("weight_decay", None), ("momentum", 0.5), ("skip", "auto"), ("alarm", "ignore")],
 )
-def test_what_changes_no_compiled_step_is_not_warned_about(name, value):
-    """The value that the step was compiled with, and the alarm, which no step rings."""
+def test_settings_that_change_no_compiled_step_do_not_warn(name, value):
+    """The value that the step was compiled with, and the alarm, which no step checks."""
     optimizer = wrapped(keras.optimizers.SGD(0.5, momentum=0.5, clipnorm=0.5))
     variable = keras.Variable([1.0])
     tf.function(lambda: optimizer.apply([optimizer.scale_loss(tf.ones(1))], [variable]))()
@@ -214,7 +213,7 @@ def test_what_changes_no_compiled_step_is_not_warned_about(name, value):
     assert getattr(optimizer, name) == value
 
 
-def test_settings_of_the_inner_kind_are_read_and_set_there():
+def test_settings_that_only_the_inner_optimizer_has_are_read_and_set_there():
     optimizer = wrapped(keras.optimizers.Adam(0.1, beta_1=0.8))
     assert optimizer.beta_1 == 0.8
     optimizer.beta_1 = 0.7
@@ -252,7 +251,7 @@ CALLBACKS = {
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_callbacks_of_keras_do_what_they_do_to_a_bare_optimizer(name):
+def test_keras_callbacks_work_as_on_a_bare_optimizer(name):
     bare = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5)
     optimizer = wrapped(keras.optimizers.SGD(0.1))
     optimizer.use_ema, optimizer.ema_momentum = True, 0.5

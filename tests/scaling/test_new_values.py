@@ -1,4 +1,4 @@
-"""Variables that get a new value in the place of a gradient: the scales of float8 layers, and others of that kind."""
+"""Variables that get a new value instead of a gradient, such as the scales of float8 layers."""
 
 import functools
 
@@ -23,7 +23,7 @@ def mixed_float16():
 
 
 def trained(optimizer):
-    """All variables of a model with two float8 layers after eight steps."""
+    """Return all variables of a model with two float8 layers after eight steps."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -62,7 +62,7 @@ def trained_by_keras(inner, scale):
     ],
     ids=str,
 )
-def test_float8_layers_train_as_with_keras_own(mixed_float16, inner, loss_scale, options, overflows):
+def test_float8_layers_train_as_with_keras_optimizer(mixed_float16, inner, loss_scale, options, overflows):
     optimizer = LossScaleOptimizer(INNER[inner](), loss_scale, **options)
     ours = trained(optimizer)
     scale = loss_scale.initial_state()["scale"]
@@ -73,7 +73,7 @@ def test_float8_layers_train_as_with_keras_own(mixed_float16, inner, loss_scale,
 
 
 def kernel_and_state(state=0.0):
-    """A variable that is trained, and one that is overwritten."""
+    """Return a variable that is trained and one that is overwritten."""
     kernel, new = keras.Variable(np.ones(2, np.float32)), keras.Variable(np.float32(state))
     new.overwrite_with_gradient = True
     return kernel, new
@@ -83,7 +83,7 @@ HOW = {"eager": None, "graph": False, "XLA": True}
 
 
 def stepper(optimizer, variables, how):
-    """``step(gradient, new)``: one step with a true gradient and a new value."""
+    """Return ``step(gradient, new)``: one step with a true gradient and a new value."""
 
     def step(gradient, new):
         optimizer.apply([gradient * optimizer.loss_scale_value, new], variables)
@@ -95,8 +95,8 @@ def stepper(optimizer, variables, how):
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("skip", ["branch", "gate"])
 @pytest.mark.parametrize("loss_scale", [DynamicLossScale(8.0), StaticLossScale(0.5), LogMaxLossScale()], ids=str)
-def test_new_value_is_assigned_as_it_is_and_says_nothing_about_overflow(how, skip, loss_scale):
-    """Also an infinity, such as the start of a running minimum, and no maximum of gradients sees it."""
+def test_new_value_is_assigned_unchanged_and_is_no_overflow(how, skip, loss_scale):
+    """Not even an infinity, such as the start of a running minimum; and the largest gradient ignores it."""
     kernel, state = variables = kernel_and_state()
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.5), loss_scale, skip=skip, blame=True)
     optimizer.build(variables)
@@ -108,13 +108,13 @@ def test_new_value_is_assigned_as_it_is_and_says_nothing_about_overflow(how, ski
     assert optimizer.counters()["overflow"] == 0
     assert optimizer.counters()["by_variable"] == {}
     if isinstance(loss_scale, LogMaxLossScale):
-        assert float(optimizer.loss_scale_value) == 2.0**14  # At its maximum, since the largest gradient was 1.
+        assert float(optimizer.loss_scale_value) == 2.0**14  # Its maximum, because the largest gradient was 1.
 
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("skip", ["branch", "gate"])
 def test_skipped_step_takes_no_new_value(how, skip):
-    """As Keras' own: what the layers met in an overflow is no measure of what they will meet at a lower scale."""
+    """As in Keras: the values of an overflow step say nothing about those at a lower scale."""
     kernel, state = variables = kernel_and_state(5.0)
     optimizer = LossScaleOptimizer(
         keras.optimizers.SGD(0.5, use_ema=True), DynamicLossScale(8.0), skip=skip, blame=True
@@ -132,7 +132,7 @@ def test_skipped_step_takes_no_new_value(how, skip):
 
 @pytest.mark.parametrize("how", HOW)
 def test_window_takes_the_largest_new_value(how):
-    """As Keras does, but for a window of nothing above 0, whose largest is not 0. A bad window takes none."""
+    """As in Keras, except that the largest of a window may be below 0. A bad window takes none."""
     kernel, state = variables = kernel_and_state(5.0)
     inner = keras.optimizers.SGD(0.5, gradient_accumulation_steps=2)
     optimizer = LossScaleOptimizer(inner, DynamicLossScale(8.0))
@@ -174,7 +174,7 @@ def test_strategy_takes_the_new_value():
 
 
 def only_gradients(change, grads, variables):
-    """``change`` of those that are gradients, with the others left where they are."""
+    """Return ``grads`` with ``change`` applied to those that are gradients."""
     changed = iter(change([g for g, v in zip(grads, variables, strict=True) if not v.overwrite_with_gradient]))
     return [g if v.overwrite_with_gradient else next(changed) for g, v in zip(grads, variables, strict=True)]
 
@@ -183,8 +183,8 @@ def only_gradients(change, grads, variables):
 @pytest.mark.parametrize(
     ("turned", "named"), [(False, False), (False, True), (True, True)], ids=["as built", "named", "other order, named"]
 )
-def test_clipping_in_a_loop_of_ones_own(how, turned, named):
-    """(3, 4) clipped to a norm of 1 is (0.6, 0.8); a norm with the new value in it would be 50."""
+def test_clipping_in_a_custom_loop_leaves_new_values_alone(how, turned, named):
+    """(3, 4) clipped to a norm of 1 is (0.6, 0.8); with the new value, the norm would be 50."""
     kernel, state = built = kernel_and_state()
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), StaticLossScale(8.0))
     optimizer.build(built)
@@ -233,7 +233,7 @@ def test_gradients_that_cannot_be_told_from_new_values_are_refused():
     optimizer.build([kernel, state])
     with pytest.raises(ValueError, match=r"1 gradients came for 2 variables[^$]*unscale\(grads, variables\)"):
         optimizer.unscale(grads[1:])
-    # Taken in the order of build, and found out when the variables come.
+    # Taken to be in the order of build, and detected when the variables arrive.
     grads, finite = optimizer.unscale(grads)
     with pytest.raises(ValueError, match=r"unscale\(grads, variables\) with the variables of apply"):
         optimizer.apply(grads, [state, kernel], finite=finite)

@@ -1,4 +1,4 @@
-"""Skipping without a branch under XLA, and the search for writes that went past the gate."""
+"""Skipping by masked writes under XLA, and the search for writes that were not masked."""
 
 import keras
 import numpy as np
@@ -7,11 +7,11 @@ import tensorflow as tf
 from support.small_step import same, small_model, state_of, step_function
 
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
-from mpscale.scaling.skip import all_nodes, apply_gated
+from mpscale.scaling.skip import all_nodes, apply_masked
 
 
 class Restless(keras.optimizers.SGD):
-    """Writes to a variable that it does not list, past the methods of the variable if it is told to."""
+    """Writes to a variable that it does not list; with ``secretly``, not through the methods of the variable."""
 
     def __init__(self, *args, secretly=False, **kwargs):
         super().__init__(*args, **kwargs)
@@ -31,7 +31,7 @@ class Restless(keras.optimizers.SGD):
 
 
 def branches(model, optimizer):
-    """Whether a compiled step of it has a branch."""
+    """Return whether a compiled step has a branch."""
     x = tf.ones((5, 4))
 
     @tf.function(jit_compile=True)
@@ -47,21 +47,21 @@ def branches(model, optimizer):
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "Nadam", "SGD"])
 @pytest.mark.parametrize(("skip", "expected"), [("gate", False), ("branch", True)])
-def test_gate_leaves_no_branch_in_a_compiled_step(name, skip, expected):
+def test_a_masked_step_has_no_branch(name, skip, expected):
     inner = getattr(keras.optimizers, name)(0.01, clipnorm=1.0, use_ema=True)
     assert branches(small_model(), LossScaleOptimizer(inner, skip=skip)) == expected
 
 
 @pytest.mark.parametrize(("units", "expected"), [(4, True), (4096, False)])
-def test_many_small_variables_are_skipped_by_a_branch_and_large_ones_by_a_gate(units, expected):
-    """5 elements a variable, and 10,240: (4 x 4096 + 4096) / 2."""
+def test_many_small_variables_are_skipped_by_a_branch_and_large_ones_are_masked(units, expected):
+    """10 elements per variable on average, and 10,240: (4 * 4096 + 4096) / 2."""
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(units)])
     assert branches(model, LossScaleOptimizer(keras.optimizers.SGD(0.1))) == expected
 
 
 @pytest.mark.parametrize("secretly", [False, True], ids=["hidden variable", "past the variable's methods"])
-def test_what_an_optimizer_hides_is_held_back_too(secretly):
-    """A hidden variable is found in the trace; a write past all methods cannot be gated, so there is a branch."""
+def test_hidden_writes_are_skipped_too(secretly):
+    """A hidden variable is found in the trace. A write past its methods cannot be masked, so there is a branch."""
     model = small_model()
     inner = Restless(0.1, secretly=secretly)
     optimizer = LossScaleOptimizer(inner, DynamicLossScale(8.0), skip="gate")
@@ -75,8 +75,8 @@ def test_what_an_optimizer_hides_is_held_back_too(secretly):
 
 
 @pytest.mark.parametrize("jit", [True, False])
-def test_sparse_writes_leave_every_bit_where_they_are_held_back(jit):
-    """Negative zeros and subnormals show a masked addition, duplicate indices a masked update."""
+def test_masked_sparse_writes_keep_every_bit(jit):
+    """Adding zero would change negative zeros and subnormals; duplicate indices test the update."""
     start = np.float32([-0.0, 0.0, np.nan, -np.inf, 1e-40, -0.0])
     rows = tf.IndexedSlices(tf.constant([1.0, np.nan, 2.0]), tf.constant([0, 4, 0]), tf.constant([6]))
 
@@ -86,7 +86,7 @@ def test_sparse_writes_leave_every_bit_where_they_are_held_back(jit):
             for variable, method in zip(variables, ("scatter_add", "scatter_sub", "scatter_update"), strict=True):
                 getattr(variable, method)(rows)
 
-        assert apply_gated(write, variables, finite)
+        assert apply_masked(write, variables, finite)
 
     variables = [tf.Variable(start) for _ in range(3)]
     function = tf.function(lambda finite: update(finite, *variables), jit_compile=jit)
@@ -99,7 +99,7 @@ def test_sparse_writes_leave_every_bit_where_they_are_held_back(jit):
         assert expected is None or variable.numpy()[0] == expected
 
 
-def test_writes_are_ungated_again_after_the_trace():
+def test_writes_are_unmasked_after_the_trace():
     model = small_model()
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), skip="gate")
     step_function(model, optimizer, "xla")()
