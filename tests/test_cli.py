@@ -152,9 +152,3 @@ def test_history_writes_table_and_figure_where_it_is_told_to(project):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert NAME in (project / "h.md").read_text(encoding="utf-8")
     assert "line-1-1" in (project / "h.svg").read_text(encoding="utf-8")
-
-
-def test_history_offers_every_quantity():
-    from mpscale.analysis.quantities import MEASURES
-
-    assert f"{{{','.join(MEASURES)}}}" in "".join(mpscale("history", "--help").stdout.split())

@@ -232,7 +232,7 @@ def test_gates_of_the_project_that_cannot_judge_two_devices_say_so(compare, tmp_
     (tmp_path / "pyproject.toml").write_text(f'[tool.mpscale]\nfail-on = ["step_time>5%"]\nstrict = {strict}\n')
     found, text = compare(rows(), rows(**ON_GPU), device=GPU)
     assert found == code
-    assert "runs of different devices: no gate of [tool.mpscale] was judged" in text
+    assert "the runs are on different devices: no gate of [tool.mpscale] was judged" in text
 
 
 def test_a_table_of_two_devices_is_refused(compare, tmp_path):
@@ -376,7 +376,7 @@ def test_a_broken_or_foreign_csv_is_named_with_its_line(compare, tmp_path, text,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["one"], "compare takes two runs or more, the baseline first"),
+        (["one"], "compare needs two or more runs, the baseline first"),
         (["nowhere.csv", "nowhere.csv"], "nowhere.csv: no such file"),
         (["latest", "latest"], "there is no run in"),
     ],

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 from support.runfolder import CPU, finished, record, write_run
 
-from mpscale import config as project_settings
+from mpscale import config
 from mpscale.core.case import Settings, series_key
 from mpscale.core.columns import METHOD_VERSION
 from mpscale.core.mode import MODES
 from mpscale.core.record import to_csv
-from mpscale.pytest_plugin.baseline import BaselineCheck, _further_cases
+from mpscale.pytest_plugin.baseline import BaselineCheck, further_cases
 from mpscale.telemetry import host
 
 BEFORE, AFTER = "20260101T000000Z-before", "20260102T000000Z-after"
@@ -103,7 +103,7 @@ def test_what_is_measured_anew_is_of_a_seed_that_was_not_lost(tmp_path):
     from mpscale.core.runs import read_run
 
     run = read_run(write_run(tmp_path, finished(cases((math.nan, math.nan, 0.9, 0.9, 0.9)))))
-    further = _further_cases(run, {("toy", "fp32"): 1}, Settings())
+    further = further_cases(run, {("toy", "fp32"): 1}, Settings())
     assert {(case.seed, case.trains) for case in further} == {(2, False)}
     assert len(further) == 6
 
@@ -128,17 +128,17 @@ def table(tmp_path, **changes):
 
 
 def test_a_table_of_two_machines_is_no_baseline(tmp_path):
-    with pytest.raises(ValueError, match=r"baseline: .*holds cases of .*Other CPU.*; compare runs of one device each"):
+    with pytest.raises(pytest.UsageError, match=r"baseline: .*holds cases of .*Other CPU.*; compare runs of one device each"):
         opened(tmp_path, table(tmp_path, device_name="Other CPU"))
 
 
 def test_a_table_that_says_of_no_machine_is_no_baseline_of_another_one(tmp_path):
-    with pytest.raises(ValueError, match="does not say of which machine it is"):
+    with pytest.raises(pytest.UsageError, match="does not say of which machine it is"):
         opened(tmp_path, table(tmp_path, device=None, device_name=None))
 
 
 def test_a_table_of_another_method_is_refused_before_anything_runs(tmp_path):
-    with pytest.raises(ValueError, match=rf"measured by method {METHOD_VERSION - 1}, and this is method"):
+    with pytest.raises(pytest.UsageError, match=rf"measured by method {METHOD_VERSION - 1}, and this is method"):
         opened(tmp_path, table(tmp_path, method_version=METHOD_VERSION - 1))
 
 
@@ -148,7 +148,7 @@ def test_a_baseline_of_another_machine_in_a_shared_file_lets_people_run_whatever
     device = {**CPU, "name": "Another CPU"}
     write_run(tmp_path / "results", finished(cases()), name=BEFORE, device=device, method_version=method)
     if named:
-        with pytest.raises(ValueError, match="is of Another CPU"):
+        with pytest.raises(pytest.UsageError, match="is of Another CPU"):
             opened(tmp_path, BEFORE, named=True)
         return
     found = opened(tmp_path, BEFORE)
@@ -161,12 +161,12 @@ def test_the_latest_run_as_a_baseline_lets_the_first_one_be_made(tmp_path):
     found = opened(tmp_path, "latest")
     assert found.lines() == [f"baseline: there is no run in {tmp_path}/results/runs yet: not compared"]
     assert not found.fails
-    with pytest.raises(ValueError, match="there is no run"):
+    with pytest.raises(pytest.UsageError, match="there is no run"):
         opened(tmp_path, "latest", named=True)
     broken = tmp_path / "results" / "runs" / BEFORE
     broken.mkdir(parents=True)
     (broken / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="none of the 1 runs"):
+    with pytest.raises(pytest.UsageError, match="none of the 1 runs"):
         opened(tmp_path, "latest")
 
 
@@ -178,8 +178,8 @@ def test_a_path_in_pyproject_goes_from_its_folder(tmp_path, monkeypatch):
         (folder / "kept").mkdir()
         (folder / "kept" / "table.csv").touch()
     monkeypatch.chdir(tmp_path)
-    assert project_settings.load(tmp_path).baseline == "kept/table.csv"
+    assert config.load(tmp_path).baseline == "kept/table.csv"
     monkeypatch.chdir(inner)
-    assert project_settings.load(inner).baseline == str(tmp_path / "kept" / "table.csv")
+    assert config.load(inner).baseline == str(tmp_path / "kept" / "table.csv")
     (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nbaseline = "latest"\n')
-    assert project_settings.load(inner).baseline == "latest"
+    assert config.load(inner).baseline == "latest"

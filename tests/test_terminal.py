@@ -4,7 +4,7 @@ import pytest
 
 from mpscale.core.case import Case, Settings
 from mpscale.core.record import Record
-from mpscale.terminal import Progress
+from mpscale.terminal import LiveLine, Progress
 
 
 def case(number, mode="fp32", repeat=0):
@@ -16,7 +16,7 @@ class Screen:
 
     def __init__(self, live):
         self.text, self.now = "", 0.0
-        self.progress = Progress(3, self.write, live, lambda: self.now)
+        self.progress = Progress(3, LiveLine(self.write, live), lambda: self.now, busy_share=0.1)
         self.progress.plan("w", 3)
 
     def write(self, text):
@@ -53,7 +53,7 @@ def test_on_a_terminal_one_line_lives_below_the_finished_ones():
 
 def test_live_line_never_wraps():
     screen = Screen(live=True)
-    screen.progress = Progress(1, screen.write, True, lambda: 0.0, columns=20)
+    screen.progress = Progress(1, LiveLine(screen.write, True, columns=20), lambda: 0.0, busy_share=0.1)
     screen.progress.started(case(0))
     assert screen.text == "\r[1/1] w fp32 seed 0"
 
