@@ -355,9 +355,7 @@ def _history_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", action="append", default=[], metavar="B", help="only this mode; repeatable")
     parser.add_argument("--quantity", choices=tuple(MEASURES), default="step_time", help="default: step_time")
     _add_output_options(parser)
-    parser.add_argument(
-        "--figure", type=Path, metavar="FILE", help="draw it, too, into a file that ends in .svg or .png"
-    )
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw it, into a file ending in .svg or .png")
 
 
 def _history(options: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ class Preset:
 PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
     {
         "smoke": Preset(
-            "seconds per case, to see that everything works; the figures mean little",
+            "seconds per case, to see that everything works (its figures mean little)",
             workloads=("mnist1d-mlp", "article-mlp"),
             seeds=1,
             timing_s=0.3,
@@ -77,7 +77,7 @@ class ProjectSettings:
     Args:
         baseline: run that a pytest run is compared with; a path is relative to the working directory.
         fail_on: gates.
-        strict: whether a gate that cannot tell fails the build, too.
+        strict: whether a gate that cannot tell also fails the build.
         threshold: smallest change of step time worth reporting, as text.
     """
 
@@ -168,7 +168,7 @@ def add_gate_options(add: Callable[..., Any], prefix: str = "") -> None:
         help="fail if a figure is worse than in the baseline: step_time>5%%, gpu_memory>3%%, host_memory>20%%, "
         "energy>10%%, overflow_rate>0.01, metric or missing; separate several by commas, or repeat the option",
     )
-    add(f"--{prefix}strict", action="store_true", default=None, help="fail if a gate cannot tell, too")
+    add(f"--{prefix}strict", action="store_true", default=None, help="also fail if a gate cannot tell")
 
 
 def folder(text: str) -> Path:
@@ -231,3 +231,8 @@ def why_not_writable(wanted: Path) -> str | None:
             with contextlib.suppress(OSError):
                 each.rmdir()
     return None
+
+
+def file_name(text: str) -> str:
+    """``text`` as the name of a file. It is UTF-8 on the disk, also where Python takes the file system for ASCII."""
+    return os.fsdecode(text.encode("utf-8"))

@@ -14,15 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from mpscale.config import file_name
 from mpscale.core.case import Case
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.mode import MODES
 from mpscale.core.record import Record, to_csv
-
-
-def file_name(text: str) -> str:
-    """Return a file name that is ``text`` in UTF-8 on disk, even if Python takes the file system for ASCII."""
-    return os.fsdecode(text.encode("utf-8"))
 
 
 class Journal:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pandas as pd
 
+from mpscale.config import file_name
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS, DTYPES, METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.record import Record, misfit
-from mpscale.core.run_folder import RunError, file_name, read_journal
+from mpscale.core.run_folder import RunError, read_journal
 from mpscale.core.trainings import Key, settle
 
 __all__ = ["Run", "RunError", "cases_frame", "read_info", "read_run", "resolve_run"]

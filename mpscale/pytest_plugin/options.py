@@ -13,7 +13,7 @@ import pytest
 
 from mpscale.config import DEFAULT_PRESET, PRESETS, Preset, add_results_option, seconds
 from mpscale.core.case import Settings
-from mpscale.core.mode import MODES, Mode, select_modes
+from mpscale.core.mode import DEFAULT_MODES, MODES, Mode, select_modes
 from mpscale.scaling.loss_scale import DynamicLossScale, StaticLossScale, parse_number
 from mpscale.terminal import as_typed
 
@@ -51,14 +51,14 @@ def _add_selection(add: Add) -> None:
         "--mp-modes",
         type=_names,
         metavar="A,B",
-        help="modes to train in (default: fp32 and the usual mixed ones): "
-        f"{', '.join(MODES)}; comparisons need fp32 among them",
+        help=f"modes to train in, out of {', '.join(MODES)}; comparisons need fp32 among them (default: "
+        f"{', '.join(DEFAULT_MODES)}, and tf32 on devices that have it)",
     )
     add(
         "--mp-seeds",
         type=_integer(1),
         metavar="N",
-        help="train each workload in each mode N times, from seeds 0 to N-1 (default: as the preset says)",
+        help="train each workload in each mode from seeds 0 to N-1 (default: as the preset says)",
     )
     add(
         "--mp-repeats",
@@ -129,16 +129,15 @@ def _add_settings(add: Add) -> None:
         type=_checked(DynamicLossScale.parse),
         default={},
         metavar="KEY=VALUE,...",
-        help="change the loss scale of mixed-dynamic and graph-rewrite (default: "
-        + ",".join(f"{name}={value:g}" for name, value in DynamicLossScale.defaults().items())
-        + ")",
+        help="arguments for the loss scale of mixed-dynamic and graph-rewrite; by default "
+        + ", ".join(f"{name}={value:.10g}" for name, value in DynamicLossScale.defaults().items()),
     )
     add(
         "--mp-jit",
         choices=("auto", "on", "off"),
         default="auto",
-        help="compile train steps with XLA (default: auto, which is on: without XLA, float16 can be many times slower "
-        "on a CPU)",
+        help="compile train steps with XLA (default: auto, which means on: without XLA, float16 can be many times "
+        "slower on a CPU)",
     )
     add(
         "--mp-timing",

@@ -128,7 +128,9 @@ def table(tmp_path, **changes):
 
 
 def test_a_table_of_two_machines_is_no_baseline(tmp_path):
-    with pytest.raises(pytest.UsageError, match=r"baseline: .*holds cases of .*Other CPU.*; compare runs of one device each"):
+    with pytest.raises(
+        pytest.UsageError, match=r"baseline: .*holds cases of .*Other CPU.*; compare runs of one device each"
+    ):
         opened(tmp_path, table(tmp_path, device_name="Other CPU"))
 
 
