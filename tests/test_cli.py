@@ -1,4 +1,4 @@
-"""The command as a user runs it, in a process of its own."""
+"""The command as a user runs it, in its own process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def mpscale(*arguments, cwd=None):
 
 @pytest.fixture
 def project(tmp_path):
-    """A folder in which a run was made."""
+    """A folder with a run in it."""
     one = record(step_time_ms_median=2.0, series_key="toy/abc/fp32/batch=1/method=1")
     write_run(tmp_path / "results", finished([one]))
     return tmp_path

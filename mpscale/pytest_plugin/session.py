@@ -116,13 +116,12 @@ class Session:
         """Choose the cases, and refuse what cannot work before anything runs."""
         if self._problem is not None:
             raise pytest.UsageError(self._problem)
-        chosen = []
-        if self._plan is not None:
-            chosen = self._plan.choose(session.items)
-        if self._plan is not None and chosen:
-            check_use(self._config, self._plan, self._results)
+        plan = self._plan
+        chosen = [] if plan is None else plan.choose(session.items)
+        if plan is not None and chosen:
+            check_use(self._config, plan, self._results)
             if self._turns is None:
-                self._check.open(self._results, self._plan.device)
+                self._check.open(self._results, plan.device)
         if self._turns is not None:
             cases = [{"id": case.id, **{name: getattr(case, name) for name in PARAMETERS}} for case in chosen]
             self._turns.plan(cases, options.longest_turn_s(self._config))
