@@ -9,7 +9,7 @@ import os
 import tempfile
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -82,25 +82,13 @@ class ProjectSettings:
     """
 
     baseline: str | None = None
-    fail_on: tuple[str, ...] = ()
+    fail_on: Sequence[str] = ()
     strict: bool = False
     threshold: str | None = None
 
-    def override(
-        self,
-        *,
-        baseline: str | None = None,
-        fail_on: Sequence[str] | None = None,
-        strict: bool | None = None,
-        threshold: str | None = None,
-    ) -> ProjectSettings:
-        """Return these settings with those of the command line above them; None leaves a setting as it is."""
-        return ProjectSettings(
-            self.baseline if baseline is None else baseline,
-            self.fail_on if fail_on is None else tuple(fail_on),
-            self.strict if strict is None else strict,
-            self.threshold if threshold is None else threshold,
-        )
+    def override(self, **given: Any) -> ProjectSettings:
+        """Return these settings with values from the command line, which win; None means not given."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
 _KINDS: dict[str, str] = {

@@ -92,55 +92,46 @@ class BaselineCheck:
         Raises:
             pytest.UsageError: the baseline cannot be used.
         """
-        if self._settings.baseline is not None:
-            try:
-                self._baseline = self._open(self._settings.baseline, results, device)
-            except ValueError as error:
-                raise pytest.UsageError(str(error)) from error
-
-    def _open(self, wanted: str, results: Path, device: Device) -> Run | None:
+        if self._settings.baseline is None:
+            return
+        from mpscale.core import runs
         from mpscale.core.columns import METHOD_VERSION
-        from mpscale.core.runs import (
-            NoRunYet,
-            RunError,
-            hardware,
-            machine,
-            machine_words,
-            read_run,
-            resolve_run,
-            same_machine,
-        )
         from mpscale.telemetry import host
 
-        self._parse()
         try:
+            self._parse()
             # Resolved now: once this run has begun, it is itself the latest.
-            baseline = read_run(resolve_run(wanted, results, self.left_out))
-            there = hardware(baseline)
-        except NoRunYet as error:
+            baseline = runs.read_run(runs.resolve_run(self._settings.baseline, results, self.left_out))
+            there = runs.hardware(baseline)
+        except runs.NoRunYet as error:
             if self._named:
-                raise ValueError(f"baseline: {error}") from error
+                raise pytest.UsageError(f"baseline: {error}") from error
             self.note = f"baseline: there is no run in {results / 'runs'} yet: not compared"
-            return None
-        except RunError as error:
-            raise ValueError(f"baseline: {error}") from error
+            return
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
+        except runs.RunError as error:
+            raise pytest.UsageError(f"baseline: {error}") from error
         if there["kind"] is None and there["name"] is None:
-            raise ValueError(f"baseline {baseline.name} does not say of which machine it is: use the original file")
-        here = machine(device.kind, device.name, {"cpu": host.cpu_facts(), "variables": os.environ})
-        if not same_machine(there, here):
-            problem = f"baseline {baseline.name} is of {machine_words(there)}, and this is {machine_words(here)}"
+            raise pytest.UsageError(
+                f"baseline {baseline.name} does not say of which machine it is: use the original file"
+            )
+        here = runs.machine(device.kind, device.name, {"cpu": host.cpu_facts(), "variables": os.environ})
+        if not runs.same_machine(there, here):
+            machines = f"{runs.machine_words(there)}, and this is {runs.machine_words(here)}"
+            problem = f"baseline {baseline.name} is of {machines}"
             if self._named:
-                raise ValueError(f"{problem}; gates judge one kind of device")
+                raise pytest.UsageError(f"{problem}; gates judge one kind of device")
             self.note = f"{problem}: not compared"
-            return None
+            return
         # Checked last: on another machine the method does not matter.
         methods = baseline.methods - {METHOD_VERSION}
         if methods:
-            raise ValueError(
+            raise pytest.UsageError(
                 f"baseline {baseline.name} was measured by method {', '.join(map(str, sorted(methods)))}, and this is "
                 f"method {METHOD_VERSION}; make a new baseline"
             )
-        return baseline
+        self._baseline = baseline
 
     def judge(self, path: Path, run_more: Callable[[list[Case]], None], settings: Settings) -> None:
         """Compare the run with the baseline. Rows that look slower are measured again; only that counts.

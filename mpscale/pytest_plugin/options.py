@@ -18,7 +18,6 @@ from mpscale.scaling.loss_scale import DynamicLossScale, StaticLossScale, parse_
 from mpscale.terminal import as_typed
 
 if TYPE_CHECKING:
-    from mpscale.core.case import StartMethod
     from mpscale.harness.run import Options
 
 T = TypeVar("T")
@@ -186,13 +185,7 @@ def _add_run_options(add: Add) -> None:
         help="how the process of a case starts: fork is quick, it copies a process that has imported TensorFlow; fresh "
         "is a new interpreter (default: auto, which is fork on a CPU and fresh on a GPU)",
     )
-    add(
-        "--mp-timeout",
-        type=seconds,
-        default=900.0,
-        metavar="SECONDS",
-        help="time limit for each case (default: 900)",
-    )
+    add("--mp-timeout", type=seconds, default=900.0, metavar="SECONDS", help="time limit for each case (default: 900)")
     add(
         "--mp-gpu-allocator",
         choices=("auto", "cuda_malloc_async", "bfc"),
@@ -220,14 +213,6 @@ def _add_run_options(add: Add) -> None:
     )
 
 
-def start_method(config: pytest.Config, on_gpu: bool) -> StartMethod:
-    """Return how workers start."""
-    chosen: StartMethod | str = config.getoption("mp_start_method")
-    if chosen == "fork" or (chosen == "auto" and not on_gpu):
-        return "fork"
-    return "fresh"
-
-
 def run_options(
     config: pytest.Config,
     results: Path,
@@ -247,7 +232,9 @@ def run_options(
     from mpscale.harness.run import Options
 
     option = config.getoption
-    method = start_method(config, on_gpu)
+    method = option("mp_start_method")
+    if method == "auto":
+        method = "fresh" if on_gpu else "fork"
     return Options(
         results=results,
         project=config.rootpath,
