@@ -1,13 +1,15 @@
-"""Presets: what a run trains where the options do not say."""
+"""Where a user's choices come from: presets, ``[tool.mpscale]``, and options that the plug-in and the command share."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import tempfile
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,50 +17,79 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """One preset. ``train_steps`` None leaves each workload its own number."""
+    """What a run does unless options say otherwise.
 
+    Args:
+        summary: one line for ``pytest --help``.
+        workloads: names of the workloads.
+        seeds: trainings of each workload in each mode.
+        timing_s: seconds of steady-state timing per case.
+        timing_blocks: minimum number of timing blocks.
+        train_steps: steps per training; None takes the workload's own number.
+        energy_s: seconds over which a GPU's energy is measured; 0 leaves it out.
+    """
+
+    summary: str
     workloads: tuple[str, ...]
     seeds: int
     timing_s: float
-    timing_blocks: int
-    train_steps: int | None
-    summary: str
+    timing_blocks: int = 50
+    train_steps: int | None = None
     energy_s: float = 10.0
 
 
 PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
     {
         "smoke": Preset(
-            ("mnist1d-mlp", "article-mlp"),
-            1,
-            0.3,
-            10,
-            100,
-            "seconds a case: shows that everything works, measures nothing well",
+            "seconds per case, to see that everything works (its figures mean little)",
+            workloads=("mnist1d-mlp", "article-mlp"),
+            seeds=1,
+            timing_s=0.3,
+            timing_blocks=10,
+            train_steps=100,
             energy_s=0.0,
         ),
         "small": Preset(
-            ("mnist1d-mlp", "mnist1d-cnn", "article-mlp"),
-            3,
-            2.0,
-            50,
-            None,
-            "the default: whole trainings, minutes on two cores",
+            "full trainings, minutes on two cores",
+            workloads=("mnist1d-mlp", "mnist1d-cnn", "article-mlp"),
+            seeds=3,
+            timing_s=2.0,
         ),
         "full": Preset(
-            ("mnist1d-mlp", "mnist1d-cnn", "mnist1d-gru", "article-mlp"),
-            5,
-            4.0,
-            50,
-            None,
-            "more seeds and a recurrent network",
+            "more seeds, longer timing and a recurrent network",
+            workloads=("mnist1d-mlp", "mnist1d-cnn", "mnist1d-gru", "article-mlp"),
+            seeds=5,
+            timing_s=4.0,
         ),
     }
 )
 DEFAULT_PRESET = "small"
 
 
-# What a project's pyproject.toml says under ``[tool.mpscale]``. The command line stands above it.
+class SettingsError(ValueError):
+    """``[tool.mpscale]`` is not valid. The message names the file and the key, and says what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectSettings:
+    """The table ``[tool.mpscale]`` of a pyproject.toml.
+
+    Args:
+        baseline: run that a pytest run is compared with; a path is relative to the working directory.
+        fail_on: gates.
+        strict: whether a gate that cannot tell also fails the build.
+        threshold: smallest change of step time worth reporting, as text.
+    """
+
+    baseline: str | None = None
+    fail_on: Sequence[str] = ()
+    strict: bool = False
+    threshold: str | None = None
+
+    def override(self, **given: Any) -> ProjectSettings:
+        """Return these settings with values from the command line, which win; None means not given."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
 
 _KINDS: dict[str, str] = {
     "baseline": "a string",
@@ -68,34 +99,13 @@ _KINDS: dict[str, str] = {
 }
 
 
-class SettingsError(ValueError):
-    """The file says something that cannot be. The message names file and key, and what is allowed."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProjectSettings:
-    """What is set, and what holds where nothing is.
-
-    Args:
-        baseline: run to compare with at the end of a pytest run; a path as seen from the current folder.
-        fail_on: gates.
-        strict: whether what could not be told fails like a gate that fired.
-        threshold: change of step time from which on it matters, as text.
-    """
-
-    baseline: str | None = None
-    fail_on: tuple[str, ...] = ()
-    strict: bool = False
-    threshold: str | None = None
-
-
-def load(folder: Path) -> ProjectSettings:
-    """The settings of the nearest pyproject.toml in ``folder`` or above it; none where it has no such table.
+def load(start: Path) -> ProjectSettings:
+    """Read the nearest pyproject.toml in ``start`` or above it. Without that file or table, return the defaults.
 
     Raises:
-        SettingsError: the file cannot be read, or a setting is unknown or of the wrong kind.
+        SettingsError: the file cannot be read, or a setting is unknown or has the wrong type.
     """
-    path = next((f / "pyproject.toml" for f in (folder, *folder.parents) if (f / "pyproject.toml").is_file()), None)
+    path = next((f / "pyproject.toml" for f in (start, *start.parents) if (f / "pyproject.toml").is_file()), None)
     if path is None:
         return ProjectSettings()
     try:
@@ -108,7 +118,7 @@ def load(folder: Path) -> ProjectSettings:
         if not _fits(key, value):
             raise SettingsError(f"{path}: {key} of [tool.mpscale] must be {_KINDS[key]}, not {value!r}")
     baseline = table.get("baseline")
-    # A path in the file goes from the folder of the file, wherever pytest is called.
+    # A path in the file is relative to the file, wherever pytest is called.
     if baseline is not None and path.parent != Path.cwd() and (path.parent / baseline).exists():
         baseline = str(path.parent / baseline)
     return ProjectSettings(
@@ -122,31 +132,71 @@ def _fits(key: str, value: Any) -> bool:
     return isinstance(value, bool) if key == "strict" else isinstance(value, str)
 
 
-# Folders that users name, and whether a run can be kept in them.
+RUN = "name of a run or its first characters, a run's folder, a cases.csv, or `latest`"
+"""Every way to name a run on the command line."""
 
-_PROBE = bytes(1 << 16)
-"""More than a file system keeps beside the name of a file: one that is full has no room for it."""
+
+def add_results_option(add: Callable[..., Any], prefix: str = "", *, default: Path | None = None) -> None:
+    """Add ``--results``; without a default it is ``results/`` in pytest's root directory."""
+    add(
+        f"--{prefix}results",
+        type=folder,
+        default=default,
+        metavar="DIR",
+        help=f"results folder (default: {default or 'results/ in the root directory of pytest'})",
+    )
+
+
+def add_gate_options(add: Callable[..., Any], prefix: str = "") -> None:
+    """Add ``--fail-on`` and ``--strict``, which stand above ``[tool.mpscale]``."""
+    add(
+        f"--{prefix}fail-on",
+        action="append",
+        metavar="GATE",
+        help="fail if a figure is worse than in the baseline: step_time>5%%, gpu_memory>3%%, host_memory>20%%, "
+        "energy>10%%, overflow_rate>0.01, metric or missing; separate several by commas, or repeat the option",
+    )
+    add(f"--{prefix}strict", action="store_true", default=None, help="also fail if a gate cannot tell")
 
 
 def folder(text: str) -> Path:
-    """The type of a command line's option that takes a folder.
+    """The type of an option that takes a folder.
 
     Raises:
-        argparse.ArgumentTypeError: it can be none.
+        argparse.ArgumentTypeError: the text cannot name one.
     """
     if not text:
         raise argparse.ArgumentTypeError("expected a folder, and nothing was given")
     try:
-        # A shell leaves ~ alone in --option=~/folder.
+        # A shell does not expand ~ in --option=~/folder.
         return Path(text).expanduser()
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} names the home of a user whom this machine does not know") from None
+        raise argparse.ArgumentTypeError(f"{text!r} names the home of a user unknown to this machine") from None
+
+
+def seconds(text: str) -> float:
+    """The type of an option that takes a time.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not a positive number.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, not {text!r}")
+    return value
+
+
+_PROBE = bytes(1 << 16)
+"""More than a file system stores beside a file's name: a full one has no room for it."""
 
 
 def why_not_writable(wanted: Path) -> str | None:
-    """Why no file can be made in the folder ``wanted``, None where one can. Leaves nothing behind.
+    """Return why no file can be made in the folder ``wanted``, or None if one can. Leaves nothing behind.
 
-    Found out by doing it: permissions say yes to root also in /proc, and tell nothing of a full file system.
+    This tries it: for root, permissions allow everything, even in /proc, and they say nothing about a full disk.
     """
     made: list[Path] = []
     try:
@@ -160,10 +210,10 @@ def why_not_writable(wanted: Path) -> str | None:
             os.fsync(file.fileno())
     except OSError as error:
         culprit = Path(error.filename) if isinstance(error.filename, str) else wanted
-        # What is in the way of a folder, and not the temporary file that could not be made in it.
+        # Name the folder or what is in its way, never the temporary file.
         place = culprit if culprit == wanted or culprit in wanted.parents else wanted
         in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
-        return f"{place}: {'something else has this name' if in_the_way else error.strerror}"
+        return f"{place}: {'it exists and is not a folder' if in_the_way else error.strerror}"
     finally:
         for each in reversed(made):
             with contextlib.suppress(OSError):

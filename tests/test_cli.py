@@ -1,4 +1,4 @@
-"""The command as a user runs it, in a process of its own."""
+"""The command as a user runs it, in its own process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def mpscale(*arguments, cwd=None):
 
 @pytest.fixture
 def project(tmp_path):
-    """A folder in which a run was made."""
+    """A folder with a run in it."""
     one = record(step_time_ms_median=2.0, series_key="toy/abc/fp32/batch=1/method=1")
     write_run(tmp_path / "results", finished([one]))
     return tmp_path
@@ -152,9 +152,3 @@ def test_history_writes_table_and_figure_where_it_is_told_to(project):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert NAME in (project / "h.md").read_text(encoding="utf-8")
     assert "line-1-1" in (project / "h.svg").read_text(encoding="utf-8")
-
-
-def test_history_offers_every_quantity():
-    from mpscale.analysis.quantities import MEASURES
-
-    assert f"{{{','.join(MEASURES)}}}" in "".join(mpscale("history", "--help").stdout.split())

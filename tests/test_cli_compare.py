@@ -1,4 +1,4 @@
-"""`mpscale compare`: runs with figures made by hand, through the command's own entry."""
+"""`mpscale compare` on runs with made-up figures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def key(mode="fp32", workload="toy", digest="sha256:1", method=METHOD_VERSION, b
 
 
 def rows(mode="fp32", ms=2.0, spread=QUIET, workload="toy", status="ok", **values):
-    """One record a process: two trainings, the rest repeats."""
+    """One record per process: two trainings, then repeats."""
     values = {"series_key": key(mode, workload), "method_version": METHOD_VERSION, "device_name": "Test CPU", **values}
     found = []
     for number, factor in enumerate(spread):
@@ -39,7 +39,7 @@ def rows(mode="fp32", ms=2.0, spread=QUIET, workload="toy", status="ok", **value
 
 @pytest.fixture
 def compare(tmp_path, capsys, monkeypatch):
-    """Runs the command on two runs or more; its exit code and what it printed."""
+    """Run the command on two or more runs; return its exit code and output."""
     monkeypatch.chdir(tmp_path)
 
     def run(before, after, *arguments, device=CPU, **info):
@@ -150,7 +150,7 @@ GATES = ("--fail-on", "step_time>5%,missing,metric")
         ),
     ],
 )
-def test_what_comes_of_two_runs(compare, before, after, arguments, code, said):
+def test_two_runs_get_verdicts_and_an_exit_code(compare, before, after, arguments, code, said):
     found, text = compare(before, after, *arguments)
     assert found == code, text
     for words in said:
@@ -183,7 +183,7 @@ def test_what_comes_of_two_runs(compare, before, after, arguments, code, said):
         pytest.param(rows(), ("--threshold", "0"), "'0' is no share", id="threshold"),
     ],
 )
-def test_bad_use_is_refused(compare, after, arguments, message):
+def test_wrong_use_is_refused(compare, after, arguments, message):
     code, text = compare(rows(), after, *arguments)
     assert code == 2
     assert message in text
@@ -201,7 +201,7 @@ def test_force_compares_what_was_measured_differently(compare):
 ON_GPU = {"device": "gpu", "device_name": "Test GPU"}
 
 
-def test_other_devices_are_laid_side_by_side_ratios_first(compare):
+def test_different_devices_are_shown_side_by_side_ratios_first(compare):
     before = [*rows(), *rows("mixed-dynamic", ms=3.0)]
     after = [
         *rows(ms=0.5, gpu_memory_nvml_peak_mib=1000.0, **ON_GPU),
@@ -232,7 +232,7 @@ def test_gates_of_the_project_that_cannot_judge_two_devices_say_so(compare, tmp_
     (tmp_path / "pyproject.toml").write_text(f'[tool.mpscale]\nfail-on = ["step_time>5%"]\nstrict = {strict}\n')
     found, text = compare(rows(), rows(**ON_GPU), device=GPU)
     assert found == code
-    assert "runs of different devices: no gate of [tool.mpscale] was judged" in text
+    assert "the runs are on different devices: no gate of [tool.mpscale] was judged" in text
 
 
 def test_a_table_of_two_devices_is_refused(compare, tmp_path):
@@ -321,7 +321,7 @@ def test_output_goes_to_a_file_and_what_fired_to_the_terminal(compare, tmp_path)
     assert "| toy" in written
 
 
-def test_settings_of_the_project_stand_below_the_command_line(compare, tmp_path):
+def test_the_command_line_overrides_settings_of_the_project(compare, tmp_path):
     (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nfail-on = ["step_time>5%"]\nstrict = true\n')
     assert compare(rows(spread=NOISY), rows(spread=NOISY))[0] == 1
     assert compare.command(BEFORE, AFTER, "--fail-on", "missing")[0] == 0
@@ -331,7 +331,7 @@ def test_settings_of_the_project_stand_below_the_command_line(compare, tmp_path)
     assert "fail-on of [tool.mpscale] must be a list of strings, not 'metric'" in text
 
 
-def test_a_cases_csv_from_elsewhere_is_as_good_as_a_run(compare, tmp_path):
+def test_a_cases_csv_from_elsewhere_can_be_compared(compare, tmp_path):
     from mpscale.report.files import rebuild
 
     compare(SAME, SAME)
@@ -376,12 +376,12 @@ def test_a_broken_or_foreign_csv_is_named_with_its_line(compare, tmp_path, text,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["one"], "compare takes two runs or more, the baseline first"),
+        (["one"], "compare needs two or more runs, the baseline first"),
         (["nowhere.csv", "nowhere.csv"], "nowhere.csv: no such file"),
         (["latest", "latest"], "there is no run in"),
     ],
 )
-def test_runs_that_are_not_there(compare, arguments, message):
+def test_missing_runs_are_named(compare, arguments, message):
     code, text = compare.command(*arguments)
     assert code == 2
     assert message in text

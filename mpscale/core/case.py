@@ -14,17 +14,6 @@ from mpscale.core.mode import Mode
 
 StartMethod = Literal["fork", "fresh"]
 
-DYNAMIC_DEFAULTS: dict[str, int | float] = {
-    "initial": 2.0**15,
-    "growth_factor": 2.0,
-    "backoff_factor": 0.5,
-    "growth_interval": 2000,
-    "hysteresis": 1,
-    "minimum": 1.0,
-    "maximum": 2.0**24,
-}
-"""The arguments of DynamicLossScale, which this side of the pipe cannot ask: it imports no TensorFlow."""
-
 
 @dataclass(frozen=True)
 class Settings:

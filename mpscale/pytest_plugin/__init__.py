@@ -1,7 +1,7 @@
-"""The pytest plug-in: options, parametrisation and the fixture ``mp_case``, for suites here and elsewhere.
+"""The pytest plug-in: options, parametrisation and the fixture ``mp_case``, for any test suite.
 
-Registered by entry point, so it is loaded by every pytest run of an environment that mpscale is installed in. Until a
-test asks for ``mp_case`` it imports and does next to nothing.
+It is registered by entry point, so every pytest run in an environment with mpscale loads it. Until a test asks for
+``mp_case`` it does, and imports, almost nothing.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mpscale.core.columns import FAILED
 from mpscale.core.mode import MODES
-from mpscale.pytest_plugin import options
-from mpscale.pytest_plugin.session import CLOCK, PARAMETERS, ReplayClock, Session
+from mpscale.pytest_plugin import baseline, options
+from mpscale.pytest_plugin.plan import CASE, CLOCK, NO_XDIST, PARAMETERS, ReplayClock
+from mpscale.pytest_plugin.session import Session
 
 if TYPE_CHECKING:
     from mpscale.core.case import Case
@@ -20,36 +22,37 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The options, all under ``--mp-``."""
-    options.add_options(parser)
+    """Add the options, all under ``--mp-``."""
+    group = parser.getgroup("mpscale", "mpscale: compare mixed precision with float32")
+    options.add_options(group.addoption)
+    baseline.add_options(group.addoption)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Checks the names that were given, and makes the session's own object."""
-    if config.getoption("mp_modes") is not None:
-        options.named_modes(config)
+    """Check the names of modes and workloads, and register the hooks of the session."""
+    options.named_modes(config)
     if config.getoption("mp_workloads") is not None:
         options.workloads(config)
     config.pluginmanager.register(Session(config), "mpscale-session")
 
 
 class MeasuredCase:
-    """What the fixture ``mp_case`` gives to a test: one case, and a way to run it."""
+    """The value of the fixture ``mp_case``: one case, and a way to run it."""
 
     def __init__(self, case: Case, session: Session, clock: ReplayClock) -> None:
         self.case = case
         self._session, self._clock = session, clock
 
     def measure(self, benchmark: Any) -> Record:
-        """Runs the case in a process of its own and hands its step times to pytest-benchmark.
+        """Run the case in a process of its own and pass its step times to pytest-benchmark.
 
-        Two tests may ask for the same case, for its speed, say, and for its accuracy: it is measured once.
+        If two tests ask for the same case, say one for its speed and one for its accuracy, it runs once.
 
         Args:
             benchmark: pytest-benchmark's fixture.
 
         Returns:
-            The case's record; it is in the journal whatever happens here.
+            The record of the case. It is in the journal in any case, even if the test is skipped or fails here.
         """
         outcome = self._session.run(self.case)
         record = outcome.record
@@ -57,11 +60,12 @@ class MeasuredCase:
         if status == "unsupported":
             pytest.skip(reason)
         if _fails(self.case, record):
-            # Used, without a figure: pytest-benchmark would warn of a fixture that was not.
+            # Used, but without a figure: pytest-benchmark warns about a fixture that was not used.
             benchmark.disabled = True
             benchmark.pedantic(lambda: None)
             tail = f"\nIts output ends with:\n{record['output_tail']}" if record["output_tail"] else ""
-            pytest.fail(self._session.printable(f"{self.case.id}: {status}: {reason}{tail}"), pytrace=False)
+            text = f"{self.case.id}: {status}: {reason}{tail}"
+            pytest.fail(self._session.output.printable(text), pytrace=False)
         benchmark.extra_info.update({name: record[name] for name in _EXTRA_INFO if record[name] is not None})
         self._clock.load(outcome.step_s)
         benchmark.pedantic(lambda: None, rounds=max(len(outcome.step_s), 1))
@@ -77,15 +81,15 @@ _EXTRA_INFO = (
 
 @pytest.fixture
 def mp_case(request: pytest.FixtureRequest, workload: str, mode: str, seed: int, repeat: int) -> MeasuredCase:
-    """One case of the run; a test that asks for it is parametrised over all of them."""
-    session = _session(request.config)
+    """One case of the run. A test that asks for it is parametrised over all cases."""
+    # The four parameters only have to be asked for; the case itself is on the test.
     if hasattr(request.config, "workerinput"):
-        pytest.fail("mpscale times training steps, and cases side by side would disturb each other: run without -n")
-    return MeasuredCase(session.cases[workload, mode, seed, repeat], session, request.node.stash[CLOCK])
+        pytest.fail(NO_XDIST)
+    return MeasuredCase(request.node.stash[CASE], _session(request.config), request.node.stash[CLOCK])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrises a test that asks for ``mp_case``."""
+    """Parametrise a test that asks for ``mp_case``."""
     if "mp_case" in metafunc.fixturenames:
         metafunc.parametrize(PARAMETERS, _session(metafunc.config).parameters())
 
@@ -97,9 +101,7 @@ def _session(config: pytest.Config) -> Session:
 
 
 def _fails(case: Case, record: Record) -> bool:
-    """Whether the case's status is a failure of the test and not a result of the trial."""
-    from mpscale.core.columns import FAILED
-
+    """Return whether a case fails its test. A rule that is on trial may diverge: that is a result."""
     if record["status"] in FAILED:
         return True
     mode = MODES[case.mode]

@@ -1,137 +1,143 @@
-"""The end of a pytest run that has a baseline: compares, measures anew what looks worse, and fails the run."""
+"""The end of a pytest run with a baseline: compare, measure again what looks slower, and fail the run."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mpscale import config as project_settings
+from mpscale import config as project
+from mpscale.core.case import Case
 
 if TYPE_CHECKING:
     from mpscale.analysis.compare import Comparison
     from mpscale.analysis.gates import Finding, Gate
-    from mpscale.core.case import Case, Settings
+    from mpscale.core.case import Settings
     from mpscale.core.device import Device
     from mpscale.core.runs import Run
-
 
 FILE = "comparison.md"
 """In the run's folder."""
 
 _NOISY = ("step_time", "energy")
-"""Quantities that chance moves from one process to the next, and that a process which only times can measure."""
+"""Quantities that differ by chance from process to process, and that a timing-only process can measure."""
+
+
+def add_options(add: Callable[..., Any]) -> None:
+    """Add the options of the comparison, which stand above ``[tool.mpscale]``."""
+    add(
+        "--mp-baseline",
+        metavar="RUN",
+        help=f"compare with this run at the end, and measure again what looks slower: {project.RUN}",
+    )
+    project.add_gate_options(add, "mp-")
 
 
 class BaselineCheck:
-    """What the options and ``[tool.mpscale]`` ask for, and what came of it.
+    """The comparison that the options and ``[tool.mpscale]`` ask for, and its result.
 
     Args:
         config: of pytest.
 
     Raises:
-        pytest.UsageError: a gate or a setting is not understood, or there are gates and no baseline.
+        pytest.UsageError: a gate or a setting is not valid, or there are gates but no baseline.
     """
 
     def __init__(self, config: pytest.Config) -> None:
         option = config.getoption
+        self._named = option("mp_baseline") is not None
+        """Whether the user chose the baseline for this very run, not in a file that people on other machines share."""
+        self._gates: list[Gate] = []
+        self._threshold: float | None = None
         try:
-            settings = project_settings.load(config.rootpath)
-            asked, texts = option("mp_baseline"), option("mp_fail_on")
-            self._wanted: str | None = asked or settings.baseline
-            self._named = asked is not None
-            self._strict = settings.strict if option("mp_strict") is None else option("mp_strict")
-            self._texts = settings.fail_on if texts is None else tuple(texts)
-            self._threshold_text = settings.threshold
-            if texts and self._wanted is None:
-                raise ValueError("--mp-fail-on has nothing to compare with: give --mp-baseline RUN")
-            self._gates: list[Gate] = []
-            self._threshold: float | None = None
-            if texts:
+            self._settings = project.load(config.rootpath).override(
+                baseline=option("mp_baseline") or None, fail_on=option("mp_fail_on"), strict=option("mp_strict")
+            )
+            if option("mp_fail_on"):
+                if self._settings.baseline is None:
+                    raise ValueError("--mp-fail-on has nothing to compare with: give --mp-baseline RUN")
                 self._parse()
         except ValueError as error:
             raise pytest.UsageError(str(error)) from error
         self._baseline: Run | None = None
         self.note: str | None = None
+        """Why no gate was judged."""
         self._unjudged = False
+        """Whether a baseline of this very machine could not be compared, whoever chose it."""
         self.left_out: list[tuple[str, str]] = []
-        """Runs that ``latest`` passed over because they cannot be read: folder and reason."""
+        """Unreadable runs that ``latest`` skipped: folder and reason."""
         self.findings: list[Finding] = []
         self.comparison: Comparison | None = None
 
     def _parse(self) -> None:
-        # Not for every pytest run in a project that has a baseline: this imports pandas.
+        # Not in every pytest run of a project that has a baseline: this import is slow.
         from mpscale.analysis.gates import parse_gates, parse_share
 
-        self._gates = parse_gates(self._texts)
-        self._threshold = None if self._threshold_text is None else parse_share(self._threshold_text)
+        self._gates = parse_gates(self._settings.fail_on)
+        threshold = self._settings.threshold
+        self._threshold = None if threshold is None else parse_share(threshold)
 
     def open(self, results: Path, device: Device) -> None:
-        """Reads the baseline before anything is run, so that one that cannot serve is known at once.
+        """Read the baseline, before anything runs.
+
+        A baseline in ``[tool.mpscale]`` that is of another machine, or is not there yet, does not stop the run.
 
         Args:
             results: the results folder.
             device: where the run will train.
 
         Raises:
-            ValueError: it cannot be read, does not say of which machine it is, or is of another method; or, if the
-                command line named it, of another machine or not there yet.
+            pytest.UsageError: the baseline cannot be used.
         """
-        if self._wanted is None:
+        if self._settings.baseline is None:
             return
+        from mpscale.core import runs
         from mpscale.core.columns import METHOD_VERSION
-        from mpscale.core.runs import (
-            NoRunYet,
-            RunError,
-            hardware,
-            machine,
-            machine_words,
-            read_run,
-            resolve_run,
-            same_machine,
-        )
         from mpscale.telemetry import host
 
-        self._parse()
         try:
-            # What `latest` means changes with the run that is about to begin.
-            baseline = read_run(resolve_run(self._wanted, results, self.left_out))
-            there = hardware(baseline)
-        except NoRunYet as error:
+            self._parse()
+            # Resolved now: once this run has begun, it is itself the latest.
+            baseline = runs.read_run(runs.resolve_run(self._settings.baseline, results, self.left_out))
+            there = runs.hardware(baseline)
+        except runs.NoRunYet as error:
             if self._named:
-                raise ValueError(f"baseline: {error}") from error
-            # `latest` in a file of settings must not keep the first run from being made.
+                raise pytest.UsageError(f"baseline: {error}") from error
             self.note = f"baseline: there is no run in {results / 'runs'} yet: not compared"
             return
-        except RunError as error:
-            raise ValueError(f"baseline: {error}") from error
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
+        except runs.RunError as error:
+            raise pytest.UsageError(f"baseline: {error}") from error
         if there["kind"] is None and there["name"] is None:
-            raise ValueError(f"baseline {baseline.name} does not say of which machine it is: take the original file")
-        here = machine(device.kind, device.name, {"cpu": host.cpu_facts(), "variables": os.environ})
-        if not same_machine(there, here):
-            problem = f"baseline {baseline.name} is of {machine_words(there)}, and this is {machine_words(here)}"
+            raise pytest.UsageError(
+                f"baseline {baseline.name} does not say of which machine it is: use the original file"
+            )
+        here = runs.machine(device.kind, device.name, {"cpu": host.cpu_facts(), "variables": os.environ})
+        if not runs.same_machine(there, here):
+            machines = f"{runs.machine_words(there)}, and this is {runs.machine_words(here)}"
+            problem = f"baseline {baseline.name} is of {machines}"
             if self._named:
-                raise ValueError(f"{problem}; gates judge one kind of device")
-            # From a file that people on other machines share: no reason not to let them run.
+                raise pytest.UsageError(f"{problem}; gates judge one kind of device")
             self.note = f"{problem}: not compared"
             return
-        # Only now: to people on another machine it is all the same by which method the baseline was measured.
+        # Checked last: on another machine the method does not matter.
         methods = baseline.methods - {METHOD_VERSION}
         if methods:
-            raise ValueError(
+            raise pytest.UsageError(
                 f"baseline {baseline.name} was measured by method {', '.join(map(str, sorted(methods)))}, and this is "
                 f"method {METHOD_VERSION}; make a new baseline"
             )
         self._baseline = baseline
 
     def judge(self, path: Path, run_more: Callable[[list[Case]], None], settings: Settings) -> None:
-        """Compares the run with the baseline; rows that look worse are measured anew before that is believed.
+        """Compare the run with the baseline. Rows that look slower are measured again; only that counts.
 
         Args:
-            path: the run's folder, still open.
+            path: the run's folder; the run is not finished yet.
             run_more: runs further cases of it.
             settings: those of the run.
         """
@@ -141,90 +147,91 @@ class BaselineCheck:
         from mpscale.analysis.gates import judge_gates
         from mpscale.core.runs import RunError, read_run
 
-        def look(run: Run, anew: Mapping[tuple[str, str], int]) -> tuple[Comparison, list[Finding]]:
-            assert self._baseline is not None
-            comparison = compare(self._baseline, run, threshold=self._threshold, floors=floors, anew=anew)
+        baseline = self._baseline
+
+        def look(run: Run, again: Mapping[tuple[str, str], int]) -> tuple[Comparison, list[Finding]]:
+            comparison = compare(baseline, run, threshold=self._threshold, floors=floors, anew=again)
             return comparison, judge_gates(comparison, self._gates) if comparison.same_device else []
 
         try:
             run = read_run(path)
-            floors = floors_for(self._baseline, run, path.parent.parent)
+            floors = floors_for(baseline, run, path.parent.parent)
             self.comparison, self.findings = look(run, {})
-            again = {f.row for f in self.findings if f.outcome == "fired" and f.gate.name in _NOISY and f.row}
-            if again:
-                first_repeats = {row: _next_repeat(run, row) for row in again}
-                run_more(_further_cases(run, first_repeats, settings))
+            slower = {f.row for f in self.findings if f.outcome == "fired" and f.gate.name in _NOISY and f.row}
+            if slower:
+                first_repeats = {row: _next_repeat(run, row) for row in slower}
+                run_more(further_cases(run, first_repeats, settings))
                 self.comparison, self.findings = look(read_run(path), first_repeats)
             if not self.comparison.same_device:
-                self.note = f"baseline {self._baseline.name} is of another machine: no gate was judged"
+                self.note = f"baseline {baseline.name} is of another machine: no gate was judged"
         except RunError as error:
             self.note = str(error)
             self.findings = []
-            # Of this very machine, so it should have been comparable: nothing was judged, whoever named the baseline.
             self._unjudged = True
 
     def write(self, path: Path) -> None:
-        """Writes the comparison into the run's folder."""
+        """Write the comparison into the run's folder."""
         if self.comparison is not None:
             from mpscale.report.comparison import render
 
-            text = f"# {path.name} against {self.comparison.baseline.name}\n\n"
-            (path / FILE).write_text(
-                text + render([self.comparison], self.findings, "markdown"), encoding="utf-8", errors="backslashreplace"
-            )
+            title = f"# {path.name} against {self.comparison.baseline.name}\n\n"
+            text = title + render([self.comparison], self.findings, "markdown")
+            (path / FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
 
     @property
     def fails(self) -> bool:
-        """Whether the run has to fail."""
+        """Whether the run fails."""
         if self.note is not None:
-            # No gate was judged. Who named the baseline for this very run counts on them.
             return (self._named or self._unjudged) and bool(self._gates)
         if not self.findings:
             return False
         from mpscale.analysis.gates import FIRED, exit_code
 
-        return exit_code(self.findings, self._strict) == FIRED
+        return exit_code(self.findings, self._settings.strict) == FIRED
 
     def lines(self) -> list[str]:
-        """What the terminal says of it."""
-        passed_over = [f"{folder} is no baseline: {reason}" for folder, reason in self.left_out]
-        if self.comparison is None and self.note is None:
-            return passed_over
-        found = [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome != "passed"]
-        passed = sum(finding.outcome == "passed" for finding in self.findings)
-        untold = sum(finding.outcome == "cannot-tell" for finding in self.findings)
+        """Return what the terminal shows of it."""
+        lines = [f"{folder} cannot be the baseline: {reason}" for folder, reason in self.left_out]
+        if self.note is not None:
+            lines.append(self.note)
+        if self.comparison is not None:
+            lines.append(f"against {self.comparison.baseline.name}:")
+        lines += [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome != "passed"]
         if self.findings:
-            found.append(f"{passed} of {len(self.findings)} gated figures passed" + _untold(untold, self._strict))
+            outcomes = [finding.outcome for finding in self.findings]
+            text = f"{outcomes.count('passed')} of {len(outcomes)} gated figures passed"
+            untold = outcomes.count("cannot-tell")
+            if untold:
+                effect = "fails the run" if self._settings.strict else "fails a run with --mp-strict only"
+                text += f"; {untold} could not be told, which {effect}"
+            lines.append(text)
         if self.comparison is not None:
             from mpscale.report.comparison import unread
 
-            found.insert(0, f"against {self.comparison.baseline.name}:")
-            found += unread([self.comparison])
-        return [*passed_over, *([self.note] if self.note else []), *found]
-
-
-def _untold(number: int, strict: bool) -> str:
-    if not number:
-        return ""
-    return f"; {number} could not be told, which {'fails the run' if strict else 'fails a run with --mp-strict only'}"
+            lines += unread([self.comparison])
+        return lines
 
 
 def _next_repeat(run: Run, row: tuple[str, str]) -> int:
     return 1 + max(int(r["repeat"]) for r in run.records if (r["workload"], r["mode"]) == row)
 
 
-def _further_cases(run: Run, first_repeats: Mapping[tuple[str, str], int], settings: Settings) -> list[Case]:
-    """Twice as many timing-only processes as each row had, the rows in turns so that a drift hits all of them.
+def further_cases(run: Run, first_repeats: Mapping[tuple[str, str], int], settings: Settings) -> list[Case]:
+    """Return the cases that measure rows again: twice as many timing-only processes as each row had.
 
-    Of a seed that was not lost: times of one that was do not count.
+    Rows are interleaved, so that a drift affects them all. Each case uses a seed whose training was not lost: the step
+    times of a lost one do not count.
+
+    Args:
+        run: the run so far.
+        first_repeats: rows, workload and mode, and the first repeat that is free in each.
+        settings: those of the run.
     """
-    from mpscale.core.case import Case
     from mpscale.core.trainings import of_good_trainings
 
-    rows = run.records
     cases: list[tuple[int, Case]] = []
     for (workload, mode), first in first_repeats.items():
-        good = of_good_trainings(row for row in rows if (row["workload"], row["mode"]) == (workload, mode))
+        good = of_good_trainings(row for row in run.records if (row["workload"], row["mode"]) == (workload, mode))
         timed = [row for row in good if row["step_time_ms_median"] is not None]
         seed = min((row["seed"] for row in timed), default=0)
         for turn in range(max(2 * len(timed), 2)):

@@ -1,179 +1,162 @@
-"""The options of the pytest plug-in, and what they come to: modes, workloads and settings of a run."""
+"""The plug-in's options, all under ``--mp-``. Each group stands above the function that makes something of it."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
-from mpscale.config import DEFAULT_PRESET, PRESETS, Preset, folder
-from mpscale.core.case import DYNAMIC_DEFAULTS, Settings
-from mpscale.core.mode import MODES, Mode, select_modes
+from mpscale.config import DEFAULT_PRESET, PRESETS, Preset, add_results_option, seconds
+from mpscale.core.case import Settings
+from mpscale.core.mode import DEFAULT_MODES, MODES, Mode, select_modes
+from mpscale.scaling.loss_scale import DynamicLossScale, StaticLossScale, parse_number
 from mpscale.terminal import as_typed
 
+if TYPE_CHECKING:
+    from mpscale.harness.run import Options
 
-def add_options(parser: pytest.Parser) -> None:
-    """Adds the options, all under ``--mp-``."""
-    group = parser.getgroup("mpscale", "mpscale: train in several precisions and measure")
-    add = group.addoption
-    presets = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
+T = TypeVar("T")
+Add = Callable[..., Any]
+
+
+def add_options(add: Add) -> None:
+    """Add the options of a run; those of the comparison at its end are in ``baseline``."""
+    _add_selection(add)
+    _add_settings(add)
+    _add_run_options(add)
+
+
+def _add_selection(add: Add) -> None:
     add(
         "--mp-preset",
-        choices=sorted(PRESETS),
+        choices=tuple(PRESETS),
         default=DEFAULT_PRESET,
-        help=f"what runs by default. {presets}",
+        help=f"what to run unless other options say so (default: {DEFAULT_PRESET}). "
+        + "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items()),
     )
     add(
         "--mp-workloads",
         type=_names,
         metavar="A,B",
-        help="workloads; `mpscale workloads` lists them; module:attribute names your own",
+        help="workloads to train (default: those of the preset); `mpscale workloads` lists them, module:attribute "
+        "names one of your own",
     )
     add(
         "--mp-modes",
         type=_names,
         metavar="A,B",
-        help=f"modes out of {', '.join(MODES)}; the comparison needs fp32 among them",
+        help=f"modes to train in, out of {', '.join(MODES)}; comparisons need fp32 among them (default: "
+        f"{', '.join(DEFAULT_MODES)}, and tf32 on devices that have it)",
     )
     add(
         "--mp-seeds",
-        type=_at_least(1),
+        type=_integer(1),
         metavar="N",
-        help="trainings of each workload in each mode, seeds 0 to N-1 (default: the preset's)",
+        help="train each workload in each mode from seeds 0 to N-1 (default: as the preset says)",
     )
     add(
         "--mp-repeats",
-        type=_at_least(0),
+        type=_integer(0),
         default=0,
         metavar="N",
-        help="further processes that only time, for narrower intervals (default: 0)",
+        help="for each workload and mode, add N processes that only measure step times, for narrower intervals "
+        "(default: 0)",
     )
-    add("--mp-steps", type=_at_least(1), metavar="N", help="steps of a training (default: the workload's)")
-    add("--mp-batch-size", type=_at_least(1), metavar="N", help="examples per step (default: the workload's)")
+
+
+def preset(config: pytest.Config) -> Preset:
+    """Return the preset of the run."""
+    return PRESETS[config.getoption("mp_preset")]
+
+
+def seeds(config: pytest.Config) -> int:
+    """Return the number of trainings of each workload in each mode."""
+    return int(config.getoption("mp_seeds") or preset(config).seeds)
+
+
+def named_modes(config: pytest.Config) -> tuple[Mode, ...] | None:
+    """Return the modes that the user named, or None."""
+    names = config.getoption("mp_modes")
+    try:
+        return select_modes(names) if names else None
+    except ValueError as error:
+        raise pytest.UsageError(f"--mp-modes: {error}") from error
+
+
+def workloads(config: pytest.Config) -> list[str]:
+    """Return the names of the workloads. The user's own are only looked up later: that takes the suite's folders."""
+    from mpscale.workloads import registry
+
+    names = list(dict.fromkeys(config.getoption("mp_workloads") or preset(config).workloads))
+    check_workloads([name for name in names if not registry.is_own(name)])
+    return names
+
+
+def check_workloads(names: Iterable[str], folders: Iterable[Path] = ()) -> None:
+    """Import workloads.
+
+    Raises:
+        pytest.UsageError: there is no such workload, or it cannot be imported.
+    """
+    from mpscale.workloads import registry
+
+    try:
+        with registry.without_gpus():
+            for name in names:
+                registry.get(name, list(folders))
+    except registry.UnknownWorkload as error:
+        raise pytest.UsageError(f"--mp-workloads: {error}") from error
+
+
+def _add_settings(add: Add) -> None:
+    add("--mp-steps", type=_integer(1), metavar="N", help="steps per training (default: the workload's own)")
+    add("--mp-batch-size", type=_integer(1), metavar="N", help="examples per step (default: the workload's own)")
     add(
         "--mp-static-scale",
-        type=_scale,
-        default=128.0,
+        type=_checked(_static_scale),
+        default=Settings.static_scale,
         metavar="S",
-        help="loss scale of mixed-static, such as 1024 or 2**24 (default: 128)",
+        help=f"loss scale of mixed-static, such as 1024 or 2**24 (default: {Settings.static_scale:g})",
     )
     add(
         "--mp-dynamic-scale",
-        type=_dynamic_scale,
+        type=_checked(DynamicLossScale.parse),
         default={},
         metavar="KEY=VALUE,...",
-        help=f"arguments of the scale of mixed-dynamic and graph-rewrite: {', '.join(DYNAMIC_DEFAULTS)}",
+        help="arguments for the loss scale of mixed-dynamic and graph-rewrite; by default "
+        + ", ".join(f"{name}={value:.10g}" for name, value in DynamicLossScale.defaults().items()),
     )
     add(
         "--mp-jit",
         choices=("auto", "on", "off"),
         default="auto",
-        help="compile train steps with XLA; auto is on, since float16 on a CPU can be many times slower without",
-    )
-    add(
-        "--mp-cores",
-        type=_cores,
-        metavar="0,2-3",
-        help="run everything on these processor cores alone (default: all that this process may use)",
-    )
-    add(
-        "--mp-start-method",
-        choices=("auto", "fork", "fresh"),
-        default="auto",
-        help="auto: children of a process that has TensorFlow imported on a CPU, fresh interpreters on a GPU",
-    )
-    add(
-        "--mp-timeout",
-        type=_positive,
-        default=900.0,
-        metavar="SECONDS",
-        help="time that one case may take (default: 900)",
+        help="compile train steps with XLA (default: auto, which means on: without XLA, float16 can be many times "
+        "slower on a CPU)",
     )
     add(
         "--mp-timing",
-        type=_positive,
+        type=seconds,
         metavar="SECONDS",
-        help="time that steady-state timing takes in each case (default: the preset's)",
+        help="how long each case measures steady-state step times (default: as the preset says)",
     )
     add(
         "--mp-energy",
         type=_energy,
         metavar="SECONDS",
-        help="time over which a GPU's energy is counted, at least 10; 0 leaves it out (default: the preset's)",
+        help="how long each case measures the energy of a GPU: at least 10, or 0 to leave it out (default: as the "
+        "preset says)",
     )
-    add(
-        "--mp-gpu-allocator",
-        choices=("auto", "cuda_malloc_async", "bfc"),
-        default="auto",
-        help="TensorFlow's allocator; auto is cuda_malloc_async, and bfc where that does not work",
-    )
-    add(
-        "--mp-gpu-retries",
-        type=_at_least(0),
-        default=2,
-        metavar="N",
-        help="how often a case is run again that was throttled, or had other processes beside it (default: 2)",
-    )
-    add(
-        "--mp-cool-down",
-        type=_positive,
-        default=60.0,
-        metavar="SECONDS",
-        help="time to wait for the GPU at most before that (default: 60)",
-    )
-    add(
-        "--mp-keep-suspect",
-        action="store_true",
-        help="do not make such a case invalid: its row keeps its status, and gpu_suspicion says why to doubt it",
-    )
-    add(
-        "--mp-results",
-        type=folder,
-        metavar="DIR",
-        help="results folder (default: results/ under pytest's root directory)",
-    )
-    add(
-        "--mp-baseline",
-        metavar="RUN",
-        help="run to compare with in the end: a name or how it begins, a folder, a cases.csv, `latest`",
-    )
-    add(
-        "--mp-fail-on",
-        action="append",
-        metavar="GATE",
-        help='fail the run, such as "step_time>5%%", "gpu_memory>3%%", "metric", "overflow_rate>0.01" or "missing"; '
-        "several with commas, or the option again. What is slower is measured anew first",
-    )
-    add("--mp-strict", action="store_true", default=None, help="what a gate could not tell fails the run too")
-
-
-def taken_for_a_place(config: pytest.Config) -> tuple[str, str] | None:
-    """An option of ours and its value, where pytest takes the value for a place of tests.
-
-    It looks for its root directory before it knows the options of plug-ins: ``--option value`` is then two arguments.
-    """
-    arguments = [str(argument) for argument in config.invocation_params.args]
-    for option, value in itertools.pairwise(arguments):
-        if option in ("--mp-results", "--mp-baseline") and Path(config.invocation_params.dir, value).exists():
-            return option, value
-    return None
-
-
-def preset(config: pytest.Config) -> Preset:
-    """The preset of the run."""
-    return PRESETS[config.getoption("mp_preset")]
 
 
 def settings(config: pytest.Config) -> Settings:
-    """What all cases of the run have in common."""
+    """Return what all cases of the run have in common."""
     option = config.getoption
-    # --benchmark-disable asks for a test of what is benchmarked: everything but the timing.
+    # --benchmark-disable asks to test what would be benchmarked: everything but the timing.
     timed = not option("benchmark_disable", False) or option("benchmark_enable", False)
     return Settings(
         jit=option("mp_jit") != "off",
@@ -187,48 +170,102 @@ def settings(config: pytest.Config) -> Settings:
     )
 
 
-def named_modes(config: pytest.Config) -> tuple[Mode, ...]:
-    """The modes that ``--mp-modes`` names."""
-    try:
-        return select_modes(config.getoption("mp_modes"))
-    except ValueError as error:
-        raise pytest.UsageError(f"--mp-modes: {error}") from error
+def _add_run_options(add: Add) -> None:
+    add_results_option(add, "mp-")
+    add(
+        "--mp-cores",
+        type=_cores,
+        metavar="0,2-3",
+        help="use only these processor cores (default: all that this process may use)",
+    )
+    add(
+        "--mp-start-method",
+        choices=("auto", "fork", "fresh"),
+        default="auto",
+        help="how the process of a case starts: fork is quick, it copies a process that has imported TensorFlow; fresh "
+        "is a new interpreter (default: auto, which is fork on a CPU and fresh on a GPU)",
+    )
+    add("--mp-timeout", type=seconds, default=900.0, metavar="SECONDS", help="time limit for each case (default: 900)")
+    add(
+        "--mp-gpu-allocator",
+        choices=("auto", "cuda_malloc_async", "bfc"),
+        default="auto",
+        help="TensorFlow's GPU memory allocator (default: auto, which is cuda_malloc_async, or bfc if that fails)",
+    )
+    add(
+        "--mp-gpu-retries",
+        type=_integer(0),
+        default=2,
+        metavar="N",
+        help="how many times to retry a case if the GPU was throttled or was used by other processes (default: 2)",
+    )
+    add(
+        "--mp-cool-down",
+        type=seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to wait at most, before such a retry, until the GPU is cool and idle (default: 60)",
+    )
+    add(
+        "--mp-keep-suspect",
+        action="store_true",
+        help="keep the status of such a case, rather than marking it invalid; its column gpu_suspicion has the reason",
+    )
 
 
-def workloads(config: pytest.Config) -> list[str]:
-    """The workloads of the run. Those of the user's own are looked for later: it takes the suite's folders."""
-    from mpscale.workloads import registry
-
-    names = list(dict.fromkeys(config.getoption("mp_workloads") or preset(config).workloads))
-    check_workloads([name for name in names if not registry.is_own(name)])
-    return names
-
-
-def workload_folders(config: pytest.Config, suite: Iterable[Path]) -> list[Path]:
-    """Where the user's own workloads are looked for, behind Python's path: the first one that has the module counts.
+def run_options(
+    config: pytest.Config,
+    results: Path,
+    on_gpu: bool,
+    selected: Mapping[str, Any],
+    interleaved: Mapping[str, Any] | None,
+) -> Options:
+    """Return how the run is made.
 
     Args:
         config: of the session.
-        suite: the files of the tests that train.
+        results: the results folder.
+        on_gpu: whether it runs on a GPU.
+        selected: workloads, modes, seeds and repeats, for run.json.
+        interleaved: the other run, if two sessions are interleaved; for run.json.
     """
-    beside = sorted({path.parent for path in suite})
-    return list(dict.fromkeys([*beside, config.invocation_params.dir, config.rootpath]))
+    from mpscale.harness.run import Options
+
+    option = config.getoption
+    method = option("mp_start_method")
+    if method == "auto":
+        method = "fresh" if on_gpu else "fork"
+    return Options(
+        results=results,
+        project=config.rootpath,
+        start_method=method,
+        timeout_s=option("mp_timeout"),
+        asked={
+            "preset": option("mp_preset"),
+            **selected,
+            "start_method": method,
+            "timeout_s": option("mp_timeout"),
+            **settings(config).to_json(),
+            "gpu_allocator": option("mp_gpu_allocator"),
+            "cores": sorted(option("mp_cores") or ()) or None,
+        },
+        gpu_allocator=option("mp_gpu_allocator"),
+        gpu_retries=option("mp_gpu_retries"),
+        cool_down_s=option("mp_cool_down"),
+        keep_suspect=option("mp_keep_suspect"),
+        interleaved=interleaved,
+    )
 
 
-def check_workloads(names: Iterable[str], folders: Sequence[Path] = ()) -> None:
-    """Imports workloads, which makes sure that they are there.
+_OVERHEAD_S = 600.0
+"""Time per turn for everything but the case: importing TensorFlow, writing reports, running other tests."""
 
-    Raises:
-        pytest.UsageError: one of them is not.
-    """
-    from mpscale.workloads import registry
 
-    try:
-        with registry.without_gpus():
-            for name in names:
-                registry.get(name, folders)
-    except registry.UnknownWorkload as error:
-        raise pytest.UsageError(f"--mp-workloads: {error}") from error
+def longest_turn_s(config: pytest.Config) -> float:
+    """Return how long a session may be silent while it has the turn."""
+    option = config.getoption
+    attempts = option("mp_gpu_retries") + 2
+    return float(attempts * (option("mp_timeout") + option("mp_cool_down")) + _OVERHEAD_S)
 
 
 def _names(text: str) -> list[str]:
@@ -238,7 +275,7 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _at_least(least: int) -> Any:
+def _integer(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -251,8 +288,36 @@ def _at_least(least: int) -> Any:
     return parse
 
 
+def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Show the message of a ValueError, which argparse would replace with its own."""
+
+    def checked(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
+
+
+def _static_scale(text: str) -> float:
+    return StaticLossScale(parse_number(text)).scale
+
+
+def _energy(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if value != 0 and not 10 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"expected 0, or a number of seconds of at least 10, which GPU sensors need, not {text!r}"
+        )
+    return value
+
+
 def _cores(text: str) -> set[int]:
-    """Numbers of cores, such as "0,2-3", each of which this process may use."""
+    """Parse numbers of cores, such as "0,2-3"; this process must be allowed to use them."""
     match = re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text.replace(" ", ""))
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     cores: set[int] = set()
@@ -263,71 +328,3 @@ def _cores(text: str) -> set[int]:
         there = ", ".join(map(str, sorted(usable))) or "none, since this system cannot tie processes to cores"
         raise argparse.ArgumentTypeError(f"expected cores such as 0,2-3 out of {there}, not {text!r}")
     return cores
-
-
-def _energy(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if seconds != 0 and not 10 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(
-            f"expected 0 or a number of seconds of at least 10, which the sensors of GPUs need, not {text!r}"
-        )
-    return seconds
-
-
-def _number(text: str) -> float:
-    power = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:\*\*|\^)\s*(-?\d+)\s*", text)
-    try:
-        return float(power[1]) ** int(power[2]) if power else float(text)
-    except (ValueError, ArithmeticError):
-        raise argparse.ArgumentTypeError(f"expected a number such as 1024 or 2**24, not {text!r}") from None
-
-
-def _positive(text: str) -> float:
-    value = _number(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
-    return value
-
-
-def _scale(text: str) -> float:
-    value = _number(text)
-    if not 0 < value <= 2.0**126:
-        raise argparse.ArgumentTypeError(f"expected a loss scale above 0 and at most 2**126, not {text!r}")
-    return value
-
-
-def _dynamic_scale(text: str) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for pair in text.split(","):
-        key, _, value = pair.partition("=")
-        key = key.strip()
-        if key not in DYNAMIC_DEFAULTS:
-            raise argparse.ArgumentTypeError(f"{key!r} is none of {', '.join(DYNAMIC_DEFAULTS)}")
-        kind = type(DYNAMIC_DEFAULTS[key])
-        number = _scale(value) if key in ("initial", "minimum", "maximum") else _positive(value)
-        if kind is int and not number.is_integer():
-            raise argparse.ArgumentTypeError(f"{key} has to be an integer, not {value!r}")
-        found[key] = kind(number)
-    _check_dynamic_scale(**{**DYNAMIC_DEFAULTS, **found})
-    return found
-
-
-def _check_dynamic_scale(
-    initial: float, minimum: float, maximum: float, growth_factor: float, backoff_factor: float, **_: float
-) -> None:
-    """Refuses, in the words of DynamicLossScale, what would else be found out by the first case that uses it."""
-    if not minimum <= initial <= maximum:
-        problem = (
-            f"the initial loss scale {initial:g} is not within minimum {minimum:g} and maximum {maximum:g}; "
-            "choose it between them or widen them"
-        )
-    elif growth_factor <= 1:
-        problem = f"growth_factor must be finite and above 1, not {growth_factor!r}"
-    elif backoff_factor >= 1:
-        problem = f"backoff_factor must be between 0 and 1, not {backoff_factor!r}"
-    else:
-        return
-    raise argparse.ArgumentTypeError(problem)

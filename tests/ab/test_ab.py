@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mpscale.cli import main
-from mpscale.terminal import Screen
+from mpscale.terminal import LiveLine, Screen
 
 CASES = [("fp32", 0), ("mixed-dynamic", 0), ("fp32", 1), ("mixed-dynamic", 1)]
 
@@ -371,7 +371,7 @@ def test_what_is_not_its_own_goes_to_pytest(tmp_path, interpreter, ab, given, pa
 
 def test_on_a_terminal_the_pair_that_runs_has_a_live_line():
     text = []
-    screen = Screen(text.append, True, lambda: 0.0, 60)
+    screen = Screen(("A", "B"), LiveLine(text.append, live=True, columns=60), lambda: 0.0)
     case = {"id": "c", "workload": "w", "mode": "fp32", "seed": 0, "repeat": 1}
     screen.plan([case])
     screen.running("B", "c")
@@ -381,7 +381,7 @@ def test_on_a_terminal_the_pair_that_runs_has_a_live_line():
     screen.end()
     shown = [line.strip() for line in "".join(text).replace("\n", "\r").split("\r") if line.strip()]
     assert shown == [
-        "1 pair of cases, in turns",
+        "1 pair of cases, interleaved",
         "[1/1] w fp32 repeat 1: B running",
         "[1/1] w fp32 repeat 1: A running, B 1.23 ms",
         "[1/1] w fp32 repeat 1: A timeout (not finished), B 1.23 ms",

@@ -1,4 +1,4 @@
-"""What the gates at the end of a pytest run make of missing evidence: what is said, and whether the run fails."""
+"""Gates at the end of a pytest run: what they say if evidence is missing, and whether the run fails."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 from support.runfolder import CPU, finished, record, write_run
 
-from mpscale import config as project_settings
+from mpscale import config
 from mpscale.core.case import Settings, series_key
 from mpscale.core.columns import METHOD_VERSION
 from mpscale.core.mode import MODES
 from mpscale.core.record import to_csv
-from mpscale.pytest_plugin.baseline import BaselineCheck, _further_cases
+from mpscale.pytest_plugin.baseline import BaselineCheck, further_cases
 from mpscale.telemetry import host
 
 BEFORE, AFTER = "20260101T000000Z-before", "20260102T000000Z-after"
@@ -21,7 +21,7 @@ QUIET = (2.0, 2.001, 2.002, 1.999, 1.998)
 
 
 def cases(values=(0.9,) * 5, times=QUIET, mode="fp32", digest="sha256:1", more=()):
-    """One training a value, a number or the status of a case that died; then timing processes of the first seed."""
+    """One training per value (a metric, or the status of a case that died), then timing-only processes of seed 0."""
     key = series_key(MODES[mode], "toy", digest, 20, 30, Settings())
     common = {"series_key": key, "method_version": METHOD_VERSION, "device_name": "Test CPU"}
     trained = []
@@ -36,7 +36,7 @@ def cases(values=(0.9,) * 5, times=QUIET, mode="fp32", digest="sha256:1", more=(
 
 
 def check(tmp_path, after, gates="metric,step_time>5%", named=True, strict=False, further=(), before=None):
-    """A check at the end of a run of the cases ``after``; ``further`` is what is measured when rows look worse."""
+    """Compare a run of the cases ``after``; ``further`` is measured for rows that look worse."""
     environment = {"device": CPU, "cpu": host.cpu_facts(), "variables": {}}
     write_run(tmp_path, finished(before or cases()), name=BEFORE, environment=environment)
     path = write_run(tmp_path, finished(after), name=AFTER, environment=environment)
@@ -78,7 +78,7 @@ def test_what_fails_a_run_and_what_is_said(tmp_path, after, outcome, said, stric
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_run_of_which_no_row_can_be_compared_fails_whoever_named_the_baseline(tmp_path, named):
+def test_a_run_without_comparable_rows_fails_whoever_named_the_baseline(tmp_path, named):
     found = check(tmp_path, cases(digest="sha256:2"), named=named)
     assert "was not measured as" in found.lines()[0]
     assert found.fails
@@ -91,7 +91,7 @@ def test_a_run_of_which_no_row_can_be_compared_fails_whoever_named_the_baseline(
         pytest.param([3 * time for time in QUIET * 2], True, id="it is slow"),
     ],
 )
-def test_rows_that_look_worse_are_judged_by_what_was_measured_anew_alone(tmp_path, further, fails):
+def test_rows_that_look_slower_are_judged_only_by_what_was_measured_again(tmp_path, further, fails):
     slow = [3 * time for time in QUIET]
     anew = cases(values=(), times=(), more=further)
     found = check(tmp_path, cases(times=slow), "step_time>5%", further=anew)
@@ -99,17 +99,17 @@ def test_rows_that_look_worse_are_judged_by_what_was_measured_anew_alone(tmp_pat
     assert "5 and 10 processes" in found.findings[0].text
 
 
-def test_what_is_measured_anew_is_of_a_seed_that_was_not_lost(tmp_path):
+def test_rows_are_measured_again_from_a_seed_that_was_not_lost(tmp_path):
     from mpscale.core.runs import read_run
 
     run = read_run(write_run(tmp_path, finished(cases((math.nan, math.nan, 0.9, 0.9, 0.9)))))
-    further = _further_cases(run, {("toy", "fp32"): 1}, Settings())
+    further = further_cases(run, {("toy", "fp32"): 1}, Settings())
     assert {(case.seed, case.trains) for case in further} == {(2, False)}
     assert len(further) == 6
 
 
 def opened(tmp_path, baseline, named=False, gates="metric"):
-    """A check whose baseline was looked at before anything runs, on a machine called Test CPU."""
+    """Open a baseline on a machine called Test CPU."""
     (tmp_path / "pyproject.toml").write_text(f'[tool.mpscale]\nbaseline = "{baseline}"\nfail-on = ["{gates}"]\n')
     options = {"mp_baseline": baseline if named else None}
     found = BaselineCheck(SimpleNamespace(getoption=options.get, rootpath=tmp_path))
@@ -118,7 +118,7 @@ def opened(tmp_path, baseline, named=False, gates="metric"):
 
 
 def table(tmp_path, **changes):
-    """A cases.csv of this machine, but for what is changed in its first row, or in all where it is None."""
+    """A cases.csv of this machine with changes in its first row, or in all rows if a change is None."""
     made = cases()
     for one in made if None in changes.values() else made[:1]:
         one.update(changes)
@@ -127,28 +127,30 @@ def table(tmp_path, **changes):
     return path
 
 
-def test_a_table_of_two_machines_is_no_baseline(tmp_path):
-    with pytest.raises(ValueError, match=r"baseline: .*holds cases of .*Other CPU.*; compare runs of one device each"):
+def test_a_table_of_two_machines_cannot_be_the_baseline(tmp_path):
+    with pytest.raises(
+        pytest.UsageError, match=r"baseline: .*holds cases of .*Other CPU.*; compare runs of one device each"
+    ):
         opened(tmp_path, table(tmp_path, device_name="Other CPU"))
 
 
-def test_a_table_that_says_of_no_machine_is_no_baseline_of_another_one(tmp_path):
-    with pytest.raises(ValueError, match="does not say of which machine it is"):
+def test_a_table_without_a_machine_cannot_be_the_baseline(tmp_path):
+    with pytest.raises(pytest.UsageError, match="does not say of which machine it is"):
         opened(tmp_path, table(tmp_path, device=None, device_name=None))
 
 
 def test_a_table_of_another_method_is_refused_before_anything_runs(tmp_path):
-    with pytest.raises(ValueError, match=rf"measured by method {METHOD_VERSION - 1}, and this is method"):
+    with pytest.raises(pytest.UsageError, match=rf"measured by method {METHOD_VERSION - 1}, and this is method"):
         opened(tmp_path, table(tmp_path, method_version=METHOD_VERSION - 1))
 
 
 @pytest.mark.parametrize("method", [METHOD_VERSION, METHOD_VERSION - 1])
 @pytest.mark.parametrize("named", [False, True])
-def test_a_baseline_of_another_machine_in_a_shared_file_lets_people_run_whatever_its_method(tmp_path, method, named):
+def test_a_baseline_of_another_machine_in_a_shared_file_does_not_stop_a_run(tmp_path, method, named):
     device = {**CPU, "name": "Another CPU"}
     write_run(tmp_path / "results", finished(cases()), name=BEFORE, device=device, method_version=method)
     if named:
-        with pytest.raises(ValueError, match="is of Another CPU"):
+        with pytest.raises(pytest.UsageError, match="is of Another CPU"):
             opened(tmp_path, BEFORE, named=True)
         return
     found = opened(tmp_path, BEFORE)
@@ -157,20 +159,20 @@ def test_a_baseline_of_another_machine_in_a_shared_file_lets_people_run_whatever
     assert not found.fails
 
 
-def test_the_latest_run_as_a_baseline_lets_the_first_one_be_made(tmp_path):
+def test_the_latest_run_as_baseline_does_not_stop_the_first_run(tmp_path):
     found = opened(tmp_path, "latest")
     assert found.lines() == [f"baseline: there is no run in {tmp_path}/results/runs yet: not compared"]
     assert not found.fails
-    with pytest.raises(ValueError, match="there is no run"):
+    with pytest.raises(pytest.UsageError, match="there is no run"):
         opened(tmp_path, "latest", named=True)
     broken = tmp_path / "results" / "runs" / BEFORE
     broken.mkdir(parents=True)
     (broken / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="none of the 1 runs"):
+    with pytest.raises(pytest.UsageError, match="none of the 1 runs"):
         opened(tmp_path, "latest")
 
 
-def test_a_path_in_pyproject_goes_from_its_folder(tmp_path, monkeypatch):
+def test_a_path_in_pyproject_is_relative_to_its_folder(tmp_path, monkeypatch):
     inner = tmp_path / "bench"
     inner.mkdir()
     (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nbaseline = "kept/table.csv"\n')
@@ -178,8 +180,8 @@ def test_a_path_in_pyproject_goes_from_its_folder(tmp_path, monkeypatch):
         (folder / "kept").mkdir()
         (folder / "kept" / "table.csv").touch()
     monkeypatch.chdir(tmp_path)
-    assert project_settings.load(tmp_path).baseline == "kept/table.csv"
+    assert config.load(tmp_path).baseline == "kept/table.csv"
     monkeypatch.chdir(inner)
-    assert project_settings.load(inner).baseline == str(tmp_path / "kept" / "table.csv")
+    assert config.load(inner).baseline == str(tmp_path / "kept" / "table.csv")
     (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nbaseline = "latest"\n')
-    assert project_settings.load(inner).baseline == "latest"
+    assert config.load(inner).baseline == "latest"

@@ -1,20 +1,24 @@
-"""The options of the plug-in that repeat what another side of the process boundary decides."""
+"""The plug-in's options: what they accept, and what they answer to the rest."""
 
 import argparse
-import dataclasses
 import os
 
 import pytest
 
-from mpscale.core.case import DYNAMIC_DEFAULTS
-from mpscale.pytest_plugin.options import _cores, _dynamic_scale
-from mpscale.scaling import DynamicLossScale
+from mpscale.pytest_plugin.options import add_options
+from mpscale.scaling import DynamicLossScale, StaticLossScale
 
 
-def test_arguments_of_the_dynamic_scale_and_their_defaults_are_its_own():
-    fields = dataclasses.fields(DynamicLossScale)
-    assert {field.name: field.default for field in fields} == DYNAMIC_DEFAULTS
-    assert all(type(field.default) is type(DYNAMIC_DEFAULTS[field.name]) for field in fields)
+def parse(option, text):
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_options(parser.add_argument)
+    return getattr(parser.parse_args([f"{option}={text}"]), option.removeprefix("--").replace("-", "_"))
+
+
+def refusal(option, text):
+    with pytest.raises(argparse.ArgumentError) as caught:
+        parse(option, text)
+    return caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -23,64 +27,64 @@ def test_arguments_of_the_dynamic_scale_and_their_defaults_are_its_own():
         ("hysteresis=2", {"hysteresis": 2}),
         ("initial=2**40, maximum=2**50", {"initial": 2.0**40, "maximum": 2.0**50}),
         ("initial=1,minimum=1,maximum=1", {"initial": 1.0, "minimum": 1.0, "maximum": 1.0}),
-        ("minimum=2**15", {"minimum": 2.0**15}),
-        ("maximum=2**126", {"maximum": 2.0**126}),
         ("growth_factor=1.001,backoff_factor=0.999", {"growth_factor": 1.001, "backoff_factor": 0.999}),
     ],
 )
-def test_dynamic_scale_on_the_command_line_is_one_that_can_be_made(text, values):
-    found = _dynamic_scale(text)
-    assert found == values
-    DynamicLossScale(**found)
+def test_dynamic_scale_is_read_from_keys_and_values(text, values):
+    assert parse("--mp-dynamic-scale", text) == values
 
 
 @pytest.mark.parametrize(
     ("text", "values"),
     [
         ("initial=2**40", {"initial": 2.0**40}),
-        ("initial=0.5", {"initial": 0.5}),
-        ("minimum=2**16", {"minimum": 2.0**16}),
         ("maximum=2**14", {"maximum": 2.0**14}),
-        ("minimum=8,initial=4,maximum=16", {"minimum": 8.0, "initial": 4.0, "maximum": 16.0}),
         ("growth_factor=1", {"growth_factor": 1.0}),
-        ("growth_factor=0.5", {"growth_factor": 0.5}),
-        ("backoff_factor=1", {"backoff_factor": 1.0}),
         ("backoff_factor=2", {"backoff_factor": 2.0}),
+        ("initial=2**127", {"initial": 2.0**127}),
+        ("minimum=0", {"minimum": 0.0}),
+        ("hysteresis=0", {"hysteresis": 0}),
+        ("hysteresis=1.5", {"hysteresis": 1.5}),
+        ("growth_interval=inf", {"growth_interval": float("inf")}),
     ],
 )
-def test_contradiction_is_refused_in_the_words_of_the_loss_scale(text, values):
-    with pytest.raises(argparse.ArgumentTypeError) as told:
-        _dynamic_scale(text)
+def test_dynamic_scale_is_refused_in_the_words_of_its_class(text, values):
     with pytest.raises(ValueError) as meant:
         DynamicLossScale(**values)
-    assert str(told.value) == str(meant.value)
+    assert refusal("--mp-dynamic-scale", text) == str(meant.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("option", "text", "message"),
     [
-        ("initial=2**127", "at most 2\\*\\*126"),
-        ("minimum=0", "above 0"),
-        ("hysteresis=0", "above 0"),
-        ("hysteresis=1.5", "hysteresis has to be an integer"),
-        ("growth_interval=inf", "above 0"),
-        ("hysteresis", "expected a number"),
-        ("start=4", "'start' is none of initial"),
+        ("--mp-dynamic-scale", "hysteresis", "expected a number such as 1024 or 2**24"),
+        ("--mp-dynamic-scale", "start=4", "'start' is none of initial"),
+        ("--mp-static-scale", "large", "expected a number such as 1024 or 2**24"),
+        ("--mp-seeds", "0", "expected an integer of at least 1"),
+        ("--mp-repeats", "some", "expected an integer of at least 0"),
+        ("--mp-timeout", "0", "expected a number of seconds above 0"),
+        ("--mp-timing", "nan", "expected a number of seconds above 0"),
+        ("--mp-energy", "5", "of at least 10"),
+        ("--mp-workloads", " , ", "expected at least one name"),
+        *[
+            ("--mp-cores", text, "expected cores such as 0,2-3 out of")
+            for text in ["0-99999", "99999", "1-0", "", "a", "0,,1", "-1", "0-"]
+        ],
     ],
 )
-def test_value_out_of_its_range_is_refused(text, message):
-    with pytest.raises(argparse.ArgumentTypeError, match=message):
-        _dynamic_scale(text)
+def test_value_that_cannot_be_is_refused(option, text, message):
+    assert message in refusal(option, text)
 
 
-@pytest.mark.parametrize("text", ["0-99999", "99999", "1-0", "", "a", "0,,1", "-1", "0-"])
-def test_cores_that_are_not_there_are_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="expected cores such as 0,2-3 out of"):
-        _cores(text)
+def test_static_scale_has_the_limits_of_its_class():
+    assert parse("--mp-static-scale", "2**24") == 2.0**24
+    with pytest.raises(ValueError) as meant:
+        StaticLossScale(2.0**127)
+    assert refusal("--mp-static-scale", "2**127") == str(meant.value)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot tie processes to cores")
 def test_cores_are_numbers_and_ranges():
     usable = sorted(os.sched_getaffinity(0))
-    assert _cores(",".join(map(str, usable))) == set(usable)
-    assert _cores(f" {usable[0]}-{usable[0]} , {usable[0]}") == {usable[0]}
+    assert parse("--mp-cores", ",".join(map(str, usable))) == set(usable)
+    assert parse("--mp-cores", f" {usable[0]}-{usable[0]} , {usable[0]}") == {usable[0]}

@@ -1,4 +1,4 @@
-"""Plug-ins of pytest that people switch off or on: a run goes on without them, or says which one it needs."""
+"""pytest plug-ins switched off: a run works without them, or says which one it needs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_without_pytest_benchmark_a_case_says_what_to_do(called, options):
     ],
     ids=" ".join,
 )
-def test_where_no_case_runs_nothing_is_missing(called, options):
+def test_if_no_case_runs_no_plug_in_is_needed(called, options):
     code, said = called(*options)
     assert code == pytest.ExitCode.OK, said
     assert "INTERNALERROR" not in said

@@ -352,7 +352,7 @@ def test_a_broken_run_is_no_baseline_and_the_one_before_it_is(run):
     result = run(lambda case, path: None, "--mp-baseline", "latest", "--mp-fail-on", "missing")
     text = result.stdout.str()
     assert result.ret == 0, text
-    assert "20990101T000000Z-cpu-0000 is no baseline: " in text
+    assert "20990101T000000Z-cpu-0000 cannot be the baseline: " in text
     assert f"against {first.name}:" in text
 
 

@@ -1,4 +1,4 @@
-"""Folders of other people's, with a suite and workloads of their own, and pytest called in them."""
+"""Other people's folders: a test suite, workloads of its own, and pytest run there."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mpscale.workloads import registry
 w = mpscale.workload("mine", data=registry.get("mnist1d-mlp").data, optimizer=lambda: None)(lambda: None)
 """
 ASCII = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-"""A terminal, and a file system, that Python takes for ASCII."""
+"""Environment variables that make Python take terminal and file system for ASCII."""
 
 
 def write(folder: Path, **files: str) -> Path:
-    """Writes files, whose names have three underscores for slashes, with .py behind each."""
+    """Write files, with .py appended to each name and three underscores standing for a slash."""
     for name, text in files.items():
         path = folder / f"{name.replace('___', '/')}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,17 +35,17 @@ def write(folder: Path, **files: str) -> Path:
 
 
 def command(*options: object) -> list[str]:
-    """Pytest as its own command has it: the folder of the call is not on Python's path."""
+    """Return a command line that acts like ``pytest``: the working directory is not on Python's path."""
     return [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *map(str, options)]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's, without what pytest has set in it."""
+    """Return the environment of this process, without what pytest has set in it."""
     return {**{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}, **variables}
 
 
 def pytest_in(folder: Path, *options: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """What pytest says when it is called in ``folder``; both outputs are in ``stdout``."""
+    """Run pytest in ``folder``; ``stdout`` of the result holds both outputs."""
     return subprocess.run(
         command(*options),
         cwd=folder,
@@ -58,17 +58,17 @@ def pytest_in(folder: Path, *options: object, **variables: str) -> subprocess.Co
 
 
 def pytest_here(folder: Path, *options: object) -> tuple[int, str]:
-    """Exit code and output of a session within this process: one that starts no worker, and asks for no GPU.
+    """Run a session in this process that starts no worker and looks for no GPU; return its exit code and output.
 
-    Not by pytester, which has modules forgotten that cannot be imported a second time, NumPy's among them.
+    Not with pytester, which forgets modules that cannot be imported a second time, such as NumPy's.
 
     Args:
-        folder: where the modules are that the session imports; they are forgotten.
+        folder: modules imported from here are forgotten afterwards.
         options: for pytest.
     """
     before = list(sys.path)
-    # Hypothesis would be imported for its summary; and pytest would collect garbage five times in the end, which takes
-    # seconds in a process with many graphs of TensorFlow.
+    # Without these, Hypothesis is imported for its summary, and pytest collects garbage five times at the end, which
+    # takes seconds in a process with many TensorFlow graphs.
     arguments = [
         "-p",
         "no:hypothesispytest",
@@ -94,13 +94,13 @@ def pytest_here(folder: Path, *options: object) -> tuple[int, str]:
 
 
 def forget(folder: Path) -> None:
-    """Has this process import the modules in ``folder`` anew when it next needs them."""
+    """Make this process import the modules in ``folder`` again when it next needs them."""
     gone = []
     for name, module in list(sys.modules.items()):
-        # Past __getattr__, upon which some modules import others.
+        # Not by getattr, which makes some modules import others.
         places = [vars(module).get("__file__"), *vars(module).get("__path__", ())]
         if any(str(place).startswith(f"{folder}/") for place in places):
             gone.append(name)
-    # Not while looking: a package without __init__.py asks for its parent.
+    # Not in the loop above: the path of a package without __init__.py looks up its parent.
     for name in gone:
         del sys.modules[name]

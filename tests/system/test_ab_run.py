@@ -131,7 +131,7 @@ def test_the_same_environment_twice_is_measured_in_turns_and_compared(suite, kno
     assert all((run.path / "report.md").is_file() for run in (a, b))
 
     assert re.search(rf"^A: .* \(Python \S+, tensorflow \S+, keras \S+, mpscale {mpscale.__version__}\)$", errors, re.M)
-    assert "2 pairs of cases, in turns" in errors
+    assert "2 pairs of cases, interleaved" in errors
     for number, name in enumerate(a.info["planned"], 1):
         assert f"[{number}/2] suite_workloads:fine {name.split('--')[1]} seed 0: A " in errors
     assert "B against A: 2 rows; step time" in output

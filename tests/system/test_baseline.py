@@ -32,7 +32,7 @@ def test_the_same_code_passes_and_leaves_the_comparison(run_suite, baseline):
 def test_more_work_in_the_step_is_measured_anew_and_fails_the_run(run_suite, baseline):
     done = run_suite(*THREE, *FP32, *GATES, f"--mp-baseline={baseline.path}", environ={"SUITE_SLOW_CASES": "999"})
     assert done.code == 1, done.output
-    assert "mpscale: slower than the baseline, measured anew in 6 further processes" in done.output
+    assert "mpscale: slower than the baseline, measured again in 6 further processes" in done.output
     assert "[9/9]" in done.output
     assert "fired: step_time>100%: suite_workloads:laboured fp32: +" in done.output
     assert "3 and 6 processes" in done.output
@@ -43,7 +43,7 @@ def test_more_work_in_the_step_is_measured_anew_and_fails_the_run(run_suite, bas
 @pytest.mark.slow
 def test_what_was_slow_by_chance_is_measured_anew_and_passes_and_a_mode_that_is_gone_does_not(run_suite, baseline):
     done = run_suite(*THREE, *FP32, *GATES, f"--mp-baseline={baseline.path}", environ={"SUITE_SLOW_CASES": "3"})
-    assert "measured anew in 6 further processes" in done.output
+    assert "measured again in 6 further processes" in done.output
     fired = [line.split(" (")[0] for line in done.output.splitlines() if line.startswith("fired:")]
     assert fired == ["fired: missing: suite_workloads:laboured mixed-dynamic: missing: no such row"]
     assert "cannot-tell: step_time>100%: suite_workloads:laboured mixed-dynamic: missing" in done.output

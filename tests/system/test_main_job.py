@@ -162,11 +162,13 @@ def test_benchmark_disable_trains_and_does_not_time(run_suite):
         pytest.param(["--mp-static-scale", "2**127"], 4, "at most 2**126", id="scale too large"),
         pytest.param(["--mp-static-scale", "big"], 4, "such as 1024 or 2**24", id="scale that is no number"),
         pytest.param(["--mp-dynamic-scale", "start=4"], 4, "'start' is none of initial", id="unknown argument"),
-        pytest.param(["--mp-dynamic-scale", "growth_interval=inf"], 4, "above 0", id="infinite interval"),
+        pytest.param(
+            ["--mp-dynamic-scale", "growth_interval=inf"], 4, "an integer of at least 1", id="infinite interval"
+        ),
         pytest.param(["--mp-dynamic-scale", "initial=2**40"], 4, "not within minimum 1 and max", id="no such range"),
         pytest.param(["--mp-results", "pytest.ini/x"], 4, "not a folder that can be written", id="results in a file"),
         pytest.param(["--mp-preset", "huge"], 4, "invalid choice: 'huge'", id="unknown preset"),
-        pytest.param([*FINE, "-n", "2"], 1, "side by side would disturb each other: run without -n", id="side by side"),
+        pytest.param([*FINE, "-n", "2"], 1, "would disturb each other: run without -n", id="side by side"),
     ],
 )
 def test_without_a_case_nothing_is_left_and_wrong_options_say_what_is_right(run_suite, options, code, said):

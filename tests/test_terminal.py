@@ -1,10 +1,11 @@
-"""What the terminal shows while a run goes on."""
+"""What the terminal shows while cases run."""
 
 import pytest
 
 from mpscale.core.case import Case, Settings
 from mpscale.core.record import Record
-from mpscale.terminal import Progress
+from mpscale.core.wire import Phase
+from mpscale.terminal import LiveLine, Progress
 
 
 def case(number, mode="fp32", repeat=0):
@@ -12,11 +13,11 @@ def case(number, mode="fp32", repeat=0):
 
 
 class Screen:
-    """Collects what is written, with a clock that the test moves."""
+    """Collect what is written, with a clock that the test sets."""
 
     def __init__(self, live):
         self.text, self.now = "", 0.0
-        self.progress = Progress(3, self.write, live, lambda: self.now)
+        self.progress = Progress(3, LiveLine(self.write, live), lambda: self.now, busy_share=0.1)
         self.progress.plan("w", 3)
 
     def write(self, text):
@@ -46,14 +47,21 @@ def test_on_a_terminal_one_line_lives_below_the_finished_ones():
     assert live[3].rstrip() == "[1/3] w fp32 seed 0: training 100/2000"
     assert last.startswith("[1/3] w fp32 seed 0: ok")
     assert screen.text.count("\n") == 1
-    # What the live line leaves behind is wiped out before the finished line is written.
+    # The live line is erased before the finished line is written.
     assert live[-1].strip() == ""
     assert len(live[-1]) >= len(live[3].rstrip())
 
 
+@pytest.mark.parametrize("phase", Phase)
+def test_every_phase_has_a_word_for_people(phase):
+    screen = Screen(live=True)
+    screen.progress.event(case(0), "phase", {"phase": phase})
+    assert screen.text.rstrip().rpartition(": ")[2]
+
+
 def test_live_line_never_wraps():
     screen = Screen(live=True)
-    screen.progress = Progress(1, screen.write, True, lambda: 0.0, columns=20)
+    screen.progress = Progress(1, LiveLine(screen.write, True, columns=20), lambda: 0.0, busy_share=0.1)
     screen.progress.started(case(0))
     assert screen.text == "\r[1/1] w fp32 seed 0"
 
@@ -73,6 +81,8 @@ def test_time_left_goes_down_to_nothing():
         ({"status": "crashed", "status_reason": "killed by SIGSEGV"}, "crashed, killed by SIGSEGV"),
         ({"status": "error", "status_reason": "a\nb"}, "error, a"),
         ({"metric_name": "mse", "metric_value": 0.25}, "ok, mse 0.25"),
+        ({"host_other_cpu_share": 0.5}, "ok, busy machine: other processes took 50 % of its CPU time"),
+        ({"host_other_cpu_share": 0.05}, "ok"),
     ],
 )
 def test_line_says_how_it_ended(values, shown):
