@@ -35,6 +35,6 @@ def test_every_path_in_the_text_exists():
 
 
 def test_the_floors_are_those_that_are_checked():
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
-    (floors,) = [contract["layers"] for contract in contracts if contract["id"] == "floors"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    (floors,) = [contract["layers"] for contract in settings["contracts"] if contract["id"] == "floors"]
     assert "\n".join(f"    {floor}" for floor in floors) in PAGE
