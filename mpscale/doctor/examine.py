@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.case import Case, Settings
-from mpscale.core.columns import COLUMNS, FAILED
+from mpscale.core.columns import COLUMNS, FAILED, Topic, measured_columns
 from mpscale.core.device import Device
 from mpscale.core.record import Record
 from mpscale.doctor import gpu, software
 from mpscale.doctor import gpu as measured
 from mpscale.doctor import gpu as precision
 from mpscale.doctor import gpu as surroundings
-from mpscale.doctor.cures import cure
 from mpscale.doctor.findings import Examination, Problem, Trained
 from mpscale.harness.run import BenchmarkRun, Options
 from mpscale.telemetry import gpu_memory, host
-from mpscale.telemetry import gpu_state as gpu_energy
 from mpscale.telemetry.client import Driver, NoDriver, SilentDriver, open_driver
 
 
@@ -78,7 +76,7 @@ def _gpu(found: Examination, device: Device, driver: Driver) -> None:
         now = driver.look(device)
     except SilentDriver as error:
         found.measured = measured.without_gpu(str(error))
-        do = cure(str(error)) or "see what nvidia-smi says"
+        do = error.reason.cure or "see what nvidia-smi says"
         found.problems.append(Problem(f"the GPU cannot be watched: {error}", do))
         return
     facts: dict[str, Any] = told["facts"]
@@ -96,7 +94,7 @@ _TIMEOUT_S = 600.0
 _SETTINGS = Settings(train_steps=2, timing_s=0.3, timing_blocks=10, energy_s=0.0)
 
 
-_ENERGY = frozenset(gpu_energy.ENERGY_COLUMNS)
+_ENERGY = frozenset(measured_columns(Topic.ENERGY))
 _SHOWN = frozenset(
     name
     for name in COLUMNS

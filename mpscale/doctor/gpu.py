@@ -7,20 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpscale.core.device import HIDDEN, Device, find_device
-from mpscale.doctor.cures import cure
+from mpscale.core.device import Device, NoSuchDevice, find_device, vendor_of
+from mpscale.core.reason import Code, Reason
 from mpscale.doctor.findings import Answer, Examination, Measured, Precision, Problem
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, NoDriver
 from mpscale.telemetry.fingerprint import VARIABLES
-from mpscale.telemetry.gpu_state import EVENT_REASONS, THROTTLED
 from mpscale.telemetry.host import busy_words
-from mpscale.telemetry.nvidia import GARBLED
+from mpscale.telemetry.readings import THROTTLING, Reading
 
 SIGNS = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
 """Files that NVIDIA's kernel module makes: one of them is there where a GPU is, whatever its library says."""
 
-_NO_GPU = ("no NVIDIA driver library", "driver is not loaded", "finds no GPU")
+_NO_GPU = (Code.NO_LIBRARY, Code.DRIVER_NOT_LOADED, Code.NO_DEVICE)
 """Reasons that a machine without a GPU gives, too."""
 _NEAR_SLOWDOWN_C = 20.0
 _HOST_NAMESPACE = "pid:[4026531836]"
@@ -40,23 +39,23 @@ def find(
     """
     try:
         device = find_device(driver.devices, environ, host.cpu())
-    except ValueError as error:
-        problem, _, do = str(error).partition("; ")
-        found.problems.append(Problem(problem, f"name one of them: {do}" if do.startswith("there is") else do))
-        return None, problem
+    except NoSuchDevice as error:
+        found.problems.append(Problem(error.reason.text, error.reason.cure or ""))
+        return None, error.reason.text
     if device.kind == "gpu":
         return device, None
     visible = environ.get("CUDA_VISIBLE_DEVICES")
-    hidden = visible is not None and visible.split(",")[0].strip() in HIDDEN
+    hidden = vendor_of(driver.devices).hides(environ)
     if driver.devices:
         names = ", ".join(gpu.name for gpu in driver.devices if gpu.parent_uuid is None)
         reason = f"CUDA_VISIBLE_DEVICES={visible!r} hides {names}"
         found.notes.append(f"{reason}: the CPU is measured")
         return device, reason
-    reason = driver.reason or "the NVIDIA driver works and finds no GPU"
-    expected = any(sign.exists() for sign in signs) or not any(words in reason for words in _NO_GPU)
+    why = driver.reason or Reason(Code.NO_DEVICE, "the NVIDIA driver works and finds no GPU")
+    reason = why.text
+    expected = any(sign.exists() for sign in signs) or why.code not in _NO_GPU
     if expected and not hidden:
-        do = cure(reason) or "see what nvidia-smi says"
+        do = why.cure or "see what nvidia-smi says"
         found.problems.append(
             Problem(
                 f"NVIDIA's driver is on this machine, but no GPU can be used: {reason}",
@@ -77,7 +76,7 @@ def examine(found: Examination, device: Device, facts: Mapping[str, Any], now: M
     """
     if now["lost"]:
         reason = "the GPU is lost: it fell off the bus or was reset"
-        found.problems.append(Problem(reason, cure(reason) or "reboot"))
+        found.problems.append(Problem(reason, "reset the GPU with nvidia-smi --gpu-reset, or reboot"))
     if now["processes"]:
         others = _number(now["processes"], "process", "processes")
         found.problems.append(
@@ -132,9 +131,9 @@ def _state(facts: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     temperature, slowdown = now["temperature_c"], facts["slowdown_c"]
     if None not in (temperature, slowdown) and temperature > slowdown - _NEAR_SLOWDOWN_C:
         notes.append(f"the GPU has {temperature:g} °C and slows down from {slowdown:g} °C on: let it cool first")
-    bits = (now["event_reasons"] or 0) & THROTTLED
-    if bits:
-        names = ", ".join(name for bit, name in EVENT_REASONS.items() if bits & bit)
+    events = [event for event in now["clock_events"] if event in THROTTLING]
+    if events:
+        names = ", ".join(events)
         notes.append(f"the GPU's clocks are held down just now ({names}): rows would be invalid while they are")
     return notes
 
@@ -270,12 +269,10 @@ def _without_tensor_cores(device: Device) -> bool:
 
 # Which figures of a run will be there, by which way, and why not.
 
-_POWER = {"instant": "of this moment", "nvmlDeviceGetPowerUsage": "mean of up to a second"}
-_COUNTER = {"nvmlDeviceGetTotalEnergyConsumption": "counter", "field 83": "counter (field 83)"}
 _PLAIN = (
-    ("temperature", "temperature_c"),
-    ("throttling", "event_reasons"),
-    ("utilisation", "utilization"),
+    ("temperature", Reading.TEMPERATURE),
+    ("throttling", Reading.CLOCK_EVENTS),
+    ("utilisation", Reading.UTILIZATION),
 )
 _GPU_FIGURES = ("peak GPU memory", "reserved memory", "energy", "power", "clocks", *(name for name, _ in _PLAIN))
 
@@ -301,7 +298,7 @@ def measured_on_gpu(told: Mapping[str, Any]) -> list[Measured]:
         _memory(ways, reasons),
         _reserved(ways, reasons),
         _energy(ways, reasons),
-        _reading("power", "power_mw", ways, reasons, _POWER),
+        _reading("power", Reading.POWER, ways, reasons),
         _clocks(ways, reasons),
         *(_reading(name, reading, ways, reasons) for name, reading in _PLAIN),
         *_of_the_training(),
@@ -335,39 +332,33 @@ def _of_the_training() -> list[Measured]:
     ]
 
 
-def _memory(ways: Mapping[str, str], reasons: Mapping[str, str]) -> Measured:
+def _memory(ways: Mapping[str, str], reasons: Mapping[str, Reason]) -> Measured:
     """The driver's list of processes is the headline, and the rise of the whole GPU's memory its stand-in."""
     name = "peak GPU memory"
-    listed = "Compute" in ways and reasons.get("Compute") != GARBLED
-    if listed:
+    if Reading.PROCESSES in ways:
         return Measured(name, "yes", "process: the driver's list of processes")
-    why = reasons.get("Compute", "the driver gives no list of processes")
-    if "memory" in ways:
-        return Measured(name, "in part", "device-minus-idle: right while nobody else uses the GPU", why, cure(why))
+    why = reasons.get(Reading.PROCESSES) or Reason(Code.NOT_TOLD, "the driver gives no list of processes")
+    if Reading.MEMORY in ways:
+        return Measured(name, "in part", "device-minus-idle: right while nobody else uses the GPU", why.text, why.cure)
     return _missing(name, why)
 
 
-def _reserved(ways: Mapping[str, str], reasons: Mapping[str, str]) -> Measured:
-    name, way = "reserved memory", ways.get("memory")
-    if way is None:
-        return _missing(name, reasons.get("memory"))
-    if way != "nvmlDeviceGetMemoryInfo":
-        return Measured(name, "yes", way)
-    why = "the installed NVIDIA driver is too old to tell reserved memory apart"
-    return _missing(name, why)
+def _reserved(ways: Mapping[str, str], reasons: Mapping[str, Reason]) -> Measured:
+    return _reading("reserved memory", Reading.RESERVED_MEMORY, ways, reasons)
 
 
-def _energy(ways: Mapping[str, str], reasons: Mapping[str, str]) -> Measured:
+def _energy(ways: Mapping[str, str], reasons: Mapping[str, Reason]) -> Measured:
     name = "energy"
-    if "energy_mj" in ways:
-        return Measured(name, "yes", _COUNTER.get(ways["energy_mj"], ways["energy_mj"]))
-    why = reasons.get("energy_mj")
-    if "power_mw" not in ways:
+    if Reading.ENERGY in ways:
+        return Measured(name, "yes", ways[Reading.ENERGY])
+    why = reasons.get(Reading.ENERGY)
+    if Reading.POWER not in ways:
         return _missing(name, why)
-    return Measured(name, "in part", "power: its integral over the timed steps", f"no counter: {why}", cure(why))
+    do = None if why is None else why.cure
+    return Measured(name, "in part", "power: its integral over the timed steps", f"no counter: {why}", do)
 
 
-def _clocks(ways: Mapping[str, str], reasons: Mapping[str, str]) -> Measured:
+def _clocks(ways: Mapping[str, str], reasons: Mapping[str, Reason]) -> Measured:
     parts = [_reading(word, f"{word}_clock_mhz", ways, reasons) for word in ("sm", "memory")]
     there = [part for part in parts if part.answer == "yes"]
     if len(there) == len(parts):
@@ -382,13 +373,13 @@ def _reading(
     name: str,
     reading: str,
     ways: Mapping[str, str],
-    reasons: Mapping[str, str],
-    words: Mapping[str, str] | None = None,
+    reasons: Mapping[str, Reason],
 ) -> Measured:
     if reading not in ways:
         return _missing(name, reasons.get(reading))
-    return Measured(name, "yes", (words or {}).get(ways[reading], ways[reading]))
+    return Measured(name, "yes", ways[reading])
 
 
-def _missing(name: str, reason: str | None) -> Measured:
-    return Measured(name, "no", reason=reason or "NVML does not tell", do=cure(reason))
+def _missing(name: str, reason: Reason | None) -> Measured:
+    reason = reason or Reason(Code.NOT_TOLD, "the driver does not tell")
+    return Measured(name, "no", reason=reason.text, do=reason.cure)
