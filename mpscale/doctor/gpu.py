@@ -66,7 +66,7 @@ def check_gpu(device: Device, facts: Mapping[str, Any], now: Mapping[str, Any]) 
         now: its state, from :meth:`Driver.look`.
     """
     if now["lost"]:
-        yield Reason(Code.GPU_LOST, "the GPU is lost: it fell off the bus or was reset", "reset the GPU, or reboot")
+        yield Reason(Code.GPU_LOST, "the GPU stopped answering just now", "reset it (nvidia-smi --gpu-reset), or reboot")
     if now["processes"]:
         yield Reason(
             Code.BUSY,
@@ -190,10 +190,10 @@ def figures_of_gpu(ways: Mapping[str, str], reasons: Mapping[str, Reason]) -> li
         reason = energy.reason.worded(f"no counter: {energy.reason}")
         figures["energy"] = Figure("energy", "in part", "power: its integral over the timed steps", reason)
     memory_clock = _figure("clocks", Reading.MEMORY_CLOCK, ways, reasons)
-    if clocks.answer != memory_clock.answer:
-        name, reason = ("sm", clocks.reason) if clocks.reason is not None else ("memory", memory_clock.reason)
-        reason = reason and reason.worded(f"not of {name}: {reason}")
-        figures["clocks"] = Figure("clocks", "in part", clocks.way or memory_clock.way, reason)
+    for name, missing, known in (("sm", clocks, memory_clock), ("memory", memory_clock, clocks)):
+        if missing.reason is not None and known.reason is None:
+            reason = missing.reason.worded(f"not of {name}: {missing.reason}")
+            figures["clocks"] = replace(known, answer="in part", reason=reason)
     return _with_the_others(list(figures.values()))
 
 
