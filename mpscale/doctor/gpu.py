@@ -66,7 +66,9 @@ def check_gpu(device: Device, facts: Mapping[str, Any], now: Mapping[str, Any]) 
         now: its state, from :meth:`Driver.look`.
     """
     if now["lost"]:
-        yield Reason(Code.GPU_LOST, "the GPU stopped answering just now", "reset it (nvidia-smi --gpu-reset), or reboot")
+        yield Reason(
+            Code.GPU_LOST, "the GPU stopped answering just now", "reset it with nvidia-smi --gpu-reset, or reboot"
+        )
     if now["processes"]:
         yield Reason(
             Code.BUSY,
