@@ -17,7 +17,7 @@ from support.runfolder import CPU, GPU, finished, record, write_run
 
 from mpscale import config as project_settings
 from mpscale.analysis.gates import parse_gates, parse_share
-from mpscale.core.device import find_device
+from mpscale.core.device import NVIDIA, find_device
 from mpscale.telemetry import host
 from mpscale.telemetry.client import NoDriver
 from mpscale.telemetry.fingerprint import environment
@@ -318,7 +318,7 @@ def test_pytest_says_which_run_serves_as_baseline_without_measuring(runs, tmp_pa
     refused = collect(runs["old", "gpu"])
     assert refused.returncode != 0
     assert re.search(rf"^ERROR: .*{runs['old', 'gpu'].name} is of Test GPU", refused.stdout + refused.stderr, re.M)
-    no_driver = NoDriver("not looked for")
+    no_driver = NoDriver(NVIDIA.no_library)
     device = find_device(no_driver.devices, {}, host.cpu())
     here = environment(device, no_driver, ROOT)
     served = collect(write_run(tmp_path, finished(series("fp32", 2.0)), device=device.to_json(), environment=here))

@@ -12,7 +12,7 @@ from typing import Any
 
 from mpscale.core.case import Case, Settings
 from mpscale.core.columns import COLUMNS, FAILED, Topic, measured_columns
-from mpscale.core.device import Device, NoSuchDevice, find_device
+from mpscale.core.device import NVIDIA, Device, NoSuchDevice, find_device, vendor_of
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
 from mpscale.doctor import gpu, precision, software
@@ -161,7 +161,8 @@ def _examine_gpu(found: Examination, device: Device, driver: Driver) -> None:
     """Add what a GPU tells; its figures stay empty if the driver has stopped answering."""
     found.device = device.to_json()
     found.precision = precision.of_gpu(device)
-    found.add(software.check_cuda(device, driver.cuda_version))
+    if vendor_of([device]) is NVIDIA:
+        found.add(software.check_cuda(device, driver.cuda_version))
     try:
         told = driver.facts(device)
         now = driver.look(device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpscale.core.device import Device, vendor_of
+from mpscale.core.device import NVIDIA, Device, vendor_of
 from mpscale.core.reason import Code, Reason
 from mpscale.doctor.precision import Answer
 from mpscale.telemetry import host
@@ -20,6 +20,7 @@ SIGNS = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
 
 _NORMAL_WITHOUT_GPU = (Code.NO_LIBRARY, Code.DRIVER_NOT_LOADED, Code.NO_DEVICE)
 _NEAR_SLOWDOWN_C = 20.0
+_PID_NAMESPACE = Path("/proc/self/ns/pid")
 _HOST_NAMESPACE = "pid:[4026531836]"
 """The first PID namespace of every Linux has this number (PROC_PID_INIT_INO)."""
 
@@ -45,15 +46,14 @@ def check_absence(why: Reason, environ: Mapping[str, str], signs: Sequence[Path]
         signs: files that exist while NVIDIA's driver is loaded.
     """
     if why.code is Code.HIDDEN:
-        yield f"{why}: the CPU is measured"
+        yield f"{why}, so the CPU is measured"
         return
-    vendor = vendor_of([])
     has_gpu = why.code not in _NORMAL_WITHOUT_GPU or any(sign.exists() for sign in signs)
-    if has_gpu and not vendor.hides(environ):
+    if has_gpu and not NVIDIA.hides(environ):
         yield replace(
             why,
-            text=f"{vendor.name}'s driver is on this machine, but no GPU can be used: {why}",
-            cure=f"{why.cure or 'see what nvidia-smi says'}; or measure the CPU with {vendor.visible}=-1",
+            text=f"NVIDIA's driver is on this machine, but no GPU can be used: {why}",
+            cure=f"{why.cure or 'see what nvidia-smi says'}; or measure the CPU with {NVIDIA.visible}=-1",
         )
 
 
@@ -81,18 +81,6 @@ def check_gpu(device: Device, facts: Mapping[str, Any], now: Mapping[str, Any]) 
     yield from _state(facts, now)
 
 
-def in_namespace(link: Path = Path("/proc/self/ns/pid")) -> bool:
-    """Whether this process has its own PID namespace, as in most containers.
-
-    Args:
-        link: names the namespace.
-    """
-    try:
-        return str(link.readlink()) != _HOST_NAMESPACE
-    except OSError:
-        return False
-
-
 def _settings(device: Device, facts: Mapping[str, Any]) -> Iterator[str]:
     if facts["persistence"] is False:
         yield (
@@ -104,7 +92,7 @@ def _settings(device: Device, facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"the power limit is {limit:g} W, below the default of {default:g} W: steps may be slower than elsewhere"
     if device.parent_uuid is not None:
         yield "a MIG instance: what the driver tells only of the whole GPU is left empty, since others share it"
-    if in_namespace():
+    if _has_own_namespace():
         yield (
             "this process has its own PID namespace. If the driver lists processes by the host's numbers, peak memory "
             "is the rise of the whole GPU's, which is right as long as nobody else uses it"
@@ -120,6 +108,14 @@ def _state(facts: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     events = [event for event in now["clock_events"] if event in THROTTLING]
     if events:
         yield f"the GPU is throttled just now ({', '.join(events)}): rows would be invalid meanwhile"
+
+
+def _has_own_namespace() -> bool:
+    """Whether this process has its own PID namespace, as in most containers."""
+    try:
+        return str(_PID_NAMESPACE.readlink()) != _HOST_NAMESPACE
+    except OSError:
+        return False
 
 
 def _others(count: int) -> str:
