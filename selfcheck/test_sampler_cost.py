@@ -52,7 +52,7 @@ def test_sampler_cost(cores, request, tmp_path, capsys):
             script.process("compute", contestant.pid, 500)
             if cores == "one":
                 os.sched_setaffinity(driver.pid, set(allowed) - used)
-            driver.start(driver.devices[0], contestant.pid, tmp_path / "samples.csv", time.monotonic())
+            driver.start(driver.devices[0], contestant.pid, tmp_path / "samples.jsonl", time.monotonic())
             for how, phase in PHASES.items():
                 driver.mark(phase)
                 shares[how].append(core_share(driver.pid))

@@ -44,6 +44,15 @@ DTYPES: dict[Kind, str] = {
 """The pandas dtype of each kind: one that knows the unknown."""
 
 
+class Source(StrEnum):
+    """Which process finds out the value of a column."""
+
+    WORKER = "worker"
+    MONITOR = "monitor"
+    """From the GPU's driver."""
+    SESSION = "session"
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One column of cases.csv.
@@ -58,6 +67,8 @@ class Column:
     made: str
     empty: str = "never"
     measured: bool = False
+    source: Source | None = None
+    """None: that of its section."""
 
 
 class Topic(StrEnum):
@@ -84,14 +95,15 @@ class Section:
     topic: Topic
     title: str
     columns: tuple[Column, ...]
+    source: Source = Source.WORKER
 
 
 def _known(name: str, kind: Kind, unit: str, made: str, empty: str = "never") -> Column:
     return Column(name, kind, unit, made, empty)
 
 
-def _measured(name: str, kind: Kind, unit: str, made: str, empty: str) -> Column:
-    return Column(name, kind, unit, made, empty, measured=True)
+def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, source: Source | None = None) -> Column:
+    return Column(name, kind, unit, made, empty, measured=True, source=source)
 
 
 # fmt: off
@@ -231,6 +243,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("host_steal_share", "float", "share", "share of all processors' time that the hypervisor gave to other machines meanwhile", "as above"),
             _measured("host_clock_mhz", "float", "MHz", "mean clock of the processors at the end of the timing; a snapshot", _NO_TIMING + "; or the host does not tell"),
         ),
+        Source.SESSION,
     ),
     Section(
         Topic.MEMORY,
@@ -243,13 +256,14 @@ SECTIONS: tuple[Section, ...] = (
             _measured("gpu_memory_idle_mib", "float", "MiB", "memory in use on the whole GPU before the process touched it", _NO_NVML),
             _measured("gpu_memory_context_mib", "float", "MiB", "memory that the process held once CUDA's context was there and nothing else, by the headline's method", _NO_NVML),
             _measured("gpu_memory_reserved_mib", "float", "MiB", "memory that the driver keeps for itself; in none of the others", "the driver does not tell it apart; " + _NO_NVML),
-            _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process", "on a CPU, where TensorFlow returns zeros, or not reached"),
-            _measured("gpu_memory_allocator_timed_peak_mib", "float", "MiB", "peak of TensorFlow's allocator while steps were timed", "as above, or timing was off"),
+            _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process", "on a CPU, where TensorFlow returns zeros, or not reached", Source.WORKER),
+            _measured("gpu_memory_allocator_timed_peak_mib", "float", "MiB", "peak of TensorFlow's allocator while steps were timed", "as above, or timing was off", Source.WORKER),
             _measured("gpu_memory_unexplained_mib", "float", "MiB", "headline less context less the allocator's peak: pools that hold more than is used, libraries, compiled programs; may be negative, since the peaks need not fall together", "one of the three is unknown"),
             _measured("gpu_sample_interval_ms", "float", "ms", "mean time between two looks at the GPU's memory, outside the timed blocks", _NO_NVML),
             _measured("gpu_sample_gap_ms", "float", "ms", "longest time between two, outside the timed blocks, where it is 500 ms: a peak shorter than this may have gone unseen", _NO_NVML),
-            _measured("host_memory_peak_mib", "float", "MiB", "largest resident memory of the process (VmHWM), compiler included; on a CPU it measures the compiler more than the model", "the process ended too early to be read"),
+            _measured("host_memory_peak_mib", "float", "MiB", "largest resident memory of the process (VmHWM), compiler included; on a CPU it measures the compiler more than the model", "the process ended too early to be read", Source.SESSION),
         ),
+        Source.MONITOR,
     ),
     Section(
         Topic.ENERGY,
@@ -267,6 +281,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("gpu_power_source", "str", "", "`instant`, or `mean of up to a second`: what NVML's power readings are", _NO_NVML),
             _measured("gpu_idle_power_w", "float", "W", "mean power in the last 2 s before the process touched the GPU", _NO_NVML),
         ),
+        Source.MONITOR,
     ),
     Section(
         Topic.GPU_STATE,
@@ -283,6 +298,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("gpu_graphics_processes", "int", "", "other processes that drew with it", _NO_NVML),
             _known("gpu_suspicion", "str", "", "why the figures of this case must not be used: throttled, hot, a falling clock, other processes, changed settings. Status `invalid`, but with `--mp-keep-suspect`", "nothing speaks against them, or no GPU"),
         ),
+        Source.MONITOR,
     ),
     Section(
         Topic.MISSING,
@@ -297,9 +313,15 @@ SECTIONS: tuple[Section, ...] = (
 COLUMNS: dict[str, Column] = {column.name: column for section in SECTIONS for column in section.columns}
 
 
-def measured_columns(topic: Topic) -> tuple[str, ...]:
-    """Names of the measured columns about ``topic``."""
-    return tuple(c.name for section in SECTIONS if section.topic is topic for c in section.columns if c.measured)
+def measured_columns(topic: Topic | None = None, source: Source | None = None) -> tuple[str, ...]:
+    """Names of the measured columns about ``topic`` that ``source`` finds out; None stands for all."""
+    return tuple(
+        column.name
+        for section in SECTIONS
+        if topic in (None, section.topic)
+        for column in section.columns
+        if column.measured and source in (None, column.source or section.source)
+    )
 
 
 # fmt: off

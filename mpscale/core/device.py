@@ -1,4 +1,4 @@
-"""The device that a run trains on, as far as it can be known without TensorFlow."""
+"""The device that a run trains on, as far as it is known without TensorFlow."""
 
 from __future__ import annotations
 
@@ -7,21 +7,69 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-HIDDEN = ("", "-1", "NoDevFiles")
-"""Values of CUDA_VISIBLE_DEVICES that hide every GPU; Slurm writes the last one for a job without GPUs."""
+from mpscale.core.reason import Code, Reason
 
 STAND_IN = "mpscale stand-in"
-"""How the name of a GPU begins that exists in tests alone: NVML's figures are scripted, and the CPU trains."""
+"""Prefix of the names of simulated GPUs in tests: the driver's figures are scripted, and the CPU trains."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vendor:
+    """A maker of GPUs: what has to be known before the driver is asked, and if there is none.
+
+    Args:
+        name: as in messages.
+        backend: the module that talks to the driver; it has a function ``open_backend``.
+        library: file name of the driver's management library.
+        visible: the environment variable that selects or hides GPUs.
+        hiding: first entries of that variable that hide every GPU.
+        cure: what to do if the library is missing.
+    """
+
+    name: str
+    backend: str
+    library: str
+    visible: str
+    hiding: tuple[str, ...]
+    cure: str
+
+    @property
+    def no_library(self) -> Reason:
+        """The reason for no figures if the library cannot be found."""
+        return Reason(Code.NO_LIBRARY, f"no {self.name} driver library ({self.library}) on this machine", self.cure)
+
+    def selected(self, environ: Mapping[str, str]) -> str | None:
+        """The first GPU that the variable names, None if it is not set."""
+        value = environ.get(self.visible)
+        return None if value is None else value.split(",")[0].strip()
+
+    def hides(self, environ: Mapping[str, str]) -> bool:
+        """Whether the variable hides every GPU."""
+        return self.selected(environ) in self.hiding
+
+
+NVIDIA = Vendor(
+    name="NVIDIA",
+    backend="mpscale.telemetry.nvidia",
+    library="libnvidia-ml.so.1",
+    visible="CUDA_VISIBLE_DEVICES",
+    hiding=("", "-1", "NoDevFiles"),  # Slurm writes the last one for a job without GPUs.
+    cure="install the driver's library libnvidia-ml.so.1; start a container with --gpus all and "
+    "NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+)
+
+VENDORS = {vendor.name: vendor for vendor in (NVIDIA,)}
+"""Every vendor whose GPUs can be watched. A new one needs an entry here and its backend module."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device.
+    """A CPU or GPU.
 
-    ``uuid`` is NVML's full UUID (``GPU-...``, or ``MIG-...`` for a MIG instance), ``compute_capability`` its
-    ``(major, minor)`` and ``pci_bus_id`` NVML's; all are None on a CPU. ``memory_mib`` is the GPU's total memory, or
-    the host's on a CPU. ``mig`` says that the GPU is divided into MIG instances, and ``parent_uuid`` of an instance
-    which GPU it is a part of.
+    ``uuid`` is the driver's full UUID (``GPU-...``, or ``MIG-...`` for a MIG instance), ``compute_capability`` CUDA's
+    ``(major, minor)``; they and ``pci_bus_id`` are None on a CPU. ``memory_mib`` is the total memory of the GPU, or of
+    the host on a CPU. ``mig`` is set for a GPU that is divided into MIG instances; for an instance, ``parent_uuid``
+    names its GPU. ``vendor`` is a key of :data:`VENDORS`, None on a CPU.
     """
 
     kind: Literal["cpu", "gpu"]
@@ -32,6 +80,7 @@ class Device:
     pci_bus_id: str | None = None
     mig: bool = False
     parent_uuid: str | None = None
+    vendor: str | None = None
 
     @property
     def has_tf32(self) -> bool:
@@ -40,16 +89,17 @@ class Device:
 
     @property
     def is_stand_in(self) -> bool:
-        """Whether it is a GPU of the tests, in whose place the CPU trains."""
+        """Whether it is a simulated GPU of the tests; the CPU trains in its place."""
         return self.kind == "gpu" and self.name.startswith(STAND_IN)
 
     def part_of(self, gpu: Device) -> Device:
-        """This MIG instance with what it has from its GPU."""
+        """Return this MIG instance with the properties that it shares with its GPU."""
         return dataclasses.replace(
             self,
             compute_capability=gpu.compute_capability,
             pci_bus_id=gpu.pci_bus_id,
             parent_uuid=gpu.uuid,
+            vendor=gpu.vendor,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -63,46 +113,64 @@ class Device:
         return cls(**{**values, "compute_capability": tuple(capability) if capability else None})
 
 
-def find_device(devices: Sequence[Device], environ: Mapping[str, str], cpu: Device) -> Device:
-    """The device that a run uses: the first GPU that ``CUDA_VISIBLE_DEVICES`` names, else the CPU.
-
-    An index counts in NVML's order, that of the PCI bus: workers run with ``CUDA_DEVICE_ORDER=PCI_BUS_ID``. Of a GPU
-    that is divided into MIG instances CUDA uses the first instance, unless another is named by its UUID. Where NVML
-    knows no GPU, the device is the CPU whatever the variable says.
+class NoSuchDevice(ValueError):
+    """The environment selects no usable GPU.
 
     Args:
-        devices: the GPUs there are, each followed by its MIG instances.
+        text: what is wrong.
+        cure: what to do about it.
+    """
+
+    def __init__(self, text: str, cure: str) -> None:
+        super().__init__(f"{text}; {cure}")
+        self.reason = Reason(Code.NO_DEVICE, text, cure)
+
+
+def vendor_of(devices: Sequence[Device]) -> Vendor:
+    """The vendor of the first device; NVIDIA if there is none or it does not say."""
+    return VENDORS.get(devices[0].vendor or "", NVIDIA) if devices else NVIDIA
+
+
+def find_device(devices: Sequence[Device], environ: Mapping[str, str], cpu: Device) -> Device:
+    """Return the device that a run uses: the first GPU selected by the vendor's variable, else the CPU.
+
+    An index counts in the driver's order, which is that of the PCI bus: workers run with
+    ``CUDA_DEVICE_ORDER=PCI_BUS_ID``. CUDA uses the first instance of a GPU in MIG mode, unless another is named by its
+    UUID. Without a GPU that the driver knows, the device is the CPU whatever the variable says.
+
+    Args:
+        devices: the GPUs, each followed by its MIG instances.
         environ: the environment to look in, such as ``os.environ``.
-        cpu: this machine's processor, which is the device if no GPU is.
+        cpu: this machine's processor.
 
     Raises:
-        ValueError: the variable names no GPU of this machine, or several; the GPU has no UUID; or it is in MIG mode and
-            has no instance.
+        NoSuchDevice: the variable matches no GPU or several; the GPU has no UUID; or it is in MIG mode and has no
+            instance.
     """
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    entry = None if visible is None else visible.split(",")[0].strip()
-    if entry in HIDDEN or not devices:
+    vendor = vendor_of(devices)
+    if not devices or vendor.hides(environ):
         return cpu
+    entry = vendor.selected(environ)
     gpus = [device for device in devices if device.parent_uuid is None]
-    device = gpus[0] if entry is None else _named(entry, gpus, devices)
+    device = gpus[0] if entry is None else _named(entry, gpus, devices, vendor)
     if device.mig:
         device = _first_instance(device, devices)
     if device.uuid is None:
-        raise ValueError(
-            f"NVML gives no UUID for {device.name}, so no process can be tied to it; "
-            "name another GPU in CUDA_VISIBLE_DEVICES"
+        raise NoSuchDevice(
+            f"the driver gives no UUID for {device.name}, so no process can be tied to it",
+            f"name another GPU in {vendor.visible}",
         )
     return device
 
 
-def _named(entry: str, gpus: Sequence[Device], devices: Sequence[Device]) -> Device:
-    """What an entry of CUDA_VISIBLE_DEVICES means: an index, or a UUID of a GPU or MIG instance or how it begins."""
+def _named(entry: str, gpus: Sequence[Device], devices: Sequence[Device], vendor: Vendor) -> Device:
+    """The device for an entry of the variable: an index, or a UUID of a GPU or MIG instance or a prefix of one."""
     if entry.isdecimal():
         matches = list(gpus[int(entry) : int(entry) + 1])
     else:
         start = entry.casefold()
         known = [device for device in devices if device.uuid and start.startswith(("gpu-", "mig-"))]
-        # The whole UUID first: that of one instance may be how another's begins.
+        # Whole UUIDs first: one instance's may be a prefix of another's.
         matches = [device for device in known if str(device.uuid).casefold() == start] or [
             device for device in known if str(device.uuid).casefold().startswith(start)
         ]
@@ -112,14 +180,14 @@ def _named(entry: str, gpus: Sequence[Device], devices: Sequence[Device]) -> Dev
         f"{'MIG' if device.parent_uuid else gpus.index(device)}: {device.name}, {device.uuid}" for device in devices
     )
     problem = "matches several GPUs" if matches else "matches no GPU"
-    raise ValueError(f'CUDA_VISIBLE_DEVICES={entry!r} {problem}; there is {there}; "" means the CPU')
+    raise NoSuchDevice(f"{vendor.visible}={entry!r} {problem}", f'name one of them, or "" for the CPU: {there}')
 
 
 def _first_instance(gpu: Device, devices: Sequence[Device]) -> Device:
     instances = [device for device in devices if device.parent_uuid == gpu.uuid]
     if not instances:
-        raise ValueError(
-            f"{gpu.name} is in MIG mode and has no instance, so CUDA cannot use it; make one with nvidia-smi mig, or "
-            "switch MIG off"
+        raise NoSuchDevice(
+            f"{gpu.name} is in MIG mode and has no instance, so CUDA cannot use it",
+            "make one with nvidia-smi mig, or switch MIG off",
         )
     return instances[0]

@@ -72,6 +72,14 @@ class Code(StrEnum):
     ALLOCATOR_SILENT = "allocator-silent"
     """TensorFlow's allocator does not tell."""
 
+    # The machine, before a run
+    SOFTWARE_MISFIT = "software-misfit"
+    """A package is missing, of a wrong version, or does not fit the GPU."""
+    ENVIRONMENT = "environment"
+    """An environment variable falsifies figures."""
+    BUSY = "busy"
+    """Someone else computes on the GPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reason:

@@ -203,28 +203,25 @@ def to_csv(records: Iterable[Record]) -> str:
     return text.getvalue()
 
 
-# Columns as telemetry finds them: a value, or why there is none.
-
-
 @dataclass(slots=True)
 class Findings:
-    """{column: value} of what is known and {column: reason} of what is not."""
+    """Columns as telemetry finds them: {column: value} if known and {column: reason} if not."""
 
     values: dict[str, Any] = field(default_factory=dict)
     unavailable: dict[str, Reason] = field(default_factory=dict)
 
-    def put(self, column: str, value: Any, reason: Reason | str) -> None:
-        """Notes the value of a column, or where it is None the reason."""
-        if value is None:
-            self.unavailable[column] = _reason(reason)
+    def put(self, column: str, found: Any | Reason) -> None:
+        """Note the value of a column, or the reason why it has none."""
+        if isinstance(found, Reason):
+            self.unavailable[column] = found
         else:
-            self.values[column] = value
+            self.values[column] = found
 
-    def miss(self, columns: Iterable[str], reason: Reason | str) -> None:
-        """Notes one reason for several columns."""
-        self.unavailable |= dict.fromkeys(columns, _reason(reason))
+    def miss(self, columns: Iterable[str], reason: Reason) -> None:
+        """Note one reason for several columns."""
+        self.unavailable |= dict.fromkeys(columns, reason)
 
     def add(self, other: Findings) -> None:
-        """Takes over all that another found."""
+        """Take over everything that another found."""
         self.values |= other.values
         self.unavailable |= other.unavailable

@@ -81,7 +81,7 @@ class Journal:
 
     def gpu_path(self, case: Case, attempt: int) -> Path:
         """Where the samples of the GPU go, one file an attempt."""
-        return self.path / "gpu" / f"{file_name(case.id)}--a{attempt}.csv.gz"
+        return self.path / "gpu" / f"{file_name(case.id)}--a{attempt}.jsonl.gz"
 
     def add_environment(self, facts: Mapping[str, Any]) -> None:
         """Adds to the environment what only a worker could find out."""

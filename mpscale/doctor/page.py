@@ -1,34 +1,31 @@
-"""What an examination found, as a page for the terminal and as JSON."""
+"""An examination as a page for the terminal or as JSON."""
 
 from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
 
-from mpscale.doctor.findings import Examination, Precision, Trained
-from mpscale.report import table as cells
+from mpscale.doctor.examine import Examination, Trained
+from mpscale.doctor.gpu import Figure
+from mpscale.doctor.precision import Precision
+from mpscale.report.table import DASH, count, interval, number
 
 _WIDTH = 110
 
 
 def render(found: Examination, as_json: bool) -> str:
-    """The page, or the same facts as a JSON object.
-
-    Args:
-        found: what was found.
-        as_json: which of the two.
-    """
+    """Return the page, or the same facts as a JSON object."""
     if as_json:
         return json.dumps(found.to_json(), indent=2, ensure_ascii=False, default=str) + "\n"
     parts = [
         _headline(found),
         _section("device", _device(found.device)),
         _section("software", _software(found.software)),
-        _section("what is measured", _measured(found)),
+        _section("what is measured", _figures(found.figures)),
         _section("mixed precision", _precision(found.precision)),
         _section("short training", _trained(found.trained)),
         _section("notes", [line for note in found.notes for line in _wrap(note, "- ")]),
@@ -38,9 +35,9 @@ def render(found: Examination, as_json: bool) -> str:
 
 
 def _headline(found: Examination) -> str:
-    number = len(found.problems)
-    if number:
-        return f"mpscale doctor: {number} thing{'' if number == 1 else 's'} to do, listed at the end"
+    problems = len(found.problems)
+    if problems:
+        return f"mpscale doctor: {problems} thing{'' if problems == 1 else 's'} to do, listed at the end"
     kind = str((found.device or {}).get("kind", "")).upper()
     return f"mpscale doctor: a run here is complete for a {kind}"
 
@@ -66,9 +63,9 @@ def _device(device: Mapping[str, Any] | None) -> list[str]:
     lines = [f"{device['name']} (GPU), compute capability {capability}{size}"]
     if "now" in device:
         switches = [f"{name} {_switch(device[key])}" for name, key in (("ECC", "ecc"), ("persistence", "persistence"))]
-        limit, default = device["power_limit_w"], device["power_limit_default_w"]
-        power = f"power limit {cells.count(limit)} W (default {cells.count(default)} W)"
-        lines.append(", ".join([*switches, power, f"{cells.count(device['now']['temperature_c'])} °C now"]))
+        limit, default = device["power_limit_w"], device.get("power_limit_default_w")
+        power = f"power limit {count(limit)} W (default {count(default)} W)"
+        lines.append(", ".join([*switches, power, f"{count(device['now']['temperature_c'])} °C now"]))
     return lines
 
 
@@ -86,12 +83,13 @@ def _software(software: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _measured(found: Examination) -> list[str]:
-    rows, last = [], None
-    for each in found.measured:
-        reason = "as above" if each.reason and each.reason == last else each.reason or ""
-        rows.append([_fill(each.figure), _fill(each.answer), _fill(each.way or "", 36), _fill(reason, 60)])
-        last = each.reason
+def _figures(figures: Sequence[Figure]) -> list[str]:
+    rows, last = [], ""
+    for figure in figures:
+        reason = str(figure.reason or "")
+        shown = "as above" if reason and reason == last else reason
+        rows.append([_fill(figure.name), _fill(figure.answer), _fill(figure.way or "", 36), _fill(shown, 60)])
+        last = reason
     if not rows:
         return []
     return [tabulate(rows, ["figure", "measured", "how", "why not"], "simple", disable_numparse=True)]
@@ -100,29 +98,22 @@ def _measured(found: Examination) -> list[str]:
 def _precision(precision: Precision | None) -> list[str]:
     if precision is None:
         return []
-    fast = [f"{name}: {answer or 'unknown'}" for name, answer in _answers(precision)]
-    return [f"fast here? {', '.join(fast)}", *(line for words in precision.words for line in _wrap(words))]
-
-
-def _answers(precision: Precision) -> list[tuple[str, str | None]]:
-    return [
-        ("float16", precision.float16),
-        ("bfloat16", precision.bfloat16),
-        ("TF32", "yes" if precision.tf32 else "no"),
-    ]
+    answers = {"float16": precision.float16, "bfloat16": precision.bfloat16, "TF32": "yes" if precision.tf32 else "no"}
+    fast = ", ".join(f"{name}: {answer or 'unknown'}" for name, answer in answers.items())
+    return [f"fast here? {fast}", *(line for words in precision.words for line in _wrap(words))]
 
 
 def _trained(trained: Trained | None) -> list[str]:
     if trained is None:
         return []
     reason = f": {trained.reason}" if trained.reason else ""
-    memory = f"{cells.number(trained.gpu_memory_mib, 4)} MiB" if trained.gpu_memory_mib is not None else cells.DASH
+    memory = f"{number(trained.gpu_memory_mib, 4)} MiB" if trained.gpu_memory_mib is not None else DASH
     method = f" ({trained.gpu_memory_method})" if trained.gpu_memory_method else ""
     lines = [
         *_wrap(f"{trained.status}{reason}"),
-        f"on {trained.device_name}, {cells.number(trained.wall_time_s)} s in all",
-        f"step time {cells.interval(trained.step_time_ms, None, None, ' ms')}, peak GPU memory {memory}{method}, "
-        f"allocator {trained.gpu_allocator or cells.DASH}",
+        f"on {trained.device_name}, {number(trained.wall_time_s)} s in all",
+        f"step time {interval(trained.step_time_ms, None, None, ' ms')}, peak GPU memory {memory}{method}, "
+        f"allocator {trained.gpu_allocator or DASH}",
     ]
     by_reason: dict[str, list[str]] = {}
     for column, why in trained.empty.items():
@@ -134,9 +125,9 @@ def _trained(trained: Trained | None) -> list[str]:
 
 def _to_do(found: Examination) -> list[str]:
     lines = []
-    for number, each in enumerate(found.problems, 1):
-        lines += _wrap(each.problem, f"{number}. ")
-        lines += _wrap(each.do, "   do: ")
+    for place, problem in enumerate(found.problems, 1):
+        lines += _wrap(problem.text, f"{place}. ")
+        lines += _wrap(problem.cure or "see what the driver's own tools say", "   do: ")
     return lines
 
 

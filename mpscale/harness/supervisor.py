@@ -20,6 +20,7 @@ from mpscale.core.case import Case, StartMethod
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
+from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
 from mpscale.harness.launch import (
     Allocator,
@@ -30,7 +31,7 @@ from mpscale.harness.launch import (
     Process,
     worker_environment,
 )
-from mpscale.telemetry.watch import CaseWatch, Seen, Told
+from mpscale.telemetry.watch import CaseWatch, WatchResult, WorkerFacts
 
 Listener = Callable[[Case, str, Mapping[str, Any]], None]
 """Called with a case, an event (``phase``, ``progress`` or ``again``) and the event's fields."""
@@ -206,7 +207,7 @@ class Supervisor:
             return
         self._watch.start(process.pid, start)
         record.update({"status": "interrupted", "start_method": self._start_method})
-        told = Told(energy_off=_energy_off(case))
+        told = WorkerFacts(energy_off=_energy_off(case))
         try:
             status, reason, told = self._converse(process, case, steps_path, outcome, start)
             record.update({"status": status, "status_reason": reason})
@@ -229,7 +230,7 @@ class Supervisor:
         if record["status"] not in ("ok", "diverged", "stalled"):
             record.update({"output_tail": _tail(log) or None})
 
-    def _judge(self, outcome: Outcome, seen: Seen) -> None:
+    def _judge(self, outcome: Outcome, seen: WatchResult) -> None:
         """Takes what the GPU went through into account."""
         record = outcome.record
         if seen.lost:
@@ -246,7 +247,7 @@ class Supervisor:
 
     def _converse(
         self, process: Process, case: Case, steps_path: Path | None, outcome: Outcome, start: float
-    ) -> tuple[str, str | None, Told]:
+    ) -> tuple[str, str | None, WorkerFacts]:
         """Talks to a worker until it ends; its status, why, and what the columns on the GPU need of it."""
         deadline = start + self._timeout_s
         off = _energy_off(case)
@@ -260,10 +261,10 @@ class Supervisor:
             "energy_s": case.settings.energy_s if off is None and self._watch.has_power() else 0.0,
         }
 
-        def told() -> Told:
+        def told() -> WorkerFacts:
             steps, overflows = energy.get("steps"), energy.get("overflow_steps")
             applied = None if steps is None or overflows is None else steps - overflows
-            return Told(outcome.record["gpu_memory_allocator_peak_mib"], steps, applied, off)
+            return WorkerFacts(outcome.record["gpu_memory_allocator_peak_mib"], steps, applied, off)
 
         last: dict[str, Any] = {}
         phase = "start"
@@ -304,11 +305,12 @@ class Supervisor:
         return *_ended_silently(code, phase), told()
 
 
-def _energy_off(case: Case) -> str | None:
+def _energy_off(case: Case) -> Reason | None:
     """Why no energy is counted in a case, None where it is."""
     if case.settings.timing_s == 0:
-        return "timing was off"
-    return "energy was off (--mp-energy 0, or the preset smoke)" if case.settings.energy_s == 0 else None
+        return Reason(Code.NOT_ASKED_FOR, "timing was off")
+    off = Reason(Code.NOT_ASKED_FOR, "energy was off (--mp-energy 0, or the preset smoke)")
+    return off if case.settings.energy_s == 0 else None
 
 
 def _ended_silently(code: int | None, phase: str) -> tuple[str, str]:

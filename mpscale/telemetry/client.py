@@ -1,6 +1,6 @@
-"""NVIDIA's driver as the rest of mpscale sees it: through the sampler's process, with a limit on every wait.
+"""The GPU's driver as the rest of mpscale sees it: through the monitor's process, with a limit on every wait.
 
-A call to NVML that never returns, or that brings its process down, then costs figures and never a run.
+A call to the driver that never returns, or that takes its process down, then costs figures and never a run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpscale.core.device import Device
+from mpscale.core.device import VENDORS, Device, Vendor
+from mpscale.core.reason import Code, Reason
 
 # Without persistence mode the driver wakes every GPU for the first call, which takes seconds each.
 _DESCRIBE_S = 60.0
@@ -26,25 +27,34 @@ _MARK_S = 0.2
 _STOP_S = 1.0
 _KILL_S = 1.0
 _MOST_STARTS = 3
-_NO_LIBRARY = "no NVIDIA driver library (libnvidia-ml.so.1) on this machine"
+_SEE = "see whether nvidia-smi answers; if not, reboot"
+_NEW = "see whether nvidia-smi works; if not, reinstall the NVIDIA driver"
 
 
 class SilentDriver(Exception):
-    """NVML does not answer, or its process has died. The message says which."""
+    """The driver does not answer, or the monitor has died.
+
+    Args:
+        reason: which.
+    """
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 class NoDriver:
-    """Stands in where there is no driver to talk to.
+    """Stands in if there is no driver to talk to.
 
     Args:
-        reason: why not, in plain words.
+        reason: why not.
     """
 
     driver_version: str | None = None
     cuda_version: str | None = None
 
-    def __init__(self, reason: str) -> None:
-        self.reason: str | None = reason
+    def __init__(self, reason: Reason) -> None:
+        self.reason: Reason | None = reason
         self.devices: list[Device] = []
 
     def close(self) -> None:
@@ -58,10 +68,10 @@ class Driver:
     ``cuda_version``, the newest CUDA that it supports, like ``"12.8"``. To be used from one thread.
 
     Args:
-        environ: the environment of the sampler's process; None takes this process's.
+        environ: the environment of the monitor; None takes this process's.
 
     Raises:
-        SilentDriver: NVML does not answer.
+        SilentDriver: the driver does not answer.
     """
 
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
@@ -70,10 +80,11 @@ class Driver:
         self._starts = 0
         self._sent = self._answered = 0
         self._pending = b""
-        self.trouble: str | None = None
+        self.trouble: Reason | None = None
         """What became of the last process that was lost."""
         described = self._describe()
-        self.reason: str | None = described["reason"]
+        reason = described["reason"]
+        self.reason: Reason | None = None if reason is None else Reason.from_json(reason)
         self.driver_version: str | None = described.get("driver")
         self.cuda_version: str | None = described.get("cuda_driver")
         self.devices = [Device.from_json(device) for device in described.get("devices", ())]
@@ -82,15 +93,16 @@ class Driver:
         """``facts`` of a GPU, the ``ways`` in which its readings are taken, and ``reasons`` why some are not.
 
         Raises:
-            SilentDriver: NVML does not answer.
+            SilentDriver: the driver does not answer.
         """
-        return self._ask("facts", _START_S, device=device.to_json())
+        told = self._ask("facts", _START_S, device=device.to_json())
+        return {**told, "reasons": {name: Reason.from_json(reason) for name, reason in told["reasons"].items()}}
 
     def look(self, device: Device) -> dict[str, Any]:
-        """What a GPU is like now: temperature, event reasons, processes, memory in use; None for what is unknown.
+        """The state of a GPU now: temperature, clock events, processes, memory in use; None for what is unknown.
 
         Raises:
-            SilentDriver: NVML does not answer.
+            SilentDriver: the driver does not answer.
         """
         return self._ask("look", _START_S, device=device.to_json())
 
@@ -104,12 +116,12 @@ class Driver:
             epoch: when the process was started, of the monotonic clock.
 
         Raises:
-            SilentDriver: NVML does not answer.
+            SilentDriver: the driver does not answer.
         """
         return self._ask("start", _START_S, device=device.to_json(), pid=pid, file=str(file), epoch=epoch)
 
     def mark(self, phase: str) -> bool:
-        """Takes a sample now; returns once it is taken, or after 0.2 s where NVML does not answer.
+        """Takes a sample now; returns once it is taken, or after 0.2 s if the driver does not answer.
 
         Args:
             phase: what the process has just reached.
@@ -130,13 +142,13 @@ class Driver:
         return self._answered == self._sent
 
     def stop(self) -> dict[str, Any]:
-        """Ends the watch, within two seconds whatever NVML does; the GPU's ``settings`` and whether it is ``lost``.
+        """End the watch, within two seconds whatever the driver does; the ``settings``, and whether it is ``lost``.
 
         Raises:
-            SilentDriver: NVML does not answer; its process is ended, and the next case gets another.
+            SilentDriver: the driver does not answer; its process is ended, and the next case gets another.
         """
         if self._process is None:
-            raise SilentDriver(self.trouble or "NVML's process has ended")
+            raise SilentDriver(self.trouble or _ended("has ended"))
         return self._ask("stop", _STOP_S)
 
     @property
@@ -167,7 +179,7 @@ class Driver:
 
     def _begin(self) -> None:
         if self._starts >= _MOST_STARTS:
-            raise SilentDriver(f"NVML's process was lost {_MOST_STARTS} times in this run, and is not started again")
+            raise SilentDriver(_ended(f"was lost {_MOST_STARTS} times in this run, and is not started again"))
         self._starts += 1
         self._sent = self._answered = 0
         self._pending = b""
@@ -187,14 +199,14 @@ class Driver:
         self._send(order, **fields)
         answer = self._drain(seconds)
         if answer is None:
-            self.trouble = f"NVML did not answer within {seconds:g} s"
+            self.trouble = Reason(Code.DRIVER_SILENT, f"the GPU driver did not answer within {seconds:g} s", _SEE)
             self.close()
             raise SilentDriver(self.trouble)
         return answer
 
     def _send(self, order: str, **fields: Any) -> None:
         if self._process is None or self._process.stdin is None:
-            raise SilentDriver("NVML's process has ended")
+            raise SilentDriver(_ended("has ended"))
         try:
             self._process.stdin.write(json.dumps({"id": self._sent + 1, "do": order, **fields}).encode() + b"\n")
             self._process.stdin.flush()
@@ -233,36 +245,42 @@ class Driver:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(_KILL_S)
         self.close()
-        self.trouble = f"NVML's process ended with exit code {code}"
+        self.trouble = _ended(f"ended with exit code {code}")
         if code is not None and code < 0:
             names = {number.value: number.name for number in signal.Signals}
-            self.trouble = f"NVML's process was killed by {names.get(-code, f'signal {-code}')}"
+            self.trouble = _ended(f"was killed by {names.get(-code, f'signal {-code}')}")
         return SilentDriver(self.trouble)
 
 
+def _ended(how: str) -> Reason:
+    return Reason(Code.MONITOR_DIED, f"the process that asks the GPU driver {how}", _NEW)
+
+
 def open_driver(environ: Mapping[str, str] | None = None) -> Driver | NoDriver:
-    """The driver where NVML works, else a stand-in that knows why not. Never raises.
+    """Return the driver if it works, else a stand-in that knows why not. Never raises.
 
     Args:
         environ: the environment to look in; None takes this process's.
     """
-    if environ is None and not _has_library():
-        return NoDriver(_NO_LIBRARY)
+    if environ is None and not any(map(_has_library, VENDORS.values())):
+        return NoDriver(next(iter(VENDORS.values())).no_library)
     try:
         driver = Driver(environ)
-    except (SilentDriver, OSError) as error:
-        return NoDriver(str(error))
+    except SilentDriver as error:
+        return NoDriver(error.reason)
+    except OSError as error:
+        return NoDriver(_ended(f"cannot be started: {error}"))
     if driver.reason is None:
         return driver
     driver.close()
     return NoDriver(driver.reason)
 
 
-def _has_library() -> bool:
+def _has_library(vendor: Vendor) -> bool:
     """Whether the library can be loaded at all: on a machine without a driver this saves a process."""
     try:
-        ctypes.CDLL("libnvidia-ml.so.1")
+        ctypes.CDLL(vendor.library)
     except OSError as error:
-        # One that is there and broken is for the sampler's process to find out and to name.
+        # A broken library is for the monitor to find and to name.
         return "cannot open shared object file: No such file" not in str(error)
     return True

@@ -77,7 +77,7 @@ def environment(device: Device, driver: Driver | NoDriver, project_dir: Path) ->
         "memory_mib": host.memory_mib(),
         "load_average_at_start": host.load_average(),
         "device": device.to_json(),
-        "nvml": driver.reason or "works",
+        "nvml": "works" if driver.reason is None else str(driver.reason),
         "nvidia_driver": driver.driver_version,
         "cuda_driver": driver.cuda_version,
         "gpu": _gpu(device, driver),
@@ -103,10 +103,14 @@ def _gpu(device: Device, driver: Driver | NoDriver) -> dict[str, Any] | None:
         told = driver.facts(device)
     except SilentDriver as error:
         return {"reason": str(error)}
-    # What the device itself says stands beside it already.
+    # The device is recorded beside it.
     known = {*device.to_json(), "driver", "cuda_driver"} - {"mig"}
     facts = {name: value for name, value in told["facts"].items() if name not in known}
-    return {"facts": facts, "ways": told["ways"], "reasons": told["reasons"]}
+    return {
+        "facts": facts,
+        "ways": told["ways"],
+        "reasons": {reading: reason.to_json() for reading, reason in told["reasons"].items()},
+    }
 
 
 def packages() -> dict[str, str | None]:

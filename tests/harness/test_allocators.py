@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from mpscale.core.device import STAND_IN, Device
+from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
 from mpscale.harness.supervisor import Outcome, Supervisor
 from mpscale.telemetry.client import NoDriver
@@ -21,7 +22,7 @@ def supervisor():
     made = []
 
     def make(*allocators):
-        watch = CaseWatch(NoDriver("no driver"), GPU)
+        watch = CaseWatch(NoDriver(Reason(Code.NO_LIBRARY, "no driver")), GPU)
         made.append(Supervisor(GPU, watch, "fresh", 1.0, {}, [], lambda *_: None, allocators))
         return made[-1]
 

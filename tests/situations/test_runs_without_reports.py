@@ -18,6 +18,7 @@ import mpscale
 from mpscale.cli import main
 from mpscale.core.case import Case, Settings
 from mpscale.core.device import Device
+from mpscale.core.reason import Code, Reason
 from mpscale.harness import run as harness_run
 from mpscale.harness.run import BenchmarkRun
 from mpscale.report import files as build
@@ -80,7 +81,7 @@ def benchmark_run(answers, monkeypatch):
         cases = [Case("toy", "fp32", seed, 0, seed, Settings()) for seed in range(2)]
         device = Device("cpu", "Test CPU", None, None, None)
         options = harness_run.Options(Path("results").resolve(), Path.cwd(), "fork", 10.0, {})
-        run = BenchmarkRun(cases, device, NoDriver("none here"), options, lambda *_: None)
+        run = BenchmarkRun(cases, device, NoDriver(Reason(Code.NO_LIBRARY, "none here")), options, lambda *_: None)
         outcomes = [run.run(case) for case in cases]
         run.finish(0)
         return run, [outcome.record for outcome in outcomes]

@@ -1,4 +1,4 @@
-"""One case under the stand-in driver: a child in place of a worker, and a script that says what the GPU does."""
+"""One case under the stand-in driver: a child in place of the worker, and a script for what the GPU does."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from pathlib import Path
 from support.nvml_stand_in import Script
 
 from mpscale.core.device import Device, find_device
+from mpscale.core.reason import Code, Reason
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, NoDriver, open_driver
-from mpscale.telemetry.watch import CaseWatch, Seen, Told
+from mpscale.telemetry.watch import CaseWatch, WatchResult, WorkerFacts
 
+ENERGY_OFF = Reason(Code.NOT_ASKED_FOR, "energy was off")
 SLEEPER = "import sys; print(flush=True); sys.stdin.read()"
 
 
@@ -48,17 +50,17 @@ class GpuCase:
         *,
         train: Callable[[], object] = lambda: None,
         added: Callable[[], object] | None = None,
-        told: Told | None = None,
+        worker: WorkerFacts | None = None,
         keep: Path | None = None,
-    ) -> Seen:
-        """One case from its first phase to its last.
+    ) -> WatchResult:
+        """Run one case from its first phase to its last.
 
         Args:
             context: called between ``idle`` and ``context-ready``.
             timed: called between ``timing-start`` and ``timing-end``.
             train: called between ``context-ready`` and ``timing-start``.
             added: called between ``timing-end`` and ``energy-end``; None leaves that phase out.
-            told: what the worker would tell of itself.
+            worker: what the columns need to know of the worker.
             keep: where samples go.
         """
         self.watch.start(self.pid, time.monotonic())
@@ -73,14 +75,14 @@ class GpuCase:
             added()
             self.watch.mark("energy-end")
         self.watch.mark("done")
-        return self.watch.stop(told or Told(energy_off="energy was off"), keep)
+        return self.watch.stop(worker or WorkerFacts(energy_off=ENERGY_OFF), keep)
 
     def uses(self, memory_mib: object, kind: str = "compute") -> None:
-        """From now on the driver lists the process, with so much memory."""
+        """Have the driver list the process with this much memory from now on."""
         self.script.process(kind, self.pid, memory_mib)
 
     def close(self) -> None:
-        """Ends the child and the driver's process."""
+        """End the child and the monitor."""
         self.child.kill()
         self.child.wait()
         for stream in (self.child.stdin, self.child.stdout):

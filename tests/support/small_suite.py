@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mpscale.core.reason import Code, Reason
 from mpscale.telemetry import client as driver
 
 SUITE = "def test_training(mp_case, benchmark):\n    mp_case.measure(benchmark)\n"
@@ -85,7 +86,7 @@ def pytest_here(folder: Path, *options: object) -> tuple[int, str]:
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(output),
         ):
-            patch.setattr(driver, "open_driver", lambda: driver.NoDriver("a test"))
+            patch.setattr(driver, "open_driver", lambda: driver.NoDriver(Reason(Code.NO_LIBRARY, "a test")))
             code = pytest.main(arguments)
     finally:
         sys.path[:] = before

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from support.nvml_stand_in import Script
 
@@ -113,13 +112,14 @@ def test_training(mp_case, benchmark):
     environment = json.loads((machine.path() / "run.json").read_text())["environment"]
     facts = environment["gpu"]["facts"]
     assert (facts["power_limit_w"], facts["ecc"], facts["vbios"]) == (400.0, True, "92.00.45.00.03")
-    assert environment["gpu"]["ways"]["power_mw"] == "instant"
+    assert environment["gpu"]["ways"]["power_w"] == "instant"
     report = (machine.path() / "report.md").read_text()
     assert "mpscale stand-in A100" in report
     # The samples that the peaks were taken from are kept.
-    frame = pd.read_csv(machine.path() / "gpu" / "mnist1d-mlp--fp32--s0--r0--a1.csv.gz", comment="#")
-    assert frame["process_memory_mib"].max() == 3000.0
-    assert {"idle", "context-ready", "timing-start", "timing-end", "done"} <= set(frame["phase"].dropna())
+    kept = machine.path() / "gpu" / "mnist1d-mlp--fp32--s0--r0--a1.jsonl.gz"
+    samples = read_samples(gzip.decompress(kept.read_bytes()).decode().splitlines(keepends=True))
+    assert max(samples.known("process_memory_mib")) == 3000.0
+    assert {"idle", "context-ready", "timing-start", "timing-end", "done"} <= {row.phase for row in samples.rows}
 
 
 def test_states_of_the_gpu_that_spoil_a_case(machine):

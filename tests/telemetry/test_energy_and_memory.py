@@ -7,9 +7,10 @@ import threading
 import time
 
 import pytest
+from support.gpu_case import ENERGY_OFF
 
 from mpscale.telemetry.samples import read_samples
-from mpscale.telemetry.watch import Told
+from mpscale.telemetry.watch import WorkerFacts
 
 
 def test_spike_of_60_ms_in_training_is_caught(gpu_case):
@@ -23,7 +24,7 @@ def test_spike_of_60_ms_in_training_is_caught(gpu_case):
     for _ in range(5):
         case.script.process("compute", case.pid, None)
         values = case.run(lambda: case.uses(300), train=spike).findings.values
-        # On a machine too busy to let the sampler run, the longest gap says so, and nothing is shown.
+        # On a machine too busy to let the monitor run, the longest gap says so, and nothing is shown.
         if values["gpu_sample_gap_ms"] < 50:
             break
     assert values["gpu_sample_gap_ms"] < 50
@@ -33,8 +34,9 @@ def test_spike_of_60_ms_in_training_is_caught(gpu_case):
 
 def test_memory_reconciles_with_the_allocator(gpu_case):
     case = gpu_case()
-    told = Told(allocator_peak_mib=1000.0, energy_off="off")
-    values = case.run(lambda: case.uses(400), lambda: (case.uses(1500), time.sleep(0.05)), told=told).findings.values
+    worker = WorkerFacts(allocator_peak_mib=1000.0, energy_off=ENERGY_OFF)
+    seen = case.run(lambda: case.uses(400), lambda: (case.uses(1500), time.sleep(0.05)), worker=worker)
+    values = seen.findings.values
     assert values["gpu_memory_context_mib"] == 400.0
     assert values["gpu_memory_unexplained_mib"] == 100.0
 
@@ -56,9 +58,9 @@ def test_energy_of_ten_seconds_is_within_one_percent(gpu_case, tmp_path, timed_s
         time.sleep(10.1 - timed_s)
         window.append(case.script.now())
 
-    path = tmp_path / "samples.csv.gz"
-    told = Told(energy_steps=1000, energy_applied_steps=800)
-    seen = case.run(lambda: case.uses(300), timed, added=added, told=told, keep=path)
+    path = tmp_path / "samples.jsonl.gz"
+    worker = WorkerFacts(energy_steps=1000, energy_applied_steps=800)
+    seen = case.run(lambda: case.uses(300), timed, added=added, worker=worker, keep=path)
     values = seen.findings.values
     ends = [*(at for at, _ in levels[1:]), float("inf")]
     truth = sum(
@@ -90,7 +92,7 @@ def test_what_the_gpu_drew_before_is_subtracted_beside_the_raw_figure(gpu_case):
     time.sleep(10.05)
     case.watch.mark("timing-end")
     case.watch.mark("done")
-    values = case.watch.stop(Told(energy_steps=100), None).findings.values
+    values = case.watch.stop(WorkerFacts(energy_steps=100), None).findings.values
     assert values["gpu_idle_power_w"] == 50.0
     window = values["gpu_energy_window_s"]
     assert values["gpu_energy_j_per_step"] == pytest.approx(250 * window / 100, rel=0.01)
@@ -102,7 +104,7 @@ def test_samples_are_taken_without_help_from_the_phases(gpu_case):
     case = gpu_case()
     case.watch.start(case.pid, time.monotonic())
     time.sleep(0.5)
-    values = case.watch.stop(Told(energy_off="off"), None).findings.values
+    values = case.watch.stop(WorkerFacts(energy_off=ENERGY_OFF), None).findings.values
     assert 5 < values["gpu_sample_interval_ms"] < 250
     assert values["gpu_sample_gap_ms"] >= values["gpu_sample_interval_ms"]
 
@@ -110,7 +112,7 @@ def test_samples_are_taken_without_help_from_the_phases(gpu_case):
 def test_nobody_looks_often_while_steps_are_timed(gpu_case, tmp_path):
     """A look wakes a processor up that the training may need."""
     case = gpu_case()
-    path = tmp_path / "samples.csv.gz"
+    path = tmp_path / "samples.jsonl.gz"
 
     def quarter():
         time.sleep(0.25)
@@ -124,7 +126,7 @@ def test_nobody_looks_often_while_steps_are_timed(gpu_case, tmp_path):
             looks[phase] += row.looks
         phase = row.phase or phase
     assert looks["timing-start"] <= 4
-    # At least: a busy machine lets the sampler run less often.
+    # At least: a busy machine lets the monitor run less often.
     assert looks["context-ready"] > 7
     assert looks["timing-end"] > 7
 

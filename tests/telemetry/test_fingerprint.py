@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mpscale.core.device import Device
+from mpscale.core.reason import Code, Reason
 from mpscale.telemetry.client import NoDriver
 from mpscale.telemetry.fingerprint import environment, run_slug
 
@@ -21,7 +22,7 @@ CPU = Device("cpu", "Intel(R) Xeon(R) Processor", memory_mib=1024.0)
 
 
 def look(directory: Path) -> dict[str, Any]:
-    return environment(CPU, NoDriver("no driver"), directory)
+    return environment(CPU, NoDriver(Reason(Code.NO_LIBRARY, "no driver")), directory)
 
 
 def git(directory: Path, *arguments: str) -> str:

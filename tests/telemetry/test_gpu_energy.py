@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mpscale.telemetry.gpu_state import ENERGY_COLUMNS as COLUMNS
-from mpscale.telemetry.gpu_state import energy_columns
+from mpscale.core.columns import Source, Topic, measured_columns
+from mpscale.core.reason import Code, Reason
+from mpscale.telemetry.gpu_energy import energy_columns
 from mpscale.telemetry.samples import Sample, Samples
 
 
@@ -52,19 +53,19 @@ def test_steps_of_the_counter_are_smoothed(tick):
 
 
 @pytest.mark.parametrize(
-    ("taken", "words"),
+    ("taken", "code"),
     [
-        (samples(seconds=9.0), "window of 9.0 s"),
-        (samples(joules=False, power=False), "no energy counter"),
-        (samples(watt=0.0), "did not move"),
-        (Samples(), "ended before"),
+        (samples(seconds=9.0), Code.WINDOW_TOO_SHORT),
+        (samples(joules=False, power=False), Code.NOT_TOLD),
+        (samples(watt=0.0), Code.IMPLAUSIBLE),
+        (Samples(), Code.NOT_REACHED),
     ],
 )
-def test_no_figure_without_a_reason_and_never_zero(taken, words):
+def test_no_figure_without_a_reason_and_never_zero(taken, code):
     found = columns(taken)
     assert "gpu_energy_j_per_step" not in found.values
-    assert words in found.unavailable["gpu_energy_j_per_step"]
-    assert set(found.values) | set(found.unavailable) == set(COLUMNS)
+    assert found.unavailable["gpu_energy_j_per_step"].code is code
+    assert set(found.values) | set(found.unavailable) == set(measured_columns(Topic.ENERGY, Source.MONITOR))
     assert 0 not in [value for value in found.values.values() if isinstance(value, float)]
 
 
@@ -73,7 +74,7 @@ def test_counter_that_goes_backwards_is_not_used():
     for row in taken.rows[60:]:
         row.energy_j -= 5000.0
     found = columns(taken)
-    assert "backwards" in found.unavailable["gpu_energy_counter_j"]
+    assert found.unavailable["gpu_energy_counter_j"].code is Code.IMPLAUSIBLE
     assert found.values["gpu_energy_method"] == "power"
 
 
@@ -81,20 +82,21 @@ def test_power_with_a_hole_in_it_is_not_used():
     taken = samples(joules=False)
     for row in taken.rows[50:70]:
         row.power_w = None
-    assert "not read for" in columns(taken).unavailable["gpu_energy_power_j"]
+    assert columns(taken).unavailable["gpu_energy_power_j"].code is Code.TOO_FEW_SAMPLES
 
 
-@pytest.mark.parametrize(("applied", "words"), [(0, "no step was applied"), (None, "checks no gradient")])
-def test_no_energy_per_applied_step(applied, words):
+@pytest.mark.parametrize(("applied", "code"), [(0, Code.NEVER_HAPPENED), (None, Code.NOT_IN_MODE)])
+def test_no_energy_per_applied_step(applied, code):
     found = columns(samples(), applied=applied)
-    assert words in found.unavailable["gpu_energy_j_per_applied_step"]
+    assert found.unavailable["gpu_energy_j_per_applied_step"].code is code
     assert "gpu_energy_j_per_step" in found.values
 
 
 def test_net_energy_is_never_negative():
     found = columns(samples())
-    assert "drew no more" in found.unavailable["gpu_energy_net_j_per_step"]
+    assert found.unavailable["gpu_energy_net_j_per_step"].code is Code.NEVER_HAPPENED
 
 
 def test_off_is_said():
-    assert set(columns(samples(), off="energy was off").unavailable.values()) == {"energy was off"}
+    off = Reason(Code.NOT_ASKED_FOR, "energy was off")
+    assert set(columns(samples(), off=off).unavailable.values()) == {off}

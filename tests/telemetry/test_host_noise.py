@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mpscale.telemetry.host import COLUMNS, HostNoise, clock_mhz, cpu_times, is_busy
+from mpscale.core.columns import Topic, measured_columns
+from mpscale.core.reason import Code
+from mpscale.telemetry.host import HostNoise, clock_mhz, cpu_times, is_busy
 
 pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc")
 
@@ -35,16 +37,17 @@ def test_own_time_is_told_from_that_of_others() -> None:
     own, others = (noise.columns().values["host_other_cpu_share"] for noise in (busy_worker, idle_worker))
     assert others > own
     assert others - own > 0.1 / (os.cpu_count() or 1)
-    assert set(busy_worker.columns().values) | set(busy_worker.columns().unavailable) == set(COLUMNS)
+    found = busy_worker.columns()
+    assert set(found.values) | set(found.unavailable) == set(measured_columns(Topic.HOST_NOISE))
 
 
 def test_what_was_not_timed_has_reasons() -> None:
     noise = HostNoise(os.getpid())
     found = noise.columns()
-    assert "nothing was timed" in found.unavailable["host_other_cpu_share"]
+    assert found.unavailable["host_other_cpu_share"].code is Code.NOT_REACHED
     noise.mark("timing-start")
     noise.mark("timing-end")
-    assert "less than 0.2 s" in noise.columns().unavailable["host_steal_share"]
+    assert noise.columns().unavailable["host_steal_share"].code is Code.WINDOW_TOO_SHORT
 
 
 def test_process_that_is_gone_has_no_times() -> None:
