@@ -8,7 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
-static const char COMMAND[] = "mpscale.harness.worker";
+static const char COMMAND[] = "mpscale.worker.__main__";
 static const char THREAD[] = "tf_"; /* TensorFlow names its threads so, and starts them with its context */
 static const double SCAN_EVERY_S = 0.02;
 
