@@ -142,7 +142,7 @@ class Driver:
         return self._answered == self._sent
 
     def stop(self) -> dict[str, Any]:
-        """End the watch, within two seconds whatever the driver does; the GPU's ``settings``, and whether it is ``lost``.
+        """End the watch, within two seconds whatever the driver does; the ``settings``, and whether it is ``lost``.
 
         Raises:
             SilentDriver: the driver does not answer; its process is ended, and the next case gets another.

@@ -250,6 +250,10 @@ class NvidiaGpu(Gpu):
         device: which GPU; one with a UUID.
     """
 
+    not_apart = Reason(
+        Code.DRIVER_TOO_OLD, "the installed NVIDIA driver is too old to tell reserved memory apart", _UPDATE
+    )
+
     def __init__(self, nvml: Nvidia, device: Device) -> None:
         self._nvml = nvml
         handle = nvml.ask(nvml.call, "nvmlDeviceGetHandleByUUID", device.uuid)
