@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mpscale.core.device import Device
+from mpscale.core.device import VENDORS, Device
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, NoDriver, SilentDriver
 
@@ -34,7 +34,7 @@ VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_DEVICE_ORDER",
     "CUDA_LAUNCH_BLOCKING",
-    "CUDA_VISIBLE_DEVICES",
+    *(vendor.visible for vendor in VENDORS.values()),
     "KERAS_BACKEND",
     "NVIDIA_TF32_OVERRIDE",
     "OMP_NUM_THREADS",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mpscale.core.columns import Source, measured_columns
 from mpscale.core.reason import Code, Reason
 from mpscale.telemetry.gpu_energy import energy_columns
 from mpscale.telemetry.gpu_memory import memory_columns
@@ -253,6 +254,7 @@ def test_samples_of_a_real_gpu_lose_nothing():
     found.add(energy_columns(taken, 1040, 1040, "instant", None))
     found.add(state_columns(taken))
     assert found.unavailable == {}
+    assert set(found.values) == set(measured_columns(source=Source.MONITOR))
     assert found.values[PEAK] == 5252.0
     assert found.values["gpu_memory_device_rise_mib"] == 5257.562
     assert found.values["gpu_memory_idle_mib"] == 3.25
