@@ -90,6 +90,8 @@ class Gpu(ABC):
         garbled: why the driver's process lists cannot be read; None if they can.
     """
 
+    not_apart = Reason(Code.NOT_TOLD, "the driver does not tell reserved memory apart")
+
     def __init__(
         self,
         backend: GpuBackend,
@@ -108,11 +110,13 @@ class Gpu(ABC):
         self._chosen: dict[Reading, Call] = {}
         self._garbled = garbled
         self._most_w = None if largest_power_limit_w is None else _POWER_EXCESS * largest_power_limit_w
-        for reading, reason in withheld.items():
-            self._note(reading, reason)
-        for reading, ways in calls.items():
-            if reading not in withheld:
-                self._probe(reading, ways)
+        for reading in Reading:
+            if reading in withheld:
+                self._note(reading, withheld[reading])
+            elif reading in calls:
+                self._probe(reading, calls[reading])
+            elif reading is not Reading.RESERVED_MEMORY:  # which comes with the memory
+                self._note(reading, Reason(Code.NOT_TOLD, f"{backend.vendor.name}'s driver does not tell this"))
 
     @abstractmethod
     def vendor_facts(self) -> dict[str, Any | Reason]:
@@ -122,7 +126,7 @@ class Gpu(ABC):
         """Take a reading, in its unit; the reason if it has no value."""
         call = self._chosen.get(reading)
         if call is None:
-            return self.reasons.get(reading) or Reason(Code.NOT_TOLD, "there is no call for this reading")
+            return self.reasons[reading]
         value = self._take(reading, call)
         if isinstance(value, Reason) and value.code is not Code.GPU_LOST:
             # A failure that lasts a moment must not leave a gap.
@@ -145,22 +149,22 @@ class Gpu(ABC):
         """
         by_pid: dict[int, float | None] = {}
         number = 0
-        missing: Reason | None = None
-        known = False
+        missing: list[Reason] = []
+        answered = False
         for reading in lists:
             entries = self.read(reading)
             if isinstance(entries, Reason):
-                missing = missing or entries
                 if reading in self.ways:
                     # This list usually answers. The others alone would pass for all processes.
                     return entries
+                missing.append(entries)
                 continue
-            known = True
+            answered = True
             number += len(entries)
             for pid, mib in entries:
                 by_pid[pid] = max((each for each in (mib, by_pid.get(pid)) if each is not None), default=None)
-        if not known:
-            return missing or Reason(Code.NOT_TOLD, "the driver has no list of processes")
+        if not answered:
+            return missing[0]
         return Processes(number, self._garbled) if self._garbled else Processes(len(by_pid), by_pid)
 
     def settings(self) -> dict[str, Any]:
@@ -230,18 +234,13 @@ class Gpu(ABC):
                 self.ways.setdefault(Reading.RESERVED_MEMORY, call.name)
                 self.reasons.pop(Reading.RESERVED_MEMORY, None)
             elif Reading.RESERVED_MEMORY not in self.ways:
-                self.reasons[Reading.RESERVED_MEMORY] = _NOT_APART
+                self.reasons[Reading.RESERVED_MEMORY] = self.not_apart
 
     def _note(self, reading: Reading, reason: Reason) -> None:
         self.lost = self.lost or reason.code is Code.GPU_LOST
         self.reasons[reading] = reason
         if reading is Reading.MEMORY:
             self.reasons[Reading.RESERVED_MEMORY] = reason
-
-
-_NOT_APART = Reason(
-    Code.DRIVER_TOO_OLD, "the installed GPU driver is too old to tell reserved memory apart", "update the GPU driver"
-)
 
 
 def open_backend() -> GpuBackend | Reason:

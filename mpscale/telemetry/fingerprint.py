@@ -1,6 +1,6 @@
-"""The environment of a run: all that can change a figure and is not in its settings.
+"""The environment of a run: everything outside its settings that can change a figure.
 
-Reports get published, so the host's name, paths and the environment at large stay out.
+Reports get published, so host names, paths and other environment variables are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mpscale.core.device import Device
+from mpscale.core.device import VENDORS, Device
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, NoDriver, SilentDriver
 
@@ -34,7 +34,7 @@ VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_DEVICE_ORDER",
     "CUDA_LAUNCH_BLOCKING",
-    "CUDA_VISIBLE_DEVICES",
+    *(vendor.visible for vendor in VENDORS.values()),
     "KERAS_BACKEND",
     "NVIDIA_TF32_OVERRIDE",
     "OMP_NUM_THREADS",
@@ -52,7 +52,7 @@ VARIABLES = (
     "TF_XLA_FLAGS",
     "XLA_FLAGS",
 )
-"""Environment variables that change results. No other is ever recorded."""
+"""Environment variables that change results. No others are recorded."""
 
 _OTHER_TENSORFLOWS = ("tensorflow-cpu", "tensorflow-cpu-aws", "tf-nightly", "tf-nightly-cpu")
 _GIT_TIMEOUT_S = 5.0
@@ -60,12 +60,12 @@ _SLUG_LENGTH = 40
 
 
 def environment(device: Device, driver: Driver | NoDriver, project_dir: Path) -> dict[str, Any]:
-    """What ``run.json`` says of software and machine, as values that JSON has; None for what is unknown.
+    """The software and the machine, for ``run.json``: plain values, None for what is unknown.
 
     Args:
         device: where the run trains.
-        driver: asked for its versions, and for what it knows of the GPU.
-        project_dir: the directory whose git commit is recorded.
+        driver: of the GPU.
+        project_dir: a directory in the git repository whose commit is recorded.
     """
     return {
         "packages": packages(),
@@ -87,15 +87,16 @@ def environment(device: Device, driver: Driver | NoDriver, project_dir: Path) ->
 
 
 def run_slug(device: Device) -> str:
-    """The device's name for a folder: at most 40 lower-case letters, digits and single dashes."""
+    """The device's name as part of a folder's name: at most 40 lower-case letters, digits and single dashes."""
     without_marks = re.sub(r"\((?:r|tm|c)\)", " ", device.name.lower())
     slug = re.sub(r"[^a-z0-9]+", "-", without_marks).strip("-")
     return slug[:_SLUG_LENGTH].rstrip("-") or device.kind
 
 
 def _gpu(device: Device, driver: Driver | NoDriver) -> dict[str, Any] | None:
-    """What the driver tells of the GPU: ``facts``, the ``ways`` its readings are taken, ``reasons`` for those that are
-    not; None on a CPU.
+    """``facts`` of the GPU, the ``ways`` in which its readings are taken and ``reasons`` for those that are not.
+
+    None on a CPU.
     """
     if device.kind != "gpu" or not isinstance(driver, Driver):
         return None
@@ -114,13 +115,13 @@ def _gpu(device: Device, driver: Driver | NoDriver) -> dict[str, Any] | None:
 
 
 def packages() -> dict[str, str | None]:
-    """Versions of :data:`PACKAGES`, None where one is not installed, and of all that NVIDIA has on the index.
+    """Versions of :data:`PACKAGES`, None for those that are not installed, and of all of NVIDIA's packages.
 
-    TensorFlow comes under several names, of which the one that is installed is added.
+    TensorFlow is distributed under several names; the installed one is added.
     """
     versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for distribution in metadata.distributions():
-        # A broken installation may have no name; the first of two of one name is the one that gets imported.
+        # A broken installation may have no name. Of two with the same name, the first is the one that is imported.
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
         wanted = name in versions or name in _OTHER_TENSORFLOWS or name.startswith("nvidia-")
         if wanted and versions.get(name) is None:
@@ -129,8 +130,9 @@ def packages() -> dict[str, str | None]:
 
 
 def _git(directory: Path) -> dict[str, Any] | None:
-    """Commit, whether any file differs from it or is new, and a digest of these changes (of new files only the names);
-    None without git or outside a repository.
+    """The commit, whether any file differs from it or is new, and a digest of these changes.
+
+    The digest covers only the names of new files. None without git or outside a repository.
     """
     changes = _run_git(directory, "status", "--porcelain")
     if changes is None:
@@ -143,8 +145,8 @@ def _git(directory: Path) -> dict[str, Any] | None:
 
 
 def _run_git(directory: Path, *arguments: str) -> str | None:
-    # Inside a git hook GIT_DIR and its kin point at another repository than the directory's. Without optional locks
-    # a look at the status does not get in the way of a commit made at the same time.
+    # Inside a git hook, GIT_DIR and related variables point to another repository than the directory's. Without
+    # optional locks, reading the status does not disturb a commit made at the same time.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(

@@ -24,6 +24,7 @@ _MEDIANS = {
     "gpu_memory_clock_mhz_median": Reading.MEMORY_CLOCK,
     "gpu_utilization_median": Reading.UTILIZATION,
 }
+_CAPPED = frozenset({ClockEvent.POWER_CAP})
 _SETTINGS = {"power_limit_w": "the power limit (W)", "ecc": "ECC", "persistence": "persistence mode"}
 
 
@@ -102,9 +103,6 @@ def suspicions(
         *_others(samples),
         *_changed(settings, first_settings),
     ]
-
-
-_CAPPED = frozenset({ClockEvent.POWER_CAP})
 
 
 def _events(rows: list[Sample]) -> list[frozenset[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 from mpscale.core.device import NVIDIA, Device
 from mpscale.core.reason import Code, Reason
 from mpscale.telemetry.backend import Call, Gpu, GpuBackend
-from mpscale.telemetry.readings import ClockEvent, Implausible, Memory, Range, Reading
+from mpscale.telemetry.readings import POWER_RANGE, ClockEvent, Implausible, Memory, Range, Reading
 
 MIB = 2**20
 
@@ -250,6 +250,10 @@ class NvidiaGpu(Gpu):
         device: which GPU; one with a UUID.
     """
 
+    not_apart = Reason(
+        Code.DRIVER_TOO_OLD, "the installed NVIDIA driver is too old to tell reserved memory apart", _UPDATE
+    )
+
     def __init__(self, nvml: Nvidia, device: Device) -> None:
         self._nvml = nvml
         handle = nvml.ask(nvml.call, "nvmlDeviceGetHandleByUUID", device.uuid)
@@ -260,7 +264,7 @@ class NvidiaGpu(Gpu):
             reason = handle.worded(f"NVML does not find GPU {device.uuid}: {handle}")
             super().__init__(nvml, device, {}, dict.fromkeys(Reading, reason))
             return
-        most = nvml.ask(lambda: self._limit(nvml.call(_LIMITS, self._whole)[1]))
+        most = nvml.ask(lambda: _watts(nvml.call(_LIMITS, self._whole)[1]))
         super().__init__(
             nvml,
             device,
@@ -278,14 +282,13 @@ class NvidiaGpu(Gpu):
                 value = read(self._nvml.call(name, self._whole, *arguments))
                 return value if range_ is None else range_.checked(value)
 
-            return self._nvml.ask(take)
+            return self._whole if isinstance(self._whole, Reason) else self._nvml.ask(take)
 
-        default = fact(Reading.POWER_LIMIT.range, "nvmlDeviceGetPowerManagementDefaultLimit", read=_thousandth)
         mig = fact(_MIG_MODE, "nvmlDeviceGetMigMode", read=lambda modes: told(modes[0]))
         return {
             "vbios": fact(None, "nvmlDeviceGetVbiosVersion", read=text),
-            "power_limit_default_w": default,
-            "power_limits_w": self._limits(),
+            "power_limit_default_w": fact(None, "nvmlDeviceGetPowerManagementDefaultLimit", read=_watts),
+            "power_limits_w": fact(None, _LIMITS, read=lambda limits: [_watts(limit) for limit in limits]),
             "max_sm_clock_mhz": fact(Reading.SM_CLOCK.range, "nvmlDeviceGetMaxClockInfo", 1),
             "max_memory_clock_mhz": fact(Reading.MEMORY_CLOCK.range, "nvmlDeviceGetMaxClockInfo", 2),
             "slowdown_c": fact(Reading.TEMPERATURE.range, "nvmlDeviceGetTemperatureThreshold", 1),
@@ -293,18 +296,6 @@ class NvidiaGpu(Gpu):
             "pcie_generation": fact(_PCIE_GENERATION, "nvmlDeviceGetCurrPcieLinkGeneration"),
             "pcie_width": fact(_PCIE_WIDTH, "nvmlDeviceGetCurrPcieLinkWidth"),
         }
-
-    def _limits(self) -> list[float] | Reason:
-        """The smallest and largest power limit that can be set, in W."""
-        found: list[float] | Reason = self._nvml.ask(
-            lambda: [self._limit(limit) for limit in self._nvml.call(_LIMITS, self._whole)]
-        )
-        return found
-
-    @staticmethod
-    def _limit(milliwatts: Any) -> Any:
-        assert Reading.POWER_LIMIT.range is not None
-        return Reading.POWER_LIMIT.range.checked(_thousandth(milliwatts))
 
 
 def _calls(nvml: Nvidia, handle: Any, whole: Any, memory_mib: float | None) -> dict[Reading, tuple[Call, ...]]:
@@ -487,6 +478,10 @@ def _events(bits: Any) -> tuple[ClockEvent, ...]:
 def _thousandth(value: Any) -> float:
     """Milliwatts or millijoules in W or J."""
     return float(told(value)) / 1e3
+
+
+def _watts(milliwatts: Any) -> Any:
+    return POWER_RANGE.checked(_thousandth(milliwatts))
 
 
 def _capability(major: int, minor: int) -> tuple[int, int]:

@@ -50,7 +50,7 @@ class Range:
 
 _MIB = Range(0, 2**30, "MiB")
 _CLOCK = Range(1, 100_000, "MHz")
-_POWER = Range(0.001, 10_000, "W")
+POWER_RANGE = Range(0.001, 10_000, "W")
 _SWITCH = Range(0, 1, "(0 is off, 1 is on)")
 
 
@@ -78,14 +78,14 @@ class Reading(StrEnum):
     """Processes that compute through a service that shares the GPU, such as CUDA's MPS."""
     ENERGY = "energy_j", Range(0.001, 2**62 / 1e3, "J")
     """Energy counter."""
-    POWER = "power_w", _POWER
+    POWER = "power_w", POWER_RANGE
     SM_CLOCK = "sm_clock_mhz", _CLOCK
     MEMORY_CLOCK = "memory_clock_mhz", _CLOCK
     TEMPERATURE = "temperature_c", Range(1, 150, "°C")
     UTILIZATION = "utilization", Range(0, 100, "%")
     CLOCK_EVENTS = "clock_events"
     """Tuple of :class:`ClockEvent`."""
-    POWER_LIMIT = "power_limit_w", _POWER
+    POWER_LIMIT = "power_limit_w", POWER_RANGE
     ECC = "ecc", _SWITCH
     PERSISTENCE = "persistence", _SWITCH
 

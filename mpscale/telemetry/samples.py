@@ -80,11 +80,10 @@ class Sample:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, rounded to thousandths; fields with their default are left out."""
-        values = {name: getattr(self, name) for name in _DEFAULTS}
         return {
             name: round(value, 3) if isinstance(value, float) else value
-            for name, value in values.items()
-            if value != _DEFAULTS[name]
+            for name, default in _DEFAULTS.items()
+            if (value := getattr(self, name)) != default
         }
 
     @classmethod
@@ -98,7 +97,22 @@ class Sample:
         return cls(**known)
 
 
-_DEFAULTS = {f.name: None if f.default is MISSING else f.default for f in fields(Sample)}
+_DEFAULTS: dict[str, Any] = {f.name: None if f.default is MISSING else f.default for f in fields(Sample)}
+
+STATE = tuple(
+    reading
+    for reading in Reading
+    if reading in _DEFAULTS
+    and reading
+    not in (
+        Reading.MEMORY,
+        Reading.RESERVED_MEMORY,
+        Reading.PROCESSES,
+        Reading.GRAPHICS_PROCESSES,
+        Reading.ENERGY,
+    )
+)
+"""Readings in samples that are taken every 100 ms."""
 
 
 class SampleFile:

@@ -14,20 +14,11 @@ from typing import Any
 from mpscale.core.reason import Reason
 from mpscale.telemetry.backend import Gpu
 from mpscale.telemetry.readings import Memory, Reading
-from mpscale.telemetry.samples import CALM_FROM, CALM_S, CALM_UNTIL, Sample, SampleFile
+from mpscale.telemetry.samples import CALM_FROM, CALM_S, CALM_UNTIL, STATE, Sample, SampleFile
 
 FAST_S = 0.01
 ENERGY_S = 0.019
 SLOW_S = 0.1
-
-_STATE = (
-    Reading.POWER,
-    Reading.SM_CLOCK,
-    Reading.MEMORY_CLOCK,
-    Reading.TEMPERATURE,
-    Reading.UTILIZATION,
-    Reading.CLOCK_EVENTS,
-)
 
 
 class Family:
@@ -121,7 +112,7 @@ class SamplingLoop:
             sample.energy_j = self._read(Reading.ENERGY)
         if slow:
             self._slow_due = now + SLOW_S
-            for reading in _STATE:
+            for reading in STATE:
                 setattr(sample, reading, self._read(reading))
         sample.failed = tuple(self._failed)
         turned = self._failed != failed_before

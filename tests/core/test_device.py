@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mpscale.core.device import Device, find_device
+from mpscale.core.device import Device, NoSuchDevice, find_device
+from mpscale.core.reason import Code
 from mpscale.telemetry import host
 
 GPUS = [
@@ -39,7 +40,7 @@ def find(visible: str | None, devices: list[Device] = GPUS) -> Device:
         ("GPU-8932a,7", 1),
     ],
 )
-def test_the_gpu_that_is_visible_first(visible: str | None, index: int) -> None:
+def test_the_first_visible_gpu(visible: str | None, index: int) -> None:
     assert find(visible) is GPUS[index]
 
 
@@ -49,7 +50,7 @@ def test_hidden_gpus_leave_the_cpu(visible: str) -> None:
 
 
 @pytest.mark.parametrize("visible", [None, "0", "GPU-8932a", "MIG-57fdd0f8", ""])
-def test_where_nvml_knows_no_gpu_it_is_the_cpu(visible: str | None) -> None:
+def test_the_cpu_if_the_driver_knows_no_gpu(visible: str | None) -> None:
     device = find(visible, [])
     assert (device.kind, device.uuid, device.compute_capability, device.has_tf32) == ("cpu", None, None, False)
     assert device.name
@@ -67,13 +68,14 @@ def test_where_nvml_knows_no_gpu_it_is_the_cpu(visible: str | None) -> None:
         ("GPU-8932", "matches several GPUs"),
     ],
 )
-def test_what_names_no_single_gpu_is_refused_with_a_list(visible: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words) as caught:
+def test_an_ambiguous_or_unknown_gpu_is_refused_with_a_list(visible: str, words: str) -> None:
+    with pytest.raises(NoSuchDevice, match=words) as caught:
         find(visible)
-    message = str(caught.value)
-    assert repr(visible) in message
-    assert "0: NVIDIA H200, GPU-8932f937" in message
-    assert "1: Tesla V100, GPU-8932aaaa" in message
+    reason = caught.value.reason
+    assert reason.code is Code.NO_DEVICE
+    assert repr(visible) in reason.text
+    assert "0: NVIDIA H200, GPU-8932f937" in reason.cure
+    assert "1: Tesla V100, GPU-8932aaaa" in reason.cure
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_what_names_no_single_gpu_is_refused_with_a_list(visible: str, words: st
         ("MIG-bbbb1000-0000-0000-0000-000000000000,0", MIG[1]),
     ],
 )
-def test_of_a_gpu_in_mig_mode_it_is_an_instance(visible: str | None, expected: Device) -> None:
+def test_an_instance_of_a_gpu_in_mig_mode(visible: str | None, expected: Device) -> None:
     found = find(visible, [A100, *MIG, *GPUS])
     assert found == expected
     if expected in MIG:
@@ -102,13 +104,13 @@ def test_of_a_gpu_in_mig_mode_it_is_an_instance(visible: str | None, expected: D
         ("MIG-cccc", [A100, *MIG], "matches no GPU"),
     ],
 )
-def test_mig_instance_that_is_not_there(visible: str, devices: list[Device], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_missing_mig_instance(visible: str, devices: list[Device], words: str) -> None:
+    with pytest.raises(NoSuchDevice, match=words):
         find(visible, devices)
 
 
 def test_a_gpu_without_uuid_is_refused() -> None:
-    with pytest.raises(ValueError, match="no UUID for GPU 2, which does not answer"):
+    with pytest.raises(NoSuchDevice, match="no UUID for GPU 2, which does not answer"):
         find("2")
 
 

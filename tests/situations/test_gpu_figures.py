@@ -27,12 +27,12 @@ MEASURED = {
     "utilization": "gpu_utilization_median",
     "event_reasons": "gpu_event_reasons",
 }
-"""Lines of the stand-in's script, and the column that each fills."""
+"""Lines of the stand-in's script and the column that each fills."""
 
 
 @pytest.fixture
 def gpu_case(tmp_path, stand_in_nvml):
-    """Makes one case under a GPU with these lines."""
+    """Makes a case on a GPU with these lines in its script."""
     made = []
 
     def make(**lines):
@@ -55,7 +55,7 @@ def only_case(tmp_path_factory, stand_in_nvml):
 
 @pytest.fixture
 def case(only_case):
-    """A GPU that tells everything, whose driver's process goes on from test to test."""
+    """A GPU that tells everything; its monitor lives on from test to test."""
     only_case.script.heal().no_processes()
     lines = {"used_mib": 450, "temperature_c": 35, "sm_clock_mhz": 1410, "mem_clock_mhz": 1215, "event_reasons": 0}
     only_case.script.set(**lines)
@@ -63,12 +63,12 @@ def case(only_case):
 
 
 def run(case, *, timed=lambda: None, **steps):
-    """One case of 300 MiB that counts energy."""
+    """Run a case of 300 MiB that counts energy."""
     worker = WorkerFacts(energy_steps=10, energy_applied_steps=10)
     return case.run(lambda: case.uses(300), timed, worker=worker, **steps).findings
 
 
-# What is not measured from the first reading on.
+# Readings that never work.
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def run(case, *, timed=lambda: None, **steps):
         pytest.param({"power_w": -0.005, "temperature_c": -5}, id="a negative number without its sign"),
     ],
 )  # fmt: skip
-def test_no_measurement_is_empty_and_says_why(gpu_case, lines):
+def test_implausible_readings_leave_columns_empty_with_a_reason(gpu_case, lines):
     case = gpu_case(**lines)
     found = run(case)
     for line in lines:
@@ -97,13 +97,13 @@ def test_no_measurement_is_empty_and_says_why(gpu_case, lines):
         assert found.unavailable[MEASURED[line]].code is Code.IMPLAUSIBLE, line
     told = case.driver.facts(case.device)
     assert not {Reading.POWER, Reading.TEMPERATURE} & set(told["ways"])
-    # What the GPU does tell is as right as ever: an idle GPU is 0 % busy, for no reason.
+    # The other readings are unaffected: an idle GPU is 0 % busy.
     assert found.values[PEAK] == 300.0
     assert {"utilization", "event_reasons"} & set(lines) or found.values["gpu_utilization_median"] == 0.0
 
 
 @pytest.mark.parametrize("energy", ["n/a", "0:1"], ids=["all bits one", "a counter of 0"])
-def test_energy_counter_that_is_none_leaves_energy_to_power(gpu_case, energy):
+def test_energy_comes_from_power_if_there_is_no_counter(gpu_case, energy):
     case = gpu_case(energy=energy, energy_start_j=0, energy_tick=1e9)
     told = case.driver.facts(case.device)
     assert Reading.ENERGY not in told["ways"]
@@ -111,7 +111,7 @@ def test_energy_counter_that_is_none_leaves_energy_to_power(gpu_case, energy):
     assert told["ways"][Reading.POWER] == "instant"
 
 
-def test_power_of_the_moment_that_is_not_available_leaves_power_to_the_mean(gpu_case):
+def test_power_is_a_mean_if_momentary_power_is_not_available(gpu_case):
     case = gpu_case(power_instant_w="n/a")
     assert case.driver.facts(case.device)["ways"][Reading.POWER] == "mean of up to a second"
     assert run(case).values["gpu_power_source"] == "mean of up to a second"
@@ -141,7 +141,7 @@ def test_facts_and_settings_of_a_gpu_that_does_not_tell_them(gpu_case):
 @pytest.mark.parametrize(
     "lines", [{"memory_mib": "n/a"}, {"memory_mib": 0}, {"used_mib": "n/a"}, {"used_mib": 90_000}, {"memory_mib": 100}]
 )
-def test_memory_that_cannot_be_is_not_memory_in_use(gpu_case, lines):
+def test_implausible_memory_is_not_used(gpu_case, lines):
     case = gpu_case(**lines)
     found = run(case)
     assert RISE not in found.values
@@ -149,11 +149,11 @@ def test_memory_that_cannot_be_is_not_memory_in_use(gpu_case, lines):
     assert found.unavailable[RISE].code is Code.IMPLAUSIBLE
     if lines.get("memory_mib") in ("n/a", 0):
         assert case.device.memory_mib is None
-    # The list of processes is another call; only more than the GPU has is not believed there.
+    # The list of processes is another call; only values above the GPU's memory are rejected there.
     assert found.values.get(PROCESS) == (None if lines.get("memory_mib") == 100 else 300.0)
 
 
-def test_field_of_an_unknown_type_is_not_guessed_at(gpu_case):
+def test_field_of_unknown_type_is_not_used(gpu_case):
     case = gpu_case(field_type=7)
     told = case.driver.facts(case.device)
     assert told["ways"][Reading.POWER] == "mean of up to a second"
@@ -165,7 +165,7 @@ def test_driver_that_repeats_an_old_value(gpu_case):
     assert case.driver.facts(case.device)["reasons"][Reading.POWER].code is Code.IMPLAUSIBLE
 
 
-# What begins to fail in mid-case.
+# Readings that begin to fail in mid-case.
 
 
 BEGIN = {
@@ -182,11 +182,11 @@ BEGIN = {
 
 
 def always(case):
-    """What a case without any trouble fills."""
+    """The columns that a case without failures fills."""
     return {*run(case, added=lambda: time.sleep(0.3)).values} & set(measured_columns(source=Source.MONITOR))
 
 
-def test_one_call_that_begins_to_fail_empties_its_own_columns_and_no_others(case):
+def test_a_failing_call_empties_only_its_own_columns(case):
     sound = always(case)
     for symbol, columns in BEGIN.items():
         case.script.heal()
@@ -206,7 +206,7 @@ def test_one_call_that_begins_to_fail_empties_its_own_columns_and_no_others(case
 
 
 @pytest.mark.parametrize("symbol", [MEMORY, LIST])
-def test_memory_that_grew_while_a_call_failed_is_not_missed_without_a_word(case, symbol):
+def test_growth_of_memory_while_a_call_fails_is_not_missed_silently(case, symbol):
 
     def train():
         case.script.fail(symbol, 999)
@@ -224,13 +224,13 @@ def test_memory_that_grew_while_a_call_failed_is_not_missed_without_a_word(case,
     assert found.unavailable[column].code is Code.TOO_FEW_SAMPLES
     assert "from context-ready on" in found.unavailable[column].text
     assert "300 MiB was the most that was seen" in found.unavailable[column].text
-    # The other way to tell saw it.
+    # The other reading saw it.
     assert found.values[PROCESS if symbol == MEMORY else RISE] == 9000.0
     assert found.values[PEAK] == 9000.0
     assert found.values["gpu_sample_gap_ms"] > 400
 
 
-def test_both_ways_to_tell_memory_fail(case):
+def test_both_readings_of_memory_fail(case):
     found = run(case, train=lambda: (case.script.fail(MEMORY, 999).fail(LIST, 999), time.sleep(0.3)))
     assert not {PEAK, METHOD, PROCESS, RISE} & set(found.values)
     for column in (PROCESS, RISE):
@@ -238,7 +238,7 @@ def test_both_ways_to_tell_memory_fail(case):
         assert found.unavailable[column].text in found.unavailable[PEAK].text
 
 
-def test_one_look_that_fails_among_many_voids_nothing(gpu_case, tmp_path):
+def test_one_failed_look_among_many_empties_nothing(gpu_case, tmp_path):
     case = gpu_case()
     readings = {
         Reading.MEMORY: (MEMORY, 30),
@@ -246,7 +246,7 @@ def test_one_look_that_fails_among_many_voids_nothing(gpu_case, tmp_path):
         Reading.TEMPERATURE: ("nvmlDeviceGetTemperatureV", 5),
     }
     for symbol, after in (*readings.values(), ("nvmlDeviceGetClockInfo", 10)):
-        # A look asks twice: a call that fails once only leaves no gap at all.
+        # Each look tries twice, so a single failure would leave no gap at all.
         case.script.fail(symbol, 999, after=after, times=2)
     kept = tmp_path / "samples.jsonl.gz"
     found = run(case, train=lambda: time.sleep(0.6), keep=kept)
@@ -271,10 +271,10 @@ def test_process_whose_memory_is_no_longer_told(case, breaks):
     found = run(case, train=lambda: (time.sleep(0.05), breaks(case), time.sleep(0.3)))
     assert PROCESS not in found.values
     assert found.unavailable[PROCESS].code is Code.TOO_FEW_SAMPLES
-    assert found.values.get(PEAK, 9000.0) == 9000.0  # by the rise, where that could be read
+    assert found.values.get(PEAK, 9000.0) == 9000.0  # from the rise, if that could be read
 
 
-def test_readings_that_begin_to_be_none_in_mid_case(case):
+def test_readings_that_become_implausible_in_mid_case(case):
     lines = {"temperature_c": "n/a", "sm_clock_mhz": 0, "mem_clock_mhz": "n/a", "event_reasons": "n/a"}
     found = run(case, train=lambda: case.script.set(**lines), added=lambda: time.sleep(1.5))
     for line in lines:
@@ -284,15 +284,15 @@ def test_readings_that_begin_to_be_none_in_mid_case(case):
     assert "35 °C was the most until then" in found.unavailable["gpu_temperature_c_max"].text
 
 
-def test_call_that_fails_from_the_start_and_heals(case):
-    """Nothing tells what was there before."""
+def test_call_that_fails_at_first_and_recovers(case):
+    """What happened before is unknown."""
     case.script.fail(LIST, 999).fail(LIST.replace("_v3", "_v2"), 999)
     found = run(case, train=lambda: (case.uses(9000), time.sleep(0.3), case.uses(300), case.script.heal()))
     assert PROCESS not in found.values
     assert found.values[PEAK] == 9000.0
 
 
-def test_monitor_that_dies_in_mid_case_leaves_no_largest_value_of_anything(case):
+def test_no_maximum_if_the_monitor_dies_in_mid_case(case):
     found = run(case, timed=lambda: (case.script.crash(MEMORY), time.sleep(0.1)))
     for column in (PEAK, RISE, "gpu_temperature_c_max", "gpu_other_processes", "gpu_graphics_processes"):
         assert column not in found.values
@@ -302,8 +302,8 @@ def test_monitor_that_dies_in_mid_case_leaves_no_largest_value_of_anything(case)
 
 
 @pytest.mark.parametrize(("phase", "column"), [("timing", "gpu_energy_window_s"), ("idle", "gpu_memory_idle_mib")])
-def test_sample_that_came_when_the_case_had_gone_on(case, phase, column):
-    """Steps are counted from timing-start on: a window that begins later would make them cheap."""
+def test_sample_that_came_too_late(case, phase, column):
+    """Steps count from timing-start on: a window that begins later would make them look cheap."""
     late = lambda: (case.script.latency("nvmlDeviceGetTemperatureV", 0.6, times=None), time.sleep(0.15))  # noqa: E731
     case.watch.start(case.pid, time.monotonic())
     if phase == "idle":

@@ -1,4 +1,4 @@
-"""How right energy and memory are, against what the stand-in's script says is true."""
+"""How accurate energy and memory are, compared with the stand-in's script."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_spike_of_60_ms_in_training_is_caught(gpu_case):
     for _ in range(5):
         case.script.process("compute", case.pid, None)
         values = case.run(lambda: case.uses(300), train=spike).findings.values
-        # On a machine too busy to let the monitor run, the longest gap says so, and nothing is shown.
+        # If the machine is too busy to let the monitor run, the longest gap says so, and nothing is proved.
         if values["gpu_sample_gap_ms"] < 50:
             break
     assert values["gpu_sample_gap_ms"] < 50
@@ -43,7 +43,7 @@ def test_memory_reconciles_with_the_allocator(gpu_case):
 
 @pytest.mark.parametrize("timed_s", [2.0, 9.6])
 def test_energy_of_ten_seconds_is_within_one_percent(gpu_case, tmp_path, timed_s):
-    """Power that changes every 0.7 s; the truth is its integral over the window, by the script."""
+    """Power changes every 0.7 s; the true energy is its integral over the window."""
     case = gpu_case()
     epoch = case.script.now()
     levels = [(epoch + 0.7 * n, 120.0 + 90.0 * (n % 3)) for n in range(40)]
@@ -71,14 +71,14 @@ def test_energy_of_ten_seconds_is_within_one_percent(gpu_case, tmp_path, timed_s
     assert values["gpu_energy_method"] == "counter"
     assert values["gpu_energy_j_per_step"] == pytest.approx(values["gpu_energy_counter_j"] / 1000)
     assert values["gpu_energy_j_per_applied_step"] == pytest.approx(values["gpu_energy_counter_j"] / 800)
-    # The file that is kept has all that these were made of.
+    # The kept file has everything that these were computed from.
     samples = read_samples(gzip.decompress(path.read_bytes()).decode().splitlines(keepends=True))
     assert samples.at("energy-end").time_s - samples.at("timing-start").time_s == pytest.approx(
         values["gpu_energy_window_s"]
     )
 
 
-def test_what_the_gpu_drew_before_is_subtracted_beside_the_raw_figure(gpu_case):
+def test_idle_power_is_subtracted_in_a_column_of_its_own(gpu_case):
     case = gpu_case()
     case.script.set(power_w="0:50")
     time.sleep(0.1)
@@ -100,7 +100,7 @@ def test_what_the_gpu_drew_before_is_subtracted_beside_the_raw_figure(gpu_case):
     assert "gpu_energy_j_per_applied_step" not in values
 
 
-def test_samples_are_taken_without_help_from_the_phases(gpu_case):
+def test_samples_are_taken_between_phases(gpu_case):
     case = gpu_case()
     case.watch.start(case.pid, time.monotonic())
     time.sleep(0.5)
@@ -109,8 +109,8 @@ def test_samples_are_taken_without_help_from_the_phases(gpu_case):
     assert values["gpu_sample_gap_ms"] >= values["gpu_sample_interval_ms"]
 
 
-def test_nobody_looks_often_while_steps_are_timed(gpu_case, tmp_path):
-    """A look wakes a processor up that the training may need."""
+def test_the_monitor_looks_seldom_while_steps_are_timed(gpu_case, tmp_path):
+    """Each look wakes up a processor that the training may need."""
     case = gpu_case()
     path = tmp_path / "samples.jsonl.gz"
 
@@ -126,7 +126,7 @@ def test_nobody_looks_often_while_steps_are_timed(gpu_case, tmp_path):
             looks[phase] += row.looks
         phase = row.phase or phase
     assert looks["timing-start"] <= 4
-    # At least: a busy machine lets the monitor run less often.
+    # Lower limits only: on a busy machine the monitor runs less often.
     assert looks["context-ready"] > 7
     assert looks["timing-end"] > 7
 

@@ -1,4 +1,4 @@
-"""Every way in which NVML is known to fail or to mislead, through nvidia-ml-py and a stand-in for the driver."""
+"""Every known way in which NVML fails or misleads, through nvidia-ml-py and a stand-in for the driver."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_no_library(tmp_path):
     assert driver.reason.code is Code.NO_LIBRARY
 
 
-def test_something_else_under_the_librarys_name(tmp_path):
+def test_a_file_that_is_no_library(tmp_path):
     (tmp_path / "libnvidia-ml.so.1").write_text("not an ELF file")
     driver = open_driver({**os.environ, "LD_LIBRARY_PATH": str(tmp_path)})
     assert isinstance(driver, NoDriver)
@@ -54,7 +54,7 @@ def test_something_else_under_the_librarys_name(tmp_path):
         (999, Code.OTHER),
     ],
 )
-def test_driver_that_does_not_open(script, stand_in_nvml, error, code):
+def test_driver_that_fails_to_initialise(script, stand_in_nvml, error, code):
     script.general(init_error=error)
     driver = open_driver({**os.environ, **script.environ(stand_in_nvml)})
     assert isinstance(driver, NoDriver)
@@ -62,13 +62,13 @@ def test_driver_that_does_not_open(script, stand_in_nvml, error, code):
     assert (driver.reason.cure is None) == (code is Code.OTHER)
 
 
-def test_library_too_old_to_be_opened(script, older):
+def test_library_without_todays_init(script, older):
     driver = open_driver({**os.environ, **script.environ(older("nvmlInitWithFlags"))})
     assert isinstance(driver, NoDriver)
     assert driver.reason.code is Code.DRIVER_TOO_OLD
 
 
-def test_driver_that_dies_when_it_is_opened(script, stand_in_nvml):
+def test_driver_that_crashes_during_initialisation(script, stand_in_nvml):
     script.crash("nvmlInitWithFlags")
     driver = open_driver({**os.environ, **script.environ(stand_in_nvml)})
     assert isinstance(driver, NoDriver)
@@ -77,7 +77,7 @@ def test_driver_that_dies_when_it_is_opened(script, stand_in_nvml):
 
 
 @pytest.mark.timeout(300)  # without a limit on the wait it would hang forever
-def test_driver_that_never_opens(script, stand_in_nvml, monkeypatch):
+def test_driver_that_hangs_during_initialisation(script, stand_in_nvml, monkeypatch):
     monkeypatch.setattr("mpscale.telemetry.client._DESCRIBE_S", 0.5)
     script.latency("nvmlInitWithFlags", 1e9)
     driver = open_driver({**os.environ, **script.environ(stand_in_nvml)})
@@ -85,7 +85,7 @@ def test_driver_that_never_opens(script, stand_in_nvml, monkeypatch):
     assert driver.reason.code is Code.DRIVER_SILENT
 
 
-# A symbol is missing: the next older call.
+# A symbol is missing: use the next older call.
 
 
 @pytest.mark.parametrize(
@@ -118,13 +118,13 @@ def test_missing_symbol_is_replaced_by_an_older_one(script, older, gpu_case, mis
     assert reading not in told["reasons"]
 
 
-def test_structure_newer_than_the_driver_is_replaced_by_the_older_one(script, gpu_case):
+def test_structure_unknown_to_the_driver_is_replaced_by_the_older_one(script, gpu_case):
     script.fail(MEMORY_V2, 25)
     case = gpu_case()
     assert case.driver.facts(case.device)["ways"][Reading.MEMORY] == "nvmlDeviceGetMemoryInfo"
 
 
-def test_what_no_call_tells_has_a_reason_and_no_value(older, gpu_case):
+def test_reading_that_no_call_gives_has_a_reason(older, gpu_case):
     case = gpu_case(older("nvmlDeviceGetUtilizationRates", "nvmlDeviceGetTotalEnergyConsumption"))
     case.script.fail("nvmlDeviceGetFieldValues", 3)
     seen = case.run(lambda: case.uses(300))
@@ -157,7 +157,7 @@ def test_process_listed_without_its_memory(gpu_case, listed, peak, method):
 
 
 def test_worker_of_another_pid_namespace_alone_on_the_gpu(gpu_case):
-    """The driver numbers processes as the host does: the one that appears is the worker, and its use the GPU's."""
+    """The driver uses the host's process ids: the process that appears is the worker, and memory that of the GPU."""
     case = gpu_case()
     case.script.general(offset_pid=100_000)
     seen = case.run(lambda: case.uses(700))
@@ -168,7 +168,7 @@ def test_worker_of_another_pid_namespace_alone_on_the_gpu(gpu_case):
     assert seen.suspicions == []
 
 
-def test_worker_of_another_pid_namespace_in_company(gpu_case):
+def test_worker_of_another_pid_namespace_beside_another_process(gpu_case):
     case = gpu_case()
     case.script.general(offset_pid=100_000).process("compute", 1, 500)
     seen = case.run(lambda: case.uses(700))
@@ -177,8 +177,8 @@ def test_worker_of_another_pid_namespace_in_company(gpu_case):
     assert "other processes" in seen.suspicions[0].reason
 
 
-def test_number_that_is_another_processes_in_the_drivers_namespace(gpu_case):
-    """A process that has the worker's number is listed before the worker has touched the GPU."""
+def test_process_id_that_is_another_process_for_the_driver(gpu_case):
+    """A process with the worker's id is listed before the worker has touched the GPU."""
     case = gpu_case()
     case.uses(5000)
     seen = case.run()
@@ -244,18 +244,18 @@ def case_sleeper() -> str:
 
 @pytest.mark.parametrize("kind", ["mps", "graphics"])
 def test_worker_in_another_list(gpu_case, kind):
-    """Under CUDA's multi-process service, or where it also draws."""
+    """Under CUDA's multi-process service, or if it also draws."""
     case = gpu_case()
     seen = case.run(lambda: (case.uses(400, kind), time.sleep(0.25)), lambda: time.sleep(0.25))
     assert seen.findings.values[PEAK] == 400.0
     assert seen.findings.values[METHOD] == "process"
 
 
-# Used memory, and what the driver reserves.
+# Used and reserved memory.
 
 
 @pytest.mark.parametrize("v2_used", ["includes_reserved", "excludes_reserved"])
-def test_reserved_memory_is_told_apart_by_arithmetic(gpu_case, v2_used):
+def test_reserved_memory_is_separated_by_arithmetic(gpu_case, v2_used):
     case = gpu_case()
     case.script.set(v2_used=v2_used, used_mib=450, reserved_mib=500)
     seen = case.run(lambda: case.uses(300))
@@ -273,7 +273,7 @@ def test_first_version_of_memory_leaves_reserved_unknown(older, gpu_case, v1_use
     assert "gpu_memory_reserved_mib" not in seen.findings.values
 
 
-# Company, MIG, order of devices.
+# Other processes, MIG, order of devices.
 
 
 def test_another_process_makes_figures_suspect(gpu_case):
@@ -285,7 +285,7 @@ def test_another_process_makes_figures_suspect(gpu_case):
 
 
 def test_another_process_that_only_draws_is_counted(gpu_case):
-    """A desktop is always there, and would make every figure of a workstation suspect."""
+    """A desktop always runs, and would make every figure of a workstation suspect."""
     case = gpu_case()
     case.script.process("graphics", 4242, 100)
     seen = case.run(lambda: case.uses(300))
@@ -321,7 +321,7 @@ def test_mig_instance_has_memory_and_no_energy(script, gpu_case):
     assert seen.suspicions == []
 
 
-def test_gpu_is_found_by_its_uuid_whatever_its_place(script, gpu_case):
+def test_gpu_is_found_by_its_uuid(script, gpu_case):
     second = script.device(name="mpscale stand-in H100", capability=(9, 0))
     uuid = script._units[second, -1].lines["uuid"]
     case = gpu_case(visible=uuid)
@@ -340,10 +340,10 @@ def test_gpu_that_does_not_answer_keeps_its_place(script, gpu_case, stand_in_nvm
     assert find_device([lost, fine], {"CUDA_VISIBLE_DEVICES": "1"}, host.cpu()) == fine
 
 
-# Lost, hanging, dying, failing now and then.
+# Loss, hangs, crashes, intermittent failures.
 
 
-def test_gpu_lost_in_the_middle_keeps_what_was_measured(gpu_case):
+def test_gpu_lost_in_mid_case_keeps_what_was_measured(gpu_case):
     case = gpu_case()
     seen = case.run(lambda: case.uses(300), lambda: case.script.set(lost=0.0) and time.sleep(0.15))
     assert seen.lost
@@ -374,7 +374,7 @@ def test_call_that_is_late_loses_nothing(gpu_case):
     assert seen.findings.values["gpu_sample_gap_ms"] > 400
 
 
-def test_driver_that_takes_its_process_down(gpu_case):
+def test_driver_that_crashes_in_mid_case(gpu_case):
     case = gpu_case()
     seen = case.run(lambda: case.uses(300), lambda: (case.script.crash(MEMORY_V2), time.sleep(0.1)))
     assert seen.findings.unavailable[PEAK].code is Code.MONITOR_DIED
@@ -383,7 +383,7 @@ def test_driver_that_takes_its_process_down(gpu_case):
     assert case.run(lambda: case.uses(400)).findings.values[PEAK] == 400.0
 
 
-def test_driver_that_dies_again_and_again_is_left_alone(gpu_case):
+def test_driver_that_keeps_crashing_is_not_restarted(gpu_case):
     case = gpu_case()
     case.script.crash(MEMORY_V2)
     reasons = [case.run().findings.unavailable[PEAK] for _ in range(4)]
@@ -392,7 +392,7 @@ def test_driver_that_dies_again_and_again_is_left_alone(gpu_case):
     assert isinstance(case.driver, Driver)
 
 
-def test_reading_that_fails_now_and_then(gpu_case):
+def test_reading_that_fails_intermittently(gpu_case):
     case = gpu_case()
     case.script.fail(MEMORY_V2, 999, times=3).fail("nvmlDeviceGetTemperatureV", 999, times=3)
     seen = case.run(lambda: (time.sleep(0.4), case.uses(300)), lambda: time.sleep(0.1))

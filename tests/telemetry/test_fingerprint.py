@@ -66,7 +66,7 @@ def test_only_listed_variables_and_no_host_name(tmp_path: Path, monkeypatch: pyt
     assert not {"node", "host", "hostname"} & set(found)
 
 
-def test_git_commit_and_dirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_DIR", "/nowhere")  # as inside a git hook
     git(tmp_path, "init", "--quiet")
     (tmp_path / "code.py").write_text("1\n")

@@ -11,7 +11,7 @@ from mpscale.telemetry.samples import Sample, Samples
 
 
 def samples(*, seconds=10.0, watt=200.0, joules=True, power=True, end="timing-end", tick=0.1, start_j=1000.0):
-    """A steady GPU, sampled every tenth of a second, the counter as it stood at its last tick."""
+    """A GPU at constant power, sampled every 0.1 s; its counter moves every ``tick`` seconds."""
     rows = []
     for n in range(int(seconds * 10) + 31):
         at = n / 10
@@ -34,21 +34,21 @@ def columns(found_in, steps=100, applied=100, off=None):
 @pytest.mark.parametrize(
     ("joules", "power", "method"), [(True, True, "counter"), (True, False, "counter"), (False, True, "power")]
 )
-def test_counter_comes_before_power(joules, power, method):
+def test_counter_is_preferred_to_power(joules, power, method):
     values = columns(samples(joules=joules, power=power)).values
     assert values["gpu_energy_method"] == method
     assert values["gpu_energy_j_per_step"] == pytest.approx(20.0, rel=0.01)
     assert values["gpu_power_w_mean"] == pytest.approx(200.0, rel=0.01)
 
 
-def test_window_goes_on_to_the_end_of_the_added_steps():
+def test_window_includes_the_added_steps():
     taken = samples(seconds=12.0, end="energy-end")
     taken.rows[60].phase = "timing-end"
     assert columns(taken).values["gpu_energy_window_s"] == pytest.approx(12.0)
 
 
 @pytest.mark.parametrize("tick", [0.02, 0.1, 0.5])
-def test_steps_of_the_counter_are_smoothed(tick):
+def test_counter_is_interpolated_between_ticks(tick):
     assert columns(samples(tick=tick)).values["gpu_energy_counter_j"] == pytest.approx(2000.0, rel=0.01)
 
 
@@ -78,7 +78,7 @@ def test_counter_that_goes_backwards_is_not_used():
     assert found.values["gpu_energy_method"] == "power"
 
 
-def test_power_with_a_hole_in_it_is_not_used():
+def test_power_with_a_gap_is_not_used():
     taken = samples(joules=False)
     for row in taken.rows[50:70]:
         row.power_w = None
@@ -97,6 +97,6 @@ def test_net_energy_is_never_negative():
     assert found.unavailable["gpu_energy_net_j_per_step"].code is Code.NEVER_HAPPENED
 
 
-def test_off_is_said():
+def test_reason_when_energy_is_off():
     off = Reason(Code.NOT_ASKED_FOR, "energy was off")
     assert set(columns(samples(), off=off).unavailable.values()) == {off}

@@ -1,4 +1,4 @@
-"""Readings that failed within a case, from samples written by hand; and a real GPU's, in which none did."""
+"""Readings that fail within a case, with synthetic samples; and the samples of a real GPU, where none fails."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mpscale.core.columns import Source, measured_columns
 from mpscale.core.reason import Code, Reason
 from mpscale.telemetry.gpu_energy import energy_columns
 from mpscale.telemetry.gpu_memory import memory_columns
@@ -21,7 +22,7 @@ BROKEN = Reason(Code.OTHER, "broken", "repair it")
 
 
 def samples(failed=None, phases=PHASES, **readings):
-    """A case of 17 s at 200 W, looked at every 0.1 s.
+    """A case of 17 s at 200 W, sampled every 0.1 s.
 
     Args:
         failed: {reading: (first, last)}, the samples in which it failed.
@@ -77,13 +78,15 @@ def energy(taken):
         pytest.param({Reading.MEMORY: (167, 169)}, True, True, id="after its last phase"),
         pytest.param({Reading.MEMORY: (30, 40)}, True, False, id="memory, for a second"),
         pytest.param({Reading.PROCESSES: (30, 40)}, False, True, id="the list, for a second"),
-        pytest.param({Reading.MEMORY: (55, 57)}, True, True, id="no longer than a look takes while steps are timed"),
+        pytest.param(
+            {Reading.MEMORY: (55, 57)}, True, True, id="no longer than between two looks while steps are timed"
+        ),
         pytest.param({Reading.MEMORY: (55, 75)}, True, False, id="for longer"),
         pytest.param({Reading.MEMORY: (100, 169), Reading.PROCESSES: (100, 169)}, False, False, id="both to the end"),
         pytest.param({Reading.MEMORY: (10, 10)}, True, False, id="at idle itself"),
     ],
 )
-def test_a_peak_with_a_gap_is_none(failed, process, rise):
+def test_a_peak_with_a_gap_is_empty(failed, process, rise):
     found = memory_columns(samples(failed), None)
     assert found.values.get("gpu_memory_process_peak_mib") == (300.0 if process else None)
     assert found.values.get("gpu_memory_device_rise_mib") == (300.0 if rise else None)
@@ -94,7 +97,7 @@ def test_a_peak_with_a_gap_is_none(failed, process, rise):
             assert found.unavailable[column].cure == BROKEN.cure
 
 
-def test_a_gap_that_is_tolerated_is_told():
+def test_a_tolerated_gap_is_reported():
     found = memory_columns(samples({Reading.MEMORY: (55, 57)}), None).values
     assert found["gpu_sample_gap_ms"] == pytest.approx(310, abs=1)
 
@@ -108,7 +111,7 @@ def test_a_gap_that_is_tolerated_is_told():
     ],
     ids=["the worker vanishes from the list", "its memory vanishes from the entry", "the worker has ended"],
 )
-def test_a_list_that_no_longer_tells_of_the_worker(readings, known):
+def test_a_list_that_loses_the_worker(readings, known):
     if "listed" in readings:
         readings["process_memory_mib"] = dict.fromkeys(readings["listed"])
     found = memory_columns(samples(**readings), None)
@@ -134,18 +137,18 @@ def test_a_median_stands_while_few_readings_failed(failed, known):
         assert found.unavailable["gpu_sm_clock_mhz_median"].cure == BROKEN.cure
 
 
-def test_throttling_that_may_have_gone_unseen():
+def test_throttling_that_may_have_been_missed():
     found = state_columns(samples({Reading.CLOCK_EVENTS: (60, 120)}))
     for column in ("gpu_event_reasons", "gpu_throttled_share", "gpu_power_capped_share"):
         assert found.unavailable[column].code is Code.TOO_FEW_SAMPLES
-    # What was seen is evidence all the same.
+    # What was seen still counts as evidence.
     throttled = samples(
         {Reading.CLOCK_EVENTS: (60, 90)}, clock_events=dict.fromkeys(range(100, 130), (ClockEvent.HARDWARE_THERMAL,))
     )
     assert "throttled" in suspicions(throttled, ({}, {}), {}, None)[0].reason
 
 
-def test_company_that_may_have_gone_unseen():
+def test_other_processes_that_may_have_been_missed():
     found = state_columns(samples({Reading.PROCESSES: (60, 90)}, other_pids={100: (7,)}))
     assert found.unavailable["gpu_other_processes"].code is Code.TOO_FEW_SAMPLES
 
@@ -206,7 +209,7 @@ def test_company_that_may_have_gone_unseen():
         ),
     ],
 )
-def test_energy_that_the_counter_does_not_tell(taken, method, counter, power):
+def test_energy_when_the_counter_fails(taken, method, counter, power):
     found = energy(taken)
     assert found.values.get("gpu_energy_method") == method
     if method is not None:
@@ -216,7 +219,7 @@ def test_energy_that_the_counter_does_not_tell(taken, method, counter, power):
         assert (reason and reason.code) == code
 
 
-def test_idle_power_of_readings_that_failed():
+def test_idle_power_when_readings_failed():
     assert "gpu_idle_power_w" in energy(samples({Reading.POWER: (3, 3)})).values
     found = energy(samples({Reading.POWER: (0, 4)}))
     for column in ("gpu_idle_power_w", "gpu_energy_net_j_per_step"):
@@ -242,7 +245,7 @@ def test_a_window_whose_end_came_late_has_no_energy(phase):
     assert found.unavailable["gpu_energy_j_per_step"].code is Code.DRIVER_SILENT
 
 
-# A real GPU: one NVIDIA H200, driver 580.159.04, and what its columns were.
+# A real GPU: an NVIDIA H200 with driver 580.159.04, and its columns at that time.
 
 
 def test_samples_of_a_real_gpu_lose_nothing():
@@ -251,6 +254,7 @@ def test_samples_of_a_real_gpu_lose_nothing():
     found.add(energy_columns(taken, 1040, 1040, "instant", None))
     found.add(state_columns(taken))
     assert found.unavailable == {}
+    assert set(found.values) == set(measured_columns(source=Source.MONITOR))
     assert found.values[PEAK] == 5252.0
     assert found.values["gpu_memory_device_rise_mib"] == 5257.562
     assert found.values["gpu_memory_idle_mib"] == 3.25

@@ -1,4 +1,4 @@
-"""Which figures must not be used, from samples written by hand."""
+"""Which figures must not be used, with synthetic samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SETTINGS = {"power_limit_w": 400.0, "ecc": True, "persistence": True}
 
 
 def samples(**readings):
-    """Twenty seconds of samples, timed from the fifth on; a reading is one value for all, or a list."""
+    """Samples of 20 s, timed from 5 s to 19 s; a reading is one value for all samples, or a list."""
     rows = []
     for n in range(200):
         phase = {10: "idle", 50: "timing-start", 190: "timing-end"}.get(n, "")
@@ -60,7 +60,7 @@ def reasons(taken, before=SETTINGS, after=SETTINGS, first=SETTINGS, slowdown_c=9
         ({"listed": False, "processes": 2, "other_pids": (7, 8)}, "process ids 7, 8"),
     ],
 )
-def test_what_makes_figures_suspect(readings, words):
+def test_suspicious_states(readings, words):
     found = reasons(samples(**readings))
     if words is None:
         assert found == []
@@ -77,7 +77,7 @@ def test_what_makes_figures_suspect(readings, words):
         ("persistence", False, "persistence mode was changed {}: on to off"),
     ],
 )
-def test_changed_settings_do_not_pass_by_waiting(setting, value, words):
+def test_changed_settings_are_not_cured_by_waiting(setting, value, words):
     changed = {**SETTINGS, setting: value}
     (since,) = reasons(samples(), before=changed, after=changed)
     (during,) = reasons(samples(), after=changed)

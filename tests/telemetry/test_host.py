@@ -24,7 +24,7 @@ sys.stdin.read()
 
 
 @linux
-def test_peak_outlives_the_memory_itself_but_not_the_process() -> None:
+def test_peak_survives_the_release_of_memory_but_not_the_process() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLDS_64_MIB_THEN_LETS_GO], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:

@@ -1,4 +1,4 @@
-"""What else the processors did while a case was timed."""
+"""Use of the processors by others while a case was timed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def spin(seconds: float) -> None:
         pass
 
 
-def test_own_time_is_told_from_that_of_others() -> None:
-    """This process works; watched as the worker it is nobody else, watched beside an idle worker it is."""
+def test_own_time_is_not_counted_as_others() -> None:
+    """This process works: for a watch of itself that is its own time, for a watch of an idle worker it is others'."""
     code = "import sys; sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as idle:
         busy_worker, idle_worker = HostNoise(os.getpid()), HostNoise(idle.pid)
@@ -41,7 +41,7 @@ def test_own_time_is_told_from_that_of_others() -> None:
     assert set(found.values) | set(found.unavailable) == set(measured_columns(Topic.HOST_NOISE))
 
 
-def test_what_was_not_timed_has_reasons() -> None:
+def test_reasons_if_nothing_was_timed() -> None:
     noise = HostNoise(os.getpid())
     found = noise.columns()
     assert found.unavailable["host_other_cpu_share"].code is Code.NOT_REACHED
@@ -50,7 +50,7 @@ def test_what_was_not_timed_has_reasons() -> None:
     assert noise.columns().unavailable["host_steal_share"].code is Code.WINDOW_TOO_SHORT
 
 
-def test_process_that_is_gone_has_no_times() -> None:
+def test_ended_process_has_no_times() -> None:
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
     assert cpu_times(done.pid) is None

@@ -35,7 +35,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize(("device", "code"), [(CPU, Code.NO_GPU), (GPU, Code.NO_LIBRARY)])
-def test_peak_of_the_host_outlives_the_process(device: Device, code: Code, child: subprocess.Popen[bytes]) -> None:
+def test_host_peak_survives_the_process(device: Device, code: Code, child: subprocess.Popen[bytes]) -> None:
     watch = CaseWatch(NO_DRIVER, device)
     watch.start(child.pid, time.monotonic())
     watch.mark("idle")
@@ -49,7 +49,7 @@ def test_peak_of_the_host_outlives_the_process(device: Device, code: Code, child
     watch.close()
 
 
-def test_process_that_is_gone_leaves_reasons(child: subprocess.Popen[bytes]) -> None:
+def test_reasons_if_the_process_has_ended(child: subprocess.Popen[bytes]) -> None:
     child.kill()
     child.wait()
     watch = CaseWatch(NO_DRIVER, CPU)
@@ -66,7 +66,7 @@ def test_never_started() -> None:
     assert found.unavailable[HOST_COLUMN].code is Code.NOT_REACHED
 
 
-def test_importing_the_session_s_telemetry_imports_neither_nvml_nor_tensorflow() -> None:
+def test_the_session_imports_neither_nvml_nor_tensorflow() -> None:
     code = (
         "import sys, mpscale.telemetry.fingerprint, mpscale.telemetry.watch;"
         "print([name for name in ('tensorflow', 'keras', 'pynvml') if name in sys.modules])"

@@ -1,29 +1,29 @@
-"""A stand-in for NVIDIA's driver library, so that NVML can be tested without a GPU.
+"""A stand-in for NVIDIA's driver library, to test NVML without a GPU.
 
 :func:`build` compiles a ``libnvidia-ml.so.1`` that the real nvidia-ml-py loads like the driver's own, in any process
 that has its folder on ``LD_LIBRARY_PATH``. It answers from a text file, the script, that ``MPSCALE_STAND_IN_NVML``
 names; :class:`Script` writes one. The library looks at the file on every call and reads it again when it has changed,
-so a test can change the GPU under a program that runs. Without a script no driver is loaded (9).
+so a test can change the GPU under a running program. Without a script no driver is loaded (9).
 
-A script has one entry a line; ``#`` begins a comment. Times are seconds of CLOCK_MONOTONIC since ``epoch``. What a
-script does not say is not supported (3), but for the defaults named here. A TIMELINE is one value, or ``t:value`` pairs
-with rising t, each of which holds from its t on, the first one from ever. A value is a number (hexadecimal after 0x),
-``-``, which is unknown: the call returns 3, or ``n/a``: the call succeeds and answers with all bits one. A wrong line
-makes every call return 999, and standard error names it.
+A script has one entry per line; ``#`` begins a comment. Times are seconds of CLOCK_MONOTONIC since ``epoch``. What a
+script does not mention is not supported (3), except for the defaults given here. A TIMELINE is one value, or
+``t:value`` pairs with rising t; each value holds from its t on, and the first one holds before that, too. A value is a
+number (hexadecimal after 0x), ``-`` for unknown (the call returns 3), or ``n/a`` (the call succeeds and answers with
+all bits one). A wrong line makes every call return 999, and standard error names it.
 
 For the whole library:
 
 ==================================================  =================================================================
-``epoch SECONDS``                                   where times begin
+``epoch SECONDS``                                   start of all times
 ``driver 570.86.15``, ``cuda 12080``                versions
 ``init_error CODE``                                 what nvmlInit returns
 ``fail SYMBOL CODE [after N] [for M]``              the call returns CODE, from its N+1st call on, M times. Counted by
                                                     process and symbol. nvidia-ml-py asks for a list of processes twice
-                                                    where there are any: how many, and which
+                                                    if there are any: how many, and which
 ``latency SYMBOL SECONDS [after N] [for M]``        the call sleeps before it answers
 ``crash SYMBOL [after N] [for M]``                  the call ends the process with SIGSEGV
-``entry_bytes 32``                                  entries of the lists of processes, third version, are so wide and
-                                                    not 24 bytes, as in drivers 535.43 to 535.86
+``entry_bytes 32``                                  entries of the process lists, third version, have 32 bytes instead
+                                                    of 24, as in drivers 535.43 to 535.86
 ``offset_pid K``                                    all processes are listed under their id + K, as seen from another
                                                     PID namespace
 ==================================================  =================================================================
@@ -34,26 +34,26 @@ Then each ``device N``, from 0, followed by its lines:
 ``name``, ``uuid``, ``pci``, ``vbios``              the rest of the line
 ``capability 8 0``
 ``memory_mib``, ``reserved_mib`` TIMELINE           total, and kept by the driver (default 0)
-``used_mib TIMELINE``                               used by all but the processes listed below, which are added
+``used_mib TIMELINE``                               used by others than the processes listed below, which are added
 ``v1_used includes_reserved``                       or ``excludes_reserved``: what ``used`` of nvmlDeviceGetMemoryInfo
                                                     counts (by default includes, as drivers since 510 do); free is
                                                     always total - reserved - used by anybody
 ``v2_used excludes_reserved``                       the same for nvmlDeviceGetMemoryInfo_v2 (by default excludes)
-``process compute PID TIMELINE``                    also ``graphics`` and ``mps``: in which list. MiB; ``-`` is not
-                                                    listed; ``n/a(300)`` and ``0(300)`` are listed as unknown and as 0
-                                                    while 300 MiB are used. A process in several lists counts once.
-                                                    Whether a process PID exists does not matter. ``@worker``: below
+``process compute PID TIMELINE``                    or ``graphics`` or ``mps``, the list. MiB; ``-`` is not listed;
+                                                    ``n/a(300)`` and ``0(300)`` are listed as unknown and as 0 while
+                                                    300 MiB are used. A process in several lists counts once. PID need
+                                                    not exist. ``@worker``: see below
 ``power_w TIMELINE``                                also that of the fields 185 and 186 unless ``power_average_w`` and
                                                     ``power_instant_w`` say otherwise
 ``power_limit_w TIMELINE``                          enforced and management limit
 ``power_limits_w MIN DEFAULT MAX``
-``energy -``                                        there is no energy counter. Else it is energy_start_j (default
-                                                    1000) and the integral of power_w since the epoch, as of the last
+``energy -``                                        no energy counter. Otherwise it is energy_start_j (default 1000)
+                                                    plus the integral of power_w since the epoch, up to the last
                                                     multiple of energy_tick (default 0.1 s). It is computed from the
-                                                    timeline as it is now: to keep what was counted, add to the end
+                                                    current timeline: to keep what was counted, append to it
 ``energy_start_j``, ``energy_tick`` TIMELINE
-``field_type TIMELINE``                             the type that fields say their value has (nvmlValueType_t)
-``field_stamp_s TIMELINE``                          when fields say that it was taken; by default, now
+``field_type TIMELINE``                             the type that fields give for their value (nvmlValueType_t)
+``field_stamp_s TIMELINE``                          the timestamp that fields give; by default, now
 ``temperature_c``, ``slowdown_c`` TIMELINE          now, and the threshold
 ``sm_clock_mhz``, ``mem_clock_mhz`` TIMELINE        the graphics clock is that of the SMs
 ``max_sm_clock_mhz``, ``max_mem_clock_mhz``         TIMELINE
@@ -87,13 +87,13 @@ VARIABLE = "MPSCALE_STAND_IN_NVML"
 UUID = "GPU-5b0c4a1e-0000-1111-2222-333344445555"
 NAME = "mpscale stand-in A100"
 WHOLE = -1
-"""In place of the index of a MIG instance: the device itself."""
+"""Stands for the device itself instead of a MIG instance's index."""
 
 _HERE = Path(__file__).parent
 _HEADER = (_HERE / "stand_in.h").read_text()
 _TABLES = _HEADER.partition("#define VALUES(X)")
 CALLS = frozenset(re.findall(r"X\((\w+)\)", _TABLES[0]))
-"""The symbols that a script may let fail and that a build may leave out."""
+"""The symbols that can fail by a script and be left out of a build."""
 _TIMELINES = frozenset(re.findall(r"^    X\((\w+)\)", _TABLES[2], re.MULTILINE))
 _TEXTS = frozenset({"name", "uuid", "pci", "vbios", "capability", "power_limits_w", "v1_used", "v2_used"})
 _GENERAL = frozenset({"driver", "cuda", "init_error", "entry_bytes", "offset_pid"})
@@ -132,11 +132,11 @@ _INSTANCE = {
 }
 
 Value = str | float | tuple[float, ...] | None
-"""Of one line: as it is written, one or more numbers, or None for what is unknown."""
+"""The value of a line: text as written, one or more numbers, or None if unknown."""
 
 
 def build(folder: Path, without: Iterable[str] = ()) -> Path:
-    """Compiles the library.
+    """Compile the library.
 
     Args:
         folder: where to; it is made if it does not exist.
@@ -157,7 +157,7 @@ def build(folder: Path, without: Iterable[str] = ()) -> Path:
 
 
 class Script:
-    """A script with one device, an A100 that does nothing. Every change is written at once, and whole.
+    """A script with one device, an idle A100. Every change is written immediately and atomically.
 
     Args:
         path: the file.
@@ -173,13 +173,13 @@ class Script:
         self.general(**general)
 
     def general(self, **lines: Value) -> Script:
-        """Replaces lines for the whole library: ``general(driver="535.54.03", entry_bytes=32)``."""
+        """Replace lines for the whole library: ``general(driver="535.54.03", entry_bytes=32)``."""
         for key, value in lines.items():
             self._general[_known(key, _GENERAL)] = value
         return self._write()
 
     def device(self, **lines: Value) -> int:
-        """Adds a device and returns its index. It is like the first but for UUID, PCI bus, and what is given."""
+        """Add a device and return its index. It differs from the first in UUID, PCI bus and what is given."""
         index = sum(mig == WHOLE for _, mig in self._units)
         uuid = f"{UUID[:-1]}{(5 + index) % 10}"
         self._units[index, WHOLE] = _Unit({**_DEVICE, "uuid": uuid, "pci": f"00000000:{7 + index:02X}:00.0"})
@@ -187,7 +187,7 @@ class Script:
         return index
 
     def mig(self, device: int = 0, **lines: Value) -> int:
-        """Turns MIG on, adds an instance of a device and returns its index."""
+        """Turn MIG on, add an instance of a device and return its index."""
         index = sum(at == device for at, mig in self._units if mig != WHOLE)
         uuid = f"MIG-5b0c4a1e-0000-1111-{device:04}-{index:012}"
         self._units[device, index] = _Unit({**_INSTANCE, "uuid": uuid, "gi": 7 + index, "ci": 0})
@@ -196,7 +196,7 @@ class Script:
         return index
 
     def set(self, device: int = 0, instance: int = WHOLE, **lines: Value) -> Script:
-        """Replaces lines of a device, or of one of its instances: ``set(power_w="0:60 5:300", energy=None)``."""
+        """Replace lines of a device, or of one of its instances: ``set(power_w="0:60 5:300", energy=None)``."""
         for key, value in lines.items():
             self._units[device, instance].lines[_known(key, _TIMELINES | _TEXTS)] = value
         return self._write()
@@ -204,7 +204,7 @@ class Script:
     def process(
         self, kind: str, pid: int | str, memory_mib: Value, *, device: int = 0, instance: int = WHOLE
     ) -> Script:
-        """Lists a process, or replaces what was said of it.
+        """List a process, or change its entry.
 
         Args:
             kind: ``"compute"``, ``"graphics"`` or ``"mps"``.
@@ -217,28 +217,28 @@ class Script:
         return self._write()
 
     def no_processes(self) -> Script:
-        """Lists none any more, on any device."""
+        """Remove all processes from all devices."""
         for unit in self._units.values():
             unit.processes.clear()
         return self._write()
 
     def fail(self, symbol: str, code: int, after: int = 0, times: int | None = None) -> Script:
-        """A call returns an error, for ever or so many times, from the first or after so many calls of the process.
+        """Let a call return an error, forever or ``times`` times, from the first call or after ``after`` calls.
 
         Calls that a process made before this was said count too.
         """
         return self._rule("fail", symbol, code, after, times)
 
     def latency(self, symbol: str, seconds: float, after: int = 0, times: int | None = None) -> Script:
-        """A call answers late; ``1e9`` is a call that hangs."""
+        """Let a call answer late; with ``1e9`` it hangs."""
         return self._rule("latency", symbol, seconds, after, times)
 
     def crash(self, symbol: str, after: int = 0) -> Script:
-        """A call takes its process down."""
+        """Let a call take its process down."""
         return self._rule("crash", symbol, None, after, None)
 
     def heal(self) -> Script:
-        """Takes all of :meth:`fail`, :meth:`latency` and :meth:`crash` back. A call that sleeps sleeps on."""
+        """Undo every :meth:`fail`, :meth:`latency` and :meth:`crash`. A call that is asleep stays asleep."""
         self._rules.clear()
         return self._write()
 
@@ -247,17 +247,17 @@ class Script:
         return time.monotonic() - self.epoch
 
     def jump_to(self, seconds: float) -> Script:
-        """Moves the epoch, so that it is ``seconds`` ago."""
+        """Move the epoch to ``seconds`` ago."""
         self.epoch = time.monotonic() - seconds
         return self._write()
 
     def environ(self, library: Path) -> dict[str, str]:
-        """The variables that a process needs on top of its others, with the folder that :func:`build` returned."""
+        """The additional variables that a process needs, with the folder that :func:`build` returned."""
         folders = [str(library), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
         return {"LD_LIBRARY_PATH": os.pathsep.join(folders), VARIABLE: str(self.path)}
 
     def text(self) -> str:
-        """The script as it stands in the file."""
+        """The script, as in the file."""
         lines = [f"epoch {self.epoch:.9f}"]
         lines += [f"{key} {_written(value)}" for key, value in self._general.items()]
         lines += self._rules
@@ -285,7 +285,7 @@ class Script:
 
 
 class _Unit:
-    """The lines of a device or of an instance."""
+    """The lines of a device or an instance."""
 
     def __init__(self, lines: dict[str, Any]) -> None:
         self.lines: dict[str, Value] = dict(lines)

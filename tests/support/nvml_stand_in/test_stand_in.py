@@ -1,4 +1,4 @@
-"""The stand-in for NVIDIA's driver library, asked by the real nvidia-ml-py in a process of its own."""
+"""The stand-in for NVIDIA's driver library, called by the real nvidia-ml-py in a separate process."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Child:
         return json.loads(answer)
 
     def close(self) -> str:
-        """Ends it, and returns what it wrote to standard error."""
+        """End it and return what it wrote to standard error."""
         return self.process.communicate(timeout=20)[1]
 
 
