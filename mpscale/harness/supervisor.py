@@ -20,6 +20,7 @@ from mpscale.core.case import Case, StartMethod
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
+from mpscale.core.reason import Reason
 from mpscale.core.record import Record
 from mpscale.harness.launch import (
     Allocator,
@@ -274,7 +275,7 @@ class Supervisor:
                 if name == "values":
                     outcome.record.update(event["values"])
                 elif name == "miss":
-                    outcome.record.miss(event["columns"], event["reason"])
+                    outcome.record.miss(event["columns"], Reason.from_json(event["reason"]))
                 elif name == "energy":
                     energy = event
                 elif name == "blocks":

@@ -14,7 +14,7 @@ import pytest
 
 from mpscale.config import DEFAULT_PRESET, PRESETS, Preset, folder
 from mpscale.core.case import DYNAMIC_DEFAULTS, Settings
-from mpscale.core.mode import MODES, Mode, select_modes
+from mpscale.core.mode import MODES, Mode, modes_with_setting, select_modes
 from mpscale.terminal import as_typed
 
 
@@ -61,14 +61,14 @@ def add_options(parser: pytest.Parser) -> None:
         type=_scale,
         default=128.0,
         metavar="S",
-        help="loss scale of mixed-static, such as 1024 or 2**24 (default: 128)",
+        help=f"loss scale of {modes_with_setting('static_scale')}, such as 1024 or 2**24 (default: 128)",
     )
     add(
         "--mp-dynamic-scale",
         type=_dynamic_scale,
         default={},
         metavar="KEY=VALUE,...",
-        help=f"arguments of the scale of mixed-dynamic and graph-rewrite: {', '.join(DYNAMIC_DEFAULTS)}",
+        help=f"arguments of the scale of {modes_with_setting('dynamic_scale')}: {', '.join(DYNAMIC_DEFAULTS)}",
     )
     add(
         "--mp-jit",
