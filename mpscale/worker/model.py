@@ -58,7 +58,7 @@ def make_model(build: Any) -> keras.Model:
     if own:
         raise ValueError(
             f"{type(model).__name__} defines its own {' and '.join(own)}, which mpscale would ignore, since it trains "
-            "and evaluates models itself; move what it adds to the workload's loss or metric, or use add_loss in the model"
+            "and evaluates models itself; move what it adds to the workload's loss or metric, or call add_loss"
         )
     if getattr(model, "compiled", False):
         raise ValueError(

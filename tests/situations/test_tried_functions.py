@@ -208,7 +208,7 @@ def test_metric_that_refuses_what_is_not_finite_leaves_a_diverged_training():
     [
         (COLUMN, lambda y, out: None, "returned None"),
         (np.where(np.arange(240)[:, None] == 200, np.nan, COLUMN), "mae", "1 of the test labels are not finite"),
-        (COLUMN, keras.metrics.Mean(name="m"), "averages values, and knows no labels"),
+        (COLUMN, keras.metrics.Mean(name="m"), "averages values and ignores labels"),
         (COLUMN, keras.metrics.Accuracy(name="m"), "to the last bit"),
         (np.round(COLUMN), keras.metrics.F1Score(name="m"), None),
     ],
@@ -320,7 +320,7 @@ def test_generalized_cross_entropy_takes_classes_as_in_fit():
 
 
 def test_float_that_tensorflow_does_not_know_is_refused():
-    with pytest.raises(TypeError, match=r"train_x has dtype .*, which TensorFlow does not know"):
+    with pytest.raises(TypeError, match=r"train_x has dtype .*, which TensorFlow does not support"):
         split(X.astype(np.longdouble), Y)
 
 
@@ -331,7 +331,7 @@ def test_one_output_without_an_axis_of_its_own():
         return keras.Model(inputs, keras.layers.Lambda(lambda t: t[:, 0], dtype="float32")(outputs))
 
     x, y = blobs(classes=2)
-    with pytest.raises(ValueError, match="one output a class"):
+    with pytest.raises(ValueError, match="one output per class"):
         train(workload(model, lambda: split(x, y)))
     outcome = train(workload(model, lambda: split(x, y), loss=keras.losses.BinaryCrossentropy(from_logits=True)))
     assert outcome.row["final_accuracy"] > 0.9
