@@ -167,7 +167,7 @@ class Worker:
         if phase == "compiled":
             for _ in range(FIRST_STEPS - 1):
                 self._step()
-            self._facts["losses"] = self._step.read_log()[:, 0].tolist()
+            self._facts["losses"] = self._step.read_log().loss.tolist()
 
     def values(self, values: dict[str, Any]) -> None:
         named = {"initial_weights_digest": "weights", "data_order_digest": "order"}

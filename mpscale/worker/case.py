@@ -23,7 +23,7 @@ from mpscale.core.record import Findings
 from mpscale.core.wire import Channel, Phase
 from mpscale.worker import model as models
 from mpscale.worker.device import AllocatorPeak, require, touch
-from mpscale.worker.objective import Objective
+from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.scalers import scaler_for
 from mpscale.worker.step import (
@@ -37,11 +37,11 @@ from mpscale.worker.step import (
 )
 from mpscale.worker.training import Evaluator, batches, is_accuracy, score_for, train
 from mpscale.workloads import Data, Workload, registry
+from mpscale.workloads.metric import ACCURACY
 
 _LEAST_MORE_S = 0.5
 """Least time of steps after the timing for energy: during the timing the counter is read too seldom to end there."""
 
-_NOT_FINITE = Reason(Code.NOT_FINITE, "not finite")
 _NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
 
 Status = tuple[str, str | None]
@@ -74,7 +74,7 @@ class Built:
     optimizer: keras.optimizers.Optimizer
     optimizer_config: dict[str, Any]
     objective: Objective
-    noted_loss: models.NotedLoss
+    noted_loss: NotedLoss
     step: TrainStep
     seconds: float
 
@@ -144,6 +144,16 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
 
 
+def _put(found: Findings, column: str, value: float | None, missing: Reason) -> None:
+    """Note a figure, or why there is none; a figure that is not finite counts as none."""
+    if value is None:
+        found.miss([column], missing)
+    elif not np.isfinite(value):
+        found.miss([column], Reason(Code.NOT_FINITE, "not finite"))
+    else:
+        found.values[column] = value
+
+
 def _report(channel: Channel, found: Findings) -> None:
     channel.values(found.values)
     for column, reason in found.unavailable.items():
@@ -174,7 +184,7 @@ def _build(case: Case, arithmetic: Arithmetic) -> Built:
     optimizer_config = models.optimizer_description(optimizer, steps)
     scaler = scaler_for(MODES[case.mode], optimizer, settings)
     objective = Objective(workload.loss, data.train_y)
-    loss = models.NotedLoss(objective)
+    loss = NotedLoss(objective)
     step = TrainStep(model, scaler, loss, Batches(data.train_x, data.train_y, order), settings.jit)
     seconds = time.perf_counter() - start
     return Built(case, workload, data, order, model, optimizer, optimizer_config, objective, loss, step, seconds)
@@ -216,8 +226,8 @@ def _described(built: Built) -> Findings:
             "test_examples": len(built.data.test_x),
         }
     )
-    found.put("metric_target", workload.target, _NO_TARGET)
-    found.put("metric_margin", workload.margin, Reason(Code.NOT_IN_WORKLOAD, "the workload has no margin"))
+    _put(found, "metric_target", workload.target, _NO_TARGET)
+    _put(found, "metric_margin", workload.margin, Reason(Code.NOT_IN_WORKLOAD, "the workload has no margin"))
     return found
 
 
@@ -246,8 +256,8 @@ def _train(built: Built, steps_path: Path | None, channel: Channel) -> Status:
         if workload.target is None
         else Reason(Code.NEVER_HAPPENED, f"the target of {workload.target:g} was not reached")
     )
-    found.put("steps_to_target", training.steps_to_target, not_reached)
-    found.put("time_to_target_s", training.time_to_target_s, not_reached)
+    _put(found, "steps_to_target", training.steps_to_target, not_reached)
+    _put(found, "time_to_target_s", training.time_to_target_s, not_reached)
     _report(channel, found)
     if steps_path is not None:
         _write_steps(steps_path, training.log)
@@ -265,20 +275,16 @@ def _train(built: Built, steps_path: Path | None, channel: Channel) -> Status:
 def _results(built: Built, evaluate: Evaluator, metric: float) -> Findings:
     """The columns about the trained model, whose metric on the test set is ``metric``."""
     name, found = built.workload.metric_name, Findings()
-
-    def put(column: str, value: float) -> None:
-        found.put(column, value if np.isfinite(value) else None, _NOT_FINITE)
-
-    put("metric_value", metric)
-    if name == "accuracy":
-        put("final_accuracy", metric)
-    else:
-        found.miss(["final_accuracy"], Reason(Code.NOT_IN_WORKLOAD, f"the workload's metric is {name}"))
-    if built.data.published_x is not None:
-        put("published_metric_value", evaluate(*built.data.progress))
-    else:
-        reason = Reason(Code.NOT_IN_WORKLOAD, "the data has no other published test set")
-        found.miss(["published_metric_value"], reason)
+    another = Reason(Code.NOT_IN_WORKLOAD, f"the workload's metric is {name}")
+    _put(found, "metric_value", metric, another)
+    _put(found, "final_accuracy", metric if name == ACCURACY else None, another)
+    published = None if built.data.published_x is None else evaluate(*built.data.progress)
+    _put(
+        found,
+        "published_metric_value",
+        published,
+        Reason(Code.NOT_IN_WORKLOAD, "the data has no other published test set"),
+    )
     return found
 
 

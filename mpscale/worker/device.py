@@ -46,7 +46,10 @@ class AllocatorPeak:
             found.miss((whole, timed), peak)
         else:
             found.values[whole] = max(peak, self._before or 0.0)
-            found.put(timed, peak if self._windowed else None, Reason(Code.NOT_ASKED_FOR, "timing was off"))
+            if self._windowed:
+                found.values[timed] = peak
+            else:
+                found.miss([timed], Reason(Code.NOT_ASKED_FOR, "timing was off"))
         return found
 
     def _peak(self) -> float | Reason:
@@ -89,11 +92,15 @@ def touch(device: Device, mode: Mode) -> Findings:
         tf.config.experimental.set_memory_growth(gpu, True)
     set_arithmetic(mode)
     on_gpu = device.kind == "gpu"
-    tf32 = tf.config.experimental.tensor_float_32_execution_enabled() if device.has_tf32 else None
-    allocator = (os.environ.get("TF_GPU_ALLOCATOR") or BFC) if on_gpu else None
     found = Findings()
-    found.put("tf32", tf32, Reason(Code.UNSUPPORTED, f"{device.name} has no TF32"))
-    found.put("gpu_allocator", allocator, Reason(Code.NO_GPU, "no GPU"))
+    if device.has_tf32:
+        found.values["tf32"] = tf.config.experimental.tensor_float_32_execution_enabled()
+    else:
+        found.miss(["tf32"], Reason(Code.UNSUPPORTED, f"{device.name} has no TF32"))
+    if on_gpu:
+        found.values["gpu_allocator"] = os.environ.get("TF_GPU_ALLOCATOR") or BFC
+    else:
+        found.miss(["gpu_allocator"], Reason(Code.NO_GPU, "no GPU"))
     tf.constant(0.0).numpy()
     problem = mismatch(device.uuid, device.pci_bus_id) if on_gpu and not device.is_stand_in else None
     if problem is not None:

@@ -107,7 +107,7 @@ def check_fit(kind: str, labels: Sequence[int | None], outputs: Sequence[int | N
     ):
         one_hot = len(labels) == len(outputs)
         if sparse and one_hot:
-            cure = f"{kind} takes class numbers; for one-hot labels use its relative without 'sparse' in its name"
+            cure = f"{kind} takes class numbers; for one-hot labels use categorical_crossentropy or the like"
         elif sparse:
             cure = f"{kind} takes one class number per example"
         else:

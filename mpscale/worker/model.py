@@ -11,19 +11,13 @@ import functools
 import hashlib
 import json
 import marshal
-import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-
-from mpscale.core.reason import Code, Reason
-from mpscale.core.record import Findings
-from mpscale.scaling.skip import all_nodes
-from mpscale.worker.precision import computes_below_float32
 
 _STEPS = (
     "train_step", "compute_loss", "_compute_loss", "make_train_function", "train_on_batch", "fit", "test_step",
@@ -38,10 +32,6 @@ _STATE = ("built", "_built", "_lock", "name")
 
 _PRECISION = ("name", "dtype", "dtype_policy", "registered_name", "build_config")
 """Entries of a config that differ between modes."""
-
-_PROBE_SEED = 17
-_NOT_REPEATABLE = re.compile(r"Assign|ResourceScatter|Random|Multinomial|RngRead|RngSkip|PyFunc")
-"""Operations that make a loss return another value each time."""
 
 
 def make_model(build: Any) -> keras.Model:
@@ -322,82 +312,3 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
     if isinstance(value, list | tuple):
         return [_renamed(item, names) for item in value]
     return names.get(value, value) if isinstance(value, str) else value
-
-
-class NotedLoss:
-    """A loss that notes the shapes and dtypes of its arguments when it is traced.
-
-    Args:
-        loss: ``(labels, outputs) -> scalar``.
-    """
-
-    def __init__(self, loss: Callable[[Any, Any], Any]) -> None:
-        self._loss = loss
-        self._outputs: Any = None
-        self._labels: Any = None
-
-    def __call__(self, labels: Any, outputs: Any) -> Any:
-        self._labels, self._outputs = (tf.nest.map_structure(_spec, value) for value in (labels, outputs))
-        return self._loss(labels, outputs)
-
-    def columns(self, labels: Any) -> Findings:
-        """The columns of a record about the loss, once it has been traced.
-
-        Args:
-            labels: of the first batch.
-        """
-        given = [_shapes(value, dtypes) for value, dtypes in ((self._labels, True), (self._outputs, False))]
-        found = Findings({"loss_inputs": f"labels {given[0]}; outputs {given[1]}"})
-        try:
-            probe = self._probe(labels)
-        except Exception as error:  # from the user's code, away from its model and device
-            probe = f"the loss does not run by itself: {type(error).__name__}"
-        if isinstance(probe, str):
-            found.miss(["loss_probe"], Reason(Code.NOT_COMPARABLE, probe))
-        elif np.isfinite(probe):
-            found.values["loss_probe"] = probe
-        else:
-            found.miss(["loss_probe"], Reason(Code.NOT_FINITE, "not finite on outputs between 0 and 1"))
-        return found
-
-    def _probe(self, labels: Any) -> float | str:
-        """The loss of ``labels`` and of outputs that are the same in every mode, or why it cannot be computed.
-
-        It is traced first: a loss that changes its own state must not run. It runs on the CPU, where it takes none of
-        the memory that is measured.
-        """
-
-        def call(labels: Any, outputs: Any) -> Any:
-            return self._loss(labels, outputs)
-
-        with tf.device("CPU:0"):
-            # First in the precision of the model's outputs, which the loss may require.
-            for dtype in (None, tf.float32):
-                outputs = tf.nest.map_structure(functools.partial(_probed, dtype=dtype), self._outputs)
-                given = tf.nest.map_structure(tf.constant, labels)
-                specs = tf.nest.map_structure(_spec, (given, outputs))
-                traced = tf.function(call).get_concrete_function(*specs)
-                nodes = all_nodes(traced.graph.as_graph_def())
-                if any(_NOT_REPEATABLE.search(node.op) for node in nodes):
-                    return "the loss draws random numbers, changes variables or calls Python"
-                if not computes_below_float32(nodes):
-                    return float(np.sum(np.asarray(traced(given, outputs), np.float64)))
-        return "the loss computes in less than float32"
-
-
-def _spec(value: Any) -> tf.TensorSpec:
-    return tf.TensorSpec(value.shape, value.dtype)
-
-
-def _shapes(specs: Any, dtypes: bool) -> str:
-    """Shapes of a structure as text, with dtypes if wanted; the dtypes of outputs depend on the mode."""
-    told = [f"{spec.dtype.name if dtypes else ''} {tuple(spec.shape)}".strip() for spec in tf.nest.flatten(specs)]
-    return " and ".join(told)
-
-
-def _probed(spec: tf.TensorSpec, dtype: tf.DType | None) -> tf.Tensor:
-    """Outputs that could be probabilities or logits: multiples of 1/64, which every precision represents exactly."""
-    if not spec.dtype.is_floating:
-        return tf.zeros(spec.shape, spec.dtype)
-    values = np.random.default_rng(_PROBE_SEED).integers(1, 64, spec.shape.as_list()) / 64.0
-    return tf.constant(values, dtype or spec.dtype)

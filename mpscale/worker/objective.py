@@ -1,8 +1,12 @@
-"""The loss of a train step: one number for a batch of labels and outputs, checked before the training."""
+"""The loss of a train step: one number for a batch of labels and outputs.
+
+:class:`Objective` checks it before the training, :class:`NotedLoss` describes it so that the modes can be compared.
+"""
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Findings
+from mpscale.scaling.skip import all_nodes
 from mpscale.worker import labels as label_forms
+from mpscale.worker.precision import computes_below_float32
 from mpscale.workloads.metric import kind_of
 from mpscale.workloads.workload import sparse_cross_entropy
 
@@ -19,6 +27,10 @@ Loss = Callable[[Any, Any], Any]
 
 _BY_SHAPE = ("crossentropy", "ce")
 """Names for which Keras picks the cross-entropy that fits the shapes."""
+
+_PROBE_SEED = 17
+_NOT_REPEATABLE = re.compile(r"Assign|ResourceScatter|Random|Multinomial|RngRead|RngSkip|PyFunc")
+"""Operations that make a loss return another value each time."""
 
 
 class Objective:
@@ -195,6 +207,67 @@ class Objective:
             )
 
 
+class NotedLoss:
+    """A loss that notes the shapes and dtypes of its arguments when it is traced.
+
+    Args:
+        loss: ``(labels, outputs) -> scalar``.
+    """
+
+    def __init__(self, loss: Callable[[Any, Any], Any]) -> None:
+        self._loss = loss
+        self._outputs: Any = None
+        self._labels: Any = None
+
+    def __call__(self, labels: Any, outputs: Any) -> Any:
+        self._labels, self._outputs = (tf.nest.map_structure(_spec, value) for value in (labels, outputs))
+        return self._loss(labels, outputs)
+
+    def columns(self, labels: Any) -> Findings:
+        """The columns of a record about the loss, once it has been traced.
+
+        Args:
+            labels: of the first batch.
+        """
+        given = [_shapes(value, dtypes) for value, dtypes in ((self._labels, True), (self._outputs, False))]
+        found = Findings({"loss_inputs": f"labels {given[0]}; outputs {given[1]}"})
+        try:
+            probe = self._probe(labels)
+        except Exception as error:  # from the user's code, away from its model and device
+            probe = f"the loss does not run by itself: {type(error).__name__}"
+        if isinstance(probe, str):
+            found.miss(["loss_probe"], Reason(Code.NOT_COMPARABLE, probe))
+        elif np.isfinite(probe):
+            found.values["loss_probe"] = probe
+        else:
+            found.miss(["loss_probe"], Reason(Code.NOT_FINITE, "not finite on outputs between 0 and 1"))
+        return found
+
+    def _probe(self, labels: Any) -> float | str:
+        """The loss of ``labels`` and of outputs that are the same in every mode, or why it cannot be computed.
+
+        It is traced first: a loss that changes its own state must not run. It runs on the CPU, where it takes none of
+        the memory that is measured.
+        """
+
+        def call(labels: Any, outputs: Any) -> Any:
+            return self._loss(labels, outputs)
+
+        with tf.device("CPU:0"):
+            # First in the precision of the model's outputs, which the loss may require.
+            for dtype in (None, tf.float32):
+                outputs = tf.nest.map_structure(functools.partial(_probed, dtype=dtype), self._outputs)
+                given = tf.nest.map_structure(tf.constant, labels)
+                specs = tf.nest.map_structure(_spec, (given, outputs))
+                traced = tf.function(call).get_concrete_function(*specs)
+                nodes = all_nodes(traced.graph.as_graph_def())
+                if any(_NOT_REPEATABLE.search(node.op) for node in nodes):
+                    return "the loss draws random numbers, changes variables or calls Python"
+                if not computes_below_float32(nodes):
+                    return float(np.sum(np.asarray(traced(given, outputs), np.float64)))
+        return "the loss computes in less than float32"
+
+
 def check_outputs(outputs: Any) -> None:
     """Check that a model returned one tensor of floating-point numbers (examples, ...).
 
@@ -270,3 +343,21 @@ def _scalar(loss: Any) -> Any:
             "one per example"
         )
     return tf.cast(loss, tf.float32) if loss.dtype in (tf.float16, tf.bfloat16) else loss
+
+
+def _spec(value: Any) -> tf.TensorSpec:
+    return tf.TensorSpec(value.shape, value.dtype)
+
+
+def _shapes(specs: Any, dtypes: bool) -> str:
+    """Shapes of a structure as text, with dtypes if wanted; the dtypes of outputs depend on the mode."""
+    told = [f"{spec.dtype.name if dtypes else ''} {tuple(spec.shape)}".strip() for spec in tf.nest.flatten(specs)]
+    return " and ".join(told)
+
+
+def _probed(spec: tf.TensorSpec, dtype: tf.DType | None) -> tf.Tensor:
+    """Outputs that could be probabilities or logits: multiples of 1/64, which every precision represents exactly."""
+    if not spec.dtype.is_floating:
+        return tf.zeros(spec.shape, spec.dtype)
+    values = np.random.default_rng(_PROBE_SEED).integers(1, 64, spec.shape.as_list()) / 64.0
+    return tf.constant(values, dtype or spec.dtype)

@@ -86,7 +86,10 @@ class Precision:
             ("product_dtypes", self.products, "the train step multiplies no matrices"),
             ("step_operations", operations, "the train step has none of the operations that are counted"),
         ):
-            found.put(column, counted(numbers) or None, Reason(Code.NOT_IN_WORKLOAD, missing))
+            if numbers:
+                found.values[column] = _counted(numbers)
+            else:
+                found.miss([column], Reason(Code.NOT_IN_WORKLOAD, missing))
         return found
 
     def objection(self, mode: Mode) -> str | None:
@@ -113,10 +116,10 @@ class Precision:
                 "mode sets the policy"
             )
         if low and not self._computes_in(low):
-            found = f"its products are {counted(self.products)}" if self.products else "it multiplies no matrices"
+            found = f"its products are {_counted(self.products)}" if self.products else "it multiplies no matrices"
             return (
                 f"{mode.name} promises to compute in {low}, but the train step does not: {found}, its layers are "
-                f"{counted(self.layers)}; remove dtype='float32' and set_dtype_policy from the workload, except for "
+                f"{_counted(self.layers)}; remove dtype='float32' and set_dtype_policy from the workload, except for "
                 "dtype='float32' in the last layer"
             )
         return None
@@ -150,45 +153,6 @@ class Precision:
         # TensorFlow numbers the scopes of a layer that is called more than once.
         scope = re.compile(rf"{re.escape(layer.name)}(_\d+)*")
         return not any(scope.fullmatch(part) for node, _ in self._products for part in node.name.split("/"))
-
-
-def counted(numbers: Counter[str]) -> str:
-    """Such as ``"float16 12, float32 2"``, the most frequent first."""
-    return ", ".join(
-        f"{name} {number}" for name, number in sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
-    )
-
-
-def computes_below_float32(nodes: Iterable[Any]) -> bool:
-    """Whether one of ``nodes`` of a graph computes in float16 or bfloat16, or rounds to one of them."""
-    return any(_dtype(node) in _LOW.values() for node in nodes if not _MOVES.match(node.op))
-
-
-def _working_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """The layers of a model at any depth, without inputs and mere containers."""
-    layers = model._flatten_layers(include_self=True)
-    return [
-        layer
-        for layer in layers
-        if not isinstance(layer, keras.layers.InputLayer)
-        and (_own_rank(layer) >= 0 or not list(layer._flatten_layers(include_self=False)))
-    ]
-
-
-def _own_rank(layer: keras.layers.Layer) -> int:
-    """The largest rank of a layer's own weights, -1 if it has none."""
-    below = {id(v) for inner in layer._flatten_layers(include_self=False) for v in inner.weights}
-    return max((len(v.shape) for v in layer.weights if id(v) not in below), default=-1)
-
-
-def _compute_dtype(layer: keras.layers.Layer) -> str:
-    return str(layer.compute_dtype)
-
-
-def _dtype(node: Any) -> str:
-    """The narrowest dtype with which a node computes."""
-    types = [tf.as_dtype(node.attr[name].type) for name in _ELEMENT_TYPES if name in node.attr and node.attr[name].type]
-    return str(min(types, key=lambda dtype: int(dtype.size)).name) if types else "unknown"
 
 
 class Arithmetic:
@@ -277,6 +241,45 @@ class Arithmetic:
         for name in _XLA:
             settings[name] = tuple(map(_precision_flags, (os.environ.get(name, ""), _AT_START[name])))  # type: ignore[assignment]
         return settings
+
+
+def computes_below_float32(nodes: Iterable[Any]) -> bool:
+    """Whether one of ``nodes`` of a graph computes in float16 or bfloat16, or rounds to one of them."""
+    return any(_dtype(node) in _LOW.values() for node in nodes if not _MOVES.match(node.op))
+
+
+def _counted(numbers: Counter[str]) -> str:
+    """Such as ``"float16 12, float32 2"``, the most frequent first."""
+    return ", ".join(
+        f"{name} {number}" for name, number in sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
+    )
+
+
+def _working_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """The layers of a model at any depth, without inputs and mere containers."""
+    layers = model._flatten_layers(include_self=True)
+    return [
+        layer
+        for layer in layers
+        if not isinstance(layer, keras.layers.InputLayer)
+        and (_own_rank(layer) >= 0 or not list(layer._flatten_layers(include_self=False)))
+    ]
+
+
+def _own_rank(layer: keras.layers.Layer) -> int:
+    """The largest rank of a layer's own weights, -1 if it has none."""
+    below = {id(v) for inner in layer._flatten_layers(include_self=False) for v in inner.weights}
+    return max((len(v.shape) for v in layer.weights if id(v) not in below), default=-1)
+
+
+def _compute_dtype(layer: keras.layers.Layer) -> str:
+    return str(layer.compute_dtype)
+
+
+def _dtype(node: Any) -> str:
+    """The narrowest dtype with which a node computes."""
+    types = [tf.as_dtype(node.attr[name].type) for name in _ELEMENT_TYPES if name in node.attr and node.attr[name].type]
+    return str(min(types, key=lambda dtype: int(dtype.size)).name) if types else "unknown"
 
 
 def _on(value: Any) -> str:

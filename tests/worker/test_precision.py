@@ -8,7 +8,8 @@ import tensorflow as tf
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code
-from mpscale.worker.model import NotedLoss, described_object, digest, model_description, without_precision
+from mpscale.worker.model import described_object, digest, model_description, without_precision
+from mpscale.worker.objective import NotedLoss
 from mpscale.worker.precision import Arithmetic, Precision
 
 L = keras.layers
