@@ -12,6 +12,7 @@ import tensorflow as tf
 from mpscale.core.case import Case, Settings
 from mpscale.core.device import Device
 from mpscale.core.reason import Reason
+from mpscale.core.record import Record
 from mpscale.worker.case import execute
 from mpscale.workloads import Data, Workload
 
@@ -20,11 +21,18 @@ from mpscale.workloads import Data, Workload
 class Outcome:
     """The supervisor's end of the channel: what the worker reports."""
 
+    case: Case
     status: str = ""
     reason: str | None = None
     row: dict[str, Any] = field(default_factory=dict)
     missed: dict[str, Reason] = field(default_factory=dict)
     phases: list[str] = field(default_factory=list)
+
+    @property
+    def record(self):
+        """The row that the supervisor would make of it."""
+        ending = {"status": self.status, "status_reason": self.reason}
+        return Record({**self.case.identity(), **self.row, **ending}, self.missed)
 
     def values(self, values):
         self.row |= values
@@ -42,18 +50,23 @@ class Outcome:
     def energy(self, steps, overflow_steps): ...
 
 
-def train(workload, mode="fp32", seed=0, jit=False, energy_s=0.0, steps_path=None, **settings):
-    """Train ``workload`` as a worker would."""
+def train(workload, *arguments, **options):
+    """Train ``workload`` as a worker would, and restore the settings of the process."""
+    try:
+        return run_case(workload, *arguments, **options)
+    finally:
+        keras.config.set_dtype_policy("float32")
+        tf.config.experimental.enable_tensor_float_32_execution(True)
+
+
+def run_case(workload, mode="fp32", seed=0, jit=False, energy_s=0.0, steps_path=None, **settings):
+    """Train ``workload`` as a worker would, and leave the settings of the process as they are then."""
     module = types.ModuleType("situation")
     module.workload = workload
     sys.modules["situation"] = module
     case = Case("situation:workload", mode, seed, 0, 0, Settings(jit=jit, timing_s=0.0, energy_s=energy_s, **settings))
-    outcome = Outcome()
-    try:
-        outcome.status, outcome.reason = execute(case, Device("cpu", "CPU"), steps_path, outcome, energy_s)
-    finally:
-        keras.config.set_dtype_policy("float32")
-        tf.config.experimental.enable_tensor_float_32_execution(True)
+    outcome = Outcome(case)
+    outcome.status, outcome.reason = execute(case, Device("cpu", "CPU"), steps_path, outcome, energy_s)
     return outcome
 
 
