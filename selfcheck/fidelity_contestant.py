@@ -31,7 +31,7 @@ import tensorflow as tf
 
 from mpscale.core.case import Case, Settings
 from mpscale.core.device import Device
-from mpscale.core.mode import MODES
+from mpscale.core.mode import DYNAMIC, MODES
 from mpscale.core.wire import die_with_parent
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
 from mpscale.worker import case as execute
@@ -80,14 +80,14 @@ def by_hand(request: dict[str, Any], handed: bool) -> Loop:
     keras.config.set_dtype_policy(mode.policy)
     model, optimizer = workload.model(), workload.optimizer()
     weights = [variable.numpy() for variable in model.variables]
-    if mode.scaling == "dynamic":
+    if mode.scaling is DYNAMIC:
         optimizer = LossScaleOptimizer(optimizer, DynamicLossScale())
     optimizer.build(model.trainable_variables)
 
     def train(x: Any, y: Any) -> Any:
         with tf.GradientTape() as tape:
             loss = workload.loss(y, model(x, training=True))
-            scaled = loss if mode.scaling == "none" else optimizer.scale_loss(loss)
+            scaled = loss if mode.scaling is None else optimizer.scale_loss(loss)
         optimizer.apply(tape.gradient(scaled, model.trainable_variables), model.trainable_variables)
         return loss
 
@@ -168,7 +168,7 @@ class Worker:
         if phase == "compiled":
             for _ in range(FIRST_STEPS - 1):
                 self._step()
-            self._facts["losses"] = self._step.read_log()[:, 0].tolist()
+            self._facts["losses"] = self._step.read_log().loss.tolist()
 
     def values(self, values: dict[str, Any]) -> None:
         named = {"initial_weights_digest": "weights", "data_order_digest": "order"}

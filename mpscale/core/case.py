@@ -102,10 +102,7 @@ def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_st
     """
     parts = {"batch": batch_size, "steps": train_steps, "jit": "on" if settings.jit else "off"}
     parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}
-    if mode.scaling == "static":
-        parts["scale"] = f"{settings.static_scale:.17g}"
-    if mode.scaling == "dynamic":
-        parts |= {key: f"{value:.17g}" for key, value in sorted(settings.dynamic_scale.items())}
+    parts |= {name: f"{value:.17g}" for name, value in sorted(mode.scale_arguments(settings).items())}
     text = ",".join(f"{key}={value}" for key, value in parts.items())
     return f"{workload}/{digest}/{mode.name}/{text}/method={METHOD_VERSION}"
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from mpscale.core.mode import MODES
+
 SCHEMA_VERSION = 1
 """Raised when a column changes its name, unit or meaning."""
 
@@ -110,9 +112,8 @@ def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, source: S
 _NOT_REACHED = "the case ended before that"
 _NO_TRAINING = "timing-only process (`repeat` above 0), or the case ended before that"
 _NO_TIMING = "timing was off (`--benchmark-disable`), or the case ended before that"
-_NO_CHECK = (
-    "the mode checks no gradient (fp32, tf32, mixed-bf16, mixed-unscaled, article), or the case ended before that"
-)
+_UNCHECKED = ", ".join(mode.name for mode in MODES.values() if not mode.sees_overflow)
+_NO_CHECK = f"the mode checks no gradient ({_UNCHECKED}), or the case ended before that"
 _NO_SCALE = "the mode has no loss scale, or the case ended before that"
 _NO_NVML = "no GPU, no NVML, or NVML does not tell or failed to in mid-case; the reason says which"
 _NO_ENERGY = "no GPU, NVML tells neither energy nor power or failed to in mid-case, energy was off (`--mp-energy 0`, preset `smoke`), or the window was shorter than 10 s"

@@ -1,4 +1,4 @@
-"""The modes: all that differs between two trainings of one model."""
+"""Modes: ways to train a model. Two trainings of one model differ in the mode and in nothing else."""
 
 from __future__ import annotations
 
@@ -10,31 +10,54 @@ from typing import Literal
 
 from mpscale.core.device import Device
 
-Scaling = Literal["none", "static", "dynamic", "logmax", "keras", "article"]
-
 
 @dataclass(frozen=True, slots=True)
+class Scaling:
+    """How a mode scales its loss. This is data: the worker turns it into code.
+
+    Args:
+        rule: what sets the loss scale; ``worker/scalers.py`` knows the class for each.
+        setting: the field of :class:`~mpscale.core.case.Settings` with the arguments of the rule that the user chose;
+            None if the user cannot choose any.
+        argument: the argument that this field holds if it is a single number; None if it maps arguments to numbers.
+        checks_gradients: whether it is known for each step if its gradients were finite.
+    """
+
+    rule: Literal["static", "dynamic", "logmax", "keras", "article"]
+    setting: str | None = None
+    argument: str | None = None
+    checks_gradients: bool = True
+
+
+STATIC = Scaling("static", setting="static_scale", argument="scale")
+DYNAMIC = Scaling("dynamic", setting="dynamic_scale")
+LOGMAX = Scaling("logmax")
+KERAS = Scaling("keras")
+ARTICLE = Scaling("article", checks_gradients=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mode:
-    """One way of training a model.
+    """One way to train a model.
 
     Args:
         name: what the user types and every table shows.
-        policy: the Keras dtype policy the model is built under.
-        scaling: which loss scaling the train step uses; ``"none"`` is the bare optimizer.
-        tf32: whether float32 matrix products may be rounded to TF32 on devices that can. Only ``fp32`` says no:
-            everywhere else the setting is the one TensorFlow has by default.
-        on_trial: the mode exists to show what a rule does, so a training that diverges or stalls under it is a
-            result and not a failure.
         summary: one line for ``mpscale workloads`` and the reports.
-        graph_rewrite: whether TensorFlow rewrites its graphs to float16 by itself, whatever the policy says.
+        policy: the Keras dtype policy under which the model is built.
+        scaling: how the loss is scaled; None trains with the bare optimizer.
+        tf32: whether devices with TF32 may round float32 matrix products to it. This is TensorFlow's default, which
+            only ``fp32`` turns off.
+        on_trial: the mode exists to show what a rule does, so a training that diverges or stalls is a result and not a
+            failure.
+        graph_rewrite: whether TensorFlow rewrites its graphs to float16, whatever the policy is.
     """
 
     name: str
-    policy: Literal["float32", "mixed_float16", "mixed_bfloat16"]
-    scaling: Scaling
-    tf32: bool
-    on_trial: bool
     summary: str
+    policy: Literal["float32", "mixed_float16", "mixed_bfloat16"]
+    scaling: Scaling | None = None
+    tf32: bool = True
+    on_trial: bool = False
     graph_rewrite: bool = False
 
     @property
@@ -44,11 +67,22 @@ class Mode:
 
     @property
     def sees_overflow(self) -> bool:
-        """Whether each step's overflow is known: without a finite check, or Keras' own rule, it is not."""
-        return self.scaling in ("static", "dynamic", "logmax", "keras")
+        """Whether it is known for each step if it overflowed."""
+        return self.scaling is not None and self.scaling.checks_gradients
+
+    def scale_arguments(self, settings: object) -> dict[str, float]:
+        """The arguments of the mode's loss scale that the settings of a run choose.
+
+        Args:
+            settings: a :class:`~mpscale.core.case.Settings`.
+        """
+        if self.scaling is None or self.scaling.setting is None:
+            return {}
+        chosen = getattr(settings, self.scaling.setting)
+        return dict(chosen) if self.scaling.argument is None else {self.scaling.argument: chosen}
 
     def unsupported_reason(self, device: Device, jit: bool) -> str | None:
-        """Why this mode cannot run as what it claims to be, or None if it can.
+        """Why the mode cannot run as what its name promises; None if it can.
 
         Args:
             device: where it would run.
@@ -63,8 +97,8 @@ class Mode:
             )
         if self.graph_rewrite and jit:
             return (
-                "TensorFlow's rewrite to float16 does nothing to what XLA compiles; run this mode, and those it is "
-                "compared with, with --mp-jit off"
+                "TensorFlow's rewrite to float16 has no effect on functions compiled by XLA; run this mode, and those "
+                "it is compared with, with --mp-jit off"
             )
         return None
 
@@ -75,84 +109,68 @@ def _described(device: Device) -> str:
 
 
 def _rewrites_graphs(device: Device) -> bool:
-    """Whether TensorFlow's rewrite finds units for float16: from NVIDIA's Volta (7.0) on."""
+    """Whether TensorFlow rewrites graphs for this device, which it does from NVIDIA's Volta (7.0) on."""
     return device.compute_capability is not None and device.compute_capability >= (7, 0)
 
 
 _ALL = (
-    Mode("fp32", "float32", "none", False, False, "float32 throughout, TF32 off: the baseline"),
+    Mode(name="fp32", policy="float32", tf32=False, summary="float32 throughout, TF32 off: the baseline"),
     Mode(
-        "tf32",
-        "float32",
-        "none",
-        True,
-        False,
-        "float32 with TF32 products, TensorFlow's default on Ampere and newer",
+        name="tf32",
+        policy="float32",
+        summary="float32 with TF32 products, TensorFlow's default on Ampere and newer",
     ),
     Mode(
-        "mixed-static",
-        "mixed_float16",
-        "static",
-        True,
-        True,
-        "float16 with a constant loss scale, overflow steps skipped",
+        name="mixed-static",
+        policy="mixed_float16",
+        scaling=STATIC,
+        on_trial=True,
+        summary="float16 with a constant loss scale, overflow steps skipped",
     ),
     Mode(
-        "mixed-dynamic",
-        "mixed_float16",
-        "dynamic",
-        True,
-        False,
-        "float16 with a loss scale that follows overflow",
+        name="mixed-dynamic",
+        policy="mixed_float16",
+        scaling=DYNAMIC,
+        summary="float16 with a loss scale that follows overflow",
     ),
     Mode(
-        "mixed-bf16",
-        "mixed_bfloat16",
-        "none",
-        True,
-        False,
-        "bfloat16, which has float32's range and needs no loss scale",
+        name="mixed-bf16",
+        policy="mixed_bfloat16",
+        summary="bfloat16, which has float32's range and needs no loss scale",
     ),
     Mode(
-        "mixed-unscaled",
-        "mixed_float16",
-        "none",
-        True,
-        True,
-        "float16 without a loss scale: shows what scaling is for",
+        name="mixed-unscaled",
+        policy="mixed_float16",
+        on_trial=True,
+        summary="float16 without a loss scale: shows what scaling is for",
     ),
     Mode(
-        "mixed-logmax",
-        "mixed_float16",
-        "logmax",
-        True,
-        True,
-        "float16 with a loss scale that follows the largest gradients",
+        name="mixed-logmax",
+        policy="mixed_float16",
+        scaling=LOGMAX,
+        on_trial=True,
+        summary="float16 with a loss scale that follows the largest gradients",
     ),
     Mode(
-        "mixed-keras",
-        "mixed_float16",
-        "keras",
-        True,
-        True,
-        "float16 with Keras' own LossScaleOptimizer, side by side",
+        name="mixed-keras",
+        policy="mixed_float16",
+        scaling=KERAS,
+        on_trial=True,
+        summary="float16 with Keras' own LossScaleOptimizer, side by side",
     ),
     Mode(
-        "graph-rewrite",
-        "float32",
-        "dynamic",
-        True,
-        False,
-        "TensorFlow's own rewrite of float32 graphs to float16, with mixed-dynamic's scale; GPU, without XLA",
+        name="graph-rewrite",
+        policy="float32",
+        scaling=DYNAMIC,
         graph_rewrite=True,
+        summary="TensorFlow's own rewrite of float32 graphs to float16, with mixed-dynamic's scale; GPU, without XLA",
     ),
     Mode(
-        "article",
-        "mixed_float16",
-        "article",
-        True,
-        True,
-        "float16 with the rule of the article mpscale began with",
+        name="article",
+        policy="mixed_float16",
+        scaling=ARTICLE,
+        on_trial=True,
+        summary="float16 with the rule of the article mpscale began with",
     ),
 )
 
@@ -160,25 +178,25 @@ MODES: MappingProxyType[str, Mode] = MappingProxyType({mode.name: mode for mode 
 """Every mode by name, in the order in which tables show them."""
 
 DEFAULT_MODES = ("fp32", "mixed-static", "mixed-dynamic", "mixed-bf16")
-"""What runs where no modes are named; ``tf32`` joins it on devices that have TF32."""
+"""The modes that run by default; devices with TF32 run ``tf32`` too."""
 
 
 def is_mixed(mode: str) -> bool:
-    """Whether a mode computes in less than float32. One that is not known here is taken to."""
+    """Whether a mode computes in less than float32. An unknown mode is assumed to."""
     return mode not in MODES or MODES[mode].is_mixed
 
 
 def default_modes(device: Device) -> tuple[Mode, ...]:
-    """The modes that run on ``device`` where none are named."""
+    """The modes that run on ``device`` if the user names none."""
     names = set(DEFAULT_MODES) | ({"tf32"} if device.has_tf32 else set())
     return tuple(mode for mode in _ALL if mode.name in names)
 
 
 def select_modes(names: Iterable[str]) -> tuple[Mode, ...]:
-    """The modes called ``names``, in the order of :data:`MODES` and each once.
+    """The modes with these names, each once, in the order of :data:`MODES`.
 
     Raises:
-        ValueError: a name is not a mode; the message lists those that are.
+        ValueError: there is no mode of that name; the message lists the modes.
     """
     wanted = list(names)
     for name in wanted:
@@ -187,3 +205,8 @@ def select_modes(names: Iterable[str]) -> tuple[Mode, ...]:
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise ValueError(f"no mode is called {name!r}{hint}; the modes are {', '.join(MODES)}")
     return tuple(mode for mode in _ALL if mode.name in wanted)
+
+
+def modes_with_setting(setting: str) -> str:
+    """The names of the modes whose loss scale has this field of the settings, for help texts."""
+    return " and ".join(mode.name for mode in _ALL if mode.scaling is not None and mode.scaling.setting == setting)

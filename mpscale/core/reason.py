@@ -27,6 +27,8 @@ class Code(StrEnum):
     """The device, or the way steps are compiled, cannot run the mode."""
     NOT_FINITE = "not-finite"
     """The figure is NaN or infinite."""
+    NOT_COMPARABLE = "not-comparable"
+    """The figure would say nothing about a difference between modes: it is random, or itself rounded."""
     NEVER_HAPPENED = "never-happened"
     """There was nothing to note: no step overflowed, no step was applied."""
     MISFIT = "misfit"

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import IO, Any, Protocol
 
+from mpscale.core.reason import Reason
 from mpscale.core.record import misfit, plain
 
 
@@ -52,7 +53,7 @@ class Channel(Protocol):
             TypeError: a value does not belong in its column: better now than after the training.
         """
 
-    def miss(self, columns: Sequence[str], reason: str) -> None:
+    def miss(self, columns: Sequence[str], reason: Reason) -> None:
         """Reports columns that stay empty."""
 
     def phase(self, phase: str) -> None:
@@ -95,8 +96,8 @@ class PipeChannel:
                 raise TypeError(why)
         self.send("values", values=values)
 
-    def miss(self, columns: Sequence[str], reason: str) -> None:
-        self.send("miss", columns=list(columns), reason=reason)
+    def miss(self, columns: Sequence[str], reason: Reason) -> None:
+        self.send("miss", columns=list(columns), reason=reason.to_json())
 
     def phase(self, phase: str) -> None:
         self.send("phase", phase=phase)

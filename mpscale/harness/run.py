@@ -305,7 +305,7 @@ def explain(record: Record, case: Case) -> None:
         record.miss(_TRAINING, "timing-only process")
     if case.settings.timing_s == 0:
         record.miss(_TIMING, "timing was off")
-    if mode.scaling == "none":
+    if mode.scaling is None:
         record.miss(_LOSS_SCALE, f"{mode.name} has no loss scale")
     if not mode.sees_overflow:
         record.miss(_OVERFLOW, f"{mode.name} checks no gradient")

@@ -105,5 +105,5 @@ def _fails(case: Case, record: Record) -> bool:
     if record["status"] in FAILED:
         return True
     mode = MODES[case.mode]
-    extreme = mode.scaling == "dynamic" and bool(case.settings.dynamic_scale)
+    extreme = bool(mode.scale_arguments(case.settings))
     return record["status"] in ("diverged", "stalled") and not (mode.on_trial or extreme)

@@ -1,4 +1,4 @@
-"""One case, from an idle process to its last figure. Runs in the worker."""
+"""One case, from an idle process to its last figure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -16,47 +17,152 @@ import numpy.typing as npt
 
 from mpscale.core.case import Case, series_key
 from mpscale.core.device import Device
-from mpscale.core.mode import MODES, Mode
-from mpscale.core.wire import Channel
-from mpscale.worker import device as accelerator
-from mpscale.worker import model as identity
-from mpscale.worker import training as order
-from mpscale.worker.model import build_model, make_model, make_optimizer
-from mpscale.worker.objective import Objective
+from mpscale.core.mode import MODES
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Findings
+from mpscale.core.wire import Channel, Phase
+from mpscale.worker import model as models
+from mpscale.worker.device import AllocatorPeak, require, touch
+from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.scalers import scaler_for
-from mpscale.worker.step import UNKNOWN, TrainStep, keep_going, time_empty_call, time_steps, warm_up
-from mpscale.worker.training import Evaluator, is_accuracy, score_for, train
+from mpscale.worker.step import (
+    Batches,
+    Log,
+    TrainStep,
+    keep_going,
+    time_empty_call,
+    time_steps,
+    warm_up,
+)
+from mpscale.worker.training import Evaluator, batches, is_accuracy, score_for, train
 from mpscale.workloads import Data, Workload, registry
+from mpscale.workloads.metric import ACCURACY
 
 _LEAST_MORE_S = 0.5
-"""While steps are timed the energy counter is read seldom, which would make for a blurred end of the window."""
+"""Least time of steps after the timing for energy: during the timing the counter is read too seldom to end there."""
+
+_NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
+
+Status = tuple[str, str | None]
+"""A status of a case, and why it is not ``ok``."""
 
 
-def execute(
-    case: Case, device: Device, steps_path: Path | None, channel: Channel, energy_s: float = 0.0
-) -> tuple[str, str | None]:
-    """Runs ``case`` and reports over ``channel`` as it goes.
+@dataclass(frozen=True)
+class Built:
+    """What a case trains.
+
+    Args:
+        case: says how.
+        workload: the case's.
+        data: the workload's.
+        order: of the data, indices (steps, batch).
+        model: built, under the mode's policy.
+        optimizer: the workload's, without the mode's loss scaling.
+        optimizer_config: describes it as it was before it was wrapped, which each mode does in its own way.
+        objective: the loss.
+        noted_loss: the loss of the train step, which notes its arguments.
+        step: the train step, not traced yet.
+        seconds: that building model, optimizer and step took.
+    """
+
+    case: Case
+    workload: Workload
+    data: Data
+    order: npt.NDArray[np.int64]
+    model: keras.Model
+    optimizer: keras.optimizers.Optimizer
+    optimizer_config: dict[str, Any]
+    objective: Objective
+    noted_loss: NotedLoss
+    step: TrainStep
+    seconds: float
+
+    @property
+    def steps(self) -> int:
+        """Length of the training."""
+        return len(self.order)
+
+    @property
+    def batch(self) -> int:
+        """Examples per step."""
+        return self.order.shape[1]
+
+
+def execute(case: Case, device: Device, steps_path: Path | None, channel: Channel, energy_s: float = 0.0) -> Status:
+    """Run ``case`` and report over ``channel`` along the way.
 
     Args:
         case: what to run.
         device: where; the process must have been started with this device visible.
-        steps_path: where the log of every step goes, as gzipped CSV.
+        steps_path: where to write the log of every step, as gzipped CSV.
         channel: the supervisor's end.
-        energy_s: seconds that steps go on for, from the start of the timing and for a moment after its end at least,
-            so that their energy can be counted; 0 counts none.
-
-    Returns:
-        The status, and why it is not ``ok``.
+        energy_s: how long to take steps from the start of the timing on, so that their energy can be counted; 0 does
+            not count energy.
     """
-    mode, settings = MODES[case.mode], case.settings
-    accelerator.require(device)
-    channel.phase("idle")
-    _report(channel, *accelerator.touch(device, mode))
-    channel.phase("context-ready")
+    mode = MODES[case.mode]
+    require(device)
+    channel.phase(Phase.IDLE)
+    _report(channel, touch(device, mode))
+    channel.phase(Phase.CONTEXT_READY)
 
-    # Only now: a module of the user's may make variables when it is imported, and TensorFlow would take the device for
-    # them before it was told how.
+    arithmetic = Arithmetic(mode, device, case.settings.jit)
+    built = _build(case, arithmetic)
+    channel.values({"build_time_s": built.seconds})
+    channel.phase(Phase.MODEL_BUILT)
+
+    step = built.step
+    trace_s = step.trace()
+    arithmetic.look("the train step was traced")
+    precision = Precision(built.model, step.graph)
+    _report(channel, _described(built))
+    _report(channel, precision.columns())
+    _report(channel, built.noted_loss.columns(built.data.train_y[built.order[0]]))
+    channel.values({"process_settings": arithmetic.column()})
+    objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
+    if objections:
+        # Do not train: any figure would be reported under the name of another precision.
+        return "invalid", "; ".join(objections)
+    start = time.perf_counter()
+    step()
+    step.synchronise()
+    channel.values({"trace_time_s": trace_s, "first_step_s": time.perf_counter() - start})
+    channel.phase(Phase.COMPILED)
+
+    status: Status = ("ok", None)
+    if case.trains:
+        status = _train(built, steps_path, channel)
+        channel.phase(Phase.TRAINED)
+    else:
+        step.read_log()
+    peak = AllocatorPeak(device)
+    if case.settings.timing_s > 0:
+        _time(built, energy_s, peak, channel)
+    _report(channel, peak.columns())
+    channel.phase(Phase.DONE)
+    arithmetic.look("training and timing")
+    return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
+
+
+def _put(found: Findings, column: str, value: float | None, missing: Reason) -> None:
+    """Note a figure, or why there is none; a figure that is not finite counts as none."""
+    if value is None:
+        found.miss([column], missing)
+    elif not np.isfinite(value):
+        found.miss([column], Reason(Code.NOT_FINITE, "not finite"))
+    else:
+        found.values[column] = value
+
+
+def _report(channel: Channel, found: Findings) -> None:
+    channel.values(found.values)
+    for column, reason in found.unavailable.items():
+        channel.miss([column], reason)
+
+
+def _build(case: Case, arithmetic: Arithmetic) -> Built:
+    """Make everything that is trained. The device must be ready: importing a user's module may create variables."""
+    settings = case.settings
     workload = registry.get(case.workload)
     data = workload.data()
     if not isinstance(data, Data):
@@ -64,214 +170,156 @@ def execute(
             f"the data function of {case.workload} must return an mpscale.Data of NumPy arrays, not a "
             f"{type(data).__name__}"
         )
-    arithmetic = Arithmetic(mode, device, settings.jit)
-    batch = settings.batch_size or workload.batch_size
-    steps = settings.train_steps or workload.train_steps
-    indices = order.batches(len(data.train_x), batch, steps, case.seed)
+    batch, steps = settings.batch_size or workload.batch_size, settings.train_steps or workload.train_steps
+    order = batches(len(data.train_x), batch, steps, case.seed)
     start = time.perf_counter()
-    # The seed comes last before the model: loading data may draw numbers, and not in every process.
+    # Set the seed last before the model is built: loading data may draw random numbers, and not in every process.
     keras.utils.set_random_seed(case.seed)
     arithmetic.settle()
-    model = make_model(workload.model)
+    model = models.make_model(workload.model)
     arithmetic.look("the workload's model function")
-    build_model(model, data.train_x[:batch])
-    optimizer = make_optimizer(workload.optimizer)
+    models.build_model(model, data.train_x[:batch])
+    optimizer = models.make_optimizer(workload.optimizer)
     arithmetic.look("the workload's optimizer function")
-    # Before it is wrapped, which is done in another way in every mode.
-    described = identity.optimizer_description(optimizer, steps)
-    scaler = scaler_for(mode, optimizer, settings.static_scale, settings.dynamic_scale)
+    optimizer_config = models.optimizer_description(optimizer, steps)
+    scaler = scaler_for(MODES[case.mode], optimizer, settings)
     objective = Objective(workload.loss, data.train_y)
-    loss = identity.NotedLoss(objective)
-    step = TrainStep(model, scaler, loss, data.train_x, data.train_y, indices, settings.jit)
-    channel.values({"build_time_s": time.perf_counter() - start})
-    channel.phase("model-built")
-
-    trace_s = step.trace()
-    arithmetic.look("the train step was traced")
-    precision = Precision(model, step.graph)
-    _describe(case, mode, workload, model, data, indices, optimizer, described, step.added_losses, channel)
-    _report(channel, *precision.columns())
-    _report(channel, *loss.columns(data.train_y[indices[0]]))
-    channel.values({"process_settings": arithmetic.column()})
-    objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
-    if objections:
-        # Not trained: whatever came of it would stand under the name of another precision.
-        return "invalid", "; ".join(objections)
-    start = time.perf_counter()
-    step()
-    step.synchronise()
-    channel.values({"trace_time_s": trace_s, "first_step_s": time.perf_counter() - start})
-    channel.phase("compiled")
-
-    status: tuple[str, str | None] = ("ok", None)
-    if case.trains:
-        evaluate = _evaluator(model, workload, data, objective, settings.jit, batch)
-        status = _train(step, model, scaler.optimizer, evaluate, workload, data, steps, steps_path, channel)
-        channel.phase("trained")
-    else:
-        step.read_log()
-    peak = accelerator.AllocatorPeak(device)
-    if settings.timing_s > 0:
-        _time(step, case, batch, energy_s, peak, channel)
-    _report(channel, *peak.columns(windowed=settings.timing_s > 0))
-    channel.phase("done")
-    arithmetic.look("training and timing")
-    return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
+    loss = NotedLoss(objective)
+    step = TrainStep(model, scaler, loss, Batches(data.train_x, data.train_y, order), settings.jit)
+    seconds = time.perf_counter() - start
+    return Built(case, workload, data, order, model, optimizer, optimizer_config, objective, loss, step, seconds)
 
 
-def _time(
-    step: TrainStep, case: Case, batch: int, energy_s: float, peak: accelerator.AllocatorPeak, channel: Channel
-) -> None:
-    """Times steady state, counts energy over as many steps as that takes, reports."""
-    settings = case.settings
-    about_s = warm_up(step)
-    channel.phase("warm")
-    peak.begin_window()
-    channel.phase("timing-start")
-    start = time.perf_counter()
-    timing = time_steps(step, about_s, settings.timing_s, settings.timing_blocks)
-    channel.phase("timing-end")
-    more: tuple[int, int | None] = (0, 0)
-    if energy_s > 0:
-        left_s = energy_s - (time.perf_counter() - start)
-        more = keep_going(step, timing.steps_per_block, max(left_s, _LEAST_MORE_S))
-        channel.phase("energy-end")
-    overflows = None if None in (timing.overflow_steps, more[1]) else (timing.overflow_steps or 0) + (more[1] or 0)
-    channel.energy(timing.steps + more[0], overflows)
-    channel.values(timing.values(batch, time_empty_call(step)))
-    channel.blocks(timing.step_s.tolist())
-
-
-def _report(channel: Channel, values: dict[str, Any], missed: dict[str, str]) -> None:
-    channel.values(values)
-    for column, reason in missed.items():
-        channel.miss([column], reason)
-
-
-def _describe(
-    case: Case,
-    mode: Mode,
-    workload: Workload,
-    model: keras.Model,
-    data: Data,
-    indices: npt.NDArray[np.int64],
-    optimizer: keras.optimizers.Optimizer,
-    described: dict[str, Any],
-    added_losses: int,
-    channel: Channel,
-) -> None:
-    """Reports what is about to be trained, and the digests by which modes are held to the same start.
-
-    ``optimizer`` is the workload's, without the mode's loss scaling; ``described`` says the same in plain values.
-    """
-    steps, batch = indices.shape
-    data_digest = data.digest()
+def _described(built: Built) -> Findings:
+    """What is about to be trained, and the digests that have to be the same in every mode."""
+    case, workload, model = built.case, built.workload, built.model
+    data_digest = built.data.digest()
     parameters = int(sum(np.prod(v.shape) for v in model.trainable_variables))
     parts: list[Any] = [
-        identity.model_config(model),
-        identity.config_of(optimizer) or described,
-        identity.described_object(workload.loss),
+        models.model_config(model),
+        models.config_of(built.optimizer) or built.optimizer_config,
+        models.described_object(workload.loss),
         parameters,
         data_digest,
     ]
     if not isinstance(workload.metric, FunctionType):
-        parts.append(identity.described_object(workload.metric))
-    if added_losses:
-        parts.append({"losses that the model adds": added_losses})
-    digest = identity.digest(identity.without_precision(parts))
-    channel.values(
+        parts.append(models.described_object(workload.metric))
+    if built.step.added_losses:
+        parts.append({"losses that the model adds": built.step.added_losses})
+    digest = models.digest(models.without_precision(parts))
+    key = series_key(MODES[case.mode], case.workload, digest, built.batch, built.steps, case.settings)
+    found = Findings(
         {
-            # The prefix keeps a digest of digits alone from being read back as a number.
+            # The prefix keeps a digest that happens to be all decimal digits from being read as a number.
             "workload_digest": f"sha256:{digest}",
             "data_digest": f"sha256:{data_digest}",
-            "data_order_digest": f"sha256:{order.digest([indices])}",
-            "initial_weights_digest": f"sha256:{order.digest(v.numpy() for v in model.variables)}",
-            "model_digest": f"sha256:{identity.digest(identity.model_description(model))}",
-            "optimizer_config": json.dumps(described),
-            "series_key": series_key(mode, case.workload, digest, batch, steps, case.settings),
-            "batch_size": batch,
-            "optimizer": type(optimizer).__name__,
+            "data_order_digest": f"sha256:{models.arrays_digest([built.order])}",
+            "initial_weights_digest": f"sha256:{models.arrays_digest(v.numpy() for v in model.variables)}",
+            "model_digest": f"sha256:{models.digest(models.model_description(model))}",
+            "optimizer_config": json.dumps(built.optimizer_config),
+            "series_key": key,
+            "batch_size": built.batch,
+            "optimizer": type(built.optimizer).__name__,
             "parameters": parameters,
             "metric_name": workload.metric_name,
             "metric_higher_is_better": workload.metric_higher_is_better,
-            "metric_target": workload.target,
-            "metric_margin": workload.margin,
-            "test_examples": len(data.test_x),
+            "test_examples": len(built.data.test_x),
         }
     )
-    if workload.target is None:
-        channel.miss(["metric_target"], "the workload has no target")
-    if workload.margin is None:
-        channel.miss(["metric_margin"], "the workload has no margin")
+    _put(found, "metric_target", workload.target, _NO_TARGET)
+    _put(found, "metric_margin", workload.margin, Reason(Code.NOT_IN_WORKLOAD, "the workload has no margin"))
+    return found
 
 
-def _evaluator(
-    model: keras.Model, workload: Workload, data: Data, objective: Objective, jit: bool, batch: int
-) -> Evaluator:
-    """The metric, tried out: what is wrong with it is known before the training and not after."""
+def _evaluator(built: Built) -> Evaluator:
+    """The metric, tried out, so that mistakes show before the training."""
+    workload, data, objective = built.workload, built.data, built.objective
     one_output = not objective.output or objective.output[-1] == 1
     threshold = objective.threshold() if one_output and is_accuracy(workload.metric) else None
-    score = score_for(workload.metric, str(workload.metric_name), data.test_y, objective.output, threshold)
-    evaluate = Evaluator(model, score, jit, batch)
+    score = score_for(workload, data.test_y, objective.output, threshold)
+    evaluate = Evaluator(built.model, score, built.case.settings.jit, built.batch)
     evaluate.try_out(data.test_x, data.test_y)
     evaluate.try_out(*data.progress)
     return evaluate
 
 
-def _train(
-    step: TrainStep,
-    model: keras.Model,
-    optimizer: keras.optimizers.Optimizer,
-    evaluate: Evaluator,
-    workload: Workload,
-    data: Data,
-    steps: int,
-    steps_path: Path | None,
-    channel: Channel,
-) -> tuple[str, str | None]:
-    """Trains to the end, evaluates, reports."""
-    training = train(step, model, evaluate, workload, data, steps, lambda done: channel.progress(done, steps))
-    channel.values(training.values())
-    if training.steps_to_target is None:
-        target = "the workload has no target" if workload.target is None else f"{workload.target:g} was not reached"
-        channel.miss(["steps_to_target", "time_to_target_s"], target)
+def _train(built: Built, steps_path: Path | None, channel: Channel) -> Status:
+    """Train to the end, evaluate and report."""
+    workload, data, steps = built.workload, built.data, built.steps
+    evaluate = _evaluator(built)
+    training = train(
+        built.step, steps, workload, lambda: evaluate(*data.progress), lambda done: channel.progress(done, steps)
+    )
+    found = Findings(training.values())
+    not_reached = (
+        _NO_TARGET
+        if workload.target is None
+        else Reason(Code.NEVER_HAPPENED, f"the target of {workload.target:g} was not reached")
+    )
+    _put(found, "steps_to_target", training.steps_to_target, not_reached)
+    _put(found, "time_to_target_s", training.time_to_target_s, not_reached)
+    _report(channel, found)
     if steps_path is not None:
         _write_steps(steps_path, training.log)
-    # As Keras' fit ends: an optimizer that keeps a moving average of the weights puts it in their place.
-    optimizer.finalize_variable_values(model.trainable_variables)
+    # As Keras' fit ends: an optimizer with a moving average of the weights replaces the weights by it.
+    built.step.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
     metric = evaluate(data.test_x, data.test_y)
-    channel.values({"metric_value": metric})
-    channel.miss(["metric_value"], "not finite")
-    if workload.metric_name == "accuracy":
-        channel.values({"final_accuracy": metric})
-        channel.miss(["final_accuracy"], "not finite")
-    else:
-        channel.miss(["final_accuracy"], f"the workload's metric is {workload.metric_name}")
-    if data.published_x is not None:
-        channel.values({"published_metric_value": evaluate(*data.progress)})
-        channel.miss(["published_metric_value"], "not finite")
-    else:
-        channel.miss(["published_metric_value"], "the data has no other published test set")
+    _report(channel, _results(built, evaluate, metric))
     status, reason = training.status
     if status == "ok" and not np.isfinite(metric):
-        return "diverged", f"the {workload.metric_name} on the test set was {metric} after {len(training.log)} steps"
+        steps_taken = len(training.log)
+        return "diverged", f"the {workload.metric_name} on the test set was {metric} after {steps_taken} steps"
     return status, reason
 
 
-def _write_steps(path: Path, log: npt.NDArray[np.float32]) -> None:
-    """Writes loss, loss scale and overflow of every step; empty where the mode has none."""
+def _results(built: Built, evaluate: Evaluator, metric: float) -> Findings:
+    """The columns about the trained model, whose metric on the test set is ``metric``."""
+    name, found = built.workload.metric_name, Findings()
+    another = Reason(Code.NOT_IN_WORKLOAD, f"the workload's metric is {name}")
+    _put(found, "metric_value", metric, another)
+    _put(found, "final_accuracy", metric if name == ACCURACY else None, another)
+    published = None if built.data.published_x is None else evaluate(*built.data.progress)
+    _put(
+        found,
+        "published_metric_value",
+        published,
+        Reason(Code.NOT_IN_WORKLOAD, "the data has no other published test set"),
+    )
+    return found
+
+
+def _write_steps(path: Path, log: Log) -> None:
+    """Write loss, loss scale and overflow of every step, empty if the mode has none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
+    empty = [""] * len(log)
+    scales = empty if log.scale is None else log.scale.tolist()
+    overflows = empty if log.overflow is None else log.overflow.astype(int).tolist()
     with gzip.open(partial, "wt", newline="", compresslevel=5) as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["step", "loss", "loss_scale", "overflow"])
-        for number, (loss, scale, overflow) in enumerate(log.tolist()):
-            rows.writerow(
-                [
-                    number,
-                    f"{loss:.9g}",
-                    "" if scale == UNKNOWN else scale,
-                    "" if overflow == UNKNOWN else int(overflow),
-                ]
-            )
+        losses = (f"{loss:.9g}" for loss in log.loss.tolist())
+        rows.writerows(zip(range(len(log)), losses, scales, overflows, strict=True))
     partial.replace(path)
+
+
+def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) -> None:
+    """Time the steady state, count energy over at least as many steps, and report."""
+    step, settings = built.step, built.case.settings
+    about_s = warm_up(step)
+    channel.phase(Phase.WARM)
+    peak.begin_window()
+    channel.phase(Phase.TIMING_START)
+    start = time.perf_counter()
+    timing = time_steps(step, about_s, settings.timing_s, settings.timing_blocks)
+    channel.phase(Phase.TIMING_END)
+    steps, overflows = timing.steps, timing.overflow_steps
+    if energy_s > 0:
+        left_s = energy_s - (time.perf_counter() - start)
+        more, more_overflows = keep_going(step, timing.steps_per_block, max(left_s, _LEAST_MORE_S))
+        channel.phase(Phase.ENERGY_END)
+        steps += more
+        overflows = None if overflows is None or more_overflows is None else overflows + more_overflows
+    channel.energy(steps, overflows)
+    channel.values(timing.values(built.batch, time_empty_call(step)))
+    channel.blocks(timing.step_s.tolist())

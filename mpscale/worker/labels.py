@@ -1,10 +1,10 @@
-"""How labels go with outputs: which shape a loss or a metric takes them in.
+"""The shape in which a loss or a metric takes its labels.
 
-Labels (examples,) beside outputs (examples, 1), or (examples, 1) beside (examples, classes), broadcast to a matrix of
-every label against every output. Nothing fails, and the figure is wrong. Keras' own losses and metrics are given the
-shape that Keras gives them. A function of the user's is tried: what it says has to change when the labels change
-places, which what comes of a matrix of all against all does not. Where that does not tell, what it says of several
-examples has to be the mean, or the sum, of what it says of each alone.
+Labels (examples,) and outputs (examples, 1), or (examples, 1) and (examples, classes), broadcast to a matrix of every
+label against every output: nothing fails, and the result is wrong. Keras' own losses and metrics get the shape that
+Keras would give them. A function of the user's own is tried out: its result has to change when the labels are moved,
+which the result of an all-against-all matrix does not. If that does not decide, its result for several examples has to
+be the mean, or the sum, of its results for each one.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import numpy.typing as npt
 import tensorflow as tf
 
 Form = Callable[[Any], Any]
-"""Takes labels, of NumPy or TensorFlow, and returns them in the shape that is wanted."""
+"""Turns labels, a NumPy array or a tensor, into the shape that is wanted."""
 
 PROBED = 16
-"""Examples that a function is tried on."""
+"""Examples on which a function is tried out."""
 _DRAWS = 2
 _SHIFTS = (1, 2, 5)
 """Places by which labels are moved."""
 _RTOL = 1e-3
 
 _CLASSES = ("categorical_generalized_cross_entropy",)
-"""Kinds that take class numbers although their name does not begin with sparse."""
+"""Kinds that take class numbers although their name does not begin with ``sparse``."""
 _HAVE_SPARSE = ("categorical_crossentropy", "categorical_accuracy", "top_k_categorical_accuracy")
 _SHAPES_OF_THEIR_OWN = ("ctc", "circle", "io_u", "mean_io_u", "one_hot_io_u", "one_hot_mean_io_u")
 
 
 def as_they_are(labels: Any) -> Any:
-    """The form of labels that fit already."""
+    """Keep labels that fit already."""
     return labels
 
 
@@ -46,7 +46,7 @@ def _squeezed(labels: Any) -> Any:
 
 
 def forms(labels: Sequence[int | None], outputs: Sequence[int | None]) -> list[Form]:
-    """The forms that labels may be meant in, that of Keras last.
+    """The forms in which labels may be meant, Keras' choice last.
 
     Args:
         labels: shape of one example's label.
@@ -65,12 +65,12 @@ def forms(labels: Sequence[int | None], outputs: Sequence[int | None]) -> list[F
 
 
 def takes_classes(kind: str) -> bool:
-    """Whether a loss or a metric of Keras' takes class numbers; ``kind`` is its name in snake case."""
+    """Whether a Keras loss or metric takes class numbers. ``kind`` is its name in snake case."""
     return kind.startswith("sparse") or kind in _CLASSES
 
 
 def keras_form(kind: str, labels: Sequence[int | None], outputs: Sequence[int | None]) -> Form:
-    """The form that a loss or a metric of Keras' gives labels by itself.
+    """The form that a Keras loss or metric gives its labels.
 
     Args:
         kind: its name in snake case.
@@ -83,11 +83,11 @@ def keras_form(kind: str, labels: Sequence[int | None], outputs: Sequence[int | 
 
 
 def check_fit(kind: str, labels: Sequence[int | None], outputs: Sequence[int | None]) -> None:
-    """Checks labels for a loss or a metric that is Keras' own, which would broadcast what does not fit.
+    """Check labels for a Keras loss or metric, which would broadcast labels that do not fit.
 
     Args:
-        kind: its name in snake case; empty for what is not Keras' own, of which nothing is known.
-        labels: shape of one example's label, in the form it will have.
+        kind: its name in snake case; empty if it is not Keras' own, in which case nothing is known about it.
+        labels: shape of one example's label, in its final form.
         outputs: shape of one example's output.
 
     Raises:
@@ -97,19 +97,22 @@ def check_fit(kind: str, labels: Sequence[int | None], outputs: Sequence[int | N
         return
     sparse = takes_classes(kind)
     if sparse and not outputs:
-        raise ValueError(f"{kind} takes one output a class, but the model has outputs of shape (examples,)")
+        raise ValueError(
+            f"{kind} needs one output per class, but the model's outputs have shape (examples,); end the model with "
+            "one unit per class"
+        )
     expected = tuple(outputs[:-1] if sparse else outputs)
     if len(labels) != len(expected) or any(
         None not in (a, b) and a != b for a, b in zip(labels, expected, strict=True)
     ):
         one_hot = len(labels) == len(outputs)
         if sparse and one_hot:
-            cure = f"{kind} takes class numbers; for one-hot labels take categorical_crossentropy or its like"
+            cure = f"{kind} takes class numbers; for one-hot labels use categorical_crossentropy or the like"
         elif sparse:
-            cure = f"{kind} takes one class an example"
+            cure = f"{kind} takes one class number per example"
         else:
             cure = f"{kind} takes labels of the outputs' shape; for class numbers "
-            cure += "take its 'sparse' relative" if kind in _HAVE_SPARSE else "pass keras.utils.to_categorical of them"
+            cure += "use its 'sparse' relative" if kind in _HAVE_SPARSE else "pass keras.utils.to_categorical(labels)"
         raise ValueError(f"labels of shape {_shape(labels)} do not fit outputs of shape {_shape(outputs)}: {cure}")
 
 
@@ -120,17 +123,17 @@ def form_for(
     what: str,
     examples: int = PROBED,
 ) -> Form:
-    """The form in which a function of the user's takes its labels.
+    """The form in which a function of the user's own takes its labels.
 
     Args:
         function: ``(labels, outputs)`` to a number or an array of numbers.
         labels: of the training or test set (examples, ...).
         outputs: shape of one example's output.
         what: ``"loss"`` or ``"metric"``, for the message.
-        examples: how many at once the function is tried on.
+        examples: batch size for trying it out.
 
     Raises:
-        ValueError: the forms differ in what they say, and it cannot be told which is meant.
+        ValueError: the forms lead to different results, and it cannot be decided which one is meant.
     """
     candidates = forms(labels.shape[1:], outputs)
     if len(candidates) == 1 or None in outputs:
@@ -147,19 +150,19 @@ def form_for(
         if all(_adds_up(function, form(sample), draw, said[form][place]) for place, draw in enumerate(draws)):
             return form
     if not running or all(np.allclose(said[form], said[running[0]], _RTOL) for form in running):  # type: ignore[arg-type]
-        # Nothing runs: the first real batch says why better than a probe could.
+        # If nothing runs, the error of the first real batch explains it better than one of a probe.
         return running[0] if running else candidates[0]
     raise ValueError(
-        f"labels of shape {_shape(labels.shape[1:])} and outputs of shape {_shape(outputs)} broadcast in the {what}, "
-        f"and it cannot be told what is meant; give the labels the shape {_shape(outputs)}, or make one shape of both "
-        f"in the {what}"
+        f"the {what} broadcasts labels of shape {_shape(labels.shape[1:])} against outputs of shape {_shape(outputs)}, "
+        f"and it is unclear what is meant; give the labels the shape {_shape(outputs)}, or reshape one of them in the "
+        f"{what}"
     )
 
 
 def repeatable(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """``function`` of tensors as one of arrays that can be tried: it leaves its variables as they were.
+    """Turn a function of tensors into one of arrays that leaves its variables unchanged.
 
-    Each call is traced anew, as the train step will be, so that random numbers are the same in all of them.
+    Every call is traced anew, as the train step will be, so all calls draw the same random numbers.
     """
 
     def call(labels: Any, outputs: Any) -> Any:
@@ -176,7 +179,7 @@ def repeatable(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
 
 
 def traced_with(function: Callable[[Any, Any], Any], labels: Any, outputs: Any) -> Any:
-    """``function`` as a graph, for tensors of the shapes and dtypes of these."""
+    """Trace ``function`` for tensors of the shapes and dtypes of these."""
 
     def call(labels: Any, outputs: Any) -> Any:
         return tf.convert_to_tensor(function(labels, outputs))
@@ -186,14 +189,14 @@ def traced_with(function: Callable[[Any, Any], Any], labels: Any, outputs: Any) 
 
 
 def sample_of(labels: npt.NDArray[Any], examples: int = PROBED) -> npt.NDArray[Any]:
-    """So many labels that differ, if any do: equal ones would hide that they are mixed up."""
+    """Pick so many labels, different ones if possible: equal labels would hide a mix-up."""
     _, first = np.unique(labels.reshape(len(labels), -1)[:, 0], return_index=True)
     chosen = first[np.linspace(0, len(first) - 1, min(len(first), -(-examples // 2))).astype(int)]
     return np.resize(labels[np.concatenate([chosen, np.arange(len(labels))])[:examples]], (examples, *labels.shape[1:]))
 
 
 def outputs_like(labels: npt.NDArray[Any], shape: Sequence[int | None], seed: int) -> npt.NDArray[np.float32]:
-    """Outputs between 0 and 1 of a model that is right more often than not: all wrong is the same in every shape."""
+    """Outputs between 0 and 1 of a mostly right model: if all were wrong, every shape would give the same result."""
     random = np.random.default_rng(seed)
     outputs = random.uniform(0.05, 0.5, (len(labels), *shape))  # type: ignore[arg-type]
     values = np.nan_to_num(labels.astype(float))
@@ -210,7 +213,7 @@ def outputs_like(labels: npt.NDArray[Any], shape: Sequence[int | None], seed: in
 def _pairs(
     function: Callable[[Any, Any], Any], labels: Any, draws: Sequence[Any], said: Sequence[float | None]
 ) -> bool:
-    """Whether it matters to the function which label goes with which output."""
+    """Whether the function's result depends on which label goes with which output."""
     for draw, whole in zip(draws, said, strict=True):
         for shift in _SHIFTS:
             moved = mean(function, np.roll(labels, shift, axis=0), draw)
@@ -220,6 +223,7 @@ def _pairs(
 
 
 def _adds_up(function: Callable[[Any, Any], Any], labels: Any, outputs: Any, whole: float | None) -> bool:
+    """Whether the result for all examples, ``whole``, is the mean or the sum of the results for each one."""
     if len(outputs) > PROBED:
         labels, outputs = labels[:PROBED], outputs[:PROBED]
         whole = mean(function, labels, outputs)
@@ -231,10 +235,10 @@ def _adds_up(function: Callable[[Any, Any], Any], labels: Any, outputs: Any, who
 
 
 def mean(function: Callable[[Any, Any], Any], labels: Any, outputs: Any) -> float | None:
-    """What the function says of arrays, averaged; None where it fails or says nothing finite."""
+    """The function's result for arrays, averaged; None if it fails or is not finite."""
     try:
         value = float(np.mean(np.asarray(function(labels, outputs), dtype=float)))
-    except Exception:  # the user's code, on a shape that it may not be made for
+    except Exception:  # from the user's code, which may not be made for this shape
         return None
     return value if np.isfinite(value) else None
 

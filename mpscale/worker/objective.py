@@ -1,8 +1,12 @@
-"""The loss as a train step computes it: one number of labels and outputs, checked before anything is trained."""
+"""The loss of a train step: one number for a batch of labels and outputs.
+
+:class:`Objective` checks it before the training, :class:`NotedLoss` describes it so that the modes can be compared.
+"""
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,25 +15,33 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Findings
+from mpscale.scaling.skip import all_nodes
 from mpscale.worker import labels as label_forms
+from mpscale.worker.precision import computes_below_float32
 from mpscale.workloads.metric import kind_of
 from mpscale.workloads.workload import sparse_cross_entropy
 
 Loss = Callable[[Any, Any], Any]
 
 _BY_SHAPE = ("crossentropy", "ce")
-"""Names by which Keras picks the cross-entropy that fits the shapes."""
+"""Names for which Keras picks the cross-entropy that fits the shapes."""
+
+_PROBE_SEED = 17
+_NOT_REPEATABLE = re.compile(r"Assign|ResourceScatter|Random|Multinomial|RngRead|RngSkip|PyFunc")
+"""Operations that make a loss return another value each time."""
 
 
 class Objective:
-    """``(labels, outputs) -> loss``, a scalar in float32 or wider, as Keras' own ``fit`` makes it of the same loss.
+    """``(labels, outputs) -> loss``: a scalar in float32 or wider, the same that Keras' ``fit`` computes.
 
-    Labels get the shape that the loss takes them in (see labels.py), float16 outputs are cast to float32 first, and
-    losses of single examples are averaged over those that the model does not mask.
+    Labels get the shape that the loss takes (see labels.py). Outputs in half precision are cast to float32 first.
+    Losses of single examples are averaged, leaving out what the model masks.
 
     Args:
-        loss: as :class:`~mpscale.workloads.Workload` takes it.
-        labels: the training set's, to check them and to see which shape of them the loss takes.
+        loss: as in :class:`~mpscale.workloads.Workload`.
+        labels: of the training set; they are checked, and show which shape the loss takes.
 
     Raises:
         ValueError: Keras knows no loss of that name, or the labels cannot be trained on.
@@ -40,20 +52,20 @@ class Objective:
         self._loss: Loss | None = None if loss in _BY_SHAPE else _resolved(loss)
         self._form: label_forms.Form | None = None
         self.output: tuple[int | None, ...] = ()
-        """Shape of one example's output, known once the loss has been traced."""
+        """Shape of one example's output; known once the loss has been traced."""
         self._squashed_by: str | None = None
         if labels.dtype.kind in "US":
-            raise ValueError(f"the labels are text ({labels.dtype}); give each class a number from 0")
+            raise ValueError(f"the labels are text ({labels.dtype}); number the classes from 0")
 
     def __call__(self, labels: Any, outputs: Any) -> Any:
         """The loss of a batch.
 
         Args:
             labels: (batch, ...).
-            outputs: what the model returned.
+            outputs: of the model.
 
         Raises:
-            ValueError: outputs and labels do not fit each other or the loss, or the loss is no number.
+            ValueError: labels and outputs do not fit each other or the loss, or the loss is not a number.
         """
         check_outputs(outputs)
         if self._form is None:
@@ -65,15 +77,15 @@ class Objective:
             return _scalar(self._loss(labels, outputs))
         if outputs.dtype in (tf.float16, tf.bfloat16):
             outputs = tf.cast(outputs, tf.float32)
-        # The mean that the default loss takes itself would count what is masked.
+        # The default loss takes the mean itself, which would count masked places.
         of_each = mask is not None and self._loss is sparse_cross_entropy
         return _scalar(_reduced((_cross_entropies if of_each else self._loss)(labels, outputs), mask))
 
     def threshold(self) -> float | None:
-        """For a model with one output: the value at which the loss is indifferent between labels 0 and 1.
+        """For a model with one output, the value at which the loss is the same for labels 0 and 1.
 
-        0 for logits, 0.5 for probabilities; None where it is neither, or the loss takes logits and the model's last
-        operation is a sigmoid, so that one of the two is not meant, or the loss does not take one example alone.
+        0 for logits and 0.5 for probabilities. None if it is neither, if the loss cannot be computed for one example,
+        or if the loss takes logits although the model ends in a sigmoid, which is a contradiction.
         """
         if None in self.output:
             return None
@@ -89,7 +101,7 @@ class Objective:
         return None
 
     def _settle(self, outputs: Any) -> None:
-        """Decides once, when the first batch is traced, and checks the labels."""
+        """Choose loss and form of the labels, and check the labels, when the first batch is traced."""
         self.output = tuple(outputs.shape[1:])
         tail = self._labels.shape[1:]
         if self._loss is None:
@@ -110,14 +122,14 @@ class Objective:
             self._check_values(kind)
             return
         if None in self.output:
-            # Nothing can be tried without a shape.
+            # Without a shape nothing can be tried out.
             self._form = label_forms.as_they_are
             return
         examples = outputs.shape[0] or label_forms.PROBED
         labels = self._as_taken(self._loss, label_forms.sample_of(self._labels, examples))
         loss, draw = label_forms.repeatable(self._loss), label_forms.outputs_like(labels, self.output, 0)
         if not np.isfinite(np.asarray(self._labels, float)).all():
-            # A loss of the user's may leave out labels that are missing; one that does says something finite.
+            # A loss of the user's own may ignore missing labels. Then its result is finite.
             missing = labels.copy()
             missing[::2] = np.nan
             if all(
@@ -129,10 +141,10 @@ class Objective:
         self._form = form if labels.dtype == self._labels.dtype else lambda labels: tf.cast(form(labels), dtype)
 
     def _as_taken(self, loss: Loss, labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Labels in the dtype that a function of the user's takes them in.
+        """Labels in the dtype that a loss of the user's own takes.
 
-        Keras hands every loss its labels as floats. Whole numbers stay what they are if the loss can do with them and
-        says the same: of uint8, 0 less 1 is 255.
+        Keras casts the labels of every loss to float. Integers stay integers if the loss accepts them with the same
+        result, which rules out uint8 arithmetic, for example, where 0 - 1 is 255.
         """
         outputs = label_forms.outputs_like(labels, self.output, 0)
         floats = labels.astype(np.float32)
@@ -143,7 +155,7 @@ class Objective:
                 try:
                     label_forms.traced_with(loss, form(labels), outputs)
                     return True
-                except Exception:  # the user's code, on a dtype that it may not be made for
+                except Exception:  # from the user's code, which may not be made for this dtype
                     continue
             return False
 
@@ -162,17 +174,19 @@ class Objective:
     def _check_finite(self) -> None:
         labels = self._labels
         if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-            raise ValueError(f"{np.sum(~np.isfinite(labels))} of the training labels are not finite")
+            raise ValueError(
+                f"{np.sum(~np.isfinite(labels))} of the training labels are not finite; leave these examples out, or "
+                "use a loss that ignores them"
+            )
 
     def _check_values(self, kind: str) -> None:
-        """Checks labels and outputs against a loss of Keras'."""
+        """Check labels and outputs against a Keras loss."""
         options = _options(self._loss)
         logits = True if self._loss is sparse_cross_entropy else options.get("from_logits", False)
         if logits and self._squashed_by:
             raise ValueError(
-                f"the model's last operation is a {self._squashed_by}, but the loss takes logits and would apply "
-                "another one; leave the activation out, or take a loss with from_logits=False, such as "
-                f"loss={kind!r} by its name"
+                f"the model ends in a {self._squashed_by}, but the loss takes logits and would apply another one; "
+                f"remove the activation, or use a loss with from_logits=False, such as loss={kind!r}"
             )
         labels = self._labels
         low, high = labels.min(), labels.max()
@@ -181,32 +195,99 @@ class Objective:
             whole = (counted == np.floor(counted)).all() if counted.dtype.kind == "f" else True
             if counted.size and not (whole and counted.min() >= 0 and counted.max() < self.output[-1]):
                 raise ValueError(
-                    f"the training labels go from {low:g} to {high:g}, but a model with {self.output[-1]} outputs "
-                    f"has classes 0 to {self.output[-1] - 1}; number the classes from 0, or, if this is no "
-                    "classification of that kind, give its loss, such as loss='mse' or "
+                    f"the training labels range from {low:g} to {high:g}, but a model with {self.output[-1]} outputs "
+                    f"has classes 0 to {self.output[-1] - 1}; number the classes from 0, or, if this is not such a "
+                    "classification, set another loss, for example loss='mse' or "
                     "loss=keras.losses.BinaryCrossentropy(from_logits=True)"
                 )
         if kind in ("binary_crossentropy", "binary_focal_crossentropy") and not 0 <= low <= high <= 1:
-            raise ValueError(f"{kind} takes labels from 0 to 1, but the training labels go from {low:g} to {high:g}")
+            raise ValueError(
+                f"{kind} takes labels from 0 to 1, but the training labels range from {low:g} to {high:g}; rescale "
+                "them, or use another loss"
+            )
+
+
+class NotedLoss:
+    """A loss that notes the shapes and dtypes of its arguments when it is traced.
+
+    Args:
+        loss: ``(labels, outputs) -> scalar``.
+    """
+
+    def __init__(self, loss: Callable[[Any, Any], Any]) -> None:
+        self._loss = loss
+        self._outputs: Any = None
+        self._labels: Any = None
+
+    def __call__(self, labels: Any, outputs: Any) -> Any:
+        self._labels, self._outputs = (tf.nest.map_structure(_spec, value) for value in (labels, outputs))
+        return self._loss(labels, outputs)
+
+    def columns(self, labels: Any) -> Findings:
+        """The columns of a record about the loss, once it has been traced.
+
+        Args:
+            labels: of the first batch.
+        """
+        given = [_shapes(value, dtypes) for value, dtypes in ((self._labels, True), (self._outputs, False))]
+        found = Findings({"loss_inputs": f"labels {given[0]}; outputs {given[1]}"})
+        try:
+            probe = self._probe(labels)
+        except Exception as error:  # from the user's code, away from its model and device
+            probe = f"the loss does not run by itself: {type(error).__name__}"
+        if isinstance(probe, str):
+            found.miss(["loss_probe"], Reason(Code.NOT_COMPARABLE, probe))
+        elif np.isfinite(probe):
+            found.values["loss_probe"] = probe
+        else:
+            found.miss(["loss_probe"], Reason(Code.NOT_FINITE, "not finite on outputs between 0 and 1"))
+        return found
+
+    def _probe(self, labels: Any) -> float | str:
+        """The loss of ``labels`` and of outputs that are the same in every mode, or why it cannot be computed.
+
+        It is traced first: a loss that changes its own state must not run. It runs on the CPU, where it takes none of
+        the memory that is measured.
+        """
+
+        def call(labels: Any, outputs: Any) -> Any:
+            return self._loss(labels, outputs)
+
+        with tf.device("CPU:0"):
+            # First in the precision of the model's outputs, which the loss may require.
+            for dtype in (None, tf.float32):
+                outputs = tf.nest.map_structure(functools.partial(_probed, dtype=dtype), self._outputs)
+                given = tf.nest.map_structure(tf.constant, labels)
+                specs = tf.nest.map_structure(_spec, (given, outputs))
+                traced = tf.function(call).get_concrete_function(*specs)
+                nodes = all_nodes(traced.graph.as_graph_def())
+                if any(_NOT_REPEATABLE.search(node.op) for node in nodes):
+                    return "the loss draws random numbers, changes variables or calls Python"
+                if not computes_below_float32(nodes):
+                    return float(np.sum(np.asarray(traced(given, outputs), np.float64)))
+        return "the loss computes in less than float32"
 
 
 def check_outputs(outputs: Any) -> None:
-    """Checks that a model returned one tensor of numbers, an example a row.
+    """Check that a model returned one tensor of floating-point numbers (examples, ...).
 
     Raises:
         ValueError: it returned something else.
     """
     if isinstance(outputs, dict | list | tuple):
         raise ValueError(
-            f"the model returns a {type(outputs).__name__} of {len(outputs)} outputs; "
-            "mpscale trains models with one output so far: build one that returns the output that is trained"
+            f"the model returns a {type(outputs).__name__} of {len(outputs)} outputs, but mpscale trains models with "
+            "one; build a model that returns only the output to train"
         )
     if not tf.is_tensor(outputs) or isinstance(outputs, tf.RaggedTensor | tf.SparseTensor):
-        raise ValueError(f"the model returns a {type(outputs).__name__}, not a tensor")
+        raise ValueError(
+            f"the model returns a {type(outputs).__name__}; it must return one dense tensor, floating-point numbers of "
+            "shape (examples, ...)"
+        )
     if outputs.shape.rank is None or outputs.shape.rank == 0 or not outputs.dtype.is_floating:
         raise ValueError(
-            f"the model returns {outputs.dtype.name} of shape {outputs.shape}; "
-            "floating-point outputs (examples, ...) are needed"
+            f"the model returns {outputs.dtype.name} of shape {outputs.shape}; it must return floating-point numbers "
+            "of shape (examples, ...)"
         )
 
 
@@ -214,11 +295,15 @@ def _resolved(given: Loss | str) -> Loss:
     try:
         loss: Loss = keras.losses.get(given) if isinstance(given, str) else given
     except ValueError as error:
-        raise ValueError(f"Keras knows no loss called {given!r}; give a name such as 'mse', or the loss") from error
+        raise ValueError(
+            f"Keras knows no loss called {given!r}; give a name such as 'mse', or the loss itself"
+        ) from error
     if isinstance(loss, type) and issubclass(loss, keras.losses.Loss):
         loss = loss()
     if isinstance(loss, keras.losses.Loss) and loss.reduction in (None, "none"):
-        raise ValueError(f"{type(loss).__name__} has reduction=None, so it is no number; leave reduction out")
+        raise ValueError(
+            f"{type(loss).__name__} has reduction=None, so it returns no single number; leave reduction out"
+        )
     return loss
 
 
@@ -227,19 +312,19 @@ def _cross_entropies(labels: Any, logits: Any) -> Any:
 
 
 def _options(loss: Any) -> dict[str, Any]:
-    """The options that a loss of Keras' was made with, as far as they can be seen."""
+    """The options of a Keras loss, as far as they can be seen."""
     if isinstance(loss, functools.partial):
         return _options(loss.func) | loss.keywords
     return dict(loss.get_config()) if isinstance(loss, keras.losses.Loss) else {}
 
 
 def _squashed_by(outputs: Any) -> str | None:
-    """``softmax`` or ``sigmoid`` where that is what the model ends in, as far as the trace tells."""
+    """``softmax`` or ``sigmoid`` if the trace shows that the model ends in one."""
     return {"Softmax": "softmax", "Sigmoid": "sigmoid"}.get(getattr(getattr(outputs, "op", None), "type", ""))
 
 
 def _reduced(losses: Any, mask: Any) -> Any:
-    """The mean, over what is not masked; what is one number already stays as it is."""
+    """The mean without masked places; a single number stays as it is."""
     losses = tf.convert_to_tensor(losses)
     if losses.shape.rank == 0:
         return losses
@@ -254,6 +339,25 @@ def _scalar(loss: Any) -> Any:
     """``loss`` as a scalar in float32 or wider."""
     if loss.shape.rank != 0 or not loss.dtype.is_floating:
         raise ValueError(
-            f"the loss returns {loss.dtype.name} of shape {loss.shape}; one floating-point number is needed"
+            f"the loss returns {loss.dtype.name} of shape {loss.shape}; it must return one floating-point number, or "
+            "one per example"
         )
     return tf.cast(loss, tf.float32) if loss.dtype in (tf.float16, tf.bfloat16) else loss
+
+
+def _spec(value: Any) -> tf.TensorSpec:
+    return tf.TensorSpec(value.shape, value.dtype)
+
+
+def _shapes(specs: Any, dtypes: bool) -> str:
+    """Shapes of a structure as text, with dtypes if wanted; the dtypes of outputs depend on the mode."""
+    told = [f"{spec.dtype.name if dtypes else ''} {tuple(spec.shape)}".strip() for spec in tf.nest.flatten(specs)]
+    return " and ".join(told)
+
+
+def _probed(spec: tf.TensorSpec, dtype: tf.DType | None) -> tf.Tensor:
+    """Outputs that could be probabilities or logits: multiples of 1/64, which every precision represents exactly."""
+    if not spec.dtype.is_floating:
+        return tf.zeros(spec.shape, spec.dtype)
+    values = np.random.default_rng(_PROBE_SEED).integers(1, 64, spec.shape.as_list()) / 64.0
+    return tf.constant(values, dtype or spec.dtype)

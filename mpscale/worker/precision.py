@@ -1,7 +1,8 @@
-"""The precision that a model really computes in, read from its layers and from the traced train step.
+"""The precision in which a model really computes, and the global settings that decide it.
 
-A mode only asks for a precision: a model function may pin layers to another one, or change Keras' policy behind the
-mode's back. What is read here is what is trained, and :func:`objection` holds it against what the mode promises.
+A mode only asks for a precision: a model function may pin layers to another one or change Keras' policy.
+:class:`Precision` reads from the layers and from the traced train step what will be trained. :class:`Arithmetic` sets
+global settings as the mode has them and notices changes. Both object if that is not what the mode promises.
 """
 
 from __future__ import annotations
@@ -18,30 +19,19 @@ from tensorflow.python.framework.config import is_op_determinism_enabled
 
 from mpscale.core.device import Device
 from mpscale.core.mode import Mode
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Findings
 from mpscale.scaling.skip import all_nodes
-from mpscale.worker import device as accelerator
+from mpscale.worker.device import set_arithmetic
 
 _PRODUCT = re.compile(
     r"MatMul|Einsum|Dot(?:V2)?$|Conv(?:\d[Dd]|V\d|$)|CudnnRNN(?!Params|Canonical)|BlockLSTM|LSTMBlock|GRUBlock"
 )
-"""Operations that multiply matrices, convolutions and recurrent layers of cuDNN among them, forward and backward."""
+"""Operations that multiply matrices, forward and backward, including convolutions and cuDNN's recurrent layers."""
 
 _ELEMENT_TYPES = (
-    "T",
-    "DstT",
-    "Ta",
-    "Tb",
-    "T1",
-    "T2",
-    "LhsT",
-    "RhsT",
-    "lhs_type",
-    "rhs_type",
-    "Tlhs",
-    "Trhs",
-    "Tin",
-    "type",
-)
+    "T", "DstT", "Ta", "Tb", "T1", "T2", "LhsT", "RhsT", "lhs_type", "rhs_type", "Tlhs", "Trhs", "Tin", "type",
+)  # fmt: skip
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _LOW = {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16"}
 
@@ -49,24 +39,30 @@ _OTHER = re.compile(
     r"(?:Relu6?|Elu|Selu|LeakyRelu|Softplus|Softsign|Tanh|Sigmoid|Erfc?|Softmax|LogSoftmax|BiasAdd)(?:Grad)?$"
     r"|(?:Max|Avg)Pool|CrossEntropy|CTCLoss|Random(?:Uniform|Normal)|TruncatedNormal"
 )
-"""Operations beside products that come from model and loss alone, whatever the precision.
+"""Operations besides products that model and loss have in every precision.
 
-Others do not: Keras clips and casts more in float16, and a loss scale has operations of its own.
+Others vary: Keras clips and casts more in float16, and a loss scale adds operations of its own.
 """
-
 
 _MOVES = re.compile(
     r"(?:Placeholder|Identity|IdentityN|Const|Reshape|ReadVariableOp|ExpandDims|Squeeze|Pack|Unpack|Split|SplitV"
     r"|ConcatV2|Slice|StridedSlice|Transpose|Tile|GatherV2|GatherNd|ResourceGather|PreventGradient|StopGradient)$"
 )
-"""Operations that only move numbers, which may well be data in float16 on the way to a layer in float32."""
+"""Operations that only move numbers. These may be float16 data on the way to a float32 layer."""
+
+_REWRITES = ("auto_mixed_precision", "auto_mixed_precision_onednn_bfloat16", "auto_mixed_precision_mkl")
+_FPMATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "TF_SET_ONEDNN_FPMATH_MODE")
+_XLA = ("XLA_FLAGS", "TF_XLA_FLAGS")
+_PRECISION_FLAG = re.compile(r"precision|fast_math|fast_min_max|tf32|b?f16|f8|denormal|algorithm|auto_jit|determinis")
+_AT_START = {name: os.environ.get(name, "") for name in _XLA}
+"""As the process was started: this module is imported before the user's."""
 
 
 class Precision:
-    """What a train step computes in.
+    """The precision of a train step.
 
     Args:
-        model: the model, built.
+        model: a built model.
         graph: the traced graph of the train step; nested functions count.
     """
 
@@ -77,25 +73,27 @@ class Precision:
         self._others = Counter(node.op for node in nodes if _OTHER.match(node.op.removeprefix("Stateless")))
         self._dtypes = [(node.name, _dtype(node)) for node in nodes if not _MOVES.match(node.op)]
         self.layers = Counter(_compute_dtype(layer) for layer in self._layers)
-        """Layers by the dtype that they compute in, those that are only containers left out."""
+        """Number of layers by compute dtype, without mere containers."""
         self.products = Counter(dtype for _, dtype in self._products)
-        """Products of the step, gradients included, by the dtype of what is multiplied."""
+        """Number of products, gradients included, by the dtype of their factors."""
 
-    def columns(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """{column: value} and {column: reason}."""
-        values = {"layer_dtypes": counted(self.layers), "product_dtypes": counted(self.products)}
-        values["step_operations"] = counted(self._others + Counter(node.op for node, _ in self._products))
-        reasons = {
-            "layer_dtypes": "the model has no layers",
-            "product_dtypes": "the train step multiplies no matrices",
-            "step_operations": "the train step has none of the operations that are counted",
-        }
-        return {name: text for name, text in values.items() if text}, {
-            name: reasons[name] for name, text in values.items() if not text
-        }
+    def columns(self) -> Findings:
+        """The columns of a record about the precision."""
+        operations = self._others + Counter(node.op for node, _ in self._products)
+        found = Findings()
+        for column, numbers, missing in (
+            ("layer_dtypes", self.layers, "the model has no layers"),
+            ("product_dtypes", self.products, "the train step multiplies no matrices"),
+            ("step_operations", operations, "the train step has none of the operations that are counted"),
+        ):
+            if numbers:
+                found.values[column] = _counted(numbers)
+            else:
+                found.miss([column], Reason(Code.NOT_IN_WORKLOAD, missing))
+        return found
 
     def objection(self, mode: Mode) -> str | None:
-        """What was found, what ``mode`` promises instead and what to do; None where they agree."""
+        """What was found, what ``mode`` promises and what to do; None if they agree."""
         low = _LOW.get(mode.policy)
         allowed = {"float32", low}
         wrong = [
@@ -105,38 +103,38 @@ class Precision:
             if dtype in _FLOATS and dtype not in allowed
         ]
         if not wrong:
-            # Nothing of weight; but a layer may well cast to another precision between two that do not.
+            # No product or layer, but something in between may cast to another precision.
             halves = [(name, dtype) for name, dtype in self._dtypes if dtype in _LOW.values() and dtype != low]
             wrong = [f"{name.removeprefix('gradient_tape/')} in {dtype}" for name, dtype in halves[:1]]
         if wrong:
-            promise = f"{low} and float32 alone" if low else "float32 throughout"
+            promise = f"only {low} and float32" if low else "float32 throughout"
             if mode.graph_rewrite:
                 promise = "a float32 model, which TensorFlow rewrites"
             return (
-                f"the train step computes {' and '.join(wrong)}{self._named(allowed)}, and {mode.name} promises "
-                f"{promise}: take calls of set_dtype_policy, casts and fixed dtypes other than float32 out of the "
-                "workload, since the mode sets the policy"
+                f"the train step computes {' and '.join(wrong)}{self._named(allowed)}, but {mode.name} promises "
+                f"{promise}; remove set_dtype_policy, casts and dtypes other than float32 from the workload, since the "
+                "mode sets the policy"
             )
         if low and not self._computes_in(low):
-            found = f"its products are {counted(self.products)}" if self.products else "it multiplies no matrices"
+            found = f"its products are {_counted(self.products)}" if self.products else "it multiplies no matrices"
             return (
-                f"nothing of weight computes in {low}, which {mode.name} promises: {found}, its layers "
-                f"{counted(self.layers)}; take dtype='float32' and set_dtype_policy out of the workload, and leave "
-                "float32 to the last layer alone"
+                f"{mode.name} promises to compute in {low}, but the train step does not: {found}, its layers are "
+                f"{_counted(self.layers)}; remove dtype='float32' and set_dtype_policy from the workload, except for "
+                "dtype='float32' in the last layer"
             )
         return None
 
     def _named(self, allowed: set[str | None]) -> str:
-        """The first few layers that compute in a dtype that is not allowed."""
+        """The names of the first few layers whose dtype is not allowed."""
         names = [layer.name for layer in self._layers if _compute_dtype(layer) in set(_FLOATS) - allowed]
         more = ", ..." if len(names) > 3 else ""
         return f" ({', '.join(names[:3])}{more})" if names else ""
 
     def _computes_in(self, low: str) -> bool:
-        """Whether a product is taken in ``low``, or work that is no product is done in it.
+        """Whether products are in ``low``, or other work that counts is.
 
-        A table that is looked up is such work. Where a model has products, a normalisation in ``low`` does not make up
-        for them, and of a layer that has products these count and not its policy.
+        Looking up a table counts. In a model with products, a normalisation in ``low`` does not count. A layer with
+        products is judged by these and not by its policy.
         """
         if self.products[low]:
             return True
@@ -147,87 +145,40 @@ class Precision:
         return any(layer in layers for layer in weighted or self._layers)
 
     def _looks_up(self, layer: keras.layers.Layer) -> bool:
-        """Whether it holds a table: Keras' embedding, or a layer of the user's own with a matrix and no product."""
+        """Whether a layer looks up a table: Keras' Embedding, or the user's own layer with a matrix and no product."""
         if isinstance(layer, keras.layers.Embedding):
             return True
         if type(layer).__module__.startswith("keras.") or _own_rank(layer) < 2:
             return False
-        # TensorFlow numbers the scope of a layer that is called more than once.
+        # TensorFlow numbers the scopes of a layer that is called more than once.
         scope = re.compile(rf"{re.escape(layer.name)}(_\d+)*")
         return not any(scope.fullmatch(part) for node, _ in self._products for part in node.name.split("/"))
 
 
-def counted(numbers: Counter[str]) -> str:
-    """``"float16 12, float32 2"``: the most frequent first."""
-    return ", ".join(
-        f"{name} {number}" for name, number in sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
-    )
-
-
-def computes_below_float32(nodes: Iterable[Any]) -> bool:
-    """Whether one of ``nodes`` of a graph computes in float16 or bfloat16, or rounds to it."""
-    return any(_dtype(node) in _LOW.values() for node in nodes if not _MOVES.match(node.op))
-
-
-def _working_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """The layers of a model at any depth, without inputs and without those that only hold others."""
-    layers = model._flatten_layers(include_self=True)
-    return [
-        layer
-        for layer in layers
-        if not isinstance(layer, keras.layers.InputLayer)
-        and (_own_rank(layer) >= 0 or not list(layer._flatten_layers(include_self=False)))
-    ]
-
-
-def _own_rank(layer: keras.layers.Layer) -> int:
-    """The largest rank of the weights that a layer holds itself, -1 where it has none."""
-    below = {id(v) for inner in layer._flatten_layers(include_self=False) for v in inner.weights}
-    return max((len(v.shape) for v in layer.weights if id(v) not in below), default=-1)
-
-
-def _compute_dtype(layer: keras.layers.Layer) -> str:
-    return str(layer.compute_dtype)
-
-
-def _dtype(node: Any) -> str:
-    """The narrowest type of what a node computes with."""
-    types = [tf.as_dtype(node.attr[name].type) for name in _ELEMENT_TYPES if name in node.attr and node.attr[name].type]
-    return str(min(types, key=lambda dtype: int(dtype.size)).name) if types else "unknown"
-
-
-# Global settings that decide what is computed: made as the mode has them, and looked at for changes behind its back.
-# A workload's module and its data function run before the model is built, so what they set is simply set anew. After
-# that a change can no longer be undone: part of the model may have been made under it.
-
-_REWRITES = ("auto_mixed_precision", "auto_mixed_precision_onednn_bfloat16", "auto_mixed_precision_mkl")
-_FPMATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "TF_SET_ONEDNN_FPMATH_MODE")
-_XLA = ("XLA_FLAGS", "TF_XLA_FLAGS")
-_PRECISION_FLAG = re.compile(r"precision|fast_math|fast_min_max|tf32|b?f16|f8|denormal|algorithm|auto_jit|determinis")
-_AT_START = {name: os.environ.get(name, "") for name in _XLA}
-"""As the process was started: this is imported before the user's module is."""
-
-
 class Arithmetic:
-    """The settings of one case.
+    """The global settings that decide precision, set as the mode has them and checked for later changes.
+
+    A workload's module and data function run before the model is built, so their changes are simply overwritten. Later
+    changes cannot be undone, since part of the model may have been made under them.
 
     Args:
-        mode: what they should be.
-        device: where it trains.
-        jit: whether train steps are compiled by XLA.
+        mode: says what they should be.
+        device: where the case trains.
+        jit: whether train steps are compiled with XLA.
     """
 
     def __init__(self, mode: Mode, device: Device, jit: bool) -> None:
         self._mode, self._device, self._jit = mode, device, jit
-        self._objection: str | None = None
+        self.objection: str | None = None
+        """What was found, what the mode promises and what to do; None if all is well."""
 
     def settle(self) -> None:
-        """Sets everything as the mode has it; call it last before the model is built."""
-        # Asked first, since it cannot be put right: objects of the user's module may have been made under it.
+        """Set everything as the mode has it. Call this last before the model is built."""
+        # Checked first, since it cannot be put right: objects of the user's module may have been made under it.
         self.look("the import of the workload or its data function", ("floatx",))
         keras.config.set_floatx("float32")
         keras.config.set_dtype_policy(self._mode.policy)
-        accelerator.set_arithmetic(self._mode)
+        set_arithmetic(self._mode)
         options = tf.config.optimizer.get_experimental_options()
         unwanted = [name for name in (*_REWRITES, "disable_meta_optimizer") if options.get(name)]
         if self._mode.graph_rewrite:
@@ -240,13 +191,13 @@ class Arithmetic:
             tf.config.run_functions_eagerly(False)
 
     def look(self, after: str, names: tuple[str, ...] | None = None) -> None:
-        """Notes the first settings that are not as the mode has them.
+        """Note the first settings that differ from the mode's.
 
         Args:
-            after: what ran last, in words.
-            names: the settings to look at; None looks at all.
+            after: what ran last, for the message.
+            names: the settings to check; None checks all.
         """
-        if self._objection is not None:
+        if self.objection is not None:
             return
         wrong = [
             f"{name} is {found}, not {wanted}"
@@ -254,24 +205,19 @@ class Arithmetic:
             if found != wanted and (names is None or name in names)
         ]
         if wrong:
-            self._objection = (
-                f"after {after}, {'; '.join(wrong)}: a setting of the whole process that decides the precision of "
-                f"{self._mode.name}; take what changes it out of the workload or the environment"
+            self.objection = (
+                f"after {after}, {'; '.join(wrong)}; {self._mode.name} sets this for the whole process, so remove what "
+                "changes it from the workload or the environment"
             )
 
-    @property
-    def objection(self) -> str | None:
-        """What was found, what the mode promises and what to do; None where all is as it should be."""
-        return self._objection
-
     def column(self) -> str:
-        """Settings beyond the mode's that move a figure: they have to be the same in every mode."""
+        """The column process_settings: other settings that affect a figure, which have to be the same in every mode."""
         parts = ["deterministic operations"] if is_op_determinism_enabled() else []
         parts += [f"{name}={os.environ[name]}" for name in _XLA if os.environ.get(name)]
         return "; ".join(parts) or "none"
 
     def _settings(self) -> dict[str, tuple[Any, Any]]:
-        """{setting: (as it is, as the mode has it)}."""
+        """{setting: (its value, the value that the mode has)}."""
         options = tf.config.optimizer.get_experimental_options()
         tf32 = tf.config.experimental.tensor_float_32_execution_enabled
         settings: dict[str, tuple[Any, Any]] = {
@@ -297,10 +243,49 @@ class Arithmetic:
         return settings
 
 
+def computes_below_float32(nodes: Iterable[Any]) -> bool:
+    """Whether one of ``nodes`` of a graph computes in float16 or bfloat16, or rounds to one of them."""
+    return any(_dtype(node) in _LOW.values() for node in nodes if not _MOVES.match(node.op))
+
+
+def _counted(numbers: Counter[str]) -> str:
+    """Such as ``"float16 12, float32 2"``, the most frequent first."""
+    return ", ".join(
+        f"{name} {number}" for name, number in sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
+    )
+
+
+def _working_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """The layers of a model at any depth, without inputs and mere containers."""
+    layers = model._flatten_layers(include_self=True)
+    return [
+        layer
+        for layer in layers
+        if not isinstance(layer, keras.layers.InputLayer)
+        and (_own_rank(layer) >= 0 or not list(layer._flatten_layers(include_self=False)))
+    ]
+
+
+def _own_rank(layer: keras.layers.Layer) -> int:
+    """The largest rank of a layer's own weights, -1 if it has none."""
+    below = {id(v) for inner in layer._flatten_layers(include_self=False) for v in inner.weights}
+    return max((len(v.shape) for v in layer.weights if id(v) not in below), default=-1)
+
+
+def _compute_dtype(layer: keras.layers.Layer) -> str:
+    return str(layer.compute_dtype)
+
+
+def _dtype(node: Any) -> str:
+    """The narrowest dtype with which a node computes."""
+    types = [tf.as_dtype(node.attr[name].type) for name in _ELEMENT_TYPES if name in node.attr and node.attr[name].type]
+    return str(min(types, key=lambda dtype: int(dtype.size)).name) if types else "unknown"
+
+
 def _on(value: Any) -> str:
     return "on" if value else "off"
 
 
 def _precision_flags(flags: str) -> str:
-    """Those of XLA's flags that decide precision, or what is compiled."""
+    """XLA's flags that decide precision, or what is compiled."""
     return " ".join(sorted(flag for flag in flags.split() if _PRECISION_FLAG.search(flag))) or "without such flags"

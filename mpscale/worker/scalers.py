@@ -1,79 +1,62 @@
-"""What a train step does about the loss scale, one class for each kind of scaling that a mode can have.
+"""What a train step does about the loss scale: one class for each way of scaling.
 
-Modes without scaling use the bare optimizer, since a wrapper that does nothing would still cost something and the
-baseline has to be what a user would run.
+A mode without scaling uses the bare optimizer. A wrapper that does nothing would still cost time, and the baseline has
+to be what a user would run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from mpscale.core.case import Settings
 from mpscale.core.mode import Mode
 from mpscale.scaling import ArticleLossScale, DynamicLossScale, LogMaxLossScale, LossScaleOptimizer, StaticLossScale
 
+_RULES = {"static": StaticLossScale, "dynamic": DynamicLossScale, "logmax": LogMaxLossScale}
+"""The rules that run inside mpscale's LossScaleOptimizer."""
+
 
 class StepRecord(NamedTuple):
-    """What is known of a step beyond its loss; None is no part of the step, and so costs it nothing.
+    """What is known about a step besides its loss. A value of None is no part of the step, so it costs nothing.
 
     Args:
-        scale: the loss scale that it was taken with, a float32 scalar; None in modes without.
-        overflow: float32 scalar, 1 if a gradient was not finite, 0 if all were; None where nobody looked.
+        scale: the loss scale that the step used, a float32 scalar; None if the mode has none.
+        overflow: float32 scalar, 1 if a gradient was not finite, else 0; None if the mode does not check.
     """
 
     scale: Any = None
     overflow: Any = None
 
 
-class StepScaler(Protocol):
-    """What the train step needs. All methods but ``overflow_steps`` are traced into it."""
+class StepScaler:
+    """The bare optimizer, which modes without scaling use; subclasses scale the loss.
 
-    optimizer: keras.optimizers.Optimizer
-
-    def build(self, variables: Sequence[Any]) -> None:
-        """Makes every variable that :meth:`apply` will touch."""
-
-    def scale_loss(self, loss: Any) -> Any:
-        """The loss to differentiate."""
-
-    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
-        """Updates the weights."""
-
-    def overflow_steps(self, steps: int) -> int | None:
-        """How many of the ``steps`` so far had a non-finite gradient; None where nobody looked."""
-
-
-class Unscaled:
-    """The bare optimizer: fp32, tf32, mixed-bf16 and mixed-unscaled."""
+    ``scale_loss`` and ``apply`` are traced into the train step.
+    """
 
     def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
         self.optimizer = optimizer
 
-    def build(self, variables: Sequence[Any]) -> None:
-        self.optimizer.build(variables)
-
     def scale_loss(self, loss: Any) -> Any:
+        """The loss to differentiate."""
         return loss
 
     def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
+        """Update the weights."""
         self.optimizer.apply(grads, variables)
         return StepRecord()
 
     def overflow_steps(self, steps: int) -> int | None:
+        """How many of the first ``steps`` steps overflowed; None if the mode does not check."""
         return None
 
 
-class Scaled:
-    """mpscale's LossScaleOptimizer: mixed-static, mixed-dynamic, mixed-logmax and graph-rewrite."""
-
-    def __init__(self, optimizer: LossScaleOptimizer) -> None:
-        self.optimizer: LossScaleOptimizer = optimizer
-
-    def build(self, variables: Sequence[Any]) -> None:
-        self.optimizer.build(variables)
+class Scaled(StepScaler):
+    """mpscale's LossScaleOptimizer."""
 
     def scale_loss(self, loss: Any) -> Any:
         return self.optimizer.scale_loss(loss)
@@ -88,23 +71,15 @@ class Scaled:
         return int(self.optimizer.counters()["overflow"])
 
 
-class KerasScaled:
-    """Keras' own LossScaleOptimizer: mixed-keras. It counts nothing, but an overflow step is no iteration of the
-    optimizer inside it.
-    """
-
-    def __init__(self, optimizer: keras.optimizers.LossScaleOptimizer) -> None:
-        self.optimizer = optimizer
-
-    def build(self, variables: Sequence[Any]) -> None:
-        self.optimizer.build(variables)
+class KerasScaled(StepScaler):
+    """Keras' own LossScaleOptimizer. It counts nothing, but its inner optimizer counts the steps that are applied."""
 
     def scale_loss(self, loss: Any) -> Any:
         return self.optimizer.scale_loss(loss)
 
     def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
         scale = tf.convert_to_tensor(self.optimizer.dynamic_scale.value)
-        # Not by its scale, which halves on overflow until it is 0 and then cannot fall any further.
+        # The scale would not tell: it halves on overflow until it is 0 and then cannot fall any further.
         iterations = self.optimizer.inner_optimizer.iterations
         before = tf.identity(iterations.value)
         self.optimizer.apply(grads, variables)
@@ -114,16 +89,13 @@ class KerasScaled:
         return steps - int(self.optimizer.inner_optimizer.iterations.numpy())
 
 
-class ArticleScaled:
-    """The article's rule: the scaled loss moves the scale, gradients go to the optimizer as they are."""
+class ArticleScaled(StepScaler):
+    """The article's rule: the scaled loss moves the scale, and the gradients reach the optimizer still scaled."""
 
     def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         self._rule = ArticleLossScale()
         self._scale = tf.Variable(self._rule.initial_state()["scale"], dtype=tf.float32, trainable=False)
-
-    def build(self, variables: Sequence[Any]) -> None:
-        self.optimizer.build(variables)
 
     def scale_loss(self, loss: Any) -> Any:
         return loss * self._scale
@@ -134,31 +106,20 @@ class ArticleScaled:
         self._scale.assign(self._rule.next_state({"scale": scale}, scaled_loss)["scale"])
         return StepRecord(scale)
 
-    def overflow_steps(self, steps: int) -> int | None:
-        return None
 
-
-def scaler_for(
-    mode: Mode, optimizer: keras.optimizers.Optimizer, static_scale: float, dynamic: Mapping[str, Any]
-) -> StepScaler:
-    """The scaler of ``mode`` around ``optimizer``.
+def scaler_for(mode: Mode, optimizer: keras.optimizers.Optimizer, settings: Settings) -> StepScaler:
+    """Wrap ``optimizer`` as ``mode`` asks.
 
     Args:
-        mode: what to train.
+        mode: says which loss scale.
         optimizer: a fresh optimizer.
-        static_scale: the loss scale of mixed-static.
-        dynamic: arguments of :class:`~mpscale.scaling.DynamicLossScale` that differ from its defaults.
+        settings: of the run; they hold the arguments of the loss scale that the user chose.
     """
-    match mode.scaling:
-        case "none":
-            return Unscaled(optimizer)
-        case "static":
-            return Scaled(LossScaleOptimizer(optimizer, StaticLossScale(static_scale)))
-        case "dynamic":
-            return Scaled(LossScaleOptimizer(optimizer, DynamicLossScale(**dynamic)))
-        case "logmax":
-            return Scaled(LossScaleOptimizer(optimizer, LogMaxLossScale()))
-        case "keras":
-            return KerasScaled(keras.optimizers.LossScaleOptimizer(optimizer))
-        case "article":
-            return ArticleScaled(optimizer)
+    if mode.scaling is None:
+        return StepScaler(optimizer)
+    if mode.scaling.rule == "keras":
+        return KerasScaled(keras.optimizers.LossScaleOptimizer(optimizer))
+    if mode.scaling.rule == "article":
+        return ArticleScaled(optimizer)
+    rule: Any = _RULES[mode.scaling.rule]
+    return Scaled(LossScaleOptimizer(optimizer, rule(**mode.scale_arguments(settings))))

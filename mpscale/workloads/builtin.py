@@ -1,13 +1,21 @@
-"""MNIST-1D (Greydanus and Kobak 2020, arXiv:2011.14439): forty samples of a distorted digit, ten classes.
+"""The workloads that come with mpscale, and the cache of their data.
 
-The package mnist1d generates it, so nothing is downloaded. The published set is 4,000 examples to train on and
-1,000 to test; beside those, 10,000 further test examples are generated from another seed by the same recipe and
-standardised with the published set's own mean and deviation.
+MNIST-1D (Greydanus and Kobak 2020, arXiv:2011.14439) is forty samples of a distorted digit, in ten classes. The package
+mnist1d generates it, so nothing is downloaded. The published set has 4,000 examples to train on and 1,000 to test. The
+same recipe with another seed gives 10,000 more test examples, standardised with the published mean and deviation.
+
+The article that mpscale began with trains a dense network for ten epochs on MNIST, which would need a download. Here it
+gets the real handwritten digits of scikit-learn: 1,797 images of 8 x 8, scaled up to 28 x 28, of which 500 are tested.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,28 +24,27 @@ from mpscale.workloads.workload import Data, Workload
 
 if TYPE_CHECKING:
     import keras
-import os
-import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
 
 _PUBLISHED_EXAMPLES = 5000
 _PUBLISHED_SEED = 42
 _TEST_EXAMPLES = 10_000
 _TEST_SEED = 2011_14439
 
+_DIGITS_TRAINED = 1297
+_DIGITS_TESTED = 500
+_DIGITS_BATCH = 32
+_DIGITS_EPOCHS = 10
 
-def load() -> Data:
-    """The published 4,000 and 1,000 examples and 10,000 more to test; float32 (examples, 40), int64 labels."""
-    loaded = arrays("mnist1d-v1", _generate)
-    return Data(**{name: loaded[name] for name in Data.__slots__})
+
+def load_mnist1d() -> Data:
+    """The 4,000 and 1,000 published examples and 10,000 more to test; float32 (examples, 40), int64 labels."""
+    return Data(**arrays("mnist1d-v1", _make_mnist1d))
 
 
-def _generate() -> dict[str, Any]:
-    x, y = _raw(_PUBLISHED_EXAMPLES, _PUBLISHED_SEED)
+def _make_mnist1d() -> dict[str, Any]:
+    x, y = _raw_mnist1d(_PUBLISHED_EXAMPLES, _PUBLISHED_SEED)
     mean, deviation = x.mean(), x.std()
-    test_x, test_y = _raw(_TEST_EXAMPLES, _TEST_SEED)
+    test_x, test_y = _raw_mnist1d(_TEST_EXAMPLES, _TEST_SEED)
     split = int(_PUBLISHED_EXAMPLES * 0.8)
 
     def standard(samples: Any) -> Any:
@@ -53,13 +60,13 @@ def _generate() -> dict[str, Any]:
     }
 
 
-def _raw(examples: int, seed: int) -> tuple[Any, Any]:
-    """Examples before standardisation, the same that ``mnist1d.make_dataset`` draws before it standardises them."""
+def _raw_mnist1d(examples: int, seed: int) -> tuple[Any, Any]:
+    """The examples that ``mnist1d.make_dataset`` draws, before it standardises them."""
     from mnist1d.data import get_dataset_args, get_templates, set_seed
     from mnist1d.transform import transform
 
     args, templates = get_dataset_args(), get_templates()
-    # The package draws from NumPy's global generator; what was there before is put back.
+    # The package draws from NumPy's global generator, so restore its state.
     state = np.random.get_state()
     try:
         set_seed(seed)
@@ -71,23 +78,71 @@ def _raw(examples: int, seed: int) -> tuple[Any, Any]:
     return samples[shuffle], labels[shuffle]
 
 
-def _adam() -> keras.optimizers.Optimizer:
-    import keras
+def load_digits28() -> Data:
+    """1,297 digits to train on and 500 to test; float32 (examples, 784) from 0 to 1, int64 labels."""
+    return Data(**arrays("digits28-v1", _make_digits28))
 
-    return keras.optimizers.Adam(1e-2)
 
+def _make_digits28() -> dict[str, Any]:
+    from scipy.ndimage import zoom
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
-def _mlp() -> keras.Model:
-    import keras
-
-    return keras.Sequential(
-        [
-            keras.Input((40,)),
-            keras.layers.Dense(100, activation="relu"),
-            keras.layers.Dense(100, activation="relu"),
-            keras.layers.Dense(10, dtype="float32"),
-        ]
+    digits = load_digits()
+    images = np.clip(zoom(digits.images / 16.0, (1, 3.5, 3.5), order=1), 0, 1).astype(np.float32)
+    parts = train_test_split(
+        images.reshape(len(images), -1),
+        digits.target.astype(np.int64),
+        test_size=_DIGITS_TESTED,
+        stratify=digits.target,
+        random_state=0,
     )
+    return dict(zip(("train_x", "test_x", "train_y", "test_y"), parts, strict=True))
+
+
+def cache_directory() -> Path:
+    """``$MPSCALE_CACHE``, else ``$XDG_CACHE_HOME/mpscale``, else ``~/.cache/mpscale``."""
+    named = os.environ.get("MPSCALE_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mpscale"
+
+
+def arrays(name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """The arrays that ``make`` returns, or their copy in the cache, so that not every process generates them.
+
+    A file that cannot be read is made again, and a cache that cannot be written is ignored: loading just takes longer.
+    Either way, the record has the digest of the data.
+    """
+    path = cache_directory() / f"{name}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        made = dict(make())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Write a whole file under another name first: a second process must never read half a file.
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as temporary:
+            np.savez(temporary, **made)
+        Path(temporary.name).replace(path)
+    except OSError:
+        pass
+    return made
+
+
+def _adam(learning_rate: float) -> keras.optimizers.Optimizer:
+    import keras
+
+    return keras.optimizers.Adam(learning_rate)
+
+
+def _mlp(inputs: int, *hidden: int) -> keras.Model:
+    import keras
+
+    layers = [keras.layers.Dense(units, activation="relu") for units in hidden]
+    return keras.Sequential([keras.Input((inputs,)), *layers, keras.layers.Dense(10, dtype="float32")])
 
 
 def _cnn() -> keras.Model:
@@ -120,129 +175,45 @@ def _gru() -> keras.Model:
     )
 
 
-MLP = Workload(
-    name="mnist1d-mlp",
-    summary="MNIST-1D, dense 40-100-100-10, Adam 1e-2; 68 % is published",
-    model=_mlp,
-    data=load,
-    optimizer=_adam,
-    target=0.63,
-    margin=0.02,
+WORKLOADS = (
+    Workload(
+        name="mnist1d-mlp",
+        summary="MNIST-1D, dense 40-100-100-10, Adam 1e-2; 68 % is published",
+        model=partial(_mlp, 40, 100, 100),
+        data=load_mnist1d,
+        optimizer=partial(_adam, 1e-2),
+        target=0.63,
+        margin=0.02,
+    ),
+    Workload(
+        name="mnist1d-cnn",
+        summary="MNIST-1D, three Conv1D of 25 channels with stride 2, Adam 1e-2; 94 % is published",
+        model=_cnn,
+        data=load_mnist1d,
+        optimizer=partial(_adam, 1e-2),
+        target=0.90,
+        margin=0.01,
+    ),
+    Workload(
+        name="mnist1d-gru",
+        summary="MNIST-1D, a GRU of 64 units over the forty samples, Adam 1e-2; 91 % is published",
+        model=_gru,
+        data=load_mnist1d,
+        optimizer=partial(_adam, 1e-2),
+        target=0.90,
+        margin=0.01,
+    ),
+    Workload(
+        name="article-mlp",
+        summary="the article's dense 784-128-10, Adam 1e-3, ten epochs of scikit-learn's digits at 28 x 28",
+        model=partial(_mlp, 784, 128),
+        data=load_digits28,
+        optimizer=partial(_adam, 1e-3),
+        batch_size=_DIGITS_BATCH,
+        train_steps=_DIGITS_EPOCHS * (_DIGITS_TRAINED // _DIGITS_BATCH),
+        evaluate_every=40,
+        target=0.95,
+        margin=0.01,
+    ),
 )
-CNN = Workload(
-    name="mnist1d-cnn",
-    summary="MNIST-1D, three Conv1D of 25 channels with stride 2, Adam 1e-2; 94 % is published",
-    model=_cnn,
-    data=load,
-    optimizer=_adam,
-    target=0.90,
-    margin=0.01,
-)
-GRU = Workload(
-    name="mnist1d-gru",
-    summary="MNIST-1D, a GRU of 64 units over the forty samples, Adam 1e-2; 91 % is published",
-    model=_gru,
-    data=load,
-    optimizer=_adam,
-    target=0.90,
-    margin=0.01,
-)
-
-
-# The network of the article that mpscale began with: 784-128-10 with Adam, ten epochs. The article trains it on
-# MNIST, which would need a download. Here it sees real handwritten digits that come with scikit-learn: 1,797 images
-# of 8 x 8, scaled up to 28 x 28, of which 1,297 are trained on and 500 tested.
-
-_BATCH = 32
-_EPOCHS = 10
-_TEST = 500
-
-
-def load_article_data() -> Data:
-    """1,297 and 500 digits; float32 (examples, 784) between 0 and 1, int64 labels."""
-    loaded = arrays("digits28-v1", _resize)
-    return Data(**{name: loaded[name] for name in ("train_x", "train_y", "test_x", "test_y")})
-
-
-def _resize() -> dict[str, Any]:
-    from scipy.ndimage import zoom
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images = np.clip(zoom(digits.images / 16.0, (1, 3.5, 3.5), order=1), 0, 1).astype(np.float32)
-    parts = train_test_split(
-        images.reshape(len(images), -1),
-        digits.target.astype(np.int64),
-        test_size=_TEST,
-        stratify=digits.target,
-        random_state=0,
-    )
-    return dict(zip(("train_x", "test_x", "train_y", "test_y"), parts, strict=True))
-
-
-def _model() -> keras.Model:
-    import keras
-
-    return keras.Sequential(
-        [
-            keras.Input((784,)),
-            keras.layers.Dense(128, activation="relu"),
-            keras.layers.Dense(10, dtype="float32"),
-        ]
-    )
-
-
-def _optimizer() -> keras.optimizers.Optimizer:
-    import keras
-
-    return keras.optimizers.Adam(1e-3)
-
-
-ARTICLE = Workload(
-    name="article-mlp",
-    summary="the article's dense 784-128-10, Adam 1e-3, ten epochs of scikit-learn's digits at 28 x 28",
-    model=_model,
-    data=load_article_data,
-    optimizer=_optimizer,
-    batch_size=_BATCH,
-    train_steps=_EPOCHS * (1297 // _BATCH),
-    evaluate_every=40,
-    target=0.95,
-    margin=0.01,
-)
-
-
-# Generated data on disk, so that generating it is not part of every process of a run.
-
-
-def directory() -> Path:
-    """``$MPSCALE_CACHE``, else ``$XDG_CACHE_HOME/mpscale``, else ``~/.cache/mpscale``."""
-    named = os.environ.get("MPSCALE_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mpscale"
-
-
-def arrays(name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """The arrays that ``make`` returns, read back from the cache where an earlier process left them.
-
-    A file that cannot be read is made again, and a cache that cannot be written is done without: the data is only
-    slower to come by. What was trained on is in the record by its digest, whichever way it came.
-    """
-    path = directory() / f"{name}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        made = dict(make())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A whole file under another name first: a second process must never read half of one.
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as temporary:
-            np.savez(temporary, **made)
-        Path(temporary.name).replace(path)
-    except OSError:
-        pass
-    return made
+"""mpscale's own workloads, in the order in which they are listed."""

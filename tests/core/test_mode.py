@@ -1,4 +1,4 @@
-"""The modes and what a device makes of them."""
+"""The modes, and which devices run them."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_tf32_runs_by_default_where_the_device_has_it(device, names):
     ("device", "reason"),
     [(CPU, "this is Some CPU"), (gpu(7, 0), "this is Some GPU (7.0)"), (gpu(8, 0), None)],
 )
-def test_tf32_is_unsupported_elsewhere_and_says_why(device, reason):
+def test_tf32_is_unsupported_on_other_devices(device, reason):
     for jit in (True, False):
         told = MODES["tf32"].unsupported_reason(device, jit)
         assert told is None if reason is None else reason in told
@@ -41,13 +41,13 @@ def test_tf32_is_unsupported_elsewhere_and_says_why(device, reason):
         (CPU, True, ["needs an NVIDIA GPU of compute capability 7.0", "and --mp-jit off; this is Some CPU"]),
         (CPU, False, ["needs an NVIDIA GPU of compute capability 7.0", "; this is Some CPU"]),
         (gpu(6, 1), False, ["needs an NVIDIA GPU of compute capability 7.0", "; this is Some GPU (6.1)"]),
-        (gpu(7, 0), True, ["nothing to what XLA compiles", "run this mode", "with --mp-jit off"]),
-        (gpu(9, 0), True, ["nothing to what XLA compiles", "run this mode", "with --mp-jit off"]),
+        (gpu(7, 0), True, ["no effect on functions compiled by XLA", "run this mode", "with --mp-jit off"]),
+        (gpu(9, 0), True, ["no effect on functions compiled by XLA", "run this mode", "with --mp-jit off"]),
         (gpu(7, 0), False, None),
         (gpu(9, 0), False, None),
     ],
 )
-def test_graph_rewrite_is_unsupported_where_tensorflow_rewrites_nothing_and_says_what_to_do(device, jit, reasons):
+def test_graph_rewrite_is_unsupported_if_tensorflow_rewrites_nothing(device, jit, reasons):
     told = MODES["graph-rewrite"].unsupported_reason(device, jit)
     if reasons is None:
         assert told is None

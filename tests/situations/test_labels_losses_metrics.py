@@ -1,4 +1,4 @@
-"""People's labels, losses and metrics as they have them: the right value, or a word before the training."""
+"""Labels, losses and metrics as people have them give the right value, or a message before the training."""
 
 import functools
 
@@ -29,7 +29,7 @@ FITTED = {}
 
 
 def accuracy_by_hand(data, model, loss, kind):
-    """Of a training by Keras' own fit, which is one for all that mean the same."""
+    """The accuracy of a training by Keras' own fit, done once for each model and loss."""
     net = FITTED.get((model, loss)) or by_fit(model, data, loss, keras.optimizers.SGD(0.1))
     FITTED[model, loss] = net
     outputs, labels = net.predict(data.test_x, verbose=0), data.test_y.reshape(len(data.test_y), -1)
@@ -45,7 +45,7 @@ SPARSE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 class Weighted:
-    """A loss that is an instance with a state of its own."""
+    """A loss that is an instance with state."""
 
     def __init__(self, weight):
         self.weight = weight
@@ -59,7 +59,7 @@ def cross_entropy_of_each(labels, logits):
 
 
 def logistic(labels, outputs):
-    """By hand, for labels of any shape."""
+    """Written by hand, for labels of any shape."""
     return tf.reduce_mean(
         tf.nn.sigmoid_cross_entropy_with_logits(tf.cast(tf.reshape(labels, (-1, 1)), tf.float32), outputs)
     )
@@ -159,7 +159,7 @@ COLUMN = TARGET[:, None]
     ],
 )  # fmt: skip
 def test_error_of_a_regression_is_that_of_keras_own_fit(labels, loss, metric, expected):
-    """Whatever the shapes: (n,) against (n, 1) broadcasts to a matrix of every label against every output."""
+    """Whatever the shapes: (n,) and (n, 1) would broadcast to a matrix of every label against every output."""
     data = split(X, labels)
     options = {"metric_name": "error", "metric_higher_is_better": False}
     outcome = train(workload(dense(1), lambda: data, loss=loss, metric=metric, **options))
@@ -177,22 +177,22 @@ TWO_LABELS = (ONE_HOT + ONE_HOT[:, ::-1] > 0).astype(np.float32)
 OWN = {"metric_name": "m", "metric_higher_is_better": True}
 REFUSED = {
     "one-hot labels under the default loss": (ONE_HOT, dense(), {}, "takes class numbers"),
-    "classes from 1": (Y + 1, dense(), {}, "go from 1 to 3, but a model with 3 outputs has classes 0 to 2"),
-    "a class of -1": (Y - 1, dense(), {}, "go from -1 to 1"),
-    "classes that are fractions": (Y / 4, dense(), {}, "go from 0 to 0.5"),
-    "a regression under the default loss": (TARGET, dense(1), {}, "if this is no classification"),
+    "classes from 1": (Y + 1, dense(), {}, "range from 1 to 3, but a model with 3 outputs has classes 0 to 2"),
+    "a class of -1": (Y - 1, dense(), {}, "range from -1 to 1"),
+    "classes that are fractions": (Y / 4, dense(), {}, "range from 0 to 0.5"),
+    "a regression under the default loss": (TARGET, dense(1), {}, "if this is not such a classification"),
     "a regression under the default metric": (TARGET, dense(1), {"loss": "mse"}, "needs labels 0 and 1"),
     "one logit under the default loss": (BINARY_Y, dense(1), {}, "BinaryCrossentropy"),
-    "a softmax under a loss that takes logits": (Y, softmax_model, {}, "last operation is a softmax"),
+    "a softmax under a loss that takes logits": (Y, softmax_model, {}, "ends in a softmax"),
     "a sigmoid under a loss that takes logits": (
-        BINARY_Y, sigmoid_model, {"loss": LOGITS}, "last operation is a sigmoid",
+        BINARY_Y, sigmoid_model, {"loss": LOGITS}, "ends in a sigmoid",
     ),
     "a softmax under a loss of one-hot labels that takes logits": (
         ONE_HOT, softmax_model, {"loss": CATEGORICAL}, "such as loss='categorical_crossentropy'",
     ),
     "a sigmoid under logits by hand": (BINARY_Y, sigmoid_model, {"loss": logistic}, "threshold"),
     "classes for a loss of one-hot labels": (
-        Y, dense(), {"loss": "categorical_crossentropy"}, "take its 'sparse' relative",
+        Y, dense(), {"loss": "categorical_crossentropy"}, "use its 'sparse' relative",
     ),
     "labels that are text": (Y.astype(str), dense(), {}, "labels are text"),
     "labels with a NaN": (np.where(Y == 0, np.nan, Y), dense(), {}, "not finite"),
@@ -212,7 +212,7 @@ REFUSED = {
         Y, dense(), {"metric": lambda y, out: np.full(len(y), 1j), **OWN}, "returned ndarray; it must return",
     ),
     "an accuracy in percent": (
-        Y, dense(), {"metric": lambda y, out: 99.8, "metric_name": "accuracy"}, "from 0 to 1, but returned 99.8",
+        Y, dense(), {"metric": lambda y, out: 99.8, "metric_name": "accuracy"}, "returned 99.8; return a share",
     ),
     "a sparse metric on one-hot labels": (
         ONE_HOT, dense(), {"loss": CATEGORICAL, "metric": keras.metrics.SparseCategoricalAccuracy()},
@@ -222,7 +222,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("labels", "model", "options", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_meant_is_refused_before_the_training(labels, model, options, message):
+def test_what_does_not_fit_is_refused_before_the_training(labels, model, options, message):
     with pytest.raises(ValueError, match=message):
         train(workload(model, lambda: split(X, labels), **options))
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_meant_is_refused_before_the_training(labels, model, opti
     ids=["an object", "an object with a name", "a name", "accuracy", "a function of Keras", "a function by hand"],
 )
 def test_metric_does_not_remember_earlier_evaluations(metric):
-    """A target has the metric looked at on the way; the final one is of the final weights alone."""
+    """With a target the metric is computed on the way too; the final one is of the final weights only."""
     data = split(X, Y[:, None])
     options = {} if not callable(metric) or isinstance(metric, keras.metrics.Metric) else {"metric_name": "accuracy"}
     outcome = train(workload(dense(), lambda: data, metric=metric, target=1.0, evaluate_every=5, **options))
@@ -250,7 +250,7 @@ def test_metric_does_not_remember_earlier_evaluations(metric):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_metric_that_is_not_finite_is_a_lost_training(value):
+def test_metric_that_is_not_finite_is_a_diverged_training(value):
     options = {"metric": lambda y, out: value, "metric_name": "m", "metric_higher_is_better": True}
     outcome = train(workload(dense(), lambda: split(X, Y), **options))
     assert outcome.status == "diverged"

@@ -1,4 +1,4 @@
-"""What a Keras model carries besides ``call``: honoured as Keras' own ``fit`` does, or refused."""
+"""What a Keras model defines besides ``call`` works as in Keras' own ``fit``, or is refused."""
 
 import keras
 import numpy as np
@@ -15,7 +15,7 @@ SPARSE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 class AddsLoss(keras.layers.Layer):
-    """Asks for small activations, of every example."""
+    """Adds a loss for large activations of every example."""
 
     def call(self, inputs):
         self.add_loss(20.0 * keras.ops.mean(keras.ops.square(inputs), axis=-1))
@@ -23,7 +23,7 @@ class AddsLoss(keras.layers.Layer):
 
 
 class Counts(keras.layers.Layer):
-    """Counts its training batches in a variable that is not trained, and adds the count to its output."""
+    """Counts its training batches in a variable that is not trained, and scales its output by the count."""
 
     def build(self, shape):
         self.seen = self.add_weight(shape=(), initializer="zeros", trainable=False, name="seen")
@@ -35,7 +35,7 @@ class Counts(keras.layers.Layer):
 
 
 class Subclassed(keras.Model):
-    """Without a config; its weights are made when it first sees data, and one of them asks for something."""
+    """A model without a config, with a regularizer, that creates its weights when it first sees data."""
 
     def __init__(self, factor=0.5):
         super().__init__()
@@ -78,7 +78,7 @@ MODELS = {
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_training_is_that_of_keras_own_fit(model):
-    """The final losses of both, and the outputs of the trained model."""
+    """Compared by the loss on the test set after the training."""
     outcome = train(workload(model, lambda: DATA, metric=loss_of_outputs, **NAMED))
     net = by_fit(model, DATA, SPARSE, keras.optimizers.SGD(0.1))
     assert outcome.status == "ok"
@@ -93,8 +93,8 @@ def loss_of_outputs(labels, outputs):
     return float(keras.ops.mean(keras.losses.sparse_categorical_crossentropy(labels, outputs, from_logits=True)))
 
 
-def test_loss_that_is_logged_holds_what_the_model_adds():
-    """The regularizer of this one is most of the loss."""
+def test_logged_loss_includes_losses_that_the_model_adds():
+    """Here the regularizer is most of the loss."""
     outcome = train(workload(MODELS["a kernel regularizer"], lambda: DATA), train_steps=1)
     keras.utils.set_random_seed(0)
     net = MODELS["a kernel regularizer"]()
@@ -113,8 +113,8 @@ def test_loss_that_is_logged_holds_what_the_model_adds():
         *(pytest.param(m, marks=pytest.mark.slow) for m in ("mixed-static", "mixed-bf16")),
     ],
 )
-def test_what_the_model_adds_is_scaled_with_the_loss(mode):
-    """Unscaled it would be a 32768th of what is meant, and weights would not be held down."""
+def test_losses_that_the_model_adds_are_scaled_too(mode):
+    """Unscaled it would have a 32768th of its weight and would not keep the weights small."""
 
     def largest(mode, model):
         weights = []
@@ -145,7 +145,7 @@ def float_output():
     ],
     ids=["a subclass with another regularizer", "a regularizer or none", "a constraint or none", "an activity's"],
 )
-def test_digest_tells_models_apart_by_what_they_carry(one, other):
+def test_digest_differs_between_models_with_other_regularizers_or_constraints(one, other):
     digests = [train(workload(m, lambda: DATA), train_steps=1).row["workload_digest"] for m in (one, one, other)]
     assert digests[0] == digests[1] != digests[2]
 
@@ -171,7 +171,7 @@ class OwnTestStep(keras.Sequential):
 
 
 class Inherited(OwnTrainStep):
-    """Its base has it."""
+    """Inherits the method from its base."""
 
 
 def layers():
@@ -204,30 +204,30 @@ def two_inputs():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: OwnTrainStep(layers()), "OwnTrainStep has a train_step of its own"),
-        (lambda: OwnComputeLoss(layers()), "has a compute_loss of its own"),
-        (lambda: OwnTrainFunction(layers()), "has a make_train_function of its own"),
-        (lambda: OwnTestStep(layers()), "OwnTestStep has a test_step of its own"),
-        (lambda: Inherited(layers()), "Inherited has a train_step of its own"),
-        (patched, "has a train_step of its own"),
-        (compiled, "leave model.compile out"),
+        (lambda: OwnTrainStep(layers()), "OwnTrainStep defines its own train_step"),
+        (lambda: OwnComputeLoss(layers()), "defines its own compute_loss"),
+        (lambda: OwnTrainFunction(layers()), "defines its own make_train_function"),
+        (lambda: OwnTestStep(layers()), "OwnTestStep defines its own test_step"),
+        (lambda: Inherited(layers()), "Inherited defines its own train_step"),
+        (patched, "defines its own train_step"),
+        (compiled, "leave out model.compile"),
         (several(lambda outputs: outputs), "a list of 2 outputs"),
         (several(lambda outputs: tuple(outputs)), "of 2 outputs"),
         (several(lambda outputs: dict(zip("ab", outputs, strict=True))), "a dict of 2 outputs"),
         (two_inputs, "has 2 inputs"),
-        (lambda: keras.Sequential([keras.Input((2,)), keras.layers.Activation("tanh")]), "no variable that can be"),
-        (lambda: keras.layers.Dense(3), "must return a keras.Model, not"),
+        (lambda: keras.Sequential([keras.Input((2,)), keras.layers.Activation("tanh")]), "no trainable variables"),
+        (lambda: keras.layers.Dense(3), "model function must return a keras.Model, not"),
         (lambda: None, "must return a keras.Model, not builtins.NoneType"),
         (sequential(lambda: keras.layers.Dense(3), lambda: keras.layers.Lambda(lambda x: tf.argmax(x, -1))), "int64"),
     ],
 )  # fmt: skip
-def test_model_that_would_be_trained_otherwise_than_it_says_is_refused(model, message):
+def test_model_that_would_not_be_trained_as_it_asks_is_refused(model, message):
     with pytest.raises((TypeError, ValueError), match=message):
         train(workload(model, lambda: DATA))
 
 
 def masked():
-    """Sequences of which 0 is padding, an output at every place."""
+    """Sequences padded with 0, with an output at every place."""
     return keras.Sequential(
         [
             keras.Input((5,), dtype="int64"),
@@ -243,7 +243,7 @@ def masked():
     [SPARSE, sparse_cross_entropy, lambda y, out: keras.losses.sparse_categorical_crossentropy(y, out, True)],
     ids=["a loss object", "the default loss", "a loss of each place"],
 )
-def test_places_that_the_model_masks_are_no_part_of_loss_and_metric(loss, metric):
+def test_masked_places_count_neither_in_the_loss_nor_in_the_metric(loss, metric):
     random = np.random.default_rng(0)
     tokens = random.integers(0, 4, (240, 5))
     data = split(tokens, np.where(tokens > 0, tokens - 1, random.integers(0, 3, tokens.shape)))
@@ -295,7 +295,7 @@ def test_evaluation_never_takes_more_examples_at_once_than_training():
 
 
 @pytest.mark.parametrize("mode", ["fp32", "mixed-dynamic", "mixed-keras"])
-def test_moving_average_of_the_weights_takes_their_place_as_in_fit(mode):
+def test_moving_average_replaces_the_weights_as_in_fit(mode):
     def adam():
         return keras.optimizers.Adam(0.05, use_ema=True, ema_momentum=0.9)
 
@@ -306,7 +306,7 @@ def test_moving_average_of_the_weights_takes_their_place_as_in_fit(mode):
 
 
 def wrapped():
-    """An optimizer that holds one that scales."""
+    """An optimizer that holds one that scales the loss."""
 
     class Holds(keras.optimizers.SGD):
         def __init__(self):
@@ -331,7 +331,7 @@ def ours():
 
 
 @pytest.mark.parametrize("mode", [name for name in MODES if name not in ("tf32", "graph-rewrite")])
-def test_optimizer_that_scales_already_is_refused_in_every_mode(mode):
+def test_optimizer_that_scales_the_loss_is_refused_in_every_mode(mode):
     with pytest.raises(ValueError, match=r"scales the loss itself .* mpscale adds the loss scaling of each mode"):
         train(
             workload(dense(), lambda: DATA, lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())), mode
@@ -343,13 +343,13 @@ def test_optimizer_that_scales_already_is_refused_in_every_mode(mode):
     [ours, wrapped, scales_by_itself, lambda: keras.optimizers.SGD(loss_scale_factor=128.0)],
     ids=["mpscale's", "one inside another", "a class of one's own", "loss_scale_factor"],
 )
-def test_everything_that_scales_is_noticed(optimizer):
+def test_every_kind_of_optimizer_that_scales_is_refused(optimizer):
     with pytest.raises(ValueError, match="scales the loss itself"):
         train(workload(dense(), lambda: DATA, optimizer))
 
 
 class OwnSchedule(keras.optimizers.schedules.LearningRateSchedule):
-    """Keras cannot copy an optimizer that has one, since nobody told it of the class."""
+    """Keras cannot copy an optimizer with this schedule, since the class is not registered."""
 
     def __call__(self, step):
         return 0.1
@@ -365,16 +365,16 @@ USED.iterations.assign(1000)
         "sgd",
         keras.optimizers.SGD,
         keras.optimizers.SGD(0.01),
-        USED,  # has counted steps, and is copied as it was made
+        USED,  # has counted steps, and is copied as it was created
         lambda: keras.optimizers.SGD(0.01),
         keras.optimizers.SGD(OwnSchedule()),
     ],
     ids=["a name", "a class", "an instance", "an instance that was used", "a function", "a schedule of one's own"],
 )
-def test_optimizer_comes_in_every_form_that_keras_takes(optimizer):
+def test_optimizer_may_have_every_form_that_keras_takes(optimizer):
     losses = [train(workload(dense(), lambda: DATA, optimizer), train_steps=20).row["train_loss_final"]]
     if isinstance(optimizer, keras.optimizers.Optimizer) and optimizer.built:
-        # What cannot be copied serves once, which is as often as a case's own process needs it.
+        # It cannot be copied, so it serves once, which is enough for the process of a case.
         with pytest.raises(ValueError, match="has been used already and cannot be copied"):
             train(workload(dense(), lambda: DATA, optimizer), train_steps=20)
     else:
@@ -386,7 +386,7 @@ def test_optimizer_comes_in_every_form_that_keras_takes(optimizer):
     ("optimizer", "message"),
     [("adamm", "knows no optimizer called"), (lambda: None, "not builtins.NoneType"), (dict, "not builtins.dict")],
 )
-def test_what_is_no_optimizer_is_refused(optimizer, message):
+def test_what_is_not_an_optimizer_is_refused(optimizer, message):
     with pytest.raises((TypeError, ValueError), match=message):
         train(workload(dense(), lambda: DATA, optimizer))
 

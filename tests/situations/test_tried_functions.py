@@ -1,4 +1,4 @@
-"""User functions are tried before training: correct ones pass, and the trial has no side effects."""
+"""Functions of people's own are tried before the training: what is right passes, and nothing is left behind."""
 
 import keras
 import numpy as np
@@ -16,7 +16,7 @@ SHORT = {"train_steps": 20, "evaluate_every": 10}
 
 
 def evaluated(data, outputs, loss, metric, optimizer=None):
-    """Return loss and metric on the test set after training with Keras' fit."""
+    """Loss and metric of a training by Keras' own fit, on the test set."""
     optimizer = optimizer or keras.optimizers.SGD(0.1)
     net = by_fit(dense(outputs), data, loss, optimizer, steps=20, metrics=[metric])
     return net.evaluate(data.test_x, data.test_y, verbose=0)
@@ -33,8 +33,8 @@ def evaluated(data, outputs, loss, metric, optimizer=None):
     ],
     ids=["a root of a mean", "a median", "R squared", "a correlation", "a quantile"],
 )
-def test_metric_that_is_no_mean_over_examples_may_depend_on_shapes(metric):
-    """(n,) against a column of (n, 1) is correct, although the metric is no mean over examples."""
+def test_metric_that_is_no_mean_of_examples_may_mind_the_shapes(metric):
+    """(n,) against a column of (n, 1) is right, although it is no mean of what it says of each."""
     outcome = train(workload(dense(1), lambda: split(X, TARGET), loss="mse", metric=metric, **LESS, **SHORT))
     data = split(X, TARGET)
     net = by_fit(dense(1), data, "mse", keras.optimizers.SGD(0.1), steps=20)
@@ -55,7 +55,7 @@ def softmax():
 
 
 class MeanError(keras.metrics.Metric):
-    """A custom metric, for labels in the shape that the data and therefore Keras have."""
+    """A metric of one's own, for labels as Keras hands them to it: those of the data."""
 
     def __init__(self, column=False, **options):
         super().__init__(**options)
@@ -73,14 +73,14 @@ class MeanError(keras.metrics.Metric):
 
 
 @pytest.mark.parametrize("column", [False, True], ids=["labels (n,)", "labels (n, 1)"])
-def test_custom_metric_class_gets_labels_as_from_keras(column):
+def test_metric_class_of_ones_own_gets_the_labels_that_keras_gives_it(column):
     data = split(X, COLUMN if column else TARGET)
     metric = MeanError(column, name="error")
     outcome = train(workload(dense(1), lambda: data, loss="mse", metric=metric, metric_higher_is_better=False, **SHORT))
     assert outcome.row["metric_value"] == pytest.approx(evaluated(data, 1, "mse", "mae")[1], rel=1e-4)
 
 
-def test_metric_function_wrapped_by_keras_may_take_classes():
+def test_function_that_keras_wraps_in_a_metric_may_take_classes():
     metric = keras.metrics.MeanMetricWrapper(keras.metrics.sparse_categorical_accuracy, name="hits")
     outcome = train(workload(dense(), lambda: split(X, Y), metric=metric, metric_higher_is_better=True, **SHORT))
     sparse = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -107,9 +107,9 @@ ZERO_ONE = (COLUMN > 2).astype(np.float32)
         (ZERO_ONE.astype(np.uint16), lambda y, out: tf.reduce_mean((tf.cast(0 - y, tf.float32) - out) ** 2)),
         (ZERO_ONE.astype(bool), squares),
     ],
-    ids=["float64", "float16", "uint8, in which 0 - 1 is 255", "uint16 with a sign", "bool"],
+    ids=["float64", "float16", "uint8, of which 0 less 1 is 255", "uint16 with a sign", "bool"],
 )
-def test_custom_loss_gets_labels_as_from_keras(labels, loss):
+def test_loss_of_ones_own_gets_labels_as_keras_hands_them_to_it(labels, loss):
     data = split(X, labels)
     outcome = train(workload(dense(1), lambda: data, loss=loss, metric="mae", **SHORT))
     assert outcome.row["metric_value"] == pytest.approx(evaluated(data, 1, loss, "mae")[1], rel=1e-3)
@@ -129,27 +129,27 @@ class Annealed:
 @pytest.mark.parametrize(
     "labels", [COLUMN, TARGET, np.round(COLUMN).astype(int)], ids=["(n, 1)", "(n,)", "whole numbers"]
 )
-def test_loss_that_counts_its_steps_counts_only_those_of_training(labels):
+def test_loss_that_counts_its_steps_counts_those_of_the_training_alone(labels):
     loss = Annealed()
     train(workload(dense(1), lambda: split(X, labels), loss=loss, metric="mae", **SHORT))
     assert loss.steps.numpy() == 20
 
 
 def ranked(labels, outputs):
-    """A loss of pairs in a batch, which needs more than one example."""
+    """Of pairs in a batch: a single example is none."""
     first, second = tf.unstack(tf.reshape(outputs, (-1, 2)), axis=1)
     larger, smaller = tf.unstack(tf.reshape(labels, (-1, 2)), axis=1)
     return tf.reduce_mean(tf.nn.softplus(-(first - second) * tf.sign(larger - smaller)))
 
 
 def of_20(labels, outputs):
-    """A loss for batches of exactly 20, with whole numbers as labels."""
+    """For batches of 20 alone, labels as whole numbers."""
     same = tf.matmul(tf.one_hot(labels, 3), tf.one_hot(labels, 3), transpose_b=True)
     return tf.reduce_mean((tf.matmul(outputs, outputs, transpose_b=True) * (1 - tf.eye(20)) - same) ** 2)
 
 
 def asserting(labels, outputs):
-    """A loss that checks that it gets probabilities."""
+    """Checks that it is given probabilities."""
     tf.debugging.assert_near(tf.reduce_sum(outputs, axis=-1), tf.ones(len(outputs)), atol=1e-3)
     return tf.reduce_mean(-tf.math.log(tf.gather(outputs, labels, batch_dims=1)))
 
@@ -180,17 +180,17 @@ LATER = Data(X[:160], MISSING[:160], X[160:], COLUMN[160:])
                                            "metric": lambda y, out: float(np.mean(out)), **LESS}),
         (split(X, Y), 3, {"loss": lambda y, out: 0.0}),
     ],
-    ids=["pairs in a batch", "only batches of 20", "checks of its own", "random numbers", "missing labels",
-         "whole numbers in two columns", "zero: the model adds its loss"],
+    ids=["pairs of a batch", "a batch of 20 alone", "checks of its own", "random numbers", "labels that are missing",
+         "whole numbers in two columns", "nothing: the model adds its loss"],
 )  # fmt: skip
-def test_loss_that_cannot_be_probed_is_trained(data, outputs, options):
+def test_loss_that_a_probe_cannot_run_is_trained(data, outputs, options):
     model = softmax if options["loss"] is asserting else dense(outputs, activity_regularizer="l2")
     outcome = train(workload(model, lambda: data, **options, **SHORT))
     assert (outcome.status, outcome.reason) == ("ok", None)
 
 
-def test_metric_that_refuses_non_finite_values_does_not_hide_divergence():
-    """scikit-learn's metrics do."""
+def test_metric_that_refuses_what_is_not_finite_leaves_a_diverged_training():
+    """As those of scikit-learn do."""
 
     def strict(labels, outputs):
         if not np.isfinite(outputs).all():
@@ -208,13 +208,13 @@ def test_metric_that_refuses_non_finite_values_does_not_hide_divergence():
     [
         (COLUMN, lambda y, out: None, "returned None"),
         (np.where(np.arange(240)[:, None] == 200, np.nan, COLUMN), "mae", "1 of the test labels are not finite"),
-        (COLUMN, keras.metrics.Mean(name="m"), "averages values, and knows no labels"),
+        (COLUMN, keras.metrics.Mean(name="m"), "averages values and ignores labels"),
         (COLUMN, keras.metrics.Accuracy(name="m"), "to the last bit"),
         (np.round(COLUMN), keras.metrics.F1Score(name="m"), None),
     ],
-    ids=["None", "a missing test label", "a mean of values", "equality of floats", "a valid score"],
+    ids=["None", "a test label is missing", "a mean of values", "equality of floats", "a score that is right"],
 )
-def test_meaningless_metric_is_refused_before_training(labels, metric, message):
+def test_metric_that_says_nothing_is_refused_before_the_training(labels, metric, message):
     own = {} if getattr(metric, "name", None) is None and metric == "mae" else {"metric_higher_is_better": True}
     named = {"metric_name": "m"} if not isinstance(metric, str) else {}
     case = workload(dense(1), lambda: split(X, labels), loss="mse", metric=metric, **own, **named, **SHORT)
@@ -226,7 +226,7 @@ def test_meaningless_metric_is_refused_before_training(labels, metric, message):
 
 
 def listening():
-    """A model that draws random numbers whenever it is called, not only in training."""
+    """Draws numbers whenever it is called, not in training alone."""
 
     class Noise(keras.layers.Layer):
         def __init__(self):
@@ -240,7 +240,7 @@ def listening():
 
 
 def remembering():
-    """A model whose state continues from batch to batch."""
+    """A state that goes on from batch to batch."""
     return keras.Sequential(
         [
             keras.Input(batch_shape=(20, 2)),
@@ -252,7 +252,7 @@ def remembering():
 
 
 @pytest.mark.parametrize("model", [listening, remembering])
-def test_evaluation_does_not_change_training(model):
+def test_evaluation_does_not_change_what_is_trained(model):
     data = split(X, COLUMN)
     case = workload(model, lambda: data, loss="mse", metric="mae", target=1e-9, train_steps=20, evaluate_every=5)
     outcome = train(case)
@@ -262,7 +262,7 @@ def test_evaluation_does_not_change_training(model):
 
 
 class Boosted(keras.optimizers.SGD):
-    """An optimizer with a setting that is missing in its config."""
+    """With a setting that its config does not have."""
 
     def __init__(self, learning_rate, boost=1.0, **options):
         super().__init__(learning_rate, **options)
@@ -286,7 +286,7 @@ def set_later():
 
 @pytest.mark.parametrize("make", [lambda: Boosted(0.05, boost=4.0), without_decay, set_later])
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used before"])
-def test_copy_of_an_optimizer_keeps_settings_missing_in_its_config(make, used):
+def test_copy_of_an_optimizer_has_what_its_config_leaves_out(make, used):
     optimizer = make()
     if used:
         optimizer.build([keras.Variable(np.zeros(3, np.float32))])
@@ -296,12 +296,12 @@ def test_copy_of_an_optimizer_keeps_settings_missing_in_its_config(make, used):
 
 
 def test_matrix_of_labels_is_a_column():
-    """A slice of np.matrix keeps two axes, and would broadcast in the accuracy."""
+    """A matrix stays one of two axes whatever is taken out of it, and would broadcast in the accuracy."""
     plain, matrix = (train(workload(dense(), lambda y=y: split(X, y))) for y in (Y, np.matrix(Y[:, None])))
     assert matrix.row["final_accuracy"] == plain.row["final_accuracy"] > 0.9
 
 
-def test_text_builds_a_model_without_an_input_shape():
+def test_text_builds_a_model_that_waits_for_its_first_examples():
     def model():
         layer = keras.layers.TextVectorization(output_mode="multi_hot", vocabulary=["a", "b", "c"])
         return keras.Sequential([layer, keras.layers.Dense(3, dtype="float32")])
@@ -319,8 +319,8 @@ def test_generalized_cross_entropy_takes_classes_as_in_fit():
     assert outcome.row["final_accuracy"] == pytest.approx(right)
 
 
-def test_float_type_unknown_to_tensorflow_is_refused():
-    with pytest.raises(TypeError, match=r"train_x has dtype .*, which TensorFlow does not know"):
+def test_float_that_tensorflow_does_not_know_is_refused():
+    with pytest.raises(TypeError, match=r"train_x has dtype .*, which TensorFlow does not support"):
         split(X.astype(np.longdouble), Y)
 
 
@@ -331,7 +331,7 @@ def test_one_output_without_an_axis_of_its_own():
         return keras.Model(inputs, keras.layers.Lambda(lambda t: t[:, 0], dtype="float32")(outputs))
 
     x, y = blobs(classes=2)
-    with pytest.raises(ValueError, match="one output a class"):
+    with pytest.raises(ValueError, match="one output per class"):
         train(workload(model, lambda: split(x, y)))
     outcome = train(workload(model, lambda: split(x, y), loss=keras.losses.BinaryCrossentropy(from_logits=True)))
     assert outcome.row["final_accuracy"] > 0.9

@@ -12,7 +12,7 @@ from mpscale.cli import main
 from mpscale.workloads import registry
 
 BROKEN = {
-    "sys.exit": ("import sys\nsys.exit(3)\n", r"its import called sys.exit\(3\)"),
+    "sys.exit": ("import sys\nsys.exit(3)\n", r"importing it called sys.exit\(3\)"),
     "exit with a text": ("raise SystemExit('no data here')\n", r"sys.exit\('no data here'\)"),
     "argparse": (
         "import argparse\nargparse.ArgumentParser().parse_args(['--unknown'])\n",
@@ -73,7 +73,9 @@ def test_a_broken_package_takes_nothing_else_down(site, capsys, text, reason):
     assert registry.get("mnist1d-mlp").name == "mnist1d-mlp"
     assert registry.get("good").name == "good"
     assert list(registry.available())[-1] == "good"
-    with pytest.raises(registry.UnknownWorkload, match=f"(?s)'fine' cannot be had: .*of the package broken.*{reason}"):
+    with pytest.raises(
+        registry.UnknownWorkload, match=f"(?s)'fine' cannot be loaded: .*of the package broken.*{reason}"
+    ):
         registry.get("fine")
     with pytest.raises(registry.UnknownWorkload, match=f"(?s){reason}"):
         registry.get("broken:w")
@@ -108,7 +110,7 @@ def test_a_name_of_ours_stays_ours(site):
     site("good", module, theirs="good:w")
     assert registry.get("mnist1d-mlp").data is not None
     assert registry.get("mnist1d-mlp").optimizer is not registry.get("good:w").optimizer
-    assert "mpscale's own" in registry.offered().broken["theirs"]
+    assert "mpscale has a workload of that name" in registry.offered().broken["theirs"]
 
 
 def test_a_name_that_two_packages_offer_is_refused(site):
@@ -172,7 +174,7 @@ def test_the_message_for_a_missing_module_lists_where_it_was_looked_for(here, mo
     monkeypatch.chdir(folder / "called")
     code, said = collect(here, "../suite", "--rootdir", folder, "--mp-workloads", "nowhere:w")
     assert code == 4
-    assert f"looked for on Python's path, then in {folder}/suite, then in {folder}/called, then in {folder}" in said
+    assert f"mpscale looked on Python's path, then in {folder}/suite, then in {folder}/called, then in {folder}" in said
 
 
 def test_the_module_beside_the_suite_wins(here):
@@ -193,13 +195,13 @@ def test_a_module_hidden_by_an_installed_one_is_named(here, site, module):
     folder = write(here, suite___test_it=SUITE, **{f"suite___{module}": WORKLOAD})
     code, said = collect(here, "suite", "--import-mode=importlib", "--mp-workloads", f"{module}:w")
     assert code == 4
-    assert f"{folder}/suite/{module}.py is hidden by {installed.__file__}: give it another name" in said
+    assert f"{folder}/suite/{module}.py is hidden by {installed.__file__}; rename it" in said
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mine_w.py:w", "write module:attribute with the module's name, such as mine_w:w"),
+        ("mine_w.py:w", "write module:attribute with the name of the module, such as mine_w:w"),
         ("suite/mine_w.py:w", "such as mine_w:w"),
         ("mine_w:", "write module:attribute"),
         (":w", "write module:attribute"),
@@ -225,7 +227,7 @@ def test_a_broken_module_is_a_usage_error_if_it_is_asked_for(here):
     write(here, suite___test_it=SUITE, suite___broken="import sys\nsys.exit(1)\n")
     code, said = collect(here, "suite", "--mp-workloads", "broken:w")
     assert code == 4
-    assert "ERROR: --mp-workloads: no workload at 'broken:w': its import called sys.exit(1)" in said
+    assert "ERROR: --mp-workloads: no workload at 'broken:w': importing it called sys.exit(1)" in said
 
 
 def test_the_command_shows_a_workload_of_ones_own_and_where_it_is(site, tmp_path, monkeypatch, capsys):
@@ -236,7 +238,7 @@ def test_the_command_shows_a_workload_of_ones_own_and_where_it_is(site, tmp_path
     assert "\nmine_w:w " in said and "\nmnist1d-mlp " in said and "\narticle-mlp " not in said
     assert f"mine_w:w is in {tmp_path}/mine_w.py" in said
     assert main(["workloads", "nowhere:w"]) == 2
-    assert f"looked for on Python's path, then in {tmp_path}" in capsys.readouterr().err
+    assert f"mpscale looked on Python's path, then in {tmp_path}" in capsys.readouterr().err
 
 
 def test_a_module_that_uses_tensorflow_at_import_takes_no_gpu_if_nothing_is_trained(here, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""One case in this process, from an idle worker to its status: what a person's workload comes to."""
+"""One case, run in this process as in a worker."""
 
 import sys
 import types
@@ -11,19 +11,28 @@ import tensorflow as tf
 
 from mpscale.core.case import Case, Settings
 from mpscale.core.device import Device
+from mpscale.core.reason import Reason
+from mpscale.core.record import Record
 from mpscale.worker.case import execute
 from mpscale.workloads import Data, Workload
 
 
 @dataclass
 class Outcome:
-    """What the supervisor would have been told."""
+    """The supervisor's end of the channel: what the worker reports."""
 
+    case: Case
     status: str = ""
     reason: str | None = None
     row: dict[str, Any] = field(default_factory=dict)
-    missed: dict[str, str] = field(default_factory=dict)
+    missed: dict[str, Reason] = field(default_factory=dict)
     phases: list[str] = field(default_factory=list)
+
+    @property
+    def record(self):
+        """The row that the supervisor would make of it."""
+        ending = {"status": self.status, "status_reason": self.reason}
+        return Record({**self.case.identity(), **self.row, **ending}, self.missed)
 
     def values(self, values):
         self.row |= values
@@ -41,18 +50,23 @@ class Outcome:
     def energy(self, steps, overflow_steps): ...
 
 
-def train(workload, mode="fp32", seed=0, jit=False, energy_s=0.0, steps_path=None, **settings):
-    """Trains ``workload`` as a worker would."""
+def train(workload, *arguments, **options):
+    """Train ``workload`` as a worker would, and restore the settings of the process."""
+    try:
+        return run_case(workload, *arguments, **options)
+    finally:
+        keras.config.set_dtype_policy("float32")
+        tf.config.experimental.enable_tensor_float_32_execution(True)
+
+
+def run_case(workload, mode="fp32", seed=0, jit=False, energy_s=0.0, steps_path=None, **settings):
+    """Train ``workload`` as a worker would, and leave the settings of the process as they are then."""
     module = types.ModuleType("situation")
     module.workload = workload
     sys.modules["situation"] = module
     case = Case("situation:workload", mode, seed, 0, 0, Settings(jit=jit, timing_s=0.0, energy_s=energy_s, **settings))
-    outcome = Outcome()
-    try:
-        outcome.status, outcome.reason = execute(case, Device("cpu", "CPU"), steps_path, outcome, energy_s)
-    finally:
-        keras.config.set_dtype_policy("float32")
-        tf.config.experimental.enable_tensor_float_32_execution(True)
+    outcome = Outcome(case)
+    outcome.status, outcome.reason = execute(case, Device("cpu", "CPU"), steps_path, outcome, energy_s)
     return outcome
 
 
@@ -63,7 +77,7 @@ def workload(model, data, optimizer=lambda: keras.optimizers.SGD(0.1), **options
 
 
 def by_fit(model, data, loss, optimizer, seed=0, batch=20, steps=60, metrics=()):
-    """The same training by Keras' own fit: a model trained on the same batches in the same order."""
+    """The same training by Keras' own fit, on the same batches in the same order."""
     from mpscale.worker.training import batches
 
     keras.utils.set_random_seed(seed)
@@ -75,7 +89,7 @@ def by_fit(model, data, loss, optimizer, seed=0, batch=20, steps=60, metrics=())
 
 
 def blobs(classes=3, examples=240, noise=0.6, dtype=np.int64):
-    """Clouds around the corners of a square, easy but not trivial: ``(x, y)`` with y (examples,)."""
+    """Clusters around the corners of a square, easy but not trivial: ``(x, y)`` with y (examples,)."""
     random = np.random.default_rng(1)
     y = np.arange(examples) % classes
     corners = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], float)
@@ -84,7 +98,7 @@ def blobs(classes=3, examples=240, noise=0.6, dtype=np.int64):
 
 
 def split(x, y):
-    """Two thirds to train on."""
+    """Data with two thirds of the examples to train on."""
     cut = len(x) * 2 // 3
     return Data(x[:cut], y[:cut], x[cut:], y[cut:])
 

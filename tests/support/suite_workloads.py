@@ -1,6 +1,6 @@
 """Workloads for the system tests: small ones, and ones that die in every way a training can.
 
-Keras is imported where it is used: pytest, which only needs the names, then starts without TensorFlow.
+Keras is imported in functions, so that pytest, which only needs the names, starts without TensorFlow.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from mpscale.workloads import registry
 
 
 def blobs():
-    """Two classes that a line tells apart."""
+    """Two classes that a line separates."""
     random = np.random.default_rng(7)
     labels = np.arange(600) % 2
     x = (random.normal(size=(600, 4)) + 2.0 * labels[:, None]).astype(np.float32)
@@ -33,7 +33,7 @@ def sgd():
 def line():
     import keras
 
-    # The product in the mode's precision, the logits in float32.
+    # The product is computed in the mode's precision, the logits are float32.
     return keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(2), keras.layers.Activation("linear", dtype="float32")]
     )
@@ -45,7 +45,7 @@ def make(name, **options):
 
 
 def once_trained(act):
-    """A metric that acts in the middle of a training, when progress is first looked at."""
+    """A metric that calls ``act`` in the middle of a training, when progress is first evaluated."""
 
     def metric(labels, outputs):
         act()
@@ -88,7 +88,7 @@ def mnist1d():
     return registry.get("mnist1d-mlp").data()
 
 
-# It learns so slowly that rounding, which two compilers do differently, cannot grow into another trajectory.
+# It learns so slowly that different rounding by two compilers cannot grow into another trajectory.
 slow = mpscale.workload("slow", data=mnist1d, optimizer=crawl, train_steps=160)(perceptron)
 
 fine = make("fine")
@@ -167,16 +167,16 @@ explodes = make("explodes", optimizer=explode, loss=squared_loss)
 
 
 def laboured_data():
-    """Notes that a case has begun."""
+    """Log that a case has begun."""
     with Path(os.environ["SUITE_LOG"]).open("a") as log:
         log.write("case\n")
     return blobs()
 
 
 def laboured_loss(labels, outputs):
-    """A loss that takes eight times as long in the first SUITE_SLOW_CASES cases, without changing what is learned.
+    """A loss that takes eight times as long in the first SUITE_SLOW_CASES cases, with the same result.
 
-    It sleeps, which takes as long on busy cores as on idle ones; XLA knows no such step.
+    It sleeps, which takes the same time on busy and idle cores. XLA cannot compile it.
     """
     import tensorflow as tf
 
@@ -190,7 +190,7 @@ laboured = make("laboured", data=laboured_data, loss=laboured_loss, train_steps=
 
 
 def scripted_model():
-    """As training scripts have it: the policy is set where the model is made."""
+    """Sets the policy where the model is made, as training scripts do."""
     import keras
 
     keras.config.set_dtype_policy("mixed_float16")

@@ -1,6 +1,6 @@
-"""What TensorFlow's rewrite to float16 makes of the train step, on a GPU that is only described to it.
+"""What TensorFlow's rewrite to float16 makes of the train step, for a GPU that is only described to it.
 
-The rewrite is a pass over a graph and needs no device to run on: it can be had here as it is on a GPU.
+The rewrite is a pass over a graph, so it runs without a device exactly as it does on a GPU.
 """
 
 import keras
@@ -11,10 +11,11 @@ from tensorflow.core.protobuf import config_pb2, meta_graph_pb2, rewriter_config
 from tensorflow.core.protobuf.device_properties_pb2 import NamedDevice
 from tensorflow.python.grappler import cluster, tf_optimizer
 
+from mpscale.core.case import Settings
 from mpscale.core.mode import MODES
 from mpscale.scaling.skip import all_nodes
 from mpscale.worker.scalers import scaler_for
-from mpscale.worker.step import TrainStep
+from mpscale.worker.step import Batches, TrainStep
 from mpscale.worker.training import batches
 from mpscale.workloads.workload import sparse_cross_entropy
 
@@ -27,11 +28,11 @@ TensorFlow moves a Reshape of the finite check before the cast of a gradient to 
 
 
 def graph_of_a_step(scaler):
-    """Two layers that the rewrite knows, as the train step has them without XLA; placed on the GPU."""
+    """A train step without XLA and with two layers that the rewrite knows, placed on the GPU."""
     layers = [keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(2)]
     model = keras.Sequential([keras.Input((2,)), *layers])
     x, y, order = np.zeros((20, 2), np.float32), np.zeros(20, np.int64), batches(20, 5, 8, seed=0)
-    step = TrainStep(model, scaler, sparse_cross_entropy, x, y, order, jit=False)
+    step = TrainStep(model, scaler, sparse_cross_entropy, Batches(x, y, order), jit=False)
     graph = step._function.get_concrete_function().graph.as_graph_def()
     for node in all_nodes(graph):
         node.device = GPU
@@ -39,7 +40,7 @@ def graph_of_a_step(scaler):
 
 
 def rewritten(graph):
-    """The graph after all of TensorFlow's optimisations, the one to float16 among them."""
+    """The graph after all of TensorFlow's optimisations, including the rewrite to float16."""
     device = NamedDevice(name=GPU)
     device.properties.type = "GPU"
     device.properties.environment.update({"architecture": "8.0", "cuda": "12080", "cudnn": "9000"})
@@ -50,7 +51,7 @@ def rewritten(graph):
     with tf.Graph().as_default() as whole:
         tf.graph_util.import_graph_def(graph, name="")
         described = tf.compat.v1.train.export_meta_graph(graph_def=whole.as_graph_def(), graph=whole)
-    # What has an effect on variables, which nothing may be left out of.
+    # Operations that change variables must not be optimised away.
     effects = [node.name for node in graph.node if "Assign" in node.op or "Scatter" in node.op or "If" in node.op]
     described.collection_def["train_op"].CopyFrom(
         meta_graph_pb2.CollectionDef(node_list=meta_graph_pb2.CollectionDef.NodeList(value=effects))
@@ -68,7 +69,7 @@ def half_operations(graph):
 
 @pytest.fixture
 def rewrite_is_on():
-    """As execute.set_arithmetic switches it on."""
+    """As set_arithmetic switches it on."""
     tf.config.optimizer.set_experimental_options({"auto_mixed_precision": True})
     yield
     tf.config.optimizer.set_experimental_options({"auto_mixed_precision": False})
@@ -76,13 +77,13 @@ def rewrite_is_on():
 
 @pytest.mark.usefixtures("rewrite_is_on")
 def test_model_is_rewritten_and_neither_unscaling_nor_the_finite_check_is():
-    scaler = scaler_for(MODES["graph-rewrite"], keras.optimizers.SGD(0.1), 128.0, {})
+    scaler = scaler_for(MODES["graph-rewrite"], keras.optimizers.SGD(0.1), Settings())
     assert {"MatMul", "BiasAddGrad"} <= half_operations(rewritten(graph_of_a_step(scaler))) <= MODEL
 
 
 def test_without_the_shield_the_rewrite_reaches_them():
-    """Whether the shield is needed; and whether the test above would notice if it failed."""
-    scaler = scaler_for(MODES["graph-rewrite"], keras.optimizers.SGD(0.1), 128.0, {})
+    """The shield is needed, and the test above would notice if it failed."""
+    scaler = scaler_for(MODES["graph-rewrite"], keras.optimizers.SGD(0.1), Settings())
     assert half_operations(rewritten(graph_of_a_step(scaler))) - MODEL != set()
 
 
@@ -90,9 +91,9 @@ def test_without_the_shield_the_rewrite_reaches_them():
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("jit", [True, False])
 def test_shield_lets_every_kind_of_gradient_through_unchanged(jit):
-    scaler = scaler_for(MODES["graph-rewrite"], keras.optimizers.SGD(1.0), 128.0, {"initial": 4.0})
+    scaler = scaler_for(MODES["graph-rewrite"], keras.optimizers.SGD(1.0), Settings(dynamic_scale={"initial": 4.0}))
     dense, sparse, unused = (keras.Variable([1.0, 2.0, 3.0]) for _ in range(3))
-    scaler.build([dense, sparse, unused])
+    scaler.optimizer.build([dense, sparse, unused])
 
     @tf.function(jit_compile=jit)
     def step(value):

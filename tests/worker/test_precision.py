@@ -1,4 +1,4 @@
-"""What a train step computes in, and the settings of the process that decide it."""
+"""The precision of a train step, and the settings of the process that decide it."""
 
 import keras
 import numpy as np
@@ -7,7 +7,9 @@ import tensorflow as tf
 
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
-from mpscale.worker.model import NotedLoss, described_object, digest, model_description, without_precision
+from mpscale.core.reason import Code
+from mpscale.worker.model import described_object, digest, model_description, without_precision
+from mpscale.worker.objective import NotedLoss
 from mpscale.worker.precision import Arithmetic, Precision
 
 L = keras.layers
@@ -15,14 +17,14 @@ CPU, GPU = Device("cpu", "a CPU"), Device("gpu", "a GPU", compute_capability=(8,
 
 
 @pytest.fixture(autouse=True)
-def settings_put_back():
+def restored_settings():
     yield
     keras.config.set_dtype_policy("float32")
     tf.config.experimental.enable_tensor_float_32_execution(True)
 
 
 def gradients(layers, shape, policy):
-    """Precision of a model whose loss is the sum of its outputs."""
+    """The precision of a model whose loss is the sum of its outputs."""
     keras.config.set_dtype_policy(policy)
     model = keras.Sequential([keras.Input(shape), *layers()])
 
@@ -37,7 +39,7 @@ def gradients(layers, shape, policy):
 
 @pytest.mark.parametrize(
     ("layers", "shape", "products", "of_them"),
-    # One product forward and two backward each; MatMul's gradient leaves out that of the examples.
+    # One product forward and two backward each, except for the gradient of the examples.
     [
         (lambda: [L.Dense(2), L.Dense(2)], (3,), 5, 2),
         (lambda: [L.Conv1D(2, 3), L.SeparableConv1D(2, 2)], (8, 2), 9, 2),
@@ -54,9 +56,9 @@ def test_products_are_counted_forward_and_backward_by_dtype(layers, shape, produ
         assert list(precision.products) == list(precision.layers) == [dtype]
         assert precision.layers[dtype] == of_them
         assert products is None or precision.products[dtype] == products
-        columns, missed = precision.columns()
-        assert not missed
-        kinds.add(columns["step_operations"])
+        found = precision.columns()
+        assert not found.unavailable
+        kinds.add(found.values["step_operations"])
     assert len(kinds) == 1
 
 
@@ -78,9 +80,9 @@ def test_products_in_nested_functions_and_branches_count():
 
 
 def test_model_without_products_has_a_reason_and_no_number():
-    values, missed = gradients(lambda: [L.PReLU()], (3,), "float32").columns()
-    assert "product_dtypes" not in values
-    assert missed["product_dtypes"] == "the train step multiplies no matrices"
+    found = gradients(lambda: [L.PReLU()], (3,), "float32").columns()
+    assert "product_dtypes" not in found.values
+    assert found.unavailable["product_dtypes"].code is Code.NOT_IN_WORKLOAD
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_variables_of_the_environment_that_decide_the_precision(monkeypatch, var
     assert (f"{variable}={value}" in arithmetic.column()) == ("XLA" in variable)
 
 
-def test_first_change_is_the_one_that_is_told():
+def test_first_change_is_reported():
     arithmetic = Arithmetic(MODES["fp32"], CPU, jit=True)
     arithmetic.settle()
     keras.config.set_dtype_policy("mixed_float16")
@@ -129,33 +131,34 @@ def cross_entropy(labels, outputs):
     return keras.ops.mean(keras.losses.sparse_categorical_crossentropy(labels, outputs, from_logits=True))
 
 
-def test_probe_of_a_loss_is_its_value_on_outputs_that_every_precision_holds():
-    values, missed = noted(cross_entropy, tf.float32)
+def test_probe_of_a_loss_is_its_value_on_outputs_that_are_exact_in_every_precision():
+    found = noted(cross_entropy, tf.float32)
     outputs = np.random.default_rng(17).integers(1, 64, (3, 4)) / 64.0
-    assert values["loss_probe"] == pytest.approx(
+    assert found.values["loss_probe"] == pytest.approx(
         np.mean(np.log(np.exp(outputs).sum(axis=1)) - outputs[range(3), range(3)]), rel=1e-5
     )
-    assert not missed
+    assert not found.unavailable
     for dtype in (tf.float16, tf.bfloat16):
-        assert noted(cross_entropy, dtype) == (values, {})
+        assert noted(cross_entropy, dtype) == found
 
 
 @pytest.mark.parametrize(
-    ("loss", "reason"),
+    ("loss", "code"),
     [
-        (lambda y, o: tf.reduce_mean(tf.cast(tf.cast(o, tf.float16) ** 2, tf.float32)), "less than float32"),
-        (lambda y, o: tf.reduce_mean(o + tf.random.normal((3, 4))), "draws numbers"),
-        (lambda y, o: tf.reduce_mean(tf.math.log(o - 1.0)), "not finite"),
-        (lambda y, o: tf.py_function(float, [1.0], tf.float32), "calls Python"),
+        (lambda y, o: tf.reduce_mean(tf.cast(tf.cast(o, tf.float16) ** 2, tf.float32)), Code.NOT_COMPARABLE),
+        (lambda y, o: tf.reduce_mean(o + tf.random.normal((3, 4))), Code.NOT_COMPARABLE),
+        (lambda y, o: tf.reduce_mean(tf.math.log(o - 1.0)), Code.NOT_FINITE),
+        (lambda y, o: tf.py_function(float, [1.0], tf.float32), Code.NOT_COMPARABLE),
     ],
+    ids=["float16", "random", "not finite", "Python"],
 )
-def test_loss_that_cannot_be_compared_says_why(loss, reason):
-    values, missed = noted(loss, tf.float32)
-    assert "loss_probe" not in values
-    assert reason in missed["loss_probe"]
+def test_loss_that_cannot_be_compared_says_why(loss, code):
+    found = noted(loss, tf.float32)
+    assert "loss_probe" not in found.values
+    assert found.unavailable["loss_probe"].code is code
 
 
-def test_description_has_no_name_address_or_dtype_in_it():
+def test_description_contains_no_name_address_or_dtype():
     def make(policy):
         keras.config.set_dtype_policy(policy)
         given = keras.Input((4,))
@@ -166,7 +169,7 @@ def test_description_has_no_name_address_or_dtype_in_it():
     assert described_object(object()) == described_object(object())
 
 
-def test_lambdas_that_do_something_else_are_told_apart():
+def test_lambdas_that_differ_have_different_digests():
     first, same, other = (
         digest(without_precision(L.Lambda(function).get_config()))
         for function in (lambda x: 2 * x, lambda x: 2 * x, lambda x: 3 * x)

@@ -1,6 +1,6 @@
-"""The compiled step does what a loop written by hand does, and beyond it only writes down what it did.
+"""The compiled step does what a loop written by hand does, and besides only returns a record of it.
 
-Step times say so in selfcheck/test_fidelity.py, as far as they tell; programs tell exactly.
+selfcheck/test_fidelity.py compares step times, which are noisy. These tests compare programs, which are exact.
 """
 
 import re
@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from mpscale.core.case import Settings
 from mpscale.core.mode import MODES
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
 from mpscale.worker.scalers import scaler_for
-from mpscale.worker.step import TrainStep
+from mpscale.worker.step import Batches, TrainStep
 from mpscale.workloads import registry
 
 WORKLOAD = registry.get("mnist1d-mlp")
 SCALES = {"fp32": None, "mixed-dynamic": DynamicLossScale()}
 RECORD = {"fp32": Counter(), "mixed-dynamic": Counter(ReadVariableOp=1, LogicalNot=1, Cast=1, Identity=2)}
-"""Loss scale and overflow, handed out; in fp32 there is nothing but the loss to be read."""
+"""The operations that return loss scale and overflow; in fp32 there is only the loss to return."""
 KERNELS = {"fp32": Counter(), "mixed-dynamic": Counter(fusion=1)}
 
 
@@ -32,8 +33,8 @@ def start():
 
 def mpscales(mode, start, jit):
     keras.config.set_dtype_policy(MODES[mode].policy)
-    scaler = scaler_for(MODES[mode], WORKLOAD.optimizer(), 128.0, {})
-    return TrainStep(WORKLOAD.model(), scaler, WORKLOAD.loss, *start, jit)._function
+    scaler = scaler_for(MODES[mode], WORKLOAD.optimizer(), Settings())
+    return TrainStep(WORKLOAD.model(), scaler, WORKLOAD.loss, Batches(*start), jit)._function
 
 
 def by_hand(mode, start, jit):
@@ -85,17 +86,17 @@ def test_step_of_fp32_compiled_by_xla_is_one_written_by_hand_line_by_line(start)
 
 
 def compiled(function):
-    """The program that XLA makes of it, as text."""
+    """The program that XLA compiles, as text."""
     return function.experimental_get_compiler_ir()(stage="optimized_hlo")
 
 
 def nameless(program):
-    """Its lines without the first, which is names alone, and without where in Python they come from."""
+    """Its lines without the first, which has only names, and without their places in Python code."""
     return re.sub(r", metadata=\{.*?\}|a_inference_\w+", "", program).splitlines()[1:]
 
 
 def kernels(program):
-    """What the program executes, by kind."""
+    """The number of instructions that the program executes, by kind."""
     entry = program[program.index("ENTRY") :]
     kinds = Counter(re.findall(r" = (?:\(.*?\)|\S+) ([a-z-]+)\(", entry))
     return Counter({kind: number for kind, number in kinds.items() if kind not in ("parameter", "tuple", "constant")})

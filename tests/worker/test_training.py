@@ -1,15 +1,17 @@
-"""The pieces of a training: order, evaluation, what the log comes to."""
+"""The parts of a training: the order of the data, the log of the steps, the evaluation."""
 
 import keras
 import numpy as np
 import pytest
 
+from mpscale.core.case import Settings
 from mpscale.core.mode import MODES
 from mpscale.scaling import LogMaxLossScale
 from mpscale.worker.scalers import scaler_for
 from mpscale.worker.step import (
     MOST_UNREAD,
-    UNKNOWN,
+    Batches,
+    Log,
     Timing,
     TrainStep,
     keep_going,
@@ -17,7 +19,7 @@ from mpscale.worker.step import (
     time_steps,
     warm_up,
 )
-from mpscale.worker.training import Evaluator, Training, batches, train, weights_finite
+from mpscale.worker.training import Evaluator, Training, batches, train
 from mpscale.workloads import Data, Workload
 from mpscale.workloads.workload import sparse_cross_entropy
 
@@ -68,47 +70,56 @@ def make_parts(mode="mixed-dynamic", jit=True, **dynamic):
     layers = [keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(2, dtype="float32")]
     model = keras.Sequential([keras.Input((2,)), *layers])
     keras.config.set_dtype_policy("float32")
-    scaler = scaler_for(MODES[mode], keras.optimizers.SGD(0.1), 128.0, dynamic)
-    order = batches(20, 5, 8, seed=0)
-    return model, TrainStep(model, scaler, sparse_cross_entropy, DATA.train_x, DATA.train_y, order, jit), scaler
+    scaler = scaler_for(MODES[mode], keras.optimizers.SGD(0.1), Settings(dynamic_scale=dynamic))
+    shown = Batches(DATA.train_x, DATA.train_y, batches(20, 5, 8, seed=0))
+    return model, TrainStep(model, scaler, sparse_cross_entropy, shown, jit), scaler
 
 
 @pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize(
     ("mode", "scale", "overflow"),
     [
-        ("fp32", UNKNOWN, UNKNOWN),
-        ("mixed-bf16", UNKNOWN, UNKNOWN),
-        ("mixed-unscaled", UNKNOWN, UNKNOWN),
-        ("mixed-static", 128.0, 0.0),
-        ("mixed-dynamic", 2.0**15, 0.0),
-        ("mixed-logmax", LogMaxLossScale().initial, 0.0),
-        ("mixed-keras", 2.0**15, 0.0),
-        ("graph-rewrite", 2.0**15, 0.0),
-        ("article", 1.0, UNKNOWN),
+        ("fp32", None, None),
+        ("mixed-bf16", None, None),
+        ("mixed-unscaled", None, None),
+        ("mixed-static", [128.0], [False]),
+        ("mixed-dynamic", [2.0**15], [False]),
+        ("mixed-logmax", [LogMaxLossScale().initial], [False]),
+        ("mixed-keras", [2.0**15], [False]),
+        ("graph-rewrite", [2.0**15], [False]),
+        ("article", [1.0], None),
     ],
 )
 def test_log_holds_what_the_mode_knows(mode, scale, overflow, jit):
     _, step = make_step(mode, jit)
     step()
-    ((loss, logged_scale, logged_overflow),) = step.read_log()
-    assert np.isfinite(loss)
-    assert (logged_scale, logged_overflow) == (scale, overflow)
+    for log in (step.read_log(), step.read_log()):
+        known = {name: values for name, values in vars(log).items() if values is not None}
+        assert {name: values.tolist()[:1] for name, values in known.items() if name != "loss"} == {
+            name: values[: len(log)]
+            for name, values in (("scale", scale), ("overflow", overflow))
+            if values is not None
+        }
+        assert np.isfinite(log.loss).all()
+    assert len(log) == 0
 
 
-def test_overflow_of_keras_is_seen_where_its_scale_can_no_longer_fall():
+def test_overflow_of_keras_is_seen_when_its_scale_cannot_fall_any_further():
     _, step, scaler = make_parts("mixed-keras")
     for scale, overflow in ((2.0**15, 0.0), (np.inf, 1.0), (2.0**15, 0.0)):
         scaler.optimizer.dynamic_scale.assign(scale)
         step()
-        assert step.read_log()[0, 2] == overflow
+        assert step.read_log().overflow == [overflow]
 
 
 def test_statistics_that_are_not_trained_count_as_weights():
-    model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization()])
-    assert weights_finite(model)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization(), keras.layers.Dense(2)])
+    scaler = scaler_for(MODES["fp32"], keras.optimizers.SGD(0.1), Settings())
+    shown = Batches(DATA.train_x, DATA.train_y, batches(20, 5, 8, seed=0))
+    step = TrainStep(model, scaler, sparse_cross_entropy, shown, jit=False)
+    assert step.weights_finite()
     model.non_trainable_variables[0].assign([np.nan, 0.0])
-    assert not weights_finite(model)
+    assert not step.weights_finite()
 
 
 def test_log_is_read_in_pieces_and_in_order():
@@ -118,8 +129,8 @@ def test_log_is_read_in_pieces_and_in_order():
         for _ in range(count):
             step()
         pieces.append(step.read_log())
-        assert pieces[-1].shape == (count, 3)
-    scales = np.concatenate(pieces)[:, 1]
+        assert len(pieces[-1]) == count
+    scales = Log.joined(pieces).scale
     np.testing.assert_allclose(scales, 1.001 ** np.arange(MOST_UNREAD + 31), rtol=1e-3)
     assert (np.diff(scales) > 0).all()
 
@@ -146,29 +157,31 @@ def workload(**options):
 
 
 def test_training_notes_when_the_target_was_reached():
-    model, step = make_step()
+    _, step = make_step()
     looks = iter([0.1, 0.5, 0.95, 0.2, 0.99])
     step()
-    done = train(step, model, lambda x, y: next(looks), workload(target=0.9), DATA, 50, lambda taken: None)
+    done = train(step, 50, workload(target=0.9), lambda: next(looks), lambda taken: None)
     assert done.steps_to_target == 30
     assert 0 < done.time_to_target_s < done.wall_time_s
     assert len(done.log) == 50
-    assert next(looks) == 0.2  # after the target nobody looks any more
+    assert next(looks) == 0.2  # Once the target is reached, nobody looks any more.
 
 
 def test_training_ends_when_the_weights_are_lost():
     model, step = make_step("mixed-unscaled")
     step()
     model.trainable_variables[0].assign(np.full((2, 4), np.nan))
-    done = train(step, model, lambda x, y: 0.0, workload(), DATA, 500, lambda taken: None)
+    done = train(step, 500, workload(), lambda: 0.0, lambda taken: None)
     assert len(done.log) == 10
     assert done.status == ("diverged", "the weights were not finite after 10 steps")
 
 
 def log(losses, scales=None, overflow=None):
-    unknown = np.full(len(losses), UNKNOWN)
-    columns = [losses, unknown if scales is None else scales, unknown if overflow is None else overflow]
-    return np.array(columns, np.float32).T
+    return Log(
+        np.array(losses, np.float32),
+        None if scales is None else np.array(scales, np.float32),
+        None if overflow is None else np.array(overflow, bool),
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,11 +197,11 @@ def log(losses, scales=None, overflow=None):
     ],
 )
 def test_status_says_what_became_of_the_training(rows, finite, status):
-    assert Training(rows, 1.0, None, None, finite).status[0] == status
+    assert Training(rows, 1.0, finite).status[0] == status
 
 
 def test_counts_follow_from_the_log():
-    training = Training(log([2.0, np.inf, 1.0, 1.0, 1.0], [8, 8, 4, 2, 4], [1, 1, 0, 1, 0]), 3.0, None, None, True)
+    training = Training(log([2.0, np.inf, 1.0, 1.0, 1.0], [8, 8, 4, 2, 4], [1, 1, 0, 1, 0]), 3.0, True)
     values = training.values()
     expected = {
         "attempted_steps": 5,
@@ -208,9 +221,9 @@ def test_counts_follow_from_the_log():
 
 
 def test_log_and_ledger_count_alike():
-    model, step, scaler = make_parts(initial=2.0**126, maximum=2.0**126, growth_interval=3)
+    _, step, scaler = make_parts(initial=2.0**126, maximum=2.0**126, growth_interval=3)
     step()
-    done = train(step, model, lambda x, y: 0.0, workload(), DATA, 200, lambda taken: None)
+    done = train(step, 200, workload(), lambda: 0.0, lambda taken: None)
     counters = scaler.optimizer.counters()
     values = done.values()
     for name in ("attempted", "applied", "skipped", "overflow"):
@@ -223,7 +236,9 @@ def test_hysteresis_reaches_the_rule():
     _, step = make_step(initial=2.0**126, maximum=2.0**126, hysteresis=2)
     for _ in range(4):
         step()
-    assert step.read_log()[:, 1:].tolist() == [[2.0**power, 1.0] for power in (126, 126, 125, 124)]
+    log = step.read_log()
+    assert log.scale.tolist() == [2.0**power for power in (126, 126, 125, 124)]
+    assert log.overflow.all()
 
 
 def test_timing_is_made_of_blocks():
@@ -282,8 +297,9 @@ def test_overflows_of_a_block_are_counted_without_its_log(make, overflows):
         step.block(steps)
         for _ in range(steps):
             logged()
-    assert step.read_log().shape == (0, 3)
-    in_log = int(sum(logged.read_log()[:, 2] == 1.0))
+    assert len(step.read_log()) == 0
+    overflow = logged.read_log().overflow
+    in_log = 0 if overflow is None else int(overflow.sum())
     if overflows == "some":
         assert 2 < in_log < 18
         overflows = in_log
@@ -301,7 +317,7 @@ def test_only_overflows_of_timed_steps_are_counted():
     assert len(step.read_log()) == 3
 
 
-def test_steps_that_are_added_for_energy_count_their_overflows():
+def test_extra_steps_for_energy_count_their_overflows():
     step = overflowing()
     step()
     steps, overflows = keep_going(step, 4, seconds=0.05)
@@ -313,27 +329,27 @@ def test_steps_that_are_added_for_energy_count_their_overflows():
 
 
 @pytest.mark.parametrize("mode", [name for name in MODES if name != "article"])
-def test_every_mode_goes_the_way_of_float32(mode):
-    """Fifty steps of a small problem that half precision can hold; the article's rule goes its own way."""
+def test_every_mode_but_the_articles_follows_float32(mode):
+    """Fifty steps of a small problem that half precision can represent."""
 
     def losses(mode):
         _, step = make_step(mode)
         for _ in range(50):
             step()
-        return step.read_log()[:, 0]
+        return step.read_log().loss
 
     np.testing.assert_allclose(losses(mode), losses("fp32"), rtol=0.01)
 
 
-def test_article_rule_goes_its_own_way():
-    """With SGD, which a scale on the gradient does move, it cannot follow float32."""
+def test_articles_rule_multiplies_the_updates():
+    """It cannot follow float32 with SGD, for which scaled gradients mean longer steps."""
     _, step = make_step("article")
     for _ in range(300):
         step()
-    loss, scale, _ = step.read_log().T
+    log = step.read_log()
     expected = [1.0]
-    for value in loss[:-1]:
+    for value in log.loss[:-1]:
         scaled = np.float32(value * np.float32(expected[-1]))
         factor = 0.9 if scaled > expected[-1] else 1.1 if scaled < np.float32(expected[-1] / 2) else 1.0
         expected.append(np.float32(expected[-1] * np.float32(factor)))
-    np.testing.assert_allclose(scale, expected, rtol=1e-4)
+    np.testing.assert_allclose(log.scale, expected, rtol=1e-4)
