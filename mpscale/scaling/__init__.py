@@ -92,14 +92,16 @@ class _AfterKeras(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != "keras":
             return None
-        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next((spec for spec in others if spec is not None), None)
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                _register()
+                if module.__name__ == "keras":  # The loader may be one for several modules.
+                    _register()
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -68,7 +68,7 @@ def traced_before_anything_else(line, jit):
     return lambda factor: update(grads(factor))
 
 
-def traced_anew_for_every_shape(line, jit):
+def traced_for_every_shape(line, jit):
     grads = tf.function(lambda factor: line.gradients(tf.reduce_sum(factor)), jit_compile=jit)
     update = tf.function(line.update, jit_compile=jit)
     shapes = iter([(), (1,), (1, 1), (), (1,), (1, 1)])
@@ -85,7 +85,7 @@ def traced_anew_for_every_shape(line, jit):
         clipped_in_a_function,
         by_hand,
         traced_before_anything_else,
-        traced_anew_for_every_shape,
+        traced_for_every_shape,
     ],
 )
 def test_steps_after_an_overflow_have_the_right_size(loop, jit):

@@ -21,7 +21,7 @@ SHIPPED = sorted(
 @pytest.mark.parametrize(
     ("name", "how", "skip"),
     [(name, *way) for name in SHIPPED for way in (("eager", "auto"), ("xla", "gate"))]
-    # A branch is exact whatever is inside it; masking depends on how each optimizer writes.
+    # A branch is exact whatever it contains; masking depends on how each optimizer writes.
     + [(name, *way) for name in ("Adam", "Muon") for way in (("graph", "auto"), ("xla", "branch"))],
 )
 def test_overflow_step_changes_nothing(name, how, skip):

@@ -120,7 +120,7 @@ def test_uses_that_cannot_work_on_several_replicas_are_refused(mirrored, case, m
         pytest.param(lambda finite: finite & True, 2, id="computed from it"),
     ],
 )
-def test_replicas_agree_once_unless_finite_is_computed_anew(changed, reductions, monkeypatch):
+def test_replicas_agree_once_unless_finite_was_changed(changed, reductions, monkeypatch):
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
     with strategy.scope():
         weight = keras.Variable([0.0])
