@@ -177,6 +177,11 @@ _ALL = (
 MODES: MappingProxyType[str, Mode] = MappingProxyType({mode.name: mode for mode in _ALL})
 """Every mode by name, in the order in which tables show them."""
 
+SETTABLE = tuple(
+    dict.fromkeys(mode.scaling for mode in _ALL if mode.scaling is not None and mode.scaling.setting is not None)
+)
+"""The ways of scaling of which the user can set arguments."""
+
 DEFAULT_MODES = ("fp32", "mixed-static", "mixed-dynamic", "mixed-bf16")
 """The modes that run by default; devices with TF32 run ``tf32`` too."""
 
@@ -205,8 +210,3 @@ def select_modes(names: Iterable[str]) -> tuple[Mode, ...]:
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise ValueError(f"no mode is called {name!r}{hint}; the modes are {', '.join(MODES)}")
     return tuple(mode for mode in _ALL if mode.name in wanted)
-
-
-def modes_with_setting(setting: str) -> str:
-    """The names of the modes whose loss scale has this field of the settings, for help texts."""
-    return " and ".join(mode.name for mode in _ALL if mode.scaling is not None and mode.scaling.setting == setting)

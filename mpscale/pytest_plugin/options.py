@@ -13,8 +13,8 @@ import pytest
 
 from mpscale.config import DEFAULT_PRESET, PRESETS, Preset, add_results_option, seconds
 from mpscale.core.case import Settings
-from mpscale.core.mode import DEFAULT_MODES, MODES, Mode, select_modes
-from mpscale.scaling.loss_scale import DynamicLossScale, StaticLossScale, parse_number
+from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, select_modes
+from mpscale.scaling.loss_scale import RULES
 from mpscale.terminal import as_typed
 
 if TYPE_CHECKING:
@@ -116,21 +116,8 @@ def check_workloads(names: Iterable[str], folders: Iterable[Path] = ()) -> None:
 def _add_settings(add: Add) -> None:
     add("--mp-steps", type=_integer(1), metavar="N", help="steps per training (default: the workload's own)")
     add("--mp-batch-size", type=_integer(1), metavar="N", help="examples per step (default: the workload's own)")
-    add(
-        "--mp-static-scale",
-        type=_checked(_static_scale),
-        default=Settings.static_scale,
-        metavar="S",
-        help=f"loss scale of mixed-static, such as 1024 or 2**24 (default: {Settings.static_scale:g})",
-    )
-    add(
-        "--mp-dynamic-scale",
-        type=_checked(DynamicLossScale.parse),
-        default={},
-        metavar="KEY=VALUE,...",
-        help="arguments for the loss scale of mixed-dynamic and graph-rewrite; by default "
-        + ", ".join(f"{name}={value:.10g}" for name, value in DynamicLossScale.defaults().items()),
-    )
+    for scaling in SETTABLE:
+        _add_scale_option(add, scaling)
     add(
         "--mp-jit",
         choices=("auto", "on", "off"),
@@ -162,8 +149,7 @@ def settings(config: pytest.Config) -> Settings:
         jit=option("mp_jit") != "off",
         train_steps=option("mp_steps") or preset(config).train_steps,
         batch_size=option("mp_batch_size"),
-        static_scale=option("mp_static_scale"),
-        dynamic_scale=option("mp_dynamic_scale"),
+        **{str(scaling.setting): option(f"mp_{scaling.setting}") for scaling in SETTABLE},
         timing_s=(option("mp_timing") or preset(config).timing_s) if timed else 0.0,
         timing_blocks=preset(config).timing_blocks,
         energy_s=preset(config).energy_s if option("mp_energy") is None else option("mp_energy"),
@@ -300,8 +286,23 @@ def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
     return checked
 
 
-def _static_scale(text: str) -> float:
-    return StaticLossScale(parse_number(text)).scale
+def _add_scale_option(add: Add, scaling: Scaling) -> None:
+    """Add the option by which the user sets the arguments of a loss scale."""
+    rule = RULES[scaling.rule]
+    option = f"--mp-{scaling.setting}".replace("_", "-")
+    modes = " and ".join(mode.name for mode in MODES.values() if mode.scaling == scaling)
+    if scaling.argument is None:
+        defaults = ", ".join(f"{name}={value:.10g}" for name, value in rule.defaults().items())
+        text = f"arguments for the loss scale of {modes}; by default {defaults}"
+        add(option, type=_checked(rule.parse), default={}, metavar="KEY=VALUE,...", help=text)
+    else:
+        default = rule.defaults()[scaling.argument]
+        text = f"loss scale of {modes}, such as 1024 or 2**24 (default: {default:g})"
+
+        def parse(given: str) -> float:
+            return float(rule.parse(f"{scaling.argument}={given}")[str(scaling.argument)])
+
+        add(option, type=_checked(parse), default=default, metavar="S", help=text)
 
 
 def _energy(text: str) -> float:

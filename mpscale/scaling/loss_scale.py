@@ -395,6 +395,14 @@ def _weight_of_newest(decay: float, samples: Any) -> Any:
     return tf.where(samples == 1, 1.0, weight)
 
 
+RULES: dict[str, type[LossScale]] = {
+    "static": StaticLossScale,
+    "dynamic": DynamicLossScale,
+    "logmax": LogMaxLossScale,
+}
+"""The rules by the names that modes give them."""
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -14,10 +14,8 @@ import tensorflow as tf
 
 from mpscale.core.case import Settings
 from mpscale.core.mode import Mode
-from mpscale.scaling import ArticleLossScale, DynamicLossScale, LogMaxLossScale, LossScaleOptimizer, StaticLossScale
-
-_RULES = {"static": StaticLossScale, "dynamic": DynamicLossScale, "logmax": LogMaxLossScale}
-"""The rules that run inside mpscale's LossScaleOptimizer."""
+from mpscale.scaling import ArticleLossScale, LossScaleOptimizer
+from mpscale.scaling.loss_scale import RULES
 
 
 class StepRecord(NamedTuple):
@@ -121,5 +119,5 @@ def scaler_for(mode: Mode, optimizer: keras.optimizers.Optimizer, settings: Sett
         return KerasScaled(keras.optimizers.LossScaleOptimizer(optimizer))
     if mode.scaling.rule == "article":
         return ArticleScaled(optimizer)
-    rule: Any = _RULES[mode.scaling.rule]
+    rule = RULES[mode.scaling.rule]
     return Scaled(LossScaleOptimizer(optimizer, rule(**mode.scale_arguments(settings))))
