@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 from mpscale.analysis.quantities import COSTS, Cost, Verdict
@@ -109,7 +109,7 @@ def measure_change(
         cases, side = (other, "the run") if before else (baseline, "the baseline")
         why = next((str(reason) for case in cases if (reason := case.why_empty(cost.column))), "no case has it")
         return replace(means, reason=f"not known of {side}: {why}")
-    kinds = {kind for cases in (baseline, other) for kind in _kinds(cases, cost)}
+    kinds = _kinds(baseline, cost, sides[0]) | _kinds(other, cost, sides[1]) if cost.is_of else set()
     if len(kinds) > 1:
         said = " and ".join(sorted(", ".join(str(value or "unknown") for value in kind) for kind in kinds))
         return replace(means, reason=f"figures of different things ({' and '.join(cost.is_of)}: {said})")
@@ -166,7 +166,6 @@ def _judged(change: Change, p_value: float | None, threshold: float | None) -> C
     return replace(change, reason=f"too noisy for {above:.0%}{single}")
 
 
-def _kinds(cases: Sequence[Record], cost: Cost) -> set[tuple[object, ...]]:
+def _kinds(cases: Sequence[Record], cost: Cost, counted: Container[Key]) -> set[tuple[object, ...]]:
     """What exactly was measured in the processes that count."""
-    counted = cost.by_process(cases)
     return cost.kinds(case for case in of_good_trainings(cases) if case.key in counted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
@@ -105,29 +104,25 @@ class Reason:
         return found if self.cure is None else {**found, "cure": self.cure}
 
     @classmethod
-    def from_json(cls, value: str | Mapping[str, Any]) -> Reason:
+    def from_json(cls, value: str | dict[str, Any]) -> Reason:
         """The inverse of :meth:`to_json`. A bare text, as older versions wrote it, has the code ``other``.
 
         Raises:
             TypeError: the value is neither a text nor an object with a text.
         """
         if isinstance(value, str):
-            return _shared(Code.OTHER, value)
-        if not (isinstance(value, Mapping) and isinstance(value.get("text"), str)):
+            return _shared(Code.OTHER, value, None)
+        if not (isinstance(value, dict) and isinstance(value.get("text"), str)):
             raise TypeError(f"a reason should be a text or an object with a text, not {value!r:.200}")
         code, cure = value.get("code"), value.get("cure")
-        # A newer mpscale may know more codes.
-        known = Code(code) if isinstance(code, str) and code in _CODES else Code.OTHER
-        return _shared(known, value["text"], cure if isinstance(cure, str) else None)
-
-
-_CODES = frozenset(map(str, Code))
+        return _shared(str(code), value["text"], cure if isinstance(cure, str) else None)
 
 
 @lru_cache(maxsize=4096)
-def _shared(code: Code, text: str, cure: str | None = None) -> Reason:
+def _shared(code: str, text: str, cure: str | None) -> Reason:
     """One object for equal reasons: a run of ten thousand cases holds half a million, and few different ones."""
-    return Reason(code, text, cure)
+    # A newer mpscale may know more codes.
+    return Reason(Code(code) if code in set(Code) else Code.OTHER, text, cure)
 
 
 def encodable(text: str) -> str:

@@ -158,10 +158,23 @@ class Record:
             TypeError: a reason is not one.
         """
         reasons = row.get("unavailable") or {}
-        if not isinstance(reasons, Mapping):
+        if not isinstance(reasons, dict):
             raise TypeError(f"unavailable should hold reasons by column, not {reasons!r:.200}")
-        values = {known: row[name] for name in row if (known := _NAMES.get(name)) and name != "unavailable"}
-        return cls(values, {name: Reason.from_json(why) for name, why in reasons.items()})
+        found = cls()
+        for name, value in row.items():
+            known = _NAMES.get(name)
+            if known is None or known == "unavailable" or value is None:
+                continue
+            if type(value) is str:
+                value = encodable(value)
+            elif type(value) is float and not math.isfinite(value):
+                continue
+            found._values[known] = value
+        for name, why in reasons.items():
+            reason = Reason.from_json(why)
+            if (known := _NAMES.get(name)) and known not in found._values:
+                found._unavailable[known] = reason
+        return found
 
 
 def plain(value: Any) -> Any:
@@ -207,7 +220,7 @@ def _fits_into_64_bits(value: int) -> bool:
 
 
 def _is_unknown(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and not math.isfinite(value))
+    return value is None or (type(value) is float and not math.isfinite(value))
 
 
 def _check_name(name: str) -> None:
@@ -277,17 +290,19 @@ def to_csv(records: Iterable[Record]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for record in records:
-        row = {name: _with_plain_line_ends(value) for name, value in record._values.items()}
+        row = record._values
         if record._unavailable:
-            reasons = {name: why.text for name, why in record._unavailable.items()}
-            row["unavailable"] = json.dumps(reasons, ensure_ascii=False)
-        writer.writerow([row.get(name, "") for name in COLUMNS])
+            reasons = {name: record._unavailable[name].text for name in COLUMNS if name in record._unavailable}
+            row = {**row, "unavailable": json.dumps(reasons, ensure_ascii=False)}
+        cells = [row.get(name, "") for name in COLUMNS]
+        # Progress bars write lone carriage returns. Python's csv leaves them unquoted, and readers end the row there.
+        writer.writerow(
+            [
+                cell.replace("\r\n", "\n").replace("\r", "\n") if type(cell) is str and "\r" in cell else cell
+                for cell in cells
+            ]
+        )
     return text.getvalue()
-
-
-def _with_plain_line_ends(value: Any) -> Any:
-    """Progress bars write lone carriage returns. Python's csv leaves them unquoted, and readers end the row there."""
-    return value.replace("\r\n", "\n").replace("\r", "\n") if isinstance(value, str) and "\r" in value else value
 
 
 @dataclass(slots=True)

@@ -268,6 +268,7 @@ def read_journal(path: Path, info: Mapping[str, Any]) -> JournalContent:
     told = _Told(path.name, info)
     for number, line in _lines(path):
         told.take(number, line)
+    told.close()
     if not told.events:
         why = told.problems[0] if told.problems else "it is empty or was cut off"
         raise RunError(f"{path}: holds no event that can be read ({why}){_what_is_left(path)}")
@@ -313,6 +314,7 @@ class _Told:
     name: str
     info: Mapping[str, Any]
     records: dict[str, Record] = field(default_factory=dict)
+    without_end: set[str] = field(default_factory=set)
     finished: bool = False
     problems: list[str] = field(default_factory=list)
     events: int = 0
@@ -340,7 +342,7 @@ class _Told:
                 # Noted before its parts are checked: the case has started even if they are broken.
                 self.running = _part(event, "case_id", str)
                 case = _part(event, "case", dict)
-                self.records[self.running] = self._without_end(self.running, case, event.get("attempt"))
+                self._start(self.running, case, event.get("attempt"))
             case "case_finished":
                 self.running = _part(event, "case_id", str)
                 self._finish(self.running, _part(event, "record", dict), where)
@@ -365,6 +367,7 @@ class _Told:
             record.invalidate(where + "; ".join(odd))
             self.problems.append(f"{case_id} counts as {record['status']}: {where}{'; '.join(odd)}")
         self.records[case_id] = record
+        self.without_end.discard(case_id)
 
     def _broken(self, why: str) -> None:
         """Take a line that says nothing, which costs the running case its result."""
@@ -375,9 +378,8 @@ class _Told:
             identity = self._identity(self.running)
         except _Odd:
             return
-        record = self._without_end(self.running, identity, None)
-        record.update({"status": "invalid", "status_reason": why})
-        self.records[self.running] = record
+        self._start(self.running, identity, None)
+        self.records[self.running].update({"status": "invalid", "status_reason": why})
         self.problems[-1] = f"{self.running} counts as invalid: {why}"
 
     def _identity(self, case_id: str) -> dict[str, Any]:
@@ -392,8 +394,12 @@ class _Told:
             return {name: getattr(case, name) for name in IDENTITY}
         raise _Odd(f"{case_id!r} does not say which case it is")
 
-    def _without_end(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> Record:
-        """The record of a case whose result is not in the journal."""
+    def _start(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> None:
+        """Note a case whose result has not come yet.
+
+        Raises:
+            _Odd: it is not said which case it is.
+        """
         record = Record(
             {
                 **{name: case.get(name) for name in (*IDENTITY, "order")},
@@ -408,15 +414,20 @@ class _Told:
         odd = [*record.drop_misfits(), *lacks(record, case_id)]
         if odd:
             raise _Odd("; ".join(odd))
-        if record["mode"] in MODES:
-            record.update({"policy": MODES[record["mode"]].policy})
+        self.records[case_id] = record
+        self.without_end.add(case_id)
+
+    def close(self) -> None:
+        """Complete the records of cases whose result never came with what is known of them and of the machine."""
         environment = self.info.get("environment")
         device = environment.get("device") if isinstance(environment, dict) else None
-        if isinstance(device, dict):
-            record.update({"device": device.get("kind"), "device_name": device.get("name")})
-            record.drop_misfits()
-        record.complete(Reason(Code.NOT_REACHED, NO_END))
-        return record
+        for record in (self.records[case_id] for case_id in self.without_end):
+            if record["mode"] in MODES:
+                record.update({"policy": MODES[record["mode"]].policy})
+            if isinstance(device, dict):
+                record.update({"device": device.get("kind"), "device_name": device.get("name")})
+                record.drop_misfits()
+            record.complete(Reason(Code.NOT_REACHED, NO_END))
 
 
 class _Odd(Exception):

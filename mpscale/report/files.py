@@ -193,7 +193,7 @@ def write_reports(run: Run, cases: bool = True) -> None:
 def _lost_from_the_journal(run: Run) -> list[str]:
     """Cases whose result is in cases.csv, which is written after the journal, and no longer in the journal."""
     try:
-        written = read_cases(run.path / "cases.csv")
+        written = read_cases(run.path / "cases.csv", only=["attempts"])
     except RunError:
         return []
     known = {record["case_id"]: record for record in run.records}
