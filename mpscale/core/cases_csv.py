@@ -49,7 +49,7 @@ def read_cases(path: Path, only: Iterable[str] = COLUMNS) -> list[Record]:
             not belong in its column. The message names file and line.
     """
     wanted = {*only, *_NEEDED}
-    names, rows = _rows(path, _text(path), wanted)
+    names, rows = _rows(path, _content(path), wanted)
     twice = sorted({name for name in names if name in COLUMNS and names.count(name) > 1})
     if twice:
         raise RunError(f"{path}: has several columns {', '.join(twice)}; leave one of each")
@@ -69,7 +69,12 @@ def read_cases(path: Path, only: Iterable[str] = COLUMNS) -> list[Record]:
     return records
 
 
-def _text(path: Path) -> str:
+def _content(path: Path) -> bytes:
+    """The content of a file that can be decoded as UTF-8.
+
+    Raises:
+        RunError: it cannot.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -80,30 +85,32 @@ def _text(path: Path) -> str:
     if b"\0" in content:
         raise RunError(f"{path}: cannot be read as CSV: it holds bytes of 0, as UTF-16 has them; {_ELSEWHERE}")
     try:
-        return content.decode("utf-8-sig")
+        content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise RunError(
             f"{path}, line {line}: cannot be read as CSV: it is not UTF-8, with the byte "
             f"0x{content[error.start]:02x}; {_ELSEWHERE}"
         ) from error
+    return content
 
 
-def _rows(path: Path, text: str, wanted: Container[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def _rows(path: Path, content: bytes, wanted: Container[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header, and the wanted cells of each row with the number of its last line. Rows without content are skipped.
 
     Raises:
         RunError: this is not CSV with commas.
     """
-    header = re.split("[\r\n]", text, maxsplit=1)[0]
-    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
-        if header.count(separator) > header.count(","):
+    header = content[: len(content) if (end := re.search(b"[\r\n]", content)) is None else end.start()]
+    for separator, name in ((b";", "semicolons"), (b"\t", "tabs")):
+        if header.count(separator) > header.count(b","):
             raise RunError(
                 f"{path}: its cells are separated by {name}, as spreadsheets do where numbers have decimal commas; "
                 f"whether 1,234 is more than a thousand cannot be told then: {_ELSEWHERE}"
             )
     rows: list[tuple[int, list[str]]] = []
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    # A StringIO would hold four bytes per character.
+    reader = csv.reader(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline=""), strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]
         places = [place for place, name in enumerate(names) if name in wanted and name in COLUMNS]

@@ -104,25 +104,31 @@ class Reason:
         return found if self.cure is None else {**found, "cure": self.cure}
 
     @classmethod
-    def from_json(cls, value: str | dict[str, Any]) -> Reason:
+    def from_json(cls, value: Any) -> Reason:
         """The inverse of :meth:`to_json`. A bare text, as older versions wrote it, has the code ``other``.
 
         Raises:
             TypeError: the value is neither a text nor an object with a text.
         """
-        if isinstance(value, str):
-            return _shared(Code.OTHER, value, None)
-        if not (isinstance(value, dict) and isinstance(value.get("text"), str)):
-            raise TypeError(f"a reason should be a text or an object with a text, not {value!r:.200}")
-        code, cure = value.get("code"), value.get("cure")
-        return _shared(str(code), value["text"], cure if isinstance(cure, str) else None)
+        try:
+            if isinstance(value, str):
+                return _shared(Code.OTHER, value, None)
+            return _shared(value.get("code"), value.get("text"), value.get("cure"))
+        except (AttributeError, TypeError):
+            raise TypeError(f"a reason should be a text or an object with a text, not {value!r:.200}") from None
 
 
 @lru_cache(maxsize=4096)
-def _shared(code: str, text: str, cure: str | None) -> Reason:
-    """One object for equal reasons: a run of ten thousand cases holds half a million, and few different ones."""
+def _shared(code: Any, text: Any, cure: Any) -> Reason:
+    """One object for equal reasons: a run of ten thousand cases holds half a million, and few different ones.
+
+    Raises:
+        TypeError: the text is not one.
+    """
+    if not isinstance(text, str):
+        raise TypeError
     # A newer mpscale may know more codes.
-    return Reason(Code(code) if code in set(Code) else Code.OTHER, text, cure)
+    return Reason(Code(code) if code in set(Code) else Code.OTHER, text, cure if isinstance(cure, str) else None)
 
 
 def encodable(text: str) -> str:

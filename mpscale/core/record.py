@@ -61,10 +61,11 @@ class Record:
         Raises:
             KeyError: there is no such column.
         """
-        value = self._values.get(name)
-        if value is None:
-            _check_name(name)
-        return value
+        values = self._values
+        if name in values:
+            return values[name]
+        _check_name(name)
+        return None
 
     def update(self, values: Mapping[str, Any]) -> None:
         """Set several columns. None, NaN and infinity leave a column empty.
