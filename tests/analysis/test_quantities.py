@@ -1,15 +1,20 @@
-"""Verdicts on changes: how often they are wrong where nothing changed, and right where something did."""
+"""The table of quantities, and verdicts: how often they are wrong if nothing changed, and right if something did."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.runfolder import record
+from support.runfolder import finished, record, write_run
 
-from mpscale.analysis.change import measure_change, with_verdicts
-from mpscale.analysis.quantities import COSTS
+from mpscale.analysis.change import Change, measure_change, with_verdicts
+from mpscale.analysis.compare import ComparedRow, Comparison, Pair, State, compare
+from mpscale.analysis.gates import judge_gates, parse_gates
+from mpscale.analysis.history import make_history
+from mpscale.analysis.quantities import COSTS, QUANTITIES, Cost, Outcome, Verdict
 from mpscale.analysis.stats import log_change
 from mpscale.core.reason import Code, Reason
+from mpscale.core.runs import read_run
+from mpscale.report.comparison import render
 
 TIME, MEMORY = COSTS["step_time"], COSTS["host_memory"]
 
@@ -90,7 +95,7 @@ def test_what_one_side_lacks_is_said_with_its_reason():
     change = measure_change(*rows, COSTS["gpu_memory"])
     assert (change.baseline, change.other, change.change) == (pytest.approx(9.0), None, None)
     assert change.reason == "not known of the run: the driver gave no process memory"
-    assert with_verdicts([change])[0].verdict == "cannot-tell"
+    assert with_verdicts([change])[0].verdict is Verdict.CANNOT_TELL
 
 
 @pytest.mark.parametrize(
@@ -109,8 +114,55 @@ def test_figures_of_different_things_are_not_compared(quantity, column, differin
         for side, kind in enumerate(kinds)
     ]
     (change,) = with_verdicts([measure_change(*sides, COSTS[quantity])])
-    assert (change.change, change.verdict) == (None, "cannot-tell")
+    assert (change.change, change.verdict) == (None, Verdict.CANNOT_TELL)
     assert name in change.reason
     assert all((kind or "unknown") in change.reason for kind in kinds)
     (alike,) = with_verdicts([measure_change(sides[0], sides[0], COSTS[quantity])])
-    assert alike.verdict == "same"
+    assert alike.verdict is Verdict.SAME
+
+
+def run_of(tmp_path, name, mib):
+    cases = [record(seed=n, series_key="k", host_memory_peak_mib=mib + n) for n in range(3)]
+    return read_run(write_run(tmp_path, finished(cases), name=name))
+
+
+def test_a_quantity_is_one_entry(tmp_path, monkeypatch):
+    new = Cost("resident", "resident memory", "host_memory_peak_mib", threshold=0.2)
+    monkeypatch.setitem(QUANTITIES, new.name, new)
+    monkeypatch.setitem(COSTS, new.name, new)
+    runs = run_of(tmp_path, "a", 100.0), run_of(tmp_path, "b", 300.0)
+    found = compare(*runs)
+    assert found.rows[0].changes["resident"].verdict is Verdict.MORE
+    (gate,) = judge_gates(found, parse_gates(["resident>20%"]))
+    assert gate.outcome is Outcome.FIRED
+    assert "B against A: resident memory" in render([found], [gate], "table")
+    assert len(make_history(runs, "resident").series[0].points) == 2
+
+
+def test_a_ratio_needs_a_column_that_is_never_0():
+    with pytest.raises(ValueError, match="overflow_steps may be 0"):
+        Cost("overflow", "overflow", "overflow_steps", threshold=0.1)
+
+
+def test_no_verdict_and_no_state_is_left_out_of_what_is_counted(tmp_path):
+    run, other = run_of(tmp_path, "a", 100.0), run_of(tmp_path, "b", 100.0)
+    verdicts = [verdict for verdict in Verdict if verdict is not Verdict.NOT_COMPARABLE]
+    rows = [
+        ComparedRow(
+            Pair("toy", f"{verdict}", state, None, run.records, run.records),
+            {TIME.name: Change(TIME.name, 1.0, 1.0, verdict=verdict)},
+            None,
+            (None, None),
+        )
+        for verdict, state in [*((each, State.PAIRED) for each in verdicts), *((Verdict.SAME, each) for each in State)]
+    ]
+    text = render([Comparison(run, other, True, ({}, {}), [], rows=rows)], [], "table")
+    line = next(line for line in text.splitlines() if line.startswith("B against A: "))
+    for word in (*verdicts, *(state for state in State if state is not State.PAIRED)):
+        assert f"{1 + len(State) if word is Verdict.SAME else 1} {word}" in line
+
+
+def test_the_worst_comes_first():
+    assert sorted(Verdict, key=lambda verdict: verdict.rank) == list(Verdict)
+    assert [str(outcome) for outcome in Outcome] == ["fired", "cannot-tell", "passed"]
+    assert {v for v in Verdict if v.outcome is Outcome.FIRED} == {Verdict.SLOWER, Verdict.MORE, Verdict.WORSE}

@@ -2,7 +2,8 @@
 
 import pytest
 
-from mpscale.core.case import Case, Settings, plan, series_key
+from mpscale.core.case import Case, CaseId, SeriesKey, Settings, plan, series_key
+from mpscale.core.columns import METHOD_VERSION
 from mpscale.core.mode import MODES
 
 ALL = [MODES["fp32"], MODES["mixed-static"], MODES["mixed-dynamic"], MODES["mixed-bf16"]]
@@ -41,6 +42,44 @@ def test_case_survives_the_pipe():
 
 def test_id_is_a_file_name_even_for_a_workload_by_module():
     assert Case("pkg.mod:attr", "fp32", 0, 2, 0, Settings()).id == "pkg.mod+attr--fp32--s0--r2"
+
+
+@pytest.mark.parametrize(
+    ("text", "known", "case"),
+    [
+        ("toy--fp32--s0--r2", [], ("toy", "fp32", 0, 2)),
+        ("pkg.mod+attr--mixed-bf16--s10--r0", [], ("pkg.mod:attr", "mixed-bf16", 10, 0)),
+        ("c++--fp32--s0--r0", ["c++"], ("c++", "fp32", 0, 0)),
+        ("a--b--fp32--s0--r0", [], ("a--b", "fp32", 0, 0)),
+    ],
+)
+def test_an_id_says_which_case_it_is(text, known, case):
+    found = CaseId.parse(text, known)
+    assert (found.workload, found.mode, found.seed, found.repeat) == case
+    assert str(found) == text
+
+
+@pytest.mark.parametrize("text", ["", "toy", "toy--fp32", "toy--fp32--s--r0", "toy--fp32--s0--r0--a1"])
+def test_what_is_no_id_says_nothing(text):
+    assert CaseId.parse(text) is None
+
+
+@pytest.mark.parametrize("workload", ["toy", "pkg.mod:attr", "a/b"])
+@pytest.mark.parametrize("mode", ["fp32", "mixed-static", "mixed-dynamic"])
+def test_a_series_key_is_text_and_back(workload, mode):
+    settings = Settings(dynamic_scale={"initial": 4.0})
+    text = series_key(MODES[mode], workload, "sha256:1", 10, 20, settings)
+    found = SeriesKey.parse(text)
+    assert str(found) == text
+    assert (found.workload, found.mode, found.digest, found.settings["batch"]) == (workload, mode, "sha256:1", "10")
+    assert SeriesKey.facts(text).keys() >= {"digest", "batch", "steps", "jit", "timing", "method"}
+
+
+def test_a_series_key_of_today_is_byte_for_byte_that_of_earlier_runs():
+    assert series_key(MODES["mixed-static"], "toy", "0aad", 100, 2000, Settings()) == (
+        f"toy/0aad/mixed-static/batch=100,steps=2000,jit=on,timing=2s/50,scale=128/method={METHOD_VERSION}"
+    )
+    assert SeriesKey.facts("old-1") == {"series": "old-1"}
 
 
 @pytest.mark.parametrize(

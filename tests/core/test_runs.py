@@ -13,6 +13,8 @@ import pytest
 from support.runfolder import NAME, finished, record, started, write_run, write_steps
 
 from mpscale.analysis.summary import summary_of
+from mpscale.cli import main
+from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS, SCHEMA_VERSION
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import to_csv
@@ -68,6 +70,17 @@ def test_an_attempt_without_an_end_follows_one_that_ended(tmp_path):
 def test_a_last_line_that_was_cut_off_is_ignored(tmp_path, torn):
     run = read_run(write_run(tmp_path, finished([record()]), torn=torn, finish=False))
     assert [r["status"] for r in run.records] == ["ok"]
+
+
+def test_a_reason_that_no_file_can_hold_does_not_keep_a_report_from_being_made(tmp_path):
+    """Names of files that are not UTF-8 come as lone surrogates; versions before wrote them into the journal."""
+    events = finished([record(status="error", status_reason="no file"), record(seed=1, step_time_ms_median=1.0)])
+    events[1]["record"] |= {"status_reason": "no file d\udcff", "unavailable": {"jit": "because of d\udcff"}}
+    path = write_run(tmp_path, events)
+    assert main(["report", str(path)]) == 0
+    (found, _) = read_cases(path / "cases.csv")
+    assert (found["status_reason"], str(found.why_empty("jit"))) == (r"no file d\udcff", r"because of d\udcff")
+    assert r"no file d\\udcff" in (path / "report.md").read_text()
 
 
 def test_columns_of_another_version_are_dropped(tmp_path):
