@@ -144,9 +144,8 @@ def with_verdicts(changes: Sequence[Change], threshold: float | None = None) -> 
         changes: of one cost.
         threshold: the smallest relative change that matters; that of the cost if None.
     """
-    told = [(place, p) for place, change in enumerate(changes) if (p := change.p_increase) is not None]
-    adjusted = dict(zip([place for place, _ in told], holm([2 * min(p, 1 - p) for _, p in told]), strict=True))
-    return [_judged(change, adjusted.get(place), threshold) for place, change in enumerate(changes)]
+    p_values = [None if (p := change.p_increase) is None else 2 * min(p, 1 - p) for change in changes]
+    return [_judged(change, p, threshold) for change, p in zip(changes, holm(p_values), strict=True)]
 
 
 def _judged(change: Change, p_value: float | None, threshold: float | None) -> Change:

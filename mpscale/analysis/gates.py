@@ -140,9 +140,7 @@ def _judge(comparison: Comparison, gate: Gate) -> list[Finding]:
     if gate.name in COSTS:
         return _cost(rows, gate, COSTS[gate.name])
     if gate.name == "metric":
-        lost = [row for row in comparison.rows if row.pair.state is State.NEW and row.pair.seeds[1].lost]
-        trained = [row for row in rows if any(side.seeds for side in row.pair.seeds)]
-        judged = [row for row in comparison.rows if row in trained or row in lost]
+        judged = [row for row in comparison.rows if _has_metric(row)]
         return [_metric(row, gate) for row in judged] or [_nothing(gate, "has a metric")]
     if gate.name == _RATE:
         rated = [row for row in rows if row.overflow_rates != (None, None)]
@@ -157,17 +155,20 @@ def _is_judged(row: ComparedRow) -> bool:
     return row.pair.state is not State.NEW or any(case["status"] in FAILED for case in row.pair.baseline)
 
 
+def _has_metric(row: ComparedRow) -> bool:
+    """Whether the baseline trains the row, or the row is new and lost a training."""
+    before, after = row.pair.seeds
+    return bool(before.seeds or after.seeds) if _is_judged(row) else bool(after.lost)
+
+
 def _cost(rows: Sequence[ComparedRow], gate: Gate, cost: Cost) -> list[Finding]:
     rows = [row for row in rows if _should_have(row, cost)]
     if not rows:
         return [_nothing(gate, f"has {cost.column}")]
     changes = [row.changes.get(cost.name) for row in rows]
-    told = [(place, p) for place, change in enumerate(changes) if change and (p := change.p_increase) is not None]
-    adjusted = dict(zip([place for place, _ in told], holm([p for _, p in told]), strict=True))
-    return [
-        _change(row, gate, cost, change, adjusted.get(place))
-        for place, (row, change) in enumerate(zip(rows, changes, strict=True))
-    ]
+    p_values = holm([None if change is None else change.p_increase for change in changes])
+    judged = zip(rows, changes, p_values, strict=True)
+    return [_change(row, gate, cost, change, p_value) for row, change, p_value in judged]
 
 
 def _should_have(row: ComparedRow, cost: Cost) -> bool:
