@@ -386,32 +386,36 @@ SUMMARY: tuple[Column, ...] = (
 
 
 def data_dictionary() -> str:
-    """docs/metrics.md, as markdown."""
-    from tabulate import tabulate
-
-    parts = [
-        "# Data dictionary\n",
-        "Printed from `mpscale/core/columns.py` by `make docs`: first cases.csv, one row per case, then summary.csv. How each number is made, step by\n"
-        "step, is in [method.md](method.md). An empty cell is unknown, never 0, and the column `unavailable` says why it is empty.\n"
-        f"This is schema version {SCHEMA_VERSION}, method version {METHOD_VERSION}.\n",
-    ]
+    """The content of docs/metrics.md, as markdown."""
+    headers = ("column", "type", "unit", "how it is made", "when it is empty")
 
     def table(columns: tuple[Column, ...]) -> str:
-        rows = [(f"`{c.name}`", c.kind, c.unit, c.made, c.empty) for c in columns]
-        return tabulate(rows, ["column", "type", "unit", "how it is made", "when it is empty"], "github") + "\n"
+        return _markdown(headers, [(f"`{c.name}`", c.kind, c.unit, c.made, c.empty) for c in columns])
 
-    for section in SECTIONS:
-        parts += [f"## {section.title}\n", table(section.columns)]
-    parts += [
-        "## summary.csv\n",
-        "One row per workload and mode. Only figures of cases that ran to the end count; what a mode costs (times, memory, energy) comes from seeds that ended well.\n",
-        table(SUMMARY),
-    ]
-    parts += [
-        "## Statuses\n",
-        tabulate([(f"`{k}`", v) for k, v in STATUSES.items()], ["status", "meaning"], "github") + "\n",
-    ]
-    return "\n".join(parts)
+    return "\n".join(
+        [
+            "# Data dictionary\n",
+            "Printed from `mpscale/core/columns.py` by `make docs`: first cases.csv, one row per case, then summary.csv. "
+            "How each number is made, step by\nstep, is in [method.md](method.md). An empty cell is unknown, never 0, and "
+            "the column `unavailable` says why it is empty.\n"
+            f"This is schema version {SCHEMA_VERSION}, method version {METHOD_VERSION}.\n",
+            *(f"## {section.title}\n\n{table(section.columns)}" for section in SECTIONS),
+            "## summary.csv\n",
+            "One row per workload and mode. Only figures of cases that ran to the end count; what a mode costs (times, "
+            "memory, energy) comes from seeds that ended well.\n",
+            table(SUMMARY),
+            "## Statuses\n",
+            _markdown(("status", "meaning"), [(f"`{status}`", meaning) for status, meaning in STATUSES.items()]),
+        ]
+    )
+
+
+def _markdown(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table. The standard library alone is allowed here."""
+    widths = [max(map(len, cells)) for cells in zip(headers, *rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [headers, *rows]]
+    lines.insert(1, "-|-".join("-" * width for width in widths))
+    return "".join(f"|-{line}-|\n" if line.startswith("-") else f"| {line} |\n" for line in lines)
 
 
 if __name__ == "__main__":
