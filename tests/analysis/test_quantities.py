@@ -34,7 +34,7 @@ def verdicts(random, noise, rows, slower=1.0):
 
 
 @pytest.mark.parametrize("noise", [0.005, 0.03, 0.1])
-def test_runs_of_the_same_code_get_a_verdict_in_hardly_any_comparison(noise):
+def test_runs_of_the_same_code_rarely_get_a_verdict(noise):
     random = np.random.default_rng(3)
     found = [verdicts(random, noise, rows=12) for _ in range(60)]
     # One in a hundred by design, and fewer where the noise lies below the threshold.
@@ -79,7 +79,7 @@ def test_which_processes_count(quantity, cases, expected):
     assert quantity.sample(cases) == expected
 
 
-def test_what_would_have_been_seen_goes_by_the_verdicts_own_error_rate():
+def test_the_detectable_change_uses_the_error_rate_of_the_verdict():
     random = np.random.default_rng(5)
     sides = processes(random, 0.03), processes(random, 0.03)
     found = log_change(*(TIME.sample(side) for side in sides))
@@ -87,7 +87,7 @@ def test_what_would_have_been_seen_goes_by_the_verdicts_own_error_rate():
         assert measure_change(*sides, TIME, rows).detectable == found.detectable(1 - 0.01 / rows)
 
 
-def test_what_one_side_lacks_is_said_with_its_reason():
+def test_a_figure_that_one_side_lacks_is_named_with_the_reason():
     known = record(gpu_memory_nvml_peak_mib=9.0)
     lacking = record()
     lacking.miss("gpu_memory_nvml_peak_mib", Reason(Code.NOT_TOLD, "the driver gave no process memory"))
@@ -144,7 +144,7 @@ def test_a_ratio_needs_a_column_that_is_never_0():
         Cost("overflow", "overflow", "overflow_steps", threshold=0.1)
 
 
-def test_no_verdict_and_no_state_is_left_out_of_what_is_counted(tmp_path):
+def test_every_verdict_and_state_is_counted(tmp_path):
     run, other = run_of(tmp_path, "a", 100.0), run_of(tmp_path, "b", 100.0)
     verdicts = [verdict for verdict in Verdict if verdict is not Verdict.NOT_COMPARABLE]
     rows = [

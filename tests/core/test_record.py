@@ -35,7 +35,7 @@ def test_zero_is_a_value():
     assert "overflow_steps" not in record.unavailable
 
 
-def test_a_value_ends_a_reason_and_the_first_reason_stays():
+def test_a_value_replaces_a_reason_and_the_first_reason_stays():
     record = Record()
     record.miss("final_accuracy", REASON)
     record.miss(["final_accuracy"], Reason(Code.OTHER, "second"))
@@ -49,7 +49,7 @@ def test_a_value_ends_a_reason_and_the_first_reason_stays():
 @pytest.mark.parametrize(
     "act", [lambda r: r.update({"loss": 1}), lambda r: r.miss("loss", REASON), lambda r: r["loss"]]
 )
-def test_names_that_are_no_column_are_refused(act):
+def test_unknown_columns_are_refused(act):
     with pytest.raises(KeyError, match="is no column of a case"):
         act(Record())
 
@@ -65,7 +65,7 @@ def test_json_and_csv_keep_everything():
     assert json.loads(row["unavailable"]) == {"final_accuracy": 'because of "x", and é'}
 
 
-def test_csv_stays_whole_whatever_is_in_a_text():
+def test_csv_stays_intact_whatever_a_text_contains():
     tail = '50%\r100%\r\nend, "quoted"'
     text = to_csv([Record({"case_id": "a", "output_tail": tail}), Record({"case_id": "b"})])
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
@@ -90,7 +90,7 @@ def test_columns_are_named_once_and_described():
     assert all(column.made and column.empty for column in COLUMNS.values())
 
 
-def test_data_dictionary_in_the_docs_is_the_one_in_the_code():
+def test_docs_hold_the_data_dictionary_of_the_code():
     committed = Path(__file__).parents[2] / "docs" / "metrics.md"
     assert committed.read_text() == data_dictionary(), "run `make docs`"
 
@@ -106,13 +106,13 @@ def test_data_dictionary_in_the_docs_is_the_one_in_the_code():
         "mpscale.analysis.gates",
     ],
 )
-def test_the_side_that_only_supervises_or_judges_imports_neither_tensorflow_nor_pandas(module):
+def test_supervising_and_judging_import_neither_tensorflow_nor_pandas(module):
     code = f"import sys, {module}; print([m for m in ('tensorflow', 'keras', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_public_names_are_there_and_others_are_not():
+def test_public_names_exist_and_others_do_not():
     for name in mpscale.__all__:
         assert getattr(mpscale, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'LossScale'"):
