@@ -1,7 +1,7 @@
-"""How often the intervals hold the truth, and the verdicts are wrong, over thousands of simulated runs.
+"""How often the intervals cover the truth, and how often verdicts are wrong, over thousands of simulated runs.
 
-The noise is the kind that was measured: processes differ by some percent, and the blocks of one process by a percent,
-each much like the one before it (lag-1 autocorrelation 0.56).
+The noise is like the one that was measured: processes differ by some percent, and the blocks of a process by one
+percent, each similar to the previous one (lag-1 autocorrelation 0.56).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCKS = 50
 AUTOCORRELATION = 0.56
 PROCESSES = [3, 4, 5, 7, 10]
 NOISES = [(0.03, 0.01), (0.05, 0.005), (0.005, 0.02)]
-"""Coefficients of variation: of processes, and of the blocks of one."""
+"""Coefficients of variation: of processes, and of the blocks of a process."""
 
 
 def block_times(random, shape, process_cv, block_cv, truth=1.0):
@@ -62,7 +62,7 @@ def test_interval_of_a_change_between_runs_covers_the_truth(processes, noise):
     before = medians(random, (TRIALS, processes[0]), noise)
     after = medians(random, (TRIALS, processes[1]), noise, truth=1.1)
     found = [log_change(a, b).interval() for a, b in zip(before, after, strict=True)]
-    # Welch's degrees of freedom make the interval somewhat too wide where there are few processes, never too narrow.
+    # Welch's degrees of freedom make the interval somewhat too wide for few processes, never too narrow.
     share = np.mean([low <= 0.1 <= high for low, high in found])
     assert 0.93 <= share <= 0.985
 

@@ -52,7 +52,7 @@ def test_same_code_rarely_looks_slower(common, own, within, rows):
     for _ in range(trials):
         runs = [simulated(random, common, own, within, rows=rows) for _ in range(6)]
         false += bool(slower_rows(runs[4], runs[5], floors_from_samples(runs[:5]), threshold=0.0))
-    # 1 % by design: five or more of 120 would be seen once in two hundred such tests.
+    # 1 % by design: five or more of 120 happen once in two hundred such tests.
     assert false <= 4
 
 

@@ -37,7 +37,7 @@ def verdicts(random, noise, rows, slower=1.0):
 def test_runs_of_the_same_code_rarely_get_a_verdict(noise):
     random = np.random.default_rng(3)
     found = [verdicts(random, noise, rows=12) for _ in range(60)]
-    # One in a hundred by design, and fewer where the noise lies below the threshold.
+    # One in a hundred by design, and fewer if the noise is below the threshold.
     assert sum(bool({"slower", "faster"} & set(one)) for one in found) <= 1
     if noise == 0.005:
         assert all(set(one) == {"same"} for one in found)

@@ -1,7 +1,7 @@
-"""Seeds that ended without a metric, died, or never ran: no verdict, gate, sentence or picture may read as if they had.
+"""Seeds that ended without a metric, died or never ran: no verdict, gate, sentence or picture may treat them as good.
 
-The differences to fp32 are 0 over equal seeds, so by hand the verdict is `non-inferior` where all seeds are known, and
-whatever a missing or lost seed makes of it elsewhere.
+Over equal seeds the differences to fp32 are 0, so the verdict is `non-inferior` if all seeds are known, and whatever a
+missing or lost seed makes of it otherwise.
 """
 
 from __future__ import annotations
