@@ -1,4 +1,4 @@
-"""The folder of a run: written while the run goes on, and its journal, from which all else can be made, read back."""
+"""The folder of a run: writes it during the run, and reads its journal, from which everything else can be made."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RunError(Exception):
 
 
 def steps_path(folder: Path, case_id: str) -> Path:
-    """The log of steps of a case."""
+    """Where the log of steps of a case is."""
     return folder / "steps" / f"{_file_name(case_id)}.csv.gz"
 
 
