@@ -339,7 +339,7 @@ def _ab(options: argparse.Namespace) -> int:
 
 
 def _history_arguments(parser: argparse.ArgumentParser) -> None:
-    from mpscale.analysis.quantities import MEASURES
+    from mpscale.analysis.quantities import QUANTITIES
 
     parser.description = (
         "Show a quantity over runs, oldest first. Each machine and each set of settings is a series of its own: "
@@ -353,7 +353,7 @@ def _history_arguments(parser: argparse.ArgumentParser) -> None:
         "--workload", action="append", default=[], type=as_typed, metavar="A", help="only this workload; repeatable"
     )
     parser.add_argument("--mode", action="append", default=[], metavar="B", help="only this mode; repeatable")
-    parser.add_argument("--quantity", choices=tuple(MEASURES), default="step_time", help="default: step_time")
+    parser.add_argument("--quantity", choices=tuple(QUANTITIES), default="step_time", help="default: step_time")
     _add_output_options(parser)
     parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw it, into a file ending in .svg or .png")
 

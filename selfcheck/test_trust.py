@@ -1,17 +1,17 @@
-"""How often a verdict is wrong where nothing changed, and how often it finds what did, by real processes.
+"""How often a verdict is wrong although nothing changed, and how often a change is found, with real processes.
 
     pytest selfcheck/test_trust.py --rounds 40                    # measures for about 50 minutes
     pytest selfcheck/test_trust.py --pool results/trust/pool.csv  # the tables again, from the same processes
 
-Every row of trust_pool.py runs in each round in turns: plain, plain again, and with 2, 5, 10 and 20 % of real work
-added to its step. A run of n processes is n rounds one after the other, so that runs lie minutes apart. From such runs
-invocations are drawn: twenty rows, each one of the pool's rows, with replacement, and n of the 2 n plain processes of
-its rounds, without: of three processes drawn with replacement two are often the same, and look as if there were no
-noise. Rows of a run share its rounds, and so the state of the machine. Then mpscale's own functions judge them:
-`compare` with a single-run baseline, and with four earlier runs of the baseline's code, the gate of a pytest run, which
-measures again what would fire, and `ab`, whose pairs are n rounds out of 2 n.
+trust_pool.py runs every row in every round, interleaved: plain, plain again, and with 2, 5, 10 and 20 % of real work
+added to its step. A run of n processes is n consecutive rounds, so that runs lie minutes apart. Comparisons are drawn
+from such runs: twenty rows, drawn from the pool's rows with replacement, and n of the 2 n plain processes of their
+rounds, without replacement, because of three processes drawn with replacement two are often the same and look as if
+there were no noise. The rows of a run share its rounds, and so the state of the machine. mpscale's own functions then
+judge them: `compare` with a single-run baseline and with four earlier runs of the baseline's code; the gate of a pytest
+run, which measures rows again before it fires; and `ab`, whose pairs are n rounds out of 2 n.
 
-What is true of a variant is not the work that was added by design, but its ratio to plain over all rounds.
+The true change of a variant is not the work that was meant to be added, but its ratio to plain over all rounds.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from pathlib import Path
 import pytest
 from tabulate import tabulate
 
-from mpscale.analysis.compare import ComparedRow, Comparison, Pair
+from mpscale.analysis.change import measure_change, with_verdicts
+from mpscale.analysis.compare import ComparedRow, Comparison, Pair, State
 from mpscale.analysis.gates import judge_gates, parse_gates
 from mpscale.analysis.noise_floor import FEWEST_RUNS, assumed_floor, floors_from_samples, pair_noise
-from mpscale.analysis.quantities import QUANTITIES, measure_change, with_verdicts
+from mpscale.analysis.quantities import COSTS, Outcome, Verdict
 from mpscale.analysis.stats import paired_ratio
 from mpscale.core.record import Record
 from mpscale.core.runs import Run
 
-TIME = QUANTITIES["step_time"]
+TIME = COSTS["step_time"]
 ROWS = 20
 A_A, A_B = 3000, 200
-"""Invocations for each cell of the tables."""
+"""Comparisons per cell of the tables."""
 REPEATS = (3, 5, 10, 20, 30)
 BETWEEN = 0.5
-"""Of simulated runs, over the spread of processes."""
+"""Spread of simulated runs, relative to that of processes."""
 PLAIN, AGAIN = 0, 1
 STRICTEST = 0.01
-"""Threshold at which nothing may be found where nothing changed; of a change it is half of that."""
+"""Threshold at which nothing may be found if nothing changed; for a change, the threshold is half of it."""
 NOBODY = Run(Path(), "", {}, [], True)
-CASE = [Record({"case_id": "", "seed": 0, "repeat": 0, "status": "ok"})][0]
 COMMANDS = ("compare, single-run", "compare, 5 runs", "pytest gate, 5 runs", "ab")
 
 
 @dataclass
 class Pool:
-    """Step times in ms by (row, variant), one a round."""
+    """Step times in ms by row and variant, one per round."""
 
     times: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     added: dict[int, float] = field(default_factory=dict)
@@ -82,23 +82,26 @@ class Pool:
 
 
 def windows(pool, processes, number):
-    """So many runs' rounds, disjoint, oldest first, drawn at random; the last is followed by as many again."""
+    """The rounds of ``number`` disjoint runs, drawn at random, oldest first."""
     there = [range(start, start + processes) for start in range(0, pool.rounds - processes + 1, processes)]
     return [there[place] for place in sorted(random.sample(range(len(there)), number))]
 
 
 def sample(pool, row, variant, rounds):
-    """Processes of a run, drawn from its rounds; there are twice as many plain ones."""
+    """Processes of a run, drawn from its rounds, which have twice as many plain ones."""
     variants = (PLAIN, AGAIN) if variant == PLAIN else (variant,)
     return random.sample([pool.times[row, each][turn] for turn in rounds for each in variants], len(rounds))
 
 
 def cases(times):
-    return [{**CASE, "repeat": number, TIME.column: time} for number, time in enumerate(times)]
+    return [
+        Record({"case_id": "", "seed": 0, "repeat": number, "status": "ok", TIME.column: time})
+        for number, time in enumerate(times)
+    ]
 
 
 def judged(before, after, floors, threshold, in_turns=False):
-    """What mpscale makes of twenty rows."""
+    """Mpscale's comparison of twenty rows."""
     sides = [{("row", str(place)): found for place, found in enumerate(side)} for side in (before, after)]
     assumed = assumed_floor(sides, TIME)
     pairs = pair_noise(sides, TIME) if in_turns else {}
@@ -108,7 +111,7 @@ def judged(before, after, floors, threshold, in_turns=False):
     ]
     changes = with_verdicts(changes, threshold)
     rows = [
-        ComparedRow(Pair(*place, "paired", None, one, two), {TIME.name: change}, None, (None, None))
+        ComparedRow(Pair(*place, State.PAIRED, None, one, two), {TIME.name: change}, None, (None, None))
         for (place, one), two, change in zip(sides[0].items(), after, changes, strict=True)
     ]
     return Comparison(NOBODY, NOBODY, True, ({}, {}), [], in_turns, rows=rows)
@@ -116,11 +119,11 @@ def judged(before, after, floors, threshold, in_turns=False):
 
 def fired(comparison, threshold):
     gates = parse_gates([f"step_time>{threshold:.2%}"])
-    return {int(finding.row[1]) for finding in judge_gates(comparison, gates) if finding.outcome == "fired"}
+    return {int(finding.row[1]) for finding in judge_gates(comparison, gates) if finding.outcome is Outcome.FIRED}
 
 
 def invoke(pool, command, processes, variant, threshold):
-    """Places of the rows on which a gate fires, and verdicts by place; row 0 has ``variant``, all others are plain."""
+    """The rows on which a gate fires, and the verdicts of all; row 0 has ``variant``, all others are plain."""
     rows = random.choices(pool.rows, k=ROWS)
     variants = [variant, *[PLAIN] * (ROWS - 1)]
     judge = in_turns if command == "ab" else run_by_run
@@ -129,7 +132,7 @@ def invoke(pool, command, processes, variant, threshold):
 
 
 def in_turns(pool, _, processes, rows, variants, threshold):
-    """As `mpscale ab` has it."""
+    """As in `mpscale ab`."""
     (rounds,) = windows(pool, 2 * processes, 1)
     sides = ([], [])
     for row, variant in zip(rows, variants, strict=True):
@@ -140,7 +143,7 @@ def in_turns(pool, _, processes, rows, variants, threshold):
 
 
 def run_by_run(pool, command, processes, rows, variants, threshold):
-    """A run against the one before it, with or without others before that; a gate measures again what would fire."""
+    """A run against the previous one, with or without earlier ones; a gate measures again before it fires."""
     anew = "gate" in command
     known = known_runs(command)
     drawn = windows(pool, processes, known + 1 + 2 * anew)
@@ -159,34 +162,34 @@ def run_by_run(pool, command, processes, rows, variants, threshold):
 
 
 def counted(pool, command, processes, variant, times):
-    """How invocations came out."""
+    """The shares of comparisons by what came of them."""
     outcome = Counter()
     threshold = pool.added[variant] / 2 or STRICTEST
     for _ in range(times):
         found, verdicts = invoke(pool, command, processes, variant, threshold)
         plain = verdicts[1:] if variant != PLAIN else verdicts
         outcome["false gate"] += bool(found - ({0} if variant != PLAIN else set()))
-        outcome["false verdict"] += bool({"slower", "faster"} & set(plain))
+        outcome["false verdict"] += bool({Verdict.SLOWER, Verdict.FASTER} & set(plain))
         outcome["found"] += 0 in found
-        outcome["wrong way"] += variant != PLAIN and verdicts[0] == "faster"
-        outcome["same"] += verdicts[0] == "same"
+        outcome["wrong way"] += variant != PLAIN and verdicts[0] is Verdict.FASTER
+        outcome["same"] += verdicts[0] is Verdict.SAME
     return {name: count / times for name, count in outcome.items()}
 
 
 def needed(command, processes):
-    """Rounds that an invocation takes at least."""
+    """The number of rounds that a comparison needs."""
     runs = 2 if command == "ab" else known_runs(command) + 1 + 2 * ("gate" in command)
     return processes * runs
 
 
 def known_runs(command):
-    """Runs of the baseline's code."""
+    """The number of runs of the baseline's code."""
     found = re.search(r"(\d+) runs", command)
     return int(found[1]) if found else 1
 
 
 def noise(pool, processes):
-    """Standard deviation of processes within a run and of run's means over windows, by row, as shares."""
+    """Relative standard deviations by row: of processes within a run, and of the means of runs."""
     within, between = [], []
     for row in pool.rows:
         times = pool.times[row, PLAIN]
@@ -254,7 +257,7 @@ def test_trust(pool, capsys):
 
 @pytest.mark.parametrize("command", ["compare, 5 runs", "compare, 12 runs", "ab"])
 def test_repeats_needed(command, capsys):
-    """Simulated: the fewest processes a row with which a change is found in 19 of 20 invocations."""
+    """Simulated: the smallest number of processes per row that finds a change in 19 of 20 comparisons."""
     random.seed(1)
     changes = (0.02, 0.05, 0.10, 0.20)
     table = []
@@ -270,7 +273,7 @@ def test_repeats_needed(command, capsys):
 
 
 def finds(command, noise, change, processes, times=60):
-    """Whether a change of that size is found often enough where processes differ by so much."""
+    """Whether a change of that size is found often enough if processes differ by that much."""
     found = 0
     for _ in range(times):
         pool = Pool(added={PLAIN: 0.0, AGAIN: 0.0, 2: change})

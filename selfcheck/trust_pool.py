@@ -1,9 +1,9 @@
-"""Real processes to draw runs from: every row plain, plain once more, and with real work added, in turns.
+"""Measure a pool of real processes to draw runs from: every row plain, plain again, and with real work added.
 
     python selfcheck/trust_pool.py --rounds 40 --output pool.csv
 
-A round runs each row once in each variant, in random order. How much is added is found out first, from processes with
-and without; how much slower a variant then is, is not taken from that but from all rounds together.
+A round runs each row once in each variant, in random order. A few processes with and without extra work show first how
+much to add; how much slower a variant really is comes from all rounds together.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ COLUMNS = ("round", "workload", "mode", "variant", "added", "products", "began_s
 
 
 class Pool:
-    """Runs processes one by one, through the same harness as any run.
+    """Runs processes one by one, with the same harness as any run.
 
     Args:
-        results: takes the run's folder.
-        timing_s: seconds of timing in each.
+        results: where the run's folder goes.
+        timing_s: seconds of timing per process.
     """
 
     def __init__(self, results: Path, timing_s: float) -> None:
@@ -59,7 +59,7 @@ class Pool:
         self._made = 0
 
     def measure(self, workload: str, mode: str, products: int) -> dict:
-        """One process; what was recorded of it."""
+        """Run one process and return its record."""
         self._made += 1
         name = f"trust_workloads:{workload.replace('-', '_')}_x{products}" if products else workload
         record = self.run.run(Case(name, mode, 0, self._made, 0, self._settings)).record

@@ -1,4 +1,4 @@
-"""Workloads with real work added to every step: ``trust_workloads:mnist1d_mlp_x120`` does 120 small products more."""
+"""Workloads with real work added to every step: ``trust_workloads:mnist1d_mlp_x120`` does 120 more small products."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def __getattr__(name: str) -> Workload:
 
 
 def _with_more(loss: Any, products: int) -> Any:
-    """A loss that multiplies a matrix by itself on the way, which no compiler can leave out."""
+    """A loss that also multiplies a matrix by itself, in a way that no compiler can remove."""
 
     def slower(labels: Any, outputs: Any) -> Any:
         import tensorflow as tf
 
         value = loss(labels, outputs)
-        # It depends on the loss, so that it is not worked out once and for all when the step is compiled.
+        # It depends on the loss, so that it is not folded into a constant when the step is compiled.
         matrix = tf.eye(SIZE) + 1e-3 * tf.stop_gradient(value)
 
         def multiply(count: Any, matrix: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Reads a cases.csv by itself, as it comes from another machine, out of an artifact or from people's tools.
+"""Read a cases.csv by itself, as it comes from another machine, an artifact or people's tools.
 
-Data frames and spreadsheets that have written the file again leave it readable as long as no figure can have changed:
-another word for unknown, another order, an index, numbers as 3.0. What may have lost a decimal point is refused.
+A file that a data frame or a spreadsheet has written again is fine as long as no figure can have changed: another word
+for unknown, another order, an index, numbers as 3.0. A file that may have lost a decimal point is refused.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpscale.core.columns import COLUMNS, SCHEMA_VERSION
-from mpscale.core.reason import Code, Reason
+from mpscale.core.reason import Reason
 from mpscale.core.record import Record
 from mpscale.core.run_folder import IDENTITY, RunError, lacks
 
@@ -24,7 +24,7 @@ _NEEDED = (*IDENTITY, "case_id", "status")
 _UNKNOWN = frozenset(
     "na n/a <na> #n/a #na nan -nan none null nil nat 1.#ind -1.#ind 1.#qnan -1.#qnan".split()  # noqa: SIM905
 )
-"""What pandas, R, polars, Julia and spreadsheets write for an empty cell, in lower case."""
+"""What pandas, R, polars, Julia and spreadsheets write into empty cells, in lower case."""
 _ELSEWHERE = "save it as CSV in UTF-8, with commas between cells and points in numbers, or take the original file"
 _NO_TEXT = {
     b"\xff\xfe": "UTF-16, as spreadsheets save `Unicode text`",
@@ -34,25 +34,31 @@ _NO_TEXT = {
 }
 
 
-def read_cases(path: Path) -> list[Record]:
-    """One record a row. Columns that are not known here are left out; those that are missing are empty.
+def read_cases(path: Path, only: Iterable[str] = COLUMNS) -> list[Record]:
+    """Read one record per row. Unknown columns are ignored; missing ones are empty.
 
-    A cell is unknown if it is empty or holds a word such as NA, NaN or null. In a column of text such a word counts
-    as unknown only if a column of numbers uses the same one: a metric may well be called ``none``.
+    A cell is unknown if it is empty or holds a word such as NA, NaN or null. In a column of text such a word counts as
+    unknown only if a column of numbers has it too: a metric may well be called ``none``.
+
+    Args:
+        path: of the file.
+        only: columns that are needed, besides those that say which case a row is and how it ended.
 
     Raises:
         RunError: the file cannot be read, lacks the columns that say which case a row is, or holds a value that does
             not belong in its column. The message names file and line.
     """
-    names, rows = _rows(path, _text(path))
+    wanted = {*only, *_NEEDED}
+    names, rows = _rows(path, _content(path), wanted)
     twice = sorted({name for name in names if name in COLUMNS and names.count(name) > 1})
     if twice:
         raise RunError(f"{path}: has several columns {', '.join(twice)}; leave one of each")
     missing = [name for name in _NEEDED if name not in names]
     if missing:
         raise RunError(f"{path}: is no cases.csv of mpscale: it has no column {', '.join(missing)}")
-    words = _words_for_unknown(row for _, row in rows)
-    records = [_record(path, line, row, words) for line, row in rows]
+    columns = [name for name in names if name in wanted and name in COLUMNS]
+    words = _words_for_unknown(columns, [cells for _, cells in rows])
+    records = [_record(path, line, columns, cells, words) for line, cells in rows]
     if not records:
         raise RunError(f"{path}: holds no case")
     seen: set[Any] = set()
@@ -63,7 +69,12 @@ def read_cases(path: Path) -> list[Record]:
     return records
 
 
-def _text(path: Path) -> str:
+def _content(path: Path) -> bytes:
+    """The content of a file that can be decoded as UTF-8.
+
+    Raises:
+        RunError: it cannot.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -74,56 +85,60 @@ def _text(path: Path) -> str:
     if b"\0" in content:
         raise RunError(f"{path}: cannot be read as CSV: it holds bytes of 0, as UTF-16 has them; {_ELSEWHERE}")
     try:
-        return content.decode("utf-8-sig")
+        content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise RunError(
             f"{path}, line {line}: cannot be read as CSV: it is not UTF-8, with the byte "
             f"0x{content[error.start]:02x}; {_ELSEWHERE}"
         ) from error
+    return content
 
 
-def _rows(path: Path, text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The names of the columns, and each row with the number of its last line. Rows without any content are left out.
+def _rows(path: Path, content: bytes, wanted: Container[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header, and the wanted cells of each row with the number of its last line. Rows without content are skipped.
 
     Raises:
-        RunError: it is no CSV with commas.
+        RunError: this is not CSV with commas.
     """
-    header = re.split("[\r\n]", text, maxsplit=1)[0]
-    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
-        if header.count(separator) > header.count(","):
+    header = content[: len(content) if (end := re.search(b"[\r\n]", content)) is None else end.start()]
+    for separator, name in ((b";", "semicolons"), (b"\t", "tabs")):
+        if header.count(separator) > header.count(b","):
             raise RunError(
                 f"{path}: its cells are separated by {name}, as spreadsheets do where numbers have decimal commas; "
                 f"whether 1,234 is more than a thousand cannot be told then: {_ELSEWHERE}"
             )
-    rows: list[tuple[int, dict[str, str]]] = []
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[tuple[int, list[str]]] = []
+    # A StringIO would hold four bytes per character.
+    reader = csv.reader(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline=""), strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]
+        places = [place for place, name in enumerate(names) if name in wanted and name in COLUMNS]
         for row in reader:
             if not any(row):
                 continue
             if len(row) != len(names):
                 raise RunError(f"{path}, line {reader.line_num}: has not as many cells as the header")
-            rows.append((reader.line_num, dict(zip(names, row, strict=True))))
+            rows.append((reader.line_num, [row[place] for place in places]))
     except csv.Error as error:
         raise RunError(f"{path}, line {reader.line_num}: cannot be read as CSV: {error}") from error
     return names, rows
 
 
-def _words_for_unknown(rows: Iterable[Mapping[str, str]]) -> frozenset[str]:
-    """The words that stand in the file for an empty cell: those that are found where there should be a number."""
-    plain = [name for name, column in COLUMNS.items() if column.kind != "str"]
-    found = {row.get(name, "").strip() for row in rows for name in plain}
-    return frozenset(word for word in found if word.lower() in _UNKNOWN)
+def _words_for_unknown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> frozenset[str]:
+    """The words that stand for an empty cell in this file: those that appear where a number should be."""
+    numbers = [place for place, name in enumerate(columns) if COLUMNS[name].kind != "str"]
+    found = {cells[place] for cells in rows for place in numbers}
+    return frozenset(word for cell in found if (word := cell.strip()).lower() in _UNKNOWN)
 
 
-def _record(path: Path, line: int, row: Mapping[str, str], words: frozenset[str]) -> Record:
+def _record(path: Path, line: int, columns: Sequence[str], cells: Sequence[str], words: frozenset[str]) -> Record:
     try:
-        known = {name: text for name, text in row.items() if name in COLUMNS and not _is_unknown(row, name, words)}
+        row = {name: cell for name, cell in zip(columns, cells, strict=True) if cell}
+        known = {name: text for name, text in row.items() if not _is_unknown(row, name, words)}
         values = {name: _value(name, text) for name, text in known.items()}
-        reasons = values.pop("unavailable", None)
-        record = Record(values, {name: Reason(Code.OTHER, why) for name, why in (reasons or {}).items()})
+        reasons = values.pop("unavailable", None) or {}
+        record = Record(values, {name: Reason.from_json(why) for name, why in reasons.items()})
         odd = [*record.drop_misfits(), *lacks(record, str(record["case_id"]))]
         if odd:
             raise ValueError("; ".join(odd))
@@ -141,10 +156,11 @@ def _record(path: Path, line: int, row: Mapping[str, str], words: frozenset[str]
 def _is_unknown(row: Mapping[str, str], name: str, words: frozenset[str]) -> bool:
     text = row[name]
     if COLUMNS[name].kind != "str":
-        return not text.strip() or text.strip() in words
-    # A workload may be called as others call nothing; its cases are then called so, too.
-    named = name == "case_id" or (name == "workload" and row["case_id"].startswith(f"{text}--"))
-    return not text or (text in words and not named)
+        word = text.strip()
+        return not word or word in words
+    # A workload may have a name that others use for nothing; then its cases have it, too.
+    named = name == "case_id" or (name == "workload" and row.get("case_id", "").startswith(f"{text}--"))
+    return text in words and not named
 
 
 def _value(name: str, text: str) -> Any:
@@ -155,7 +171,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def _float(text: str) -> float:
-    # Python's own numbers may hold underscores, which no tool writes and a name may.
+    # Numbers in Python may have underscores, which no tool writes.
     try:
         if "_" not in text and "," not in text:
             return float(text)
@@ -165,7 +181,7 @@ def _float(text: str) -> float:
 
 
 def _integer(text: str) -> int:
-    # Spreadsheets and data frames make 3 into 3.0.
+    # Spreadsheets and data frames turn 3 into 3.0.
     value = _float(text)
     if not value.is_integer():
         raise ValueError(f"expected a whole number, not {text!r}")
@@ -183,7 +199,7 @@ def _reasons(text: str) -> dict[str, str]:
     try:
         value = json.loads(text)
     except ValueError:
-        # As Python shows a dict, which is what a data frame of a run writes.
+        # A data frame of a run writes dicts as Python shows them.
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -1,6 +1,6 @@
-"""The data dictionary: every column of cases.csv, its unit, how it is made and when it is empty.
+"""The data dictionary: every column of cases.csv and summary.csv, its unit, how it is made and when it is empty.
 
-``docs/metrics.md`` is printed from here (``python -m mpscale.core.columns``), and a test holds the two together.
+``docs/metrics.md`` is printed from here (``python -m mpscale.core.columns``), and a test keeps the two equal.
 """
 
 from __future__ import annotations
@@ -9,31 +9,40 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from mpscale.core.mode import MODES
-
 SCHEMA_VERSION = 1
-"""Raised when a column changes its name, unit or meaning."""
+"""Raise this when a column changes its name, unit or meaning."""
 
+# Version 2: a step returns its loss, loss scale and overflow. Version 1 wrote them into a variable, which made the
+#   smallest steps slower than in a hand-written loop.
+# Version 3: a timed block waits for the tensor of its last step instead of a variable, and rarely follows a read of
+#   what the steps returned.
+# Version 4: a step returns only what its mode knows, and a timed block keeps none of it.
+# Version 5: a step returns loss, loss scale and overflow separately, because packing them into one tensor slowed
+#   convolutions with a loss scale; and it is compiled from a small function, which is cheaper to call.
 METHOD_VERSION = 5
-"""Raised by hand when the way of measuring changes, so that older figures are not compared with newer ones."""
+"""Raise this when the way of measuring changes: figures of different versions are not compared."""
 
 Status = Literal[
     "ok", "diverged", "stalled", "oom", "timeout", "crashed", "error", "unsupported", "invalid", "interrupted"
 ]
 STATUSES: dict[str, str] = {
     "ok": "trained and measured",
-    "diverged": "the weights, the loss or the final metric ended non-finite; a result where scaling is on trial, else a failure",
-    "stalled": "at least 95 % of the steps were skipped, so next to nothing was learned; judged like `diverged`",
+    "diverged": "the weights, the loss or the final metric ended non-finite; a result if the mode tries out a loss scale, else a failure",
+    "stalled": "at least 95 % of the steps were skipped, so that next to nothing was learned; judged like `diverged`",
     "oom": "the device or the host ran out of memory",
     "timeout": "did not finish within `--mp-timeout` seconds and was killed",
     "crashed": "the process was ended by a signal",
     "error": "the process ended with an exception",
-    "unsupported": "this device, or train steps compiled in this way, cannot run this mode; nothing was started",
+    "unsupported": "this device, or this way of compiling train steps, cannot run the mode; nothing was started",
     "invalid": "ran, but its figures must not be used; `status_reason` says why",
     "interrupted": "stopped by the user before it finished",
 }
 FAILED = ("oom", "timeout", "crashed", "error", "invalid", "interrupted")
-"""Statuses that fail the pytest test whatever the mode."""
+"""Statuses that fail the pytest test in any mode."""
+LOST = ("diverged", "stalled")
+"""Statuses of trainings that ran to the end and are worth nothing."""
+MEASURED = ("ok", *LOST)
+"""Statuses of cases that ran to the end."""
 
 Kind = Literal["str", "int", "float", "bool", "json"]
 DTYPES: dict[Kind, str] = {
@@ -43,24 +52,21 @@ DTYPES: dict[Kind, str] = {
     "bool": "boolean",
     "json": "object",
 }
-"""The pandas dtype of each kind: one that knows the unknown."""
-
-
-class Source(StrEnum):
-    """Which process finds out the value of a column."""
-
-    WORKER = "worker"
-    MONITOR = "monitor"
-    """From the GPU's driver."""
-    SESSION = "session"
+"""The pandas dtype of each kind; all of them can hold missing values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of cases.csv.
+    """One column of cases.csv or summary.csv.
 
-    ``made`` says how the value comes about and ``empty`` when there is none. A column with ``measured`` must hold a
-    value or be named, with the reason, in the column ``unavailable``.
+    Args:
+        name: as in the header.
+        kind: of its values.
+        unit: of its values; empty if they have none.
+        made: how a value is made.
+        empty: when there is no value.
+        measured: a row without a value must give the reason in the column ``unavailable``.
+        positive: values must be above 0, as they are compared as ratios.
     """
 
     name: str
@@ -69,12 +75,11 @@ class Column:
     made: str
     empty: str = "never"
     measured: bool = False
-    source: Source | None = None
-    """None: that of its section."""
+    positive: bool = False
 
 
 class Topic(StrEnum):
-    """What columns are about."""
+    """What a column is about."""
 
     CASE = "case"
     ENDING = "ending"
@@ -97,26 +102,26 @@ class Section:
     topic: Topic
     title: str
     columns: tuple[Column, ...]
-    source: Source = Source.WORKER
 
 
 def _known(name: str, kind: Kind, unit: str, made: str, empty: str = "never") -> Column:
     return Column(name, kind, unit, made, empty)
 
 
-def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, source: Source | None = None) -> Column:
-    return Column(name, kind, unit, made, empty, measured=True, source=source)
+def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, positive: bool = False) -> Column:
+    return Column(name, kind, unit, made, empty, measured=True, positive=positive)
 
 
 # fmt: off
 _NOT_REACHED = "the case ended before that"
 _NO_TRAINING = "timing-only process (`repeat` above 0), or the case ended before that"
 _NO_TIMING = "timing was off (`--benchmark-disable`), or the case ended before that"
-_UNCHECKED = ", ".join(mode.name for mode in MODES.values() if not mode.sees_overflow)
-_NO_CHECK = f"the mode checks no gradient ({_UNCHECKED}), or the case ended before that"
+_NO_CHECK = (
+    "the mode checks no gradient (fp32, tf32, mixed-bf16, mixed-unscaled, article), or the case ended before that"
+)
 _NO_SCALE = "the mode has no loss scale, or the case ended before that"
-_NO_NVML = "no GPU, no NVML, or NVML does not tell or failed to in mid-case; the reason says which"
-_NO_ENERGY = "no GPU, NVML tells neither energy nor power or failed to in mid-case, energy was off (`--mp-energy 0`, preset `smoke`), or the window was shorter than 10 s"
+_NO_NVML = "no GPU, no NVML, or NVML does not report it or stopped doing so during the case; the reason says which"
+_NO_ENERGY = "no GPU, NVML reports neither energy nor power or stopped doing so during the case, energy was off (`--mp-energy 0`, preset `smoke`), or the window was shorter than 10 s"
 
 SECTIONS: tuple[Section, ...] = (
     Section(
@@ -128,10 +133,10 @@ SECTIONS: tuple[Section, ...] = (
             _known("mode", "str", "", "how it was trained"),
             _known("seed", "int", "", "seed of the initial weights and of the order of the data"),
             _known("repeat", "int", "", "0: trained to the end, then timed; above 0: a process that only times"),
-            _known("order", "int", "", "place in the run, from 0: modes of a seed run side by side, in shuffled order"),
-            _known("attempts", "int", "", "how often the case was started; this row is the last attempt"),
-            _measured("series_key", "str", "", "workload, its digest, mode, settings and method version: rows of different runs may be compared where it is equal", "the workload was never built"),
-            _measured("workload_digest", "str", "", "SHA-256 over the configs of model and optimizer, the name of the loss, the parameter count and `data_digest`, first 16 hex digits; names and dtypes left out, so that it is the same in every mode", _NOT_REACHED),
+            _known("order", "int", "", "place in the run, from 0; modes of a seed run next to each other, in shuffled order"),
+            _known("attempts", "int", "", "how often the case was started; the row is of the last attempt"),
+            _measured("series_key", "str", "", "workload, its digest, mode, settings and method version: rows of different runs can be compared if it is equal", "the workload was never built"),
+            _measured("workload_digest", "str", "", "SHA-256 over the configs of model and optimizer, the name of the loss, the parameter count and `data_digest`, first 16 hex digits; without names and dtypes, so that it is the same in every mode", _NOT_REACHED),
             _known("schema_version", "int", "", "version of this table"),
             _known("method_version", "int", "", "version of the way of measuring"),
         ),
@@ -141,25 +146,25 @@ SECTIONS: tuple[Section, ...] = (
         "How it ended",
         (
             _known("status", "str", "", "one of the statuses below"),
-            _known("status_reason", "str", "", "one line that says why the status is not `ok`", "status is `ok`"),
+            _known("status_reason", "str", "", "why the status is not `ok`, in one line", "status is `ok`"),
             _known("output_tail", "str", "", "the last lines the process wrote, journal and CSV only", "the case did not fail"),
-            _known("case_wall_time_s", "float", "s", "from the start of the process to its end, by the clock of the supervising process", "nothing was started"),
+            _known("case_wall_time_s", "float", "s", "from the start of the process to its end, measured by the supervising process", "nothing was started"),
         ),
     ),
     Section(
         Topic.SETTINGS,
         "Settings",
         (
-            _known("device", "str", "", "`cpu` or `gpu`: where the train step ran"),
+            _known("device", "str", "", "where the train step ran: `cpu` or `gpu`"),
             _known("device_name", "str", "", "the device's own name"),
-            _known("start_method", "str", "", "`fork`: child of a process that has TensorFlow imported and no device touched; `fresh`: an interpreter of its own", "nothing was started"),
+            _known("start_method", "str", "", "`fork`: child of a process that has imported TensorFlow and touched no device; `fresh`: an interpreter of its own", "nothing was started"),
             _known("jit", "bool", "", "whether the train step is compiled by XLA; the same for all modes of a run"),
             _known("policy", "str", "", "Keras dtype policy; float32 for graph-rewrite, which TensorFlow rewrites to float16 below Keras"),
-            _measured("layer_dtypes", "str", "", "layers by the dtype that they compute in (`float16 2, float32 1`), inputs and those that only hold other layers left out; held against the mode", "the model has no layers, or the case ended before that"),
-            _measured("product_dtypes", "str", "", "matrix products, convolutions and recurrent kernels of the traced train step by the dtype of what is multiplied, gradients, loss and optimizer included; held against the mode. Before TensorFlow's rewrite (graph-rewrite) and before XLA", "the train step multiplies no matrices, or the case ended before that"),
-            _measured("process_settings", "str", "", "settings beyond the mode's that move a figure: deterministic operations, XLA's flags; `none` where nothing is set; checked equal over the modes of a seed", _NOT_REACHED),
+            _measured("layer_dtypes", "str", "", "layers by the dtype that they compute in (`float16 2, float32 1`), without inputs and layers that only hold others; checked against the mode", "the model has no layers, or the case ended before that"),
+            _measured("product_dtypes", "str", "", "matrix products, convolutions and recurrent kernels of the traced train step by the dtype of the factors, including gradients, loss and optimizer; checked against the mode. Before TensorFlow's rewrite (graph-rewrite) and before XLA", "the train step multiplies no matrices, or the case ended before that"),
+            _measured("process_settings", "str", "", "settings that move a figure and are not the mode's: deterministic operations, XLA's flags; `none` if nothing is set; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("tf32", "bool", "", "whether float32 products may be rounded to TF32, read back from TensorFlow", "the device has no TF32"),
-            _measured("gpu_allocator", "str", "", "TensorFlow's allocator: `cuda_malloc_async`, or `bfc` (with growth) where that does not work or was asked for", "on a CPU"),
+            _measured("gpu_allocator", "str", "", "TensorFlow's allocator: `cuda_malloc_async`, or `bfc` (with growth) if that does not work or was requested", "on a CPU"),
             _measured("batch_size", "int", "examples", "examples per step", _NOT_REACHED),
             _measured("optimizer", "str", "", "class of the wrapped Keras optimizer", _NOT_REACHED),
             _measured("parameters", "int", "", "trainable parameters of the model", _NOT_REACHED),
@@ -173,9 +178,9 @@ SECTIONS: tuple[Section, ...] = (
             _measured("data_order_digest", "str", "", "SHA-256 over the order of the examples, first 16 hex digits; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("data_digest", "str", "", "SHA-256 over all examples and labels, first 16 hex digits; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("model_digest", "str", "", "SHA-256 over the configs of the model and of its layers at any depth, without names and dtypes, and the shapes of its weights, first 16 hex digits; checked equal over the modes of a seed", _NOT_REACHED),
-            _measured("optimizer_config", "str", "", "class, settings and learning rate of the optimizer as JSON, of a schedule the rates at some steps; checked equal over the modes of a seed", _NOT_REACHED),
+            _measured("optimizer_config", "str", "", "class, settings and learning rate of the optimizer as JSON, for a schedule the rates at some steps; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("loss_inputs", "str", "", "dtype and shape of a batch of labels and shape of a batch of outputs; checked equal over the modes of a seed", _NOT_REACHED),
-            _measured("loss_probe", "float", "", "the loss of the first batch's labels and of outputs that are the same in every mode (multiples of 1/64 between 0 and 1, drawn with seed 17), on the CPU; checked equal to 1e-4 over the modes of a seed", "it was not finite, or the loss draws numbers, changes variables, computes in less than float32 or does not run by itself; or the case ended before that"),
+            _measured("loss_probe", "float", "", "the loss for the first batch's labels and outputs that are the same in every mode (multiples of 1/64 between 0 and 1, drawn with seed 17), on the CPU; checked equal to 1e-4 over the modes of a seed", "it was not finite, or the loss draws numbers, changes variables, computes in less than float32 or does not run by itself; or the case ended before that"),
             _measured("step_operations", "str", "", "products, activations, poolings and draws of random numbers of the traced train step by kind; checked equal over the modes of a seed", "there are none, or the case ended before that"),
         ),
     ),
@@ -183,10 +188,10 @@ SECTIONS: tuple[Section, ...] = (
         Topic.TRAINING,
         "Training",
         (
-            _measured("attempted_steps", "int", "steps", "train steps begun in training, timing apart", _NO_TRAINING),
-            _measured("applied_steps", "int", "steps", "train steps whose update reached the weights", "the mode checks no gradient, so it cannot tell; or " + _NO_TRAINING),
-            _measured("skipped_steps", "int", "steps", "train steps that changed nothing, because a gradient was not finite", _NO_CHECK + "; or timing-only"),
-            _measured("overflow_steps", "int", "steps", "train steps with a non-finite gradient; for mixed-keras, steps that were no iteration of the optimizer inside it", _NO_CHECK + "; or timing-only"),
+            _measured("attempted_steps", "int", "steps", "train steps started in training, without timing", _NO_TRAINING),
+            _measured("applied_steps", "int", "steps", "train steps whose update reached the weights", "the mode checks no gradient, so it does not know; or " + _NO_TRAINING),
+            _measured("skipped_steps", "int", "steps", "train steps that changed nothing because a gradient was not finite", _NO_CHECK + "; or timing-only"),
+            _measured("overflow_steps", "int", "steps", "train steps with a non-finite gradient; for mixed-keras, steps that its inner optimizer did not count", _NO_CHECK + "; or timing-only"),
             _measured("longest_skip_run", "int", "steps", "most skipped steps in a row", _NO_CHECK + "; or timing-only"),
             _measured("first_overflow_step", "int", "step, from 0", "first step with a non-finite gradient", "there was none; " + _NO_CHECK + "; or timing-only"),
             _measured("last_overflow_step", "int", "step, from 0", "last step with a non-finite gradient", "there was none; " + _NO_CHECK + "; or timing-only"),
@@ -197,7 +202,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("loss_scale_max", "float", "", "largest loss scale of any step", _NO_SCALE + "; or timing-only"),
             _measured("train_loss_first", "float", "", "loss of the first step, unscaled", "it was not finite; " + _NO_TRAINING),
             _measured("train_loss_final", "float", "", "mean loss of the last 100 steps, unscaled", "one of them was not finite; " + _NO_TRAINING),
-            _measured("train_wall_time_s", "float", "s", "time in train steps and in reading their log; first step and evaluations apart", _NO_TRAINING),
+            _measured("train_wall_time_s", "float", "s", "time in train steps and in reading their log, without the first step and evaluations", _NO_TRAINING),
             _measured("steps_to_target", "int", "steps", "steps after which the metric on the progress set first reached the workload's target", "the target was not reached, the workload has none, or " + _NO_TRAINING),
             _measured("time_to_target_s", "float", "s", "`train_wall_time_s` up to that step", "as `steps_to_target`"),
         ),
@@ -206,83 +211,80 @@ SECTIONS: tuple[Section, ...] = (
         Topic.RESULT,
         "Result of the training",
         (
-            _measured("final_accuracy", "float", "share", "accuracy on the test set after the last step", "the workload's metric is another, or " + _NO_TRAINING),
+            _measured("final_accuracy", "float", "share", "accuracy on the test set after the last step", "the workload has another metric, or " + _NO_TRAINING),
             _measured("metric_name", "str", "", "the workload's metric", _NOT_REACHED),
             _measured("metric_value", "float", "", "that metric on the test set after the last step", "it was not finite, or " + _NO_TRAINING),
-            _measured("metric_higher_is_better", "bool", "", "its direction", _NOT_REACHED),
-            _measured("metric_target", "float", "", "value of the metric from which on the workload counts as trained", "the workload has none, or the case ended before that"),
+            _measured("metric_higher_is_better", "bool", "", "whether higher is better", _NOT_REACHED),
+            _measured("metric_target", "float", "", "value of the metric at which the workload counts as trained", "the workload has none, or the case ended before that"),
             _measured("metric_margin", "float", "", "how much worse than the baseline still counts as equal, in units of the metric", _NOT_REACHED),
             _measured("test_examples", "int", "examples", "size of the test set", _NOT_REACHED),
-            _measured("published_metric_value", "float", "", "the metric on the test set that the publication of the data uses, where that is another (mnist1d: its 1,000 examples)", "there is no such set, or " + _NO_TRAINING),
+            _measured("published_metric_value", "float", "", "the metric on the test set of the data's publication, if that is a different one (mnist1d: its 1,000 examples)", "there is no such set, or " + _NO_TRAINING),
         ),
     ),
     Section(
         Topic.STEP_TIME,
         "Step time",
         (
-            _measured("step_time_ms_median", "float", "ms", "median over the blocks of (time of a block / its steps), steady state; the one number of this process", _NO_TIMING),
+            _measured("step_time_ms_median", "float", "ms", "median over the blocks of (time of a block / its steps), in steady state; the one number of this process", _NO_TIMING, positive=True),
             _measured("step_time_ms_p10", "float", "ms", "10th percentile over the blocks", _NO_TIMING),
             _measured("step_time_ms_p90", "float", "ms", "90th percentile over the blocks", _NO_TIMING),
-            _measured("step_time_ms_per_applied", "float", "ms", "time of all blocks over the steps applied in them: a skipped step is cheaper and buys nothing", "the mode checks no gradient, no step was applied, or timing was off"),
+            _measured("step_time_ms_per_applied", "float", "ms", "time of all blocks over the steps applied in them: a skipped step is cheaper and gains nothing", "the mode checks no gradient, no step was applied, or timing was off"),
             _measured("examples_per_s", "float", "1/s", "`batch_size` / `step_time_ms_median`", _NO_TIMING),
             _measured("timed_blocks", "int", "blocks", "blocks timed, one synchronisation each", _NO_TIMING),
             _measured("timed_steps", "int", "steps", "steps in them", _NO_TIMING),
             _measured("timed_overflow_steps", "int", "steps", "steps with a non-finite gradient in them; not in `overflow_steps`", _NO_CHECK + "; or timing was off"),
-            _measured("dispatch_share", "float", "share", "time per call of a step that does no work but takes the same variables, over `step_time_ms_median`", _NO_TIMING),
+            _measured("dispatch_share", "float", "share", "time per call of a step with the same variables that does no work, over `step_time_ms_median`", _NO_TIMING),
             _measured("dispatch_bound", "bool", "", "whether `dispatch_share` is above 0.5: the step time then says more about Python and TensorFlow than about the device", _NO_TIMING),
-            _measured("build_time_s", "float", "s", "building model and optimizer, weights included", _NOT_REACHED),
+            _measured("build_time_s", "float", "s", "building model and optimizer, including the weights", _NOT_REACHED),
             _measured("trace_time_s", "float", "s", "tracing the train step into a graph", _NOT_REACHED),
-            _measured("first_step_s", "float", "s", "first call of the traced step, compilation included", _NOT_REACHED),
+            _measured("first_step_s", "float", "s", "first call of the traced step, including compilation", _NOT_REACHED),
         ),
     ),
     Section(
         Topic.HOST_NOISE,
         "Noise of the machine",
         (
-            _measured("host_load", "float", "", "load average over a minute when the case began: processes that ran or waited to run", "the system has none"),
-            _measured("host_other_cpu_share", "float", "share", "share of all processors' time that other processes took while steps were timed; above 0.1 the machine was busy", _NO_TIMING + "; timed for less than 0.2 s; no `/proc`"),
-            _measured("host_steal_share", "float", "share", "share of all processors' time that the hypervisor gave to other machines meanwhile", "as above"),
-            _measured("host_clock_mhz", "float", "MHz", "mean clock of the processors at the end of the timing; a snapshot", _NO_TIMING + "; or the host does not tell"),
+            _measured("host_load", "float", "", "load average over a minute at the start of the case: processes that ran or waited to run", "the system has none"),
+            _measured("host_other_cpu_share", "float", "share", "share of all processors' time that other processes used while steps were timed; above 0.1 the machine was busy", _NO_TIMING + "; timed for less than 0.2 s; no `/proc`"),
+            _measured("host_steal_share", "float", "share", "share of all processors' time that the hypervisor gave to other machines in that time", "as above"),
+            _measured("host_clock_mhz", "float", "MHz", "mean clock of the processors at the end of the timing; a snapshot", _NO_TIMING + "; or the host does not report it"),
         ),
-        Source.SESSION,
     ),
     Section(
         Topic.MEMORY,
         "Memory",
         (
-            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline: `gpu_memory_process_peak_mib` where it is known, else `gpu_memory_device_rise_mib` where nobody else used the GPU; `gpu_memory_method` says which", _NO_NVML),
+            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline: `gpu_memory_process_peak_mib` if it is known, else `gpu_memory_device_rise_mib` if nobody else used the GPU; `gpu_memory_method` says which", _NO_NVML, positive=True),
             _measured("gpu_memory_method", "str", "", "`process` or `device-minus-idle`: where the headline comes from", _NO_NVML),
-            _measured("gpu_memory_process_peak_mib", "float", "MiB", "largest memory of the process and its descendants that NVML listed, looked at every 10 ms and at every phase, and every 500 ms while steps are timed", "as above, or NVML lists the process without its memory or not at all"),
-            _measured("gpu_memory_device_rise_mib", "float", "MiB", "largest memory in use on the whole GPU, less `gpu_memory_idle_mib`", "it did not rise; " + _NO_NVML),
+            _measured("gpu_memory_process_peak_mib", "float", "MiB", "largest memory of the process and its descendants that NVML listed, sampled every 10 ms and at every phase, and every 500 ms while steps are timed", "as above, or NVML lists the process without its memory or not at all"),
+            _measured("gpu_memory_device_rise_mib", "float", "MiB", "largest memory in use on the whole GPU minus `gpu_memory_idle_mib`", "it did not rise; " + _NO_NVML),
             _measured("gpu_memory_idle_mib", "float", "MiB", "memory in use on the whole GPU before the process touched it", _NO_NVML),
-            _measured("gpu_memory_context_mib", "float", "MiB", "memory that the process held once CUDA's context was there and nothing else, by the headline's method", _NO_NVML),
-            _measured("gpu_memory_reserved_mib", "float", "MiB", "memory that the driver keeps for itself; in none of the others", "the driver does not tell it apart; " + _NO_NVML),
-            _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process", "on a CPU, where TensorFlow returns zeros, or not reached", Source.WORKER),
-            _measured("gpu_memory_allocator_timed_peak_mib", "float", "MiB", "peak of TensorFlow's allocator while steps were timed", "as above, or timing was off", Source.WORKER),
-            _measured("gpu_memory_unexplained_mib", "float", "MiB", "headline less context less the allocator's peak: pools that hold more than is used, libraries, compiled programs; may be negative, since the peaks need not fall together", "one of the three is unknown"),
-            _measured("gpu_sample_interval_ms", "float", "ms", "mean time between two looks at the GPU's memory, outside the timed blocks", _NO_NVML),
-            _measured("gpu_sample_gap_ms", "float", "ms", "longest time between two, outside the timed blocks, where it is 500 ms: a peak shorter than this may have gone unseen", _NO_NVML),
-            _measured("host_memory_peak_mib", "float", "MiB", "largest resident memory of the process (VmHWM), compiler included; on a CPU it measures the compiler more than the model", "the process ended too early to be read", Source.SESSION),
+            _measured("gpu_memory_context_mib", "float", "MiB", "memory that the process held when it had CUDA's context and nothing else, by the headline's method", _NO_NVML),
+            _measured("gpu_memory_reserved_mib", "float", "MiB", "memory that the driver keeps for itself; not included in the others", "the driver does not report it separately; " + _NO_NVML),
+            _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process", "on a CPU, where TensorFlow returns zeros, or not reached"),
+            _measured("gpu_memory_allocator_timed_peak_mib", "float", "MiB", "peak of TensorFlow's allocator while steps were timed", "as above, or timing was off"),
+            _measured("gpu_memory_unexplained_mib", "float", "MiB", "headline minus context minus the allocator's peak: pools that hold more than is used, libraries, compiled programs; may be negative, because the peaks need not coincide", "one of the three is unknown"),
+            _measured("gpu_sample_interval_ms", "float", "ms", "mean time between two samples of the GPU's memory, outside the timed blocks", _NO_NVML),
+            _measured("gpu_sample_gap_ms", "float", "ms", "longest time between two samples, outside the timed blocks, where it is 500 ms; a shorter peak may have been missed", _NO_NVML),
+            _measured("host_memory_peak_mib", "float", "MiB", "largest resident memory of the process (VmHWM), including the compiler; on a CPU it is more about the compiler than about the model", "the process ended too early to be read", positive=True),
         ),
-        Source.MONITOR,
     ),
     Section(
         Topic.ENERGY,
         "Energy",
         (
-            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, by its counter where it has one, else by its power, divided by the steps", _NO_ENERGY),
+            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, from its counter if it has one, else from its power, divided by the steps", _NO_ENERGY, positive=True),
             _measured("gpu_energy_method", "str", "", "`counter` or `power`: where the headline comes from", _NO_ENERGY),
             _measured("gpu_energy_j_per_applied_step", "float", "J", "the same divided by the steps that were not skipped", "the mode checks no gradient, no step was applied; " + _NO_ENERGY),
-            _measured("gpu_energy_net_j_per_step", "float", "J", "the headline less `gpu_idle_power_w` times the window: what training added", "the GPU drew no more than before, or its idle power is unknown; " + _NO_ENERGY),
-            _measured("gpu_energy_counter_j", "float", "J", "how far the GPU's energy counter moved in the window", "before Volta, or a counter that does not move; " + _NO_ENERGY),
+            _measured("gpu_energy_net_j_per_step", "float", "J", "the headline minus `gpu_idle_power_w` times the window: what training added", "the GPU drew no more than before, or its idle power is unknown; " + _NO_ENERGY),
+            _measured("gpu_energy_counter_j", "float", "J", "increase of the GPU's energy counter in the window", "before Volta, or a counter that does not move; " + _NO_ENERGY),
             _measured("gpu_energy_power_j", "float", "J", "integral of the power readings over the window, trapezoidal rule", _NO_ENERGY),
             _measured("gpu_energy_window_s", "float", "s", "from the start of the timing until steps were taken for at least `--mp-energy` seconds", "no GPU, or timing or energy was off"),
-            _measured("gpu_energy_steps", "int", "steps", "steps taken in it: the timed ones and those that were added", "as above"),
+            _measured("gpu_energy_steps", "int", "steps", "steps in the window: the timed ones and those that were added", "as above"),
             _measured("gpu_power_w_mean", "float", "W", "energy over window", _NO_ENERGY),
-            _measured("gpu_power_source", "str", "", "`instant`, or `mean of up to a second`: what NVML's power readings are", _NO_NVML),
+            _measured("gpu_power_source", "str", "", "`instant`, or `mean of up to a second`: what NVML's power readings mean", _NO_NVML),
             _measured("gpu_idle_power_w", "float", "W", "mean power in the last 2 s before the process touched the GPU", _NO_NVML),
         ),
-        Source.MONITOR,
     ),
     Section(
         Topic.GPU_STATE,
@@ -290,16 +292,15 @@ SECTIONS: tuple[Section, ...] = (
         (
             _measured("gpu_temperature_c_max", "float", "°C", "highest temperature of the GPU in the case", _NO_NVML),
             _measured("gpu_sm_clock_mhz_median", "float", "MHz", "clock of the multiprocessors, median over the timed window", "timing was off; " + _NO_NVML),
-            _measured("gpu_memory_clock_mhz_median", "float", "MHz", "clock of the memory, likewise", "timing was off; " + _NO_NVML),
-            _measured("gpu_utilization_median", "float", "%", "share of time in which a kernel ran, likewise; it does not say how much of the GPU that kernel used", "timing was off; " + _NO_NVML),
-            _measured("gpu_event_reasons", "str", "", "every reason for lower clocks that NVML gave in the timed window", "timing was off; " + _NO_NVML),
+            _measured("gpu_memory_clock_mhz_median", "float", "MHz", "clock of the memory, median over the timed window", "timing was off; " + _NO_NVML),
+            _measured("gpu_utilization_median", "float", "%", "share of time in which a kernel ran, median over the timed window; it does not say how much of the GPU the kernel used", "timing was off; " + _NO_NVML),
+            _measured("gpu_event_reasons", "str", "", "all reasons for lower clocks that NVML gave in the timed window", "timing was off; " + _NO_NVML),
             _measured("gpu_throttled_share", "float", "share", "share of the timed window in which heat or a power brake held the clocks down", "timing was off; " + _NO_NVML),
-            _measured("gpu_power_capped_share", "float", "share", "share of the timed window at the power limit: usual under full load, and no fault", "timing was off; " + _NO_NVML),
+            _measured("gpu_power_capped_share", "float", "share", "share of the timed window at the power limit: normal under full load", "timing was off; " + _NO_NVML),
             _measured("gpu_other_processes", "int", "", "other processes that computed on the GPU during the case", _NO_NVML),
             _measured("gpu_graphics_processes", "int", "", "other processes that drew with it", _NO_NVML),
-            _known("gpu_suspicion", "str", "", "why the figures of this case must not be used: throttled, hot, a falling clock, other processes, changed settings. Status `invalid`, but with `--mp-keep-suspect`", "nothing speaks against them, or no GPU"),
+            _known("gpu_suspicion", "str", "", "why the figures of this case must not be used: throttled, hot, a falling clock, other processes, changed settings. The status is `invalid` unless `--mp-keep-suspect` is given", "they can be used, or no GPU"),
         ),
-        Source.MONITOR,
     ),
     Section(
         Topic.MISSING,
@@ -314,15 +315,9 @@ SECTIONS: tuple[Section, ...] = (
 COLUMNS: dict[str, Column] = {column.name: column for section in SECTIONS for column in section.columns}
 
 
-def measured_columns(topic: Topic | None = None, source: Source | None = None) -> tuple[str, ...]:
-    """Names of the measured columns about ``topic`` that ``source`` finds out; None stands for all."""
-    return tuple(
-        column.name
-        for section in SECTIONS
-        if topic in (None, section.topic)
-        for column in section.columns
-        if column.measured and source in (None, column.source or section.source)
-    )
+def measured_columns(topic: Topic) -> tuple[str, ...]:
+    """The names of the measured columns about ``topic``."""
+    return tuple(c.name for section in SECTIONS if section.topic is topic for c in section.columns if c.measured)
 
 
 # fmt: off
@@ -335,47 +330,47 @@ SUMMARY: tuple[Column, ...] = (
     _known("jit", "bool", "", "whether train steps were compiled by XLA"),
     _known("processes", "int", "", "processes that gave a step time, of seeds that ended well"),
     _known("seeds", "int", "", "processes that trained to the end"),
-    _known("seeds_planned", "int", "", "seeds that were to be trained, as far as the run knows: more than `seeds` where some failed or were not started"),
+    _known("seeds_planned", "int", "", "seeds that should have been trained, as far as the run knows: more than `seeds` if some failed or were not started"),
     _known("left_out", "str", "", "seeds that were lost (diverged, stalled) or failed or were not started, with the status", "all ended well"),
-    _known("step_time_ms", "float", "ms", f"geometric mean of `step_time_ms_median` {_PROCESSES}; of seeds that ended well, as all that a mode costs", "nothing was timed, or no seed ended well"),
+    _known("step_time_ms", "float", "ms", f"geometric mean of `step_time_ms_median` {_PROCESSES}; of seeds that ended well, like everything that a mode costs", "nothing was timed, or no seed ended well"),
     _known("step_time_ms_low", "float", "ms", "lower end of its interval", "one process"),
     _known("step_time_ms_high", "float", "ms", "upper end of its interval", "one process"),
     _known("speedup_fp32", "float", "", "geometric mean of fp32's step time / the mode's, paired by seed and repeat, of seeds that ended well", _NO_BASELINE),
     _known("speedup_fp32_low", "float", "", "lower end of its paired interval", "one pair, or fp32 itself"),
     _known("speedup_fp32_high", "float", "", "upper end of its paired interval", "one pair, or fp32 itself"),
-    _known("speedup_fp32_pairs", "int", "", "pairs that it is the mean of; for fp32 itself its processes"),
-    _known("speedup_tf32", "float", "", "likewise over tf32", _NO_BASELINE),
+    _known("speedup_fp32_pairs", "int", "", "the number of pairs; for fp32 itself, of processes"),
+    _known("speedup_tf32", "float", "", "geometric mean of tf32's step time / the mode's, in the same way", _NO_BASELINE),
     _known("speedup_tf32_low", "float", "", "lower end of its paired interval", "one pair, or tf32 itself"),
     _known("speedup_tf32_high", "float", "", "upper end of its paired interval", "one pair, or tf32 itself"),
-    _known("speedup_tf32_pairs", "int", "", "pairs that it is the mean of; for tf32 itself its processes"),
-    _known("headline_baseline", "str", "", "what a user would have had by default: tf32 where it was timed, else fp32"),
+    _known("speedup_tf32_pairs", "int", "", "the number of pairs; for tf32 itself, of processes"),
+    _known("headline_baseline", "str", "", "what a user would have had by default: tf32 if it was timed, else fp32"),
     _known("gpu_memory_mib", "float", "MiB", "largest `gpu_memory_nvml_peak_mib` of any process of a seed that ended well", "no process has it"),
-    _known("gpu_memory_processes", "int", "", "processes that it is the largest of"),
-    _known("gpu_memory_ratio", "float", "", "that over fp32's", "either has none, a process of either ran out of memory (it needed more than any figure here), or the processes differ in `gpu_allocator` or `gpu_memory_method`"),
+    _known("gpu_memory_processes", "int", "", "processes that have it"),
+    _known("gpu_memory_ratio", "float", "", "ratio to fp32's", "either has none, a process of either ran out of memory (it needed more than any figure here), or the processes differ in `gpu_allocator` or `gpu_memory_method`"),
     _known("gpu_energy_j_per_step", "float", "J", "geometric mean of the processes of seeds that ended well", "no process has it"),
-    _known("gpu_energy_processes", "int", "", "processes that it is the mean of"),
-    _known("gpu_energy_ratio", "float", "", "that over fp32's", "either has none, or the processes differ in `gpu_energy_method`"),
+    _known("gpu_energy_processes", "int", "", "processes that have it"),
+    _known("gpu_energy_ratio", "float", "", "ratio to fp32's", "either has none, or the processes differ in `gpu_energy_method`"),
     _known("host_memory_mib", "float", "MiB", "largest `host_memory_peak_mib` of any process of a seed that ended well", "no process has it"),
     _known("overflow_steps", "int", "steps", "sum over the trainings that know it", "the mode checks no gradient"),
-    _known("attempted_steps", "int", "steps", "sum over the same trainings; where none knows its overflow, over all", "nothing was trained"),
+    _known("attempted_steps", "int", "steps", "sum over the same trainings; over all if none knows its overflow", "nothing was trained"),
     _known("skipped_steps", "int", "steps", "sum over the same trainings", "the mode checks no gradient"),
     _known("overflow_rate", "float", "share", "`overflow_steps` / `attempted_steps`", "the mode checks no gradient"),
-    _known("overflow_seeds", "int", "", "trainings that these are of: fewer than `seeds_planned` where of some it is not known"),
+    _known("overflow_seeds", "int", "", "trainings that know their overflow: fewer than `seeds_planned` if some do not"),
     _known("metric_name", "str", "", "the workload's metric", "nothing was trained"),
-    _known("metric_seeds", "int", "", "trainings with a finite metric: fewer than `seeds_planned` where some were lost or failed"),
+    _known("metric_seeds", "int", "", "trainings with a finite metric: fewer than `seeds_planned` if some were lost or failed"),
     _known("metric_mean", "float", "", "mean of `metric_value` over seeds", "no seed has it"),
     _known("metric_min", "float", "", "smallest of any seed", "no seed has it"),
     _known("metric_max", "float", "", "largest of any seed", "no seed has it"),
-    _known("metric_difference", "float", "", "mean over seeds of the metric less fp32's", "no seed has both"),
-    _known("metric_difference_low", "float", "", "lower end of its 90 % t interval: one-sided at 95 %", "one seed, or fp32 itself"),
+    _known("metric_difference", "float", "", "mean over seeds of the metric minus fp32's", "no seed has both"),
+    _known("metric_difference_low", "float", "", "lower end of its 90 % t interval, which is one-sided at 95 %", "one seed, or fp32 itself"),
     _known("metric_difference_high", "float", "", "upper end of its 90 % t interval", "one seed, or fp32 itself"),
     _known("metric_pairs", "int", "", "seeds with a metric under this mode and fp32, none of them lost in fp32"),
     _known("metric_margin", "float", "", "how much worse than fp32 still counts as equal", "fp32 itself, or no fp32 was trained"),
-    _known("metric_higher_is_better", "bool", "", "its direction", "fp32 itself, or it is not known"),
+    _known("metric_higher_is_better", "bool", "", "whether higher is better", "fp32 itself, or it is not known"),
     _known("metric_verdict", "str", "", "`non-inferior`: a loss of the workload's margin is ruled out, in all seeds; `worse`: a loss beyond it is shown, or a seed was lost (diverged, stalled, no finite metric) that was not in fp32; else `inconclusive`", "fp32 itself, or no fp32 was to be trained"),
-    _known("metric_reason", "str", "", "why, where the numbers do not show it", "they show it"),
-    _known("metric_left_out", "str", "", "seeds of this mode or fp32 that are in no pair, with the reason", "all are in one"),
-    _known("metric_seeds_needed", "int", "", "seeds that would tell, if mean and spread stayed as they are", "they told, or one seed gives no spread"),
+    _known("metric_reason", "str", "", "why, if the numbers do not show it", "they show it"),
+    _known("metric_left_out", "str", "", "seeds of this mode or fp32 that are not in a pair, with the reason", "all are in one"),
+    _known("metric_seeds_needed", "int", "", "seeds that would tell if mean and spread stay as they are", "they told, or one seed gives no spread"),
     _known("target_reached", "int", "", "seeds that reached the workload's target and ended well", "it has none"),
     _known("steps_to_target", "float", "steps", "median over the seeds that reached it", "none did"),
     _known("loss_scale_final", "float", "", "median over seeds", "the mode has no loss scale"),
@@ -383,40 +378,44 @@ SUMMARY: tuple[Column, ...] = (
     _known("dispatch_bound", "bool", "", "whether most processes were", "nothing was timed"),
     _known("not_started", "int", "", "cases that were planned and not started, as far as the run knows"),
     _known("cases", "int", "", "cases that were started"),
-    _known("ok", "int", "", "of them, how many ended well"),
-    _known("statuses", "str", "", "statuses with their number"),
+    _known("ok", "int", "", "how many of them ended well"),
+    _known("statuses", "str", "", "how many cases have each status"),
 )
-"""The columns of summary.csv, one row a workload and mode. Only figures of cases that ran to the end count."""
+"""The columns of summary.csv, one row per workload and mode. Only figures of cases that ran to the end count."""
 # fmt: on
 
 
 def data_dictionary() -> str:
-    """docs/metrics.md, as markdown."""
-    from tabulate import tabulate
-
-    parts = [
-        "# Data dictionary\n",
-        "Printed from `mpscale/core/columns.py` by `make docs`: first cases.csv, one row a case, then summary.csv. How each number is made, step by\n"
-        "step, is in [method.md](method.md). An empty cell is unknown, never 0, and the column `unavailable` says why it is empty.\n"
-        f"This is schema version {SCHEMA_VERSION}, method version {METHOD_VERSION}.\n",
-    ]
+    """The content of docs/metrics.md, as markdown."""
+    headers = ("column", "type", "unit", "how it is made", "when it is empty")
 
     def table(columns: tuple[Column, ...]) -> str:
-        rows = [(f"`{c.name}`", c.kind, c.unit, c.made, c.empty) for c in columns]
-        return tabulate(rows, ["column", "type", "unit", "how it is made", "when it is empty"], "github") + "\n"
+        return _markdown(headers, [(f"`{c.name}`", c.kind, c.unit, c.made, c.empty) for c in columns])
 
-    for section in SECTIONS:
-        parts += [f"## {section.title}\n", table(section.columns)]
-    parts += [
-        "## summary.csv\n",
-        "One row a workload and mode. Only figures of cases that ran to the end count; what a mode costs (times, memory, energy) is of seeds that ended well.\n",
-        table(SUMMARY),
-    ]
-    parts += [
-        "## Statuses\n",
-        tabulate([(f"`{k}`", v) for k, v in STATUSES.items()], ["status", "meaning"], "github") + "\n",
-    ]
-    return "\n".join(parts)
+    return "\n".join(
+        [
+            "# Data dictionary\n",
+            "Printed from `mpscale/core/columns.py` by `make docs`: first cases.csv, one row per case, then summary.csv. "
+            "How each number is made, step by\nstep, is in [method.md](method.md). An empty cell is unknown, never 0, and "
+            "the column `unavailable` says why it is empty.\n"
+            f"This is schema version {SCHEMA_VERSION}, method version {METHOD_VERSION}.\n",
+            *(f"## {section.title}\n\n{table(section.columns)}" for section in SECTIONS),
+            "## summary.csv\n",
+            "One row per workload and mode. Only figures of cases that ran to the end count; what a mode costs (times, "
+            "memory, energy) comes from seeds that ended well.\n",
+            table(SUMMARY),
+            "## Statuses\n",
+            _markdown(("status", "meaning"), [(f"`{status}`", meaning) for status, meaning in STATUSES.items()]),
+        ]
+    )
+
+
+def _markdown(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table. The standard library alone is allowed here."""
+    widths = [max(map(len, cells)) for cells in zip(headers, *rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [headers, *rows]]
+    lines.insert(1, "-|-".join("-" * width for width in widths))
+    return "".join(f"|-{line}-|\n" if line.startswith("-") else f"| {line} |\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 
@@ -98,7 +98,7 @@ class Reason:
     cure: str | None = None
 
     def __post_init__(self) -> None:
-        # Names of files that are not UTF-8 come with surrogates, which no file can be written with.
+        # Names of files that are not UTF-8 come with surrogates, which cannot be written to a file.
         object.__setattr__(self, "text", encodable(self.text))
 
     def __str__(self) -> str:
@@ -114,22 +114,33 @@ class Reason:
         return found if self.cure is None else {**found, "cure": self.cure}
 
     @classmethod
-    def from_json(cls, value: str | Mapping[str, Any]) -> Reason:
+    def from_json(cls, value: Any) -> Reason:
         """The inverse of :meth:`to_json`. A bare text, as older versions wrote it, has the code ``other``.
 
         Raises:
             TypeError: the value is neither a text nor an object with a text.
         """
-        if isinstance(value, str):
-            return cls(Code.OTHER, value)
-        if not (isinstance(value, Mapping) and isinstance(value.get("text"), str)):
-            raise TypeError(f"a reason should be a text or an object with a text, not {value!r:.200}")
-        code, cure = value.get("code"), value.get("cure")
-        # A newer mpscale may know more codes.
-        known = Code(code) if code in set(Code) else Code.OTHER
-        return cls(known, value["text"], cure if isinstance(cure, str) else None)
+        try:
+            if isinstance(value, str):
+                return _shared(Code.OTHER, value, None)
+            return _shared(value.get("code"), value.get("text"), value.get("cure"))
+        except (AttributeError, TypeError):
+            raise TypeError(f"a reason should be a text or an object with a text, not {value!r:.200}") from None
+
+
+@lru_cache(maxsize=4096)
+def _shared(code: Any, text: Any, cure: Any) -> Reason:
+    """One object for equal reasons: a run of ten thousand cases holds half a million, and few different ones.
+
+    Raises:
+        TypeError: the text is not one.
+    """
+    if not isinstance(text, str):
+        raise TypeError
+    # A newer mpscale may know more codes.
+    return Reason(Code(code) if code in set(Code) else Code.OTHER, text, cure if isinstance(cure, str) else None)
 
 
 def encodable(text: str) -> str:
     """``text`` with an escape for each lone surrogate, so that any file can hold it."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 FILE = "comparison.md"
 """In the run's folder."""
 
-_NOISY = ("step_time", "energy")
-"""Quantities that differ by chance from process to process, and that a timing-only process can measure."""
-
-
 def add_options(add: Callable[..., Any]) -> None:
     """Add the options of the comparison, which stand above ``[tool.mpscale]``."""
     add(
@@ -145,6 +141,7 @@ class BaselineCheck:
             return
         from mpscale.analysis.compare import compare, floors_for
         from mpscale.analysis.gates import judge_gates
+        from mpscale.analysis.quantities import COSTS, Outcome
         from mpscale.core.runs import RunError, read_run
 
         baseline = self._baseline
@@ -157,9 +154,10 @@ class BaselineCheck:
             run = read_run(path)
             floors = floors_for(baseline, run, path.parent.parent)
             self.comparison, self.findings = look(run, {})
-            slower = {f.row for f in self.findings if f.outcome == "fired" and f.gate.name in _NOISY and f.row}
-            if slower:
-                first_repeats = {row: _next_repeat(run, row) for row in slower}
+            fired = [found for found in self.findings if found.outcome is Outcome.FIRED and found.gate.name in COSTS]
+            again = {found.row for found in fired if found.row and COSTS[found.gate.name].can_be_remeasured}
+            if again:
+                first_repeats = {row: _next_repeat(run, row) for row in again}
                 run_more(further_cases(run, first_repeats, settings))
                 self.comparison, self.findings = look(read_run(path), first_repeats)
             if not self.comparison.same_device:
@@ -191,16 +189,18 @@ class BaselineCheck:
 
     def lines(self) -> list[str]:
         """Return what the terminal shows of it."""
+        from mpscale.analysis.quantities import Outcome
+
         lines = [f"{folder} cannot be the baseline: {reason}" for folder, reason in self.left_out]
         if self.note is not None:
             lines.append(self.note)
         if self.comparison is not None:
             lines.append(f"against {self.comparison.baseline.name}:")
-        lines += [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome != "passed"]
+        lines += [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome is not Outcome.PASSED]
         if self.findings:
             outcomes = [finding.outcome for finding in self.findings]
-            text = f"{outcomes.count('passed')} of {len(outcomes)} gated figures passed"
-            untold = outcomes.count("cannot-tell")
+            text = f"{outcomes.count(Outcome.PASSED)} of {len(outcomes)} gated figures passed"
+            untold = outcomes.count(Outcome.CANNOT_TELL)
             if untold:
                 effect = "fails the run" if self._settings.strict else "fails a run with --mp-strict only"
                 text += f"; {untold} could not be told, which {effect}"
@@ -227,7 +227,7 @@ def further_cases(run: Run, first_repeats: Mapping[tuple[str, str], int], settin
         first_repeats: rows, workload and mode, and the first repeat that is free in each.
         settings: those of the run.
     """
-    from mpscale.core.trainings import of_good_trainings
+    from mpscale.core.record import of_good_trainings
 
     cases: list[tuple[int, Case]] = []
     for (workload, mode), first in first_repeats.items():

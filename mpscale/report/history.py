@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from mpscale.analysis.history import History, Point, RunFacts, Series
-from mpscale.analysis.quantities import Measure
+from mpscale.analysis.quantities import Quantity
 from mpscale.report import table as cells
 from mpscale.report.figures import (
     DPI,
@@ -69,7 +69,7 @@ def render(history: History, output: str) -> str:
     return f"{tabulate(rows, headers, 'simple', disable_numparse=True)}\n\n{note}\n"
 
 
-def _notes(measure: Measure, headers: list[str]) -> str:
+def _notes(measure: Quantity, headers: list[str]) -> str:
     """What brackets and changes are."""
     if measure.spread == "range":
         return "In brackets: smallest and largest seed."
@@ -110,7 +110,7 @@ def when(run: RunFacts) -> str:
     return cells.DASH if run.started is None else f"{run.started:%Y-%m-%d %H:%M}"
 
 
-def value(measure: Measure, series: Series, point: Point) -> str:
+def value(measure: Quantity, series: Series, point: Point) -> str:
     """The value of a point with its interval, or its range over seeds."""
     if measure.spread == "interval":
         unit, decimals = (measure.unit, 2) if measure.name == "speedup" else (f" {measure.unit}", None)
@@ -120,7 +120,7 @@ def value(measure: Measure, series: Series, point: Point) -> str:
     return middle if low == high else f"{middle} [{low}, {high}]"
 
 
-def single(measure: Measure, series: Series) -> Callable[[float | None], str]:
+def single(measure: Quantity, series: Series) -> Callable[[float | None], str]:
     """How one number of a measure without a unit of its own is written."""
     if measure.name == "metric":
         return lambda number: cells.metric(number, series.metric_name)
@@ -299,7 +299,7 @@ def _looks(series: Iterable[Series]) -> dict[str, _Look]:
 def _panel(
     axes: Axes,
     number: int,
-    measure: Measure,
+    measure: Quantity,
     members: Sequence[Series],
     runs: Sequence[RunFacts],
     looks: dict[str, _Look],
@@ -356,7 +356,7 @@ def _bar(point: Point, top: float) -> tuple[float, float]:
     return max(0.0, point.value - point.low), max(0.0, high - point.value)
 
 
-def _limits(measure: Measure, members: Iterable[Series]) -> tuple[float, float]:
+def _limits(measure: Quantity, members: Iterable[Series]) -> tuple[float, float]:
     """Lower and upper limit of an axis: from 0 except for a metric, of which small changes matter."""
     points = [point for series in members for point in series.points]
     values = [point.value for point in points if point.value is not None]
@@ -372,7 +372,7 @@ def _limits(measure: Measure, members: Iterable[Series]) -> tuple[float, float]:
     return (-0.03 * top if min(values) < 0.03 * top else 0.0), top
 
 
-def _axis(measure: Measure, series: Series) -> str:
+def _axis(measure: Quantity, series: Series) -> str:
     if measure.name == "metric":
         return series.metric_name or measure.title
     return f"{measure.title} ({measure.unit})" if measure.unit not in ("", "x") else measure.title

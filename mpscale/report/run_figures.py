@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpscale.analysis.summary import summary_of
+from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.runs import Run
-from mpscale.core.trainings import Row
 from mpscale.report import table as cells
 from mpscale.report.figures import Picture, as_text, colour, empty_figure, house_style, marker, mode_places, short_name
 from mpscale.report.table import metric_why
@@ -277,7 +276,7 @@ def training(run: Run) -> Picture | None:
             "mean of the others."
         )
     failed = sum(record["repeat"] == 0 and record["status"] in FAILED for record in run.records)
-    failed += sum(repeat == 0 for _, _, (_, repeat) in run.places_not_started)
+    failed += sum(repeat == 0 for waiting in run.waiting.values() for _, repeat in waiting)
     if failed:
         caption += f" Failed or not started, and so not in it: {failed} training{'' if failed == 1 else 's'}."
     if scaled:

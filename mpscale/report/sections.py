@@ -7,13 +7,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from mpscale.analysis.change import SINGLE_RUN
 from mpscale.analysis.noise_floor import FEWEST_RUNS, Floors, assumed_floor, pooled
-from mpscale.analysis.quantities import QUANTITIES, SINGLE_RUN, figures
-from mpscale.analysis.summary import ENERGY_IS_OF, MEMORY_IS_OF, figures_of, mostly, summary_of
+from mpscale.analysis.quantities import COSTS, Cost
+from mpscale.analysis.summary import mostly, summary_of
+from mpscale.core.columns import MEASURED
 from mpscale.core.mode import MODES, is_mixed
 from mpscale.core.record import Record, grouped
 from mpscale.core.runs import Run
-from mpscale.core.trainings import MEASURED
 from mpscale.report import table as cells
 from mpscale.report.table import Cells, escape, largest, markdown_table, measured, median, metric_why, or_none, values
 from mpscale.telemetry.host import BUSY_SHARE
@@ -186,9 +187,7 @@ def memory(run: Run) -> str:
     headers = ["workload", "mode", "GPU, NVML (MiB)", "over fp32", "GPU, allocator (MiB)", "host (MiB)"]
     if not rows:
         return ""
-    return markdown_table(headers, rows) + not_compared(
-        run, "gpu_memory_nvml_peak_mib", "gpu_memory_mib", "gpu_memory_ratio", MEMORY_IS_OF
-    )
+    return markdown_table(headers, rows) + not_compared(run, COSTS["gpu_memory"], "gpu_memory_mib", "gpu_memory_ratio")
 
 
 def troubles(run: Run) -> str:
@@ -310,7 +309,7 @@ def energy(run: Run) -> str:
     if not rows:
         return ""
     return markdown_table(headers, rows) + not_compared(
-        run, "gpu_energy_j_per_step", "gpu_energy_j_per_step", "gpu_energy_ratio", ENERGY_IS_OF
+        run, COSTS["energy"], "gpu_energy_j_per_step", "gpu_energy_ratio"
     )
 
 
@@ -339,23 +338,20 @@ def state(run: Run) -> str:
     return markdown_table(headers, rows) if rows else ""
 
 
-def not_compared(run: Run, column: str, figure: str, ratio: str, is_of: Sequence[str]) -> str:
+def not_compared(run: Run, cost: Cost, figure: str, ratio: str) -> str:
     """A paragraph that says of which rows there is no ratio because their figures are of different things.
 
     Args:
         run: which.
-        column: column of the cases that the figure is made of.
+        cost: what the figure is of.
         figure: column of the summary.
         ratio: that of its ratio to fp32's.
-        is_of: columns of the cases in which the figures may differ.
 
     Returns:
         The paragraph, empty if there is no such row.
     """
     rows = summary_of(run)
-    kinds = {
-        (workload, mode): figures_of(records, column, is_of) for workload, mode, records in measured(run, good=True)
-    }
+    kinds = {(workload, mode): cost.kinds(records) for workload, mode, records in measured(run, good=True)}
     bare = [
         row
         for row in rows
@@ -366,7 +362,7 @@ def not_compared(run: Run, column: str, figure: str, ratio: str, is_of: Sequence
     if not bare:
         return ""
     named = ", ".join(f"{row['workload']} {row['mode']}" for row in bare)
-    columns = " or ".join(f"`{name}`" for name in is_of)
+    columns = " or ".join(f"`{name}`" for name in cost.is_of)
     return f"\n\nNo ratio is given for {named}: its figure and fp32's differ in {columns}, so tell of different things."
 
 
@@ -377,7 +373,7 @@ def _texts(found: list[str]) -> str:
 
 # The section of a report on how much step times move by themselves.
 
-_TIME = QUANTITIES["step_time"]
+_TIME = COSTS["step_time"]
 
 
 def noise(run: Run, floors: Floors) -> str:
@@ -392,7 +388,7 @@ def noise(run: Run, floors: Floors) -> str:
     rows = []
     for row in summary_of(run):
         place = (row["workload"], row["mode"])
-        times = figures(cases[place], _TIME)
+        times = _TIME.sample(cases[place])
         if not times:
             continue
         variance, degrees = pooled([times])

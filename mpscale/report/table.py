@@ -16,10 +16,10 @@ from tabulate import tabulate
 from mpscale.analysis.compare import ComparedRow, Comparison
 from mpscale.analysis.gates import Finding
 from mpscale.analysis.quantities import QUANTITIES
-from mpscale.analysis.summary import summary_of
+from mpscale.analysis.summary import Row, summary_of
+from mpscale.core.columns import LOST, MEASURED
 from mpscale.core.record import Record
 from mpscale.core.runs import Run
-from mpscale.core.trainings import LOST, MEASURED, Row
 
 Cells = list[list[str]]
 

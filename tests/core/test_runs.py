@@ -13,7 +13,10 @@ import pytest
 from support.runfolder import NAME, finished, record, started, write_run, write_steps
 
 from mpscale.analysis.summary import summary_of
+from mpscale.cli import main
+from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS, SCHEMA_VERSION
+from mpscale.core.reason import Code, Reason
 from mpscale.core.record import to_csv
 from mpscale.core.runs import RunError, read_run, resolve_run
 from mpscale.report.document import document
@@ -28,9 +31,9 @@ def test_records_come_in_the_order_of_the_plan(tmp_path):
     assert (run.name, run.finished, run.device["name"]) == (NAME, True, "Test CPU")
 
 
-def test_columns_have_dtypes_that_know_of_unknown(tmp_path):
+def test_columns_have_dtypes_that_can_hold_missing_values(tmp_path):
     one = record(step_time_ms_median=2.5, jit=True, overflow_steps=3)
-    one.miss("batch_size", "never built")
+    one.miss("batch_size", Reason(Code.NOT_REACHED, "never built"))
     cases = read_run(write_run(tmp_path, finished([one, record(seed=1)]))).cases
     assert list(cases.columns) == list(COLUMNS)
     kinds = {"str": "string", "int": "Int64", "float": "float64", "bool": "boolean", "json": "object"}
@@ -57,7 +60,7 @@ def test_a_case_without_an_end_is_interrupted(tmp_path):
     assert not run.finished
 
 
-def test_an_attempt_without_an_end_follows_one_that_ended(tmp_path):
+def test_a_second_attempt_without_an_end_replaces_the_first(tmp_path):
     one = record(status="crashed")
     run = read_run(write_run(tmp_path, [*finished([one]), started(one, attempt=2)]))
     assert [(r["status"], r["attempts"]) for r in run.records] == [("interrupted", 2)]
@@ -67,6 +70,17 @@ def test_an_attempt_without_an_end_follows_one_that_ended(tmp_path):
 def test_a_last_line_that_was_cut_off_is_ignored(tmp_path, torn):
     run = read_run(write_run(tmp_path, finished([record()]), torn=torn, finish=False))
     assert [r["status"] for r in run.records] == ["ok"]
+
+
+def test_a_report_is_made_even_if_a_reason_holds_a_lone_surrogate(tmp_path):
+    """Names of files that are not UTF-8 come as lone surrogates; versions before wrote them into the journal."""
+    events = finished([record(status="error", status_reason="no file"), record(seed=1, step_time_ms_median=1.0)])
+    events[1]["record"] |= {"status_reason": "no file d\udcff", "unavailable": {"jit": "because of d\udcff"}}
+    path = write_run(tmp_path, events)
+    assert main(["report", str(path)]) == 0
+    (found, _) = read_cases(path / "cases.csv")
+    assert (found["status_reason"], str(found.why_empty("jit"))) == (r"no file d\udcff", r"because of d\udcff")
+    assert r"no file d\\udcff" in (path / "report.md").read_text()
 
 
 def test_columns_of_another_version_are_dropped(tmp_path):
@@ -92,13 +106,17 @@ BROKEN_RECORDS = {
     "a list for a name": ("device_name", ["a"], "should be str, not ['a']"),
     "an object for an order": ("order", {}, "should be int, not {}"),
     "a count that no table holds": ("parameters", 10**30, "does not fit into 64 bits"),
-    "reasons that are none": ("unavailable", "x", "should be json, not 'x'"),
-    "reasons that are no texts": ("unavailable", {"jit": 1}, "should hold texts, not {'jit': 1}"),
+    "reasons that are none": ("unavailable", "x", "unavailable should hold reasons by column, not 'x'"),
+    "reasons that are no texts": (
+        "unavailable",
+        {"jit": 1},
+        "a reason should be a text or an object with a text, not 1",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN_RECORDS)
-def test_a_record_that_would_mislead_is_invalid_and_the_others_stay(tmp_path, what):
+def test_a_broken_record_is_invalid_and_the_others_stay(tmp_path, what):
     column, value, message = BROKEN_RECORDS[what]
     others = [record(seed=1, step_time_ms_median=2.0), record(seed=2)]
     events = finished([record(step_time_ms_median=1.0), *others])
@@ -116,7 +134,7 @@ def test_a_record_that_would_mislead_is_invalid_and_the_others_stay(tmp_path, wh
     assert "toy--fp32--s0--r0 counts as invalid" in document(run).sections["What could not be read"]
 
 
-def test_a_broken_record_of_a_failure_keeps_what_it_failed_of(tmp_path):
+def test_a_broken_record_of_a_failure_keeps_its_status(tmp_path):
     events = finished([record(status="oom", status_reason="MemoryError: no more")])
     events[1]["record"]["jit"] = 1
     (found,) = read_run(write_run(tmp_path, events)).records
@@ -141,7 +159,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("what", LINES)
-def test_a_broken_line_costs_the_case_that_was_running_and_no_other(tmp_path, what):
+def test_a_broken_line_costs_only_the_running_case(tmp_path, what):
     line, message = LINES[what]
     path = write_run(tmp_path, finished([record(), record(seed=1), record(seed=2)]))
     journal = path / "journal.jsonl"
@@ -157,7 +175,7 @@ def test_a_broken_line_costs_the_case_that_was_running_and_no_other(tmp_path, wh
     assert run.finished
 
 
-def test_a_broken_line_does_not_outlive_a_whole_attempt(tmp_path):
+def test_a_complete_attempt_replaces_a_broken_line(tmp_path):
     path = write_run(tmp_path, [*finished([record()]), *finished([record(attempts=2)])])
     journal = path / "journal.jsonl"
     lines = journal.read_bytes().split(b"\n")
@@ -168,7 +186,7 @@ def test_a_broken_line_does_not_outlive_a_whole_attempt(tmp_path):
     assert len(run.problems) == 1
 
 
-def test_an_end_whose_beginning_is_broken_is_whole(tmp_path):
+def test_a_result_counts_even_if_the_start_of_the_case_is_broken(tmp_path):
     path = write_run(tmp_path, finished([record(), record("mixed-static", seed=3)]))
     journal = path / "journal.jsonl"
     lines = journal.read_bytes().split(b"\n")
@@ -179,7 +197,7 @@ def test_an_end_whose_beginning_is_broken_is_whole(tmp_path):
     assert "line 4: the event lacks 'case'" in run.problems[0]
 
 
-def test_a_case_that_only_its_id_tells_of_is_found_by_it(tmp_path):
+def test_a_case_can_be_identified_by_its_id_alone(tmp_path):
     lost = {"event": "case_finished", "case_id": "a+b--mixed-static--s3--r2", "record": {"status": "ok"}}
     nameless = {"event": "case_finished", "case_id": "x", "record": {"status": "ok"}}
     run = read_run(write_run(tmp_path, [lost, nameless, *finished([record()])]))
@@ -214,7 +232,7 @@ def test_a_broken_run_json_is_named(tmp_path, text, message):
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"\0\n\0\n", b'{"event": "run_st', b"\n\n"])
 @pytest.mark.parametrize("table", [False, True])
-def test_a_journal_that_tells_nothing_is_no_run_in_which_nothing_was_started(tmp_path, content, table):
+def test_a_journal_without_events_is_an_error_rather_than_an_empty_run(tmp_path, content, table):
     path = write_run(tmp_path, finished([record()]))
     (path / "journal.jsonl").write_bytes(content)
     if table:
@@ -243,12 +261,25 @@ def test_steps_keep_nan_losses_and_leave_unknown_empty(tmp_path):
     assert steps["overflow"].tolist() == [False, True, False]
     assert steps["loss_scale"].tolist() == [128.0, 128.0, 64.0]
     assert steps["loss"].isna().tolist() == [False, True, False]
+    assert {name: str(dtype) for name, dtype in steps.dtypes.items()} == {
+        "step": "Int64",
+        "loss": "float64",
+        "loss_scale": "float64",
+        "overflow": "boolean",
+    }
+    assert run.step_columns("toy--mixed-static--s0--r0")["overflow"] == [False, True, False]
     unchecked = run.steps("toy--fp32--s0--r0")
     assert unchecked["overflow"].isna().all()
     assert unchecked["loss_scale"].isna().all()
+    assert run.step_columns("toy--fp32--s0--r0") == {
+        "step": [0],
+        "loss": [2.5],
+        "loss_scale": [None],
+        "overflow": [None],
+    }
 
 
-def test_steps_that_are_not_there_are_named(tmp_path):
+def test_missing_steps_are_named(tmp_path):
     path = write_run(tmp_path, finished([record()]))
     run = read_run(path)
     with pytest.raises(RunError, match="did you mean toy--fp32--s0--r0"):
@@ -289,7 +320,7 @@ def test_a_run_is_found_by_its_path_anywhere(results, tmp_path):
     assert resolve_run(str(path), tmp_path / "elsewhere") == path
 
 
-def test_the_latest_run_is_not_the_one_before_it_unless_one_asks_for_the_newest_that_can_be_read(results):
+def test_latest_skips_unreadable_runs_only_on_request(results):
     (results / "runs" / NAMES[2] / "journal.jsonl").unlink()
     (results / "runs" / NAMES[1] / "run.json").write_text("{")
     with pytest.raises(RunError, match=rf"the latest run cannot be read: .*{NAMES[2]}.* is {NAMES[0]}: name it"):
@@ -302,7 +333,7 @@ def test_the_latest_run_is_not_the_one_before_it_unless_one_asks_for_the_newest_
         resolve_run("latest", results, left_out)
 
 
-def test_a_run_that_was_kept_is_found_by_name_and_is_never_the_latest(results):
+def test_a_reference_run_is_found_by_name_and_is_never_the_latest(results):
     (results / "reference").mkdir()
     kept = results / "reference" / "20990101T000000Z-kept"
     (results / "runs" / NAMES[2]).rename(kept)
@@ -324,12 +355,12 @@ def test_a_run_that_is_in_both_folders_is_one_run(results):
         ("", "no run is called ''"),
     ],
 )
-def test_a_run_that_is_not_there_is_answered_with_those_that_are(results, wanted, message):
+def test_an_unknown_run_is_answered_with_the_known_ones(results, wanted, message):
     with pytest.raises(RunError, match=message):
         resolve_run(wanted, results)
 
 
-def test_a_folder_that_is_no_run_is_refused(results):
+def test_a_folder_that_is_not_a_run_is_refused(results):
     with pytest.raises(RunError, match=r"holds no run\.json"):
         resolve_run(str(results), results)
 

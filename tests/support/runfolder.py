@@ -1,4 +1,4 @@
-"""Writes folders of runs as the harness does, from records with figures made by hand."""
+"""Write run folders as the harness does, from records with made-up figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME = "20260102T030405Z-test-cpu-abcd"
 
 
 def record(mode: str = "fp32", seed: int = 0, repeat: int = 0, workload: str = "toy", **values: Any) -> Record:
-    """A record with its identity and, on top, whatever a test is about."""
+    """A record with its identity and whatever the test is about."""
     return Record(
         {
             "case_id": f"{workload}--{mode}--s{seed}--r{repeat}",
@@ -33,7 +33,7 @@ def record(mode: str = "fp32", seed: int = 0, repeat: int = 0, workload: str = "
 
 
 def finished(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """The events of cases that were run one after the other."""
+    """The events of cases that ran one after the other."""
     events = []
     for order, one in enumerate(records):
         events += [
@@ -44,7 +44,7 @@ def finished(records: Iterable[Record]) -> list[dict[str, Any]]:
 
 
 def started(one: Record, attempt: int = 1, order: int = 0) -> dict[str, Any]:
-    """The event with which a case begins."""
+    """The event at the start of a case."""
     identity = {name: one[name] for name in ("workload", "mode", "seed", "repeat")}
     return {
         "event": "case_started",
@@ -64,16 +64,16 @@ def write_run(
     finish: bool = True,
     **info: Any,
 ) -> Path:
-    """Writes a run and says where it is.
+    """Write a run and return its folder.
 
     Args:
-        results: gets ``runs/<name>``.
-        events: of the journal, between its start and its end.
+        results: the results folder, in which it is ``runs/<name>``.
+        events: of the journal, between the start and the end of the run.
         name: of the run.
-        device: of run.json's environment.
+        device: in the environment of run.json.
         torn: what a killed writer left of its last line.
-        finish: whether the run came to its end.
-        info: further entries of run.json, instead of those it would have.
+        finish: whether the run ended.
+        info: entries of run.json that are added or replaced.
     """
     folder = results / "runs" / name
     folder.mkdir(parents=True)
@@ -97,7 +97,7 @@ def write_run(
 
 
 def write_steps(folder: Path, case_id: str, text: str) -> None:
-    """Writes the steps of a case as they are given."""
+    """Write the log of steps of a case."""
     (folder / "steps").mkdir(exist_ok=True)
     with gzip.open(folder / "steps" / f"{case_id}.csv.gz", "wt") as file:
         file.write(text)
