@@ -44,12 +44,91 @@ DTYPES: dict[Kind, str] = {
 """The pandas dtype of each kind: one that knows the unknown."""
 
 
+class Format(StrEnum):
+    """How people are shown a value; :mod:`mpscale.report.table` has the formatter of each."""
+
+    TEXT = "text"
+    YES_NO = "yes-no"
+    COUNT = "count"
+    """A whole number, in full."""
+    NUMBER = "number"
+    """Three significant digits."""
+    LARGE = "large"
+    """Four significant digits: MiB and MHz."""
+    SHARE = "share"
+    """A share of 1, as percent."""
+    LOSS_SCALE = "loss-scale"
+    """In full if it is a power of two, as it mostly is."""
+
+
+_FORMATS = {"share": Format.SHARE, "MiB": Format.LARGE, "MHz": Format.LARGE}
+"""By unit. For units that are not here the kind of the column decides."""
+_FORMATS_BY_KIND: dict[Kind, Format] = {
+    "str": Format.TEXT,
+    "int": Format.COUNT,
+    "float": Format.NUMBER,
+    "bool": Format.YES_NO,
+    "json": Format.TEXT,
+}
+
+
+class Sheet(StrEnum):
+    """Tables of the report that are made of columns as they are: a row per workload and mode, a column per cell."""
+
+    TIMING = "timing"
+    MEMORY = "memory"
+    MEMORY_PARTS = "memory-parts"
+    ENERGY = "energy"
+    GPU_STATE = "gpu-state"
+
+
+class Over(StrEnum):
+    """How the values of several processes become one."""
+
+    MEDIAN = "median"
+    MAX = "max"
+    SUM = "sum"
+    KNOWN = "known"
+    """How many processes know it."""
+    EACH = "each"
+    """Every text once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A place in the report for a column.
+
+    Args:
+        sheet: the table.
+        place: orders the cells of a table.
+        heading: with the unit.
+        over: how the values of several processes become one; unused for summary.csv, which has only one.
+        partial: whether to say so if not all processes have a value.
+        flag: a yes-or-no column, and the note beside the value if it holds for most processes.
+    """
+
+    sheet: Sheet
+    place: int
+    heading: str
+    over: Over = Over.MEDIAN
+    partial: bool = False
+    flag: tuple[str, str] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of cases.csv.
+    """One column of cases.csv or summary.csv.
 
-    ``made`` says how the value comes about and ``empty`` when there is none. A column with ``measured`` must hold a
-    value or be named, with the reason, in the column ``unavailable``.
+    Args:
+        name: as the header has it.
+        kind: its type.
+        unit: empty if it has none.
+        made: how the value comes about.
+        empty: when there is no value.
+        measured: whether it must hold a value or be named, with the reason, in the column ``unavailable``.
+        special: its format, if unit and kind do not tell; see :attr:`format`.
+        warn_above: a value above it casts doubt on the other figures of the case.
+        cells: where the report shows it.
     """
 
     name: str
@@ -58,6 +137,14 @@ class Column:
     made: str
     empty: str = "never"
     measured: bool = False
+    special: Format | None = None
+    warn_above: float | None = None
+    cells: tuple[Cell, ...] = ()
+
+    @property
+    def format(self) -> Format:
+        """How people are shown its values."""
+        return self.special or _FORMATS.get(self.unit) or _FORMATS_BY_KIND[self.kind]
 
 
 class Topic(StrEnum):
@@ -86,12 +173,23 @@ class Section:
     columns: tuple[Column, ...]
 
 
-def _known(name: str, kind: Kind, unit: str, made: str, empty: str = "never") -> Column:
-    return Column(name, kind, unit, made, empty)
+def _known(
+    name: str, kind: Kind, unit: str, made: str, empty: str = "never", *cells: Cell, special: Format | None = None
+) -> Column:
+    return Column(name, kind, unit, made, empty, special=special, cells=cells)
 
 
-def _measured(name: str, kind: Kind, unit: str, made: str, empty: str) -> Column:
-    return Column(name, kind, unit, made, empty, measured=True)
+def _measured(
+    name: str,
+    kind: Kind,
+    unit: str,
+    made: str,
+    empty: str,
+    *cells: Cell,
+    special: Format | None = None,
+    warn_above: float | None = None,
+) -> Column:
+    return Column(name, kind, unit, made, empty, measured=True, special=special, warn_above=warn_above, cells=cells)
 
 
 # fmt: off
@@ -146,7 +244,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("product_dtypes", "str", "", "matrix products, convolutions and recurrent kernels of the traced train step by the dtype of what is multiplied, gradients, loss and optimizer included; held against the mode. Before TensorFlow's rewrite (graph-rewrite) and before XLA", "the train step multiplies no matrices, or the case ended before that"),
             _measured("process_settings", "str", "", "settings beyond the mode's that move a figure: deterministic operations, XLA's flags; `none` where nothing is set; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("tf32", "bool", "", "whether float32 products may be rounded to TF32, read back from TensorFlow", "the device has no TF32"),
-            _measured("gpu_allocator", "str", "", "TensorFlow's allocator: `cuda_malloc_async`, or `bfc` (with growth) where that does not work or was asked for", "on a CPU"),
+            _measured("gpu_allocator", "str", "", "TensorFlow's allocator: `cuda_malloc_async`, or `bfc` (with growth) where that does not work or was asked for", "on a CPU", Cell(Sheet.MEMORY_PARTS, 8, "allocator", Over.EACH)),
             _measured("batch_size", "int", "examples", "examples per step", _NOT_REACHED),
             _measured("optimizer", "str", "", "class of the wrapped Keras optimizer", _NOT_REACHED),
             _measured("parameters", "int", "", "trainable parameters of the model", _NOT_REACHED),
@@ -178,10 +276,10 @@ SECTIONS: tuple[Section, ...] = (
             _measured("first_overflow_step", "int", "step, from 0", "first step with a non-finite gradient", "there was none; " + _NO_CHECK + "; or timing-only"),
             _measured("last_overflow_step", "int", "step, from 0", "last step with a non-finite gradient", "there was none; " + _NO_CHECK + "; or timing-only"),
             _measured("nonfinite_loss_steps", "int", "steps", "train steps whose loss was not finite; known in every mode", _NO_TRAINING),
-            _measured("loss_scale_initial", "float", "", "loss scale of the first step", _NO_SCALE + "; or timing-only"),
-            _measured("loss_scale_final", "float", "", "loss scale of the last step", _NO_SCALE + "; or timing-only"),
-            _measured("loss_scale_min", "float", "", "smallest loss scale of any step", _NO_SCALE + "; or timing-only"),
-            _measured("loss_scale_max", "float", "", "largest loss scale of any step", _NO_SCALE + "; or timing-only"),
+            _measured("loss_scale_initial", "float", "", "loss scale of the first step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),
+            _measured("loss_scale_final", "float", "", "loss scale of the last step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),
+            _measured("loss_scale_min", "float", "", "smallest loss scale of any step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),
+            _measured("loss_scale_max", "float", "", "largest loss scale of any step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),
             _measured("train_loss_first", "float", "", "loss of the first step, unscaled", "it was not finite; " + _NO_TRAINING),
             _measured("train_loss_final", "float", "", "mean loss of the last 100 steps, unscaled", "one of them was not finite; " + _NO_TRAINING),
             _measured("train_wall_time_s", "float", "s", "time in train steps and in reading their log; first step and evaluations apart", _NO_TRAINING),
@@ -207,19 +305,19 @@ SECTIONS: tuple[Section, ...] = (
         Topic.STEP_TIME,
         "Step time",
         (
-            _measured("step_time_ms_median", "float", "ms", "median over the blocks of (time of a block / its steps), steady state; the one number of this process", _NO_TIMING),
+            _measured("step_time_ms_median", "float", "ms", "median over the blocks of (time of a block / its steps), steady state; the one number of this process", _NO_TIMING, Cell(Sheet.TIMING, 1, "processes", Over.KNOWN)),
             _measured("step_time_ms_p10", "float", "ms", "10th percentile over the blocks", _NO_TIMING),
             _measured("step_time_ms_p90", "float", "ms", "90th percentile over the blocks", _NO_TIMING),
-            _measured("step_time_ms_per_applied", "float", "ms", "time of all blocks over the steps applied in them: a skipped step is cheaper and buys nothing", "the mode checks no gradient, no step was applied, or timing was off"),
+            _measured("step_time_ms_per_applied", "float", "ms", "time of all blocks over the steps applied in them: a skipped step is cheaper and buys nothing", "the mode checks no gradient, no step was applied, or timing was off", Cell(Sheet.TIMING, 3, "ms per applied step")),
             _measured("examples_per_s", "float", "1/s", "`batch_size` / `step_time_ms_median`", _NO_TIMING),
-            _measured("timed_blocks", "int", "blocks", "blocks timed, one synchronisation each", _NO_TIMING),
+            _measured("timed_blocks", "int", "blocks", "blocks timed, one synchronisation each", _NO_TIMING, Cell(Sheet.TIMING, 2, "blocks", Over.SUM)),
             _measured("timed_steps", "int", "steps", "steps in them", _NO_TIMING),
             _measured("timed_overflow_steps", "int", "steps", "steps with a non-finite gradient in them; not in `overflow_steps`", _NO_CHECK + "; or timing was off"),
-            _measured("dispatch_share", "float", "share", "time per call of a step that does no work but takes the same variables, over `step_time_ms_median`", _NO_TIMING),
+            _measured("dispatch_share", "float", "share", "time per call of a step that does no work but takes the same variables, over `step_time_ms_median`", _NO_TIMING, Cell(Sheet.TIMING, 4, "dispatch share", flag=("dispatch_bound", "bound"))),
             _measured("dispatch_bound", "bool", "", "whether `dispatch_share` is above 0.5: the step time then says more about Python and TensorFlow than about the device", _NO_TIMING),
             _measured("build_time_s", "float", "s", "building model and optimizer, weights included", _NOT_REACHED),
-            _measured("trace_time_s", "float", "s", "tracing the train step into a graph", _NOT_REACHED),
-            _measured("first_step_s", "float", "s", "first call of the traced step, compilation included", _NOT_REACHED),
+            _measured("trace_time_s", "float", "s", "tracing the train step into a graph", _NOT_REACHED, Cell(Sheet.TIMING, 6, "trace s")),
+            _measured("first_step_s", "float", "s", "first call of the traced step, compilation included", _NOT_REACHED, Cell(Sheet.TIMING, 7, "first step s")),
         ),
     ),
     Section(
@@ -227,7 +325,7 @@ SECTIONS: tuple[Section, ...] = (
         "Noise of the machine",
         (
             _measured("host_load", "float", "", "load average over a minute when the case began: processes that ran or waited to run", "the system has none"),
-            _measured("host_other_cpu_share", "float", "share", "share of all processors' time that other processes took while steps were timed; above 0.1 the machine was busy", _NO_TIMING + "; timed for less than 0.2 s; no `/proc`"),
+            _measured("host_other_cpu_share", "float", "share", "share of all processors' time that other processes took while steps were timed; above 0.1 the machine was busy", _NO_TIMING + "; timed for less than 0.2 s; no `/proc`", Cell(Sheet.TIMING, 5, "CPU time of others, most", Over.MAX), warn_above=0.1),
             _measured("host_steal_share", "float", "share", "share of all processors' time that the hypervisor gave to other machines meanwhile", "as above"),
             _measured("host_clock_mhz", "float", "MHz", "mean clock of the processors at the end of the timing; a snapshot", _NO_TIMING + "; or the host does not tell"),
         ),
@@ -236,49 +334,49 @@ SECTIONS: tuple[Section, ...] = (
         Topic.MEMORY,
         "Memory",
         (
-            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline: `gpu_memory_process_peak_mib` where it is known, else `gpu_memory_device_rise_mib` where nobody else used the GPU; `gpu_memory_method` says which", _NO_NVML),
-            _measured("gpu_memory_method", "str", "", "`process` or `device-minus-idle`: where the headline comes from", _NO_NVML),
+            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline: `gpu_memory_process_peak_mib` where it is known, else `gpu_memory_device_rise_mib` where nobody else used the GPU; `gpu_memory_method` says which", _NO_NVML, Cell(Sheet.MEMORY, 1, "GPU, NVML (MiB)", Over.MAX, partial=True)),
+            _measured("gpu_memory_method", "str", "", "`process` or `device-minus-idle`: where the headline comes from", _NO_NVML, Cell(Sheet.MEMORY_PARTS, 7, "peak is of", Over.EACH)),
             _measured("gpu_memory_process_peak_mib", "float", "MiB", "largest memory of the process and its descendants that NVML listed, looked at every 10 ms and at every phase, and every 500 ms while steps are timed", "as above, or NVML lists the process without its memory or not at all"),
             _measured("gpu_memory_device_rise_mib", "float", "MiB", "largest memory in use on the whole GPU, less `gpu_memory_idle_mib`", "it did not rise; " + _NO_NVML),
-            _measured("gpu_memory_idle_mib", "float", "MiB", "memory in use on the whole GPU before the process touched it", _NO_NVML),
-            _measured("gpu_memory_context_mib", "float", "MiB", "memory that the process held once CUDA's context was there and nothing else, by the headline's method", _NO_NVML),
-            _measured("gpu_memory_reserved_mib", "float", "MiB", "memory that the driver keeps for itself; in none of the others", "the driver does not tell it apart; " + _NO_NVML),
-            _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process", "on a CPU, where TensorFlow returns zeros, or not reached"),
-            _measured("gpu_memory_allocator_timed_peak_mib", "float", "MiB", "peak of TensorFlow's allocator while steps were timed", "as above, or timing was off"),
-            _measured("gpu_memory_unexplained_mib", "float", "MiB", "headline less context less the allocator's peak: pools that hold more than is used, libraries, compiled programs; may be negative, since the peaks need not fall together", "one of the three is unknown"),
+            _measured("gpu_memory_idle_mib", "float", "MiB", "memory in use on the whole GPU before the process touched it", _NO_NVML, Cell(Sheet.MEMORY_PARTS, 5, "in use before", Over.MAX)),
+            _measured("gpu_memory_context_mib", "float", "MiB", "memory that the process held once CUDA's context was there and nothing else, by the headline's method", _NO_NVML, Cell(Sheet.MEMORY_PARTS, 1, "context", Over.MAX)),
+            _measured("gpu_memory_reserved_mib", "float", "MiB", "memory that the driver keeps for itself; in none of the others", "the driver does not tell it apart; " + _NO_NVML, Cell(Sheet.MEMORY_PARTS, 6, "reserved", Over.MAX)),
+            _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process", "on a CPU, where TensorFlow returns zeros, or not reached", Cell(Sheet.MEMORY, 3, "GPU, allocator (MiB)", Over.MAX), Cell(Sheet.MEMORY_PARTS, 2, "in tensors", Over.MAX)),
+            _measured("gpu_memory_allocator_timed_peak_mib", "float", "MiB", "peak of TensorFlow's allocator while steps were timed", "as above, or timing was off", Cell(Sheet.MEMORY_PARTS, 3, "of them in the timed window", Over.MAX)),
+            _measured("gpu_memory_unexplained_mib", "float", "MiB", "headline less context less the allocator's peak: pools that hold more than is used, libraries, compiled programs; may be negative, since the peaks need not fall together", "one of the three is unknown", Cell(Sheet.MEMORY_PARTS, 4, "unexplained", Over.MAX)),
             _measured("gpu_sample_interval_ms", "float", "ms", "mean time between two looks at the GPU's memory, outside the timed blocks", _NO_NVML),
             _measured("gpu_sample_gap_ms", "float", "ms", "longest time between two, outside the timed blocks, where it is 500 ms: a peak shorter than this may have gone unseen", _NO_NVML),
-            _measured("host_memory_peak_mib", "float", "MiB", "largest resident memory of the process (VmHWM), compiler included; on a CPU it measures the compiler more than the model", "the process ended too early to be read"),
+            _measured("host_memory_peak_mib", "float", "MiB", "largest resident memory of the process (VmHWM), compiler included; on a CPU it measures the compiler more than the model", "the process ended too early to be read", Cell(Sheet.MEMORY, 4, "host (MiB)", Over.MAX)),
         ),
     ),
     Section(
         Topic.ENERGY,
         "Energy",
         (
-            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, by its counter where it has one, else by its power, divided by the steps", _NO_ENERGY),
-            _measured("gpu_energy_method", "str", "", "`counter` or `power`: where the headline comes from", _NO_ENERGY),
-            _measured("gpu_energy_j_per_applied_step", "float", "J", "the same divided by the steps that were not skipped", "the mode checks no gradient, no step was applied; " + _NO_ENERGY),
-            _measured("gpu_energy_net_j_per_step", "float", "J", "the headline less `gpu_idle_power_w` times the window: what training added", "the GPU drew no more than before, or its idle power is unknown; " + _NO_ENERGY),
+            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, by its counter where it has one, else by its power, divided by the steps", _NO_ENERGY, Cell(Sheet.ENERGY, 1, "J per step", partial=True)),
+            _measured("gpu_energy_method", "str", "", "`counter` or `power`: where the headline comes from", _NO_ENERGY, Cell(Sheet.ENERGY, 7, "by", Over.EACH)),
+            _measured("gpu_energy_j_per_applied_step", "float", "J", "the same divided by the steps that were not skipped", "the mode checks no gradient, no step was applied; " + _NO_ENERGY, Cell(Sheet.ENERGY, 3, "J per applied step")),
+            _measured("gpu_energy_net_j_per_step", "float", "J", "the headline less `gpu_idle_power_w` times the window: what training added", "the GPU drew no more than before, or its idle power is unknown; " + _NO_ENERGY, Cell(Sheet.ENERGY, 4, "J per step above idle")),
             _measured("gpu_energy_counter_j", "float", "J", "how far the GPU's energy counter moved in the window", "before Volta, or a counter that does not move; " + _NO_ENERGY),
             _measured("gpu_energy_power_j", "float", "J", "integral of the power readings over the window, trapezoidal rule", _NO_ENERGY),
             _measured("gpu_energy_window_s", "float", "s", "from the start of the timing until steps were taken for at least `--mp-energy` seconds", "no GPU, or timing or energy was off"),
             _measured("gpu_energy_steps", "int", "steps", "steps taken in it: the timed ones and those that were added", "as above"),
-            _measured("gpu_power_w_mean", "float", "W", "energy over window", _NO_ENERGY),
+            _measured("gpu_power_w_mean", "float", "W", "energy over window", _NO_ENERGY, Cell(Sheet.ENERGY, 5, "power (W)")),
             _measured("gpu_power_source", "str", "", "`instant`, or `mean of up to a second`: what NVML's power readings are", _NO_NVML),
-            _measured("gpu_idle_power_w", "float", "W", "mean power in the last 2 s before the process touched the GPU", _NO_NVML),
+            _measured("gpu_idle_power_w", "float", "W", "mean power in the last 2 s before the process touched the GPU", _NO_NVML, Cell(Sheet.ENERGY, 6, "idle (W)")),
         ),
     ),
     Section(
         Topic.GPU_STATE,
         "State of the GPU",
         (
-            _measured("gpu_temperature_c_max", "float", "°C", "highest temperature of the GPU in the case", _NO_NVML),
-            _measured("gpu_sm_clock_mhz_median", "float", "MHz", "clock of the multiprocessors, median over the timed window", "timing was off; " + _NO_NVML),
-            _measured("gpu_memory_clock_mhz_median", "float", "MHz", "clock of the memory, likewise", "timing was off; " + _NO_NVML),
-            _measured("gpu_utilization_median", "float", "%", "share of time in which a kernel ran, likewise; it does not say how much of the GPU that kernel used", "timing was off; " + _NO_NVML),
-            _measured("gpu_event_reasons", "str", "", "every reason for lower clocks that NVML gave in the timed window", "timing was off; " + _NO_NVML),
-            _measured("gpu_throttled_share", "float", "share", "share of the timed window in which heat or a power brake held the clocks down", "timing was off; " + _NO_NVML),
-            _measured("gpu_power_capped_share", "float", "share", "share of the timed window at the power limit: usual under full load, and no fault", "timing was off; " + _NO_NVML),
+            _measured("gpu_temperature_c_max", "float", "°C", "highest temperature of the GPU in the case", _NO_NVML, Cell(Sheet.GPU_STATE, 4, "hottest (°C)", Over.MAX)),
+            _measured("gpu_sm_clock_mhz_median", "float", "MHz", "clock of the multiprocessors, median over the timed window", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 1, "SM clock (MHz)")),
+            _measured("gpu_memory_clock_mhz_median", "float", "MHz", "clock of the memory, likewise", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 2, "memory clock (MHz)")),
+            _measured("gpu_utilization_median", "float", "%", "share of time in which a kernel ran, likewise; it does not say how much of the GPU that kernel used", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 3, "utilisation (%)")),
+            _measured("gpu_event_reasons", "str", "", "every reason for lower clocks that NVML gave in the timed window", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 7, "event reasons", Over.EACH)),
+            _measured("gpu_throttled_share", "float", "share", "share of the timed window in which heat or a power brake held the clocks down", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 5, "throttled", Over.MAX)),
+            _measured("gpu_power_capped_share", "float", "share", "share of the timed window at the power limit: usual under full load, and no fault", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 6, "at the power limit", Over.MAX)),
             _measured("gpu_other_processes", "int", "", "other processes that computed on the GPU during the case", _NO_NVML),
             _measured("gpu_graphics_processes", "int", "", "other processes that drew with it", _NO_NVML),
             _known("gpu_suspicion", "str", "", "why the figures of this case must not be used: throttled, hot, a falling clock, other processes, changed settings. Status `invalid`, but with `--mp-keep-suspect`", "nothing speaks against them, or no GPU"),
@@ -328,10 +426,10 @@ SUMMARY: tuple[Column, ...] = (
     _known("headline_baseline", "str", "", "what a user would have had by default: tf32 where it was timed, else fp32"),
     _known("gpu_memory_mib", "float", "MiB", "largest `gpu_memory_nvml_peak_mib` of any process of a seed that ended well", "no process has it"),
     _known("gpu_memory_processes", "int", "", "processes that it is the largest of"),
-    _known("gpu_memory_ratio", "float", "", "that over fp32's", "either has none, a process of either ran out of memory (it needed more than any figure here), or the processes differ in `gpu_allocator` or `gpu_memory_method`"),
+    _known("gpu_memory_ratio", "float", "", "that over fp32's", "either has none, a process of either ran out of memory (it needed more than any figure here), or the processes differ in `gpu_allocator` or `gpu_memory_method`", Cell(Sheet.MEMORY, 2, "over fp32")),
     _known("gpu_energy_j_per_step", "float", "J", "geometric mean of the processes of seeds that ended well", "no process has it"),
     _known("gpu_energy_processes", "int", "", "processes that it is the mean of"),
-    _known("gpu_energy_ratio", "float", "", "that over fp32's", "either has none, or the processes differ in `gpu_energy_method`"),
+    _known("gpu_energy_ratio", "float", "", "that over fp32's", "either has none, or the processes differ in `gpu_energy_method`", Cell(Sheet.ENERGY, 2, "over fp32")),
     _known("host_memory_mib", "float", "MiB", "largest `host_memory_peak_mib` of any process of a seed that ended well", "no process has it"),
     _known("overflow_steps", "int", "steps", "sum over the trainings that know it", "the mode checks no gradient"),
     _known("attempted_steps", "int", "steps", "sum over the same trainings; where none knows its overflow, over all", "nothing was trained"),
@@ -355,7 +453,7 @@ SUMMARY: tuple[Column, ...] = (
     _known("metric_seeds_needed", "int", "", "seeds that would tell, if mean and spread stayed as they are", "they told, or one seed gives no spread"),
     _known("target_reached", "int", "", "seeds that reached the workload's target and ended well", "it has none"),
     _known("steps_to_target", "float", "steps", "median over the seeds that reached it", "none did"),
-    _known("loss_scale_final", "float", "", "median over seeds", "the mode has no loss scale"),
+    _known("loss_scale_final", "float", "", "median over seeds", "the mode has no loss scale", special=Format.LOSS_SCALE),
     _known("dispatch_share", "float", "share", "median over processes", "nothing was timed"),
     _known("dispatch_bound", "bool", "", "whether most processes were", "nothing was timed"),
     _known("not_started", "int", "", "cases that were planned and not started, as far as the run knows"),

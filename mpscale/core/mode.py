@@ -26,6 +26,8 @@ class Mode:
         on_trial: the mode exists to show what a rule does, so a training that diverges or stalls under it is a
             result and not a failure.
         summary: one line for ``mpscale workloads`` and the reports.
+        colour: of its line in every picture, as ``#RRGGBB``; contrast with white is at least 3.
+        marker: of its points in every picture, as matplotlib names it.
         graph_rewrite: whether TensorFlow rewrites its graphs to float16 by itself, whatever the policy says.
     """
 
@@ -35,6 +37,8 @@ class Mode:
     tf32: bool
     on_trial: bool
     summary: str
+    colour: str
+    marker: str
     graph_rewrite: bool = False
 
     @property
@@ -79,8 +83,10 @@ def _rewrites_graphs(device: Device) -> bool:
     return device.compute_capability is not None and device.compute_capability >= (7, 0)
 
 
+# Okabe and Ito, "Color Universal Design" (2008), without its colours that are too light for lines on white. Others from
+# IBM's and Paul Tol's palettes, chosen to stay apart under protanopia and deuteranopia; markers tell apart the rest.
 _ALL = (
-    Mode("fp32", "float32", "none", False, False, "float32 throughout, TF32 off: the baseline"),
+    Mode("fp32", "float32", "none", False, False, "float32 throughout, TF32 off: the baseline", "#000000", "o"),
     Mode(
         "tf32",
         "float32",
@@ -88,6 +94,8 @@ _ALL = (
         True,
         False,
         "float32 with TF32 products, TensorFlow's default on Ampere and newer",
+        "#661100",
+        "s",
     ),
     Mode(
         "mixed-static",
@@ -96,6 +104,8 @@ _ALL = (
         True,
         True,
         "float16 with a constant loss scale, overflow steps skipped",
+        "#D55E00",
+        "D",
     ),
     Mode(
         "mixed-dynamic",
@@ -104,6 +114,8 @@ _ALL = (
         True,
         False,
         "float16 with a loss scale that follows overflow",
+        "#0072B2",
+        "^",
     ),
     Mode(
         "mixed-bf16",
@@ -112,6 +124,8 @@ _ALL = (
         True,
         False,
         "bfloat16, which has float32's range and needs no loss scale",
+        "#009E73",
+        "v",
     ),
     Mode(
         "mixed-unscaled",
@@ -120,6 +134,8 @@ _ALL = (
         True,
         True,
         "float16 without a loss scale: shows what scaling is for",
+        "#CC79A7",
+        "P",
     ),
     Mode(
         "mixed-logmax",
@@ -128,6 +144,8 @@ _ALL = (
         True,
         True,
         "float16 with a loss scale that follows the largest gradients",
+        "#785EF0",
+        "h",
     ),
     Mode(
         "mixed-keras",
@@ -136,6 +154,8 @@ _ALL = (
         True,
         True,
         "float16 with Keras' own LossScaleOptimizer, side by side",
+        "#882255",
+        "<",
     ),
     Mode(
         "graph-rewrite",
@@ -144,6 +164,8 @@ _ALL = (
         True,
         False,
         "TensorFlow's own rewrite of float32 graphs to float16, with mixed-dynamic's scale; GPU, without XLA",
+        "#117733",
+        ">",
         graph_rewrite=True,
     ),
     Mode(
@@ -153,6 +175,8 @@ _ALL = (
         True,
         True,
         "float16 with the rule of the article mpscale began with",
+        "#4B0092",
+        "p",
     ),
 )
 

@@ -434,7 +434,7 @@ def _is_case(item: pytest.Item) -> bool:
 
 
 def _show(terminalreporter: pytest.TerminalReporter, session: Session, run: Run, check: BaselineCheck) -> None:
-    from mpscale.report.table import result_table
+    from mpscale.report.sections import results
 
     path = run.path
     with contextlib.suppress(ValueError):
@@ -444,7 +444,7 @@ def _show(terminalreporter: pytest.TerminalReporter, session: Session, run: Run,
     def show(text: str, **markup: bool) -> None:
         terminalreporter.write_line(session.printable(text), **markup)
 
-    show(result_table(run))
+    show(results(run).text())
     said = check.lines()
     if said:
         show("\n" + "\n".join(said), red=check.fails)
