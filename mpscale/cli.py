@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mpscale import __version__
+from mpscale.analysis.quantities import QUANTITIES
 from mpscale.config import folder
 from mpscale.terminal import adapt_standard_streams, as_typed
 
@@ -180,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     history.add_argument("--mode", action="append", default=[], metavar="B", help="only this; may be repeated")
     history.add_argument(
         "--quantity",
-        choices=("step_time", "gpu_memory", "energy", "host_memory", "metric", "overflow_rate", "speedup"),
+        choices=tuple(QUANTITIES),
         default="step_time",
         help="default: step_time",
     )

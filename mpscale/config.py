@@ -169,8 +169,3 @@ def why_not_writable(wanted: Path) -> str | None:
             with contextlib.suppress(OSError):
                 each.rmdir()
     return None
-
-
-def file_name(text: str) -> str:
-    """``text`` as the name of a file. It is UTF-8 on the disk, also where Python takes the file system for ASCII."""
-    return os.fsdecode(text.encode("utf-8"))

@@ -29,15 +29,16 @@ from pathlib import Path
 import pytest
 from tabulate import tabulate
 
-from mpscale.analysis.compare import ComparedRow, Comparison, Pair
+from mpscale.analysis.change import measure_change, with_verdicts
+from mpscale.analysis.compare import ComparedRow, Comparison, Pair, State
 from mpscale.analysis.gates import judge_gates, parse_gates
 from mpscale.analysis.noise_floor import FEWEST_RUNS, assumed_floor, floors_from_samples, pair_noise
-from mpscale.analysis.quantities import QUANTITIES, measure_change, with_verdicts
+from mpscale.analysis.quantities import COSTS, Outcome, Verdict
 from mpscale.analysis.stats import paired_ratio
 from mpscale.core.record import Record
 from mpscale.core.runs import Run
 
-TIME = QUANTITIES["step_time"]
+TIME = COSTS["step_time"]
 ROWS = 20
 A_A, A_B = 3000, 200
 """Invocations for each cell of the tables."""
@@ -48,7 +49,6 @@ PLAIN, AGAIN = 0, 1
 STRICTEST = 0.01
 """Threshold at which nothing may be found where nothing changed; of a change it is half of that."""
 NOBODY = Run(Path(), "", {}, [], True)
-CASE = [Record({"case_id": "", "seed": 0, "repeat": 0, "status": "ok"})][0]
 COMMANDS = ("compare, single-run", "compare, 5 runs", "pytest gate, 5 runs", "ab")
 
 
@@ -94,7 +94,10 @@ def sample(pool, row, variant, rounds):
 
 
 def cases(times):
-    return [{**CASE, "repeat": number, TIME.column: time} for number, time in enumerate(times)]
+    return [
+        Record({"case_id": "", "seed": 0, "repeat": number, "status": "ok", TIME.column: time})
+        for number, time in enumerate(times)
+    ]
 
 
 def judged(before, after, floors, threshold, in_turns=False):
@@ -108,7 +111,7 @@ def judged(before, after, floors, threshold, in_turns=False):
     ]
     changes = with_verdicts(changes, threshold)
     rows = [
-        ComparedRow(Pair(*place, "paired", None, one, two), {TIME.name: change}, None, (None, None))
+        ComparedRow(Pair(*place, State.PAIRED, None, one, two), {TIME.name: change}, None, (None, None))
         for (place, one), two, change in zip(sides[0].items(), after, changes, strict=True)
     ]
     return Comparison(NOBODY, NOBODY, True, ({}, {}), [], in_turns, rows=rows)
@@ -116,7 +119,7 @@ def judged(before, after, floors, threshold, in_turns=False):
 
 def fired(comparison, threshold):
     gates = parse_gates([f"step_time>{threshold:.2%}"])
-    return {int(finding.row[1]) for finding in judge_gates(comparison, gates) if finding.outcome == "fired"}
+    return {int(finding.row[1]) for finding in judge_gates(comparison, gates) if finding.outcome is Outcome.FIRED}
 
 
 def invoke(pool, command, processes, variant, threshold):
@@ -166,10 +169,10 @@ def counted(pool, command, processes, variant, times):
         found, verdicts = invoke(pool, command, processes, variant, threshold)
         plain = verdicts[1:] if variant != PLAIN else verdicts
         outcome["false gate"] += bool(found - ({0} if variant != PLAIN else set()))
-        outcome["false verdict"] += bool({"slower", "faster"} & set(plain))
+        outcome["false verdict"] += bool({Verdict.SLOWER, Verdict.FASTER} & set(plain))
         outcome["found"] += 0 in found
-        outcome["wrong way"] += variant != PLAIN and verdicts[0] == "faster"
-        outcome["same"] += verdicts[0] == "same"
+        outcome["wrong way"] += variant != PLAIN and verdicts[0] is Verdict.FASTER
+        outcome["same"] += verdicts[0] is Verdict.SAME
     return {name: count / times for name, count in outcome.items()}
 
 

@@ -155,6 +155,6 @@ def test_history_writes_table_and_figure_where_it_is_told_to(project):
 
 
 def test_history_offers_every_quantity():
-    from mpscale.analysis.quantities import MEASURES
+    from mpscale.analysis.quantities import QUANTITIES
 
-    assert f"{{{','.join(MEASURES)}}}" in "".join(mpscale("history", "--help").stdout.split())
+    assert f"{{{','.join(QUANTITIES)}}}" in "".join(mpscale("history", "--help").stdout.split())

@@ -1,11 +1,11 @@
-"""What to run: one training of one workload in one mode, and the settings that a whole run shares."""
+"""What to run: cases, the settings that a run shares, and how cases and series are named."""
 
 from __future__ import annotations
 
 import itertools
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -26,19 +26,51 @@ DYNAMIC_DEFAULTS: dict[str, int | float] = {
 """The arguments of DynamicLossScale, which this side of the pipe cannot ask: it imports no TensorFlow."""
 
 
+_CASE_ID = re.compile(r"(.+)--(.+)--s(\d{1,18})--r(\d{1,18})")
+_SERIES_KEY = re.compile(r"(.*)/([^/]*)/([^/]*)/(batch=.*)/method=([^/]*)")
+
+
+@dataclass(frozen=True, slots=True)
+class CaseId:
+    """Names a case in its run. The text is ``<workload>--<mode>--s<seed>--r<repeat>`` and usable as a file name."""
+
+    workload: str
+    mode: str
+    seed: int
+    repeat: int
+
+    def __str__(self) -> str:
+        return f"{self.workload.replace(':', '+')}--{self.mode}--s{self.seed}--r{self.repeat}"
+
+    @classmethod
+    def parse(cls, text: str, workloads: Iterable[str] = ()) -> CaseId | None:
+        """The inverse of ``str``; None if the text is not the id of a case.
+
+        Args:
+            text: the id.
+            workloads: names that may occur. In others a ``+`` is taken for the ``:`` of ``module:attribute``.
+        """
+        found = _CASE_ID.fullmatch(text)
+        if found is None:
+            return None
+        workload, mode, seed, repeat = found.groups()
+        known = next((name for name in workloads if name.replace(":", "+") == workload), workload.replace("+", ":"))
+        return cls(known, mode, int(seed), int(repeat))
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all cases of a run have in common.
 
     Args:
-        jit: compile train steps with XLA, in every mode alike.
-        train_steps: steps of a training; None takes the workload's own.
-        batch_size: examples per step; None takes the workload's own.
+        jit: compile train steps with XLA, in all modes.
+        train_steps: steps of a training; None for the workload's own number.
+        batch_size: examples per step; None for the workload's own.
         static_scale: loss scale of mixed-static.
         dynamic_scale: arguments of the scale of mixed-dynamic and graph-rewrite that differ from the defaults.
-        timing_s: seconds of steady-state timing; 0 leaves the timing out.
-        timing_blocks: fewest blocks of it.
-        energy_s: seconds that steps go on for where a GPU's energy can be counted; 0 leaves energy out.
+        timing_s: seconds of steady-state timing; 0 for none.
+        timing_blocks: the minimum number of timed blocks.
+        energy_s: how many seconds to go on stepping if the GPU's energy can be measured; 0 for no energy.
     """
 
     jit: bool = True
@@ -57,7 +89,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Case:
-    """One process: ``seed`` trains and times, a ``repeat`` above 0 only times.
+    """One process. Repeat 0 trains to the end and times; a repeat above 0 only times.
 
     ``order`` is its place in the run.
     """
@@ -71,8 +103,8 @@ class Case:
 
     @property
     def id(self) -> str:
-        """Unique in a run, and usable as a file name."""
-        return f"{self.workload.replace(':', '+')}--{self.mode}--s{self.seed}--r{self.repeat}"
+        """Unique in a run, and usable as a file name; see :class:`CaseId`."""
+        return str(CaseId(self.workload, self.mode, self.seed, self.repeat))
 
     @property
     def group(self) -> tuple[str, int, int]:
@@ -105,20 +137,63 @@ class Case:
         return cls(**{**values, "settings": Settings(**values["settings"])})
 
 
-def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_steps: int, settings: Settings) -> str:
-    """What two rows of different runs must share to be compared: everything that moves a figure but the machine.
+@dataclass(frozen=True, slots=True)
+class SeriesKey:
+    """What rows of different runs must share to be compared: everything that moves a figure except the machine.
 
-    Settings of a loss scale are in it for the mode that uses it alone, so that another static scale does not make a
-    new series of fp32.
+    The text is ``<workload>/<digest>/<mode>/<setting>=<value>,.../method=<version>``.
     """
-    parts = {"batch": batch_size, "steps": train_steps, "jit": "on" if settings.jit else "off"}
-    parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}
-    if mode.scaling == "static":
-        parts["scale"] = f"{settings.static_scale:.17g}"
-    if mode.scaling == "dynamic":
-        parts |= {key: f"{value:.17g}" for key, value in sorted(settings.dynamic_scale.items())}
-    text = ",".join(f"{key}={value}" for key, value in parts.items())
-    return f"{workload}/{digest}/{mode.name}/{text}/method={METHOD_VERSION}"
+
+    workload: str
+    digest: str
+    mode: str
+    settings: Mapping[str, str]
+    method: str
+
+    @classmethod
+    def of(
+        cls, mode: Mode, workload: str, digest: str, batch_size: int, train_steps: int, settings: Settings
+    ) -> SeriesKey:
+        """The key of a case. It has the settings of a loss scale only for the mode that uses it.
+
+        So another static scale does not make a new series of fp32.
+        """
+        parts = {"batch": str(batch_size), "steps": str(train_steps), "jit": "on" if settings.jit else "off"}
+        parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}
+        if mode.scaling == "static":
+            parts["scale"] = f"{settings.static_scale:.17g}"
+        if mode.scaling == "dynamic":
+            parts |= {key: f"{value:.17g}" for key, value in sorted(settings.dynamic_scale.items())}
+        return cls(workload, digest, mode.name, parts, str(METHOD_VERSION))
+
+    def __str__(self) -> str:
+        settings = ",".join(f"{name}={value}" for name, value in self.settings.items())
+        return f"{self.workload}/{self.digest}/{self.mode}/{settings}/method={self.method}"
+
+    @classmethod
+    def parse(cls, text: str) -> SeriesKey | None:
+        """The inverse of ``str``; None if the text is no series key."""
+        # From the end, because names of workloads may hold slashes, as settings do: timing=2s/50.
+        found = _SERIES_KEY.fullmatch(text)
+        if found is None:
+            return None
+        workload, digest, mode, settings, method = found.groups()
+        parts = (part.partition("=") for part in settings.split(","))
+        return cls(workload, digest, mode, {name: value for name, _, value in parts}, method)
+
+    @staticmethod
+    def facts(text: str) -> dict[str, str]:
+        """What the text says about a series of a given workload and mode: digest, settings and method, by name.
+
+        A text that is no series key is one fact called ``series``.
+        """
+        key = SeriesKey.parse(text)
+        return {"series": text} if key is None else {"digest": key.digest, **key.settings, "method": key.method}
+
+
+def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_steps: int, settings: Settings) -> str:
+    """The series key of a case as text; see :meth:`SeriesKey.of`."""
+    return str(SeriesKey.of(mode, workload, digest, batch_size, train_steps, settings))
 
 
 def plan(
@@ -131,9 +206,9 @@ def plan(
 ) -> Iterator[Case]:
     """The cases of a run, in the order in which they run.
 
-    The modes of one workload and seed run next to each other, so that a drift of the machine hits all of them, and
-    in an order shuffled anew for each, so that none always comes first. Repeats come after the seeds: what is lost
-    if a run is cut short is then precision and not a result.
+    The modes of one workload and seed run next to each other, so that a drift of the machine hits all of them, in an
+    order that is shuffled each time, so that none always comes first. Repeats come after the seeds, so that a run that
+    is cut short loses precision rather than results.
     """
     random_order = random.Random(shuffle_seed)
     rounds = [(seed, 0) for seed in range(seeds)] + [(0, repeat) for repeat in range(1, repeats + 1)]
@@ -142,52 +217,3 @@ def plan(
         for seed, repeat in rounds:
             for mode in random_order.sample(list(modes), len(modes)):
                 yield Case(workload, mode.name, seed, repeat, next(order), settings)
-
-
-# What tells the series of one workload and mode apart, in a few words.
-
-# See harness.case.series_key. Settings hold slashes: timing=2s/50.
-_KEY = re.compile(r".*/(?P<digest>[^/]*)/[^/]*/(?P<settings>batch=.*)/(?P<method>method=[^/]*)")
-
-_ON = "on "
-"""Before the names of facts on the machine, so that none is taken for a setting."""
-
-
-def tell_apart(siblings: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """A text for each of some series of one workload and mode; empty where there is nothing to tell.
-
-    Args:
-        siblings: series key (see :func:`mpscale.core.case.series_key`) and hardware of each; hardware holds only
-            what is known.
-    """
-    facts = [
-        key_facts(key) | {f"{_ON}{name}": str(fact) for name, fact in machine.items()} for key, machine in siblings
-    ]
-    names = dict.fromkeys(name for each in facts for name in each)
-    differing = [name for name in names if len({each.get(name) for each in facts}) > 1]
-    machines = {tuple(sorted((name, str(fact)) for name, fact in machine.items())) for _, machine in siblings}
-    if len({each.get("on name") for each in facts}) == len(machines):
-        # The device's name says which machine it is; the rest would only make the text longer.
-        differing = [name for name in differing if name == "on name" or not name.startswith(_ON)]
-    return [", ".join(_words(name, each[name]) for name in differing if name in each) for each in facts]
-
-
-def key_facts(key: str) -> dict[str, str]:
-    """The digest, the settings and the method that a series key holds, by name."""
-    found = _KEY.fullmatch(key)
-    if found is None:
-        return {"series": key}
-    facts = {"digest": found["digest"]}
-    for setting in [*found["settings"].split(","), found["method"]]:
-        name, _, value = setting.partition("=")
-        facts[name] = value
-    return facts
-
-
-def _words(name: str, fact: str) -> str:
-    if name in ("on name", "on kind"):
-        return fact
-    if name == "on cores":
-        return f"{fact} core" if fact == "1" else f"{fact} cores"
-    # Eight hex digits tell models apart and leave room for the rest.
-    return f"digest {fact[:8]}" if name == "digest" else f"{name.removeprefix(_ON)}={fact}"

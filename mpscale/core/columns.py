@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 SCHEMA_VERSION = 1
-"""Raised when a column changes its name, unit or meaning."""
+"""Raise this when a column changes its name, unit or meaning."""
 
+# Version 2: a step returns its loss, loss scale and overflow. Version 1 wrote them into a variable, which made the
+#   smallest steps slower than in a hand-written loop.
+# Version 3: a timed block waits for the tensor of its last step instead of a variable, and rarely follows a read of
+#   what the steps returned.
+# Version 4: a step returns only what its mode knows, and a timed block keeps none of it.
+# Version 5: a step returns loss, loss scale and overflow separately, because packing them into one tensor slowed
+#   convolutions with a loss scale; and it is compiled from a small function, which is cheaper to call.
 METHOD_VERSION = 5
-"""Raised by hand when the way of measuring changes, so that older figures are not compared with newer ones."""
+"""Raise this when the way of measuring changes: figures of different versions are not compared."""
 
 Status = Literal[
     "ok", "diverged", "stalled", "oom", "timeout", "crashed", "error", "unsupported", "invalid", "interrupted"
@@ -31,7 +38,11 @@ STATUSES: dict[str, str] = {
     "interrupted": "stopped by the user before it finished",
 }
 FAILED = ("oom", "timeout", "crashed", "error", "invalid", "interrupted")
-"""Statuses that fail the pytest test whatever the mode."""
+"""Statuses that fail the pytest test in any mode."""
+LOST = ("diverged", "stalled")
+"""Statuses of trainings that ran to the end and are worth nothing."""
+MEASURED = ("ok", *LOST)
+"""Statuses of cases that ran to the end."""
 
 Kind = Literal["str", "int", "float", "bool", "json"]
 DTYPES: dict[Kind, str] = {
@@ -41,7 +52,7 @@ DTYPES: dict[Kind, str] = {
     "bool": "boolean",
     "json": "object",
 }
-"""The pandas dtype of each kind: one that knows the unknown."""
+"""The pandas dtype of each kind; all of them can hold missing values."""
 
 
 class Format(StrEnum):
@@ -120,13 +131,14 @@ class Column:
     """One column of cases.csv or summary.csv.
 
     Args:
-        name: as the header has it.
-        kind: its type.
-        unit: empty if it has none.
-        made: how the value comes about.
+        name: as in the header.
+        kind: of its values.
+        unit: of its values; empty if they have none.
+        made: how a value is made.
         empty: when there is no value.
-        measured: whether it must hold a value or be named, with the reason, in the column ``unavailable``.
-        special: its format, if unit and kind do not tell; see :attr:`format`.
+        measured: a row without a value must give the reason in the column ``unavailable``.
+        positive: values must be above 0, as they are compared as ratios.
+        special: its format, if unit and kind do not decide it; see :attr:`format`.
         warn_above: a value above it casts doubt on the other figures of the case.
         cells: where the report shows it.
     """
@@ -137,6 +149,7 @@ class Column:
     made: str
     empty: str = "never"
     measured: bool = False
+    positive: bool = False
     special: Format | None = None
     warn_above: float | None = None
     cells: tuple[Cell, ...] = ()
@@ -173,23 +186,12 @@ class Section:
     columns: tuple[Column, ...]
 
 
-def _known(
-    name: str, kind: Kind, unit: str, made: str, empty: str = "never", *cells: Cell, special: Format | None = None
-) -> Column:
-    return Column(name, kind, unit, made, empty, special=special, cells=cells)
+def _known(name: str, kind: Kind, unit: str, made: str, empty: str = "never", *cells: Cell, **more: Any) -> Column:
+    return Column(name, kind, unit, made, empty, cells=cells, **more)
 
 
-def _measured(
-    name: str,
-    kind: Kind,
-    unit: str,
-    made: str,
-    empty: str,
-    *cells: Cell,
-    special: Format | None = None,
-    warn_above: float | None = None,
-) -> Column:
-    return Column(name, kind, unit, made, empty, measured=True, special=special, warn_above=warn_above, cells=cells)
+def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, *cells: Cell, **more: Any) -> Column:
+    return Column(name, kind, unit, made, empty, cells=cells, measured=True, **more)
 
 
 # fmt: off
@@ -305,7 +307,7 @@ SECTIONS: tuple[Section, ...] = (
         Topic.STEP_TIME,
         "Step time",
         (
-            _measured("step_time_ms_median", "float", "ms", "median over the blocks of (time of a block / its steps), steady state; the one number of this process", _NO_TIMING, Cell(Sheet.TIMING, 1, "processes", Over.KNOWN)),
+            _measured("step_time_ms_median", "float", "ms", "median over the blocks of (time of a block / its steps), steady state; the one number of this process", _NO_TIMING, Cell(Sheet.TIMING, 1, "processes", Over.KNOWN), positive=True),
             _measured("step_time_ms_p10", "float", "ms", "10th percentile over the blocks", _NO_TIMING),
             _measured("step_time_ms_p90", "float", "ms", "90th percentile over the blocks", _NO_TIMING),
             _measured("step_time_ms_per_applied", "float", "ms", "time of all blocks over the steps applied in them: a skipped step is cheaper and buys nothing", "the mode checks no gradient, no step was applied, or timing was off", Cell(Sheet.TIMING, 3, "ms per applied step")),
@@ -334,7 +336,7 @@ SECTIONS: tuple[Section, ...] = (
         Topic.MEMORY,
         "Memory",
         (
-            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline: `gpu_memory_process_peak_mib` where it is known, else `gpu_memory_device_rise_mib` where nobody else used the GPU; `gpu_memory_method` says which", _NO_NVML, Cell(Sheet.MEMORY, 1, "GPU, NVML (MiB)", Over.MAX, partial=True)),
+            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline: `gpu_memory_process_peak_mib` where it is known, else `gpu_memory_device_rise_mib` where nobody else used the GPU; `gpu_memory_method` says which", _NO_NVML, Cell(Sheet.MEMORY, 1, "GPU, NVML (MiB)", Over.MAX, partial=True), positive=True),
             _measured("gpu_memory_method", "str", "", "`process` or `device-minus-idle`: where the headline comes from", _NO_NVML, Cell(Sheet.MEMORY_PARTS, 7, "peak is of", Over.EACH)),
             _measured("gpu_memory_process_peak_mib", "float", "MiB", "largest memory of the process and its descendants that NVML listed, looked at every 10 ms and at every phase, and every 500 ms while steps are timed", "as above, or NVML lists the process without its memory or not at all"),
             _measured("gpu_memory_device_rise_mib", "float", "MiB", "largest memory in use on the whole GPU, less `gpu_memory_idle_mib`", "it did not rise; " + _NO_NVML),
@@ -346,14 +348,14 @@ SECTIONS: tuple[Section, ...] = (
             _measured("gpu_memory_unexplained_mib", "float", "MiB", "headline less context less the allocator's peak: pools that hold more than is used, libraries, compiled programs; may be negative, since the peaks need not fall together", "one of the three is unknown", Cell(Sheet.MEMORY_PARTS, 4, "unexplained", Over.MAX)),
             _measured("gpu_sample_interval_ms", "float", "ms", "mean time between two looks at the GPU's memory, outside the timed blocks", _NO_NVML),
             _measured("gpu_sample_gap_ms", "float", "ms", "longest time between two, outside the timed blocks, where it is 500 ms: a peak shorter than this may have gone unseen", _NO_NVML),
-            _measured("host_memory_peak_mib", "float", "MiB", "largest resident memory of the process (VmHWM), compiler included; on a CPU it measures the compiler more than the model", "the process ended too early to be read", Cell(Sheet.MEMORY, 4, "host (MiB)", Over.MAX)),
+            _measured("host_memory_peak_mib", "float", "MiB", "largest resident memory of the process (VmHWM), compiler included; on a CPU it measures the compiler more than the model", "the process ended too early to be read", Cell(Sheet.MEMORY, 4, "host (MiB)", Over.MAX), positive=True),
         ),
     ),
     Section(
         Topic.ENERGY,
         "Energy",
         (
-            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, by its counter where it has one, else by its power, divided by the steps", _NO_ENERGY, Cell(Sheet.ENERGY, 1, "J per step", partial=True)),
+            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, by its counter where it has one, else by its power, divided by the steps", _NO_ENERGY, Cell(Sheet.ENERGY, 1, "J per step", partial=True), positive=True),
             _measured("gpu_energy_method", "str", "", "`counter` or `power`: where the headline comes from", _NO_ENERGY, Cell(Sheet.ENERGY, 7, "by", Over.EACH)),
             _measured("gpu_energy_j_per_applied_step", "float", "J", "the same divided by the steps that were not skipped", "the mode checks no gradient, no step was applied; " + _NO_ENERGY, Cell(Sheet.ENERGY, 3, "J per applied step")),
             _measured("gpu_energy_net_j_per_step", "float", "J", "the headline less `gpu_idle_power_w` times the window: what training added", "the GPU drew no more than before, or its idle power is unknown; " + _NO_ENERGY, Cell(Sheet.ENERGY, 4, "J per step above idle")),

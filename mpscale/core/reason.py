@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 
@@ -88,7 +89,7 @@ class Reason:
     cure: str | None = None
 
     def __post_init__(self) -> None:
-        # Names of files that are not UTF-8 come with surrogates, which no file can be written with.
+        # Names of files that are not UTF-8 come with surrogates, which cannot be written to a file.
         object.__setattr__(self, "text", encodable(self.text))
 
     def __str__(self) -> str:
@@ -111,15 +112,24 @@ class Reason:
             TypeError: the value is neither a text nor an object with a text.
         """
         if isinstance(value, str):
-            return cls(Code.OTHER, value)
+            return _shared(Code.OTHER, value)
         if not (isinstance(value, Mapping) and isinstance(value.get("text"), str)):
             raise TypeError(f"a reason should be a text or an object with a text, not {value!r:.200}")
         code, cure = value.get("code"), value.get("cure")
         # A newer mpscale may know more codes.
-        known = Code(code) if code in set(Code) else Code.OTHER
-        return cls(known, value["text"], cure if isinstance(cure, str) else None)
+        known = Code(code) if isinstance(code, str) and code in _CODES else Code.OTHER
+        return _shared(known, value["text"], cure if isinstance(cure, str) else None)
+
+
+_CODES = frozenset(map(str, Code))
+
+
+@lru_cache(maxsize=4096)
+def _shared(code: Code, text: str, cure: str | None = None) -> Reason:
+    """One object for equal reasons: a run of ten thousand cases holds half a million, and few different ones."""
+    return Reason(code, text, cure)
 
 
 def encodable(text: str) -> str:
     """``text`` with an escape for each lone surrogate, so that any file can hold it."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")

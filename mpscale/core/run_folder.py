@@ -1,43 +1,64 @@
-"""The folder of one run. Its journal is appended to; everything else can be made from it."""
+"""The folder of a run: written while the run goes on, and its journal, from which all else can be made, read back."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import re
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from mpscale.config import file_name
-from mpscale.core.case import Case
+from mpscale.core.case import Case, CaseId
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.mode import MODES
+from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record, to_csv
+
+IDENTITY = ("workload", "mode", "seed", "repeat")
+"""The columns that say which case a record is of."""
+NO_END = "the journal holds no end of this case: the run was stopped, or is still going on"
+
+
+class RunError(Exception):
+    """A run that does not exist, or a file of it that is broken. The message says which, and what to do."""
+
+
+def steps_path(folder: Path, case_id: str) -> Path:
+    """The log of steps of a case."""
+    return folder / "steps" / f"{_file_name(case_id)}.csv.gz"
+
+
+def write_cases(folder: Path, records: Iterable[Record]) -> None:
+    """Write cases.csv, whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    _replace(folder / "cases.csv", to_csv(records).encode())
 
 
 class Journal:
     """Writes ``<results>/runs/<run>/``.
 
-    All lines are kept in memory as well. If the folder or its journal is deleted, moved or changed while the run goes
-    on, both are written anew. If they cannot be written, the run goes on, every further line tries again, and at the
-    end a folder for temporary files takes everything. :attr:`troubles` says so each time.
+    All lines are also kept in memory. If the folder or its journal is deleted, moved or changed during the run, both
+    are written again. If they cannot be written, the run goes on, each further line tries again, and in the end a
+    temporary folder takes everything. :attr:`troubles` says so each time.
 
     Args:
-        results: the results folder; made where it does not exist.
-        device_slug: goes into the run's name, between its time and four random characters.
+        results: the results folder; created if it does not exist.
+        device_slug: part of the run's name, between its time and four random characters.
         environment: where it runs, for run.json.
         settings: what was asked for, for run.json.
         cases: the plan.
-        interleaved: with which other run this one takes turns; None where it is alone.
+        interleaved: the other run, if two take turns.
 
     Raises:
-        OSError: the folder cannot be written, before anything was measured.
+        OSError: the folder cannot be written. Nothing has been measured then.
     """
 
     def __init__(
@@ -54,7 +75,7 @@ class Journal:
         self.path = results / "runs" / self.name
         """The run's folder. Only :meth:`finish` changes it."""
         self.troubles: list[str] = []
-        """What went wrong with the run's files, each once."""
+        """What went wrong with the run's files, without repetition."""
         self.path.mkdir(parents=True)
         self._environment = dict(environment)
         self._info: dict[str, Any] = {
@@ -77,40 +98,40 @@ class Journal:
 
     def steps_path(self, case: Case) -> Path:
         """Where the case's log of steps goes."""
-        return self.path / "steps" / f"{file_name(case.id)}.csv.gz"
+        return steps_path(self.path, case.id)
 
     def gpu_path(self, case: Case, attempt: int) -> Path:
-        """Where the samples of the GPU go, one file an attempt."""
-        return self.path / "gpu" / f"{file_name(case.id)}--a{attempt}.csv.gz"
+        """Where the samples of the GPU go, one file per attempt."""
+        return self.path / "gpu" / f"{_file_name(case.id)}--a{attempt}.csv.gz"
 
     def add_environment(self, facts: Mapping[str, Any]) -> None:
-        """Adds to the environment what only a worker could find out."""
+        """Add to the environment what only a worker can find out."""
         self._environment.update(facts)
         with self._no_trouble_ends_the_run():
             self._write_info()
 
     def case_started(self, case: Case, attempt: int) -> None:
-        """Notes the start of a case, so that a run that is cut short shows which one it was at."""
+        """Note the start of a case, so that a run that is cut short shows which case was running."""
         identity = {key: value for key, value in case.identity().items() if key != "case_id"}
         self._append("case_started", case_id=case.id, attempt=attempt, case=identity)
 
     def case_finished(self, case: Case, record: Record, step_s: Sequence[float], phases: Mapping[str, float]) -> None:
-        """Notes the result of a case, and brings cases.csv up to date: it is there even if the run dies next.
+        """Note the result of a case and update cases.csv, which is complete even if the run dies next.
 
         Args:
             case: the case.
             record: its row.
-            step_s: step time of each timed block, in seconds: what the row's medians were made of.
+            step_s: step time of each timed block in seconds, from which the row's medians were made.
             phases: when each phase was reached, in seconds from the start of its process.
         """
         blocks = [float(f"{value:.6g}") for value in step_s]
         self._records[case.id] = record
         self._append("case_finished", case_id=case.id, record=record.to_json(), step_s=blocks, phases=dict(phases))
         with self._no_trouble_ends_the_run():
-            self._write_cases()
+            write_cases(self.path, self._records.values())
 
     def finish(self, exit_status: int) -> None:
-        """Notes the end of the run. Nothing may be written afterwards."""
+        """Note the end of the run. Nothing may be written afterwards."""
         self._append("run_finished", exit_status=exit_status, cases=len(self._records))
         if self._file is None:
             self.path = Path(tempfile.mkdtemp(prefix="mpscale-")) / self.name
@@ -137,7 +158,7 @@ class Journal:
             )
 
     def _is_in_place(self, file: IO[bytes]) -> bool:
-        """Whether what is at the journal's path is what was written there, and run.json is beside it."""
+        """Whether the file at the journal's path is the one that was written, and run.json is beside it."""
         try:
             there, here = (self.path / "journal.jsonl").stat(), os.fstat(file.fileno())
         except OSError:
@@ -148,17 +169,17 @@ class Journal:
     def _write(self, file: IO[bytes], data: bytes) -> None:
         left = memoryview(data)
         while left:
-            # Less than all is written before a disk is full, which the next call says.
+            # A write may be partial if the disk fills up; the next one then fails.
             left = left[file.write(left) :]
         os.fsync(file.fileno())
         self._size += len(data)
 
     def _write_anew(self) -> None:
-        """Writes everything that is in memory."""
+        """Write everything that is in memory."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._write_info()
         if self._records:
-            self._write_cases()
+            write_cases(self.path, self._records.values())
         journal = self.path / "journal.jsonl"
         _replace(journal, b"".join(self._lines))
         self._size = sum(map(len, self._lines))
@@ -167,12 +188,9 @@ class Journal:
     def _write_info(self) -> None:
         _replace(self.path / "run.json", (json.dumps(self._info, indent=2) + "\n").encode())
 
-    def _write_cases(self) -> None:
-        _replace(self.path / "cases.csv", to_csv(self._records.values()).encode())
-
     @contextlib.contextmanager
     def _no_trouble_ends_the_run(self) -> Iterator[None]:
-        """What has been measured is in memory, and what is still to be measured is worth more than a file."""
+        """Note a failure to write and go on: results are in memory, and those to come are worth more than a file."""
         try:
             yield
         except OSError as error:
@@ -198,29 +216,22 @@ def _line(event: str, **fields: Any) -> bytes:
     return json.dumps({"event": event, "time": time, **fields}).encode() + b"\n"
 
 
+def _file_name(case_id: str) -> str:
+    """Names on the disk are UTF-8, even if Python takes the file system for ASCII."""
+    return os.fsdecode(case_id.encode("utf-8"))
+
+
 def _replace(path: Path, content: bytes) -> None:
-    """Writes a whole file or none."""
+    """Write a whole file or none."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(content)
         partial.replace(path)
     except OSError:
-        # A disk that is full needs it.
+        # A full disk needs the space.
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
-
-
-# Reads ``journal.jsonl``, the account of a run, into one record a case.
-
-NO_END = "the journal holds no end of this case: the run was stopped, or is still going on"
-
-IDENTITY = ("workload", "mode", "seed", "repeat")
-_CASE_ID = re.compile(r"(.+)--(.+)--s(\d{1,18})--r(\d{1,18})")
-
-
-class RunError(Exception):
-    """A run that is not there, or a file of it that is broken. The message says which, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,9 +239,9 @@ class JournalContent:
     """What a journal says.
 
     Args:
-        records: the last attempt of every started case, in plan order.
+        records: the last attempt of every started case, in the order of the plan.
         finished: whether the run ended.
-        problems: what of the file could not be read as it stands, and what was made of it.
+        problems: what in the file could not be read as it stands, and what was made of it.
     """
 
     records: list[Record]
@@ -239,20 +250,20 @@ class JournalContent:
 
 
 def read_journal(path: Path, info: Mapping[str, Any]) -> JournalContent:
-    """Reads a journal; a last line that was cut off is ignored.
+    """Read a journal. A last line that was cut off is ignored.
 
-    The last event of a case counts: of several attempts the last, and one that was started and not finished is a
+    The last event of a case counts: the last of several attempts, and one that was started and not finished becomes a
     record with status ``interrupted``.
 
-    A line that is broken, or whose record holds what does not belong there, costs its own case and no other: that
-    case becomes ``invalid`` with the reason.
+    A broken line, or a record with values that do not belong there, costs only its own case, which becomes ``invalid``
+    with the reason.
 
     Args:
         path: of ``journal.jsonl``.
-        info: ``run.json``, for the plan and for what an interrupted case could not say of itself.
+        info: ``run.json``, for the plan and for what an interrupted case could not say about itself.
 
     Raises:
-        RunError: the file is missing, cannot be read at all, or holds no event: every journal begins with one.
+        RunError: the file is missing, cannot be read at all, or holds no event; every journal begins with one.
     """
     told = _Told(path.name, info)
     for number, line in _lines(path):
@@ -261,27 +272,32 @@ def read_journal(path: Path, info: Mapping[str, Any]) -> JournalContent:
         why = told.problems[0] if told.problems else "it is empty or was cut off"
         raise RunError(f"{path}: holds no event that can be read ({why}){_what_is_left(path)}")
     place = {case_id: index for index, case_id in enumerate(info.get("planned", []))}
-    # sorted() keeps the order of the journal among cases that no plan names.
+    # sorted() keeps the journal's order for cases that are not in the plan.
     ordered = sorted(told.records, key=lambda case_id: place.get(case_id, len(place)))
     return JournalContent([told.records[case_id] for case_id in ordered], told.finished, told.problems)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines with their numbers, read one at a time because journals of long runs are large."""
     try:
-        # Bytes, because a cut can fall inside a character.
-        lines = path.read_bytes().split(b"\n")
+        # As bytes, because a cut can fall inside a character.
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                # A whole line ends with a newline, so a last line without one was cut off, unless it is complete JSON.
+                if line.strip() and (line.endswith(b"\n") or _is_json(line)):
+                    yield number, line
     except FileNotFoundError:
         raise RunError(f"{path}: no such file{_what_is_left(path)}") from None
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}") from error
-    # A whole line ends with a newline, so what comes after the last one was cut off, if it is no whole object.
-    last = lines.pop()
-    yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _is_json(line: bytes) -> bool:
     try:
-        json.loads(last.decode("utf-8"))
+        json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
-        return
-    yield len(lines) + 1, last
+        return False
+    return True
 
 
 def _what_is_left(path: Path) -> str:
@@ -292,7 +308,7 @@ def _what_is_left(path: Path) -> str:
 
 @dataclass
 class _Told:
-    """What the lines so far have told."""
+    """What the lines so far have said."""
 
     name: str
     info: Mapping[str, Any]
@@ -301,10 +317,10 @@ class _Told:
     problems: list[str] = field(default_factory=list)
     events: int = 0
     running: str | None = None
-    """The case that has begun and not ended. Cases run one at a time, so a line that cannot be read was about it."""
+    """The case that has started and not ended. Cases run one at a time, so an unreadable line is about this one."""
 
     def take(self, number: int, line: bytes) -> None:
-        """Takes one line, whatever is in it."""
+        """Take one line, whatever is in it."""
         where = f"{self.name}, line {number}: "
         try:
             event = json.loads(line.decode("utf-8"))
@@ -321,7 +337,7 @@ class _Told:
         self.events += 1
         match kind:
             case "case_started":
-                # Noted before its parts are looked at: if they are broken, it has begun all the same.
+                # Noted before its parts are checked: the case has started even if they are broken.
                 self.running = _part(event, "case_id", str)
                 case = _part(event, "case", dict)
                 self.records[self.running] = self._without_end(self.running, case, event.get("attempt"))
@@ -335,12 +351,12 @@ class _Told:
                 self.finished = True
 
     def _finish(self, case_id: str, row: dict[str, Any], where: str) -> None:
-        """Takes the record of a ``case_finished``."""
+        """Take the record of a ``case_finished``."""
         odd: list[str] = []
         try:
             record = Record.from_json(row)
-        except (TypeError, AttributeError) as error:
-            odd.append(f"unavailable cannot be read: {error}")
+        except TypeError as error:
+            odd.append(str(error))
             record = Record.from_json({**row, "unavailable": {}})
         record.update({"case_id": case_id})
         odd += [*record.drop_misfits(), *lacks(record, case_id)]
@@ -351,7 +367,7 @@ class _Told:
         self.records[case_id] = record
 
     def _broken(self, why: str) -> None:
-        """Takes a line that tells nothing, which costs the case that was running its result."""
+        """Take a line that says nothing, which costs the running case its result."""
         self.problems.append(why)
         if self.running is None:
             return
@@ -365,21 +381,19 @@ class _Told:
         self.problems[-1] = f"{self.running} counts as invalid: {why}"
 
     def _identity(self, case_id: str) -> dict[str, Any]:
-        """Which case it is, by what was told before or by its id.
+        """Which case it is, from an earlier line or from its id.
 
         Raises:
-            _Odd: neither says so.
+            _Odd: neither says.
         """
-        before, parts = self.records.get(case_id), _CASE_ID.fullmatch(case_id)
-        if before is not None:
+        if before := self.records.get(case_id):
             return {name: before[name] for name in (*IDENTITY, "order", "attempts")}
-        if parts is None:
-            raise _Odd(f"{case_id!r} does not say which case it is")
-        workload, mode, seed, repeat = parts.groups()
-        return dict(zip(IDENTITY, (workload.replace("+", ":"), mode, int(seed), int(repeat)), strict=True))
+        if case := CaseId.parse(case_id):
+            return {name: getattr(case, name) for name in IDENTITY}
+        raise _Odd(f"{case_id!r} does not say which case it is")
 
     def _without_end(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> Record:
-        """The record of a case of which the journal holds no result."""
+        """The record of a case whose result is not in the journal."""
         record = Record(
             {
                 **{name: case.get(name) for name in (*IDENTITY, "order")},
@@ -401,19 +415,19 @@ class _Told:
         if isinstance(device, dict):
             record.update({"device": device.get("kind"), "device_name": device.get("name")})
             record.drop_misfits()
-        record.complete(NO_END)
+        record.complete(Reason(Code.NOT_REACHED, NO_END))
         return record
 
 
 class _Odd(Exception):
-    """A line that is no account of an event. The message says why."""
+    """A line that does not describe an event. The message says why."""
 
 
 def _part(event: Any, name: str, kind: type, what: str = "the event") -> Any:
     """A part of an event.
 
     Raises:
-        _Odd: it is not there or not of its kind.
+        _Odd: it is missing or of another type.
     """
     if not isinstance(event, dict):
         raise _Odd(f"should hold a JSON object, not {type(event).__name__}")
@@ -425,5 +439,5 @@ def _part(event: Any, name: str, kind: type, what: str = "the event") -> Any:
 
 
 def lacks(record: Record, case_id: str) -> list[str]:
-    """What a record has to say and does not: which case it is and how that ended, one sentence each."""
+    """What a record must say and does not: which case it is and how that ended, one sentence each."""
     return [f"the record of {case_id} has no {name}" for name in (*IDENTITY, "status") if record[name] is None]

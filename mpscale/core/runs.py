@@ -1,49 +1,51 @@
-"""Reads a run from disk: its environment, its journal and the steps of its cases."""
+"""Read a run from disk: its environment, its records and the steps of its cases; find runs; tell machines apart."""
 
 from __future__ import annotations
 
+import csv
 import difflib
+import gzip
 import json
 import re
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from mpscale.config import file_name
+from mpscale.core.case import CaseId
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS, DTYPES, METHOD_VERSION, SCHEMA_VERSION
-from mpscale.core.record import Record, misfit
-from mpscale.core.run_folder import RunError, read_journal
-from mpscale.core.trainings import Key, settle
+from mpscale.core.record import Key, Place, Record, misfit, settle
+from mpscale.core.run_folder import RunError, read_journal, steps_path
+
+if TYPE_CHECKING:
+    # Imported by Run.cases and Run.steps alone: reading and judging runs needs no pandas, which takes a second to load.
+    import pandas as pd
 
 __all__ = ["Run", "RunError", "cases_frame", "read_info", "read_run", "resolve_run"]
 
 _STEP_DTYPES = {"step": "Int64", "loss": "float64", "loss_scale": "float64", "overflow": "boolean"}
 _SHOWN = 5
-_CASE_ID = re.compile(r"(?P<workload>.+)--(?P<mode>.+?)--s(?P<seed>\d+)--r(?P<repeat>\d+)")
-"""See :attr:`mpscale.core.case.Case.id`."""
 
 
 class NoRunYet(RunError):
-    """There is no run at all, broken or whole, where the latest was asked for."""
+    """The latest run was asked for, and there is none, whole or broken."""
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run as its journal tells it.
+    """A run, as its journal tells it.
 
     Args:
-        path: the run's folder.
-        name: the folder's name in ``run.json``, which starts with the UTC time of its start.
+        path: the run's folder, or a cases.csv.
+        name: from ``run.json``; starts with the UTC time of its start.
         info: ``run.json``: environment, settings, planned cases, schema and method version.
-        records: the last attempt of every case that was started, in the order in which they were planned; trainings
-            that ended without a metric are ``diverged``, whatever they were called when that was no status of its own.
-        finished: whether the run came to its end.
-        problems: what of its files could not be read as it stands, and what was made of it, one sentence each.
+        records: the last attempt of every case that was started, in the order of the plan, after
+            :func:`mpscale.core.record.settle`.
+        finished: whether the run ended.
+        problems: what in its files could not be read as it stands, and what was made of it, one sentence each.
     """
 
     path: Path
@@ -55,46 +57,47 @@ class Run:
 
     @cached_property
     def cases(self) -> pd.DataFrame:
-        """One row a record and one column for each of :data:`mpscale.core.columns.COLUMNS`.
+        """One row per record and one column for each of :data:`mpscale.core.columns.COLUMNS`.
 
-        Unknown is ``pd.NA``, or NaN in float columns; ``unavailable`` holds dicts of texts.
+        Unknown values are ``pd.NA``, or NaN in float columns; ``unavailable`` holds dicts of texts.
         """
         return cases_frame(self.records)
 
     @property
     def plan_known(self) -> bool:
-        """Whether it is known which cases should be there; a cases.csv by itself does not tell."""
+        """Whether it is known which cases should be there; a cases.csv by itself does not say."""
         return bool(self.info.get("planned"))
 
     @property
     def methods(self) -> set[int]:
-        """Versions of the method by which it was measured, as far as run.json, or a cases.csv by itself, says."""
+        """The method versions that run.json, or a cases.csv by itself, names."""
         told = self.info.get("method_version")
         versions = [told] if told is not None else [record["method_version"] for record in self.records]
         return {version for version in versions if version is not None}
 
     @property
     def device(self) -> dict[str, Any]:
-        """The device's description in ``run.json``, empty where it holds none."""
+        """The device's description in ``run.json``; empty if there is none."""
         device = _dict(self.info, "environment").get("device")
         return device if isinstance(device, dict) else {}
 
     @property
     def not_started(self) -> list[str]:
-        """Ids of the cases that were planned and have no line in the journal."""
-        seen = {record["case_id"] for record in self.records}
-        return [case_id for case_id in self.info.get("planned", []) if case_id not in seen]
+        """Ids of cases that were planned and are not in the journal."""
+        return [case_id for case_id in self.info.get("planned", []) if case_id not in self._case_ids]
 
     @cached_property
-    def places_not_started(self) -> list[tuple[str, str, Key]]:
-        """Workload, mode and process of :attr:`not_started`, as far as the ids tell; ``:`` is ``+`` in those."""
-        workloads = {str(name).replace(":", "+"): str(name) for name in (record["workload"] for record in self.records)}
-        found = []
-        for case_id in self.not_started:
-            place = _CASE_ID.fullmatch(case_id)
-            if place is not None:
-                workload = workloads.get(place["workload"], place["workload"])
-                found.append((workload, place["mode"], (int(place["seed"]), int(place["repeat"]))))
+    def _case_ids(self) -> dict[str, None]:
+        return dict.fromkeys(str(record["case_id"]) for record in self.records)
+
+    @cached_property
+    def waiting(self) -> dict[Place, list[Key]]:
+        """The processes of :attr:`not_started`, by workload and mode."""
+        workloads = list(dict.fromkeys(str(record["workload"]) for record in self.records))
+        found: dict[Place, list[Key]] = {}
+        for text in self.not_started:
+            if case := CaseId.parse(text, workloads):
+                found.setdefault((case.workload, case.mode), []).append((case.seed, case.repeat))
         return found
 
     def steps(self, case_id: str) -> pd.DataFrame:
@@ -103,35 +106,57 @@ class Run:
         Raises:
             RunError: the run has no such case, or its steps were not written or cannot be read.
         """
-        known = [str(record["case_id"]) for record in self.records]
-        if case_id not in known:
-            close = difflib.get_close_matches(case_id, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; it has {len(known)} others"
+        import pandas as pd
+
+        columns = self.step_columns(case_id)
+        return pd.DataFrame({name: pd.Series(columns[name], dtype=dtype) for name, dtype in _STEP_DTYPES.items()})
+
+    def step_columns(self, case_id: str) -> dict[str, list[Any]]:
+        """The columns of :meth:`steps` as lists, without pandas. None is unknown; a loss may be NaN or infinite.
+
+        Raises:
+            RunError: as :meth:`steps`.
+        """
+        if case_id not in self._case_ids:
+            close = difflib.get_close_matches(case_id, self._case_ids, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; it has {len(self._case_ids)} others"
             raise RunError(f"{self.name} has no case {case_id!r}{hint}")
-        path = self.path / "steps" / f"{file_name(case_id)}.csv.gz"
+        path = steps_path(self.path, case_id)
         if not path.is_file():
             raise RunError(f"{path}: no such file; only a case that trained to its end has steps")
         try:
-            steps = pd.read_csv(path, dtype=_STEP_DTYPES)
-        except (OSError, EOFError, ValueError) as error:
+            with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+                header, *rows = csv.reader(file)
+            if missing := [name for name in _STEPS if name not in header]:
+                raise RunError(f"{path}: has no column {', '.join(missing)}")
+            cells = dict(zip(header, zip(*rows, strict=True) if rows else [()] * len(header), strict=True))
+            return {name: [parse(cell) if cell else None for cell in cells[name]] for name, parse in _STEPS.items()}
+        except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
             raise RunError(f"{path}: cannot be read as gzipped CSV: {error}") from error
-        missing = [name for name in _STEP_DTYPES if name not in steps.columns]
-        if missing:
-            raise RunError(f"{path}: has no column {', '.join(missing)}")
-        return steps
+
+
+_FLAGS = {"0": False, "1": True, "False": False, "True": True}
+
+
+def _flag(cell: str) -> bool:
+    if cell not in _FLAGS:
+        raise ValueError(f"expected 0 or 1, not {cell!r}")
+    return _FLAGS[cell]
+
+
+_STEPS: dict[str, Callable[[str], Any]] = {"step": int, "loss": float, "loss_scale": float, "overflow": _flag}
 
 
 def read_run(path: str | Path) -> Run:
-    """Reads the run in the folder ``path``, finished or not; or, where all there is is one, a cases.csv.
+    """Read the run in the folder ``path``, finished or not, or a cases.csv by itself.
 
-    A cases.csv tells nothing of the environment, of planned cases that were not started, or of steps.
+    A cases.csv says nothing about the environment, planned cases that were not started, or steps.
 
-    A line of the journal that cannot be read as it stands costs its own case and no other: that becomes ``invalid``
-    with its reason, and :attr:`Run.problems` lists it. A cases.csv, which other programs write too, is read whole or
-    not at all.
+    A line of the journal that cannot be read costs only its own case, which becomes ``invalid`` with the reason, and
+    :attr:`Run.problems` lists it. A cases.csv, which other programs write too, is read whole or not at all.
 
     Raises:
-        RunError: the folder is no run, or a file in it cannot be read at all; the message names the file.
+        RunError: the folder is not a run, or a file in it cannot be read at all; the message names the file.
     """
     folder = Path(path)
     if folder.is_file():
@@ -145,17 +170,17 @@ def read_run(path: str | Path) -> Run:
 def resolve_run(
     name_or_path: str | Path, results_dir: str | Path, left_out: list[tuple[str, str]] | None = None
 ) -> Path:
-    """The folder of a run, or a cases.csv.
+    """Find the folder of a run, or a cases.csv.
 
     Args:
-        name_or_path: ``latest``; the name of a run or the beginning of just one; or the path of its folder or of a
+        name_or_path: ``latest``; the name of a run, or a beginning that only one has; or the path of its folder or of a
             cases.csv.
-        results_dir: where ``runs/`` and ``reference/`` are. ``latest`` looks in ``runs/`` alone.
-        left_out: gets the folders that ``latest`` passed over because they cannot be read, and why. Without it,
-            ``latest`` passes none over: who has just made a run that is broken must not be shown the one before it.
+        results_dir: holds ``runs/`` and ``reference/``. ``latest`` looks only in ``runs/``.
+        left_out: receives the folders that ``latest`` skipped because they cannot be read, with the reason. Without it
+            ``latest`` skips none: after a run that broke, nobody wants to be shown the one before it.
 
     Raises:
-        RunError: nothing, or more than one run, fits, or the latest run cannot be read.
+        RunError: no run matches, or several do, or the latest run cannot be read.
     """
     wanted = str(name_or_path)
     made, kept = (_runs_in(Path(results_dir) / folder) for folder in ("runs", "reference"))
@@ -174,7 +199,7 @@ def resolve_run(
         if not (path / "run.json").is_file():
             raise RunError(f"{path}: holds no run.json, so it is not a run")
         return path
-    # A run that is kept in both folders is one run.
+    # A run that is in both folders is one run.
     fitting = list({run.name: run for run in reversed(runs) if wanted and run.name.startswith(wanted)}.values())
     if len(fitting) == 1:
         return fitting[0]
@@ -185,9 +210,10 @@ def resolve_run(
     raise RunError(f"no run is called {wanted!r}; the newest in {results_dir} are {_newest(runs)}")
 
 
-def cases_frame(records: list[Record]) -> pd.DataFrame:
-    """One row a record, in order, with the dtype that fits each column; see :func:`settle` for lost trainings."""
-    records = settle(records)
+def cases_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per record, in order, with the dtype of each column."""
+    import pandas as pd
+
     columns: dict[str, Any] = {
         name: pd.Series([record[name] for record in records], dtype=DTYPES[column.kind])
         for name, column in COLUMNS.items()
@@ -199,10 +225,10 @@ def cases_frame(records: list[Record]) -> pd.DataFrame:
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """The content of a run.json.
+    """Read a run.json.
 
     Raises:
-        RunError: there is none, or it is broken or of a newer version; the message names the file.
+        RunError: there is none, it is broken, or it is of a newer version; the message names the file.
     """
     if not path.is_file():
         raise RunError(f"{path}: no such file, so {path.parent} is not a run")
@@ -214,12 +240,12 @@ def read_info(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: should hold a JSON object, not {type(info).__name__}")
     version = info.get("schema_version")
     for name, value in (("schema_version", version), ("method_version", info.get("method_version", METHOD_VERSION))):
-        # Cases that have no end take both from here.
+        # Cases without an end take both from here.
         if value is None or misfit(name, value):
             raise RunError(f"{path}: {name} should be an integer, not {value!r:.200}")
     assert isinstance(version, int)
     if version > SCHEMA_VERSION:
-        # A higher version means that a column changed its meaning: reading on would mislabel figures.
+        # In a newer version a column has another meaning: reading on would mislabel figures.
         raise RunError(
             f"{path}: written with schema version {version}, this mpscale reads up to {SCHEMA_VERSION}; upgrade it"
         )
@@ -273,11 +299,11 @@ def _no_runs(results_dir: str | Path) -> str:
 
 
 _MACHINE_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "TF_ENABLE_ONEDNN_OPTS", "TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
-"""Environment variables that make a smaller machine of a CPU."""
+"""Environment variables that make a CPU a smaller machine."""
 
 
 def hardware(run: Run) -> dict[str, Any]:
-    """What makes the machine of a run this one and no other, as far as the run says."""
+    """The facts that identify the machine of a run, as far as the run knows them."""
     kind, name = (_one_device(run, column) for column in ("device", "device_name"))
     environment = run.info.get("environment")
     return machine(
@@ -295,7 +321,7 @@ def _one_device(run: Run, column: str) -> str | None:
 
 
 def machine(kind: str | None, name: str | None, environment: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for a device and an environment as run.json holds them."""
+    """The facts that identify a machine, from a device and an environment as in run.json."""
     facts: dict[str, Any] = {"kind": kind, "name": name}
     if kind == "cpu" and environment:
         cpu, variables = environment.get("cpu"), environment.get("variables")
@@ -309,18 +335,18 @@ def machine(kind: str | None, name: str | None, environment: Mapping[str, Any]) 
 
 
 def same_hardware(baseline: Run, other: Run) -> bool:
-    """Whether both ran on the same kind of device. A cases.csv by itself knows only the device's name."""
+    """Whether both ran on the same kind of machine. A cases.csv by itself knows only the device's name."""
     return same_machine(hardware(baseline), hardware(other))
 
 
 def same_machine(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
-    """Whether two answers of :func:`hardware` agree in what both know."""
+    """Whether two results of :func:`hardware` agree in what both know."""
     known = ("kind", "name") if "cores" not in one or "cores" not in two else one.keys() | two.keys()
     return all(one.get(name) == two.get(name) for name in known)
 
 
 def machine_words(facts: Mapping[str, Any]) -> str:
-    """The machine in one line."""
+    """The machine in one line, for people."""
     parts = [f"{facts['name'] or 'unknown'} ({facts['kind'] or 'unknown'})"]
     for name, value in facts.items():
         if name == "cores" and value is not None:
@@ -331,7 +357,7 @@ def machine_words(facts: Mapping[str, Any]) -> str:
 
 
 def environment_differences(baseline: Run, other: Run) -> list[tuple[str, str, str]]:
-    """What differs between the environments of two runs: name, value of the baseline, value of the other."""
+    """What differs between the environments of two runs: name, value in the baseline, value in the other run."""
     one, two = (dict(_facts(run.info.get("environment"))) for run in (baseline, other))
     names = list(dict.fromkeys([*one, *two])) if one and two else []
     return [(name, one.get(name, ""), two.get(name, "")) for name in names if one.get(name) != two.get(name)]

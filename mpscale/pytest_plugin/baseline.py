@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 FILE = "comparison.md"
 """In the run's folder."""
 
-_NOISY = ("step_time", "energy")
-"""Quantities that chance moves from one process to the next, and that a process which only times can measure."""
-
 
 class BaselineCheck:
     """What the options and ``[tool.mpscale]`` ask for, and what came of it.
@@ -139,6 +136,7 @@ class BaselineCheck:
             return
         from mpscale.analysis.compare import compare, floors_for
         from mpscale.analysis.gates import judge_gates
+        from mpscale.analysis.quantities import COSTS, Outcome
         from mpscale.core.runs import RunError, read_run
 
         def look(run: Run, anew: Mapping[tuple[str, str], int]) -> tuple[Comparison, list[Finding]]:
@@ -150,7 +148,8 @@ class BaselineCheck:
             run = read_run(path)
             floors = floors_for(self._baseline, run, path.parent.parent)
             self.comparison, self.findings = look(run, {})
-            again = {f.row for f in self.findings if f.outcome == "fired" and f.gate.name in _NOISY and f.row}
+            fired = [found for found in self.findings if found.outcome is Outcome.FIRED and found.gate.name in COSTS]
+            again = {found.row for found in fired if found.row and COSTS[found.gate.name].can_be_remeasured}
             if again:
                 first_repeats = {row: _next_repeat(run, row) for row in again}
                 run_more(_further_cases(run, first_repeats, settings))
@@ -187,12 +186,14 @@ class BaselineCheck:
 
     def lines(self) -> list[str]:
         """What the terminal says of it."""
+        from mpscale.analysis.quantities import Outcome
+
         passed_over = [f"{folder} is no baseline: {reason}" for folder, reason in self.left_out]
         if self.comparison is None and self.note is None:
             return passed_over
-        found = [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome != "passed"]
-        passed = sum(finding.outcome == "passed" for finding in self.findings)
-        untold = sum(finding.outcome == "cannot-tell" for finding in self.findings)
+        found = [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome is not Outcome.PASSED]
+        passed = sum(finding.outcome is Outcome.PASSED for finding in self.findings)
+        untold = sum(finding.outcome is Outcome.CANNOT_TELL for finding in self.findings)
         if self.findings:
             found.append(f"{passed} of {len(self.findings)} gated figures passed" + _untold(untold, self._strict))
         if self.comparison is not None:
@@ -219,7 +220,7 @@ def _further_cases(run: Run, first_repeats: Mapping[tuple[str, str], int], setti
     Of a seed that was not lost: times of one that was do not count.
     """
     from mpscale.core.case import Case
-    from mpscale.core.trainings import of_good_trainings
+    from mpscale.core.record import of_good_trainings
 
     rows = run.records
     cases: list[tuple[int, Case]] = []

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from string import ascii_uppercase
 from typing import Any
 
-from mpscale.analysis.compare import ComparedRow, Comparison
+from mpscale.analysis.change import SINGLE_RUN, Change
+from mpscale.analysis.compare import ComparedRow, Comparison, State
 from mpscale.analysis.gates import Finding
 from mpscale.analysis.noise_floor import FEWEST_RUNS
-from mpscale.analysis.quantities import MEASURES, QUANTITIES, SINGLE_RUN, Change
-from mpscale.analysis.summary import Quality, overflow_unknown, summary_of
+from mpscale.analysis.quantities import COSTS, Ranked, Verdict
+from mpscale.analysis.summary import Quality, Row, summary_of
+from mpscale.analysis.trainings import by_reason, overflow_unknown
+from mpscale.core.record import common
 from mpscale.core.runs import Run, hardware, machine_words
-from mpscale.core.trainings import Row, by_reason, common
 from mpscale.report.sections import final_metric, overflow_steps, speedup, step_time
 from mpscale.report.table import (
     DASH,
@@ -88,7 +90,7 @@ def _parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> It
         yield from _side_by_side(runs, names)
     for comparison in comparisons:
         against = f"{names[id(comparison.other)]} against {names[id(comparison.baseline)]}"
-        if not any(change.verdict == "not-comparable" for change in _changes(comparison)):
+        if not any(change.verdict is Verdict.NOT_COMPARABLE for change in _changes(comparison)):
             yield from _verdicts(comparison, against)
         yield from _unpaired(comparison, against)
         yield from _environment(comparison, against)
@@ -109,28 +111,29 @@ def unread(comparisons: Sequence[Comparison]) -> list[str]:
 def _in_short(comparison: Comparison, names: dict[int, str]) -> str:
     """How many rows got which verdict, most telling first."""
     rows = comparison.rows
-    times: Counter[str] = Counter(row.changes["step_time"].verdict for row in rows if "step_time" in row.changes)
-    metrics: Counter[str] = Counter(row.quality.verdict for row in rows if row.quality is not None)
-    states: Counter[str] = Counter(row.pair.state for row in rows if row.pair.state != "paired")
+    times: Counter[Ranked] = Counter(row.changes["step_time"].verdict for row in rows if "step_time" in row.changes)
+    metrics: Counter[Ranked] = Counter(row.quality.verdict for row in rows if row.quality is not None)
+    states: Counter[Ranked] = Counter(row.pair.state for row in rows if row.pair.state is not State.PAIRED)
     parts = [plural(len(rows), "row")]
-    if times["not-comparable"]:
+    if times[Verdict.NOT_COMPARABLE]:
         parts.append("from different machines, so step times are not judged")
     elif times:
-        parts.append("step time " + _numbers(times, ("slower", "faster", "same", "cannot-tell")))
+        parts.append("step time " + _numbers(times))
         changes = [row.changes["step_time"].change for row in rows if "step_time" in row.changes]
         known = [change for change in changes if change is not None]
         if len(known) >= _SEVERAL:
             # The state of the machine moves all rows; a change of code hardly ever does.
             parts.append(f"median change of all rows {statistics.median(known):+.1%}")
     if metrics:
-        parts.append("metric " + _numbers(metrics, ("worse", "non-inferior", "inconclusive")))
+        parts.append("metric " + _numbers(metrics))
     if states:
-        parts.append(_numbers(states, ("missing", "new", "not-comparable")))
+        parts.append(_numbers(states))
     return f"{names[id(comparison.other)]} against {names[id(comparison.baseline)]}: {'; '.join(parts)}"
 
 
-def _numbers(counts: Mapping[str, int], order: Sequence[str]) -> str:
-    return ", ".join(f"{counts[name]} {name}" for name in order if counts[name])
+def _numbers(counts: Counter[Ranked]) -> str:
+    """All that were counted, so that no word can be forgotten."""
+    return ", ".join(f"{counts[word]} {word}" for word in sorted(counts, key=lambda word: word.rank))
 
 
 def _letter(number: int) -> str:
@@ -192,14 +195,14 @@ def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]
 
 
 def _verdicts(comparison: Comparison, against: str) -> Iterator[_Part]:
-    rows = [row for row in comparison.rows if row.pair.state == "paired"]
-    for name, quantity in QUANTITIES.items():
+    rows = [row for row in comparison.rows if row.pair.state is State.PAIRED]
+    for name, cost in COSTS.items():
         changed = [(row, row.changes[name]) for row in rows if name in row.changes]
         if changed:
             yield _Part(
-                f"{against}: {MEASURES[name].title}",
+                f"{against}: {cost.title}",
                 ["workload", "mode", "before", "after", "change", "noise floor", "smallest visible", "verdict"],
-                [[row.pair.workload, row.pair.mode, *_change_cells(change, quantity.unit)] for row, change in changed],
+                [[row.pair.workload, row.pair.mode, *_change_cells(change, cost.unit)] for row, change in changed],
                 _noise(comparison, [change for _, change in changed]),
             )
     trained = [(row, row.quality) for row in rows if row.quality is not None]
@@ -280,12 +283,12 @@ def _unpaired(comparison: Comparison, against: str) -> Iterator[_Part]:
     rows = [
         [row.pair.workload, row.pair.mode, row.pair.state, row.pair.reason or ""]
         for row in comparison.rows
-        if row.pair.state != "paired" or row.pair.reason
+        if row.pair.state is not State.PAIRED or row.pair.reason
     ]
     rows += [
         [row.pair.workload, row.pair.mode, "failed", failed]
         for row in comparison.rows
-        if row.pair.state == "paired"
+        if row.pair.state is State.PAIRED
         for failed in row.pair.newly_failed
     ]
     if rows:
@@ -305,8 +308,7 @@ def _environment(comparison: Comparison, against: str) -> Iterator[_Part]:
 
 
 def _gates(findings: Sequence[Finding], letters: dict[str, str]) -> _Part:
-    order = {"fired": 0, "cannot-tell": 1, "passed": 2}
-    shown = sorted(findings, key=lambda finding: order[finding.outcome])
+    shown = sorted(findings, key=lambda finding: finding.outcome.rank)
     rows = [
         [
             str(finding.gate),
@@ -341,7 +343,7 @@ def _lines(comparison: Comparison) -> Iterator[dict[str, Any]]:
 def _quantities(row: ComparedRow) -> Iterator[dict[str, Any]]:
     for name, found in row.changes.items():
         yield asdict(found) | {
-            "unit": QUANTITIES[name].unit,
+            "unit": COSTS[name].unit,
             "value": found.other,
             "verdict_reason": _why(found) or None,
         }

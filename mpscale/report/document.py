@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpscale.analysis.noise_floor import NO_FLOORS, Floors
-from mpscale.analysis.summary import summary_of
+from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.device import Device
 from mpscale.core.mode import is_mixed
 from mpscale.core.record import Record
 from mpscale.core.runs import Run
-from mpscale.core.trainings import Row
 from mpscale.report import sections
 from mpscale.report.sections import metric_why, statuses
 from mpscale.report.table import (

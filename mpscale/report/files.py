@@ -18,7 +18,8 @@ from markdown_it import MarkdownIt
 from mpscale.analysis.noise_floor import floors_of
 from mpscale.analysis.summary import summary_csv, summary_of
 from mpscale.core.cases_csv import read_cases
-from mpscale.core.record import Record, to_csv
+from mpscale.core.record import Record
+from mpscale.core.run_folder import write_cases
 from mpscale.core.runs import Run, RunError, read_run
 from mpscale.report.document import Document, document, render
 from mpscale.report.figures import Picture
@@ -68,7 +69,7 @@ def write_reports(run: Run, cases: bool = True) -> None:
         OSError: the folder cannot be written.
     """
     if cases:
-        _write(run.path / "cases.csv", to_csv(run.records))
+        write_cases(run.path, run.records)
     _write(run.path / "summary.csv", summary_csv(summary_of(run)))
     said = document(run, floors_of(run))
     _write(run.path / "report.md", render(said))

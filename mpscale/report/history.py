@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpscale.analysis.history import History, Point, RunFacts, Series
-from mpscale.analysis.quantities import Measure
+from mpscale.analysis.quantities import Quantity
 from mpscale.report.figures import (
     DPI,
     FONT,
@@ -62,7 +62,7 @@ def render(history: History, output: str) -> str:
     return f"{table.text()}\n\n{note}\n"
 
 
-def _notes(measure: Measure, headers: Sequence[str]) -> str:
+def _notes(measure: Quantity, headers: Sequence[str]) -> str:
     """What brackets and changes mean."""
     if measure.spread == "range":
         return "In brackets: minimum and maximum over seeds."
@@ -100,7 +100,7 @@ def _when(run: RunFacts) -> str:
     return DASH if run.started is None else f"{run.started:%Y-%m-%d %H:%M}"
 
 
-def _value(measure: Measure, series: Series, point: Point) -> str:
+def _value(measure: Quantity, series: Series, point: Point) -> str:
     """The value of a point with its interval, or its range over seeds."""
     if measure.spread == "interval":
         unit = measure.unit if measure.unit == "x" else f" {measure.unit}"
@@ -110,7 +110,7 @@ def _value(measure: Measure, series: Series, point: Point) -> str:
     return middle if low == high else f"{middle} [{low}, {high}]"
 
 
-def _single(measure: Measure, series: Series) -> Callable[[float | None], str]:
+def _single(measure: Quantity, series: Series) -> Callable[[float | None], str]:
     """How to write one number of a quantity that has no unit of its own."""
     if measure.name == "metric":
         return lambda number: metric(number, series.metric_name)
@@ -277,7 +277,7 @@ def _looks(series: Iterable[Series]) -> dict[str, _SeriesLook]:
 def _panel(
     axes: Axes,
     number: int,
-    measure: Measure,
+    measure: Quantity,
     members: Sequence[Series],
     runs: Sequence[RunFacts],
     look_of: dict[str, _SeriesLook],
@@ -334,7 +334,7 @@ def _bar(point: Point, top: float) -> tuple[float, float]:
     return max(0.0, point.value - point.low), max(0.0, high - point.value)
 
 
-def _limits(measure: Measure, members: Iterable[Series]) -> tuple[float, float]:
+def _limits(measure: Quantity, members: Iterable[Series]) -> tuple[float, float]:
     """Lower and upper limit of an axis. It starts at 0 except for a metric, whose small changes matter."""
     points = [point for series in members for point in series.points]
     values = [point.value for point in points if point.value is not None]
@@ -350,7 +350,7 @@ def _limits(measure: Measure, members: Iterable[Series]) -> tuple[float, float]:
     return (-0.03 * top if min(values) < 0.03 * top else 0.0), top
 
 
-def _axis(measure: Measure, series: Series) -> str:
+def _axis(measure: Quantity, series: Series) -> str:
     if measure.name == "metric":
         return series.metric_name or measure.title
     return f"{measure.title} ({measure.unit})" if measure.unit not in ("", "x") else measure.title

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import math
 import textwrap
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mpscale.analysis.summary import summary_of
-from mpscale.config import file_name
+from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.columns import FAILED
-from mpscale.core.runs import Run
-from mpscale.core.trainings import Row
+from mpscale.core.runs import Run, RunError
 from mpscale.report.figures import Look, Picture, as_text, empty_figure, house_style, looks, short_name
 from mpscale.report.sections import measured, metric_why, statuses
 from mpscale.report.table import loss_scale, plural
@@ -290,7 +285,7 @@ def training(run: Run) -> Picture | None:
         svg = as_text(figure)
     stopped = sum(len(_stopped(seeds)) for modes in by_workload.values() for seeds in modes.values())
     failed = sum(record["repeat"] == 0 and record["status"] in FAILED for record in run.records)
-    failed += sum(repeat == 0 for _, _, (_, repeat) in run.places_not_started)
+    failed += sum(repeat == 0 for waiting in run.waiting.values() for _, repeat in waiting)
     captions = {
         "Loss: mean over seeds and neighbouring steps; a line ends after its last finite loss.": True,
         f"Drawn: the first {_SEEDS} seeds of each mode.": limited,
@@ -305,15 +300,16 @@ def training(run: Run) -> Picture | None:
 
 
 def _read_steps(run: Run, case_id: str) -> _Steps | None:
-    """The steps of a case; None if they cannot be read, which costs the picture one training and is in its caption."""
+    """The steps of a case; None if there are none, or they cannot be read: the caption counts those."""
     try:
-        with gzip.open(run.path / "steps" / f"{file_name(case_id)}.csv.gz", "rt", encoding="utf-8", newline="") as file:
-            header, *rows = csv.reader(file)
-        columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-        loss, scale = (np.array([float(cell or "nan") for cell in columns[name]]) for name in ("loss", "loss_scale"))
-        return _Steps(loss, scale, np.array([cell in ("1", "True") for cell in columns["overflow"]]))
-    except (OSError, EOFError, ValueError, KeyError, zlib.error, csv.Error):
+        columns = run.step_columns(case_id)
+    except RunError:
         return None
+    if not columns["loss"]:
+        return None
+    # None becomes NaN.
+    loss, scale = (np.array(columns[name], dtype=np.float64) for name in ("loss", "loss_scale"))
+    return _Steps(loss, scale, np.array([overflow is True for overflow in columns["overflow"]]))
 
 
 def _training_figure(by_workload: Mapping[str, Mapping[str, Sequence[_Steps]]]) -> tuple[Figure, bool, bool]:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from mpscale.analysis.change import SINGLE_RUN
 from mpscale.analysis.noise_floor import FEWEST_RUNS, Floors, assumed_floor, pooled
-from mpscale.analysis.quantities import QUANTITIES, SINGLE_RUN, figures
-from mpscale.analysis.summary import figures_of, mostly, summary_of
-from mpscale.core.columns import COLUMNS, SUMMARY, Cell, Column, Over, Sheet
+from mpscale.analysis.quantities import COSTS, Cost
+from mpscale.analysis.summary import Row, mostly, summary_of
+from mpscale.core.columns import COLUMNS, MEASURED, SUMMARY, Cell, Column, Over, Sheet
 from mpscale.core.mode import is_mixed
-from mpscale.core.record import Place, Record, grouped, in_order_of_modes
+from mpscale.core.record import Place, Record, grouped, in_order_of_modes, of_good_trainings
 from mpscale.core.runs import Run
-from mpscale.core.trainings import MEASURED, Row, of_good_trainings
 from mpscale.report.table import (
     DASH,
     Table,
@@ -220,7 +220,7 @@ def memory(run: Run) -> str:
     """Peaks over the processes of a mode."""
     needs = ("gpu_memory_nvml_peak_mib", "gpu_memory_allocator_peak_mib", "host_memory_peak_mib")
     table = _sheet(run, Sheet.MEMORY, *needs).markdown()
-    return table and table + _no_ratio(run, "gpu_memory", "gpu_memory_mib", "gpu_memory_ratio")
+    return table and table + _no_ratio(run, COSTS["gpu_memory"], "gpu_memory_mib", "gpu_memory_ratio")
 
 
 def memory_parts(run: Run) -> str:
@@ -231,7 +231,7 @@ def memory_parts(run: Run) -> str:
 def energy(run: Run) -> str:
     """Energy of the GPU per step, and the power that it drew."""
     table = _sheet(run, Sheet.ENERGY, "gpu_energy_j_per_step").markdown()
-    return table and table + _no_ratio(run, "energy", "gpu_energy_j_per_step", "gpu_energy_ratio")
+    return table and table + _no_ratio(run, COSTS["energy"], "gpu_energy_j_per_step", "gpu_energy_ratio")
 
 
 def gpu_state(run: Run) -> str:
@@ -239,20 +239,16 @@ def gpu_state(run: Run) -> str:
     return _sheet(run, Sheet.GPU_STATE, "gpu_sm_clock_mhz_median", "gpu_temperature_c_max", good=False).markdown()
 
 
-def _no_ratio(run: Run, name: str, figure: str, ratio: str) -> str:
+def _no_ratio(run: Run, cost: Cost, figure: str, ratio: str) -> str:
     """A paragraph on the rows without a ratio to fp32 because the two figures are not of the same thing.
 
     Args:
         run: the run.
-        name: of the quantity.
+        cost: what the figure is of.
         figure: its column of the summary.
         ratio: that of its ratio to fp32.
     """
-    quantity = QUANTITIES[name]
-    kinds = {
-        (workload, mode): figures_of(records, quantity.column, quantity.is_of)
-        for workload, mode, records in measured(run, good=True)
-    }
+    kinds = {(workload, mode): cost.kinds(records) for workload, mode, records in measured(run, good=True)}
     bare = [
         f"{row['workload']} {row['mode']}"
         for row in summary_of(run)
@@ -262,7 +258,7 @@ def _no_ratio(run: Run, name: str, figure: str, ratio: str) -> str:
     ]
     if not bare:
         return ""
-    columns = " or ".join(f"`{column}`" for column in quantity.is_of)
+    columns = " or ".join(f"`{column}`" for column in cost.is_of)
     return (
         f"\n\nNo ratio is given for {', '.join(bare)}: its figure and fp32's differ in {columns}, so they do not "
         "measure the same thing."
@@ -384,11 +380,11 @@ def noise(run: Run, floors: Floors) -> str:
         run: the run.
         floors: how much runs of its code differ, if that is known.
     """
-    time, cases = QUANTITIES["step_time"], _groups(run)
+    time, cases = COSTS["step_time"], _groups(run)
     assumed = assumed_floor([cases], time)
     rows = []
     for place, records in cases.items():
-        times = figures(records, time)
+        times = time.sample(records)
         if not times:
             continue
         variance, degrees = pooled([times])

@@ -9,12 +9,13 @@ import statistics
 import pytest
 from support.runfolder import CPU, GPU, finished, record, write_run
 
-from mpscale.analysis.history import make_history, read_folder
-from mpscale.analysis.quantities import MEASURES
+from mpscale.analysis.history import make_history, read_folder, tell_apart
+from mpscale.analysis.quantities import QUANTITIES
 from mpscale.analysis.stats import geometric_interval, log_change
 from mpscale.analysis.summary import summarise
-from mpscale.core.case import Settings, series_key, tell_apart
+from mpscale.core.case import Settings, series_key
 from mpscale.core.mode import MODES
+from mpscale.core.reason import Code, Reason
 from mpscale.core.runs import RunError, read_run
 
 
@@ -203,9 +204,9 @@ def test_only_what_was_asked_for_is_shown(tmp_path):
     ],
 )
 def test_nothing_left_is_an_error_that_says_what_there_is(tmp_path, options, message):
-    records = [record(series_key=key(), step_time_ms_median=1.0)]
-    run = run_of(tmp_path, 1, records)
-    run.cases.at[0, "unavailable"] = {"gpu_memory_nvml_peak_mib": "trained on a CPU"}
+    one = record(series_key=key(), step_time_ms_median=1.0)
+    one.miss("gpu_memory_nvml_peak_mib", Reason(Code.NO_GPU, "trained on a CPU"))
+    run = run_of(tmp_path, 1, [one])
     with pytest.raises(RunError, match=message):
         make_history([run], **options)
 
@@ -255,7 +256,7 @@ def test_the_speedup_is_that_of_the_runs_summary(tmp_path):
     assert point.n == 3
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", QUANTITIES)
 def test_every_quantity_is_taken_from_its_column(tmp_path, name):
     columns = {
         "step_time_ms_median": 2.0, "gpu_memory_nvml_peak_mib": 300.0, "gpu_energy_j_per_step": 0.5,

@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 from support.runfolder import record
 
-from mpscale.analysis.quantities import QUANTITIES, figures, measure_change, with_verdicts
+from mpscale.analysis.change import measure_change, with_verdicts
+from mpscale.analysis.quantities import COSTS
 from mpscale.analysis.stats import log_change
+from mpscale.core.reason import Code, Reason
 
-TIME, MEMORY = QUANTITIES["step_time"], QUANTITIES["host_memory"]
-
-
-ROW = [record()][0]
+TIME, MEMORY = COSTS["step_time"], COSTS["host_memory"]
 
 
 def processes(random, noise, number=4, slower=1.0):
     times = slower * np.exp(random.normal(0.0, noise, number))
-    return [{**ROW, "repeat": n, "step_time_ms_median": float(time)} for n, time in enumerate(times)]
+    return [record(repeat=n, step_time_ms_median=time) for n, time in enumerate(times)]
 
 
 def verdicts(random, noise, rows, slower=1.0):
@@ -72,13 +71,13 @@ def timed(ms, **identity):
     ],
 )
 def test_which_processes_count(quantity, cases, expected):
-    assert figures(cases, quantity) == expected
+    assert quantity.sample(cases) == expected
 
 
 def test_what_would_have_been_seen_goes_by_the_verdicts_own_error_rate():
     random = np.random.default_rng(5)
     sides = processes(random, 0.03), processes(random, 0.03)
-    found = log_change(*(figures(side, TIME) for side in sides))
+    found = log_change(*(TIME.sample(side) for side in sides))
     for rows in (1, 12):
         assert measure_change(*sides, TIME, rows).detectable == found.detectable(1 - 0.01 / rows)
 
@@ -86,9 +85,9 @@ def test_what_would_have_been_seen_goes_by_the_verdicts_own_error_rate():
 def test_what_one_side_lacks_is_said_with_its_reason():
     known = record(gpu_memory_nvml_peak_mib=9.0)
     lacking = record()
-    lacking.miss("gpu_memory_nvml_peak_mib", "the driver gave no process memory")
+    lacking.miss("gpu_memory_nvml_peak_mib", Reason(Code.NOT_TOLD, "the driver gave no process memory"))
     rows = [[one] for one in (known, lacking)]
-    change = measure_change(*rows, QUANTITIES["gpu_memory"])
+    change = measure_change(*rows, COSTS["gpu_memory"])
     assert (change.baseline, change.other, change.change) == (pytest.approx(9.0), None, None)
     assert change.reason == "not known of the run: the driver gave no process memory"
     assert with_verdicts([change])[0].verdict == "cannot-tell"
@@ -109,9 +108,9 @@ def test_figures_of_different_things_are_not_compared(quantity, column, differin
         [record(seed=seed, **{column: 100.0 * (1 + side) + seed, name: kind}) for seed in range(3)]
         for side, kind in enumerate(kinds)
     ]
-    (change,) = with_verdicts([measure_change(*sides, QUANTITIES[quantity])])
+    (change,) = with_verdicts([measure_change(*sides, COSTS[quantity])])
     assert (change.change, change.verdict) == (None, "cannot-tell")
     assert name in change.reason
     assert all((kind or "unknown") in change.reason for kind in kinds)
-    (alike,) = with_verdicts([measure_change(sides[0], sides[0], QUANTITIES[quantity])])
+    (alike,) = with_verdicts([measure_change(sides[0], sides[0], COSTS[quantity])])
     assert alike.verdict == "same"

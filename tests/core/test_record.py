@@ -13,37 +13,42 @@ import pytest
 import mpscale
 from mpscale.core.case import Case, Settings
 from mpscale.core.columns import COLUMNS, SECTIONS, data_dictionary
+from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record, to_csv
 from mpscale.harness.run import explain
+
+REASON = Reason(Code.NOT_REACHED, "a reason")
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
 def test_unknown_is_empty_and_never_zero(value):
     record = Record({"train_loss_final": value})
     assert record["train_loss_final"] is None
-    record.complete("a reason")
-    assert record.unavailable["train_loss_final"] == "a reason"
+    record.complete(REASON)
+    assert record.why_empty("train_loss_final") is REASON
 
 
 def test_zero_is_a_value():
     record = Record({"overflow_steps": 0})
-    record.complete("a reason")
+    record.complete(REASON)
     assert record["overflow_steps"] == 0
     assert "overflow_steps" not in record.unavailable
 
 
 def test_a_value_ends_a_reason_and_the_first_reason_stays():
     record = Record()
-    record.miss("final_accuracy", "first")
-    record.miss(["final_accuracy"], "second")
-    assert record.unavailable == {"final_accuracy": "first"}
+    record.miss("final_accuracy", REASON)
+    record.miss(["final_accuracy"], Reason(Code.OTHER, "second"))
+    assert record.unavailable == {"final_accuracy": REASON}
     record.update({"final_accuracy": 0.5})
     assert record.unavailable == {}
-    record.miss("final_accuracy", "third")
+    record.miss("final_accuracy", Reason(Code.OTHER, "third"))
     assert record.unavailable == {}
 
 
-@pytest.mark.parametrize("act", [lambda r: r.update({"loss": 1}), lambda r: r.miss("loss", "x"), lambda r: r["loss"]])
+@pytest.mark.parametrize(
+    "act", [lambda r: r.update({"loss": 1}), lambda r: r.miss("loss", REASON), lambda r: r["loss"]]
+)
 def test_names_that_are_no_column_are_refused(act):
     with pytest.raises(KeyError, match="is no column of a case"):
         act(Record())
@@ -51,8 +56,9 @@ def test_names_that_are_no_column_are_refused(act):
 
 def test_json_and_csv_keep_everything():
     record = Record({"case_id": 'a,"b"\nc', "jit": True, "loss_scale_final": 2.0**40, "seed": 0})
-    record.miss("final_accuracy", 'because of "x", and é')
-    assert Record.from_json(json.loads(json.dumps(record.to_json()))).to_json() == record.to_json()
+    record.miss("final_accuracy", Reason(Code.NO_GPU, 'because of "x", and é', "buy one"))
+    again = Record.from_json(json.loads(json.dumps(record.to_json())))
+    assert (again.to_json(), again.unavailable) == (record.to_json(), record.unavailable)
     (row,) = csv.DictReader(io.StringIO(to_csv([record])))
     assert list(row) == list(COLUMNS)
     assert (row["case_id"], row["seed"], row["workload"]) == ('a,"b"\nc', "0", "")
@@ -89,8 +95,18 @@ def test_data_dictionary_in_the_docs_is_the_one_in_the_code():
     assert committed.read_text() == data_dictionary(), "run `make docs`"
 
 
-@pytest.mark.parametrize("module", ["mpscale", "mpscale.pytest_plugin", "mpscale.harness.run", "mpscale.cli"])
-def test_the_side_that_only_supervises_imports_no_tensorflow(module):
+@pytest.mark.parametrize(
+    "module",
+    [
+        "mpscale",
+        "mpscale.pytest_plugin",
+        "mpscale.harness.run",
+        "mpscale.cli",
+        "mpscale.core.runs",
+        "mpscale.analysis.gates",
+    ],
+)
+def test_the_side_that_only_supervises_or_judges_imports_neither_tensorflow_nor_pandas(module):
     code = f"import sys, {module}; print([m for m in ('tensorflow', 'keras', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

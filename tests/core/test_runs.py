@@ -14,6 +14,7 @@ from support.runfolder import NAME, finished, record, started, write_run, write_
 
 from mpscale.analysis.summary import summary_of
 from mpscale.core.columns import COLUMNS, SCHEMA_VERSION
+from mpscale.core.reason import Code, Reason
 from mpscale.core.record import to_csv
 from mpscale.core.runs import RunError, read_run, resolve_run
 from mpscale.report.document import document
@@ -30,7 +31,7 @@ def test_records_come_in_the_order_of_the_plan(tmp_path):
 
 def test_columns_have_dtypes_that_know_of_unknown(tmp_path):
     one = record(step_time_ms_median=2.5, jit=True, overflow_steps=3)
-    one.miss("batch_size", "never built")
+    one.miss("batch_size", Reason(Code.NOT_REACHED, "never built"))
     cases = read_run(write_run(tmp_path, finished([one, record(seed=1)]))).cases
     assert list(cases.columns) == list(COLUMNS)
     kinds = {"str": "string", "int": "Int64", "float": "float64", "bool": "boolean", "json": "object"}
@@ -92,8 +93,12 @@ BROKEN_RECORDS = {
     "a list for a name": ("device_name", ["a"], "should be str, not ['a']"),
     "an object for an order": ("order", {}, "should be int, not {}"),
     "a count that no table holds": ("parameters", 10**30, "does not fit into 64 bits"),
-    "reasons that are none": ("unavailable", "x", "should be json, not 'x'"),
-    "reasons that are no texts": ("unavailable", {"jit": 1}, "should hold texts, not {'jit': 1}"),
+    "reasons that are none": ("unavailable", "x", "unavailable should hold reasons by column, not 'x'"),
+    "reasons that are no texts": (
+        "unavailable",
+        {"jit": 1},
+        "a reason should be a text or an object with a text, not 1",
+    ),
 }
 
 
@@ -243,9 +248,22 @@ def test_steps_keep_nan_losses_and_leave_unknown_empty(tmp_path):
     assert steps["overflow"].tolist() == [False, True, False]
     assert steps["loss_scale"].tolist() == [128.0, 128.0, 64.0]
     assert steps["loss"].isna().tolist() == [False, True, False]
+    assert {name: str(dtype) for name, dtype in steps.dtypes.items()} == {
+        "step": "Int64",
+        "loss": "float64",
+        "loss_scale": "float64",
+        "overflow": "boolean",
+    }
+    assert run.step_columns("toy--mixed-static--s0--r0")["overflow"] == [False, True, False]
     unchecked = run.steps("toy--fp32--s0--r0")
     assert unchecked["overflow"].isna().all()
     assert unchecked["loss_scale"].isna().all()
+    assert run.step_columns("toy--fp32--s0--r0") == {
+        "step": [0],
+        "loss": [2.5],
+        "loss_scale": [None],
+        "overflow": [None],
+    }
 
 
 def test_steps_that_are_not_there_are_named(tmp_path):

@@ -11,6 +11,7 @@ from support.runfolder import record
 
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS
+from mpscale.core.reason import Code, Reason
 from mpscale.core.record import to_csv
 from mpscale.core.runs import RunError, cases_frame, read_run
 
@@ -19,8 +20,8 @@ def records(**values):
     common = {"jit": True, "attempted_steps": 30, "metric_value": 0.5, "metric_name": "none", "batch_size": 2**60 + 1}
     one = record(step_time_ms_median=0.1234567890123, **{**common, **values})
     two = record(seed=1, output_tail="a, b;\n\tc\u2028d", **{**common, **values})
-    two.miss(["step_time_ms_median", "gpu_memory_nvml_peak_mib"], "no GPU")
-    one.miss("gpu_memory_nvml_peak_mib", 'a "reason", with commas')
+    two.miss(["step_time_ms_median", "gpu_memory_nvml_peak_mib"], Reason(Code.OTHER, "no GPU"))
+    one.miss("gpu_memory_nvml_peak_mib", Reason(Code.OTHER, 'a "reason", with commas'))
     return [one, two]
 
 

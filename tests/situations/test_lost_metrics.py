@@ -20,6 +20,7 @@ from mpscale.cli import main
 from mpscale.core.case import Settings, series_key
 from mpscale.core.columns import METHOD_VERSION
 from mpscale.core.mode import MODES
+from mpscale.core.reason import Code, Reason
 from mpscale.core.record import to_csv
 from mpscale.core.runs import cases_frame, read_run
 from mpscale.report import document as github_summary
@@ -47,7 +48,7 @@ def trainings(mode, values, workload="toy", **more):
         one = record(mode, seed, workload=workload, **{**facts, **more})
         if not isinstance(value, str):
             one.update({"metric_value": value})
-            one.miss("metric_value", "not finite")
+            one.miss("metric_value", Reason(Code.OTHER, "not finite"))
         found.append(one)
     return found
 
