@@ -295,6 +295,9 @@ LIMIT = 1_000_000
 _NAME, _CELL, _TAIL = 200, 1_000, 4_000
 """Characters that are shown of a name, of a cell and of the last output of a case."""
 
+_LINES = 500
+"""Lines that are shown of the findings and of a section, so that one leaves room for the next."""
+
 _REST = "*The rest did not fit here; the report has all of it.*"
 
 
@@ -310,14 +313,14 @@ def github_summary(run: Run, limit: int = LIMIT, artifacts: str | None = None) -
     where = " ".join(filter(None, [device_name(run), f"({kind.upper()})" if kind else ""]))
     trouble = sections.trouble_table(run)
     trouble = Table(trouble.headers, [[_cut(cell, _CELL) for cell in row] for row in trouble.rows])
-    parts = [f"# mpscale: {escape(_cut(where or run.name, _NAME))}", findings(run)]
+    parts = [f"# mpscale: {escape(_cut(where or run.name, _NAME))}", _head(findings(run))]
     for title, part in (
         ("What could not be read", sections.unread(run)),
         ("Results", sections.results(run).markdown()),
         ("Cases that did not end well", trouble.markdown()),
     ):
         if part:
-            parts.append(f"## {title}\n\n{part}")
+            parts.append(f"## {title}\n\n{_head(part)}")
     parts += [_output(record) for record in run.records if record["status"] != "ok" and record["output_tail"]]
     end = "\n\n".join(filter(None, [_duration(run), _files(run, artifacts)]))
     return "\n\n".join([*_fitting(parts, limit - len(end.encode("utf-8", "replace"))), end]) + "\n"
@@ -327,6 +330,13 @@ def artifacts_page(environ: Mapping[str, str]) -> str | None:
     """Address of the files of the workflow run that ``environ`` belongs to; None outside of GitHub Actions."""
     parts = [environ.get(f"GITHUB_{name}") for name in ("SERVER_URL", "REPOSITORY", "RUN_ID")]
     return "{}/{}/actions/runs/{}#artifacts".format(*parts) if all(parts) else None
+
+
+def _head(part: str) -> str:
+    """The first lines of a list or table, and how many more there are."""
+    lines = part.split("\n")
+    more = len(lines) - _LINES
+    return part if more <= 0 else "\n".join([*lines[:_LINES], "", f"*{plural(more, 'more line')}: see the report.*"])
 
 
 def _fitting(parts: Iterable[str], limit: int) -> Iterator[str]:
@@ -369,7 +379,7 @@ def _clock(seconds: float) -> str:
 
 def _files(run: Run, artifacts: str | None) -> str:
     if run.path.is_file():
-        return f"Made from {escape(_cut(run.path.name, _NAME))} alone, which does not describe the environment."
+        return f"Made from {escape(_cut(run.path.name, _NAME))} by itself, which does not describe the environment."
     names = ("report.html", "report.md", "comparison.md", "cases.csv", "summary.csv", "run.json", "journal.jsonl")
     there = ", ".join(f"`{name}`" for name in names if (run.path / name).is_file())
     where = f" ([files]({artifacts}))" if artifacts else ""

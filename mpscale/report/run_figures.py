@@ -227,7 +227,7 @@ def _limits(panel: _Panel) -> tuple[float, float]:
 
 # How training went: loss and loss scale, step by step.
 
-_SEEDS = 20
+_SEEDS = 10
 """Seeds of a workload and mode that are drawn: the first ones. More lines could not be told apart, and take long."""
 
 _POINTS = 100

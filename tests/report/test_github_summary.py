@@ -73,7 +73,7 @@ def test_the_files_are_linked_where_there_is_a_page_of_them(tmp_path):
     environ = {"GITHUB_SERVER_URL": "https://github.test", "GITHUB_REPOSITORY": "a/b", "GITHUB_RUN_ID": "7"}
     page = artifacts_page(environ)
     assert page == "https://github.test/a/b/actions/runs/7#artifacts"
-    assert f"([to the files]({page}))" in summary(tmp_path, record(), artifacts=page)
+    assert f"([files]({page}))" in summary(tmp_path, record(), artifacts=page)
     for name in environ:
         assert artifacts_page({**environ, name: ""}) is None
 
@@ -86,27 +86,31 @@ def test_a_cases_csv_by_itself_has_a_summary(tmp_path):
     assert "Made from cases.csv by itself" in text
 
 
-def test_long_outputs_share_the_room_and_each_keeps_its_end(tmp_path):
-    long = [bad(seed, output_tail="x" * 30_000 + f"end of {seed}") for seed in range(4)]
-    text = summary(tmp_path, *long, bad(4, output_tail="short"), limit=50_000)
-    assert len(text.encode()) < 50_000
-    for seed in range(4):
-        assert f"end of {seed}\n```" in text
-    assert text.count("[the beginning did not fit in here]\n") == 4
+def test_of_a_long_output_the_end_is_shown(tmp_path):
+    text = summary(tmp_path, bad(0, output_tail="x" * 30_000 + "end of 0"), bad(1, output_tail="short"))
+    assert len(text) < 10_000
+    assert "```text\n[the beginning is in the report]\nxxx" in text
+    assert "end of 0\n```" in text
     assert "```text\nshort\n```" in text
 
 
-def test_a_note_says_how_much_was_left_out(tmp_path):
+def test_of_many_rows_the_first_are_shown_and_the_next_section_begins(tmp_path):
+    cases = [bad(0, workload=f"w{number:03}") for number in range(700)]
+    text = summary(tmp_path, *cases)
+    # Two lines of each table are its head; the findings have a paragraph and a blank line before theirs.
+    assert re.findall(r"^\*(\d+) more lines: see the report\.\*$", text, re.M) == ["202"] * 3
+    assert len(table(text, "Results")) == len(table(text, "Cases that did not end well")) == 498
+
+
+def test_what_does_not_fit_is_left_out_from_the_end_with_one_note(tmp_path):
     limit = 20_000
-    cases = [bad(seed, workload=f"w{seed:03}", output_tail="o" * 3000) for seed in range(300)]
+    cases = [bad(seed, workload=f"w{seed:03}", output_tail="o" * 3000) for seed in range(20)]
     text = summary(tmp_path, *cases, limit=limit)
-    assert limit / 2 < len(text.encode()) < limit
-    for title in ("Results", "Cases that did not end well"):
-        section = text.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
-        (left_out,) = re.findall(r"^\*(\d+) more rows did not fit in here; the report has all of them", section, re.M)
-        assert len(table(text, title)) + int(left_out) == 300
-    (left_out,) = re.findall(r"^\*The last output of (\d+) more cases did not fit in here.\*$", text, re.M)
-    assert text.count("<details>") == text.count("</details>") == 300 - int(left_out) > 0
+    assert limit / 2 < len(text.encode()) <= limit
+    assert len(table(text, "Results")) == len(table(text, "Cases that did not end well")) == 20
+    assert 0 < text.count("<details>") == text.count("</details>") < 20
+    assert text.count("*The rest did not fit here; the report has all of it.*") == 1
+    assert "\n\nThe run is " in text
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,7 +10,7 @@ from support.runfolder import GPU, finished, record, write_run, write_steps
 
 from mpscale.core.runs import read_run
 from mpscale.report.files import rebuild
-from mpscale.report.table import result_cells
+from mpscale.report.sections import results
 
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 
@@ -103,8 +103,8 @@ def test_it_needs_nothing_beside_it_and_complains_of_nothing(browser, run):
 
 
 def test_its_results_are_those_of_the_table_in_the_terminal(page, run):
-    headers, rows = result_cells(run)
-    assert cells_of(page, "Results") == [headers, *rows]
+    table = results(run)
+    assert cells_of(page, "Results") == [table.headers, *table.rows]
 
 
 def test_it_has_every_section_of_the_markdown(page, run):

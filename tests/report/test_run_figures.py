@@ -7,7 +7,9 @@ import xml.etree.ElementTree as ET
 import pytest
 from support.runfolder import GPU, finished, record, write_run, write_steps
 
+from mpscale.core.mode import MODES
 from mpscale.core.runs import read_run
+from mpscale.report.figures import looks
 from mpscale.report.run_figures import gains, training
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -206,3 +208,38 @@ def test_names_are_text_whatever_they_hold(tmp_path):
     name = "<b>&\x07$x$"
     records = [record(mode, workload=name, step_time_ms_median=1.0) for mode in ("fp32", "mixed-static")]
     assert "<b>& $x$" in texts(root_of(gains(run_of(tmp_path, *records))))
+
+
+def test_no_two_modes_look_alike_and_each_stands_out_from_white():
+    found = looks([*MODES, "mode-of-tomorrow", "and-another"])
+    assert len({look.colour for name, look in found.items() if name in MODES}) == len(MODES)
+    assert len({look.marker for look in found.values()}) == len(found)
+    for look in found.values():
+        # WCAG 2.2 wants 3 of graphical objects.
+        assert 1.05 / (luminance(look.colour) + 0.05) >= 3, look
+
+
+def luminance(colour):
+    """Relative luminance of ``#RRGGBB``; WCAG 2.2."""
+    channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("mode", ["mixed-static", "mode-of-tomorrow"])
+def test_a_mode_has_the_same_colour_in_both_pictures(tmp_path, mode):
+    steps = {f"toy--{name}--s0--r0": [(1.0, 8, 0)] * 3 for name in ("fp32", mode)}
+    run = run_of(tmp_path, timed("fp32", 2.0), timed(mode, 1.0), steps=steps)
+    colour = looks([mode])[mode].colour.lower()
+    assert f"stroke: {colour}" in gains(run).svg
+    assert f"stroke: {colour}" in training(run).svg
+
+
+def test_of_many_seeds_the_first_ten_are_drawn_and_the_caption_says_so(tmp_path):
+    records = [record("mixed-dynamic", seed) for seed in range(12)]
+    steps = {one["case_id"]: [(1.0, 2.0 ** one["seed"], 0)] * 3 for one in records}
+    picture = training(run_of(tmp_path, *records, steps=steps))
+    assert len(groups(root_of(picture), "scale-1")) == 10
+    assert "Drawn: the first 10 seeds of each mode." in picture.caption
+    few = training(run_of(tmp_path / "few", *records[:10], steps=dict(list(steps.items())[:10])))
+    assert "Drawn" not in few.caption

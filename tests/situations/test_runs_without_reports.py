@@ -294,7 +294,7 @@ def test_a_report_that_cannot_be_made_is_said_in_red_with_the_table(run, monkeyp
     def fail(*_):
         raise ZeroDivisionError("no page")
 
-    monkeypatch.setattr(build.html, "render", fail)
+    monkeypatch.setattr(build, "page", fail)
     result = run(lambda case, path: None)
     result.assert_outcomes(passed=2)
     assert result.ret == 1
