@@ -35,7 +35,7 @@ from mpscale.report.table import (
 FORMATS = ("table", "markdown", "csv", "json")
 
 _SEVERAL = 4
-"""Rows from which on their median says something about the machine."""
+"""With this many rows, their median says something about the machine."""
 
 _SHOWN = 12
 """Differences of the environment that are listed."""
@@ -300,7 +300,7 @@ def _environment(comparison: Comparison, against: str) -> Iterator[_Part]:
     if found:
         more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         yield _Part(
-            f"{against}: differences of the environment",
+            f"{against}: differences in the environment",
             ["", "before", "after"],
             [list(row) for row in found[:_SHOWN]],
             more,

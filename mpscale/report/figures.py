@@ -27,7 +27,7 @@ Dashes = Literal["-", "--", ":", "-."]
 
 _STRANGE_COLOUR = "#666666"
 _STRANGE_MARKERS = "dH8"
-"""Looks of modes that this version does not know, in none of which a known mode is drawn."""
+"""Looks of modes that this version does not know; no known mode has one of these."""
 
 _STYLE = {
     "font.size": FONT,

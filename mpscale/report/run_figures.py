@@ -228,7 +228,7 @@ def _limits(panel: _Panel) -> tuple[float, float]:
 # How training went: loss and loss scale, step by step.
 
 _SEEDS = 10
-"""Seeds of a workload and mode that are drawn: the first ones. More lines could not be told apart, and take long."""
+"""How many seeds of a workload and mode are drawn: more lines could not be told apart, and take long to read."""
 
 _POINTS = 100
 """Points of a line of losses, each a mean over as many steps as necessary."""
@@ -240,7 +240,7 @@ _CROSSES = 150
 """The most overflow marks on a line of a loss scale."""
 
 _LOG_FROM = 20.0
-"""The ratio of the largest to the smallest loss from which on the axis is logarithmic."""
+"""The axis is logarithmic if the largest loss is this many times the smallest."""
 
 _Float = npt.NDArray[np.float64]
 _Int = npt.NDArray[np.int64]

@@ -1,4 +1,4 @@
-"""The summary of a run on a GitHub page: what it shows, and that it always fits."""
+"""The summary of a run for GitHub: what it shows, and that it always fits."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def test_title_findings_results_time_and_files_in_this_order(tmp_path):
     ("seconds", "text"),
     [(0.04, "0.0 s"), (59.4, "59.4 s"), (59.6, "1 min 0 s"), (3599.4, "59 min 59 s"), (7384.0, "2 h 3 min")],
 )
-def test_time_is_that_of_the_cases(tmp_path, seconds, text):
+def test_the_time_is_the_sum_over_the_cases(tmp_path, seconds, text):
     assert f"\n\n1 case took {text}, one" in summary(tmp_path, record(case_wall_time_s=seconds), record(seed=1))
 
 
-def test_time_that_is_not_known_is_not_told(tmp_path):
+def test_an_unknown_time_is_left_out(tmp_path):
     assert "took" not in summary(tmp_path, record())
 
 
-def test_a_case_that_failed_is_told_with_its_output_folded(tmp_path):
+def test_a_failed_case_is_shown_with_its_output_folded(tmp_path):
     text = summary(tmp_path, record(), bad(0, output_tail="\x1b[31mred\x1b[0m\n</details>\n```\nend"))
     assert table(text, "Cases that did not end well") == [
         {"case": "toy--mixed-static--s0--r0", "status": "crashed", "reason": "signal 11"}
@@ -69,7 +69,7 @@ def test_a_case_that_failed_is_told_with_its_output_folded(tmp_path):
     ) in text
 
 
-def test_the_files_are_linked_where_there_is_a_page_of_them(tmp_path):
+def test_the_files_are_linked_if_there_is_a_page_of_them(tmp_path):
     environ = {"GITHUB_SERVER_URL": "https://github.test", "GITHUB_REPOSITORY": "a/b", "GITHUB_RUN_ID": "7"}
     page = artifacts_page(environ)
     assert page == "https://github.test/a/b/actions/runs/7#artifacts"
@@ -86,7 +86,7 @@ def test_a_cases_csv_by_itself_has_a_summary(tmp_path):
     assert "Made from cases.csv by itself" in text
 
 
-def test_of_a_long_output_the_end_is_shown(tmp_path):
+def test_a_long_output_keeps_its_end(tmp_path):
     text = summary(tmp_path, bad(0, output_tail="x" * 30_000 + "end of 0"), bad(1, output_tail="short"))
     assert len(text) < 10_000
     assert "```text\n[the beginning is in the report]\nxxx" in text
@@ -94,7 +94,7 @@ def test_of_a_long_output_the_end_is_shown(tmp_path):
     assert "```text\nshort\n```" in text
 
 
-def test_of_many_rows_the_first_are_shown_and_the_next_section_begins(tmp_path):
+def test_a_section_with_many_rows_leaves_room_for_the_next(tmp_path):
     cases = [bad(0, workload=f"w{number:03}") for number in range(700)]
     text = summary(tmp_path, *cases)
     # Two lines of each table are its head; the findings have a paragraph and a blank line before theirs.
@@ -102,7 +102,7 @@ def test_of_many_rows_the_first_are_shown_and_the_next_section_begins(tmp_path):
     assert len(table(text, "Results")) == len(table(text, "Cases that did not end well")) == 498
 
 
-def test_what_does_not_fit_is_left_out_from_the_end_with_one_note(tmp_path):
+def test_one_note_replaces_what_does_not_fit(tmp_path):
     limit = 20_000
     cases = [bad(seed, workload=f"w{seed:03}", output_tail="o" * 3000) for seed in range(20)]
     text = summary(tmp_path, *cases, limit=limit)
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_left_out_from_the_end_with_one_note(tmp_path):
     times=st.integers(1, 2000),
     device=st.sampled_from([CPU, GPU, {}]),
 )
-def test_whatever_a_run_holds_its_summary_fits(records, texts, times, device):
+def test_the_summary_of_any_run_fits(records, texts, times, device):
     limit = 10_000
     for one, text in zip(records, texts, strict=False):
         one.update({"output_tail": text * times, "status_reason": text * times, "device_name": text * times})

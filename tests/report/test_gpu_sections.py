@@ -1,4 +1,4 @@
-"""What a report says of the GPU."""
+"""What a report says about the GPU."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_data_dictionary_decides_which_columns_a_table_has(tmp_path, monkeyp
     assert "instant" in rows(text, "GPU state while steps were timed")[0]
 
 
-def test_ratio_that_is_refused_is_said(tmp_path):
+def test_a_refused_ratio_is_explained(tmp_path):
     full = {**FULL, "gpu_allocator": "cuda_malloc_async"}
     other = {**full, "gpu_allocator": "bfc", "gpu_energy_method": "power"}
     text = report(tmp_path, GPU, record("fp32", **full), record("tf32", **full), record("mixed-dynamic", **other))
@@ -70,13 +70,13 @@ def test_ratio_that_is_refused_is_said(tmp_path):
     assert "`gpu_allocator`" in said[0] and "`gpu_energy_method`" in said[1]
 
 
-def test_without_a_gpu_there_are_none(tmp_path):
+def test_a_run_without_a_gpu_has_no_gpu_tables(tmp_path):
     text = report(tmp_path, CPU, record("fp32", step_time_ms_median=2.0))
     assert "GPU memory by part" not in text
     assert "GPU energy" not in text
     assert "GPU state" not in text
 
 
-def test_stand_in_is_called_one(tmp_path):
+def test_a_stand_in_gpu_is_called_one(tmp_path):
     text = report(tmp_path, {**GPU, "name": "mpscale stand-in A100"}, record("fp32", **FULL))
     assert "the CPU trained, and a script" in text

@@ -48,7 +48,7 @@ def test_intervals_share_the_decimals_of_their_estimate(arguments, text):
 @pytest.mark.parametrize(
     ("value", "text"), [(32768.0, "32768"), (2.0**24, "16777216"), (2.0**126, "8.50706e+37"), (0.9, "0.9")]
 )
-def test_loss_scales_are_shown_in_full_while_they_are_readable(value, text):
+def test_loss_scales_are_written_in_full_as_long_as_they_are_readable(value, text):
     assert cells.loss_scale(value) == text
 
 
@@ -62,7 +62,7 @@ def test_loss_scales_are_shown_in_full_while_they_are_readable(value, text):
         (0.0, "perplexity", "no different from"),
     ],
 )
-def test_differences_of_a_metric_are_said_in_its_unit(difference, name, text):
+def test_differences_of_a_metric_are_written_in_its_unit(difference, name, text):
     assert cells.metric_change(difference, name) == text
 
 
