@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +126,24 @@ def short_name(text: str, length: int = 32) -> str:
     """``text`` without characters that fonts or XML lack. Of a long text only the end is kept, which tells most."""
     shown = "".join(c if c.isprintable() else " " for c in str(text))
     return shown if len(shown) <= length else f"…{shown[1 - length :]}"
+
+
+def text_width(figure: Figure, texts: Iterable[str]) -> float:
+    """Width of the longest text, in pixels."""
+    from matplotlib.text import Text
+
+    widest = 0.0
+    for text in texts:
+        drawn = Text(0, 0, text, size=FONT)
+        drawn.set_figure(figure)
+        widest = max(widest, drawn.get_window_extent().width)
+    return widest
+
+
+def legend_columns(figure: Figure, labels: Sequence[str]) -> int:
+    """How many columns of a legend fit into the width of the figure."""
+    beside = 5.5 * FONT / 72 * DPI  # line, padding and the space between columns, as matplotlib has them
+    return min(len(labels), max(1, int(WIDTH * DPI * 0.96 // (text_width(figure, labels) + beside))))
 
 
 def as_text(figure: Figure) -> str:

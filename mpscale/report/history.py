@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 from mpscale.analysis.history import History, Point, RunFacts, Series
 from mpscale.analysis.quantities import Quantity
 from mpscale.report.figures import (
-    DPI,
-    FONT,
-    WIDTH,
     Dashes,
     check_suffix,
     empty_figure,
     house_style,
+    legend_columns,
     looks,
     save,
     short_name,
+    text_width,
 )
 from mpscale.report.table import DASH, Table, interval, json_text, metric, share
 
@@ -381,8 +380,7 @@ def _legend(figure: Figure, look_of: dict[str, _SeriesLook], caption: str) -> in
         )
         for label, look in zip(labels, look_of.values(), strict=True)
     ]  # fmt: skip
-    beside = 5.5 * FONT / 72 * DPI  # line, padding and the space between columns, as matplotlib has them
-    columns = min(len(labels), max(1, int(WIDTH * DPI * 0.96 // (_text_width(figure, labels) + beside))))
+    columns = legend_columns(figure, labels)
     title = textwrap.fill(caption, _LINE)
     legend = figure.legend(
         handles=handles,
@@ -409,7 +407,7 @@ def _legend(figure: Figure, look_of: dict[str, _SeriesLook], caption: str) -> in
 def _label_runs(figure: Figure, panels: Sequence[Axes], runs: Sequence[RunFacts]) -> None:
     """Write dates below each panel, as many as fit without touching. The newest run always has one."""
     labels = _run_labels(runs)
-    wide = _text_width(figure, labels)
+    wide = text_width(figure, labels)
     figure.draw_without_rendering()  # the layout decides how wide the panels are
     for axes in panels:
         per_run = axes.get_window_extent().width / len(runs)
@@ -423,15 +421,3 @@ def _run_labels(runs: Sequence[RunFacts]) -> list[str]:
     days = [run.started.date() for run in runs if run.started is not None]
     pattern = "%Y-%m-%d" if len(set(days)) == len(days) else "%Y-%m-%d\n%H:%M"
     return [run.started.strftime(pattern) if run.started else short_name(run.name, 18) for run in runs]
-
-
-def _text_width(figure: Figure, texts: Iterable[str]) -> float:
-    """Width of the longest text, in pixels."""
-    from matplotlib.text import Text
-
-    widest = 0.0
-    for text in texts:
-        drawn = Text(0, 0, text, size=FONT)
-        drawn.set_figure(figure)
-        widest = max(widest, drawn.get_window_extent().width)
-    return widest

@@ -15,7 +15,16 @@ import numpy.typing as npt
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.columns import FAILED
 from mpscale.core.runs import Run, RunError
-from mpscale.report.figures import Look, Picture, as_text, empty_figure, house_style, looks, short_name
+from mpscale.report.figures import (
+    Look,
+    Picture,
+    as_text,
+    empty_figure,
+    house_style,
+    legend_columns,
+    looks,
+    short_name,
+)
 from mpscale.report.sections import measured, metric_why, statuses
 from mpscale.report.table import loss_scale, plural
 
@@ -333,7 +342,8 @@ def _training_figure(by_workload: Mapping[str, Mapping[str, Sequence[_Steps]]]) 
         Line2D([], [], color=look.colour, linewidth=1.6, marker=look.marker, markersize=5, label=short_name(mode))
         for mode, look in look_of.items()
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), 8), frameon=False)
+    columns = legend_columns(figure, [short_name(mode) for mode in look_of])
+    figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False)
     return figure, scaled, overflowed
 
 
@@ -349,7 +359,7 @@ def _draw_losses(axes: Axes, number: int, modes: Mapping[str, Sequence[_Steps]],
         if ends:
             steps, losses = zip(*ends, strict=True)
             axes.plot(
-                steps, losses, linestyle="none", marker="*", markersize=9, color=look.colour, gid=f"lost-{number}"
+                steps, losses, linestyle="none", marker="*", markersize=11, color=look.colour, gid=f"lost-{number}"
             )
             known += losses
         known += means[np.isfinite(means)].tolist()

@@ -8,6 +8,7 @@ import shutil
 import pytest
 from support.runfolder import GPU, finished, record, write_run, write_steps
 
+from mpscale.core.mode import MODES
 from mpscale.core.runs import read_run
 from mpscale.report.files import rebuild
 from mpscale.report.sections import results
@@ -182,6 +183,16 @@ def test_long_names_leave_room_for_the_pictures(browser, tmp_path):
     records = [
         record(mode, workload=name, step_time_ms_median=ms) for mode, ms in (("fp32", 2.0), ("mixed-static", 1.0))
     ]
+    path = write_run(tmp_path, finished(records))
+    for one in records:
+        write_steps(path, one["case_id"], "step,loss,loss_scale,overflow\n0,1.0,8,0\n1,0.5,8,0\n")
+    rebuild(path)
+    browser.get((path / "report.html").as_uri())
+    assert [beyond for _, _, beyond in drawn_pictures(browser)] == [[], []]
+
+
+def test_the_legend_of_all_modes_fits(browser, tmp_path):
+    records = [record(mode, step_time_ms_median=1.0) for mode in [*MODES, "mode-of-tomorrow"]]
     path = write_run(tmp_path, finished(records))
     for one in records:
         write_steps(path, one["case_id"], "step,loss,loss_scale,overflow\n0,1.0,8,0\n1,0.5,8,0\n")
