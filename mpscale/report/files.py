@@ -6,7 +6,6 @@ nightly build or opened offline, and its policy tells the browser to hold it to 
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -18,6 +17,8 @@ from markdown_it import MarkdownIt
 
 from mpscale.analysis.noise_floor import floors_of
 from mpscale.analysis.summary import summary_csv, summary_of
+from mpscale.core.cases_csv import read_cases
+from mpscale.core.record import Record
 from mpscale.core.run_folder import write_cases
 from mpscale.core.runs import Run, RunError, read_run
 from mpscale.report.document import Document, document, render
@@ -79,23 +80,20 @@ def write_reports(run: Run, cases: bool = True) -> None:
 
 def _lost_from_the_journal(run: Run) -> list[str]:
     """Cases whose result is in cases.csv, which is written after the journal, but no longer in the journal."""
+    try:
+        written = read_cases(run.path / "cases.csv")
+    except RunError:
+        return []
     known = {record["case_id"]: record for record in run.records}
 
-    def is_lost(case_id: str, status: str, attempts: str) -> bool:
-        here = known.get(case_id)
-        if here is None or here["status"] != "interrupted" or status == "interrupted":
+    def is_lost(row: Record) -> bool:
+        here = known.get(row["case_id"])
+        if here is None or here["status"] != "interrupted" or row["status"] == "interrupted":
             return here is None
         # An attempt that was cut off has no row in cases.csv: the row there is from the attempt before.
-        return int(attempts or 1) >= (here["attempts"] or 1)
+        return (row["attempts"] or 1) >= (here["attempts"] or 1)
 
-    try:
-        with (run.path / "cases.csv").open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(file)
-            header = next(rows)
-            places = [header.index(name) for name in ("case_id", "status", "attempts")]
-            return [row[places[0]] for row in rows if is_lost(*(row[place] for place in places))]
-    except (OSError, ValueError, IndexError, StopIteration, csv.Error):
-        return []  # Somebody else's, or no table at all.
+    return [row["case_id"] for row in written if is_lost(row)]
 
 
 def _write(path: Path, text: str) -> None:
