@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
+
+from mpscale.core.mode import MODES
 
 SCHEMA_VERSION = 1
 """Raise this when a column changes its name, unit or meaning."""
@@ -55,6 +57,86 @@ DTYPES: dict[Kind, str] = {
 """The pandas dtype of each kind; all of them can hold missing values."""
 
 
+class Format(StrEnum):
+    """How people are shown a value; :mod:`mpscale.report.table` has the formatter of each."""
+
+    TEXT = "text"
+    YES_NO = "yes-no"
+    COUNT = "count"
+    """A whole number, in full."""
+    NUMBER = "number"
+    """Three significant digits."""
+    LARGE = "large"
+    """Four significant digits: MiB and MHz."""
+    SHARE = "share"
+    """A share of 1, as percent."""
+    LOSS_SCALE = "loss-scale"
+    """In full if it is a power of two, as it mostly is."""
+
+
+_FORMATS = {"share": Format.SHARE, "MiB": Format.LARGE, "MHz": Format.LARGE}
+"""By unit. For units that are not here the kind of the column decides."""
+_FORMATS_BY_KIND: dict[Kind, Format] = {
+    "str": Format.TEXT,
+    "int": Format.COUNT,
+    "float": Format.NUMBER,
+    "bool": Format.YES_NO,
+    "json": Format.TEXT,
+}
+
+
+class Sheet(StrEnum):
+    """Tables of the report that are made of columns as they are: a row per workload and mode, a column per cell."""
+
+    TIMING = "timing"
+    MEMORY = "memory"
+    MEMORY_PARTS = "memory-parts"
+    ENERGY = "energy"
+    GPU_STATE = "gpu-state"
+
+
+class Over(StrEnum):
+    """How the values of several processes become one."""
+
+    MEDIAN = "median"
+    MAX = "max"
+    SUM = "sum"
+    KNOWN = "known"
+    """How many processes know it."""
+    EACH = "each"
+    """Every text once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A place in the report for a column.
+
+    Args:
+        sheet: the table.
+        place: orders the cells of a table.
+        heading: with the unit.
+        over: how the values of several processes become one; unused for summary.csv, which has only one.
+        partial: whether to say so if not all processes have a value.
+        flag: a yes-or-no column, and the note beside the value if it holds for most processes.
+    """
+
+    sheet: Sheet
+    place: int
+    heading: str
+    over: Over = Over.MEDIAN
+    partial: bool = False
+    flag: tuple[str, str] | None = None
+
+
+class Source(StrEnum):
+    """Which process finds out the value of a column."""
+
+    WORKER = "worker"
+    MONITOR = "monitor"
+    """From the GPU's driver."""
+    SESSION = "session"
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One column of cases.csv or summary.csv.
@@ -67,6 +149,10 @@ class Column:
         empty: when there is no value.
         measured: a row without a value must give the reason in the column ``unavailable``.
         positive: values must be above 0, as they are compared as ratios.
+        special: its format, if unit and kind do not decide it; see :attr:`format`.
+        warn_above: a value above it casts doubt on the other figures of the case.
+        cells: where the report shows it.
+        source: which process finds out the value; None stands for the source of its section.
     """
 
     name: str
@@ -76,6 +162,15 @@ class Column:
     empty: str = "never"
     measured: bool = False
     positive: bool = False
+    special: Format | None = None
+    warn_above: float | None = None
+    cells: tuple[Cell, ...] = ()
+    source: Source | None = None
+
+    @property
+    def format(self) -> Format:
+        """How people are shown its values."""
+        return self.special or _FORMATS.get(self.unit) or _FORMATS_BY_KIND[self.kind]
 
 
 class Topic(StrEnum):
@@ -102,23 +197,23 @@ class Section:
     topic: Topic
     title: str
     columns: tuple[Column, ...]
+    source: Source = Source.WORKER
 
 
-def _known(name: str, kind: Kind, unit: str, made: str, empty: str = "never") -> Column:
-    return Column(name, kind, unit, made, empty)
+def _known(name: str, kind: Kind, unit: str, made: str, empty: str = "never", *cells: Cell, **more: Any) -> Column:
+    return Column(name, kind, unit, made, empty, cells=cells, **more)
 
 
-def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, positive: bool = False) -> Column:
-    return Column(name, kind, unit, made, empty, measured=True, positive=positive)
+def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, *cells: Cell, **more: Any) -> Column:
+    return Column(name, kind, unit, made, empty, cells=cells, measured=True, **more)
 
 
 # fmt: off
 _NOT_REACHED = "the case ended before that"
 _NO_TRAINING = "timing-only process (`repeat` above 0), or the case ended before that"
 _NO_TIMING = "timing was off (`--benchmark-disable`), or the case ended before that"
-_NO_CHECK = (
-    "the mode checks no gradient (fp32, tf32, mixed-bf16, mixed-unscaled, article), or the case ended before that"
-)
+_UNCHECKED = ", ".join(mode.name for mode in MODES.values() if not mode.sees_overflow)
+_NO_CHECK = f"the mode checks no gradient ({_UNCHECKED}), or the case ended before that"
 _NO_SCALE = "the mode has no loss scale, or the case ended before that"
 _NO_NVML = "no GPU, no NVML, or NVML does not report it or stopped doing so during the case; the reason says which"
 _NO_ENERGY = "no GPU, NVML reports neither energy nor power or stopped doing so during the case, energy was off (`--mp-energy 0`, preset `smoke`), or the window was shorter than 10 s"
@@ -164,7 +259,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("product_dtypes", "str", "", "matrix products, convolutions and recurrent kernels of the traced train step by the dtype of the factors, including gradients, loss and optimizer; checked against the mode. Before TensorFlow's rewrite (graph-rewrite) and before XLA", "the train step multiplies no matrices, or the case ended before that"),
             _measured("process_settings", "str", "", "settings that move a figure and are not the mode's: deterministic operations, XLA's flags; `none` if nothing is set; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("tf32", "bool", "", "whether float32 products may be rounded to TF32, read back from TensorFlow", "the device has no TF32"),
-            _measured("gpu_allocator", "str", "", "TensorFlow's allocator: `cuda_malloc_async`, or `bfc` (with growth) if that does not work or was requested", "on a CPU"),
+            _measured("gpu_allocator", "str", "", "TensorFlow's allocator: `cuda_malloc_async`, or `bfc` (with growth) if that does not work or was requested", "on a CPU", Cell(Sheet.MEMORY_PARTS, 8, "allocator", Over.EACH)),
             _measured("batch_size", "int", "examples", "examples per step", _NOT_REACHED),
             _measured("optimizer", "str", "", "class of the wrapped Keras optimizer", _NOT_REACHED),
             _measured("parameters", "int", "", "trainable parameters of the model", _NOT_REACHED),
@@ -196,10 +291,10 @@ SECTIONS: tuple[Section, ...] = (
             _measured("first_overflow_step", "int", "step, from 0", "first step with a non-finite gradient", "there was none; " + _NO_CHECK + "; or timing-only"),
             _measured("last_overflow_step", "int", "step, from 0", "last step with a non-finite gradient", "there was none; " + _NO_CHECK + "; or timing-only"),
             _measured("nonfinite_loss_steps", "int", "steps", "train steps whose loss was not finite; known in every mode", _NO_TRAINING),
-            _measured("loss_scale_initial", "float", "", "loss scale of the first step", _NO_SCALE + "; or timing-only"),
-            _measured("loss_scale_final", "float", "", "loss scale of the last step", _NO_SCALE + "; or timing-only"),
-            _measured("loss_scale_min", "float", "", "smallest loss scale of any step", _NO_SCALE + "; or timing-only"),
-            _measured("loss_scale_max", "float", "", "largest loss scale of any step", _NO_SCALE + "; or timing-only"),
+            _measured("loss_scale_initial", "float", "", "loss scale of the first step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),
+            _measured("loss_scale_final", "float", "", "loss scale of the last step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),
+            _measured("loss_scale_min", "float", "", "smallest loss scale of any step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),
+            _measured("loss_scale_max", "float", "", "largest loss scale of any step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),
             _measured("train_loss_first", "float", "", "loss of the first step, unscaled", "it was not finite; " + _NO_TRAINING),
             _measured("train_loss_final", "float", "", "mean loss of the last 100 steps, unscaled", "one of them was not finite; " + _NO_TRAINING),
             _measured("train_wall_time_s", "float", "s", "time in train steps and in reading their log, without the first step and evaluations", _NO_TRAINING),
@@ -225,19 +320,19 @@ SECTIONS: tuple[Section, ...] = (
         Topic.STEP_TIME,
         "Step time",
         (
-            _measured("step_time_ms_median", "float", "ms", "median over the blocks of (time of a block / its steps), in steady state; the one number of this process", _NO_TIMING, positive=True),
+            _measured("step_time_ms_median", "float", "ms", "median over the blocks of (time of a block / its steps), in steady state; the one number of this process", _NO_TIMING, Cell(Sheet.TIMING, 1, "processes", Over.KNOWN), positive=True),
             _measured("step_time_ms_p10", "float", "ms", "10th percentile over the blocks", _NO_TIMING),
             _measured("step_time_ms_p90", "float", "ms", "90th percentile over the blocks", _NO_TIMING),
-            _measured("step_time_ms_per_applied", "float", "ms", "time of all blocks over the steps applied in them: a skipped step is cheaper and gains nothing", "the mode checks no gradient, no step was applied, or timing was off"),
+            _measured("step_time_ms_per_applied", "float", "ms", "time of all blocks over the steps applied in them: a skipped step is cheaper and gains nothing", "the mode checks no gradient, no step was applied, or timing was off", Cell(Sheet.TIMING, 3, "ms per applied step")),
             _measured("examples_per_s", "float", "1/s", "`batch_size` / `step_time_ms_median`", _NO_TIMING),
-            _measured("timed_blocks", "int", "blocks", "blocks timed, one synchronisation each", _NO_TIMING),
+            _measured("timed_blocks", "int", "blocks", "blocks timed, one synchronisation each", _NO_TIMING, Cell(Sheet.TIMING, 2, "blocks", Over.SUM)),
             _measured("timed_steps", "int", "steps", "steps in them", _NO_TIMING),
             _measured("timed_overflow_steps", "int", "steps", "steps with a non-finite gradient in them; not in `overflow_steps`", _NO_CHECK + "; or timing was off"),
-            _measured("dispatch_share", "float", "share", "time per call of a step with the same variables that does no work, over `step_time_ms_median`", _NO_TIMING),
+            _measured("dispatch_share", "float", "share", "time per call of a step with the same variables that does no work, over `step_time_ms_median`", _NO_TIMING, Cell(Sheet.TIMING, 4, "dispatch share", flag=("dispatch_bound", "bound"))),
             _measured("dispatch_bound", "bool", "", "whether `dispatch_share` is above 0.5: the step time then says more about Python and TensorFlow than about the device", _NO_TIMING),
             _measured("build_time_s", "float", "s", "building model and optimizer, including the weights", _NOT_REACHED),
-            _measured("trace_time_s", "float", "s", "tracing the train step into a graph", _NOT_REACHED),
-            _measured("first_step_s", "float", "s", "first call of the traced step, including compilation", _NOT_REACHED),
+            _measured("trace_time_s", "float", "s", "tracing the train step into a graph", _NOT_REACHED, Cell(Sheet.TIMING, 6, "trace s")),
+            _measured("first_step_s", "float", "s", "first call of the traced step, including compilation", _NOT_REACHED, Cell(Sheet.TIMING, 7, "first step s")),
         ),
     ),
     Section(
@@ -245,62 +340,66 @@ SECTIONS: tuple[Section, ...] = (
         "Noise of the machine",
         (
             _measured("host_load", "float", "", "load average over a minute at the start of the case: processes that ran or waited to run", "the system has none"),
-            _measured("host_other_cpu_share", "float", "share", "share of all processors' time that other processes used while steps were timed; above 0.1 the machine was busy", _NO_TIMING + "; timed for less than 0.2 s; no `/proc`"),
+            _measured("host_other_cpu_share", "float", "share", "share of all processors' time that other processes used while steps were timed; above 0.1 the machine was busy", _NO_TIMING + "; timed for less than 0.2 s; no `/proc`", Cell(Sheet.TIMING, 5, "other processes' CPU, max", Over.MAX), warn_above=0.1),
             _measured("host_steal_share", "float", "share", "share of all processors' time that the hypervisor gave to other machines in that time", "as above"),
             _measured("host_clock_mhz", "float", "MHz", "mean clock of the processors at the end of the timing; a snapshot", _NO_TIMING + "; or the host does not report it"),
         ),
+        Source.SESSION,
     ),
     Section(
         Topic.MEMORY,
         "Memory",
         (
-            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline: `gpu_memory_process_peak_mib` if it is known, else `gpu_memory_device_rise_mib` if nobody else used the GPU; `gpu_memory_method` says which", _NO_NVML, positive=True),
-            _measured("gpu_memory_method", "str", "", "`process` or `device-minus-idle`: where the headline comes from", _NO_NVML),
+            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline: `gpu_memory_process_peak_mib` if it is known, else `gpu_memory_device_rise_mib` if nobody else used the GPU; `gpu_memory_method` says which", _NO_NVML, Cell(Sheet.MEMORY, 1, "GPU, NVML (MiB)", Over.MAX, partial=True), positive=True),
+            _measured("gpu_memory_method", "str", "", "`process` or `device-minus-idle`: where the headline comes from", _NO_NVML, Cell(Sheet.MEMORY_PARTS, 7, "peak is of", Over.EACH)),
             _measured("gpu_memory_process_peak_mib", "float", "MiB", "largest memory of the process and its descendants that NVML listed, sampled every 10 ms and at every phase, and every 500 ms while steps are timed", "as above, or NVML lists the process without its memory or not at all"),
             _measured("gpu_memory_device_rise_mib", "float", "MiB", "largest memory in use on the whole GPU minus `gpu_memory_idle_mib`", "it did not rise; " + _NO_NVML),
-            _measured("gpu_memory_idle_mib", "float", "MiB", "memory in use on the whole GPU before the process touched it", _NO_NVML),
-            _measured("gpu_memory_context_mib", "float", "MiB", "memory that the process held when it had CUDA's context and nothing else, by the headline's method", _NO_NVML),
-            _measured("gpu_memory_reserved_mib", "float", "MiB", "memory that the driver keeps for itself; not included in the others", "the driver does not report it separately; " + _NO_NVML),
-            _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process", "on a CPU, where TensorFlow returns zeros, or not reached"),
-            _measured("gpu_memory_allocator_timed_peak_mib", "float", "MiB", "peak of TensorFlow's allocator while steps were timed", "as above, or timing was off"),
-            _measured("gpu_memory_unexplained_mib", "float", "MiB", "headline minus context minus the allocator's peak: pools that hold more than is used, libraries, compiled programs; may be negative, because the peaks need not coincide", "one of the three is unknown"),
+            _measured("gpu_memory_idle_mib", "float", "MiB", "memory in use on the whole GPU before the process touched it", _NO_NVML, Cell(Sheet.MEMORY_PARTS, 5, "in use before the case", Over.MAX)),
+            _measured("gpu_memory_context_mib", "float", "MiB", "memory that the process held when it had CUDA's context and nothing else, by the headline's method", _NO_NVML, Cell(Sheet.MEMORY_PARTS, 1, "context", Over.MAX)),
+            _measured("gpu_memory_reserved_mib", "float", "MiB", "memory that the driver keeps for itself; not included in the others", "the driver does not report it separately; " + _NO_NVML, Cell(Sheet.MEMORY_PARTS, 6, "reserved", Over.MAX)),
+            _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process", "on a CPU, where TensorFlow returns zeros, or not reached", Cell(Sheet.MEMORY, 3, "GPU, allocator (MiB)", Over.MAX), Cell(Sheet.MEMORY_PARTS, 2, "in tensors", Over.MAX), source=Source.WORKER),
+            _measured("gpu_memory_allocator_timed_peak_mib", "float", "MiB", "peak of TensorFlow's allocator while steps were timed", "as above, or timing was off", Cell(Sheet.MEMORY_PARTS, 3, "of that, while timed", Over.MAX), source=Source.WORKER),
+            _measured("gpu_memory_unexplained_mib", "float", "MiB", "headline minus context minus the allocator's peak: pools that hold more than is used, libraries, compiled programs; may be negative, because the peaks need not coincide", "one of the three is unknown", Cell(Sheet.MEMORY_PARTS, 4, "unexplained", Over.MAX)),
             _measured("gpu_sample_interval_ms", "float", "ms", "mean time between two samples of the GPU's memory, outside the timed blocks", _NO_NVML),
             _measured("gpu_sample_gap_ms", "float", "ms", "longest time between two samples, outside the timed blocks, where it is 500 ms; a shorter peak may have been missed", _NO_NVML),
-            _measured("host_memory_peak_mib", "float", "MiB", "largest resident memory of the process (VmHWM), including the compiler; on a CPU it is more about the compiler than about the model", "the process ended too early to be read", positive=True),
+            _measured("host_memory_peak_mib", "float", "MiB", "largest resident memory of the process (VmHWM), including the compiler; on a CPU it is more about the compiler than about the model", "the process ended too early to be read", Cell(Sheet.MEMORY, 4, "host (MiB)", Over.MAX), positive=True, source=Source.SESSION),
         ),
+        Source.MONITOR,
     ),
     Section(
         Topic.ENERGY,
         "Energy",
         (
-            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, from its counter if it has one, else from its power, divided by the steps", _NO_ENERGY, positive=True),
-            _measured("gpu_energy_method", "str", "", "`counter` or `power`: where the headline comes from", _NO_ENERGY),
-            _measured("gpu_energy_j_per_applied_step", "float", "J", "the same divided by the steps that were not skipped", "the mode checks no gradient, no step was applied; " + _NO_ENERGY),
-            _measured("gpu_energy_net_j_per_step", "float", "J", "the headline minus `gpu_idle_power_w` times the window: what training added", "the GPU drew no more than before, or its idle power is unknown; " + _NO_ENERGY),
+            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, from its counter if it has one, else from its power, divided by the steps", _NO_ENERGY, Cell(Sheet.ENERGY, 1, "J per step", partial=True), positive=True),
+            _measured("gpu_energy_method", "str", "", "`counter` or `power`: where the headline comes from", _NO_ENERGY, Cell(Sheet.ENERGY, 7, "by", Over.EACH)),
+            _measured("gpu_energy_j_per_applied_step", "float", "J", "the same divided by the steps that were not skipped", "the mode checks no gradient, no step was applied; " + _NO_ENERGY, Cell(Sheet.ENERGY, 3, "J per applied step")),
+            _measured("gpu_energy_net_j_per_step", "float", "J", "the headline minus `gpu_idle_power_w` times the window: what training added", "the GPU drew no more than before, or its idle power is unknown; " + _NO_ENERGY, Cell(Sheet.ENERGY, 4, "J per step above idle")),
             _measured("gpu_energy_counter_j", "float", "J", "increase of the GPU's energy counter in the window", "before Volta, or a counter that does not move; " + _NO_ENERGY),
             _measured("gpu_energy_power_j", "float", "J", "integral of the power readings over the window, trapezoidal rule", _NO_ENERGY),
             _measured("gpu_energy_window_s", "float", "s", "from the start of the timing until steps were taken for at least `--mp-energy` seconds", "no GPU, or timing or energy was off"),
             _measured("gpu_energy_steps", "int", "steps", "steps in the window: the timed ones and those that were added", "as above"),
-            _measured("gpu_power_w_mean", "float", "W", "energy over window", _NO_ENERGY),
+            _measured("gpu_power_w_mean", "float", "W", "energy over window", _NO_ENERGY, Cell(Sheet.ENERGY, 5, "power (W)")),
             _measured("gpu_power_source", "str", "", "`instant`, or `mean of up to a second`: what NVML's power readings mean", _NO_NVML),
-            _measured("gpu_idle_power_w", "float", "W", "mean power in the last 2 s before the process touched the GPU", _NO_NVML),
+            _measured("gpu_idle_power_w", "float", "W", "mean power in the last 2 s before the process touched the GPU", _NO_NVML, Cell(Sheet.ENERGY, 6, "idle (W)")),
         ),
+        Source.MONITOR,
     ),
     Section(
         Topic.GPU_STATE,
         "State of the GPU",
         (
-            _measured("gpu_temperature_c_max", "float", "°C", "highest temperature of the GPU in the case", _NO_NVML),
-            _measured("gpu_sm_clock_mhz_median", "float", "MHz", "clock of the multiprocessors, median over the timed window", "timing was off; " + _NO_NVML),
-            _measured("gpu_memory_clock_mhz_median", "float", "MHz", "clock of the memory, median over the timed window", "timing was off; " + _NO_NVML),
-            _measured("gpu_utilization_median", "float", "%", "share of time in which a kernel ran, median over the timed window; it does not say how much of the GPU the kernel used", "timing was off; " + _NO_NVML),
-            _measured("gpu_event_reasons", "str", "", "all reasons for lower clocks that NVML gave in the timed window", "timing was off; " + _NO_NVML),
-            _measured("gpu_throttled_share", "float", "share", "share of the timed window in which heat or a power brake held the clocks down", "timing was off; " + _NO_NVML),
-            _measured("gpu_power_capped_share", "float", "share", "share of the timed window at the power limit: normal under full load", "timing was off; " + _NO_NVML),
+            _measured("gpu_temperature_c_max", "float", "°C", "highest temperature of the GPU in the case", _NO_NVML, Cell(Sheet.GPU_STATE, 4, "hottest (°C)", Over.MAX)),
+            _measured("gpu_sm_clock_mhz_median", "float", "MHz", "clock of the multiprocessors, median over the timed window", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 1, "SM clock (MHz)")),
+            _measured("gpu_memory_clock_mhz_median", "float", "MHz", "clock of the memory, median over the timed window", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 2, "memory clock (MHz)")),
+            _measured("gpu_utilization_median", "float", "%", "share of time in which a kernel ran, median over the timed window; it does not say how much of the GPU the kernel used", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 3, "utilisation (%)")),
+            _measured("gpu_event_reasons", "str", "", "all reasons for lower clocks that NVML gave in the timed window", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 7, "event reasons", Over.EACH)),
+            _measured("gpu_throttled_share", "float", "share", "share of the timed window in which heat or a power brake held the clocks down", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 5, "throttled", Over.MAX)),
+            _measured("gpu_power_capped_share", "float", "share", "share of the timed window at the power limit: normal under full load", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 6, "at the power limit", Over.MAX)),
             _measured("gpu_other_processes", "int", "", "other processes that computed on the GPU during the case", _NO_NVML),
             _measured("gpu_graphics_processes", "int", "", "other processes that drew with it", _NO_NVML),
             _known("gpu_suspicion", "str", "", "why the figures of this case must not be used: throttled, hot, a falling clock, other processes, changed settings. The status is `invalid` unless `--mp-keep-suspect` is given", "they can be used, or no GPU"),
         ),
+        Source.MONITOR,
     ),
     Section(
         Topic.MISSING,
@@ -315,9 +414,15 @@ SECTIONS: tuple[Section, ...] = (
 COLUMNS: dict[str, Column] = {column.name: column for section in SECTIONS for column in section.columns}
 
 
-def measured_columns(topic: Topic) -> tuple[str, ...]:
-    """The names of the measured columns about ``topic``."""
-    return tuple(c.name for section in SECTIONS if section.topic is topic for c in section.columns if c.measured)
+def measured_columns(topic: Topic | None = None, source: Source | None = None) -> tuple[str, ...]:
+    """The names of the measured columns about ``topic`` whose values ``source`` finds out; None stands for all."""
+    return tuple(
+        column.name
+        for section in SECTIONS
+        if topic in (None, section.topic)
+        for column in section.columns
+        if column.measured and source in (None, column.source or section.source)
+    )
 
 
 # fmt: off
@@ -346,10 +451,10 @@ SUMMARY: tuple[Column, ...] = (
     _known("headline_baseline", "str", "", "what a user would have had by default: tf32 if it was timed, else fp32"),
     _known("gpu_memory_mib", "float", "MiB", "largest `gpu_memory_nvml_peak_mib` of any process of a seed that ended well", "no process has it"),
     _known("gpu_memory_processes", "int", "", "processes that have it"),
-    _known("gpu_memory_ratio", "float", "", "ratio to fp32's", "either has none, a process of either ran out of memory (it needed more than any figure here), or the processes differ in `gpu_allocator` or `gpu_memory_method`"),
+    _known("gpu_memory_ratio", "float", "", "ratio to fp32's", "either has none, a process of either ran out of memory (it needed more than any figure here), or the processes differ in `gpu_allocator` or `gpu_memory_method`", Cell(Sheet.MEMORY, 2, "over fp32")),
     _known("gpu_energy_j_per_step", "float", "J", "geometric mean of the processes of seeds that ended well", "no process has it"),
     _known("gpu_energy_processes", "int", "", "processes that have it"),
-    _known("gpu_energy_ratio", "float", "", "ratio to fp32's", "either has none, or the processes differ in `gpu_energy_method`"),
+    _known("gpu_energy_ratio", "float", "", "ratio to fp32's", "either has none, or the processes differ in `gpu_energy_method`", Cell(Sheet.ENERGY, 2, "over fp32")),
     _known("host_memory_mib", "float", "MiB", "largest `host_memory_peak_mib` of any process of a seed that ended well", "no process has it"),
     _known("overflow_steps", "int", "steps", "sum over the trainings that know it", "the mode checks no gradient"),
     _known("attempted_steps", "int", "steps", "sum over the same trainings; over all if none knows its overflow", "nothing was trained"),
@@ -373,7 +478,7 @@ SUMMARY: tuple[Column, ...] = (
     _known("metric_seeds_needed", "int", "", "seeds that would tell if mean and spread stay as they are", "they told, or one seed gives no spread"),
     _known("target_reached", "int", "", "seeds that reached the workload's target and ended well", "it has none"),
     _known("steps_to_target", "float", "steps", "median over the seeds that reached it", "none did"),
-    _known("loss_scale_final", "float", "", "median over seeds", "the mode has no loss scale"),
+    _known("loss_scale_final", "float", "", "median over seeds", "the mode has no loss scale", special=Format.LOSS_SCALE),
     _known("dispatch_share", "float", "share", "median over processes", "nothing was timed"),
     _known("dispatch_bound", "bool", "", "whether most processes were", "nothing was timed"),
     _known("not_started", "int", "", "cases that were planned and not started, as far as the run knows"),

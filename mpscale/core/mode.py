@@ -43,6 +43,8 @@ class Mode:
     Args:
         name: what the user types and every table shows.
         summary: one line for ``mpscale workloads`` and the reports.
+        colour: of its line in every picture, as ``#RRGGBB``; its contrast with white is at least 3.
+        marker: of its points in every picture, as matplotlib names it.
         policy: the Keras dtype policy under which the model is built.
         scaling: how the loss is scaled; None trains with the bare optimizer.
         tf32: whether devices with TF32 may round float32 matrix products to it. This is TensorFlow's default, which
@@ -54,6 +56,8 @@ class Mode:
 
     name: str
     summary: str
+    colour: str
+    marker: str
     policy: Literal["float32", "mixed_float16", "mixed_bfloat16"]
     scaling: Scaling | None = None
     tf32: bool = True
@@ -113,15 +117,28 @@ def _rewrites_graphs(device: Device) -> bool:
     return device.compute_capability is not None and device.compute_capability >= (7, 0)
 
 
+# Okabe and Ito, "Color Universal Design" (2008), without its colours that are too light for lines on white. Others are
+# from IBM's and Paul Tol's palettes, chosen to stay apart under protanopia and deuteranopia; markers do the rest.
 _ALL = (
-    Mode(name="fp32", policy="float32", tf32=False, summary="float32 throughout, TF32 off: the baseline"),
+    Mode(
+        name="fp32",
+        colour="#000000",
+        marker="o",
+        policy="float32",
+        tf32=False,
+        summary="float32 throughout, TF32 off: the baseline",
+    ),
     Mode(
         name="tf32",
+        colour="#661100",
+        marker="s",
         policy="float32",
         summary="float32 with TF32 products, TensorFlow's default on Ampere and newer",
     ),
     Mode(
         name="mixed-static",
+        colour="#D55E00",
+        marker="D",
         policy="mixed_float16",
         scaling=STATIC,
         on_trial=True,
@@ -129,23 +146,31 @@ _ALL = (
     ),
     Mode(
         name="mixed-dynamic",
+        colour="#0072B2",
+        marker="^",
         policy="mixed_float16",
         scaling=DYNAMIC,
         summary="float16 with a loss scale that follows overflow",
     ),
     Mode(
         name="mixed-bf16",
+        colour="#009E73",
+        marker="v",
         policy="mixed_bfloat16",
         summary="bfloat16, which has float32's range and needs no loss scale",
     ),
     Mode(
         name="mixed-unscaled",
+        colour="#CC79A7",
+        marker="P",
         policy="mixed_float16",
         on_trial=True,
         summary="float16 without a loss scale: shows what scaling is for",
     ),
     Mode(
         name="mixed-logmax",
+        colour="#785EF0",
+        marker="h",
         policy="mixed_float16",
         scaling=LOGMAX,
         on_trial=True,
@@ -153,6 +178,8 @@ _ALL = (
     ),
     Mode(
         name="mixed-keras",
+        colour="#882255",
+        marker="<",
         policy="mixed_float16",
         scaling=KERAS,
         on_trial=True,
@@ -160,6 +187,8 @@ _ALL = (
     ),
     Mode(
         name="graph-rewrite",
+        colour="#117733",
+        marker=">",
         policy="float32",
         scaling=DYNAMIC,
         graph_rewrite=True,
@@ -167,6 +196,8 @@ _ALL = (
     ),
     Mode(
         name="article",
+        colour="#4B0092",
+        marker="p",
         policy="mixed_float16",
         scaling=ARTICLE,
         on_trial=True,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FILE = "comparison.md"
 """In the run's folder."""
 
+
 def add_options(add: Callable[..., Any]) -> None:
     """Add the options of the comparison, which stand above ``[tool.mpscale]``."""
     add(

@@ -224,7 +224,7 @@ class Session:
                 terminalreporter.write_line(self.output.printable(f"mpscale: {trouble}"), red=True, bold=True)
 
     def _show(self, terminalreporter: pytest.TerminalReporter, run: Run) -> None:
-        from mpscale.report.table import result_table
+        from mpscale.report.sections import results
 
         def show(text: str, **markup: bool) -> None:
             terminalreporter.write_line(self.output.printable(text), **markup)
@@ -232,7 +232,7 @@ class Session:
         path = run.path
         with contextlib.suppress(ValueError):
             path = path.relative_to(Path.cwd())
-        show(result_table(run))
+        show(results(run).text())
         lines = self._check.lines()
         if lines:
             show("\n" + "\n".join(lines), red=self._check.fails)

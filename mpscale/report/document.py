@@ -1,23 +1,33 @@
-"""What a report says, section by section, whatever file it goes into."""
+"""A run in words: its report, the markdown of that, and its summary for a GitHub workflow."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mpscale.analysis.noise_floor import NO_FLOORS, Floors
 from mpscale.analysis.summary import Row, summary_of
-from mpscale.core.device import STAND_IN
+from mpscale.core.device import Device
 from mpscale.core.mode import is_mixed
 from mpscale.core.record import Record
 from mpscale.core.runs import Run
 from mpscale.report import sections
-from mpscale.report import sections as gpu_sections
-from mpscale.report import sections as noise_section
-from mpscale.report import table as cells
-from mpscale.report.table import Cells, escape, markdown_table, metric_why, result_cells
+from mpscale.report.sections import metric_why, statuses
+from mpscale.report.table import (
+    DASH,
+    Table,
+    escape,
+    metric,
+    metric_change,
+    number,
+    of_processes,
+    of_seeds,
+    plural,
+    text,
+    yes_no,
+)
 
 
 @dataclass(frozen=True)
@@ -26,9 +36,9 @@ class Document:
 
     Args:
         title: plain text.
-        when: when the run was started, and by which versions it is to be read; may be empty.
+        when: when the run started, and which versions made it; may be empty.
         findings: the run in words.
-        sections: by title, in order; those with nothing to say are left out.
+        sections: by title, in order, without those that have nothing to say.
     """
 
     title: str
@@ -42,29 +52,35 @@ def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
 
     Args:
         run: the run.
-        floors: how much runs of its code differ, where that is known.
+        floors: how much runs of its code differ, if that is known.
     """
-    headers, rows = result_cells(run)
     parts = {
-        "Results": markdown_table(headers, rows) if rows else "",
+        "Results": sections.results(run).markdown(),
         "Cases that did not end well": sections.troubles(run),
         "What could not be read": sections.unread(run, floors.left_out),
         "Overflow and loss scale": sections.overflow(run),
         "Accuracy": sections.accuracy(run),
         "Accuracy against fp32": sections.against_fp32(run),
         "Timing quality": sections.timing(run),
-        "Noise of the step time": noise_section.noise(run, floors),
+        "Step time noise": sections.noise(run, floors),
         "Memory": sections.memory(run),
-        "GPU memory in parts (MiB)": gpu_sections.memory_parts(run),
-        "Energy of the GPU": gpu_sections.energy(run),
-        "State of the GPU while steps were timed": gpu_sections.state(run),
+        "GPU memory by part (MiB)": sections.memory_parts(run),
+        "GPU energy": sections.energy(run),
+        "GPU state while steps were timed": sections.gpu_state(run),
         "How to read this": how_to_read(run),
         "Environment": _facts(run.info.get("environment")),
         "Settings": _facts(run.info.get("settings")),
-        "What is empty and why": sections.empty(run),
+        "Missing values": sections.missing(run),
     }
-    said = {title: text for title, text in parts.items() if text}
+    said = {title: part for title, part in parts.items() if part}
     return Document(f"mpscale: {run.name}", _when(run), findings(run), said)
+
+
+def render(document: Document) -> str:
+    """The report as markdown."""
+    head = [f"# {escape(document.title)}", document.when, document.findings]
+    body = [f"## {title}\n\n{part}" for title, part in document.sections.items()]
+    return "\n\n".join([part for part in head if part] + body) + "\n"
 
 
 def _when(run: Run) -> str:
@@ -74,31 +90,28 @@ def _when(run: Run) -> str:
 
 
 def _facts(facts: Any) -> str:
-    rows = [[name, value] for name, value in _flat(facts)] if isinstance(facts, Mapping) else []
-    return markdown_table(["what", "value"], rows) if rows else ""
+    return Table(["what", "value"], list(_flat(facts)) if isinstance(facts, Mapping) else []).markdown()
 
 
 def _flat(facts: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Nested facts one a row, named by the way to them; None is unknown."""
+    """Nested facts as rows, each named by the path to it."""
     for key, value in facts.items():
         name = f"{above} {key}".strip()
         if isinstance(value, Mapping):
             yield from _flat(value, name)
         elif isinstance(value, list | tuple):
-            yield name, ", ".join(_fact(item) for item in value) or cells.DASH
+            yield name, ", ".join(_fact(item) for item in value) or DASH
         else:
             yield name, _fact(value)
 
 
 def _fact(value: Any) -> str:
-    if value is None:
-        return cells.DASH
     if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        return yes_no(value)
+    return f"{value:.6g}" if isinstance(value, float) else text(value)
 
 
-# What a run found, in plain words made from its numbers, and what those numbers do not say.
+# What a run found, in plain words made from its numbers.
 
 
 def findings(run: Run) -> str:
@@ -106,77 +119,6 @@ def findings(run: Run) -> str:
     rows = summary_of(run)
     lines = [f"- {_finding(row, rows)}" for row in rows if is_mixed(row["mode"])]
     return "\n\n".join([_overview(run, rows), *(["\n".join(lines)] if lines else [])])
-
-
-def how_to_read(run: Run) -> str:
-    """The limits of the figures, as a list."""
-    notes = [
-        "A step is one call of the compiled train step: one batch, one update. Step time is steady state, in ms; "
-        "compilation and the first step are apart.",
-        "One process gives one number, the median of its blocks. Intervals are 95 % t intervals over processes, on "
-        "logarithms; a speed-up is the geometric mean of baseline time / mode time over processes of the same seed "
-        "and repeat, which ran side by side.",
-        "What a mode costs (step time, memory, energy) and its speed-up are of seeds that ended well. A seed that was "
-        "lost (it diverged, stalled or ended without a finite metric) makes the metric worse. A seed that failed or "
-        "was not started says neither good nor bad, so that nothing is ruled out without it.",
-        "Brackets hold the interval. Without brackets there was one process, and nothing is known of its noise; with "
-        "two or three the interval is wide, and a speed-up needs several processes (more seeds or repeats) to be "
-        "told from none. An interval that holds 1.00 shows no difference.",
-    ]
-    if any(row["headline_baseline"] == "tf32" for row in summary_of(run)):
-        notes.append(
-            "This GPU has TF32, which TensorFlow uses by default: the baseline to look at is tf32. Over fp32, with "
-            "TF32 off, a speed-up looks larger than a user would see."
-        )
-    notes += [
-        "The metric is the mean over seeds, with smallest and largest; modes are compared seed by seed, from the same "
-        "weights and the same order of the data. non-inferior: a loss of more than the workload's margin is ruled out "
-        "(one-sided, 95 %), in all seeds. worse: there is one, or a seed was lost. inconclusive: the seeds that there "
-        "are show neither.",
-        "Overflow steps are those with a non-finite gradient. A dash means that the mode checks no gradient, so that "
-        "overflow is unknown there, and not that there was none.",
-    ]
-    if device_kind(run) == "cpu":
-        notes += [
-            "This run is from a CPU. There float16 is emulated, by conversions that XLA compiles; without XLA it is "
-            "slower still, on some CPUs many times. Step times of float16 modes here say nothing about the speed-up on "
-            "a GPU.",
-            "The same goes for bfloat16: XLA on a CPU can make it several times slower than float32, whatever a GPU "
-            "does with it.",
-            "Host memory is the resident memory of the process and measures TensorFlow and its compiler more than "
-            "the model. It says nothing about what mixed precision saves on a GPU, so no ratio is given.",
-            "What a CPU run does show is whether training works: overflow, loss scale and final metric.",
-        ]
-    else:
-        notes.append(
-            "GPU memory is what the driver reports for the process, context and libraries included, so the ratio is "
-            "that of whole processes. Host memory is no substitute for it."
-        )
-    if any(row["gpu_energy_j_per_step"] is not None for row in summary_of(run)):
-        notes.append(
-            "Energy is that of the whole GPU and of nothing else in the machine; above idle is what it drew more than "
-            "before the process came. Medians over processes."
-        )
-    if (device_name(run) or "").startswith(STAND_IN):
-        notes.append(
-            "The GPU is a stand-in of the tests: the CPU trained, and the GPU's figures are those of a script."
-        )
-    return "\n".join(f"- {note}" for note in notes)
-
-
-def device_kind(run: Run) -> str | None:
-    """``cpu`` or ``gpu``, None where neither run.json nor a record says."""
-    return _of_device(run, "kind", "device")
-
-
-def device_name(run: Run) -> str | None:
-    """The device's own name, None where neither run.json nor a record says."""
-    return _of_device(run, "name", "device_name")
-
-
-def _of_device(run: Run, key: str, column: str) -> str | None:
-    known = [run.device.get(key), *(record[column] for record in run.records)]
-    return next((str(value) for value in known if value is not None), None)
 
 
 def _overview(run: Run, rows: Sequence[Row]) -> str:
@@ -196,21 +138,21 @@ def _overview(run: Run, rows: Sequence[Row]) -> str:
     )
     if run.not_started:
         left = len(run.not_started)
-        sentences.append(f"{left} planned case{' was' if left == 1 else 's were'} not started.")
+        sentences.append(f"{plural(left, 'planned case')} {'was' if left == 1 else 'were'} not started.")
     if not run.finished:
         sentences.append("The run was stopped or is still going on: this is what there is so far.")
     if kind == "cpu":
-        sentences.append("These are figures of a CPU: the speeds below say nothing about a GPU.")
+        sentences.append("It ran on a CPU: the speeds below say nothing about a GPU.")
     return " ".join(sentences)
 
 
 def _finding(row: Row, rows: Sequence[Row]) -> str:
     parts = [part for part in (_speed(row, rows), _quality(row), _overflow(row), _memory(row)) if part]
-    # The metric has its own word for seeds that are in no pair.
+    # If there is a verdict on the metric, that names the seeds that were left out.
     if row["left_out"] and row["metric_verdict"] is None:
         parts.append(escape(row["left_out"]))
     if row["ok"] != row["cases"] or row["not_started"]:
-        parts.append(f"cases: {cells.statuses(row)}")
+        parts.append(f"cases: {statuses(row)}")
     return f"{escape(row['workload'])}, **{escape(row['mode'])}**: {'; '.join(parts) or 'nothing was measured'}."
 
 
@@ -222,65 +164,127 @@ def _speed(row: Row, rows: Sequence[Row]) -> str | None:
     ratio, low, high = (row[f"speedup_{baseline}{end}"] for end in ("", "_low", "_high"))
     if ratio is None:
         beside = any((other["workload"], other["mode"]) == (row["workload"], baseline) for other in rows)
-        why = f"with no {baseline}{' that ended well' if beside else ''} beside it to compare with"
-        return f"{cells.number(row['step_time_ms'])} ms a step, {why}"
-    of_some = cells.of_processes(row[f"speedup_{baseline}_pairs"], row)
-    text = f"{ratio:.2f} times the speed of {baseline}{of_some}"
+        why = f"with no {baseline}{' that ended well' if beside else ''} to compare it with"
+        return f"{number(row['step_time_ms'])} ms per step, {why}"
+    written = f"{ratio:.2f} times the speed of {baseline}{of_processes(row[f'speedup_{baseline}_pairs'], row)}"
     if low is None or high is None:
-        return f"{text} (one pair of processes, so no interval)"
+        return f"{written} (one pair of processes, so no interval)"
     verdict = ", so no difference is shown" if low <= 1.0 <= high else ""
-    return f"{text} (95 % interval {low:.2f} to {high:.2f}{verdict})"
+    return f"{written} (95 % interval {low:.2f} to {high:.2f}{verdict})"
 
 
 def _quality(row: Row) -> str | None:
     name = row["metric_name"]
+    label, verdict = escape(name or "metric"), row["metric_verdict"]
     if row["metric_mean"] is None:
-        if row["metric_verdict"] is None:
-            return None
-        return f"no {escape(name or 'metric')}, {row['metric_verdict']}: {escape(metric_why(row))}"
-    text = f"{escape(name or 'metric')} {cells.metric(row['metric_mean'], name)}"
+        return None if verdict is None else f"no {label}, {verdict}: {escape(metric_why(row))}"
+    written = f"{label} {metric(row['metric_mean'], name)}"
     if row["metric_seeds"] < row["seeds_planned"]:
-        text += f" over {row['metric_seeds']} of {row['seeds_planned']} seeds"
+        written += f" over {row['metric_seeds']} of {row['seeds_planned']} seeds"
+    judged = ""
+    if verdict:
+        # The reason is worth a place here only if seeds were lost or left out.
+        why = f": {escape(metric_why(row))}" if row["left_out"] or row["metric_left_out"] else ""
+        judged = f", {verdict}{why}"
     if row["metric_difference"] is None:
-        return text + (f", {row['metric_verdict']}{_because(row)}" if row["metric_verdict"] else "")
-    seeds = f"{row['metric_pairs']} seed{'' if row['metric_pairs'] == 1 else 's'}"
-    verdict = f", {row['metric_verdict']}{_because(row)}" if row["metric_verdict"] else ""
-    return f"{text}, {cells.metric_change(row['metric_difference'], name)} fp32 ({seeds}{verdict})"
-
-
-def _because(row: Row) -> str:
-    """What seeds that were lost or left out have to do with the verdict; empty where all are in it."""
-    if not row["left_out"] and not row["metric_left_out"]:
-        return ""
-    return f": {escape(metric_why(row))}"
+        return written + judged
+    seeds = plural(row["metric_pairs"], "seed")
+    return f"{written}, {metric_change(row['metric_difference'], name)} fp32 ({seeds}{judged})"
 
 
 def _overflow(row: Row) -> str | None:
     if row["overflow_steps"] is None or row["attempted_steps"] is None:
         return None
-    text = f"{row['overflow_steps'] or 'none'} of {row['attempted_steps']} steps overflowed"
-    return text + cells.of_seeds(row["overflow_seeds"], row)
+    written = f"{row['overflow_steps'] or 'none'} of {row['attempted_steps']} steps overflowed"
+    return written + of_seeds(row["overflow_seeds"], row)
 
 
 def _memory(row: Row) -> str | None:
     ratio = row["gpu_memory_ratio"]
     if ratio is None:
         return None
-    return f"peak GPU memory {ratio:.2f} times fp32's{cells.of_processes(row['gpu_memory_processes'], row)}"
+    return f"peak GPU memory {ratio:.2f} times fp32's{of_processes(row['gpu_memory_processes'], row)}"
 
 
 def _and(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-# report.md: what a run found, on what, and what its numbers do not say.
+def device_kind(run: Run) -> str | None:
+    """``cpu`` or ``gpu``; None if neither run.json nor a record tells."""
+    return _of_device(run, "kind", "device")
 
 
-def render(document: Document) -> str:
-    """The report as markdown."""
-    head = [f"# {escape(document.title)}", document.when, document.findings]
-    body = [f"## {title}\n\n{text}" for title, text in document.sections.items()]
-    return "\n\n".join([part for part in head if part] + body) + "\n"
+def device_name(run: Run) -> str | None:
+    """The device's own name; None if neither run.json nor a record tells."""
+    return _of_device(run, "name", "device_name")
+
+
+def _of_device(run: Run, key: str, column: str) -> str | None:
+    known = (value for value in (run.device.get(key), *(record[column] for record in run.records)) if value is not None)
+    return next(map(str, known), None)
+
+
+# What the numbers do not say.
+
+_NOTES = (
+    "A step is one call of the compiled train step: one batch, one update. Step time is steady state, in ms; "
+    "compilation and the first step are listed separately.",
+    "Each process gives one number, the median of its blocks. Intervals are 95 % t intervals over processes, on "
+    "logarithms. A speed-up is the geometric mean of baseline time / mode time over processes of the same seed "
+    "and repeat, which ran side by side.",
+    "What a mode costs (step time, memory, energy) and its speed-up cover seeds that ended well. A seed that was "
+    "lost (it diverged, stalled or ended without a finite metric) makes the metric worse. A seed that failed or "
+    "was not started is unknown, so without it nothing is ruled out.",
+    "Brackets hold the interval. Without brackets there was one process, and its noise is unknown. With two or three "
+    "processes the interval is wide, and it takes several (more seeds or repeats) to tell a speed-up from none. "
+    "An interval that contains 1.00 shows no difference.",
+)
+_NOTE_ON_TF32 = (
+    "This GPU has TF32, which TensorFlow uses by default, so tf32 is the baseline to look at. Over fp32, with TF32 "
+    "off, a speed-up looks larger than what a user would see."
+)
+_NOTES_ON_METRIC = (
+    "The metric is the mean over seeds, with minimum and maximum. Modes are compared seed by seed, from the same "
+    "weights and with the same order of the data. non-inferior: a loss of more than the workload's margin is ruled out "
+    "(one-sided, 95 %), in all seeds. worse: there is such a loss, or a seed was lost. inconclusive: these seeds show "
+    "neither.",
+    "Overflow steps have a non-finite gradient. A dash means that the mode does not check gradients: its overflow is "
+    "unknown, not zero.",
+)
+_NOTES_ON_CPU = (
+    "This run is from a CPU, which emulates float16 by conversions that XLA compiles; without XLA it is slower still, "
+    "on some CPUs many times. Step times of float16 modes say nothing about the speed-up on a GPU.",
+    "The same goes for bfloat16: XLA on a CPU can make it several times slower than float32, whatever a GPU does with "
+    "it.",
+    "Host memory is the resident memory of the process and measures TensorFlow and its compiler more than the model. "
+    "It says nothing about what mixed precision saves on a GPU, so no ratio is given.",
+    "What a CPU run does show is whether training works: overflow, loss scale and final metric.",
+)
+_NOTE_ON_GPU_MEMORY = (
+    "GPU memory is what the driver reports for the process, including context and libraries, so the ratio is that of "
+    "whole processes. Host memory is no substitute for it."
+)
+_NOTE_ON_ENERGY = (
+    "Energy is that of the whole GPU and of nothing else in the machine; above idle is what it drew beyond its draw "
+    "before the process came. Values are medians over processes."
+)
+_NOTE_ON_STAND_IN = "The GPU is a stand-in for tests: the CPU trained, and a script supplied the GPU's figures."
+
+
+def how_to_read(run: Run) -> str:
+    """The limits of the figures, as a list."""
+    rows = summary_of(run)
+    notes = list(_NOTES)
+    if any(row["headline_baseline"] == "tf32" for row in rows):
+        notes.append(_NOTE_ON_TF32)
+    notes += _NOTES_ON_METRIC
+    notes += _NOTES_ON_CPU if device_kind(run) == "cpu" else (_NOTE_ON_GPU_MEMORY,)
+    if any(row["gpu_energy_j_per_step"] is not None for row in rows):
+        notes.append(_NOTE_ON_ENERGY)
+    if Device("gpu", device_name(run) or "").is_stand_in:
+        notes.append(_NOTE_ON_STAND_IN)
+    return "\n".join(f"- {note}" for note in notes)
 
 
 # A run for the page of a GitHub workflow run: what ``$GITHUB_STEP_SUMMARY`` takes.
@@ -288,54 +292,80 @@ def render(document: Document) -> str:
 LIMIT = 1_000_000
 """Bytes. GitHub shows nothing of a step that wrote more than 1 MiB; the rest is for what else the step writes."""
 
-_LEAST_TAIL = 2_000
-"""Bytes of a case's last output. Cases that this cannot be kept free for are left out."""
-_NOTE = 300
-"""Bytes that any note on what was left out stays below."""
-_NAME = 200
-"""Characters of a name: it is the only text here that nothing else bounds."""
+_NAME, _CELL, _TAIL = 200, 1_000, 4_000
+"""Characters that are shown of a name, of a cell and of the last output of a case."""
+
+_LINES = 500
+"""Lines that are shown of the findings and of a section, so that one leaves room for the next."""
+
+_REST = "*The rest did not fit here; the report has all of it.*"
 
 
 def github_summary(run: Run, limit: int = LIMIT, artifacts: str | None = None) -> str:
-    """What a run found, as markdown.
+    """What a run found, as markdown, the most important part first.
 
     Args:
         run: finished or not.
-        limit: bytes that the text stays below; at least 10,000. What does not fit is left out, and a note says so.
+        limit: bytes that the text stays below; at least 10,000. A note takes the place of what does not fit.
         artifacts: address of the page with the run's files, if there is one.
     """
     kind = device_kind(run)
     where = " ".join(filter(None, [device_name(run), f"({kind.upper()})" if kind else ""]))
-    title = f"# mpscale: {_short(where or run.name)}"
+    trouble = sections.trouble_table(run)
+    trouble = Table(trouble.headers, [[_cut(cell, _CELL) for cell in row] for row in trouble.rows])
+    parts = [f"# mpscale: {escape(_cut(where or run.name, _NAME))}", _head(findings(run))]
+    for title, part in (
+        ("What could not be read", sections.unread(run)),
+        ("Results", sections.results(run).markdown()),
+        ("Cases that did not end well", trouble.markdown()),
+    ):
+        if part:
+            parts.append(f"## {title}\n\n{_head(part)}")
+    parts += [_output(record) for record in run.records if record["status"] != "ok" and record["output_tail"]]
     end = "\n\n".join(filter(None, [_duration(run), _files(run, artifacts)]))
-    # A quarter for each of the three that grow with the run; output, which may be of any length, gets what is over.
-    share = limit // 4
-    parts = [title, _lines(findings(run), share)]
-    if run.problems:
-        parts.append(f"## What could not be read\n\n{_lines(sections.unread(run), share // 4)}")
-    headers, rows = result_cells(run)
-    if rows:
-        parts.append(f"## Results\n\n{_table(headers, rows, share)}")
-    headers, rows = sections.trouble_cells(run)
-    if rows:
-        parts.append(f"## Cases that did not end well\n\n{_table(headers, rows, share - share // 4)}")
-        left = limit - sum(_size(part) + 2 for part in (*parts, end)) - _NOTE
-        parts += _outputs([record for record in run.records if record["status"] != "ok"], left)
-    return "\n\n".join([*parts, end]) + "\n"
+    return "\n\n".join([*_fitting(parts, limit - len(end.encode("utf-8", "replace"))), end]) + "\n"
 
 
 def artifacts_page(environ: Mapping[str, str]) -> str | None:
-    """Where the files of the workflow run are that ``environ`` is of; None outside of GitHub Actions."""
+    """Address of the files of the workflow run that ``environ`` belongs to; None outside of GitHub Actions."""
     parts = [environ.get(f"GITHUB_{name}") for name in ("SERVER_URL", "REPOSITORY", "RUN_ID")]
     return "{}/{}/actions/runs/{}#artifacts".format(*parts) if all(parts) else None
 
 
+def _head(part: str) -> str:
+    """The first lines of a list or table, and how many more there are."""
+    lines = part.split("\n")
+    more = len(lines) - _LINES
+    return part if more <= 0 else "\n".join([*lines[:_LINES], "", f"*{plural(more, 'more line')}: see the report.*"])
+
+
+def _fitting(parts: Iterable[str], limit: int) -> Iterator[str]:
+    """The parts up to the limit in bytes, and a note if there are more."""
+    left = limit - len(_REST) - 10  # blank lines
+    for part in parts:
+        encoded = part.encode("utf-8", "replace")
+        if len(encoded) > left:
+            # A table or list may end after any line, the output of a case only as a whole.
+            lines = b"" if part.startswith("<details>") else encoded[: max(0, left)].rpartition(b"\n")[0]
+            yield from filter(None, [lines.decode(), _REST])
+            return
+        left -= len(encoded) + 2
+        yield part
+
+
+def _output(record: Record) -> str:
+    """The last output of a case, folded."""
+    tail = record["output_tail"]
+    if len(tail) > _TAIL:
+        tail = f"[the beginning is in the report]\n{tail[-_TAIL:]}"
+    # Inside <summary> no markdown is read, so HTML's own escapes are the right ones; the blank line ends that.
+    summary = f"<summary>The last lines of {html.escape(_cut(str(record['case_id']), _NAME))}</summary>"
+    return f"<details>\n{summary}\n\n{sections.fenced(tail)}\n\n</details>"
+
+
 def _duration(run: Run) -> str:
     seconds = [record["case_wall_time_s"] for record in run.records if record["case_wall_time_s"] is not None]
-    if not seconds:
-        return ""
-    number = f"{len(seconds)} case{'' if len(seconds) == 1 else 's'}"
-    return f"{number} took {_clock(sum(seconds))}, one after the other."
+    return f"{plural(len(seconds), 'case')} took {_clock(sum(seconds))}, one after the other." if seconds else ""
 
 
 def _clock(seconds: float) -> str:
@@ -349,80 +379,15 @@ def _clock(seconds: float) -> str:
 
 def _files(run: Run, artifacts: str | None) -> str:
     if run.path.is_file():
-        return f"Made from {_short(run.path.name)} by itself, which tells nothing of the environment."
+        return f"Made from {escape(_cut(run.path.name, _NAME))} by itself, which does not describe the environment."
     names = ("report.html", "report.md", "comparison.md", "cases.csv", "summary.csv", "run.json", "journal.jsonl")
     there = ", ".join(f"`{name}`" for name in names if (run.path / name).is_file())
-    where = f" ([to the files]({artifacts}))" if artifacts else ""
-    return f"The run is {_short(run.name)}{where}: {there}. The report has the rest, and what the numbers do not say."
+    where = f" ([files]({artifacts}))" if artifacts else ""
+    return (
+        f"The run is {escape(_cut(run.name, _NAME))}{where}: {there}. The report has the rest, and the limits of these "
+        "numbers."
+    )
 
 
-def _table(headers: Sequence[str], rows: Cells, limit: int) -> str:
-    def make(count: int) -> str:
-        table = markdown_table(headers, rows[:count]) if count else ""
-        return _with_note(table, len(rows) - count, "row")
-
-    return make(_most(len(rows), lambda count: _size(make(count)) <= limit))
-
-
-def _lines(text: str, limit: int) -> str:
-    lines = text.split("\n")
-
-    def make(count: int) -> str:
-        return _with_note("\n".join(lines[:count]).rstrip("\n"), len(lines) - count, "line")
-
-    return make(_most(len(lines), lambda count: _size(make(count)) <= limit))
-
-
-def _most(count: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to ``count`` that fits, 0 if none does; less than what fits does so as well."""
-    low, high = 0, count
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
-
-
-def _with_note(text: str, left_out: int, what: str) -> str:
-    if left_out == 0:
-        return text
-    note = f"*{left_out} more {what}{'' if left_out == 1 else 's'} did not fit in here; the report has all of them.*"
-    return "\n\n".join(filter(None, [text, note]))
-
-
-def _outputs(records: Sequence[Record], limit: int) -> Iterator[str]:
-    """The last output of each case, folded; one that is long leaves room for those that are to come."""
-    told = [record for record in records if record["output_tail"]]
-    for place, record in enumerate(told):
-        left_out = len(told) - place
-        size = max(limit // left_out, _LEAST_TAIL)
-        block = _output(record, size)
-        if _size(block) + 2 > limit:
-            yield f"*The last output of {left_out} more case{'' if left_out == 1 else 's'} did not fit in here.*"
-            return
-        limit -= _size(block) + 2
-        yield block
-
-
-def _output(record: Record, size: int) -> str:
-    # Inside <summary> no markdown is read, so HTML's own escapes are the right ones; the blank line ends that.
-    head = f"<details>\n<summary>The last lines of {html.escape(_cut(str(record['case_id'])))}</summary>\n\n"
-    foot = "\n\n</details>"
-    kept = record["output_tail"]
-    text = sections.fenced(kept)
-    # By halves, since the fence grows with what it has to hold.
-    while _size(head + text + foot) > size and kept:
-        kept = kept[(len(kept) + 1) // 2 :]
-        text = sections.fenced(f"[the beginning did not fit in here]\n{kept}")
-    return head + text + foot
-
-
-def _short(text: str) -> str:
-    return escape(_cut(text))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _NAME else text[: _NAME - 1] + "…"
-
-
-def _size(text: str) -> int:
-    return len(text.encode("utf-8", "replace"))
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,37 +1,29 @@
-"""A history of runs as a table for a terminal, markdown, CSV or JSON."""
+"""A history of runs: as a table for a terminal or markdown, as CSV or JSON, and as a picture."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
-
 from mpscale.analysis.history import History, Point, RunFacts, Series
 from mpscale.analysis.quantities import Quantity
-from mpscale.report import table as cells
 from mpscale.report.figures import (
-    DPI,
-    FONT,
-    WIDTH,
     Dashes,
     check_suffix,
-    colour,
     empty_figure,
     house_style,
-    marker,
-    mode_places,
+    legend_columns,
+    looks,
     save,
     short_name,
+    text_width,
 )
-from mpscale.report.table import Cells, markdown_table
+from mpscale.report.table import DASH, Table, interval, json_text, metric, share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,12 +33,13 @@ if TYPE_CHECKING:
 FORMATS = ("table", "markdown", "csv", "json")
 
 _SHORT = 7
-"""Digits of a commit, as git shortens it."""
+"""Digits of a commit hash, as git shortens it."""
 
 _COLUMNS = (
     "workload", "mode", "series", "series_key", "hardware", "run", "started", "finished", "quantity", "unit", "value",
     "low", "high", "n", "change", "change_low", "change_high", "git_commit", "git_dirty", "tensorflow", "reason",
 )  # fmt: skip
+"""Of the CSV."""
 
 
 def render(history: History, output: str) -> str:
@@ -54,82 +47,78 @@ def render(history: History, output: str) -> str:
 
     Args:
         history: what is shown.
-        output: one of :data:`FORMATS`. CSV and JSON hold numbers in full: times as ISO 8601 in UTC, changes as shares
-            of 1; unknown is empty or null, and so is an end of an interval that no float can hold.
+        output: one of :data:`FORMATS`. CSV and JSON hold numbers in full, times as ISO 8601 in UTC and changes as
+            shares of 1. What is unknown, or an end of an interval that no float can hold, is empty or null.
     """
     if output == "csv":
-        return _csv(history)
+        return Table.of(_COLUMNS, _lines(history)).csv()
     if output == "json":
-        return _json(history)
-    headers, rows = history_cells(history)
-    note = _notes(history.measure, headers)
+        return json_text(_content(history))
+    table = _table(history)
+    note = _notes(history.measure, table.headers)
     if output == "markdown":
-        title = history.measure.title
-        return f"## History of the {title}\n\n{markdown_table(headers, rows)}\n\n{note}\n"
-    return f"{tabulate(rows, headers, 'simple', disable_numparse=True)}\n\n{note}\n"
+        return f"## History of the {history.measure.title}\n\n{table.markdown()}\n\n{note}\n"
+    return f"{table.text()}\n\n{note}\n"
 
 
-def _notes(measure: Quantity, headers: list[str]) -> str:
-    """What brackets and changes are."""
+def _notes(measure: Quantity, headers: Sequence[str]) -> str:
+    """What brackets and changes mean."""
     if measure.spread == "range":
-        return "In brackets: smallest and largest seed."
+        return "In brackets: minimum and maximum over seeds."
     what = "pairs of processes" if measure.name == "speedup" else "processes"
-    text = f"In brackets: 95 % interval over {what}; none where there is only one."
+    text = f"In brackets: 95 % interval over {what}; none if there is only one."
     if "change" in headers:
         text += (
-            "\nChange: against the last value before. Each is judged by itself, so one interval in twenty leaves out 0 "
-            "by chance; `mpscale compare` allows for that."
+            "\nChange: against the previous value. Each is judged by itself, so one interval in twenty excludes 0 by "
+            "chance; `mpscale compare` corrects for that."
         )
     return text
 
 
-def history_cells(history: History) -> tuple[list[str], Cells]:
-    """Headers and rows. A column that says nothing here is left out."""
+def _table(history: History) -> Table:
+    """One row per series and run. Columns that say nothing here are left out."""
     pairs = [(series, point) for series in history.series for point in series.points]
     columns = {
         "workload": [series.workload for series, _ in pairs],
         "mode": [series.mode for series, _ in pairs],
-        "series": [series.apart or cells.DASH for series, _ in pairs],
-        "when (UTC)": [when(point.run) for _, point in pairs],
+        "series": [series.apart or DASH for series, _ in pairs],
+        "when (UTC)": [_when(point.run) for _, point in pairs],
         "run": [point.run.name for _, point in pairs],
-        history.measure.title: [value(history.measure, series, point) for series, point in pairs],
+        history.measure.title: [_value(history.measure, series, point) for series, point in pairs],
         "n": [str(point.n) for _, point in pairs],
         "change": [_change(point) for _, point in pairs],
         "commit": [_commit(point.run) for _, point in pairs],
-        "TensorFlow": [point.run.tensorflow or cells.DASH for _, point in pairs],
+        "TensorFlow": [point.run.tensorflow or DASH for _, point in pairs],
         "note": [_note(point) for _, point in pairs],
     }
-    for name in ("series", "change", "note"):
-        if all(text == cells.DASH for text in columns[name]):
-            del columns[name]
-    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
+    return Table(list(columns), list(zip(*columns.values(), strict=True))).without_blank("series", "change", "note")
 
 
-def when(run: RunFacts) -> str:
-    """When a run started, to the minute, in UTC."""
-    return cells.DASH if run.started is None else f"{run.started:%Y-%m-%d %H:%M}"
+def _when(run: RunFacts) -> str:
+    """The start of a run in UTC, to the minute."""
+    return DASH if run.started is None else f"{run.started:%Y-%m-%d %H:%M}"
 
 
-def value(measure: Quantity, series: Series, point: Point) -> str:
+def _value(measure: Quantity, series: Series, point: Point) -> str:
     """The value of a point with its interval, or its range over seeds."""
     if measure.spread == "interval":
-        unit, decimals = (measure.unit, 2) if measure.name == "speedup" else (f" {measure.unit}", None)
-        return cells.interval(point.value, point.low, point.high, unit, decimals)
-    shown = single(measure, series)
+        unit = measure.unit if measure.unit == "x" else f" {measure.unit}"
+        return interval(point.value, point.low, point.high, unit)
+    shown = _single(measure, series)
     middle, low, high = (shown(part) for part in (point.value, point.low, point.high))
     return middle if low == high else f"{middle} [{low}, {high}]"
 
 
-def single(measure: Quantity, series: Series) -> Callable[[float | None], str]:
-    """How one number of a measure without a unit of its own is written."""
+def _single(measure: Quantity, series: Series) -> Callable[[float | None], str]:
+    """How to write one number of a quantity that has no unit of its own."""
     if measure.name == "metric":
-        return lambda number: cells.metric(number, series.metric_name)
-    return lambda number: cells.share(number, 2)
+        return lambda number: metric(number, series.metric_name)
+    return lambda number: share(number, 2)
 
 
 def _change(point: Point) -> str:
     if point.change is None:
-        return cells.DASH
+        return DASH
     text = f"{100 * point.change:+.1f} %"
     if point.change_low is None or point.change_high is None:
         return text
@@ -138,7 +127,7 @@ def _change(point: Point) -> str:
 
 def _commit(run: RunFacts) -> str:
     if run.commit is None:
-        return cells.DASH
+        return DASH
     return run.commit[:_SHORT] + ("-dirty" if run.dirty else "")
 
 
@@ -146,13 +135,14 @@ def _note(point: Point) -> str:
     notes = [point.reason] if point.reason else []
     if not point.run.finished:
         notes.append("the run did not finish")
-    return "; ".join(notes) or cells.DASH
+    return "; ".join(notes) or DASH
 
 
-def _csv(history: History) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
+# For programs
+
+
+def _lines(history: History) -> Iterator[dict[str, Any]]:
+    """A line for each point of each series."""
     for series in history.series:
         common = {
             "workload": series.workload,
@@ -164,13 +154,11 @@ def _csv(history: History) -> str:
             "unit": history.measure.unit,
         }
         for point in series.points:
-            row = common | _plain(point)
-            writer.writerow({name: value for name, value in row.items() if value is not None})
-    return text.getvalue()
+            yield common | _values(point)
 
 
-def _json(history: History) -> str:
-    content = {
+def _content(history: History) -> dict[str, Any]:
+    return {
         "quantity": history.measure.name,
         "unit": history.measure.unit,
         "low_and_high": "95 % interval over processes" if history.measure.spread == "interval" else "range over seeds",
@@ -182,25 +170,21 @@ def _json(history: History) -> str:
                 "series_key": series.key,
                 "hardware": series.hardware,
                 "metric_name": series.metric_name,
-                "points": [_plain(point) for point in series.points],
+                "points": [_values(point) for point in series.points],
             }
             for series in history.series
         ],
         "skipped": [{"what": what, "reason": reason} for what, reason in history.skipped],
     }
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
-def _plain(point: Point) -> dict[str, Any]:
-    numbers = {
-        name: getattr(point, name) for name in ("value", "low", "high", "n", "change", "change_low", "change_high")
-    }
+def _values(point: Point) -> dict[str, Any]:
+    numbers = ("value", "low", "high", "n", "change", "change_low", "change_high")
     return {
         "run": point.run.name,
         "started": None if point.run.started is None else point.run.started.isoformat(),
         "finished": point.run.finished,
-        # JSON has no infinity.
-        **{name: number if number is not None and math.isfinite(number) else None for name, number in numbers.items()},
+        **{name: getattr(point, name) for name in numbers},
         "git_commit": point.run.commit,
         "git_dirty": point.run.dirty,
         "tensorflow": point.run.tensorflow,
@@ -208,32 +192,32 @@ def _plain(point: Point) -> dict[str, Any]:
     }
 
 
-# The picture of a history: figures of earlier runs, one line a series.
+# The picture: a panel per workload, a line per series.
 
 _LINE = 140
-"""Characters that fit beside each other."""
+"""Characters that fit into the width of the figure."""
 
 _FEW = 20
-"""Runs up to which there is room for large marks."""
+"""Up to this many runs there is room for large marks."""
 
 _MOST_ABOVE = 2
-"""How many times the largest value an axis reaches up, for the sake of bars."""
+"""How many times the largest value an axis may reach to show error bars."""
 
 _ONE_COLUMN = 3
-"""Panels up to which each has the whole width."""
+"""Up to this many panels, each has the whole width."""
 
 _DASHES: tuple[Dashes, ...] = ("-", "--", ":", "-.")
 
 
 def draw_history(history: History, path: Path) -> None:
-    """Draws one panel a workload and one line a series, runs from left to right; 1000 px wide.
+    """Draw a panel per workload and a line per series, runs from left to right; 1000 px wide.
 
     The same history gives the same SVG, byte for byte, with the same matplotlib. Groups have ids: ``panel-1`` and so
-    on, in them ``line-1-1`` and so on, and ``legend``.
+    on, containing ``line-1-1`` and so on, and ``legend``.
 
     Raises:
         FigureError: the suffix of ``path`` is none of :data:`SUFFIXES`.
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     check_suffix(path)
     with house_style():
@@ -241,8 +225,8 @@ def draw_history(history: History, path: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """How a series is drawn, the same in every panel: colour and marker by its mode, dashes by which of its mode."""
+class _SeriesLook:
+    """How a series is drawn: colour and marker come from its mode, dashes tell apart the series of a mode."""
 
     colour: str
     marker: str
@@ -254,11 +238,11 @@ def _history_figure(history: History) -> Figure:
     panels: dict[str, list[Series]] = {}
     for series in history.series:
         panels.setdefault(series.workload, []).append(series)
-    looks = _looks(history.series)
+    look_of = _looks(history.series)
     columns = 1 if len(panels) <= _ONE_COLUMN else 2
     rows = math.ceil(len(panels) / columns)
     figure = empty_figure()
-    legend_rows = _legend(figure, looks, _caption(history))
+    legend_rows = _legend(figure, look_of, _caption(history))
     figure.set_figheight(0.6 + 0.2 * legend_rows + rows * (3.4 if rows == 1 else 2.4))
     title = history.measure.title
     figure.suptitle(f"{title[0].upper()}{title[1:]} by run", x=0.01, ha="left", size=12, weight="bold")
@@ -268,31 +252,24 @@ def _history_figure(history: History) -> Figure:
     for number, (axes, (workload, members)) in enumerate(zip(all_axes, panels.items(), strict=False), 1):
         axes.set_gid(f"panel-{number}")
         axes.set_title(workload, loc="left", size=10)
-        _panel(axes, number, history.measure, members, runs, looks)
+        _panel(axes, number, history.measure, members, runs, look_of)
     for axes in all_axes[len(panels) :]:
         axes.remove()
     _label_runs(figure, all_axes[: len(panels)], runs)
     return figure
 
 
-def _looks(series: Iterable[Series]) -> dict[str, _Look]:
+def _looks(series: Iterable[Series]) -> dict[str, _SeriesLook]:
     """By label."""
     series = list(series)
-    places = mode_places(one.mode for one in series)
-    of_mode: dict[str, list[str]] = {}
+    of_modes = looks(one.mode for one in series)
+    labels: dict[str, dict[str, None]] = {}
     for one in series:
-        labels = of_mode.setdefault(one.mode, [])
-        if one.label not in labels:
-            labels.append(one.label)
+        labels.setdefault(one.mode, {})[one.label] = None
     return {
-        label: _Look(
-            colour(places[mode]),
-            marker(places[mode]),
-            _DASHES[which % len(_DASHES)],
-            which % 2 == 1,
-        )
-        for mode in sorted(of_mode, key=lambda mode: places[mode])
-        for which, label in enumerate(of_mode[mode])
+        label: _SeriesLook(look.colour, look.marker, _DASHES[which % len(_DASHES)], which % 2 == 1)
+        for mode, look in of_modes.items()
+        for which, label in enumerate(labels[mode])
     }
 
 
@@ -302,16 +279,16 @@ def _panel(
     measure: Quantity,
     members: Sequence[Series],
     runs: Sequence[RunFacts],
-    looks: dict[str, _Look],
+    look_of: dict[str, _SeriesLook],
 ) -> None:
     places = {run.name: place for place, run in enumerate(runs)}
     bottom, top = _limits(measure, members)
-    # Side by side, so that bars of one run do not hide each other.
+    # Next to each other, so that error bars of one run do not hide each other.
     gap = min(0.12, 0.5 / len(members))
     few = len(runs) <= _FEW
     for which, series in enumerate(members):
         shift = (which - (len(members) - 1) / 2) * gap
-        look = looks[series.label]
+        look = look_of[series.label]
         known = [point.value is not None for point in series.points]
         values = [math.nan if point.value is None else point.value for point in series.points]
         bars = [_bar(point, top) for point in series.points]
@@ -343,32 +320,32 @@ def _panel(
     axes.set_xlim(-0.5, len(runs) - 0.5)
     axes.set_ylabel(_axis(measure, members[0]))
     if not measure.unit:
-        shown = single(measure, members[0])
+        shown = _single(measure, members[0])
         axes.yaxis.set_major_formatter(lambda value, _: shown(value))
 
 
 def _bar(point: Point, top: float) -> tuple[float, float]:
-    """Lengths of the error bar below and above the value; not a number where there is none."""
+    """Lengths of the error bar below and above the value; NaN if there is none."""
     if point.value is None or point.low is None or point.high is None:
         return math.nan, math.nan
-    # An interval of two processes may reach beyond what can be drawn.
+    # The interval of two processes may reach too far to be drawn.
     high = min(point.high, max(2 * top, point.value))
     return max(0.0, point.value - point.low), max(0.0, high - point.value)
 
 
 def _limits(measure: Quantity, members: Iterable[Series]) -> tuple[float, float]:
-    """Lower and upper limit of an axis: from 0 except for a metric, of which small changes matter."""
+    """Lower and upper limit of an axis. It starts at 0 except for a metric, whose small changes matter."""
     points = [point for series in members for point in series.points]
     values = [point.value for point in points if point.value is not None]
     ends = [end for point in points for end in (point.low, point.high) if end is not None]
     if measure.name == "metric":
         low, high = min(values + ends), max(values + ends)
-        # Where all are equal, the last digit must not look like a change.
+        # If all are equal, the last digit must not look like a change.
         margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
         return low - margin, high + margin
-    # Two processes may give an interval many times as high as the value; it must not flatten all the rest.
+    # The interval of two processes may be many times as high as the value; it must not flatten all the rest.
     top = 1.08 * min(max(values + ends), _MOST_ABOVE * max(values)) or 0.01
-    # A hair below 0, so that a point on 0 is seen.
+    # A hair below 0, so that a point at 0 is visible.
     return (-0.03 * top if min(values) < 0.03 * top else 0.0), top
 
 
@@ -379,32 +356,31 @@ def _axis(measure: Quantity, series: Series) -> str:
 
 
 def _caption(history: History) -> str:
-    """What points and bars are."""
+    """What points and bars mean."""
     if history.measure.spread == "range":
-        text = "Points: all seeds of a run together. Bars: smallest and largest seed."
+        text = "Points: all seeds of a run together. Bars: minimum and maximum over seeds."
     else:
         what = "pairs of processes" if history.measure.name == "speedup" else "processes"
-        text = f"Points: geometric mean over {what}. Bars: 95 % interval, where there is more than one;"
-        text += f" one that is cut off goes beyond {_MOST_ABOVE} times the largest value."
+        text = f"Points: geometric mean over {what}. Bars: 95 % interval if there is more than one,"
+        text += f" cut off at {_MOST_ABOVE} times the largest value."
     if any(point.is_incomplete for series in history.series for point in series.points):
-        text += " In a ring: a value of some seeds or processes alone; the table says why."
+        text += " In a ring: a value without some seeds or processes; the table says why."
     return f"{text} Times are UTC. A gap in a line: no value."
 
 
-def _legend(figure: Figure, looks: dict[str, _Look], caption: str) -> int:
-    """Puts the legend below the panels, in as many columns as fit, under its caption; gives its rows of text."""
+def _legend(figure: Figure, look_of: dict[str, _SeriesLook], caption: str) -> int:
+    """Put caption and legend below the panels, in as many columns as fit. Returns the number of rows of text."""
     from matplotlib.lines import Line2D
 
-    labels = [textwrap.fill(label, _LINE) for label in looks]
+    labels = [textwrap.fill(label, _LINE) for label in look_of]
     handles = [
         Line2D(
             [], [], color=look.colour, linestyle=look.dashes, linewidth=1.3, marker=look.marker, markersize=5,
             markerfacecolor="white" if look.hollow else look.colour, label=label,
         )
-        for label, look in zip(labels, looks.values(), strict=True)
+        for label, look in zip(labels, look_of.values(), strict=True)
     ]  # fmt: skip
-    beside = 5.5 * FONT / 72 * DPI  # line, padding and the space between columns, as matplotlib has them
-    columns = min(len(labels), max(1, int(WIDTH * DPI * 0.96 // (_text_width(figure, labels) + beside))))
+    columns = legend_columns(figure, labels)
     title = textwrap.fill(caption, _LINE)
     legend = figure.legend(
         handles=handles,
@@ -429,10 +405,10 @@ def _legend(figure: Figure, looks: dict[str, _Look], caption: str) -> int:
 
 
 def _label_runs(figure: Figure, panels: Sequence[Axes], runs: Sequence[RunFacts]) -> None:
-    """Dates below each panel, as many as fit without touching; the newest run always has one."""
+    """Write dates below each panel, as many as fit without touching. The newest run always has one."""
     labels = _run_labels(runs)
-    wide = _text_width(figure, labels)
-    figure.draw_without_rendering()  # the layout says how wide the panels are
+    wide = text_width(figure, labels)
+    figure.draw_without_rendering()  # the layout decides how wide the panels are
     for axes in panels:
         per_run = axes.get_window_extent().width / len(runs)
         every = max(1, math.ceil((wide + 12) / per_run))
@@ -441,19 +417,7 @@ def _label_runs(figure: Figure, panels: Sequence[Axes], runs: Sequence[RunFacts]
 
 
 def _run_labels(runs: Sequence[RunFacts]) -> list[str]:
-    """The date of each run, with the time of day where two runs share a date; the end of its name where unknown."""
+    """The date of each run, with the time if two runs share a date; the end of its name if the date is unknown."""
     days = [run.started.date() for run in runs if run.started is not None]
     pattern = "%Y-%m-%d" if len(set(days)) == len(days) else "%Y-%m-%d\n%H:%M"
     return [run.started.strftime(pattern) if run.started else short_name(run.name, 18) for run in runs]
-
-
-def _text_width(figure: Figure, texts: Iterable[str]) -> float:
-    """Of the longest line, in pixels."""
-    from matplotlib.text import Text
-
-    widest = 0.0
-    for text in texts:
-        drawn = Text(0, 0, text, size=FONT)
-        drawn.set_figure(figure)
-        widest = max(widest, drawn.get_window_extent().width)
-    return widest

@@ -1,52 +1,49 @@
-"""The picture of what each mode of a run buys and costs."""
+"""The pictures of a run: what each mode gains and costs, and how training went."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from mpscale.analysis.summary import Row, summary_of
-from mpscale.core.runs import Run
-from mpscale.report import table as cells
-from mpscale.report.figures import Picture, as_text, colour, empty_figure, house_style, marker, mode_places, short_name
-from mpscale.report.table import metric_why
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.columns import FAILED
-from mpscale.core.runs import RunError
-from mpscale.report.table import measured
+from mpscale.core.runs import Run, RunError
+from mpscale.report.figures import (
+    Look,
+    Picture,
+    as_text,
+    empty_figure,
+    house_style,
+    legend_columns,
+    looks,
+    short_name,
+)
+from mpscale.report.sections import measured, metric_why, statuses
+from mpscale.report.table import loss_scale, plural
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
 
 _LINE = 72
-"""Characters of titles that fit beside each other."""
+"""Characters of panel titles that fit into the width of the figure."""
 
 _MOST_MARGINS = 5.0
-"""Margins beyond which a difference of metrics is told in figures: a lost training must not flatten all others."""
+"""Margins beyond which a difference of metrics is written as a number: a lost training must not flatten the others."""
 
 
 def gains(run: Run) -> Picture | None:
-    """Speed, memory, energy and metric of every mode over its baseline, as far as they are known, with intervals.
+    """Speed, memory, energy and metric of every mode over its baseline, as far as known, with intervals.
 
-    None where there is no mode beside a baseline. In the SVG panel ``n`` has ``neutral-n``, the line of no difference,
-    and the points ``gain-n-m``, ``m`` counting the summary's rows without those of fp32.
+    None if no mode can be compared with a baseline. In the SVG, panel ``n`` has ``neutral-n``, the line of no
+    difference, and the points ``gain-n-m``, where ``m`` counts the rows of the summary without those of fp32.
     """
     rows = [row for row in summary_of(run) if row["mode"] != "fp32"]
     panels = [panel for panel in _panels(rows) if any(known is not None for known in panel.known)]
@@ -60,13 +57,13 @@ def gains(run: Run) -> Picture | None:
 
 @dataclass(frozen=True)
 class _Known:
-    """An estimate and the ends of its interval, where it has one."""
+    """An estimate, with the ends of its interval if it has one."""
 
     value: float
     low: float | None = None
     high: float | None = None
     of_all: bool = True
-    """Whether all processes, or all seeds, are in it."""
+    """Whether it covers all processes, or all seeds."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +73,11 @@ class _Panel:
     Args:
         title: its name.
         caption: how to read it.
-        known: a value for each row, None where it has none.
-        neutral: no difference.
-        limit: from where on a difference matters.
-        floor: no value is below.
-        most: how far from ``neutral`` the axis reaches at most; what is beyond is told in figures.
+        known: a value for each row; None if the row has none.
+        neutral: the value of no difference.
+        limit: the value beyond which a difference matters.
+        floor: the lowest possible value.
+        most: how far the axis may reach from ``neutral``; values beyond are written as numbers.
     """
 
     title: str
@@ -98,7 +95,7 @@ def _panels(rows: Sequence[Row]) -> list[_Panel]:
     return [
         _Panel(
             f"speed-up over {baseline}",
-            "Speed-up: right of the line is faster; bars are 95 % intervals, of wide ones a part.",
+            "Speed-up: right of the line is faster. Bars are 95 % intervals; wide ones are cut off.",
             [_speed(row) for row in rows],
             neutral=1.0,
             floor=0.0,
@@ -139,19 +136,19 @@ def _is_of_all(row: Row, processes: str) -> bool:
 
 
 def _what_is_missing(rows: Sequence[Row], panels: Sequence[_Panel]) -> Iterator[str]:
-    """What the picture does not show, or shows of a part alone."""
+    """What the picture shows only in part, or not at all."""
     if any(known is not None and not known.of_all for panel in panels for known in panel.known):
-        yield "Hollow: some seeds or processes are not in it, so that it may look better than it is."
+        yield "Hollow: some seeds or processes are not in it, so it may look better than it is."
     for row in rows:
         name = f"{short_name(row['workload'])}, {short_name(row['mode'])}"
         if row["mode"] == "fp32" and (row["ok"] != row["cases"] or row["not_started"]):
-            yield f"Compared with what is left of {name}: {cells.statuses(row)}."
+            yield f"Compared with what is left of {name}: {statuses(row)}."
         if row["metric_verdict"] is not None and _metric(row) is None:
-            yield f"No metric drawn of {name}: {metric_why(row) or 'nothing is known of it'}."
+            yield f"No metric drawn of {name}: {metric_why(row) or 'it is not known'}."
 
 
 def _metric(row: Row) -> _Known | None:
-    """The difference to fp32 over the margin, above 0 where the mode is better; None where the direction is unknown."""
+    """The difference to fp32 in margins, above 0 if the mode is better; None if the direction is unknown."""
     if row["metric_difference"] is None or not row["metric_margin"] or row["metric_higher_is_better"] is None:
         return None
     unit = row["metric_margin"] if row["metric_higher_is_better"] else -row["metric_margin"]
@@ -170,7 +167,7 @@ def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
             labels.append(short_name(row["workload"]))
         places.append(len(labels))
         labels.append(_label(row))
-    looks = mode_places(row["mode"] for row in rows)
+    look_of = looks(row["mode"] for row in rows)
     figure = empty_figure(0.9 + 0.24 * len(labels))
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for number, (axes, panel) in enumerate(zip(grid, panels, strict=True), 1):
@@ -182,17 +179,17 @@ def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
         for which, (place, row, known) in enumerate(zip(places, rows, panel.known, strict=True), 1):
             if known is None:
                 continue
-            look = looks[row["mode"]]
+            look = look_of[row["mode"]]
             if not low <= known.value <= high:
-                _beyond(axes, known.value, place, colour(look))
+                _beyond(axes, known.value, place, look.colour)
                 continue
             bar = None
             if known.low is not None and known.high is not None:
                 ends = max(known.low, low), min(known.high, high)
                 bar = [[max(0.0, known.value - ends[0])], [max(0.0, ends[1] - known.value)]]
             drawn = axes.errorbar(
-                [known.value], [place], xerr=bar, color=colour(look), marker=marker(look), markersize=5, elinewidth=1.1,
-                capsize=2.5, linestyle="none", markerfacecolor=colour(look) if known.of_all else "white",
+                [known.value], [place], xerr=bar, color=look.colour, marker=look.marker, markersize=5, elinewidth=1.1,
+                capsize=2.5, linestyle="none", markerfacecolor=look.colour if known.of_all else "white",
             )  # fmt: skip
             drawn.lines[0].set_gid(f"gain-{number}-{which}")
         axes.set_title(textwrap.fill(panel.title, _LINE // len(panels)), loc="left", size=10)
@@ -208,13 +205,13 @@ def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
 
 
 def _label(row: Row) -> str:
-    """The mode, and what became of its cases where not all ended well: the others' figures do not show that."""
+    """The mode, and the statuses of its cases if not all ended well, which figures of the others do not show."""
     name = short_name(row["mode"])
-    return name if row["ok"] == row["cases"] and not row["not_started"] else f"{name} ({cells.statuses(row)})"
+    return name if row["ok"] == row["cases"] and not row["not_started"] else f"{name} ({statuses(row)})"
 
 
 def _beyond(axes: Axes, value: float, place: int, shade: str) -> None:
-    """Points to where a value lies that the axis does not reach, and says which."""
+    """Point towards a value that the axis does not reach, and write it there."""
     low, high = axes.get_xlim()
     left = value < low
     axes.plot([low if left else high], [place], color=shade, marker="<" if left else ">", markersize=6, clip_on=False)
@@ -225,7 +222,7 @@ def _beyond(axes: Axes, value: float, place: int, shade: str) -> None:
 
 
 def _limits(panel: _Panel) -> tuple[float, float]:
-    """Ends of an axis: they hold the neutral value, estimates that are not far off, and of wide intervals a part."""
+    """Ends of an axis: they include the neutral value and the estimates near it, and cut off wide intervals."""
     known = [one for one in panel.known if one is not None and abs(one.value - panel.neutral) <= panel.most]
     held = [one.value for one in known] + [panel.neutral] + ([panel.limit] if panel.limit is not None else [])
     reach = max(abs(value - panel.neutral) for value in held)
@@ -237,30 +234,57 @@ def _limits(panel: _Panel) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-# The picture of how a run's training went: loss and loss scale, step by step.
+# How training went: loss and loss scale, step by step.
+
+_SEEDS = 10
+"""How many seeds of a workload and mode are drawn: more lines could not be told apart, and take long to read."""
 
 _POINTS = 100
-"""Points of a line of losses, each a mean over as many steps as it takes."""
+"""Points of a line of losses, each a mean over as many steps as necessary."""
 
-_MARKS = 150
-"""Most marks of overflow on a line of a loss scale."""
+_MARKS, _MARKS_PER_LINE = 60, 5
+"""Markers of modes in a panel, roughly, and the most on a line."""
+
+_CROSSES = 150
+"""The most overflow marks on a line of a loss scale."""
 
 _LOG_FROM = 20.0
-"""Largest over smallest loss from which the axis is logarithmic."""
+"""The axis is logarithmic if the largest loss is this many times the smallest."""
 
 _Float = npt.NDArray[np.float64]
+_Int = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """A training, step by step. NaN is unknown, or not a number."""
+
+    loss: _Float
+    loss_scale: _Float
+    overflow: npt.NDArray[np.bool_]
+
+    @property
+    def finite(self) -> _Int:
+        """The steps with a finite loss."""
+        return np.flatnonzero(np.isfinite(self.loss))
+
+    @property
+    def has_scale(self) -> bool:
+        return not np.isnan(self.loss_scale).all()
 
 
 def training(run: Run) -> Picture | None:
-    """Loss and loss scale by step, of every workload whose cases left their steps; None where none did.
+    """Loss and loss scale by step, for every workload whose cases left their steps; None if none did.
 
-    In the SVG, crosses of the workload ``n`` are in groups ``overflow-n``, lines in ``loss-n`` and ``scale-n``.
+    In the SVG, the lines of workload ``n`` are in groups ``loss-n`` and ``scale-n``, its crosses in ``overflow-n``.
     """
-    by_workload: dict[str, dict[str, list[pd.DataFrame]]] = {}
-    missing = 0
+    by_workload: dict[str, dict[str, list[_Steps]]] = {}
+    unreadable, limited = 0, False
     for workload, mode, records in measured(run, trained=True):
-        steps = [found for record in records if (found := _steps(run, str(record["case_id"]))) is not None]
-        missing += len(records) - len(steps)
+        first = sorted(records, key=lambda record: record["seed"])[:_SEEDS]
+        steps = [found for record in first if (found := _read_steps(run, str(record["case_id"]))) is not None]
+        unreadable += len(first) - len(steps)
+        limited |= len(first) < len(records)
         if steps:
             by_workload.setdefault(workload, {})[mode] = steps
     if not by_workload:
@@ -268,96 +292,93 @@ def training(run: Run) -> Picture | None:
     with house_style("training"):
         figure, scaled, overflowed = _training_figure(by_workload)
         svg = as_text(figure)
-    caption = "Loss: mean over seeds and neighbouring steps; where a line ends, no loss was finite any more."
-    stopped = [steps for modes in by_workload.values() for seeds in modes.values() for steps in _stopped(seeds)]
-    if stopped:
-        caption += (
-            f" A triangle is the last finite loss of a seed ({len(stopped)} of them); from there on the line is the "
-            "mean of the others."
-        )
+    stopped = sum(len(_stopped(seeds)) for modes in by_workload.values() for seeds in modes.values())
     failed = sum(record["repeat"] == 0 and record["status"] in FAILED for record in run.records)
     failed += sum(repeat == 0 for waiting in run.waiting.values() for _, repeat in waiting)
-    if failed:
-        caption += f" Failed or not started, and so not in it: {failed} training{'' if failed == 1 else 's'}."
-    if scaled:
-        caption += " Loss scale: a line a seed."
-    if overflowed:
-        caption += " A cross is a step that overflowed, or several beside each other."
-    if missing:
-        caption += f" Not drawn: {missing} training{'' if missing == 1 else 's'} whose steps cannot be read."
-    return Picture("How training went", caption, svg)
+    captions = {
+        "Loss: mean over seeds and neighbouring steps; a line ends after its last finite loss.": True,
+        f"Drawn: the first {_SEEDS} seeds of each mode.": limited,
+        f"A star is the last finite loss of a seed ({stopped} of them); from there on the line is the mean of the "
+        "others.": stopped,
+        f"Failed or not started, and so not in it: {plural(failed, 'training')}.": failed,
+        "Loss scale: a line per seed.": scaled,
+        "A cross is a step that overflowed, or several next to each other.": overflowed,
+        f"Not drawn: {plural(unreadable, 'training')} whose steps cannot be read.": unreadable,
+    }
+    return Picture("How training went", " ".join(text for text, applies in captions.items() if applies), svg)
 
 
-def _steps(run: Run, case_id: str) -> pd.DataFrame | None:
+def _read_steps(run: Run, case_id: str) -> _Steps | None:
+    """The steps of a case; None if there are none, or they cannot be read: the caption counts those."""
     try:
-        steps = run.steps(case_id)
+        columns = run.step_columns(case_id)
     except RunError:
-        return None  # One training less in the picture; its caption says so.
-    return steps if len(steps) else None
+        return None
+    if not columns["loss"]:
+        return None
+    # None becomes NaN.
+    loss, scale = (np.array(columns[name], dtype=np.float64) for name in ("loss", "loss_scale"))
+    return _Steps(loss, scale, np.array([overflow is True for overflow in columns["overflow"]]))
 
 
-def _training_figure(by_workload: dict[str, dict[str, list[pd.DataFrame]]]) -> tuple[Figure, bool, bool]:
+def _training_figure(by_workload: Mapping[str, Mapping[str, Sequence[_Steps]]]) -> tuple[Figure, bool, bool]:
     """The figure, whether a loss scale is in it, and whether an overflow is."""
-    looks = mode_places(mode for modes in by_workload.values() for mode in modes)
-    scaled = any(
-        _has_scale(steps) for modes in by_workload.values() for all_steps in modes.values() for steps in all_steps
-    )
+    from matplotlib.lines import Line2D
+
+    look_of = looks(mode for modes in by_workload.values() for mode in modes)
+    scaled = any(steps.has_scale for modes in by_workload.values() for seeds in modes.values() for steps in seeds)
     figure = empty_figure(0.6 + 2.3 * len(by_workload))
     grid = figure.subplots(len(by_workload), 2 if scaled else 1, squeeze=False)
     overflowed = False
     for number, ((workload, modes), row) in enumerate(zip(by_workload.items(), grid, strict=True), 1):
-        _losses(row[0], number, modes, looks)
+        _draw_losses(row[0], number, modes, look_of)
         row[0].set_title(f"{short_name(workload)}: loss", loc="left", size=10)
         if scaled:
-            overflowed |= _scales(row[1], number, modes, looks)
+            overflowed |= _draw_scales(row[1], number, modes, look_of)
             row[1].set_title(f"{short_name(workload)}: loss scale", loc="left", size=10)
     for axes in grid[-1]:
         axes.set_xlabel("step")
-    seen = dict.fromkeys(mode for modes in by_workload.values() for mode in modes)
-    handles = [_line_of(mode, looks[mode]) for mode in sorted(seen, key=lambda mode: looks[mode])]
-    figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), 8), frameon=False)
+    handles = [
+        Line2D([], [], color=look.colour, linewidth=1.6, marker=look.marker, markersize=5, label=short_name(mode))
+        for mode, look in look_of.items()
+    ]
+    columns = legend_columns(figure, [short_name(mode) for mode in look_of])
+    figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False)
     return figure, scaled, overflowed
 
 
-def _line_of(mode: str, look: int) -> Line2D:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=colour(look), linewidth=1.6, label=short_name(mode))
-
-
-def _losses(axes: Axes, number: int, modes: dict[str, list[pd.DataFrame]], looks: dict[str, int]) -> None:
-    shown: list[float] = []
-    for mode, seeds in modes.items():
-        where, means = _mean_loss([steps["loss"].to_numpy(float, na_value=math.nan) for steps in seeds])
-        axes.plot(where, means, color=colour(looks[mode]), linewidth=1.3, gid=f"loss-{number}")
+def _draw_losses(axes: Axes, number: int, modes: Mapping[str, Sequence[_Steps]], look_of: Mapping[str, Look]) -> None:
+    known: list[float] = []
+    for line, (mode, seeds) in enumerate(modes.items()):
+        look = look_of[mode]
+        where, means = _mean_loss([steps.loss for steps in seeds])
+        axes.plot(where, means, color=look.colour, linewidth=1.3, gid=f"loss-{number}")
+        marked = _marked(len(where), line, len(modes))
+        axes.plot(where[marked], means[marked], **_marks(look))
         ends = _stopped(seeds)
         if ends:
+            steps, losses = zip(*ends, strict=True)
             axes.plot(
-                *zip(*ends, strict=True), linestyle="none", marker="v", markersize=6, color=colour(looks[mode]),
-                gid=f"lost-{number}",
-            )  # fmt: skip
-            shown += [loss for _, loss in ends]
-        shown += [value for value in means if math.isfinite(value)]
-    if shown and min(shown) > 0 and max(shown) > _LOG_FROM * min(shown):
+                steps, losses, linestyle="none", marker="*", markersize=11, color=look.colour, gid=f"lost-{number}"
+            )
+            known += losses
+        known += means[np.isfinite(means)].tolist()
+    if known and min(known) > 0 and max(known) > _LOG_FROM * min(known):
         axes.set_yscale("log")
-        _label_training_figure(axes, "{:g}".format)
+        _write_ticks(axes, "{:g}".format)
 
 
-def _stopped(seeds: Sequence[pd.DataFrame]) -> list[tuple[int, float]]:
-    """Step and loss where a seed had its last finite loss while another one went on."""
-    finite = [np.flatnonzero(np.isfinite(steps["loss"].to_numpy(float, na_value=math.nan))) for steps in seeds]
-    last = [int(where[-1]) for where in finite if len(where)]
-    whole = max((len(steps) for steps in seeds), default=0)
-    found = []
-    for steps, where in zip(seeds, finite, strict=True):
-        # Losses that come back were a spell of overflow, which the mean leaves out.
-        if len(where) and where[-1] < max(last) and where[-1] < whole - 1:
-            found.append((int(where[-1]), float(steps["loss"].iloc[where[-1]])))
-    return found
+def _stopped(seeds: Sequence[_Steps]) -> list[tuple[int, float]]:
+    """Step and value of the last finite loss of each seed that was lost while another one went on."""
+    last = max((int(steps.finite[-1]) for steps in seeds if len(steps.finite)), default=0)
+    whole = max((len(steps.loss) for steps in seeds), default=0)
+    # A loss that becomes finite again was a spell of overflow, which the mean leaves out.
+    ends = [(int(steps.finite[-1]), steps.loss) for steps in seeds if len(steps.finite)]
+    return [(end, float(loss[end])) for end, loss in ends if end < last and end < whole - 1]
 
 
 def _mean_loss(seeds: Sequence[_Float]) -> tuple[_Float, _Float]:
-    """Middles of at most :data:`_POINTS` spans of steps, and the mean of the finite losses in each."""
+    """Centres of at most :data:`_POINTS` spans of steps, and the mean of the finite losses in each."""
     longest = max(len(losses) for losses in seeds)
     width = math.ceil(longest / _POINTS)
     spans = np.full((len(seeds), math.ceil(longest / width), width), math.nan)
@@ -366,56 +387,68 @@ def _mean_loss(seeds: Sequence[_Float]) -> tuple[_Float, _Float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # A span without a finite loss is a gap.
         means: _Float = np.nanmean(spans, axis=(0, 2)).astype(np.float64)
-    middles: _Float = np.arange(len(means), dtype=np.float64) * width + (width - 1) / 2
-    return middles, means
+    centres: _Float = np.arange(len(means), dtype=np.float64) * width + (width - 1) / 2
+    return centres, means
 
 
-def _scales(axes: Axes, number: int, modes: dict[str, list[pd.DataFrame]], looks: dict[str, int]) -> bool:
-    """Draws loss scales; whether a step overflowed."""
+def _draw_scales(axes: Axes, number: int, modes: Mapping[str, Sequence[_Steps]], look_of: Mapping[str, Look]) -> bool:
+    """Draw the loss scales of a workload. Returns whether a step overflowed."""
     overflowed = False
-    shown: list[float] = []
-    for mode, seeds in modes.items():
-        for steps in filter(_has_scale, seeds):
-            scale = steps["loss_scale"].to_numpy(float, na_value=math.nan)
-            # An axis of powers of two has no place for 0.
-            scale = np.where(np.isfinite(scale) & (scale > 0), scale, math.nan)
-            corners = _corners(scale)
-            look: dict[str, Any] = {"color": colour(looks[mode]), "alpha": 0.8}
-            axes.plot(corners, scale[corners], linewidth=1.3, drawstyle="steps-post", gid=f"scale-{number}", **look)
-            overflow = np.flatnonzero(steps["overflow"].to_numpy(bool, na_value=False))
-            marked = _thinned(overflow, len(scale))
-            axes.plot(
-                marked, scale[marked], linestyle="none", marker="x", markersize=4, gid=f"overflow-{number}", **look
-            )
-            overflowed |= len(overflow) > 0
-            shown += [value for value in scale[corners] if math.isfinite(value)]
+    known: list[float] = []
+    lines = [(look_of[mode], steps) for mode, seeds in modes.items() for steps in seeds if steps.has_scale]
+    for line, (look, steps) in enumerate(lines):
+        # A logarithmic axis has no place for 0.
+        usable = np.isfinite(steps.loss_scale) & (steps.loss_scale > 0)
+        scale = np.where(usable, steps.loss_scale, math.nan)
+        corners = _corners(scale)
+        axes.plot(
+            corners, scale[corners], color=look.colour, alpha=0.8, linewidth=1.3, drawstyle="steps-post",
+            gid=f"scale-{number}",
+        )  # fmt: skip
+        marked = _marked(len(scale), line, len(lines))
+        axes.plot(marked, scale[marked], **_marks(look))
+        overflow = np.flatnonzero(steps.overflow)
+        crossed = _thinned(overflow, len(scale))
+        axes.plot(
+            crossed, scale[crossed], color=look.colour, alpha=0.8, linestyle="none", marker="x", markersize=4,
+            gid=f"overflow-{number}",
+        )  # fmt: skip
+        overflowed |= len(overflow) > 0
+        known += scale[usable].tolist()
     axes.set_yscale("log", base=2)
-    _label_training_figure(axes, cells.loss_scale)
-    axes.set_ylim(min(shown, default=1.0) / 2, max(shown, default=1.0) * 2)
+    _write_ticks(axes, loss_scale)
+    axes.set_ylim(min(known, default=1.0) / 2, max(known, default=1.0) * 2)
     return overflowed
 
 
-def _label_training_figure(axes: Axes, text: Callable[[float], str]) -> None:
-    """Numbers at a logarithmic axis as ``text`` has them: matplotlib's own are formulas, which no browser draws."""
+def _marks(look: Look) -> dict[str, Any]:
+    return {"color": look.colour, "linestyle": "none", "marker": look.marker, "markersize": 4}
+
+
+def _marked(length: int, line: int, lines: int) -> _Int:
+    """Places for the markers of a line, spread evenly and apart from those of the other lines."""
+    each = max(1, min(_MARKS_PER_LINE, _MARKS // lines))
+    places = (np.arange(each) + (line + 0.5) / lines) * length / each
+    return np.unique(places.astype(np.int64))
+
+
+def _write_ticks(axes: Axes, text: Callable[[float], str]) -> None:
+    """Write the numbers at a logarithmic axis by ``text``: matplotlib's own are formulas, which no browser draws."""
     from matplotlib.ticker import NullFormatter
 
     axes.yaxis.set_major_formatter(lambda value, _: text(value))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _has_scale(steps: pd.DataFrame) -> bool:
-    return bool(steps["loss_scale"].notna().any())
-
-
-def _corners(values: _Float) -> npt.NDArray[np.int64]:
-    """Where a line that goes in steps has to have a point: its ends, and wherever it changes."""
+def _corners(values: _Float) -> _Int:
+    """Where a line of steps needs a point: at its ends, and wherever it changes."""
     changes = np.flatnonzero(~((values[1:] == values[:-1]) | (np.isnan(values[1:]) & np.isnan(values[:-1])))) + 1
     return np.unique(np.concatenate([[0], changes, [len(values) - 1]])).astype(np.int64)
 
 
-def _thinned(places: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-    """Of places that would be drawn upon each other the first."""
+def _thinned(places: _Int, length: int) -> _Int:
+    """The places without those that would be drawn on top of another."""
     if len(places) == 0:
         return places
-    _, first = np.unique(places * _MARKS // length, return_index=True)
+    _, first = np.unique(places * _CROSSES // length, return_index=True)
     return places[first]

@@ -28,7 +28,7 @@ def case(workload, mode, seed, time, **values):
 
 
 def runs_of(folder, number, workloads=("toy",), modes=("fp32", "mixed-static"), hours=24, seeds=2, **info):
-    """Runs that differ a little, a day apart if not told otherwise."""
+    """Runs with slightly different times, a day apart by default."""
     runs = []
     for day in range(number):
         at = START + timedelta(hours=hours * day)
@@ -57,7 +57,7 @@ def groups(root, start):
 
 
 def points_of(group):
-    """Ends of the segments of a line's path, in a group; a gap begins a new segment."""
+    """The path of the line in a group: commands and coordinates. A gap starts a new segment."""
     return group.find(f"{SVG}path").get("d").split()
 
 
@@ -85,7 +85,7 @@ def test_one_panel_for_each_workload_and_one_line_for_each_series(tmp_path):
     assert [text for text in legend if text in MODES] == ["fp32", "tf32", "article"]
 
 
-def test_a_line_has_a_point_for_each_run_and_a_gap_where_there_is_no_value(tmp_path):
+def test_a_line_has_a_point_for_each_run_and_a_gap_for_a_missing_value(tmp_path):
     runs = runs_of(tmp_path, 2)
     lost = [case("toy", "fp32", 0, 1.0, status="diverged")]
     runs.append(read_run(write_run(tmp_path, finished(lost), name="lost", started="2026-01-05T00:00:00")))
@@ -98,7 +98,7 @@ def test_a_line_has_a_point_for_each_run_and_a_gap_where_there_is_no_value(tmp_p
     assert len(list(line.iter(f"{SVG}use"))) == 4
 
 
-def test_runs_of_two_machines_are_two_lines_and_are_told_apart(tmp_path):
+def test_runs_of_two_machines_are_two_distinct_lines(tmp_path):
     gpu = finished([case("toy", "fp32", 0, 0.5)])
     runs = [*runs_of(tmp_path, 2), read_run(write_run(tmp_path, gpu, name="gpu", device=GPU))]
     root = svg_of(make_history(runs, modes=["fp32"]), tmp_path)
@@ -162,7 +162,7 @@ def test_a_run_of_unknown_age_shows_the_end_of_its_name(tmp_path):
     assert f"…{name[-17:]}" in texts(root)
 
 
-def test_names_are_no_formulas(tmp_path):
+def test_names_are_not_read_as_formulas(tmp_path):
     assert "$x_1$ & <y>" in texts(svg_of(make_history(runs_of(tmp_path, 1, workloads=("$x_1$ & <y>",))), tmp_path))
 
 
@@ -176,7 +176,7 @@ def test_names_are_no_formulas(tmp_path):
         ("metric", {"metric_name": "loss", "metric_value": 0.0}, -1.0, 1.0),
     ],
 )
-def test_axes_start_at_0_but_for_a_metric(tmp_path, quantity, values, bottom, top):
+def test_axes_start_at_0_except_for_a_metric(tmp_path, quantity, values, bottom, top):
     one = record(series_key="toy/abc/fp32/batch=1,steps=2/method=1", **values)
     figure, _ = laid_out(make_history([read_run(write_run(tmp_path, finished([one])))], quantity))
     assert figure.axes[0].get_ylim() == pytest.approx((bottom, top))
@@ -189,7 +189,7 @@ def test_an_interval_of_two_processes_that_disagree_does_not_flatten_the_rest(tm
     assert figure.axes[0].get_ylim()[1] == pytest.approx(2.16e100)
 
 
-def test_a_mode_looks_the_same_in_every_panel_and_unlike_every_other(tmp_path):
+def test_every_mode_has_one_look_of_its_own(tmp_path):
     runs = [
         read_run(write_run(tmp_path, finished([case("a", m, 0, 1.0) for m in MODES] + [case("b", "article", 0, 1.0)])))
     ]
@@ -216,7 +216,7 @@ def test_a_png_is_1000_pixels_wide_on_white(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["h.pdf", "h.svg.gz", "h", ".png"])
-def test_another_kind_of_file_is_refused_before_anything_is_written(tmp_path, name):
+def test_other_kinds_of_files_are_refused_before_anything_is_written(tmp_path, name):
     with pytest.raises(FigureError, match=r"end it in \.svg or \.png"):
         draw_history(make_history(runs_of(tmp_path, 1)), tmp_path / name)
     assert not (tmp_path / name).exists()

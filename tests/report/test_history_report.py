@@ -50,7 +50,7 @@ def table(text):
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
-def test_one_row_for_each_series_and_run_and_a_dash_for_what_is_unknown(two_runs):
+def test_one_row_per_series_and_run_with_dashes_for_unknowns(two_runs):
     first, second, third, fourth = table(render(two_runs, "markdown"))
     assert first == {
         "workload": "toy",
@@ -84,7 +84,7 @@ def test_the_table_for_a_terminal_holds_the_same_cells(two_runs):
         assert any(all(cell.replace("\\", "") in line for cell in row.values()) for line in text.splitlines())
 
 
-def test_columns_that_say_nothing_are_left_out(tmp_path):
+def test_blank_columns_are_left_out(tmp_path):
     history = make_history([run_of(tmp_path, 1, processes(2.0))])
     headers = list(table(render(history, "markdown"))[0])
     assert headers == ["workload", "mode", "when (UTC)", "run", "step time", "n", "commit", "TensorFlow"]
@@ -127,7 +127,7 @@ def test_every_quantity_has_its_unit(tmp_path, quantity, column, expected):
     assert [row[column] for row in rows] == [expected]
 
 
-def test_csv_holds_numbers_in_full_and_nothing_for_what_is_unknown(two_runs):
+def test_csv_has_numbers_in_full_and_empty_cells_for_unknowns(two_runs):
     rows = list(csv.DictReader(io.StringIO(render(two_runs, "csv"))))
     assert [(row["run"], row["mode"], row["value"]) for row in rows] == [
         ("run-1", "fp32", "2.0"),
@@ -141,7 +141,7 @@ def test_csv_holds_numbers_in_full_and_nothing_for_what_is_unknown(two_runs):
     assert json.loads(rows[0]["hardware"]) == {"kind": "cpu", "name": "Test CPU"}
 
 
-def test_json_holds_the_series_and_what_was_skipped(two_runs):
+def test_json_has_the_series_and_what_was_skipped(two_runs):
     content = json.loads(render(two_runs, "json"))
     assert (content["quantity"], content["unit"]) == ("step_time", "ms")
     assert content["skipped"] == [{"what": "results/runs/torn", "reason": "not readable"}]

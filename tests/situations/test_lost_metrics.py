@@ -340,7 +340,7 @@ def test_pictures_say_what_is_missing(tmp_path):
     assert "No metric drawn of toy, mixed-bf16" in picture.caption
     assert "Hollow: some seeds or processes are not in it" in picture.caption
     drawn = training(run)
-    assert "A triangle is the last finite loss of a seed (1 of them)" in drawn.caption
+    assert "A star is the last finite loss of a seed (1 of them)" in drawn.caption
     assert "Failed or not started, and so not in it: 1 training." in drawn.caption
     assert 'id="lost-1"' in drawn.svg
 

@@ -1,6 +1,6 @@
-"""A run that leaves no report, or not the one that its cases deserve, is never green.
+"""A run without a report, or with a wrong one, is never green.
 
-The cases are answered by a stand-in for the supervisor: what is tried here is what becomes of its answers.
+A fake supervisor answers for the cases: these tests are about what becomes of its answers.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ GOOD = {
 
 @pytest.fixture
 def answers(tmp_path, monkeypatch):
-    """Has ``happen`` answer in place of the process of a case: it may return values of the record."""
+    """Let ``happen`` answer instead of the process of a case; it may return values of the record."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    # Pictures take longest, and none of this is about them.
+    # Pictures take longest, and these tests are not about them.
     monkeypatch.setattr(build, "gains", lambda run: None)
     monkeypatch.setattr(build, "training", lambda run: None)
 
@@ -73,7 +73,7 @@ def answers(tmp_path, monkeypatch):
 
 @pytest.fixture
 def benchmark_run(answers, monkeypatch):
-    """Runs two cases without pytest; what the run says of its files."""
+    """Run two cases without pytest. Returns the run and its records."""
     monkeypatch.setattr(harness_run, "environment", lambda *_: {})
 
     def run(happen):
@@ -91,7 +91,7 @@ def benchmark_run(answers, monkeypatch):
 
 @pytest.fixture
 def run(answers, pytester):
-    """Runs two cases by pytest."""
+    """Run two cases with pytest."""
     pytester.makepyfile(SUITE)
 
     def run(happen, *options):
@@ -105,7 +105,7 @@ def run(answers, pytester):
 
 
 def red(result):
-    """The lines of the end that are red."""
+    """The red lines at the end."""
     return [line for line in result.outlines if "\x1b[31m" in line and "mpscale: " in line]
 
 
@@ -115,7 +115,7 @@ def only_run(results=Path("results")):
 
 
 def second(act):
-    """Acts in the middle of the second case."""
+    """Act in the middle of the second case."""
 
     def happen(case, path):
         if case.seed == 1:
@@ -139,16 +139,16 @@ LOSSES = {
     "the results folder is renamed": rename_results,
     "the journal is deleted": lambda path: (path / "journal.jsonl").unlink(),
     "the journal is cut short": empty_journal,
-    "the journal is exchanged for another file": lambda path: shutil.copy(
+    "the journal is replaced by another file": lambda path: shutil.copy(
         (path / "journal.jsonl").rename(path / "old"), path / "journal.jsonl"
     ),
-    "the journal is written to by somebody else": lambda path: (path / "journal.jsonl").open("a").write("{}\n"),
+    "somebody else writes to the journal": lambda path: (path / "journal.jsonl").open("a").write("{}\n"),
     "run.json is deleted": lambda path: (path / "run.json").unlink(),
 }
 
 
 @pytest.mark.parametrize("what", LOSSES)
-def test_what_is_lost_in_mid_run_is_written_anew(benchmark_run, what):
+def test_files_lost_during_a_run_are_written_again(benchmark_run, what):
     run, _ = benchmark_run(second(LOSSES[what]))
     (trouble,) = run.troubles
     assert "was deleted, moved or changed while the run went on" in trouble
@@ -162,7 +162,7 @@ def test_what_is_lost_in_mid_run_is_written_anew(benchmark_run, what):
     assert (found.path / "cases.csv").read_text().count("\n") == 3
 
 
-def test_a_loss_in_mid_run_is_said_in_red_and_fails_the_session(run):
+def test_a_loss_during_a_run_is_reported_in_red_and_fails_the_session(run):
     result = run(second(rename_results))
     result.assert_outcomes(passed=2)
     assert result.ret == 1
@@ -189,7 +189,7 @@ BLOCKED = {
 
 
 @pytest.mark.parametrize("what", BLOCKED)
-def test_what_cannot_be_written_any_more_is_kept_elsewhere(benchmark_run, what):
+def test_results_that_can_no_longer_be_written_are_kept_elsewhere(benchmark_run, what):
     run, _ = benchmark_run(second(BLOCKED[what]))
     assert "cannot be written" in run.troubles[0]
     assert run.troubles[-1] == f"everything but steps and GPU samples is kept in {run.path}"
@@ -208,7 +208,7 @@ def test_a_run_that_is_kept_elsewhere_has_its_report_there(run):
     assert (path / "report.html").is_file()
 
 
-def test_a_full_disk_for_a_while_costs_no_row(benchmark_run):
+def test_a_disk_that_is_full_for_a_while_costs_no_row(benchmark_run):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def happen(case, path):
@@ -227,7 +227,7 @@ def test_a_full_disk_for_a_while_costs_no_row(benchmark_run):
     assert found.problems == []
 
 
-def test_a_disk_that_stays_full_ends_red(run):
+def test_a_disk_that_stays_full_fails_the_session(run):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         result = run(lambda case, path: resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1])))
@@ -246,8 +246,8 @@ MISFITS = {
     "half a step": ({"attempted_steps": 10.5}, "attempted_steps should be int, not 10.5"),
     "no step time": ({"step_time_ms_median": 0.0}, "step_time_ms_median is 0.0; it must be above 0"),
     "an array": ({"metric_value": np.ones(2)}, "metric_value should be float, not array([1., 1.])"),
-    "a status that there is not": ({"status": "fine"}, "'fine' is no status of a case"),
-    "a name that says another case": ({"seed": "0"}, "seed should be int, not '0'"),
+    "a status that does not exist": ({"status": "fine"}, "'fine' is no status of a case"),
+    "the seed as a text": ({"seed": "0"}, "seed should be int, not '0'"),
 }
 
 
@@ -284,18 +284,18 @@ def test_numbers_of_numpy_are_numbers(benchmark_run):
     assert {name: record[name] for name in values} == {name: value.item() for name, value in values.items()}
 
 
-def test_a_message_that_is_not_utf_8_is_written_all_the_same(benchmark_run):
+def test_a_message_that_is_not_utf_8_is_still_written(benchmark_run):
     benchmark_run(lambda case, path: {"status": "error", "status_reason": "no such file: data\udcff.npz"})
     found = build.rebuild(only_run().path)
     assert found.records[0]["status_reason"] == r"no such file: data\udcff.npz"
     assert (found.path / "report.html").is_file()
 
 
-def test_a_report_that_cannot_be_made_is_said_in_red_with_the_table(run, monkeypatch):
+def test_a_report_that_cannot_be_made_is_reported_in_red_below_the_table(run, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("no page")
 
-    monkeypatch.setattr(build.html, "render", fail)
+    monkeypatch.setattr(build, "page", fail)
     result = run(lambda case, path: None)
     result.assert_outcomes(passed=2)
     assert result.ret == 1
@@ -313,7 +313,7 @@ def other_run(name, info):
 
 
 def like_this_one(**changes):
-    """The run.json of the only run there is, changed."""
+    """The run.json of the only run, changed."""
     return json.dumps(json.loads((only_run().path / "run.json").read_text()) | changes)
 
 
@@ -346,7 +346,7 @@ def test_other_runs_that_are_broken_are_named_and_left_out(run):
     assert main(["compare", new.name, new.name]) == 0
 
 
-def test_a_broken_run_is_no_baseline_and_the_one_before_it_is(run):
+def test_the_latest_run_that_can_be_read_is_the_baseline(run):
     run(lambda case, path: None)
     first = only_run()
     other_run("20990101T000000Z-cpu-0000", "{")
@@ -357,7 +357,7 @@ def test_a_broken_run_is_no_baseline_and_the_one_before_it_is(run):
     assert f"against {first.name}:" in text
 
 
-def test_no_baseline_that_can_be_read_stops_the_run_before_it_begins(run):
+def test_without_a_readable_baseline_the_run_does_not_start(run):
     other_run("20990101T000000Z-cpu-0000", "{")
     result = run(lambda case, path: None, "--mp-baseline", "latest")
     assert result.ret == 4
@@ -380,7 +380,7 @@ def test_a_journal_that_was_cut_off_later_does_not_take_the_table_with_it(benchm
     assert (path / "cases.csv").read_text() == table
 
 
-def test_a_further_attempt_that_was_cut_off_has_lost_nothing(benchmark_run, capsys):
+def test_another_attempt_that_was_cut_off_has_lost_nothing(benchmark_run, capsys):
     benchmark_run(lambda case, path: None)
     path = only_run().path
     begun = json.loads((path / "journal.jsonl").read_text().splitlines()[3])
