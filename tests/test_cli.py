@@ -82,7 +82,7 @@ def test_report_for_github_is_printed_and_writes_nothing(project):
         (("history", "--quantity", "speed"), "invalid choice: 'speed'"),
         (("history", "--workload", "toys"), "no run has the workload 'toys'; there are toy"),
         (("history", "--quantity", "energy"), "no run knows the energy a step"),
-        (("history", "--figure", "h.pdf"), "h.pdf: '.pdf' files are not made; end it in .svg or .png"),
+        (("history", "--figure", "h.pdf"), "h.pdf: '.pdf' files cannot be made; end it in .svg or .png"),
         (("history", "--figure", "nowhere/h.svg"), "nowhere/h.svg: No such file or directory"),
     ],
 )

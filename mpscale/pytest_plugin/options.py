@@ -13,8 +13,8 @@ import pytest
 
 from mpscale.config import DEFAULT_PRESET, PRESETS, Preset, add_results_option, seconds
 from mpscale.core.case import Settings
+from mpscale.core.loss_scale import RULES
 from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, select_modes
-from mpscale.scaling.loss_scale import RULES
 from mpscale.terminal import as_typed
 
 if TYPE_CHECKING:

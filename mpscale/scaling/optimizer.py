@@ -9,6 +9,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from mpscale.core.loss_scale import (
+    DynamicLossScale,
+    LogMaxLossScale,
+    LossScale,
+    NoLossScale,
+    StaticLossScale,
+    state_dtype,
+)
 from mpscale.scaling.gradients import (
     NewValueMarks,
     all_finite,
@@ -32,14 +40,6 @@ from mpscale.scaling.inner import (
     window,
 )
 from mpscale.scaling.ledger import Alarm, Blame, Ledger, raise_alarm
-from mpscale.scaling.loss_scale import (
-    DynamicLossScale,
-    LogMaxLossScale,
-    LossScale,
-    NoLossScale,
-    StaticLossScale,
-    state_dtype,
-)
 from mpscale.scaling.skip import (
     Skip,
     apply_masked,

@@ -13,9 +13,9 @@ import keras
 import tensorflow as tf
 
 from mpscale.core.case import Settings
+from mpscale.core.loss_scale import RULES
 from mpscale.core.mode import Mode
 from mpscale.scaling import ArticleLossScale, LossScaleOptimizer
-from mpscale.scaling.loss_scale import RULES
 
 
 class StepRecord(NamedTuple):

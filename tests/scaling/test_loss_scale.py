@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpscale.core import loss_scale as rules
 from mpscale.scaling import ArticleLossScale, DynamicLossScale, NoLossScale, StaticLossScale
-from mpscale.scaling import loss_scale as rules
 
 
 def run(loss_scale, finites):

@@ -106,7 +106,7 @@ def test_variables_keep_their_order_by_which_files_identify_them(name, names):
     "imports",
     [
         pytest.param("import keras, mpscale.scaling", id="Keras first"),
-        pytest.param("import mpscale.scaling.loss_scale, keras, mpscale.scaling", id="Keras after the rules"),
+        pytest.param("import mpscale.core.loss_scale, keras, mpscale.scaling", id="Keras after the rules"),
     ],
 )
 def test_a_program_that_imports_the_package_can_load_models(imports, tmp_path):
@@ -119,7 +119,7 @@ def test_a_program_that_imports_the_package_can_load_models(imports, tmp_path):
 
 def test_rules_need_no_tensorflow():
     program = (
-        "import sys; from mpscale.scaling.loss_scale import DynamicLossScale; "
+        "import sys; from mpscale.core.loss_scale import DynamicLossScale; "
         "print(DynamicLossScale.parse('initial=2**20, hysteresis=2')); "
         "print({'tensorflow', 'keras', 'numpy'} & sys.modules.keys())"
     )

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import tensorflow as tf
 
-from mpscale.scaling.loss_scale import state_dtype
+from mpscale.core.loss_scale import state_dtype
 
 
 def scales_of(loss_scale, finites, largests=None):
