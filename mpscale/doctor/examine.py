@@ -18,7 +18,8 @@ from mpscale.doctor import gpu as precision
 from mpscale.doctor import gpu as surroundings
 from mpscale.doctor.cures import cure
 from mpscale.doctor.findings import Examination, Problem, Trained
-from mpscale.harness.run import BenchmarkRun, Options
+from mpscale.harness.run import BenchmarkRun
+from mpscale.harness.supervisor import Options
 from mpscale.telemetry import gpu_memory, host
 from mpscale.telemetry import gpu_state as gpu_energy
 from mpscale.telemetry.client import Driver, NoDriver, SilentDriver, open_driver

@@ -53,7 +53,7 @@ def find(
         reason = f"CUDA_VISIBLE_DEVICES={visible!r} hides {names}"
         found.notes.append(f"{reason}: the CPU is measured")
         return device, reason
-    reason = driver.reason or "the NVIDIA driver works and finds no GPU"
+    reason = str(driver.reason or "the NVIDIA driver works and finds no GPU")
     expected = any(sign.exists() for sign in signs) or not any(words in reason for words in _NO_GPU)
     if expected and not hidden:
         do = cure(reason) or "see what nvidia-smi says"

@@ -30,7 +30,7 @@ def examine(found: Examination, driver: Driver | NoDriver) -> None:
         "python": platform.python_version(),
         "packages": {name: installed[name] for name in SHOWN},
         "cuda_libraries": cuda,
-        "nvml": driver.reason or "works",
+        "nvml": str(driver.reason or "works"),
         "nvidia_driver": driver.driver_version,
         "cuda_driver": driver.cuda_version,
     }

@@ -5,53 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mpscale.core.case import Case, StartMethod
+from mpscale.core.case import Case
 from mpscale.core.columns import FAILED, Topic, measured_columns
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
 from mpscale.core.record import Record
 from mpscale.core.run_folder import Journal
-from mpscale.harness.launch import allocators
-from mpscale.harness.supervisor import Listener, Outcome, Supervisor
+from mpscale.harness.supervisor import Listener, Options, Outcome, Supervisor
 from mpscale.telemetry.client import Driver, NoDriver
 from mpscale.telemetry.fingerprint import environment, run_slug
-from mpscale.telemetry.watch import CaseWatch
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a run is made, as against what is in it.
-
-    Args:
-        results: the results folder.
-        project: the folder whose git commit is recorded.
-        start_method: how workers are started.
-        timeout_s: seconds that a case may take.
-        asked: what the user asked for, for run.json.
-        gpu_allocator: TensorFlow's allocator on a GPU.
-        gpu_retries: how often a case is run again whose figures a state of the GPU has spoilt that may pass.
-        cool_down_s: seconds to wait at most before that.
-        keep_suspect: such cases keep their status instead.
-        interleaved: with which other run this one takes turns, for run.json; None where it is alone.
-    """
-
-    results: Path
-    project: Path
-    start_method: StartMethod
-    timeout_s: float
-    asked: dict[str, Any]
-    gpu_allocator: Literal["auto", "cuda_malloc_async", "bfc"] = "auto"
-    gpu_retries: int = 2
-    cool_down_s: float = 60.0
-    keep_suspect: bool = False
-    interleaved: Mapping[str, Any] | None = None
 
 
 class BenchmarkRun:
@@ -186,18 +152,7 @@ class BenchmarkRun:
                 self._options.interleaved,
             )
         if self._supervisor is None:
-            self._supervisor = Supervisor(
-                self._device,
-                CaseWatch(self._driver, self._device),
-                self._options.start_method,
-                self._options.timeout_s,
-                os.environ,
-                # Of the session's own folders those are on it in which it has found workloads.
-                [str(Path(entry).absolute()) for entry in sys.path],
-                self._listener,
-                allocators(self._options.gpu_allocator, os.environ, self._driver.cuda_version),
-                self._options.keep_suspect,
-            )
+            self._supervisor = Supervisor(self._device, self._driver, self._options, self._listener)
         return self._journal, self._supervisor
 
 

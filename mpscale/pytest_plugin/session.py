@@ -332,7 +332,8 @@ class Session:
 
     def _open(self) -> tuple[BenchmarkRun, Progress]:
         if self._run is None or self._progress is None:
-            from mpscale.harness.run import BenchmarkRun, Options
+            from mpscale.harness.run import BenchmarkRun
+            from mpscale.harness.supervisor import Options
             from mpscale.telemetry.host import busy_words
             from mpscale.terminal import Progress
 

@@ -77,7 +77,7 @@ def environment(device: Device, driver: Driver | NoDriver, project_dir: Path) ->
         "memory_mib": host.memory_mib(),
         "load_average_at_start": host.load_average(),
         "device": device.to_json(),
-        "nvml": driver.reason or "works",
+        "nvml": str(driver.reason or "works"),
         "nvidia_driver": driver.driver_version,
         "cuda_driver": driver.cuda_version,
         "gpu": _gpu(device, driver),

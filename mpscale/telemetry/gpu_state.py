@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from mpscale.core.reason import Reason
 from mpscale.core.record import Findings
 from mpscale.telemetry.gpu_memory import alone
 from mpscale.telemetry.samples import Sample, Samples
@@ -243,7 +244,7 @@ def timed_window(samples: Samples) -> tuple[Sample, Sample] | None:
 
 
 def energy_columns(
-    samples: Samples, steps: int | None, applied: int | None, power_source: str | None, off: str | None
+    samples: Samples, steps: int | None, applied: int | None, power_source: str | None, off: Reason | str | None
 ) -> Findings:
     """The columns on energy and power.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.device import Device
+from mpscale.core.reason import Reason
 from mpscale.core.record import Findings
 from mpscale.telemetry import gpu_memory, gpu_state, host
 from mpscale.telemetry import gpu_state as gpu_energy
@@ -41,7 +42,7 @@ class Told:
     allocator_peak_mib: float | None = None
     energy_steps: int | None = None
     energy_applied_steps: int | None = None
-    energy_off: str | None = None
+    energy_off: Reason | str | None = None
 
 
 @dataclass(slots=True)

@@ -7,22 +7,23 @@ import signal
 import pytest
 
 from mpscale.core.device import STAND_IN, Device
+from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
-from mpscale.harness.supervisor import Outcome, Supervisor
+from mpscale.harness.supervisor import Options, Outcome, Supervisor
 from mpscale.telemetry.client import NoDriver
-from mpscale.telemetry.watch import CaseWatch
 
 GPU = Device("gpu", f"{STAND_IN} A100", "GPU-0", (8, 0), 40_960.0)
 
 
 @pytest.fixture
-def supervisor():
-    """Makes supervisors that are never to start a process."""
+def supervisor(tmp_path, monkeypatch):
+    """Make supervisors that never start a process."""
     made = []
+    monkeypatch.delenv("TF_GPU_ALLOCATOR", raising=False)
 
-    def make(*allocators):
-        watch = CaseWatch(NoDriver("no driver"), GPU)
-        made.append(Supervisor(GPU, watch, "fresh", 1.0, {}, [], lambda *_: None, allocators))
+    def make(allocator="auto"):
+        options = Options(tmp_path, tmp_path, "fresh", 1.0, asked={}, gpu_allocator=allocator)
+        made.append(Supervisor(GPU, NoDriver(Reason(Code.NO_GPU, "no driver")), options, lambda *_: None))
         return made[-1]
 
     yield make
@@ -66,7 +67,7 @@ KEPT = (None, "cuda_malloc_async")
     ],
 )
 def test_what_the_allocator_cannot_be_blamed_for(supervisor, outcome):
-    assert judged(supervisor("cuda_malloc_async", "bfc"), outcome, outcome, outcome) == [KEPT] * 3
+    assert judged(supervisor(), outcome, outcome, outcome) == [KEPT] * 3
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_what_the_allocator_cannot_be_blamed_for(supervisor, outcome):
     ids=["an exception or exit code", "a failed check", "a wrong address", "a bus error"],
 )
 def test_own_failure_is_tried_again_with_the_same_and_then_with_the_next(supervisor, outcome):
-    found = judged(supervisor("cuda_malloc_async", "bfc"), *(ended(**outcome) for _ in range(3)), ended("ok"))
+    found = judged(supervisor(), *(ended(**outcome) for _ in range(3)), ended("ok"))
     assert found[:2] == [("touched", "cuda_malloc_async"), ("allocator", "bfc")]
     # With the last one it fails, too: no allocator was to blame, and the next case begins with the first.
     assert found[2:] == [KEPT, KEPT]
@@ -88,8 +89,8 @@ def test_own_failure_is_tried_again_with_the_same_and_then_with_the_next(supervi
 
 def test_once_an_allocator_has_worked_it_is_kept(supervisor):
     worked, failed = ended("ok", phase="context-ready"), [ended("error") for _ in range(3)]
-    assert judged(supervisor("cuda_malloc_async", "bfc"), worked, *failed) == [KEPT] * 4
-    later = judged(supervisor("cuda_malloc_async", "bfc"), ended("error"), ended("error"), worked, *failed)
+    assert judged(supervisor(), worked, *failed) == [KEPT] * 4
+    later = judged(supervisor(), ended("error"), ended("error"), worked, *failed)
     assert later[2:] == [(None, "bfc")] * 4
 
 

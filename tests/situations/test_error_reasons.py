@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from mpscale.core.wire import Failed
 from mpscale.harness.supervisor import _one_line
 from mpscale.worker.cause import cause
 
@@ -127,7 +128,7 @@ def told(act, jit=False):
     with pytest.raises(BaseException) as caught:
         act()
     said = cause(caught.value, jit)
-    return _one_line(f"{said['type']}: {said['message']}")
+    return _one_line(f"{said.type}: {said.message}")
 
 
 @pytest.mark.parametrize("what", REASONS)
@@ -193,7 +194,7 @@ def test_memory_that_ran_out_is_told_by_type_also_below_a_layer():
 
     with pytest.raises(Exception, match="no more") as caught:
         traced(Greedy())()
-    assert cause(caught.value, True) == {"type": "MemoryError", "message": "no more", "oom": True}
+    assert cause(caught.value, True) == Failed("MemoryError", "no more", oom=True)
 
 
 @pytest.mark.parametrize(
@@ -206,4 +207,4 @@ def test_memory_that_ran_out_is_told_by_type_also_below_a_layer():
 )
 def test_internal_error_is_xlas_refusal_if_it_comes_before_there_is_a_program(message, hint):
     error = tf.errors.InternalError(None, None, f"{message} [Op:__inference_step_637]")
-    assert (NO_JIT in cause(error, jit=True)["message"]) is hint
+    assert (NO_JIT in cause(error, jit=True).message) is hint
