@@ -21,6 +21,7 @@ import resource
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -224,6 +225,8 @@ class Channel:
 _OUT_OF_REACH = 500
 """The first number for a wire's descriptor in a process that runs other people's code: none is hit by accident."""
 
+_MOST_DESCRIPTORS = 4
+
 
 class Garbled(EOFError):
     """Something that is no message came over a wire, which is of no use any more."""
@@ -313,9 +316,11 @@ class Wire:
         return self._messages.popleft()
 
     def arrived(self) -> list[dict[str, Any]]:
-        """Return the messages that have arrived, without waiting."""
+        """Return the messages that have arrived, without waiting; raises as :meth:`receive` does."""
         while not self.closed and self._read():
             pass
+        if self._garbled and not self._messages:
+            raise Garbled("what came over the wire is no message")
         messages = list(self._messages)
         self._messages.clear()
         return messages
@@ -331,14 +336,18 @@ class Wire:
 
     def _read(self) -> bool:
         """Read what there is, up to a limit; whether there was anything."""
+        # Not by socket.recv_fds, which in Python 3.11 ignores its flags.
         flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * struct.calcsize("i"))
         try:
-            chunk, descriptors, _, _ = socket.recv_fds(self._socket, 65536, 4, flags)
+            chunk, extras, _, _ = self._socket.recvmsg(65536, room, flags)
         except BlockingIOError:
             return False
         except OSError:
-            chunk, descriptors = b"", []
-        self.descriptors += descriptors
+            chunk, extras = b"", []
+        for level, kind, data in extras:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self.descriptors += struct.unpack(f"{len(data) // struct.calcsize('i')}i", data)
         self.closed = not chunk
         *lines, self._unread = (self._unread + chunk).split(b"\n")
         for line in lines:

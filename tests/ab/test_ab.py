@@ -24,7 +24,7 @@ import json, os, shutil, signal, sys, time
 from pathlib import Path
 
 script = json.loads({script!r})
-if sys.argv[1:] == ["-P", "-m", "mpscale.ab.turns"]:
+if sys.argv[1] == "-P" and sys.argv[2].endswith("/about.py"):
     if "about_fails" in script:
         sys.exit(script["about_fails"])
     packages = {{"tensorflow": "2.99", "keras": "3.99", "mpscale": "0.1.0", **script.get("packages", {{}})}}
@@ -300,7 +300,7 @@ def test_what_is_stopped_leaves_no_process(tmp_path, interpreter, how):
         (("--python", "good", "--python", "./file"), "this cannot be executed"),
         (
             ("--python", "good", "--python", "lacks"),
-            "has no mpscale that can take turns (/x: No module named mpscale.ab.turns)",
+            "has no mpscale that can take turns (ModuleNotFoundError: No module named 'mpscale')",
         ),
         (
             ("--python", "good", "--python", "fails"),
@@ -326,7 +326,7 @@ def test_what_is_stopped_leaves_no_process(tmp_path, interpreter, how):
 def test_a_mistake_is_answered_in_one_line_before_anything_runs(tmp_path, interpreter, ab, arguments, message):
     scripts = {
         "good": {},
-        "lacks": {"about_fails": "/x: No module named mpscale.ab.turns"},
+        "lacks": {"about": {"turns": None, "broken": {"mpscale": "ModuleNotFoundError: No module named 'mpscale'"}}},
         "fails": {"about_fails": "Unknown option: -P"},
         "newer": {"about": {"turns": 2}},
         "schema": {"about": {"schema_version": 99}},

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 KNOWN = """#!{python}
 import os, sys
-if sys.argv[1:] != ["-P", "-m", "mpscale.ab.turns"]:
+if not sys.argv[2].endswith("/about.py"):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 print('{about}')
 """
@@ -36,7 +36,7 @@ ABOUT = {
 
 BREAKS_OFF = """#!{python}
 import os, sys
-if sys.argv[1:] == ["-P", "-m", "mpscale.ab.turns"]:
+if sys.argv[2].endswith("/about.py"):
     os.execv({known!r}, [{known!r}, *sys.argv[1:]])
 from mpscale.ab import turns
 
