@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from mpscale.ab.environments import LETTERS
 from mpscale.core.case import Case
 from mpscale.core.record import Record
+from mpscale.core.wire import Again, Phase, PhaseReached, Progressed, StepsDone
 from mpscale.telemetry.host import BUSY_SHARE
 
 _ERRORS = "mpscale"
@@ -59,16 +60,16 @@ def as_typed(text: str) -> str:
 # What the terminal shows while a run goes on: a line for each finished case and, on a terminal, a live one below.
 
 _PHASES = {
-    "idle": "starting",
-    "context-ready": "building",
-    "model-built": "compiling",
-    "compiled": "training",
-    "trained": "warming up",
-    "warm": "warming up",
-    "timing-start": "timing",
-    "timing-end": "finishing",
-    "energy-end": "finishing",
-    "done": "finishing",
+    Phase.IDLE: "starting",
+    Phase.CONTEXT_READY: "building",
+    Phase.MODEL_BUILT: "compiling",
+    Phase.COMPILED: "training",
+    Phase.TRAINED: "warming up",
+    Phase.WARM: "warming up",
+    Phase.TIMING_START: "timing",
+    Phase.TIMING_END: "finishing",
+    Phase.ENERGY_END: "finishing",
+    Phase.DONE: "finishing",
 }
 
 
@@ -115,19 +116,17 @@ class Progress:
         line = f"{self._head(case)}: starting{self._left()}"
         self._show(line) if self._live else self._write(line + "\n")
 
-    def event(self, case: Case, event: str, fields: Mapping[str, Any]) -> None:
-        """A phase, a number of steps, or a further attempt, as the supervisor's listener hears of it."""
-        if event == "again":
-            self._show("")
-            self._write(f"{self._head(case)}: {fields['reason']}; run again\n")
-            return
-        if not self._live:
-            return
-        if event == "phase":
-            self._phase = _PHASES.get(fields["phase"], fields["phase"])
-            self._show(f"{self._head(case)}: {self._phase}{self._left()}")
-        elif event == "progress":
-            self._show(f"{self._head(case)}: {self._phase} {fields['done']}/{fields['total']}{self._left()}")
+    def event(self, case: Case, event: Progressed) -> None:
+        """A phase was reached, steps were taken, or another attempt begins."""
+        match event:
+            case Again(reason):
+                self._show("")
+                self._write(f"{self._head(case)}: {reason}; run again\n")
+            case PhaseReached(phase):
+                self._phase = _PHASES[phase]
+                self._show(f"{self._head(case)}: {self._phase}{self._left()}")
+            case StepsDone(done, total):
+                self._show(f"{self._head(case)}: {self._phase} {done}/{total}{self._left()}")
 
     def finished(self, case: Case, record: Record) -> None:
         """A case has ended."""

@@ -4,6 +4,7 @@ import pytest
 
 from mpscale.core.case import Case, Settings
 from mpscale.core.record import Record
+from mpscale.core.wire import Phase, PhaseReached, StepsDone
 from mpscale.terminal import Progress
 
 
@@ -24,8 +25,8 @@ class Screen:
 
     def run(self, number, seconds, **values):
         self.progress.started(case(number))
-        self.progress.event(case(number), "phase", {"phase": "compiled"})
-        self.progress.event(case(number), "progress", {"done": 100, "total": 2000})
+        self.progress.event(case(number), PhaseReached(Phase.COMPILED))
+        self.progress.event(case(number), StepsDone(100, 2000))
         self.now += seconds
         self.progress.finished(case(number), Record({"status": "ok", **values}))
 

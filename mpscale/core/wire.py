@@ -172,6 +172,16 @@ class Failed(Event, name="error"):
     oom: bool = False
 
 
+@dataclass(frozen=True)
+class Again(Event, name="again"):
+    """Another attempt at a case begins, and why. Goes over no wire: only those who show progress hear of it."""
+
+    reason: str
+
+
+Progressed = PhaseReached | StepsDone | Again
+"""What those who show progress hear of."""
+
 WORKER_EVENTS = (Values, Missed, PhaseReached, StepsDone, Blocks, EnergySteps, Finished, Failed)
 
 

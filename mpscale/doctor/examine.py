@@ -22,7 +22,7 @@ from mpscale.harness.run import BenchmarkRun
 from mpscale.harness.supervisor import Options
 from mpscale.telemetry import gpu_memory, host
 from mpscale.telemetry import gpu_state as gpu_energy
-from mpscale.telemetry.client import Driver, NoDriver, SilentDriver, open_driver
+from mpscale.telemetry.client import Driver, SilentDriver, open_driver
 
 
 def examine(train: bool) -> Examination:
@@ -45,13 +45,13 @@ def examine(train: bool) -> Examination:
     return found
 
 
-def _examine(found: Examination, driver: Driver | NoDriver, environ: Mapping[str, str], train: bool) -> None:
+def _examine(found: Examination, driver: Driver, environ: Mapping[str, str], train: bool) -> None:
     software.examine(found, driver)
     device, no_gpu = gpu.find(found, driver, environ)
     surroundings.examine_surroundings(found, device, environ)
     if device is not None:
         found.device = device.to_json()
-    if device is not None and device.kind == "gpu" and isinstance(driver, Driver):
+    if device is not None and device.kind == "gpu":
         _gpu(found, device, driver)
     elif device is not None:
         found.device = {**device.to_json(), "cpu": host.cpu_facts()}
@@ -106,7 +106,7 @@ _SHOWN = frozenset(
 """What the device decides on. Energy takes ten seconds of steps, so it is left out here."""
 
 
-def try_training(found: Examination, device: Device, driver: Driver | NoDriver) -> None:
+def try_training(found: Examination, device: Device, driver: Driver) -> None:
     """Trains for a moment, and tells how that went.
 
     Args:
@@ -117,7 +117,7 @@ def try_training(found: Examination, device: Device, driver: Driver | NoDriver) 
     case = Case("mnist1d-mlp", "mixed-dynamic", 0, 0, 0, _SETTINGS)
     with tempfile.TemporaryDirectory(prefix="mpscale-doctor-") as folder:
         options = Options(Path(folder), Path(folder), "fresh", _TIMEOUT_S, asked={}, gpu_retries=0)
-        run = BenchmarkRun([case], device, driver, options, lambda case, event, fields: None)
+        run = BenchmarkRun([case], device, driver, options, lambda case, event: None)
         try:
             record = run.run(case).record
         finally:

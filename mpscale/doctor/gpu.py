@@ -11,7 +11,7 @@ from mpscale.core.device import HIDDEN, Device, find_device
 from mpscale.doctor.cures import cure
 from mpscale.doctor.findings import Answer, Examination, Measured, Precision, Problem
 from mpscale.telemetry import host
-from mpscale.telemetry.client import Driver, NoDriver
+from mpscale.telemetry.client import Driver
 from mpscale.telemetry.fingerprint import VARIABLES
 from mpscale.telemetry.gpu_state import EVENT_REASONS, THROTTLED
 from mpscale.telemetry.host import busy_words
@@ -28,7 +28,7 @@ _HOST_NAMESPACE = "pid:[4026531836]"
 
 
 def find(
-    found: Examination, driver: Driver | NoDriver, environ: Mapping[str, str], signs: Sequence[Path] = SIGNS
+    found: Examination, driver: Driver, environ: Mapping[str, str], signs: Sequence[Path] = SIGNS
 ) -> tuple[Device | None, str | None]:
     """The device, None where no run can begin; and why it is no GPU.
 

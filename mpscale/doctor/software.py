@@ -15,14 +15,14 @@ from packaging.utils import canonicalize_name
 
 from mpscale.core.device import Device
 from mpscale.doctor.findings import Examination, Problem
-from mpscale.telemetry.client import Driver, NoDriver
+from mpscale.telemetry.client import Driver
 from mpscale.telemetry.fingerprint import packages
 
 SHOWN = ("mpscale", "tensorflow", "keras", "nvidia-ml-py")
 _CUDA_DO = "pip install 'tensorflow[and-cuda]'"
 
 
-def examine(found: Examination, driver: Driver | NoDriver) -> None:
+def examine(found: Examination, driver: Driver) -> None:
     """Versions, and which of them are out of the ranges of ``pyproject.toml``."""
     installed = packages()
     cuda = {name: version for name, version in installed.items() if name.startswith("nvidia-") and name not in SHOWN}

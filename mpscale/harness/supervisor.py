@@ -31,6 +31,7 @@ from mpscale.core.wire import (
     Phase,
     PhaseReached,
     Process,
+    Progressed,
     StepsDone,
     Values,
     describe_exit,
@@ -45,11 +46,11 @@ from mpscale.harness.launch import (
     allocators,
     worker_environment,
 )
-from mpscale.telemetry.client import Driver, NoDriver
+from mpscale.telemetry.client import Driver
 from mpscale.telemetry.watch import CaseWatch, Seen, Told
 
-Listener = Callable[[Case, str, Mapping[str, Any]], None]
-"""Called with a case, an event (``phase``, ``progress`` or ``again``) and the event's fields."""
+Listener = Callable[[Case, Progressed], None]
+"""Called with a case and what has just happened in it."""
 
 _OWN_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
 """Signals by which a program fails. The others come from a person, the kernel's out-of-memory killer or a limit."""
@@ -127,7 +128,7 @@ class Supervisor:
         listener: told of phases and progress.
     """
 
-    def __init__(self, device: Device, driver: Driver | NoDriver, options: Options, listener: Listener) -> None:
+    def __init__(self, device: Device, driver: Driver, options: Options, listener: Listener) -> None:
         self._device, self._options, self._listener = device, options, listener
         self._watch = CaseWatch(driver, device)
         self._folder = tempfile.TemporaryDirectory(prefix="mpscale-")
@@ -271,7 +272,7 @@ class Supervisor:
             if isinstance(event, PhaseReached):
                 self._watch.mark(event.phase)
                 talk.worker.send({})
-            self._listener(case, event.name, event.to_json())
+            self._listener(case, event)
 
     def _judge(self, outcome: Outcome, seen: Seen) -> None:
         """Take into account what the GPU went through."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mpscale.core.runs import Run
     from mpscale.harness.run import BenchmarkRun
     from mpscale.harness.supervisor import Outcome
-    from mpscale.telemetry.client import Driver, NoDriver
+    from mpscale.telemetry.client import Driver
     from mpscale.terminal import Progress
 
 
@@ -72,7 +72,7 @@ class Session:
         self._nodes: set[str] = set()
         self._suite: set[Path] = set()
         self._device: Device | None = None
-        self._driver: Driver | NoDriver | None = None
+        self._driver: Driver | None = None
         # Resolved now: a test may change the working directory.
         # Not by Path.resolve, which raises where links go in a circle; that is told with all that is wrong.
         self._results = Path(os.path.realpath(config.getoption("mp_results") or config.rootpath / "results"))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from mpscale.core.record import Findings
+from mpscale.core.wire import Phase
 from mpscale.telemetry.samples import Sample, Samples
 
 HEADLINE = "gpu_memory_nvml_peak_mib"
@@ -35,12 +36,12 @@ def memory_columns(samples: Samples, allocator_peak_mib: float | None) -> Findin
         allocator_peak_mib: the peak of TensorFlow's allocator, for the reconciliation.
     """
     found = Findings()
-    idle, context = samples.at("idle"), samples.at("context-ready")
+    idle, context = samples.at(Phase.IDLE), samples.at(Phase.CONTEXT_READY)
     process, process_reason = _process_peak(samples, idle)
     rise, rise_reason = _device_rise(samples, idle)
     found.put("gpu_memory_process_peak_mib", process, process_reason)
     found.put("gpu_memory_device_rise_mib", rise, rise_reason)
-    found.put("gpu_memory_idle_mib", idle and idle.device_memory_mib, _why_not_at(samples, "memory", "idle"))
+    found.put("gpu_memory_idle_mib", idle and idle.device_memory_mib, _why_not_at(samples, "memory", Phase.IDLE))
     few = samples.why_few("memory", samples.rows)
     reserved = None if few else max(samples.known("reserved_memory_mib"), default=None)
     apart = _why(samples, "memory", "this driver does not tell reserved memory apart")
@@ -70,7 +71,7 @@ def memory_columns(samples: Samples, allocator_peak_mib: float | None) -> Findin
 
 def _window(samples: Samples, idle: Sample | None) -> tuple[float, float]:
     """The time in which the case can have used the GPU: from ``idle`` to ``done``, as far as it came."""
-    done = samples.at("done") or (samples.rows[-1] if samples.rows else None)
+    done = samples.at(Phase.DONE) or (samples.rows[-1] if samples.rows else None)
     return idle.time_s if idle is not None else -math.inf, done.time_s if done is not None else math.inf
 
 
@@ -128,8 +129,8 @@ def _then(samples: Samples) -> str:
 def _device_rise(samples: Samples, idle: Sample | None) -> tuple[float | None, str]:
     """How far the memory in use on the GPU rose above what it was before the worker touched it."""
     if idle is None or idle.device_memory_mib is None:
-        return None, _why_not_at(samples, "memory", "idle")
-    later = [row.device_memory_mib for row in samples.after("idle") if row.device_memory_mib is not None]
+        return None, _why_not_at(samples, "memory", Phase.IDLE)
+    later = [row.device_memory_mib for row in samples.after(Phase.IDLE) if row.device_memory_mib is not None]
     rise = max(later, default=idle.device_memory_mib) - idle.device_memory_mib
     unseen = samples.unseen("memory", *_window(samples, idle), _tolerated_s(samples))
     if unseen is not None:
@@ -160,7 +161,7 @@ def alone(samples: Samples) -> bool:
     In a container the worker has another number in that list: the one process that appears after the case has begun
     is then taken for it.
     """
-    idle = samples.at("idle")
+    idle = samples.at(Phase.IDLE)
     at_idle = idle.processes if idle is not None else 0
     most = max((row.processes or 0 for row in samples.rows), default=0)
     listed = any(row.listed for row in samples.rows) and not (idle is not None and idle.listed)
@@ -183,7 +184,7 @@ def _at_context(idle: Sample | None, context: Sample | None, method: str | None)
 
 
 def _context_reason(samples: Samples, method: str) -> str:
-    return _why_not_at(samples, "processes" if method == PROCESS else "memory", "context-ready")
+    return _why_not_at(samples, "processes" if method == PROCESS else "memory", Phase.CONTEXT_READY)
 
 
 def _why_not_at(samples: Samples, reading: str, phase: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mpscale.core.reason import Reason
 from mpscale.core.record import Findings
+from mpscale.core.wire import Phase
 from mpscale.telemetry.gpu_memory import alone
 from mpscale.telemetry.samples import Sample, Samples
 
@@ -62,7 +63,7 @@ def state_columns(samples: Samples) -> Findings:
     """What is known of the GPU's state: in the timed window, but for the processes."""
     found = Findings()
     rows = _timed(samples)
-    timed = samples.not_at("timing-start", "energy-end", "timing-end")
+    timed = samples.not_at(Phase.TIMING_START, Phase.ENERGY_END, Phase.TIMING_END)
     whole = (samples.rows[0].time_s, samples.rows[-1].time_s) if samples.rows else (0.0, 0.0)
 
     def put(column: str, reading: str, value: Any, spoilt: str | None) -> None:
@@ -237,9 +238,9 @@ _MOST_W = 10_000.0
 
 def timed_window(samples: Samples) -> tuple[Sample, Sample] | None:
     """The samples at both ends of the timed steps, those included that were added for the sake of energy."""
-    start = samples.at("timing-start")
+    start = samples.at(Phase.TIMING_START)
     # Steps go on until the last of the two that was reached: where NVML was late then, the other will not do.
-    end = samples.at("energy-end" if samples.reached("energy-end") else "timing-end")
+    end = samples.at(Phase.ENERGY_END if samples.reached(Phase.ENERGY_END) else Phase.TIMING_END)
     return (start, end) if start is not None and end is not None else None
 
 
@@ -258,7 +259,7 @@ def energy_columns(
     found = Findings()
     window = timed_window(samples)
     if off is not None or window is None or not steps:
-        ended = samples.not_at("timing-start", "energy-end", "timing-end")
+        ended = samples.not_at(Phase.TIMING_START, Phase.ENERGY_END, Phase.TIMING_END)
         found.miss(ENERGY_COLUMNS, off or ended)
         return found
     start, end = window
@@ -351,9 +352,9 @@ def _by_power(rows: list[Sample], samples: Samples) -> tuple[float | None, str]:
 
 def _idle_power(samples: Samples) -> tuple[float | None, str]:
     """Mean power right before the worker touched the GPU."""
-    before = samples.until("idle")
+    before = samples.until(Phase.IDLE)
     if not before:
-        return None, samples.not_at("idle")
+        return None, samples.not_at(Phase.IDLE)
     end = before[-1].time_s
     last = [row for row in before if row.time_s >= end - IDLE_S]
     read = [row.power_w for row in last if row.power_w is not None]

@@ -11,6 +11,7 @@ from typing import Any
 
 from mpscale.core.device import Device
 from mpscale.core.record import Findings
+from mpscale.core.wire import Phase
 
 PRECISION_FLAGS = (
     "f16c",
@@ -188,9 +189,9 @@ class HostNoise:
         Args:
             phase: what the worker has just reached.
         """
-        if phase == "timing-start":
+        if phase == Phase.TIMING_START:
             self._start = cpu_times(self._pid)
-        elif phase == "timing-end":
+        elif phase == Phase.TIMING_END:
             self._end = cpu_times(self._pid)
             self._clock = clock_mhz()
 

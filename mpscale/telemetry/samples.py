@@ -18,7 +18,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
-CALM_FROM, CALM_UNTIL = "timing-start", "timing-end"
+from mpscale.core.wire import Phase
+
+CALM_FROM, CALM_UNTIL = Phase.TIMING_START, Phase.TIMING_END
 """Phases between which the sampler looks seldom, so as not to disturb what is timed."""
 
 CALM_S = 0.5

@@ -16,7 +16,7 @@ from mpscale.core.reason import Reason
 from mpscale.core.record import Findings
 from mpscale.telemetry import gpu_memory, gpu_state, host
 from mpscale.telemetry import gpu_state as gpu_energy
-from mpscale.telemetry.client import Driver, NoDriver, SilentDriver
+from mpscale.telemetry.client import Driver, SilentDriver
 from mpscale.telemetry.gpu_state import Suspicion
 from mpscale.telemetry.host import HostNoise
 from mpscale.telemetry.samples import LATE, SILENT, START, Samples, read_samples
@@ -68,7 +68,7 @@ class CaseWatch:
         device: where the processes train.
     """
 
-    def __init__(self, driver: Driver | NoDriver, device: Device) -> None:
+    def __init__(self, driver: Driver, device: Device) -> None:
         self._driver, self._device = driver, device
         self._folder = tempfile.TemporaryDirectory(prefix="mpscale-gpu-")
         self._file = Path(self._folder.name) / "samples.csv"
@@ -106,7 +106,7 @@ class CaseWatch:
         self._read_host()
         if self._noise is not None:
             self._noise.mark(phase)
-        if self._blind or not isinstance(self._driver, Driver):
+        if self._blind:
             return
         if self._driver.mark(phase):
             self._last_phase, self._silent_after = phase, None
@@ -127,7 +127,7 @@ class CaseWatch:
         seen.findings.put(HOST_COLUMN, self._host_peak_mib, self._blind if self._pid is None else ended)
         if self._noise is not None:
             seen.findings.add(self._noise.columns())
-        if self._blind or not isinstance(self._driver, Driver):
+        if self._blind:
             seen.findings.miss(GPU_COLUMNS, self._blind)
             if self._driver.reason:
                 seen.findings.miss([gpu_memory.HEADLINE], f"{self._blind}: {self._driver.reason}")
@@ -168,7 +168,7 @@ class CaseWatch:
         end = time.monotonic() + seconds
         slowdown_c = self._fact("slowdown_c")
         below_c = None if slowdown_c is None else slowdown_c - _COOL_BY_C
-        while isinstance(self._driver, Driver) and time.monotonic() < end:
+        while time.monotonic() < end:
             try:
                 now = self._driver.look(self._device)
             except SilentDriver:
@@ -186,8 +186,6 @@ class CaseWatch:
         """Starts the sampler on a process; why it sees nothing, or an empty text."""
         if self._device.kind != "gpu":
             return "no GPU"
-        if isinstance(self._driver, NoDriver):
-            return str(self._driver.reason)
         try:
             if self._facts is None:
                 self._facts = self._driver.facts(self._device)["facts"]

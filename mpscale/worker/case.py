@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mpscale.core.case import Case, series_key
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES, Mode
-from mpscale.core.wire import Channel
+from mpscale.core.wire import Channel, Phase
 from mpscale.worker import device as accelerator
 from mpscale.worker import model as identity
 from mpscale.worker import training as order
@@ -51,9 +51,9 @@ def execute(
     """
     mode, settings = MODES[case.mode], case.settings
     accelerator.require(device)
-    channel.phase("idle")
+    channel.phase(Phase.IDLE)
     _report(channel, *accelerator.touch(device, mode))
-    channel.phase("context-ready")
+    channel.phase(Phase.CONTEXT_READY)
 
     # Only now: a module of the user's may make variables when it is imported, and TensorFlow would take the device for
     # them before it was told how.
@@ -84,7 +84,7 @@ def execute(
     loss = identity.NotedLoss(objective)
     step = TrainStep(model, scaler, loss, data.train_x, data.train_y, indices, settings.jit)
     channel.values({"build_time_s": time.perf_counter() - start})
-    channel.phase("model-built")
+    channel.phase(Phase.MODEL_BUILT)
 
     trace_s = step.trace()
     arithmetic.look("the train step was traced")
@@ -101,20 +101,20 @@ def execute(
     step()
     step.synchronise()
     channel.values({"trace_time_s": trace_s, "first_step_s": time.perf_counter() - start})
-    channel.phase("compiled")
+    channel.phase(Phase.COMPILED)
 
     status: tuple[str, str | None] = ("ok", None)
     if case.trains:
         evaluate = _evaluator(model, workload, data, objective, settings.jit, batch)
         status = _train(step, model, scaler.optimizer, evaluate, workload, data, steps, steps_path, channel)
-        channel.phase("trained")
+        channel.phase(Phase.TRAINED)
     else:
         step.read_log()
     peak = accelerator.AllocatorPeak(device)
     if settings.timing_s > 0:
         _time(step, case, batch, energy_s, peak, channel)
     _report(channel, *peak.columns(windowed=settings.timing_s > 0))
-    channel.phase("done")
+    channel.phase(Phase.DONE)
     arithmetic.look("training and timing")
     return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
 
@@ -125,17 +125,17 @@ def _time(
     """Times steady state, counts energy over as many steps as that takes, reports."""
     settings = case.settings
     about_s = warm_up(step)
-    channel.phase("warm")
+    channel.phase(Phase.WARM)
     peak.begin_window()
-    channel.phase("timing-start")
+    channel.phase(Phase.TIMING_START)
     start = time.perf_counter()
     timing = time_steps(step, about_s, settings.timing_s, settings.timing_blocks)
-    channel.phase("timing-end")
+    channel.phase(Phase.TIMING_END)
     more: tuple[int, int | None] = (0, 0)
     if energy_s > 0:
         left_s = energy_s - (time.perf_counter() - start)
         more = keep_going(step, timing.steps_per_block, max(left_s, _LEAST_MORE_S))
-        channel.phase("energy-end")
+        channel.phase(Phase.ENERGY_END)
     overflows = None if None in (timing.overflow_steps, more[1]) else (timing.overflow_steps or 0) + (more[1] or 0)
     channel.energy(timing.steps + more[0], overflows)
     channel.values(timing.values(batch, time_empty_call(step)))

@@ -13,7 +13,7 @@ from support.nvml_stand_in import Script
 
 from mpscale.core.device import Device, find_device
 from mpscale.telemetry import host
-from mpscale.telemetry.client import Driver, NoDriver, open_driver
+from mpscale.telemetry.client import Driver, open_driver
 from mpscale.telemetry.watch import CaseWatch, Seen, Told
 
 SLEEPER = "import sys; print(flush=True); sys.stdin.read()"
@@ -36,7 +36,7 @@ class GpuCase:
         assert self.child.stdout is not None
         self.child.stdout.readline()
         self.pid = self.child.pid
-        self.driver: Driver | NoDriver = open_driver({**os.environ, **script.environ(library)})
+        self.driver: Driver = open_driver({**os.environ, **script.environ(library)})
         environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
         self.device: Device = find_device(self.driver.devices, environ, host.cpu())
         self.watch = CaseWatch(self.driver, self.device)
