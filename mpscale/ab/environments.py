@@ -16,7 +16,7 @@ from typing import Any
 
 from mpscale.ab import turns
 from mpscale.core.columns import SCHEMA_VERSION
-from mpscale.core.wire import Child
+from mpscale.core.process import Child
 
 LETTERS = ("A", "B")
 

@@ -18,7 +18,8 @@ from typing import Any
 from mpscale.ab import turns
 from mpscale.ab.environments import LETTERS, Environment
 from mpscale.core.columns import FAILED
-from mpscale.core.wire import Child, Event, Garbled, Wire, describe_exit, event_of, wait_for
+from mpscale.core.process import Child, describe_exit
+from mpscale.core.wire import Event, Garbled, Wire, event_of, wait_for
 from mpscale.terminal import Screen
 
 _BAD = (*FAILED, "diverged", "stalled")

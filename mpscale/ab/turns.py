@@ -14,7 +14,8 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpscale.core.wire import Event, Wire, die_with_parent
+from mpscale.core.process import die_with_parent
+from mpscale.core.wire import Event, Wire
 
 VERSION = 1
 """Of the protocol; raised when ends of different versions would not understand each other."""

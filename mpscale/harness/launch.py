@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from mpscale.core.device import Device
-from mpscale.core.wire import Child, Process, Wire, kill_session
+from mpscale.core.process import Child, Process, kill_session
+from mpscale.core.wire import Wire
 
 # -P: a file in the working directory must not stand in for a module of the same name.
 _WORKER = (sys.executable, "-P", "-m", "mpscale.worker.__main__")

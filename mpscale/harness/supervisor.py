@@ -18,6 +18,7 @@ from mpscale.core.case import Case, StartMethod
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
+from mpscale.core.process import Process, describe_exit
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
 from mpscale.core.wire import (
@@ -30,11 +31,9 @@ from mpscale.core.wire import (
     Missed,
     Phase,
     PhaseReached,
-    Process,
     Progressed,
     StepsDone,
     Values,
-    describe_exit,
     event_of,
 )
 from mpscale.harness.launch import (

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.device import Device
-from mpscale.core.wire import Wire, die_with_parent
+from mpscale.core.process import die_with_parent
+from mpscale.core.wire import Wire
 from mpscale.telemetry.nvidia import GARBLED, PROCESS_KINDS, Gpu, NoNvml, Nvml, open_nvml
 from mpscale.telemetry.samples import CALM_FROM, CALM_S, CALM_UNTIL, Sample, SampleFile
 

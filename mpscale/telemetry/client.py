@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.device import Device
+from mpscale.core.process import Child, describe_exit
 from mpscale.core.reason import Code, Reason
-from mpscale.core.wire import Child, Wire, describe_exit
+from mpscale.core.wire import Wire
 
 # Without persistence mode the driver wakes every GPU for the first call, which takes seconds each.
 _DESCRIBE_S = 60.0

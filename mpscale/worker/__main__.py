@@ -31,7 +31,8 @@ from typing import Any
 
 from mpscale.core.case import Case
 from mpscale.core.device import Device
-from mpscale.core.wire import Channel, Finished, Wire, die_with_parent
+from mpscale.core.process import die_with_parent
+from mpscale.core.wire import Channel, Finished, Wire
 from mpscale.worker.cause import cause
 
 

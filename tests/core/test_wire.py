@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from mpscale.core.process import Child, describe_exit
 from mpscale.core.reason import Code, Reason
 from mpscale.core.wire import (
     WORKER_EVENTS,
     Blocks,
-    Child,
     EnergySteps,
     Failed,
     Finished,
@@ -26,7 +26,6 @@ from mpscale.core.wire import (
     StepsDone,
     Values,
     Wire,
-    describe_exit,
     event_of,
     wait_for,
 )
