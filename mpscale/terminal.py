@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from mpscale.core.case import Case
+from mpscale.core.columns import COLUMNS
 from mpscale.core.record import Record
-from mpscale.core.wire import Phase
+from mpscale.core.wire import Again, Phase, PhaseReached, Progressed, StepsDone
 
+_BUSY = COLUMNS["host_other_cpu_share"]
 _ERRORS = "mpscale"
 """Name of the error handler: without it, Python stops at a character that the terminal's encoding lacks."""
 
@@ -115,11 +117,10 @@ class Progress:
         total: number of cases in the run.
         line: where the lines go.
         clock: returns seconds; for the time left.
-        busy_share: share of the CPU time used by other processes above which the line of a case mentions it.
     """
 
-    def __init__(self, total: int, line: LiveLine, clock: Callable[[], float], busy_share: float) -> None:
-        self._total, self._line, self._clock, self._busy_share = total, line, clock, busy_share
+    def __init__(self, total: int, line: LiveLine, clock: Callable[[], float]) -> None:
+        self._total, self._line, self._clock = total, line, clock
         self._done = 0
         self._started = 0.0
         self._doing = ""
@@ -147,15 +148,16 @@ class Progress:
         else:
             self._line.add(f"{self._head(case)}: starting{self._left()}")
 
-    def event(self, case: Case, event: str, fields: Mapping[str, Any]) -> None:
+    def event(self, case: Case, event: Progressed) -> None:
         """Show an event of a case: a phase, a number of steps, or another attempt."""
-        if event == "again":
-            self._line.add(f"{self._head(case)}: {fields['reason']}; run again")
-        elif event == "phase":
-            self._doing = _WORDS[Phase(fields["phase"])]
-            self._update(case)
-        elif event == "progress":
-            self._update(case, f" {fields['done']}/{fields['total']}")
+        match event:
+            case Again(reason):
+                self._line.add(f"{self._head(case)}: {reason}; run again")
+            case PhaseReached(phase):
+                self._doing = _WORDS[phase]
+                self._update(case)
+            case StepsDone(done, total):
+                self._update(case, f" {done}/{total}")
 
     def finished(self, case: Case, record: Record) -> None:
         """Show the result of a case."""
@@ -199,8 +201,8 @@ class Progress:
             parts.append(f"{record['metric_name']} {record['metric_value']:.4g}")
         if record["overflow_steps"]:
             parts.append(f"{record['overflow_steps']} overflows")
-        busy = record["host_other_cpu_share"] or 0.0
-        if busy > self._busy_share:
+        busy = record[_BUSY.name] or 0.0
+        if busy > (_BUSY.warn_above or 1.0):
             parts.append(f"busy machine: other processes took {100 * busy:.0f} % of its CPU time")
         return ", ".join(parts)
 

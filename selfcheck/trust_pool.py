@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from mpscale.core.case import Case, Settings
 from mpscale.core.device import find_device
-from mpscale.harness.run import BenchmarkRun, Options
+from mpscale.harness.run import BenchmarkRun
+from mpscale.harness.supervisor import Options
 from mpscale.telemetry.client import open_driver
 
 ROWS = (

@@ -1,11 +1,14 @@
-"""The two environments: found, asked what they hold, and refused where they could not run the same cases."""
+"""The two environments of ``mpscale ab``: finds them, asks what they hold, and refuses those that do not go together.
+
+Also checks the arguments that both pytest sessions are started with.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +16,11 @@ from typing import Any
 
 from mpscale.ab import turns
 from mpscale.core.columns import SCHEMA_VERSION
+from mpscale.core.process import Child
 
 LETTERS = ("A", "B")
 
+_ABOUT = Path(__file__).with_name("about.py")
 _NAMED = ("tensorflow", "keras", "mpscale")
 _SHOWN = 8
 
@@ -26,13 +31,13 @@ class Refused(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """One of the two.
+    """One of the two environments.
 
     Args:
         letter: ``A``, the baseline, or ``B``.
-        given: its interpreter as the command line has it.
-        python: the same, as it is started. Links are kept: behind one, the interpreter would not be a venv's.
-        about: what it says of itself; see :func:`mpscale.ab.turns.about`.
+        given: its interpreter as the command line names it.
+        python: its interpreter as it is started. Links are kept: the file behind one would not be a venv's interpreter.
+        about: what it holds; see :func:`mpscale.ab.about.about`.
     """
 
     letter: str
@@ -47,12 +52,12 @@ class Environment:
 
 
 def examine(pythons: Sequence[str], seconds: float, force: bool) -> list[Environment]:
-    """The two environments of these interpreters.
+    """Return the environments of two interpreters.
 
     Args:
         pythons: paths, or names on PATH.
         seconds: how long each may take to say what it holds.
-        force: take them although they measure by different methods.
+        force: accept environments that measure by different methods.
 
     Raises:
         Refused: there are not two of them, or one could not take part.
@@ -63,17 +68,19 @@ def examine(pythons: Sequence[str], seconds: float, force: bool) -> list[Environ
             "first (the same one twice shows what the machine's noise makes of no change)"
         )
     found = [_find(python) for python in pythons]
-    asked: list[subprocess.Popen[str]] = []
-    environments = []
-    try:
-        for python in found:
-            asked.append(_ask(python))
-        for letter, given, python, process in zip(LETTERS, pythons, found, asked, strict=True):
-            environments.append(Environment(letter, given, python, _about(python, process, seconds)))
-    finally:
-        for process in asked:
-            process.kill()
-            process.communicate()
+    asked: list[_Asked] = []
+    with tempfile.TemporaryDirectory(prefix="mpscale-ab-") as folder:
+        try:
+            # Both at the same time: each imports TensorFlow.
+            for letter, python in zip(LETTERS, found, strict=True):
+                asked.append(_Asked(python, Path(folder) / letter))
+            environments = [
+                Environment(letter, given, each.python, each.about(seconds))
+                for letter, given, each in zip(LETTERS, pythons, asked, strict=True)
+            ]
+        finally:
+            for each in asked:
+                each.kill()
     methods = [each.about["method_version"] for each in environments]
     if methods[0] != methods[1] and not force:
         raise Refused(
@@ -84,7 +91,7 @@ def examine(pythons: Sequence[str], seconds: float, force: bool) -> list[Environ
 
 
 def differences(environments: Sequence[Environment]) -> str:
-    """In what else the two differ, in one line."""
+    """What else differs between the two, in one line."""
     one, two = (each.about["packages"] for each in environments)
     names = [name for name in sorted({*one, *two}) if one.get(name) != two.get(name)]
     if not names and environments[0].about["python"] == environments[1].about["python"]:
@@ -104,7 +111,7 @@ def _more(number: int) -> str:
 
 
 def _find(given: str) -> Path:
-    """The interpreter, by an absolute path without resolving a link."""
+    """Return the absolute path of an interpreter, without resolving links."""
     if os.sep not in given:
         named = shutil.which(given)
         if named is None and not Path(given).exists():
@@ -122,53 +129,71 @@ def _find(given: str) -> Path:
     return path
 
 
-def _ask(python: Path) -> subprocess.Popen[str]:
-    try:
-        # -P: a folder mpscale/ in the working directory must not stand in for the environment's own.
-        return subprocess.Popen(
-            [python, "-P", "-m", "mpscale.ab.turns"],
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-    except OSError as error:
-        raise Refused(f"--python {python}: cannot be started: {error.strerror}") from error
+class _Asked:
+    """An interpreter that is saying what it holds.
+
+    Args:
+        python: the interpreter.
+        folder: takes what it prints.
+    """
+
+    def __init__(self, python: Path, folder: Path) -> None:
+        self.python, self._folder = python, folder
+        folder.mkdir()
+        environ = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        try:
+            with (folder / "output").open("wb") as output, (folder / "errors").open("wb") as errors:
+                # -P: a folder mpscale/ in the working directory must not stand in for the environment's own.
+                self._process = Child([python, "-P", _ABOUT], environ, output, errors)
+        except OSError as error:
+            raise Refused(f"--python {python}: cannot be started: {error.strerror}") from error
+
+    def about(self, seconds: float) -> Mapping[str, Any]:
+        """Wait for what it says; refuse it if it could not take turns."""
+        python = self.python
+        install = f"install this mpscale there: {python} -m pip install FOLDER_OF_MPSCALE"
+        code = self._process.wait(seconds)
+        if code is None:
+            raise Refused(f"{python} did not say what is installed there within {seconds:g} s (--start-timeout)")
+        about = self._answer() if code == 0 else None
+        if about is None:
+            last = (self._printed("errors").strip() or "it said nothing").splitlines()[-1]
+            raise Refused(f"{python} is no Python of 3.11 or newer in which mpscale works: {last}")
+        if about["turns"] is None:
+            why = about["broken"].get("mpscale", "it is too old")
+            raise Refused(f"{python} has no mpscale that can take turns ({why}): {install}")
+        if about["turns"] != turns.VERSION:
+            raise Refused(
+                f"{python} has an mpscale that takes turns in way {about['turns']}, and this one does in way "
+                f"{turns.VERSION}: {install}"
+            )
+        if about["schema_version"] > SCHEMA_VERSION:
+            raise Refused(
+                f"{python} writes runs of schema version {about['schema_version']}, and this mpscale reads up to "
+                f"{SCHEMA_VERSION}: start `mpscale ab` from there"
+            )
+        if about["broken"]:
+            name, reason = next(iter(about["broken"].items()))
+            raise Refused(f"{name} does not work in {python} ({reason}): {install}")
+        return about
+
+    def kill(self) -> None:
+        """End it."""
+        self._process.kill()
+
+    def _answer(self) -> dict[str, Any] | None:
+        lines = self._printed("output").splitlines()
+        try:
+            answer = json.loads(lines[-1])  # libraries may have printed something before
+        except (ValueError, IndexError):
+            return None
+        return answer if isinstance(answer, dict) else None
+
+    def _printed(self, name: str) -> str:
+        return (self._folder / name).read_text(encoding="utf-8", errors="replace")
 
 
-def _about(python: Path, process: subprocess.Popen[str], seconds: float) -> Mapping[str, Any]:
-    install = f"install this mpscale there: {python} -m pip install FOLDER_OF_MPSCALE"
-    try:
-        output, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise Refused(f"{python} did not say what is installed there within {seconds:g} s (--start-timeout)") from None
-    try:
-        about = json.loads(output.splitlines()[-1]) if process.returncode == 0 else None
-    except (ValueError, IndexError):
-        about = None
-    if not isinstance(about, dict):
-        last = (errors.strip() or "it said nothing").splitlines()[-1]
-        if "No module named" in last:
-            raise Refused(f"{python} has no mpscale that can take turns ({last}): {install}")
-        raise Refused(f"{python} is no Python of 3.11 or newer in which mpscale works: {last}")
-    if about.get("turns") != turns.VERSION:
-        raise Refused(
-            f"{python} has an mpscale that takes turns in way {about.get('turns')}, and this one does in way "
-            f"{turns.VERSION}: {install}"
-        )
-    if about["schema_version"] > SCHEMA_VERSION:
-        raise Refused(
-            f"{python} writes runs of schema version {about['schema_version']}, and this mpscale reads up to "
-            f"{SCHEMA_VERSION}: start `mpscale ab` from there"
-        )
-    for name, reason in about["broken"].items():
-        raise Refused(f"{name} does not work in {python} ({reason}): {install}")
-    return about
-
-
-# What both pytest sessions are started with.
+# The arguments of both pytest sessions.
 
 _BY_AB = {
     "--mp-baseline": "A is the baseline; --fail-on has the gates",
@@ -187,18 +212,18 @@ _TAKES_A_VALUE = (
     "-k", "-m", "-p", "-c", "-r", "-W", "--config-file", "--confcutdir", "--deselect", "--ignore", "--ignore-glob",
     "--import-mode", "--rootdir",
 )  # fmt: skip
-"""Options of pytest whose value may well be the name of a folder, which is then no place of tests."""
+"""Options of pytest whose value may be the name of a folder, which is then not a place of tests."""
 
 
 def pytest_arguments(given: Sequence[str], results: Path | None) -> list[str]:
-    """The arguments of pytest, ``bench/`` among them where no place of tests is named and there is one.
+    """Return the arguments of pytest. Adds ``bench/``, if it exists, when no place of tests is named.
 
     Args:
-        given: from the command line, all that is not an option of ``mpscale ab``.
+        given: everything on the command line that is not an option of ``mpscale ab``.
         results: the results folder, None for pytest's own default.
 
     Raises:
-        Refused: one of them makes no sense with two sessions in turns.
+        Refused: an argument makes no sense with two interleaved sessions.
     """
     for argument in given:
         why = _why_not(argument)
@@ -208,7 +233,7 @@ def pytest_arguments(given: Sequence[str], results: Path | None) -> list[str]:
     if not any(map(_is_place, arguments, ["", *arguments])) and Path("bench").is_dir():
         arguments.append("bench")
     if results is not None:
-        # In one argument: pytest takes a value that stands alone for a place of tests.
+        # As a single argument: pytest takes a separate value for a place of tests.
         arguments.append(f"--mp-results={results.absolute()}")
     return arguments
 

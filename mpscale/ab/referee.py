@@ -1,17 +1,13 @@
-"""Two pytest sessions that take turns: who is next, and when both have to end."""
+"""Two pytest sessions that take turns: starts both, decides whose turn it is, and when both have to end."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import secrets
-import select
 import shutil
 import signal
-import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.ab import turns
-from mpscale.ab.environments import Environment
+from mpscale.ab.environments import LETTERS, Environment
 from mpscale.core.columns import FAILED
+from mpscale.core.process import Child, describe_exit
+from mpscale.core.wire import Event, Garbled, Wire, event_of, wait_for
 from mpscale.terminal import Screen
 
 _BAD = (*FAILED, "diverged", "stalled")
 _LISTED = 4
 _STOPPED = 2
-"""Exit code of a session that was given no more turns, or was interrupted."""
+"""Exit code of a session that got no more turns, or was interrupted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +33,8 @@ class Result:
     """What became of the two sessions.
 
     Args:
-        runs: the folders of A's run and of B's, None where one has no case.
-        problems: what went wrong, in words; empty where both ran all their cases and none failed.
+        runs: the folders of A's run and of B's, None for one without a case.
+        problems: what went wrong; empty if both ran all their cases and none failed.
         interrupted: whether the user stopped it.
     """
 
@@ -48,12 +46,12 @@ class Result:
 def run_in_turns(
     environments: Sequence[Environment], arguments: Sequence[str], screen: Screen, start_s: float
 ) -> Result:
-    """Runs the same cases in both environments, the two of a pair one right after the other.
+    """Run the same cases in both environments, the two of each pair one right after the other.
 
     Args:
         environments: the two.
         arguments: of pytest.
-        screen: shows how it goes.
+        screen: shows progress.
         start_s: how long a session may take until it knows its cases.
     """
     logs = Path(tempfile.mkdtemp(prefix="mpscale-ab-"))
@@ -64,7 +62,7 @@ def run_in_turns(
         referee.close()
     if not referee.problems:
         shutil.rmtree(logs, ignore_errors=True)
-    first, second = referee.sides
+    first, second = referee.sessions
     return Result((first.run, second.run), referee.problems, referee.interrupted)
 
 
@@ -80,43 +78,47 @@ class _Referee:
         self._stopping: str | None = None
         self.interrupted = False
         self.problems: list[str] = []
-        self.sides: list[Side] = []
+        self.sessions: list[Session] = []
         try:
             for each in environments:
-                self.sides.append(Side(each, arguments, seed, pair, logs / f"{each.letter}.log", start_s))
+                self.sessions.append(Session(each, arguments, seed, pair, logs / f"{each.letter}.log", start_s))
         except BaseException:
             self.close()
             raise
 
     def run(self) -> None:
-        """Goes on until both sessions have ended."""
-        while living := [side for side in self.sides if side.code is None]:
+        """Go on until both sessions have ended."""
+        while living := [session for session in self.sessions if session.code is None]:
             try:
                 if not self._move(living):
                     self._listen(living)
             except KeyboardInterrupt:
                 if self.interrupted:
                     raise
-                self.interrupted = True
-                self._stopping = "stopped by the user"
-                self._screen.line("stopping both; what has been measured is kept (Ctrl-C again: end them at once)")
-                for side in living:
-                    if side.wants is None and not side.ending:
-                        side.interrupt()
+                self._interrupt(living)
         self._screen.end()
         self._find_problems()
 
     def close(self) -> None:
-        """Leaves no session behind."""
-        for side in self.sides:
-            side.kill()
+        """Leave no session behind."""
+        for session in self.sessions:
+            session.kill()
 
-    def _move(self, living: Sequence[Side]) -> bool:
-        """Answers sessions that wait, if it is time for that.
+    def _interrupt(self, living: Sequence[Session]) -> None:
+        self.interrupted = True
+        self._stopping = "stopped by the user"
+        self._screen.line("stopping both; what has been measured is kept (Ctrl-C again: end them at once)")
+        for session in living:
+            if session.wants is None and not session.ending:
+                session.interrupt()
 
-        No turn is given before all wait: nothing that one does after its case, or before its first, disturbs the other.
+    def _move(self, living: Sequence[Session]) -> bool:
+        """Answer waiting sessions if it is time for that; whether any was answered.
+
+        Nobody gets a turn before all wait: what a session does before its first case or after any must not disturb the
+        other.
         """
-        waiting = [side for side in living if side.wants is not None]
+        waiting = [session for session in living if session.wants is not None]
         if self._stopping is None:
             if len(waiting) < len(living):
                 return False
@@ -124,27 +126,27 @@ class _Referee:
         if self._stopping is None:
             self._give_turn(living)
             return True
-        for side in waiting:
-            side.go() if side.wants == END else side.stop(self._stopping)
+        for session in waiting:
+            session.go() if session.wants == END else session.stop(self._stopping)
         return bool(waiting)
 
-    def _give_turn(self, living: Sequence[Side]) -> None:
-        def place(side: Side) -> int:
-            assert side.wants is not None
-            return len(self._order) if side.wants == END else self._order[side.wants]
+    def _give_turn(self, living: Sequence[Session]) -> None:
+        def place(session: Session) -> int:
+            assert session.wants is not None
+            return len(self._order) if session.wants == END else self._order[session.wants]
 
         behind = min(map(place, living))
-        candidates = [side for side in living if place(side) == behind]
-        side = candidates[0] if len(candidates) == 1 else self._draw(candidates)
-        if side.wants is not None and side.wants != END:
-            self._screen.running(side.letter, side.wants)
-        side.go()
+        candidates = [session for session in living if place(session) == behind]
+        session = candidates[0] if len(candidates) == 1 else self._draw(candidates)
+        if session.wants is not None and session.wants != END:
+            self._screen.running(session.letter, session.wants)
+        session.go()
 
-    def _draw(self, both: Sequence[Side]) -> Side:
-        """Who comes first: by chance the first time of a workload and mode, then the other one, and so on.
+    def _draw(self, both: Sequence[Session]) -> Session:
+        """Return who comes first in a pair: at random for the first pair of a workload and mode, then alternately.
 
-        The first of a pair may find the machine in another state than the second; half of the pairs each way, and
-        that is the same for both.
+        The machine's state may differ between the first and the second of a pair; this way both sessions get equal
+        shares of it.
         """
         plan = {case["id"]: case for case in both[0].plan or ()}
         case = plan.get(both[0].wants or "")
@@ -152,67 +154,62 @@ class _Referee:
             return both[0]
         row = (case["workload"], case["mode"])
         before = self._first.get(row)
-        side = self._random.choice(both) if before is None else next(s for s in both if s.letter != before)
-        self._first[row] = side.letter
-        return side
+        session = self._random.choice(both) if before is None else next(s for s in both if s.letter != before)
+        self._first[row] = session.letter
+        return session
 
-    def _why_stop(self, living: Sequence[Side]) -> str | None:
-        """Why the sessions that wait for a case should not have it, None where they should."""
-        for side in self.sides:
+    def _why_stop(self, living: Sequence[Session]) -> str | None:
+        """Why sessions that wait for a case should not run it, None if they should."""
+        for session in self.sessions:
             for other in living:
-                gone = side.code is not None or (side.wants == END and other.wants not in side.ran)
-                if other is not side and other.wants != END and gone:
-                    return f"{side.letter} has ended after {len(side.ran)} of {len(other.plan or ())} cases"
-        if not self._order and any(side.wants != END for side in living):
-            plans = [[case["id"] for case in side.plan or ()] for side in self.sides]
+                gone = session.code is not None or (session.wants == END and other.wants not in session.ran)
+                if other is not session and other.wants != END and gone:
+                    return f"{session.letter} has ended after {len(session.ran)} of {len(other.plan or ())} cases"
+        if not self._order and any(session.wants != END for session in living):
+            plans = [[case["id"] for case in session.plan or ()] for session in self.sessions]
             if plans[0] != plans[1]:
                 return _difference(*plans)
             self._order = {case: place for place, case in enumerate(plans[0])}
-            self._screen.plan(self.sides[0].plan or ())
+            self._screen.plan(self.sessions[0].plan or ())
         return None
 
-    def _listen(self, living: Sequence[Side]) -> None:
-        left = [seconds for side in living if (seconds := side.left_s()) is not None]
-        descriptors = {descriptor: side for side in living for descriptor in side.descriptors()}
-        ready, _, _ = select.select(list(descriptors), [], [], min(left, default=None))
-        for side in living if not ready else {id(s): s for s in (descriptors[d] for d in ready)}.values():
-            for event in side.hear():
-                if event["event"] == "done":
-                    self._screen.done(side.letter, event)
+    def _listen(self, living: Sequence[Session]) -> None:
+        left = [seconds for session in living if (seconds := session.left_s()) is not None]
+        ready = wait_for([source for session in living for source in session.sources()], min(left, default=None))
+        for session in living:
+            # Nobody is ready: somebody has been silent for too long.
+            if not ready or any(source in ready for source in session.sources()):
+                for event in session.hear():
+                    if isinstance(event, turns.Done):
+                        self._screen.done(session.letter, event.to_json())
 
     def _find_problems(self) -> None:
         if self._stopping is not None and not self.interrupted:
             self.problems.append(self._stopping)
-        for side in self.sides:
-            by_order = side.was_stopped and side.hung is None and (self.interrupted or side.code == _STOPPED)
-            if side.code == 0 or by_order:
+        for session in self.sessions:
+            by_order = session.was_stopped and session.hung is None and (self.interrupted or session.code == _STOPPED)
+            if session.code == 0 or by_order:
                 continue
-            failed = [f"{case} {facts['status']}" for case, facts in side.ran.items() if facts["status"] in _BAD]
-            listed = ", ".join(failed[:_LISTED]) + (f" and {len(failed) - _LISTED} more" if failed[_LISTED:] else "")
-            log = self._logs / f"{side.letter}.log"
-            self.problems.append(
-                f"{side.letter}: {side.ended_how()}"
-                + (f": {listed}; its output is {log}" if listed else f"; its output, {log}, ends with\n{side.tail()}")
-            )
+            failed = [f"{case} {done.status}" for case, done in session.ran.items() if done.status in _BAD]
+            log = self._logs / f"{session.letter}.log"
+            output = f": {_listed(failed)}; its output is {log}" if failed else f"; its output, {log}, ends with\n"
+            self.problems.append(f"{session.letter}: {session.ended_how()}{output}{'' if failed else session.tail()}")
+
+
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items[:_LISTED]) + (f" and {len(items) - _LISTED} more" if items[_LISTED:] else "")
 
 
 def _difference(one: Sequence[str], two: Sequence[str]) -> str:
-    """Why two lists of cases are not the same."""
+    """In what two lists of cases differ."""
     only = [[case for case in mine if case not in theirs] for mine, theirs in ((one, two), (two, one))]
-    parts = [
-        f"only {letter} has {', '.join(cases[:_LISTED])}"
-        + (f" and {len(cases) - _LISTED} more" if cases[_LISTED:] else "")
-        for letter, cases in zip("AB", only, strict=True)
-        if cases
-    ]
+    parts = [f"only {letter} has {_listed(cases)}" for letter, cases in zip(LETTERS, only, strict=True) if cases]
     what = "; ".join(parts) or "they are in another order"
     return f"the two sessions would not run the same cases: {what}. Select some that both have"
 
 
-# One of the two pytest sessions, seen from outside: its process, what it says, and how long it may be silent.
-
 END = "end"
-"""What a session waits for that has no more cases. No case has this id."""
+"""What a session with no more cases waits for. No case has this id."""
 
 _LEAVE_S = 30.0
 _STOP_S = 180.0
@@ -227,11 +224,11 @@ _ENDS = {
 }
 
 
-class Side:
-    """Starts the session.
+class Session:
+    """One of the two pytest sessions: its process, what it says, and how long it may be silent. Starts it.
 
     Args:
-        environment: where.
+        environment: where it runs.
         arguments: of pytest.
         seed: of the order of the cases.
         pair: the id that both sessions have in their run.json.
@@ -245,76 +242,70 @@ class Side:
         self.letter = environment.letter
         self._log, self._silence_s = log, start_s
         entry = {"id": pair, "side": environment.letter, "python": environment.given, "seed": seed}
-        ours, theirs = socket.socketpair()
-        with theirs, log.open("wb") as output:
-            self._process = subprocess.Popen(
-                # -P as the command `pytest` has it: what is imported is the environment's own.
-                [environment.python, "-P", "-m", "pytest", *arguments],
-                env={
-                    **os.environ,
-                    turns.VARIABLE: turns.invitation(theirs.fileno(), seed, entry),
-                    "PYTHONUNBUFFERED": "1",  # what it printed last is wanted where it is killed
-                },
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                # The terminal's Ctrl-C is for `mpscale ab` alone, which passes it on to whom it is good for.
-                start_new_session=True,
-            )
-        self._wire = ours
-        self._wire.setblocking(False)
-        self._ended = os.pidfd_open(self._process.pid)
-        self._buffer = b""
+        ours, theirs = Wire.pair()
+        environ = {
+            **os.environ,
+            turns.VARIABLE: turns.invitation(theirs.fileno(), seed, entry),
+            "PYTHONUNBUFFERED": "1",  # so that the log has its last words if it is killed
+        }
+        with log.open("wb") as output:
+            # -P as the command `pytest` has it: what is imported is the environment's own.
+            command: list[str | Path] = [environment.python, "-P", "-m", "pytest", *arguments]
+            # It leads a session of its own, so Ctrl-C reaches only `mpscale ab`, which forwards it to whoever runs a
+            # case.
+            self._process = Child(command, environ, output, ends=(ours, theirs))
         self._deadline = time.monotonic() + start_s
         self.plan: list[dict[str, Any]] | None = None
         self.wants: str | None = None
-        """The case that it waits for, or :data:`END`; None while it has the turn, and before it first waits."""
+        """The case that it waits for, or :data:`END`; None during its turn and before it first waits."""
         self.code: int | None = None
         """Its exit code, negative for a signal; None while it lives."""
-        self.ran: dict[str, Mapping[str, Any]] = {}
+        self.ran: dict[str, turns.Done] = {}
         """What it said of the cases that it has run."""
         self.run: Path | None = None
         self.hung: str | None = None
-        """What it was killed for."""
+        """Why it was killed."""
         self.was_stopped = False
         self.ending = False
-        """Whether it has had its last turn, in which it makes its reports."""
+        """Whether it has had its last turn, in which it writes its reports."""
 
-    def descriptors(self) -> list[int]:
-        """Those that become readable when it has something to say or has ended."""
-        return [self._wire.fileno(), self._ended]
+    def sources(self) -> list[Wire | int]:
+        """What becomes readable when it has something to say or has ended."""
+        return self._process.sources()
 
     def left_s(self) -> float | None:
-        """How long it may still be silent; None without limit, as long as it waits."""
+        """How much longer it may be silent; None, without limit, while it waits."""
         return None if self.wants is not None else max(self._deadline - time.monotonic(), 0.0)
 
     def go(self) -> None:
-        """Gives it the turn."""
+        """Give it the turn."""
         self.ending = self.wants == END
         self._answer({"go": True})
 
     def stop(self, why: str) -> None:
-        """Gives it no more turns, which ends it."""
+        """Give it no more turns, upon which it ends."""
         self._give_time_to_end()
         self._answer({"stop": why})
 
     def interrupt(self) -> None:
-        """Stops it in the middle of what it does; its run keeps what it has."""
+        """Stop it in the middle of what it does; its run keeps what it has."""
         self._give_time_to_end()
         with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGINT)
+            self._process.interrupt()
 
-    def hear(self) -> list[dict[str, Any]]:
-        """What it has said since; where it has been silent for too long, or has ended, it is over afterwards."""
-        # Looked at first: what it said right before it ended is read all the same.
-        ended = self._process.poll() is not None
-        chunks, closed = self._read()
-        *lines, self._buffer = (self._buffer + chunks).split(b"\n")
-        events = [json.loads(line) for line in lines]
+    def hear(self) -> list[Event]:
+        """Return new events. Marks the session finished if it exited or exceeded its silence limit."""
+        # Asked first: what it said right before it ended is still read.
+        ended = self._process.wait(0.0) is not None
+        try:
+            events = [event_of(message, turns.EVENTS) for message in self._process.wire.arrived()]
+        except Garbled as error:
+            self.hung = f"what it said could not be read ({error})"
+            self.kill()
+            return []
         for event in events:
             self._take(event)
-        if closed or ended:
+        if ended or self._process.wire.closed:
             self._leave()
         elif self.left_s() == 0.0:
             self.hung = self._why_late()
@@ -322,43 +313,38 @@ class Side:
         return events
 
     def kill(self) -> None:
-        """Ends it at once, if it has not ended. Workers end with their session."""
-        if self.code is not None:
-            return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self.code = self._process.wait()
-        self._wire.close()
-        os.close(self._ended)
+        """End it at once, if it has not ended. Workers end with their session."""
+        if self.code is None:
+            code = self._process.kill()
+            self.code = -int(signal.SIGKILL) if code is None else code
 
     def ended_how(self) -> str:
-        """In words how it ended."""
+        """How it ended."""
         if self.hung is not None:
             return self.hung
         assert self.code is not None
         if self.code < 0:
-            names = {number.value: number.name for number in signal.Signals}
-            return f"it was killed by {names.get(-self.code, f'signal {-self.code}')}"
+            return f"it was {describe_exit(self.code)}"
         return f"{_ENDS.get(self.code, 'it ended')} (exit code {self.code})"
 
     def tail(self) -> str:
         """The last lines that it printed."""
         return "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:])
 
-    def _take(self, event: Mapping[str, Any]) -> None:
-        match event["event"]:
-            case "plan":
-                self.plan, self._silence_s = event["cases"], event["turn_s"]
+    def _take(self, event: Event) -> None:
+        match event:
+            case turns.Plan(cases, turn_s):
+                self.plan, self._silence_s = cases, turn_s
                 self._prolong()
-            case "ready":
-                self.wants = event["case"]
-            case "done":
-                self.ran[event["case"]] = event
-                self.run = Path(event["run"])
+            case turns.Ready(case):
+                self.wants = case
+            case turns.Done(case, run=run):
+                self.ran[case] = event
+                self.run = Path(run)
                 self._prolong()
-            case "end":
+            case turns.End(run):
                 self.wants = END
-                self.run = self.run if event["run"] is None else Path(event["run"])
+                self.run = self.run if run is None else Path(run)
 
     def _give_time_to_end(self) -> None:
         self.was_stopped = True
@@ -371,28 +357,11 @@ class Side:
     def _answer(self, answer: Mapping[str, Any]) -> None:
         self.wants = None
         self._prolong()
-        # That it is gone is noticed when it is listened to.
-        with contextlib.suppress(OSError):
-            self._wire.send(json.dumps(answer).encode() + b"\n")
-
-    def _read(self) -> tuple[bytes, bool]:
-        """What there is to read, and whether there will be no more."""
-        found = b""
-        while True:
-            try:
-                chunk = self._wire.recv(65536)
-            except BlockingIOError:
-                return found, False
-            except OSError:
-                return found, True
-            if not chunk:
-                return found, True
-            found += chunk
+        self._process.send(answer)
 
     def _leave(self) -> None:
-        """It has ended, or has only its way out before it."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_LEAVE_S)
+        """Let it finish: it has ended, or is about to."""
+        self._process.wait(_LEAVE_S)
         self.wants = None
         self.kill()
 

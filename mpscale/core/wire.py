@@ -1,35 +1,38 @@
-"""What worker and supervisor say to each other: JSON objects, one a line.
+"""How two processes of mpscale talk.
 
-The supervisor's first line is the request, ``{"case": ..., "device": ..., "steps_path": ..., "sys_path": [...],
-"scratch": ..., "energy_s": ...}``, where ``scratch`` is a folder that is removed when the worker has ended.
-The worker then writes, in any number and order,
+The session talks to the worker of each case, to the warm parent that forks workers, to the GPU monitor, and, under
+``mpscale ab``, to the command. Each pair has a socket of its own, a :class:`Wire`, so standard output and error belong
+to whatever runs in the process. Messages are JSON objects, one per line. The standard library's
+``multiprocessing.connection`` would block inside a message whose writer was stopped or killed halfway through while a
+process that it left behind holds the socket open; a :class:`Wire` never does.
 
-- ``{"event": "values", "values": {column: value}}`` and ``{"event": "miss", "columns": [...], "reason": ...}``, as
-  soon as they are known, so that a case that dies later keeps what it had;
-- ``{"event": "phase", "phase": ...}``, and waits for an empty line: the supervisor looks at the machine in between;
-- ``{"event": "progress", "done": steps, "total": steps}``;
-- ``{"event": "blocks", "step_s": [...]}``, the step time of each timed block;
-- ``{"event": "energy", "steps": ..., "overflow_steps": ...}``, what was taken while energy was counted;
-
-and last ``{"event": "done", "status": ..., "reason": ...}`` or ``{"event": "error", "type": ..., "message": ...}``.
+Most messages are dataclasses: an :class:`Event` goes over the wire as its fields and its name under ``event``.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
+import dataclasses
+import fcntl
 import json
-import signal
-import sys
-from collections.abc import Sequence
+import os
+import resource
+import selectors
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import IO, Any, Protocol
+from typing import Any, ClassVar, Self, TypeVar
 
 from mpscale.core.reason import Reason
 from mpscale.core.record import misfit, plain
 
 
 class Phase(StrEnum):
-    """How far a case has come. At each phase the machine is looked at. A case skips phases that it does not need."""
+    """How far a case has come. At each phase the session looks at the machine. A case skips phases it does not need."""
 
     IDLE = "idle"
     CONTEXT_READY = "context-ready"
@@ -43,83 +46,334 @@ class Phase(StrEnum):
     DONE = "done"
 
 
-class Channel(Protocol):
-    """The worker's end."""
+# Messages.
+
+
+@dataclass(frozen=True)
+class Event:
+    """A message with a name and fields."""
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, name: str, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.name = name
+
+    def to_json(self) -> dict[str, Any]:
+        """The message; its values are plain."""
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return {"event": self.name, **values}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_json`. Drops fields that it does not know: the other side may be newer."""
+        return cls(**{each.name: fields[each.name] for each in dataclasses.fields(cls) if each.name in fields})
+
+
+E = TypeVar("E", bound=Event)
+
+
+def event_of(message: Mapping[str, Any], kinds: Iterable[type[E]]) -> E:
+    """The event that a message stands for.
+
+    Args:
+        message: as received.
+        kinds: the events that are possible.
+
+    Raises:
+        Garbled: it is none of them.
+    """
+    try:
+        return {kind.name: kind for kind in kinds}[message["event"]].from_json(message)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Garbled(f"no message of mpscale: {error}") from error
+
+
+# What a worker reports. Values and reasons come as soon as they are known, so a case that dies later keeps them.
+
+
+@dataclass(frozen=True)
+class Values(Event, name="values"):
+    """Columns of the record."""
+
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Missed(Event, name="miss"):
+    """Columns that stay empty, and why."""
+
+    columns: list[str]
+    reason: Reason
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "reason": self.reason.to_json()}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(fields["columns"], Reason.from_json(fields["reason"]))
+
+
+@dataclass(frozen=True)
+class PhaseReached(Event, name="phase"):
+    """A phase. The worker waits for an answer, an empty message, while the session looks at the machine."""
+
+    phase: Phase
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(Phase(fields["phase"]))
+
+
+@dataclass(frozen=True)
+class StepsDone(Event, name="progress"):
+    """Training steps taken so far, of how many."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Blocks(Event, name="blocks"):
+    """Seconds per step of each timed block."""
+
+    step_s: list[float]
+
+
+@dataclass(frozen=True)
+class EnergySteps(Event, name="energy"):
+    """Steps taken while energy was counted, and how many of them overflowed; None if unknown."""
+
+    steps: int
+    overflow_steps: int | None
+
+
+@dataclass(frozen=True)
+class Finished(Event, name="done"):
+    """The case came to its end, with this status. The last message."""
+
+    status: str
+    reason: str | None
+    runtime: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failed(Event, name="error"):
+    """The case raised an exception: its type, its message, and whether memory ran out. The last message."""
+
+    type: str
+    message: str
+    oom: bool = False
+
+
+@dataclass(frozen=True)
+class Again(Event, name="again"):
+    """Another attempt at a case begins, and why. Goes over no wire: only those who show progress hear of it."""
+
+    reason: str
+
+
+Progressed = PhaseReached | StepsDone | Again
+"""What those who show progress hear of."""
+
+WORKER_EVENTS = (Values, Missed, PhaseReached, StepsDone, Blocks, EnergySteps, Finished, Failed)
+
+
+class Channel:
+    """What a case reports to, over the wire of its worker."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    def send(self, event: Event) -> None:
+        """Report an event."""
+        self._wire.send(event.to_json())
 
     def values(self, values: dict[str, Any]) -> None:
-        """Reports columns of the record.
+        """Report columns of the record.
 
         Raises:
-            TypeError: a value does not belong in its column: better now than after the training.
+            TypeError: a value does not belong in its column; better now than after the training.
         """
-
-    def miss(self, columns: Sequence[str], reason: Reason) -> None:
-        """Reports columns that stay empty."""
-
-    def phase(self, phase: str) -> None:
-        """Reports a phase and waits until the supervisor has looked at the machine."""
-
-    def progress(self, done: int, total: int) -> None:
-        """Reports steps taken."""
-
-    def blocks(self, step_s: Sequence[float]) -> None:
-        """Reports the step times of the timed blocks."""
-
-    def energy(self, steps: int, overflow_steps: int | None) -> None:
-        """Reports the steps taken while energy was counted, and how many overflowed; None where unknown."""
-
-
-class PipeChannel:
-    """A channel over two text streams."""
-
-    def __init__(self, source: IO[str], sink: IO[str]) -> None:
-        self._source, self._sink = source, sink
-
-    def request(self) -> dict[str, Any]:
-        """The supervisor's request."""
-        line = self._source.readline()
-        if not line:
-            raise EOFError("the supervisor is gone")
-        request: dict[str, Any] = json.loads(line)
-        return request
-
-    def send(self, event: str, **fields: Any) -> None:
-        """Writes one event."""
-        self._sink.write(json.dumps({"event": event, **fields}) + "\n")
-        self._sink.flush()
-
-    def values(self, values: dict[str, Any]) -> None:
         values = {name: plain(value) for name, value in values.items()}
         for name, value in values.items():
             why = misfit(name, value)
             if why is not None:
                 raise TypeError(why)
-        self.send("values", values=values)
+        self.send(Values(values))
 
-    def miss(self, columns: Sequence[str], reason: Reason) -> None:
-        self.send("miss", columns=list(columns), reason=reason.to_json())
+    def miss(self, columns: Sequence[str], reason: Reason | str) -> None:
+        """Report columns that stay empty."""
+        self.send(Missed(list(columns), reason if isinstance(reason, Reason) else Reason.from_json(reason)))
 
     def phase(self, phase: str) -> None:
-        self.send("phase", phase=phase)
-        if not self._source.readline():
-            raise EOFError("the supervisor is gone")
+        """Report a phase and wait until the session has looked at the machine."""
+        self.send(PhaseReached(Phase(phase)))
+        self._wire.receive()
 
     def progress(self, done: int, total: int) -> None:
-        self.send("progress", done=done, total=total)
-
-    def energy(self, steps: int, overflow_steps: int | None) -> None:
-        self.send("energy", steps=steps, overflow_steps=overflow_steps)
+        """Report steps taken."""
+        self.send(StepsDone(done, total))
 
     def blocks(self, step_s: Sequence[float]) -> None:
-        self.send("blocks", step_s=list(step_s))
+        """Report the seconds per step of each timed block."""
+        self.send(Blocks(list(step_s)))
+
+    def energy(self, steps: int, overflow_steps: int | None) -> None:
+        """Report the steps taken while energy was counted, and how many overflowed; None if unknown."""
+        self.send(EnergySteps(steps, overflow_steps))
 
 
-# A helper process ends when the process that started it does.
+# The wire.
 
-_PR_SET_PDEATHSIG = 1
+_OUT_OF_REACH = 500
+"""The first number for a wire's descriptor in a process that runs other people's code: none is hit by accident."""
+
+_MOST_DESCRIPTORS = 4
 
 
-def die_with_parent() -> None:
-    """Asks the kernel to end this process when its parent ends, however that happens. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+class Garbled(EOFError):
+    """Something that is no message came over a wire, which is of no use any more."""
+
+
+class Wire:
+    """One end of a socket on which two processes exchange JSON objects, one per line.
+
+    Args:
+        end: the socket, which this object owns.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self._unread = b""
+        self._messages: deque[dict[str, Any]] = deque()
+        self._garbled = False
+        self.closed = False
+        """Whether nothing more will arrive."""
+        self.descriptors: list[int] = []
+        """File descriptors that were sent along and that nobody has taken yet."""
+
+    @classmethod
+    def pair(cls) -> tuple[Wire, Wire]:
+        """Both ends of a new wire."""
+        ours, theirs = socket.socketpair()
+        return cls(ours), cls(theirs)
+
+    @classmethod
+    def inherited(cls, descriptor: int) -> Wire:
+        """This process's end of a wire.
+
+        Args:
+            descriptor: its number. The end moves to a number out of the way, and programs that this process starts do
+                not inherit it.
+        """
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        first = _OUT_OF_REACH if limit == resource.RLIM_INFINITY else min(_OUT_OF_REACH, limit // 2)
+        moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, first)
+        os.close(descriptor)
+        return cls(socket.socket(fileno=moved))
+
+    def fileno(self) -> int:
+        """The descriptor, -1 once closed."""
+        return self._socket.fileno()
+
+    def send(self, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
+        """Send a message. If the other side is gone, the next :meth:`receive` says so.
+
+        Args:
+            message: any JSON object.
+            descriptors: open files to send along.
+        """
+        line = json.dumps(message).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            if descriptors:
+                socket.send_fds(self._socket, [line], descriptors)
+            else:
+                self._socket.sendall(line)
+
+    def receive(self, seconds: float | None = None, ended: Wire | int | None = None) -> dict[str, Any]:
+        """Return the next message.
+
+        Args:
+            seconds: how long to wait for it; None without limit, below 0 not even for one that is there unread.
+            ended: a descriptor or wire that becomes readable when the other side has ended. The end of this wire would
+                not do: a process that the other side left behind may hold that open.
+
+        Raises:
+            TimeoutError: there was none in time.
+            EOFError: there will be none.
+            Garbled: there will be none, since something else came.
+        """
+        deadline = None if seconds is None else time.monotonic() + seconds
+        sources, left = [self] if ended is None else [self, ended], seconds
+        while not self._messages:
+            if self.closed:
+                raise Garbled("what came over the wire is no message") if self._garbled else EOFError("it has ended")
+            ready = [] if left is not None and left < 0 else wait_for(sources, left)
+            if self in ready:
+                self._read()
+            elif ready:
+                self.closed = True
+            else:
+                raise TimeoutError
+            left = None if deadline is None else deadline - time.monotonic()
+        return self._messages.popleft()
+
+    def arrived(self) -> list[dict[str, Any]]:
+        """Return the messages that have arrived, without waiting; raises as :meth:`receive` does."""
+        while not self.closed and self._read():
+            pass
+        if self._garbled and not self._messages:
+            raise Garbled("what came over the wire is no message")
+        messages = list(self._messages)
+        self._messages.clear()
+        return messages
+
+    def close(self) -> None:
+        """Close this end; the other side reads the end of the wire."""
+        self.closed = True
+        self._socket.close()
+
+    def has_message(self) -> bool:
+        """Whether a message has been read that nobody has taken."""
+        return bool(self._messages)
+
+    def _read(self) -> bool:
+        """Read what there is, up to a limit; whether there was anything."""
+        # Not by socket.recv_fds, which in Python 3.11 ignores its flags.
+        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * struct.calcsize("i"))
+        try:
+            chunk, extras, _, _ = self._socket.recvmsg(65536, room, flags)
+        except BlockingIOError:
+            return False
+        except OSError:
+            chunk, extras = b"", []
+        for level, kind, data in extras:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self.descriptors += struct.unpack(f"{len(data) // struct.calcsize('i')}i", data)
+        self.closed = not chunk
+        *lines, self._unread = (self._unread + chunk).split(b"\n")
+        for line in lines:
+            try:
+                message = json.loads(line)
+            except ValueError:
+                message = None
+            if not isinstance(message, dict):
+                self._garbled = self.closed = True
+                break
+            self._messages.append(message)
+        return True
+
+
+def wait_for(sources: Iterable[Wire | int], seconds: float | None) -> list[Wire | int]:
+    """Return the wires and descriptors with something to read, after at most ``seconds``; None waits without limit."""
+    sources = list(sources)
+    # What has been read from a socket but not been taken no longer shows there.
+    known = [each for each in sources if isinstance(each, Wire) and (each.has_message() or each.closed)]
+    others = [each for each in sources if each not in known]
+    with selectors.PollSelector() as selector:
+        for each in others:
+            selector.register(each, selectors.EVENT_READ)
+        ready: list[Any] = [key.fileobj for key, _ in selector.select(0.0 if known else seconds)]
+    return known + ready

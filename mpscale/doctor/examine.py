@@ -17,7 +17,7 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
 from mpscale.doctor import gpu, precision, software
 from mpscale.telemetry import host
-from mpscale.telemetry.client import Driver, NoDriver, SilentDriver, open_driver
+from mpscale.telemetry.client import Driver, SilentDriver, open_driver
 
 _TIMEOUT_S = 600.0
 """A GPU newer than TensorFlow's package compiles kernels for minutes when it is first used."""
@@ -127,7 +127,7 @@ def examine(train: bool) -> Examination:
     return found
 
 
-def _examine(found: Examination, driver: Driver | NoDriver, environ: Mapping[str, str], train: bool) -> None:
+def _examine(found: Examination, driver: Driver, environ: Mapping[str, str], train: bool) -> None:
     found.software = software.versions(driver)
     found.add(software.check_versions())
     why_no_gpu: Reason | None = None
@@ -141,7 +141,7 @@ def _examine(found: Examination, driver: Driver | NoDriver, environ: Mapping[str
         found.add(gpu.check_absence(why_no_gpu, environ))
     found.add(software.check_variables(device, environ))
     found.add(filter(None, [host.busy_words()]))
-    if device is not None and device.kind == "gpu" and isinstance(driver, Driver):
+    if device is not None and device.kind == "gpu":
         _examine_gpu(found, device, driver)
     elif device is not None:
         cpu = host.cpu_facts()
@@ -176,15 +176,16 @@ def _examine_gpu(found: Examination, device: Device, driver: Driver) -> None:
     found.add(gpu.check_gpu(device, told["facts"], now))
 
 
-def _train(found: Examination, device: Device, driver: Driver | NoDriver) -> None:
+def _train(found: Examination, device: Device, driver: Driver) -> None:
     """Train for a moment, like any case of a run, and add the result, or a problem if it failed."""
     # Importing this takes longer than everything else that doctor does.
-    from mpscale.harness.run import BenchmarkRun, Options
+    from mpscale.harness.run import BenchmarkRun
+    from mpscale.harness.supervisor import Options
 
     case = Case("mnist1d-mlp", "mixed-dynamic", 0, 0, 0, _SETTINGS)
     with tempfile.TemporaryDirectory(prefix="mpscale-doctor-") as folder:
         options = Options(Path(folder), Path(folder), "fresh", _TIMEOUT_S, asked={}, gpu_retries=0)
-        run = BenchmarkRun([case], device, driver, options, lambda case, event, fields: None)
+        run = BenchmarkRun([case], device, driver, options, lambda case, event: None)
         try:
             record = run.run(case).record
         finally:

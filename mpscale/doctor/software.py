@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
-from mpscale.telemetry.client import Driver, NoDriver
+from mpscale.telemetry.client import Driver
 from mpscale.telemetry.fingerprint import VARIABLES, packages
 
 _SHOWN = ("mpscale", "tensorflow", "keras", "nvidia-ml-py")
@@ -41,7 +41,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-def versions(driver: Driver | NoDriver) -> dict[str, Any]:
+def versions(driver: Driver) -> dict[str, Any]:
     """Return the versions of Python, packages and driver."""
     installed = packages()
     cuda = {name: version for name, version in installed.items() if name.startswith("nvidia-") and name not in _SHOWN}

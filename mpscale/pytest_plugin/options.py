@@ -18,7 +18,7 @@ from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, sel
 from mpscale.terminal import as_typed
 
 if TYPE_CHECKING:
-    from mpscale.harness.run import Options
+    from mpscale.harness.supervisor import Options
 
 T = TypeVar("T")
 Add = Callable[..., Any]
@@ -215,7 +215,7 @@ def run_options(
         selected: workloads, modes, seeds and repeats, for run.json.
         interleaved: the other run, if two sessions are interleaved; for run.json.
     """
-    from mpscale.harness.run import Options
+    from mpscale.harness.supervisor import Options
 
     option = config.getoption
     method = option("mp_start_method")

@@ -18,7 +18,7 @@ from mpscale.core.mode import default_modes
 from mpscale.pytest_plugin import options
 
 if TYPE_CHECKING:
-    from mpscale.telemetry.client import Driver, NoDriver
+    from mpscale.telemetry.client import Driver
 
 PARAMETERS = ("workload", "mode", "seed", "repeat")
 CASE = pytest.StashKey[Case]()
@@ -62,7 +62,7 @@ class Plan:
         ValueError: the environment asks for a GPU that is not there.
     """
 
-    def __init__(self, config: pytest.Config, driver: Driver | NoDriver, shuffle_seed: int) -> None:
+    def __init__(self, config: pytest.Config, driver: Driver, shuffle_seed: int) -> None:
         from mpscale.telemetry import host
 
         self._config, self.driver = config, driver

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mpscale.harness.run import BenchmarkRun, Options
-from mpscale.telemetry.host import BUSY_SHARE, busy_words
+from mpscale.harness.run import BenchmarkRun
+from mpscale.harness.supervisor import Options
+from mpscale.telemetry.host import busy_words
 from mpscale.terminal import Progress
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class LiveRun:
         self._output = output
         self.troubles: list[str] = []
         """Why the session is no success, even if its tests have passed."""
-        self._progress = Progress(len(plan.chosen), output.live_line(), time.monotonic, BUSY_SHARE)
+        self._progress = Progress(len(plan.chosen), output.live_line(), time.monotonic)
         self._announce(plan.chosen)
         self._run = BenchmarkRun(plan.chosen, plan.device, plan.driver, how, self._progress.event)
         # A GPU that the driver's library does not find is measured as a CPU; say so.

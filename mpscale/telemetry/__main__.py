@@ -1,7 +1,7 @@
-"""The monitor, the process that talks to the GPU's driver: ``python -m mpscale.telemetry.__main__``.
+"""The GPU monitor, ``python -m mpscale.telemetry.__main__ DESCRIPTOR``: the only process that talks to the driver.
 
-It is separate from the training, which it must not slow down, and from pytest, which a driver that hangs or dies must
-not take down. It reads orders and writes answers, JSON objects one a line; each answer has the ``id`` of its order.
+It is apart from the training, which it must not slow down, and from pytest, which must survive a driver that hangs or
+dies. The descriptor is its end of a wire, on which it answers orders; each answer has the ``id`` of its order.
 
 - ``{"do": "describe"}``: the driver and its GPUs, or the reason why there are none;
 - ``{"do": "facts", "device": ...}``: properties of a GPU and how each reading is taken, or why it is not;
@@ -14,17 +14,16 @@ not take down. It reads orders and writes answers, JSON objects one a line; each
 
 from __future__ import annotations
 
-import json
-import os
-import select
+import contextlib
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from mpscale.core.device import Device
+from mpscale.core.process import die_with_parent
 from mpscale.core.reason import Reason
-from mpscale.core.wire import die_with_parent
+from mpscale.core.wire import Wire
 from mpscale.telemetry.backend import Gpu, open_backend
 from mpscale.telemetry.readings import Memory, Processes, Reading
 from mpscale.telemetry.samples import SampleFile
@@ -32,9 +31,14 @@ from mpscale.telemetry.sampling import SamplingLoop
 
 
 class Sampler:
-    """Carries out orders, and samples while a case is watched."""
+    """Carries out orders, and takes samples while a case is watched.
 
-    def __init__(self) -> None:
+    Args:
+        wire: brings orders and takes answers.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
         self._backend = open_backend()
         self._gpus: dict[str, Gpu] = {}
         self._watch: SamplingLoop | None = None
@@ -42,28 +46,18 @@ class Sampler:
         self._due = time.monotonic()
 
     def serve(self) -> None:
-        """Answers orders until standard input is closed."""
-        pending = b""
-        while True:
-            wait = None if self._watch is None else max(self._due - time.monotonic(), 0.0)
-            readable, _, _ = select.select([0], [], [], wait)
-            if readable:
-                chunk = os.read(0, 65536)
-                if not chunk:
-                    return
-                *lines, pending = (pending + chunk).split(b"\n")
-                for line in lines:
-                    self._answer(json.loads(line))
-            if self._watch is not None and time.monotonic() >= self._due:
-                self._watch.sample()
-                # From now on, not from when it was due: what was missed is not made up for in a burst.
-                pause_s = self._watch.pause_s
-                self._due = max(self._due + pause_s, time.monotonic() + pause_s / 2)
-
-    def _answer(self, order: dict[str, Any]) -> None:
-        answer = getattr(self, f"_{order['do']}")(order)
-        sys.stdout.write(json.dumps({"id": order["id"], **answer}) + "\n")
-        sys.stdout.flush()
+        """Answer orders until the wire is closed."""
+        with contextlib.suppress(EOFError):
+            while True:
+                left_s = None if self._watch is None else max(self._due - time.monotonic(), 0.0)
+                with contextlib.suppress(TimeoutError):
+                    order = self._wire.receive(left_s)
+                    self._wire.send({"id": order["id"], **getattr(self, f"_{order['do']}")(order)})
+                if self._watch is not None and time.monotonic() >= self._due:
+                    self._watch.sample()
+                    # From now on, not from when it was due: what was missed is not made up for in a burst.
+                    pause_s = self._watch.pause_s
+                    self._due = max(self._due + pause_s, time.monotonic() + pause_s / 2)
 
     def _describe(self, order: dict[str, Any]) -> dict[str, Any]:
         backend = self._backend
@@ -128,4 +122,4 @@ class Sampler:
 
 if __name__ == "__main__":
     die_with_parent()
-    Sampler().serve()
+    Sampler(Wire.inherited(int(sys.argv[1]))).serve()

@@ -1,16 +1,13 @@
-"""The GPU's driver as the rest of mpscale sees it: through the monitor's process, with a limit on every wait.
+"""The session's end of the GPU monitor, with a time limit on every answer.
 
-A call to the driver that never returns, or that takes its process down, then costs figures and never a run.
+A driver call that never returns, or that kills its process, then costs figures but never a run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
-import select
-import signal
-import subprocess
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -18,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.device import VENDORS, Device, Vendor
+from mpscale.core.process import Child, describe_exit
 from mpscale.core.reason import Code, Reason
+from mpscale.core.wire import Wire
 
 # Without persistence mode the driver wakes every GPU for the first call, which takes seconds each.
 _DESCRIBE_S = 60.0
@@ -27,79 +26,67 @@ _MARK_S = 0.2
 _STOP_S = 1.0
 _KILL_S = 1.0
 _MOST_STARTS = 3
-_SEE = "see whether nvidia-smi answers; if not, reboot"
-_NEW = "see whether nvidia-smi works; if not, reinstall the NVIDIA driver"
+
+_LIBRARY_FOLDERS = ("/lib64", "/usr/lib64", "/lib", "/usr/lib")
+_SILENT_CURE = "see whether nvidia-smi answers; if not, reboot"
+_DIED_CURE = "see whether nvidia-smi works; if not, reinstall the NVIDIA driver"
 
 
 class SilentDriver(Exception):
-    """The driver does not answer, or the monitor has died.
+    """There is no driver, or it does not answer, or the GPU monitor has died.
 
     Args:
-        reason: which.
+        reason: which of them.
     """
 
     def __init__(self, reason: Reason) -> None:
-        super().__init__(str(reason))
+        super().__init__(reason.text)
         self.reason = reason
 
 
-class NoDriver:
-    """Stands in if there is no driver to talk to.
-
-    Args:
-        reason: why not.
-    """
-
-    driver_version: str | None = None
-    cuda_version: str | None = None
-
-    def __init__(self, reason: Reason) -> None:
-        self.reason: Reason | None = reason
-        self.devices: list[Device] = []
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
 class Driver:
-    """A driver that has answered. :func:`open_driver` makes one.
+    """A driver that has answered. Make one with :func:`open_driver`.
 
-    ``devices`` are its GPUs, each followed by its MIG instances; ``driver_version`` is like ``"570.86.15"`` and
-    ``cuda_version``, the newest CUDA that it supports, like ``"12.8"``. To be used from one thread.
+    ``devices`` are its GPUs, each followed by its MIG instances. ``driver_version`` is like ``"570.86.15"``, and
+    ``cuda_version``, the newest CUDA that the driver supports, like ``"12.8"``. Use it from one thread only.
 
     Args:
-        environ: the environment of the monitor; None takes this process's.
+        environ: the environment of the GPU monitor; None for this process's.
 
     Raises:
         SilentDriver: the driver does not answer.
     """
 
+    driver_version: str | None = None
+    cuda_version: str | None = None
+
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         self._environ = environ
-        self._process: subprocess.Popen[bytes] | None = None
+        self._monitor: Child | None = None
         self._starts = 0
         self._sent = self._answered = 0
-        self._pending = b""
-        self.trouble: Reason | None = None
-        """What became of the last process that was lost."""
-        described = self._describe()
-        reason = described["reason"]
-        self.reason: Reason | None = None if reason is None else Reason.from_json(reason)
-        self.driver_version: str | None = described.get("driver")
-        self.cuda_version: str | None = described.get("cuda_driver")
-        self.devices = [Device.from_json(device) for device in described.get("devices", ())]
+        self._trouble = Reason(Code.MONITOR_DIED, "the GPU monitor has not been started")
+        """What became of the last monitor."""
+        self.devices: list[Device] = []
+        self.reason: Reason | None = None
+        """Why there is no GPU to watch; None if the driver works."""
+        described = self._ask("describe", _DESCRIBE_S)
+        if described["reason"] is not None:
+            self.reason = Reason.from_json(described["reason"])
+            return
+        self.driver_version, self.cuda_version = described["driver"], described["cuda_driver"]
+        self.devices = [Device.from_json(device) for device in described["devices"]]
 
     def facts(self, device: Device) -> dict[str, Any]:
-        """``facts`` of a GPU, the ``ways`` in which its readings are taken, and ``reasons`` why some are not.
+        """Return the ``facts`` of a GPU, the ``ways`` its readings are taken, and ``reasons`` why some are not.
 
         Raises:
             SilentDriver: the driver does not answer.
         """
-        told = self._ask("facts", _START_S, device=device.to_json())
-        return {**told, "reasons": {name: Reason.from_json(reason) for name, reason in told["reasons"].items()}}
+        return self._ask("facts", _START_S, device=device.to_json())
 
     def look(self, device: Device) -> dict[str, Any]:
-        """The state of a GPU now: temperature, clock events, processes, memory in use; None for what is unknown.
+        """Return a GPU's present temperature, event reasons, processes and memory in use; None for what is unknown.
 
         Raises:
             SilentDriver: the driver does not answer.
@@ -107,7 +94,7 @@ class Driver:
         return self._ask("look", _START_S, device=device.to_json())
 
     def start(self, device: Device, pid: int, file: Path, epoch: float) -> dict[str, Any]:
-        """Begins to watch a process; its GPU's ``settings``, the ``ways`` of readings, and whether it is ``lost``.
+        """Begin to watch a process; return the GPU's ``settings``, the ``ways`` of readings, whether it is ``lost``.
 
         Args:
             device: the GPU.
@@ -121,146 +108,118 @@ class Driver:
         return self._ask("start", _START_S, device=device.to_json(), pid=pid, file=str(file), epoch=epoch)
 
     def mark(self, phase: str) -> bool:
-        """Takes a sample now; returns once it is taken, or after 0.2 s if the driver does not answer.
+        """Take a sample now. Returns once it is taken, or after 0.2 s if the driver does not answer.
 
         Args:
             phase: what the process has just reached.
 
         Returns:
-            Whether it was taken in time. One that still owes an answer is not waited for again.
+            Whether it was taken in time. A monitor that still owes an answer is not waited for again.
         """
-        if self._process is None:
+        if self._monitor is None:
             return False
         try:
             if self._answered < self._sent:
-                self._drain(0.0)
+                self._answer(0.0)
             behind = self._answered < self._sent
-            self._send("mark", phase=phase)
-            self._drain(0.0 if behind else _MARK_S)
+            self._order("mark", phase=phase)
+            return self._answer(0.0 if behind else _MARK_S) is not None
         except SilentDriver:
             return False
-        return self._answered == self._sent
 
     def stop(self) -> dict[str, Any]:
-        """End the watch, within two seconds whatever the driver does; the ``settings``, and whether it is ``lost``.
+        """End the watch, within two seconds whatever the driver does; return what :meth:`start` does.
 
         Raises:
-            SilentDriver: the driver does not answer; its process is ended, and the next case gets another.
+            SilentDriver: the driver does not answer. The monitor is ended, and the next case gets another.
         """
-        if self._process is None:
-            raise SilentDriver(self.trouble or _ended("has ended"))
+        if self._monitor is None:
+            raise SilentDriver(self._trouble)
         return self._ask("stop", _STOP_S)
 
     @property
     def pid(self) -> int | None:
-        """Of the sampler's process, None where it has ended."""
-        return None if self._process is None else self._process.pid
+        """Of the GPU monitor, None if it has ended."""
+        return None if self._monitor is None else self._monitor.pid
 
     def close(self) -> None:
-        """Ends the process."""
-        if self._process is None:
-            return
-        process, self._process = self._process, None
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_KILL_S)
-            return
-        process.kill()
-        # Not waited for without end: a process inside a hanging driver cannot even be killed.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_KILL_S)
+        """End the GPU monitor."""
+        if self._monitor is not None:
+            self._monitor.end(_KILL_S, _KILL_S)
+        self._monitor = None
 
-    def _describe(self) -> dict[str, Any]:
-        self._begin()
-        return self._ask("describe", _DESCRIBE_S)
-
-    def _begin(self) -> None:
+    def _start_monitor(self) -> Child:
         if self._starts >= _MOST_STARTS:
-            raise SilentDriver(_ended(f"was lost {_MOST_STARTS} times in this run, and is not started again"))
+            raise SilentDriver(_died(f"was lost {_MOST_STARTS} times in this run and is not started again"))
         self._starts += 1
         self._sent = self._answered = 0
-        self._pending = b""
+        ends = Wire.pair()
         # -P: a file in the working directory must not stand in for a module of the same name.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mpscale.telemetry.__main__"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=None if self._environ is None else dict(self._environ),
-            start_new_session=True,
-        )
+        command = [sys.executable, "-P", "-m", "mpscale.telemetry.__main__", str(ends[1].fileno())]
+        return Child(command, self._environ, ends=ends)
 
     def _ask(self, order: str, seconds: float, **fields: Any) -> dict[str, Any]:
-        if self._process is None:
-            self._begin()
-        self._send(order, **fields)
-        answer = self._drain(seconds)
+        if self._monitor is None:
+            self._monitor = self._start_monitor()
+        self._order(order, **fields)
+        answer = self._answer(seconds)
         if answer is None:
-            self.trouble = Reason(Code.DRIVER_SILENT, f"the GPU driver did not answer within {seconds:g} s", _SEE)
+            self._trouble = Reason(
+                Code.DRIVER_SILENT, f"the GPU driver did not answer within {seconds:g} s", _SILENT_CURE
+            )
             self.close()
-            raise SilentDriver(self.trouble)
+            raise SilentDriver(self._trouble)
         return answer
 
-    def _send(self, order: str, **fields: Any) -> None:
-        if self._process is None or self._process.stdin is None:
-            raise SilentDriver(_ended("has ended"))
-        try:
-            self._process.stdin.write(json.dumps({"id": self._sent + 1, "do": order, **fields}).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise self._death() from None
+    def _order(self, order: str, **fields: Any) -> None:
+        assert self._monitor is not None  # callers have looked
         self._sent += 1
+        self._monitor.send({"id": self._sent, "do": order, **fields})
 
-    def _drain(self, seconds: float) -> dict[str, Any] | None:
-        """Reads answers until the last order's is there, for at most so long; None if it is not.
+    def _answer(self, seconds: float) -> dict[str, Any] | None:
+        """Return the answer to the last order, None if it does not come in time.
 
         Raises:
-            SilentDriver: the process has died.
+            SilentDriver: the monitor has died.
         """
+        assert self._monitor is not None  # callers have looked
         deadline = time.monotonic() + seconds
-        assert self._process is not None and self._process.stdout is not None
-        stream = self._process.stdout
         while True:
-            while b"\n" in self._pending:
-                line, _, self._pending = self._pending.partition(b"\n")
-                answer: dict[str, Any] = json.loads(line)
-                self._answered = answer["id"]
-                if self._answered == self._sent:
-                    return answer
-            readable, _, _ = select.select([stream], [], [], max(deadline - time.monotonic(), 0.0))
-            if not readable:
+            try:
+                answer = self._monitor.receive(max(deadline - time.monotonic(), 0.0))
+            except TimeoutError:
                 return None
-            chunk = stream.read1(65536)  # type: ignore[attr-defined]
-            if not chunk:
-                raise self._death()
-            self._pending += chunk
-
-    def _death(self) -> SilentDriver:
-        process = self._process
-        code = None
-        if process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = process.wait(_KILL_S)
-        self.close()
-        self.trouble = _ended(f"ended with exit code {code}")
-        if code is not None and code < 0:
-            names = {number.value: number.name for number in signal.Signals}
-            self.trouble = _ended(f"was killed by {names.get(-code, f'signal {-code}')}")
-        return SilentDriver(self.trouble)
+            except EOFError:
+                code = self._monitor.end(_KILL_S, _KILL_S)
+                self._monitor = None
+                was = "was " if code is not None and code < 0 else ""
+                self._trouble = _died(f"{was}{describe_exit(code)}")
+                raise SilentDriver(self._trouble) from None
+            self._answered = answer["id"]
+            if self._answered == self._sent:
+                return answer
 
 
-def _ended(how: str) -> Reason:
-    return Reason(Code.MONITOR_DIED, f"the process that asks the GPU driver {how}", _NEW)
-
-
-def open_driver(environ: Mapping[str, str] | None = None) -> Driver | NoDriver:
-    """Return the driver if it works, else a stand-in that knows why not. Never raises.
+class NoDriver(Driver):
+    """Stands in if there is no driver to talk to.
 
     Args:
-        environ: the environment to look in; None takes this process's.
+        reason: why not.
+    """
+
+    def __init__(self, reason: Reason) -> None:
+        self.reason, self.devices = reason, []
+        self._monitor, self._trouble = None, reason
+
+    def _ask(self, order: str, seconds: float, **fields: Any) -> dict[str, Any]:
+        raise SilentDriver(self._trouble)
+
+
+def open_driver(environ: Mapping[str, str] | None = None) -> Driver:
+    """Return the driver, or a :class:`NoDriver` that knows why there is none. Never raises.
+
+    Args:
+        environ: the environment to look in; None for this process's.
     """
     if environ is None and not any(map(_has_library, VENDORS.values())):
         return NoDriver(next(iter(VENDORS.values())).no_library)
@@ -269,18 +228,30 @@ def open_driver(environ: Mapping[str, str] | None = None) -> Driver | NoDriver:
     except SilentDriver as error:
         return NoDriver(error.reason)
     except OSError as error:
-        return NoDriver(_ended(f"cannot be started: {error}"))
+        return NoDriver(_died(f"cannot be started: {error}"))
     if driver.reason is None:
         return driver
     driver.close()
     return NoDriver(driver.reason)
 
 
+def _died(how: str) -> Reason:
+    return Reason(Code.MONITOR_DIED, f"the process that asks the GPU driver {how}", _DIED_CURE)
+
+
 def _has_library(vendor: Vendor) -> bool:
-    """Whether the library can be loaded at all: on a machine without a driver this saves a process."""
+    """Whether the driver's library is here, in whatever state. Without it there is no need for a monitor.
+
+    If it is broken, the monitor finds out why.
+    """
     try:
         ctypes.CDLL(vendor.library)
-    except OSError as error:
-        # A broken library is for the monitor to find and to name.
-        return "cannot open shared object file: No such file" not in str(error)
+    except OSError:
+        # Where the dynamic linker looks: the variable, its cache, and the folders that it knows.
+        folders = [*os.environ.get("LD_LIBRARY_PATH", "").split(":"), *_LIBRARY_FOLDERS]
+        if any(folder and Path(folder, vendor.library).exists() for folder in folders):
+            return True
+        with contextlib.suppress(OSError):
+            return vendor.library.encode() in Path("/etc/ld.so.cache").read_bytes()
+        return False
     return True

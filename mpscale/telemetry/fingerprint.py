@@ -16,7 +16,7 @@ from typing import Any
 
 from mpscale.core.device import VENDORS, Device
 from mpscale.telemetry import host
-from mpscale.telemetry.client import Driver, NoDriver, SilentDriver
+from mpscale.telemetry.client import Driver, SilentDriver
 
 PACKAGES = (
     "mpscale",
@@ -59,7 +59,7 @@ _GIT_TIMEOUT_S = 5.0
 _SLUG_LENGTH = 40
 
 
-def environment(device: Device, driver: Driver | NoDriver, project_dir: Path) -> dict[str, Any]:
+def environment(device: Device, driver: Driver, project_dir: Path) -> dict[str, Any]:
     """The software and the machine, for ``run.json``: plain values, None for what is unknown.
 
     Args:
@@ -93,12 +93,12 @@ def run_slug(device: Device) -> str:
     return slug[:_SLUG_LENGTH].rstrip("-") or device.kind
 
 
-def _gpu(device: Device, driver: Driver | NoDriver) -> dict[str, Any] | None:
+def _gpu(device: Device, driver: Driver) -> dict[str, Any] | None:
     """``facts`` of the GPU, the ``ways`` in which its readings are taken and ``reasons`` for those that are not.
 
     None on a CPU.
     """
-    if device.kind != "gpu" or not isinstance(driver, Driver):
+    if device.kind != "gpu":
         return None
     try:
         told = driver.facts(device)

@@ -28,9 +28,6 @@ PRECISION_FLAGS = (
 )
 """Processor features that decide how fast, and by which kernels, float16 and bfloat16 are computed."""
 
-BUSY_SHARE = 0.1
-"""Share of the processors' time used by others above which a machine counts as busy."""
-
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 _SHORTEST_S = 0.2
 """The kernel counts in hundredths of a second, so a share over less time than this is mostly rounding."""

@@ -16,7 +16,7 @@ from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.telemetry import gpu_memory, gpu_state, host
-from mpscale.telemetry.client import Driver, NoDriver, SilentDriver
+from mpscale.telemetry.client import Driver, SilentDriver
 from mpscale.telemetry.gpu_energy import energy_columns
 from mpscale.telemetry.gpu_state import Suspicion
 from mpscale.telemetry.host import HostNoise
@@ -71,7 +71,7 @@ class CaseWatch:
         device: where the processes train.
     """
 
-    def __init__(self, driver: Driver | NoDriver, device: Device) -> None:
+    def __init__(self, driver: Driver, device: Device) -> None:
         self._driver, self._device = driver, device
         self._folder = tempfile.TemporaryDirectory(prefix="mpscale-gpu-")
         self._file = Path(self._folder.name) / "samples.jsonl"
@@ -110,7 +110,7 @@ class CaseWatch:
         self._read_host()
         if self._noise is not None:
             self._noise.mark(phase)
-        if self._blind is not None or not isinstance(self._driver, Driver):
+        if self._blind is not None:
             return
         if self._driver.mark(phase):
             self._last_phase, self._silent_after = phase, None
@@ -134,8 +134,8 @@ class CaseWatch:
             findings.put(HOST_COLUMN, _NOT_WATCHED if self._pid is None else _ENDED)
         if self._noise is not None:
             findings.add(self._noise.columns())
-        if self._blind is not None or not isinstance(self._driver, Driver):
-            blind = self._blind or _NOT_WATCHED
+        if self._blind is not None:
+            blind = self._blind
             findings.miss(measured_columns(source=Source.MONITOR), blind)
             why = self._driver.reason
             if why is not None:
@@ -184,7 +184,7 @@ class CaseWatch:
         end = time.monotonic() + seconds
         slowdown_c = self._slowdown_c()
         below_c = None if slowdown_c is None else slowdown_c - _COOL_BY_C
-        while isinstance(self._driver, Driver) and time.monotonic() < end:
+        while time.monotonic() < end:
             try:
                 now = self._driver.look(self._device)
             except SilentDriver:
@@ -202,8 +202,6 @@ class CaseWatch:
         """Start the monitor on a process; the reason if it sees nothing."""
         if self._device.kind != "gpu":
             return Reason(Code.NO_GPU, "no GPU")
-        if isinstance(self._driver, NoDriver):
-            return self._driver.reason
         try:
             if self._facts is None:
                 self._facts = self._driver.facts(self._device)["facts"]

@@ -1,26 +1,26 @@
-"""Why a case failed, in the words that say so: what the user's code or TensorFlow raised, without what was put around.
+"""Why a case failed: what the user's code or TensorFlow raised, without what others have wrapped around it.
 
-Keras and AutoGraph raise an exception of their own in place of the one that says what is wrong. Its message begins
-with the way to the error, or ends with the arguments of a layer. The whole of it is in the traceback, which the record
-keeps.
+Keras and AutoGraph replace the exception that says what is wrong by one of their own, whose message begins with the
+path to the error or ends with the arguments of a layer. The traceback, which the record keeps, still has all of it.
 """
 
 from __future__ import annotations
 
 import re
 import traceback
-from typing import Any
+
+from mpscale.core.wire import Failed
 
 _NO_JIT = "XLA could not compile the train step or the evaluation: --mp-jit off runs them without it"
 _OUT_OF_MEMORY = ("ResourceExhaustedError", "MemoryError")
 
 
-def cause(error: BaseException, jit: bool) -> dict[str, Any]:
-    """What the supervisor is told of an exception: its ``type``, its ``message``, and whether memory ran out, ``oom``.
+def cause(error: BaseException, jit: bool) -> Failed:
+    """What to report of an exception.
 
     Args:
         error: as it was caught.
-        jit: whether train steps are compiled by XLA.
+        jit: whether XLA compiles train steps.
     """
     first = _unwrapped(error)
     message = _said(first)
@@ -32,14 +32,14 @@ def cause(error: BaseException, jit: bool) -> dict[str, Any]:
     oom = bool(names.intersection(_OUT_OF_MEMORY)) or _allocation_failed(error)
     if jit and not oom and _is_operation_error(first) and _refused_by_xla(first):
         message = f"{message.strip()}. {_NO_JIT}"
-    return {"type": type(first).__name__, "message": message, "oom": oom}
+    return Failed(type(first).__name__, message, oom)
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    """The exception that Keras or AutoGraph raised another one for.
+    """The exception that Keras or AutoGraph has replaced.
 
-    Both raise theirs while they handle it, so it is the context of theirs. Keras marks its own. AutoGraph hangs the
-    same metadata on both.
+    Both raise theirs while they handle the original, so that is the context of theirs. Keras marks its own exceptions;
+    AutoGraph attaches the same metadata to both.
     """
     while error.__context__ is not None:
         metadata = getattr(error, "ag_error_metadata", None)
@@ -60,13 +60,13 @@ def _said(error: BaseException) -> str:
 
 
 def _where(error: BaseException) -> str:
-    """For an exception without a message, such as that of a bare ``assert``: the line that raised it."""
+    """The line that raised an exception: for one without a message, such as that of a bare ``assert``."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].line} (line {frames[-1].lineno} of {frames[-1].filename})" if frames else ""
 
 
 def _is_operation_error(error: BaseException) -> bool:
-    """Whether an operation of TensorFlow raised it. Known by name: this may run before TensorFlow was imported."""
+    """Whether a TensorFlow operation raised it. Looks at names, since TensorFlow may not have been imported yet."""
     return any(kind.__name__ == "OpError" and kind.__module__.startswith("tensorflow") for kind in type(error).__mro__)
 
 
@@ -80,10 +80,10 @@ _AMONG = re.compile(r"\{\{function_node [^}]*\}\} ?|\[_XlaMustCompile=[^\]]*\]|\
 
 
 def _without_surroundings(message: str) -> str:
-    """The message of an operation's error without the stack before it, and without node, stack and notes behind it.
+    """The message of an operation's error, without the stack before it and the node, stack and notes after it.
 
-    TensorFlow composes it as one text, so nothing but the text tells its parts apart. What does not look like this
-    stays as it is.
+    TensorFlow composes it as a single text, so only the text tells its parts apart. A message of another form is left
+    as it is.
     """
     text = _AMONG.sub("", _STACK_BEFORE.sub("", _BEHIND.sub("", message))).strip()
     return text or message
@@ -92,9 +92,9 @@ def _without_surroundings(message: str) -> str:
 def _refused_by_xla(error: BaseException) -> bool:
     """Whether XLA could not compile a function.
 
-    A compiled program has no operation that could fail with such a code, so it failed to be compiled. That a function
-    had to be compiled is an attribute of its definition. TensorFlow names the function in the message alone, and where
-    the definition is gone by now, the message names the attribute or XLA's device.
+    No operation of a compiled program can fail with one of these codes, so compiling it failed. An attribute of a
+    function's definition says whether it must be compiled. Only the message names the function; if the definition is
+    gone by now, the message names the attribute or XLA's device.
     """
     from tensorflow.python.eager import context
     from tensorflow.python.framework import errors
@@ -102,7 +102,7 @@ def _refused_by_xla(error: BaseException) -> bool:
     codes = (errors.INVALID_ARGUMENT, errors.UNIMPLEMENTED, errors.FAILED_PRECONDITION, errors.NOT_FOUND)
     text = _said(error)
     if getattr(error, "error_code", None) == errors.INTERNAL:
-        # On a GPU a compiled program can fail with this code, too. XLA's autotuner runs before there is one.
+        # On a GPU a compiled program can also fail with this code. XLA's autotuner runs before there is a program.
         return text.startswith("Autotuner ")
     if getattr(error, "error_code", None) not in codes:
         return False
@@ -113,6 +113,6 @@ def _refused_by_xla(error: BaseException) -> bool:
 
 
 def _allocation_failed(error: BaseException) -> bool:
-    """XLA reports an exhausted device as an internal error whose text says so."""
+    """Whether the device's memory ran out. XLA reports that as an internal error; only its text says so."""
     text = _said(error).lower()
     return "out of memory" in text or "resource_exhausted" in text

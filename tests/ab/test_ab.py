@@ -1,4 +1,4 @@
-"""`mpscale ab` with stand-ins for its interpreters: scripts that take turns as pytest sessions do, and go wrong."""
+"""`mpscale ab` with scripts as interpreters: they take turns as pytest sessions do, and go wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import json, os, shutil, signal, sys, time
 from pathlib import Path
 
 script = json.loads({script!r})
-if sys.argv[1:] == ["-P", "-m", "mpscale.ab.turns"]:
+if sys.argv[1] == "-P" and sys.argv[2].endswith("/about.py"):
     if "about_fails" in script:
         sys.exit(script["about_fails"])
     packages = {{"tensorflow": "2.99", "keras": "3.99", "mpscale": "0.1.0", **script.get("packages", {{}})}}
@@ -96,7 +96,7 @@ sys.exit(code)
 
 @pytest.fixture
 def interpreter(tmp_path):
-    """Makes a stand-in for an interpreter; its path."""
+    """Make a script that stands in for an interpreter; return its path."""
 
     def make(name, cases=CASES, **script):
         path = tmp_path / name / "python"
@@ -112,7 +112,7 @@ def interpreter(tmp_path):
 
 @pytest.fixture(autouse=True)
 def logs(tmp_path, monkeypatch):
-    """Where the sessions' output goes, which stays where one has failed."""
+    """The folder for the sessions' output, which is kept if one fails."""
     (tmp_path / "logs").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "logs"))
     monkeypatch.setattr(tempfile, "tempdir", None)
@@ -121,7 +121,7 @@ def logs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def ab(tmp_path, monkeypatch, capsys):
-    """Runs the command; its exit code, its output and what it said on standard error."""
+    """Run the command; return its exit code, its output and its standard error."""
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
 
@@ -150,7 +150,7 @@ def log(folder):
 
 
 def spans(lines):
-    """The cases in the order in which they ran; fails where one began before another had ended."""
+    """The cases in the order in which they ran; fails if one began before another had ended."""
     cases = [line.split() for line in lines if not line.endswith("leaves")]
     begins, ends = cases[::2], cases[1::2]
     assert [what for _, what, _ in begins] == ["begins"] * len(begins)
@@ -158,7 +158,7 @@ def spans(lines):
     return [(side, case) for side, _, case in begins]
 
 
-def test_cases_alternate_in_pairs_that_each_side_begins_as_often_as_the_other(tmp_path, interpreter, ab):
+def test_cases_run_in_pairs_and_each_side_begins_half_of_them(tmp_path, interpreter, ab):
     one, two = interpreter("one"), interpreter("two", packages={"numpy": "9"})
     code, output, said = ab("--python", one, "--python", two, "--strict-markers", "x/")
     assert code == 0, said
@@ -233,12 +233,12 @@ DEAD = "B: it was killed by SIGKILL; its output, "
         ),
     ],
 )
-def test_a_side_that_goes_wrong_ends_the_other_and_says_so(tmp_path, interpreter, ab, logs, a, b, code, said, ran):
+def test_a_failing_session_ends_the_other_and_says_so(tmp_path, interpreter, ab, logs, a, b, code, said, ran):
     ended, output, errors = ab("--python", interpreter("one", **a), "--python", interpreter("two", **b))
     assert ended == code, errors
     for text in said:
         assert text in errors
-    # What the two did with a case that one of them died in is all that may be left open.
+    # Only a case in which one of the two died may lack its partner.
     done = [line.split()[2] for line in log(tmp_path) if " ends " in line and line.startswith("B")]
     assert len(dict.fromkeys(done)) == ran
     assert ("B against A" in output) == (code != 2)
@@ -246,7 +246,7 @@ def test_a_side_that_goes_wrong_ends_the_other_and_says_so(tmp_path, interpreter
     assert bool(list(logs.rglob("?.log"))) == (code != 0)
 
 
-def test_one_that_hangs_at_its_start_is_ended(tmp_path, interpreter, ab):
+def test_a_session_that_hangs_at_its_start_is_killed(tmp_path, interpreter, ab):
     hangs = interpreter("two", act={"start": "hang"})
     code, _, errors = ab("--python", interpreter("one"), "--python", hangs, "--start-timeout", "6")
     assert code == 2
@@ -269,7 +269,7 @@ def wait_for(condition, what):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_what_is_stopped_leaves_no_process(tmp_path, interpreter, how):
+def test_stopping_leaves_no_process(tmp_path, interpreter, how):
     hangs = {"act": {"case 1": "hang"}}
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -300,7 +300,7 @@ def test_what_is_stopped_leaves_no_process(tmp_path, interpreter, how):
         (("--python", "good", "--python", "./file"), "this cannot be executed"),
         (
             ("--python", "good", "--python", "lacks"),
-            "has no mpscale that can take turns (/x: No module named mpscale.ab.turns)",
+            "has no mpscale that can take turns (ModuleNotFoundError: No module named 'mpscale')",
         ),
         (
             ("--python", "good", "--python", "fails"),
@@ -326,7 +326,7 @@ def test_what_is_stopped_leaves_no_process(tmp_path, interpreter, how):
 def test_a_mistake_is_answered_in_one_line_before_anything_runs(tmp_path, interpreter, ab, arguments, message):
     scripts = {
         "good": {},
-        "lacks": {"about_fails": "/x: No module named mpscale.ab.turns"},
+        "lacks": {"about": {"turns": None, "broken": {"mpscale": "ModuleNotFoundError: No module named 'mpscale'"}}},
         "fails": {"about_fails": "Unknown option: -P"},
         "newer": {"about": {"turns": 2}},
         "schema": {"about": {"schema_version": 99}},
@@ -359,7 +359,7 @@ def test_a_mistake_is_answered_in_one_line_before_anything_runs(tmp_path, interp
         (("--results", "here"), "bench --mp-results={here}"),
     ],
 )
-def test_what_is_not_its_own_goes_to_pytest(tmp_path, interpreter, ab, given, passed):
+def test_unknown_arguments_go_to_pytest(tmp_path, interpreter, ab, given, passed):
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench/test_x.py").write_text("")
     (tmp_path / "other").mkdir()
@@ -369,7 +369,7 @@ def test_what_is_not_its_own_goes_to_pytest(tmp_path, interpreter, ab, given, pa
     assert printed == ["what pytest prints " + passed.format(here=tmp_path / "here")] * 2
 
 
-def test_on_a_terminal_the_pair_that_runs_has_a_live_line():
+def test_a_terminal_shows_the_running_pair_on_a_live_line():
     text = []
     screen = Screen(("A", "B"), LiveLine(text.append, live=True, columns=60), lambda: 0.0)
     case = {"id": "c", "workload": "w", "mode": "fp32", "seed": 0, "repeat": 1}

@@ -1,4 +1,4 @@
-"""What workers are started with."""
+"""The environment in which workers are started."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind on the machine: its results, and nothing else, whatever becomes of its processes."""
+"""A run leaves its results on the machine and nothing else, whatever becomes of its processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def log(text):
 
 
 def data():
-    """Two classes that a line tells apart, kept for the next case where people keep such things."""
+    """Two linearly separable classes, cached for the next case in the folder for temporary files."""
     log(f"{'found' if CACHE.exists() else 'made'} with the arguments {sys.argv[1:]}")
     if not CACHE.exists():
         np.save(CACHE, np.random.default_rng(7).normal(size=(600, 4)))
@@ -90,7 +90,7 @@ QUICK = ("../suite", "--rootdir=..", "--import-mode=importlib", "--mp-timing=0.0
 
 @pytest.fixture(scope="module", params=["fork", pytest.param("fresh", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
-    """Two workloads, one of which kills its process, on a terminal that knows ASCII or Latin-1 alone."""
+    """Two workloads, one of which kills its process, on a terminal that only knows ASCII or Latin-1."""
     folder = tmp_path_factory.mktemp(request.param)
     variables = suite(folder) | (ASCII if request.param == "fork" else {"PYTHONIOENCODING": "latin-1"})
     options = ["--mp-workloads=beside:größe,beside:killed", f"--mp-start-method={request.param}"]
@@ -101,15 +101,15 @@ def run(request, tmp_path_factory):
     return SimpleNamespace(folder=folder, output=done.stdout, run=mpscale.read_run(path), method=request.param)
 
 
-def test_a_workload_beside_the_suite_is_trained_though_pytest_is_called_elsewhere(run):
+def test_a_workload_beside_the_suite_is_found_when_pytest_is_called_elsewhere(run):
     statuses = run.run.cases.groupby("workload")["status"].unique().explode().to_dict()
     assert statuses == {"beside:größe": "ok", "beside:killed": "crashed"}
     assert set(run.run.cases["start_method"]) == {run.method}
     assert f"is in {run.folder}/suite/part/beside.py" in run.output
 
 
-def test_generated_files_go_and_a_cache_of_the_users_own_stays(run):
-    # The case that was killed could not clear up behind itself.
+def test_generated_files_go_and_the_users_cache_stays(run):
+    # The killed case could not clean up after itself.
     left = {path.name for path in (run.folder / "tmp").rglob("*")}
     assert {name for name in left if not name.startswith("user-")} == {"cache.npy"}
     assert len([name for name in left if name.startswith("user-")]) == run.output.count("crashed, killed by SIGKILL")
@@ -122,7 +122,7 @@ def test_a_worker_runs_the_exit_handlers_of_its_case_and_has_no_arguments(run):
     assert said.count("found with the arguments []") == len(run.run.cases) - 1
 
 
-def test_a_terminal_without_a_character_shows_another_and_every_line(run):
+def test_a_terminal_that_lacks_a_character_shows_a_substitute_and_every_line(run):
     shown = {"fork": r"beside:gr\xf6\xdfe", "fresh": "beside:größe"}[run.method]
     lines = run.output.splitlines()
     assert any(f"] {shown} fp32 seed 0: ok, " in line for line in lines)
@@ -132,14 +132,14 @@ def test_a_terminal_without_a_character_shows_another_and_every_line(run):
     assert [line for line in lines if "\\n" in line] == []
 
 
-def test_files_are_utf8_whatever_the_terminal_is(run):
+def test_files_are_utf8_on_any_terminal(run):
     folder = run.run.path
     for name in ("report.md", "report.html", "cases.csv", "summary.csv"):
         assert "beside:größe" in (folder / name).read_text(encoding="utf-8")
     assert len(run.run.steps("beside+größe--fp32--s0--r0")) == 30
 
 
-def test_a_run_that_is_terminated_ends_like_one_that_the_user_stops(tmp_path):
+def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
     variables = suite(tmp_path)
     process = subprocess.Popen(
         command(*QUICK, "--mp-workloads=beside:slow", "--mp-seeds=1"),

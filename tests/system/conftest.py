@@ -1,4 +1,4 @@
-"""Whole runs: pytest in a process of its own, on a suite outside the repository."""
+"""Whole runs: pytest in its own process, on a suite outside the repository."""
 
 import os
 import subprocess
@@ -14,15 +14,15 @@ HERE = Path(__file__).parent
 
 SUITE = '''
 def test_training(mp_case, benchmark):
-    """What a suite of somebody else's looks like."""
+    """What somebody else's suite looks like."""
     mp_case.measure(benchmark)
 '''
 
 
 @pytest.fixture(scope="session")
 def run_suite(tmp_path_factory):
-    """Runs pytest with options on a fresh suite; what it printed, its exit code, and the run it made if any."""
-    # The user's cache is used where it is: generating mnist1d takes longer than a test.
+    """Run pytest with options on a fresh suite; return its output, its exit code, and the run it made, if any."""
+    # The user's own cache is used: generating mnist1d takes longer than a test.
 
     def run(*options, timeout=240, suite=SUITE, pyproject="", environ=None):
         folder = tmp_path_factory.mktemp("suite")

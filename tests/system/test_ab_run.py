@@ -1,4 +1,4 @@
-"""`mpscale ab` on real sessions, whose figures it compares in the end."""
+"""`mpscale ab` with real sessions."""
 
 import json
 import os
@@ -19,11 +19,11 @@ HERE = Path(__file__).parent
 
 KNOWN = """#!{python}
 import os, sys
-if sys.argv[1:] != ["-P", "-m", "mpscale.ab.turns"]:
+if not sys.argv[2].endswith("/about.py"):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 print('{about}')
 """
-"""The interpreter, but that it says at once what it holds; to ask TensorFlow takes long."""
+"""An interpreter that says at once what it holds: importing TensorFlow to find out takes long."""
 
 ABOUT = {
     "turns": 1,
@@ -36,7 +36,7 @@ ABOUT = {
 
 BREAKS_OFF = """#!{python}
 import os, sys
-if sys.argv[1:] == ["-P", "-m", "mpscale.ab.turns"]:
+if sys.argv[2].endswith("/about.py"):
     os.execv({known!r}, [{known!r}, *sys.argv[1:]])
 from mpscale.ab import turns
 
@@ -65,7 +65,7 @@ def known(tmp_path):
 
 @pytest.fixture
 def suite(tmp_path):
-    """A suite outside the repository. Its project has a baseline, which is not what two sessions are compared with."""
+    """A suite outside the repository, whose project has a baseline that `ab` must ignore."""
     (tmp_path / "test_suite.py").write_text("def test_training(mp_case, benchmark):\n    mp_case.measure(benchmark)\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nbaseline = "nowhere"\nfail-on = ["missing"]\n')
@@ -98,13 +98,13 @@ def _environ():
 
 
 def runs(folder):
-    """The runs that were made, A's first."""
+    """The runs, A's first."""
     found = [mpscale.read_run(path.parent) for path in (folder / "results/runs").glob("*/run.json")]
     return sorted(found, key=lambda run: run.info["interleaved"]["side"])
 
 
 def cases(run):
-    """Begin and end of each case, from the journal."""
+    """When each case began and ended, from the journal."""
     events = [json.loads(line) for line in (run.path / "journal.jsonl").read_text().splitlines()]
     times = {"case_started": {}, "case_finished": {}}
     for event in events:
@@ -113,7 +113,7 @@ def cases(run):
     return [(begin, times["case_finished"][case], case) for case, begin in times["case_started"].items()]
 
 
-def test_the_same_environment_twice_is_measured_in_turns_and_compared(suite, known):
+def test_the_same_environment_twice_is_interleaved_and_compared(suite, known):
     modes = ("--mp-modes", "fp32,mixed-dynamic")
     process = start(suite, sys.executable, known, "--mp-workloads", "suite_workloads:fine", *modes)
     output, errors = process.communicate(timeout=240)
@@ -147,7 +147,7 @@ def test_a_session_whose_partner_is_gone_ends_with_what_it_has(suite, known):
     assert process.returncode == 2
     assert "B has ended after 0 of 2 cases" in errors
     assert "no more" in errors
-    # Whether A or B was drawn for the first case is up to chance.
+    # Which of the two had the first case is random.
     for run in runs(suite):
         assert run.finished
         assert [record["status"] for record in run.records] == ["ok"]

@@ -1,4 +1,4 @@
-"""A run that is stopped keeps what it had, and leaves no process behind."""
+"""A stopped run keeps what it had and leaves no process behind."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def wait_for(condition, what, seconds=90):
 
 
 def hanging_case(folder):
-    """The run's folder once its second case has hung itself in the middle of its training."""
+    """The run's folder, once its second case hangs in its training."""
     for journal in folder.glob("results/runs/*/journal.jsonl"):
         if '"case_started"' in journal.read_text() and "hang" in journal.read_text().splitlines()[-1]:
             time.sleep(3)
@@ -52,7 +52,7 @@ def hanging_case(folder):
 
 
 def workers(folder):
-    """Processes of mpscale that run in ``folder``."""
+    """Processes of mpscale running in ``folder``."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -67,7 +67,7 @@ def workers(folder):
 
 @pytest.fixture
 def interruptible():
-    """What a shell starts in the background of a script ignores SIGINT, and so would all that these tests start."""
+    """Restore SIGINT: what a shell starts in the background ignores it, and so would all that these tests start."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""Modes are only compared when they started alike."""
+"""Modes are only compared if they started alike."""
 
 import pytest
 
