@@ -4,7 +4,7 @@ import pytest
 
 from mpscale.core.case import Case, Settings
 from mpscale.core.record import Record
-from mpscale.core.wire import Phase
+from mpscale.core.wire import Phase, PhaseReached, StepsDone
 from mpscale.terminal import LiveLine, Progress
 
 
@@ -25,8 +25,8 @@ class Screen:
 
     def run(self, number, seconds, **values):
         self.progress.started(case(number))
-        self.progress.event(case(number), "phase", {"phase": "compiled"})
-        self.progress.event(case(number), "progress", {"done": 100, "total": 2000})
+        self.progress.event(case(number), PhaseReached(Phase.COMPILED))
+        self.progress.event(case(number), StepsDone(100, 2000))
         self.now += seconds
         self.progress.finished(case(number), Record({"status": "ok", **values}))
 
@@ -55,7 +55,7 @@ def test_on_a_terminal_one_line_lives_below_the_finished_ones():
 @pytest.mark.parametrize("phase", Phase)
 def test_every_phase_has_a_word_for_people(phase):
     screen = Screen(live=True)
-    screen.progress.event(case(0), "phase", {"phase": phase})
+    screen.progress.event(case(0), PhaseReached(phase))
     assert screen.text.rstrip().rpartition(": ")[2]
 
 

@@ -51,7 +51,7 @@ class Record:
     ) -> None:
         self._values: dict[str, Any] = {}
         self._unavailable: dict[str, Reason] = {
-            known: _reason(why) for name, why in (unavailable or {}).items() if (known := _NAMES.get(name))
+            known: why for name, why in (unavailable or {}).items() if (known := _NAMES.get(name))
         }
         self.update(values or {})
 
@@ -82,14 +82,14 @@ class Record:
                 self._values[name] = value
                 self._unavailable.pop(name, None)
 
-    def miss(self, names: str | Iterable[str], reason: Reason | str) -> None:
+    def miss(self, names: str | Iterable[str], reason: Reason) -> None:
         """Say why columns are empty. Values stay, and so do earlier reasons, which came from nearer the cause."""
         for name in [names] if isinstance(names, str) else names:
             _check_name(name)
             if name not in self._values:
-                self._unavailable.setdefault(name, _reason(reason))
+                self._unavailable.setdefault(name, reason)
 
-    def complete(self, reason: Reason | str) -> None:
+    def complete(self, reason: Reason) -> None:
         """Give ``reason`` to every measured column that has neither a value nor a reason."""
         self.miss([column.name for column in COLUMNS.values() if column.measured], reason)
 
@@ -210,10 +210,6 @@ def misfit(name: str, value: Any) -> str | None:
     if COLUMNS[name].positive and value <= 0:
         return f"{name} is {value}; it must be above 0"
     return None
-
-
-def _reason(why: Reason | str) -> Reason:
-    return why if isinstance(why, Reason) else Reason(Code.OTHER, why)
 
 
 def _fits_into_64_bits(value: int) -> bool:

@@ -202,9 +202,9 @@ class Channel:
                 raise TypeError(why)
         self.send(Values(values))
 
-    def miss(self, columns: Sequence[str], reason: Reason | str) -> None:
+    def miss(self, columns: Sequence[str], reason: Reason) -> None:
         """Report columns that stay empty."""
-        self.send(Missed(list(columns), reason if isinstance(reason, Reason) else Reason.from_json(reason)))
+        self.send(Missed(list(columns), reason))
 
     def phase(self, phase: str) -> None:
         """Report a phase and wait until the session has looked at the machine."""

@@ -83,7 +83,8 @@ class Driver:
         Raises:
             SilentDriver: the driver does not answer.
         """
-        return self._ask("facts", _START_S, device=device.to_json())
+        told = self._ask("facts", _START_S, device=device.to_json())
+        return {**told, "reasons": {name: Reason.from_json(why) for name, why in told["reasons"].items()}}
 
     def look(self, device: Device) -> dict[str, Any]:
         """Return a GPU's present temperature, event reasons, processes and memory in use; None for what is unknown.

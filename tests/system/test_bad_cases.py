@@ -6,7 +6,7 @@ SUITE = """
 import shutil
 from pathlib import Path
 
-from support import suite_workloads as s
+import suite_workloads as s
 
 
 def test_training(mp_case, benchmark):
