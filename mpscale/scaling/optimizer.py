@@ -20,7 +20,6 @@ from mpscale.core.loss_scale import (
 from mpscale.scaling.gradients import (
     NewValueMarks,
     all_finite,
-    as_tensors,
     finite_and_largest,
     fitted,
     hidden_from_rewrite,
@@ -214,7 +213,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
             ValueError: the gradients were computed from what an earlier call returned, or it is unknown which of them
                 are new values.
         """
-        scaled = as_tensors(scaled_grads)
+        scaled = [grad if grad is None or tf.is_tensor(grad) else tf.convert_to_tensor(grad) for grad in scaled_grads]
         variables = None if variables is None else list(variables)
         self._blame.in_unscale |= variables is not None
         grads, new_values, finite, flags = self._judged(scaled, variables)
@@ -401,8 +400,8 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         """Unscale and check gradients, and note what :meth:`_decide` and ``blame`` need.
 
         Returns:
-            Gradients; new values apart from them; whether the gradients are finite on all replicas; with ``blame`` and
-            without variables to blame, 1 for each gradient that is not finite, int64 (gradients,).
+            Gradients; new values apart from them; whether the gradients are finite on all replicas; with ``blame`` but
+            without variables, 1 for each gradient that is not finite, int64 (gradients,).
         """
         check_context()
         if self.loss_scale.scales and self.loss_scale != StaticLossScale(1.0):
