@@ -138,25 +138,21 @@ def after_eleven_overflows(folder, **options):
     return tf.train.Checkpoint(w=line.w, optimizer=line.optimizer).save(folder / "checkpoint")
 
 
-def eager(line):
-    return lambda: line.update(line.gradients(1.0))
-
-
-def eager_and_clipped(line):
-    return lambda: line.clipped_update(line.gradients(1.0))
-
-
-def one_function(line):
-    return tf.function(lambda: line.update(line.gradients(1.0)))
-
-
 def two_traces(line):
     step = two_functions(line, None)
     return lambda: step(tf.constant(1.0))
 
 
+FIRST_STEPS = {
+    "eager": lambda line: lambda: line.update(line.gradients(1.0)),
+    "eager and clipped": lambda line: lambda: line.clipped_update(line.gradients(1.0)),
+    "one function": lambda line: tf.function(lambda: line.update(line.gradients(1.0))),
+    "two functions": two_traces,
+}
+
+
 @pytest.mark.parametrize("build", [False, True], ids=["unbuilt", "built"])
-@pytest.mark.parametrize("loop", [eager, eager_and_clipped, one_function, two_traces])
+@pytest.mark.parametrize("loop", FIRST_STEPS.values(), ids=FIRST_STEPS)
 @pytest.mark.parametrize("options", [{}, {"blame": True}], ids=["plain", "blame"])
 def test_the_first_step_after_a_checkpoint_has_the_right_size(loop, build, options, tmp_path):
     path = after_eleven_overflows(tmp_path, **options)
@@ -184,23 +180,3 @@ def test_a_checkpoint_restored_between_tracing_and_the_first_call_counts(tmp_pat
     tf.train.Checkpoint(w=line.w, optimizer=line.optimizer).restore(path)
     line.update(grads(tf.constant(1.0)))
     assert line.w.numpy()[0] == -2.0
-
-
-def test_a_loaded_keras_model_continues_in_a_custom_loop(tmp_path):
-    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
-    model.compile(LossScaleOptimizer(keras.optimizers.SGD(1.0), DynamicLossScale(INITIAL)), "mse", jit_compile=False)
-    optimizer = model.optimizer
-
-    def step(model, factor):
-        with tf.GradientTape() as tape:
-            scaled = model.optimizer.scale_loss(tf.reduce_sum(model(tf.ones((1, 1)))) * factor)
-        grads = tape.gradient(scaled, model.trainable_variables)
-        model.optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
-
-    for factor in (1.0, np.inf, np.inf):
-        step(model, factor)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert float(loaded.optimizer.loss_scale_value) == float(optimizer.loss_scale_value) == INITIAL / 4
-    tf.function(step)(loaded, tf.constant(1.0))
-    assert loaded.get_weights()[0] == -2.0

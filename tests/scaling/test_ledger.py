@@ -5,7 +5,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from support.small_step import COMPILED, small_model, step_function
+from support.small_step import HOW, small_model, step_function
 
 from mpscale.scaling import (
     DynamicLossScale,
@@ -42,7 +42,7 @@ GOOD, BAD = 1.0, np.inf
         ),
     ],
 )
-@pytest.mark.parametrize("how", COMPILED)
+@pytest.mark.parametrize("how", HOW)
 def test_steps_are_counted(how, factors, counters, trajectory):
     model = small_model()
     scale = DynamicLossScale(8.0, growth_interval=3, minimum=2.0)

@@ -1,13 +1,12 @@
 """Gradients are divided by the loss scale exactly once: a second division is refused, and doubtful loops warn."""
 
-import functools
 import gc
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from support.small_step import Loop, clipped
+from support.small_step import HOW, Loop, clipped, compiled
 
 from mpscale.scaling import (
     DynamicLossScale,
@@ -20,7 +19,6 @@ from mpscale.scaling import (
 )
 
 pytestmark = pytest.mark.filterwarnings("error::mpscale.scaling.UnscaledLossWarning")
-COMPILE = {"eager": lambda step: step, "graph": tf.function, "xla": functools.partial(tf.function, jit_compile=True)}
 
 
 def added_up_in_variables(loop, true):
@@ -248,12 +246,12 @@ def never_scaled_but_clipped(loop):
     loop.apply(clipped(grads), finite)
 
 
-@pytest.mark.parametrize("how", COMPILE)
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("use", [never_scaled, never_scaled_but_clipped])
 @pytest.mark.parametrize("rule", [StaticLossScale(16.0), DynamicLossScale(16.0), LogMaxLossScale()], ids=repr)
 def test_a_loop_that_never_scales_its_loss_warns_once(use, how, rule):
     loop = Loop(rule)
-    step = COMPILE[how](lambda: use(loop))
+    step = compiled(lambda: use(loop), how)
     with pytest.warns(UnscaledLossWarning, match=r"Differentiate optimizer\.scale_loss\(loss\)") as warned:
         step()
     assert len(warned) == 1
