@@ -2,8 +2,8 @@
 
     python selfcheck/trust_pool.py --rounds 40 --output pool.csv
 
-A round runs each row once in each variant, in random order. A few processes with and without extra work show first how
-much to add; how much slower a variant really is comes from all rounds together.
+A round runs each row once in each variant, in random order. A few processes with and without extra work first show how
+much to add; how much slower a variant really is follows from all rounds.
 """
 
 from __future__ import annotations
@@ -26,11 +26,7 @@ from mpscale.harness.run import BenchmarkRun
 from mpscale.harness.supervisor import Options
 from mpscale.telemetry.client import open_driver
 
-ROWS = (
-    ("mnist1d-mlp", "fp32"),
-    ("mnist1d-mlp", "mixed-dynamic"),
-    ("mnist1d-cnn", "fp32"),
-)
+ROWS = (("mnist1d-mlp", "fp32"), ("mnist1d-mlp", "mixed-dynamic"), ("mnist1d-cnn", "fp32"))
 SHARES = (0.0, 0.0, 0.02, 0.05, 0.10, 0.20)
 _TRIED = 2000
 RECORDED = (
@@ -70,7 +66,7 @@ class Pool:
 
 
 def products_for(pool: Pool, workload: str, mode: str, tries: int = 4) -> list[int]:
-    """How many products each variant adds."""
+    """Return how many products each variant adds."""
     plain, more = ([], [])
     for _ in range(tries):
         plain.append(pool.measure(workload, mode, 0)["step_time_ms_median"])
