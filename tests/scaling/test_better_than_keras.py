@@ -40,14 +40,10 @@ def test_static_scale_is_possible():
     assert changed == [True, False, True]
 
 
-def test_static_scale_survives_compile_under_mixed_float16():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
-        keras_model, our_model = small_model(), small_model()
-        keras_model.compile(sgd(loss_scale_factor=128.0), "mse")
-        our_model.compile(LossScaleOptimizer(sgd(), StaticLossScale(128.0)), "mse")
-    finally:
-        keras.config.set_dtype_policy("float32")
+def test_static_scale_survives_compile_under_mixed_float16(mixed_float16):
+    keras_model, our_model = small_model(), small_model()
+    keras_model.compile(sgd(loss_scale_factor=128.0), "mse")
+    our_model.compile(LossScaleOptimizer(sgd(), StaticLossScale(128.0)), "mse")
     assert isinstance(keras_model.optimizer, KerasOptimizer)
     assert keras_model.optimizer.inner_optimizer.loss_scale_factor is None
     assert our_model.optimizer.loss_scale == StaticLossScale(128.0)

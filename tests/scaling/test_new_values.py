@@ -15,14 +15,6 @@ X = RNG.normal(size=(40, 6)).astype(np.float32)
 Y = (X.sum(1) > 0).astype(np.float32)
 
 
-@pytest.fixture
-def mixed_float16():
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("mixed_float16")
-    yield
-    keras.config.set_dtype_policy(before)
-
-
 def trained(optimizer):
     """Return all variables of a model with two float8 layers after eight steps."""
     keras.utils.set_random_seed(0)
