@@ -150,10 +150,7 @@ def within_reach(tensor: Any) -> bool:
 
 
 class _Watch:
-    """Hands the sources of every eager operation's inputs on to its outputs while it is on.
-
-    Variables hand them on too, so that gradients may be accumulated in variables.
-    """
+    """Passes the sources of an eager operation's inputs to its outputs, also through variables, which accumulate."""
 
     def __init__(self) -> None:
         self._remove: Any = None
@@ -163,7 +160,7 @@ class _Watch:
         self.stop()
         handles = dict[int, tuple[Any, frozenset[Any]]]()  # with the handle, so that its id is not used again
 
-        def hand_on(
+        def pass_on(
             op_type: Any, inputs: Any, attrs: Any, outputs: Any, op_name: Any = None, graph: Any = None
         ) -> None:
             if graph is not None:
@@ -179,9 +176,9 @@ class _Watch:
                 if tensor.dtype == tf.resource:
                     handles[id(tensor)] = (tensor, found)
 
-        op_callbacks.add_op_callback(hand_on)
+        op_callbacks.add_op_callback(pass_on)
         # Not a bound method, through which TensorFlow would keep this object and its optimizer alive.
-        self._remove = weakref.finalize(self, _remove_callback, hand_on)
+        self._remove = weakref.finalize(self, _remove_callback, pass_on)
         self._remove.atexit = False
 
     def stop(self) -> None:

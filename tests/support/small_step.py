@@ -42,7 +42,7 @@ def same(before, after):
 
 
 class Loop:
-    """A loop of one's own over three weights of two elements, whose gradients are all ``factor``; SGD with rate 1."""
+    """A custom loop over three weights of two elements, whose gradients are all ``factor``; SGD with rate 1."""
 
     scale = 16.0
 
@@ -73,5 +73,5 @@ class Loop:
 
 
 def clipped(grads):
-    """Clip, so that tensors are others and values the same."""
+    """Return new tensors with the same values, clipped at a limit out of reach."""
     return tf.clip_by_global_norm(grads, 1e3)[0]
