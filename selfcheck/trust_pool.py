@@ -24,6 +24,7 @@ from mpscale.core.case import Case, Settings
 from mpscale.core.device import find_device
 from mpscale.harness.run import BenchmarkRun
 from mpscale.harness.supervisor import Options
+from mpscale.telemetry import host
 from mpscale.telemetry.client import open_driver
 
 ROWS = (("mnist1d-mlp", "fp32"), ("mnist1d-mlp", "mixed-dynamic"), ("mnist1d-cnn", "fp32"))
@@ -52,7 +53,7 @@ class Pool:
         driver = open_driver()
         options = Options(results, Path(__file__).parent, "fork", 600.0, {})
         self._settings = Settings(timing_s=timing_s, energy_s=0.0)
-        self.run = BenchmarkRun([], find_device([], os.environ), driver, options, lambda *_: None)
+        self.run = BenchmarkRun([], find_device([], os.environ, host.cpu()), driver, options, lambda *_: None)
         self._made = 0
 
     def measure(self, workload: str, mode: str, products: int) -> dict:
