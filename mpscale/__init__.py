@@ -11,19 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "StaticLossScale": "mpscale.scaling",
-    "DynamicLossScale": "mpscale.scaling",
-    "NoLossScale": "mpscale.scaling",
-    "LossScaleOptimizer": "mpscale.scaling",
-    "LossScaleMonitor": "mpscale.scaling",
-    "MODES": "mpscale.core.mode",
-    "Mode": "mpscale.core.mode",
-    "Workload": "mpscale.workloads",
-    "workload": "mpscale.workloads",
-    "Data": "mpscale.workloads",
-    "Run": "mpscale.core.runs",
-    "read_run": "mpscale.core.runs",
+_NAMES = {
+    "mpscale.core.mode": ("MODES", "Mode"),
+    "mpscale.core.runs": ("Run", "read_run"),
+    "mpscale.scaling": ("DynamicLossScale", "LossScaleMonitor", "LossScaleOptimizer", "NoLossScale", "StaticLossScale"),
+    "mpscale.workloads": ("Data", "Workload", "workload"),
 }
 
 __all__ = [
@@ -50,12 +42,11 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module 'mpscale' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+    for module, names in _NAMES.items():
+        if name in names:
+            globals()[name] = getattr(importlib.import_module(module), name)
+            return globals()[name]
+    raise AttributeError(f"module 'mpscale' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:

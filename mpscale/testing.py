@@ -1,8 +1,7 @@
 """For tests of loss scaling, mpscale's or anyone's: an overflow at a chosen place.
 
-Whether a scaler skips the step, lowers the scale and makes all replicas agree shows only when a gradient overflows, but
-waiting for a model to do that tests the model. ``inject_overflow`` makes gradients non-finite in a chosen step, on a
-chosen replica and for a chosen variable.
+Only an overflow shows whether a scaler skips the step, lowers the scale and makes all replicas agree, but waiting for a
+model to overflow tests the model. ``inject_overflow`` makes gradients of chosen steps, replicas and variables overflow.
 """
 
 from __future__ import annotations
@@ -179,7 +178,7 @@ class OverflowInjector:
             raise TypeError(f"grads must be a list of gradients, not a {type(grads).__name__}; put it into a list")
         grads = list(grads)
         chosen = self._chosen(grads, None if variables is None else list(variables))
-        hit = self._on_this_replica(_replica_context())
+        hit = self._on_this_replica()
         self._count_under(tf.distribute.get_strategy())
         count = self._count.read_value()
         advance = self._armed.read_value() if only_armed else tf.constant(1, tf.int64)
@@ -193,7 +192,7 @@ class OverflowInjector:
         """Return the indices of the gradients to hit, none of which is None."""
         if variables is not None and len(variables) != len(grads):
             raise ValueError(f"there are {len(grads)} gradients and {len(variables)} variables; pass one for each")
-        paths = None if variables is None else [path_of(variable) for variable in variables]
+        paths = None if variables is None else list(map(path_of, variables))
         if self.variable is None:
             places = list(range(len(grads)))
         elif isinstance(self.variable, str):
@@ -214,8 +213,14 @@ class OverflowInjector:
             )
         return chosen
 
-    def _on_this_replica(self, context: Any) -> tf.Tensor:
-        """Return whether these are the gradients of the chosen replica, a boolean scalar."""
+    def _on_this_replica(self) -> tf.Tensor:
+        """Return whether this replica is chosen, a boolean scalar."""
+        context = tf.distribute.get_replica_context()
+        if context is None:
+            raise ValueError(
+                "the injector was called outside a replica, where the gradients of several may be merged already; call "
+                "it in the function that strategy.run runs"
+            )
         if self.replica is None:
             return tf.constant(True)
         if self.replica >= context.num_replicas_in_sync:
@@ -254,16 +259,6 @@ class OverflowInjector:
 
 
 inject_overflow = OverflowInjector  # read as a verb, it is what a test does
-
-
-def _replica_context() -> Any:
-    context = tf.distribute.get_replica_context()
-    if context is None:
-        raise ValueError(
-            "the injector was called outside a replica, where the gradients of several may be merged already; call it "
-            "in the function that strategy.run runs"
-        )
-    return context
 
 
 def _per_replica(name: str, initial: int) -> Any:

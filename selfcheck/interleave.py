@@ -30,12 +30,7 @@ class Times:
 class Contestant:
     """A process that answers in lines of JSON: when it is ready, then the seconds per step of each requested block.
 
-    Args:
-        command: arguments for this Python.
-        cores: the cores it may use; None for all.
-        environment: its whole environment; None for that of this process.
-        request: sent before it is ready; None for nothing.
-        log: destination of its standard error; None for that of this process.
+    It runs this Python with ``command``; ``request`` is sent before it is ready, and ``log`` gets its standard error.
     """
 
     def __init__(

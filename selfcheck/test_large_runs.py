@@ -1,9 +1,9 @@
-"""What `mpscale report` and `mpscale compare` take for runs of ten thousand cases: seconds and memory.
+"""Seconds and memory that `mpscale report` and `mpscale compare` need for runs of ten thousand cases.
 
     pytest selfcheck/test_large_runs.py
 
-The runs are made up: 1,250 seeds of eight modes, each record with as many columns and reasons as a real one on a CPU.
-`report` is shown with and without its pictures. Nothing is asserted about times.
+The runs are synthetic: 1,250 seeds of eight modes, each record with as many columns and reasons as a real one on a CPU.
+`report` is measured with and without its figures. Nothing is asserted about times.
 """
 
 from __future__ import annotations
@@ -25,15 +25,12 @@ from mpscale.core.record import Record
 REFERENCE = Path(__file__).parents[1] / "results" / "reference" / "20261124T015841Z-amd-epyc-d6eb"
 SEEDS = 1250
 USED = ("fp32", "tf32", "mixed-static", "mixed-dynamic", "mixed-bf16", "mixed-logmax", "mixed-keras", "mixed-unscaled")
-NO_PICTURES = (
-    "import sys; from mpscale.report import files; files.gains = files.training = lambda run: None; "
-    "from mpscale.cli import main; sys.exit(main(sys.argv[1:]))"
-)
 COMMAND = "import sys; from mpscale.cli import main; sys.exit(main(sys.argv[1:]))"
+NO_FIGURES = f"from mpscale.report import files; files.gains = files.training = lambda run: None; {COMMAND}"
 
 
 def template():
-    """A real training with a loss scale, in today's format."""
+    """Return the event of a real training with a loss scale, in today's format."""
     with (REFERENCE / "journal.jsonl").open() as file:
         events = map(json.loads, file)
         event = next(e for e in events if e["event"] == "case_finished" and e["record"]["mode"] == "mixed-dynamic")
@@ -69,7 +66,7 @@ def write_run(results, name, slower=1.0):
 
 
 def measured(program, *arguments):
-    """Seconds and peak of the resident memory in MiB of a process, with its children."""
+    """Return the seconds and the peak resident memory, in MiB, of a process with its children."""
     code = (
         "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL); "
         "print(done.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -88,7 +85,7 @@ def test_large_runs(tmp_path, capsys):
     table = [
         ["report, first", *measured(COMMAND, "report", before)],
         ["report, again", *measured(COMMAND, "report", before)],
-        ["report without pictures", *measured(NO_PICTURES, "report", after)],
+        ["report without figures", *measured(NO_FIGURES, "report", after)],
         ["compare", *measured(COMMAND, "compare", before, after)],
     ]
     with capsys.disabled():

@@ -1,11 +1,11 @@
-"""What watching a GPU costs the training: the same process with the sampler running and stopped, in turns.
+"""What watching a GPU costs the training: the same process with the monitor running and stopped, in turns.
 
     pytest selfcheck/test_sampler_cost.py --restarts 3 --rounds 400
 
-The sampler looks seldom while steps are timed, and often otherwise; both are shown. The driver's library is the
-stand-in of the tests, which answers in microseconds: what a real driver takes for a call comes on top, in the
-sampler's own process. Printed are the share of a core that the sampler uses, what that takes of the training's cores,
-and the ratio of step times: where the training uses all cores, and where one is free, as beside a GPU.
+The monitor samples rarely while steps are timed and often otherwise; both are measured. The driver's library is the
+stand-in of the tests, which answers in microseconds; a real driver adds its own time, in the monitor's process. The
+table shows the share of a core that the monitor uses, its share of the training's cores, and the ratio of step times:
+with the training on all cores, and with one core free, as beside a GPU.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tabulate import tabulate
 
 from mpscale.telemetry.client import Driver
 
-TESTS = Path(__file__).parents[2] / "tests"
+TESTS = Path(__file__).parents[1] / "tests"
 CONTESTANT = Path(__file__).with_name("scaling_contestant.py")
 BLOCK_S = 0.5
 PHASES = {"often": "timing-end", "while timed": "timing-start"}
 MOST = {"often": 0.05, "while timed": 0.001}
-"""Of the processors' time."""
+"""Largest accepted share of the training's cores."""
 
 
 @pytest.mark.parametrize("cores", ["all", "one"])
@@ -40,7 +40,7 @@ def test_sampler_cost(cores, request, tmp_path, capsys):
 
     allowed = sorted(os.sched_getaffinity(0))
     if cores == "one" and len(allowed) < 2:
-        pytest.skip("needs a core for the sampler beside that of the training")
+        pytest.skip("needs one core for the monitor and one for the training")
     used = set(allowed) if cores == "all" else {allowed[0]}
     script = Script(tmp_path / "nvml.txt")
     library = build(tmp_path / "lib")
@@ -68,16 +68,16 @@ def test_sampler_cost(cores, request, tmp_path, capsys):
         taken = share / len(used) if cores == "all" else 0.0
         rows.append([cores, how, f"{share:.2%}", f"{taken:.3%}", *spread(ratios[how])])
         assert taken < MOST[how]
-    headers = ["cores of the training", "sampler looks", "uses of a core", "of the training's", "step time on / off"]
+    headers = ["cores of the training", "sampling", "share of a core", "of the training's", "step time on / off"]
     with capsys.disabled():
         print("\n\n" + tabulate(rows, [*headers, "95 %"], "github"))
 
 
 def core_share(pid, seconds=10.0):
-    """Share of a core that a process uses."""
+    """Return the share of a core that a process uses."""
 
     def used():
-        # Nanoseconds; the clock ticks of /proc/PID/stat are too coarse for a sampler that mostly sleeps.
+        # Nanoseconds; the clock ticks of /proc/PID/stat are too coarse for a process that mostly sleeps.
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
     before, start = used(), time.monotonic()
@@ -86,7 +86,7 @@ def core_share(pid, seconds=10.0):
 
 
 def on_over_off(contestant, driver, rounds):
-    """For each way of looking, ratios of neighbouring blocks, the sampler running in one and stopped in the other."""
+    """Return ratios of neighbouring blocks with the monitor running and stopped, by how often it samples."""
     steps = max(2, round(BLOCK_S / statistics.median(contestant.block(5) for _ in range(9))))
     ratios = {how: [] for how in PHASES}
     for _ in range(rounds):
@@ -104,7 +104,7 @@ def on_over_off(contestant, driver, rounds):
 
 
 def spread(ratios):
-    """The median of the ratios and its 95 % interval, by ranks (binomial)."""
+    """Return the median of the ratios and its 95 % interval, by ranks (binomial)."""
     ordered = sorted(ratios)
     reach = 0.98 * math.sqrt(len(ordered))
     low, high = (ordered[max(0, min(len(ordered) - 1, round(len(ordered) / 2 + side * reach)))] for side in (-1, 1))

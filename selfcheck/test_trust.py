@@ -1,15 +1,15 @@
-"""How often a verdict is wrong although nothing changed, and how often a change is found, with real processes.
+"""How often a verdict is wrong when nothing changed, and how often a change is found, from real processes.
 
     pytest selfcheck/test_trust.py --rounds 40                    # measures for about 50 minutes
     pytest selfcheck/test_trust.py --pool results/trust/pool.csv  # the tables again, from the same processes
 
 trust_pool.py runs every row in every round, interleaved: plain, plain again, and with 2, 5, 10 and 20 % of real work
-added to its step. A run of n processes is n consecutive rounds, so that runs lie minutes apart. Comparisons are drawn
-from such runs: twenty rows, drawn from the pool's rows with replacement, and n of the 2 n plain processes of their
-rounds, without replacement, because of three processes drawn with replacement two are often the same and look as if
-there were no noise. The rows of a run share its rounds, and so the state of the machine. mpscale's own functions then
-judge them: `compare` with a single-run baseline and with four earlier runs of the baseline's code; the gate of a pytest
-run, which measures rows again before it fires; and `ab`, whose pairs are n rounds out of 2 n.
+added to its step. A run of n processes is n consecutive rounds, so runs are minutes apart. A comparison has twenty
+rows, drawn from the pool's rows with replacement, and n of the 2 n plain processes of their rounds, drawn without:
+otherwise two of three processes would often be the same, as if there were no noise. The rows of a run share its rounds,
+and so the state of the machine. mpscale's own functions judge them: `compare` with a single-run baseline and with four
+earlier runs of the baseline's code; the gate of a pytest run, which measures rows again before it fires; and `ab`,
+whose pairs are n rounds out of 2 n.
 
 The true change of a variant is not the work that was meant to be added, but its ratio to plain over all rounds.
 """
@@ -47,7 +47,7 @@ BETWEEN = 0.5
 """Spread of simulated runs, relative to that of processes."""
 PLAIN, AGAIN = 0, 1
 STRICTEST = 0.01
-"""Threshold at which nothing may be found if nothing changed; for a change, the threshold is half of it."""
+"""Threshold without a change, at which nothing may be found; with a change, it is half of the change."""
 NOBODY = Run(Path(), "", {}, [], True)
 COMMANDS = ("compare, single-run", "compare, 5 runs", "pytest gate, 5 runs", "ab")
 
@@ -82,13 +82,13 @@ class Pool:
 
 
 def windows(pool, processes, number):
-    """The rounds of ``number`` disjoint runs, drawn at random, oldest first."""
-    there = [range(start, start + processes) for start in range(0, pool.rounds - processes + 1, processes)]
-    return [there[place] for place in sorted(random.sample(range(len(there)), number))]
+    """Return the rounds of ``number`` disjoint runs, drawn at random, oldest first."""
+    starts = range(0, pool.rounds - processes + 1, processes)
+    return [range(start, start + processes) for start in sorted(random.sample(starts, number))]
 
 
 def sample(pool, row, variant, rounds):
-    """Processes of a run, drawn from its rounds, which have twice as many plain ones."""
+    """Return step times of a run, drawn from its rounds, which have twice as many plain ones."""
     variants = (PLAIN, AGAIN) if variant == PLAIN else (variant,)
     return random.sample([pool.times[row, each][turn] for turn in rounds for each in variants], len(rounds))
 
@@ -101,7 +101,7 @@ def cases(times):
 
 
 def judged(before, after, floors, threshold, in_turns=False):
-    """Mpscale's comparison of twenty rows."""
+    """Return mpscale's comparison of twenty rows."""
     sides = [{("row", str(place)): found for place, found in enumerate(side)} for side in (before, after)]
     assumed = assumed_floor(sides, TIME)
     pairs = pair_noise(sides, TIME) if in_turns else {}
@@ -123,7 +123,7 @@ def fired(comparison, threshold):
 
 
 def invoke(pool, command, processes, variant, threshold):
-    """The rows on which a gate fires, and the verdicts of all; row 0 has ``variant``, all others are plain."""
+    """Return the rows on which a gate fires and the verdicts of all; row 0 has ``variant``, all others are plain."""
     rows = random.choices(pool.rows, k=ROWS)
     variants = [variant, *[PLAIN] * (ROWS - 1)]
     judge = in_turns if command == "ab" else run_by_run
@@ -132,7 +132,7 @@ def invoke(pool, command, processes, variant, threshold):
 
 
 def in_turns(pool, _, processes, rows, variants, threshold):
-    """As in `mpscale ab`."""
+    """Compare as `mpscale ab` does."""
     (rounds,) = windows(pool, 2 * processes, 1)
     sides = ([], [])
     for row, variant in zip(rows, variants, strict=True):
@@ -143,7 +143,7 @@ def in_turns(pool, _, processes, rows, variants, threshold):
 
 
 def run_by_run(pool, command, processes, rows, variants, threshold):
-    """A run against the previous one, with or without earlier ones; a gate measures again before it fires."""
+    """Compare a run with the previous one, with or without earlier ones; a gate measures again before it fires."""
     anew = "gate" in command
     known = known_runs(command)
     drawn = windows(pool, processes, known + 1 + 2 * anew)
@@ -162,7 +162,7 @@ def run_by_run(pool, command, processes, rows, variants, threshold):
 
 
 def counted(pool, command, processes, variant, times):
-    """The shares of comparisons by what came of them."""
+    """Return the share of comparisons with each outcome."""
     outcome = Counter()
     threshold = pool.added[variant] / 2 or STRICTEST
     for _ in range(times):
@@ -177,19 +177,19 @@ def counted(pool, command, processes, variant, times):
 
 
 def needed(command, processes):
-    """The number of rounds that a comparison needs."""
+    """Return the number of rounds that a comparison needs."""
     runs = 2 if command == "ab" else known_runs(command) + 1 + 2 * ("gate" in command)
     return processes * runs
 
 
 def known_runs(command):
-    """The number of runs of the baseline's code."""
+    """Return the number of runs of the baseline's code."""
     found = re.search(r"(\d+) runs", command)
     return int(found[1]) if found else 1
 
 
 def noise(pool, processes):
-    """Relative standard deviations by row: of processes within a run, and of the means of runs."""
+    """Return relative standard deviations by row: of processes within a run, and of the means of runs."""
     within, between = [], []
     for row in pool.rows:
         times = pool.times[row, PLAIN]
@@ -273,7 +273,7 @@ def test_repeats_needed(command, capsys):
 
 
 def finds(command, noise, change, processes, times=60):
-    """Whether a change of that size is found often enough if processes differ by that much."""
+    """Return whether a relative ``change`` is found in 95 % of comparisons if processes spread by ``noise``."""
     found = 0
     for _ in range(times):
         pool = Pool(added={PLAIN: 0.0, AGAIN: 0.0, 2: change})

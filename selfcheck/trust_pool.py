@@ -2,8 +2,8 @@
 
     python selfcheck/trust_pool.py --rounds 40 --output pool.csv
 
-A round runs each row once in each variant, in random order. A few processes with and without extra work show first how
-much to add; how much slower a variant really is comes from all rounds together.
+A round runs each row once in each variant, in random order. A few processes with and without extra work first show how
+much to add; how much slower a variant really is follows from all rounds.
 """
 
 from __future__ import annotations
@@ -24,13 +24,10 @@ from mpscale.core.case import Case, Settings
 from mpscale.core.device import find_device
 from mpscale.harness.run import BenchmarkRun
 from mpscale.harness.supervisor import Options
+from mpscale.telemetry import host
 from mpscale.telemetry.client import open_driver
 
-ROWS = (
-    ("mnist1d-mlp", "fp32"),
-    ("mnist1d-mlp", "mixed-dynamic"),
-    ("mnist1d-cnn", "fp32"),
-)
+ROWS = (("mnist1d-mlp", "fp32"), ("mnist1d-mlp", "mixed-dynamic"), ("mnist1d-cnn", "fp32"))
 SHARES = (0.0, 0.0, 0.02, 0.05, 0.10, 0.20)
 _TRIED = 2000
 RECORDED = (
@@ -56,7 +53,7 @@ class Pool:
         driver = open_driver()
         options = Options(results, Path(__file__).parent, "fork", 600.0, {})
         self._settings = Settings(timing_s=timing_s, energy_s=0.0)
-        self.run = BenchmarkRun([], find_device([], os.environ), driver, options, lambda *_: None)
+        self.run = BenchmarkRun([], find_device([], os.environ, host.cpu()), driver, options, lambda *_: None)
         self._made = 0
 
     def measure(self, workload: str, mode: str, products: int) -> dict:
@@ -70,7 +67,7 @@ class Pool:
 
 
 def products_for(pool: Pool, workload: str, mode: str, tries: int = 4) -> list[int]:
-    """How many products each variant adds."""
+    """Return how many products each variant adds."""
     plain, more = ([], [])
     for _ in range(tries):
         plain.append(pool.measure(workload, mode, 0)["step_time_ms_median"])

@@ -19,13 +19,13 @@ def __getattr__(name: str) -> Workload:
 
 
 def _with_more(loss: Any, products: int) -> Any:
-    """A loss that also multiplies a matrix by itself, in a way that no compiler can remove."""
+    """Return a loss that also multiplies a matrix by itself, in a way that no compiler can remove."""
 
     def slower(labels: Any, outputs: Any) -> Any:
         import tensorflow as tf
 
         value = loss(labels, outputs)
-        # It depends on the loss, so that it is not folded into a constant when the step is compiled.
+        # It depends on the loss, so it cannot be folded into a constant.
         matrix = tf.eye(SIZE) + 1e-3 * tf.stop_gradient(value)
 
         def multiply(count: Any, matrix: Any) -> Any:

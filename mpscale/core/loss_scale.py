@@ -1,10 +1,7 @@
-"""Loss-scale rules: immutable descriptions whose algorithms are pure functions of state.
+"""Loss-scale rules: immutable, without variables, their algorithms pure functions of a state.
 
-A rule holds no variable. It gives the state before the first step and the state after a step, so its whole algorithm
-can be tested or traced without a model. :class:`~mpscale.scaling.LossScaleOptimizer` keeps the state in variables.
-
-TensorFlow is imported only where a next state is computed: a process without it, such as the one that parses the
-command line, uses the same defaults, checks and messages as the one that trains.
+:class:`~mpscale.scaling.LossScaleOptimizer` keeps the state in variables. TensorFlow is imported only to compute a next
+state, so the command line has the same defaults, checks and messages as the training without loading it.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ import dataclasses
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +24,10 @@ LARGEST_SCALE = 2.0**126
 class LossScale(ABC):
     """A rule for the loss scale. Subclasses are frozen dataclasses whose fields are the arguments of the rule."""
 
-    #: Whether the loss is multiplied, and gradients are divided, by the scale at all.
-    scales: bool = True
-    #: Whether gradients are checked for non-finite values.
-    checks_finite: bool = True
-    #: Whether a step with a non-finite gradient is skipped.
-    skip_nonfinite: bool = True
-    #: Whether :meth:`next_state` needs the largest gradient.
-    needs_largest: bool = False
+    scales: bool = True  # whether the loss is multiplied, and gradients are divided, by the scale
+    checks_finite: bool = True  # whether gradients are checked for non-finite values
+    skip_nonfinite: bool = True  # whether a step with a non-finite gradient is skipped
+    needs_largest: bool = False  # whether next_state needs the largest gradient
 
     @property
     def at_least_one(self) -> bool:
@@ -45,9 +38,8 @@ class LossScale(ABC):
     def initial_state(self) -> dict[str, float | int]:
         """Return the state before the first step; it always has a ``"scale"``."""
 
-    @abstractmethod
     def next_state(self, state: State, finite: Any, largest: Any = None) -> dict[str, Any]:
-        """Return the state after a step.
+        """Return the state after a step; by default it never changes.
 
         Args:
             state: the state at the beginning of the step.
@@ -55,6 +47,7 @@ class LossScale(ABC):
             largest: float32 scalar, the largest absolute value of the unscaled gradients. Given if ``needs_largest``
                 is set; meaningless if ``finite`` is False.
         """
+        return dict(state)
 
     def at_floor(self, state: State) -> Any:
         """Return whether the scale cannot fall any further (boolean scalar); no rule can cure an overflow then."""
@@ -82,7 +75,7 @@ class LossScale(ABC):
             The arguments given in ``text``; those of integer defaults are integers. ``cls(**arguments)`` is valid.
 
         Raises:
-            ValueError: a key is no argument of this rule, a value is no number, or the constructor refuses them.
+            ValueError: a key is not an argument of this rule, a value is not a number, or the constructor refuses them.
         """
         arguments: dict[str, Any] = {}
         defaults = cls.defaults()
@@ -90,18 +83,14 @@ class LossScale(ABC):
             key, _, value = (part.strip() for part in pair.partition("="))
             if key not in defaults:
                 raise ValueError(f"{key!r} is none of {', '.join(defaults)}")
-            number = parse_number(value)
+            number = _parsed(value)
             arguments[key] = int(number) if type(defaults[key]) is int and number.is_integer() else number
         cls(**arguments)
         return arguments
 
 
-def parse_number(text: str) -> float:
-    """Parse a number that may be written as a power, such as ``2**24`` or ``2^24``.
-
-    Raises:
-        ValueError: ``text`` is no number, or too large for one.
-    """
+def _parsed(text: str) -> float:
+    """Parse a number that may be written as a power, such as ``2**24`` or ``2^24``."""
     power = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:\*\*|\^)\s*(-?\d+)\s*", text)
     try:
         return float(power[1]) ** int(power[2]) if power else float(text)
@@ -119,9 +108,6 @@ class NoLossScale(LossScale):
 
     def initial_state(self) -> dict[str, float | int]:
         return {"scale": 1.0}
-
-    def next_state(self, state: State, finite: Any, largest: Any = None) -> dict[str, Any]:
-        return dict(state)
 
 
 @dataclass(frozen=True)
@@ -143,7 +129,7 @@ class StaticLossScale(LossScale):
     skip_nonfinite: bool = True
 
     def __post_init__(self) -> None:
-        _check_scale("scale", self.scale)
+        _check_scale(self, "scale")
 
     @property
     def at_least_one(self) -> bool:
@@ -151,9 +137,6 @@ class StaticLossScale(LossScale):
 
     def initial_state(self) -> dict[str, float | int]:
         return {"scale": float(self.scale)}
-
-    def next_state(self, state: State, finite: Any, largest: Any = None) -> dict[str, Any]:
-        return dict(state)
 
 
 @dataclass(frozen=True)
@@ -201,14 +184,11 @@ class DynamicLossScale(LossScale):
     maximum: float = 2.0**24
 
     def __post_init__(self) -> None:
-        _check_bounds(self.initial, self.minimum, self.maximum)
-        if not (_is_number(self.growth_factor) and 1 < self.growth_factor < math.inf):
-            raise ValueError(f"growth_factor must be finite and above 1, not {self.growth_factor!r}")
-        _check_share("backoff_factor", self.backoff_factor)
+        _check_bounds(self)
+        _check(self, "growth_factor", "finite and above 1", lambda value: 1 < value < math.inf)
+        _check(self, "backoff_factor", "between 0 and 1", lambda value: 0 < value < 1)
         for name in ("growth_interval", "hysteresis"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+            _check(self, name, "an integer of at least 1", lambda value: isinstance(value, int) and value >= 1)
 
     @property
     def at_least_one(self) -> bool:
@@ -237,19 +217,6 @@ class DynamicLossScale(LossScale):
         return state["scale"] <= self.minimum
 
 
-_TARGET = 16.0
-"""log2 of the limit for the largest scaled gradient: 2**16 is the first power of two beyond float16."""
-
-_OVERFLOW = math.log2(65504)
-"""log2 of the largest finite float16 value, which a non-finite step counts as."""
-
-_OVERFLOW_FLOOR = 1.001
-"""The scale after endless overflow, 2**_TARGET / 65504 = 1.0005, and a margin for rounding."""
-
-_SMALLEST = 2.0**-126
-"""Smallest normal float32: devices flush smaller values to zero, whose logarithm would be minus infinity."""
-
-
 @dataclass(frozen=True)
 class LogMaxLossScale(LossScale):
     """A loss scale that keeps the largest gradient some standard deviations below the limit of float16.
@@ -263,8 +230,9 @@ class LogMaxLossScale(LossScale):
 
     If x were normally distributed, one step in a thousand would exceed 2**16 at the default of 3.09 deviations.
 
-    - A step with non-finite gradients is skipped and counts as x = log2(65504); ``largest`` is ignored.
-    - A step whose largest gradient is zero, or is flushed to zero, has no logarithm and leaves the state as it is.
+    - The limit, 2**16, is the first power of two beyond float16.
+    - A step with non-finite gradients is skipped and counts as x = log2(65504), the largest float16.
+    - A step whose largest gradient is zero, or flushes to zero, has no logarithm and leaves the state as it is.
 
     This is ``LogMaxScaler`` of NVIDIA's OpenSeq2Seq (``open_seq2seq/optimizers/automatic_loss_scaler.py``) with two
     errors corrected. There an overflow enters the averages as 2**16 instead of its logarithm, so that a single one
@@ -295,11 +263,10 @@ class LogMaxLossScale(LossScale):
     needs_largest = True
 
     def __post_init__(self) -> None:
-        _check_bounds(self.initial, self.minimum, self.maximum)
-        _check_share("mean_decay", self.mean_decay)
-        _check_share("deviation_decay", self.deviation_decay)
-        if not (_is_number(self.deviations) and 0 <= self.deviations <= 100):
-            raise ValueError(f"deviations must be a number from 0 to 100, not {self.deviations!r}")
+        _check_bounds(self)
+        for name in ("mean_decay", "deviation_decay"):
+            _check(self, name, "between 0 and 1", lambda value: 0 < value < 1)
+        _check(self, "deviations", "a number from 0 to 100", lambda value: 0 <= value <= 100)
 
     @property
     def at_least_one(self) -> bool:
@@ -317,21 +284,21 @@ class LogMaxLossScale(LossScale):
         largest = tf.convert_to_tensor(largest, tf.float32)
         # A float64 gradient can be finite when its float32 value is not.
         finite = tf.logical_and(finite, tf.math.is_finite(largest))
-        # False for NaN as well. Values without a logarithm are replaced first, so that no NaN ever appears.
-        has_logarithm = tf.logical_and(finite, largest >= _SMALLEST)
+        # From the smallest normal float32 on; False for NaN. Devices flush smaller values to zero. Values without a
+        # logarithm are replaced first, so that no NaN ever appears.
+        has_logarithm = tf.logical_and(finite, largest >= 2.0**-126)
         logarithm = tf.math.log(tf.where(has_logarithm, largest, 1.0)) / math.log(2)
-        x = tf.where(finite, logarithm, _OVERFLOW)
+        x = tf.where(finite, logarithm, math.log2(65504))
 
-        # The averages of the docstring with their bias correction, but the variance is updated directly instead of as
-        # the difference of two large squares: at x = 10 and sigma = 0.05, float32 would turn that into an error of
-        # 10 % in the scale. A constant x therefore has a sigma of exactly 0.
+        # The variance is updated directly instead of as the difference of two large squares: at x = 10 and sigma =
+        # 0.05, float32 would turn that into an error of 10 % in the scale. A constant x has a sigma of exactly 0.
         samples = before["samples"] + 1
         fast = _weight_of_newest(self.mean_decay, samples)
         slow = _weight_of_newest(self.deviation_decay, samples)
         away = x - before["slow_mean"]
         mean = before["mean"] + fast * (x - before["mean"])
         variance = (1 - slow) * (before["variance"] + slow * away * away)
-        exponent = _TARGET - (mean + self.deviations * tf.sqrt(variance))
+        exponent = 16.0 - (mean + self.deviations * tf.sqrt(variance))
         after = {
             "scale": tf.clip_by_value(tf.pow(2.0, exponent), self.minimum, self.maximum),
             "mean": mean,
@@ -343,7 +310,8 @@ class LogMaxLossScale(LossScale):
         return {name: tf.where(informative, after[name], before[name]) for name in after}
 
     def at_floor(self, state: State) -> Any:
-        return state["scale"] <= max(self.minimum, _OVERFLOW_FLOOR)
+        # Endless overflow ends at 2**16 / 65504 = 1.0005; the rest is a margin for rounding.
+        return state["scale"] <= max(self.minimum, 1.001)
 
 
 @dataclass(frozen=True)
@@ -359,7 +327,7 @@ class ArticleLossScale:
     every step, without bound. Gradients are neither divided by S nor checked, so S multiplies the update unless the
     optimizer is invariant to it, and overflow reaches the weights.
 
-    This is no :class:`LossScale`: those decide by gradients, which this rule never looks at.
+    It is not a :class:`LossScale`: those decide by gradients, which this rule never looks at.
     """
 
     initial: float = 1.0
@@ -403,28 +371,22 @@ RULES: dict[str, type[LossScale]] = {
 """The rules by the names that modes give them."""
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _check(rule: LossScale, name: str, expected: str, valid: Callable[[Any], bool], why: str = "") -> None:
+    value = getattr(rule, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not valid(value):
+        raise ValueError(f"{name} must be {expected}, not {value!r}{why}")
 
 
-def _check_share(name: str, value: Any) -> None:
-    if not (_is_number(value) and 0 < value < 1):
-        raise ValueError(f"{name} must be between 0 and 1, not {value!r}")
+def _check_scale(rule: LossScale, name: str) -> None:
+    why = "; the reciprocal of a larger scale flushes to zero, and every gradient with it"
+    _check(rule, name, "a number above 0 and at most 2**126", lambda value: 0 < value <= LARGEST_SCALE, why)
 
 
-def _check_scale(name: str, value: Any) -> None:
-    if not (_is_number(value) and 0 < value <= LARGEST_SCALE):
+def _check_bounds(rule: DynamicLossScale | LogMaxLossScale) -> None:
+    for name in ("initial", "minimum", "maximum"):
+        _check_scale(rule, name)
+    if not rule.minimum <= rule.initial <= rule.maximum:
         raise ValueError(
-            f"{name} must be a number above 0 and at most 2**126, not {value!r}; "
-            "the reciprocal of a larger scale flushes to zero, and every gradient with it"
-        )
-
-
-def _check_bounds(initial: Any, minimum: Any, maximum: Any) -> None:
-    for name, value in (("initial", initial), ("minimum", minimum), ("maximum", maximum)):
-        _check_scale(name, value)
-    if not minimum <= initial <= maximum:
-        raise ValueError(
-            f"the initial loss scale {initial:g} is not within minimum {minimum:g} and maximum {maximum:g}; "
-            "choose it between them or widen them"
+            f"the initial loss scale {rule.initial:g} is not within minimum {rule.minimum:g} and maximum "
+            f"{rule.maximum:g}; choose it between them or widen them"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -21,11 +21,6 @@ _SMALL = 2**13
 _IN_ROWS = 2**14
 """Elements from which a tensor is reduced in two stages: XLA spreads a reduction over a CPU's cores by its outputs, so
 a reduction to one output runs on one core."""
-
-
-def as_tensors(grads: Iterable[Any]) -> list[Any]:
-    """Convert arrays among ``grads`` to tensors; None stays None."""
-    return [grad if grad is None or tf.is_tensor(grad) else tf.convert_to_tensor(grad) for grad in grads]
 
 
 def unscaled(grads: Sequence[Any], scale: tf.Tensor) -> list[Any]:
@@ -66,11 +61,8 @@ def hidden_from_rewrite(grads: Sequence[Any]) -> list[Any]:
 def fitted(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
     """Return ``grads`` with the shapes of their variables if their own are not fully known.
 
-    Keras' optimizers cannot add gradients of unknown rank, or slices without a dense shape.
-
-    Args:
-        grads: dense tensors or ``tf.IndexedSlices``; None stays None.
-        variables: Keras or TensorFlow variables, one for each gradient.
+    Keras' optimizers cannot add gradients of unknown rank, or slices without a dense shape. None
+    stays None.
     """
 
     def fit(grad: Any, variable: Any) -> Any:
@@ -107,10 +99,9 @@ def all_finite(tensors: Sequence[Any]) -> tf.Tensor:
         return tf.constant(True)
     if not under_xla():
         return tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(value)) for value in _small_joined(values)]))
-    flags = []
-    for group in _by_shape(values):
-        finite = functools.reduce(tf.logical_and, [tf.math.is_finite(value) for value in group])
-        flags.append(_reduced(tf.reduce_all, finite))
+    groups = _by_shape(values)
+    together = [functools.reduce(tf.logical_and, [tf.math.is_finite(value) for value in group]) for group in groups]
+    flags = [_reduced(tf.reduce_all, finite) for finite in together]
     # The second reduction is a minimum of integers, because XLA merges two reductions of the same kind into one.
     return tf.reduce_min(tf.cast(_joined(flags), tf.int32)) > 0
 
@@ -132,10 +123,7 @@ def finite_and_largest(tensors: Sequence[Any]) -> tuple[tf.Tensor, tf.Tensor]:
     # integers on a CPU, but not one of floating-point numbers.
     bits = [tf.bitcast(magnitude, tf.int32) for magnitude in magnitudes]
     if under_xla():
-        largest = []
-        for group in _by_shape(bits):
-            together = functools.reduce(tf.maximum, group)
-            largest.append(_reduced(tf.reduce_max, together))
+        largest = [_reduced(tf.reduce_max, functools.reduce(tf.maximum, group)) for group in _by_shape(bits)]
         # A maximum by way of a minimum, for the same reason as in all_finite.
         top = -tf.reduce_min(-_joined(largest))
     else:

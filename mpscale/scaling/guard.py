@@ -11,6 +11,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -26,16 +27,12 @@ class UnscaledLossWarning(UserWarning):
     """Gradients are divided by the loss scale although no loss was multiplied by it, or the reverse."""
 
 
+@dataclass(eq=False)  # Two calls are never the same.
 class Unscaling:
-    """One call of ``unscale``.
+    """One call of ``unscale``."""
 
-    Args:
-        flags: 1 for each of its gradients that was not finite, int64 (gradients,); None if they need not be counted
-            later.
-    """
-
-    def __init__(self, flags: tf.Tensor | None) -> None:
-        self.flags = flags
+    flags: tf.Tensor | None
+    """1 for each gradient that was not finite, int64 (gradients,); None if they need not be counted later."""
 
 
 class ScalingGuard:
@@ -122,13 +119,7 @@ class ScalingGuard:
 
 
 def mark(tensors: Iterable[Any], source: Any, alone: bool = False) -> None:
-    """Note that ``tensors`` come from ``source``.
-
-    Args:
-        tensors: dense tensors or ``tf.IndexedSlices``; None is skipped.
-        source: any hashable object.
-        alone: whether they come from nothing else, whatever they were computed from.
-    """
+    """Note that ``tensors`` come from ``source``, any hashable object, and ``alone`` from nothing else; skip None."""
     for tensor in tensors:
         tensor = _values(tensor)
         if tensor is not None:
@@ -138,11 +129,7 @@ def mark(tensors: Iterable[Any], source: Any, alone: bool = False) -> None:
 
 
 def origins(tensors: Iterable[Any]) -> list[frozenset[Any]]:
-    """Return, for each of ``tensors``, every source it was computed from, directly or indirectly.
-
-    Args:
-        tensors: dense tensors or ``tf.IndexedSlices``, eager or of the graph that is being traced; None has no source.
-    """
+    """Return, for each of ``tensors``, every source it was computed from, directly or indirectly; none for None."""
     flows = dict[Any, dict[str, frozenset[Any]]]()
 
     def of(tensor: Any) -> frozenset[Any]:
@@ -163,10 +150,7 @@ def within_reach(tensor: Any) -> bool:
 
 
 class _Watch:
-    """Hands the sources of every eager operation's inputs on to its outputs while it is on.
-
-    Variables hand them on too, so that gradients may be accumulated in variables.
-    """
+    """Passes the sources of an eager operation's inputs to its outputs, also through variables, which accumulate."""
 
     def __init__(self) -> None:
         self._remove: Any = None
@@ -176,7 +160,7 @@ class _Watch:
         self.stop()
         handles = dict[int, tuple[Any, frozenset[Any]]]()  # with the handle, so that its id is not used again
 
-        def hand_on(
+        def pass_on(
             op_type: Any, inputs: Any, attrs: Any, outputs: Any, op_name: Any = None, graph: Any = None
         ) -> None:
             if graph is not None:
@@ -192,13 +176,12 @@ class _Watch:
                 if tensor.dtype == tf.resource:
                     handles[id(tensor)] = (tensor, found)
 
-        op_callbacks.add_op_callback(hand_on)
+        op_callbacks.add_op_callback(pass_on)
         # Not a bound method, through which TensorFlow would keep this object and its optimizer alive.
-        self._remove = weakref.finalize(self, _remove_callback, hand_on)
+        self._remove = weakref.finalize(self, _remove_callback, pass_on)
         self._remove.atexit = False
 
     def stop(self) -> None:
-        """Stop watching."""
         if self._remove is not None:
             self._remove()
             self._remove = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, get_args
 
 import keras
@@ -41,12 +41,7 @@ class SettingTooLateWarning(UserWarning):
 
 
 def check_inner(inner: Any) -> None:
-    """Refuse what cannot be inside a LossScaleOptimizer.
-
-    Raises:
-        TypeError: ``inner`` is no Keras optimizer.
-        ValueError: ``inner`` scales the loss itself.
-    """
+    """Raise TypeError if ``inner`` is not a Keras optimizer, ValueError if it scales the loss itself."""
     if isinstance(inner, keras.optimizers.LossScaleOptimizer):
         raise ValueError(f"inner_optimizer is a {type(inner).__name__} already; wrap the optimizer inside it instead")
     if not isinstance(inner, keras.optimizers.Optimizer):
@@ -64,12 +59,10 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, not {value!r}")
 
 
-def unlisted_variables(inner: Any) -> Iterator[keras.Variable]:
-    """Yield variables that ``inner`` keeps but does not list, as Keras' Nadam does."""
+def unlisted_variables(inner: Any) -> list[keras.Variable]:
+    """Return variables that ``inner`` keeps but does not list, as Keras' Nadam does."""
     listed = {id(variable) for variable in inner.variables}
-    for variable in vars(inner).values():
-        if isinstance(variable, keras.Variable) and id(variable) not in listed:
-            yield variable
+    return [each for each in vars(inner).values() if isinstance(each, keras.Variable) and id(each) not in listed]
 
 
 def window(inner: Any) -> int:
@@ -88,15 +81,8 @@ def accumulate(
     """Take one micro-batch of a window of ``gradient_accumulation_steps``, which is applied or dropped as a whole.
 
     The inner optimizer sees only the last micro-batch of a finite window. Its own accumulators hold the sum until then;
-    it adds the last one, divides, applies and clears.
-
-    Args:
-        inner: the Keras optimizer that accumulates.
-        window_finite: int64 variable, 1 if all gradients of the window so far were finite.
-        decide: moves the scale and counts the step; called once per window with whether it was finite.
-        grads: unscaled gradients of the micro-batch; None for a variable that the loss does not depend on.
-        variables: the variables of ``grads``.
-        finite: boolean scalar, whether all of ``grads`` are finite.
+    it adds the last one, divides, applies and clears. ``window_finite`` is an int64 variable, 1 if all gradients of the
+    window so far were finite; ``decide`` is called once per window with whether it was finite, a boolean scalar.
     """
     steps = window(inner)
     whole = tf.logical_and(finite, window_finite.value > 0)
@@ -171,7 +157,6 @@ class ForwardedSettings:
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        # Called only for what is not found here.
         if name in _OF_KERAS_RULE:
             _refuse_keras_rule(name)
         if name.startswith("_") or "inner_optimizer" not in vars(self):

@@ -97,16 +97,10 @@ class Ledger:
     def counters(self) -> dict[str, Any]:
         """Return the counters as Python values, None for a step number that does not exist. Waits for the device."""
         values = dict(zip(_COUNTERS, self._counters.numpy().tolist(), strict=True))
-        return {
-            "attempted": values["attempted"],
-            "applied": values["applied"],
-            "skipped": values["attempted"] - values["applied"],
-            "overflow": values["overflow"],
-            "longest_skip_run": values["longest_skip_run"],
-            "first_overflow": None if values["first_overflow"] == _NEVER else values["first_overflow"],
-            "last_overflow": None if values["last_overflow"] == _NEVER else values["last_overflow"],
-            "floor_overflow": values["floor_overflow"],
-        }
+        values["skipped"] = values["attempted"] - values["applied"]
+        values = {name: None if value == _NEVER else value for name, value in values.items()}
+        shown = ("attempted", "applied", "skipped", "overflow", "longest_skip_run")
+        return {name: values[name] for name in (*shown, "first_overflow", "last_overflow", "floor_overflow")}
 
     def trajectory(self) -> list[tuple[int, float]]:
         """Return pairs of a step and the scale from that step on, in order. Waits for the device."""
@@ -123,7 +117,7 @@ class Blame:
 
     Args:
         add_variable: as for :class:`Ledger`.
-        key_of: returns the same hashable key for the same variable (Keras' ``Optimizer._var_key``).
+        key_of: Keras' ``Optimizer._var_key``, which returns the same hashable key for the same variable.
     """
 
     def __init__(self, add_variable: AddVariable, key_of: Callable[[Any], Any]) -> None:
@@ -192,16 +186,7 @@ class Blame:
 
 
 def raise_alarm(policy: Alarm, counters: Mapping[str, Any], scale: float) -> None:
-    """Report overflow at the floor of the scale.
-
-    Args:
-        policy: warn, raise ("stop") or do nothing ("ignore").
-        counters: those of the optimizer, with a ``floor_overflow`` above 0.
-        scale: the loss scale.
-
-    Raises:
-        FloorOverflowError: the policy is ``"stop"``.
-    """
+    """Warn, raise :class:`FloorOverflowError` ("stop") or do nothing ("ignore") about overflow at the floor."""
     if policy == "ignore":
         return
     message = (

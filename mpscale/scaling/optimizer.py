@@ -9,18 +9,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mpscale.core.loss_scale import (
-    DynamicLossScale,
-    LogMaxLossScale,
-    LossScale,
-    NoLossScale,
-    StaticLossScale,
-    state_dtype,
-)
+from mpscale.core.loss_scale import RULES, DynamicLossScale, LossScale, NoLossScale, StaticLossScale, state_dtype
 from mpscale.scaling.gradients import (
     NewValueMarks,
     all_finite,
-    as_tensors,
     finite_and_largest,
     fitted,
     hidden_from_rewrite,
@@ -31,14 +23,7 @@ from mpscale.scaling.gradients import (
     unscaled,
 )
 from mpscale.scaling.guard import ScalingGuard, Unscaling, mark
-from mpscale.scaling.inner import (
-    ForwardedSettings,
-    accumulate,
-    check_choice,
-    check_inner,
-    unlisted_variables,
-    window,
-)
+from mpscale.scaling.inner import ForwardedSettings, accumulate, check_choice, check_inner, unlisted_variables, window
 from mpscale.scaling.ledger import Alarm, Blame, Ledger, raise_alarm
 from mpscale.scaling.skip import (
     Skip,
@@ -56,7 +41,7 @@ from mpscale.scaling.skip import (
 _as_written = tf.autograph.experimental.do_not_convert
 
 _serializable = keras.saving.register_keras_serializable(package="mpscale")
-for _rule in (NoLossScale, StaticLossScale, DynamicLossScale, LogMaxLossScale):
+for _rule in (NoLossScale, *RULES.values()):
     _serializable(_rule)  # Here, because the rules have to be importable without Keras.
 
 
@@ -98,8 +83,8 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         alarm: what :meth:`check_alarm` does about overflow at the floor of the scale: ``"warn"``, ``"stop"`` (raise)
             or ``"ignore"``.
         skip: how an overflow step is skipped: ``"branch"`` leaves the update out, ``"gate"`` computes it and masks
-            what it writes. Both are exact. ``"auto"`` takes what is expected to be faster: the gate under XLA, except
-            for many small variables on a CPU; the branch otherwise.
+            every write. Both are exact. ``"auto"`` chooses the faster one by rule of thumb: masking under XLA, except
+            for many small variables on a CPU; otherwise the branch.
         name: name of the optimizer.
 
     Raises:
@@ -214,7 +199,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
             ValueError: the gradients were computed from what an earlier call returned, or it is unknown which of them
                 are new values.
         """
-        scaled = as_tensors(scaled_grads)
+        scaled = [grad if grad is None or tf.is_tensor(grad) else tf.convert_to_tensor(grad) for grad in scaled_grads]
         variables = None if variables is None else list(variables)
         self._blame.in_unscale |= variables is not None
         grads, new_values, finite, flags = self._judged(scaled, variables)
@@ -374,7 +359,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         return variable
 
     def _add_largest(self) -> None:
-        if self.loss_scale.needs_largest and self._largest is None:
+        if self.loss_scale.needs_largest:
             self._largest = self._add("largest_gradient", "float32", 0.0)
 
     def _ensure_built(self, variables: Sequence[Any] | None) -> None:
@@ -401,8 +386,8 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         """Unscale and check gradients, and note what :meth:`_decide` and ``blame`` need.
 
         Returns:
-            Gradients; new values apart from them; whether the gradients are finite on all replicas; with ``blame`` and
-            without variables to blame, 1 for each gradient that is not finite, int64 (gradients,).
+            Gradients; new values apart from them; whether the gradients are finite on all replicas; with ``blame`` but
+            without variables, 1 for each gradient that is not finite, int64 (gradients,).
         """
         check_context()
         if self.loss_scale.scales and self.loss_scale != StaticLossScale(1.0):

@@ -1,7 +1,7 @@
 """Skip a step exactly: either mask every write of the update, or leave the update out by a branch.
 
-A branch is the obvious way and slow under XLA: its conditional keeps the update from being fused with what comes before
-it, and copies the state in and out. A masked update always runs, and writes ``finite ? new : old``, which XLA folds
+A branch is the obvious way, but slow under XLA: its conditional is not fused with what comes before it, and copies the
+state in and out. A masked update always runs, and writes ``finite ? new : old``, which XLA folds
 into the loop that computes ``new``. docs/scaling-cost.md has the measurements.
 
 Exactness does not depend on knowing how an optimizer works. All its variables write through the mask while the update
@@ -13,6 +13,7 @@ Under a ``tf.distribute`` strategy all replicas make one decision, and take a br
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -55,13 +56,14 @@ def apply_masked(update: Callable[[], None], variables: Iterable[Any], finite: t
 
     Args:
         update: assigns to variables.
-        variables: Keras or TensorFlow variables that it is known to assign to.
+        variables: Keras or TensorFlow variables that ``update`` is known to assign to.
         finite: boolean scalar.
 
     Returns:
         False if a write could not be masked; nothing has been added to the graph then.
     """
-    known = {id(variable): variable for variable in map(_native, variables)}
+    native = (variable.value if isinstance(variable, keras.Variable) else variable for variable in variables)
+    known = {id(variable): variable for variable in native}
 
     def masked() -> None:
         with _masked(known.values(), finite):
@@ -70,7 +72,8 @@ def apply_masked(update: Callable[[], None], variables: Iterable[Any], finite: t
     for _ in range(2):
         # A function of its own, so that a trace that fails the search can be thrown away. XLA inlines it.
         function = tf.function(masked, autograph=False).get_concrete_function()
-        if not _unmasked_writes(function.graph):
+        nodes = all_nodes(function.graph.as_graph_def())
+        if not any(_WRITE.match(node.op) and _SCOPE not in node.name for node in nodes):
             function()
             return True
         # The trace knows every variable it touches, including those that the optimizer does not list.
@@ -90,14 +93,12 @@ def switch(index: Any, branches: Sequence[Callable[..., None]], *args: Any) -> N
         args: this replica's tensors that the branches need; may contain lists and None.
     """
     if not tf.distribute.has_strategy() or tf.__internal__.distribute.strategy_supports_no_merge_call():
-        _switch(index, [_bound(branch, args) for branch in branches])
+        _switch(index, [functools.partial(branch, *args) for branch in branches])
         return
 
     def across(strategy: Any, index: Any, *args: Any) -> None:
-        def on_each(branch: Callable[..., None]) -> Callable[[], None]:
-            return lambda: strategy.extended.call_for_each_replica(branch, args=args)
-
-        _switch(strategy.experimental_local_results(index)[0], [on_each(branch) for branch in branches])
+        on_each = [functools.partial(strategy.extended.call_for_each_replica, branch, args=args) for branch in branches]
+        _switch(strategy.experimental_local_results(index)[0], on_each)
 
     tf.distribute.get_replica_context().merge_call(across, args=(index, *args))
 
@@ -107,20 +108,16 @@ def true_on_all(flag: Any) -> tf.Tensor:
     flag = tf.convert_to_tensor(flag)
     if not tf.distribute.has_strategy() or hasattr(flag, _AGREED):
         return flag
-    failed = tf.distribute.get_replica_context().all_reduce(
-        tf.distribute.ReduceOp.SUM, tf.cast(tf.logical_not(flag), tf.float32)
-    )
-    agreed = tf.equal(failed, 0.0)
+    agreed = tf.equal(_sum(tf.logical_not(flag)), 0.0)
     setattr(agreed, _AGREED, True)
     return agreed
 
 
 def set_on_any(flags: Any) -> tf.Tensor:
-    """Return 1 for each of ``flags``, a vector of 0 and 1 in int64, that is 1 on any replica."""
+    """Return 1 for each of ``flags``, 0 or 1 in an int64 vector, that is 1 on any replica."""
     if not tf.distribute.has_strategy():
         return flags
-    total = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(flags, tf.float32))
-    return tf.cast(total > 0, tf.int64)
+    return tf.cast(_sum(flags) > 0, tf.int64)
 
 
 def largest_on_any(value: Any) -> tf.Tensor:
@@ -131,13 +128,12 @@ def largest_on_any(value: Any) -> tf.Tensor:
     return tf.reduce_max(tf.distribute.get_replica_context().all_gather(tf.reshape(value, (1,)), axis=0))
 
 
-def check_context() -> None:
-    """Refuse to run where replicas cannot decide together.
+def _sum(flags: tf.Tensor) -> tf.Tensor:
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(flags, tf.float32))
 
-    Raises:
-        ValueError: in the cross-replica context of a strategy, or compiled by XLA on devices whose replicas TensorFlow
-            joins outside XLA.
-    """
+
+def check_context() -> None:
+    """Raise ValueError where replicas cannot decide together."""
     if not tf.distribute.has_strategy():
         return
     if tf.distribute.in_cross_replica_context():
@@ -154,11 +150,7 @@ def check_context() -> None:
 
 
 def check_scope(variables: Iterable[Any]) -> None:
-    """Refuse Keras variables that every replica would write to in turn, so that one step counts as several.
-
-    Raises:
-        ValueError: the strategy has several replicas, and one of ``variables`` was made outside its scope.
-    """
+    """Raise ValueError if several replicas share one of ``variables``, so that one step would count several times."""
     strategy = tf.distribute.get_strategy()
     if strategy.num_replicas_in_sync > 1 and not all(
         strategy.extended.variable_created_in_scope(variable.value) for variable in variables
@@ -172,10 +164,6 @@ def check_scope(variables: Iterable[Any]) -> None:
 def all_nodes(definition: Any) -> list[Any]:
     """Return the nodes of a GraphDef, including those in branches and called functions."""
     return [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
-
-
-def _unmasked_writes(graph: Any) -> list[str]:
-    return [node.name for node in all_nodes(graph.as_graph_def()) if _WRITE.match(node.op) and _SCOPE not in node.name]
 
 
 @contextlib.contextmanager
@@ -218,27 +206,13 @@ def _masked_methods(variable: Any, finite: tf.Tensor) -> dict[str, Callable[...,
 
     # Dense even for a few rows: adding zeros to the others would flush subnormal numbers.
     def scatter_add(rows: tf.IndexedSlices, **options: Any) -> Any:
-        return write(
-            lambda old: tf.tensor_scatter_nd_add(old, rows.indices[:, tf.newaxis], rows.values),
-            **options,
-        )
+        return write(lambda old: tf.tensor_scatter_nd_add(old, rows.indices[:, tf.newaxis], rows.values), **options)
 
     def scatter_sub(rows: tf.IndexedSlices, **options: Any) -> Any:
-        return write(
-            lambda old: tf.tensor_scatter_nd_sub(old, rows.indices[:, tf.newaxis], rows.values),
-            **options,
-        )
+        return write(lambda old: tf.tensor_scatter_nd_sub(old, rows.indices[:, tf.newaxis], rows.values), **options)
 
     methods = (assign, assign_add, assign_sub, scatter_update, scatter_add, scatter_sub)
     return {method.__name__: method for method in methods}
-
-
-def _native(variable: Any) -> Any:
-    return variable.value if isinstance(variable, keras.Variable) else variable
-
-
-def _bound(branch: Callable[..., None], args: Sequence[Any]) -> Callable[[], None]:
-    return lambda: branch(*args)
 
 
 def _switch(index: Any, branches: Sequence[Callable[[], None]]) -> None:

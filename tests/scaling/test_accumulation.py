@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from support.small_step import COMPILED, same, small_model, state_of, step_function
+from support.small_step import HOW, same, small_model, state_of, step_function
 
 from mpscale.scaling import DynamicLossScale, LogMaxLossScale, LossScaleOptimizer, StaticLossScale
 
@@ -15,7 +15,7 @@ def accumulating(inner=keras.optimizers.Adam, **options):
     return inner(0.01, gradient_accumulation_steps=WINDOW, **options)
 
 
-@pytest.mark.parametrize("how", COMPILED)
+@pytest.mark.parametrize("how", HOW)
 def test_without_overflow_it_trains_as_keras_does(how):
     """Except for EMA, which Keras updates with every micro-batch."""
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 4, 0.5)
@@ -37,7 +37,7 @@ def test_without_overflow_it_trains_as_keras_does(how):
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 @pytest.mark.parametrize("place", range(WINDOW))
-@pytest.mark.parametrize("how", COMPILED)
+@pytest.mark.parametrize("how", HOW)
 def test_one_bad_micro_batch_costs_its_window_and_nothing_else(how, place, bad):
     model = small_model()
     optimizer = LossScaleOptimizer(

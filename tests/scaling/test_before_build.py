@@ -1,5 +1,7 @@
 """A scale that is read before the optimizer is built is the current one, not the initial one."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -36,30 +38,20 @@ class Line:
         return tape.gradient(scaled, [self.w.value])
 
 
-def two_functions(line, jit):
-    grads = tf.function(line.gradients, jit_compile=jit)
-    update = tf.function(line.update, jit_compile=jit)
-    return lambda factor: update(grads(factor))
+def separate(gradients, update, compiled):
+    """Return a loop of two methods of Line, of which those in ``compiled`` are a tf.function each."""
+
+    def loop(line, jit):
+        first, second = (
+            tf.function(getattr(line, name), jit_compile=jit) if name in compiled else getattr(line, name)
+            for name in (gradients, update)
+        )
+        return lambda factor: second(first(factor))
+
+    return loop
 
 
-def gradients_in_a_function(line, jit):
-    grads = tf.function(line.gradients, jit_compile=jit)
-    return lambda factor: line.update(grads(factor))
-
-
-def update_in_a_function(line, jit):
-    update = tf.function(line.update, jit_compile=jit)
-    return lambda factor: update(line.gradients(factor))
-
-
-def clipped_in_a_function(line, jit):
-    grads, update = tf.function(line.gradients, jit_compile=jit), tf.function(line.clipped_update, jit_compile=jit)
-    return lambda factor: update(grads(factor))
-
-
-def by_hand(line, jit):
-    grads = tf.function(line.scaled_by_hand, jit_compile=jit)
-    return lambda factor: line.update(grads(factor))
+two_functions = separate("gradients", "update", {"gradients", "update"})
 
 
 def traced_before_anything_else(line, jit):
@@ -75,19 +67,19 @@ def traced_for_every_shape(line, jit):
     return lambda factor: update(grads(tf.reshape(factor, next(shapes))))
 
 
+LOOPS = {
+    "two functions": two_functions,
+    "gradients in a function": separate("gradients", "update", {"gradients"}),
+    "update in a function": separate("gradients", "update", {"update"}),
+    "clipped": separate("gradients", "clipped_update", {"gradients", "clipped_update"}),
+    "scaled by hand": separate("scaled_by_hand", "update", {"scaled_by_hand"}),
+    "traced before anything else": traced_before_anything_else,
+    "traced for every shape": traced_for_every_shape,
+}
+
+
 @pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
-@pytest.mark.parametrize(
-    "loop",
-    [
-        two_functions,
-        gradients_in_a_function,
-        update_in_a_function,
-        clipped_in_a_function,
-        by_hand,
-        traced_before_anything_else,
-        traced_for_every_shape,
-    ],
-)
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 def test_steps_after_an_overflow_have_the_right_size(loop, jit):
     line = Line()
     step = loop(line, jit)
@@ -138,25 +130,16 @@ def after_eleven_overflows(folder, **options):
     return tf.train.Checkpoint(w=line.w, optimizer=line.optimizer).save(folder / "checkpoint")
 
 
-def eager(line):
-    return lambda: line.update(line.gradients(1.0))
-
-
-def eager_and_clipped(line):
-    return lambda: line.clipped_update(line.gradients(1.0))
-
-
-def one_function(line):
-    return tf.function(lambda: line.update(line.gradients(1.0)))
-
-
-def two_traces(line):
-    step = two_functions(line, None)
-    return lambda: step(tf.constant(1.0))
+FIRST_STEPS = {
+    "eager": lambda line: lambda: line.update(line.gradients(1.0)),
+    "eager and clipped": lambda line: lambda: line.clipped_update(line.gradients(1.0)),
+    "one function": lambda line: tf.function(lambda: line.update(line.gradients(1.0))),
+    "two functions": lambda line: functools.partial(two_functions(line, None), tf.constant(1.0)),
+}
 
 
 @pytest.mark.parametrize("build", [False, True], ids=["unbuilt", "built"])
-@pytest.mark.parametrize("loop", [eager, eager_and_clipped, one_function, two_traces])
+@pytest.mark.parametrize("loop", FIRST_STEPS.values(), ids=FIRST_STEPS)
 @pytest.mark.parametrize("options", [{}, {"blame": True}], ids=["plain", "blame"])
 def test_the_first_step_after_a_checkpoint_has_the_right_size(loop, build, options, tmp_path):
     path = after_eleven_overflows(tmp_path, **options)
@@ -184,23 +167,3 @@ def test_a_checkpoint_restored_between_tracing_and_the_first_call_counts(tmp_pat
     tf.train.Checkpoint(w=line.w, optimizer=line.optimizer).restore(path)
     line.update(grads(tf.constant(1.0)))
     assert line.w.numpy()[0] == -2.0
-
-
-def test_a_loaded_keras_model_continues_in_a_custom_loop(tmp_path):
-    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
-    model.compile(LossScaleOptimizer(keras.optimizers.SGD(1.0), DynamicLossScale(INITIAL)), "mse", jit_compile=False)
-    optimizer = model.optimizer
-
-    def step(model, factor):
-        with tf.GradientTape() as tape:
-            scaled = model.optimizer.scale_loss(tf.reduce_sum(model(tf.ones((1, 1)))) * factor)
-        grads = tape.gradient(scaled, model.trainable_variables)
-        model.optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
-
-    for factor in (1.0, np.inf, np.inf):
-        step(model, factor)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert float(loaded.optimizer.loss_scale_value) == float(optimizer.loss_scale_value) == INITIAL / 4
-    tf.function(step)(loaded, tf.constant(1.0))
-    assert loaded.get_weights()[0] == -2.0

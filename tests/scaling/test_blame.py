@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from support.small_step import Loop, clipped
+from support.small_step import HOW, Loop, clipped, compiled
 
 from mpscale.scaling import LossScaleOptimizer
 
@@ -52,7 +52,7 @@ USES = (pairs, unscale_then_apply, unscale_with_variables, unscale_and_sum, appl
         pytest.param(order, use, how, id=f"{ORDERS[order]}, {use.__name__}, {how}")
         for order in ORDERS
         for use in USES
-        for how in ("eager", "graph", "xla")
+        for how in HOW
         # Python decides who is blamed: everything is tried eagerly, and the orders unlike build's are also compiled.
         if how == "eager" or order in ("cab", "cb")
     ],
@@ -68,7 +68,7 @@ def test_the_variable_of_the_gradient_is_blamed(order, use, how):
         grads = [g * tf.where(tf.equal(bad, "abc".index(n)), np.inf, 1.0) for n, g in zip(order, grads, strict=True)]
         use(loop.optimizer, grads, variables)
 
-    step = step if how == "eager" else tf.function(step, jit_compile=how == "xla")
+    step = compiled(step, how)
     for name in ("b", order[0], "none"):
         step(tf.constant("abc".find(name)))
     expected = {"b": 2} if order[0] == "b" else {"b": 1, order[0]: 1}

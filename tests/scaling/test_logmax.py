@@ -2,7 +2,6 @@
 
 import math
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -202,20 +201,11 @@ def test_eager_and_compiled_states_agree():
         assert eager_state["samples"].dtype == compiled_state["samples"].dtype == tf.int64
 
 
-def test_config_makes_an_equal_loss_scale():
-    loss_scale = LogMaxLossScale(16.0, 0.9, 0.95, 2.0, 2.0, 2.0**20)
-    assert LogMaxLossScale.from_config(loss_scale.get_config()) == loss_scale
-    assert keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(loss_scale)) == loss_scale
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"initial": 2.0**40}, "not within minimum 1 and maximum"),
-        ({"initial": 0.5}, "not within minimum 1 and maximum"),
-        ({"maximum": 2.0**10}, "choose it between them or widen them"),
         ({"minimum": 0.0}, "minimum must be a number above 0"),
-        ({"maximum": math.inf}, "maximum must be a number above 0 and at most 2\\*\\*126"),
         ({"mean_decay": 1.0}, "mean_decay must be between 0 and 1, not 1.0"),
         ({"mean_decay": math.nan}, "mean_decay must be between 0 and 1"),
         ({"deviation_decay": 0.0}, "deviation_decay must be between 0 and 1, not 0.0"),

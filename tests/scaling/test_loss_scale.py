@@ -3,13 +3,14 @@
 import doctest
 import math
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpscale.core import loss_scale as rules
-from mpscale.scaling import ArticleLossScale, DynamicLossScale, NoLossScale, StaticLossScale
+from mpscale.scaling import ArticleLossScale, DynamicLossScale, LogMaxLossScale, NoLossScale, StaticLossScale
 
 
 def run(loss_scale, finites):
@@ -95,10 +96,18 @@ def test_arguments_out_of_range_are_refused(make, message):
 
 @pytest.mark.parametrize(
     "loss_scale",
-    [NoLossScale(), StaticLossScale(3.0, False), DynamicLossScale(16.0, 4.0, 0.25, 7, 3, 2.0, 2.0**30)],
+    [
+        NoLossScale(),
+        StaticLossScale(3.0, False),
+        DynamicLossScale(16.0, 4.0, 0.25, 7, 3, 2.0, 2.0**30),
+        LogMaxLossScale(16.0, 0.9, 0.95, 2.0, 2.0, 2.0**20),
+    ],
 )
 def test_config_makes_an_equal_loss_scale(loss_scale):
     assert type(loss_scale).from_config(loss_scale.get_config()) == loss_scale
+    serialized = keras.saving.serialize_keras_object(loss_scale)
+    assert serialized["registered_name"] == f"mpscale>{type(loss_scale).__name__}"
+    assert keras.saving.deserialize_keras_object(serialized) == loss_scale
 
 
 @pytest.mark.parametrize(

@@ -6,20 +6,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from support.small_step import HOW, compiled
 
 from mpscale.scaling import DynamicLossScale, LogMaxLossScale, LossScaleOptimizer, StaticLossScale
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 6)).astype(np.float32)
 Y = (X.sum(1) > 0).astype(np.float32)
-
-
-@pytest.fixture
-def mixed_float16():
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("mixed_float16")
-    yield
-    keras.config.set_dtype_policy(before)
 
 
 def trained(optimizer):
@@ -79,17 +72,14 @@ def kernel_and_state(state=0.0):
     return kernel, new
 
 
-HOW = {"eager": None, "graph": False, "XLA": True}
-
-
 def stepper(optimizer, variables, how):
     """Return ``step(gradient, new)``: one step with a true gradient and a new value."""
 
     def step(gradient, new):
         optimizer.apply([gradient * optimizer.loss_scale_value, new], variables)
 
-    compiled = step if HOW[how] is None else tf.function(step, jit_compile=HOW[how])
-    return lambda gradient, new: compiled(tf.constant(gradient, tf.float32), tf.constant(new, tf.float32))
+    function = compiled(step, how)
+    return lambda gradient, new: function(tf.constant(gradient, tf.float32), tf.constant(new, tf.float32))
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -196,7 +186,7 @@ def test_clipping_in_a_custom_loop_leaves_new_values_alone(how, turned, named):
         grads = only_gradients(lambda true: tf.clip_by_global_norm(true, 1.0)[0], grads, variables)
         optimizer.apply(grads, variables, finite=finite)
 
-    (step if HOW[how] is None else tf.function(step, jit_compile=HOW[how]))()
+    compiled(step, how)()
     np.testing.assert_allclose(kernel, [0.4, 0.2], rtol=1e-6)
     assert state.numpy() == 50.0
 
@@ -221,7 +211,7 @@ def test_new_values_that_were_treated_like_gradients_are_refused(how, change):
         optimizer.apply(change(grads), variables, finite=finite)
 
     with pytest.raises(ValueError, match=r"not what unscale returned for it[^$]*global_clipnorm"):
-        (step if HOW[how] is None else tf.function(step, jit_compile=HOW[how]))()
+        compiled(step, how)()
     assert state.numpy() == 0.0
     np.testing.assert_array_equal(kernel, [1.0, 1.0])
 

@@ -15,15 +15,7 @@ from mpscale.scaling import LossScaleOptimizer
 
 PROGRAM = Path(__file__).parents[1] / "support" / "replica_programs.py"
 CHANGED = [True, False, True, True, False, True]
-COUNTERS = {
-    "attempted": 6,
-    "applied": 4,
-    "skipped": 2,
-    "overflow": 2,
-    "longest_skip_run": 1,
-    "first_overflow": 1,
-    "last_overflow": 4,
-}
+COUNTERS = {"attempted": 6, "applied": 4, "skipped": 2, "overflow": 2, "first_overflow": 1, "last_overflow": 4}
 
 
 def start(how, **environment):

@@ -1,13 +1,12 @@
 """Gradients are divided by the loss scale exactly once: a second division is refused, and doubtful loops warn."""
 
-import functools
 import gc
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from support.small_step import Loop, clipped
+from support.small_step import HOW, Loop, clipped, compiled
 
 from mpscale.scaling import (
     DynamicLossScale,
@@ -20,7 +19,6 @@ from mpscale.scaling import (
 )
 
 pytestmark = pytest.mark.filterwarnings("error::mpscale.scaling.UnscaledLossWarning")
-COMPILE = {"eager": lambda step: step, "graph": tf.function, "xla": functools.partial(tf.function, jit_compile=True)}
 
 
 def added_up_in_variables(loop, true):
@@ -164,27 +162,22 @@ def unscaled_by_hand(loop):
     loop.apply(grads, all_finite(grads))
 
 
-ONCE = {
-    "plain": lambda loop: loop.apply(loop.gradients()),
-    "scaled gradients clipped": lambda loop: loop.apply(clipped(loop.gradients())),
-    "gradients from elsewhere": lambda loop: loop.apply(loop.constants()),
-    **{
-        use.__name__.replace("_", " "): use
-        for use in (
-            clipped_and_finite,
-            true_ones_only_looked_at,
-            clipped_by_the_norm_of_the_true_ones,
-            micro_batches_unscaled,
-            micro_batches_scaled,
-            scaled_by_hand,
-            unscaled_by_hand,
-        )
-    },
-}
-
-
 @pytest.mark.parametrize("how", ["eager", "gradients in a function", "graph"])
-@pytest.mark.parametrize("use", ONCE.values(), ids=ONCE)
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(lambda loop: loop.apply(loop.gradients()), id="plain"),
+        pytest.param(lambda loop: loop.apply(clipped(loop.gradients())), id="scaled gradients clipped"),
+        pytest.param(lambda loop: loop.apply(loop.constants()), id="gradients from elsewhere"),
+        clipped_and_finite,
+        true_ones_only_looked_at,
+        clipped_by_the_norm_of_the_true_ones,
+        micro_batches_unscaled,
+        micro_batches_scaled,
+        scaled_by_hand,
+        unscaled_by_hand,
+    ],
+)
 def test_right_loops_divide_once_and_go_on_after_a_dropped_batch(use, how):
     loop = Loop()
     loop.optimizer.build(loop.variables)
@@ -248,12 +241,12 @@ def never_scaled_but_clipped(loop):
     loop.apply(clipped(grads), finite)
 
 
-@pytest.mark.parametrize("how", COMPILE)
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("use", [never_scaled, never_scaled_but_clipped])
 @pytest.mark.parametrize("rule", [StaticLossScale(16.0), DynamicLossScale(16.0), LogMaxLossScale()], ids=repr)
 def test_a_loop_that_never_scales_its_loss_warns_once(use, how, rule):
     loop = Loop(rule)
-    step = COMPILE[how](lambda: use(loop))
+    step = compiled(lambda: use(loop), how)
     with pytest.warns(UnscaledLossWarning, match=r"Differentiate optimizer\.scale_loss\(loss\)") as warned:
         step()
     assert len(warned) == 1

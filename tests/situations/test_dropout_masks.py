@@ -11,7 +11,7 @@ POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
 
 
 def mask(policy, jit, layer):
-    """Return which entries dropout keeps, for one seed."""
+    """Return which entries dropout keeps with a fixed seed."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:

@@ -6,13 +6,17 @@ import tensorflow as tf
 
 from mpscale.scaling import LossScaleOptimizer, StaticLossScale
 
-COMPILED = {"eager": None, "graph": False, "xla": True}
+HOW = ("eager", "graph", "xla")
 X = np.arange(20, dtype=np.float32).reshape(5, 4) / 20
 
 
 def small_model():
     keras.utils.set_random_seed(0)
     return keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(2)])
+
+
+def compiled(function, how):
+    return function if how == "eager" else tf.function(function, jit_compile=how == "xla")
 
 
 def step_function(model, optimizer, how):
@@ -24,8 +28,7 @@ def step_function(model, optimizer, how):
         grads = tape.gradient(scaled, model.trainable_variables)
         optimizer.apply([g * factor for g in grads], model.trainable_variables)
 
-    compiled = COMPILED[how]
-    function = step if compiled is None else tf.function(step, jit_compile=compiled)
+    function = compiled(step, how)
     return lambda factor=1.0, data=0.0: function(tf.constant(factor, tf.float32), tf.constant(data, tf.float32))
 
 
@@ -39,7 +42,7 @@ def same(before, after):
 
 
 class Loop:
-    """A loop of one's own over three weights of two elements, whose gradients are all ``factor``; SGD with rate 1."""
+    """A custom loop over three weights of two elements, whose gradients are all ``factor``; SGD with rate 1."""
 
     scale = 16.0
 
@@ -70,5 +73,5 @@ class Loop:
 
 
 def clipped(grads):
-    """Clip, so that tensors are others and values the same."""
+    """Return new tensors with the same values, clipped at a limit out of reach."""
     return tf.clip_by_global_norm(grads, 1e3)[0]

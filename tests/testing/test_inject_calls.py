@@ -6,14 +6,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from support.small_step import HOW, compiled
 
 from mpscale.testing import inject_overflow
-
-COMPILE = {
-    "eager": lambda function: function,
-    "graph": tf.function,
-    "xla": lambda function: tf.function(function, jit_compile=True),
-}
 
 
 class Named:
@@ -44,7 +39,7 @@ def hits(inject, how, steps, variables=VARIABLES):
         traces.append(1)
         return inject(gradients(), variables)
 
-    function = COMPILE[how](train_step)
+    function = compiled(train_step, how)
     hit, found = set(), set()
     for step in range(steps):
         for index, grad in enumerate(map(values, function())):
@@ -57,7 +52,7 @@ def hits(inject, how, steps, variables=VARIABLES):
     return hit, found
 
 
-@pytest.mark.parametrize("how", COMPILE)
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(
     ("arguments", "hit", "found"),
     [
@@ -115,10 +110,10 @@ def test_paths_are_those_of_keras_and_tensorflow_variables(variable):
     assert math.isinf(grad)
 
 
-@pytest.mark.parametrize("how", COMPILE)
+@pytest.mark.parametrize("how", HOW)
 def test_kind_shape_and_dtype_stay(how):
     inject = inject_overflow(0)
-    injected = COMPILE[how](lambda: inject(gradients()))()
+    injected = compiled(lambda: inject(gradients()), how)()
     for after, before in zip(injected, gradients(), strict=True):
         assert type(after) is type(before) or not isinstance(before, tf.IndexedSlices)
         assert values(after).dtype == values(before).dtype
