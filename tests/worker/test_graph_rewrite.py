@@ -14,8 +14,7 @@ from tensorflow.python.grappler import cluster, tf_optimizer
 from mpscale.core.case import Settings
 from mpscale.core.mode import MODES
 from mpscale.scaling.skip import all_nodes
-from mpscale.worker.scalers import scaler_for
-from mpscale.worker.step import Batches, TrainStep
+from mpscale.worker.step import Batches, TrainStep, scaler_for
 from mpscale.worker.training import batches
 from mpscale.workloads.workload import sparse_cross_entropy
 
