@@ -74,7 +74,7 @@ def _keep_generated_files_in(folder: str) -> None:
     try:
         from tensorflow.python.autograph.pyct import loader
     except ImportError:
-        return  # another version of TensorFlow: the files stay where they were
+        return  # another version of TensorFlow: the files stay in the usual folder
     own = types.ModuleType("tempfile", tempfile.__doc__)
     vars(own).update(vars(tempfile), NamedTemporaryFile=functools.partial(tempfile.NamedTemporaryFile, dir=folder))
     loader.tempfile = own

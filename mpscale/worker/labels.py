@@ -27,7 +27,6 @@ Form = Callable[[Any], Any]
 
 PROBED = 16
 """Examples on which a function is tried out."""
-_DRAWS = 2
 _SHIFTS = (1, 2, 5)  # places by which labels are moved
 _RTOL = 1e-3
 
@@ -118,7 +117,7 @@ def form_for(function: Function, labels: npt.NDArray[Any], outputs: Shape, what:
     if len(candidates) == 1 or None in outputs:
         return candidates[0]
     sample = sample_of(labels, examples)
-    draws = [outputs_like(sample, outputs, seed) for seed in range(_DRAWS)]
+    draws = [outputs_like(sample, outputs, seed) for seed in range(2)]
     said = {form: [mean(function, form(sample), draw) for draw in draws] for form in candidates}
     running = [form for form in candidates if None not in said[form]]
     pairing = [form for form in running if _pairs(function, form(sample), draws, said[form])]

@@ -138,7 +138,7 @@ class Objective:
         """Labels in the dtype that a loss of the user's own takes.
 
         Keras casts the labels of every loss to float. Integers stay integers if the loss accepts them with the same
-        result, which rules out uint8 arithmetic, for example, where 0 - 1 is 255.
+        result. That rules out uint8 arithmetic, for example, in which 0 - 1 is 255.
         """
         outputs = label_forms.outputs_like(labels, self.output, 0)
         floats = labels.astype(np.float32)

@@ -5,7 +5,7 @@ mnist1d generates it, so nothing is downloaded. The published set has 4,000 exam
 same recipe with another seed gives 10,000 more test examples, standardised with the published mean and deviation.
 
 The article that mpscale began with trains a dense network for ten epochs on MNIST, which would need a download. Here it
-gets the real handwritten digits of scikit-learn: 1,797 images of 8 x 8, scaled up to 28 x 28, of which 500 are tested.
+gets the real handwritten digits of scikit-learn: 1,797 images of 8 x 8, scaled up to 28 x 28; 500 are the test set.
 """
 
 from __future__ import annotations
@@ -84,11 +84,8 @@ def _make_digits28() -> dict[str, Any]:
 
 def cache_directory() -> Path:
     """``$MPSCALE_CACHE``, else ``$XDG_CACHE_HOME/mpscale``, else ``~/.cache/mpscale``."""
-    named = os.environ.get("MPSCALE_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mpscale"
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MPSCALE_CACHE") or Path(caches, "mpscale"))
 
 
 def arrays(name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:

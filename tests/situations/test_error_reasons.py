@@ -74,10 +74,6 @@ def ask_python(x):
     return tf.py_function(fail, [x], tf.float32)
 
 
-def narrow():
-    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-
-
 def traced(function):
     return lambda: tf.function(function, jit_compile=False)(X)
 
@@ -89,7 +85,10 @@ REASONS = {
     "the same layer in a traced step": (lambda: traced(Refusing())(), "ValueError: my layer wants three columns"),
     "a layer in a model in a traced step": (lambda: traced(Subclassed())(), "ValueError: my layer wants three columns"),
     "an exception raised from another one": (lambda: traced(Unwrapping())(), "ValueError: the table has no a"),
-    "data that do not fit the model": (lambda: traced(narrow())(), "ValueError: Input 0 with name 'None' of layer 'd"),
+    "data that do not fit the model": (
+        lambda: traced(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))(),
+        "ValueError: Input 0 with name 'None' of layer 'dense",
+    ),
     "a product of the wrong shape": (lambda: Multiplying()(X), "InvalidArgumentError: Matrix size-incompatible: In[0]"),
     "an assertion in the graph": (traced(assert_less), "InvalidArgumentError: assertion failed: [labels must be below"),
     "an index that is too large": (

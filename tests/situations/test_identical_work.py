@@ -70,17 +70,12 @@ def under(policy, make=mlp, back=None):
 
 def after(act, make):
     """A function of a workload that also does something else."""
-
-    def function(*given):
-        act()
-        return make(*given)
-
-    return function
+    return lambda *given: (act(), make(*given))[1]
 
 
 @keras.saving.register_keras_serializable()
 class CastingDense(L.Layer):
-    """A layer under the mode's policy that nevertheless multiplies in float32."""
+    """A layer under the mode's policy that multiplies in float32 nevertheless."""
 
     def build(self, shape):
         self.kernel = self.add_weight(shape=(shape[-1], 3), initializer="glorot_uniform")

@@ -7,9 +7,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from support.one_case import blobs, by_fit, dense, split, train, workload
+from support.one_case import Outcome, blobs, by_fit, dense, split, train, workload
 
-from mpscale.workloads import accuracy
+from mpscale.workloads import Data, accuracy
 
 X, Y = blobs()
 ONE_HOT = np.eye(3, dtype=np.float32)[Y]
@@ -51,10 +51,6 @@ class Weighted:
         return self.weight * tf.nn.sparse_softmax_cross_entropy_with_logits(labels, outputs)
 
 
-def cross_entropy_of_each(labels, logits):
-    return keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
-
-
 def logistic(labels, outputs):
     """Written by hand, for labels of any shape."""
     return tf.reduce_mean(
@@ -81,7 +77,10 @@ def logistic(labels, outputs):
             X, Y, softmax_model, {"loss": "sparse_categorical_crossentropy"}, "sparse_categorical_crossentropy",
             "classes", id="a softmax and a loss by name",
         ),
-        pytest.param(X, Y, DENSE, {"loss": cross_entropy_of_each}, SPARSE, "classes", id="a loss of each example"),
+        pytest.param(
+            X, Y, DENSE, {"loss": lambda y, out: keras.losses.sparse_categorical_crossentropy(y, out, True)}, SPARSE,
+            "classes", id="a loss of each example",
+        ),
         pytest.param(
             X, Y, dense(),
             {"loss": functools.partial(keras.losses.sparse_categorical_crossentropy, from_logits=True)}, SPARSE,
@@ -244,6 +243,15 @@ def test_metric_does_not_remember_earlier_evaluations(metric):
     net = by_fit(dense(), data, SPARSE, keras.optimizers.SGD(0.1))
     right = accuracy(data.test_y, net.predict(data.test_x, verbose=0))
     assert outcome.row["metric_value"] == outcome.row["final_accuracy"] == pytest.approx(right, abs=0.013)
+
+
+def test_metric_is_reported_before_the_published_set_is_evaluated(monkeypatch):
+    """A case that dies later keeps it."""
+    events = []
+    monkeypatch.setattr(Outcome, "values", lambda self, values: events.extend(values))
+    data = Data(X[:160], Y[:160], X[160:], Y[160:], X[:7], Y[:7])
+    train(workload(dense(), lambda: data, metric=lambda y, out: events.append(len(y)) or 0.5, **OWN))
+    assert events.index("metric_value") < max(place for place, event in enumerate(events) if event == 7)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -24,19 +24,12 @@ from mpscale.workloads import Data, Workload
 from mpscale.workloads.workload import sparse_cross_entropy
 
 
-def test_every_epoch_shows_every_example_once():
-    order = batches(examples=10, batch_size=5, steps=6, seed=0)
-    assert order.shape == (6, 5)
-    for epoch in order.reshape(3, 10):
-        assert sorted(epoch) == list(range(10))
+@pytest.mark.parametrize("batch_size", [5, 4], ids=["whole batches", "the incomplete batch is left out"])
+def test_every_epoch_shows_every_example_at_most_once(batch_size):
+    order = batches(examples=10, batch_size=batch_size, steps=5, seed=0)
+    assert order.shape == (5, batch_size)
+    assert all(len(set(epoch.ravel())) == 2 * batch_size for epoch in (order[:2], order[2:4]))
     assert not np.array_equal(order[:2], order[2:4])
-
-
-def test_incomplete_batches_are_left_out():
-    order = batches(examples=10, batch_size=4, steps=5, seed=0)
-    assert order.shape == (5, 4)
-    for start in (0, 2):
-        assert len(set(order[start : start + 2].ravel())) == 8
 
 
 def test_order_comes_from_the_seed_alone():
@@ -171,12 +164,8 @@ def test_training_ends_when_the_weights_are_lost():
     assert done.status == ("diverged", "the weights were not finite after 10 steps")
 
 
-def log(losses, scales=None, overflow=None):
-    return Log(
-        np.array(losses, np.float32),
-        None if scales is None else np.array(scales, np.float32),
-        None if overflow is None else np.array(overflow, bool),
-    )
+def log(*columns):
+    return Log(*map(np.array, columns))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +201,7 @@ def test_counts_follow_from_the_log():
         "loss_scale_min": 2.0,
         "loss_scale_max": 8.0,
     }
-    assert {name: values[name] for name in expected} == expected
+    assert values.items() >= expected.items()
 
 
 def test_log_and_ledger_count_alike():
@@ -252,7 +241,6 @@ def test_timing_is_made_of_blocks():
 def test_timing_has_its_blocks_and_counts_its_overflows_apart():
     step = make_step("mixed-static")
     step()
-    step.read_log()
     timing = time_steps(step, warm_up(step), seconds=0.05, min_blocks=5)
     assert len(timing.block_s) >= 5
     assert timing.overflow_steps == 0

@@ -203,15 +203,11 @@ def test_numbers_of_numpy_become_plain_ones():
     assert (type(workload.train_steps), type(workload.target)) == (int, float)
 
 
-@pytest.mark.parametrize(
-    ("higher", "value", "reached"),
-    [(True, 0.9, True), (True, 0.89, False), (False, 0.9, True), (False, 0.91, False)],
-)
-def test_target_is_reached_in_the_metrics_own_direction(higher, value, reached):
-    workload = mpscale.Workload(
-        "x", "", nothing, nothing, nothing, metric=nothing, metric_name="m", target=0.9, metric_higher_is_better=higher
-    )
-    assert workload.reached(value) is reached
+@pytest.mark.parametrize(("higher", "beyond"), [(True, 0.91), (False, 0.89)])
+def test_target_is_reached_in_the_metrics_own_direction(higher, beyond):
+    options = {"metric": nothing, "metric_name": "m", "metric_higher_is_better": higher}
+    workload = mpscale.Workload("x", "", nothing, nothing, nothing, target=0.9, **options)
+    assert [workload.reached(value) for value in (beyond, 0.9, 1.8 - beyond)] == [True, True, False]
 
 
 @pytest.mark.parametrize(
