@@ -35,8 +35,7 @@ from mpscale.core.mode import DYNAMIC, MODES
 from mpscale.core.process import die_with_parent
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
 from mpscale.worker import case as execute
-from mpscale.worker.scalers import StepRecord, StepScaler
-from mpscale.worker.step import Timing, TrainStep, time_steps
+from mpscale.worker.step import StepRecord, StepScaler, Timing, TrainStep, time_steps
 from mpscale.workloads import registry
 
 FIRST_STEPS = 10

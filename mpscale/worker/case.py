@@ -25,16 +25,7 @@ from mpscale.worker import model as models
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic, Precision
-from mpscale.worker.scalers import scaler_for
-from mpscale.worker.step import (
-    Batches,
-    Log,
-    TrainStep,
-    keep_going,
-    time_empty_call,
-    time_steps,
-    warm_up,
-)
+from mpscale.worker.step import Batches, Log, TrainStep, keep_going, scaler_for, time_empty_call, time_steps, warm_up
 from mpscale.worker.training import Evaluator, batches, is_accuracy, score_for, train
 from mpscale.workloads import Data, Workload, registry
 from mpscale.workloads.metric import ACCURACY
@@ -53,17 +44,11 @@ class Built:
     """What a case trains.
 
     Args:
-        case: says how.
-        workload: the case's.
-        data: the workload's.
         order: of the data, indices (steps, batch).
-        model: built, under the mode's policy.
+        model: built under the mode's policy.
         optimizer: the workload's, without the mode's loss scaling.
         optimizer_config: describes it as it was before it was wrapped, which each mode does in its own way.
-        objective: the loss.
-        noted_loss: the loss of the train step, which notes its arguments.
-        step: the train step, not traced yet.
-        seconds: that building model, optimizer and step took.
+        noted_loss: the objective, as the train step calls it.
     """
 
     case: Case
@@ -76,16 +61,13 @@ class Built:
     objective: Objective
     noted_loss: NotedLoss
     step: TrainStep
-    seconds: float
 
     @property
     def steps(self) -> int:
-        """Length of the training."""
         return len(self.order)
 
     @property
     def batch(self) -> int:
-        """Examples per step."""
         return self.order.shape[1]
 
 
@@ -94,11 +76,11 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
 
     Args:
         case: what to run.
-        device: where; the process must have been started with this device visible.
+        device: where to train; the process must have been started with this device visible.
         steps_path: where to write the log of every step, as gzipped CSV.
-        channel: the supervisor's end.
-        energy_s: how long to take steps from the start of the timing on, so that their energy can be counted; 0 does
-            not count energy.
+        channel: takes the reports.
+        energy_s: how long to take steps, from the start of the timing, so that their energy can be counted; 0 if it
+            is not counted.
     """
     mode = MODES[case.mode]
     require(device)
@@ -107,8 +89,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     channel.phase(Phase.CONTEXT_READY)
 
     arithmetic = Arithmetic(mode, device, case.settings.jit)
-    built = _build(case, arithmetic)
-    channel.values({"build_time_s": built.seconds})
+    built = _build(case, arithmetic, channel)
     channel.phase(Phase.MODEL_BUILT)
 
     step = built.step
@@ -145,13 +126,11 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
 
 
 def _put(found: Findings, column: str, value: float | None, missing: Reason) -> None:
-    """Note a figure, or why there is none; a figure that is not finite counts as none."""
-    if value is None:
-        found.miss([column], missing)
-    elif not np.isfinite(value):
-        found.miss([column], Reason(Code.NOT_FINITE, "not finite"))
-    else:
+    """Note a figure if it is finite, otherwise why there is none."""
+    if value is not None and np.isfinite(value):
         found.values[column] = value
+    else:
+        found.miss([column], missing if value is None else Reason(Code.NOT_FINITE, "not finite"))
 
 
 def _report(channel: Channel, found: Findings) -> None:
@@ -160,8 +139,8 @@ def _report(channel: Channel, found: Findings) -> None:
         channel.miss([column], reason)
 
 
-def _build(case: Case, arithmetic: Arithmetic) -> Built:
-    """Make everything that is trained. The device must be ready: importing a user's module may create variables."""
+def _build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
+    """Make everything that is trained. The device must be ready, since a user's module may use it on import."""
     settings = case.settings
     workload = registry.get(case.workload)
     data = workload.data()
@@ -186,8 +165,8 @@ def _build(case: Case, arithmetic: Arithmetic) -> Built:
     objective = Objective(workload.loss, data.train_y)
     loss = NotedLoss(objective)
     step = TrainStep(model, scaler, loss, Batches(data.train_x, data.train_y, order), settings.jit)
-    seconds = time.perf_counter() - start
-    return Built(case, workload, data, order, model, optimizer, optimizer_config, objective, loss, step, seconds)
+    channel.values({"build_time_s": time.perf_counter() - start})
+    return Built(case, workload, data, order, model, optimizer, optimizer_config, objective, loss, step)
 
 
 def _described(built: Built) -> Findings:
@@ -232,7 +211,7 @@ def _described(built: Built) -> Findings:
 
 
 def _evaluator(built: Built) -> Evaluator:
-    """The metric, tried out, so that mistakes show before the training."""
+    """The metric, tried out so that mistakes show before the training."""
     workload, data, objective = built.workload, built.data, built.objective
     one_output = not objective.output or objective.output[-1] == 1
     threshold = objective.threshold() if one_output and is_accuracy(workload.metric) else None
@@ -244,18 +223,15 @@ def _evaluator(built: Built) -> Evaluator:
 
 
 def _train(built: Built, steps_path: Path | None, channel: Channel) -> Status:
-    """Train to the end, evaluate and report."""
     workload, data, steps = built.workload, built.data, built.steps
     evaluate = _evaluator(built)
     training = train(
         built.step, steps, workload, lambda: evaluate(*data.progress), lambda done: channel.progress(done, steps)
     )
     found = Findings(training.values())
-    not_reached = (
-        _NO_TARGET
-        if workload.target is None
-        else Reason(Code.NEVER_HAPPENED, f"the target of {workload.target:g} was not reached")
-    )
+    not_reached = _NO_TARGET
+    if workload.target is not None:
+        not_reached = Reason(Code.NEVER_HAPPENED, f"the target of {workload.target:g} was not reached")
     _put(found, "steps_to_target", training.steps_to_target, not_reached)
     _put(found, "time_to_target_s", training.time_to_target_s, not_reached)
     _report(channel, found)
@@ -263,33 +239,24 @@ def _train(built: Built, steps_path: Path | None, channel: Channel) -> Status:
         _write_steps(steps_path, training.log)
     # As Keras' fit ends: an optimizer with a moving average of the weights replaces the weights by it.
     built.step.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
-    metric = evaluate(data.test_x, data.test_y)
-    _report(channel, _results(built, evaluate, metric))
+    metric, name = evaluate(data.test_x, data.test_y), workload.metric_name
+    found, another = Findings(), Reason(Code.NOT_IN_WORKLOAD, f"the workload's metric is {name}")
+    _put(found, "metric_value", metric, another)
+    _put(found, "final_accuracy", metric if name == ACCURACY else None, another)
+    # Before anything else is evaluated: a case that dies later keeps its metric.
+    _report(channel, found)
+    found, unpublished = Findings(), Reason(Code.NOT_IN_WORKLOAD, "the data has no other published test set")
+    published = None if data.published_x is None else evaluate(*data.progress)
+    _put(found, "published_metric_value", published, unpublished)
+    _report(channel, found)
     status, reason = training.status
     if status == "ok" and not np.isfinite(metric):
-        steps_taken = len(training.log)
-        return "diverged", f"the {workload.metric_name} on the test set was {metric} after {steps_taken} steps"
+        return "diverged", f"the {name} on the test set was {metric} after {len(training.log)} steps"
     return status, reason
 
 
-def _results(built: Built, evaluate: Evaluator, metric: float) -> Findings:
-    """The columns about the trained model, whose metric on the test set is ``metric``."""
-    name, found = built.workload.metric_name, Findings()
-    another = Reason(Code.NOT_IN_WORKLOAD, f"the workload's metric is {name}")
-    _put(found, "metric_value", metric, another)
-    _put(found, "final_accuracy", metric if name == ACCURACY else None, another)
-    published = None if built.data.published_x is None else evaluate(*built.data.progress)
-    _put(
-        found,
-        "published_metric_value",
-        published,
-        Reason(Code.NOT_IN_WORKLOAD, "the data has no other published test set"),
-    )
-    return found
-
-
 def _write_steps(path: Path, log: Log) -> None:
-    """Write loss, loss scale and overflow of every step, empty if the mode has none."""
+    """Write loss, loss scale and overflow of every step; what the mode does not have is empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     empty = [""] * len(log)
@@ -304,7 +271,7 @@ def _write_steps(path: Path, log: Log) -> None:
 
 
 def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) -> None:
-    """Time the steady state, count energy over at least as many steps, and report."""
+    """Time steps in the steady state, and count energy over these and more steps."""
     step, settings = built.step, built.case.settings
     about_s = warm_up(step)
     channel.phase(Phase.WARM)

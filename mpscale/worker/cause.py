@@ -16,12 +16,7 @@ _OUT_OF_MEMORY = ("ResourceExhaustedError", "MemoryError")
 
 
 def cause(error: BaseException, jit: bool) -> Failed:
-    """What to report of an exception.
-
-    Args:
-        error: as it was caught.
-        jit: whether XLA compiles train steps.
-    """
+    """What to report of an exception that was caught; ``jit`` says whether XLA compiles train steps."""
     first = _unwrapped(error)
     message = _said(first)
     if _is_operation_error(first):
@@ -29,7 +24,9 @@ def cause(error: BaseException, jit: bool) -> Failed:
     if not message.strip():
         message = _where(error)
     names = {type(error).__name__, type(first).__name__}
-    oom = bool(names.intersection(_OUT_OF_MEMORY)) or _allocation_failed(error)
+    # XLA reports memory that ran out as an internal error; only its text says so.
+    text = _said(error).lower()
+    oom = not names.isdisjoint(_OUT_OF_MEMORY) or "out of memory" in text or "resource_exhausted" in text
     if jit and not oom and _is_operation_error(first) and _refused_by_xla(first):
         message = f"{message.strip()}. {_NO_JIT}"
     return Failed(type(first).__name__, message, oom)
@@ -60,7 +57,7 @@ def _said(error: BaseException) -> str:
 
 
 def _where(error: BaseException) -> str:
-    """The line that raised an exception: for one without a message, such as that of a bare ``assert``."""
+    """The line that raised an exception, for one without a message, such as that of a bare ``assert``."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].line} (line {frames[-1].lineno} of {frames[-1].filename})" if frames else ""
 
@@ -92,9 +89,9 @@ def _without_surroundings(message: str) -> str:
 def _refused_by_xla(error: BaseException) -> bool:
     """Whether XLA could not compile a function.
 
-    No operation of a compiled program can fail with one of these codes, so compiling it failed. An attribute of a
-    function's definition says whether it must be compiled. Only the message names the function; if the definition is
-    gone by now, the message names the attribute or XLA's device.
+    No operation of a compiled program fails with one of these codes, so compiling it failed. Whether a function must
+    be compiled is an attribute of its definition, which only the message names. If the definition is gone by now, the
+    message contains the attribute or XLA's device.
     """
     from tensorflow.python.eager import context
     from tensorflow.python.framework import errors
@@ -110,9 +107,3 @@ def _refused_by_xla(error: BaseException) -> bool:
     if named is not None and context.context().has_function(named[1]):
         return bool(context.context().get_function_def(named[1]).attr["_XlaMustCompile"].b)
     return any(mark in text for mark in ("_XlaMustCompile=true", "XLA_CPU_JIT", "XLA_GPU_JIT"))
-
-
-def _allocation_failed(error: BaseException) -> bool:
-    """Whether the device's memory ran out. XLA reports that as an internal error; only its text says so."""
-    text = _said(error).lower()
-    return "out of memory" in text or "resource_exhausted" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
 
 import tensorflow as tf
 
@@ -12,17 +13,11 @@ from mpscale.core.mode import Mode
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 
-MIB = 2**20
-BFC = "bfc"
 _SUCCESS = 0  # of a call to CUDA
 
 
 class AllocatorPeak:
-    """Peak memory of TensorFlow's allocator, in the whole process and in a window of it.
-
-    Args:
-        device: where the process trains.
-    """
+    """Peak memory of TensorFlow's allocator, in the whole process and in a window of it."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -30,7 +25,6 @@ class AllocatorPeak:
         self._windowed = False
 
     def begin_window(self) -> None:
-        """Start the window."""
         self._windowed = True
         peak = self._peak()
         if not isinstance(peak, Reason):
@@ -62,7 +56,7 @@ class AllocatorPeak:
         except (ValueError, tf.errors.OpError) as error:
             return Reason(Code.ALLOCATOR_SILENT, f"TensorFlow's allocator keeps no statistics: {error}")
         # A process that has trained did hold memory: an allocator that does not count says 0.
-        return peak / MIB or Reason(Code.ALLOCATOR_SILENT, "TensorFlow's allocator reports a peak of 0 bytes")
+        return peak / 2**20 or Reason(Code.ALLOCATOR_SILENT, "TensorFlow's allocator reports a peak of 0 bytes")
 
 
 def require(device: Device) -> None:
@@ -79,11 +73,7 @@ def require(device: Device) -> None:
 
 
 def touch(device: Device, mode: Mode) -> Findings:
-    """Make the device ready; return the columns that say how it was set up.
-
-    Args:
-        device: the one that this process was started for.
-        mode: says which arithmetic is allowed.
+    """Make the device that this process was started for ready; return the columns that say how it was set up.
 
     Raises:
         RuntimeError: TensorFlow uses another GPU than the one that NVML watches.
@@ -98,7 +88,7 @@ def touch(device: Device, mode: Mode) -> Findings:
     else:
         found.miss(["tf32"], Reason(Code.UNSUPPORTED, f"{device.name} has no TF32"))
     if on_gpu:
-        found.values["gpu_allocator"] = os.environ.get("TF_GPU_ALLOCATOR") or BFC
+        found.values["gpu_allocator"] = os.environ.get("TF_GPU_ALLOCATOR") or "bfc"
     else:
         found.miss(["gpu_allocator"], Reason(Code.NO_GPU, "no GPU"))
     tf.constant(0.0).numpy()
@@ -111,7 +101,7 @@ def touch(device: Device, mode: Mode) -> Findings:
 def set_arithmetic(mode: Mode) -> None:
     """Allow TensorFlow what the mode allows: TF32, and the rewrite of graphs to float16.
 
-    Call this before anything is traced: a function keeps the settings under which it was traced.
+    Call this before anything is traced, since a function keeps the settings under which it was traced.
     """
     tf.config.experimental.enable_tensor_float_32_execution(mode.tf32)
     if mode.graph_rewrite:
@@ -122,10 +112,7 @@ def mismatch(uuid: str | None, pci_bus_id: str | None) -> str | None:
     """Why CUDA's first device is not the GPU that NVML watches; None if it is, or if CUDA does not say.
 
     CUDA and NVML number GPUs differently. This check keeps the figures of one GPU from being reported for another.
-
-    Args:
-        uuid: NVML's, of a GPU or of a MIG instance.
-        pci_bus_id: NVML's.
+    ``uuid``, of a GPU or a MIG instance, and ``pci_bus_id`` are NVML's.
     """
     cuda_uuid, cuda_bus = _first_device()
     if uuid and cuda_uuid:
@@ -146,25 +133,16 @@ def _first_device() -> tuple[str | None, str | None]:
             return None, None
     except (OSError, AttributeError):
         return None, None
-    return _uuid(cuda, device), _pci_bus_id(cuda, device)
 
-
-def _uuid(cuda: ctypes.CDLL, device: ctypes.c_int) -> str | None:
-    raw = (ctypes.c_ubyte * 16)()
-    # For a MIG instance, the second version returns its own UUID and the first that of its GPU.
-    for name in ("cuDeviceGetUuid_v2", "cuDeviceGetUuid"):
+    def told(name: str, *arguments: Any) -> bool:
         function = getattr(cuda, name, None)
-        if function is not None and function(raw, device) == _SUCCESS:
-            return bytes(raw).hex()
-    return None
+        return function is not None and function(*arguments) == _SUCCESS
 
-
-def _pci_bus_id(cuda: ctypes.CDLL, device: ctypes.c_int) -> str | None:
-    text = ctypes.create_string_buffer(32)
-    function = getattr(cuda, "cuDeviceGetPCIBusId", None)
-    if function is None or function(text, len(text), device) != _SUCCESS:
-        return None
-    return text.value.decode(errors="replace")
+    raw, text = (ctypes.c_ubyte * 16)(), ctypes.create_string_buffer(32)
+    # For a MIG instance, the second version returns its own UUID and the first that of its GPU.
+    has_uuid = told("cuDeviceGetUuid_v2", raw, device) or told("cuDeviceGetUuid", raw, device)
+    has_bus_id = told("cuDeviceGetPCIBusId", text, len(text), device)
+    return bytes(raw).hex() if has_uuid else None, text.value.decode(errors="replace") if has_bus_id else None
 
 
 def _bus(bus_id: str) -> tuple[int, ...]:

@@ -16,18 +16,20 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+Shape = Sequence[int | None]
+"""Of one example's label or output; None for a size that is not known."""
+
+Function = Callable[[Any, Any], Any]
+"""A loss or a metric: ``(labels, outputs)`` to a number or an array of numbers."""
+
 Form = Callable[[Any], Any]
 """Turns labels, a NumPy array or a tensor, into the shape that is wanted."""
 
 PROBED = 16
 """Examples on which a function is tried out."""
-_DRAWS = 2
-_SHIFTS = (1, 2, 5)
-"""Places by which labels are moved."""
+_SHIFTS = (1, 2, 5)  # places by which labels are moved
 _RTOL = 1e-3
 
-_CLASSES = ("categorical_generalized_cross_entropy",)
-"""Kinds that take class numbers although their name does not begin with ``sparse``."""
 _HAVE_SPARSE = ("categorical_crossentropy", "categorical_accuracy", "top_k_categorical_accuracy")
 _SHAPES_OF_THEIR_OWN = ("ctc", "circle", "io_u", "mean_io_u", "one_hot_io_u", "one_hot_mean_io_u")
 
@@ -45,68 +47,50 @@ def _squeezed(labels: Any) -> Any:
     return labels[..., 0]
 
 
-def forms(labels: Sequence[int | None], outputs: Sequence[int | None]) -> list[Form]:
-    """The forms in which labels may be meant, Keras' choice last.
-
-    Args:
-        labels: shape of one example's label.
-        outputs: shape of one example's output.
-    """
+def forms(labels: Shape, outputs: Shape) -> list[Form]:
+    """The forms in which labels may be meant, Keras' choice last."""
     found: list[Form] = [as_they_are]
     if len(labels) + 1 == len(outputs) and outputs[-1] == 1:
         found.append(_expanded)
-    if (
-        labels
-        and labels[-1] == 1
-        and (len(labels) == len(outputs) + 1 or (len(labels) == len(outputs) and outputs[-1] != 1))
-    ):
+    more_axes = len(labels) - len(outputs)
+    if labels and labels[-1] == 1 and (more_axes == 1 or (more_axes == 0 and outputs[-1] != 1)):
         found.append(_squeezed)
     return found
 
 
-def takes_classes(kind: str) -> bool:
-    """Whether a Keras loss or metric takes class numbers. ``kind`` is its name in snake case."""
-    return kind.startswith("sparse") or kind in _CLASSES
+def _takes_classes(kind: str) -> bool:
+    """Whether a Keras loss or metric takes class numbers."""
+    return kind.startswith("sparse") or kind == "categorical_generalized_cross_entropy"
 
 
-def keras_form(kind: str, labels: Sequence[int | None], outputs: Sequence[int | None]) -> Form:
-    """The form that a Keras loss or metric gives its labels.
-
-    Args:
-        kind: its name in snake case.
-        labels: shape of one example's label.
-        outputs: shape of one example's output.
-    """
-    if takes_classes(kind):
+def keras_form(kind: str, labels: Shape, outputs: Shape) -> Form:
+    """The form that a Keras loss or metric gives its labels; ``kind`` is its name in snake case."""
+    if _takes_classes(kind):
         return _squeezed if labels and labels[-1] == 1 and len(labels) == len(outputs) else as_they_are
     return forms(labels, outputs)[-1]
 
 
-def check_fit(kind: str, labels: Sequence[int | None], outputs: Sequence[int | None]) -> None:
+def check_fit(kind: str, labels: Shape, outputs: Shape) -> None:
     """Check labels for a Keras loss or metric, which would broadcast labels that do not fit.
 
     Args:
         kind: its name in snake case; empty if it is not Keras' own, in which case nothing is known about it.
-        labels: shape of one example's label, in its final form.
-        outputs: shape of one example's output.
+        labels: in their final form.
+        outputs: the model's.
 
     Raises:
         ValueError: they do not fit.
     """
     if not kind or kind in _SHAPES_OF_THEIR_OWN:
         return
-    sparse = takes_classes(kind)
+    sparse = _takes_classes(kind)
     if sparse and not outputs:
         raise ValueError(
             f"{kind} needs one output per class, but the model's outputs have shape (examples,); end the model with "
             "one unit per class"
         )
-    expected = tuple(outputs[:-1] if sparse else outputs)
-    if len(labels) != len(expected) or any(
-        None not in (a, b) and a != b for a, b in zip(labels, expected, strict=True)
-    ):
-        one_hot = len(labels) == len(outputs)
-        if sparse and one_hot:
+    if not tf.TensorShape(labels).is_compatible_with(outputs[:-1] if sparse else outputs):
+        if sparse and len(labels) == len(outputs):
             cure = f"{kind} takes class numbers; for one-hot labels use categorical_crossentropy or the like"
         elif sparse:
             cure = f"{kind} takes one class number per example"
@@ -116,17 +100,11 @@ def check_fit(kind: str, labels: Sequence[int | None], outputs: Sequence[int | N
         raise ValueError(f"labels of shape {_shape(labels)} do not fit outputs of shape {_shape(outputs)}: {cure}")
 
 
-def form_for(
-    function: Callable[[Any, Any], Any],
-    labels: npt.NDArray[Any],
-    outputs: Sequence[int | None],
-    what: str,
-    examples: int = PROBED,
-) -> Form:
+def form_for(function: Function, labels: npt.NDArray[Any], outputs: Shape, what: str, examples: int = PROBED) -> Form:
     """The form in which a function of the user's own takes its labels.
 
     Args:
-        function: ``(labels, outputs)`` to a number or an array of numbers.
+        function: a loss or metric.
         labels: of the training or test set (examples, ...).
         outputs: shape of one example's output.
         what: ``"loss"`` or ``"metric"``, for the message.
@@ -139,7 +117,7 @@ def form_for(
     if len(candidates) == 1 or None in outputs:
         return candidates[0]
     sample = sample_of(labels, examples)
-    draws = [outputs_like(sample, outputs, seed) for seed in range(_DRAWS)]
+    draws = [outputs_like(sample, outputs, seed) for seed in range(2)]
     said = {form: [mean(function, form(sample), draw) for draw in draws] for form in candidates}
     running = [form for form in candidates if None not in said[form]]
     pairing = [form for form in running if _pairs(function, form(sample), draws, said[form])]
@@ -159,7 +137,7 @@ def form_for(
     )
 
 
-def repeatable(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def repeatable(function: Function) -> Function:
     """Turn a function of tensors into one of arrays that leaves its variables unchanged.
 
     Every call is traced anew, as the train step will be, so all calls draw the same random numbers.
@@ -178,7 +156,7 @@ def repeatable(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
     return call
 
 
-def traced_with(function: Callable[[Any, Any], Any], labels: Any, outputs: Any) -> Any:
+def traced_with(function: Function, labels: Any, outputs: Any) -> Any:
     """Trace ``function`` for tensors of the shapes and dtypes of these."""
 
     def call(labels: Any, outputs: Any) -> Any:
@@ -189,13 +167,13 @@ def traced_with(function: Callable[[Any, Any], Any], labels: Any, outputs: Any) 
 
 
 def sample_of(labels: npt.NDArray[Any], examples: int = PROBED) -> npt.NDArray[Any]:
-    """Pick so many labels, different ones if possible: equal labels would hide a mix-up."""
+    """Pick ``examples`` labels, different ones if possible: equal labels would hide a mix-up."""
     _, first = np.unique(labels.reshape(len(labels), -1)[:, 0], return_index=True)
     chosen = first[np.linspace(0, len(first) - 1, min(len(first), -(-examples // 2))).astype(int)]
     return np.resize(labels[np.concatenate([chosen, np.arange(len(labels))])[:examples]], (examples, *labels.shape[1:]))
 
 
-def outputs_like(labels: npt.NDArray[Any], shape: Sequence[int | None], seed: int) -> npt.NDArray[np.float32]:
+def outputs_like(labels: npt.NDArray[Any], shape: Shape, seed: int) -> npt.NDArray[np.float32]:
     """Outputs between 0 and 1 of a mostly right model: if all were wrong, every shape would give the same result."""
     random = np.random.default_rng(seed)
     outputs = random.uniform(0.05, 0.5, (len(labels), *shape))  # type: ignore[arg-type]
@@ -210,9 +188,7 @@ def outputs_like(labels: npt.NDArray[Any], shape: Sequence[int | None], seed: in
     return outputs.astype(np.float32)
 
 
-def _pairs(
-    function: Callable[[Any, Any], Any], labels: Any, draws: Sequence[Any], said: Sequence[float | None]
-) -> bool:
+def _pairs(function: Function, labels: Any, draws: Sequence[Any], said: Sequence[float | None]) -> bool:
     """Whether the function's result depends on which label goes with which output."""
     for draw, whole in zip(draws, said, strict=True):
         for shift in _SHIFTS:
@@ -222,7 +198,7 @@ def _pairs(
     return False
 
 
-def _adds_up(function: Callable[[Any, Any], Any], labels: Any, outputs: Any, whole: float | None) -> bool:
+def _adds_up(function: Function, labels: Any, outputs: Any, whole: float | None) -> bool:
     """Whether the result for all examples, ``whole``, is the mean or the sum of the results for each one."""
     if len(outputs) > PROBED:
         labels, outputs = labels[:PROBED], outputs[:PROBED]
@@ -234,7 +210,7 @@ def _adds_up(function: Callable[[Any, Any], Any], labels: Any, outputs: Any, who
     return bool(np.isclose(whole, total / len(singles), _RTOL) or np.isclose(whole, total, _RTOL))
 
 
-def mean(function: Callable[[Any, Any], Any], labels: Any, outputs: Any) -> float | None:
+def mean(function: Function, labels: Any, outputs: Any) -> float | None:
     """The function's result for arrays, averaged; None if it fails or is not finite."""
     try:
         value = float(np.mean(np.asarray(function(labels, outputs), dtype=float)))
@@ -243,6 +219,6 @@ def mean(function: Callable[[Any, Any], Any], labels: Any, outputs: Any) -> floa
     return value if np.isfinite(value) else None
 
 
-def _shape(example: Sequence[int | None]) -> str:
+def _shape(example: Shape) -> str:
     inside = ", ".join(["examples", *("?" if size is None else str(size) for size in example)])
     return f"({inside}{',' if not example else ''})"

@@ -17,6 +17,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 _STEPS = (
@@ -25,11 +26,7 @@ _STEPS = (
 )  # fmt: skip
 """Methods of a Keras model that define how it is trained and evaluated."""
 
-_EXCLUDED = ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern")
 _SCALARS = (bool, int, float, str)
-_STATE = ("built", "_built", "_lock", "name")
-"""Attributes of an optimizer that are not settings."""
-
 _PRECISION = ("name", "dtype", "dtype_policy", "registered_name", "build_config")
 """Entries of a config that differ between modes."""
 
@@ -63,21 +60,17 @@ def make_model(build: Any) -> keras.Model:
     return model
 
 
-def build_model(model: keras.Model, example: Any) -> None:
-    """Create the weights of a model that creates them when it first sees data.
-
-    Args:
-        model: the model.
-        example: one batch of examples.
+def build_model(model: keras.Model, examples: npt.NDArray[Any]) -> None:
+    """Create the weights of a model that creates them when it first sees data, from a batch of examples.
 
     Raises:
         ValueError: it has no trainable weights.
     """
     if not model.built:
-        dtype = "string" if example.dtype.kind in "US" else example.dtype.name
-        model(keras.KerasTensor(example.shape, dtype=dtype))
+        dtype = "string" if examples.dtype.kind in "US" else examples.dtype.name
+        model(keras.KerasTensor(examples.shape, dtype=dtype))
     if not (model.built and model.weights):
-        model(example)  # Some layers of a Sequential need real data to know their shapes.
+        model(examples)  # Some layers of a Sequential need real data to know their shapes.
     if not model.trainable_variables:
         raise ValueError("the model has no trainable variables; add a layer with weights, or unfreeze one")
 
@@ -107,7 +100,7 @@ def make_optimizer(source: Any) -> keras.optimizers.Optimizer:
             f"not {_kind(optimizer)}"
         )
     for inner in _all_inside(optimizer):
-        if isinstance(inner, keras.optimizers.LossScaleOptimizer) or _scales(inner):
+        if _scales(inner):
             raise ValueError(
                 f"the workload's optimizer scales the loss itself ({type(inner).__name__}), but mpscale adds the loss "
                 "scaling of each mode; give the inner optimizer, without loss_scale_factor"
@@ -121,11 +114,11 @@ def _copy(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
         # user's own class may lack some of its arguments.
         return optimizer
     try:
-        copy = type(optimizer).from_config(optimizer.get_config())
+        copy, settings = type(optimizer).from_config(optimizer.get_config()), _settings(optimizer)
         for name, value in vars(optimizer).items():
             # The config also lacks settings that were changed later, and which weights are excluded from weight decay.
-            later = isinstance(value, _SCALARS) and not name.startswith("_self_") and name not in _STATE
-            if name in _EXCLUDED or (later and vars(copy).get(name) != value):
+            later = name in settings and name not in ("_built", "name") and vars(copy).get(name) != value
+            if later or name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
                 setattr(copy, name, value)
         return copy
     except Exception as error:  # from a user's own class, or its schedule
@@ -135,6 +128,15 @@ def _copy(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
             f"this {type(optimizer).__name__} has been used already and cannot be copied ({error}); give a function "
             "that makes a new one"
         ) from error
+
+
+def _settings(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
+    """Plain attributes of an optimizer, by name."""
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if isinstance(value, _SCALARS) and not name.startswith("_self_") and name not in ("_lock", "built")
+    }
 
 
 def _all_inside(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.optimizers.Optimizer]:
@@ -149,7 +151,8 @@ def _all_inside(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.optimiz
 def _scales(optimizer: Any) -> bool:
     """Whether it scales the loss or the gradients."""
     return (
-        getattr(optimizer, "loss_scale_factor", None) is not None
+        isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        or getattr(optimizer, "loss_scale_factor", None) is not None
         or getattr(type(optimizer), "scale_loss", None) is not keras.optimizers.Optimizer.scale_loss
         or hasattr(optimizer, "get_scaled_loss")
     )
@@ -182,7 +185,7 @@ def arrays_digest(arrays: Iterable[Any]) -> str:
 
 
 def without_precision(config: Any) -> Any:
-    """``config`` without names and dtypes, so that a model has the same digest in every mode."""
+    """``config`` without names and dtypes, so a model has the same digest in every mode."""
     if isinstance(config, Mapping):
         if config.get("class_name") == "__lambda__":
             return described_lambda(config["config"])
@@ -197,12 +200,12 @@ def without_precision(config: Any) -> Any:
 
 
 def described_object(value: Any) -> Any:
-    """A description of what JSON cannot hold. ``str`` would do if it did not contain addresses in memory."""
+    """A description of what JSON cannot hold. ``str`` would not do, since it may contain addresses in memory."""
     if isinstance(value, _SCALARS):
         return value
     if isinstance(value, np.ndarray | tf.Tensor | tf.Variable | keras.Variable):
         array = np.asarray(value)
-        return [str(array.shape), hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]]
+        return [str(array.shape), arrays_digest([array])]
     if isinstance(value, np.generic):
         return str(value)
     if isinstance(value, set | frozenset):
@@ -245,7 +248,7 @@ def model_config(model: keras.Model) -> Any:
 
 
 def model_description(model: keras.Model) -> Any:
-    """The configs of the model and of its layers at any depth: the layers of a model without a config have theirs."""
+    """The configs of the model and of its layers at any depth, since a model may have no config and its layers do."""
     layers = model._flatten_layers(include_self=False)
     named = [*layers, *(operation for part in (model, *layers) for operation in getattr(part, "operations", ()))]
     names = {part.name: f"part {number}" for number, part in enumerate(named)} | {model.name: "model"}
@@ -263,16 +266,11 @@ def model_description(model: keras.Model) -> Any:
 def optimizer_description(optimizer: keras.optimizers.Optimizer, steps: int) -> dict[str, Any]:
     """Class, settings and learning rate of an optimizer, before it is built and wrapped.
 
-    Args:
-        optimizer: Keras' or the user's own; settings that its config lacks are taken from its attributes.
-        steps: length of a training; a learning-rate schedule is described by its rates at some steps.
+    Settings that its config lacks are taken from its attributes. A learning-rate schedule is described by its rates at
+    some of the ``steps`` of a training.
     """
     config = config_of(optimizer) or {}
-    settings = {
-        name.lstrip("_"): value
-        for name, value in vars(optimizer).items()
-        if isinstance(value, _SCALARS) and not name.startswith("_self_") and name not in ("_lock", "built")
-    }
+    settings = {name.lstrip("_"): value for name, value in _settings(optimizer).items()}
     described = without_precision({**settings, **config, "class": described_object(type(optimizer))})
     rates = _learning_rates(optimizer, steps)
     if rates is not None:

@@ -25,10 +25,6 @@ from mpscale.workloads.workload import sparse_cross_entropy
 
 Loss = Callable[[Any, Any], Any]
 
-_BY_SHAPE = ("crossentropy", "ce")
-"""Names for which Keras picks the cross-entropy that fits the shapes."""
-
-_PROBE_SEED = 17
 _NOT_REPEATABLE = re.compile(r"Assign|ResourceScatter|Random|Multinomial|RngRead|RngSkip|PyFunc")
 """Operations that make a loss return another value each time."""
 
@@ -49,20 +45,17 @@ class Objective:
 
     def __init__(self, loss: Loss | str, labels: npt.NDArray[Any]) -> None:
         self._labels = labels
-        self._loss: Loss | None = None if loss in _BY_SHAPE else _resolved(loss)
+        # For these names Keras picks the cross-entropy that fits the shapes.
+        self._loss: Loss | None = None if loss in ("crossentropy", "ce") else _resolved(loss)
         self._form: label_forms.Form | None = None
         self.output: tuple[int | None, ...] = ()
         """Shape of one example's output; known once the loss has been traced."""
-        self._squashed_by: str | None = None
+        self._squashed_by: str | None = None  # softmax or sigmoid, if the trace shows that the model ends in one
         if labels.dtype.kind in "US":
             raise ValueError(f"the labels are text ({labels.dtype}); number the classes from 0")
 
     def __call__(self, labels: Any, outputs: Any) -> Any:
-        """The loss of a batch.
-
-        Args:
-            labels: (batch, ...).
-            outputs: of the model.
+        """The loss of a batch of labels (batch, ...) and the model's outputs.
 
         Raises:
             ValueError: labels and outputs do not fit each other or the loss, or the loss is not a number.
@@ -77,15 +70,18 @@ class Objective:
             return _scalar(self._loss(labels, outputs))
         if outputs.dtype in (tf.float16, tf.bfloat16):
             outputs = tf.cast(outputs, tf.float32)
-        # The default loss takes the mean itself, which would count masked places.
-        of_each = mask is not None and self._loss is sparse_cross_entropy
-        return _scalar(_reduced((_cross_entropies if of_each else self._loss)(labels, outputs), mask))
+        if mask is not None and self._loss is sparse_cross_entropy:
+            # It takes the mean itself, which would count masked places.
+            losses = keras.losses.sparse_categorical_crossentropy(labels, outputs, from_logits=True)
+        else:
+            losses = self._loss(labels, outputs)
+        return _scalar(_reduced(losses, mask))
 
     def threshold(self) -> float | None:
         """For a model with one output, the value at which the loss is the same for labels 0 and 1.
 
-        0 for logits and 0.5 for probabilities. None if it is neither, if the loss cannot be computed for one example,
-        or if the loss takes logits although the model ends in a sigmoid, which is a contradiction.
+        It is 0 for logits and 0.5 for probabilities. None if it is neither, if the loss cannot be computed for one
+        example, or if the loss takes logits although the model ends in a sigmoid, which is a contradiction.
         """
         if None in self.output:
             return None
@@ -105,15 +101,14 @@ class Objective:
         self.output = tuple(outputs.shape[1:])
         tail = self._labels.shape[1:]
         if self._loss is None:
-            sparse = len(tail) < len(self.output) or tail[-1:] == (1,)
-            self._loss = (
-                keras.losses.binary_crossentropy
-                if self.output in ((), (1,)) or self.output[-1] == 1
-                else keras.losses.sparse_categorical_crossentropy
-                if sparse
-                else keras.losses.categorical_crossentropy
-            )
-        self._squashed_by = _squashed_by(outputs)
+            if not self.output or self.output[-1] == 1:
+                self._loss = keras.losses.binary_crossentropy
+            elif len(tail) < len(self.output) or tail[-1:] == (1,):
+                self._loss = keras.losses.sparse_categorical_crossentropy
+            else:
+                self._loss = keras.losses.categorical_crossentropy
+        last = getattr(getattr(outputs, "op", None), "type", "")
+        self._squashed_by = last.lower() if last in ("Softmax", "Sigmoid") else None
         kind = kind_of(self._loss) if self._loss is not sparse_cross_entropy else "sparse_categorical_crossentropy"
         if kind:
             self._check_finite()
@@ -132,9 +127,8 @@ class Objective:
             # A loss of the user's own may ignore missing labels. Then its result is finite.
             missing = labels.copy()
             missing[::2] = np.nan
-            if all(
-                label_forms.mean(loss, form(missing), draw) is None for form in label_forms.forms(tail, self.output)
-            ):
+            forms = label_forms.forms(tail, self.output)
+            if all(label_forms.mean(loss, form(missing), draw) is None for form in forms):
                 self._check_finite()
         form = label_forms.form_for(loss, labels, self.output, "loss", examples)
         dtype = tf.as_dtype(labels.dtype)
@@ -144,7 +138,7 @@ class Objective:
         """Labels in the dtype that a loss of the user's own takes.
 
         Keras casts the labels of every loss to float. Integers stay integers if the loss accepts them with the same
-        result, which rules out uint8 arithmetic, for example, where 0 - 1 is 255.
+        result. That rules out uint8 arithmetic, for example, in which 0 - 1 is 255.
         """
         outputs = label_forms.outputs_like(labels, self.output, 0)
         floats = labels.astype(np.float32)
@@ -192,8 +186,7 @@ class Objective:
         low, high = labels.min(), labels.max()
         if kind == "sparse_categorical_crossentropy" and self.output[-1] is not None:
             counted = labels[labels != options["ignore_class"]] if options.get("ignore_class") is not None else labels
-            whole = (counted == np.floor(counted)).all() if counted.dtype.kind == "f" else True
-            if counted.size and not (whole and counted.min() >= 0 and counted.max() < self.output[-1]):
+            if not ((counted == np.floor(counted)) & (counted >= 0) & (counted < self.output[-1])).all():
                 raise ValueError(
                     f"the training labels range from {low:g} to {high:g}, but a model with {self.output[-1]} outputs "
                     f"has classes 0 to {self.output[-1] - 1}; number the classes from 0, or, if this is not such a "
@@ -208,11 +201,7 @@ class Objective:
 
 
 class NotedLoss:
-    """A loss that notes the shapes and dtypes of its arguments when it is traced.
-
-    Args:
-        loss: ``(labels, outputs) -> scalar``.
-    """
+    """A loss ``(labels, outputs) -> scalar`` that notes shapes and dtypes of its arguments when it is traced."""
 
     def __init__(self, loss: Callable[[Any, Any], Any]) -> None:
         self._loss = loss
@@ -224,13 +213,11 @@ class NotedLoss:
         return self._loss(labels, outputs)
 
     def columns(self, labels: Any) -> Findings:
-        """The columns of a record about the loss, once it has been traced.
-
-        Args:
-            labels: of the first batch.
-        """
-        given = [_shapes(value, dtypes) for value, dtypes in ((self._labels, True), (self._outputs, False))]
-        found = Findings({"loss_inputs": f"labels {given[0]}; outputs {given[1]}"})
+        """The columns of a record about the loss, once it has been traced; ``labels`` are those of the first batch."""
+        # The dtypes of outputs depend on the mode.
+        given = " and ".join(f"{spec.dtype.name} {tuple(spec.shape)}" for spec in tf.nest.flatten(self._labels))
+        outputs = " and ".join(str(tuple(spec.shape)) for spec in tf.nest.flatten(self._outputs))
+        found = Findings({"loss_inputs": f"labels {given}; outputs {outputs}"})
         try:
             probe = self._probe(labels)
         except Exception as error:  # from the user's code, away from its model and device
@@ -246,7 +233,7 @@ class NotedLoss:
     def _probe(self, labels: Any) -> float | str:
         """The loss of ``labels`` and of outputs that are the same in every mode, or why it cannot be computed.
 
-        It is traced first: a loss that changes its own state must not run. It runs on the CPU, where it takes none of
+        It is traced first, since a loss that changes its own state must not run. It runs on the CPU to take none of
         the memory that is measured.
         """
 
@@ -280,24 +267,22 @@ def check_outputs(outputs: Any) -> None:
             "one; build a model that returns only the output to train"
         )
     if not tf.is_tensor(outputs) or isinstance(outputs, tf.RaggedTensor | tf.SparseTensor):
-        raise ValueError(
-            f"the model returns a {type(outputs).__name__}; it must return one dense tensor, floating-point numbers of "
-            "shape (examples, ...)"
-        )
-    if outputs.shape.rank is None or outputs.shape.rank == 0 or not outputs.dtype.is_floating:
-        raise ValueError(
-            f"the model returns {outputs.dtype.name} of shape {outputs.shape}; it must return floating-point numbers "
-            "of shape (examples, ...)"
-        )
+        found = f"a {type(outputs).__name__}"
+    elif not outputs.shape.rank or not outputs.dtype.is_floating:
+        found = f"{outputs.dtype.name} of shape {outputs.shape}"
+    else:
+        return
+    raise ValueError(
+        f"the model returns {found}; it must return one dense tensor of floating-point numbers (examples, ...)"
+    )
 
 
 def _resolved(given: Loss | str) -> Loss:
     try:
         loss: Loss = keras.losses.get(given) if isinstance(given, str) else given
     except ValueError as error:
-        raise ValueError(
-            f"Keras knows no loss called {given!r}; give a name such as 'mse', or the loss itself"
-        ) from error
+        message = f"Keras knows no loss called {given!r}; give a name such as 'mse', or the loss itself"
+        raise ValueError(message) from error
     if isinstance(loss, type) and issubclass(loss, keras.losses.Loss):
         loss = loss()
     if isinstance(loss, keras.losses.Loss) and loss.reduction in (None, "none"):
@@ -307,24 +292,15 @@ def _resolved(given: Loss | str) -> Loss:
     return loss
 
 
-def _cross_entropies(labels: Any, logits: Any) -> Any:
-    return keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
-
-
 def _options(loss: Any) -> dict[str, Any]:
-    """The options of a Keras loss, as far as they can be seen."""
+    """The options of a Keras loss, as far as they are known."""
     if isinstance(loss, functools.partial):
         return _options(loss.func) | loss.keywords
     return dict(loss.get_config()) if isinstance(loss, keras.losses.Loss) else {}
 
 
-def _squashed_by(outputs: Any) -> str | None:
-    """``softmax`` or ``sigmoid`` if the trace shows that the model ends in one."""
-    return {"Softmax": "softmax", "Sigmoid": "sigmoid"}.get(getattr(getattr(outputs, "op", None), "type", ""))
-
-
 def _reduced(losses: Any, mask: Any) -> Any:
-    """The mean without masked places; a single number stays as it is."""
+    """The mean without masked places; a single number is returned as it is."""
     losses = tf.convert_to_tensor(losses)
     if losses.shape.rank == 0:
         return losses
@@ -349,15 +325,9 @@ def _spec(value: Any) -> tf.TensorSpec:
     return tf.TensorSpec(value.shape, value.dtype)
 
 
-def _shapes(specs: Any, dtypes: bool) -> str:
-    """Shapes of a structure as text, with dtypes if wanted; the dtypes of outputs depend on the mode."""
-    told = [f"{spec.dtype.name if dtypes else ''} {tuple(spec.shape)}".strip() for spec in tf.nest.flatten(specs)]
-    return " and ".join(told)
-
-
 def _probed(spec: tf.TensorSpec, dtype: tf.DType | None) -> tf.Tensor:
     """Outputs that could be probabilities or logits: multiples of 1/64, which every precision represents exactly."""
     if not spec.dtype.is_floating:
         return tf.zeros(spec.shape, spec.dtype)
-    values = np.random.default_rng(_PROBE_SEED).integers(1, 64, spec.shape.as_list()) / 64.0
+    values = np.random.default_rng(17).integers(1, 64, spec.shape.as_list()) / 64.0
     return tf.constant(values, dtype or spec.dtype)

@@ -67,13 +67,18 @@ class Precision:
     """
 
     def __init__(self, model: keras.Model, graph: Any) -> None:
-        self._layers = _working_layers(model)
+        self._layers = [
+            layer
+            for layer in model._flatten_layers(include_self=True)
+            if not isinstance(layer, keras.layers.InputLayer)
+            and (_own_rank(layer) >= 0 or not list(layer._flatten_layers(include_self=False)))
+        ]
         nodes = all_nodes(graph.as_graph_def())
         self._products = [(node, _dtype(node)) for node in nodes if _PRODUCT.search(node.op)]
         self._others = Counter(node.op for node in nodes if _OTHER.match(node.op.removeprefix("Stateless")))
         self._dtypes = [(node.name, _dtype(node)) for node in nodes if not _MOVES.match(node.op)]
-        self.layers = Counter(_compute_dtype(layer) for layer in self._layers)
-        """Number of layers by compute dtype, without mere containers."""
+        self.layers = Counter(layer.compute_dtype for layer in self._layers)
+        """Number of layers by compute dtype, without containers."""
         self.products = Counter(dtype for _, dtype in self._products)
         """Number of products, gradients included, by the dtype of their factors."""
 
@@ -110,10 +115,12 @@ class Precision:
             promise = f"only {low} and float32" if low else "float32 throughout"
             if mode.graph_rewrite:
                 promise = "a float32 model, which TensorFlow rewrites"
+            names = [layer.name for layer in self._layers if layer.compute_dtype in set(_FLOATS) - allowed]
+            named = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
             return (
-                f"the train step computes {' and '.join(wrong)}{self._named(allowed)}, but {mode.name} promises "
-                f"{promise}; remove set_dtype_policy, casts and dtypes other than float32 from the workload, since the "
-                "mode sets the policy"
+                f"the train step computes {' and '.join(wrong)}{named}, but {mode.name} promises {promise}; remove "
+                "set_dtype_policy, casts and dtypes other than float32 from the workload, since the mode sets the "
+                "policy"
             )
         if low and not self._computes_in(low):
             found = f"its products are {_counted(self.products)}" if self.products else "it multiplies no matrices"
@@ -124,21 +131,15 @@ class Precision:
             )
         return None
 
-    def _named(self, allowed: set[str | None]) -> str:
-        """The names of the first few layers whose dtype is not allowed."""
-        names = [layer.name for layer in self._layers if _compute_dtype(layer) in set(_FLOATS) - allowed]
-        more = ", ..." if len(names) > 3 else ""
-        return f" ({', '.join(names[:3])}{more})" if names else ""
-
     def _computes_in(self, low: str) -> bool:
-        """Whether products are in ``low``, or other work that counts is.
+        """Whether products are in ``low``, or, in a model without them, its layers.
 
-        Looking up a table counts. In a model with products, a normalisation in ``low`` does not count. A layer with
-        products is judged by these and not by its policy.
+        Looking up a table always counts. In a model with products, other layers in ``low`` do not, such as a
+        normalisation: a layer with products is judged by these and not by its policy.
         """
         if self.products[low]:
             return True
-        layers = [layer for layer in self._layers if _compute_dtype(layer) == low]
+        layers = [layer for layer in self._layers if layer.compute_dtype == low]
         if any(dtype in _FLOATS for dtype in self.products):
             return any(self._looks_up(layer) for layer in layers)
         weighted = [layer for layer in self._layers if _own_rank(layer) >= 0]
@@ -159,12 +160,8 @@ class Arithmetic:
     """The global settings that decide precision, set as the mode has them and checked for later changes.
 
     A workload's module and data function run before the model is built, so their changes are simply overwritten. Later
-    changes cannot be undone, since part of the model may have been made under them.
-
-    Args:
-        mode: says what they should be.
-        device: where the case trains.
-        jit: whether train steps are compiled with XLA.
+    changes cannot be undone, since part of the model may have been made under them. ``jit`` says whether train steps
+    are compiled with XLA.
     """
 
     def __init__(self, mode: Mode, device: Device, jit: bool) -> None:
@@ -180,9 +177,9 @@ class Arithmetic:
         keras.config.set_dtype_policy(self._mode.policy)
         set_arithmetic(self._mode)
         options = tf.config.optimizer.get_experimental_options()
-        unwanted = [name for name in (*_REWRITES, "disable_meta_optimizer") if options.get(name)]
+        unwanted = {name for name in (*_REWRITES, "disable_meta_optimizer") if options.get(name)}
         if self._mode.graph_rewrite:
-            unwanted = [name for name in unwanted if name != "auto_mixed_precision"]
+            unwanted.discard("auto_mixed_precision")
         if unwanted:
             tf.config.optimizer.set_experimental_options(dict.fromkeys(unwanted, False))
         if tf.config.optimizer.get_jit():
@@ -191,11 +188,9 @@ class Arithmetic:
             tf.config.run_functions_eagerly(False)
 
     def look(self, after: str, names: tuple[str, ...] | None = None) -> None:
-        """Note the first settings that differ from the mode's.
+        """Note the first settings, out of all or those of these names, that differ from the mode's.
 
-        Args:
-            after: what ran last, for the message.
-            names: the settings to check; None checks all.
+        ``after`` says what ran last, for the message.
         """
         if self.objection is not None:
             return
@@ -250,30 +245,14 @@ def computes_below_float32(nodes: Iterable[Any]) -> bool:
 
 def _counted(numbers: Counter[str]) -> str:
     """Such as ``"float16 12, float32 2"``, the most frequent first."""
-    return ", ".join(
-        f"{name} {number}" for name, number in sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
-    )
-
-
-def _working_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """The layers of a model at any depth, without inputs and mere containers."""
-    layers = model._flatten_layers(include_self=True)
-    return [
-        layer
-        for layer in layers
-        if not isinstance(layer, keras.layers.InputLayer)
-        and (_own_rank(layer) >= 0 or not list(layer._flatten_layers(include_self=False)))
-    ]
+    ordered = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{name} {number}" for name, number in ordered)
 
 
 def _own_rank(layer: keras.layers.Layer) -> int:
     """The largest rank of a layer's own weights, -1 if it has none."""
     below = {id(v) for inner in layer._flatten_layers(include_self=False) for v in inner.weights}
     return max((len(v.shape) for v in layer.weights if id(v) not in below), default=-1)
-
-
-def _compute_dtype(layer: keras.layers.Layer) -> str:
-    return str(layer.compute_dtype)
 
 
 def _dtype(node: Any) -> str:

@@ -1,4 +1,4 @@
-"""The compiled train step: taken one by one with a log of what it did, or in blocks to be timed."""
+"""The compiled train step, with the loss scale of each mode. It is taken one by one with a log, or timed in blocks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from mpscale.worker.scalers import StepScaler
+from mpscale.core.case import Settings
+from mpscale.core.loss_scale import RULES
+from mpscale.core.mode import Mode
+from mpscale.scaling import ArticleLossScale, LossScaleOptimizer
 
 MOST_UNREAD = 1024
 """Read the log at least every so many steps: until then each step keeps some of the device's memory."""
@@ -25,6 +28,100 @@ _WARM_UP_S = 0.4
 _WARM_UP_BLOCK = 10
 _DISPATCH_BLOCKS = 7
 _DISPATCH_CALLS = 40
+
+
+class StepRecord(NamedTuple):
+    """What is known about a step besides its loss. A value of None is not part of the step, so it costs nothing.
+
+    Args:
+        scale: the loss scale that the step used, a float32 scalar; None if the mode has none.
+        overflow: float32 scalar, 1 if a gradient was not finite, else 0; None if the mode does not check.
+    """
+
+    scale: Any = None
+    overflow: Any = None
+
+
+class StepScaler:
+    """The bare optimizer; subclasses scale the loss. ``scale_loss`` and ``apply`` are traced into the train step.
+
+    Modes without scaling use the bare one, since the baseline has to be what a user would run: a wrapper that does
+    nothing would still cost time.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def scale_loss(self, loss: Any) -> Any:
+        """The loss to differentiate."""
+        return self.optimizer.scale_loss(loss)
+
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
+        """Update the weights."""
+        self.optimizer.apply(grads, variables)
+        return StepRecord()
+
+    def overflow_steps(self, steps: int) -> int | None:
+        """How many of the first ``steps`` steps overflowed; None if the mode does not check."""
+        return None
+
+
+class Scaled(StepScaler):
+    """mpscale's LossScaleOptimizer."""
+
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
+        scale = self.optimizer.loss_scale_value
+        grads, finite = self.optimizer.unscale(grads)
+        self.optimizer.apply(grads, variables, finite=finite)
+        return StepRecord(scale, tf.cast(tf.logical_not(finite), tf.float32))
+
+    def overflow_steps(self, steps: int) -> int | None:
+        return int(self.optimizer.counters()["overflow"])
+
+
+class KerasScaled(StepScaler):
+    """Keras' own LossScaleOptimizer. It counts nothing, but its inner optimizer counts the steps that are applied."""
+
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
+        scale = tf.convert_to_tensor(self.optimizer.dynamic_scale.value)
+        # The scale would not tell: it halves on overflow until it is 0 and then cannot fall any further.
+        iterations = self.optimizer.inner_optimizer.iterations
+        before = tf.identity(iterations.value)
+        self.optimizer.apply(grads, variables)
+        return StepRecord(scale, tf.cast(tf.equal(iterations.value, before), tf.float32))
+
+    def overflow_steps(self, steps: int) -> int | None:
+        return steps - int(self.optimizer.inner_optimizer.iterations.numpy())
+
+
+class ArticleScaled(StepScaler):
+    """The article's rule: the scaled loss moves the scale, and the gradients reach the optimizer still scaled."""
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
+        super().__init__(optimizer)
+        self._rule = ArticleLossScale()
+        self._scale = tf.Variable(self._rule.initial_state()["scale"], dtype=tf.float32, trainable=False)
+
+    def scale_loss(self, loss: Any) -> Any:
+        return loss * self._scale
+
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
+        self.optimizer.apply(grads, variables)
+        scale = self._scale.read_value()
+        self._scale.assign(self._rule.next_state({"scale": scale}, scaled_loss)["scale"])
+        return StepRecord(scale)
+
+
+def scaler_for(mode: Mode, optimizer: keras.optimizers.Optimizer, settings: Settings) -> StepScaler:
+    """Wrap a fresh optimizer as ``mode`` asks, with the arguments of the loss scale from ``settings``."""
+    if mode.scaling is None:
+        return StepScaler(optimizer)
+    if mode.scaling.rule == "keras":
+        return KerasScaled(keras.optimizers.LossScaleOptimizer(optimizer))
+    if mode.scaling.rule == "article":
+        return ArticleScaled(optimizer)
+    rule = RULES[mode.scaling.rule]
+    return Scaled(LossScaleOptimizer(optimizer, rule(**mode.scale_arguments(settings))))
 
 
 @dataclass(frozen=True)
@@ -80,7 +177,6 @@ class TrainStep:
         model: a built Keras model.
         scaler: the mode's scaling, whose optimizer is not built yet.
         loss: ``(labels, outputs) -> scalar``; losses that the model adds itself are added here.
-        batches: what to train on.
         jit: compile with XLA.
     """
 
@@ -93,7 +189,7 @@ class TrainStep:
         self._x, self._y, self._order = tf.constant(batches.x), tf.constant(batches.y), tf.constant(batches.order)
         self._position = tf.Variable(0, dtype=tf.int64, trainable=False)
         self._unread: list[tuple[tf.Tensor, ...]] = []
-        self._logged: tuple[str, ...] = ()  # the columns of the log that the mode knows
+        self._logged: tuple[str, ...] = ()  # the columns of the log that the mode has
         self.added_losses = 0
         """How many losses the model adds itself; known once the step has been traced."""
 
@@ -116,7 +212,6 @@ class TrainStep:
 
     @property
     def graph(self) -> Any:
-        """The graph that the step is traced into."""
         return self._function.get_concrete_function().graph
 
     def __call__(self) -> None:
@@ -204,12 +299,11 @@ class Timing:
 
     @property
     def step_s(self) -> npt.NDArray[np.float64]:
-        """Seconds per step in each block."""
+        """Seconds per step, by block."""
         return self.block_s / self.steps_per_block
 
     @property
     def steps(self) -> int:
-        """Steps in all blocks."""
         return len(self.block_s) * self.steps_per_block
 
     def values(self, batch_size: int, empty_call_s: float) -> dict[str, Any]:
@@ -240,10 +334,9 @@ class Timing:
 
 
 def warm_up(step: TrainStep) -> float:
-    """Take steps until caches and clocks have settled.
+    """Take steps until caches and clocks have settled; return about how many seconds a step takes.
 
-    Returns:
-        About how many seconds a step takes: the median over the second half of the steps taken.
+    That is the median over the second half of the steps taken.
     """
     end = time.perf_counter() + _WARM_UP_S
     times: list[float] = []
@@ -261,7 +354,7 @@ def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int)
     and only the clock is read between two blocks: the first steps after any other work find cold processor caches.
 
     Args:
-        step: the train step, warmed up.
+        step: has been warmed up.
         about_s: about how many seconds it takes, from :func:`warm_up`.
         seconds: how long to time.
         min_blocks: fewest blocks.
@@ -284,10 +377,10 @@ def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int)
 
 
 def keep_going(step: TrainStep, per_block: int, seconds: float) -> tuple[int, int | None]:
-    """Take steps as :func:`time_steps` does for ``seconds``, so that the energy of many steps can be counted.
+    """Take steps for ``seconds`` as :func:`time_steps` does, so that the energy of many steps can be counted.
 
     Returns:
-        How many steps were taken, and how many of them overflowed; None for that if the mode does not check.
+        How many steps were taken, and how many of them overflowed; None if the mode does not check.
     """
     steps = 0
     overflows = step.overflow_steps()
@@ -299,7 +392,7 @@ def keep_going(step: TrainStep, per_block: int, seconds: float) -> tuple[int, in
 
 
 def _overflows_since(before: int | None, step: TrainStep) -> int | None:
-    """How many steps overflowed since ``before`` had; None if the mode does not check."""
+    """How many steps have overflowed since there were ``before`` of them; None if the mode does not check."""
     now = step.overflow_steps()
     return None if before is None or now is None else now - before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Training:
     Args:
         log: of every step.
         wall_time_s: seconds in steps and in reading their log, without the first step and evaluations.
-        weights_finite: whether the weights were finite at the end.
+        weights_finite: at the end.
         steps_to_target: steps after which the metric reached the workload's target; None if it did not.
         time_to_target_s: ``wall_time_s`` at that step.
     """
@@ -110,7 +111,7 @@ class Training:
                 "overflow_steps": len(where),
                 "skipped_steps": len(where),
                 "applied_steps": len(overflow) - len(where),
-                "longest_skip_run": _longest_run(overflow),
+                "longest_skip_run": max((sum(run) for _, run in itertools.groupby(overflow.tolist())), default=0),
                 "first_overflow_step": int(where[0]) if len(where) else None,
                 "last_overflow_step": int(where[-1]) if len(where) else None,
             }
@@ -127,8 +128,8 @@ def train(
     Args:
         step: the train step.
         steps: length of the training.
-        workload: says how often to look at the metric, and its target.
-        look: the metric on the progress set.
+        workload: says how often to evaluate, and the target.
+        look: returns the metric on the progress set.
         progress: called with the number of steps taken, every ``workload.evaluate_every`` of them.
     """
     log = [step.read_log()]
@@ -144,17 +145,11 @@ def train(
         taken += block
         if not np.isfinite(log[-1].loss[-1]) and not step.weights_finite():
             break
-        if reached[0] is None and workload.target is not None and taken % workload.evaluate_every == 0:
-            if workload.reached(look()):
-                reached = (taken, wall)
+        looks = reached[0] is None and workload.target is not None and taken % workload.evaluate_every == 0
+        if looks and workload.reached(look()):
+            reached = (taken, wall)
         progress(taken)
     return Training(Log.joined(log), wall, step.weights_finite(), *reached)
-
-
-def _longest_run(flags: npt.NDArray[np.bool_]) -> int:
-    """Length of the longest run of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
-    return int(max(edges[1::2] - edges[::2], default=0))
 
 
 class Evaluator:
@@ -162,13 +157,7 @@ class Evaluator:
 
     The model runs in batches of the training's size, so it is compiled once, models of fixed batch size work, and the
     memory peak is the training's. Variables that evaluation changes, such as the state of a recurrent layer, are
-    restored: the training goes on as if nobody had looked.
-
-    Args:
-        model: a built Keras model; it runs under the dtype policy it was built with.
-        score: the metric.
-        jit: compile with XLA.
-        batch: examples at once.
+    restored: the training goes on as if nothing had been evaluated. ``jit`` compiles with XLA.
     """
 
     def __init__(self, model: keras.Model, score: Score, jit: bool, batch: int) -> None:
@@ -196,11 +185,11 @@ class Evaluator:
         except Exception:  # from the user's code, which worked in try_out
             if np.isfinite(outputs).all():
                 raise
-            # Like those of scikit-learn it may refuse the outputs of a diverged training.
+            # A metric may refuse the outputs of a diverged training, as those of scikit-learn do.
             return float("nan")
 
     def try_out(self, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> None:
-        """Raise now what the metric would raise after the training: give it all labels, and a few outputs repeated."""
+        """Raise now what the metric would raise after the training: call it with all labels and a few outputs."""
         with self._restored(x):
             few = self._outputs(x[np.linspace(0, len(x) - 1, min(self._batch, len(x))).astype(int)])
         value = self._score(y, *_joined([tuple(np.resize(part, (len(y), *part.shape[1:])) for part in few)]))
@@ -248,7 +237,7 @@ def score_for(
     user's own gets all outputs: it can tell from the labels which of them count.
 
     Args:
-        workload: whose metric.
+        workload: has the metric.
         labels: of the test set.
         outputs: shape of one example's output.
         threshold: for an accuracy of one output, the value above which it means label 1; None if unknown.
@@ -270,9 +259,8 @@ def score_for(
         try:
             metric = keras.metrics.get(metric)
         except ValueError as error:
-            raise ValueError(
-                f"Keras knows no metric called {metric!r}; give a name such as 'mae', or the metric itself"
-            ) from error
+            message = f"Keras knows no metric called {metric!r}; give a name such as 'mae', or the metric itself"
+            raise ValueError(message) from error
     kind = kind_of(metric)
     if isinstance(metric, type) and issubclass(metric, keras.metrics.Metric):
         metric = metric()
@@ -282,7 +270,14 @@ def score_for(
     if kind == "mean_metric_wrapper":
         # The wrapper is Keras'; what it wraps need not be.
         kind = ""
-    function: Callable[[Any, Any], Any] = _forgetful(metric) if of_keras else metric
+
+    def function(labels: Any, outputs: Any) -> Any:
+        if not of_keras:
+            return metric(labels, outputs)
+        metric.reset_state()
+        metric.update_state(labels, outputs)
+        return metric.result()
+
     if kind:
         form = label_forms.keras_form(kind, labels.shape[1:], outputs)
     else:
@@ -300,36 +295,21 @@ def score_for(
     return score
 
 
-def _forgetful(metric: keras.metrics.Metric) -> Callable[[Any, Any], Any]:
-    """A Keras metric that is reset before each call."""
-
-    def result(labels: Any, outputs: Any) -> Any:
-        metric.reset_state()
-        metric.update_state(labels, outputs)
-        return metric.result()
-
-    return result
-
-
 def _joined(parts: list[tuple[npt.NDArray[Any], ...]]) -> tuple[npt.NDArray[Any], Mask]:
     """The outputs and the mask of all examples."""
     joined = [np.concatenate(each) for each in zip(*parts, strict=True)]
     return joined[0], joined[1].astype(bool) if len(joined) > 1 else None
 
 
-def _is_numeric(array: npt.NDArray[Any]) -> bool:
-    """Whether there are numbers in ``array``. NumPy would turn None, from a function without ``return``, into NaN."""
-    if array.dtype.kind == "O":
-        return not any(item is None or isinstance(item, str) for item in array.flat)
-    return array.dtype.kind not in "SUMmc"
-
-
 def _number(value: Any, examples: int, name: str, mask: Mask) -> float:
-    """A metric's result as one number. Like Keras, average a value for each example, leaving out masked places."""
+    """A metric's result as one number. Like Keras, average values of examples, without masked places."""
     try:
-        if not _is_numeric(np.asarray(value)):
+        array = np.asarray(value)
+        # NumPy would turn None, from a function without ``return``, into NaN, and text into numbers.
+        unusable = array.dtype == object and any(item is None or isinstance(item, str) for item in array.flat)
+        if unusable or array.dtype.kind in "SUMmc":
             raise TypeError("not numeric")
-        array = np.asarray(value, dtype=float)
+        array = array.astype(float)
     except (TypeError, ValueError) as error:
         given = None if value is None else type(value).__name__
         raise ValueError(f"the metric {name} returned {given}; it must return one number") from error

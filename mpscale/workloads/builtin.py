@@ -5,7 +5,7 @@ mnist1d generates it, so nothing is downloaded. The published set has 4,000 exam
 same recipe with another seed gives 10,000 more test examples, standardised with the published mean and deviation.
 
 The article that mpscale began with trains a dense network for ten epochs on MNIST, which would need a download. Here it
-gets the real handwritten digits of scikit-learn: 1,797 images of 8 x 8, scaled up to 28 x 28, of which 500 are tested.
+gets the real handwritten digits of scikit-learn: 1,797 images of 8 x 8, scaled up to 28 x 28; 500 are the test set.
 """
 
 from __future__ import annotations
@@ -25,16 +25,6 @@ from mpscale.workloads.workload import Data, Workload
 if TYPE_CHECKING:
     import keras
 
-_PUBLISHED_EXAMPLES = 5000
-_PUBLISHED_SEED = 42
-_TEST_EXAMPLES = 10_000
-_TEST_SEED = 2011_14439
-
-_DIGITS_TRAINED = 1297
-_DIGITS_TESTED = 500
-_DIGITS_BATCH = 32
-_DIGITS_EPOCHS = 10
-
 
 def load_mnist1d() -> Data:
     """The 4,000 and 1,000 published examples and 10,000 more to test; float32 (examples, 40), int64 labels."""
@@ -42,26 +32,23 @@ def load_mnist1d() -> Data:
 
 
 def _make_mnist1d() -> dict[str, Any]:
-    x, y = _raw_mnist1d(_PUBLISHED_EXAMPLES, _PUBLISHED_SEED)
+    x, y = _raw_mnist1d(5000, seed=42)
+    test_x, test_y = _raw_mnist1d(10_000, seed=2011_14439)
     mean, deviation = x.mean(), x.std()
-    test_x, test_y = _raw_mnist1d(_TEST_EXAMPLES, _TEST_SEED)
-    split = int(_PUBLISHED_EXAMPLES * 0.8)
-
-    def standard(samples: Any) -> Any:
-        return ((samples - mean) / deviation).astype(np.float32)
-
+    x, test_x = (((samples - mean) / deviation).astype(np.float32) for samples in (x, test_x))
+    y, test_y = y.astype(np.int64), test_y.astype(np.int64)
     return {
-        "train_x": standard(x[:split]),
-        "train_y": y[:split].astype(np.int64),
-        "test_x": standard(test_x),
-        "test_y": test_y.astype(np.int64),
-        "published_x": standard(x[split:]),
-        "published_y": y[split:].astype(np.int64),
+        "train_x": x[:4000],
+        "train_y": y[:4000],
+        "test_x": test_x,
+        "test_y": test_y,
+        "published_x": x[4000:],
+        "published_y": y[4000:],
     }
 
 
 def _raw_mnist1d(examples: int, seed: int) -> tuple[Any, Any]:
-    """The examples that ``mnist1d.make_dataset`` draws, before it standardises them."""
+    """The examples of ``mnist1d.make_dataset`` before it standardises them."""
     from mnist1d.data import get_dataset_args, get_templates, set_seed
     from mnist1d.transform import transform
 
@@ -90,27 +77,19 @@ def _make_digits28() -> dict[str, Any]:
 
     digits = load_digits()
     images = np.clip(zoom(digits.images / 16.0, (1, 3.5, 3.5), order=1), 0, 1).astype(np.float32)
-    parts = train_test_split(
-        images.reshape(len(images), -1),
-        digits.target.astype(np.int64),
-        test_size=_DIGITS_TESTED,
-        stratify=digits.target,
-        random_state=0,
-    )
+    x, y = images.reshape(len(images), -1), digits.target.astype(np.int64)
+    parts = train_test_split(x, y, test_size=500, stratify=digits.target, random_state=0)
     return dict(zip(("train_x", "test_x", "train_y", "test_y"), parts, strict=True))
 
 
 def cache_directory() -> Path:
     """``$MPSCALE_CACHE``, else ``$XDG_CACHE_HOME/mpscale``, else ``~/.cache/mpscale``."""
-    named = os.environ.get("MPSCALE_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mpscale"
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MPSCALE_CACHE") or Path(caches, "mpscale"))
 
 
 def arrays(name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """The arrays that ``make`` returns, or their copy in the cache, so that not every process generates them.
+    """The arrays that ``make`` returns, or their copy in the cache, since generating them takes long.
 
     A file that cannot be read is made again, and a cache that cannot be written is ignored: loading just takes longer.
     Either way, the record has the digest of the data.
@@ -146,60 +125,41 @@ def _mlp(inputs: int, *hidden: int) -> keras.Model:
 
 
 def _cnn() -> keras.Model:
-    import keras
+    from keras import Input, Sequential, layers
 
-    convolution = partial(keras.layers.Conv1D, 25, strides=2, padding="same", activation="relu")
-    return keras.Sequential(
-        [
-            keras.Input((40,)),
-            keras.layers.Reshape((40, 1)),
-            convolution(5),
-            convolution(3),
-            convolution(3),
-            keras.layers.Flatten(),
-            keras.layers.Dense(10, dtype="float32"),
-        ]
-    )
+    convolution = partial(layers.Conv1D, 25, strides=2, padding="same", activation="relu")
+    convolutions = [convolution(5), convolution(3), convolution(3)]
+    head = [layers.Flatten(), layers.Dense(10, dtype="float32")]
+    return Sequential([Input((40,)), layers.Reshape((40, 1)), *convolutions, *head])
 
 
 def _gru() -> keras.Model:
-    import keras
+    from keras import Input, Sequential, layers
 
-    return keras.Sequential(
-        [
-            keras.Input((40,)),
-            keras.layers.Reshape((40, 1)),
-            keras.layers.GRU(64),
-            keras.layers.Dense(10, dtype="float32"),
-        ]
-    )
+    return Sequential([Input((40,)), layers.Reshape((40, 1)), layers.GRU(64), layers.Dense(10, dtype="float32")])
 
+
+_mnist1d = partial(Workload, data=load_mnist1d, optimizer=partial(_adam, 1e-2))
 
 WORKLOADS = (
-    Workload(
+    _mnist1d(
         name="mnist1d-mlp",
         summary="MNIST-1D, dense 40-100-100-10, Adam 1e-2; 68 % is published",
         model=partial(_mlp, 40, 100, 100),
-        data=load_mnist1d,
-        optimizer=partial(_adam, 1e-2),
         target=0.63,
         margin=0.02,
     ),
-    Workload(
+    _mnist1d(
         name="mnist1d-cnn",
         summary="MNIST-1D, three Conv1D of 25 channels with stride 2, Adam 1e-2; 94 % is published",
         model=_cnn,
-        data=load_mnist1d,
-        optimizer=partial(_adam, 1e-2),
         target=0.90,
         margin=0.01,
     ),
-    Workload(
+    _mnist1d(
         name="mnist1d-gru",
         summary="MNIST-1D, a GRU of 64 units over the forty samples, Adam 1e-2; 91 % is published",
         model=_gru,
-        data=load_mnist1d,
-        optimizer=partial(_adam, 1e-2),
         target=0.90,
         margin=0.01,
     ),
@@ -209,8 +169,8 @@ WORKLOADS = (
         model=partial(_mlp, 784, 128),
         data=load_digits28,
         optimizer=partial(_adam, 1e-3),
-        batch_size=_DIGITS_BATCH,
-        train_steps=_DIGITS_EPOCHS * (_DIGITS_TRAINED // _DIGITS_BATCH),
+        batch_size=32,
+        train_steps=10 * (1297 // 32),
         evaluate_every=40,
         target=0.95,
         margin=0.01,

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 ACCURACY = "accuracy"
-"""The metric that fills the column final_accuracy: a share from 0 to 1, higher is better."""
+"""The name of the metric that fills the column final_accuracy: a share from 0 to 1, higher is better."""
 
 _ACCURACIES = ("accuracy", "acc", "binary_accuracy", "categorical_accuracy", "sparse_categorical_accuracy")
 _HIGHER = (
@@ -119,11 +119,11 @@ def _check_classes(labels: npt.NDArray[Any], classes: int, have: str) -> None:
 
 
 def names(metric: Any) -> tuple[str | None, bool | None]:
-    """The name of ``metric``, and whether higher is better; None for what only its author knows.
+    """The name of Keras' ``metric``, and whether higher is better; None for what only its author knows.
 
     Args:
-        metric: a name that Keras knows, a ``keras.metrics.Metric``, a class of these, or a function of Keras; for
-            anything else both are None.
+        metric: a name, an instance or a class of ``keras.metrics.Metric``, or a function of Keras; for anything else
+            both are None.
     """
     while isinstance(metric, functools.partial):
         metric = metric.func
@@ -134,7 +134,7 @@ def names(metric: Any) -> tuple[str | None, bool | None]:
     elif _of_keras(metric) and isinstance(metric, type | FunctionType):
         kind = name = kind_of(metric)
         if metric.__module__.endswith("losses"):
-            # Keras' loss of the name cosine_similarity is negative; its metric is not.
+            # Keras' loss cosine_similarity is the negative of its metric of that name.
             return name, False if kind in (*_LOWER, "cosine_similarity") else None
     else:
         return None, None

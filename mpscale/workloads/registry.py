@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,17 +37,11 @@ class Offered:
 
     Args:
         workloads: by name, mpscale's own first.
-        broken: why an entry point cannot be used, by its name. A name that several packages offer is ambiguous, so it
-            is here too.
+        broken: why an entry point cannot be used, by its name, which may also be one that several packages offer.
     """
 
     workloads: dict[str, Workload] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
-
-
-def available() -> dict[str, Workload]:
-    """Every workload that has a name and can be loaded, mpscale's own first."""
-    return offered().workloads
 
 
 def offered() -> Offered:
@@ -60,7 +54,8 @@ def offered() -> Offered:
         found.broken["entry points"] = f"the entry points of the installed packages cannot be read: {_said(error)}"
         return found
     for entry in entries:
-        origin = f"the entry point {entry.value!r}{_package(entry)}"
+        package = getattr(entry.dist, "name", None)
+        origin = f"the entry point {entry.value!r}{f' of the package {package}' if package else ''}"
         try:
             candidate = _workload(_guarded(entry.load, origin), origin)
         except UnknownWorkload as error:
@@ -93,7 +88,7 @@ def get(name: str, folders: Iterable[str | Path] = ()) -> Workload:
         UnknownWorkload: there is none, or it cannot be loaded; the message says why, and which there are.
     """
     if is_own(name):
-        return _own(name, [str(folder) for folder in folders])
+        return _own(name, [*map(str, folders)])
     if name in _BUILTIN:
         return _BUILTIN[name]
     found = offered()
@@ -136,7 +131,7 @@ def is_own(name: str) -> bool:
 def source(name: str, folders: Iterable[str | Path] = ()) -> str:
     """The file in which :func:`get` found a ``module:attribute``, and which other file it hides, if any."""
     module = sys.modules[name.partition(":")[0]]
-    return f"{_file(module)}{_hidden(module, [str(folder) for folder in folders])}"
+    return f"{_file(module)}{_hidden(module, map(str, folders))}"
 
 
 def _own(name: str, folders: Sequence[str]) -> Workload:
@@ -155,9 +150,10 @@ def _own(name: str, folders: Sequence[str]) -> Workload:
     except UnknownWorkload as error:
         cause = error.__cause__
         if isinstance(cause, ModuleNotFoundError) and f"{module_name}.".startswith(f"{cause.name}."):
-            raise UnknownWorkload(f"{error}; mpscale looked {_places(folders)}{_hidden(cause, folders)}") from cause
+            places = "".join(f", then in {folder}" for folder in folders)
+            looked = f"mpscale looked on Python's path{places}"
+            raise UnknownWorkload(f"{error}; {looked}{_hidden(cause, folders)}") from cause
         raise
-    where = f"the module {module_name} in {_file(module)}"
     try:
         candidate = _guarded(lambda: operator.attrgetter(attribute)(module), nothing)
     except UnknownWorkload as error:
@@ -166,17 +162,16 @@ def _own(name: str, folders: Sequence[str]) -> Workload:
         there = [each for each, value in vars(module).items() if isinstance(value, Workload)]
         has = f"its workloads are {', '.join(there)}" if there else "it has no workloads"
         raise UnknownWorkload(
-            f"{nothing}: {where} has no attribute {attribute!r}; {has}{_hidden(module, folders)}"
+            f"{nothing}: the module {module_name} in {_file(module)} has no attribute {attribute!r}; "
+            f"{has}{_hidden(module, folders)}"
         ) from error.__cause__
-    return _workload(candidate, f"{name!r}", f", in {_file(module)}{_hidden(module, folders)}")
+    return _workload(candidate, repr(name), f", in {_file(module)}{_hidden(module, folders)}")
 
 
 def _guarded(run: Callable[[], Any], what: str) -> Any:
-    """Call ``run``, which is other people's code, and return its result.
+    """Call ``run``, which is other people's code; raise UnknownWorkload if it raises anything but KeyboardInterrupt.
 
-    Raises:
-        UnknownWorkload: it raised anything but KeyboardInterrupt, which is passed on. That includes what sys.exit,
-            argparse and pytest.skip raise, which is not an ``Exception``.
+    That includes what sys.exit, argparse and pytest.skip raise, which is not an ``Exception``.
     """
     try:
         return run()
@@ -200,11 +195,7 @@ def _said(error: BaseException) -> str:
     return f"{kind}: {text}" if text else kind
 
 
-def _places(folders: Sequence[str]) -> str:
-    return "on Python's path" + "".join(f", then in {folder}" for folder in folders)
-
-
-def _hidden(found: ModuleType | ModuleNotFoundError, folders: Sequence[str]) -> str:
+def _hidden(found: ModuleType | ModuleNotFoundError, folders: Iterable[str]) -> str:
     """A note on a file in ``folders`` that Python does not see because another module has its name; else empty."""
     name = str(found.name if isinstance(found, ModuleNotFoundError) else found.__name__)
     top = name.partition(".")[0]
@@ -222,11 +213,6 @@ def _file(module: ModuleType) -> str:
     # vars() bypasses a __getattr__ of the module, which may answer anything.
     places = list(vars(module).get("__path__", ()))
     return str(vars(module).get("__file__") or ", ".join(places) or "Python itself")
-
-
-def _package(entry: EntryPoint) -> str:
-    name = getattr(entry.dist, "name", None)
-    return f" of the package {name}" if name else ""
 
 
 def _workload(candidate: object, origin: str, where: str = "") -> Workload:

@@ -23,16 +23,12 @@ Array = npt.NDArray[Any]
 _KINDS = "biufUS"
 """NumPy's kinds of dtype that can be trained on: booleans, integers, floats, and text for models that accept it."""
 
-_ASARRAY = "pass np.asarray(...) of it"
 _CURES = {
     "DataFrame": "pass frame.to_numpy(dtype='float32')",
     "Series": "pass series.to_numpy()",
     "dict": "mpscale trains models with one input and one output, so pass one array",
     "str": "load the file and pass its arrays",
 }
-
-_ACCURACY_MARGIN = 0.01
-"""One point."""
 
 
 def sparse_cross_entropy(labels: Any, logits: Any) -> Any:
@@ -67,20 +63,19 @@ class Data:
     published_y: Array | None = None
 
     def __post_init__(self) -> None:
+        for name in self.__slots__:
+            array = getattr(self, name)
+            if array is not None or not name.startswith("published"):
+                object.__setattr__(self, name, _checked(name, array))
         for part in ("train", "test", "published"):
-            x, y = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
-            for name, array in ((f"{part}_x", x), (f"{part}_y", y)):
-                if array is not None or part != "published":
-                    object.__setattr__(self, name, _checked(name, array))
-            x, y = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
-            if (x is None) != (y is None) or (x is not None and (len(x) != len(y) or len(x) == 0)):
+            arrays = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
+            x, y = (None if array is None else len(array) for array in arrays)
+            if x != y or x == 0:
                 raise ValueError(
-                    f"{part}_x has {_examples(x)} and {part}_y has {_examples(y)}; both need the same number, "
-                    "at least one"
+                    f"{part}_x has {x or 'no'} examples and {part}_y has {y or 'no'}; both need the same number, at "
+                    "least one"
                 )
-        for part in ("test", "published"):
-            for axis in "xy":
-                array, trained = getattr(self, f"{part}_{axis}"), getattr(self, f"train_{axis}")
+            for axis, array, trained in zip("xy", arrays, (self.train_x, self.train_y), strict=True):
                 if array is not None and array.ndim != trained.ndim:
                     raise ValueError(
                         f"{part}_{axis} has shape {array.shape} but train_{axis} has {trained.shape}; an example needs "
@@ -153,7 +148,12 @@ class Workload:
     margin: float | None = None
 
     def __post_init__(self) -> None:
-        self._check_name()
+        if not isinstance(self.name, str) or not isinstance(self.summary, str):
+            raise TypeError(f"a workload's name and summary must be text, not {self.name!r} and {self.summary!r}")
+        if not self.name or "--" in self.name or not all(c.isalnum() or c in "-." for c in self.name):
+            raise ValueError(
+                f"a workload's name must consist of letters, digits, dots and single dashes, not {self.name!r}"
+            )
         for field in ("model", "data"):
             if not callable(getattr(self, field)):
                 raise TypeError(self._wrong(field, "a function without arguments"))
@@ -168,7 +168,7 @@ class Workload:
         self._number("target", Real, "a number or None")
         self._describe_metric()
         if self.metric_name == ACCURACY and self.margin is None:
-            object.__setattr__(self, "margin", _ACCURACY_MARGIN)
+            object.__setattr__(self, "margin", 0.01)
         margin = self._number("margin", Real, "a number or None")
         if margin is not None and margin < 0:
             raise ValueError(f"workload {self.name}: margin must be at least 0, not {margin!r}")
@@ -184,14 +184,6 @@ class Workload:
         if self.target is None:
             return False
         return value >= self.target if self.metric_higher_is_better else value <= self.target
-
-    def _check_name(self) -> None:
-        if not isinstance(self.name, str) or not isinstance(self.summary, str):
-            raise TypeError(f"a workload's name and summary must be text, not {self.name!r} and {self.summary!r}")
-        if not self.name or "--" in self.name or not all(c.isalnum() or c in "-." for c in self.name):
-            raise ValueError(
-                f"a workload's name must consist of letters, digits, dots and single dashes, not {self.name!r}"
-            )
 
     def _number(self, field: str, kind: type, allowed: str) -> Any:
         """Replace a NumPy number in the field by a plain one, and return it. A bool does not count as a number here."""
@@ -274,14 +266,21 @@ def _checked(name: str, array: Any) -> Array:
         if any(base.__module__.startswith("tensorflow") and "Dataset" in base.__name__ for base in type(array).__mro__):
             cure = "read the data set into arrays, for example with np.stack(list(dataset.as_numpy_iterator()))"
         else:
-            cure = _CURES.get(kind, _ASARRAY)
+            cure = _CURES.get(kind, "pass np.asarray(...) of it")
         raise TypeError(f"{name} must be a NumPy array, not a {kind}; {cure}")
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost; fill or drop the masked values")
     if array.ndim == 0:
         raise TypeError(f"{name} is a single value; its first axis must be the example")
     if array.dtype.kind == "O":
-        return _text(name, array)
+        kinds = {type(value) for value in array.flat}
+        if kinds in ({str}, {bytes}):
+            return array.astype(kinds.pop())
+        found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
+        raise TypeError(
+            f"{name} is an array of Python objects ({found}); pass only numbers, for example {name}.astype('float32'), "
+            "or only text"
+        )
     if array.dtype.kind not in _KINDS:
         raise TypeError(
             f"{name} has dtype {array.dtype}; pass numbers, booleans or text, for example {name}.astype('float32')"
@@ -292,18 +291,3 @@ def _checked(name: str, array: Any) -> Array:
         )
     # As a plain array: slices of a np.matrix would keep two axes.
     return np.asarray(array)
-
-
-def _examples(array: Array | None) -> str:
-    return "none" if array is None else f"{len(array)} examples"
-
-
-def _text(name: str, array: Array) -> Array:
-    kinds = {type(value) for value in array.flat}
-    if kinds in ({str}, {bytes}):
-        return array.astype(str if kinds == {str} else bytes)
-    found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
-    raise TypeError(
-        f"{name} is an array of Python objects ({found}); pass only numbers, for example {name}.astype('float32'), or "
-        "only text"
-    )

@@ -1,7 +1,5 @@
 """The reason of an error is what the user's code or TensorFlow says is wrong, not the path to it."""
 
-from __future__ import annotations
-
 import sys
 
 import keras
@@ -57,7 +55,7 @@ class Multiplying(keras.layers.Layer):
 
 
 def refuse(x):
-    raise ValueError("the labels have to be whole numbers")
+    raise ValueError("the labels must be whole numbers")
 
 
 def need_two(x):
@@ -76,32 +74,19 @@ def ask_python(x):
     return tf.py_function(fail, [x], tf.float32)
 
 
-def narrow():
-    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-
-
 def traced(function):
     return lambda: tf.function(function, jit_compile=False)(X)
 
 
 REASONS = {
-    "a loss that refuses its labels": (traced(refuse), "ValueError: the labels have to be whole numbers"),
+    "a loss that refuses its labels": (traced(refuse), "ValueError: the labels must be whole numbers"),
     "an exception of the user's own class": (traced(need_two), "NeedsTwo: a column is missing in the data"),
     "a layer that refuses its input": (lambda: Refusing()(X), "ValueError: my layer wants three columns"),
-    "the same layer in a traced step": (
-        lambda: traced(Refusing())(),
-        "ValueError: my layer wants three columns",
-    ),
-    "a layer in a model in a traced step": (
-        lambda: traced(Subclassed())(),
-        "ValueError: my layer wants three columns",
-    ),
-    "an exception raised from another one": (
-        lambda: traced(Unwrapping())(),
-        "ValueError: the table has no a",
-    ),
+    "the same layer in a traced step": (lambda: traced(Refusing())(), "ValueError: my layer wants three columns"),
+    "a layer in a model in a traced step": (lambda: traced(Subclassed())(), "ValueError: my layer wants three columns"),
+    "an exception raised from another one": (lambda: traced(Unwrapping())(), "ValueError: the table has no a"),
     "data that do not fit the model": (
-        lambda: traced(narrow())(),
+        lambda: traced(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))(),
         "ValueError: Input 0 with name 'None' of layer 'dense",
     ),
     "a product of the wrong shape": (lambda: Multiplying()(X), "InvalidArgumentError: Matrix size-incompatible: In[0]"),

@@ -3,6 +3,8 @@
 Each case runs as in a worker, but in this process.
 """
 
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
@@ -41,10 +43,12 @@ def trained(mode, same=None, **parts):
     return record
 
 
+def sequential(*layers, last=None):
+    return keras.Sequential([keras.Input((6,)), *layers, last or L.Dense(3, dtype="float32")])
+
+
 def mlp(hidden=None, **options):
-    return keras.Sequential(
-        [keras.Input((6,)), L.Dense(5, activation="relu", dtype=hidden, **options), L.Dense(3, dtype="float32")]
-    )
+    return sequential(L.Dense(5, activation="relu", dtype=hidden, **options))
 
 
 def adam():
@@ -66,17 +70,12 @@ def under(policy, make=mlp, back=None):
 
 def after(act, make):
     """A function of a workload that also does something else."""
-
-    def function(*given):
-        act()
-        return make(*given)
-
-    return function
+    return lambda *given: (act(), make(*given))[1]
 
 
 @keras.saving.register_keras_serializable()
 class CastingDense(L.Layer):
-    """A layer under the mode's policy that nevertheless multiplies in float32."""
+    """A layer under the mode's policy that multiplies in float32 nevertheless."""
 
     def build(self, shape):
         self.kernel = self.add_weight(shape=(shape[-1], 3), initializer="glorot_uniform")
@@ -86,13 +85,11 @@ class CastingDense(L.Layer):
 
 
 def casting():
-    return keras.Sequential([keras.Input((6,)), CastingDense(), L.Activation("linear", dtype="float32")])
+    return sequential(CastingDense(), last=L.Activation("linear", dtype="float32"))
 
 
 def pinned_but_normalised():
-    return keras.Sequential(
-        [keras.Input((6,)), L.Dense(5, dtype="float32"), L.LayerNormalization(), L.Dense(3, dtype="float32")]
-    )
+    return sequential(L.Dense(5, dtype="float32"), L.LayerNormalization())
 
 
 class Table(L.Layer):
@@ -107,9 +104,7 @@ class Table(L.Layer):
 
 
 def looked_up(table=L.Embedding, **options):
-    return keras.Sequential(
-        [keras.Input((6,)), table(9, 4, **options), L.GlobalAveragePooling1D(), L.Dense(3, dtype="float32")]
-    )
+    return sequential(table(9, 4, **options), L.GlobalAveragePooling1D())
 
 
 def loss_with_a_product(dtype):
@@ -125,19 +120,12 @@ def loss_with_a_product(dtype):
 def halfway(dtype):
     """Between two float32 layers there is one that computes in ``dtype``, without a product."""
     between = L.Lambda(lambda x: tf.cast(tf.nn.gelu(tf.cast(x, dtype)), x.dtype), name="between")
-    return keras.Sequential([keras.Input((6,)), L.Dense(8), between, L.Dense(3, dtype="float32")])
+    return sequential(L.Dense(8), between)
 
 
-def rewrite():
-    tf.config.optimizer.set_experimental_options({"auto_mixed_precision": True})
-
-
-def tf32_on():
-    tf.config.experimental.enable_tensor_float_32_execution(True)
-
-
-def tf32_off():
-    tf.config.experimental.enable_tensor_float_32_execution(False)
+rewrite = partial(tf.config.optimizer.set_experimental_options, {"auto_mixed_precision": True})
+tf32_on, tf32_off = (partial(tf.config.experimental.enable_tensor_float_32_execution, on) for on in (True, False))
+low_policy = partial(keras.config.set_dtype_policy, "mixed_float16")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +149,7 @@ def tf32_off():
         ("fp32", {"model": lambda: mlp("float64")}, "products in float64"),
         ("mixed-bf16", {"model": lambda: mlp("float64")}, "products in float64"),
         ("fp32", {"loss": loss_with_a_product(tf.bfloat16)}, "products in bfloat16"),
-        ("fp32", {"optimizer": after(lambda: keras.config.set_dtype_policy("mixed_float16"), adam)}, "dtype policy"),
+        ("fp32", {"optimizer": after(low_policy, adam)}, "dtype policy"),
         ("fp32", {"model": after(lambda: keras.config.set_floatx("float64"), mlp)}, "floatx is float64"),
         ("fp32", {"data": after(lambda: keras.config.set_floatx("float16"), lambda: DATA)}, "floatx is float16"),
         ("fp32", {"model": after(tf32_on, mlp)}, "TF32 is on, not off"),
@@ -190,11 +178,11 @@ def test_row_of_another_precision_than_the_modes_is_invalid(mode, parts, found):
 def one_hot():
     """Keras creates its weights only from data, since the output shape of the first layer is unknown before."""
     coded = L.Lambda(lambda x: tf.one_hot(tf.cast(x > 0, tf.int32), 2))
-    return keras.Sequential([keras.Input((6,)), coded, L.Flatten(), L.Dense(4), L.Dense(3, dtype="float32")])
+    return sequential(coded, L.Flatten(), L.Dense(4))
 
 
 def elementwise():
-    return keras.Sequential([keras.Input((6,)), L.PReLU(), L.Rescaling(2.0)])
+    return sequential(L.PReLU(), last=L.Rescaling(2.0))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +195,7 @@ def elementwise():
         ("mixed-dynamic", {"model": lambda: looked_up(table=Table)}, "float32 3"),
         ("mixed-bf16", {"model": elementwise}, None),
         ("fp32", {"model": elementwise}, None),
-        ("fp32", {"data": after(lambda: keras.config.set_dtype_policy("mixed_float16"), lambda: DATA)}, "float32 5"),
+        ("fp32", {"data": after(low_policy, lambda: DATA)}, "float32 5"),
         ("fp32", {"data": after(tf32_on, lambda: DATA)}, "float32 5"),
         ("fp32", {"data": after(rewrite, lambda: DATA)}, "float32 5"),
         ("mixed-bf16", {"data": lambda: Data(*[a.astype(np.float64) for a in (X, X[:, 0] > 0)] * 2)}, None),
@@ -232,7 +220,7 @@ def mixed():
 class Bare(keras.Model):
     """A subclassed model without a config: only its code says what it does."""
 
-    def __init__(self, activation=tf.nn.relu, rate=0.1, factor=None):
+    def __init__(self, activation=tf.nn.relu, rate=0.1):
         super().__init__()
         self.hidden, self.head, self.drop = L.Dense(5), L.Dense(3, dtype="float32"), L.Dropout(rate)
         self.activation = activation
@@ -267,7 +255,7 @@ def with_another_term(labels, outputs):
 
 
 def logits_of_the_mode():
-    return keras.Sequential([keras.Input((6,)), L.Dense(5, activation="relu"), L.Dense(3)])
+    return sequential(L.Dense(5, activation="relu"), last=L.Dense(3))
 
 
 def custom_adam(**attributes):

@@ -72,7 +72,7 @@ def test_a_broken_package_takes_nothing_else_down(site, capsys, text, reason):
     site("good", module, **offers)
     assert registry.get("mnist1d-mlp").name == "mnist1d-mlp"
     assert registry.get("good").name == "good"
-    assert list(registry.available())[-1] == "good"
+    assert list(registry.offered().workloads)[-1] == "good"
     with pytest.raises(
         registry.UnknownWorkload, match=f"(?s)'fine' cannot be loaded: .*of the package broken.*{reason}"
     ):

@@ -3,6 +3,7 @@
 import sys
 import types
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import keras
@@ -14,6 +15,7 @@ from mpscale.core.device import Device
 from mpscale.core.reason import Reason
 from mpscale.core.record import Record
 from mpscale.worker.case import execute
+from mpscale.worker.training import batches
 from mpscale.workloads import Data, Workload
 
 
@@ -78,8 +80,6 @@ def workload(model, data, optimizer=lambda: keras.optimizers.SGD(0.1), **options
 
 def by_fit(model, data, loss, optimizer, seed=0, batch=20, steps=60, metrics=()):
     """The same training by Keras' own fit, on the same batches in the same order."""
-    from mpscale.worker.training import batches
-
     keras.utils.set_random_seed(seed)
     net = model()
     net.compile(optimizer, loss=loss, metrics=list(metrics), jit_compile=False)
@@ -105,10 +105,5 @@ def split(x, y):
 
 def dense(outputs=3, **options):
     """A small perceptron."""
-    return lambda: keras.Sequential(
-        [
-            keras.Input((2,)),
-            keras.layers.Dense(8, activation="tanh", **options),
-            keras.layers.Dense(outputs, dtype="float32"),
-        ]
-    )
+    hidden = partial(keras.layers.Dense, 8, activation="tanh", **options)
+    return lambda: keras.Sequential([keras.Input((2,)), hidden(), keras.layers.Dense(outputs, dtype="float32")])

@@ -24,19 +24,26 @@ def blobs():
     return mpscale.Data(x[:400], labels[:400], x[400:], labels[400:])
 
 
-def sgd():
+def sgd(rate=0.3):
     import keras
 
-    return keras.optimizers.SGD(0.3)
+    return keras.optimizers.SGD(rate)
+
+
+def sequential(inputs, *layers):
+    """A Keras model of layers that are given as functions of ``keras.layers``."""
+    import keras
+
+    return keras.Sequential([keras.Input((inputs,)), *(layer(keras.layers) for layer in layers)])
+
+
+def float_output(layers):
+    """After a layer whose product is computed in the mode's precision: the logits are float32."""
+    return layers.Activation("linear", dtype="float32")
 
 
 def line():
-    import keras
-
-    # The product is computed in the mode's precision, the logits are float32.
-    return keras.Sequential(
-        [keras.Input((4,)), keras.layers.Dense(2), keras.layers.Activation("linear", dtype="float32")]
-    )
+    return sequential(4, lambda layers: layers.Dense(2), float_output)
 
 
 def make(name, **options):
@@ -44,60 +51,18 @@ def make(name, **options):
     return mpscale.workload(name, target=0.8, **options)(line)
 
 
-def once_trained(act):
-    """A metric that calls ``act`` in the middle of a training, when progress is first evaluated."""
+def interrupted(name, act):
+    """A workload that calls ``act`` in the middle of a training, when progress is first evaluated."""
 
     def metric(labels, outputs):
         act()
         return 0.0
 
-    return metric
+    return make(name, metric_name="accuracy", metric=metric)
 
 
-def cancel():
-    raise asyncio.CancelledError("the data were cancelled")
-
-
-def raise_error():
-    raise ValueError("the metric could not be computed")
-
-
-def eat_memory():
-    raise MemoryError("no memory left for the metric")
-
-
-def perceptron():
-    import keras
-
-    return keras.Sequential(
-        [
-            keras.Input((40,)),
-            keras.layers.Dense(100, activation="relu"),
-            keras.layers.Dense(10, dtype="float32"),
-        ]
-    )
-
-
-def crawl():
-    import keras
-
-    return keras.optimizers.SGD(1e-4)
-
-
-def mnist1d():
-    return registry.get("mnist1d-mlp").data()
-
-
-# It learns so slowly that different rounding by two compilers cannot grow into another trajectory.
-slow = mpscale.workload("slow", data=mnist1d, optimizer=crawl, train_steps=160)(perceptron)
-
-fine = make("fine")
-killed = make("killed", metric_name="accuracy", metric=once_trained(lambda: os.kill(os.getpid(), signal.SIGKILL)))
-segfault = make("segfault", metric_name="accuracy", metric=once_trained(lambda: os.kill(os.getpid(), signal.SIGSEGV)))
-exception = make("exception", metric_name="accuracy", metric=once_trained(raise_error))
-hang = make("hang", metric_name="accuracy", metric=once_trained(lambda: time.sleep(600)))
-leaves = make("leaves", metric_name="accuracy", metric=once_trained(lambda: os._exit(3)))
-memory = make("memory", metric_name="accuracy", metric=once_trained(eat_memory))
+def fail(error):
+    raise error
 
 
 def leave_a_child():
@@ -111,38 +76,54 @@ def print_progress():
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def explode():
-    import keras
-
-    return keras.optimizers.SGD(1e3)
-
-
-def careful():
-    import keras
-
-    return keras.optimizers.SGD(0.02)
-
-
-orphans = make("orphans", metric_name="accuracy", metric=once_trained(leave_a_child))
-progress_bar = make("progress-bar", metric_name="accuracy", metric=once_trained(print_progress))
-cancelled = make("cancelled", metric_name="accuracy", metric=once_trained(cancel))
-exits = make("exits", metric_name="accuracy", metric=once_trained(lambda: sys.exit("no more")))
+fine = make("fine")
+killed = interrupted("killed", lambda: os.kill(os.getpid(), signal.SIGKILL))
+segfault = interrupted("segfault", lambda: os.kill(os.getpid(), signal.SIGSEGV))
+exception = interrupted("exception", lambda: fail(ValueError("the metric could not be computed")))
+hang = interrupted("hang", lambda: time.sleep(600))
+leaves = interrupted("leaves", lambda: os._exit(3))
+memory = interrupted("memory", lambda: fail(MemoryError("no memory left for the metric")))
+orphans = interrupted("orphans", leave_a_child)
+progress_bar = interrupted("progress-bar", print_progress)
+cancelled = interrupted("cancelled", lambda: fail(asyncio.CancelledError("the data were cancelled")))
+exits = interrupted("exits", lambda: sys.exit("no more"))
 
 
-def unseeded_model():
-    import keras
-
-    weights = np.random.default_rng().normal(size=(4, 2))
-    return keras.Sequential(
-        [
-            keras.Input((4,)),
-            keras.layers.Dense(2, kernel_initializer=lambda shape, dtype=None: weights.astype(dtype)),
-            keras.layers.Activation("linear", dtype="float32"),
-        ]
+def perceptron():
+    return sequential(
+        40,
+        lambda layers: layers.Dense(100, activation="relu"),
+        lambda layers: layers.Dense(10, dtype="float32"),
     )
 
 
+def mnist1d():
+    return registry.get("mnist1d-mlp").data()
+
+
+# It learns so slowly that different rounding by two compilers cannot grow into another trajectory.
+slow = mpscale.workload("slow", data=mnist1d, optimizer=lambda: sgd(1e-4), train_steps=160)(perceptron)
+
+
+def unseeded_model():
+    weights = np.random.default_rng().normal(size=(4, 2))
+
+    def kernel(shape, dtype=None):
+        return weights.astype(dtype)
+
+    return sequential(4, lambda layers: layers.Dense(2, kernel_initializer=kernel), float_output)
+
+
+def scripted_model():
+    """Set the policy where the model is made, as training scripts do."""
+    import keras
+
+    keras.config.set_dtype_policy("mixed_float16")
+    return line()
+
+
 unseeded = mpscale.workload("unseeded", data=blobs, optimizer=sgd, batch_size=20, train_steps=30)(unseeded_model)
+scripted = mpscale.workload("scripted", data=blobs, optimizer=sgd, batch_size=20, train_steps=30)(scripted_model)
 
 
 def squared_error(labels, outputs):
@@ -157,13 +138,13 @@ def squared_loss(labels, outputs):
 
 regression = make(
     "regression",
-    optimizer=careful,
+    optimizer=lambda: sgd(0.02),
     loss=squared_loss,
     metric=squared_error,
     metric_name="squared_error",
     metric_higher_is_better=False,
 )
-explodes = make("explodes", optimizer=explode, loss=squared_loss)
+explodes = make("explodes", optimizer=lambda: sgd(1e3), loss=squared_loss)
 
 
 def laboured_data():
@@ -187,14 +168,3 @@ def laboured_loss(labels, outputs):
 
 
 laboured = make("laboured", data=laboured_data, loss=laboured_loss, train_steps=10)
-
-
-def scripted_model():
-    """Sets the policy where the model is made, as training scripts do."""
-    import keras
-
-    keras.config.set_dtype_policy("mixed_float16")
-    return line()
-
-
-scripted = mpscale.workload("scripted", data=blobs, optimizer=sgd, batch_size=20, train_steps=30)(scripted_model)

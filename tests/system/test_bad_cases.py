@@ -45,7 +45,7 @@ misnamed = s.make("misnamed")
 object.__setattr__(misnamed, "metric_name", 5)
 misdirected = s.make("misdirected")
 object.__setattr__(misdirected, "metric_higher_is_better", 0)
-removes = s.make("removes", metric_name="accuracy", metric=s.once_trained(remove_the_run))
+removes = s.interrupted("removes", remove_the_run)
 """
 CASES = {
     "suite_workloads:fine": ("ok", ""),

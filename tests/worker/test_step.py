@@ -14,8 +14,7 @@ import tensorflow as tf
 from mpscale.core.case import Settings
 from mpscale.core.mode import MODES
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
-from mpscale.worker.scalers import scaler_for
-from mpscale.worker.step import Batches, TrainStep
+from mpscale.worker.step import Batches, TrainStep, scaler_for
 from mpscale.workloads import registry
 
 WORKLOAD = registry.get("mnist1d-mlp")

@@ -7,7 +7,6 @@ import pytest
 from mpscale.core.case import Settings
 from mpscale.core.mode import MODES
 from mpscale.scaling import LogMaxLossScale
-from mpscale.worker.scalers import scaler_for
 from mpscale.worker.step import (
     MOST_UNREAD,
     Batches,
@@ -15,28 +14,22 @@ from mpscale.worker.step import (
     Timing,
     TrainStep,
     keep_going,
+    scaler_for,
     time_empty_call,
     time_steps,
     warm_up,
-)
+)  # fmt: skip
 from mpscale.worker.training import Evaluator, Training, batches, train
 from mpscale.workloads import Data, Workload
 from mpscale.workloads.workload import sparse_cross_entropy
 
 
-def test_every_epoch_shows_every_example_once():
-    order = batches(examples=10, batch_size=5, steps=6, seed=0)
-    assert order.shape == (6, 5)
-    for epoch in order.reshape(3, 10):
-        assert sorted(epoch) == list(range(10))
+@pytest.mark.parametrize("batch_size", [5, 4], ids=["whole batches", "the incomplete batch is left out"])
+def test_every_epoch_shows_every_example_at_most_once(batch_size):
+    order = batches(examples=10, batch_size=batch_size, steps=5, seed=0)
+    assert order.shape == (5, batch_size)
+    assert all(len(set(epoch.ravel())) == 2 * batch_size for epoch in (order[:2], order[2:4]))
     assert not np.array_equal(order[:2], order[2:4])
-
-
-def test_incomplete_batches_are_left_out():
-    order = batches(examples=10, batch_size=4, steps=5, seed=0)
-    assert order.shape == (5, 4)
-    for start in (0, 2):
-        assert len(set(order[start : start + 2].ravel())) == 8
 
 
 def test_order_comes_from_the_seed_alone():
@@ -59,20 +52,19 @@ DATA = Data(
 )
 
 
-def make_step(*arguments, **options):
-    return make_parts(*arguments, **options)[:2]
+def hidden():
+    return keras.layers.Dense(4, activation="tanh")
 
 
-def make_parts(mode="mixed-dynamic", jit=True, **dynamic):
+def make_step(mode="mixed-dynamic", jit=True, layer=hidden, **dynamic):
+    """A step of a model whose first layer computes in the mode's precision; without it nothing could overflow."""
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(MODES[mode].policy)
-    # The hidden layer computes in the mode's precision; without it nothing could overflow.
-    layers = [keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(2, dtype="float32")]
-    model = keras.Sequential([keras.Input((2,)), *layers])
+    model = keras.Sequential([keras.Input((2,)), layer(), keras.layers.Dense(2, dtype="float32")])
     keras.config.set_dtype_policy("float32")
     scaler = scaler_for(MODES[mode], keras.optimizers.SGD(0.1), Settings(dynamic_scale=dynamic))
     shown = Batches(DATA.train_x, DATA.train_y, batches(20, 5, 8, seed=0))
-    return model, TrainStep(model, scaler, sparse_cross_entropy, shown, jit), scaler
+    return TrainStep(model, scaler, sparse_cross_entropy, shown, jit)
 
 
 @pytest.mark.parametrize("jit", [True, False])
@@ -91,39 +83,34 @@ def make_parts(mode="mixed-dynamic", jit=True, **dynamic):
     ],
 )
 def test_log_holds_what_the_mode_knows(mode, scale, overflow, jit):
-    _, step = make_step(mode, jit)
+    step = make_step(mode, jit)
     step()
-    for log in (step.read_log(), step.read_log()):
-        known = {name: values for name, values in vars(log).items() if values is not None}
-        assert {name: values.tolist()[:1] for name, values in known.items() if name != "loss"} == {
-            name: values[: len(log)]
-            for name, values in (("scale", scale), ("overflow", overflow))
-            if values is not None
-        }
-        assert np.isfinite(log.loss).all()
-    assert len(log) == 0
+    log, empty = step.read_log(), step.read_log()
+    assert (len(log), len(empty)) == (1, 0)
+    assert np.isfinite(log.loss).all()
+    for name, expected in (("scale", scale), ("overflow", overflow)):
+        found = [None if column is None else column.tolist() for column in (getattr(log, name), getattr(empty, name))]
+        assert found == ([None, None] if expected is None else [expected, []])
 
 
 def test_overflow_of_keras_is_seen_when_its_scale_cannot_fall_any_further():
-    _, step, scaler = make_parts("mixed-keras")
+    step = make_step("mixed-keras")
     for scale, overflow in ((2.0**15, 0.0), (np.inf, 1.0), (2.0**15, 0.0)):
-        scaler.optimizer.dynamic_scale.assign(scale)
+        step.scaler.optimizer.dynamic_scale.assign(scale)
         step()
         assert step.read_log().overflow == [overflow]
 
 
 def test_statistics_that_are_not_trained_count_as_weights():
-    model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization(), keras.layers.Dense(2)])
-    scaler = scaler_for(MODES["fp32"], keras.optimizers.SGD(0.1), Settings())
-    shown = Batches(DATA.train_x, DATA.train_y, batches(20, 5, 8, seed=0))
-    step = TrainStep(model, scaler, sparse_cross_entropy, shown, jit=False)
+    normalization = keras.layers.BatchNormalization()
+    step = make_step("fp32", jit=False, layer=lambda: normalization)
     assert step.weights_finite()
-    model.non_trainable_variables[0].assign([np.nan, 0.0])
+    normalization.moving_mean.assign([np.nan, 0.0])
     assert not step.weights_finite()
 
 
 def test_log_is_read_in_pieces_and_in_order():
-    _, step = make_step(growth_interval=1, initial=1.0, growth_factor=1.001)
+    step = make_step(growth_interval=1, initial=1.0, growth_factor=1.001)
     pieces = []
     for count in (1, MOST_UNREAD, 0, 30):
         for _ in range(count):
@@ -157,7 +144,7 @@ def workload(**options):
 
 
 def test_training_notes_when_the_target_was_reached():
-    _, step = make_step()
+    step = make_step()
     looks = iter([0.1, 0.5, 0.95, 0.2, 0.99])
     step()
     done = train(step, 50, workload(target=0.9), lambda: next(looks), lambda taken: None)
@@ -168,20 +155,17 @@ def test_training_notes_when_the_target_was_reached():
 
 
 def test_training_ends_when_the_weights_are_lost():
-    model, step = make_step("mixed-unscaled")
+    layer = hidden()
+    step = make_step("mixed-unscaled", layer=lambda: layer)
     step()
-    model.trainable_variables[0].assign(np.full((2, 4), np.nan))
+    layer.kernel.assign(np.full((2, 4), np.nan))
     done = train(step, 500, workload(), lambda: 0.0, lambda taken: None)
     assert len(done.log) == 10
     assert done.status == ("diverged", "the weights were not finite after 10 steps")
 
 
-def log(losses, scales=None, overflow=None):
-    return Log(
-        np.array(losses, np.float32),
-        None if scales is None else np.array(scales, np.float32),
-        None if overflow is None else np.array(overflow, bool),
-    )
+def log(*columns):
+    return Log(*map(np.array, columns))
 
 
 @pytest.mark.parametrize(
@@ -217,14 +201,14 @@ def test_counts_follow_from_the_log():
         "loss_scale_min": 2.0,
         "loss_scale_max": 8.0,
     }
-    assert {name: values[name] for name in expected} == expected
+    assert values.items() >= expected.items()
 
 
 def test_log_and_ledger_count_alike():
-    _, step, scaler = make_parts(initial=2.0**126, maximum=2.0**126, growth_interval=3)
+    step = make_step(initial=2.0**126, maximum=2.0**126, growth_interval=3)
     step()
     done = train(step, 200, workload(), lambda: 0.0, lambda taken: None)
-    counters = scaler.optimizer.counters()
+    counters = step.scaler.optimizer.counters()
     values = done.values()
     for name in ("attempted", "applied", "skipped", "overflow"):
         assert values[f"{name}_steps"] == counters[name]
@@ -233,7 +217,7 @@ def test_log_and_ledger_count_alike():
 
 
 def test_hysteresis_reaches_the_rule():
-    _, step = make_step(initial=2.0**126, maximum=2.0**126, hysteresis=2)
+    step = make_step(initial=2.0**126, maximum=2.0**126, hysteresis=2)
     for _ in range(4):
         step()
     log = step.read_log()
@@ -255,9 +239,8 @@ def test_timing_is_made_of_blocks():
 
 
 def test_timing_has_its_blocks_and_counts_its_overflows_apart():
-    _, step = make_step("mixed-static")
+    step = make_step("mixed-static")
     step()
-    step.read_log()
     timing = time_steps(step, warm_up(step), seconds=0.05, min_blocks=5)
     assert len(timing.block_s) >= 5
     assert timing.overflow_steps == 0
@@ -266,16 +249,12 @@ def test_timing_has_its_blocks_and_counts_its_overflows_apart():
 
 
 def overflowing():
-    return make_parts(initial=2.0**126, maximum=2.0**126, minimum=2.0**126)[1]
-
-
-def overflowing_now_and_then():
-    return make_parts(initial=2.0**24, growth_interval=3)[1]
+    return make_step(initial=2.0**126, maximum=2.0**126, minimum=2.0**126)
 
 
 def overflowing_in_keras():
-    _, step, scaler = make_parts("mixed-keras")
-    scaler.optimizer.dynamic_scale.assign(np.inf)
+    step = make_step("mixed-keras")
+    step.scaler.optimizer.dynamic_scale.assign(np.inf)
     return step
 
 
@@ -283,12 +262,12 @@ def overflowing_in_keras():
     ("make", "overflows"),
     [
         (overflowing, 20),
-        (overflowing_now_and_then, "some"),
+        (lambda: make_step(initial=2.0**24, growth_interval=3), "some"),
         (overflowing_in_keras, 20),
-        (lambda: make_step("mixed-keras")[1], 0),
-        (lambda: make_step("mixed-static")[1], 0),
-        (lambda: make_step("fp32")[1], None),
-        (lambda: make_step("article")[1], None),
+        (lambda: make_step("mixed-keras"), 0),
+        (lambda: make_step("mixed-static"), 0),
+        (lambda: make_step("fp32"), None),
+        (lambda: make_step("article"), None),
     ],
 )
 def test_overflows_of_a_block_are_counted_without_its_log(make, overflows):
@@ -323,7 +302,7 @@ def test_extra_steps_for_energy_count_their_overflows():
     steps, overflows = keep_going(step, 4, seconds=0.05)
     assert steps == overflows > 0
     assert steps % 4 == 0
-    _, step = make_step("fp32")
+    step = make_step("fp32")
     assert keep_going(step, 4, seconds=0.05)[1] is None
     assert keep_going(overflowing(), 4, seconds=-1.0) == (0, 0)
 
@@ -333,7 +312,7 @@ def test_every_mode_but_the_articles_follows_float32(mode):
     """Fifty steps of a small problem that half precision can represent."""
 
     def losses(mode):
-        _, step = make_step(mode)
+        step = make_step(mode)
         for _ in range(50):
             step()
         return step.read_log().loss
@@ -343,7 +322,7 @@ def test_every_mode_but_the_articles_follows_float32(mode):
 
 def test_articles_rule_multiplies_the_updates():
     """It cannot follow float32 with SGD, for which scaled gradients mean longer steps."""
-    _, step = make_step("article")
+    step = make_step("article")
     for _ in range(300):
         step()
     log = step.read_log()
