@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -114,30 +114,22 @@ class Progress:
     Without a terminal each case has a permanent line when it starts, too.
 
     Args:
-        total: number of cases in the run.
         line: where the lines go.
         clock: returns seconds; for the time left.
     """
 
-    def __init__(self, total: int, line: LiveLine, clock: Callable[[], float]) -> None:
-        self._total, self._line, self._clock = total, line, clock
-        self._done = 0
+    def __init__(self, line: LiveLine, clock: Callable[[], float]) -> None:
+        self._line, self._clock = line, clock
+        self._total = self._done = 0
         self._started = 0.0
         self._doing = ""
         self._seconds: dict[str, list[float]] = defaultdict(list)
-        self._remaining: dict[str, int] = defaultdict(int)
+        self._remaining: Counter[str] = Counter()
 
-    def plan(self, workload: str, cases: int, *, further: bool = False) -> None:
-        """Announce cases of a workload; the time left is estimated by workload.
-
-        Args:
-            workload: its name.
-            cases: how many.
-            further: whether they come on top of the total.
-        """
-        self._remaining[workload] += cases
-        if further:
-            self._total += cases
+    def plan(self, cases: Sequence[Case]) -> None:
+        """Announce cases, in addition to those announced before."""
+        self._total += len(cases)
+        self._remaining.update(case.workload for case in cases)
 
     def started(self, case: Case) -> None:
         """Show that a case begins."""
@@ -177,7 +169,7 @@ class Progress:
         return f"[{number}] {case.workload} {case.mode} {_which(case.seed, case.repeat)}"
 
     def _left(self) -> str:
-        """The time left, once the first case has shown how long one takes."""
+        """The time left, estimated by workload once the first case has shown how long one takes."""
         known = [second for seconds in self._seconds.values() for second in seconds]
         if not known:
             return ""

@@ -1,10 +1,11 @@
-"""One pytest session of mpscale: what happens when, from the plan to the reports, and where it is shown."""
+"""One pytest session of mpscale: what happens when, from the plan to the reports, and what the terminal shows of it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,13 @@ import pytest
 from mpscale.pytest_plugin import options
 from mpscale.pytest_plugin.baseline import FILE, BaselineCheck
 from mpscale.pytest_plugin.plan import PARAMETERS, Plan, check_use, shuffle_seed
-from mpscale.terminal import LiveLine, printable
+from mpscale.terminal import LiveLine, Progress, printable
 
 if TYPE_CHECKING:
     from mpscale.ab.turns import Turns
     from mpscale.core.case import Case
     from mpscale.core.runs import Run
-    from mpscale.harness.supervisor import Outcome
-    from mpscale.pytest_plugin.run import LiveRun
+    from mpscale.harness.supervisor import Options, Outcome
 
 
 class Output:
@@ -61,6 +61,70 @@ class Output:
         reporter = self._config.pluginmanager.getplugin("terminalreporter")
         live = reporter is not None and reporter.isatty
         return LiveLine(self.write, live, self._config.get_terminal_writer().fullwidth if live else 80)
+
+
+class LiveRun:
+    """Runs cases, and shows how far it has come.
+
+    Args:
+        plan: the chosen cases, and where they run.
+        how: options of the run.
+        output: the terminal.
+    """
+
+    def __init__(self, plan: Plan, how: Options, output: Output) -> None:
+        from mpscale.harness.run import BenchmarkRun
+        from mpscale.telemetry.host import busy_words
+
+        self._output = output
+        self.troubles: list[str] = []
+        """Why the session is no success, even if its tests have passed."""
+        self._progress = Progress(output.live_line(), time.monotonic)
+        self._progress.plan(plan.chosen)
+        self._run = BenchmarkRun(plan.chosen, plan.device, plan.driver, how, self._progress.event)
+        # A GPU that the driver's library does not find is measured as a CPU; say so.
+        no_gpu = f"; no GPU: {plan.driver.reason}" if plan.driver.reason and not plan.on_gpu else ""
+        output.say(f"on {plan.device.name} ({plan.device.kind.upper()}){no_gpu}")
+        if busy := busy_words():
+            output.say(busy)
+        for name, where in plan.own_workloads.items():
+            output.say(f"{name} is in {where}")
+
+    @property
+    def path(self) -> Path | None:
+        """The run's folder; None before the first case."""
+        return self._run.path
+
+    def measured(self, case: Case) -> Outcome | None:
+        """Return the outcome of a case that has already run and did not fail."""
+        return self._run.measured(case)
+
+    def run(self, case: Case) -> Outcome:
+        """Run a case."""
+        self._progress.started(case)
+        outcome = self._run.run(case)
+        self._progress.finished(case, outcome.record)
+        self._note_troubles()
+        return outcome
+
+    def run_again(self, cases: list[Case]) -> None:
+        """Run further cases for rows that look slower than in the baseline."""
+        self._output.say(f"slower than the baseline, measured again in {len(cases)} further processes")
+        self._progress.plan(cases)
+        for case in cases:
+            self.run(case)
+
+    def finish(self, exit_status: int) -> None:
+        """End the processes and close the journal."""
+        self._run.finish(exit_status)
+        self._note_troubles()
+
+    def _note_troubles(self) -> None:
+        """Say at once what went wrong with the run's files. It is said again at the end of the session."""
+        for trouble in self._run.troubles:
+            if trouble not in self.troubles:
+                self.troubles.append(trouble)
+                self._output.say(trouble)
 
 
 class Session:
@@ -143,8 +207,6 @@ class Session:
         return outcome
 
     def _start_run(self) -> LiveRun:
-        from mpscale.pytest_plugin.run import LiveRun
-
         assert self._plan is not None  # a case comes from it
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             # CI sends SIGTERM to cancel a job: end the run as after Ctrl-C.

@@ -304,9 +304,9 @@ def test_stopping_leaves_no_process(tmp_path, interpreter, how):
         ),
         (
             ("--python", "good", "--python", "fails"),
-            "is no Python of 3.11 or newer in which mpscale works: Unknown option: -P",
+            "is not a Python of 3.11 or newer in which mpscale works: Unknown option: -P",
         ),
-        (("--python", "good", "--python", "newer"), "takes turns in way 2, and this one does in way 1: install"),
+        (("--python", "good", "--python", "newer"), "takes turns by version 2 of the protocol"),
         (("--python", "good", "--python", "schema"), "writes runs of schema version 99"),
         (("--python", "good", "--python", "method"), "A measures by method 1 and B by method 99"),
         (("--python", "good", "--python", "broken"), "tensorflow does not work in"),
