@@ -89,8 +89,9 @@ def _time_left(seconds: float) -> str:
     return f"about {int(seconds) // 60}:{int(seconds) % 60:02d} left" if seconds >= 1 else ""
 
 
-def _which(seed: int, repeat: int) -> str:
-    return f"repeat {repeat}" if repeat else f"seed {seed}"
+def _head(number: int, total: int, workload: str, mode: str, seed: int, repeat: int) -> str:
+    which = f"repeat {repeat}" if repeat else f"seed {seed}"
+    return f"[{number:>{len(str(total))}}/{total}] {workload} {mode} {which}"
 
 
 _WORDS = {
@@ -165,8 +166,7 @@ class Progress:
         self._line.update(f"{self._head(case)}: {self._doing}{steps}{self._left()}")
 
     def _head(self, case: Case) -> str:
-        number = f"{self._done + 1:>{len(str(self._total))}}/{self._total}"
-        return f"[{number}] {case.workload} {case.mode} {_which(case.seed, case.repeat)}"
+        return _head(self._done + 1, self._total, case.workload, case.mode, case.seed, case.repeat)
 
     def _left(self) -> str:
         """The time left, estimated by workload once the first case has shown how long one takes."""
@@ -218,9 +218,8 @@ class Screen:
     def plan(self, cases: Sequence[Mapping[str, Any]]) -> None:
         """Announce the cases, each of which every session will run."""
         for number, case in enumerate(cases, 1):
-            head = f"[{number:>{len(str(len(cases)))}}/{len(cases)}]"
-            which = _which(case["seed"], case["repeat"])
-            self._names[case["id"]] = f"{head} {case['workload']} {case['mode']} {which}"
+            names = (case[name] for name in ("workload", "mode", "seed", "repeat"))
+            self._names[case["id"]] = _head(number, len(cases), *names)
         self._begun = self._clock()
         self._line.add(f"{len(cases)} pair{'' if len(cases) == 1 else 's'} of cases, interleaved")
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mpscale.ab import turns
 from mpscale.pytest_plugin import options
 from mpscale.pytest_plugin.baseline import FILE, BaselineCheck
 from mpscale.pytest_plugin.plan import PARAMETERS, Plan, check_use, shuffle_seed
 from mpscale.terminal import LiveLine, Progress, printable
 
 if TYPE_CHECKING:
-    from mpscale.ab.turns import Turns
     from mpscale.core.case import Case
     from mpscale.core.runs import Run
     from mpscale.harness.supervisor import Options, Outcome
@@ -141,7 +141,7 @@ class Session:
         # folder is refused later, together with all others that cannot be written.
         self._results = Path(os.path.realpath(config.getoption("mp_results") or config.rootpath / "results"))
         self._check = BaselineCheck(config)
-        self._turns = _join()
+        self._turns = turns.join(os.environ)
         self._plan: Plan | None = None
         self._problem: str | None = None
         """Why no plan could be made. pytest only reports a UsageError as such if no collector raises it."""
@@ -188,7 +188,7 @@ class Session:
                 self._check.open(self._results, plan.device)
         if self._turns is not None:
             cases = [{"id": case.id, **{name: getattr(case, name) for name in PARAMETERS}} for case in chosen]
-            self._turns.plan(cases, options.longest_turn_s(self._config))
+            self._turns.send(turns.Plan(cases, options.longest_turn_s(self._config)))
 
     def run(self, case: Case) -> Outcome:
         """Run a case, unless it has run and did not fail."""
@@ -196,14 +196,16 @@ class Session:
         if measured is not None:
             return measured
         if self._turns is not None:
-            _wait(self._turns, case)
+            try:
+                self._turns.wait(turns.Ready(case.id))
+            except turns.Stopped as why:
+                pytest.exit(f"mpscale ab: {why}")
         if self._run is None:
             self._run = self._start_run()
         outcome = self._run.run(case)
         if self._turns is not None:
-            record = outcome.record
-            facts = {"status": record["status"], "reason": record["status_reason"]}
-            self._turns.done(case.id, **facts, step_time_ms=record["step_time_ms_median"], run=str(self._run.path))
+            status, reason, ms = (outcome.record[name] for name in ("status", "status_reason", "step_time_ms_median"))
+            self._turns.send(turns.Done(case.id, status, reason, ms, str(self._run.path)))
         return outcome
 
     def _start_run(self) -> LiveRun:
@@ -302,24 +304,6 @@ class Session:
         show(f"\nrun: {path}" + (f"\nreport: {report}" if report.is_file() else ""))
         if self._check.comparison is not None:
             show(f"comparison: {path / FILE}")
-
-
-def _join() -> Turns | None:
-    """Return this session's end of the wire if it is interleaved with another one, else None."""
-    if "MPSCALE_TURNS" not in os.environ:
-        return None
-    from mpscale.ab.turns import join
-
-    return join(os.environ)
-
-
-def _wait(turns: Turns, case: Case) -> None:
-    from mpscale.ab.turns import Stopped
-
-    try:
-        turns.wait(case.id)
-    except Stopped as why:
-        pytest.exit(f"mpscale ab: {why}")
 
 
 def _describe(error: Exception) -> str:
