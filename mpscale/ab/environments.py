@@ -36,7 +36,7 @@ class Environment:
     Args:
         letter: ``A``, the baseline, or ``B``.
         given: its interpreter as the command line names it.
-        python: its interpreter as it is started. Links are kept: the file behind one would not be a venv's interpreter.
+        python: its interpreter as it is started, with links unresolved: a venv's interpreter is a link.
         about: what it holds; see :func:`mpscale.ab.about.about`.
     """
 

@@ -32,7 +32,7 @@ class BenchmarkRun:
     Args:
         cases: the plan, for the record; :meth:`run` runs cases one by one.
         device: where they run.
-        driver: tells of the GPU.
+        driver: what the GPU's driver can tell.
         options: how they run.
         listener: told of phases and progress.
     """
@@ -57,7 +57,7 @@ class BenchmarkRun:
 
     @property
     def troubles(self) -> list[str]:
-        """What went wrong with the run's files so far, each once. A run with any is no success."""
+        """What went wrong with the run's files so far, each once. A run with any of them fails."""
         return [] if self._journal is None else list(self._journal.troubles)
 
     def measured(self, case: Case) -> Outcome | None:

@@ -101,7 +101,7 @@ class Supervisor:
 
     Args:
         device: where cases run.
-        driver: tells of the GPU.
+        driver: what the GPU's driver can tell.
         options: how they run.
         listener: told of phases and progress.
     """
@@ -127,8 +127,8 @@ class Supervisor:
             case: what to run.
             steps_path: where its log of steps goes, None for a case that does not train.
             gpu_path: where the samples of the GPU go.
-            outcome: filled in as the case goes on, so it holds what was known if this ends in an exception, such as
-                the user's interrupt.
+            outcome: filled in as the case goes on, so it holds what was known even if this ends in an exception, such
+                as the user's interrupt.
             attempt: how many times the case has been started, including this time.
         """
         self.describe(case, outcome.record, attempt)
@@ -175,8 +175,9 @@ class Supervisor:
         return Launcher(environment)
 
     def _judge_allocator(self, outcome: Outcome) -> None:
-        """Have a case retried whose worker failed on first touching the GPU: once as it was, then with the next
-        allocator. If the last one fails too, no allocator was to blame.
+        """Retry a case whose worker failed on first touching the GPU: once as it was, then with the next allocator.
+
+        If the last one fails too, no allocator was to blame.
         """
         if Phase.CONTEXT_READY in outcome.phases:
             self._allocator_works = True

@@ -78,7 +78,7 @@ class LiveRun:
 
         self._output = output
         self.troubles: list[str] = []
-        """Why the session is no success, even if its tests have passed."""
+        """Why the session fails, even if its tests have passed."""
         self._progress = Progress(output.live_line(), time.monotonic)
         self._progress.plan(plan.chosen)
         self._run = BenchmarkRun(plan.chosen, plan.device, plan.driver, how, self._progress.event)

@@ -37,7 +37,7 @@ from mpscale.worker.cause import cause
 
 
 def main(wire: Wire) -> int:
-    """Run the case that is asked for; the exit code, 0 also for a case whose training diverged."""
+    """Run the case that is asked for; return the exit code, 0 even if the training diverged."""
     # A training is worth no less because its progress bar does not fit the terminal's encoding.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     channel = Channel(wire)
