@@ -28,7 +28,7 @@ _OK = 0
 _FAILED = 1
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
-_BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
+_BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE has ended
 
 _RESULTS = Path("results")
 
@@ -303,7 +303,7 @@ def _ab_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _ab(options: argparse.Namespace) -> int:
     from mpscale.ab.environments import LETTERS, Refused, differences, examine, pytest_arguments
-    from mpscale.ab.referee import run_in_turns
+    from mpscale.ab.referee import Referee
 
     try:
         rules = _rules(options)
@@ -319,15 +319,16 @@ def _ab(options: argparse.Namespace) -> int:
     # CI sends SIGTERM to cancel a job: keep what has been measured, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     line = LiveLine(_write_error, sys.stderr.isatty(), shutil.get_terminal_size().columns)
-    result = run_in_turns(environments, arguments, Screen(LETTERS, line, time.monotonic), options.start_timeout)
-    for environment, run in zip(environments, result.runs, strict=True):
+    referee = Referee(environments, arguments, Screen(LETTERS, line, time.monotonic), options.start_timeout)
+    referee.run()
+    for letter, run in zip(LETTERS, referee.runs, strict=True):
         if run is not None:
-            print(f"{environment.letter}: {run}", file=sys.stderr)
-    for problem in result.problems:
+            print(f"{letter}: {run}", file=sys.stderr)
+    for problem in referee.problems:
         print(f"mpscale: {problem}", file=sys.stderr)
-    if result.interrupted:
+    if referee.interrupted:
         return _INTERRUPTED
-    paths = [run for run in result.runs if run is not None]
+    paths = [run for run in referee.runs if run is not None]
     if len(paths) < len(environments):
         return _fail("there is nothing to compare")
     print(file=sys.stderr)
@@ -335,7 +336,7 @@ def _ab(options: argparse.Namespace) -> int:
         code = _print_comparison(paths, rules, options)
     except ValueError as error:
         return _fail(str(error))
-    return _FAILED if result.problems else code
+    return _FAILED if referee.problems else code
 
 
 def _history_arguments(parser: argparse.ArgumentParser) -> None:
@@ -409,8 +410,7 @@ def _put_out(text: str, file: Path | None) -> None:
 
 
 def _write_error(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    print(text, end="", file=sys.stderr, flush=True)
 
 
 def _say(message: str) -> None:

@@ -12,7 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
+
+from mpscale.core.loss_scale import parse_number
+
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,19 +178,27 @@ def folder(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} names the home of a user unknown to this machine") from None
 
 
-def seconds(text: str) -> float:
-    """The type of an option that takes a time.
+def number(parse: Callable[[str], N], fits: Callable[[N], bool], expected: str) -> Callable[[str], N]:
+    """Return the type of an option that takes a number.
 
-    Raises:
-        argparse.ArgumentTypeError: the text is not a positive number.
+    Args:
+        parse: makes a number of a text, or raises ValueError.
+        fits: whether the option can have it.
+        expected: what to say if there is no such number.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, not {text!r}")
-    return value
+
+    def parsed(text: str) -> N:
+        with contextlib.suppress(ValueError):
+            value = parse(text)
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+
+    return parsed
+
+
+seconds = number(parse_number, lambda value: 0 < value < math.inf, "a number of seconds above 0")
+"""The type of an option that takes a time."""
 
 
 _PROBE = bytes(1 << 16)

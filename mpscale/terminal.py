@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -89,8 +89,9 @@ def _time_left(seconds: float) -> str:
     return f"about {int(seconds) // 60}:{int(seconds) % 60:02d} left" if seconds >= 1 else ""
 
 
-def _which(seed: int, repeat: int) -> str:
-    return f"repeat {repeat}" if repeat else f"seed {seed}"
+def _head(number: int, total: int, workload: str, mode: str, seed: int, repeat: int) -> str:
+    which = f"repeat {repeat}" if repeat else f"seed {seed}"
+    return f"[{number:>{len(str(total))}}/{total}] {workload} {mode} {which}"
 
 
 _WORDS = {
@@ -114,30 +115,22 @@ class Progress:
     Without a terminal each case has a permanent line when it starts, too.
 
     Args:
-        total: number of cases in the run.
         line: where the lines go.
         clock: returns seconds; for the time left.
     """
 
-    def __init__(self, total: int, line: LiveLine, clock: Callable[[], float]) -> None:
-        self._total, self._line, self._clock = total, line, clock
-        self._done = 0
+    def __init__(self, line: LiveLine, clock: Callable[[], float]) -> None:
+        self._line, self._clock = line, clock
+        self._total = self._done = 0
         self._started = 0.0
         self._doing = ""
         self._seconds: dict[str, list[float]] = defaultdict(list)
-        self._remaining: dict[str, int] = defaultdict(int)
+        self._remaining: Counter[str] = Counter()
 
-    def plan(self, workload: str, cases: int, *, further: bool = False) -> None:
-        """Announce cases of a workload; the time left is estimated by workload.
-
-        Args:
-            workload: its name.
-            cases: how many.
-            further: whether they come on top of the total.
-        """
-        self._remaining[workload] += cases
-        if further:
-            self._total += cases
+    def plan(self, cases: Sequence[Case]) -> None:
+        """Announce cases, in addition to those announced before."""
+        self._total += len(cases)
+        self._remaining.update(case.workload for case in cases)
 
     def started(self, case: Case) -> None:
         """Show that a case begins."""
@@ -173,11 +166,10 @@ class Progress:
         self._line.update(f"{self._head(case)}: {self._doing}{steps}{self._left()}")
 
     def _head(self, case: Case) -> str:
-        number = f"{self._done + 1:>{len(str(self._total))}}/{self._total}"
-        return f"[{number}] {case.workload} {case.mode} {_which(case.seed, case.repeat)}"
+        return _head(self._done + 1, self._total, case.workload, case.mode, case.seed, case.repeat)
 
     def _left(self) -> str:
-        """The time left, once the first case has shown how long one takes."""
+        """The time left, estimated by workload once the first case has shown how long one takes."""
         known = [second for seconds in self._seconds.values() for second in seconds]
         if not known:
             return ""
@@ -226,9 +218,8 @@ class Screen:
     def plan(self, cases: Sequence[Mapping[str, Any]]) -> None:
         """Announce the cases, each of which every session will run."""
         for number, case in enumerate(cases, 1):
-            head = f"[{number:>{len(str(len(cases)))}}/{len(cases)}]"
-            which = _which(case["seed"], case["repeat"])
-            self._names[case["id"]] = f"{head} {case['workload']} {case['mode']} {which}"
+            names = (case[name] for name in ("workload", "mode", "seed", "repeat"))
+            self._names[case["id"]] = _head(number, len(cases), *names)
         self._begun = self._clock()
         self._line.add(f"{len(cases)} pair{'' if len(cases) == 1 else 's'} of cases, interleaved")
 

@@ -272,6 +272,14 @@ def test_a_cpu_with_fewer_cores_or_instructions_is_another_device(compare, tmp_p
     assert "verdict" not in text
 
 
+def test_a_fact_that_older_runs_lack_is_no_difference_of_the_environments(compare, tmp_path):
+    for name, device in (("20260103T000000Z", CPU), ("20260104T000000Z", {**CPU, "vendor": None})):
+        write_run(tmp_path / "results", finished(rows()), name=name, environment={"device": device, "os": name})
+    _, text = compare.command("20260103", "20260104")
+    assert "differences in the environment" in text
+    assert "vendor" not in text
+
+
 def test_three_runs_at_once(compare, tmp_path):
     compare(SAME, [*rows(ms=2.6), *rows("mixed-dynamic")])
     write_run(tmp_path / "results", finished(SAME), name="20260105T000000Z-third", device=GPU)

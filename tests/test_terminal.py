@@ -17,8 +17,8 @@ class Screen:
 
     def __init__(self, live):
         self.text, self.now = "", 0.0
-        self.progress = Progress(3, LiveLine(self.write, live), lambda: self.now)
-        self.progress.plan("w", 3)
+        self.progress = Progress(LiveLine(self.write, live), lambda: self.now)
+        self.progress.plan([case(number) for number in range(3)])
 
     def write(self, text):
         self.text += text
@@ -61,7 +61,8 @@ def test_every_phase_has_a_word_for_people(phase):
 
 def test_live_line_never_wraps():
     screen = Screen(live=True)
-    screen.progress = Progress(1, LiveLine(screen.write, True, columns=20), lambda: 0.0)
+    screen.progress = Progress(LiveLine(screen.write, True, columns=20), lambda: 0.0)
+    screen.progress.plan([case(0)])
     screen.progress.started(case(0))
     assert screen.text == "\r[1/1] w fp32 seed 0"
 

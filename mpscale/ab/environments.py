@@ -36,7 +36,7 @@ class Environment:
     Args:
         letter: ``A``, the baseline, or ``B``.
         given: its interpreter as the command line names it.
-        python: its interpreter as it is started. Links are kept: the file behind one would not be a venv's interpreter.
+        python: its interpreter as it is started, with links unresolved: a venv's interpreter is a link.
         about: what it holds; see :func:`mpscale.ab.about.about`.
     """
 
@@ -68,19 +68,19 @@ def examine(pythons: Sequence[str], seconds: float, force: bool) -> list[Environ
             "first (the same one twice shows what the machine's noise makes of no change)"
         )
     found = [_find(python) for python in pythons]
-    asked: list[_Asked] = []
+    asked: list[Child] = []
+    environments: list[Environment] = []
     with tempfile.TemporaryDirectory(prefix="mpscale-ab-") as folder:
         try:
             # Both at the same time: each imports TensorFlow.
             for letter, python in zip(LETTERS, found, strict=True):
-                asked.append(_Asked(python, Path(folder) / letter))
-            environments = [
-                Environment(letter, given, each.python, each.about(seconds))
-                for letter, given, each in zip(LETTERS, pythons, asked, strict=True)
-            ]
+                asked.append(_ask(python, Path(folder, letter)))
+            for letter, given, python, process in zip(LETTERS, pythons, found, asked, strict=True):
+                about = _about(python, Path(folder, letter), process, seconds)
+                environments.append(Environment(letter, given, python, about))
         finally:
-            for each in asked:
-                each.kill()
+            for process in asked:
+                process.kill()
     methods = [each.about["method_version"] for each in environments]
     if methods[0] != methods[1] and not force:
         raise Refused(
@@ -98,7 +98,7 @@ def differences(environments: Sequence[Environment]) -> str:
         return "both hold the same: what differs in the end is noise"
     others = [name for name in names if name not in _NAMED]
     moved = [f"{name} {one[name]} and {two[name]}" for name in others if name in one and name in two]
-    parts = [f"{', '.join(moved[:_SHOWN])}" + _more(len(moved) - _SHOWN)] if moved else []
+    parts = [", ".join(moved[:_SHOWN]) + _more(len(moved) - _SHOWN)] if moved else []
     for letter, mine, theirs in (("A", one, two), ("B", two, one)):
         alone = sum(name in mine and name not in theirs for name in others)
         if alone:
@@ -129,71 +129,48 @@ def _find(given: str) -> Path:
     return path
 
 
-class _Asked:
-    """An interpreter that is saying what it holds.
-
-    Args:
-        python: the interpreter.
-        folder: takes what it prints.
-    """
-
-    def __init__(self, python: Path, folder: Path) -> None:
-        self.python, self._folder = python, folder
-        folder.mkdir()
-        environ = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        try:
-            with (folder / "output").open("wb") as output, (folder / "errors").open("wb") as errors:
-                # -P: a folder mpscale/ in the working directory must not stand in for the environment's own.
-                self._process = Child([python, "-P", _ABOUT], environ, output, errors)
-        except OSError as error:
-            raise Refused(f"--python {python}: cannot be started: {error.strerror}") from error
-
-    def about(self, seconds: float) -> Mapping[str, Any]:
-        """Wait for what it says; refuse it if it could not take turns."""
-        python = self.python
-        install = f"install this mpscale there: {python} -m pip install FOLDER_OF_MPSCALE"
-        code = self._process.wait(seconds)
-        if code is None:
-            raise Refused(f"{python} did not say what is installed there within {seconds:g} s (--start-timeout)")
-        about = self._answer() if code == 0 else None
-        if about is None:
-            last = (self._printed("errors").strip() or "it said nothing").splitlines()[-1]
-            raise Refused(f"{python} is no Python of 3.11 or newer in which mpscale works: {last}")
-        if about["turns"] is None:
-            why = about["broken"].get("mpscale", "it is too old")
-            raise Refused(f"{python} has no mpscale that can take turns ({why}): {install}")
-        if about["turns"] != turns.VERSION:
-            raise Refused(
-                f"{python} has an mpscale that takes turns in way {about['turns']}, and this one does in way "
-                f"{turns.VERSION}: {install}"
-            )
-        if about["schema_version"] > SCHEMA_VERSION:
-            raise Refused(
-                f"{python} writes runs of schema version {about['schema_version']}, and this mpscale reads up to "
-                f"{SCHEMA_VERSION}: start `mpscale ab` from there"
-            )
-        if about["broken"]:
-            name, reason = next(iter(about["broken"].items()))
-            raise Refused(f"{name} does not work in {python} ({reason}): {install}")
-        return about
-
-    def kill(self) -> None:
-        """End it."""
-        self._process.kill()
-
-    def _answer(self) -> dict[str, Any] | None:
-        lines = self._printed("output").splitlines()
-        try:
-            answer = json.loads(lines[-1])  # libraries may have printed something before
-        except (ValueError, IndexError):
-            return None
-        return answer if isinstance(answer, dict) else None
-
-    def _printed(self, name: str) -> str:
-        return (self._folder / name).read_text(encoding="utf-8", errors="replace")
+def _ask(python: Path, folder: Path) -> Child:
+    """Start an interpreter that prints into ``folder`` what it holds."""
+    folder.mkdir()
+    try:
+        with (folder / "output").open("wb") as output, (folder / "errors").open("wb") as errors:
+            # -P: a folder mpscale/ in the working directory must not stand in for the environment's own.
+            return Child([python, "-P", _ABOUT], {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}, output, errors)
+    except OSError as error:
+        raise Refused(f"--python {python}: cannot be started: {error.strerror}") from error
 
 
-# The arguments of both pytest sessions.
+def _about(python: Path, folder: Path, process: Child, seconds: float) -> Mapping[str, Any]:
+    """Return what an interpreter says that it holds; refuse it if it could not take turns."""
+    install = f"install this mpscale there: {python} -m pip install FOLDER_OF_MPSCALE"
+    code = process.wait(seconds)
+    if code is None:
+        raise Refused(f"{python} did not say what is installed there within {seconds:g} s (--start-timeout)")
+    output, errors = ((folder / name).read_text("utf-8", "replace").strip() for name in ("output", "errors"))
+    try:
+        about = json.loads(output.splitlines()[-1]) if code == 0 else None  # libraries may have printed before it
+    except (ValueError, IndexError):
+        about = None
+    if not isinstance(about, dict):
+        last = (errors or "it said nothing").splitlines()[-1]
+        raise Refused(f"{python} is not a Python of 3.11 or newer in which mpscale works: {last}")
+    if about["turns"] is None:
+        why = about["broken"].get("mpscale", "it is too old")
+        raise Refused(f"{python} has no mpscale that can take turns ({why}): {install}")
+    if about["turns"] != turns.VERSION:
+        raise Refused(
+            f"{python} has an mpscale that takes turns by version {about['turns']} of the protocol, and this one knows "
+            f"version {turns.VERSION}: {install}"
+        )
+    if about["schema_version"] > SCHEMA_VERSION:
+        raise Refused(
+            f"{python} writes runs of schema version {about['schema_version']}, and this mpscale reads up to "
+            f"{SCHEMA_VERSION}: start `mpscale ab` from there"
+        )
+    for name, reason in about["broken"].items():
+        raise Refused(f"{name} does not work in {python} ({reason}): {install}")
+    return about
+
 
 _BY_AB = {
     "--mp-baseline": "A is the baseline; --fail-on has the gates",
@@ -212,15 +189,15 @@ _TAKES_A_VALUE = (
     "-k", "-m", "-p", "-c", "-r", "-W", "--config-file", "--confcutdir", "--deselect", "--ignore", "--ignore-glob",
     "--import-mode", "--rootdir",
 )  # fmt: skip
-"""Options of pytest whose value may be the name of a folder, which is then not a place of tests."""
+"""Options of pytest whose value may be the name of a folder, which is then not a test path."""
 
 
 def pytest_arguments(given: Sequence[str], results: Path | None) -> list[str]:
-    """Return the arguments of pytest. Adds ``bench/``, if it exists, when no place of tests is named.
+    """Return the arguments of pytest. Adds ``bench/``, if it exists, when no test path is named.
 
     Args:
         given: everything on the command line that is not an option of ``mpscale ab``.
-        results: the results folder, None for pytest's own default.
+        results: the results folder; None for the default of the plug-in.
 
     Raises:
         Refused: an argument makes no sense with two interleaved sessions.
@@ -230,10 +207,10 @@ def pytest_arguments(given: Sequence[str], results: Path | None) -> list[str]:
         if why is not None:
             raise Refused(f"{argument} does not go with `mpscale ab`: {why}")
     arguments = list(given)
-    if not any(map(_is_place, arguments, ["", *arguments])) and Path("bench").is_dir():
+    if not any(map(_is_test_path, arguments, ["", *arguments])) and Path("bench").is_dir():
         arguments.append("bench")
     if results is not None:
-        # As a single argument: pytest takes a separate value for a place of tests.
+        # As a single argument: pytest takes a separate value for a test path.
         arguments.append(f"--mp-results={results.absolute()}")
     return arguments
 
@@ -253,6 +230,6 @@ def _why_not(argument: str) -> str | None:
     return None
 
 
-def _is_place(argument: str, before: str) -> bool:
+def _is_test_path(argument: str, before: str) -> bool:
     valued = before in _TAKES_A_VALUE or (before.startswith("--mp-") and "=" not in before)
     return not argument.startswith("-") and not valued and Path(argument.partition("::")[0]).exists()

@@ -1,4 +1,4 @@
-"""Two pytest sessions that take turns: starts both, decides whose turn it is, and when both have to end."""
+"""Two pytest sessions that take turns: starts both, decides whose turn it is, and ends both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +25,22 @@ _BAD = (*FAILED, "diverged", "stalled")
 _LISTED = 4
 _STOPPED = 2
 """Exit code of a session that got no more turns, or was interrupted."""
+END = "end"
+"""What a session with no more cases waits for. No case has this id."""
+_LEAVE_S = 30.0
+_STOP_S = 180.0
+_TAIL = 15
+_ENDS = {
+    1: "tests of it failed",
+    2: "it was stopped, or a file of tests could not be collected",
+    3: "pytest itself failed",
+    4: "pytest was used in a wrong way",
+    5: "no case was selected",
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What became of the two sessions.
-
-    Args:
-        runs: the folders of A's run and of B's, None for one without a case.
-        problems: what went wrong; empty if both ran all their cases and none failed.
-        interrupted: whether the user stopped it.
-    """
-
-    runs: tuple[Path | None, Path | None]
-    problems: Sequence[str]
-    interrupted: bool
-
-
-def run_in_turns(
-    environments: Sequence[Environment], arguments: Sequence[str], screen: Screen, start_s: float
-) -> Result:
-    """Run the same cases in both environments, the two of each pair one right after the other.
+class Referee:
+    """Runs the same cases in both environments, the two of each pair one right after the other.
 
     Args:
         environments: the two.
@@ -54,41 +48,44 @@ def run_in_turns(
         screen: shows progress.
         start_s: how long a session may take until it knows its cases.
     """
-    logs = Path(tempfile.mkdtemp(prefix="mpscale-ab-"))
-    referee = _Referee(environments, arguments, screen, start_s, logs)
-    try:
-        referee.run()
-    finally:
-        referee.close()
-    if not referee.problems:
-        shutil.rmtree(logs, ignore_errors=True)
-    first, second = referee.sessions
-    return Result((first.run, second.run), referee.problems, referee.interrupted)
 
-
-class _Referee:
     def __init__(
-        self, environments: Sequence[Environment], arguments: Sequence[str], screen: Screen, start_s: float, logs: Path
+        self, environments: Sequence[Environment], arguments: Sequence[str], screen: Screen, start_s: float
     ) -> None:
-        seed, pair = secrets.randbelow(2**32), secrets.token_hex(8)
-        self._random = random.Random(seed)
-        self._screen, self._logs = screen, logs
+        self._environments, self._arguments, self._screen, self._start_s = environments, arguments, screen, start_s
+        self._sessions: list[Session] = []
+        self._random = random.Random()
         self._order: dict[str, int] = {}
         self._first: dict[tuple[str, str], str] = {}
         self._stopping: str | None = None
         self.interrupted = False
+        """Whether the user stopped it."""
         self.problems: list[str] = []
-        self.sessions: list[Session] = []
-        try:
-            for each in environments:
-                self.sessions.append(Session(each, arguments, seed, pair, logs / f"{each.letter}.log", start_s))
-        except BaseException:
-            self.close()
-            raise
+        """What went wrong; empty if both sessions ran all their cases and none failed."""
+
+    @property
+    def runs(self) -> list[Path | None]:
+        """The folders of A's run and of B's; None for one without a case."""
+        return [session.run for session in self._sessions]
 
     def run(self) -> None:
-        """Go on until both sessions have ended."""
-        while living := [session for session in self.sessions if session.code is None]:
+        """Start both sessions, and go on until both have ended."""
+        seed, pair = secrets.randbelow(2**32), secrets.token_hex(8)
+        self._random.seed(seed)
+        logs = Path(tempfile.mkdtemp(prefix="mpscale-ab-"))
+        try:
+            for each in self._environments:
+                log = logs / f"{each.letter}.log"
+                self._sessions.append(Session(each, self._arguments, seed, pair, log, self._start_s))
+            self._take_turns()
+        finally:
+            for session in self._sessions:
+                session.kill()
+        if not self.problems:
+            shutil.rmtree(logs, ignore_errors=True)
+
+    def _take_turns(self) -> None:
+        while living := [session for session in self._sessions if session.code is None]:
             try:
                 if not self._move(living):
                     self._listen(living)
@@ -99,11 +96,6 @@ class _Referee:
         self._screen.end()
         self._find_problems()
 
-    def close(self) -> None:
-        """Leave no session behind."""
-        for session in self.sessions:
-            session.kill()
-
     def _interrupt(self, living: Sequence[Session]) -> None:
         self.interrupted = True
         self._stopping = "stopped by the user"
@@ -113,7 +105,7 @@ class _Referee:
                 session.interrupt()
 
     def _move(self, living: Sequence[Session]) -> bool:
-        """Answer waiting sessions if it is time for that; whether any was answered.
+        """Answer waiting sessions if it is time for that; return whether any was answered.
 
         Nobody gets a turn before all wait: what a session does before its first case or after any must not disturb the
         other.
@@ -159,18 +151,18 @@ class _Referee:
         return session
 
     def _why_stop(self, living: Sequence[Session]) -> str | None:
-        """Why sessions that wait for a case should not run it, None if they should."""
-        for session in self.sessions:
+        """Return why sessions that wait for a case should not run it; None if they should."""
+        for session in self._sessions:
             for other in living:
                 gone = session.code is not None or (session.wants == END and other.wants not in session.ran)
                 if other is not session and other.wants != END and gone:
                     return f"{session.letter} has ended after {len(session.ran)} of {len(other.plan or ())} cases"
         if not self._order and any(session.wants != END for session in living):
-            plans = [[case["id"] for case in session.plan or ()] for session in self.sessions]
+            plans = [[case["id"] for case in session.plan or ()] for session in self._sessions]
             if plans[0] != plans[1]:
                 return _difference(*plans)
             self._order = {case: place for place, case in enumerate(plans[0])}
-            self._screen.plan(self.sessions[0].plan or ())
+            self._screen.plan(self._sessions[0].plan or ())
         return None
 
     def _listen(self, living: Sequence[Session]) -> None:
@@ -186,14 +178,16 @@ class _Referee:
     def _find_problems(self) -> None:
         if self._stopping is not None and not self.interrupted:
             self.problems.append(self._stopping)
-        for session in self.sessions:
+        for session in self._sessions:
             by_order = session.was_stopped and session.hung is None and (self.interrupted or session.code == _STOPPED)
             if session.code == 0 or by_order:
                 continue
             failed = [f"{case} {done.status}" for case, done in session.ran.items() if done.status in _BAD]
-            log = self._logs / f"{session.letter}.log"
-            output = f": {_listed(failed)}; its output is {log}" if failed else f"; its output, {log}, ends with\n"
-            self.problems.append(f"{session.letter}: {session.ended_how()}{output}{'' if failed else session.tail()}")
+            if failed:
+                output = f": {_listed(failed)}; its output is {session.log}"
+            else:
+                output = f"; its output, {session.log}, ends with\n{session.tail()}"
+            self.problems.append(f"{session.letter}: {session.ended_how()}{output}")
 
 
 def _listed(items: Sequence[str]) -> str:
@@ -201,31 +195,15 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def _difference(one: Sequence[str], two: Sequence[str]) -> str:
-    """In what two lists of cases differ."""
+    """How two lists of cases differ."""
     only = [[case for case in mine if case not in theirs] for mine, theirs in ((one, two), (two, one))]
     parts = [f"only {letter} has {_listed(cases)}" for letter, cases in zip(LETTERS, only, strict=True) if cases]
     what = "; ".join(parts) or "they are in another order"
     return f"the two sessions would not run the same cases: {what}. Select some that both have"
 
 
-END = "end"
-"""What a session with no more cases waits for. No case has this id."""
-
-_LEAVE_S = 30.0
-_STOP_S = 180.0
-_TAIL = 15
-
-_ENDS = {
-    1: "tests of it failed",
-    2: "it was stopped, or a file of tests could not be collected",
-    3: "pytest itself failed",
-    4: "pytest was used in a wrong way",
-    5: "no case was selected",
-}
-
-
 class Session:
-    """One of the two pytest sessions: its process, what it says, and how long it may be silent. Starts it.
+    """One of the two pytest sessions, from its start on: its process, what it says, and how long it may be silent.
 
     Args:
         environment: where it runs.
@@ -240,7 +218,7 @@ class Session:
         self, environment: Environment, arguments: Sequence[str], seed: int, pair: str, log: Path, start_s: float
     ) -> None:
         self.letter = environment.letter
-        self._log, self._silence_s = log, start_s
+        self.log, self._silence_s = log, start_s
         entry = {"id": pair, "side": environment.letter, "python": environment.given, "seed": seed}
         ours, theirs = Wire.pair()
         environ = {
@@ -251,8 +229,7 @@ class Session:
         with log.open("wb") as output:
             # -P as the command `pytest` has it: what is imported is the environment's own.
             command: list[str | Path] = [environment.python, "-P", "-m", "pytest", *arguments]
-            # It leads a session of its own, so Ctrl-C reaches only `mpscale ab`, which forwards it to whoever runs a
-            # case.
+            # Ctrl-C reaches only `mpscale ab`, which forwards it to whoever runs a case.
             self._process = Child(command, environ, output, ends=(ours, theirs))
         self._deadline = time.monotonic() + start_s
         self.plan: list[dict[str, Any]] | None = None
@@ -329,7 +306,7 @@ class Session:
 
     def tail(self) -> str:
         """The last lines that it printed."""
-        return "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:])
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:])
 
     def _take(self, event: Event) -> None:
         match event:

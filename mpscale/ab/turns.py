@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,41 +108,23 @@ class Turns:
         self._wire = wire
         self.seed, self.entry = seed, dict(entry)
 
-    def plan(self, cases: Sequence[Mapping[str, Any]], turn_s: float) -> None:
-        """Tell which cases there will be; see :class:`Plan`."""
-        self._send(Plan([dict(case) for case in cases], turn_s))
-
-    def wait(self, case: str) -> None:
-        """Wait for this session's turn.
-
-        Args:
-            case: id of the case that it is for.
-
-        Raises:
-            Stopped: the case is not to be run.
-        """
-        self._send(Ready(case))
-        self._answer()
-
-    def done(self, case: str, status: str, reason: str | None, step_time_ms: float | None, run: str) -> None:
-        """Tell how a case came out; see :class:`Done`."""
-        self._send(Done(case, status, reason, step_time_ms, run))
-
-    def end(self, run: str | None) -> None:
-        """Wait until reports made here would not disturb the other session.
-
-        Args:
-            run: the run's folder, None if no case was run.
-        """
-        self._send(End(run))
-        # Ctrl-C here means: stop waiting and finish.
-        with contextlib.suppress(Stopped, KeyboardInterrupt):
-            self._answer()
-
-    def _send(self, event: Event) -> None:
+    def send(self, event: Event) -> None:
+        """Tell what has happened."""
         self._wire.send(event.to_json())
 
-    def _answer(self) -> None:
+    def end(self, run: str | None) -> None:
+        """Wait until reports made here would not disturb the other session; see :class:`End`."""
+        # Ctrl-C here means: stop waiting and finish.
+        with contextlib.suppress(Stopped, KeyboardInterrupt):
+            self.wait(End(run))
+
+    def wait(self, event: Ready | End) -> None:
+        """Tell what this session waits for, and wait for its turn.
+
+        Raises:
+            Stopped: there are no more turns.
+        """
+        self.send(event)
         try:
             answer = self._wire.receive()
         except EOFError:

@@ -1,4 +1,4 @@
-"""How a process is started, listened to and ended. Nothing that it starts outlives it."""
+"""Starts, listens to and ends processes. Nothing that such a process starts outlives it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import IO, Any
 
 from mpscale.core.wire import Wire, wait_for
 
-_KILL_S = 15.0
+KILL_S = 15.0
+"""How long to wait for a process that has been killed: one inside a hanging driver cannot even be killed."""
 
 
 class Process(ABC):
@@ -48,12 +49,12 @@ class Process(ABC):
         """Return the next message; raises as :meth:`Wire.receive` does."""
         return self.wire.receive(seconds, self._ended)
 
-    def end(self, seconds: float, kill_s: float = _KILL_S) -> int | None:
+    def end(self, seconds: float, kill_s: float = KILL_S) -> int | None:
         """Close the wire, upon which the process should end, and kill what is left of it.
 
         Args:
             seconds: how long it may take to end.
-            kill_s: how long to wait for it then: a process inside a hanging driver cannot even be killed.
+            kill_s: how long to wait for it then.
 
         Returns:
             Its exit code, negative for a signal; None if it lives on.
@@ -68,8 +69,8 @@ class Process(ABC):
         """Return the exit code, negative for a signal; None if the process has not ended within ``seconds``."""
 
     @abstractmethod
-    def kill(self, seconds: float = _KILL_S) -> int | None:
-        """Kill the process and all that it left in its session; its exit code, None if not dead after ``seconds``."""
+    def kill(self, seconds: float = KILL_S) -> int | None:
+        """Kill the process and all that it left in its session; return as :meth:`wait` does."""
 
 
 class Child(Process):
@@ -113,7 +114,7 @@ class Child(Process):
             if theirs is not None:
                 theirs.close()
         self._pidfd: int | None = None
-        # Kernels before 5.3 have none, nor have interpreters built for them: there the end of the wire has to do.
+        # Kernels before 5.3, and interpreters built for them, have none: there the end of the wire has to do.
         with contextlib.suppress(OSError, AttributeError):
             self._pidfd = os.pidfd_open(self._process.pid)
         super().__init__(self._process.pid, ours, self._pidfd)
@@ -126,7 +127,7 @@ class Child(Process):
             return self._process.wait(max(seconds, 0.0))
         return None
 
-    def kill(self, seconds: float = _KILL_S) -> int | None:
+    def kill(self, seconds: float = KILL_S) -> int | None:
         kill_session(self.pid, alive=self._process.poll() is None)
         code = self.wait(seconds)
         if self._wire is not None:
@@ -167,10 +168,7 @@ def describe_exit(code: int | None) -> str:
     return f"killed by {names.get(-code, f'signal {-code}')}"
 
 
-_PR_SET_PDEATHSIG = 1
-
-
 def die_with_parent() -> None:
     """Have the kernel end this process when its parent ends, however that happens. Linux only."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

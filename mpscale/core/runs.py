@@ -374,4 +374,4 @@ def _facts(facts: Any, above: str = "") -> Iterator[tuple[str, str]]:
             yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-_NOT_FACTS = ("load_average_at_start", "memory_mib", "uuid")
+_NOT_FACTS = ("load_average_at_start", "memory_mib", "uuid", "vendor")

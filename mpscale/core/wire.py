@@ -46,9 +46,6 @@ class Phase(StrEnum):
     DONE = "done"
 
 
-# Messages.
-
-
 @dataclass(frozen=True)
 class Event:
     """A message with a name and fields."""
@@ -74,19 +71,15 @@ E = TypeVar("E", bound=Event)
 
 
 def event_of(message: Mapping[str, Any], kinds: Iterable[type[E]]) -> E:
-    """The event that a message stands for.
-
-    Args:
-        message: as received.
-        kinds: the events that are possible.
+    """Return the event of one of the ``kinds`` that a received message stands for.
 
     Raises:
-        Garbled: it is none of them.
+        Garbled: it stands for none of them.
     """
     try:
         return {kind.name: kind for kind in kinds}[message["event"]].from_json(message)
     except (KeyError, TypeError, ValueError) as error:
-        raise Garbled(f"no message of mpscale: {error}") from error
+        raise Garbled(f"not a message of mpscale: {error}") from error
 
 
 # What a worker reports. Values and reasons come as soon as they are known, so a case that dies later keeps them.
@@ -197,8 +190,7 @@ class Channel:
         """
         values = {name: plain(value) for name, value in values.items()}
         for name, value in values.items():
-            why = misfit(name, value)
-            if why is not None:
+            if why := misfit(name, value):
                 raise TypeError(why)
         self.send(Values(values))
 
@@ -224,16 +216,15 @@ class Channel:
         self.send(EnergySteps(steps, overflow_steps))
 
 
-# The wire.
-
 _OUT_OF_REACH = 500
 """The first number for a wire's descriptor in a process that runs other people's code: none is hit by accident."""
 
-_MOST_DESCRIPTORS = 4
-
 
 class Garbled(EOFError):
-    """Something that is no message came over a wire, which is of no use any more."""
+    """Something other than a message came over a wire, which is useless from then on."""
+
+
+_GARBLED = "what came over the wire is not a message"
 
 
 class Wire:
@@ -264,8 +255,8 @@ class Wire:
         """This process's end of a wire.
 
         Args:
-            descriptor: its number. The end moves to a number out of the way, and programs that this process starts do
-                not inherit it.
+            descriptor: its number. The end moves out of the way, to a high number, and programs that this process
+                starts do not inherit it.
         """
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         first = _OUT_OF_REACH if limit == resource.RLIM_INFINITY else min(_OUT_OF_REACH, limit // 2)
@@ -295,20 +286,21 @@ class Wire:
         """Return the next message.
 
         Args:
-            seconds: how long to wait for it; None without limit, below 0 not even for one that is there unread.
-            ended: a descriptor or wire that becomes readable when the other side has ended. The end of this wire would
-                not do: a process that the other side left behind may hold that open.
+            seconds: how long to wait for it; None waits without limit, and below 0 a message that has not been read
+                yet is not read either.
+            ended: a descriptor or wire that becomes readable when the other side has ended. Waiting for the end of this
+                wire would not do: a process that the other side left behind may hold it open.
 
         Raises:
-            TimeoutError: there was none in time.
-            EOFError: there will be none.
-            Garbled: there will be none, since something else came.
+            TimeoutError: no message came in time.
+            EOFError: no message will come.
+            Garbled: something other than a message came.
         """
         deadline = None if seconds is None else time.monotonic() + seconds
         sources, left = [self] if ended is None else [self, ended], seconds
         while not self._messages:
             if self.closed:
-                raise Garbled("what came over the wire is no message") if self._garbled else EOFError("it has ended")
+                raise Garbled(_GARBLED) if self._garbled else EOFError("it has ended")
             ready = [] if left is not None and left < 0 else wait_for(sources, left)
             if self in ready:
                 self._read()
@@ -324,7 +316,7 @@ class Wire:
         while not self.closed and self._read():
             pass
         if self._garbled and not self._messages:
-            raise Garbled("what came over the wire is no message")
+            raise Garbled(_GARBLED)
         messages = list(self._messages)
         self._messages.clear()
         return messages
@@ -334,17 +326,12 @@ class Wire:
         self.closed = True
         self._socket.close()
 
-    def has_message(self) -> bool:
-        """Whether a message has been read that nobody has taken."""
-        return bool(self._messages)
-
     def _read(self) -> bool:
-        """Read what there is, up to a limit; whether there was anything."""
-        # Not by socket.recv_fds, which in Python 3.11 ignores its flags.
+        """Read what has arrived, up to a limit; return whether anything had."""
+        # Not by socket.recv_fds, which in Python 3.11 ignores its flags. There is room for four descriptors.
         flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-        room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * struct.calcsize("i"))
         try:
-            chunk, extras, _, _ = self._socket.recvmsg(65536, room, flags)
+            chunk, extras, _, _ = self._socket.recvmsg(65536, socket.CMSG_SPACE(4 * struct.calcsize("i")), flags)
         except BlockingIOError:
             return False
         except OSError:
@@ -369,8 +356,8 @@ class Wire:
 def wait_for(sources: Iterable[Wire | int], seconds: float | None) -> list[Wire | int]:
     """Return the wires and descriptors with something to read, after at most ``seconds``; None waits without limit."""
     sources = list(sources)
-    # What has been read from a socket but not been taken no longer shows there.
-    known = [each for each in sources if isinstance(each, Wire) and (each.has_message() or each.closed)]
+    # A message that has been read and not been taken no longer makes its socket readable.
+    known = [each for each in sources if isinstance(each, Wire) and (each._messages or each.closed)]
     others = [each for each in sources if each not in known]
     with selectors.PollSelector() as selector:
         for each in others:

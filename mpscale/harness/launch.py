@@ -1,4 +1,4 @@
-"""Starts the process of a case: as a child of a warm parent, or as a fresh interpreter."""
+"""Starts the process of a case: as a fork of a warm parent, or as a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from mpscale.core.device import Device
-from mpscale.core.process import Child, Process, kill_session
+from mpscale.core.process import KILL_S, Child, Process, kill_session
 from mpscale.core.wire import Wire
 
 # -P: a file in the working directory must not stand in for a module of the same name.
@@ -24,30 +24,8 @@ class LaunchError(RuntimeError):
     """The process that runs cases could not be started."""
 
 
-class Launcher(Protocol):
-    """Starts workers, whose standard output and error go to a file."""
-
-    def prepare(self) -> None:
-        """Do what has to be done once and would otherwise count as time of the first case.
-
-        Raises:
-            LaunchError: it could not be done.
-        """
-
-    def start(self, log: Path) -> Process:
-        """Start a worker.
-
-        Raises:
-            LaunchError: the process that starts workers failed.
-            OSError: it could not be started.
-        """
-
-    def close(self) -> None:
-        """End whatever outlives a case."""
-
-
-class FreshLauncher:
-    """Starts a new interpreter for each case, as a GPU needs.
+class Launcher:
+    """Starts workers: each a new interpreter, as a GPU needs.
 
     Args:
         environ: the whole environment of the workers.
@@ -57,18 +35,31 @@ class FreshLauncher:
         self._environ = dict(environ)
 
     def prepare(self) -> None:
-        """Nothing outlives a case, so there is nothing to prepare."""
+        """Do what has to be done once and would otherwise count as time of the first case.
+
+        Raises:
+            LaunchError: it could not be done.
+        """
 
     def start(self, log: Path) -> Process:
-        with log.open("wb") as output:
-            ends = Wire.pair()
-            return Child([*_WORKER, "--wire", str(ends[1].fileno())], self._environ, output, ends=ends)
+        """Start a worker, whose standard output and error go to the file ``log``.
+
+        Raises:
+            LaunchError: the process that starts workers failed.
+            OSError: the worker could not be started.
+        """
+        return self._child("--wire", log, "wb")
 
     def close(self) -> None:
-        """Nothing outlives a case."""
+        """End whatever outlives a case."""
+
+    def _child(self, option: str, log: Path, open_as: Literal["ab", "wb"]) -> Child:
+        with log.open(open_as) as output:
+            ends = Wire.pair()
+            return Child([*_WORKER, option, str(ends[1].fileno())], self._environ, output, ends=ends)
 
 
-class ForkLauncher:
+class ForkLauncher(Launcher):
     """Has a warm parent fork a child for each case. The parent is started when needed, and again if it died.
 
     Args:
@@ -77,7 +68,8 @@ class ForkLauncher:
     """
 
     def __init__(self, environ: Mapping[str, str], log: Path) -> None:
-        self._environ, self._log = dict(environ), log
+        super().__init__(environ)
+        self._log = log
         self._parent: Child | None = None
 
     def prepare(self) -> None:
@@ -86,9 +78,7 @@ class ForkLauncher:
             return
         self.close()
         try:
-            with self._log.open("ab") as output:
-                ends = Wire.pair()
-                self._parent = Child([*_WORKER, "--serve", str(ends[1].fileno())], self._environ, output, ends=ends)
+            self._parent = self._child("--serve", self._log, "ab")
             self._parent.receive(_IMPORT_S)
         except BaseException as error:
             # Also on an interrupt: a parent that is half started would answer the next case out of turn.
@@ -118,7 +108,6 @@ class ForkLauncher:
         return _Forked(pid, ours, self._parent)
 
     def close(self) -> None:
-        """Close the wire, upon which the parent ends."""
         if self._parent is not None:
             self._parent.end(_CLOSE_S)
         self._parent = None
@@ -147,13 +136,11 @@ class _Forked(Process):
                 self._code = -int(signal.SIGKILL)
         return self._code
 
-    def kill(self, seconds: float = 15.0) -> int | None:
+    def kill(self, seconds: float = KILL_S) -> int | None:
         kill_session(self.pid, alive=self._code is None)
         self.wire.close()
         return self.wait(seconds)
 
-
-# The environment of workers: one visible device, and an allocator whose peak means something.
 
 Allocator = Literal["cuda_malloc_async", "bfc"]
 
@@ -162,7 +149,7 @@ _FIRST_CUDA = (11, 2)
 
 
 def worker_environment(environ: Mapping[str, str], device: Device, allocator: Allocator | None) -> dict[str, str]:
-    """``environ`` with what a worker needs.
+    """Return ``environ`` with what a worker needs: one visible device, and an allocator whose peak means something.
 
     Args:
         environ: that of this process.
@@ -187,10 +174,10 @@ def worker_environment(environ: Mapping[str, str], device: Device, allocator: Al
 def allocators(
     asked: Literal["auto", "cuda_malloc_async", "bfc"], environ: Mapping[str, str], cuda_version: str | None
 ) -> list[Allocator | None]:
-    """The allocators to try, the best first.
+    """Return the allocators to try, the best first.
 
     TensorFlow's default pool grows by doubling, so its peak says little about the model; ``cuda_malloc_async`` takes
-    from the driver what is needed, where driver and GPU have it.
+    from the driver what is needed, if driver and GPU have it.
 
     Args:
         asked: the option.

@@ -32,7 +32,7 @@ class BenchmarkRun:
     Args:
         cases: the plan, for the record; :meth:`run` runs cases one by one.
         device: where they run.
-        driver: tells of the GPU.
+        driver: what the GPU's driver can tell.
         options: how they run.
         listener: told of phases and progress.
     """
@@ -57,7 +57,7 @@ class BenchmarkRun:
 
     @property
     def troubles(self) -> list[str]:
-        """What went wrong with the run's files so far, each once. A run with any is no success."""
+        """What went wrong with the run's files so far, each once. A run with any of them fails."""
         return [] if self._journal is None else list(self._journal.troubles)
 
     def measured(self, case: Case) -> Outcome | None:
@@ -125,8 +125,7 @@ class BenchmarkRun:
             raise
         if outcome.gpu_lost:
             self._gpu_lost_in = case.id
-        difference = self._same_start.difference(case, outcome.record)
-        if difference is not None:
+        if difference := self._same_start.difference(case, outcome.record):
             outcome.again = None
             known = outcome.record["status_reason"] if outcome.record["status"] == "invalid" else None
             reason = f"{known}; {difference}" if known else difference
@@ -139,8 +138,7 @@ class BenchmarkRun:
 
     def _finish_case(self, journal: Journal, case: Case, outcome: Outcome) -> None:
         # Now rather than when the run is read, so that a value no reader could take is reported along with its case.
-        misfits = outcome.record.drop_misfits()
-        if misfits:
+        if misfits := outcome.record.drop_misfits():
             outcome.record.update(case.identity())
             outcome.record.invalidate("; ".join(misfits))
         explain(outcome.record, case)
@@ -162,8 +160,6 @@ class BenchmarkRun:
         return self._journal, self._supervisor
 
 
-# The modes of a seed must train the same: a difference between them has to come from the precision alone.
-
 _COMPARED = {
     "initial_weights_digest": "initial weights",
     "data_order_digest": "order of the data",
@@ -174,18 +170,19 @@ _COMPARED = {
     "loss_probe": "loss",
     "step_operations": "operations in the train step",
     "process_settings": "settings of the process",
+    "workload_digest": "workload digest",
 }
-"""What is compared, by column: one by one, so that a reason can name the part that differs."""
-
-_LAST = {"workload_digest": "workload digest"}
-"""Made of the others, and named only if none of them shows what differs."""
+"""What is compared, by column. The digest is made of the others, and is named only if none of them differs."""
 
 _SAME_LOSS = 1e-4
 """The largest relative difference between sums of the same loss that are taken in different orders."""
 
 
 class SameStart:
-    """Compares what each case of a group trained with what the first one did."""
+    """Compares what each case of a group trained with what the first one did.
+
+    The modes of a seed must train the same: a difference between them has to come from the precision alone.
+    """
 
     def __init__(self) -> None:
         self._first: dict[tuple[str, int, int], dict[str, tuple[str, Any]]] = {}
@@ -197,24 +194,17 @@ class SameStart:
         """
         first = self._first.setdefault(case.group, {})
         differing: dict[str, list[str]] = {}
-        for columns in (_COMPARED, _LAST):
-            if differing:
-                break
-            for name, what in columns.items():
-                value = record[name]
-                if value is None:
-                    continue
-                mode, other = first.setdefault(name, (case.mode, value))
-                if not _equal(value, other):
-                    differing.setdefault(mode, []).append(f"{what} ({_apart(name, value, other, mode)})")
+        for name, what in _COMPARED.items():
+            value = record[name]
+            if value is None or (name == "workload_digest" and differing):
+                continue
+            mode, other = first.setdefault(name, (case.mode, value))
+            if not _equal(value, other):
+                differing.setdefault(mode, []).append(f"{what} ({_apart(name, value, other, mode)})")
         if not differing:
             return None
-        said = "; ".join(
-            f"not the same training as {mode}: other {', '.join(all_)}" for mode, all_ in differing.items()
-        )
-        return (
-            f"{said}. Modes may differ in their precision alone: the workload must not ask for the mode or its policy"
-        )
+        said = "; ".join(f"not the same training as {mode}: other {', '.join(it)}" for mode, it in differing.items())
+        return f"{said}. Modes may only differ in precision: the workload must not ask for the mode or its policy"
 
 
 def _equal(value: Any, other: Any) -> bool:
@@ -237,8 +227,6 @@ def _apart(name: str, value: Any, other: Any, mode: str) -> str:
     return ", ".join(f"{key} {ours.get(key, 'none')}, {mode} had {theirs.get(key, 'none')}" for key in keys)
 
 
-# Columns that are empty although nothing went wrong: the mode has no such thing, or nobody asked for it.
-
 _TRAINING = (*measured_columns(Topic.TRAINING), "metric_value", "final_accuracy", "published_metric_value")
 _UNTIMED = ("build_time_s", "trace_time_s", "first_step_s")
 _TIMING = tuple(name for name in measured_columns(Topic.STEP_TIME) if name not in _UNTIMED)
@@ -257,7 +245,7 @@ _MAY_BE_INFINITE = ("train_loss_first", "train_loss_final", "loss_scale_final", 
 
 
 def explain(record: Record, case: Case) -> None:
-    """Give every empty measured column of a finished case its reason."""
+    """Give every empty measured column of a finished case its reason, even if nothing went wrong."""
     mode = MODES[case.mode]
     if record["status"] == "unsupported":
         record.complete(Reason(Code.UNSUPPORTED, str(record["status_reason"])))
@@ -271,8 +259,8 @@ def explain(record: Record, case: Case) -> None:
     if not mode.sees_overflow:
         record.miss(_OVERFLOW, Reason(Code.NOT_IN_MODE, f"{mode.name} checks no gradient"))
     elif record["overflow_steps"] == 0:
-        none = Reason(Code.NEVER_HAPPENED, "no step overflowed")
-        record.miss(("first_overflow_step", "last_overflow_step"), none)
+        never = Reason(Code.NEVER_HAPPENED, "no step overflowed")
+        record.miss(("first_overflow_step", "last_overflow_step"), never)
     if record["attempted_steps"] is not None:
         record.miss(_MAY_BE_INFINITE, Reason(Code.NOT_FINITE, "not finite"))
     if record["timed_steps"] is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mpscale.core import wire
 from mpscale.core.case import Case, StartMethod
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.device import Device
@@ -21,34 +22,12 @@ from mpscale.core.mode import MODES
 from mpscale.core.process import Process, describe_exit
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
-from mpscale.core.wire import (
-    WORKER_EVENTS,
-    Blocks,
-    EnergySteps,
-    Failed,
-    Finished,
-    Garbled,
-    Missed,
-    Phase,
-    PhaseReached,
-    Progressed,
-    StepsDone,
-    Values,
-    event_of,
-)
-from mpscale.harness.launch import (
-    Allocator,
-    ForkLauncher,
-    FreshLauncher,
-    Launcher,
-    LaunchError,
-    allocators,
-    worker_environment,
-)
+from mpscale.core.wire import Phase, PhaseReached, StepsDone
+from mpscale.harness.launch import Allocator, ForkLauncher, Launcher, LaunchError, allocators, worker_environment
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.watch import CaseWatch, WatchResult, WorkerFacts
 
-Listener = Callable[[Case, Progressed], None]
+Listener = Callable[[Case, wire.Progressed], None]
 """Called with a case and what has just happened in it."""
 
 _OWN_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
@@ -122,7 +101,7 @@ class Supervisor:
 
     Args:
         device: where cases run.
-        driver: tells of the GPU.
+        driver: what the GPU's driver can tell.
         options: how they run.
         listener: told of phases and progress.
     """
@@ -148,8 +127,8 @@ class Supervisor:
             case: what to run.
             steps_path: where its log of steps goes, None for a case that does not train.
             gpu_path: where the samples of the GPU go.
-            outcome: filled in as the case goes on, so it holds what was known if this ends in an exception, such as
-                the user's interrupt.
+            outcome: filled in as the case goes on, so it holds what was known even if this ends in an exception, such
+                as the user's interrupt.
             attempt: how many times the case has been started, including this time.
         """
         self.describe(case, outcome.record, attempt)
@@ -193,11 +172,12 @@ class Supervisor:
         environment = worker_environment(os.environ, self._device, self._left[0])
         if self._options.start_method == "fork":
             return ForkLauncher(environment, Path(self._folder.name) / "parent.log")
-        return FreshLauncher(environment)
+        return Launcher(environment)
 
     def _judge_allocator(self, outcome: Outcome) -> None:
-        """Have a case retried whose worker failed on first touching the GPU: once as it was, then with the next
-        allocator. If the last one fails too, no allocator was to blame.
+        """Retry a case whose worker failed on first touching the GPU: once as it was, then with the next allocator.
+
+        If the last one fails too, no allocator was to blame.
         """
         if Phase.CONTEXT_READY in outcome.phases:
             self._allocator_works = True
@@ -290,39 +270,28 @@ class Supervisor:
 
 
 class _Conversation:
-    """What a worker reports of its case, and how it ends.
-
-    Args:
-        worker: its process.
-        case: what it runs.
-        outcome: takes what it reports.
-        start: when it was started, of the monotonic clock.
-    """
+    """What a worker reports of its case, into ``outcome``. It was started at ``start`` of the monotonic clock."""
 
     def __init__(self, worker: Process, case: Case, outcome: Outcome, start: float) -> None:
         self.worker, self.case, self._outcome, self._start = worker, case, outcome, start
         self._phase: Phase | Literal["start"] = "start"
-        self._energy: EnergySteps | None = None
+        self._energy: wire.EnergySteps | None = None
         self.energy_off = _energy_off(case)
 
     def events(self, timeout_s: float) -> Iterator[PhaseReached | StepsDone]:
-        """Yield phases and progress until the worker has ended; afterwards the record has its status.
-
-        Args:
-            timeout_s: how long the case may take, from the start of its process.
-        """
+        """Yield phases and progress until the worker has ended; afterwards the record has its status."""
         deadline = self._start + timeout_s
         try:
             while True:
-                event = event_of(self.worker.receive(deadline - time.monotonic()), WORKER_EVENTS)
+                event = wire.event_of(self.worker.receive(deadline - time.monotonic()), wire.WORKER_EVENTS)
                 match event:
-                    case Values(values):
+                    case wire.Values(values):
                         self._outcome.record.update(values)
-                    case Missed(columns, why):
+                    case wire.Missed(columns, why):
                         self._outcome.record.miss(columns, why)
-                    case EnergySteps():
+                    case wire.EnergySteps():
                         self._energy = event
-                    case Blocks(step_s):
+                    case wire.Blocks(step_s):
                         self._outcome.step_s = step_s
                     case PhaseReached(phase):
                         self._phase = phase
@@ -330,15 +299,15 @@ class _Conversation:
                         yield event
                     case StepsDone():
                         yield event
-                    case Finished(status, reason, runtime):
+                    case wire.Finished(status, reason, runtime):
                         # What was measured stands, even if the process stumbles on its way out.
                         self._outcome.runtime = runtime
                         return self._end(status, reason)
-                    case Failed(kind, message, oom):
+                    case wire.Failed(kind, message, oom):
                         return self._end("oom" if oom else "error", _one_line(f"{kind}: {message}"))
         except TimeoutError:
             self._end("timeout", f"not finished after {timeout_s:g} s, killed {self._where()}")
-        except Garbled:
+        except wire.Garbled:
             self._end("error", f"something other than mpscale wrote to the worker's connection {self._where()}")
         except EOFError:
             self._end_silently(deadline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
-from mpscale.config import DEFAULT_PRESET, PRESETS, Preset, add_results_option, seconds
+from mpscale.config import DEFAULT_PRESET, PRESETS, Preset, add_results_option, number, seconds
 from mpscale.core.case import Settings
 from mpscale.core.loss_scale import RULES
 from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, select_modes
@@ -212,8 +213,8 @@ def run_options(
         config: of the session.
         results: the results folder.
         on_gpu: whether it runs on a GPU.
-        selected: workloads, modes, seeds and repeats, for run.json.
-        interleaved: the other run, if two sessions are interleaved; for run.json.
+        selected: workloads, modes, seeds and repeats; for run.json.
+        interleaved: with which run it is interleaved, if with any; for run.json.
     """
     from mpscale.harness.supervisor import Options
 
@@ -262,16 +263,14 @@ def _names(text: str) -> list[str]:
 
 
 def _integer(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, not {text!r}")
-        return value
+    return number(int, lambda value: value >= least, f"an integer of at least {least}")
 
-    return parse
+
+_energy = number(
+    float,
+    lambda value: value == 0 or 10 <= value < math.inf,
+    "0, or a number of seconds of at least 10, which GPU sensors need",
+)
 
 
 def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
@@ -303,18 +302,6 @@ def _add_scale_option(add: Add, scaling: Scaling) -> None:
             return float(rule.parse(f"{scaling.argument}={given}")[str(scaling.argument)])
 
         add(option, type=_checked(parse), default=default, metavar="S", help=text)
-
-
-def _energy(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if value != 0 and not 10 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(
-            f"expected 0, or a number of seconds of at least 10, which GPU sensors need, not {text!r}"
-        )
-    return value
 
 
 def _cores(text: str) -> set[int]:

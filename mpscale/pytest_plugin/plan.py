@@ -148,7 +148,7 @@ def _measures(item: pytest.Item) -> bool:
 def shuffle_seed(config: pytest.Config) -> int:
     """Return a seed for the order of cases.
 
-    Workers of pytest-xdist must agree on it, or they stop before any test can say that xdist is of no use here.
+    Workers of pytest-xdist must agree on it, or they stop before any test can say that xdist cannot be used.
     """
     worker: dict[str, str] = getattr(config, "workerinput", {})
     return int(worker["testrunuid"], 16) if "testrunuid" in worker else int(time.time())

@@ -1,27 +1,27 @@
-"""One pytest session of mpscale: what happens when, from the plan to the reports, and where it is shown."""
+"""One pytest session of mpscale: what happens when, from the plan to the reports, and what the terminal shows of it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mpscale.ab import turns
 from mpscale.pytest_plugin import options
 from mpscale.pytest_plugin.baseline import FILE, BaselineCheck
 from mpscale.pytest_plugin.plan import PARAMETERS, Plan, check_use, shuffle_seed
-from mpscale.terminal import LiveLine, printable
+from mpscale.terminal import LiveLine, Progress, printable
 
 if TYPE_CHECKING:
-    from mpscale.ab.turns import Turns
     from mpscale.core.case import Case
     from mpscale.core.runs import Run
-    from mpscale.harness.supervisor import Outcome
-    from mpscale.pytest_plugin.run import LiveRun
+    from mpscale.harness.supervisor import Options, Outcome
 
 
 class Output:
@@ -63,6 +63,70 @@ class Output:
         return LiveLine(self.write, live, self._config.get_terminal_writer().fullwidth if live else 80)
 
 
+class LiveRun:
+    """Runs cases, and shows how far it has come.
+
+    Args:
+        plan: the chosen cases, and where they run.
+        how: options of the run.
+        output: the terminal.
+    """
+
+    def __init__(self, plan: Plan, how: Options, output: Output) -> None:
+        from mpscale.harness.run import BenchmarkRun
+        from mpscale.telemetry.host import busy_words
+
+        self._output = output
+        self.troubles: list[str] = []
+        """Why the session fails, even if its tests have passed."""
+        self._progress = Progress(output.live_line(), time.monotonic)
+        self._progress.plan(plan.chosen)
+        self._run = BenchmarkRun(plan.chosen, plan.device, plan.driver, how, self._progress.event)
+        # A GPU that the driver's library does not find is measured as a CPU; say so.
+        no_gpu = f"; no GPU: {plan.driver.reason}" if plan.driver.reason and not plan.on_gpu else ""
+        output.say(f"on {plan.device.name} ({plan.device.kind.upper()}){no_gpu}")
+        if busy := busy_words():
+            output.say(busy)
+        for name, where in plan.own_workloads.items():
+            output.say(f"{name} is in {where}")
+
+    @property
+    def path(self) -> Path | None:
+        """The run's folder; None before the first case."""
+        return self._run.path
+
+    def measured(self, case: Case) -> Outcome | None:
+        """Return the outcome of a case that has already run and did not fail."""
+        return self._run.measured(case)
+
+    def run(self, case: Case) -> Outcome:
+        """Run a case."""
+        self._progress.started(case)
+        outcome = self._run.run(case)
+        self._progress.finished(case, outcome.record)
+        self._note_troubles()
+        return outcome
+
+    def run_again(self, cases: list[Case]) -> None:
+        """Run further cases for rows that look slower than in the baseline."""
+        self._output.say(f"slower than the baseline, measured again in {len(cases)} further processes")
+        self._progress.plan(cases)
+        for case in cases:
+            self.run(case)
+
+    def finish(self, exit_status: int) -> None:
+        """End the processes and close the journal."""
+        self._run.finish(exit_status)
+        self._note_troubles()
+
+    def _note_troubles(self) -> None:
+        """Say at once what went wrong with the run's files. It is said again at the end of the session."""
+        for trouble in self._run.troubles:
+            if trouble not in self.troubles:
+                self.troubles.append(trouble)
+                self._output.say(trouble)
+
+
 class Session:
     """The hooks of a session. The plan is made for the first test that asks for a case, the run for the first case.
 
@@ -77,7 +141,7 @@ class Session:
         # folder is refused later, together with all others that cannot be written.
         self._results = Path(os.path.realpath(config.getoption("mp_results") or config.rootpath / "results"))
         self._check = BaselineCheck(config)
-        self._turns = _join()
+        self._turns = turns.join(os.environ)
         self._plan: Plan | None = None
         self._problem: str | None = None
         """Why no plan could be made. pytest only reports a UsageError as such if no collector raises it."""
@@ -124,7 +188,7 @@ class Session:
                 self._check.open(self._results, plan.device)
         if self._turns is not None:
             cases = [{"id": case.id, **{name: getattr(case, name) for name in PARAMETERS}} for case in chosen]
-            self._turns.plan(cases, options.longest_turn_s(self._config))
+            self._turns.send(turns.Plan(cases, options.longest_turn_s(self._config)))
 
     def run(self, case: Case) -> Outcome:
         """Run a case, unless it has run and did not fail."""
@@ -132,19 +196,19 @@ class Session:
         if measured is not None:
             return measured
         if self._turns is not None:
-            _wait(self._turns, case)
+            try:
+                self._turns.wait(turns.Ready(case.id))
+            except turns.Stopped as why:
+                pytest.exit(f"mpscale ab: {why}")
         if self._run is None:
             self._run = self._start_run()
         outcome = self._run.run(case)
         if self._turns is not None:
-            record = outcome.record
-            facts = {"status": record["status"], "reason": record["status_reason"]}
-            self._turns.done(case.id, **facts, step_time_ms=record["step_time_ms_median"], run=str(self._run.path))
+            status, reason, ms = (outcome.record[name] for name in ("status", "status_reason", "step_time_ms_median"))
+            self._turns.send(turns.Done(case.id, status, reason, ms, str(self._run.path)))
         return outcome
 
     def _start_run(self) -> LiveRun:
-        from mpscale.pytest_plugin.run import LiveRun
-
         assert self._plan is not None  # a case comes from it
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             # CI sends SIGTERM to cancel a job: end the run as after Ctrl-C.
@@ -240,24 +304,6 @@ class Session:
         show(f"\nrun: {path}" + (f"\nreport: {report}" if report.is_file() else ""))
         if self._check.comparison is not None:
             show(f"comparison: {path / FILE}")
-
-
-def _join() -> Turns | None:
-    """Return this session's end of the wire if it is interleaved with another one, else None."""
-    if "MPSCALE_TURNS" not in os.environ:
-        return None
-    from mpscale.ab.turns import join
-
-    return join(os.environ)
-
-
-def _wait(turns: Turns, case: Case) -> None:
-    from mpscale.ab.turns import Stopped
-
-    try:
-        turns.wait(case.id)
-    except Stopped as why:
-        pytest.exit(f"mpscale ab: {why}")
 
 
 def _describe(error: Exception) -> str:

@@ -37,7 +37,7 @@ from mpscale.worker.cause import cause
 
 
 def main(wire: Wire) -> int:
-    """Run the case that is asked for; return the exit code, which is 0 even if the training diverged."""
+    """Run the case that is asked for; return the exit code, 0 even if the training diverged."""
     # A training is worth no less because its progress bar does not fit the terminal's encoding.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     channel = Channel(wire)
@@ -66,22 +66,22 @@ def main(wire: Wire) -> int:
 
 
 def _keep_generated_files_in(folder: str) -> None:
-    """Have AutoGraph put the source files that it generates into ``folder``, which the session removes.
+    """Have TensorFlow put the source files that it generates into ``folder``, which the session removes.
 
-    AutoGraph removes them only when Python ends normally, which a killed worker does not. All other code keeps its
-    folder for temporary files, since a workload may store something there.
+    TensorFlow removes them only when Python ends normally, which a killed worker does not. Everything else keeps its
+    folder for temporary files: a workload may store something there.
     """
     try:
         from tensorflow.python.autograph.pyct import loader
     except ImportError:
-        return  # another version of TensorFlow: the files stay in the usual folder
+        return  # another version of TensorFlow: the files stay where they were
     own = types.ModuleType("tempfile", tempfile.__doc__)
     vars(own).update(vars(tempfile), NamedTemporaryFile=functools.partial(tempfile.NamedTemporaryFile, dir=folder))
     loader.tempfile = own
 
 
 def _runtime() -> dict[str, Any]:
-    """What only a process with TensorFlow can tell about the environment."""
+    """What only a process that has imported TensorFlow knows about the environment."""
     import tensorflow as tf
 
     build = tf.sysconfig.get_build_info()

@@ -57,7 +57,7 @@ def note(text):
         log.write(f"{{side}} {{text}}\\n")
 plan = [{{"workload": "toy", "mode": mode, "seed": seed, "repeat": 0}} for mode, seed in script["cases"]]
 plan = [{{"id": f"toy--{{case['mode']}}--s{{case['seed']}}--r0", **case}} for case in plan]
-mine.plan(plan, script.get("turn_s", 600.0))
+mine.send(turns.Plan(plan, script.get("turn_s", 600.0)))
 do("planned")
 records, run = [], None
 def write(finish):
@@ -67,7 +67,7 @@ code = 0 if plan else 5
 try:
     for number in script.get("run", range(len(plan))):
         case = plan[number]
-        mine.wait(case["id"])
+        mine.wait(turns.Ready(case["id"]))
         note("begins " + case["id"])
         do(f"case {{number}}")
         note("ends " + case["id"])
@@ -79,7 +79,7 @@ try:
         records = [old for old in records if old["seed"] != one["seed"] or old["mode"] != one["mode"]] + [one]
         run = "results/runs/" + side
         write(False)
-        mine.done(case["id"], status=status, reason="it broke" if code else None, step_time_ms=time_ms, run=run)
+        mine.send(turns.Done(case["id"], status, "it broke" if code else None, time_ms, run))
 except turns.Stopped as why:
     print("stopped:", why)
     code = 2
@@ -304,9 +304,9 @@ def test_stopping_leaves_no_process(tmp_path, interpreter, how):
         ),
         (
             ("--python", "good", "--python", "fails"),
-            "is no Python of 3.11 or newer in which mpscale works: Unknown option: -P",
+            "is not a Python of 3.11 or newer in which mpscale works: Unknown option: -P",
         ),
-        (("--python", "good", "--python", "newer"), "takes turns in way 2, and this one does in way 1: install"),
+        (("--python", "good", "--python", "newer"), "takes turns by version 2 of the protocol"),
         (("--python", "good", "--python", "schema"), "writes runs of schema version 99"),
         (("--python", "good", "--python", "method"), "A measures by method 1 and B by method 99"),
         (("--python", "good", "--python", "broken"), "tensorflow does not work in"),

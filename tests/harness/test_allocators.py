@@ -1,4 +1,4 @@
-"""When a worker's failure is blamed on TensorFlow's allocator, so that another one is tried."""
+"""When a worker's failure is blamed on TensorFlow's allocator, and another one is tried."""
 
 from __future__ import annotations
 

@@ -93,8 +93,8 @@ def test_a_run_without_comparable_rows_fails_whoever_named_the_baseline(tmp_path
 )
 def test_rows_that_look_slower_are_judged_only_by_what_was_measured_again(tmp_path, further, fails):
     slow = [3 * time for time in QUIET]
-    anew = cases(values=(), times=(), more=further)
-    found = check(tmp_path, cases(times=slow), "step_time>5%", further=anew)
+    again = cases(values=(), times=(), more=further)
+    found = check(tmp_path, cases(times=slow), "step_time>5%", further=again)
     assert found.fails == fails, found.lines()
     assert "5 and 10 processes" in found.findings[0].text
 

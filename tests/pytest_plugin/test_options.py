@@ -76,6 +76,11 @@ def test_value_that_cannot_be_is_refused(option, text, message):
     assert message in refusal(option, text)
 
 
+@pytest.mark.parametrize("text", ["16", "16.0", "2**4", "2^4"])
+def test_a_time_may_be_written_as_a_power(text):
+    assert parse("--mp-timeout", text) == 16.0
+
+
 def test_static_scale_has_the_limits_of_its_class():
     assert parse("--mp-static-scale", "2**24") == 2.0**24
     with pytest.raises(ValueError) as meant:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import time
 from types import SimpleNamespace
 
 import pytest
-from support.small_suite import ASCII, SUITE, command, environment, pytest_in, write
+from support.small_suite import ASCII, SUITE, pytest_in, write
 
 import mpscale
 
@@ -19,7 +15,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -63,18 +58,12 @@ def dies(labels, outputs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def waits(labels, outputs):
-    log("waits")
-    time.sleep(120)
-
-
 def make(name, **options):
     return mpscale.workload(name, data=data, optimizer=sgd, batch_size=20, train_steps=30, **options)(line)
 
 
 größe = make("größe")
 killed = make("killed", metric=dies, metric_name="m", metric_higher_is_better=True)
-slow = make("slow", metric=waits, metric_name="m", metric_higher_is_better=True)
 '''
 
 
@@ -137,30 +126,3 @@ def test_files_are_utf8_on_any_terminal(run):
     for name in ("report.md", "report.html", "cases.csv", "summary.csv"):
         assert "beside:größe" in (folder / name).read_text(encoding="utf-8")
     assert len(run.run.steps("beside+größe--fp32--s0--r0")) == 30
-
-
-def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
-    variables = suite(tmp_path)
-    process = subprocess.Popen(
-        command(*QUICK, "--mp-workloads=beside:slow", "--mp-seeds=1"),
-        cwd=tmp_path / "called",
-        env=environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-    )
-    try:
-        end = time.monotonic() + 120
-        while "waits" not in ((tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""):
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 2, output
-    assert {path.name for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("user-")} == {"cache.npy"}
-    (folder,) = (tmp_path / "results" / "runs").iterdir()
-    assert json.loads((folder / "journal.jsonl").read_text().splitlines()[-1])["event"] == "run_finished"
-    assert mpscale.read_run(folder).cases["status"].tolist() == ["interrupted"]
-    assert (folder / "report.html").exists()

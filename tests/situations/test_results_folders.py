@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -71,25 +70,12 @@ def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path):
     assert why_not_writable(Path(os.path.realpath(tmp_path / "link")) / "runs") is None
 
 
-class Full:
-    """A file on a full file system: writing fails."""
-
-    def __init__(self, code):
-        self.code = code
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def write(self, _):
-        raise OSError(self.code, os.strerror(self.code))
-
-
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO], ids=os.strerror)
 def test_a_full_file_system_is_noticed(tmp_path, monkeypatch, code):
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full(code))
+    def refuse(_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
     assert why_not_writable(tmp_path / "new" / "runs") == f"{tmp_path}/new/runs: {os.strerror(code)}"
     assert list(tmp_path.iterdir()) == []
 

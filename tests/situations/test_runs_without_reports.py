@@ -284,13 +284,6 @@ def test_numbers_of_numpy_are_numbers(benchmark_run):
     assert {name: record[name] for name in values} == {name: value.item() for name, value in values.items()}
 
 
-def test_a_message_that_is_not_utf_8_is_still_written(benchmark_run):
-    benchmark_run(lambda case, path: {"status": "error", "status_reason": "no such file: data\udcff.npz"})
-    found = build.rebuild(only_run().path)
-    assert found.records[0]["status_reason"] == r"no such file: data\udcff.npz"
-    assert (found.path / "report.html").is_file()
-
-
 def test_a_report_that_cannot_be_made_is_reported_in_red_below_the_table(run, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("no page")

@@ -16,7 +16,7 @@ WORKLOADS = "suite_workloads:fine,suite_workloads:hang,suite_workloads:regressio
 
 
 def start(folder, *options):
-    folder.mkdir()
+    (folder / "tmp").mkdir(parents=True)
     (folder / "test_suite.py").write_text("def test_training(mp_case, benchmark):\n    mp_case.measure(benchmark)\n")
     (folder / "pytest.ini").write_text("[pytest]\n")
     source = Path(__file__).parents[1].joinpath("support", "suite_workloads.py").read_text()
@@ -25,6 +25,7 @@ def start(folder, *options):
     return subprocess.Popen(
         [*command, "--mp-modes", "fp32", "--mp-seeds", "1", "--mp-timing", "0.05", *options],
         cwd=folder,
+        env={**os.environ, "TMPDIR": str(folder / "tmp")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -75,7 +76,7 @@ def interruptible():
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("method", ["fork", pytest.param("fresh", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, how, method):
     folder = tmp_path / "suite"
     run = start(folder, "--mp-start-method", method)
@@ -95,7 +96,10 @@ def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, how, method)
     assert "suite_workloads:regression" not in (path / "cases.csv").read_text()
     assert "1 planned case was not started" in (path / "report.md").read_text()
     events = [json.loads(line)["event"] for line in (path / "journal.jsonl").read_text().splitlines()]
-    assert events.count("run_finished") == (1 if how == signal.SIGINT else 0)
-    if how == signal.SIGINT:
+    assert events.count("run_finished") == (0 if how == signal.SIGKILL else 1)
+    if how != signal.SIGKILL:
+        assert run.returncode == 2
         assert "KeyboardInterrupt" in output
         assert "= mpscale =" in output
+        assert (path / "report.html").exists()
+        assert list((folder / "tmp").iterdir()) == []
