@@ -11,8 +11,7 @@ from support.nvml_stand_in import Script
 
 from mpscale.core.columns import Source, measured_columns
 from mpscale.core.reason import Code
-from mpscale.telemetry.readings import Reading
-from mpscale.telemetry.samples import read_samples
+from mpscale.telemetry.samples import Reading, read_samples
 from mpscale.telemetry.watch import WorkerFacts
 
 PEAK, METHOD = "gpu_memory_nvml_peak_mib", "gpu_memory_method"

@@ -16,7 +16,7 @@ from mpscale.core.device import find_device
 from mpscale.core.reason import Code
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, NoDriver, open_driver
-from mpscale.telemetry.readings import Reading
+from mpscale.telemetry.samples import Reading
 from mpscale.telemetry.watch import WorkerFacts
 
 PEAK, METHOD = "gpu_memory_nvml_peak_mib", "gpu_memory_method"

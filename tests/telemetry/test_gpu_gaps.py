@@ -12,8 +12,7 @@ from mpscale.core.reason import Code, Reason
 from mpscale.telemetry.gpu_energy import energy_columns
 from mpscale.telemetry.gpu_memory import memory_columns
 from mpscale.telemetry.gpu_state import state_columns, suspicions
-from mpscale.telemetry.readings import ClockEvent, Reading
-from mpscale.telemetry.samples import Sample, Samples, read_samples
+from mpscale.telemetry.samples import ClockEvent, Reading, Sample, Samples, read_samples
 
 DATA = Path(__file__).parent / "data"
 PEAK, METHOD = "gpu_memory_nvml_peak_mib", "gpu_memory_method"
