@@ -24,7 +24,6 @@ _LARGEST_GAP_S = 1.0
 _MOST_W = 10_000.0
 """More than any GPU draws: a counter that moves faster is broken."""
 
-_NO_POWER = Reason(Code.NOT_TOLD, "the driver gives no power")
 _ZERO_POWER = Reason(Code.IMPLAUSIBLE, "the driver says that the GPU draws no power")
 _NO_STEP = Reason(Code.NEVER_HAPPENED, "no step was applied")
 _NO_CHECK = Reason(Code.NOT_IN_MODE, "the mode checks no gradient")
@@ -67,9 +66,8 @@ def energy_columns(
     found.put("gpu_energy_counter_j", counter)
     found.put("gpu_energy_power_j", power)
     found.put("gpu_idle_power_w", idle)
-    found.put(
-        "gpu_power_source", samples.reasons.get(Reading.POWER, _NO_POWER) if power_source is None else power_source
-    )
+    no_power = samples.reasons.get(Reading.POWER) or Reason(Code.NOT_TOLD, "the driver gives no power")
+    found.put("gpu_power_source", power_source or no_power)
     if isinstance(joules, Reason):
         found.miss(
             (_HEADLINE, "gpu_energy_method", "gpu_energy_j_per_applied_step", "gpu_energy_net_j_per_step"), joules

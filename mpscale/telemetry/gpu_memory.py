@@ -15,8 +15,6 @@ _PROCESS, _DEVICE = "process", "device-minus-idle"
 _TOLERATED_S = 0.1
 """How long a reading may fail within a peak: no longer than one look may take anyway. It counts as a gap."""
 
-_ENDED_AT_ONCE = Reason(Code.NOT_REACHED, "the process ended before the first sample")
-_NO_SECOND = Reason(Code.NOT_REACHED, "the case ended before a second sample")
 _NOT_APART = Reason(Code.NOT_TOLD, "this driver does not tell reserved memory apart")
 _WITHOUT_MEMORY = Reason(
     Code.NOT_TOLD, "the driver lists the process but not its memory, as under WSL2 and in some containers"
@@ -31,7 +29,6 @@ _FOREIGN_PID = Reason(
     "the driver listed the worker's process id before the worker used the GPU: this runs in a container with a PID "
     "namespace of its own, and the id is another process's",
 )
-_NO_RISE = Reason(Code.NEVER_HAPPENED, "memory in use on the GPU did not rise during the case")
 _INCOMPLETE = Reason(
     Code.NOT_TOLD, "needs the peak, the context's memory and the allocator's peak, and one of them is unknown"
 )
@@ -63,7 +60,8 @@ def memory_columns(samples: Samples, allocator_peak_mib: float | None) -> Findin
         found.put("gpu_memory_unexplained_mib", headline - context - allocator_peak_mib)
     often = samples.often()
     if not often:
-        found.miss(("gpu_sample_interval_ms", "gpu_sample_gap_ms"), _NO_SECOND)
+        once = Reason(Code.NOT_REACHED, "the case ended before a second sample")
+        found.miss(("gpu_sample_interval_ms", "gpu_sample_gap_ms"), once)
         return found
     seconds, looks = sum(since_s for _, since_s in often), sum(row.looks for row, _ in often)
     found.put("gpu_sample_interval_ms", seconds / looks * 1e3)
@@ -117,7 +115,9 @@ def _process_peak(samples: Samples, idle: Sample | None) -> float | Reason:
     listed = known(samples.rows, "listed")
     if not listed:
         why = samples.reasons.get(Reading.PROCESSES)
-        return why.worded(f"no list of processes can be read: {why}") if why else _ENDED_AT_ONCE
+        if why is None:
+            return Reason(Code.NOT_REACHED, "the process ended before the first sample")
+        return why.worded(f"no list of processes can be read: {why}")
     return _WITHOUT_MEMORY if any(listed) else _NOT_LISTED
 
 
@@ -135,7 +135,8 @@ def _device_rise(samples: Samples, idle: Sample | None) -> float | Reason:
     unseen = samples.unseen(Reading.MEMORY, *_window(samples, idle), _tolerated_s(samples))
     if unseen is not None:
         return unseen.worded(f"{unseen}; a rise by {rise:.0f} MiB was the most {_then(samples)}")
-    return rise if rise > 0 else _NO_RISE
+    no_rise = Reason(Code.NEVER_HAPPENED, "memory in use on the GPU did not rise during the case")
+    return rise if rise > 0 else no_rise
 
 
 def _reserved(samples: Samples) -> float | Reason:

@@ -32,11 +32,6 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 _SHORTEST_S = 0.2
 """The kernel counts in hundredths of a second, so a share over less time than this is mostly rounding."""
 
-_NO_LOAD = Reason(Code.HOST_SILENT, "the system has no load average")
-_NO_CLOCK = Reason(Code.HOST_SILENT, "nothing was timed, or the host does not tell")
-_NOT_TIMED = Reason(Code.NOT_REACHED, "nothing was timed, or the system has no /proc")
-_TOO_SHORT = Reason(Code.WINDOW_TOO_SHORT, f"timed for less than {_SHORTEST_S:g} s")
-
 
 def cpu() -> Device:
     """The processor as the device to train on."""
@@ -160,13 +155,16 @@ class HostNoise:
     def columns(self) -> Findings:
         """The columns on the noise of the host."""
         found = Findings()
-        found.put("host_load", self._load[0] if self._load else _NO_LOAD)
-        found.put("host_clock_mhz", _NO_CLOCK if self._clock is None else self._clock)
+        no_load = Reason(Code.HOST_SILENT, "the system has no load average")
+        found.put("host_load", self._load[0] if self._load else no_load)
+        no_clock = Reason(Code.HOST_SILENT, "nothing was timed, or the host does not tell")
+        found.put("host_clock_mhz", no_clock if self._clock is None else self._clock)
         start, end = self._start, self._end
+        shares = ("host_other_cpu_share", "host_steal_share")
         if start is None or end is None:
-            found.miss(("host_other_cpu_share", "host_steal_share"), _NOT_TIMED)
+            found.miss(shares, Reason(Code.NOT_REACHED, "nothing was timed, or the system has no /proc"))
         elif (total_s := end.total_s - start.total_s) < _SHORTEST_S * (os.cpu_count() or 1):
-            found.miss(("host_other_cpu_share", "host_steal_share"), _TOO_SHORT)
+            found.miss(shares, Reason(Code.WINDOW_TOO_SHORT, f"timed for less than {_SHORTEST_S:g} s"))
         else:
             other_s = (end.busy_s - start.busy_s) - (end.own_s - start.own_s)
             found.put("host_other_cpu_share", min(max(other_s / total_s, 0.0), 1.0))
