@@ -215,8 +215,8 @@ _NO_TIMING = "timing was off (`--benchmark-disable`), or the case ended before t
 _UNCHECKED = ", ".join(mode.name for mode in MODES.values() if not mode.sees_overflow)
 _NO_CHECK = f"the mode checks no gradient ({_UNCHECKED}), or the case ended before that"
 _NO_SCALE = "the mode has no loss scale, or the case ended before that"
-_NO_NVML = "no GPU, no NVML, or NVML does not report it or stopped doing so during the case; the reason says which"
-_NO_ENERGY = "no GPU, NVML reports neither energy nor power or stopped doing so during the case, energy was off (`--mp-energy 0`, preset `smoke`), or the window was shorter than 10 s"
+_NO_DRIVER = "no GPU, no driver, or the driver does not report it or stopped doing so during the case; the reason says which"
+_NO_ENERGY = "no GPU, the driver reports neither energy nor power or stopped doing so during the case, energy was off (`--mp-energy 0`, preset `smoke`), or the window was shorter than 10 s"
 
 SECTIONS: tuple[Section, ...] = (
     Section(
@@ -350,18 +350,18 @@ SECTIONS: tuple[Section, ...] = (
         Topic.MEMORY,
         "Memory",
         (
-            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline: `gpu_memory_process_peak_mib` if it is known, else `gpu_memory_device_rise_mib` if nobody else used the GPU; `gpu_memory_method` says which", _NO_NVML, Cell(Sheet.MEMORY, 1, "GPU, NVML (MiB)", Over.MAX, partial=True), positive=True),
-            _measured("gpu_memory_method", "str", "", "`process` or `device-minus-idle`: where the headline comes from", _NO_NVML, Cell(Sheet.MEMORY_PARTS, 7, "peak is of", Over.EACH)),
-            _measured("gpu_memory_process_peak_mib", "float", "MiB", "largest memory of the process and its descendants that NVML listed, sampled every 10 ms and at every phase, and every 500 ms while steps are timed", "as above, or NVML lists the process without its memory or not at all"),
-            _measured("gpu_memory_device_rise_mib", "float", "MiB", "largest memory in use on the whole GPU minus `gpu_memory_idle_mib`", "it did not rise; " + _NO_NVML),
-            _measured("gpu_memory_idle_mib", "float", "MiB", "memory in use on the whole GPU before the process touched it", _NO_NVML, Cell(Sheet.MEMORY_PARTS, 5, "in use before the case", Over.MAX)),
-            _measured("gpu_memory_context_mib", "float", "MiB", "memory that the process held when it had CUDA's context and nothing else, by the headline's method", _NO_NVML, Cell(Sheet.MEMORY_PARTS, 1, "context", Over.MAX)),
-            _measured("gpu_memory_reserved_mib", "float", "MiB", "memory that the driver keeps for itself; not included in the others", "the driver does not report it separately; " + _NO_NVML, Cell(Sheet.MEMORY_PARTS, 6, "reserved", Over.MAX)),
+            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline: `gpu_memory_process_peak_mib` if it is known, else `gpu_memory_device_rise_mib` if nobody else used the GPU; `gpu_memory_method` says which", _NO_DRIVER, Cell(Sheet.MEMORY, 1, "GPU, NVML (MiB)", Over.MAX, partial=True), positive=True),
+            _measured("gpu_memory_method", "str", "", "`process` or `device-minus-idle`: where the headline comes from", _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 7, "peak is of", Over.EACH)),
+            _measured("gpu_memory_process_peak_mib", "float", "MiB", "largest memory of the process and its descendants that the driver listed, sampled every 10 ms and at every phase, and every 500 ms while steps are timed", "as above, or the driver lists the process without its memory or not at all"),
+            _measured("gpu_memory_device_rise_mib", "float", "MiB", "largest memory in use on the whole GPU minus `gpu_memory_idle_mib`", "it did not rise; " + _NO_DRIVER),
+            _measured("gpu_memory_idle_mib", "float", "MiB", "memory in use on the whole GPU before the process touched it", _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 5, "in use before the case", Over.MAX)),
+            _measured("gpu_memory_context_mib", "float", "MiB", "memory that the process held when it had CUDA's context and nothing else, by the headline's method", _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 1, "context", Over.MAX)),
+            _measured("gpu_memory_reserved_mib", "float", "MiB", "memory that the driver keeps for itself; not included in the others", "the driver does not report it separately; " + _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 6, "reserved", Over.MAX)),
             _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process", "on a CPU, where TensorFlow returns zeros, or not reached", Cell(Sheet.MEMORY, 3, "GPU, allocator (MiB)", Over.MAX), Cell(Sheet.MEMORY_PARTS, 2, "in tensors", Over.MAX), source=Source.WORKER),
             _measured("gpu_memory_allocator_timed_peak_mib", "float", "MiB", "peak of TensorFlow's allocator while steps were timed", "as above, or timing was off", Cell(Sheet.MEMORY_PARTS, 3, "of that, while timed", Over.MAX), source=Source.WORKER),
             _measured("gpu_memory_unexplained_mib", "float", "MiB", "headline minus context minus the allocator's peak: pools that hold more than is used, libraries, compiled programs; may be negative, because the peaks need not coincide", "one of the three is unknown", Cell(Sheet.MEMORY_PARTS, 4, "unexplained", Over.MAX)),
-            _measured("gpu_sample_interval_ms", "float", "ms", "mean time between two samples of the GPU's memory, outside the timed blocks", _NO_NVML),
-            _measured("gpu_sample_gap_ms", "float", "ms", "longest time between two samples, outside the timed blocks, where it is 500 ms; a shorter peak may have been missed", _NO_NVML),
+            _measured("gpu_sample_interval_ms", "float", "ms", "mean time between two samples of the GPU's memory, outside the timed blocks", _NO_DRIVER),
+            _measured("gpu_sample_gap_ms", "float", "ms", "longest time between two samples, outside the timed blocks, where it is 500 ms; a shorter peak may have been missed", _NO_DRIVER),
             _measured("host_memory_peak_mib", "float", "MiB", "largest resident memory of the process (VmHWM), including the compiler; on a CPU it is more about the compiler than about the model", "the process ended too early to be read", Cell(Sheet.MEMORY, 4, "host (MiB)", Over.MAX), positive=True, source=Source.SESSION),
         ),
         Source.MONITOR,
@@ -379,8 +379,8 @@ SECTIONS: tuple[Section, ...] = (
             _measured("gpu_energy_window_s", "float", "s", "from the start of the timing until steps were taken for at least `--mp-energy` seconds", "no GPU, or timing or energy was off"),
             _measured("gpu_energy_steps", "int", "steps", "steps in the window: the timed ones and those that were added", "as above"),
             _measured("gpu_power_w_mean", "float", "W", "energy over window", _NO_ENERGY, Cell(Sheet.ENERGY, 5, "power (W)")),
-            _measured("gpu_power_source", "str", "", "`instant`, or `mean of up to a second`: what NVML's power readings mean", _NO_NVML),
-            _measured("gpu_idle_power_w", "float", "W", "mean power in the last 2 s before the process touched the GPU", _NO_NVML, Cell(Sheet.ENERGY, 6, "idle (W)")),
+            _measured("gpu_power_source", "str", "", "`instant`, or `mean of up to a second`: what the driver's power readings mean", _NO_DRIVER),
+            _measured("gpu_idle_power_w", "float", "W", "mean power in the last 2 s before the process touched the GPU", _NO_DRIVER, Cell(Sheet.ENERGY, 6, "idle (W)")),
         ),
         Source.MONITOR,
     ),
@@ -388,15 +388,15 @@ SECTIONS: tuple[Section, ...] = (
         Topic.GPU_STATE,
         "State of the GPU",
         (
-            _measured("gpu_temperature_c_max", "float", "°C", "highest temperature of the GPU in the case", _NO_NVML, Cell(Sheet.GPU_STATE, 4, "hottest (°C)", Over.MAX)),
-            _measured("gpu_sm_clock_mhz_median", "float", "MHz", "clock of the multiprocessors, median over the timed window", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 1, "SM clock (MHz)")),
-            _measured("gpu_memory_clock_mhz_median", "float", "MHz", "clock of the memory, median over the timed window", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 2, "memory clock (MHz)")),
-            _measured("gpu_utilization_median", "float", "%", "share of time in which a kernel ran, median over the timed window; it does not say how much of the GPU the kernel used", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 3, "utilisation (%)")),
-            _measured("gpu_event_reasons", "str", "", "all reasons for lower clocks that NVML gave in the timed window", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 7, "event reasons", Over.EACH)),
-            _measured("gpu_throttled_share", "float", "share", "share of the timed window in which heat or a power brake held the clocks down", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 5, "throttled", Over.MAX)),
-            _measured("gpu_power_capped_share", "float", "share", "share of the timed window at the power limit: normal under full load", "timing was off; " + _NO_NVML, Cell(Sheet.GPU_STATE, 6, "at the power limit", Over.MAX)),
-            _measured("gpu_other_processes", "int", "", "other processes that computed on the GPU during the case", _NO_NVML),
-            _measured("gpu_graphics_processes", "int", "", "other processes that drew with it", _NO_NVML),
+            _measured("gpu_temperature_c_max", "float", "°C", "highest temperature of the GPU in the case", _NO_DRIVER, Cell(Sheet.GPU_STATE, 4, "hottest (°C)", Over.MAX)),
+            _measured("gpu_sm_clock_mhz_median", "float", "MHz", "clock of the multiprocessors, median over the timed window", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 1, "SM clock (MHz)")),
+            _measured("gpu_memory_clock_mhz_median", "float", "MHz", "clock of the memory, median over the timed window", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 2, "memory clock (MHz)")),
+            _measured("gpu_utilization_median", "float", "%", "share of time in which a kernel ran, median over the timed window; it does not say how much of the GPU the kernel used", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 3, "utilisation (%)")),
+            _measured("gpu_event_reasons", "str", "", "all reasons for lower clocks that the driver gave in the timed window", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 7, "event reasons", Over.EACH)),
+            _measured("gpu_throttled_share", "float", "share", "share of the timed window in which heat or a power brake held the clocks down", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 5, "throttled", Over.MAX)),
+            _measured("gpu_power_capped_share", "float", "share", "share of the timed window at the power limit: normal under full load", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 6, "at the power limit", Over.MAX)),
+            _measured("gpu_other_processes", "int", "", "other processes that computed on the GPU during the case", _NO_DRIVER),
+            _measured("gpu_graphics_processes", "int", "", "other processes that drew with it", _NO_DRIVER),
             _known("gpu_suspicion", "str", "", "why the figures of this case must not be used: throttled, hot, a falling clock, other processes, changed settings. The status is `invalid` unless `--mp-keep-suspect` is given", "they can be used, or no GPU"),
         ),
         Source.MONITOR,

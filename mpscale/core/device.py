@@ -114,12 +114,7 @@ class Device:
 
 
 class NoSuchDevice(ValueError):
-    """The environment selects no usable GPU.
-
-    Args:
-        text: what is wrong.
-        cure: what to do about it.
-    """
+    """The environment selects no usable GPU: ``text`` says what is wrong, ``cure`` what to do about it."""
 
     def __init__(self, text: str, cure: str) -> None:
         super().__init__(f"{text}; {cure}")
@@ -154,7 +149,13 @@ def find_device(devices: Sequence[Device], environ: Mapping[str, str], cpu: Devi
     gpus = [device for device in devices if device.parent_uuid is None]
     device = gpus[0] if entry is None else _named(entry, gpus, devices, vendor)
     if device.mig:
-        device = _first_instance(device, devices)
+        instances = [each for each in devices if each.parent_uuid == device.uuid]
+        if not instances:
+            raise NoSuchDevice(
+                f"{device.name} is in MIG mode and has no instance, so CUDA cannot use it",
+                "make one with nvidia-smi mig, or switch MIG off",
+            )
+        device = instances[0]
     if device.uuid is None:
         raise NoSuchDevice(
             f"the driver gives no UUID for {device.name}, so no process can be tied to it",
@@ -181,13 +182,3 @@ def _named(entry: str, gpus: Sequence[Device], devices: Sequence[Device], vendor
     )
     problem = "matches several GPUs" if matches else "matches no GPU"
     raise NoSuchDevice(f"{vendor.visible}={entry!r} {problem}", f'name one of them, or "" for the CPU: {there}')
-
-
-def _first_instance(gpu: Device, devices: Sequence[Device]) -> Device:
-    instances = [device for device in devices if device.parent_uuid == gpu.uuid]
-    if not instances:
-        raise NoSuchDevice(
-            f"{gpu.name} is in MIG mode and has no instance, so CUDA cannot use it",
-            "make one with nvidia-smi mig, or switch MIG off",
-        )
-    return instances[0]

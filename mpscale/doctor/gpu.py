@@ -13,7 +13,7 @@ from mpscale.core.reason import Code, Reason
 from mpscale.doctor.precision import Answer
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, NoDriver
-from mpscale.telemetry.readings import THROTTLING, Reading
+from mpscale.telemetry.samples import THROTTLING, Reading
 
 SIGNS = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
 """Files of NVIDIA's kernel module: one of them exists if there is a GPU, whatever the driver's library says."""

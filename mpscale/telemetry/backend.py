@@ -2,31 +2,102 @@
 
 A call to a driver may block as long as the driver does or take its process down, so only the monitor
 (``__main__.py``) uses this. What may fail returns a value or a :class:`~mpscale.core.reason.Reason`, and never raises.
+
+A call may also succeed and still tell nothing: a driver answers 0 where no running GPU can have 0, or a number that no
+GPU can have. Such an answer is not a measurement.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mpscale.core.device import VENDORS, Device, Vendor
 from mpscale.core.reason import Code, Reason
-from mpscale.telemetry.readings import Implausible, Memory, Processes, Reading
+from mpscale.telemetry.samples import Reading
 
 ABSENT = (Code.NOT_TOLD, Code.DRIVER_TOO_OLD, Code.BINDING_TOO_OLD, Code.BINDING_BROKEN)
 """Codes of a call that the driver or the GPU does not have. Any other failure may pass, so the call is kept."""
 
 _LISTS = (Reading.PROCESSES, Reading.GRAPHICS_PROCESSES, Reading.SERVICE_PROCESSES)
-_SETTINGS = (Reading.POWER_LIMIT, Reading.ECC, Reading.PERSISTENCE)
 
 _POWER_EXCESS = 3
 """Momentary power may exceed the power limit, which holds for the mean, but not by this factor."""
 
 
+class Implausible(Exception):
+    """A call succeeded, but its answer is not a measurement. The message says why not."""
+
+
+class Range(NamedTuple):
+    """The smallest and the largest plausible answer. Wide on purpose: a range catches garbage, not future GPUs."""
+
+    least: float
+    most: float
+    unit: str = ""
+
+    def checked(self, value: Any) -> Any:
+        """Return ``value`` if it can be a measurement.
+
+        Raises:
+            Implausible: it cannot.
+        """
+        answer = f"the driver answers {value} {self.unit}".strip()
+        if value is None or not math.isfinite(value) or value == 0 < self.least:
+            raise Implausible(f"{answer}, which is no measurement")
+        if not self.least <= value <= self.most:
+            raise Implausible(f"{answer}; only {self.least:g} to {self.most:g} is plausible")
+        return value
+
+
+_CLOCK, _POWER = Range(1, 100_000, "MHz"), Range(0.001, 10_000, "W")
+_SWITCH = Range(0, 1, "(0 is off, 1 is on)")
+
+RANGES = {
+    Reading.ENERGY: Range(0.001, 2**62 / 1e3, "J"),
+    Reading.POWER: _POWER,
+    Reading.SM_CLOCK: _CLOCK,
+    Reading.MEMORY_CLOCK: _CLOCK,
+    Reading.TEMPERATURE: Range(1, 150, "°C"),
+    Reading.UTILIZATION: Range(0, 100, "%"),
+    Reading.POWER_LIMIT: _POWER,
+    Reading.ECC: _SWITCH,
+    Reading.PERSISTENCE: _SWITCH,
+}
+"""Of the readings that are numbers. A vendor checks the parts of the others."""
+
+
+class Memory(NamedTuple):
+    """Memory of a GPU in MiB; ``used_mib`` excludes ``reserved_mib``, which the driver keeps for itself.
+
+    If the driver does not tell the two apart, ``reserved_mib`` is None and ``used_mib`` may include it.
+    """
+
+    used_mib: float
+    reserved_mib: float | None
+
+
+class Processes(NamedTuple):
+    """Processes on a GPU: MiB by process id, None for a process whose memory the driver does not tell.
+
+    ``number`` is right even if the entries cannot be read; ``by_pid`` is then the reason.
+    """
+
+    number: int
+    by_pid: dict[int, float | None] | Reason
+
+
 class Call(NamedTuple):
-    """One way to take a reading: its name for people, and a function that returns the value in the reading's unit."""
+    """One way to take a reading.
+
+    Args:
+        name: for people.
+        take: returns the value in the reading's unit: a number, :class:`Memory`, a list of ``(pid, MiB or None)`` for
+            a list of processes, or a tuple of :class:`~mpscale.telemetry.samples.ClockEvent`.
+    """
 
     name: str
     take: Callable[[], Any]
@@ -62,16 +133,12 @@ class GpuBackend(ABC):
     def explain(self, error: Exception) -> Reason:
         """The reason for an exception of the driver's library."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Release the driver. No other method may be called afterwards."""
-
     def ask(self, function: Callable[..., Any], *arguments: Any) -> Any | Reason:
         """Return the answer of ``function``, or the reason why it has none."""
         try:
             return function(*arguments)
         except Implausible as error:
-            return error.reason
+            return Reason(Code.IMPLAUSIBLE, str(error))
         except Exception as error:  # libraries that do not fit fail in any way, and telemetry must never end a run
             return self.explain(error)
 
@@ -84,8 +151,7 @@ class Gpu(ABC):
     Args:
         backend: the opened driver.
         device: which GPU; one with a UUID.
-        calls: the ways to take each reading, newest first.
-        withheld: readings that are not tried, with the reason.
+        calls: the ways to take each reading, newest first, or why it is not taken.
         largest_power_limit_w: the highest power limit that can be set; None if unknown.
         garbled: why the driver's process lists cannot be read; None if they can.
     """
@@ -96,8 +162,7 @@ class Gpu(ABC):
         self,
         backend: GpuBackend,
         device: Device,
-        calls: Mapping[Reading, Sequence[Call]],
-        withheld: Mapping[Reading, Reason],
+        calls: Mapping[Reading, Sequence[Call] | Reason],
         largest_power_limit_w: float | None = None,
         garbled: Reason | None = None,
     ) -> None:
@@ -110,13 +175,15 @@ class Gpu(ABC):
         self._chosen: dict[Reading, Call] = {}
         self._garbled = garbled
         self._most_w = None if largest_power_limit_w is None else _POWER_EXCESS * largest_power_limit_w
+        unknown = Reason(Code.NOT_TOLD, f"{backend.vendor.name}'s driver does not tell this")
         for reading in Reading:
-            if reading in withheld:
-                self._note(reading, withheld[reading])
-            elif reading in calls:
-                self._probe(reading, calls[reading])
-            elif reading is not Reading.RESERVED_MEMORY:  # which comes with the memory
-                self._note(reading, Reason(Code.NOT_TOLD, f"{backend.vendor.name}'s driver does not tell this"))
+            ways = calls.get(reading, unknown)
+            if reading is Reading.RESERVED_MEMORY:
+                continue  # comes with the memory
+            if isinstance(ways, Reason):
+                self._note(reading, ways)
+            else:
+                self._probe(reading, ways)
 
     @abstractmethod
     def vendor_facts(self) -> dict[str, Any | Reason]:
@@ -147,50 +214,48 @@ class Gpu(ABC):
         Args:
             lists: which of the driver's lists. A process in several of them is in each with the same memory.
         """
-        by_pid: dict[int, float | None] = {}
-        number = 0
+        entries: list[tuple[int, float | None]] = []
         missing: list[Reason] = []
-        answered = False
+        answers = 0
         for reading in lists:
-            entries = self.read(reading)
-            if isinstance(entries, Reason):
-                if reading in self.ways:
-                    # This list usually answers. The others alone would pass for all processes.
-                    return entries
-                missing.append(entries)
-                continue
-            answered = True
-            number += len(entries)
-            for pid, mib in entries:
-                by_pid[pid] = max((each for each in (mib, by_pid.get(pid)) if each is not None), default=None)
-        if not answered:
+            answer = self.read(reading)
+            if not isinstance(answer, Reason):
+                answers += 1
+                entries += answer
+            elif reading in self.ways:
+                # This list usually answers. The others alone would pass for all processes.
+                return answer
+            else:
+                missing.append(answer)
+        if not answers:
             return missing[0]
-        return Processes(number, self._garbled) if self._garbled else Processes(len(by_pid), by_pid)
+        if self._garbled is not None:
+            return Processes(len(entries), self._garbled)
+        by_pid: dict[int, float | None] = {}
+        for pid, mib in entries:
+            by_pid[pid] = max((each for each in (mib, by_pid.get(pid)) if each is not None), default=None)
+        return Processes(len(by_pid), by_pid)
 
     def settings(self) -> dict[str, Any]:
         """Settings that an administrator may change between two cases and that move figures; None if unknown."""
-        values = {reading: self.read(reading) for reading in _SETTINGS}
-        return {
-            str(reading): None
-            if isinstance(value, Reason)
-            else value
-            if reading is Reading.POWER_LIMIT
-            else bool(value)
-            for reading, value in values.items()
-        }
+        found: dict[str, Any] = {}
+        for reading in (Reading.POWER_LIMIT, Reading.ECC, Reading.PERSISTENCE):
+            value = self.read(reading)
+            known = bool(value) if RANGES[reading] is _SWITCH else value
+            found[reading] = None if isinstance(value, Reason) else known
+        return found
 
     def facts(self) -> dict[str, Any]:
         """Fixed or rarely changed properties, for the fingerprint; None if unknown, with the reason in ``unknown``."""
-        settings, own = self.settings(), self.vendor_facts()
-        reasons = {name: self.reasons[name] for name in settings if name in self.reasons}
-        reasons |= {name: value for name, value in own.items() if isinstance(value, Reason)}
+        settings = self.settings()
+        found = {name: self.reasons.get(name, value) for name, value in settings.items()} | self.vendor_facts()
+        unknown = {name: value.to_json() for name, value in found.items() if isinstance(value, Reason)}
         return {
             **self.device.to_json(),
             "driver": self.backend.driver_version(),
             "cuda_driver": self.backend.runtime_version(),
-            **settings,
-            **{name: None if name in reasons else value for name, value in own.items()},
-            "unknown": {name: reason.to_json() for name, reason in reasons.items()},
+            **{name: None if name in unknown else value for name, value in found.items()},
+            "unknown": unknown,
         }
 
     def how(self) -> tuple[dict[str, str], dict[str, Reason]]:
@@ -218,8 +283,8 @@ class Gpu(ABC):
     def _take(self, reading: Reading, call: Call) -> Any | Reason:
         def take() -> Any:
             value = call.take()
-            if reading.range is not None:
-                reading.range.checked(value)
+            if reading in RANGES:
+                RANGES[reading].checked(value)
             if reading is Reading.POWER and self._most_w is not None and value > self._most_w:
                 raise Implausible(f"the driver answers {value:g} W, far above the GPU's largest power limit")
             return value

@@ -27,17 +27,9 @@ _STOP_S = 1.0
 _KILL_S = 1.0
 _MOST_STARTS = 3
 
-_LIBRARY_FOLDERS = ("/lib64", "/usr/lib64", "/lib", "/usr/lib")
-_SILENT_CURE = "see whether nvidia-smi answers; if not, reboot"
-_DIED_CURE = "see whether nvidia-smi works; if not, reinstall the NVIDIA driver"
-
 
 class SilentDriver(Exception):
-    """There is no driver, or it does not answer, or the GPU monitor has died.
-
-    Args:
-        reason: which of them.
-    """
+    """There is no driver, or it does not answer, or the GPU monitor has died: ``reason`` says which."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason.text)
@@ -101,7 +93,7 @@ class Driver:
             device: the GPU.
             pid: the process.
             file: where samples go.
-            epoch: when the process was started, of the monotonic clock.
+            epoch: when the process was started, on the monotonic clock.
 
         Raises:
             SilentDriver: the driver does not answer.
@@ -165,9 +157,8 @@ class Driver:
         self._order(order, **fields)
         answer = self._answer(seconds)
         if answer is None:
-            self._trouble = Reason(
-                Code.DRIVER_SILENT, f"the GPU driver did not answer within {seconds:g} s", _SILENT_CURE
-            )
+            text = f"the GPU driver did not answer within {seconds:g} s"
+            self._trouble = Reason(Code.DRIVER_SILENT, text, "see whether nvidia-smi answers; if not, reboot")
             self.close()
             raise SilentDriver(self._trouble)
         return answer
@@ -202,11 +193,7 @@ class Driver:
 
 
 class NoDriver(Driver):
-    """Stands in if there is no driver to talk to.
-
-    Args:
-        reason: why not.
-    """
+    """Stands in if there is no driver to talk to; ``reason`` says why."""
 
     def __init__(self, reason: Reason) -> None:
         self.reason, self.devices = reason, []
@@ -237,19 +224,17 @@ def open_driver(environ: Mapping[str, str] | None = None) -> Driver:
 
 
 def _died(how: str) -> Reason:
-    return Reason(Code.MONITOR_DIED, f"the process that asks the GPU driver {how}", _DIED_CURE)
+    cure = "see whether nvidia-smi works; if not, reinstall the NVIDIA driver"
+    return Reason(Code.MONITOR_DIED, f"the process that asks the GPU driver {how}", cure)
 
 
 def _has_library(vendor: Vendor) -> bool:
-    """Whether the driver's library is here, in whatever state. Without it there is no need for a monitor.
-
-    If it is broken, the monitor finds out why.
-    """
+    """Whether the driver's library is here. If it is broken, the monitor finds out why; without it none is needed."""
     try:
         ctypes.CDLL(vendor.library)
     except OSError:
         # Where the dynamic linker looks: the variable, its cache, and the folders that it knows.
-        folders = [*os.environ.get("LD_LIBRARY_PATH", "").split(":"), *_LIBRARY_FOLDERS]
+        folders = [*os.environ.get("LD_LIBRARY_PATH", "").split(":"), "/lib64", "/usr/lib64", "/lib", "/usr/lib"]
         if any(folder and Path(folder, vendor.library).exists() for folder in folders):
             return True
         with contextlib.suppress(OSError):

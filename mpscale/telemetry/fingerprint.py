@@ -56,7 +56,6 @@ VARIABLES = (
 
 _OTHER_TENSORFLOWS = ("tensorflow-cpu", "tensorflow-cpu-aws", "tf-nightly", "tf-nightly-cpu")
 _GIT_TIMEOUT_S = 5.0
-_SLUG_LENGTH = 40
 
 
 def environment(device: Device, driver: Driver, project_dir: Path) -> dict[str, Any]:
@@ -90,14 +89,11 @@ def run_slug(device: Device) -> str:
     """The device's name as part of a folder's name: at most 40 lower-case letters, digits and single dashes."""
     without_marks = re.sub(r"\((?:r|tm|c)\)", " ", device.name.lower())
     slug = re.sub(r"[^a-z0-9]+", "-", without_marks).strip("-")
-    return slug[:_SLUG_LENGTH].rstrip("-") or device.kind
+    return slug[:40].rstrip("-") or device.kind
 
 
 def _gpu(device: Device, driver: Driver) -> dict[str, Any] | None:
-    """``facts`` of the GPU, the ``ways`` in which its readings are taken and ``reasons`` for those that are not.
-
-    None on a CPU.
-    """
+    """The GPU's facts, how its readings are taken and why some are not; None on a CPU."""
     if device.kind != "gpu":
         return None
     try:
@@ -106,9 +102,8 @@ def _gpu(device: Device, driver: Driver) -> dict[str, Any] | None:
         return {"reason": str(error)}
     # The device is recorded beside it.
     known = {*device.to_json(), "driver", "cuda_driver"} - {"mig"}
-    facts = {name: value for name, value in told["facts"].items() if name not in known}
     return {
-        "facts": facts,
+        "facts": {name: value for name, value in told["facts"].items() if name not in known},
         "ways": told["ways"],
         "reasons": {reading: reason.to_json() for reading, reason in told["reasons"].items()},
     }

@@ -12,12 +12,11 @@ from itertools import pairwise
 from mpscale.core.columns import Source, Topic, measured_columns
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.telemetry.readings import Reading
-from mpscale.telemetry.samples import Sample, Samples
+from mpscale.telemetry.samples import Reading, Samples, known
 
-HEADLINE = "gpu_energy_j_per_step"
-SHORTEST_WINDOW_S = 10.0
-IDLE_S = 2.0
+_HEADLINE = "gpu_energy_j_per_step"
+_SHORTEST_WINDOW_S = 10.0
+_IDLE_S = 2.0
 _FEWEST_IDLE_SAMPLES = 5
 _LARGEST_GAP_S = 1.0
 """Between two readings of power, and between the two moves of the counter around an end of the window."""
@@ -25,7 +24,6 @@ _LARGEST_GAP_S = 1.0
 _MOST_W = 10_000.0
 """More than any GPU draws: a counter that moves faster is broken."""
 
-_NO_POWER = Reason(Code.NOT_TOLD, "the driver gives no power")
 _ZERO_POWER = Reason(Code.IMPLAUSIBLE, "the driver says that the GPU draws no power")
 _NO_STEP = Reason(Code.NEVER_HAPPENED, "no step was applied")
 _NO_CHECK = Reason(Code.NOT_IN_MODE, "the mode checks no gradient")
@@ -45,25 +43,22 @@ def energy_columns(
         off: why energy was not measured; None if it was.
     """
     found = Findings()
-    window = samples.timed_window()
-    if off is not None or window is None or not steps:
+    rows = samples.timed()
+    if off is not None or not rows or not steps:
         ended = samples.not_at("timing-start", "energy-end", "timing-end")
         found.miss(measured_columns(Topic.ENERGY, Source.MONITOR), off or ended)
         return found
-    start, end = window
-    seconds = end.time_s - start.time_s
-    counter = _by_counter(samples, start.time_s, end.time_s)
-    power = _by_power(samples.between(start, end), samples)
+    start_s, end_s = rows[0].time_s, rows[-1].time_s
+    seconds = end_s - start_s
+    counter = _by_counter(samples, start_s, end_s)
+    power = _by_power(samples)
     idle = _idle_power(samples)
-    measured_w = None if isinstance(power, Reason) else power / seconds
-    if (samples.known("energy_j") or samples.known("power_w")) and round(seconds, 2) < SHORTEST_WINDOW_S:
-        text = f"a window of {seconds:.1f} s, and the GPU's sensors need {SHORTEST_WINDOW_S:g}"
+    # A window too short for energy still has a mean power.
+    mean_w = power if isinstance(power, Reason) else power / seconds
+    if (known(samples.rows, "energy_j") or known(samples.rows, "power_w")) and round(seconds, 2) < _SHORTEST_WINDOW_S:
+        text = f"a window of {seconds:.1f} s, and the GPU's sensors need {_SHORTEST_WINDOW_S:g}"
         counter = power = Reason(Code.WINDOW_TOO_SHORT, text)
-    joules: float | Reason = counter
-    method = "counter"
-    if isinstance(counter, Reason):
-        method = "power"
-        joules = power
+    joules, method = (power, "power") if isinstance(counter, Reason) else (counter, "counter")
     if isinstance(joules, Reason) and isinstance(counter, Reason) and counter != joules:
         joules = counter.worded(f"{counter}; {joules}")
     found.put("gpu_energy_window_s", seconds)
@@ -71,15 +66,15 @@ def energy_columns(
     found.put("gpu_energy_counter_j", counter)
     found.put("gpu_energy_power_j", power)
     found.put("gpu_idle_power_w", idle)
-    found.put("gpu_power_source", samples.why(Reading.POWER, _NO_POWER) if power_source is None else power_source)
+    no_power = samples.reasons.get(Reading.POWER) or Reason(Code.NOT_TOLD, "the driver gives no power")
+    found.put("gpu_power_source", power_source or no_power)
     if isinstance(joules, Reason):
         found.miss(
-            (HEADLINE, "gpu_energy_method", "gpu_energy_j_per_applied_step", "gpu_energy_net_j_per_step"), joules
+            (_HEADLINE, "gpu_energy_method", "gpu_energy_j_per_applied_step", "gpu_energy_net_j_per_step"), joules
         )
-        # A window too short for energy still has a mean power.
-        found.put("gpu_power_w_mean", joules if measured_w is None else measured_w)
+        found.put("gpu_power_w_mean", joules if isinstance(mean_w, Reason) else mean_w)
         return found
-    found.put(HEADLINE, joules / steps)
+    found.put(_HEADLINE, joules / steps)
     found.put("gpu_energy_method", method)
     found.put("gpu_power_w_mean", joules / seconds)
     no_applied = _NO_STEP if applied == 0 else _NO_CHECK
@@ -90,7 +85,6 @@ def energy_columns(
 
 
 def _by_counter(samples: Samples, start_s: float, end_s: float) -> float | Reason:
-    """Joules between two times by the counter."""
     # Where the counter moved, and when that was seen; it is taken to run evenly between two such points.
     points: list[tuple[float, float]] = []
     stood_s = 0.0
@@ -104,20 +98,18 @@ def _by_counter(samples: Samples, start_s: float, end_s: float) -> float | Reaso
         elif start_s <= row.time_s <= end_s:
             stood_s = max(stood_s, row.time_s - max(points[-1][0], start_s))
     if not points:
-        return samples.why(Reading.ENERGY, Reason(Code.NOT_TOLD, "the driver gives no energy counter"))
-    inside = sum(start_s <= time <= end_s for time, _ in points)
-    if inside < 2:
+        return samples.reasons.get(Reading.ENERGY, Reason(Code.NOT_TOLD, "the driver gives no energy counter"))
+    if sum(start_s <= time_s <= end_s for time_s, _ in points) < 2:
         still = Reason(Code.IMPLAUSIBLE, "the energy counter did not move")
         return samples.why_few(Reading.ENERGY, samples.rows) or still
     if stood_s > _LARGEST_GAP_S:
-        text = f"the energy counter stood still for {stood_s:.1f} s while steps were taken"
-        return Reason(Code.IMPLAUSIBLE, text)
-    ends = [_at(points, time_s) for time_s in (start_s, end_s)]
-    apart_s = max(seconds for _, seconds in ends)
+        return Reason(Code.IMPLAUSIBLE, f"the energy counter stood still for {stood_s:.1f} s while steps were taken")
+    (first, apart_s), (last, apart_at_end_s) = _at(points, start_s), _at(points, end_s)
+    apart_s = max(apart_s, apart_at_end_s)
     if apart_s > _LARGEST_GAP_S:
         text = f"the energy counter was not read for {apart_s:.1f} s at an end of the window"
         return samples.too_few(Reading.ENERGY, text, "no look in time")
-    joules = ends[1][0] - ends[0][0]
+    joules = last - first
     if not 0 < joules <= _MOST_W * (end_s - start_s):
         text = f"the energy counter moved by {joules:.4g} J in {end_s - start_s:.1f} s, which no GPU draws"
         return Reason(Code.IMPLAUSIBLE, text)
@@ -136,12 +128,13 @@ def _at(points: list[tuple[float, float]], time_s: float) -> tuple[float, float]
     return joules, max(after_s, time_s) - min(before_s, time_s)
 
 
-def _by_power(rows: list[Sample], samples: Samples) -> float | Reason:
-    """Joules by the trapezoidal rule over the power readings."""
+def _by_power(samples: Samples) -> float | Reason:
+    """Joules of the timed steps, by the trapezoidal rule."""
+    rows = samples.timed()
     read = [(row.time_s, row.power_w) for row in rows if row.power_w is not None]
     if len(read) < 2 or rows[0].power_w is None or rows[-1].power_w is None:
         missing = Reason(Code.TOO_FEW_SAMPLES, "the driver gave no power at one of the window's ends")
-        return samples.why(Reading.POWER, missing)
+        return samples.reasons.get(Reading.POWER, missing)
     gap = max(later - earlier for (earlier, _), (later, _) in pairwise(read))
     if gap > _LARGEST_GAP_S:
         return samples.too_few(Reading.POWER, f"power was not read for {gap:.1f} s", "no look in time")
@@ -151,17 +144,16 @@ def _by_power(rows: list[Sample], samples: Samples) -> float | Reason:
 
 def _idle_power(samples: Samples) -> float | Reason:
     """Mean power right before the worker touched the GPU."""
-    before = samples.until("idle")
-    if not before:
+    end = samples.at("idle")
+    if end is None:
         return samples.not_at("idle")
-    end = before[-1].time_s
-    last = [row for row in before if row.time_s >= end - IDLE_S]
-    read = [row.power_w for row in last if row.power_w is not None]
+    last = [row for row in samples.rows if end.time_s - _IDLE_S <= row.time_s <= end.time_s]
+    read = known(last, "power_w")
     few = samples.why_few(Reading.POWER, last)
     if few is not None:
         return few
     if len(read) < _FEWEST_IDLE_SAMPLES:
         text = f"{len(read)} readings of power before the GPU was touched"
-        return samples.why(Reading.POWER, Reason(Code.TOO_FEW_SAMPLES, text))
+        return samples.reasons.get(Reading.POWER, Reason(Code.TOO_FEW_SAMPLES, text))
     mean = math.fsum(read) / len(read)
     return mean if mean > 0 else _ZERO_POWER

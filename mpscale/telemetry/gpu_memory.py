@@ -7,17 +7,14 @@ from collections.abc import Callable
 
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.telemetry.readings import Reading
-from mpscale.telemetry.samples import Sample, Samples
+from mpscale.telemetry.samples import Reading, Sample, Samples, known
 
 HEADLINE = "gpu_memory_nvml_peak_mib"
-PROCESS, DEVICE = "process", "device-minus-idle"
+_PROCESS, _DEVICE = "process", "device-minus-idle"
 
 _TOLERATED_S = 0.1
 """How long a reading may fail within a peak: no longer than one look may take anyway. It counts as a gap."""
 
-_ENDED_AT_ONCE = Reason(Code.NOT_REACHED, "the process ended before the first sample")
-_NO_SECOND = Reason(Code.NOT_REACHED, "the case ended before a second sample")
 _NOT_APART = Reason(Code.NOT_TOLD, "this driver does not tell reserved memory apart")
 _WITHOUT_MEMORY = Reason(
     Code.NOT_TOLD, "the driver lists the process but not its memory, as under WSL2 and in some containers"
@@ -32,7 +29,6 @@ _FOREIGN_PID = Reason(
     "the driver listed the worker's process id before the worker used the GPU: this runs in a container with a PID "
     "namespace of its own, and the id is another process's",
 )
-_NO_RISE = Reason(Code.NEVER_HAPPENED, "memory in use on the GPU did not rise during the case")
 _INCOMPLETE = Reason(
     Code.NOT_TOLD, "needs the peak, the context's memory and the allocator's peak, and one of them is unknown"
 )
@@ -63,15 +59,17 @@ def memory_columns(samples: Samples, allocator_peak_mib: float | None) -> Findin
     else:
         found.put("gpu_memory_unexplained_mib", headline - context - allocator_peak_mib)
     often = samples.often()
-    looks = sum(row.looks for row, _ in often)
-    seconds = sum(since_s for _, since_s in often)
-    found.put("gpu_sample_interval_ms", seconds / looks * 1e3 if looks else _NO_SECOND)
+    if not often:
+        once = Reason(Code.NOT_REACHED, "the case ended before a second sample")
+        found.miss(("gpu_sample_interval_ms", "gpu_sample_gap_ms"), once)
+        return found
+    seconds, looks = sum(since_s for _, since_s in often), sum(row.looks for row, _ in often)
+    found.put("gpu_sample_interval_ms", seconds / looks * 1e3)
     # What was tolerated above is reported here.
     first_s, last_s = _window(samples, idle)
     blind = [*samples.gaps(Reading.MEMORY), *samples.gaps(Reading.PROCESSES, _unlisted(samples))]
     blind_s = [min(gap.to_s, last_s) - gap.from_s for gap in blind if gap.from_s < last_s and gap.to_s > first_s]
-    longest = max([row.gap_s for row, _ in often] + blind_s) if looks else 0.0
-    found.put("gpu_sample_gap_ms", longest * 1e3 if looks else _NO_SECOND)
+    found.put("gpu_sample_gap_ms", max([row.gap_s for row, _ in often] + blind_s) * 1e3)
     return found
 
 
@@ -91,11 +89,11 @@ def _unlisted(samples: Samples) -> Callable[[Sample], bool]:
     It does if there is no list of processes, if the list names the worker without its memory or, up to the last phase,
     if it no longer names the worker: a worker holds memory to its end.
     """
-    known = [row.time_s for row in samples.rows if row.process_memory_mib is not None]
+    told = [row.time_s for row in samples.rows if row.process_memory_mib is not None]
     phases = [row.time_s for row in samples.rows if row.phase not in ("", "end")]
-    if not known or not phases:
+    if not told or not phases:
         return lambda row: Reading.PROCESSES in row.failed
-    first_s, last_s = known[0], phases[-1]
+    first_s, last_s = told[0], phases[-1]
 
     def failed(row: Sample) -> bool:
         vanished = row.listed is False and first_s < row.time_s <= last_s
@@ -108,15 +106,18 @@ def _process_peak(samples: Samples, idle: Sample | None) -> float | Reason:
     """The largest memory of worker and descendants in the driver's list of processes."""
     if idle is not None and idle.listed:
         return _FOREIGN_PID
-    peak: float = max(samples.known("process_memory_mib"), default=0.0)
+    peak: float = max(known(samples.rows, "process_memory_mib"), default=0.0)
     if samples.silent is not None and not peak:
         return samples.silent.worded(f"{samples.silent}; nothing was seen")
     if peak > 0:
         unseen = samples.unseen(Reading.PROCESSES, *_window(samples, idle), _tolerated_s(samples), _unlisted(samples))
         return peak if unseen is None else unseen.worded(f"{unseen}; {peak:.0f} MiB was the most {_then(samples)}")
-    listed = samples.known("listed")
+    listed = known(samples.rows, "listed")
     if not listed:
-        return samples.why(Reading.PROCESSES, _ENDED_AT_ONCE)
+        why = samples.reasons.get(Reading.PROCESSES)
+        if why is None:
+            return Reason(Code.NOT_REACHED, "the process ended before the first sample")
+        return why.worded(f"no list of processes can be read: {why}")
     return _WITHOUT_MEMORY if any(listed) else _NOT_LISTED
 
 
@@ -127,22 +128,22 @@ def _then(samples: Samples) -> str:
 def _device_rise(samples: Samples, idle: Sample | None) -> float | Reason:
     """How far the memory in use on the GPU rose above what it was before the worker touched it."""
     before = _at(samples, Reading.MEMORY, "idle")
-    if isinstance(before, Reason):
+    if idle is None or isinstance(before, Reason):
         return before
-    later = [row.device_memory_mib for row in samples.after("idle") if row.device_memory_mib is not None]
-    rise = max(later, default=before) - before
+    later = known((row for row in samples.rows if row.time_s > idle.time_s), Reading.MEMORY)
+    rise: float = max(later, default=before) - before
     unseen = samples.unseen(Reading.MEMORY, *_window(samples, idle), _tolerated_s(samples))
     if unseen is not None:
         return unseen.worded(f"{unseen}; a rise by {rise:.0f} MiB was the most {_then(samples)}")
-    return rise if rise > 0 else _NO_RISE
+    no_rise = Reason(Code.NEVER_HAPPENED, "memory in use on the GPU did not rise during the case")
+    return rise if rise > 0 else no_rise
 
 
 def _reserved(samples: Samples) -> float | Reason:
-    few = samples.why_few(Reading.MEMORY, samples.rows)
-    if few is not None:
-        return few
-    not_told = samples.why(Reading.MEMORY, samples.why(Reading.RESERVED_MEMORY, _NOT_APART))
-    return max(samples.known("reserved_memory_mib"), default=not_told)
+    reasons = samples.reasons
+    not_told = reasons.get(Reading.MEMORY, reasons.get(Reading.RESERVED_MEMORY, _NOT_APART))
+    largest: float | Reason = max(known(samples.rows, Reading.RESERVED_MEMORY), default=not_told)
+    return samples.why_few(Reading.MEMORY, samples.rows) or largest
 
 
 def _headline(samples: Samples, process: float | Reason, rise: float | Reason) -> tuple[float | Reason, str | Reason]:
@@ -151,12 +152,12 @@ def _headline(samples: Samples, process: float | Reason, rise: float | Reason) -
     That is the process's own figure, else the rise in the GPU's use if nobody else can have contributed to it.
     """
     if not isinstance(process, Reason):
-        return process, PROCESS
+        return process, _PROCESS
     if isinstance(rise, Reason):
         reason = process if process == rise else process.worded(f"{process}; and {rise}")
         return reason, reason
     if samples.alone():
-        return rise, DEVICE
+        return rise, _DEVICE
     text = f"{process}; and other processes used the GPU, so the rise in its memory is not the case's alone"
     reason = Reason(Code.SHARED, text, process.cure)
     return reason, reason
@@ -166,7 +167,7 @@ def _context(samples: Samples, method: str | Reason) -> float | Reason:
     """Memory that CUDA's context took before anything was built, by the headline's method."""
     if isinstance(method, Reason):
         return method
-    if method == PROCESS:
+    if method == _PROCESS:
         return _at(samples, Reading.PROCESSES, "context-ready", "process_memory_mib")
     before, after = (_at(samples, Reading.MEMORY, phase) for phase in ("idle", "context-ready"))
     if isinstance(before, Reason) or isinstance(after, Reason):
@@ -181,5 +182,5 @@ def _at(samples: Samples, reading: Reading, phase: str, name: str | None = None)
         return samples.not_at(phase)
     value: float | None = getattr(sample, name or reading)
     if value is None:
-        return samples.why(reading, Reason(Code.NOT_TOLD, f"the driver did not tell at {phase}"))
+        return samples.reasons.get(reading, Reason(Code.NOT_TOLD, f"the driver did not tell at {phase}"))
     return value

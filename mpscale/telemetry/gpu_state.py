@@ -10,11 +10,10 @@ from typing import Any
 
 from mpscale.core.reason import Reason
 from mpscale.core.record import Findings
-from mpscale.telemetry.readings import THROTTLING, ClockEvent, Reading
-from mpscale.telemetry.samples import Sample, Samples
+from mpscale.telemetry.samples import THROTTLING, ClockEvent, Reading, Sample, Samples, known
 
-SUSTAINED_SHARE = 0.05
-CLOCK_DROP = 0.10
+_SUSTAINED_SHARE = 0.05
+_CLOCK_DROP = 0.10
 _FEWEST_CLOCKS = 8
 _TOLERATED_S = 0.5
 """How long a reading may fail in a maximum: these change slowly and are read every 100 ms."""
@@ -44,7 +43,7 @@ def state_columns(samples: Samples) -> Findings:
     def put(column: str, reading: Reading, value: Any, spoilt: Reason | None) -> None:
         """A value, unless too many of the readings that it is made from have failed."""
         if value is None:
-            found.put(column, samples.why(reading, samples.not_at()))
+            found.put(column, samples.reasons.get(reading, samples.not_at()))
         else:
             found.put(column, value if spoilt is None else spoilt)
 
@@ -53,7 +52,7 @@ def state_columns(samples: Samples) -> Findings:
             put(column, reading, value, samples.why_few(reading, rows) or spoilt)
         else:
             ended = samples.not_at("timing-start", "energy-end", "timing-end")
-            found.put(column, samples.why(reading, ended.worded(f"nothing was timed, or {ended}")))
+            found.put(column, samples.reasons.get(reading, ended.worded(f"nothing was timed, or {ended}")))
 
     def put_most(column: str, reading: Reading, value: float | None, words: str) -> None:
         """A value that is the most of the whole case."""
@@ -61,10 +60,10 @@ def state_columns(samples: Samples) -> Findings:
         unseen = samples.unseen(reading, *whole, _TOLERATED_S)
         put(column, reading, value, unseen and unseen.worded(f"{unseen}; {words} until then"))
 
-    hottest = max(samples.known("temperature_c"), default=None)
+    hottest = max(known(samples.rows, "temperature_c"), default=None)
     put_most("gpu_temperature_c_max", Reading.TEMPERATURE, hottest, f"{hottest or 0:g} °C was the most")
     for column, reading in _MEDIANS.items():
-        values = [value for row in rows if (value := getattr(row, reading)) is not None]
+        values = known(rows, reading)
         put_timed(column, reading, statistics.median(values) if values else None)
     events = _events(rows)
     # The events of all samples together are complete or worthless, like a maximum.
@@ -76,7 +75,7 @@ def state_columns(samples: Samples) -> Findings:
     others = samples.other_processes()
     number = None if others is None else len(others)
     put_most("gpu_other_processes", Reading.PROCESSES, number, f"{number} were seen")
-    drawing = samples.known("graphics_pids")
+    drawing = known(samples.rows, "graphics_pids")
     number = len({pid for pids in drawing for pid in pids}) if drawing else None
     put_most("gpu_graphics_processes", Reading.GRAPHICS_PROCESSES, number, f"{number} were seen")
     return found
@@ -97,17 +96,12 @@ def suspicions(
         slowdown_c: the temperature at which the GPU slows down, None if unknown.
     """
     rows = samples.timed()
-    return [
-        *_throttled(rows, slowdown_c),
-        *_clock_drop(rows),
-        *_others(samples),
-        *_changed(settings, first_settings),
-    ]
+    found = [_throttled(rows, slowdown_c), _clock_drop(rows), _others(samples)]
+    return [*filter(None, found), *_changed(settings, first_settings)]
 
 
 def _events(rows: list[Sample]) -> list[frozenset[str]]:
-    """The clock events of each sample that has them."""
-    return [frozenset(row.clock_events) for row in rows if row.clock_events is not None]
+    return [frozenset(events) for events in known(rows, "clock_events")]
 
 
 def _seen(events: list[frozenset[str]], among: frozenset[ClockEvent] = frozenset(ClockEvent)) -> list[ClockEvent]:
@@ -119,58 +113,50 @@ def _share(events: list[frozenset[str]], among: frozenset[ClockEvent]) -> float 
     return sum(bool(each & among) for each in events) / len(events) if events else None
 
 
-def _throttled(rows: list[Sample], slowdown_c: float | None) -> list[Suspicion]:
+def _throttled(rows: list[Sample], slowdown_c: float | None) -> Suspicion | None:
     events = _events(rows)
     share = _share(events, THROTTLING) or 0.0
     in_a_row = any(a & THROTTLING and b & THROTTLING for a, b in pairwise(events))
-    if share >= SUSTAINED_SHARE and in_a_row:
+    if share >= _SUSTAINED_SHARE and in_a_row:
         seen = ", ".join(_seen(events, THROTTLING))
-        return [Suspicion(f"the GPU was throttled in {share:.0%} of the timed window ({seen})", True)]
-    hottest = max((row.temperature_c for row in rows if row.temperature_c is not None), default=None)
+        return Suspicion(f"the GPU was throttled in {share:.0%} of the timed window ({seen})", True)
+    hottest = max(known(rows, "temperature_c"), default=None)
     if hottest is not None and slowdown_c is not None and hottest >= slowdown_c:
-        return [Suspicion(f"the GPU reached {hottest:.0f} °C and slows down from {slowdown_c:.0f} °C on", True)]
-    return []
+        return Suspicion(f"the GPU reached {hottest:.0f} °C and slows down from {slowdown_c:.0f} °C on", True)
+    return None
 
 
-def _clock_drop(rows: list[Sample]) -> list[Suspicion]:
+def _clock_drop(rows: list[Sample]) -> Suspicion | None:
     """A clock that falls while steps are timed. At the power limit that is how the GPU always runs."""
-    clocks = [row.sm_clock_mhz for row in rows if row.sm_clock_mhz is not None]
+    clocks = known(rows, "sm_clock_mhz")
     if len(clocks) < _FEWEST_CLOCKS or _share(_events(rows), _CAPPED):
-        return []
+        return None
     quarter = len(clocks) // 4
     first, last = statistics.fmean(clocks[:quarter]), statistics.fmean(clocks[-quarter:])
-    if last >= (1 - CLOCK_DROP) * first:
-        return []
-    return [Suspicion(f"the clock fell from {first:.0f} to {last:.0f} MHz while steps were timed", True)]
+    if last >= (1 - _CLOCK_DROP) * first:
+        return None
+    return Suspicion(f"the clock fell from {first:.0f} to {last:.0f} MHz while steps were timed", True)
 
 
-def _others(samples: Samples) -> list[Suspicion]:
+def _others(samples: Samples) -> Suspicion | None:
     others = samples.other_processes()
     if not others:
-        return []
-    ids = ", ".join(map(str, others))
-    return [
-        Suspicion(
-            f"other processes computed on the GPU (process ids {ids}): its memory and energy are theirs too", True
-        )
-    ]
+        return None
+    whose = f"other processes computed on the GPU (process ids {', '.join(map(str, others))})"
+    return Suspicion(f"{whose}: its memory and energy are theirs too", True)
 
 
 def _changed(
     settings: tuple[Mapping[str, Any], Mapping[str, Any]], first_settings: Mapping[str, Any]
 ) -> list[Suspicion]:
+    def said(value: Any) -> str:
+        return ("off", "on")[value] if isinstance(value, bool) else f"{value:g}"
+
     before, after = settings
     found = []
     for name, first in first_settings.items():
         for now, when in ((before.get(name), "since the first case"), (after.get(name), "during the case")):
             if None not in (first, now) and now != first:
-                text = f"{_SETTINGS[name]} was changed {when}: {_said(first)} to {_said(now)}"
-                found.append(Suspicion(text, passes=False))
+                found.append(Suspicion(f"{_SETTINGS[name]} was changed {when}: {said(first)} to {said(now)}", False))
                 break
     return found
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}"

@@ -32,11 +32,6 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 _SHORTEST_S = 0.2
 """The kernel counts in hundredths of a second, so a share over less time than this is mostly rounding."""
 
-_NO_LOAD = Reason(Code.HOST_SILENT, "the system has no load average")
-_NO_CLOCK = Reason(Code.HOST_SILENT, "nothing was timed, or the host does not tell")
-_NOT_TIMED = Reason(Code.NOT_REACHED, "nothing was timed, or the system has no /proc")
-_TOO_SHORT = Reason(Code.WINDOW_TOO_SHORT, f"timed for less than {_SHORTEST_S:g} s")
-
 
 def cpu() -> Device:
     """The processor as the device to train on."""
@@ -51,11 +46,12 @@ def cpu_facts() -> dict[str, Any]:
         ``flags``, those of :data:`PRECISION_FLAGS` that it has. None for what is unknown.
     """
     processors = _processors()
+    cores = {(each.get("physical id"), each.get("core id")) for each in processors}
     first = processors[0] if processors else {}
     flags = first.get("flags")
     return {
         "model": first.get("model name") or platform.processor() or platform.machine() or "unknown CPU",
-        "physical_cores": _physical_cores(processors),
+        "physical_cores": None if not cores or any(None in core for core in cores) else len(cores),
         "logical_cores": _usable_cores(),
         "flags": None if flags is None else [flag for flag in PRECISION_FLAGS if flag in flags.split()],
     }
@@ -90,18 +86,13 @@ def clock_mhz() -> float | None:
 
 
 def is_busy(load: float | None, cores: int | None) -> bool:
-    """Whether a machine is so busy already that step times measured on it would be distorted.
-
-    Args:
-        load: its load average over a minute.
-        cores: the usable ones.
-    """
+    """Whether a load average over a minute, on so many usable cores, would distort step times."""
     return load is not None and cores is not None and load > cores / 2
 
 
 def busy_words() -> str | None:
     """A warning if this machine is busy already; None if it is not."""
-    average, cores = load_average(), cpu_facts()["logical_cores"]
+    average, cores = load_average(), _usable_cores()
     if average is None or not is_busy(average[0], cores):
         return None
     usable = f"{cores} usable core{'' if cores == 1 else 's'}"
@@ -127,11 +118,7 @@ class CpuTimes:
 
 
 def cpu_times(pid: int) -> CpuTimes | None:
-    """The times now; None if the process has ended, or without ``/proc``.
-
-    Args:
-        pid: the process that ``own_s`` is about.
-    """
+    """The times now, ``own_s`` of the process ``pid``; None if it has ended, or without ``/proc``."""
     first = _read("/proc/stat").partition("\n")[0].split()[1:]
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     if not first or not fields:
@@ -158,11 +145,7 @@ class HostNoise:
         self._clock: float | None = None
 
     def mark(self, phase: str) -> None:
-        """Read the times at the beginning and at the end of the timed window.
-
-        Args:
-            phase: what the worker has just reached.
-        """
+        """Read the times if ``phase``, which the worker has just reached, begins or ends the timed window."""
         if phase == "timing-start":
             self._start = cpu_times(self._pid)
         elif phase == "timing-end":
@@ -172,24 +155,21 @@ class HostNoise:
     def columns(self) -> Findings:
         """The columns on the noise of the host."""
         found = Findings()
-        found.put("host_load", self._load[0] if self._load else _NO_LOAD)
-        found.put("host_clock_mhz", _NO_CLOCK if self._clock is None else self._clock)
+        no_load = Reason(Code.HOST_SILENT, "the system has no load average")
+        found.put("host_load", self._load[0] if self._load else no_load)
+        no_clock = Reason(Code.HOST_SILENT, "nothing was timed, or the host does not tell")
+        found.put("host_clock_mhz", no_clock if self._clock is None else self._clock)
         start, end = self._start, self._end
-        shares: tuple[float | Reason, float | Reason]
+        shares = ("host_other_cpu_share", "host_steal_share")
         if start is None or end is None:
-            shares = _NOT_TIMED, _NOT_TIMED
-        elif (total := end.total_s - start.total_s) < _SHORTEST_S * (os.cpu_count() or 1):
-            shares = _TOO_SHORT, _TOO_SHORT
+            found.miss(shares, Reason(Code.NOT_REACHED, "nothing was timed, or the system has no /proc"))
+        elif (total_s := end.total_s - start.total_s) < _SHORTEST_S * (os.cpu_count() or 1):
+            found.miss(shares, Reason(Code.WINDOW_TOO_SHORT, f"timed for less than {_SHORTEST_S:g} s"))
         else:
-            other = (end.busy_s - start.busy_s) - (end.own_s - start.own_s)
-            shares = _clipped(other / total), _clipped((end.steal_s - start.steal_s) / total)
-        found.put("host_other_cpu_share", shares[0])
-        found.put("host_steal_share", shares[1])
+            other_s = (end.busy_s - start.busy_s) - (end.own_s - start.own_s)
+            found.put("host_other_cpu_share", min(max(other_s / total_s, 0.0), 1.0))
+            found.put("host_steal_share", min(max((end.steal_s - start.steal_s) / total_s, 0.0), 1.0))
         return found
-
-
-def _clipped(share: float) -> float:
-    return min(max(share, 0.0), 1.0)
 
 
 def _processors() -> list[dict[str, str]]:
@@ -202,18 +182,9 @@ def _processors() -> list[dict[str, str]]:
     ]
 
 
-def _physical_cores(processors: list[dict[str, str]]) -> int | None:
-    cores = {(p.get("physical id"), p.get("core id")) for p in processors}
-    if not cores or any(None in core for core in cores):
-        return None
-    return len(cores)
-
-
 def _usable_cores() -> int | None:
     # A container or taskset may allow fewer cores than the host has. macOS has no such call.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _mib(path: Path, field: str) -> float | None:

@@ -6,15 +6,15 @@ import importlib
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpscale.core.device import NVIDIA, Device
 from mpscale.core.reason import Code, Reason
-from mpscale.telemetry.backend import Call, Gpu, GpuBackend
-from mpscale.telemetry.readings import POWER_RANGE, ClockEvent, Implausible, Memory, Range, Reading
+from mpscale.telemetry.backend import RANGES, Call, Gpu, GpuBackend, Implausible, Memory, Range
+from mpscale.telemetry.samples import ClockEvent, Reading
 
-MIB = 2**20
+_MIB = 2**20
 
 _UPDATE = "update the NVIDIA driver"
 
@@ -47,9 +47,7 @@ _ERRORS = {
     25: Reason(Code.DRIVER_TOO_OLD, "the installed NVIDIA driver has an older version of this structure", _UPDATE),
 }
 _UNKNOWN_CALL = Reason(
-    Code.BINDING_TOO_OLD,
-    "the installed nvidia-ml-py does not know this call",
-    "pip install --upgrade nvidia-ml-py",
+    Code.BINDING_TOO_OLD, "the installed nvidia-ml-py does not know this call", "pip install --upgrade nvidia-ml-py"
 )
 _GARBLED = Reason(
     Code.GARBLED,
@@ -101,14 +99,7 @@ _ALL_ONES = frozenset({-1, 2**32 - 1, 2**64 - 1})
 _BYTES, _TOTAL_BYTES = Range(0, 2**50, "bytes"), Range(1, 2**50, "bytes")
 _DEVICES = Range(0, 1024, "devices")
 _CUDA_VERSION = Range(1000, 99_990)
-_CAPABILITY, _MINOR_CAPABILITY = Range(1, 99), Range(0, 99)
-_PCIE_GENERATION, _PCIE_WIDTH = Range(1, 15), Range(1, 64, "lanes")
 _EVENT_BITS = Range(0, 2**16 - 1, "(bits)")
-_MIG_MODE = Range(0, 1)
-
-
-class _UnknownCall(Exception):
-    """nvidia-ml-py has no function of that name."""
 
 
 def open_backend() -> Nvidia | Reason:
@@ -125,9 +116,9 @@ def open_backend() -> Nvidia | Reason:
     failure = backend.ask(backend.call, "nvmlInit")
     if isinstance(failure, Reason):
         return failure
-    count = backend.ask(lambda: _DEVICES.checked(told(backend.call("nvmlDeviceGetCount"))))
+    count = backend.ask(backend.number, _DEVICES, "nvmlDeviceGetCount")
     if isinstance(count, Reason):
-        backend.close()
+        backend.ask(backend.call, "nvmlShutdown")
         return count
     backend.count = int(count)
     return backend
@@ -148,20 +139,25 @@ class Nvidia(GpuBackend):
 
     def call(self, name: str, *arguments: Any, **named: Any) -> Any:
         """Call a function of nvidia-ml-py."""
-        function = getattr(self.library, name, None)
-        if function is None:
-            raise _UnknownCall(name)
-        return function(*arguments, **named)
+        return getattr(self.library, name)(*arguments, **named)
+
+    def number(self, plausible: Range, name: str, *arguments: Any) -> Any:
+        """Call a function that returns a number.
+
+        Raises:
+            Implausible: the number cannot be true.
+        """
+        return plausible.checked(told(self.call(name, *arguments)))
 
     def explain(self, error: Exception) -> Reason:
         """The reason for an exception of nvidia-ml-py."""
-        if isinstance(error, _UnknownCall):
+        if isinstance(error, AttributeError):
             return _UNKNOWN_CALL
         # NVMLLibraryMismatchError is no NVMLError, and ctypes raises its own kinds for a library that does not fit.
         number = getattr(error, "value", 0)
         number = number if isinstance(number, int) else 0
-        text = f"NVML failed: {type(error).__name__}: {error}"
-        return _ERRORS.get(number) or Reason(Code.OTHER if number else Code.BINDING_BROKEN, text)
+        unnamed = Code.OTHER if number else Code.BINDING_BROKEN
+        return _ERRORS.get(number) or Reason(unnamed, f"NVML failed: {type(error).__name__}: {error}")
 
     def devices(self) -> list[Device]:
         """The GPUs, each followed by its MIG instances."""
@@ -180,40 +176,28 @@ class Nvidia(GpuBackend):
 
     def driver_version(self) -> str | None:
         """The version of the driver, like ``"570.86.15"``."""
-        return self._text("nvmlSystemGetDriverVersion") or None
+        return self._known("nvmlSystemGetDriverVersion") or None
 
     def runtime_version(self) -> str | None:
         """The newest CUDA that the driver supports, like ``"12.8"``."""
-        number = self.ask(lambda: _CUDA_VERSION.checked(told(self.call("nvmlSystemGetCudaDriverVersion"))))
+        number = self.ask(self.number, _CUDA_VERSION, "nvmlSystemGetCudaDriverVersion")
         return None if isinstance(number, Reason) else f"{number // 1000}.{number % 1000 // 10}"
 
     def gpu(self, device: Device) -> NvidiaGpu:
         """Open a GPU or a MIG instance."""
         return NvidiaGpu(self, device)
 
-    def close(self) -> None:
-        """Shut NVML down."""
-        self.ask(self.call, "nvmlShutdown")
-
     def garbled(self) -> Reason | None:
-        """Why process lists cannot be read.
-
-        Drivers 535.43 to 535.86 write entries of 32 bytes where nvidia-ml-py reads 24, so all but the first are
-        garbage.
-        """
+        """Why process lists cannot be read: some drivers write entries of 32 bytes, and nvidia-ml-py reads 24."""
         match = re.match(r"(\d+)\.(\d+)", self.driver_version() or "")
         return _GARBLED if match and (535, 43) <= (int(match[1]), int(match[2])) <= (535, 86) else None
 
     def _known(self, name: str, *arguments: Any) -> Any:
         value = self.ask(self.call, name, *arguments)
-        return None if isinstance(value, Reason) else value
-
-    def _text(self, name: str, *arguments: Any) -> str | None:
-        return text(self._known(name, *arguments))
+        return None if isinstance(value, Reason) else text(value)
 
     def _device(self, handle: Any, fallback: str, instance: bool = False) -> Device:
-        memory = self._known("nvmlDeviceGetMemoryInfo", handle)
-        total = None if memory is None else self.ask(lambda: _TOTAL_BYTES.checked(told(memory.total)))
+        total = self.ask(lambda: _TOTAL_BYTES.checked(told(self.call("nvmlDeviceGetMemoryInfo", handle).total)))
         capability = pci = mode = None
         if not instance:
             capability = self.ask(lambda: _capability(*self.call("nvmlDeviceGetCudaComputeCapability", handle)))
@@ -221,10 +205,10 @@ class Nvidia(GpuBackend):
             mode = self._known("nvmlDeviceGetMigMode", handle)
         return Device(
             kind="gpu",
-            name=self._text("nvmlDeviceGetName", handle) or fallback,
-            uuid=self._text("nvmlDeviceGetUUID", handle) or None,
+            name=self._known("nvmlDeviceGetName", handle) or fallback,
+            uuid=self._known("nvmlDeviceGetUUID", handle) or None,
             compute_capability=None if isinstance(capability, Reason) else capability,
-            memory_mib=None if total is None or isinstance(total, Reason) else total / MIB,
+            memory_mib=None if isinstance(total, Reason) else total / _MIB,
             pci_bus_id=text(pci.busId) if pci else None,
             mig=bool(mode and mode[0] == 1),
             vendor=NVIDIA.name,
@@ -232,7 +216,7 @@ class Nvidia(GpuBackend):
 
     def _instances(self, handle: Any, gpu: Device) -> list[Device]:
         """The MIG instances of a GPU: each has its own memory, and shares everything else."""
-        count = self.ask(lambda: _DEVICES.checked(told(self.call("nvmlDeviceGetMaxMigDeviceCount", handle))))
+        count = self.ask(self.number, _DEVICES, "nvmlDeviceGetMaxMigDeviceCount", handle)
         found = []
         for index in range(0 if isinstance(count, Reason) else count):
             instance = self.ask(self.call, "nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
@@ -243,12 +227,7 @@ class Nvidia(GpuBackend):
 
 
 class NvidiaGpu(Gpu):
-    """A GPU or a MIG instance.
-
-    Args:
-        nvml: the opened library.
-        device: which GPU; one with a UUID.
-    """
+    """A GPU or a MIG instance. ``device`` has a UUID."""
 
     not_apart = Reason(
         Code.DRIVER_TOO_OLD, "the installed NVIDIA driver is too old to tell reserved memory apart", _UPDATE
@@ -262,87 +241,81 @@ class NvidiaGpu(Gpu):
             self._whole = nvml.ask(nvml.call, "nvmlDeviceGetHandleByUUID", device.parent_uuid)
         if isinstance(handle, Reason):
             reason = handle.worded(f"NVML does not find GPU {device.uuid}: {handle}")
-            super().__init__(nvml, device, {}, dict.fromkeys(Reading, reason))
+            super().__init__(nvml, device, dict.fromkeys(Reading, reason))
             return
+        calls: dict[Reading, Sequence[Call] | Reason] = {**_calls(nvml, handle, self._whole, device.memory_mib)}
+        if device.parent_uuid is not None:
+            calls |= dict.fromkeys(_OF_THE_WHOLE_GPU, _MIG)
         most = nvml.ask(lambda: _watts(nvml.call(_LIMITS, self._whole)[1]))
-        super().__init__(
-            nvml,
-            device,
-            _calls(nvml, handle, self._whole, device.memory_mib),
-            {} if device.parent_uuid is None else dict.fromkeys(_OF_THE_WHOLE_GPU, _MIG),
-            None if isinstance(most, Reason) else most,
-            nvml.garbled(),
-        )
+        super().__init__(nvml, device, calls, None if isinstance(most, Reason) else most, nvml.garbled())
 
     def vendor_facts(self) -> dict[str, Any | Reason]:
         """VBIOS, limits and link of the whole GPU."""
 
-        def fact(range_: Range | None, name: str, *arguments: Any, read: Callable[[Any], Any] = told) -> Any | Reason:
-            def take() -> Any:
-                value = read(self._nvml.call(name, self._whole, *arguments))
-                return value if range_ is None else range_.checked(value)
+        def fact(read: Callable[[Any], Any], name: str, *arguments: Any) -> Any | Reason:
+            if isinstance(self._whole, Reason):
+                return self._whole
+            return self._nvml.ask(lambda: read(self._nvml.call(name, self._whole, *arguments)))
 
-            return self._whole if isinstance(self._whole, Reason) else self._nvml.ask(take)
+        def within(plausible: Range) -> Callable[[Any], Any]:
+            return lambda value: plausible.checked(told(value))
 
-        mig = fact(_MIG_MODE, "nvmlDeviceGetMigMode", read=lambda modes: told(modes[0]))
+        mig_mode = within(Range(0, 1))
         return {
-            "vbios": fact(None, "nvmlDeviceGetVbiosVersion", read=text),
-            "power_limit_default_w": fact(None, "nvmlDeviceGetPowerManagementDefaultLimit", read=_watts),
-            "power_limits_w": fact(None, _LIMITS, read=lambda limits: [_watts(limit) for limit in limits]),
-            "max_sm_clock_mhz": fact(Reading.SM_CLOCK.range, "nvmlDeviceGetMaxClockInfo", 1),
-            "max_memory_clock_mhz": fact(Reading.MEMORY_CLOCK.range, "nvmlDeviceGetMaxClockInfo", 2),
-            "slowdown_c": fact(Reading.TEMPERATURE.range, "nvmlDeviceGetTemperatureThreshold", 1),
-            "mig": mig if isinstance(mig, Reason) else bool(mig),
-            "pcie_generation": fact(_PCIE_GENERATION, "nvmlDeviceGetCurrPcieLinkGeneration"),
-            "pcie_width": fact(_PCIE_WIDTH, "nvmlDeviceGetCurrPcieLinkWidth"),
+            "vbios": fact(text, "nvmlDeviceGetVbiosVersion"),
+            "power_limit_default_w": fact(_watts, "nvmlDeviceGetPowerManagementDefaultLimit"),
+            "power_limits_w": fact(lambda limits: [_watts(limit) for limit in limits], _LIMITS),
+            "max_sm_clock_mhz": fact(within(RANGES[Reading.SM_CLOCK]), "nvmlDeviceGetMaxClockInfo", 1),
+            "max_memory_clock_mhz": fact(within(RANGES[Reading.MEMORY_CLOCK]), "nvmlDeviceGetMaxClockInfo", 2),
+            "slowdown_c": fact(within(RANGES[Reading.TEMPERATURE]), "nvmlDeviceGetTemperatureThreshold", 1),
+            "mig": fact(lambda modes: bool(mig_mode(modes[0])), "nvmlDeviceGetMigMode"),
+            "pcie_generation": fact(within(Range(1, 15)), "nvmlDeviceGetCurrPcieLinkGeneration"),
+            "pcie_width": fact(within(Range(1, 64, "lanes")), "nvmlDeviceGetCurrPcieLinkWidth"),
         }
 
 
 def _calls(nvml: Nvidia, handle: Any, whole: Any, memory_mib: float | None) -> dict[Reading, tuple[Call, ...]]:
-    """The ways to take each reading, newest first.
-
-    Args:
-        nvml: the opened library.
-        handle: the GPU or MIG instance.
-        whole: the GPU, which settings belong to.
-        memory_mib: the total memory, None if unknown.
-    """
+    """The ways to take each reading of ``handle``, newest first; ``whole`` is its GPU, which settings belong to."""
 
     def call(
         name: str, *arguments: Any, of: Any = handle, read: Callable[[Any], Any] = told, shown: str | None = None
     ) -> Call:
         return Call(shown or name, lambda: read(nvml.call(name, of, *arguments)))
 
+    def entries(answer: Any) -> list[tuple[int, float | None]]:
+        return [(entry.pid, process_memory(entry.usedGpuMemory, memory_mib)) for entry in answer]
+
     def listed(kind: str) -> tuple[Call, Call]:
         name = f"nvmlDeviceGet{kind}RunningProcesses"
-        new, old = (
-            call(name + version, read=lambda entries: _entries(entries, memory_mib)) for version in ("_v3", "_v2")
-        )
-        return new, old
+        return call(f"{name}_v3", read=entries), call(f"{name}_v2", read=entries)
+
+    def memory_v1(answer: Any) -> Memory:
+        check_memory(answer.total, answer.used, answer.free)
+        return Memory(answer.used / _MIB, None)
 
     def memory_v2() -> Memory:
         answer = nvml.call("nvmlDeviceGetMemoryInfo", handle, version=nvml.library.nvmlMemory_v2)
         check_memory(answer.total, answer.used, answer.free, answer.reserved)
-        return split_memory(answer.total / MIB, answer.used / MIB, answer.free / MIB, answer.reserved / MIB)
+        return split_memory(answer.total / _MIB, answer.used / _MIB, answer.free / _MIB, answer.reserved / _MIB)
 
-    def field(number: int) -> Callable[[], float]:
-        read = Field(nvml, handle, number)
-        return lambda: _thousandth(read())
+    def field(name: str, number: int) -> Call:
+        value = Field(nvml, handle, number)
+        return Call(name, lambda: _thousandth(value()))
 
     return {
         Reading.MEMORY: (
             Call("nvmlDeviceGetMemoryInfo_v2", memory_v2),
-            call("nvmlDeviceGetMemoryInfo", read=_memory_v1),
+            call("nvmlDeviceGetMemoryInfo", read=memory_v1),
         ),
         Reading.PROCESSES: listed("Compute"),
         Reading.GRAPHICS_PROCESSES: listed("Graphics"),
         Reading.SERVICE_PROCESSES: listed("MPSCompute"),
         Reading.ENERGY: (
             call("nvmlDeviceGetTotalEnergyConsumption", read=_thousandth, shown="counter"),
-            Call("counter (field 83)", field(_ENERGY)),
+            field("counter (field 83)", _ENERGY),
         ),
         Reading.POWER: (
-            Call("instant", field(_INSTANT_POWER)),
+            field("instant", _INSTANT_POWER),
             call("nvmlDeviceGetPowerUsage", read=_thousandth, shown="mean of up to a second"),
         ),
         Reading.SM_CLOCK: (call("nvmlDeviceGetClockInfo", 1),),
@@ -363,13 +336,7 @@ def _calls(nvml: Nvidia, handle: Any, whole: Any, memory_mib: float | None) -> d
 
 
 class Field:
-    """Reads one field of a GPU.
-
-    Args:
-        nvml: the opened library.
-        handle: the GPU.
-        number: the field's id.
-    """
+    """Reads the field with the id ``number`` of a GPU."""
 
     def __init__(self, nvml: Nvidia, handle: Any, number: int) -> None:
         self._nvml, self._handle, self._number = nvml, handle, number
@@ -409,24 +376,19 @@ def told(value: Any) -> Any:
     return value
 
 
-def text(value: Any) -> str | None:
-    """A string of nvidia-ml-py, which older versions return as bytes."""
+def text(value: Any) -> Any:
+    """Return a string of nvidia-ml-py, which older versions return as bytes, and anything else as it is."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def check_memory(total: int, used: int, *parts: int) -> None:
-    """Check the memory of one answer.
-
-    Args:
-        total: bytes in all.
-        used: bytes in use.
-        parts: other bytes of the total.
+def check_memory(total: int, *parts: int) -> None:
+    """Check the bytes of one answer, of which all but the first are parts of the total.
 
     Raises:
-        Implausible: it cannot be so.
+        Implausible: they cannot be.
     """
     _TOTAL_BYTES.checked(told(total))
-    for part in (used, *parts):
+    for part in parts:
         if _BYTES.checked(told(part)) > total:
             raise Implausible(f"NVML answers {part} bytes of memory, of {total} in all")
 
@@ -447,27 +409,13 @@ def split_memory(total: float, used: float, free: float, reserved: float) -> Mem
 
 
 def process_memory(used: int | None, total_mib: float | None) -> float | None:
-    """Memory of one process in MiB, None if its entry does not tell.
-
-    Args:
-        used: bytes, from the driver's list of processes.
-        total_mib: the GPU's memory, None if unknown.
-    """
+    """Memory of one process in MiB, None if ``used``, the bytes in the driver's list, does not tell."""
     try:
-        mib = float(_BYTES.checked(told(used))) / MIB
+        mib = float(_BYTES.checked(told(used))) / _MIB
     except Implausible:
         return None
     # Containers are told 0: a listed process holds a context, which is never empty.
     return mib if mib > 0 and (total_mib is None or mib <= total_mib) else None
-
-
-def _entries(entries: Any, total_mib: float | None) -> list[tuple[int, float | None]]:
-    return [(entry.pid, process_memory(entry.usedGpuMemory, total_mib)) for entry in entries]
-
-
-def _memory_v1(answer: Any) -> Memory:
-    check_memory(answer.total, answer.used, answer.free)
-    return Memory(answer.used / MIB, None)
 
 
 def _events(bits: Any) -> tuple[ClockEvent, ...]:
@@ -481,8 +429,8 @@ def _thousandth(value: Any) -> float:
 
 
 def _watts(milliwatts: Any) -> Any:
-    return POWER_RANGE.checked(_thousandth(milliwatts))
+    return RANGES[Reading.POWER].checked(_thousandth(milliwatts))
 
 
 def _capability(major: int, minor: int) -> tuple[int, int]:
-    return int(_CAPABILITY.checked(told(major))), int(_MINOR_CAPABILITY.checked(told(minor)))
+    return Range(1, 99).checked(told(major)), Range(0, 99).checked(told(minor))

@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
+from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
 from mpscale.core.reason import Code, Reason
-from mpscale.telemetry.readings import Reading
 
 CALM_FROM, CALM_UNTIL = "timing-start", "timing-end"
 """Phases between which the monitor looks seldom, so as not to disturb what is timed."""
@@ -32,9 +32,52 @@ MOST_FAILED = 0.1
 """Largest share of failed readings in a median, mean or share."""
 
 
+class Reading(StrEnum):
+    """A quantity of a GPU that can be read again and again. The value is the name of its field in a sample, if any."""
+
+    MEMORY = "device_memory_mib"
+    RESERVED_MEMORY = "reserved_memory_mib"
+    """Never read by itself: comes with the memory if the driver tells the two apart."""
+    PROCESSES = "processes"
+    GRAPHICS_PROCESSES = "graphics_pids"
+    SERVICE_PROCESSES = "service_processes"
+    """Processes that compute through a service that shares the GPU, such as CUDA's MPS."""
+    ENERGY = "energy_j"
+    POWER = "power_w"
+    SM_CLOCK = "sm_clock_mhz"
+    MEMORY_CLOCK = "memory_clock_mhz"
+    TEMPERATURE = "temperature_c"
+    UTILIZATION = "utilization"
+    CLOCK_EVENTS = "clock_events"
+    POWER_LIMIT = "power_limit_w"
+    ECC = "ecc"
+    PERSISTENCE = "persistence"
+
+
+class ClockEvent(StrEnum):
+    """A reason for which a GPU's clocks are not higher, in the order in which reports name them."""
+
+    IDLE = "idle"
+    APPLICATION_CLOCKS = "application clocks setting"
+    POWER_CAP = "software power cap"
+    """Not counted as throttling: under full load a GPU often runs at its power limit, in every run."""
+    HARDWARE_SLOWDOWN = "hardware slowdown"
+    SYNC_BOOST = "sync boost"
+    SOFTWARE_THERMAL = "software thermal slowdown"
+    HARDWARE_THERMAL = "hardware thermal slowdown"
+    POWER_BRAKE = "hardware power brake"
+    DISPLAY_CLOCKS = "display clock setting"
+
+
+THROTTLING = frozenset(
+    {ClockEvent.HARDWARE_SLOWDOWN, ClockEvent.SOFTWARE_THERMAL, ClockEvent.HARDWARE_THERMAL, ClockEvent.POWER_BRAKE}
+)
+"""Events that make step times unusable."""
+
+
 @dataclass(slots=True)
 class Sample:
-    """What was read at one time. The fields named like a :class:`~mpscale.telemetry.readings.Reading` hold its value.
+    """What was read at one time. The fields named like a :class:`Reading` hold its value.
 
     Args:
         time_s: seconds since the worker was started.
@@ -99,28 +142,9 @@ class Sample:
 
 _DEFAULTS: dict[str, Any] = {f.name: None if f.default is MISSING else f.default for f in fields(Sample)}
 
-STATE = tuple(
-    reading
-    for reading in Reading
-    if reading in _DEFAULTS
-    and reading
-    not in (
-        Reading.MEMORY,
-        Reading.RESERVED_MEMORY,
-        Reading.PROCESSES,
-        Reading.GRAPHICS_PROCESSES,
-        Reading.ENERGY,
-    )
-)
-"""Readings in samples that are taken every 100 ms."""
-
 
 class SampleFile:
-    """Writes samples as they come: what is on disk stays, whatever becomes of the writer.
-
-    Args:
-        path: overwritten if it exists.
-    """
+    """Writes samples as they come, over a file that exists: what is on disk stays, whatever becomes of the writer."""
 
     def __init__(self, path: Path) -> None:
         self._file: IO[str] = path.open("w", encoding="utf-8")
@@ -153,12 +177,9 @@ def line_of(values: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A time in which a reading failed: from the last value before it to the first one after it.
+    """A time in which a reading failed: from the last value before it, or the first try, to the first one after it.
 
-    Args:
-        from_s: when it was last known, or first tried.
-        to_s: when it was known again; infinite if never.
-        phase: what the worker had reached when it began.
+    ``to_s`` is infinite if there was none. ``phase`` is what the worker had reached when the gap began.
     """
 
     from_s: float
@@ -187,10 +208,6 @@ class Samples:
     silent: Reason | None = None
     late: tuple[str, ...] = ()
 
-    def reached(self, phase: str) -> bool:
-        """Whether the worker got there, whenever the sample was taken."""
-        return any(row.phase == phase for row in self.rows)
-
     def at(self, phase: str) -> Sample | None:
         """The sample that was taken when ``phase`` was reached; None also if it came late."""
         if phase in self.late:
@@ -199,41 +216,20 @@ class Samples:
 
     def not_at(self, *phases: str) -> Reason:
         """Why there is no sample at one of these phases."""
-        late = [phase for phase in phases if phase in self.late]
-        if late:
-            text = f"the driver was late: the case went on before it had answered at {late[0]}"
-            return Reason(Code.DRIVER_SILENT, text)
+        for phase in phases:
+            if phase in self.late:
+                text = f"the driver was late: the case went on before it had answered at {phase}"
+                return Reason(Code.DRIVER_SILENT, text)
         return self.silent or Reason(Code.NOT_REACHED, "the case ended before that")
 
-    def why(self, reading: Reading, otherwise: Reason) -> Reason:
-        """Why a reading has no value."""
-        return self.reasons.get(reading, otherwise)
-
-    def until(self, phase: str) -> list[Sample]:
-        """The samples before and at ``phase``; none if it was not reached."""
-        end = self.at(phase)
-        return [] if end is None else [row for row in self.rows if row.time_s <= end.time_s]
-
-    def after(self, phase: str) -> list[Sample]:
-        """The samples after ``phase``; none if it was not reached."""
-        start = self.at(phase)
-        return [] if start is None else [row for row in self.rows if row.time_s > start.time_s]
-
-    def between(self, first: Sample, last: Sample) -> list[Sample]:
-        """The samples from one to another, both included."""
-        return [row for row in self.rows if first.time_s <= row.time_s <= last.time_s]
-
-    def timed_window(self) -> tuple[Sample, Sample] | None:
-        """The samples at both ends of the timed steps, including those that were added to measure energy."""
-        start = self.at("timing-start")
-        # Steps go on until the later of these phases: if its sample came late, the other cannot replace it.
-        end = self.at("energy-end" if self.reached("energy-end") else "timing-end")
-        return (start, end) if start is not None and end is not None else None
-
     def timed(self) -> list[Sample]:
-        """The samples of the timed window; none if there is no window."""
-        window = self.timed_window()
-        return self.between(*window) if window else []
+        """The samples of the timed steps, including those that were added to measure energy; none without both ends."""
+        # Steps go on until the later of these phases: if its sample came late, the other cannot replace it.
+        last = "energy-end" if any(row.phase == "energy-end" for row in self.rows) else "timing-end"
+        start, end = self.at("timing-start"), self.at(last)
+        if start is None or end is None:
+            return []
+        return [row for row in self.rows if start.time_s <= row.time_s <= end.time_s]
 
     def often(self) -> list[tuple[Sample, float]]:
         """The samples from times in which the monitor looks often, each with the seconds since the previous one."""
@@ -244,10 +240,6 @@ class Samples:
                 found.append((row, row.time_s - before.time_s))
         return found
 
-    def known(self, name: str) -> list[Any]:
-        """The values of a field that are known."""
-        return _known(self.rows, name)
-
     def alone(self) -> bool:
         """Whether only the case can have used the GPU, as far as the driver's list of processes tells.
 
@@ -257,19 +249,19 @@ class Samples:
         idle = self.at("idle")
         at_idle = idle.processes if idle is not None else 0
         most = max((row.processes or 0 for row in self.rows), default=0)
-        listed = any(row.listed for row in self.rows) and not (idle is not None and idle.listed)
-        if listed:
+        if any(row.listed for row in self.rows) and not (idle is not None and idle.listed):
             return not any(row.other_pids for row in self.rows)
-        pids = {pid for row in self.rows for pid in row.other_pids or ()}
-        return not at_idle and most <= 1 and len(pids) <= 1
+        return not at_idle and most <= 1 and len(self._other_pids()) <= 1
 
     def other_processes(self) -> list[int] | None:
         """Ids of compute processes that are not the case's, None if no list of processes can be read."""
-        lists = self.known("other_pids")
-        if not lists:
+        if not known(self.rows, "other_pids"):
             return None
         # Under another number, the one process that is there is the case itself.
-        return [] if self.alone() else sorted({pid for pids in lists for pid in pids})
+        return [] if self.alone() else sorted(self._other_pids())
+
+    def _other_pids(self) -> set[int]:
+        return {pid for row in self.rows for pid in row.other_pids or ()}
 
     def gaps(self, reading: Reading, failed: Callable[[Sample], bool] | None = None) -> list[Gap]:
         """When a reading failed.
@@ -282,21 +274,20 @@ class Samples:
         known_s: float | None = None
         # These are read at every look, and looks that would repeat the previous sample are left out.
         often = reading in (Reading.MEMORY, Reading.PROCESSES)
-        begun: tuple[float, str] | None = None
+        open_gap: Gap | None = None
         phase = START
         for row in self.rows:
             # A sample at a phase is taken when that is reached: what fails in it began before.
             if failed(row) if failed is not None else reading in row.failed:
                 since_s = row.time_s if known_s is None else known_s
-                begun = begun or (max(since_s, row.time_s - row.gap_s) if often else since_s, phase)
+                since_s = max(since_s, row.time_s - row.gap_s) if often else since_s
+                open_gap = open_gap or Gap(since_s, math.inf, phase)
             elif getattr(row, reading) is not None:
-                if begun is not None:
-                    found.append(Gap(begun[0], row.time_s, begun[1]))
-                known_s, begun = row.time_s, None
+                if open_gap is not None:
+                    found.append(replace(open_gap, to_s=row.time_s))
+                known_s, open_gap = row.time_s, None
             phase = row.phase or phase
-        if begun is not None:
-            found.append(Gap(begun[0], math.inf, begun[1]))
-        return found
+        return found if open_gap is None else [*found, open_gap]
 
     def unseen(
         self,
@@ -326,7 +317,7 @@ class Samples:
     def why_few(self, reading: Reading, rows: Sequence[Sample]) -> Reason | None:
         """Why the values of a reading do not stand for all of ``rows``: too many failed. None if they do."""
         failed = sum(reading in row.failed for row in rows)
-        looks = failed + len(_known(rows, reading))
+        looks = failed + len(known(rows, reading))
         if failed <= MOST_FAILED * looks:
             return None
         return self.too_few(reading, f"the driver did not tell in {failed} of {looks} looks")
@@ -342,7 +333,8 @@ class Samples:
         return phases[-1:] == [CALM_FROM]
 
 
-def _known(rows: Iterable[Sample], name: str) -> list[Any]:
+def known(rows: Iterable[Sample], name: str) -> list[Any]:
+    """The known values of a field."""
     return [value for row in rows if (value := getattr(row, name)) is not None]
 
 

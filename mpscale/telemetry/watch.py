@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -15,13 +16,12 @@ from mpscale.core.columns import Source, measured_columns
 from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.telemetry import gpu_memory, gpu_state, host
+from mpscale.telemetry import gpu_memory
 from mpscale.telemetry.client import Driver, SilentDriver
 from mpscale.telemetry.gpu_energy import energy_columns
-from mpscale.telemetry.gpu_state import Suspicion
-from mpscale.telemetry.host import HostNoise
-from mpscale.telemetry.readings import THROTTLING, Reading
-from mpscale.telemetry.samples import START, Samples, line_of, read_samples
+from mpscale.telemetry.gpu_state import Suspicion, state_columns, suspicions
+from mpscale.telemetry.host import HostNoise, peak_resident_mib
+from mpscale.telemetry.samples import START, THROTTLING, Reading, Samples, line_of, read_samples
 
 HOST_COLUMN = "host_memory_peak_mib"
 _COOL_BY_C = 20.0
@@ -50,13 +50,7 @@ class WorkerFacts:
 
 @dataclass(slots=True)
 class WatchResult:
-    """What was seen of a case.
-
-    Args:
-        findings: its columns.
-        suspicions: why its figures must not be used.
-        lost: whether the GPU was lost meanwhile.
-    """
+    """What was seen of a case: its columns, why its figures must not be used, and whether the GPU was lost."""
 
     findings: Findings = field(default_factory=Findings)
     suspicions: list[Suspicion] = field(default_factory=list)
@@ -86,7 +80,7 @@ class CaseWatch:
         self._settings: dict[str, Any] = {}
         self._first_settings: Mapping[str, Any] | None = None
         self._ways: Mapping[str, str] = {}
-        self._facts: Mapping[str, Any] | None = None
+        self._slowdown_c: float | None = None
         self._lost = False
 
     def start(self, pid: int, epoch: float) -> None:
@@ -128,10 +122,8 @@ class CaseWatch:
         self._read_host()
         result = WatchResult()
         findings = result.findings
-        if self._host_peak_mib is not None:
-            findings.put(HOST_COLUMN, self._host_peak_mib)
-        else:
-            findings.put(HOST_COLUMN, _NOT_WATCHED if self._pid is None else _ENDED)
+        unknown = _NOT_WATCHED if self._pid is None else _ENDED
+        findings.put(HOST_COLUMN, unknown if self._host_peak_mib is None else self._host_peak_mib)
         if self._noise is not None:
             findings.add(self._noise.columns())
         if self._blind is not None:
@@ -142,33 +134,22 @@ class CaseWatch:
                 findings.put(gpu_memory.HEADLINE, why if why == blind else why.worded(f"{blind}: {why}"))
             return result
         after = self._settings
-        notes: dict[str, Any] = {}
         try:
             answer = self._driver.stop()
             after, self._lost = answer["settings"], self._lost or answer["lost"]
             self._ways = answer["ways"]
-            if self._late:
-                notes["late"] = self._late
+            notes: dict[str, Any] = {"late": self._late} if self._late else {}
         except SilentDriver as error:
             since = self._silent_after or self._last_phase
             silent = error.reason.worded(f"the GPU driver stopped answering after {since} ({error})")
-            notes["silent"] = silent.to_json()
+            notes = {"silent": silent.to_json()}
         result.lost = self._lost
         samples = self._read_samples(keep, notes)
         findings.add(gpu_memory.memory_columns(samples, worker.allocator_peak_mib))
-        findings.add(
-            energy_columns(
-                samples,
-                worker.energy_steps,
-                worker.energy_applied_steps,
-                self._ways.get(Reading.POWER),
-                worker.energy_off,
-            )
-        )
-        findings.add(gpu_state.state_columns(samples))
-        result.suspicions = gpu_state.suspicions(
-            samples, (self._settings, after), self._first_settings or {}, self._slowdown_c()
-        )
+        steps, applied, off = worker.energy_steps, worker.energy_applied_steps, worker.energy_off
+        findings.add(energy_columns(samples, steps, applied, self._ways.get(Reading.POWER), off))
+        findings.add(state_columns(samples))
+        result.suspicions = suspicions(samples, (self._settings, after), self._first_settings or {}, self._slowdown_c)
         return result
 
     def has_power(self) -> bool:
@@ -182,14 +163,13 @@ class CaseWatch:
             seconds: the longest wait.
         """
         end = time.monotonic() + seconds
-        slowdown_c = self._slowdown_c()
-        below_c = None if slowdown_c is None else slowdown_c - _COOL_BY_C
+        warmest_c = math.inf if self._slowdown_c is None else self._slowdown_c - _COOL_BY_C
         while time.monotonic() < end:
             try:
                 now = self._driver.look(self._device)
             except SilentDriver:
                 return
-            hot = below_c is not None and now["temperature_c"] is not None and now["temperature_c"] > below_c
+            hot = (now["temperature_c"] or 0.0) > warmest_c
             if not hot and not THROTTLING & set(now["clock_events"]) and not now["processes"]:
                 return
             time.sleep(min(1.0, max(end - time.monotonic(), 0.0)))
@@ -203,8 +183,8 @@ class CaseWatch:
         if self._device.kind != "gpu":
             return Reason(Code.NO_GPU, "no GPU")
         try:
-            if self._facts is None:
-                self._facts = self._driver.facts(self._device)["facts"]
+            if self._first_settings is None:
+                self._slowdown_c = self._driver.facts(self._device)["facts"].get("slowdown_c")
             answer = self._driver.start(self._device, pid, self._file, epoch)
         except SilentDriver as error:
             return error.reason
@@ -227,12 +207,9 @@ class CaseWatch:
                 keep.write_bytes(gzip.compress(text.encode(), 6))
         return read_samples(text.splitlines(keepends=True))
 
-    def _slowdown_c(self) -> float | None:
-        return None if self._facts is None else self._facts.get("slowdown_c")
-
     def _read_host(self) -> None:
         # The newest reading is the largest, since the kernel keeps the maximum. It also corrects an early reading that
         # caught the child before exec, when its memory was still that of its parent.
-        peak = host.peak_resident_mib(self._pid) if self._pid is not None else None
+        peak = peak_resident_mib(self._pid) if self._pid is not None else None
         if peak is not None:
             self._host_peak_mib = peak

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import time
 
 import pytest
-from support.gpu_case import GpuCase
+from support.gpu_case import GpuCase, kept_samples
 from support.nvml_stand_in import Script
 
 from mpscale.core.columns import Source, measured_columns
 from mpscale.core.reason import Code
-from mpscale.telemetry.readings import Reading
-from mpscale.telemetry.samples import read_samples
+from mpscale.telemetry.samples import Reading
 from mpscale.telemetry.watch import WorkerFacts
 
 PEAK, METHOD = "gpu_memory_nvml_peak_mib", "gpu_memory_method"
@@ -111,8 +109,9 @@ def test_energy_comes_from_power_if_there_is_no_counter(gpu_case, energy):
     assert told["ways"][Reading.POWER] == "instant"
 
 
-def test_power_is_a_mean_if_momentary_power_is_not_available(gpu_case):
-    case = gpu_case(power_instant_w="n/a")
+@pytest.mark.parametrize("lines", [{"power_instant_w": "n/a"}, {"field_type": 7}], ids=["all bits one", "unknown type"])
+def test_power_is_a_mean_if_momentary_power_is_not_available(gpu_case, lines):
+    case = gpu_case(**lines)
     assert case.driver.facts(case.device)["ways"][Reading.POWER] == "mean of up to a second"
     assert run(case).values["gpu_power_source"] == "mean of up to a second"
 
@@ -151,12 +150,6 @@ def test_implausible_memory_is_not_used(gpu_case, lines):
         assert case.device.memory_mib is None
     # The list of processes is another call; only values above the GPU's memory are rejected there.
     assert found.values.get(PROCESS) == (None if lines.get("memory_mib") == 100 else 300.0)
-
-
-def test_field_of_unknown_type_is_not_used(gpu_case):
-    case = gpu_case(field_type=7)
-    told = case.driver.facts(case.device)
-    assert told["ways"][Reading.POWER] == "mean of up to a second"
 
 
 def test_driver_that_repeats_an_old_value(gpu_case):
@@ -250,7 +243,7 @@ def test_one_failed_look_among_many_empties_nothing(gpu_case, tmp_path):
         case.script.fail(symbol, 999, after=after, times=2)
     kept = tmp_path / "samples.jsonl.gz"
     found = run(case, train=lambda: time.sleep(0.6), keep=kept)
-    rows = read_samples(gzip.decompress(kept.read_bytes()).decode().splitlines(keepends=True)).rows
+    rows = kept_samples(kept).rows
     assert {name for row in rows for name in row.failed} >= set(readings)
     assert found.values[PEAK] == 300.0
     assert found.values["gpu_temperature_c_max"] == 35.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mpscale.core.device import Device, Vendor
 from mpscale.core.reason import Code, Reason
-from mpscale.telemetry.backend import Call, Gpu, GpuBackend
-from mpscale.telemetry.readings import ClockEvent, Implausible, Memory, Reading
+from mpscale.telemetry.backend import Call, Gpu, GpuBackend, Implausible, Memory
+from mpscale.telemetry.samples import ClockEvent, Reading
 
 VENDOR = Vendor(
     name="ACME",
@@ -56,9 +56,6 @@ class Acme(GpuBackend):
             return Reason(Code.GPU_LOST, "the GPU is lost", "acme-smi --reset")
         return Reason(Code.OTHER, f"acme-smi failed: {error}")
 
-    def close(self):
-        self.state = {}
-
 
 class AcmeGpu(Gpu):
     """One of them. It has no clocks, no energy counter and no settings, so these have no calls."""
@@ -75,7 +72,7 @@ class AcmeGpu(Gpu):
             Reading.TEMPERATURE: [Call("edge", lambda: ask("celsius"))],
             Reading.CLOCK_EVENTS: [Call("throttle", lambda: (ClockEvent.HARDWARE_THERMAL,) * bool(ask("throttle")))],
         }
-        super().__init__(backend, device, calls, withheld={})
+        super().__init__(backend, device, calls)
 
     def vendor_facts(self):
         return {"slowdown_c": 95, "firmware": Reason(Code.NOT_TOLD, "no call for that")}

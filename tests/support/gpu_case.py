@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from mpscale.core.device import Device, find_device
 from mpscale.core.reason import Code, Reason
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, NoDriver, open_driver
+from mpscale.telemetry.samples import Samples, read_samples
 from mpscale.telemetry.watch import CaseWatch, WatchResult, WorkerFacts
 
 ENERGY_OFF = Reason(Code.NOT_ASKED_FOR, "energy was off")
@@ -90,3 +92,8 @@ class GpuCase:
                 stream.close()
         self.watch.close()
         self.driver.close()
+
+
+def kept_samples(path: Path) -> Samples:
+    """Read the gzipped samples of a case."""
+    return read_samples(gzip.decompress(path.read_bytes()).decode().splitlines(keepends=True))

@@ -1,6 +1,5 @@
 """Whole runs on a machine with a GPU, whose driver is a stand-in and whose training the CPU does."""
 
-import gzip
 import json
 import os
 import subprocess
@@ -8,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.gpu_case import kept_samples
 from support.nvml_stand_in import Script
 
 import mpscale
 from mpscale.analysis.summary import summary_of
-from mpscale.telemetry.samples import read_samples
+from mpscale.telemetry.samples import known
 
 TESTS = Path(__file__).parents[1]
 SUITE = f"""
@@ -117,8 +117,8 @@ def test_training(mp_case, benchmark):
     assert "mpscale stand-in A100" in report
     # The samples that the peaks were taken from are kept.
     kept = machine.path() / "gpu" / "mnist1d-mlp--fp32--s0--r0--a1.jsonl.gz"
-    samples = read_samples(gzip.decompress(kept.read_bytes()).decode().splitlines(keepends=True))
-    assert max(samples.known("process_memory_mib")) == 3000.0
+    samples = kept_samples(kept)
+    assert max(known(samples.rows, "process_memory_mib")) == 3000.0
     assert {"idle", "context-ready", "timing-start", "timing-end", "done"} <= {row.phase for row in samples.rows}
 
 
@@ -201,8 +201,7 @@ def test_energy_of_steps_that_go_on_for_ten_seconds(with_energy):
     assert record["gpu_energy_j_per_step"] * record["gpu_energy_steps"] == pytest.approx(record["gpu_energy_counter_j"])
     assert "energy-end" in with_energy.events("case_finished")[0]["phases"]
     (file,) = (with_energy.path() / "gpu").iterdir()
-    text = gzip.decompress(file.read_bytes()).decode()
-    assert read_samples(text.splitlines(keepends=True)).at("energy-end") is not None
+    assert kept_samples(file).at("energy-end") is not None
 
 
 def on_first_touch(machine, code):

@@ -12,12 +12,11 @@ from support.fake_vendor import VENDOR, Acme, AcmeError
 from mpscale.core import device as devices
 from mpscale.core.reason import Code, Reason
 from mpscale.telemetry import host
+from mpscale.telemetry.__main__ import SamplingLoop
 from mpscale.telemetry.backend import open_backend
 from mpscale.telemetry.gpu_memory import memory_columns
 from mpscale.telemetry.gpu_state import state_columns, suspicions
-from mpscale.telemetry.readings import Reading
-from mpscale.telemetry.samples import SampleFile, read_samples
-from mpscale.telemetry.sampling import SamplingLoop
+from mpscale.telemetry.samples import Reading, SampleFile, read_samples
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def case(acme, tmp_path):
             time.sleep(0.005)  # so that no two samples have one time
             loop.sample(phase)
             return None
-        loop.close()
+        loop.file.close()
         return read_samples(path.read_text().splitlines(keepends=True))
 
     step.gpu = gpu

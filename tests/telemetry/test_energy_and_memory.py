@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import threading
 import time
 
 import pytest
-from support.gpu_case import ENERGY_OFF
+from support.gpu_case import ENERGY_OFF, kept_samples
 
-from mpscale.telemetry.samples import read_samples
 from mpscale.telemetry.watch import WorkerFacts
 
 
@@ -72,7 +70,7 @@ def test_energy_of_ten_seconds_is_within_one_percent(gpu_case, tmp_path, timed_s
     assert values["gpu_energy_j_per_step"] == pytest.approx(values["gpu_energy_counter_j"] / 1000)
     assert values["gpu_energy_j_per_applied_step"] == pytest.approx(values["gpu_energy_counter_j"] / 800)
     # The kept file has everything that these were computed from.
-    samples = read_samples(gzip.decompress(path.read_bytes()).decode().splitlines(keepends=True))
+    samples = kept_samples(path)
     assert samples.at("energy-end").time_s - samples.at("timing-start").time_s == pytest.approx(
         values["gpu_energy_window_s"]
     )
@@ -118,7 +116,7 @@ def test_the_monitor_looks_seldom_while_steps_are_timed(gpu_case, tmp_path):
         time.sleep(0.25)
 
     case.run(lambda: case.uses(300), lambda: time.sleep(1.1), train=quarter, added=quarter, keep=path)
-    rows = read_samples(gzip.decompress(path.read_bytes()).decode().splitlines(keepends=True)).rows
+    rows = kept_samples(path).rows
     looks = dict.fromkeys(("context-ready", "timing-start", "timing-end"), 0)
     phase = ""
     for row in rows:

@@ -16,7 +16,7 @@ from mpscale.core.device import find_device
 from mpscale.core.reason import Code
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, NoDriver, open_driver
-from mpscale.telemetry.readings import Reading
+from mpscale.telemetry.samples import Reading
 from mpscale.telemetry.watch import WorkerFacts
 
 PEAK, METHOD = "gpu_memory_nvml_peak_mib", "gpu_memory_method"
@@ -220,7 +220,9 @@ def test_no_list_of_processes_at_all(script, gpu_case):
     case = gpu_case()
     seen = case.run(lambda: case.script.set(used_mib=1450))
     assert (seen.findings.values[PEAK], seen.findings.values[METHOD]) == (1000.0, "device-minus-idle")
-    assert seen.findings.unavailable["gpu_memory_process_peak_mib"].code is Code.NO_PERMISSION
+    reason = seen.findings.unavailable["gpu_memory_process_peak_mib"]
+    assert reason.code is Code.NO_PERMISSION
+    assert "no list of processes" in reason.text
 
 
 def test_memory_of_descendants_counts(gpu_case, script):

@@ -69,22 +69,6 @@ def test_no_figure_without_a_reason_and_never_zero(taken, code):
     assert 0 not in [value for value in found.values.values() if isinstance(value, float)]
 
 
-def test_counter_that_goes_backwards_is_not_used():
-    taken = samples()
-    for row in taken.rows[60:]:
-        row.energy_j -= 5000.0
-    found = columns(taken)
-    assert found.unavailable["gpu_energy_counter_j"].code is Code.IMPLAUSIBLE
-    assert found.values["gpu_energy_method"] == "power"
-
-
-def test_power_with_a_gap_is_not_used():
-    taken = samples(joules=False)
-    for row in taken.rows[50:70]:
-        row.power_w = None
-    assert columns(taken).unavailable["gpu_energy_power_j"].code is Code.TOO_FEW_SAMPLES
-
-
 @pytest.mark.parametrize(("applied", "code"), [(0, Code.NEVER_HAPPENED), (None, Code.NOT_IN_MODE)])
 def test_no_energy_per_applied_step(applied, code):
     found = columns(samples(), applied=applied)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
 import pytest
+from support.gpu_case import kept_samples
 
 from mpscale.core.columns import Source, measured_columns
 from mpscale.core.reason import Code, Reason
 from mpscale.telemetry.gpu_energy import energy_columns
 from mpscale.telemetry.gpu_memory import memory_columns
 from mpscale.telemetry.gpu_state import state_columns, suspicions
-from mpscale.telemetry.readings import ClockEvent, Reading
-from mpscale.telemetry.samples import Sample, Samples, read_samples
+from mpscale.telemetry.samples import ClockEvent, Reading, Sample, Samples
 
 DATA = Path(__file__).parent / "data"
 PEAK, METHOD = "gpu_memory_nvml_peak_mib", "gpu_memory_method"
@@ -249,7 +248,7 @@ def test_a_window_whose_end_came_late_has_no_energy(phase):
 
 
 def test_samples_of_a_real_gpu_lose_nothing():
-    taken = real("h200-wide-mixed-dynamic")
+    taken = kept_samples(DATA / "h200-wide-mixed-dynamic.jsonl.gz")
     found = memory_columns(taken, 3542.651)
     found.add(energy_columns(taken, 1040, 1040, "instant", None))
     found.add(state_columns(taken))
@@ -271,13 +270,8 @@ def test_samples_of_a_real_gpu_lose_nothing():
 
 
 def test_samples_of_a_short_case_on_a_real_gpu_lose_nothing():
-    taken = real("h200-mnist1d-mlp-fp32")
+    taken = kept_samples(DATA / "h200-mnist1d-mlp-fp32.jsonl.gz")
     found = memory_columns(taken, 49.0)
     found.add(state_columns(taken))
     assert found.unavailable == {}
     assert (found.values[PEAK], found.values["gpu_memory_device_rise_mib"]) == (674.0, 679.562)
-
-
-def real(name):
-    text = gzip.decompress((DATA / f"{name}.jsonl.gz").read_bytes()).decode()
-    return read_samples(text.splitlines(keepends=True))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mpscale.telemetry.gpu_state import state_columns, suspicions
-from mpscale.telemetry.readings import ClockEvent
-from mpscale.telemetry.samples import Sample, Samples
+from mpscale.telemetry.samples import ClockEvent, Sample, Samples
 
 CAP, SLOWDOWN, BRAKE = ClockEvent.POWER_CAP, ClockEvent.HARDWARE_SLOWDOWN, ClockEvent.POWER_BRAKE
 HOT, HOT_HARDWARE = ClockEvent.SOFTWARE_THERMAL, ClockEvent.HARDWARE_THERMAL

@@ -8,9 +8,9 @@ import pytest
 
 from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
-from mpscale.telemetry.backend import ABSENT
+from mpscale.telemetry.backend import ABSENT, Implausible
 from mpscale.telemetry.nvidia import Field, Nvidia, check_memory, open_backend, process_memory, split_memory
-from mpscale.telemetry.readings import Implausible, Reading
+from mpscale.telemetry.samples import Reading
 
 MIB = 2**20
 MILLI = (Reading.ENERGY, Reading.POWER, Reading.POWER_LIMIT)

@@ -7,8 +7,7 @@ import json
 import pytest
 
 from mpscale.core.reason import Code, Reason
-from mpscale.telemetry.readings import Reading
-from mpscale.telemetry.samples import Sample, SampleFile, line_of, read_samples
+from mpscale.telemetry.samples import Reading, Sample, SampleFile, line_of, read_samples
 
 FULL = Sample(
     1.25, "idle", 3, 0.012, True, 300.5, 750.25, 500.0, 2, (7, 42), (), 1234.567, 60.0, 1410.0, 1215.0, 35.0, 0.0,
@@ -72,5 +71,3 @@ def test_phases(written):
     read = read_samples(written)
     assert read.at("idle") == FULL
     assert read.at("done") is None
-    assert read.until("idle") == read.rows
-    assert read.after("idle") == read.until("done") == []
