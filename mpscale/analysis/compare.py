@@ -15,7 +15,7 @@ from mpscale.analysis.trainings import NO_SUCH_ROW, NOT_STARTED, Trainings, over
 from mpscale.core.case import SeriesKey
 from mpscale.core.columns import FAILED, MEASURED
 from mpscale.core.record import Key, Place, Record, grouped, of_good_trainings
-from mpscale.core.runs import Run, RunError, environment_differences, hardware, same_hardware
+from mpscale.core.runs import Run, RunError, environment_differences, hardware, same_machine
 
 NO_PLACES: Mapping[Place, int] = MappingProxyType({})
 
@@ -95,7 +95,8 @@ def compare(
         NotComparable: the runs were measured in different ways; not with ``force``.
     """
     pairs = pair_rows(baseline, other, force)
-    same = same_hardware(baseline, other)
+    machines = hardware(baseline), hardware(other)
+    same = same_machine(*machines)
     in_turns = ran_in_turns(baseline, other)
     paired = [pair for pair in pairs if pair.state is State.PAIRED]
     changes: dict[str, dict[Place, Change]] = {}
@@ -140,7 +141,7 @@ def compare(
         baseline,
         other,
         same,
-        (hardware(baseline), hardware(other)),
+        machines,
         environment_differences(baseline, other),
         in_turns,
         floors,
