@@ -17,7 +17,70 @@ from mpscale.core.columns import FAILED, MEASURED
 from mpscale.core.record import Key, Place, Record, grouped, of_good_trainings
 from mpscale.core.runs import Run, RunError, environment_differences, hardware, same_machine
 
-NO_PLACES: Mapping[Place, int] = MappingProxyType({})
+
+class State(Ranked):
+    """Whether a row of two runs can be compared."""
+
+    PAIRED = "paired"
+    MISSING = "missing"
+    """Measured in the baseline alone."""
+    NEW = "new"
+    """Measured in the other run alone."""
+    NOT_COMPARABLE = "not-comparable"
+    """In both, but of different series."""
+
+
+class NotComparable(RunError):
+    """Two runs were measured in different ways. The message says which, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The cases of one workload and mode in two runs.
+
+    Args:
+        workload: its name.
+        mode: its name.
+        state: whether they can be compared.
+        reason: why not, or what is odd although they can.
+        baseline: cases of the baseline.
+        other: cases of the other run.
+        not_started: processes that were planned and not started, of the baseline and of the other run.
+        plan_known: whether the plan of each is known.
+    """
+
+    workload: str
+    mode: str
+    state: State
+    reason: str | None
+    baseline: Sequence[Record]
+    other: Sequence[Record]
+    not_started: tuple[Sequence[Key], Sequence[Key]] = ((), ())
+    plan_known: tuple[bool, bool] = (False, False)
+
+    @property
+    def place(self) -> Place:
+        """Workload and mode."""
+        return self.workload, self.mode
+
+    @property
+    def seeds(self) -> tuple[Trainings, Trainings]:
+        """What became of the trainings of the baseline, and of the other run."""
+        sides = zip((self.baseline, self.other), self.not_started, self.plan_known, strict=True)
+        before, after = (trainings(*side) for side in sides)
+        return before, after
+
+    @property
+    def newly_failed(self) -> list[str]:
+        """Cases that failed or were not started in the other run, and did not fail in the baseline, with the reason."""
+        before = {case.key for case in self.baseline if case["status"] in FAILED} | set(self.not_started[0])
+        failed = [
+            f"{case['case_id']} {case['status']}"
+            for case in self.other
+            if case["status"] in FAILED and case.key not in before
+        ]
+        waiting = [key for key in self.not_started[1] if key not in before]
+        return failed + [f"seed {seed} repeat {repeat} {NOT_STARTED}" for seed, repeat in waiting]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +99,6 @@ class ComparedRow:
     changes: dict[str, Change]
     quality: Quality | None
     overflow_rates: tuple[float | None, float | None]
-
-    @property
-    def name(self) -> str:
-        """Workload and mode."""
-        return f"{self.pair.workload} {self.pair.mode}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +133,7 @@ def compare(
     force: bool = False,
     threshold: float | None = None,
     floors: Floors = NO_FLOORS,
-    anew: Mapping[Place, int] = NO_PLACES,
+    anew: Mapping[Place, int] = MappingProxyType({}),
 ) -> Comparison:
     """Compare ``other`` with ``baseline``.
 
@@ -188,74 +246,6 @@ def floors_for(baseline: Run, other: Run, results: Path | None = None) -> Floors
     return floors_of(baseline, results, leave_out=(other.name,))
 
 
-class State(Ranked):
-    """Whether a row of two runs can be compared."""
-
-    PAIRED = "paired"
-    MISSING = "missing"
-    """Measured in the baseline alone."""
-    NEW = "new"
-    """Measured in the other run alone."""
-    NOT_COMPARABLE = "not-comparable"
-    """In both, but of different series."""
-
-
-_HOW_TO_FORCE = "use --force to compare them all the same"
-
-
-class NotComparable(RunError):
-    """Two runs were measured in different ways. The message says which, and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """The cases of one workload and mode in two runs.
-
-    Args:
-        workload: its name.
-        mode: its name.
-        state: whether they can be compared.
-        reason: why not, or what is odd although they can.
-        baseline: cases of the baseline.
-        other: cases of the other run.
-        not_started: processes that were planned and not started, of the baseline and of the other run.
-        plan_known: whether the plan of each is known.
-    """
-
-    workload: str
-    mode: str
-    state: State
-    reason: str | None
-    baseline: Sequence[Record]
-    other: Sequence[Record]
-    not_started: tuple[Sequence[Key], Sequence[Key]] = ((), ())
-    plan_known: tuple[bool, bool] = (False, False)
-
-    @property
-    def place(self) -> Place:
-        """Workload and mode."""
-        return self.workload, self.mode
-
-    @property
-    def seeds(self) -> tuple[Trainings, Trainings]:
-        """What became of the trainings of the baseline, and of the other run."""
-        sides = zip((self.baseline, self.other), self.not_started, self.plan_known, strict=True)
-        before, after = (trainings(*side) for side in sides)
-        return before, after
-
-    @property
-    def newly_failed(self) -> list[str]:
-        """Cases that failed or were not started in the other run, and did not fail in the baseline, with the reason."""
-        before = {case.key for case in self.baseline if case["status"] in FAILED} | set(self.not_started[0])
-        failed = [
-            f"{case['case_id']} {case['status']}"
-            for case in self.other
-            if case["status"] in FAILED and case.key not in before
-        ]
-        waiting = [key for key in self.not_started[1] if key not in before]
-        return failed + [f"seed {seed} repeat {repeat} {NOT_STARTED}" for seed, repeat in waiting]
-
-
 def pair_rows(baseline: Run, other: Run, force: bool = False) -> list[Pair]:
     """Pair rows by series key: those of the baseline first, in its order. None is left out.
 
@@ -277,7 +267,9 @@ def pair_rows(baseline: Run, other: Run, force: bool = False) -> list[Pair]:
     apart = [pair for pair in pairs if pair.state is State.NOT_COMPARABLE]
     if apart and not any(pair.state is State.PAIRED for pair in pairs):
         reasons = "; ".join(dict.fromkeys(str(pair.reason) for pair in apart))
-        raise NotComparable(f"{other.name} was not measured as {baseline.name} was: {reasons}; {_HOW_TO_FORCE}")
+        raise NotComparable(
+            f"{other.name} was not measured as {baseline.name} was: {reasons}; use --force to compare them all the same"
+        )
     return pairs
 
 

@@ -14,7 +14,6 @@ from mpscale.core.mode import Mode
 
 StartMethod = Literal["fork", "fresh"]
 
-
 _CASE_ID = re.compile(r"(.+)--(.+)--s(\d{1,18})--r(\d{1,18})")
 _SERIES_KEY = re.compile(r"(.*)/([^/]*)/([^/]*)/(batch=.*)/method=([^/]*)")
 
@@ -107,14 +106,8 @@ class Case:
 
     def identity(self) -> dict[str, Any]:
         """The columns of a record that say which case it is."""
-        return {
-            "case_id": self.id,
-            "workload": self.workload,
-            "mode": self.mode,
-            "seed": self.seed,
-            "repeat": self.repeat,
-            "order": self.order,
-        }
+        names = ("workload", "mode", "seed", "repeat", "order")
+        return {"case_id": self.id, **{name: getattr(self, name) for name in names}}
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain values."""
@@ -138,19 +131,6 @@ class SeriesKey:
     mode: str
     settings: Mapping[str, str]
     method: str
-
-    @classmethod
-    def of(
-        cls, mode: Mode, workload: str, digest: str, batch_size: int, train_steps: int, settings: Settings
-    ) -> SeriesKey:
-        """The key of a case. It has the settings of a loss scale only for the mode that uses it.
-
-        So another static scale does not make a new series of fp32.
-        """
-        parts = {"batch": str(batch_size), "steps": str(train_steps), "jit": "on" if settings.jit else "off"}
-        parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}
-        parts |= {name: f"{value:.17g}" for name, value in sorted(mode.scale_arguments(settings).items())}
-        return cls(workload, digest, mode.name, parts, str(METHOD_VERSION))
 
     def __str__(self) -> str:
         settings = ",".join(f"{name}={value}" for name, value in self.settings.items())
@@ -178,8 +158,14 @@ class SeriesKey:
 
 
 def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_steps: int, settings: Settings) -> str:
-    """The series key of a case as text; see :meth:`SeriesKey.of`."""
-    return str(SeriesKey.of(mode, workload, digest, batch_size, train_steps, settings))
+    """The text of the :class:`SeriesKey` of a case.
+
+    Settings of a loss scale are in it only for modes that use them: another static scale makes no new series of fp32.
+    """
+    parts = {"batch": str(batch_size), "steps": str(train_steps), "jit": "on" if settings.jit else "off"}
+    parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}
+    parts |= {name: f"{value:.17g}" for name, value in sorted(mode.scale_arguments(settings).items())}
+    return str(SeriesKey(workload, digest, mode.name, parts, str(METHOD_VERSION)))
 
 
 def plan(

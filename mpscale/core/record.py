@@ -20,17 +20,11 @@ Place = tuple[str, str]
 Key = tuple[int, int]
 """Seed and repeat: a process of a workload and mode."""
 
-_TYPES: dict[str, Any] = {
-    "str": str,
-    "int": int,
-    "float": (int, float),
-    "bool": bool,
-    "json": dict,
-}
+_TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "json": dict}
 _NAMES = {name: name for name in COLUMNS}
 """One string per name: the keys of ten thousand rows of JSON would otherwise be as many copies."""
 _SURE: dict[str, type] = {
-    column.name: {"str": str, "int": int, "float": float, "bool": bool}[column.kind]
+    column.name: _TYPES[column.kind]
     for column in COLUMNS.values()
     if column.kind != "json" and column.name != "status" and not column.positive
 }
@@ -207,8 +201,9 @@ def misfit(name: str, value: Any) -> str | None:
     if _is_unknown(value):
         return None
     kind = COLUMNS[name].kind
-    # A bool is an int to Python, but not here.
-    if not isinstance(value, _TYPES[kind]) or (kind == "bool") != isinstance(value, bool):
+    # A bool is an int to Python, but not here; an int is a float here, but not to Python.
+    wanted: Any = (int, float) if kind == "float" else _TYPES[kind]
+    if not isinstance(value, wanted) or (kind == "bool") != isinstance(value, bool):
         return f"{name} should be {kind}, not {value!r:.200}"
     if kind == "json" and not all(isinstance(part, str) for pair in value.items() for part in pair):
         return f"{name} should hold texts, not {value!r:.200}"

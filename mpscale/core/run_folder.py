@@ -300,7 +300,7 @@ def read_journal(path: Path, info: Mapping[str, Any]) -> JournalContent:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines with their numbers, read one at a time because journals of long runs are large."""
+    """The lines with their numbers, one at a time because journals of long runs are large."""
     try:
         # As bytes, because a cut can fall inside a character.
         with path.open("rb") as file:
@@ -404,11 +404,7 @@ class _Told:
         self.problems[-1] = f"{self.running} counts as invalid: {why}"
 
     def _identity(self, case_id: str) -> dict[str, Any]:
-        """Which case it is, from an earlier line or from its id.
-
-        Raises:
-            _Odd: neither says.
-        """
+        """Which case it is, from an earlier line or from its id; raise ``_Odd`` if neither says."""
         if before := self.records.get(case_id):
             return {name: before[name] for name in (*IDENTITY, "order", "attempts")}
         if case := CaseId.parse(case_id):
@@ -416,11 +412,7 @@ class _Told:
         raise _Odd(f"{case_id!r} does not say which case it is")
 
     def _start(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> None:
-        """Note a case whose result has not come yet.
-
-        Raises:
-            _Odd: it is not said which case it is.
-        """
+        """Note a case whose result has not come yet; raise ``_Odd`` if nothing says which case it is."""
         record = Record(
             {
                 **{name: case.get(name) for name in (*IDENTITY, "order")},
@@ -456,11 +448,7 @@ class _Odd(Exception):
 
 
 def _part(event: Any, name: str, kind: type, what: str = "the event") -> Any:
-    """A part of an event.
-
-    Raises:
-        _Odd: it is missing or of another type.
-    """
+    """A part of an event; raise ``_Odd`` if it is missing or of another type."""
     if not isinstance(event, dict):
         raise _Odd(f"should hold a JSON object, not {type(event).__name__}")
     if name not in event:
