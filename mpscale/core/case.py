@@ -138,7 +138,7 @@ class SeriesKey:
 
     @classmethod
     def parse(cls, text: str) -> SeriesKey | None:
-        """The inverse of ``str``; None if the text is no series key."""
+        """The inverse of ``str``; None if the text is not a series key."""
         # From the end, because names of workloads may hold slashes, as settings do: timing=2s/50.
         found = _SERIES_KEY.fullmatch(text)
         if found is None:
@@ -151,7 +151,7 @@ class SeriesKey:
     def facts(text: str) -> dict[str, str]:
         """What the text says about a series of a given workload and mode: digest, settings and method, by name.
 
-        A text that is no series key is one fact called ``series``.
+        Another text is a single fact called ``series``.
         """
         key = SeriesKey.parse(text)
         return {"series": text} if key is None else {"digest": key.digest, **key.settings, "method": key.method}

@@ -330,7 +330,7 @@ def _what_is_left(path: Path) -> str:
 
 @dataclass
 class _Told:
-    """What the lines so far have said."""
+    """What the lines so far say."""
 
     name: str
     info: Mapping[str, Any]
