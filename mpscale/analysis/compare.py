@@ -15,176 +15,7 @@ from mpscale.analysis.trainings import NO_SUCH_ROW, NOT_STARTED, Trainings, over
 from mpscale.core.case import SeriesKey
 from mpscale.core.columns import FAILED, MEASURED
 from mpscale.core.record import Key, Place, Record, grouped, of_good_trainings
-from mpscale.core.runs import Run, RunError, environment_differences, hardware, same_hardware
-
-NO_PLACES: Mapping[Place, int] = MappingProxyType({})
-
-
-@dataclass(frozen=True, slots=True)
-class ComparedRow:
-    """One workload and mode of a run, against the baseline's.
-
-    Args:
-        pair: the cases of both.
-        changes: by the name of the cost; only those that one of the two has.
-        quality: the metric against the baseline's, seed by seed; None if the row is not paired or trains nothing.
-        overflow_rates: overflow steps over attempted steps, of the baseline and of the run; None if the mode checks no
-            gradient.
-    """
-
-    pair: Pair
-    changes: dict[str, Change]
-    quality: Quality | None
-    overflow_rates: tuple[float | None, float | None]
-
-    @property
-    def name(self) -> str:
-        """Workload and mode."""
-        return f"{self.pair.workload} {self.pair.mode}"
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """A run against a baseline.
-
-    Args:
-        baseline: the run to compare with.
-        other: the run that is compared.
-        same_device: whether both ran on the same kind of device. Only then do costs get a verdict.
-        hardware: of the baseline, and of the other run.
-        differences: what else differs between the environments: name, value in the baseline, value in the other run.
-        in_turns: whether the two runs were interleaved, case by case, and so saw the same state of the machine.
-        floors: how much runs of the baseline's code differ, if known.
-        rows: those of the baseline in its order, then new ones.
-    """
-
-    baseline: Run
-    other: Run
-    same_device: bool
-    hardware: tuple[dict[str, object], dict[str, object]]
-    differences: list[tuple[str, str, str]]
-    in_turns: bool = False
-    floors: Floors = NO_FLOORS
-    rows: list[ComparedRow] = field(default_factory=list)
-
-
-def compare(
-    baseline: Run,
-    other: Run,
-    *,
-    force: bool = False,
-    threshold: float | None = None,
-    floors: Floors = NO_FLOORS,
-    anew: Mapping[Place, int] = NO_PLACES,
-) -> Comparison:
-    """Compare ``other`` with ``baseline``.
-
-    Rows are paired by series key. Costs on different devices get no verdict: that one GPU is faster than another is not
-    a regression, and only ratios within each can be compared.
-
-    Args:
-        baseline: the run to compare with.
-        other: the run that is compared.
-        force: compare rows of one workload and mode even if they were measured in different ways or on different
-            devices.
-        threshold: the smallest relative change of step time that matters; 0.05 if None.
-        floors: how much runs of the baseline's code differ; assumed where not known.
-        anew: rows of ``other`` that were measured again, with the first repeat that counts for costs that drift.
-
-    Raises:
-        NotComparable: the runs were measured in different ways; not with ``force``.
-    """
-    pairs = pair_rows(baseline, other, force)
-    same = same_hardware(baseline, other)
-    in_turns = ran_in_turns(baseline, other)
-    paired = [pair for pair in pairs if pair.state is State.PAIRED]
-    changes: dict[str, dict[Place, Change]] = {}
-    for name, cost in COSTS.items():
-        others = {pair.place: _since(pair.other, anew.get(pair.place, 0), cost) for pair in paired}
-        sides = [{pair.place: pair.baseline for pair in paired}, others]
-        assumed = assumed_floor(sides, cost)
-        pairs_of = pair_noise(sides, cost) if in_turns else {}
-        found = {
-            pair.place: change
-            for pair in paired
-            if (
-                change := measure_change(
-                    pair.baseline,
-                    others[pair.place],
-                    cost,
-                    len(paired),
-                    floors.get(name, pair.place) or assumed,
-                    pairs_of.get(pair.place),
-                    pair.not_started,
-                )
-            )
-        }
-        if same or force:
-            limit = threshold if name == "step_time" else None
-            changes[name] = dict(zip(found, with_verdicts(list(found.values()), limit), strict=True))
-        else:
-            changes[name] = {
-                place: replace(change, verdict=Verdict.NOT_COMPARABLE, reason="another device")
-                for place, change in found.items()
-            }
-    rows = [
-        ComparedRow(
-            pair,
-            {name: of_rows[pair.place] for name, of_rows in changes.items() if pair.place in of_rows},
-            judge_metric(pair.baseline, pair.other, pair.seeds) if pair.state is State.PAIRED else None,
-            (overflow_rate(pair.baseline), overflow_rate(pair.other)),
-        )
-        for pair in pairs
-    ]
-    return Comparison(
-        baseline,
-        other,
-        same,
-        (hardware(baseline), hardware(other)),
-        environment_differences(baseline, other),
-        in_turns,
-        floors,
-        rows,
-    )
-
-
-def _since(cases: Sequence[Record], first: int, cost: Cost) -> Sequence[Record]:
-    """The cases whose figures count if a row was measured again from repeat ``first`` on.
-
-    The row was picked because its first times were long; pooled with the new ones they would bias the mean.
-    """
-    if not first or not cost.drifts:
-        return cases
-    good = set(map(id, of_good_trainings(cases)))
-    return [case for case in cases if case["repeat"] >= first and (id(case) in good or case["status"] in FAILED)]
-
-
-def ran_in_turns(baseline: Run, other: Run) -> bool:
-    """Whether `mpscale ab` made the two runs together."""
-    one, two = (run.info.get("interleaved") for run in (baseline, other))
-    return isinstance(one, dict) and isinstance(two, dict) and one.get("id") == two.get("id") is not None
-
-
-def compare_all(
-    runs: Sequence[Run], *, force: bool = False, threshold: float | None = None, results: Path | None = None
-) -> list[Comparison]:
-    """Compare every run but the first with the first.
-
-    Args:
-        runs: the baseline first.
-        force: see :func:`compare`.
-        threshold: see :func:`compare`.
-        results: the results folder, which may hold further runs of the baseline's code.
-    """
-    return [
-        compare(runs[0], other, force=force, threshold=threshold, floors=floors_for(runs[0], other, results))
-        for other in runs[1:]
-    ]
-
-
-def floors_for(baseline: Run, other: Run, results: Path | None = None) -> Floors:
-    """How much runs of the baseline's code differ, without the run to be judged."""
-    return floors_of(baseline, results, leave_out=(other.name,))
+from mpscale.core.runs import Run, RunError, environment_differences, hardware, same_machine
 
 
 class State(Ranked):
@@ -197,9 +28,6 @@ class State(Ranked):
     """Measured in the other run alone."""
     NOT_COMPARABLE = "not-comparable"
     """In both, but of different series."""
-
-
-_HOW_TO_FORCE = "use --force to compare them all the same"
 
 
 class NotComparable(RunError):
@@ -255,6 +83,169 @@ class Pair:
         return failed + [f"seed {seed} repeat {repeat} {NOT_STARTED}" for seed, repeat in waiting]
 
 
+@dataclass(frozen=True, slots=True)
+class ComparedRow:
+    """One workload and mode of a run, against the baseline's.
+
+    Args:
+        pair: the cases of both.
+        changes: by the name of the cost; only those that one of the two has.
+        quality: the metric against the baseline's, seed by seed; None if the row is not paired or trains nothing.
+        overflow_rates: overflow steps over attempted steps, of the baseline and of the run; None if the mode checks no
+            gradient.
+    """
+
+    pair: Pair
+    changes: dict[str, Change]
+    quality: Quality | None
+    overflow_rates: tuple[float | None, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A run against a baseline.
+
+    Args:
+        baseline: the run to compare with.
+        other: the run that is compared.
+        same_device: whether both ran on the same kind of device. Only then do costs get a verdict.
+        hardware: of the baseline, and of the other run.
+        differences: what else differs between the environments: name, value in the baseline, value in the other run.
+        in_turns: whether the two runs were interleaved, case by case, and so saw the same state of the machine.
+        floors: how much runs of the baseline's code differ, if known.
+        rows: those of the baseline in its order, then new ones.
+    """
+
+    baseline: Run
+    other: Run
+    same_device: bool
+    hardware: tuple[dict[str, object], dict[str, object]]
+    differences: list[tuple[str, str, str]]
+    in_turns: bool = False
+    floors: Floors = NO_FLOORS
+    rows: list[ComparedRow] = field(default_factory=list)
+
+
+def compare(
+    baseline: Run,
+    other: Run,
+    *,
+    force: bool = False,
+    threshold: float | None = None,
+    floors: Floors = NO_FLOORS,
+    anew: Mapping[Place, int] = MappingProxyType({}),
+) -> Comparison:
+    """Compare ``other`` with ``baseline``.
+
+    Rows are paired by series key. Costs on different devices get no verdict: that one GPU is faster than another is not
+    a regression, and only ratios within each can be compared.
+
+    Args:
+        baseline: the run to compare with.
+        other: the run that is compared.
+        force: compare rows of one workload and mode even if they were measured in different ways or on different
+            devices.
+        threshold: the smallest relative change of step time that matters; 0.05 if None.
+        floors: how much runs of the baseline's code differ; assumed where not known.
+        anew: rows of ``other`` that were measured again, with the first repeat that counts for costs that drift.
+
+    Raises:
+        NotComparable: the runs were measured in different ways; not with ``force``.
+    """
+    pairs = pair_rows(baseline, other, force)
+    machines = hardware(baseline), hardware(other)
+    same = same_machine(*machines)
+    in_turns = ran_in_turns(baseline, other)
+    paired = [pair for pair in pairs if pair.state is State.PAIRED]
+    changes: dict[str, dict[Place, Change]] = {}
+    for name, cost in COSTS.items():
+        others = {pair.place: _since(pair.other, anew.get(pair.place, 0), cost) for pair in paired}
+        sides = [{pair.place: pair.baseline for pair in paired}, others]
+        assumed = assumed_floor(sides, cost)
+        pairs_of = pair_noise(sides, cost) if in_turns else {}
+        found = {
+            pair.place: change
+            for pair in paired
+            if (
+                change := measure_change(
+                    pair.baseline,
+                    others[pair.place],
+                    cost,
+                    len(paired),
+                    floors.get(name, pair.place) or assumed,
+                    pairs_of.get(pair.place),
+                    pair.not_started,
+                )
+            )
+        }
+        if same or force:
+            limit = threshold if name == "step_time" else None
+            changes[name] = dict(zip(found, with_verdicts(list(found.values()), limit), strict=True))
+        else:
+            changes[name] = {
+                place: replace(change, verdict=Verdict.NOT_COMPARABLE, reason="another device")
+                for place, change in found.items()
+            }
+    rows = [
+        ComparedRow(
+            pair,
+            {name: of_rows[pair.place] for name, of_rows in changes.items() if pair.place in of_rows},
+            judge_metric(pair.baseline, pair.other, pair.seeds) if pair.state is State.PAIRED else None,
+            (overflow_rate(pair.baseline), overflow_rate(pair.other)),
+        )
+        for pair in pairs
+    ]
+    return Comparison(
+        baseline,
+        other,
+        same,
+        machines,
+        environment_differences(baseline, other),
+        in_turns,
+        floors,
+        rows,
+    )
+
+
+def _since(cases: Sequence[Record], first: int, cost: Cost) -> Sequence[Record]:
+    """The cases whose figures count if a row was measured again from repeat ``first`` on.
+
+    The row was picked because its first times were long; pooled with the new ones they would bias the mean.
+    """
+    if not first or not cost.drifts:
+        return cases
+    good = set(map(id, of_good_trainings(cases)))
+    return [case for case in cases if case["repeat"] >= first and (id(case) in good or case["status"] in FAILED)]
+
+
+def ran_in_turns(baseline: Run, other: Run) -> bool:
+    """Whether `mpscale ab` made the two runs together."""
+    one, two = (run.info.get("interleaved") for run in (baseline, other))
+    return isinstance(one, dict) and isinstance(two, dict) and one.get("id") == two.get("id") is not None
+
+
+def compare_all(
+    runs: Sequence[Run], *, force: bool = False, threshold: float | None = None, results: Path | None = None
+) -> list[Comparison]:
+    """Compare every run but the first with the first.
+
+    Args:
+        runs: the baseline first.
+        force: see :func:`compare`.
+        threshold: see :func:`compare`.
+        results: the results folder, which may hold further runs of the baseline's code.
+    """
+    return [
+        compare(runs[0], other, force=force, threshold=threshold, floors=floors_for(runs[0], other, results))
+        for other in runs[1:]
+    ]
+
+
+def floors_for(baseline: Run, other: Run, results: Path | None = None) -> Floors:
+    """How much runs of the baseline's code differ, without the run to be judged."""
+    return floors_of(baseline, results, leave_out=(other.name,))
+
+
 def pair_rows(baseline: Run, other: Run, force: bool = False) -> list[Pair]:
     """Pair rows by series key: those of the baseline first, in its order. None is left out.
 
@@ -276,7 +267,9 @@ def pair_rows(baseline: Run, other: Run, force: bool = False) -> list[Pair]:
     apart = [pair for pair in pairs if pair.state is State.NOT_COMPARABLE]
     if apart and not any(pair.state is State.PAIRED for pair in pairs):
         reasons = "; ".join(dict.fromkeys(str(pair.reason) for pair in apart))
-        raise NotComparable(f"{other.name} was not measured as {baseline.name} was: {reasons}; {_HOW_TO_FORCE}")
+        raise NotComparable(
+            f"{other.name} was not measured as {baseline.name} was: {reasons}; use --force to compare them all the same"
+        )
     return pairs
 
 

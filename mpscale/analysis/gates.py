@@ -144,9 +144,7 @@ def _judge(comparison: Comparison, gate: Gate) -> list[Finding]:
         return [_metric(row, gate) for row in judged] or [_nothing(gate, "has a metric")]
     if gate.name == _RATE:
         rated = [row for row in rows if row.overflow_rates != (None, None)]
-        return [_overflow_rate(row, gate, gate.threshold or 0.0) for row in rated] or [
-            _nothing(gate, "checks a gradient")
-        ]
+        return [_overflow_rate(row, gate) for row in rated] or [_nothing(gate, "checks a gradient")]
     return [_missing(row, gate) for row in rows] or [_nothing(gate, "was measured")]
 
 
@@ -216,7 +214,7 @@ def _metric(row: ComparedRow, gate: Gate) -> Finding:
     return _finding(row, gate, quality.verdict.outcome, f"{quality.verdict}: {text}")
 
 
-def _overflow_rate(row: ComparedRow, gate: Gate, threshold: float) -> Finding:
+def _overflow_rate(row: ComparedRow, gate: Gate) -> Finding:
     before, after = row.overflow_rates
     if row.pair.state is not State.PAIRED or after is None:
         return _finding(row, gate, Outcome.CANNOT_TELL, _why_not(row))
@@ -225,7 +223,7 @@ def _overflow_rate(row: ComparedRow, gate: Gate, threshold: float) -> Finding:
     unknown = overflow_unknown(row.pair.other, row.pair.not_started[1])
     if unknown:
         text += f"; not known of {by_reason(unknown)}"
-    if after > threshold:
+    if after > (gate.threshold or 0.0):
         return _finding(row, gate, Outcome.FIRED, text)
     return _finding(row, gate, Outcome.CANNOT_TELL if unknown else Outcome.PASSED, text)
 

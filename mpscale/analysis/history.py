@@ -16,10 +16,9 @@ from mpscale.analysis.stats import Interval, geometric_interval, log_change
 from mpscale.core.case import SeriesKey
 from mpscale.core.columns import MEASURED
 from mpscale.core.record import Key, Record, grouped, in_order_of_modes
-from mpscale.core.runs import Run, RunError, hardware, read_run
+from mpscale.core.runs import MAKE_ONE, Run, RunError, hardware, read_run
 
 _TIME_IN_NAME = re.compile(r"\d{8}T\d{6}Z")
-_NONE_YET = "make one with `make bench` or `pytest bench/ --benchmark-only`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +137,7 @@ def read_folder(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]]]:
         if folder.is_dir() and not folder.name.startswith(".")
     ]
     if not folders:
-        raise RunError(f"there is no run in {results_dir / 'runs'} or {results_dir / 'reference'}; {_NONE_YET}")
+        raise RunError(f"there is no run in {results_dir / 'runs'} or {results_dir / 'reference'}; {MAKE_ONE}")
     runs: dict[str, Run] = {}
     skipped = []
     for folder in folders:
@@ -150,7 +149,7 @@ def read_folder(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]]]:
             runs.setdefault(run.name, run)
     if not runs:
         raise RunError(
-            f"none of the {len(skipped)} runs in {results_dir} can be read; the first: {skipped[0][1]}; {_NONE_YET}"
+            f"none of the {len(skipped)} runs in {results_dir} can be read; the first: {skipped[0][1]}; {MAKE_ONE}"
         )
     return list(runs.values()), skipped
 
@@ -346,9 +345,8 @@ def _failure(cases: Sequence[Record], leave_out: Sequence[str] = ()) -> str | No
 
 
 def _facts(run: Run) -> RunFacts:
-    environment = _object(run.info.get("environment"))
-    git = _object(environment.get("git"))
-    versions = (_object(environment.get(name)).get("tensorflow") for name in ("packages", "runtime"))
+    git = _object(run.environment.get("git"))
+    versions = (_object(run.environment.get(name)).get("tensorflow") for name in ("packages", "runtime"))
     commit, dirty = git.get("commit"), git.get("dirty")
     return RunFacts(
         run.name,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +62,18 @@ NO_FLOORS = Floors((), {})
 
 
 def floors_of(baseline: Run, results: Path | None = None, leave_out: Sequence[str] = ()) -> Floors:
-    """The floors from :func:`runs_of_the_same_code`, with the runs that could not be read."""
+    """The floors that :func:`runs_of_the_same_code` show; none if there are fewer than five runs."""
     unreadable: list[tuple[str, str]] = []
-    found = find_floors(runs_of_the_same_code(baseline, results, leave_out, unreadable))
-    return replace(found, left_out=tuple(unreadable))
+    runs = runs_of_the_same_code(baseline, results, leave_out, unreadable)
+    left_out = tuple(unreadable)
+    if len(runs) < FEWEST_RUNS:
+        return Floors((), {}, left_out)
+    tables = [_by_row(run) for run in runs]
+    found = {
+        name: floors_from_samples([{row: cost.sample(cases) for row, cases in table.items()} for table in tables])
+        for name, cost in COSTS.items()
+    }
+    return Floors(tuple(run.name for run in runs), {name: of for name, of in found.items() if of}, left_out)
 
 
 def runs_of_the_same_code(
@@ -100,7 +108,9 @@ def runs_of_the_same_code(
         folder = infos[name].parent
         try:
             # Most runs are of other code, and run.json alone shows that.
-            if not _alike(baseline, Run(folder, name, read_info(infos[name]), [], False)):
+            info = Run(folder, name, read_info(infos[name]), [], False)
+            same_method = baseline.info.get("method_version") == info.info.get("method_version")
+            if not same_method or not same_hardware(baseline, info) or environment_differences(baseline, info):
                 continue
             run = read_run(folder)
         except Exception as error:  # whatever is wrong with another run must not cost this one its report
@@ -110,22 +120,6 @@ def runs_of_the_same_code(
         if run.finished:
             found[name] = run
     return [found[name] for name in sorted(found)]
-
-
-def find_floors(runs: Sequence[Run]) -> Floors:
-    """The floors that runs of the same code show; none if there are fewer than five runs.
-
-    Args:
-        runs: from :func:`runs_of_the_same_code`.
-    """
-    if len(runs) < FEWEST_RUNS:
-        return NO_FLOORS
-    tables = [_by_row(run) for run in runs]
-    found = {
-        name: floors_from_samples([{row: cost.sample(cases) for row, cases in table.items()} for table in tables])
-        for name, cost in COSTS.items()
-    }
-    return Floors(tuple(run.name for run in runs), {name: floors for name, floors in found.items() if floors})
 
 
 def assumed_floor(sides: Sequence[Mapping[Place, Sequence[Record]]], cost: Cost) -> Between | None:
@@ -146,11 +140,6 @@ def assumed_floor(sides: Sequence[Mapping[Place, Sequence[Record]]], cost: Cost)
     spread = math.sqrt(within)
     deviation = max(spread, min(max(ASSUMED_RATIO * spread, ASSUMED_LEAST), ASSUMED_MOST))
     return Between(deviation**2, float(degrees), 0) if degrees else None
-
-
-def _alike(baseline: Run, run: Run) -> bool:
-    same_settings = baseline.info.get("method_version") == run.info.get("method_version")
-    return same_settings and same_hardware(baseline, run) and not environment_differences(baseline, run)
 
 
 def _by_row(run: Run) -> dict[_Row, list[Record]]:

@@ -1,8 +1,8 @@
 """What became of the training of each seed: which are lost, and which unknown.
 
-A training is lost if it ran to the end and is worth nothing: it diverged, stalled, or ended without a finite metric.
-That is a result, and a bad one. A training whose process died (oom, timeout, crashed and so on) or never started is
-unknown: no result, good or bad. A verdict must account for both, or it is a verdict on the survivors.
+A training is lost if it ran to the end without a usable result: it diverged, stalled, or ended without a finite metric.
+That is a bad outcome. A training whose process died (oom, timeout, crashed and so on) or never started is unknown: it
+has no outcome, good or bad. A verdict must account for both, or it is a verdict on the survivors.
 """
 
 from __future__ import annotations

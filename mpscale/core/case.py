@@ -14,7 +14,6 @@ from mpscale.core.mode import Mode
 
 StartMethod = Literal["fork", "fresh"]
 
-
 _CASE_ID = re.compile(r"(.+)--(.+)--s(\d{1,18})--r(\d{1,18})")
 _SERIES_KEY = re.compile(r"(.*)/([^/]*)/([^/]*)/(batch=.*)/method=([^/]*)")
 
@@ -107,14 +106,8 @@ class Case:
 
     def identity(self) -> dict[str, Any]:
         """The columns of a record that say which case it is."""
-        return {
-            "case_id": self.id,
-            "workload": self.workload,
-            "mode": self.mode,
-            "seed": self.seed,
-            "repeat": self.repeat,
-            "order": self.order,
-        }
+        names = ("workload", "mode", "seed", "repeat", "order")
+        return {"case_id": self.id, **{name: getattr(self, name) for name in names}}
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain values."""
@@ -139,26 +132,13 @@ class SeriesKey:
     settings: Mapping[str, str]
     method: str
 
-    @classmethod
-    def of(
-        cls, mode: Mode, workload: str, digest: str, batch_size: int, train_steps: int, settings: Settings
-    ) -> SeriesKey:
-        """The key of a case. It has the settings of a loss scale only for the mode that uses it.
-
-        So another static scale does not make a new series of fp32.
-        """
-        parts = {"batch": str(batch_size), "steps": str(train_steps), "jit": "on" if settings.jit else "off"}
-        parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}
-        parts |= {name: f"{value:.17g}" for name, value in sorted(mode.scale_arguments(settings).items())}
-        return cls(workload, digest, mode.name, parts, str(METHOD_VERSION))
-
     def __str__(self) -> str:
         settings = ",".join(f"{name}={value}" for name, value in self.settings.items())
         return f"{self.workload}/{self.digest}/{self.mode}/{settings}/method={self.method}"
 
     @classmethod
     def parse(cls, text: str) -> SeriesKey | None:
-        """The inverse of ``str``; None if the text is no series key."""
+        """The inverse of ``str``; None if the text is not a series key."""
         # From the end, because names of workloads may hold slashes, as settings do: timing=2s/50.
         found = _SERIES_KEY.fullmatch(text)
         if found is None:
@@ -171,15 +151,21 @@ class SeriesKey:
     def facts(text: str) -> dict[str, str]:
         """What the text says about a series of a given workload and mode: digest, settings and method, by name.
 
-        A text that is no series key is one fact called ``series``.
+        Another text is a single fact called ``series``.
         """
         key = SeriesKey.parse(text)
         return {"series": text} if key is None else {"digest": key.digest, **key.settings, "method": key.method}
 
 
 def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_steps: int, settings: Settings) -> str:
-    """The series key of a case as text; see :meth:`SeriesKey.of`."""
-    return str(SeriesKey.of(mode, workload, digest, batch_size, train_steps, settings))
+    """The text of the :class:`SeriesKey` of a case.
+
+    Settings of a loss scale are in it only for modes that use them: another static scale makes no new series of fp32.
+    """
+    parts = {"batch": str(batch_size), "steps": str(train_steps), "jit": "on" if settings.jit else "off"}
+    parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}
+    parts |= {name: f"{value:.17g}" for name, value in sorted(mode.scale_arguments(settings).items())}
+    return str(SeriesKey(workload, digest, mode.name, parts, str(METHOD_VERSION)))
 
 
 def plan(

@@ -50,11 +50,9 @@ def read_cases(path: Path, only: Iterable[str] = COLUMNS) -> list[Record]:
     """
     wanted = {*only, *_NEEDED}
     names, rows = _rows(path, _content(path), wanted)
-    twice = sorted({name for name in names if name in COLUMNS and names.count(name) > 1})
-    if twice:
+    if twice := sorted({name for name in names if name in COLUMNS and names.count(name) > 1}):
         raise RunError(f"{path}: has several columns {', '.join(twice)}; leave one of each")
-    missing = [name for name in _NEEDED if name not in names]
-    if missing:
+    if missing := [name for name in _NEEDED if name not in names]:
         raise RunError(f"{path}: is no cases.csv of mpscale: it has no column {', '.join(missing)}")
     columns = [name for name in names if name in wanted and name in COLUMNS]
     words = _words_for_unknown(columns, [cells for _, cells in rows])
@@ -70,11 +68,7 @@ def read_cases(path: Path, only: Iterable[str] = COLUMNS) -> list[Record]:
 
 
 def _content(path: Path) -> bytes:
-    """The content of a file that can be decoded as UTF-8.
-
-    Raises:
-        RunError: it cannot.
-    """
+    """The content of a file, which must be UTF-8."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -96,11 +90,7 @@ def _content(path: Path) -> bytes:
 
 
 def _rows(path: Path, content: bytes, wanted: Container[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header, and the wanted cells of each row with the number of its last line. Rows without content are skipped.
-
-    Raises:
-        RunError: this is not CSV with commas.
-    """
+    """The header, and the wanted cells of each row that has content, with the number of its last line."""
     header = content[: len(content) if (end := re.search(b"[\r\n]", content)) is None else end.start()]
     for separator, name in ((b";", "semicolons"), (b"\t", "tabs")):
         if header.count(separator) > header.count(b","):
@@ -139,13 +129,12 @@ def _record(path: Path, line: int, columns: Sequence[str], cells: Sequence[str],
         values = {name: _value(name, text) for name, text in known.items()}
         reasons = values.pop("unavailable", None) or {}
         record = Record(values, {name: Reason.from_json(why) for name, why in reasons.items()})
-        odd = [*record.drop_misfits(), *lacks(record, str(record["case_id"]))]
-        if odd:
+        if odd := [*record.drop_misfits(), *lacks(record, str(record["case_id"]))]:
             raise ValueError("; ".join(odd))
     except ValueError as error:
         raise RunError(f"{path}, line {line}: {error}") from error
-    version = record["schema_version"]
-    if version is not None and version > SCHEMA_VERSION:
+    version = record["schema_version"] or SCHEMA_VERSION
+    if version > SCHEMA_VERSION:
         raise RunError(
             f"{path}, line {line}: written with schema version {version}, this mpscale reads up to {SCHEMA_VERSION}; "
             "upgrade it"

@@ -29,11 +29,7 @@ class Scaling:
     checks_gradients: bool = True
 
 
-STATIC = Scaling("static", setting="static_scale", argument="scale")
-DYNAMIC = Scaling("dynamic", setting="dynamic_scale")
-LOGMAX = Scaling("logmax")
-KERAS = Scaling("keras")
-ARTICLE = Scaling("article", checks_gradients=False)
+_DYNAMIC = Scaling("dynamic", setting="dynamic_scale")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +90,8 @@ class Mode:
         """
         if self.name == "tf32" and not device.has_tf32:
             return f"TF32 needs an NVIDIA GPU of compute capability 8.0 or newer; this is {_described(device)}"
-        if self.graph_rewrite and not _rewrites_graphs(device):
+        # From NVIDIA's Volta on.
+        if self.graph_rewrite and (device.compute_capability or (0, 0)) < (7, 0):
             return (
                 "TensorFlow's rewrite to float16 needs an NVIDIA GPU of compute capability 7.0 or newer"
                 f"{' and --mp-jit off' if jit else ''}; this is {_described(device)}"
@@ -110,11 +107,6 @@ class Mode:
 def _described(device: Device) -> str:
     capability = device.compute_capability
     return f"{device.name} ({'.'.join(map(str, capability))})" if capability else device.name
-
-
-def _rewrites_graphs(device: Device) -> bool:
-    """Whether TensorFlow rewrites graphs for this device, which it does from NVIDIA's Volta (7.0) on."""
-    return device.compute_capability is not None and device.compute_capability >= (7, 0)
 
 
 # Okabe and Ito, "Color Universal Design" (2008), without its colours that are too light for lines on white. Others are
@@ -140,7 +132,7 @@ _ALL = (
         colour="#D55E00",
         marker="D",
         policy="mixed_float16",
-        scaling=STATIC,
+        scaling=Scaling("static", setting="static_scale", argument="scale"),
         on_trial=True,
         summary="float16 with a constant loss scale, overflow steps skipped",
     ),
@@ -149,7 +141,7 @@ _ALL = (
         colour="#0072B2",
         marker="^",
         policy="mixed_float16",
-        scaling=DYNAMIC,
+        scaling=_DYNAMIC,
         summary="float16 with a loss scale that follows overflow",
     ),
     Mode(
@@ -172,7 +164,7 @@ _ALL = (
         colour="#785EF0",
         marker="h",
         policy="mixed_float16",
-        scaling=LOGMAX,
+        scaling=Scaling("logmax"),
         on_trial=True,
         summary="float16 with a loss scale that follows the largest gradients",
     ),
@@ -181,7 +173,7 @@ _ALL = (
         colour="#882255",
         marker="<",
         policy="mixed_float16",
-        scaling=KERAS,
+        scaling=Scaling("keras"),
         on_trial=True,
         summary="float16 with Keras' own LossScaleOptimizer, side by side",
     ),
@@ -190,7 +182,7 @@ _ALL = (
         colour="#117733",
         marker=">",
         policy="float32",
-        scaling=DYNAMIC,
+        scaling=_DYNAMIC,
         graph_rewrite=True,
         summary="TensorFlow's own rewrite of float32 graphs to float16, with mixed-dynamic's scale; GPU, without XLA",
     ),
@@ -199,7 +191,7 @@ _ALL = (
         colour="#4B0092",
         marker="p",
         policy="mixed_float16",
-        scaling=ARTICLE,
+        scaling=Scaling("article", checks_gradients=False),
         on_trial=True,
         summary="float16 with the rule of the article mpscale began with",
     ),

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,17 +20,11 @@ Place = tuple[str, str]
 Key = tuple[int, int]
 """Seed and repeat: a process of a workload and mode."""
 
-_TYPES: dict[str, Any] = {
-    "str": str,
-    "int": int,
-    "float": (int, float),
-    "bool": bool,
-    "json": dict,
-}
+_TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "json": dict}
 _NAMES = {name: name for name in COLUMNS}
 """One string per name: the keys of ten thousand rows of JSON would otherwise be as many copies."""
 _SURE: dict[str, type] = {
-    column.name: {"str": str, "int": int, "float": float, "bool": bool}[column.kind]
+    column.name: _TYPES[column.kind]
     for column in COLUMNS.values()
     if column.kind != "json" and column.name != "status" and not column.positive
 }
@@ -61,11 +56,10 @@ class Record:
         Raises:
             KeyError: there is no such column.
         """
-        values = self._values
-        if name in values:
-            return values[name]
-        _check_name(name)
-        return None
+        value = self._values.get(name)
+        if value is None and name not in COLUMNS:
+            _check_name(name)
+        return value
 
     def update(self, values: Mapping[str, Any]) -> None:
         """Set several columns. None, NaN and infinity leave a column empty.
@@ -101,7 +95,7 @@ class Record:
         misfits = {
             name: why
             for name, value in self._values.items()
-            if not (type(value) is _SURE.get(name) and (type(value) is not int or _fits_into_64_bits(value)))
+            if (type(value) is not _SURE.get(name) or (type(value) is int and not _fits_into_64_bits(value)))
             and (why := misfit(name, value)) is not None
         }
         for name, why in misfits.items():
@@ -162,20 +156,29 @@ class Record:
         if not isinstance(reasons, dict):
             raise TypeError(f"unavailable should hold reasons by column, not {reasons!r:.200}")
         found = cls()
-        for name, value in row.items():
-            known = _NAMES.get(name)
-            if known is None or known == "unavailable" or value is None:
-                continue
-            if type(value) is str:
-                value = encodable(value)
-            elif type(value) is float and not math.isfinite(value):
-                continue
-            found._values[known] = value
-        for name, why in reasons.items():
-            reason = Reason.from_json(why)
-            if (known := _NAMES.get(name)) and known not in found._values:
-                found._unavailable[known] = reason
+        found._values = values = {
+            _NAMES[name]: value if type(value) is not str or value.isascii() else encodable(value)
+            for name, value in row.items()
+            if name in _NAMES and value is not None and (type(value) is not float or math.isfinite(value))
+        }
+        values.pop("unavailable", None)
+        told = _reasons(reasons)
+        found._unavailable = {_NAMES[name]: why for name, why in told.items() if name in _NAMES and name not in values}
         return found
+
+
+_known_reasons: deque[tuple[dict[str, Any], dict[str, Reason]]] = deque(maxlen=16)
+"""The latest reasons from JSON: those of a mode are mostly the same in all of its cases, and comparing is cheap."""
+
+
+def _reasons(values: dict[str, Any]) -> dict[str, Reason]:
+    """The reasons by column, from JSON."""
+    for known, reasons in _known_reasons:
+        if known == values:
+            return reasons
+    reasons = {name: Reason.from_json(why) for name, why in values.items()}
+    _known_reasons.appendleft((values, reasons))
+    return reasons
 
 
 def plain(value: Any) -> Any:
@@ -198,8 +201,9 @@ def misfit(name: str, value: Any) -> str | None:
     if _is_unknown(value):
         return None
     kind = COLUMNS[name].kind
-    # A bool is an int to Python, but not here.
-    if not isinstance(value, _TYPES[kind]) or (kind == "bool") != isinstance(value, bool):
+    # A bool is an int to Python, but not here; an int is a float here, but not to Python.
+    wanted: Any = (int, float) if kind == "float" else _TYPES[kind]
+    if not isinstance(value, wanted) or (kind == "bool") != isinstance(value, bool):
         return f"{name} should be {kind}, not {value!r:.200}"
     if kind == "json" and not all(isinstance(part, str) for pair in value.items() for part in pair):
         return f"{name} should hold texts, not {value!r:.200}"
@@ -286,19 +290,21 @@ def to_csv(records: Iterable[Record]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
+    # Most cases of a mode lack the same columns for the same reasons.
+    cells_of_reasons: dict[tuple[tuple[str, str], ...], str] = {}
     for record in records:
-        row = record._values
-        if record._unavailable:
-            reasons = {name: record._unavailable[name].text for name in COLUMNS if name in record._unavailable}
-            row = {**row, "unavailable": json.dumps(reasons, ensure_ascii=False)}
-        cells = [row.get(name, "") for name in COLUMNS]
         # Progress bars write lone carriage returns. Python's csv leaves them unquoted, and readers end the row there.
-        writer.writerow(
-            [
-                cell.replace("\r\n", "\n").replace("\r", "\n") if type(cell) is str and "\r" in cell else cell
-                for cell in cells
-            ]
-        )
+        row = {
+            name: value.replace("\r\n", "\n").replace("\r", "\n") if type(value) is str and "\r" in value else value
+            for name, value in record._values.items()
+        }
+        if record._unavailable:
+            reasons = tuple((name, why.text) for name, why in record._unavailable.items())
+            if reasons not in cells_of_reasons:
+                ordered = {name: record._unavailable[name].text for name in COLUMNS if name in record._unavailable}
+                cells_of_reasons[reasons] = json.dumps(ordered, ensure_ascii=False)
+            row["unavailable"] = cells_of_reasons[reasons]
+        writer.writerow(map(row.get, COLUMNS))
     return text.getvalue()
 
 

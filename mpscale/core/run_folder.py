@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,6 +22,10 @@ from mpscale.core.record import Record, to_csv
 
 IDENTITY = ("workload", "mode", "seed", "repeat")
 """The columns that say which case a record is of."""
+_QUICK_S = 0.05
+"""A cases.csv that is written faster than this, in seconds, is written after every case."""
+_PAUSE = 50
+"""Another one is written again after so many times the time that it took."""
 NO_END = "the journal holds no end of this case: the run was stopped, or is still going on"
 
 
@@ -94,6 +99,8 @@ class Journal:
         self._file: IO[bytes] | None = None
         """Open for appending; None while it cannot be written."""
         self._size = 0
+        self._cases_due = 0.0
+        """When cases.csv may be written again, on the monotonic clock; 0 if after every case."""
         self._write_anew()
 
     def steps_path(self, case: Case) -> Path:
@@ -116,7 +123,10 @@ class Journal:
         self._append("case_started", case_id=case.id, attempt=attempt, case=identity)
 
     def case_finished(self, case: Case, record: Record, step_s: Sequence[float], phases: Mapping[str, float]) -> None:
-        """Note the result of a case and update cases.csv, which is complete even if the run dies next.
+        """Note the result of a case.
+
+        Also write cases.csv, but less often if that takes long, because it is then a large file: a run that is killed
+        may lack the last rows there. Its journal has them all.
 
         Args:
             case: the case.
@@ -127,11 +137,15 @@ class Journal:
         blocks = [float(f"{value:.6g}") for value in step_s]
         self._records[case.id] = record
         self._append("case_finished", case_id=case.id, record=record.to_json(), step_s=blocks, phases=dict(phases))
-        with self._no_trouble_ends_the_run():
-            write_cases(self.path, self._records.values())
+        if time.monotonic() >= self._cases_due:
+            with self._no_trouble_ends_the_run():
+                self._write_cases()
 
     def finish(self, exit_status: int) -> None:
         """Note the end of the run. Nothing may be written afterwards."""
+        if self._cases_due:
+            with self._no_trouble_ends_the_run():
+                self._write_cases()
         self._append("run_finished", exit_status=exit_status, cases=len(self._records))
         if self._file is None:
             self.path = Path(tempfile.mkdtemp(prefix="mpscale-")) / self.name
@@ -179,11 +193,18 @@ class Journal:
         self.path.mkdir(parents=True, exist_ok=True)
         self._write_info()
         if self._records:
-            write_cases(self.path, self._records.values())
+            self._write_cases()
         journal = self.path / "journal.jsonl"
         _replace(journal, b"".join(self._lines))
         self._size = sum(map(len, self._lines))
         self._file = journal.open("ab", buffering=0)
+
+    def _write_cases(self) -> None:
+        start = time.monotonic()
+        write_cases(self.path, self._records.values())
+        end = time.monotonic()
+        took = end - start
+        self._cases_due = end + _PAUSE * took if took > _QUICK_S else 0.0
 
     def _write_info(self) -> None:
         _replace(self.path / "run.json", (json.dumps(self._info, indent=2) + "\n").encode())
@@ -212,8 +233,8 @@ class Journal:
 
 
 def _line(event: str, **fields: Any) -> bytes:
-    time = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return json.dumps({"event": event, "time": time, **fields}).encode() + b"\n"
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"event": event, "time": now, **fields}).encode() + b"\n"
 
 
 def _file_name(case_id: str) -> str:
@@ -279,7 +300,7 @@ def read_journal(path: Path, info: Mapping[str, Any]) -> JournalContent:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines with their numbers, read one at a time because journals of long runs are large."""
+    """The lines with their numbers, one at a time because journals of long runs are large."""
     try:
         # As bytes, because a cut can fall inside a character.
         with path.open("rb") as file:
@@ -309,7 +330,7 @@ def _what_is_left(path: Path) -> str:
 
 @dataclass
 class _Told:
-    """What the lines so far have said."""
+    """What the lines so far say."""
 
     name: str
     info: Mapping[str, Any]
@@ -383,11 +404,7 @@ class _Told:
         self.problems[-1] = f"{self.running} counts as invalid: {why}"
 
     def _identity(self, case_id: str) -> dict[str, Any]:
-        """Which case it is, from an earlier line or from its id.
-
-        Raises:
-            _Odd: neither says.
-        """
+        """Which case it is, from an earlier line or from its id; raise ``_Odd`` if neither says."""
         if before := self.records.get(case_id):
             return {name: before[name] for name in (*IDENTITY, "order", "attempts")}
         if case := CaseId.parse(case_id):
@@ -395,11 +412,7 @@ class _Told:
         raise _Odd(f"{case_id!r} does not say which case it is")
 
     def _start(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> None:
-        """Note a case whose result has not come yet.
-
-        Raises:
-            _Odd: it is not said which case it is.
-        """
+        """Note a case whose result has not come yet; raise ``_Odd`` if nothing says which case it is."""
         record = Record(
             {
                 **{name: case.get(name) for name in (*IDENTITY, "order")},
@@ -435,11 +448,7 @@ class _Odd(Exception):
 
 
 def _part(event: Any, name: str, kind: type, what: str = "the event") -> Any:
-    """A part of an event.
-
-    Raises:
-        _Odd: it is missing or of another type.
-    """
+    """A part of an event; raise ``_Odd`` if it is missing or of another type."""
     if not isinstance(event, dict):
         raise _Odd(f"should hold a JSON object, not {type(event).__name__}")
     if name not in event:

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 __all__ = ["Run", "RunError", "cases_frame", "read_info", "read_run", "resolve_run"]
 
 _STEP_DTYPES = {"step": "Int64", "loss": "float64", "loss_scale": "float64", "overflow": "boolean"}
+MAKE_ONE = "make one with `make bench` or `pytest bench/ --benchmark-only`"
 _SHOWN = 5
+"""How many runs a message names."""
+_MACHINE_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "TF_ENABLE_ONEDNN_OPTS", "TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
+"""Environment variables that make a CPU a smaller machine."""
+_NOT_FACTS = ("load_average_at_start", "memory_mib", "uuid", "vendor")
+"""Keys of an environment that differ from run to run on one machine, or that name it twice."""
 
 
 class NoRunYet(RunError):
@@ -76,9 +82,15 @@ class Run:
         return {version for version in versions if version is not None}
 
     @property
+    def environment(self) -> dict[str, Any]:
+        """The environment in ``run.json``; empty if there is none."""
+        environment = self.info.get("environment")
+        return environment if isinstance(environment, dict) else {}
+
+    @property
     def device(self) -> dict[str, Any]:
         """The device's description in ``run.json``; empty if there is none."""
-        device = _dict(self.info, "environment").get("device")
+        device = self.environment.get("device")
         return device if isinstance(device, dict) else {}
 
     @property
@@ -135,13 +147,11 @@ class Run:
             raise RunError(f"{path}: cannot be read as gzipped CSV: {error}") from error
 
 
-_FLAGS = {"0": False, "1": True, "False": False, "True": True}
-
-
 def _flag(cell: str) -> bool:
-    if cell not in _FLAGS:
+    flags = {"0": False, "1": True, "False": False, "True": True}
+    if cell not in flags:
         raise ValueError(f"expected 0 or 1, not {cell!r}")
-    return _FLAGS[cell]
+    return flags[cell]
 
 
 _STEPS: dict[str, Callable[[str], Any]] = {"step": int, "loss": float, "loss_scale": float, "overflow": _flag}
@@ -255,11 +265,6 @@ def read_info(path: Path) -> dict[str, Any]:
     return info
 
 
-def _dict(info: dict[str, Any], name: str) -> dict[str, Any]:
-    value = info.get(name)
-    return value if isinstance(value, dict) else {}
-
-
 def _latest(made: list[Path], results_dir: str | Path, left_out: list[tuple[str, str]] | None) -> Path:
     broken = []
     for folder in reversed(made):
@@ -292,25 +297,13 @@ def _newest(runs: list[Path]) -> str:
 
 
 def _no_runs(results_dir: str | Path) -> str:
-    return (
-        f"there is no run in {Path(results_dir) / 'runs'}; "
-        "make one with `make bench` or `pytest bench/ --benchmark-only`"
-    )
-
-
-_MACHINE_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "TF_ENABLE_ONEDNN_OPTS", "TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
-"""Environment variables that make a CPU a smaller machine."""
+    return f"there is no run in {Path(results_dir) / 'runs'}; {MAKE_ONE}"
 
 
 def hardware(run: Run) -> dict[str, Any]:
     """The facts that identify the machine of a run, as far as the run knows them."""
     kind, name = (_one_device(run, column) for column in ("device", "device_name"))
-    environment = run.info.get("environment")
-    return machine(
-        run.device.get("kind") or kind,
-        run.device.get("name") or name,
-        environment if isinstance(environment, dict) else {},
-    )
+    return machine(run.device.get("kind") or kind, run.device.get("name") or name, run.environment)
 
 
 def _one_device(run: Run, column: str) -> str | None:
@@ -358,20 +351,15 @@ def machine_words(facts: Mapping[str, Any]) -> str:
 
 def environment_differences(baseline: Run, other: Run) -> list[tuple[str, str, str]]:
     """What differs between the environments of two runs: name, value in the baseline, value in the other run."""
-    one, two = (dict(_facts(run.info.get("environment"))) for run in (baseline, other))
+    one, two = (dict(_facts(run.environment)) for run in (baseline, other))
     names = list(dict.fromkeys([*one, *two])) if one and two else []
     return [(name, one.get(name, ""), two.get(name, "")) for name in names if one.get(name) != two.get(name)]
 
 
-def _facts(facts: Any, above: str = "") -> Iterator[tuple[str, str]]:
-    if not isinstance(facts, Mapping):
-        return
+def _facts(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
     for key, value in facts.items():
         name = f"{above} {key}".strip()
         if isinstance(value, Mapping):
             yield from _facts(value, name)
         elif key not in _NOT_FACTS:
             yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-_NOT_FACTS = ("load_average_at_start", "memory_mib", "uuid", "vendor")

@@ -104,6 +104,7 @@ def test_docs_hold_the_data_dictionary_of_the_code():
         "mpscale.cli",
         "mpscale.core.runs",
         "mpscale.analysis.gates",
+        "mpscale.report.files",
     ],
 )
 def test_supervising_and_judging_import_neither_tensorflow_nor_pandas(module):

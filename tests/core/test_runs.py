@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -14,10 +12,12 @@ from support.runfolder import NAME, finished, record, started, write_run, write_
 
 from mpscale.analysis.summary import summary_of
 from mpscale.cli import main
+from mpscale.core.case import Case, Settings
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS, SCHEMA_VERSION
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import to_csv
+from mpscale.core.run_folder import Journal
 from mpscale.core.runs import RunError, read_run, resolve_run
 from mpscale.report.document import document
 
@@ -29,6 +29,23 @@ def test_records_come_in_the_order_of_the_plan(tmp_path):
     assert [r["seed"] for r in run.records] == [0, 1, 2]
     assert run.not_started == ["never-started"]
     assert (run.name, run.finished, run.device["name"]) == (NAME, True, "Test CPU")
+
+
+def test_a_large_cases_csv_is_written_now_and_then_and_at_the_end(tmp_path, monkeypatch):
+    """Writing it after every case would take longer and longer; the journal has every result at once."""
+    monkeypatch.setattr("mpscale.core.run_folder._QUICK_S", -1.0)
+    monkeypatch.setattr("mpscale.core.run_folder._PAUSE", 1e9)
+    cases = [Case("toy", "fp32", seed, 0, seed, Settings()) for seed in range(3)]
+    journal = Journal(tmp_path, "x", {}, {}, cases)
+    rows = []
+    for case in cases:
+        journal.case_finished(case, record(seed=case.seed), [], {})
+        rows.append((journal.path / "cases.csv").read_text().count("\n") - 1)
+    assert rows == [1, 1, 1]
+    assert len(read_run(journal.path).records) == 3
+    journal.finish(0)
+    assert (journal.path / "cases.csv").read_text().count("\n") - 1 == 3
+    assert journal.troubles == []
 
 
 def test_columns_have_dtypes_that_can_hold_missing_values(tmp_path):
@@ -369,10 +386,3 @@ def test_a_folder_that_is_not_a_run_is_refused(results):
 def test_without_any_run_the_message_says_how_to_make_one(tmp_path, wanted):
     with pytest.raises(RunError, match="make bench"):
         resolve_run(wanted, tmp_path)
-
-
-@pytest.mark.parametrize("module", ["mpscale.cli", "mpscale.core.runs", "mpscale.report.files"])
-def test_reading_imports_no_tensorflow(module):
-    program = f"import sys, {module}; print(*{{'tensorflow', 'keras', 'pytest'}} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
