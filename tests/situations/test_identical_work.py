@@ -193,6 +193,12 @@ def one_hot():
     return keras.Sequential([keras.Input((6,)), coded, L.Flatten(), L.Dense(4), L.Dense(3, dtype="float32")])
 
 
+def change_settings():
+    keras.config.set_dtype_policy("mixed_float16")
+    tf32_on()
+    rewrite()
+
+
 def elementwise():
     return keras.Sequential([keras.Input((6,)), L.PReLU(), L.Rescaling(2.0)])
 
@@ -207,9 +213,7 @@ def elementwise():
         ("mixed-dynamic", {"model": lambda: looked_up(table=Table)}, "float32 3"),
         ("mixed-bf16", {"model": elementwise}, None),
         ("fp32", {"model": elementwise}, None),
-        ("fp32", {"data": after(lambda: keras.config.set_dtype_policy("mixed_float16"), lambda: DATA)}, "float32 5"),
-        ("fp32", {"data": after(tf32_on, lambda: DATA)}, "float32 5"),
-        ("fp32", {"data": after(rewrite, lambda: DATA)}, "float32 5"),
+        ("fp32", {"data": after(change_settings, lambda: DATA)}, "float32 5"),
         ("mixed-bf16", {"data": lambda: Data(*[a.astype(np.float64) for a in (X, X[:, 0] > 0)] * 2)}, None),
         ("fp32", {"data": lambda: Data(*[a.astype(np.float16) for a in (X, X[:, 0] > 0)] * 2)}, None),
         ("mixed-static", {"model": lambda: halfway("float16")}, "float32 3, float16 2"),
