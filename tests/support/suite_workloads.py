@@ -92,8 +92,6 @@ def mnist1d():
 slow = mpscale.workload("slow", data=mnist1d, optimizer=crawl, train_steps=160)(perceptron)
 
 fine = make("fine")
-killed = make("killed", metric_name="accuracy", metric=once_trained(lambda: os.kill(os.getpid(), signal.SIGKILL)))
-segfault = make("segfault", metric_name="accuracy", metric=once_trained(lambda: os.kill(os.getpid(), signal.SIGSEGV)))
 exception = make("exception", metric_name="accuracy", metric=once_trained(raise_error))
 hang = make("hang", metric_name="accuracy", metric=once_trained(lambda: time.sleep(600)))
 leaves = make("leaves", metric_name="accuracy", metric=once_trained(lambda: os._exit(3)))
@@ -127,22 +125,6 @@ orphans = make("orphans", metric_name="accuracy", metric=once_trained(leave_a_ch
 progress_bar = make("progress-bar", metric_name="accuracy", metric=once_trained(print_progress))
 cancelled = make("cancelled", metric_name="accuracy", metric=once_trained(cancel))
 exits = make("exits", metric_name="accuracy", metric=once_trained(lambda: sys.exit("no more")))
-
-
-def unseeded_model():
-    import keras
-
-    weights = np.random.default_rng().normal(size=(4, 2))
-    return keras.Sequential(
-        [
-            keras.Input((4,)),
-            keras.layers.Dense(2, kernel_initializer=lambda shape, dtype=None: weights.astype(dtype)),
-            keras.layers.Activation("linear", dtype="float32"),
-        ]
-    )
-
-
-unseeded = mpscale.workload("unseeded", data=blobs, optimizer=sgd, batch_size=20, train_steps=30)(unseeded_model)
 
 
 def squared_error(labels, outputs):
@@ -187,14 +169,3 @@ def laboured_loss(labels, outputs):
 
 
 laboured = make("laboured", data=laboured_data, loss=laboured_loss, train_steps=10)
-
-
-def scripted_model():
-    """Sets the policy where the model is made, as training scripts do."""
-    import keras
-
-    keras.config.set_dtype_policy("mixed_float16")
-    return line()
-
-
-scripted = mpscale.workload("scripted", data=blobs, optimizer=sgd, batch_size=20, train_steps=30)(scripted_model)
