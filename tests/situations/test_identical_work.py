@@ -144,7 +144,6 @@ def tf32_off():
     ("mode", "parts", "found"),
     [
         ("fp32", {"model": under("mixed_float16")}, "float16"),
-        ("tf32", {"model": under("mixed_bfloat16")}, "bfloat16"),
         ("graph-rewrite", {"model": under("mixed_float16")}, "float16"),
         ("fp32", {"model": under("mixed_float16", back="float32")}, "products in float16"),
         ("mixed-dynamic", {"model": under("float32")}, "float32"),
@@ -157,9 +156,7 @@ def tf32_off():
         ("fp32", {"model": lambda: looked_up(dtype="mixed_float16")}, "1 layer in float16 (embedding"),
         ("fp32", {"model": lambda: halfway("float16")}, "/Cast in float16"),
         ("mixed-bf16", {"model": lambda: halfway("float16")}, "/Cast in float16"),
-        ("graph-rewrite", {"model": lambda: halfway("bfloat16")}, "/Cast in bfloat16"),
         ("fp32", {"model": lambda: mlp("float64")}, "products in float64"),
-        ("mixed-bf16", {"model": lambda: mlp("float64")}, "products in float64"),
         ("fp32", {"loss": loss_with_a_product(tf.bfloat16)}, "products in bfloat16"),
         ("fp32", {"optimizer": after(lambda: keras.config.set_dtype_policy("mixed_float16"), adam)}, "dtype policy"),
         ("fp32", {"model": after(lambda: keras.config.set_floatx("float64"), mlp)}, "floatx is float64"),
