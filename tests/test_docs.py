@@ -1,4 +1,4 @@
-"""The code in docs/scaling.md and README.md runs as printed and trains correctly."""
+"""The code in docs/scaling.md and README.md runs as printed and trains correctly; pages fit a terminal."""
 
 import re
 from pathlib import Path
@@ -13,6 +13,7 @@ import mpscale
 from mpscale.scaling import DynamicLossScale
 
 ROOT = Path(__file__).parents[1]
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 X, Y = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32), np.arange(200) % 3
 
 
@@ -126,3 +127,10 @@ def test_the_readmes_own_models_train():
     error = train(module["product"]).row["metric_value"]
     error_of_zero = float(np.mean(np.abs(module["products"]().test_y)))
     assert error < 0.7 * error_of_zero
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *PAGES])
+def test_no_line_of_prose_is_longer_than_120_characters(page):
+    text = re.sub(r"^ *```.*?^ *```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    prose = [line for line in text.splitlines() if not line.startswith(("|", "    "))]
+    assert [line for line in prose if len(line) > 120] == []

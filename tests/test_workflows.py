@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 from support.runfolder import CPU, GPU, finished, record, write_run
+from support.small_suite import pytest_here
 
 from mpscale import config as project_settings
 from mpscale.analysis.gates import parse_gates, parse_share
@@ -307,22 +308,22 @@ def test_only_artifacts_of_this_repositorys_default_branch_are_taken(job, listed
     assert job.output() == run_id
 
 
-def test_pytest_says_which_run_serves_as_baseline_without_measuring(runs, tmp_path):
+def test_pytest_says_which_run_serves_as_baseline_without_measuring(runs, tmp_path, monkeypatch):
     """What `choose-baseline` relies on."""
+    monkeypatch.chdir(ROOT)
 
     def collect(baseline):
-        command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "--collect-only", "-q"]
-        command += ["-p", "no:cacheprovider", "--mp-preset", "smoke", "--mp-baseline", str(baseline)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        options = ("bench/", "--benchmark-only", "--collect-only", "-q", "-p", "no:cacheprovider")
+        return pytest_here(ROOT / "bench", *options, "--mp-preset=smoke", f"--mp-baseline={baseline}")
 
-    refused = collect(runs["old", "gpu"])
-    assert refused.returncode != 0
-    assert re.search(rf"^ERROR: .*{runs['old', 'gpu'].name} is of Test GPU", refused.stdout + refused.stderr, re.M)
+    code, said = collect(runs["old", "gpu"])
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert re.search(rf"^ERROR: .*{runs['old', 'gpu'].name} is of Test GPU", said, re.M)
     no_driver = NoDriver(NVIDIA.no_library)
     device = find_device(no_driver.devices, {}, host.cpu())
     here = environment(device, no_driver, ROOT)
-    served = collect(write_run(tmp_path, finished(series("fp32", 2.0)), device=device.to_json(), environment=here))
-    assert served.returncode == 0, served.stdout + served.stderr
+    code, said = collect(write_run(tmp_path, finished(series("fp32", 2.0)), device=device.to_json(), environment=here))
+    assert code == pytest.ExitCode.OK, said
 
 
 # docs/ci.md

@@ -500,13 +500,13 @@ def data_dictionary() -> str:
     return "\n".join(
         [
             "# Data dictionary\n",
-            "Printed from `mpscale/core/columns.py` by `make docs`: first cases.csv, one row per case, then summary.csv. "
-            "How each number is made, step by\nstep, is in [method.md](method.md). An empty cell is unknown, never 0, and "
-            "the column `unavailable` says why it is empty.\n"
+            "Printed from `mpscale/core/columns.py` by `make docs`: first cases.csv, one row per case, then summary.csv.\n"
+            "[method.md](method.md) says how each number is made. An empty cell is unknown, never 0, and the column\n"
+            "`unavailable` says why it is empty.\n"
             f"This is schema version {SCHEMA_VERSION}, method version {METHOD_VERSION}.\n",
             *(f"## {section.title}\n\n{table(section.columns)}" for section in SECTIONS),
             "## summary.csv\n",
-            "One row per workload and mode. Only figures of cases that ran to the end count; what a mode costs (times, "
+            "One row per workload and mode. Only figures of cases that ran to the end count; what a mode costs (times,\n"
             "memory, energy) comes from seeds that ended well.\n",
             table(SUMMARY),
             "## Statuses\n",

@@ -83,14 +83,18 @@ class LossScale(ABC):
             key, _, value = (part.strip() for part in pair.partition("="))
             if key not in defaults:
                 raise ValueError(f"{key!r} is none of {', '.join(defaults)}")
-            number = _parsed(value)
+            number = parse_number(value)
             arguments[key] = int(number) if type(defaults[key]) is int and number.is_integer() else number
         cls(**arguments)
         return arguments
 
 
-def _parsed(text: str) -> float:
-    """Parse a number that may be written as a power, such as ``2**24`` or ``2^24``."""
+def parse_number(text: str) -> float:
+    """Parse a number that may be written as a power, such as ``2**24`` or ``2^24``.
+
+    Raises:
+        ValueError: ``text`` is not a number, or too large for one.
+    """
     power = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:\*\*|\^)\s*(-?\d+)\s*", text)
     try:
         return float(power[1]) ** int(power[2]) if power else float(text)

@@ -64,7 +64,7 @@ def test_dynamic_scale_is_refused_in_the_words_of_its_class(text, values):
         ("--mp-repeats", "some", "expected an integer of at least 0"),
         ("--mp-timeout", "0", "expected a number of seconds above 0"),
         ("--mp-timing", "nan", "expected a number of seconds above 0"),
-        ("--mp-energy", "5", "of at least 10"),
+        *[("--mp-energy", text, "of at least 10") for text in ["5", "9.9", "-1", "soon", "inf"]],
         ("--mp-workloads", " , ", "expected at least one name"),
         *[
             ("--mp-cores", text, "expected cores such as 0,2-3 out of")

@@ -251,22 +251,6 @@ def test_one_failed_look_among_many_empties_nothing(gpu_case, tmp_path):
     assert found.values["gpu_other_processes"] == 0
 
 
-@pytest.mark.parametrize(
-    "breaks",
-    [
-        pytest.param(lambda case: case.uses("n/a(9000)"), id="listed without memory"),
-        pytest.param(lambda case: case.uses("0(9000)"), id="listed with 0"),
-        pytest.param(lambda case: (case.uses(None), case.script.set(used_mib=9450)), id="no longer listed"),
-        pytest.param(lambda case: case.uses(2**24), id="listed with more than the GPU has"),
-    ],
-)
-def test_process_whose_memory_is_no_longer_told(case, breaks):
-    found = run(case, train=lambda: (time.sleep(0.05), breaks(case), time.sleep(0.3)))
-    assert PROCESS not in found.values
-    assert found.unavailable[PROCESS].code is Code.TOO_FEW_SAMPLES
-    assert found.values.get(PEAK, 9000.0) == 9000.0  # from the rise, if that could be read
-
-
 def test_readings_that_become_implausible_in_mid_case(case):
     lines = {"temperature_c": "n/a", "sm_clock_mhz": 0, "mem_clock_mhz": "n/a", "event_reasons": "n/a"}
     found = run(case, train=lambda: case.script.set(**lines), added=lambda: time.sleep(1.5))
@@ -283,15 +267,6 @@ def test_call_that_fails_at_first_and_recovers(case):
     found = run(case, train=lambda: (case.uses(9000), time.sleep(0.3), case.uses(300), case.script.heal()))
     assert PROCESS not in found.values
     assert found.values[PEAK] == 9000.0
-
-
-def test_no_maximum_if_the_monitor_dies_in_mid_case(case):
-    found = run(case, timed=lambda: (case.script.crash(MEMORY), time.sleep(0.1)))
-    for column in (PEAK, RISE, "gpu_temperature_c_max", "gpu_other_processes", "gpu_graphics_processes"):
-        assert column not in found.values
-        assert found.unavailable[column].code is Code.MONITOR_DIED
-    assert found.unavailable["gpu_energy_j_per_step"].code is Code.MONITOR_DIED
-    assert found.values["gpu_memory_idle_mib"] == 450.0
 
 
 @pytest.mark.parametrize(("phase", "column"), [("timing", "gpu_energy_window_s"), ("idle", "gpu_memory_idle_mib")])

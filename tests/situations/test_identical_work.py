@@ -132,7 +132,6 @@ low_policy = partial(keras.config.set_dtype_policy, "mixed_float16")
     ("mode", "parts", "found"),
     [
         ("fp32", {"model": under("mixed_float16")}, "float16"),
-        ("tf32", {"model": under("mixed_bfloat16")}, "bfloat16"),
         ("graph-rewrite", {"model": under("mixed_float16")}, "float16"),
         ("fp32", {"model": under("mixed_float16", back="float32")}, "products in float16"),
         ("mixed-dynamic", {"model": under("float32")}, "float32"),
@@ -145,9 +144,7 @@ low_policy = partial(keras.config.set_dtype_policy, "mixed_float16")
         ("fp32", {"model": lambda: looked_up(dtype="mixed_float16")}, "1 layer in float16 (embedding"),
         ("fp32", {"model": lambda: halfway("float16")}, "/Cast in float16"),
         ("mixed-bf16", {"model": lambda: halfway("float16")}, "/Cast in float16"),
-        ("graph-rewrite", {"model": lambda: halfway("bfloat16")}, "/Cast in bfloat16"),
         ("fp32", {"model": lambda: mlp("float64")}, "products in float64"),
-        ("mixed-bf16", {"model": lambda: mlp("float64")}, "products in float64"),
         ("fp32", {"loss": loss_with_a_product(tf.bfloat16)}, "products in bfloat16"),
         ("fp32", {"optimizer": after(low_policy, adam)}, "dtype policy"),
         ("fp32", {"model": after(lambda: keras.config.set_floatx("float64"), mlp)}, "floatx is float64"),
@@ -181,6 +178,12 @@ def one_hot():
     return sequential(coded, L.Flatten(), L.Dense(4))
 
 
+def change_settings():
+    keras.config.set_dtype_policy("mixed_float16")
+    tf32_on()
+    rewrite()
+
+
 def elementwise():
     return sequential(L.PReLU(), last=L.Rescaling(2.0))
 
@@ -195,9 +198,7 @@ def elementwise():
         ("mixed-dynamic", {"model": lambda: looked_up(table=Table)}, "float32 3"),
         ("mixed-bf16", {"model": elementwise}, None),
         ("fp32", {"model": elementwise}, None),
-        ("fp32", {"data": after(low_policy, lambda: DATA)}, "float32 5"),
-        ("fp32", {"data": after(tf32_on, lambda: DATA)}, "float32 5"),
-        ("fp32", {"data": after(rewrite, lambda: DATA)}, "float32 5"),
+        ("fp32", {"data": after(change_settings, lambda: DATA)}, "float32 5"),
         ("mixed-bf16", {"data": lambda: Data(*[a.astype(np.float64) for a in (X, X[:, 0] > 0)] * 2)}, None),
         ("fp32", {"data": lambda: Data(*[a.astype(np.float16) for a in (X, X[:, 0] > 0)] * 2)}, None),
         ("mixed-static", {"model": lambda: halfway("float16")}, "float32 3, float16 2"),

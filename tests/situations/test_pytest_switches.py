@@ -12,7 +12,6 @@ from support.small_suite import SUITE, pytest_here, write
 def called(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, suite___test_it=SUITE + "\n\ndef test_plain():\n    pass\n")
-
     return functools.partial(pytest_here, tmp_path, "suite")
 
 

@@ -1,7 +1,4 @@
-"""A run without a report, or with a wrong one, is never green.
-
-A fake supervisor answers for the cases: these tests are about what becomes of its answers.
-"""
+"""What becomes of the answers of cases, which a fake supervisor gives. A run without a report is never green."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 
 import mpscale
+from mpscale.analysis.summary import summary_of
 from mpscale.cli import main
 from mpscale.core.case import Case, Settings
 from mpscale.core.device import Device
@@ -297,6 +295,60 @@ def test_a_report_that_cannot_be_made_is_reported_in_red_below_the_table(run, mo
     assert not any("report.html" in line for line in result.outlines)
 
 
+def test_a_diverged_training_fails_unless_a_loss_scale_is_on_trial(run):
+    diverged = {"status": "diverged", "status_reason": "the weights were not finite"}
+    result = run(lambda case, path: diverged, "--mp-modes", "fp32,mixed-unscaled", "--mp-seeds", "1")
+    result.assert_outcomes(passed=1, failed=1)
+    assert {row["speedup_fp32"] for row in summary_of(only_run())} == {None}
+
+
+def test_a_mode_that_starts_from_other_weights_is_invalid(run):
+    result = run(
+        lambda case, path: {"initial_weights_digest": f"of {case.mode}"}, "--mp-modes", "fp32,mixed-bf16",
+        "--mp-seeds", "1",
+    )  # fmt: skip
+    result.assert_outcomes(passed=1, failed=1)
+    first, second = only_run().records
+    assert (first["status"], second["status"]) == ("ok", "invalid")
+    assert "initial weights" in second["status_reason"]
+
+
+SHARED = """
+import pytest
+
+
+@pytest.mark.benchmark(group="mine", min_rounds=3)
+def test_speed(mp_case, benchmark):
+    assert mp_case.measure(benchmark)["step_time_ms_median"] > 0
+
+
+def test_accuracy(mp_case, benchmark):
+    assert mp_case.measure(benchmark)["final_accuracy"] > 0.8
+
+
+@pytest.mark.xfail(reason="too much to ask", strict=True)
+def test_perfection(mp_case, benchmark):
+    assert mp_case.measure(benchmark)["final_accuracy"] == 1.0
+"""
+
+
+def test_tests_that_share_a_case_share_its_measurement(run, pytester):
+    """They keep their benchmark markers, but for the timer, which has to be the replayed one."""
+    pytester.makepyfile(SHARED)
+    measured = []
+
+    def happen(case, path):
+        measured.append(case.seed)
+        return {"final_accuracy": 0.9}
+
+    result = run(happen, "--benchmark-json", "out.json")
+    result.assert_outcomes(passed=4, xfailed=2)
+    assert sorted(measured) == [0, 1]
+    benchmarks = json.loads(Path("out.json").read_text())["benchmarks"]
+    assert {one["group"] for one in benchmarks} == {"mine", "mnist1d-mlp"}
+    assert {one["stats"]["median"] for one in benchmarks} == {0.002}
+
+
 def other_run(name, info):
     path = Path("results/runs") / name
     path.mkdir(parents=True)
@@ -346,6 +398,8 @@ def test_the_latest_run_that_can_be_read_is_the_baseline(run):
     result = run(lambda case, path: None, "--mp-baseline", "latest", "--mp-fail-on", "missing")
     text = result.stdout.str()
     assert result.ret == 0, text
+    assert "fired" not in text
+    assert (max(Path("results/runs").glob("*/comparison.md")).read_text()).startswith("# ")
     assert "20990101T000000Z-cpu-0000 cannot be the baseline: " in text
     assert f"against {first.name}:" in text
 

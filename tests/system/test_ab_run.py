@@ -1,7 +1,6 @@
 """`mpscale ab` with real sessions."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -11,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from support.processes import processes_in
+from support.small_suite import environment
 
 import mpscale
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
-
-HERE = Path(__file__).parent
 
 KNOWN = """#!{python}
 import os, sys
@@ -64,12 +63,10 @@ def known(tmp_path):
 
 
 @pytest.fixture
-def suite(tmp_path):
+def suite(tmp_path, write_suite):
     """A suite outside the repository, whose project has a baseline that `ab` must ignore."""
-    (tmp_path / "test_suite.py").write_text("def test_training(mp_case, benchmark):\n    mp_case.measure(benchmark)\n")
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    write_suite(tmp_path)
     (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nbaseline = "nowhere"\nfail-on = ["missing"]\n')
-    (tmp_path / "suite_workloads.py").write_text((HERE.parent / "support" / "suite_workloads.py").read_text())
     # What is imported is the environment's own mpscale.
     (tmp_path / "mpscale").mkdir()
     (tmp_path / "mpscale/__init__.py").write_text("raise ImportError('from the working directory')\n")
@@ -78,23 +75,15 @@ def suite(tmp_path):
 
 def start(folder, one, other, *options):
     command = [Path(sys.executable).with_name("mpscale"), "ab", "--python", one, "--python", other, "--mp-jit", "off"]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(
-            [*command, "-p", "no:cacheprovider", "--mp-preset", "smoke", "--mp-timing", "0.05", *options],
-            cwd=folder,
-            env={**_environ(), "TMPDIR": str(folder)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _environ():
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    return subprocess.Popen(
+        [*command, "-p", "no:cacheprovider", "--mp-preset", "smoke", "--mp-timing", "0.05", *options],
+        cwd=folder,
+        env=environment(TMPDIR=str(folder)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def runs(folder):
@@ -156,6 +145,7 @@ def test_a_session_whose_partner_is_gone_ends_with_what_it_has(suite, known):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 def test_stopped_by_the_user_both_runs_keep_what_they_have(suite, known):
     workloads = "suite_workloads:fine,suite_workloads:hang"
     process = start(suite, known, known, "--mp-workloads", workloads, "--mp-modes", "fp32")
@@ -179,12 +169,4 @@ def test_stopped_by_the_user_both_runs_keep_what_they_have(suite, known):
     assert all(run.finished for run in found)
     assert "stopping both" in errors
     assert [line[:3] for line in errors.splitlines()[-2:]] == ["A: ", "B: "]
-    left = [path for path in Path("/proc").glob("[0-9]*/cwd") if _points_to(path, suite)]
-    assert left == []
-
-
-def _points_to(link, folder):
-    try:
-        return link.readlink() == folder
-    except OSError:
-        return False
+    assert processes_in(suite) == []

@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from support.processes import processes_in
+from support.small_suite import command, environment
 
 import mpscale
 
@@ -16,16 +17,10 @@ WORKLOADS = "suite_workloads:fine,suite_workloads:hang,suite_workloads:regressio
 
 
 def start(folder, *options):
-    (folder / "tmp").mkdir(parents=True)
-    (folder / "test_suite.py").write_text("def test_training(mp_case, benchmark):\n    mp_case.measure(benchmark)\n")
-    (folder / "pytest.ini").write_text("[pytest]\n")
-    source = Path(__file__).parents[1].joinpath("support", "suite_workloads.py").read_text()
-    (folder / "suite_workloads.py").write_text(source)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--mp-workloads", WORKLOADS]
     return subprocess.Popen(
-        [*command, "--mp-modes", "fp32", "--mp-seeds", "1", "--mp-timing", "0.05", *options],
+        command("--mp-workloads", WORKLOADS, "--mp-modes=fp32", "--mp-seeds=1", "--mp-timing=0.05", *options),
         cwd=folder,
-        env={**os.environ, "TMPDIR": str(folder / "tmp")},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -53,32 +48,14 @@ def hanging_case(folder):
 
 
 def workers(folder):
-    """Processes of mpscale running in ``folder``."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            here = (process / "cwd").readlink() == folder
-            alive = "Z" not in (process / "stat").read_text().rpartition(")")[2].split()[0]
-            if here and alive and b"mpscale.worker.__main__" in (process / "cmdline").read_bytes():
-                found.append(process.name)
-        except OSError:
-            continue
-    return found
-
-
-@pytest.fixture
-def interruptible():
-    """Restore SIGINT: what a shell starts in the background ignores it, and so would all that these tests start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    return [command for command in processes_in(folder) if "mpscale.worker.__main__" in command]
 
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("method", ["fork", pytest.param("fresh", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, how, method):
-    folder = tmp_path / "suite"
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, write_suite, how, method):
+    folder = write_suite(tmp_path)
     run = start(folder, "--mp-start-method", method)
     try:
         path = wait_for(lambda: hanging_case(folder), "the second case")
