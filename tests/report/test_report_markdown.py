@@ -13,6 +13,7 @@ from support.runfolder import CPU, GPU, NAME, finished, record, started, write_r
 
 from mpscale.core.columns import COLUMNS, STATUSES
 from mpscale.core.mode import MODES
+from mpscale.core.reason import Code, Reason
 from mpscale.core.runs import read_run
 from mpscale.report.document import document, render
 from mpscale.report.files import WRITTEN, page, rebuild
@@ -210,9 +211,9 @@ def test_a_run_that_was_killed_says_so(tmp_path):
 
 def test_reasons_are_grouped_by_columns_that_share_them(tmp_path):
     first, second = record("fp32"), record("mixed-bf16")
-    first.miss(["tf32", "gpu_allocator"], "no GPU")
-    second.miss(["tf32", "gpu_allocator"], "no GPU")
-    second.miss("overflow_steps", "checks nothing")
+    for one in (first, second):
+        one.miss(["tf32", "gpu_allocator"], Reason(Code.NO_GPU, "no GPU"))
+    second.miss("overflow_steps", Reason(Code.NOT_IN_MODE, "checks nothing"))
     assert [list(row.values()) for row in table(rendered(tmp_path, first, second), "Missing values")] == [
         ["checks nothing", "overflow_steps", "mixed-bf16", "1 of 2"],
         ["no GPU", "tf32, gpu_allocator", "fp32, mixed-bf16", "2 of 2"],
@@ -282,7 +283,7 @@ def record_lists(draw):
         chosen = draw(st.sets(st.sampled_from(free), max_size=len(free)))
         one = record(mode, seed, repeat, workload, status=draw(st.sampled_from(list(STATUSES))))
         one.update({c.name: draw(VALUES[c.kind]) for c in chosen})
-        one.miss(draw(st.sets(st.sampled_from([c.name for c in free]))), draw(st.text(max_size=20)))
+        one.miss(draw(st.sets(st.sampled_from([c.name for c in free]))), Reason(Code.OTHER, draw(st.text(max_size=20))))
         found.append(one)
     return found
 
