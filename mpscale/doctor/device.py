@@ -162,8 +162,6 @@ _GPU_FIGURES = {
 }
 """Figures of the GPU and the reading that each needs first of all."""
 
-_POWER_WAYS = {"instant": "of this moment", "nvmlDeviceGetPowerUsage": "mean of up to a second"}
-
 
 def figures_without_gpu(why: Reason) -> list[Figure]:
     """Return every figure of a run without a GPU, or with one that cannot be watched."""
@@ -178,8 +176,7 @@ def figures_of_gpu(ways: Mapping[str, str], reasons: Mapping[str, Reason]) -> li
         reasons: why a reading is not taken.
     """
     figures = {name: _figure(name, reading, ways, reasons) for name, reading in _GPU_FIGURES.items()}
-    memory, energy, clocks, power = (figures[name] for name in ("peak GPU memory", "energy", "clocks", "power"))
-    figures["power"] = replace(power, way=_POWER_WAYS.get(power.way or "", power.way))
+    memory, energy, clocks = figures["peak GPU memory"], figures["energy"], figures["clocks"]
     if memory.reason is None:
         figures["peak GPU memory"] = replace(memory, way="process: the driver's list of processes")
     elif Reading.MEMORY in ways:

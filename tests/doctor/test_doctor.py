@@ -201,7 +201,7 @@ def test_a_healthy_gpu_is_complete(stand_in_nvml, tmp_path):
 def test_a_healthy_gpu_gives_every_figure(gpu_here):
     found = gpu_here()
     assert set(answers(found).values()) == {"yes"}
-    assert {each["figure"]: each["way"] for each in found["measured"]}["power"] == "of this moment"
+    assert {each["figure"]: each["way"] for each in found["measured"]}["power"] == "instant"
     assert (found["device"]["uuid"], found["device"]["now"]["temperature_c"]) == (UUID, 35)
     assert found["verdict"] == 0
 

@@ -103,38 +103,19 @@ def test_a_cpu_run_warns_that_it_says_nothing_about_a_gpu(tmp_path, kind):
 
 
 def test_overflow_and_loss_scale_over_seeds(tmp_path):
-    first = record(
-        "mixed-dynamic",
-        seed=0,
-        attempted_steps=100,
-        applied_steps=97,
-        skipped_steps=3,
-        overflow_steps=3,
-        nonfinite_loss_steps=1,
-        longest_skip_run=2,
-        first_overflow_step=0,
-        last_overflow_step=41,
-        loss_scale_initial=32768.0,
-        loss_scale_final=8192.0,
-        loss_scale_min=8192.0,
-        loss_scale_max=32768.0,
-    )
-    second = record(
-        "mixed-dynamic",
-        seed=1,
-        attempted_steps=100,
-        applied_steps=100,
-        skipped_steps=0,
-        overflow_steps=0,
-        nonfinite_loss_steps=0,
-        longest_skip_run=0,
-        loss_scale_initial=32768.0,
-        loss_scale_final=65536.0,
-        loss_scale_min=32768.0,
-        loss_scale_max=65536.0,
-    )
+    first = {
+        "attempted_steps": 100, "applied_steps": 97, "skipped_steps": 3, "overflow_steps": 3, "nonfinite_loss_steps": 1,
+        "longest_skip_run": 2, "first_overflow_step": 0, "last_overflow_step": 41, "loss_scale_initial": 32768.0,
+        "loss_scale_final": 8192.0, "loss_scale_min": 8192.0, "loss_scale_max": 32768.0,
+    }  # fmt: skip
+    second = {
+        "attempted_steps": 100, "applied_steps": 100, "skipped_steps": 0, "overflow_steps": 0,
+        "nonfinite_loss_steps": 0, "longest_skip_run": 0, "loss_scale_initial": 32768.0, "loss_scale_final": 65536.0,
+        "loss_scale_min": 32768.0, "loss_scale_max": 65536.0,
+    }  # fmt: skip
+    mixed = [record("mixed-dynamic", seed, **values) for seed, values in enumerate((first, second))]
     bf16 = record("mixed-bf16", attempted_steps=100, nonfinite_loss_steps=0)
-    report = rendered(tmp_path, record(attempted_steps=100), first, second, bf16)
+    report = rendered(tmp_path, record(attempted_steps=100), *mixed, bf16)
     scales = ["32768 -> 8192 to 65536", "8192 to 65536"]
     assert [list(row.values()) for row in table(report, "Overflow and loss scale")] == [
         ["toy", "mixed-dynamic", "200", "197", "3", "3", "1", "2", "0 to 41", *scales],
