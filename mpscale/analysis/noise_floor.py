@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import brentq
 from scipy.special import polygamma
 
 from mpscale.analysis.quantities import COSTS, Cost
@@ -214,6 +213,8 @@ def moderated(
         variances: one per row, (rows,).
         degrees: of freedom of each, (rows,).
     """
+    from scipy.optimize import brentq  # loads slowly, and only a comparison needs it
+
     known = variances > 0
     if np.sum(known) < 2:
         return variances, degrees.astype(float)

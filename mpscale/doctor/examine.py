@@ -15,7 +15,8 @@ from mpscale.core.columns import COLUMNS, FAILED, Topic, measured_columns
 from mpscale.core.device import NVIDIA, Device, NoSuchDevice, find_device, vendor_of
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
-from mpscale.doctor import gpu, precision, software
+from mpscale.doctor import device as devices
+from mpscale.doctor import software
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, SilentDriver, open_driver
 
@@ -73,8 +74,8 @@ class Examination:
     """
 
     device: dict[str, Any] | None = None
-    figures: list[gpu.Figure] = field(default_factory=list)
-    precision: precision.Precision | None = None
+    figures: list[devices.Figure] = field(default_factory=list)
+    precision: devices.Precision | None = None
     problems: list[Reason] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     software: dict[str, Any] = field(default_factory=dict)
@@ -137,8 +138,8 @@ def _examine(found: Examination, driver: Driver, environ: Mapping[str, str], tra
         device, why_no_gpu = None, error.reason
         found.add([error.reason])
     if device is not None and device.kind != "gpu":
-        why_no_gpu = gpu.why_no_gpu(driver, environ)
-        found.add(gpu.check_absence(why_no_gpu, environ))
+        why_no_gpu = devices.why_no_gpu(driver, environ)
+        found.add(devices.check_absence(why_no_gpu, environ))
     found.add(software.check_variables(device, environ))
     found.add(filter(None, [host.busy_words()]))
     if device is not None and device.kind == "gpu":
@@ -146,8 +147,8 @@ def _examine(found: Examination, driver: Driver, environ: Mapping[str, str], tra
     elif device is not None:
         cpu = host.cpu_facts()
         found.device = {**device.to_json(), "cpu": cpu}
-        found.figures = gpu.figures_without_gpu(Reason(Code.NO_GPU, f"no GPU: {why_no_gpu}"))
-        found.precision = precision.of_cpu(cpu["flags"])
+        found.figures = devices.figures_without_gpu(Reason(Code.NO_GPU, f"no GPU: {why_no_gpu}"))
+        found.precision = devices.precision_of_cpu(cpu["flags"])
     if not train:
         return
     if device is None or device.kind != "gpu":
@@ -160,20 +161,20 @@ def _examine(found: Examination, driver: Driver, environ: Mapping[str, str], tra
 def _examine_gpu(found: Examination, device: Device, driver: Driver) -> None:
     """Add what a GPU tells; its figures stay empty if the driver has stopped answering."""
     found.device = device.to_json()
-    found.precision = precision.of_gpu(device)
+    found.precision = devices.precision_of_gpu(device)
     if vendor_of([device]) is NVIDIA:
         found.add(software.check_cuda(device, driver.cuda_version))
     try:
         told = driver.facts(device)
         now = driver.look(device)
     except SilentDriver as error:
-        found.figures = gpu.figures_without_gpu(error.reason)
+        found.figures = devices.figures_without_gpu(error.reason)
         found.add([error.reason.worded(f"the GPU cannot be watched: {error.reason}")])
         return
     found.device = {**told["facts"], "now": {name: value for name, value in now.items() if name != "id"}}
-    found.figures = gpu.figures_of_gpu(told["ways"], told["reasons"])
-    found.add(gpu.check_figures(found.figures))
-    found.add(gpu.check_gpu(device, told["facts"], now))
+    found.figures = devices.figures_of_gpu(told["ways"], told["reasons"])
+    found.add(devices.check_figures(found.figures))
+    found.add(devices.check_gpu(device, told["facts"], now))
 
 
 def _train(found: Examination, device: Device, driver: Driver) -> None:

@@ -7,12 +7,9 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tabulate import tabulate
-
+from mpscale.doctor.device import Figure, Precision
 from mpscale.doctor.examine import Examination, Trained
-from mpscale.doctor.gpu import Figure
-from mpscale.doctor.precision import Precision
-from mpscale.report.table import DASH, count, interval, number
+from mpscale.report.table import DASH, Table, count, interval, large, number, plural
 
 _WIDTH = 110
 
@@ -35,9 +32,8 @@ def render(found: Examination, as_json: bool) -> str:
 
 
 def _headline(found: Examination) -> str:
-    problems = len(found.problems)
-    if problems:
-        return f"mpscale doctor: {problems} thing{'' if problems == 1 else 's'} to do, listed at the end"
+    if found.problems:
+        return f"mpscale doctor: {plural(len(found.problems), 'thing')} to do, listed at the end"
     kind = str((found.device or {}).get("kind", "")).upper()
     return f"mpscale doctor: a run here is complete for a {kind}"
 
@@ -88,11 +84,10 @@ def _figures(figures: Sequence[Figure]) -> list[str]:
     for figure in figures:
         reason = str(figure.reason or "")
         shown = "as above" if reason and reason == last else reason
-        rows.append([_fill(figure.name), _fill(figure.answer), _fill(figure.way or "", 36), _fill(shown, 60)])
+        way, why = ("\n".join(_wrap(text, width=width)) for text, width in ((figure.way or "", 36), (shown, 60)))
+        rows.append([figure.name, figure.answer, way, why])
         last = reason
-    if not rows:
-        return []
-    return [tabulate(rows, ["figure", "measured", "how", "why not"], "simple", disable_numparse=True)]
+    return [Table(["figure", "measured", "how", "why not"], rows).text()] if rows else []
 
 
 def _precision(precision: Precision | None) -> list[str]:
@@ -107,7 +102,7 @@ def _trained(trained: Trained | None) -> list[str]:
     if trained is None:
         return []
     reason = f": {trained.reason}" if trained.reason else ""
-    memory = f"{number(trained.gpu_memory_mib, 4)} MiB" if trained.gpu_memory_mib is not None else DASH
+    memory = large(trained.gpu_memory_mib, "MiB")
     method = f" ({trained.gpu_memory_method})" if trained.gpu_memory_method else ""
     lines = [
         *_wrap(f"{trained.status}{reason}"),
@@ -135,16 +130,7 @@ def _switch(value: bool | None) -> str:
     return "unknown" if value is None else "on" if value else "off"
 
 
-def _fill(text: str, width: int = _WIDTH) -> str:
-    return "\n".join(textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False))
-
-
-def _wrap(text: str, mark: str = "") -> list[str]:
-    return textwrap.wrap(
-        text,
-        _WIDTH,
-        initial_indent=mark,
-        subsequent_indent=" " * len(mark),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+def _wrap(text: str, mark: str = "", width: int = _WIDTH) -> list[str]:
+    indent = " " * len(mark)
+    wrapper = textwrap.TextWrapper(width, mark, indent, break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ FORMATS = ("table", "markdown", "csv", "json")
 _SEVERAL = 4
 """With this many rows, their median says something about the machine."""
 
-_SHOWN = 12
+_DIFFERENCES = 12
 """Differences of the environment that are listed."""
 
 _COLUMNS = (
@@ -83,14 +84,16 @@ class _Part:
 
 def _parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> Iterator[_Part]:
     runs = [comparisons[0].baseline, *(comparison.other for comparison in comparisons)]
-    names = {id(run): _letter(number) for number, run in enumerate(runs)}
+    letters = itertools.chain(ascii_uppercase, (f"R{number}" for number in itertools.count(len(ascii_uppercase))))
+    names = {id(run): letter for run, letter in zip(runs, letters, strict=False)}
     yield _Part("Runs", ["", "run", "device", "cases"], [[names[id(run)], *_run(run)] for run in runs])
     yield _Part("In short", notes=[_in_short(comparison, names) for comparison in comparisons])
     if len(runs) > 2 or not comparisons[0].same_device:
         yield from _side_by_side(runs, names)
     for comparison in comparisons:
         against = f"{names[id(comparison.other)]} against {names[id(comparison.baseline)]}"
-        if not any(change.verdict is Verdict.NOT_COMPARABLE for change in _changes(comparison)):
+        verdicts = {change.verdict for row in comparison.rows for change in row.changes.values()}
+        if Verdict.NOT_COMPARABLE not in verdicts:
             yield from _verdicts(comparison, against)
         yield from _unpaired(comparison, against)
         yield from _environment(comparison, against)
@@ -136,10 +139,6 @@ def _numbers(counts: Counter[Ranked]) -> str:
     return ", ".join(f"{counts[word]} {word}" for word in sorted(counts, key=lambda word: word.rank))
 
 
-def _letter(number: int) -> str:
-    return ascii_uppercase[number] if number < len(ascii_uppercase) else f"R{number}"
-
-
 def _run(run: Run) -> list[str]:
     started = f"{len(run.records)}"
     if run.not_started:
@@ -147,11 +146,6 @@ def _run(run: Run) -> list[str]:
     if not run.finished:
         started += ", not finished"
     return [run.name, machine_words(hardware(run)), started]
-
-
-def _changes(comparison: Comparison) -> Iterator[Change]:
-    for row in comparison.rows:
-        yield from row.changes.values()
 
 
 def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]:
@@ -166,7 +160,7 @@ def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]
             yield _Part(title, ["workload", "mode", *(names[id(run)] for run in runs)], rows, [note])
 
     def of(row: Row, text: str, processes: str) -> str:
-        """``text``, and how many processes it covers if not all: there is no status beside it here."""
+        # There is no status beside it here.
         return text if text == DASH else text + of_processes(row[processes], row)
 
     for baseline in ("fp32", "tf32"):
@@ -271,53 +265,41 @@ def _quality_cells(quality: Quality, row: ComparedRow) -> list[str]:
 def _rates(row: ComparedRow) -> list[str]:
     """Overflow rates, with the seeds whose overflow is unknown."""
     found = []
-    for rate, cases, waiting in zip(
-        row.overflow_rates, (row.pair.baseline, row.pair.other), row.pair.not_started, strict=True
-    ):
+    sides = zip(row.overflow_rates, (row.pair.baseline, row.pair.other), row.pair.not_started, strict=True)
+    for rate, cases, waiting in sides:
         unknown = by_reason(overflow_unknown(cases, waiting)) if rate is not None else ""
         found.append((DASH if rate is None else f"{rate:.2%}") + (f" (not of {unknown})" if unknown else ""))
     return found
 
 
 def _unpaired(comparison: Comparison, against: str) -> Iterator[_Part]:
+    pairs = [row.pair for row in comparison.rows]
     rows = [
-        [row.pair.workload, row.pair.mode, row.pair.state, row.pair.reason or ""]
-        for row in comparison.rows
-        if row.pair.state is not State.PAIRED or row.pair.reason
+        [pair.workload, pair.mode, pair.state, pair.reason or ""]
+        for pair in pairs
+        if pair.state is not State.PAIRED or pair.reason
     ]
     rows += [
-        [row.pair.workload, row.pair.mode, "failed", failed]
-        for row in comparison.rows
-        if row.pair.state is State.PAIRED
-        for failed in row.pair.newly_failed
+        [pair.workload, pair.mode, "failed", case]
+        for pair in pairs
+        if pair.state is State.PAIRED
+        for case in pair.newly_failed
     ]
     if rows:
         yield _Part(f"{against}: rows that cannot be compared as they are", ["workload", "mode", "", "why"], rows)
 
 
 def _environment(comparison: Comparison, against: str) -> Iterator[_Part]:
-    found = comparison.differences
-    if found:
-        more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-        yield _Part(
-            f"{against}: differences in the environment",
-            ["", "before", "after"],
-            [list(row) for row in found[:_SHOWN]],
-            more,
-        )
+    if found := comparison.differences:
+        more = [f"and {len(found) - _DIFFERENCES} more"] if len(found) > _DIFFERENCES else []
+        title = f"{against}: differences in the environment"
+        yield _Part(title, ["", "before", "after"], found[:_DIFFERENCES], more)
 
 
 def _gates(findings: Sequence[Finding], letters: dict[str, str]) -> _Part:
-    shown = sorted(findings, key=lambda finding: finding.outcome.rank)
     rows = [
-        [
-            str(finding.gate),
-            finding.outcome,
-            letters[finding.run],
-            " ".join(finding.row or ("no row",)),
-            finding.text,
-        ]
-        for finding in shown
+        [str(found.gate), found.outcome, letters[found.run], " ".join(found.row or ("no row",)), found.text]
+        for found in sorted(findings, key=lambda found: found.outcome.rank)
     ]
     return _Part("Gates", ["gate", "outcome", "run", "row", "what was found"], rows)
 
@@ -342,11 +324,8 @@ def _lines(comparison: Comparison) -> Iterator[dict[str, Any]]:
 
 def _quantities(row: ComparedRow) -> Iterator[dict[str, Any]]:
     for name, found in row.changes.items():
-        yield asdict(found) | {
-            "unit": COSTS[name].unit,
-            "value": found.other,
-            "verdict_reason": _why(found) or None,
-        }
+        more = {"unit": COSTS[name].unit, "value": found.other, "verdict_reason": _why(found) or None}
+        yield asdict(found) | more
     if row.quality is not None:
         difference = row.quality.difference
         yield {
@@ -363,7 +342,6 @@ def _quantities(row: ComparedRow) -> Iterator[dict[str, Any]]:
 
 
 def _content(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> dict[str, Any]:
-    """Everything that is known about the comparisons."""
     return {
         "baseline": comparisons[0].baseline.name,
         "comparisons": [

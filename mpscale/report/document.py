@@ -32,19 +32,19 @@ from mpscale.report.table import (
 
 @dataclass(frozen=True)
 class Document:
-    """A report in parts, all but the title in markdown.
+    """A report in parts. All texts but the title are markdown.
 
     Args:
         title: plain text.
         when: when the run started, and which versions made it; may be empty.
         findings: the run in words.
-        sections: by title, in order, without those that have nothing to say.
+        sections: tables and texts by title, in order, without those that have nothing to say.
     """
 
     title: str
     when: str
     findings: str
-    sections: dict[str, str]
+    sections: dict[str, list[Table | str]]
 
 
 def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
@@ -54,33 +54,34 @@ def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
         run: the run.
         floors: how much runs of its code differ, if that is known.
     """
-    parts = {
-        "Results": sections.results(run).markdown(),
+    parts: dict[str, list[Table | str]] = {
+        "Results": [sections.results(run)],
         "Cases that did not end well": sections.troubles(run),
-        "What could not be read": sections.unread(run, floors.left_out),
-        "Overflow and loss scale": sections.overflow(run),
+        "What could not be read": [sections.unread(run, floors.left_out)],
+        "Overflow and loss scale": [sections.overflow(run)],
         "Accuracy": sections.accuracy(run),
-        "Accuracy against fp32": sections.against_fp32(run),
+        "Accuracy against fp32": [sections.against_fp32(run)],
         "Timing quality": sections.timing(run),
         "Step time noise": sections.noise(run, floors),
         "Memory": sections.memory(run),
-        "GPU memory by part (MiB)": sections.memory_parts(run),
+        "GPU memory by part (MiB)": [sections.memory_parts(run)],
         "GPU energy": sections.energy(run),
-        "GPU state while steps were timed": sections.gpu_state(run),
-        "How to read this": how_to_read(run),
-        "Environment": _facts(run.info.get("environment")),
-        "Settings": _facts(run.info.get("settings")),
-        "Missing values": sections.missing(run),
+        "GPU state while steps were timed": [sections.gpu_state(run)],
+        "How to read this": [how_to_read(run)],
+        "Environment": [_facts(run.info.get("environment"))],
+        "Settings": [_facts(run.info.get("settings"))],
+        "Missing values": [sections.missing(run)],
     }
-    said = {title: part for title, part in parts.items() if part}
+    said = {title: known for title, some in parts.items() if (known := [part for part in some if part])}
     return Document(f"mpscale: {run.name}", _when(run), findings(run), said)
 
 
 def render(document: Document) -> str:
     """The report as markdown."""
-    head = [f"# {escape(document.title)}", document.when, document.findings]
-    body = [f"## {title}\n\n{part}" for title, part in document.sections.items()]
-    return "\n\n".join([part for part in head if part] + body) + "\n"
+    parts: list[Table | str] = [f"# {escape(document.title)}", document.when, document.findings]
+    for title, section in document.sections.items():
+        parts += [f"## {title}", *section]
+    return "\n\n".join(part if isinstance(part, str) else part.markdown() for part in parts if part) + "\n"
 
 
 def _when(run: Run) -> str:
@@ -89,8 +90,8 @@ def _when(run: Run) -> str:
     return ", ".join(known) + "." if known else ""
 
 
-def _facts(facts: Any) -> str:
-    return Table(["what", "value"], list(_flat(facts)) if isinstance(facts, Mapping) else []).markdown()
+def _facts(facts: Any) -> Table:
+    return Table(["what", "value"], list(_flat(facts)) if isinstance(facts, Mapping) else [])
 
 
 def _flat(facts: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, str]]:
@@ -123,9 +124,7 @@ def findings(run: Run) -> str:
 
 def _overview(run: Run, rows: Sequence[Row]) -> str:
     kind, name = device_kind(run), device_name(run)
-    where = f" on {escape(name)}" if name else ""
-    if kind:
-        where += f" ({kind.upper()})"
+    where = (f" on {escape(name)}" if name else "") + (f" ({kind.upper()})" if kind else "")
     if not rows:
         return f"No case was started{where}, so there is nothing to report."
     workloads = list(dict.fromkeys(escape(row["workload"]) for row in rows))

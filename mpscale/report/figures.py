@@ -25,9 +25,9 @@ FONT = 9  # points
 
 Dashes = Literal["-", "--", ":", "-."]
 
-_STRANGE_COLOUR = "#666666"
-_STRANGE_MARKERS = "dH8"
-"""Looks of modes that this version does not know; no known mode has one of these."""
+_UNKNOWN_COLOUR = "#666666"
+_UNKNOWN_MARKERS = "dH8"
+"""Of modes that this version does not know; no known mode has one of these."""
 
 _STYLE = {
     "font.size": FONT,
@@ -53,11 +53,10 @@ class Look:
 
 def looks(modes: Iterable[str]) -> dict[str, Look]:
     """How each of the modes is drawn, in the order of tables: known ones the same in every picture."""
-    names = in_order_of_modes(modes)
-    strange = dict(zip((name for name in names if name not in MODES), itertools.cycle(_STRANGE_MARKERS), strict=False))
+    markers = itertools.cycle(_UNKNOWN_MARKERS)
     return {
-        name: Look(_STRANGE_COLOUR, strange[name]) if name in strange else Look(MODES[name].colour, MODES[name].marker)
-        for name in names
+        name: Look(MODES[name].colour, MODES[name].marker) if name in MODES else Look(_UNKNOWN_COLOUR, next(markers))
+        for name in in_order_of_modes(modes)
     }
 
 
@@ -96,8 +95,8 @@ def house_style(salt: str = "mpscale") -> Iterator[None]:
     """The style of all pictures, whatever the user's matplotlibrc says.
 
     Args:
-        salt: seeds the ids in an SVG, so that the same picture is the same file. Pictures that share a page need
-            different ones.
+        salt: seeds the ids in an SVG, so that the same picture is the same file. Pictures on one page need different
+            ones.
     """
     from matplotlib import style
 

@@ -24,7 +24,7 @@ from mpscale.core.runs import Run, RunError, read_run
 from mpscale.report.document import Document, document, render
 from mpscale.report.figures import Picture
 from mpscale.report.run_figures import gains, training
-from mpscale.report.table import plural
+from mpscale.report.table import Table, plural
 
 WRITTEN = ("report.html", "report.md", "summary.csv", "cases.csv")
 """Names of the files, the one to look at first."""
@@ -111,26 +111,26 @@ def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
         document: the report.
         pictures: shown after the results. Without results there is nothing to draw either.
     """
-    markdown = _markdown()
-    sections = {title: markdown.render(text) for title, text in document.sections.items()}
+    # HTML in the text stays text: names come from people's own suites, and the last lines of a crash from anywhere.
+    markdown = MarkdownIt("commonmark", {"html": False})
     body = [f"<h1>{escape(document.title)}</h1>"]
     if document.when:
         body.append(f'<p class="when">{markdown.renderInline(document.when)}</p>')
-    body += [markdown.render(document.findings), _contents(sections)]
-    for title, text in sections.items():
-        body.append(_section(title, text))
+    body += [markdown.render(document.findings), _contents(document.sections)]
+    for title, parts in document.sections.items():
+        shown = (_table(part) if isinstance(part, Table) else markdown.render(part) for part in parts)
+        body.append(_section(title, "\n".join(shown)))
         if title == _PICTURES_AFTER:
             body += [_figure(picture) for picture in pictures]
     template, style = (files(__package__).joinpath(name).read_text("utf-8") for name in ("page.html", "page.css"))
     return Template(template).substitute(title=escape(document.title), style=style, body="\n".join(body))
 
 
-def _markdown() -> MarkdownIt:
-    # HTML in the text stays text: names come from people's own suites, and the last lines of a crash from anywhere.
-    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    markdown.add_render_rule("table_open", lambda *_: '<div class="wide" tabindex="0"><table>\n')
-    markdown.add_render_rule("table_close", lambda *_: "</table></div>\n")
-    return markdown
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{escape(header)}</th>" for header in table.headers)
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in table.rows)
+    body = f"<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{rows}</tbody>"
+    return f'<div class="wide" tabindex="0"><table>\n{body}\n</table></div>'
 
 
 def _contents(titles: Iterable[str]) -> str:

@@ -55,13 +55,13 @@ def render(history: History, output: str) -> str:
     if output == "json":
         return json_text(_content(history))
     table = _table(history)
-    note = _notes(history.measure, table.headers)
+    note = _note_below(history.measure, table.headers)
     if output == "markdown":
         return f"## History of the {history.measure.title}\n\n{table.markdown()}\n\n{note}\n"
     return f"{table.text()}\n\n{note}\n"
 
 
-def _notes(measure: Quantity, headers: Sequence[str]) -> str:
+def _note_below(measure: Quantity, headers: Sequence[str]) -> str:
     """What brackets and changes mean."""
     if measure.spread == "range":
         return "In brackets: minimum and maximum over seeds."
@@ -76,13 +76,13 @@ def _notes(measure: Quantity, headers: Sequence[str]) -> str:
 
 
 def _table(history: History) -> Table:
-    """One row per series and run. Columns that say nothing here are left out."""
+    """One row per series and run. Columns that say nothing in this history are left out."""
     pairs = [(series, point) for series in history.series for point in series.points]
     columns = {
         "workload": [series.workload for series, _ in pairs],
         "mode": [series.mode for series, _ in pairs],
         "series": [series.apart or DASH for series, _ in pairs],
-        "when (UTC)": [_when(point.run) for _, point in pairs],
+        "when (UTC)": [f"{at:%Y-%m-%d %H:%M}" if (at := point.run.started) else DASH for _, point in pairs],
         "run": [point.run.name for _, point in pairs],
         history.measure.title: [_value(history.measure, series, point) for series, point in pairs],
         "n": [str(point.n) for _, point in pairs],
@@ -94,13 +94,7 @@ def _table(history: History) -> Table:
     return Table(list(columns), list(zip(*columns.values(), strict=True))).without_blank("series", "change", "note")
 
 
-def _when(run: RunFacts) -> str:
-    """The start of a run in UTC, to the minute."""
-    return DASH if run.started is None else f"{run.started:%Y-%m-%d %H:%M}"
-
-
 def _value(measure: Quantity, series: Series, point: Point) -> str:
-    """The value of a point with its interval, or its range over seeds."""
     if measure.spread == "interval":
         unit = measure.unit if measure.unit == "x" else f" {measure.unit}"
         return interval(point.value, point.low, point.high, unit)
@@ -143,16 +137,9 @@ def _note(point: Point) -> str:
 
 def _lines(history: History) -> Iterator[dict[str, Any]]:
     """A line for each point of each series."""
+    of_all = {"quantity": history.measure.name, "unit": history.measure.unit}
     for series in history.series:
-        common = {
-            "workload": series.workload,
-            "mode": series.mode,
-            "series": series.apart,
-            "series_key": series.key,
-            "hardware": json.dumps(series.hardware, default=str),
-            "quantity": history.measure.name,
-            "unit": history.measure.unit,
-        }
+        common = of_all | _identity(series) | {"hardware": json.dumps(series.hardware, default=str)}
         for point in series.points:
             yield common | _values(point)
 
@@ -163,18 +150,21 @@ def _content(history: History) -> dict[str, Any]:
         "unit": history.measure.unit,
         "low_and_high": "95 % interval over processes" if history.measure.spread == "interval" else "range over seeds",
         "series": [
-            {
-                "workload": series.workload,
-                "mode": series.mode,
-                "series": series.apart,
-                "series_key": series.key,
-                "hardware": series.hardware,
-                "metric_name": series.metric_name,
-                "points": [_values(point) for point in series.points],
-            }
+            _identity(series)
+            | {"metric_name": series.metric_name, "points": [_values(point) for point in series.points]}
             for series in history.series
         ],
         "skipped": [{"what": what, "reason": reason} for what, reason in history.skipped],
+    }
+
+
+def _identity(series: Series) -> dict[str, Any]:
+    return {
+        "workload": series.workload,
+        "mode": series.mode,
+        "series": series.apart,
+        "series_key": series.key,
+        "hardware": series.hardware,
     }
 
 
@@ -197,14 +187,11 @@ def _values(point: Point) -> dict[str, Any]:
 _LINE = 140
 """Characters that fit into the width of the figure."""
 
-_FEW = 20
-"""Up to this many runs there is room for large marks."""
+_FEW_RUNS = 20
+"""Up to this many there is room for large markers."""
 
 _MOST_ABOVE = 2
 """How many times the largest value an axis may reach to show error bars."""
-
-_ONE_COLUMN = 3
-"""Up to this many panels, each has the whole width."""
 
 _DASHES: tuple[Dashes, ...] = ("-", "--", ":", "-.")
 
@@ -239,7 +226,7 @@ def _history_figure(history: History) -> Figure:
     for series in history.series:
         panels.setdefault(series.workload, []).append(series)
     look_of = _looks(history.series)
-    columns = 1 if len(panels) <= _ONE_COLUMN else 2
+    columns = 1 if len(panels) <= 3 else 2
     rows = math.ceil(len(panels) / columns)
     figure = empty_figure()
     legend_rows = _legend(figure, look_of, _caption(history))
@@ -249,9 +236,7 @@ def _history_figure(history: History) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False)
     runs = history.runs
     all_axes = list(grid.flat)
-    for number, (axes, (workload, members)) in enumerate(zip(all_axes, panels.items(), strict=False), 1):
-        axes.set_gid(f"panel-{number}")
-        axes.set_title(workload, loc="left", size=10)
+    for number, (axes, members) in enumerate(zip(all_axes, panels.values(), strict=False), 1):
         _panel(axes, number, history.measure, members, runs, look_of)
     for axes in all_axes[len(panels) :]:
         axes.remove()
@@ -259,9 +244,8 @@ def _history_figure(history: History) -> Figure:
     return figure
 
 
-def _looks(series: Iterable[Series]) -> dict[str, _SeriesLook]:
+def _looks(series: Sequence[Series]) -> dict[str, _SeriesLook]:
     """By label."""
-    series = list(series)
     of_modes = looks(one.mode for one in series)
     labels: dict[str, dict[str, None]] = {}
     for one in series:
@@ -281,11 +265,13 @@ def _panel(
     runs: Sequence[RunFacts],
     look_of: dict[str, _SeriesLook],
 ) -> None:
+    axes.set_gid(f"panel-{number}")
+    axes.set_title(members[0].workload, loc="left", size=10)
     places = {run.name: place for place, run in enumerate(runs)}
     bottom, top = _limits(measure, members)
     # Next to each other, so that error bars of one run do not hide each other.
     gap = min(0.12, 0.5 / len(members))
-    few = len(runs) <= _FEW
+    few = len(runs) <= _FEW_RUNS
     for which, series in enumerate(members):
         shift = (which - (len(members) - 1) / 2) * gap
         look = look_of[series.label]
@@ -369,7 +355,7 @@ def _caption(history: History) -> str:
 
 
 def _legend(figure: Figure, look_of: dict[str, _SeriesLook], caption: str) -> int:
-    """Put caption and legend below the panels, in as many columns as fit. Returns the number of rows of text."""
+    """Put caption and legend below the panels, in as many columns as fit. Return the number of rows of text."""
     from matplotlib.lines import Line2D
 
     labels = [textwrap.fill(label, _LINE) for label in look_of]
@@ -383,25 +369,14 @@ def _legend(figure: Figure, look_of: dict[str, _SeriesLook], caption: str) -> in
     columns = legend_columns(figure, labels)
     title = textwrap.fill(caption, _LINE)
     legend = figure.legend(
-        handles=handles,
-        loc="outside lower left",
-        ncols=columns,
-        frameon=False,
-        handlelength=2.8,
-        title=title,
-        title_fontproperties={"size": 8},
-        alignment="left",
-    )
+        handles=handles, loc="outside lower left", ncols=columns, frameon=False, handlelength=2.8, title=title,
+        title_fontproperties={"size": 8}, alignment="left",
+    )  # fmt: skip
     legend.set_gid("legend")
     per_column = math.ceil(len(labels) / columns)
-    return (
-        title.count("\n")
-        + 1
-        + max(
-            sum(label.count("\n") + 1 for label in labels[start : start + per_column])
-            for start in range(0, len(labels), per_column)
-        )
-    )
+    heights = [label.count("\n") + 1 for label in labels]
+    tallest = max(sum(heights[start : start + per_column]) for start in range(0, len(labels), per_column))
+    return title.count("\n") + 1 + tallest
 
 
 def _label_runs(figure: Figure, panels: Sequence[Axes], runs: Sequence[RunFacts]) -> None:

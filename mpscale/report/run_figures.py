@@ -68,25 +68,19 @@ class _Known:
 
 @dataclass(frozen=True)
 class _Panel:
-    """One quantity of all rows.
-
-    Args:
-        title: its name.
-        caption: how to read it.
-        known: a value for each row; None if the row has none.
-        neutral: the value of no difference.
-        limit: the value beyond which a difference matters.
-        floor: the lowest possible value.
-        most: how far the axis may reach from ``neutral``; values beyond are written as numbers.
-    """
+    """One quantity of all rows: a value for each, or None."""
 
     title: str
     caption: str
     known: Sequence[_Known | None]
     neutral: float
+    """The value of no difference."""
     limit: float | None = None
+    """The value beyond which a difference matters."""
     floor: float = -math.inf
+    """The lowest possible value."""
     most: float = math.inf
+    """How far the axis may reach from ``neutral``; values beyond are written as numbers."""
 
 
 def _panels(rows: Sequence[Row]) -> list[_Panel]:
@@ -123,9 +117,9 @@ def _speed(row: Row) -> _Known | None:
 
 def _cost(title: str, what: str, rows: Sequence[Row], column: str) -> _Panel:
     known = [
-        None
-        if (ratio := row[f"{column}_ratio"]) is None
-        else _Known(ratio, of_all=_is_of_all(row, f"{column}_processes"))
+        _Known(row[f"{column}_ratio"], of_all=_is_of_all(row, f"{column}_processes"))
+        if row[f"{column}_ratio"] is not None
+        else None
         for row in rows
     ]
     return _Panel(title, f"{what}: left of the line is less.", known, neutral=1.0, floor=0.0)
@@ -152,10 +146,8 @@ def _metric(row: Row) -> _Known | None:
     if row["metric_difference"] is None or not row["metric_margin"] or row["metric_higher_is_better"] is None:
         return None
     unit = row["metric_margin"] if row["metric_higher_is_better"] else -row["metric_margin"]
-    ends = [row["metric_difference_low"], row["metric_difference_high"]]
-    if None in ends:
-        return _Known(row["metric_difference"] / unit, of_all=row["metric_pairs"] >= row["seeds_planned"])
-    low, high = sorted(end / unit for end in ends)
+    ends = (row["metric_difference_low"], row["metric_difference_high"])
+    low, high = (None, None) if None in ends else sorted(end / unit for end in ends)
     return _Known(row["metric_difference"] / unit, low, high, row["metric_pairs"] >= row["seeds_planned"])
 
 
@@ -185,8 +177,8 @@ def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
                 continue
             bar = None
             if known.low is not None and known.high is not None:
-                ends = max(known.low, low), min(known.high, high)
-                bar = [[max(0.0, known.value - ends[0])], [max(0.0, ends[1] - known.value)]]
+                below, above = known.value - max(known.low, low), min(known.high, high) - known.value
+                bar = [[max(0.0, below)], [max(0.0, above)]]
             drawn = axes.errorbar(
                 [known.value], [place], xerr=bar, color=look.colour, marker=look.marker, markersize=5, elinewidth=1.1,
                 capsize=2.5, linestyle="none", markerfacecolor=look.colour if known.of_all else "white",
@@ -210,14 +202,14 @@ def _label(row: Row) -> str:
     return name if row["ok"] == row["cases"] and not row["not_started"] else f"{name} ({statuses(row)})"
 
 
-def _beyond(axes: Axes, value: float, place: int, shade: str) -> None:
+def _beyond(axes: Axes, value: float, place: int, colour: str) -> None:
     """Point towards a value that the axis does not reach, and write it there."""
     low, high = axes.get_xlim()
-    left = value < low
-    axes.plot([low if left else high], [place], color=shade, marker="<" if left else ">", markersize=6, clip_on=False)
+    end, marker, side, inwards = (low, "<", "left", 8) if value < low else (high, ">", "right", -8)
+    axes.plot([end], [place], color=colour, marker=marker, markersize=6, clip_on=False)
     axes.annotate(
-        f"{value:+.0f}", (low if left else high, place), xytext=(8 if left else -8, 0), textcoords="offset points",
-        ha="left" if left else "right", va="center", color=shade,
+        f"{value:+.0f}", (end, place), xytext=(inwards, 0), textcoords="offset points", ha=side, va="center",
+        color=colour,
     )  # fmt: skip
 
 
@@ -242,14 +234,11 @@ _SEEDS = 10
 _POINTS = 100
 """Points of a line of losses, each a mean over as many steps as necessary."""
 
-_MARKS, _MARKS_PER_LINE = 60, 5
+_MARKERS, _MARKERS_PER_LINE = 60, 5
 """Markers of modes in a panel, roughly, and the most on a line."""
 
 _CROSSES = 150
-"""The most overflow marks on a line of a loss scale."""
-
-_LOG_FROM = 20.0
-"""The axis is logarithmic if the largest loss is this many times the smallest."""
+"""The most crosses, for overflow, on a line of a loss scale."""
 
 _Float = npt.NDArray[np.float64]
 _Int = npt.NDArray[np.int64]
@@ -358,22 +347,20 @@ def _draw_losses(axes: Axes, number: int, modes: Mapping[str, Sequence[_Steps]],
         ends = _stopped(seeds)
         if ends:
             steps, losses = zip(*ends, strict=True)
-            axes.plot(
-                steps, losses, linestyle="none", marker="*", markersize=11, color=look.colour, gid=f"lost-{number}"
-            )
+            axes.plot(steps, losses, "*", markersize=11, color=look.colour, gid=f"lost-{number}")
             known += losses
         known += means[np.isfinite(means)].tolist()
-    if known and min(known) > 0 and max(known) > _LOG_FROM * min(known):
+    if known and min(known) > 0 and max(known) > 20 * min(known):
         axes.set_yscale("log")
         _write_ticks(axes, "{:g}".format)
 
 
 def _stopped(seeds: Sequence[_Steps]) -> list[tuple[int, float]]:
     """Step and value of the last finite loss of each seed that was lost while another one went on."""
-    last = max((int(steps.finite[-1]) for steps in seeds if len(steps.finite)), default=0)
-    whole = max((len(steps.loss) for steps in seeds), default=0)
     # A loss that becomes finite again was a spell of overflow, which the mean leaves out.
     ends = [(int(steps.finite[-1]), steps.loss) for steps in seeds if len(steps.finite)]
+    last = max((end for end, _ in ends), default=0)
+    whole = max((len(steps.loss) for steps in seeds), default=0)
     return [(end, float(loss[end])) for end, loss in ends if end < last and end < whole - 1]
 
 
@@ -392,7 +379,7 @@ def _mean_loss(seeds: Sequence[_Float]) -> tuple[_Float, _Float]:
 
 
 def _draw_scales(axes: Axes, number: int, modes: Mapping[str, Sequence[_Steps]], look_of: Mapping[str, Look]) -> bool:
-    """Draw the loss scales of a workload. Returns whether a step overflowed."""
+    """Draw the loss scales of a workload. Return whether a step overflowed."""
     overflowed = False
     known: list[float] = []
     lines = [(look_of[mode], steps) for mode, seeds in modes.items() for steps in seeds if steps.has_scale]
@@ -427,13 +414,13 @@ def _marks(look: Look) -> dict[str, Any]:
 
 def _marked(length: int, line: int, lines: int) -> _Int:
     """Places for the markers of a line, spread evenly and apart from those of the other lines."""
-    each = max(1, min(_MARKS_PER_LINE, _MARKS // lines))
+    each = max(1, min(_MARKERS_PER_LINE, _MARKERS // lines))
     places = (np.arange(each) + (line + 0.5) / lines) * length / each
     return np.unique(places.astype(np.int64))
 
 
 def _write_ticks(axes: Axes, text: Callable[[float], str]) -> None:
-    """Write the numbers at a logarithmic axis by ``text``: matplotlib's own are formulas, which no browser draws."""
+    """Write the numbers of a logarithmic axis with ``text``: matplotlib's own are formulas, which no browser draws."""
     from matplotlib.ticker import NullFormatter
 
     axes.yaxis.set_major_formatter(lambda value, _: text(value))
@@ -448,7 +435,5 @@ def _corners(values: _Float) -> _Int:
 
 def _thinned(places: _Int, length: int) -> _Int:
     """The places without those that would be drawn on top of another."""
-    if len(places) == 0:
-        return places
     _, first = np.unique(places * _CROSSES // length, return_index=True)
     return places[first]

@@ -1,4 +1,4 @@
-"""Every table of the report of a run. Each section is empty if the run has nothing to say about it."""
+"""The sections of the report of a run: tables, and texts in markdown. Those that have nothing to say are empty."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from mpscale.report.table import (
     metric,
     metric_difference,
     metric_margin,
+    of_all,
     of_processes,
     of_seeds,
     share,
@@ -50,32 +51,18 @@ def results(run: Run) -> Table:
     rows = summary_of(run)
     names = {row["metric_name"] for row in rows if row["metric_name"] is not None}
     all_well = all(row["ok"] == row["cases"] and not row["not_started"] for row in rows)
-    table = Table(
-        [
-            *_PLACE,
-            "step time",
-            "speed-up over fp32",
-            "speed-up over tf32",
-            "peak memory",
-            "overflow steps",
-            f"final {names.pop() if len(names) == 1 else 'metric'}",
-            "status",
-        ],
-        [
-            [
-                row["workload"],
-                row["mode"],
-                step_time(row),
-                speedup(row, "fp32"),
-                speedup(row, "tf32"),
-                peak_memory(row),
-                overflow_steps(row),
-                final_metric(row),
-                DASH if all_well else statuses(row),
-            ]
-            for row in rows
-        ],
-    )
+    cells: dict[str, Callable[[Row], str]] = {
+        "workload": lambda row: row["workload"],
+        "mode": lambda row: row["mode"],
+        "step time": step_time,
+        "speed-up over fp32": lambda row: speedup(row, "fp32"),
+        "speed-up over tf32": lambda row: speedup(row, "tf32"),
+        "peak memory": peak_memory,
+        "overflow steps": overflow_steps,
+        f"final {names.pop() if len(names) == 1 else 'metric'}": final_metric,
+        "status": lambda row: DASH if all_well else statuses(row),
+    }
+    table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
     return table.without_blank("speed-up over tf32", "status")
 
 
@@ -161,14 +148,7 @@ _OVER: dict[Over, Callable[[list[Any]], Any]] = {
 
 
 def _sheet(run: Run, sheet: Sheet, *needs: str, good: bool = True) -> Table:
-    """A table of all columns that the data dictionary puts into ``sheet``.
-
-    Args:
-        run: the run.
-        sheet: which table.
-        needs: columns, one of which must be known for a row to be shown.
-        good: leave out lost seeds: what a mode costs is of no use if it does not train.
-    """
+    """A table of all columns that the data dictionary puts into ``sheet``, for modes that have one of ``needs``."""
     summary = {(row["workload"], row["mode"]): row for row in summary_of(run)}
     cells = [(cell, column) for column in (*COLUMNS.values(), *SUMMARY) for cell in column.cells if cell.sheet is sheet]
     cells.sort(key=lambda pair: pair[0].place)
@@ -195,13 +175,12 @@ def _cell(cell: Cell, column: Column, records: Sequence[Record], row: Row) -> st
     return written
 
 
-def timing(run: Run) -> str:
+def timing(run: Run) -> list[Table | str]:
     """What the step times rest on."""
-    table = _sheet(run, Sheet.TIMING, "step_time_ms_median", "trace_time_s", "first_step_s")
-    if not table.rows:
-        return ""
+    parts: list[Table | str] = [_sheet(run, Sheet.TIMING, "step_time_ms_median", "trace_time_s", "first_step_s")]
+    if not parts[0]:
+        return []
     cases = [records for _, _, records in measured(run, good=True)]
-    parts = [table.markdown()]
     busiest = max((value for records in cases for value in _values(records, "host_other_cpu_share")), default=0.0)
     if busiest > (COLUMNS["host_other_cpu_share"].warn_above or math.inf):
         parts.append(
@@ -213,41 +192,34 @@ def timing(run: Run) -> str:
             "`bound` means that dispatch in Python and TensorFlow took over half of the step time, rather than the "
             "device. The model or its batch is too small to show what the mode does to the device."
         )
-    return "\n\n".join(parts)
+    return parts
 
 
-def memory(run: Run) -> str:
+def memory(run: Run) -> list[Table | str]:
     """Peaks over the processes of a mode."""
     needs = ("gpu_memory_nvml_peak_mib", "gpu_memory_allocator_peak_mib", "host_memory_peak_mib")
-    table = _sheet(run, Sheet.MEMORY, *needs).markdown()
-    return table and table + _no_ratio(run, COSTS["gpu_memory"], "gpu_memory_mib", "gpu_memory_ratio")
+    without_ratio = _no_ratio(run, COSTS["gpu_memory"], "gpu_memory_mib", "gpu_memory_ratio")
+    return [_sheet(run, Sheet.MEMORY, *needs), without_ratio]
 
 
-def memory_parts(run: Run) -> str:
+def memory_parts(run: Run) -> Table:
     """Where the memory that the driver reports went."""
-    return _sheet(run, Sheet.MEMORY_PARTS, "gpu_memory_nvml_peak_mib").markdown()
+    return _sheet(run, Sheet.MEMORY_PARTS, "gpu_memory_nvml_peak_mib")
 
 
-def energy(run: Run) -> str:
+def energy(run: Run) -> list[Table | str]:
     """Energy of the GPU per step, and the power that it drew."""
-    table = _sheet(run, Sheet.ENERGY, "gpu_energy_j_per_step").markdown()
-    return table and table + _no_ratio(run, COSTS["energy"], "gpu_energy_j_per_step", "gpu_energy_ratio")
+    needed = "gpu_energy_j_per_step"
+    return [_sheet(run, Sheet.ENERGY, needed), _no_ratio(run, COSTS["energy"], needed, "gpu_energy_ratio")]
 
 
-def gpu_state(run: Run) -> str:
+def gpu_state(run: Run) -> Table:
     """Clocks, temperature and what held the clocks down while steps were timed."""
-    return _sheet(run, Sheet.GPU_STATE, "gpu_sm_clock_mhz_median", "gpu_temperature_c_max", good=False).markdown()
+    return _sheet(run, Sheet.GPU_STATE, "gpu_sm_clock_mhz_median", "gpu_temperature_c_max", good=False)
 
 
 def _no_ratio(run: Run, cost: Cost, figure: str, ratio: str) -> str:
-    """A paragraph on the rows without a ratio to fp32 because the two figures are not of the same thing.
-
-    Args:
-        run: the run.
-        cost: what the figure is of.
-        figure: its column of the summary.
-        ratio: that of its ratio to fp32.
-    """
+    """A paragraph on the rows without a ratio to fp32 because the two figures do not measure the same thing."""
     kinds = {(workload, mode): cost.kinds(records) for workload, mode, records in measured(run, good=True)}
     bare = [
         f"{row['workload']} {row['mode']}"
@@ -260,7 +232,7 @@ def _no_ratio(run: Run, cost: Cost, figure: str, ratio: str) -> str:
         return ""
     columns = " or ".join(f"`{column}`" for column in cost.is_of)
     return (
-        f"\n\nNo ratio is given for {', '.join(bare)}: its figure and fp32's differ in {columns}, so they do not "
+        f"No ratio is given for {', '.join(bare)}: its figure and fp32's differ in {columns}, so they do not "
         "measure the same thing."
     )
 
@@ -268,7 +240,7 @@ def _no_ratio(run: Run, cost: Cost, figure: str, ratio: str) -> str:
 # What training came to.
 
 
-def overflow(run: Run) -> str:
+def overflow(run: Run) -> Table:
     """Steps applied and skipped, and the loss scale, over the seeds of each mixed mode."""
     rows = []
     for workload, mode, records in measured(run, trained=True):
@@ -289,26 +261,20 @@ def overflow(run: Run) -> str:
             ]
         )
     headers = [*_PLACE, "attempted", "applied", "skipped", "overflow", "non-finite loss", "longest skip run"]
-    return Table([*headers, "first to last overflow", "loss scale, first -> last step", "min to max"], rows).markdown()
+    return Table([*headers, "first to last overflow", "loss scale, first -> last step", "min to max"], rows)
 
 
 def _total(records: Sequence[Record], name: str) -> str:
-    """The sum of a column over trainings, and how many of them it covers if not all."""
     known = _values(records, name)
-    if not known:
-        return DASH
-    return count(sum(known)) + (f" ({len(known)} of {len(records)} seeds)" if len(known) < len(records) else "")
+    return count(sum(known)) + of_all(len(known), len(records), "seeds") if known else DASH
 
 
 def _scales(records: Sequence[Record], name: str) -> str:
     return span([loss_scale(value) for value in sorted(_values(records, name))])
 
 
-def accuracy(run: Run) -> str:
-    """The metric of every seed under every mode, and when the target was reached.
-
-    A training without a metric shows its status instead: a gap would look like a seed that nobody asked for.
-    """
+def accuracy(run: Run) -> list[Table | str]:
+    """The metric of every seed under every mode, or its status without one; and when the target was reached."""
     trained = [record for record in run.records if record["repeat"] == 0 and record["status"] != "unsupported"]
     modes = in_order_of_modes(record["mode"] for record in trained)
     names = {record["workload"]: record["metric_name"] for record in trained if record["metric_name"] is not None}
@@ -324,6 +290,7 @@ def accuracy(run: Run) -> str:
         if ended and record["metric_value"] is not None:
             put(name, metric(record["metric_value"], record["metric_name"]))
         elif record["status"] != "ok":
+            # A gap would look like a seed that nobody asked for.
             put(name, str(record["status"]))
         if ended and record["published_metric_value"] is not None:
             put(f"{name}, published test set", metric(record["published_metric_value"], record["metric_name"]))
@@ -335,23 +302,20 @@ def accuracy(run: Run) -> str:
             for seed, by_mode in by_seed.items()
         ],
     )
-    targets = Table(
-        [*_PLACE, "seeds that reached the target", "steps to it, median"],
+    reached = [
         [
-            [
-                row["workload"],
-                row["mode"],
-                f"{row['target_reached']} of {row['seeds_planned']}",
-                count(row["steps_to_target"]),
-            ]
-            for row in summary_of(run)
-            if row["target_reached"] is not None
-        ],
-    )
-    return "\n\n".join(filter(None, [values.markdown(), targets.markdown()]))
+            row["workload"],
+            row["mode"],
+            f"{row['target_reached']} of {row['seeds_planned']}",
+            count(row["steps_to_target"]),
+        ]
+        for row in summary_of(run)
+        if row["target_reached"] is not None
+    ]
+    return [values, Table([*_PLACE, "seeds that reached the target", "steps to it, median"], reached)]
 
 
-def against_fp32(run: Run) -> str:
+def against_fp32(run: Run) -> Table:
     """Whether each mode trains as well as fp32, seed by seed."""
     rows = []
     for row in summary_of(run):
@@ -370,16 +334,11 @@ def against_fp32(run: Run) -> str:
                 ": ".join(filter(None, (verdict, metric_why(row)))),
             ]
         )
-    return Table([*_PLACE, "difference", "seeds", "margin", "verdict"], rows).markdown()
+    return Table([*_PLACE, "difference", "seeds", "margin", "verdict"], rows)
 
 
-def noise(run: Run, floors: Floors) -> str:
-    """Spread between processes of this run and between runs of its code, for judging whether a change is real.
-
-    Args:
-        run: the run.
-        floors: how much runs of its code differ, if that is known.
-    """
+def noise(run: Run, floors: Floors) -> list[Table | str]:
+    """Spread between processes of this run and between runs of its code, for judging whether a change is real."""
     time, cases = COSTS["step_time"], _groups(run)
     assumed = assumed_floor([cases], time)
     rows = []
@@ -393,8 +352,7 @@ def noise(run: Run, floors: Floors) -> str:
         limit = DASH if floor is None else f"{floor.limit:.1%}{'' if known else '?'}"
         rows.append([*place, count(len(times)), f"{math.sqrt(variance):.1%}" if degrees else DASH, limit])
     if not rows:
-        return ""
-    table = Table([*_PLACE, "processes", "spread of processes", "noise floor"], rows).markdown()
+        return []
     if floors.runs:
         basis = (
             "Noise floor: 95 % limit on the difference between two runs of the same code, from "
@@ -405,20 +363,21 @@ def noise(run: Run, floors: Floors) -> str:
             f"As a baseline this is a {SINGLE_RUN} (?): how much runs of this code differ is unknown until there are "
             f"{FEWEST_RUNS} of them. Until then, a comparison relies on the spread of processes."
         )
-    return f"{table}\n\nSpread: standard deviation. {basis}"
+    table = Table([*_PLACE, "processes", "spread of processes", "noise floor"], rows)
+    return [table, f"Spread: standard deviation. {basis}"]
 
 
 # What is missing.
 
 
-def troubles(run: Run) -> str:
+def troubles(run: Run) -> list[Table | str]:
     """Cases with another status than ok: why, and the last output of the process."""
     tails = [
         f"The last lines of {text(record['case_id'])}:\n\n{fenced(record['output_tail'])}"
         for record in run.records
         if record["status"] != "ok" and record["output_tail"]
     ]
-    return "\n\n".join(filter(None, [trouble_table(run).markdown(), *tails]))
+    return [trouble_table(run), *tails]
 
 
 def trouble_table(run: Run) -> Table:
@@ -429,17 +388,12 @@ def trouble_table(run: Run) -> Table:
 
 
 def unread(run: Run, left_out: Sequence[tuple[str, str]] = ()) -> str:
-    """A list of what could not be read, in the run's own files and in other runs.
-
-    Args:
-        run: the run.
-        left_out: folders of other runs, and why each could not be read.
-    """
+    """A list of what could not be read: in the run's own files, and of other runs the folder with the reason."""
     lines = [*run.problems, *(f"{folder} was left out: {reason}" for folder, reason in left_out)]
     return "\n".join(f"- {escape(line)}" for line in lines)
 
 
-def missing(run: Run) -> str:
+def missing(run: Run) -> Table:
     """The reasons for empty cells, with the columns and modes that they apply to."""
     cases: dict[tuple[str, str], list[int]] = {}
     for place, record in enumerate(run.records):
@@ -454,7 +408,7 @@ def missing(run: Run) -> str:
         modes = in_order_of_modes(sorted({run.records[number]["mode"] for number in numbers}))
         rows.append([why, listed(columns, _COLUMNS_SHOWN), ", ".join(modes), f"{len(numbers)} of {len(run.records)}"])
     rows.sort(key=lambda row: (row[0], row[2]))
-    return Table(["reason", "empty columns", "modes", "cases"], rows).markdown()
+    return Table(["reason", "empty columns", "modes", "cases"], rows)
 
 
 def fenced(text: str) -> str:

@@ -32,6 +32,9 @@ class Table:
         """A table of dicts; keys that are missing are unknown."""
         return cls(headers, [[row.get(name) for name in headers] for row in rows])
 
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
     def without_blank(self, *names: str) -> Table:
         """The table without those of the named columns that hold nothing but dashes."""
         blank = {name for name in names if all(row[self.headers.index(name)] == DASH for row in self.rows)}
@@ -228,16 +231,17 @@ def listed(names: Sequence[str], most: int) -> str:
 
 
 def of_seeds(known: int, row: Mapping[str, Any]) -> str:
-    """`` (4 of 5 seeds)`` behind a figure that does not cover all seeds of a row of the summary, else nothing."""
-    return _of(known, row["seeds_planned"], "seeds")
+    """What :func:`of_all` says about the seeds of a row of the summary."""
+    return of_all(known, row["seeds_planned"], "seeds")
 
 
 def of_processes(known: int, row: Mapping[str, Any]) -> str:
-    """The same for processes."""
-    return _of(known, row["cases"] + row["not_started"], "processes")
+    """What :func:`of_all` says about the processes of a row of the summary."""
+    return of_all(known, row["cases"] + row["not_started"], "processes")
 
 
-def _of(known: int, planned: int, what: str) -> str:
+def of_all(known: int, planned: int, what: str) -> str:
+    """`` (4 of 5 seeds)`` behind a figure that does not cover all, else nothing."""
     return f" ({known} of {planned} {what})" if known < planned else ""
 
 

@@ -13,7 +13,7 @@ from support.nvml_stand_in import UUID, Script, build
 
 from mpscale.core.device import NVIDIA, Device
 from mpscale.core.reason import Code
-from mpscale.doctor import gpu, precision
+from mpscale.doctor import device
 from mpscale.doctor.examine import Examination, examine
 from mpscale.doctor.page import render
 from mpscale.doctor.software import build_info
@@ -126,9 +126,9 @@ def test_a_broken_driver_library_is_a_problem_unless_the_gpu_is_hidden(tmp_path,
     if loaded:
         sign.touch()
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    why = gpu.why_no_gpu(NoDriver(NVIDIA.no_library), environ)
+    why = device.why_no_gpu(NoDriver(NVIDIA.no_library), environ)
     assert why.code is Code.NO_LIBRARY
-    found = list(gpu.check_absence(why, environ, [sign]))
+    found = list(device.check_absence(why, environ, [sign]))
     assert [each.code for each in found] == [Code.NO_LIBRARY] * problem
     assert all(NVIDIA.library in each.cure for each in found)
 
@@ -144,7 +144,7 @@ def test_a_broken_driver_library_is_a_problem_unless_the_gpu_is_hidden(tmp_path,
     ],
 )
 def test_what_a_cpu_computes_fast(flags, float16, bfloat16, words):
-    found = precision.of_cpu(flags)
+    found = device.precision_of_cpu(flags)
     assert (found.float16, found.bfloat16, found.tf32) == (float16, bfloat16, False)
     assert words in " ".join(found.words)
 
@@ -164,7 +164,7 @@ def test_what_a_cpu_computes_fast(flags, float16, bfloat16, words):
     ],
 )
 def test_what_a_gpu_computes_fast(capability, name, float16, bfloat16, tf32):
-    found = precision.of_gpu(Device("gpu", name, "GPU-1", capability))
+    found = device.precision_of_gpu(Device("gpu", name, "GPU-1", capability))
     assert (found.float16, found.bfloat16, found.tf32) == (float16, bfloat16, tf32)
 
 
@@ -174,7 +174,7 @@ def test_a_busy_machine_is_noted(monkeypatch):
 
 
 def test_an_exception_is_one_problem_among_the_others(monkeypatch):
-    monkeypatch.setattr("mpscale.doctor.precision.of_cpu", lambda flags: 1 / 0)
+    monkeypatch.setattr("mpscale.doctor.device.precision_of_cpu", lambda flags: 1 / 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     found = examine(train=False)
     assert "ZeroDivisionError" in found.problems[-1].text
@@ -201,6 +201,7 @@ def test_a_healthy_gpu_is_complete(stand_in_nvml, tmp_path):
 def test_a_healthy_gpu_gives_every_figure(gpu_here):
     found = gpu_here()
     assert set(answers(found).values()) == {"yes"}
+    assert {each["figure"]: each["way"] for each in found["measured"]}["power"] == "instant"
     assert (found["device"]["uuid"], found["device"]["now"]["temperature_c"]) == (UUID, 35)
     assert found["verdict"] == 0
 

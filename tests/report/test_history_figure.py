@@ -131,12 +131,9 @@ def test_no_text_touches_another_or_leaves_the_picture(tmp_path, workloads, numb
 
 def test_long_labels_stay_inside_the_picture(tmp_path):
     device = "Processor of a Name That Goes On and On (R) with Every Feature It Was Ever Sold For, Revision 2"
+    cases = finished([case("toy", "mixed-dynamic", 0, 1.0)])
     runs = [
-        read_run(
-            write_run(
-                tmp_path, finished([case("toy", "mixed-dynamic", 0, 1.0)]), name=name, device={**CPU, "name": text}
-            )
-        )
+        read_run(write_run(tmp_path, cases, name=name, device={**CPU, "name": text}))
         for name, text in (("x", device), ("y", device + " and Yet Another Forty Characters of It"))
     ]
     _, boxes = laid_out(make_history(runs))
@@ -187,15 +184,6 @@ def test_an_interval_of_two_processes_that_disagree_does_not_flatten_the_rest(tm
     cases += [case("toy", "tf32", seed, time) for seed, time in enumerate((1e-200, 1e200))]
     figure, _ = laid_out(make_history([read_run(write_run(tmp_path, finished(cases)))]))
     assert figure.axes[0].get_ylim()[1] == pytest.approx(2.16e100)
-
-
-def test_every_mode_has_one_look_of_its_own(tmp_path):
-    runs = [
-        read_run(write_run(tmp_path, finished([case("a", m, 0, 1.0) for m in MODES] + [case("b", "article", 0, 1.0)])))
-    ]
-    looks = history_figure._looks(make_history(runs).series)
-    assert list(looks) == list(MODES)
-    assert len({(look.colour, look.marker) for look in looks.values()}) == len(MODES)
 
 
 def test_the_same_history_gives_the_same_file(tmp_path):

@@ -111,17 +111,9 @@ def test_every_quantity_has_its_unit(tmp_path, quantity, column, expected):
         "gpu_memory_nvml_peak_mib": 1200.0, "gpu_energy_j_per_step": 0.25, "metric_name": "accuracy",
         "attempted_steps": 10, "overflow_steps": 0,
     }  # fmt: skip
-    trained = [
-        record(
-            "mixed-static",
-            seed,
-            series_key=KEYS["mixed-static"],
-            step_time_ms_median=time,
-            metric_value=metric,
-            **values,
-        )
-        for seed, (time, metric) in enumerate([(1.0, 0.8), (2.0, 1.0)])
-    ]
+    trained = processes(1.0, 2.0, mode="mixed-static", **values)
+    for one, metric in zip(trained, (0.8, 1.0), strict=True):
+        one.update({"metric_value": metric})
     records = [*processes(2.0, 4.0, metric_value=0.9), *trained]
     rows = table(render(make_history([run_of(tmp_path, 1, records)], quantity, modes=["mixed-static"]), "markdown"))
     assert [row[column] for row in rows] == [expected]

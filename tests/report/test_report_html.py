@@ -178,21 +178,15 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_long_names_leave_room_for_the_pictures(browser, tmp_path):
-    name = "a.package.of.somebody:" + "a_workload_with_a_long_name_" * 4
-    records = [
-        record(mode, workload=name, step_time_ms_median=ms) for mode, ms in (("fp32", 2.0), ("mixed-static", 1.0))
-    ]
-    path = write_run(tmp_path, finished(records))
-    for one in records:
-        write_steps(path, one["case_id"], "step,loss,loss_scale,overflow\n0,1.0,8,0\n1,0.5,8,0\n")
-    rebuild(path)
-    browser.get((path / "report.html").as_uri())
-    assert [beyond for _, _, beyond in drawn_pictures(browser)] == [[], []]
-
-
-def test_the_legend_of_all_modes_fits(browser, tmp_path):
-    records = [record(mode, step_time_ms_median=1.0) for mode in [*MODES, "mode-of-tomorrow"]]
+@pytest.mark.parametrize(
+    ("workload", "modes"),
+    [
+        ("a.package.of.somebody:" + "a_workload_with_a_long_name_" * 4, ["fp32", "mixed-static"]),
+        ("toy", [*MODES, "mode-of-tomorrow"]),
+    ],
+)
+def test_pictures_have_room_for_long_names_and_all_modes(browser, tmp_path, workload, modes):
+    records = [record(mode, workload=workload, step_time_ms_median=1.0) for mode in modes]
     path = write_run(tmp_path, finished(records))
     for one in records:
         write_steps(path, one["case_id"], "step,loss,loss_scale,overflow\n0,1.0,8,0\n1,0.5,8,0\n")

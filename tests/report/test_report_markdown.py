@@ -13,6 +13,7 @@ from support.runfolder import CPU, GPU, NAME, finished, record, started, write_r
 
 from mpscale.core.columns import COLUMNS, STATUSES
 from mpscale.core.mode import MODES
+from mpscale.core.reason import Code, Reason
 from mpscale.core.runs import read_run
 from mpscale.report.document import document, render
 from mpscale.report.files import WRITTEN, page, rebuild
@@ -102,38 +103,19 @@ def test_a_cpu_run_warns_that_it_says_nothing_about_a_gpu(tmp_path, kind):
 
 
 def test_overflow_and_loss_scale_over_seeds(tmp_path):
-    first = record(
-        "mixed-dynamic",
-        seed=0,
-        attempted_steps=100,
-        applied_steps=97,
-        skipped_steps=3,
-        overflow_steps=3,
-        nonfinite_loss_steps=1,
-        longest_skip_run=2,
-        first_overflow_step=0,
-        last_overflow_step=41,
-        loss_scale_initial=32768.0,
-        loss_scale_final=8192.0,
-        loss_scale_min=8192.0,
-        loss_scale_max=32768.0,
-    )
-    second = record(
-        "mixed-dynamic",
-        seed=1,
-        attempted_steps=100,
-        applied_steps=100,
-        skipped_steps=0,
-        overflow_steps=0,
-        nonfinite_loss_steps=0,
-        longest_skip_run=0,
-        loss_scale_initial=32768.0,
-        loss_scale_final=65536.0,
-        loss_scale_min=32768.0,
-        loss_scale_max=65536.0,
-    )
+    first = {
+        "attempted_steps": 100, "applied_steps": 97, "skipped_steps": 3, "overflow_steps": 3, "nonfinite_loss_steps": 1,
+        "longest_skip_run": 2, "first_overflow_step": 0, "last_overflow_step": 41, "loss_scale_initial": 32768.0,
+        "loss_scale_final": 8192.0, "loss_scale_min": 8192.0, "loss_scale_max": 32768.0,
+    }  # fmt: skip
+    second = {
+        "attempted_steps": 100, "applied_steps": 100, "skipped_steps": 0, "overflow_steps": 0,
+        "nonfinite_loss_steps": 0, "longest_skip_run": 0, "loss_scale_initial": 32768.0, "loss_scale_final": 65536.0,
+        "loss_scale_min": 32768.0, "loss_scale_max": 65536.0,
+    }  # fmt: skip
+    mixed = [record("mixed-dynamic", seed, **values) for seed, values in enumerate((first, second))]
     bf16 = record("mixed-bf16", attempted_steps=100, nonfinite_loss_steps=0)
-    report = rendered(tmp_path, record(attempted_steps=100), first, second, bf16)
+    report = rendered(tmp_path, record(attempted_steps=100), *mixed, bf16)
     scales = ["32768 -> 8192 to 65536", "8192 to 65536"]
     assert [list(row.values()) for row in table(report, "Overflow and loss scale")] == [
         ["toy", "mixed-dynamic", "200", "197", "3", "3", "1", "2", "0 to 41", *scales],
@@ -210,9 +192,9 @@ def test_a_run_that_was_killed_says_so(tmp_path):
 
 def test_reasons_are_grouped_by_columns_that_share_them(tmp_path):
     first, second = record("fp32"), record("mixed-bf16")
-    first.miss(["tf32", "gpu_allocator"], "no GPU")
-    second.miss(["tf32", "gpu_allocator"], "no GPU")
-    second.miss("overflow_steps", "checks nothing")
+    for one in (first, second):
+        one.miss(["tf32", "gpu_allocator"], Reason(Code.NO_GPU, "no GPU"))
+    second.miss("overflow_steps", Reason(Code.NOT_IN_MODE, "checks nothing"))
     assert [list(row.values()) for row in table(rendered(tmp_path, first, second), "Missing values")] == [
         ["checks nothing", "overflow_steps", "mixed-bf16", "1 of 2"],
         ["no GPU", "tf32, gpu_allocator", "fp32, mixed-bf16", "2 of 2"],
@@ -282,7 +264,7 @@ def record_lists(draw):
         chosen = draw(st.sets(st.sampled_from(free), max_size=len(free)))
         one = record(mode, seed, repeat, workload, status=draw(st.sampled_from(list(STATUSES))))
         one.update({c.name: draw(VALUES[c.kind]) for c in chosen})
-        one.miss(draw(st.sets(st.sampled_from([c.name for c in free]))), draw(st.text(max_size=20)))
+        one.miss(draw(st.sets(st.sampled_from([c.name for c in free]))), Reason(Code.OTHER, draw(st.text(max_size=20))))
         found.append(one)
     return found
 

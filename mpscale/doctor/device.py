@@ -1,4 +1,4 @@
-"""The GPU: why there is none, its settings and state, and which figures of a run it can tell."""
+"""The device of a run: why it is no GPU, its settings and state, the figures it can tell, what it computes fast."""
 
 from __future__ import annotations
 
@@ -6,26 +6,32 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mpscale.core.device import NVIDIA, Device, vendor_of
 from mpscale.core.reason import Code, Reason
-from mpscale.doctor.precision import Answer
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, NoDriver
 from mpscale.telemetry.samples import THROTTLING, Reading
+
+Answer = Literal["yes", "in part", "no"]
 
 SIGNS = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
 """Files of NVIDIA's kernel module: one of them exists if there is a GPU, whatever the driver's library says."""
 
 _NORMAL_WITHOUT_GPU = (Code.NO_LIBRARY, Code.DRIVER_NOT_LOADED, Code.NO_DEVICE)
 _NEAR_SLOWDOWN_C = 20.0
-_PID_NAMESPACE = Path("/proc/self/ns/pid")
 _HOST_NAMESPACE = "pid:[4026531836]"
 """The first PID namespace of every Linux has this number (PROC_PID_INIT_INO)."""
 
-
-# The absence of a GPU, its settings and its state.
+_ADVICE = (
+    "For Tensor Cores choose batch, units and channels in multiples of 8.",
+    "mpscale compiles steps with XLA; your own program needs jit_compile=True for the same speed.",
+    "Small steps wait for Python, not for the GPU: if a report says dispatch_bound, use a larger batch.",
+)
+_NO_SPEED = (
+    "Figures here show whether training works (overflow, loss scale, accuracy), but not the speed of another device."
+)
 
 
 def why_no_gpu(driver: Driver | NoDriver, environ: Mapping[str, str]) -> Reason:
@@ -77,11 +83,6 @@ def check_gpu(device: Device, facts: Mapping[str, Any], now: Mapping[str, Any]) 
             f"end them (nvidia-smi lists them), name another GPU in {vendor_of([device]).visible}, or keep such rows "
             "with --mp-keep-suspect",
         )
-    yield from _settings(device, facts)
-    yield from _state(facts, now)
-
-
-def _settings(device: Device, facts: Mapping[str, Any]) -> Iterator[str]:
     if facts["persistence"] is False:
         yield (
             "persistence mode is off: the first call to an idle GPU takes seconds, and settings may be lost between "
@@ -97,9 +98,6 @@ def _settings(device: Device, facts: Mapping[str, Any]) -> Iterator[str]:
             "this process has its own PID namespace. If the driver lists processes by the host's numbers, peak memory "
             "is the rise of the whole GPU's, which is right as long as nobody else uses it"
         )
-
-
-def _state(facts: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     if now["graphics_processes"]:
         yield f"{_others(now['graphics_processes'])} drew with the GPU just now: step times may vary more"
     temperature, slowdown = now["temperature_c"], facts.get("slowdown_c")
@@ -113,7 +111,7 @@ def _state(facts: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
 def _has_own_namespace() -> bool:
     """Whether this process has its own PID namespace, as in most containers."""
     try:
-        return str(_PID_NAMESPACE.readlink()) != _HOST_NAMESPACE
+        return str(Path("/proc/self/ns/pid").readlink()) != _HOST_NAMESPACE
     except OSError:
         return False
 
@@ -222,3 +220,71 @@ def _with_the_others(of_gpu: Sequence[Figure]) -> list[Figure]:
         Figure("overflow", "yes", "every gradient is checked, in modes with a loss scale"),
         Figure("accuracy", "yes", "on the test set, after the last step"),
     ]
+
+
+# Which arithmetic of mixed precision is fast. What a model gains from it, only a run can tell.
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Which arithmetic is fast on a device; None if unknown.
+
+    Args:
+        float16: products of float16.
+        bfloat16: products of bfloat16.
+        tf32: whether the device can round float32 products to TF32.
+        words: what that means for a run, one sentence each.
+    """
+
+    float16: Answer | None
+    bfloat16: Answer | None
+    tf32: bool
+    words: tuple[str, ...]
+
+
+def precision_of_gpu(device: Device) -> Precision:
+    """Return what a GPU computes fast, by its generation."""
+    capability = device.compute_capability
+    if capability is None:
+        return Precision(None, None, False, ("The driver does not tell the compute capability, so nothing is known.",))
+    mine = f"Compute capability {'.'.join(map(str, capability))}"
+    if device.has_tf32:
+        fast = f"{mine}: float16, bfloat16 and TF32 run on Tensor Cores."
+        baseline = (
+            "By default TensorFlow rounds float32 products to TF32 here. Compare mixed modes with tf32, and fp32 with "
+            "tf32 to see what TF32 alone gives."
+        )
+        return Precision("yes", "yes", True, (fast, baseline, *_ADVICE))
+    converted = "bfloat16 is converted to float32 and back, and TF32 needs 8.0."
+    # Compute capability 7.5 is Turing both with and without Tensor Cores; only the name tells them apart.
+    if capability >= (7, 0) and not (capability == (7, 5) and "GTX 16" in device.name):
+        return Precision("yes", "no", False, (f"{mine}: float16 runs on Tensor Cores. {converted}", *_ADVICE))
+    if capability in ((5, 3), (6, 0), (6, 2), (7, 5)):
+        twice = f"{mine}, no Tensor Cores: float16 is up to twice as fast as float32. {converted}"
+        return Precision("in part", "no", False, (twice, *_ADVICE[1:]))
+    slow = "float16 is far slower than float32" if capability == (6, 1) else "there is no arithmetic for float16"
+    nothing = f"{mine}: {slow}, so mixed precision saves memory at most. {converted}"
+    return Precision("no", "no", False, (nothing, _NO_SPEED))
+
+
+def precision_of_cpu(flags: Sequence[str] | None) -> Precision:
+    """Return what a CPU computes fast.
+
+    Args:
+        flags: its instruction sets that matter for precision, None if unknown.
+    """
+    if flags is None:
+        unknown = "This system does not tell which instructions its CPU has for float16 and bfloat16."
+        return Precision(None, None, False, (unknown, _NO_SPEED))
+    float16: Answer = "yes" if "amx_fp16" in flags else "in part" if "avx512_fp16" in flags else "no"
+    bfloat16: Answer = "yes" if "amx_bf16" in flags else "in part" if "avx512_bf16" in flags else "no"
+    fast = [name for name, answer in (("bfloat16", bfloat16), ("float16", float16)) if answer != "no"]
+    words = ["This CPU has no instructions for float16 or bfloat16, so mixed precision saves no time here."]
+    if fast:
+        words = [
+            f"This CPU has instructions for {' and '.join(fast)}. TensorFlow uses them through oneDNN, which XLA does "
+            "not call: try --mp-jit off."
+        ]
+    if float16 == "no":
+        words.append("float16 is emulated; without XLA it may be many times slower than float32.")
+    return Precision(float16, bfloat16, False, (*words, _NO_SPEED))
