@@ -177,9 +177,9 @@ class Gpu(ABC):
         self._most_w = None if largest_power_limit_w is None else _POWER_EXCESS * largest_power_limit_w
         unknown = Reason(Code.NOT_TOLD, f"{backend.vendor.name}'s driver does not tell this")
         for reading in Reading:
-            ways = calls.get(reading, unknown)
             if reading is Reading.RESERVED_MEMORY:
                 continue  # comes with the memory
+            ways = calls.get(reading, unknown)
             if isinstance(ways, Reason):
                 self._note(reading, ways)
             else:
