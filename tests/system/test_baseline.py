@@ -64,9 +64,10 @@ def test_a_baseline_that_cannot_serve_is_refused_before_anything_runs(refused, o
     assert message in refused(*options)
 
 
-def test_a_path_that_pytest_takes_for_its_own_is_found_out(refused, tmp_path):
-    (tmp_path / "earlier").mkdir()
-    assert f"write --mp-baseline={tmp_path}/earlier" in refused("--mp-baseline", tmp_path / "earlier")
+def test_a_path_that_pytest_takes_for_its_own_is_found_out(refused, tmp_path_factory):
+    earlier = write(tmp_path_factory.mktemp("elsewhere")) / "earlier"
+    earlier.mkdir()
+    assert f"write --mp-baseline={earlier}" in refused("--mp-baseline", earlier)
 
 
 def test_an_unknown_setting_is_named(refused, tmp_path):
