@@ -313,7 +313,16 @@ def test_pytest_says_which_run_serves_as_baseline_without_measuring(runs, tmp_pa
     monkeypatch.chdir(ROOT)
 
     def collect(baseline):
-        options = ("bench/", "--benchmark-only", "--collect-only", "-q", "-p", "no:cacheprovider")
+        # importlib: tests/worker has a test_training.py too, which this process may have imported.
+        options = (
+            "bench/",
+            "--benchmark-only",
+            "--collect-only",
+            "-q",
+            "--import-mode=importlib",
+            "-p",
+            "no:cacheprovider",
+        )
         return pytest_here(ROOT / "bench", *options, "--mp-preset=smoke", f"--mp-baseline={baseline}")
 
     code, said = collect(runs["old", "gpu"])

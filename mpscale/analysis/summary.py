@@ -37,6 +37,7 @@ Row = dict[str, Any]
 """A row of the summary: a value, or None, for each of :data:`SUMMARY_COLUMNS`."""
 
 SUMMARY_COLUMNS = tuple(column.name for column in SUMMARY)
+_FLOATS = {column.name for column in SUMMARY if column.kind == "float"}
 
 
 def summarise(records: Iterable[Record], waiting: Mapping[Place, Sequence[Key]] | None = None) -> list[Row]:
@@ -104,7 +105,9 @@ def summary_csv(rows: Iterable[Row]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, SUMMARY_COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    for row in rows:
+        known = {name: value for name, value in row.items() if value is not None}
+        writer.writerow({name: float(value) if name in _FLOATS else value for name, value in known.items()})
     return text.getvalue()
 
 

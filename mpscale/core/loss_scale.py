@@ -38,8 +38,9 @@ class LossScale(ABC):
     def initial_state(self) -> dict[str, float | int]:
         """Return the state before the first step; it always has a ``"scale"``."""
 
+    @abstractmethod
     def next_state(self, state: State, finite: Any, largest: Any = None) -> dict[str, Any]:
-        """Return the state after a step; by default it never changes.
+        """Return the state after a step.
 
         Args:
             state: the state at the beginning of the step.
@@ -47,7 +48,6 @@ class LossScale(ABC):
             largest: float32 scalar, the largest absolute value of the unscaled gradients. Given if ``needs_largest``
                 is set; meaningless if ``finite`` is False.
         """
-        return dict(state)
 
     def at_floor(self, state: State) -> Any:
         """Return whether the scale cannot fall any further (boolean scalar); no rule can cure an overflow then."""
@@ -113,6 +113,9 @@ class NoLossScale(LossScale):
     def initial_state(self) -> dict[str, float | int]:
         return {"scale": 1.0}
 
+    def next_state(self, state: State, finite: Any, largest: Any = None) -> dict[str, Any]:
+        return dict(state)
+
 
 @dataclass(frozen=True)
 class StaticLossScale(LossScale):
@@ -141,6 +144,9 @@ class StaticLossScale(LossScale):
 
     def initial_state(self) -> dict[str, float | int]:
         return {"scale": float(self.scale)}
+
+    def next_state(self, state: State, finite: Any, largest: Any = None) -> dict[str, Any]:
+        return dict(state)
 
 
 @dataclass(frozen=True)

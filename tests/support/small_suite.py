@@ -35,14 +35,22 @@ def write(folder: Path, **files: str) -> Path:
     return folder
 
 
+def command(*options: object) -> list[str]:
+    """Return a command line that acts like ``pytest``: the working directory is not on Python's path."""
+    return [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *map(str, options)]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return the environment of this process, without what pytest has set in it."""
+    return {**{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}, **variables}
+
+
 def pytest_in(folder: Path, *options: object, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run pytest in ``folder``; ``stdout`` of the result holds both outputs."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     return subprocess.run(
-        # -P as the command `pytest` has it: the working directory is not on Python's path.
-        [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *map(str, options)],
+        command(*options),
         cwd=folder,
-        env={**inherited, **variables},
+        env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="latin-1",
@@ -60,10 +68,17 @@ def pytest_here(folder: Path, *options: object) -> tuple[int, str]:
         options: for pytest.
     """
     before = list(sys.path)
-    # Otherwise Hypothesis is imported for its summary, and pytest collects garbage five times at the end, which takes
-    # seconds in a process with many TensorFlow graphs.
-    without = ["-p", "no:hypothesispytest", "-p", "no:unraisableexception"]
-    arguments = [*without, "--mp-modes=fp32", "--mp-seeds=1", *map(str, options)]
+    # Without these, Hypothesis is imported for its summary, and pytest collects garbage five times at the end, which
+    # takes seconds in a process with many TensorFlow graphs.
+    arguments = [
+        "-p",
+        "no:hypothesispytest",
+        "-p",
+        "no:unraisableexception",
+        "--mp-modes=fp32",
+        "--mp-seeds=1",
+        *map(str, options),
+    ]
     output = io.StringIO()
     try:
         with (

@@ -42,8 +42,8 @@ from mpscale.ab import turns
 mine = turns.join(os.environ)
 case = {{"workload": "suite_workloads:fine", "mode": "fp32", "seed": 0}}
 ids = [f"suite_workloads+fine--fp32--s0--r{{repeat}}" for repeat in range(2)]
-mine.plan([{{**case, "id": name, "repeat": repeat}} for repeat, name in enumerate(ids)], 600.0)
-mine.wait(ids[0])
+mine.send(turns.Plan([{{**case, "id": name, "repeat": repeat}} for repeat, name in enumerate(ids)], 600.0))
+mine.wait(turns.Ready(ids[0]))
 sys.exit("no more")
 """
 """An interpreter whose session ends in its first case."""
