@@ -6,11 +6,11 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 comma := ,
-# TensorFlow brings its own CUDA libraries through the extra `gpu`: gigabytes, so only where there is a driver.
+# The extra `gpu` installs TensorFlow's CUDA libraries: gigabytes, so only if there is a driver.
 EXTRAS := test$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)gpu)
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
-# Tests, unlike benchmarks, may run side by side; those of one file share what it took long to make.
-# In the order of the folders: by default files with few tests come last, and those are the ones that take longest.
+# Tests, unlike benchmarks, may run in parallel; those of one file share fixtures that are slow to make.
+# Without --no-loadscope-reorder, files with few tests come last, and those take longest.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: bench test test-all lint types docs clean
@@ -27,15 +27,18 @@ test-all: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/pytest -q -p no:cacheprovider tests/test_architecture.py
 
 types: $(INSTALLED)
 	$(BIN)/mypy
 
 docs: $(INSTALLED)
-	$(BIN)/python -m mpscale.columns > docs/metrics.md
+	$(BIN)/python -m mpscale.core.columns > docs/metrics.md
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

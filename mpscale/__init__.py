@@ -1,7 +1,7 @@
 """What mixed precision buys, what it costs, and whether it can be trusted.
 
-The names below are loaded on first use, so that ``import mpscale`` is quick and imports no TensorFlow.
-A program that loads saved models needs ``import mpscale.scaling``: that registers the classes with Keras.
+The names below are loaded on first use, so that ``import mpscale`` is fast and imports no TensorFlow. A program that
+loads saved models needs ``import mpscale.scaling``, which registers the classes with Keras.
 """
 
 from __future__ import annotations
@@ -11,19 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "StaticLossScale": "mpscale.scaling",
-    "DynamicLossScale": "mpscale.scaling",
-    "NoLossScale": "mpscale.scaling",
-    "LossScaleOptimizer": "mpscale.scaling",
-    "LossScaleMonitor": "mpscale.scaling",
-    "MODES": "mpscale.modes",
-    "Mode": "mpscale.modes",
-    "Workload": "mpscale.workloads",
-    "workload": "mpscale.workloads",
-    "Data": "mpscale.workloads",
-    "Run": "mpscale.analysis.runs",
-    "read_run": "mpscale.analysis.runs",
+_NAMES = {
+    "mpscale.core.mode": ("MODES", "Mode"),
+    "mpscale.core.runs": ("Run", "read_run"),
+    "mpscale.scaling": ("DynamicLossScale", "LossScaleMonitor", "LossScaleOptimizer", "NoLossScale", "StaticLossScale"),
+    "mpscale.workloads": ("Data", "Workload", "workload"),
 }
 
 __all__ = [
@@ -43,19 +35,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from mpscale.analysis.runs import Run, read_run
-    from mpscale.modes import MODES, Mode
+    from mpscale.core.mode import MODES, Mode
+    from mpscale.core.runs import Run, read_run
     from mpscale.scaling import DynamicLossScale, LossScaleMonitor, LossScaleOptimizer, NoLossScale, StaticLossScale
     from mpscale.workloads import Data, Workload, workload
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module 'mpscale' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+    for module, names in _NAMES.items():
+        if name in names:
+            globals()[name] = getattr(importlib.import_module(module), name)
+            return globals()[name]
+    raise AttributeError(f"module 'mpscale' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:

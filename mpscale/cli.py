@@ -1,7 +1,7 @@
-"""The ``mpscale`` command: reads what runs have left, and examines the machine. Making a run is pytest's part, which
-``ab`` has two sessions do.
+"""The ``mpscale`` command: reads runs that pytest has made, examines the machine, and drives two pytest sessions.
 
-Everything heavy is imported inside the commands, so that ``mpscale --help`` is quick.
+Each command is a pair of functions: one adds its arguments to the parser, the other runs it. Whatever is slow to import
+is imported inside them, so that ``mpscale --help`` is quick.
 """
 
 from __future__ import annotations
@@ -12,411 +12,98 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mpscale import __version__
-from mpscale.paths import folder
-from mpscale.terminal import adapt_standard_streams, as_typed
+from mpscale.config import RUN, SettingsError, add_gate_options, add_results_option, load, seconds
+from mpscale.core.run_folder import RunError
+from mpscale.terminal import LiveLine, Screen, adapt_standard_streams, as_typed
 
 if TYPE_CHECKING:
     from mpscale.analysis.gates import Gate
 
+_OK = 0
 _FAILED = 1
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
-_BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended
+_BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE has ended
+
+_RESULTS = Path("results")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # argparse puts the whole usage before the error and "mpscale report" before the colon.
+        # argparse would print the whole usage first.
         self.exit(_USAGE_ERROR, f"mpscale: error: {message}; see `{self.prog} --help`\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line ``arguments``, by default those of the process.
+    """Run a command line, by default that of the process.
 
     Returns:
-        0 if it worked, 2 after a line on standard error if not; `ab`, `compare` and `doctor` have codes of their own.
+        0 for success, 2 after an error message; `ab`, `compare` and `doctor` have exit codes of their own.
     """
     adapt_standard_streams()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         try:
-            parser = _parser()
+            parser = _parser(arguments)
             options, unknown = parser.parse_known_args(arguments)
-            if unknown and options.command is not _ab:
+            if unknown and options.run_command is not _ab:
                 parser.error(f"unrecognized arguments: {' '.join(unknown)}")
             options.unknown = unknown
-            return int(options.command(options))
+            return int(options.run_command(options))
         finally:
-            # Here rather than when Python ends, where a closed pipe could no longer be handled.
+            # Not at exit, where a closed pipe could no longer be handled.
             sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has seen enough, for instance `mpscale report latest --print | head`.
+        # The reader has seen enough, for instance in `mpscale report latest --print | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except (RunError, SettingsError) as error:
+        return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="mpscale",
-        description="What mixed precision buys, what it costs and whether it can be trusted. "
-        "Runs are made with pytest (`make bench` or `pytest bench/ --benchmark-only`) and read here.",
+        description="Compare training in mixed precision with float32: speed, memory, overflow and accuracy. "
+        "pytest makes the runs (`make bench`, or `pytest bench/ --benchmark-only`); this command reads them.",
     )
     parser.add_argument("--version", action="version", version=f"mpscale {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, (text, add_arguments, run) in _COMMANDS.items():
+        command = subparsers.add_parser(name, help=text)
+        command.set_defaults(run_command=run)
+        if name == chosen:
+            add_arguments(command)
+    return parser
 
-    workloads = commands.add_parser("workloads", help="list what can be trained, and how")
-    workloads.add_argument(
+
+def _workloads_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "List workloads and modes."
+    parser.add_argument(
         "names",
         nargs="*",
         type=as_typed,
         metavar="NAME",
-        help="only these; module:attribute names one of your own, found on Python's path or in this folder",
+        help="list only these workloads; module:attribute names one of your own, which is looked for on Python's path "
+        "and then in the working directory",
     )
-    workloads.set_defaults(command=_workloads)
-
-    doctor = commands.add_parser(
-        "doctor",
-        help="say what can be measured on this machine, and what to change",
-        description="Says what a run on this machine would measure and why not the rest, and what to change. "
-        "Exit code: 0 a run here is complete for its device, 1 something is to be done, 2 bad use.",
-    )
-    doctor.add_argument("--json", action="store_true", help="the same facts as a JSON object")
-    doctor.add_argument(
-        "--gpu", action="store_true", help="train on the GPU for a moment, too, which takes up to minutes"
-    )
-    doctor.set_defaults(command=_doctor)
-
-    report = commands.add_parser("report", help="make the tables and the report of a run anew from its journal")
-    report.add_argument("run", metavar="RUN", help="a run's name or how it begins, its folder, or `latest`")
-    _add_results(report)
-    report.add_argument(
-        "--format",
-        choices=("markdown", "github-summary"),
-        default="markdown",
-        help="github-summary writes no file and prints what $GITHUB_STEP_SUMMARY takes (default: markdown)",
-    )
-    report.add_argument("--print", action="store_true", help="print the report instead of saying where it is")
-    report.set_defaults(command=_report)
-
-    compare = commands.add_parser(
-        "compare",
-        help="what changed from one run to another, and on which hardware",
-        description="Compares runs with the first one. Exit code: 0 all well, 1 a gate fired, 2 bad use, 3 a gate "
-        "could not tell.",
-    )
-    compare.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="the baseline first: names or how they begin, folders, cases.csv, `latest`",
-    )
-    _add_results(compare)
-    _add_output(compare)
-    _add_judging(compare)
-    compare.set_defaults(command=_compare)
-
-    ab = commands.add_parser(
-        "ab",
-        usage="mpscale ab --python A --python B [options] [options and places of pytest]",
-        help="run the same cases in two environments in turns, and compare them",
-        description="Runs pytest in two environments, two versions of TensorFlow, say, in turns: each case in both, "
-        "one right after the other, so that what slows the machine hits both alike. Then compares B with A. What is "
-        "not listed here goes to pytest, and `bench` where no place of tests is named and there is one; pytest's -o is "
-        "--override-ini here. Exit code: 0 all well, 1 a gate fired or a session failed, 2 bad use or nothing to "
-        "compare, 3 a gate could not tell.",
-        # An option of pytest may begin as one of these does.
-        allow_abbrev=False,
-    )
-    ab.add_argument(
-        "--python",
-        action="append",
-        default=[],
-        metavar="PYTHON",
-        help="interpreter of an environment with mpscale, a path or a name on PATH: first A, the baseline, then B; the "
-        "same one twice shows what the machine's noise makes of no change",
-    )
-    ab.add_argument(
-        "--results",
-        type=folder,
-        metavar="DIR",
-        help="where both runs go (default: results/ under pytest's root directory)",
-    )
-    _add_output(ab)
-    _add_judging(ab)
-    ab.add_argument(
-        "--start-timeout",
-        type=_seconds,
-        default=300.0,
-        metavar="SECONDS",
-        help="time that an environment may take to import TensorFlow, or to collect its cases (default: 300)",
-    )
-    ab.set_defaults(command=_ab)
-
-    history = commands.add_parser(
-        "history",
-        help="how a quantity went from run to run, as table and picture",
-        description="Lays runs one behind the other, oldest first. Runs measured in different ways or on different "
-        "hardware are never joined: each way and machine is a series of its own.",
-    )
-    history.add_argument(
-        "runs",
-        nargs="*",
-        metavar="RUN",
-        help="names or how they begin, folders, cases.csv, `latest` (default: all in runs/ and reference/)",
-    )
-    _add_results(history)
-    history.add_argument(
-        "--workload", action="append", default=[], type=as_typed, metavar="A", help="only this; may be repeated"
-    )
-    history.add_argument("--mode", action="append", default=[], metavar="B", help="only this; may be repeated")
-    history.add_argument(
-        "--quantity",
-        choices=("step_time", "gpu_memory", "energy", "host_memory", "metric", "overflow_rate", "speedup"),
-        default="step_time",
-        help="default: step_time",
-    )
-    _add_output(history)
-    history.add_argument("--figure", type=Path, metavar="FILE", help="draw it as well: a file ending in .svg or .png")
-    history.set_defaults(command=_history)
-    return parser
-
-
-def _add_results(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--results", type=folder, default=Path("results"), metavar="DIR", help="where runs are (default: results)"
-    )
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--format", choices=("table", "markdown", "csv", "json"), default="table", help="default: table"
-    )
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write there instead of to the terminal")
-
-
-def _add_judging(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="compare although method, settings or device differ")
-    parser.add_argument("--threshold", metavar="5%", help="change of step time from which on it matters (default: 5%%)")
-    parser.add_argument(
-        "--fail-on",
-        action="append",
-        metavar="GATE",
-        help='such as "step_time>5%%", "gpu_memory>3%%", "metric", "overflow_rate>0.01", "missing", "energy>10%%", '
-        '"host_memory>20%%"; several with commas, or the option again',
-    )
-    parser.add_argument("--strict", action="store_true", default=None, help="what could not be told fails too")
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, not {text!r}")
-    return seconds
-
-
-def _write_error(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
-
-
-def _put_out(text: str, file: Path | None) -> None:
-    if file is None:
-        print(text, end="")
-    else:
-        file.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def _report(options: argparse.Namespace) -> int:
-    from mpscale.analysis.runs import RunError, read_run, resolve_run
-    from mpscale.report import github_summary
-    from mpscale.report.build import WRITTEN, rebuild
-
-    try:
-        path = resolve_run(options.run, options.results)
-        if options.format == "github-summary":
-            page = github_summary.artifacts_page(os.environ)
-            run = read_run(path)
-            print(github_summary.render(run, artifacts=page), end="")
-        else:
-            run = rebuild(path)
-    except RunError as error:
-        return _fail(str(error))
-    _warn(run.problems)
-    if options.format == "github-summary":
-        return 0
-    if options.print:
-        print((run.path / "report.md").read_text(encoding="utf-8"), end="")
-    else:
-        for name in WRITTEN:
-            print(run.path / name)
-    return 0
-
-
-def _compare(options: argparse.Namespace) -> int:
-    from mpscale.analysis.runs import RunError, resolve_run
-    from mpscale.project_settings import SettingsError
-
-    try:
-        if len(options.runs) < 2:
-            raise ValueError("compare takes two runs or more, the baseline first")
-        judging = _judging(options)
-        paths = [resolve_run(name, options.results) for name in options.runs]
-        return _show_comparison(paths, judging, options)
-    except (RunError, SettingsError, ValueError) as error:
-        return _fail(str(error))
-
-
-def _judging(options: argparse.Namespace) -> tuple[list[Gate], bool, float | None]:
-    """Gates, whether they are strict, and the threshold, from the command line and else from ``[tool.mpscale]``.
-
-    Raises:
-        ValueError: one of them is not understood.
-    """
-    from mpscale.analysis.gates import parse_gates, parse_share
-    from mpscale.project_settings import load
-
-    settings = load(Path.cwd())
-    threshold = options.threshold or settings.threshold
-    return (
-        parse_gates(settings.fail_on if options.fail_on is None else options.fail_on),
-        settings.strict if options.strict is None else options.strict,
-        None if threshold is None else parse_share(threshold),
-    )
-
-
-def _show_comparison(
-    paths: Sequence[Path], judging: tuple[list[Gate], bool, float | None], options: argparse.Namespace
-) -> int:
-    """Compares the runs with the first one, and puts that where the options say.
-
-    Returns:
-        The exit code that the gates come to.
-
-    Raises:
-        RunError: a run cannot be read, or they cannot be compared.
-        ValueError: the gates cannot judge them.
-    """
-    from mpscale.analysis.compare import compare_all
-    from mpscale.analysis.gates import COULD_NOT_TELL, FIRED, WELL, exit_code, judge_gates
-    from mpscale.analysis.runs import read_run
-    from mpscale.report.comparison import render, unread
-
-    gates, strict, threshold = judging
-    runs = [read_run(path) for path in paths]
-    comparisons = compare_all(runs, force=options.force, threshold=threshold, results=options.results)
-    alike = all(comparison.same_device or options.force for comparison in comparisons)
-    if gates and not alike and options.fail_on is not None:
-        raise ValueError(
-            "gates judge runs of one kind of device, and these are of different ones; leave out --fail-on, "
-            "or use --force"
-        )
-    findings = [finding for each in comparisons for finding in judge_gates(each, gates)] if alike else []
-    _put_out(render(comparisons, findings, options.format), options.output)
-    if options.output is not None or options.format in ("csv", "json"):
-        _warn(unread(comparisons))
-    for finding in findings:
-        if finding.outcome != "passed" and (options.output is not None or options.format in ("csv", "json")):
-            print(f"mpscale: {finding.outcome}: {finding}", file=sys.stderr)
-    if gates and not alike:
-        print("mpscale: runs of different devices: no gate of [tool.mpscale] was judged", file=sys.stderr)
-        return FIRED if strict else COULD_NOT_TELL
-    return exit_code(findings, strict) if findings else WELL
-
-
-def _ab(options: argparse.Namespace) -> int:
-    from mpscale.ab.environments import Refused, differences, examine
-    from mpscale.ab.pytest_arguments import pytest_arguments
-    from mpscale.ab.referee import run_in_turns
-    from mpscale.ab.screen import Screen
-    from mpscale.analysis.runs import RunError
-    from mpscale.project_settings import SettingsError
-
-    try:
-        judging = _judging(options)
-        if options.output is not None and not options.output.parent.is_dir():
-            raise Refused(f"--output {options.output}: there is no folder {options.output.parent}")
-        arguments = pytest_arguments(options.unknown, options.results)
-        environments = examine(options.python, options.start_timeout, options.force)
-    except (Refused, SettingsError, ValueError) as error:
-        return _fail(str(error))
-    # Standard output is for the comparison.
-    for line in (*environments, differences(environments)):
-        print(line, file=sys.stderr)
-    # As a CI has it that cancels a job: the runs are ended like those that the user stops.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    screen = Screen(_write_error, sys.stderr.isatty(), time.monotonic, shutil.get_terminal_size().columns)
-    result = run_in_turns(environments, arguments, screen, options.start_timeout)
-    for environment, run in zip(environments, result.runs, strict=True):
-        if run is not None:
-            print(f"{environment.letter}: {run}", file=sys.stderr)
-    for problem in result.problems:
-        print(f"mpscale: {problem}", file=sys.stderr)
-    if result.interrupted:
-        return _INTERRUPTED
-    paths = [run for run in result.runs if run is not None]
-    if len(paths) < len(environments):
-        return _fail("there is nothing to compare")
-    print(file=sys.stderr)
-    try:
-        code = _show_comparison(paths, judging, options)
-    except (RunError, ValueError) as error:
-        return _fail(str(error))
-    return _FAILED if result.problems else code
-
-
-def _history(options: argparse.Namespace) -> int:
-    from mpscale.analysis.history import make_history, read_folder
-    from mpscale.analysis.runs import RunError, read_run, resolve_run
-    from mpscale.report.figures import FigureError, check_suffix
-    from mpscale.report.history import render
-    from mpscale.report.history_figure import draw_history
-
-    broken: list[tuple[str, str]] = []
-    try:
-        if options.figure is not None:
-            check_suffix(options.figure)
-        if options.runs:
-            runs = [read_run(resolve_run(name, options.results)) for name in options.runs]
-        else:
-            runs, broken = read_folder(options.results)
-        history = make_history(runs, options.quantity, options.workload, options.mode, broken)
-    except (RunError, FigureError) as error:
-        return _fail(str(error))
-    _warn([problem for run in runs for problem in run.problems])
-    for what, reason in history.skipped:
-        print(f"mpscale: skipped {what}: {' '.join(reason.split())}", file=sys.stderr)
-    if options.figure is not None:
-        draw_history(history, options.figure)
-    text = render(history, options.format)
-    _put_out(text, options.output)
-    return 0
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from mpscale.doctor.examine import examine
-    from mpscale.report.doctor import render
-
-    found = examine(train=options.gpu)
-    print(render(found, options.json), end="")
-    return found.verdict
 
 
 def _workloads(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from mpscale.modes import DEFAULT_MODES, MODES
-    from mpscale.report.cells import DASH
+    from mpscale.core.mode import DEFAULT_MODES, MODES
+    from mpscale.report.table import DASH
     from mpscale.workloads import registry
 
     here = [Path.cwd()]
@@ -433,25 +120,311 @@ def _workloads(options: argparse.Namespace) -> int:
         (name, w.batch_size, w.train_steps, DASH if w.target is None else f"{w.metric_name} {w.target:g}", w.summary)
         for name, w in found.items()
     ]
-    print(tabulate(rows, ["workload", "batch", "steps", "target", "what it is"], disable_numparse=True))
+    print(tabulate(rows, ["workload", "batch", "steps", "target", "description"], disable_numparse=True))
     for name in filter(registry.is_own, options.names):
         print(f"{name} is in {registry.source(name, here)}")
     for name, why in broken.items():
-        print(f"mpscale: broken: {name}: {' '.join(why.split())}", file=sys.stderr)
+        _say(f"broken: {name}: {why}")
     print()
     by_default = dict.fromkeys(DEFAULT_MODES, "yes") | {"tf32": "with TF32"}
     modes = [(mode.name, by_default.get(mode.name, "no"), mode.summary) for mode in MODES.values()]
-    print(tabulate(modes, ["mode", "by default", "what it is"]))
-    return 0
+    print(tabulate(modes, ["mode", "by default", "description"]))
+    return _OK
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Show what a run on this machine would measure, what it could not measure and why, and what to change. "
+        "Exit code: 0 nothing to do, 1 something to do, 2 wrong use."
+    )
+    parser.add_argument("--json", action="store_true", help="print the same facts as a JSON object")
+    parser.add_argument("--gpu", action="store_true", help="also train on the GPU briefly, which may take minutes")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from mpscale.doctor.examine import examine
+    from mpscale.doctor.page import render
+
+    found = examine(train=options.gpu)
+    print(render(found, options.json), end="")
+    return found.verdict
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Make the tables and the report of a run again, from its journal."
+    parser.add_argument("run", metavar="RUN", help="name of the run or its first characters, its folder, or `latest`")
+    add_results_option(parser.add_argument, default=_RESULTS)
+    parser.add_argument(
+        "--format",
+        choices=("markdown", "github-summary"),
+        default="markdown",
+        help="github-summary writes no files and prints text for $GITHUB_STEP_SUMMARY (default: markdown)",
+    )
+    parser.add_argument("--print", action="store_true", help="print the report instead of the names of its files")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from mpscale.core.runs import read_run, resolve_run
+    from mpscale.report.document import artifacts_page, github_summary
+    from mpscale.report.files import WRITTEN, rebuild
+
+    path = resolve_run(options.run, options.results)
+    if options.format == "github-summary":
+        run = read_run(path)
+        print(github_summary(run, artifacts=artifacts_page(os.environ)), end="")
+        _warn(run.problems)
+        return _OK
+    run = rebuild(path)
+    _warn(run.problems)
+    if options.print:
+        print((run.path / "report.md").read_text(encoding="utf-8"), end="")
+    else:
+        print(*(run.path / name for name in WRITTEN), sep="\n")
+    return _OK
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compare runs with a baseline, the first one. Runs on one kind of device get verdicts row by row; runs on "
+        "different devices are shown side by side. Exit code: 0 all well, 1 a gate fired, 2 wrong use, 3 a gate could "
+        "not tell."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"the baseline, then the others: {RUN}")
+    add_results_option(parser.add_argument, default=_RESULTS)
+    _add_output_options(parser)
+    _add_comparison_options(parser)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from mpscale.core.runs import resolve_run
+
+    try:
+        if len(options.runs) < 2:
+            raise ValueError("compare needs two or more runs, the baseline first")
+        rules = _rules(options)
+        return _print_comparison([resolve_run(name, options.results) for name in options.runs], rules, options)
+    except ValueError as error:
+        return _fail(str(error))
+
+
+def _add_comparison_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="compare even if method, settings or device differ")
+    parser.add_argument("--threshold", metavar="5%", help="smallest change of step time worth reporting (default: 5%%)")
+    add_gate_options(parser.add_argument)
+
+
+_Rules = tuple[list["Gate"], bool, float | None]
+"""Gates, whether one that cannot tell fails, and the threshold."""
+
+
+def _rules(options: argparse.Namespace) -> _Rules:
+    """Read the rules of a comparison from the command line, or else from ``[tool.mpscale]``.
+
+    Raises:
+        ValueError: one of them is not valid.
+    """
+    from mpscale.analysis.gates import parse_gates, parse_share
+
+    settings = load(Path.cwd()).override(
+        fail_on=options.fail_on, strict=options.strict, threshold=options.threshold or None
+    )
+    threshold = None if settings.threshold is None else parse_share(settings.threshold)
+    return parse_gates(settings.fail_on), settings.strict, threshold
+
+
+def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Namespace) -> int:
+    """Compare runs with the first one, and print the result or write it to a file.
+
+    Returns:
+        The exit code for the outcome of the gates.
+
+    Raises:
+        RunError: a run cannot be read, or they cannot be compared.
+        ValueError: the gates cannot judge them.
+    """
+    from mpscale.analysis.compare import compare_all
+    from mpscale.analysis.gates import COULD_NOT_TELL, FIRED, exit_code, judge_gates
+    from mpscale.core.runs import read_run
+    from mpscale.report.comparison import render, unread
+
+    gates, strict, threshold = rules
+    runs = [read_run(path) for path in paths]
+    comparisons = compare_all(runs, force=options.force, threshold=threshold, results=options.results)
+    alike = options.force or all(comparison.same_device for comparison in comparisons)
+    if gates and not alike and options.fail_on is not None:
+        raise ValueError(
+            "gates judge runs of one kind of device, and these are of different ones; leave out --fail-on, "
+            "or use --force"
+        )
+    findings = [finding for each in comparisons for finding in judge_gates(each, gates)] if alike else []
+    _put_out(render(comparisons, findings, options.format), options.output)
+    if options.output is not None or options.format in ("csv", "json"):
+        # Tables and Markdown show this themselves.
+        _warn(unread(comparisons))
+        for finding in findings:
+            if finding.outcome != "passed":
+                _say(f"{finding.outcome}: {finding}")
+    if gates and not alike:
+        _say("the runs are on different devices: no gate of [tool.mpscale] was judged")
+        return FIRED if strict else COULD_NOT_TELL
+    return exit_code(findings, strict) if findings else _OK
+
+
+def _ab_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "mpscale ab --python A --python B [options] [options and test paths for pytest]"
+    parser.description = (
+        "Run pytest in two environments, for instance with two versions of TensorFlow, and compare the runs. The two "
+        "are interleaved: each case runs in one environment and right after that in the other, so that whatever slows "
+        "the machine down affects both. Arguments not listed here go to pytest (for its -o, write --override-ini); "
+        "without a test path, `bench` is run if it exists. Exit code: 0 all well, 1 a gate fired or a session failed, "
+        "2 wrong use or nothing to compare, 3 a gate could not tell."
+    )
+    # An option for pytest may be the beginning of one of these.
+    parser.allow_abbrev = False
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="PYTHON",
+        help="interpreter of an environment with mpscale, as a path or a name on PATH: first A, the baseline, then B; "
+        "the same one twice shows the noise of this machine",
+    )
+    add_results_option(parser.add_argument)
+    _add_output_options(parser)
+    _add_comparison_options(parser)
+    parser.add_argument(
+        "--start-timeout",
+        type=seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="time limit for an environment to import TensorFlow, and to collect its cases (default: 300)",
+    )
+
+
+def _ab(options: argparse.Namespace) -> int:
+    from mpscale.ab.environments import LETTERS, Refused, differences, examine, pytest_arguments
+    from mpscale.ab.referee import Referee
+
+    try:
+        rules = _rules(options)
+        if options.output is not None and not options.output.parent.is_dir():
+            raise Refused(f"--output {options.output}: there is no folder {options.output.parent}")
+        arguments = pytest_arguments(options.unknown, options.results)
+        environments = examine(options.python, options.start_timeout, options.force)
+    except ValueError as error:
+        return _fail(str(error))
+    # Standard output is for the comparison.
+    for line in (*environments, differences(environments)):
+        print(line, file=sys.stderr)
+    # CI sends SIGTERM to cancel a job: keep what has been measured, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    line = LiveLine(_write_error, sys.stderr.isatty(), shutil.get_terminal_size().columns)
+    referee = Referee(environments, arguments, Screen(LETTERS, line, time.monotonic), options.start_timeout)
+    referee.run()
+    for letter, run in zip(LETTERS, referee.runs, strict=True):
+        if run is not None:
+            print(f"{letter}: {run}", file=sys.stderr)
+    for problem in referee.problems:
+        print(f"mpscale: {problem}", file=sys.stderr)
+    if referee.interrupted:
+        return _INTERRUPTED
+    paths = [run for run in referee.runs if run is not None]
+    if len(paths) < len(environments):
+        return _fail("there is nothing to compare")
+    print(file=sys.stderr)
+    try:
+        code = _print_comparison(paths, rules, options)
+    except ValueError as error:
+        return _fail(str(error))
+    return _FAILED if referee.problems else code
+
+
+def _history_arguments(parser: argparse.ArgumentParser) -> None:
+    from mpscale.analysis.quantities import QUANTITIES
+
+    parser.description = (
+        "Show a quantity over runs, oldest first. Each machine and each set of settings is a series of its own: "
+        "figures that were measured differently are never joined."
+    )
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", help=f"{RUN} (default: all in runs/ and reference/ of the results folder)"
+    )
+    add_results_option(parser.add_argument, default=_RESULTS)
+    parser.add_argument(
+        "--workload", action="append", default=[], type=as_typed, metavar="A", help="only this workload; repeatable"
+    )
+    parser.add_argument("--mode", action="append", default=[], metavar="B", help="only this mode; repeatable")
+    parser.add_argument("--quantity", choices=tuple(QUANTITIES), default="step_time", help="default: step_time")
+    _add_output_options(parser)
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw it, into a file ending in .svg or .png")
+
+
+def _history(options: argparse.Namespace) -> int:
+    from mpscale.analysis.history import make_history, read_folder
+    from mpscale.core.runs import read_run, resolve_run
+    from mpscale.report.figures import FigureError, check_suffix
+    from mpscale.report.history import draw_history, render
+
+    broken: list[tuple[str, str]] = []
+    try:
+        if options.figure is not None:
+            check_suffix(options.figure)
+    except FigureError as error:
+        return _fail(str(error))
+    if options.runs:
+        runs = [read_run(resolve_run(name, options.results)) for name in options.runs]
+    else:
+        runs, broken = read_folder(options.results)
+    history = make_history(runs, options.quantity, options.workload, options.mode, broken)
+    _warn([problem for run in runs for problem in run.problems])
+    for what, reason in history.skipped:
+        _say(f"skipped {what}: {reason}")
+    if options.figure is not None:
+        draw_history(history, options.figure)
+    _put_out(render(history, options.format), options.output)
+    return _OK
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "workloads": ("list workloads and modes", _workloads_arguments, _workloads),
+    "doctor": ("show what can be measured on this machine, and what to change", _doctor_arguments, _doctor),
+    "report": ("make the tables and the report of a run again", _report_arguments, _report),
+    "compare": ("compare runs with a baseline; can fail a build", _compare_arguments, _compare),
+    "ab": ("run two environments interleaved, and compare them", _ab_arguments, _ab),
+    "history": ("show a quantity over runs, as a table and a figure", _history_arguments, _history),
+}
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", choices=("table", "markdown", "csv", "json"), default="table", help="output format (default: table)"
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to this file, not to the terminal")
+
+
+def _put_out(text: str, file: Path | None) -> None:
+    if file is None:
+        print(text, end="")
+    else:
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _write_error(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+def _say(message: str) -> None:
+    """Write one line to standard error."""
+    print(f"mpscale: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _warn(problems: Sequence[str]) -> None:
     for problem in problems:
-        print(f"mpscale: warning: {' '.join(problem.split())}", file=sys.stderr)
+        _say(f"warning: {problem}")
 
 
 def _fail(message: str) -> int:
-    print(f"mpscale: error: {' '.join(message.split())}", file=sys.stderr)
+    _say(f"error: {message}")
     return _USAGE_ERROR
 
 

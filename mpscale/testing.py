@@ -1,8 +1,7 @@
-"""What tests of scalers need, ours and other people's: an overflow at a chosen place.
+"""For tests of loss scaling, mpscale's or anyone's: an overflow at a chosen place.
 
-Whether a scaler skips the step, lowers the scale and lets all replicas agree shows only when a gradient overflows, and
-waiting for a model to do that makes a test of the model. ``inject_overflow`` makes one gradient non-finite in a step,
-on a replica and in a variable of the test's choice.
+Only an overflow shows whether a scaler skips the step, lowers the scale and makes all replicas agree, but waiting for a
+model to overflow tests the model. ``inject_overflow`` makes gradients of chosen steps, replicas and variables overflow.
 """
 
 from __future__ import annotations
@@ -19,48 +18,34 @@ import tensorflow as tf
 
 from mpscale.scaling.ledger import path_of
 
-# Nothing here has control flow that depends on a tensor.
-_as_written = tf.autograph.experimental.do_not_convert
 
+class OverflowInjector:
+    """Makes gradients non-finite in chosen steps. :func:`inject_overflow` is another name for this class.
 
-def inject_overflow(
-    step: int | Iterable[int],
-    replica: int | None = None,
-    variable: int | str | None = None,
-    value: float = math.inf,
-) -> OverflowInjector:
-    """Makes gradients non-finite in chosen steps.
-
-    In a train step of your own, eager or compiled, the injector takes the gradients and gives them back::
+    In a train step of your own, eager or compiled, it takes the gradients and returns them::
 
         inject = inject_overflow(step=3, variable="dense/kernel")
         grads = tape.gradient(scaled_loss, model.trainable_variables)
         grads = inject(grads, model.trainable_variables)
         opt.apply(grads, model.trainable_variables)
 
-    and where nobody sees the gradients, as in ``model.fit``::
+    Where the gradients are out of reach, as in ``model.fit``::
 
         with inject_overflow(step=3).into(model):
             model.fit(x, y)
 
+    Steps are counted in a variable on the device, so a compiled function is hit in the right step. Under a strategy
+    every replica counts for itself, and all counts are the same.
+
     Args:
-        step: the steps that are hit, counted from 0 in calls of the injector. None at all is a control.
+        step: the steps that are hit, counted from 0 in calls of the injector. An empty iterable is a control.
         replica: index of the replica in sync whose gradients are hit; None for all.
-        variable: index of the gradient that is hit, or the path of its variable, or the end of that path from a
-            slash on, such as "dense/kernel" or "kernel"; None for all gradients.
-        value: inf, -inf or nan, which replaces the first element.
+        variable: index of the gradient that is hit, or the path of its variable, or the end of that path from a slash
+            on, such as "dense/kernel" or "kernel"; None for all gradients.
+        value: inf, -inf or nan; it replaces the first element.
 
     Raises:
-        ValueError: an argument is none of that.
-    """
-    return OverflowInjector(step, replica, variable, value)
-
-
-class OverflowInjector:
-    """What :func:`inject_overflow` returns; the arguments are described there.
-
-    Steps are counted in a variable on the device, so a function that was traced once is hit in the right step. Under a
-    strategy every replica counts for itself, and all come to the same count.
+        ValueError: an argument is something else.
     """
 
     def __init__(
@@ -70,12 +55,16 @@ class OverflowInjector:
         variable: int | str | None = None,
         value: float = math.inf,
     ) -> None:
+        if not (replica is None or _is_index(replica)):
+            raise ValueError(f"replica must be an integer of at least 0, or None for all replicas; not {replica!r}")
+        if not (variable is None or isinstance(variable, str) or _is_index(variable)):
+            raise ValueError(
+                "variable must be an integer of at least 0, a path such as 'dense/kernel', or None for all; "
+                f"not {variable!r}"
+            )
         self.steps = _checked_steps(step)
-        self.replica = None if replica is None else _checked_index("replica", replica, "or None for all replicas")
-        if variable is None or isinstance(variable, str):
-            self.variable: int | str | None = variable
-        else:
-            self.variable = _checked_index("variable", variable, "a path such as 'dense/kernel', or None for all")
+        self.replica = None if replica is None else operator.index(replica)
+        self.variable = variable if variable is None or isinstance(variable, str) else operator.index(variable)
         self.value = _checked_value(value)
         self._called = False
         self._inside = False
@@ -83,54 +72,54 @@ class OverflowInjector:
 
     @property
     def calls(self) -> int:
-        """The steps counted so far. Waits for the device; not for use inside a ``tf.function``."""
+        """Steps counted so far. Waits for the device; not for use inside a ``tf.function``."""
         return int(self._count.numpy())
 
     def __call__(self, grads: Iterable[Any], variables: Iterable[Any] | None = None) -> list[Any]:
-        """The gradients of one step, non-finite where this step, replica and variable were chosen.
+        """Return the gradients of one step, non-finite if this step, replica and variable were chosen.
 
-        In a chosen step the first element (flat index 0) of each chosen gradient is ``value``; all else is as it was.
-        Under a strategy, call it in what ``strategy.run`` runs.
+        In a chosen step the first element (flat index 0) of each chosen gradient is ``value``; all else stays as it is.
+        Under a strategy, call it inside the function that ``strategy.run`` runs.
 
         Args:
-            grads: dense tensors of any shape or ``tf.IndexedSlices``; None is passed through.
-            variables: the variables they belong to, Keras' or TensorFlow's; needed where ``variable`` is a path.
+            grads: dense tensors of any shape or ``tf.IndexedSlices``; None stays None.
+            variables: the Keras or TensorFlow variables of the gradients; needed if ``variable`` is a path.
 
         Returns:
-            The gradients in the same order, dtypes, shapes and kinds.
+            The gradients in the same order, with the same dtypes, shapes and kinds.
 
         Raises:
             TypeError: ``grads`` is a single gradient or a mapping.
             ValueError: there is no such variable or replica, the chosen gradients are None or empty, the call is not
                 in a replica context, or the injector was used under another strategy before.
         """
-        injected: list[Any] = self._injected(grads, variables, gated=False)
+        injected: list[Any] = self._injected(grads, variables, only_armed=False)
         return injected
 
     @contextlib.contextmanager
     def into(self, target: Any) -> Iterator[OverflowInjector]:
-        """For the duration of a ``with`` block, the gradients that arrive in ``optimizer.apply`` are injected into.
+        """Inject into the gradients that are passed to ``optimizer.apply`` inside a ``with`` block.
 
-        That is what ``model.fit`` and ``apply_gradients`` call. With a loss scale optimizer the gradients are still
+        ``model.fit`` and ``apply_gradients`` call that method. With a loss scale optimizer the gradients are still
         scaled then, as after a real overflow.
 
-        Keras keeps its compiled train function, and one that was traced before the block knows nothing of it. Given
-        the model, this sees to it: the function is traced anew in the block and again after it. Given the optimizer,
-        trace inside the block: compile the model there, or set ``model.train_function = None``. A function traced
-        inside the block neither counts nor injects after it.
+        Keras keeps its compiled train function, and one that was traced before the block does not inject. Given the
+        model, this method has the function traced anew in the block and again after it. Given the optimizer, trace
+        inside the block: compile the model there, or set ``model.train_function = None``. A function traced inside the
+        block neither counts nor injects after it.
 
         Args:
-            target: a compiled Keras model or a Keras optimizer, loss scale optimizers included.
+            target: a compiled Keras model or a Keras optimizer, including loss scale optimizers.
 
         Yields:
-            The injector itself.
+            The injector.
 
         Raises:
             TypeError: ``target`` is something else.
-            ValueError: the model has no optimizer, or gradients arrive with ``finite`` given: the decision about the
-                step was made before.
-            RuntimeError: the block is inside a ``tf.function`` or another block of this injector, or no gradients
-                arrived in it, so that the test would have tested nothing.
+            ValueError: the model has no optimizer, or gradients are passed with ``finite``: whether the step is skipped
+                was decided before.
+            RuntimeError: the block is inside a ``tf.function`` or another block of this injector, or no gradients were
+                passed in it, so that the test would have tested nothing.
         """
         model = target if isinstance(target, keras.Model) else None
         optimizer = _optimizer_of(target)
@@ -143,7 +132,7 @@ class OverflowInjector:
             raise RuntimeError("this injector is inside an into() block already; make another with inject_overflow")
         before = self.calls
         own = vars(optimizer).get("apply")
-        # Not plain assignment: Keras looks into what is assigned to an optimizer.
+        # Past Keras' __setattr__, which inspects what is assigned to an optimizer.
         object.__setattr__(optimizer, "apply", self._hooked(optimizer))
         self._arm(True)
         if model is not None:
@@ -160,13 +149,13 @@ class OverflowInjector:
                 model.train_function = None
         if self.calls == before:
             raise RuntimeError(
-                f"no gradients arrived in the apply of {type(optimizer).__name__} inside this into() block. Train "
+                f"no gradients were passed to the apply of {type(optimizer).__name__} inside this into() block. Train "
                 "inside it; if you did, the train function was traced before it or the model has another optimizer: "
                 "pass the compiled model to into(), or set model.train_function = None inside the block"
             )
 
     def _hooked(self, optimizer: Any) -> Callable[..., Any]:
-        """``optimizer.apply`` with the injection before it."""
+        """Return ``optimizer.apply`` with the injection before it."""
         original = optimizer.apply
 
         def apply(grads: Any, trainable_variables: Any = None, finite: Any = None, **others: Any) -> Any:
@@ -178,20 +167,21 @@ class OverflowInjector:
             if trainable_variables is not None:
                 trainable_variables = list(trainable_variables)
             known = trainable_variables or getattr(optimizer, "_trainable_variables", None) or None
-            return original(self._injected(grads, known, gated=True), trainable_variables, **others)
+            return original(self._injected(grads, known, only_armed=True), trainable_variables, **others)
 
         return apply
 
-    @_as_written  # type: ignore[untyped-decorator]
-    def _injected(self, grads: Iterable[Any], variables: Iterable[Any] | None, gated: bool) -> list[Any]:
+    # No control flow in here depends on a tensor.
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
+    def _injected(self, grads: Iterable[Any], variables: Iterable[Any] | None, only_armed: bool) -> list[Any]:
         if isinstance(grads, Mapping | str) or hasattr(grads, "dtype"):
             raise TypeError(f"grads must be a list of gradients, not a {type(grads).__name__}; put it into a list")
         grads = list(grads)
         chosen = self._chosen(grads, None if variables is None else list(variables))
-        hit = self._on_this_replica(_replica_context())
+        hit = self._on_this_replica()
         self._count_under(tf.distribute.get_strategy())
         count = self._count.read_value()
-        advance = self._armed.read_value() if gated else tf.constant(1, tf.int64)
+        advance = self._armed.read_value() if only_armed else tf.constant(1, tf.int64)
         self._count.assign_add(advance)
         hit &= (advance > 0) & tf.reduce_any(count == tf.constant(self.steps, tf.int64, (len(self.steps),)))
         for index in chosen:
@@ -199,10 +189,10 @@ class OverflowInjector:
         return grads
 
     def _chosen(self, grads: Sequence[Any], variables: Sequence[Any] | None) -> list[int]:
-        """Indices of the gradients to hit; none of them is None."""
+        """Return the indices of the gradients to hit, none of which is None."""
         if variables is not None and len(variables) != len(grads):
             raise ValueError(f"there are {len(grads)} gradients and {len(variables)} variables; pass one for each")
-        paths = None if variables is None else [path_of(variable) for variable in variables]
+        paths = None if variables is None else list(map(path_of, variables))
         if self.variable is None:
             places = list(range(len(grads)))
         elif isinstance(self.variable, str):
@@ -215,7 +205,7 @@ class OverflowInjector:
                 + ("" if paths is None else f" of {', '.join(paths)}")
                 + "; the first is 0"
             )
-        chosen = [place for place in places if _has_elements(grads[place])]
+        chosen = [place for place in places if _may_have_elements(grads[place])]
         if not chosen:
             what = f"the gradient of variable={self.variable!r} is" if len(places) == 1 else "all gradients are"
             raise ValueError(
@@ -223,8 +213,14 @@ class OverflowInjector:
             )
         return chosen
 
-    def _on_this_replica(self, context: Any) -> tf.Tensor:
-        """Boolean scalar: whether the gradients at hand are of the chosen replica."""
+    def _on_this_replica(self) -> tf.Tensor:
+        """Return whether this replica is chosen, a boolean scalar."""
+        context = tf.distribute.get_replica_context()
+        if context is None:
+            raise ValueError(
+                "the injector was called outside a replica, where the gradients of several may be merged already; call "
+                "it in the function that strategy.run runs"
+            )
         if self.replica is None:
             return tf.constant(True)
         if self.replica >= context.num_replicas_in_sync:
@@ -235,7 +231,7 @@ class OverflowInjector:
         return tf.equal(context.replica_id_in_sync_group, self.replica)
 
     def _count_under(self, strategy: Any) -> None:
-        """Sees to it that there are variables for each replica of ``strategy``."""
+        """Make variables for each replica of ``strategy`` before the first call."""
         if strategy is not self._strategy:
             if self._called:
                 raise ValueError(
@@ -251,8 +247,8 @@ class OverflowInjector:
                 self._count = _per_replica("overflow_injector_count", 0)
                 self._armed = _per_replica("overflow_injector_armed", int(self._inside))
 
-        # A tf.function notices variables made during its tracing, under tf.init_scope too: it then traces once more
-        # or, when it was called before, refuses. A thread of their own keeps these out of its sight.
+        # A tf.function notices variables that are made while it is traced, even under tf.init_scope: it traces once
+        # more, or refuses if it was called before. It does not notice those made in another thread.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             thread.submit(make).result()
         self._strategy = strategy
@@ -262,23 +258,16 @@ class OverflowInjector:
         self._armed.assign(int(inside))
 
 
-def _replica_context() -> Any:
-    context = tf.distribute.get_replica_context()
-    if context is None:
-        raise ValueError(
-            "the injector was called outside a replica, where gradients of several may be merged already; call it in "
-            "the function that strategy.run runs"
-        )
-    return context
+inject_overflow = OverflowInjector  # read as a verb, it is what a test does
 
 
 def _per_replica(name: str, initial: int) -> Any:
-    """A counter that each replica updates and reads on its own."""
+    """Make a counter that each replica updates and reads by itself."""
     return tf.Variable(
         initial,
         trainable=False,
         name=name,
-        dtype=tf.int64,  # not int32: such variables cannot be updated on a GPU
+        dtype=tf.int64,  # TensorFlow cannot update int32 variables on a GPU.
         synchronization=tf.VariableSynchronization.ON_READ,
         aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
     )
@@ -286,28 +275,12 @@ def _per_replica(name: str, initial: int) -> Any:
 
 def _checked_steps(step: Any) -> tuple[int, ...]:
     try:
-        steps: list[Any] = [step] if isinstance(step, str) or not isinstance(step, Iterable) else list(step)
-    except TypeError:  # an array of no dimension
+        steps: list[Any] = [step] if isinstance(step, str) else list(step)
+    except TypeError:  # an integer, or an array without a dimension
         steps = [step]
-    for one in steps:
-        if not _is_index(one):
-            raise ValueError(
-                f"step must be an integer of at least 0 or several of them, not {step!r}; the first step is 0"
-            )
-    return tuple(sorted({operator.index(one) for one in steps}))
-
-
-def _checked_index(name: str, value: Any, or_else: str) -> int:
-    if not _is_index(value):
-        raise ValueError(f"{name} must be an integer of at least 0, {or_else}; not {value!r}")
-    return operator.index(value)
-
-
-def _is_index(value: Any) -> bool:
-    try:
-        return not isinstance(value, bool) and operator.index(value) >= 0
-    except TypeError:
-        return False
+    if not all(map(_is_index, steps)):
+        raise ValueError(f"step must be an integer of at least 0 or several of them, not {step!r}; the first step is 0")
+    return tuple(sorted(set(map(operator.index, steps))))
 
 
 def _checked_value(value: Any) -> float:
@@ -318,6 +291,13 @@ def _checked_value(value: Any) -> float:
     if math.isfinite(number):
         raise ValueError(f"value must be inf, -inf or nan, not {value!r}; a finite gradient is no overflow")
     return number
+
+
+def _is_index(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= 0
+    except TypeError:
+        return False
 
 
 def _optimizer_of(target: Any) -> Any:
@@ -336,34 +316,32 @@ def _place_of(wanted: str, paths: Sequence[str] | None) -> int:
         raise ValueError(f"variable={wanted!r} is a path, so pass the variables along with the gradients")
     path = wanted.removesuffix(":0")
     places = [place for place, known in enumerate(paths) if known == path]
-    if not places:
-        places = [place for place, known in enumerate(paths) if known.endswith(f"/{path}")]
-    if len(places) == 1:
-        return places[0]
+    places = places or [place for place, known in enumerate(paths) if known.endswith(f"/{path}")]
     if not places:
         raise ValueError(f"no variable is called {wanted!r}; there are {', '.join(paths)}")
-    raise ValueError(
-        f"variable={wanted!r} can be {' or '.join(paths[place] for place in places)}; give the whole path or, where "
-        f"that is the same, the index in {', '.join(paths)}"
-    )
+    if len(places) > 1:
+        raise ValueError(
+            f"variable={wanted!r} can be {' or '.join(paths[place] for place in places)}; give the whole path or, if "
+            f"that is the same, the index in {', '.join(paths)}"
+        )
+    return places[0]
 
 
-def _has_elements(grad: Any) -> bool:
-    """False where it is known already that there is nothing to hit."""
+def _may_have_elements(grad: Any) -> bool:
+    """Return False if ``grad`` is None or is known to be empty before it is computed."""
     if grad is None:
         return False
-    if isinstance(grad, tf.IndexedSlices):
-        grad = grad.values
-    return bool(tf.convert_to_tensor(grad).shape.num_elements() != 0)
+    values = grad.values if isinstance(grad, tf.IndexedSlices) else grad
+    return bool(tf.convert_to_tensor(values).shape.num_elements() != 0)
 
 
 def _with_first(grad: Any, value: float, hit: tf.Tensor) -> Any:
-    """``grad`` with ``value`` as its first element where ``hit``, a boolean scalar, is true."""
+    """Return ``grad`` with ``value`` as its first element if ``hit``, a boolean scalar, is True."""
     if isinstance(grad, tf.IndexedSlices):
         return tf.IndexedSlices(_with_first(grad.values, value, hit), grad.indices, grad.dense_shape)
     grad = tf.convert_to_tensor(grad)
     flat = tf.reshape(grad, [-1])
-    # A slice and not an index: a tensor that turns out to be empty stays as it is.
+    # A slice instead of an index, so that a tensor that turns out to be empty stays as it is.
     first = tf.where(hit, tf.constant(value, grad.dtype), flat[:1])
     changed = tf.reshape(tf.concat([first, flat[1:]], 0), tf.shape(grad))
     changed.set_shape(grad.shape)

@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from nvml_stand_in import build
+from support.nvml_stand_in import build
 
 # Before anything imports TensorFlow: no GPU is looked for, and its start-up notes stay out of the output.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")

@@ -1,4 +1,4 @@
-"""`mpscale compare`: runs with figures made by hand, through the command's own entry."""
+"""`mpscale compare` on runs with made-up figures."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from runfolder import CPU, GPU, finished, record, write_run
+from support.runfolder import CPU, GPU, finished, record, write_run
 
 from mpscale.cli import main
-from mpscale.columns import METHOD_VERSION
-from mpscale.harness.case import Settings, series_key
-from mpscale.modes import MODES
+from mpscale.core.case import Settings, series_key
+from mpscale.core.columns import METHOD_VERSION
+from mpscale.core.mode import MODES
 
 BEFORE, AFTER = "20260101T000000Z-test-cpu-aaaa", "20260102T000000Z-test-cpu-bbbb"
 QUIET = (0.998, 1.0, 1.002, 0.999, 1.001)
@@ -26,7 +26,7 @@ def key(mode="fp32", workload="toy", digest="sha256:1", method=METHOD_VERSION, b
 
 
 def rows(mode="fp32", ms=2.0, spread=QUIET, workload="toy", status="ok", **values):
-    """One record a process: two trainings, the rest repeats."""
+    """One record per process: two trainings, then repeats."""
     values = {"series_key": key(mode, workload), "method_version": METHOD_VERSION, "device_name": "Test CPU", **values}
     found = []
     for number, factor in enumerate(spread):
@@ -39,7 +39,7 @@ def rows(mode="fp32", ms=2.0, spread=QUIET, workload="toy", status="ok", **value
 
 @pytest.fixture
 def compare(tmp_path, capsys, monkeypatch):
-    """Runs the command on two runs or more; its exit code and what it printed."""
+    """Run the command on two or more runs; return its exit code and output."""
     monkeypatch.chdir(tmp_path)
 
     def run(before, after, *arguments, device=CPU, **info):
@@ -150,7 +150,7 @@ GATES = ("--fail-on", "step_time>5%,missing,metric")
         ),
     ],
 )
-def test_what_comes_of_two_runs(compare, before, after, arguments, code, said):
+def test_two_runs_get_verdicts_and_an_exit_code(compare, before, after, arguments, code, said):
     found, text = compare(before, after, *arguments)
     assert found == code, text
     for words in said:
@@ -183,7 +183,7 @@ def test_what_comes_of_two_runs(compare, before, after, arguments, code, said):
         pytest.param(rows(), ("--threshold", "0"), "'0' is no share", id="threshold"),
     ],
 )
-def test_bad_use_is_refused(compare, after, arguments, message):
+def test_wrong_use_is_refused(compare, after, arguments, message):
     code, text = compare(rows(), after, *arguments)
     assert code == 2
     assert message in text
@@ -201,7 +201,7 @@ def test_force_compares_what_was_measured_differently(compare):
 ON_GPU = {"device": "gpu", "device_name": "Test GPU"}
 
 
-def test_other_devices_are_laid_side_by_side_ratios_first(compare):
+def test_different_devices_are_shown_side_by_side_ratios_first(compare):
     before = [*rows(), *rows("mixed-dynamic", ms=3.0)]
     after = [
         *rows(ms=0.5, gpu_memory_nvml_peak_mib=1000.0, **ON_GPU),
@@ -232,11 +232,11 @@ def test_gates_of_the_project_that_cannot_judge_two_devices_say_so(compare, tmp_
     (tmp_path / "pyproject.toml").write_text(f'[tool.mpscale]\nfail-on = ["step_time>5%"]\nstrict = {strict}\n')
     found, text = compare(rows(), rows(**ON_GPU), device=GPU)
     assert found == code
-    assert "runs of different devices: no gate of [tool.mpscale] was judged" in text
+    assert "the runs are on different devices: no gate of [tool.mpscale] was judged" in text
 
 
 def test_a_table_of_two_devices_is_refused(compare, tmp_path):
-    from mpscale.records import to_csv
+    from mpscale.core.record import to_csv
 
     path = tmp_path / "two.csv"
     path.write_text(to_csv([*rows(), *rows("mixed-dynamic", device_name="Another CPU")]))
@@ -270,6 +270,14 @@ def test_a_cpu_with_fewer_cores_or_instructions_is_another_device(compare, tmp_p
     assert "Speed-up" not in text  # fp32 alone has none
     assert "Step time" in text
     assert "verdict" not in text
+
+
+def test_a_fact_that_older_runs_lack_is_no_difference_of_the_environments(compare, tmp_path):
+    for name, device in (("20260103T000000Z", CPU), ("20260104T000000Z", {**CPU, "vendor": None})):
+        write_run(tmp_path / "results", finished(rows()), name=name, environment={"device": device, "os": name})
+    _, text = compare.command("20260103", "20260104")
+    assert "differences in the environment" in text
+    assert "vendor" not in text
 
 
 def test_three_runs_at_once(compare, tmp_path):
@@ -321,7 +329,7 @@ def test_output_goes_to_a_file_and_what_fired_to_the_terminal(compare, tmp_path)
     assert "| toy" in written
 
 
-def test_settings_of_the_project_stand_below_the_command_line(compare, tmp_path):
+def test_the_command_line_overrides_settings_of_the_project(compare, tmp_path):
     (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nfail-on = ["step_time>5%"]\nstrict = true\n')
     assert compare(rows(spread=NOISY), rows(spread=NOISY))[0] == 1
     assert compare.command(BEFORE, AFTER, "--fail-on", "missing")[0] == 0
@@ -331,8 +339,8 @@ def test_settings_of_the_project_stand_below_the_command_line(compare, tmp_path)
     assert "fail-on of [tool.mpscale] must be a list of strings, not 'metric'" in text
 
 
-def test_a_cases_csv_from_elsewhere_is_as_good_as_a_run(compare, tmp_path):
-    from mpscale.report.build import rebuild
+def test_a_cases_csv_from_elsewhere_can_be_compared(compare, tmp_path):
+    from mpscale.report.files import rebuild
 
     compare(SAME, SAME)
     path = tmp_path / "elsewhere.csv"
@@ -376,12 +384,12 @@ def test_a_broken_or_foreign_csv_is_named_with_its_line(compare, tmp_path, text,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["one"], "compare takes two runs or more, the baseline first"),
+        (["one"], "compare needs two or more runs, the baseline first"),
         (["nowhere.csv", "nowhere.csv"], "nowhere.csv: no such file"),
         (["latest", "latest"], "there is no run in"),
     ],
 )
-def test_runs_that_are_not_there(compare, arguments, message):
+def test_missing_runs_are_named(compare, arguments, message):
     code, text = compare.command(*arguments)
     assert code == 2
     assert message in text

@@ -1,4 +1,4 @@
-"""The loops in docs/scaling.md and README.md run as they are printed, and train as they should."""
+"""The code in docs/scaling.md and README.md runs as printed and trains correctly; pages fit a terminal."""
 
 import re
 from pathlib import Path
@@ -7,12 +7,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from situations.one_case import train
+from support.one_case import train
 
 import mpscale
 from mpscale.scaling import DynamicLossScale
 
 ROOT = Path(__file__).parents[1]
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 X, Y = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32), np.arange(200) % 3
 
 
@@ -22,8 +23,6 @@ def blocks(text):
 
 GUIDE = blocks((ROOT / "docs/scaling.md").read_text())
 README = blocks((ROOT / "README.md").read_text().split("## The loss scale alone")[1].split("\n## ")[0])
-
-
 OWN_MODEL = blocks((ROOT / "README.md").read_text().split("## Your own model")[1].split("\n## ")[0])
 
 
@@ -77,8 +76,8 @@ def two_functions(names, block):
         pytest.param(README[1], one_function, id="the README's loop"),
     ],
 )
-def test_a_printed_loop_with_a_new_optimizer_goes_on_right_after_an_overflow(names, block, loop):
-    """Right are the weights of the same loop with an optimizer that does not scale."""
+def test_a_printed_loop_continues_correctly_after_an_overflow(names, block, loop):
+    """Expect the weights of the same loop with an optimizer that does not scale."""
 
     def weights(optimizer, batches):
         keras.utils.set_random_seed(0)
@@ -90,7 +89,7 @@ def test_a_printed_loop_with_a_new_optimizer_goes_on_right_after_an_overflow(nam
         return names["model"].get_weights()
 
     class Plain(keras.optimizers.SGD):
-        """A loop's view of an optimizer without scaling."""
+        """An optimizer without scaling, with the methods that the loop calls."""
 
         def unscale(self, grads):
             return grads, None
@@ -126,5 +125,12 @@ def test_the_readmes_own_models_train():
     accuracy = train(module["signs"]).row["final_accuracy"]
     assert accuracy > 0.9
     error = train(module["product"]).row["metric_value"]
-    by_the_mean = float(np.mean(np.abs(module["products"]().test_y)))
-    assert error < 0.7 * by_the_mean
+    error_of_zero = float(np.mean(np.abs(module["products"]().test_y)))
+    assert error < 0.7 * error_of_zero
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *PAGES])
+def test_no_line_of_prose_is_longer_than_120_characters(page):
+    text = re.sub(r"^ *```.*?^ *```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    prose = [line for line in text.splitlines() if not line.startswith(("|", "    "))]
+    assert [line for line in prose if len(line) > 120] == []

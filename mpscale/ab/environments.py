@@ -1,21 +1,26 @@
-"""The two environments: found, asked what they hold, and refused where they could not run the same cases."""
+"""The two environments of ``mpscale ab``: finds them, asks what they hold, and refuses those that do not go together.
+
+Also checks the arguments that both pytest sessions are started with.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpscale import turns
-from mpscale.columns import SCHEMA_VERSION
+from mpscale.ab import turns
+from mpscale.core.columns import SCHEMA_VERSION
+from mpscale.core.process import Child
 
 LETTERS = ("A", "B")
 
+_ABOUT = Path(__file__).with_name("about.py")
 _NAMED = ("tensorflow", "keras", "mpscale")
 _SHOWN = 8
 
@@ -26,13 +31,13 @@ class Refused(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """One of the two.
+    """One of the two environments.
 
     Args:
         letter: ``A``, the baseline, or ``B``.
-        given: its interpreter as the command line has it.
-        python: the same, as it is started. Links are kept: behind one, the interpreter would not be a venv's.
-        about: what it says of itself; see :func:`mpscale.turns.about`.
+        given: its interpreter as the command line names it.
+        python: its interpreter as it is started, with links unresolved: a venv's interpreter is a link.
+        about: what it holds; see :func:`mpscale.ab.about.about`.
     """
 
     letter: str
@@ -47,12 +52,12 @@ class Environment:
 
 
 def examine(pythons: Sequence[str], seconds: float, force: bool) -> list[Environment]:
-    """The two environments of these interpreters.
+    """Return the environments of two interpreters.
 
     Args:
         pythons: paths, or names on PATH.
         seconds: how long each may take to say what it holds.
-        force: take them although they measure by different methods.
+        force: accept environments that measure by different methods.
 
     Raises:
         Refused: there are not two of them, or one could not take part.
@@ -63,17 +68,19 @@ def examine(pythons: Sequence[str], seconds: float, force: bool) -> list[Environ
             "first (the same one twice shows what the machine's noise makes of no change)"
         )
     found = [_find(python) for python in pythons]
-    asked: list[subprocess.Popen[str]] = []
-    environments = []
-    try:
-        for python in found:
-            asked.append(_ask(python))
-        for letter, given, python, process in zip(LETTERS, pythons, found, asked, strict=True):
-            environments.append(Environment(letter, given, python, _about(python, process, seconds)))
-    finally:
-        for process in asked:
-            process.kill()
-            process.communicate()
+    asked: list[Child] = []
+    environments: list[Environment] = []
+    with tempfile.TemporaryDirectory(prefix="mpscale-ab-") as folder:
+        try:
+            # Both at the same time: each imports TensorFlow.
+            for letter, python in zip(LETTERS, found, strict=True):
+                asked.append(_ask(python, Path(folder, letter)))
+            for letter, given, python, process in zip(LETTERS, pythons, found, asked, strict=True):
+                about = _about(python, Path(folder, letter), process, seconds)
+                environments.append(Environment(letter, given, python, about))
+        finally:
+            for process in asked:
+                process.kill()
     methods = [each.about["method_version"] for each in environments]
     if methods[0] != methods[1] and not force:
         raise Refused(
@@ -84,14 +91,14 @@ def examine(pythons: Sequence[str], seconds: float, force: bool) -> list[Environ
 
 
 def differences(environments: Sequence[Environment]) -> str:
-    """In what else the two differ, in one line."""
+    """What else differs between the two, in one line."""
     one, two = (each.about["packages"] for each in environments)
     names = [name for name in sorted({*one, *two}) if one.get(name) != two.get(name)]
     if not names and environments[0].about["python"] == environments[1].about["python"]:
         return "both hold the same: what differs in the end is noise"
     others = [name for name in names if name not in _NAMED]
     moved = [f"{name} {one[name]} and {two[name]}" for name in others if name in one and name in two]
-    parts = [f"{', '.join(moved[:_SHOWN])}" + _more(len(moved) - _SHOWN)] if moved else []
+    parts = [", ".join(moved[:_SHOWN]) + _more(len(moved) - _SHOWN)] if moved else []
     for letter, mine, theirs in (("A", one, two), ("B", two, one)):
         alone = sum(name in mine and name not in theirs for name in others)
         if alone:
@@ -104,7 +111,7 @@ def _more(number: int) -> str:
 
 
 def _find(given: str) -> Path:
-    """The interpreter, by an absolute path without resolving a link."""
+    """Return the absolute path of an interpreter, without resolving links."""
     if os.sep not in given:
         named = shutil.which(given)
         if named is None and not Path(given).exists():
@@ -122,41 +129,38 @@ def _find(given: str) -> Path:
     return path
 
 
-def _ask(python: Path) -> subprocess.Popen[str]:
+def _ask(python: Path, folder: Path) -> Child:
+    """Start an interpreter that prints into ``folder`` what it holds."""
+    folder.mkdir()
     try:
-        # -P: a folder mpscale/ in the working directory must not stand in for the environment's own.
-        return subprocess.Popen(
-            [python, "-P", "-m", "mpscale.turns"],
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
+        with (folder / "output").open("wb") as output, (folder / "errors").open("wb") as errors:
+            # -P: a folder mpscale/ in the working directory must not stand in for the environment's own.
+            return Child([python, "-P", _ABOUT], {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}, output, errors)
     except OSError as error:
         raise Refused(f"--python {python}: cannot be started: {error.strerror}") from error
 
 
-def _about(python: Path, process: subprocess.Popen[str], seconds: float) -> Mapping[str, Any]:
+def _about(python: Path, folder: Path, process: Child, seconds: float) -> Mapping[str, Any]:
+    """Return what an interpreter says that it holds; refuse it if it could not take turns."""
     install = f"install this mpscale there: {python} -m pip install FOLDER_OF_MPSCALE"
+    code = process.wait(seconds)
+    if code is None:
+        raise Refused(f"{python} did not say what is installed there within {seconds:g} s (--start-timeout)")
+    output, errors = ((folder / name).read_text("utf-8", "replace").strip() for name in ("output", "errors"))
     try:
-        output, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise Refused(f"{python} did not say what is installed there within {seconds:g} s (--start-timeout)") from None
-    try:
-        about = json.loads(output.splitlines()[-1]) if process.returncode == 0 else None
+        about = json.loads(output.splitlines()[-1]) if code == 0 else None  # libraries may have printed before it
     except (ValueError, IndexError):
         about = None
     if not isinstance(about, dict):
-        last = (errors.strip() or "it said nothing").splitlines()[-1]
-        if "No module named" in last:
-            raise Refused(f"{python} has no mpscale that can take turns ({last}): {install}")
-        raise Refused(f"{python} is no Python of 3.11 or newer in which mpscale works: {last}")
-    if about.get("turns") != turns.VERSION:
+        last = (errors or "it said nothing").splitlines()[-1]
+        raise Refused(f"{python} is not a Python of 3.11 or newer in which mpscale works: {last}")
+    if about["turns"] is None:
+        why = about["broken"].get("mpscale", "it is too old")
+        raise Refused(f"{python} has no mpscale that can take turns ({why}): {install}")
+    if about["turns"] != turns.VERSION:
         raise Refused(
-            f"{python} has an mpscale that takes turns in way {about.get('turns')}, and this one does in way "
-            f"{turns.VERSION}: {install}"
+            f"{python} has an mpscale that takes turns by version {about['turns']} of the protocol, and this one knows "
+            f"version {turns.VERSION}: {install}"
         )
     if about["schema_version"] > SCHEMA_VERSION:
         raise Refused(
@@ -166,3 +170,66 @@ def _about(python: Path, process: subprocess.Popen[str], seconds: float) -> Mapp
     for name, reason in about["broken"].items():
         raise Refused(f"{name} does not work in {python} ({reason}): {install}")
     return about
+
+
+_BY_AB = {
+    "--mp-baseline": "A is the baseline; --fail-on has the gates",
+    "--mp-fail-on": "write --fail-on",
+    "--mp-strict": "write --strict",
+    "--mp-results": "write --results",
+}
+_SIDE_BY_SIDE = ("-n", "--numprocesses", "--dist", "--tx")
+_RUNS_NOTHING = (
+    "--collect-only", "--co", "--setup-only", "--setup-plan", "--fixtures", "--fixtures-per-test", "--markers",
+    "--version", "-V",
+)  # fmt: skip
+_ASKS = ("--pdb", "--trace")
+_ONE_FILE = ("--basetemp", "--junit-xml", "--junitxml", "--benchmark-json", "--log-file")
+_TAKES_A_VALUE = (
+    "-k", "-m", "-p", "-c", "-r", "-W", "--config-file", "--confcutdir", "--deselect", "--ignore", "--ignore-glob",
+    "--import-mode", "--rootdir",
+)  # fmt: skip
+"""Options of pytest whose value may be the name of a folder, which is then not a test path."""
+
+
+def pytest_arguments(given: Sequence[str], results: Path | None) -> list[str]:
+    """Return the arguments of pytest. Adds ``bench/``, if it exists, when no test path is named.
+
+    Args:
+        given: everything on the command line that is not an option of ``mpscale ab``.
+        results: the results folder; None for the default of the plug-in.
+
+    Raises:
+        Refused: an argument makes no sense with two interleaved sessions.
+    """
+    for argument in given:
+        why = _why_not(argument)
+        if why is not None:
+            raise Refused(f"{argument} does not go with `mpscale ab`: {why}")
+    arguments = list(given)
+    if not any(map(_is_test_path, arguments, ["", *arguments])) and Path("bench").is_dir():
+        arguments.append("bench")
+    if results is not None:
+        # As a single argument: pytest takes a separate value for a test path.
+        arguments.append(f"--mp-results={results.absolute()}")
+    return arguments
+
+
+def _why_not(argument: str) -> str | None:
+    name = argument.partition("=")[0]
+    if name in _BY_AB:
+        return _BY_AB[name]
+    if name in _SIDE_BY_SIDE or argument.startswith("-n"):
+        return "cases side by side would disturb each other; leave it out"
+    if name in _RUNS_NOTHING:
+        return "nothing would be run; give it to pytest itself"
+    if name in _ASKS:
+        return "nobody could answer; give it to pytest itself"
+    if name in _ONE_FILE:
+        return "both sessions would write to one place; leave it out"
+    return None
+
+
+def _is_test_path(argument: str, before: str) -> bool:
+    valued = before in _TAKES_A_VALUE or (before.startswith("--mp-") and "=" not in before)
+    return not argument.startswith("-") and not valued and Path(argument.partition("::")[0]).exists()

@@ -1,114 +1,116 @@
-"""Two pytest sessions that take turns: who is next, and when both have to end."""
+"""Two pytest sessions that take turns: starts both, decides whose turn it is, and ends both."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import secrets
-import select
 import shutil
+import signal
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from mpscale.ab.environments import Environment
-from mpscale.ab.screen import Screen
-from mpscale.ab.side import END, Side
-from mpscale.columns import FAILED
+from mpscale.ab import turns
+from mpscale.ab.environments import LETTERS, Environment
+from mpscale.core.columns import FAILED
+from mpscale.core.process import Child, describe_exit
+from mpscale.core.wire import Event, Garbled, Wire, event_of, wait_for
+from mpscale.terminal import Screen
 
 _BAD = (*FAILED, "diverged", "stalled")
 _LISTED = 4
 _STOPPED = 2
-"""Exit code of a session that was given no more turns, or was interrupted."""
+"""Exit code of a session that got no more turns, or was interrupted."""
+END = "end"
+"""What a session with no more cases waits for. No case has this id."""
+_LEAVE_S = 30.0
+_STOP_S = 180.0
+_TAIL = 15
+_ENDS = {
+    1: "tests of it failed",
+    2: "it was stopped, or a file of tests could not be collected",
+    3: "pytest itself failed",
+    4: "pytest was used in a wrong way",
+    5: "no case was selected",
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What became of the two sessions.
-
-    Args:
-        runs: the folders of A's run and of B's, None where one has no case.
-        problems: what went wrong, in words; empty where both ran all their cases and none failed.
-        interrupted: whether the user stopped it.
-    """
-
-    runs: tuple[Path | None, Path | None]
-    problems: Sequence[str]
-    interrupted: bool
-
-
-def run_in_turns(
-    environments: Sequence[Environment], arguments: Sequence[str], screen: Screen, start_s: float
-) -> Result:
-    """Runs the same cases in both environments, the two of a pair one right after the other.
+class Referee:
+    """Runs the same cases in both environments, the two of each pair one right after the other.
 
     Args:
         environments: the two.
         arguments: of pytest.
-        screen: shows how it goes.
+        screen: shows progress.
         start_s: how long a session may take until it knows its cases.
     """
-    logs = Path(tempfile.mkdtemp(prefix="mpscale-ab-"))
-    referee = _Referee(environments, arguments, screen, start_s, logs)
-    try:
-        referee.run()
-    finally:
-        referee.close()
-    if not referee.problems:
-        shutil.rmtree(logs, ignore_errors=True)
-    first, second = referee.sides
-    return Result((first.run, second.run), referee.problems, referee.interrupted)
 
-
-class _Referee:
     def __init__(
-        self, environments: Sequence[Environment], arguments: Sequence[str], screen: Screen, start_s: float, logs: Path
+        self, environments: Sequence[Environment], arguments: Sequence[str], screen: Screen, start_s: float
     ) -> None:
-        seed, pair = secrets.randbelow(2**32), secrets.token_hex(8)
-        self._random = random.Random(seed)
-        self._screen, self._logs = screen, logs
+        self._environments, self._arguments, self._screen, self._start_s = environments, arguments, screen, start_s
+        self._sessions: list[Session] = []
+        self._random = random.Random()
         self._order: dict[str, int] = {}
         self._first: dict[tuple[str, str], str] = {}
         self._stopping: str | None = None
         self.interrupted = False
+        """Whether the user stopped it."""
         self.problems: list[str] = []
-        self.sides: list[Side] = []
-        try:
-            for each in environments:
-                self.sides.append(Side(each, arguments, seed, pair, logs / f"{each.letter}.log", start_s))
-        except BaseException:
-            self.close()
-            raise
+        """What went wrong; empty if both sessions ran all their cases and none failed."""
+
+    @property
+    def runs(self) -> list[Path | None]:
+        """The folders of A's run and of B's; None for one without a case."""
+        return [session.run for session in self._sessions]
 
     def run(self) -> None:
-        """Goes on until both sessions have ended."""
-        while living := [side for side in self.sides if side.code is None]:
+        """Start both sessions, and go on until both have ended."""
+        seed, pair = secrets.randbelow(2**32), secrets.token_hex(8)
+        self._random.seed(seed)
+        logs = Path(tempfile.mkdtemp(prefix="mpscale-ab-"))
+        try:
+            for each in self._environments:
+                log = logs / f"{each.letter}.log"
+                self._sessions.append(Session(each, self._arguments, seed, pair, log, self._start_s))
+            self._take_turns()
+        finally:
+            for session in self._sessions:
+                session.kill()
+        if not self.problems:
+            shutil.rmtree(logs, ignore_errors=True)
+
+    def _take_turns(self) -> None:
+        while living := [session for session in self._sessions if session.code is None]:
             try:
                 if not self._move(living):
                     self._listen(living)
             except KeyboardInterrupt:
                 if self.interrupted:
                     raise
-                self.interrupted = True
-                self._stopping = "stopped by the user"
-                self._screen.line("stopping both; what has been measured is kept (Ctrl-C again: end them at once)")
-                for side in living:
-                    if side.wants is None and not side.ending:
-                        side.interrupt()
+                self._interrupt(living)
         self._screen.end()
         self._find_problems()
 
-    def close(self) -> None:
-        """Leaves no session behind."""
-        for side in self.sides:
-            side.kill()
+    def _interrupt(self, living: Sequence[Session]) -> None:
+        self.interrupted = True
+        self._stopping = "stopped by the user"
+        self._screen.line("stopping both; what has been measured is kept (Ctrl-C again: end them at once)")
+        for session in living:
+            if session.wants is None and not session.ending:
+                session.interrupt()
 
-    def _move(self, living: Sequence[Side]) -> bool:
-        """Answers sessions that wait, if it is time for that.
+    def _move(self, living: Sequence[Session]) -> bool:
+        """Answer waiting sessions if it is time for that; return whether any was answered.
 
-        No turn is given before all wait: nothing that one does after its case, or before its first, disturbs the other.
+        Nobody gets a turn before all wait: what a session does before its first case or after any must not disturb the
+        other.
         """
-        waiting = [side for side in living if side.wants is not None]
+        waiting = [session for session in living if session.wants is not None]
         if self._stopping is None:
             if len(waiting) < len(living):
                 return False
@@ -116,27 +118,27 @@ class _Referee:
         if self._stopping is None:
             self._give_turn(living)
             return True
-        for side in waiting:
-            side.go() if side.wants == END else side.stop(self._stopping)
+        for session in waiting:
+            session.go() if session.wants == END else session.stop(self._stopping)
         return bool(waiting)
 
-    def _give_turn(self, living: Sequence[Side]) -> None:
-        def place(side: Side) -> int:
-            assert side.wants is not None
-            return len(self._order) if side.wants == END else self._order[side.wants]
+    def _give_turn(self, living: Sequence[Session]) -> None:
+        def place(session: Session) -> int:
+            assert session.wants is not None
+            return len(self._order) if session.wants == END else self._order[session.wants]
 
         behind = min(map(place, living))
-        candidates = [side for side in living if place(side) == behind]
-        side = candidates[0] if len(candidates) == 1 else self._draw(candidates)
-        if side.wants is not None and side.wants != END:
-            self._screen.running(side.letter, side.wants)
-        side.go()
+        candidates = [session for session in living if place(session) == behind]
+        session = candidates[0] if len(candidates) == 1 else self._draw(candidates)
+        if session.wants is not None and session.wants != END:
+            self._screen.running(session.letter, session.wants)
+        session.go()
 
-    def _draw(self, both: Sequence[Side]) -> Side:
-        """Who comes first: by chance the first time of a workload and mode, then the other one, and so on.
+    def _draw(self, both: Sequence[Session]) -> Session:
+        """Return who comes first in a pair: at random for the first pair of a workload and mode, then alternately.
 
-        The first of a pair may find the machine in another state than the second; half of the pairs each way, and
-        that is the same for both.
+        The machine's state may differ between the first and the second of a pair; this way both sessions get equal
+        shares of it.
         """
         plan = {case["id"]: case for case in both[0].plan or ()}
         case = plan.get(both[0].wants or "")
@@ -144,58 +146,205 @@ class _Referee:
             return both[0]
         row = (case["workload"], case["mode"])
         before = self._first.get(row)
-        side = self._random.choice(both) if before is None else next(s for s in both if s.letter != before)
-        self._first[row] = side.letter
-        return side
+        session = self._random.choice(both) if before is None else next(s for s in both if s.letter != before)
+        self._first[row] = session.letter
+        return session
 
-    def _why_stop(self, living: Sequence[Side]) -> str | None:
-        """Why the sessions that wait for a case should not have it, None where they should."""
-        for side in self.sides:
+    def _why_stop(self, living: Sequence[Session]) -> str | None:
+        """Return why sessions that wait for a case should not run it; None if they should."""
+        for session in self._sessions:
             for other in living:
-                gone = side.code is not None or (side.wants == END and other.wants not in side.ran)
-                if other is not side and other.wants != END and gone:
-                    return f"{side.letter} has ended after {len(side.ran)} of {len(other.plan or ())} cases"
-        if not self._order and any(side.wants != END for side in living):
-            plans = [[case["id"] for case in side.plan or ()] for side in self.sides]
+                gone = session.code is not None or (session.wants == END and other.wants not in session.ran)
+                if other is not session and other.wants != END and gone:
+                    return f"{session.letter} has ended after {len(session.ran)} of {len(other.plan or ())} cases"
+        if not self._order and any(session.wants != END for session in living):
+            plans = [[case["id"] for case in session.plan or ()] for session in self._sessions]
             if plans[0] != plans[1]:
                 return _difference(*plans)
             self._order = {case: place for place, case in enumerate(plans[0])}
-            self._screen.plan(self.sides[0].plan or ())
+            self._screen.plan(self._sessions[0].plan or ())
         return None
 
-    def _listen(self, living: Sequence[Side]) -> None:
-        left = [seconds for side in living if (seconds := side.left_s()) is not None]
-        descriptors = {descriptor: side for side in living for descriptor in side.descriptors()}
-        ready, _, _ = select.select(list(descriptors), [], [], min(left, default=None))
-        for side in living if not ready else {id(s): s for s in (descriptors[d] for d in ready)}.values():
-            for event in side.hear():
-                if event["event"] == "done":
-                    self._screen.done(side.letter, event)
+    def _listen(self, living: Sequence[Session]) -> None:
+        left = [seconds for session in living if (seconds := session.left_s()) is not None]
+        ready = wait_for([source for session in living for source in session.sources()], min(left, default=None))
+        for session in living:
+            # Nobody is ready: somebody has been silent for too long.
+            if not ready or any(source in ready for source in session.sources()):
+                for event in session.hear():
+                    if isinstance(event, turns.Done):
+                        self._screen.done(session.letter, event.to_json())
 
     def _find_problems(self) -> None:
         if self._stopping is not None and not self.interrupted:
             self.problems.append(self._stopping)
-        for side in self.sides:
-            by_order = side.was_stopped and side.hung is None and (self.interrupted or side.code == _STOPPED)
-            if side.code == 0 or by_order:
+        for session in self._sessions:
+            by_order = session.was_stopped and session.hung is None and (self.interrupted or session.code == _STOPPED)
+            if session.code == 0 or by_order:
                 continue
-            failed = [f"{case} {facts['status']}" for case, facts in side.ran.items() if facts["status"] in _BAD]
-            listed = ", ".join(failed[:_LISTED]) + (f" and {len(failed) - _LISTED} more" if failed[_LISTED:] else "")
-            log = self._logs / f"{side.letter}.log"
-            self.problems.append(
-                f"{side.letter}: {side.ended_how()}"
-                + (f": {listed}; its output is {log}" if listed else f"; its output, {log}, ends with\n{side.tail()}")
-            )
+            failed = [f"{case} {done.status}" for case, done in session.ran.items() if done.status in _BAD]
+            if failed:
+                output = f": {_listed(failed)}; its output is {session.log}"
+            else:
+                output = f"; its output, {session.log}, ends with\n{session.tail()}"
+            self.problems.append(f"{session.letter}: {session.ended_how()}{output}")
+
+
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items[:_LISTED]) + (f" and {len(items) - _LISTED} more" if items[_LISTED:] else "")
 
 
 def _difference(one: Sequence[str], two: Sequence[str]) -> str:
-    """Why two lists of cases are not the same."""
+    """How two lists of cases differ."""
     only = [[case for case in mine if case not in theirs] for mine, theirs in ((one, two), (two, one))]
-    parts = [
-        f"only {letter} has {', '.join(cases[:_LISTED])}"
-        + (f" and {len(cases) - _LISTED} more" if cases[_LISTED:] else "")
-        for letter, cases in zip("AB", only, strict=True)
-        if cases
-    ]
+    parts = [f"only {letter} has {_listed(cases)}" for letter, cases in zip(LETTERS, only, strict=True) if cases]
     what = "; ".join(parts) or "they are in another order"
     return f"the two sessions would not run the same cases: {what}. Select some that both have"
+
+
+class Session:
+    """One of the two pytest sessions, from its start on: its process, what it says, and how long it may be silent.
+
+    Args:
+        environment: where it runs.
+        arguments: of pytest.
+        seed: of the order of the cases.
+        pair: the id that both sessions have in their run.json.
+        log: takes what it prints.
+        start_s: how long it may take until it knows its cases.
+    """
+
+    def __init__(
+        self, environment: Environment, arguments: Sequence[str], seed: int, pair: str, log: Path, start_s: float
+    ) -> None:
+        self.letter = environment.letter
+        self.log, self._silence_s = log, start_s
+        entry = {"id": pair, "side": environment.letter, "python": environment.given, "seed": seed}
+        ours, theirs = Wire.pair()
+        environ = {
+            **os.environ,
+            turns.VARIABLE: turns.invitation(theirs.fileno(), seed, entry),
+            "PYTHONUNBUFFERED": "1",  # so that the log has its last words if it is killed
+        }
+        with log.open("wb") as output:
+            # -P as the command `pytest` has it: what is imported is the environment's own.
+            command: list[str | Path] = [environment.python, "-P", "-m", "pytest", *arguments]
+            # Ctrl-C reaches only `mpscale ab`, which forwards it to whoever runs a case.
+            self._process = Child(command, environ, output, ends=(ours, theirs))
+        self._deadline = time.monotonic() + start_s
+        self.plan: list[dict[str, Any]] | None = None
+        self.wants: str | None = None
+        """The case that it waits for, or :data:`END`; None during its turn and before it first waits."""
+        self.code: int | None = None
+        """Its exit code, negative for a signal; None while it lives."""
+        self.ran: dict[str, turns.Done] = {}
+        """What it said of the cases that it has run."""
+        self.run: Path | None = None
+        self.hung: str | None = None
+        """Why it was killed."""
+        self.was_stopped = False
+        self.ending = False
+        """Whether it has had its last turn, in which it writes its reports."""
+
+    def sources(self) -> list[Wire | int]:
+        """What becomes readable when it has something to say or has ended."""
+        return self._process.sources()
+
+    def left_s(self) -> float | None:
+        """How much longer it may be silent; None, without limit, while it waits."""
+        return None if self.wants is not None else max(self._deadline - time.monotonic(), 0.0)
+
+    def go(self) -> None:
+        """Give it the turn."""
+        self.ending = self.wants == END
+        self._answer({"go": True})
+
+    def stop(self, why: str) -> None:
+        """Give it no more turns, upon which it ends."""
+        self._give_time_to_end()
+        self._answer({"stop": why})
+
+    def interrupt(self) -> None:
+        """Stop it in the middle of what it does; its run keeps what it has."""
+        self._give_time_to_end()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.interrupt()
+
+    def hear(self) -> list[Event]:
+        """Return new events. Marks the session finished if it exited or exceeded its silence limit."""
+        # Asked first: what it said right before it ended is still read.
+        ended = self._process.wait(0.0) is not None
+        try:
+            events = [event_of(message, turns.EVENTS) for message in self._process.wire.arrived()]
+        except Garbled as error:
+            self.hung = f"what it said could not be read ({error})"
+            self.kill()
+            return []
+        for event in events:
+            self._take(event)
+        if ended or self._process.wire.closed:
+            self._leave()
+        elif self.left_s() == 0.0:
+            self.hung = self._why_late()
+            self.kill()
+        return events
+
+    def kill(self) -> None:
+        """End it at once, if it has not ended. Workers end with their session."""
+        if self.code is None:
+            code = self._process.kill()
+            self.code = -int(signal.SIGKILL) if code is None else code
+
+    def ended_how(self) -> str:
+        """How it ended."""
+        if self.hung is not None:
+            return self.hung
+        assert self.code is not None
+        if self.code < 0:
+            return f"it was {describe_exit(self.code)}"
+        return f"{_ENDS.get(self.code, 'it ended')} (exit code {self.code})"
+
+    def tail(self) -> str:
+        """The last lines that it printed."""
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:])
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case turns.Plan(cases, turn_s):
+                self.plan, self._silence_s = cases, turn_s
+                self._prolong()
+            case turns.Ready(case):
+                self.wants = case
+            case turns.Done(case, run=run):
+                self.ran[case] = event
+                self.run = Path(run)
+                self._prolong()
+            case turns.End(run):
+                self.wants = END
+                self.run = self.run if run is None else Path(run)
+
+    def _give_time_to_end(self) -> None:
+        self.was_stopped = True
+        self._deadline = time.monotonic() + _STOP_S
+
+    def _prolong(self) -> None:
+        if not self.was_stopped:
+            self._deadline = time.monotonic() + self._silence_s
+
+    def _answer(self, answer: Mapping[str, Any]) -> None:
+        self.wants = None
+        self._prolong()
+        self._process.send(answer)
+
+    def _leave(self) -> None:
+        """Let it finish: it has ended, or is about to."""
+        self._process.wait(_LEAVE_S)
+        self.wants = None
+        self.kill()
+
+    def _why_late(self) -> str:
+        if self.was_stopped:
+            return f"it did not end within {_STOP_S:g} s after it was stopped"
+        if self.plan is None:
+            return f"it did not say within {self._silence_s:g} s which cases it has (--start-timeout)"
+        return f"it was not heard of for {self._silence_s:g} s"

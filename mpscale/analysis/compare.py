@@ -1,4 +1,4 @@
-"""Two runs or more: row by row, what changed, by how much, and what could not be told."""
+"""Compare runs row by row: which rows belong together, what changed, and what could not be told."""
 
 from __future__ import annotations
 
@@ -7,22 +7,80 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from mpscale.analysis.noise_floor import (
-    NO_FLOORS,
-    Floors,
-    assumed_floor,
-    floors_of,
-    pair_noise,
-)
-from mpscale.analysis.pairing import Pair, environment_differences, hardware, pair_rows, same_hardware
-from mpscale.analysis.quality import Quality, judge_metric
-from mpscale.analysis.quantities import QUANTITIES, Change, Quantity, measure_change, with_verdicts
-from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import overflow_rate
-from mpscale.analysis.trainings import Row, of_good_trainings
-from mpscale.columns import FAILED
+from mpscale.analysis.change import Change, measure_change, with_verdicts
+from mpscale.analysis.noise_floor import NO_FLOORS, Floors, assumed_floor, floors_of, pair_noise
+from mpscale.analysis.quantities import COSTS, Cost, Ranked, Verdict
+from mpscale.analysis.summary import Quality, judge_metric
+from mpscale.analysis.trainings import NO_SUCH_ROW, NOT_STARTED, Trainings, overflow_rate, trainings
+from mpscale.core.case import SeriesKey
+from mpscale.core.columns import FAILED, MEASURED
+from mpscale.core.record import Key, Place, Record, grouped, of_good_trainings
+from mpscale.core.runs import Run, RunError, environment_differences, hardware, same_machine
 
-NO_PLACES: Mapping[tuple[str, str], int] = MappingProxyType({})
+
+class State(Ranked):
+    """Whether a row of two runs can be compared."""
+
+    PAIRED = "paired"
+    MISSING = "missing"
+    """Measured in the baseline alone."""
+    NEW = "new"
+    """Measured in the other run alone."""
+    NOT_COMPARABLE = "not-comparable"
+    """In both, but of different series."""
+
+
+class NotComparable(RunError):
+    """Two runs were measured in different ways. The message says which, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The cases of one workload and mode in two runs.
+
+    Args:
+        workload: its name.
+        mode: its name.
+        state: whether they can be compared.
+        reason: why not, or what is odd although they can.
+        baseline: cases of the baseline.
+        other: cases of the other run.
+        not_started: processes that were planned and not started, of the baseline and of the other run.
+        plan_known: whether the plan of each is known.
+    """
+
+    workload: str
+    mode: str
+    state: State
+    reason: str | None
+    baseline: Sequence[Record]
+    other: Sequence[Record]
+    not_started: tuple[Sequence[Key], Sequence[Key]] = ((), ())
+    plan_known: tuple[bool, bool] = (False, False)
+
+    @property
+    def place(self) -> Place:
+        """Workload and mode."""
+        return self.workload, self.mode
+
+    @property
+    def seeds(self) -> tuple[Trainings, Trainings]:
+        """What became of the trainings of the baseline, and of the other run."""
+        sides = zip((self.baseline, self.other), self.not_started, self.plan_known, strict=True)
+        before, after = (trainings(*side) for side in sides)
+        return before, after
+
+    @property
+    def newly_failed(self) -> list[str]:
+        """Cases that failed or were not started in the other run, and did not fail in the baseline, with the reason."""
+        before = {case.key for case in self.baseline if case["status"] in FAILED} | set(self.not_started[0])
+        failed = [
+            f"{case['case_id']} {case['status']}"
+            for case in self.other
+            if case["status"] in FAILED and case.key not in before
+        ]
+        waiting = [key for key in self.not_started[1] if key not in before]
+        return failed + [f"seed {seed} repeat {repeat} {NOT_STARTED}" for seed, repeat in waiting]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +89,10 @@ class ComparedRow:
 
     Args:
         pair: the cases of both.
-        changes: by the name of the quantity; only those that one of the two has.
-        quality: the metric against the baseline's, seed by seed; None where the row is not paired or trains nothing.
-        overflow_rates: overflow steps over attempted steps, of the baseline and of the run; None where no gradient
-            is checked.
+        changes: by the name of the cost; only those that one of the two has.
+        quality: the metric against the baseline's, seed by seed; None if the row is not paired or trains nothing.
+        overflow_rates: overflow steps over attempted steps, of the baseline and of the run; None if the mode checks no
+            gradient.
     """
 
     pair: Pair
@@ -42,24 +100,19 @@ class ComparedRow:
     quality: Quality | None
     overflow_rates: tuple[float | None, float | None]
 
-    @property
-    def name(self) -> str:
-        """Workload and mode."""
-        return f"{self.pair.workload} {self.pair.mode}"
-
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """A run against a baseline.
 
     Args:
-        baseline: what is compared with.
-        other: what is compared.
-        same_device: whether both ran on the same kind of device. Only then do times have a verdict.
+        baseline: the run to compare with.
+        other: the run that is compared.
+        same_device: whether both ran on the same kind of device. Only then do costs get a verdict.
         hardware: of the baseline, and of the other run.
-        differences: what else differs between the environments: name, value there, value here.
-        in_turns: whether the two ran in turns, case by case, so that no state of the machine lies between them.
-        floors: how much runs of the baseline's code differ, where that is known.
+        differences: what else differs between the environments: name, value in the baseline, value in the other run.
+        in_turns: whether the two runs were interleaved, case by case, and so saw the same state of the machine.
+        floors: how much runs of the baseline's code differ, if known.
         rows: those of the baseline in its order, then new ones.
     """
 
@@ -80,74 +133,73 @@ def compare(
     force: bool = False,
     threshold: float | None = None,
     floors: Floors = NO_FLOORS,
-    anew: Mapping[tuple[str, str], int] = NO_PLACES,
+    anew: Mapping[Place, int] = MappingProxyType({}),
 ) -> Comparison:
-    """Compares ``other`` with ``baseline``.
+    """Compare ``other`` with ``baseline``.
 
-    Rows are paired by series key. Step times of different devices get no verdict: how much faster a GPU is than
-    another is not a regression, and what may be compared there are ratios within each.
+    Rows are paired by series key. Costs on different devices get no verdict: that one GPU is faster than another is not
+    a regression, and only ratios within each can be compared.
 
     Args:
-        baseline: what is compared with.
-        other: what is compared.
-        force: compare rows of one workload and mode though they were measured in different ways, or on different
-            devices as if they were one.
-        threshold: change of step time from which on it matters, as a share; 0.05 where none is given.
-        floors: how much runs of the baseline's code differ; what is not in it is assumed.
-        anew: rows of ``other`` that were measured anew, with the first repeat that counts for what drifts.
+        baseline: the run to compare with.
+        other: the run that is compared.
+        force: compare rows of one workload and mode even if they were measured in different ways or on different
+            devices.
+        threshold: the smallest relative change of step time that matters; 0.05 if None.
+        floors: how much runs of the baseline's code differ; assumed where not known.
+        anew: rows of ``other`` that were measured again, with the first repeat that counts for costs that drift.
 
     Raises:
         NotComparable: the runs were measured in different ways; not with ``force``.
     """
     pairs = pair_rows(baseline, other, force)
-    same = same_hardware(baseline, other)
+    machines = hardware(baseline), hardware(other)
+    same = same_machine(*machines)
     in_turns = ran_in_turns(baseline, other)
-    paired = [pair for pair in pairs if pair.state == "paired"]
-    changes: dict[str, dict[int, Change]] = {name: {} for name in QUANTITIES}
-    for name, quantity in QUANTITIES.items():
-        others = {pair.place: _since(pair.other, anew.get(pair.place, 0), quantity) for pair in pairs}
-        sides = [
-            {pair.place: pair.baseline for pair in paired},
-            {pair.place: others[pair.place] for pair in paired},
-        ]
-        assumed = assumed_floor(sides, quantity)
-        pairs_of = pair_noise(sides, quantity) if in_turns else {}
-        found = {}
-        for place, pair in enumerate(pairs):
-            floor = floors.get(name, pair.place) or assumed
-            change = measure_change(
-                pair.baseline,
-                others[pair.place],
-                quantity,
-                len(paired),
-                floor,
-                pairs_of.get(pair.place),
-                pair.not_started,
+    paired = [pair for pair in pairs if pair.state is State.PAIRED]
+    changes: dict[str, dict[Place, Change]] = {}
+    for name, cost in COSTS.items():
+        others = {pair.place: _since(pair.other, anew.get(pair.place, 0), cost) for pair in paired}
+        sides = [{pair.place: pair.baseline for pair in paired}, others]
+        assumed = assumed_floor(sides, cost)
+        pairs_of = pair_noise(sides, cost) if in_turns else {}
+        found = {
+            pair.place: change
+            for pair in paired
+            if (
+                change := measure_change(
+                    pair.baseline,
+                    others[pair.place],
+                    cost,
+                    len(paired),
+                    floors.get(name, pair.place) or assumed,
+                    pairs_of.get(pair.place),
+                    pair.not_started,
+                )
             )
-            if pair.state == "paired" and change is not None:
-                found[place] = change
+        }
         if same or force:
             limit = threshold if name == "step_time" else None
             changes[name] = dict(zip(found, with_verdicts(list(found.values()), limit), strict=True))
         else:
             changes[name] = {
-                place: replace(change, verdict="not-comparable", reason="another device")
+                place: replace(change, verdict=Verdict.NOT_COMPARABLE, reason="another device")
                 for place, change in found.items()
             }
     rows = [
         ComparedRow(
             pair,
-            {name: of_rows[place] for name, of_rows in changes.items() if place in of_rows},
-            judge_metric(pair.baseline, pair.other, pair.seeds) if pair.state == "paired" else None,
+            {name: of_rows[pair.place] for name, of_rows in changes.items() if pair.place in of_rows},
+            judge_metric(pair.baseline, pair.other, pair.seeds) if pair.state is State.PAIRED else None,
             (overflow_rate(pair.baseline), overflow_rate(pair.other)),
         )
-        for place, pair in enumerate(pairs)
+        for pair in pairs
     ]
     return Comparison(
         baseline,
         other,
         same,
-        (hardware(baseline), hardware(other)),
+        machines,
         environment_differences(baseline, other),
         in_turns,
         floors,
@@ -155,15 +207,15 @@ def compare(
     )
 
 
-def _since(cases: Sequence[Row], first: int, quantity: Quantity) -> Sequence[Row]:
-    """The cases whose figures count where a row was measured anew.
+def _since(cases: Sequence[Record], first: int, cost: Cost) -> Sequence[Record]:
+    """The cases whose figures count if a row was measured again from repeat ``first`` on.
 
-    The first times were picked for being long; together with the new ones they would still be too long by chance.
+    The row was picked because its first times were long; pooled with the new ones they would bias the mean.
     """
-    if not first or not quantity.drifts:
+    if not first or not cost.drifts:
         return cases
-    good = of_good_trainings(cases)
-    return [case for case in cases if case["repeat"] >= first and (case in good or case["status"] in FAILED)]
+    good = set(map(id, of_good_trainings(cases)))
+    return [case for case in cases if case["repeat"] >= first and (id(case) in good or case["status"] in FAILED)]
 
 
 def ran_in_turns(baseline: Run, other: Run) -> bool:
@@ -175,13 +227,13 @@ def ran_in_turns(baseline: Run, other: Run) -> bool:
 def compare_all(
     runs: Sequence[Run], *, force: bool = False, threshold: float | None = None, results: Path | None = None
 ) -> list[Comparison]:
-    """Every run but the first against the first.
+    """Compare every run but the first with the first.
 
     Args:
         runs: the baseline first.
-        force: as :func:`compare` takes it.
-        threshold: likewise.
-        results: the results folder, where further runs of the baseline's code may be.
+        force: see :func:`compare`.
+        threshold: see :func:`compare`.
+        results: the results folder, which may hold further runs of the baseline's code.
     """
     return [
         compare(runs[0], other, force=force, threshold=threshold, floors=floors_for(runs[0], other, results))
@@ -190,5 +242,88 @@ def compare_all(
 
 
 def floors_for(baseline: Run, other: Run, results: Path | None = None) -> Floors:
-    """What is known of the noise between runs of the baseline's code, the run to be judged left out."""
+    """How much runs of the baseline's code differ, without the run to be judged."""
     return floors_of(baseline, results, leave_out=(other.name,))
+
+
+def pair_rows(baseline: Run, other: Run, force: bool = False) -> list[Pair]:
+    """Pair rows by series key: those of the baseline first, in its order. None is left out.
+
+    Args:
+        baseline: the run to compare with.
+        other: the run that is compared.
+        force: pair rows of one workload and mode even if their series differ.
+
+    Raises:
+        NotComparable: the runs were measured by different methods, or no row of one has its series in the other;
+            not with ``force``.
+        RunError: a run holds a workload and mode in several series.
+    """
+    before, after = grouped(baseline.records), grouped(other.records)
+    pairs = [
+        _pair(name, before.get(name, []), after.get(name, []), baseline, other, force)
+        for name in [*before, *(name for name in after if name not in before)]
+    ]
+    apart = [pair for pair in pairs if pair.state is State.NOT_COMPARABLE]
+    if apart and not any(pair.state is State.PAIRED for pair in pairs):
+        reasons = "; ".join(dict.fromkeys(str(pair.reason) for pair in apart))
+        raise NotComparable(
+            f"{other.name} was not measured as {baseline.name} was: {reasons}; use --force to compare them all the same"
+        )
+    return pairs
+
+
+def _pair(
+    place: Place, before: Sequence[Record], after: Sequence[Record], baseline: Run, other: Run, force: bool
+) -> Pair:
+    state = State.PAIRED
+    reason: str | None = None
+    measured_before, measured_after = (
+        [case for case in cases if case["status"] in MEASURED] for cases in (before, after)
+    )
+    if not measured_before and not measured_after:
+        # Not measured in the baseline either, such as a mode that the device does not support.
+        state = State.PAIRED if before and after else State.MISSING if before else State.NEW
+        reason = _why_not(after or before, place, other)
+    elif not measured_after:
+        state, reason = State.MISSING, _why_not(after, place, other)
+    elif not measured_before:
+        state, reason = State.NEW, f"in the baseline: {_why_not(before, place, baseline)}"
+    else:
+        reason = _apart(_series(measured_before, baseline), _series(measured_after, other))
+        state = State.NOT_COMPARABLE if reason and not force else State.PAIRED
+    waiting = (baseline.waiting.get(place, ()), other.waiting.get(place, ()))
+    return Pair(*place, state, reason, before, after, waiting, (baseline.plan_known, other.plan_known))
+
+
+def _why_not(cases: Sequence[Record], place: Place, run: Run) -> str:
+    if cases:
+        return "; ".join(dict.fromkeys(f"{case['status']}: {case['status_reason']}" for case in cases))
+    return NOT_STARTED if place in run.waiting else NO_SUCH_ROW
+
+
+def _series(cases: Sequence[Record], run: Run) -> str | None:
+    keys = list(dict.fromkeys(case["series_key"] for case in cases if case["series_key"] is not None))
+    if len(keys) > 1:
+        raise RunError(
+            f"{run.path}: {cases[0]['workload']} {cases[0]['mode']} is there in {len(keys)} series "
+            f"({keys[0]} and {keys[1]}); compare one run at a time"
+        )
+    return keys[0] if keys else None
+
+
+def _apart(before: str | None, after: str | None) -> str | None:
+    """What tells two series apart; None if they are one."""
+    if before == after and before is not None:
+        return None
+    if before is None or after is None:
+        return "a series key is missing"
+    one, two = SeriesKey.facts(before), SeriesKey.facts(after)
+    differing = [name for name in dict.fromkeys([*one, *two]) if one.get(name) != two.get(name)]
+    found = []
+    for name in differing:
+        what = "the model, its training or its data differ: " if name == "digest" else ""
+        sides = (f"{name} {facts[name]}" if name in facts else f"no {name}" for facts in (one, two))
+        found.append(what + " against ".join(sides))
+    # Different keys are different series even if no known fact says why.
+    return "; ".join(found) or f"series {before} against {after}"

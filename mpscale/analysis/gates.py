@@ -1,4 +1,4 @@
-"""Conditions on a comparison that fail a build: what they say, whether they fire, and what could not be told."""
+"""Conditions on a comparison that fail a build: how they are written, whether they fire, what could not be told."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from mpscale.analysis.compare import ComparedRow, Comparison
-from mpscale.analysis.quantities import ERROR_RATE, QUANTITIES, Change, Quantity
+from mpscale.analysis.change import ERROR_RATE, Change
+from mpscale.analysis.compare import ComparedRow, Comparison, State
+from mpscale.analysis.quantities import COSTS, Cost, Outcome
 from mpscale.analysis.stats import holm
-from mpscale.analysis.summary import overflow_unknown
-from mpscale.analysis.trainings import by_reason, seeds_text
-from mpscale.columns import FAILED
-
-Outcome = Literal["passed", "fired", "cannot-tell"]
+from mpscale.analysis.trainings import by_reason, overflow_unknown, seeds_text
+from mpscale.core.columns import FAILED
+from mpscale.core.record import Place
 
 WELL, FIRED, COULD_NOT_TELL = 0, 1, 3
 """Exit codes. 2 is bad use."""
 
-_GATE = re.compile(r"\s*([a-z_]+)\s*(?:>\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?))?\s*")
+_SHARE = r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)"
+_GATE = re.compile(rf"\s*([a-z_]+)\s*(?:>\s*{_SHARE})?\s*")
 _PLAIN = ("metric", "missing")
 _RATE = "overflow_rate"
 
@@ -30,9 +29,8 @@ class Gate:
     """One condition.
 
     Args:
-        name: a quantity of :data:`QUANTITIES`, ``metric``, ``missing`` or ``overflow_rate``.
-        threshold: a share: of the baseline's value for a quantity, of the steps for ``overflow_rate``; None for the
-            other two.
+        name: one of :data:`COSTS`, ``metric``, ``missing`` or ``overflow_rate``.
+        threshold: for a cost a share of the baseline's value, for ``overflow_rate`` a share of the steps, else None.
     """
 
     name: str
@@ -46,19 +44,19 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a gate found of one row.
+    """What a gate found in one row.
 
     Args:
         gate: the condition.
-        row: workload and mode, None where the gate found no row to judge.
+        row: workload and mode; None if the gate found no row to judge.
         outcome: whether it fired.
-        text: the number, with its interval and the baseline's, or why it could not be told.
+        text: the number with its interval and the baseline's number, or why it could not be told.
         baseline: name of the run that was compared with.
         run: name of the run that was judged.
     """
 
     gate: Gate
-    row: tuple[str, str] | None
+    row: Place | None
     outcome: Outcome
     text: str
     baseline: str = ""
@@ -70,22 +68,22 @@ class Finding:
 
 
 def parse_gates(texts: Iterable[str]) -> list[Gate]:
-    """Reads gates such as ``step_time>5%``, ``metric`` or several with commas between them.
+    """Parse gates such as ``step_time>5%`` or ``metric``; a text may hold several, separated by commas.
 
     Raises:
-        ValueError: a text is no gate; the message says what is.
+        ValueError: a text is not a gate; the message lists the gates.
     """
     gates = [_parse(part) for text in texts for part in text.split(",")]
     return list(dict.fromkeys(gates))
 
 
 def parse_share(text: str) -> float:
-    """Reads a share such as ``5%`` or ``0.05``.
+    """Parse a share such as ``5%`` or ``0.05``.
 
     Raises:
-        ValueError: it is none, or not above 0.
+        ValueError: the text is not a share above 0.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
+    match = re.fullmatch(rf"\s*{_SHARE}\s*", text)
     share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
     if not share > 0:
         raise ValueError(f"{text.strip()!r} is no share; write 5% or 0.05")
@@ -93,11 +91,12 @@ def parse_share(text: str) -> float:
 
 
 def judge_gates(comparison: Comparison, gates: Sequence[Gate]) -> list[Finding]:
-    """What each gate finds of each row that the baseline has. Rows that are new are passed over, but for ``metric``,
-    which could not tell where one of their trainings was lost.
+    """What each gate finds in each row of the baseline.
 
-    A gate on a quantity fires where the change is at least its threshold and told from none at 1 %, one-sided, over all
-    its rows together (Holm). It could not be told where that is not so, but the 95 % interval reaches the threshold.
+    New rows are skipped, except that ``metric`` cannot tell about those that lost a training.
+
+    A gate on a cost fires if the change reaches its threshold and is significant at 1 %, one-sided, over all rows
+    together (Holm). If it does not fire but the 95 % interval reaches the threshold, it cannot tell.
     """
     baseline, run = comparison.baseline.name, comparison.other.name
     found = (finding for gate in gates for finding in _judge(comparison, gate))
@@ -105,21 +104,21 @@ def judge_gates(comparison: Comparison, gates: Sequence[Gate]) -> list[Finding]:
 
 
 def exit_code(findings: Sequence[Finding], strict: bool = False) -> int:
-    """0 where all went well, 1 where a gate fired, 3 where something could not be told; ``strict`` makes that 1."""
+    """0 if all passed, 1 if a gate fired, 3 if something could not be told; ``strict`` makes that 1."""
     outcomes = {finding.outcome for finding in findings}
-    if "fired" in outcomes or (strict and "cannot-tell" in outcomes):
+    if Outcome.FIRED in outcomes or (strict and Outcome.CANNOT_TELL in outcomes):
         return FIRED
-    return COULD_NOT_TELL if "cannot-tell" in outcomes else WELL
+    return COULD_NOT_TELL if Outcome.CANNOT_TELL in outcomes else WELL
 
 
 def _parse(text: str) -> Gate:
     match = _GATE.fullmatch(text)
-    examples = f"{', '.join(f'{name}>5%' for name in QUANTITIES)}, {_RATE}>0.01, {', '.join(_PLAIN)}"
+    examples = f"{', '.join(f'{name}>5%' for name in COSTS)}, {_RATE}>0.01, {', '.join(_PLAIN)}"
     if match is None:
         raise ValueError(f"{text.strip()!r} is no gate; gates are {examples}")
     name, number, percent = match.groups()
-    if name not in (*QUANTITIES, *_PLAIN, _RATE):
-        close = difflib.get_close_matches(name, (*QUANTITIES, *_PLAIN, _RATE), n=1)
+    if name not in (*COSTS, *_PLAIN, _RATE):
+        close = difflib.get_close_matches(name, (*COSTS, *_PLAIN, _RATE), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"{name!r} is nothing that a gate knows{hint}; gates are {examples}")
     if name in _PLAIN:
@@ -129,7 +128,7 @@ def _parse(text: str) -> Gate:
     if number is None:
         raise ValueError(f"{text.strip()!r} lacks a threshold; write {name}>{'0.01' if name == _RATE else '5%'}")
     threshold = float(number) / 100 if percent else float(number)
-    if name in QUANTITIES and not percent:
+    if name in COSTS and not percent:
         raise ValueError(f"{text.strip()!r}: the threshold is a percentage; write {name}>{threshold:g}%")
     if name == _RATE and threshold > 1:
         raise ValueError(f"{text.strip()!r}: a rate is at most 1; write {_RATE}>0.01 or {_RATE}>1%")
@@ -138,74 +137,73 @@ def _parse(text: str) -> Gate:
 
 def _judge(comparison: Comparison, gate: Gate) -> list[Finding]:
     rows = [row for row in comparison.rows if _is_judged(row)]
-    if gate.name in QUANTITIES:
-        return _quantity(rows, gate, QUANTITIES[gate.name])
+    if gate.name in COSTS:
+        return _cost(rows, gate, COSTS[gate.name])
     if gate.name == "metric":
-        lost = [row for row in comparison.rows if row.pair.state == "new" and row.pair.seeds[1].lost]
-        trained = [row for row in rows if any(side.seeds for side in row.pair.seeds)]
-        judged = [row for row in comparison.rows if row in trained or row in lost]
+        judged = [row for row in comparison.rows if _has_metric(row)]
         return [_metric(row, gate) for row in judged] or [_nothing(gate, "has a metric")]
     if gate.name == _RATE:
         rated = [row for row in rows if row.overflow_rates != (None, None)]
-        return [_overflow_rate(row, gate, gate.threshold or 0.0) for row in rated] or [
-            _nothing(gate, "checks a gradient")
-        ]
+        return [_overflow_rate(row, gate) for row in rated] or [_nothing(gate, "checks a gradient")]
     return [_missing(row, gate) for row in rows] or [_nothing(gate, "was measured")]
 
 
 def _is_judged(row: ComparedRow) -> bool:
-    """Whether the baseline has the row: measured, or meant to be measured and failed."""
-    return row.pair.state != "new" or any(case["status"] in FAILED for case in row.pair.baseline)
+    """Whether the baseline has the row: it was measured, or should have been and failed."""
+    return row.pair.state is not State.NEW or any(case["status"] in FAILED for case in row.pair.baseline)
 
 
-def _quantity(rows: Sequence[ComparedRow], gate: Gate, quantity: Quantity) -> list[Finding]:
-    rows = [row for row in rows if _should_have(row, quantity)]
+def _has_metric(row: ComparedRow) -> bool:
+    """Whether the baseline trains the row, or the row is new and lost a training."""
+    before, after = row.pair.seeds
+    return bool(before.seeds or after.seeds) if _is_judged(row) else bool(after.lost)
+
+
+def _cost(rows: Sequence[ComparedRow], gate: Gate, cost: Cost) -> list[Finding]:
+    rows = [row for row in rows if _should_have(row, cost)]
     if not rows:
-        return [_nothing(gate, f"has {quantity.column}")]
-    changes = [row.changes.get(quantity.name) for row in rows]
-    told = [(place, p) for place, change in enumerate(changes) if change and (p := change.p_increase) is not None]
-    adjusted = dict(zip([place for place, _ in told], holm([p for _, p in told]), strict=True))
-    return [
-        _change(row, gate, quantity, change, adjusted.get(place))
-        for place, (row, change) in enumerate(zip(rows, changes, strict=True))
-    ]
+        return [_nothing(gate, f"has {cost.column}")]
+    changes = [row.changes.get(cost.name) for row in rows]
+    p_values = holm([None if change is None else change.p_increase for change in changes])
+    judged = zip(rows, changes, p_values, strict=True)
+    return [_change(row, gate, cost, change, p_value) for row, change, p_value in judged]
 
 
-def _should_have(row: ComparedRow, quantity: Quantity) -> bool:
-    """Whether one of the runs has the quantity in this row, or would have it, had the row not failed."""
+def _should_have(row: ComparedRow, cost: Cost) -> bool:
+    """Whether one of the runs has the cost in this row, or would have it if the row had not failed."""
     cases = [*row.pair.baseline, *row.pair.other]
-    return any(case[quantity.column] is not None or case["status"] in FAILED for case in cases)
+    return any(case[cost.column] is not None or case["status"] in FAILED for case in cases)
 
 
-def _change(row: ComparedRow, gate: Gate, quantity: Quantity, change: Change | None, p_value: float | None) -> Finding:
+def _change(row: ComparedRow, gate: Gate, cost: Cost, change: Change | None, p_value: float | None) -> Finding:
     threshold = gate.threshold or 0.0
     if change is None:
-        return _finding(row, gate, "cannot-tell", _why_not(row))
+        return _finding(row, gate, Outcome.CANNOT_TELL, _why_not(row))
     if change.change is None:
-        return _finding(row, gate, "cannot-tell", str(change.reason))
+        return _finding(row, gate, Outcome.CANNOT_TELL, str(change.reason))
     numbers = (
-        f"{change.change:+.1%} ({change.baseline:.4g} to {change.other:.4g} {quantity.unit}, "
+        f"{change.change:+.1%} ({change.baseline:.4g} to {change.other:.4g} {cost.unit}, "
         f"{change.processes[0]} and {change.processes[1]} processes)"
     )
     if p_value is None or change.low is None or change.high is None:
-        return _finding(row, gate, "cannot-tell", f"{numbers}: {change.reason}")
+        return _finding(row, gate, Outcome.CANNOT_TELL, f"{numbers}: {change.reason}")
     numbers = f"{numbers}, 95 % interval {change.low:+.1%} to {change.high:+.1%}, p = {p_value:.2g} over all rows"
     if change.change >= threshold and p_value <= ERROR_RATE:
-        return _finding(row, gate, "fired", numbers)
+        return _finding(row, gate, Outcome.FIRED, numbers)
     if change.high >= threshold:
         seen = f"; a change of {change.detectable:.1%} would have been seen" if change.detectable else ""
-        return _finding(row, gate, "cannot-tell", numbers + seen)
+        return _finding(row, gate, Outcome.CANNOT_TELL, numbers + seen)
     if change.left_out:
-        # A process that timed out or ran out of memory is no process that did well.
-        return _finding(row, gate, "cannot-tell", f"{numbers}; {change.left_out}")
-    return _finding(row, gate, "passed", numbers)
+        # A process that timed out or ran out of memory did not do well.
+        return _finding(row, gate, Outcome.CANNOT_TELL, f"{numbers}; {change.left_out}")
+    return _finding(row, gate, Outcome.PASSED, numbers)
 
 
 def _metric(row: ComparedRow, gate: Gate) -> Finding:
     quality = row.quality
-    if row.pair.state != "paired" or quality is None:
+    if row.pair.state is not State.PAIRED or quality is None:
         lost = row.pair.seeds[1].lost
-        return _finding(row, gate, "cannot-tell", _why_not(row) + (f"; {by_reason(lost)}" if lost else ""))
+        return _finding(row, gate, Outcome.CANNOT_TELL, _why_not(row) + (f"; {by_reason(lost)}" if lost else ""))
     found = quality.difference
     text = quality.why
     if found is not None:
@@ -213,32 +211,31 @@ def _metric(row: ComparedRow, gate: Gate) -> Finding:
         text = f"{found.mean:+.4g}{ends} over {found.n} seed{'' if found.n == 1 else 's'}{text and f': {text}'}"
     if quality.seeds is not None:
         text += f"; {quality.seeds} seeds would tell"
-    outcomes: dict[str, Outcome] = {"worse": "fired", "non-inferior": "passed", "inconclusive": "cannot-tell"}
-    return _finding(row, gate, outcomes[quality.verdict], f"{quality.verdict}: {text}")
+    return _finding(row, gate, quality.verdict.outcome, f"{quality.verdict}: {text}")
 
 
-def _overflow_rate(row: ComparedRow, gate: Gate, threshold: float) -> Finding:
+def _overflow_rate(row: ComparedRow, gate: Gate) -> Finding:
     before, after = row.overflow_rates
-    if row.pair.state != "paired" or after is None:
-        return _finding(row, gate, "cannot-tell", _why_not(row))
+    if row.pair.state is not State.PAIRED or after is None:
+        return _finding(row, gate, Outcome.CANNOT_TELL, _why_not(row))
     there = "not known" if before is None else f"{before:.4g}"
     text = f"{after:.4g} of the steps overflowed, {there} in the baseline"
     unknown = overflow_unknown(row.pair.other, row.pair.not_started[1])
     if unknown:
         text += f"; not known of {by_reason(unknown)}"
-    if after > threshold:
-        return _finding(row, gate, "fired", text)
-    return _finding(row, gate, "cannot-tell" if unknown else "passed", text)
+    if after > (gate.threshold or 0.0):
+        return _finding(row, gate, Outcome.FIRED, text)
+    return _finding(row, gate, Outcome.CANNOT_TELL if unknown else Outcome.PASSED, text)
 
 
 def _missing(row: ComparedRow, gate: Gate) -> Finding:
-    if row.pair.state == "new":
-        return _finding(row, gate, "passed", _why_not(row))
-    if row.pair.state != "paired":
-        return _finding(row, gate, "fired", _why_not(row))
+    if row.pair.state is State.NEW:
+        return _finding(row, gate, Outcome.PASSED, _why_not(row))
+    if row.pair.state is not State.PAIRED:
+        return _finding(row, gate, Outcome.FIRED, _why_not(row))
     failed = row.pair.newly_failed
     if failed:
-        return _finding(row, gate, "fired", f"failed, and did not in the baseline: {', '.join(failed)}")
+        return _finding(row, gate, Outcome.FIRED, f"failed, and did not in the baseline: {', '.join(failed)}")
     number = len(row.pair.other)
     text = row.pair.reason or f"{number} case{'' if number == 1 else 's'}"
     before, after = row.pair.seeds
@@ -246,7 +243,7 @@ def _missing(row: ComparedRow, gate: Gate) -> Finding:
     if fewer:
         why = "were not planned" if after.plan_known else "have no row, and it is not known whether they were planned"
         text += f"; the baseline's {seeds_text(fewer)} {why}"
-    return _finding(row, gate, "cannot-tell" if fewer and not after.plan_known else "passed", text)
+    return _finding(row, gate, Outcome.CANNOT_TELL if fewer and not after.plan_known else Outcome.PASSED, text)
 
 
 def _finding(row: ComparedRow, gate: Gate, outcome: Outcome, text: str) -> Finding:
@@ -254,10 +251,10 @@ def _finding(row: ComparedRow, gate: Gate, outcome: Outcome, text: str) -> Findi
 
 
 def _nothing(gate: Gate, what: str) -> Finding:
-    return Finding(gate, None, "cannot-tell", f"no row of the baseline {what}")
+    return Finding(gate, None, Outcome.CANNOT_TELL, f"no row of the baseline {what}")
 
 
 def _why_not(row: ComparedRow) -> str:
-    if row.pair.state == "paired":
+    if row.pair.state is State.PAIRED:
         return row.pair.reason or "not known of the run"
     return f"{row.pair.state}: {row.pair.reason}"

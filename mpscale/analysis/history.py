@@ -1,48 +1,37 @@
-"""Runs over time: one series for each way of measuring on each machine, oldest run first."""
+"""Runs over time: one series per way of measuring and machine, oldest run first."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mpscale.analysis.measures import (
-    BASELINE,
-    MEASURES,
-    Measure,
-    estimate,
-    failure,
-    left_out,
-    sample_of,
-    why_unknown,
-)
-from mpscale.analysis.pairing import hardware
-from mpscale.analysis.runs import Run, RunError, read_run
-from mpscale.analysis.series_labels import tell_apart
-from mpscale.analysis.stats import log_change
-from mpscale.analysis.summary import plain_rows
-from mpscale.analysis.trainings import Key, Row
-from mpscale.modes import MODES
+from mpscale.analysis.quantities import BASELINE, QUANTITIES, Quantity
+from mpscale.analysis.stats import Interval, geometric_interval, log_change
+from mpscale.core.case import SeriesKey
+from mpscale.core.columns import MEASURED
+from mpscale.core.record import Key, Record, grouped, in_order_of_modes
+from mpscale.core.runs import MAKE_ONE, Run, RunError, hardware, read_run
 
 _TIME_IN_NAME = re.compile(r"\d{8}T\d{6}Z")
-_NONE_YET = "make one with `make bench` or `pytest bench/ --benchmark-only`"
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What a reader wants to know of a run when a figure has changed.
+    """What a reader wants to know about a run when a figure has changed.
 
     Args:
-        name: of the run; the path of a cases.csv.
-        started: in UTC, None where neither run.json nor the name tells.
-        finished: whether the run came to its end.
-        commit: of the repository in which it was made, None where unknown.
-        dirty: whether there were changes that are not in that commit, None where unknown.
-        tensorflow: version, None where unknown.
+        name: of the run, or the path of a cases.csv.
+        started: in UTC; None if neither run.json nor the name says.
+        finished: whether the run ended.
+        commit: of the repository in which it was made; None if unknown.
+        dirty: whether there were uncommitted changes; None if unknown.
+        tensorflow: its version; None if unknown.
     """
 
     name: str
@@ -59,14 +48,14 @@ class Point:
 
     Args:
         run: which.
-        value: geometric mean over processes; mean over seeds for the metric; for the overflow rate, over all steps.
-        low: lower end of the spread, see :class:`Measure`; None where there is one process.
-        high: upper end, likewise.
-        n: processes, pairs of processes for a speed-up, seeds for metric and overflow rate.
-        change: against the run before it in the series that has a value, as a share: 0.05 is 5 % more. None for
-            metric and overflow rate, of which a ratio says little.
-        change_low: lower end of its 95 % interval by Welch, None where one process gives no spread.
-        change_high: upper end, likewise.
+        value: geometric mean over processes; for the metric, mean over seeds; for the overflow rate, over all steps.
+        low: lower end of the spread, see :attr:`Quantity.spread`; None if there is a single process.
+        high: upper end.
+        n: processes; pairs of processes for a speed-up; seeds for metric and overflow rate.
+        change: relative to the previous run in the series that has a value: 0.05 is 5 % more. None for metric and
+            overflow rate, where a ratio says little.
+        change_low: lower end of its 95 % interval by Welch; None if a single process gives no spread.
+        change_high: upper end.
         reason: why there is no value; or which seeds or processes are not in it, and why.
     """
 
@@ -82,7 +71,7 @@ class Point:
 
     @property
     def is_incomplete(self) -> bool:
-        """Whether there is a value, and not of all that should be in it."""
+        """Whether there is a value from which something is missing."""
         return self.value is not None and self.reason is not None
 
 
@@ -93,11 +82,11 @@ class Series:
     Args:
         workload: its name.
         mode: its name.
-        key: the series key, see :func:`mpscale.harness.case.series_key`.
-        hardware: see :func:`mpscale.analysis.pairing.hardware`; only what is known.
-        apart: what tells it from the other series of its workload and mode, empty where it is the only one.
-        metric_name: of the workload, None where unknown.
-        points: one a run.
+        key: the series key, see :class:`mpscale.core.case.SeriesKey`.
+        hardware: see :func:`mpscale.core.runs.hardware`; only what is known.
+        apart: what tells it from the other series of its workload and mode; empty if it is the only one.
+        metric_name: of the workload; None if unknown.
+        points: one per run.
     """
 
     workload: str
@@ -110,7 +99,7 @@ class Series:
 
     @property
     def label(self) -> str:
-        """Its mode, and what tells it apart."""
+        """The mode, and what tells the series apart."""
         return f"{self.mode} ({self.apart})" if self.apart else self.mode
 
 
@@ -120,26 +109,26 @@ class History:
 
     Args:
         measure: what they are of.
-        series: by workload, in order of first appearance, then by mode, in the order of :data:`mpscale.modes.MODES`.
+        series: by workload, in order of first appearance, then by mode, in the order of tables.
         skipped: what was left out, and why.
     """
 
-    measure: Measure
+    measure: Quantity
     series: list[Series]
     skipped: list[tuple[str, str]]
 
     @property
     def runs(self) -> list[RunFacts]:
-        """Those that have a point, oldest first."""
+        """The runs that have a point, oldest first."""
         found = {point.run.name: point.run for series in self.series for point in series.points}
         return sorted(found.values(), key=_age)
 
 
 def read_folder(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]]]:
-    """The runs in ``runs/`` and ``reference/``, each once, and those that cannot be read: folder and reason.
+    """Read the runs in ``runs/`` and ``reference/``, each once; also return unreadable ones as folder and reason.
 
     Raises:
-        RunError: there is none, or none of them can be read.
+        RunError: there is no run, or none can be read.
     """
     folders = [
         folder
@@ -148,19 +137,19 @@ def read_folder(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]]]:
         if folder.is_dir() and not folder.name.startswith(".")
     ]
     if not folders:
-        raise RunError(f"there is no run in {results_dir / 'runs'} or {results_dir / 'reference'}; {_NONE_YET}")
+        raise RunError(f"there is no run in {results_dir / 'runs'} or {results_dir / 'reference'}; {MAKE_ONE}")
     runs: dict[str, Run] = {}
     skipped = []
     for folder in folders:
         try:
             run = read_run(folder)
-        except Exception as error:  # whatever one run stumbles over must not cost the others their history
+        except Exception as error:  # whatever is wrong with one run must not cost the others their history
             skipped.append((str(folder), str(error)))
         else:
             runs.setdefault(run.name, run)
     if not runs:
         raise RunError(
-            f"none of the {len(skipped)} runs in {results_dir} can be read; the first: {skipped[0][1]}; {_NONE_YET}"
+            f"none of the {len(skipped)} runs in {results_dir} can be read; the first: {skipped[0][1]}; {MAKE_ONE}"
         )
     return list(runs.values()), skipped
 
@@ -172,50 +161,53 @@ def make_history(
     modes: Sequence[str] = (),
     skipped: Sequence[tuple[str, str]] = (),
 ) -> History:
-    """Lays runs one behind the other.
+    """Line up runs by time.
 
     Args:
-        runs: in any order; of those with the same name the first counts.
-        quantity: one of :data:`MEASURES`.
-        workloads: to show, all where none is named.
-        modes: likewise.
-        skipped: runs that could not be read, and why; they come first in the history's own list.
+        runs: in any order; if several have the same name, the first counts.
+        quantity: one of :data:`QUANTITIES`.
+        workloads: those to show; all if empty.
+        modes: those to show; all if empty.
+        skipped: runs that could not be read, with the reason; they come first in the history's own list.
 
     Raises:
         ValueError: there is no such quantity.
         RunError: no run has a named workload or mode, or none knows the quantity.
     """
-    if quantity not in MEASURES:
-        raise ValueError(f"there is no quantity {quantity!r}; there are {', '.join(MEASURES)}")
+    if quantity not in QUANTITIES:
+        raise ValueError(f"there is no quantity {quantity!r}; there are {', '.join(QUANTITIES)}")
     by_name: dict[str, Run] = {}
     for run in runs:
         by_name.setdefault(run.name, run)
     ordered = sorted(((_facts(run), run) for run in by_name.values()), key=lambda pair: _age(pair[0]))
     machines = _machines([run for _, run in ordered])
-    tables = [(facts, machines[run.name], plain_rows(run.cases)) for facts, run in ordered]
-    waiting = {run.name: run.places_not_started for _, run in ordered}
-    there = {column: _there(tables, column, wanted) for column, wanted in (("workload", workloads), ("mode", modes))}
-    measure = MEASURES[quantity]
+    tables = [(facts, run, grouped(run.records)) for facts, run in ordered]
+    there = {
+        "workload": _shown("workload", [workload for *_, table in tables for workload, _ in table], workloads),
+        "mode": _shown("mode", in_order_of_modes(mode for *_, table in tables for _, mode in table), modes),
+    }
+    measure = QUANTITIES[quantity]
     not_shown: list[tuple[str, str]] = []
     found: dict[tuple[str, str, str, str], _Found] = {}
-    for facts, machine, rows in tables:
-        for (workload, mode), cases in _grouped(rows).items():
+    for facts, run, table in tables:
+        machine = machines[run.name]
+        for (workload, mode), cases in table.items():
             if workload not in there["workload"] or mode not in there["mode"]:
                 continue
             if measure.name == "speedup" and mode == BASELINE:
                 continue  # over itself it is 1 in every run
             by_key = _by_key(cases)
-            # A mode that a device does not have is no news; one that broke before its model was built is.
-            if not by_key and (why := failure(cases, leave_out=("unsupported",))):
+            # That a device does not support a mode is no news; that it broke before its model was built is.
+            if not by_key and (why := _failure(cases, leave_out=("unsupported",))):
                 not_shown.append(
                     (f"{facts.name} {workload} {mode}", f"{why}; so it is not known of which series it is")
                 )
-            baseline = [case for case in rows if (case["workload"], case["mode"]) == (workload, BASELINE)]
+            baseline = table.get((workload, BASELINE), [])
             for key, members in by_key.items():
                 place = (workload, mode, key, json.dumps(machine, sort_keys=True, default=str))
-                # Of which series a process is that was never started is known where there is one alone.
-                keys = [key for *where, key in waiting[facts.name] if where == [workload, mode] and len(by_key) == 1]
-                found.setdefault(place, _Found(machine, [])).runs.append((facts, members, baseline, keys))
+                # A process that never started has no series key, and belongs to the series if there is only one.
+                waiting = run.waiting.get((workload, mode), ()) if len(by_key) == 1 else ()
+                found.setdefault(place, _Found(machine, [])).runs.append((facts, members, baseline, waiting))
     series = []
     for place in sorted(found, key=lambda place: (there["workload"].index(place[0]), there["mode"].index(place[1]))):
         one = Series(*place[:3], found[place].machine, "", found[place].metric_name, _points(measure, found[place]))
@@ -234,10 +226,10 @@ def make_history(
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """One series: its machine, and of each run the facts, cases, those of the baseline, and what was not started."""
+    """One series: its machine, and for each run the facts, cases, cases of the baseline, and what was not started."""
 
     machine: dict[str, Any]
-    runs: list[tuple[RunFacts, list[Row], list[Row], list[Key]]]
+    runs: list[tuple[RunFacts, list[Record], list[Record], Sequence[Key]]]
 
     @property
     def metric_name(self) -> str | None:
@@ -246,70 +238,115 @@ class _Found:
         )
 
 
-def _there(tables: Sequence[tuple[RunFacts, Any, list[Row]]], column: str, wanted: Sequence[str]) -> list[str]:
+def _shown(what: str, names: Sequence[str], wanted: Sequence[str]) -> list[str]:
     """The workloads or modes to show, in order.
 
     Raises:
         RunError: no run has a wanted one.
     """
-    seen = list(dict.fromkeys(case[column] for _, _, rows in tables for case in rows))
-    if column == "mode":
-        seen = [mode for mode in MODES if mode in seen] + [mode for mode in seen if mode not in MODES]
+    seen = list(dict.fromkeys(names))
     for name in wanted:
         if name not in seen:
-            raise RunError(f"no run has the {column} {name!r}; there are {', '.join(seen) or 'none'}")
+            raise RunError(f"no run has the {what} {name!r}; there are {', '.join(seen) or 'none'}")
     return [name for name in seen if name in wanted or not wanted]
 
 
 def _labelled(series: Sequence[Series]) -> list[Series]:
-    siblings: dict[tuple[str, str], list[Series]] = {}
-    for one in series:
-        siblings.setdefault((one.workload, one.mode), []).append(one)
-    return [
-        replace(one, apart=apart)
-        for group in siblings.values()
-        for one, apart in zip(group, tell_apart([(one.key, one.hardware) for one in group]), strict=True)
+    """The same series with what tells those of one workload and mode apart. They come sorted by both."""
+    labelled = []
+    for _, siblings in itertools.groupby(series, key=lambda one: (one.workload, one.mode)):
+        members = list(siblings)
+        apart = tell_apart([(one.key, one.hardware) for one in members])
+        labelled += [replace(one, apart=text) for one, text in zip(members, apart, strict=True)]
+    return labelled
+
+
+_ON = "on "
+"""Before the names of facts about the machine, so that they are not mixed up with settings."""
+
+
+def tell_apart(siblings: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """A short text for each of several series of one workload and mode; empty if nothing differs.
+
+    Args:
+        siblings: series key and hardware of each; hardware holds only what is known.
+    """
+    facts = [
+        SeriesKey.facts(key) | {f"{_ON}{name}": str(fact) for name, fact in machine.items()}
+        for key, machine in siblings
     ]
+    names = dict.fromkeys(name for each in facts for name in each)
+    differing = [name for name in names if len({each.get(name) for each in facts}) > 1]
+    machines = {tuple(sorted((name, str(fact)) for name, fact in machine.items())) for _, machine in siblings}
+    if len({each.get("on name") for each in facts}) == len(machines):
+        # The device's name identifies the machine; more would only make the text longer.
+        differing = [name for name in differing if name == "on name" or not name.startswith(_ON)]
+    return [", ".join(_words(name, each[name]) for name in differing if name in each) for each in facts]
 
 
-def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for case in rows:
-        groups.setdefault((case["workload"], case["mode"]), []).append(case)
-    return groups
+def _words(name: str, fact: str) -> str:
+    if name in ("on name", "on kind"):
+        return fact
+    if name == "on cores":
+        return f"{fact} core" if fact == "1" else f"{fact} cores"
+    # Eight hex digits tell models apart and leave room for the rest.
+    return f"digest {fact[:8]}" if name == "digest" else f"{name.removeprefix(_ON)}={fact}"
 
 
-def _by_key(cases: Sequence[Row]) -> dict[str, list[Row]]:
-    """Cases of one workload and mode by series. One that failed too early to have a key is of the others' series."""
+def _by_key(cases: Sequence[Record]) -> dict[str, list[Record]]:
+    """Cases of one workload and mode by series key. One that failed too early to have a key joins an only series."""
     keys = list(dict.fromkeys(case["series_key"] for case in cases if case["series_key"] is not None))
     if len(keys) == 1:
         return {keys[0]: list(cases)}
     return {key: [case for case in cases if case["series_key"] == key] for key in keys}
 
 
-def _points(measure: Measure, found: _Found) -> list[Point]:
+def _points(quantity: Quantity, found: _Found) -> list[Point]:
     points = []
     before: list[float] = []
     for run, cases, baseline, not_started in found.runs:
-        sample = sample_of(measure, cases, baseline)
+        sample = quantity.sample(cases, baseline)
         if not sample:
-            points.append(Point(run, None, None, None, 0, reason=why_unknown(measure, cases, baseline)))
+            points.append(Point(run, None, None, None, 0, reason=_why_unknown(quantity, cases, baseline)))
             continue
-        value = estimate(measure, sample, cases)
+        value = _estimate(quantity, sample, cases)
         change: tuple[float | None, float | None, float | None] = (None, None, None)
-        if before and measure.spread == "interval":
+        if before and quantity.spread == "interval":
             compared = log_change(before, sample)
             change = (compared.change, *(compared.interval() or (None, None)))
-        why = left_out(measure, cases, baseline, not_started)
+        why = "; ".join(filter(None, quantity.lacking(cases, baseline, not_started))) or None
         points.append(Point(run, value.estimate, value.low, value.high, value.n, *change, reason=why))
         before = sample
     return points
 
 
+def _estimate(quantity: Quantity, sample: list[float], cases: Sequence[Record]) -> Interval:
+    if quantity.spread == "interval":
+        return geometric_interval(sample)
+    low, high = (min(sample), max(sample)) if len(sample) > 1 else (None, None)
+    return Interval(quantity.mean(sample, cases), low, high, len(sample))
+
+
+def _why_unknown(quantity: Quantity, cases: Sequence[Record], baseline: Sequence[Record]) -> str:
+    for case in cases:
+        if case["status"] in MEASURED and (reason := case.why_empty(quantity.column)):
+            return str(reason)
+    if why := _failure(cases):
+        return why
+    if quantity.name == "speedup":
+        why = _failure(baseline)
+        return f"{BASELINE}: {why}" if why else f"no {BASELINE} beside it"
+    return "no case has it"
+
+
+def _failure(cases: Sequence[Record], leave_out: Sequence[str] = ()) -> str | None:
+    found = [case for case in cases if case["status"] not in ("ok", *leave_out)]
+    return next((f"{case['status']}: {case['status_reason'] or 'no reason was given'}" for case in found), None)
+
+
 def _facts(run: Run) -> RunFacts:
-    environment = _object(run.info.get("environment"))
-    git = _object(environment.get("git"))
-    versions = (_object(environment.get(name)).get("tensorflow") for name in ("packages", "runtime"))
+    git = _object(run.environment.get("git"))
+    versions = (_object(run.environment.get(name)).get("tensorflow") for name in ("packages", "runtime"))
     commit, dirty = git.get("commit"), git.get("dirty")
     return RunFacts(
         run.name,
@@ -322,7 +359,7 @@ def _facts(run: Run) -> RunFacts:
 
 
 def _started(run: Run) -> datetime | None:
-    """From run.json; else from the name, which begins with it, or that of the folder in which a cases.csv lies."""
+    """From run.json, else from the time in the run's name or in the path of a cases.csv."""
     try:
         found = datetime.fromisoformat(str(run.info.get("started")))
         return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
@@ -337,14 +374,14 @@ def _started(run: Run) -> datetime | None:
 
 
 def _age(run: RunFacts) -> tuple[bool, datetime, str]:
-    """Sorts oldest first; runs of unknown age come last, by name."""
+    """Sort key, oldest first; runs of unknown age come last, by name."""
     return (run.started is None, run.started or datetime.min.replace(tzinfo=UTC), run.name)
 
 
 def _machines(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """The hardware of each run by its name.
+    """The hardware of each run, by the run's name.
 
-    A cases.csv knows only kind and name of the device; it belongs to the one machine that has both, if it is one.
+    A cases.csv knows only the kind and name of the device; if exactly one machine has both, it belongs there.
     """
     known = {run.name: {name: fact for name, fact in hardware(run).items() if fact is not None} for run in runs}
     full: list[dict[str, Any]] = []

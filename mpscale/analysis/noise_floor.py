@@ -1,44 +1,41 @@
-"""How much a figure moves from one run of the same code to the next: what a change has to stand out from.
+"""How much a figure differs between runs of the same code: the noise that a change has to stand out from.
 
-Processes of one run see one state of the machine, and runs hours apart see others, so the spread within a run says too
-little. Where there are at least five runs of the same code on the same machine, it is taken from them. Else there is a
-"single-run baseline", and runs are taken to differ by a multiple of what their processes do.
+All processes of a run see one state of the machine, and a run hours later sees another, so the spread within a run is
+too small. If there are at least five runs of the same code on the same machine, they show the noise. Otherwise there is
+a "single-run baseline", and runs are assumed to differ by a multiple of the spread of their processes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import brentq
 from scipy.special import polygamma
 
-from mpscale.analysis.pairing import environment_differences, same_hardware
-from mpscale.analysis.quantities import QUANTITIES, Quantity, by_process, values
-from mpscale.analysis.runs import Run, read_info, read_run
+from mpscale.analysis.quantities import COSTS, Cost
 from mpscale.analysis.stats import Between
-from mpscale.analysis.summary import plain_rows
-from mpscale.analysis.trainings import MEASURED, Row
+from mpscale.core.columns import MEASURED
+from mpscale.core.record import Place, Record, grouped
+from mpscale.core.runs import Run, environment_differences, read_info, read_run, same_hardware
 
 FEWEST_RUNS = 5
 MOST_RUNS = 30
-"""Older ones than these say less of the machine as it is now, and reading them takes time."""
+"""Older runs say less about the machine as it is now, and reading them takes time."""
 
 ASSUMED_RATIO = 3.0
 ASSUMED_LEAST, ASSUMED_MOST = 0.01, 0.10
-"""What runs are taken to differ by where it is not known: see :func:`assumed_floor`."""
+"""How much runs are assumed to differ: see :func:`assumed_floor`."""
 
 _MOST_DEGREES = 10.0
-"""Of a moderated variance, however alike rows are: step times on a shared machine have longer tails than a normal
-distribution, and a quantile of few degrees is further out.
+"""Of a moderated variance, however similar rows are: step times on a shared machine have longer tails than a normal
+distribution, and with few degrees of freedom quantiles lie further out.
 """
-
-Place = tuple[str, str]
-"""Workload and mode."""
+_Row = tuple[str, str, str]
+"""Workload, mode and series key."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,9 @@ class Floors:
     """The noise floors of a baseline.
 
     Args:
-        runs: names of the runs of the same code that they are made from, the baseline's among them.
-        of: by the name of the quantity, by workload and mode; only what is known.
-        left_out: runs that cannot be read, so that it is not known whether they belong to these: folder and reason.
+        runs: names of the runs of the same code that they come from, including the baseline.
+        of: by the name of the cost, then by workload and mode; only what is known.
+        left_out: runs that cannot be read and might be of the same code: folder and reason.
     """
 
     runs: tuple[str, ...]
@@ -56,7 +53,7 @@ class Floors:
     left_out: tuple[tuple[str, str], ...] = ()
 
     def get(self, quantity: str, place: Place) -> Between | None:
-        """What is known of a quantity in a row."""
+        """The floor of a cost in a row, None if it is not known."""
         return self.of.get(quantity, {}).get(place)
 
 
@@ -64,10 +61,18 @@ NO_FLOORS = Floors((), {})
 
 
 def floors_of(baseline: Run, results: Path | None = None, leave_out: Sequence[str] = ()) -> Floors:
-    """:func:`find_floors` of :func:`runs_of_the_same_code`, with what could not be read."""
+    """The floors that :func:`runs_of_the_same_code` show; none if there are fewer than five runs."""
     unreadable: list[tuple[str, str]] = []
-    found = find_floors(runs_of_the_same_code(baseline, results, leave_out, unreadable))
-    return replace(found, left_out=tuple(unreadable))
+    runs = runs_of_the_same_code(baseline, results, leave_out, unreadable)
+    left_out = tuple(unreadable)
+    if len(runs) < FEWEST_RUNS:
+        return Floors((), {}, left_out)
+    tables = [_by_row(run) for run in runs]
+    found = {
+        name: floors_from_samples([{row: cost.sample(cases) for row, cases in table.items()} for table in tables])
+        for name, cost in COSTS.items()
+    }
+    return Floors(tuple(run.name for run in runs), {name: of for name, of in found.items() if of}, left_out)
 
 
 def runs_of_the_same_code(
@@ -76,16 +81,16 @@ def runs_of_the_same_code(
     leave_out: Sequence[str] = (),
     unreadable: list[tuple[str, str]] | None = None,
 ) -> list[Run]:
-    """The baseline and the runs like it, newest last: same code, same settings, same machine.
+    """Find the baseline and the runs of the same code, settings and machine, oldest first.
 
-    They are looked for beside the baseline's folder and in the results folder. Same code is the same software and the
-    same state of the repository; two runs outside a repository are of the same code if the software is the same.
+    Looks beside the baseline's folder and in the results folder. Same code means the same software and the same state
+    of the repository; outside a repository, the same software.
 
     Args:
-        baseline: what is looked for. A cases.csv by itself does not know its code.
-        results: the results folder, if that is not where the baseline lies.
+        baseline: the run to match. A cases.csv by itself does not know its code.
+        results: the results folder, if the baseline lies elsewhere.
         leave_out: names of runs that do not count, such as the one to be judged.
-        unreadable: gets the folders of runs that cannot be read, and why.
+        unreadable: receives the folders of runs that cannot be read, with the reason.
     """
     if not baseline.info:
         return [baseline]
@@ -101,11 +106,13 @@ def runs_of_the_same_code(
             continue
         folder = infos[name].parent
         try:
-            # Most runs are of other code, which is known without their journals.
-            if not _alike(baseline, Run(folder, name, read_info(infos[name]), [], False)):
+            # Most runs are of other code, and run.json alone shows that.
+            info = Run(folder, name, read_info(infos[name]), [], False)
+            same_method = baseline.info.get("method_version") == info.info.get("method_version")
+            if not same_method or not same_hardware(baseline, info) or environment_differences(baseline, info):
                 continue
             run = read_run(folder)
-        except Exception as error:  # whatever another run stumbles over must not cost this one its report
+        except Exception as error:  # whatever is wrong with another run must not cost this one its report
             if unreadable is not None:
                 unreadable.append((str(folder), str(error)))
             continue
@@ -114,63 +121,42 @@ def runs_of_the_same_code(
     return [found[name] for name in sorted(found)]
 
 
-def find_floors(runs: Sequence[Run]) -> Floors:
-    """The floors that runs of the same code show; none where there are fewer than five.
+def assumed_floor(sides: Sequence[Mapping[Place, Sequence[Record]]], cost: Cost) -> Between | None:
+    """The assumed difference between runs if it is not known; None for costs that do not drift.
 
-    Args:
-        runs: as :func:`runs_of_the_same_code` gives them.
-    """
-    if len(runs) < FEWEST_RUNS:
-        return NO_FLOORS
-    tables = [_by_row(run) for run in runs]
-    found = {
-        name: floors_from_samples([{row: values(cases, quantity) for row, cases in table.items()} for table in tables])
-        for name, quantity in QUANTITIES.items()
-    }
-    return Floors(tuple(run.name for run in runs), {name: floors for name, floors in found.items() if floors})
-
-
-def assumed_floor(sides: Sequence[Mapping[Place, Sequence[Row]]], quantity: Quantity) -> Between | None:
-    """What runs are taken to differ by where it is not known; None for a quantity that does not depend on the moment.
-
-    Three times the standard deviation of processes within a run, over all rows, though not less than one percent nor
-    more than ten; and as much as processes do where these differ by more. On a shared machine of two cores processes
-    of one run differed by 3 to 5 % in one hour, and runs half an hour apart by up to 18 %; in another hour processes
-    differed by 10 to 20 %, and runs by no more than follows from that.
+    The standard deviation between runs is taken to be three times that of processes within a run, over all rows, but at
+    least 1 % and at most 10 %, or as large as that of the processes if that is larger. On a shared machine with two
+    cores, processes of a run differed by 3 to 5 % in one hour, and runs half an hour apart by up to 18 %; in another
+    hour processes differed by 10 to 20 %, and runs by no more than that implies.
 
     Args:
         sides: the cases of both runs by row.
-        quantity: what is compared.
+        cost: what is compared.
     """
-    if not quantity.drifts:
+    if not cost.drifts:
         return None
-    within, degrees = pooled([values(cases, quantity) for side in sides for cases in side.values()])
+    within, degrees = pooled([cost.sample(cases) for side in sides for cases in side.values()])
     spread = math.sqrt(within)
     deviation = max(spread, min(max(ASSUMED_RATIO * spread, ASSUMED_LEAST), ASSUMED_MOST))
     return Between(deviation**2, float(degrees), 0) if degrees else None
 
 
-def _alike(baseline: Run, run: Run) -> bool:
-    same_settings = baseline.info.get("method_version") == run.info.get("method_version")
-    return same_settings and same_hardware(baseline, run) and not environment_differences(baseline, run)
-
-
-def _by_row(run: Run) -> dict[tuple[str, str, str], list[Row]]:
-    """Cases by workload, mode and series key."""
-    found: dict[tuple[str, str, str], list[Row]] = {}
-    for case in plain_rows(run.cases):
-        if case["status"] in MEASURED and case["series_key"] is not None:
-            found.setdefault((case["workload"], case["mode"], case["series_key"]), []).append(case)
+def _by_row(run: Run) -> dict[_Row, list[Record]]:
+    found: dict[_Row, list[Record]] = {}
+    for place, cases in grouped(run.records).items():
+        measured = [case for case in cases if case["status"] in MEASURED and case["series_key"] is not None]
+        for key in dict.fromkeys(case["series_key"] for case in measured):
+            found[*place, key] = [case for case in measured if case["series_key"] == key]
     return found
 
 
-def floors_from_samples(samples: Sequence[Mapping[tuple[str, str, str], Sequence[float]]]) -> dict[Place, Between]:
-    """The spread of runs in each row that all of them have, what moves all rows alike apart from what moves one.
+def floors_from_samples(samples: Sequence[Mapping[_Row, Sequence[float]]]) -> dict[Place, Between]:
+    """The variance between runs in each row that all of them have.
 
-    A run's figure in a row is its mean, what the run did to all rows, and what it did to this one. The first is
-    known from as many values as there are runs. The second has as many in each row, and rows are alike in it, so each
-    row's variance is moderated by those of the others. Smyth, "Linear models and empirical Bayes methods", Statistical
-    Applications in Genetics and Molecular Biology 2004;3:3.
+    The figure of a run in a row is the mean of the row, plus an effect of the run on all rows, plus an effect of the
+    run on this row. The common effect has one value per run. The own effect has one per run and row, with a similar
+    variance in all rows, so each row's variance is moderated by those of the others. Smyth, "Linear models and
+    empirical Bayes methods", Statistical Applications in Genetics and Molecular Biology 2004;3:3.
     """
     rows = [row for row in samples[0] if all(sample.get(row) for sample in samples)]
     if not rows:
@@ -196,18 +182,18 @@ def floors_from_samples(samples: Sequence[Mapping[tuple[str, str, str], Sequence
     return found
 
 
-def pair_noise(sides: Sequence[Mapping[Place, Sequence[Row]]], quantity: Quantity) -> dict[Place, tuple[float, float]]:
-    """Variance and degrees of freedom of the differences of pairs, of processes that ran in turns, on logarithms.
+def pair_noise(sides: Sequence[Mapping[Place, Sequence[Record]]], cost: Cost) -> dict[Place, tuple[float, float]]:
+    """Variance and degrees of freedom of the log ratios of pairs, for interleaved runs.
 
-    Three pairs a row say little of their spread; the rows together say more, see :func:`moderated`.
+    Three pairs in a row say little about their spread; all rows together say more, see :func:`moderated`.
 
     Args:
         sides: the cases of both runs by row.
-        quantity: what is compared.
+        cost: what is compared.
     """
     found = {}
     for place in sides[0]:
-        one, two = (by_process(side[place], quantity) for side in sides)
+        one, two = (cost.by_process(side[place]) for side in sides)
         differences = [math.log(two[key] / one[key]) for key in one if key in two]
         if len(differences) > 1:
             found[place] = (float(np.var(differences, ddof=1)), len(differences) - 1)
@@ -218,15 +204,17 @@ def pair_noise(sides: Sequence[Mapping[Place, Sequence[Row]]], quantity: Quantit
 def moderated(
     variances: npt.NDArray[np.float64], degrees: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Variances of rows that are alike, each drawn towards what they have in common, and their degrees of freedom.
+    """Shrink the variances of similar rows towards their common value, and return them with their degrees of freedom.
 
-    Smyth 2004, section 6.2: their logarithms tell how much the true ones differ, hence how far to draw. Only upwards:
-    a row that is noisier than others often is so for a reason.
+    Smyth 2004, section 6.2: the logarithms show how much the true variances differ, and so how far to shrink. Variances
+    are only raised: a row that is noisier than others often has a reason.
 
     Args:
-        variances: one a row, (rows,).
+        variances: one per row, (rows,).
         degrees: of freedom of each, (rows,).
     """
+    from scipy.optimize import brentq  # loads slowly, and only a comparison needs it
+
     known = variances > 0
     if np.sum(known) < 2:
         return variances, degrees.astype(float)
@@ -243,9 +231,9 @@ def moderated(
 
 
 def pooled(samples: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """The variance of logarithms within samples of positive values, and its degrees of freedom.
+    """The pooled variance of logarithms within samples of positive values, and its degrees of freedom.
 
-    Both are 0 where no sample has two values.
+    Both are 0 if no sample has two values.
     """
     degrees = sum(len(sample) - 1 for sample in samples if len(sample) > 1)
     squares = math.fsum(float(np.var(np.log(sample))) * len(sample) for sample in samples if len(sample) > 1)

@@ -1,237 +1,256 @@
-"""What two runs are compared by, and the verdict on each: step time, memory, energy."""
+"""The one table of what runs can be compared, gated or followed by, and the words for what comes of it.
+
+Command line, gates, comparison, history and reports all go by :data:`QUANTITIES`: a new quantity is one entry there.
+This module is cheap to import, because the command line needs it for its help.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar, Literal
 
-from mpscale.analysis.stats import Between, holm, log_change, paired_log_change
-from mpscale.analysis.summary import ENERGY_IS_OF, MEMORY_IS_OF, figures_of
-from mpscale.analysis.trainings import Key, Row, by_reason, of_good_trainings, without_figure
+from mpscale.analysis.trainings import by_reason, overflow_rate, overflow_unknown, trainings, without_figure
+from mpscale.core.columns import COLUMNS
+from mpscale.core.record import Key, Record, of_good_trainings
 
-CONFIDENCE = 0.95
-"""Of the intervals that are shown."""
-
-ERROR_RATE = 0.01
-"""How often a comparison of runs that do not differ may give a verdict on any of its rows, by chance."""
-
-SINGLE_RUN = "single-run baseline"
-"""One of which it is not known how much runs of its code differ."""
-
-SAME = "same"
-CANNOT_TELL = "cannot-tell"
+BASELINE = "fp32"
+"""The mode that speed-ups are over, always the same: a headline that changed to tf32 would look like a loss."""
 
 
-@dataclass(frozen=True, slots=True)
+class Ranked(StrEnum):
+    """Words that tables count and sort by, defined in the order of their importance."""
+
+    @property
+    def rank(self) -> int:
+        """Place in that order, from 0."""
+        return list(type(self)).index(self)
+
+
+class Outcome(Ranked):
+    """What came of a gate."""
+
+    FIRED = "fired"
+    CANNOT_TELL = "cannot-tell"
+    PASSED = "passed"
+
+
+class Verdict(Ranked):
+    """What came of comparing a quantity or a metric, and what a gate makes of it."""
+
+    outcome: Outcome
+
+    SLOWER = "slower", Outcome.FIRED
+    MORE = "more", Outcome.FIRED
+    FASTER = "faster", Outcome.PASSED
+    LESS = "less", Outcome.PASSED
+    SAME = "same", Outcome.PASSED
+    """Any difference is below the threshold."""
+    CANNOT_TELL = "cannot-tell", Outcome.CANNOT_TELL
+    NOT_COMPARABLE = "not-comparable", Outcome.CANNOT_TELL
+    """The runs are of different devices."""
+
+    # Of a metric
+    WORSE = "worse", Outcome.FIRED
+    NON_INFERIOR = "non-inferior", Outcome.PASSED
+    """A loss of the workload's margin or more is ruled out."""
+    INCONCLUSIVE = "inconclusive", Outcome.CANNOT_TELL
+
+    def __new__(cls, word: str, outcome: Outcome) -> Verdict:
+        member = str.__new__(cls, word)
+        member._value_ = word
+        member.outcome = outcome
+        return member
+
+
+@dataclass(frozen=True)
 class Quantity:
-    """A figure of which less is better, one a process.
+    """What the history of runs can be of.
 
     Args:
-        name: as gates have it.
-        column: of cases.csv.
-        unit: of the column.
-        threshold: change from which on it matters, as a share, where nobody said otherwise.
-        more: verdict where there is more of it.
-        less: verdict where there is less.
-        of_trainings: made from processes that trained alone: one that only times holds less in memory.
-        drifts: moves with the state of the machine, which is another one in every run.
-        is_of: columns that say what the figure is of; figures that differ in one of them are not compared.
+        name: on the command line and in gates.
+        title: in reports.
+        column: of cases.csv that it is made from, and whose entry in ``unavailable`` says why there is none.
     """
 
     name: str
+    title: str
     column: str
-    unit: str
+
+    spread: ClassVar[Literal["interval", "range"]] = "interval"
+    """What the ends of a point are: the 95 % t interval over processes on logarithms, or smallest and largest seed."""
+
+    @property
+    def unit(self) -> str:
+        """Of the values; empty for a share of 1, and for a metric, which has its own."""
+        return COLUMNS[self.column].unit
+
+    def sample(self, cases: Sequence[Record], baseline: Sequence[Record]) -> list[float]:
+        """One value per process, pair of processes, or seed.
+
+        Args:
+            cases: of one workload and mode.
+            baseline: those of :data:`BASELINE`.
+        """
+        raise NotImplementedError
+
+    def mean(self, sample: Sequence[float], cases: Sequence[Record]) -> float:
+        """The value over all, for quantities whose ends are a range."""
+        raise NotImplementedError
+
+    def lacking(
+        self, cases: Sequence[Record], baseline: Sequence[Record], not_started: Sequence[Key] = ()
+    ) -> list[str]:
+        """Which seeds or processes should be in the value and are not, with the reason. Costs leave out lost seeds."""
+        return [by_reason(trainings(cases).lost), by_reason(without_figure(cases, self.column, not_started))]
+
+
+@dataclass(frozen=True)
+class Cost(Quantity):
+    """A quantity of a process, less of which is better. Runs are compared by the ratio.
+
+    Args:
+        threshold: the smallest relative change that matters, unless the user gives another.
+        more: verdict on an increase.
+        less: verdict on a decrease.
+        of_trainings: only processes that trained count: one that only times holds less memory.
+        drifts: moves with the state of the machine, which differs from run to run.
+        is_of: columns that say what exactly was measured; figures that differ in one of them are not compared.
+
+    Raises:
+        ValueError: the column is not marked positive.
+    """
+
     threshold: float
-    more: str = "more"
-    less: str = "less"
+    more: Verdict = Verdict.MORE
+    less: Verdict = Verdict.LESS
     of_trainings: bool = True
     drifts: bool = False
     is_of: tuple[str, ...] = ()
 
-
-QUANTITIES = {
-    quantity.name: quantity
-    for quantity in (
-        Quantity("step_time", "step_time_ms_median", "ms", 0.05, "slower", "faster", of_trainings=False, drifts=True),
-        Quantity("gpu_memory", "gpu_memory_nvml_peak_mib", "MiB", 0.03, is_of=MEMORY_IS_OF),
-        Quantity("energy", "gpu_energy_j_per_step", "J", 0.10, of_trainings=False, drifts=True, is_of=ENERGY_IS_OF),
-        Quantity("host_memory", "host_memory_peak_mib", "MiB", 0.20),
-    )
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One quantity of one row, in two runs.
-
-    Args:
-        quantity: its name.
-        baseline: geometric mean over the baseline's processes, in the quantity's unit; None where there is none.
-        other: likewise of the other run.
-        change: other / baseline - 1.
-        low: lower end of its 95 % interval, None where one process gives no spread.
-        high: upper end, likewise.
-        detectable: smallest change that would have got a verdict in four of five such comparisons.
-        p_increase: how likely an increase like this is by chance.
-        processes: of the baseline, and of the other run.
-        noise_floor: by how much two runs of the same code differ at most in 19 of 20 cases, as a share; None where no
-            run comes between, since processes took turns, or where moments make no difference.
-        floor_runs: from how many runs that is known; 0 where it is assumed, for a single-run baseline.
-        verdict: more, less (as the quantity has it), ``same``, ``cannot-tell``, or ``not-comparable``.
-        reason: why it cannot be told.
-        missing: processes without a figure, of the baseline and of the other run, and why; empty where all have one.
-    """
-
-    quantity: str
-    baseline: float | None
-    other: float | None
-    change: float | None = None
-    low: float | None = None
-    high: float | None = None
-    detectable: float | None = None
-    p_increase: float | None = None
-    processes: tuple[int, int] = (0, 0)
-    noise_floor: float | None = None
-    floor_runs: int | None = None
-    verdict: str = CANNOT_TELL
-    reason: str | None = None
-    missing: tuple[str, str] = ("", "")
+    def __post_init__(self) -> None:
+        if not COLUMNS[self.column].positive:
+            raise ValueError(f"{self.column} may be 0, and ratios need positive values: mark it in columns.py")
 
     @property
-    def left_out(self) -> str:
-        """What both sides lack, in words; empty where they lack nothing."""
-        sides = zip(self.missing, self.processes, (" in the baseline", ""), strict=True)
-        return "; ".join(
-            f"{has} process{'' if has == 1 else 'es'}{where} {'has' if has == 1 else 'have'} a figure, not {lack}"
-            for lack, has, where in sides
-            if lack
-        )
+    def can_be_remeasured(self) -> bool:
+        """Whether further processes that only time give new values, and chance moves them."""
+        return self.drifts and not self.of_trainings
+
+    def by_process(self, cases: Iterable[Record]) -> dict[Key, float]:
+        """The value of every process that counts.
+
+        Lost seeds do not, nor do their repeats: their steps are not those of a working training.
+        """
+        return {
+            case.key: value
+            for case in of_good_trainings(cases)
+            if (value := case[self.column]) is not None and not (self.of_trainings and case["repeat"])
+        }
+
+    def kinds(self, cases: Iterable[Record]) -> set[tuple[Any, ...]]:
+        """What exactly was measured in these cases: the values of :attr:`is_of`, one tuple per kind."""
+        return {tuple(case[name] for name in self.is_of) for case in cases if case[self.column] is not None}
+
+    def sample(self, cases: Sequence[Record], baseline: Sequence[Record] = ()) -> list[float]:
+        """One value per process."""
+        return list(self.by_process(cases).values())
+
+    def lacking(
+        self, cases: Sequence[Record], baseline: Sequence[Record], not_started: Sequence[Key] = ()
+    ) -> list[str]:
+        without = without_figure(cases, self.column, not_started, self.of_trainings)
+        return [by_reason(trainings(cases).lost), by_reason(without)]
 
 
-def values(cases: Iterable[Row], quantity: Quantity) -> list[float]:
-    """The quantity of every process that counts.
+class _Speedup(Quantity):
+    """Over :data:`BASELINE`, from the same pairs as in the summary, so that both give the same number."""
 
-    Seeds that diverged or stalled are left out, their repeats too: their steps are not those of a training that works.
-    """
-    return list(by_process(cases, quantity).values())
+    unit = "x"
+
+    def sample(self, cases: Sequence[Record], baseline: Sequence[Record]) -> list[float]:
+        own, other = (COSTS["step_time"].by_process(side) for side in (cases, baseline))
+        return [other[key] / own[key] for key in own if key in other]
+
+    def lacking(
+        self, cases: Sequence[Record], baseline: Sequence[Record], not_started: Sequence[Key] = ()
+    ) -> list[str]:
+        theirs = [text for text in super().lacking(baseline, ()) if text]
+        return [*super().lacking(cases, baseline, not_started), *(f"{BASELINE}'s {text}" for text in theirs)]
 
 
-def by_process(cases: Iterable[Row], quantity: Quantity) -> dict[tuple[int, int], float]:
-    """The same by seed and repeat."""
-    return {
-        (case["seed"], case["repeat"]): case[quantity.column]
-        for case in of_good_trainings(cases)
-        if case[quantity.column] is not None and (case["repeat"] == 0 or not quantity.of_trainings)
-    }
+class _Metric(Quantity):
+    spread = "range"
+
+    def sample(self, cases: Sequence[Record], baseline: Sequence[Record]) -> list[float]:
+        return list(trainings(cases).metric.values())
+
+    def mean(self, sample: Sequence[float], cases: Sequence[Record]) -> float:
+        return statistics.fmean(sample)
+
+    def lacking(
+        self, cases: Sequence[Record], baseline: Sequence[Record], not_started: Sequence[Key] = ()
+    ) -> list[str]:
+        seeds = trainings(cases, not_started)
+        return [by_reason({**seeds.lost, **seeds.unknown})]
 
 
-def measure_change(
-    baseline: Sequence[Row],
-    other: Sequence[Row],
-    quantity: Quantity,
-    tries: int = 1,
-    between: Between | None = None,
-    pairs: tuple[float, float] | None = None,
-    not_started: tuple[Sequence[Key], Sequence[Key]] = ((), ()),
-) -> Change | None:
-    """How ``quantity`` changed, without a verdict yet; None where neither side has it.
+class _OverflowRate(Quantity):
+    spread = "range"
+    unit = ""
 
-    Args:
-        baseline: cases of one row.
-        other: cases of the same row in the other run.
-        quantity: what is compared.
-        tries: rows that will be judged together, for what each of them could show.
-        between: how much runs of the same code differ.
-        pairs: variance of the logarithms of pairs, with its degrees of freedom, where the processes of both ran in
-            turns, so that those of one seed and repeat are a pair.
-        not_started: processes of both that were planned and have no case.
-    """
-    sides = [by_process(cases, quantity) for cases in (baseline, other)]
-    before, after = (list(side.values()) for side in sides)
-    if not before and not after:
-        return None
-    means = Change(
-        quantity.name,
-        statistics.geometric_mean(before) if before else None,
-        statistics.geometric_mean(after) if after else None,
-        processes=(len(before), len(after)),
-        missing=(
-            by_reason(without_figure(baseline, quantity.column, not_started[0], quantity.of_trainings)),
-            by_reason(without_figure(other, quantity.column, not_started[1], quantity.of_trainings)),
+    def sample(self, cases: Sequence[Record], baseline: Sequence[Record]) -> list[float]:
+        return [rate for case in cases if (rate := overflow_rate([case])) is not None]
+
+    def mean(self, sample: Sequence[float], cases: Sequence[Record]) -> float:
+        rate = overflow_rate(cases)
+        return statistics.fmean(sample) if rate is None else rate
+
+    def lacking(
+        self, cases: Sequence[Record], baseline: Sequence[Record], not_started: Sequence[Key] = ()
+    ) -> list[str]:
+        return [by_reason(overflow_unknown(cases, not_started))]
+
+
+QUANTITIES: dict[str, Quantity] = {
+    quantity.name: quantity
+    for quantity in (
+        Cost(
+            "step_time",
+            "step time",
+            "step_time_ms_median",
+            threshold=0.05,
+            more=Verdict.SLOWER,
+            less=Verdict.FASTER,
+            of_trainings=False,
+            drifts=True,
         ),
+        Cost(
+            "gpu_memory",
+            "GPU memory",
+            "gpu_memory_nvml_peak_mib",
+            threshold=0.03,
+            # The peak by NVML follows the pool with one allocator, and what is in use with the other.
+            is_of=("gpu_allocator", "gpu_memory_method"),
+        ),
+        Cost(
+            "energy",
+            "energy a step",
+            "gpu_energy_j_per_step",
+            threshold=0.10,
+            of_trainings=False,
+            drifts=True,
+            is_of=("gpu_energy_method",),
+        ),
+        Cost("host_memory", "host memory", "host_memory_peak_mib", threshold=0.20),
+        _Metric("metric", "final metric", "metric_value"),
+        _OverflowRate("overflow_rate", "overflow rate", "overflow_steps"),
+        _Speedup("speedup", f"speed-up over {BASELINE}", "step_time_ms_median"),
     )
-    if not before or not after:
-        cases = other if before else baseline
-        why = next((reason for case in cases if (reason := _reason(case, quantity.column))), "no case has it")
-        side = "the run" if before else "the baseline"
-        return replace(means, reason=f"not known of {side}: {why}")
-    kinds = {kind for cases in (baseline, other) for kind in _kinds(cases, quantity)}
-    if len(kinds) > 1:
-        said = " and ".join(sorted(", ".join(str(value or "unknown") for value in kind) for kind in kinds))
-        return replace(means, reason=f"figures of different things ({' and '.join(quantity.is_of)}: {said})")
-    if pairs is None:
-        found = log_change(before, after, between)
-    else:
-        found = paired_log_change(sides[0], sides[1], *pairs)
-    interval = found.interval(CONFIDENCE)
-    reason = None if interval else "one process gives no spread: measure at least two on each side"
-    floor = between if pairs is None else None
-    low, high = interval or (None, None)
-    return replace(
-        means,
-        change=found.change,
-        low=low,
-        high=high,
-        detectable=found.detectable(1 - ERROR_RATE / tries),
-        p_increase=found.p_increase(),
-        noise_floor=None if floor is None else floor.limit,
-        floor_runs=None if floor is None else floor.runs,
-        reason=reason,
-    )
+}
+"""All quantities, in the order of tables."""
 
-
-def with_verdicts(changes: Sequence[Change], threshold: float | None = None) -> list[Change]:
-    """The same changes with verdicts, found together: chance has as many tries as there are rows.
-
-    More (or less): the change is at least the threshold, and told from none at 1 % over all rows together, by Holm's
-    adjustment. Same: the whole interval lies within the threshold either way. Else it cannot be told. Nor can it where
-    nothing speaks against less or same but a process without a figure: the one that timed out was the slowest.
-
-    Args:
-        changes: of one quantity.
-        threshold: change from which on it matters, as a share; the quantity's own where there is none.
-    """
-    told = [(place, p) for place, change in enumerate(changes) if (p := change.p_increase) is not None]
-    adjusted = dict(zip([place for place, _ in told], holm([2 * min(p, 1 - p) for _, p in told]), strict=True))
-    return [_judged(change, adjusted.get(place), threshold) for place, change in enumerate(changes)]
-
-
-def _judged(change: Change, p_value: float | None, threshold: float | None) -> Change:
-    quantity = QUANTITIES[change.quantity]
-    above = quantity.threshold if threshold is None else threshold
-    below = 1 / (1 + above) - 1
-    if p_value is None or change.change is None or change.low is None or change.high is None:
-        return change
-    told = p_value <= ERROR_RATE and not below < change.change < above
-    if told and change.change > 0:
-        return replace(change, verdict=quantity.more)
-    if told or (below < change.low and change.high < above):
-        if change.left_out:
-            return replace(change, reason=change.left_out)
-        return replace(change, verdict=quantity.less if told else SAME)
-    single = f"; {SINGLE_RUN}" if change.floor_runs == 0 else ""
-    return replace(change, reason=f"too noisy for {above:.0%}{single}")
-
-
-def _kinds(cases: Sequence[Row], quantity: Quantity) -> set[tuple[Any, ...]]:
-    """What the figures of the processes that count are of."""
-    counted = by_process(cases, quantity)
-    own = [case for case in of_good_trainings(cases) if (case["seed"], case["repeat"]) in counted]
-    return figures_of(own, quantity.column, quantity.is_of)
-
-
-def _reason(case: Row, column: str) -> str | None:
-    reasons = case["unavailable"]
-    return reasons.get(column) if isinstance(reasons, dict) else None
+COSTS = {name: quantity for name, quantity in QUANTITIES.items() if isinstance(quantity, Cost)}
+"""Those that runs are compared by."""

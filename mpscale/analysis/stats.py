@@ -1,8 +1,8 @@
 """Intervals over processes, and tests between runs.
 
-One process gives one number, the median of its blocks: blocks of one process are autocorrelated and agree far better
-with each other than with those of the next process, so an interval over blocks is too narrow. Times are compared as
-ratios, hence logarithms. Metrics are compared seed by seed, as differences.
+Each process gives one number, the median of its blocks: blocks of a process are autocorrelated and agree far better
+with each other than with those of the next process, so that an interval over blocks would be too narrow. Times are
+compared as ratios, hence the logarithms. Metrics are compared seed by seed, as differences.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ K = TypeVar("K", bound=Hashable)
 
 _NOISY = 0.01
 _MOST_PAIRS = 10_000
-"""Beyond which no one trains as often, so that an exact number is of no use."""
+"""Nobody trains this often, so a larger number is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,10 @@ class Interval:
     """An estimate with its confidence interval.
 
     Args:
-        estimate: in the unit of the values it was made from.
-        low: lower end, None where a single value gives no spread.
-        high: upper end, None likewise.
-        n: how many values, or pairs, it was made from.
+        estimate: in the unit of the values.
+        low: lower end; None if a single value gives no spread.
+        high: upper end.
+        n: the number of values or pairs.
     """
 
     estimate: float
@@ -41,14 +41,15 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """How much a figure moves from one run of the same code to the next, on logarithms.
+    """How much a figure differs between runs of the same code, on logarithms.
 
     Args:
-        variance: of a run's figure; of known runs with what their processes contribute, of an assumption without.
+        variance: of the figure of a run. If it was measured, it includes the contribution of the processes; if it is
+            assumed, it does not.
         degrees: of freedom of the variance.
-        runs: from how many runs it is known; 0 where it is assumed.
+        runs: the number of runs that it was measured from; 0 if it is assumed.
         within: variance of processes within a run.
-        within_degrees: its degrees of freedom, 0 where every run had one process.
+        within_degrees: its degrees of freedom; 0 if every run had a single process.
     """
 
     variance: float
@@ -59,7 +60,7 @@ class Between:
 
     @property
     def limit(self) -> float:
-        """By how much two runs of the same code differ at most in 19 of 20 cases, as a share.
+        """95 % limit on the relative difference between two runs of the same code.
 
         ISO 5725-6:1994, 4.1.4, the limit of repeatability and reproducibility: 1.96 sqrt(2) standard deviations.
         """
@@ -71,9 +72,9 @@ class LogChange:
     """The logarithm of other / baseline, with its standard error.
 
     Args:
-        estimate: mean logarithm of the one less that of the other.
-        standard_error: of the estimate, None where too few values give no spread.
-        degrees: of freedom; None likewise.
+        estimate: mean logarithm of the other minus that of the baseline.
+        standard_error: of the estimate; None if too few values give no spread.
+        degrees: of freedom; None in the same case.
     """
 
     estimate: float
@@ -82,18 +83,18 @@ class LogChange:
 
     @property
     def change(self) -> float:
-        """As a share of the baseline: 0.05 is 5 % more."""
+        """Relative to the baseline: 0.05 is 5 % more."""
         return math.expm1(self.estimate)
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
-        """Ends of the two-sided interval of :attr:`change`, None where there is no spread to make it of."""
+        """The two-sided interval of :attr:`change`; None without a spread."""
         if self.standard_error is None or self.degrees is None:
             return None
         half_width = _quantile(self.degrees, (1.0 + confidence) / 2.0) * self.standard_error
         return _exp(self.estimate - half_width) - 1.0, _exp(self.estimate + half_width) - 1.0
 
     def p_increase(self) -> float | None:
-        """How likely an increase of at least this size is where there is none; None without a spread."""
+        """Probability of at least this increase if there is none (one-sided p value); None without a spread."""
         if self.standard_error is None or self.degrees is None:
             return None
         if self.standard_error == 0.0:
@@ -101,7 +102,7 @@ class LogChange:
         return float(stdtr(self.degrees, -self.estimate / self.standard_error))
 
     def detectable(self, confidence: float = 0.95, power: float = 0.8) -> float | None:
-        """The smallest change that values of this spread and number would have shown with the given power.
+        """The smallest change that would have been significant with the given power; None without a spread.
 
         (t of the two-sided confidence + t of the power) standard errors. Bloom, "Minimum detectable effects",
         Evaluation Review 1995;19:547.
@@ -118,10 +119,10 @@ class Paired:
 
     Args:
         mean: in the unit of the values.
-        low: lower end of its two-sided interval, None where a single pair gives no spread.
-        high: upper end, likewise.
-        spread: sample standard deviation of the differences, None likewise.
-        n: pairs.
+        low: lower end of its two-sided interval; None if a single pair gives no spread.
+        high: upper end.
+        spread: sample standard deviation of the differences.
+        n: the number of pairs.
     """
 
     mean: float
@@ -139,7 +140,7 @@ def geometric_interval(values: Iterable[float], confidence: float = 0.95) -> Int
     exp(m + t s / sqrt(n)). Bland and Altman, "Transformations, means, and confidence intervals", BMJ 1996;312:1079.
 
     Args:
-        values: positive and independent, for instance one median step time a process, in ms.
+        values: positive and independent, for instance one median step time per process, in ms.
         confidence: of the two-sided interval, between 0 and 1.
 
     Raises:
@@ -151,13 +152,13 @@ def geometric_interval(values: Iterable[float], confidence: float = 0.95) -> Int
 def paired_ratio(baseline: Mapping[K, float], other: Mapping[K, float], confidence: float = 0.95) -> Interval:
     """Speed-up of ``other``: the geometric mean of baseline / other over the keys that both have.
 
-    Above 1, ``other`` is faster. Processes of one key ran side by side, so what slowed the machine then slowed both,
-    and the ratio of a pair is free of it: the paired t interval on logarithms. Bland and Altman, "The use of
+    Above 1, ``other`` is faster. Processes of one key ran next to each other, so whatever slowed the machine slowed
+    both and cancels in their ratio. This is the paired t interval on logarithms. Bland and Altman, "The use of
     transformation when comparing two means", BMJ 1996;312:1153.
 
     Args:
         baseline: time by key, for instance by (seed, repeat); positive.
-        other: likewise, in the same unit. Keys that only one of the two has are left out.
+        other: times in the same unit. Keys that only one of the two has are left out.
         confidence: of the two-sided interval, between 0 and 1.
 
     Raises:
@@ -170,19 +171,19 @@ def paired_ratio(baseline: Mapping[K, float], other: Mapping[K, float], confiden
 
 
 def log_change(baseline: Sequence[float], other: Sequence[float], between: Between | None = None) -> LogChange:
-    """How much larger ``other`` is, of two runs that nothing pairs.
+    """How much larger ``other`` is, for two unpaired runs.
 
-    Without ``between`` by Welch's comparison of the logarithms, which takes unequal variances. Where it is assumed, its
-    variance comes on top, once for each side. Where it is known from runs, a side has that variance, which holds what
-    processes contribute: a single process will do. Only a side whose processes differ by more than they did in those
-    runs (F test, 1 %) has its own instead, if that is larger. Degrees of freedom by Satterthwaite.
+    Without ``between`` this is Welch's comparison of the logarithms, which allows unequal variances. An assumed
+    ``between`` adds its variance once per side. A measured one replaces the variance of each side, because it includes
+    the contribution of the processes; a single process is enough then. But a side whose processes differ by more than
+    they did in those runs (F test, 1 %) keeps its own variance if that is larger. Degrees of freedom by Satterthwaite.
 
     Welch, "The generalization of Student's problem when several different population variances are involved",
     Biometrika 1947;34:28.
 
     Args:
-        baseline: positive and independent, for instance one median step time a process.
-        other: likewise, in the same unit.
+        baseline: positive and independent, for instance one median step time per process.
+        other: values in the same unit.
         between: how much runs of the same code differ.
 
     Raises:
@@ -211,11 +212,11 @@ def log_change(baseline: Sequence[float], other: Sequence[float], between: Betwe
 def paired_log_change(
     baseline: Mapping[K, float], other: Mapping[K, float], variance: float, degrees: float
 ) -> LogChange:
-    """How much larger ``other`` is, of processes that ran in turns: by the paired differences of the logarithms.
+    """How much larger ``other`` is, for interleaved runs: from the paired differences of the logarithms.
 
     Args:
-        baseline: by key, for instance (seed, repeat); positive.
-        other: likewise, in the same unit. Keys that only one of the two has are left out.
+        baseline: values by key, for instance (seed, repeat); positive.
+        other: values in the same unit. Keys that only one of the two has are left out.
         variance: of the differences.
         degrees: of freedom of the variance.
 
@@ -229,7 +230,7 @@ def paired_log_change(
 
 
 def _noisier(logs: Sequence[float], between: Between) -> bool:
-    """Whether processes differ by more than they did in earlier runs, so much that their mean is worth less."""
+    """Whether processes differ by significantly more than in earlier runs, and by enough to make their mean worse."""
     if len(logs) < 2 or not between.within_degrees:
         return False
     own = statistics.variance(logs)
@@ -239,37 +240,40 @@ def _noisier(logs: Sequence[float], between: Between) -> bool:
 
 
 def _with_error(estimate: float, parts: Sequence[tuple[float, float]]) -> LogChange:
-    """Parts are variances with their degrees of freedom. Satterthwaite, Biometrics Bulletin 1946;2:110."""
+    """Add up variances given with their degrees of freedom. Satterthwaite, Biometrics Bulletin 1946;2:110."""
     total = math.fsum(variance for variance, _ in parts)
     below = math.fsum(variance**2 / degrees for variance, degrees in parts)
-    # Values that are all alike have no variance and so no degrees of freedom to work out; any number will do.
+    # Equal values have no variance and so no degrees of freedom; any number will do.
     degrees = total**2 / below if below > 0.0 else max(1.0, math.fsum(degrees for _, degrees in parts))
     return LogChange(estimate, math.sqrt(total), degrees)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """``p_values`` adjusted for their number: testing all at 5 % then errs anywhere in at most 5 % of cases.
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """``p_values`` adjusted for their number: tests at 5 % then have at most 5 % false positives all together.
 
     Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 1979;6:65.
+
+    Args:
+        p_values: None for what could not be tested, which stays None and does not count.
     """
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    adjusted = [1.0] * len(p_values)
+    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
-    for place, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
-        adjusted[index] = largest
+    for rank, (p, place) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        adjusted[place] = largest
     return adjusted
 
 
 def paired_difference(differences: Sequence[float], confidence: float = 0.9) -> Paired:
-    """Mean and t interval of differences, one a pair.
+    """Mean and t interval of differences, one per pair.
 
     Args:
-        differences: for instance the metric of each seed in one mode less that in another.
-        confidence: of the two-sided interval; at 0.9 either end alone is one-sided at 95 %.
+        differences: for instance the metric of each seed in one mode minus that in another.
+        confidence: of the two-sided interval; at 0.9 each end by itself is one-sided at 95 %.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no difference.
     """
     if not differences:
         raise ValueError("there is no pair to take a difference of")
@@ -277,20 +281,20 @@ def paired_difference(differences: Sequence[float], confidence: float = 0.9) -> 
     if n == 1:
         return Paired(mean, None, None, None, 1)
     spread = statistics.stdev(differences)
-    half_width = _quantile(n - 1, (1.0 + confidence) / 2.0) * spread / math.sqrt(n)
+    half_width = _half_width(spread, n, confidence)
     return Paired(mean, mean - half_width, mean + half_width, spread, n)
 
 
 def pairs_that_would_tell(found: Paired, margin: float, confidence: float = 0.9) -> int | None:
-    """How many pairs of the same spread and mean would put an end of the interval beyond 0 or above ``-margin``.
+    """How many pairs of the same mean and spread would exclude a loss of ``margin``, or show that there is one.
 
     Args:
-        found: what there is so far; its differences count upwards as better.
+        found: what there is so far; positive differences are better.
         margin: how much worse still counts as equal.
         confidence: of the two-sided interval.
 
     Returns:
-        None where a single pair gives no spread, or the mean lies on the margin so that no number would do.
+        None if a single pair gives no spread, or if the mean lies on the margin so that no number is enough.
     """
     if found.spread is None:
         return None
@@ -298,7 +302,7 @@ def pairs_that_would_tell(found: Paired, margin: float, confidence: float = 0.9)
     if distance <= 0.0:
         return None
     for n in range(2, _MOST_PAIRS):
-        if _quantile(n - 1, (1.0 + confidence) / 2.0) * found.spread / math.sqrt(n) < distance:
+        if _half_width(found.spread, n, confidence) < distance:
             return n
     return None
 
@@ -312,8 +316,13 @@ def _interval(logs: list[float], confidence: float) -> Interval:
     mean = math.fsum(logs) / n
     if n == 1:
         return Interval(math.exp(mean), None, None, 1)
-    half_width = _quantile(n - 1, (1.0 + confidence) / 2.0) * statistics.stdev(logs) / math.sqrt(n)
+    half_width = _half_width(statistics.stdev(logs), n, confidence)
     return Interval(math.exp(mean), _exp(mean - half_width), _exp(mean + half_width), n)
+
+
+def _half_width(spread: float, n: int, confidence: float) -> float:
+    """Of the two-sided t interval of the mean of ``n`` values with the sample standard deviation ``spread``."""
+    return _quantile(n - 1, (1.0 + confidence) / 2.0) * spread / math.sqrt(n)
 
 
 def _quantile(degrees: float, probability: float) -> float:
@@ -328,7 +337,7 @@ def _log(value: float) -> float:
 
 
 def _exp(logarithm: float) -> float:
-    # Two values that are hundreds of decades apart have an interval that a float cannot hold.
+    # The interval of two values that are hundreds of decades apart does not fit into a float.
     try:
         return math.exp(logarithm)
     except OverflowError:

@@ -1,55 +1,22 @@
-"""What became of the training of each seed: the one place that says which are lost, and of which nothing is known.
+"""What became of the training of each seed: which are lost, and which unknown.
 
-A training is lost if it ran to its end and is worth nothing: it diverged, it stalled, or it ended without a finite
-metric. That is a result, and a bad one. One whose process died (oom, timeout, crashed and so on) or was never started
-is unknown: no result, good or bad. Neither may vanish from a verdict: what is left are the survivors.
+A training is lost if it ran to the end without a usable result: it diverged, stalled, or ended without a finite metric.
+That is a bad outcome. A training whose process died (oom, timeout, crashed and so on) or never started is unknown: it
+has no outcome, good or bad. A verdict must account for both, or it is a verdict on the survivors.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpscale.columns import FAILED
-from mpscale.records import Record
-
-Row = dict[str, Any]
-Key = tuple[int, int]
-"""Seed and repeat: a process of a workload and mode."""
-
-LOST = ("diverged", "stalled")
-MEASURED = ("ok", *LOST)
-"""Statuses of cases that ran to the end."""
+from mpscale.core.columns import FAILED, LOST, MEASURED
+from mpscale.core.record import Key, Record
 
 NOT_STARTED = "planned, but not started"
 NO_SUCH_ROW = "no such row"
-
-_OF_A_METRIC = ("metric_name", "metric_margin", "metric_higher_is_better", "metric_target")
-
-
-def settle(records: Sequence[Record]) -> list[Record]:
-    """The same records, with status ``diverged`` for a training that is called ``ok`` and ended without a metric.
-
-    Records of mpscale before this was a status of its own, and tables from elsewhere, have such trainings: NaN and
-    infinity are empty cells there. A table in which nothing is said of any metric is left as it is.
-    """
-    trained = [record for record in records if record["repeat"] == 0]
-    with_metric = {record["workload"] for record in trained if record["metric_value"] is not None}
-
-    def settled(record: Record) -> Record:
-        if record["status"] != "ok" or record["repeat"] != 0 or record["metric_value"] is not None:
-            return record
-        why = record.unavailable.get("metric_value")
-        told = why is not None or any(record[name] is not None for name in _OF_A_METRIC)
-        if not told and record["workload"] not in with_metric:
-            return record
-        found = Record.from_json(record.to_json())
-        reason = f"trained to the end, and has no {record['metric_name'] or 'metric'}{f': {why}' if why else ''}"
-        found.update({"status": "diverged", "status_reason": reason})
-        return found
-
-    return [settled(record) for record in records]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +24,10 @@ class Trainings:
     """The trainings of one workload and mode, by seed.
 
     Args:
-        metric: the final metric of those that have one, lost ones among them.
-        lost: those that diverged, stalled or ended without a metric, with their status.
-        unknown: those that did not end, with their status, or :data:`NOT_STARTED`.
-        plan_known: whether a seed that is in none of these was not to be trained. Else it may have been, as far as a
-            cases.csv by itself can tell.
+        metric: the final metric of those that have one, including lost ones.
+        lost: the status of those that diverged, stalled or ended without a metric.
+        unknown: the status of those that did not end, or :data:`NOT_STARTED`.
+        plan_known: whether seeds that appear nowhere here were not planned. A cases.csv by itself cannot tell.
     """
 
     metric: Mapping[int, float]
@@ -71,15 +37,15 @@ class Trainings:
 
     @property
     def seeds(self) -> set[int]:
-        """All that were trained, or should have been."""
+        """All seeds that were or should have been trained."""
         return {*self.metric, *self.lost, *self.unknown}
 
 
-def trainings(cases: Iterable[Row], not_started: Iterable[Key] = (), plan_known: bool = False) -> Trainings:
-    """What became of each seed, by its case of repeat 0. One that the device cannot run is no training.
+def trainings(cases: Iterable[Record], not_started: Iterable[Key] = (), plan_known: bool = False) -> Trainings:
+    """What became of each seed, judged by its case of repeat 0. Modes that the device cannot run train nothing.
 
     Args:
-        cases: of one workload and mode, from records that :func:`settle` has seen.
+        cases: of one workload and mode, after :func:`mpscale.core.record.settle`.
         not_started: processes that were planned and have no case.
         plan_known: see :class:`Trainings`.
     """
@@ -95,62 +61,58 @@ def trainings(cases: Iterable[Row], not_started: Iterable[Key] = (), plan_known:
     )
 
 
-def of_good_trainings(cases: Iterable[Row]) -> list[Row]:
-    """The cases that ran to the end, without those of seeds that were lost.
-
-    A lost training has a step time, but no speed worth having. That goes for its repeats too, which time the same steps
-    and cannot tell by themselves.
-    """
-    measured = [case for case in cases if case["status"] in MEASURED]
-    lost = {case["seed"] for case in measured if case["status"] in LOST}
-    return [case for case in measured if case["seed"] not in lost]
-
-
 def without_figure(
-    cases: Sequence[Row], column: str, not_started: Iterable[Key] = (), only_trained: bool = False
+    cases: Sequence[Record], column: str, not_started: Iterable[Key] = (), only_trained: bool = False
 ) -> dict[Key, str]:
-    """Processes that should have a figure and have none, and why; without those of lost seeds.
+    """Processes that should have a figure and do not, with the reason. Lost seeds are left out.
 
     Args:
         cases: of one workload and mode.
         column: of the figure.
         not_started: processes that were planned and have no case.
-        only_trained: look at the processes that trained alone.
+        only_trained: look only at processes that trained.
     """
     lost = {case["seed"] for case in cases if case["status"] in LOST}
     found = {
-        (case["seed"], case["repeat"]): str(case["status"]) if case["status"] in FAILED else _why_empty(case, column)
+        case.key: str(case["status"]) if case["status"] in FAILED else str(case.why_empty(column) or "not known")
         for case in cases
-        if case["seed"] not in lost
-        and (case["status"] in FAILED or (case["status"] in MEASURED and case[column] is None))
+        if (case["status"] in FAILED or (case["status"] in MEASURED and case[column] is None))
+        and case["seed"] not in lost
     }
     found |= {(seed, repeat): NOT_STARTED for seed, repeat in not_started if seed not in lost}
     return {key: why for key, why in found.items() if key[1] == 0 or not only_trained}
 
 
-def _why_empty(case: Row, column: str) -> str:
-    reasons = case["unavailable"]
-    return str(reasons.get(column) or "not known") if isinstance(reasons, dict) else "not known"
+def overflow_rate(cases: Iterable[Record]) -> float | None:
+    """Overflow steps over attempted steps of the trainings that know both; None if none does."""
+    known = [case for case in cases if knows_overflow(case)]
+    steps = sum(case["attempted_steps"] for case in known)
+    return sum(case["overflow_steps"] for case in known) / steps if steps else None
 
 
-def common(cases: Iterable[Row], column: str) -> Any:
-    """What all cases that know it have in ``column``; None where none does, or they do not agree."""
-    known = dict.fromkeys(case[column] for case in cases if case[column] is not None)
-    return next(iter(known)) if len(known) == 1 else None
+def overflow_unknown(cases: Sequence[Record], not_started: Iterable[Key] = ()) -> dict[int, str]:
+    """Seeds whose overflow is unknown, with the reason. That of a lost training may be known."""
+    known = {case["seed"] for case in cases if knows_overflow(case)}
+    ended = {case["seed"] for case in cases if case["status"] in MEASURED and case["repeat"] == 0}
+    return {**dict.fromkeys(sorted(ended - known), "not known"), **trainings(cases, not_started).unknown}
+
+
+def knows_overflow(case: Record) -> bool:
+    """Whether a case ran to the end and knows how many of its steps overflowed."""
+    return case["status"] in MEASURED and case["overflow_steps"] is not None and bool(case["attempted_steps"])
 
 
 def by_reason(reasons: Mapping[int, str] | Mapping[Key, str]) -> str:
-    """``seed 3: oom; seeds 4, 5: planned, but not started``, and ``seed 0 repeat 2: timeout``; empty without any."""
-    found: dict[str, list[str]] = {}
+    """``seed 3: oom; seeds 4, 5: planned, but not started; seed 0 repeat 2: timeout``; empty if there are none."""
+    seeds: dict[str, list[int]] = defaultdict(list)
     repeats = []
     for key, why in sorted(reasons.items()):
         seed, repeat = key if isinstance(key, tuple) else (key, 0)
         if repeat:
             repeats.append(f"seed {seed} repeat {repeat}: {why}")
         else:
-            found.setdefault(why, []).append(str(seed))
-    parts = [f"{seeds_text(seeds)}: {why}" for why, seeds in found.items()]
-    return "; ".join([*parts, *repeats])
+            seeds[why].append(seed)
+    return "; ".join([*(f"{seeds_text(which)}: {why}" for why, which in seeds.items()), *repeats])
 
 
 def seeds_text(seeds: Iterable[Any]) -> str:

@@ -1,78 +1,222 @@
-"""One examination: what is here, what a run would measure of it, and what speaks against it."""
+"""One examination: what a run would measure here and what to change first; with ``--gpu`` also a short training."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from mpscale.doctor import gpu, measured, precision, software, surroundings
-from mpscale.doctor.cures import cure
-from mpscale.doctor.findings import Examination, Problem
+from mpscale.core.case import Case, Settings
+from mpscale.core.columns import COLUMNS, FAILED, Topic, measured_columns
+from mpscale.core.device import NVIDIA, Device, NoSuchDevice, find_device, vendor_of
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Record
+from mpscale.doctor import device as devices
+from mpscale.doctor import software
 from mpscale.telemetry import host
-from mpscale.telemetry.device import Device
-from mpscale.telemetry.driver import Driver, NoDriver, SilentDriver, open_driver
+from mpscale.telemetry.client import Driver, SilentDriver, open_driver
+
+_TIMEOUT_S = 600.0
+"""A GPU newer than TensorFlow's package compiles kernels for minutes when it is first used."""
+
+_SETTINGS = Settings(train_steps=2, timing_s=0.3, timing_blocks=10, energy_s=0.0)
+
+_GPU_PEAK = "gpu_memory_nvml_peak_mib"
+_SHOWN = {"step_time_ms_median", "host_memory_peak_mib", *(name for name in COLUMNS if name.startswith("gpu_"))} - set(
+    measured_columns(Topic.ENERGY)
+)
+"""Columns that depend on the device. Energy would take ten seconds of steps, so it is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The result of the short training; None for what it did not tell.
+
+    Args:
+        status: of its row.
+        reason: why the status is not ``ok``.
+        device_name: where it ran.
+        step_time_ms: median over the blocks.
+        gpu_memory_mib: peak memory on the GPU.
+        gpu_memory_method: how the peak was found.
+        gpu_allocator: TensorFlow's allocator.
+        wall_time_s: of the whole process.
+        empty: {column: reason} for the columns that it left empty, except for energy, which was not asked for.
+    """
+
+    status: str
+    reason: str | None
+    device_name: str
+    step_time_ms: float | None
+    gpu_memory_mib: float | None
+    gpu_memory_method: str | None
+    gpu_allocator: str | None
+    wall_time_s: float | None
+    empty: dict[str, str]
+
+
+@dataclass(slots=True)
+class Examination:
+    """Everything that was found. Parts that the examination did not reach stay empty.
+
+    Args:
+        device: where a run would train, with its properties; None if no run can begin.
+        figures: every figure of a run.
+        precision: what mixed precision can gain on the device.
+        problems: what to change; each has a cure.
+        notes: what is good to know.
+        software: versions.
+        trained: result of the short training, None without one.
+    """
+
+    device: dict[str, Any] | None = None
+    figures: list[devices.Figure] = field(default_factory=list)
+    precision: devices.Precision | None = None
+    problems: list[Reason] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    software: dict[str, Any] = field(default_factory=dict)
+    trained: Trained | None = None
+
+    @property
+    def verdict(self) -> int:
+        """The exit code: 1 if there is something to change."""
+        return 1 if self.problems else 0
+
+    def add(self, findings: Iterable[Reason | str]) -> None:
+        """Add what a check found: problems as reasons, notes as texts."""
+        for finding in findings:
+            if isinstance(finding, Reason):
+                self.problems.append(finding)
+            else:
+                self.notes.append(finding)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain values, the verdict first."""
+        return {
+            "verdict": self.verdict,
+            "device": self.device,
+            "measured": [figure.to_json() for figure in self.figures],
+            "precision": self.precision and dataclasses.asdict(self.precision),
+            "problems": [{"problem": each.text, "do": each.cure, "code": each.code} for each in self.problems],
+            "notes": self.notes,
+            "software": self.software,
+            "trained": self.trained and dataclasses.asdict(self.trained),
+        }
 
 
 def examine(train: bool) -> Examination:
-    """Looks at this machine as a run would find it.
+    """Examine this machine as a run would find it.
 
-    Whatever goes wrong in it is a problem among the others, so that the rest still gets told.
+    An unexpected exception becomes one of the problems, so that everything else is still shown.
 
     Args:
-        train: trains on the GPU for a moment, too.
+        train: also train on the GPU for a moment.
     """
     found = Examination()
     driver = open_driver()
     try:
         _examine(found, driver, os.environ, train)
     except Exception as error:
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        found.problems.append(Problem(f"this examination stopped early ({words})", "report this line to mpscale"))
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        found.add([Reason(Code.OTHER, f"this examination stopped early ({text})", "report this line to mpscale")])
     finally:
         driver.close()
     return found
 
 
-def _examine(found: Examination, driver: Driver | NoDriver, environ: Mapping[str, str], train: bool) -> None:
-    software.examine(found, driver)
-    device, no_gpu = gpu.find(found, driver, environ)
-    surroundings.examine(found, device, environ)
-    if device is not None:
-        found.device = device.to_json()
-    if device is not None and device.kind == "gpu" and isinstance(driver, Driver):
-        _gpu(found, device, driver)
+def _examine(found: Examination, driver: Driver, environ: Mapping[str, str], train: bool) -> None:
+    found.software = software.versions(driver)
+    found.add(software.check_versions())
+    why_no_gpu: Reason | None = None
+    try:
+        device: Device | None = find_device(driver.devices, environ, host.cpu())
+    except NoSuchDevice as error:
+        device, why_no_gpu = None, error.reason
+        found.add([error.reason])
+    if device is not None and device.kind != "gpu":
+        why_no_gpu = devices.why_no_gpu(driver, environ)
+        found.add(devices.check_absence(why_no_gpu, environ))
+    found.add(software.check_variables(device, environ))
+    found.add(filter(None, [host.busy_words()]))
+    if device is not None and device.kind == "gpu":
+        _examine_gpu(found, device, driver)
     elif device is not None:
-        found.device = {**device.to_json(), "cpu": host.cpu_facts()}
-        found.measured = measured.without_gpu(f"no GPU: {no_gpu}")
-        found.precision = precision.on_cpu(host.cpu_facts()["flags"])
+        cpu = host.cpu_facts()
+        found.device = {**device.to_json(), "cpu": cpu}
+        found.figures = devices.figures_without_gpu(Reason(Code.NO_GPU, f"no GPU: {why_no_gpu}"))
+        found.precision = devices.precision_of_cpu(cpu["flags"])
     if not train:
         return
     if device is None or device.kind != "gpu":
-        found.problems.append(
-            Problem(f"--gpu found no GPU to train on: {no_gpu}", "leave --gpu out to examine the CPU, or add a GPU")
-        )
+        text = f"--gpu found no GPU to train on: {why_no_gpu}"
+        found.add([Reason(Code.NO_GPU, text, "omit --gpu to examine the CPU, or add a GPU")])
         return
-    # Here and not above: the rest of the page needs none of the harness.
-    from mpscale.doctor import train as training
-
-    training.examine(found, device, driver)
+    _train(found, device, driver)
 
 
-def _gpu(found: Examination, device: Device, driver: Driver) -> None:
-    """What a GPU tells; its figures stay empty where NVML has stopped answering."""
-    found.precision = precision.on_gpu(device)
-    software.examine_for_gpu(found, device, driver.cuda_version)
+def _examine_gpu(found: Examination, device: Device, driver: Driver) -> None:
+    """Add what a GPU tells; its figures stay empty if the driver has stopped answering."""
+    found.device = device.to_json()
+    found.precision = devices.precision_of_gpu(device)
+    if vendor_of([device]) is NVIDIA:
+        found.add(software.check_cuda(device, driver.cuda_version))
     try:
         told = driver.facts(device)
         now = driver.look(device)
     except SilentDriver as error:
-        found.measured = measured.without_gpu(str(error))
-        do = cure(str(error)) or "see what nvidia-smi says"
-        found.problems.append(Problem(f"the GPU cannot be watched: {error}", do))
+        found.figures = devices.figures_without_gpu(error.reason)
+        found.add([error.reason.worded(f"the GPU cannot be watched: {error.reason}")])
         return
-    facts: dict[str, Any] = told["facts"]
-    found.device = {**facts, "now": {name: value for name, value in now.items() if name != "id"}}
-    found.measured = measured.on_gpu(told)
-    found.problems += measured.problems(found.measured)
-    gpu.examine(found, device, facts, now)
+    found.device = {**told["facts"], "now": {name: value for name, value in now.items() if name != "id"}}
+    found.figures = devices.figures_of_gpu(told["ways"], told["reasons"])
+    found.add(devices.check_figures(found.figures))
+    found.add(devices.check_gpu(device, told["facts"], now))
+
+
+def _train(found: Examination, device: Device, driver: Driver) -> None:
+    """Train for a moment, like any case of a run, and add the result, or a problem if it failed."""
+    # Importing this takes longer than everything else that doctor does.
+    from mpscale.harness.run import BenchmarkRun
+    from mpscale.harness.supervisor import Options
+
+    case = Case("mnist1d-mlp", "mixed-dynamic", 0, 0, 0, _SETTINGS)
+    with tempfile.TemporaryDirectory(prefix="mpscale-doctor-") as folder:
+        options = Options(Path(folder), Path(folder), "fresh", _TIMEOUT_S, asked={}, gpu_retries=0)
+        run = BenchmarkRun([case], device, driver, options, lambda case, event: None)
+        try:
+            record = run.run(case).record
+        finally:
+            run.finish(0)
+    found.trained = trained = _trained(record, device)
+    if trained.status in FAILED or trained.status == "unsupported":
+        text = f"a short training on {device.name} ended as {trained.status}: {trained.reason}"
+        found.add([Reason(Code.OTHER, text, _cure(trained.status, str(record["output_tail"] or "")))])
+    elif _GPU_PEAK in trained.empty:
+        reason = trained.empty[_GPU_PEAK]
+        found.add([f"the short training left peak GPU memory empty, and so would a run: {reason}"])
+
+
+def _trained(record: Record, device: Device) -> Trained:
+    return Trained(
+        status=str(record["status"]),
+        reason=record["status_reason"],
+        device_name=record["device_name"] or device.name,
+        step_time_ms=record["step_time_ms_median"],
+        gpu_memory_mib=record[_GPU_PEAK],
+        gpu_memory_method=record["gpu_memory_method"],
+        gpu_allocator=record["gpu_allocator"],
+        wall_time_s=record["case_wall_time_s"],
+        empty={column: str(reason) for column, reason in record.unavailable.items() if column in _SHOWN},
+    )
+
+
+def _cure(status: str, output: str) -> str:
+    if status == "invalid":
+        return "change what the reason names, and try again"
+    last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), None)
+    said = f"; the last line of its output: {last}" if last else ""
+    return f"see the reason; a run would end in the same way{said}"

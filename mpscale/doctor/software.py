@@ -1,4 +1,4 @@
-"""The installed software: versions, whether they are those that mpscale is made for, and whether they fit the GPU."""
+"""Installed versions, whether they fit mpscale and the GPU, and environment variables that change figures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import ctypes
 import importlib.util
 import platform
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,79 +14,128 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from mpscale.doctor.findings import Examination, Problem
-from mpscale.telemetry.device import Device
-from mpscale.telemetry.driver import Driver, NoDriver
-from mpscale.telemetry.fingerprint import packages
+from mpscale.core.device import Device
+from mpscale.core.reason import Code, Reason
+from mpscale.telemetry.client import Driver
+from mpscale.telemetry.fingerprint import VARIABLES, packages
 
-SHOWN = ("mpscale", "tensorflow", "keras", "nvidia-ml-py")
-_CUDA_DO = "pip install 'tensorflow[and-cuda]'"
+_SHOWN = ("mpscale", "tensorflow", "keras", "nvidia-ml-py")
+_INSTALL_CUDA = "pip install 'tensorflow[and-cuda]'"
+_FALSE = ("", "0", "false", "False", "FALSE")
+_MEANING = {
+    "CUDA_VISIBLE_DEVICES": "the first GPU that it names is used; -1 selects the CPU",
+    "KERAS_BACKEND": "ignored: a run always uses tensorflow",
+    "NVIDIA_TF32_OVERRIDE": "overrides for NVIDIA's libraries what the modes fp32 and tf32 ask for",
+    "ONEDNN_MAX_CPU_ISA": "oneDNN uses no newer instructions than these",
+    "TF_CUDNN_DETERMINISTIC": "restricts cuDNN to deterministic kernels, which may be slower",
+    "TF_DETERMINISTIC_OPS": "restricts TensorFlow to deterministic kernels, which may be slower",
+    "TF_ENABLE_ONEDNN_OPTS": "0 turns off oneDNN's kernels, including those for bfloat16",
+    "TF_FORCE_GPU_ALLOW_GROWTH": "overrides that a run lets TensorFlow's memory grow",
+    "TF_GPU_ALLOCATOR": "used by --mp-gpu-allocator auto",
+    "TF_XLA_FLAGS": "may make XLA compile what --mp-jit off leaves alone",
+    "XLA_FLAGS": "changes what XLA compiles, in every mode",
+}
+_WITHOUT_EFFECT = {
+    "TF_ENABLE_XLA_JIT": "TensorFlow does not read it; steps are compiled with XLA unless --mp-jit off",
+    "TF_ENABLE_AUTO_MIXED_PRECISION": "TensorFlow 2 does not read it; its rewrite to float16 is the mode graph-rewrite",
+}
 
 
-def examine(found: Examination, driver: Driver | NoDriver) -> None:
-    """Versions, and which of them are out of the ranges of ``pyproject.toml``."""
+def versions(driver: Driver) -> dict[str, Any]:
+    """Return the versions of Python, packages and driver."""
     installed = packages()
-    cuda = {name: version for name, version in installed.items() if name.startswith("nvidia-") and name not in SHOWN}
-    found.software = {
+    cuda = {name: version for name, version in installed.items() if name.startswith("nvidia-") and name not in _SHOWN}
+    return {
         "python": platform.python_version(),
-        "packages": {name: installed[name] for name in SHOWN},
+        "packages": {name: installed[name] for name in _SHOWN},
         "cuda_libraries": cuda,
-        "nvml": driver.reason or "works",
+        "nvml": str(driver.reason or "works"),
         "nvidia_driver": driver.driver_version,
         "cuda_driver": driver.cuda_version,
     }
+
+
+def check_versions() -> Iterator[Reason]:
+    """Find packages whose version mpscale was not made for."""
+    installed = packages()
     for wanted in _requirements("mpscale"):
         name = canonicalize_name(wanted.name)
-        if name not in SHOWN or wanted.marker is not None:
+        if name not in _SHOWN or wanted.marker is not None:
             continue
-        there = installed[name]
-        if there is None or not wanted.specifier.contains(there, prereleases=True):
-            what = "is not installed" if there is None else f"{there} is installed"
-            found.problems.append(
-                Problem(f"{name} {what}, and mpscale needs {wanted.specifier}", f"pip install '{wanted}'")
-            )
+        version = installed[name]
+        if version is None or not wanted.specifier.contains(version, prereleases=True):
+            what = "is not installed" if version is None else f"{version} is installed"
+            text = f"{name} {what}, but mpscale needs {wanted.specifier}"
+            yield Reason(Code.SOFTWARE_MISFIT, text, f"pip install '{wanted}'")
 
 
-def examine_for_gpu(found: Examination, device: Device, cuda_driver: str | None) -> None:
-    """Whether the installed TensorFlow can use a GPU, as far as its files tell.
+def check_cuda(device: Device, cuda_driver: str | None) -> Iterator[Reason | str]:
+    """Check whether the installed TensorFlow can use a GPU, as far as its files tell.
 
     Args:
-        found: takes problems and notes.
         device: a GPU.
-        cuda_driver: the newest CUDA that its driver supports.
+        cuda_driver: the newest CUDA version that its driver supports.
     """
     build = build_info()
     if build and not build.get("is_cuda_build") and not device.is_stand_in:
-        found.problems.append(
-            Problem("the installed TensorFlow was built without CUDA, so it uses no NVIDIA GPU", _CUDA_DO)
-        )
+        text = "the installed TensorFlow was built without CUDA, so it uses no NVIDIA GPU"
+        yield Reason(Code.SOFTWARE_MISFIT, text, _INSTALL_CUDA)
         return
     needed = str(build.get("cuda_version") or "")
-    if cuda_driver and needed and int(cuda_driver.split(".")[0]) < int(needed.split(".")[0]):
-        found.problems.append(
-            Problem(
-                f"the NVIDIA driver supports CUDA up to {cuda_driver}, and the installed TensorFlow needs {needed}",
-                f"update the NVIDIA driver to one that supports CUDA {needed.split('.')[0]}",
-            )
-        )
+    major = needed.partition(".")[0]
+    if cuda_driver and needed and int(cuda_driver.partition(".")[0]) < int(major):
+        text = f"the driver supports CUDA up to {cuda_driver}, but the installed TensorFlow needs {needed}"
+        yield Reason(Code.DRIVER_TOO_OLD, text, f"update the driver to one that supports CUDA {major}")
     if device.compute_capability:
-        _kernels(found, device.compute_capability, build.get("cuda_compute_capabilities") or [])
+        yield from _check_kernels(device.compute_capability, build.get("cuda_compute_capabilities") or [])
     missing = _missing_libraries()
     if not missing or device.is_stand_in:
         return
     if _loads(f"libcudnn.so.{build.get('cudnn_version') or 9}"):
-        found.notes.append(
-            "TensorFlow's CUDA libraries are not all installed through pip, so it looks for those of the system; "
+        yield (
+            "TensorFlow's CUDA libraries are not all installed with pip, so it searches the system for them; "
             "`mpscale doctor --gpu` shows whether it finds them"
         )
         return
-    found.problems.append(
-        Problem(f"TensorFlow's CUDA libraries are not installed ({', '.join(missing)}), so it sees no GPU", _CUDA_DO)
-    )
+    text = f"TensorFlow's CUDA libraries are not installed ({', '.join(missing)}), so it sees no GPU"
+    yield Reason(Code.SOFTWARE_MISFIT, text, _INSTALL_CUDA)
+
+
+def check_variables(device: Device | None, environ: Mapping[str, str]) -> Iterator[Reason | str]:
+    """Name the environment variables that change figures; those that falsify them are problems.
+
+    Args:
+        device: where a run would train, None if unknown.
+        environ: the environment to look in.
+    """
+    harmful = _harmful(device, environ)
+    for name, harm in harmful.items():
+        yield Reason(Code.ENVIRONMENT, f"{name}={environ[name]}: {harm}", f"unset {name}")
+    for name in VARIABLES:
+        if name in environ and name not in harmful:
+            meaning = f" ({_MEANING[name]})" if name in _MEANING else ""
+            yield f"{name}={environ[name]} is set and will be recorded with each run{meaning}"
+    for name, why in _WITHOUT_EFFECT.items():
+        if name in environ:
+            yield f"{name} does nothing: {why}"
+
+
+def _harmful(device: Device | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables with which a GPU's figures are not what their columns say."""
+    if device is None or device.kind != "gpu":
+        return {}
+    found = {}
+    if environ.get("CUDA_LAUNCH_BLOCKING", "") not in _FALSE:
+        found["CUDA_LAUNCH_BLOCKING"] = "every kernel is waited for, so step times are those of another program"
+    if environ.get("TF_FORCE_GPU_ALLOW_GROWTH", "true") in _FALSE:
+        found["TF_FORCE_GPU_ALLOW_GROWTH"] = "TensorFlow takes the GPU's memory at once, so its peak says nothing"
+    if device.has_tf32 and "NVIDIA_TF32_OVERRIDE" in environ:
+        found["NVIDIA_TF32_OVERRIDE"] = "one of the modes fp32 and tf32 is then not what its name says"
+    return found
 
 
 def build_info() -> dict[str, Any]:
-    """What TensorFlow's package says of its build; empty where it does not. Reads a file and imports nothing."""
+    """Return what TensorFlow's package says about its build, empty if unknown. Reads a file, imports nothing."""
     spec = importlib.util.find_spec("tensorflow")
     if spec is None or spec.origin is None:
         return {}
@@ -99,35 +149,33 @@ def build_info() -> dict[str, Any]:
         return {}
 
 
-def _kernels(found: Examination, capability: tuple[int, int], built_for: list[str]) -> None:
-    """Whether TensorFlow's package holds kernels for a GPU: machine code for its generation, or what makes it."""
+def _check_kernels(capability: tuple[int, int], built_for: list[str]) -> Iterator[Reason | str]:
+    """Check whether TensorFlow's package holds kernels for a GPU: machine code, or PTX that the driver compiles."""
 
-    def versions(prefix: str) -> list[tuple[int, int]]:
+    def built(prefix: str) -> list[tuple[int, int]]:
         digits = [each.removeprefix(prefix) for each in built_for if each.startswith(prefix)]
         return [(int(each[:-1]), int(each[-1])) for each in digits if each.isdecimal()]
 
-    ready, to_translate = versions("sm_"), versions("compute_")
+    machine_code, ptx = built("sm_"), built("compute_")
+    runs = any(major == capability[0] and (major, minor) <= capability for major, minor in machine_code)
+    if not built_for or runs or capability in ptx:
+        return
     mine = ".".join(map(str, capability))
-    if not built_for or any(major == capability[0] and (major, minor) <= capability for major, minor in ready):
-        return
-    if any(each == capability for each in to_translate):
-        return
-    if any(each < capability for each in to_translate):
-        found.notes.append(
-            f"TensorFlow's package holds no machine code for compute capability {mine}: the driver compiles it when "
-            "the GPU is first used, which may take many minutes (a larger --mp-timeout lets it)"
+    if any(each < capability for each in ptx):
+        yield (
+            f"TensorFlow's package has no machine code for compute capability {mine}: the driver compiles it when the "
+            "GPU is first used, which may take many minutes (raise --mp-timeout if needed)"
         )
         return
-    found.problems.append(
-        Problem(
-            f"TensorFlow's package holds no kernels for compute capability {mine} (it has {', '.join(built_for)})",
-            "use a TensorFlow that is built for this GPU, or measure the CPU with CUDA_VISIBLE_DEVICES=-1",
-        )
+    yield Reason(
+        Code.SOFTWARE_MISFIT,
+        f"TensorFlow's package has no kernels for compute capability {mine} (it has {', '.join(built_for)})",
+        "use a TensorFlow that is built for this GPU, or measure the CPU with CUDA_VISIBLE_DEVICES=-1",
     )
 
 
 def _missing_libraries() -> list[str]:
-    """The CUDA libraries that TensorFlow's extra ``and-cuda`` would bring and that are not installed."""
+    """Return the CUDA libraries of TensorFlow's extra ``and-cuda`` that are not installed."""
     extra = {"extra": "and-cuda"}
     wanted = [each for each in _requirements("tensorflow") if each.marker is not None]
     asked = [each.name for each in wanted if each.marker and each.marker.evaluate(extra) and "nvidia" in each.name]

@@ -1,70 +1,31 @@
-"""Starts the process of a case, as a child of a warm parent or as a fresh interpreter, behind one face."""
+"""Starts the process of a case: as a fork of a warm parent, or as a fresh interpreter."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import select
 import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Literal
+
+from mpscale.core.device import Device
+from mpscale.core.process import KILL_S, Child, Process, kill_session
+from mpscale.core.wire import Wire
 
 # -P: a file in the working directory must not stand in for a module of the same name.
-_WORKER = ("-P", "-m", "mpscale.harness.worker")
+_WORKER = (sys.executable, "-P", "-m", "mpscale.worker.__main__")
 _IMPORT_S = 180.0
 _FORK_S = 30.0
 _CLOSE_S = 5.0
 
 
 class LaunchError(RuntimeError):
-    """The process that runs cases could not be started at all."""
+    """The process that runs cases could not be started."""
 
 
-class Process(Protocol):
-    """A started worker."""
-
-    pid: int
-    stdin: IO[bytes]
-    stdout: IO[bytes]
-    ended: int
-    """A file descriptor that becomes readable when the process has ended."""
-
-    def wait(self, seconds: float) -> int | None:
-        """Its exit code, negative for a signal; None if it has not ended within ``seconds``."""
-
-    def kill(self) -> None:
-        """Ends it and every process that it left behind in its session."""
-
-
-class Launcher(Protocol):
-    """Starts workers whose standard error goes to a file."""
-
-    def prepare(self) -> None:
-        """Does what has to be done once and would otherwise be counted to the first case.
-
-        Raises:
-            LaunchError: it could not be done.
-        """
-
-    def start(self, stderr: Path) -> Process:
-        """Starts one.
-
-        Raises:
-            LaunchError: it could not be started.
-        """
-
-    def close(self) -> None:
-        """Ends whatever outlives a case."""
-
-
-class FreshLauncher:
-    """A new interpreter for each case: what a GPU needs.
+class Launcher:
+    """Starts workers: each a new interpreter, as a GPU needs.
 
     Args:
         environ: the whole environment of the workers.
@@ -74,170 +35,159 @@ class FreshLauncher:
         self._environ = dict(environ)
 
     def prepare(self) -> None:
-        """Nothing outlives a case, so there is nothing to prepare."""
+        """Do what has to be done once and would otherwise count as time of the first case.
 
-    def start(self, stderr: Path) -> Process:
-        with stderr.open("wb") as log:
-            child = subprocess.Popen(
-                [sys.executable, *_WORKER],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=self._environ,
-                start_new_session=True,
-            )
-        return _Fresh(child)
+        Raises:
+            LaunchError: it could not be done.
+        """
+
+    def start(self, log: Path) -> Process:
+        """Start a worker, whose standard output and error go to the file ``log``.
+
+        Raises:
+            LaunchError: the process that starts workers failed.
+            OSError: the worker could not be started.
+        """
+        return self._child("--wire", log, "wb")
 
     def close(self) -> None:
-        """Nothing outlives a case."""
+        """End whatever outlives a case."""
+
+    def _child(self, option: str, log: Path, open_as: Literal["ab", "wb"]) -> Child:
+        with log.open(open_as) as output:
+            ends = Wire.pair()
+            return Child([*_WORKER, option, str(ends[1].fileno())], self._environ, output, ends=ends)
 
 
-class _Fresh:
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
-        assert child.stdin is not None and child.stdout is not None  # both were asked for
-        self._child = child
-        self.pid, self.stdin, self.stdout = child.pid, child.stdin, child.stdout
-        self.ended = os.pidfd_open(child.pid)
-
-    def wait(self, seconds: float) -> int | None:
-        try:
-            return self._child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def kill(self) -> None:
-        _kill_session(self.pid, alive=self._child.poll() is None)
-        os.close(self.ended)
-
-
-class ForkLauncher:
-    """Children of one warm parent, which is started when first needed and again should it die.
+class ForkLauncher(Launcher):
+    """Has a warm parent fork a child for each case. The parent is started when needed, and again if it died.
 
     Args:
         environ: the whole environment of parent and children.
-        log: where the parent's own standard error goes.
+        log: where the parent's own output goes.
     """
 
     def __init__(self, environ: Mapping[str, str], log: Path) -> None:
-        self._environ, self._log = dict(environ), log
-        self._parent: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
+        super().__init__(environ)
+        self._log = log
+        self._parent: Child | None = None
 
     def prepare(self) -> None:
-        """Starts the parent, which takes as long as importing TensorFlow does."""
-        if self._parent is None or self._parent.poll() is not None:
-            self.close()
-            try:
-                self._start_parent()
-            except BaseException:
-                # Also on an interrupt: a parent that is half started would answer the next case out of turn.
-                self.close()
-                raise
-
-    def start(self, stderr: Path) -> Process:
-        self.prepare()
-        assert self._socket is not None  # prepare made it
-        (stdin, ours_in), (ours_out, stdout) = os.pipe(), os.pipe()
+        """Start the parent, which takes as long as importing TensorFlow does."""
+        if self._parent is not None and self._parent.wait(0.0) is None:
+            return
+        self.close()
         try:
-            with stderr.open("wb") as log:
-                socket.send_fds(self._socket, [b"f"], [stdin, stdout, log.fileno()])
-            if not _readable(self._socket, _FORK_S):
-                raise OSError(f"it did not fork within {_FORK_S:g} s")
-            pid = int(json.loads(_read_line(self._socket))["pid"])
+            self._parent = self._child("--serve", self._log, "ab")
+            self._parent.receive(_IMPORT_S)
         except BaseException as error:
-            os.close(ours_in)
-            os.close(ours_out)
+            # Also on an interrupt: a parent that is half started would answer the next case out of turn.
             self.close()
-            if isinstance(error, OSError | ValueError | KeyError):
-                raise LaunchError(f"the warm parent died: {error}; its output ends with\n{self._tail()}") from error
+            if isinstance(error, OSError | EOFError):
+                raise LaunchError(f"the process that imports TensorFlow did not come up{self._tail()}") from error
+            raise
+
+    def start(self, log: Path) -> Process:
+        self.prepare()
+        assert self._parent is not None  # prepare made it
+        ours, theirs = Wire.pair()
+        try:
+            with log.open("wb") as output:
+                self._parent.wire.send({}, [theirs.fileno(), output.fileno()])
+            pid = int(self._parent.receive(_FORK_S)["pid"])
+        except BaseException as error:
+            ours.close()
+            self.close()
+            if isinstance(error, TimeoutError):
+                raise LaunchError(f"the warm parent did not fork within {_FORK_S:g} s{self._tail()}") from error
+            if isinstance(error, OSError | EOFError | KeyError):
+                raise LaunchError(f"the warm parent died: {error}{self._tail()}") from error
             raise
         finally:
-            os.close(stdin)
-            os.close(stdout)
-        return _Forked(pid, os.fdopen(ours_in, "wb"), os.fdopen(ours_out, "rb"), self._socket)
+            theirs.close()
+        return _Forked(pid, ours, self._parent)
 
     def close(self) -> None:
-        """Closes the socket, upon which the parent ends."""
-        if self._socket is not None:
-            self._socket.close()
         if self._parent is not None:
-            try:
-                self._parent.wait(_CLOSE_S)
-            except subprocess.TimeoutExpired:
-                _kill_session(self._parent.pid, alive=True)
-                self._parent.wait()
-        self._parent = self._socket = None
-
-    def _start_parent(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs, self._log.open("ab") as log:
-            self._parent = subprocess.Popen(
-                [sys.executable, *_WORKER, "--serve", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self._environ,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        self._socket = ours
-        ours.settimeout(_IMPORT_S)
-        try:
-            line = _read_line(ours)
-        except TimeoutError:
-            line = b""
-        ours.settimeout(None)
-        if not line:
-            raise LaunchError(
-                f"the process that imports TensorFlow did not come up; its output ends with\n{self._tail()}"
-            )
+            self._parent.end(_CLOSE_S)
+        self._parent = None
 
     def _tail(self) -> str:
-        return self._log.read_text(errors="replace")[-2000:]
+        said = self._log.read_text(errors="replace")[-2000:] if self._log.exists() else ""
+        return f"; its output ends with\n{said}"
 
 
-class _Forked:
-    def __init__(self, pid: int, stdin: IO[bytes], stdout: IO[bytes], connection: socket.socket) -> None:
-        self.pid, self.stdin, self.stdout = pid, stdin, stdout
-        self._socket = connection
-        self.ended = connection.fileno()
+class _Forked(Process):
+    """A child of the warm parent, which says when the child has ended."""
+
+    def __init__(self, pid: int, wire: Wire, parent: Child) -> None:
+        super().__init__(pid, wire, parent.wire)
+        self._parent = parent
         self._code: int | None = None
 
     def wait(self, seconds: float) -> int | None:
         if self._code is None:
-            deadline = time.monotonic() + seconds
-            # The parent says so in one line; until it is there, nothing may be read, or half of it would be lost.
-            while not _readable(self._socket, deadline - time.monotonic()):
-                if time.monotonic() >= deadline:
-                    return None
-            line = _read_line(self._socket)
-            # No line: the warm parent itself was killed, and its children with it.
-            self._code = os.waitstatus_to_exitcode(json.loads(line)["status"]) if line else -int(signal.SIGKILL)
+            try:
+                self._code = os.waitstatus_to_exitcode(self._parent.receive(max(seconds, 0.0))["status"])
+            except TimeoutError:
+                pass
+            except EOFError:
+                # The warm parent itself was killed, and its children with it.
+                self._code = -int(signal.SIGKILL)
         return self._code
 
-    def kill(self) -> None:
-        _kill_session(self.pid, alive=self._code is None)
+    def kill(self, seconds: float = KILL_S) -> int | None:
+        kill_session(self.pid, alive=self._code is None)
+        self.wire.close()
+        return self.wait(seconds)
 
 
-def _kill_session(pid: int, alive: bool) -> None:
-    """Kills the processes of the session that ``pid`` leads or led, and itself if it lives: once it has been waited
-    for, its number may be another process's.
+Allocator = Literal["cuda_malloc_async", "bfc"]
+
+_FIRST_CUDA = (11, 2)
+"""The first CUDA with pools for cuda_malloc_async."""
+
+
+def worker_environment(environ: Mapping[str, str], device: Device, allocator: Allocator | None) -> dict[str, str]:
+    """Return ``environ`` with what a worker needs: one visible device, and an allocator whose peak means something.
+
+    Args:
+        environ: that of this process.
+        device: the one device that the worker is to see.
+        allocator: TensorFlow's allocator on a GPU; None leaves the one that ``environ`` names.
     """
-    for kill in (os.killpg, os.kill) if alive else (os.killpg,):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            kill(pid, signal.SIGKILL)
+    environment = {**environ, "KERAS_BACKEND": "tensorflow", "PYTHONUNBUFFERED": "1"}
+    environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    if device.uuid is None or device.is_stand_in:
+        environment["CUDA_VISIBLE_DEVICES"] = "-1"
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = device.uuid
+        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    if device.kind == "gpu" and allocator == "cuda_malloc_async":
+        environment["TF_GPU_ALLOCATOR"] = allocator
+    elif allocator is not None:
+        # TensorFlow's own pool; it grows as it must, since the worker asks for that.
+        environment.pop("TF_GPU_ALLOCATOR", None)
+    return environment
 
 
-def _readable(connection: socket.socket, seconds: float) -> bool:
-    return bool(select.select([connection], [], [], max(seconds, 0))[0])
+def allocators(
+    asked: Literal["auto", "cuda_malloc_async", "bfc"], environ: Mapping[str, str], cuda_version: str | None
+) -> list[Allocator | None]:
+    """Return the allocators to try, the best first.
 
+    TensorFlow's default pool grows by doubling, so its peak says little about the model; ``cuda_malloc_async`` takes
+    from the driver what is needed, if driver and GPU have it.
 
-def _read_line(connection: socket.socket) -> bytes:
-    """One line, byte by byte: a buffered reader would take the next line too, and waiting on the socket miss it."""
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = connection.recv(1)
-        if not byte:
-            return b""
-        line += byte
-    return line
+    Args:
+        asked: the option.
+        environ: may name one in ``TF_GPU_ALLOCATOR``, which ``auto`` leaves as it is.
+        cuda_version: the newest CUDA of the driver, such as ``"12.8"``.
+    """
+    if asked != "auto":
+        return [asked]
+    if environ.get("TF_GPU_ALLOCATOR"):
+        return [None]
+    if cuda_version is not None and tuple(map(int, cuda_version.split("."))) < _FIRST_CUDA:
+        return ["bfc"]
+    return ["cuda_malloc_async", "bfc"]

@@ -1,72 +1,44 @@
-"""One run: its cases through the supervisor, into the journal."""
+"""One run: its cases through the supervisor into the journal.
+
+A finished case is held to the training of the other modes of its seed (:class:`SameStart`), and its empty columns get
+their reasons (:func:`explain`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mpscale.columns import FAILED
-from mpscale.harness.case import Case, StartMethod
-from mpscale.harness.environment import allocators
-from mpscale.harness.journal import Journal
-from mpscale.harness.reasons import explain
-from mpscale.harness.same_start import SameStart
-from mpscale.harness.supervisor import Listener, Outcome, Supervisor
-from mpscale.records import Record
-from mpscale.telemetry.device import Device
-from mpscale.telemetry.driver import Driver, NoDriver
+from mpscale.core.case import Case
+from mpscale.core.columns import FAILED, Topic, measured_columns
+from mpscale.core.device import Device
+from mpscale.core.mode import MODES
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Record
+from mpscale.core.run_folder import Journal
+from mpscale.core.wire import Again
+from mpscale.harness.supervisor import Listener, Options, Outcome, Supervisor
+from mpscale.telemetry.client import Driver
 from mpscale.telemetry.fingerprint import environment, run_slug
-from mpscale.telemetry.watch import CaseWatch
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a run is made, as against what is in it.
-
-    Args:
-        results: the results folder.
-        project: the folder whose git commit is recorded.
-        start_method: how workers are started.
-        timeout_s: seconds that a case may take.
-        asked: what the user asked for, for run.json.
-        gpu_allocator: TensorFlow's allocator on a GPU.
-        gpu_retries: how often a case is run again whose figures a state of the GPU has spoilt that may pass.
-        cool_down_s: seconds to wait at most before that.
-        keep_suspect: such cases keep their status instead.
-        interleaved: with which other run this one takes turns, for run.json; None where it is alone.
-    """
-
-    results: Path
-    project: Path
-    start_method: StartMethod
-    timeout_s: float
-    asked: dict[str, Any]
-    gpu_allocator: Literal["auto", "cuda_malloc_async", "bfc"] = "auto"
-    gpu_retries: int = 2
-    cool_down_s: float = 60.0
-    keep_suspect: bool = False
-    interleaved: Mapping[str, Any] | None = None
 
 
 class BenchmarkRun:
-    """Makes the run's folder and its first process when the first case is run, so that nothing is left of a run
-    that had none.
+    """Makes the run's folder and first process only when the first case runs, so a run without cases leaves nothing.
 
     Args:
-        cases: the plan, for the record; cases are run one by one by :meth:`run`.
+        cases: the plan, for the record; :meth:`run` runs cases one by one.
         device: where they run.
-        driver: tells of the GPU.
-        options: how.
+        driver: what the GPU's driver can tell.
+        options: how they run.
         listener: told of phases and progress.
     """
 
     def __init__(
-        self, cases: Sequence[Case], device: Device, driver: Driver | NoDriver, options: Options, listener: Listener
+        self, cases: Sequence[Case], device: Device, driver: Driver, options: Options, listener: Listener
     ) -> None:
         self._cases, self._device, self._driver = list(cases), device, driver
         self._options, self._listener = options, listener
@@ -85,18 +57,18 @@ class BenchmarkRun:
 
     @property
     def troubles(self) -> list[str]:
-        """What went wrong with the run's files so far, each once: with any, the run is no success."""
+        """What went wrong with the run's files so far, each once. A run with any of them fails."""
         return [] if self._journal is None else list(self._journal.troubles)
 
     def measured(self, case: Case) -> Outcome | None:
-        """The outcome of a case that has been run already and did not fail."""
+        """The outcome of a case that has already run and did not fail."""
         outcome = self._outcomes.get(case.id)
         return None if outcome is None or outcome.record["status"] in FAILED else outcome
 
     def run(self, case: Case) -> Outcome:
-        """Runs one case and writes it down; one that has been run before gets another attempt.
+        """Run one case and record it. A case that has run before gets another attempt.
 
-        So does one that the state of the GPU has spoilt, after a pause: every attempt is in the journal.
+        So does one that the state of the GPU has spoilt, after a pause. Every attempt is in the journal.
         """
         retries = 0
         while True:
@@ -104,22 +76,35 @@ class BenchmarkRun:
             if outcome.again is None or (outcome.again == "cooled" and retries >= self._options.gpu_retries):
                 return outcome
             reason = str(outcome.record["status_reason"])
-            if outcome.again == "cooled":
-                retries += 1
-                self._listener(case, "again", {"reason": f"invalid, {reason}"})
-                self._open()[1].cool_down(self._options.cool_down_s)
-            elif outcome.again == "allocator":
-                now = self._open()[1].allocator
-                said = f"TensorFlow failed with cuda_malloc_async twice ({reason}), and is tried with {now}"
-                self._listener(case, "again", {"reason": said})
-            else:
-                self._listener(case, "again", {"reason": f"failed on touching the GPU ({reason})"})
+            match outcome.again:
+                case "cooled":
+                    retries += 1
+                    self._listener(case, Again(f"invalid, {reason}"))
+                    self._open()[1].cool_down(self._options.cool_down_s)
+                case "allocator":
+                    now = self._open()[1].allocator
+                    said = f"TensorFlow failed with cuda_malloc_async twice ({reason}), and is tried with {now}"
+                    self._listener(case, Again(said))
+                case "touched":
+                    self._listener(case, Again(f"failed on touching the GPU ({reason})"))
+
+    def finish(self, exit_status: int) -> None:
+        """End the processes and close the journal.
+
+        Args:
+            exit_status: that of the whole run, 0 if all went well.
+        """
+        if self._supervisor is not None:
+            self._supervisor.close()
+        if self._journal is not None:
+            self._journal.finish(exit_status)
+        self._supervisor = None
 
     def _attempt(self, case: Case) -> Outcome:
         journal, supervisor = self._open()
         earlier = self._outcomes.get(case.id)
         attempt = 1 if earlier is None else earlier.record["attempts"] + 1
-        # Its place in what was run, which is not that in the plan where a test was left out or run again.
+        # Its place among the cases that ran, which differs from the plan if a test was left out or run again.
         case = dataclasses.replace(case, order=self._started)
         self._started += 1
         journal.case_started(case, attempt)
@@ -138,10 +123,9 @@ class BenchmarkRun:
             outcome.record.update({"status": "interrupted", "status_reason": f"stopped by {type(error).__name__}"})
             self._finish_case(journal, case, outcome)
             raise
-        difference = self._same_start.difference(case, outcome.record)
         if outcome.gpu_lost:
             self._gpu_lost_in = case.id
-        if difference is not None:
+        if difference := self._same_start.difference(case, outcome.record):
             outcome.again = None
             known = outcome.record["status_reason"] if outcome.record["status"] == "invalid" else None
             reason = f"{known}; {difference}" if known else difference
@@ -152,22 +136,9 @@ class BenchmarkRun:
             self._runtime_known = True
         return outcome
 
-    def finish(self, exit_status: int) -> None:
-        """Ends the processes and closes the journal.
-
-        Args:
-            exit_status: that of the whole run, 0 where all went well.
-        """
-        if self._supervisor is not None:
-            self._supervisor.close()
-        if self._journal is not None:
-            self._journal.finish(exit_status)
-        self._supervisor = None
-
     def _finish_case(self, journal: Journal, case: Case, outcome: Outcome) -> None:
-        # Now, and not when the run is read: what no reader could take is told while its case is on the screen.
-        misfits = outcome.record.drop_misfits()
-        if misfits:
+        # Now rather than when the run is read, so that a value no reader could take is reported along with its case.
+        if misfits := outcome.record.drop_misfits():
             outcome.record.update(case.identity())
             outcome.record.invalidate("; ".join(misfits))
         explain(outcome.record, case)
@@ -185,16 +156,113 @@ class BenchmarkRun:
                 self._options.interleaved,
             )
         if self._supervisor is None:
-            self._supervisor = Supervisor(
-                self._device,
-                CaseWatch(self._driver, self._device),
-                self._options.start_method,
-                self._options.timeout_s,
-                os.environ,
-                # Of the session's own folders those are on it in which it has found workloads.
-                [str(Path(entry).absolute()) for entry in sys.path],
-                self._listener,
-                allocators(self._options.gpu_allocator, os.environ, self._driver.cuda_version),
-                self._options.keep_suspect,
-            )
+            self._supervisor = Supervisor(self._device, self._driver, self._options, self._listener)
         return self._journal, self._supervisor
+
+
+_COMPARED = {
+    "initial_weights_digest": "initial weights",
+    "data_order_digest": "order of the data",
+    "data_digest": "data",
+    "model_digest": "model",
+    "optimizer_config": "optimizer",
+    "loss_inputs": "labels or outputs",
+    "loss_probe": "loss",
+    "step_operations": "operations in the train step",
+    "process_settings": "settings of the process",
+    "workload_digest": "workload digest",
+}
+"""What is compared, by column. The digest is made of the others, and is named only if none of them differs."""
+
+_SAME_LOSS = 1e-4
+"""The largest relative difference between sums of the same loss that are taken in different orders."""
+
+
+class SameStart:
+    """Compares what each case of a group trained with what the first one did.
+
+    The modes of a seed must train the same: a difference between them has to come from the precision alone.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, int, int], dict[str, tuple[str, Any]]] = {}
+
+    def difference(self, case: Case, record: Record) -> str | None:
+        """Return how the training of ``case`` differs from that of an earlier mode of its group; None if it does not.
+
+        A case that died early is judged by what it had by then.
+        """
+        first = self._first.setdefault(case.group, {})
+        differing: dict[str, list[str]] = {}
+        for name, what in _COMPARED.items():
+            value = record[name]
+            if value is None or (name == "workload_digest" and differing):
+                continue
+            mode, other = first.setdefault(name, (case.mode, value))
+            if not _equal(value, other):
+                differing.setdefault(mode, []).append(f"{what} ({_apart(name, value, other, mode)})")
+        if not differing:
+            return None
+        said = "; ".join(f"not the same training as {mode}: other {', '.join(it)}" for mode, it in differing.items())
+        return f"{said}. Modes may only differ in precision: the workload must not ask for the mode or its policy"
+
+
+def _equal(value: Any, other: Any) -> bool:
+    if isinstance(value, float) and isinstance(other, float):
+        return math.isclose(value, other, rel_tol=_SAME_LOSS, abs_tol=1e-6)
+    return bool(value == other)
+
+
+def _apart(name: str, value: Any, other: Any, mode: str) -> str:
+    """What differs between two values of a column, in few words."""
+    if name == "optimizer_config":
+        ours, theirs = json.loads(value), json.loads(other)
+    elif name == "step_operations":
+        ours, theirs = (dict(part.split(" ") for part in text.split(", ")) for text in (value, other))
+    elif isinstance(value, float):
+        return f"{value:.6g} on the same labels and outputs, {mode} had {other:.6g}"
+    else:
+        return f"{value}, {mode} had {other}"
+    keys = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
+    return ", ".join(f"{key} {ours.get(key, 'none')}, {mode} had {theirs.get(key, 'none')}" for key in keys)
+
+
+_TRAINING = (*measured_columns(Topic.TRAINING), "metric_value", "final_accuracy", "published_metric_value")
+_UNTIMED = ("build_time_s", "trace_time_s", "first_step_s")
+_TIMING = tuple(name for name in measured_columns(Topic.STEP_TIME) if name not in _UNTIMED)
+_LOSS_SCALE = tuple(name for name in _TRAINING if name.startswith("loss_scale_"))
+_OVERFLOW = (
+    "applied_steps",
+    "skipped_steps",
+    "overflow_steps",
+    "longest_skip_run",
+    "first_overflow_step",
+    "last_overflow_step",
+    "timed_overflow_steps",
+    "step_time_ms_per_applied",
+)
+_MAY_BE_INFINITE = ("train_loss_first", "train_loss_final", "loss_scale_final", "loss_scale_max")
+
+
+def explain(record: Record, case: Case) -> None:
+    """Give every empty measured column of a finished case its reason, even if nothing went wrong."""
+    mode = MODES[case.mode]
+    if record["status"] == "unsupported":
+        record.complete(Reason(Code.UNSUPPORTED, str(record["status_reason"])))
+        return
+    if not case.trains:
+        record.miss(_TRAINING, Reason(Code.NOT_ASKED_FOR, "timing-only process"))
+    if case.settings.timing_s == 0:
+        record.miss(_TIMING, Reason(Code.NOT_ASKED_FOR, "timing was off"))
+    if mode.scaling is None:
+        record.miss(_LOSS_SCALE, Reason(Code.NOT_IN_MODE, f"{mode.name} has no loss scale"))
+    if not mode.sees_overflow:
+        record.miss(_OVERFLOW, Reason(Code.NOT_IN_MODE, f"{mode.name} checks no gradient"))
+    elif record["overflow_steps"] == 0:
+        never = Reason(Code.NEVER_HAPPENED, "no step overflowed")
+        record.miss(("first_overflow_step", "last_overflow_step"), never)
+    if record["attempted_steps"] is not None:
+        record.miss(_MAY_BE_INFINITE, Reason(Code.NOT_FINITE, "not finite"))
+    if record["timed_steps"] is not None:
+        record.miss("step_time_ms_per_applied", Reason(Code.NEVER_HAPPENED, "no timed step was applied"))
+    record.complete(Reason(Code.NOT_REACHED, f"the case ended before that ({record['status']})"))

@@ -1,40 +1,72 @@
-"""Starts the process of a case, listens to it, times it out, and makes a record of whatever becomes of it."""
+"""Runs a case: starts its process, listens to it, stops it when its time is up, and records whatever becomes of it."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
-import selectors
 import shutil
 import signal
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mpscale.columns import METHOD_VERSION, SCHEMA_VERSION
-from mpscale.harness.case import Case, StartMethod
-from mpscale.harness.environment import Allocator, worker_environment
-from mpscale.harness.launch import ForkLauncher, FreshLauncher, Launcher, LaunchError, Process
-from mpscale.modes import MODES
-from mpscale.records import Record
-from mpscale.telemetry.device import Device
-from mpscale.telemetry.watch import CaseWatch, Seen, Told
+from mpscale.core import wire
+from mpscale.core.case import Case, StartMethod
+from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
+from mpscale.core.device import Device
+from mpscale.core.mode import MODES
+from mpscale.core.process import Process, describe_exit
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Record
+from mpscale.core.wire import Phase, PhaseReached, StepsDone
+from mpscale.harness.launch import Allocator, ForkLauncher, Launcher, LaunchError, allocators, worker_environment
+from mpscale.telemetry.client import Driver
+from mpscale.telemetry.watch import CaseWatch, WatchResult, WorkerFacts
 
-Listener = Callable[[Case, str, Mapping[str, Any]], None]
-"""Called with a case, an event (``phase``, ``progress`` or ``again``) and the event's fields."""
+Listener = Callable[[Case, wire.Progressed], None]
+"""Called with a case and what has just happened in it."""
 
 _OWN_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
-"""Signals by which a program fails; all others come from a person, the kernel's out-of-memory killer or a limit."""
+"""Signals by which a program fails. The others come from a person, the kernel's out-of-memory killer or a limit."""
 
 _TAIL_BYTES = 4000
 _REASON, _BEGINNING = 500, 120
 """Characters of a reason, and how many of them are its beginning."""
 _GRACE_S = 15.0
+"""How long a worker may take to end after its last message."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is made, as opposed to what is in it.
+
+    Args:
+        results: the results folder.
+        project: the folder whose git commit is recorded.
+        start_method: how workers are started.
+        timeout_s: seconds that a case may take.
+        asked: what the user asked for, for run.json.
+        gpu_allocator: TensorFlow's allocator on a GPU.
+        gpu_retries: how many times to retry a case invalidated by a transient condition of the GPU.
+        cool_down_s: the longest wait before such a retry.
+        keep_suspect: keep the status of such cases instead.
+        interleaved: for run.json, the run with which this one is interleaved; None if it is alone.
+    """
+
+    results: Path
+    project: Path
+    start_method: StartMethod
+    timeout_s: float
+    asked: dict[str, Any]
+    gpu_allocator: Literal["auto", "cuda_malloc_async", "bfc"] = "auto"
+    gpu_retries: int = 2
+    cool_down_s: float = 60.0
+    keep_suspect: bool = False
+    interleaved: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -43,13 +75,13 @@ class Outcome:
 
     Args:
         record: its row.
-        step_s: step time of each timed block, in seconds.
+        step_s: seconds per step of each timed block.
         phases: when each phase was reached, in seconds from the start of the process.
         runtime: what the worker knows about TensorFlow and its device.
-        again: why another attempt may end better: on a GPU that has ``cooled``, with another ``allocator``, or for all
-            one knows with the same, after a failure when the GPU was first ``touched``.
-        gpu_lost: whether the GPU was lost in it.
-        signal: what killed the worker, None where nothing did.
+        again: why another attempt may end better: the GPU has ``cooled``, it has another ``allocator``, or, after a
+            failure when the GPU was first ``touched``, because such failures may pass.
+        gpu_lost: whether the GPU was lost.
+        signal: the signal that killed the worker, None if none did.
     """
 
     record: Record
@@ -62,58 +94,45 @@ class Outcome:
 
 
 class Supervisor:
-    """Runs cases one at a time.
+    """Runs cases one at a time, each in a process with this one's environment and Python path.
+
+    On a GPU it may have several of TensorFlow's allocators to choose from. It takes the next one when a case fails
+    twice on touching the GPU, but never after one has worked: a run must not mix figures of two allocators.
 
     Args:
-        device: where they run.
-        watch: looks at the worker and its GPU from outside.
-        start_method: ``fork`` or ``fresh``; see launch.py.
-        timeout_s: seconds that a case may take.
-        environ: the environment to start workers in; what mpscale has to set is added.
-        sys_path: Python's path for workers: where workloads named by ``module:attribute`` are looked for.
+        device: where cases run.
+        driver: what the GPU's driver can tell.
+        options: how they run.
         listener: told of phases and progress.
-        allocators: of TensorFlow on a GPU, the best first; the next one is taken where one fails twice on touching the
-            GPU, and never again once one has worked: figures of two allocators are not to stand in one run.
-        keep_suspect: leaves a case its status where its figures are suspect.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        watch: CaseWatch,
-        start_method: StartMethod,
-        timeout_s: float,
-        environ: Mapping[str, str],
-        sys_path: Sequence[str],
-        listener: Listener,
-        allocators: Sequence[Allocator | None] = (None,),
-        keep_suspect: bool = False,
-    ) -> None:
-        self._device, self._watch, self._start_method = device, watch, start_method
-        self._timeout_s, self._sys_path, self._listener = timeout_s, list(sys_path), listener
-        self._logs = tempfile.TemporaryDirectory(prefix="mpscale-")
-        self._scratch = Path(self._logs.name) / "scratch"
-        self._environ, self._allocators, self._keep_suspect = dict(environ), list(allocators), keep_suspect
-        self._left = list(allocators)
+    def __init__(self, device: Device, driver: Driver, options: Options, listener: Listener) -> None:
+        self._device, self._options, self._listener = device, options, listener
+        self._watch = CaseWatch(driver, device)
+        self._folder = tempfile.TemporaryDirectory(prefix="mpscale-")
+        self._scratch = Path(self._folder.name) / "scratch"
+        # The folders of the session itself are on it if it has found workloads there.
+        self._sys_path = [str(Path(entry).absolute()) for entry in sys.path]
+        self._allocators = allocators(options.gpu_allocator, os.environ, driver.cuda_version)
+        self._left = list(self._allocators)
         self._allocator_works, self._failures = False, 0
         self._launcher = self._make_launcher()
 
     def run(
         self, case: Case, steps_path: Path | None, gpu_path: Path | None, outcome: Outcome, attempt: int = 1
     ) -> None:
-        """Runs a case to its end, whatever that is.
+        """Run a case to its end, whatever that is.
 
         Args:
             case: what to run.
             steps_path: where its log of steps goes, None for a case that does not train.
             gpu_path: where the samples of the GPU go.
-            outcome: is filled in as the case goes on, so that it holds what was known if this ends in an exception,
-                which only the user's interrupt and the like do.
-            attempt: how often it has been started, this time included.
+            outcome: filled in as the case goes on, so it holds what was known even if this ends in an exception, such
+                as the user's interrupt.
+            attempt: how many times the case has been started, including this time.
         """
-        mode = MODES[case.mode]
         self.describe(case, outcome.record, attempt)
-        unsupported = mode.unsupported_reason(self._device, case.settings.jit)
+        unsupported = MODES[case.mode].unsupported_reason(self._device, case.settings.jit)
         if unsupported:
             outcome.record.update({"status": "unsupported", "status_reason": unsupported})
         else:
@@ -121,7 +140,7 @@ class Supervisor:
             self._judge_allocator(outcome)
 
     def describe(self, case: Case, record: Record, attempt: int) -> None:
-        """Notes what is known of a case before it is started, and also if it never is."""
+        """Record what is known of a case before it starts, or if it never does."""
         record.update(
             {
                 "attempts": attempt,
@@ -135,31 +154,32 @@ class Supervisor:
         )
 
     def cool_down(self, seconds: float) -> None:
-        """Waits until the GPU is fit to be measured on, for at most so long."""
+        """Wait until the GPU is fit for measurements, for at most ``seconds``."""
         self._watch.cool_down(seconds)
 
     def close(self) -> None:
-        """Ends what outlives a case."""
+        """End whatever outlives a case."""
         self._launcher.close()
         self._watch.close()
-        self._logs.cleanup()
-
-    def _make_launcher(self) -> Launcher:
-        environment = worker_environment(self._environ, self._device, self._left[0])
-        if self._start_method == "fork":
-            return ForkLauncher(environment, Path(self._logs.name) / "parent.log")
-        return FreshLauncher(environment)
+        self._folder.cleanup()
 
     @property
     def allocator(self) -> Allocator | None:
-        """The one that workers are started with; None is the one that the environment names."""
+        """The allocator that workers start with; None for the one that the environment names."""
         return self._left[0]
 
+    def _make_launcher(self) -> Launcher:
+        environment = worker_environment(os.environ, self._device, self._left[0])
+        if self._options.start_method == "fork":
+            return ForkLauncher(environment, Path(self._folder.name) / "parent.log")
+        return Launcher(environment)
+
     def _judge_allocator(self, outcome: Outcome) -> None:
-        """Has a case run again whose worker failed when it first touched the GPU: once as it was, then with the next
-        allocator. Where that was the last one, the allocator was not to blame.
+        """Retry a case whose worker failed on first touching the GPU: once as it was, then with the next allocator.
+
+        If the last one fails too, no allocator was to blame.
         """
-        if "context-ready" in outcome.phases:
+        if Phase.CONTEXT_READY in outcome.phases:
             self._allocator_works = True
         if self._allocator_works or len(self._allocators) == 1 or not self._may_be_the_allocator(outcome):
             return
@@ -179,7 +199,7 @@ class Supervisor:
         """Whether the worker failed on touching the GPU, and by itself: nobody killed it, and memory sufficed."""
         return (
             self._device.kind == "gpu"
-            and "idle" in outcome.phases
+            and Phase.IDLE in outcome.phases
             and outcome.record["status"] in ("crashed", "error")
             and (outcome.signal is None or outcome.signal in _OWN_SIGNALS)
             and not outcome.gpu_lost
@@ -187,34 +207,27 @@ class Supervisor:
 
     def _run_process(self, case: Case, steps_path: Path | None, gpu_path: Path | None, outcome: Outcome) -> None:
         record = outcome.record
-        log = Path(self._logs.name) / "case.log"
+        record.update({"start_method": self._options.start_method})
+        log = Path(self._folder.name) / "case.log"
         self._scratch.mkdir(exist_ok=True)
         try:
             self._launcher.prepare()
             start = time.monotonic()
-            process = self._launcher.start(log)
+            worker = self._launcher.start(log)
         except (LaunchError, OSError) as error:
             record.update({"status": "error", "status_reason": _one_line(str(error))})
-            record.update({"start_method": self._start_method})
             return
-        self._watch.start(process.pid, start)
-        record.update({"status": "interrupted", "start_method": self._start_method})
-        told = Told(energy_off=_energy_off(case))
+        self._watch.start(worker.pid, start)
+        record.update({"status": "interrupted"})
+        talk = _Conversation(worker, case, outcome, start)
         try:
-            status, reason, told = self._converse(process, case, steps_path, outcome, start)
-            record.update({"status": status, "status_reason": reason})
+            self._converse(talk, steps_path)
         finally:
             # Also on the user's interrupt: neither the worker nor a process that it left behind outlives its case.
-            with contextlib.suppress(OSError):
-                process.stdin.close()
-            process.stdout.close()
-            if record["status"] not in ("timeout", "interrupted"):
-                process.wait(_GRACE_S)
-            process.kill()
-            process.wait(_GRACE_S)
+            worker.end(0.0 if record["status"] in ("timeout", "interrupted") else _GRACE_S)
             record.update({"case_wall_time_s": time.monotonic() - start})
             shutil.rmtree(self._scratch, ignore_errors=True)
-            seen = self._watch.stop(told, gpu_path)
+            seen = self._watch.stop(talk.told(), gpu_path)
             record.update(seen.findings.values)
             for column, why in seen.findings.unavailable.items():
                 record.miss(column, why)
@@ -222,8 +235,26 @@ class Supervisor:
         if record["status"] not in ("ok", "diverged", "stalled"):
             record.update({"output_tail": _tail(log) or None})
 
-    def _judge(self, outcome: Outcome, seen: Seen) -> None:
-        """Takes what the GPU went through into account."""
+    def _converse(self, talk: _Conversation, steps_path: Path | None) -> None:
+        """Have a worker run its case, and look at the machine at each phase."""
+        case = talk.case
+        request = {
+            "case": case.to_json(),
+            "device": self._device.to_json(),
+            "steps_path": None if steps_path is None else str(steps_path),
+            "sys_path": self._sys_path,
+            "scratch": str(self._scratch),
+            "energy_s": case.settings.energy_s if talk.energy_off is None and self._watch.has_power() else 0.0,
+        }
+        talk.worker.send(request)
+        for event in talk.events(self._options.timeout_s):
+            if isinstance(event, PhaseReached):
+                self._watch.mark(event.phase)
+                talk.worker.send({})
+            self._listener(case, event)
+
+    def _judge(self, outcome: Outcome, seen: WatchResult) -> None:
+        """Take into account what the GPU went through."""
         record = outcome.record
         if seen.lost:
             outcome.gpu_lost = True
@@ -231,127 +262,90 @@ class Supervisor:
             reason = f"the GPU was lost during the case: it fell off the bus or was reset{said}"
             record.update({"status": "crashed", "status_reason": reason})
         elif seen.suspicions:
-            reason = "; ".join(suspicion.reason for suspicion in seen.suspicions)
+            reason = "; ".join(str(suspicion.reason) for suspicion in seen.suspicions)
             record.update({"gpu_suspicion": reason})
-            if record["status"] in ("ok", "diverged", "stalled") and not self._keep_suspect:
+            if record["status"] in ("ok", "diverged", "stalled") and not self._options.keep_suspect:
                 record.update({"status": "invalid", "status_reason": reason})
                 outcome.again = "cooled" if all(suspicion.passes for suspicion in seen.suspicions) else None
 
-    def _converse(
-        self, process: Process, case: Case, steps_path: Path | None, outcome: Outcome, start: float
-    ) -> tuple[str, str | None, Told]:
-        """Talks to a worker until it ends; its status, why, and what the columns on the GPU need of it."""
-        deadline = start + self._timeout_s
-        off = _energy_off(case)
-        energy: dict[str, Any] = {}
-        request = {
-            "case": case.to_json(),
-            "device": self._device.to_json(),
-            "steps_path": None if steps_path is None else str(steps_path),
-            "sys_path": self._sys_path,
-            "scratch": str(self._scratch),
-            "energy_s": case.settings.energy_s if off is None and self._watch.has_power() else 0.0,
-        }
 
-        def told() -> Told:
-            steps, overflows = energy.get("steps"), energy.get("overflow_steps")
-            applied = None if steps is None or overflows is None else steps - overflows
-            return Told(outcome.record["gpu_memory_allocator_peak_mib"], steps, applied, off)
+class _Conversation:
+    """What a worker reports of its case, into ``outcome``. It was started at ``start`` of the monotonic clock."""
 
-        last: dict[str, Any] = {}
-        phase = "start"
+    def __init__(self, worker: Process, case: Case, outcome: Outcome, start: float) -> None:
+        self.worker, self.case, self._outcome, self._start = worker, case, outcome, start
+        self._phase: Phase | Literal["start"] = "start"
+        self._energy: wire.EnergySteps | None = None
+        self.energy_off = _energy_off(case)
+
+    def events(self, timeout_s: float) -> Iterator[PhaseReached | StepsDone]:
+        """Yield phases and progress until the worker has ended; afterwards the record has its status."""
+        deadline = self._start + timeout_s
         try:
-            _answer(process, json.dumps(request))
-            for event in _events(process, deadline):
-                name = event["event"]
-                if name == "values":
-                    outcome.record.update(event["values"])
-                elif name == "miss":
-                    outcome.record.miss(event["columns"], event["reason"])
-                elif name == "energy":
-                    energy = event
-                elif name == "blocks":
-                    outcome.step_s = event["step_s"]
-                elif name in ("done", "error"):
-                    last = event
-                    outcome.runtime = event.get("runtime", {})
-                elif name == "phase":
-                    phase = event["phase"]
-                    outcome.phases[phase] = round(time.monotonic() - start, 4)
-                    self._watch.mark(phase)
-                    _answer(process, "")
-                    self._listener(case, name, event)
-                elif name == "progress":
-                    self._listener(case, name, event)
+            while True:
+                event = wire.event_of(self.worker.receive(deadline - time.monotonic()), wire.WORKER_EVENTS)
+                match event:
+                    case wire.Values(values):
+                        self._outcome.record.update(values)
+                    case wire.Missed(columns, why):
+                        self._outcome.record.miss(columns, why)
+                    case wire.EnergySteps():
+                        self._energy = event
+                    case wire.Blocks(step_s):
+                        self._outcome.step_s = step_s
+                    case PhaseReached(phase):
+                        self._phase = phase
+                        self._outcome.phases[phase.value] = round(time.monotonic() - self._start, 4)
+                        yield event
+                    case StepsDone():
+                        yield event
+                    case wire.Finished(status, reason, runtime):
+                        # What was measured stands, even if the process stumbles on its way out.
+                        self._outcome.runtime = runtime
+                        return self._end(status, reason)
+                    case wire.Failed(kind, message, oom):
+                        return self._end("oom" if oom else "error", _one_line(f"{kind}: {message}"))
         except TimeoutError:
-            if last.get("event") != "done":
-                reason = f"not finished after {self._timeout_s:g} s, killed in or after phase {phase!r}"
-                return "timeout", reason, told()
-        if last.get("event") == "done":
-            # What was measured stands, even if the process then stumbles on its way out.
-            return last["status"], last["reason"], told()
-        if last.get("event") == "error":
-            return ("oom" if last["oom"] else "error"), _one_line(f"{last['type']}: {last['message']}"), told()
-        code = process.wait(max(min(_GRACE_S, deadline - time.monotonic()), 0.1))
-        outcome.signal = -code if code is not None and code < 0 else None
-        return *_ended_silently(code, phase), told()
+            self._end("timeout", f"not finished after {timeout_s:g} s, killed {self._where()}")
+        except wire.Garbled:
+            self._end("error", f"something other than mpscale wrote to the worker's connection {self._where()}")
+        except EOFError:
+            self._end_silently(deadline)
+
+    def told(self) -> WorkerFacts:
+        """What the columns of the GPU need to know of the case."""
+        peak = self._outcome.record["gpu_memory_allocator_peak_mib"]
+        if self._energy is None:
+            return WorkerFacts(peak, energy_off=self.energy_off)
+        steps, overflows = self._energy.steps, self._energy.overflow_steps
+        return WorkerFacts(peak, steps, None if overflows is None else steps - overflows, self.energy_off)
+
+    def _where(self) -> str:
+        return f"in or after phase {str(self._phase)!r}"
+
+    def _end(self, status: str, reason: str | None) -> None:
+        self._outcome.record.update({"status": status, "status_reason": reason})
+
+    def _end_silently(self, deadline: float) -> None:
+        """Record what became of a worker that neither finished nor reported an exception."""
+        code = self.worker.wait(max(min(_GRACE_S, deadline - time.monotonic()), 0.1))
+        if code is None:
+            self._end("crashed", f"closed its connection {self._where()} and did not end")
+        elif code >= 0:
+            self._end("error", f"{describe_exit(code)} {self._where()} and without a result")
+        else:
+            self._outcome.signal = -code
+            hint = ", which the kernel sends when memory runs out" if -code == signal.SIGKILL else ""
+            self._end("crashed", f"{describe_exit(code)} {self._where()}{hint}")
 
 
-def _energy_off(case: Case) -> str | None:
-    """Why no energy is counted in a case, None where it is."""
+def _energy_off(case: Case) -> Reason | None:
+    """Why no energy is counted in a case, None if it is."""
     if case.settings.timing_s == 0:
-        return "timing was off"
-    return "energy was off (--mp-energy 0, or the preset smoke)" if case.settings.energy_s == 0 else None
-
-
-def _ended_silently(code: int | None, phase: str) -> tuple[str, str]:
-    """Status of a worker that neither finished nor reported an exception."""
-    where = f"in or after phase {phase!r}"
-    if code is None:
-        return "crashed", f"closed its output {where} and did not end"
-    if code < 0:
-        hint = ", which the kernel sends when memory runs out" if -code == signal.SIGKILL else ""
-        names = {number.value: number.name for number in signal.Signals}
-        return "crashed", f"killed by {names.get(-code, f'signal {-code}')} {where}{hint}"
-    return "error", f"ended with exit code {code} {where} and without a result"
-
-
-def _events(process: Process, deadline: float) -> Iterator[dict[str, Any]]:
-    """The worker's events until it has ended or closed its output.
-
-    The end of the output alone would not do: a process that the worker left behind holds it open.
-
-    Raises:
-        TimeoutError: the deadline passed.
-    """
-    buffer = b""
-    output = process.stdout.fileno()
-    with selectors.DefaultSelector() as selector:
-        selector.register(output, selectors.EVENT_READ)
-        selector.register(process.ended, selectors.EVENT_READ)
-        while True:
-            left = deadline - time.monotonic()
-            ready = {key.fd for key, _ in selector.select(left)} if left > 0 else set()
-            if not ready:
-                raise TimeoutError
-            if output not in ready:
-                return
-            chunk = os.read(output, 65536)
-            if not chunk:
-                return
-            *lines, buffer = (buffer + chunk).split(b"\n")
-            for line in lines:
-                event = json.loads(line)
-                yield event
-                if event["event"] in ("done", "error"):
-                    return
-
-
-def _answer(process: Process, line: str) -> None:
-    """Sends a line; a worker that is gone is noticed when its output ends."""
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(line.encode() + b"\n")
-        process.stdin.flush()
+        return Reason(Code.NOT_ASKED_FOR, "timing was off")
+    if case.settings.energy_s == 0:
+        return Reason(Code.NOT_ASKED_FOR, "energy was off (--mp-energy 0, or the preset smoke)")
+    return None
 
 
 def _tail(log: Path) -> str:
@@ -361,8 +355,8 @@ def _tail(log: Path) -> str:
 
 
 def _one_line(text: str) -> str:
-    """The text as one line; of a long one the beginning and more of the end, which is where it says what is wrong."""
-    # A colour that a library gave its message would stay on the user's terminal.
+    """The text as one line. Of a long one, the beginning and more of the end, where the error usually stands."""
+    # A colour that a library gave its message would otherwise reach the user's terminal.
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     line = "".join(c for c in " ".join(text.split()) if c.isprintable() or "\ud800" <= c <= "\udfff")
     return line if len(line) <= _REASON else f"{line[:_BEGINNING]} … {line[_BEGINNING - _REASON :]}"

@@ -1,42 +1,51 @@
-"""A comparison of runs for people: tables for a terminal or markdown."""
+"""A comparison of runs: tables for a terminal or markdown, CSV and JSON for programs."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from string import ascii_uppercase
+from typing import Any
 
-from tabulate import tabulate
-
-from mpscale.analysis.compare import ComparedRow, Comparison
+from mpscale.analysis.change import SINGLE_RUN, Change
+from mpscale.analysis.compare import ComparedRow, Comparison, State
 from mpscale.analysis.gates import Finding
 from mpscale.analysis.noise_floor import FEWEST_RUNS
-from mpscale.analysis.pairing import hardware, machine_words
-from mpscale.analysis.quality import Quality
-from mpscale.analysis.quantities import QUANTITIES, SINGLE_RUN, Change
-from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import overflow_unknown, plain_rows
-from mpscale.analysis.trainings import Row, by_reason, common
-from mpscale.report import cells
-from mpscale.report.comparison_data import as_csv, as_json
-from mpscale.report.tables import Cells, final_metric, markdown_table, overflow, speedup, step_time
+from mpscale.analysis.quantities import COSTS, Ranked, Verdict
+from mpscale.analysis.summary import Quality, Row, summary_of
+from mpscale.analysis.trainings import by_reason, overflow_unknown
+from mpscale.core.record import common
+from mpscale.core.runs import Run, hardware, machine_words
+from mpscale.report.sections import final_metric, overflow_steps, speedup, step_time
+from mpscale.report.table import (
+    DASH,
+    Table,
+    change,
+    count,
+    json_text,
+    large,
+    metric_difference,
+    number,
+    of_processes,
+    plural,
+)
 
 FORMATS = ("table", "markdown", "csv", "json")
 
 _SEVERAL = 4
-"""Rows whose median says something of the machine."""
+"""With this many rows, their median says something about the machine."""
 
-_SHOWN = 12
+_DIFFERENCES = 12
 """Differences of the environment that are listed."""
 
-_TITLES = {
-    "step_time": "step time",
-    "gpu_memory": "GPU memory",
-    "energy": "energy a step",
-    "host_memory": "host memory",
-}
+_COLUMNS = (
+    "baseline_run", "run", "workload", "mode", "state", "state_reason", "quantity", "unit", "baseline", "value",
+    "change", "low", "high", "noise_floor", "floor_runs", "detectable", "verdict", "verdict_reason",
+)  # fmt: skip
+"""Of the CSV."""
 
 
 def render(comparisons: Sequence[Comparison], findings: Sequence[Finding], output: str) -> str:
@@ -44,17 +53,15 @@ def render(comparisons: Sequence[Comparison], findings: Sequence[Finding], outpu
 
     Args:
         comparisons: all of the same baseline.
-        findings: of the gates, empty where there were none.
+        findings: of the gates; empty if there were none.
         output: one of :data:`FORMATS`.
     """
     if output == "csv":
-        return as_csv(comparisons)
+        return Table.of(_COLUMNS, (line for each in comparisons for line in _lines(each))).csv()
     if output == "json":
-        return as_json(comparisons, findings)
-    parts = list(_parts(comparisons, findings))
-    if output == "markdown":
-        return "\n\n".join(part.markdown() for part in parts) + "\n"
-    return "\n\n".join(part.text() for part in parts) + "\n"
+        return json_text(_content(comparisons, findings))
+    parts = _parts(comparisons, findings)
+    return "\n\n".join(part.markdown() if output == "markdown" else part.text() for part in parts) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,25 +74,26 @@ class _Part:
     notes: Sequence[str] = ()
 
     def text(self) -> str:
-        table = tabulate(self.rows, self.headers, "simple", disable_numparse=True) if self.rows else ""
+        table = Table(self.headers, self.rows).text()
         return "\n\n".join(filter(None, [self.title, table, "\n".join(self.notes)]))
 
     def markdown(self) -> str:
-        table = markdown_table(self.headers, self.rows) if self.rows else ""
         notes = "\n".join(f"- {' '.join(note.split())}" for note in self.notes)
-        return "\n\n".join(filter(None, [f"## {self.title}", table, notes]))
+        return "\n\n".join(filter(None, [f"## {self.title}", Table(self.headers, self.rows).markdown(), notes]))
 
 
 def _parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> Iterator[_Part]:
     runs = [comparisons[0].baseline, *(comparison.other for comparison in comparisons)]
-    names = {id(run): _letter(number) for number, run in enumerate(runs)}
+    letters = itertools.chain(ascii_uppercase, (f"R{number}" for number in itertools.count(len(ascii_uppercase))))
+    names = {id(run): letter for run, letter in zip(runs, letters, strict=False)}
     yield _Part("Runs", ["", "run", "device", "cases"], [[names[id(run)], *_run(run)] for run in runs])
     yield _Part("In short", notes=[_in_short(comparison, names) for comparison in comparisons])
     if len(runs) > 2 or not comparisons[0].same_device:
         yield from _side_by_side(runs, names)
     for comparison in comparisons:
         against = f"{names[id(comparison.other)]} against {names[id(comparison.baseline)]}"
-        if not any(change.verdict == "not-comparable" for change in _changes(comparison)):
+        verdicts = {change.verdict for row in comparison.rows for change in row.changes.values()}
+        if Verdict.NOT_COMPARABLE not in verdicts:
             yield from _verdicts(comparison, against)
         yield from _unpaired(comparison, against)
         yield from _environment(comparison, against)
@@ -96,7 +104,7 @@ def _parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> It
 
 
 def unread(comparisons: Sequence[Comparison]) -> list[str]:
-    """What of the compared runs, and which runs of the baseline's code, could not be read, one sentence each."""
+    """What could not be read of the compared runs and of other runs of the baseline's code, one sentence each."""
     runs = [comparisons[0].baseline, *(comparison.other for comparison in comparisons)]
     notes = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     others = [left_out for comparison in comparisons for left_out in comparison.floors.left_out]
@@ -104,34 +112,31 @@ def unread(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _in_short(comparison: Comparison, names: dict[int, str]) -> str:
-    """How many rows came out how, most telling first."""
+    """How many rows got which verdict, most telling first."""
     rows = comparison.rows
-    times: Counter[str] = Counter(row.changes["step_time"].verdict for row in rows if "step_time" in row.changes)
-    metrics: Counter[str] = Counter(row.quality.verdict for row in rows if row.quality is not None)
-    states: Counter[str] = Counter(row.pair.state for row in rows if row.pair.state != "paired")
-    parts = [f"{len(rows)} row{'' if len(rows) == 1 else 's'}"]
-    if times["not-comparable"]:
-        parts.append("of different machines, so step times are not judged")
+    times: Counter[Ranked] = Counter(row.changes["step_time"].verdict for row in rows if "step_time" in row.changes)
+    metrics: Counter[Ranked] = Counter(row.quality.verdict for row in rows if row.quality is not None)
+    states: Counter[Ranked] = Counter(row.pair.state for row in rows if row.pair.state is not State.PAIRED)
+    parts = [plural(len(rows), "row")]
+    if times[Verdict.NOT_COMPARABLE]:
+        parts.append("from different machines, so step times are not judged")
     elif times:
-        parts.append("step time " + _numbers(times, ("slower", "faster", "same", "cannot-tell")))
+        parts.append("step time " + _numbers(times))
         changes = [row.changes["step_time"].change for row in rows if "step_time" in row.changes]
         known = [change for change in changes if change is not None]
         if len(known) >= _SEVERAL:
-            # A machine in another state moves all rows; hardly any change of code does.
+            # The state of the machine moves all rows; a change of code hardly ever does.
             parts.append(f"median change of all rows {statistics.median(known):+.1%}")
     if metrics:
-        parts.append("metric " + _numbers(metrics, ("worse", "non-inferior", "inconclusive")))
+        parts.append("metric " + _numbers(metrics))
     if states:
-        parts.append(_numbers(states, ("missing", "new", "not-comparable")))
+        parts.append(_numbers(states))
     return f"{names[id(comparison.other)]} against {names[id(comparison.baseline)]}: {'; '.join(parts)}"
 
 
-def _numbers(counts: Mapping[str, int], order: Sequence[str]) -> str:
-    return ", ".join(f"{counts[name]} {name}" for name in order if counts[name])
-
-
-def _letter(number: int) -> str:
-    return ascii_uppercase[number] if number < len(ascii_uppercase) else f"R{number}"
+def _numbers(counts: Counter[Ranked]) -> str:
+    """All that were counted, so that no word can be forgotten."""
+    return ", ".join(f"{counts[word]} {word}" for word in sorted(counts, key=lambda word: word.rank))
 
 
 def _run(run: Run) -> list[str]:
@@ -143,68 +148,55 @@ def _run(run: Run) -> list[str]:
     return [run.name, machine_words(hardware(run)), started]
 
 
-def _changes(comparison: Comparison) -> Iterator[Change]:
-    for row in comparison.rows:
-        yield from row.changes.values()
-
-
 def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]:
-    """Ratios within each machine first: they are what may be compared between machines."""
-    summaries = {id(run): {(row["workload"], row["mode"]): row for row in plain_rows(run.summary)} for run in runs}
+    """Ratios within each machine come first: only they may be compared between machines."""
+    summaries = {id(run): {(row["workload"], row["mode"]): row for row in summary_of(run)} for run in runs}
     keys = list(dict.fromkeys(key for rows in summaries.values() for key in rows))
 
     def table(title: str, cell: Callable[[Row], str], note: str) -> Iterator[_Part]:
-        found = {
-            key: [cell(row) if (row := summaries[id(run)].get(key)) else cells.DASH for run in runs] for key in keys
-        }
-        rows = [[*key, *texts] for key, texts in found.items() if any(text != cells.DASH for text in texts)]
+        found = {key: [cell(row) if (row := summaries[id(run)].get(key)) else DASH for run in runs] for key in keys}
+        rows = [[*key, *texts] for key, texts in found.items() if any(text != DASH for text in texts)]
         if rows:
             yield _Part(title, ["workload", "mode", *(names[id(run)] for run in runs)], rows, [note])
 
     def of(row: Row, text: str, processes: str) -> str:
-        """``text``, and of how many processes it is where not all are in it: no status stands beside it here."""
-        return text if text == cells.DASH else text + cells.of_processes(row[processes], row)
+        # There is no status beside it here.
+        return text if text == DASH else text + of_processes(row[processes], row)
 
     for baseline in ("fp32", "tf32"):
 
         def ratio(row: Row, baseline: str = baseline) -> str:
-            return (
-                cells.DASH if row["mode"] == baseline else of(row, speedup(row, baseline), f"speedup_{baseline}_pairs")
-            )
+            return DASH if row["mode"] == baseline else of(row, speedup(row, baseline), f"speedup_{baseline}_pairs")
 
         yield from table(f"Speed-up over {baseline}, within each run", ratio, "Above 1.00 is faster; 95 % interval.")
     yield from table(
         "GPU memory over fp32, within each run",
-        lambda row: (
-            cells.DASH
-            if row["mode"] == "fp32"
-            else of(row, cells.number(row["gpu_memory_ratio"]), "gpu_memory_processes")
-        ),
-        "Peak of the process by NVML; below 1 is less.",
+        lambda row: DASH if row["mode"] == "fp32" else of(row, number(row["gpu_memory_ratio"]), "gpu_memory_processes"),
+        "Peak of the process according to NVML; below 1 is less.",
     )
-    yield from table("Final metric", final_metric, "Mean over seeds, with smallest and largest.")
-    yield from table("Overflow steps of attempted steps", overflow, "A dash: the mode checks no gradient.")
+    yield from table("Final metric", final_metric, "Mean over seeds, with minimum and maximum.")
+    yield from table("Overflow steps of attempted steps", overflow_steps, "A dash: the mode does not check gradients.")
     yield from table(
         "Step time",
         lambda row: of(row, step_time(row), "processes"),
-        "Of different machines: how fast each is, not what mixed precision does on it.",
+        "On different machines: how fast each is, not what mixed precision does on it.",
     )
     yield from table(
         "Peak GPU memory (MiB)",
-        lambda row: of(row, cells.number(row["gpu_memory_mib"], 4), "gpu_memory_processes"),
-        "By NVML.",
+        lambda row: of(row, large(row["gpu_memory_mib"]), "gpu_memory_processes"),
+        "According to NVML.",
     )
 
 
 def _verdicts(comparison: Comparison, against: str) -> Iterator[_Part]:
-    rows = [row for row in comparison.rows if row.pair.state == "paired"]
-    for name, quantity in QUANTITIES.items():
+    rows = [row for row in comparison.rows if row.pair.state is State.PAIRED]
+    for name, cost in COSTS.items():
         changed = [(row, row.changes[name]) for row in rows if name in row.changes]
         if changed:
             yield _Part(
-                f"{against}: {_TITLES[name]}",
+                f"{against}: {cost.title}",
                 ["workload", "mode", "before", "after", "change", "noise floor", "smallest visible", "verdict"],
-                [[row.pair.workload, row.pair.mode, *_change_cells(change, quantity.unit)] for row, change in changed],
+                [[row.pair.workload, row.pair.mode, *_change_cells(change, cost.unit)] for row, change in changed],
                 _noise(comparison, [change for _, change in changed]),
             )
     trained = [(row, row.quality) for row in rows if row.quality is not None]
@@ -223,39 +215,39 @@ def _verdicts(comparison: Comparison, against: str) -> Iterator[_Part]:
         )
 
 
-def _change_cells(change: Change, unit: str) -> list[str]:
-    before, after = (
-        cells.DASH if v is None else f"{cells.number(v, 4)} {unit}" for v in (change.baseline, change.other)
-    )
-    text = cells.DASH if change.change is None else f"{change.change:+.1%}"
-    if change.low is not None and change.high is not None:
-        text += f" [{change.low:+.1%}, {change.high:+.1%}]"
-    floor, visible = (
-        cells.DASH if share is None else f"{share:.1%}" for share in (change.noise_floor, change.detectable)
-    )
-    if change.floor_runs == 0:
-        floor += "?"
-    # Left out is the reason itself where nothing else speaks against a verdict.
-    why = "; ".join(dict.fromkeys(filter(None, (change.reason, change.left_out))))
-    verdict = f"{change.verdict}: {why}" if why else change.verdict
-    return [before, after, text, floor, visible, verdict]
+def _change_cells(found: Change, unit: str) -> list[str]:
+    floor, visible = (DASH if share is None else f"{share:.1%}" for share in (found.noise_floor, found.detectable))
+    why = _why(found)
+    return [
+        large(found.baseline, unit),
+        large(found.other, unit),
+        change(found.change, found.low, found.high),
+        f"{floor}?" if found.floor_runs == 0 else floor,
+        visible,
+        f"{found.verdict}: {why}" if why else found.verdict,
+    ]
+
+
+def _why(found: Change) -> str:
+    """The reason for a verdict, and what was left out. Sometimes the one is the other."""
+    return "; ".join(dict.fromkeys(filter(None, (found.reason, found.left_out))))
 
 
 def _noise(comparison: Comparison, changes: Sequence[Change]) -> list[str]:
-    """What the noise floors of a table rest on."""
+    """What the noise floors of a table are based on."""
     if comparison.in_turns:
-        return ["Both ran in turns, process by process: no state of the machine lies between them."]
+        return ["The runs were interleaved, process by process, so the state of the machine was the same for both."]
     notes = []
     runs = {change.floor_runs for change in changes if change.floor_runs is not None}
     if runs - {0}:
         notes.append(
-            f"Noise floor: two runs of the same code differ by less in 19 of 20 cases, by {max(runs)} runs of the "
-            "baseline's code on this machine."
+            f"Noise floor: 95 % limit on the difference between two runs of the same code, from {max(runs)} runs of "
+            "the baseline's code on this machine."
         )
     if 0 in runs:
         notes.append(
-            f"{SINGLE_RUN.capitalize()} (?): how much runs of the same code differ here is not known, and assumed from "
-            f"what processes of one run do. {FEWEST_RUNS} runs of the baseline's code would tell, or `mpscale ab`."
+            f"{SINGLE_RUN.capitalize()} (?): how much runs of the same code differ is unknown, so it is assumed from "
+            f"how much processes of one run do. {FEWEST_RUNS} runs of the baseline's code would tell, or `mpscale ab`."
         )
     return notes
 
@@ -263,60 +255,120 @@ def _noise(comparison: Comparison, changes: Sequence[Change]) -> list[str]:
 def _quality_cells(quality: Quality, row: ComparedRow) -> list[str]:
     found = quality.difference
     name = common([*row.pair.baseline, *row.pair.other], "metric_name")
-    difference = cells.DASH if found is None else cells.difference(found.mean, found.low, found.high, name)
-    seeds = cells.DASH if found is None else cells.count(found.n)
+    difference = DASH if found is None else metric_difference(found.mean, found.low, found.high, name)
+    seeds = DASH if found is None else count(found.n)
     needed = f"{quality.seeds} seeds would tell" if quality.seeds else ""
     more = "; ".join(filter(None, (needed, quality.why)))
     return [difference, seeds, f"{quality.verdict}: {more}" if more else quality.verdict]
 
 
 def _rates(row: ComparedRow) -> list[str]:
-    """Of the seeds that know theirs; those that do not are named."""
+    """Overflow rates, with the seeds whose overflow is unknown."""
     found = []
-    for rate, cases, waiting in zip(
-        row.overflow_rates, (row.pair.baseline, row.pair.other), row.pair.not_started, strict=True
-    ):
+    sides = zip(row.overflow_rates, (row.pair.baseline, row.pair.other), row.pair.not_started, strict=True)
+    for rate, cases, waiting in sides:
         unknown = by_reason(overflow_unknown(cases, waiting)) if rate is not None else ""
-        found.append((cells.DASH if rate is None else f"{rate:.2%}") + (f" (not of {unknown})" if unknown else ""))
+        found.append((DASH if rate is None else f"{rate:.2%}") + (f" (not of {unknown})" if unknown else ""))
     return found
 
 
 def _unpaired(comparison: Comparison, against: str) -> Iterator[_Part]:
+    pairs = [row.pair for row in comparison.rows]
     rows = [
-        [row.pair.workload, row.pair.mode, row.pair.state, row.pair.reason or ""]
-        for row in comparison.rows
-        if row.pair.state != "paired" or row.pair.reason
+        [pair.workload, pair.mode, pair.state, pair.reason or ""]
+        for pair in pairs
+        if pair.state is not State.PAIRED or pair.reason
     ]
     rows += [
-        [row.pair.workload, row.pair.mode, "failed", failed]
-        for row in comparison.rows
-        if row.pair.state == "paired"
-        for failed in row.pair.newly_failed
+        [pair.workload, pair.mode, "failed", case]
+        for pair in pairs
+        if pair.state is State.PAIRED
+        for case in pair.newly_failed
     ]
     if rows:
-        yield _Part(f"{against}: rows that are not compared as they stand", ["workload", "mode", "", "why"], rows)
+        yield _Part(f"{against}: rows that cannot be compared as they are", ["workload", "mode", "", "why"], rows)
 
 
 def _environment(comparison: Comparison, against: str) -> Iterator[_Part]:
-    found = comparison.differences
-    if found:
-        more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-        yield _Part(
-            f"{against}: what differs around them", ["", "before", "after"], [list(row) for row in found[:_SHOWN]], more
-        )
+    if found := comparison.differences:
+        more = [f"and {len(found) - _DIFFERENCES} more"] if len(found) > _DIFFERENCES else []
+        title = f"{against}: differences in the environment"
+        yield _Part(title, ["", "before", "after"], found[:_DIFFERENCES], more)
 
 
 def _gates(findings: Sequence[Finding], letters: dict[str, str]) -> _Part:
-    order = {"fired": 0, "cannot-tell": 1, "passed": 2}
-    shown = sorted(findings, key=lambda finding: order[finding.outcome])
-    rows: Cells = [
-        [
-            str(finding.gate),
-            finding.outcome,
-            letters[finding.run],
-            " ".join(finding.row or ("no row",)),
-            finding.text,
-        ]
-        for finding in shown
+    rows = [
+        [str(found.gate), found.outcome, letters[found.run], " ".join(found.row or ("no row",)), found.text]
+        for found in sorted(findings, key=lambda found: found.outcome.rank)
     ]
     return _Part("Gates", ["gate", "outcome", "run", "row", "what was found"], rows)
+
+
+# For programs
+
+
+def _lines(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    """A line for each quantity of each row, with shares as shares; a row that is not compared has a line of its own."""
+    for row in comparison.rows:
+        where = {
+            "baseline_run": comparison.baseline.name,
+            "run": comparison.other.name,
+            "workload": row.pair.workload,
+            "mode": row.pair.mode,
+            "state": row.pair.state,
+            "state_reason": row.pair.reason,
+        }
+        for values in list(_quantities(row)) or [{}]:
+            yield where | values
+
+
+def _quantities(row: ComparedRow) -> Iterator[dict[str, Any]]:
+    for name, found in row.changes.items():
+        more = {"unit": COSTS[name].unit, "value": found.other, "verdict_reason": _why(found) or None}
+        yield asdict(found) | more
+    if row.quality is not None:
+        difference = row.quality.difference
+        yield {
+            "quantity": "metric",
+            "change": difference and difference.mean,
+            "low": difference and difference.low,
+            "high": difference and difference.high,
+            "verdict": row.quality.verdict,
+            "verdict_reason": row.quality.why or None,
+        }
+    if row.overflow_rates != (None, None):
+        before, after = row.overflow_rates
+        yield {"quantity": "overflow_rate", "baseline": before, "value": after}
+
+
+def _content(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> dict[str, Any]:
+    return {
+        "baseline": comparisons[0].baseline.name,
+        "comparisons": [
+            {
+                "run": comparison.other.name,
+                "same_device": comparison.same_device,
+                "in_turns": comparison.in_turns,
+                "floor_runs": comparison.floors.runs,
+                "hardware": dict(zip(("baseline", "run"), comparison.hardware, strict=True)),
+                "differences": [dict(zip(("name", "baseline", "run"), d, strict=True)) for d in comparison.differences],
+                "rows": [
+                    {
+                        "workload": row.pair.workload,
+                        "mode": row.pair.mode,
+                        "state": row.pair.state,
+                        "reason": row.pair.reason,
+                        "newly_failed": row.pair.newly_failed,
+                        "changes": {name: asdict(change) for name, change in row.changes.items()},
+                        "metric": row.quality and asdict(row.quality),
+                        "overflow_rate": dict(zip(("baseline", "run"), row.overflow_rates, strict=True)),
+                    }
+                    for row in comparison.rows
+                ],
+            }
+            for comparison in comparisons
+        ],
+        "gates": [
+            {"gate": str(f.gate), "run": f.run, "row": f.row, "outcome": f.outcome, "text": f.text} for f in findings
+        ],
+    }

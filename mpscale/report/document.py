@@ -1,32 +1,50 @@
-"""What a report says, section by section, whatever file it goes into."""
+"""A run in words: its report, the markdown of that, and its summary for a GitHub workflow."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import html
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mpscale.analysis.noise_floor import NO_FLOORS, Floors
-from mpscale.analysis.runs import Run
-from mpscale.report import cells, gpu_sections, noise_section, sections, words
-from mpscale.report.tables import escape, markdown_table, result_cells
+from mpscale.analysis.summary import Row, summary_of
+from mpscale.core.device import Device
+from mpscale.core.mode import is_mixed
+from mpscale.core.record import Record
+from mpscale.core.runs import Run
+from mpscale.report import sections
+from mpscale.report.sections import metric_why, statuses
+from mpscale.report.table import (
+    DASH,
+    Table,
+    escape,
+    metric,
+    metric_change,
+    number,
+    of_processes,
+    of_seeds,
+    plural,
+    text,
+    yes_no,
+)
 
 
 @dataclass(frozen=True)
 class Document:
-    """A report in parts, all but the title in markdown.
+    """A report in parts. All texts but the title are markdown.
 
     Args:
         title: plain text.
-        when: when the run was started, and by which versions it is to be read; may be empty.
+        when: when the run started, and which versions made it; may be empty.
         findings: the run in words.
-        sections: by title, in order; those with nothing to say are left out.
+        sections: tables and texts by title, in order, without those that have nothing to say.
     """
 
     title: str
     when: str
     findings: str
-    sections: dict[str, str]
+    sections: dict[str, list[Table | str]]
 
 
 def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
@@ -34,29 +52,36 @@ def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
 
     Args:
         run: the run.
-        floors: how much runs of its code differ, where that is known.
+        floors: how much runs of its code differ, if that is known.
     """
-    headers, rows = result_cells(run)
-    parts = {
-        "Results": markdown_table(headers, rows) if rows else "",
+    parts: dict[str, list[Table | str]] = {
+        "Results": [sections.results(run)],
         "Cases that did not end well": sections.troubles(run),
-        "What could not be read": sections.unread(run, floors.left_out),
-        "Overflow and loss scale": sections.overflow(run),
+        "What could not be read": [sections.unread(run, floors.left_out)],
+        "Overflow and loss scale": [sections.overflow(run)],
         "Accuracy": sections.accuracy(run),
-        "Accuracy against fp32": sections.against_fp32(run),
+        "Accuracy against fp32": [sections.against_fp32(run)],
         "Timing quality": sections.timing(run),
-        "Noise of the step time": noise_section.noise(run, floors),
+        "Step time noise": sections.noise(run, floors),
         "Memory": sections.memory(run),
-        "GPU memory in parts (MiB)": gpu_sections.memory_parts(run),
-        "Energy of the GPU": gpu_sections.energy(run),
-        "State of the GPU while steps were timed": gpu_sections.state(run),
-        "How to read this": words.how_to_read(run),
-        "Environment": _facts(run.info.get("environment")),
-        "Settings": _facts(run.info.get("settings")),
-        "What is empty and why": sections.empty(run),
+        "GPU memory by part (MiB)": [sections.memory_parts(run)],
+        "GPU energy": sections.energy(run),
+        "GPU state while steps were timed": [sections.gpu_state(run)],
+        "How to read this": [how_to_read(run)],
+        "Environment": [_facts(run.info.get("environment"))],
+        "Settings": [_facts(run.info.get("settings"))],
+        "Missing values": [sections.missing(run)],
     }
-    said = {title: text for title, text in parts.items() if text}
-    return Document(f"mpscale: {run.name}", _when(run), words.findings(run), said)
+    said = {title: known for title, some in parts.items() if (known := [part for part in some if part])}
+    return Document(f"mpscale: {run.name}", _when(run), findings(run), said)
+
+
+def render(document: Document) -> str:
+    """The report as markdown."""
+    parts: list[Table | str] = [f"# {escape(document.title)}", document.when, document.findings]
+    for title, section in document.sections.items():
+        parts += [f"## {title}", *section]
+    return "\n\n".join(part if isinstance(part, str) else part.markdown() for part in parts if part) + "\n"
 
 
 def _when(run: Run) -> str:
@@ -65,26 +90,303 @@ def _when(run: Run) -> str:
     return ", ".join(known) + "." if known else ""
 
 
-def _facts(facts: Any) -> str:
-    rows = [[name, value] for name, value in _flat(facts)] if isinstance(facts, Mapping) else []
-    return markdown_table(["what", "value"], rows) if rows else ""
+def _facts(facts: Any) -> Table:
+    return Table(["what", "value"], list(_flat(facts)) if isinstance(facts, Mapping) else [])
 
 
 def _flat(facts: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Nested facts one a row, named by the way to them; None is unknown."""
+    """Nested facts as rows, each named by the path to it."""
     for key, value in facts.items():
         name = f"{above} {key}".strip()
         if isinstance(value, Mapping):
             yield from _flat(value, name)
         elif isinstance(value, list | tuple):
-            yield name, ", ".join(_fact(item) for item in value) or cells.DASH
+            yield name, ", ".join(_fact(item) for item in value) or DASH
         else:
             yield name, _fact(value)
 
 
 def _fact(value: Any) -> str:
-    if value is None:
-        return cells.DASH
     if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        return yes_no(value)
+    return f"{value:.6g}" if isinstance(value, float) else text(value)
+
+
+# What a run found, in plain words made from its numbers.
+
+
+def findings(run: Run) -> str:
+    """A paragraph on the run as a whole and, for each mixed mode of each workload, a line with its result."""
+    rows = summary_of(run)
+    lines = [f"- {_finding(row, rows)}" for row in rows if is_mixed(row["mode"])]
+    return "\n\n".join([_overview(run, rows), *(["\n".join(lines)] if lines else [])])
+
+
+def _overview(run: Run, rows: Sequence[Row]) -> str:
+    kind, name = device_kind(run), device_name(run)
+    where = (f" on {escape(name)}" if name else "") + (f" ({kind.upper()})" if kind else "")
+    if not rows:
+        return f"No case was started{where}, so there is nothing to report."
+    workloads = list(dict.fromkeys(escape(row["workload"]) for row in rows))
+    modes = list(dict.fromkeys(escape(row["mode"]) for row in rows))
+    ok, cases = sum(row["ok"] for row in rows), len(run.records)
+    sentences = [f"{_and(workloads)} {'was' if len(workloads) == 1 else 'were'} run in {_and(modes)}{where}."]
+    started = "" if run.finished and not run.not_started else " that was started"
+    sentences.append(
+        f"Every case{started} ended well." if ok == cases else f"{cases - ok} of {cases} cases did not end well."
+    )
+    if run.not_started:
+        left = len(run.not_started)
+        sentences.append(f"{plural(left, 'planned case')} {'was' if left == 1 else 'were'} not started.")
+    if not run.finished:
+        sentences.append("The run was stopped or is still going on: this is what there is so far.")
+    if kind == "cpu":
+        sentences.append("It ran on a CPU: the speeds below say nothing about a GPU.")
+    return " ".join(sentences)
+
+
+def _finding(row: Row, rows: Sequence[Row]) -> str:
+    parts = [part for part in (_speed(row, rows), _quality(row), _overflow(row), _memory(row)) if part]
+    # If there is a verdict on the metric, that names the seeds that were left out.
+    if row["left_out"] and row["metric_verdict"] is None:
+        parts.append(escape(row["left_out"]))
+    if row["ok"] != row["cases"] or row["not_started"]:
+        parts.append(f"cases: {statuses(row)}")
+    return f"{escape(row['workload'])}, **{escape(row['mode'])}**: {'; '.join(parts) or 'nothing was measured'}."
+
+
+def _speed(row: Row, rows: Sequence[Row]) -> str | None:
+    if row["step_time_ms"] is None:
+        # Lost seeds may have been timed.
+        return "no training ended well, so no step time counts" if row["seeds"] and not row["ok"] else None
+    baseline = row["headline_baseline"]
+    ratio, low, high = (row[f"speedup_{baseline}{end}"] for end in ("", "_low", "_high"))
+    if ratio is None:
+        beside = any((other["workload"], other["mode"]) == (row["workload"], baseline) for other in rows)
+        why = f"with no {baseline}{' that ended well' if beside else ''} to compare it with"
+        return f"{number(row['step_time_ms'])} ms per step, {why}"
+    written = f"{ratio:.2f} times the speed of {baseline}{of_processes(row[f'speedup_{baseline}_pairs'], row)}"
+    if low is None or high is None:
+        return f"{written} (one pair of processes, so no interval)"
+    verdict = ", so no difference is shown" if low <= 1.0 <= high else ""
+    return f"{written} (95 % interval {low:.2f} to {high:.2f}{verdict})"
+
+
+def _quality(row: Row) -> str | None:
+    name = row["metric_name"]
+    label, verdict = escape(name or "metric"), row["metric_verdict"]
+    if row["metric_mean"] is None:
+        return None if verdict is None else f"no {label}, {verdict}: {escape(metric_why(row))}"
+    written = f"{label} {metric(row['metric_mean'], name)}"
+    if row["metric_seeds"] < row["seeds_planned"]:
+        written += f" over {row['metric_seeds']} of {row['seeds_planned']} seeds"
+    judged = ""
+    if verdict:
+        # The reason is worth a place here only if seeds were lost or left out.
+        why = f": {escape(metric_why(row))}" if row["left_out"] or row["metric_left_out"] else ""
+        judged = f", {verdict}{why}"
+    if row["metric_difference"] is None:
+        return written + judged
+    seeds = plural(row["metric_pairs"], "seed")
+    return f"{written}, {metric_change(row['metric_difference'], name)} fp32 ({seeds}{judged})"
+
+
+def _overflow(row: Row) -> str | None:
+    if row["overflow_steps"] is None or row["attempted_steps"] is None:
+        return None
+    written = f"{row['overflow_steps'] or 'none'} of {row['attempted_steps']} steps overflowed"
+    return written + of_seeds(row["overflow_seeds"], row)
+
+
+def _memory(row: Row) -> str | None:
+    ratio = row["gpu_memory_ratio"]
+    if ratio is None:
+        return None
+    return f"peak GPU memory {ratio:.2f} times fp32's{of_processes(row['gpu_memory_processes'], row)}"
+
+
+def _and(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def device_kind(run: Run) -> str | None:
+    """``cpu`` or ``gpu``; None if neither run.json nor a record tells."""
+    return _of_device(run, "kind", "device")
+
+
+def device_name(run: Run) -> str | None:
+    """The device's own name; None if neither run.json nor a record tells."""
+    return _of_device(run, "name", "device_name")
+
+
+def _of_device(run: Run, key: str, column: str) -> str | None:
+    known = (value for value in (run.device.get(key), *(record[column] for record in run.records)) if value is not None)
+    return next(map(str, known), None)
+
+
+# What the numbers do not say.
+
+_NOTES = (
+    "A step is one call of the compiled train step: one batch, one update. Step time is steady state, in ms; "
+    "compilation and the first step are listed separately.",
+    "Each process gives one number, the median of its blocks. Intervals are 95 % t intervals over processes, on "
+    "logarithms. A speed-up is the geometric mean of baseline time / mode time over processes of the same seed "
+    "and repeat, which ran side by side.",
+    "What a mode costs (step time, memory, energy) and its speed-up cover seeds that ended well. A seed that was "
+    "lost (it diverged, stalled or ended without a finite metric) makes the metric worse. A seed that failed or "
+    "was not started is unknown, so without it nothing is ruled out.",
+    "Brackets hold the interval. Without brackets there was one process, and its noise is unknown. With two or three "
+    "processes the interval is wide, and it takes several (more seeds or repeats) to tell a speed-up from none. "
+    "An interval that contains 1.00 shows no difference.",
+)
+_NOTE_ON_TF32 = (
+    "This GPU has TF32, which TensorFlow uses by default, so tf32 is the baseline to look at. Over fp32, with TF32 "
+    "off, a speed-up looks larger than what a user would see."
+)
+_NOTES_ON_METRIC = (
+    "The metric is the mean over seeds, with minimum and maximum. Modes are compared seed by seed, from the same "
+    "weights and with the same order of the data. non-inferior: a loss of more than the workload's margin is ruled out "
+    "(one-sided, 95 %), in all seeds. worse: there is such a loss, or a seed was lost. inconclusive: these seeds show "
+    "neither.",
+    "Overflow steps have a non-finite gradient. A dash means that the mode does not check gradients: its overflow is "
+    "unknown, not zero.",
+)
+_NOTES_ON_CPU = (
+    "This run is from a CPU, which emulates float16 by conversions that XLA compiles; without XLA it is slower still, "
+    "on some CPUs many times. Step times of float16 modes say nothing about the speed-up on a GPU.",
+    "The same goes for bfloat16: XLA on a CPU can make it several times slower than float32, whatever a GPU does with "
+    "it.",
+    "Host memory is the resident memory of the process and measures TensorFlow and its compiler more than the model. "
+    "It says nothing about what mixed precision saves on a GPU, so no ratio is given.",
+    "What a CPU run does show is whether training works: overflow, loss scale and final metric.",
+)
+_NOTE_ON_GPU_MEMORY = (
+    "GPU memory is what the driver reports for the process, including context and libraries, so the ratio is that of "
+    "whole processes. Host memory is no substitute for it."
+)
+_NOTE_ON_ENERGY = (
+    "Energy is that of the whole GPU and of nothing else in the machine; above idle is what it drew beyond its draw "
+    "before the process came. Values are medians over processes."
+)
+_NOTE_ON_STAND_IN = "The GPU is a stand-in for tests: the CPU trained, and a script supplied the GPU's figures."
+
+
+def how_to_read(run: Run) -> str:
+    """The limits of the figures, as a list."""
+    rows = summary_of(run)
+    notes = list(_NOTES)
+    if any(row["headline_baseline"] == "tf32" for row in rows):
+        notes.append(_NOTE_ON_TF32)
+    notes += _NOTES_ON_METRIC
+    notes += _NOTES_ON_CPU if device_kind(run) == "cpu" else (_NOTE_ON_GPU_MEMORY,)
+    if any(row["gpu_energy_j_per_step"] is not None for row in rows):
+        notes.append(_NOTE_ON_ENERGY)
+    if Device("gpu", device_name(run) or "").is_stand_in:
+        notes.append(_NOTE_ON_STAND_IN)
+    return "\n".join(f"- {note}" for note in notes)
+
+
+# A run for the page of a GitHub workflow run: what ``$GITHUB_STEP_SUMMARY`` takes.
+
+LIMIT = 1_000_000
+"""Bytes. GitHub shows nothing of a step that wrote more than 1 MiB; the rest is for what else the step writes."""
+
+_NAME, _CELL, _TAIL = 200, 1_000, 4_000
+"""Characters that are shown of a name, of a cell and of the last output of a case."""
+
+_LINES = 500
+"""Lines that are shown of the findings and of a section, so that one leaves room for the next."""
+
+_REST = "*The rest did not fit here; the report has all of it.*"
+
+
+def github_summary(run: Run, limit: int = LIMIT, artifacts: str | None = None) -> str:
+    """What a run found, as markdown, the most important part first.
+
+    Args:
+        run: finished or not.
+        limit: bytes that the text stays below; at least 10,000. A note takes the place of what does not fit.
+        artifacts: address of the page with the run's files, if there is one.
+    """
+    kind = device_kind(run)
+    where = " ".join(filter(None, [device_name(run), f"({kind.upper()})" if kind else ""]))
+    trouble = sections.trouble_table(run)
+    trouble = Table(trouble.headers, [[_cut(cell, _CELL) for cell in row] for row in trouble.rows])
+    parts = [f"# mpscale: {escape(_cut(where or run.name, _NAME))}", _head(findings(run))]
+    for title, part in (
+        ("What could not be read", sections.unread(run)),
+        ("Results", sections.results(run).markdown()),
+        ("Cases that did not end well", trouble.markdown()),
+    ):
+        if part:
+            parts.append(f"## {title}\n\n{_head(part)}")
+    parts += [_output(record) for record in run.records if record["status"] != "ok" and record["output_tail"]]
+    end = "\n\n".join(filter(None, [_duration(run), _files(run, artifacts)]))
+    return "\n\n".join([*_fitting(parts, limit - len(end.encode("utf-8", "replace"))), end]) + "\n"
+
+
+def artifacts_page(environ: Mapping[str, str]) -> str | None:
+    """Address of the files of the workflow run that ``environ`` belongs to; None outside of GitHub Actions."""
+    parts = [environ.get(f"GITHUB_{name}") for name in ("SERVER_URL", "REPOSITORY", "RUN_ID")]
+    return "{}/{}/actions/runs/{}#artifacts".format(*parts) if all(parts) else None
+
+
+def _head(part: str) -> str:
+    """The first lines of a list or table, and how many more there are."""
+    lines = part.split("\n")
+    more = len(lines) - _LINES
+    return part if more <= 0 else "\n".join([*lines[:_LINES], "", f"*{plural(more, 'more line')}: see the report.*"])
+
+
+def _fitting(parts: Iterable[str], limit: int) -> Iterator[str]:
+    """The parts up to the limit in bytes, and a note if there are more."""
+    left = limit - len(_REST) - 10  # blank lines
+    for part in parts:
+        encoded = part.encode("utf-8", "replace")
+        if len(encoded) > left:
+            # A table or list may end after any line, the output of a case only as a whole.
+            lines = b"" if part.startswith("<details>") else encoded[: max(0, left)].rpartition(b"\n")[0]
+            yield from filter(None, [lines.decode(), _REST])
+            return
+        left -= len(encoded) + 2
+        yield part
+
+
+def _output(record: Record) -> str:
+    """The last output of a case, folded."""
+    tail = record["output_tail"]
+    if len(tail) > _TAIL:
+        tail = f"[the beginning is in the report]\n{tail[-_TAIL:]}"
+    # Inside <summary> no markdown is read, so HTML's own escapes are the right ones; the blank line ends that.
+    summary = f"<summary>The last lines of {html.escape(_cut(str(record['case_id']), _NAME))}</summary>"
+    return f"<details>\n{summary}\n\n{sections.fenced(tail)}\n\n</details>"
+
+
+def _duration(run: Run) -> str:
+    seconds = [record["case_wall_time_s"] for record in run.records if record["case_wall_time_s"] is not None]
+    return f"{plural(len(seconds), 'case')} took {_clock(sum(seconds))}, one after the other." if seconds else ""
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _files(run: Run, artifacts: str | None) -> str:
+    if run.path.is_file():
+        return f"Made from {escape(_cut(run.path.name, _NAME))} by itself, which does not describe the environment."
+    names = ("report.html", "report.md", "comparison.md", "cases.csv", "summary.csv", "run.json", "journal.jsonl")
+    there = ", ".join(f"`{name}`" for name in names if (run.path / name).is_file())
+    where = f" ([files]({artifacts}))" if artifacts else ""
+    return (
+        f"The run is {escape(_cut(run.name, _NAME))}{where}: {there}. The report has the rest, and the limits of these "
+        "numbers."
+    )
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,29 +1,33 @@
-"""What pictures of results share. matplotlib is imported inside functions: little needs it, and it loads slowly."""
+"""The style that all pictures share. matplotlib is imported inside functions: it loads slowly, and few need it."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
-from mpscale.modes import MODES
+from mpscale.core.mode import MODES
+from mpscale.core.record import in_order_of_modes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 SUFFIXES = (".svg", ".png")
 
 WIDTH, DPI = 10.0, 100  # inches, pixels an inch: 1000 px
 FONT = 9  # points
 
-# Okabe and Ito, "Color Universal Design" (2008), without its yellow, too light for lines on white; grey instead.
-_COLOURS = ("#000000", "#999999", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-_MARKERS = "osD^vPX<>p"
 Dashes = Literal["-", "--", ":", "-."]
+
+_UNKNOWN_COLOUR = "#666666"
+_UNKNOWN_MARKERS = "dH8"
+"""Of modes that this version does not know; no known mode has one of these."""
 
 _STYLE = {
     "font.size": FONT,
@@ -39,14 +43,31 @@ _STYLE = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How a mode is drawn."""
+
+    colour: str
+    marker: str
+
+
+def looks(modes: Iterable[str]) -> dict[str, Look]:
+    """How each of the modes is drawn, in the order of tables: known ones the same in every picture."""
+    markers = itertools.cycle(_UNKNOWN_MARKERS)
+    return {
+        name: Look(MODES[name].colour, MODES[name].marker) if name in MODES else Look(_UNKNOWN_COLOUR, next(markers))
+        for name in in_order_of_modes(modes)
+    }
+
+
 @dataclass(frozen=True)
 class Picture:
     """A picture for a page.
 
     Args:
         title: what it shows.
-        caption: what its marks mean, in a sentence or more.
-        svg: an ``<svg>`` element, text as text.
+        caption: what its marks mean, in one sentence or more.
+        svg: an ``<svg>`` element, with text as text.
     """
 
     title: str
@@ -55,27 +76,27 @@ class Picture:
 
 
 class FigureError(ValueError):
-    """A picture that cannot be made as asked for. The message says what can."""
+    """A picture cannot be made as asked for. The message says what can."""
 
 
 def check_suffix(path: Path) -> None:
-    """Tells early, before anything is read.
+    """Check the kind of file early, before anything is read.
 
     Raises:
-        FigureError: the kind of file that the suffix of ``path`` names is none of :data:`SUFFIXES`.
+        FigureError: the suffix of ``path`` is none of :data:`SUFFIXES`.
     """
     if path.suffix.lower() not in SUFFIXES:
-        given = f"{path.suffix!r} files are not made" if path.suffix else "it has no suffix to tell the kind of file by"
+        given = f"{path.suffix!r} files cannot be made" if path.suffix else "a suffix must tell the kind of file"
         raise FigureError(f"{path}: {given}; end it in {' or '.join(SUFFIXES)}")
 
 
 @contextmanager
 def house_style(salt: str = "mpscale") -> Iterator[None]:
-    """The look of all pictures, whatever a matplotlibrc of the user says.
+    """The style of all pictures, whatever the user's matplotlibrc says.
 
     Args:
-        salt: what ids in an SVG are made from, instead of chance: the same picture is the same file. Pictures that
-            share a page need different ones.
+        salt: seeds the ids in an SVG, so that the same picture is the same file. Pictures on one page need different
+            ones.
     """
     from matplotlib import style
 
@@ -84,7 +105,7 @@ def house_style(salt: str = "mpscale") -> Iterator[None]:
 
 
 def empty_figure(height: float = 1.0) -> Figure:
-    """A figure 1000 px wide and ``height`` inches high, to be drawn on and saved without a screen."""
+    """A figure 1000 px wide and ``height`` inches high that needs no screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -94,38 +115,38 @@ def empty_figure(height: float = 1.0) -> Figure:
 
 
 def save(figure: Figure, to: Path | IO[bytes], suffix: str) -> None:
-    """Writes ``figure`` to a path or a binary file as ``svg`` or ``png``, the same bytes each time."""
-    # The date would make every file another one.
+    """Write ``figure`` to a path or a binary file as ``svg`` or ``png``, the same bytes each time."""
+    # A date would make every file different.
     metadata = {"Date": None, "Creator": "mpscale"} if suffix == "svg" else {"Software": "mpscale"}
     figure.savefig(to, format=suffix, dpi=DPI, metadata=metadata)
 
 
-def mode_places(modes: Iterable[str]) -> dict[str, int]:
-    """A number for each mode, by which it has its colour and marker: the same in every picture, for those we know."""
-    places = {mode: place for place, mode in enumerate(MODES)}
-    for mode in modes:
-        places.setdefault(mode, len(places))
-    return places
-
-
-def colour(place: int) -> str:
-    """The colour of a mode with that number."""
-    return _COLOURS[place % len(_COLOURS)]
-
-
-def marker(place: int) -> str:
-    """Likewise its marker."""
-    return _MARKERS[place % len(_MARKERS)]
-
-
 def short_name(text: str, length: int = 32) -> str:
-    """``text`` without what neither a font nor XML has a place for, and of a long one the end, which tells most."""
+    """``text`` without characters that fonts or XML lack. Of a long text only the end is kept, which tells most."""
     shown = "".join(c if c.isprintable() else " " for c in str(text))
     return shown if len(shown) <= length else f"…{shown[1 - length :]}"
 
 
+def text_width(figure: Figure, texts: Iterable[str]) -> float:
+    """Width of the longest text, in pixels."""
+    from matplotlib.text import Text
+
+    widest = 0.0
+    for text in texts:
+        drawn = Text(0, 0, text, size=FONT)
+        drawn.set_figure(figure)
+        widest = max(widest, drawn.get_window_extent().width)
+    return widest
+
+
+def legend_columns(figure: Figure, labels: Sequence[str]) -> int:
+    """How many columns of a legend fit into the width of the figure."""
+    beside = 5.5 * FONT / 72 * DPI  # line, padding and the space between columns, as matplotlib has them
+    return min(len(labels), max(1, int(WIDTH * DPI * 0.96 // (text_width(figure, labels) + beside))))
+
+
 def as_text(figure: Figure) -> str:
-    """The figure as an ``<svg>`` element that fits the width it is given."""
+    """The figure as an ``<svg>`` element that adapts to the width of the page."""
     file = io.BytesIO()
     save(figure, file, "svg")
     svg = file.getvalue().decode("utf-8")

@@ -1,260 +1,419 @@
-"""The sections of a report that go into detail. Each is empty where the run has nothing to say on it."""
+"""The sections of the report of a run: tables, and texts in markdown. Those that have nothing to say are empty."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
-from mpscale.analysis.runs import Run
-from mpscale.analysis.summary import MEMORY_IS_OF, mostly, plain_rows
-from mpscale.analysis.trainings import MEASURED
-from mpscale.modes import MODES
-from mpscale.records import Record
-from mpscale.report import cells
-from mpscale.report.gpu_sections import not_compared
-from mpscale.report.groups import measured, median, or_none, values
-from mpscale.report.tables import Cells, escape, markdown_table, metric_why
-from mpscale.report.words import is_mixed
-from mpscale.telemetry.host_noise import BUSY_SHARE
+from mpscale.analysis.change import SINGLE_RUN
+from mpscale.analysis.noise_floor import FEWEST_RUNS, Floors, assumed_floor, pooled
+from mpscale.analysis.quantities import COSTS, Cost
+from mpscale.analysis.summary import Row, mostly, summary_of
+from mpscale.core.columns import COLUMNS, MEASURED, SUMMARY, Cell, Column, Over, Sheet
+from mpscale.core.mode import is_mixed
+from mpscale.core.record import Place, Record, grouped, in_order_of_modes, of_good_trainings
+from mpscale.core.runs import Run
+from mpscale.report.table import (
+    DASH,
+    Table,
+    count,
+    escape,
+    interval,
+    large,
+    listed,
+    loss_scale,
+    metric,
+    metric_difference,
+    metric_margin,
+    of_all,
+    of_processes,
+    of_seeds,
+    share,
+    shown,
+    span,
+    text,
+)
 
 _COLUMNS_SHOWN = 8
 _STEP_COUNTS = ("attempted_steps", "applied_steps", "skipped_steps", "overflow_steps", "nonfinite_loss_steps")
+_PLACE = ("workload", "mode")
 
 
-def overflow(run: Run) -> str:
-    """Steps applied and skipped, and the way of the loss scale, over the seeds of each mixed mode."""
+# The results, which terminal, report and GitHub summary share.
+
+
+def results(run: Run) -> Table:
+    """One row per workload and mode. Columns that say nothing in this run are left out."""
+    rows = summary_of(run)
+    names = {row["metric_name"] for row in rows if row["metric_name"] is not None}
+    all_well = all(row["ok"] == row["cases"] and not row["not_started"] for row in rows)
+    cells: dict[str, Callable[[Row], str]] = {
+        "workload": lambda row: row["workload"],
+        "mode": lambda row: row["mode"],
+        "step time": step_time,
+        "speed-up over fp32": lambda row: speedup(row, "fp32"),
+        "speed-up over tf32": lambda row: speedup(row, "tf32"),
+        "peak memory": peak_memory,
+        "overflow steps": overflow_steps,
+        f"final {names.pop() if len(names) == 1 else 'metric'}": final_metric,
+        "status": lambda row: DASH if all_well else statuses(row),
+    }
+    table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
+    return table.without_blank("speed-up over tf32", "status")
+
+
+def step_time(row: Row) -> str:
+    """Step time with its interval over processes."""
+    return interval(row["step_time_ms"], row["step_time_ms_low"], row["step_time_ms_high"], " ms")
+
+
+def speedup(row: Row, baseline: str) -> str:
+    """Speed-up over ``baseline`` with its interval over pairs of processes."""
+    low, high = row[f"speedup_{baseline}_low"], row[f"speedup_{baseline}_high"]
+    return interval(row[f"speedup_{baseline}"], low, high, "x")
+
+
+def peak_memory(row: Row) -> str:
+    """Peak memory of the GPU. That of the host, if there is no other, is marked: the two cannot be compared."""
+    if row["gpu_memory_mib"] is not None:
+        return large(row["gpu_memory_mib"], "MiB") + of_processes(row["gpu_memory_processes"], row)
+    return DASH if row["host_memory_mib"] is None else f"{large(row['host_memory_mib'], 'MiB')} (host)"
+
+
+def overflow_steps(row: Row) -> str:
+    """Overflow steps out of attempted steps."""
+    if row["overflow_steps"] is None:
+        return DASH
+    return f"{count(row['overflow_steps'])}/{count(row['attempted_steps'])}{of_seeds(row['overflow_seeds'], row)}"
+
+
+def final_metric(row: Row) -> str:
+    """Mean of the metric over seeds, and its range if seeds differ."""
+    name = row["metric_name"]
+    mean = metric(row["metric_mean"], name)
+    ends = span([metric(row["metric_min"], name), metric(row["metric_max"], name)])
+    written = mean if ends == mean else f"{mean} ({ends})"
+    return written if row["metric_mean"] is None else written + of_seeds(row["metric_seeds"], row)
+
+
+def statuses(row: Row) -> str:
+    """How many cases ended with each status, and how many were not started."""
+    waiting = f"not started {row['not_started']}" if row["not_started"] else ""
+    return ", ".join(filter(None, (row["statuses"], waiting)))
+
+
+def metric_why(row: Row) -> str:
+    """The reason for the verdict on the metric, and the seeds that it leaves out; may be empty."""
+    return "; ".join(filter(None, (row["metric_reason"], row["metric_left_out"])))
+
+
+# The cases behind a row.
+
+
+@lru_cache(maxsize=8)
+def _groups(run: Run) -> Mapping[Place, Sequence[Record]]:
+    return grouped(run.records)
+
+
+def measured(run: Run, trained: bool = False, good: bool = False) -> Iterator[tuple[str, str, list[Record]]]:
+    """Cases whose figures count, by workload and mode, in the order of the summary.
+
+    Args:
+        run: the run.
+        trained: only those that trained to the end.
+        good: only those of seeds that were not lost, for what a mode costs.
+    """
+    for (workload, mode), group in _groups(run).items():
+        records = of_good_trainings(group) if good else [case for case in group if case["status"] in MEASURED]
+        records = [case for case in records if case["repeat"] == 0] if trained else records
+        if records:
+            yield workload, mode, records
+
+
+def _values(records: Sequence[Record], name: str) -> list[Any]:
+    return [value for record in records if (value := record[name]) is not None]
+
+
+_OVER: dict[Over, Callable[[list[Any]], Any]] = {
+    Over.MEDIAN: statistics.median,
+    Over.MAX: max,
+    Over.SUM: sum,
+    Over.KNOWN: len,
+    Over.EACH: lambda values: "; ".join(dict.fromkeys(values)),
+}
+
+
+def _sheet(run: Run, sheet: Sheet, *needs: str, good: bool = True) -> Table:
+    """A table of all columns that the data dictionary puts into ``sheet``, for modes that have one of ``needs``."""
+    summary = {(row["workload"], row["mode"]): row for row in summary_of(run)}
+    cells = [(cell, column) for column in (*COLUMNS.values(), *SUMMARY) for cell in column.cells if cell.sheet is sheet]
+    cells.sort(key=lambda pair: pair[0].place)
+    rows = [
+        [workload, mode, *(_cell(cell, column, records, summary[workload, mode]) for cell, column in cells)]
+        for workload, mode, records in measured(run, good=good)
+        if any(record[name] is not None for record in records for name in needs)
+    ]
+    return Table([*_PLACE, *(cell.heading for cell, _ in cells)], rows)
+
+
+def _cell(cell: Cell, column: Column, records: Sequence[Record], row: Row) -> str:
+    if COLUMNS.get(column.name) is not column:
+        return shown(column, row[column.name])
+    known = _values(records, column.name)
+    if not known and cell.over is not Over.KNOWN:
+        return DASH
+    value = _OVER[cell.over](known)
+    written = count(value) if cell.over is Over.KNOWN else shown(column, value)
+    if cell.partial:
+        written += of_processes(len(known), row)
+    if cell.flag is not None and mostly(_values(records, cell.flag[0])):
+        written += f" ({cell.flag[1]})"
+    return written
+
+
+def timing(run: Run) -> list[Table | str]:
+    """What the step times rest on."""
+    parts: list[Table | str] = [_sheet(run, Sheet.TIMING, "step_time_ms_median", "trace_time_s", "first_step_s")]
+    if not parts[0]:
+        return []
+    cases = [records for _, _, records in measured(run, good=True)]
+    busiest = max((value for records in cases for value in _values(records, "host_other_cpu_share")), default=0.0)
+    if busiest > (COLUMNS["host_other_cpu_share"].warn_above or math.inf):
+        parts.append(
+            f"The machine was busy: other processes took up to {share(busiest)} of its CPU time while steps were "
+            "timed. This makes step times longer, and makes them vary more from process to process."
+        )
+    if any(mostly(_values(records, "dispatch_bound")) for records in cases):
+        parts.append(
+            "`bound` means that dispatch in Python and TensorFlow took over half of the step time, rather than the "
+            "device. The model or its batch is too small to show what the mode does to the device."
+        )
+    return parts
+
+
+def memory(run: Run) -> list[Table | str]:
+    """Peaks over the processes of a mode."""
+    needs = ("gpu_memory_nvml_peak_mib", "gpu_memory_allocator_peak_mib", "host_memory_peak_mib")
+    without_ratio = _no_ratio(run, COSTS["gpu_memory"], "gpu_memory_mib", "gpu_memory_ratio")
+    return [_sheet(run, Sheet.MEMORY, *needs), without_ratio]
+
+
+def memory_parts(run: Run) -> Table:
+    """Where the memory that the driver reports went."""
+    return _sheet(run, Sheet.MEMORY_PARTS, "gpu_memory_nvml_peak_mib")
+
+
+def energy(run: Run) -> list[Table | str]:
+    """Energy of the GPU per step, and the power that it drew."""
+    needed = "gpu_energy_j_per_step"
+    return [_sheet(run, Sheet.ENERGY, needed), _no_ratio(run, COSTS["energy"], needed, "gpu_energy_ratio")]
+
+
+def gpu_state(run: Run) -> Table:
+    """Clocks, temperature and what held the clocks down while steps were timed."""
+    return _sheet(run, Sheet.GPU_STATE, "gpu_sm_clock_mhz_median", "gpu_temperature_c_max", good=False)
+
+
+def _no_ratio(run: Run, cost: Cost, figure: str, ratio: str) -> str:
+    """A paragraph on the rows without a ratio to fp32 because the two figures do not measure the same thing."""
+    kinds = {(workload, mode): cost.kinds(records) for workload, mode, records in measured(run, good=True)}
+    bare = [
+        f"{row['workload']} {row['mode']}"
+        for row in summary_of(run)
+        if row[figure] is not None
+        and row[ratio] is None
+        and len(kinds[row["workload"], row["mode"]] | kinds.get((row["workload"], "fp32"), set())) > 1
+    ]
+    if not bare:
+        return ""
+    columns = " or ".join(f"`{column}`" for column in cost.is_of)
+    return (
+        f"No ratio is given for {', '.join(bare)}: its figure and fp32's differ in {columns}, so they do not "
+        "measure the same thing."
+    )
+
+
+# What training came to.
+
+
+def overflow(run: Run) -> Table:
+    """Steps applied and skipped, and the loss scale, over the seeds of each mixed mode."""
     rows = []
     for workload, mode, records in measured(run, trained=True):
-        if not is_mixed(mode) or not values(records, "attempted_steps"):
+        if not is_mixed(mode) or not _values(records, "attempted_steps"):
             continue
-        first, last = values(records, "first_overflow_step"), values(records, "last_overflow_step")
-        smallest, largest = values(records, "loss_scale_min"), values(records, "loss_scale_max")
-        initial, final = (_scales(records, name) for name in ("loss_scale_initial", "loss_scale_final"))
+        initial, final = _scales(records, "loss_scale_initial"), _scales(records, "loss_scale_final")
+        first, last = _values(records, "first_overflow_step"), _values(records, "last_overflow_step")
+        lowest, highest = _values(records, "loss_scale_min"), _values(records, "loss_scale_max")
         rows.append(
             [
                 workload,
                 mode,
                 *(_total(records, name) for name in _STEP_COUNTS),
-                cells.count(or_none(max, values(records, "longest_skip_run"))),
-                cells.span([cells.count(or_none(min, first)), cells.count(or_none(max, last))]),
-                cells.DASH if initial == final == cells.DASH else f"{initial} -> {final}",
-                cells.span([cells.loss_scale(or_none(min, smallest)), cells.loss_scale(or_none(max, largest))]),
+                count(max(_values(records, "longest_skip_run"), default=None)),
+                span([count(min(first, default=None)), count(max(last, default=None))]),
+                DASH if initial == final == DASH else f"{initial} -> {final}",
+                span([loss_scale(min(lowest, default=None)), loss_scale(max(highest, default=None))]),
             ]
         )
-    headers = ["workload", "mode", "attempted", "applied", "skipped", "overflow", "non-finite loss"]
-    headers += ["longest skip run", "first to last overflow", "loss scale, first -> last step", "min to max"]
-    return markdown_table(headers, rows) if rows else ""
+    headers = [*_PLACE, "attempted", "applied", "skipped", "overflow", "non-finite loss", "longest skip run"]
+    return Table([*headers, "first to last overflow", "loss scale, first -> last step", "min to max"], rows)
 
 
 def _total(records: Sequence[Record], name: str) -> str:
-    """The sum of a column over trainings, and of how many where not all know it."""
-    known = values(records, name)
-    total = cells.count(or_none(sum, known))
-    return f"{total} ({len(known)} of {len(records)} seeds)" if known and len(known) < len(records) else total
+    known = _values(records, name)
+    return count(sum(known)) + of_all(len(known), len(records), "seeds") if known else DASH
 
 
-def accuracy(run: Run) -> str:
-    """The metric of every seed under every mode, and when the target was reached.
+def _scales(records: Sequence[Record], name: str) -> str:
+    return span([loss_scale(value) for value in sorted(_values(records, name))])
 
-    A training without a metric has its status instead: a gap would look like a seed that was not asked for.
-    """
+
+def accuracy(run: Run) -> list[Table | str]:
+    """The metric of every seed under every mode, or its status without one; and when the target was reached."""
     trained = [record for record in run.records if record["repeat"] == 0 and record["status"] != "unsupported"]
-    started = {record["mode"] for record in trained}
-    modes = [mode for mode in dict.fromkeys(row["mode"] for row in plain_rows(run.summary)) if mode in started]
+    modes = in_order_of_modes(record["mode"] for record in trained)
     names = {record["workload"]: record["metric_name"] for record in trained if record["metric_name"] is not None}
-    found: dict[tuple[str, str, int], dict[str, str]] = {}
+    found: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
     for record in sorted(trained, key=lambda record: record["seed"]):
-        name = names.get(record["workload"])
-        row = found.setdefault((record["workload"], name or "metric", record["seed"]), {})
-        value = record["metric_value"] if record["status"] in MEASURED else None
-        if value is not None:
-            row[record["mode"]] = cells.metric(value, record["metric_name"])
+        name = names.get(record["workload"]) or "metric"
+        ended = record["status"] in MEASURED
+
+        def put(label: str, written: str, record: Record = record) -> None:
+            by_seed = found.setdefault((record["workload"], label), {})
+            by_seed.setdefault(record["seed"], {})[record["mode"]] = written
+
+        if ended and record["metric_value"] is not None:
+            put(name, metric(record["metric_value"], record["metric_name"]))
         elif record["status"] != "ok":
-            row[record["mode"]] = str(record["status"])
-        if record["published_metric_value"] is not None and record["status"] in MEASURED:
-            row = found.setdefault((record["workload"], f"{name or 'metric'}, published test set", record["seed"]), {})
-            row[record["mode"]] = cells.metric(record["published_metric_value"], record["metric_name"])
-    found = {place: row for place, row in found.items() if row}
-    places = {place: number for number, place in enumerate(dict.fromkeys(key[:2] for key in found))}
-    rows = [
-        [workload, name, cells.count(seed), *(row.get(mode, cells.DASH) for mode in modes)]
-        for (workload, name, seed), row in sorted(found.items(), key=lambda item: (places[item[0][:2]], item[0][2]))
-    ]
-    parts = [markdown_table(["workload", "metric", "seed", *modes], rows)] if rows else []
-    targets = [
+            # A gap would look like a seed that nobody asked for.
+            put(name, str(record["status"]))
+        if ended and record["published_metric_value"] is not None:
+            put(f"{name}, published test set", metric(record["published_metric_value"], record["metric_name"]))
+    values = Table(
+        ["workload", "metric", "seed", *modes],
+        [
+            [workload, name, count(seed), *(by_mode.get(mode, DASH) for mode in modes)]
+            for (workload, name), by_seed in found.items()
+            for seed, by_mode in by_seed.items()
+        ],
+    )
+    reached = [
         [
             row["workload"],
             row["mode"],
             f"{row['target_reached']} of {row['seeds_planned']}",
-            cells.count(row["steps_to_target"]),
+            count(row["steps_to_target"]),
         ]
-        for row in plain_rows(run.summary)
+        for row in summary_of(run)
         if row["target_reached"] is not None
     ]
-    if targets:
-        parts.append(
-            markdown_table(["workload", "mode", "seeds that reached the target", "steps to it, median"], targets)
-        )
-    return "\n\n".join(parts)
+    return [values, Table([*_PLACE, "seeds that reached the target", "steps to it, median"], reached)]
 
 
-def against_fp32(run: Run) -> str:
+def against_fp32(run: Run) -> Table:
     """Whether each mode trains as well as fp32, seed by seed."""
     rows = []
-    for row in plain_rows(run.summary):
+    for row in summary_of(run):
         if row["metric_verdict"] is None:
             continue
+        needed = row["metric_seeds_needed"]
+        verdict = str(row["metric_verdict"]) + ("" if needed is None else f" ({needed} seeds would tell)")
         low, high = row["metric_difference_low"], row["metric_difference_high"]
-        verdict = str(row["metric_verdict"])
-        if row["metric_seeds_needed"] is not None:
-            verdict += f" ({row['metric_seeds_needed']} seeds would tell)"
-        if why := metric_why(row):
-            verdict += f": {why}"
         rows.append(
             [
                 row["workload"],
                 row["mode"],
-                cells.difference(row["metric_difference"], low, high, row["metric_name"]),
-                cells.count(row["metric_pairs"]),
-                cells.size(row["metric_margin"], row["metric_name"]),
-                verdict,
+                metric_difference(row["metric_difference"], low, high, row["metric_name"]),
+                count(row["metric_pairs"]),
+                metric_margin(row["metric_margin"], row["metric_name"]),
+                ": ".join(filter(None, (verdict, metric_why(row)))),
             ]
         )
-    return markdown_table(["workload", "mode", "difference", "seeds", "margin", "verdict"], rows) if rows else ""
+    return Table([*_PLACE, "difference", "seeds", "margin", "verdict"], rows)
 
 
-def timing(run: Run) -> str:
-    """What the step times rest on."""
-    rows, bound = [], False
-    for workload, mode, records in measured(run, good=True):
-        if not any(values(records, name) for name in ("step_time_ms_median", "first_step_s", "trace_time_s")):
-            continue
-        is_bound = mostly(values(records, "dispatch_bound"))
-        bound = bound or is_bound
-        rows.append(
-            [workload, mode, cells.count(len(values(records, "step_time_ms_median")))]
-            + [cells.count(or_none(sum, values(records, "timed_blocks")))]
-            + [cells.number(median(records, "step_time_ms_per_applied"))]
-            + [cells.share(median(records, "dispatch_share")) + (" (bound)" if is_bound else "")]
-            + [cells.share(or_none(max, values(records, "host_other_cpu_share")))]
-            + [cells.number(median(records, name)) for name in ("trace_time_s", "first_step_s")]
-        )
-    if not rows:
-        return ""
-    headers = [
-        "workload",
-        "mode",
-        "processes",
-        "blocks",
-        "ms per applied step",
-        "dispatch share",
-        "CPU time of others, most",
-        "trace s",
-        "first step s",
-    ]
-    parts = [markdown_table(headers, rows)]
-    busiest = max(
-        (row for _, _, group in measured(run, good=True) for row in values(group, "host_other_cpu_share")), default=0.0
-    )
-    if busiest > BUSY_SHARE:
-        parts.append(
-            f"The machine was busy: up to {cells.share(busiest)} of its processors' time went to other processes while "
-            "steps were timed. Step times are longer for that, and differ more from process to process."
-        )
-    if bound:
-        parts.append(
-            "Where `bound` is noted, over half of a step's time went into dispatch: into Python and TensorFlow, and "
-            "not into the device. The model or its batch is too small there to show what a mode does to the device."
-        )
-    return "\n\n".join(parts)
-
-
-def memory(run: Run) -> str:
-    """Peaks over the processes of a mode."""
-    names = ("gpu_memory_nvml_peak_mib", "gpu_memory_allocator_peak_mib", "host_memory_peak_mib")
-    summary = {(row["workload"], row["mode"]): row for row in plain_rows(run.summary)}
+def noise(run: Run, floors: Floors) -> list[Table | str]:
+    """Spread between processes of this run and between runs of its code, for judging whether a change is real."""
+    time, cases = COSTS["step_time"], _groups(run)
+    assumed = assumed_floor([cases], time)
     rows = []
-    for workload, mode, records in measured(run, good=True):
-        peaks = [or_none(max, values(records, name)) for name in names]
-        if any(peak is not None for peak in peaks):
-            driver, allocator, host = (cells.number(peak, 4) for peak in peaks)
-            row = summary[workload, mode]
-            if peaks[0] is not None:
-                driver += cells.of_processes(row["gpu_memory_processes"], row)
-            rows.append([workload, mode, driver, cells.number(row["gpu_memory_ratio"]), allocator, host])
-    headers = ["workload", "mode", "GPU, NVML (MiB)", "over fp32", "GPU, allocator (MiB)", "host (MiB)"]
+    for place, records in cases.items():
+        times = time.sample(records)
+        if not times:
+            continue
+        variance, degrees = pooled([times])
+        known = floors.get(time.name, place)
+        floor = known or assumed
+        limit = DASH if floor is None else f"{floor.limit:.1%}{'' if known else '?'}"
+        rows.append([*place, count(len(times)), f"{math.sqrt(variance):.1%}" if degrees else DASH, limit])
     if not rows:
-        return ""
-    return markdown_table(headers, rows) + not_compared(
-        run, "gpu_memory_nvml_peak_mib", "gpu_memory_mib", "gpu_memory_ratio", MEMORY_IS_OF
-    )
+        return []
+    if floors.runs:
+        basis = (
+            "Noise floor: 95 % limit on the difference between two runs of the same code, from "
+            f"{len(floors.runs)} runs of this code on this machine."
+        )
+    else:
+        basis = (
+            f"As a baseline this is a {SINGLE_RUN} (?): how much runs of this code differ is unknown until there are "
+            f"{FEWEST_RUNS} of them. Until then, a comparison relies on the spread of processes."
+        )
+    table = Table([*_PLACE, "processes", "spread of processes", "noise floor"], rows)
+    return [table, f"Spread: standard deviation. {basis}"]
 
 
-def troubles(run: Run) -> str:
-    """Cases with another status than ok: why, and what the process wrote last."""
-    headers, rows = trouble_cells(run)
-    if not rows:
-        return ""
+# What is missing.
+
+
+def troubles(run: Run) -> list[Table | str]:
+    """Cases with another status than ok: why, and the last output of the process."""
     tails = [
-        f"The last lines of {_text(record['case_id'])}:\n\n{fenced(record['output_tail'])}"
+        f"The last lines of {text(record['case_id'])}:\n\n{fenced(record['output_tail'])}"
         for record in run.records
         if record["status"] != "ok" and record["output_tail"]
     ]
-    return "\n\n".join([markdown_table(headers, rows), *tails])
+    return [trouble_table(run), *tails]
 
 
-def trouble_cells(run: Run) -> tuple[list[str], Cells]:
-    """Headers and rows of the cases with another status than ok."""
+def trouble_table(run: Run) -> Table:
+    """The cases with another status than ok."""
     names = ("case_id", "status", "status_reason")
     bad = [record for record in run.records if record["status"] != "ok"]
-    return ["case", "status", "reason"], [[_text(record[name]) for name in names] for record in bad]
+    return Table(["case", "status", "reason"], [[text(record[name]) for name in names] for record in bad])
 
 
 def unread(run: Run, left_out: Sequence[tuple[str, str]] = ()) -> str:
-    """What of the run's own files could not be read, and which other runs, a list.
-
-    Args:
-        run: the run.
-        left_out: folders of other runs, and why each could not be read.
-    """
+    """A list of what could not be read: in the run's own files, and of other runs the folder with the reason."""
     lines = [*run.problems, *(f"{folder} was left out: {reason}" for folder, reason in left_out)]
-    return "\n".join(f"- {escape(' '.join(line.split()))}" for line in lines)
+    return "\n".join(f"- {escape(line)}" for line in lines)
 
 
-def empty(run: Run) -> str:
-    """The reasons for empty cells, with the columns and modes that they hold for."""
-    cases: dict[tuple[str, str], list[Record]] = {}
-    for record in run.records:
+def missing(run: Run) -> Table:
+    """The reasons for empty cells, with the columns and modes that they apply to."""
+    cases: dict[tuple[str, str], list[int]] = {}
+    for place, record in enumerate(run.records):
         for column, reason in record.unavailable.items():
-            cases.setdefault((reason, column), []).append(record)
+            cases.setdefault((reason.text, column), []).append(place)
     # Columns that are empty in the same cases for the same reason share a row.
-    shared: dict[tuple[str, tuple[str, ...]], tuple[list[str], list[Record]]] = {}
-    for (reason, column), records in cases.items():
-        ids = tuple(str(record["case_id"]) for record in records)
-        shared.setdefault((reason, ids), ([], records))[0].append(column)
+    shared: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for (why, column), places in cases.items():
+        shared.setdefault((why, tuple(places)), []).append(column)
     rows = []
-    for (reason, _), (columns, records) in shared.items():
-        more = len(columns) - _COLUMNS_SHOWN
-        listed = ", ".join(columns[:_COLUMNS_SHOWN]) + (f" and {more} more" if more > 0 else "")
-        has = {record["mode"] for record in records}
-        modes = ", ".join([mode for mode in MODES if mode in has] + sorted(has - MODES.keys()))
-        rows.append([reason, listed, modes, f"{len(records)} of {len(run.records)}"])
+    for (why, numbers), columns in shared.items():
+        modes = in_order_of_modes(sorted({run.records[number]["mode"] for number in numbers}))
+        rows.append([why, listed(columns, _COLUMNS_SHOWN), ", ".join(modes), f"{len(numbers)} of {len(run.records)}"])
     rows.sort(key=lambda row: (row[0], row[2]))
-    return markdown_table(["reason", "empty columns", "modes", "cases"], rows) if rows else ""
+    return Table(["reason", "empty columns", "modes", "cases"], rows)
 
 
 def fenced(text: str) -> str:
-    """A code block that nothing in ``text`` can end, without the colours and bells of a terminal."""
+    """A code block that nothing in ``text`` can end, without a terminal's colours and bells."""
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.replace("\r\n", "\n").replace("\r", "\n"))
     plain = "".join(c for c in plain if c in "\n\t" or c.isprintable()).strip("\n")
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", plain))])
     return f"{fence}text\n{plain}\n{fence}"
-
-
-def _scales(records: Sequence[Record], name: str) -> str:
-    return cells.span([cells.loss_scale(value) for value in sorted(values(records, name))])
-
-
-def _text(value: Any) -> str:
-    return cells.DASH if value is None else str(value)

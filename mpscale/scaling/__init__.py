@@ -1,17 +1,22 @@
-"""Loss scaling for Keras and TensorFlow, usable alone.
+"""Loss scaling for Keras and TensorFlow, usable without the rest of mpscale.
 
-Importing this package registers its classes with Keras, which is what ``keras.saving.load_model`` needs.
+Importing this package registers its classes with Keras, which ``keras.saving.load_model`` needs.
 """
 
-from mpscale.scaling.alarm import FloorOverflowError, FloorOverflowWarning
-from mpscale.scaling.article import ArticleLossScale
-from mpscale.scaling.finite import all_finite
+from mpscale.core.loss_scale import (
+    ArticleLossScale,
+    DynamicLossScale,
+    LogMaxLossScale,
+    LossScale,
+    NoLossScale,
+    StaticLossScale,
+)
+from mpscale.scaling.callback import LossScaleMonitor
+from mpscale.scaling.gradients import all_finite
 from mpscale.scaling.guard import UnscaledLossWarning
-from mpscale.scaling.logmax import LogMaxLossScale
-from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, NoLossScale, StaticLossScale
-from mpscale.scaling.monitor import LossScaleMonitor
+from mpscale.scaling.inner import SettingTooLateWarning
+from mpscale.scaling.ledger import FloorOverflowError, FloorOverflowWarning
 from mpscale.scaling.optimizer import LossScaleOptimizer
-from mpscale.scaling.settings import SettingTooLateWarning
 
 __all__ = [
     "ArticleLossScale",

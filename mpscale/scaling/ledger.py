@@ -1,14 +1,23 @@
-"""What became of each step, counted on the device so that counting costs no synchronisation."""
+"""What became of each step, counted on the device so that counting needs no synchronisation, and the alarm about it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import tensorflow as tf
 
+from mpscale.scaling.guard import Unscaling, origins, within_reach
+
 TRAJECTORY = 256
-"""Changes of the scale that are kept; older ones make room for newer."""
+"""Changes of the scale that are kept; newer ones replace the oldest."""
+
+Alarm = Literal["warn", "stop", "ignore"]
+
+AddVariable = Callable[[str, str, Sequence[float]], Any]
+"""Makes a variable from name, dtype and initial value (a vector)."""
 
 _COUNTERS = (
     "attempted",
@@ -24,36 +33,38 @@ _COUNTERS = (
 _NEVER = -1
 
 
+class FloorOverflowWarning(UserWarning):
+    """Steps overflow although the loss scale is at its floor."""
+
+
+class FloorOverflowError(RuntimeError):
+    """Steps overflow although the loss scale is at its floor, and the policy is to stop."""
+
+
 class Ledger:
-    """Counters, the steps at which the scale changed and, if wanted, the overflows of every variable.
+    """Counts steps and records when the scale changed. Steps are numbered from 0 in the order they were attempted.
 
-    Steps are numbered from 0 in the order in which they were attempted.
-
-    All counters share one int64 vector: every further variable of a compiled step costs time when it is called.
+    All counters share one int64 vector, because every further variable of a compiled step costs time at each call.
 
     Args:
-        add_variable: makes a variable from name, dtype and initial value, a vector; the optimizer passes its own maker,
-            so that the ledger is saved and restored with it.
+        add_variable: the optimizer's own maker of variables, so that the ledger is saved and restored with it.
         scale: the scale of the first step.
     """
 
-    def __init__(self, add_variable: Callable[[str, str, Sequence[float]], Any], scale: float) -> None:
-        self._add_variable = add_variable
+    def __init__(self, add_variable: AddVariable, scale: float) -> None:
         start = [_NEVER if name in ("first_overflow", "last_overflow") else 0 for name in _COUNTERS]
         self._counters = add_variable("steps", "int64", start)
         self._change_steps = add_variable("scale_change_steps", "int64", [0] * TRAJECTORY)
         self._change_scales = add_variable("scale_changes", "float32", [scale] + [0.0] * (TRAJECTORY - 1))
-        self._blamed: list[str] = []
-        self._blame: Any = None
 
     def record(self, finite: Any, applied: Any, at_floor: Any, scale: Any, next_scale: Any) -> None:
-        """Counts one step.
+        """Count one step.
 
         Args:
-            finite: boolean scalar, whether its gradients were finite (True where nobody looked).
+            finite: boolean scalar, whether its gradients were finite; True if they were not checked.
             applied: boolean scalar, whether its update was applied.
             at_floor: boolean scalar, whether its scale could not have been lower.
-            scale: float32 scalar, the scale it was taken with.
+            scale: float32 scalar, the scale of this step.
             next_scale: float32 scalar, the scale of the next one.
         """
         old = dict(zip(_COUNTERS, tf.unstack(self._counters.value), strict=True))
@@ -76,66 +87,128 @@ class Ledger:
             "scale_changes": changes,
         }
         self._counters.assign(tf.stack([new[name] for name in _COUNTERS]))
-        # Where the scale stays, its slot is written anew with what it holds already.
+        # If the scale stays, its slot is overwritten with the value it already has.
         here = tf.equal(tf.range(TRAJECTORY, dtype=tf.int64), changes % TRAJECTORY)
         since = self._change_steps.value
         moved = tf.logical_and(here, tf.not_equal(next_scale, scale))
         self._change_steps.assign(tf.where(moved, new["attempted"], since))
         self._change_scales.assign(tf.where(here, next_scale, self._change_scales.value))
 
-    def blame_one_by_one(self, variables: Sequence[Any]) -> None:
-        """From here on counts the overflows of each of ``variables`` by itself."""
-        paths = [path_of(variable) for variable in variables]
-        for place, path in enumerate(paths):  # Layers of one name have variables of one path.
-            earlier = paths[:place].count(path)
-            self._blamed.append(f"{path} ({earlier + 1})" if earlier else path)
-        self._blame = self._add_variable("overflows_by_variable", "int64", [0] * len(paths))
-
-    def blame(self, flags: Any, places: Sequence[int]) -> None:
-        """Adds 1 for each variable whose gradient was not finite.
-
-        Args:
-            flags: 1 for a gradient that was not finite, int64 (gradients,).
-            places: for each gradient, the place of its variable among those that are blamed one by one.
-        """
-        if list(places) != list(range(len(self._blamed))):
-            found: list[Any] = [tf.constant(0, tf.int64)] * len(self._blamed)
-            for place, flag in zip(places, tf.unstack(flags, num=len(places)), strict=True):
-                found[place] = tf.maximum(found[place], flag)
-            flags = tf.stack(found)
-        self._blame.assign(self._blame.value + flags)
-
     def counters(self) -> dict[str, Any]:
-        """The counters as Python values; waits for the device."""
-        values: dict[str, Any] = dict(zip(_COUNTERS, self._counters.numpy().tolist(), strict=True))
-        for name in ("first_overflow", "last_overflow"):
-            if values[name] == _NEVER:
-                values[name] = None
-        by_variable = (
-            None
-            if self._blame is None
-            else {path: n for path, n in zip(self._blamed, self._blame.numpy().tolist(), strict=True) if n}
-        )
-        return {
-            "attempted": values["attempted"],
-            "applied": values["applied"],
-            "skipped": values["attempted"] - values["applied"],
-            "overflow": values["overflow"],
-            "longest_skip_run": values["longest_skip_run"],
-            "first_overflow": values["first_overflow"],
-            "last_overflow": values["last_overflow"],
-            "floor_overflow": values["floor_overflow"],
-            "by_variable": by_variable,
-        }
+        """Return the counters as Python values, None for a step number that does not exist. Waits for the device."""
+        values = dict(zip(_COUNTERS, self._counters.numpy().tolist(), strict=True))
+        values["skipped"] = values["attempted"] - values["applied"]
+        values = {name: None if value == _NEVER else value for name, value in values.items()}
+        shown = ("attempted", "applied", "skipped", "overflow", "longest_skip_run")
+        return {name: values[name] for name in (*shown, "first_overflow", "last_overflow", "floor_overflow")}
 
     def trajectory(self) -> list[tuple[int, float]]:
-        """Pairs of a step and the scale from that step on, in order; waits for the device."""
+        """Return pairs of a step and the scale from that step on, in order. Waits for the device."""
         changes = int(self._counters.numpy()[_COUNTERS.index("scale_changes")])
         steps, scales = self._change_steps.numpy(), self._change_scales.numpy()
         kept = range(max(changes - TRAJECTORY + 1, 0), changes + 1)
         return [(int(steps[i % TRAJECTORY]), float(scales[i % TRAJECTORY])) for i in kept]
 
 
+class Blame:
+    """Counts for every variable the steps in which its gradient was not finite.
+
+    Gradients are counted in ``unscale``, or in ``apply`` if the variables are not known before.
+
+    Args:
+        add_variable: as for :class:`Ledger`.
+        key_of: Keras' ``Optimizer._var_key``, which returns the same hashable key for the same variable.
+    """
+
+    def __init__(self, add_variable: AddVariable, key_of: Callable[[Any], Any]) -> None:
+        self._add_variable, self._key_of = add_variable, key_of
+        self._places: dict[Any, int] = {}
+        self._names: list[str] = []
+        self._counts: Any = None
+        self.in_unscale = False  # whether unscale was ever given the variables
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Make the counters, one for each of ``variables``."""
+        self._places = {self._key_of(variable): place for place, variable in enumerate(variables)}
+        paths = [path_of(variable) for variable in variables]
+        for place, path in enumerate(paths):  # Layers of the same name have variables of the same path.
+            earlier = paths[:place].count(path)
+            self._names.append(f"{path} ({earlier + 1})" if earlier else path)
+        self._counts = self._add_variable("overflows_by_variable", "int64", [0] * len(paths))
+
+    def count(self, flags: tf.Tensor, variables: Sequence[Any]) -> None:
+        """Count ``flags``, 1 for a non-finite gradient, int64 (variables,).
+
+        Raises:
+            ValueError: the optimizer was not built with one of ``variables``, or there are not as many as flags.
+        """
+        unknown = [path_of(variable) for variable in variables if self._key_of(variable) not in self._places]
+        if unknown:
+            raise ValueError(
+                f"the optimizer was not built with {', '.join(unknown)}; give build all variables that will be updated"
+            )
+        if flags.shape[0] != len(variables):
+            raise ValueError(
+                f"{flags.shape[0]} gradients cannot be blamed on the {len(variables)} variables that came with them; "
+                "pass one for each to unscale: grads, finite = optimizer.unscale(grads, variables)"
+            )
+        places = [self._places[self._key_of(variable)] for variable in variables]
+        if places != list(range(len(self._names))):
+            by_place: list[Any] = [tf.constant(0, tf.int64)] * len(self._names)
+            for place, flag in zip(places, tf.unstack(flags, num=len(places)), strict=True):
+                by_place[place] = tf.maximum(by_place[place], flag)
+            flags = tf.stack(by_place)
+        self._counts.assign(self._counts.value + flags)
+
+    def count_later(self, finite: Any, variables: Sequence[Any]) -> None:
+        """Count for ``variables`` what was found in the calls of ``unscale`` that ``finite`` was computed from.
+
+        Raises:
+            ValueError: as for :meth:`count`, or ``finite`` comes from no known call.
+        """
+        sources: frozenset[Any] = frozenset().union(*origins([finite]))
+        calls = [source for source in sources if isinstance(source, Unscaling)]
+        if not (calls or self.in_unscale) or not all(within_reach(call.flags) for call in calls):
+            raise ValueError(
+                "blame does not know whose gradients were not finite: finite comes from another function or is not "
+                "what unscale returned; pass the variables to unscale: "
+                "grads, finite = optimizer.unscale(grads, variables)"
+            )
+        flags = [call.flags for call in calls if call.flags is not None]
+        if flags:
+            self.count(functools.reduce(tf.maximum, flags), variables)
+
+    def counts(self) -> dict[str, int]:
+        """Return path and number of steps for every variable that had a non-finite gradient. Waits for the device."""
+        if self._counts is None:
+            return {}
+        return {name: count for name, count in zip(self._names, self._counts.numpy().tolist(), strict=True) if count}
+
+
+def raise_alarm(policy: Alarm, counters: Mapping[str, Any], scale: float) -> None:
+    """Warn, raise :class:`FloorOverflowError` ("stop") or do nothing ("ignore") about overflow at the floor."""
+    if policy == "ignore":
+        return
+    message = (
+        f"{counters['floor_overflow']} of {counters['attempted']} steps had non-finite gradients although the loss "
+        f"scale was at its floor ({scale:g}); the last one was step {counters['last_overflow']}. "
+        f"{_culprits(counters['by_variable'])}. "
+        "A lower scale cannot help: look for a learning rate that is too high, bad inputs, or a layer that overflows "
+        "by itself and should compute in float32"
+    )
+    if policy == "stop":
+        raise FloorOverflowError(message)
+    warnings.warn(message, FloorOverflowWarning, stacklevel=3)
+
+
+def _culprits(by_variable: Mapping[str, int] | None, at_most: int = 5) -> str:
+    if by_variable is None:
+        return "LossScaleOptimizer(..., blame=True) shows which variables they belong to"
+    worst = sorted(by_variable.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{path} ({count} steps)" for path, count in worst[:at_most])
+    return f"Non-finite gradients: {named}" + (f" and {len(worst) - at_most} more" if len(worst) > at_most else "")
+
+
 def path_of(variable: Any) -> str:
-    """The path of a Keras variable, such as "dense/kernel"; the name of one of TensorFlow's."""
+    """Return the path of a Keras variable, such as "dense/kernel", or the name of a TensorFlow variable."""
     return str(getattr(variable, "path", None) or variable.name).removesuffix(":0")

@@ -1,4 +1,4 @@
-"""LossScaleOptimizer: wraps a Keras optimizer, scales the loss, unscales the gradients and skips overflow steps."""
+"""LossScaleOptimizer: a Keras optimizer whose loss is scaled, whose gradients are unscaled, and that skips overflow."""
 
 from __future__ import annotations
 
@@ -9,29 +9,47 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mpscale.scaling import provenance, replicas
-from mpscale.scaling.accumulation import accumulate
-from mpscale.scaling.alarm import Alarm, check_policy, raise_alarm
-from mpscale.scaling.blame import Blame
-from mpscale.scaling.finite import all_finite, finite_and_largest, nonfinite_flags, under_xla
-from mpscale.scaling.gate import Skip, apply_gated, check_skip, gate_pays
-from mpscale.scaling.gradients import as_tensors, fitted, kept_from_rewrite, unscaled
-from mpscale.scaling.guard import ScalingGuard, Unscaling
-from mpscale.scaling.inner import check_inner, unlisted_variables, window
-from mpscale.scaling.ledger import Ledger
-from mpscale.scaling.loss_scale import DynamicLossScale, LossScale, StaticLossScale, state_dtype
-from mpscale.scaling.new_values import Handed, put_back, taken_out
-from mpscale.scaling.settings import ForwardedSettings
+from mpscale.core.loss_scale import RULES, DynamicLossScale, LossScale, NoLossScale, StaticLossScale, state_dtype
+from mpscale.scaling.gradients import (
+    NewValueMarks,
+    all_finite,
+    finite_and_largest,
+    fitted,
+    hidden_from_rewrite,
+    join_new_values,
+    nonfinite_flags,
+    split_new_values,
+    under_xla,
+    unscaled,
+)
+from mpscale.scaling.guard import ScalingGuard, Unscaling, mark
+from mpscale.scaling.inner import ForwardedSettings, accumulate, check_choice, check_inner, unlisted_variables, window
+from mpscale.scaling.ledger import Alarm, Blame, Ledger, raise_alarm
+from mpscale.scaling.skip import (
+    Skip,
+    apply_masked,
+    check_context,
+    check_scope,
+    largest_on_any,
+    masking_pays,
+    set_on_any,
+    switch,
+    true_on_all,
+)
 
-# Nothing here has Python control flow that depends on a tensor, and rewriting it all would add a second to every trace.
+# No Python control flow in here depends on a tensor, and converting it would add a second to every trace.
 _as_written = tf.autograph.experimental.do_not_convert
 
+_serializable = keras.saving.register_keras_serializable(package="mpscale")
+for _rule in (NoLossScale, *RULES.values()):
+    _serializable(_rule)  # Here, because the rules have to be importable without Keras.
 
-@keras.saving.register_keras_serializable(package="mpscale")
+
+@_serializable
 class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer):
     """A Keras optimizer with loss scaling.
 
-    In ``model.compile`` it needs nothing else. In a loop of your own::
+    It needs nothing else in ``model.compile``. In a loop of your own::
 
         opt = LossScaleOptimizer(keras.optimizers.Adam(1e-3), StaticLossScale(128))
         with tf.GradientTape() as tape:
@@ -40,35 +58,33 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         grads = tape.gradient(scaled, model.trainable_variables)
         opt.apply(grads, model.trainable_variables)
 
-    and to clip the true gradients, between the last two lines::
+    To clip the true gradients, replace the last line by::
 
         grads, finite = opt.unscale(grads)
         grads, _ = tf.clip_by_global_norm(grads, 1.0)
         opt.apply(grads, model.trainable_variables, finite=finite)
 
-    ``finite`` has to travel along: clipping can turn an infinity into a 1, after which nothing looks wrong. A step
-    whose gradients are not all finite changes nothing but the loss scale and the counters: no weight, no slot, no
-    moving average of the optimizer, no iteration count. What the forward pass itself assigns, such as the statistics
-    of BatchNormalization, is outside an optimizer's reach.
+    ``finite`` has to be passed on: clipping can turn an infinity into a 1, which hides the overflow. A step with a
+    non-finite gradient changes nothing but the loss scale and the counters: no weight, slot, moving average of the
+    optimizer or iteration count. What the forward pass itself assigns, such as the statistics of BatchNormalization,
+    is out of an optimizer's reach.
 
-    With ``gradient_accumulation_steps`` of the inner optimizer, one decision is made for each window: a micro-batch
-    that is not finite costs its whole window, and steps are counted in windows. Under a ``tf.distribute`` strategy one
-    decision is made over all replicas; build the optimizer under ``strategy.scope()``.
+    With the inner optimizer's ``gradient_accumulation_steps``, there is one decision per window: a non-finite
+    micro-batch costs its whole window, and steps are windows. Under a ``tf.distribute`` strategy, there is one decision
+    for all replicas; build the optimizer under ``strategy.scope()``.
 
-    It derives from Keras' own class because ``compile`` would otherwise wrap it a second time under a
-    mixed_float16 policy.
-
-    The settings of the inner optimizer, such as ``clipnorm`` or ``learning_rate``, can be read and set here as well.
+    Settings of the inner optimizer, such as ``clipnorm`` or ``learning_rate``, can be read and set here too. The class
+    derives from Keras' own because ``compile`` would otherwise wrap it again under a mixed_float16 policy.
 
     Args:
         inner_optimizer: any Keras optimizer that does no loss scaling of its own.
-        loss_scale: a :class:`~mpscale.scaling.LossScale`; DynamicLossScale() where none is given.
-        blame: count the overflows of every variable by itself. Costs a look at every gradient in overflow steps.
-        alarm: what :meth:`check_alarm` does when steps overflow although the scale is at its floor: ``"warn"``,
-            ``"stop"`` (raise) or ``"ignore"``.
-        skip: how an overflow step is skipped: ``"branch"`` leaves the update out; ``"gate"`` computes it and holds
-            back what it writes. Both are exact. ``"auto"`` takes what is faster: the gate under XLA, but for many small
-            variables on a CPU; else the branch.
+        loss_scale: a :class:`~mpscale.scaling.LossScale`; DynamicLossScale() by default.
+        blame: count the overflows of every variable. Costs another look at every gradient in overflow steps.
+        alarm: what :meth:`check_alarm` does about overflow at the floor of the scale: ``"warn"``, ``"stop"`` (raise)
+            or ``"ignore"``.
+        skip: how an overflow step is skipped: ``"branch"`` leaves the update out, ``"gate"`` computes it and masks
+            every write. Both are exact. ``"auto"`` chooses the faster one by rule of thumb: masking under XLA, except
+            for many small variables on a CPU; otherwise the branch.
         name: name of the optimizer.
 
     Raises:
@@ -80,7 +96,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
     _closed = True
     _fixed = ("inner_optimizer", "loss_scale", "blame")
     _compiled = ("skip",)
-    _checks: ClassVar = {"alarm": check_policy, "skip": check_skip}
+    _choices: ClassVar = {"alarm": Alarm, "skip": Skip}
 
     def __init__(
         self,
@@ -98,9 +114,9 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
             raise TypeError(
                 f"loss_scale must be a LossScale such as StaticLossScale(128) or DynamicLossScale(), not {loss_scale!r}"
             )
-        check_policy(alarm)
-        check_skip(skip)
-        # Not Keras' LossScaleOptimizer's own __init__: it sets up the dynamic rule that this class replaces.
+        check_choice("alarm", alarm, Alarm)
+        check_choice("skip", skip, Skip)
+        # Not the constructor of Keras' LossScaleOptimizer, which sets up the rule that this class replaces.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.loss_scale = loss_scale
@@ -109,37 +125,26 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         self.skip = skip
         self._alarmed = 0
         self._guard = ScalingGuard()
-        self._handed = Handed()
-        # Here and not in build: a step may ask for the scale before, and a restored checkpoint gives it only to a
-        # variable that there is.
+        self._new_value_marks = NewValueMarks()
+        # Not in build: a step may ask for the scale before that, and a checkpoint restores only variables that exist.
         initial_state = loss_scale.initial_state()
-        self._state = {name: self._add(name, state_dtype(value).name, value) for name, value in initial_state.items()}
+        self._state = {name: self._add(name, state_dtype(value), value) for name, value in initial_state.items()}
         self._ledger = Ledger(self._add, initial_state["scale"])
-        self._blame = Blame(self, self._ledger)
+        self._blame = Blame(self._add, self._var_key)
         self._largest: Any = None
         if not blame:
-            # Else it comes after that of the ledger: files of saved optimizers know variables by their order.
+            # Otherwise after the variable of blame: saved optimizers identify variables by their order.
             self._add_largest()
         self._settings_open = True
 
-    def _add(self, name: str, dtype: str, initial: Any) -> Any:
-        variable = self.add_variable(np.shape(initial), keras.initializers.Constant(initial), dtype, name=name)
-        # An attribute of its own is what tf.train.Checkpoint follows.
-        setattr(self, f"_{name}_variable", variable)
-        return variable
-
-    def _add_largest(self) -> None:
-        if self.loss_scale.needs_largest and self._largest is None:
-            self._largest = self._add("largest_gradient", "float32", 0.0)
-
     def build(self, var_list: Sequence[Any]) -> None:
-        """Makes the variables of the inner optimizer, and what blame needs."""
+        """Make the variables of the inner optimizer, and those that ``blame`` needs."""
         if self.built:
             return
         var_list = list(var_list)
-        replicas.check_scope([*self._state.values(), self.inner_optimizer._iterations])
+        check_scope([*self._state.values(), self.inner_optimizer._iterations])
         if self.blame:
-            self._ledger.blame_one_by_one(var_list)
+            self._blame.build(var_list)
             self._add_largest()
         if window(self.inner_optimizer):
             if tf.distribute.has_strategy():
@@ -157,53 +162,53 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
             )
         for variable in unlisted_variables(self.inner_optimizer):
             self._track_variable(variable)  # Listed here, it is saved like every other.
-        # Keras' own build, less the moving averages and accumulators, which are the inner optimizer's. Like Keras, past
-        # __setattr__: the variables of the model are none of this optimizer's, to list or to save.
+        # Keras' own build without the moving averages and accumulators, which the inner optimizer has. Like Keras, past
+        # __setattr__: the variables of the model are not this optimizer's to list or to save.
         self._trainable_variables_indices.update({self._var_key(variable): i for i, variable in enumerate(var_list)})
         object.__setattr__(self, "_trainable_variables", var_list)
         self.built = True
 
     @_as_written
     def scale_loss(self, loss: Any) -> Any:
-        """``loss`` times the loss scale, in float32 or wider: a float16 loss would overflow by being scaled."""
+        """Return ``loss`` times the loss scale, in float32 or wider: scaled in float16 it would overflow."""
         if not self.loss_scale.scales:
             return loss
         loss = tf.convert_to_tensor(loss)
         if loss.dtype in (tf.float16, tf.bfloat16):
             loss = tf.cast(loss, tf.float32)
-        self._guard.scaling()
+        self._guard.note_scaling()
         return loss * tf.cast(self._scale(), loss.dtype)
 
     @_as_written
     def unscale(
         self, scaled_grads: Iterable[Any], variables: Sequence[Any] | None = None
     ) -> tuple[list[Any], tf.Tensor]:
-        """The true gradients, and whether all of them are finite, on all replicas.
+        """Return the true gradients, and whether all of them are finite on all replicas.
 
         Args:
-            scaled_grads: gradients of the scaled loss, dense or ``tf.IndexedSlices``; None is passed through, and so
-                is the new value of a variable that Keras marks ``overwrite_with_gradient``.
-            variables: those that they belong to; may be left out if they are those that the optimizer was built with,
-                in their order. ``blame`` needs them if :meth:`apply` is called in another ``tf.function`` or with a
-                ``finite`` that was made anew.
+            scaled_grads: gradients of the scaled loss, dense or ``tf.IndexedSlices``. None stays None, and the new
+                value of a variable that Keras marks ``overwrite_with_gradient`` stays as it is.
+            variables: the variables of the gradients; may be left out if they are those of :meth:`build` in the same
+                order. ``blame`` needs them if :meth:`apply` is called in another ``tf.function``, or with a ``finite``
+                that was not computed from what this returns.
 
         Returns:
             The gradients in float32 or wider, divided by the loss scale, and a boolean scalar.
 
         Raises:
-            ValueError: the gradients were computed from what an earlier call returned, or it cannot be told which of
-                them are new values.
+            ValueError: the gradients were computed from what an earlier call returned, or it is unknown which of them
+                are new values.
         """
-        scaled = as_tensors(scaled_grads)
+        scaled = [grad if grad is None or tf.is_tensor(grad) else tf.convert_to_tensor(grad) for grad in scaled_grads]
         variables = None if variables is None else list(variables)
         self._blame.in_unscale |= variables is not None
         grads, new_values, finite, flags = self._judged(scaled, variables)
-        grads = self._handed.out(grads, new_values)
+        grads = self._new_value_marks.join(grads, new_values)
         unscaling = Unscaling(flags)
         if self.loss_scale.checks_finite:
-            provenance.mark([finite], unscaling)
+            mark([finite], unscaling)
         if self.loss_scale.scales:
-            self._guard.unscaled(scaled, grads, unscaling)
+            self._guard.note_unscaling(scaled, grads, unscaling)
         return grads, finite
 
     @_as_written
@@ -213,22 +218,22 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         trainable_variables: Sequence[Any] | None = None,
         finite: Any | None = None,
     ) -> None:
-        """Applies one step, or skips it.
+        """Apply one step, or skip it.
 
         Args:
-            grads: without ``finite``, gradients of the scaled loss; with it, what :meth:`unscale` returned, clipped
-                or changed in any other way.
-            trainable_variables: the variables they belong to; may be left out once the optimizer is built.
-            finite: what :meth:`unscale` said. The step is then not judged again.
+            grads: without ``finite``, gradients of the scaled loss. With it, what :meth:`unscale` returned, clipped or
+                changed in any other way.
+            trainable_variables: the variables of the gradients; may be left out once the optimizer is built.
+            finite: boolean scalar from :meth:`unscale`. The gradients are then not checked again.
 
         Raises:
-            ValueError: gradients that were unscaled came without ``finite``, or see :func:`replicas.check_context`.
+            ValueError: unscaled gradients came without ``finite``, or replicas cannot decide together here.
         """
         grads = list(grads)
         if not grads:
             return
-        replicas.check_context()
-        replicas.check_scope([*self._state.values(), self.inner_optimizer._iterations])
+        check_context()
+        check_scope([*self._state.values(), self.inner_optimizer._iterations])
         self._ensure_built(trainable_variables)
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
         if len(grads) != len(variables):
@@ -237,15 +242,15 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         self._traced |= not tf.executing_eagerly()
         if finite is None:
             grads, new_values, finite, _ = self._judged(grads, variables)
-            grads = put_back(grads, new_values)
+            grads = join_new_values(grads, new_values)
         else:
             if self.loss_scale.scales:
                 self._guard.check_unscaled(grads)
-            self._handed.check(grads, variables)
+            self._new_value_marks.check(grads, variables)
             if self.blame and self.loss_scale.checks_finite:
-                self._blame.later(finite, variables)
-            finite = replicas.all_true(finite)
-        self._guard.over()
+                self._blame.count_later(finite, variables)
+            finite = true_on_all(finite)
+        self._guard.end_step()
         grads = fitted(grads, variables)
 
         if window(self.inner_optimizer) and self.loss_scale.skip_nonfinite:
@@ -253,51 +258,52 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
             return
         if not self.loss_scale.skip_nonfinite:
             self.inner_optimizer.apply(grads, variables)
-        elif not self._apply_gated(grads, variables, finite):
-            # Everything that the inner optimizer assigns is inside the branch, which is what makes a skip exact.
+        elif not self._apply_masked(grads, variables, finite):
+            # Everything that the inner optimizer assigns is inside the branch, which makes the skip exact.
             index = tf.where(finite, 1, 0)
-            replicas.switch(index, [lambda *_: None, self.inner_optimizer.apply], grads, variables)
+            switch(index, [lambda *_: None, self.inner_optimizer.apply], grads, variables)
         self._decide(finite)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]], finite: Any | None = None) -> Any:
-        """:meth:`apply` for pairs of gradient and variable; returns the iteration count, as Keras does."""
+        """Call :meth:`apply` with pairs of gradient and variable; return the iteration count, as Keras does."""
         pairs = list(grads_and_vars)
         self.apply([grad for grad, _ in pairs], [variable for _, variable in pairs], finite=finite)
         return self.iterations
 
     @property
     def variables(self) -> list[Any]:
-        """Those of the loss scale and the ledger, then those of the inner optimizer."""
+        """The variables of the loss scale and the ledger, then those of the inner optimizer."""
         return [*self._variables, *self.inner_optimizer.variables]
 
     @property
     def loss_scale_value(self) -> tf.Tensor:
-        """The loss scale of the next step, a float32 scalar. Read it in the step: a number kept is soon out of date."""
-        self._guard.reading()
+        """The loss scale of the next step, a float32 scalar. Read it in each step, because it moves."""
+        self._guard.note_reading()
         return self._scale()
 
     def counters(self) -> dict[str, Any]:
-        """What became of the steps so far; waits for the device, so not for every step of a timed loop.
+        """Return what became of the steps so far. Waits for the device, so do not call it in every step.
 
         Returns:
-            ``attempted``, ``applied``, ``skipped``, ``overflow`` (steps with a gradient that was not finite),
-            ``longest_skip_run``, ``floor_overflow`` (overflow steps whose scale could not have been lower), all 0
-            before the first step; ``first_overflow`` and ``last_overflow``, numbered from 0, None where there was none;
-            ``by_variable``, path to overflow steps of the variables that had one, None without ``blame``.
+            Numbers of steps: ``attempted``, ``applied``, ``skipped``, ``overflow`` (with a non-finite gradient),
+            ``longest_skip_run``, and ``floor_overflow`` (overflow at a scale that could not have been lower). Step
+            numbers from 0, or None: ``first_overflow`` and ``last_overflow``. ``by_variable``: overflow steps by path
+            of the variables that had one; None without ``blame``.
         """
-        return self._ledger.counters() | ({"by_variable": {}} if self.blame and not self.built else {})
+        return self._ledger.counters() | {"by_variable": self._blame.counts() if self.blame else None}
 
     def trajectory(self) -> list[tuple[int, float]]:
-        """How the scale moved: pairs of a step, numbered from 0, and the scale from that step on. Waits for the device.
+        """Return the latest 256 changes of the scale, and wait for the device.
 
-        The last 256 changes are kept.
+        Returns:
+            Pairs of a step, numbered from 0, and the scale from that step on.
         """
         return self._ledger.trajectory()
 
     def check_alarm(self) -> None:
-        """Speaks up if steps overflowed at the floor of the scale since the last call. Waits for the device.
+        """Warn or raise if steps overflowed at the floor of the scale since the last call. Waits for the device.
 
-        For loops of your own, every now and then; in ``fit``, :class:`~mpscale.scaling.LossScaleMonitor` calls it.
+        Call it from time to time in a loop of your own; in ``fit``, :class:`~mpscale.scaling.LossScaleMonitor` does.
 
         Raises:
             FloorOverflowError: they did, and ``alarm`` is ``"stop"``.
@@ -308,7 +314,7 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
             raise_alarm(self.alarm, counters, float(self._scale()))
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Sets :attr:`variables` in their order. Keras' own method stops before those of the inner optimizer.
+        """Assign to all :attr:`variables` in order; Keras' own method stops before those of the inner optimizer.
 
         Raises:
             ValueError: their number or a shape differs.
@@ -323,11 +329,11 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
             variable.assign(weight)
 
     def stateless_apply(self, optimizer_variables: Any, grads: Any, trainable_variables: Any) -> Any:
-        """Refused, as by every Keras optimizer on TensorFlow."""
+        """Refuse, as every Keras optimizer on TensorFlow does."""
         raise ValueError("stateless_apply is not supported with the TensorFlow backend; use apply")
 
     def get_config(self) -> dict[str, Any]:
-        """Plain values, from which :meth:`from_config` makes an equal optimizer without its state."""
+        """Return plain values from which :meth:`from_config` makes an equal optimizer, without its state."""
         return {
             "name": self.name,
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
@@ -339,12 +345,22 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> LossScaleOptimizer:
-        """The inverse of :meth:`get_config`."""
+        """Make an optimizer from what :meth:`get_config` returned."""
         parts = {
             name: keras.saving.deserialize_keras_object(config[name], custom_objects=custom_objects)
             for name in ("inner_optimizer", "loss_scale")
         }
         return cls(**(config | parts))
+
+    def _add(self, name: str, dtype: str, initial: Any) -> Any:
+        variable = self.add_variable(np.shape(initial), keras.initializers.Constant(initial), dtype, name=name)
+        # tf.train.Checkpoint follows attributes.
+        setattr(self, f"_{name}_variable", variable)
+        return variable
+
+    def _add_largest(self) -> None:
+        if self.loss_scale.needs_largest:
+            self._largest = self._add("largest_gradient", "float32", 0.0)
 
     def _ensure_built(self, variables: Sequence[Any] | None) -> None:
         if self.built:
@@ -367,13 +383,13 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
     def _judged(
         self, scaled: list[Any], variables: list[Any] | None
     ) -> tuple[list[Any], list[Any], tf.Tensor, tf.Tensor | None]:
-        """:meth:`unscale`, and what is kept of it for :meth:`apply` and the ledger.
+        """Unscale and check gradients, and note what :meth:`_decide` and ``blame`` need.
 
         Returns:
-            Gradients, new values apart from them, and whether the gradients are finite; with ``blame`` and without
-            variables to blame, which are not finite, int64 (gradients,).
+            Gradients; new values apart from them; whether the gradients are finite on all replicas; with ``blame`` but
+            without variables, 1 for each gradient that is not finite, int64 (gradients,).
         """
-        replicas.check_context()
+        check_context()
         if self.loss_scale.scales and self.loss_scale != StaticLossScale(1.0):
             self._guard.check_scaled(scaled)
         if self.loss_scale.needs_largest and self._largest is None:
@@ -383,15 +399,15 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
             )
         scale = self._scale()
         known = (self._trainable_variables if self.built else []) if variables is None else variables
-        scaled, new_values = taken_out(kept_from_rewrite(scaled), known)
+        scaled, new_values = split_new_values(hidden_from_rewrite(scaled), known)
         grads = unscaled(scaled, scale) if self.loss_scale.scales else scaled
         if not self.loss_scale.checks_finite:
             return grads, new_values, tf.constant(True), None
-        # What is finite stays finite in a division by 1 or more, and is quicker to look at before it.
+        # A finite value stays finite when divided by 1 or more, and is checked faster before the division.
         judged, factor = (scaled, 1.0 / scale) if self.loss_scale.at_least_one else (grads, 1.0)
         if self.loss_scale.needs_largest:
             finite, largest = finite_and_largest(judged)
-            largest = replicas.largest(largest * factor)
+            largest = largest_on_any(largest * factor)
             if window(self.inner_optimizer):
                 largest = tf.maximum(largest, self._largest.value)
             self._largest.assign(largest)
@@ -400,24 +416,23 @@ class LossScaleOptimizer(ForwardedSettings, keras.optimizers.LossScaleOptimizer)
         flags = None
         if self.blame:
             nothing = tf.zeros((len(judged),), tf.int64)
-            flags = tf.cond(finite, lambda: nothing, lambda: nonfinite_flags(judged))
-            flags = replicas.any_set(flags)
+            flags = set_on_any(tf.cond(finite, lambda: nothing, lambda: nonfinite_flags(judged)))
             if variables is not None:
                 self._ensure_built(variables)
-                self._blame.now(flags, variables)
+                self._blame.count(flags, variables)
                 flags = None
-        return grads, new_values, replicas.all_true(finite), flags
+        return grads, new_values, true_on_all(finite), flags
 
-    def _apply_gated(self, grads: list[Any], variables: list[Any], finite: tf.Tensor) -> bool:
-        """Applies a step without a branch; False where that is not wanted or cannot be exact."""
+    def _apply_masked(self, grads: list[Any], variables: list[Any], finite: tf.Tensor) -> bool:
+        """Apply a step without a branch; return False if that is not wanted or cannot be exact."""
         if self.skip == "branch" or tf.executing_eagerly() or tf.distribute.has_strategy():
             return False
-        if self.skip == "auto" and not (under_xla() and gate_pays(variables)):
+        if self.skip == "auto" and not (under_xla() and masking_pays(variables)):
             return False
-        return apply_gated(lambda: self.inner_optimizer.apply(grads, variables), [*variables, *self.variables], finite)
+        return apply_masked(lambda: self.inner_optimizer.apply(grads, variables), [*variables, *self.variables], finite)
 
     def _decide(self, finite: tf.Tensor) -> None:
-        """Moves the scale and counts the step."""
+        """Move the scale and count the step."""
         state = {name: tf.convert_to_tensor(variable.value) for name, variable in self._state.items()}
         largest = tf.convert_to_tensor(self._largest.value) if self.loss_scale.needs_largest else None
         following = self.loss_scale.next_state(state, finite, largest=largest)

@@ -1,1 +1,1 @@
-"""What the machine did while a case ran. Nothing here imports TensorFlow."""
+"""The host and the GPU while a case runs. Nothing here imports TensorFlow."""

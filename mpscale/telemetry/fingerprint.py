@@ -1,6 +1,6 @@
-"""The environment of a run: all that can change a figure and is not in its settings.
+"""The environment of a run: everything outside its settings that can change a figure.
 
-Reports get published, so the host's name, paths and the environment at large stay out.
+Reports get published, so host names, paths and other environment variables are left out.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mpscale.core.device import VENDORS, Device
 from mpscale.telemetry import host
-from mpscale.telemetry.device import Device
-from mpscale.telemetry.driver import Driver, NoDriver, SilentDriver
+from mpscale.telemetry.client import Driver, SilentDriver
 
 PACKAGES = (
     "mpscale",
@@ -34,7 +34,7 @@ VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_DEVICE_ORDER",
     "CUDA_LAUNCH_BLOCKING",
-    "CUDA_VISIBLE_DEVICES",
+    *(vendor.visible for vendor in VENDORS.values()),
     "KERAS_BACKEND",
     "NVIDIA_TF32_OVERRIDE",
     "OMP_NUM_THREADS",
@@ -52,20 +52,19 @@ VARIABLES = (
     "TF_XLA_FLAGS",
     "XLA_FLAGS",
 )
-"""Environment variables that change results. No other is ever recorded."""
+"""Environment variables that change results. No others are recorded."""
 
 _OTHER_TENSORFLOWS = ("tensorflow-cpu", "tensorflow-cpu-aws", "tf-nightly", "tf-nightly-cpu")
 _GIT_TIMEOUT_S = 5.0
-_SLUG_LENGTH = 40
 
 
-def environment(device: Device, driver: Driver | NoDriver, project_dir: Path) -> dict[str, Any]:
-    """What ``run.json`` says of software and machine, as values that JSON has; None for what is unknown.
+def environment(device: Device, driver: Driver, project_dir: Path) -> dict[str, Any]:
+    """The software and the machine, for ``run.json``: plain values, None for what is unknown.
 
     Args:
         device: where the run trains.
-        driver: asked for its versions, and for what it knows of the GPU.
-        project_dir: the directory whose git commit is recorded.
+        driver: of the GPU.
+        project_dir: a directory in the git repository whose commit is recorded.
     """
     return {
         "packages": packages(),
@@ -77,7 +76,7 @@ def environment(device: Device, driver: Driver | NoDriver, project_dir: Path) ->
         "memory_mib": host.memory_mib(),
         "load_average_at_start": host.load_average(),
         "device": device.to_json(),
-        "nvml": driver.reason or "works",
+        "nvml": "works" if driver.reason is None else str(driver.reason),
         "nvidia_driver": driver.driver_version,
         "cuda_driver": driver.cuda_version,
         "gpu": _gpu(device, driver),
@@ -87,36 +86,37 @@ def environment(device: Device, driver: Driver | NoDriver, project_dir: Path) ->
 
 
 def run_slug(device: Device) -> str:
-    """The device's name for a folder: at most 40 lower-case letters, digits and single dashes."""
+    """The device's name as part of a folder's name: at most 40 lower-case letters, digits and single dashes."""
     without_marks = re.sub(r"\((?:r|tm|c)\)", " ", device.name.lower())
     slug = re.sub(r"[^a-z0-9]+", "-", without_marks).strip("-")
-    return slug[:_SLUG_LENGTH].rstrip("-") or device.kind
+    return slug[:40].rstrip("-") or device.kind
 
 
-def _gpu(device: Device, driver: Driver | NoDriver) -> dict[str, Any] | None:
-    """What the driver tells of the GPU: ``facts``, the ``ways`` its readings are taken, ``reasons`` for those that are
-    not; None on a CPU.
-    """
-    if device.kind != "gpu" or not isinstance(driver, Driver):
+def _gpu(device: Device, driver: Driver) -> dict[str, Any] | None:
+    """The GPU's facts, how its readings are taken and why some are not; None on a CPU."""
+    if device.kind != "gpu":
         return None
     try:
         told = driver.facts(device)
     except SilentDriver as error:
         return {"reason": str(error)}
-    # What the device itself says stands beside it already.
+    # The device is recorded beside it.
     known = {*device.to_json(), "driver", "cuda_driver"} - {"mig"}
-    facts = {name: value for name, value in told["facts"].items() if name not in known}
-    return {"facts": facts, "ways": told["ways"], "reasons": told["reasons"]}
+    return {
+        "facts": {name: value for name, value in told["facts"].items() if name not in known},
+        "ways": told["ways"],
+        "reasons": {reading: reason.to_json() for reading, reason in told["reasons"].items()},
+    }
 
 
 def packages() -> dict[str, str | None]:
-    """Versions of :data:`PACKAGES`, None where one is not installed, and of all that NVIDIA has on the index.
+    """Versions of :data:`PACKAGES`, None for those that are not installed, and of all of NVIDIA's packages.
 
-    TensorFlow comes under several names, of which the one that is installed is added.
+    TensorFlow is distributed under several names; the installed one is added.
     """
     versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for distribution in metadata.distributions():
-        # A broken installation may have no name; the first of two of one name is the one that gets imported.
+        # A broken installation may have no name. Of two with the same name, the first is the one that is imported.
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
         wanted = name in versions or name in _OTHER_TENSORFLOWS or name.startswith("nvidia-")
         if wanted and versions.get(name) is None:
@@ -125,8 +125,9 @@ def packages() -> dict[str, str | None]:
 
 
 def _git(directory: Path) -> dict[str, Any] | None:
-    """Commit, whether any file differs from it or is new, and a digest of these changes (of new files only the names);
-    None without git or outside a repository.
+    """The commit, whether any file differs from it or is new, and a digest of these changes.
+
+    The digest covers only the names of new files. None without git or outside a repository.
     """
     changes = _run_git(directory, "status", "--porcelain")
     if changes is None:
@@ -139,8 +140,8 @@ def _git(directory: Path) -> dict[str, Any] | None:
 
 
 def _run_git(directory: Path, *arguments: str) -> str | None:
-    # Inside a git hook GIT_DIR and its kin point at another repository than the directory's. Without optional locks
-    # a look at the status does not get in the way of a commit made at the same time.
+    # Inside a git hook, GIT_DIR and related variables point to another repository than the directory's. Without
+    # optional locks, reading the status does not disturb a commit made at the same time.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(

@@ -1,7 +1,7 @@
-"""Energy of the timed steps: by the GPU's counter, and by the integral of its power.
+"""Energy of the timed steps, from the GPU's counter and from the integral of its power.
 
-The counter moves in steps of about a tenth of a second, and most power readings are means over a second, so a window
-shorter than ten seconds says little.
+The counter moves every tenth of a second or so, and most power readings are means over a second, so a window shorter
+than ten seconds says little.
 """
 
 from __future__ import annotations
@@ -9,127 +9,118 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from mpscale.telemetry.findings import Findings
-from mpscale.telemetry.samples import Sample, Samples
+from mpscale.core.columns import Source, Topic, measured_columns
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Findings
+from mpscale.telemetry.samples import Reading, Samples, known
 
-HEADLINE = "gpu_energy_j_per_step"
-COLUMNS = (
-    HEADLINE,
-    "gpu_energy_method",
-    "gpu_energy_j_per_applied_step",
-    "gpu_energy_net_j_per_step",
-    "gpu_energy_counter_j",
-    "gpu_energy_power_j",
-    "gpu_energy_window_s",
-    "gpu_energy_steps",
-    "gpu_power_w_mean",
-    "gpu_power_source",
-    "gpu_idle_power_w",
-)
-SHORTEST_WINDOW_S = 10.0
-IDLE_S = 2.0
+_HEADLINE = "gpu_energy_j_per_step"
+_SHORTEST_WINDOW_S = 10.0
+_IDLE_S = 2.0
 _FEWEST_IDLE_SAMPLES = 5
 _LARGEST_GAP_S = 1.0
 """Between two readings of power, and between the two moves of the counter around an end of the window."""
 
 _MOST_W = 10_000.0
-"""No GPU draws so much: a counter that moves faster is broken."""
+"""More than any GPU draws: a counter that moves faster is broken."""
 
-
-def timed_window(samples: Samples) -> tuple[Sample, Sample] | None:
-    """The samples at both ends of the timed steps, those included that were added for the sake of energy."""
-    start = samples.at("timing-start")
-    # Steps go on until the last of the two that was reached: where NVML was late then, the other will not do.
-    end = samples.at("energy-end" if samples.reached("energy-end") else "timing-end")
-    return (start, end) if start is not None and end is not None else None
+_ZERO_POWER = Reason(Code.IMPLAUSIBLE, "the driver says that the GPU draws no power")
+_NO_STEP = Reason(Code.NEVER_HAPPENED, "no step was applied")
+_NO_CHECK = Reason(Code.NOT_IN_MODE, "the mode checks no gradient")
+_NO_MORE = Reason(Code.NEVER_HAPPENED, "the GPU drew no more than before the case")
 
 
 def energy_columns(
-    samples: Samples, steps: int | None, applied: int | None, power_source: str | None, off: str | None
+    samples: Samples, steps: int | None, applied: int | None, power_source: str | None, off: Reason | None
 ) -> Findings:
     """The columns on energy and power.
 
     Args:
         samples: of the whole case.
-        steps: steps taken in the window, None where the case did not get through it.
-        applied: of them, those that were not skipped; None where the mode does not tell.
-        power_source: what NVML's power is.
-        off: why energy was not to be measured, None where it was.
+        steps: steps taken in the window, None if the case did not get through it.
+        applied: those of them that were not skipped; None if the mode does not tell.
+        power_source: what a reading of power is.
+        off: why energy was not measured; None if it was.
     """
     found = Findings()
-    window = timed_window(samples)
-    if off is not None or window is None or not steps:
+    rows = samples.timed()
+    if off is not None or not rows or not steps:
         ended = samples.not_at("timing-start", "energy-end", "timing-end")
-        found.unavailable = dict.fromkeys(COLUMNS, off or ended)
+        found.miss(measured_columns(Topic.ENERGY, Source.MONITOR), off or ended)
         return found
-    start, end = window
-    seconds = end.time_s - start.time_s
-    counter, counter_reason = _by_counter(samples, start.time_s, end.time_s)
-    power, power_reason = _by_power(samples.between(start, end), samples)
-    short = None
-    told = samples.known("energy_j") or samples.known("power_w")
-    if told and round(seconds, 2) < SHORTEST_WINDOW_S:
-        short = f"a window of {seconds:.1f} s, and the GPU's sensors need {SHORTEST_WINDOW_S:g}"
-    found.put("gpu_energy_window_s", seconds, "")
-    found.put("gpu_energy_steps", steps, "")
-    found.put("gpu_energy_counter_j", None if short else counter, short or counter_reason)
-    found.put("gpu_energy_power_j", None if short else power, short or power_reason)
-    joules = None if short else (counter if counter is not None else power)
-    reason = short or f"{counter_reason}; {power_reason}"
-    idle, idle_reason = _idle_power(samples)
-    found.put("gpu_idle_power_w", idle, idle_reason)
-    found.put("gpu_power_source", power_source, samples.reasons.get("power_mw", "NVML gives no power"))
-    mean = joules / seconds if joules is not None else (power / seconds if power is not None else None)
-    found.put("gpu_power_w_mean", mean, reason)
-    found.put(HEADLINE, None if joules is None else joules / steps, reason)
-    found.put("gpu_energy_method", None if joules is None else ("counter" if counter is not None else "power"), reason)
-    per_applied = joules / applied if joules is not None and applied else None
-    no_applied = "no step was applied" if applied == 0 else "the mode checks no gradient"
-    found.put("gpu_energy_j_per_applied_step", per_applied, reason if joules is None else no_applied)
-    net = None if joules is None or idle is None else (joules - idle * seconds) / steps
-    if net is not None and net <= 0:
-        net, idle_reason = None, "the GPU drew no more than before the case"
-    found.put("gpu_energy_net_j_per_step", net, reason if joules is None else idle_reason)
+    start_s, end_s = rows[0].time_s, rows[-1].time_s
+    seconds = end_s - start_s
+    counter = _by_counter(samples, start_s, end_s)
+    power = _by_power(samples)
+    idle = _idle_power(samples)
+    # A window too short for energy still has a mean power.
+    mean_w = power if isinstance(power, Reason) else power / seconds
+    if (known(samples.rows, "energy_j") or known(samples.rows, "power_w")) and round(seconds, 2) < _SHORTEST_WINDOW_S:
+        text = f"a window of {seconds:.1f} s, and the GPU's sensors need {_SHORTEST_WINDOW_S:g}"
+        counter = power = Reason(Code.WINDOW_TOO_SHORT, text)
+    joules, method = (power, "power") if isinstance(counter, Reason) else (counter, "counter")
+    if isinstance(joules, Reason) and isinstance(counter, Reason) and counter != joules:
+        joules = counter.worded(f"{counter}; {joules}")
+    found.put("gpu_energy_window_s", seconds)
+    found.put("gpu_energy_steps", steps)
+    found.put("gpu_energy_counter_j", counter)
+    found.put("gpu_energy_power_j", power)
+    found.put("gpu_idle_power_w", idle)
+    no_power = samples.reasons.get(Reading.POWER) or Reason(Code.NOT_TOLD, "the driver gives no power")
+    found.put("gpu_power_source", power_source or no_power)
+    if isinstance(joules, Reason):
+        found.miss(
+            (_HEADLINE, "gpu_energy_method", "gpu_energy_j_per_applied_step", "gpu_energy_net_j_per_step"), joules
+        )
+        found.put("gpu_power_w_mean", joules if isinstance(mean_w, Reason) else mean_w)
+        return found
+    found.put(_HEADLINE, joules / steps)
+    found.put("gpu_energy_method", method)
+    found.put("gpu_power_w_mean", joules / seconds)
+    no_applied = _NO_STEP if applied == 0 else _NO_CHECK
+    found.put("gpu_energy_j_per_applied_step", joules / applied if applied else no_applied)
+    net = idle if isinstance(idle, Reason) else (joules - idle * seconds) / steps
+    found.put("gpu_energy_net_j_per_step", net if isinstance(net, Reason) or net > 0 else _NO_MORE)
     return found
 
 
-def _by_counter(samples: Samples, start_s: float, end_s: float) -> tuple[float | None, str]:
-    """Joules between two times, or why the counter does not tell."""
-    # Where the counter moved, and when that was seen; between two such points it is taken to run evenly.
+def _by_counter(samples: Samples, start_s: float, end_s: float) -> float | Reason:
+    # Where the counter moved, and when that was seen; it is taken to run evenly between two such points.
     points: list[tuple[float, float]] = []
     stood_s = 0.0
     for row in samples.rows:
         if row.energy_j is None:
             continue
         if points and row.energy_j < points[-1][1]:
-            return None, "the energy counter went backwards: the driver was loaded anew"
+            return Reason(Code.IMPLAUSIBLE, "the energy counter went backwards: the driver was reloaded")
         if not points or row.energy_j != points[-1][1]:
             points.append((row.time_s, row.energy_j))
         elif start_s <= row.time_s <= end_s:
             stood_s = max(stood_s, row.time_s - max(points[-1][0], start_s))
     if not points:
-        return None, samples.reasons.get("energy_mj", "NVML gives no energy counter")
-    inside = sum(start_s <= time <= end_s for time, _ in points)
-    if inside < 2:
-        return None, samples.why_few("energy_mj", samples.rows) or "the energy counter did not move"
+        return samples.reasons.get(Reading.ENERGY, Reason(Code.NOT_TOLD, "the driver gives no energy counter"))
+    if sum(start_s <= time_s <= end_s for time_s, _ in points) < 2:
+        still = Reason(Code.IMPLAUSIBLE, "the energy counter did not move")
+        return samples.why_few(Reading.ENERGY, samples.rows) or still
     if stood_s > _LARGEST_GAP_S:
-        return None, f"the energy counter stood still for {stood_s:.1f} s while steps were taken"
-    ends = [_at(points, time_s) for time_s in (start_s, end_s)]
-    apart_s = max(seconds for _, seconds in ends)
+        return Reason(Code.IMPLAUSIBLE, f"the energy counter stood still for {stood_s:.1f} s while steps were taken")
+    (first, apart_s), (last, apart_at_end_s) = _at(points, start_s), _at(points, end_s)
+    apart_s = max(apart_s, apart_at_end_s)
     if apart_s > _LARGEST_GAP_S:
-        why = samples.reasons.get("energy_mj", "no look in time")
-        return None, f"the energy counter was not read for {apart_s:.1f} s at an end of the window ({why})"
-    joules = ends[1][0] - ends[0][0]
+        text = f"the energy counter was not read for {apart_s:.1f} s at an end of the window"
+        return samples.too_few(Reading.ENERGY, text, "no look in time")
+    joules = last - first
     if not 0 < joules <= _MOST_W * (end_s - start_s):
-        return None, f"the energy counter moved by {joules:.4g} J in {end_s - start_s:.1f} s, as no GPU draws"
-    return joules, ""
+        text = f"the energy counter moved by {joules:.4g} J in {end_s - start_s:.1f} s, which no GPU draws"
+        return Reason(Code.IMPLAUSIBLE, text)
+    return joules
 
 
 def _at(points: list[tuple[float, float]], time_s: float) -> tuple[float, float]:
-    """The counter at a time, and how far in seconds the points lie apart that it is found by.
+    """The counter at a time, and how far apart in seconds the points are from which it is found.
 
-    It lies on a straight line through its two neighbours; at the ends, through the two that are next, so that what was
-    used since the counter's last step counts, too.
+    It lies on a straight line through its two neighbours; at the ends through the two nearest, so that what was used
+    since the counter's last step is included.
     """
     pairs = list(pairwise(points))
     (before_s, before), (after_s, after) = next((pair for pair in pairs if time_s <= pair[1][0]), pairs[-1])
@@ -137,31 +128,32 @@ def _at(points: list[tuple[float, float]], time_s: float) -> tuple[float, float]
     return joules, max(after_s, time_s) - min(before_s, time_s)
 
 
-def _by_power(rows: list[Sample], samples: Samples) -> tuple[float | None, str]:
-    """Joules by the trapezoidal rule over the power readings, or why there are none."""
+def _by_power(samples: Samples) -> float | Reason:
+    """Joules of the timed steps, by the trapezoidal rule."""
+    rows = samples.timed()
     read = [(row.time_s, row.power_w) for row in rows if row.power_w is not None]
     if len(read) < 2 or rows[0].power_w is None or rows[-1].power_w is None:
-        return None, samples.reasons.get("power_mw", "NVML gave no power at both ends of the window")
+        missing = Reason(Code.TOO_FEW_SAMPLES, "the driver gave no power at one of the window's ends")
+        return samples.reasons.get(Reading.POWER, missing)
     gap = max(later - earlier for (earlier, _), (later, _) in pairwise(read))
     if gap > _LARGEST_GAP_S:
-        why = f" ({samples.reasons['power_mw']})" if "power_mw" in samples.reasons else ""
-        return None, f"power was not read for {gap:.1f} s{why}"
+        return samples.too_few(Reading.POWER, f"power was not read for {gap:.1f} s", "no look in time")
     joules = math.fsum((b - a) * (p + q) / 2 for (a, p), (b, q) in pairwise(read))
-    return (joules, "") if joules > 0 else (None, "NVML says that the GPU draws no power")
+    return joules if joules > 0 else _ZERO_POWER
 
 
-def _idle_power(samples: Samples) -> tuple[float | None, str]:
+def _idle_power(samples: Samples) -> float | Reason:
     """Mean power right before the worker touched the GPU."""
-    before = samples.until("idle")
-    if not before:
-        return None, samples.not_at("idle")
-    end = before[-1].time_s
-    last = [row for row in before if row.time_s >= end - IDLE_S]
-    read = [row.power_w for row in last if row.power_w is not None]
-    few = samples.why_few("power_mw", last)
-    if few:
-        return None, few
+    end = samples.at("idle")
+    if end is None:
+        return samples.not_at("idle")
+    last = [row for row in samples.rows if end.time_s - _IDLE_S <= row.time_s <= end.time_s]
+    read = known(last, "power_w")
+    few = samples.why_few(Reading.POWER, last)
+    if few is not None:
+        return few
     if len(read) < _FEWEST_IDLE_SAMPLES:
-        return None, samples.reasons.get("power_mw", f"{len(read)} readings of power before the GPU was touched")
+        text = f"{len(read)} readings of power before the GPU was touched"
+        return samples.reasons.get(Reading.POWER, Reason(Code.TOO_FEW_SAMPLES, text))
     mean = math.fsum(read) / len(read)
-    return (mean, "") if mean > 0 else (None, "NVML says that the GPU draws no power")
+    return mean if mean > 0 else _ZERO_POWER

@@ -1,11 +1,20 @@
-"""The host's processor and memory, read from ``/proc``; None for what this system does not tell."""
+"""The host's processors and memory, read from ``/proc``, and what else they did while a case was timed.
+
+Functions return None for what this system does not tell.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mpscale.core.device import Device
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Findings
 
 PRECISION_FLAGS = (
     "f16c",
@@ -19,27 +28,14 @@ PRECISION_FLAGS = (
 )
 """Processor features that decide how fast, and by which kernels, float16 and bfloat16 are computed."""
 
-
-def peak_resident_mib(pid: int) -> float | None:
-    """Largest resident memory of a process since it began to run its program (VmHWM), in MiB.
-
-    Returns:
-        None when the process has ended, or on a system without ``/proc``.
-    """
-    return _kib_field(Path(f"/proc/{pid}/status"), "VmHWM")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+_SHORTEST_S = 0.2
+"""The kernel counts in hundredths of a second, so a share over less time than this is mostly rounding."""
 
 
-def memory_mib() -> float | None:
-    """Total memory of the host in MiB. The limit of a container may be lower."""
-    return _kib_field(Path("/proc/meminfo"), "MemTotal")
-
-
-def load_average() -> list[float] | None:
-    """Mean number of processes that ran or waited to run in the last 1, 5 and 15 minutes."""
-    try:
-        return list(os.getloadavg())
-    except (OSError, AttributeError):
-        return None
+def cpu() -> Device:
+    """The processor as the device to train on."""
+    return Device("cpu", str(cpu_facts()["model"]), memory_mib=memory_mib())
 
 
 def cpu_facts() -> dict[str, Any]:
@@ -50,19 +46,135 @@ def cpu_facts() -> dict[str, Any]:
         ``flags``, those of :data:`PRECISION_FLAGS` that it has. None for what is unknown.
     """
     processors = _processors()
+    cores = {(each.get("physical id"), each.get("core id")) for each in processors}
     first = processors[0] if processors else {}
     flags = first.get("flags")
     return {
         "model": first.get("model name") or platform.processor() or platform.machine() or "unknown CPU",
-        "physical_cores": _physical_cores(processors),
+        "physical_cores": None if not cores or any(None in core for core in cores) else len(cores),
         "logical_cores": _usable_cores(),
         "flags": None if flags is None else [flag for flag in PRECISION_FLAGS if flag in flags.split()],
     }
 
 
+def memory_mib() -> float | None:
+    """Total memory of the host in MiB. A container's limit may be lower."""
+    return _mib(Path("/proc/meminfo"), "MemTotal")
+
+
+def peak_resident_mib(pid: int) -> float | None:
+    """Largest resident memory of a process since it began to run its program (VmHWM), in MiB.
+
+    Returns:
+        None if the process has ended, or on a system without ``/proc``.
+    """
+    return _mib(Path(f"/proc/{pid}/status"), "VmHWM")
+
+
+def load_average() -> list[float] | None:
+    """Mean number of processes that ran or waited to run in the last 1, 5 and 15 minutes."""
+    try:
+        return list(os.getloadavg())
+    except (OSError, AttributeError):
+        return None
+
+
+def clock_mhz() -> float | None:
+    """Mean clock of the processors now."""
+    clocks = [float(value) for value in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"), re.MULTILINE)]
+    return sum(clocks) / len(clocks) if clocks and sum(clocks) > 0 else None
+
+
+def is_busy(load: float | None, cores: int | None) -> bool:
+    """Whether a load average over a minute, on so many usable cores, would distort step times."""
+    return load is not None and cores is not None and load > cores / 2
+
+
+def busy_words() -> str | None:
+    """A warning if this machine is busy already; None if it is not."""
+    average, cores = load_average(), _usable_cores()
+    if average is None or not is_busy(average[0], cores):
+        return None
+    usable = f"{cores} usable core{'' if cores == 1 else 's'}"
+    load = f"the load average is {average[0]:.1f} on {usable}"
+    return f"{load}: other work makes step times longer and their intervals wider"
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTimes:
+    """Seconds that all processors together have spent since the host started, and one process's share.
+
+    Args:
+        busy_s: working, for whomever.
+        steal_s: ready to work while the hypervisor gave the processor to another machine.
+        total_s: in all, idle time included.
+        own_s: working for one process and the children that it has waited for.
+    """
+
+    busy_s: float
+    steal_s: float
+    total_s: float
+    own_s: float
+
+
+def cpu_times(pid: int) -> CpuTimes | None:
+    """The times now, ``own_s`` of the process ``pid``; None if it has ended, or without ``/proc``."""
+    first = _read("/proc/stat").partition("\n")[0].split()[1:]
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    if not first or not fields:
+        return None
+    # user, nice, system, idle, iowait, irq, softirq, steal; guests are in user and nice already (proc_stat(5)).
+    user, nice, system, idle, iowait, irq, softirq, steal = (int(field) / _TICKS_PER_S for field in first[:8])
+    busy = user + nice + system + irq + softirq
+    own = sum(int(field) for field in fields[11:15]) / _TICKS_PER_S  # utime, stime, and those of children
+    return CpuTimes(busy, steal, busy + idle + iowait + steal, own)
+
+
+class HostNoise:
+    """How busy the host was with other things while a case was timed.
+
+    Args:
+        pid: the worker.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._load = load_average()
+        self._start: CpuTimes | None = None
+        self._end: CpuTimes | None = None
+        self._clock: float | None = None
+
+    def mark(self, phase: str) -> None:
+        """Read the times if ``phase``, which the worker has just reached, begins or ends the timed window."""
+        if phase == "timing-start":
+            self._start = cpu_times(self._pid)
+        elif phase == "timing-end":
+            self._end = cpu_times(self._pid)
+            self._clock = clock_mhz()
+
+    def columns(self) -> Findings:
+        """The columns on the noise of the host."""
+        found = Findings()
+        no_load = Reason(Code.HOST_SILENT, "the system has no load average")
+        found.put("host_load", self._load[0] if self._load else no_load)
+        no_clock = Reason(Code.HOST_SILENT, "nothing was timed, or the host does not tell")
+        found.put("host_clock_mhz", no_clock if self._clock is None else self._clock)
+        start, end = self._start, self._end
+        shares = ("host_other_cpu_share", "host_steal_share")
+        if start is None or end is None:
+            found.miss(shares, Reason(Code.NOT_REACHED, "nothing was timed, or the system has no /proc"))
+        elif (total_s := end.total_s - start.total_s) < _SHORTEST_S * (os.cpu_count() or 1):
+            found.miss(shares, Reason(Code.WINDOW_TOO_SHORT, f"timed for less than {_SHORTEST_S:g} s"))
+        else:
+            other_s = (end.busy_s - start.busy_s) - (end.own_s - start.own_s)
+            found.put("host_other_cpu_share", min(max(other_s / total_s, 0.0), 1.0))
+            found.put("host_steal_share", min(max((end.steal_s - start.steal_s) / total_s, 0.0), 1.0))
+        return found
+
+
 def _processors() -> list[dict[str, str]]:
-    """The blocks of /proc/cpuinfo, one a logical core."""
-    blocks = _read(Path("/proc/cpuinfo")).strip().split("\n\n")
+    """The blocks of /proc/cpuinfo, one per logical core."""
+    blocks = _read("/proc/cpuinfo").strip().split("\n\n")
     return [
         {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
         for block in blocks
@@ -70,22 +182,13 @@ def _processors() -> list[dict[str, str]]:
     ]
 
 
-def _physical_cores(processors: list[dict[str, str]]) -> int | None:
-    cores = {(p.get("physical id"), p.get("core id")) for p in processors}
-    if not cores or any(None in core for core in cores):
-        return None
-    return len(cores)
-
-
 def _usable_cores() -> int | None:
     # A container or taskset may allow fewer cores than the host has. macOS has no such call.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _kib_field(path: Path, field: str) -> float | None:
-    """A line like ``VmHWM:   1234 kB``, in MiB; a process that has ended keeps a file without that line."""
+def _mib(path: Path, field: str) -> float | None:
+    """A line like ``VmHWM:   1234 kB``, in MiB. The file of a process that has ended lacks that line."""
     for line in _read(path).splitlines():
         name, _, value = line.partition(":")
         if name == field:
@@ -93,8 +196,8 @@ def _kib_field(path: Path, field: str) -> float | None:
     return None
 
 
-def _read(path: Path) -> str:
+def _read(path: Path | str) -> str:
     try:
-        return path.read_text(errors="replace")
+        return Path(path).read_text(errors="replace")
     except OSError:
         return ""

@@ -1,60 +1,104 @@
-"""What was seen of a GPU during one case, as a file of samples: written by the sampler, read for the columns.
+"""What the monitor saw of a GPU during one case: a file of JSON lines, written by the monitor and read for the columns.
 
-The file is CSV. A row holds what was read at one time; a reading that was not taken then, or had no value, is empty.
-One that was asked for in vain is named in ``failed``.
-Rows that would repeat the last one are left out, and counted in the next (``looks``, ``gap_s``). A line
-``# reading: reason`` says why a reading has no value. The watch adds ``# silent: reason`` where the sampler itself did
-not live to the end, and ``# late: phase ...`` for phases whose sample the worker did not wait for.
+A line ``{"time_s": ..., ...}`` is a :class:`Sample`; fields that were not read then are left out, and readings that
+were tried in vain are named in ``failed``. A sample that would repeat the previous one is left out and counted in the
+next (``looks``, ``gap_s``). A line ``{"reasons": {reading: reason}}`` says why readings have no value. At the end
+``{"silent": reason}`` says why the monitor did not live to the end, and ``{"late": [phase, ...]}`` which phases the
+worker left before their sample was taken.
 """
 
 from __future__ import annotations
 
-import csv
-import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, replace
+from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
+from mpscale.core.reason import Code, Reason
+
 CALM_FROM, CALM_UNTIL = "timing-start", "timing-end"
-"""Phases between which the sampler looks seldom, so as not to disturb what is timed."""
+"""Phases between which the monitor looks seldom, so as not to disturb what is timed."""
 
 CALM_S = 0.5
-"""From one look to the next meanwhile."""
+"""Time between two looks meanwhile."""
 
 START = "the start"
-SILENT, LATE = "silent", "late"
 
 MOST_FAILED = 0.1
-"""Share of readings that may have failed where the others stand for all: in a median, a mean, a share."""
+"""Largest share of failed readings in a median, mean or share."""
+
+
+class Reading(StrEnum):
+    """A quantity of a GPU that can be read again and again. The value is the name of its field in a sample, if any."""
+
+    MEMORY = "device_memory_mib"
+    RESERVED_MEMORY = "reserved_memory_mib"
+    """Never read by itself: comes with the memory if the driver tells the two apart."""
+    PROCESSES = "processes"
+    GRAPHICS_PROCESSES = "graphics_pids"
+    SERVICE_PROCESSES = "service_processes"
+    """Processes that compute through a service that shares the GPU, such as CUDA's MPS."""
+    ENERGY = "energy_j"
+    POWER = "power_w"
+    SM_CLOCK = "sm_clock_mhz"
+    MEMORY_CLOCK = "memory_clock_mhz"
+    TEMPERATURE = "temperature_c"
+    UTILIZATION = "utilization"
+    CLOCK_EVENTS = "clock_events"
+    POWER_LIMIT = "power_limit_w"
+    ECC = "ecc"
+    PERSISTENCE = "persistence"
+
+
+class ClockEvent(StrEnum):
+    """A reason for which a GPU's clocks are not higher, in the order in which reports name them."""
+
+    IDLE = "idle"
+    APPLICATION_CLOCKS = "application clocks setting"
+    POWER_CAP = "software power cap"
+    """Not counted as throttling: under full load a GPU often runs at its power limit, in every run."""
+    HARDWARE_SLOWDOWN = "hardware slowdown"
+    SYNC_BOOST = "sync boost"
+    SOFTWARE_THERMAL = "software thermal slowdown"
+    HARDWARE_THERMAL = "hardware thermal slowdown"
+    POWER_BRAKE = "hardware power brake"
+    DISPLAY_CLOCKS = "display clock setting"
+
+
+THROTTLING = frozenset(
+    {ClockEvent.HARDWARE_SLOWDOWN, ClockEvent.SOFTWARE_THERMAL, ClockEvent.HARDWARE_THERMAL, ClockEvent.POWER_BRAKE}
+)
+"""Events that make step times unusable."""
 
 
 @dataclass(slots=True)
 class Sample:
-    """One row.
+    """What was read at one time. The fields named like a :class:`Reading` hold its value.
 
     Args:
-        time_s: seconds since the process was started.
-        phase: what the worker had just reached, where it waited for this sample; else empty.
-        looks: how often memory was looked at since the last row, this time included.
+        time_s: seconds since the worker was started.
+        phase: what the worker had just reached, if it waited for this sample; else empty.
+        looks: how often memory was looked at since the previous sample, this time included.
         gap_s: the longest time between two of these looks.
-        listed: whether the worker or a descendant is in the driver's list of processes; None where there is no list.
-        process_memory_mib: memory of worker and descendants together, None where it is not told.
-        device_memory_mib: memory in use on the whole GPU, without what the driver reserves where that is known.
+        listed: whether the worker or a descendant is in the driver's list of processes; None if there is no list.
+        process_memory_mib: memory of worker and descendants together.
+        device_memory_mib: memory in use on the whole GPU, without what the driver reserves if that is known.
         reserved_memory_mib: what the driver reserves.
-        processes: how many compute processes the driver lists.
-        other_pids: those of them that are not the worker's, where the list can be read.
-        graphics_pids: processes that only draw, likewise not the worker's.
+        processes: number of compute processes in the driver's list.
+        other_pids: those of them that are not the worker's, if the list can be read.
+        graphics_pids: processes that only draw and are not the worker's.
         energy_j: energy counter.
         power_w: power.
         sm_clock_mhz: clock of the multiprocessors.
         memory_clock_mhz: clock of the memory.
         temperature_c: temperature of the GPU.
         utilization: share of the last fraction of a second in which a kernel ran, in percent.
-        event_reasons: bits that say why clocks are not higher.
-        failed: readings (:data:`READINGS`) that were asked for and had no value.
+        clock_events: names of the reasons for which clocks are not higher.
+        failed: readings that were tried and had no value.
     """
 
     time_s: float
@@ -74,110 +118,75 @@ class Sample:
     memory_clock_mhz: float | None = None
     temperature_c: float | None = None
     utilization: float | None = None
-    event_reasons: int | None = None
+    clock_events: tuple[str, ...] | None = None
     failed: tuple[str, ...] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, rounded to thousandths; fields with their default are left out."""
+        return {
+            name: round(value, 3) if isinstance(value, float) else value
+            for name, default in _DEFAULTS.items()
+            if (value := getattr(self, name)) != default
+        }
 
-READINGS = {
-    "memory": "device_memory_mib",
-    "processes": "processes",
-    "Graphics": "graphics_pids",
-    "energy_mj": "energy_j",
-    "power_mw": "power_w",
-    "sm_clock_mhz": "sm_clock_mhz",
-    "memory_clock_mhz": "memory_clock_mhz",
-    "temperature_c": "temperature_c",
-    "utilization": "utilization",
-    "event_reasons": "event_reasons",
-}
-"""What is asked of the driver, with the column that its value is in."""
-
-FIELDS = tuple(f.name for f in dataclasses.fields(Sample))
-
-
-def _pids(text: str) -> tuple[int, ...]:
-    return tuple(int(pid) for pid in text.split()) if text != "none" else ()
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Sample:
+        """The inverse of :meth:`to_json`. Fields of a newer version are dropped."""
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+            if name in _DEFAULTS
+        }
+        return cls(**known)
 
 
-_PARSE: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(FIELDS, float),
-    "phase": str,
-    "looks": int,
-    "processes": int,
-    "listed": lambda text: text == "1",
-    "other_pids": _pids,
-    "graphics_pids": _pids,
-    "event_reasons": lambda text: int(text, 16),
-    "failed": lambda text: tuple(text.split()),
-}
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None or value == "":
-        return ""
-    if name == "failed":
-        return " ".join(value)
-    if name.endswith("_pids"):
-        return " ".join(map(str, value)) or "none"
-    if name == "event_reasons":
-        return f"0x{value:x}"
-    return (
-        f"{value:.3f}".rstrip("0").rstrip(".")
-        if isinstance(value, float)
-        else str(int(value) if name != "phase" else value)
-    )
+_DEFAULTS: dict[str, Any] = {f.name: None if f.default is MISSING else f.default for f in fields(Sample)}
 
 
 class SampleFile:
-    """Writes samples as they come: what is on disk stays, whatever becomes of the writer.
-
-    Args:
-        path: made anew.
-    """
+    """Writes samples as they come, over a file that exists: what is on disk stays, whatever becomes of the writer."""
 
     def __init__(self, path: Path) -> None:
-        self._file: IO[str] = path.open("w", encoding="utf-8", newline="")
-        self._rows = csv.writer(self._file, lineterminator="\n")
-        self._rows.writerow(FIELDS)
-        self._told: dict[str, str] = {}
+        self._file: IO[str] = path.open("w", encoding="utf-8")
+        self._told: dict[str, Reason] = {}
 
     def write(self, sample: Sample) -> None:
-        """Adds a row."""
-        self._rows.writerow([_cell(name, getattr(sample, name)) for name in FIELDS])
+        """Add a sample."""
+        self._file.write(line_of(sample.to_json()))
 
-    def tell(self, reasons: Mapping[str, str]) -> None:
-        """Adds reasons that were not told before."""
-        for reading, reason in reasons.items():
-            if self._told.get(reading) != reason:
-                self._told[reading] = reason
-                self._file.write(f"# {reading}: {' '.join(reason.split())}\n")
+    def tell(self, reasons: Mapping[str, Reason]) -> None:
+        """Add reasons that are new."""
+        new = {reading: reason for reading, reason in reasons.items() if self._told.get(reading) != reason}
+        if new:
+            self._told |= new
+            self._file.write(line_of({"reasons": {reading: reason.to_json() for reading, reason in new.items()}}))
 
     def flush(self) -> None:
-        """Puts on disk what was written."""
+        """Put on disk what was written."""
         self._file.flush()
 
     def close(self) -> None:
-        """Ends the file."""
+        """Close the file."""
         self._file.close()
+
+
+def line_of(values: Mapping[str, Any]) -> str:
+    """One line of the file."""
+    return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A time in which a reading failed: from the last value before it to the first one after it.
+    """A time in which a reading failed: from the last value before it, or the first try, to the first one after it.
 
-    Args:
-        from_s: when it was last known, or first asked for.
-        to_s: when it was known again; infinite where it never was.
-        phase: what the worker had reached when it began.
+    ``to_s`` is infinite if there was none. ``phase`` is what the worker had reached when the gap began.
     """
 
     from_s: float
     to_s: float
     phase: str
 
-    @property
-    def words(self) -> str:
-        """How long and since when."""
+    def __str__(self) -> str:
         if math.isinf(self.to_s):
             return f"from {self.phase} to the end"
         return f"for {self.to_s - self.from_s:.2g} s from {self.phase} on"
@@ -185,54 +194,45 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """The samples of a case in the order of time, and why readings have no value: {reading: reason}."""
+    """The samples of a case in order of time.
+
+    Args:
+        rows: the samples.
+        reasons: why readings have no value.
+        silent: why there are no samples of the end of the case; None if there are.
+        late: phases that the worker had left when their sample was taken.
+    """
 
     rows: list[Sample] = field(default_factory=list)
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def silent(self) -> str | None:
-        """Why there are no samples of the end of the case, None where there are."""
-        return self.reasons.get(SILENT)
-
-    @property
-    def late(self) -> list[str]:
-        """Phases that the worker had left when their sample was taken."""
-        return self.reasons.get(LATE, "").split()
-
-    def reached(self, phase: str) -> bool:
-        """Whether the worker got there, whenever the sample was taken."""
-        return any(row.phase == phase for row in self.rows)
-
-    def not_at(self, *phases: str) -> str:
-        """Why there is no sample at one of these phases."""
-        late = [phase for phase in phases if phase in self.late]
-        if late:
-            return f"NVML was late: the case went on before it had answered at {late[0]}"
-        return f"{self.silent or 'the case ended before that'}"
+    reasons: dict[str, Reason] = field(default_factory=dict)
+    silent: Reason | None = None
+    late: tuple[str, ...] = ()
 
     def at(self, phase: str) -> Sample | None:
-        """The sample that was taken when ``phase`` was reached; None also where it came late."""
+        """The sample that was taken when ``phase`` was reached; None also if it came late."""
         if phase in self.late:
             return None
         return next((row for row in self.rows if row.phase == phase), None)
 
-    def until(self, phase: str) -> list[Sample]:
-        """The samples before and at ``phase``, none if it was not reached."""
-        end = self.at(phase)
-        return [] if end is None else [row for row in self.rows if row.time_s <= end.time_s]
+    def not_at(self, *phases: str) -> Reason:
+        """Why there is no sample at one of these phases."""
+        for phase in phases:
+            if phase in self.late:
+                text = f"the driver was late: the case went on before it had answered at {phase}"
+                return Reason(Code.DRIVER_SILENT, text)
+        return self.silent or Reason(Code.NOT_REACHED, "the case ended before that")
 
-    def after(self, phase: str) -> list[Sample]:
-        """The samples after ``phase``, none if it was not reached."""
-        start = self.at(phase)
-        return [] if start is None else [row for row in self.rows if row.time_s > start.time_s]
-
-    def between(self, first: Sample, last: Sample) -> list[Sample]:
-        """The samples from one to another, both included."""
-        return [row for row in self.rows if first.time_s <= row.time_s <= last.time_s]
+    def timed(self) -> list[Sample]:
+        """The samples of the timed steps, including those that were added to measure energy; none without both ends."""
+        # Steps go on until the later of these phases: if its sample came late, the other cannot replace it.
+        last = "energy-end" if any(row.phase == "energy-end" for row in self.rows) else "timing-end"
+        start, end = self.at("timing-start"), self.at(last)
+        if start is None or end is None:
+            return []
+        return [row for row in self.rows if start.time_s <= row.time_s <= end.time_s]
 
     def often(self) -> list[tuple[Sample, float]]:
-        """The samples of the time in which the sampler looks often, each with the seconds since the one before."""
+        """The samples from times in which the monitor looks often, each with the seconds since the previous one."""
         found, calm = [], False
         for before, row in pairwise(self.rows):
             calm = before.phase == CALM_FROM or (calm and before.phase != CALM_UNTIL)
@@ -240,79 +240,106 @@ class Samples:
                 found.append((row, row.time_s - before.time_s))
         return found
 
-    def gaps(self, reading: str, failed: Callable[[Sample], bool] | None = None) -> list[Gap]:
-        """When a reading of :data:`READINGS` failed.
+    def alone(self) -> bool:
+        """Whether only the case can have used the GPU, as far as the driver's list of processes tells.
+
+        In a container the worker has another number in that list, so a single process that appears after the case has
+        begun is taken for it.
+        """
+        idle = self.at("idle")
+        at_idle = idle.processes if idle is not None else 0
+        most = max((row.processes or 0 for row in self.rows), default=0)
+        if any(row.listed for row in self.rows) and not (idle is not None and idle.listed):
+            return not any(row.other_pids for row in self.rows)
+        return not at_idle and most <= 1 and len(self._other_pids()) <= 1
+
+    def other_processes(self) -> list[int] | None:
+        """Ids of compute processes that are not the case's, None if no list of processes can be read."""
+        if not known(self.rows, "other_pids"):
+            return None
+        # Under another number, the one process that is there is the case itself.
+        return [] if self.alone() else sorted(self._other_pids())
+
+    def _other_pids(self) -> set[int]:
+        return {pid for row in self.rows for pid in row.other_pids or ()}
+
+    def gaps(self, reading: Reading, failed: Callable[[Sample], bool] | None = None) -> list[Gap]:
+        """When a reading failed.
 
         Args:
-            reading: which.
-            failed: whether it did in a sample; by default, whether it is in the sample's ``failed``.
+            reading: one that samples have.
+            failed: whether it failed in a sample; by default, whether it is in the sample's ``failed``.
         """
-        column = READINGS[reading]
         found: list[Gap] = []
         known_s: float | None = None
-        # These are looked at each time, and rows that would repeat the last one are left out.
-        often = reading in ("memory", "processes")
-        begun: tuple[float, str] | None = None
+        # These are read at every look, and looks that would repeat the previous sample are left out.
+        often = reading in (Reading.MEMORY, Reading.PROCESSES)
+        open_gap: Gap | None = None
         phase = START
         for row in self.rows:
             # A sample at a phase is taken when that is reached: what fails in it began before.
             if failed(row) if failed is not None else reading in row.failed:
                 since_s = row.time_s if known_s is None else known_s
-                begun = begun or (max(since_s, row.time_s - row.gap_s) if often else since_s, phase)
-            elif getattr(row, column) is not None:
-                if begun is not None:
-                    found.append(Gap(begun[0], row.time_s, begun[1]))
-                known_s, begun = row.time_s, None
+                since_s = max(since_s, row.time_s - row.gap_s) if often else since_s
+                open_gap = open_gap or Gap(since_s, math.inf, phase)
+            elif getattr(row, reading) is not None:
+                if open_gap is not None:
+                    found.append(replace(open_gap, to_s=row.time_s))
+                known_s, open_gap = row.time_s, None
             phase = row.phase or phase
-        if begun is not None:
-            found.append(Gap(begun[0], math.inf, begun[1]))
-        return found
-
-    def calm_at(self, time_s: float) -> bool:
-        """Whether the sampler looked seldom from that time on."""
-        phases = [row.phase for row in self.rows if row.phase in (CALM_FROM, CALM_UNTIL) and row.time_s <= time_s]
-        return phases[-1:] == [CALM_FROM]
+        return found if open_gap is None else [*found, open_gap]
 
     def unseen(
         self,
-        reading: str,
+        reading: Reading,
         first_s: float,
         last_s: float,
         tolerated_s: float,
         failed: Callable[[Sample], bool] | None = None,
-    ) -> str | None:
-        """Why the largest value between two times is not the largest there was; None where it is.
+    ) -> Reason | None:
+        """Why the largest value between two times may not be the largest there was; None if it is.
 
         Args:
-            reading: of :data:`READINGS`.
+            reading: one that samples have.
             first_s: from when on it counts.
             last_s: until when.
-            tolerated_s: how long it may fail at a time; longer by :data:`CALM_S` where the sampler looks seldom.
+            tolerated_s: how long it may fail at a time; :data:`CALM_S` longer while the monitor looks seldom.
             failed: as in :meth:`gaps`.
         """
         if self.silent is not None and not (self.rows and last_s < self.rows[-1].time_s):
             return self.silent
         for gap in self.gaps(reading, failed):
             seconds = min(gap.to_s, last_s) - max(gap.from_s, first_s)
-            if seconds > tolerated_s + (CALM_S if self.calm_at(gap.from_s) else 0.0):
-                return f"NVML failed to tell {gap.words} ({self.reasons.get(reading, 'no reason given')})"
+            if seconds > tolerated_s + (CALM_S if self._calm_at(gap.from_s) else 0.0):
+                return self.too_few(reading, f"the driver did not tell {gap}")
         return None
 
-    def why_few(self, reading: str, rows: Sequence[Sample]) -> str | None:
-        """Why the values of a reading do not stand for all of ``rows``: too many failed. None where they do."""
+    def why_few(self, reading: Reading, rows: Sequence[Sample]) -> Reason | None:
+        """Why the values of a reading do not stand for all of ``rows``: too many failed. None if they do."""
         failed = sum(reading in row.failed for row in rows)
-        asked = failed + sum(getattr(row, READINGS[reading]) is not None for row in rows)
-        if not failed or failed <= MOST_FAILED * asked:
+        looks = failed + len(known(rows, reading))
+        if failed <= MOST_FAILED * looks:
             return None
-        return f"NVML failed to tell in {failed} of {asked} looks ({self.reasons.get(reading, 'no reason given')})"
+        return self.too_few(reading, f"the driver did not tell in {failed} of {looks} looks")
 
-    def known(self, reading: str) -> list[float]:
-        """The values of a reading that were seen."""
-        return [value for row in self.rows if (value := getattr(row, reading)) is not None]
+    def too_few(self, reading: Reading, text: str, otherwise: str = "no reason given") -> Reason:
+        """The reason for a figure that lacks samples, with the reason why the reading failed."""
+        why = self.reasons.get(reading)
+        return Reason(Code.TOO_FEW_SAMPLES, f"{text} ({why or otherwise})", why.cure if why else None)
+
+    def _calm_at(self, time_s: float) -> bool:
+        """Whether the monitor looked seldom from that time on."""
+        phases = [row.phase for row in self.rows if row.phase in (CALM_FROM, CALM_UNTIL) and row.time_s <= time_s]
+        return phases[-1:] == [CALM_FROM]
+
+
+def known(rows: Iterable[Sample], name: str) -> list[Any]:
+    """The known values of a field."""
+    return [value for row in rows if (value := getattr(row, name)) is not None]
 
 
 def read_samples(lines: Iterable[str]) -> Samples:
-    """Reads a file of samples; a last line that was cut off is ignored.
+    """Read a file of samples; a last line that was cut off is ignored.
 
     Args:
         lines: of the file, line ends included.
@@ -321,21 +348,21 @@ def read_samples(lines: Iterable[str]) -> Samples:
         ValueError: it is no file of samples.
     """
     rows: list[Sample] = []
-    reasons: dict[str, str] = {}
-    header: list[str] | None = None
+    reasons: dict[str, Reason] = {}
+    silent: Reason | None = None
+    late: tuple[str, ...] = ()
     for line in lines:
         if not line.endswith("\n"):
             break
-        if line.startswith("# "):
-            reading, _, reason = line[2:].strip().partition(": ")
-            reasons[reading] = reason
-            continue
-        (cells,) = csv.reader([line])
-        if header is None:
-            header = cells
-            if header[0] != FIELDS[0]:
-                raise ValueError(f"no file of GPU samples: it begins with {line.strip()[:40]!r}")
-            continue
-        known = {name: cell for name, cell in zip(header, cells, strict=False) if name in _PARSE and cell != ""}
-        rows.append(Sample(**{name: _PARSE[name](cell) for name, cell in known.items()}))
-    return Samples(rows, reasons)
+        match json.loads(line):
+            case {"time_s": float() | int()} as values:
+                rows.append(Sample.from_json(values))
+            case {"reasons": dict(told)}:
+                reasons |= {reading: Reason.from_json(reason) for reading, reason in told.items()}
+            case {"silent": reason}:
+                silent = Reason.from_json(reason)
+            case {"late": [*phases]}:
+                late = tuple(phases)
+            case _:
+                raise ValueError(f"no file of GPU samples: {line.strip()[:40]!r}")
+    return Samples(rows, reasons, silent, late)

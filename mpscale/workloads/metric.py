@@ -1,4 +1,4 @@
-"""Accuracy, and what any metric is called and which way is better, as far as that follows from the metric itself."""
+"""Accuracy, and the names and directions of Keras' metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 ACCURACY = "accuracy"
-"""The metric that fills the column final_accuracy: a share from 0 to 1, of which more is better."""
+"""The name of the metric that fills the column final_accuracy: a share from 0 to 1, higher is better."""
 
 _ACCURACIES = ("accuracy", "acc", "binary_accuracy", "categorical_accuracy", "sparse_categorical_accuracy")
 _HIGHER = (
@@ -67,43 +67,42 @@ _LOWER = (
 
 
 def accuracy(labels: npt.NDArray[Any], outputs: npt.NDArray[Any], threshold: float | None = None) -> float:
-    """Share of the examples that are classified right, the kind of labels taken from their shape as Keras does.
+    """Share of examples that are classified correctly. Like Keras, infer the kind of labels from their shape.
 
-    A row that holds a NaN counts as wrong: argmax would name the NaN's own class.
+    An output with a NaN counts as wrong: argmax would return the NaN's own class.
 
     Args:
         labels: classes (examples, ...) or (examples, ..., 1), or one-hot (examples, ..., classes).
-        outputs: (examples, ..., classes); with one class, above ``threshold`` for label 1 and else for label 0.
-        threshold: needed where there is one output.
+        outputs: (examples, ..., classes); a single output means label 1 if it is above ``threshold``, else label 0.
+        threshold: needed for a single output.
 
     Raises:
-        ValueError: labels are no classes, or do not fit the outputs; or one output came without a threshold.
+        ValueError: labels are not classes or do not fit the outputs, or a threshold is missing.
     """
     shapes = f"labels of shape {labels.shape} and outputs of shape {outputs.shape}"
     if outputs.ndim == 1 or outputs.shape[-1] == 1:
         if labels.size != outputs.size or len(labels) != len(outputs):
-            raise ValueError(f"{shapes} do not fit: with one output there is one label an example")
+            raise ValueError(f"{shapes} do not fit: a model with one output needs one label per example")
         if threshold is None:
             raise ValueError(
-                "an accuracy of one output needs to know from which value on it means label 1, which this loss does "
-                "not tell; give a metric, such as metric=keras.metrics.BinaryAccuracy(threshold=0.5), or 0.0 for logits"
+                "the threshold above which the model's one output means label 1 does not follow from this loss; set a "
+                "metric such as keras.metrics.BinaryAccuracy(threshold=0.5), with threshold=0.0 for logits"
             )
         labels, outputs = labels.reshape(-1), outputs.reshape(-1)
-        _check_classes(labels, 2, "with one output an accuracy needs labels 0 and 1")
+        _check_classes(labels, 2, "an accuracy of one output needs labels 0 and 1")
         return float(np.mean(((outputs > threshold) == (labels > 0)) & ~np.isnan(outputs)))
     classes = outputs.shape[-1]
     if labels.shape == outputs.shape:
         if not (np.isin(labels, (0, 1)).all() and (labels.sum(axis=-1) == 1).all()):
             raise ValueError(
-                f"{shapes}: an accuracy needs labels that are classes or one-hot, and these are neither; give the "
-                "metric that is meant, such as metric='mae', or metric=keras.metrics.BinaryAccuracy() for several "
-                "labels an example"
+                f"{shapes}: an accuracy needs class numbers or one-hot labels, and these are neither; set another "
+                "metric, such as 'mae', or keras.metrics.BinaryAccuracy() for several labels per example"
             )
         labels = labels.argmax(axis=-1)
     elif labels.shape == (*outputs.shape[:-1], 1):
         labels = labels[..., 0]
     elif labels.shape != outputs.shape[:-1]:
-        raise ValueError(f"{shapes} do not fit: an accuracy needs one class an example, or one-hot labels")
+        raise ValueError(f"{shapes} do not fit: an accuracy needs one class number per example, or one-hot labels")
     _check_classes(labels, classes, f"outputs of shape {outputs.shape} have classes 0 to {classes - 1}")
     right = np.argmax(outputs, axis=-1) == labels
     return float(np.mean(right & ~np.isnan(outputs).any(axis=-1)))
@@ -111,20 +110,20 @@ def accuracy(labels: npt.NDArray[Any], outputs: npt.NDArray[Any], threshold: flo
 
 def _check_classes(labels: npt.NDArray[Any], classes: int, have: str) -> None:
     if labels.dtype.kind not in "biuf":
-        raise ValueError(f"an accuracy needs numbers for labels, not {labels.dtype}; give each class a number from 0")
+        raise ValueError(f"an accuracy needs numeric labels, not {labels.dtype}; number the classes from 0")
     if not ((labels >= 0) & (labels < classes) & (labels == np.floor(labels))).all():
         raise ValueError(
-            f"{have}, but there are labels from {labels.min():g} to {labels.max():g}; number the classes from 0, "
-            "or, if this is no classification, give its metric, such as metric='mae'"
+            f"{have}, but the labels range from {labels.min():g} to {labels.max():g}; number the classes from 0, or, "
+            "if this is not a classification, set another metric, such as 'mae'"
         )
 
 
 def names(metric: Any) -> tuple[str | None, bool | None]:
-    """The name of ``metric`` and whether more of it is better; None for what only its author can say.
+    """The name of Keras' ``metric``, and whether higher is better; None for what only its author knows.
 
     Args:
-        metric: a name that Keras knows, a ``keras.metrics.Metric``, a class of those, or a function of Keras.
-            Anything else has neither.
+        metric: a name, an instance or a class of ``keras.metrics.Metric``, or a function of Keras; for anything else
+            both are None.
     """
     while isinstance(metric, functools.partial):
         metric = metric.func
@@ -135,7 +134,7 @@ def names(metric: Any) -> tuple[str | None, bool | None]:
     elif _of_keras(metric) and isinstance(metric, type | FunctionType):
         kind = name = kind_of(metric)
         if metric.__module__.endswith("losses"):
-            # As a loss, Keras' cosine similarity is negative; a metric of that name is not.
+            # Keras' loss cosine_similarity is the negative of its metric of that name.
             return name, False if kind in (*_LOWER, "cosine_similarity") else None
     else:
         return None, None
@@ -145,19 +144,19 @@ def names(metric: Any) -> tuple[str | None, bool | None]:
 
 
 def is_keras_metric(candidate: Any) -> bool:
-    """Whether ``candidate`` is an instance of Keras' Metric. Does not import Keras."""
+    """Whether ``candidate`` is an instance of Keras' Metric. This does not import Keras."""
     return is_instance_of_keras(candidate, "Metric")
 
 
 def is_instance_of_keras(candidate: Any, kind: str) -> bool:
-    """Whether ``candidate`` is an instance of the class ``kind`` of Keras, such as Optimizer. Does not import Keras."""
+    """Whether ``candidate`` is an instance of Keras' class ``kind``, such as Optimizer. This does not import Keras."""
     return any(base.__name__ == kind and _of_keras(base) for base in type(candidate).__mro__)
 
 
 def kind_of(thing: Any) -> str:
-    """What Keras calls a loss or a metric of its own, in snake case; empty for everything else.
+    """Keras' name of one of its own losses or metrics, in snake case; empty for everything else.
 
-    A class that derives from one of Keras' may mean something else.
+    That includes classes derived from Keras', which may mean something else.
 
     Args:
         thing: an instance, a class or a function; or a ``functools.partial`` of one.
@@ -173,7 +172,7 @@ def _of_keras(named: Any) -> bool:
 
 
 def _snake(name: str) -> str:
-    """``MeanSquaredError`` as mean_squared_error, the way Keras has it; abbreviations such as MSE in lower case."""
+    """``MeanSquaredError`` as mean_squared_error, as Keras does it; abbreviations such as MSE in lower case."""
     if name.isupper():
         return name.lower()
     return re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)).lower()

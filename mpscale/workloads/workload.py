@@ -1,22 +1,34 @@
-"""Workload: everything about a training that is the same in every mode."""
+"""A workload and its data: everything about a training that is the same in every mode."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-from mpscale.workloads import metric as metric_module
-from mpscale.workloads.data import Array, Data
+import numpy as np
+import numpy.typing as npt
+
+from mpscale.workloads import metric as metrics
 from mpscale.workloads.metric import ACCURACY, accuracy
 
 if TYPE_CHECKING:
     import keras
 
-_ACCURACY_MARGIN = 0.01
-"""One point."""
+Array = npt.NDArray[Any]
+
+_KINDS = "biufUS"
+"""NumPy's kinds of dtype that can be trained on: booleans, integers, floats, and text for models that accept it."""
+
+_CURES = {
+    "DataFrame": "pass frame.to_numpy(dtype='float32')",
+    "Series": "pass series.to_numpy()",
+    "dict": "mpscale trains models with one input and one output, so pass one array",
+    "str": "load the file and pass its arrays",
+}
 
 
 def sparse_cross_entropy(labels: Any, logits: Any) -> Any:
@@ -27,6 +39,67 @@ def sparse_cross_entropy(labels: Any, logits: Any) -> Any:
     return keras.ops.mean(losses)
 
 
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Examples and labels. The first axis is the example. All of it is put on the device before the training.
+
+    Args:
+        train_x, train_y: the training set.
+        test_x, test_y: the test set, on which the final metric is computed. It should be large: a thousand examples
+            cannot distinguish modes that differ by one percent.
+        published_x, published_y: the test set of the data's publication, if that is another. Progress towards the
+            target is then measured on it instead of the test set.
+
+    Raises:
+        TypeError: one of them is not a NumPy array of numbers, booleans or text.
+        ValueError: examples and labels do not fit together.
+    """
+
+    train_x: Array
+    train_y: Array
+    test_x: Array
+    test_y: Array
+    published_x: Array | None = None
+    published_y: Array | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            array = getattr(self, name)
+            if array is not None or not name.startswith("published"):
+                object.__setattr__(self, name, _checked(name, array))
+        for part in ("train", "test", "published"):
+            arrays = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
+            x, y = (None if array is None else len(array) for array in arrays)
+            if x != y or x == 0:
+                raise ValueError(
+                    f"{part}_x has {x or 'no'} examples and {part}_y has {y or 'no'}; both need the same number, at "
+                    "least one"
+                )
+            for axis, array, trained in zip("xy", arrays, (self.train_x, self.train_y), strict=True):
+                if array is not None and array.ndim != trained.ndim:
+                    raise ValueError(
+                        f"{part}_{axis} has shape {array.shape} but train_{axis} has {trained.shape}; an example needs "
+                        "as many axes in both"
+                    )
+
+    @property
+    def progress(self) -> tuple[Array, Array]:
+        """The examples on which progress towards the target is measured."""
+        if self.published_x is None or self.published_y is None:
+            return self.test_x, self.test_y
+        return self.published_x, self.published_y
+
+    def digest(self) -> str:
+        """SHA-256 of shapes, dtypes and contents of all arrays, first 16 hex digits."""
+        digest = hashlib.sha256()
+        for name in self.__slots__:
+            array = getattr(self, name)
+            if array is not None:
+                digest.update(f"{name}{array.shape}{array.dtype}".encode())
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Workload:
     """A training to be measured.
@@ -34,27 +107,28 @@ class Workload:
     Args:
         name: what the user types; letters, digits, dots and single dashes.
         summary: one line.
-        model: makes a fresh Keras model under the dtype policy in force. Its last layer should be float32: softmax
-            and loss in float16 lose what the comparison is about.
-        data: loads the data. Runs in the worker before the model is built.
-        optimizer: makes the optimizer, without loss scaling; or a name that Keras knows, a class, or an instance, of
-            which every case trains with a copy.
-        loss: a name that Keras knows, a ``keras.losses.Loss``, or a function ``(labels, outputs) -> loss``, in
-            TensorFlow or ``keras.ops``, of the whole batch or of each example; those are averaged, as Keras does.
-        metric: a name that Keras knows, a ``keras.metrics.Metric``, or a function ``(labels, outputs) -> float`` on
-            NumPy arrays of the whole test set.
-        metric_name: ``"accuracy"`` fills the column final_accuracy, any other name metric_value alone. Keras' own
-            metrics have a name, one of your own needs it.
-        metric_higher_is_better: its direction; needed where it does not follow from a metric of Keras.
-        batch_size: examples per step, and at most so many at once in an evaluation.
-        train_steps: steps of a whole training.
-        evaluate_every: steps between two looks at the metric on the way to ``target``.
-        target: value of the metric that counts as trained, for steps and time to it; None where there is none.
+        model: makes a fresh Keras model under the current dtype policy. Its last layer should be float32: softmax and
+            loss in float16 lose the differences that are to be measured.
+        data: loads the data; called in the worker before the model is built.
+        optimizer: a function that makes the optimizer, without loss scaling; or a name that Keras knows, a class, or an
+            instance, which each case copies.
+        loss: a name that Keras knows, a ``keras.losses.Loss``, or a function ``(labels, outputs) -> loss`` in
+            TensorFlow or ``keras.ops``. It returns one number, or one per example; these are averaged, as Keras does.
+        metric: a name that Keras knows, a ``keras.metrics.Metric``, or a function ``(labels, outputs) -> float`` of
+            NumPy arrays, called with the whole test set.
+        metric_name: ``"accuracy"`` fills the columns final_accuracy and metric_value, any other name only the latter.
+            Keras' own metrics have a name; a metric of your own needs one.
+        metric_higher_is_better: the metric's direction; needed unless it is known for a Keras metric.
+        batch_size: examples per step, and per batch of an evaluation.
+        train_steps: steps of a training.
+        evaluate_every: steps between two evaluations on the way to ``target``.
+        target: value of the metric at which the workload counts as trained, for the steps and time to get there; None
+            if there is none.
         margin: how much worse than the baseline still counts as equal, in units of the metric; 0.01 for an accuracy.
-            Without one, a metric gets no verdict.
+            Without a margin a metric gets no verdict.
 
     Raises:
-        TypeError: a field is of a type that it cannot have.
+        TypeError: a field has the wrong type.
         ValueError: a field is out of range, or the metric's name or direction is unknown.
     """
 
@@ -74,13 +148,18 @@ class Workload:
     margin: float | None = None
 
     def __post_init__(self) -> None:
-        self._check_name()
+        if not isinstance(self.name, str) or not isinstance(self.summary, str):
+            raise TypeError(f"a workload's name and summary must be text, not {self.name!r} and {self.summary!r}")
+        if not self.name or "--" in self.name or not all(c.isalnum() or c in "-." for c in self.name):
+            raise ValueError(
+                f"a workload's name must consist of letters, digits, dots and single dashes, not {self.name!r}"
+            )
         for field in ("model", "data"):
             if not callable(getattr(self, field)):
                 raise TypeError(self._wrong(field, "a function without arguments"))
         for field, kind in (("optimizer", "Optimizer"), ("loss", "Loss"), ("metric", "Metric")):
             value = getattr(self, field)
-            if not (callable(value) or isinstance(value, str) or metric_module.is_instance_of_keras(value, kind)):
+            if not (callable(value) or isinstance(value, str) or metrics.is_instance_of_keras(value, kind)):
                 raise TypeError(self._wrong(field, f"the name of one that Keras knows, a Keras {kind}, or a function"))
         for field in ("batch_size", "train_steps", "evaluate_every"):
             number = self._number(field, Integral, "a whole number")
@@ -89,7 +168,7 @@ class Workload:
         self._number("target", Real, "a number or None")
         self._describe_metric()
         if self.metric_name == ACCURACY and self.margin is None:
-            object.__setattr__(self, "margin", _ACCURACY_MARGIN)
+            object.__setattr__(self, "margin", 0.01)
         margin = self._number("margin", Real, "a number or None")
         if margin is not None and margin < 0:
             raise ValueError(f"workload {self.name}: margin must be at least 0, not {margin!r}")
@@ -97,29 +176,21 @@ class Workload:
             share = getattr(self, field)
             if self.metric_name == ACCURACY and share is not None and not 0 <= share <= 1:
                 raise ValueError(
-                    f"workload {self.name}: an accuracy is a share from 0 to 1, so {field} cannot be {share:g}"
+                    f"workload {self.name}: {field} of an accuracy must be a share from 0 to 1, not {share:g}"
                 )
 
     def reached(self, value: float) -> bool:
-        """Whether ``value`` of the metric is at the target or beyond."""
+        """Whether ``value`` of the metric is at or beyond the target."""
         if self.target is None:
             return False
         return value >= self.target if self.metric_higher_is_better else value <= self.target
 
-    def _check_name(self) -> None:
-        if not isinstance(self.name, str) or not isinstance(self.summary, str):
-            raise TypeError(f"a workload's name and summary are text, not {self.name!r} and {self.summary!r}")
-        if not self.name or "--" in self.name or not all(c.isalnum() or c in "-." for c in self.name):
-            raise ValueError(
-                f"a workload's name is made of letters, digits, dots and single dashes, which {self.name!r} is not"
-            )
-
     def _number(self, field: str, kind: type, allowed: str) -> Any:
-        """The field as a plain number of Python, NumPy's included; a bool is none, although Python says so."""
+        """Replace a NumPy number in the field by a plain one, and return it. A bool does not count as a number here."""
         value = getattr(self, field)
         if value is None:
             return None
-        # NumPy's booleans are no numbers to Python; a float that is not finite compares with nothing.
+        # isinstance rules out NumPy's booleans too. A number that is not finite could not be compared.
         if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):  # type: ignore[arg-type]
             raise TypeError(self._wrong(field, allowed))
         plain = int(value) if kind is Integral else float(value)  # type: ignore[call-overload, arg-type]
@@ -127,8 +198,8 @@ class Workload:
         return plain
 
     def _describe_metric(self) -> None:
-        """Fills in name and direction of the metric where they follow from it."""
-        name, higher = (ACCURACY, True) if self.metric is accuracy else metric_module.names(self.metric)
+        """Fill in name and direction of a metric for which they are known."""
+        name, higher = (ACCURACY, True) if self.metric is accuracy else metrics.names(self.metric)
         if self.metric_name is not None and not isinstance(self.metric_name, str):
             raise TypeError(self._wrong("metric_name", "text"))
         if self.metric_higher_is_better is not None and not isinstance(self.metric_higher_is_better, bool):
@@ -136,24 +207,24 @@ class Workload:
         named = self.metric_name or name
         if named is None:
             raise ValueError(
-                f"workload {self.name}: a metric of your own needs a name and a direction; add "
-                "metric_name='...' and metric_higher_is_better=True or False"
+                f"workload {self.name}: a metric of your own needs a name and a direction; add metric_name='...' and "
+                "metric_higher_is_better=True or False"
             )
         if named == ACCURACY and higher is None:
             higher = True
         said = self.metric_higher_is_better
         if higher is None and said is None:
             raise ValueError(
-                f"workload {self.name}: it is not known whether more of {named} is better; "
-                "add metric_higher_is_better=True or False"
+                f"workload {self.name}: mpscale does not know if a higher {named} is better; add "
+                "metric_higher_is_better=True or False"
             )
         if None not in (higher, said) and higher != said:
             raise ValueError(
-                f"workload {self.name}: metric_higher_is_better={said}, but {'more' if higher else 'less'} of "
+                f"workload {self.name}: metric_higher_is_better is {said}, but a {'higher' if higher else 'lower'} "
                 f"{named} is better; leave it out, or give a metric of your own another metric_name"
             )
         if named == ACCURACY and not higher:
-            raise ValueError(f"workload {self.name}: {name} is no accuracy; give it another metric_name")
+            raise ValueError(f"workload {self.name}: {name} is not an accuracy; give it another metric_name")
         object.__setattr__(self, "metric_name", named)
         object.__setattr__(self, "metric_higher_is_better", higher if said is None else said)
 
@@ -169,7 +240,7 @@ def workload(
     summary: str = "",
     **options: Any,
 ) -> Callable[[Callable[[], keras.Model]], Workload]:
-    """Turns a function that makes a model into a :class:`Workload`; ``options`` are its other fields.
+    """Turn a function that makes a model into a :class:`Workload`. ``options`` are its other fields.
 
     ::
 
@@ -183,3 +254,40 @@ def workload(
         return Workload(name=name, summary=line, model=model, data=data, optimizer=optimizer, **options)
 
     return decorate
+
+
+def _checked(name: str, array: Any) -> Array:
+    """Return ``array`` if it can be trained on; turn an object array of text, as pandas returns it, into one of text.
+
+    The bytes of an object array are pointers, which differ between processes.
+    """
+    if not isinstance(array, np.ndarray):
+        kind = type(array).__name__
+        if any(base.__module__.startswith("tensorflow") and "Dataset" in base.__name__ for base in type(array).__mro__):
+            cure = "read the data set into arrays, for example with np.stack(list(dataset.as_numpy_iterator()))"
+        else:
+            cure = _CURES.get(kind, "pass np.asarray(...) of it")
+        raise TypeError(f"{name} must be a NumPy array, not a {kind}; {cure}")
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost; fill or drop the masked values")
+    if array.ndim == 0:
+        raise TypeError(f"{name} is a single value; its first axis must be the example")
+    if array.dtype.kind == "O":
+        kinds = {type(value) for value in array.flat}
+        if kinds in ({str}, {bytes}):
+            return array.astype(kinds.pop())
+        found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
+        raise TypeError(
+            f"{name} is an array of Python objects ({found}); pass only numbers, for example {name}.astype('float32'), "
+            "or only text"
+        )
+    if array.dtype.kind not in _KINDS:
+        raise TypeError(
+            f"{name} has dtype {array.dtype}; pass numbers, booleans or text, for example {name}.astype('float32')"
+        )
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        raise TypeError(
+            f"{name} has dtype {array.dtype}, which TensorFlow does not support; pass {name}.astype('float32')"
+        )
+    # As a plain array: slices of a np.matrix would keep two axes.
+    return np.asarray(array)

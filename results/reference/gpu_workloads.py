@@ -1,4 +1,4 @@
-"""The model of two runs on an H200 in this folder (docs/hardware.md): one whose steps a GPU notices."""
+"""The models of runs on an H200 in this folder (docs/hardware.md). A GPU notices their steps."""
 
 import numpy as np
 
@@ -31,3 +31,19 @@ def convnet():
             keras.layers.ReLU(),
         ]
     return keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, dtype="float32")])
+
+
+def _numbers():
+    r = np.random.default_rng(0)
+    y = r.integers(0, 10, 17_408)
+    x = (r.normal(size=(len(y), 2048)) + y[:, None] / 40).astype(np.float32)
+    return mpscale.Data(x[:16_384], y[:16_384], x[16_384:], y[16_384:])
+
+
+@mpscale.workload("wide", data=_numbers, optimizer=_adam, batch_size=4096, train_steps=100, evaluate_every=100)
+def wide():
+    """A wide MLP: 2048 - 4 x 8192 - 10, 218 million parameters."""
+    import keras
+
+    hidden = [keras.layers.Dense(8192, activation="relu") for _ in range(4)]
+    return keras.Sequential([keras.Input((2048,)), *hidden, keras.layers.Dense(10, dtype="float32")])

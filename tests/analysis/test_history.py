@@ -7,16 +7,16 @@ import shutil
 import statistics
 
 import pytest
-from runfolder import CPU, GPU, finished, record, write_run
+from support.runfolder import CPU, GPU, finished, record, write_run
 
-from mpscale.analysis.history import make_history, read_folder
-from mpscale.analysis.measures import MEASURES
-from mpscale.analysis.runs import RunError, cases_frame, read_run
-from mpscale.analysis.series_labels import tell_apart
+from mpscale.analysis.history import make_history, read_folder, tell_apart
+from mpscale.analysis.quantities import QUANTITIES
 from mpscale.analysis.stats import geometric_interval, log_change
 from mpscale.analysis.summary import summarise
-from mpscale.harness.case import Settings, series_key
-from mpscale.modes import MODES
+from mpscale.core.case import Settings, series_key
+from mpscale.core.mode import MODES
+from mpscale.core.reason import Code, Reason
+from mpscale.core.runs import RunError, read_run
 
 
 def key(mode="fp32", workload="toy", digest="abcdef0123456789", batch_size=100, train_steps=2000, **settings):
@@ -100,7 +100,7 @@ def test_a_change_of_single_processes_has_no_interval(tmp_path):
     assert (points[1].low, points[1].change_low, points[1].change_high) == (None, None, None)
 
 
-def test_a_run_without_a_value_keeps_its_place_says_why_and_is_passed_over_by_the_next_change(tmp_path):
+def test_a_run_without_a_value_keeps_its_place_with_a_reason_and_changes_skip_it(tmp_path):
     lost = timed(9.0, 9.0, status="diverged", status_reason="the loss is nan")
     runs = [run_of(tmp_path, day, records) for day, records in ((1, timed(1.0)), (2, lost), (3, timed(2.0)))]
     points = only(make_history(runs)).points
@@ -120,7 +120,7 @@ def test_a_run_without_a_value_keeps_its_place_says_why_and_is_passed_over_by_th
         ({"batch_size": 200, "jit": False}, ["batch=100, jit=on", "batch=200, jit=off"]),
     ],
 )
-def test_what_was_measured_in_another_way_is_another_series(tmp_path, other, apart):
+def test_another_way_of_measuring_is_another_series(tmp_path, other, apart):
     runs = [run_of(tmp_path, 1, timed(1.0)), run_of(tmp_path, 2, timed(2.0, series_key=key(**other)))]
     series = make_history(runs).series
     assert [days(one) for one in series] == [[1], [2]]
@@ -134,7 +134,7 @@ def test_a_setting_that_only_one_series_has_is_named_there(tmp_path):
     assert tell_apart([(one, {}) for one in keys]) == ["", "growth_interval=500"]
 
 
-def test_keys_of_another_make_are_told_apart_as_they_stand():
+def test_series_keys_of_another_form_are_shown_as_they_are():
     assert tell_apart([("old-1", {}), ("old-2", {})]) == ["series=old-1", "series=old-2"]
 
 
@@ -151,7 +151,7 @@ def test_keys_of_another_make_are_told_apart_as_they_stand():
         ({}, {"device": {**CPU, "kind": "gpu"}}, ["cpu, 2 cores", "gpu"]),
     ],
 )
-def test_what_ran_on_another_machine_is_another_series(tmp_path, one, two, apart):
+def test_another_machine_is_another_series(tmp_path, one, two, apart):
     runs = [run_of(tmp_path, day, timed(float(day)), **machine) for day, machine in ((1, one), (2, two), (3, one))]
     series = make_history(runs).series
     assert [days(each) for each in series] == [[1, 3], [2]]
@@ -168,7 +168,7 @@ def test_what_ran_on_another_machine_is_another_series(tmp_path, one, two, apart
         ([{"device": GPU}], [[1], [3]]),
     ],
 )
-def test_a_cases_csv_joins_the_one_machine_that_it_can_have_come_from(tmp_path, machines, joined):
+def test_a_cases_csv_joins_the_only_machine_that_it_can_be_from(tmp_path, machines, joined):
     runs = [run_of(tmp_path, day, timed(1.0), **machine) for day, machine in enumerate(machines, 1)]
     named = timed(1.0, device="cpu", device_name="Test CPU")
     alone = csv_of(run_of(tmp_path / "other", 3, named), tmp_path / "artifacts" / "20260103T000000Z-x")
@@ -187,7 +187,7 @@ def test_series_come_by_workload_then_mode(tmp_path):
     assert found == [("b", "fp32"), ("b", "tf32"), ("b", "mixed-bf16"), ("a", "fp32")]
 
 
-def test_only_what_was_asked_for_is_shown(tmp_path):
+def test_only_requested_workloads_and_modes_are_shown(tmp_path):
     run = run_of(
         tmp_path, 1, [*timed(1.0), *timed(2.0, mode="tf32"), *timed(1.0, workload="b", series_key=key("tf32"))]
     )
@@ -203,10 +203,10 @@ def test_only_what_was_asked_for_is_shown(tmp_path):
         ({"quantity": "speedup"}, "no run knows the speed-up over fp32: no mode but fp32 was measured"),
     ],
 )
-def test_nothing_left_is_an_error_that_says_what_there_is(tmp_path, options, message):
-    records = [record(series_key=key(), step_time_ms_median=1.0)]
-    run = run_of(tmp_path, 1, records)
-    run.cases.at[0, "unavailable"] = {"gpu_memory_nvml_peak_mib": "trained on a CPU"}
+def test_an_empty_history_is_an_error_that_lists_what_there_is(tmp_path, options, message):
+    one = record(series_key=key(), step_time_ms_median=1.0)
+    one.miss("gpu_memory_nvml_peak_mib", Reason(Code.NO_GPU, "trained on a CPU"))
+    run = run_of(tmp_path, 1, [one])
     with pytest.raises(RunError, match=message):
         make_history([run], **options)
 
@@ -229,7 +229,7 @@ def test_the_metric_is_a_mean_over_seeds_with_its_range_and_no_change(tmp_path):
     ]
 
 
-def test_the_overflow_rate_is_over_all_steps_and_unknown_where_no_gradient_is_checked(tmp_path):
+def test_the_overflow_rate_is_over_all_steps_and_unknown_without_a_check(tmp_path):
     checked = [
         record("mixed-static", s, series_key=key("mixed-static"), attempted_steps=n, overflow_steps=o)
         for s, (n, o) in enumerate([(100, 0), (300, 8)])
@@ -249,14 +249,14 @@ def test_the_speedup_is_that_of_the_runs_summary(tmp_path):
         record("tf32", 7, series_key=key("tf32"), step_time_ms_median=1.0),
     ]
     (point,) = only(make_history([run_of(tmp_path, 1, records)], "speedup")).points
-    row = summarise(cases_frame(records)).iloc[1]
+    row = summarise(records)[1]
     assert [point.value, point.low, point.high] == pytest.approx(
         [row["speedup_fp32"], row["speedup_fp32_low"], row["speedup_fp32_high"]]
     )
     assert point.n == 3
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", QUANTITIES)
 def test_every_quantity_is_taken_from_its_column(tmp_path, name):
     columns = {
         "step_time_ms_median": 2.0, "gpu_memory_nvml_peak_mib": 300.0, "gpu_energy_j_per_step": 0.5,
@@ -271,13 +271,13 @@ def test_every_quantity_is_taken_from_its_column(tmp_path, name):
     assert only(history).points[0].value == pytest.approx(expected[name])
 
 
-def test_a_case_that_failed_early_belongs_to_the_series_of_its_fellows(tmp_path):
+def test_a_case_that_failed_early_joins_the_only_series(tmp_path):
     records = [*timed(1.0, 3.0), record(seed=2, status="crashed", status_reason="signal 11")]
     (point,) = only(make_history([run_of(tmp_path, 1, records)])).points
     assert (point.value, point.n) == (pytest.approx(statistics.geometric_mean([1.0, 3.0])), 2)
 
 
-def test_a_mode_that_broke_before_it_had_a_series_is_told_of_and_one_that_the_device_lacks_is_not(tmp_path):
+def test_a_mode_that_failed_without_a_series_is_mentioned_but_not_an_unsupported_one(tmp_path):
     broken = record("tf32", status="crashed", status_reason="signal 11")
     lacking = record("graph-rewrite", status="unsupported", status_reason="needs a GPU")
     run = run_of(tmp_path, 1, [*timed(1.0), broken, lacking])
@@ -296,7 +296,7 @@ def test_the_facts_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("environment", [{"git": "no git here"}, {"git": {"commit": None}, "packages": []}])
-def test_facts_that_are_not_known_are_none(tmp_path, environment):
+def test_unknown_facts_are_none(tmp_path, environment):
     facts = only(make_history([run_of(tmp_path, 1, timed(1.0), environment=environment)])).points[0].run
     assert (facts.commit, facts.dirty, facts.tensorflow) == (None, None, None)
 
@@ -311,7 +311,7 @@ def test_a_run_that_is_kept_in_both_folders_counts_once(tmp_path):
     assert days(only(make_history([*runs, *runs]))) == [1, 2]
 
 
-def test_a_copy_that_can_be_read_stands_in_for_one_that_cannot(tmp_path):
+def test_a_readable_copy_replaces_an_unreadable_one(tmp_path):
     run = run_of(tmp_path, 1, timed(1.0))
     shutil.copytree(run.path, tmp_path / "reference" / run.name)
     (run.path / "journal.jsonl").unlink()
@@ -320,7 +320,7 @@ def test_a_copy_that_can_be_read_stands_in_for_one_that_cannot(tmp_path):
     assert [folder for folder, _ in skipped] == [str(run.path)]
 
 
-def test_what_is_no_run_is_skipped_with_the_reason(tmp_path):
+def test_folders_that_are_not_runs_are_skipped_with_the_reason(tmp_path):
     run = run_of(tmp_path, 1, timed(1.0))
     for name, text in (("torn", "{"), ("newer", '{"schema_version": 99}')):
         (tmp_path / "runs" / name).mkdir()

@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 import pytest
-from runfolder import CPU, finished, record, write_run
+from support.runfolder import CPU, finished, record, write_run
 
 from mpscale.analysis.compare import compare, floors_for
 from mpscale.analysis.noise_floor import floors_from_samples, moderated, runs_of_the_same_code
-from mpscale.analysis.runs import read_run
 from mpscale.analysis.stats import Between, holm, log_change
+from mpscale.core.runs import read_run
 
 ROWS = [("toy", str(number), "key") for number in range(20)]
 FEW = ROWS[:3]
@@ -46,17 +46,17 @@ def slower_rows(baseline, other, floors, threshold):
     ],
 )
 @pytest.mark.parametrize("rows", [FEW, ROWS], ids=len)
-def test_same_code_seldom_looks_slower(common, own, within, rows):
+def test_same_code_rarely_looks_slower(common, own, within, rows):
     random = np.random.default_rng(1)
     false, trials = 0, 120
     for _ in range(trials):
         runs = [simulated(random, common, own, within, rows=rows) for _ in range(6)]
         false += bool(slower_rows(runs[4], runs[5], floors_from_samples(runs[:5]), threshold=0.0))
-    # 1 % by design: five or more of 120 would be seen once in two hundred such tests.
+    # 1 % by design: five or more of 120 happen once in two hundred such tests.
     assert false <= 4
 
 
-def test_a_change_of_five_percent_is_found_where_the_floor_is_one():
+def test_a_change_of_five_percent_is_found_above_a_floor_of_one():
     random = np.random.default_rng(2)
     found, limits = 0, []
     for _ in range(60):
@@ -69,7 +69,7 @@ def test_a_change_of_five_percent_is_found_where_the_floor_is_one():
     assert found >= 57
 
 
-def test_floor_is_the_limit_that_two_runs_of_the_same_code_keep():
+def test_two_runs_of_the_same_code_differ_by_less_than_the_floor():
     random = np.random.default_rng(3)
     limits, differences = [], []
     for _ in range(200):
@@ -79,7 +79,7 @@ def test_floor_is_the_limit_that_two_runs_of_the_same_code_keep():
     assert np.mean(np.array(differences) < np.log1p(np.median(limits))) == pytest.approx(0.95, abs=0.05)
 
 
-def test_a_single_process_a_run_is_enough_where_the_floor_is_known():
+def test_a_single_process_is_enough_if_the_floor_is_known():
     random = np.random.default_rng(4)
     runs = [simulated(random, 0.002, 0.002, 0.002, processes=1) for _ in range(6)]
     floors = floors_from_samples(runs[:5])
@@ -88,7 +88,7 @@ def test_a_single_process_a_run_is_enough_where_the_floor_is_known():
     assert slower_rows(runs[4], runs[5], floors, 0.0) == [3]
 
 
-def test_a_run_whose_processes_disagree_more_than_ever_is_trusted_less():
+def test_a_run_with_unusually_noisy_processes_is_trusted_less():
     between = Between(variance=0.001**2, degrees=20.0, runs=6, within=0.001**2, within_degrees=12)
     quiet = log_change([1.0, 1.001, 0.999], [1.10, 1.101, 1.099], between)
     wild = log_change([1.0, 1.001, 0.999], [1.00, 1.10, 1.20], between)
@@ -97,7 +97,7 @@ def test_a_run_whose_processes_disagree_more_than_ever_is_trusted_less():
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.5])
-def test_variances_of_rows_are_drawn_together_as_far_as_they_are_alike(spread):
+def test_variances_of_rows_are_shrunk_as_far_as_they_are_similar(spread):
     random = np.random.default_rng(5)
     truth = np.exp(random.normal(0.0, spread, 400))
     seen = truth * random.chisquare(4, 400) / 4
@@ -109,7 +109,7 @@ def test_variances_of_rows_are_drawn_together_as_far_as_they_are_alike(spread):
 @pytest.mark.parametrize(
     "variances", [[0.0, 0.0, 0.0], [0.0, 1.0], [1.0]], ids=["memory that never moves", "one moves", "one row"]
 )
-def test_variances_too_few_to_be_drawn_together_stay(variances):
+def test_too_few_variances_are_not_shrunk(variances):
     found, degrees = moderated(np.array(variances), np.full(len(variances), 4))
     assert found.tolist() == variances
     assert set(degrees.tolist()) == {4.0}
@@ -136,7 +136,7 @@ def kept(results, number, ms=2.0, *, finish=True, series_key="key", **environmen
     return path
 
 
-def test_runs_of_the_same_code_are_those_that_agree_in_all_but_the_moment(tmp_path):
+def test_runs_of_the_same_code_agree_in_everything_but_the_time(tmp_path):
     alike = [kept(tmp_path, number) for number in range(1, 6)]
     kept(tmp_path, 11, packages={"tensorflow": "2.20.0"})
     kept(tmp_path, 12, git={"commit": "def", "dirty": False})
@@ -177,7 +177,7 @@ def changes_of(tmp_path, known, ms):
         pytest.param([1.0, 1.001, 0.999, 1.001, 1.0], 2.01, "same", 5, id="the same"),
     ],
 )
-def test_verdicts_go_by_what_is_known_of_the_machine(tmp_path, known, ms, verdict, runs):
+def test_verdicts_depend_on_what_is_known_about_the_machine(tmp_path, known, ms, verdict, runs):
     for change in changes_of(tmp_path, known, ms):
         assert (change.verdict, change.floor_runs) == (verdict, runs)
 
@@ -191,7 +191,7 @@ def test_a_row_of_another_series_has_no_floor(tmp_path):
     assert {change.floor_runs for change in changes} == {0}
 
 
-def test_runs_that_took_turns_are_compared_pair_by_pair(tmp_path):
+def test_interleaved_runs_are_compared_pair_by_pair(tmp_path):
     """Whatever the machine did meanwhile: each pair saw the same."""
     paths = []
     for number, slower in ((1, 1.0), (2, 1.06)):

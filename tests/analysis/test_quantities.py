@@ -1,25 +1,27 @@
-"""Verdicts on changes: how often they are wrong where nothing changed, and right where something did."""
+"""The table of quantities, and verdicts: how often they are wrong if nothing changed, and right if something did."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from runfolder import record
+from support.runfolder import finished, record, write_run
 
-from mpscale.analysis.quantities import QUANTITIES, measure_change, values, with_verdicts
-from mpscale.analysis.runs import cases_frame
+from mpscale.analysis.change import Change, measure_change, with_verdicts
+from mpscale.analysis.compare import ComparedRow, Comparison, Pair, State, compare
+from mpscale.analysis.gates import judge_gates, parse_gates
+from mpscale.analysis.history import make_history
+from mpscale.analysis.quantities import COSTS, QUANTITIES, Cost, Outcome, Verdict
 from mpscale.analysis.stats import log_change
-from mpscale.analysis.summary import plain_rows
+from mpscale.core.reason import Code, Reason
+from mpscale.core.runs import read_run
+from mpscale.report.comparison import render
 
-TIME, MEMORY = QUANTITIES["step_time"], QUANTITIES["host_memory"]
-
-
-ROW = plain_rows(cases_frame([record()]))[0]
+TIME, MEMORY = COSTS["step_time"], COSTS["host_memory"]
 
 
 def processes(random, noise, number=4, slower=1.0):
     times = slower * np.exp(random.normal(0.0, noise, number))
-    return [{**ROW, "repeat": n, "step_time_ms_median": float(time)} for n, time in enumerate(times)]
+    return [record(repeat=n, step_time_ms_median=time) for n, time in enumerate(times)]
 
 
 def verdicts(random, noise, rows, slower=1.0):
@@ -32,10 +34,10 @@ def verdicts(random, noise, rows, slower=1.0):
 
 
 @pytest.mark.parametrize("noise", [0.005, 0.03, 0.1])
-def test_runs_of_the_same_code_get_a_verdict_in_hardly_any_comparison(noise):
+def test_runs_of_the_same_code_rarely_get_a_verdict(noise):
     random = np.random.default_rng(3)
     found = [verdicts(random, noise, rows=12) for _ in range(60)]
-    # One in a hundred by design, and fewer where the noise lies below the threshold.
+    # One in a hundred by design, and fewer if the noise is below the threshold.
     assert sum(bool({"slower", "faster"} & set(one)) for one in found) <= 1
     if noise == 0.005:
         assert all(set(one) == {"same"} for one in found)
@@ -74,26 +76,26 @@ def timed(ms, **identity):
     ],
 )
 def test_which_processes_count(quantity, cases, expected):
-    assert values(plain_rows(cases_frame(cases)), quantity) == expected
+    assert quantity.sample(cases) == expected
 
 
-def test_what_would_have_been_seen_goes_by_the_verdicts_own_error_rate():
+def test_the_detectable_change_uses_the_error_rate_of_the_verdict():
     random = np.random.default_rng(5)
     sides = processes(random, 0.03), processes(random, 0.03)
-    found = log_change(*(values(side, TIME) for side in sides))
+    found = log_change(*(TIME.sample(side) for side in sides))
     for rows in (1, 12):
         assert measure_change(*sides, TIME, rows).detectable == found.detectable(1 - 0.01 / rows)
 
 
-def test_what_one_side_lacks_is_said_with_its_reason():
+def test_a_figure_that_one_side_lacks_is_named_with_the_reason():
     known = record(gpu_memory_nvml_peak_mib=9.0)
     lacking = record()
-    lacking.miss("gpu_memory_nvml_peak_mib", "the driver gave no process memory")
-    rows = [plain_rows(cases_frame([one])) for one in (known, lacking)]
-    change = measure_change(*rows, QUANTITIES["gpu_memory"])
+    lacking.miss("gpu_memory_nvml_peak_mib", Reason(Code.NOT_TOLD, "the driver gave no process memory"))
+    rows = [[one] for one in (known, lacking)]
+    change = measure_change(*rows, COSTS["gpu_memory"])
     assert (change.baseline, change.other, change.change) == (pytest.approx(9.0), None, None)
     assert change.reason == "not known of the run: the driver gave no process memory"
-    assert with_verdicts([change])[0].verdict == "cannot-tell"
+    assert with_verdicts([change])[0].verdict is Verdict.CANNOT_TELL
 
 
 @pytest.mark.parametrize(
@@ -108,14 +110,59 @@ def test_what_one_side_lacks_is_said_with_its_reason():
 def test_figures_of_different_things_are_not_compared(quantity, column, differing):
     ((name, kinds),) = differing.items()
     sides = [
-        plain_rows(
-            cases_frame([record(seed=seed, **{column: 100.0 * (1 + side) + seed, name: kind}) for seed in range(3)])
-        )
+        [record(seed=seed, **{column: 100.0 * (1 + side) + seed, name: kind}) for seed in range(3)]
         for side, kind in enumerate(kinds)
     ]
-    (change,) = with_verdicts([measure_change(*sides, QUANTITIES[quantity])])
-    assert (change.change, change.verdict) == (None, "cannot-tell")
+    (change,) = with_verdicts([measure_change(*sides, COSTS[quantity])])
+    assert (change.change, change.verdict) == (None, Verdict.CANNOT_TELL)
     assert name in change.reason
     assert all((kind or "unknown") in change.reason for kind in kinds)
-    (alike,) = with_verdicts([measure_change(sides[0], sides[0], QUANTITIES[quantity])])
-    assert alike.verdict == "same"
+    (alike,) = with_verdicts([measure_change(sides[0], sides[0], COSTS[quantity])])
+    assert alike.verdict is Verdict.SAME
+
+
+def run_of(tmp_path, name, mib):
+    cases = [record(seed=n, series_key="k", host_memory_peak_mib=mib + n) for n in range(3)]
+    return read_run(write_run(tmp_path, finished(cases), name=name))
+
+
+def test_a_quantity_is_one_entry(tmp_path, monkeypatch):
+    new = Cost("resident", "resident memory", "host_memory_peak_mib", threshold=0.2)
+    monkeypatch.setitem(QUANTITIES, new.name, new)
+    monkeypatch.setitem(COSTS, new.name, new)
+    runs = run_of(tmp_path, "a", 100.0), run_of(tmp_path, "b", 300.0)
+    found = compare(*runs)
+    assert found.rows[0].changes["resident"].verdict is Verdict.MORE
+    (gate,) = judge_gates(found, parse_gates(["resident>20%"]))
+    assert gate.outcome is Outcome.FIRED
+    assert "B against A: resident memory" in render([found], [gate], "table")
+    assert len(make_history(runs, "resident").series[0].points) == 2
+
+
+def test_a_ratio_needs_a_column_that_is_never_0():
+    with pytest.raises(ValueError, match="overflow_steps may be 0"):
+        Cost("overflow", "overflow", "overflow_steps", threshold=0.1)
+
+
+def test_every_verdict_and_state_is_counted(tmp_path):
+    run, other = run_of(tmp_path, "a", 100.0), run_of(tmp_path, "b", 100.0)
+    verdicts = [verdict for verdict in Verdict if verdict is not Verdict.NOT_COMPARABLE]
+    rows = [
+        ComparedRow(
+            Pair("toy", f"{verdict}", state, None, run.records, run.records),
+            {TIME.name: Change(TIME.name, 1.0, 1.0, verdict=verdict)},
+            None,
+            (None, None),
+        )
+        for verdict, state in [*((each, State.PAIRED) for each in verdicts), *((Verdict.SAME, each) for each in State)]
+    ]
+    text = render([Comparison(run, other, True, ({}, {}), [], rows=rows)], [], "table")
+    line = next(line for line in text.splitlines() if line.startswith("B against A: "))
+    for word in (*verdicts, *(state for state in State if state is not State.PAIRED)):
+        assert f"{1 + len(State) if word is Verdict.SAME else 1} {word}" in line
+
+
+def test_the_worst_comes_first():
+    assert sorted(Verdict, key=lambda verdict: verdict.rank) == list(Verdict)
+    assert [str(outcome) for outcome in Outcome] == ["fired", "cannot-tell", "passed"]
+    assert {v for v in Verdict if v.outcome is Outcome.FIRED} == {Verdict.SLOWER, Verdict.MORE, Verdict.WORSE}

@@ -48,11 +48,11 @@ def test_equal_values_have_an_interval_of_no_width():
     assert (found.low, found.high) == (pytest.approx(3.0), pytest.approx(3.0))
 
 
-def test_an_end_beyond_any_float_is_infinite():
+def test_an_end_too_large_for_a_float_is_infinite():
     assert geometric_interval([1e-300, 1e300]).high == math.inf
 
 
-def test_a_ratio_is_made_of_pairs_and_not_of_means():
+def test_a_ratio_is_over_pairs_rather_than_means():
     # The machine is four times slower for seed 1, in both modes alike: every pair says 2.
     found = paired_ratio({(0, 0): 10.0, (1, 0): 40.0}, {(0, 0): 5.0, (1, 0): 20.0})
     assert (found.estimate, found.low, found.high) == (pytest.approx(2.0),) * 3
@@ -72,7 +72,7 @@ def test_keys_that_one_side_lacks_are_left_out():
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
-def test_what_has_no_logarithm_is_refused(value):
+def test_values_without_a_logarithm_are_refused(value):
     with pytest.raises(ValueError, match="positive, finite"):
         geometric_interval([1.0, value])
     with pytest.raises(ValueError, match="positive, finite"):
@@ -102,7 +102,7 @@ def test_the_change_of_two_by_two_values():
     assert high == pytest.approx(2 ** (3 + T_95_DF2 * math.sqrt(2)) - 1, rel=1e-4)
 
 
-def test_welch_takes_unequal_spreads():
+def test_welch_allows_unequal_spreads():
     # scipy.stats.ttest_ind(log b, log a, equal_var=False): the textbook's other way to the same numbers.
     baseline, other = [1.0, 1.1, 0.9, 1.05], [1.4, 2.1, 1.1]
     found = log_change(baseline, other)
@@ -121,7 +121,7 @@ def test_a_single_value_on_either_side_gives_a_change_without_an_interval(baseli
 
 
 @pytest.mark.parametrize(("other", "p"), [(2.0, 1.0), (3.0, 0.0), (1.0, 1.0)])
-def test_values_without_spread_differ_for_certain_or_not_at_all(other, p):
+def test_values_without_spread_differ_with_certainty_or_not_at_all(other, p):
     found = log_change([2.0, 2.0], [other, other])
     assert found.interval() == (pytest.approx(other / 2 - 1), pytest.approx(other / 2 - 1))
     assert found.p_increase() == p

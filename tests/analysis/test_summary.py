@@ -1,24 +1,23 @@
-"""One row a workload and mode, from cases whose figures are easy to check."""
+"""One row per workload and mode, from cases whose figures are easy to check."""
 
 from __future__ import annotations
 
 import pandas as pd
 import pytest
-from runfolder import record
+from support.runfolder import record
 
-from mpscale.analysis.runs import cases_frame
-from mpscale.analysis.summary import SUMMARY_DTYPES, plain_rows, summarise, write_summary_csv
+from mpscale.analysis.summary import SUMMARY_COLUMNS, summarise, summary_csv
 
 
 def rows_of(*records):
-    return {(row["workload"], row["mode"]): row for row in plain_rows(summarise(cases_frame(list(records))))}
+    return {(row["workload"], row["mode"]): row for row in summarise(list(records))}
 
 
 def row_of(mode, *records):
     return rows_of(*records)["toy", mode]
 
 
-def test_workloads_come_as_they_appeared_and_modes_in_their_own_order():
+def test_workloads_are_in_order_of_appearance_and_modes_in_their_own_order():
     found = rows_of(
         record("mixed-bf16", workload="b"),
         record("fp32", workload="b"),
@@ -52,7 +51,7 @@ def test_a_baseline_over_itself_is_1_without_an_interval():
     assert (row["speedup_fp32"], row["speedup_fp32_low"], row["speedup_fp32_high"]) == (1.0, None, None)
 
 
-def test_the_headline_baseline_is_tf32_where_it_was_timed():
+def test_the_headline_baseline_is_tf32_if_it_was_timed():
     timed = [
         record(mode, step_time_ms_median=time) for mode, time in (("fp32", 8.0), ("tf32", 4.0), ("mixed-bf16", 2.0))
     ]
@@ -67,7 +66,7 @@ def test_the_headline_baseline_is_tf32_where_it_was_timed():
 
 
 @pytest.mark.parametrize("status", ["diverged", "stalled"])
-def test_a_training_that_failed_to_learn_has_a_metric_and_no_step_time_worth_having(status):
+def test_a_lost_training_has_a_metric_and_no_step_time(status):
     lost = record(status=status, step_time_ms_median=2.0, metric_value=0.1)
     row = row_of("fp32", lost)
     assert (row["step_time_ms"], row["processes"], row["metric_mean"], row["ok"]) == (None, 0, 0.1, 0)
@@ -177,17 +176,16 @@ def test_a_workload_with_a_target_says_how_many_seeds_reached_it():
     assert found["other", "fp32"]["target_reached"] is None
 
 
-def test_no_cases_make_no_rows_but_all_columns(tmp_path):
-    summary = summarise(cases_frame([]))
-    assert summary.empty
-    assert list(summary.columns) == list(SUMMARY_DTYPES)
+def test_no_cases_make_no_rows_but_all_columns():
+    assert summarise([]) == []
+    assert summary_csv([]) == ",".join(SUMMARY_COLUMNS) + "\n"
 
 
 def test_the_csv_holds_the_columns_and_leaves_unknown_empty(tmp_path):
     path = tmp_path / "summary.csv"
-    write_summary_csv(summarise(cases_frame([record(step_time_ms_median=2.5)])), path)
+    path.write_text(summary_csv(summarise([record(step_time_ms_median=2.5)])))
     found = pd.read_csv(path)
-    assert list(found.columns) == list(SUMMARY_DTYPES)
+    assert list(found.columns) == list(SUMMARY_COLUMNS)
     assert found.loc[0, "step_time_ms"] == 2.5
     assert pd.isna(found.loc[0, "overflow_steps"])
 
@@ -201,7 +199,7 @@ def test_one_disturbed_process_does_not_make_a_mode_dispatch_bound():
     assert (row["dispatch_share"], row["dispatch_bound"]) == (0.3, False)
 
 
-def test_repeats_of_a_stalled_training_buy_it_no_speed():
+def test_repeats_of_a_stalled_training_do_not_count():
     times = {"step_time_ms_median": 1.0}
     stalled = (
         record("mixed-static", status="stalled", **times),
@@ -237,7 +235,7 @@ def test_the_verdict_on_the_metric(values, more, verdict, needed):
 
 
 @pytest.mark.parametrize(("there", "verdict"), [("ok", "worse"), ("diverged", "non-inferior")])
-def test_a_seed_that_is_lost_under_the_mode_alone_makes_it_worse(there, verdict):
+def test_a_seed_that_only_the_mode_lost_makes_it_worse(there, verdict):
     fp32, mixed = (trainings(mode, (0.90, 0.91, 0.92)) for mode in ("fp32", "mixed-static"))
     mixed[2].update({"status": "diverged"})
     fp32[2].update({"status": there})
@@ -253,7 +251,7 @@ def test_fp32_has_no_verdict_and_without_fp32_there_is_none():
     ("steps", "rate"),
     [([(1, 100), (3, 300)], 0.01), ([(0, 100)], 0.0), ([(None, 100)], None), ([(1, 100), (None, 900)], 0.01)],
 )
-def test_the_overflow_rate_is_of_the_trainings_that_know_it(steps, rate):
+def test_the_overflow_rate_is_over_trainings_that_know_it(steps, rate):
     cases = [
         record("mixed-static", seed, overflow_steps=overflow, attempted_steps=attempted)
         for seed, (overflow, attempted) in enumerate(steps)

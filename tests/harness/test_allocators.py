@@ -1,4 +1,4 @@
-"""When a worker's end is held against TensorFlow's allocator, so that another is tried."""
+"""When a worker's failure is blamed on TensorFlow's allocator, and another one is tried."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import signal
 
 import pytest
 
-from mpscale.harness.supervisor import Outcome, Supervisor
-from mpscale.records import Record
-from mpscale.telemetry.device import STAND_IN, Device
-from mpscale.telemetry.driver import NoDriver
-from mpscale.telemetry.watch import CaseWatch
+from mpscale.core.device import STAND_IN, Device
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Record
+from mpscale.harness.supervisor import Options, Outcome, Supervisor
+from mpscale.telemetry.client import NoDriver
 
 GPU = Device("gpu", f"{STAND_IN} A100", "GPU-0", (8, 0), 40_960.0)
 
 
 @pytest.fixture
-def supervisor():
-    """Makes supervisors that are never to start a process."""
+def supervisor(tmp_path, monkeypatch):
+    """Make supervisors that never start a process."""
     made = []
+    monkeypatch.delenv("TF_GPU_ALLOCATOR", raising=False)
 
-    def make(*allocators):
-        watch = CaseWatch(NoDriver("no driver"), GPU)
-        made.append(Supervisor(GPU, watch, "fresh", 1.0, {}, [], lambda *_: None, allocators))
+    def make(allocator="auto"):
+        options = Options(tmp_path, tmp_path, "fresh", 1.0, asked={}, gpu_allocator=allocator)
+        made.append(Supervisor(GPU, NoDriver(Reason(Code.NO_GPU, "no driver")), options, lambda *_: None))
         return made[-1]
 
     yield make
@@ -38,7 +39,7 @@ def ended(status="crashed", signal=None, phase="idle", lost=False):
 
 
 def judged(supervisor, *outcomes):
-    """What becomes of cases that end so, and the allocator after each."""
+    """For cases that end like this: whether each is tried again, and the allocator after it."""
     found = []
     for outcome in outcomes:
         supervisor._judge_allocator(outcome)
@@ -55,18 +56,18 @@ KEPT = (None, "cuda_malloc_async")
         pytest.param(ended(signal=signal.SIGKILL), id="the kernel's out-of-memory killer"),
         pytest.param(ended(signal=signal.SIGTERM), id="a batch system"),
         pytest.param(ended(signal=signal.SIGINT), id="a person at the terminal"),
-        pytest.param(ended(signal=signal.SIGHUP), id="a terminal that was closed"),
-        pytest.param(ended(signal=signal.SIGXCPU), id="a limit of processor time"),
-        pytest.param(ended("oom"), id="memory that others hold"),
+        pytest.param(ended(signal=signal.SIGHUP), id="a closed terminal"),
+        pytest.param(ended(signal=signal.SIGXCPU), id="a CPU time limit"),
+        pytest.param(ended("oom"), id="memory held by others"),
         pytest.param(ended("timeout"), id="the clock"),
         pytest.param(ended("interrupted"), id="the user's interrupt"),
-        pytest.param(ended(lost=True, signal=signal.SIGABRT), id="a GPU that was lost"),
-        pytest.param(ended("error", phase=None), id="before the GPU was touched"),
-        pytest.param(ended("error", phase="context-ready"), id="after it was touched"),
+        pytest.param(ended(lost=True, signal=signal.SIGABRT), id="a lost GPU"),
+        pytest.param(ended("error", phase=None), id="before touching the GPU"),
+        pytest.param(ended("error", phase="context-ready"), id="after touching the GPU"),
     ],
 )
-def test_what_the_allocator_cannot_be_blamed_for(supervisor, outcome):
-    assert judged(supervisor("cuda_malloc_async", "bfc"), outcome, outcome, outcome) == [KEPT] * 3
+def test_failures_that_are_not_blamed_on_the_allocator(supervisor, outcome):
+    assert judged(supervisor(), outcome, outcome, outcome) == [KEPT] * 3
 
 
 @pytest.mark.parametrize(
@@ -79,19 +80,19 @@ def test_what_the_allocator_cannot_be_blamed_for(supervisor, outcome):
     ],
     ids=["an exception or exit code", "a failed check", "a wrong address", "a bus error"],
 )
-def test_own_failure_is_tried_again_with_the_same_and_then_with_the_next(supervisor, outcome):
-    found = judged(supervisor("cuda_malloc_async", "bfc"), *(ended(**outcome) for _ in range(3)), ended("ok"))
+def test_own_failure_is_retried_with_the_same_allocator_and_then_with_the_next(supervisor, outcome):
+    found = judged(supervisor(), *(ended(**outcome) for _ in range(3)), ended("ok"))
     assert found[:2] == [("touched", "cuda_malloc_async"), ("allocator", "bfc")]
-    # With the last one it fails, too: no allocator was to blame, and the next case begins with the first.
+    # It fails with the last one too: no allocator was to blame, and the next case begins with the first.
     assert found[2:] == [KEPT, KEPT]
 
 
-def test_once_an_allocator_has_worked_it_is_kept(supervisor):
+def test_an_allocator_that_has_worked_is_kept(supervisor):
     worked, failed = ended("ok", phase="context-ready"), [ended("error") for _ in range(3)]
-    assert judged(supervisor("cuda_malloc_async", "bfc"), worked, *failed) == [KEPT] * 4
-    later = judged(supervisor("cuda_malloc_async", "bfc"), ended("error"), ended("error"), worked, *failed)
+    assert judged(supervisor(), worked, *failed) == [KEPT] * 4
+    later = judged(supervisor(), ended("error"), ended("error"), worked, *failed)
     assert later[2:] == [(None, "bfc")] * 4
 
 
-def test_an_allocator_that_was_asked_for_is_kept(supervisor):
+def test_a_requested_allocator_is_kept(supervisor):
     assert judged(supervisor("cuda_malloc_async"), *(ended("error") for _ in range(3))) == [KEPT] * 3

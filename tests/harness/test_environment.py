@@ -1,9 +1,9 @@
-"""What workers are started with."""
+"""The environment in which workers are started."""
 
 import pytest
 
-from mpscale.harness.environment import allocators, worker_environment
-from mpscale.telemetry.device import Device
+from mpscale.core.device import Device
+from mpscale.harness.launch import allocators, worker_environment
 
 GPU = Device("gpu", "NVIDIA H200", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", (9, 0))
 MIG = Device("gpu", "NVIDIA H200 MIG 1g.18gb", "MIG-57fdd0f8-4e2e-5b0c-8e5c-0a5d1a2b3c4d", (9, 0), parent_uuid=GPU.uuid)

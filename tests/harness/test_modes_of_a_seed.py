@@ -1,12 +1,12 @@
-"""What the modes of a seed are held to."""
+"""The modes of a seed must train the same."""
 
 import json
 
 import pytest
 
-from mpscale.harness.case import Case, Settings
-from mpscale.harness.same_start import SameStart
-from mpscale.records import Record
+from mpscale.core.case import Case, Settings
+from mpscale.core.record import Record
+from mpscale.harness.run import SameStart
 
 WORK = {
     "initial_weights_digest": "sha256:a",
@@ -51,7 +51,7 @@ def same():
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_differs_is_named(same, values, said):
+def test_a_difference_is_named(same, values, said):
     assert said in difference(same, "mixed-bf16", **values)
 
 
@@ -66,7 +66,7 @@ def test_what_differs_is_named(same, values, said):
         dict.fromkeys(WORK),
     ],
 )
-def test_rounding_precision_and_what_is_not_known_are_no_difference(same, values):
+def test_rounding_precision_and_unknown_values_make_no_difference(same, values):
     assert difference(same, "mixed-bf16", **values) is None
 
 
@@ -75,7 +75,7 @@ def test_seeds_are_not_compared(same):
     assert difference(same, "fp32", seed=1) is not None
 
 
-def test_case_that_died_early_is_judged_by_what_it_had_and_leaves_the_rest_to_the_next():
+def test_a_case_that_died_early_is_compared_by_what_it_had():
     same = SameStart()
     assert difference(same, "fp32", loss_probe=None, step_operations=None) is None
     assert difference(same, "mixed-static", data_digest="sha256:z", loss_probe=None) is not None

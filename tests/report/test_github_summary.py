@@ -1,4 +1,4 @@
-"""The summary of a run on a GitHub page: what it shows, and that it always fits."""
+"""The summary of a run for GitHub: what it shows, and that it always fits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runfolder import CPU, GPU, NAME, finished, record, write_run
+from support.runfolder import CPU, GPU, NAME, finished, record, write_run
 from test_report_markdown import record_lists, table, two_seeds
 
-from mpscale.analysis.runs import read_run
-from mpscale.records import to_csv
-from mpscale.report.github_summary import LIMIT, artifacts_page, render
+from mpscale.core.record import to_csv
+from mpscale.core.runs import read_run
+from mpscale.report.document import LIMIT, artifacts_page
+from mpscale.report.document import github_summary as render
 
 
 def summary(tmp_path, *records, limit=LIMIT, artifacts=None, **options):
@@ -48,15 +49,15 @@ def test_title_findings_results_time_and_files_in_this_order(tmp_path):
     ("seconds", "text"),
     [(0.04, "0.0 s"), (59.4, "59.4 s"), (59.6, "1 min 0 s"), (3599.4, "59 min 59 s"), (7384.0, "2 h 3 min")],
 )
-def test_time_is_that_of_the_cases(tmp_path, seconds, text):
+def test_the_time_is_the_sum_over_the_cases(tmp_path, seconds, text):
     assert f"\n\n1 case took {text}, one" in summary(tmp_path, record(case_wall_time_s=seconds), record(seed=1))
 
 
-def test_time_that_is_not_known_is_not_told(tmp_path):
+def test_an_unknown_time_is_left_out(tmp_path):
     assert "took" not in summary(tmp_path, record())
 
 
-def test_a_case_that_failed_is_told_with_its_output_folded(tmp_path):
+def test_a_failed_case_is_shown_with_its_output_folded(tmp_path):
     text = summary(tmp_path, record(), bad(0, output_tail="\x1b[31mred\x1b[0m\n</details>\n```\nend"))
     assert table(text, "Cases that did not end well") == [
         {"case": "toy--mixed-static--s0--r0", "status": "crashed", "reason": "signal 11"}
@@ -68,11 +69,11 @@ def test_a_case_that_failed_is_told_with_its_output_folded(tmp_path):
     ) in text
 
 
-def test_the_files_are_linked_where_there_is_a_page_of_them(tmp_path):
+def test_the_files_are_linked_if_there_is_a_page_of_them(tmp_path):
     environ = {"GITHUB_SERVER_URL": "https://github.test", "GITHUB_REPOSITORY": "a/b", "GITHUB_RUN_ID": "7"}
     page = artifacts_page(environ)
     assert page == "https://github.test/a/b/actions/runs/7#artifacts"
-    assert f"([to the files]({page}))" in summary(tmp_path, record(), artifacts=page)
+    assert f"([files]({page}))" in summary(tmp_path, record(), artifacts=page)
     for name in environ:
         assert artifacts_page({**environ, name: ""}) is None
 
@@ -85,27 +86,31 @@ def test_a_cases_csv_by_itself_has_a_summary(tmp_path):
     assert "Made from cases.csv by itself" in text
 
 
-def test_long_outputs_share_the_room_and_each_keeps_its_end(tmp_path):
-    long = [bad(seed, output_tail="x" * 30_000 + f"end of {seed}") for seed in range(4)]
-    text = summary(tmp_path, *long, bad(4, output_tail="short"), limit=50_000)
-    assert len(text.encode()) < 50_000
-    for seed in range(4):
-        assert f"end of {seed}\n```" in text
-    assert text.count("[the beginning did not fit in here]\n") == 4
+def test_a_long_output_keeps_its_end(tmp_path):
+    text = summary(tmp_path, bad(0, output_tail="x" * 30_000 + "end of 0"), bad(1, output_tail="short"))
+    assert len(text) < 10_000
+    assert "```text\n[the beginning is in the report]\nxxx" in text
+    assert "end of 0\n```" in text
     assert "```text\nshort\n```" in text
 
 
-def test_a_note_says_how_much_was_left_out(tmp_path):
+def test_a_section_with_many_rows_leaves_room_for_the_next(tmp_path):
+    cases = [bad(0, workload=f"w{number:03}") for number in range(700)]
+    text = summary(tmp_path, *cases)
+    # Two lines of each table are its head; the findings have a paragraph and a blank line before theirs.
+    assert re.findall(r"^\*(\d+) more lines: see the report\.\*$", text, re.M) == ["202"] * 3
+    assert len(table(text, "Results")) == len(table(text, "Cases that did not end well")) == 498
+
+
+def test_one_note_replaces_what_does_not_fit(tmp_path):
     limit = 20_000
-    cases = [bad(seed, workload=f"w{seed:03}", output_tail="o" * 3000) for seed in range(300)]
+    cases = [bad(seed, workload=f"w{seed:03}", output_tail="o" * 3000) for seed in range(20)]
     text = summary(tmp_path, *cases, limit=limit)
-    assert limit / 2 < len(text.encode()) < limit
-    for title in ("Results", "Cases that did not end well"):
-        section = text.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
-        (left_out,) = re.findall(r"^\*(\d+) more rows did not fit in here; the report has all of them", section, re.M)
-        assert len(table(text, title)) + int(left_out) == 300
-    (left_out,) = re.findall(r"^\*The last output of (\d+) more cases did not fit in here.\*$", text, re.M)
-    assert text.count("<details>") == text.count("</details>") == 300 - int(left_out) > 0
+    assert limit / 2 < len(text.encode()) <= limit
+    assert len(table(text, "Results")) == len(table(text, "Cases that did not end well")) == 20
+    assert 0 < text.count("<details>") == text.count("</details>") < 20
+    assert text.count("*The rest did not fit here; the report has all of it.*") == 1
+    assert "\n\nThe run is " in text
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,7 +120,7 @@ def test_a_note_says_how_much_was_left_out(tmp_path):
     times=st.integers(1, 2000),
     device=st.sampled_from([CPU, GPU, {}]),
 )
-def test_whatever_a_run_holds_its_summary_fits(records, texts, times, device):
+def test_the_summary_of_any_run_fits(records, texts, times, device):
     limit = 10_000
     for one, text in zip(records, texts, strict=False):
         one.update({"output_tail": text * times, "status_reason": text * times, "device_name": text * times})

@@ -1,13 +1,14 @@
-"""What a report says of the GPU."""
+"""What a report says about the GPU."""
 
 from __future__ import annotations
 
-from runfolder import CPU, GPU, finished, record, write_run
+from dataclasses import replace
 
-from mpscale.analysis.runs import read_run
-from mpscale.report.cells import DASH
-from mpscale.report.document import document
-from mpscale.report.markdown import render
+from support.runfolder import CPU, GPU, record
+from test_report_markdown import rendered, table
+
+from mpscale.core.columns import COLUMNS, Cell, Over, Sheet
+from mpscale.report.table import DASH
 
 FULL = {
     "device": "gpu",
@@ -28,45 +29,49 @@ FULL = {
 }
 
 
-def report(tmp_path, device, *records):
-    return render(document(read_run(write_run(tmp_path, finished(records), environment={"device": device}))))
-
-
 def rows(text, title):
-    section = text.partition(f"## {title}\n")[2].partition("\n## ")[0]
-    return [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| toy")
-    ]
+    return [list(row.values()) for row in table(text, title)]
 
 
 def test_parts_energy_and_state_have_their_tables(tmp_path):
     half = {**FULL, "gpu_energy_j_per_step": 0.25, "gpu_memory_nvml_peak_mib": 1000.0}
-    text = report(tmp_path, GPU, record("fp32", **FULL), record("mixed-dynamic", **half))
-    parts = rows(text, "GPU memory in parts (MiB)")
+    text = rendered(tmp_path, record("fp32", **FULL), record("mixed-dynamic", **half), device=GPU)
+    parts = rows(text, "GPU memory by part (MiB)")
     assert parts[0][2:] == ["400.0", "1200", DASH, "200.0", DASH, DASH, "process", DASH]
-    first, second = rows(text, "Energy of the GPU")
+    first, second = rows(text, "GPU energy")
     assert first[2:] == ["0.500", "1.00", DASH, "0.400", "250", DASH, "counter"]
     assert second[2:4] == ["0.250", "0.500"]
-    state = rows(text, "State of the GPU while steps were timed")
+    state = rows(text, "GPU state while steps were timed")
     assert state[0][2:] == ["1410", DASH, DASH, "61.0", DASH, "25 %", "software power cap"]
 
 
-def test_ratio_that_is_refused_is_said(tmp_path):
+def test_the_data_dictionary_decides_which_columns_a_table_has(tmp_path, monkeypatch):
+    cell = Cell(Sheet.GPU_STATE, 4, "power by", Over.EACH)
+    monkeypatch.setitem(COLUMNS, "gpu_power_source", replace(COLUMNS["gpu_power_source"], cells=(cell,)))
+    text = rendered(tmp_path, record("fp32", **FULL, gpu_power_source="instant"), device=GPU)
+    (row,) = table(text, "GPU state while steps were timed")
+    headers = list(row)
+    assert abs(headers.index("power by") - headers.index("hottest (°C)")) == 1
+    assert row["power by"] == "instant"
+
+
+def test_a_refused_ratio_is_explained(tmp_path):
     full = {**FULL, "gpu_allocator": "cuda_malloc_async"}
     other = {**full, "gpu_allocator": "bfc", "gpu_energy_method": "power"}
-    text = report(tmp_path, GPU, record("fp32", **full), record("tf32", **full), record("mixed-dynamic", **other))
+    records = [record("fp32", **full), record("tf32", **full), record("mixed-dynamic", **other)]
+    text = rendered(tmp_path, *records, device=GPU)
     said = [line for line in text.splitlines() if line.startswith("No ratio is given for")]
     assert [line.partition(":")[0] for line in said] == ["No ratio is given for toy mixed-dynamic"] * 2
     assert "`gpu_allocator`" in said[0] and "`gpu_energy_method`" in said[1]
 
 
-def test_without_a_gpu_there_are_none(tmp_path):
-    text = report(tmp_path, CPU, record("fp32", step_time_ms_median=2.0))
-    assert "GPU memory in parts" not in text
-    assert "Energy of the GPU" not in text
-    assert "State of the GPU" not in text
+def test_a_run_without_a_gpu_has_no_gpu_tables(tmp_path):
+    text = rendered(tmp_path, record("fp32", step_time_ms_median=2.0), device=CPU)
+    assert "GPU memory by part" not in text
+    assert "GPU energy" not in text
+    assert "GPU state" not in text
 
 
-def test_stand_in_is_called_one(tmp_path):
-    text = report(tmp_path, {**GPU, "name": "mpscale stand-in A100"}, record("fp32", **FULL))
-    assert "the CPU trained" in text
+def test_a_stand_in_gpu_is_called_one(tmp_path):
+    text = rendered(tmp_path, record("fp32", **FULL), device={**GPU, "name": "mpscale stand-in A100"})
+    assert "the CPU trained, and a script" in text

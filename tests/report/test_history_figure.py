@@ -8,14 +8,15 @@ import xml.etree.ElementTree as ET
 from datetime import datetime, timedelta
 
 import pytest
-from runfolder import CPU, GPU, finished, record, write_run
+from support.runfolder import CPU, GPU, finished, record, write_run
 
 from mpscale.analysis.history import make_history
-from mpscale.analysis.runs import read_run
-from mpscale.modes import MODES
-from mpscale.report import figures, history_figure
+from mpscale.core.mode import MODES
+from mpscale.core.runs import read_run
+from mpscale.report import figures
+from mpscale.report import history as history_figure
 from mpscale.report.figures import FigureError
-from mpscale.report.history_figure import draw_history
+from mpscale.report.history import draw_history
 
 SVG = "{http://www.w3.org/2000/svg}"
 START = datetime(2026, 1, 2, 3, 4)
@@ -27,7 +28,7 @@ def case(workload, mode, seed, time, **values):
 
 
 def runs_of(folder, number, workloads=("toy",), modes=("fp32", "mixed-static"), hours=24, seeds=2, **info):
-    """Runs that differ a little, a day apart if not told otherwise."""
+    """Runs with slightly different times, a day apart by default."""
     runs = []
     for day in range(number):
         at = START + timedelta(hours=hours * day)
@@ -56,7 +57,7 @@ def groups(root, start):
 
 
 def points_of(group):
-    """Ends of the segments of a line's path, in a group; a gap begins a new segment."""
+    """The path of the line in a group: commands and coordinates. A gap starts a new segment."""
     return group.find(f"{SVG}path").get("d").split()
 
 
@@ -84,7 +85,7 @@ def test_one_panel_for_each_workload_and_one_line_for_each_series(tmp_path):
     assert [text for text in legend if text in MODES] == ["fp32", "tf32", "article"]
 
 
-def test_a_line_has_a_point_for_each_run_and_a_gap_where_there_is_no_value(tmp_path):
+def test_a_line_has_a_point_for_each_run_and_a_gap_for_a_missing_value(tmp_path):
     runs = runs_of(tmp_path, 2)
     lost = [case("toy", "fp32", 0, 1.0, status="diverged")]
     runs.append(read_run(write_run(tmp_path, finished(lost), name="lost", started="2026-01-05T00:00:00")))
@@ -97,7 +98,7 @@ def test_a_line_has_a_point_for_each_run_and_a_gap_where_there_is_no_value(tmp_p
     assert len(list(line.iter(f"{SVG}use"))) == 4
 
 
-def test_runs_of_two_machines_are_two_lines_and_are_told_apart(tmp_path):
+def test_runs_of_two_machines_are_two_distinct_lines(tmp_path):
     gpu = finished([case("toy", "fp32", 0, 0.5)])
     runs = [*runs_of(tmp_path, 2), read_run(write_run(tmp_path, gpu, name="gpu", device=GPU))]
     root = svg_of(make_history(runs, modes=["fp32"]), tmp_path)
@@ -130,12 +131,9 @@ def test_no_text_touches_another_or_leaves_the_picture(tmp_path, workloads, numb
 
 def test_long_labels_stay_inside_the_picture(tmp_path):
     device = "Processor of a Name That Goes On and On (R) with Every Feature It Was Ever Sold For, Revision 2"
+    cases = finished([case("toy", "mixed-dynamic", 0, 1.0)])
     runs = [
-        read_run(
-            write_run(
-                tmp_path, finished([case("toy", "mixed-dynamic", 0, 1.0)]), name=name, device={**CPU, "name": text}
-            )
-        )
+        read_run(write_run(tmp_path, cases, name=name, device={**CPU, "name": text}))
         for name, text in (("x", device), ("y", device + " and Yet Another Forty Characters of It"))
     ]
     _, boxes = laid_out(make_history(runs))
@@ -161,7 +159,7 @@ def test_a_run_of_unknown_age_shows_the_end_of_its_name(tmp_path):
     assert f"…{name[-17:]}" in texts(root)
 
 
-def test_names_are_no_formulas(tmp_path):
+def test_names_are_not_read_as_formulas(tmp_path):
     assert "$x_1$ & <y>" in texts(svg_of(make_history(runs_of(tmp_path, 1, workloads=("$x_1$ & <y>",))), tmp_path))
 
 
@@ -175,7 +173,7 @@ def test_names_are_no_formulas(tmp_path):
         ("metric", {"metric_name": "loss", "metric_value": 0.0}, -1.0, 1.0),
     ],
 )
-def test_axes_start_at_0_but_for_a_metric(tmp_path, quantity, values, bottom, top):
+def test_axes_start_at_0_except_for_a_metric(tmp_path, quantity, values, bottom, top):
     one = record(series_key="toy/abc/fp32/batch=1,steps=2/method=1", **values)
     figure, _ = laid_out(make_history([read_run(write_run(tmp_path, finished([one])))], quantity))
     assert figure.axes[0].get_ylim() == pytest.approx((bottom, top))
@@ -186,15 +184,6 @@ def test_an_interval_of_two_processes_that_disagree_does_not_flatten_the_rest(tm
     cases += [case("toy", "tf32", seed, time) for seed, time in enumerate((1e-200, 1e200))]
     figure, _ = laid_out(make_history([read_run(write_run(tmp_path, finished(cases)))]))
     assert figure.axes[0].get_ylim()[1] == pytest.approx(2.16e100)
-
-
-def test_a_mode_looks_the_same_in_every_panel_and_unlike_every_other(tmp_path):
-    runs = [
-        read_run(write_run(tmp_path, finished([case("a", m, 0, 1.0) for m in MODES] + [case("b", "article", 0, 1.0)])))
-    ]
-    looks = history_figure._looks(make_history(runs).series)
-    assert list(looks) == list(MODES)
-    assert len({(look.colour, look.marker) for look in looks.values()}) == len(MODES)
 
 
 def test_the_same_history_gives_the_same_file(tmp_path):
@@ -215,13 +204,13 @@ def test_a_png_is_1000_pixels_wide_on_white(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["h.pdf", "h.svg.gz", "h", ".png"])
-def test_another_kind_of_file_is_refused_before_anything_is_written(tmp_path, name):
+def test_other_kinds_of_files_are_refused_before_anything_is_written(tmp_path, name):
     with pytest.raises(FigureError, match=r"end it in \.svg or \.png"):
         draw_history(make_history(runs_of(tmp_path, 1)), tmp_path / name)
     assert not (tmp_path / name).exists()
 
 
 def test_matplotlib_is_not_imported_until_something_is_drawn():
-    modules = "mpscale.report.history_figure, mpscale.report.build"
+    modules = "mpscale.report.history, mpscale.report.files"
     code = f"import sys, {modules}; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -8,12 +8,12 @@ import json
 import math
 
 import pytest
-from runfolder import CPU, GPU, finished, record, write_run
+from support.runfolder import CPU, GPU, finished, record, write_run
 
 from mpscale.analysis.history import make_history
-from mpscale.analysis.runs import read_run
-from mpscale.report.cells import DASH
+from mpscale.core.runs import read_run
 from mpscale.report.history import FORMATS, render
+from mpscale.report.table import DASH
 
 KEYS = {mode: f"toy/abc/{mode}/batch=1,steps=2/method=1" for mode in ("fp32", "mixed-static")}
 GIT = {"git": {"commit": "83e8d7e262337ee5", "dirty": True}, "packages": {"tensorflow": "2.21.0"}}
@@ -50,7 +50,7 @@ def table(text):
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
-def test_one_row_for_each_series_and_run_and_a_dash_for_what_is_unknown(two_runs):
+def test_one_row_per_series_and_run_with_dashes_for_unknowns(two_runs):
     first, second, third, fourth = table(render(two_runs, "markdown"))
     assert first == {
         "workload": "toy",
@@ -84,7 +84,7 @@ def test_the_table_for_a_terminal_holds_the_same_cells(two_runs):
         assert any(all(cell.replace("\\", "") in line for cell in row.values()) for line in text.splitlines())
 
 
-def test_columns_that_say_nothing_are_left_out(tmp_path):
+def test_blank_columns_are_left_out(tmp_path):
     history = make_history([run_of(tmp_path, 1, processes(2.0))])
     headers = list(table(render(history, "markdown"))[0])
     assert headers == ["workload", "mode", "when (UTC)", "run", "step time", "n", "commit", "TensorFlow"]
@@ -111,23 +111,15 @@ def test_every_quantity_has_its_unit(tmp_path, quantity, column, expected):
         "gpu_memory_nvml_peak_mib": 1200.0, "gpu_energy_j_per_step": 0.25, "metric_name": "accuracy",
         "attempted_steps": 10, "overflow_steps": 0,
     }  # fmt: skip
-    trained = [
-        record(
-            "mixed-static",
-            seed,
-            series_key=KEYS["mixed-static"],
-            step_time_ms_median=time,
-            metric_value=metric,
-            **values,
-        )
-        for seed, (time, metric) in enumerate([(1.0, 0.8), (2.0, 1.0)])
-    ]
+    trained = processes(1.0, 2.0, mode="mixed-static", **values)
+    for one, metric in zip(trained, (0.8, 1.0), strict=True):
+        one.update({"metric_value": metric})
     records = [*processes(2.0, 4.0, metric_value=0.9), *trained]
     rows = table(render(make_history([run_of(tmp_path, 1, records)], quantity, modes=["mixed-static"]), "markdown"))
     assert [row[column] for row in rows] == [expected]
 
 
-def test_csv_holds_numbers_in_full_and_nothing_for_what_is_unknown(two_runs):
+def test_csv_has_numbers_in_full_and_empty_cells_for_unknowns(two_runs):
     rows = list(csv.DictReader(io.StringIO(render(two_runs, "csv"))))
     assert [(row["run"], row["mode"], row["value"]) for row in rows] == [
         ("run-1", "fp32", "2.0"),
@@ -141,7 +133,7 @@ def test_csv_holds_numbers_in_full_and_nothing_for_what_is_unknown(two_runs):
     assert json.loads(rows[0]["hardware"]) == {"kind": "cpu", "name": "Test CPU"}
 
 
-def test_json_holds_the_series_and_what_was_skipped(two_runs):
+def test_json_has_the_series_and_what_was_skipped(two_runs):
     content = json.loads(render(two_runs, "json"))
     assert (content["quantity"], content["unit"]) == ("step_time", "ms")
     assert content["skipped"] == [{"what": "results/runs/torn", "reason": "not readable"}]

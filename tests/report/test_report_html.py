@@ -1,4 +1,4 @@
-"""report.html as a real browser shows it."""
+"""report.html in a real browser."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import shutil
 
 import pytest
-from runfolder import GPU, finished, record, write_run, write_steps
+from support.runfolder import GPU, finished, record, write_run, write_steps
 
-from mpscale.analysis.runs import read_run
-from mpscale.report.build import rebuild
-from mpscale.report.tables import result_cells
+from mpscale.core.mode import MODES
+from mpscale.core.runs import read_run
+from mpscale.report.files import rebuild
+from mpscale.report.sections import results
 
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 
@@ -83,7 +84,7 @@ def emulate(browser, width, scheme="light"):
 
 
 def cells_of(page, heading):
-    """Texts of the first table below a heading, header and all."""
+    """Texts of the first table below a heading, including its header."""
     return page.execute_script(
         """const all = [...document.querySelectorAll('section')];
         const section = all.find(one => one.querySelector('h2').textContent === arguments[0]);
@@ -92,7 +93,7 @@ def cells_of(page, heading):
     )
 
 
-def test_it_needs_nothing_beside_it_and_complains_of_nothing(browser, run):
+def test_it_loads_nothing_else_and_logs_no_error(browser, run):
     browser.get_log("browser"), browser.get_log("performance")
     browser.get((run.path / "report.html").as_uri())
     assert browser.title == f"mpscale: {run.name}"
@@ -102,9 +103,9 @@ def test_it_needs_nothing_beside_it_and_complains_of_nothing(browser, run):
     assert browser.get_log("browser") == []
 
 
-def test_its_results_are_those_of_the_table_in_the_terminal(page, run):
-    headers, rows = result_cells(run)
-    assert cells_of(page, "Results") == [headers, *rows]
+def test_its_results_are_the_table_of_the_terminal(page, run):
+    table = results(run)
+    assert cells_of(page, "Results") == [table.headers, *table.rows]
 
 
 def test_it_has_every_section_of_the_markdown(page, run):
@@ -119,7 +120,7 @@ def test_it_has_every_section_of_the_markdown(page, run):
     ]
 
 
-def test_text_of_others_stays_text(page):
+def test_foreign_text_stays_text(page):
     assert page.title != "taken"
     assert page.execute_script("return document.querySelectorAll('script, img, iframe, link').length") == 0
     assert HOSTILE in page.execute_script("return document.querySelector('pre').textContent")
@@ -131,7 +132,7 @@ def test_only_tables_and_pictures_scroll_sideways(page, width):
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def test_a_link_unfolds_the_section_that_it_leads_to(page):
+def test_a_link_unfolds_its_section(page):
     is_open = "return document.getElementById('environment').closest('details').open"
     assert page.execute_script(is_open) is False
     page.find_element("link text", "Environment").click()
@@ -139,7 +140,7 @@ def test_a_link_unfolds_the_section_that_it_leads_to(page):
 
 
 def drawn_pictures(browser):
-    """Of each its title, whether there is something to see, and the texts that do not lie within it."""
+    """For each picture its title, whether it shows something, and the texts that lie outside of it."""
     return browser.execute_script(
         """return [...document.querySelectorAll('figure')].map(figure => {
             const svg = figure.querySelector('svg').getBoundingClientRect();
@@ -153,7 +154,7 @@ def drawn_pictures(browser):
     )
 
 
-def test_pictures_are_drawn_whole(page):
+def test_pictures_are_drawn_completely(page):
     emulate(page, 1280)
     assert drawn_pictures(page) == [["What each mode buys and costs", True, []], ["How training went", True, []]]
 
@@ -177,11 +178,15 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_long_names_leave_room_for_the_pictures(browser, tmp_path):
-    name = "a.package.of.somebody:" + "a_workload_with_a_long_name_" * 4
-    records = [
-        record(mode, workload=name, step_time_ms_median=ms) for mode, ms in (("fp32", 2.0), ("mixed-static", 1.0))
-    ]
+@pytest.mark.parametrize(
+    ("workload", "modes"),
+    [
+        ("a.package.of.somebody:" + "a_workload_with_a_long_name_" * 4, ["fp32", "mixed-static"]),
+        ("toy", [*MODES, "mode-of-tomorrow"]),
+    ],
+)
+def test_pictures_have_room_for_long_names_and_all_modes(browser, tmp_path, workload, modes):
+    records = [record(mode, workload=workload, step_time_ms_median=1.0) for mode in modes]
     path = write_run(tmp_path, finished(records))
     for one in records:
         write_steps(path, one["case_id"], "step,loss,loss_scale,overflow\n0,1.0,8,0\n1,0.5,8,0\n")
@@ -190,7 +195,7 @@ def test_long_names_leave_room_for_the_pictures(browser, tmp_path):
     assert [beyond for _, _, beyond in drawn_pictures(browser)] == [[], []]
 
 
-def test_a_run_in_which_nothing_began_has_a_page_too(browser, tmp_path):
+def test_a_run_without_cases_has_a_page(browser, tmp_path):
     path = write_run(tmp_path, planned=["toy--fp32--s0--r0"])
     rebuild(path)
     browser.get((path / "report.html").as_uri())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 
 import pytest
-from runfolder import GPU, finished, record, write_run, write_steps
+from support.runfolder import GPU, finished, record, write_run, write_steps
 
-from mpscale.analysis.runs import read_run
-from mpscale.report.gains_figure import gains
-from mpscale.report.training_figure import training
+from mpscale.core.mode import MODES
+from mpscale.core.runs import read_run
+from mpscale.report.figures import looks
+from mpscale.report.run_figures import gains, training
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -31,7 +32,7 @@ def texts(root):
 
 
 def titles(root):
-    """Of panels; one that is broken into lines is several texts."""
+    """Titles of panels. A title of several lines is several texts."""
     return " ".join(texts(root))
 
 
@@ -75,11 +76,10 @@ def test_better_is_right_of_the_line_whatever_the_direction_of_the_metric(tmp_pa
     assert (x_of_point(root, "gain-1-1") - x_of_line(root, "neutral-1")) * side * (1 if higher else -1) > 1
 
 
-def test_only_what_is_known_has_a_panel(tmp_path):
+def test_only_known_quantities_have_a_panel(tmp_path):
     run = run_of(tmp_path, timed("fp32", 8.0), timed("mixed-static", 4.0))
-    assert (
-        titles(root_of(gains(run))).count(" over fp32") == titles(root_of(gains(run))).count("speed-up over fp32") == 1
-    )
+    found = titles(root_of(gains(run)))
+    assert found.count(" over fp32") == found.count("speed-up over fp32") == 1
     known = {"gpu_memory_nvml_peak_mib": 1000.0, "gpu_energy_j_per_step": 0.5}
     run = run_of(tmp_path / "gpu", timed("fp32", 8.0, **known), timed("mixed-static", 4.0, **known), device=GPU)
     found = titles(root_of(gains(run)))
@@ -87,7 +87,7 @@ def test_only_what_is_known_has_a_panel(tmp_path):
     assert "margins" not in found
 
 
-def test_the_speed_up_is_over_what_the_user_would_have_had(tmp_path):
+def test_the_baseline_of_the_speed_up_is_the_users_default(tmp_path):
     run = run_of(tmp_path, timed("fp32", 8.0), timed("tf32", 4.0), timed("mixed-static", 4.0), device=GPU)
     root = root_of(gains(run))
     assert "speed-up over tf32" in texts(root)
@@ -95,13 +95,13 @@ def test_the_speed_up_is_over_what_the_user_would_have_had(tmp_path):
     assert x_of_point(root, "gain-1-2") == pytest.approx(x_of_line(root, "neutral-1"), abs=0.01)
 
 
-def test_a_mode_without_figures_says_what_became_of_it(tmp_path):
+def test_a_mode_without_figures_shows_its_statuses(tmp_path):
     lost = record("mixed-static", status="crashed")
     root = root_of(gains(run_of(tmp_path, timed("fp32", 8.0), lost, timed("mixed-dynamic", 9.0))))
     assert {"mixed-static (crashed 1)", "mixed-dynamic"} <= set(texts(root))
 
 
-def test_a_mode_that_lost_a_seed_says_so_beside_the_figures_of_the_others(tmp_path):
+def test_a_mode_that_lost_a_seed_shows_it_next_to_the_figures_of_the_others(tmp_path):
     values = [("fp32", 0), ("fp32", 1), ("mixed-static", 0)]
     lost = record("mixed-static", 1, status="diverged", metric_margin=0.01)
     root = root_of(gains(run_of(tmp_path, *(trained(mode, 0.9, seed) for mode, seed in values), lost)))
@@ -127,7 +127,7 @@ def test_a_lost_training_does_not_flatten_the_rest(tmp_path):
 
 
 @pytest.mark.parametrize("records", [[], [timed("fp32", 1.0)], [record("mixed-static", status="crashed")]])
-def test_nothing_is_drawn_where_nothing_can_be_compared(tmp_path, records):
+def test_nothing_is_drawn_if_nothing_can_be_compared(tmp_path, records):
     run = run_of(tmp_path, *records)
     assert gains(run) is None
     assert training(run) is None
@@ -152,7 +152,7 @@ def test_without_a_loss_scale_there_is_no_panel_for_it(tmp_path):
 
 
 def segments(group):
-    """Of a line's path: how many pieces it has, and how many points."""
+    """The number of pieces and of points of a line."""
     path = (next(group.iter(f"{SVG}path")).get("d") or "").split()
     return path.count("M"), path.count("M") + path.count("L")
 
@@ -166,7 +166,7 @@ def segments(group):
         ([1.0 / (1 + step) for step in range(1000)], (1, 100)),
     ],
 )
-def test_a_line_of_losses_breaks_where_none_is_finite_and_has_a_hundred_points_at_most(tmp_path, losses, expected):
+def test_a_line_of_losses_breaks_where_none_is_finite_and_has_at_most_a_hundred_points(tmp_path, losses, expected):
     steps = {"toy--fp32--s0--r0": [(loss, "", "") for loss in losses]}
     picture = training(run_of(tmp_path, record("fp32"), steps=steps))
     (group,) = groups(root_of(picture), "loss-1")
@@ -196,14 +196,49 @@ def test_steps_that_always_overflow_do_not_swell_the_picture(tmp_path):
     assert len(picture.svg) < 100_000
 
 
-def test_seeds_of_unequal_length_and_steps_that_cannot_be_read_are_no_obstacle(tmp_path):
+def test_seeds_of_unequal_length_and_unreadable_steps_do_not_prevent_the_picture(tmp_path):
     steps = {"toy--fp32--s0--r0": [(1.0, "", "")] * 3, "toy--fp32--s1--r0": [(0.5, "", "")] * 250}
     run = run_of(tmp_path, record("fp32", 0), record("fp32", 1), record("fp32", 2), steps=steps)
     (run.path / "steps" / "toy--fp32--s2--r0.csv.gz").write_bytes(b"no gzip")
     assert training(run).caption.endswith("Not drawn: 1 training whose steps cannot be read.")
 
 
-def test_names_are_text_whatever_they_hold(tmp_path):
+def test_names_stay_text(tmp_path):
     name = "<b>&\x07$x$"
     records = [record(mode, workload=name, step_time_ms_median=1.0) for mode in ("fp32", "mixed-static")]
     assert "<b>& $x$" in texts(root_of(gains(run_of(tmp_path, *records))))
+
+
+def test_no_two_modes_look_alike_and_each_stands_out_from_white():
+    found = looks([*MODES, "mode-of-tomorrow", "and-another"])
+    assert len({look.colour for name, look in found.items() if name in MODES}) == len(MODES)
+    assert len({look.marker for look in found.values()}) == len(found)
+    for look in found.values():
+        # WCAG 2.2 wants 3 of graphical objects.
+        assert 1.05 / (luminance(look.colour) + 0.05) >= 3, look
+
+
+def luminance(colour):
+    """Relative luminance of ``#RRGGBB``; WCAG 2.2."""
+    channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("mode", ["mixed-static", "mode-of-tomorrow"])
+def test_a_mode_has_the_same_colour_in_both_pictures(tmp_path, mode):
+    steps = {f"toy--{name}--s0--r0": [(1.0, 8, 0)] * 3 for name in ("fp32", mode)}
+    run = run_of(tmp_path, timed("fp32", 2.0), timed(mode, 1.0), steps=steps)
+    colour = looks([mode])[mode].colour.lower()
+    assert f"stroke: {colour}" in gains(run).svg
+    assert f"stroke: {colour}" in training(run).svg
+
+
+def test_only_the_first_ten_seeds_are_drawn_and_the_caption_says_so(tmp_path):
+    records = [record("mixed-dynamic", seed) for seed in range(12)]
+    steps = {one["case_id"]: [(1.0, 2.0 ** one["seed"], 0)] * 3 for one in records}
+    picture = training(run_of(tmp_path, *records, steps=steps))
+    assert len(groups(root_of(picture), "scale-1")) == 10
+    assert "Drawn: the first 10 seeds of each mode." in picture.caption
+    few = training(run_of(tmp_path / "few", *records[:10], steps=dict(list(steps.items())[:10])))
+    assert "Drawn" not in few.caption

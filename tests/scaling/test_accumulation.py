@@ -1,10 +1,10 @@
-"""Gradient accumulation: one decision for each window of micro-batches."""
+"""Gradient accumulation: one decision per window of micro-batches."""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from small_step import COMPILED, same, small_model, state_of, step_function
+from support.small_step import HOW, same, small_model, state_of, step_function
 
 from mpscale.scaling import DynamicLossScale, LogMaxLossScale, LossScaleOptimizer, StaticLossScale
 
@@ -15,9 +15,9 @@ def accumulating(inner=keras.optimizers.Adam, **options):
     return inner(0.01, gradient_accumulation_steps=WINDOW, **options)
 
 
-@pytest.mark.parametrize("how", COMPILED)
+@pytest.mark.parametrize("how", HOW)
 def test_without_overflow_it_trains_as_keras_does(how):
-    """EMA apart, which Keras updates with every micro-batch."""
+    """Except for EMA, which Keras updates with every micro-batch."""
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 4, 0.5)
     keras_model, our_model = small_model(), small_model()
     optimizers = [
@@ -30,14 +30,14 @@ def test_without_overflow_it_trains_as_keras_does(how):
         keras_step(data=i / 10)
         our_step(data=i / 10)
         assert int(optimizers[0].iterations) == int(optimizers[1].iterations)
-    # Two programs of XLA round differently.
+    # Two XLA programs round differently.
     for a, b in zip(keras_model.variables, our_model.variables, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 @pytest.mark.parametrize("place", range(WINDOW))
-@pytest.mark.parametrize("how", COMPILED)
+@pytest.mark.parametrize("how", HOW)
 def test_one_bad_micro_batch_costs_its_window_and_nothing_else(how, place, bad):
     model = small_model()
     optimizer = LossScaleOptimizer(
@@ -61,7 +61,7 @@ def test_one_bad_micro_batch_costs_its_window_and_nothing_else(how, place, bad):
     assert optimizer.trajectory() == [(0, 8.0), (2, 4.0), (4, 8.0)]
 
 
-def test_window_goes_on_where_a_checkpoint_left_it(tmp_path):
+def test_window_continues_after_a_checkpoint(tmp_path):
     """A bad micro-batch before the checkpoint still costs the window that ends after it."""
     model = small_model()
     optimizer = LossScaleOptimizer(accumulating(), DynamicLossScale(8.0))
@@ -81,8 +81,8 @@ def test_window_goes_on_where_a_checkpoint_left_it(tmp_path):
     assert optimizer.counters()["overflow"] == 1
 
 
-def test_statistics_are_of_the_largest_gradient_of_the_window():
-    """The scale after one window tells: with one sample, it is 2**16 over that sample."""
+def test_statistics_use_the_largest_gradient_of_the_window():
+    """After one window, and so one sample, the scale is 2**16 over that sample."""
     model = small_model()
     optimizer = LossScaleOptimizer(accumulating(keras.optimizers.SGD), LogMaxLossScale())
     variables = model.trainable_variables

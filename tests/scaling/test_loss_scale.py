@@ -1,17 +1,20 @@
 """The loss scales as pure state machines."""
 
+import doctest
 import math
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpscale.scaling import ArticleLossScale, DynamicLossScale, NoLossScale, StaticLossScale
+from mpscale.core import loss_scale as rules
+from mpscale.scaling import ArticleLossScale, DynamicLossScale, LogMaxLossScale, NoLossScale, StaticLossScale
 
 
 def run(loss_scale, finites):
-    """The scale before each step and after the last."""
+    """Return the scale before each step and after the last."""
     state = loss_scale.initial_state()
     scales = [float(state["scale"])]
     for finite in finites:
@@ -72,7 +75,7 @@ def test_no_scale_is_one_and_checks_nothing():
         (lambda: StaticLossScale(-1.0), "scale must be a number above 0"),
         (lambda: StaticLossScale(math.inf), "at most 2\\*\\*126"),
         (lambda: StaticLossScale(math.nan), "scale must be a number above 0"),
-        (lambda: StaticLossScale(2.0**127), "reciprocal of the scale flushes to zero"),
+        (lambda: StaticLossScale(2.0**127), "reciprocal of a larger scale flushes to zero"),
         (lambda: StaticLossScale("128"), "not '128'"),
         (lambda: StaticLossScale(True), "not True"),
         (lambda: DynamicLossScale(initial=2.0**40), "not within minimum 1 and maximum"),
@@ -93,10 +96,56 @@ def test_arguments_out_of_range_are_refused(make, message):
 
 @pytest.mark.parametrize(
     "loss_scale",
-    [NoLossScale(), StaticLossScale(3.0, False), DynamicLossScale(16.0, 4.0, 0.25, 7, 3, 2.0, 2.0**30)],
+    [
+        NoLossScale(),
+        StaticLossScale(3.0, False),
+        DynamicLossScale(16.0, 4.0, 0.25, 7, 3, 2.0, 2.0**30),
+        LogMaxLossScale(16.0, 0.9, 0.95, 2.0, 2.0, 2.0**20),
+    ],
 )
 def test_config_makes_an_equal_loss_scale(loss_scale):
     assert type(loss_scale).from_config(loss_scale.get_config()) == loss_scale
+    serialized = keras.saving.serialize_keras_object(loss_scale)
+    assert serialized["registered_name"] == f"mpscale>{type(loss_scale).__name__}"
+    assert keras.saving.deserialize_keras_object(serialized) == loss_scale
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("hysteresis=2", {"hysteresis": 2}),
+        ("initial=2**40, maximum = 2^50", {"initial": 2.0**40, "maximum": 2.0**50}),
+        ("initial=1,minimum=1,maximum=1e3", {"initial": 1.0, "minimum": 1.0, "maximum": 1000.0}),
+    ],
+)
+def test_settings_as_text(text, arguments):
+    found = DynamicLossScale.parse(text)
+    assert found == arguments
+    assert {name: type(value) for name, value in found.items()} == {
+        name: type(DynamicLossScale.defaults()[name]) for name in found
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("start=4", "'start' is none of initial, growth_factor"),
+        ("hysteresis", "expected a number such as 1024 or 2\\*\\*24, not ''"),
+        ("initial=2**9999", "expected a number"),
+        ("hysteresis=1.5", "hysteresis must be an integer of at least 1, not 1.5"),
+        ("minimum=0", "minimum must be a number above 0"),
+        ("initial=2**40", "not within minimum 1 and maximum"),
+    ],
+)
+def test_text_that_makes_no_rule_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        DynamicLossScale.parse(text)
+
+
+def test_example_of_the_dynamic_scale_runs():
+    result = doctest.testmod(rules)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 @settings(max_examples=30, deadline=None)

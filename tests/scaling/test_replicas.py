@@ -1,4 +1,4 @@
-"""LossScaleOptimizer on two replicas: one decision for all."""
+"""LossScaleOptimizer under strategies: one decision for all replicas."""
 
 import json
 import os
@@ -7,19 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import pytest
+import tensorflow as tf
 
-PROGRAM = Path(__file__).with_name("replica_programs.py")
+from mpscale.scaling import LossScaleOptimizer
+
+PROGRAM = Path(__file__).parents[1] / "support" / "replica_programs.py"
 CHANGED = [True, False, True, True, False, True]
-COUNTERS = {
-    "attempted": 6,
-    "applied": 4,
-    "skipped": 2,
-    "overflow": 2,
-    "longest_skip_run": 1,
-    "first_overflow": 1,
-    "last_overflow": 4,
-}
+COUNTERS = {"attempted": 6, "applied": 4, "skipped": 2, "overflow": 2, "first_overflow": 1, "last_overflow": 4}
 
 
 def start(how, **environment):
@@ -78,7 +74,7 @@ def test_a_variable_is_blamed_whichever_replica_its_gradient_is_on(mirrored, cas
 
 
 def test_keras_optimizer_lets_an_overflow_of_the_second_replica_through(mirrored):
-    """Why the decision is made over all replicas here: Keras 3.15 asks the first one only."""
+    """The reason for one decision over all replicas: Keras 3.15 checks only the first one."""
     assert mirrored["second, keras"]["changed"][1]
     assert not mirrored["second, keras"]["finite"]
 
@@ -88,7 +84,7 @@ def test_fit_skips_what_one_replica_overflows(mirrored):
     assert mirrored["fit"]["scale"] == 4.0
 
 
-def test_keras_optimizer_fails_inside_tensorflow_where_ours_says_what_to_do(mirrored):
+def test_jit_compile_is_refused_with_a_remedy_unlike_by_keras(mirrored):
     assert mirrored["jit, keras"].startswith("InvalidArgumentError")
     assert "model.compile(..., jit_compile=False)" in mirrored["jit"]
 
@@ -104,13 +100,44 @@ def test_keras_optimizer_fails_inside_tensorflow_where_ours_says_what_to_do(mirr
         ("accumulating", "gradient_accumulation_steps does not work under a strategy"),
     ],
 )
-def test_what_cannot_work_on_several_replicas_is_refused(mirrored, case, message):
+def test_uses_that_cannot_work_on_several_replicas_are_refused(mirrored, case, message):
     assert mirrored[case].startswith("ValueError")
     assert message in mirrored[case]
 
 
+@pytest.mark.parametrize(
+    ("changed", "reductions"),
+    [
+        pytest.param(lambda finite: finite, 1, id="passed on"),
+        pytest.param(lambda finite: finite & True, 2, id="computed from it"),
+    ],
+)
+def test_replicas_agree_once_unless_finite_was_changed(changed, reductions, monkeypatch):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        weight = keras.Variable([0.0])
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0))
+        optimizer.build([weight])
+    calls, reduce = [], tf.distribute.ReplicaContext.all_reduce
+
+    def counted(self, how, value, *args, **options):
+        if tf.is_tensor(value):  # Keras sums gradients too, a list of them.
+            calls.append(value)
+        return reduce(self, how, value, *args, **options)
+
+    monkeypatch.setattr(tf.distribute.ReplicaContext, "all_reduce", counted)
+
+    def step():
+        grads, finite = optimizer.unscale([optimizer.scale_loss(tf.ones(1))])
+        optimizer.apply(grads, [weight], finite=changed(finite))
+
+    tf.function(lambda: strategy.run(step), autograph=False)()
+    assert len(calls) == reductions
+    assert weight.numpy() == -1.0
+
+
 def test_overflow_on_one_worker_skips_on_both():
-    """Two processes on loopback, as two machines would be."""
+    """Two processes on loopback stand for two machines."""
     cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
     processes = [
         start("multiworker", TF_CONFIG=json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}))

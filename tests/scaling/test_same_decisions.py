@@ -1,7 +1,7 @@
-"""DynamicLossScale against the loss scaling of TensorFlow, Keras and PyTorch, which it is said to be the same as.
+"""DynamicLossScale decides as the loss scaling of TensorFlow, Keras and PyTorch does.
 
-Each peer is the real class around a real optimizer, given gradients of which some overflow. What is compared is the
-scale after every step, and which steps were applied: the weight falls by exactly 1 with each that was.
+Each peer is the real class around a real optimizer, given gradients some of which overflow. The tests compare the scale
+after every step, and which steps were applied: each of those lowers the weight by exactly 1.
 """
 
 import json
@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from trajectories import scales_of
+from support.trajectories import scales_of
 
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
 
 STEPS = 10_000
 GRAD_SCALER = json.loads(Path(__file__).with_name("grad_scaler_trajectory.json").read_text())
 
-# Beyond these lies nothing that could be compared: float32 ends, and only mpscale has a cap.
+# Limits of the comparison: float32 ends near these, and only mpscale has a cap.
 NO_FLOOR, NO_CAP = 2.0**-120, 2.0**126
 
 
@@ -65,11 +65,11 @@ def of_tf_keras(initial, interval):
 
 
 def decisions(step, finites):
-    """The scale after each step, and how many steps had been applied by then.
+    """Return the scale after each step, and how many steps had been applied by then.
 
     Args:
         step: takes a gradient of two elements, returns the loss scale and the two weights.
-        finites: whether each step's gradient is to be finite.
+        finites: whether the gradient of each step is finite.
     """
     gradients = np.ones((len(finites), 2), np.float32)
     bad = np.flatnonzero(~finites)
@@ -92,7 +92,7 @@ def random_finites(rate):
 
 
 def check_same(loss_scale, finites, scales, applied):
-    """Both the rule alone and the optimizer that applies it decide as given, at every step."""
+    """Check that the rule alone and the optimizer with it decide as given, at every step."""
     assert {-1.0, 0.0, 1.0} == set(np.sign(np.diff(scales)))
     np.testing.assert_array_equal(scales_of(loss_scale, finites), scales)
     ours, ours_applied = decisions(of_mpscale(loss_scale), finites)
@@ -100,7 +100,7 @@ def check_same(loss_scale, finites, scales, applied):
     np.testing.assert_array_equal(ours_applied, applied)
 
 
-# Rates at which growth and backoff about balance, so that the scale wanders; then the default interval.
+# Rates at which growth and backoff balance, so that the scale wanders; the last has the default interval.
 BALANCED = [
     pytest.param(3, 0.2063, id="interval 3"),
     pytest.param(50, 0.0138, id="interval 50"),
@@ -117,7 +117,7 @@ BALANCED = [
     ],
 )
 def test_same_decisions_as_tf_keras(interval, rate):
-    """Including its floor, which is 1."""
+    """Including its floor of 1."""
     finites = random_finites(rate)
     scales, applied = decisions(of_tf_keras(2.0**15, interval), finites)
     assert scales.max() < NO_CAP

@@ -1,10 +1,13 @@
-"""Saved and restored: every bit of the optimizer's state, the loss scale and the counters included."""
+"""Saving and restoring keeps every bit of the optimizer's state, including loss scale and counters."""
+
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from small_step import small_model, step_function
+from support.small_step import small_model, step_function
 
 from mpscale.scaling import DynamicLossScale, LogMaxLossScale, LossScaleOptimizer, StaticLossScale
 
@@ -61,7 +64,7 @@ def bits(model):
 
 @pytest.mark.parametrize("through", [through_keras, through_weights, through_checkpoint])
 @pytest.mark.parametrize("name", MAKE)
-def test_every_bit_comes_back_and_training_goes_on_alike(name, through, tmp_path):
+def test_every_bit_is_restored_and_training_continues_alike(name, through, tmp_path):
     model, step = trained(MAKE[name])
     loaded = through(model, MAKE[name], tmp_path)
     assert bits(loaded) == bits(model)
@@ -91,9 +94,31 @@ LEDGER = ["steps", "scale_change_steps", "scale_changes"]
         ("window", [*OWN, *LEDGER, "window_finite"]),
     ],
 )
-def test_files_know_variables_by_their_order_which_stays_the_same(name, names):
+def test_variables_keep_their_order_by_which_files_identify_them(name, names):
     make = MAKE | {"logmax, blame": lambda: LossScaleOptimizer(keras.optimizers.SGD(), LogMaxLossScale(), blame=True)}
     optimizer = make[name]()
     optimizer.build(small_model().trainable_variables)
     own = optimizer.variables[: -len(optimizer.inner_optimizer.variables)]
     assert [variable.name for variable in own] == names
+
+
+def test_a_program_that_imports_the_package_can_load_models(tmp_path):
+    model = small_model()
+    model.compile(LossScaleOptimizer(keras.optimizers.SGD(), StaticLossScale(4.0)), "mse")
+    model.save(tmp_path / "model.keras")
+    load = f"keras.saving.load_model({str(tmp_path / 'model.keras')!r})"
+    program = f"import keras, mpscale.scaling; print({load}.optimizer.loss_scale)"
+    assert output_of(program) == "StaticLossScale(scale=4.0, skip_nonfinite=True)\n"
+
+
+def test_rules_need_no_tensorflow():
+    program = (
+        "import sys; from mpscale.core.loss_scale import DynamicLossScale; "
+        "print(DynamicLossScale.parse('initial=2**20, hysteresis=2')); "
+        "print({'tensorflow', 'keras', 'numpy'} & sys.modules.keys())"
+    )
+    assert output_of(program) == "{'initial': 1048576.0, 'hysteresis': 2}\nset()\n"
+
+
+def output_of(program):
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout

@@ -7,20 +7,21 @@ import io
 
 import pandas as pd
 import pytest
-from runfolder import record
+from support.runfolder import record
 
-from mpscale.analysis.cases_csv import read_cases
-from mpscale.analysis.runs import RunError, cases_frame, read_run
-from mpscale.columns import COLUMNS
-from mpscale.records import to_csv
+from mpscale.core.cases_csv import read_cases
+from mpscale.core.columns import COLUMNS
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import to_csv
+from mpscale.core.runs import RunError, cases_frame, read_run
 
 
 def records(**values):
     common = {"jit": True, "attempted_steps": 30, "metric_value": 0.5, "metric_name": "none", "batch_size": 2**60 + 1}
     one = record(step_time_ms_median=0.1234567890123, **{**common, **values})
     two = record(seed=1, output_tail="a, b;\n\tc\u2028d", **{**common, **values})
-    two.miss(["step_time_ms_median", "gpu_memory_nvml_peak_mib"], "no GPU")
-    one.miss("gpu_memory_nvml_peak_mib", 'a "reason", with commas')
+    two.miss(["step_time_ms_median", "gpu_memory_nvml_peak_mib"], Reason(Code.OTHER, "no GPU"))
+    one.miss("gpu_memory_nvml_peak_mib", Reason(Code.OTHER, 'a "reason", with commas'))
     return [one, two]
 
 
@@ -87,14 +88,14 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_what_other_tools_write_is_read_as_it_was(tmp_path, write):
+def test_files_rewritten_by_other_tools_are_read_as_they_were(tmp_path, write):
     path = tmp_path / "cases.csv"
     path.write_bytes(write(to_csv(records())).encode("utf-8"))
     assert plain(read_cases(path)) == plain(records())
 
 
 @pytest.mark.parametrize("word", ["NA", "NaN", "null", "None", "N/A"])
-def test_pandas_own_round_trip_keeps_every_figure(tmp_path, word):
+def test_a_round_trip_through_pandas_keeps_every_figure(tmp_path, word):
     path = tmp_path / "cases.csv"
     made = records(batch_size=20, metric_name="accuracy")
     frame = pd.read_csv(io.StringIO(to_csv(made)))
@@ -103,7 +104,7 @@ def test_pandas_own_round_trip_keeps_every_figure(tmp_path, word):
 
 
 @pytest.mark.parametrize("name", ["NA", "none", "nan", "null"])
-def test_a_workload_may_be_called_as_others_call_nothing(tmp_path, name):
+def test_a_workload_may_have_a_name_that_means_unknown_elsewhere(tmp_path, name):
     path = tmp_path / "cases.csv"
     made = [record(workload=name, status_reason=None)]
     path.write_text(rewritten(to_csv(made), lambda _, cell: cell or name))
@@ -112,14 +113,14 @@ def test_a_workload_may_be_called_as_others_call_nothing(tmp_path, name):
     assert found["status_reason"] is None
 
 
-def test_a_workload_that_was_lost_is_no_workload_called_na(tmp_path):
+def test_a_missing_workload_is_not_a_workload_called_na(tmp_path):
     path = tmp_path / "cases.csv"
     path.write_text(rewritten(to_csv(records()), lambda name, cell: "NA" if name == "workload" else cell or "NA"))
     with pytest.raises(RunError, match=r"line 2: the record of .* has no workload"):
         read_cases(path)
 
 
-def test_text_is_text_where_the_file_has_empty_cells_for_unknown(tmp_path):
+def test_words_for_unknown_are_text_if_unknown_cells_are_empty(tmp_path):
     path = tmp_path / "cases.csv"
     path.write_text(to_csv([record(metric_name="NA", optimizer="None")]))
     (found,) = read_cases(path)
@@ -151,7 +152,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("write", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_may_have_changed_a_figure_is_refused(tmp_path, write, message):
+def test_files_in_which_a_figure_may_have_changed_are_refused(tmp_path, write, message):
     path = tmp_path / "cases.csv"
     path.write_bytes(write(to_csv(records())))
     with pytest.raises(RunError, match=f"(?s)cases.csv.*{message}"):

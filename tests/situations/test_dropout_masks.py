@@ -1,4 +1,4 @@
-"""What docs/method.md says about dropout: which modes share their masks, and which do not."""
+"""Which modes share dropout masks, as docs/method.md says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
 
 
 def mask(policy, jit, layer):
-    """What dropout keeps, for one seed."""
+    """Return which entries dropout keeps with a fixed seed."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:

@@ -1,6 +1,4 @@
-"""The reason of an error is what the user's code or TensorFlow says is wrong, and not the way there."""
-
-from __future__ import annotations
+"""The reason of an error is what the user's code or TensorFlow says is wrong, not the path to it."""
 
 import sys
 
@@ -9,15 +7,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mpscale.harness.cause import cause
+from mpscale.core.wire import Failed
 from mpscale.harness.supervisor import _one_line
+from mpscale.worker.cause import cause
 
 X = tf.constant([[1.0, 2.0], [2.0, 3.0]])
 NO_JIT = "--mp-jit off runs them without it"
 
 
 class NeedsTwo(Exception):
-    """An exception that AutoGraph cannot make anew."""
+    """An exception that AutoGraph cannot recreate."""
 
     def __init__(self, what, where):
         super().__init__(f"{what} is missing in {where}")
@@ -56,7 +55,7 @@ class Multiplying(keras.layers.Layer):
 
 
 def refuse(x):
-    raise ValueError("the labels have to be whole numbers")
+    raise ValueError("the labels must be whole numbers")
 
 
 def need_two(x):
@@ -75,32 +74,19 @@ def ask_python(x):
     return tf.py_function(fail, [x], tf.float32)
 
 
-def narrow():
-    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-
-
 def traced(function):
     return lambda: tf.function(function, jit_compile=False)(X)
 
 
 REASONS = {
-    "a loss that refuses its labels": (traced(refuse), "ValueError: the labels have to be whole numbers"),
+    "a loss that refuses its labels": (traced(refuse), "ValueError: the labels must be whole numbers"),
     "an exception of the user's own class": (traced(need_two), "NeedsTwo: a column is missing in the data"),
     "a layer that refuses its input": (lambda: Refusing()(X), "ValueError: my layer wants three columns"),
-    "the same layer in a traced step": (
-        lambda: traced(Refusing())(),
-        "ValueError: my layer wants three columns",
-    ),
-    "a layer in a model in a traced step": (
-        lambda: traced(Subclassed())(),
-        "ValueError: my layer wants three columns",
-    ),
-    "an exception that was raised for another one": (
-        lambda: traced(Unwrapping())(),
-        "ValueError: the table has no a",
-    ),
+    "the same layer in a traced step": (lambda: traced(Refusing())(), "ValueError: my layer wants three columns"),
+    "a layer in a model in a traced step": (lambda: traced(Subclassed())(), "ValueError: my layer wants three columns"),
+    "an exception raised from another one": (lambda: traced(Unwrapping())(), "ValueError: the table has no a"),
     "data that do not fit the model": (
-        lambda: traced(narrow())(),
+        lambda: traced(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))(),
         "ValueError: Input 0 with name 'None' of layer 'dense",
     ),
     "a product of the wrong shape": (lambda: Multiplying()(X), "InvalidArgumentError: Matrix size-incompatible: In[0]"),
@@ -123,15 +109,15 @@ REASONS = {
 
 
 def told(act, jit=False):
-    """The reason that a supervisor makes of what the worker of a case that ``act`` ended would say."""
+    """The reason that the supervisor records if ``act`` ends a case."""
     with pytest.raises(BaseException) as caught:
         act()
     said = cause(caught.value, jit)
-    return _one_line(f"{said['type']}: {said['message']}")
+    return _one_line(f"{said.type}: {said.message}")
 
 
 @pytest.mark.parametrize("what", REASONS)
-def test_the_reason_is_what_is_wrong_without_what_was_put_around_it(what):
+def test_the_reason_is_what_is_wrong_without_its_wrapping(what):
     act, expected = REASONS[what]
     reason = told(act)
     assert reason.startswith(expected)
@@ -140,7 +126,7 @@ def test_the_reason_is_what_is_wrong_without_what_was_put_around_it(what):
 
 
 def test_a_bare_assert_is_named_by_its_line():
-    # pytest rewrites the asserts of its own modules, so this one is compiled apart.
+    # pytest rewrites the asserts of test modules, so this one is compiled separately.
     source = "def fail(x):\n    assert len(x) > 3\n"
     names = {}
     exec(compile(source, "loss.py", "exec"), names)
@@ -173,7 +159,7 @@ NOT_FOR_XLA = {
 
 
 @pytest.mark.parametrize("what", NOT_FOR_XLA)
-def test_what_xla_cannot_compile_says_what_to_do(what):
+def test_a_function_that_xla_cannot_compile_says_what_to_do(what):
     function, named = NOT_FOR_XLA[what]
     reason = told(lambda: tf.function(function, jit_compile=True)(X), jit=True)
     assert named in reason
@@ -186,24 +172,24 @@ def test_an_error_outside_of_xla_does_not_blame_it(what):
     assert NO_JIT not in told(REASONS[what][0], jit=True)
 
 
-def test_memory_that_ran_out_is_told_by_type_also_below_a_layer():
+def test_out_of_memory_is_recognised_by_type_even_inside_a_layer():
     class Greedy(keras.layers.Layer):
         def call(self, x):
             raise MemoryError("no more")
 
     with pytest.raises(Exception, match="no more") as caught:
         traced(Greedy())()
-    assert cause(caught.value, True) == {"type": "MemoryError", "message": "no more", "oom": True}
+    assert cause(caught.value, True) == Failed("MemoryError", "no more", oom=True)
 
 
 @pytest.mark.parametrize(
     ("message", "hint"),
     [
-        # As XLA said it on an H200, of a float32 convolution.
+        # What XLA said of a float32 convolution on an H200.
         ("Autotuner could not find any supported configs for HLO: %cudnn-conv-bias-activation.13", True),
         ("Failed to launch CUDA kernel: an illegal memory access was encountered", False),
     ],
 )
-def test_internal_error_is_xlas_refusal_if_it_comes_before_there_is_a_program(message, hint):
+def test_an_internal_error_before_there_is_a_program_is_a_refusal_by_xla(message, hint):
     error = tf.errors.InternalError(None, None, f"{message} [Op:__inference_step_637]")
-    assert (NO_JIT in cause(error, jit=True)["message"]) is hint
+    assert (NO_JIT in cause(error, jit=True).message) is hint

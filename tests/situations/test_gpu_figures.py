@@ -1,16 +1,17 @@
-"""A GPU, a driver or a virtual machine that tells less than it seems to: what then stands in the columns of a case."""
+"""The columns of a case on a GPU, driver or virtual machine that tells less than it seems to."""
 
 from __future__ import annotations
 
-import gzip
 import time
 
 import pytest
-from nvml_stand_in import Script
-from telemetry.gpu_case import GpuCase
+from support.gpu_case import GpuCase, kept_samples
+from support.nvml_stand_in import Script
 
-from mpscale.telemetry.samples import read_samples
-from mpscale.telemetry.watch import GPU_COLUMNS, Told
+from mpscale.core.columns import Source, measured_columns
+from mpscale.core.reason import Code
+from mpscale.telemetry.samples import Reading
+from mpscale.telemetry.watch import WorkerFacts
 
 PEAK, METHOD = "gpu_memory_nvml_peak_mib", "gpu_memory_method"
 PROCESS, RISE = "gpu_memory_process_peak_mib", "gpu_memory_device_rise_mib"
@@ -24,12 +25,12 @@ MEASURED = {
     "utilization": "gpu_utilization_median",
     "event_reasons": "gpu_event_reasons",
 }
-"""Lines of the stand-in's script, and the column that each fills."""
+"""Lines of the stand-in's script and the column that each fills."""
 
 
 @pytest.fixture
 def gpu_case(tmp_path, stand_in_nvml):
-    """Makes one case under a GPU with these lines."""
+    """Makes a case on a GPU with these lines in its script."""
     made = []
 
     def make(**lines):
@@ -52,7 +53,7 @@ def only_case(tmp_path_factory, stand_in_nvml):
 
 @pytest.fixture
 def case(only_case):
-    """A GPU that tells everything, whose driver's process goes on from test to test."""
+    """A GPU that tells everything; its monitor lives on from test to test."""
     only_case.script.heal().no_processes()
     lines = {"used_mib": 450, "temperature_c": 35, "sm_clock_mhz": 1410, "mem_clock_mhz": 1215, "event_reasons": 0}
     only_case.script.set(**lines)
@@ -60,21 +61,20 @@ def case(only_case):
 
 
 def run(case, *, timed=lambda: None, **steps):
-    """One case of 300 MiB that counts energy."""
-    told = Told(energy_steps=10, energy_applied_steps=10)
-    return case.run(lambda: case.uses(300), timed, told=told, **steps).findings
+    """Run a case of 300 MiB that counts energy."""
+    worker = WorkerFacts(energy_steps=10, energy_applied_steps=10)
+    return case.run(lambda: case.uses(300), timed, worker=worker, **steps).findings
 
 
-# What is not measured from the first reading on.
+# Readings that never work.
 
 
 @pytest.mark.parametrize(
-    ("lines", "words"),
+    "lines",
     [
-        pytest.param(dict.fromkeys(MEASURED, "n/a"), "'not available'", id="NVML answers with all bits one"),
+        pytest.param(dict.fromkeys(MEASURED, "n/a"), id="NVML answers with all bits one"),
         pytest.param(
             dict.fromkeys(set(MEASURED) - {"utilization", "event_reasons"}, 0),
-            "which is no measurement",
             id="a virtual machine is told 0 W, 0 MHz and 0 degrees",
         ),
         pytest.param(
@@ -82,37 +82,37 @@ def run(case, *, timed=lambda: None, **steps):
                 "power_w": 50_000, "temperature_c": 900, "sm_clock_mhz": 4e6, "mem_clock_mhz": 4e6, "utilization": 101,
                 "event_reasons": "0x80000000",
             },
-            "can be true",
             id="NVML answers what no GPU can have",
         ),
-        pytest.param({"power_w": -0.005, "temperature_c": -5}, "can be true", id="a negative number without its sign"),
+        pytest.param({"power_w": -0.005, "temperature_c": -5}, id="a negative number without its sign"),
     ],
 )  # fmt: skip
-def test_no_measurement_is_empty_and_says_why(gpu_case, lines, words):
+def test_implausible_readings_leave_columns_empty_with_a_reason(gpu_case, lines):
     case = gpu_case(**lines)
     found = run(case)
     for line in lines:
         assert MEASURED[line] not in found.values, line
-        assert words in found.unavailable[MEASURED[line]], line
+        assert found.unavailable[MEASURED[line]].code is Code.IMPLAUSIBLE, line
     told = case.driver.facts(case.device)
-    assert not {"power_mw", "temperature_c"} & set(told["ways"])
-    # What the GPU does tell is as right as ever: an idle GPU is 0 % busy, for no reason.
+    assert not {Reading.POWER, Reading.TEMPERATURE} & set(told["ways"])
+    # The other readings are unaffected: an idle GPU is 0 % busy.
     assert found.values[PEAK] == 300.0
     assert {"utilization", "event_reasons"} & set(lines) or found.values["gpu_utilization_median"] == 0.0
 
 
 @pytest.mark.parametrize("energy", ["n/a", "0:1"], ids=["all bits one", "a counter of 0"])
-def test_energy_counter_that_is_none_leaves_energy_to_power(gpu_case, energy):
+def test_energy_comes_from_power_if_there_is_no_counter(gpu_case, energy):
     case = gpu_case(energy=energy, energy_start_j=0, energy_tick=1e9)
     told = case.driver.facts(case.device)
-    assert "energy_mj" not in told["ways"]
-    assert "NVML answers" in told["reasons"]["energy_mj"]
-    assert told["ways"]["power_mw"] == "instant"
+    assert Reading.ENERGY not in told["ways"]
+    assert told["reasons"][Reading.ENERGY].code is Code.IMPLAUSIBLE
+    assert told["ways"][Reading.POWER] == "instant"
 
 
-def test_power_of_the_moment_that_is_not_available_leaves_power_to_the_mean(gpu_case):
-    case = gpu_case(power_instant_w="n/a")
-    assert case.driver.facts(case.device)["ways"]["power_mw"] == "nvmlDeviceGetPowerUsage"
+@pytest.mark.parametrize("lines", [{"power_instant_w": "n/a"}, {"field_type": 7}], ids=["all bits one", "unknown type"])
+def test_power_is_a_mean_if_momentary_power_is_not_available(gpu_case, lines):
+    case = gpu_case(**lines)
+    assert case.driver.facts(case.device)["ways"][Reading.POWER] == "mean of up to a second"
     assert run(case).values["gpu_power_source"] == "mean of up to a second"
 
 
@@ -129,7 +129,7 @@ def test_facts_and_settings_of_a_gpu_that_does_not_tell_them(gpu_case):
         "pcie_generation", "pcie_width", "power_limits_w", "power_limit_default_w",
     ]  # fmt: skip
     assert {name: facts[name] for name in empty} == dict.fromkeys(empty)
-    assert all("NVML answers" in facts["unknown"][name] for name in empty)
+    assert {facts["unknown"][name]["code"] for name in empty} == {Code.IMPLAUSIBLE}
     assert case.device.compute_capability is None
     assert not case.device.has_tf32
     assert facts["mig"] is False
@@ -140,31 +140,25 @@ def test_facts_and_settings_of_a_gpu_that_does_not_tell_them(gpu_case):
 @pytest.mark.parametrize(
     "lines", [{"memory_mib": "n/a"}, {"memory_mib": 0}, {"used_mib": "n/a"}, {"used_mib": 90_000}, {"memory_mib": 100}]
 )
-def test_memory_that_cannot_be_is_not_memory_in_use(gpu_case, lines):
+def test_implausible_memory_is_not_used(gpu_case, lines):
     case = gpu_case(**lines)
     found = run(case)
     assert RISE not in found.values
     assert "gpu_memory_idle_mib" not in found.values
-    assert "NVML answers" in found.unavailable[RISE]
+    assert found.unavailable[RISE].code is Code.IMPLAUSIBLE
     if lines.get("memory_mib") in ("n/a", 0):
         assert case.device.memory_mib is None
-    # The list of processes is another call; only more than the GPU has is not believed there.
+    # The list of processes is another call; only values above the GPU's memory are rejected there.
     assert found.values.get(PROCESS) == (None if lines.get("memory_mib") == 100 else 300.0)
-
-
-def test_field_of_an_unknown_type_is_not_guessed_at(gpu_case):
-    case = gpu_case(field_type=7)
-    told = case.driver.facts(case.device)
-    assert told["ways"]["power_mw"] == "nvmlDeviceGetPowerUsage"
 
 
 def test_driver_that_repeats_an_old_value(gpu_case):
     case = gpu_case(field_stamp_s=1_700_000_000)
     run(case, timed=lambda: time.sleep(1.1))
-    assert "NVML repeats a value" in case.driver.facts(case.device)["reasons"]["power_mw"]
+    assert case.driver.facts(case.device)["reasons"][Reading.POWER].code is Code.IMPLAUSIBLE
 
 
-# What begins to fail in mid-case.
+# Readings that begin to fail in mid-case.
 
 
 BEGIN = {
@@ -181,11 +175,11 @@ BEGIN = {
 
 
 def always(case):
-    """What a case without any trouble fills."""
-    return {*run(case, added=lambda: time.sleep(0.3)).values} & set(GPU_COLUMNS)
+    """The columns that a case without failures fills."""
+    return {*run(case, added=lambda: time.sleep(0.3)).values} & set(measured_columns(source=Source.MONITOR))
 
 
-def test_one_call_that_begins_to_fail_empties_its_own_columns_and_no_others(case):
+def test_a_failing_call_empties_only_its_own_columns(case):
     sound = always(case)
     for symbol, columns in BEGIN.items():
         case.script.heal()
@@ -199,13 +193,13 @@ def test_one_call_that_begins_to_fail_empties_its_own_columns_and_no_others(case
         assert columns <= set(found.unavailable), symbol
         assert sound - set(found.values) <= columns, symbol
         for column in columns:
-            assert "Unknown Error" in found.unavailable[column], symbol
+            assert found.unavailable[column].code in (Code.TOO_FEW_SAMPLES, Code.OTHER), symbol
         if symbol == LIST:
             assert (found.values[METHOD], found.values[PEAK]) == ("device-minus-idle", 300.0)
 
 
 @pytest.mark.parametrize("symbol", [MEMORY, LIST])
-def test_memory_that_grew_while_a_call_failed_is_not_missed_without_a_word(case, symbol):
+def test_growth_of_memory_while_a_call_fails_is_not_missed_silently(case, symbol):
 
     def train():
         case.script.fail(symbol, 999)
@@ -220,29 +214,36 @@ def test_memory_that_grew_while_a_call_failed_is_not_missed_without_a_word(case,
     found = run(case, train=train)
     column = RISE if symbol == MEMORY else PROCESS
     assert column not in found.values
-    assert "from context-ready on" in found.unavailable[column]
-    assert "300 MiB was the most that was seen" in found.unavailable[column]
-    # The other way to tell saw it.
+    assert found.unavailable[column].code is Code.TOO_FEW_SAMPLES
+    assert "from context-ready on" in found.unavailable[column].text
+    assert "300 MiB was the most that was seen" in found.unavailable[column].text
+    # The other reading saw it.
     assert found.values[PROCESS if symbol == MEMORY else RISE] == 9000.0
     assert found.values[PEAK] == 9000.0
     assert found.values["gpu_sample_gap_ms"] > 400
 
 
-def test_both_ways_to_tell_memory_fail(case):
+def test_both_readings_of_memory_fail(case):
     found = run(case, train=lambda: (case.script.fail(MEMORY, 999).fail(LIST, 999), time.sleep(0.3)))
     assert not {PEAK, METHOD, PROCESS, RISE} & set(found.values)
-    assert found.unavailable[PEAK].count("NVML failed to tell") == 2
+    for column in (PROCESS, RISE):
+        assert found.unavailable[column].code is Code.TOO_FEW_SAMPLES
+        assert found.unavailable[column].text in found.unavailable[PEAK].text
 
 
-def test_one_look_that_fails_among_many_voids_nothing(gpu_case, tmp_path):
+def test_one_failed_look_among_many_empties_nothing(gpu_case, tmp_path):
     case = gpu_case()
-    readings = {"memory": (MEMORY, 30), "processes": (LIST, 10), "temperature_c": ("nvmlDeviceGetTemperatureV", 5)}
+    readings = {
+        Reading.MEMORY: (MEMORY, 30),
+        Reading.PROCESSES: (LIST, 10),
+        Reading.TEMPERATURE: ("nvmlDeviceGetTemperatureV", 5),
+    }
     for symbol, after in (*readings.values(), ("nvmlDeviceGetClockInfo", 10)):
-        # A look asks twice: a call that fails once only leaves no gap at all.
+        # Each look tries twice, so a single failure would leave no gap at all.
         case.script.fail(symbol, 999, after=after, times=2)
-    kept = tmp_path / "samples.csv.gz"
+    kept = tmp_path / "samples.jsonl.gz"
     found = run(case, train=lambda: time.sleep(0.6), keep=kept)
-    rows = read_samples(gzip.decompress(kept.read_bytes()).decode().splitlines(keepends=True)).rows
+    rows = kept_samples(kept).rows
     assert {name for row in rows for name in row.failed} >= set(readings)
     assert found.values[PEAK] == 300.0
     assert found.values["gpu_temperature_c_max"] == 35.0
@@ -250,53 +251,27 @@ def test_one_look_that_fails_among_many_voids_nothing(gpu_case, tmp_path):
     assert found.values["gpu_other_processes"] == 0
 
 
-@pytest.mark.parametrize(
-    ("breaks", "words"),
-    [
-        pytest.param(lambda case: case.uses("n/a(9000)"), "failed to tell", id="listed without memory"),
-        pytest.param(lambda case: case.uses("0(9000)"), "failed to tell", id="listed with 0"),
-        pytest.param(
-            lambda case: (case.uses(None), case.script.set(used_mib=9450)), "failed to tell", id="no longer listed"
-        ),
-        pytest.param(lambda case: case.uses(2**24), "failed to tell", id="listed with more than the GPU has"),
-    ],
-)
-def test_process_whose_memory_is_no_longer_told(case, breaks, words):
-    found = run(case, train=lambda: (time.sleep(0.05), breaks(case), time.sleep(0.3)))
-    assert PROCESS not in found.values
-    assert words in found.unavailable[PROCESS]
-    assert found.values.get(PEAK, 9000.0) == 9000.0  # by the rise, where that could be read
-
-
-def test_readings_that_begin_to_be_none_in_mid_case(case):
+def test_readings_that_become_implausible_in_mid_case(case):
     lines = {"temperature_c": "n/a", "sm_clock_mhz": 0, "mem_clock_mhz": "n/a", "event_reasons": "n/a"}
     found = run(case, train=lambda: case.script.set(**lines), added=lambda: time.sleep(1.5))
     for line in lines:
         assert MEASURED[line] not in found.values
-        assert "NVML answers" in found.unavailable[MEASURED[line]]
-    assert "35 °C was the most until then" in found.unavailable["gpu_temperature_c_max"]
+        # Too few samples if it was read before, the driver's answer if it never was.
+        assert found.unavailable[MEASURED[line]].code in (Code.TOO_FEW_SAMPLES, Code.IMPLAUSIBLE)
+    assert "35 °C was the most until then" in found.unavailable["gpu_temperature_c_max"].text
 
 
-def test_call_that_fails_from_the_start_and_heals(case):
-    """Nothing tells what was there before."""
+def test_call_that_fails_at_first_and_recovers(case):
+    """What happened before is unknown."""
     case.script.fail(LIST, 999).fail(LIST.replace("_v3", "_v2"), 999)
     found = run(case, train=lambda: (case.uses(9000), time.sleep(0.3), case.uses(300), case.script.heal()))
     assert PROCESS not in found.values
     assert found.values[PEAK] == 9000.0
 
 
-def test_nvml_that_dies_in_mid_case_leaves_no_largest_value_of_anything(case):
-    found = run(case, timed=lambda: (case.script.crash(MEMORY), time.sleep(0.1)))
-    for column in (PEAK, RISE, "gpu_temperature_c_max", "gpu_other_processes", "gpu_graphics_processes"):
-        assert column not in found.values
-        assert "NVML stopped answering after timing-start" in found.unavailable[column]
-    assert "NVML stopped answering" in found.unavailable["gpu_energy_j_per_step"]
-    assert found.values["gpu_memory_idle_mib"] == 450.0
-
-
 @pytest.mark.parametrize(("phase", "column"), [("timing", "gpu_energy_window_s"), ("idle", "gpu_memory_idle_mib")])
-def test_sample_that_came_when_the_case_had_gone_on(case, phase, column):
-    """Steps are counted from timing-start on: a window that begins later would make them cheap."""
+def test_sample_that_came_too_late(case, phase, column):
+    """Steps count from timing-start on: a window that begins later would make them look cheap."""
     late = lambda: (case.script.latency("nvmlDeviceGetTemperatureV", 0.6, times=None), time.sleep(0.15))  # noqa: E731
     case.watch.start(case.pid, time.monotonic())
     if phase == "idle":
@@ -312,6 +287,6 @@ def test_sample_that_came_when_the_case_had_gone_on(case, phase, column):
     time.sleep(0.7)
     case.watch.mark("timing-end")
     case.watch.mark("done")
-    found = case.watch.stop(Told(energy_steps=10), None).findings
+    found = case.watch.stop(WorkerFacts(energy_steps=10), None).findings
     assert column not in found.values
-    assert "NVML was late" in found.unavailable[column]
+    assert found.unavailable[column].code is Code.DRIVER_SILENT

@@ -1,22 +1,18 @@
-"""A person's workload that does not train what the mode says, or not the same in every mode, and ones that do.
+"""Workloads that do not train in the mode's precision, or not the same in every mode, are invalid; others are not.
 
-Each runs as a worker runs it, in this process.
+Each case runs as in a worker, but in this process.
 """
 
-import sys
-import types
+from functools import partial
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from support.one_case import run_case
 
 from mpscale import Data, Workload
-from mpscale.harness.case import Case, Settings
-from mpscale.harness.execute import execute
-from mpscale.harness.same_start import SameStart
-from mpscale.records import Record
-from mpscale.telemetry.device import Device
+from mpscale.harness.run import SameStart
 from mpscale.workloads.workload import sparse_cross_entropy
 
 L = keras.layers
@@ -24,25 +20,8 @@ X = np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32)
 DATA = Data(X, np.arange(24) % 3, X, np.arange(24) % 3)
 
 
-class Recorder:
-    """The supervisor's end."""
-
-    def __init__(self, case):
-        self.record = Record(case.identity())
-
-    def values(self, values):
-        self.record.update(values)
-
-    def miss(self, columns, reason):
-        self.record.miss(columns, reason)
-
-    def phase(self, phase): ...
-
-    def progress(self, done, total): ...
-
-
 @pytest.fixture(autouse=True)
-def settings_put_back():
+def restored_settings():
     yield
     keras.config.set_dtype_policy("float32")
     keras.config.set_floatx("float32")
@@ -52,41 +31,24 @@ def settings_put_back():
     tf.config.run_functions_eagerly(False)
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """Runs a case of a workload that lies in a module, as a user's does."""
-    module = types.ModuleType("situation")
-    monkeypatch.setitem(sys.modules, "situation", module)
+def trained(mode, same=None, **parts):
+    """The record of a case, held against those of the same seed if there are any."""
+    defaults = {"model": mlp, "data": lambda: DATA, "optimizer": adam, "batch_size": 6, "train_steps": 2}
+    keras.utils.clear_session()  # layer names start anew, as in a process of its own
+    outcome = run_case(Workload("it", "", **{**defaults, "evaluate_every": 2, **parts}), mode)
+    record = outcome.record
+    difference = same.difference(outcome.case, record) if same is not None else None
+    if difference is not None:
+        record.update({"status": "invalid", "status_reason": difference})
+    return record
 
-    def run(mode, same=None, **parts):
-        parts = {
-            "model": mlp,
-            "data": lambda: DATA,
-            "optimizer": adam,
-            "batch_size": 6,
-            "train_steps": 2,
-            "evaluate_every": 2,
-            **parts,
-        }
-        module.it = Workload("it", "", **parts)
-        keras.utils.clear_session()  # names of layers start anew, as in a process of its own
-        case = Case("situation:it", mode, 0, 0, 0, Settings(jit=False, timing_s=0.0))
-        channel = Recorder(case)
-        status, reason = execute(case, Device("cpu", "a CPU"), None, channel)
-        channel.record.update({"status": status, "status_reason": reason})
-        if same is not None:
-            difference = same.difference(case, channel.record)
-            if difference is not None:
-                channel.record.update({"status": "invalid", "status_reason": difference})
-        return channel.record
 
-    return run
+def sequential(*layers, last=None):
+    return keras.Sequential([keras.Input((6,)), *layers, last or L.Dense(3, dtype="float32")])
 
 
 def mlp(hidden=None, **options):
-    return keras.Sequential(
-        [keras.Input((6,)), L.Dense(5, activation="relu", dtype=hidden, **options), L.Dense(3, dtype="float32")]
-    )
+    return sequential(L.Dense(5, activation="relu", dtype=hidden, **options))
 
 
 def adam():
@@ -94,7 +56,7 @@ def adam():
 
 
 def under(policy, make=mlp, back=None):
-    """A model function that sets the policy itself, as a training script does, and may set it back."""
+    """A model function that sets the policy itself, as a training script does, and may restore it."""
 
     def model():
         keras.config.set_dtype_policy(policy)
@@ -108,17 +70,12 @@ def under(policy, make=mlp, back=None):
 
 def after(act, make):
     """A function of a workload that also does something else."""
-
-    def function(*given):
-        act()
-        return make(*given)
-
-    return function
+    return lambda *given: (act(), make(*given))[1]
 
 
 @keras.saving.register_keras_serializable()
 class CastingDense(L.Layer):
-    """A layer of the mode's policy that multiplies in float32 all the same."""
+    """A layer under the mode's policy that multiplies in float32 nevertheless."""
 
     def build(self, shape):
         self.kernel = self.add_weight(shape=(shape[-1], 3), initializer="glorot_uniform")
@@ -128,17 +85,15 @@ class CastingDense(L.Layer):
 
 
 def casting():
-    return keras.Sequential([keras.Input((6,)), CastingDense(), L.Activation("linear", dtype="float32")])
+    return sequential(CastingDense(), last=L.Activation("linear", dtype="float32"))
 
 
 def pinned_but_normalised():
-    return keras.Sequential(
-        [keras.Input((6,)), L.Dense(5, dtype="float32"), L.LayerNormalization(), L.Dense(3, dtype="float32")]
-    )
+    return sequential(L.Dense(5, dtype="float32"), L.LayerNormalization())
 
 
 class Table(L.Layer):
-    """An embedding of one's own."""
+    """A user's own embedding."""
 
     def __init__(self, rows, columns):
         super().__init__()
@@ -149,9 +104,7 @@ class Table(L.Layer):
 
 
 def looked_up(table=L.Embedding, **options):
-    return keras.Sequential(
-        [keras.Input((6,)), table(9, 4, **options), L.GlobalAveragePooling1D(), L.Dense(3, dtype="float32")]
-    )
+    return sequential(table(9, 4, **options), L.GlobalAveragePooling1D())
 
 
 def loss_with_a_product(dtype):
@@ -165,45 +118,35 @@ def loss_with_a_product(dtype):
 
 
 def halfway(dtype):
-    """Between two layers of float32 one computes without any product in ``dtype``."""
+    """Between two float32 layers there is one that computes in ``dtype``, without a product."""
     between = L.Lambda(lambda x: tf.cast(tf.nn.gelu(tf.cast(x, dtype)), x.dtype), name="between")
-    return keras.Sequential([keras.Input((6,)), L.Dense(8), between, L.Dense(3, dtype="float32")])
+    return sequential(L.Dense(8), between)
 
 
-def rewrite():
-    tf.config.optimizer.set_experimental_options({"auto_mixed_precision": True})
-
-
-def tf32_on():
-    tf.config.experimental.enable_tensor_float_32_execution(True)
-
-
-def tf32_off():
-    tf.config.experimental.enable_tensor_float_32_execution(False)
+rewrite = partial(tf.config.optimizer.set_experimental_options, {"auto_mixed_precision": True})
+tf32_on, tf32_off = (partial(tf.config.experimental.enable_tensor_float_32_execution, on) for on in (True, False))
+low_policy = partial(keras.config.set_dtype_policy, "mixed_float16")
 
 
 @pytest.mark.parametrize(
     ("mode", "parts", "found"),
     [
         ("fp32", {"model": under("mixed_float16")}, "float16"),
-        ("tf32", {"model": under("mixed_bfloat16")}, "bfloat16"),
         ("graph-rewrite", {"model": under("mixed_float16")}, "float16"),
         ("fp32", {"model": under("mixed_float16", back="float32")}, "products in float16"),
         ("mixed-dynamic", {"model": under("float32")}, "float32"),
         ("mixed-static", {"model": under("float32", back="mixed_float16")}, "float32 5"),
         ("mixed-static", {"model": under("mixed_bfloat16", back="mixed_float16")}, "products in bfloat16"),
-        ("mixed-bf16", {"model": lambda: mlp("float32")}, "nothing of weight computes in bfloat16"),
-        ("mixed-keras", {"model": pinned_but_normalised}, "nothing of weight computes in float16"),
-        ("mixed-unscaled", {"model": casting}, "nothing of weight computes in float16"),
+        ("mixed-bf16", {"model": lambda: mlp("float32")}, "promises to compute in bfloat16"),
+        ("mixed-keras", {"model": pinned_but_normalised}, "promises to compute in float16"),
+        ("mixed-unscaled", {"model": casting}, "promises to compute in float16"),
         ("fp32", {"model": lambda: mlp("float16")}, "products in float16"),
         ("fp32", {"model": lambda: looked_up(dtype="mixed_float16")}, "1 layer in float16 (embedding"),
         ("fp32", {"model": lambda: halfway("float16")}, "/Cast in float16"),
         ("mixed-bf16", {"model": lambda: halfway("float16")}, "/Cast in float16"),
-        ("graph-rewrite", {"model": lambda: halfway("bfloat16")}, "/Cast in bfloat16"),
         ("fp32", {"model": lambda: mlp("float64")}, "products in float64"),
-        ("mixed-bf16", {"model": lambda: mlp("float64")}, "products in float64"),
         ("fp32", {"loss": loss_with_a_product(tf.bfloat16)}, "products in bfloat16"),
-        ("fp32", {"optimizer": after(lambda: keras.config.set_dtype_policy("mixed_float16"), adam)}, "dtype policy"),
+        ("fp32", {"optimizer": after(low_policy, adam)}, "dtype policy"),
         ("fp32", {"model": after(lambda: keras.config.set_floatx("float64"), mlp)}, "floatx is float64"),
         ("fp32", {"data": after(lambda: keras.config.set_floatx("float16"), lambda: DATA)}, "floatx is float16"),
         ("fp32", {"model": after(tf32_on, mlp)}, "TF32 is on, not off"),
@@ -220,7 +163,7 @@ def tf32_off():
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_row_that_would_stand_under_the_name_of_another_precision_is_invalid(trained, mode, parts, found):
+def test_row_of_another_precision_than_the_modes_is_invalid(mode, parts, found):
     record = trained(mode, **parts)
     assert record["status"] == "invalid"
     assert found in record["status_reason"]
@@ -230,13 +173,19 @@ def test_row_that_would_stand_under_the_name_of_another_precision_is_invalid(tra
 
 
 def one_hot():
-    """Keras makes its weights only when it sees data: the shape of the first layer's output is not told before."""
+    """Keras creates its weights only from data, since the output shape of the first layer is unknown before."""
     coded = L.Lambda(lambda x: tf.one_hot(tf.cast(x > 0, tf.int32), 2))
-    return keras.Sequential([keras.Input((6,)), coded, L.Flatten(), L.Dense(4), L.Dense(3, dtype="float32")])
+    return sequential(coded, L.Flatten(), L.Dense(4))
+
+
+def change_settings():
+    keras.config.set_dtype_policy("mixed_float16")
+    tf32_on()
+    rewrite()
 
 
 def elementwise():
-    return keras.Sequential([keras.Input((6,)), L.PReLU(), L.Rescaling(2.0)])
+    return sequential(L.PReLU(), last=L.Rescaling(2.0))
 
 
 @pytest.mark.parametrize(
@@ -249,9 +198,7 @@ def elementwise():
         ("mixed-dynamic", {"model": lambda: looked_up(table=Table)}, "float32 3"),
         ("mixed-bf16", {"model": elementwise}, None),
         ("fp32", {"model": elementwise}, None),
-        ("fp32", {"data": after(lambda: keras.config.set_dtype_policy("mixed_float16"), lambda: DATA)}, "float32 5"),
-        ("fp32", {"data": after(tf32_on, lambda: DATA)}, "float32 5"),
-        ("fp32", {"data": after(rewrite, lambda: DATA)}, "float32 5"),
+        ("fp32", {"data": after(change_settings, lambda: DATA)}, "float32 5"),
         ("mixed-bf16", {"data": lambda: Data(*[a.astype(np.float64) for a in (X, X[:, 0] > 0)] * 2)}, None),
         ("fp32", {"data": lambda: Data(*[a.astype(np.float16) for a in (X, X[:, 0] > 0)] * 2)}, None),
         ("mixed-static", {"model": lambda: halfway("float16")}, "float32 3, float16 2"),
@@ -259,7 +206,7 @@ def elementwise():
         ("graph-rewrite", {}, "float32 5"),
     ],
 )
-def test_row_that_is_what_it_says_is_not_invalid(trained, mode, parts, products):
+def test_row_of_the_modes_precision_is_valid(mode, parts, products):
     record = trained(mode, **parts)
     assert record["status"] == "ok", record["status_reason"]
     assert record["product_dtypes"] == products or "data" in parts
@@ -272,9 +219,9 @@ def mixed():
 
 
 class Bare(keras.Model):
-    """A subclassed model without a config: what it does is only in its call."""
+    """A subclassed model without a config: only its code says what it does."""
 
-    def __init__(self, activation=tf.nn.relu, rate=0.1, factor=None):
+    def __init__(self, activation=tf.nn.relu, rate=0.1):
         super().__init__()
         self.hidden, self.head, self.drop = L.Dense(5), L.Dense(3, dtype="float32"), L.Dropout(rate)
         self.activation = activation
@@ -309,11 +256,11 @@ def with_another_term(labels, outputs):
 
 
 def logits_of_the_mode():
-    return keras.Sequential([keras.Input((6,)), L.Dense(5, activation="relu"), L.Dense(3)])
+    return sequential(L.Dense(5, activation="relu"), last=L.Dense(3))
 
 
 def custom_adam(**attributes):
-    """An optimizer whose config does not tell its settings."""
+    """An optimizer whose config lacks its settings."""
 
     class Mine(keras.optimizers.SGD):
         def __init__(self):
@@ -339,7 +286,7 @@ def custom_adam(**attributes):
         ({"loss": smoothed}, "loss ("),
     ],
 )
-def test_workload_that_asks_for_its_mode_is_invalid_in_the_second_one(trained, parts, part):
+def test_workload_that_depends_on_the_mode_is_invalid_in_the_second_one(parts, part):
     same = SameStart()
     assert trained("fp32", same, **parts)["status"] == "ok"
     record = trained("mixed-bf16", same, **parts)
@@ -384,7 +331,7 @@ def drawing_loss(labels, outputs):
         {"loss": drawing_loss},
     ],
 )
-def test_workload_that_is_the_same_in_every_mode_is_left_alone(trained, parts):
+def test_workload_that_is_the_same_in_every_mode_is_valid(parts):
     same = SameStart()
     for mode in ("fp32", "mixed-dynamic"):
         record = trained(mode, same, **parts)

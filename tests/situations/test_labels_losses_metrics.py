@@ -1,4 +1,4 @@
-"""People's labels, losses and metrics as they have them: the right value, or a word before the training."""
+"""Labels, losses and metrics as people have them give the right value, or a message before the training."""
 
 import functools
 
@@ -6,9 +6,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from situations.one_case import blobs, by_fit, dense, split, train, workload
+from support.one_case import Outcome, blobs, by_fit, dense, split, train, workload
 
-from mpscale.workloads import accuracy
+from mpscale.workloads import Data, accuracy
 
 X, Y = blobs()
 ONE_HOT = np.eye(3, dtype=np.float32)[Y]
@@ -16,27 +16,29 @@ BINARY_X, BINARY_Y = blobs(classes=2)
 TARGET = (0.5 * X[:, 0] - 0.25 * X[:, 1] + 2.0).astype(np.float32)
 
 
-def sigmoid_model():
-    return keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, activation="sigmoid", dtype="float32")])
+def ending_in(activation, outputs):
+    layer = functools.partial(keras.layers.Dense, outputs, activation=activation, dtype="float32")
+    return lambda: keras.Sequential([keras.Input((2,)), layer()])
 
 
-def softmax_model():
-    return keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, activation="softmax", dtype="float32")])
-
-
+sigmoid_model, softmax_model = ending_in("sigmoid", 1), ending_in("softmax", 3)
 DENSE = dense()
 FITTED = {}
 
 
+def fitted(data, model, loss):
+    """A training by Keras' own fit, done once for the same labels in whatever shape."""
+    key = (model, loss, float(data.train_y.sum()))
+    if key not in FITTED:
+        FITTED[key] = by_fit(model, data, loss, keras.optimizers.SGD(0.1))
+    return FITTED[key]
+
+
 def accuracy_by_hand(data, model, loss, kind):
-    """Of a training by Keras' own fit, which is one for all that mean the same."""
-    net = FITTED.get((model, loss)) or by_fit(model, data, loss, keras.optimizers.SGD(0.1))
-    FITTED[model, loss] = net
+    net = fitted(data, model, loss)
     outputs, labels = net.predict(data.test_x, verbose=0), data.test_y.reshape(len(data.test_y), -1)
-    if kind == "one logit":
-        return float(np.mean((outputs > 0.0) == labels))
-    if kind == "one probability":
-        return float(np.mean((outputs > 0.5) == labels))
+    if kind != "classes":
+        return float(np.mean((outputs > {"one logit": 0.0, "one probability": 0.5}[kind]) == labels))
     classes = labels.argmax(-1) if labels.shape[1] > 1 else labels[:, 0]
     return float(np.mean(outputs.argmax(-1) == classes))
 
@@ -45,7 +47,7 @@ SPARSE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 class Weighted:
-    """A loss that is an instance with a state of its own."""
+    """A loss that is an instance with state."""
 
     def __init__(self, weight):
         self.weight = weight
@@ -54,12 +56,8 @@ class Weighted:
         return self.weight * tf.nn.sparse_softmax_cross_entropy_with_logits(labels, outputs)
 
 
-def cross_entropy_of_each(labels, logits):
-    return keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
-
-
 def logistic(labels, outputs):
-    """By hand, for labels of any shape."""
+    """Written by hand, for labels of any shape."""
     return tf.reduce_mean(
         tf.nn.sigmoid_cross_entropy_with_logits(tf.cast(tf.reshape(labels, (-1, 1)), tf.float32), outputs)
     )
@@ -84,9 +82,12 @@ def logistic(labels, outputs):
             X, Y, softmax_model, {"loss": "sparse_categorical_crossentropy"}, "sparse_categorical_crossentropy",
             "classes", id="a softmax and a loss by name",
         ),
-        pytest.param(X, Y, DENSE, {"loss": cross_entropy_of_each}, SPARSE, "classes", id="a loss of each example"),
         pytest.param(
-            X, Y, dense(),
+            X, Y, DENSE, {"loss": lambda y, out: keras.losses.sparse_categorical_crossentropy(y, out, True)}, SPARSE,
+            "classes", id="a loss of each example",
+        ),
+        pytest.param(
+            X, Y, DENSE,
             {"loss": functools.partial(keras.losses.sparse_categorical_crossentropy, from_logits=True)}, SPARSE,
             "classes", id="a partial of a loss of Keras",
         ),
@@ -125,8 +126,19 @@ def test_accuracy_is_that_of_keras_own_fit(x, y, model, options, keras_loss, kin
     assert outcome.row["final_accuracy"] == pytest.approx(expected, abs=0.013)  # one example of 80
 
 
-MAE, RMSE = "mean_absolute_error", "root_mean_squared_error"
 COLUMN = TARGET[:, None]
+
+
+def mean_absolute_error(labels, outputs):
+    return np.mean(np.abs(labels - outputs))
+
+
+def root_mean_squared_error(labels, outputs):
+    return np.sqrt(np.mean((labels - outputs) ** 2))
+
+
+MAE, RMSE = mean_absolute_error, root_mean_squared_error
+LINE = dense(1)
 
 
 @pytest.mark.parametrize(
@@ -159,13 +171,13 @@ COLUMN = TARGET[:, None]
     ],
 )  # fmt: skip
 def test_error_of_a_regression_is_that_of_keras_own_fit(labels, loss, metric, expected):
-    """Whatever the shapes: (n,) against (n, 1) broadcasts to a matrix of every label against every output."""
+    """Whatever the shapes: (n,) and (n, 1) would broadcast to a matrix of every label against every output."""
     data = split(X, labels)
     options = {"metric_name": "error", "metric_higher_is_better": False}
-    outcome = train(workload(dense(1), lambda: data, loss=loss, metric=metric, **options))
+    outcome = train(workload(LINE, lambda: data, loss=loss, metric=metric, **options))
     assert (outcome.status, outcome.reason) == ("ok", None)
-    net = by_fit(dense(1), data, "mse", keras.optimizers.SGD(0.1), metrics=[expected])
-    right = net.evaluate(data.test_x, data.test_y, verbose=0)[1]
+    net = fitted(data, LINE, "mse")
+    right = expected(data.test_y.reshape(-1, 1), net.predict(data.test_x, verbose=0))
     assert right < 0.5 * np.std(data.test_y)
     assert outcome.row["metric_value"] == pytest.approx(right, rel=1e-3)
     assert "final_accuracy" not in outcome.row
@@ -177,22 +189,22 @@ TWO_LABELS = (ONE_HOT + ONE_HOT[:, ::-1] > 0).astype(np.float32)
 OWN = {"metric_name": "m", "metric_higher_is_better": True}
 REFUSED = {
     "one-hot labels under the default loss": (ONE_HOT, dense(), {}, "takes class numbers"),
-    "classes from 1": (Y + 1, dense(), {}, "go from 1 to 3, but a model with 3 outputs has classes 0 to 2"),
-    "a class of -1": (Y - 1, dense(), {}, "go from -1 to 1"),
-    "classes that are fractions": (Y / 4, dense(), {}, "go from 0 to 0.5"),
-    "a regression under the default loss": (TARGET, dense(1), {}, "if this is no classification"),
+    "classes from 1": (Y + 1, dense(), {}, "range from 1 to 3, but a model with 3 outputs has classes 0 to 2"),
+    "a class of -1": (Y - 1, dense(), {}, "range from -1 to 1"),
+    "classes that are fractions": (Y / 4, dense(), {}, "range from 0 to 0.5"),
+    "a regression under the default loss": (TARGET, dense(1), {}, "if this is not such a classification"),
     "a regression under the default metric": (TARGET, dense(1), {"loss": "mse"}, "needs labels 0 and 1"),
     "one logit under the default loss": (BINARY_Y, dense(1), {}, "BinaryCrossentropy"),
-    "a softmax under a loss that takes logits": (Y, softmax_model, {}, "last operation is a softmax"),
+    "a softmax under a loss that takes logits": (Y, softmax_model, {}, "ends in a softmax"),
     "a sigmoid under a loss that takes logits": (
-        BINARY_Y, sigmoid_model, {"loss": LOGITS}, "last operation is a sigmoid",
+        BINARY_Y, sigmoid_model, {"loss": LOGITS}, "ends in a sigmoid",
     ),
     "a softmax under a loss of one-hot labels that takes logits": (
         ONE_HOT, softmax_model, {"loss": CATEGORICAL}, "such as loss='categorical_crossentropy'",
     ),
     "a sigmoid under logits by hand": (BINARY_Y, sigmoid_model, {"loss": logistic}, "threshold"),
     "classes for a loss of one-hot labels": (
-        Y, dense(), {"loss": "categorical_crossentropy"}, "take its 'sparse' relative",
+        Y, dense(), {"loss": "categorical_crossentropy"}, "use its 'sparse' relative",
     ),
     "labels that are text": (Y.astype(str), dense(), {}, "labels are text"),
     "labels with a NaN": (np.where(Y == 0, np.nan, Y), dense(), {}, "not finite"),
@@ -212,7 +224,7 @@ REFUSED = {
         Y, dense(), {"metric": lambda y, out: np.full(len(y), 1j), **OWN}, "returned ndarray; it must return",
     ),
     "an accuracy in percent": (
-        Y, dense(), {"metric": lambda y, out: 99.8, "metric_name": "accuracy"}, "from 0 to 1, but returned 99.8",
+        Y, dense(), {"metric": lambda y, out: 99.8, "metric_name": "accuracy"}, "returned 99.8; return a share",
     ),
     "a sparse metric on one-hot labels": (
         ONE_HOT, dense(), {"loss": CATEGORICAL, "metric": keras.metrics.SparseCategoricalAccuracy()},
@@ -222,7 +234,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("labels", "model", "options", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_meant_is_refused_before_the_training(labels, model, options, message):
+def test_what_does_not_fit_is_refused_before_the_training(labels, model, options, message):
     with pytest.raises(ValueError, match=message):
         train(workload(model, lambda: split(X, labels), **options))
 
@@ -240,34 +252,25 @@ def test_what_cannot_be_meant_is_refused_before_the_training(labels, model, opti
     ids=["an object", "an object with a name", "a name", "accuracy", "a function of Keras", "a function by hand"],
 )
 def test_metric_does_not_remember_earlier_evaluations(metric):
-    """A target has the metric looked at on the way; the final one is of the final weights alone."""
+    """With a target the metric is computed on the way too; the final one is of the final weights only."""
     data = split(X, Y[:, None])
     options = {} if not callable(metric) or isinstance(metric, keras.metrics.Metric) else {"metric_name": "accuracy"}
-    outcome = train(workload(dense(), lambda: data, metric=metric, target=1.0, evaluate_every=5, **options))
-    net = by_fit(dense(), data, SPARSE, keras.optimizers.SGD(0.1))
-    right = accuracy(data.test_y, net.predict(data.test_x, verbose=0))
+    outcome = train(workload(DENSE, lambda: data, metric=metric, target=1.0, evaluate_every=5, **options))
+    right = accuracy(data.test_y, fitted(data, DENSE, SPARSE).predict(data.test_x, verbose=0))
     assert outcome.row["metric_value"] == outcome.row["final_accuracy"] == pytest.approx(right, abs=0.013)
 
 
+def test_metric_is_reported_before_the_published_set_is_evaluated(monkeypatch):
+    """A case that dies later keeps it."""
+    events = []
+    monkeypatch.setattr(Outcome, "values", lambda self, values: events.extend(values))
+    data = Data(X[:160], Y[:160], X[160:], Y[160:], X[:7], Y[:7])
+    train(workload(dense(), lambda: data, metric=lambda y, out: events.append(len(y)) or 0.5, **OWN))
+    assert events.index("metric_value") < max(place for place, event in enumerate(events) if event == 7)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_metric_that_is_not_finite_is_a_lost_training(value):
-    options = {"metric": lambda y, out: value, "metric_name": "m", "metric_higher_is_better": True}
-    outcome = train(workload(dense(), lambda: split(X, Y), **options))
+def test_metric_that_is_not_finite_is_a_diverged_training(value):
+    outcome = train(workload(dense(), lambda: split(X, Y), metric=lambda y, out: value, **OWN))
     assert outcome.status == "diverged"
     assert f"the m on the test set was {value}" in outcome.reason
-
-
-@pytest.mark.parametrize(
-    ("labels", "outputs", "threshold", "share"),
-    [
-        ([[0], [1]], [[2.0, 1.0], [2.0, 1.0]], None, 0.5),
-        ([[1, 0], [0, 1]], [[2.0, 1.0], [2.0, 1.0]], None, 0.5),
-        ([0, 1], [[0.4], [0.4]], 0.0, 0.5),
-        ([[0.0], [1.0]], [[0.4], [0.6]], 0.5, 1.0),
-        ([0, 1], [0.4, np.nan], 0.5, 0.5),
-        ([[0, 1], [1, 1]], [[[2.0, 1.0], [0.0, 1.0]], [[2.0, 1.0], [0.0, 1.0]]], None, 0.75),
-        ([[[0], [1]]], [[[2.0, 1.0], [0.0, 1.0]]], None, 1.0),
-    ],
-)
-def test_accuracy_takes_labels_of_every_shape_that_keras_takes(labels, outputs, threshold, share):
-    assert accuracy(np.array(labels), np.array(outputs), threshold) == share

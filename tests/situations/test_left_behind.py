@@ -1,15 +1,11 @@
-"""What a run leaves behind on the machine: its results, and nothing else, whatever becomes of its processes."""
+"""A run leaves its results on the machine and nothing else, whatever becomes of its processes."""
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import time
 from types import SimpleNamespace
 
 import pytest
-from small_suite import ASCII, SUITE, command, environment, pytest_in, write
+from support.small_suite import ASCII, SUITE, pytest_in, write
 
 import mpscale
 
@@ -19,7 +15,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +31,7 @@ def log(text):
 
 
 def data():
-    """Two classes that a line tells apart, kept for the next case where people keep such things."""
+    """Two linearly separable classes, cached for the next case in the folder for temporary files."""
     log(f"{'found' if CACHE.exists() else 'made'} with the arguments {sys.argv[1:]}")
     if not CACHE.exists():
         np.save(CACHE, np.random.default_rng(7).normal(size=(600, 4)))
@@ -63,18 +58,12 @@ def dies(labels, outputs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def waits(labels, outputs):
-    log("waits")
-    time.sleep(120)
-
-
 def make(name, **options):
     return mpscale.workload(name, data=data, optimizer=sgd, batch_size=20, train_steps=30, **options)(line)
 
 
 größe = make("größe")
 killed = make("killed", metric=dies, metric_name="m", metric_higher_is_better=True)
-slow = make("slow", metric=waits, metric_name="m", metric_higher_is_better=True)
 '''
 
 
@@ -90,7 +79,7 @@ QUICK = ("../suite", "--rootdir=..", "--import-mode=importlib", "--mp-timing=0.0
 
 @pytest.fixture(scope="module", params=["fork", pytest.param("fresh", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
-    """Two workloads, one of which kills its process, on a terminal that knows ASCII or Latin-1 alone."""
+    """Two workloads, one of which kills its process, on a terminal that only knows ASCII or Latin-1."""
     folder = tmp_path_factory.mktemp(request.param)
     variables = suite(folder) | (ASCII if request.param == "fork" else {"PYTHONIOENCODING": "latin-1"})
     options = ["--mp-workloads=beside:größe,beside:killed", f"--mp-start-method={request.param}"]
@@ -101,15 +90,15 @@ def run(request, tmp_path_factory):
     return SimpleNamespace(folder=folder, output=done.stdout, run=mpscale.read_run(path), method=request.param)
 
 
-def test_a_workload_beside_the_suite_is_trained_though_pytest_is_called_elsewhere(run):
+def test_a_workload_beside_the_suite_is_found_when_pytest_is_called_elsewhere(run):
     statuses = run.run.cases.groupby("workload")["status"].unique().explode().to_dict()
     assert statuses == {"beside:größe": "ok", "beside:killed": "crashed"}
     assert set(run.run.cases["start_method"]) == {run.method}
     assert f"is in {run.folder}/suite/part/beside.py" in run.output
 
 
-def test_generated_files_go_and_a_cache_of_the_users_own_stays(run):
-    # The case that was killed could not clear up behind itself.
+def test_generated_files_go_and_the_users_cache_stays(run):
+    # The killed case could not clean up after itself.
     left = {path.name for path in (run.folder / "tmp").rglob("*")}
     assert {name for name in left if not name.startswith("user-")} == {"cache.npy"}
     assert len([name for name in left if name.startswith("user-")]) == run.output.count("crashed, killed by SIGKILL")
@@ -122,7 +111,7 @@ def test_a_worker_runs_the_exit_handlers_of_its_case_and_has_no_arguments(run):
     assert said.count("found with the arguments []") == len(run.run.cases) - 1
 
 
-def test_a_terminal_without_a_character_shows_another_and_every_line(run):
+def test_a_terminal_that_lacks_a_character_shows_a_substitute_and_every_line(run):
     shown = {"fork": r"beside:gr\xf6\xdfe", "fresh": "beside:größe"}[run.method]
     lines = run.output.splitlines()
     assert any(f"] {shown} fp32 seed 0: ok, " in line for line in lines)
@@ -132,35 +121,8 @@ def test_a_terminal_without_a_character_shows_another_and_every_line(run):
     assert [line for line in lines if "\\n" in line] == []
 
 
-def test_files_are_utf8_whatever_the_terminal_is(run):
+def test_files_are_utf8_on_any_terminal(run):
     folder = run.run.path
     for name in ("report.md", "report.html", "cases.csv", "summary.csv"):
         assert "beside:größe" in (folder / name).read_text(encoding="utf-8")
     assert len(run.run.steps("beside+größe--fp32--s0--r0")) == 30
-
-
-def test_a_run_that_is_terminated_ends_like_one_that_the_user_stops(tmp_path):
-    variables = suite(tmp_path)
-    process = subprocess.Popen(
-        command(*QUICK, "--mp-workloads=beside:slow", "--mp-seeds=1"),
-        cwd=tmp_path / "called",
-        env=environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-    )
-    try:
-        end = time.monotonic() + 120
-        while "waits" not in ((tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""):
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 2, output
-    assert {path.name for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("user-")} == {"cache.npy"}
-    (folder,) = (tmp_path / "results" / "runs").iterdir()
-    assert json.loads((folder / "journal.jsonl").read_text().splitlines()[-1])["event"] == "run_finished"
-    assert mpscale.read_run(folder).cases["status"].tolist() == ["interrupted"]
-    assert (folder / "report.html").exists()

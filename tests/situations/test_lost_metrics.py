@@ -1,7 +1,7 @@
-"""Seeds that ended without a metric, died, or never ran: no verdict, gate, sentence or picture may read as if they had.
+"""Seeds that ended without a metric, died or never ran: no verdict, gate, sentence or picture may treat them as good.
 
-The differences to fp32 are 0 over equal seeds, so by hand the verdict is `non-inferior` where all seeds are known, and
-whatever a missing or lost seed makes of it elsewhere.
+Over equal seeds the differences to fp32 are 0, so the verdict is `non-inferior` if all seeds are known, and whatever a
+missing or lost seed makes of it otherwise.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import json
 import math
 
 import pytest
-from runfolder import GPU, finished, record, write_run, write_steps
+from support.runfolder import GPU, finished, record, write_run, write_steps
 
 from mpscale.analysis.compare import compare
 from mpscale.analysis.gates import exit_code, judge_gates, parse_gates
 from mpscale.analysis.history import make_history
-from mpscale.analysis.runs import cases_frame, read_run
-from mpscale.analysis.summary import plain_rows, summarise
+from mpscale.analysis.summary import summarise
 from mpscale.cli import main
-from mpscale.columns import METHOD_VERSION
-from mpscale.harness.case import Settings, series_key
-from mpscale.modes import MODES
-from mpscale.records import to_csv
-from mpscale.report import github_summary, words
-from mpscale.report.build import rebuild
-from mpscale.report.document import document
-from mpscale.report.gains_figure import gains
+from mpscale.core.case import Settings, series_key
+from mpscale.core.columns import METHOD_VERSION
+from mpscale.core.mode import MODES
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import to_csv
+from mpscale.core.runs import cases_frame, read_run
+from mpscale.report import document as github_summary
+from mpscale.report import document as words
+from mpscale.report.document import document, render
+from mpscale.report.files import rebuild
 from mpscale.report.history import render as render_history
-from mpscale.report.markdown import render
-from mpscale.report.training_figure import training
+from mpscale.report.run_figures import gains, training
 
 NAN = math.nan
 GOOD = (0.9, 0.9, 0.9, 0.9, 0.9)
@@ -48,7 +48,7 @@ def trainings(mode, values, workload="toy", **more):
         one = record(mode, seed, workload=workload, **{**facts, **more})
         if not isinstance(value, str):
             one.update({"metric_value": value})
-            one.miss("metric_value", "not finite")
+            one.miss("metric_value", Reason(Code.OTHER, "not finite"))
         found.append(one)
     return found
 
@@ -58,7 +58,7 @@ def run_of(tmp_path, *records, name="a", **options):
 
 
 def row_of(records, mode="mixed-dynamic"):
-    return {row["mode"]: row for row in plain_rows(summarise(cases_frame(records)))}[mode]
+    return {row["mode"]: row for row in summarise(records)}[mode]
 
 
 LOST_OR_NOT = [
@@ -116,7 +116,7 @@ def test_the_gate_on_the_metric_of_a_later_run(tmp_path, capsys, before, after, 
 
 
 @pytest.mark.parametrize("gate", ["missing", "metric"])
-def test_a_seed_that_was_planned_and_not_started_is_no_seed_that_did_well(tmp_path, gate):
+def test_a_seed_that_was_planned_and_not_started_did_not_do_well(tmp_path, gate):
     before = run_of(tmp_path, *trainings("fp32", GOOD), name="before")
     planned = [one["case_id"] for one in trainings("fp32", GOOD)]
     after = run_of(tmp_path, *trainings("fp32", GOOD[:3]), name="after", planned=planned, finish=False)
@@ -135,7 +135,7 @@ def test_a_table_alone_does_not_say_whether_a_seed_was_planned(tmp_path):
     assert (finding.outcome, "seeds 3, 4 have no row" in finding.text) == ("cannot-tell", True)
 
 
-def test_a_new_row_of_nothing_but_nan_is_not_passed_over(tmp_path):
+def test_a_new_row_with_only_nan_is_not_skipped(tmp_path):
     before = run_of(tmp_path, *trainings("fp32", GOOD), name="before")
     after = run_of(tmp_path, *trainings("fp32", GOOD), *trainings("mixed-dynamic", (NAN,) * 5), name="after")
     outcomes = {f.row[1]: f.outcome for f in judge_gates(compare(before, after), parse_gates(["metric"]))}
@@ -143,7 +143,7 @@ def test_a_new_row_of_nothing_but_nan_is_not_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("gate", ["metric", "step_time>5%", "overflow_rate>0.01"])
-def test_a_row_that_failed_in_the_baseline_is_not_passed_over(tmp_path, gate):
+def test_a_row_that_failed_in_the_baseline_is_not_skipped(tmp_path, gate):
     known = {"overflow_steps": 0, "attempted_steps": 10}
     fp32 = [*trainings("mixed-static", GOOD, **known)]
     before = run_of(tmp_path, *fp32, *trainings("mixed-dynamic", ("oom",) * 5), name="before")
@@ -166,7 +166,7 @@ def test_a_row_that_failed_in_the_baseline_is_not_passed_over(tmp_path, gate):
         ),
     ],
 )  # fmt: skip
-def test_what_rows_do_not_agree_on_is_not_taken_from_the_first(more, there, verdict, said):
+def test_facts_on_which_rows_disagree_are_not_taken_from_the_first(more, there, verdict, said):
     mixed = trainings("mixed-dynamic", GOOD, **there)
     mixed[4] = trainings("mixed-dynamic", GOOD, **more)[4]
     row = row_of([*trainings("fp32", GOOD, **there), *mixed])
@@ -174,7 +174,7 @@ def test_what_rows_do_not_agree_on_is_not_taken_from_the_first(more, there, verd
     assert said in row["metric_reason"]
 
 
-def test_what_costs_a_mode_nothing_because_it_was_lost_is_not_its_cost():
+def test_lost_trainings_do_not_lower_the_cost_of_a_mode():
     quick = {"gpu_energy_j_per_step": 0.1, "gpu_memory_nvml_peak_mib": 10.0, "step_time_ms_median": 0.1}
     usual = {"gpu_energy_j_per_step": 4.0, "gpu_memory_nvml_peak_mib": 900.0, "step_time_ms_median": 3.0}
     records = [*trainings("fp32", GOOD[:2], **usual), *trainings("mixed-dynamic", (0.9, NAN), **usual)]
@@ -187,7 +187,7 @@ def test_what_costs_a_mode_nothing_because_it_was_lost_is_not_its_cost():
     assert (row["speedup_fp32"], row["gpu_energy_ratio"], row["gpu_memory_ratio"]) == (None, None, None)
 
 
-def test_memory_is_no_ratio_where_a_process_ran_out_of_it():
+def test_memory_has_no_ratio_if_a_process_ran_out_of_it():
     some = {"gpu_memory_nvml_peak_mib": 900.0}
     for fp32, mixed in (((0.9, "oom"), GOOD[:2]), (GOOD[:2], (0.9, "oom"))):
         row = row_of([*trainings("fp32", fp32, **some), *trainings("mixed-dynamic", mixed, **some)])
@@ -195,7 +195,7 @@ def test_memory_is_no_ratio_where_a_process_ran_out_of_it():
         assert row["gpu_memory_ratio"] is None
 
 
-def test_figures_of_some_processes_say_of_how_many(tmp_path):
+def test_figures_of_some_processes_say_how_many(tmp_path):
     """Memory, energy and overflow that NVML or a case did not tell, beside those that are known."""
     known = {
         "gpu_memory_nvml_peak_mib": 900.0, "gpu_energy_j_per_step": 4.0, "overflow_steps": 0, "attempted_steps": 100,
@@ -211,7 +211,7 @@ def test_figures_of_some_processes_say_of_how_many(tmp_path):
     assert "| 4.00 (2 of 3 processes)" in text
 
 
-def test_runs_of_two_machines_side_by_side_say_of_how_many_processes_a_figure_is(tmp_path, capsys):
+def test_runs_of_two_machines_side_by_side_say_how_many_processes_a_figure_has(tmp_path, capsys):
     known = {"gpu_memory_nvml_peak_mib": 900.0}
     paths = []
     for name, device in (("a", "One GPU"), ("b", "Another GPU")):
@@ -281,14 +281,14 @@ def test_a_gate_on_a_cost_does_not_pass_on_the_survivors(tmp_path, column, gate,
 def test_the_sentences_of_a_run_that_lost_seeds(tmp_path):
     fp32 = trainings("fp32", GOOD)
     run = run_of(tmp_path, *fp32, *trainings("mixed-dynamic", (*GOOD[:4], NAN)), *trainings("mixed-static", (NAN,) * 5))
-    for text in (words.findings(run), github_summary.render(run)):
+    for text in (words.findings(run), github_summary.github_summary(run)):
         assert "Every case ended well" not in text
         assert "6 of 15 cases did not end well" in text
         assert "accuracy 90.00 % over 4 of 5 seeds, no different from fp32 (4 seeds, worse: lost seed 4" in text
         assert "no accuracy, worse: lost seeds 0, 1, 2, 3, 4" in text
         assert "no training ended well, so no step time counts" in text
         assert "non-inferior" not in text
-    assert "| toy--mixed-dynamic--s4--r0 | diverged" in github_summary.render(run)
+    assert "| toy--mixed-dynamic--s4--r0 | diverged" in github_summary.github_summary(run)
     report = render(document(run))
     assert "90.00 % (4 of 5 seeds)" in report
     assert "trained to the end, and has no accuracy: not finite" in report
@@ -316,14 +316,14 @@ def test_a_speed_over_what_is_left_of_the_baseline_says_so(tmp_path):
     assert "1.00 times the speed of fp32 (4 of 5 processes) (95 % interval" in words.findings(run)
 
 
-def test_seeds_that_reached_a_target_are_of_all_that_were_to(tmp_path):
+def test_seeds_that_reached_a_target_are_counted_out_of_all_planned(tmp_path):
     cases = trainings("fp32", (0.9, 0.9, "oom", NAN), metric_target=0.8)
     for one in (*cases[:2], cases[3]):  # the last one passed it on its way to NaN
         one.update({"steps_to_target": 10})
     assert "| 2 of 4" in render(document(run_of(tmp_path, *cases)))
 
 
-def test_pictures_tell_what_is_not_in_them(tmp_path):
+def test_pictures_say_what_is_missing(tmp_path):
     cases = [
         *trainings("fp32", (*GOOD[:4], "oom")),
         *trainings("mixed-dynamic", (*GOOD[:4], NAN)),
@@ -340,7 +340,7 @@ def test_pictures_tell_what_is_not_in_them(tmp_path):
     assert "No metric drawn of toy, mixed-bf16" in picture.caption
     assert "Hollow: some seeds or processes are not in it" in picture.caption
     drawn = training(run)
-    assert "A triangle is the last finite loss of a seed (1 of them)" in drawn.caption
+    assert "A star is the last finite loss of a seed (1 of them)" in drawn.caption
     assert "Failed or not started, and so not in it: 1 training." in drawn.caption
     assert 'id="lost-1"' in drawn.svg
 
@@ -364,7 +364,7 @@ def test_a_history_says_which_seeds_a_value_lacks(tmp_path):
 
 
 @pytest.mark.parametrize("quantity", ["step_time", "speedup", "overflow_rate"])
-def test_a_history_of_costs_does_too(tmp_path, quantity):
+def test_a_history_of_costs_says_so_too(tmp_path, quantity):
     known = {"overflow_steps": 1, "attempted_steps": 10}
     cases = [*trainings("fp32", GOOD), *trainings("mixed-dynamic", (*GOOD[:3], "timeout", NAN), **known)]
     cases[8].update({"overflow_steps": None})
@@ -373,7 +373,7 @@ def test_a_history_of_costs_does_too(tmp_path, quantity):
     assert ("seed 4: diverged" in point.reason) == (quantity != "overflow_rate")
 
 
-def test_what_is_said_of_a_lost_training_goes_into_the_table_that_others_read(tmp_path):
+def test_a_lost_training_is_diverged_in_the_table_that_others_read(tmp_path):
     path = write_run(tmp_path, finished([*trainings("fp32", GOOD), *trainings("mixed-dynamic", (*GOOD[:4], NAN))]))
     rebuild(path)
     assert [one["status"] for one in read_run(path / "cases.csv").records][-2:] == ["ok", "diverged"]
@@ -387,5 +387,5 @@ def test_what_is_said_of_a_lost_training_goes_into_the_table_that_others_read(tm
         pytest.param([*trainings("fp32", GOOD), record(seed=9, status="oom")], id="a case that failed"),
     ],
 )  # fmt: skip
-def test_what_is_no_lost_training(records):
+def test_trainings_that_are_not_lost(records):
     assert "diverged" not in list(cases_frame(records)["status"])

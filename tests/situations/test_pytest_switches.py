@@ -1,18 +1,17 @@
-"""Plug-ins of pytest that people switch off or on: a run goes on without them, or says which one it needs."""
+"""pytest plug-ins switched off: a run works without them, or says which one it needs."""
 
 from __future__ import annotations
 
 import functools
 
 import pytest
-from small_suite import SUITE, pytest_here, write
+from support.small_suite import SUITE, pytest_here, write
 
 
 @pytest.fixture
 def called(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, suite___test_it=SUITE + "\n\ndef test_plain():\n    pass\n")
-
     return functools.partial(pytest_here, tmp_path, "suite")
 
 
@@ -38,6 +37,7 @@ def test_without_pytest_benchmark_a_case_says_what_to_do(called, options):
     [
         ("-p", "no:benchmark", "-k", "plain"),
         ("--benchmark-skip",),
+        ("-p", "no:terminal", "--benchmark-skip"),
         ("-p", "no:terminal", "-k", "plain"),
         ("-p", "no:cacheprovider", "-k", "plain"),
         ("-p", "no:xdist", "-k", "plain"),
@@ -45,12 +45,7 @@ def test_without_pytest_benchmark_a_case_says_what_to_do(called, options):
     ],
     ids=" ".join,
 )
-def test_where_no_case_runs_nothing_is_missing(called, options):
+def test_if_no_case_runs_no_plug_in_is_needed(called, options):
     code, said = called(*options)
     assert code == pytest.ExitCode.OK, said
     assert "INTERNALERROR" not in said
-
-
-def test_without_a_terminal_a_case_is_planned_and_found(called):
-    code, said = called("-p", "no:terminal", "--benchmark-skip")
-    assert code == pytest.ExitCode.OK, said

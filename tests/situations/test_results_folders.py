@@ -1,22 +1,21 @@
-"""Results folders that cannot hold a run: known before the first case, and nothing is left of the attempt."""
+"""Results folders that cannot hold a run: this is found out before the first case, and the attempt leaves nothing."""
 
 from __future__ import annotations
 
 import errno
 import functools
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
-from small_suite import SUITE, pytest_here, write
+from support.small_suite import SUITE, pytest_here, write
 
-from mpscale.paths import folder, why_not_writable
+from mpscale.config import folder, why_not_writable
 
 
 @pytest.fixture
 def called(tmp_path, monkeypatch):
-    """Calls pytest on a suite, in a folder with all that can be in the way; exit code and what was said."""
+    """Run pytest on a suite, in a folder with everything that can be in the way; return exit code and output."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path, suite___test_it=SUITE)
     (tmp_path / "file").write_text("")
@@ -33,16 +32,16 @@ def called(tmp_path, monkeypatch):
         ("/proc/nope", "No such file or directory"),
         ("/proc/self/nope/deeper", "No such file or directory"),
         ("/sys/nope", ""),
-        ("file", "something else has this name"),
-        ("file/below/it", "something else has this name"),
-        ("/dev/full", "something else has this name"),
+        ("file", "it exists and is not a folder"),
+        ("file/below/it", "it exists and is not a folder"),
+        ("/dev/full", "it exists and is not a folder"),
         ("circle", ""),
         ("broken", "/proc/nowhere"),
-        ("held", "something else has this name"),
+        ("held", "it exists and is not a folder"),
         ("n" * 300, "File name too long"),
     ],
 )
-def test_it_is_wrong_use_before_anything_runs(called, given, why):
+def test_an_unusable_folder_is_a_usage_error_before_anything_runs(called, given, why):
     code, said = called(f"--mp-results={given}")
     assert code == pytest.ExitCode.USAGE_ERROR
     assert "ERROR: --mp-results: " in said
@@ -52,7 +51,7 @@ def test_it_is_wrong_use_before_anything_runs(called, given, why):
 
 
 @pytest.mark.parametrize("given", ["", "~nobody-knows-me/results"])
-def test_what_can_be_no_folder_is_refused(called, given):
+def test_text_that_cannot_name_a_folder_is_refused(called, given):
     code, said = called(f"--mp-results={given}")
     assert code == pytest.ExitCode.USAGE_ERROR
     assert "argument --mp-results: " in said
@@ -71,31 +70,18 @@ def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path):
     assert why_not_writable(Path(os.path.realpath(tmp_path / "link")) / "runs") is None
 
 
-class Full:
-    """A file on a file system that has no room left, as the write finds out."""
-
-    def __init__(self, code):
-        self.code = code
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def write(self, _):
-        raise OSError(self.code, os.strerror(self.code))
-
-
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO], ids=os.strerror)
-def test_a_file_system_without_room_is_noticed(tmp_path, monkeypatch, code):
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full(code))
+def test_a_full_file_system_is_noticed(tmp_path, monkeypatch, code):
+    def refuse(_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
     assert why_not_writable(tmp_path / "new" / "runs") == f"{tmp_path}/new/runs: {os.strerror(code)}"
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES], ids=os.strerror)
-def test_a_file_system_that_takes_nothing_is_noticed(tmp_path, monkeypatch, code):
+def test_a_read_only_file_system_is_noticed(tmp_path, monkeypatch, code):
     def refuse(self, *_, **__):
         raise OSError(code, os.strerror(code), str(self))
 

@@ -1,4 +1,4 @@
-"""Terminals that are not UTF-8: every command says all that it has to say. Files are UTF-8 whatever the terminal is."""
+"""Every command prints everything on terminals that are not UTF-8. Files are UTF-8 on any terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import sys
 
 import pytest
-from runfolder import NAME, finished, record, write_run
+from support.runfolder import NAME, finished, record, write_run
 
 from mpscale import terminal
 from mpscale.cli import main
@@ -17,7 +17,7 @@ ENCODINGS = ["ascii", "latin-1", "cp1252", "utf-8"]
 
 
 class Terminal(io.TextIOWrapper):
-    """What a process has as standard output under PYTHONIOENCODING."""
+    """Standard output of a process under PYTHONIOENCODING."""
 
     def __init__(self, encoding):
         super().__init__(io.BytesIO(), encoding=encoding, errors="strict", newline="\n")
@@ -29,7 +29,7 @@ class Terminal(io.TextIOWrapper):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """Two runs, with letters that not every terminal has in all names, and with bytes in a reason that are no text."""
+    """Two runs whose names have letters that some terminals lack, and a reason with undecodable bytes."""
     for name, time in ((NAME, 2.0), (NAME.replace("0405", "0505"), 2.5)):
         made = [
             record(
@@ -87,7 +87,7 @@ def as_shown(text, encoding):
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
-def test_every_command_says_on_every_terminal_what_it_says_on_one_with_utf8(project, run, arguments):
+def test_every_command_prints_the_same_on_every_terminal(project, run, arguments):
     code, whole, _ = run("utf-8", *arguments)
     for encoding in ENCODINGS:
         assert run(encoding, *arguments)[:2] == (code, as_shown(whole, encoding))
@@ -121,12 +121,12 @@ def test_a_file_is_utf8_whatever_the_terminal_is(project, run, encoding):
         ("grün", None, "grün"),
     ],
 )
-def test_what_a_terminal_lacks_is_shown_by_something_else(text, encoding, shown):
+def test_characters_that_a_terminal_lacks_are_replaced(text, encoding, shown):
     stream = io.StringIO() if encoding is None else Terminal(encoding)
     assert terminal.printable(text, stream) == shown
 
 
 @pytest.mark.parametrize("typed", ["größe", "日本", "plain", "m:größe"])
-def test_a_name_is_what_was_typed_also_where_python_takes_the_terminal_for_ascii(monkeypatch, typed):
+def test_a_name_is_what_was_typed_even_if_python_takes_the_terminal_for_ascii(monkeypatch, typed):
     monkeypatch.setattr(terminal.os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
     assert terminal.as_typed(typed.encode().decode("ascii", "surrogateescape")) == typed

@@ -1,4 +1,4 @@
-"""Gradients whose shape is known only at run time: an Embedding under jit, a batch of any length, ragged input."""
+"""Gradients of shapes that are known only at run time: of an Embedding under XLA, ragged input, any batch length."""
 
 import functools
 
@@ -8,11 +8,10 @@ import pytest
 import tensorflow as tf
 
 from mpscale.scaling import DynamicLossScale, LogMaxLossScale, LossScaleOptimizer, NoLossScale, StaticLossScale
-from mpscale.scaling.finite import all_finite, finite_and_largest, nonfinite_flags
-from mpscale.scaling.gradients import unscaled
+from mpscale.scaling.gradients import all_finite, finite_and_largest, nonfinite_flags, unscaled
 
 WORDS = 20
-TOKENS = np.random.default_rng(0).integers(0, WORDS, (22, 5))  # Fewer than a batch of 32, so no length is fixed.
+TOKENS = np.random.default_rng(0).integers(0, WORDS, (22, 5))  # Fewer than a batch of 32, so the length is not fixed.
 LABELS = (TOKENS.sum(1) % 2).astype("float32")
 
 
@@ -53,21 +52,18 @@ def fitted_by_keras(inner):
     return fitted(keras.optimizers.LossScaleOptimizer(INNER[inner](), initial_scale=2.0**14))
 
 
+SLOW = [
+    ("Adam with clipnorm", LogMaxLossScale(minimum=2.0**14), {"blame": True}),
+    ("SGD with momentum and global_clipnorm", StaticLossScale(2.0**14, skip_nonfinite=False), {}),
+    ("gradient accumulation", DynamicLossScale(2.0**14), {"skip": "gate", "blame": True}),
+]
+
+
 @pytest.mark.parametrize(
     ("inner", "loss_scale", "options"),
-    [
-        ("Adam", DynamicLossScale(2.0**14), {}),
-        pytest.param("Adam with clipnorm", LogMaxLossScale(minimum=2.0**14), {"blame": True}, marks=pytest.mark.slow),
-        pytest.param(
-            "SGD with momentum and global_clipnorm", StaticLossScale(2.0**14, skip_nonfinite=False), {},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "gradient accumulation", DynamicLossScale(2.0**14), {"skip": "gate", "blame": True}, marks=pytest.mark.slow
-        ),
-    ],
+    [("Adam", DynamicLossScale(2.0**14), {}), *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)],
     ids=str,
-)  # fmt: skip
+)
 def test_embeddings_train_as_with_keras_own(mixed_float16, inner, loss_scale, options):
     ours = fitted(LossScaleOptimizer(INNER[inner](), loss_scale, **options))
     for a, b in zip(ours, fitted_by_keras(inner), strict=True):
@@ -75,7 +71,7 @@ def test_embeddings_train_as_with_keras_own(mixed_float16, inner, loss_scale, op
 
 
 def test_ragged_tokens_train_as_with_keras_own():
-    """Without XLA, which knows no ragged tensors."""
+    """Without XLA, which does not support ragged tensors."""
     tokens = tf.RaggedTensor.from_row_lengths(TOKENS[:2].reshape(-1), np.array([3, 1, 6]))
 
     def trained(optimizer):
@@ -109,7 +105,7 @@ SHAPES = {
 @pytest.mark.parametrize("jit", [True, False], ids=["XLA", "graph"])
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 def test_finite_check_of_two_lengths(shapes, jit):
-    """Elementwise they cannot be combined: one has three rows, the other five, and the NaN is in the last of these."""
+    """They cannot be combined elementwise: one has three rows and the other five, with the NaN in the last."""
 
     @tf.function(jit_compile=jit, input_signature=[tf.TensorSpec(shape) for shape in shapes])
     def look(short, long):
@@ -137,7 +133,7 @@ def test_finite_check_of_two_lengths(shapes, jit):
 
 @pytest.mark.parametrize("jit", [True, False], ids=["XLA", "graph"])
 @pytest.mark.parametrize("empty", [(0, 8), (3, 0), (0,)], ids=str)
-def test_tensors_that_turn_out_to_be_empty_say_nothing(empty, jit):
+def test_tensors_that_turn_out_to_be_empty_count_as_finite(empty, jit):
     @tf.function(jit_compile=jit, input_signature=[tf.TensorSpec([None] * len(empty)), tf.TensorSpec((None, None))])
     def look(nothing, something):
         return (*finite_and_largest([nothing, something]), *finite_and_largest([nothing]), all_finite([nothing]))
@@ -147,8 +143,8 @@ def test_tensors_that_turn_out_to_be_empty_say_nothing(empty, jit):
 
 
 @pytest.mark.parametrize("hidden", [True, False], ids=["the infinity is left out", "the infinity is kept"])
-def test_rows_that_a_mask_leaves_under_xla(hidden):
-    """Their number is not known even when XLA compiles."""
+def test_rows_selected_by_a_mask_under_xla(hidden):
+    """Not even XLA knows their number when it compiles."""
 
     @tf.function(jit_compile=True)
     def look(rows, mask):
@@ -167,7 +163,7 @@ DENSE = ROWS[0]
 
 
 def by_hand(momentum, window):
-    """Table and vector after six micro-batches, the third with an infinity, in float64."""
+    """Table and vector after six micro-batches, the third with an infinity, computed in float64."""
     table, vector = TABLE.copy(), np.ones(3)
     gradients = np.zeros((6, 3))
     np.add.at(gradients, INDICES, ROWS)
@@ -185,7 +181,7 @@ def by_hand(momentum, window):
 @pytest.mark.parametrize("skip", ["branch", "gate"])
 @pytest.mark.parametrize(("momentum", "window"), [(0.0, 1), (0.9, 1), (0.9, 2)], ids=["SGD", "momentum", "window of 2"])
 def test_slices_without_dense_shape_and_gradients_of_unknown_rank(jit, skip, momentum, window):
-    """Keras' own raises for slices that do not say how many rows there are."""
+    """Keras' own optimizer raises an error for slices that do not say how many rows there are."""
     variables = [keras.Variable(TABLE.astype(np.float32)), tf.Variable(np.ones(3, np.float32))]
     inner = keras.optimizers.SGD(0.1, momentum=momentum, gradient_accumulation_steps=window if window > 1 else None)
     optimizer = LossScaleOptimizer(inner, DynamicLossScale(8.0), skip=skip, blame=True)

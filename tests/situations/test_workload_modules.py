@@ -1,4 +1,4 @@
-"""Modules with workloads as people write and install them: broken ones, and ones that lie in all sorts of places."""
+"""Workload modules as people write and install them: broken ones, and ones in all sorts of places."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import importlib
 import os
 
 import pytest
-from small_suite import SUITE, WORKLOAD, forget, pytest_here, write
+from support.small_suite import SUITE, WORKLOAD, forget, pytest_here, write
 
 from mpscale.cli import main
 from mpscale.workloads import registry
 
 BROKEN = {
-    "sys.exit": ("import sys\nsys.exit(3)\n", r"its import called sys.exit\(3\)"),
+    "sys.exit": ("import sys\nsys.exit(3)\n", r"importing it called sys.exit\(3\)"),
     "exit with a text": ("raise SystemExit('no data here')\n", r"sys.exit\('no data here'\)"),
     "argparse": (
         "import argparse\nargparse.ArgumentParser().parse_args(['--unknown'])\n",
@@ -36,14 +36,14 @@ BROKEN = {
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty folder, in which pytest is called."""
+    """An empty folder, in which pytest runs."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A folder of installed packages, and a way to install one: its module, and what it offers."""
+    """Install a package with one module and its entry points into a folder on Python's path."""
     folder = tmp_path / "site"
     monkeypatch.syspath_prepend(folder)
 
@@ -72,8 +72,10 @@ def test_a_broken_package_takes_nothing_else_down(site, capsys, text, reason):
     site("good", module, **offers)
     assert registry.get("mnist1d-mlp").name == "mnist1d-mlp"
     assert registry.get("good").name == "good"
-    assert list(registry.available())[-1] == "good"
-    with pytest.raises(registry.UnknownWorkload, match=f"(?s)'fine' cannot be had: .*of the package broken.*{reason}"):
+    assert list(registry.offered().workloads)[-1] == "good"
+    with pytest.raises(
+        registry.UnknownWorkload, match=f"(?s)'fine' cannot be loaded: .*of the package broken.*{reason}"
+    ):
         registry.get("fine")
     with pytest.raises(registry.UnknownWorkload, match=f"(?s){reason}"):
         registry.get("broken:w")
@@ -108,10 +110,10 @@ def test_a_name_of_ours_stays_ours(site):
     site("good", module, theirs="good:w")
     assert registry.get("mnist1d-mlp").data is not None
     assert registry.get("mnist1d-mlp").optimizer is not registry.get("good:w").optimizer
-    assert "mpscale's own" in registry.offered().broken["theirs"]
+    assert "mpscale has a workload of that name" in registry.offered().broken["theirs"]
 
 
-def test_a_name_that_two_packages_offer_is_nobodys(site):
+def test_a_name_that_two_packages_offer_is_refused(site):
     for package in ("one", "two"):
         module, offers = good("shared", package)
         site(package, module, **offers)
@@ -167,15 +169,15 @@ def collect(folder, *options):
     return pytest_here(folder, "--co", "-q", *options)
 
 
-def test_what_is_not_found_has_been_looked_for_in_a_named_order(here, monkeypatch):
+def test_the_message_for_a_missing_module_lists_where_it_was_looked_for(here, monkeypatch):
     folder = write(here, suite___test_it=SUITE, called___other="")
     monkeypatch.chdir(folder / "called")
     code, said = collect(here, "../suite", "--rootdir", folder, "--mp-workloads", "nowhere:w")
     assert code == 4
-    assert f"looked for on Python's path, then in {folder}/suite, then in {folder}/called, then in {folder}" in said
+    assert f"mpscale looked on Python's path, then in {folder}/suite, then in {folder}/called, then in {folder}" in said
 
 
-def test_of_two_files_the_one_beside_the_suite_counts(here):
+def test_the_module_beside_the_suite_wins(here):
     folder = write(here, suite___test_it=SUITE, suite___mine_w=WORKLOAD, mine_w="w = 3\n")
     code, said = collect(here, "suite", "--import-mode=importlib", "--mp-workloads", "mine_w:w")
     assert code == 0, said
@@ -187,19 +189,19 @@ def test_of_two_files_the_one_beside_the_suite_counts(here):
 
 
 @pytest.mark.parametrize("module", ["code", "tabulate", "this_is_installed"])
-def test_a_module_that_hides_the_one_that_was_meant_is_named(here, site, module):
+def test_a_module_hidden_by_an_installed_one_is_named(here, site, module):
     site("this_is_installed", "")
     installed = importlib.import_module(module)
     folder = write(here, suite___test_it=SUITE, **{f"suite___{module}": WORKLOAD})
     code, said = collect(here, "suite", "--import-mode=importlib", "--mp-workloads", f"{module}:w")
     assert code == 4
-    assert f"{folder}/suite/{module}.py is hidden by {installed.__file__}: give it another name" in said
+    assert f"{folder}/suite/{module}.py is hidden by {installed.__file__}; rename it" in said
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mine_w.py:w", "write module:attribute with the module's name, such as mine_w:w"),
+        ("mine_w.py:w", "write module:attribute with the name of the module, such as mine_w:w"),
         ("suite/mine_w.py:w", "such as mine_w:w"),
         ("mine_w:", "write module:attribute"),
         (":w", "write module:attribute"),
@@ -221,11 +223,11 @@ def test_a_suite_that_trains_nothing_imports_no_workload(here):
     assert "1 passed" in said
 
 
-def test_a_broken_module_is_wrong_use_where_it_is_asked_for(here):
+def test_a_broken_module_is_a_usage_error_if_it_is_asked_for(here):
     write(here, suite___test_it=SUITE, suite___broken="import sys\nsys.exit(1)\n")
     code, said = collect(here, "suite", "--mp-workloads", "broken:w")
     assert code == 4
-    assert "ERROR: --mp-workloads: no workload at 'broken:w': its import called sys.exit(1)" in said
+    assert "ERROR: --mp-workloads: no workload at 'broken:w': importing it called sys.exit(1)" in said
 
 
 def test_the_command_shows_a_workload_of_ones_own_and_where_it_is(site, tmp_path, monkeypatch, capsys):
@@ -236,11 +238,11 @@ def test_the_command_shows_a_workload_of_ones_own_and_where_it_is(site, tmp_path
     assert "\nmine_w:w " in said and "\nmnist1d-mlp " in said and "\narticle-mlp " not in said
     assert f"mine_w:w is in {tmp_path}/mine_w.py" in said
     assert main(["workloads", "nowhere:w"]) == 2
-    assert f"looked for on Python's path, then in {tmp_path}" in capsys.readouterr().err
+    assert f"mpscale looked on Python's path, then in {tmp_path}" in capsys.readouterr().err
 
 
-def test_a_module_that_uses_tensorflow_at_import_takes_no_gpu_where_nothing_is_trained(here, monkeypatch, capsys):
-    """A metric at the top of a module would have pytest hold the GPU's memory, and none be left for the worker."""
+def test_a_module_that_uses_tensorflow_at_import_takes_no_gpu_if_nothing_is_trained(here, monkeypatch, capsys):
+    """A metric at the top of a module would make pytest hold the GPU's memory, and leave none for the worker."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     noted = 'import os\nfrom pathlib import Path\nPath("seen.txt").write_text(os.environ["CUDA_VISIBLE_DEVICES"])\n'
     write(here, looks_at_gpus=noted + WORKLOAD)

@@ -1,49 +1,38 @@
-"""Whole runs: pytest in a process of its own, on a suite outside the repository."""
+"""Whole runs: pytest in its own process, on a suite outside the repository."""
 
-import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support import small_suite, suite_workloads
 
 import mpscale
 
-HERE = Path(__file__).parent
 
-SUITE = '''
-def test_training(mp_case, benchmark):
-    """What a suite of somebody else's looks like."""
-    mp_case.measure(benchmark)
-'''
+@pytest.fixture(scope="session")
+def write_suite():
+    """Write somebody else's suite into a folder, with workloads of its own."""
+
+    def write_suite(folder, suite=small_suite.SUITE):
+        return small_suite.write(folder, test_suite=suite, suite_workloads=Path(suite_workloads.__file__).read_text())
+
+    return write_suite
 
 
 @pytest.fixture(scope="session")
-def run_suite(tmp_path_factory):
-    """Runs pytest with options on a fresh suite; what it printed, its exit code, and the run it made if any."""
-    # The user's cache is used where it is: generating mnist1d takes longer than a test.
+def run_suite(tmp_path_factory, write_suite):
+    """Run pytest with options on a fresh suite; return its output, its exit code, and the run it made, if any."""
+    # The user's own cache is used: generating mnist1d takes longer than a test.
 
-    def run(*options, timeout=240, suite=SUITE, pyproject="", environ=None):
-        folder = tmp_path_factory.mktemp("suite")
-        (folder / "test_suite.py").write_text(suite)
-        (folder / "pytest.ini").write_text("[pytest]\n")
-        (folder / "pyproject.toml").write_text(pyproject)
-        (folder / "suite_workloads.py").write_text((HERE / "suite_workloads.py").read_text())
-        variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-        variables |= {"SUITE_LOG": str(folder / "cases.log"), "SUITE_SLOW_CASES": "0", **(environ or {})}
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
-            cwd=folder,
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+    def run(*options, suite=small_suite.SUITE, slow_cases=0):
+        folder = write_suite(tmp_path_factory.mktemp("suite"), suite)
+        variables = {"SUITE_LOG": str(folder / "cases.log"), "SUITE_SLOW_CASES": str(slow_cases)}
+        done = small_suite.pytest_in(folder, *options, **variables)
         runs = sorted((folder / "results" / "runs").glob("*"))
         return SimpleNamespace(
             code=done.returncode,
-            output=done.stdout + done.stderr,
+            output=done.stdout,
             folder=folder,
             path=runs[-1] if runs else None,
             run=mpscale.read_run(runs[-1]) if runs else None,
@@ -52,4 +41,9 @@ def run_suite(tmp_path_factory):
     return run
 
 
-QUICK = ("--mp-timing", "0.05")
+@pytest.fixture
+def interruptible():
+    """Restore SIGINT: what a shell starts in the background ignores it, and so would all that these tests start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

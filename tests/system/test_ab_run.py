@@ -1,7 +1,6 @@
-"""`mpscale ab` on real sessions, whose figures it compares in the end."""
+"""`mpscale ab` with real sessions."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -11,19 +10,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from support.processes import processes_in
+from support.small_suite import environment
 
 import mpscale
-from mpscale.columns import METHOD_VERSION, SCHEMA_VERSION
-
-HERE = Path(__file__).parent
+from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 
 KNOWN = """#!{python}
 import os, sys
-if sys.argv[1:] != ["-P", "-m", "mpscale.turns"]:
+if not sys.argv[2].endswith("/about.py"):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 print('{about}')
 """
-"""The interpreter, but that it says at once what it holds; to ask TensorFlow takes long."""
+"""An interpreter that says at once what it holds: importing TensorFlow to find out takes long."""
 
 ABOUT = {
     "turns": 1,
@@ -36,15 +35,15 @@ ABOUT = {
 
 BREAKS_OFF = """#!{python}
 import os, sys
-if sys.argv[1:] == ["-P", "-m", "mpscale.turns"]:
+if sys.argv[2].endswith("/about.py"):
     os.execv({known!r}, [{known!r}, *sys.argv[1:]])
-from mpscale import turns
+from mpscale.ab import turns
 
 mine = turns.join(os.environ)
 case = {{"workload": "suite_workloads:fine", "mode": "fp32", "seed": 0}}
 ids = [f"suite_workloads+fine--fp32--s0--r{{repeat}}" for repeat in range(2)]
-mine.plan([{{**case, "id": name, "repeat": repeat}} for repeat, name in enumerate(ids)], 600.0)
-mine.wait(ids[0])
+mine.send(turns.Plan([{{**case, "id": name, "repeat": repeat}} for repeat, name in enumerate(ids)], 600.0))
+mine.wait(turns.Ready(ids[0]))
 sys.exit("no more")
 """
 """An interpreter whose session ends in its first case."""
@@ -64,12 +63,10 @@ def known(tmp_path):
 
 
 @pytest.fixture
-def suite(tmp_path):
-    """A suite outside the repository. Its project has a baseline, which is not what two sessions are compared with."""
-    (tmp_path / "test_suite.py").write_text("def test_training(mp_case, benchmark):\n    mp_case.measure(benchmark)\n")
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+def suite(tmp_path, write_suite):
+    """A suite outside the repository, whose project has a baseline that `ab` must ignore."""
+    write_suite(tmp_path)
     (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nbaseline = "nowhere"\nfail-on = ["missing"]\n')
-    (tmp_path / "suite_workloads.py").write_text((HERE / "suite_workloads.py").read_text())
     # What is imported is the environment's own mpscale.
     (tmp_path / "mpscale").mkdir()
     (tmp_path / "mpscale/__init__.py").write_text("raise ImportError('from the working directory')\n")
@@ -78,33 +75,25 @@ def suite(tmp_path):
 
 def start(folder, one, other, *options):
     command = [Path(sys.executable).with_name("mpscale"), "ab", "--python", one, "--python", other, "--mp-jit", "off"]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(
-            [*command, "-p", "no:cacheprovider", "--mp-preset", "smoke", "--mp-timing", "0.05", *options],
-            cwd=folder,
-            env={**_environ(), "TMPDIR": str(folder)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _environ():
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    return subprocess.Popen(
+        [*command, "-p", "no:cacheprovider", "--mp-preset", "smoke", "--mp-timing", "0.05", *options],
+        cwd=folder,
+        env=environment(TMPDIR=str(folder)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def runs(folder):
-    """The runs that were made, A's first."""
+    """The runs, A's first."""
     found = [mpscale.read_run(path.parent) for path in (folder / "results/runs").glob("*/run.json")]
     return sorted(found, key=lambda run: run.info["interleaved"]["side"])
 
 
 def cases(run):
-    """Begin and end of each case, from the journal."""
+    """When each case began and ended, from the journal."""
     events = [json.loads(line) for line in (run.path / "journal.jsonl").read_text().splitlines()]
     times = {"case_started": {}, "case_finished": {}}
     for event in events:
@@ -113,7 +102,7 @@ def cases(run):
     return [(begin, times["case_finished"][case], case) for case, begin in times["case_started"].items()]
 
 
-def test_the_same_environment_twice_is_measured_in_turns_and_compared(suite, known):
+def test_the_same_environment_twice_is_interleaved_and_compared(suite, known):
     modes = ("--mp-modes", "fp32,mixed-dynamic")
     process = start(suite, sys.executable, known, "--mp-workloads", "suite_workloads:fine", *modes)
     output, errors = process.communicate(timeout=240)
@@ -131,7 +120,7 @@ def test_the_same_environment_twice_is_measured_in_turns_and_compared(suite, kno
     assert all((run.path / "report.md").is_file() for run in (a, b))
 
     assert re.search(rf"^A: .* \(Python \S+, tensorflow \S+, keras \S+, mpscale {mpscale.__version__}\)$", errors, re.M)
-    assert "2 pairs of cases, in turns" in errors
+    assert "2 pairs of cases, interleaved" in errors
     for number, name in enumerate(a.info["planned"], 1):
         assert f"[{number}/2] suite_workloads:fine {name.split('--')[1]} seed 0: A " in errors
     assert "B against A: 2 rows; step time" in output
@@ -147,7 +136,7 @@ def test_a_session_whose_partner_is_gone_ends_with_what_it_has(suite, known):
     assert process.returncode == 2
     assert "B has ended after 0 of 2 cases" in errors
     assert "no more" in errors
-    # Whether A or B was drawn for the first case is up to chance.
+    # Which of the two had the first case is random.
     for run in runs(suite):
         assert run.finished
         assert [record["status"] for record in run.records] == ["ok"]
@@ -156,6 +145,7 @@ def test_a_session_whose_partner_is_gone_ends_with_what_it_has(suite, known):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 def test_stopped_by_the_user_both_runs_keep_what_they_have(suite, known):
     workloads = "suite_workloads:fine,suite_workloads:hang"
     process = start(suite, known, known, "--mp-workloads", workloads, "--mp-modes", "fp32")
@@ -179,12 +169,4 @@ def test_stopped_by_the_user_both_runs_keep_what_they_have(suite, known):
     assert all(run.finished for run in found)
     assert "stopping both" in errors
     assert [line[:3] for line in errors.splitlines()[-2:]] == ["A: ", "B: "]
-    left = [path for path in Path("/proc").glob("[0-9]*/cwd") if _points_to(path, suite)]
-    assert left == []
-
-
-def _points_to(link, folder):
-    try:
-        return link.readlink() == folder
-    except OSError:
-        return False
+    assert processes_in(suite) == []

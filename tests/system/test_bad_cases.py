@@ -1,4 +1,4 @@
-"""Cases that give values which no table holds, fail in ways only TensorFlow can say, or take the run's folder away."""
+"""Cases that report unusable values, fail inside TensorFlow, or delete the run's folder."""
 
 import pytest
 
@@ -45,7 +45,7 @@ misnamed = s.make("misnamed")
 object.__setattr__(misnamed, "metric_name", 5)
 misdirected = s.make("misdirected")
 object.__setattr__(misdirected, "metric_higher_is_better", 0)
-removes = s.make("removes", metric_name="accuracy", metric=s.once_trained(remove_the_run))
+removes = s.interrupted("removes", remove_the_run)
 """
 CASES = {
     "suite_workloads:fine": ("ok", ""),
@@ -72,7 +72,7 @@ def test_each_case_has_its_row_and_its_reason(done):
         assert rows[workload][1].endswith(end)
 
 
-def test_the_end_says_that_the_folder_was_lost_and_the_report_is_there(done):
+def test_a_lost_folder_is_reported_at_the_end_and_the_report_exists(done):
     assert done.code == 1
     assert "4 failed, 2 passed" in done.output
     assert "was deleted, moved or changed while the run went on" in done.output.rpartition("= mpscale =")[2]

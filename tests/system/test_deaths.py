@@ -1,13 +1,10 @@
-"""A case that dies, however it dies, leaves a row of its own and every other row whole."""
-
-from pathlib import Path
+"""A case that dies, however it does, has a row that says so, and all other rows are whole."""
 
 import pandas as pd
 import pytest
+from support.processes import processes_in
 
 WAYS = {
-    "killed": ("crashed", "SIGKILL"),
-    "segfault": ("crashed", "SIGSEGV"),
     "exception": ("error", "ValueError: the metric could not be computed"),
     "leaves": ("error", "exit code 3"),
     "memory": ("oom", "MemoryError"),
@@ -20,7 +17,7 @@ WAYS = {
 
 
 def die(run_suite, ways, method, timeout_s):
-    """A run in which ways of dying stand between two cases that are well."""
+    """A run in which dying cases stand between two healthy ones."""
     workloads = ",".join(f"suite_workloads:{name}" for name in ("fine", *ways, "regression"))
     return run_suite(
         "--mp-workloads", workloads, "--mp-modes", "fp32", "--mp-seeds", "1", "--mp-timing", "0.05",
@@ -39,12 +36,12 @@ def row(deaths, name):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_its_row_says_how_it_ended_and_keeps_what_it_had(deaths, way):
+def test_a_row_says_how_its_case_ended_and_keeps_what_was_known(deaths, way):
     status, reason = WAYS[way]
     dead = row(deaths, way)
     assert dead["status"] == status, deaths.output
     assert reason in dead["status_reason"]
-    # It died in the middle of its training: the model was built, nothing was timed.
+    # It died during training: the model was built, nothing was timed.
     assert dead["parameters"] == 10
     assert dead["first_step_s"] > 0
     assert dead["host_memory_peak_mib"] > 0
@@ -67,19 +64,11 @@ def test_each_death_fails_its_test_and_nothing_else(deaths):
     assert "was not used at all" not in deaths.output
 
 
-def test_process_that_a_case_left_behind_is_ended_with_it(deaths):
-    here = [p for p in Path("/proc").glob("[0-9]*") if running_in(p, deaths.folder)]
-    assert here == []
+def test_a_process_left_behind_by_a_case_ends_with_it(deaths):
+    assert processes_in(deaths.folder) == []
 
 
-def running_in(process, folder):
-    try:
-        return (process / "cwd").readlink() == folder
-    except OSError:
-        return False
-
-
-def test_cases_csv_is_whole_whatever_a_case_printed(deaths):
+def test_cases_csv_is_intact_whatever_a_case_printed(deaths):
     cases = pd.read_csv(deaths.path / "cases.csv")
     assert cases["workload"].tolist() == deaths.run.cases["workload"].tolist()
     assert "100%" in cases.set_index("workload").loc["suite_workloads:progress_bar", "output_tail"]
@@ -90,7 +79,7 @@ def test_output_of_the_dead_is_kept(deaths):
     assert "Traceback" in row(deaths, "exception")["output_tail"]
 
 
-def test_reports_are_written_all_the_same(deaths):
+def test_reports_are_still_written(deaths):
     report = (deaths.path / "report.md").read_text()
     assert "SIGSEGV" in report
     assert len((deaths.path / "summary.csv").read_text().splitlines()) == 1 + len(WAYS) + 2
@@ -104,9 +93,9 @@ def test_metric_other_than_accuracy_has_its_own_column(deaths):
 
 
 @pytest.mark.slow
-def test_fresh_interpreters_die_no_differently(run_suite):
-    """Three ways, one for each path that differs from a forked child's."""
-    ways = ("segfault", "exception", "orphans")
+def test_fresh_interpreters_die_in_the_same_ways(run_suite):
+    """One way for each code path that differs from a forked child's."""
+    ways = ("progress_bar", "exception", "orphans")
     done = die(run_suite, ways, "fresh", timeout_s=120)
     expected = ["ok", *(WAYS[way][0] for way in ways), "ok"]
     assert done.run.cases["status"].tolist() == expected, done.output

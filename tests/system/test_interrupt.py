@@ -1,4 +1,4 @@
-"""A run that is stopped keeps what it had, and leaves no process behind."""
+"""A stopped run keeps what it had and leaves no process behind."""
 
 import json
 import os
@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from support.processes import processes_in
+from support.small_suite import command, environment
 
 import mpscale
 
@@ -16,15 +17,10 @@ WORKLOADS = "suite_workloads:fine,suite_workloads:hang,suite_workloads:regressio
 
 
 def start(folder, *options):
-    folder.mkdir()
-    (folder / "test_suite.py").write_text("def test_training(mp_case, benchmark):\n    mp_case.measure(benchmark)\n")
-    (folder / "pytest.ini").write_text("[pytest]\n")
-    source = Path(__file__).with_name("suite_workloads.py").read_text()
-    (folder / "suite_workloads.py").write_text(source)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--mp-workloads", WORKLOADS]
     return subprocess.Popen(
-        [*command, "--mp-modes", "fp32", "--mp-seeds", "1", "--mp-timing", "0.05", *options],
+        command("--mp-workloads", WORKLOADS, "--mp-modes=fp32", "--mp-seeds=1", "--mp-timing=0.05", *options),
         cwd=folder,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -43,7 +39,7 @@ def wait_for(condition, what, seconds=90):
 
 
 def hanging_case(folder):
-    """The run's folder once its second case has hung itself in the middle of its training."""
+    """The run's folder, once its second case hangs in its training."""
     for journal in folder.glob("results/runs/*/journal.jsonl"):
         if '"case_started"' in journal.read_text() and "hang" in journal.read_text().splitlines()[-1]:
             time.sleep(3)
@@ -52,32 +48,14 @@ def hanging_case(folder):
 
 
 def workers(folder):
-    """Processes of mpscale that run in ``folder``."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            here = (process / "cwd").readlink() == folder
-            alive = "Z" not in (process / "stat").read_text().rpartition(")")[2].split()[0]
-            if here and alive and b"mpscale.harness.worker" in (process / "cmdline").read_bytes():
-                found.append(process.name)
-        except OSError:
-            continue
-    return found
-
-
-@pytest.fixture
-def interruptible():
-    """What a shell starts in the background of a script ignores SIGINT, and so would all that these tests start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    return [command for command in processes_in(folder) if "mpscale.worker.__main__" in command]
 
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("method", ["fork", pytest.param("fresh", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, how, method):
-    folder = tmp_path / "suite"
+def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, write_suite, how, method):
+    folder = write_suite(tmp_path)
     run = start(folder, "--mp-start-method", method)
     try:
         path = wait_for(lambda: hanging_case(folder), "the second case")
@@ -95,7 +73,10 @@ def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, how, method)
     assert "suite_workloads:regression" not in (path / "cases.csv").read_text()
     assert "1 planned case was not started" in (path / "report.md").read_text()
     events = [json.loads(line)["event"] for line in (path / "journal.jsonl").read_text().splitlines()]
-    assert events.count("run_finished") == (1 if how == signal.SIGINT else 0)
-    if how == signal.SIGINT:
+    assert events.count("run_finished") == (0 if how == signal.SIGKILL else 1)
+    if how != signal.SIGKILL:
+        assert run.returncode == 2
         assert "KeyboardInterrupt" in output
         assert "= mpscale =" in output
+        assert (path / "report.html").exists()
+        assert list((folder / "tmp").iterdir()) == []

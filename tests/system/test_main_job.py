@@ -2,11 +2,11 @@
 
 import json
 
-import numpy as np
 import pandas as pd
 import pytest
+from support.small_suite import SUITE, pytest_here, write
 
-from mpscale.columns import COLUMNS
+from mpscale.core.columns import COLUMNS
 
 MODES = "fp32,mixed-dynamic,tf32,graph-rewrite"
 FINE = ("--mp-workloads", "suite_workloads:fine", "--mp-modes", MODES, "--mp-seeds", "1")
@@ -51,7 +51,15 @@ def test_seed_trains_and_repeat_only_times(job):
     assert pd.isna(cases.loc[1, "attempted_steps"])
     assert cases.loc[1, "unavailable"]["final_accuracy"] == "timing-only process"
     assert (cases["step_time_ms_median"] > 0).all()
+    assert cases.loc[0, "examples_per_s"] == pytest.approx(20e3 / cases.loc[0, "step_time_ms_median"])
     assert cases.loc[0, "timed_overflow_steps"] == 0
+
+
+def test_modes_of_a_seed_start_alike(job):
+    trained = job.run.cases.query("repeat == 0 and status == 'ok'")
+    assert len(trained) == 2
+    for column in ("initial_weights_digest", "data_order_digest", "data_digest", "workload_digest"):
+        assert trained[column].nunique() == 1, column
 
 
 @pytest.mark.parametrize(
@@ -138,107 +146,75 @@ def test_benchmark_compare_fail_compares_training_steps(job, run_suite):
     assert done.run.cases["status"].tolist() == ["ok"]
 
 
-def test_benchmark_disable_trains_and_does_not_time(run_suite):
-    done = run_suite(*FINE, "-k", "mixed-dynamic", "--benchmark-disable")
+@pytest.fixture(scope="module")
+def untimed(run_suite):
+    done = run_suite(
+        *FINE, "-k", "fp32 or tf32", "--mp-seeds", "2", "--mp-batch-size", "50", "--mp-steps", "12",
+        "--benchmark-disable",
+    )  # fmt: skip
     assert done.code == 0, done.output
-    case = done.run.cases.iloc[0]
-    assert case["attempted_steps"] == 30
-    assert case["unavailable"]["step_time_ms_median"] == "timing was off"
+    return done.run.cases.query("mode == 'fp32'")
+
+
+def test_benchmark_disable_trains_and_does_not_time(untimed):
+    assert {reasons["step_time_ms_median"] for reasons in untimed["unavailable"]} == {"timing was off"}
+
+
+def test_batch_size_and_steps_are_taken_from_the_options(untimed):
+    assert set(untimed["batch_size"]) == {50}
+    assert set(untimed["attempted_steps"]) == {12}
+    assert untimed["series_key"].str.contains("batch=50,steps=12").all()
+
+
+def test_order_is_the_place_in_the_run(untimed):
+    assert len(untimed) == 2
+    # The cases of a seed are neighbours; which of them comes first is random.
+    assert sorted(order // 2 for order in untimed["order"]) == [0, 1]
+
+
+def test_seeds_start_differently(untimed):
+    assert untimed["initial_weights_digest"].nunique() == untimed["data_order_digest"].nunique() == 2
+    assert untimed["data_digest"].nunique() == untimed["workload_digest"].nunique() == 1
+
+
+def test_a_dry_run_lists_the_cases(run_suite):
+    done = run_suite("--collect-only", "-q")
+    assert done.code == 0, done.output
+    assert "test_training[mnist1d-cnn-mixed-bf16-seed2]" in done.output
+    assert "36 tests collected" in done.output
+    assert done.path is None
+
+
+def test_cases_side_by_side_are_refused(run_suite):
+    done = run_suite(*FINE, "-n", "2")
+    assert done.code == 1
+    assert "would disturb each other: run without -n" in done.output
+    assert done.path is None
 
 
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        pytest.param(["--collect-only", "-q"], 0, "test_training[mnist1d-cnn-mixed-bf16-seed2]", id="dry run"),
-        pytest.param(["--benchmark-skip"], 0, "36 skipped", id="benchmark-skip"),
-        pytest.param(["-k", "nothing"], 5, "36 deselected", id="nothing chosen"),
+        pytest.param(["--benchmark-skip"], 0, "3 skipped", id="benchmark-skip"),
+        pytest.param(["-k", "nothing"], 5, "3 deselected", id="nothing chosen"),
         pytest.param(["--mp-modes", "fp32,fp61"], 4, "no mode is called 'fp61'", id="unknown mode"),
         pytest.param(["--mp-modes", "mixed-dynamc"], 4, "did you mean mixed-dynamic?", id="misspelt mode"),
         pytest.param(["--mp-workloads", "mnist"], 4, "the workloads are mnist1d-mlp", id="unknown workload"),
-        pytest.param(["--mp-workloads", "nowhere:w"], 4, "No module named 'nowhere'", id="unknown module"),
-        pytest.param(["--mp-workloads", "suite_workloads:line"], 4, "not an mpscale.Workload", id="no workload"),
         pytest.param(["--mp-seeds", "0"], 4, "expected an integer of at least 1", id="no seeds"),
-        pytest.param(["--mp-static-scale", "2**127"], 4, "at most 2**126", id="scale too large"),
-        pytest.param(["--mp-static-scale", "big"], 4, "such as 1024 or 2**24", id="scale that is no number"),
-        pytest.param(["--mp-dynamic-scale", "start=4"], 4, "'start' is none of initial", id="unknown argument"),
-        pytest.param(["--mp-dynamic-scale", "growth_interval=inf"], 4, "above 0", id="infinite interval"),
-        pytest.param(["--mp-dynamic-scale", "initial=2**40"], 4, "not within minimum 1 and max", id="no such range"),
-        pytest.param(["--mp-results", "pytest.ini/x"], 4, "not a folder that can be written", id="results in a file"),
         pytest.param(["--mp-preset", "huge"], 4, "invalid choice: 'huge'", id="unknown preset"),
-        pytest.param([*FINE, "-n", "2"], 1, "side by side would disturb each other: run without -n", id="side by side"),
     ],
 )
-def test_without_a_case_nothing_is_left_and_wrong_options_say_what_is_right(run_suite, options, code, said):
-    done = run_suite(*options)
-    assert done.code == code, done.output
-    assert said in done.output
-    assert done.path is None
-
-
-def test_options_that_fail_late_are_an_error_of_their_case(run_suite):
-    done = run_suite(*FINE, "-k", "dynamic", "--mp-batch-size", "401", "--benchmark-disable")
-    assert done.code == 1
-    assert "choose a batch_size from 1 to 400" in done.run.cases.iloc[0]["status_reason"]
-
-
-def test_batch_size_and_steps_are_taken_from_the_options(run_suite):
-    done = run_suite(*FINE, "-k", "fp32", "--mp-batch-size", "50", "--mp-steps", "12", *QUICK)
-    case = done.run.cases.iloc[0]
-    assert (case["batch_size"], case["attempted_steps"]) == (50, 12)
-    assert case["examples_per_s"] == pytest.approx(50e3 / case["step_time_ms_median"])
-    assert "batch=50,steps=12" in case["series_key"]
-
-
-SHARED = """
-import pytest
-
-
-@pytest.mark.benchmark(group="mine", min_rounds=3)
-def test_speed(mp_case, benchmark):
-    assert mp_case.measure(benchmark)["step_time_ms_median"] > 0
-
-
-def test_accuracy(mp_case, benchmark):
-    assert mp_case.measure(benchmark)["final_accuracy"] > 0.8
-
-
-@pytest.mark.xfail(reason="too much to ask", strict=True)
-def test_perfection(mp_case, benchmark):
-    assert mp_case.measure(benchmark)["final_accuracy"] == 1.0
-"""
-
-
-def test_tests_that_share_a_case_share_its_measurement(run_suite):
-    """Their own benchmark markers stay, but for the timer, which has to be the replayed one."""
-    done = run_suite(
-        "--mp-workloads", "suite_workloads:fine", "--mp-modes", "fp32,mixed-bf16", "--mp-seeds", "1", *QUICK,
-        "--benchmark-json", "out.json", suite=SHARED,
-    )  # fmt: skip
-    assert done.code == 0, done.output
-    assert "4 passed, 2 xfailed" in done.output
-    assert done.run.cases["attempts"].tolist() == [1, 1]
-    benchmarks = json.loads((done.folder / "out.json").read_text())["benchmarks"]
-    assert {b["group"] for b in benchmarks} == {"mine", "suite_workloads:fine"}
-    medians = done.run.cases.set_index("case_id")["step_time_ms_median"]
-    for told in benchmarks:
-        assert told["stats"]["median"] * 1e3 == pytest.approx(medians[told["extra_info"]["case_id"]])
-
-
-def test_order_is_the_place_in_the_run(run_suite):
-    done = run_suite(*FINE, "-k", "fp32 or tf32", "--mp-seeds", "2", "--benchmark-disable")
-    assert sorted(done.run.cases["order"]) == [0, 1, 2, 3]
-
-
-def test_diverged_training_fails_where_no_scaling_is_on_trial(run_suite):
-    workload = ("--mp-workloads", "suite_workloads:explodes", "--mp-seeds", "1", "--benchmark-disable")
-    done = run_suite(*workload, "--mp-modes", "fp32,mixed-unscaled", "--mp-dynamic-scale", "growth_interval=10")
-    assert "1 failed, 1 passed" in done.output
-    assert set(done.run.cases["status"]) == {"diverged"}
-    assert done.run.summary["speedup_fp32"].isna().all()
+def test_without_a_case_nothing_is_left_and_wrong_options_are_answered(tmp_path, monkeypatch, options, code, said):
+    write(tmp_path, test_suite=SUITE)
+    monkeypatch.chdir(tmp_path)
+    found, output = pytest_here(tmp_path, *options)
+    assert found == code, output
+    assert said in output
+    assert not (tmp_path / "results").exists()
 
 
 def test_mode_without_check_does_not_pretend_to_know(job):
     row = job.run.cases.query("mode == 'fp32' and repeat == 0").iloc[0]
     assert pd.isna(row["overflow_steps"])
     assert row["unavailable"]["overflow_steps"] == "fp32 checks no gradient"
-    assert np.isnan(float(row["loss_scale_final"])) or pd.isna(row["loss_scale_final"])
+    assert pd.isna(row["loss_scale_final"])

@@ -6,10 +6,10 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-import suite_workloads
 import tensorflow as tf
+from support import suite_workloads
 
-from mpscale.training.order import batches
+from mpscale.worker.training import batches
 
 
 def hand_written(next_scale, scale):

@@ -1,4 +1,4 @@
-"""What the tests of telemetry share."""
+"""Fixtures of the telemetry tests."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nvml_stand_in import Script, build
-from telemetry.gpu_case import GpuCase
+from support.gpu_case import GpuCase
+from support.nvml_stand_in import Script, build
 
 
 @pytest.fixture
 def script(tmp_path: Path) -> Script:
-    """An idle A100, as :class:`~nvml_stand_in.Script` has it."""
+    """An idle A100."""
     return Script(tmp_path / "nvml.txt")
 
 
 @pytest.fixture(scope="session")
 def older(stand_in_nvml: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The stand-in as an older driver: without the symbols that are named."""
+    """Builds the stand-in without the given symbols, like an older driver."""
     built: dict[tuple[str, ...], Path] = {(): stand_in_nvml}
 
     def without(*symbols: str) -> Path:
@@ -32,7 +32,7 @@ def older(stand_in_nvml: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 @pytest.fixture
 def gpu_case(script: Script, stand_in_nvml: Path) -> Iterator[Callable[..., GpuCase]]:
-    """Makes cases under the stand-in, and ends them."""
+    """Makes cases under the stand-in, and cleans them up."""
     made: list[GpuCase] = []
 
     def make(library: Path = stand_in_nvml, **options: Any) -> GpuCase:

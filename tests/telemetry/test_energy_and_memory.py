@@ -1,15 +1,14 @@
-"""How right energy and memory are, against what the stand-in's script says is true."""
+"""How accurate energy and memory are, compared with the stand-in's script."""
 
 from __future__ import annotations
 
-import gzip
 import threading
 import time
 
 import pytest
+from support.gpu_case import ENERGY_OFF, kept_samples
 
-from mpscale.telemetry.samples import read_samples
-from mpscale.telemetry.watch import Told
+from mpscale.telemetry.watch import WorkerFacts
 
 
 def test_spike_of_60_ms_in_training_is_caught(gpu_case):
@@ -23,7 +22,7 @@ def test_spike_of_60_ms_in_training_is_caught(gpu_case):
     for _ in range(5):
         case.script.process("compute", case.pid, None)
         values = case.run(lambda: case.uses(300), train=spike).findings.values
-        # On a machine too busy to let the sampler run, the longest gap says so, and nothing is shown.
+        # If the machine is too busy to let the monitor run, the longest gap says so, and nothing is proved.
         if values["gpu_sample_gap_ms"] < 50:
             break
     assert values["gpu_sample_gap_ms"] < 50
@@ -33,15 +32,16 @@ def test_spike_of_60_ms_in_training_is_caught(gpu_case):
 
 def test_memory_reconciles_with_the_allocator(gpu_case):
     case = gpu_case()
-    told = Told(allocator_peak_mib=1000.0, energy_off="off")
-    values = case.run(lambda: case.uses(400), lambda: (case.uses(1500), time.sleep(0.05)), told=told).findings.values
+    worker = WorkerFacts(allocator_peak_mib=1000.0, energy_off=ENERGY_OFF)
+    seen = case.run(lambda: case.uses(400), lambda: (case.uses(1500), time.sleep(0.05)), worker=worker)
+    values = seen.findings.values
     assert values["gpu_memory_context_mib"] == 400.0
     assert values["gpu_memory_unexplained_mib"] == 100.0
 
 
 @pytest.mark.parametrize("timed_s", [2.0, 9.6])
 def test_energy_of_ten_seconds_is_within_one_percent(gpu_case, tmp_path, timed_s):
-    """Power that changes every 0.7 s; the truth is its integral over the window, by the script."""
+    """Power changes every 0.7 s; the true energy is its integral over the window."""
     case = gpu_case()
     epoch = case.script.now()
     levels = [(epoch + 0.7 * n, 120.0 + 90.0 * (n % 3)) for n in range(40)]
@@ -56,9 +56,9 @@ def test_energy_of_ten_seconds_is_within_one_percent(gpu_case, tmp_path, timed_s
         time.sleep(10.1 - timed_s)
         window.append(case.script.now())
 
-    path = tmp_path / "samples.csv.gz"
-    told = Told(energy_steps=1000, energy_applied_steps=800)
-    seen = case.run(lambda: case.uses(300), timed, added=added, told=told, keep=path)
+    path = tmp_path / "samples.jsonl.gz"
+    worker = WorkerFacts(energy_steps=1000, energy_applied_steps=800)
+    seen = case.run(lambda: case.uses(300), timed, added=added, worker=worker, keep=path)
     values = seen.findings.values
     ends = [*(at for at, _ in levels[1:]), float("inf")]
     truth = sum(
@@ -69,14 +69,14 @@ def test_energy_of_ten_seconds_is_within_one_percent(gpu_case, tmp_path, timed_s
     assert values["gpu_energy_method"] == "counter"
     assert values["gpu_energy_j_per_step"] == pytest.approx(values["gpu_energy_counter_j"] / 1000)
     assert values["gpu_energy_j_per_applied_step"] == pytest.approx(values["gpu_energy_counter_j"] / 800)
-    # The file that is kept has all that these were made of.
-    samples = read_samples(gzip.decompress(path.read_bytes()).decode().splitlines(keepends=True))
+    # The kept file has everything that these were computed from.
+    samples = kept_samples(path)
     assert samples.at("energy-end").time_s - samples.at("timing-start").time_s == pytest.approx(
         values["gpu_energy_window_s"]
     )
 
 
-def test_what_the_gpu_drew_before_is_subtracted_beside_the_raw_figure(gpu_case):
+def test_idle_power_is_subtracted_in_a_column_of_its_own(gpu_case):
     case = gpu_case()
     case.script.set(power_w="0:50")
     time.sleep(0.1)
@@ -90,7 +90,7 @@ def test_what_the_gpu_drew_before_is_subtracted_beside_the_raw_figure(gpu_case):
     time.sleep(10.05)
     case.watch.mark("timing-end")
     case.watch.mark("done")
-    values = case.watch.stop(Told(energy_steps=100), None).findings.values
+    values = case.watch.stop(WorkerFacts(energy_steps=100), None).findings.values
     assert values["gpu_idle_power_w"] == 50.0
     window = values["gpu_energy_window_s"]
     assert values["gpu_energy_j_per_step"] == pytest.approx(250 * window / 100, rel=0.01)
@@ -98,25 +98,25 @@ def test_what_the_gpu_drew_before_is_subtracted_beside_the_raw_figure(gpu_case):
     assert "gpu_energy_j_per_applied_step" not in values
 
 
-def test_samples_are_taken_without_help_from_the_phases(gpu_case):
+def test_samples_are_taken_between_phases(gpu_case):
     case = gpu_case()
     case.watch.start(case.pid, time.monotonic())
     time.sleep(0.5)
-    values = case.watch.stop(Told(energy_off="off"), None).findings.values
+    values = case.watch.stop(WorkerFacts(energy_off=ENERGY_OFF), None).findings.values
     assert 5 < values["gpu_sample_interval_ms"] < 250
     assert values["gpu_sample_gap_ms"] >= values["gpu_sample_interval_ms"]
 
 
-def test_nobody_looks_often_while_steps_are_timed(gpu_case, tmp_path):
-    """A look wakes a processor up that the training may need."""
+def test_the_monitor_looks_seldom_while_steps_are_timed(gpu_case, tmp_path):
+    """Each look wakes up a processor that the training may need."""
     case = gpu_case()
-    path = tmp_path / "samples.csv.gz"
+    path = tmp_path / "samples.jsonl.gz"
 
     def quarter():
         time.sleep(0.25)
 
     case.run(lambda: case.uses(300), lambda: time.sleep(1.1), train=quarter, added=quarter, keep=path)
-    rows = read_samples(gzip.decompress(path.read_bytes()).decode().splitlines(keepends=True)).rows
+    rows = kept_samples(path).rows
     looks = dict.fromkeys(("context-ready", "timing-start", "timing-end"), 0)
     phase = ""
     for row in rows:
@@ -124,7 +124,7 @@ def test_nobody_looks_often_while_steps_are_timed(gpu_case, tmp_path):
             looks[phase] += row.looks
         phase = row.phase or phase
     assert looks["timing-start"] <= 4
-    # At least: a busy machine lets the sampler run less often.
+    # Lower limits only: on a busy machine the monitor runs less often.
     assert looks["context-ready"] > 7
     assert looks["timing-end"] > 7
 

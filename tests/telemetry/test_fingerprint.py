@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 
-from mpscale.telemetry.device import Device
-from mpscale.telemetry.driver import NoDriver
+from mpscale.core.device import Device
+from mpscale.core.reason import Code, Reason
+from mpscale.telemetry.client import NoDriver
 from mpscale.telemetry.fingerprint import environment, run_slug
 
 CPU = Device("cpu", "Intel(R) Xeon(R) Processor", memory_mib=1024.0)
 
 
 def look(directory: Path) -> dict[str, Any]:
-    return environment(CPU, NoDriver("no driver"), directory)
+    return environment(CPU, NoDriver(Reason(Code.NO_LIBRARY, "no driver")), directory)
 
 
 def git(directory: Path, *arguments: str) -> str:
@@ -65,7 +66,7 @@ def test_only_listed_variables_and_no_host_name(tmp_path: Path, monkeypatch: pyt
     assert not {"node", "host", "hostname"} & set(found)
 
 
-def test_git_commit_and_dirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_DIR", "/nowhere")  # as inside a git hook
     git(tmp_path, "init", "--quiet")
     (tmp_path / "code.py").write_text("1\n")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from mpscale.telemetry.gpu_energy import COLUMNS, energy_columns
+from mpscale.core.columns import Source, Topic, measured_columns
+from mpscale.core.reason import Code, Reason
+from mpscale.telemetry.gpu_energy import energy_columns
 from mpscale.telemetry.samples import Sample, Samples
 
 
 def samples(*, seconds=10.0, watt=200.0, joules=True, power=True, end="timing-end", tick=0.1, start_j=1000.0):
-    """A steady GPU, sampled every tenth of a second, the counter as it stood at its last tick."""
+    """A GPU at constant power, sampled every 0.1 s; its counter moves every ``tick`` seconds."""
     rows = []
     for n in range(int(seconds * 10) + 31):
         at = n / 10
@@ -32,68 +34,53 @@ def columns(found_in, steps=100, applied=100, off=None):
 @pytest.mark.parametrize(
     ("joules", "power", "method"), [(True, True, "counter"), (True, False, "counter"), (False, True, "power")]
 )
-def test_counter_comes_before_power(joules, power, method):
+def test_counter_is_preferred_to_power(joules, power, method):
     values = columns(samples(joules=joules, power=power)).values
     assert values["gpu_energy_method"] == method
     assert values["gpu_energy_j_per_step"] == pytest.approx(20.0, rel=0.01)
     assert values["gpu_power_w_mean"] == pytest.approx(200.0, rel=0.01)
 
 
-def test_window_goes_on_to_the_end_of_the_added_steps():
+def test_window_includes_the_added_steps():
     taken = samples(seconds=12.0, end="energy-end")
     taken.rows[60].phase = "timing-end"
     assert columns(taken).values["gpu_energy_window_s"] == pytest.approx(12.0)
 
 
 @pytest.mark.parametrize("tick", [0.02, 0.1, 0.5])
-def test_steps_of_the_counter_are_smoothed(tick):
+def test_counter_is_interpolated_between_ticks(tick):
     assert columns(samples(tick=tick)).values["gpu_energy_counter_j"] == pytest.approx(2000.0, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("taken", "words"),
+    ("taken", "code"),
     [
-        (samples(seconds=9.0), "window of 9.0 s"),
-        (samples(joules=False, power=False), "no energy counter"),
-        (samples(watt=0.0), "did not move"),
-        (Samples(), "ended before"),
+        (samples(seconds=9.0), Code.WINDOW_TOO_SHORT),
+        (samples(joules=False, power=False), Code.NOT_TOLD),
+        (samples(watt=0.0), Code.IMPLAUSIBLE),
+        (Samples(), Code.NOT_REACHED),
     ],
 )
-def test_no_figure_without_a_reason_and_never_zero(taken, words):
+def test_no_figure_without_a_reason_and_never_zero(taken, code):
     found = columns(taken)
     assert "gpu_energy_j_per_step" not in found.values
-    assert words in found.unavailable["gpu_energy_j_per_step"]
-    assert set(found.values) | set(found.unavailable) == set(COLUMNS)
+    assert found.unavailable["gpu_energy_j_per_step"].code is code
+    assert set(found.values) | set(found.unavailable) == set(measured_columns(Topic.ENERGY, Source.MONITOR))
     assert 0 not in [value for value in found.values.values() if isinstance(value, float)]
 
 
-def test_counter_that_goes_backwards_is_not_used():
-    taken = samples()
-    for row in taken.rows[60:]:
-        row.energy_j -= 5000.0
-    found = columns(taken)
-    assert "backwards" in found.unavailable["gpu_energy_counter_j"]
-    assert found.values["gpu_energy_method"] == "power"
-
-
-def test_power_with_a_hole_in_it_is_not_used():
-    taken = samples(joules=False)
-    for row in taken.rows[50:70]:
-        row.power_w = None
-    assert "not read for" in columns(taken).unavailable["gpu_energy_power_j"]
-
-
-@pytest.mark.parametrize(("applied", "words"), [(0, "no step was applied"), (None, "checks no gradient")])
-def test_no_energy_per_applied_step(applied, words):
+@pytest.mark.parametrize(("applied", "code"), [(0, Code.NEVER_HAPPENED), (None, Code.NOT_IN_MODE)])
+def test_no_energy_per_applied_step(applied, code):
     found = columns(samples(), applied=applied)
-    assert words in found.unavailable["gpu_energy_j_per_applied_step"]
+    assert found.unavailable["gpu_energy_j_per_applied_step"].code is code
     assert "gpu_energy_j_per_step" in found.values
 
 
 def test_net_energy_is_never_negative():
     found = columns(samples())
-    assert "drew no more" in found.unavailable["gpu_energy_net_j_per_step"]
+    assert found.unavailable["gpu_energy_net_j_per_step"].code is Code.NEVER_HAPPENED
 
 
-def test_off_is_said():
-    assert set(columns(samples(), off="energy was off").unavailable.values()) == {"energy was off"}
+def test_reason_when_energy_is_off():
+    off = Reason(Code.NOT_ASKED_FOR, "energy was off")
+    assert set(columns(samples(), off=off).unavailable.values()) == {off}

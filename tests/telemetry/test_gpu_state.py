@@ -1,21 +1,24 @@
-"""Which figures must not be used, from samples written by hand."""
+"""Which figures must not be used, with synthetic samples."""
 
 from __future__ import annotations
 
 import pytest
 
 from mpscale.telemetry.gpu_state import state_columns, suspicions
-from mpscale.telemetry.samples import Sample, Samples
+from mpscale.telemetry.samples import ClockEvent, Sample, Samples
 
+CAP, SLOWDOWN, BRAKE = ClockEvent.POWER_CAP, ClockEvent.HARDWARE_SLOWDOWN, ClockEvent.POWER_BRAKE
+HOT, HOT_HARDWARE = ClockEvent.SOFTWARE_THERMAL, ClockEvent.HARDWARE_THERMAL
+HARMLESS = tuple(event for event in ClockEvent if event not in (SLOWDOWN, BRAKE, HOT, HOT_HARDWARE))
 SETTINGS = {"power_limit_w": 400.0, "ecc": True, "persistence": True}
 
 
 def samples(**readings):
-    """Twenty seconds of samples, timed from the fifth on; a reading is one value for all, or a list."""
+    """Samples of 20 s, timed from 5 s to 19 s; a reading is one value for all samples, or a list."""
     rows = []
     for n in range(200):
         phase = {10: "idle", 50: "timing-start", 190: "timing-end"}.get(n, "")
-        row = Sample(n / 10, phase, event_reasons=0, sm_clock_mhz=1400.0, temperature_c=60.0)
+        row = Sample(n / 10, phase, clock_events=(), sm_clock_mhz=1400.0, temperature_c=60.0)
         for name, value in readings.items():
             setattr(row, name, value[n] if isinstance(value, list) else value)
         rows.append(row)
@@ -34,29 +37,29 @@ def reasons(taken, before=SETTINGS, after=SETTINGS, first=SETTINGS, slowdown_c=9
     ("readings", "words"),
     [
         ({}, None),
-        ({"event_reasons": in_window(0x8, 0)}, "hardware slowdown"),
-        ({"event_reasons": in_window(0x20, 0)}, "software thermal slowdown"),
-        ({"event_reasons": in_window(0x40, 0)}, "hardware thermal slowdown"),
-        ({"event_reasons": in_window(0x80, 0)}, "hardware power brake"),
-        ({"event_reasons": in_window(0x48, 0x1)}, "hardware slowdown, hardware thermal slowdown"),
-        ({"event_reasons": in_window(0x4, 0)}, None),  # a power cap is how a GPU runs under full load
-        ({"event_reasons": 0x117}, None),  # idle, application clocks, power cap, sync boost, display clocks
-        ({"event_reasons": in_window(0x40, 0, 100, 101)}, None),  # one sample is not sustained
-        ({"event_reasons": in_window(0x40, 0, 0, 45)}, None),  # before anything was timed
-        ({"event_reasons": None}, None),
+        ({"clock_events": in_window((SLOWDOWN,), ())}, "hardware slowdown"),
+        ({"clock_events": in_window((HOT,), ())}, "software thermal slowdown"),
+        ({"clock_events": in_window((HOT_HARDWARE,), ())}, "hardware thermal slowdown"),
+        ({"clock_events": in_window((BRAKE,), ())}, "hardware power brake"),
+        ({"clock_events": in_window((HOT_HARDWARE, SLOWDOWN), ("idle",))}, "hardware slowdown, hardware thermal slow"),
+        ({"clock_events": in_window((CAP,), ())}, None),  # a power cap is how a GPU runs under full load
+        ({"clock_events": HARMLESS}, None),
+        ({"clock_events": in_window((HOT_HARDWARE,), (), 100, 101)}, None),  # one sample is not sustained
+        ({"clock_events": in_window((HOT_HARDWARE,), (), 0, 45)}, None),  # before anything was timed
+        ({"clock_events": None}, None),
         ({"temperature_c": in_window(92.0, 80.0)}, "92 °C"),
         ({"temperature_c": 91.0}, None),
         ({"sm_clock_mhz": in_window(1100.0, 1400.0, 120, 200)}, "fell from 1400 to 1100 MHz"),
         ({"sm_clock_mhz": in_window(1300.0, 1400.0, 120, 200)}, None),
         ({"sm_clock_mhz": in_window(1100.0, 1400.0, 0, 120)}, None),  # it rose
-        ({"sm_clock_mhz": in_window(1100.0, 1400.0, 120, 200), "event_reasons": 0x4}, None),
+        ({"sm_clock_mhz": in_window(1100.0, 1400.0, 120, 200), "clock_events": (CAP,)}, None),
         ({"listed": in_window(True, False, 40, 200), "other_pids": in_window((77,), ())}, "process ids 77"),
         ({"listed": in_window(True, False, 40, 200), "other_pids": ()}, None),
         ({"listed": False, "processes": in_window(1, 0, 60, 190), "other_pids": in_window((7,), (), 60, 190)}, None),
         ({"listed": False, "processes": 2, "other_pids": (7, 8)}, "process ids 7, 8"),
     ],
 )
-def test_what_makes_figures_suspect(readings, words):
+def test_suspicious_states(readings, words):
     found = reasons(samples(**readings))
     if words is None:
         assert found == []
@@ -73,7 +76,7 @@ def test_what_makes_figures_suspect(readings, words):
         ("persistence", False, "persistence mode was changed {}: on to off"),
     ],
 )
-def test_changed_settings_do_not_pass_by_waiting(setting, value, words):
+def test_changed_settings_are_not_cured_by_waiting(setting, value, words):
     changed = {**SETTINGS, setting: value}
     (since,) = reasons(samples(), before=changed, after=changed)
     (during,) = reasons(samples(), after=changed)
@@ -90,7 +93,11 @@ def test_unknown_settings_are_no_change():
 def test_state_of_the_timed_window():
     values = state_columns(
         samples(
-            event_reasons=in_window(0x44, 0x1), utilization=97.0, memory_clock_mhz=1215.0, listed=True, other_pids=()
+            clock_events=in_window((CAP, HOT_HARDWARE), ("idle",)),
+            utilization=97.0,
+            memory_clock_mhz=1215.0,
+            listed=True,
+            other_pids=(),
         )
     ).values
     assert values["gpu_event_reasons"] == "idle, software power cap, hardware thermal slowdown"

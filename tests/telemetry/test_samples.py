@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 
 import pytest
 
-from mpscale.telemetry.samples import FIELDS, Sample, SampleFile, read_samples
+from mpscale.core.reason import Code, Reason
+from mpscale.telemetry.samples import Reading, Sample, SampleFile, line_of, read_samples
 
 FULL = Sample(
-    1.25, "idle", 3, 0.012, True, 300.5, 750.25, 500.0, 2, (7, 42), (), 1234.567, 60.0, 1410.0, 1215.0, 35.0, 0.0, 0x44
-)
+    1.25, "idle", 3, 0.012, True, 300.5, 750.25, 500.0, 2, (7, 42), (), 1234.567, 60.0, 1410.0, 1215.0, 35.0, 0.0,
+    ("software power cap",), ("processes",),
+)  # fmt: skip
+REASON = Reason(Code.NOT_TOLD, "this GPU\ndoes not tell", "buy another")
 
 
 @pytest.fixture
 def written(tmp_path):
-    path = tmp_path / "samples.csv"
+    path = tmp_path / "samples.jsonl"
     file = SampleFile(path)
     file.write(Sample(0.0))
-    file.tell({"power_mw": "this GPU\ndoes not tell"})
-    file.tell({"power_mw": "this GPU\ndoes not tell"})
+    file.tell({Reading.POWER: REASON})
+    file.tell({Reading.POWER: REASON})
     file.write(FULL)
     file.close()
     return path.read_text().splitlines(keepends=True)
@@ -28,36 +31,43 @@ def written(tmp_path):
 def test_what_is_written_is_read(written):
     read = read_samples(written)
     assert read.rows == [Sample(0.0), FULL]
-    assert read.reasons == {"power_mw": "this GPU does not tell"}
-    assert sum(line.startswith("#") for line in written) == 1
+    assert read.reasons == {Reading.POWER: REASON}
+    assert (read.silent, read.late) == (None, ())
+    assert len(written) == 3
 
 
-def test_unknown_is_empty_and_zero_is_zero(written):
-    cells = dict(zip(FIELDS, written[1].strip().split(","), strict=True))
-    assert cells["utilization"] == cells["other_pids"] == cells["event_reasons"] == ""
-    assert read_samples(written).rows[1].utilization == 0.0
-    assert read_samples(written).rows[1].graphics_pids == ()
+def test_unknown_is_left_out_and_zero_is_zero(written):
+    assert json.loads(written[0]) == {"time_s": 0.0}
+    assert json.loads(written[2])["utilization"] == 0.0
+    assert json.loads(written[2])["graphics_pids"] == []
 
 
 def test_line_that_was_cut_off_is_left_out(written):
-    assert read_samples([*written[:-1], written[-1][:9]]).rows == [Sample(0.0)]
+    for length in range(len(written[-1])):
+        assert read_samples([*written[:-1], written[-1][:length]]).rows == [Sample(0.0)]
 
 
-def test_column_of_a_later_version_is_left_out(written):
-    lines = [line if line.startswith("#") else f"{line.strip()},1\n" for line in written]
-    lines[0] = f"{written[0].strip()},fan_speed\n"
-    assert read_samples(lines).rows[1] == FULL
+def test_field_of_a_later_version_is_left_out(written):
+    later = line_of({**FULL.to_json(), "fan_speed": 1})
+    assert read_samples([later]).rows == [FULL]
 
 
-def test_other_files_are_refused():
-    with pytest.raises(ValueError, match="no file of GPU samples"):
-        read_samples(["step,loss\n", "0,1\n"])
+def test_how_the_watch_ended():
+    silent = read_samples([line_of({"silent": REASON.to_json()})]).silent
+    assert silent == REASON
+    late = read_samples([line_of({"late": ["idle"]}), line_of(FULL.to_json())])
+    assert late.at("idle") is None
+    assert late.not_at("idle").code is Code.DRIVER_SILENT
+    assert late.not_at("done").code is Code.NOT_REACHED
+
+
+@pytest.mark.parametrize("line", ["step,loss\n", "[1]\n", '{"step": 1}\n'])
+def test_other_files_are_refused(line):
+    with pytest.raises(ValueError):
+        read_samples([line])
 
 
 def test_phases(written):
     read = read_samples(written)
     assert read.at("idle") == FULL
     assert read.at("done") is None
-    assert read.until("idle") == read.rows
-    assert read.after("idle") == read.until("done") == []
-    assert [field.name for field in dataclasses.fields(Sample)] == list(FIELDS)

@@ -1,4 +1,4 @@
-"""An injector called on gradients: which steps and gradients it hits, what stays as it was, what is refused."""
+"""An injector called on gradients: which steps and gradients it hits, what it keeps, what it refuses."""
 
 import math
 
@@ -6,18 +6,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from support.small_step import HOW, compiled
 
 from mpscale.testing import inject_overflow
 
-COMPILE = {
-    "eager": lambda function: function,
-    "graph": tf.function,
-    "xla": lambda function: tf.function(function, jit_compile=True),
-}
-
 
 class Named:
-    """As much of a variable as the injector looks at."""
+    """The part of a variable that the injector uses."""
 
     def __init__(self, path):
         self.path = path
@@ -27,7 +22,7 @@ VARIABLES = [Named("dense/kernel"), Named("dense/bias"), Named("head/kernel")]
 
 
 def gradients():
-    """Three gradients of different dtype and shape, the last one sparse."""
+    """Return three gradients of different dtype and shape, the last one sparse."""
     sparse = tf.IndexedSlices(tf.ones((2, 3)), tf.constant([4, 1], tf.int64), tf.constant([5, 3], tf.int64))
     return [tf.ones((2, 2), tf.float16), tf.ones((), tf.bfloat16), sparse]
 
@@ -37,14 +32,14 @@ def values(grad):
 
 
 def hits(inject, how, steps, variables=VARIABLES):
-    """What was hit, as (step, gradient, flat index), and with which values, in ``steps`` calls of one function."""
+    """Call one function ``steps`` times; return the places hit, as (step, gradient, flat index), and the values."""
     traces = []
 
     def train_step():
         traces.append(1)
         return inject(gradients(), variables)
 
-    function = COMPILE[how](train_step)
+    function = compiled(train_step, how)
     hit, found = set(), set()
     for step in range(steps):
         for index, grad in enumerate(map(values, function())):
@@ -57,7 +52,7 @@ def hits(inject, how, steps, variables=VARIABLES):
     return hit, found
 
 
-@pytest.mark.parametrize("how", COMPILE)
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(
     ("arguments", "hit", "found"),
     [
@@ -102,7 +97,7 @@ def test_a_variable_is_chosen_by_path_or_index(variable, index):
     assert hits(inject_overflow(0, variable=variable), "eager", 1)[0] == {(0, index, 0)}
 
 
-def test_a_whole_path_goes_before_the_end_of_another():
+def test_a_whole_path_takes_precedence_over_the_end_of_another():
     variables = [Named("block/kernel"), Named("kernel"), Named("bias")]
     assert hits(inject_overflow(0, variable="kernel"), "eager", 1, variables)[0] == {(0, 1, 0)}
 
@@ -115,10 +110,10 @@ def test_paths_are_those_of_keras_and_tensorflow_variables(variable):
     assert math.isinf(grad)
 
 
-@pytest.mark.parametrize("how", COMPILE)
+@pytest.mark.parametrize("how", HOW)
 def test_kind_shape_and_dtype_stay(how):
     inject = inject_overflow(0)
-    injected = COMPILE[how](lambda: inject(gradients()))()
+    injected = compiled(lambda: inject(gradients()), how)()
     for after, before in zip(injected, gradients(), strict=True):
         assert type(after) is type(before) or not isinstance(before, tf.IndexedSlices)
         assert values(after).dtype == values(before).dtype
@@ -128,7 +123,7 @@ def test_kind_shape_and_dtype_stay(how):
 
 
 @pytest.mark.parametrize("variable", [1, None])
-def test_gradients_that_are_none_are_passed_through(variable):
+def test_gradients_that_are_none_stay_none(variable):
     first, second = inject_overflow(0, variable=variable)(iter([None, tf.ones(2)]))
     assert first is None
     assert second.numpy().tolist() == [math.inf, 1.0]
@@ -184,12 +179,12 @@ def test_arguments_out_of_range_are_refused(arguments, message):
         ({"replica": 1}, [1.0], None, "replica=1, but 1 are in sync"),
     ],
 )
-def test_a_place_that_is_not_there_is_refused(arguments, grads, variables, message):
+def test_a_place_that_does_not_exist_is_refused(arguments, grads, variables, message):
     with pytest.raises(ValueError, match=message):
         inject_overflow(0, **arguments)(grads, variables)
 
 
 @pytest.mark.parametrize("grads", [tf.ones(2), np.ones(2), gradients()[2], {"w": tf.ones(2)}])
-def test_gradients_are_a_list(grads):
+def test_gradients_have_to_be_a_list(grads):
     with pytest.raises(TypeError, match="put it into a list"):
         inject_overflow(0)(grads)

@@ -1,4 +1,4 @@
-"""An overflow that is injected into `fit`: what scalers and bare optimizers make of it, and where the block ends."""
+"""An overflow injected into `fit`: what scalers and bare optimizers do about it, and where the block ends."""
 
 import math
 
@@ -12,7 +12,7 @@ from mpscale.testing import inject_overflow
 
 
 def fitting(optimizer, **compile_arguments):
-    """A model, and a function that trains it for one step on data with a gradient for every weight."""
+    """Return a model and a function that trains it for one step with a gradient for every weight."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="dense")])
     model.compile(optimizer, "mse", **compile_arguments)
 
@@ -55,7 +55,7 @@ def test_a_loss_scale_optimizer_skips_the_step_in_fit_and_halves_its_scale(make,
 
 
 @pytest.mark.parametrize("arguments", [{}, {"run_eagerly": True}, {"jit_compile": True}])
-def test_a_bare_optimizer_takes_the_overflow_into_the_weight(arguments):
+def test_a_bare_optimizer_lets_the_overflow_into_the_weight(arguments):
     optimizer = keras.optimizers.SGD(1e-3)
     _, fit = fitting(optimizer, **arguments)
     with inject_overflow(step=1, variable="kernel").into(optimizer):
@@ -96,7 +96,7 @@ def test_a_function_traced_in_one_block_is_injected_into_in_the_next():
         assert not np.isfinite(fit()[0]).all()
 
 
-def test_apply_works_as_ever_inside_the_block():
+def test_apply_works_as_usual_inside_the_block():
     optimizer, weight = keras.optimizers.SGD(1.0), keras.Variable(3.0, name="w")
     with inject_overflow(step=3, variable="w").into(optimizer):
         optimizer.apply([tf.constant(1.0)], [weight])
@@ -107,7 +107,7 @@ def test_apply_works_as_ever_inside_the_block():
     assert math.isinf(float(weight))
 
 
-def test_optimizer_is_as_before_when_training_fails():
+def test_optimizer_is_restored_if_training_fails():
     optimizer, inject = keras.optimizers.SGD(), inject_overflow(0)
     with pytest.raises(ZeroDivisionError), inject.into(optimizer):
         raise ZeroDivisionError
@@ -145,7 +145,7 @@ def nest():
         (apply_a_step_that_was_judged, ValueError, "call the injector on the gradients before unscale"),
         (fit_what_was_traced_before, RuntimeError, "set model.train_function = None"),
         (nest, RuntimeError, "make another with inject_overflow"),
-        (lambda: block(keras.optimizers.Adam()), RuntimeError, "no gradients arrived in the apply of Adam"),
+        (lambda: block(keras.optimizers.Adam()), RuntimeError, "no gradients were passed to the apply of Adam"),
         (lambda: tf.function(lambda: block(keras.optimizers.SGD()))(), RuntimeError, "is inside a tf.function"),
         (lambda: block("sgd"), TypeError, "takes a compiled Keras model or a Keras optimizer, not 'sgd'"),
         (lambda: block(keras.Sequential(name="m")), ValueError, "the model 'm' has no optimizer; compile it"),

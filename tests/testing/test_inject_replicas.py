@@ -1,4 +1,4 @@
-"""An overflow that is injected into one replica of several."""
+"""An overflow injected into one of several replicas."""
 
 import json
 import math
@@ -85,7 +85,7 @@ IN_REPLICAS = textwrap.dedent(
 
 @pytest.fixture(scope="module")
 def in_replicas():
-    """What happens under strategies, in a process of its own: logical devices have to be made before all else."""
+    """Results of a process of its own, because logical devices have to be configured before TensorFlow starts."""
     done = subprocess.run([sys.executable, "-c", IN_REPLICAS], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""What is trained on, and how a workload is found."""
+"""Workloads: their data, their fields, and how they are found."""
 
 import subprocess
 import sys
@@ -6,9 +6,11 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from support.suite_workloads import fine
 
 import mpscale
-from mpscale.workloads import accuracy, cache, registry
+from mpscale.workloads import accuracy, registry
+from mpscale.workloads.builtin import _raw_mnist1d, cache_directory
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +19,7 @@ def mnist1d():
 
 
 def test_mnist1d_is_the_published_set(mnist1d):
-    """Number for number what the package itself makes, and its split."""
+    """Every number and the split are those of the package itself."""
     from mnist1d.data import make_dataset
 
     published = make_dataset()
@@ -27,7 +29,7 @@ def test_mnist1d_is_the_published_set(mnist1d):
     np.testing.assert_array_equal(mnist1d.published_y, published["y_test"])
 
 
-def test_mnist1d_test_set_is_larger_new_and_alike(mnist1d):
+def test_mnist1d_test_set_is_large_and_has_new_examples_of_the_same_kind(mnist1d):
     assert mnist1d.test_x.shape == (10_000, 40)
     assert np.bincount(mnist1d.test_y).tolist() == [1000] * 10
     seen = {row.tobytes() for row in np.concatenate([mnist1d.train_x, mnist1d.published_x])}
@@ -43,58 +45,59 @@ def test_article_digits_are_real_digits_at_28_by_28():
     assert data.train_x.shape == (1297, 784)
     assert data.test_x.shape == (500, 784)
     assert 0.0 <= data.train_x.min() < data.train_x.max() <= 1.0
-    # Scaling up keeps the corners of an image, so each can be found again among the originals.
+    # Scaling up keeps the corners of an image, by which its original can be found.
     corners = {tuple(np.round(i[[0, 0, -1, -1], [0, -1, 0, -1]] / 16, 5)) for i in load_digits().images}
     images = data.test_x.reshape(-1, 28, 28)
     assert all(tuple(np.round(i[[0, 0, -1, -1], [0, -1, 0, -1]].astype(float), 5)) in corners for i in images)
 
 
-@pytest.mark.parametrize("name", list(registry.available()))
-def test_data_is_the_same_at_every_load(name):
-    workload = registry.get(name)
-    assert workload.data().digest() == workload.data().digest()
-
-
-def test_data_does_not_depend_on_the_cache(tmp_path, monkeypatch, mnist1d):
+def test_data_does_not_depend_on_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MPSCALE_CACHE", str(tmp_path))
-    assert registry.get("article-mlp").data().digest() == registry.get("article-mlp").data().digest()
+    load = registry.get("article-mlp").data
+    digests = [load().digest(), load().digest()]
     assert [p.name for p in tmp_path.iterdir()] == ["digits28-v1.npz"]
     (tmp_path / "digits28-v1.npz").write_bytes(b"PK broken")
-    first = registry.get("article-mlp").data().digest()
+    digests.append(load().digest())
     monkeypatch.setenv("MPSCALE_CACHE", "/proc/nowhere")
-    assert registry.get("article-mlp").data().digest() == first
+    assert {*digests, load().digest()} == {digests[0]}
 
 
 def test_loading_leaves_the_global_generator_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("MPSCALE_CACHE", str(tmp_path))
-    from mpscale.workloads.mnist1d import _raw
-
     np.random.seed(1)
     expected = np.random.rand()
     np.random.seed(1)
-    _raw(20, seed=5)
+    _raw_mnist1d(20, seed=5)
     assert np.random.rand() == expected
 
 
 def test_cache_directory_follows_the_environment(monkeypatch):
     monkeypatch.setenv("MPSCALE_CACHE", "/a")
-    assert str(cache.directory()) == "/a"
+    assert str(cache_directory()) == "/a"
     monkeypatch.delenv("MPSCALE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert str(cache.directory()) == "/b/mpscale"
+    assert str(cache_directory()) == "/b/mpscale"
 
 
 @pytest.mark.parametrize(
-    ("logits", "share"),
+    ("labels", "outputs", "threshold", "share"),
     [
-        ([[0.0, 1.0], [1.0, 0.0]], 1.0),
-        ([[1.0, 0.0], [1.0, 0.0]], 0.5),
-        ([[np.nan, 1.0], [1.0, np.nan]], 0.0),
-        ([[np.nan, np.nan], [np.nan, np.nan]], 0.0),
+        ([1, 0], [[0.0, 1.0], [1.0, 0.0]], None, 1.0),
+        ([1, 0], [[np.nan, 1.0], [1.0, np.nan]], None, 0.0),
+        ([1, 0], [[np.nan, np.nan], [np.nan, np.nan]], None, 0.0),
+        ([[0], [1]], [[2.0, 1.0], [2.0, 1.0]], None, 0.5),
+        ([[1, 0], [0, 1]], [[2.0, 1.0], [2.0, 1.0]], None, 0.5),
+        ([0, 1], [[0.4], [0.4]], 0.0, 0.5),
+        ([[0.0], [1.0]], [[0.4], [0.6]], 0.5, 1.0),
+        ([0, 1], [0.4, np.nan], 0.5, 0.5),
+        ([[0, 1], [1, 1]], [[[2.0, 1.0], [0.0, 1.0]], [[2.0, 1.0], [0.0, 1.0]]], None, 0.75),
+        ([[[0], [1]]], [[[2.0, 1.0], [0.0, 1.0]]], None, 1.0),
     ],
 )
-def test_accuracy_never_credits_a_nan(logits, share):
-    assert accuracy(np.array([1, 0]), np.array(logits)) == share
+def test_accuracy_takes_labels_of_every_shape_that_keras_takes_and_never_credits_a_nan(
+    labels, outputs, threshold, share
+):
+    assert accuracy(np.array(labels), np.array(outputs), threshold) == share
 
 
 @pytest.mark.parametrize(
@@ -103,8 +106,8 @@ def test_accuracy_never_credits_a_nan(logits, share):
         ("mnist1d-cn", "did you mean mnist1d-cnn"),
         ("zzz", "the workloads are mnist1d-mlp"),
         ("no_such_module:w", "No module named"),
-        ("mpscale.workloads.mnist1d:NOPE", "has no attribute"),
-        ("mpscale.workloads.mnist1d:load", "is a function, not an mpscale.Workload"),
+        ("mpscale.workloads.builtin:NOPE", "has no attribute"),
+        ("mpscale.workloads.builtin:arrays", "is a function, not an mpscale.Workload"),
     ],
 )
 def test_unknown_names_say_what_there_is(name, message):
@@ -120,7 +123,7 @@ def test_module_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
 
 
 def test_workload_is_found_by_module_and_attribute():
-    assert registry.get("mpscale.workloads.mnist1d:CNN") is registry.get("mnist1d-cnn")
+    assert registry.get("support.suite_workloads:fine") is fine
 
 
 def nothing():
@@ -152,27 +155,27 @@ def test_decorator_makes_a_workload():
         ({"target": True}, "target must be a number or None, not True"),
         ({"target": "0.9"}, "target must be a number"),
         ({"target": float("nan")}, "target must be a number"),
-        ({"target": 63.0}, "an accuracy is a share from 0 to 1, so target cannot be 63"),
+        ({"target": 63.0}, "target of an accuracy must be a share from 0 to 1, not 63"),
         ({"margin": "0.01"}, "margin must be a number"),
         ({"margin": -0.01}, "margin must be at least 0"),
-        ({"margin": 2}, "an accuracy is a share from 0 to 1, so margin cannot be 2"),
+        ({"margin": 2}, "margin of an accuracy must be a share from 0 to 1, not 2"),
         ({"metric_name": 5}, "metric_name must be text, not 5"),
         ({"metric_higher_is_better": 0}, "metric_higher_is_better must be True or False, not 0"),
-        ({"metric_higher_is_better": False}, "but more of accuracy is better"),
-        ({"metric": "mae", "metric_higher_is_better": True}, "but less of mae is better"),
+        ({"metric_higher_is_better": False}, "but a higher accuracy is better"),
+        ({"metric": "mae", "metric_higher_is_better": True}, "but a lower mae is better"),
         ({"metric": nothing}, "needs a name and a direction"),
-        ({"metric": nothing, "metric_name": "f1"}, "not known whether more of f1 is better"),
-        ({"metric": "perplexity"}, "not known whether more of perplexity is better"),
-        ({"metric": "mae", "metric_name": "accuracy"}, "mae is no accuracy"),
+        ({"metric": nothing, "metric_name": "f1"}, "does not know if a higher f1 is better"),
+        ({"metric": "perplexity"}, "does not know if a higher perplexity is better"),
+        ({"metric": "mae", "metric_name": "accuracy"}, "mae is not an accuracy"),
         ({"metric": 0.5}, "metric must be the name of one that Keras knows, a Keras Metric, or a function, not 0.5"),
         ({"loss": None}, "loss must be the name of one"),
         ({"optimizer": 1e-3}, "optimizer must be the name of one"),
         ({"model": None}, "model must be a function"),
         ({"data": np.zeros(3)}, "data must be a function"),
-        ({"summary": None}, "name and summary are text"),
+        ({"summary": None}, "name and summary must be text"),
     ],
 )
-def test_workload_that_cannot_be_is_refused(options, message):
+def test_workload_with_a_wrong_field_is_refused(options, message):
     fields = {"name": "x", "summary": "", "model": nothing, "data": nothing, "optimizer": nothing, **options}
     with pytest.raises((TypeError, ValueError), match=message):
         mpscale.Workload(**fields)
@@ -190,7 +193,7 @@ def test_workload_that_cannot_be_is_refused(options, message):
         ({"metric": "perplexity", "metric_higher_is_better": False}, "perplexity", False, None),
     ],
 )
-def test_metric_has_the_name_and_the_direction_that_follow_from_it_or_were_said(options, name, higher, margin):
+def test_metric_has_the_name_and_the_direction_that_are_known_or_given(options, name, higher, margin):
     workload = mpscale.Workload("x", "", nothing, nothing, nothing, **options)
     assert (workload.metric_name, workload.metric_higher_is_better, workload.margin) == (name, higher, margin)
 
@@ -200,15 +203,11 @@ def test_numbers_of_numpy_become_plain_ones():
     assert (type(workload.train_steps), type(workload.target)) == (int, float)
 
 
-@pytest.mark.parametrize(
-    ("higher", "value", "reached"),
-    [(True, 0.9, True), (True, 0.89, False), (False, 0.9, True), (False, 0.91, False)],
-)
-def test_target_is_reached_in_the_metrics_own_direction(higher, value, reached):
-    workload = mpscale.Workload(
-        "x", "", nothing, nothing, nothing, metric=nothing, metric_name="m", target=0.9, metric_higher_is_better=higher
-    )
-    assert workload.reached(value) is reached
+@pytest.mark.parametrize(("higher", "beyond"), [(True, 0.91), (False, 0.89)])
+def test_target_is_reached_in_the_metrics_own_direction(higher, beyond):
+    options = {"metric": nothing, "metric_name": "m", "metric_higher_is_better": higher}
+    workload = mpscale.Workload("x", "", nothing, nothing, nothing, target=0.9, **options)
+    assert [workload.reached(value) for value in (beyond, 0.9, 1.8 - beyond)] == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,7 @@ def test_target_is_reached_in_the_metrics_own_direction(higher, value, reached):
 )
 def test_data_that_does_not_fit_is_refused(arrays):
     fields = {"train_x": np.zeros((2, 1)), "train_y": np.zeros(2), "test_x": np.zeros((2, 1)), "test_y": np.zeros(2)}
-    with pytest.raises(ValueError, match="same number of examples"):
+    with pytest.raises(ValueError, match="both need the same number"):
         mpscale.Data(**{**fields, **arrays})
 
 
@@ -236,7 +235,7 @@ class Dataset:
     ("given", "message"),
     [
         ([[0.0], [1.0]], "must be a NumPy array, not a list; pass np.asarray"),
-        ({"a": np.zeros((2, 1))}, "not a dict; models with several inputs"),
+        ({"a": np.zeros((2, 1))}, "not a dict; mpscale trains models with one input"),
         (pd.DataFrame({"a": [0.0, 1.0]}), r"not a DataFrame; pass frame.to_numpy\(dtype='float32'\)"),
         (pd.Series([0.0, 1.0]), "not a Series; pass series.to_numpy"),
         (Dataset(), "not a Dataset; read the data set into arrays"),
@@ -245,26 +244,26 @@ class Dataset:
         (np.array(1.0), "a single value"),
         (np.array([1, "a"], object), "Python objects \\(int, str\\)"),
         (np.array([None, "a"], object), "Python objects \\(NoneType, str\\)"),
-        (np.array([1.5, 2.5], object), "Python objects \\(float\\); pass numbers, such as train_x.astype"),
+        (np.array([1.5, 2.5], object), "Python objects \\(float\\); pass only numbers, for example train_x.astype"),
         (np.array(["2020-01-01", "2020-01-02"], "datetime64[D]"), "dtype datetime64"),
         (np.zeros(2, complex), "dtype complex128"),
         (np.ma.masked_array([1.0, 2.0], [True, False]), "masked array"),
     ],
 )
-def test_data_that_is_no_array_of_numbers_says_what_is_accepted(given, message):
+def test_data_that_is_not_an_array_of_numbers_says_what_is_accepted(given, message):
     fields = {"train_y": np.zeros(2), "test_x": np.zeros((2, 1)), "test_y": np.zeros(2)}
     with pytest.raises(TypeError, match=message):
         mpscale.Data(train_x=given, **fields)
 
 
-def test_test_set_of_other_rank_is_refused():
+def test_test_set_of_another_rank_is_refused():
     with pytest.raises(ValueError, match="as many axes in both"):
         mpscale.Data(np.zeros((2, 3)), np.zeros(2), np.zeros((2, 3, 1)), np.zeros(2))
 
 
 @pytest.mark.parametrize("kind", [str, bytes])
 def test_equal_text_has_an_equal_digest_whatever_objects_hold_it(kind):
-    """As pandas gives it: each value a Python object, at another address in every process."""
+    """As pandas returns it: each value is a Python object, at a different address in every process."""
 
     def digest(text):
         words = np.array([kind(f"{text} {n}", "utf-8") if kind is bytes else f"{text} {n}" for n in range(3)], object)
@@ -275,7 +274,5 @@ def test_equal_text_has_an_equal_digest_whatever_objects_hold_it(kind):
 
 
 def test_names_are_listed_without_tensorflow():
-    code = (
-        "import sys; from mpscale.workloads import registry; registry.available(); print('tensorflow' in sys.modules)"
-    )
+    code = "import sys; from mpscale.workloads import registry; registry.offered(); print('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -1,0 +1,133 @@
+"""The protocol between ``mpscale ab`` and each of its two pytest sessions, and the session's end of it.
+
+The session sends :data:`EVENTS`. After :class:`Ready` and :class:`End` it waits for an answer, ``{"go": true}`` or
+``{"stop": why}``. Its turn lasts until it waits again or has ended, so nothing that it does in between falls into the
+other session's turn. The two ends may be different versions of mpscale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from mpscale.core.process import die_with_parent
+from mpscale.core.wire import Event, Wire
+
+VERSION = 1
+"""Of the protocol; raised when ends of different versions would not understand each other."""
+
+VARIABLE = "MPSCALE_TURNS"
+"""The environment variable that invites a session."""
+
+
+@dataclass(frozen=True)
+class Plan(Event, name="plan"):
+    """Which cases there will be, once they are collected.
+
+    Args:
+        cases: each with ``id``, ``workload``, ``mode``, ``seed`` and ``repeat``.
+        turn_s: the longest that the session may be silent in a turn.
+    """
+
+    cases: list[dict[str, Any]]
+    turn_s: float
+
+
+@dataclass(frozen=True)
+class Ready(Event, name="ready"):
+    """The session waits to run a case."""
+
+    case: str
+
+
+@dataclass(frozen=True)
+class Done(Event, name="done"):
+    """How a case came out, and the folder of its run."""
+
+    case: str
+    status: str
+    reason: str | None
+    step_time_ms: float | None
+    run: str
+
+
+@dataclass(frozen=True)
+class End(Event, name="end"):
+    """The session waits to write its reports. ``run`` is None if it ran no case."""
+
+    run: str | None
+
+
+EVENTS = (Plan, Ready, Done, End)
+
+
+class Stopped(Exception):
+    """The session gets no more turns. The message says why."""
+
+
+def invitation(descriptor: int, seed: int, entry: Mapping[str, Any]) -> str:
+    """The value of :data:`VARIABLE` for a session.
+
+    Args:
+        descriptor: of its end of the wire.
+        seed: of the order of its cases.
+        entry: what its run.json says of it under ``interleaved``.
+    """
+    return json.dumps({"descriptor": descriptor, "seed": seed, "entry": dict(entry)})
+
+
+def join(environ: MutableMapping[str, str]) -> Turns | None:
+    """Return this process's end if it has been invited, else None.
+
+    Takes the invitation out of ``environ``: a pytest that a test starts is not meant.
+    """
+    text = environ.pop(VARIABLE, None)
+    if text is None:
+        return None
+    told = json.loads(text)
+    # A process that a shell has put into the background ignores SIGINT, and so would what it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    die_with_parent()
+    return Turns(Wire.inherited(told["descriptor"]), told["seed"], told["entry"])
+
+
+class Turns:
+    """Asks for turns.
+
+    Args:
+        wire: to ``mpscale ab``.
+        seed: of the order of the cases, the same for both sessions.
+        entry: for run.json.
+    """
+
+    def __init__(self, wire: Wire, seed: int, entry: Mapping[str, Any]) -> None:
+        self._wire = wire
+        self.seed, self.entry = seed, dict(entry)
+
+    def send(self, event: Event) -> None:
+        """Tell what has happened."""
+        self._wire.send(event.to_json())
+
+    def end(self, run: str | None) -> None:
+        """Wait until reports made here would not disturb the other session; see :class:`End`."""
+        # Ctrl-C here means: stop waiting and finish.
+        with contextlib.suppress(Stopped, KeyboardInterrupt):
+            self.wait(End(run))
+
+    def wait(self, event: Ready | End) -> None:
+        """Tell what this session waits for, and wait for its turn.
+
+        Raises:
+            Stopped: there are no more turns.
+        """
+        self.send(event)
+        try:
+            answer = self._wire.receive()
+        except EOFError:
+            raise Stopped("mpscale ab is gone") from None
+        if "stop" in answer:
+            raise Stopped(str(answer["stop"]))

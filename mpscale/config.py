@@ -1,0 +1,233 @@
+"""Where a user's choices come from: presets, ``[tool.mpscale]``, and options that the plug-in and the command share."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import tempfile
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from mpscale.core.loss_scale import parse_number
+
+N = TypeVar("N", int, float)
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What a run does unless options say otherwise.
+
+    Args:
+        summary: one line for ``pytest --help``.
+        workloads: names of the workloads.
+        seeds: trainings of each workload in each mode.
+        timing_s: seconds of steady-state timing per case.
+        timing_blocks: minimum number of timing blocks.
+        train_steps: steps per training; None takes the workload's own number.
+        energy_s: seconds over which a GPU's energy is measured; 0 leaves it out.
+    """
+
+    summary: str
+    workloads: tuple[str, ...]
+    seeds: int
+    timing_s: float
+    timing_blocks: int = 50
+    train_steps: int | None = None
+    energy_s: float = 10.0
+
+
+PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
+    {
+        "smoke": Preset(
+            "seconds per case, to see that everything works (its figures mean little)",
+            workloads=("mnist1d-mlp", "article-mlp"),
+            seeds=1,
+            timing_s=0.3,
+            timing_blocks=10,
+            train_steps=100,
+            energy_s=0.0,
+        ),
+        "small": Preset(
+            "full trainings, minutes on two cores",
+            workloads=("mnist1d-mlp", "mnist1d-cnn", "article-mlp"),
+            seeds=3,
+            timing_s=2.0,
+        ),
+        "full": Preset(
+            "more seeds, longer timing and a recurrent network",
+            workloads=("mnist1d-mlp", "mnist1d-cnn", "mnist1d-gru", "article-mlp"),
+            seeds=5,
+            timing_s=4.0,
+        ),
+    }
+)
+DEFAULT_PRESET = "small"
+
+
+class SettingsError(ValueError):
+    """``[tool.mpscale]`` is not valid. The message names the file and the key, and says what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectSettings:
+    """The table ``[tool.mpscale]`` of a pyproject.toml.
+
+    Args:
+        baseline: run that a pytest run is compared with; a path is relative to the working directory.
+        fail_on: gates.
+        strict: whether a gate that cannot tell also fails the build.
+        threshold: smallest change of step time worth reporting, as text.
+    """
+
+    baseline: str | None = None
+    fail_on: Sequence[str] = ()
+    strict: bool = False
+    threshold: str | None = None
+
+    def override(self, **given: Any) -> ProjectSettings:
+        """Return these settings with values from the command line, which win; None means not given."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+
+_KINDS: dict[str, str] = {
+    "baseline": "a string",
+    "fail-on": "a list of strings",
+    "strict": "true or false",
+    "threshold": 'a string such as "5%"',
+}
+
+
+def load(start: Path) -> ProjectSettings:
+    """Read the nearest pyproject.toml in ``start`` or above it. Without that file or table, return the defaults.
+
+    Raises:
+        SettingsError: the file cannot be read, or a setting is unknown or has the wrong type.
+    """
+    path = next((f / "pyproject.toml" for f in (start, *start.parents) if (f / "pyproject.toml").is_file()), None)
+    if path is None:
+        return ProjectSettings()
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("mpscale", {})
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path}: cannot be read: {error}") from error
+    for key, value in table.items():
+        if key not in _KINDS:
+            raise SettingsError(f"{path}: [tool.mpscale] knows no {key!r}, only {', '.join(_KINDS)}")
+        if not _fits(key, value):
+            raise SettingsError(f"{path}: {key} of [tool.mpscale] must be {_KINDS[key]}, not {value!r}")
+    baseline = table.get("baseline")
+    # A path in the file is relative to the file, wherever pytest is called.
+    if baseline is not None and path.parent != Path.cwd() and (path.parent / baseline).exists():
+        baseline = str(path.parent / baseline)
+    return ProjectSettings(
+        baseline, tuple(table.get("fail-on", ())), table.get("strict", False), table.get("threshold")
+    )
+
+
+def _fits(key: str, value: Any) -> bool:
+    if key == "fail-on":
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return isinstance(value, bool) if key == "strict" else isinstance(value, str)
+
+
+RUN = "name of a run or its first characters, a run's folder, a cases.csv, or `latest`"
+"""Every way to name a run on the command line."""
+
+
+def add_results_option(add: Callable[..., Any], prefix: str = "", *, default: Path | None = None) -> None:
+    """Add ``--results``; without a default it is ``results/`` in pytest's root directory."""
+    add(
+        f"--{prefix}results",
+        type=folder,
+        default=default,
+        metavar="DIR",
+        help=f"results folder (default: {default or 'results/ in the root directory of pytest'})",
+    )
+
+
+def add_gate_options(add: Callable[..., Any], prefix: str = "") -> None:
+    """Add ``--fail-on`` and ``--strict``, which stand above ``[tool.mpscale]``."""
+    add(
+        f"--{prefix}fail-on",
+        action="append",
+        metavar="GATE",
+        help="fail if a figure is worse than in the baseline: step_time>5%%, gpu_memory>3%%, host_memory>20%%, "
+        "energy>10%%, overflow_rate>0.01, metric or missing; separate several by commas, or repeat the option",
+    )
+    add(f"--{prefix}strict", action="store_true", default=None, help="also fail if a gate cannot tell")
+
+
+def folder(text: str) -> Path:
+    """The type of an option that takes a folder.
+
+    Raises:
+        argparse.ArgumentTypeError: the text cannot name one.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, and nothing was given")
+    try:
+        # A shell does not expand ~ in --option=~/folder.
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} names the home of a user unknown to this machine") from None
+
+
+def number(parse: Callable[[str], N], fits: Callable[[N], bool], expected: str) -> Callable[[str], N]:
+    """Return the type of an option that takes a number.
+
+    Args:
+        parse: makes a number of a text, or raises ValueError.
+        fits: whether the option can have it.
+        expected: what to say if there is no such number.
+    """
+
+    def parsed(text: str) -> N:
+        with contextlib.suppress(ValueError):
+            value = parse(text)
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+
+    return parsed
+
+
+seconds = number(parse_number, lambda value: 0 < value < math.inf, "a number of seconds above 0")
+"""The type of an option that takes a time."""
+
+
+_PROBE = bytes(1 << 16)
+"""More than a file system stores beside a file's name: a full one has no room for it."""
+
+
+def why_not_writable(wanted: Path) -> str | None:
+    """Return why no file can be made in the folder ``wanted``, or None if one can. Leaves nothing behind.
+
+    This tries it: for root, permissions allow everything, even in /proc, and they say nothing about a full disk.
+    """
+    made: list[Path] = []
+    try:
+        for each in (*reversed(wanted.parents), wanted):
+            if not each.is_dir():
+                each.mkdir()
+                made.append(each)
+        with tempfile.TemporaryFile(dir=wanted) as file:
+            file.write(_PROBE)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        culprit = Path(error.filename) if isinstance(error.filename, str) else wanted
+        # Name the folder or what is in its way, never the temporary file.
+        place = culprit if culprit == wanted or culprit in wanted.parents else wanted
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        return f"{place}: {'it exists and is not a folder' if in_the_way else error.strerror}"
+    finally:
+        for each in reversed(made):
+            with contextlib.suppress(OSError):
+                each.rmdir()
+    return None

@@ -1,0 +1,1 @@
+"""What more than one process needs: the nouns. Standard library only."""

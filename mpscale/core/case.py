@@ -1,0 +1,191 @@
+"""What to run: cases, the settings that a run shares, and how cases and series are named."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from mpscale.core.columns import METHOD_VERSION
+from mpscale.core.mode import Mode
+
+StartMethod = Literal["fork", "fresh"]
+
+_CASE_ID = re.compile(r"(.+)--(.+)--s(\d{1,18})--r(\d{1,18})")
+_SERIES_KEY = re.compile(r"(.*)/([^/]*)/([^/]*)/(batch=.*)/method=([^/]*)")
+
+
+@dataclass(frozen=True, slots=True)
+class CaseId:
+    """Names a case in its run. The text is ``<workload>--<mode>--s<seed>--r<repeat>`` and usable as a file name."""
+
+    workload: str
+    mode: str
+    seed: int
+    repeat: int
+
+    def __str__(self) -> str:
+        return f"{self.workload.replace(':', '+')}--{self.mode}--s{self.seed}--r{self.repeat}"
+
+    @classmethod
+    def parse(cls, text: str, workloads: Iterable[str] = ()) -> CaseId | None:
+        """The inverse of ``str``; None if the text is not the id of a case.
+
+        Args:
+            text: the id.
+            workloads: names that may occur. In others a ``+`` is taken for the ``:`` of ``module:attribute``.
+        """
+        found = _CASE_ID.fullmatch(text)
+        if found is None:
+            return None
+        workload, mode, seed, repeat = found.groups()
+        known = next((name for name in workloads if name.replace(":", "+") == workload), workload.replace("+", ":"))
+        return cls(known, mode, int(seed), int(repeat))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cases of a run have in common.
+
+    Args:
+        jit: compile train steps with XLA, in all modes.
+        train_steps: steps of a training; None for the workload's own number.
+        batch_size: examples per step; None for the workload's own.
+        static_scale: loss scale of mixed-static.
+        dynamic_scale: arguments of the scale of mixed-dynamic and graph-rewrite that differ from the defaults.
+        timing_s: seconds of steady-state timing; 0 for none.
+        timing_blocks: the minimum number of timed blocks.
+        energy_s: how many seconds to go on stepping if the GPU's energy can be measured; 0 for no energy.
+    """
+
+    jit: bool = True
+    train_steps: int | None = None
+    batch_size: int | None = None
+    static_scale: float = 128.0
+    dynamic_scale: Mapping[str, float] = field(default_factory=dict)
+    timing_s: float = 2.0
+    timing_blocks: int = 50
+    energy_s: float = 10.0
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain values."""
+        return {**asdict(self), "dynamic_scale": dict(self.dynamic_scale)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One process. Repeat 0 trains to the end and times; a repeat above 0 only times.
+
+    ``order`` is its place in the run.
+    """
+
+    workload: str
+    mode: str
+    seed: int
+    repeat: int
+    order: int
+    settings: Settings
+
+    @property
+    def id(self) -> str:
+        """Unique in a run, and usable as a file name; see :class:`CaseId`."""
+        return str(CaseId(self.workload, self.mode, self.seed, self.repeat))
+
+    @property
+    def group(self) -> tuple[str, int, int]:
+        """Cases of one group start from the same weights and see the same data; only the mode differs."""
+        return (self.workload, self.seed, self.repeat)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains to the end."""
+        return self.repeat == 0
+
+    def identity(self) -> dict[str, Any]:
+        """The columns of a record that say which case it is."""
+        names = ("workload", "mode", "seed", "repeat", "order")
+        return {"case_id": self.id, **{name: getattr(self, name) for name in names}}
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain values."""
+        return {**asdict(self), "settings": self.settings.to_json()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Case:
+        """The inverse of :meth:`to_json`."""
+        return cls(**{**values, "settings": Settings(**values["settings"])})
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesKey:
+    """What rows of different runs must share to be compared: everything that moves a figure except the machine.
+
+    The text is ``<workload>/<digest>/<mode>/<setting>=<value>,.../method=<version>``.
+    """
+
+    workload: str
+    digest: str
+    mode: str
+    settings: Mapping[str, str]
+    method: str
+
+    def __str__(self) -> str:
+        settings = ",".join(f"{name}={value}" for name, value in self.settings.items())
+        return f"{self.workload}/{self.digest}/{self.mode}/{settings}/method={self.method}"
+
+    @classmethod
+    def parse(cls, text: str) -> SeriesKey | None:
+        """The inverse of ``str``; None if the text is not a series key."""
+        # From the end, because names of workloads may hold slashes, as settings do: timing=2s/50.
+        found = _SERIES_KEY.fullmatch(text)
+        if found is None:
+            return None
+        workload, digest, mode, settings, method = found.groups()
+        parts = (part.partition("=") for part in settings.split(","))
+        return cls(workload, digest, mode, {name: value for name, _, value in parts}, method)
+
+    @staticmethod
+    def facts(text: str) -> dict[str, str]:
+        """What the text says about a series of a given workload and mode: digest, settings and method, by name.
+
+        Another text is a single fact called ``series``.
+        """
+        key = SeriesKey.parse(text)
+        return {"series": text} if key is None else {"digest": key.digest, **key.settings, "method": key.method}
+
+
+def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_steps: int, settings: Settings) -> str:
+    """The text of the :class:`SeriesKey` of a case.
+
+    Settings of a loss scale are in it only for modes that use them: another static scale makes no new series of fp32.
+    """
+    parts = {"batch": str(batch_size), "steps": str(train_steps), "jit": "on" if settings.jit else "off"}
+    parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}
+    parts |= {name: f"{value:.17g}" for name, value in sorted(mode.scale_arguments(settings).items())}
+    return str(SeriesKey(workload, digest, mode.name, parts, str(METHOD_VERSION)))
+
+
+def plan(
+    workloads: Sequence[str],
+    modes: Sequence[Mode],
+    seeds: int,
+    repeats: int,
+    settings: Settings,
+    shuffle_seed: int = 0,
+) -> Iterator[Case]:
+    """The cases of a run, in the order in which they run.
+
+    The modes of one workload and seed run next to each other, so that a drift of the machine hits all of them, in an
+    order that is shuffled each time, so that none always comes first. Repeats come after the seeds, so that a run that
+    is cut short loses precision rather than results.
+    """
+    random_order = random.Random(shuffle_seed)
+    rounds = [(seed, 0) for seed in range(seeds)] + [(0, repeat) for repeat in range(1, repeats + 1)]
+    order = itertools.count()
+    for workload in workloads:
+        for seed, repeat in rounds:
+            for mode in random_order.sample(list(modes), len(modes)):
+                yield Case(workload, mode.name, seed, repeat, next(order), settings)

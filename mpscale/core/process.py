@@ -1,0 +1,174 @@
+"""Starts, listens to and ends processes. Nothing that such a process starts outlives it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from mpscale.core.wire import Wire, wait_for
+
+KILL_S = 15.0
+"""How long to wait for a process that has been killed: one inside a hanging driver cannot even be killed."""
+
+
+class Process(ABC):
+    """A process at the other end of a wire. It leads a session of its own, in which everything it starts ends with it.
+
+    Args:
+        pid: its number.
+        wire: this process's end, None if it has none.
+        ended: becomes readable when the process has ended; see :meth:`Wire.receive`.
+    """
+
+    def __init__(self, pid: int, wire: Wire | None, ended: Wire | int | None) -> None:
+        self.pid, self._wire, self._ended = pid, wire, ended
+
+    @property
+    def wire(self) -> Wire:
+        """This process's end of the wire."""
+        assert self._wire is not None  # only asked of processes that were started with one
+        return self._wire
+
+    def sources(self) -> list[Wire | int]:
+        """What becomes readable when the process has something to say or has ended."""
+        return [each for each in (self._wire, self._ended) if each is not None]
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message."""
+        self.wire.send(message)
+
+    def receive(self, seconds: float | None = None) -> dict[str, Any]:
+        """Return the next message; raises as :meth:`Wire.receive` does."""
+        return self.wire.receive(seconds, self._ended)
+
+    def end(self, seconds: float, kill_s: float = KILL_S) -> int | None:
+        """Close the wire, upon which the process should end, and kill what is left of it.
+
+        Args:
+            seconds: how long it may take to end.
+            kill_s: how long to wait for it then.
+
+        Returns:
+            Its exit code, negative for a signal; None if it lives on.
+        """
+        if self._wire is not None:
+            self._wire.close()
+        self.wait(seconds)
+        return self.kill(kill_s)
+
+    @abstractmethod
+    def wait(self, seconds: float) -> int | None:
+        """Return the exit code, negative for a signal; None if the process has not ended within ``seconds``."""
+
+    @abstractmethod
+    def kill(self, seconds: float = KILL_S) -> int | None:
+        """Kill the process and all that it left in its session; return as :meth:`wait` does."""
+
+
+class Child(Process):
+    """A process that this one starts.
+
+    Args:
+        command: program and arguments.
+        environ: its environment; None for this process's.
+        output: takes what it prints; None discards it.
+        errors: takes what it prints on standard error; None for ``output``.
+        ends: a new wire, ours first. The process has to be told the other end's number, and inherits it.
+
+    Raises:
+        OSError: it could not be started.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        environ: Mapping[str, str] | None = None,
+        output: IO[bytes] | None = None,
+        errors: IO[bytes] | None = None,
+        ends: tuple[Wire, Wire] | None = None,
+    ) -> None:
+        ours, theirs = ends or (None, None)
+        try:
+            self._process = subprocess.Popen(
+                command,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output or subprocess.DEVNULL,
+                stderr=errors or subprocess.STDOUT,
+                pass_fds=[theirs.fileno()] if theirs else [],
+                start_new_session=True,
+            )
+        except BaseException:
+            if ours is not None:
+                ours.close()
+            raise
+        finally:
+            if theirs is not None:
+                theirs.close()
+        self._pidfd: int | None = None
+        # Kernels before 5.3, and interpreters built for them, have none: there the end of the wire has to do.
+        with contextlib.suppress(OSError, AttributeError):
+            self._pidfd = os.pidfd_open(self._process.pid)
+        super().__init__(self._process.pid, ours, self._pidfd)
+
+    def wait(self, seconds: float) -> int | None:
+        if self._pidfd is not None:
+            wait_for([self._pidfd], max(seconds, 0.0))
+            return self._process.poll()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(max(seconds, 0.0))
+        return None
+
+    def kill(self, seconds: float = KILL_S) -> int | None:
+        kill_session(self.pid, alive=self._process.poll() is None)
+        code = self.wait(seconds)
+        if self._wire is not None:
+            self._wire.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = self._ended = None
+        return code
+
+    def interrupt(self) -> None:
+        """Send it what Ctrl-C sends, to it alone."""
+        self._process.send_signal(signal.SIGINT)
+
+
+def kill_session(leader: int, alive: bool) -> None:
+    """Kill the processes of a session.
+
+    Args:
+        leader: the process that leads or led it.
+        alive: whether the leader may still live: once it has been waited for, its number may be another process's.
+    """
+    for kill in (os.killpg, os.kill) if alive else (os.killpg,):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(leader, signal.SIGKILL)
+
+
+def describe_exit(code: int | None) -> str:
+    """How a process ended, such as ``killed by SIGKILL``.
+
+    Args:
+        code: its exit code, negative for a signal; None if it has not ended.
+    """
+    if code is None:
+        return "not ended"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"killed by {names.get(-code, f'signal {-code}')}"
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that happens. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

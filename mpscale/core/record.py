@@ -1,0 +1,332 @@
+"""The result of one case: a row of :data:`~mpscale.core.columns.COLUMNS` in which every empty cell has a reason."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpscale.core.columns import COLUMNS, FAILED, LOST, MEASURED, STATUSES
+from mpscale.core.mode import MODES
+from mpscale.core.reason import Code, Reason, encodable
+
+Place = tuple[str, str]
+"""Workload and mode: what a row of most tables is about."""
+Key = tuple[int, int]
+"""Seed and repeat: a process of a workload and mode."""
+
+_TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "json": dict}
+_NAMES = {name: name for name in COLUMNS}
+"""One string per name: the keys of ten thousand rows of JSON would otherwise be as many copies."""
+_SURE: dict[str, type] = {
+    column.name: _TYPES[column.kind]
+    for column in COLUMNS.values()
+    if column.kind != "json" and column.name != "status" and not column.positive
+}
+"""Columns that take any value of one type, which saves a closer look at most values of a file."""
+_OF_A_METRIC = ("metric_name", "metric_margin", "metric_higher_is_better", "metric_target")
+
+
+class Record:
+    """One row, filled in while a case runs.
+
+    None, NaN and infinity mean that a value is unknown: the cell stays empty and needs a reason, from :meth:`miss` or
+    :meth:`complete`.
+    """
+
+    __slots__ = ("_unavailable", "_values")
+
+    def __init__(
+        self, values: Mapping[str, Any] | None = None, unavailable: Mapping[str, Reason] | None = None
+    ) -> None:
+        self._values: dict[str, Any] = {}
+        self._unavailable: dict[str, Reason] = {
+            known: why for name, why in (unavailable or {}).items() if (known := _NAMES.get(name))
+        }
+        self.update(values or {})
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a column, None if it is empty.
+
+        Raises:
+            KeyError: there is no such column.
+        """
+        value = self._values.get(name)
+        if value is None and name not in COLUMNS:
+            _check_name(name)
+        return value
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Set several columns. None, NaN and infinity leave a column empty.
+
+        Raises:
+            KeyError: there is no such column.
+        """
+        for name, value in values.items():
+            _check_name(name)
+            value = plain(value)
+            if _is_unknown(value):
+                self._values.pop(name, None)
+            else:
+                self._values[name] = value
+                self._unavailable.pop(name, None)
+
+    def miss(self, names: str | Iterable[str], reason: Reason) -> None:
+        """Say why columns are empty. Values stay, and so do earlier reasons, which came from nearer the cause."""
+        for name in [names] if isinstance(names, str) else names:
+            _check_name(name)
+            if name not in self._values:
+                self._unavailable.setdefault(name, reason)
+
+    def complete(self, reason: Reason) -> None:
+        """Give ``reason`` to every measured column that has neither a value nor a reason."""
+        self.miss([column.name for column in COLUMNS.values() if column.measured], reason)
+
+    def drop_misfits(self) -> list[str]:
+        """Empty the columns whose values do not belong there, and return why, one sentence per column.
+
+        A single such value would make whole files unreadable.
+        """
+        misfits = {
+            name: why
+            for name, value in self._values.items()
+            if (type(value) is not _SURE.get(name) or (type(value) is int and not _fits_into_64_bits(value)))
+            and (why := misfit(name, value)) is not None
+        }
+        for name, why in misfits.items():
+            del self._values[name]
+            self._unavailable[name] = Reason(Code.MISFIT, why)
+        return list(misfits.values())
+
+    def invalidate(self, why: str) -> None:
+        """Make the record ``invalid`` so that none of its figures count; a failure keeps its status. Add the reason."""
+        status, said = self["status"], self["status_reason"]
+        self.update(
+            {
+                "status": status if status in (*FAILED, "unsupported") else "invalid",
+                "status_reason": f"{said}; {why}" if said else why,
+            }
+        )
+
+    def copy(self) -> Record:
+        """An independent record with the same values and reasons."""
+        found = Record()
+        found._values, found._unavailable = self._values.copy(), self._unavailable.copy()
+        return found
+
+    @property
+    def unavailable(self) -> dict[str, Reason]:
+        """The reasons so far, by column."""
+        return self._unavailable.copy()
+
+    @property
+    def place(self) -> Place:
+        """Workload and mode."""
+        return self["workload"], self["mode"]
+
+    @property
+    def key(self) -> Key:
+        """Seed and repeat."""
+        return self["seed"], self["repeat"]
+
+    def why_empty(self, name: str) -> Reason | None:
+        """The reason why a column is empty, None if there is a value or no reason was given."""
+        return self._unavailable.get(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values in column order without the empty ones; reasons under ``unavailable``."""
+        row = {name: self._values[name] for name in COLUMNS if name in self._values}
+        if self._unavailable:
+            row["unavailable"] = {n: self._unavailable[n].to_json() for n in COLUMNS if n in self._unavailable}
+        return row
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Record:
+        """The inverse of :meth:`to_json`. Columns of a newer schema are dropped.
+
+        Raises:
+            TypeError: a reason is not one.
+        """
+        reasons = row.get("unavailable") or {}
+        if not isinstance(reasons, dict):
+            raise TypeError(f"unavailable should hold reasons by column, not {reasons!r:.200}")
+        found = cls()
+        found._values = values = {
+            _NAMES[name]: value if type(value) is not str or value.isascii() else encodable(value)
+            for name, value in row.items()
+            if name in _NAMES and value is not None and (type(value) is not float or math.isfinite(value))
+        }
+        values.pop("unavailable", None)
+        told = _reasons(reasons)
+        found._unavailable = {_NAMES[name]: why for name, why in told.items() if name in _NAMES and name not in values}
+        return found
+
+
+_known_reasons: deque[tuple[dict[str, Any], dict[str, Reason]]] = deque(maxlen=16)
+"""The latest reasons from JSON: those of a mode are mostly the same in all of its cases, and comparing is cheap."""
+
+
+def _reasons(values: dict[str, Any]) -> dict[str, Reason]:
+    """The reasons by column, from JSON."""
+    for known, reasons in _known_reasons:
+        if known == values:
+            return reasons
+    reasons = {name: Reason.from_json(why) for name, why in values.items()}
+    _known_reasons.appendleft((values, reasons))
+    return reasons
+
+
+def plain(value: Any) -> Any:
+    """Turn a NumPy scalar into a Python one and make text safe for any file; return other values as they are."""
+    if type(value) in (float, int, bool):
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    return encodable(value) if isinstance(value, str) else value
+
+
+def misfit(name: str, value: Any) -> str | None:
+    """Why a value does not belong in its column; None if it does or is unknown.
+
+    Args:
+        name: of the column.
+        value: as :func:`plain` returned it.
+    """
+    _check_name(name)
+    if _is_unknown(value):
+        return None
+    kind = COLUMNS[name].kind
+    # A bool is an int to Python, but not here; an int is a float here, but not to Python.
+    wanted: Any = (int, float) if kind == "float" else _TYPES[kind]
+    if not isinstance(value, wanted) or (kind == "bool") != isinstance(value, bool):
+        return f"{name} should be {kind}, not {value!r:.200}"
+    if kind == "json" and not all(isinstance(part, str) for pair in value.items() for part in pair):
+        return f"{name} should hold texts, not {value!r:.200}"
+    if isinstance(value, int) and not _fits_into_64_bits(value):
+        return f"{name} does not fit into 64 bits: {str(value)[:30]}..."
+    if name == "status" and value not in STATUSES:
+        return f"{value!r} is no status of a case"
+    if COLUMNS[name].positive and value <= 0:
+        return f"{name} is {value}; it must be above 0"
+    return None
+
+
+def _fits_into_64_bits(value: int) -> bool:
+    return -(2**63) <= value < 2**63
+
+
+def _is_unknown(value: Any) -> bool:
+    return value is None or (type(value) is float and not math.isfinite(value))
+
+
+def _check_name(name: str) -> None:
+    if name not in COLUMNS:
+        raise KeyError(f"{name!r} is no column of a case; docs/metrics.md lists them")
+
+
+def settle(records: Sequence[Record]) -> list[Record]:
+    """The same records, with status ``diverged`` for trainings that are called ``ok`` and ended without a metric.
+
+    Earlier versions of mpscale, and tables from elsewhere, have such trainings: NaN and infinity are empty cells there.
+    A table that says nothing about any metric is left as it is.
+    """
+    with_metric = {r["workload"] for r in records if r["metric_value"] is not None and r["repeat"] == 0}
+
+    def settled(record: Record) -> Record:
+        if record["metric_value"] is not None or record["status"] != "ok" or record["repeat"] != 0:
+            return record
+        why = record.why_empty("metric_value")
+        told = why is not None or any(record[name] is not None for name in _OF_A_METRIC)
+        if not told and record["workload"] not in with_metric:
+            return record
+        found = record.copy()
+        reason = f"trained to the end, and has no {record['metric_name'] or 'metric'}{f': {why}' if why else ''}"
+        found.update({"status": "diverged", "status_reason": reason})
+        return found
+
+    return [settled(record) for record in records]
+
+
+def of_good_trainings(cases: Iterable[Record]) -> list[Record]:
+    """The cases that ran to the end, without those of lost seeds.
+
+    A lost training has a step time but no speed worth having. The same goes for its repeats, which time the same steps
+    and cannot know.
+    """
+    measured = [case for case in cases if case["status"] in MEASURED]
+    lost = {case["seed"] for case in measured if case["status"] in LOST}
+    return [case for case in measured if case["seed"] not in lost] if lost else measured
+
+
+def common(cases: Iterable[Record], column: str) -> Any:
+    """The value of a column if all cases that have one agree; None if they do not or none has one."""
+    known = {case[column] for case in cases} - {None}
+    return known.pop() if len(known) == 1 else None
+
+
+def in_order_of_modes(names: Iterable[str]) -> list[str]:
+    """Modes in the order of tables; unknown ones come last, as they came."""
+    there = list(dict.fromkeys(names))
+    return [mode for mode in MODES if mode in there] + [mode for mode in there if mode not in MODES]
+
+
+def grouped(records: Iterable[Record]) -> dict[Place, list[Record]]:
+    """The records of each workload and mode: workloads in order of first appearance, modes in the order of tables."""
+    found: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        found.setdefault(record["workload"], {}).setdefault(record["mode"], []).append(record)
+    return {
+        (workload, mode): by_mode[mode] for workload, by_mode in found.items() for mode in in_order_of_modes(by_mode)
+    }
+
+
+def to_csv(records: Iterable[Record]) -> str:
+    """The content of cases.csv: all columns in order, one row per record, unknown cells empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    # Most cases of a mode lack the same columns for the same reasons.
+    cells_of_reasons: dict[tuple[tuple[str, str], ...], str] = {}
+    for record in records:
+        # Progress bars write lone carriage returns. Python's csv leaves them unquoted, and readers end the row there.
+        row = {
+            name: value.replace("\r\n", "\n").replace("\r", "\n") if type(value) is str and "\r" in value else value
+            for name, value in record._values.items()
+        }
+        if record._unavailable:
+            reasons = tuple((name, why.text) for name, why in record._unavailable.items())
+            if reasons not in cells_of_reasons:
+                ordered = {name: record._unavailable[name].text for name in COLUMNS if name in record._unavailable}
+                cells_of_reasons[reasons] = json.dumps(ordered, ensure_ascii=False)
+            row["unavailable"] = cells_of_reasons[reasons]
+        writer.writerow(map(row.get, COLUMNS))
+    return text.getvalue()
+
+
+@dataclass(slots=True)
+class Findings:
+    """Columns on their way into a record: values by name for what is known, reasons for what is not."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    unavailable: dict[str, Reason] = field(default_factory=dict)
+
+    def put(self, column: str, found: Any | Reason) -> None:
+        """Note the value of a column, or the reason why it has none."""
+        if isinstance(found, Reason):
+            self.unavailable[column] = found
+        else:
+            self.values[column] = found
+
+    def miss(self, columns: Iterable[str], reason: Reason) -> None:
+        """Note one reason for several columns."""
+        self.unavailable |= dict.fromkeys(columns, reason)
+
+    def add(self, other: Findings) -> None:
+        """Take over everything that another found."""
+        self.values |= other.values
+        self.unavailable |= other.unavailable

@@ -1,0 +1,463 @@
+"""The folder of a run: writes it during the run, and reads its journal, from which everything else can be made."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from mpscale.core.case import Case, CaseId
+from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
+from mpscale.core.mode import MODES
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Record, to_csv
+
+IDENTITY = ("workload", "mode", "seed", "repeat")
+"""The columns that say which case a record is of."""
+_QUICK_S = 0.05
+"""A cases.csv that is written faster than this, in seconds, is written after every case."""
+_PAUSE = 50
+"""Another one is written again after so many times the time that it took."""
+NO_END = "the journal holds no end of this case: the run was stopped, or is still going on"
+
+
+class RunError(Exception):
+    """A run that does not exist, or a file of it that is broken. The message says which, and what to do."""
+
+
+def steps_path(folder: Path, case_id: str) -> Path:
+    """Where the log of steps of a case is."""
+    return folder / "steps" / f"{_file_name(case_id)}.csv.gz"
+
+
+def write_cases(folder: Path, records: Iterable[Record]) -> None:
+    """Write cases.csv, whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    _replace(folder / "cases.csv", to_csv(records).encode())
+
+
+class Journal:
+    """Writes ``<results>/runs/<run>/``.
+
+    All lines are also kept in memory. If the folder or its journal is deleted, moved or changed during the run, both
+    are written again. If they cannot be written, the run goes on, each further line tries again, and in the end a
+    temporary folder takes everything. :attr:`troubles` says so each time.
+
+    Args:
+        results: the results folder; created if it does not exist.
+        device_slug: part of the run's name, between its time and four random characters.
+        environment: where it runs, for run.json.
+        settings: what was asked for, for run.json.
+        cases: the plan.
+        interleaved: the other run, if two take turns.
+
+    Raises:
+        OSError: the folder cannot be written. Nothing has been measured then.
+    """
+
+    def __init__(
+        self,
+        results: Path,
+        device_slug: str,
+        environment: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        cases: list[Case],
+        interleaved: Mapping[str, Any] | None = None,
+    ) -> None:
+        started = datetime.now(UTC)
+        self.name = f"{started:%Y%m%dT%H%M%SZ}-{device_slug}-{secrets.token_hex(2)}"
+        self.path = results / "runs" / self.name
+        """The run's folder. Only :meth:`finish` changes it."""
+        self.troubles: list[str] = []
+        """What went wrong with the run's files, without repetition."""
+        self.path.mkdir(parents=True)
+        self._environment = dict(environment)
+        self._info: dict[str, Any] = {
+            "run": self.name,
+            "schema_version": SCHEMA_VERSION,
+            "method_version": METHOD_VERSION,
+            "started": started.isoformat(timespec="seconds"),
+            "environment": self._environment,
+            "settings": dict(settings),
+            "planned": [case.id for case in cases],
+        }
+        if interleaved is not None:
+            self._info["interleaved"] = dict(interleaved)
+        self._records: dict[str, Record] = {}
+        self._lines: list[bytes] = [_line("run_started", run=self.name)]
+        self._file: IO[bytes] | None = None
+        """Open for appending; None while it cannot be written."""
+        self._size = 0
+        self._cases_due = 0.0
+        """When cases.csv may be written again, on the monotonic clock; 0 if after every case."""
+        self._write_anew()
+
+    def steps_path(self, case: Case) -> Path:
+        """Where the case's log of steps goes."""
+        return steps_path(self.path, case.id)
+
+    def gpu_path(self, case: Case, attempt: int) -> Path:
+        """Where the samples of the GPU go, one file per attempt."""
+        return self.path / "gpu" / f"{_file_name(case.id)}--a{attempt}.jsonl.gz"
+
+    def add_environment(self, facts: Mapping[str, Any]) -> None:
+        """Add to the environment what only a worker can find out."""
+        self._environment.update(facts)
+        with self._no_trouble_ends_the_run():
+            self._write_info()
+
+    def case_started(self, case: Case, attempt: int) -> None:
+        """Note the start of a case, so that a run that is cut short shows which case was running."""
+        identity = {key: value for key, value in case.identity().items() if key != "case_id"}
+        self._append("case_started", case_id=case.id, attempt=attempt, case=identity)
+
+    def case_finished(self, case: Case, record: Record, step_s: Sequence[float], phases: Mapping[str, float]) -> None:
+        """Note the result of a case.
+
+        Also write cases.csv, but less often if that takes long, because it is then a large file: a run that is killed
+        may lack the last rows there. Its journal has them all.
+
+        Args:
+            case: the case.
+            record: its row.
+            step_s: step time of each timed block in seconds, from which the row's medians were made.
+            phases: when each phase was reached, in seconds from the start of its process.
+        """
+        blocks = [float(f"{value:.6g}") for value in step_s]
+        self._records[case.id] = record
+        self._append("case_finished", case_id=case.id, record=record.to_json(), step_s=blocks, phases=dict(phases))
+        if time.monotonic() >= self._cases_due:
+            with self._no_trouble_ends_the_run():
+                self._write_cases()
+
+    def finish(self, exit_status: int) -> None:
+        """Note the end of the run. Nothing may be written afterwards."""
+        if self._cases_due:
+            with self._no_trouble_ends_the_run():
+                self._write_cases()
+        self._append("run_finished", exit_status=exit_status, cases=len(self._records))
+        if self._file is None:
+            self.path = Path(tempfile.mkdtemp(prefix="mpscale-")) / self.name
+            self.troubles.append(f"everything but steps and GPU samples is kept in {self.path}")
+            self._write_anew()
+        if self._file is not None:
+            self._file.close()
+
+    def _append(self, event: str, **fields: Any) -> None:
+        line = _line(event, **fields)
+        self._lines.append(line)
+        with self._no_trouble_ends_the_run():
+            if self._file is not None and self._is_in_place(self._file):
+                self._write(self._file, line)
+                return
+            known = self._file is None
+            self._close()
+            self._write_anew()
+            self._say(
+                f"{self.path} can be written again, and its journal is whole"
+                if known
+                else f"{self.path} was deleted, moved or changed while the run went on: journal and tables were "
+                "written anew; steps and GPU samples of earlier cases were lost with it"
+            )
+
+    def _is_in_place(self, file: IO[bytes]) -> bool:
+        """Whether the file at the journal's path is the one that was written, and run.json is beside it."""
+        try:
+            there, here = (self.path / "journal.jsonl").stat(), os.fstat(file.fileno())
+        except OSError:
+            return False
+        same = (there.st_dev, there.st_ino, there.st_size) == (here.st_dev, here.st_ino, self._size)
+        return same and (self.path / "run.json").is_file()
+
+    def _write(self, file: IO[bytes], data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            # A write may be partial if the disk fills up; the next one then fails.
+            left = left[file.write(left) :]
+        os.fsync(file.fileno())
+        self._size += len(data)
+
+    def _write_anew(self) -> None:
+        """Write everything that is in memory."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write_info()
+        if self._records:
+            self._write_cases()
+        journal = self.path / "journal.jsonl"
+        _replace(journal, b"".join(self._lines))
+        self._size = sum(map(len, self._lines))
+        self._file = journal.open("ab", buffering=0)
+
+    def _write_cases(self) -> None:
+        start = time.monotonic()
+        write_cases(self.path, self._records.values())
+        end = time.monotonic()
+        took = end - start
+        self._cases_due = end + _PAUSE * took if took > _QUICK_S else 0.0
+
+    def _write_info(self) -> None:
+        _replace(self.path / "run.json", (json.dumps(self._info, indent=2) + "\n").encode())
+
+    @contextlib.contextmanager
+    def _no_trouble_ends_the_run(self) -> Iterator[None]:
+        """Note a failure to write and go on: results are in memory, and those to come are worth more than a file."""
+        try:
+            yield
+        except OSError as error:
+            self._close()
+            self._say(
+                f"{error.filename or self.path} cannot be written: {error.strerror or error}; the run goes on, and "
+                "writes it as soon as that is possible"
+            )
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = None
+
+    def _say(self, trouble: str) -> None:
+        if trouble not in self.troubles:
+            self.troubles.append(trouble)
+
+
+def _line(event: str, **fields: Any) -> bytes:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"event": event, "time": now, **fields}).encode() + b"\n"
+
+
+def _file_name(case_id: str) -> str:
+    """Names on the disk are UTF-8, even if Python takes the file system for ASCII."""
+    return os.fsdecode(case_id.encode("utf-8"))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a whole file or none."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        # A full disk needs the space.
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class JournalContent:
+    """What a journal says.
+
+    Args:
+        records: the last attempt of every started case, in the order of the plan.
+        finished: whether the run ended.
+        problems: what in the file could not be read as it stands, and what was made of it.
+    """
+
+    records: list[Record]
+    finished: bool
+    problems: list[str]
+
+
+def read_journal(path: Path, info: Mapping[str, Any]) -> JournalContent:
+    """Read a journal. A last line that was cut off is ignored.
+
+    The last event of a case counts: the last of several attempts, and one that was started and not finished becomes a
+    record with status ``interrupted``.
+
+    A broken line, or a record with values that do not belong there, costs only its own case, which becomes ``invalid``
+    with the reason.
+
+    Args:
+        path: of ``journal.jsonl``.
+        info: ``run.json``, for the plan and for what an interrupted case could not say about itself.
+
+    Raises:
+        RunError: the file is missing, cannot be read at all, or holds no event; every journal begins with one.
+    """
+    told = _Told(path.name, info)
+    for number, line in _lines(path):
+        told.take(number, line)
+    told.close()
+    if not told.events:
+        why = told.problems[0] if told.problems else "it is empty or was cut off"
+        raise RunError(f"{path}: holds no event that can be read ({why}){_what_is_left(path)}")
+    place = {case_id: index for index, case_id in enumerate(info.get("planned", []))}
+    # sorted() keeps the journal's order for cases that are not in the plan.
+    ordered = sorted(told.records, key=lambda case_id: place.get(case_id, len(place)))
+    return JournalContent([told.records[case_id] for case_id in ordered], told.finished, told.problems)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines with their numbers, one at a time because journals of long runs are large."""
+    try:
+        # As bytes, because a cut can fall inside a character.
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                # A whole line ends with a newline, so a last line without one was cut off, unless it is complete JSON.
+                if line.strip() and (line.endswith(b"\n") or _is_json(line)):
+                    yield number, line
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file{_what_is_left(path)}") from None
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}") from error
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _what_is_left(path: Path) -> str:
+    cases = path.with_name("cases.csv")
+    left = f", but its cases can be compared: {cases}" if cases.is_file() else ""
+    return f"; without its journal a run cannot be read{left}"
+
+
+@dataclass
+class _Told:
+    """What the lines so far say."""
+
+    name: str
+    info: Mapping[str, Any]
+    records: dict[str, Record] = field(default_factory=dict)
+    without_end: set[str] = field(default_factory=set)
+    finished: bool = False
+    problems: list[str] = field(default_factory=list)
+    events: int = 0
+    running: str | None = None
+    """The case that has started and not ended. Cases run one at a time, so an unreadable line is about this one."""
+
+    def take(self, number: int, line: bytes) -> None:
+        """Take one line, whatever is in it."""
+        where = f"{self.name}, line {number}: "
+        try:
+            event = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            self._broken(f"{where}not readable as JSON: {error}")
+            return
+        try:
+            self._take(event, where)
+        except _Odd as why:
+            self._broken(f"{where}{why}")
+
+    def _take(self, event: Any, where: str) -> None:
+        kind = _part(event, "event", str, "the line")
+        self.events += 1
+        match kind:
+            case "case_started":
+                # Noted before its parts are checked: the case has started even if they are broken.
+                self.running = _part(event, "case_id", str)
+                case = _part(event, "case", dict)
+                self._start(self.running, case, event.get("attempt"))
+            case "case_finished":
+                self.running = _part(event, "case_id", str)
+                self._finish(self.running, _part(event, "record", dict), where)
+                self.running = None
+            case "run_started":
+                self.finished = False
+            case "run_finished":
+                self.finished = True
+
+    def _finish(self, case_id: str, row: dict[str, Any], where: str) -> None:
+        """Take the record of a ``case_finished``."""
+        odd: list[str] = []
+        try:
+            record = Record.from_json(row)
+        except TypeError as error:
+            odd.append(str(error))
+            record = Record.from_json({**row, "unavailable": {}})
+        record.update({"case_id": case_id})
+        odd += [*record.drop_misfits(), *lacks(record, case_id)]
+        if odd:
+            record.update(self._identity(case_id))
+            record.invalidate(where + "; ".join(odd))
+            self.problems.append(f"{case_id} counts as {record['status']}: {where}{'; '.join(odd)}")
+        self.records[case_id] = record
+        self.without_end.discard(case_id)
+
+    def _broken(self, why: str) -> None:
+        """Take a line that says nothing, which costs the running case its result."""
+        self.problems.append(why)
+        if self.running is None:
+            return
+        try:
+            identity = self._identity(self.running)
+        except _Odd:
+            return
+        self._start(self.running, identity, None)
+        self.records[self.running].update({"status": "invalid", "status_reason": why})
+        self.problems[-1] = f"{self.running} counts as invalid: {why}"
+
+    def _identity(self, case_id: str) -> dict[str, Any]:
+        """Which case it is, from an earlier line or from its id; raise ``_Odd`` if neither says."""
+        if before := self.records.get(case_id):
+            return {name: before[name] for name in (*IDENTITY, "order", "attempts")}
+        if case := CaseId.parse(case_id):
+            return {name: getattr(case, name) for name in IDENTITY}
+        raise _Odd(f"{case_id!r} does not say which case it is")
+
+    def _start(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> None:
+        """Note a case whose result has not come yet; raise ``_Odd`` if nothing says which case it is."""
+        record = Record(
+            {
+                **{name: case.get(name) for name in (*IDENTITY, "order")},
+                "case_id": case_id,
+                "attempts": case.get("attempts") if attempt is None else attempt,
+                "status": "interrupted",
+                "status_reason": NO_END,
+                "schema_version": self.info.get("schema_version"),
+                "method_version": self.info.get("method_version"),
+            }
+        )
+        odd = [*record.drop_misfits(), *lacks(record, case_id)]
+        if odd:
+            raise _Odd("; ".join(odd))
+        self.records[case_id] = record
+        self.without_end.add(case_id)
+
+    def close(self) -> None:
+        """Complete the records of cases whose result never came with what is known of them and of the machine."""
+        environment = self.info.get("environment")
+        device = environment.get("device") if isinstance(environment, dict) else None
+        for record in (self.records[case_id] for case_id in self.without_end):
+            if record["mode"] in MODES:
+                record.update({"policy": MODES[record["mode"]].policy})
+            if isinstance(device, dict):
+                record.update({"device": device.get("kind"), "device_name": device.get("name")})
+                record.drop_misfits()
+            record.complete(Reason(Code.NOT_REACHED, NO_END))
+
+
+class _Odd(Exception):
+    """A line that does not describe an event. The message says why."""
+
+
+def _part(event: Any, name: str, kind: type, what: str = "the event") -> Any:
+    """A part of an event; raise ``_Odd`` if it is missing or of another type."""
+    if not isinstance(event, dict):
+        raise _Odd(f"should hold a JSON object, not {type(event).__name__}")
+    if name not in event:
+        raise _Odd(f"{what} lacks {name!r}")
+    if not isinstance(event[name], kind):
+        raise _Odd(f"{name} should be {kind.__name__}, not {event[name]!r:.200}")
+    return event[name]
+
+
+def lacks(record: Record, case_id: str) -> list[str]:
+    """What a record must say and does not: which case it is and how that ended, one sentence each."""
+    return [f"the record of {case_id} has no {name}" for name in (*IDENTITY, "status") if record[name] is None]

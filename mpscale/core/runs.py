@@ -1,0 +1,365 @@
+"""Read a run from disk: its environment, its records and the steps of its cases; find runs; tell machines apart."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpscale.core.case import CaseId
+from mpscale.core.cases_csv import read_cases
+from mpscale.core.columns import COLUMNS, DTYPES, METHOD_VERSION, SCHEMA_VERSION
+from mpscale.core.record import Key, Place, Record, misfit, settle
+from mpscale.core.run_folder import RunError, read_journal, steps_path
+
+if TYPE_CHECKING:
+    # Imported by Run.cases and Run.steps alone: reading and judging runs needs no pandas, which takes a second to load.
+    import pandas as pd
+
+__all__ = ["Run", "RunError", "cases_frame", "read_info", "read_run", "resolve_run"]
+
+_STEP_DTYPES = {"step": "Int64", "loss": "float64", "loss_scale": "float64", "overflow": "boolean"}
+MAKE_ONE = "make one with `make bench` or `pytest bench/ --benchmark-only`"
+_SHOWN = 5
+"""How many runs a message names."""
+_MACHINE_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "TF_ENABLE_ONEDNN_OPTS", "TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
+"""Environment variables that make a CPU a smaller machine."""
+_NOT_FACTS = ("load_average_at_start", "memory_mib", "uuid", "vendor")
+"""Keys of an environment that differ from run to run on one machine, or that name it twice."""
+
+
+class NoRunYet(RunError):
+    """The latest run was asked for, and there is none, whole or broken."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run, as its journal tells it.
+
+    Args:
+        path: the run's folder, or a cases.csv.
+        name: from ``run.json``; starts with the UTC time of its start.
+        info: ``run.json``: environment, settings, planned cases, schema and method version.
+        records: the last attempt of every case that was started, in the order of the plan, after
+            :func:`mpscale.core.record.settle`.
+        finished: whether the run ended.
+        problems: what in its files could not be read as it stands, and what was made of it, one sentence each.
+    """
+
+    path: Path
+    name: str
+    info: dict[str, Any]
+    records: list[Record]
+    finished: bool
+    problems: list[str] = field(default_factory=list)
+
+    @cached_property
+    def cases(self) -> pd.DataFrame:
+        """One row per record and one column for each of :data:`mpscale.core.columns.COLUMNS`.
+
+        Unknown values are ``pd.NA``, or NaN in float columns; ``unavailable`` holds dicts of texts.
+        """
+        return cases_frame(self.records)
+
+    @property
+    def plan_known(self) -> bool:
+        """Whether it is known which cases should be there; a cases.csv by itself does not say."""
+        return bool(self.info.get("planned"))
+
+    @property
+    def methods(self) -> set[int]:
+        """The method versions that run.json, or a cases.csv by itself, names."""
+        told = self.info.get("method_version")
+        versions = [told] if told is not None else [record["method_version"] for record in self.records]
+        return {version for version in versions if version is not None}
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """The environment in ``run.json``; empty if there is none."""
+        environment = self.info.get("environment")
+        return environment if isinstance(environment, dict) else {}
+
+    @property
+    def device(self) -> dict[str, Any]:
+        """The device's description in ``run.json``; empty if there is none."""
+        device = self.environment.get("device")
+        return device if isinstance(device, dict) else {}
+
+    @property
+    def not_started(self) -> list[str]:
+        """Ids of cases that were planned and are not in the journal."""
+        return [case_id for case_id in self.info.get("planned", []) if case_id not in self._case_ids]
+
+    @cached_property
+    def _case_ids(self) -> dict[str, None]:
+        return dict.fromkeys(str(record["case_id"]) for record in self.records)
+
+    @cached_property
+    def waiting(self) -> dict[Place, list[Key]]:
+        """The processes of :attr:`not_started`, by workload and mode."""
+        workloads = list(dict.fromkeys(str(record["workload"]) for record in self.records))
+        found: dict[Place, list[Key]] = {}
+        for text in self.not_started:
+            if case := CaseId.parse(text, workloads):
+                found.setdefault((case.workload, case.mode), []).append((case.seed, case.repeat))
+        return found
+
+    def steps(self, case_id: str) -> pd.DataFrame:
+        """The training of one case, step by step: columns step, loss, loss_scale and overflow.
+
+        Raises:
+            RunError: the run has no such case, or its steps were not written or cannot be read.
+        """
+        import pandas as pd
+
+        columns = self.step_columns(case_id)
+        return pd.DataFrame({name: pd.Series(columns[name], dtype=dtype) for name, dtype in _STEP_DTYPES.items()})
+
+    def step_columns(self, case_id: str) -> dict[str, list[Any]]:
+        """The columns of :meth:`steps` as lists, without pandas. None is unknown; a loss may be NaN or infinite.
+
+        Raises:
+            RunError: as :meth:`steps`.
+        """
+        if case_id not in self._case_ids:
+            close = difflib.get_close_matches(case_id, self._case_ids, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; it has {len(self._case_ids)} others"
+            raise RunError(f"{self.name} has no case {case_id!r}{hint}")
+        path = steps_path(self.path, case_id)
+        if not path.is_file():
+            raise RunError(f"{path}: no such file; only a case that trained to its end has steps")
+        try:
+            with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+                header, *rows = csv.reader(file)
+            if missing := [name for name in _STEPS if name not in header]:
+                raise RunError(f"{path}: has no column {', '.join(missing)}")
+            cells = dict(zip(header, zip(*rows, strict=True) if rows else [()] * len(header), strict=True))
+            return {name: [parse(cell) if cell else None for cell in cells[name]] for name, parse in _STEPS.items()}
+        except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
+            raise RunError(f"{path}: cannot be read as gzipped CSV: {error}") from error
+
+
+def _flag(cell: str) -> bool:
+    flags = {"0": False, "1": True, "False": False, "True": True}
+    if cell not in flags:
+        raise ValueError(f"expected 0 or 1, not {cell!r}")
+    return flags[cell]
+
+
+_STEPS: dict[str, Callable[[str], Any]] = {"step": int, "loss": float, "loss_scale": float, "overflow": _flag}
+
+
+def read_run(path: str | Path) -> Run:
+    """Read the run in the folder ``path``, finished or not, or a cases.csv by itself.
+
+    A cases.csv says nothing about the environment, planned cases that were not started, or steps.
+
+    A line of the journal that cannot be read costs only its own case, which becomes ``invalid`` with the reason, and
+    :attr:`Run.problems` lists it. A cases.csv, which other programs write too, is read whole or not at all.
+
+    Raises:
+        RunError: the folder is not a run, or a file in it cannot be read at all; the message names the file.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        return Run(folder, str(path), {}, settle(read_cases(folder)), finished=True)
+    info = read_info(folder / "run.json")
+    journal = read_journal(folder / "journal.jsonl", info)
+    name = str(info.get("run") or folder.resolve().name)
+    return Run(folder, name, info, settle(journal.records), journal.finished, journal.problems)
+
+
+def resolve_run(
+    name_or_path: str | Path, results_dir: str | Path, left_out: list[tuple[str, str]] | None = None
+) -> Path:
+    """Find the folder of a run, or a cases.csv.
+
+    Args:
+        name_or_path: ``latest``; the name of a run, or a beginning that only one has; or the path of its folder or of a
+            cases.csv.
+        results_dir: holds ``runs/`` and ``reference/``. ``latest`` looks only in ``runs/``.
+        left_out: receives the folders that ``latest`` skipped because they cannot be read, with the reason. Without it
+            ``latest`` skips none: after a run that broke, nobody wants to be shown the one before it.
+
+    Raises:
+        RunError: no run matches, or several do, or the latest run cannot be read.
+    """
+    wanted = str(name_or_path)
+    made, kept = (_runs_in(Path(results_dir) / folder) for folder in ("runs", "reference"))
+    if wanted == "latest":
+        return _latest(made, results_dir, left_out)
+    runs = made + kept
+    for run in runs:
+        if run.name == wanted:
+            return run
+    path = Path(wanted)
+    if path.suffix.lower() == ".csv":
+        if path.is_file():
+            return path
+        raise RunError(f"{path}: no such file")
+    if wanted and path.is_dir():
+        if not (path / "run.json").is_file():
+            raise RunError(f"{path}: holds no run.json, so it is not a run")
+        return path
+    # A run that is in both folders is one run.
+    fitting = list({run.name: run for run in reversed(runs) if wanted and run.name.startswith(wanted)}.values())
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise RunError(f"{len(fitting)} runs begin with {wanted!r}: {_newest(fitting)}")
+    if not runs:
+        raise RunError(f"no run is called {wanted!r}; {_no_runs(results_dir)}")
+    raise RunError(f"no run is called {wanted!r}; the newest in {results_dir} are {_newest(runs)}")
+
+
+def cases_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per record, in order, with the dtype of each column."""
+    import pandas as pd
+
+    columns: dict[str, Any] = {
+        name: pd.Series([record[name] for record in records], dtype=DTYPES[column.kind])
+        for name, column in COLUMNS.items()
+    }
+    columns["unavailable"] = pd.Series(
+        [{name: str(why) for name, why in record.unavailable.items()} for record in records], dtype="object"
+    )
+    return pd.DataFrame(columns)
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """Read a run.json.
+
+    Raises:
+        RunError: there is none, it is broken, or it is of a newer version; the message names the file.
+    """
+    if not path.is_file():
+        raise RunError(f"{path}: no such file, so {path.parent} is not a run")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(info, dict):
+        raise RunError(f"{path}: should hold a JSON object, not {type(info).__name__}")
+    version = info.get("schema_version")
+    for name, value in (("schema_version", version), ("method_version", info.get("method_version", METHOD_VERSION))):
+        # Cases without an end take both from here.
+        if value is None or misfit(name, value):
+            raise RunError(f"{path}: {name} should be an integer, not {value!r:.200}")
+    assert isinstance(version, int)
+    if version > SCHEMA_VERSION:
+        # In a newer version a column has another meaning: reading on would mislabel figures.
+        raise RunError(
+            f"{path}: written with schema version {version}, this mpscale reads up to {SCHEMA_VERSION}; upgrade it"
+        )
+    planned = info.setdefault("planned", [])
+    if not (isinstance(planned, list) and all(isinstance(case_id, str) for case_id in planned)):
+        raise RunError(f"{path}: planned should be a list of case ids")
+    return info
+
+
+def _latest(made: list[Path], results_dir: str | Path, left_out: list[tuple[str, str]] | None) -> Path:
+    broken = []
+    for folder in reversed(made):
+        try:
+            read_run(folder)
+        except RunError as error:
+            broken.append((str(folder), str(error)))
+            continue
+        if left_out is not None:
+            left_out += broken
+        elif broken:
+            raise RunError(
+                f"the latest run cannot be read: {broken[0][1]}; the newest that can be is {folder.name}: "
+                f"name it, or remove {broken[0][0]}"
+            )
+        return folder
+    if broken:
+        raise RunError(f"none of the {len(broken)} runs in {Path(results_dir) / 'runs'} can be read: {broken[0][1]}")
+    raise NoRunYet(_no_runs(results_dir))
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("*/run.json"))
+
+
+def _newest(runs: list[Path]) -> str:
+    names = sorted({run.name for run in runs}, reverse=True)
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _no_runs(results_dir: str | Path) -> str:
+    return f"there is no run in {Path(results_dir) / 'runs'}; {MAKE_ONE}"
+
+
+def hardware(run: Run) -> dict[str, Any]:
+    """The facts that identify the machine of a run, as far as the run knows them."""
+    kind, name = (_one_device(run, column) for column in ("device", "device_name"))
+    return machine(run.device.get("kind") or kind, run.device.get("name") or name, run.environment)
+
+
+def _one_device(run: Run, column: str) -> str | None:
+    known = list(dict.fromkeys(record[column] for record in run.records if record[column] is not None))
+    if len(known) > 1:
+        raise RunError(f"{run.path}: holds cases of {known[0]} and of {known[1]}; compare runs of one device each")
+    return known[0] if known else None
+
+
+def machine(kind: str | None, name: str | None, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that identify a machine, from a device and an environment as in run.json."""
+    facts: dict[str, Any] = {"kind": kind, "name": name}
+    if kind == "cpu" and environment:
+        cpu, variables = environment.get("cpu"), environment.get("variables")
+        facts["cores"] = cpu.get("logical_cores") if isinstance(cpu, dict) else None
+        if isinstance(variables, Mapping):
+            facts |= {variable: variables[variable] for variable in _MACHINE_VARIABLES if variable in variables}
+            limit = re.search(r"--xla_cpu_max_isa=(\S+)", str(variables.get("XLA_FLAGS", "")))
+            if limit:
+                facts["xla_cpu_max_isa"] = limit[1]
+    return facts
+
+
+def same_hardware(baseline: Run, other: Run) -> bool:
+    """Whether both ran on the same kind of machine. A cases.csv by itself knows only the device's name."""
+    return same_machine(hardware(baseline), hardware(other))
+
+
+def same_machine(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
+    """Whether two results of :func:`hardware` agree in what both know."""
+    known = ("kind", "name") if "cores" not in one or "cores" not in two else one.keys() | two.keys()
+    return all(one.get(name) == two.get(name) for name in known)
+
+
+def machine_words(facts: Mapping[str, Any]) -> str:
+    """The machine in one line, for people."""
+    parts = [f"{facts['name'] or 'unknown'} ({facts['kind'] or 'unknown'})"]
+    for name, value in facts.items():
+        if name == "cores" and value is not None:
+            parts.append(f"{value} core" if value == 1 else f"{value} cores")
+        elif name not in ("kind", "name", "cores"):
+            parts.append(f"{name}={value}")
+    return ", ".join(parts)
+
+
+def environment_differences(baseline: Run, other: Run) -> list[tuple[str, str, str]]:
+    """What differs between the environments of two runs: name, value in the baseline, value in the other run."""
+    one, two = (dict(_facts(run.environment)) for run in (baseline, other))
+    names = list(dict.fromkeys([*one, *two])) if one and two else []
+    return [(name, one.get(name, ""), two.get(name, "")) for name in names if one.get(name) != two.get(name)]
+
+
+def _facts(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in facts.items():
+        name = f"{above} {key}".strip()
+        if isinstance(value, Mapping):
+            yield from _facts(value, name)
+        elif key not in _NOT_FACTS:
+            yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)

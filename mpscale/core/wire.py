@@ -1,0 +1,366 @@
+"""How two processes of mpscale talk.
+
+The session talks to the worker of each case, to the warm parent that forks workers, to the GPU monitor, and, under
+``mpscale ab``, to the command. Each pair has a socket of its own, a :class:`Wire`, so standard output and error belong
+to whatever runs in the process. Messages are JSON objects, one per line. The standard library's
+``multiprocessing.connection`` would block inside a message whose writer was stopped or killed halfway through while a
+process that it left behind holds the socket open; a :class:`Wire` never does.
+
+Most messages are dataclasses: an :class:`Event` goes over the wire as its fields and its name under ``event``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import resource
+import selectors
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar, Self, TypeVar
+
+from mpscale.core.reason import Reason
+from mpscale.core.record import misfit, plain
+
+
+class Phase(StrEnum):
+    """How far a case has come. At each phase the session looks at the machine. A case skips phases it does not need."""
+
+    IDLE = "idle"
+    CONTEXT_READY = "context-ready"
+    MODEL_BUILT = "model-built"
+    COMPILED = "compiled"
+    TRAINED = "trained"
+    WARM = "warm"
+    TIMING_START = "timing-start"
+    TIMING_END = "timing-end"
+    ENERGY_END = "energy-end"
+    DONE = "done"
+
+
+@dataclass(frozen=True)
+class Event:
+    """A message with a name and fields."""
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, name: str, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.name = name
+
+    def to_json(self) -> dict[str, Any]:
+        """The message; its values are plain."""
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return {"event": self.name, **values}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_json`. Drops fields that it does not know: the other side may be newer."""
+        return cls(**{each.name: fields[each.name] for each in dataclasses.fields(cls) if each.name in fields})
+
+
+E = TypeVar("E", bound=Event)
+
+
+def event_of(message: Mapping[str, Any], kinds: Iterable[type[E]]) -> E:
+    """Return the event of one of the ``kinds`` that a received message stands for.
+
+    Raises:
+        Garbled: it stands for none of them.
+    """
+    try:
+        return {kind.name: kind for kind in kinds}[message["event"]].from_json(message)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Garbled(f"not a message of mpscale: {error}") from error
+
+
+# What a worker reports. Values and reasons come as soon as they are known, so a case that dies later keeps them.
+
+
+@dataclass(frozen=True)
+class Values(Event, name="values"):
+    """Columns of the record."""
+
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Missed(Event, name="miss"):
+    """Columns that stay empty, and why."""
+
+    columns: list[str]
+    reason: Reason
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "reason": self.reason.to_json()}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(fields["columns"], Reason.from_json(fields["reason"]))
+
+
+@dataclass(frozen=True)
+class PhaseReached(Event, name="phase"):
+    """A phase. The worker waits for an answer, an empty message, while the session looks at the machine."""
+
+    phase: Phase
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(Phase(fields["phase"]))
+
+
+@dataclass(frozen=True)
+class StepsDone(Event, name="progress"):
+    """Training steps taken so far, of how many."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Blocks(Event, name="blocks"):
+    """Seconds per step of each timed block."""
+
+    step_s: list[float]
+
+
+@dataclass(frozen=True)
+class EnergySteps(Event, name="energy"):
+    """Steps taken while energy was counted, and how many of them overflowed; None if unknown."""
+
+    steps: int
+    overflow_steps: int | None
+
+
+@dataclass(frozen=True)
+class Finished(Event, name="done"):
+    """The case came to its end, with this status. The last message."""
+
+    status: str
+    reason: str | None
+    runtime: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failed(Event, name="error"):
+    """The case raised an exception: its type, its message, and whether memory ran out. The last message."""
+
+    type: str
+    message: str
+    oom: bool = False
+
+
+@dataclass(frozen=True)
+class Again(Event, name="again"):
+    """Another attempt at a case begins, and why. Goes over no wire: only those who show progress hear of it."""
+
+    reason: str
+
+
+Progressed = PhaseReached | StepsDone | Again
+"""What those who show progress hear of."""
+
+WORKER_EVENTS = (Values, Missed, PhaseReached, StepsDone, Blocks, EnergySteps, Finished, Failed)
+
+
+class Channel:
+    """What a case reports to, over the wire of its worker."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    def send(self, event: Event) -> None:
+        """Report an event."""
+        self._wire.send(event.to_json())
+
+    def values(self, values: dict[str, Any]) -> None:
+        """Report columns of the record.
+
+        Raises:
+            TypeError: a value does not belong in its column; better now than after the training.
+        """
+        values = {name: plain(value) for name, value in values.items()}
+        for name, value in values.items():
+            if why := misfit(name, value):
+                raise TypeError(why)
+        self.send(Values(values))
+
+    def miss(self, columns: Sequence[str], reason: Reason) -> None:
+        """Report columns that stay empty."""
+        self.send(Missed(list(columns), reason))
+
+    def phase(self, phase: str) -> None:
+        """Report a phase and wait until the session has looked at the machine."""
+        self.send(PhaseReached(Phase(phase)))
+        self._wire.receive()
+
+    def progress(self, done: int, total: int) -> None:
+        """Report steps taken."""
+        self.send(StepsDone(done, total))
+
+    def blocks(self, step_s: Sequence[float]) -> None:
+        """Report the seconds per step of each timed block."""
+        self.send(Blocks(list(step_s)))
+
+    def energy(self, steps: int, overflow_steps: int | None) -> None:
+        """Report the steps taken while energy was counted, and how many overflowed; None if unknown."""
+        self.send(EnergySteps(steps, overflow_steps))
+
+
+_OUT_OF_REACH = 500
+"""The first number for a wire's descriptor in a process that runs other people's code: none is hit by accident."""
+
+
+class Garbled(EOFError):
+    """Something other than a message came over a wire, which is useless from then on."""
+
+
+_GARBLED = "what came over the wire is not a message"
+
+
+class Wire:
+    """One end of a socket on which two processes exchange JSON objects, one per line.
+
+    Args:
+        end: the socket, which this object owns.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self._unread = b""
+        self._messages: deque[dict[str, Any]] = deque()
+        self._garbled = False
+        self.closed = False
+        """Whether nothing more will arrive."""
+        self.descriptors: list[int] = []
+        """File descriptors that were sent along and that nobody has taken yet."""
+
+    @classmethod
+    def pair(cls) -> tuple[Wire, Wire]:
+        """Both ends of a new wire."""
+        ours, theirs = socket.socketpair()
+        return cls(ours), cls(theirs)
+
+    @classmethod
+    def inherited(cls, descriptor: int) -> Wire:
+        """This process's end of a wire.
+
+        Args:
+            descriptor: its number. The end moves out of the way, to a high number, and programs that this process
+                starts do not inherit it.
+        """
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        first = _OUT_OF_REACH if limit == resource.RLIM_INFINITY else min(_OUT_OF_REACH, limit // 2)
+        moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, first)
+        os.close(descriptor)
+        return cls(socket.socket(fileno=moved))
+
+    def fileno(self) -> int:
+        """The descriptor, -1 once closed."""
+        return self._socket.fileno()
+
+    def send(self, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
+        """Send a message. If the other side is gone, the next :meth:`receive` says so.
+
+        Args:
+            message: any JSON object.
+            descriptors: open files to send along.
+        """
+        line = json.dumps(message).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            if descriptors:
+                socket.send_fds(self._socket, [line], descriptors)
+            else:
+                self._socket.sendall(line)
+
+    def receive(self, seconds: float | None = None, ended: Wire | int | None = None) -> dict[str, Any]:
+        """Return the next message.
+
+        Args:
+            seconds: how long to wait for it; None waits without limit, and below 0 a message that has not been read
+                yet is not read either.
+            ended: a descriptor or wire that becomes readable when the other side has ended. Waiting for the end of this
+                wire would not do: a process that the other side left behind may hold it open.
+
+        Raises:
+            TimeoutError: no message came in time.
+            EOFError: no message will come.
+            Garbled: something other than a message came.
+        """
+        deadline = None if seconds is None else time.monotonic() + seconds
+        sources, left = [self] if ended is None else [self, ended], seconds
+        while not self._messages:
+            if self.closed:
+                raise Garbled(_GARBLED) if self._garbled else EOFError("it has ended")
+            ready = [] if left is not None and left < 0 else wait_for(sources, left)
+            if self in ready:
+                self._read()
+            elif ready:
+                self.closed = True
+            else:
+                raise TimeoutError
+            left = None if deadline is None else deadline - time.monotonic()
+        return self._messages.popleft()
+
+    def arrived(self) -> list[dict[str, Any]]:
+        """Return the messages that have arrived, without waiting; raises as :meth:`receive` does."""
+        while not self.closed and self._read():
+            pass
+        if self._garbled and not self._messages:
+            raise Garbled(_GARBLED)
+        messages = list(self._messages)
+        self._messages.clear()
+        return messages
+
+    def close(self) -> None:
+        """Close this end; the other side reads the end of the wire."""
+        self.closed = True
+        self._socket.close()
+
+    def _read(self) -> bool:
+        """Read what has arrived, up to a limit; return whether anything had."""
+        # Not by socket.recv_fds, which in Python 3.11 ignores its flags. There is room for four descriptors.
+        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        try:
+            chunk, extras, _, _ = self._socket.recvmsg(65536, socket.CMSG_SPACE(4 * struct.calcsize("i")), flags)
+        except BlockingIOError:
+            return False
+        except OSError:
+            chunk, extras = b"", []
+        for level, kind, data in extras:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self.descriptors += struct.unpack(f"{len(data) // struct.calcsize('i')}i", data)
+        self.closed = not chunk
+        *lines, self._unread = (self._unread + chunk).split(b"\n")
+        for line in lines:
+            try:
+                message = json.loads(line)
+            except ValueError:
+                message = None
+            if not isinstance(message, dict):
+                self._garbled = self.closed = True
+                break
+            self._messages.append(message)
+        return True
+
+
+def wait_for(sources: Iterable[Wire | int], seconds: float | None) -> list[Wire | int]:
+    """Return the wires and descriptors with something to read, after at most ``seconds``; None waits without limit."""
+    sources = list(sources)
+    # A message that has been read and not been taken no longer makes its socket readable.
+    known = [each for each in sources if isinstance(each, Wire) and (each._messages or each.closed)]
+    others = [each for each in sources if each not in known]
+    with selectors.PollSelector() as selector:
+        for each in others:
+            selector.register(each, selectors.EVENT_READ)
+        ready: list[Any] = [key.fileobj for key, _ in selector.select(0.0 if known else seconds)]
+    return known + ready

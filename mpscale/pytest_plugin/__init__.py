@@ -1,0 +1,109 @@
+"""The pytest plug-in: options, parametrisation and the fixture ``mp_case``, for any test suite.
+
+It is registered by entry point, so every pytest run in an environment with mpscale loads it. Until a test asks for
+``mp_case`` it does, and imports, almost nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mpscale.core.columns import FAILED
+from mpscale.core.mode import MODES
+from mpscale.pytest_plugin import baseline, options
+from mpscale.pytest_plugin.plan import CASE, CLOCK, NO_XDIST, PARAMETERS, ReplayClock
+from mpscale.pytest_plugin.session import Session
+
+if TYPE_CHECKING:
+    from mpscale.core.case import Case
+    from mpscale.core.record import Record
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options, all under ``--mp-``."""
+    group = parser.getgroup("mpscale", "mpscale: compare mixed precision with float32")
+    options.add_options(group.addoption)
+    baseline.add_options(group.addoption)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Check the names of modes and workloads, and register the hooks of the session."""
+    options.named_modes(config)
+    if config.getoption("mp_workloads") is not None:
+        options.workloads(config)
+    config.pluginmanager.register(Session(config), "mpscale-session")
+
+
+class MeasuredCase:
+    """The value of the fixture ``mp_case``: one case, and a way to run it."""
+
+    def __init__(self, case: Case, session: Session, clock: ReplayClock) -> None:
+        self.case = case
+        self._session, self._clock = session, clock
+
+    def measure(self, benchmark: Any) -> Record:
+        """Run the case in a process of its own and pass its step times to pytest-benchmark.
+
+        If two tests ask for the same case, say one for its speed and one for its accuracy, it runs once.
+
+        Args:
+            benchmark: pytest-benchmark's fixture.
+
+        Returns:
+            The record of the case. It is in the journal in any case, even if the test is skipped or fails here.
+        """
+        outcome = self._session.run(self.case)
+        record = outcome.record
+        status, reason = record["status"], record["status_reason"]
+        if status == "unsupported":
+            pytest.skip(reason)
+        if _fails(self.case, record):
+            # Used, but without a figure: pytest-benchmark warns about a fixture that was not used.
+            benchmark.disabled = True
+            benchmark.pedantic(lambda: None)
+            tail = f"\nIts output ends with:\n{record['output_tail']}" if record["output_tail"] else ""
+            text = f"{self.case.id}: {status}: {reason}{tail}"
+            pytest.fail(self._session.output.printable(text), pytrace=False)
+        benchmark.extra_info.update({name: record[name] for name in _EXTRA_INFO if record[name] is not None})
+        self._clock.load(outcome.step_s)
+        benchmark.pedantic(lambda: None, rounds=max(len(outcome.step_s), 1))
+        return record
+
+
+_EXTRA_INFO = (
+    "case_id", "status", "workload", "mode", "seed", "repeat", "device_name", "jit", "batch_size", "dispatch_share",
+    "attempted_steps", "overflow_steps", "skipped_steps", "timed_overflow_steps", "loss_scale_final",
+    "gpu_memory_nvml_peak_mib", "host_memory_peak_mib", "final_accuracy", "metric_name", "metric_value",
+)  # fmt: skip
+
+
+@pytest.fixture
+def mp_case(request: pytest.FixtureRequest, workload: str, mode: str, seed: int, repeat: int) -> MeasuredCase:
+    """One case of the run. A test that asks for it is parametrised over all cases."""
+    # The four parameters only have to be asked for; the case itself is on the test.
+    if hasattr(request.config, "workerinput"):
+        pytest.fail(NO_XDIST)
+    return MeasuredCase(request.node.stash[CASE], _session(request.config), request.node.stash[CLOCK])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise a test that asks for ``mp_case``."""
+    if "mp_case" in metafunc.fixturenames:
+        metafunc.parametrize(PARAMETERS, _session(metafunc.config).parameters())
+
+
+def _session(config: pytest.Config) -> Session:
+    session = config.pluginmanager.getplugin("mpscale-session")
+    assert isinstance(session, Session)
+    return session
+
+
+def _fails(case: Case, record: Record) -> bool:
+    """Return whether a case fails its test. A rule that is on trial may diverge: that is a result."""
+    if record["status"] in FAILED:
+        return True
+    mode = MODES[case.mode]
+    extreme = bool(mode.scale_arguments(case.settings))
+    return record["status"] in ("diverged", "stalled") and not (mode.on_trial or extreme)

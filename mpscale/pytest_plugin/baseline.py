@@ -1,0 +1,240 @@
+"""The end of a pytest run with a baseline: compare, measure again what looks slower, and fail the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mpscale import config as project
+from mpscale.core.case import Case
+
+if TYPE_CHECKING:
+    from mpscale.analysis.compare import Comparison
+    from mpscale.analysis.gates import Finding, Gate
+    from mpscale.core.case import Settings
+    from mpscale.core.device import Device
+    from mpscale.core.runs import Run
+
+FILE = "comparison.md"
+"""In the run's folder."""
+
+
+def add_options(add: Callable[..., Any]) -> None:
+    """Add the options of the comparison, which stand above ``[tool.mpscale]``."""
+    add(
+        "--mp-baseline",
+        metavar="RUN",
+        help=f"compare with this run at the end, and measure again what looks slower: {project.RUN}",
+    )
+    project.add_gate_options(add, "mp-")
+
+
+class BaselineCheck:
+    """The comparison that the options and ``[tool.mpscale]`` ask for, and its result.
+
+    Args:
+        config: of pytest.
+
+    Raises:
+        pytest.UsageError: a gate or a setting is not valid, or there are gates but no baseline.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        option = config.getoption
+        self._named = option("mp_baseline") is not None
+        """Whether the user chose the baseline for this very run, not in a file that people on other machines share."""
+        self._gates: list[Gate] = []
+        self._threshold: float | None = None
+        try:
+            self._settings = project.load(config.rootpath).override(
+                baseline=option("mp_baseline") or None, fail_on=option("mp_fail_on"), strict=option("mp_strict")
+            )
+            if option("mp_fail_on"):
+                if self._settings.baseline is None:
+                    raise ValueError("--mp-fail-on has nothing to compare with: give --mp-baseline RUN")
+                self._parse()
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
+        self._baseline: Run | None = None
+        self.note: str | None = None
+        """Why no gate was judged."""
+        self._unjudged = False
+        """Whether a baseline of this very machine could not be compared, whoever chose it."""
+        self.left_out: list[tuple[str, str]] = []
+        """Unreadable runs that ``latest`` skipped: folder and reason."""
+        self.findings: list[Finding] = []
+        self.comparison: Comparison | None = None
+
+    def _parse(self) -> None:
+        # Not in every pytest run of a project that has a baseline: this import is slow.
+        from mpscale.analysis.gates import parse_gates, parse_share
+
+        self._gates = parse_gates(self._settings.fail_on)
+        threshold = self._settings.threshold
+        self._threshold = None if threshold is None else parse_share(threshold)
+
+    def open(self, results: Path, device: Device) -> None:
+        """Read the baseline, before anything runs.
+
+        A baseline in ``[tool.mpscale]`` that is of another machine, or is not there yet, does not stop the run.
+
+        Args:
+            results: the results folder.
+            device: where the run will train.
+
+        Raises:
+            pytest.UsageError: the baseline cannot be used.
+        """
+        if self._settings.baseline is None:
+            return
+        from mpscale.core import runs
+        from mpscale.core.columns import METHOD_VERSION
+        from mpscale.telemetry import host
+
+        try:
+            self._parse()
+            # Resolved now: once this run has begun, it is itself the latest.
+            baseline = runs.read_run(runs.resolve_run(self._settings.baseline, results, self.left_out))
+            there = runs.hardware(baseline)
+        except runs.NoRunYet as error:
+            if self._named:
+                raise pytest.UsageError(f"baseline: {error}") from error
+            self.note = f"baseline: there is no run in {results / 'runs'} yet: not compared"
+            return
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
+        except runs.RunError as error:
+            raise pytest.UsageError(f"baseline: {error}") from error
+        if there["kind"] is None and there["name"] is None:
+            raise pytest.UsageError(
+                f"baseline {baseline.name} does not say of which machine it is: use the original file"
+            )
+        here = runs.machine(device.kind, device.name, {"cpu": host.cpu_facts(), "variables": os.environ})
+        if not runs.same_machine(there, here):
+            machines = f"{runs.machine_words(there)}, and this is {runs.machine_words(here)}"
+            problem = f"baseline {baseline.name} is of {machines}"
+            if self._named:
+                raise pytest.UsageError(f"{problem}; gates judge one kind of device")
+            self.note = f"{problem}: not compared"
+            return
+        # Checked last: on another machine the method does not matter.
+        methods = baseline.methods - {METHOD_VERSION}
+        if methods:
+            raise pytest.UsageError(
+                f"baseline {baseline.name} was measured by method {', '.join(map(str, sorted(methods)))}, and this is "
+                f"method {METHOD_VERSION}; make a new baseline"
+            )
+        self._baseline = baseline
+
+    def judge(self, path: Path, run_more: Callable[[list[Case]], None], settings: Settings) -> None:
+        """Compare the run with the baseline. Rows that look slower are measured again; only that counts.
+
+        Args:
+            path: the run's folder; the run is not finished yet.
+            run_more: runs further cases of it.
+            settings: those of the run.
+        """
+        if self._baseline is None:
+            return
+        from mpscale.analysis.compare import compare, floors_for
+        from mpscale.analysis.gates import judge_gates
+        from mpscale.analysis.quantities import COSTS, Outcome
+        from mpscale.core.runs import RunError, read_run
+
+        baseline = self._baseline
+
+        def look(run: Run, again: Mapping[tuple[str, str], int]) -> tuple[Comparison, list[Finding]]:
+            comparison = compare(baseline, run, threshold=self._threshold, floors=floors, anew=again)
+            return comparison, judge_gates(comparison, self._gates) if comparison.same_device else []
+
+        try:
+            run = read_run(path)
+            floors = floors_for(baseline, run, path.parent.parent)
+            self.comparison, self.findings = look(run, {})
+            fired = [found for found in self.findings if found.outcome is Outcome.FIRED and found.gate.name in COSTS]
+            again = {found.row for found in fired if found.row and COSTS[found.gate.name].can_be_remeasured}
+            if again:
+                first_repeats = {row: _next_repeat(run, row) for row in again}
+                run_more(further_cases(run, first_repeats, settings))
+                self.comparison, self.findings = look(read_run(path), first_repeats)
+            if not self.comparison.same_device:
+                self.note = f"baseline {baseline.name} is of another machine: no gate was judged"
+        except RunError as error:
+            self.note = str(error)
+            self.findings = []
+            self._unjudged = True
+
+    def write(self, path: Path) -> None:
+        """Write the comparison into the run's folder."""
+        if self.comparison is not None:
+            from mpscale.report.comparison import render
+
+            title = f"# {path.name} against {self.comparison.baseline.name}\n\n"
+            text = title + render([self.comparison], self.findings, "markdown")
+            (path / FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    @property
+    def fails(self) -> bool:
+        """Whether the run fails."""
+        if self.note is not None:
+            return (self._named or self._unjudged) and bool(self._gates)
+        if not self.findings:
+            return False
+        from mpscale.analysis.gates import FIRED, exit_code
+
+        return exit_code(self.findings, self._settings.strict) == FIRED
+
+    def lines(self) -> list[str]:
+        """Return what the terminal shows of it."""
+        from mpscale.analysis.quantities import Outcome
+
+        lines = [f"{folder} cannot be the baseline: {reason}" for folder, reason in self.left_out]
+        if self.note is not None:
+            lines.append(self.note)
+        if self.comparison is not None:
+            lines.append(f"against {self.comparison.baseline.name}:")
+        lines += [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome is not Outcome.PASSED]
+        if self.findings:
+            outcomes = [finding.outcome for finding in self.findings]
+            text = f"{outcomes.count(Outcome.PASSED)} of {len(outcomes)} gated figures passed"
+            untold = outcomes.count(Outcome.CANNOT_TELL)
+            if untold:
+                effect = "fails the run" if self._settings.strict else "fails a run with --mp-strict only"
+                text += f"; {untold} could not be told, which {effect}"
+            lines.append(text)
+        if self.comparison is not None:
+            from mpscale.report.comparison import unread
+
+            lines += unread([self.comparison])
+        return lines
+
+
+def _next_repeat(run: Run, row: tuple[str, str]) -> int:
+    return 1 + max(int(r["repeat"]) for r in run.records if (r["workload"], r["mode"]) == row)
+
+
+def further_cases(run: Run, first_repeats: Mapping[tuple[str, str], int], settings: Settings) -> list[Case]:
+    """Return the cases that measure rows again: twice as many timing-only processes as each row had.
+
+    Rows are interleaved, so that a drift affects them all. Each case uses a seed whose training was not lost: the step
+    times of a lost one do not count.
+
+    Args:
+        run: the run so far.
+        first_repeats: rows, workload and mode, and the first repeat that is free in each.
+        settings: those of the run.
+    """
+    from mpscale.core.record import of_good_trainings
+
+    cases: list[tuple[int, Case]] = []
+    for (workload, mode), first in first_repeats.items():
+        good = of_good_trainings(row for row in run.records if (row["workload"], row["mode"]) == (workload, mode))
+        timed = [row for row in good if row["step_time_ms_median"] is not None]
+        seed = min((row["seed"] for row in timed), default=0)
+        for turn in range(max(2 * len(timed), 2)):
+            cases.append((turn, Case(workload, mode, seed, first + turn, 0, settings)))
+    return [case for _, case in sorted(cases, key=lambda entry: entry[0])]

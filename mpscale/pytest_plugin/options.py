@@ -1,0 +1,318 @@
+"""The plug-in's options, all under ``--mp-``. Each group stands above the function that makes something of it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pytest
+
+from mpscale.config import DEFAULT_PRESET, PRESETS, Preset, add_results_option, number, seconds
+from mpscale.core.case import Settings
+from mpscale.core.loss_scale import RULES
+from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, select_modes
+from mpscale.terminal import as_typed
+
+if TYPE_CHECKING:
+    from mpscale.harness.supervisor import Options
+
+T = TypeVar("T")
+Add = Callable[..., Any]
+
+
+def add_options(add: Add) -> None:
+    """Add the options of a run; those of the comparison at its end are in ``baseline``."""
+    _add_selection(add)
+    _add_settings(add)
+    _add_run_options(add)
+
+
+def _add_selection(add: Add) -> None:
+    add(
+        "--mp-preset",
+        choices=tuple(PRESETS),
+        default=DEFAULT_PRESET,
+        help=f"what to run unless other options say so (default: {DEFAULT_PRESET}). "
+        + "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items()),
+    )
+    add(
+        "--mp-workloads",
+        type=_names,
+        metavar="A,B",
+        help="workloads to train (default: those of the preset); `mpscale workloads` lists them, module:attribute "
+        "names one of your own",
+    )
+    add(
+        "--mp-modes",
+        type=_names,
+        metavar="A,B",
+        help=f"modes to train in, out of {', '.join(MODES)}; comparisons need fp32 among them (default: "
+        f"{', '.join(DEFAULT_MODES)}, and tf32 on devices that have it)",
+    )
+    add(
+        "--mp-seeds",
+        type=_integer(1),
+        metavar="N",
+        help="train each workload in each mode from seeds 0 to N-1 (default: as the preset says)",
+    )
+    add(
+        "--mp-repeats",
+        type=_integer(0),
+        default=0,
+        metavar="N",
+        help="for each workload and mode, add N processes that only measure step times, for narrower intervals "
+        "(default: 0)",
+    )
+
+
+def preset(config: pytest.Config) -> Preset:
+    """Return the preset of the run."""
+    return PRESETS[config.getoption("mp_preset")]
+
+
+def seeds(config: pytest.Config) -> int:
+    """Return the number of trainings of each workload in each mode."""
+    return int(config.getoption("mp_seeds") or preset(config).seeds)
+
+
+def named_modes(config: pytest.Config) -> tuple[Mode, ...] | None:
+    """Return the modes that the user named, or None."""
+    names = config.getoption("mp_modes")
+    try:
+        return select_modes(names) if names else None
+    except ValueError as error:
+        raise pytest.UsageError(f"--mp-modes: {error}") from error
+
+
+def workloads(config: pytest.Config) -> list[str]:
+    """Return the names of the workloads. The user's own are only looked up later: that takes the suite's folders."""
+    from mpscale.workloads import registry
+
+    names = list(dict.fromkeys(config.getoption("mp_workloads") or preset(config).workloads))
+    check_workloads([name for name in names if not registry.is_own(name)])
+    return names
+
+
+def check_workloads(names: Iterable[str], folders: Iterable[Path] = ()) -> None:
+    """Import workloads.
+
+    Raises:
+        pytest.UsageError: there is no such workload, or it cannot be imported.
+    """
+    from mpscale.workloads import registry
+
+    try:
+        with registry.without_gpus():
+            for name in names:
+                registry.get(name, list(folders))
+    except registry.UnknownWorkload as error:
+        raise pytest.UsageError(f"--mp-workloads: {error}") from error
+
+
+def _add_settings(add: Add) -> None:
+    add("--mp-steps", type=_integer(1), metavar="N", help="steps per training (default: the workload's own)")
+    add("--mp-batch-size", type=_integer(1), metavar="N", help="examples per step (default: the workload's own)")
+    for scaling in SETTABLE:
+        _add_scale_option(add, scaling)
+    add(
+        "--mp-jit",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compile train steps with XLA (default: auto, which means on: without XLA, float16 can be many times "
+        "slower on a CPU)",
+    )
+    add(
+        "--mp-timing",
+        type=seconds,
+        metavar="SECONDS",
+        help="how long each case measures steady-state step times (default: as the preset says)",
+    )
+    add(
+        "--mp-energy",
+        type=_energy,
+        metavar="SECONDS",
+        help="how long each case measures the energy of a GPU: at least 10, or 0 to leave it out (default: as the "
+        "preset says)",
+    )
+
+
+def settings(config: pytest.Config) -> Settings:
+    """Return what all cases of the run have in common."""
+    option = config.getoption
+    # --benchmark-disable asks to test what would be benchmarked: everything but the timing.
+    timed = not option("benchmark_disable", False) or option("benchmark_enable", False)
+    return Settings(
+        jit=option("mp_jit") != "off",
+        train_steps=option("mp_steps") or preset(config).train_steps,
+        batch_size=option("mp_batch_size"),
+        **{str(scaling.setting): option(f"mp_{scaling.setting}") for scaling in SETTABLE},
+        timing_s=(option("mp_timing") or preset(config).timing_s) if timed else 0.0,
+        timing_blocks=preset(config).timing_blocks,
+        energy_s=preset(config).energy_s if option("mp_energy") is None else option("mp_energy"),
+    )
+
+
+def _add_run_options(add: Add) -> None:
+    add_results_option(add, "mp-")
+    add(
+        "--mp-cores",
+        type=_cores,
+        metavar="0,2-3",
+        help="use only these processor cores (default: all that this process may use)",
+    )
+    add(
+        "--mp-start-method",
+        choices=("auto", "fork", "fresh"),
+        default="auto",
+        help="how the process of a case starts: fork is quick, it copies a process that has imported TensorFlow; fresh "
+        "is a new interpreter (default: auto, which is fork on a CPU and fresh on a GPU)",
+    )
+    add("--mp-timeout", type=seconds, default=900.0, metavar="SECONDS", help="time limit for each case (default: 900)")
+    add(
+        "--mp-gpu-allocator",
+        choices=("auto", "cuda_malloc_async", "bfc"),
+        default="auto",
+        help="TensorFlow's GPU memory allocator (default: auto, which is cuda_malloc_async, or bfc if that fails)",
+    )
+    add(
+        "--mp-gpu-retries",
+        type=_integer(0),
+        default=2,
+        metavar="N",
+        help="how many times to retry a case if the GPU was throttled or was used by other processes (default: 2)",
+    )
+    add(
+        "--mp-cool-down",
+        type=seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to wait at most, before such a retry, until the GPU is cool and idle (default: 60)",
+    )
+    add(
+        "--mp-keep-suspect",
+        action="store_true",
+        help="keep the status of such a case, rather than marking it invalid; its column gpu_suspicion has the reason",
+    )
+
+
+def run_options(
+    config: pytest.Config,
+    results: Path,
+    on_gpu: bool,
+    selected: Mapping[str, Any],
+    interleaved: Mapping[str, Any] | None,
+) -> Options:
+    """Return how the run is made.
+
+    Args:
+        config: of the session.
+        results: the results folder.
+        on_gpu: whether it runs on a GPU.
+        selected: workloads, modes, seeds and repeats; for run.json.
+        interleaved: with which run it is interleaved, if with any; for run.json.
+    """
+    from mpscale.harness.supervisor import Options
+
+    option = config.getoption
+    method = option("mp_start_method")
+    if method == "auto":
+        method = "fresh" if on_gpu else "fork"
+    return Options(
+        results=results,
+        project=config.rootpath,
+        start_method=method,
+        timeout_s=option("mp_timeout"),
+        asked={
+            "preset": option("mp_preset"),
+            **selected,
+            "start_method": method,
+            "timeout_s": option("mp_timeout"),
+            **settings(config).to_json(),
+            "gpu_allocator": option("mp_gpu_allocator"),
+            "cores": sorted(option("mp_cores") or ()) or None,
+        },
+        gpu_allocator=option("mp_gpu_allocator"),
+        gpu_retries=option("mp_gpu_retries"),
+        cool_down_s=option("mp_cool_down"),
+        keep_suspect=option("mp_keep_suspect"),
+        interleaved=interleaved,
+    )
+
+
+_OVERHEAD_S = 600.0
+"""Time per turn for everything but the case: importing TensorFlow, writing reports, running other tests."""
+
+
+def longest_turn_s(config: pytest.Config) -> float:
+    """Return how long a session may be silent while it has the turn."""
+    option = config.getoption
+    attempts = option("mp_gpu_retries") + 2
+    return float(attempts * (option("mp_timeout") + option("mp_cool_down")) + _OVERHEAD_S)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in as_typed(text).split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("expected at least one name")
+    return names
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    return number(int, lambda value: value >= least, f"an integer of at least {least}")
+
+
+_energy = number(
+    float,
+    lambda value: value == 0 or 10 <= value < math.inf,
+    "0, or a number of seconds of at least 10, which GPU sensors need",
+)
+
+
+def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Show the message of a ValueError, which argparse would replace with its own."""
+
+    def checked(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
+
+
+def _add_scale_option(add: Add, scaling: Scaling) -> None:
+    """Add the option by which the user sets the arguments of a loss scale."""
+    rule = RULES[scaling.rule]
+    option = f"--mp-{scaling.setting}".replace("_", "-")
+    modes = " and ".join(mode.name for mode in MODES.values() if mode.scaling == scaling)
+    if scaling.argument is None:
+        defaults = ", ".join(f"{name}={value:.10g}" for name, value in rule.defaults().items())
+        text = f"arguments for the loss scale of {modes}; by default {defaults}"
+        add(option, type=_checked(rule.parse), default={}, metavar="KEY=VALUE,...", help=text)
+    else:
+        default = rule.defaults()[scaling.argument]
+        text = f"loss scale of {modes}, such as 1024 or 2**24 (default: {default:g})"
+
+        def parse(given: str) -> float:
+            return float(rule.parse(f"{scaling.argument}={given}")[str(scaling.argument)])
+
+        add(option, type=_checked(parse), default=default, metavar="S", help=text)
+
+
+def _cores(text: str) -> set[int]:
+    """Parse numbers of cores, such as "0,2-3"; this process must be allowed to use them."""
+    match = re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text.replace(" ", ""))
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    cores: set[int] = set()
+    for part in text.replace(" ", "").split(",") if match else ():
+        first, _, last = part.partition("-")
+        cores |= set(range(int(first), int(last or first) + 1))
+    if not cores or not cores <= usable:
+        there = ", ".join(map(str, sorted(usable))) or "none, since this system cannot tie processes to cores"
+        raise argparse.ArgumentTypeError(f"expected cores such as 0,2-3 out of {there}, not {text!r}")
+    return cores

@@ -1,0 +1,199 @@
+"""Which cases a pytest session runs: planned while tests are collected, then narrowed to the chosen tests."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mpscale.config import why_not_writable
+from mpscale.core.case import Case, plan
+from mpscale.core.device import find_device
+from mpscale.core.mode import default_modes
+from mpscale.pytest_plugin import options
+
+if TYPE_CHECKING:
+    from mpscale.telemetry.client import Driver
+
+PARAMETERS = ("workload", "mode", "seed", "repeat")
+CASE = pytest.StashKey[Case]()
+CLOCK = pytest.StashKey["ReplayClock"]()
+
+
+class ReplayClock:
+    """A clock for pytest-benchmark that replays what a worker measured.
+
+    pytest-benchmark reads the clock before and after each round; the difference is the next recorded step time.
+    """
+
+    __name__ = "ReplayClock"
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._inside = False
+        self._steps: Iterator[float] = iter(())
+
+    def load(self, step_s: list[float]) -> None:
+        """Set the step times of the coming rounds, in seconds."""
+        self._steps = iter(step_s)
+
+    def __call__(self) -> float:
+        """Return seconds since an arbitrary moment."""
+        if self._inside:
+            self._now += next(self._steps, 0.0)
+        self._inside = not self._inside
+        return self._now
+
+
+class Plan:
+    """The device of a session, its cases, and those of them that were chosen.
+
+    Args:
+        config: of the session.
+        driver: knows the GPUs.
+        shuffle_seed: for the order of the cases.
+
+    Raises:
+        ValueError: the environment asks for a GPU that is not there.
+    """
+
+    def __init__(self, config: pytest.Config, driver: Driver, shuffle_seed: int) -> None:
+        from mpscale.telemetry import host
+
+        self._config, self.driver = config, driver
+        self.device = find_device(driver.devices, os.environ, host.cpu())
+        planned = plan(
+            options.workloads(config),
+            options.named_modes(config) or default_modes(self.device),
+            options.seeds(config),
+            config.getoption("mp_repeats"),
+            options.settings(config),
+            shuffle_seed=shuffle_seed,
+        )
+        self._cases = {_parameters(case): case for case in planned}
+        self.chosen: list[Case] = []
+        self.tests: set[str] = set()
+        """Node ids of the tests that measure a chosen case."""
+        self.own_workloads: dict[str, str] = {}
+        """The user's own workloads that were chosen, and where they are."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the cases run on a GPU."""
+        return self.device.kind == "gpu"
+
+    def parameters(self) -> list[Any]:
+        """Return one pytest.param per case, in the order in which they run."""
+        return [
+            pytest.param(
+                *parameters,
+                id=f"{case.workload}-{case.mode}-" + (f"seed{case.seed}" if case.trains else f"repeat{case.repeat}"),
+            )
+            for parameters, case in self._cases.items()
+        ]
+
+    def prepare(self, items: list[pytest.Item]) -> None:
+        """Give each test its case and a clock, and restore the order of the cases if a plug-in has changed it."""
+        places = [place for place, item in enumerate(items) if _measures(item)]
+        ours = [items[place] for place in places]
+        for item in ours:
+            parameters = item.callspec.params  # type: ignore[attr-defined]
+            item.stash[CASE] = case = self._cases[tuple(parameters[name] for name in PARAMETERS)]
+            item.stash[CLOCK] = ReplayClock()
+            if hasattr(self._config.option, "benchmark_disable"):
+                marker = item.get_closest_marker("benchmark")
+                marks = {"group": case.workload, **(marker.kwargs if marker else {}), "timer": item.stash[CLOCK]}
+                # First, since pytest-benchmark uses the closest marker: the test's own options stay, except the timer.
+                item.add_marker(pytest.mark.benchmark(**marks), append=False)
+        for place, item in zip(places, sorted(ours, key=lambda item: item.stash[CASE].order), strict=True):
+            items[place] = item
+
+    def choose(self, items: list[pytest.Item]) -> list[Case]:
+        """Return the cases left after -k, -m and the like, and look up the user's own workloads among them.
+
+        Raises:
+            pytest.UsageError: a workload cannot be imported.
+        """
+        from mpscale.workloads import registry
+
+        ours = [item for item in items if CASE in item.stash]
+        self.tests = {item.nodeid for item in ours}
+        self.chosen = list({item.stash[CASE].id: item.stash[CASE] for item in ours}.values())
+        beside = sorted({item.path.parent for item in ours})
+        # After Python's path; the first folder that has the module wins.
+        folders = list(dict.fromkeys([*beside, self._config.invocation_params.dir, self._config.rootpath]))
+        names = dict.fromkeys(case.workload for case in self.chosen if registry.is_own(case.workload))
+        options.check_workloads(names, folders)
+        self.own_workloads = {name: registry.source(name, folders) for name in names}
+        return self.chosen
+
+    def selection(self) -> dict[str, list[Any]]:
+        """Return the workloads, modes, seeds and repeats that were chosen."""
+        return {f"{name}s": list(dict.fromkeys(getattr(case, name) for case in self.chosen)) for name in PARAMETERS}
+
+
+def _parameters(case: Case) -> tuple[Any, ...]:
+    return tuple(getattr(case, name) for name in PARAMETERS)
+
+
+def _measures(item: pytest.Item) -> bool:
+    return "mp_case" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec")
+
+
+def shuffle_seed(config: pytest.Config) -> int:
+    """Return a seed for the order of cases.
+
+    Workers of pytest-xdist must agree on it, or they stop before any test can say that xdist cannot be used.
+    """
+    worker: dict[str, str] = getattr(config, "workerinput", {})
+    return int(worker["testrunuid"], 16) if "testrunuid" in worker else int(time.time())
+
+
+NO_XDIST = "mpscale measures step times, and cases that run at the same time would disturb each other: run without -n"
+
+
+def check_use(config: pytest.Config, plan: Plan, results: Path) -> None:
+    """Check that the chosen cases can be measured the way pytest was called.
+
+    Args:
+        config: of the session.
+        plan: has the cases.
+        results: the results folder.
+
+    Raises:
+        pytest.UsageError: they cannot.
+    """
+    if not hasattr(config.option, "benchmark_disable"):
+        raise pytest.UsageError(
+            "mpscale passes step times to pytest-benchmark, which is switched off: leave out `-p no:benchmark`, or "
+            "load it with `-p pytest_benchmark.plugin`; --benchmark-disable trains without timing"
+        )
+    if config.getoption("numprocesses", None):
+        raise pytest.UsageError(NO_XDIST)
+    if plan.on_gpu and not plan.device.is_stand_in and config.getoption("mp_start_method") == "fork":
+        raise pytest.UsageError("--mp-start-method fork does not work on a GPU; use fresh or auto")
+    if not config.invocation_params.dir.is_relative_to(config.rootpath):
+        for option, value in _taken_for_test_paths(config):
+            raise pytest.UsageError(
+                f"pytest takes {value} for a test path and chooses its root directory by it; write {option}={value}"
+            )
+    if not config.option.collectonly:
+        why_not = why_not_writable(results / "runs")
+        if why_not is not None:
+            raise pytest.UsageError(f"--mp-results: {results} is not a folder that can be written to ({why_not})")
+
+
+def _taken_for_test_paths(config: pytest.Config) -> Iterator[tuple[str, str]]:
+    """Yield options whose value pytest takes for a test path.
+
+    pytest chooses its root directory before it knows the options of plug-ins, so ``--option value`` is two arguments.
+    """
+    arguments = [str(argument) for argument in config.invocation_params.args]
+    for option, value in itertools.pairwise(arguments):
+        if option in ("--mp-results", "--mp-baseline") and Path(config.invocation_params.dir, value).exists():
+            yield option, value

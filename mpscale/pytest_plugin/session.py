@@ -1,0 +1,313 @@
+"""One pytest session of mpscale: what happens when, from the plan to the reports, and what the terminal shows of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mpscale.ab import turns
+from mpscale.pytest_plugin import options
+from mpscale.pytest_plugin.baseline import FILE, BaselineCheck
+from mpscale.pytest_plugin.plan import PARAMETERS, Plan, check_use, shuffle_seed
+from mpscale.terminal import LiveLine, Progress, printable
+
+if TYPE_CHECKING:
+    from mpscale.core.case import Case
+    from mpscale.core.runs import Run
+    from mpscale.harness.supervisor import Options, Outcome
+
+
+class Output:
+    """The terminal of a pytest session, or nothing if it has none."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._mid_line = False
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a terminal to write to. Only known once all plug-ins are configured."""
+        return self._config.pluginmanager.hasplugin("terminalreporter")
+
+    def printable(self, text: str) -> str:
+        """Return ``text`` as the terminal can show it. pytest would write all of it as escapes, even line ends."""
+        return printable(text, getattr(self._config.get_terminal_writer(), "_file", None)) if self.exists else text
+
+    def write(self, text: str) -> None:
+        """Write past pytest's capture of standard output, beginning on a line of its own; nothing if quiet."""
+        if not self.exists or self._config.get_verbosity() < 0:
+            return
+        capture = self._config.pluginmanager.getplugin("capturemanager")
+        terminal = self._config.get_terminal_writer()
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            if terminal.width_of_current_line and not self._mid_line:
+                terminal.line()
+            terminal.write(self.printable(text), flush=True)
+        self._mid_line = not text.endswith("\n")
+
+    def say(self, text: str) -> None:
+        """Write one line with mpscale's name."""
+        self.write(f"mpscale: {text}\n")
+
+    def live_line(self) -> LiveLine:
+        """Return a live line on this terminal."""
+        reporter = self._config.pluginmanager.getplugin("terminalreporter")
+        live = reporter is not None and reporter.isatty
+        return LiveLine(self.write, live, self._config.get_terminal_writer().fullwidth if live else 80)
+
+
+class LiveRun:
+    """Runs cases, and shows how far it has come.
+
+    Args:
+        plan: the chosen cases, and where they run.
+        how: options of the run.
+        output: the terminal.
+    """
+
+    def __init__(self, plan: Plan, how: Options, output: Output) -> None:
+        from mpscale.harness.run import BenchmarkRun
+        from mpscale.telemetry.host import busy_words
+
+        self._output = output
+        self.troubles: list[str] = []
+        """Why the session fails, even if its tests have passed."""
+        self._progress = Progress(output.live_line(), time.monotonic)
+        self._progress.plan(plan.chosen)
+        self._run = BenchmarkRun(plan.chosen, plan.device, plan.driver, how, self._progress.event)
+        # A GPU that the driver's library does not find is measured as a CPU; say so.
+        no_gpu = f"; no GPU: {plan.driver.reason}" if plan.driver.reason and not plan.on_gpu else ""
+        output.say(f"on {plan.device.name} ({plan.device.kind.upper()}){no_gpu}")
+        if busy := busy_words():
+            output.say(busy)
+        for name, where in plan.own_workloads.items():
+            output.say(f"{name} is in {where}")
+
+    @property
+    def path(self) -> Path | None:
+        """The run's folder; None before the first case."""
+        return self._run.path
+
+    def measured(self, case: Case) -> Outcome | None:
+        """Return the outcome of a case that has already run and did not fail."""
+        return self._run.measured(case)
+
+    def run(self, case: Case) -> Outcome:
+        """Run a case."""
+        self._progress.started(case)
+        outcome = self._run.run(case)
+        self._progress.finished(case, outcome.record)
+        self._note_troubles()
+        return outcome
+
+    def run_again(self, cases: list[Case]) -> None:
+        """Run further cases for rows that look slower than in the baseline."""
+        self._output.say(f"slower than the baseline, measured again in {len(cases)} further processes")
+        self._progress.plan(cases)
+        for case in cases:
+            self.run(case)
+
+    def finish(self, exit_status: int) -> None:
+        """End the processes and close the journal."""
+        self._run.finish(exit_status)
+        self._note_troubles()
+
+    def _note_troubles(self) -> None:
+        """Say at once what went wrong with the run's files. It is said again at the end of the session."""
+        for trouble in self._run.troubles:
+            if trouble not in self.troubles:
+                self.troubles.append(trouble)
+                self._output.say(trouble)
+
+
+class Session:
+    """The hooks of a session. The plan is made for the first test that asks for a case, the run for the first case.
+
+    Args:
+        config: of the session.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self.output = Output(config)
+        # Resolved now: a test may change the working directory. realpath does not raise for a circle of links; such a
+        # folder is refused later, together with all others that cannot be written.
+        self._results = Path(os.path.realpath(config.getoption("mp_results") or config.rootpath / "results"))
+        self._check = BaselineCheck(config)
+        self._turns = turns.join(os.environ)
+        self._plan: Plan | None = None
+        self._problem: str | None = None
+        """Why no plan could be made. pytest only reports a UsageError as such if no collector raises it."""
+        self._run: LiveRun | None = None
+        self._finished: Run | None = None
+        self._cleanup = contextlib.ExitStack()
+
+    def parameters(self) -> list[Any]:
+        """Return one pytest.param per case, in the order in which they run."""
+        if self._plan is None and self._problem is None:
+            try:
+                self._plan = self._make_plan()
+            except ValueError as error:
+                self._problem = str(error)
+        return [] if self._plan is None else self._plan.parameters()
+
+    def _make_plan(self) -> Plan:
+        from mpscale.telemetry import client
+
+        cores = self._config.getoption("mp_cores")
+        if cores is not None:
+            # Before anything is started: other processes inherit it, and the fingerprint shows what is left.
+            os.sched_setaffinity(0, cores)
+        driver = client.open_driver()
+        self._cleanup.callback(driver.close)
+        seed = shuffle_seed(self._config) if self._turns is None else self._turns.seed
+        return Plan(self._config, driver, seed)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Give each test its case, in the planned order."""
+        if self._plan is not None:
+            self._plan.prepare(items)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Choose the cases, and refuse what cannot work before anything runs."""
+        if self._problem is not None:
+            raise pytest.UsageError(self._problem)
+        plan = self._plan
+        chosen = [] if plan is None else plan.choose(session.items)
+        if plan is not None and chosen:
+            check_use(self._config, plan, self._results)
+            if self._turns is None:
+                self._check.open(self._results, plan.device)
+        if self._turns is not None:
+            cases = [{"id": case.id, **{name: getattr(case, name) for name in PARAMETERS}} for case in chosen]
+            self._turns.send(turns.Plan(cases, options.longest_turn_s(self._config)))
+
+    def run(self, case: Case) -> Outcome:
+        """Run a case, unless it has run and did not fail."""
+        measured = None if self._run is None else self._run.measured(case)
+        if measured is not None:
+            return measured
+        if self._turns is not None:
+            try:
+                self._turns.wait(turns.Ready(case.id))
+            except turns.Stopped as why:
+                pytest.exit(f"mpscale ab: {why}")
+        if self._run is None:
+            self._run = self._start_run()
+        outcome = self._run.run(case)
+        if self._turns is not None:
+            status, reason, ms = (outcome.record[name] for name in ("status", "status_reason", "step_time_ms_median"))
+            self._turns.send(turns.Done(case.id, status, reason, ms, str(self._run.path)))
+        return outcome
+
+    def _start_run(self) -> LiveRun:
+        assert self._plan is not None  # a case comes from it
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            # CI sends SIGTERM to cancel a job: end the run as after Ctrl-C.
+            self._cleanup.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        interleaved = None if self._turns is None else self._turns.entry
+        plan = self._plan
+        how = options.run_options(self._config, self._results, plan.on_gpu, plan.selection(), interleaved)
+        return LiveRun(plan, how, self.output)
+
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        """Leave out the dot of a case that did not fail: its own line says more."""
+        plain = report.when == "call" and report.outcome != "failed" and not hasattr(report, "wasxfail")
+        shown = self._run is not None and self._config.get_verbosity() == 0
+        if plain and shown and self._plan is not None and report.nodeid in self._plan.tests:
+            return report.outcome, "", report.outcome.upper()
+        return None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Compare the run with its baseline, end it and write its reports."""
+        try:
+            if self._turns is not None:
+                path = None if self._run is None else self._run.path
+                self._turns.end(None if path is None else str(path))
+            if self._run is not None:
+                self._end(self._run, session, exitstatus)
+        finally:
+            self._cleanup.close()
+
+    def _end(self, run: LiveRun, session: pytest.Session, exitstatus: int) -> None:
+        try:
+            if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+                session.exitstatus = self._judge(run, exitstatus)
+        except Exception as error:
+            run.troubles.append(f"{run.path} could not be compared with its baseline: {_describe(error)}")
+        try:
+            run.finish(int(session.exitstatus))
+            if run.path is not None:
+                from mpscale.core.runs import read_run
+                from mpscale.report.files import write_reports
+
+                self._finished = read_run(run.path)
+                run.troubles += self._finished.problems
+                write_reports(self._finished)
+                self._check.write(run.path)
+        except Exception as error:
+            # The tests are done and the journal has their results, whatever goes wrong with a report.
+            run.troubles.append(f"no report could be made of {run.path}: {_describe(error)}")
+        if run.troubles and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _judge(self, run: LiveRun, exitstatus: int) -> int:
+        """Return the exit status of the session, given the gates."""
+        if run.path is None:
+            return exitstatus
+        try:
+            self._check.judge(run.path, run.run_again, options.settings(self._config))
+        except KeyboardInterrupt:
+            self._check.note = "stopped while rows were measured again: no gate was judged"
+            return pytest.ExitCode.INTERRUPTED
+        return pytest.ExitCode.TESTS_FAILED if self._check.fails else exitstatus
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+        """Show the result table below pytest-benchmark's, even if that raises because of a regression."""
+        try:
+            return (yield)
+        finally:
+            troubles = [] if self._run is None else self._run.troubles
+            if self._finished is not None or troubles:
+                terminalreporter.section("mpscale")
+            if self._finished is not None:
+                self._show(terminalreporter, self._finished)
+            for trouble in troubles:
+                terminalreporter.line("")
+                terminalreporter.write_line(self.output.printable(f"mpscale: {trouble}"), red=True, bold=True)
+
+    def _show(self, terminalreporter: pytest.TerminalReporter, run: Run) -> None:
+        from mpscale.report.sections import results
+
+        def show(text: str, **markup: bool) -> None:
+            terminalreporter.write_line(self.output.printable(text), **markup)
+
+        path = run.path
+        with contextlib.suppress(ValueError):
+            path = path.relative_to(Path.cwd())
+        show(results(run).text())
+        lines = self._check.lines()
+        if lines:
+            show("\n" + "\n".join(lines), red=self._check.fails)
+        report = path / "report.html"
+        show(f"\nrun: {path}" + (f"\nreport: {report}" if report.is_file() else ""))
+        if self._check.comparison is not None:
+            show(f"comparison: {path / FILE}")
+
+
+def _describe(error: Exception) -> str:
+    """Return the message of an error, with its type unless it was written for people."""
+    from mpscale.core.runs import RunError
+
+    return str(error) if isinstance(error, RunError | OSError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,251 @@
+"""Tables for people and programs, and how numbers are written: one formatter per unit."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from mpscale.core.columns import Column, Format
+
+DASH = "–"  # noqa: RUF001
+"""Stands for what is unknown."""
+
+_PERCENT_METRICS = ("accuracy",)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under headers: texts for people, or plain values for programs, None if unknown."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    @classmethod
+    def of(cls, headers: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Table:
+        """A table of dicts; keys that are missing are unknown."""
+        return cls(headers, [[row.get(name) for name in headers] for row in rows])
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    def without_blank(self, *names: str) -> Table:
+        """The table without those of the named columns that hold nothing but dashes."""
+        blank = {name for name in names if all(row[self.headers.index(name)] == DASH for row in self.rows)}
+        kept = [place for place, header in enumerate(self.headers) if header not in blank]
+        return Table([self.headers[place] for place in kept], [[row[place] for place in kept] for row in self.rows])
+
+    def text(self) -> str:
+        """For a terminal; empty if there are no rows."""
+        return tabulate(self.rows, self.headers, "simple", disable_numparse=True) if self.rows else ""
+
+    def markdown(self) -> str:
+        """For GitHub: no cell can break the table or act as HTML. Empty if there are no rows."""
+        if not self.rows:
+            return ""
+        rows = [[escape(cell) for cell in row] for row in self.rows]
+        return tabulate(rows, [escape(header) for header in self.headers], "github", disable_numparse=True)
+
+    def csv(self) -> str:
+        """With numbers in full and empty cells for what is unknown or infinite."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.headers)
+        writer.writerows(["" if value is None else value for value in finite(row)] for row in self.rows)
+        return text.getvalue()
+
+
+def json_text(content: Any) -> str:
+    """JSON with null for what is unknown or infinite: JSON has no infinity."""
+    return json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The value with None for every float in it that is not finite, such as an end of a very wide interval."""
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def escape(text: str) -> str:
+    """``text`` on one line, with nothing in it that markdown or HTML acts upon."""
+    line = " ".join(str(text).split()).replace("\\", "\\\\")
+    line = line.replace("&", "&amp;").replace("<", "&lt;")
+    for mark in "|`*~":
+        line = line.replace(mark, "\\" + mark)
+    return line
+
+
+# Numbers as text. None is unknown and becomes a dash.
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """``value`` to ``digits`` significant digits, without an exponent as long as that is readable."""
+    if value is None:
+        return DASH
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    if not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.{digits}g}"
+    return f"{value:.{_decimals(value, digits)}f}"
+
+
+def large(value: float | None, unit: str = "") -> str:
+    """``value`` to four significant digits, with its unit."""
+    return DASH if value is None else f"{number(value, 4)} {unit}".strip()
+
+
+def count(value: float | None) -> str:
+    """A whole number."""
+    return DASH if value is None else f"{value:.0f}"
+
+
+def share(value: float | None, decimals: int = 0) -> str:
+    """A share of 1 as percent."""
+    return DASH if value is None else f"{100 * value:.{decimals}f} %"
+
+
+def loss_scale(value: float | None) -> str:
+    """A loss scale. It is usually a power of two, and then written in full."""
+    if value is None:
+        return DASH
+    return f"{value:.0f}" if abs(value) < 1e9 and value == int(value) else f"{value:.6g}"
+
+
+def yes_no(value: bool | None) -> str:
+    """A truth value."""
+    return DASH if value is None else "yes" if value else "no"
+
+
+def text(value: Any) -> str:
+    """Any value as it is."""
+    return DASH if value is None else str(value)
+
+
+_FORMATTERS: dict[Format, Callable[[Any], str]] = {
+    Format.TEXT: text,
+    Format.YES_NO: yes_no,
+    Format.COUNT: count,
+    Format.NUMBER: number,
+    Format.LARGE: large,
+    Format.SHARE: share,
+    Format.LOSS_SCALE: loss_scale,
+}
+
+
+def shown(column: Column, value: Any) -> str:
+    """A value of a column, written as the data dictionary says."""
+    return _FORMATTERS[column.format](value)
+
+
+def interval(estimate: float | None, low: float | None, high: float | None, unit: str) -> str:
+    """``7.91 [7.80, 8.02] ms``: the ends with the decimals of the estimate, left out if unknown.
+
+    Args:
+        estimate: the number itself, written with three significant digits; ratios (``x``) with two decimals.
+        low: lower end of its interval; None if a single process cannot give it.
+        high: upper end.
+        unit: written behind; include a leading space if it needs one.
+    """
+    if estimate is None:
+        return DASH
+    places = 2 if unit == "x" else _decimals(estimate, 3)
+    if low is None or high is None:
+        return f"{estimate:.{places}f}{unit}"
+    ends = f"[{low:.{places}f}, {high:.{places}f}]"
+    # "7.91 [7.80, 8.02] ms", but "0.98x [0.95, 1.01]".
+    return f"{estimate:.{places}f} {ends}{unit}" if unit.startswith(" ") else f"{estimate:.{places}f}{unit} {ends}"
+
+
+def change(value: float | None, low: float | None = None, high: float | None = None) -> str:
+    """A relative change as percent, with its interval if known: ``+3.1% [+1.0%, +5.2%]``."""
+    if value is None:
+        return DASH
+    return f"{value:+.1%}" if low is None or high is None else f"{value:+.1%} [{low:+.1%}, {high:+.1%}]"
+
+
+def metric(value: float | None, name: str | None) -> str:
+    """A workload's metric, as percent if it is an accuracy."""
+    return share(value, 2) if name in _PERCENT_METRICS else number(value, 4)
+
+
+def metric_change(difference: float, name: str | None) -> str:
+    """A difference between two values of a metric, in words."""
+    if name in _PERCENT_METRICS:
+        size, rounded = f"{abs(100 * difference):.2f} points", round(100 * difference, 2)
+    else:
+        size, rounded = number(abs(difference)), difference
+    return "no different from" if rounded == 0 else f"{size} {'above' if difference > 0 else 'below'}"
+
+
+def metric_difference(value: float | None, low: float | None, high: float | None, name: str | None) -> str:
+    """A difference between two values of a metric with its interval, in points if it is an accuracy."""
+    if value is None:
+        return DASH
+    factor, unit = (100, " points") if name in _PERCENT_METRICS else (1, "")
+
+    def signed(number: float) -> str:
+        return f"{factor * number:+.2f}" if unit else f"{number:+.3g}"
+
+    ends = "" if low is None or high is None else f" [{signed(low)}, {signed(high)}]"
+    return f"{signed(value)}{ends}{unit}"
+
+
+def metric_margin(value: float | None, name: str | None) -> str:
+    """A margin of a metric, in points if it is an accuracy."""
+    if value is None:
+        return DASH
+    if name not in _PERCENT_METRICS:
+        return number(value)
+    return f"{100 * value:g} point{'' if 100 * value == 1 else 's'}"
+
+
+def span(texts: Iterable[str]) -> str:
+    """The first and the last of some sorted texts, or the only one."""
+    known = [text for text in texts if text != DASH]
+    if not known:
+        return DASH
+    return known[0] if known[0] == known[-1] else f"{known[0]} to {known[-1]}"
+
+
+# Words that several tables and sentences need.
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 row``, ``2 rows``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first ``most`` names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def of_seeds(known: int, row: Mapping[str, Any]) -> str:
+    """What :func:`of_all` says about the seeds of a row of the summary."""
+    return of_all(known, row["seeds_planned"], "seeds")
+
+
+def of_processes(known: int, row: Mapping[str, Any]) -> str:
+    """What :func:`of_all` says about the processes of a row of the summary."""
+    return of_all(known, row["cases"] + row["not_started"], "processes")
+
+
+def of_all(known: int, planned: int, what: str) -> str:
+    """`` (4 of 5 seeds)`` behind a figure that does not cover all, else nothing."""
+    return f" ({known} of {planned} {what})" if known < planned else ""
+
+
+def _decimals(value: float, digits: int) -> int:
+    if value == 0 or not math.isfinite(value):
+        return 0
+    return max(0, digits - 1 - math.floor(math.log10(abs(value))))

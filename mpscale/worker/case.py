@@ -1,0 +1,292 @@
+"""One case, from an idle process to its last figure."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+
+from mpscale.core.case import Case, series_key
+from mpscale.core.device import Device
+from mpscale.core.mode import MODES
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Findings
+from mpscale.core.wire import Channel, Phase
+from mpscale.worker import model as models
+from mpscale.worker.device import AllocatorPeak, require, touch
+from mpscale.worker.objective import NotedLoss, Objective
+from mpscale.worker.precision import Arithmetic, Precision
+from mpscale.worker.step import Batches, Log, TrainStep, keep_going, scaler_for, time_empty_call, time_steps, warm_up
+from mpscale.worker.training import Evaluator, batches, is_accuracy, score_for, train
+from mpscale.workloads import Data, Workload, registry
+from mpscale.workloads.metric import ACCURACY
+
+_LEAST_MORE_S = 0.5
+"""Least time of steps after the timing for energy: during the timing the counter is read too seldom to end there."""
+
+_NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
+
+Status = tuple[str, str | None]
+"""A status of a case, and why it is not ``ok``."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a case trains.
+
+    Args:
+        order: of the data, indices (steps, batch).
+        model: built under the mode's policy.
+        optimizer: the workload's, without the mode's loss scaling.
+        optimizer_config: describes it as it was before it was wrapped, which each mode does in its own way.
+        noted_loss: the objective, as the train step calls it.
+    """
+
+    case: Case
+    workload: Workload
+    data: Data
+    order: npt.NDArray[np.int64]
+    model: keras.Model
+    optimizer: keras.optimizers.Optimizer
+    optimizer_config: dict[str, Any]
+    objective: Objective
+    noted_loss: NotedLoss
+    step: TrainStep
+
+    @property
+    def steps(self) -> int:
+        return len(self.order)
+
+    @property
+    def batch(self) -> int:
+        return self.order.shape[1]
+
+
+def execute(case: Case, device: Device, steps_path: Path | None, channel: Channel, energy_s: float = 0.0) -> Status:
+    """Run ``case`` and report over ``channel`` along the way.
+
+    Args:
+        case: what to run.
+        device: where to train; the process must have been started with this device visible.
+        steps_path: where to write the log of every step, as gzipped CSV.
+        channel: takes the reports.
+        energy_s: how long to take steps, from the start of the timing, so that their energy can be counted; 0 if it
+            is not counted.
+    """
+    mode = MODES[case.mode]
+    require(device)
+    channel.phase(Phase.IDLE)
+    _report(channel, touch(device, mode))
+    channel.phase(Phase.CONTEXT_READY)
+
+    arithmetic = Arithmetic(mode, device, case.settings.jit)
+    built = _build(case, arithmetic, channel)
+    channel.phase(Phase.MODEL_BUILT)
+
+    step = built.step
+    trace_s = step.trace()
+    arithmetic.look("the train step was traced")
+    precision = Precision(built.model, step.graph)
+    _report(channel, _described(built))
+    _report(channel, precision.columns())
+    _report(channel, built.noted_loss.columns(built.data.train_y[built.order[0]]))
+    channel.values({"process_settings": arithmetic.column()})
+    objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
+    if objections:
+        # Do not train: any figure would be reported under the name of another precision.
+        return "invalid", "; ".join(objections)
+    start = time.perf_counter()
+    step()
+    step.synchronise()
+    channel.values({"trace_time_s": trace_s, "first_step_s": time.perf_counter() - start})
+    channel.phase(Phase.COMPILED)
+
+    status: Status = ("ok", None)
+    if case.trains:
+        status = _train(built, steps_path, channel)
+        channel.phase(Phase.TRAINED)
+    else:
+        step.read_log()
+    peak = AllocatorPeak(device)
+    if case.settings.timing_s > 0:
+        _time(built, energy_s, peak, channel)
+    _report(channel, peak.columns())
+    channel.phase(Phase.DONE)
+    arithmetic.look("training and timing")
+    return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
+
+
+def _put(found: Findings, column: str, value: float | None, missing: Reason) -> None:
+    """Note a figure if it is finite, otherwise why there is none."""
+    if value is not None and np.isfinite(value):
+        found.values[column] = value
+    else:
+        found.miss([column], missing if value is None else Reason(Code.NOT_FINITE, "not finite"))
+
+
+def _report(channel: Channel, found: Findings) -> None:
+    channel.values(found.values)
+    for column, reason in found.unavailable.items():
+        channel.miss([column], reason)
+
+
+def _build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
+    """Make everything that is trained. The device must be ready, since a user's module may use it on import."""
+    settings = case.settings
+    workload = registry.get(case.workload)
+    data = workload.data()
+    if not isinstance(data, Data):
+        raise TypeError(
+            f"the data function of {case.workload} must return an mpscale.Data of NumPy arrays, not a "
+            f"{type(data).__name__}"
+        )
+    batch, steps = settings.batch_size or workload.batch_size, settings.train_steps or workload.train_steps
+    order = batches(len(data.train_x), batch, steps, case.seed)
+    start = time.perf_counter()
+    # Set the seed last before the model is built: loading data may draw random numbers, and not in every process.
+    keras.utils.set_random_seed(case.seed)
+    arithmetic.settle()
+    model = models.make_model(workload.model)
+    arithmetic.look("the workload's model function")
+    models.build_model(model, data.train_x[:batch])
+    optimizer = models.make_optimizer(workload.optimizer)
+    arithmetic.look("the workload's optimizer function")
+    optimizer_config = models.optimizer_description(optimizer, steps)
+    scaler = scaler_for(MODES[case.mode], optimizer, settings)
+    objective = Objective(workload.loss, data.train_y)
+    loss = NotedLoss(objective)
+    step = TrainStep(model, scaler, loss, Batches(data.train_x, data.train_y, order), settings.jit)
+    channel.values({"build_time_s": time.perf_counter() - start})
+    return Built(case, workload, data, order, model, optimizer, optimizer_config, objective, loss, step)
+
+
+def _described(built: Built) -> Findings:
+    """What is about to be trained, and the digests that have to be the same in every mode."""
+    case, workload, model = built.case, built.workload, built.model
+    data_digest = built.data.digest()
+    parameters = int(sum(np.prod(v.shape) for v in model.trainable_variables))
+    parts: list[Any] = [
+        models.model_config(model),
+        models.config_of(built.optimizer) or built.optimizer_config,
+        models.described_object(workload.loss),
+        parameters,
+        data_digest,
+    ]
+    if not isinstance(workload.metric, FunctionType):
+        parts.append(models.described_object(workload.metric))
+    if built.step.added_losses:
+        parts.append({"losses that the model adds": built.step.added_losses})
+    digest = models.digest(models.without_precision(parts))
+    key = series_key(MODES[case.mode], case.workload, digest, built.batch, built.steps, case.settings)
+    found = Findings(
+        {
+            # The prefix keeps a digest that happens to be all decimal digits from being read as a number.
+            "workload_digest": f"sha256:{digest}",
+            "data_digest": f"sha256:{data_digest}",
+            "data_order_digest": f"sha256:{models.arrays_digest([built.order])}",
+            "initial_weights_digest": f"sha256:{models.arrays_digest(v.numpy() for v in model.variables)}",
+            "model_digest": f"sha256:{models.digest(models.model_description(model))}",
+            "optimizer_config": json.dumps(built.optimizer_config),
+            "series_key": key,
+            "batch_size": built.batch,
+            "optimizer": type(built.optimizer).__name__,
+            "parameters": parameters,
+            "metric_name": workload.metric_name,
+            "metric_higher_is_better": workload.metric_higher_is_better,
+            "test_examples": len(built.data.test_x),
+        }
+    )
+    _put(found, "metric_target", workload.target, _NO_TARGET)
+    _put(found, "metric_margin", workload.margin, Reason(Code.NOT_IN_WORKLOAD, "the workload has no margin"))
+    return found
+
+
+def _evaluator(built: Built) -> Evaluator:
+    """The metric, tried out so that mistakes show before the training."""
+    workload, data, objective = built.workload, built.data, built.objective
+    one_output = not objective.output or objective.output[-1] == 1
+    threshold = objective.threshold() if one_output and is_accuracy(workload.metric) else None
+    score = score_for(workload, data.test_y, objective.output, threshold)
+    evaluate = Evaluator(built.model, score, built.case.settings.jit, built.batch)
+    evaluate.try_out(data.test_x, data.test_y)
+    evaluate.try_out(*data.progress)
+    return evaluate
+
+
+def _train(built: Built, steps_path: Path | None, channel: Channel) -> Status:
+    workload, data, steps = built.workload, built.data, built.steps
+    evaluate = _evaluator(built)
+    training = train(
+        built.step, steps, workload, lambda: evaluate(*data.progress), lambda done: channel.progress(done, steps)
+    )
+    found = Findings(training.values())
+    not_reached = _NO_TARGET
+    if workload.target is not None:
+        not_reached = Reason(Code.NEVER_HAPPENED, f"the target of {workload.target:g} was not reached")
+    _put(found, "steps_to_target", training.steps_to_target, not_reached)
+    _put(found, "time_to_target_s", training.time_to_target_s, not_reached)
+    _report(channel, found)
+    if steps_path is not None:
+        _write_steps(steps_path, training.log)
+    # As Keras' fit ends: an optimizer with a moving average of the weights replaces the weights by it.
+    built.step.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
+    metric, name = evaluate(data.test_x, data.test_y), workload.metric_name
+    found, another = Findings(), Reason(Code.NOT_IN_WORKLOAD, f"the workload's metric is {name}")
+    _put(found, "metric_value", metric, another)
+    _put(found, "final_accuracy", metric if name == ACCURACY else None, another)
+    # Before anything else is evaluated: a case that dies later keeps its metric.
+    _report(channel, found)
+    found, unpublished = Findings(), Reason(Code.NOT_IN_WORKLOAD, "the data has no other published test set")
+    published = None if data.published_x is None else evaluate(*data.progress)
+    _put(found, "published_metric_value", published, unpublished)
+    _report(channel, found)
+    status, reason = training.status
+    if status == "ok" and not np.isfinite(metric):
+        return "diverged", f"the {name} on the test set was {metric} after {len(training.log)} steps"
+    return status, reason
+
+
+def _write_steps(path: Path, log: Log) -> None:
+    """Write loss, loss scale and overflow of every step; what the mode does not have is empty."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    empty = [""] * len(log)
+    scales = empty if log.scale is None else log.scale.tolist()
+    overflows = empty if log.overflow is None else log.overflow.astype(int).tolist()
+    with gzip.open(partial, "wt", newline="", compresslevel=5) as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["step", "loss", "loss_scale", "overflow"])
+        losses = (f"{loss:.9g}" for loss in log.loss.tolist())
+        rows.writerows(zip(range(len(log)), losses, scales, overflows, strict=True))
+    partial.replace(path)
+
+
+def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) -> None:
+    """Time steps in the steady state, and count energy over these and more steps."""
+    step, settings = built.step, built.case.settings
+    about_s = warm_up(step)
+    channel.phase(Phase.WARM)
+    peak.begin_window()
+    channel.phase(Phase.TIMING_START)
+    start = time.perf_counter()
+    timing = time_steps(step, about_s, settings.timing_s, settings.timing_blocks)
+    channel.phase(Phase.TIMING_END)
+    steps, overflows = timing.steps, timing.overflow_steps
+    if energy_s > 0:
+        left_s = energy_s - (time.perf_counter() - start)
+        more, more_overflows = keep_going(step, timing.steps_per_block, max(left_s, _LEAST_MORE_S))
+        channel.phase(Phase.ENERGY_END)
+        steps += more
+        overflows = None if overflows is None or more_overflows is None else overflows + more_overflows
+    channel.energy(steps, overflows)
+    channel.values(timing.values(built.batch, time_empty_call(step)))
+    channel.blocks(timing.step_s.tolist())

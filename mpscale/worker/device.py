@@ -1,0 +1,152 @@
+"""The device as TensorFlow and CUDA see it. No other module of the worker knows about GPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import tensorflow as tf
+
+from mpscale.core.device import Device
+from mpscale.core.mode import Mode
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Findings
+
+_SUCCESS = 0  # of a call to CUDA
+
+
+class AllocatorPeak:
+    """Peak memory of TensorFlow's allocator, in the whole process and in a window of it."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._before: float | None = None
+        self._windowed = False
+
+    def begin_window(self) -> None:
+        self._windowed = True
+        peak = self._peak()
+        if not isinstance(peak, Reason):
+            self._before = peak
+            tf.config.experimental.reset_memory_stats("GPU:0")
+
+    def columns(self) -> Findings:
+        """The peaks in MiB; that of the window, if there was one, ends now."""
+        whole, timed = "gpu_memory_allocator_peak_mib", "gpu_memory_allocator_timed_peak_mib"
+        found = Findings()
+        peak = self._peak()
+        if isinstance(peak, Reason):
+            found.miss((whole, timed), peak)
+        else:
+            found.values[whole] = max(peak, self._before or 0.0)
+            if self._windowed:
+                found.values[timed] = peak
+            else:
+                found.miss([timed], Reason(Code.NOT_ASKED_FOR, "timing was off"))
+        return found
+
+    def _peak(self) -> float | Reason:
+        if self._device.kind != "gpu":
+            return Reason(Code.NO_GPU, "TensorFlow's CPU allocator keeps no statistics")
+        if self._device.is_stand_in:
+            return Reason(Code.NO_GPU, "the CPU trained in place of the stand-in")
+        try:
+            peak = float(tf.config.experimental.get_memory_info("GPU:0")["peak"])
+        except (ValueError, tf.errors.OpError) as error:
+            return Reason(Code.ALLOCATOR_SILENT, f"TensorFlow's allocator keeps no statistics: {error}")
+        # A process that has trained did hold memory: an allocator that does not count says 0.
+        return peak / 2**20 or Reason(Code.ALLOCATOR_SILENT, "TensorFlow's allocator reports a peak of 0 bytes")
+
+
+def require(device: Device) -> None:
+    """Check that TensorFlow can use the device, without touching it.
+
+    Raises:
+        RuntimeError: the device is a GPU and TensorFlow sees none.
+    """
+    if device.kind == "gpu" and not device.is_stand_in and not tf.config.list_physical_devices("GPU"):
+        raise RuntimeError(
+            f"this machine has a GPU ({device.name}), but TensorFlow {tf.__version__} cannot use it; install the CUDA "
+            "libraries with pip install 'tensorflow[and-cuda]', or set CUDA_VISIBLE_DEVICES=-1 to measure the CPU"
+        )
+
+
+def touch(device: Device, mode: Mode) -> Findings:
+    """Make the device that this process was started for ready; return the columns that say how it was set up.
+
+    Raises:
+        RuntimeError: TensorFlow uses another GPU than the one that NVML watches.
+    """
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+    set_arithmetic(mode)
+    on_gpu = device.kind == "gpu"
+    found = Findings()
+    if device.has_tf32:
+        found.values["tf32"] = tf.config.experimental.tensor_float_32_execution_enabled()
+    else:
+        found.miss(["tf32"], Reason(Code.UNSUPPORTED, f"{device.name} has no TF32"))
+    if on_gpu:
+        found.values["gpu_allocator"] = os.environ.get("TF_GPU_ALLOCATOR") or "bfc"
+    else:
+        found.miss(["gpu_allocator"], Reason(Code.NO_GPU, "no GPU"))
+    tf.constant(0.0).numpy()
+    problem = mismatch(device.uuid, device.pci_bus_id) if on_gpu and not device.is_stand_in else None
+    if problem is not None:
+        raise RuntimeError(f"{problem}; set CUDA_VISIBLE_DEVICES to the UUID of one GPU")
+    return found
+
+
+def set_arithmetic(mode: Mode) -> None:
+    """Allow TensorFlow what the mode allows: TF32, and the rewrite of graphs to float16.
+
+    Call this before anything is traced, since a function keeps the settings under which it was traced.
+    """
+    tf.config.experimental.enable_tensor_float_32_execution(mode.tf32)
+    if mode.graph_rewrite:
+        tf.config.optimizer.set_experimental_options({"auto_mixed_precision": True})
+
+
+def mismatch(uuid: str | None, pci_bus_id: str | None) -> str | None:
+    """Why CUDA's first device is not the GPU that NVML watches; None if it is, or if CUDA does not say.
+
+    CUDA and NVML number GPUs differently. This check keeps the figures of one GPU from being reported for another.
+    ``uuid``, of a GPU or a MIG instance, and ``pci_bus_id`` are NVML's.
+    """
+    cuda_uuid, cuda_bus = _first_device()
+    if uuid and cuda_uuid:
+        same = uuid.split("-", 1)[-1].replace("-", "").casefold() == cuda_uuid
+        return None if same else f"CUDA uses the GPU with UUID {cuda_uuid}, but NVML watches {uuid}"
+    if pci_bus_id and cuda_bus:
+        same = _bus(pci_bus_id) == _bus(cuda_bus)
+        return None if same else f"CUDA uses the GPU at PCI bus {cuda_bus}, but NVML watches the one at {pci_bus_id}"
+    return None
+
+
+def _first_device() -> tuple[str | None, str | None]:
+    """UUID (32 hexadecimal digits) and PCI bus id of CUDA's first device; None for what CUDA does not say."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        device = ctypes.c_int()
+        if cuda.cuInit(0) != _SUCCESS or cuda.cuDeviceGet(ctypes.byref(device), 0) != _SUCCESS:
+            return None, None
+    except (OSError, AttributeError):
+        return None, None
+
+    def told(name: str, *arguments: Any) -> bool:
+        function = getattr(cuda, name, None)
+        return function is not None and function(*arguments) == _SUCCESS
+
+    raw, text = (ctypes.c_ubyte * 16)(), ctypes.create_string_buffer(32)
+    # For a MIG instance, the second version returns its own UUID and the first that of its GPU.
+    has_uuid = told("cuDeviceGetUuid_v2", raw, device) or told("cuDeviceGetUuid", raw, device)
+    has_bus_id = told("cuDeviceGetPCIBusId", text, len(text), device)
+    return bytes(raw).hex() if has_uuid else None, text.value.decode(errors="replace") if has_bus_id else None
+
+
+def _bus(bus_id: str) -> tuple[int, ...]:
+    """A bus id as numbers: NVML writes the domain with eight digits, CUDA with four."""
+    domain, bus, rest = bus_id.split(":")
+    slot, _, function = rest.partition(".")
+    return tuple(int(part or "0", 16) for part in (domain, bus, slot, function))

@@ -1,0 +1,333 @@
+"""The loss of a train step: one number for a batch of labels and outputs.
+
+:class:`Objective` checks it before the training, :class:`NotedLoss` describes it so that the modes can be compared.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Findings
+from mpscale.scaling.skip import all_nodes
+from mpscale.worker import labels as label_forms
+from mpscale.worker.precision import computes_below_float32
+from mpscale.workloads.metric import kind_of
+from mpscale.workloads.workload import sparse_cross_entropy
+
+Loss = Callable[[Any, Any], Any]
+
+_NOT_REPEATABLE = re.compile(r"Assign|ResourceScatter|Random|Multinomial|RngRead|RngSkip|PyFunc")
+"""Operations that make a loss return another value each time."""
+
+
+class Objective:
+    """``(labels, outputs) -> loss``: a scalar in float32 or wider, the same that Keras' ``fit`` computes.
+
+    Labels get the shape that the loss takes (see labels.py). Outputs in half precision are cast to float32 first.
+    Losses of single examples are averaged, leaving out what the model masks.
+
+    Args:
+        loss: as in :class:`~mpscale.workloads.Workload`.
+        labels: of the training set; they are checked, and show which shape the loss takes.
+
+    Raises:
+        ValueError: Keras knows no loss of that name, or the labels cannot be trained on.
+    """
+
+    def __init__(self, loss: Loss | str, labels: npt.NDArray[Any]) -> None:
+        self._labels = labels
+        # For these names Keras picks the cross-entropy that fits the shapes.
+        self._loss: Loss | None = None if loss in ("crossentropy", "ce") else _resolved(loss)
+        self._form: label_forms.Form | None = None
+        self.output: tuple[int | None, ...] = ()
+        """Shape of one example's output; known once the loss has been traced."""
+        self._squashed_by: str | None = None  # softmax or sigmoid, if the trace shows that the model ends in one
+        if labels.dtype.kind in "US":
+            raise ValueError(f"the labels are text ({labels.dtype}); number the classes from 0")
+
+    def __call__(self, labels: Any, outputs: Any) -> Any:
+        """The loss of a batch of labels (batch, ...) and the model's outputs.
+
+        Raises:
+            ValueError: labels and outputs do not fit each other or the loss, or the loss is not a number.
+        """
+        check_outputs(outputs)
+        if self._form is None:
+            with tf.init_scope():
+                self._settle(outputs)
+        assert self._form is not None and self._loss is not None
+        labels, mask = self._form(labels), getattr(outputs, "_keras_mask", None)
+        if isinstance(self._loss, keras.losses.Loss):
+            return _scalar(self._loss(labels, outputs))
+        if outputs.dtype in (tf.float16, tf.bfloat16):
+            outputs = tf.cast(outputs, tf.float32)
+        if mask is not None and self._loss is sparse_cross_entropy:
+            # It takes the mean itself, which would count masked places.
+            losses = keras.losses.sparse_categorical_crossentropy(labels, outputs, from_logits=True)
+        else:
+            losses = self._loss(labels, outputs)
+        return _scalar(_reduced(losses, mask))
+
+    def threshold(self) -> float | None:
+        """For a model with one output, the value at which the loss is the same for labels 0 and 1.
+
+        It is 0 for logits and 0.5 for probabilities. None if it is neither, if the loss cannot be computed for one
+        example, or if the loss takes logits although the model ends in a sigmoid, which is a contradiction.
+        """
+        if None in self.output:
+            return None
+        loss = label_forms.repeatable(self)
+        for value in (0.0, 0.5):
+            outputs = np.full([1, *map(int, self.output)], value, np.float32)  # type: ignore[arg-type]
+            zero, one = (
+                label_forms.mean(loss, np.full((1, *self._labels.shape[1:]), label, self._labels.dtype), outputs)
+                for label in (0, 1)
+            )
+            if zero is not None and one is not None and np.isclose(zero, one, rtol=1e-4):
+                return None if value == 0.0 and self._squashed_by else value
+        return None
+
+    def _settle(self, outputs: Any) -> None:
+        """Choose loss and form of the labels, and check the labels, when the first batch is traced."""
+        self.output = tuple(outputs.shape[1:])
+        tail = self._labels.shape[1:]
+        if self._loss is None:
+            if not self.output or self.output[-1] == 1:
+                self._loss = keras.losses.binary_crossentropy
+            elif len(tail) < len(self.output) or tail[-1:] == (1,):
+                self._loss = keras.losses.sparse_categorical_crossentropy
+            else:
+                self._loss = keras.losses.categorical_crossentropy
+        last = getattr(getattr(outputs, "op", None), "type", "")
+        self._squashed_by = last.lower() if last in ("Softmax", "Sigmoid") else None
+        kind = kind_of(self._loss) if self._loss is not sparse_cross_entropy else "sparse_categorical_crossentropy"
+        if kind:
+            self._check_finite()
+            self._form = label_forms.keras_form(kind, tail, self.output)
+            label_forms.check_fit(kind, self._form(self._labels).shape[1:], self.output)
+            self._check_values(kind)
+            return
+        if None in self.output:
+            # Without a shape nothing can be tried out.
+            self._form = label_forms.as_they_are
+            return
+        examples = outputs.shape[0] or label_forms.PROBED
+        labels = self._as_taken(self._loss, label_forms.sample_of(self._labels, examples))
+        loss, draw = label_forms.repeatable(self._loss), label_forms.outputs_like(labels, self.output, 0)
+        if not np.isfinite(np.asarray(self._labels, float)).all():
+            # A loss of the user's own may ignore missing labels. Then its result is finite.
+            missing = labels.copy()
+            missing[::2] = np.nan
+            forms = label_forms.forms(tail, self.output)
+            if all(label_forms.mean(loss, form(missing), draw) is None for form in forms):
+                self._check_finite()
+        form = label_forms.form_for(loss, labels, self.output, "loss", examples)
+        dtype = tf.as_dtype(labels.dtype)
+        self._form = form if labels.dtype == self._labels.dtype else lambda labels: tf.cast(form(labels), dtype)
+
+    def _as_taken(self, loss: Loss, labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Labels in the dtype that a loss of the user's own takes.
+
+        Keras casts the labels of every loss to float. Integers stay integers if the loss accepts them with the same
+        result. That rules out uint8 arithmetic, for example, in which 0 - 1 is 255.
+        """
+        outputs = label_forms.outputs_like(labels, self.output, 0)
+        floats = labels.astype(np.float32)
+        forms = label_forms.forms(labels.shape[1:], self.output)
+
+        def runs(labels: Any) -> bool:
+            for form in forms:
+                try:
+                    label_forms.traced_with(loss, form(labels), outputs)
+                    return True
+                except Exception:  # from the user's code, which may not be made for this dtype
+                    continue
+            return False
+
+        if labels.dtype.kind == "f":
+            return floats if runs(floats) or not runs(labels) else labels
+        if not runs(labels):
+            return floats
+        if runs(floats):
+            tried = label_forms.repeatable(loss)
+            for form in forms:
+                whole, real = (label_forms.mean(tried, form(given), outputs) for given in (labels, floats))
+                if real is not None and (whole is None or not np.isclose(whole, real, rtol=1e-3)):
+                    return floats
+        return labels
+
+    def _check_finite(self) -> None:
+        labels = self._labels
+        if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+            raise ValueError(
+                f"{np.sum(~np.isfinite(labels))} of the training labels are not finite; leave these examples out, or "
+                "use a loss that ignores them"
+            )
+
+    def _check_values(self, kind: str) -> None:
+        """Check labels and outputs against a Keras loss."""
+        options = _options(self._loss)
+        logits = True if self._loss is sparse_cross_entropy else options.get("from_logits", False)
+        if logits and self._squashed_by:
+            raise ValueError(
+                f"the model ends in a {self._squashed_by}, but the loss takes logits and would apply another one; "
+                f"remove the activation, or use a loss with from_logits=False, such as loss={kind!r}"
+            )
+        labels = self._labels
+        low, high = labels.min(), labels.max()
+        if kind == "sparse_categorical_crossentropy" and self.output[-1] is not None:
+            counted = labels[labels != options["ignore_class"]] if options.get("ignore_class") is not None else labels
+            if not ((counted == np.floor(counted)) & (counted >= 0) & (counted < self.output[-1])).all():
+                raise ValueError(
+                    f"the training labels range from {low:g} to {high:g}, but a model with {self.output[-1]} outputs "
+                    f"has classes 0 to {self.output[-1] - 1}; number the classes from 0, or, if this is not such a "
+                    "classification, set another loss, for example loss='mse' or "
+                    "loss=keras.losses.BinaryCrossentropy(from_logits=True)"
+                )
+        if kind in ("binary_crossentropy", "binary_focal_crossentropy") and not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"{kind} takes labels from 0 to 1, but the training labels range from {low:g} to {high:g}; rescale "
+                "them, or use another loss"
+            )
+
+
+class NotedLoss:
+    """A loss ``(labels, outputs) -> scalar`` that notes shapes and dtypes of its arguments when it is traced."""
+
+    def __init__(self, loss: Callable[[Any, Any], Any]) -> None:
+        self._loss = loss
+        self._outputs: Any = None
+        self._labels: Any = None
+
+    def __call__(self, labels: Any, outputs: Any) -> Any:
+        self._labels, self._outputs = (tf.nest.map_structure(_spec, value) for value in (labels, outputs))
+        return self._loss(labels, outputs)
+
+    def columns(self, labels: Any) -> Findings:
+        """The columns of a record about the loss, once it has been traced; ``labels`` are those of the first batch."""
+        # The dtypes of outputs depend on the mode.
+        given = " and ".join(f"{spec.dtype.name} {tuple(spec.shape)}" for spec in tf.nest.flatten(self._labels))
+        outputs = " and ".join(str(tuple(spec.shape)) for spec in tf.nest.flatten(self._outputs))
+        found = Findings({"loss_inputs": f"labels {given}; outputs {outputs}"})
+        try:
+            probe = self._probe(labels)
+        except Exception as error:  # from the user's code, away from its model and device
+            probe = f"the loss does not run by itself: {type(error).__name__}"
+        if isinstance(probe, str):
+            found.miss(["loss_probe"], Reason(Code.NOT_COMPARABLE, probe))
+        elif np.isfinite(probe):
+            found.values["loss_probe"] = probe
+        else:
+            found.miss(["loss_probe"], Reason(Code.NOT_FINITE, "not finite on outputs between 0 and 1"))
+        return found
+
+    def _probe(self, labels: Any) -> float | str:
+        """The loss of ``labels`` and of outputs that are the same in every mode, or why it cannot be computed.
+
+        It is traced first, since a loss that changes its own state must not run. It runs on the CPU to take none of
+        the memory that is measured.
+        """
+
+        def call(labels: Any, outputs: Any) -> Any:
+            return self._loss(labels, outputs)
+
+        with tf.device("CPU:0"):
+            # First in the precision of the model's outputs, which the loss may require.
+            for dtype in (None, tf.float32):
+                outputs = tf.nest.map_structure(functools.partial(_probed, dtype=dtype), self._outputs)
+                given = tf.nest.map_structure(tf.constant, labels)
+                specs = tf.nest.map_structure(_spec, (given, outputs))
+                traced = tf.function(call).get_concrete_function(*specs)
+                nodes = all_nodes(traced.graph.as_graph_def())
+                if any(_NOT_REPEATABLE.search(node.op) for node in nodes):
+                    return "the loss draws random numbers, changes variables or calls Python"
+                if not computes_below_float32(nodes):
+                    return float(np.sum(np.asarray(traced(given, outputs), np.float64)))
+        return "the loss computes in less than float32"
+
+
+def check_outputs(outputs: Any) -> None:
+    """Check that a model returned one tensor of floating-point numbers (examples, ...).
+
+    Raises:
+        ValueError: it returned something else.
+    """
+    if isinstance(outputs, dict | list | tuple):
+        raise ValueError(
+            f"the model returns a {type(outputs).__name__} of {len(outputs)} outputs, but mpscale trains models with "
+            "one; build a model that returns only the output to train"
+        )
+    if not tf.is_tensor(outputs) or isinstance(outputs, tf.RaggedTensor | tf.SparseTensor):
+        found = f"a {type(outputs).__name__}"
+    elif not outputs.shape.rank or not outputs.dtype.is_floating:
+        found = f"{outputs.dtype.name} of shape {outputs.shape}"
+    else:
+        return
+    raise ValueError(
+        f"the model returns {found}; it must return one dense tensor of floating-point numbers (examples, ...)"
+    )
+
+
+def _resolved(given: Loss | str) -> Loss:
+    try:
+        loss: Loss = keras.losses.get(given) if isinstance(given, str) else given
+    except ValueError as error:
+        message = f"Keras knows no loss called {given!r}; give a name such as 'mse', or the loss itself"
+        raise ValueError(message) from error
+    if isinstance(loss, type) and issubclass(loss, keras.losses.Loss):
+        loss = loss()
+    if isinstance(loss, keras.losses.Loss) and loss.reduction in (None, "none"):
+        raise ValueError(
+            f"{type(loss).__name__} has reduction=None, so it returns no single number; leave reduction out"
+        )
+    return loss
+
+
+def _options(loss: Any) -> dict[str, Any]:
+    """The options of a Keras loss, as far as they are known."""
+    if isinstance(loss, functools.partial):
+        return _options(loss.func) | loss.keywords
+    return dict(loss.get_config()) if isinstance(loss, keras.losses.Loss) else {}
+
+
+def _reduced(losses: Any, mask: Any) -> Any:
+    """The mean without masked places; a single number is returned as it is."""
+    losses = tf.convert_to_tensor(losses)
+    if losses.shape.rank == 0:
+        return losses
+    if mask is not None:
+        weights = tf.cast(mask, losses.dtype)
+        if weights.shape.rank == losses.shape.rank:
+            return tf.math.divide_no_nan(tf.reduce_sum(losses * weights), tf.reduce_sum(weights))
+    return tf.reduce_mean(losses)
+
+
+def _scalar(loss: Any) -> Any:
+    """``loss`` as a scalar in float32 or wider."""
+    if loss.shape.rank != 0 or not loss.dtype.is_floating:
+        raise ValueError(
+            f"the loss returns {loss.dtype.name} of shape {loss.shape}; it must return one floating-point number, or "
+            "one per example"
+        )
+    return tf.cast(loss, tf.float32) if loss.dtype in (tf.float16, tf.bfloat16) else loss
+
+
+def _spec(value: Any) -> tf.TensorSpec:
+    return tf.TensorSpec(value.shape, value.dtype)
+
+
+def _probed(spec: tf.TensorSpec, dtype: tf.DType | None) -> tf.Tensor:
+    """Outputs that could be probabilities or logits: multiples of 1/64, which every precision represents exactly."""
+    if not spec.dtype.is_floating:
+        return tf.zeros(spec.shape, spec.dtype)
+    values = np.random.default_rng(17).integers(1, 64, spec.shape.as_list()) / 64.0
+    return tf.constant(values, dtype or spec.dtype)

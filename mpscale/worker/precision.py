@@ -1,0 +1,270 @@
+"""The precision in which a model really computes, and the global settings that decide it.
+
+A mode only asks for a precision: a model function may pin layers to another one or change Keras' policy.
+:class:`Precision` reads from the layers and from the traced train step what will be trained. :class:`Arithmetic` sets
+global settings as the mode has them and notices changes. Both object if that is not what the mode promises.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.python.framework.config import is_op_determinism_enabled
+
+from mpscale.core.device import Device
+from mpscale.core.mode import Mode
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Findings
+from mpscale.scaling.skip import all_nodes
+from mpscale.worker.device import set_arithmetic
+
+_PRODUCT = re.compile(
+    r"MatMul|Einsum|Dot(?:V2)?$|Conv(?:\d[Dd]|V\d|$)|CudnnRNN(?!Params|Canonical)|BlockLSTM|LSTMBlock|GRUBlock"
+)
+"""Operations that multiply matrices, forward and backward, including convolutions and cuDNN's recurrent layers."""
+
+_ELEMENT_TYPES = (
+    "T", "DstT", "Ta", "Tb", "T1", "T2", "LhsT", "RhsT", "lhs_type", "rhs_type", "Tlhs", "Trhs", "Tin", "type",
+)  # fmt: skip
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_LOW = {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16"}
+
+_OTHER = re.compile(
+    r"(?:Relu6?|Elu|Selu|LeakyRelu|Softplus|Softsign|Tanh|Sigmoid|Erfc?|Softmax|LogSoftmax|BiasAdd)(?:Grad)?$"
+    r"|(?:Max|Avg)Pool|CrossEntropy|CTCLoss|Random(?:Uniform|Normal)|TruncatedNormal"
+)
+"""Operations besides products that model and loss have in every precision.
+
+Others vary: Keras clips and casts more in float16, and a loss scale adds operations of its own.
+"""
+
+_MOVES = re.compile(
+    r"(?:Placeholder|Identity|IdentityN|Const|Reshape|ReadVariableOp|ExpandDims|Squeeze|Pack|Unpack|Split|SplitV"
+    r"|ConcatV2|Slice|StridedSlice|Transpose|Tile|GatherV2|GatherNd|ResourceGather|PreventGradient|StopGradient)$"
+)
+"""Operations that only move numbers. These may be float16 data on the way to a float32 layer."""
+
+_REWRITES = ("auto_mixed_precision", "auto_mixed_precision_onednn_bfloat16", "auto_mixed_precision_mkl")
+_FPMATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "TF_SET_ONEDNN_FPMATH_MODE")
+_XLA = ("XLA_FLAGS", "TF_XLA_FLAGS")
+_PRECISION_FLAG = re.compile(r"precision|fast_math|fast_min_max|tf32|b?f16|f8|denormal|algorithm|auto_jit|determinis")
+_AT_START = {name: os.environ.get(name, "") for name in _XLA}
+"""As the process was started: this module is imported before the user's."""
+
+
+class Precision:
+    """The precision of a train step.
+
+    Args:
+        model: a built model.
+        graph: the traced graph of the train step; nested functions count.
+    """
+
+    def __init__(self, model: keras.Model, graph: Any) -> None:
+        self._layers = [
+            layer
+            for layer in model._flatten_layers(include_self=True)
+            if not isinstance(layer, keras.layers.InputLayer)
+            and (_own_rank(layer) >= 0 or not list(layer._flatten_layers(include_self=False)))
+        ]
+        nodes = all_nodes(graph.as_graph_def())
+        self._products = [(node, _dtype(node)) for node in nodes if _PRODUCT.search(node.op)]
+        self._others = Counter(node.op for node in nodes if _OTHER.match(node.op.removeprefix("Stateless")))
+        self._dtypes = [(node.name, _dtype(node)) for node in nodes if not _MOVES.match(node.op)]
+        self.layers = Counter(layer.compute_dtype for layer in self._layers)
+        """Number of layers by compute dtype, without containers."""
+        self.products = Counter(dtype for _, dtype in self._products)
+        """Number of products, gradients included, by the dtype of their factors."""
+
+    def columns(self) -> Findings:
+        """The columns of a record about the precision."""
+        operations = self._others + Counter(node.op for node, _ in self._products)
+        found = Findings()
+        for column, numbers, missing in (
+            ("layer_dtypes", self.layers, "the model has no layers"),
+            ("product_dtypes", self.products, "the train step multiplies no matrices"),
+            ("step_operations", operations, "the train step has none of the operations that are counted"),
+        ):
+            if numbers:
+                found.values[column] = _counted(numbers)
+            else:
+                found.miss([column], Reason(Code.NOT_IN_WORKLOAD, missing))
+        return found
+
+    def objection(self, mode: Mode) -> str | None:
+        """What was found, what ``mode`` promises and what to do; None if they agree."""
+        low = _LOW.get(mode.policy)
+        allowed = {"float32", low}
+        wrong = [
+            f"{number} {'product' if what is self.products else 'layer'}{'s' * (number > 1)} in {dtype}"
+            for what in (self.products, self.layers)
+            for dtype, number in sorted(what.items())
+            if dtype in _FLOATS and dtype not in allowed
+        ]
+        if not wrong:
+            # No product or layer, but something in between may cast to another precision.
+            halves = [(name, dtype) for name, dtype in self._dtypes if dtype in _LOW.values() and dtype != low]
+            wrong = [f"{name.removeprefix('gradient_tape/')} in {dtype}" for name, dtype in halves[:1]]
+        if wrong:
+            promise = f"only {low} and float32" if low else "float32 throughout"
+            if mode.graph_rewrite:
+                promise = "a float32 model, which TensorFlow rewrites"
+            names = [layer.name for layer in self._layers if layer.compute_dtype in set(_FLOATS) - allowed]
+            named = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+            return (
+                f"the train step computes {' and '.join(wrong)}{named}, but {mode.name} promises {promise}; remove "
+                "set_dtype_policy, casts and dtypes other than float32 from the workload, since the mode sets the "
+                "policy"
+            )
+        if low and not self._computes_in(low):
+            found = f"its products are {_counted(self.products)}" if self.products else "it multiplies no matrices"
+            return (
+                f"{mode.name} promises to compute in {low}, but the train step does not: {found}, its layers are "
+                f"{_counted(self.layers)}; remove dtype='float32' and set_dtype_policy from the workload, except for "
+                "dtype='float32' in the last layer"
+            )
+        return None
+
+    def _computes_in(self, low: str) -> bool:
+        """Whether products are in ``low``, or, in a model without them, its layers.
+
+        Looking up a table always counts. In a model with products, other layers in ``low`` do not, such as a
+        normalisation: a layer with products is judged by these and not by its policy.
+        """
+        if self.products[low]:
+            return True
+        layers = [layer for layer in self._layers if layer.compute_dtype == low]
+        if any(dtype in _FLOATS for dtype in self.products):
+            return any(self._looks_up(layer) for layer in layers)
+        weighted = [layer for layer in self._layers if _own_rank(layer) >= 0]
+        return any(layer in layers for layer in weighted or self._layers)
+
+    def _looks_up(self, layer: keras.layers.Layer) -> bool:
+        """Whether a layer looks up a table: Keras' Embedding, or the user's own layer with a matrix and no product."""
+        if isinstance(layer, keras.layers.Embedding):
+            return True
+        if type(layer).__module__.startswith("keras.") or _own_rank(layer) < 2:
+            return False
+        # TensorFlow numbers the scopes of a layer that is called more than once.
+        scope = re.compile(rf"{re.escape(layer.name)}(_\d+)*")
+        return not any(scope.fullmatch(part) for node, _ in self._products for part in node.name.split("/"))
+
+
+class Arithmetic:
+    """The global settings that decide precision, set as the mode has them and checked for later changes.
+
+    A workload's module and data function run before the model is built, so their changes are simply overwritten. Later
+    changes cannot be undone, since part of the model may have been made under them. ``jit`` says whether train steps
+    are compiled with XLA.
+    """
+
+    def __init__(self, mode: Mode, device: Device, jit: bool) -> None:
+        self._mode, self._device, self._jit = mode, device, jit
+        self.objection: str | None = None
+        """What was found, what the mode promises and what to do; None if all is well."""
+
+    def settle(self) -> None:
+        """Set everything as the mode has it. Call this last before the model is built."""
+        # Checked first, since it cannot be put right: objects of the user's module may have been made under it.
+        self.look("the import of the workload or its data function", ("floatx",))
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy(self._mode.policy)
+        set_arithmetic(self._mode)
+        options = tf.config.optimizer.get_experimental_options()
+        unwanted = {name for name in (*_REWRITES, "disable_meta_optimizer") if options.get(name)}
+        if self._mode.graph_rewrite:
+            unwanted.discard("auto_mixed_precision")
+        if unwanted:
+            tf.config.optimizer.set_experimental_options(dict.fromkeys(unwanted, False))
+        if tf.config.optimizer.get_jit():
+            tf.config.optimizer.set_jit(False)
+        if tf.config.functions_run_eagerly():
+            tf.config.run_functions_eagerly(False)
+
+    def look(self, after: str, names: tuple[str, ...] | None = None) -> None:
+        """Note the first settings, out of all or those of these names, that differ from the mode's.
+
+        ``after`` says what ran last, for the message.
+        """
+        if self.objection is not None:
+            return
+        wrong = [
+            f"{name} is {found}, not {wanted}"
+            for name, (found, wanted) in self._settings().items()
+            if found != wanted and (names is None or name in names)
+        ]
+        if wrong:
+            self.objection = (
+                f"after {after}, {'; '.join(wrong)}; {self._mode.name} sets this for the whole process, so remove what "
+                "changes it from the workload or the environment"
+            )
+
+    def column(self) -> str:
+        """The column process_settings: other settings that affect a figure, which have to be the same in every mode."""
+        parts = ["deterministic operations"] if is_op_determinism_enabled() else []
+        parts += [f"{name}={os.environ[name]}" for name in _XLA if os.environ.get(name)]
+        return "; ".join(parts) or "none"
+
+    def _settings(self) -> dict[str, tuple[Any, Any]]:
+        """{setting: (its value, the value that the mode has)}."""
+        options = tf.config.optimizer.get_experimental_options()
+        tf32 = tf.config.experimental.tensor_float_32_execution_enabled
+        settings: dict[str, tuple[Any, Any]] = {
+            "Keras' dtype policy": (keras.config.dtype_policy().name, self._mode.policy),
+            "floatx": (keras.config.floatx(), "float32"),
+            "TF32": (_on(tf32()), _on(self._mode.tf32)),
+            "tf.config.run_functions_eagerly": (_on(tf.config.functions_run_eagerly()), "off"),
+        }
+        for name in _REWRITES:
+            wanted = self._mode.graph_rewrite and name == "auto_mixed_precision"
+            settings[f"the graph optimizer's {name}"] = (_on(options.get(name, False)), _on(wanted))
+        if self._mode.graph_rewrite:
+            settings["the graph optimizer's disable_meta_optimizer"] = (_on(options["disable_meta_optimizer"]), "off")
+        if not self._jit:
+            settings["tf.config.optimizer.set_jit"] = (tf.config.optimizer.get_jit() or "off", "off")
+        for name in _FPMATH:
+            settings[name] = (os.environ.get(name, "").upper() or "STRICT", "STRICT")
+        override = os.environ.get("NVIDIA_TF32_OVERRIDE")
+        if self._device.has_tf32 and override in ("0", "1") and self._mode.name in ("fp32", "tf32"):
+            settings["NVIDIA_TF32_OVERRIDE"] = (override, str(int(self._mode.tf32)))
+        for name in _XLA:
+            settings[name] = tuple(map(_precision_flags, (os.environ.get(name, ""), _AT_START[name])))  # type: ignore[assignment]
+        return settings
+
+
+def computes_below_float32(nodes: Iterable[Any]) -> bool:
+    """Whether one of ``nodes`` of a graph computes in float16 or bfloat16, or rounds to one of them."""
+    return any(_dtype(node) in _LOW.values() for node in nodes if not _MOVES.match(node.op))
+
+
+def _counted(numbers: Counter[str]) -> str:
+    """Such as ``"float16 12, float32 2"``, the most frequent first."""
+    ordered = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{name} {number}" for name, number in ordered)
+
+
+def _own_rank(layer: keras.layers.Layer) -> int:
+    """The largest rank of a layer's own weights, -1 if it has none."""
+    below = {id(v) for inner in layer._flatten_layers(include_self=False) for v in inner.weights}
+    return max((len(v.shape) for v in layer.weights if id(v) not in below), default=-1)
+
+
+def _dtype(node: Any) -> str:
+    """The narrowest dtype with which a node computes."""
+    types = [tf.as_dtype(node.attr[name].type) for name in _ELEMENT_TYPES if name in node.attr and node.attr[name].type]
+    return str(min(types, key=lambda dtype: int(dtype.size)).name) if types else "unknown"
+
+
+def _on(value: Any) -> str:
+    return "on" if value else "off"
+
+
+def _precision_flags(flags: str) -> str:
+    """XLA's flags that decide precision, or what is compiled."""
+    return " ".join(sorted(flag for flag in flags.split() if _PRECISION_FLAG.search(flag))) or "without such flags"

@@ -1,0 +1,411 @@
+"""The compiled train step, with the loss scale of each mode. It is taken one by one with a log, or timed in blocks."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from mpscale.core.case import Settings
+from mpscale.core.loss_scale import RULES
+from mpscale.core.mode import Mode
+from mpscale.scaling import ArticleLossScale, LossScaleOptimizer
+
+MOST_UNREAD = 1024
+"""Read the log at least every so many steps: until then each step keeps some of the device's memory."""
+
+DISPATCH_BOUND = 0.5
+"""Share of dispatch above which a step time says more about Python and TensorFlow than about the device."""
+
+_WARM_UP_S = 0.4
+_WARM_UP_BLOCK = 10
+_DISPATCH_BLOCKS = 7
+_DISPATCH_CALLS = 40
+
+
+class StepRecord(NamedTuple):
+    """What is known about a step besides its loss. A value of None is not part of the step, so it costs nothing.
+
+    Args:
+        scale: the loss scale that the step used, a float32 scalar; None if the mode has none.
+        overflow: float32 scalar, 1 if a gradient was not finite, else 0; None if the mode does not check.
+    """
+
+    scale: Any = None
+    overflow: Any = None
+
+
+class StepScaler:
+    """The bare optimizer; subclasses scale the loss. ``scale_loss`` and ``apply`` are traced into the train step.
+
+    Modes without scaling use the bare one, since the baseline has to be what a user would run: a wrapper that does
+    nothing would still cost time.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def scale_loss(self, loss: Any) -> Any:
+        """The loss to differentiate."""
+        return self.optimizer.scale_loss(loss)
+
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
+        """Update the weights."""
+        self.optimizer.apply(grads, variables)
+        return StepRecord()
+
+    def overflow_steps(self, steps: int) -> int | None:
+        """How many of the first ``steps`` steps overflowed; None if the mode does not check."""
+        return None
+
+
+class Scaled(StepScaler):
+    """mpscale's LossScaleOptimizer."""
+
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
+        scale = self.optimizer.loss_scale_value
+        grads, finite = self.optimizer.unscale(grads)
+        self.optimizer.apply(grads, variables, finite=finite)
+        return StepRecord(scale, tf.cast(tf.logical_not(finite), tf.float32))
+
+    def overflow_steps(self, steps: int) -> int | None:
+        return int(self.optimizer.counters()["overflow"])
+
+
+class KerasScaled(StepScaler):
+    """Keras' own LossScaleOptimizer. It counts nothing, but its inner optimizer counts the steps that are applied."""
+
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
+        scale = tf.convert_to_tensor(self.optimizer.dynamic_scale.value)
+        # The scale would not tell: it halves on overflow until it is 0 and then cannot fall any further.
+        iterations = self.optimizer.inner_optimizer.iterations
+        before = tf.identity(iterations.value)
+        self.optimizer.apply(grads, variables)
+        return StepRecord(scale, tf.cast(tf.equal(iterations.value, before), tf.float32))
+
+    def overflow_steps(self, steps: int) -> int | None:
+        return steps - int(self.optimizer.inner_optimizer.iterations.numpy())
+
+
+class ArticleScaled(StepScaler):
+    """The article's rule: the scaled loss moves the scale, and the gradients reach the optimizer still scaled."""
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
+        super().__init__(optimizer)
+        self._rule = ArticleLossScale()
+        self._scale = tf.Variable(self._rule.initial_state()["scale"], dtype=tf.float32, trainable=False)
+
+    def scale_loss(self, loss: Any) -> Any:
+        return loss * self._scale
+
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
+        self.optimizer.apply(grads, variables)
+        scale = self._scale.read_value()
+        self._scale.assign(self._rule.next_state({"scale": scale}, scaled_loss)["scale"])
+        return StepRecord(scale)
+
+
+def scaler_for(mode: Mode, optimizer: keras.optimizers.Optimizer, settings: Settings) -> StepScaler:
+    """Wrap a fresh optimizer as ``mode`` asks, with the arguments of the loss scale from ``settings``."""
+    if mode.scaling is None:
+        return StepScaler(optimizer)
+    if mode.scaling.rule == "keras":
+        return KerasScaled(keras.optimizers.LossScaleOptimizer(optimizer))
+    if mode.scaling.rule == "article":
+        return ArticleScaled(optimizer)
+    rule = RULES[mode.scaling.rule]
+    return Scaled(LossScaleOptimizer(optimizer, rule(**mode.scale_arguments(settings))))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Examples, and the order in which a training sees them.
+
+    Args:
+        x: examples (examples, ...).
+        y: labels (examples, ...).
+        order: indices into both, int64 (steps, batch); after the last row the first comes again.
+    """
+
+    x: npt.NDArray[Any]
+    y: npt.NDArray[Any]
+    order: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Log:
+    """What some steps did, in order.
+
+    Args:
+        loss: float32 (steps,), unscaled.
+        scale: the loss scale of each step, float32 (steps,); None if the mode has none.
+        overflow: whether a gradient was not finite, bool (steps,); None if the mode does not check.
+    """
+
+    loss: npt.NDArray[np.float32]
+    scale: npt.NDArray[np.float32] | None = None
+    overflow: npt.NDArray[np.bool_] | None = None
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Log]) -> Log:
+        """The log of all steps of ``pieces``, which are logs of one mode."""
+        columns = {name: [vars(piece)[name] for piece in pieces] for name in cls.__dataclass_fields__}
+        return cls(**{name: np.concatenate(parts) for name, parts in columns.items() if parts[0] is not None})
+
+
+class TrainStep:
+    """One batch and one update, without arguments and without synchronisation.
+
+    Examples, labels and their order lie on the device. The step finds its batch with a counter that lies there too. It
+    returns its loss, and loss scale and overflow if the mode has them, as tensors that stay on the device until
+    :meth:`read_log` fetches those of many steps.
+
+    It does not write them into a variable: under XLA a scatter into rows is slow, and without XLA TensorFlow optimises
+    a function less if it returns nothing. Both were visible in the step time of the smallest workload.
+
+    Args:
+        model: a built Keras model.
+        scaler: the mode's scaling, whose optimizer is not built yet.
+        loss: ``(labels, outputs) -> scalar``; losses that the model adds itself are added here.
+        jit: compile with XLA.
+    """
+
+    def __init__(
+        self, model: keras.Model, scaler: StepScaler, loss: Callable[[Any, Any], Any], batches: Batches, jit: bool
+    ) -> None:
+        self._model, self.scaler, self._loss = model, scaler, loss
+        scaler.optimizer.build(model.trainable_variables)
+        # int64 throughout: TensorFlow keeps the int32 tensors of a GPU program in host memory.
+        self._x, self._y, self._order = tf.constant(batches.x), tf.constant(batches.y), tf.constant(batches.order)
+        self._position = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self._unread: list[tuple[tf.Tensor, ...]] = []
+        self._logged: tuple[str, ...] = ()  # the columns of the log that the mode has
+        self.added_losses = 0
+        """How many losses the model adds itself; known once the step has been traced."""
+
+        # Small functions: on every call TensorFlow's retracing detector looks up the function's code twice, which takes
+        # 2 us longer for the code of a whole step.
+        def step() -> tuple[tf.Tensor, ...]:
+            return self._step()
+
+        def empty_step() -> tf.Tensor:
+            return self._empty_step()
+
+        self._function = tf.function(step, input_signature=[], jit_compile=jit)
+        self._empty_function = tf.function(empty_step, input_signature=[], jit_compile=jit)
+
+    def trace(self) -> float:
+        """Trace the step into a graph; return the seconds that took."""
+        start = time.perf_counter()
+        self._function.get_concrete_function()
+        return time.perf_counter() - start
+
+    @property
+    def graph(self) -> Any:
+        return self._function.get_concrete_function().graph
+
+    def __call__(self) -> None:
+        """Take one step. On a GPU this returns once the step is enqueued, before it is done."""
+        self._unread.append(self._function())
+
+    def empty(self) -> None:
+        """Call a function that takes the same variables and tensors and does no work: the cost of dispatch."""
+        self._empty_function()
+
+    def block(self, steps: int) -> None:
+        """Take ``steps`` steps, at least one, that are not logged. Returns when the device is done with them.
+
+        This is the loop that a user would write: each result is dropped when the next arrives, and the last is awaited.
+        """
+        for _ in range(steps):
+            last = self._function()
+        # On a GPU a copy to the host waits for everything on the stream before it, and so for the whole last step.
+        last[0].numpy()
+
+    def synchronise(self) -> None:
+        """Wait until the device has done all steps."""
+        self._position.numpy()
+
+    def overflow_steps(self) -> int | None:
+        """Wait for the device; return how many steps overflowed so far, or None if the mode does not check."""
+        return self.scaler.overflow_steps(int(self._position.numpy()))
+
+    def weights_finite(self) -> bool:
+        """Whether every weight of the model is finite, statistics that are not trained included."""
+        return all(bool(np.isfinite(v.numpy()).all()) for v in self._model.variables)
+
+    def read_log(self) -> Log:
+        """Wait for the device; return the log of the steps since the last call."""
+        # One copy from the device for each column, whatever the number of steps.
+        columns = [tf.stack(values).numpy() for values in zip(*self._unread, strict=True)]
+        self._unread.clear()
+        known = dict(zip(self._logged, columns or [np.zeros(0, np.float32)] * len(self._logged), strict=True))
+        if "overflow" in known:
+            known["overflow"] = known["overflow"] == 1.0
+        return Log(**known)
+
+    def _step(self) -> tuple[tf.Tensor, ...]:
+        # tf.gather and not order[position]: indexing with a tensor in Python's slice syntax recompiles at every step.
+        batch = tf.gather(self._order, self._position % self._order.shape[0])
+        self._position.assign_add(1)
+        x, y = tf.gather(self._x, batch), tf.gather(self._y, batch)
+        variables = self._model.trainable_variables
+        with tf.GradientTape() as tape:
+            loss = tf.cast(self._loss(y, self._model(x, training=True)), tf.float32)
+            # Regularizers and add_loss are part of the loss, as in Keras' fit.
+            added = [tf.reduce_sum(tf.cast(more, tf.float32)) for more in self._model.losses]
+            self.added_losses = len(added)
+            loss = tf.add_n([loss, *added]) if added else loss
+            scaled = self.scaler.scale_loss(loss)
+        grads = tape.gradient(scaled, variables)
+        row = {"loss": loss, **self.scaler.apply(grads, variables, scaled)._asdict()}
+        known = {name: value for name, value in row.items() if value is not None}
+        self._logged = tuple(known)
+        # Not stacked into one tensor: XLA fused that with the loss, which made a convolution's step 4 to 9 % slower.
+        return tuple(known.values())
+
+    def _empty_step(self) -> tf.Tensor:
+        for variable in (*self._model.variables, *self.scaler.optimizer.variables):
+            variable.value.read_value()
+        for tensor in (self._x, self._y, self._order):
+            tf.identity(tensor)
+        self._position.assign_add(0)
+        return tf.zeros(3)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The time of blocks of steps, each with one synchronisation at its end.
+
+    Args:
+        block_s: seconds of each block (blocks,).
+        steps_per_block: steps in each block.
+        overflow_steps: how many of all these steps overflowed; None if the mode does not check.
+    """
+
+    block_s: npt.NDArray[np.float64]
+    steps_per_block: int
+    overflow_steps: int | None
+
+    @property
+    def step_s(self) -> npt.NDArray[np.float64]:
+        """Seconds per step, by block."""
+        return self.block_s / self.steps_per_block
+
+    @property
+    def steps(self) -> int:
+        return len(self.block_s) * self.steps_per_block
+
+    def values(self, batch_size: int, empty_call_s: float) -> dict[str, Any]:
+        """The columns of a record that follow from the timing.
+
+        Args:
+            batch_size: examples per step.
+            empty_call_s: seconds of a call that does no work, from :func:`time_empty_call`.
+        """
+        step_ms = self.step_s * 1e3
+        median = float(np.median(step_ms))
+        share = min(empty_call_s * 1e3 / median, 1.0)
+        values: dict[str, Any] = {
+            "step_time_ms_median": median,
+            "step_time_ms_p10": float(np.percentile(step_ms, 10)),
+            "step_time_ms_p90": float(np.percentile(step_ms, 90)),
+            "examples_per_s": batch_size / median * 1e3,
+            "timed_blocks": len(step_ms),
+            "timed_steps": self.steps,
+            "dispatch_share": share,
+            "dispatch_bound": share > DISPATCH_BOUND,
+        }
+        if self.overflow_steps is not None:
+            applied = self.steps - self.overflow_steps
+            values["timed_overflow_steps"] = self.overflow_steps
+            values["step_time_ms_per_applied"] = float(self.block_s.sum()) * 1e3 / applied if applied else None
+        return values
+
+
+def warm_up(step: TrainStep) -> float:
+    """Take steps until caches and clocks have settled; return about how many seconds a step takes.
+
+    That is the median over the second half of the steps taken.
+    """
+    end = time.perf_counter() + _WARM_UP_S
+    times: list[float] = []
+    while len(times) < 2 or time.perf_counter() < end:
+        start = time.perf_counter()
+        step.block(_WARM_UP_BLOCK)
+        times.append((time.perf_counter() - start) / _WARM_UP_BLOCK)
+    return float(np.median(times[len(times) // 2 :]))
+
+
+def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int) -> Timing:
+    """Time steps for ``seconds`` and at least ``min_blocks`` blocks.
+
+    A block takes about ``seconds / min_blocks``, or one step if a step takes longer. It ends with one synchronisation,
+    and only the clock is read between two blocks: the first steps after any other work find cold processor caches.
+
+    Args:
+        step: has been warmed up.
+        about_s: about how many seconds it takes, from :func:`warm_up`.
+        seconds: how long to time.
+        min_blocks: fewest blocks.
+    """
+    per_block = max(1, round(seconds / min_blocks / about_s))
+    blocks: list[float] = []
+    overflows = step.overflow_steps()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        end = time.perf_counter() + seconds
+        while len(blocks) < min_blocks or time.perf_counter() < end:
+            start = time.perf_counter_ns()
+            step.block(per_block)
+            blocks.append((time.perf_counter_ns() - start) / 1e9)
+    finally:
+        if collecting:
+            gc.enable()
+    return Timing(np.array(blocks), per_block, _overflows_since(overflows, step))
+
+
+def keep_going(step: TrainStep, per_block: int, seconds: float) -> tuple[int, int | None]:
+    """Take steps for ``seconds`` as :func:`time_steps` does, so that the energy of many steps can be counted.
+
+    Returns:
+        How many steps were taken, and how many of them overflowed; None if the mode does not check.
+    """
+    steps = 0
+    overflows = step.overflow_steps()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        step.block(per_block)
+        steps += per_block
+    return steps, _overflows_since(overflows, step)
+
+
+def _overflows_since(before: int | None, step: TrainStep) -> int | None:
+    """How many steps have overflowed since there were ``before`` of them; None if the mode does not check."""
+    now = step.overflow_steps()
+    return None if before is None or now is None else now - before
+
+
+def time_empty_call(step: TrainStep) -> float:
+    """Seconds of a call that does no work: the median over blocks of calls."""
+    step.empty()
+    step.synchronise()
+    times = []
+    for _ in range(_DISPATCH_BLOCKS):
+        start = time.perf_counter()
+        for _ in range(_DISPATCH_CALLS):
+            step.empty()
+        step.synchronise()
+        times.append((time.perf_counter() - start) / _DISPATCH_CALLS)
+    return float(np.median(times))

@@ -1,0 +1,179 @@
+"""The workloads that come with mpscale, and the cache of their data.
+
+MNIST-1D (Greydanus and Kobak 2020, arXiv:2011.14439) is forty samples of a distorted digit, in ten classes. The package
+mnist1d generates it, so nothing is downloaded. The published set has 4,000 examples to train on and 1,000 to test. The
+same recipe with another seed gives 10,000 more test examples, standardised with the published mean and deviation.
+
+The article that mpscale began with trains a dense network for ten epochs on MNIST, which would need a download. Here it
+gets the real handwritten digits of scikit-learn: 1,797 images of 8 x 8, scaled up to 28 x 28; 500 are the test set.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpscale.workloads.workload import Data, Workload
+
+if TYPE_CHECKING:
+    import keras
+
+
+def load_mnist1d() -> Data:
+    """The 4,000 and 1,000 published examples and 10,000 more to test; float32 (examples, 40), int64 labels."""
+    return Data(**arrays("mnist1d-v1", _make_mnist1d))
+
+
+def _make_mnist1d() -> dict[str, Any]:
+    x, y = _raw_mnist1d(5000, seed=42)
+    test_x, test_y = _raw_mnist1d(10_000, seed=2011_14439)
+    mean, deviation = x.mean(), x.std()
+    x, test_x = (((samples - mean) / deviation).astype(np.float32) for samples in (x, test_x))
+    y, test_y = y.astype(np.int64), test_y.astype(np.int64)
+    return {
+        "train_x": x[:4000],
+        "train_y": y[:4000],
+        "test_x": test_x,
+        "test_y": test_y,
+        "published_x": x[4000:],
+        "published_y": y[4000:],
+    }
+
+
+def _raw_mnist1d(examples: int, seed: int) -> tuple[Any, Any]:
+    """The examples of ``mnist1d.make_dataset`` before it standardises them."""
+    from mnist1d.data import get_dataset_args, get_templates, set_seed
+    from mnist1d.transform import transform
+
+    args, templates = get_dataset_args(), get_templates()
+    # The package draws from NumPy's global generator, so restore its state.
+    state = np.random.get_state()
+    try:
+        set_seed(seed)
+        labels = np.repeat(templates["y"], examples // len(templates["y"]))
+        samples = np.stack([transform(templates["x"][label], templates["t"], args)[0] for label in labels])
+        shuffle = np.random.permutation(len(labels))
+    finally:
+        np.random.set_state(state)
+    return samples[shuffle], labels[shuffle]
+
+
+def load_digits28() -> Data:
+    """1,297 digits to train on and 500 to test; float32 (examples, 784) from 0 to 1, int64 labels."""
+    return Data(**arrays("digits28-v1", _make_digits28))
+
+
+def _make_digits28() -> dict[str, Any]:
+    from scipy.ndimage import zoom
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.clip(zoom(digits.images / 16.0, (1, 3.5, 3.5), order=1), 0, 1).astype(np.float32)
+    x, y = images.reshape(len(images), -1), digits.target.astype(np.int64)
+    parts = train_test_split(x, y, test_size=500, stratify=digits.target, random_state=0)
+    return dict(zip(("train_x", "test_x", "train_y", "test_y"), parts, strict=True))
+
+
+def cache_directory() -> Path:
+    """``$MPSCALE_CACHE``, else ``$XDG_CACHE_HOME/mpscale``, else ``~/.cache/mpscale``."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MPSCALE_CACHE") or Path(caches, "mpscale"))
+
+
+def arrays(name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """The arrays that ``make`` returns, or their copy in the cache, since generating them takes long.
+
+    A file that cannot be read is made again, and a cache that cannot be written is ignored: loading just takes longer.
+    Either way, the record has the digest of the data.
+    """
+    path = cache_directory() / f"{name}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        made = dict(make())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Write a whole file under another name first: a second process must never read half a file.
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as temporary:
+            np.savez(temporary, **made)
+        Path(temporary.name).replace(path)
+    except OSError:
+        pass
+    return made
+
+
+def _adam(learning_rate: float) -> keras.optimizers.Optimizer:
+    import keras
+
+    return keras.optimizers.Adam(learning_rate)
+
+
+def _mlp(inputs: int, *hidden: int) -> keras.Model:
+    import keras
+
+    layers = [keras.layers.Dense(units, activation="relu") for units in hidden]
+    return keras.Sequential([keras.Input((inputs,)), *layers, keras.layers.Dense(10, dtype="float32")])
+
+
+def _cnn() -> keras.Model:
+    from keras import Input, Sequential, layers
+
+    convolution = partial(layers.Conv1D, 25, strides=2, padding="same", activation="relu")
+    convolutions = [convolution(5), convolution(3), convolution(3)]
+    head = [layers.Flatten(), layers.Dense(10, dtype="float32")]
+    return Sequential([Input((40,)), layers.Reshape((40, 1)), *convolutions, *head])
+
+
+def _gru() -> keras.Model:
+    from keras import Input, Sequential, layers
+
+    return Sequential([Input((40,)), layers.Reshape((40, 1)), layers.GRU(64), layers.Dense(10, dtype="float32")])
+
+
+_mnist1d = partial(Workload, data=load_mnist1d, optimizer=partial(_adam, 1e-2))
+
+WORKLOADS = (
+    _mnist1d(
+        name="mnist1d-mlp",
+        summary="MNIST-1D, dense 40-100-100-10, Adam 1e-2; 68 % is published",
+        model=partial(_mlp, 40, 100, 100),
+        target=0.63,
+        margin=0.02,
+    ),
+    _mnist1d(
+        name="mnist1d-cnn",
+        summary="MNIST-1D, three Conv1D of 25 channels with stride 2, Adam 1e-2; 94 % is published",
+        model=_cnn,
+        target=0.90,
+        margin=0.01,
+    ),
+    _mnist1d(
+        name="mnist1d-gru",
+        summary="MNIST-1D, a GRU of 64 units over the forty samples, Adam 1e-2; 91 % is published",
+        model=_gru,
+        target=0.90,
+        margin=0.01,
+    ),
+    Workload(
+        name="article-mlp",
+        summary="the article's dense 784-128-10, Adam 1e-3, ten epochs of scikit-learn's digits at 28 x 28",
+        model=partial(_mlp, 784, 128),
+        data=load_digits28,
+        optimizer=partial(_adam, 1e-3),
+        batch_size=32,
+        train_steps=10 * (1297 // 32),
+        evaluate_every=40,
+        target=0.95,
+        margin=0.01,
+    ),
+)
+"""mpscale's own workloads, in the order in which they are listed."""

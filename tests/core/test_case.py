@@ -1,0 +1,103 @@
+"""The plan of a run and the names of its cases."""
+
+import pytest
+
+from mpscale.core.case import Case, CaseId, SeriesKey, Settings, plan, series_key
+from mpscale.core.columns import METHOD_VERSION
+from mpscale.core.mode import MODES
+
+ALL = [MODES["fp32"], MODES["mixed-static"], MODES["mixed-dynamic"], MODES["mixed-bf16"]]
+
+
+def plan_of(**options):
+    options = {"workloads": ["a", "b"], "modes": ALL, "seeds": 3, "repeats": 2, "settings": Settings(), **options}
+    return list(plan(**options))
+
+
+def test_every_mode_meets_every_seed_and_repeat_once():
+    cases = plan_of()
+    assert len({case.id for case in cases}) == len(cases) == 2 * 4 * (3 + 2)
+    assert [case.order for case in cases] == list(range(40))
+
+
+def test_modes_of_a_seed_run_side_by_side():
+    cases = plan_of()
+    groups = [case.group for case in cases[::4]]
+    assert groups == [(w, s, r) for w in "ab" for s, r in [(0, 0), (1, 0), (2, 0), (0, 1), (0, 2)]]
+    for start in range(0, 40, 4):
+        assert {case.mode for case in cases[start : start + 4]} == {mode.name for mode in ALL}
+
+
+def test_order_of_modes_is_shuffled_and_reproducible():
+    orders = {tuple(case.mode for case in plan_of()[start : start + 4]) for start in range(0, 40, 4)}
+    assert len(orders) > 3
+    assert plan_of(shuffle_seed=1) == plan_of(shuffle_seed=1)
+    assert plan_of(shuffle_seed=1) != plan_of(shuffle_seed=2)
+
+
+def test_case_survives_the_pipe():
+    case = Case("w", "mixed-dynamic", 1, 0, 3, Settings(dynamic_scale={"initial": 4.0}, jit=False))
+    assert Case.from_json(case.to_json()) == case
+
+
+def test_id_is_a_file_name_even_for_a_workload_named_by_module():
+    assert Case("pkg.mod:attr", "fp32", 0, 2, 0, Settings()).id == "pkg.mod+attr--fp32--s0--r2"
+
+
+@pytest.mark.parametrize(
+    ("text", "known", "case"),
+    [
+        ("toy--fp32--s0--r2", [], ("toy", "fp32", 0, 2)),
+        ("pkg.mod+attr--mixed-bf16--s10--r0", [], ("pkg.mod:attr", "mixed-bf16", 10, 0)),
+        ("c++--fp32--s0--r0", ["c++"], ("c++", "fp32", 0, 0)),
+        ("a--b--fp32--s0--r0", [], ("a--b", "fp32", 0, 0)),
+    ],
+)
+def test_an_id_says_which_case_it_is(text, known, case):
+    found = CaseId.parse(text, known)
+    assert (found.workload, found.mode, found.seed, found.repeat) == case
+    assert str(found) == text
+
+
+@pytest.mark.parametrize("text", ["", "toy", "toy--fp32", "toy--fp32--s--r0", "toy--fp32--s0--r0--a1"])
+def test_other_texts_are_not_ids(text):
+    assert CaseId.parse(text) is None
+
+
+@pytest.mark.parametrize("workload", ["toy", "pkg.mod:attr", "a/b"])
+@pytest.mark.parametrize("mode", ["fp32", "mixed-static", "mixed-dynamic"])
+def test_series_key_survives_formatting_and_parsing(workload, mode):
+    settings = Settings(dynamic_scale={"initial": 4.0})
+    text = series_key(MODES[mode], workload, "sha256:1", 10, 20, settings)
+    found = SeriesKey.parse(text)
+    assert str(found) == text
+    assert (found.workload, found.mode, found.digest, found.settings["batch"]) == (workload, mode, "sha256:1", "10")
+    assert SeriesKey.facts(text).keys() >= {"digest", "batch", "steps", "jit", "timing", "method"}
+
+
+def test_series_key_is_byte_for_byte_that_of_earlier_runs():
+    assert series_key(MODES["mixed-static"], "toy", "0aad", 100, 2000, Settings()) == (
+        f"toy/0aad/mixed-static/batch=100,steps=2000,jit=on,timing=2s/50,scale=128/method={METHOD_VERSION}"
+    )
+    assert SeriesKey.facts("old-1") == {"series": "old-1"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "change", "same"),
+    [
+        ("fp32", {"static_scale": 8.0}, True),
+        ("fp32", {"dynamic_scale": {"initial": 4.0}}, True),
+        ("mixed-static", {"static_scale": 8.0}, False),
+        ("mixed-static", {"dynamic_scale": {"initial": 4.0}}, True),
+        ("mixed-dynamic", {"dynamic_scale": {"initial": 4.0}}, False),
+        ("mixed-dynamic", {"dynamic_scale": {"hysteresis": 2}}, False),
+        ("mixed-dynamic", {"static_scale": 8.0}, True),
+        ("graph-rewrite", {"dynamic_scale": {"initial": 4.0}}, False),
+        ("mixed-logmax", {"dynamic_scale": {"initial": 4.0}}, True),
+        ("fp32", {"jit": False}, False),
+        ("fp32", {"timing_s": 1.0}, False),
+    ],
+)
+def test_series_key_changes_only_with_settings_that_move_its_figures(mode, change, same):
+    keys = [series_key(MODES[mode], "w", "d", 10, 20, settings) for settings in (Settings(), Settings(**change))]
+    assert (keys[0] == keys[1]) is same

@@ -1,0 +1,351 @@
+"""`mpscale doctor` as a user runs it, on this machine and on scripted GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from support.imports import run_and_list_imports
+from support.nvml_stand_in import UUID, Script, build
+
+from mpscale.core.device import NVIDIA, Device
+from mpscale.core.reason import Code
+from mpscale.doctor import device
+from mpscale.doctor.examine import Examination, examine
+from mpscale.doctor.page import render
+from mpscale.doctor.software import build_info
+from mpscale.telemetry.client import NoDriver
+from mpscale.telemetry.fingerprint import VARIABLES
+
+CALM = dict.fromkeys(VARIABLES)
+needs_cuda_build = pytest.mark.skipif(not build_info().get("is_cuda_build"), reason="TensorFlow is built without CUDA")
+ENERGY = ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetFieldValues")
+
+
+def calm(**environ):
+    """The environment without the variables that change figures, and with these; None leaves one out."""
+    changed = {**os.environ, **CALM, **environ}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def doctor(*arguments, **environ):
+    command = [sys.executable, "-m", "mpscale.cli", "doctor", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=calm(**environ), timeout=60)
+
+
+def facts(*arguments, **environ):
+    done = doctor("--json", *arguments, **environ)
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    assert found["verdict"] == done.returncode == (1 if found["problems"] else 0)
+    return found
+
+
+def answers(found):
+    return {each["figure"]: each["answer"] for each in found["measured"]}
+
+
+def problems(found):
+    return " | ".join(f"{each['problem']} -> {each['do']}" for each in found["problems"])
+
+
+def codes(found):
+    return [each["code"] for each in found["problems"]]
+
+
+@pytest.fixture
+def gpu_here(stand_in_nvml, tmp_path):
+    """A scripted GPU, and what the command finds with it."""
+    script = Script(tmp_path / "script.txt")
+
+    def find(*arguments, library=stand_in_nvml, **environ):
+        return facts(*arguments, **script.environ(library), **environ)
+
+    find.script = script
+    return find
+
+
+# Without a GPU.
+
+
+def test_a_machine_without_gpu_is_complete_for_a_cpu_and_examined_without_tensorflow():
+    done, imported = run_and_list_imports("doctor", environ=calm(CUDA_VISIBLE_DEVICES="-1"))
+    assert not imported & {"tensorflow", "keras", "matplotlib"}
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("mpscale doctor: a run here is complete for a CPU\n")
+    for words in ("what is measured", "mixed precision", "no GPU: ", "tensorflow 2."):
+        assert words in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 130
+
+
+def test_json_has_the_same_facts():
+    found = facts(CUDA_VISIBLE_DEVICES="-1")
+    assert list(found) == ["verdict", "device", "measured", "precision", "problems", "notes", "software", "trained"]
+    assert (found["device"]["kind"], found["trained"]) == ("cpu", None)
+    assert answers(found)["step time"] == answers(found)["overflow"] == "yes"
+    assert {row["answer"] for row in found["measured"]} == {"yes", "no"}
+    assert all((row["reason"] is None) == (row["answer"] == "yes") for row in found["measured"])
+
+
+def test_training_on_a_gpu_that_is_not_there_fails_with_the_reason():
+    found = facts("--gpu", CUDA_VISIBLE_DEVICES="-1")
+    assert codes(found) == [Code.NO_GPU]
+    assert found["trained"] is None
+
+
+def test_wrong_use():
+    done = doctor("--gpus")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("TF_ENABLE_XLA_JIT", "1", "does nothing"),
+        ("TF_ENABLE_AUTO_MIXED_PRECISION", "1", "does nothing"),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2", "no newer instructions"),
+        ("TF_ENABLE_ONEDNN_OPTS", "0", "bfloat16"),
+        ("CUDA_LAUNCH_BLOCKING", "1", "is set"),
+    ],
+)
+def test_variables_are_named_and_harm_no_run_on_a_cpu(variable, value, words):
+    found = facts(CUDA_VISIBLE_DEVICES="-1", **{variable: value})
+    (note,) = [note for note in found["notes"] if note.startswith(variable)]
+    assert words in note
+    assert found["verdict"] == 0
+
+
+@pytest.mark.parametrize(
+    ("loaded", "visible", "problem"), [(False, None, False), (True, None, True), (True, "0", True), (True, "-1", False)]
+)
+def test_a_broken_driver_library_is_a_problem_unless_the_gpu_is_hidden(tmp_path, loaded, visible, problem):
+    sign = tmp_path / "nvidiactl"
+    if loaded:
+        sign.touch()
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    why = device.why_no_gpu(NoDriver(NVIDIA.no_library), environ)
+    assert why.code is Code.NO_LIBRARY
+    found = list(device.check_absence(why, environ, [sign]))
+    assert [each.code for each in found] == [Code.NO_LIBRARY] * problem
+    assert all(NVIDIA.library in each.cure for each in found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "float16", "bfloat16", "words"),
+    [
+        (["avx2"], "no", "no", "saves no time"),
+        (["avx512_bf16"], "no", "in part", "--mp-jit off"),
+        (["avx512_bf16", "avx512_fp16", "amx_bf16"], "in part", "yes", "bfloat16 and float16"),
+        (["amx_fp16"], "yes", "no", "instructions for float16."),
+        (None, None, None, "does not tell"),
+    ],
+)
+def test_what_a_cpu_computes_fast(flags, float16, bfloat16, words):
+    found = device.precision_of_cpu(flags)
+    assert (found.float16, found.bfloat16, found.tf32) == (float16, bfloat16, False)
+    assert words in " ".join(found.words)
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "float16", "bfloat16", "tf32"),
+    [
+        ((9, 0), "NVIDIA H100", "yes", "yes", True),
+        ((8, 0), "NVIDIA A100", "yes", "yes", True),
+        ((7, 0), "Tesla V100", "yes", "no", False),
+        ((7, 5), "NVIDIA GeForce GTX 1660", "in part", "no", False),
+        ((7, 5), "Tesla T4", "yes", "no", False),
+        ((6, 0), "Tesla P100", "in part", "no", False),
+        ((6, 1), "NVIDIA GeForce GTX 1080", "no", "no", False),
+        ((5, 2), "Tesla M40", "no", "no", False),
+        (None, "a GPU", None, None, False),
+    ],
+)
+def test_what_a_gpu_computes_fast(capability, name, float16, bfloat16, tf32):
+    found = device.precision_of_gpu(Device("gpu", name, "GPU-1", capability))
+    assert (found.float16, found.bfloat16, found.tf32) == (float16, bfloat16, tf32)
+
+
+def test_a_busy_machine_is_noted(monkeypatch):
+    monkeypatch.setattr("mpscale.telemetry.host.load_average", lambda: [1000.0, 0.0, 0.0])
+    assert any("the load average is 1000.0 on" in note for note in examine(train=False).notes)
+
+
+def test_an_exception_is_one_problem_among_the_others(monkeypatch):
+    monkeypatch.setattr("mpscale.doctor.device.precision_of_cpu", lambda flags: 1 / 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    found = examine(train=False)
+    assert "ZeroDivisionError" in found.problems[-1].text
+    assert (found.verdict, found.device["kind"]) == (1, "cpu")
+
+
+def test_an_examination_that_found_nothing_can_be_shown():
+    assert "none: no run can begin" in render(Examination(), as_json=False)
+    assert json.loads(render(Examination(), as_json=True))["verdict"] == 0
+
+
+# With a scripted GPU.
+
+
+def test_a_healthy_gpu_is_complete(stand_in_nvml, tmp_path):
+    script = Script(tmp_path / "script.txt")
+    done = doctor(**script.environ(stand_in_nvml))
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert done.stdout.startswith("mpscale doctor: a run here is complete for a GPU\n")
+    for words in ("compute capability 8.0", "driver 570.86.15", "ECC on", "process: ", "counter", "TF32: yes"):
+        assert words in done.stdout
+
+
+def test_a_healthy_gpu_gives_every_figure(gpu_here):
+    found = gpu_here()
+    assert set(answers(found).values()) == {"yes"}
+    assert {each["figure"]: each["way"] for each in found["measured"]}["power"] == "instant"
+    assert (found["device"]["uuid"], found["device"]["now"]["temperature_c"]) == (UUID, 35)
+    assert found["verdict"] == 0
+
+
+def test_others_on_the_gpu(gpu_here):
+    gpu_here.script.process("graphics", 4321, 100)
+    found = gpu_here()
+    assert found["verdict"] == 0
+    assert any(note.startswith("1 other process drew") for note in found["notes"])
+    gpu_here.script.process("compute", 1234, 800)
+    found = gpu_here()
+    assert codes(found) == [Code.BUSY]
+
+
+def test_settings_and_heat_are_noted(gpu_here):
+    gpu_here.script.set(persistence=0, power_limit_w=250, temperature_c=85, event_reasons=0x20)
+    notes = "\n".join(gpu_here()["notes"])
+    for words in ("nvidia-smi -pm 1", "250 W, below the default of 400 W", "85 °C and slows down at 92 °C", "thermal"):
+        assert words in notes
+
+
+def test_a_driver_without_energy_is_to_be_updated(gpu_here, tmp_path_factory):
+    old = build(tmp_path_factory.mktemp("old"), without=ENERGY)
+    found = gpu_here(library=old)
+    assert answers(found)["energy"] == "in part"
+    assert codes(found) == [Code.DRIVER_TOO_OLD]
+    assert "energy: no counter: " in problems(found)
+    assert "-> update the NVIDIA driver" in problems(found)
+
+
+def test_a_gpu_without_a_counter_of_energy_is_complete(gpu_here):
+    gpu_here.script.set(energy=None)
+    found = gpu_here()
+    assert (answers(found)["energy"], found["verdict"]) == ("in part", 0)
+    gpu_here.script.set(power_w=None)
+    found = gpu_here()
+    assert (answers(found)["energy"], answers(found)["power"], found["verdict"]) == ("no", "no", 0)
+
+
+def test_a_call_without_permission_is_to_be_allowed(gpu_here):
+    gpu_here.script.fail("nvmlDeviceGetTemperatureV", 4).fail("nvmlDeviceGetTemperature", 4)
+    found = gpu_here()
+    assert answers(found)["temperature"] == "no"
+    assert codes(found) == [Code.NO_PERMISSION]
+    assert "-> give this user access" in problems(found)
+
+
+def test_a_mig_instance_has_less_and_nothing_to_do(gpu_here):
+    gpu_here.script.mig()
+    found = gpu_here()
+    assert found["verdict"] == 0
+    assert (answers(found)["peak GPU memory"], answers(found)["energy"]) == ("yes", "no")
+    assert any(note.startswith("a MIG instance") for note in found["notes"])
+
+
+def test_a_garbled_list_of_processes(gpu_here):
+    gpu_here.script.general(driver="535.54.03", entry_bytes=32)
+    found = gpu_here()
+    assert answers(found)["peak GPU memory"] == "in part"
+    assert codes(found) == [Code.GARBLED]
+    assert "-> update the NVIDIA driver" in problems(found)
+
+
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_a_hidden_gpu_leaves_the_cpu(gpu_here, visible):
+    found = gpu_here(CUDA_VISIBLE_DEVICES=visible)
+    assert (found["device"]["kind"], found["verdict"]) == ("cpu", 0)
+    assert any("hides mpscale stand-in A100" in note for note in found["notes"])
+
+
+def test_a_gpu_that_is_not_there_is_wrong(gpu_here):
+    found = gpu_here("--gpu", CUDA_VISIBLE_DEVICES="7")
+    assert (found["device"], found["measured"], found["trained"]) == (None, [], None)
+    assert codes(found) == [Code.NO_DEVICE, Code.NO_GPU]
+    problem = found["problems"][0]
+    assert problem["problem"] == "CUDA_VISIBLE_DEVICES='7' matches no GPU"
+    assert f"0: mpscale stand-in A100, {UUID}" in problem["do"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "verdict"),
+    [
+        ("CUDA_LAUNCH_BLOCKING", "1", 1),
+        ("CUDA_LAUNCH_BLOCKING", "0", 0),
+        ("NVIDIA_TF32_OVERRIDE", "0", 1),
+        ("TF_FORCE_GPU_ALLOW_GROWTH", "false", 1),
+        ("TF_FORCE_GPU_ALLOW_GROWTH", "true", 0),
+        ("TF_GPU_ALLOCATOR", "cuda_malloc_async", 0),
+        ("XLA_FLAGS", "--xla_dump_to=x", 0),
+    ],
+)
+def test_variables_that_make_figures_of_a_gpu_wrong(gpu_here, variable, value, verdict):
+    found = gpu_here(**{variable: value})
+    assert found["verdict"] == verdict, problems(found)
+    said = found["notes"] if verdict == 0 else [each["problem"] for each in found["problems"]]
+    assert any(line.startswith(f"{variable}={value}") for line in said)
+    assert verdict == 0 or f"unset {variable}" in problems(found)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(
+    ("capability", "cuda", "code"), [((5, 2), 12080, Code.SOFTWARE_MISFIT), ((8, 0), 11040, Code.DRIVER_TOO_OLD)]
+)
+def test_a_gpu_that_tensorflow_cannot_use(gpu_here, capability, cuda, code):
+    gpu_here.script.general(cuda=cuda).set(capability=capability)
+    assert codes(gpu_here()) == [code]
+
+
+@needs_cuda_build
+def test_a_newer_gpu_than_tensorflow_is_made_ready_at_first_use(gpu_here):
+    gpu_here.script.set(capability=(12, 0))
+    found = gpu_here()
+    assert found["verdict"] == 0
+    assert any("no machine code for compute capability 12.0" in note for note in found["notes"])
+
+
+def test_a_driver_that_takes_its_process_down_cannot_watch(gpu_here):
+    gpu_here.script.crash("nvmlDeviceGetMemoryInfo_v2")
+    found = gpu_here()
+    assert codes(found) == [Code.MONITOR_DIED]
+    assert "SIGSEGV" in problems(found)
+    assert answers(found)["peak GPU memory"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("error", "found_codes"),
+    [(9, []), (18, [Code.DRIVER_MISMATCH]), (4, [Code.NO_PERMISSION]), (999, [Code.OTHER])],
+)
+def test_a_driver_that_does_not_start_is_a_problem_if_there_must_be_a_gpu(gpu_here, error, found_codes):
+    gpu_here.script.general(init_error=error)
+    found = gpu_here()
+    assert (found["device"]["kind"], codes(found)) == ("cpu", found_codes)
+    assert all(each["do"] for each in found["problems"])
+
+
+def test_a_short_training_in_place_of_a_gpu(gpu_here):
+    gpu_here.script.process("compute", "@worker", "0:300 1:700")
+    found = gpu_here("--gpu")
+    trained = found["trained"]
+    assert found["verdict"] == 0, problems(found)
+    assert (trained["status"], trained["device_name"]) == ("ok", "mpscale stand-in A100")
+    assert trained["step_time_ms"] > 0
+    assert (trained["gpu_memory_mib"] or 0) >= 300, trained["empty"]
+    assert trained["gpu_memory_method"] == "process"
+    assert trained["gpu_allocator"] == "cuda_malloc_async"
+    assert "the CPU trained in place of the stand-in" in trained["empty"].values()
+    assert not [name for name in trained["empty"] if "energy" in name]

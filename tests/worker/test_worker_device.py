@@ -1,0 +1,113 @@
+"""The device as TensorFlow and CUDA see it: settings, allocator, and whether CUDA uses the GPU that NVML watches."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tensorflow as tf
+
+from mpscale.core.device import Device
+from mpscale.core.mode import MODES
+from mpscale.core.reason import Code
+from mpscale.worker.device import AllocatorPeak, require, set_arithmetic, touch
+
+STAND_IN = Device("gpu", "mpscale stand-in A100", "GPU-1", (8, 0))
+
+LIBCUDA = """
+#include <string.h>
+int cuInit(unsigned flags) { return flags ? 1 : INIT; }
+int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
+#ifdef UUID
+int cuDeviceGetUuid_v2(unsigned char *uuid, int device) { (void)device; memset(uuid, 0xab, 16); return 0; }
+#endif
+int cuDeviceGetPCIBusId(char *id, int length, int device) {
+    (void)device; strncpy(id, "0000:0A:00.0", length); return 0;
+}
+"""
+CODE = "import sys; from mpscale.worker.device import mismatch; print(mismatch(*[a or None for a in sys.argv[1:]]))"
+SAME = "GPU-abababab-abab-abab-abab-abababababab"
+
+
+@pytest.fixture
+def arithmetic():
+    """What TensorFlow is allowed to do about precision: (TF32, graph rewrite); restored afterwards."""
+
+    def read():
+        rewrites = tf.config.optimizer.get_experimental_options().get("auto_mixed_precision", False)
+        return tf.config.experimental.tensor_float_32_execution_enabled(), rewrites
+
+    tf32, rewrite = read()
+    yield read
+    tf.config.experimental.enable_tensor_float_32_execution(tf32)
+    tf.config.optimizer.set_experimental_options({"auto_mixed_precision": rewrite})
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("fp32", (False, False)), ("mixed-dynamic", (True, False)), ("graph-rewrite", (True, True))]
+)
+def test_mode_sets_what_tensorflow_is_allowed_to_do(arithmetic, mode, expected):
+    set_arithmetic(MODES[mode])
+    assert arithmetic() == expected
+
+
+def test_making_the_device_ready_sets_it(arithmetic):
+    touch(Device("cpu", "Some CPU"), MODES["graph-rewrite"])
+    assert arithmetic() == (True, True)
+
+
+@pytest.mark.parametrize("device", [Device("cpu", "Some CPU"), STAND_IN])
+def test_allocator_of_a_cpu_has_no_peak(device):
+    peak = AllocatorPeak(device)
+    peak.begin_window()
+    found = peak.columns()
+    assert found.values == {}
+    assert [reason.code for reason in found.unavailable.values()] == [Code.NO_GPU] * 2
+
+
+def test_stand_in_for_a_gpu_trains_on_the_cpu():
+    found = touch(STAND_IN, MODES["tf32"])
+    assert found.values == {"gpu_allocator": "bfc", "tf32": True}
+    assert found.unavailable == {}
+
+
+def test_gpu_that_tensorflow_does_not_see_is_an_error():
+    with pytest.raises(RuntimeError, match=r"tensorflow\[and-cuda\]"):
+        require(Device("gpu", "NVIDIA A100", "GPU-1", (8, 0)))
+    require(STAND_IN)
+    require(Device("cpu", "Some CPU"))
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    made = {}
+    for name, options in {"full": ["-DINIT=0", "-DUUID"], "old": ["-DINIT=0"], "broken": ["-DINIT=100"]}.items():
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "cuda.c").write_text(LIBCUDA)
+        library = folder / "libcuda.so.1"
+        command = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", *options, "-o", str(library)]
+        subprocess.run([*command, str(folder / "cuda.c")], check=True)
+        made[name] = str(folder)
+    made["none"] = str(tmp_path_factory.mktemp("none"))
+    return made
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize(
+    ("library", "uuid", "bus", "words"),
+    [
+        ("full", SAME, "00000000:0A:00.0", None),
+        ("full", SAME.upper().replace("GPU", "MIG"), "", None),
+        ("full", "GPU-5b0c4a1e-0000-1111-2222-333344445555", "00000000:0A:00.0", "NVML watches GPU-5b0c4a1e"),
+        ("old", SAME, "00000000:0A:00.0", None),
+        ("old", SAME, "00000000:07:00.0", "at PCI bus 0000:0A:00.0"),
+        ("old", SAME, "", None),
+        ("broken", SAME, "00000000:07:00.0", None),
+        ("none", SAME, "00000000:07:00.0", None),
+    ],
+)
+def test_cuda_has_to_use_the_gpu_that_nvml_watches(libraries, library, uuid, bus, words):
+    environment = {**os.environ, "LD_LIBRARY_PATH": libraries[library]}
+    done = subprocess.check_output([sys.executable, "-c", CODE, uuid, bus], env=environment, text=True)
+    assert (words or "None") in done
