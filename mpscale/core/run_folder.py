@@ -328,6 +328,10 @@ def _what_is_left(path: Path) -> str:
     return f"; without its journal a run cannot be read{left}"
 
 
+_PENDING = Record()
+"""Keeps the place of a case that has started until its result comes."""
+
+
 @dataclass
 class _Told:
     """What the lines so far say."""
@@ -335,6 +339,8 @@ class _Told:
     name: str
     info: Mapping[str, Any]
     records: dict[str, Record] = field(default_factory=dict)
+    started: dict[str, tuple[Mapping[str, Any], Any]] = field(default_factory=dict)
+    """What is told of the start of cases whose result has not come, and the attempt."""
     without_end: set[str] = field(default_factory=set)
     finished: bool = False
     problems: list[str] = field(default_factory=list)
@@ -384,10 +390,12 @@ class _Told:
         record.update({"case_id": case_id})
         odd += [*record.drop_misfits(), *lacks(record, case_id)]
         if odd:
+            self._settle(case_id)
             record.update(self._identity(case_id))
             record.invalidate(where + "; ".join(odd))
             self.problems.append(f"{case_id} counts as {record['status']}: {where}{'; '.join(odd)}")
         self.records[case_id] = record
+        self.started.pop(case_id, None)
         self.without_end.discard(case_id)
 
     def _broken(self, why: str) -> None:
@@ -395,11 +403,12 @@ class _Told:
         self.problems.append(why)
         if self.running is None:
             return
+        self._settle(self.running)
         try:
             identity = self._identity(self.running)
         except _Odd:
             return
-        self._start(self.running, identity, None)
+        self._note(self.running, identity, None)
         self.records[self.running].update({"status": "invalid", "status_reason": why})
         self.problems[-1] = f"{self.running} counts as invalid: {why}"
 
@@ -413,6 +422,22 @@ class _Told:
 
     def _start(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> None:
         """Note a case whose result has not come yet; raise ``_Odd`` if nothing says which case it is."""
+        names, numbers = (case.get("workload"), case.get("mode")), (case.get("seed"), case.get("repeat"))
+        rest = (case.get("order"), case.get("attempts") if attempt is None else attempt)
+        known = (*numbers, *(number for number in rest if number is not None))
+        if all(type(name) is str for name in names) and all(type(n) is int and abs(n) < 2**63 for n in known):
+            # Nearly all cases end, so their records without an end would be made for nothing.
+            self.records[case_id] = _PENDING
+            self.started[case_id] = case, attempt
+        else:
+            self._note(case_id, case, attempt)
+
+    def _settle(self, case_id: str) -> None:
+        """Make the record of a case that has started, and whose result has not come."""
+        if case_id in self.started:
+            self._note(case_id, *self.started.pop(case_id))
+
+    def _note(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> None:
         record = Record(
             {
                 **{name: case.get(name) for name in (*IDENTITY, "order")},
@@ -432,6 +457,8 @@ class _Told:
 
     def close(self) -> None:
         """Complete the records of cases whose result never came with what is known of them and of the machine."""
+        for case_id in list(self.started):
+            self._settle(case_id)
         environment = self.info.get("environment")
         device = environment.get("device") if isinstance(environment, dict) else None
         for record in (self.records[case_id] for case_id in self.without_end):

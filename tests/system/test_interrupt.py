@@ -17,10 +17,11 @@ WORKLOADS = "suite_workloads:fine,suite_workloads:hang,suite_workloads:regressio
 
 
 def start(folder, *options):
+    (folder / "tmp").mkdir()
     return subprocess.Popen(
         command("--mp-workloads", WORKLOADS, "--mp-modes=fp32", "--mp-seeds=1", "--mp-timing=0.05", *options),
         cwd=folder,
-        env=environment(),
+        env=environment(TMPDIR=str(folder / "tmp")),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -53,7 +54,7 @@ def workers(folder):
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("method", ["fork", pytest.param("fresh", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, write_suite, how, method):
     folder = write_suite(tmp_path)
     run = start(folder, "--mp-start-method", method)
