@@ -7,6 +7,7 @@ This module is cheap to import, because the command line needs it for its help.
 from __future__ import annotations
 
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -66,7 +67,7 @@ class Verdict(Ranked):
 
 
 @dataclass(frozen=True)
-class Quantity:
+class Quantity(ABC):
     """What the history of runs can be of.
 
     Args:
@@ -87,6 +88,7 @@ class Quantity:
         """Of the values; empty for a share of 1, and for a metric, which has its own."""
         return COLUMNS[self.column].unit
 
+    @abstractmethod
     def sample(self, cases: Sequence[Record], baseline: Sequence[Record]) -> list[float]:
         """One value per process, pair of processes, or seed.
 
@@ -94,11 +96,10 @@ class Quantity:
             cases: of one workload and mode.
             baseline: those of :data:`BASELINE`.
         """
-        raise NotImplementedError
 
     def mean(self, sample: Sequence[float], cases: Sequence[Record]) -> float:
         """The value over all, for quantities whose ends are a range."""
-        raise NotImplementedError
+        return statistics.fmean(sample)
 
     def lacking(
         self, cases: Sequence[Record], baseline: Sequence[Record], not_started: Sequence[Key] = ()
@@ -186,9 +187,6 @@ class _Metric(Quantity):
 
     def sample(self, cases: Sequence[Record], baseline: Sequence[Record]) -> list[float]:
         return list(trainings(cases).metric.values())
-
-    def mean(self, sample: Sequence[float], cases: Sequence[Record]) -> float:
-        return statistics.fmean(sample)
 
     def lacking(
         self, cases: Sequence[Record], baseline: Sequence[Record], not_started: Sequence[Key] = ()
