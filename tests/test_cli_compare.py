@@ -173,14 +173,14 @@ def test_two_runs_get_verdicts_and_an_exit_code(compare, before, after, argument
             "the model, its training or its data differ: digest sha256:1 against digest sha256:2",
             id="model",
         ),
-        pytest.param(rows(), ("--fail-on", "speed"), "'speed' is nothing that a gate knows", id="gate"),
+        pytest.param(rows(), ("--fail-on", "speed"), "'speed' is not a gate", id="gate"),
         pytest.param(rows(), ("--fail-on", "step_tme>5%"), "did you mean step_time?", id="misspelt"),
         pytest.param(rows(), ("--fail-on", "step_time"), "lacks a threshold; write step_time>5%", id="no threshold"),
         pytest.param(rows(), ("--fail-on", "step_time>0.05"), "write step_time>0.05%", id="no percent sign"),
         pytest.param(rows(), ("--fail-on", "metric>1%"), "metric takes no threshold", id="threshold of metric"),
         pytest.param(rows(), ("--fail-on", "overflow_rate>7"), "a rate is at most 1", id="rate"),
-        pytest.param(rows(), ("--fail-on", "step_time<5%"), "'step_time<5%' is no gate", id="sign"),
-        pytest.param(rows(), ("--threshold", "0"), "'0' is no share", id="threshold"),
+        pytest.param(rows(), ("--fail-on", "step_time<5%"), "'step_time<5%' is not a gate", id="sign"),
+        pytest.param(rows(), ("--threshold", "0"), "'0' is not a share", id="threshold"),
     ],
 )
 def test_wrong_use_is_refused(compare, after, arguments, message):

@@ -86,7 +86,7 @@ def parse_share(text: str) -> float:
     match = re.fullmatch(rf"\s*{_SHARE}\s*", text)
     share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
     if not share > 0:
-        raise ValueError(f"{text.strip()!r} is no share; write 5% or 0.05")
+        raise ValueError(f"{text.strip()!r} is not a share; write 5% or 0.05")
     return share
 
 
@@ -115,12 +115,12 @@ def _parse(text: str) -> Gate:
     match = _GATE.fullmatch(text)
     examples = f"{', '.join(f'{name}>5%' for name in COSTS)}, {_RATE}>0.01, {', '.join(_PLAIN)}"
     if match is None:
-        raise ValueError(f"{text.strip()!r} is no gate; gates are {examples}")
+        raise ValueError(f"{text.strip()!r} is not a gate; the gates are {examples}")
     name, number, percent = match.groups()
     if name not in (*COSTS, *_PLAIN, _RATE):
         close = difflib.get_close_matches(name, (*COSTS, *_PLAIN, _RATE), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{name!r} is nothing that a gate knows{hint}; gates are {examples}")
+        raise ValueError(f"{name!r} is not a gate{hint}; the gates are {examples}")
     if name in _PLAIN:
         if number is not None:
             raise ValueError(f"{text.strip()!r}: {name} takes no threshold; write {name}")

@@ -56,7 +56,7 @@ def refused(tmp_path, monkeypatch):
     ("options", "message"),
     [
         (("--mp-baseline", "nowhere"), "baseline: no run is called 'nowhere'"),
-        (("--mp-baseline", "latest", "--mp-fail-on", "speed>5%"), "'speed' is nothing that a gate knows"),
+        (("--mp-baseline", "latest", "--mp-fail-on", "speed>5%"), "'speed' is not a gate"),
         (("--mp-fail-on", "metric"), "--mp-fail-on has nothing to compare with: give --mp-baseline RUN"),
     ],
 )
