@@ -73,6 +73,8 @@ class Code(StrEnum):
     WINDOW_TOO_SHORT = "window-too-short"
     ALLOCATOR_SILENT = "allocator-silent"
     """TensorFlow's allocator does not tell."""
+    PROFILER_SILENT = "profiler-silent"
+    """TensorFlow's profiler is in use, or it recorded nothing that can be read."""
 
     # The machine, before a run
     SOFTWARE_MISFIT = "software-misfit"
