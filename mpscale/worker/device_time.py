@@ -1,19 +1,20 @@
 """How long a GPU computes per step, from a profile of a few steps that are not timed.
 
 TensorFlow's profiler writes an XSpace protocol buffer, in which CUPTI has recorded every kernel. What the reader
-relies on was found in profiles of an H200 (tests/data/xspace) and in TensorFlow 2.21's ``cupti_collector.cc`` and
-``trace_utils.h``:
+relies on was found in profiles of an H200 that TensorFlow 2.21 wrote (tests/data/xspace), and in the sources of XLA's
+profiler (``cupti_collector.cc``, ``trace_utils.h``):
 
-- A GPU is a plane, ``/device:GPU:0`` and so on, numbered as the process sees them. A host plane ``/host:CPU`` is always
-  there. TensorFlow drops empty planes: without CUPTI there is no GPU plane at all.
-- A line of a GPU plane is a CUDA stream. Streams overlap, and so do kernels of one stream, by up to a microsecond:
-  times must be united, never added.
+- A GPU is a plane, ``/device:GPU:0`` and so on, numbered as the process sees them. Without CUPTI there is none, or none
+  with events; the host's planes are there in any case.
+- A line of a GPU plane is a CUDA stream. Streams overlap, and so do kernels of one stream (on the H200 gradients of
+  convolutions, by up to 3 us): times must be united, never added.
 - An event lies at ``line.timestamp_ns * 1000 + event.offset_ps`` and lasts ``event.duration_ps``. These are
   picoseconds, but CUPTI's clock counts nanoseconds. All lines share the clock of the profile, which starts near 0.
 - The statistics of an event tell its kind: a kernel has ``kernel_details``, a copy ``memcpy_details`` and a fill
   ``Memset_details``. Their names are those of the CUDA functions and tell nothing. A kernel inside a CUDA graph is
   recorded like any other, with ``cuda_graph_node_id``; if CUPTI traces graphs as a whole, one event with
-  ``cuda_graph_exec_id`` stands for all of a launch. Its gaps are short, so it counts as a kernel.
+  ``cuda_graph_exec_id`` stands for all of a launch. Its gaps are short, so it counts as a kernel. The profiles of the
+  H200 contain no graphs.
 - Tools that read a profile add lines that repeat the same time by step, module, operation or name scope. Their ids are
   in a range of their own. TensorFlow's profiler does not write them, but another version may.
 - Counters and CUPTI's own overhead are on further lines. They have none of these statistics.
@@ -154,14 +155,11 @@ def record(run_steps: Callable[[], None]) -> Any | Reason:
         folder = tempfile.TemporaryDirectory(prefix="mpscale-profile-", ignore_cleanup_errors=True)
     except OSError as error:
         return _silent(f"TensorFlow's profiler has no place for its file: {error}")
-    # The device alone. Tracing the host would slow the steps down, and no figure needs it.
-    options = tf.profiler.experimental.ProfilerOptions(
-        host_tracer_level=0, python_tracer_level=0, device_tracer_level=1
-    )
     with folder as name:
         tf.test.experimental.sync_devices()
         try:
-            tf.profiler.experimental.start(name, options)
+            # Without options: TensorFlow 2.21 ignores them, as a profile's own note of its options shows.
+            tf.profiler.experimental.start(name)
         except tf.errors.AlreadyExistsError:
             return _silent(
                 "TensorFlow's profiler is already in use in this process",
