@@ -30,7 +30,7 @@ from mpscale.analysis.trainings import (
     trainings,
 )
 from mpscale.core.columns import MEASURED, STATUSES, SUMMARY
-from mpscale.core.record import Key, Place, Record, common, grouped, of_good_trainings, settle
+from mpscale.core.record import Key, Place, Record, common, grouped, of_good_trainings, settle, values_of
 from mpscale.core.runs import Run
 
 Row = dict[str, Any]
@@ -111,10 +111,6 @@ def summary_csv(rows: Iterable[Row]) -> str:
     return text.getvalue()
 
 
-def _known(rows: Iterable[Record], name: str) -> list[Any]:
-    return [row[name] for row in rows if row[name] is not None]
-
-
 def _over(function: Callable[[list[Any]], Any], values: list[Any]) -> Any:
     """``function`` of the values; None if there are none, because the sum of nothing would claim 0."""
     return function(values) if values else None
@@ -150,8 +146,8 @@ def _times(mode: str, own: _Mode, modes: Mapping[str, _Mode]) -> Row:
             speedup = paired_ratio(baseline, own.times) if baseline.keys() & own.times.keys() else None
         row |= _columns(f"speedup_{name}", speedup)
         row[f"speedup_{name}_pairs"] = speedup.n if speedup else 0
-    row["dispatch_share"] = _over(statistics.median, _known(own.good, "dispatch_share"))
-    row["dispatch_bound"] = _over(mostly, _known(own.good, "dispatch_bound"))
+    row["dispatch_share"] = _over(statistics.median, values_of(own.good, "dispatch_share"))
+    row["dispatch_bound"] = _over(mostly, values_of(own.good, "dispatch_bound"))
     return row
 
 
@@ -167,24 +163,24 @@ def _alike(cost: Cost, own: _Mode, fp32: _Mode) -> bool:
 
 
 def _memory(own: _Mode, fp32: _Mode) -> Row:
-    gpu, there = (_known(mode.good, "gpu_memory_nvml_peak_mib") for mode in (own, fp32))
+    gpu, there = (values_of(mode.good, "gpu_memory_nvml_peak_mib") for mode in (own, fp32))
     # A process that ran out of memory needed more than any figure here.
     told = gpu and there and not any(case["status"] == "oom" for case in (*own.cases, *fp32.cases))
     return {
         "gpu_memory_mib": _over(max, gpu),
         "gpu_memory_processes": len(gpu),
         "gpu_memory_ratio": max(gpu) / max(there) if told and _alike(COSTS["gpu_memory"], own, fp32) else None,
-        "host_memory_mib": _over(max, _known(own.good, "host_memory_peak_mib")),
+        "host_memory_mib": _over(max, values_of(own.good, "host_memory_peak_mib")),
     }
 
 
 def _energy(own: _Mode, fp32: _Mode) -> Row:
-    known, there = (_known(mode.good, "gpu_energy_j_per_step") for mode in (own, fp32))
-    mean, baseline = (_over(statistics.geometric_mean, joules) for joules in (known, there))
+    ours, theirs = (values_of(mode.good, "gpu_energy_j_per_step") for mode in (own, fp32))
+    mean, baseline = (_over(statistics.geometric_mean, joules) for joules in (ours, theirs))
     told = mean is not None and baseline is not None and _alike(COSTS["energy"], own, fp32)
     return {
         "gpu_energy_j_per_step": mean,
-        "gpu_energy_processes": len(known),
+        "gpu_energy_processes": len(ours),
         "gpu_energy_ratio": mean / baseline if told else None,
     }
 
@@ -192,14 +188,14 @@ def _energy(own: _Mode, fp32: _Mode) -> Row:
 def _training(own: _Mode) -> Row:
     checked = [case for case in own.measured if knows_overflow(case)]
     return {
-        "overflow_steps": _over(sum, _known(checked, "overflow_steps")),
+        "overflow_steps": _over(sum, values_of(checked, "overflow_steps")),
         # Of the same trainings, so that the rate is one over the other.
-        "attempted_steps": _over(sum, _known(checked or own.measured, "attempted_steps")),
-        "skipped_steps": _over(sum, _known(checked, "skipped_steps")),
+        "attempted_steps": _over(sum, values_of(checked or own.measured, "attempted_steps")),
+        "skipped_steps": _over(sum, values_of(checked, "skipped_steps")),
         "overflow_rate": overflow_rate(checked),
         "overflow_seeds": len(checked),
         "seeds": len({case["seed"] for case in own.measured if case["repeat"] == 0}),
-        "loss_scale_final": _over(statistics.median, _known(own.measured, "loss_scale_final")),
+        "loss_scale_final": _over(statistics.median, values_of(own.measured, "loss_scale_final")),
     }
 
 
@@ -241,10 +237,10 @@ def _quality(own: _Mode, fp32: _Mode) -> Row:
 
 def _target(own: _Mode) -> Row:
     trained = [case for case in own.measured if case["repeat"] == 0]
-    if not _known(trained, "metric_target"):
+    if not values_of(trained, "metric_target"):
         return {}
     # A training that was lost in the end passed its target and did not reach it.
-    reached = _known(of_good_trainings(trained), "steps_to_target")
+    reached = values_of(of_good_trainings(trained), "steps_to_target")
     return {"target_reached": len(reached), "steps_to_target": _over(statistics.median, reached)}
 
 

@@ -29,6 +29,7 @@ _SURE: dict[str, type] = {
     if column.kind != "json" and column.name != "status" and not column.positive
 }
 """Columns that take any value of one type, which saves a closer look at most values of a file."""
+_LARGEST = 2**63
 _OF_A_METRIC = ("metric_name", "metric_margin", "metric_higher_is_better", "metric_target")
 
 
@@ -95,7 +96,7 @@ class Record:
         misfits = {
             name: why
             for name, value in self._values.items()
-            if (type(value) is not _SURE.get(name) or (type(value) is int and not _fits_into_64_bits(value)))
+            if ((kind := type(value)) is not _SURE.get(name) or (kind is int and not -_LARGEST <= value < _LARGEST))
             and (why := misfit(name, value)) is not None
         }
         for name, why in misfits.items():
@@ -207,17 +208,13 @@ def misfit(name: str, value: Any) -> str | None:
         return f"{name} should be {kind}, not {value!r:.200}"
     if kind == "json" and not all(isinstance(part, str) for pair in value.items() for part in pair):
         return f"{name} should hold texts, not {value!r:.200}"
-    if isinstance(value, int) and not _fits_into_64_bits(value):
+    if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
         return f"{name} does not fit into 64 bits: {str(value)[:30]}..."
     if name == "status" and value not in STATUSES:
         return f"{value!r} is no status of a case"
     if COLUMNS[name].positive and value <= 0:
         return f"{name} is {value}; it must be above 0"
     return None
-
-
-def _fits_into_64_bits(value: int) -> bool:
-    return -(2**63) <= value < 2**63
 
 
 def _is_unknown(value: Any) -> bool:
@@ -263,10 +260,16 @@ def of_good_trainings(cases: Iterable[Record]) -> list[Record]:
     return [case for case in measured if case["seed"] not in lost] if lost else measured
 
 
+def values_of(records: Iterable[Record], column: str) -> list[Any]:
+    """The values of a column, without the empty cells."""
+    _check_name(column)
+    return [value for record in records if (value := record._values.get(column)) is not None]
+
+
 def common(cases: Iterable[Record], column: str) -> Any:
     """The value of a column if all cases that have one agree; None if they do not or none has one."""
-    known = {case[column] for case in cases} - {None}
-    return known.pop() if len(known) == 1 else None
+    values = set(values_of(cases, column))
+    return values.pop() if len(values) == 1 else None
 
 
 def in_order_of_modes(names: Iterable[str]) -> list[str]:

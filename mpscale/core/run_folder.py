@@ -8,7 +8,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,13 +38,13 @@ def steps_path(folder: Path, case_id: str) -> Path:
     return folder / "steps" / f"{_file_name(case_id)}.csv.gz"
 
 
-def write_cases(folder: Path, records: Iterable[Record]) -> None:
+def write_cases(folder: Path, content: str) -> None:
     """Write cases.csv, whole or not at all.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    _replace(folder / "cases.csv", to_csv(records).encode())
+    _replace(folder / "cases.csv", content.encode())
 
 
 class Journal:
@@ -201,7 +201,7 @@ class Journal:
 
     def _write_cases(self) -> None:
         start = time.monotonic()
-        write_cases(self.path, self._records.values())
+        write_cases(self.path, to_csv(self._records.values()))
         end = time.monotonic()
         took = end - start
         self._cases_due = end + _PAUSE * took if took > _QUICK_S else 0.0

@@ -248,12 +248,13 @@ class Session:
         try:
             run.finish(int(session.exitstatus))
             if run.path is not None:
+                from mpscale.core.record import to_csv
                 from mpscale.core.runs import read_run
                 from mpscale.report.files import write_reports
 
                 self._finished = read_run(run.path)
                 run.troubles += self._finished.problems
-                write_reports(self._finished)
+                write_reports(self._finished, to_csv(self._finished.records))
                 self._check.write(run.path)
         except Exception as error:
             # The tests are done and the journal has their results, whatever goes wrong with a report.

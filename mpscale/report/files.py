@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from mpscale.analysis.noise_floor import floors_of
 from mpscale.analysis.summary import summary_csv, summary_of
 from mpscale.core.cases_csv import read_cases
-from mpscale.core.record import Record
+from mpscale.core.record import Record, to_csv
 from mpscale.core.run_folder import write_cases
 from mpscale.core.runs import Run, RunError, read_run
 from mpscale.report.document import Document, document, render
@@ -48,28 +48,28 @@ def rebuild(run_dir: str | Path) -> Run:
     run = read_run(run_dir)
     if run.path.is_file():
         raise RunError(f"{run.path}: a report is made from a run's journal, and this is a cases.csv alone")
-    lost = _lost_from_the_journal(run)
-    if lost:
+    cases = to_csv(run.records)
+    if lost := _lost_from_the_journal(run, cases):
         run.problems.append(
             f"journal.jsonl lacks the results of {plural(len(lost), 'case')} that cases.csv has, such as {lost[0]}: "
             "it was cut off or changed; cases.csv is left as it was"
         )
-    write_reports(run, cases=not lost)
+    write_reports(run, None if lost else cases)
     return run
 
 
-def write_reports(run: Run, cases: bool = True) -> None:
+def write_reports(run: Run, cases: str | None) -> None:
     """Write the files of :data:`WRITTEN` into the folder of a run.
 
     Args:
         run: the run.
-        cases: whether to write cases.csv, too.
+        cases: the content of cases.csv; None leaves that file as it is.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    if cases:
-        write_cases(run.path, run.records)
+    if cases is not None:
+        write_cases(run.path, cases)
     _write(run.path / "summary.csv", summary_csv(summary_of(run)))
     said = document(run, floors_of(run))
     _write(run.path / "report.md", render(said))
@@ -78,11 +78,19 @@ def write_reports(run: Run, cases: bool = True) -> None:
     _write(run.path / "report.html", page(said, pictures))
 
 
-def _lost_from_the_journal(run: Run) -> list[str]:
-    """Cases whose result is in cases.csv, which is written after the journal, but no longer in the journal."""
+def _lost_from_the_journal(run: Run, cases: str) -> list[str]:
+    """Cases whose result is in cases.csv, which is written after the journal, but no longer in the journal.
+
+    Args:
+        run: as its journal has it.
+        cases: the content that cases.csv should have.
+    """
+    path = run.path / "cases.csv"
     try:
-        written = read_cases(run.path / "cases.csv", only=["attempts"])
-    except RunError:
+        if path.read_bytes() == cases.encode():
+            return []  # the usual case, without parsing a large file
+        written = read_cases(path, only=["attempts"])
+    except (OSError, RunError):
         return []
     known = {record["case_id"]: record for record in run.records}
 

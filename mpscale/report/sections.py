@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +15,7 @@ from mpscale.analysis.quantities import COSTS, Cost
 from mpscale.analysis.summary import Row, mostly, summary_of
 from mpscale.core.columns import COLUMNS, MEASURED, SUMMARY, Cell, Column, Over, Sheet
 from mpscale.core.mode import is_mixed
-from mpscale.core.record import Place, Record, grouped, in_order_of_modes, of_good_trainings
+from mpscale.core.record import Place, Record, grouped, in_order_of_modes, of_good_trainings, values_of
 from mpscale.core.runs import Run
 from mpscale.report.table import (
     DASH,
@@ -119,7 +119,8 @@ def _groups(run: Run) -> Mapping[Place, Sequence[Record]]:
     return grouped(run.records)
 
 
-def measured(run: Run, trained: bool = False, good: bool = False) -> Iterator[tuple[str, str, list[Record]]]:
+@lru_cache(maxsize=32)
+def measured(run: Run, trained: bool = False, good: bool = False) -> Sequence[tuple[str, str, list[Record]]]:
     """Cases whose figures count, by workload and mode, in the order of the summary.
 
     Args:
@@ -127,15 +128,13 @@ def measured(run: Run, trained: bool = False, good: bool = False) -> Iterator[tu
         trained: only those that trained to the end.
         good: only those of seeds that were not lost, for what a mode costs.
     """
+    found = []
     for (workload, mode), group in _groups(run).items():
         records = of_good_trainings(group) if good else [case for case in group if case["status"] in MEASURED]
         records = [case for case in records if case["repeat"] == 0] if trained else records
         if records:
-            yield workload, mode, records
-
-
-def _values(records: Sequence[Record], name: str) -> list[Any]:
-    return [value for record in records if (value := record[name]) is not None]
+            found.append((workload, mode, records))
+    return found
 
 
 _OVER: dict[Over, Callable[[list[Any]], Any]] = {
@@ -163,14 +162,14 @@ def _sheet(run: Run, sheet: Sheet, *needs: str, good: bool = True) -> Table:
 def _cell(cell: Cell, column: Column, records: Sequence[Record], row: Row) -> str:
     if COLUMNS.get(column.name) is not column:
         return shown(column, row[column.name])
-    known = _values(records, column.name)
+    known = values_of(records, column.name)
     if not known and cell.over is not Over.KNOWN:
         return DASH
     value = _OVER[cell.over](known)
     written = count(value) if cell.over is Over.KNOWN else shown(column, value)
     if cell.partial:
         written += of_processes(len(known), row)
-    if cell.flag is not None and mostly(_values(records, cell.flag[0])):
+    if cell.flag is not None and mostly(values_of(records, cell.flag[0])):
         written += f" ({cell.flag[1]})"
     return written
 
@@ -181,13 +180,13 @@ def timing(run: Run) -> list[Table | str]:
     if not parts[0]:
         return []
     cases = [records for _, _, records in measured(run, good=True)]
-    busiest = max((value for records in cases for value in _values(records, "host_other_cpu_share")), default=0.0)
+    busiest = max((value for records in cases for value in values_of(records, "host_other_cpu_share")), default=0.0)
     if busiest > (COLUMNS["host_other_cpu_share"].warn_above or math.inf):
         parts.append(
             f"The machine was busy: other processes took up to {share(busiest)} of its CPU time while steps were "
             "timed. This makes step times longer, and makes them vary more from process to process."
         )
-    if any(mostly(_values(records, "dispatch_bound")) for records in cases):
+    if any(mostly(values_of(records, "dispatch_bound")) for records in cases):
         parts.append(
             "`bound` means that dispatch in Python and TensorFlow took over half of the step time, rather than the "
             "device. The model or its batch is too small to show what the mode does to the device."
@@ -244,17 +243,17 @@ def overflow(run: Run) -> Table:
     """Steps applied and skipped, and the loss scale, over the seeds of each mixed mode."""
     rows = []
     for workload, mode, records in measured(run, trained=True):
-        if not is_mixed(mode) or not _values(records, "attempted_steps"):
+        if not is_mixed(mode) or not values_of(records, "attempted_steps"):
             continue
         initial, final = _scales(records, "loss_scale_initial"), _scales(records, "loss_scale_final")
-        first, last = _values(records, "first_overflow_step"), _values(records, "last_overflow_step")
-        lowest, highest = _values(records, "loss_scale_min"), _values(records, "loss_scale_max")
+        first, last = values_of(records, "first_overflow_step"), values_of(records, "last_overflow_step")
+        lowest, highest = values_of(records, "loss_scale_min"), values_of(records, "loss_scale_max")
         rows.append(
             [
                 workload,
                 mode,
                 *(_total(records, name) for name in _STEP_COUNTS),
-                count(max(_values(records, "longest_skip_run"), default=None)),
+                count(max(values_of(records, "longest_skip_run"), default=None)),
                 span([count(min(first, default=None)), count(max(last, default=None))]),
                 DASH if initial == final == DASH else f"{initial} -> {final}",
                 span([loss_scale(min(lowest, default=None)), loss_scale(max(highest, default=None))]),
@@ -265,12 +264,12 @@ def overflow(run: Run) -> Table:
 
 
 def _total(records: Sequence[Record], name: str) -> str:
-    known = _values(records, name)
+    known = values_of(records, name)
     return count(sum(known)) + of_all(len(known), len(records), "seeds") if known else DASH
 
 
 def _scales(records: Sequence[Record], name: str) -> str:
-    return span([loss_scale(value) for value in sorted(_values(records, name))])
+    return span([loss_scale(value) for value in sorted(values_of(records, name))])
 
 
 def accuracy(run: Run) -> list[Table | str]:
