@@ -140,7 +140,7 @@ def test_a_broken_driver_library_is_a_problem_unless_the_gpu_is_hidden(tmp_path,
         (["avx512_bf16"], "no", "in part", "--mp-jit off"),
         (["avx512_bf16", "avx512_fp16", "amx_bf16"], "in part", "yes", "bfloat16 and float16"),
         (["amx_fp16"], "yes", "no", "instructions for float16."),
-        (None, None, None, "does not tell"),
+        (None, None, None, "does not report"),
     ],
 )
 def test_what_a_cpu_computes_fast(flags, float16, bfloat16, words):
