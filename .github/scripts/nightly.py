@@ -112,7 +112,7 @@ def report() -> None:
 
 
 def compare() -> None:
-    """Put the comparison with the baseline into the summary: the run's own, which shows the gates, or else a new one."""
+    """Put the comparison with the baseline into the summary: the run's own, which shows the gates, or a new one."""
     run = _latest()
     if run is None:
         return
