@@ -78,6 +78,7 @@ def test_the_nights_pass_the_declared_inputs_and_disturb_nobody(name, pytester):
     assert given.keys() == declared.keys()
     types = {"string": str, "number": int, "boolean": str}
     assert all(isinstance(value, types[declared[key]["type"]]) for key, value in given.items())
+    assert given["refresh_baseline"] == "${{ inputs.refresh_baseline || false }}"  # A schedule has no inputs.
     assert given["job_minutes"] > given["bench_minutes"]
     assert caller["permissions"] == NIGHTLY["permissions"] == dict.fromkeys(("contents", "actions"), "read")
     assert caller["concurrency"]["cancel-in-progress"] is False

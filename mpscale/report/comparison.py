@@ -246,8 +246,8 @@ def _noise(comparison: Comparison, changes: Sequence[Change]) -> list[str]:
         )
     if 0 in runs:
         notes.append(
-            f"{SINGLE_RUN.capitalize()} (?): how much runs of the same code differ is unknown, so it is assumed from "
-            f"how much processes of one run do. {FEWEST_RUNS} runs of the baseline's code would tell, or `mpscale ab`."
+            f"{SINGLE_RUN.capitalize()} (?): how much runs of the same code differ is unknown, and assumed from how "
+            f"much processes of one run do. {FEWEST_RUNS} runs of the baseline's code would show it, or `mpscale ab`."
         )
     return notes
 
@@ -257,7 +257,7 @@ def _quality_cells(quality: Quality, row: ComparedRow) -> list[str]:
     name = common([*row.pair.baseline, *row.pair.other], "metric_name")
     difference = DASH if found is None else metric_difference(found.mean, found.low, found.high, name)
     seeds = DASH if found is None else count(found.n)
-    needed = f"{quality.seeds} seeds would tell" if quality.seeds else ""
+    needed = f"{quality.seeds} seeds would decide" if quality.seeds else ""
     more = "; ".join(filter(None, (needed, quality.why)))
     return [difference, seeds, f"{quality.verdict}: {more}" if more else quality.verdict]
 

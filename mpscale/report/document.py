@@ -231,7 +231,7 @@ _NOTES = (
     "lost (it diverged, stalled or ended without a finite metric) makes the metric worse. A seed that failed or "
     "was not started is unknown, so no loss can be ruled out.",
     "Brackets hold the interval. Without brackets there was one process, and its noise is unknown. With two or three "
-    "processes the interval is wide, and it takes several (more seeds or repeats) to tell a speed-up from none. "
+    "processes the interval is wide; it takes more of them (seeds or repeats) to show a speed-up. "
     "An interval that contains 1.00 shows no difference.",
 )
 _NOTE_ON_TF32 = (

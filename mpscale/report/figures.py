@@ -76,7 +76,7 @@ class Picture:
 
 
 class FigureError(ValueError):
-    """A picture cannot be made as asked for. The message says what can."""
+    """A picture cannot be made as requested. The message names what can be made."""
 
 
 def check_suffix(path: Path) -> None:
@@ -121,7 +121,7 @@ def save(figure: Figure, to: Path | IO[bytes], suffix: str) -> None:
 
 
 def short_name(text: str, length: int = 32) -> str:
-    """Remove characters that fonts or XML lack, and shorten a long text to its end, which tells most."""
+    """Remove characters that fonts or XML lack, and shorten a long text to its end, the most distinctive part."""
     shown = "".join(c if c.isprintable() else " " for c in str(text))
     return shown if len(shown) <= length else f"…{shown[1 - length :]}"
 

@@ -153,7 +153,7 @@ def _what_is_missing(rows: Sequence[Row], panels: Sequence[_Panel]) -> Iterator[
         if row["mode"] == "fp32" and (row["ok"] != row["cases"] or row["not_started"]):
             yield f"Compared with what is left of {name}: {statuses(row)}."
         if row["metric_verdict"] is not None and _metric(row) is None:
-            yield f"No metric drawn of {name}: {metric_why(row) or 'it is not known'}."
+            yield f"No metric drawn for {name}: {metric_why(row) or 'it is unknown'}."
 
 
 def _metric(row: Row) -> _Known | None:

@@ -313,7 +313,7 @@ def against_fp32(run: Run) -> Table:
         if row["metric_verdict"] is None:
             continue
         needed = row["metric_seeds_needed"]
-        verdict = str(row["metric_verdict"]) + ("" if needed is None else f" ({needed} seeds would tell)")
+        verdict = str(row["metric_verdict"]) + ("" if needed is None else f" ({needed} seeds would decide)")
         low, high = row["metric_difference_low"], row["metric_difference_high"]
         rows.append(
             [

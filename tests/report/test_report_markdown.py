@@ -135,7 +135,7 @@ def test_accuracy_is_judged_against_fp32(tmp_path):
     assert [list(row.values()) for row in table(report, "Accuracy against fp32")] == [
         ["toy", "mixed-static", "+2.00 [+2.00, +2.00] points", "2", "1 point", "non-inferior"],
         # Half-width 6.314 x 1.414 / sqrt(2) points; 8 seeds: 1.895 x 1.414 / sqrt(8) is below 1.
-        ["toy", "mixed-dynamic", "+0.00 [-6.31, +6.31] points", "2", "1 point", "inconclusive (8 seeds would tell)"],
+        ["toy", "mixed-dynamic", "+0.00 [-6.31, +6.31] points", "2", "1 point", "inconclusive (8 seeds would decide)"],
         ["toy", "mixed-bf16", "-10.00 [-10.00, -10.00] points", "2", "1 point", "worse"],
     ]
 
