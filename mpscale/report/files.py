@@ -47,7 +47,7 @@ def rebuild(run_dir: str | Path) -> Run:
     """
     run = read_run(run_dir)
     if run.path.is_file():
-        raise RunError(f"{run.path}: a report is made from a run's journal, and this is only a cases.csv")
+        raise RunError(f"{run.path}: a report is made from a run's journal, and this is a cases.csv alone")
     lost = _lost_from_the_journal(run)
     if lost:
         run.problems.append(
@@ -79,7 +79,7 @@ def write_reports(run: Run, cases: bool = True) -> None:
 
 
 def _lost_from_the_journal(run: Run) -> list[str]:
-    """Return the cases whose result is in cases.csv but not in the journal, which is always written first."""
+    """Cases whose result is in cases.csv, which is written after the journal, but no longer in the journal."""
     try:
         written = read_cases(run.path / "cases.csv", only=["attempts"])
     except RunError:

@@ -114,7 +114,7 @@ def _groups(run: Run) -> Mapping[Place, Sequence[Record]]:
 
 
 def measured(run: Run, trained: bool = False, good: bool = False) -> Iterator[tuple[str, str, list[Record]]]:
-    """Yield the cases whose figures count, by workload and mode, in the order of the summary.
+    """Cases whose figures count, by workload and mode, in the order of the summary.
 
     Args:
         run: the run.
