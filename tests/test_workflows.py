@@ -1,4 +1,7 @@
-"""The nightly workflows: their steps run here as on GitHub, with a pytest that copies a run instead of measuring."""
+"""The nightly workflows, with steps run as on GitHub and a pytest that copies a run instead of measuring.
+
+`make lint` checks the files against their schema.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +51,7 @@ elif os.environ["MEASURED"]:
 """
 
 
-# The files, as far as their schema (`make lint`) cannot check them.
-
-
-def test_expressions_name_only_what_there_is():
+def test_expressions_use_only_what_exists():
     used = set(re.findall(r"\b(?:inputs|steps)\.[\w.-]+", TEXT))
     outputs = {"kept": "run-id", "baseline": "run"}
     assert {step["id"] for step in STEPS if "id" in step} == outputs.keys()
@@ -59,8 +59,8 @@ def test_expressions_name_only_what_there_is():
     assert used == declared | {f"steps.{step}.outputs.{name}" for step, name in outputs.items()}
 
 
-def test_no_expression_stands_in_a_script():
-    # GitHub fills them in before the shell reads the script, and a branch may have any name.
+def test_no_script_contains_an_expression():
+    # GitHub expands expressions before the shell reads the script, and a branch may have any name.
     assert not [step["run"] for step in STEPS if "${{" in step.get("run", "")]
 
 
@@ -72,19 +72,20 @@ def test_whatever_fails_the_night_is_reported():
 
 
 @pytest.mark.parametrize("name", ["nightly-cpu.yml", "nightly-gpu.yml"])
-def test_the_nights_give_what_nightly_yml_declares(name, pytester):
+def test_the_nights_pass_the_declared_inputs_and_disturb_nobody(name, pytester):
     caller = YAML(typ="safe").load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
     given, declared = caller["jobs"]["nightly"]["with"], NIGHTLY["on"]["workflow_call"]["inputs"]
     assert given.keys() == declared.keys()
     types = {"string": str, "number": int, "boolean": str}
     assert all(isinstance(value, types[declared[key]["type"]]) for key, value in given.items())
+    assert given["refresh_baseline"] == "${{ inputs.refresh_baseline || false }}"  # A schedule has no inputs.
     assert given["job_minutes"] > given["bench_minutes"]
-    assert caller["permissions"] == NIGHTLY["permissions"]
+    assert caller["permissions"] == NIGHTLY["permissions"] == dict.fromkeys(("contents", "actions"), "read")
+    assert caller["concurrency"]["cancel-in-progress"] is False
+    assert given["kind"] in caller["concurrency"]["group"]
+    assert int(caller["on"]["schedule"][0]["cron"].split()[0]) % 15
     assert [str(gate) for gate in parse_gates([given["gates"]])] == given["gates"].split(",")
     pytester.parseconfig(*shlex.split(given["options"]), "--mp-fail-on", given["gates"])
-
-
-# The steps.
 
 
 def series(mode, time, **more):
@@ -93,7 +94,7 @@ def series(mode, time, **more):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Runs by name, of tonight and of the past, each of a GPU and of a CPU."""
+    """Runs of tonight and of the past, on a GPU and on a CPU."""
     found = {}
     for kind, device in (("gpu", GPU), ("cpu", CPU)):
         for number, (name, time) in enumerate((("old", 2.0), ("new", 2.1)), 1):
@@ -111,7 +112,7 @@ def runs(tmp_path):
 
 
 class Job:
-    """A checkout on a machine, in which steps run."""
+    """A checkout in which steps run."""
 
     def __init__(self, folder, measured):
         self.folder, self.workspace, self.summary_path = folder, folder / "workspace", folder / "summary.md"
@@ -126,7 +127,7 @@ class Job:
             (programs.parent / name).touch()  # so that make installs nothing
         self.program(programs / "pytest", _PYTEST.format(python=sys.executable))
         self.program(programs / "mpscale", f'#!/bin/sh\nexec {sys.executable} -m mpscale.cli "$@"\n')
-        # Nothing of the environment of these tests: make would obey a VENV or MAKEFLAGS.
+        # The environment of these tests stays out: make would obey a VENV or MAKEFLAGS.
         self.environ = {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
@@ -238,7 +239,7 @@ def test_without_a_baseline_nothing_is_gated_and_the_summary_says_so(job, runs, 
 
 @needs_make
 @pytest.mark.parametrize(("refused", "chosen"), [("c", "b"), ("c b", "a"), ("c b a", "z"), ("c b a z", "")])
-def test_the_newest_run_that_serves_is_the_baseline_and_a_kept_one_before_one_in_git(job, runs, refused, chosen):
+def test_the_newest_accepted_run_is_the_baseline_and_artifacts_come_before_git(job, runs, refused, chosen):
     for path in (*(job.baselines / name for name in "abc"), job.workspace / "results" / "reference" / "z"):
         shutil.copytree(runs["old", "gpu"], path)
     assert job.run("choose-baseline", REFUSED=refused).returncode == 0
@@ -308,8 +309,8 @@ def test_only_artifacts_of_this_repositorys_default_branch_are_taken(job, listed
     assert job.output() == run_id
 
 
-def test_pytest_says_which_run_serves_as_baseline_without_measuring(runs, tmp_path, monkeypatch):
-    """What `choose-baseline` relies on."""
+def test_pytest_accepts_or_refuses_a_baseline_without_measuring(runs, tmp_path, monkeypatch):
+    """`choose-baseline` relies on this."""
     monkeypatch.chdir(ROOT)
 
     def collect(baseline):
@@ -335,15 +336,12 @@ def test_pytest_says_which_run_serves_as_baseline_without_measuring(runs, tmp_pa
     assert code == pytest.ExitCode.OK, said
 
 
-# docs/ci.md
-
-
 def guide(language):
     (found,) = re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(encoding="utf-8"), re.DOTALL)
     return found
 
 
-def test_the_guides_settings_are_taken(tmp_path):
+def test_the_settings_in_the_guide_are_valid(tmp_path):
     (tmp_path / "pyproject.toml").write_text(guide("toml"))
     found = project_settings.load(tmp_path)
     assert len(parse_gates(found.fail_on)) == 4
@@ -353,7 +351,7 @@ def test_the_guides_settings_are_taken(tmp_path):
 
 @needs_make
 @pytest.mark.parametrize(("kind", "status", "code"), [("gpu", 0, 0), ("gpu", 1, 2), ("cpu", 0, 1)])
-def test_the_guides_script_for_any_other_ci(tmp_path, runs, kind, status, code):
+def test_the_script_for_other_ci_in_the_guide(tmp_path, runs, kind, status, code):
     job = Job(tmp_path / "job", runs["new", kind])
     job.program(tmp_path / "job" / "bin" / "nvidia-smi", "#!/bin/sh\necho 'Test GPU'\n")
     (tmp_path / "artifacts").mkdir()

@@ -20,7 +20,7 @@ MPSCALE = ".venv/bin/mpscale"
 
 
 def bench(*arguments: str, quiet: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run pytest on the benchmarks, after installing what it needs. Your own project calls pytest in its own way."""
+    """Install what is needed, and run pytest on the benchmarks. Your own project calls pytest in its own way."""
     command = ["make", "--silent", "bench", f"ARGS={os.environ['OPTIONS']} {shlex.join(arguments)}"]
     stdout, stderr = (subprocess.PIPE, subprocess.STDOUT) if quiet else (None, None)
     return subprocess.run(command, stdout=stdout, stderr=stderr, text=True)
@@ -39,9 +39,9 @@ def install() -> None:
 
 
 def find_baseline() -> None:
-    """Find the newest artifact with a baseline, in GitHub's list on standard input.
+    """Find the newest artifact with a baseline in GitHub's list, which is on standard input.
 
-    The list also has the artifacts of pull requests, and those of forks hold whatever anybody put into them.
+    The list includes artifacts of pull requests, and those of forks may contain anything.
     """
     runs = [
         (artifact["created_at"], run["id"])
@@ -54,7 +54,7 @@ def find_baseline() -> None:
 
 
 def choose_baseline() -> None:
-    """Choose the newest run that pytest accepts, which is one of this device and this method."""
+    """Choose the newest run that pytest accepts: one of this device, measured with this method."""
     refused = []
     for folder in (_baselines(), REFERENCE):
         for info in sorted(folder.rglob("run.json"), reverse=True):
@@ -82,7 +82,7 @@ def measure() -> None:
     runs = 1
     arguments: list[str] = []
     if os.environ["REFRESH"] == "true":
-        # A baseline is renewed because the old one no longer holds, so nothing is gated.
+        # A baseline is refreshed because the old one no longer applies, so nothing is gated.
         runs = int(os.environ["BASELINE_RUNS"])
     elif os.environ["BASELINE"]:
         arguments = ["--mp-baseline", os.environ["BASELINE"], "--mp-fail-on", os.environ["GATES"]]
@@ -93,13 +93,13 @@ def measure() -> None:
 
 
 def check_device() -> None:
-    """Fail if another kind of device was measured: a GPU that nvidia-smi shows may still be hidden from the run."""
+    """Fail if another kind of device was measured: nvidia-smi may show a GPU that is hidden from the run."""
     run, kind = _latest(), os.environ["KIND"]
     if run is None:
         sys.exit("::error::No run was made.")
     environment = json.loads((run / "run.json").read_text(encoding="utf-8"))["environment"]
     device = environment["device"]
-    print(f"{run.name}: {device['name']} ({device['kind']}), NVML: {environment['nvml']}")
+    print(f"{run.name}: {device['name']} ({device['kind']}), GPU driver: {environment['nvml']}")
     if device["kind"] != kind:
         sys.exit(f"::error::A {device['kind']} was measured, {device['name']}, not a {kind}.")
 
@@ -112,7 +112,7 @@ def report() -> None:
 
 
 def compare() -> None:
-    """Put the comparison with the baseline into the summary: the run's own, which has the gates, or a new one."""
+    """Put the comparison with the baseline into the summary: the run's own, which shows the gates, or a new one."""
     run = _latest()
     if run is None:
         return
@@ -126,11 +126,11 @@ def compare() -> None:
 
 
 def keep_baseline() -> None:
-    """Add the runs to the earlier baselines: hosted machines differ, and of one device the newest run counts."""
-    # No comparison reads the steps, and they are most of a run's size.
+    """Add the runs to the earlier baselines: hosted machines differ, and the newest run of each device counts."""
+    # The steps are most of a run's size, and no comparison reads them.
     shutil.copytree(RUNS, _baselines(), dirs_exist_ok=True, ignore=shutil.ignore_patterns("steps"))
     _summary(
-        "This run is now the baseline of its device. The noise between runs of one code is known from "
+        "This run is now the baseline of its device. How much runs of the same code differ is known from "
         f"{os.environ['BASELINE_RUNS']} run(s)."
     )
 

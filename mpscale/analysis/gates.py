@@ -210,7 +210,7 @@ def _metric(row: ComparedRow, gate: Gate) -> Finding:
         ends = "" if found.low is None else f" (90 % interval {found.low:+.4g} to {found.high:+.4g})"
         text = f"{found.mean:+.4g}{ends} over {found.n} seed{'' if found.n == 1 else 's'}{text and f': {text}'}"
     if quality.seeds is not None:
-        text += f"; {quality.seeds} seeds would tell"
+        text += f"; {quality.seeds} seeds would decide"
     return _finding(row, gate, quality.verdict.outcome, f"{quality.verdict}: {text}")
 
 

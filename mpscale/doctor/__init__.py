@@ -1,4 +1,4 @@
-"""What a run can measure on this machine, and what to change first. Imports no TensorFlow; ``--gpu`` starts a worker.
+"""Examination of a machine before a run: what can be measured, and what to change. Imports no TensorFlow.
 
-Checks yield their findings: a problem is a :class:`~mpscale.core.reason.Reason` with a cure, a note is a text.
+Checks yield findings: a problem is a :class:`~mpscale.core.reason.Reason` with a cure, a note is a text.
 """

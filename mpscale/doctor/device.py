@@ -1,4 +1,4 @@
-"""The device of a run: why it is no GPU, its settings and state, the figures it can tell, what it computes fast."""
+"""The device of a run: why it is not a GPU, its settings and state, its figures, and which precisions are fast."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpscale.telemetry.samples import THROTTLING, Reading
 Answer = Literal["yes", "in part", "no"]
 
 SIGNS = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
-"""Files of NVIDIA's kernel module: one of them exists if there is a GPU, whatever the driver's library says."""
+"""Files of NVIDIA's kernel module. One of them exists if there is a GPU, even if the driver's library is broken."""
 
 _NORMAL_WITHOUT_GPU = (Code.NO_LIBRARY, Code.DRIVER_NOT_LOADED, Code.NO_DEVICE)
 _NEAR_SLOWDOWN_C = 20.0
@@ -48,7 +48,7 @@ def check_absence(why: Reason, environ: Mapping[str, str], signs: Sequence[Path]
 
     Args:
         why: from :func:`why_no_gpu`.
-        environ: the environment to look in.
+        environ: environment variables.
         signs: files that exist while NVIDIA's driver is loaded.
     """
     if why.code is Code.HIDDEN:
@@ -64,7 +64,7 @@ def check_absence(why: Reason, environ: Mapping[str, str], signs: Sequence[Path]
 
 
 def check_gpu(device: Device, facts: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Reason | str]:
-    """Check who else uses the GPU, and its settings and state.
+    """Check the settings and state of the GPU, and who else uses it.
 
     Args:
         device: the GPU.
@@ -92,11 +92,11 @@ def check_gpu(device: Device, facts: Mapping[str, Any], now: Mapping[str, Any]) 
     if limit is not None and default is not None and limit < default:
         yield f"the power limit is {limit:g} W, below the default of {default:g} W: steps may be slower than elsewhere"
     if device.parent_uuid is not None:
-        yield "a MIG instance: what the driver tells only of the whole GPU is left empty, since others share it"
+        yield "a MIG instance: figures of the whole GPU, which others share, are left empty"
     if _has_own_namespace():
         yield (
             "this process has its own PID namespace. If the driver lists processes by the host's numbers, peak memory "
-            "is the rise of the whole GPU's, which is right as long as nobody else uses it"
+            "is the rise of the whole GPU's memory, which is right as long as nobody else uses it"
         )
     if now["graphics_processes"]:
         yield f"{_others(now['graphics_processes'])} drew with the GPU just now: step times may vary more"
@@ -120,18 +120,15 @@ def _others(count: int) -> str:
     return f"{count} other process{'' if count == 1 else 'es'}"
 
 
-# The figures.
-
-
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Whether a run would have a figure.
+    """Whether a run can measure a figure.
 
     Args:
         name: in plain words.
         answer: whether it can be measured.
-        way: how; None if it cannot.
-        reason: why not, or not fully; None if it can.
+        way: how; None if it cannot be measured.
+        reason: why not, or why only in part; None if the answer is yes.
     """
 
     name: str
@@ -160,20 +157,20 @@ _GPU_FIGURES = {
     "throttling": Reading.CLOCK_EVENTS,
     "utilisation": Reading.UTILIZATION,
 }
-"""Figures of the GPU and the reading that each needs first of all."""
+"""Figures of the GPU, each with the reading that it needs most."""
 
 
 def figures_without_gpu(why: Reason) -> list[Figure]:
-    """Return every figure of a run without a GPU, or with one that cannot be watched."""
+    """Return all figures of a run without a GPU, or with one that cannot be watched."""
     return _with_the_others([Figure(name, "no", reason=why) for name in _GPU_FIGURES])
 
 
 def figures_of_gpu(ways: Mapping[str, str], reasons: Mapping[str, Reason]) -> list[Figure]:
-    """Return every figure of a run on a GPU.
+    """Return all figures of a run on a GPU.
 
     Args:
-        ways: how each reading is taken.
-        reasons: why a reading is not taken.
+        ways: how readings are taken.
+        reasons: why other readings cannot be taken.
     """
     figures = {name: _figure(name, reading, ways, reasons) for name, reading in _GPU_FIGURES.items()}
     memory, energy, clocks = figures["peak GPU memory"], figures["energy"], figures["clocks"]
@@ -196,11 +193,11 @@ def figures_of_gpu(ways: Mapping[str, str], reasons: Mapping[str, Reason]) -> li
 def _figure(name: str, reading: Reading, ways: Mapping[str, str], reasons: Mapping[str, Reason]) -> Figure:
     if reading in ways:
         return Figure(name, "yes", ways[reading])
-    return Figure(name, "no", reason=reasons.get(reading) or Reason(Code.NOT_TOLD, "the driver does not tell"))
+    return Figure(name, "no", reason=reasons.get(reading) or Reason(Code.NOT_TOLD, "the driver does not report it"))
 
 
 def check_figures(figures: Sequence[Figure]) -> Iterator[Reason]:
-    """Find the figures that the user can make measurable, one problem for all of one reason."""
+    """Yield a problem for each reason that the user can remove, with all figures that are missing because of it."""
     together: dict[Reason, list[str]] = {}
     for figure in figures:
         if figure.reason is not None and figure.reason.cure is not None:
@@ -222,18 +219,15 @@ def _with_the_others(of_gpu: Sequence[Figure]) -> list[Figure]:
     ]
 
 
-# Which arithmetic of mixed precision is fast. What a model gains from it, only a run can tell.
-
-
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Which arithmetic is fast on a device; None if unknown.
+    """Which precisions are fast on a device; None if unknown. Only a run shows what a model gains from that.
 
     Args:
-        float16: products of float16.
-        bfloat16: products of bfloat16.
+        float16: whether products of float16 are fast.
+        bfloat16: whether products of bfloat16 are fast.
         tf32: whether the device can round float32 products to TF32.
-        words: what that means for a run, one sentence each.
+        words: what that means for a run, in sentences.
     """
 
     float16: Answer | None
@@ -243,10 +237,10 @@ class Precision:
 
 
 def precision_of_gpu(device: Device) -> Precision:
-    """Return what a GPU computes fast, by its generation."""
+    """Return which precisions a GPU computes fast, judged by its generation."""
     capability = device.compute_capability
     if capability is None:
-        return Precision(None, None, False, ("The driver does not tell the compute capability, so nothing is known.",))
+        return Precision(None, None, False, ("The compute capability is unknown, so nothing can be said about speed.",))
     mine = f"Compute capability {'.'.join(map(str, capability))}"
     if device.has_tf32:
         fast = f"{mine}: float16, bfloat16 and TF32 run on Tensor Cores."
@@ -268,13 +262,13 @@ def precision_of_gpu(device: Device) -> Precision:
 
 
 def precision_of_cpu(flags: Sequence[str] | None) -> Precision:
-    """Return what a CPU computes fast.
+    """Return which precisions a CPU computes fast.
 
     Args:
         flags: its instruction sets that matter for precision, None if unknown.
     """
     if flags is None:
-        unknown = "This system does not tell which instructions its CPU has for float16 and bfloat16."
+        unknown = "This system does not report which instructions its CPU has for float16 and bfloat16."
         return Precision(None, None, False, (unknown, _NO_SPEED))
     float16: Answer = "yes" if "amx_fp16" in flags else "in part" if "avx512_fp16" in flags else "no"
     bfloat16: Answer = "yes" if "amx_bf16" in flags else "in part" if "avx512_bf16" in flags else "no"

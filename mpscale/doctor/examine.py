@@ -1,4 +1,4 @@
-"""One examination: what a run would measure here and what to change first; with ``--gpu`` also a short training."""
+"""An examination of this machine, and a short training on its GPU if requested."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, SilentDriver, open_driver
 
 _TIMEOUT_S = 600.0
-"""A GPU newer than TensorFlow's package compiles kernels for minutes when it is first used."""
+"""The driver compiles kernels for minutes when a GPU that is newer than TensorFlow's package is first used."""
 
 _SETTINGS = Settings(train_steps=2, timing_s=0.3, timing_blocks=10, energy_s=0.0)
 
@@ -29,23 +29,23 @@ _GPU_PEAK = "gpu_memory_nvml_peak_mib"
 _SHOWN = {"step_time_ms_median", "host_memory_peak_mib", *(name for name in COLUMNS if name.startswith("gpu_"))} - set(
     measured_columns(Topic.ENERGY)
 )
-"""Columns that depend on the device. Energy would take ten seconds of steps, so it is left out."""
+"""Columns that depend on the device, except energy, which would take ten seconds of steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """The result of the short training; None for what it did not tell.
+    """The result of the short training, with None for unknown values.
 
     Args:
         status: of its row.
         reason: why the status is not ``ok``.
         device_name: where it ran.
-        step_time_ms: median over the blocks.
-        gpu_memory_mib: peak memory on the GPU.
-        gpu_memory_method: how the peak was found.
+        step_time_ms: median over blocks.
+        gpu_memory_mib: peak memory on the GPU in MiB.
+        gpu_memory_method: how the peak was measured.
         gpu_allocator: TensorFlow's allocator.
-        wall_time_s: of the whole process.
-        empty: {column: reason} for the columns that it left empty, except for energy, which was not asked for.
+        wall_time_s: seconds of the whole process.
+        empty: reasons for empty columns, by column; without energy, which is not measured.
     """
 
     status: str
@@ -61,14 +61,14 @@ class Trained:
 
 @dataclass(slots=True)
 class Examination:
-    """Everything that was found. Parts that the examination did not reach stay empty.
+    """Everything that was found. Parts that the examination did not reach are empty.
 
     Args:
-        device: where a run would train, with its properties; None if no run can begin.
-        figures: every figure of a run.
-        precision: what mixed precision can gain on the device.
-        problems: what to change; each has a cure.
-        notes: what is good to know.
+        device: properties of the device that a run would use; None if no run can begin.
+        figures: whether a run can measure each figure.
+        precision: which precisions are fast on the device.
+        problems: what to change, each with a cure.
+        notes: other things to know.
         software: versions.
         trained: result of the short training, None without one.
     """
@@ -83,7 +83,7 @@ class Examination:
 
     @property
     def verdict(self) -> int:
-        """The exit code: 1 if there is something to change."""
+        """The exit code: 1 if something should be changed."""
         return 1 if self.problems else 0
 
     def add(self, findings: Iterable[Reason | str]) -> None:
@@ -109,12 +109,12 @@ class Examination:
 
 
 def examine(train: bool) -> Examination:
-    """Examine this machine as a run would find it.
+    """Examine this machine.
 
-    An unexpected exception becomes one of the problems, so that everything else is still shown.
+    An unexpected exception becomes one of the problems, and what was found before is still shown.
 
     Args:
-        train: also train on the GPU for a moment.
+        train: whether to train on the GPU for a moment, too.
     """
     found = Examination()
     driver = open_driver()
@@ -159,27 +159,27 @@ def _examine(found: Examination, driver: Driver, environ: Mapping[str, str], tra
 
 
 def _examine_gpu(found: Examination, device: Device, driver: Driver) -> None:
-    """Add what a GPU tells; its figures stay empty if the driver has stopped answering."""
+    """Add the findings about a GPU. If its driver stops answering, no figure of the GPU can be measured."""
     found.device = device.to_json()
     found.precision = devices.precision_of_gpu(device)
     if vendor_of([device]) is NVIDIA:
         found.add(software.check_cuda(device, driver.cuda_version))
     try:
-        told = driver.facts(device)
+        answer = driver.facts(device)
         now = driver.look(device)
     except SilentDriver as error:
         found.figures = devices.figures_without_gpu(error.reason)
         found.add([error.reason.worded(f"the GPU cannot be watched: {error.reason}")])
         return
-    found.device = {**told["facts"], "now": {name: value for name, value in now.items() if name != "id"}}
-    found.figures = devices.figures_of_gpu(told["ways"], told["reasons"])
+    found.device = {**answer["facts"], "now": {name: value for name, value in now.items() if name != "id"}}
+    found.figures = devices.figures_of_gpu(answer["ways"], answer["reasons"])
     found.add(devices.check_figures(found.figures))
-    found.add(devices.check_gpu(device, told["facts"], now))
+    found.add(devices.check_gpu(device, answer["facts"], now))
 
 
 def _train(found: Examination, device: Device, driver: Driver) -> None:
-    """Train for a moment, like any case of a run, and add the result, or a problem if it failed."""
-    # Importing this takes longer than everything else that doctor does.
+    """Train for a moment, like any case of a run. Add the result, and a problem if it failed."""
+    # Importing these takes longer than all the rest of doctor.
     from mpscale.harness.run import BenchmarkRun
     from mpscale.harness.supervisor import Options
 

@@ -1,4 +1,4 @@
-"""An examination as a page for the terminal or as JSON."""
+"""An examination as a page for the terminal, or as JSON."""
 
 from __future__ import annotations
 

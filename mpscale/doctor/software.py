@@ -1,4 +1,4 @@
-"""Installed versions, whether they fit mpscale and the GPU, and environment variables that change figures."""
+"""Installed versions, whether they fit mpscale and the GPU, and environment variables that affect figures."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def versions(driver: Driver) -> dict[str, Any]:
 
 
 def check_versions() -> Iterator[Reason]:
-    """Find packages whose version mpscale was not made for."""
+    """Find required packages that are missing or of another version."""
     installed = packages()
     for wanted in _requirements("mpscale"):
         name = canonicalize_name(wanted.name)
@@ -70,11 +70,11 @@ def check_versions() -> Iterator[Reason]:
 
 
 def check_cuda(device: Device, cuda_driver: str | None) -> Iterator[Reason | str]:
-    """Check whether the installed TensorFlow can use a GPU, as far as its files tell.
+    """Check whether the installed TensorFlow can use a GPU, as far as its files show.
 
     Args:
-        device: a GPU.
-        cuda_driver: the newest CUDA version that its driver supports.
+        device: the GPU.
+        cuda_driver: the newest CUDA version that its driver supports, None if unknown.
     """
     build = build_info()
     if build and not build.get("is_cuda_build") and not device.is_stand_in:
@@ -102,11 +102,11 @@ def check_cuda(device: Device, cuda_driver: str | None) -> Iterator[Reason | str
 
 
 def check_variables(device: Device | None, environ: Mapping[str, str]) -> Iterator[Reason | str]:
-    """Name the environment variables that change figures; those that falsify them are problems.
+    """Find environment variables that affect figures; those that falsify them are problems.
 
     Args:
-        device: where a run would train, None if unknown.
-        environ: the environment to look in.
+        device: the device that a run would use, None if unknown.
+        environ: environment variables.
     """
     harmful = _harmful(device, environ)
     for name, harm in harmful.items():
@@ -121,21 +121,21 @@ def check_variables(device: Device | None, environ: Mapping[str, str]) -> Iterat
 
 
 def _harmful(device: Device | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables with which a GPU's figures are not what their columns say."""
+    """Return the variables that falsify figures of a GPU, each with its effect."""
     if device is None or device.kind != "gpu":
         return {}
     found = {}
     if environ.get("CUDA_LAUNCH_BLOCKING", "") not in _FALSE:
         found["CUDA_LAUNCH_BLOCKING"] = "every kernel is waited for, so step times are those of another program"
     if environ.get("TF_FORCE_GPU_ALLOW_GROWTH", "true") in _FALSE:
-        found["TF_FORCE_GPU_ALLOW_GROWTH"] = "TensorFlow takes the GPU's memory at once, so its peak says nothing"
+        found["TF_FORCE_GPU_ALLOW_GROWTH"] = "TensorFlow takes the GPU's memory at once, so its peak is meaningless"
     if device.has_tf32 and "NVIDIA_TF32_OVERRIDE" in environ:
-        found["NVIDIA_TF32_OVERRIDE"] = "one of the modes fp32 and tf32 is then not what its name says"
+        found["NVIDIA_TF32_OVERRIDE"] = "one of the modes fp32 and tf32 then computes in the precision of the other"
     return found
 
 
 def build_info() -> dict[str, Any]:
-    """Return what TensorFlow's package says about its build, empty if unknown. Reads a file, imports nothing."""
+    """Return facts about TensorFlow's build, empty if unknown. Reads a file of the package and imports nothing."""
     spec = importlib.util.find_spec("tensorflow")
     if spec is None or spec.origin is None:
         return {}
@@ -150,7 +150,7 @@ def build_info() -> dict[str, Any]:
 
 
 def _check_kernels(capability: tuple[int, int], built_for: list[str]) -> Iterator[Reason | str]:
-    """Check whether TensorFlow's package holds kernels for a GPU: machine code, or PTX that the driver compiles."""
+    """Check whether TensorFlow's package has kernels for a GPU: machine code, or PTX that the driver compiles."""
 
     def built(prefix: str) -> list[tuple[int, int]]:
         digits = [each.removeprefix(prefix) for each in built_for if each.startswith(prefix)]

@@ -1,1 +1,1 @@
-"""What a run found, for people. Nothing here imports TensorFlow or pytest."""
+"""Reports of runs, comparisons and histories. Nothing here imports TensorFlow or pytest."""

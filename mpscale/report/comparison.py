@@ -36,24 +36,24 @@ from mpscale.report.table import (
 FORMATS = ("table", "markdown", "csv", "json")
 
 _SEVERAL = 4
-"""With this many rows, their median says something about the machine."""
+"""Fewest rows whose median change is shown, because it tells something about the machine."""
 
 _DIFFERENCES = 12
-"""Differences of the environment that are listed."""
+"""Most differences in the environment that are listed."""
 
 _COLUMNS = (
     "baseline_run", "run", "workload", "mode", "state", "state_reason", "quantity", "unit", "baseline", "value",
     "change", "low", "high", "noise_floor", "floor_runs", "detectable", "verdict", "verdict_reason",
 )  # fmt: skip
-"""Of the CSV."""
+"""Columns of the CSV."""
 
 
 def render(comparisons: Sequence[Comparison], findings: Sequence[Finding], output: str) -> str:
-    """The comparisons of one baseline with one run or more.
+    """Show the comparisons of one baseline with one or more runs.
 
     Args:
-        comparisons: all of the same baseline.
-        findings: of the gates; empty if there were none.
+        comparisons: all with the same baseline.
+        findings: results of the gates; empty if there were none.
         output: one of :data:`FORMATS`.
     """
     if output == "csv":
@@ -66,7 +66,7 @@ def render(comparisons: Sequence[Comparison], findings: Sequence[Finding], outpu
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A heading, a table and notes; what is empty is left out."""
+    """A heading, a table and notes. An empty table is left out, and so are empty notes."""
 
     title: str
     headers: Sequence[str] = ()
@@ -104,7 +104,7 @@ def _parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> It
 
 
 def unread(comparisons: Sequence[Comparison]) -> list[str]:
-    """What could not be read of the compared runs and of other runs of the baseline's code, one sentence each."""
+    """List what could not be read in the compared runs and in other runs of the baseline's code, a sentence each."""
     runs = [comparisons[0].baseline, *(comparison.other for comparison in comparisons)]
     notes = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     others = [left_out for comparison in comparisons for left_out in comparison.floors.left_out]
@@ -112,7 +112,7 @@ def unread(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _in_short(comparison: Comparison, names: dict[int, str]) -> str:
-    """How many rows got which verdict, most telling first."""
+    """Count the rows by verdict, the most important verdict first."""
     rows = comparison.rows
     times: Counter[Ranked] = Counter(row.changes["step_time"].verdict for row in rows if "step_time" in row.changes)
     metrics: Counter[Ranked] = Counter(row.quality.verdict for row in rows if row.quality is not None)
@@ -125,7 +125,7 @@ def _in_short(comparison: Comparison, names: dict[int, str]) -> str:
         changes = [row.changes["step_time"].change for row in rows if "step_time" in row.changes]
         known = [change for change in changes if change is not None]
         if len(known) >= _SEVERAL:
-            # The state of the machine moves all rows; a change of code hardly ever does.
+            # The state of the machine moves all rows; a change to the code hardly ever does.
             parts.append(f"median change of all rows {statistics.median(known):+.1%}")
     if metrics:
         parts.append("metric " + _numbers(metrics))
@@ -135,7 +135,7 @@ def _in_short(comparison: Comparison, names: dict[int, str]) -> str:
 
 
 def _numbers(counts: Counter[Ranked]) -> str:
-    """All that were counted, so that no word can be forgotten."""
+    """Return all counts, ordered by rank."""
     return ", ".join(f"{counts[word]} {word}" for word in sorted(counts, key=lambda word: word.rank))
 
 
@@ -160,7 +160,7 @@ def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]
             yield _Part(title, ["workload", "mode", *(names[id(run)] for run in runs)], rows, [note])
 
     def of(row: Row, text: str, processes: str) -> str:
-        # There is no status beside it here.
+        # These tables have no status column that would show a missing process.
         return text if text == DASH else text + of_processes(row[processes], row)
 
     for baseline in ("fp32", "tf32"):
@@ -172,7 +172,7 @@ def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]
     yield from table(
         "GPU memory over fp32, within each run",
         lambda row: DASH if row["mode"] == "fp32" else of(row, number(row["gpu_memory_ratio"]), "gpu_memory_processes"),
-        "Peak of the process according to NVML; below 1 is less.",
+        "Peak of the process according to the driver; below 1 is less.",
     )
     yield from table("Final metric", final_metric, "Mean over seeds, with minimum and maximum.")
     yield from table("Overflow steps of attempted steps", overflow_steps, "A dash: the mode does not check gradients.")
@@ -184,7 +184,7 @@ def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]
     yield from table(
         "Peak GPU memory (MiB)",
         lambda row: of(row, large(row["gpu_memory_mib"]), "gpu_memory_processes"),
-        "According to NVML.",
+        "According to the driver.",
     )
 
 
@@ -229,12 +229,12 @@ def _change_cells(found: Change, unit: str) -> list[str]:
 
 
 def _why(found: Change) -> str:
-    """The reason for a verdict, and what was left out. Sometimes the one is the other."""
+    """Return the reason for a verdict and what was left out, or one of them if they are the same."""
     return "; ".join(dict.fromkeys(filter(None, (found.reason, found.left_out))))
 
 
 def _noise(comparison: Comparison, changes: Sequence[Change]) -> list[str]:
-    """What the noise floors of a table are based on."""
+    """Explain where the noise floors of a table come from."""
     if comparison.in_turns:
         return ["The runs were interleaved, process by process, so the state of the machine was the same for both."]
     notes = []
@@ -246,8 +246,8 @@ def _noise(comparison: Comparison, changes: Sequence[Change]) -> list[str]:
         )
     if 0 in runs:
         notes.append(
-            f"{SINGLE_RUN.capitalize()} (?): how much runs of the same code differ is unknown, so it is assumed from "
-            f"how much processes of one run do. {FEWEST_RUNS} runs of the baseline's code would tell, or `mpscale ab`."
+            f"{SINGLE_RUN.capitalize()} (?): how much runs of the same code differ is unknown, and assumed from how "
+            f"much processes of one run do. {FEWEST_RUNS} runs of the baseline's code would show it, or `mpscale ab`."
         )
     return notes
 
@@ -257,13 +257,13 @@ def _quality_cells(quality: Quality, row: ComparedRow) -> list[str]:
     name = common([*row.pair.baseline, *row.pair.other], "metric_name")
     difference = DASH if found is None else metric_difference(found.mean, found.low, found.high, name)
     seeds = DASH if found is None else count(found.n)
-    needed = f"{quality.seeds} seeds would tell" if quality.seeds else ""
+    needed = f"{quality.seeds} seeds would decide" if quality.seeds else ""
     more = "; ".join(filter(None, (needed, quality.why)))
     return [difference, seeds, f"{quality.verdict}: {more}" if more else quality.verdict]
 
 
 def _rates(row: ComparedRow) -> list[str]:
-    """Overflow rates, with the seeds whose overflow is unknown."""
+    """Return both overflow rates, each with the seeds whose overflow is unknown."""
     found = []
     sides = zip(row.overflow_rates, (row.pair.baseline, row.pair.other), row.pair.not_started, strict=True)
     for rate, cases, waiting in sides:
@@ -304,11 +304,8 @@ def _gates(findings: Sequence[Finding], letters: dict[str, str]) -> _Part:
     return _Part("Gates", ["gate", "outcome", "run", "row", "what was found"], rows)
 
 
-# For programs
-
-
 def _lines(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    """A line for each quantity of each row, with shares as shares; a row that is not compared has a line of its own."""
+    """Yield the lines of the CSV: one per quantity of a row, or a single one for a row that is not compared."""
     for row in comparison.rows:
         where = {
             "baseline_run": comparison.baseline.name,

@@ -1,4 +1,4 @@
-"""A run in words: its report, the markdown of that, and its summary for a GitHub workflow."""
+"""The report of a run, as a document and as markdown; its findings in words; its summary for a GitHub workflow."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Document:
 
     Args:
         title: plain text.
-        when: when the run started, and which versions made it; may be empty.
+        when: start of the run, and the versions of schema and method; may be empty.
         findings: the run in words.
-        sections: tables and texts by title, in order, without those that have nothing to say.
+        sections: tables and texts by title, in order; empty sections are left out.
     """
 
     title: str
@@ -48,11 +48,11 @@ class Document:
 
 
 def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
-    """The report of a run.
+    """Make the report of a run.
 
     Args:
         run: the run.
-        floors: how much runs of its code differ, if that is known.
+        floors: how much runs of the same code differ, if that is known.
     """
     parts: dict[str, list[Table | str]] = {
         "Results": [sections.results(run)],
@@ -72,12 +72,12 @@ def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
         "Settings": [_facts(run.info.get("settings"))],
         "Missing values": [sections.missing(run)],
     }
-    said = {title: known for title, some in parts.items() if (known := [part for part in some if part])}
-    return Document(f"mpscale: {run.name}", _when(run), findings(run), said)
+    filled = {title: known for title, some in parts.items() if (known := [part for part in some if part])}
+    return Document(f"mpscale: {run.name}", _when(run), findings(run), filled)
 
 
 def render(document: Document) -> str:
-    """The report as markdown."""
+    """Return the report as markdown."""
     parts: list[Table | str] = [f"# {escape(document.title)}", document.when, document.findings]
     for title, section in document.sections.items():
         parts += [f"## {title}", *section]
@@ -95,7 +95,7 @@ def _facts(facts: Any) -> Table:
 
 
 def _flat(facts: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Nested facts as rows, each named by the path to it."""
+    """Yield nested facts as rows, each named by its path."""
     for key, value in facts.items():
         name = f"{above} {key}".strip()
         if isinstance(value, Mapping):
@@ -112,11 +112,8 @@ def _fact(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else text(value)
 
 
-# What a run found, in plain words made from its numbers.
-
-
 def findings(run: Run) -> str:
-    """A paragraph on the run as a whole and, for each mixed mode of each workload, a line with its result."""
+    """Describe the run in a paragraph, and each mixed mode of each workload in a line of a list."""
     rows = summary_of(run)
     lines = [f"- {_finding(row, rows)}" for row in rows if is_mixed(row["mode"])]
     return "\n\n".join([_overview(run, rows), *(["\n".join(lines)] if lines else [])])
@@ -147,7 +144,7 @@ def _overview(run: Run, rows: Sequence[Row]) -> str:
 
 def _finding(row: Row, rows: Sequence[Row]) -> str:
     parts = [part for part in (_speed(row, rows), _quality(row), _overflow(row), _memory(row)) if part]
-    # If there is a verdict on the metric, that names the seeds that were left out.
+    # A verdict on the metric already names the seeds that were left out.
     if row["left_out"] and row["metric_verdict"] is None:
         parts.append(escape(row["left_out"]))
     if row["ok"] != row["cases"] or row["not_started"]:
@@ -157,7 +154,7 @@ def _finding(row: Row, rows: Sequence[Row]) -> str:
 
 def _speed(row: Row, rows: Sequence[Row]) -> str | None:
     if row["step_time_ms"] is None:
-        # Lost seeds may have been timed.
+        # Seeds that were lost may have been timed all the same.
         return "no training ended well, so no step time counts" if row["seeds"] and not row["ok"] else None
     baseline = row["headline_baseline"]
     ratio, low, high = (row[f"speedup_{baseline}{end}"] for end in ("", "_low", "_high"))
@@ -182,7 +179,7 @@ def _quality(row: Row) -> str | None:
         written += f" over {row['metric_seeds']} of {row['seeds_planned']} seeds"
     judged = ""
     if verdict:
-        # The reason is worth a place here only if seeds were lost or left out.
+        # The reason is worth the space only if seeds were lost or left out.
         why = f": {escape(metric_why(row))}" if row["left_out"] or row["metric_left_out"] else ""
         judged = f", {verdict}{why}"
     if row["metric_difference"] is None:
@@ -210,12 +207,12 @@ def _and(names: list[str]) -> str:
 
 
 def device_kind(run: Run) -> str | None:
-    """``cpu`` or ``gpu``; None if neither run.json nor a record tells."""
+    """Return ``cpu`` or ``gpu``; None if neither run.json nor a record has it."""
     return _of_device(run, "kind", "device")
 
 
 def device_name(run: Run) -> str | None:
-    """The device's own name; None if neither run.json nor a record tells."""
+    """Return the name of the device; None if neither run.json nor a record has it."""
     return _of_device(run, "name", "device_name")
 
 
@@ -223,8 +220,6 @@ def _of_device(run: Run, key: str, column: str) -> str | None:
     known = (value for value in (run.device.get(key), *(record[column] for record in run.records)) if value is not None)
     return next(map(str, known), None)
 
-
-# What the numbers do not say.
 
 _NOTES = (
     "A step is one call of the compiled train step: one batch, one update. Step time is steady state, in ms; "
@@ -234,9 +229,9 @@ _NOTES = (
     "and repeat, which ran side by side.",
     "What a mode costs (step time, memory, energy) and its speed-up cover seeds that ended well. A seed that was "
     "lost (it diverged, stalled or ended without a finite metric) makes the metric worse. A seed that failed or "
-    "was not started is unknown, so without it nothing is ruled out.",
+    "was not started is unknown, so no loss can be ruled out.",
     "Brackets hold the interval. Without brackets there was one process, and its noise is unknown. With two or three "
-    "processes the interval is wide, and it takes several (more seeds or repeats) to tell a speed-up from none. "
+    "processes the interval is wide; it takes more of them (seeds or repeats) to show a speed-up. "
     "An interval that contains 1.00 shows no difference.",
 )
 _NOTE_ON_TF32 = (
@@ -265,14 +260,14 @@ _NOTE_ON_GPU_MEMORY = (
     "whole processes. Host memory is no substitute for it."
 )
 _NOTE_ON_ENERGY = (
-    "Energy is that of the whole GPU and of nothing else in the machine; above idle is what it drew beyond its draw "
-    "before the process came. Values are medians over processes."
+    "Energy is that of the whole GPU and of nothing else in the machine; above idle is what it drew beyond its "
+    "power before the process started. Values are medians over processes."
 )
 _NOTE_ON_STAND_IN = "The GPU is a stand-in for tests: the CPU trained, and a script supplied the GPU's figures."
 
 
 def how_to_read(run: Run) -> str:
-    """The limits of the figures, as a list."""
+    """List what the figures mean and what they do not show."""
     rows = summary_of(run)
     notes = list(_NOTES)
     if any(row["headline_baseline"] == "tf32" for row in rows):
@@ -286,26 +281,24 @@ def how_to_read(run: Run) -> str:
     return "\n".join(f"- {note}" for note in notes)
 
 
-# A run for the page of a GitHub workflow run: what ``$GITHUB_STEP_SUMMARY`` takes.
-
 LIMIT = 1_000_000
-"""Bytes. GitHub shows nothing of a step that wrote more than 1 MiB; the rest is for what else the step writes."""
+"""Bytes. GitHub shows nothing of a step that wrote more than 1 MiB, and the step may write something else, too."""
 
 _NAME, _CELL, _TAIL = 200, 1_000, 4_000
-"""Characters that are shown of a name, of a cell and of the last output of a case."""
+"""Most characters of a name, of a cell and of the last output of a case."""
 
 _LINES = 500
-"""Lines that are shown of the findings and of a section, so that one leaves room for the next."""
+"""Most lines of the findings and of each section, so that every section has room."""
 
 _REST = "*The rest did not fit here; the report has all of it.*"
 
 
 def github_summary(run: Run, limit: int = LIMIT, artifacts: str | None = None) -> str:
-    """What a run found, as markdown, the most important part first.
+    """Summarise a run in markdown for ``$GITHUB_STEP_SUMMARY``, the most important part first.
 
     Args:
         run: finished or not.
-        limit: bytes that the text stays below; at least 10,000. A note takes the place of what does not fit.
+        limit: most bytes of the text; at least 10,000. A note replaces what does not fit.
         artifacts: address of the page with the run's files, if there is one.
     """
     kind = device_kind(run)
@@ -326,25 +319,25 @@ def github_summary(run: Run, limit: int = LIMIT, artifacts: str | None = None) -
 
 
 def artifacts_page(environ: Mapping[str, str]) -> str | None:
-    """Address of the files of the workflow run that ``environ`` belongs to; None outside of GitHub Actions."""
+    """Return the address of the workflow run's files; None outside of GitHub Actions."""
     parts = [environ.get(f"GITHUB_{name}") for name in ("SERVER_URL", "REPOSITORY", "RUN_ID")]
     return "{}/{}/actions/runs/{}#artifacts".format(*parts) if all(parts) else None
 
 
 def _head(part: str) -> str:
-    """The first lines of a list or table, and how many more there are."""
+    """Return the first lines of a list or table, and the number of the others."""
     lines = part.split("\n")
     more = len(lines) - _LINES
     return part if more <= 0 else "\n".join([*lines[:_LINES], "", f"*{plural(more, 'more line')}: see the report.*"])
 
 
 def _fitting(parts: Iterable[str], limit: int) -> Iterator[str]:
-    """The parts up to the limit in bytes, and a note if there are more."""
+    """Yield the parts up to the limit in bytes, and a note if there are more."""
     left = limit - len(_REST) - 10  # blank lines
     for part in parts:
         encoded = part.encode("utf-8", "replace")
         if len(encoded) > left:
-            # A table or list may end after any line, the output of a case only as a whole.
+            # A table or list can be cut after any line; the output of a case is left out as a whole.
             lines = b"" if part.startswith("<details>") else encoded[: max(0, left)].rpartition(b"\n")[0]
             yield from filter(None, [lines.decode(), _REST])
             return
@@ -353,11 +346,11 @@ def _fitting(parts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def _output(record: Record) -> str:
-    """The last output of a case, folded."""
+    """Return the last output of a case, folded."""
     tail = record["output_tail"]
     if len(tail) > _TAIL:
         tail = f"[the beginning is in the report]\n{tail[-_TAIL:]}"
-    # Inside <summary> no markdown is read, so HTML's own escapes are the right ones; the blank line ends that.
+    # Markdown is not read inside <summary>, so HTML's escapes are needed there; it is again after the blank line.
     summary = f"<summary>The last lines of {html.escape(_cut(str(record['case_id']), _NAME))}</summary>"
     return f"<details>\n{summary}\n\n{sections.fenced(tail)}\n\n</details>"
 

@@ -1,4 +1,4 @@
-"""The style that all pictures share. matplotlib is imported inside functions: it loads slowly, and few need it."""
+"""The common style of all pictures. Functions import matplotlib themselves: it loads slowly and is rarely needed."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Dashes = Literal["-", "--", ":", "-."]
 
 _UNKNOWN_COLOUR = "#666666"
 _UNKNOWN_MARKERS = "dH8"
-"""Of modes that this version does not know; no known mode has one of these."""
+"""Markers for modes that this version does not know; no known mode uses them."""
 
 _STYLE = {
     "font.size": FONT,
-    "text.parse_math": False,  # a name with two dollar signs is no formula
+    "text.parse_math": False,  # a name with two dollar signs is not a formula
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -45,14 +45,14 @@ _STYLE = {
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How a mode is drawn."""
+    """Colour and marker of a mode."""
 
     colour: str
     marker: str
 
 
 def looks(modes: Iterable[str]) -> dict[str, Look]:
-    """How each of the modes is drawn, in the order of tables: known ones the same in every picture."""
+    """Return the look of each mode, in the order of tables. A known mode looks the same in every picture."""
     markers = itertools.cycle(_UNKNOWN_MARKERS)
     return {
         name: Look(MODES[name].colour, MODES[name].marker) if name in MODES else Look(_UNKNOWN_COLOUR, next(markers))
@@ -66,7 +66,7 @@ class Picture:
 
     Args:
         title: what it shows.
-        caption: what its marks mean, in one sentence or more.
+        caption: what its marks mean, in sentences.
         svg: an ``<svg>`` element, with text as text.
     """
 
@@ -76,27 +76,26 @@ class Picture:
 
 
 class FigureError(ValueError):
-    """A picture cannot be made as asked for. The message says what can."""
+    """A picture cannot be made as requested. The message names what can be made."""
 
 
 def check_suffix(path: Path) -> None:
-    """Check the kind of file early, before anything is read.
+    """Check the kind of file, before anything is read.
 
     Raises:
-        FigureError: the suffix of ``path`` is none of :data:`SUFFIXES`.
+        FigureError: the suffix of ``path`` is not one of :data:`SUFFIXES`.
     """
     if path.suffix.lower() not in SUFFIXES:
-        given = f"{path.suffix!r} files cannot be made" if path.suffix else "a suffix must tell the kind of file"
+        given = f"{path.suffix!r} files cannot be made" if path.suffix else "its suffix must name the kind of file"
         raise FigureError(f"{path}: {given}; end it in {' or '.join(SUFFIXES)}")
 
 
 @contextmanager
 def house_style(salt: str = "mpscale") -> Iterator[None]:
-    """The style of all pictures, whatever the user's matplotlibrc says.
+    """Apply the style of all pictures, whatever the user's matplotlibrc says.
 
     Args:
-        salt: seeds the ids in an SVG, so that the same picture is the same file. Pictures on one page need different
-            ones.
+        salt: seeds the ids in an SVG, which makes files reproducible. Pictures on one page need different ones.
     """
     from matplotlib import style
 
@@ -105,7 +104,7 @@ def house_style(salt: str = "mpscale") -> Iterator[None]:
 
 
 def empty_figure(height: float = 1.0) -> Figure:
-    """A figure 1000 px wide and ``height`` inches high that needs no screen."""
+    """Return a figure 1000 px wide and ``height`` inches high that needs no screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -122,13 +121,13 @@ def save(figure: Figure, to: Path | IO[bytes], suffix: str) -> None:
 
 
 def short_name(text: str, length: int = 32) -> str:
-    """``text`` without characters that fonts or XML lack. Of a long text only the end is kept, which tells most."""
+    """Remove characters that fonts or XML lack, and shorten a long text to its end, the most distinctive part."""
     shown = "".join(c if c.isprintable() else " " for c in str(text))
     return shown if len(shown) <= length else f"…{shown[1 - length :]}"
 
 
 def text_width(figure: Figure, texts: Iterable[str]) -> float:
-    """Width of the longest text, in pixels."""
+    """Return the width of the longest text, in pixels."""
     from matplotlib.text import Text
 
     widest = 0.0
@@ -140,13 +139,13 @@ def text_width(figure: Figure, texts: Iterable[str]) -> float:
 
 
 def legend_columns(figure: Figure, labels: Sequence[str]) -> int:
-    """How many columns of a legend fit into the width of the figure."""
+    """Return how many columns of a legend fit into the width of the figure."""
     beside = 5.5 * FONT / 72 * DPI  # line, padding and the space between columns, as matplotlib has them
     return min(len(labels), max(1, int(WIDTH * DPI * 0.96 // (text_width(figure, labels) + beside))))
 
 
 def as_text(figure: Figure) -> str:
-    """The figure as an ``<svg>`` element that adapts to the width of the page."""
+    """Return the figure as an ``<svg>`` element that adapts to the width of the page."""
     file = io.BytesIO()
     save(figure, file, "svg")
     svg = file.getvalue().decode("utf-8")

@@ -1,7 +1,7 @@
 """The files of a report: report.html, report.md, summary.csv and cases.csv, all made from the run's journal.
 
-report.html needs nothing beside it: no script, no request to anywhere. It can be mailed, kept as an artifact of a
-nightly build or opened offline, and its policy tells the browser to hold it to that.
+report.html is complete in itself: it has no script and loads nothing, which its content security policy enforces. It
+can be mailed, kept as an artifact of a nightly build or opened offline.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from mpscale.report.run_figures import gains, training
 from mpscale.report.table import Table, plural
 
 WRITTEN = ("report.html", "report.md", "summary.csv", "cases.csv")
-"""Names of the files, the one to look at first."""
+"""Names of the files; the one to look at comes first."""
 
 _FOLDED = ("Environment", "Settings", "Missing values")
-"""Sections for looking things up, folded until someone does."""
+"""Sections for looking things up, folded at first."""
 
 _SENTENCES = ("Cases that did not end well", *_FOLDED)
 """Sections whose tables have cells long enough to be broken into lines."""
@@ -42,7 +42,7 @@ def rebuild(run_dir: str | Path) -> Run:
     """Write the files of :data:`WRITTEN` again, from the journal of the run in ``run_dir`` and the steps beside it.
 
     Raises:
-        RunError: the folder is no run, or a file that they are made from is broken.
+        RunError: the folder is not a run, or a file that they are made from is broken.
         OSError: the folder cannot be written.
     """
     run = read_run(run_dir)
@@ -71,11 +71,11 @@ def write_reports(run: Run, cases: str | None) -> None:
     if cases is not None:
         write_cases(run.path, cases)
     _write(run.path / "summary.csv", summary_csv(summary_of(run)))
-    said = document(run, floors_of(run))
-    _write(run.path / "report.md", render(said))
-    # Last: pictures take longest, and nothing else should wait for them or be lost with them.
+    report = document(run, floors_of(run))
+    _write(run.path / "report.md", render(report))
+    # Pictures come last: they take longest, and if they fail, everything else is written.
     pictures = [picture for picture in (gains(run), training(run)) if picture is not None]
-    _write(run.path / "report.html", page(said, pictures))
+    _write(run.path / "report.html", page(report, pictures))
 
 
 def _lost_from_the_journal(run: Run, cases: str) -> list[str]:
@@ -98,28 +98,25 @@ def _lost_from_the_journal(run: Run, cases: str) -> list[str]:
         here = known.get(row["case_id"])
         if here is None or here["status"] != "interrupted" or row["status"] == "interrupted":
             return here is None
-        # An attempt that was cut off has no row in cases.csv: the row there is from the attempt before.
+        # cases.csv has no row of an attempt that was cut off, only of the attempt before.
         return (row["attempts"] or 1) >= (here["attempts"] or 1)
 
     return [row["case_id"] for row in written if is_lost(row)]
 
 
 def _write(path: Path, text: str) -> None:
-    # run.json holds names of folders and variables, which need not be text.
+    # run.json holds names of folders and variables, which need not be valid text.
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-# The page
-
-
 def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
-    """The report as one page of HTML.
+    """Return the report as one page of HTML.
 
     Args:
         document: the report.
-        pictures: shown after the results. Without results there is nothing to draw either.
+        pictures: shown after the results.
     """
-    # HTML in the text stays text: names come from people's own suites, and the last lines of a crash from anywhere.
+    # HTML is shown as text: names come from users' own suites, and a crash may print anything.
     markdown = MarkdownIt("commonmark", {"html": False})
     body = [f"<h1>{escape(document.title)}</h1>"]
     if document.when:

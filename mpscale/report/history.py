@@ -39,16 +39,27 @@ _COLUMNS = (
     "workload", "mode", "series", "series_key", "hardware", "run", "started", "finished", "quantity", "unit", "value",
     "low", "high", "n", "change", "change_low", "change_high", "git_commit", "git_dirty", "tensorflow", "reason",
 )  # fmt: skip
-"""Of the CSV."""
+"""Columns of the CSV."""
+
+_LINE = 140
+"""Characters that fit into the width of the figure."""
+
+_FEW_RUNS = 20
+"""Most runs for which there is room for large markers."""
+
+_MOST_ABOVE = 2
+"""Upper limit of an axis with long error bars, as a multiple of the largest value."""
+
+_DASHES: tuple[Dashes, ...] = ("-", "--", ":", "-.")
 
 
 def render(history: History, output: str) -> str:
-    """The history, one row a series and run.
+    """Show the history, with a row per series and run.
 
     Args:
         history: what is shown.
         output: one of :data:`FORMATS`. CSV and JSON hold numbers in full, times as ISO 8601 in UTC and changes as
-            shares of 1. What is unknown, or an end of an interval that no float can hold, is empty or null.
+            shares of 1. Unknown values, and ends of intervals that no float can hold, are empty or null.
     """
     if output == "csv":
         return Table.of(_COLUMNS, _lines(history)).csv()
@@ -62,7 +73,7 @@ def render(history: History, output: str) -> str:
 
 
 def _note_below(measure: Quantity, headers: Sequence[str]) -> str:
-    """What brackets and changes mean."""
+    """Explain brackets and changes."""
     if measure.spread == "range":
         return "In brackets: minimum and maximum over seeds."
     what = "pairs of processes" if measure.name == "speedup" else "processes"
@@ -76,7 +87,7 @@ def _note_below(measure: Quantity, headers: Sequence[str]) -> str:
 
 
 def _table(history: History) -> Table:
-    """One row per series and run. Columns that say nothing in this history are left out."""
+    """Return a row per series and run, without columns that would be empty in this history."""
     pairs = [(series, point) for series in history.series for point in series.points]
     columns = {
         "workload": [series.workload for series, _ in pairs],
@@ -104,7 +115,7 @@ def _value(measure: Quantity, series: Series, point: Point) -> str:
 
 
 def _single(measure: Quantity, series: Series) -> Callable[[float | None], str]:
-    """How to write one number of a quantity that has no unit of its own."""
+    """Return a function that writes a number of a quantity without a unit."""
     if measure.name == "metric":
         return lambda number: metric(number, series.metric_name)
     return lambda number: share(number, 2)
@@ -132,11 +143,8 @@ def _note(point: Point) -> str:
     return "; ".join(notes) or DASH
 
 
-# For programs
-
-
 def _lines(history: History) -> Iterator[dict[str, Any]]:
-    """A line for each point of each series."""
+    """Yield the lines of the CSV, one per point of a series."""
     of_all = {"quantity": history.measure.name, "unit": history.measure.unit}
     for series in history.series:
         common = of_all | _identity(series) | {"hardware": json.dumps(series.hardware, default=str)}
@@ -182,28 +190,14 @@ def _values(point: Point) -> dict[str, Any]:
     }
 
 
-# The picture: a panel per workload, a line per series.
-
-_LINE = 140
-"""Characters that fit into the width of the figure."""
-
-_FEW_RUNS = 20
-"""Up to this many there is room for large markers."""
-
-_MOST_ABOVE = 2
-"""How many times the largest value an axis may reach to show error bars."""
-
-_DASHES: tuple[Dashes, ...] = ("-", "--", ":", "-.")
-
-
 def draw_history(history: History, path: Path) -> None:
-    """Draw a panel per workload and a line per series, runs from left to right; 1000 px wide.
+    """Draw a panel per workload and a line per series, with runs from left to right; 1000 px wide.
 
     The same history gives the same SVG, byte for byte, with the same matplotlib. Groups have ids: ``panel-1`` and so
     on, containing ``line-1-1`` and so on, and ``legend``.
 
     Raises:
-        FigureError: the suffix of ``path`` is none of :data:`SUFFIXES`.
+        FigureError: the suffix of ``path`` is not one of :data:`SUFFIXES`.
         OSError: the file cannot be written.
     """
     check_suffix(path)
@@ -213,7 +207,7 @@ def draw_history(history: History, path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _SeriesLook:
-    """How a series is drawn: colour and marker come from its mode, dashes tell apart the series of a mode."""
+    """The look of a series: its mode decides colour and marker; dashes distinguish the series of a mode."""
 
     colour: str
     marker: str
@@ -245,7 +239,7 @@ def _history_figure(history: History) -> Figure:
 
 
 def _looks(series: Sequence[Series]) -> dict[str, _SeriesLook]:
-    """By label."""
+    """Return the look of each series, by label."""
     of_modes = looks(one.mode for one in series)
     labels: dict[str, dict[str, None]] = {}
     for one in series:
@@ -269,7 +263,7 @@ def _panel(
     axes.set_title(members[0].workload, loc="left", size=10)
     places = {run.name: place for place, run in enumerate(runs)}
     bottom, top = _limits(measure, members)
-    # Next to each other, so that error bars of one run do not hide each other.
+    # Points of a run are shifted sideways, or their error bars would hide each other.
     gap = min(0.12, 0.5 / len(members))
     few = len(runs) <= _FEW_RUNS
     for which, series in enumerate(members):
@@ -311,7 +305,7 @@ def _panel(
 
 
 def _bar(point: Point, top: float) -> tuple[float, float]:
-    """Lengths of the error bar below and above the value; NaN if there is none."""
+    """Return the lengths of the error bar below and above the value; NaN if there is none."""
     if point.value is None or point.low is None or point.high is None:
         return math.nan, math.nan
     # The interval of two processes may reach too far to be drawn.
@@ -320,18 +314,18 @@ def _bar(point: Point, top: float) -> tuple[float, float]:
 
 
 def _limits(measure: Quantity, members: Iterable[Series]) -> tuple[float, float]:
-    """Lower and upper limit of an axis. It starts at 0 except for a metric, whose small changes matter."""
+    """Return both limits of an axis. It starts at 0 except for a metric, whose small changes matter."""
     points = [point for series in members for point in series.points]
     values = [point.value for point in points if point.value is not None]
     ends = [end for point in points for end in (point.low, point.high) if end is not None]
     if measure.name == "metric":
         low, high = min(values + ends), max(values + ends)
-        # If all are equal, the last digit must not look like a change.
+        # If all values are equal, rounding must not look like a change.
         margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
         return low - margin, high + margin
-    # The interval of two processes may be many times as high as the value; it must not flatten all the rest.
+    # The interval of two processes may be many times the value; it must not flatten everything else.
     top = 1.08 * min(max(values + ends), _MOST_ABOVE * max(values)) or 0.01
-    # A hair below 0, so that a point at 0 is visible.
+    # Slightly below 0 makes a point at 0 visible.
     return (-0.03 * top if min(values) < 0.03 * top else 0.0), top
 
 
@@ -342,7 +336,7 @@ def _axis(measure: Quantity, series: Series) -> str:
 
 
 def _caption(history: History) -> str:
-    """What points and bars mean."""
+    """Explain points and bars."""
     if history.measure.spread == "range":
         text = "Points: all seeds of a run together. Bars: minimum and maximum over seeds."
     else:
@@ -355,7 +349,7 @@ def _caption(history: History) -> str:
 
 
 def _legend(figure: Figure, look_of: dict[str, _SeriesLook], caption: str) -> int:
-    """Put caption and legend below the panels, in as many columns as fit. Return the number of rows of text."""
+    """Put caption and legend below the panels, in as many columns as fit. Return the rows of text that they take."""
     from matplotlib.lines import Line2D
 
     labels = [textwrap.fill(label, _LINE) for label in look_of]
@@ -383,7 +377,7 @@ def _label_runs(figure: Figure, panels: Sequence[Axes], runs: Sequence[RunFacts]
     """Write dates below each panel, as many as fit without touching. The newest run always has one."""
     labels = _run_labels(runs)
     wide = text_width(figure, labels)
-    figure.draw_without_rendering()  # the layout decides how wide the panels are
+    figure.draw_without_rendering()  # the panels get their width from the layout
     for axes in panels:
         per_run = axes.get_window_extent().width / len(runs)
         every = max(1, math.ceil((wide + 12) / per_run))
@@ -392,7 +386,7 @@ def _label_runs(figure: Figure, panels: Sequence[Axes], runs: Sequence[RunFacts]
 
 
 def _run_labels(runs: Sequence[RunFacts]) -> list[str]:
-    """The date of each run, with the time if two runs share a date; the end of its name if the date is unknown."""
+    """Return the date of each run, with the time if two runs share a date; the end of its name if it is unknown."""
     days = [run.started.date() for run in runs if run.started is not None]
     pattern = "%Y-%m-%d" if len(set(days)) == len(days) else "%Y-%m-%d\n%H:%M"
     return [run.started.strftime(pattern) if run.started else short_name(run.name, 18) for run in runs]

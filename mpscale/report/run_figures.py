@@ -38,12 +38,27 @@ _LINE = 72
 _MOST_MARGINS = 5.0
 """Margins beyond which a difference of metrics is written as a number: a lost training must not flatten the others."""
 
+_SEEDS = 10
+"""Most seeds that are drawn per workload and mode: more lines would be indistinguishable, and slow to read."""
+
+_POINTS = 100
+"""Most points on a line of losses, each a mean over as many steps as necessary."""
+
+_MARKERS, _MARKERS_PER_LINE = 60, 5
+"""Markers of modes in a panel, approximately; most markers on a line."""
+
+_CROSSES = 150
+"""Most crosses, which show overflow, on a line of a loss scale."""
+
+_Float = npt.NDArray[np.float64]
+_Int = npt.NDArray[np.int64]
+
 
 def gains(run: Run) -> Picture | None:
-    """Speed, memory, energy and metric of every mode over its baseline, as far as known, with intervals.
+    """Draw speed, memory, energy and metric of every mode relative to its baseline, as far as known, with intervals.
 
-    None if no mode can be compared with a baseline. In the SVG, panel ``n`` has ``neutral-n``, the line of no
-    difference, and the points ``gain-n-m``, where ``m`` counts the rows of the summary without those of fp32.
+    Return None if no mode can be compared with a baseline. In the SVG, panel ``n`` has ``neutral-n``, the line of no
+    difference, and the points ``gain-n-m``, where ``m`` counts the rows of the summary except those of fp32.
     """
     rows = [row for row in summary_of(run) if row["mode"] != "fp32"]
     panels = [panel for panel in _panels(rows) if any(known is not None for known in panel.known)]
@@ -130,7 +145,7 @@ def _is_of_all(row: Row, processes: str) -> bool:
 
 
 def _what_is_missing(rows: Sequence[Row], panels: Sequence[_Panel]) -> Iterator[str]:
-    """What the picture shows only in part, or not at all."""
+    """Yield sentences on what the picture shows only in part or not at all."""
     if any(known is not None and not known.of_all for panel in panels for known in panel.known):
         yield "Hollow: some seeds or processes are not in it, so it may look better than it is."
     for row in rows:
@@ -138,11 +153,11 @@ def _what_is_missing(rows: Sequence[Row], panels: Sequence[_Panel]) -> Iterator[
         if row["mode"] == "fp32" and (row["ok"] != row["cases"] or row["not_started"]):
             yield f"Compared with what is left of {name}: {statuses(row)}."
         if row["metric_verdict"] is not None and _metric(row) is None:
-            yield f"No metric drawn of {name}: {metric_why(row) or 'it is not known'}."
+            yield f"No metric drawn for {name}: {metric_why(row) or 'it is unknown'}."
 
 
 def _metric(row: Row) -> _Known | None:
-    """The difference to fp32 in margins, above 0 if the mode is better; None if the direction is unknown."""
+    """Return the difference to fp32 in margins, above 0 if the mode is better; None if the direction is unknown."""
     if row["metric_difference"] is None or not row["metric_margin"] or row["metric_higher_is_better"] is None:
         return None
     unit = row["metric_margin"] if row["metric_higher_is_better"] else -row["metric_margin"]
@@ -197,13 +212,13 @@ def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
 
 
 def _label(row: Row) -> str:
-    """The mode, and the statuses of its cases if not all ended well, which figures of the others do not show."""
+    """Return the mode, with the statuses of its cases unless all ended well: the figures are of those that did."""
     name = short_name(row["mode"])
     return name if row["ok"] == row["cases"] and not row["not_started"] else f"{name} ({statuses(row)})"
 
 
 def _beyond(axes: Axes, value: float, place: int, colour: str) -> None:
-    """Point towards a value that the axis does not reach, and write it there."""
+    """Point towards a value beyond the axis, and write the value there."""
     low, high = axes.get_xlim()
     end, marker, side, inwards = (low, "<", "left", 8) if value < low else (high, ">", "right", -8)
     axes.plot([end], [place], color=colour, marker=marker, markersize=6, clip_on=False)
@@ -214,7 +229,7 @@ def _beyond(axes: Axes, value: float, place: int, colour: str) -> None:
 
 
 def _limits(panel: _Panel) -> tuple[float, float]:
-    """Ends of an axis: they include the neutral value and the estimates near it, and cut off wide intervals."""
+    """Return the ends of an axis: it includes the neutral value and estimates near it, and cuts off wide intervals."""
     known = [one for one in panel.known if one is not None and abs(one.value - panel.neutral) <= panel.most]
     held = [one.value for one in known] + [panel.neutral] + ([panel.limit] if panel.limit is not None else [])
     reach = max(abs(value - panel.neutral) for value in held)
@@ -224,24 +239,6 @@ def _limits(panel: _Panel) -> tuple[float, float]:
     low, high = max(low, widest[0], panel.floor), min(high, widest[1])
     margin = 0.06 * (high - low) or 0.05
     return low - margin, high + margin
-
-
-# How training went: loss and loss scale, step by step.
-
-_SEEDS = 10
-"""How many seeds of a workload and mode are drawn: more lines could not be told apart, and take long to read."""
-
-_POINTS = 100
-"""Points of a line of losses, each a mean over as many steps as necessary."""
-
-_MARKERS, _MARKERS_PER_LINE = 60, 5
-"""Markers of modes in a panel, roughly, and the most on a line."""
-
-_CROSSES = 150
-"""The most crosses, for overflow, on a line of a loss scale."""
-
-_Float = npt.NDArray[np.float64]
-_Int = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +260,7 @@ class _Steps:
 
 
 def training(run: Run) -> Picture | None:
-    """Loss and loss scale by step, for every workload whose cases left their steps; None if none did.
+    """Draw loss and loss scale by step, for every workload with logs of steps; return None if there are none.
 
     In the SVG, the lines of workload ``n`` are in groups ``loss-n`` and ``scale-n``, its crosses in ``overflow-n``.
     """
@@ -298,7 +295,7 @@ def training(run: Run) -> Picture | None:
 
 
 def _read_steps(run: Run, case_id: str) -> _Steps | None:
-    """The steps of a case; None if there are none, or they cannot be read: the caption counts those."""
+    """Return the steps of a case; None if there are none, or they cannot be read, which the caption counts."""
     try:
         columns = run.step_columns(case_id)
     except RunError:
@@ -311,7 +308,7 @@ def _read_steps(run: Run, case_id: str) -> _Steps | None:
 
 
 def _training_figure(by_workload: Mapping[str, Mapping[str, Sequence[_Steps]]]) -> tuple[Figure, bool, bool]:
-    """The figure, whether a loss scale is in it, and whether an overflow is."""
+    """Return the figure, whether it shows a loss scale, and whether it shows an overflow."""
     from matplotlib.lines import Line2D
 
     look_of = looks(mode for modes in by_workload.values() for mode in modes)
@@ -356,8 +353,8 @@ def _draw_losses(axes: Axes, number: int, modes: Mapping[str, Sequence[_Steps]],
 
 
 def _stopped(seeds: Sequence[_Steps]) -> list[tuple[int, float]]:
-    """Step and value of the last finite loss of each seed that was lost while another one went on."""
-    # A loss that becomes finite again was a spell of overflow, which the mean leaves out.
+    """Return step and value of the last finite loss of each seed that was lost before another one ended."""
+    # Losses that become finite again were interrupted by overflow; the mean leaves the gap out.
     ends = [(int(steps.finite[-1]), steps.loss) for steps in seeds if len(steps.finite)]
     last = max((end for end, _ in ends), default=0)
     whole = max((len(steps.loss) for steps in seeds), default=0)
@@ -365,7 +362,7 @@ def _stopped(seeds: Sequence[_Steps]) -> list[tuple[int, float]]:
 
 
 def _mean_loss(seeds: Sequence[_Float]) -> tuple[_Float, _Float]:
-    """Centres of at most :data:`_POINTS` spans of steps, and the mean of the finite losses in each."""
+    """Return the centres of at most :data:`_POINTS` spans of steps, and the mean of the finite losses in each."""
     longest = max(len(losses) for losses in seeds)
     width = math.ceil(longest / _POINTS)
     spans = np.full((len(seeds), math.ceil(longest / width), width), math.nan)
@@ -413,14 +410,14 @@ def _marks(look: Look) -> dict[str, Any]:
 
 
 def _marked(length: int, line: int, lines: int) -> _Int:
-    """Places for the markers of a line, spread evenly and apart from those of the other lines."""
+    """Return places for the markers of a line, evenly spaced and away from those of the other lines."""
     each = max(1, min(_MARKERS_PER_LINE, _MARKERS // lines))
     places = (np.arange(each) + (line + 0.5) / lines) * length / each
     return np.unique(places.astype(np.int64))
 
 
 def _write_ticks(axes: Axes, text: Callable[[float], str]) -> None:
-    """Write the numbers of a logarithmic axis with ``text``: matplotlib's own are formulas, which no browser draws."""
+    """Write the numbers of a logarithmic axis with ``text``: matplotlib's are formulas, which browsers cannot draw."""
     from matplotlib.ticker import NullFormatter
 
     axes.yaxis.set_major_formatter(lambda value, _: text(value))
@@ -428,12 +425,12 @@ def _write_ticks(axes: Axes, text: Callable[[float], str]) -> None:
 
 
 def _corners(values: _Float) -> _Int:
-    """Where a line of steps needs a point: at its ends, and wherever it changes."""
+    """Return the places at which a stepped line needs a point: its ends and its changes."""
     changes = np.flatnonzero(~((values[1:] == values[:-1]) | (np.isnan(values[1:]) & np.isnan(values[:-1])))) + 1
     return np.unique(np.concatenate([[0], changes, [len(values) - 1]])).astype(np.int64)
 
 
 def _thinned(places: _Int, length: int) -> _Int:
-    """The places without those that would be drawn on top of another."""
+    """Leave out places that would be drawn on top of another one."""
     _, first = np.unique(places * _CROSSES // length, return_index=True)
     return places[first]

@@ -1,4 +1,4 @@
-"""The sections of the report of a run: tables, and texts in markdown. Those that have nothing to say are empty."""
+"""The sections of the report of a run: tables, and texts in markdown. They are empty if there is nothing to report."""
 
 from __future__ import annotations
 
@@ -43,11 +43,8 @@ _STEP_COUNTS = ("attempted_steps", "applied_steps", "skipped_steps", "overflow_s
 _PLACE = ("workload", "mode")
 
 
-# The results, which terminal, report and GitHub summary share.
-
-
 def results(run: Run) -> Table:
-    """One row per workload and mode. Columns that say nothing in this run are left out."""
+    """Return a row per workload and mode, for terminal, report and GitHub summary. Blank columns are left out."""
     rows = summary_of(run)
     names = {row["metric_name"] for row in rows if row["metric_name"] is not None}
     all_well = all(row["ok"] == row["cases"] and not row["not_started"] for row in rows)
@@ -67,32 +64,32 @@ def results(run: Run) -> Table:
 
 
 def step_time(row: Row) -> str:
-    """Step time with its interval over processes."""
+    """Write the step time with its interval over processes."""
     return interval(row["step_time_ms"], row["step_time_ms_low"], row["step_time_ms_high"], " ms")
 
 
 def speedup(row: Row, baseline: str) -> str:
-    """Speed-up over ``baseline`` with its interval over pairs of processes."""
+    """Write the speed-up over ``baseline`` with its interval over pairs of processes."""
     low, high = row[f"speedup_{baseline}_low"], row[f"speedup_{baseline}_high"]
     return interval(row[f"speedup_{baseline}"], low, high, "x")
 
 
 def peak_memory(row: Row) -> str:
-    """Peak memory of the GPU. That of the host, if there is no other, is marked: the two cannot be compared."""
+    """Write the peak memory of the GPU; without one that of the host, marked, because the two cannot be compared."""
     if row["gpu_memory_mib"] is not None:
         return large(row["gpu_memory_mib"], "MiB") + of_processes(row["gpu_memory_processes"], row)
     return DASH if row["host_memory_mib"] is None else f"{large(row['host_memory_mib'], 'MiB')} (host)"
 
 
 def overflow_steps(row: Row) -> str:
-    """Overflow steps out of attempted steps."""
+    """Write overflow steps out of attempted steps."""
     if row["overflow_steps"] is None:
         return DASH
     return f"{count(row['overflow_steps'])}/{count(row['attempted_steps'])}{of_seeds(row['overflow_seeds'], row)}"
 
 
 def final_metric(row: Row) -> str:
-    """Mean of the metric over seeds, and its range if seeds differ."""
+    """Write the mean of the metric over seeds, and its range if seeds differ."""
     name = row["metric_name"]
     mean = metric(row["metric_mean"], name)
     ends = span([metric(row["metric_min"], name), metric(row["metric_max"], name)])
@@ -101,17 +98,14 @@ def final_metric(row: Row) -> str:
 
 
 def statuses(row: Row) -> str:
-    """How many cases ended with each status, and how many were not started."""
+    """Count the cases by status, including those that were not started."""
     waiting = f"not started {row['not_started']}" if row["not_started"] else ""
     return ", ".join(filter(None, (row["statuses"], waiting)))
 
 
 def metric_why(row: Row) -> str:
-    """The reason for the verdict on the metric, and the seeds that it leaves out; may be empty."""
+    """Return the reason for the verdict on the metric, and the seeds that it leaves out; may be empty."""
     return "; ".join(filter(None, (row["metric_reason"], row["metric_left_out"])))
-
-
-# The cases behind a row.
 
 
 @lru_cache(maxsize=8)
@@ -125,8 +119,8 @@ def measured(run: Run, trained: bool = False, good: bool = False) -> Sequence[tu
 
     Args:
         run: the run.
-        trained: only those that trained to the end.
-        good: only those of seeds that were not lost, for what a mode costs.
+        trained: only cases that trained to the end.
+        good: only cases of seeds that were not lost, which the costs of a mode are computed from.
     """
     found = []
     for (workload, mode), group in _groups(run).items():
@@ -147,7 +141,7 @@ _OVER: dict[Over, Callable[[list[Any]], Any]] = {
 
 
 def _sheet(run: Run, sheet: Sheet, *needs: str, good: bool = True) -> Table:
-    """A table of all columns that the data dictionary puts into ``sheet``, for modes that have one of ``needs``."""
+    """Return a table of the columns that the data dictionary puts into ``sheet``, for modes with one of ``needs``."""
     summary = {(row["workload"], row["mode"]): row for row in summary_of(run)}
     cells = [(cell, column) for column in (*COLUMNS.values(), *SUMMARY) for cell in column.cells if cell.sheet is sheet]
     cells.sort(key=lambda pair: pair[0].place)
@@ -175,7 +169,7 @@ def _cell(cell: Cell, column: Column, records: Sequence[Record], row: Row) -> st
 
 
 def timing(run: Run) -> list[Table | str]:
-    """What the step times rest on."""
+    """Show what the step times are based on."""
     parts: list[Table | str] = [_sheet(run, Sheet.TIMING, "step_time_ms_median", "trace_time_s", "first_step_s")]
     if not parts[0]:
         return []
@@ -195,30 +189,30 @@ def timing(run: Run) -> list[Table | str]:
 
 
 def memory(run: Run) -> list[Table | str]:
-    """Peaks over the processes of a mode."""
+    """Show peaks over the processes of a mode."""
     needs = ("gpu_memory_nvml_peak_mib", "gpu_memory_allocator_peak_mib", "host_memory_peak_mib")
     without_ratio = _no_ratio(run, COSTS["gpu_memory"], "gpu_memory_mib", "gpu_memory_ratio")
     return [_sheet(run, Sheet.MEMORY, *needs), without_ratio]
 
 
 def memory_parts(run: Run) -> Table:
-    """Where the memory that the driver reports went."""
+    """Show what the memory that the driver reports is used for."""
     return _sheet(run, Sheet.MEMORY_PARTS, "gpu_memory_nvml_peak_mib")
 
 
 def energy(run: Run) -> list[Table | str]:
-    """Energy of the GPU per step, and the power that it drew."""
+    """Show the energy of the GPU per step, and its power."""
     needed = "gpu_energy_j_per_step"
     return [_sheet(run, Sheet.ENERGY, needed), _no_ratio(run, COSTS["energy"], needed, "gpu_energy_ratio")]
 
 
 def gpu_state(run: Run) -> Table:
-    """Clocks, temperature and what held the clocks down while steps were timed."""
+    """Show clocks, temperature and throttling of the GPU while steps were timed."""
     return _sheet(run, Sheet.GPU_STATE, "gpu_sm_clock_mhz_median", "gpu_temperature_c_max", good=False)
 
 
 def _no_ratio(run: Run, cost: Cost, figure: str, ratio: str) -> str:
-    """A paragraph on the rows without a ratio to fp32 because the two figures do not measure the same thing."""
+    """Name the rows without a ratio to fp32 because the two figures do not measure the same thing."""
     kinds = {(workload, mode): cost.kinds(records) for workload, mode, records in measured(run, good=True)}
     bare = [
         f"{row['workload']} {row['mode']}"
@@ -236,11 +230,8 @@ def _no_ratio(run: Run, cost: Cost, figure: str, ratio: str) -> str:
     )
 
 
-# What training came to.
-
-
 def overflow(run: Run) -> Table:
-    """Steps applied and skipped, and the loss scale, over the seeds of each mixed mode."""
+    """Show applied and skipped steps and the loss scale over the seeds of each mixed mode."""
     rows = []
     for workload, mode, records in measured(run, trained=True):
         if not is_mixed(mode) or not values_of(records, "attempted_steps"):
@@ -273,7 +264,7 @@ def _scales(records: Sequence[Record], name: str) -> str:
 
 
 def accuracy(run: Run) -> list[Table | str]:
-    """The metric of every seed under every mode, or its status without one; and when the target was reached."""
+    """Show the metric of every seed in every mode, or its status; and when the target was reached."""
     trained = [record for record in run.records if record["repeat"] == 0 and record["status"] != "unsupported"]
     modes = in_order_of_modes(record["mode"] for record in trained)
     names = {record["workload"]: record["metric_name"] for record in trained if record["metric_name"] is not None}
@@ -289,7 +280,7 @@ def accuracy(run: Run) -> list[Table | str]:
         if ended and record["metric_value"] is not None:
             put(name, metric(record["metric_value"], record["metric_name"]))
         elif record["status"] != "ok":
-            # A gap would look like a seed that nobody asked for.
+            # A gap would look like a seed that was not planned.
             put(name, str(record["status"]))
         if ended and record["published_metric_value"] is not None:
             put(f"{name}, published test set", metric(record["published_metric_value"], record["metric_name"]))
@@ -315,13 +306,13 @@ def accuracy(run: Run) -> list[Table | str]:
 
 
 def against_fp32(run: Run) -> Table:
-    """Whether each mode trains as well as fp32, seed by seed."""
+    """Show whether each mode trains as well as fp32, seed by seed."""
     rows = []
     for row in summary_of(run):
         if row["metric_verdict"] is None:
             continue
         needed = row["metric_seeds_needed"]
-        verdict = str(row["metric_verdict"]) + ("" if needed is None else f" ({needed} seeds would tell)")
+        verdict = str(row["metric_verdict"]) + ("" if needed is None else f" ({needed} seeds would decide)")
         low, high = row["metric_difference_low"], row["metric_difference_high"]
         rows.append(
             [
@@ -337,7 +328,7 @@ def against_fp32(run: Run) -> Table:
 
 
 def noise(run: Run, floors: Floors) -> list[Table | str]:
-    """Spread between processes of this run and between runs of its code, for judging whether a change is real."""
+    """Show the spread of processes and of runs of the same code, to judge whether a change is real."""
     time, cases = COSTS["step_time"], _groups(run)
     assumed = assumed_floor([cases], time)
     rows = []
@@ -366,11 +357,8 @@ def noise(run: Run, floors: Floors) -> list[Table | str]:
     return [table, f"Spread: standard deviation. {basis}"]
 
 
-# What is missing.
-
-
 def troubles(run: Run) -> list[Table | str]:
-    """Cases with another status than ok: why, and the last output of the process."""
+    """Show the cases that are not ok: why, and the last output of each process."""
     tails = [
         f"The last lines of {text(record['case_id'])}:\n\n{fenced(record['output_tail'])}"
         for record in run.records
@@ -380,20 +368,20 @@ def troubles(run: Run) -> list[Table | str]:
 
 
 def trouble_table(run: Run) -> Table:
-    """The cases with another status than ok."""
+    """Return a row per case that is not ok."""
     names = ("case_id", "status", "status_reason")
     bad = [record for record in run.records if record["status"] != "ok"]
     return Table(["case", "status", "reason"], [[text(record[name]) for name in names] for record in bad])
 
 
 def unread(run: Run, left_out: Sequence[tuple[str, str]] = ()) -> str:
-    """A list of what could not be read: in the run's own files, and of other runs the folder with the reason."""
+    """List what could not be read in the run's own files, and the folders of other runs, with reasons."""
     lines = [*run.problems, *(f"{folder} was left out: {reason}" for folder, reason in left_out)]
     return "\n".join(f"- {escape(line)}" for line in lines)
 
 
 def missing(run: Run) -> Table:
-    """The reasons for empty cells, with the columns and modes that they apply to."""
+    """Show the reasons for empty cells, with the columns and modes that they apply to."""
     cases: dict[tuple[str, str], list[int]] = {}
     for place, record in enumerate(run.records):
         for column, reason in record.unavailable.items():
@@ -411,7 +399,7 @@ def missing(run: Run) -> Table:
 
 
 def fenced(text: str) -> str:
-    """A code block that nothing in ``text`` can end, without a terminal's colours and bells."""
+    """Return a code block that nothing in ``text`` can end, without a terminal's colours and bells."""
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.replace("\r\n", "\n").replace("\r", "\n"))
     plain = "".join(c for c in plain if c in "\n\t" or c.isprintable()).strip("\n")
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", plain))])

@@ -1,4 +1,4 @@
-"""Tables for people and programs, and how numbers are written: one formatter per unit."""
+"""Tables for people and programs, and numbers as text: a formatter per unit, which writes None as a dash."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from tabulate import tabulate
 from mpscale.core.columns import Column, Format
 
 DASH = "–"  # noqa: RUF001
-"""Stands for what is unknown."""
+"""Stands for an unknown value."""
 
 _PERCENT_METRICS = ("accuracy",)
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under headers: texts for people, or plain values for programs, None if unknown."""
+    """Rows under headers: texts for people, or plain values for programs, None for unknown ones."""
 
     headers: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
     @classmethod
     def of(cls, headers: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Table:
-        """A table of dicts; keys that are missing are unknown."""
+        """Make a table of dicts. Values of missing keys are unknown."""
         return cls(headers, [[row.get(name) for name in headers] for row in rows])
 
     def __bool__(self) -> bool:
         return bool(self.rows)
 
     def without_blank(self, *names: str) -> Table:
-        """The table without those of the named columns that hold nothing but dashes."""
+        """Leave out those of the named columns that contain only dashes."""
         blank = {name for name in names if all(row[self.headers.index(name)] == DASH for row in self.rows)}
         kept = [place for place, header in enumerate(self.headers) if header not in blank]
         return Table([self.headers[place] for place in kept], [[row[place] for place in kept] for row in self.rows])
 
     def text(self) -> str:
-        """For a terminal; empty if there are no rows."""
+        """Return the table for a terminal; empty if there are no rows."""
         return tabulate(self.rows, self.headers, "simple", disable_numparse=True) if self.rows else ""
 
     def markdown(self) -> str:
-        """For GitHub: no cell can break the table or act as HTML. Empty if there are no rows."""
+        """Return the table for GitHub; empty if there are no rows. No cell can break it or act as HTML."""
         if not self.rows:
             return ""
         rows = [[escape(cell) for cell in row] for row in self.rows]
         return tabulate(rows, [escape(header) for header in self.headers], "github", disable_numparse=True)
 
     def csv(self) -> str:
-        """With numbers in full and empty cells for what is unknown or infinite."""
+        """Return the table as CSV, with numbers in full and empty cells for unknown or infinite values."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.headers)
@@ -62,12 +62,12 @@ class Table:
 
 
 def json_text(content: Any) -> str:
-    """JSON with null for what is unknown or infinite: JSON has no infinity."""
+    """Return JSON, with null for unknown or infinite values: JSON has no infinity."""
     return json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
 def finite(value: Any) -> Any:
-    """The value with None for every float in it that is not finite, such as an end of a very wide interval."""
+    """Replace every float that is not finite by None, such as an end of a very wide interval."""
     if isinstance(value, Mapping):
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -76,7 +76,7 @@ def finite(value: Any) -> Any:
 
 
 def escape(text: str) -> str:
-    """``text`` on one line, with nothing in it that markdown or HTML acts upon."""
+    """Put ``text`` on one line and escape everything that markdown or HTML would interpret."""
     line = " ".join(str(text).split()).replace("\\", "\\\\")
     line = line.replace("&", "&amp;").replace("<", "&lt;")
     for mark in "|`*~":
@@ -84,11 +84,8 @@ def escape(text: str) -> str:
     return line
 
 
-# Numbers as text. None is unknown and becomes a dash.
-
-
 def number(value: float | None, digits: int = 3) -> str:
-    """``value`` to ``digits`` significant digits, without an exponent as long as that is readable."""
+    """Write ``value`` to ``digits`` significant digits, without an exponent as long as that is readable."""
     if value is None:
         return DASH
     if not math.isfinite(value) or value == 0:
@@ -99,34 +96,34 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def large(value: float | None, unit: str = "") -> str:
-    """``value`` to four significant digits, with its unit."""
+    """Write ``value`` to four significant digits, with its unit."""
     return DASH if value is None else f"{number(value, 4)} {unit}".strip()
 
 
 def count(value: float | None) -> str:
-    """A whole number."""
+    """Write a whole number."""
     return DASH if value is None else f"{value:.0f}"
 
 
 def share(value: float | None, decimals: int = 0) -> str:
-    """A share of 1 as percent."""
+    """Write a share of 1 as percent."""
     return DASH if value is None else f"{100 * value:.{decimals}f} %"
 
 
 def loss_scale(value: float | None) -> str:
-    """A loss scale. It is usually a power of two, and then written in full."""
+    """Write a loss scale, in full if it is a whole number below 1e9."""
     if value is None:
         return DASH
     return f"{value:.0f}" if abs(value) < 1e9 and value == int(value) else f"{value:.6g}"
 
 
 def yes_no(value: bool | None) -> str:
-    """A truth value."""
+    """Write a truth value."""
     return DASH if value is None else "yes" if value else "no"
 
 
 def text(value: Any) -> str:
-    """Any value as it is."""
+    """Write any value as it is."""
     return DASH if value is None else str(value)
 
 
@@ -142,18 +139,18 @@ _FORMATTERS: dict[Format, Callable[[Any], str]] = {
 
 
 def shown(column: Column, value: Any) -> str:
-    """A value of a column, written as the data dictionary says."""
+    """Write a value of a column in the format that the data dictionary gives it."""
     return _FORMATTERS[column.format](value)
 
 
 def interval(estimate: float | None, low: float | None, high: float | None, unit: str) -> str:
-    """``7.91 [7.80, 8.02] ms``: the ends with the decimals of the estimate, left out if unknown.
+    """Write ``7.91 [7.80, 8.02] ms``: the ends have the decimals of the estimate and are left out if unknown.
 
     Args:
         estimate: the number itself, written with three significant digits; ratios (``x``) with two decimals.
         low: lower end of its interval; None if a single process cannot give it.
         high: upper end.
-        unit: written behind; include a leading space if it needs one.
+        unit: written behind the number; include a leading space if it needs one.
     """
     if estimate is None:
         return DASH
@@ -166,19 +163,19 @@ def interval(estimate: float | None, low: float | None, high: float | None, unit
 
 
 def change(value: float | None, low: float | None = None, high: float | None = None) -> str:
-    """A relative change as percent, with its interval if known: ``+3.1% [+1.0%, +5.2%]``."""
+    """Write a relative change as percent, with its interval if known: ``+3.1% [+1.0%, +5.2%]``."""
     if value is None:
         return DASH
     return f"{value:+.1%}" if low is None or high is None else f"{value:+.1%} [{low:+.1%}, {high:+.1%}]"
 
 
 def metric(value: float | None, name: str | None) -> str:
-    """A workload's metric, as percent if it is an accuracy."""
+    """Write a workload's metric, as percent if it is an accuracy."""
     return share(value, 2) if name in _PERCENT_METRICS else number(value, 4)
 
 
 def metric_change(difference: float, name: str | None) -> str:
-    """A difference between two values of a metric, in words."""
+    """Write a difference between two values of a metric in words."""
     if name in _PERCENT_METRICS:
         size, rounded = f"{abs(100 * difference):.2f} points", round(100 * difference, 2)
     else:
@@ -187,7 +184,7 @@ def metric_change(difference: float, name: str | None) -> str:
 
 
 def metric_difference(value: float | None, low: float | None, high: float | None, name: str | None) -> str:
-    """A difference between two values of a metric with its interval, in points if it is an accuracy."""
+    """Write a difference between two values of a metric with its interval, in points if it is an accuracy."""
     if value is None:
         return DASH
     factor, unit = (100, " points") if name in _PERCENT_METRICS else (1, "")
@@ -200,7 +197,7 @@ def metric_difference(value: float | None, low: float | None, high: float | None
 
 
 def metric_margin(value: float | None, name: str | None) -> str:
-    """A margin of a metric, in points if it is an accuracy."""
+    """Write a margin of a metric, in points if it is an accuracy."""
     if value is None:
         return DASH
     if name not in _PERCENT_METRICS:
@@ -209,39 +206,36 @@ def metric_margin(value: float | None, name: str | None) -> str:
 
 
 def span(texts: Iterable[str]) -> str:
-    """The first and the last of some sorted texts, or the only one."""
+    """Write the first and the last of some sorted texts, or the only one."""
     known = [text for text in texts if text != DASH]
     if not known:
         return DASH
     return known[0] if known[0] == known[-1] else f"{known[0]} to {known[-1]}"
 
 
-# Words that several tables and sentences need.
-
-
 def plural(number: int, noun: str) -> str:
-    """``1 row``, ``2 rows``."""
+    """Write ``1 row``, ``2 rows``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def listed(names: Sequence[str], most: int) -> str:
-    """The first ``most`` names, and how many more there are."""
+    """Write the first ``most`` names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def of_seeds(known: int, row: Mapping[str, Any]) -> str:
-    """What :func:`of_all` says about the seeds of a row of the summary."""
+    """Apply :func:`of_all` to the seeds of a row of the summary."""
     return of_all(known, row["seeds_planned"], "seeds")
 
 
 def of_processes(known: int, row: Mapping[str, Any]) -> str:
-    """What :func:`of_all` says about the processes of a row of the summary."""
+    """Apply :func:`of_all` to the processes of a row of the summary."""
     return of_all(known, row["cases"] + row["not_started"], "processes")
 
 
 def of_all(known: int, planned: int, what: str) -> str:
-    """`` (4 of 5 seeds)`` behind a figure that does not cover all, else nothing."""
+    """Write `` (4 of 5 seeds)`` for a figure that does not cover all, else nothing."""
     return f" ({known} of {planned} {what})" if known < planned else ""
 
 

@@ -26,7 +26,7 @@ ENERGY = ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetFieldValues")
 
 
 def calm(**environ):
-    """The environment without the variables that change figures, and with these; None leaves one out."""
+    """The environment without the variables that affect figures, plus ``environ``; None leaves one out."""
     changed = {**os.environ, **CALM, **environ}
     return {name: value for name, value in changed.items() if value is not None}
 
@@ -68,9 +68,6 @@ def gpu_here(stand_in_nvml, tmp_path):
     return find
 
 
-# Without a GPU.
-
-
 def test_a_machine_without_gpu_is_complete_for_a_cpu_and_examined_without_tensorflow():
     done, imported = run_and_list_imports("doctor", environ=calm(CUDA_VISIBLE_DEVICES="-1"))
     assert not imported & {"tensorflow", "keras", "matplotlib"}
@@ -90,7 +87,7 @@ def test_json_has_the_same_facts():
     assert all((row["reason"] is None) == (row["answer"] == "yes") for row in found["measured"])
 
 
-def test_training_on_a_gpu_that_is_not_there_fails_with_the_reason():
+def test_training_without_a_gpu_is_a_problem():
     found = facts("--gpu", CUDA_VISIBLE_DEVICES="-1")
     assert codes(found) == [Code.NO_GPU]
     assert found["trained"] is None
@@ -111,7 +108,7 @@ def test_wrong_use():
         ("CUDA_LAUNCH_BLOCKING", "1", "is set"),
     ],
 )
-def test_variables_are_named_and_harm_no_run_on_a_cpu(variable, value, words):
+def test_variables_are_noted_and_not_a_problem_on_a_cpu(variable, value, words):
     found = facts(CUDA_VISIBLE_DEVICES="-1", **{variable: value})
     (note,) = [note for note in found["notes"] if note.startswith(variable)]
     assert words in note
@@ -140,7 +137,7 @@ def test_a_broken_driver_library_is_a_problem_unless_the_gpu_is_hidden(tmp_path,
         (["avx512_bf16"], "no", "in part", "--mp-jit off"),
         (["avx512_bf16", "avx512_fp16", "amx_bf16"], "in part", "yes", "bfloat16 and float16"),
         (["amx_fp16"], "yes", "no", "instructions for float16."),
-        (None, None, None, "does not tell"),
+        (None, None, None, "does not report"),
     ],
 )
 def test_what_a_cpu_computes_fast(flags, float16, bfloat16, words):
@@ -186,9 +183,6 @@ def test_an_examination_that_found_nothing_can_be_shown():
     assert json.loads(render(Examination(), as_json=True))["verdict"] == 0
 
 
-# With a scripted GPU.
-
-
 def test_a_healthy_gpu_is_complete(stand_in_nvml, tmp_path):
     script = Script(tmp_path / "script.txt")
     done = doctor(**script.environ(stand_in_nvml))
@@ -206,7 +200,7 @@ def test_a_healthy_gpu_gives_every_figure(gpu_here):
     assert found["verdict"] == 0
 
 
-def test_others_on_the_gpu(gpu_here):
+def test_other_processes_on_the_gpu(gpu_here):
     gpu_here.script.process("graphics", 4321, 100)
     found = gpu_here()
     assert found["verdict"] == 0
@@ -223,7 +217,7 @@ def test_settings_and_heat_are_noted(gpu_here):
         assert words in notes
 
 
-def test_a_driver_without_energy_is_to_be_updated(gpu_here, tmp_path_factory):
+def test_a_driver_without_energy_readings_should_be_updated(gpu_here, tmp_path_factory):
     old = build(tmp_path_factory.mktemp("old"), without=ENERGY)
     found = gpu_here(library=old)
     assert answers(found)["energy"] == "in part"
@@ -232,7 +226,7 @@ def test_a_driver_without_energy_is_to_be_updated(gpu_here, tmp_path_factory):
     assert "-> update the NVIDIA driver" in problems(found)
 
 
-def test_a_gpu_without_a_counter_of_energy_is_complete(gpu_here):
+def test_a_gpu_without_an_energy_counter_is_complete(gpu_here):
     gpu_here.script.set(energy=None)
     found = gpu_here()
     assert (answers(found)["energy"], found["verdict"]) == ("in part", 0)
@@ -241,7 +235,7 @@ def test_a_gpu_without_a_counter_of_energy_is_complete(gpu_here):
     assert (answers(found)["energy"], answers(found)["power"], found["verdict"]) == ("no", "no", 0)
 
 
-def test_a_call_without_permission_is_to_be_allowed(gpu_here):
+def test_a_missing_permission_is_a_problem(gpu_here):
     gpu_here.script.fail("nvmlDeviceGetTemperatureV", 4).fail("nvmlDeviceGetTemperature", 4)
     found = gpu_here()
     assert answers(found)["temperature"] == "no"
@@ -249,7 +243,7 @@ def test_a_call_without_permission_is_to_be_allowed(gpu_here):
     assert "-> give this user access" in problems(found)
 
 
-def test_a_mig_instance_has_less_and_nothing_to_do(gpu_here):
+def test_a_mig_instance_lacks_figures_but_needs_no_change(gpu_here):
     gpu_here.script.mig()
     found = gpu_here()
     assert found["verdict"] == 0
@@ -266,13 +260,13 @@ def test_a_garbled_list_of_processes(gpu_here):
 
 
 @pytest.mark.parametrize("visible", ["", "-1"])
-def test_a_hidden_gpu_leaves_the_cpu(gpu_here, visible):
+def test_the_cpu_is_examined_if_the_gpu_is_hidden(gpu_here, visible):
     found = gpu_here(CUDA_VISIBLE_DEVICES=visible)
     assert (found["device"]["kind"], found["verdict"]) == ("cpu", 0)
     assert any("hides mpscale stand-in A100" in note for note in found["notes"])
 
 
-def test_a_gpu_that_is_not_there_is_wrong(gpu_here):
+def test_selecting_a_gpu_that_does_not_exist_is_a_problem(gpu_here):
     found = gpu_here("--gpu", CUDA_VISIBLE_DEVICES="7")
     assert (found["device"], found["measured"], found["trained"]) == (None, [], None)
     assert codes(found) == [Code.NO_DEVICE, Code.NO_GPU]
@@ -293,7 +287,7 @@ def test_a_gpu_that_is_not_there_is_wrong(gpu_here):
         ("XLA_FLAGS", "--xla_dump_to=x", 0),
     ],
 )
-def test_variables_that_make_figures_of_a_gpu_wrong(gpu_here, variable, value, verdict):
+def test_variables_that_falsify_figures_of_a_gpu_are_problems(gpu_here, variable, value, verdict):
     found = gpu_here(**{variable: value})
     assert found["verdict"] == verdict, problems(found)
     said = found["notes"] if verdict == 0 else [each["problem"] for each in found["problems"]]
@@ -311,14 +305,14 @@ def test_a_gpu_that_tensorflow_cannot_use(gpu_here, capability, cuda, code):
 
 
 @needs_cuda_build
-def test_a_newer_gpu_than_tensorflow_is_made_ready_at_first_use(gpu_here):
+def test_a_gpu_newer_than_tensorflow_is_noted(gpu_here):
     gpu_here.script.set(capability=(12, 0))
     found = gpu_here()
     assert found["verdict"] == 0
     assert any("no machine code for compute capability 12.0" in note for note in found["notes"])
 
 
-def test_a_driver_that_takes_its_process_down_cannot_watch(gpu_here):
+def test_a_driver_that_crashes_its_process_is_a_problem(gpu_here):
     gpu_here.script.crash("nvmlDeviceGetMemoryInfo_v2")
     found = gpu_here()
     assert codes(found) == [Code.MONITOR_DIED]
@@ -337,7 +331,7 @@ def test_a_driver_that_does_not_start_is_a_problem_if_there_must_be_a_gpu(gpu_he
     assert all(each["do"] for each in found["problems"])
 
 
-def test_a_short_training_in_place_of_a_gpu(gpu_here):
+def test_a_short_training_on_a_simulated_gpu(gpu_here):
     gpu_here.script.process("compute", "@worker", "0:300 1:700")
     found = gpu_here("--gpu")
     trained = found["trained"]

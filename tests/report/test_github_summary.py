@@ -62,7 +62,7 @@ def test_a_failed_case_is_shown_with_its_output_folded(tmp_path):
     assert table(text, "Cases that did not end well") == [
         {"case": "toy--mixed-static--s0--r0", "status": "crashed", "reason": "signal 11"}
     ]
-    # Within the fence, which nothing inside can end, and after the blank line that markdown needs there.
+    # The fence cannot be ended from inside, and markdown needs the blank line before it.
     assert (
         "<details>\n<summary>The last lines of toy--mixed-static--s0--r0</summary>\n\n"
         "````text\nred\n</details>\n```\nend\n````\n\n</details>\n"
@@ -97,7 +97,7 @@ def test_a_long_output_keeps_its_end(tmp_path):
 def test_a_section_with_many_rows_leaves_room_for_the_next(tmp_path):
     cases = [bad(0, workload=f"w{number:03}") for number in range(700)]
     text = summary(tmp_path, *cases)
-    # Two lines of each table are its head; the findings have a paragraph and a blank line before theirs.
+    # Each table has two lines of headers; a paragraph and a blank line precede the list of findings.
     assert re.findall(r"^\*(\d+) more lines: see the report\.\*$", text, re.M) == ["202"] * 3
     assert len(table(text, "Results")) == len(table(text, "Cases that did not end well")) == 498
 

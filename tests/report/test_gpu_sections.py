@@ -1,10 +1,10 @@
-"""What a report says about the GPU."""
+"""The sections of a report about the GPU."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from support.runfolder import CPU, GPU, record
+from support.runfolder import GPU, record
 from test_report_markdown import rendered, table
 
 from mpscale.core.columns import COLUMNS, Cell, Over, Sheet
@@ -63,13 +63,6 @@ def test_a_refused_ratio_is_explained(tmp_path):
     said = [line for line in text.splitlines() if line.startswith("No ratio is given for")]
     assert [line.partition(":")[0] for line in said] == ["No ratio is given for toy mixed-dynamic"] * 2
     assert "`gpu_allocator`" in said[0] and "`gpu_energy_method`" in said[1]
-
-
-def test_a_run_without_a_gpu_has_no_gpu_tables(tmp_path):
-    text = rendered(tmp_path, record("fp32", step_time_ms_median=2.0), device=CPU)
-    assert "GPU memory by part" not in text
-    assert "GPU energy" not in text
-    assert "GPU state" not in text
 
 
 def test_a_stand_in_gpu_is_called_one(tmp_path):

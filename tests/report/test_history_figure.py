@@ -1,4 +1,4 @@
-"""The picture of a history, read back from its SVG, and measured where text could touch text."""
+"""The picture of a history, read back from its SVG, and measured where texts could overlap."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 
 import pytest
 from support.runfolder import CPU, GPU, finished, record, write_run
+from test_run_figures import SVG, texts
 
 from mpscale.analysis.history import make_history
 from mpscale.core.mode import MODES
@@ -18,7 +19,6 @@ from mpscale.report import history as history_figure
 from mpscale.report.figures import FigureError
 from mpscale.report.history import draw_history
 
-SVG = "{http://www.w3.org/2000/svg}"
 START = datetime(2026, 1, 2, 3, 4)
 
 
@@ -46,10 +46,6 @@ def runs_of(folder, number, workloads=("toy",), modes=("fp32", "mixed-static"), 
 def svg_of(history, tmp_path):
     draw_history(history, tmp_path / "h.svg")
     return ET.parse(tmp_path / "h.svg").getroot()
-
-
-def texts(element):
-    return ["".join(text.itertext()) for text in element.iter(f"{SVG}text")]
 
 
 def groups(root, start):
@@ -81,6 +77,9 @@ def test_one_panel_for_each_workload_and_one_line_for_each_series(tmp_path):
         assert name in shown
         assert "step time (ms)" in shown
         assert [text for text in shown if text.startswith("2026")] == ["2026-01-02", "2026-01-03", "2026-01-04"]
+    for name, line in groups(root, "line-").items():
+        mode = ("fp32", "tf32", "article")[int(name[-1]) - 1]
+        assert f"stroke: {MODES[mode].colour.lower()}" in ET.tostring(line, "unicode")
     legend = texts(groups(root, "legend")["legend"])
     assert [text for text in legend if text in MODES] == ["fp32", "tf32", "article"]
 

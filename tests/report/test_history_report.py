@@ -9,6 +9,7 @@ import math
 
 import pytest
 from support.runfolder import CPU, GPU, finished, record, write_run
+from test_report_markdown import table
 
 from mpscale.analysis.history import make_history
 from mpscale.core.runs import read_run
@@ -42,12 +43,6 @@ def two_runs(tmp_path):
         ],
         skipped=[("results/runs/torn", "not readable")],
     )
-
-
-def table(text):
-    """The cells of a markdown table, by header."""
-    lines = [[c.strip() for c in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("|")]
-    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
 def test_one_row_per_series_and_run_with_dashes_for_unknowns(two_runs):
@@ -91,7 +86,7 @@ def test_blank_columns_are_left_out(tmp_path):
     assert "Change" not in render(history, "table")
 
 
-def test_series_of_several_machines_are_told_apart(tmp_path):
+def test_series_of_several_machines_are_distinguished(tmp_path):
     runs = [run_of(tmp_path, day, processes(2.0), device=device) for day, device in ((1, CPU), (2, GPU))]
     assert [row["series"] for row in table(render(make_history(runs), "markdown"))] == ["Test CPU", "Test GPU"]
 
@@ -143,10 +138,10 @@ def test_json_has_the_series_and_what_was_skipped(two_runs):
 
 def test_an_interval_that_no_float_can_hold_leaves_json_valid(tmp_path):
     history = make_history([run_of(tmp_path, 1, processes(1e-200, 1e200))])
-    assert history.series[0].points[0].high == math.inf  # or this test is about nothing
+    assert history.series[0].points[0].high == math.inf  # else this test checks nothing
 
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     content = json.loads(render(history, "json"), parse_constant=refuse)
     assert content["series"][0]["points"][0]["high"] is None

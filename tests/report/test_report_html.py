@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 from support.runfolder import GPU, finished, record, write_run, write_steps
+from test_run_figures import luminance
 
 from mpscale.core.mode import MODES
 from mpscale.core.runs import read_run
@@ -140,7 +142,7 @@ def test_a_link_unfolds_its_section(page):
 
 
 def drawn_pictures(browser):
-    """For each picture its title, whether it shows something, and the texts that lie outside of it."""
+    """For each picture: its title, whether it shows something, and the texts that extend beyond it."""
     return browser.execute_script(
         """return [...document.querySelectorAll('figure')].map(figure => {
             const svg = figure.querySelector('svg').getBoundingClientRect();
@@ -165,17 +167,10 @@ def test_text_stands_out_from_the_page_in_light_and_in_dark(page, scheme):
     colours = page.execute_script(
         "const style = getComputedStyle(document.body); return [style.color, style.backgroundColor]"
     )
-    text, ground = (luminance(colour) for colour in colours)
+    text, ground = (luminance(*map(int, re.findall(r"\d+", colour))) for colour in colours)
     assert (ground > text) == (scheme == "light")
     # WCAG 2.2, contrast ratio of level AAA
     assert (max(text, ground) + 0.05) / (min(text, ground) + 0.05) > 7
-
-
-def luminance(colour):
-    """Relative luminance of ``rgb(r, g, b)``; WCAG 2.2."""
-    channels = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.parametrize(

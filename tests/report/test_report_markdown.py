@@ -1,4 +1,4 @@
-"""report.md says what the records say, whatever is missing."""
+"""report.md shows what the records contain, whatever is missing."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def rendered(tmp_path, *records, **options):
     return render(document(read_run(write_run(tmp_path, finished(records), **options))))
 
 
-def table(report, title):
-    """The cells of the first table of a section, by header."""
-    section = report.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
-    lines = [[c.strip() for c in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+def table(report, title=""):
+    """The cells of the first table of a section, by header. Without a title: of the first section."""
+    section = report.split(f"## {title}\n" if title else "## ", 1)[1].split("\n## ", 1)[0]
+    lines = [[c.strip() for c in line.strip("|").split(" | ")] for line in section.splitlines() if line.startswith("|")]
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
@@ -135,7 +135,7 @@ def test_accuracy_is_judged_against_fp32(tmp_path):
     assert [list(row.values()) for row in table(report, "Accuracy against fp32")] == [
         ["toy", "mixed-static", "+2.00 [+2.00, +2.00] points", "2", "1 point", "non-inferior"],
         # Half-width 6.314 x 1.414 / sqrt(2) points; 8 seeds: 1.895 x 1.414 / sqrt(8) is below 1.
-        ["toy", "mixed-dynamic", "+0.00 [-6.31, +6.31] points", "2", "1 point", "inconclusive (8 seeds would tell)"],
+        ["toy", "mixed-dynamic", "+0.00 [-6.31, +6.31] points", "2", "1 point", "inconclusive (8 seeds would decide)"],
         ["toy", "mixed-bf16", "-10.00 [-10.00, -10.00] points", "2", "1 point", "worse"],
     ]
 
@@ -182,7 +182,7 @@ def test_failures_are_shown_with_the_last_output(tmp_path):
     assert "1 of 2 cases did not end well." in report
 
 
-def test_a_run_that_was_killed_says_so(tmp_path):
+def test_a_killed_run_is_reported_as_unfinished(tmp_path):
     path = write_run(tmp_path, [*finished([record()]), started(record(seed=1))], finish=False, planned=["a", "b"])
     report = render(document(read_run(path)))
     assert "2 planned cases were not started." in report
@@ -190,7 +190,7 @@ def test_a_run_that_was_killed_says_so(tmp_path):
     assert "toy--fp32--s1--r0" in report
 
 
-def test_reasons_are_grouped_by_columns_that_share_them(tmp_path):
+def test_columns_that_are_empty_for_the_same_reason_share_a_row(tmp_path):
     first, second = record("fp32"), record("mixed-bf16")
     for one in (first, second):
         one.miss(["tf32", "gpu_allocator"], Reason(Code.NO_GPU, "no GPU"))
@@ -209,9 +209,10 @@ def test_environment_and_settings_are_listed(tmp_path):
 
 
 def test_empty_sections_are_left_out(tmp_path):
-    report = rendered(tmp_path, record(), environment={}, settings={})
-    titles = [line[3:] for line in report.splitlines() if line.startswith("## ")]
-    assert titles == ["Results", "How to read this"]
+    for values, more in ({}, []), ({"step_time_ms_median": 2.0}, ["Timing quality", "Step time noise"]):
+        report = rendered(tmp_path / str(len(values)), record(**values), environment={}, settings={})
+        titles = [line[3:] for line in report.splitlines() if line.startswith("## ")]
+        assert titles == ["Results", *more, "How to read this"]
 
 
 def test_a_run_without_cases_has_a_report(tmp_path):

@@ -83,11 +83,11 @@ def test_a_value_is_written_as_its_column_says(name, value, text):
     assert shown(COLUMNS[name], value) == text
 
 
-def test_every_column_has_a_format_that_knows_the_unknown():
+def test_every_format_writes_an_unknown_value_as_a_dash():
     assert {shown(column, None) for column in (*COLUMNS.values(), *SUMMARY)} == {DASH}
 
 
-def test_programs_get_numbers_in_full_and_nothing_for_what_is_unknown_or_infinite():
+def test_programs_get_numbers_in_full_and_no_unknown_or_infinite_values():
     rows = [{"a": 0.1 + 0.2, "b": math.inf}, {"a": None, "b": "x, y"}, {}]
     assert list(csv.reader(Table.of(["a", "b"], rows).csv().splitlines())) == [
         ["a", "b"], ["0.30000000000000004", ""], ["", "x, y"], ["", ""],
@@ -95,6 +95,6 @@ def test_programs_get_numbers_in_full_and_nothing_for_what_is_unknown_or_infinit
     assert json.loads(json_text(rows)) == [{"a": 0.1 + 0.2, "b": None}, {"a": None, "b": "x, y"}, {}]
 
 
-def test_a_table_without_rows_is_no_table_for_people_and_a_header_for_programs():
+def test_a_table_without_rows_is_empty_for_people_and_a_header_for_programs():
     table = Table(["a", "b"], [])
     assert (table.text(), table.markdown(), table.csv()) == ("", "", "a,b\n")

@@ -336,8 +336,8 @@ def test_pictures_say_what_is_missing(tmp_path):
     run = read_run(path)
     picture = gains(run)
     assert "Compared with what is left of toy, fp32: ok 4, oom 1." in picture.caption
-    assert "No metric drawn of toy, mixed-static: lost seeds 0, 1, 2, 3, 4" in picture.caption
-    assert "No metric drawn of toy, mixed-bf16" in picture.caption
+    assert "No metric drawn for toy, mixed-static: lost seeds 0, 1, 2, 3, 4" in picture.caption
+    assert "No metric drawn for toy, mixed-bf16" in picture.caption
     assert "Hollow: some seeds or processes are not in it" in picture.caption
     drawn = training(run)
     assert "A star is the last finite loss of a seed (1 of them)" in drawn.caption
