@@ -30,7 +30,7 @@ PRECISION_FLAGS = (
     "amx_bf16",
     "amx_fp16",
 )
-"""Processor features that decide how fast, and by which kernels, float16 and bfloat16 are computed."""
+"""Processor features that decide how fast and by which kernels float16 and bfloat16 are computed."""
 
 PACKAGES = (
     "mpscale",
@@ -82,7 +82,7 @@ def cpu() -> Device:
 
 
 def cpu_facts() -> dict[str, Any]:
-    """What is known of the processor.
+    """Describe the processor.
 
     Returns:
         ``model``, a name; ``physical_cores`` of the whole host; ``logical_cores`` that this process may use;
@@ -148,7 +148,7 @@ class CpuTimes:
     """Seconds that all processors together have spent since the host started, and one process's share.
 
     Args:
-        busy_s: working, for whomever.
+        busy_s: working for any process.
         steal_s: ready to work while the hypervisor gave the processor to another machine.
         total_s: in all, idle time included.
         own_s: working for one process and the children that it has waited for.
@@ -174,7 +174,7 @@ def cpu_times(pid: int) -> CpuTimes | None:
 
 
 class HostNoise:
-    """How busy the host was with other things while a case was timed.
+    """Measures how busy the host was with other work while a case was timed.
 
     Args:
         pid: the worker.
@@ -200,7 +200,7 @@ class HostNoise:
         found = Findings()
         no_load = Reason(Code.HOST_SILENT, "the system has no load average")
         found.put("host_load", self._load[0] if self._load else no_load)
-        no_clock = Reason(Code.HOST_SILENT, "nothing was timed, or the host does not tell")
+        no_clock = Reason(Code.HOST_SILENT, "nothing was timed, or the host does not report its clock")
         found.put("host_clock_mhz", no_clock if self._clock is None else self._clock)
         start, end = self._start, self._end
         shares = ("host_other_cpu_share", "host_steal_share")
@@ -269,15 +269,15 @@ def _gpu(device: Device, driver: Driver) -> dict[str, Any] | None:
     if device.kind != "gpu":
         return None
     try:
-        told = driver.facts(device)
+        known = driver.facts(device)
     except SilentDriver as error:
         return {"reason": str(error)}
-    # The device is recorded beside it.
-    known = {*device.to_json(), "driver", "cuda_driver"} - {"mig"}
+    # These are recorded beside it.
+    elsewhere = {*device.to_json(), "driver", "cuda_driver"} - {"mig"}
     return {
-        "facts": {name: value for name, value in told["facts"].items() if name not in known},
-        "ways": told["ways"],
-        "reasons": {reading: reason.to_json() for reading, reason in told["reasons"].items()},
+        "facts": {name: value for name, value in known["facts"].items() if name not in elsewhere},
+        "ways": known["ways"],
+        "reasons": {reading: reason.to_json() for reading, reason in known["reasons"].items()},
     }
 
 

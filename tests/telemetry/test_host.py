@@ -84,7 +84,7 @@ def spin(seconds: float) -> None:
 
 @linux
 def test_own_time_is_not_counted_as_others() -> None:
-    """This process works: for a watch of itself that is its own time, for a watch of an idle worker it is others'."""
+    """This process works: that is its own time when it is watched, and others' time when an idle worker is."""
     code = "import sys; sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as idle:
         busy_worker, idle_worker = host.HostNoise(os.getpid()), host.HostNoise(idle.pid)
