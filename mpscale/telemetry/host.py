@@ -218,6 +218,8 @@ class HostNoise:
 def environment(device: Device, driver: Driver, project_dir: Path) -> dict[str, Any]:
     """The software and the machine, for ``run.json``: plain values, None for what is unknown.
 
+    Reports get published, so host names, paths and other environment variables are left out.
+
     Args:
         device: where the run trains.
         driver: of the GPU.
@@ -272,7 +274,7 @@ def _gpu(device: Device, driver: Driver) -> dict[str, Any] | None:
         known = driver.facts(device)
     except SilentDriver as error:
         return {"reason": str(error)}
-    # These are recorded beside it.
+    # run.json has these in other places.
     elsewhere = {*device.to_json(), "driver", "cuda_driver"} - {"mig"}
     return {
         "facts": {name: value for name, value in known["facts"].items() if name not in elsewhere},

@@ -301,7 +301,7 @@ class Samples:
 
         Args:
             reading: one that samples have.
-            first_s: begin of that time.
+            first_s: start of that time.
             last_s: its end.
             tolerated_s: how long it may fail at a time; :data:`CALM_S` longer while the monitor looks rarely.
             failed: as in :meth:`gaps`.
