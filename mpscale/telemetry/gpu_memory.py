@@ -86,7 +86,7 @@ def _tolerated_s(samples: Samples) -> float:
 def _unlisted(samples: Samples) -> Callable[[Sample], bool]:
     """Return a predicate: whether a sample lacks the worker's memory.
 
-    That is so if there is no list of processes, if the list names the worker without its memory or if, before the last
+    That is so if there is no list of processes, if the list names the worker without its memory or if, up to the last
     phase, it no longer names the worker: a worker holds memory until it ends.
     """
     known_s = [row.time_s for row in samples.rows if row.process_memory_mib is not None]
