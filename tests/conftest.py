@@ -6,12 +6,12 @@ import shutil
 import pytest
 from support.nvml_stand_in import build
 
-# Before anything imports TensorFlow: no GPU is looked for, and its start-up notes stay out of the output.
+# Before anything imports TensorFlow, so that it looks for no GPU and prints no start-up messages.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-# A worker of pytest-xdist knows by now that it is one. A pytest that a test starts is none, and pytest-benchmark would
-# time nothing in it.
+# A worker of pytest-xdist has read these by now. A pytest that a test starts is not a worker, but with these variables
+# pytest-benchmark would take it for one and time nothing.
 for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
     del os.environ[name]
 
@@ -20,7 +20,17 @@ pytest_plugins = ["pytester"]
 
 @pytest.fixture(scope="session")
 def stand_in_nvml(tmp_path_factory):
-    """The folder of a stand-in for NVIDIA's driver library, which ``nvml_stand_in.Script`` says what to answer."""
+    """The folder of a stand-in for NVIDIA's driver library, which answers what an ``nvml_stand_in.Script`` contains."""
     if shutil.which("cc") is None:
         pytest.skip("needs a C compiler")
     return build(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture
+def mixed_float16():
+    import keras
+
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    yield
+    keras.config.set_dtype_policy(before)

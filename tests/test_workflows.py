@@ -24,7 +24,7 @@ from mpscale.analysis.gates import parse_gates, parse_share
 from mpscale.core.device import NVIDIA, find_device
 from mpscale.telemetry import host
 from mpscale.telemetry.client import NoDriver
-from mpscale.telemetry.fingerprint import environment
+from mpscale.telemetry.host import environment
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / ".github" / "scripts" / "nightly.py"

@@ -1,1 +1,1 @@
-"""The same cases in two environments, in turns, each in a pytest session of its own. Imports no TensorFlow."""
+"""Runs the same cases in two environments, by two pytest sessions that take turns. Imports no TensorFlow."""

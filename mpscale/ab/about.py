@@ -1,4 +1,4 @@
-"""Prints what an environment holds, as JSON. A script for the interpreter in question, whatever mpscale it has."""
+"""Print what an environment contains, as JSON. A script for that environment's interpreter, whatever its mpscale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def about() -> dict[str, Any]:
-    """Versions, and what of the environment does not work. ``turns`` is None if it has no mpscale that takes turns."""
+    """Versions, and what does not work. ``turns`` is None if there is no mpscale that can take turns."""
     broken: dict[str, str] = {}
     modules = {}
     for name in ("pytest", "pytest_benchmark", "tensorflow", "mpscale"):
@@ -24,7 +24,7 @@ def about() -> dict[str, Any]:
     for distribution in metadata.distributions():
         # Of two with the same name, the first is the one that gets imported.
         packages.setdefault(re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower(), distribution.version)
-    # TensorFlow comes under several names, such as tensorflow-cpu and tf-nightly; mpscale may be installed as editable.
+    # TensorFlow has several names, such as tensorflow-cpu; the metadata of an editable mpscale may be out of date.
     packages |= {name: modules[name].__version__ for name in ("tensorflow", "mpscale") if name in modules}
     if not any(entry.name == "mpscale" for entry in metadata.entry_points(group="pytest11")):
         broken.setdefault("mpscale", "it is not installed, so its pytest plug-in is not found")
@@ -40,7 +40,7 @@ def about() -> dict[str, Any]:
 
 
 def _module(*names: str) -> Any:
-    """The first of several modules that can be imported: its name in this version of mpscale and in earlier ones."""
+    """Import the first of ``names`` that exists: the module's name in this mpscale, then in earlier ones."""
     for name in names:
         try:
             return importlib.import_module(name)

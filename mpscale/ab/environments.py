@@ -1,6 +1,6 @@
-"""The two environments of ``mpscale ab``: finds them, asks what they hold, and refuses those that do not go together.
+"""The two environments of ``mpscale ab``: finds them, asks what they contain, refuses those that cannot be compared.
 
-Also checks the arguments that both pytest sessions are started with.
+It also checks the arguments that both pytest sessions are started with.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHOWN = 8
 
 
 class Refused(ValueError):
-    """What was asked for cannot be run. The message says what to do."""
+    """The request cannot be run. The message explains what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Environment:
     Args:
         letter: ``A``, the baseline, or ``B``.
         given: its interpreter as the command line names it.
-        python: its interpreter as it is started, with links unresolved: a venv's interpreter is a link.
-        about: what it holds; see :func:`mpscale.ab.about.about`.
+        python: its absolute path, with links unresolved, because a venv's interpreter is a link.
+        about: what it contains; see :func:`mpscale.ab.about.about`.
     """
 
     letter: str
@@ -56,7 +56,7 @@ def examine(pythons: Sequence[str], seconds: float, force: bool) -> list[Environ
 
     Args:
         pythons: paths, or names on PATH.
-        seconds: how long each may take to say what it holds.
+        seconds: how long each may take to report what it contains.
         force: accept environments that measure by different methods.
 
     Raises:
@@ -65,7 +65,7 @@ def examine(pythons: Sequence[str], seconds: float, force: bool) -> list[Environ
     if len(pythons) != 2:
         raise Refused(
             f"ab compares two environments, and {len(pythons) or 'none'} was given: give --python twice, the baseline "
-            "first (the same one twice shows what the machine's noise makes of no change)"
+            "first (naming the same one twice shows the noise of the machine)"
         )
     found = [_find(python) for python in pythons]
     asked: list[Child] = []
@@ -84,25 +84,25 @@ def examine(pythons: Sequence[str], seconds: float, force: bool) -> list[Environ
     methods = [each.about["method_version"] for each in environments]
     if methods[0] != methods[1] and not force:
         raise Refused(
-            f"A measures by method {methods[0]} and B by method {methods[1]}, so nothing of them could be compared: "
+            f"A measures by method {methods[0]} and B by method {methods[1]}, so their runs could not be compared: "
             "install the same mpscale in both, or use --force"
         )
     return environments
 
 
 def differences(environments: Sequence[Environment]) -> str:
-    """What else differs between the two, in one line."""
+    """Describe in one line what else differs between the two."""
     one, two = (each.about["packages"] for each in environments)
     names = [name for name in sorted({*one, *two}) if one.get(name) != two.get(name)]
     if not names and environments[0].about["python"] == environments[1].about["python"]:
-        return "both hold the same: what differs in the end is noise"
+        return "both contain the same, so any difference will be noise"
     others = [name for name in names if name not in _NAMED]
     moved = [f"{name} {one[name]} and {two[name]}" for name in others if name in one and name in two]
     parts = [", ".join(moved[:_SHOWN]) + _more(len(moved) - _SHOWN)] if moved else []
     for letter, mine, theirs in (("A", one, two), ("B", two, one)):
         alone = sum(name in mine and name not in theirs for name in others)
         if alone:
-            parts.append(f"{alone} package{'' if alone == 1 else 's'} in {letter} alone")
+            parts.append(f"{alone} package{'' if alone == 1 else 's'} only in {letter}")
     return f"also differ: {'; '.join(parts)}" if parts else "nothing else differs"
 
 
@@ -130,7 +130,7 @@ def _find(given: str) -> Path:
 
 
 def _ask(python: Path, folder: Path) -> Child:
-    """Start an interpreter that prints into ``folder`` what it holds."""
+    """Start an interpreter that writes into ``folder`` what it contains."""
     folder.mkdir()
     try:
         with (folder / "output").open("wb") as output, (folder / "errors").open("wb") as errors:
@@ -141,25 +141,25 @@ def _ask(python: Path, folder: Path) -> Child:
 
 
 def _about(python: Path, folder: Path, process: Child, seconds: float) -> Mapping[str, Any]:
-    """Return what an interpreter says that it holds; refuse it if it could not take turns."""
+    """Return what an interpreter has reported; refuse it if it cannot take turns."""
     install = f"install this mpscale there: {python} -m pip install FOLDER_OF_MPSCALE"
     code = process.wait(seconds)
     if code is None:
-        raise Refused(f"{python} did not say what is installed there within {seconds:g} s (--start-timeout)")
+        raise Refused(f"{python} did not report what is installed there within {seconds:g} s (--start-timeout)")
     output, errors = ((folder / name).read_text("utf-8", "replace").strip() for name in ("output", "errors"))
     try:
         about = json.loads(output.splitlines()[-1]) if code == 0 else None  # libraries may have printed before it
     except (ValueError, IndexError):
         about = None
     if not isinstance(about, dict):
-        last = (errors or "it said nothing").splitlines()[-1]
+        last = (errors or "it printed nothing").splitlines()[-1]
         raise Refused(f"{python} is not a Python of 3.11 or newer in which mpscale works: {last}")
     if about["turns"] is None:
         why = about["broken"].get("mpscale", "it is too old")
         raise Refused(f"{python} has no mpscale that can take turns ({why}): {install}")
     if about["turns"] != turns.VERSION:
         raise Refused(
-            f"{python} has an mpscale that takes turns by version {about['turns']} of the protocol, and this one knows "
+            f"{python} has an mpscale that takes turns by version {about['turns']} of the protocol, and this one uses "
             f"version {turns.VERSION}: {install}"
         )
     if about["schema_version"] > SCHEMA_VERSION:
@@ -196,7 +196,7 @@ def pytest_arguments(given: Sequence[str], results: Path | None) -> list[str]:
     """Return the arguments of pytest. Adds ``bench/``, if it exists, when no test path is named.
 
     Args:
-        given: everything on the command line that is not an option of ``mpscale ab``.
+        given: all arguments on the command line that are not options of ``mpscale ab``.
         results: the results folder; None for the default of the plug-in.
 
     Raises:
@@ -210,7 +210,7 @@ def pytest_arguments(given: Sequence[str], results: Path | None) -> list[str]:
     if not any(map(_is_test_path, arguments, ["", *arguments])) and Path("bench").is_dir():
         arguments.append("bench")
     if results is not None:
-        # As a single argument: pytest takes a separate value for a test path.
+        # As a single argument, because pytest would take a separate value for a test path.
         arguments.append(f"--mp-results={results.absolute()}")
     return arguments
 

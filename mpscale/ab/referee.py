@@ -26,27 +26,27 @@ _LISTED = 4
 _STOPPED = 2
 """Exit code of a session that got no more turns, or was interrupted."""
 END = "end"
-"""What a session with no more cases waits for. No case has this id."""
+"""What a session without further cases waits for. No case has this id."""
 _LEAVE_S = 30.0
 _STOP_S = 180.0
 _TAIL = 15
 _ENDS = {
-    1: "tests of it failed",
-    2: "it was stopped, or a file of tests could not be collected",
+    1: "some of its tests failed",
+    2: "it was stopped, or a test file could not be collected",
     3: "pytest itself failed",
-    4: "pytest was used in a wrong way",
+    4: "pytest was called incorrectly",
     5: "no case was selected",
 }
 
 
 class Referee:
-    """Runs the same cases in both environments, the two of each pair one right after the other.
+    """Runs the same cases in both environments, the two of a pair one right after the other.
 
     Args:
         environments: the two.
         arguments: of pytest.
         screen: shows progress.
-        start_s: how long a session may take until it knows its cases.
+        start_s: how long a session may take to collect its cases.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Referee:
 
     @property
     def runs(self) -> list[Path | None]:
-        """The folders of A's run and of B's; None for one without a case."""
+        """The folders of A's and B's runs; None for a session that ran no case."""
         return [session.run for session in self._sessions]
 
     def run(self) -> None:
@@ -105,10 +105,9 @@ class Referee:
                 session.interrupt()
 
     def _move(self, living: Sequence[Session]) -> bool:
-        """Answer waiting sessions if it is time for that; return whether any was answered.
+        """Answer waiting sessions if it is time; return whether any was answered.
 
-        Nobody gets a turn before all wait: what a session does before its first case or after any must not disturb the
-        other.
+        No session gets a turn before all are waiting: what one does between cases must not disturb the other.
         """
         waiting = [session for session in living if session.wants is not None]
         if self._stopping is None:
@@ -135,10 +134,9 @@ class Referee:
         session.go()
 
     def _draw(self, both: Sequence[Session]) -> Session:
-        """Return who comes first in a pair: at random for the first pair of a workload and mode, then alternately.
+        """Return which session begins a pair: at random for the first pair of a workload and mode, then alternately.
 
-        The machine's state may differ between the first and the second of a pair; this way both sessions get equal
-        shares of it.
+        The machine may be in another state for the first of a pair than for the second, so both begin equally often.
         """
         plan = {case["id"]: case for case in both[0].plan or ()}
         case = plan.get(both[0].wants or "")
@@ -169,7 +167,7 @@ class Referee:
         left = [seconds for session in living if (seconds := session.left_s()) is not None]
         ready = wait_for([source for session in living for source in session.sources()], min(left, default=None))
         for session in living:
-            # Nobody is ready: somebody has been silent for too long.
+            # If none is ready, one has been silent for too long.
             if not ready or any(source in ready for source in session.sources()):
                 for event in session.hear():
                     if isinstance(event, turns.Done):
@@ -195,7 +193,7 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def _difference(one: Sequence[str], two: Sequence[str]) -> str:
-    """How two lists of cases differ."""
+    """Describe how two lists of cases differ."""
     only = [[case for case in mine if case not in theirs] for mine, theirs in ((one, two), (two, one))]
     parts = [f"only {letter} has {_listed(cases)}" for letter, cases in zip(LETTERS, only, strict=True) if cases]
     what = "; ".join(parts) or "they are in another order"
@@ -203,15 +201,15 @@ def _difference(one: Sequence[str], two: Sequence[str]) -> str:
 
 
 class Session:
-    """One of the two pytest sessions, from its start on: its process, what it says, and how long it may be silent.
+    """One of the two pytest sessions: its process, its events, and how long it may be silent.
 
     Args:
         environment: where it runs.
         arguments: of pytest.
         seed: of the order of the cases.
         pair: the id that both sessions have in their run.json.
-        log: takes what it prints.
-        start_s: how long it may take until it knows its cases.
+        log: file for its output.
+        start_s: how long it may take to collect its cases.
     """
 
     def __init__(
@@ -224,12 +222,12 @@ class Session:
         environ = {
             **os.environ,
             turns.VARIABLE: turns.invitation(theirs.fileno(), seed, entry),
-            "PYTHONUNBUFFERED": "1",  # so that the log has its last words if it is killed
+            "PYTHONUNBUFFERED": "1",  # so the log is complete even if it is killed
         }
         with log.open("wb") as output:
-            # -P as the command `pytest` has it: what is imported is the environment's own.
+            # -P: as with the command `pytest`, modules come from the environment, not from the working directory.
             command: list[str | Path] = [environment.python, "-P", "-m", "pytest", *arguments]
-            # Ctrl-C reaches only `mpscale ab`, which forwards it to whoever runs a case.
+            # Ctrl-C reaches only `mpscale ab`, which forwards it to the session that is running a case.
             self._process = Child(command, environ, output, ends=(ours, theirs))
         self._deadline = time.monotonic() + start_s
         self.plan: list[dict[str, Any]] | None = None
@@ -238,16 +236,16 @@ class Session:
         self.code: int | None = None
         """Its exit code, negative for a signal; None while it lives."""
         self.ran: dict[str, turns.Done] = {}
-        """What it said of the cases that it has run."""
+        """The outcomes of its cases, by id."""
         self.run: Path | None = None
         self.hung: str | None = None
         """Why it was killed."""
         self.was_stopped = False
         self.ending = False
-        """Whether it has had its last turn, in which it writes its reports."""
+        """Whether it has got its last turn, in which it writes its reports."""
 
     def sources(self) -> list[Wire | int]:
-        """What becomes readable when it has something to say or has ended."""
+        """What becomes readable when it sends an event or ends."""
         return self._process.sources()
 
     def left_s(self) -> float | None:
@@ -260,24 +258,24 @@ class Session:
         self._answer({"go": True})
 
     def stop(self, why: str) -> None:
-        """Give it no more turns, upon which it ends."""
+        """Give it no more turns, so that it ends."""
         self._give_time_to_end()
         self._answer({"stop": why})
 
     def interrupt(self) -> None:
-        """Stop it in the middle of what it does; its run keeps what it has."""
+        """Stop it in the middle of its turn; its run keeps what was measured."""
         self._give_time_to_end()
         with contextlib.suppress(ProcessLookupError):
             self._process.interrupt()
 
     def hear(self) -> list[Event]:
         """Return new events. Marks the session finished if it exited or exceeded its silence limit."""
-        # Asked first: what it said right before it ended is still read.
+        # Checked first, so that what it sent right before it ended is still read.
         ended = self._process.wait(0.0) is not None
         try:
             events = [event_of(message, turns.EVENTS) for message in self._process.wire.arrived()]
         except Garbled as error:
-            self.hung = f"what it said could not be read ({error})"
+            self.hung = f"its events could not be read ({error})"
             self.kill()
             return []
         for event in events:
@@ -296,7 +294,7 @@ class Session:
             self.code = -int(signal.SIGKILL) if code is None else code
 
     def ended_how(self) -> str:
-        """How it ended."""
+        """Describe how it ended."""
         if self.hung is not None:
             return self.hung
         assert self.code is not None
@@ -337,7 +335,7 @@ class Session:
         self._process.send(answer)
 
     def _leave(self) -> None:
-        """Let it finish: it has ended, or is about to."""
+        """Wait for its end, which has come or is about to, and kill what is left."""
         self._process.wait(_LEAVE_S)
         self.wants = None
         self.kill()
@@ -346,5 +344,5 @@ class Session:
         if self.was_stopped:
             return f"it did not end within {_STOP_S:g} s after it was stopped"
         if self.plan is None:
-            return f"it did not say within {self._silence_s:g} s which cases it has (--start-timeout)"
-        return f"it was not heard of for {self._silence_s:g} s"
+            return f"it did not collect its cases within {self._silence_s:g} s (--start-timeout)"
+        return f"it was silent for {self._silence_s:g} s"

@@ -1,8 +1,8 @@
-"""The protocol between ``mpscale ab`` and each of its two pytest sessions, and the session's end of it.
+"""The protocol between ``mpscale ab`` and each of its two pytest sessions, and the session's side of it.
 
 The session sends :data:`EVENTS`. After :class:`Ready` and :class:`End` it waits for an answer, ``{"go": true}`` or
-``{"stop": why}``. Its turn lasts until it waits again or has ended, so nothing that it does in between falls into the
-other session's turn. The two ends may be different versions of mpscale.
+``{"stop": why}``. Its turn lasts until it waits again or ends, so nothing it does in between disturbs the other
+session's turn. The two sides may be different versions of mpscale.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mpscale.core.process import die_with_parent
 from mpscale.core.wire import Event, Wire
 
 VERSION = 1
-"""Of the protocol; raised when ends of different versions would not understand each other."""
+"""Version of the protocol. Raise it if two versions would not understand each other."""
 
 VARIABLE = "MPSCALE_TURNS"
 """The environment variable that invites a session."""
@@ -26,11 +26,11 @@ VARIABLE = "MPSCALE_TURNS"
 
 @dataclass(frozen=True)
 class Plan(Event, name="plan"):
-    """Which cases there will be, once they are collected.
+    """The cases that the session has collected.
 
     Args:
         cases: each with ``id``, ``workload``, ``mode``, ``seed`` and ``repeat``.
-        turn_s: the longest that the session may be silent in a turn.
+        turn_s: how long the session may be silent in a turn.
     """
 
     cases: list[dict[str, Any]]
@@ -46,7 +46,7 @@ class Ready(Event, name="ready"):
 
 @dataclass(frozen=True)
 class Done(Event, name="done"):
-    """How a case came out, and the folder of its run."""
+    """The outcome of a case, and the folder of its run."""
 
     case: str
     status: str
@@ -73,26 +73,26 @@ def invitation(descriptor: int, seed: int, entry: Mapping[str, Any]) -> str:
     """The value of :data:`VARIABLE` for a session.
 
     Args:
-        descriptor: of its end of the wire.
+        descriptor: its end of the wire.
         seed: of the order of its cases.
-        entry: what its run.json says of it under ``interleaved``.
+        entry: the entry ``interleaved`` of its run.json.
     """
     return json.dumps({"descriptor": descriptor, "seed": seed, "entry": dict(entry)})
 
 
 def join(environ: MutableMapping[str, str]) -> Turns | None:
-    """Return this process's end if it has been invited, else None.
+    """Return this process's side if it was invited, else None.
 
-    Takes the invitation out of ``environ``: a pytest that a test starts is not meant.
+    Removes the invitation from ``environ``, because it is not for a pytest that a test starts.
     """
     text = environ.pop(VARIABLE, None)
     if text is None:
         return None
-    told = json.loads(text)
-    # A process that a shell has put into the background ignores SIGINT, and so would what it starts.
+    invited = json.loads(text)
+    # A process that a shell runs in the background ignores SIGINT, and so would its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     die_with_parent()
-    return Turns(Wire.inherited(told["descriptor"]), told["seed"], told["entry"])
+    return Turns(Wire.inherited(invited["descriptor"]), invited["seed"], invited["entry"])
 
 
 class Turns:
@@ -109,7 +109,7 @@ class Turns:
         self.seed, self.entry = seed, dict(entry)
 
     def send(self, event: Event) -> None:
-        """Tell what has happened."""
+        """Report an event."""
         self._wire.send(event.to_json())
 
     def end(self, run: str | None) -> None:
@@ -119,7 +119,7 @@ class Turns:
             self.wait(End(run))
 
     def wait(self, event: Ready | End) -> None:
-        """Tell what this session waits for, and wait for its turn.
+        """Report what this session waits for, and wait for its turn.
 
         Raises:
             Stopped: there are no more turns.

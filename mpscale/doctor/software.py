@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
 from mpscale.telemetry.client import Driver
-from mpscale.telemetry.fingerprint import VARIABLES, packages
+from mpscale.telemetry.host import VARIABLES, packages
 
 _SHOWN = ("mpscale", "tensorflow", "keras", "nvidia-ml-py")
 _INSTALL_CUDA = "pip install 'tensorflow[and-cuda]'"

@@ -23,7 +23,7 @@ from mpscale.core.run_folder import Journal
 from mpscale.core.wire import Again
 from mpscale.harness.supervisor import Listener, Options, Outcome, Supervisor
 from mpscale.telemetry.client import Driver
-from mpscale.telemetry.fingerprint import environment, run_slug
+from mpscale.telemetry.host import environment, run_slug
 
 
 class BenchmarkRun:

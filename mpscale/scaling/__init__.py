@@ -11,11 +11,10 @@ from mpscale.core.loss_scale import (
     NoLossScale,
     StaticLossScale,
 )
-from mpscale.scaling.callback import LossScaleMonitor
 from mpscale.scaling.gradients import all_finite
 from mpscale.scaling.guard import UnscaledLossWarning
 from mpscale.scaling.inner import SettingTooLateWarning
-from mpscale.scaling.ledger import FloorOverflowError, FloorOverflowWarning
+from mpscale.scaling.ledger import FloorOverflowError, FloorOverflowWarning, LossScaleMonitor
 from mpscale.scaling.optimizer import LossScaleOptimizer
 
 __all__ = [

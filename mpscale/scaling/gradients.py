@@ -61,8 +61,7 @@ def hidden_from_rewrite(grads: Sequence[Any]) -> list[Any]:
 def fitted(grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
     """Return ``grads`` with the shapes of their variables if their own are not fully known.
 
-    Keras' optimizers cannot add gradients of unknown rank, or slices without a dense shape. None
-    stays None.
+    Keras' optimizers cannot add gradients of unknown rank, or slices without a dense shape. None stays None.
     """
 
     def fit(grad: Any, variable: Any) -> Any:
@@ -170,7 +169,7 @@ def split_new_values(grads: Sequence[Any], variables: Sequence[Any]) -> tuple[li
     """Return ``grads`` with None for every new value, and the new values with None for every gradient.
 
     Raises:
-        ValueError: there are new values, but not as many gradients as variables, so they cannot be told apart.
+        ValueError: there are new values, but not as many gradients as variables, so it is unknown which is which.
     """
     overwritten = [is_overwritten(variable) for variable in variables]
     if True not in overwritten:

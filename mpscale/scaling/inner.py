@@ -119,7 +119,7 @@ def accumulate(
 
 
 class ForwardedSettings:
-    """Forwards settings to ``inner_optimizer``, where Keras looks for them, and refuses those without effect.
+    """Forwards settings to ``inner_optimizer``, where Keras reads them, and refuses those without effect.
 
     Until the constructor sets ``_settings_open``, every attribute is kept here.
     """

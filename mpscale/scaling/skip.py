@@ -1,8 +1,8 @@
 """Skip a step exactly: either mask every write of the update, or leave the update out by a branch.
 
 A branch is the obvious way, but slow under XLA: its conditional is not fused with what comes before it, and copies the
-state in and out. A masked update always runs, and writes ``finite ? new : old``, which XLA folds
-into the loop that computes ``new``. docs/scaling-cost.md has the measurements.
+state in and out. A masked update always runs, and writes ``finite ? new : old``, which XLA folds into the loop that
+computes ``new``. docs/scaling-cost.md has the measurements.
 
 Exactness does not depend on knowing how an optimizer works. All its variables write through the mask while the update
 is traced, and the trace is then searched for writes that did not.
@@ -133,7 +133,7 @@ def _sum(flags: tf.Tensor) -> tf.Tensor:
 
 
 def check_context() -> None:
-    """Raise ValueError where replicas cannot decide together."""
+    """Raise ValueError if replicas cannot decide together here."""
     if not tf.distribute.has_strategy():
         return
     if tf.distribute.in_cross_replica_context():

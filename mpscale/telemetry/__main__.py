@@ -1,19 +1,19 @@
 """The GPU monitor, ``python -m mpscale.telemetry.__main__ DESCRIPTOR``: the only process that talks to the driver.
 
-It is apart from the training, which it must not slow down, and from pytest, which must survive a driver that hangs or
-dies. The descriptor is its end of a wire, on which it answers orders; each answer has the ``id`` of its order.
+It is a process of its own so as not to slow down the training, and because pytest must survive a driver that hangs or
+crashes. DESCRIPTOR is its end of a wire on which it answers orders; each answer has the ``id`` of its order.
 
-- ``{"do": "describe"}``: the driver and its GPUs, or the reason why there are none;
-- ``{"do": "facts", "device": ...}``: properties of a GPU and how each reading is taken, or why it is not;
-- ``{"do": "start", "device": ..., "pid": ..., "file": ..., "epoch": ...}``: begin to watch a process, into a file of
-  samples with times from ``epoch`` on (of the monotonic clock);
+- ``{"do": "describe"}``: describe the driver and its GPUs, or give the reason why there are none;
+- ``{"do": "facts", "device": ...}``: return the properties of a GPU, and how each reading is taken or why it is not;
+- ``{"do": "start", "device": ..., "pid": ..., "file": ..., "epoch": ...}``: begin to watch a process and write
+  samples to a file, with times counted from ``epoch`` on the monotonic clock;
 - ``{"do": "mark", "phase": ...}``: sample everything now; answered when it is on disk;
 - ``{"do": "stop"}``: end the watch;
-- ``{"do": "look", "device": ...}``: the state of the GPU now.
+- ``{"do": "look", "device": ...}``: return the state of the GPU now.
 
 Memory is read every 10 ms, processes whenever it has changed, the energy counter every 20 ms, and everything every
-100 ms and at every phase. While steps are timed, everything is read every 500 ms and nothing in between: waking up
-costs a processor that the training may need, and the same steps have been watched closely before.
+100 ms and at every phase. While steps are timed, everything is read every 500 ms and nothing in between: each
+look wakes up a processor that the training may need, and the same steps have been watched closely before.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class SamplingLoop:
         self._slow_due = self._energy_due = 0.0
         self._failed: list[str] = []
         self._broken = False
-        """Whether a reading that has answered before has just failed."""
+        """Whether a reading that used to work has just failed."""
         self.calm = False
 
     @property
@@ -146,11 +146,11 @@ class SamplingLoop:
             self._last = sample
             self._looks, self._gap = 0, 0.0
         if slow:
-            self.file.tell(self.gpu.reasons)
+            self.file.explain(self.gpu.reasons)
             self.file.flush()
 
     def _read(self, reading: Reading) -> Any:
-        """The value of a reading, numbers as float; None if it has none, which is noted."""
+        """Return the value of a reading, numbers as float. If it has none, note that and return None."""
         value = self.gpu.read(reading)
         if isinstance(value, Reason):
             self._note(reading, reading, value)
@@ -158,11 +158,11 @@ class SamplingLoop:
         return float(value) if reading in RANGES else value
 
     def _note(self, reading: Reading, source: Reading, reason: Reason) -> None:
-        """Note that a reading failed, unless it was never there or the GPU is gone, and the case with it."""
+        """Note that a reading failed, unless it never worked or the GPU is lost, which fails the whole case."""
         if self.gpu.asks(source) and not self.gpu.lost:
             self._failed.append(reading)
             self._broken = self._broken or source in self.gpu.ways
-        self.file.tell({reading: reason})
+        self.file.explain({reading: reason})
 
     def _read_processes(self, sample: Sample) -> None:
         listed = self.gpu.processes(self._lists)
@@ -172,13 +172,13 @@ class SamplingLoop:
             return
         sample.processes = listed.number
         if isinstance(listed.by_pid, Reason):
-            self.file.tell({Reading.PROCESSES: listed.by_pid})
+            self.file.explain({Reading.PROCESSES: listed.by_pid})
             return
         ours = [used for pid, used in listed.by_pid.items() if pid in self._family]
         sample.listed = bool(ours)
         sample.other_pids = tuple(pid for pid in listed.by_pid if pid not in self._family)
         known = [used for used in ours if used is not None]
-        # Some of them would pass for all.
+        # The sum of only some would look like that of all.
         sample.process_memory_mib = sum(known) if known and len(known) == len(ours) else None
 
     def _read_other_lists(self, sample: Sample) -> None:
@@ -220,7 +220,7 @@ class Sampler:
                     self._wire.send({"id": order["id"], **getattr(self, f"_{order['do']}")(order)})
                 if self._watch is not None and time.monotonic() >= self._due:
                     self._watch.sample()
-                    # From now on, not from when it was due: what was missed is not made up for in a burst.
+                    # From now, not from when it was due, so that missed looks are not made up for in a burst.
                     pause_s = self._watch.pause_s
                     self._due = max(self._due + pause_s, time.monotonic() + pause_s / 2)
 
@@ -279,7 +279,7 @@ class Sampler:
         }
 
     def _opened(self, order: dict[str, Any]) -> Gpu:
-        assert not isinstance(self._backend, Reason)  # nobody asks for a GPU if none was described
+        assert not isinstance(self._backend, Reason)  # the session only asks for GPUs that were described
         device = Device.from_json(order["device"])
         if str(device.uuid) not in self._gpus:
             self._gpus[str(device.uuid)] = self._backend.gpu(device)

@@ -1,10 +1,10 @@
-"""The one face of every vendor's GPUs. A vendor is a module with ``open_backend``, named in ``core.device.VENDORS``.
+"""The interface to GPUs of all vendors. A vendor is a module with ``open_backend``, named in ``core.device.VENDORS``.
 
-A call to a driver may block as long as the driver does or take its process down, so only the monitor
-(``__main__.py``) uses this. What may fail returns a value or a :class:`~mpscale.core.reason.Reason`, and never raises.
+A call to a driver may hang or crash its process, so only the monitor (``__main__.py``) uses this. Methods that may fail
+return a value or a :class:`~mpscale.core.reason.Reason` and never raise.
 
-A call may also succeed and still tell nothing: a driver answers 0 where no running GPU can have 0, or a number that no
-GPU can have. Such an answer is not a measurement.
+A call may also succeed with an answer that is not a measurement: 0 for something that is never 0 on a running GPU, or a
+number that no GPU can have.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mpscale.core.reason import Code, Reason
 from mpscale.telemetry.samples import Reading
 
 ABSENT = (Code.NOT_TOLD, Code.DRIVER_TOO_OLD, Code.BINDING_TOO_OLD, Code.BINDING_BROKEN)
-"""Codes of a call that the driver or the GPU does not have. Any other failure may pass, so the call is kept."""
+"""Codes for calls that the driver or the GPU does not have. Any other failure may be temporary, so the call is kept."""
 
 _LISTS = (Reading.PROCESSES, Reading.GRAPHICS_PROCESSES, Reading.SERVICE_PROCESSES)
 
 _POWER_EXCESS = 3
-"""Momentary power may exceed the power limit, which holds for the mean, but not by this factor."""
+"""Momentary power may exceed the power limit, which applies to the mean, but not by this factor."""
 
 
 class Implausible(Exception):
@@ -33,7 +33,7 @@ class Implausible(Exception):
 
 
 class Range(NamedTuple):
-    """The smallest and the largest plausible answer. Wide on purpose: a range catches garbage, not future GPUs."""
+    """The smallest and the largest plausible answer. Wide on purpose: it rejects garbage but no future GPU."""
 
     least: float
     most: float
@@ -47,7 +47,7 @@ class Range(NamedTuple):
         """
         answer = f"the driver answers {value} {self.unit}".strip()
         if value is None or not math.isfinite(value) or value == 0 < self.least:
-            raise Implausible(f"{answer}, which is no measurement")
+            raise Implausible(f"{answer}, which is not a measurement")
         if not self.least <= value <= self.most:
             raise Implausible(f"{answer}; only {self.least:g} to {self.most:g} is plausible")
         return value
@@ -67,13 +67,13 @@ RANGES = {
     Reading.ECC: _SWITCH,
     Reading.PERSISTENCE: _SWITCH,
 }
-"""Of the readings that are numbers. A vendor checks the parts of the others."""
+"""For the readings that are numbers. Vendors check the parts of the others."""
 
 
 class Memory(NamedTuple):
     """Memory of a GPU in MiB; ``used_mib`` excludes ``reserved_mib``, which the driver keeps for itself.
 
-    If the driver does not tell the two apart, ``reserved_mib`` is None and ``used_mib`` may include it.
+    If the driver does not report reserved memory, ``reserved_mib`` is None and ``used_mib`` may include it.
     """
 
     used_mib: float
@@ -81,9 +81,9 @@ class Memory(NamedTuple):
 
 
 class Processes(NamedTuple):
-    """Processes on a GPU: MiB by process id, None for a process whose memory the driver does not tell.
+    """Processes on a GPU: MiB by process id, None for a process whose memory is unknown.
 
-    ``number`` is right even if the entries cannot be read; ``by_pid`` is then the reason.
+    ``number`` is valid even if the entries cannot be read; ``by_pid`` is then the reason.
     """
 
     number: int
@@ -94,7 +94,7 @@ class Call(NamedTuple):
     """One way to take a reading.
 
     Args:
-        name: for people.
+        name: as shown to users.
         take: returns the value in the reading's unit: a number, :class:`Memory`, a list of ``(pid, MiB or None)`` for
             a list of processes, or a tuple of :class:`~mpscale.telemetry.samples.ClockEvent`.
     """
@@ -146,7 +146,7 @@ class GpuBackend(ABC):
 class Gpu(ABC):
     """One GPU, or one instance of a divided one.
 
-    Each reading can often be taken in several ways, of which a driver knows some: the first that answers is kept.
+    A reading can often be taken in several ways, not all of which a driver supports: the first that works is kept.
 
     Args:
         backend: the opened driver.
@@ -156,7 +156,7 @@ class Gpu(ABC):
         garbled: why the driver's process lists cannot be read; None if they can.
     """
 
-    not_apart = Reason(Code.NOT_TOLD, "the driver does not tell reserved memory apart")
+    no_reserved = Reason(Code.NOT_TOLD, "the driver does not report reserved memory")
 
     def __init__(
         self,
@@ -169,13 +169,13 @@ class Gpu(ABC):
         self.backend, self.device = backend, device
         self.lost = False
         self.ways: dict[str, str] = {}
-        """The call that answers, by reading."""
+        """The call that works, by reading."""
         self.reasons: dict[str, Reason] = {}
         """Why a reading has no value, for good or the last time it was taken. Deleted once it has one."""
         self._chosen: dict[Reading, Call] = {}
         self._garbled = garbled
         self._most_w = None if largest_power_limit_w is None else _POWER_EXCESS * largest_power_limit_w
-        unknown = Reason(Code.NOT_TOLD, f"{backend.vendor.name}'s driver does not tell this")
+        unknown = Reason(Code.NOT_TOLD, f"{backend.vendor.name}'s driver does not report this")
         for reading in Reading:
             if reading is Reading.RESERVED_MEMORY:
                 continue  # comes with the memory
@@ -205,14 +205,14 @@ class Gpu(ABC):
         return value
 
     def asks(self, reading: Reading) -> bool:
-        """Whether there is a call for the reading, so that one without a value has failed."""
+        """Whether there is a call for the reading, so a missing value means that it failed."""
         return reading in self._chosen
 
     def processes(self, lists: Iterable[Reading]) -> Processes | Reason:
         """The processes on the GPU.
 
         Args:
-            lists: which of the driver's lists. A process in several of them is in each with the same memory.
+            lists: which of the driver's lists. A process in several of them has the same memory in each.
         """
         entries: list[tuple[int, float | None]] = []
         missing: list[Reason] = []
@@ -223,7 +223,7 @@ class Gpu(ABC):
                 answers += 1
                 entries += answer
             elif reading in self.ways:
-                # This list usually answers. The others alone would pass for all processes.
+                # This list usually works. The others alone would look like all processes.
                 return answer
             else:
                 missing.append(answer)
@@ -237,7 +237,7 @@ class Gpu(ABC):
         return Processes(len(by_pid), by_pid)
 
     def settings(self) -> dict[str, Any]:
-        """Settings that an administrator may change between two cases and that move figures; None if unknown."""
+        """Settings that affect figures and that an administrator may change between cases; None if unknown."""
         found: dict[str, Any] = {}
         for reading in (Reading.POWER_LIMIT, Reading.ECC, Reading.PERSISTENCE):
             value = self.read(reading)
@@ -246,7 +246,7 @@ class Gpu(ABC):
         return found
 
     def facts(self) -> dict[str, Any]:
-        """Fixed or rarely changed properties, for the fingerprint; None if unknown, with the reason in ``unknown``."""
+        """Fixed or rarely changed properties, for run.json; None if unknown, with the reason in ``unknown``."""
         settings = self.settings()
         found = {name: self.reasons.get(name, value) for name, value in settings.items()} | self.vendor_facts()
         unknown = {name: value.to_json() for name, value in found.items() if isinstance(value, Reason)}
@@ -277,7 +277,7 @@ class Gpu(ABC):
             if value.code not in ABSENT and doubtful is None:
                 doubtful = call
         if doubtful is not None:
-            # The call exists and failed this once, as far as is known: it is tried again.
+            # The call exists and may have failed only this once, so it is tried again.
             self._chosen[reading] = doubtful
 
     def _take(self, reading: Reading, call: Call) -> Any | Reason:
@@ -299,7 +299,7 @@ class Gpu(ABC):
                 self.ways.setdefault(Reading.RESERVED_MEMORY, call.name)
                 self.reasons.pop(Reading.RESERVED_MEMORY, None)
             elif Reading.RESERVED_MEMORY not in self.ways:
-                self.reasons[Reading.RESERVED_MEMORY] = self.not_apart
+                self.reasons[Reading.RESERVED_MEMORY] = self.no_reserved
 
     def _note(self, reading: Reading, reason: Reason) -> None:
         self.lost = self.lost or reason.code is Code.GPU_LOST
@@ -309,7 +309,7 @@ class Gpu(ABC):
 
 
 def open_backend() -> GpuBackend | Reason:
-    """The first vendor's driver that works and has a GPU, else one without a GPU, else why none works."""
+    """Open the first driver that works and has a GPU, else one without a GPU, else return why none works."""
     opened: list[GpuBackend | Reason] = []
     for vendor in VENDORS.values():
         backend: GpuBackend | Reason = importlib.import_module(vendor.backend).open_backend()

@@ -1,6 +1,6 @@
-"""The session's end of the GPU monitor, with a time limit on every answer.
+"""The session's side of the GPU monitor, with a time limit on every answer.
 
-A driver call that never returns, or that kills its process, then costs figures but never a run.
+A driver call that hangs or crashes its process therefore costs figures but never a run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST_STARTS = 3
 
 
 class SilentDriver(Exception):
-    """There is no driver, or it does not answer, or the GPU monitor has died: ``reason`` says which."""
+    """There is no driver, it does not answer, or the GPU monitor has died; see ``reason``."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason.text)
@@ -39,8 +39,8 @@ class SilentDriver(Exception):
 class Driver:
     """A driver that has answered. Make one with :func:`open_driver`.
 
-    ``devices`` are its GPUs, each followed by its MIG instances. ``driver_version`` is like ``"570.86.15"``, and
-    ``cuda_version``, the newest CUDA that the driver supports, like ``"12.8"``. Use it from one thread only.
+    ``devices`` are its GPUs, each followed by its MIG instances; ``driver_version`` is like ``"570.86.15"``;
+    ``cuda_version``, like ``"12.8"``, is the newest CUDA that the driver supports. Use it from one thread only.
 
     Args:
         environ: the environment of the GPU monitor; None for this process's.
@@ -58,7 +58,7 @@ class Driver:
         self._starts = 0
         self._sent = self._answered = 0
         self._trouble = Reason(Code.MONITOR_DIED, "the GPU monitor has not been started")
-        """What became of the last monitor."""
+        """Why the last monitor is gone."""
         self.devices: list[Device] = []
         self.reason: Reason | None = None
         """Why there is no GPU to watch; None if the driver works."""
@@ -75,8 +75,8 @@ class Driver:
         Raises:
             SilentDriver: the driver does not answer.
         """
-        told = self._ask("facts", _START_S, device=device.to_json())
-        return {**told, "reasons": {name: Reason.from_json(why) for name, why in told["reasons"].items()}}
+        answer = self._ask("facts", _START_S, device=device.to_json())
+        return {**answer, "reasons": {name: Reason.from_json(why) for name, why in answer["reasons"].items()}}
 
     def look(self, device: Device) -> dict[str, Any]:
         """Return a GPU's present temperature, event reasons, processes and memory in use; None for what is unknown.
@@ -107,7 +107,7 @@ class Driver:
             phase: what the process has just reached.
 
         Returns:
-            Whether it was taken in time. A monitor that still owes an answer is not waited for again.
+            Whether it was taken in time. If the monitor still owes an earlier answer, this does not wait.
         """
         if self._monitor is None:
             return False
@@ -193,7 +193,7 @@ class Driver:
 
 
 class NoDriver(Driver):
-    """Stands in if there is no driver to talk to; ``reason`` says why."""
+    """Takes the place of a driver that cannot be used; ``reason`` is why."""
 
     def __init__(self, reason: Reason) -> None:
         self.reason, self.devices = reason, []
@@ -204,7 +204,7 @@ class NoDriver(Driver):
 
 
 def open_driver(environ: Mapping[str, str] | None = None) -> Driver:
-    """Return the driver, or a :class:`NoDriver` that knows why there is none. Never raises.
+    """Return the driver, or a :class:`NoDriver` with the reason why there is none. Never raises.
 
     Args:
         environ: the environment to look in; None for this process's.
@@ -229,11 +229,11 @@ def _died(how: str) -> Reason:
 
 
 def _has_library(vendor: Vendor) -> bool:
-    """Whether the driver's library is here. If it is broken, the monitor finds out why; without it none is needed."""
+    """Whether the driver's library exists, so that a monitor is worth starting; it may still be broken."""
     try:
         ctypes.CDLL(vendor.library)
     except OSError:
-        # Where the dynamic linker looks: the variable, its cache, and the folders that it knows.
+        # Where the dynamic linker looks: the variable, its default folders, and its cache.
         folders = [*os.environ.get("LD_LIBRARY_PATH", "").split(":"), "/lib64", "/usr/lib64", "/lib", "/usr/lib"]
         if any(folder and Path(folder, vendor.library).exists() for folder in folders):
             return True

@@ -1,7 +1,7 @@
 """Energy of the timed steps, from the GPU's counter and from the integral of its power.
 
-The counter moves every tenth of a second or so, and most power readings are means over a second, so a window shorter
-than ten seconds says little.
+The counter moves about every tenth of a second, and most power readings are means over a second, so energy over less
+than ten seconds is not reported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LARGEST_GAP_S = 1.0
 _MOST_W = 10_000.0
 """More than any GPU draws: a counter that moves faster is broken."""
 
-_ZERO_POWER = Reason(Code.IMPLAUSIBLE, "the driver says that the GPU draws no power")
+_ZERO_POWER = Reason(Code.IMPLAUSIBLE, "the driver reports that the GPU draws no power")
 _NO_STEP = Reason(Code.NEVER_HAPPENED, "no step was applied")
 _NO_CHECK = Reason(Code.NOT_IN_MODE, "the mode checks no gradient")
 _NO_MORE = Reason(Code.NEVER_HAPPENED, "the GPU drew no more than before the case")
@@ -38,8 +38,8 @@ def energy_columns(
     Args:
         samples: of the whole case.
         steps: steps taken in the window, None if the case did not get through it.
-        applied: those of them that were not skipped; None if the mode does not tell.
-        power_source: what a reading of power is.
+        applied: those of them that were not skipped; None if the mode does not count them.
+        power_source: what the driver's power is: instant or a mean.
         off: why energy was not measured; None if it was.
     """
     found = Findings()
@@ -66,7 +66,7 @@ def energy_columns(
     found.put("gpu_energy_counter_j", counter)
     found.put("gpu_energy_power_j", power)
     found.put("gpu_idle_power_w", idle)
-    no_power = samples.reasons.get(Reading.POWER) or Reason(Code.NOT_TOLD, "the driver gives no power")
+    no_power = samples.reasons.get(Reading.POWER) or Reason(Code.NOT_TOLD, "the driver does not report power")
     found.put("gpu_power_source", power_source or no_power)
     if isinstance(joules, Reason):
         found.miss(
@@ -85,7 +85,7 @@ def energy_columns(
 
 
 def _by_counter(samples: Samples, start_s: float, end_s: float) -> float | Reason:
-    # Where the counter moved, and when that was seen; it is taken to run evenly between two such points.
+    # When the counter was first seen at each of its values; it is taken to rise evenly in between.
     points: list[tuple[float, float]] = []
     stood_s = 0.0
     for row in samples.rows:
@@ -98,7 +98,7 @@ def _by_counter(samples: Samples, start_s: float, end_s: float) -> float | Reaso
         elif start_s <= row.time_s <= end_s:
             stood_s = max(stood_s, row.time_s - max(points[-1][0], start_s))
     if not points:
-        return samples.reasons.get(Reading.ENERGY, Reason(Code.NOT_TOLD, "the driver gives no energy counter"))
+        return samples.reasons.get(Reading.ENERGY, Reason(Code.NOT_TOLD, "the driver has no energy counter"))
     if sum(start_s <= time_s <= end_s for time_s, _ in points) < 2:
         still = Reason(Code.IMPLAUSIBLE, "the energy counter did not move")
         return samples.why_few(Reading.ENERGY, samples.rows) or still
@@ -117,10 +117,10 @@ def _by_counter(samples: Samples, start_s: float, end_s: float) -> float | Reaso
 
 
 def _at(points: list[tuple[float, float]], time_s: float) -> tuple[float, float]:
-    """The counter at a time, and how far apart in seconds the points are from which it is found.
+    """The counter at a time, and the distance in seconds between the points from which it was interpolated.
 
-    It lies on a straight line through its two neighbours; at the ends through the two nearest, so that what was used
-    since the counter's last step is included.
+    It lies on a straight line through its two neighbours or, at the ends, the two nearest points, which includes the
+    energy used since the counter last moved.
     """
     pairs = list(pairwise(points))
     (before_s, before), (after_s, after) = next((pair for pair in pairs if time_s <= pair[1][0]), pairs[-1])

@@ -1,4 +1,4 @@
-"""Memory of a case on a GPU: which figure is the headline, and whether the figures agree."""
+"""Memory of a case on a GPU: the headline figure, where it comes from, and whether the figures agree."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ HEADLINE = "gpu_memory_nvml_peak_mib"
 _PROCESS, _DEVICE = "process", "device-minus-idle"
 
 _TOLERATED_S = 0.1
-"""How long a reading may fail within a peak: no longer than one look may take anyway. It counts as a gap."""
+"""How long a reading may fail within a peak: no longer than one look can take anyway. Reported as a gap."""
 
-_NOT_APART = Reason(Code.NOT_TOLD, "this driver does not tell reserved memory apart")
+_NO_RESERVED = Reason(Code.NOT_TOLD, "this driver does not report reserved memory")
 _WITHOUT_MEMORY = Reason(
     Code.NOT_TOLD, "the driver lists the process but not its memory, as under WSL2 and in some containers"
 )
@@ -74,7 +74,7 @@ def memory_columns(samples: Samples, allocator_peak_mib: float | None) -> Findin
 
 
 def _window(samples: Samples, idle: Sample | None) -> tuple[float, float]:
-    """The time in which the case can have used the GPU: from ``idle`` to ``done``, as far as it came."""
+    """The time in which the case can have used the GPU: from ``idle`` to ``done``, or to the last sample."""
     done = samples.at("done") or (samples.rows[-1] if samples.rows else None)
     return idle.time_s if idle is not None else -math.inf, done.time_s if done is not None else math.inf
 
@@ -84,16 +84,16 @@ def _tolerated_s(samples: Samples) -> float:
 
 
 def _unlisted(samples: Samples) -> Callable[[Sample], bool]:
-    """Return a function that says whether a sample fails to tell the worker's memory.
+    """Return a predicate: whether a sample lacks the worker's memory.
 
-    It does if there is no list of processes, if the list names the worker without its memory or, up to the last phase,
-    if it no longer names the worker: a worker holds memory to its end.
+    That is so if there is no list of processes, if the list names the worker without its memory or if, up to the last
+    phase, it no longer names the worker: a worker holds memory until it ends.
     """
-    told = [row.time_s for row in samples.rows if row.process_memory_mib is not None]
+    known_s = [row.time_s for row in samples.rows if row.process_memory_mib is not None]
     phases = [row.time_s for row in samples.rows if row.phase not in ("", "end")]
-    if not told or not phases:
+    if not known_s or not phases:
         return lambda row: Reading.PROCESSES in row.failed
-    first_s, last_s = told[0], phases[-1]
+    first_s, last_s = known_s[0], phases[-1]
 
     def failed(row: Sample) -> bool:
         vanished = row.listed is False and first_s < row.time_s <= last_s
@@ -141,8 +141,8 @@ def _device_rise(samples: Samples, idle: Sample | None) -> float | Reason:
 
 def _reserved(samples: Samples) -> float | Reason:
     reasons = samples.reasons
-    not_told = reasons.get(Reading.MEMORY, reasons.get(Reading.RESERVED_MEMORY, _NOT_APART))
-    largest: float | Reason = max(known(samples.rows, Reading.RESERVED_MEMORY), default=not_told)
+    missing = reasons.get(Reading.MEMORY, reasons.get(Reading.RESERVED_MEMORY, _NO_RESERVED))
+    largest: float | Reason = max(known(samples.rows, Reading.RESERVED_MEMORY), default=missing)
     return samples.why_few(Reading.MEMORY, samples.rows) or largest
 
 
@@ -182,5 +182,5 @@ def _at(samples: Samples, reading: Reading, phase: str, name: str | None = None)
         return samples.not_at(phase)
     value: float | None = getattr(sample, name or reading)
     if value is None:
-        return samples.reasons.get(reading, Reason(Code.NOT_TOLD, f"the driver did not tell at {phase}"))
+        return samples.reasons.get(reading, Reason(Code.NOT_TOLD, f"the driver gave no value at {phase}"))
     return value

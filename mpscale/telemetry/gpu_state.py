@@ -16,7 +16,7 @@ _SUSTAINED_SHARE = 0.05
 _CLOCK_DROP = 0.10
 _FEWEST_CLOCKS = 8
 _TOLERATED_S = 0.5
-"""How long a reading may fail in a maximum: these change slowly and are read every 100 ms."""
+"""How long a reading may fail within a maximum: these change slowly and are read every 100 ms."""
 
 _MEDIANS = {
     "gpu_sm_clock_mhz_median": Reading.SM_CLOCK,
@@ -29,7 +29,7 @@ _SETTINGS = {"power_limit_w": "the power limit (W)", "ecc": "ECC", "persistence"
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """Why figures must not be used, and whether they may come out well if the case is run again."""
+    """Why figures must not be used, and whether running the case again may help."""
 
     reason: str
     passes: bool
@@ -41,7 +41,7 @@ def state_columns(samples: Samples) -> Findings:
     rows = samples.timed()
 
     def put(column: str, reading: Reading, value: Any, spoilt: Reason | None) -> None:
-        """A value, unless too many of the readings that it is made from have failed."""
+        """Put a value, unless too many of the readings that it is computed from failed."""
         if value is None:
             found.put(column, samples.reasons.get(reading, samples.not_at()))
         else:
@@ -55,7 +55,7 @@ def state_columns(samples: Samples) -> Findings:
             found.put(column, samples.reasons.get(reading, ended.worded(f"nothing was timed, or {ended}")))
 
     def put_most(column: str, reading: Reading, value: float | None, words: str) -> None:
-        """A value that is the most of the whole case."""
+        """Put a maximum over the whole case."""
         whole = (samples.rows[0].time_s, samples.rows[-1].time_s) if samples.rows else (0.0, 0.0)
         unseen = samples.unseen(reading, *whole, _TOLERATED_S)
         put(column, reading, value, unseen and unseen.worded(f"{unseen}; {words} until then"))
@@ -66,7 +66,7 @@ def state_columns(samples: Samples) -> Findings:
         values = known(rows, reading)
         put_timed(column, reading, statistics.median(values) if values else None)
     events = _events(rows)
-    # The events of all samples together are complete or worthless, like a maximum.
+    # The union of all events is complete or worthless, like a maximum.
     unseen = samples.unseen(Reading.CLOCK_EVENTS, rows[0].time_s, rows[-1].time_s, _TOLERATED_S) if rows else None
     seen = (", ".join(_seen(events)) or "none") if events else None
     put_timed("gpu_event_reasons", Reading.CLOCK_EVENTS, seen, unseen)
@@ -87,7 +87,7 @@ def suspicions(
     first_settings: Mapping[str, Any],
     slowdown_c: float | None,
 ) -> list[Suspicion]:
-    """Why the figures of a case must not be used; empty if nothing speaks against them.
+    """Why the figures of a case must not be used; empty if they may be used.
 
     Args:
         samples: of the whole case.
@@ -127,7 +127,7 @@ def _throttled(rows: list[Sample], slowdown_c: float | None) -> Suspicion | None
 
 
 def _clock_drop(rows: list[Sample]) -> Suspicion | None:
-    """A clock that falls while steps are timed. At the power limit that is how the GPU always runs."""
+    """A clock that falls while steps are timed; normal for a GPU at its power limit."""
     clocks = known(rows, "sm_clock_mhz")
     if len(clocks) < _FEWEST_CLOCKS or _share(_events(rows), _CAPPED):
         return None
@@ -149,7 +149,7 @@ def _others(samples: Samples) -> Suspicion | None:
 def _changed(
     settings: tuple[Mapping[str, Any], Mapping[str, Any]], first_settings: Mapping[str, Any]
 ) -> list[Suspicion]:
-    def said(value: Any) -> str:
+    def shown(value: Any) -> str:
         return ("off", "on")[value] if isinstance(value, bool) else f"{value:g}"
 
     before, after = settings
@@ -157,6 +157,6 @@ def _changed(
     for name, first in first_settings.items():
         for now, when in ((before.get(name), "since the first case"), (after.get(name), "during the case")):
             if None not in (first, now) and now != first:
-                found.append(Suspicion(f"{_SETTINGS[name]} was changed {when}: {said(first)} to {said(now)}", False))
+                found.append(Suspicion(f"{_SETTINGS[name]} was changed {when}: {shown(first)} to {shown(now)}", False))
                 break
     return found

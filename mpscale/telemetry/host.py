@@ -1,20 +1,24 @@
-"""The host's processors and memory, read from ``/proc``, and what else they did while a case was timed.
+"""The machine of a run: its processors and memory, how busy they are, and the software that can change a figure.
 
-Functions return None for what this system does not tell.
+Processors, memory and load are read from ``/proc``; functions return None for what the system does not report.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
+import subprocess
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mpscale.core.device import Device
+from mpscale.core.device import VENDORS, Device
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
+from mpscale.telemetry.client import Driver, SilentDriver
 
 PRECISION_FLAGS = (
     "f16c",
@@ -26,7 +30,46 @@ PRECISION_FLAGS = (
     "amx_bf16",
     "amx_fp16",
 )
-"""Processor features that decide how fast, and by which kernels, float16 and bfloat16 are computed."""
+"""Processor features that decide how fast and by which kernels float16 and bfloat16 are computed."""
+
+PACKAGES = (
+    "mpscale",
+    "tensorflow",
+    "keras",
+    "numpy",
+    "nvidia-ml-py",
+    "pytest-benchmark",
+    "pandas",
+    "mnist1d",
+)
+
+VARIABLES = (
+    "CI",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_DEVICE_ORDER",
+    "CUDA_LAUNCH_BLOCKING",
+    *(vendor.visible for vendor in VENDORS.values()),
+    "KERAS_BACKEND",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS",
+    "ONEDNN_MAX_CPU_ISA",
+    "TF_CUDNN_DETERMINISTIC",
+    "TF_CUDNN_USE_AUTOTUNE",
+    "TF_DETERMINISTIC_OPS",
+    "TF_ENABLE_ONEDNN_OPTS",
+    "TF_FORCE_GPU_ALLOW_GROWTH",
+    "TF_GPU_ALLOCATOR",
+    "TF_GPU_THREAD_COUNT",
+    "TF_GPU_THREAD_MODE",
+    "TF_NUM_INTEROP_THREADS",
+    "TF_NUM_INTRAOP_THREADS",
+    "TF_XLA_FLAGS",
+    "XLA_FLAGS",
+)
+"""Environment variables that change results. No others are recorded."""
+
+_OTHER_TENSORFLOWS = ("tensorflow-cpu", "tensorflow-cpu-aws", "tf-nightly", "tf-nightly-cpu")
+_GIT_TIMEOUT_S = 5.0
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 _SHORTEST_S = 0.2
@@ -39,7 +82,7 @@ def cpu() -> Device:
 
 
 def cpu_facts() -> dict[str, Any]:
-    """What is known of the processor.
+    """Describe the processor.
 
     Returns:
         ``model``, a name; ``physical_cores`` of the whole host; ``logical_cores`` that this process may use;
@@ -105,7 +148,7 @@ class CpuTimes:
     """Seconds that all processors together have spent since the host started, and one process's share.
 
     Args:
-        busy_s: working, for whomever.
+        busy_s: working for any process.
         steal_s: ready to work while the hypervisor gave the processor to another machine.
         total_s: in all, idle time included.
         own_s: working for one process and the children that it has waited for.
@@ -131,7 +174,7 @@ def cpu_times(pid: int) -> CpuTimes | None:
 
 
 class HostNoise:
-    """How busy the host was with other things while a case was timed.
+    """Measures how busy the host was with other work while a case was timed.
 
     Args:
         pid: the worker.
@@ -157,7 +200,7 @@ class HostNoise:
         found = Findings()
         no_load = Reason(Code.HOST_SILENT, "the system has no load average")
         found.put("host_load", self._load[0] if self._load else no_load)
-        no_clock = Reason(Code.HOST_SILENT, "nothing was timed, or the host does not tell")
+        no_clock = Reason(Code.HOST_SILENT, "nothing was timed, or the host does not report its clock")
         found.put("host_clock_mhz", no_clock if self._clock is None else self._clock)
         start, end = self._start, self._end
         shares = ("host_other_cpu_share", "host_steal_share")
@@ -170,6 +213,108 @@ class HostNoise:
             found.put("host_other_cpu_share", min(max(other_s / total_s, 0.0), 1.0))
             found.put("host_steal_share", min(max((end.steal_s - start.steal_s) / total_s, 0.0), 1.0))
         return found
+
+
+def environment(device: Device, driver: Driver, project_dir: Path) -> dict[str, Any]:
+    """The software and the machine, for ``run.json``: plain values, None for what is unknown.
+
+    Reports get published, so host names, paths and other environment variables are left out.
+
+    Args:
+        device: where the run trains.
+        driver: of the GPU.
+        project_dir: a directory in the git repository whose commit is recorded.
+    """
+    return {
+        "packages": packages(),
+        "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
+        "platform": platform.platform(),
+        "kernel": platform.release(),
+        "libc": " ".join(filter(None, platform.libc_ver())) or None,
+        "cpu": cpu_facts(),
+        "memory_mib": memory_mib(),
+        "load_average_at_start": load_average(),
+        "device": device.to_json(),
+        "nvml": "works" if driver.reason is None else str(driver.reason),
+        "nvidia_driver": driver.driver_version,
+        "cuda_driver": driver.cuda_version,
+        "gpu": _gpu(device, driver),
+        "git": _git(project_dir),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def run_slug(device: Device) -> str:
+    """The device's name as part of a folder's name: at most 40 lower-case letters, digits and single dashes."""
+    without_marks = re.sub(r"\((?:r|tm|c)\)", " ", device.name.lower())
+    slug = re.sub(r"[^a-z0-9]+", "-", without_marks).strip("-")
+    return slug[:40].rstrip("-") or device.kind
+
+
+def packages() -> dict[str, str | None]:
+    """Versions of :data:`PACKAGES`, None for those that are not installed, and of all of NVIDIA's packages.
+
+    TensorFlow is distributed under several names; the installed one is added.
+    """
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for distribution in metadata.distributions():
+        # A broken installation may have no name. Of two with the same name, the first is the one that is imported.
+        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+        wanted = name in versions or name in _OTHER_TENSORFLOWS or name.startswith("nvidia-")
+        if wanted and versions.get(name) is None:
+            versions[name] = distribution.version
+    return versions
+
+
+def _gpu(device: Device, driver: Driver) -> dict[str, Any] | None:
+    """The GPU's facts, how its readings are taken and why some are not; None on a CPU."""
+    if device.kind != "gpu":
+        return None
+    try:
+        known = driver.facts(device)
+    except SilentDriver as error:
+        return {"reason": str(error)}
+    # run.json has these in other places.
+    elsewhere = {*device.to_json(), "driver", "cuda_driver"} - {"mig"}
+    return {
+        "facts": {name: value for name, value in known["facts"].items() if name not in elsewhere},
+        "ways": known["ways"],
+        "reasons": {reading: reason.to_json() for reading, reason in known["reasons"].items()},
+    }
+
+
+def _git(directory: Path) -> dict[str, Any] | None:
+    """The commit, whether any file differs from it or is new, and a digest of these changes.
+
+    The digest covers only the names of new files. None without git or outside a repository.
+    """
+    changes = _run_git(directory, "status", "--porcelain")
+    if changes is None:
+        return None
+    found: dict[str, Any] = {"commit": _run_git(directory, "rev-parse", "--verify", "HEAD"), "dirty": changes != ""}
+    if changes:
+        difference = _run_git(directory, "diff", "--binary", "HEAD") or ""
+        found["changes_digest"] = hashlib.sha256(f"{changes}\n{difference}".encode()).hexdigest()[:16]
+    return found
+
+
+def _run_git(directory: Path, *arguments: str) -> str | None:
+    # Inside a git hook, GIT_DIR and related variables point to another repository than the directory's. Without
+    # optional locks, reading the status does not disturb a commit made at the same time.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(directory), *arguments],
+            env={**variables, "GIT_OPTIONAL_LOCKS": "0"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_GIT_TIMEOUT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _processors() -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""NVIDIA's GPUs, through NVML and nvidia-ml-py. No other module knows either."""
+"""NVIDIA's GPUs, through NVML and nvidia-ml-py. No other module uses either."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _UPDATE = "update the NVIDIA driver"
 
 # Numbers of nvmlReturn_t, which NVIDIA keeps stable. nvidia-ml-py's own messages ("Driver Not Loaded") name no cure.
 _ERRORS = {
-    2: Reason(Code.NOT_TOLD, "this GPU does not tell (invalid argument)"),
-    3: Reason(Code.NOT_TOLD, "this GPU does not tell"),
+    2: Reason(Code.NOT_TOLD, "this GPU does not report this (invalid argument)"),
+    3: Reason(Code.NOT_TOLD, "this GPU does not report this"),
     4: Reason(
         Code.NO_PERMISSION,
         "no permission to talk to the NVIDIA driver",
@@ -47,14 +47,14 @@ _ERRORS = {
     25: Reason(Code.DRIVER_TOO_OLD, "the installed NVIDIA driver has an older version of this structure", _UPDATE),
 }
 _UNKNOWN_CALL = Reason(
-    Code.BINDING_TOO_OLD, "the installed nvidia-ml-py does not know this call", "pip install --upgrade nvidia-ml-py"
+    Code.BINDING_TOO_OLD, "the installed nvidia-ml-py does not have this call", "pip install --upgrade nvidia-ml-py"
 )
 _GARBLED = Reason(
     Code.GARBLED,
     "the list of processes of NVIDIA's drivers 535.43 to 535.86 is garbled",
     "update the NVIDIA driver: 535.86 is the last with this fault",
 )
-_MIG = Reason(Code.SHARED, "a MIG instance: NVML tells this of the whole GPU only, whose other instances share it")
+_MIG = Reason(Code.SHARED, "a MIG instance: NVML reports this only for the whole GPU, which other instances share")
 
 _OF_THE_WHOLE_GPU = (
     Reading.ENERGY,
@@ -88,7 +88,7 @@ _KINDS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
 """Members of the union that holds a field's value, by its type (nvmlValueType_t)."""
 
 _STALE_S = 1.0
-"""A field's value older than this says nothing about now. Drivers give every new value a new timestamp."""
+"""A field's value older than this is not a reading of now. Drivers give every new value a new timestamp."""
 
 _TOLERANCE_MIB = 1.0
 """Parts and total of one answer differ by rounding only."""
@@ -103,7 +103,7 @@ _EVENT_BITS = Range(0, 2**16 - 1, "(bits)")
 
 
 def open_backend() -> Nvidia | Reason:
-    """NVML if it works, else the reason. Never raises."""
+    """Open NVML, or return why it does not work. Never raises."""
     try:
         library: Any = importlib.import_module("pynvml")
     except Exception as error:  # a broken installation may fail in any way
@@ -147,13 +147,13 @@ class Nvidia(GpuBackend):
         Raises:
             Implausible: the number cannot be true.
         """
-        return plausible.checked(told(self.call(name, *arguments)))
+        return plausible.checked(available(self.call(name, *arguments)))
 
     def explain(self, error: Exception) -> Reason:
         """The reason for an exception of nvidia-ml-py."""
         if isinstance(error, AttributeError):
             return _UNKNOWN_CALL
-        # NVMLLibraryMismatchError is no NVMLError, and ctypes raises its own kinds for a library that does not fit.
+        # NVMLLibraryMismatchError is not an NVMLError, and ctypes raises errors of its own for an unsuitable library.
         number = getattr(error, "value", 0)
         number = number if isinstance(number, int) else 0
         unnamed = Code.OTHER if number else Code.BINDING_BROKEN
@@ -197,7 +197,7 @@ class Nvidia(GpuBackend):
         return None if isinstance(value, Reason) else text(value)
 
     def _device(self, handle: Any, fallback: str, instance: bool = False) -> Device:
-        total = self.ask(lambda: _TOTAL_BYTES.checked(told(self.call("nvmlDeviceGetMemoryInfo", handle).total)))
+        total = self.ask(lambda: _TOTAL_BYTES.checked(available(self.call("nvmlDeviceGetMemoryInfo", handle).total)))
         capability = pci = mode = None
         if not instance:
             capability = self.ask(lambda: _capability(*self.call("nvmlDeviceGetCudaComputeCapability", handle)))
@@ -215,12 +215,12 @@ class Nvidia(GpuBackend):
         )
 
     def _instances(self, handle: Any, gpu: Device) -> list[Device]:
-        """The MIG instances of a GPU: each has its own memory, and shares everything else."""
+        """The MIG instances of a GPU: each has its own memory and shares everything else."""
         count = self.ask(self.number, _DEVICES, "nvmlDeviceGetMaxMigDeviceCount", handle)
         found = []
         for index in range(0 if isinstance(count, Reason) else count):
             instance = self.ask(self.call, "nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
-            if not isinstance(instance, Reason):  # else a place that no instance takes
+            if not isinstance(instance, Reason):  # otherwise there is no instance at this index
                 device = self._device(instance, f"MIG instance {index} of {gpu.name}", instance=True)
                 found.append(device.part_of(gpu))
         return found
@@ -229,8 +229,8 @@ class Nvidia(GpuBackend):
 class NvidiaGpu(Gpu):
     """A GPU or a MIG instance. ``device`` has a UUID."""
 
-    not_apart = Reason(
-        Code.DRIVER_TOO_OLD, "the installed NVIDIA driver is too old to tell reserved memory apart", _UPDATE
+    no_reserved = Reason(
+        Code.DRIVER_TOO_OLD, "the installed NVIDIA driver is too old to report reserved memory", _UPDATE
     )
 
     def __init__(self, nvml: Nvidia, device: Device) -> None:
@@ -240,7 +240,7 @@ class NvidiaGpu(Gpu):
         if device.parent_uuid is not None:
             self._whole = nvml.ask(nvml.call, "nvmlDeviceGetHandleByUUID", device.parent_uuid)
         if isinstance(handle, Reason):
-            reason = handle.worded(f"NVML does not find GPU {device.uuid}: {handle}")
+            reason = handle.worded(f"NVML cannot find GPU {device.uuid}: {handle}")
             super().__init__(nvml, device, dict.fromkeys(Reading, reason))
             return
         calls: dict[Reading, Sequence[Call] | Reason] = {**_calls(nvml, handle, self._whole, device.memory_mib)}
@@ -258,7 +258,7 @@ class NvidiaGpu(Gpu):
             return self._nvml.ask(lambda: read(self._nvml.call(name, self._whole, *arguments)))
 
         def within(plausible: Range) -> Callable[[Any], Any]:
-            return lambda value: plausible.checked(told(value))
+            return lambda value: plausible.checked(available(value))
 
         mig_mode = within(Range(0, 1))
         return {
@@ -278,7 +278,7 @@ def _calls(nvml: Nvidia, handle: Any, whole: Any, memory_mib: float | None) -> d
     """The ways to take each reading of ``handle``, newest first; ``whole`` is its GPU, which settings belong to."""
 
     def call(
-        name: str, *arguments: Any, of: Any = handle, read: Callable[[Any], Any] = told, shown: str | None = None
+        name: str, *arguments: Any, of: Any = handle, read: Callable[[Any], Any] = available, shown: str | None = None
     ) -> Call:
         return Call(shown or name, lambda: read(nvml.call(name, of, *arguments)))
 
@@ -321,7 +321,7 @@ def _calls(nvml: Nvidia, handle: Any, whole: Any, memory_mib: float | None) -> d
         Reading.SM_CLOCK: (call("nvmlDeviceGetClockInfo", 1),),
         Reading.MEMORY_CLOCK: (call("nvmlDeviceGetClockInfo", 2),),
         Reading.TEMPERATURE: (call("nvmlDeviceGetTemperatureV", 0), call("nvmlDeviceGetTemperature", 0)),
-        Reading.UTILIZATION: (call("nvmlDeviceGetUtilizationRates", read=lambda rates: int(told(rates.gpu))),),
+        Reading.UTILIZATION: (call("nvmlDeviceGetUtilizationRates", read=lambda rates: int(available(rates.gpu))),),
         Reading.CLOCK_EVENTS: (
             call("nvmlDeviceGetCurrentClocksEventReasons", read=_events),
             call("nvmlDeviceGetCurrentClocksThrottleReasons", read=_events),
@@ -330,7 +330,7 @@ def _calls(nvml: Nvidia, handle: Any, whole: Any, memory_mib: float | None) -> d
             call("nvmlDeviceGetEnforcedPowerLimit", of=whole, read=_thousandth),
             call("nvmlDeviceGetPowerManagementLimit", of=whole, read=_thousandth),
         ),
-        Reading.ECC: (call("nvmlDeviceGetEccMode", of=whole, read=lambda modes: told(modes[0])),),
+        Reading.ECC: (call("nvmlDeviceGetEccMode", of=whole, read=lambda modes: available(modes[0])),),
         Reading.PERSISTENCE: (call("nvmlDeviceGetPersistenceMode", of=whole),),
     }
 
@@ -347,7 +347,7 @@ class Field:
         """The value now.
 
         Raises:
-            Implausible: the answer is no measurement of this moment.
+            Implausible: the answer is not a current measurement.
         """
         (answer,) = self._nvml.call("nvmlDeviceGetFieldValues", self._handle, [self._number])
         if answer.nvmlReturn != 0:
@@ -361,11 +361,11 @@ class Field:
             raise Implausible(f"NVML repeats a value of field {self._number} that is {now_s - self._since_s:.1f} s old")
         kind = _KINDS[answer.valueType]
         value: float = getattr(answer.value, kind)
-        # All ones of a short would pass for a number of milliwatts.
+        # All ones in a short look like a plausible number of milliwatts.
         return -1 if kind == "usVal" and value == 2**16 - 1 else value
 
 
-def told(value: Any) -> Any:
+def available(value: Any) -> Any:
     """Return a number of NVML.
 
     Raises:
@@ -382,24 +382,24 @@ def text(value: Any) -> Any:
 
 
 def check_memory(total: int, *parts: int) -> None:
-    """Check the bytes of one answer, of which all but the first are parts of the total.
+    """Check the numbers of bytes in one answer: each of ``parts`` is a part of ``total``.
 
     Raises:
-        Implausible: they cannot be.
+        Implausible: they are not.
     """
-    _TOTAL_BYTES.checked(told(total))
+    _TOTAL_BYTES.checked(available(total))
     for part in parts:
-        if _BYTES.checked(told(part)) > total:
+        if _BYTES.checked(available(part)) > total:
             raise Implausible(f"NVML answers {part} bytes of memory, of {total} in all")
 
 
 def split_memory(total: float, used: float, free: float, reserved: float) -> Memory:
     """Memory in use without what the driver reserves.
 
-    Drivers differ in whether ``used`` includes reserved memory. The sum tells: the parts make up the total.
+    Drivers differ in whether ``used`` includes reserved memory. The sum shows which: the parts add up to the total.
 
     Raises:
-        Implausible: more is reserved than used, though used includes it.
+        Implausible: ``used`` includes reserved memory, but more is reserved than used.
     """
     if abs(used + free - total) <= _TOLERANCE_MIB < reserved:
         if used < reserved:
@@ -409,23 +409,23 @@ def split_memory(total: float, used: float, free: float, reserved: float) -> Mem
 
 
 def process_memory(used: int | None, total_mib: float | None) -> float | None:
-    """Memory of one process in MiB, None if ``used``, the bytes in the driver's list, does not tell."""
+    """Memory of one process in MiB, None if ``used``, the bytes in the driver's list, is not a measurement."""
     try:
-        mib = float(_BYTES.checked(told(used))) / _MIB
+        mib = float(_BYTES.checked(available(used))) / _MIB
     except Implausible:
         return None
-    # Containers are told 0: a listed process holds a context, which is never empty.
+    # In containers the list shows 0, but a listed process has a context, which is never empty.
     return mib if mib > 0 and (total_mib is None or mib <= total_mib) else None
 
 
 def _events(bits: Any) -> tuple[ClockEvent, ...]:
-    bits = _EVENT_BITS.checked(told(bits))
+    bits = _EVENT_BITS.checked(available(bits))
     return tuple(event for bit, event in _EVENTS.items() if bits & bit)
 
 
 def _thousandth(value: Any) -> float:
-    """Milliwatts or millijoules in W or J."""
-    return float(told(value)) / 1e3
+    """Convert mW or mJ to W or J."""
+    return float(available(value)) / 1e3
 
 
 def _watts(milliwatts: Any) -> Any:
@@ -433,4 +433,4 @@ def _watts(milliwatts: Any) -> Any:
 
 
 def _capability(major: int, minor: int) -> tuple[int, int]:
-    return Range(1, 99).checked(told(major)), Range(0, 99).checked(told(minor))
+    return Range(1, 99).checked(available(major)), Range(0, 99).checked(available(minor))

@@ -1,9 +1,9 @@
-"""What the monitor saw of a GPU during one case: a file of JSON lines, written by the monitor and read for the columns.
+"""Samples of a GPU during one case: a file of JSON lines, written by the monitor and read to compute the columns.
 
-A line ``{"time_s": ..., ...}`` is a :class:`Sample`; fields that were not read then are left out, and readings that
-were tried in vain are named in ``failed``. A sample that would repeat the previous one is left out and counted in the
-next (``looks``, ``gap_s``). A line ``{"reasons": {reading: reason}}`` says why readings have no value. At the end
-``{"silent": reason}`` says why the monitor did not live to the end, and ``{"late": [phase, ...]}`` which phases the
+A line ``{"time_s": ..., ...}`` is a :class:`Sample`; fields that were not read are left out, and readings that
+failed are named in ``failed``. A sample that would repeat the previous one is left out and counted in the
+next (``looks``, ``gap_s``). A line ``{"reasons": {reading: reason}}`` explains readings without a value. At the end,
+``{"silent": reason}`` explains why the monitor did not survive, and ``{"late": [phase, ...]}`` names phases that the
 worker left before their sample was taken.
 """
 
@@ -21,10 +21,10 @@ from typing import IO, Any
 from mpscale.core.reason import Code, Reason
 
 CALM_FROM, CALM_UNTIL = "timing-start", "timing-end"
-"""Phases between which the monitor looks seldom, so as not to disturb what is timed."""
+"""Phases between which the monitor looks rarely, so as not to disturb the timing."""
 
 CALM_S = 0.5
-"""Time between two looks meanwhile."""
+"""Time between two looks then."""
 
 START = "the start"
 
@@ -33,11 +33,11 @@ MOST_FAILED = 0.1
 
 
 class Reading(StrEnum):
-    """A quantity of a GPU that can be read again and again. The value is the name of its field in a sample, if any."""
+    """A quantity of a GPU that is read repeatedly. The value is the name of its field in a sample, if it has one."""
 
     MEMORY = "device_memory_mib"
     RESERVED_MEMORY = "reserved_memory_mib"
-    """Never read by itself: comes with the memory if the driver tells the two apart."""
+    """Never read by itself: comes with MEMORY if the driver reports it."""
     PROCESSES = "processes"
     GRAPHICS_PROCESSES = "graphics_pids"
     SERVICE_PROCESSES = "service_processes"
@@ -55,7 +55,7 @@ class Reading(StrEnum):
 
 
 class ClockEvent(StrEnum):
-    """A reason for which a GPU's clocks are not higher, in the order in which reports name them."""
+    """A reason why a GPU's clocks are not higher, in the order in which reports name them."""
 
     IDLE = "idle"
     APPLICATION_CLOCKS = "application clocks setting"
@@ -97,7 +97,7 @@ class Sample:
         memory_clock_mhz: clock of the memory.
         temperature_c: temperature of the GPU.
         utilization: share of the last fraction of a second in which a kernel ran, in percent.
-        clock_events: names of the reasons for which clocks are not higher.
+        clock_events: names of the reasons why clocks are not higher.
         failed: readings that were tried and had no value.
     """
 
@@ -144,25 +144,25 @@ _DEFAULTS: dict[str, Any] = {f.name: None if f.default is MISSING else f.default
 
 
 class SampleFile:
-    """Writes samples as they come, over a file that exists: what is on disk stays, whatever becomes of the writer."""
+    """Writes samples as they come, replacing an existing file. What was flushed survives a crash of the writer."""
 
     def __init__(self, path: Path) -> None:
         self._file: IO[str] = path.open("w", encoding="utf-8")
-        self._told: dict[str, Reason] = {}
+        self._explained: dict[str, Reason] = {}
 
     def write(self, sample: Sample) -> None:
-        """Add a sample."""
+        """Write a sample."""
         self._file.write(line_of(sample.to_json()))
 
-    def tell(self, reasons: Mapping[str, Reason]) -> None:
-        """Add reasons that are new."""
-        new = {reading: reason for reading, reason in reasons.items() if self._told.get(reading) != reason}
+    def explain(self, reasons: Mapping[str, Reason]) -> None:
+        """Write the reasons that are new."""
+        new = {reading: reason for reading, reason in reasons.items() if self._explained.get(reading) != reason}
         if new:
-            self._told |= new
+            self._explained |= new
             self._file.write(line_of({"reasons": {reading: reason.to_json() for reading, reason in new.items()}}))
 
     def flush(self) -> None:
-        """Put on disk what was written."""
+        """Flush to disk."""
         self._file.flush()
 
     def close(self) -> None:
@@ -177,9 +177,9 @@ def line_of(values: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A time in which a reading failed: from the last value before it, or the first try, to the first one after it.
+    """A time in which a reading failed, from the last value before it (or the first try) to the first value after it.
 
-    ``to_s`` is infinite if there was none. ``phase`` is what the worker had reached when the gap began.
+    ``to_s`` is infinite if no value followed. ``phase`` is what the worker had reached when the gap began.
     """
 
     from_s: float
@@ -199,8 +199,8 @@ class Samples:
     Args:
         rows: the samples.
         reasons: why readings have no value.
-        silent: why there are no samples of the end of the case; None if there are.
-        late: phases that the worker had left when their sample was taken.
+        silent: why the last samples are missing; None if they are there.
+        late: phases that the worker had left before their sample was taken.
     """
 
     rows: list[Sample] = field(default_factory=list)
@@ -232,7 +232,7 @@ class Samples:
         return [row for row in self.rows if start.time_s <= row.time_s <= end.time_s]
 
     def often(self) -> list[tuple[Sample, float]]:
-        """The samples from times in which the monitor looks often, each with the seconds since the previous one."""
+        """The samples taken while the monitor looks often, each with the seconds since the previous one."""
         found, calm = [], False
         for before, row in pairwise(self.rows):
             calm = before.phase == CALM_FROM or (calm and before.phase != CALM_UNTIL)
@@ -241,10 +241,10 @@ class Samples:
         return found
 
     def alone(self) -> bool:
-        """Whether only the case can have used the GPU, as far as the driver's list of processes tells.
+        """Whether only the case can have used the GPU, according to the driver's list of processes.
 
-        In a container the worker has another number in that list, so a single process that appears after the case has
-        begun is taken for it.
+        In a container the list shows the worker under another id, so a single process that appears after the case has
+        begun is taken for the worker.
         """
         idle = self.at("idle")
         at_idle = idle.processes if idle is not None else 0
@@ -257,7 +257,7 @@ class Samples:
         """Ids of compute processes that are not the case's, None if no list of processes can be read."""
         if not known(self.rows, "other_pids"):
             return None
-        # Under another number, the one process that is there is the case itself.
+        # The one process there is the case itself, under another id.
         return [] if self.alone() else sorted(self._other_pids())
 
     def _other_pids(self) -> set[int]:
@@ -272,12 +272,12 @@ class Samples:
         """
         found: list[Gap] = []
         known_s: float | None = None
-        # These are read at every look, and looks that would repeat the previous sample are left out.
+        # These two are read at every look, but looks that would repeat the previous sample are left out.
         often = reading in (Reading.MEMORY, Reading.PROCESSES)
         open_gap: Gap | None = None
         phase = START
         for row in self.rows:
-            # A sample at a phase is taken when that is reached: what fails in it began before.
+            # A sample at a phase is taken when the phase is reached, so what fails in it began before.
             if failed(row) if failed is not None else reading in row.failed:
                 since_s = row.time_s if known_s is None else known_s
                 since_s = max(since_s, row.time_s - row.gap_s) if often else since_s
@@ -297,13 +297,13 @@ class Samples:
         tolerated_s: float,
         failed: Callable[[Sample], bool] | None = None,
     ) -> Reason | None:
-        """Why the largest value between two times may not be the largest there was; None if it is.
+        """Why the largest sample between two times may not be the true maximum; None if it is.
 
         Args:
             reading: one that samples have.
-            first_s: from when on it counts.
-            last_s: until when.
-            tolerated_s: how long it may fail at a time; :data:`CALM_S` longer while the monitor looks seldom.
+            first_s: start of that time.
+            last_s: its end.
+            tolerated_s: how long it may fail at a time; :data:`CALM_S` longer while the monitor looks rarely.
             failed: as in :meth:`gaps`.
         """
         if self.silent is not None and not (self.rows and last_s < self.rows[-1].time_s):
@@ -311,24 +311,24 @@ class Samples:
         for gap in self.gaps(reading, failed):
             seconds = min(gap.to_s, last_s) - max(gap.from_s, first_s)
             if seconds > tolerated_s + (CALM_S if self._calm_at(gap.from_s) else 0.0):
-                return self.too_few(reading, f"the driver did not tell {gap}")
+                return self.too_few(reading, f"the driver gave no value {gap}")
         return None
 
     def why_few(self, reading: Reading, rows: Sequence[Sample]) -> Reason | None:
-        """Why the values of a reading do not stand for all of ``rows``: too many failed. None if they do."""
+        """Why the values of a reading do not represent ``rows``: too many failed. None if they do."""
         failed = sum(reading in row.failed for row in rows)
         looks = failed + len(known(rows, reading))
         if failed <= MOST_FAILED * looks:
             return None
-        return self.too_few(reading, f"the driver did not tell in {failed} of {looks} looks")
+        return self.too_few(reading, f"the driver gave no value in {failed} of {looks} looks")
 
     def too_few(self, reading: Reading, text: str, otherwise: str = "no reason given") -> Reason:
-        """The reason for a figure that lacks samples, with the reason why the reading failed."""
+        """The reason for a figure without enough samples, including why the reading failed."""
         why = self.reasons.get(reading)
         return Reason(Code.TOO_FEW_SAMPLES, f"{text} ({why or otherwise})", why.cure if why else None)
 
     def _calm_at(self, time_s: float) -> bool:
-        """Whether the monitor looked seldom from that time on."""
+        """Whether the monitor was looking rarely at that time."""
         phases = [row.phase for row in self.rows if row.phase in (CALM_FROM, CALM_UNTIL) and row.time_s <= time_s]
         return phases[-1:] == [CALM_FROM]
 
@@ -345,7 +345,7 @@ def read_samples(lines: Iterable[str]) -> Samples:
         lines: of the file, line ends included.
 
     Raises:
-        ValueError: it is no file of samples.
+        ValueError: it is not a file of samples.
     """
     rows: list[Sample] = []
     reasons: dict[str, Reason] = {}
@@ -357,12 +357,12 @@ def read_samples(lines: Iterable[str]) -> Samples:
         match json.loads(line):
             case {"time_s": float() | int()} as values:
                 rows.append(Sample.from_json(values))
-            case {"reasons": dict(told)}:
-                reasons |= {reading: Reason.from_json(reason) for reading, reason in told.items()}
+            case {"reasons": dict(found)}:
+                reasons |= {reading: Reason.from_json(reason) for reading, reason in found.items()}
             case {"silent": reason}:
                 silent = Reason.from_json(reason)
             case {"late": [*phases]}:
                 late = tuple(phases)
             case _:
-                raise ValueError(f"no file of GPU samples: {line.strip()[:40]!r}")
+                raise ValueError(f"not a file of GPU samples: {line.strip()[:40]!r}")
     return Samples(rows, reasons, silent, late)

@@ -25,7 +25,7 @@ from mpscale.telemetry.samples import START, THROTTLING, Reading, Samples, line_
 
 HOST_COLUMN = "host_memory_peak_mib"
 _COOL_BY_C = 20.0
-"""How far below the temperature at which it slows down a GPU has to be before a case is run again."""
+"""How far below its slowdown temperature a GPU has to be before a case is run again."""
 
 _NOT_WATCHED = Reason(Code.NOT_REACHED, "no process was watched")
 _ENDED = Reason(Code.HOST_SILENT, "the process ended before its memory could be read, or the system has no /proc")
@@ -33,12 +33,12 @@ _ENDED = Reason(Code.HOST_SILENT, "the process ended before its memory could be 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """What the columns on the GPU need to know of the worker.
+    """What the worker contributes to the columns on the GPU.
 
     Args:
         allocator_peak_mib: peak of TensorFlow's allocator.
         energy_steps: steps taken while energy was counted.
-        energy_applied_steps: those of them that were not skipped; None if the mode does not tell.
+        energy_applied_steps: those of them that were not skipped; None if the mode does not count them.
         energy_off: why energy was not to be measured; None if it was.
     """
 
@@ -50,7 +50,7 @@ class WorkerFacts:
 
 @dataclass(slots=True)
 class WatchResult:
-    """What was seen of a case: its columns, why its figures must not be used, and whether the GPU was lost."""
+    """The columns of a case, why its figures must not be used, and whether the GPU was lost."""
 
     findings: Findings = field(default_factory=Findings)
     suspicions: list[Suspicion] = field(default_factory=list)
@@ -73,7 +73,7 @@ class CaseWatch:
         self._host_peak_mib: float | None = None
         self._noise: HostNoise | None = None
         self._blind: Reason | None = _NOT_WATCHED
-        """Why nothing is seen of the GPU."""
+        """Why the GPU cannot be watched; None if it can."""
         self._silent_after: str | None = None
         self._last_phase = START
         self._late: list[str] = []
@@ -84,7 +84,7 @@ class CaseWatch:
         self._lost = False
 
     def start(self, pid: int, epoch: float) -> None:
-        """Begin to watch a process; what was seen of the previous one is forgotten.
+        """Begin to watch a process, and forget the previous one.
 
         Args:
             pid: the process.
@@ -116,8 +116,8 @@ class CaseWatch:
         """End the watch, within about two seconds whatever the driver does.
 
         Args:
-            worker: what the columns need to know of the worker.
-            keep: where the samples go, gzipped; None discards them.
+            worker: what the worker contributes to the columns.
+            keep: where to store the gzipped samples; None discards them.
         """
         self._read_host()
         result = WatchResult()
@@ -153,7 +153,7 @@ class CaseWatch:
         return result
 
     def has_power(self) -> bool:
-        """Whether the GPU tells its energy or its power, so that a longer window is worth its time."""
+        """Whether the GPU reports energy or power, so that a longer window pays off."""
         return Reading.ENERGY in self._ways or Reading.POWER in self._ways
 
     def cool_down(self, seconds: float) -> None:
@@ -179,7 +179,7 @@ class CaseWatch:
         self._folder.cleanup()
 
     def _begin(self, pid: int, epoch: float) -> Reason | None:
-        """Start the monitor on a process; the reason if it sees nothing."""
+        """Have the monitor watch a process; return the reason if it cannot."""
         if self._device.kind != "gpu":
             return Reason(Code.NO_GPU, "no GPU")
         try:
@@ -201,7 +201,7 @@ class CaseWatch:
             # The last line may have been cut off when the monitor died.
             text = text[: text.rfind("\n") + 1] + line_of(notes)
         if keep is not None and text:
-            # The case is worth more than this file. If the run's folder cannot be written, the journal says so.
+            # Losing this file must not fail the case. If the run's folder cannot be written, the journal reports that.
             with contextlib.suppress(OSError):
                 keep.parent.mkdir(parents=True, exist_ok=True)
                 keep.write_bytes(gzip.compress(text.encode(), 6))

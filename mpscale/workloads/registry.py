@@ -33,7 +33,7 @@ class UnknownWorkload(ValueError):
 
 @dataclass
 class Offered:
-    """The workloads that have a name of their own.
+    """The workloads that can be named without their module.
 
     Args:
         workloads: by name, mpscale's own first.
@@ -85,7 +85,7 @@ def get(name: str, folders: Iterable[str | Path] = ()) -> Workload:
             path, since a module may import its neighbours later.
 
     Raises:
-        UnknownWorkload: there is none, or it cannot be loaded; the message says why, and which there are.
+        UnknownWorkload: there is none, or it cannot be loaded; the message explains why and lists the workloads.
     """
     if is_own(name):
         return _own(name, [*map(str, folders)])
@@ -196,7 +196,7 @@ def _said(error: BaseException) -> str:
 
 
 def _hidden(found: ModuleType | ModuleNotFoundError, folders: Iterable[str]) -> str:
-    """A note on a file in ``folders`` that Python does not see because another module has its name; else empty."""
+    """A note on a file in ``folders`` that is hidden by another module of its name; empty if there is none."""
     name = str(found.name if isinstance(found, ModuleNotFoundError) else found.__name__)
     top = name.partition(".")[0]
     taken = sys.modules.get(top)

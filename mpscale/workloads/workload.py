@@ -212,21 +212,21 @@ class Workload:
             )
         if named == ACCURACY and higher is None:
             higher = True
-        said = self.metric_higher_is_better
-        if higher is None and said is None:
+        given = self.metric_higher_is_better
+        if higher is None and given is None:
             raise ValueError(
                 f"workload {self.name}: mpscale does not know if a higher {named} is better; add "
                 "metric_higher_is_better=True or False"
             )
-        if None not in (higher, said) and higher != said:
+        if None not in (higher, given) and higher != given:
             raise ValueError(
-                f"workload {self.name}: metric_higher_is_better is {said}, but a {'higher' if higher else 'lower'} "
+                f"workload {self.name}: metric_higher_is_better is {given}, but a {'higher' if higher else 'lower'} "
                 f"{named} is better; leave it out, or give a metric of your own another metric_name"
             )
         if named == ACCURACY and not higher:
             raise ValueError(f"workload {self.name}: {name} is not an accuracy; give it another metric_name")
         object.__setattr__(self, "metric_name", named)
-        object.__setattr__(self, "metric_higher_is_better", higher if said is None else said)
+        object.__setattr__(self, "metric_higher_is_better", higher if given is None else given)
 
     def _wrong(self, field: str, allowed: str) -> str:
         return f"workload {self.name}: {field} must be {allowed}, not {getattr(self, field)!r}"

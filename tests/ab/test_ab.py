@@ -174,7 +174,7 @@ def test_cases_run_in_pairs_and_each_side_begins_half_of_them(tmp_path, interpre
     assert "B against A: 2 rows; step time 2" in output
     lines = said.splitlines()
     assert re.fullmatch(r"A: .*/one/python \(Python 3.99, tensorflow 2.99, keras 3.99, mpscale 0.1.0\)", lines[0])
-    assert lines[2] == "also differ: 1 package in B alone"
+    assert lines[2] == "also differ: 1 package only in B"
     assert "[1/4] toy fp32 seed 0: A 2 ms, B 2 ms" in said
     assert lines[-3:-1] == ["A: results/runs/A", "B: results/runs/B"]
     entries = [json.loads((tmp_path / f"results/runs/{side}/run.json").read_text())["interleaved"] for side in "AB"]
@@ -191,7 +191,7 @@ DEAD = "B: it was killed by SIGKILL; its output, "
     [
         pytest.param({}, {"act": {"start": "die"}}, 2, [GONE.format(0), DEAD, "nothing to compare"], 0, id="at start"),
         pytest.param({}, {"act": {"planned": "die"}}, 2, [GONE.format(0), DEAD], 0, id="dies when it has planned"),
-        pytest.param({}, {"act": {"start": 4}}, 2, ["B: pytest was used in a wrong way (exit code 4)"], 0, id="usage"),
+        pytest.param({}, {"act": {"start": 4}}, 2, ["B: pytest was called incorrectly (exit code 4)"], 0, id="usage"),
         pytest.param(
             {}, {"act": {"case 2": 3}}, 1, [GONE.format(2), "pytest itself failed (exit code 3)"], 2, id="dies"
         ),
@@ -213,12 +213,14 @@ DEAD = "B: it was killed by SIGKILL; its output, "
             1,
             [
                 "B crashed (it broke)",
-                "B: tests of it failed (exit code 1): toy--mixed-dynamic--s0--r0 crashed; its output",
+                "B: some of its tests failed (exit code 1): toy--mixed-dynamic--s0--r0 crashed; its output",
             ],
             4,
             id="a case crashes",
         ),
-        pytest.param({}, {"crashes": 1, "run": [0, 1]}, 1, [GONE.format(2), "tests of it failed"], 2, id="ends early"),
+        pytest.param(
+            {}, {"crashes": 1, "run": [0, 1]}, 1, [GONE.format(2), "some of its tests failed"], 2, id="ends early"
+        ),
         pytest.param(
             {}, {"run": [0, 1, 1, 2, 3]}, 0, ["[4/4] toy mixed-dynamic seed 1: A 2 ms, B 2 ms"], 4, id="again"
         ),
@@ -227,7 +229,7 @@ DEAD = "B: it was killed by SIGKILL; its output, "
             {},
             {"turn_s": 4.0, "act": {"case 1": "hang"}},
             1,
-            ["B: it was not heard of for 4 s", GONE.format(1)],
+            ["B: it was silent for 4 s", GONE.format(1)],
             1,
             id="hangs",
         ),
@@ -250,7 +252,7 @@ def test_a_session_that_hangs_at_its_start_is_killed(tmp_path, interpreter, ab):
     hangs = interpreter("two", act={"start": "hang"})
     code, _, errors = ab("--python", interpreter("one"), "--python", hangs, "--start-timeout", "6")
     assert code == 2
-    assert "B: it did not say within 6 s which cases it has (--start-timeout)" in errors
+    assert "B: it did not collect its cases within 6 s (--start-timeout)" in errors
     assert not alive(int((tmp_path / "hangs").read_text()))
 
 

@@ -18,7 +18,7 @@ from mpscale.doctor.examine import Examination, examine
 from mpscale.doctor.page import render
 from mpscale.doctor.software import build_info
 from mpscale.telemetry.client import NoDriver
-from mpscale.telemetry.fingerprint import VARIABLES
+from mpscale.telemetry.host import VARIABLES
 
 CALM = dict.fromkeys(VARIABLES)
 needs_cuda_build = pytest.mark.skipif(not build_info().get("is_cuda_build"), reason="TensorFlow is built without CUDA")

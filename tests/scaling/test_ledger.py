@@ -148,8 +148,9 @@ def test_monitor_warns_or_stops_the_training():
 
 def test_monitor_refuses_other_optimizers_and_intervals():
     model = small_model()
-    model.compile("sgd", "mse")
-    with pytest.raises(TypeError, match=r"watches an mpscale\.LossScaleOptimizer"):
-        model.fit(np.ones((5, 4)), np.ones((5, 2)), callbacks=[LossScaleMonitor()], verbose=0)
+    for optimizer in ("sgd", keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())):
+        model.compile(optimizer, "mse")
+        with pytest.raises(TypeError, match=r"watches an mpscale\.LossScaleOptimizer"):
+            model.fit(np.ones((5, 4)), np.ones((5, 2)), callbacks=[LossScaleMonitor()], verbose=0)
     with pytest.raises(ValueError, match="every must be an integer of at least 1"):
         LossScaleMonitor(every=0)

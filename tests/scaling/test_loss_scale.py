@@ -38,7 +38,7 @@ GOOD, BAD = True, False
         pytest.param({"minimum": 4.0}, [BAD] * 100, [8] + [4] * 100, id="floor holds after 100 backoffs"),
         pytest.param({"growth_interval": 1, "maximum": 16.0}, [GOOD] * 3, [8, 16, 16, 16], id="cap holds"),
         pytest.param(
-            {"growth_interval": 1, "maximum": 12.0}, [GOOD] * 2, [8, 12, 12], id="cap that is no power of two"
+            {"growth_interval": 1, "maximum": 12.0}, [GOOD] * 2, [8, 12, 12], id="cap that is not a power of two"
         ),
         pytest.param({"hysteresis": 2}, [BAD, GOOD, BAD, GOOD], [8] * 5, id="single overflows are tolerated"),
         pytest.param(

@@ -1,4 +1,4 @@
-"""The columns of a case on a GPU, driver or virtual machine that tells less than it seems to."""
+"""The columns of a case when GPU, driver or virtual machine report less than they seem to."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def only_case(tmp_path_factory, stand_in_nvml):
 
 @pytest.fixture
 def case(only_case):
-    """A GPU that tells everything; its monitor lives on from test to test."""
+    """A GPU that reports everything; the tests share its monitor."""
     only_case.script.heal().no_processes()
     lines = {"used_mib": 450, "temperature_c": 35, "sm_clock_mhz": 1410, "mem_clock_mhz": 1215, "event_reasons": 0}
     only_case.script.set(**lines)
@@ -66,16 +66,13 @@ def run(case, *, timed=lambda: None, **steps):
     return case.run(lambda: case.uses(300), timed, worker=worker, **steps).findings
 
 
-# Readings that never work.
-
-
 @pytest.mark.parametrize(
     "lines",
     [
         pytest.param(dict.fromkeys(MEASURED, "n/a"), id="NVML answers with all bits one"),
         pytest.param(
             dict.fromkeys(set(MEASURED) - {"utilization", "event_reasons"}, 0),
-            id="a virtual machine is told 0 W, 0 MHz and 0 degrees",
+            id="a virtual machine sees 0 W, 0 MHz and 0 degrees",
         ),
         pytest.param(
             {
@@ -93,8 +90,7 @@ def test_implausible_readings_leave_columns_empty_with_a_reason(gpu_case, lines)
     for line in lines:
         assert MEASURED[line] not in found.values, line
         assert found.unavailable[MEASURED[line]].code is Code.IMPLAUSIBLE, line
-    told = case.driver.facts(case.device)
-    assert not {Reading.POWER, Reading.TEMPERATURE} & set(told["ways"])
+    assert not {Reading.POWER, Reading.TEMPERATURE} & set(case.driver.facts(case.device)["ways"])
     # The other readings are unaffected: an idle GPU is 0 % busy.
     assert found.values[PEAK] == 300.0
     assert {"utilization", "event_reasons"} & set(lines) or found.values["gpu_utilization_median"] == 0.0
@@ -103,10 +99,10 @@ def test_implausible_readings_leave_columns_empty_with_a_reason(gpu_case, lines)
 @pytest.mark.parametrize("energy", ["n/a", "0:1"], ids=["all bits one", "a counter of 0"])
 def test_energy_comes_from_power_if_there_is_no_counter(gpu_case, energy):
     case = gpu_case(energy=energy, energy_start_j=0, energy_tick=1e9)
-    told = case.driver.facts(case.device)
-    assert Reading.ENERGY not in told["ways"]
-    assert told["reasons"][Reading.ENERGY].code is Code.IMPLAUSIBLE
-    assert told["ways"][Reading.POWER] == "instant"
+    facts = case.driver.facts(case.device)
+    assert Reading.ENERGY not in facts["ways"]
+    assert facts["reasons"][Reading.ENERGY].code is Code.IMPLAUSIBLE
+    assert facts["ways"][Reading.POWER] == "instant"
 
 
 @pytest.mark.parametrize("lines", [{"power_instant_w": "n/a"}, {"field_type": 7}], ids=["all bits one", "unknown type"])
@@ -116,7 +112,7 @@ def test_power_is_a_mean_if_momentary_power_is_not_available(gpu_case, lines):
     assert run(case).values["gpu_power_source"] == "mean of up to a second"
 
 
-def test_facts_and_settings_of_a_gpu_that_does_not_tell_them(gpu_case):
+def test_facts_and_settings_that_a_gpu_does_not_report(gpu_case):
     lines = {
         "power_limit_w": "n/a", "ecc": "n/a", "persistence": "n/a", "slowdown_c": 0, "max_sm_clock_mhz": 0,
         "max_mem_clock_mhz": "n/a", "pcie_generation": 0, "pcie_width": "n/a", "capability": (-1, -1),
@@ -158,9 +154,6 @@ def test_driver_that_repeats_an_old_value(gpu_case):
     assert case.driver.facts(case.device)["reasons"][Reading.POWER].code is Code.IMPLAUSIBLE
 
 
-# Readings that begin to fail in mid-case.
-
-
 BEGIN = {
     MEMORY: {RISE, "gpu_memory_reserved_mib"},
     LIST: {PROCESS, "gpu_other_processes"},
@@ -189,7 +182,7 @@ def test_a_failing_call_empties_only_its_own_columns(case):
             train=lambda symbol=symbol: (time.sleep(0.05), case.script.fail(symbol, 999)),
             added=lambda: time.sleep(0.75),
         )
-        # Without the list of processes the headline is the rise of the GPU's memory, and says so.
+        # Without the list of processes the headline is the rise of the GPU's memory, and its method shows that.
         assert columns <= set(found.unavailable), symbol
         assert sound - set(found.values) <= columns, symbol
         for column in columns:
@@ -200,7 +193,6 @@ def test_a_failing_call_empties_only_its_own_columns(case):
 
 @pytest.mark.parametrize("symbol", [MEMORY, LIST])
 def test_growth_of_memory_while_a_call_fails_is_not_missed_silently(case, symbol):
-
     def train():
         case.script.fail(symbol, 999)
         time.sleep(0.05)
@@ -262,7 +254,7 @@ def test_readings_that_become_implausible_in_mid_case(case):
 
 
 def test_call_that_fails_at_first_and_recovers(case):
-    """What happened before is unknown."""
+    """What happened before it recovered is unknown."""
     case.script.fail(LIST, 999).fail(LIST.replace("_v3", "_v2"), 999)
     found = run(case, train=lambda: (case.uses(9000), time.sleep(0.3), case.uses(300), case.script.heal()))
     assert PROCESS not in found.values
@@ -271,7 +263,7 @@ def test_call_that_fails_at_first_and_recovers(case):
 
 @pytest.mark.parametrize(("phase", "column"), [("timing", "gpu_energy_window_s"), ("idle", "gpu_memory_idle_mib")])
 def test_sample_that_came_too_late(case, phase, column):
-    """Steps count from timing-start on: a window that begins later would make them look cheap."""
+    """Steps are counted from timing-start: a window that began later would make them look cheap."""
     late = lambda: (case.script.latency("nvmlDeviceGetTemperatureV", 0.6, times=None), time.sleep(0.15))  # noqa: E731
     case.watch.start(case.pid, time.monotonic())
     if phase == "idle":

@@ -15,14 +15,6 @@ TOKENS = np.random.default_rng(0).integers(0, WORDS, (22, 5))  # Fewer than a ba
 LABELS = (TOKENS.sum(1) % 2).astype("float32")
 
 
-@pytest.fixture
-def mixed_float16():
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("mixed_float16")
-    yield
-    keras.config.set_dtype_policy(before)
-
-
 def reader():
     """Two Embeddings of one shape, the first used twice."""
     keras.utils.set_random_seed(0)

@@ -15,7 +15,7 @@ from support.nvml_stand_in import Script
 from mpscale.core.device import Device, find_device
 from mpscale.core.reason import Code, Reason
 from mpscale.telemetry import host
-from mpscale.telemetry.client import Driver, NoDriver, open_driver
+from mpscale.telemetry.client import Driver, open_driver
 from mpscale.telemetry.samples import Samples, read_samples
 from mpscale.telemetry.watch import CaseWatch, WatchResult, WorkerFacts
 
@@ -40,7 +40,7 @@ class GpuCase:
         assert self.child.stdout is not None
         self.child.stdout.readline()
         self.pid = self.child.pid
-        self.driver: Driver | NoDriver = open_driver({**os.environ, **script.environ(library)})
+        self.driver: Driver = open_driver({**os.environ, **script.environ(library)})
         environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
         self.device: Device = find_device(self.driver.devices, environ, host.cpu())
         self.watch = CaseWatch(self.driver, self.device)
@@ -62,8 +62,8 @@ class GpuCase:
             timed: called between ``timing-start`` and ``timing-end``.
             train: called between ``context-ready`` and ``timing-start``.
             added: called between ``timing-end`` and ``energy-end``; None leaves that phase out.
-            worker: what the columns need to know of the worker.
-            keep: where samples go.
+            worker: what the worker contributes to the columns.
+            keep: where to store the samples.
         """
         self.watch.start(self.pid, time.monotonic())
         self.watch.mark("idle")

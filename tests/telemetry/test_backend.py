@@ -1,4 +1,4 @@
-"""Another vendor's GPU, through everything that stands between a driver and the columns of a case."""
+"""Another vendor's GPU, through everything between a driver and the columns of a case."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def case(acme, tmp_path):
 
     def step(phase=None):
         if phase is not None:
-            time.sleep(0.005)  # so that no two samples have one time
+            time.sleep(0.005)  # so that no two samples have the same time
             loop.sample(phase)
             return None
         loop.file.close()
@@ -94,7 +94,7 @@ def test_the_first_call_that_answers_is_kept(case):
     assert reasons[Reading.SM_CLOCK].code is Code.NOT_TOLD
 
 
-def test_settings_and_facts_that_it_does_not_tell(case):
+def test_settings_and_facts_that_it_does_not_report(case):
     facts = case.gpu.facts()
     assert (facts["vendor"], facts["driver"], facts["slowdown_c"], facts["ecc"]) == ("ACME", "7.1", 95, None)
     assert facts["unknown"]["firmware"]["code"] == Code.NOT_TOLD

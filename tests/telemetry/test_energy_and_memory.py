@@ -22,7 +22,7 @@ def test_spike_of_60_ms_in_training_is_caught(gpu_case):
     for _ in range(5):
         case.script.process("compute", case.pid, None)
         values = case.run(lambda: case.uses(300), train=spike).findings.values
-        # If the machine is too busy to let the monitor run, the longest gap says so, and nothing is proved.
+        # On a machine too busy to let the monitor run, the longest gap is larger, and the test proves nothing.
         if values["gpu_sample_gap_ms"] < 50:
             break
     assert values["gpu_sample_gap_ms"] < 50

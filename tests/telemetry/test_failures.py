@@ -24,9 +24,6 @@ MEMORY_V2 = "nvmlDeviceGetMemoryInfo_v2"
 V3 = [f"nvmlDeviceGet{kind}RunningProcesses_v3" for kind in ("Compute", "Graphics", "MPSCompute")]
 
 
-# No library, no driver, init error, mismatch: run without the driver, and say why.
-
-
 def test_no_library(tmp_path):
     environ = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
     environ.pop("MPSCALE_STAND_IN_NVML", None)
@@ -85,9 +82,6 @@ def test_driver_that_hangs_during_initialisation(script, stand_in_nvml, monkeypa
     assert driver.reason.code is Code.DRIVER_SILENT
 
 
-# A symbol is missing: use the next older call.
-
-
 @pytest.mark.parametrize(
     ("missing", "reading", "way"),
     [
@@ -113,9 +107,9 @@ def test_driver_that_hangs_during_initialisation(script, stand_in_nvml, monkeypa
 )
 def test_missing_symbol_is_replaced_by_an_older_one(script, older, gpu_case, missing, reading, way):
     case = gpu_case(older(*missing))
-    told = case.driver.facts(case.device)
-    assert told["ways"][reading] == way
-    assert reading not in told["reasons"]
+    facts = case.driver.facts(case.device)
+    assert facts["ways"][reading] == way
+    assert reading not in facts["reasons"]
 
 
 def test_structure_unknown_to_the_driver_is_replaced_by_the_older_one(script, gpu_case):
@@ -133,9 +127,6 @@ def test_reading_that_no_call_gives_has_a_reason(older, gpu_case):
     reasons = case.driver.facts(case.device)["reasons"]
     assert reasons[Reading.UTILIZATION].code is Code.DRIVER_TOO_OLD
     assert reasons[Reading.ENERGY].code is Code.NOT_TOLD
-
-
-# Memory of the process.
 
 
 @pytest.mark.parametrize(
@@ -194,9 +185,9 @@ def test_garbled_list_of_processes_is_not_read(gpu_case, version):
     assert seen.findings.values[METHOD] == "device-minus-idle"
     assert seen.findings.unavailable["gpu_memory_process_peak_mib"].code is Code.GARBLED
     assert "gpu_other_processes" not in seen.findings.values
-    told = case.driver.facts(case.device)
-    assert Reading.PROCESSES not in told["ways"]
-    assert told["reasons"][Reading.PROCESSES].code is Code.GARBLED
+    facts = case.driver.facts(case.device)
+    assert Reading.PROCESSES not in facts["ways"]
+    assert facts["reasons"][Reading.PROCESSES].code is Code.GARBLED
 
 
 @pytest.mark.parametrize("version", ["535.42.99", "535.98", "535.104.05", "550.54.14"])
@@ -227,7 +218,8 @@ def test_no_list_of_processes_at_all(script, gpu_case):
 
 def test_memory_of_descendants_counts(gpu_case, script):
     case = gpu_case()
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {case_sleeper()!r}])"
+    sleeper = "import os, sys; print(os.getpid(), flush=True); sys.stdin.read()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeper!r}])"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
     ) as parent:
@@ -240,10 +232,6 @@ def test_memory_of_descendants_counts(gpu_case, script):
     assert seen.findings.values["gpu_other_processes"] == 0
 
 
-def case_sleeper() -> str:
-    return "import os, sys; print(os.getpid(), flush=True); sys.stdin.read()"
-
-
 @pytest.mark.parametrize("kind", ["mps", "graphics"])
 def test_worker_in_another_list(gpu_case, kind):
     """Under CUDA's multi-process service, or if it also draws."""
@@ -251,9 +239,6 @@ def test_worker_in_another_list(gpu_case, kind):
     seen = case.run(lambda: (case.uses(400, kind), time.sleep(0.25)), lambda: time.sleep(0.25))
     assert seen.findings.values[PEAK] == 400.0
     assert seen.findings.values[METHOD] == "process"
-
-
-# Used and reserved memory.
 
 
 @pytest.mark.parametrize("v2_used", ["includes_reserved", "excludes_reserved"])
@@ -273,9 +258,6 @@ def test_first_version_of_memory_leaves_reserved_unknown(older, gpu_case, v1_use
     assert seen.findings.values["gpu_memory_idle_mib"] == idle
     assert seen.findings.values[PEAK] == 300.0
     assert "gpu_memory_reserved_mib" not in seen.findings.values
-
-
-# Other processes, MIG, order of devices.
 
 
 def test_another_process_makes_figures_suspect(gpu_case):
@@ -342,9 +324,6 @@ def test_gpu_that_does_not_answer_keeps_its_place(script, gpu_case, stand_in_nvm
     assert find_device([lost, fine], {"CUDA_VISIBLE_DEVICES": "1"}, host.cpu()) == fine
 
 
-# Loss, hangs, crashes, intermittent failures.
-
-
 def test_gpu_lost_in_mid_case_keeps_what_was_measured(gpu_case):
     case = gpu_case()
     seen = case.run(lambda: case.uses(300), lambda: case.script.set(lost=0.0) and time.sleep(0.15))
@@ -360,6 +339,7 @@ def test_call_that_hangs_costs_a_figure_and_no_more(script, gpu_case, symbol):
     seen = case.run(lambda: case.uses(300), lambda: case.script.latency(symbol, 1e9))
     assert PEAK not in seen.findings.values
     assert seen.findings.unavailable[PEAK].code is Code.DRIVER_SILENT
+    assert "stopped answering after timing-start" in seen.findings.unavailable[PEAK].text
     assert "300 MiB was the most until then" in seen.findings.unavailable[PEAK].text
     # The next case gets a monitor of its own.
     case.script.heal().process("compute", case.pid, None)

@@ -1,4 +1,4 @@
-"""Readings that fail within a case, with synthetic samples; and the samples of a real GPU, where none fails."""
+"""Readings that fail within a case, with synthetic samples; and samples of a real GPU, in which none fails."""
 
 from __future__ import annotations
 
@@ -64,9 +64,6 @@ def samples(failed=None, phases=PHASES, **readings):
 
 def energy(taken):
     return energy_columns(taken, 100, 100, "instant", None)
-
-
-# Peaks.
 
 
 @pytest.mark.parametrize(
@@ -152,9 +149,6 @@ def test_other_processes_that_may_have_been_missed():
     assert found.unavailable["gpu_other_processes"].code is Code.TOO_FEW_SAMPLES
 
 
-# Energy.
-
-
 @pytest.mark.parametrize(
     ("taken", "method", "counter", "power"),
     [
@@ -162,8 +156,14 @@ def test_other_processes_that_may_have_been_missed():
         pytest.param(
             samples({Reading.ENERGY: (80, 120)}), "counter", None, None, id="the counter is not read in between"
         ),
-        pytest.param(samples({Reading.ENERGY: (45, 60)}), "power", Code.TOO_FEW_SAMPLES, None, id="nor at the start"),
-        pytest.param(samples({Reading.ENERGY: (140, 169)}), "power", Code.TOO_FEW_SAMPLES, None, id="nor at the end"),
+        pytest.param(
+            samples({Reading.ENERGY: (45, 60)}),
+            "power",
+            Code.TOO_FEW_SAMPLES,
+            None,
+            id="nor at the start of the window",
+        ),
+        pytest.param(samples({Reading.ENERGY: (140, 169)}), "power", Code.TOO_FEW_SAMPLES, None, id="nor at its end"),
         pytest.param(
             samples(energy_j=dict.fromkeys(range(100, 170), 3000.0)),
             "power",
@@ -225,9 +225,6 @@ def test_idle_power_when_readings_failed():
         assert found.unavailable[column].code is Code.TOO_FEW_SAMPLES
 
 
-# A monitor that ended, or a sample that came late.
-
-
 def test_a_monitor_that_ended_leaves_no_peak_of_anything():
     taken = Samples(samples().rows[:120], silent=Reason(Code.MONITOR_DIED, "it died"))
     found = memory_columns(taken, None)
@@ -244,10 +241,8 @@ def test_a_window_whose_end_came_late_has_no_energy(phase):
     assert found.unavailable["gpu_energy_j_per_step"].code is Code.DRIVER_SILENT
 
 
-# A real GPU: an NVIDIA H200 with driver 580.159.04, and its columns at that time.
-
-
 def test_samples_of_a_real_gpu_lose_nothing():
+    """An NVIDIA H200 with driver 580.159.04, and its columns at that time."""
     taken = kept_samples(DATA / "h200-wide-mixed-dynamic.jsonl.gz")
     found = memory_columns(taken, 3542.651)
     found.add(energy_columns(taken, 1040, 1040, "instant", None))

@@ -1,4 +1,4 @@
-"""Which answers of NVML count as measured."""
+"""Which answers of NVML are measurements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
-from mpscale.telemetry.backend import ABSENT, Implausible
+from mpscale.telemetry.backend import ABSENT, RANGES, Implausible
 from mpscale.telemetry.nvidia import Field, Nvidia, check_memory, open_backend, process_memory, split_memory
 from mpscale.telemetry.samples import Reading
 
@@ -29,11 +29,11 @@ NUMBERS = {
 
 
 class Library:
-    """nvidia-ml-py with a value for every function, and answers of their own for some.
+    """nvidia-ml-py whose functions all return one value, except for some.
 
     Args:
-        value: what any reading is.
-        answers: by function; an exception is raised.
+        value: what a function returns.
+        answers: other answers, by function; an exception is raised.
     """
 
     nvmlMemory_v2 = 2
@@ -69,6 +69,12 @@ class Library:
 
 def read(reading, value):
     return Nvidia(Library(value), 1).gpu(Device("gpu", "a GPU", "GPU-1")).read(reading)
+
+
+def test_every_reading_that_is_a_number_has_a_range():
+    others = {Reading.PROCESSES, Reading.GRAPHICS_PROCESSES, Reading.SERVICE_PROCESSES}
+    others |= {Reading.MEMORY, Reading.RESERVED_MEMORY, Reading.CLOCK_EVENTS}
+    assert set(RANGES) == set(NUMBERS) == {*Reading} - others
 
 
 @pytest.mark.parametrize("reading", NUMBERS)
@@ -122,11 +128,11 @@ def test_ranges_leave_room_for_other_gpus(reading, most):
         ((1000, 2**64 - 1, 0), False),
     ],
 )
-def test_memory_in_use_is_a_part_of_all(memory, plausible):
+def test_memory_in_use_is_part_of_all(memory, plausible):
     assert isinstance(Nvidia(None).ask(check_memory, *memory), Reason) != plausible
 
 
-def test_what_is_reserved_is_a_part_of_what_is_used():
+def test_reserved_memory_is_part_of_memory_in_use():
     with pytest.raises(Implausible):
         split_memory(1000.0, 100.0, 900.0, 500.0)
 

@@ -13,7 +13,7 @@ FULL = Sample(
     1.25, "idle", 3, 0.012, True, 300.5, 750.25, 500.0, 2, (7, 42), (), 1234.567, 60.0, 1410.0, 1215.0, 35.0, 0.0,
     ("software power cap",), ("processes",),
 )  # fmt: skip
-REASON = Reason(Code.NOT_TOLD, "this GPU\ndoes not tell", "buy another")
+REASON = Reason(Code.NOT_TOLD, "this GPU\ndoes not report this", "buy another")
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def written(tmp_path):
     path = tmp_path / "samples.jsonl"
     file = SampleFile(path)
     file.write(Sample(0.0))
-    file.tell({Reading.POWER: REASON})
-    file.tell({Reading.POWER: REASON})
+    file.explain({Reading.POWER: REASON})
+    file.explain({Reading.POWER: REASON})
     file.write(FULL)
     file.close()
     return path.read_text().splitlines(keepends=True)
@@ -33,6 +33,7 @@ def test_what_is_written_is_read(written):
     assert read.rows == [Sample(0.0), FULL]
     assert read.reasons == {Reading.POWER: REASON}
     assert (read.silent, read.late) == (None, ())
+    assert (read.at("idle"), read.at("done")) == (FULL, None)
     assert len(written) == 3
 
 
@@ -65,9 +66,3 @@ def test_how_the_watch_ended():
 def test_other_files_are_refused(line):
     with pytest.raises(ValueError):
         read_samples([line])
-
-
-def test_phases(written):
-    read = read_samples(written)
-    assert read.at("idle") == FULL
-    assert read.at("done") is None

@@ -44,7 +44,7 @@ Then each ``device N``, from 0, followed by its lines:
                                                     300 MiB are used. A process in several lists counts once. PID need
                                                     not exist. ``@worker``: see below
 ``power_w TIMELINE``                                also that of the fields 185 and 186 unless ``power_average_w`` and
-                                                    ``power_instant_w`` say otherwise
+                                                    ``power_instant_w`` are given
 ``power_limit_w TIMELINE``                          enforced and management limit
 ``power_limits_w MIN DEFAULT MAX``
 ``energy -``                                        no energy counter. Otherwise it is energy_start_j (default 1000)
@@ -65,8 +65,8 @@ Then each ``device N``, from 0, followed by its lines:
 ==================================================  =================================================================
 
 ``mig_device N`` after a device, from 0, begins an instance of it, which has ``name``, ``uuid``, the lines of memory and
-processes, ``gi N``, ``ci N`` (default 0) and ``multiprocessors N``. It knows nothing else (3), and what its processes
-use is not added to the device.
+processes, ``gi N``, ``ci N`` (default 0) and ``multiprocessors N``. Everything else returns 3, and the
+memory of its processes is not added to that of the device.
 
 ``@worker`` is the process that trains: a descendant of the calling process's parent, other than the caller, whose
 command line holds ``mpscale.worker.__main__`` and which has a thread named ``tf_...``, as TensorFlow starts with its
@@ -139,8 +139,8 @@ def build(folder: Path, without: Iterable[str] = ()) -> Path:
     """Compile the library.
 
     Args:
-        folder: where to; it is made if it does not exist.
-        without: symbols that the library shall not have, as those of older drivers do not.
+        folder: for the library; created if it does not exist.
+        without: symbols that the library lacks, as those of older drivers do.
 
     Returns:
         The folder, for ``LD_LIBRARY_PATH``.
@@ -225,7 +225,7 @@ class Script:
     def fail(self, symbol: str, code: int, after: int = 0, times: int | None = None) -> Script:
         """Let a call return an error, forever or ``times`` times, from the first call or after ``after`` calls.
 
-        Calls that a process made before this was said count too.
+        Calls that a process made before this method was called count too.
         """
         return self._rule("fail", symbol, code, after, times)
 
@@ -277,7 +277,7 @@ class Script:
         return self._write()
 
     def _write(self) -> Script:
-        # Replaced and not rewritten: the library may read at any moment.
+        # Replaced, not rewritten, because the library may read it at any moment.
         fresh = self.path.with_name(f"{self.path.name}.new")
         fresh.write_text(self.text())
         fresh.replace(self.path)
