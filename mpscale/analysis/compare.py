@@ -292,14 +292,21 @@ def _pair(
     else:
         reason = _apart(_series(measured_before, baseline), _series(measured_after, other))
         state = State.NOT_COMPARABLE if reason and not force else State.PAIRED
-    waiting = (baseline.waiting.get(place, ()), other.waiting.get(place, ()))
+    waiting = (_waiting(baseline, place), _waiting(other, place))
     return Pair(*place, state, reason, before, after, waiting, (baseline.plan_known, other.plan_known))
+
+
+def _waiting(run: Run, place: Place) -> Sequence[Key]:
+    """The processes of a row that were planned and not started."""
+    workload, mode = place
+    # The id of a case has + for :, and only a row of the workload in the same run can say that it is a +.
+    return run.waiting.get(place) or run.waiting.get((workload.replace("+", ":"), mode), ())
 
 
 def _why_not(cases: Sequence[Record], place: Place, run: Run) -> str:
     if cases:
         return "; ".join(dict.fromkeys(f"{case['status']}: {case['status_reason']}" for case in cases))
-    return NOT_STARTED if place in run.waiting else NO_SUCH_ROW
+    return NOT_STARTED if _waiting(run, place) else NO_SUCH_ROW
 
 
 def _series(cases: Sequence[Record], run: Run) -> str | None:

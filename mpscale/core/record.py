@@ -152,7 +152,7 @@ class Record:
         Raises:
             TypeError: a reason is not one.
         """
-        reasons = row.get("unavailable") or {}
+        reasons = {} if row.get("unavailable") is None else row["unavailable"]
         if not isinstance(reasons, dict):
             raise TypeError(f"unavailable should hold reasons by column, not {reasons!r:.200}")
         found = cls()

@@ -124,6 +124,7 @@ BROKEN_RECORDS = {
     "an object for an order": ("order", {}, "should be int, not {}"),
     "a count that no table holds": ("parameters", 10**30, "does not fit into 64 bits"),
     "reasons that are none": ("unavailable", "x", "unavailable should hold reasons by column, not 'x'"),
+    "a list of no reasons": ("unavailable", [], "unavailable should hold reasons by column, not []"),
     "reasons that are no texts": (
         "unavailable",
         {"jit": 1},

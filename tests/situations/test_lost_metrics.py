@@ -125,6 +125,16 @@ def test_a_seed_that_was_planned_and_not_started_did_not_do_well(tmp_path, gate)
     assert "planned, but not started" in findings[0].text
 
 
+@pytest.mark.parametrize("workload", ["c++", "module:attribute"])
+def test_a_workload_of_which_nothing_was_started_was_planned_all_the_same(tmp_path, workload):
+    cases = trainings("fp32", GOOD[:1], workload=workload)
+    before = run_of(tmp_path, *cases, *trainings("fp32", GOOD), name="before")
+    planned = [f"{workload.replace(':', '+')}--fp32--s0--r0"]
+    after = run_of(tmp_path, *trainings("fp32", GOOD), name="after", planned=planned, finish=False)
+    row = compare(before, after).rows[0]
+    assert (row.pair.reason, row.pair.not_started[1]) == ("planned, but not started", [(0, 0)])
+
+
 def test_a_table_alone_does_not_say_whether_a_seed_was_planned(tmp_path):
     runs = []
     for name, values in (("a", GOOD), ("b", GOOD[:3])):
