@@ -104,7 +104,7 @@ GATES = ("--fail-on", "step_time>5%,missing,metric")
             [*rows(), *rows("mixed-dynamic")[1:], *rows("mixed-dynamic", status="timeout")[:1]],
             GATES,
             1,
-            ["failed, and did not in the baseline: toy--mixed-dynamic--s0--r0 timeout"],
+            ["failed here but not in the baseline: toy--mixed-dynamic--s0--r0 timeout"],
             id="one crashed",
         ),
         pytest.param(

@@ -199,8 +199,8 @@ def test_only_requested_workloads_and_modes_are_shown(tmp_path):
     [
         ({"workloads": ["toys"]}, "no run has the workload 'toys'; there are toy"),
         ({"modes": ["tf32"]}, "no run has the mode 'tf32'; there are fp32"),
-        ({"quantity": "gpu_memory"}, "no run knows the GPU memory: trained on a CPU; choose another quantity"),
-        ({"quantity": "speedup"}, "no run knows the speed-up over fp32: no mode but fp32 was measured"),
+        ({"quantity": "gpu_memory"}, "no run has a value of GPU memory: trained on a CPU; choose another quantity"),
+        ({"quantity": "speedup"}, "no run has a value of speed-up over fp32: no mode but fp32 was measured"),
     ],
 )
 def test_an_empty_history_is_an_error_that_lists_what_there_is(tmp_path, options, message):

@@ -94,7 +94,7 @@ def test_a_figure_that_one_side_lacks_is_named_with_the_reason():
     rows = [[one] for one in (known, lacking)]
     change = measure_change(*rows, COSTS["gpu_memory"])
     assert (change.baseline, change.other, change.change) == (pytest.approx(9.0), None, None)
-    assert change.reason == "not known of the run: the driver gave no process memory"
+    assert change.reason == "unknown for the run: the driver gave no process memory"
     assert with_verdicts([change])[0].verdict is Verdict.CANNOT_TELL
 
 
