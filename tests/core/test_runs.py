@@ -107,7 +107,7 @@ def test_columns_of_another_version_are_dropped(tmp_path):
 
 
 BROKEN_RECORDS = {
-    "a status that there is not": ("status", "fine", "'fine' is no status of a case"),
+    "a status that there is not": ("status", "fine", "'fine' is not a status of a case"),
     "no status": ("status", None, "has no status"),
     "no seed": ("seed", None, "has no seed"),
     "a seed that is a text": ("seed", "0", "seed should be int, not '0'"),
