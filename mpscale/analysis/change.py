@@ -154,13 +154,13 @@ def _judged(change: Change, p_value: float | None, threshold: float | None) -> C
     below = 1 / (1 + above) - 1
     if p_value is None or change.change is None or change.low is None or change.high is None:
         return change
-    told = p_value <= ERROR_RATE and not below < change.change < above
-    if told and change.change > 0:
+    significant = p_value <= ERROR_RATE and not below < change.change < above
+    if significant and change.change > 0:
         return replace(change, verdict=cost.more)
-    if told or (below < change.low and change.high < above):
+    if significant or (below < change.low and change.high < above):
         if change.left_out:
             return replace(change, reason=change.left_out)
-        return replace(change, verdict=cost.less if told else Verdict.SAME)
+        return replace(change, verdict=cost.less if significant else Verdict.SAME)
     single = f"; {SINGLE_RUN}" if change.floor_runs == 0 else ""
     return replace(change, reason=f"too noisy for {above:.0%}{single}")
 

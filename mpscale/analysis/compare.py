@@ -299,7 +299,7 @@ def _pair(
 def _waiting(run: Run, place: Place) -> Sequence[Key]:
     """The processes of a row that were planned but not started."""
     workload, mode = place
-    # The id of a case has + for :, and only a row of the workload in the same run can say that it is a +.
+    # Ids of cases have + for :, so a real + is recognised only if the run has a row of that workload.
     return run.waiting.get(place) or run.waiting.get((workload.replace("+", ":"), mode), [])
 
 

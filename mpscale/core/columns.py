@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 #   smallest steps slower than in a hand-written loop.
 # Version 3: a timed block waits for the tensor of its last step instead of a variable, and rarely follows a read of
 #   what the steps returned.
-# Version 4: a step returns only what its mode knows, and a timed block keeps none of it.
+# Version 4: a step returns only values that its mode has, and a timed block keeps none of it.
 # Version 5: a step returns loss, loss scale and overflow separately, because packing them into one tensor slowed
 #   convolutions with a loss scale; and it is compiled from a small function, which is cheaper to call.
 METHOD_VERSION = 5
@@ -30,7 +30,7 @@ Status = Literal[
 STATUSES: dict[str, str] = {
     "ok": "trained and measured",
     "diverged": "the weights, the loss or the final metric ended non-finite; a result if the mode tries out a loss scale, else a failure",
-    "stalled": "at least 95 % of the steps were skipped, so that next to nothing was learned; judged like `diverged`",
+    "stalled": "at least 95 % of the steps were skipped and next to nothing was learned; judged like `diverged`",
     "oom": "the device or the host ran out of memory",
     "timeout": "did not finish within `--mp-timeout` seconds and was killed",
     "crashed": "the process was ended by a signal",

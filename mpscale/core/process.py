@@ -38,7 +38,7 @@ class Process(ABC):
         return self._wire
 
     def sources(self) -> list[Wire | int]:
-        """What becomes readable when the process has something to say or has ended."""
+        """What becomes readable when the process has sent something or has ended."""
         return [each for each in (self._wire, self._ended) if each is not None]
 
     def send(self, message: Mapping[str, Any]) -> None:

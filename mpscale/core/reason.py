@@ -137,7 +137,7 @@ def _shared(code: Any, text: Any, cure: Any) -> Reason:
     """
     if not isinstance(text, str):
         raise TypeError
-    # A newer mpscale may know more codes.
+    # A newer mpscale may have more codes.
     return Reason(Code(code) if code in set(Code) else Code.OTHER, text, cure if isinstance(cure, str) else None)
 
 
