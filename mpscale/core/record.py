@@ -28,7 +28,7 @@ _SURE: dict[str, type] = {
     for column in COLUMNS.values()
     if column.kind != "json" and column.name != "status" and not column.positive
 }
-"""Columns that take any value of one type, so that most values of a file need no closer look."""
+"""Columns that take any value of one type, which saves a closer look at most values of a file."""
 _OF_A_METRIC = ("metric_name", "metric_margin", "metric_higher_is_better", "metric_target")
 
 
