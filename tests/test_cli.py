@@ -93,7 +93,7 @@ def test_report_for_github_is_printed_and_writes_nothing(mpscale, project):
         (("history", "nightly"), f"no run is called 'nightly'; the newest in results are {NAME}"),
         (("history", "--quantity", "speed"), "invalid choice: 'speed'"),
         (("history", "--workload", "toys"), "no run has the workload 'toys'; there are toy"),
-        (("history", "--quantity", "energy"), "no run knows the energy a step"),
+        (("history", "--quantity", "energy"), "no run has a value of energy per step"),
         (("history", "--figure", "h.pdf"), "h.pdf: '.pdf' files cannot be made; end it in .svg or .png"),
         (("history", "--figure", "nowhere/h.svg"), "nowhere/h.svg: No such file or directory"),
     ],

@@ -104,7 +104,7 @@ GATES = ("--fail-on", "step_time>5%,missing,metric")
             [*rows(), *rows("mixed-dynamic")[1:], *rows("mixed-dynamic", status="timeout")[:1]],
             GATES,
             1,
-            ["failed, and did not in the baseline: toy--mixed-dynamic--s0--r0 timeout"],
+            ["failed here but not in the baseline: toy--mixed-dynamic--s0--r0 timeout"],
             id="one crashed",
         ),
         pytest.param(
@@ -356,13 +356,13 @@ HEADER = "case_id,workload,mode,seed,repeat,status,step_time_ms_median"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,mean\nx,1\n", "is no cases.csv of mpscale: it has no column workload, mode"),
-        ("", "is no cases.csv of mpscale"),
+        ("name,mean\nx,1\n", "is not a cases.csv of mpscale: it has no column workload, mode"),
+        ("", "is not a cases.csv of mpscale"),
         (HEADER + "\n", "holds no case"),
-        (HEADER + "\na,toy,fp32,0,0,ok\n", "line 2: has not as many cells as the header"),
+        (HEADER + "\na,toy,fp32,0,0,ok\n", "line 2: does not have as many cells as the header"),
         (HEADER + "\na,toy,fp32,0,0,ok,fast\n", "line 2: expected a number such as 1234.5, not 'fast'"),
         (HEADER + "\na,toy,fp32,0,0,ok,-1\n", "step_time_ms_median is -1.0; it must be above 0"),
-        (HEADER + "\na,toy,fp32,0,0,fine,1\n", "'fine' is no status of a case"),
+        (HEADER + "\na,toy,fp32,0,0,fine,1\n", "'fine' is not a status of a case"),
         (HEADER + "\na,toy,fp32,0.5,0,ok,1\n", "expected a whole number, not '0.5'"),
         (HEADER + "\na,toy,fp32,,0,ok,1\n", "the record of a has no seed"),
         (HEADER + "\na,toy,fp32,0,0,ok,1\na,toy,fp32,0,0,ok,1\n", "holds a twice"),

@@ -1,4 +1,4 @@
-"""How one cost of one workload and mode changed between two runs, and the verdict on it."""
+"""The change of a cost of one workload and mode between two runs, and the verdict on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpscale.analysis.trainings import by_reason, without_figure
 from mpscale.core.record import Key, Record, of_good_trainings
 
 CONFIDENCE = 0.95
-"""Of the intervals that are shown."""
+"""Confidence level of the intervals that are shown."""
 
 ERROR_RATE = 0.01
 """How often a comparison of runs that do not differ may give a verdict on any of its rows by chance."""
@@ -38,8 +38,8 @@ class Change:
         noise_floor: 95 % limit on the relative difference between two runs of the same code; None for interleaved runs
             and for costs that do not drift.
         floor_runs: the number of runs that it was measured from; 0 if it is assumed, for a single-run baseline.
-        verdict: what came of it.
-        reason: why it could not be told.
+        verdict: see :func:`with_verdicts`.
+        reason: why there is no verdict.
         missing: processes without a figure, of the baseline and of the other run, with the reason; empty if all have
             one.
     """
@@ -61,7 +61,7 @@ class Change:
 
     @property
     def left_out(self) -> str:
-        """What each side lacks, as a sentence; empty if nothing."""
+        """How many processes of each side have no figure and why, for people; empty if all have one."""
         sides = zip(self.missing, self.processes, (" in the baseline", ""), strict=True)
         return "; ".join(
             f"{has} process{'' if has == 1 else 'es'}{where} {'has' if has == 1 else 'have'} a figure, not {lack}"
@@ -108,7 +108,7 @@ def measure_change(
     if not before or not after:
         cases, side = (other, "the run") if before else (baseline, "the baseline")
         why = next((str(reason) for case in cases if (reason := case.why_empty(cost.column))), "no case has it")
-        return replace(means, reason=f"not known of {side}: {why}")
+        return replace(means, reason=f"unknown for {side}: {why}")
     kinds = _kinds(baseline, cost, sides[0]) | _kinds(other, cost, sides[1]) if cost.is_of else set()
     if len(kinds) > 1:
         said = " and ".join(sorted(", ".join(str(value or "unknown") for value in kind) for kind in kinds))
@@ -137,8 +137,8 @@ def with_verdicts(changes: Sequence[Change], threshold: float | None = None) -> 
     """The same changes with verdicts, found together because chance has one try per row.
 
     More (or less): the change reaches the threshold and is significant at 1 % over all rows, adjusted by Holm. Same:
-    the whole interval lies within the threshold in both directions. Otherwise it cannot be told. Nor can less or same
-    be told if a process has no figure: the one that timed out was the slowest.
+    the whole interval lies within the threshold in both directions. Otherwise there is no verdict. Nor can it be less
+    or same if a process has no figure: the one that timed out was the slowest.
 
     Args:
         changes: of one cost.
@@ -154,13 +154,13 @@ def _judged(change: Change, p_value: float | None, threshold: float | None) -> C
     below = 1 / (1 + above) - 1
     if p_value is None or change.change is None or change.low is None or change.high is None:
         return change
-    told = p_value <= ERROR_RATE and not below < change.change < above
-    if told and change.change > 0:
+    significant = p_value <= ERROR_RATE and not below < change.change < above
+    if significant and change.change > 0:
         return replace(change, verdict=cost.more)
-    if told or (below < change.low and change.high < above):
+    if significant or (below < change.low and change.high < above):
         if change.left_out:
             return replace(change, reason=change.left_out)
-        return replace(change, verdict=cost.less if told else Verdict.SAME)
+        return replace(change, verdict=cost.less if significant else Verdict.SAME)
     single = f"; {SINGLE_RUN}" if change.floor_runs == 0 else ""
     return replace(change, reason=f"too noisy for {above:.0%}{single}")
 

@@ -1,4 +1,4 @@
-"""Compare runs row by row: which rows belong together, what changed, and what could not be told."""
+"""Compare runs row by row: which rows belong together, and what changed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Pair:
         reason: why not, or what is odd although they can.
         baseline: cases of the baseline.
         other: cases of the other run.
-        not_started: processes that were planned and not started, of the baseline and of the other run.
+        not_started: processes that were planned but not started, of the baseline and of the other run.
         plan_known: whether the plan of each is known.
     """
 
@@ -65,7 +65,7 @@ class Pair:
 
     @property
     def seeds(self) -> tuple[Trainings, Trainings]:
-        """What became of the trainings of the baseline, and of the other run."""
+        """The outcomes of the trainings of the baseline, and of the other run."""
         sides = zip((self.baseline, self.other), self.not_started, self.plan_known, strict=True)
         before, after = (trainings(*side) for side in sides)
         return before, after
@@ -292,28 +292,35 @@ def _pair(
     else:
         reason = _apart(_series(measured_before, baseline), _series(measured_after, other))
         state = State.NOT_COMPARABLE if reason and not force else State.PAIRED
-    waiting = (baseline.waiting.get(place, ()), other.waiting.get(place, ()))
+    waiting = (_waiting(baseline, place), _waiting(other, place))
     return Pair(*place, state, reason, before, after, waiting, (baseline.plan_known, other.plan_known))
+
+
+def _waiting(run: Run, place: Place) -> Sequence[Key]:
+    """The processes of a row that were planned but not started."""
+    workload, mode = place
+    # Ids of cases have + for :, so a real + is recognised only if the run has a row of that workload.
+    return run.waiting.get(place) or run.waiting.get((workload.replace("+", ":"), mode), [])
 
 
 def _why_not(cases: Sequence[Record], place: Place, run: Run) -> str:
     if cases:
         return "; ".join(dict.fromkeys(f"{case['status']}: {case['status_reason']}" for case in cases))
-    return NOT_STARTED if place in run.waiting else NO_SUCH_ROW
+    return NOT_STARTED if _waiting(run, place) else NO_SUCH_ROW
 
 
 def _series(cases: Sequence[Record], run: Run) -> str | None:
     keys = list(dict.fromkeys(case["series_key"] for case in cases if case["series_key"] is not None))
     if len(keys) > 1:
         raise RunError(
-            f"{run.path}: {cases[0]['workload']} {cases[0]['mode']} is there in {len(keys)} series "
+            f"{run.path}: {cases[0]['workload']} {cases[0]['mode']} occurs in {len(keys)} series "
             f"({keys[0]} and {keys[1]}); compare one run at a time"
         )
     return keys[0] if keys else None
 
 
 def _apart(before: str | None, after: str | None) -> str | None:
-    """What tells two series apart; None if they are one."""
+    """How two series differ; None if they are the same."""
     if before == after and before is not None:
         return None
     if before is None or after is None:

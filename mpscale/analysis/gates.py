@@ -1,4 +1,4 @@
-"""Conditions on a comparison that fail a build: how they are written, whether they fire, what could not be told."""
+"""Conditions on a comparison that fail a build."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Finding:
         gate: the condition.
         row: workload and mode; None if the gate found no row to judge.
         outcome: whether it fired.
-        text: the number with its interval and the baseline's number, or why it could not be told.
+        text: the number with its interval and the baseline's number, or why the gate cannot tell.
         baseline: name of the run that was compared with.
         run: name of the run that was judged.
     """
@@ -91,9 +91,9 @@ def parse_share(text: str) -> float:
 
 
 def judge_gates(comparison: Comparison, gates: Sequence[Gate]) -> list[Finding]:
-    """What each gate finds in each row of the baseline.
+    """Judge each row of the baseline by each gate.
 
-    New rows are skipped, except that ``metric`` cannot tell about those that lost a training.
+    New rows are skipped, except that ``metric`` reports those that lost a training as ``cannot-tell``.
 
     A gate on a cost fires if the change reaches its threshold and is significant at 1 %, one-sided, over all rows
     together (Holm). If it does not fire but the 95 % interval reaches the threshold, it cannot tell.
@@ -104,7 +104,7 @@ def judge_gates(comparison: Comparison, gates: Sequence[Gate]) -> list[Finding]:
 
 
 def exit_code(findings: Sequence[Finding], strict: bool = False) -> int:
-    """0 if all passed, 1 if a gate fired, 3 if something could not be told; ``strict`` makes that 1."""
+    """Return 1 if a gate fired, else 3 if one cannot tell (``strict`` makes that 1), else 0."""
     outcomes = {finding.outcome for finding in findings}
     if Outcome.FIRED in outcomes or (strict and Outcome.CANNOT_TELL in outcomes):
         return FIRED
@@ -154,7 +154,7 @@ def _is_judged(row: ComparedRow) -> bool:
 
 
 def _has_metric(row: ComparedRow) -> bool:
-    """Whether the baseline trains the row, or the row is new and lost a training."""
+    """Whether one of the runs trains the row; a row that is new counts only if it lost a training."""
     before, after = row.pair.seeds
     return bool(before.seeds or after.seeds) if _is_judged(row) else bool(after.lost)
 
@@ -191,7 +191,7 @@ def _change(row: ComparedRow, gate: Gate, cost: Cost, change: Change | None, p_v
     if change.change >= threshold and p_value <= ERROR_RATE:
         return _finding(row, gate, Outcome.FIRED, numbers)
     if change.high >= threshold:
-        seen = f"; a change of {change.detectable:.1%} would have been seen" if change.detectable else ""
+        seen = f"; a change of {change.detectable:.1%} would have been detected" if change.detectable else ""
         return _finding(row, gate, Outcome.CANNOT_TELL, numbers + seen)
     if change.left_out:
         # A process that timed out or ran out of memory did not do well.
@@ -218,11 +218,11 @@ def _overflow_rate(row: ComparedRow, gate: Gate) -> Finding:
     before, after = row.overflow_rates
     if row.pair.state is not State.PAIRED or after is None:
         return _finding(row, gate, Outcome.CANNOT_TELL, _why_not(row))
-    there = "not known" if before is None else f"{before:.4g}"
+    there = "an unknown share" if before is None else f"{before:.4g}"
     text = f"{after:.4g} of the steps overflowed, {there} in the baseline"
     unknown = overflow_unknown(row.pair.other, row.pair.not_started[1])
     if unknown:
-        text += f"; not known of {by_reason(unknown)}"
+        text += f"; unknown for {by_reason(unknown)}"
     if after > (gate.threshold or 0.0):
         return _finding(row, gate, Outcome.FIRED, text)
     return _finding(row, gate, Outcome.CANNOT_TELL if unknown else Outcome.PASSED, text)
@@ -235,13 +235,13 @@ def _missing(row: ComparedRow, gate: Gate) -> Finding:
         return _finding(row, gate, Outcome.FIRED, _why_not(row))
     failed = row.pair.newly_failed
     if failed:
-        return _finding(row, gate, Outcome.FIRED, f"failed, and did not in the baseline: {', '.join(failed)}")
+        return _finding(row, gate, Outcome.FIRED, f"failed here but not in the baseline: {', '.join(failed)}")
     number = len(row.pair.other)
     text = row.pair.reason or f"{number} case{'' if number == 1 else 's'}"
     before, after = row.pair.seeds
     fewer = sorted(before.seeds - after.seeds)
     if fewer:
-        why = "were not planned" if after.plan_known else "have no row, and it is not known whether they were planned"
+        why = "were not planned" if after.plan_known else "have no row and may not have been planned"
         text += f"; the baseline's {seeds_text(fewer)} {why}"
     return _finding(row, gate, Outcome.CANNOT_TELL if fewer and not after.plan_known else Outcome.PASSED, text)
 
@@ -256,5 +256,5 @@ def _nothing(gate: Gate, what: str) -> Finding:
 
 def _why_not(row: ComparedRow) -> str:
     if row.pair.state is State.PAIRED:
-        return row.pair.reason or "not known of the run"
+        return row.pair.reason or "unknown for the run"
     return f"{row.pair.state}: {row.pair.reason}"

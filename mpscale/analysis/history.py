@@ -27,7 +27,7 @@ class RunFacts:
 
     Args:
         name: of the run, or the path of a cases.csv.
-        started: in UTC; None if neither run.json nor the name says.
+        started: in UTC; None if neither run.json nor the name has the time.
         finished: whether the run ended.
         commit: of the repository in which it was made; None if unknown.
         dirty: whether there were uncommitted changes; None if unknown.
@@ -47,7 +47,7 @@ class Point:
     """One run of a series. None is unknown.
 
     Args:
-        run: which.
+        run: the run.
         value: geometric mean over processes; for the metric, mean over seeds; for the overflow rate, over all steps.
         low: lower end of the spread, see :attr:`Quantity.spread`; None if there is a single process.
         high: upper end.
@@ -84,7 +84,7 @@ class Series:
         mode: its name.
         key: the series key, see :class:`mpscale.core.case.SeriesKey`.
         hardware: see :func:`mpscale.core.runs.hardware`; only what is known.
-        apart: what tells it from the other series of its workload and mode; empty if it is the only one.
+        apart: what distinguishes it from other series of its workload and mode; empty if it is the only one.
         metric_name: of the workload; None if unknown.
         points: one per run.
     """
@@ -99,7 +99,7 @@ class Series:
 
     @property
     def label(self) -> str:
-        """The mode, and what tells the series apart."""
+        """The mode, and what distinguishes the series."""
         return f"{self.mode} ({self.apart})" if self.apart else self.mode
 
 
@@ -108,7 +108,7 @@ class History:
     """The series of some runs.
 
     Args:
-        measure: what they are of.
+        measure: the quantity that they show.
         series: by workload, in order of first appearance, then by mode, in the order of tables.
         skipped: what was left out, and why.
     """
@@ -172,7 +172,7 @@ def make_history(
 
     Raises:
         ValueError: there is no such quantity.
-        RunError: no run has a named workload or mode, or none knows the quantity.
+        RunError: no run has a named workload or mode, or a value of the quantity.
     """
     if quantity not in QUANTITIES:
         raise ValueError(f"there is no quantity {quantity!r}; there are {', '.join(QUANTITIES)}")
@@ -197,11 +197,9 @@ def make_history(
             if measure.name == "speedup" and mode == BASELINE:
                 continue  # over itself it is 1 in every run
             by_key = _by_key(cases)
-            # That a device does not support a mode is no news; that it broke before its model was built is.
+            # An unsupported mode is not worth a line; one that failed before its model was built is.
             if not by_key and (why := _failure(cases, leave_out=("unsupported",))):
-                not_shown.append(
-                    (f"{facts.name} {workload} {mode}", f"{why}; so it is not known of which series it is")
-                )
+                not_shown.append((f"{facts.name} {workload} {mode}", f"{why}; so its series is unknown"))
             baseline = table.get((workload, BASELINE), [])
             for key, members in by_key.items():
                 place = (workload, mode, key, json.dumps(machine, sort_keys=True, default=str))
@@ -213,13 +211,13 @@ def make_history(
         one = Series(*place[:3], found[place].machine, "", found[place].metric_name, _points(measure, found[place]))
         if all(point.value is None for point in one.points):
             not_shown.append(
-                (f"{one.workload} {one.mode}", f"no run knows the {measure.title}: {one.points[-1].reason}")
+                (f"{one.workload} {one.mode}", f"no run has a value of {measure.title}: {one.points[-1].reason}")
             )
         else:
             series.append(one)
     if not series:
         there_is_none = f"no mode but {BASELINE} was measured" if quantity == "speedup" else "no case was measured"
-        why = not_shown[-1][1] if not_shown else f"no run knows the {measure.title}: {there_is_none}"
+        why = not_shown[-1][1] if not_shown else f"no run has a value of {measure.title}: {there_is_none}"
         raise RunError(f"{why}; choose another quantity with --quantity")
     return History(measure, _labelled(series), [*skipped, *not_shown])
 
@@ -252,7 +250,7 @@ def _shown(what: str, names: Sequence[str], wanted: Sequence[str]) -> list[str]:
 
 
 def _labelled(series: Sequence[Series]) -> list[Series]:
-    """The same series with what tells those of one workload and mode apart. They come sorted by both."""
+    """Set ``apart`` of series that come sorted by workload and mode."""
     labelled = []
     for _, siblings in itertools.groupby(series, key=lambda one: (one.workload, one.mode)):
         members = list(siblings)
@@ -262,7 +260,7 @@ def _labelled(series: Sequence[Series]) -> list[Series]:
 
 
 _ON = "on "
-"""Before the names of facts about the machine, so that they are not mixed up with settings."""
+"""Prefix for the names of facts about the machine, which could be names of settings, too."""
 
 
 def tell_apart(siblings: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
@@ -294,7 +292,7 @@ def _words(name: str, fact: str) -> str:
 
 
 def _by_key(cases: Sequence[Record]) -> dict[str, list[Record]]:
-    """Cases of one workload and mode by series key. One that failed too early to have a key joins an only series."""
+    """Cases of one workload and mode by series key. If there is one series, cases that failed too early join it."""
     keys = list(dict.fromkeys(case["series_key"] for case in cases if case["series_key"] is not None))
     if len(keys) == 1:
         return {keys[0]: list(cases)}
@@ -335,7 +333,7 @@ def _why_unknown(quantity: Quantity, cases: Sequence[Record], baseline: Sequence
         return why
     if quantity.name == "speedup":
         why = _failure(baseline)
-        return f"{BASELINE}: {why}" if why else f"no {BASELINE} beside it"
+        return f"{BASELINE}: {why}" if why else f"there is no {BASELINE} to compare with"
     return "no case has it"
 
 
@@ -381,7 +379,7 @@ def _age(run: RunFacts) -> tuple[bool, datetime, str]:
 def _machines(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """The hardware of each run, by the run's name.
 
-    A cases.csv knows only the kind and name of the device; if exactly one machine has both, it belongs there.
+    A cases.csv has only the kind and name of the device; if exactly one machine has both, it belongs there.
     """
     known = {run.name: {name: fact for name, fact in hardware(run).items() if fact is not None} for run in runs}
     full: list[dict[str, Any]] = []

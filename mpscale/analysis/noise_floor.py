@@ -31,8 +31,8 @@ ASSUMED_LEAST, ASSUMED_MOST = 0.01, 0.10
 """How much runs are assumed to differ: see :func:`assumed_floor`."""
 
 _MOST_DEGREES = 10.0
-"""Of a moderated variance, however similar rows are: step times on a shared machine have longer tails than a normal
-distribution, and with few degrees of freedom quantiles lie further out.
+"""Limit for a moderated variance, however similar the rows: step times on a shared machine have longer tails than a
+normal distribution, and quantiles lie further out with few degrees of freedom.
 """
 _Row = tuple[str, str, str]
 """Workload, mode and series key."""
@@ -87,7 +87,7 @@ def runs_of_the_same_code(
     of the repository; outside a repository, the same software.
 
     Args:
-        baseline: the run to match. A cases.csv by itself does not know its code.
+        baseline: the run to match. A cases.csv does not name its code, so it matches only itself.
         results: the results folder, if the baseline lies elsewhere.
         leave_out: names of runs that do not count, such as the one to be judged.
         unreadable: receives the folders of runs that cannot be read, with the reason.
@@ -122,7 +122,7 @@ def runs_of_the_same_code(
 
 
 def assumed_floor(sides: Sequence[Mapping[Place, Sequence[Record]]], cost: Cost) -> Between | None:
-    """The assumed difference between runs if it is not known; None for costs that do not drift.
+    """The variance between runs to assume if it is not known; None for costs that do not drift.
 
     The standard deviation between runs is taken to be three times that of processes within a run, over all rows, but at
     least 1 % and at most 10 %, or as large as that of the processes if that is larger. On a shared machine with two
@@ -185,7 +185,7 @@ def floors_from_samples(samples: Sequence[Mapping[_Row, Sequence[float]]]) -> di
 def pair_noise(sides: Sequence[Mapping[Place, Sequence[Record]]], cost: Cost) -> dict[Place, tuple[float, float]]:
     """Variance and degrees of freedom of the log ratios of pairs, for interleaved runs.
 
-    Three pairs in a row say little about their spread; all rows together say more, see :func:`moderated`.
+    The few pairs of one row show little of their spread; all rows together show more, see :func:`moderated`.
 
     Args:
         sides: the cases of both runs by row.
@@ -207,7 +207,7 @@ def moderated(
     """Shrink the variances of similar rows towards their common value, and return them with their degrees of freedom.
 
     Smyth 2004, section 6.2: the logarithms show how much the true variances differ, and so how far to shrink. Variances
-    are only raised: a row that is noisier than others often has a reason.
+    are only raised: there is often a reason why a row is noisier than others.
 
     Args:
         variances: one per row, (rows,).

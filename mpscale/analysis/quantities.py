@@ -1,7 +1,7 @@
-"""The one table of what runs can be compared, gated or followed by, and the words for what comes of it.
+"""The table of quantities by which runs are compared, gated and followed, and the verdicts on them.
 
-Command line, gates, comparison, history and reports all go by :data:`QUANTITIES`: a new quantity is one entry there.
-This module is cheap to import, because the command line needs it for its help.
+The command line, gates, comparisons, histories and reports all use :data:`QUANTITIES`: a new quantity is one entry
+there. This module is cheap to import, because the command line needs it for its help.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mpscale.core.columns import COLUMNS
 from mpscale.core.record import Key, Record, of_good_trainings
 
 BASELINE = "fp32"
-"""The mode that speed-ups are over, always the same: a headline that changed to tf32 would look like a loss."""
+"""The mode that speed-ups are relative to. Always the same: a headline that switched to tf32 would look like a loss."""
 
 
 class Ranked(StrEnum):
@@ -31,7 +31,7 @@ class Ranked(StrEnum):
 
 
 class Outcome(Ranked):
-    """What came of a gate."""
+    """The outcome of a gate."""
 
     FIRED = "fired"
     CANNOT_TELL = "cannot-tell"
@@ -39,7 +39,7 @@ class Outcome(Ranked):
 
 
 class Verdict(Ranked):
-    """What came of comparing a quantity or a metric, and what a gate makes of it."""
+    """The verdict on a quantity or a metric, with the outcome of a gate on it."""
 
     outcome: Outcome
 
@@ -51,10 +51,10 @@ class Verdict(Ranked):
     """Any difference is below the threshold."""
     CANNOT_TELL = "cannot-tell", Outcome.CANNOT_TELL
     NOT_COMPARABLE = "not-comparable", Outcome.CANNOT_TELL
-    """The runs are of different devices."""
+    """The runs used different devices."""
 
-    # Of a metric
     WORSE = "worse", Outcome.FIRED
+    """Like the following, the verdict on a metric: a loss beyond the workload's margin is shown, or a seed was lost."""
     NON_INFERIOR = "non-inferior", Outcome.PASSED
     """A loss of the workload's margin or more is ruled out."""
     INCONCLUSIVE = "inconclusive", Outcome.CANNOT_TELL
@@ -68,12 +68,12 @@ class Verdict(Ranked):
 
 @dataclass(frozen=True)
 class Quantity(ABC):
-    """What the history of runs can be of.
+    """A number that can be followed over many runs.
 
     Args:
         name: on the command line and in gates.
         title: in reports.
-        column: of cases.csv that it is made from, and whose entry in ``unavailable`` says why there is none.
+        column: the column of cases.csv that it is made from; its entry in ``unavailable`` explains a missing value.
     """
 
     name: str
@@ -81,11 +81,11 @@ class Quantity(ABC):
     column: str
 
     spread: ClassVar[Literal["interval", "range"]] = "interval"
-    """What the ends of a point are: the 95 % t interval over processes on logarithms, or smallest and largest seed."""
+    """The low and high ends of a point: the 95 % t interval over processes on logarithms, or the extreme seeds."""
 
     @property
     def unit(self) -> str:
-        """Of the values; empty for a share of 1, and for a metric, which has its own."""
+        """Unit of the values; empty for a share of 1, and for a metric, which has its own."""
         return COLUMNS[self.column].unit
 
     @abstractmethod
@@ -98,26 +98,26 @@ class Quantity(ABC):
         """
 
     def mean(self, sample: Sequence[float], cases: Sequence[Record]) -> float:
-        """The value over all, for quantities whose ends are a range."""
+        """The value of a point whose ends are the extreme seeds."""
         return statistics.fmean(sample)
 
+    @abstractmethod
     def lacking(
         self, cases: Sequence[Record], baseline: Sequence[Record], not_started: Sequence[Key] = ()
     ) -> list[str]:
-        """Which seeds or processes should be in the value and are not, with the reason. Costs leave out lost seeds."""
-        return [by_reason(trainings(cases).lost), by_reason(without_figure(cases, self.column, not_started))]
+        """The seeds or processes that are missing from the value, with the reason; texts may be empty."""
 
 
 @dataclass(frozen=True)
 class Cost(Quantity):
-    """A quantity of a process, less of which is better. Runs are compared by the ratio.
+    """A quantity that each process has, and of which less is better. Runs are compared by their ratio.
 
     Args:
         threshold: the smallest relative change that matters, unless the user gives another.
         more: verdict on an increase.
         less: verdict on a decrease.
         of_trainings: only processes that trained count: one that only times holds less memory.
-        drifts: moves with the state of the machine, which differs from run to run.
+        drifts: changes with the state of the machine, which differs from run to run.
         is_of: columns that say what exactly was measured; figures that differ in one of them are not compared.
 
     Raises:
@@ -137,14 +137,11 @@ class Cost(Quantity):
 
     @property
     def can_be_remeasured(self) -> bool:
-        """Whether further processes that only time give new values, and chance moves them."""
+        """Whether chance moves the values and processes that only time give more of them."""
         return self.drifts and not self.of_trainings
 
     def by_process(self, cases: Iterable[Record]) -> dict[Key, float]:
-        """The value of every process that counts.
-
-        Lost seeds do not, nor do their repeats: their steps are not those of a working training.
-        """
+        """The value of every process that counts. Lost seeds and their repeats do not: their training does not work."""
         return {
             case.key: value
             for case in of_good_trainings(cases)
@@ -163,11 +160,12 @@ class Cost(Quantity):
         self, cases: Sequence[Record], baseline: Sequence[Record], not_started: Sequence[Key] = ()
     ) -> list[str]:
         without = without_figure(cases, self.column, not_started, self.of_trainings)
+        # The cost of a lost training is of no use.
         return [by_reason(trainings(cases).lost), by_reason(without)]
 
 
 class _Speedup(Quantity):
-    """Over :data:`BASELINE`, from the same pairs as in the summary, so that both give the same number."""
+    """Relative to :data:`BASELINE`. Pairs processes as the summary does, so both show the same number."""
 
     unit = "x"
 
@@ -178,8 +176,9 @@ class _Speedup(Quantity):
     def lacking(
         self, cases: Sequence[Record], baseline: Sequence[Record], not_started: Sequence[Key] = ()
     ) -> list[str]:
-        theirs = [text for text in super().lacking(baseline, ()) if text]
-        return [*super().lacking(cases, baseline, not_started), *(f"{BASELINE}'s {text}" for text in theirs)]
+        time = COSTS["step_time"]
+        theirs = [f"{BASELINE}'s {text}" for text in time.lacking(baseline, ()) if text]
+        return [*time.lacking(cases, (), not_started), *theirs]
 
 
 class _Metric(Quantity):
@@ -230,12 +229,12 @@ QUANTITIES: dict[str, Quantity] = {
             "GPU memory",
             "gpu_memory_nvml_peak_mib",
             threshold=0.03,
-            # The peak by NVML follows the pool with one allocator, and what is in use with the other.
+            # With one allocator NVML's peak shows the pool, with the other what is in use.
             is_of=("gpu_allocator", "gpu_memory_method"),
         ),
         Cost(
             "energy",
-            "energy a step",
+            "energy per step",
             "gpu_energy_j_per_step",
             threshold=0.10,
             of_trainings=False,
@@ -251,4 +250,4 @@ QUANTITIES: dict[str, Quantity] = {
 """All quantities, in the order of tables."""
 
 COSTS = {name: quantity for name, quantity in QUANTITIES.items() if isinstance(quantity, Cost)}
-"""Those that runs are compared by."""
+"""The quantities by which two runs are compared."""

@@ -1,8 +1,8 @@
 """Intervals over processes, and tests between runs.
 
 Each process gives one number, the median of its blocks: blocks of a process are autocorrelated and agree far better
-with each other than with those of the next process, so that an interval over blocks would be too narrow. Times are
-compared as ratios, hence the logarithms. Metrics are compared seed by seed, as differences.
+with each other than with those of the next process, so an interval over blocks would be too narrow. Times are compared
+as ratios, hence the logarithms. Metrics are compared seed by seed, as differences.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from scipy.special import fdtrc, stdtr, stdtrit
 K = TypeVar("K", bound=Hashable)
 
 _NOISY = 0.01
+"""Significance level at which processes count as noisier than in earlier runs."""
 _MOST_PAIRS = 10_000
-"""Nobody trains this often, so a larger number is of no use."""
+"""Nobody trains this often, so larger numbers are not searched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Between:
         variance: of the figure of a run. If it was measured, it includes the contribution of the processes; if it is
             assumed, it does not.
         degrees: of freedom of the variance.
-        runs: the number of runs that it was measured from; 0 if it is assumed.
+        runs: the number of runs from which it was measured; 0 if it is assumed.
         within: variance of processes within a run.
         within_degrees: its degrees of freedom; 0 if every run had a single process.
     """
@@ -276,7 +277,7 @@ def paired_difference(differences: Sequence[float], confidence: float = 0.9) -> 
         ValueError: there is no difference.
     """
     if not differences:
-        raise ValueError("there is no pair to take a difference of")
+        raise ValueError("there is no pair to compare")
     mean, n = statistics.fmean(differences), len(differences)
     if n == 1:
         return Paired(mean, None, None, None, 1)
@@ -312,7 +313,7 @@ def _interval(logs: list[float], confidence: float) -> Interval:
         raise ValueError(f"confidence must lie between 0 and 1, not be {confidence}")
     n = len(logs)
     if n == 0:
-        raise ValueError("there is no value to make an interval of")
+        raise ValueError("there is no value for an interval")
     mean = math.fsum(logs) / n
     if n == 1:
         return Interval(math.exp(mean), None, None, 1)
@@ -321,12 +322,12 @@ def _interval(logs: list[float], confidence: float) -> Interval:
 
 
 def _half_width(spread: float, n: int, confidence: float) -> float:
-    """Of the two-sided t interval of the mean of ``n`` values with the sample standard deviation ``spread``."""
+    """Half the two-sided t interval of the mean of ``n`` values with the sample standard deviation ``spread``."""
     return _quantile(n - 1, (1.0 + confidence) / 2.0) * spread / math.sqrt(n)
 
 
 def _quantile(degrees: float, probability: float) -> float:
-    """Of Student's t."""
+    """Quantile of Student's t."""
     return float(stdtrit(degrees, probability))
 
 

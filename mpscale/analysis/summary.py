@@ -24,7 +24,7 @@ from mpscale.analysis.trainings import (
     NO_SUCH_ROW,
     Trainings,
     by_reason,
-    knows_overflow,
+    has_overflow,
     overflow_rate,
     seeds_text,
     trainings,
@@ -38,6 +38,7 @@ Row = dict[str, Any]
 
 SUMMARY_COLUMNS = tuple(column.name for column in SUMMARY)
 _FLOATS = {column.name for column in SUMMARY if column.kind == "float"}
+_FACTS_OF_A_METRIC = {"metric_name": "name", "metric_margin": "margin", "metric_higher_is_better": "direction"}
 
 
 def summarise(records: Iterable[Record], waiting: Mapping[Place, Sequence[Key]] | None = None) -> list[Row]:
@@ -48,7 +49,7 @@ def summarise(records: Iterable[Record], waiting: Mapping[Place, Sequence[Key]] 
     processes, energy their geometric mean. All of these leave out lost seeds: what a lost training costs is of no use.
     ``metric_difference`` is the mean over seeds of the mode's metric minus fp32's with its 90 % interval (one-sided at
     95 %), and ``metric_verdict`` comes from :func:`judge_metric`. Counts are sums; ``loss_scale_final``,
-    ``steps_to_target`` and ``dispatch_share`` are medians over the cases that know them. ``headline_baseline`` is the
+    ``steps_to_target`` and ``dispatch_share`` are medians over the cases that have them. ``headline_baseline`` is the
     mode that a user would have had by default: tf32 if it was timed, else fp32.
 
     Only cases that ran to the end (:data:`MEASURED`) have figures that count; ``left_out`` names the others.
@@ -68,7 +69,7 @@ def summarise(records: Iterable[Record], waiting: Mapping[Place, Sequence[Key]] 
 
 
 class _Mode:
-    """The cases of a workload and mode."""
+    """One mode of a workload: its cases, those that count, their step times and the outcome of each seed."""
 
     def __init__(self, cases: Sequence[Record], not_started: Sequence[Key] = (), plan_known: bool = False) -> None:
         self.cases, self.not_started = cases, not_started
@@ -158,18 +159,18 @@ def _columns(name: str, interval: Interval | None) -> Row:
 
 
 def _alike(cost: Cost, own: _Mode, fp32: _Mode) -> bool:
-    """Whether the figures of both are of the same thing, so that there is a ratio."""
+    """Whether the same thing was measured for both, without which a ratio has no meaning."""
     return len(cost.kinds(own.good) | cost.kinds(fp32.good)) == 1
 
 
 def _memory(own: _Mode, fp32: _Mode) -> Row:
     gpu, there = (values_of(mode.good, "gpu_memory_nvml_peak_mib") for mode in (own, fp32))
     # A process that ran out of memory needed more than any figure here.
-    told = gpu and there and not any(case["status"] == "oom" for case in (*own.cases, *fp32.cases))
+    valid = gpu and there and not any(case["status"] == "oom" for case in (*own.cases, *fp32.cases))
     return {
         "gpu_memory_mib": _over(max, gpu),
         "gpu_memory_processes": len(gpu),
-        "gpu_memory_ratio": max(gpu) / max(there) if told and _alike(COSTS["gpu_memory"], own, fp32) else None,
+        "gpu_memory_ratio": max(gpu) / max(there) if valid and _alike(COSTS["gpu_memory"], own, fp32) else None,
         "host_memory_mib": _over(max, values_of(own.good, "host_memory_peak_mib")),
     }
 
@@ -177,19 +178,19 @@ def _memory(own: _Mode, fp32: _Mode) -> Row:
 def _energy(own: _Mode, fp32: _Mode) -> Row:
     ours, theirs = (values_of(mode.good, "gpu_energy_j_per_step") for mode in (own, fp32))
     mean, baseline = (_over(statistics.geometric_mean, joules) for joules in (ours, theirs))
-    told = mean is not None and baseline is not None and _alike(COSTS["energy"], own, fp32)
+    valid = mean is not None and baseline is not None and _alike(COSTS["energy"], own, fp32)
     return {
         "gpu_energy_j_per_step": mean,
         "gpu_energy_processes": len(ours),
-        "gpu_energy_ratio": mean / baseline if told else None,
+        "gpu_energy_ratio": mean / baseline if valid else None,
     }
 
 
 def _training(own: _Mode) -> Row:
-    checked = [case for case in own.measured if knows_overflow(case)]
+    checked = [case for case in own.measured if has_overflow(case)]
     return {
         "overflow_steps": _over(sum, values_of(checked, "overflow_steps")),
-        # Of the same trainings, so that the rate is one over the other.
+        # Over the same trainings, so that the rate is the quotient of the two.
         "attempted_steps": _over(sum, values_of(checked or own.measured, "attempted_steps")),
         "skipped_steps": _over(sum, values_of(checked, "skipped_steps")),
         "overflow_rate": overflow_rate(checked),
@@ -205,7 +206,7 @@ def _metric(own: _Mode, fp32: _Mode) -> Row:
     differences = [metric[seed] - baseline[seed] for seed in metric if seed in baseline]
     name = common(own.measured, "metric_name")
     if name is None and any(case["metric_name"] is not None for case in own.measured):
-        values, differences = [], []  # of several metrics, which have no mean
+        values, differences = [], []  # several metrics have no common mean
     return {
         "metric_name": name,
         "metric_seeds": len(values),
@@ -239,20 +240,9 @@ def _target(own: _Mode) -> Row:
     trained = [case for case in own.measured if case["repeat"] == 0]
     if not values_of(trained, "metric_target"):
         return {}
-    # A training that was lost in the end passed its target and did not reach it.
+    # A training that was lost in the end may have passed its target, but did not reach it for good.
     reached = values_of(of_good_trainings(trained), "steps_to_target")
     return {"target_reached": len(reached), "steps_to_target": _over(statistics.median, reached)}
-
-
-# Does a mode train as well as its baseline? This is a test of non-inferiority of the metric, seed by seed. A difference
-# that is not significant does not show that there is none: three seeds hide a loss of two points. So the question is
-# whether a loss of more than the workload's margin can be ruled out. Piaggio et al., "Reporting of noninferiority and
-# equivalence randomized trials", JAMA 2012;308:2594. And it is ruled out over all seeds or not at all: had the seed
-# that ran out of memory been trained, it might have been the bad one. Fleming, "Addressing missing data in clinical
-# trials", Annals of Internal Medicine 2011;154:113: data that are missing for a reason bias what is left.
-
-_SAID_OF_A_METRIC = {"metric_name": "name", "metric_margin": "margin", "metric_higher_is_better": "direction"}
-_LOST_HOW = "the training diverged, stalled or ended without a metric"
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,12 +250,12 @@ class Quality:
     """A metric against its baseline's.
 
     Args:
-        verdict: ``NON_INFERIOR`` if a loss of the margin or more is ruled out, one-sided at 95 %, and no seed is
-            unknown that could speak against it. ``WORSE`` if the estimated loss exceeds the margin and a gain is ruled
-            out, or if a seed was lost. Else ``INCONCLUSIVE``.
+        verdict: ``NON_INFERIOR`` if a loss of the margin or more is ruled out, one-sided at 95 %, and no outcome of a
+            seed is unknown that could contradict it. ``WORSE`` if the estimated loss exceeds the margin and a gain is
+            ruled out, or if a seed was lost. Else ``INCONCLUSIVE``.
         difference: metric minus that of the baseline, in its own unit and direction, with its 90 % interval; None if
             no seed has both.
-        seeds: how many seeds would tell; None if they told already or if that is not known.
+        seeds: how many seeds would be needed for a verdict; None if there is one, or if the number is unknown.
         reason: why, if the numbers do not show it.
         left_out: which seeds are not in the difference, and why; None if all are.
     """
@@ -282,58 +272,23 @@ class Quality:
         return "; ".join(filter(None, (self.reason, self.left_out)))
 
 
-def judge(
-    differences: Sequence[float],
-    margin: float | None,
-    higher_is_better: bool | None,
-    lost: Sequence[int] = (),
-    unknown: Sequence[int] = (),
-) -> Quality:
-    """The verdict on a metric.
-
-    Args:
-        differences: metric minus that of the baseline, one per seed.
-        margin: how much worse still counts as equal, in units of the metric; None if the workload does not say.
-        higher_is_better: the metric's direction; None if unknown.
-        lost: seeds that diverged, stalled or ended without a metric although they did not in the baseline.
-        unknown: seeds that might have ended in any way.
-    """
-    difference = paired_difference(differences) if differences else None
-
-    def inconclusive(reason: str) -> Quality:
-        return Quality(Verdict.INCONCLUSIVE, difference, reason=reason)
-
-    if lost:
-        return Quality(Verdict.WORSE, difference, reason=f"lost {seeds_text(lost)}: {_LOST_HOW}")
-    if difference is None:
-        return inconclusive("no seed has a metric under both")
-    if margin is None:
-        return inconclusive("the workload has no margin")
-    if higher_is_better is None:
-        return inconclusive("it is not known which way the metric is better")
-    better = paired_difference([value if higher_is_better else -value for value in differences])
-    if better.low is None or better.high is None:
-        return inconclusive("one seed gives no spread")
-    if better.low > -margin:
-        if unknown:
-            return inconclusive(
-                f"a loss is ruled out over {len(differences)} seeds, and nothing is known of {seeds_text(unknown)}"
-            )
-        return Quality(Verdict.NON_INFERIOR, difference)
-    if better.high < 0.0 and better.mean < -margin:
-        return Quality(Verdict.WORSE, difference)
-    return Quality(Verdict.INCONCLUSIVE, difference, pairs_that_would_tell(better, margin))
-
-
 def judge_metric(
     baseline: Sequence[Record], other: Sequence[Record], seeds: tuple[Trainings, Trainings]
 ) -> Quality | None:
-    """The verdict on the metric of ``other``; None if one of the two was never meant to train.
+    """Whether the metric of ``other`` is as good as the baseline's; None if one of the two was never meant to train.
+
+    This tests for non-inferiority, seed by seed. A difference that is not significant does not show that there is none:
+    three seeds hide a loss of two points. So the question is whether a loss of more than the workload's margin can be
+    ruled out. Piaggio et al., "Reporting of noninferiority and equivalence randomized trials", JAMA 2012;308:2594.
+
+    It is ruled out over all seeds or not at all: if the seed that ran out of memory had been trained, it might have
+    been the bad one. Fleming, "Addressing missing data in clinical trials", Annals of Internal Medicine 2011;154:113:
+    data that are missing for a reason bias the rest.
 
     Args:
-        baseline: its cases of one workload and mode.
-        other: cases to be judged.
-        seeds: what became of the trainings of each.
+        baseline: cases of one workload and mode.
+        other: the cases to judge.
+        seeds: the outcomes of the trainings of both.
     """
     before, after = seeds
     if not before.seeds or not after.seeds:
@@ -359,6 +314,51 @@ def judge_metric(
         return found
     total = len(before.seeds | after.seeds)
     return replace(found, left_out=f"{len(pairs)} of {total} seeds; {by_reason(left_out)}")
+
+
+def judge(
+    differences: Sequence[float],
+    margin: float | None,
+    higher_is_better: bool | None,
+    lost: Sequence[int] = (),
+    unknown: Sequence[int] = (),
+) -> Quality:
+    """The verdict on a metric.
+
+    Args:
+        differences: metric minus that of the baseline, one per seed.
+        margin: how much worse still counts as equal, in units of the metric; None if the workload has none.
+        higher_is_better: the metric's direction; None if unknown.
+        lost: seeds that diverged, stalled or ended without a metric although they did not in the baseline.
+        unknown: seeds that might have ended in any way.
+    """
+    difference = paired_difference(differences) if differences else None
+
+    def inconclusive(reason: str) -> Quality:
+        return Quality(Verdict.INCONCLUSIVE, difference, reason=reason)
+
+    if lost:
+        how = "the training diverged, stalled or ended without a metric"
+        return Quality(Verdict.WORSE, difference, reason=f"lost {seeds_text(lost)}: {how}")
+    if difference is None:
+        return inconclusive("no seed has a metric under both")
+    if margin is None:
+        return inconclusive("the workload has no margin")
+    if higher_is_better is None:
+        return inconclusive("it is not known whether a higher metric is better")
+    better = paired_difference([value if higher_is_better else -value for value in differences])
+    if better.low is None or better.high is None:
+        return inconclusive("one seed gives no spread")
+    if better.low > -margin:
+        if unknown:
+            known = len(differences)
+            return inconclusive(
+                f"a loss is ruled out over {known} seeds, but the outcome of {seeds_text(unknown)} is unknown"
+            )
+        return Quality(Verdict.NON_INFERIOR, difference)
+    if better.high < 0.0 and better.mean < -margin:
+        return Quality(Verdict.WORSE, difference)
+    return Quality(Verdict.INCONCLUSIVE, difference, pairs_that_would_tell(better, margin))
 
 
 def _unknown(before: Trainings, after: Trainings) -> set[int]:
@@ -390,17 +390,17 @@ def _outcome(side: Trainings, seed: int) -> str | None:
 
 
 def _names_differ(with_metric: Sequence[Sequence[Record]]) -> bool:
-    """Whether the cases are of several metrics, so that there is no difference to take."""
+    """Whether the cases have different metrics, whose values cannot be subtracted."""
     return len({case["metric_name"] for cases in with_metric for case in cases} - {None}) > 1
 
 
 def _disagreement(with_metric: Sequence[Sequence[Record]]) -> str | None:
-    """What the two sides say differently about the same metric, which rules out a verdict; None if nothing."""
-    for column, what in _SAID_OF_A_METRIC.items():
+    """A fact about the metric on which the cases disagree, which rules out a verdict; None if there is none."""
+    for column, what in _FACTS_OF_A_METRIC.items():
         said = dict.fromkeys(case[column] for cases in with_metric for case in cases if case[column] is not None)
         if len(said) > 1:
             return f"the cases do not agree on the metric's {what}: {', '.join(map(str, said))}"
         lacking = [case["seed"] for case in with_metric[1] if case[column] is None]
         if said and 0 < len(lacking) < len(with_metric[1]):
-            return f"the metric's {what} is not known of {seeds_text(lacking)}"
+            return f"the metric's {what} is unknown for {seeds_text(lacking)}"
     return None

@@ -1,4 +1,4 @@
-"""What became of the training of each seed: which are lost, and which unknown.
+"""The outcome of the training of each seed: good, lost or unknown.
 
 A training is lost if it ran to the end without a usable result: it diverged, stalled, or ended without a finite metric.
 That is a bad outcome. A training whose process died (oom, timeout, crashed and so on) or never started is unknown: it
@@ -27,7 +27,7 @@ class Trainings:
         metric: the final metric of those that have one, including lost ones.
         lost: the status of those that diverged, stalled or ended without a metric.
         unknown: the status of those that did not end, or :data:`NOT_STARTED`.
-        plan_known: whether seeds that appear nowhere here were not planned. A cases.csv by itself cannot tell.
+        plan_known: whether seeds that appear nowhere here were not planned. A cases.csv does not show the plan.
     """
 
     metric: Mapping[int, float]
@@ -42,7 +42,7 @@ class Trainings:
 
 
 def trainings(cases: Iterable[Record], not_started: Iterable[Key] = (), plan_known: bool = False) -> Trainings:
-    """What became of each seed, judged by its case of repeat 0. Modes that the device cannot run train nothing.
+    """The outcome of each seed, from its case of repeat 0. Modes that the device cannot run train nothing.
 
     Args:
         cases: of one workload and mode, after :func:`mpscale.core.record.settle`.
@@ -64,7 +64,7 @@ def trainings(cases: Iterable[Record], not_started: Iterable[Key] = (), plan_kno
 def without_figure(
     cases: Sequence[Record], column: str, not_started: Iterable[Key] = (), only_trained: bool = False
 ) -> dict[Key, str]:
-    """Processes that should have a figure and do not, with the reason. Lost seeds are left out.
+    """Processes that lack a figure, with the reason. Lost seeds are left out.
 
     Args:
         cases: of one workload and mode.
@@ -84,21 +84,21 @@ def without_figure(
 
 
 def overflow_rate(cases: Iterable[Record]) -> float | None:
-    """Overflow steps over attempted steps of the trainings that know both; None if none does."""
-    known = [case for case in cases if knows_overflow(case)]
+    """Overflow steps over attempted steps of the trainings that have both; None if none has."""
+    known = [case for case in cases if has_overflow(case)]
     steps = sum(case["attempted_steps"] for case in known)
     return sum(case["overflow_steps"] for case in known) / steps if steps else None
 
 
 def overflow_unknown(cases: Sequence[Record], not_started: Iterable[Key] = ()) -> dict[int, str]:
-    """Seeds whose overflow is unknown, with the reason. That of a lost training may be known."""
-    known = {case["seed"] for case in cases if knows_overflow(case)}
+    """Seeds whose overflow is unknown, with the reason. Lost trainings may have it."""
+    known = {case["seed"] for case in cases if has_overflow(case)}
     ended = {case["seed"] for case in cases if case["status"] in MEASURED and case["repeat"] == 0}
     return {**dict.fromkeys(sorted(ended - known), "not known"), **trainings(cases, not_started).unknown}
 
 
-def knows_overflow(case: Record) -> bool:
-    """Whether a case ran to the end and knows how many of its steps overflowed."""
+def has_overflow(case: Record) -> bool:
+    """Whether a case ran to the end and counted the steps that overflowed."""
     return case["status"] in MEASURED and case["overflow_steps"] is not None and bool(case["attempted_steps"])
 
 

@@ -52,13 +52,13 @@ class Settings:
 
     Args:
         jit: compile train steps with XLA, in all modes.
-        train_steps: steps of a training; None for the workload's own number.
-        batch_size: examples per step; None for the workload's own.
+        train_steps: steps of a training; None for the workload's default.
+        batch_size: examples per step; None for the workload's default.
         static_scale: loss scale of mixed-static.
         dynamic_scale: arguments of the scale of mixed-dynamic and graph-rewrite that differ from the defaults.
         timing_s: seconds of steady-state timing; 0 for none.
         timing_blocks: the minimum number of timed blocks.
-        energy_s: how many seconds to go on stepping if the GPU's energy can be measured; 0 for no energy.
+        energy_s: seconds of further steps if the GPU's energy can be measured; 0 to skip energy.
     """
 
     jit: bool = True
@@ -139,7 +139,7 @@ class SeriesKey:
     @classmethod
     def parse(cls, text: str) -> SeriesKey | None:
         """The inverse of ``str``; None if the text is not a series key."""
-        # From the end, because names of workloads may hold slashes, as settings do: timing=2s/50.
+        # Both names of workloads and settings may contain slashes: timing=2s/50.
         found = _SERIES_KEY.fullmatch(text)
         if found is None:
             return None
@@ -149,10 +149,7 @@ class SeriesKey:
 
     @staticmethod
     def facts(text: str) -> dict[str, str]:
-        """What the text says about a series of a given workload and mode: digest, settings and method, by name.
-
-        Another text is a single fact called ``series``.
-        """
+        """Digest, settings and method in the text of a key, by name; a text of another form is all of ``series``."""
         key = SeriesKey.parse(text)
         return {"series": text} if key is None else {"digest": key.digest, **key.settings, "method": key.method}
 
@@ -160,7 +157,7 @@ class SeriesKey:
 def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_steps: int, settings: Settings) -> str:
     """The text of the :class:`SeriesKey` of a case.
 
-    Settings of a loss scale are in it only for modes that use them: another static scale makes no new series of fp32.
+    It holds settings of a loss scale only for modes that use them: another static scale is no new series of fp32.
     """
     parts = {"batch": str(batch_size), "steps": str(train_steps), "jit": "on" if settings.jit else "off"}
     parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}

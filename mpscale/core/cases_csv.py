@@ -1,7 +1,7 @@
-"""Read a cases.csv by itself, as it comes from another machine, an artifact or people's tools.
+"""Read a cases.csv without its run, as it comes from another machine, an artifact or people's tools.
 
-A file that a data frame or a spreadsheet has written again is fine as long as no figure can have changed: another word
-for unknown, another order, an index, numbers as 3.0. A file that may have lost a decimal point is refused.
+A file that was saved again by a data frame or a spreadsheet is fine as long as no figure can have changed: another word
+for unknown, another order, an index, 3.0 for 3. A file that may have lost a decimal point is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _UNKNOWN = frozenset(
 )
 """What pandas, R, polars, Julia and spreadsheets write into empty cells, in lower case."""
 _ELSEWHERE = "save it as CSV in UTF-8, with commas between cells and points in numbers, or take the original file"
-_NO_TEXT = {
+_NOT_TEXT = {
     b"\xff\xfe": "UTF-16, as spreadsheets save `Unicode text`",
     b"\xfe\xff": "UTF-16, as spreadsheets save `Unicode text`",
     b"PK": "a zip archive, as spreadsheets save their own files",
@@ -53,7 +53,7 @@ def read_cases(path: Path, only: Iterable[str] = COLUMNS) -> list[Record]:
     if twice := sorted({name for name in names if name in COLUMNS and names.count(name) > 1}):
         raise RunError(f"{path}: has several columns {', '.join(twice)}; leave one of each")
     if missing := [name for name in _NEEDED if name not in names]:
-        raise RunError(f"{path}: is no cases.csv of mpscale: it has no column {', '.join(missing)}")
+        raise RunError(f"{path}: is not a cases.csv of mpscale: it has no column {', '.join(missing)}")
     columns = [name for name in names if name in wanted and name in COLUMNS]
     words = _words_for_unknown(columns, [cells for _, cells in rows])
     records = [_record(path, line, columns, cells, words) for line, cells in rows]
@@ -73,11 +73,11 @@ def _content(path: Path) -> bytes:
         content = path.read_bytes()
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}") from error
-    for start, what in _NO_TEXT.items():
+    for start, what in _NOT_TEXT.items():
         if content.startswith(start):
             raise RunError(f"{path}: cannot be read as CSV: it is not UTF-8 but {what}; {_ELSEWHERE}")
     if b"\0" in content:
-        raise RunError(f"{path}: cannot be read as CSV: it holds bytes of 0, as UTF-16 has them; {_ELSEWHERE}")
+        raise RunError(f"{path}: cannot be read as CSV: it holds zero bytes, as UTF-16 does; {_ELSEWHERE}")
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -95,8 +95,8 @@ def _rows(path: Path, content: bytes, wanted: Container[str]) -> tuple[list[str]
     for separator, name in ((b";", "semicolons"), (b"\t", "tabs")):
         if header.count(separator) > header.count(b","):
             raise RunError(
-                f"{path}: its cells are separated by {name}, as spreadsheets do where numbers have decimal commas; "
-                f"whether 1,234 is more than a thousand cannot be told then: {_ELSEWHERE}"
+                f"{path}: its cells are separated by {name}, as in spreadsheets with decimal commas; then 1,234 may be "
+                f"more than a thousand or less than two: {_ELSEWHERE}"
             )
     rows: list[tuple[int, list[str]]] = []
     # A StringIO would hold four bytes per character.
@@ -108,7 +108,7 @@ def _rows(path: Path, content: bytes, wanted: Container[str]) -> tuple[list[str]
             if not any(row):
                 continue
             if len(row) != len(names):
-                raise RunError(f"{path}, line {reader.line_num}: has not as many cells as the header")
+                raise RunError(f"{path}, line {reader.line_num}: does not have as many cells as the header")
             rows.append((reader.line_num, [row[place] for place in places]))
     except csv.Error as error:
         raise RunError(f"{path}, line {reader.line_num}: cannot be read as CSV: {error}") from error
@@ -147,7 +147,7 @@ def _is_unknown(row: Mapping[str, str], name: str, words: frozenset[str]) -> boo
     if COLUMNS[name].kind != "str":
         word = text.strip()
         return not word or word in words
-    # A workload may have a name that others use for nothing; then its cases have it, too.
+    # A workload may be called NA; then the ids of its cases begin with that.
     named = name == "case_id" or (name == "workload" and row.get("case_id", "").startswith(f"{text}--"))
     return text in words and not named
 
@@ -160,7 +160,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def _float(text: str) -> float:
-    # Numbers in Python may have underscores, which no tool writes.
+    # Python reads 1_2 as 12, but no tool writes numbers that way, and a name may look like that.
     try:
         if "_" not in text and "," not in text:
             return float(text)
@@ -188,7 +188,7 @@ def _reasons(text: str) -> dict[str, str]:
     try:
         value = json.loads(text)
     except ValueError:
-        # A data frame of a run writes dicts as Python shows them.
+        # A data frame of a run is saved with dicts as Python shows them.
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -1,4 +1,4 @@
-"""The data dictionary: every column of cases.csv and summary.csv, its unit, how it is made and when it is empty.
+"""The data dictionary: all columns of cases.csv and summary.csv, with unit, origin and when they are empty.
 
 ``docs/metrics.md`` is printed from here (``python -m mpscale.core.columns``), and a test keeps the two equal.
 """
@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 #   smallest steps slower than in a hand-written loop.
 # Version 3: a timed block waits for the tensor of its last step instead of a variable, and rarely follows a read of
 #   what the steps returned.
-# Version 4: a step returns only what its mode knows, and a timed block keeps none of it.
+# Version 4: a step returns only values that its mode has, and a timed block keeps none of it.
 # Version 5: a step returns loss, loss scale and overflow separately, because packing them into one tensor slowed
 #   convolutions with a loss scale; and it is compiled from a small function, which is cheaper to call.
 METHOD_VERSION = 5
@@ -30,7 +30,7 @@ Status = Literal[
 STATUSES: dict[str, str] = {
     "ok": "trained and measured",
     "diverged": "the weights, the loss or the final metric ended non-finite; a result if the mode tries out a loss scale, else a failure",
-    "stalled": "at least 95 % of the steps were skipped, so that next to nothing was learned; judged like `diverged`",
+    "stalled": "at least 95 % of the steps were skipped and next to nothing was learned; judged like `diverged`",
     "oom": "the device or the host ran out of memory",
     "timeout": "did not finish within `--mp-timeout` seconds and was killed",
     "crashed": "the process was ended by a signal",
@@ -42,7 +42,7 @@ STATUSES: dict[str, str] = {
 FAILED = ("oom", "timeout", "crashed", "error", "invalid", "interrupted")
 """Statuses that fail the pytest test in any mode."""
 LOST = ("diverged", "stalled")
-"""Statuses of trainings that ran to the end and are worth nothing."""
+"""Statuses of trainings that ran to the end without a usable result."""
 MEASURED = ("ok", *LOST)
 """Statuses of cases that ran to the end."""
 
@@ -86,7 +86,7 @@ _FORMATS_BY_KIND: dict[Kind, Format] = {
 
 
 class Sheet(StrEnum):
-    """Tables of the report that are made of columns as they are: a row per workload and mode, a column per cell."""
+    """Tables of the report with a row per workload and mode, and a column for each :class:`Cell`."""
 
     TIMING = "timing"
     MEMORY = "memory"
@@ -102,9 +102,9 @@ class Over(StrEnum):
     MAX = "max"
     SUM = "sum"
     KNOWN = "known"
-    """How many processes know it."""
+    """The number of processes that have a value."""
     EACH = "each"
-    """Every text once."""
+    """Each distinct text once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +116,8 @@ class Cell:
         place: orders the cells of a table.
         heading: with the unit.
         over: how the values of several processes become one; unused for summary.csv, which has only one.
-        partial: whether to say so if not all processes have a value.
-        flag: a yes-or-no column, and the note beside the value if it holds for most processes.
+        partial: whether to note that some processes have no value.
+        flag: a yes-or-no column, and a note for the value if that is yes for most processes.
     """
 
     sheet: Sheet
@@ -129,7 +129,7 @@ class Cell:
 
 
 class Source(StrEnum):
-    """Which process finds out the value of a column."""
+    """The process that measures a column."""
 
     WORKER = "worker"
     MONITOR = "monitor"
@@ -147,12 +147,12 @@ class Column:
         unit: of its values; empty if they have none.
         made: how a value is made.
         empty: when there is no value.
-        measured: a row without a value must give the reason in the column ``unavailable``.
-        positive: values must be above 0, as they are compared as ratios.
+        measured: whether a row without a value must have the reason in the column ``unavailable``.
+        positive: whether values must be above 0, because they are compared as ratios.
         special: its format, if unit and kind do not decide it; see :attr:`format`.
         warn_above: a value above it casts doubt on the other figures of the case.
         cells: where the report shows it.
-        source: which process finds out the value; None stands for the source of its section.
+        source: the process that measures it; None for the source of its section.
     """
 
     name: str
@@ -257,7 +257,7 @@ SECTIONS: tuple[Section, ...] = (
             _known("policy", "str", "", "Keras dtype policy; float32 for graph-rewrite, which TensorFlow rewrites to float16 below Keras"),
             _measured("layer_dtypes", "str", "", "layers by the dtype that they compute in (`float16 2, float32 1`), without inputs and layers that only hold others; checked against the mode", "the model has no layers, or the case ended before that"),
             _measured("product_dtypes", "str", "", "matrix products, convolutions and recurrent kernels of the traced train step by the dtype of the factors, including gradients, loss and optimizer; checked against the mode. Before TensorFlow's rewrite (graph-rewrite) and before XLA", "the train step multiplies no matrices, or the case ended before that"),
-            _measured("process_settings", "str", "", "settings that move a figure and are not the mode's: deterministic operations, XLA's flags; `none` if nothing is set; checked equal over the modes of a seed", _NOT_REACHED),
+            _measured("process_settings", "str", "", "settings that affect figures but do not belong to the mode: deterministic operations, XLA's flags; `none` if nothing is set; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("tf32", "bool", "", "whether float32 products may be rounded to TF32, read back from TensorFlow", "the device has no TF32"),
             _measured("gpu_allocator", "str", "", "TensorFlow's allocator: `cuda_malloc_async`, or `bfc` (with growth) if that does not work or was requested", "on a CPU", Cell(Sheet.MEMORY_PARTS, 8, "allocator", Over.EACH)),
             _measured("batch_size", "int", "examples", "examples per step", _NOT_REACHED),
@@ -275,7 +275,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("model_digest", "str", "", "SHA-256 over the configs of the model and of its layers at any depth, without names and dtypes, and the shapes of its weights, first 16 hex digits; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("optimizer_config", "str", "", "class, settings and learning rate of the optimizer as JSON, for a schedule the rates at some steps; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("loss_inputs", "str", "", "dtype and shape of a batch of labels and shape of a batch of outputs; checked equal over the modes of a seed", _NOT_REACHED),
-            _measured("loss_probe", "float", "", "the loss for the first batch's labels and outputs that are the same in every mode (multiples of 1/64 between 0 and 1, drawn with seed 17), on the CPU; checked equal to 1e-4 over the modes of a seed", "it was not finite, or the loss draws numbers, changes variables, computes in less than float32 or does not run by itself; or the case ended before that"),
+            _measured("loss_probe", "float", "", "the loss for the first batch's labels and outputs that are the same in every mode (multiples of 1/64 between 0 and 1, drawn with seed 17), on the CPU; checked equal to 1e-4 over the modes of a seed", "it was not finite, or the loss uses random numbers, changes variables, computes in less than float32 or does not run by itself; or the case ended before that"),
             _measured("step_operations", "str", "", "products, activations, poolings and draws of random numbers of the traced train step by kind; checked equal over the modes of a seed", "there are none, or the case ended before that"),
         ),
     ),
@@ -284,7 +284,7 @@ SECTIONS: tuple[Section, ...] = (
         "Training",
         (
             _measured("attempted_steps", "int", "steps", "train steps started in training, without timing", _NO_TRAINING),
-            _measured("applied_steps", "int", "steps", "train steps whose update reached the weights", "the mode checks no gradient, so it does not know; or " + _NO_TRAINING),
+            _measured("applied_steps", "int", "steps", "train steps whose update reached the weights", "the mode checks no gradient, so the number is unknown; or " + _NO_TRAINING),
             _measured("skipped_steps", "int", "steps", "train steps that changed nothing because a gradient was not finite", _NO_CHECK + "; or timing-only"),
             _measured("overflow_steps", "int", "steps", "train steps with a non-finite gradient; for mixed-keras, steps that its inner optimizer did not count", _NO_CHECK + "; or timing-only"),
             _measured("longest_skip_run", "int", "steps", "most skipped steps in a row", _NO_CHECK + "; or timing-only"),
@@ -352,7 +352,7 @@ SECTIONS: tuple[Section, ...] = (
         (
             _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline: `gpu_memory_process_peak_mib` if it is known, else `gpu_memory_device_rise_mib` if nobody else used the GPU; `gpu_memory_method` says which", _NO_DRIVER, Cell(Sheet.MEMORY, 1, "GPU, NVML (MiB)", Over.MAX, partial=True), positive=True),
             _measured("gpu_memory_method", "str", "", "`process` or `device-minus-idle`: where the headline comes from", _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 7, "peak is of", Over.EACH)),
-            _measured("gpu_memory_process_peak_mib", "float", "MiB", "largest memory of the process and its descendants that the driver listed, sampled every 10 ms and at every phase, and every 500 ms while steps are timed", "as above, or the driver lists the process without its memory or not at all"),
+            _measured("gpu_memory_process_peak_mib", "float", "MiB", "largest memory of the process and its descendants that the driver listed, sampled every 10 ms and at every phase, and every 500 ms while steps are timed", "as above, or the driver lists the process without its memory, or not at all"),
             _measured("gpu_memory_device_rise_mib", "float", "MiB", "largest memory in use on the whole GPU minus `gpu_memory_idle_mib`", "it did not rise; " + _NO_DRIVER),
             _measured("gpu_memory_idle_mib", "float", "MiB", "memory in use on the whole GPU before the process touched it", _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 5, "in use before the case", Over.MAX)),
             _measured("gpu_memory_context_mib", "float", "MiB", "memory that the process held when it had CUDA's context and nothing else, by the headline's method", _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 1, "context", Over.MAX)),
@@ -360,8 +360,8 @@ SECTIONS: tuple[Section, ...] = (
             _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process", "on a CPU, where TensorFlow returns zeros, or not reached", Cell(Sheet.MEMORY, 3, "GPU, allocator (MiB)", Over.MAX), Cell(Sheet.MEMORY_PARTS, 2, "in tensors", Over.MAX), source=Source.WORKER),
             _measured("gpu_memory_allocator_timed_peak_mib", "float", "MiB", "peak of TensorFlow's allocator while steps were timed", "as above, or timing was off", Cell(Sheet.MEMORY_PARTS, 3, "of that, while timed", Over.MAX), source=Source.WORKER),
             _measured("gpu_memory_unexplained_mib", "float", "MiB", "headline minus context minus the allocator's peak: pools that hold more than is used, libraries, compiled programs; may be negative, because the peaks need not coincide", "one of the three is unknown", Cell(Sheet.MEMORY_PARTS, 4, "unexplained", Over.MAX)),
-            _measured("gpu_sample_interval_ms", "float", "ms", "mean time between two samples of the GPU's memory, outside the timed blocks", _NO_DRIVER),
-            _measured("gpu_sample_gap_ms", "float", "ms", "longest time between two samples, outside the timed blocks, where it is 500 ms; a shorter peak may have been missed", _NO_DRIVER),
+            _measured("gpu_sample_interval_ms", "float", "ms", "mean time between two samples of the GPU's memory outside the timed blocks", _NO_DRIVER),
+            _measured("gpu_sample_gap_ms", "float", "ms", "longest time between two samples outside the timed blocks (in them it is 500 ms); a shorter peak may have been missed", _NO_DRIVER),
             _measured("host_memory_peak_mib", "float", "MiB", "largest resident memory of the process (VmHWM), including the compiler; on a CPU it is more about the compiler than about the model", "the process ended too early to be read", Cell(Sheet.MEMORY, 4, "host (MiB)", Over.MAX), positive=True, source=Source.SESSION),
         ),
         Source.MONITOR,
@@ -396,7 +396,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("gpu_throttled_share", "float", "share", "share of the timed window in which heat or a power brake held the clocks down", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 5, "throttled", Over.MAX)),
             _measured("gpu_power_capped_share", "float", "share", "share of the timed window at the power limit: normal under full load", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 6, "at the power limit", Over.MAX)),
             _measured("gpu_other_processes", "int", "", "other processes that computed on the GPU during the case", _NO_DRIVER),
-            _measured("gpu_graphics_processes", "int", "", "other processes that drew with it", _NO_DRIVER),
+            _measured("gpu_graphics_processes", "int", "", "other processes that used it for graphics", _NO_DRIVER),
             _known("gpu_suspicion", "str", "", "why the figures of this case must not be used: throttled, hot, a falling clock, other processes, changed settings. The status is `invalid` unless `--mp-keep-suspect` is given", "they can be used, or no GPU"),
         ),
         Source.MONITOR,
@@ -415,7 +415,7 @@ COLUMNS: dict[str, Column] = {column.name: column for section in SECTIONS for co
 
 
 def measured_columns(topic: Topic | None = None, source: Source | None = None) -> tuple[str, ...]:
-    """The names of the measured columns about ``topic`` whose values ``source`` finds out; None stands for all."""
+    """The names of the measured columns of a topic and a source; None for all."""
     return tuple(
         column.name
         for section in SECTIONS
@@ -435,7 +435,7 @@ SUMMARY: tuple[Column, ...] = (
     _known("jit", "bool", "", "whether train steps were compiled by XLA"),
     _known("processes", "int", "", "processes that gave a step time, of seeds that ended well"),
     _known("seeds", "int", "", "processes that trained to the end"),
-    _known("seeds_planned", "int", "", "seeds that should have been trained, as far as the run knows: more than `seeds` if some failed or were not started"),
+    _known("seeds_planned", "int", "", "seeds that should have been trained, as far as is known: more than `seeds` if some failed or were not started"),
     _known("left_out", "str", "", "seeds that were lost (diverged, stalled) or failed or were not started, with the status", "all ended well"),
     _known("step_time_ms", "float", "ms", f"geometric mean of `step_time_ms_median` {_PROCESSES}; of seeds that ended well, like everything that a mode costs", "nothing was timed, or no seed ended well"),
     _known("step_time_ms_low", "float", "ms", "lower end of its interval", "one process"),
@@ -456,11 +456,11 @@ SUMMARY: tuple[Column, ...] = (
     _known("gpu_energy_processes", "int", "", "processes that have it"),
     _known("gpu_energy_ratio", "float", "", "ratio to fp32's", "either has none, or the processes differ in `gpu_energy_method`", Cell(Sheet.ENERGY, 2, "over fp32")),
     _known("host_memory_mib", "float", "MiB", "largest `host_memory_peak_mib` of any process of a seed that ended well", "no process has it"),
-    _known("overflow_steps", "int", "steps", "sum over the trainings that know it", "the mode checks no gradient"),
-    _known("attempted_steps", "int", "steps", "sum over the same trainings; over all if none knows its overflow", "nothing was trained"),
+    _known("overflow_steps", "int", "steps", "sum over the trainings that have it", "the mode checks no gradient"),
+    _known("attempted_steps", "int", "steps", "sum over the same trainings; over all if none has `overflow_steps`", "nothing was trained"),
     _known("skipped_steps", "int", "steps", "sum over the same trainings", "the mode checks no gradient"),
     _known("overflow_rate", "float", "share", "`overflow_steps` / `attempted_steps`", "the mode checks no gradient"),
-    _known("overflow_seeds", "int", "", "trainings that know their overflow: fewer than `seeds_planned` if some do not"),
+    _known("overflow_seeds", "int", "", "trainings that have `overflow_steps`: fewer than `seeds_planned` if some do not"),
     _known("metric_name", "str", "", "the workload's metric", "nothing was trained"),
     _known("metric_seeds", "int", "", "trainings with a finite metric: fewer than `seeds_planned` if some were lost or failed"),
     _known("metric_mean", "float", "", "mean of `metric_value` over seeds", "no seed has it"),
@@ -473,15 +473,15 @@ SUMMARY: tuple[Column, ...] = (
     _known("metric_margin", "float", "", "how much worse than fp32 still counts as equal", "fp32 itself, or no fp32 was trained"),
     _known("metric_higher_is_better", "bool", "", "whether higher is better", "fp32 itself, or it is not known"),
     _known("metric_verdict", "str", "", "`non-inferior`: a loss of the workload's margin is ruled out, in all seeds; `worse`: a loss beyond it is shown, or a seed was lost (diverged, stalled, no finite metric) that was not in fp32; else `inconclusive`", "fp32 itself, or no fp32 was to be trained"),
-    _known("metric_reason", "str", "", "why, if the numbers do not show it", "they show it"),
+    _known("metric_reason", "str", "", "the reason of the verdict, if the numbers do not show it", "they show it"),
     _known("metric_left_out", "str", "", "seeds of this mode or fp32 that are not in a pair, with the reason", "all are in one"),
-    _known("metric_seeds_needed", "int", "", "seeds that would tell if mean and spread stay as they are", "they told, or one seed gives no spread"),
+    _known("metric_seeds_needed", "int", "", "seeds needed for a verdict if mean and spread stay the same", "there is a verdict, or a single seed gives no spread"),
     _known("target_reached", "int", "", "seeds that reached the workload's target and ended well", "it has none"),
     _known("steps_to_target", "float", "steps", "median over the seeds that reached it", "none did"),
     _known("loss_scale_final", "float", "", "median over seeds", "the mode has no loss scale", special=Format.LOSS_SCALE),
     _known("dispatch_share", "float", "share", "median over processes", "nothing was timed"),
-    _known("dispatch_bound", "bool", "", "whether most processes were", "nothing was timed"),
-    _known("not_started", "int", "", "cases that were planned and not started, as far as the run knows"),
+    _known("dispatch_bound", "bool", "", "whether most processes were dispatch-bound", "nothing was timed"),
+    _known("not_started", "int", "", "cases that were planned but not started, as far as is known"),
     _known("cases", "int", "", "cases that were started"),
     _known("ok", "int", "", "how many of them ended well"),
     _known("statuses", "str", "", "how many cases have each status"),
@@ -516,7 +516,7 @@ def data_dictionary() -> str:
 
 
 def _markdown(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A table. The standard library alone is allowed here."""
+    """A table. Written here because core imports only the standard library."""
     widths = [max(map(len, cells)) for cells in zip(headers, *rows, strict=True)]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [headers, *rows]]
     lines.insert(1, "-|-".join("-" * width for width in widths))

@@ -15,7 +15,7 @@ STAND_IN = "mpscale stand-in"
 
 @dataclass(frozen=True, slots=True)
 class Vendor:
-    """A maker of GPUs: what has to be known before the driver is asked, and if there is none.
+    """A maker of GPUs: what must be known before the driver is called, or without a driver.
 
     Args:
         name: as in messages.
@@ -122,16 +122,16 @@ class NoSuchDevice(ValueError):
 
 
 def vendor_of(devices: Sequence[Device]) -> Vendor:
-    """The vendor of the first device; NVIDIA if there is none or it does not say."""
+    """The vendor of the first device; NVIDIA if there is no device, or if its vendor is unknown."""
     return VENDORS.get(devices[0].vendor or "", NVIDIA) if devices else NVIDIA
 
 
 def find_device(devices: Sequence[Device], environ: Mapping[str, str], cpu: Device) -> Device:
     """Return the device that a run uses: the first GPU selected by the vendor's variable, else the CPU.
 
-    An index counts in the driver's order, which is that of the PCI bus: workers run with
+    An index refers to the driver's order, which is that of the PCI bus: workers run with
     ``CUDA_DEVICE_ORDER=PCI_BUS_ID``. CUDA uses the first instance of a GPU in MIG mode, unless another is named by its
-    UUID. Without a GPU that the driver knows, the device is the CPU whatever the variable says.
+    UUID. If the driver lists no GPU, the device is the CPU, whatever the variable is.
 
     Args:
         devices: the GPUs, each followed by its MIG instances.
@@ -158,7 +158,7 @@ def find_device(devices: Sequence[Device], environ: Mapping[str, str], cpu: Devi
         device = instances[0]
     if device.uuid is None:
         raise NoSuchDevice(
-            f"the driver gives no UUID for {device.name}, so no process can be tied to it",
+            f"the driver reports no UUID for {device.name}, so no process can be tied to it",
             f"name another GPU in {vendor.visible}",
         )
     return device

@@ -82,7 +82,7 @@ class LossScale(ABC):
         for pair in text.split(","):
             key, _, value = (part.strip() for part in pair.partition("="))
             if key not in defaults:
-                raise ValueError(f"{key!r} is none of {', '.join(defaults)}")
+                raise ValueError(f"{key!r} is not one of {', '.join(defaults)}")
             number = parse_number(value)
             arguments[key] = int(number) if type(defaults[key]) is int and number.is_integer() else number
         cls(**arguments)

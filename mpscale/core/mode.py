@@ -16,7 +16,7 @@ class Scaling:
     """How a mode scales its loss. This is data: the worker turns it into code.
 
     Args:
-        rule: what sets the loss scale; ``worker/step.py`` knows the class for each.
+        rule: what sets the loss scale; ``worker/step.py`` has the class for each.
         setting: the field of :class:`~mpscale.core.case.Settings` with the arguments of the rule that the user chose;
             None if the user cannot choose any.
         argument: the argument that this field holds if it is a single number; None if it maps arguments to numbers.
@@ -90,7 +90,7 @@ class Mode:
         """
         if self.name == "tf32" and not device.has_tf32:
             return f"TF32 needs an NVIDIA GPU of compute capability 8.0 or newer; this is {_described(device)}"
-        # From NVIDIA's Volta on.
+        # NVIDIA's Volta was the first to have units for float16 products.
         if self.graph_rewrite and (device.compute_capability or (0, 0)) < (7, 0):
             return (
                 "TensorFlow's rewrite to float16 needs an NVIDIA GPU of compute capability 7.0 or newer"
@@ -203,7 +203,7 @@ MODES: MappingProxyType[str, Mode] = MappingProxyType({mode.name: mode for mode 
 SETTABLE = tuple(
     dict.fromkeys(mode.scaling for mode in _ALL if mode.scaling is not None and mode.scaling.setting is not None)
 )
-"""The ways of scaling of which the user can set arguments."""
+"""The ways of scaling whose arguments the user can set."""
 
 DEFAULT_MODES = ("fp32", "mixed-static", "mixed-dynamic", "mixed-bf16")
 """The modes that run by default; devices with TF32 run ``tf32`` too."""

@@ -1,4 +1,4 @@
-"""Starts, listens to and ends processes. Nothing that such a process starts outlives it."""
+"""Start processes, exchange messages with them and end them. Nothing that they start outlives them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ KILL_S = 15.0
 
 
 class Process(ABC):
-    """A process at the other end of a wire. It leads a session of its own, in which everything it starts ends with it.
+    """A process at the other end of a wire. It leads a session of its own, and whatever it starts ends with it.
 
     Args:
-        pid: its number.
+        pid: its process id.
         wire: this process's end, None if it has none.
         ended: becomes readable when the process has ended; see :meth:`Wire.receive`.
     """
@@ -34,11 +34,11 @@ class Process(ABC):
     @property
     def wire(self) -> Wire:
         """This process's end of the wire."""
-        assert self._wire is not None  # only asked of processes that were started with one
+        assert self._wire is not None  # only used with processes that were started with one
         return self._wire
 
     def sources(self) -> list[Wire | int]:
-        """What becomes readable when the process has something to say or has ended."""
+        """What becomes readable when the process has sent something or has ended."""
         return [each for each in (self._wire, self._ended) if each is not None]
 
     def send(self, message: Mapping[str, Any]) -> None:
@@ -50,14 +50,14 @@ class Process(ABC):
         return self.wire.receive(seconds, self._ended)
 
     def end(self, seconds: float, kill_s: float = KILL_S) -> int | None:
-        """Close the wire, upon which the process should end, and kill what is left of it.
+        """Close the wire, which should make the process end, and kill what is left.
 
         Args:
-            seconds: how long it may take to end.
-            kill_s: how long to wait for it then.
+            seconds: how long the process may take to end.
+            kill_s: how long to wait after killing it.
 
         Returns:
-            Its exit code, negative for a signal; None if it lives on.
+            Its exit code, negative for a signal; None if it is still alive.
         """
         if self._wire is not None:
             self._wire.close()
@@ -70,7 +70,7 @@ class Process(ABC):
 
     @abstractmethod
     def kill(self, seconds: float = KILL_S) -> int | None:
-        """Kill the process and all that it left in its session; return as :meth:`wait` does."""
+        """Kill the process and everything in its session; return what :meth:`wait` does."""
 
 
 class Child(Process):
@@ -81,7 +81,7 @@ class Child(Process):
         environ: its environment; None for this process's.
         output: takes what it prints; None discards it.
         errors: takes what it prints on standard error; None for ``output``.
-        ends: a new wire, ours first. The process has to be told the other end's number, and inherits it.
+        ends: a new wire, our end first. The process inherits the other end; ``command`` must name its number.
 
     Raises:
         OSError: it could not be started.
@@ -114,7 +114,7 @@ class Child(Process):
             if theirs is not None:
                 theirs.close()
         self._pidfd: int | None = None
-        # Kernels before 5.3, and interpreters built for them, have none: there the end of the wire has to do.
+        # Kernels before 5.3, and interpreters built for them, have none; then the end of the wire has to do.
         with contextlib.suppress(OSError, AttributeError):
             self._pidfd = os.pidfd_open(self._process.pid)
         super().__init__(self._process.pid, ours, self._pidfd)
@@ -138,7 +138,7 @@ class Child(Process):
         return code
 
     def interrupt(self) -> None:
-        """Send it what Ctrl-C sends, to it alone."""
+        """Send SIGINT, as Ctrl-C does, but only to this process."""
         self._process.send_signal(signal.SIGINT)
 
 
@@ -147,7 +147,7 @@ def kill_session(leader: int, alive: bool) -> None:
 
     Args:
         leader: the process that leads or led it.
-        alive: whether the leader may still live: once it has been waited for, its number may be another process's.
+        alive: whether the leader may be alive: once it has been waited for, its id may belong to another process.
     """
     for kill in (os.killpg, os.kill) if alive else (os.killpg,):
         with contextlib.suppress(ProcessLookupError, PermissionError):

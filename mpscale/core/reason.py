@@ -12,7 +12,7 @@ class Code(StrEnum):
     """The kind of a reason. Code and tests look at this and never at the text, which may change at any time."""
 
     OTHER = "other"
-    """None of the kinds below, or a reason of a version of mpscale that had no codes."""
+    """None of the kinds below, or from a version of mpscale without codes."""
 
     # The case
     NOT_IN_MODE = "not-in-mode"
@@ -30,7 +30,7 @@ class Code(StrEnum):
     NOT_COMPARABLE = "not-comparable"
     """The figure would say nothing about a difference between modes: it is random, or itself rounded."""
     NEVER_HAPPENED = "never-happened"
-    """There was nothing to note: no step overflowed, no step was applied."""
+    """There was nothing to record: no step overflowed, no step was applied."""
     MISFIT = "misfit"
     """A value does not belong in its column, so it was dropped."""
 
@@ -40,13 +40,13 @@ class Code(StrEnum):
     HIDDEN = "hidden"
     """CUDA_VISIBLE_DEVICES hides every GPU."""
     HOST_SILENT = "host-silent"
-    """The operating system does not tell."""
+    """The operating system does not report the figure."""
     NO_LIBRARY = "no-library"
     """There is no driver library on this machine."""
     BINDING_BROKEN = "binding-broken"
     """The Python package that calls the driver library cannot be imported."""
     BINDING_TOO_OLD = "binding-too-old"
-    """That package does not know a call."""
+    """That package lacks a function that is needed."""
     DRIVER_NOT_LOADED = "driver-not-loaded"
     DRIVER_TOO_OLD = "driver-too-old"
     DRIVER_MISMATCH = "driver-mismatch"
@@ -54,25 +54,25 @@ class Code(StrEnum):
     DRIVER_SILENT = "driver-silent"
     """The driver did not answer in time."""
     MONITOR_DIED = "monitor-died"
-    """The process that asks the driver has ended."""
+    """The process that calls the driver has ended."""
     NO_DEVICE = "no-device"
-    """The driver works and finds no GPU."""
+    """The driver works, but there is no GPU that can be used."""
     NO_PERMISSION = "no-permission"
     GPU_LOST = "gpu-lost"
     """The GPU fell off the bus or was reset."""
     NOT_TOLD = "not-told"
-    """This GPU does not tell this."""
+    """The driver does not report the figure for this GPU."""
     SHARED = "shared"
     """A MIG instance: the figure is that of the whole GPU, which others share."""
     GARBLED = "garbled"
-    """The driver writes a list that cannot be read."""
+    """The driver returned a list that cannot be parsed."""
     IMPLAUSIBLE = "implausible"
-    """The driver answered with what cannot be true."""
+    """The driver returned a value that cannot be true."""
     TOO_FEW_SAMPLES = "too-few-samples"
-    """What was read is too little, or too old, for a figure."""
+    """The readings are too few, or too old, for a figure."""
     WINDOW_TOO_SHORT = "window-too-short"
     ALLOCATOR_SILENT = "allocator-silent"
-    """TensorFlow's allocator does not tell."""
+    """TensorFlow's allocator does not report the figure."""
     PROFILER_SILENT = "profiler-silent"
     """TensorFlow's profiler is in use, or it recorded nothing that can be read."""
 
@@ -80,9 +80,9 @@ class Code(StrEnum):
     SOFTWARE_MISFIT = "software-misfit"
     """A package is missing, of a wrong version, or does not fit the GPU."""
     ENVIRONMENT = "environment"
-    """An environment variable falsifies figures."""
+    """An environment variable distorts figures."""
     BUSY = "busy"
-    """Someone else computes on the GPU."""
+    """Another process computes on the GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Reason:
 
     Args:
         code: the kind, for programs.
-        text: what happened, for people.
+        text: the reason in words, for people.
         cure: what the user can do about it, as an instruction; None if nothing, or if that is not known.
     """
 
@@ -139,7 +139,7 @@ def _shared(code: Any, text: Any, cure: Any) -> Reason:
     """
     if not isinstance(text, str):
         raise TypeError
-    # A newer mpscale may know more codes.
+    # A newer mpscale may have more codes.
     return Reason(Code(code) if code in set(Code) else Code.OTHER, text, cure if isinstance(cure, str) else None)
 
 

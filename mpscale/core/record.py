@@ -151,9 +151,9 @@ class Record:
         """The inverse of :meth:`to_json`. Columns of a newer schema are dropped.
 
         Raises:
-            TypeError: a reason is not one.
+            TypeError: ``unavailable`` does not hold reasons by column.
         """
-        reasons = row.get("unavailable") or {}
+        reasons = {} if row.get("unavailable") is None else row["unavailable"]
         if not isinstance(reasons, dict):
             raise TypeError(f"unavailable should hold reasons by column, not {reasons!r:.200}")
         found = cls()
@@ -211,7 +211,7 @@ def misfit(name: str, value: Any) -> str | None:
     if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
         return f"{name} does not fit into 64 bits: {str(value)[:30]}..."
     if name == "status" and value not in STATUSES:
-        return f"{value!r} is no status of a case"
+        return f"{value!r} is not a status of a case"
     if COLUMNS[name].positive and value <= 0:
         return f"{name} is {value}; it must be above 0"
     return None
@@ -223,14 +223,14 @@ def _is_unknown(value: Any) -> bool:
 
 def _check_name(name: str) -> None:
     if name not in COLUMNS:
-        raise KeyError(f"{name!r} is no column of a case; docs/metrics.md lists them")
+        raise KeyError(f"{name!r} is not a column of a case; docs/metrics.md lists them")
 
 
 def settle(records: Sequence[Record]) -> list[Record]:
-    """The same records, with status ``diverged`` for trainings that are called ``ok`` and ended without a metric.
+    """The same records, with status ``diverged`` for trainings that have the status ``ok`` but no metric.
 
     Earlier versions of mpscale, and tables from elsewhere, have such trainings: NaN and infinity are empty cells there.
-    A table that says nothing about any metric is left as it is.
+    A table without any facts about metrics is left as it is.
     """
     with_metric = {r["workload"] for r in records if r["metric_value"] is not None and r["repeat"] == 0}
 
@@ -252,8 +252,8 @@ def settle(records: Sequence[Record]) -> list[Record]:
 def of_good_trainings(cases: Iterable[Record]) -> list[Record]:
     """The cases that ran to the end, without those of lost seeds.
 
-    A lost training has a step time but no speed worth having. The same goes for its repeats, which time the same steps
-    and cannot know.
+    A lost training has a step time but no speed worth having. Nor have its repeats: they time the same steps, although
+    their own status is ``ok``.
     """
     measured = [case for case in cases if case["status"] in MEASURED]
     lost = {case["seed"] for case in measured if case["status"] in LOST}

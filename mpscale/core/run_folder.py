@@ -25,12 +25,12 @@ IDENTITY = ("workload", "mode", "seed", "repeat")
 _QUICK_S = 0.05
 """A cases.csv that is written faster than this, in seconds, is written after every case."""
 _PAUSE = 50
-"""Another one is written again after so many times the time that it took."""
-NO_END = "the journal holds no end of this case: the run was stopped, or is still going on"
+"""A slower one is written again only after this many times as long as writing it took."""
+NO_END = "the journal has no result of this case: the run was stopped, or is still going on"
 
 
 class RunError(Exception):
-    """A run that does not exist, or a file of it that is broken. The message says which, and what to do."""
+    """A run that does not exist, or has a broken file. The message names it, and what to do."""
 
 
 def steps_path(folder: Path, case_id: str) -> Path:
@@ -118,7 +118,7 @@ class Journal:
             self._write_info()
 
     def case_started(self, case: Case, attempt: int) -> None:
-        """Note the start of a case, so that a run that is cut short shows which case was running."""
+        """Note the start of a case. If the run is cut short, this shows which case was running."""
         identity = {key: value for key, value in case.identity().items() if key != "case_id"}
         self._append("case_started", case_id=case.id, attempt=attempt, case=identity)
 
@@ -257,12 +257,12 @@ def _replace(path: Path, content: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class JournalContent:
-    """What a journal says.
+    """What a journal holds.
 
     Args:
         records: the last attempt of every started case, in the order of the plan.
         finished: whether the run ended.
-        problems: what in the file could not be read as it stands, and what was made of it.
+        problems: what in the file could not be read, and what was done about it.
     """
 
     records: list[Record]
@@ -273,7 +273,7 @@ class JournalContent:
 def read_journal(path: Path, info: Mapping[str, Any]) -> JournalContent:
     """Read a journal. A last line that was cut off is ignored.
 
-    The last event of a case counts: the last of several attempts, and one that was started and not finished becomes a
+    The last event of a case counts: the last of several attempts, even if that has no result. Then the case becomes a
     record with status ``interrupted``.
 
     A broken line, or a record with values that do not belong there, costs only its own case, which becomes ``invalid``
@@ -281,7 +281,7 @@ def read_journal(path: Path, info: Mapping[str, Any]) -> JournalContent:
 
     Args:
         path: of ``journal.jsonl``.
-        info: ``run.json``, for the plan and for what an interrupted case could not say about itself.
+        info: ``run.json``, for the plan and for what the lines of an interrupted case lack.
 
     Raises:
         RunError: the file is missing, cannot be read at all, or holds no event; every journal begins with one.
@@ -305,7 +305,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         # As bytes, because a cut can fall inside a character.
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                # A whole line ends with a newline, so a last line without one was cut off, unless it is complete JSON.
+                # A line ends with a newline, so a last line without one was cut off, unless it is complete JSON.
                 if line.strip() and (line.endswith(b"\n") or _is_json(line)):
                     yield number, line
     except FileNotFoundError:
@@ -334,13 +334,13 @@ _PENDING = Record()
 
 @dataclass
 class _Told:
-    """What the lines so far say."""
+    """What has been read from the lines so far."""
 
     name: str
     info: Mapping[str, Any]
     records: dict[str, Record] = field(default_factory=dict)
     started: dict[str, tuple[Mapping[str, Any], Any]] = field(default_factory=dict)
-    """What is told of the start of cases whose result has not come, and the attempt."""
+    """Cases whose result has not come: the facts in the event of their start, and the attempt."""
     without_end: set[str] = field(default_factory=set)
     finished: bool = False
     problems: list[str] = field(default_factory=list)
@@ -399,7 +399,7 @@ class _Told:
         self.without_end.discard(case_id)
 
     def _broken(self, why: str) -> None:
-        """Take a line that says nothing, which costs the running case its result."""
+        """Take a line that cannot be used, which costs the running case its result."""
         self.problems.append(why)
         if self.running is None:
             return
@@ -413,7 +413,7 @@ class _Told:
         self.problems[-1] = f"{self.running} counts as invalid: {why}"
 
     def _identity(self, case_id: str) -> dict[str, Any]:
-        """Which case it is, from an earlier line or from its id; raise ``_Odd`` if neither says."""
+        """Which case it is, from an earlier line or from its id; raise ``_Odd`` if neither is of use."""
         if before := self.records.get(case_id):
             return {name: before[name] for name in (*IDENTITY, "order", "attempts")}
         if case := CaseId.parse(case_id):
@@ -421,7 +421,7 @@ class _Told:
         raise _Odd(f"{case_id!r} does not say which case it is")
 
     def _start(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> None:
-        """Note a case whose result has not come yet; raise ``_Odd`` if nothing says which case it is."""
+        """Note a case whose result has not come yet; raise ``_Odd`` if its facts do not say which case it is."""
         names, numbers = (case.get("workload"), case.get("mode")), (case.get("seed"), case.get("repeat"))
         rest = (case.get("order"), case.get("attempts") if attempt is None else attempt)
         known = (*numbers, *(number for number in rest if number is not None))
@@ -456,7 +456,7 @@ class _Told:
         self.without_end.add(case_id)
 
     def close(self) -> None:
-        """Complete the records of cases whose result never came with what is known of them and of the machine."""
+        """Complete the records of cases whose result never came with the policy, the device and the reason."""
         for case_id in list(self.started):
             self._settle(case_id)
         environment = self.info.get("environment")

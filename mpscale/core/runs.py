@@ -21,7 +21,7 @@ from mpscale.core.record import Key, Place, Record, misfit, settle
 from mpscale.core.run_folder import RunError, read_journal, steps_path
 
 if TYPE_CHECKING:
-    # Imported by Run.cases and Run.steps alone: reading and judging runs needs no pandas, which takes a second to load.
+    # Imported where frames are made: reading and judging runs needs no pandas, which takes a second to load.
     import pandas as pd
 
 __all__ = ["Run", "RunError", "cases_frame", "read_info", "read_run", "resolve_run"]
@@ -31,18 +31,18 @@ MAKE_ONE = "make one with `make bench` or `pytest bench/ --benchmark-only`"
 _SHOWN = 5
 """How many runs a message names."""
 _MACHINE_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "TF_ENABLE_ONEDNN_OPTS", "TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
-"""Environment variables that make a CPU a smaller machine."""
+"""Environment variables that limit which cores or instructions of a CPU are used."""
 _NOT_FACTS = ("load_average_at_start", "memory_mib", "uuid", "vendor")
-"""Keys of an environment that differ from run to run on one machine, or that name it twice."""
+"""Keys of an environment that differ between runs on one machine, or repeat what another key says."""
 
 
 class NoRunYet(RunError):
-    """The latest run was asked for, and there is none, whole or broken."""
+    """The latest run was requested, but there is none, not even a broken one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run, as its journal tells it.
+    """A run as recorded in its journal.
 
     Args:
         path: the run's folder, or a cases.csv.
@@ -51,7 +51,7 @@ class Run:
         records: the last attempt of every case that was started, in the order of the plan, after
             :func:`mpscale.core.record.settle`.
         finished: whether the run ended.
-        problems: what in its files could not be read as it stands, and what was made of it, one sentence each.
+        problems: what in its files could not be read and what was done about it, one sentence each.
     """
 
     path: Path
@@ -71,12 +71,12 @@ class Run:
 
     @property
     def plan_known(self) -> bool:
-        """Whether it is known which cases should be there; a cases.csv by itself does not say."""
+        """Whether it is known which cases should be there; a cases.csv does not show it."""
         return bool(self.info.get("planned"))
 
     @property
     def methods(self) -> set[int]:
-        """The method versions that run.json, or a cases.csv by itself, names."""
+        """The method versions in run.json, or in the rows of a cases.csv."""
         told = self.info.get("method_version")
         versions = [told] if told is not None else [record["method_version"] for record in self.records]
         return {version for version in versions if version is not None}
@@ -95,7 +95,7 @@ class Run:
 
     @property
     def not_started(self) -> list[str]:
-        """Ids of cases that were planned and are not in the journal."""
+        """Ids of cases that were planned but are not in the journal."""
         return [case_id for case_id in self.info.get("planned", []) if case_id not in self._case_ids]
 
     @cached_property
@@ -160,7 +160,7 @@ _STEPS: dict[str, Callable[[str], Any]] = {"step": int, "loss": float, "loss_sca
 def read_run(path: str | Path) -> Run:
     """Read the run in the folder ``path``, finished or not, or a cases.csv by itself.
 
-    A cases.csv says nothing about the environment, planned cases that were not started, or steps.
+    A cases.csv shows neither the environment nor planned cases that were not started nor steps.
 
     A line of the journal that cannot be read costs only its own case, which becomes ``invalid`` with the reason, and
     :attr:`Run.problems` lists it. A cases.csv, which other programs write too, is read whole or not at all.
@@ -183,11 +183,11 @@ def resolve_run(
     """Find the folder of a run, or a cases.csv.
 
     Args:
-        name_or_path: ``latest``; the name of a run, or a beginning that only one has; or the path of its folder or of a
+        name_or_path: ``latest``; the name of a run, or a prefix of a single name; or the path of its folder or of a
             cases.csv.
         results_dir: holds ``runs/`` and ``reference/``. ``latest`` looks only in ``runs/``.
         left_out: receives the folders that ``latest`` skipped because they cannot be read, with the reason. Without it
-            ``latest`` skips none: after a run that broke, nobody wants to be shown the one before it.
+            ``latest`` skips none: whoever has just made a run that is broken must not be shown the one before it.
 
     Raises:
         RunError: no run matches, or several do, or the latest run cannot be read.
@@ -301,7 +301,7 @@ def _no_runs(results_dir: str | Path) -> str:
 
 
 def hardware(run: Run) -> dict[str, Any]:
-    """The facts that identify the machine of a run, as far as the run knows them."""
+    """The facts that identify the machine of a run, as far as they are known."""
     kind, name = (_one_device(run, column) for column in ("device", "device_name"))
     return machine(run.device.get("kind") or kind, run.device.get("name") or name, run.environment)
 
@@ -328,12 +328,12 @@ def machine(kind: str | None, name: str | None, environment: Mapping[str, Any]) 
 
 
 def same_hardware(baseline: Run, other: Run) -> bool:
-    """Whether both ran on the same kind of machine. A cases.csv by itself knows only the device's name."""
+    """Whether both ran on the same kind of machine. A cases.csv has only the kind and name of the device."""
     return same_machine(hardware(baseline), hardware(other))
 
 
 def same_machine(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
-    """Whether two results of :func:`hardware` agree in what both know."""
+    """Whether two results of :func:`hardware` agree in the facts that both have."""
     known = ("kind", "name") if "cores" not in one or "cores" not in two else one.keys() | two.keys()
     return all(one.get(name) == two.get(name) for name in known)
 

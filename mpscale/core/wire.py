@@ -1,4 +1,4 @@
-"""How two processes of mpscale talk.
+"""Messages between two processes of mpscale.
 
 The session talks to the worker of each case, to the warm parent that forks workers, to the GPU monitor, and, under
 ``mpscale ab``, to the command. Each pair has a socket of its own, a :class:`Wire`, so standard output and error belong
@@ -63,7 +63,7 @@ class Event:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_json`. Drops fields that it does not know: the other side may be newer."""
+        """The inverse of :meth:`to_json`. Drops unknown fields, because the other side may be newer."""
         return cls(**{each.name: fields[each.name] for each in dataclasses.fields(cls) if each.name in fields})
 
 
@@ -82,19 +82,16 @@ def event_of(message: Mapping[str, Any], kinds: Iterable[type[E]]) -> E:
         raise Garbled(f"not a message of mpscale: {error}") from error
 
 
-# What a worker reports. Values and reasons come as soon as they are known, so a case that dies later keeps them.
-
-
 @dataclass(frozen=True)
 class Values(Event, name="values"):
-    """Columns of the record."""
+    """Columns of the record, as soon as they are known, so that a case that dies later keeps them."""
 
     values: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Missed(Event, name="miss"):
-    """Columns that stay empty, and why."""
+    """Columns that stay empty, with the reason."""
 
     columns: list[str]
     reason: Reason
@@ -161,15 +158,16 @@ class Failed(Event, name="error"):
 
 @dataclass(frozen=True)
 class Again(Event, name="again"):
-    """Another attempt at a case begins, and why. Goes over no wire: only those who show progress hear of it."""
+    """Another attempt at a case begins, for this reason. Only shown as progress, never sent over a wire."""
 
     reason: str
 
 
 Progressed = PhaseReached | StepsDone | Again
-"""What those who show progress hear of."""
+"""What is shown as progress."""
 
 WORKER_EVENTS = (Values, Missed, PhaseReached, StepsDone, Blocks, EnergySteps, Finished, Failed)
+"""What a worker sends."""
 
 
 class Channel:
@@ -217,7 +215,7 @@ class Channel:
 
 
 _OUT_OF_REACH = 500
-"""The first number for a wire's descriptor in a process that runs other people's code: none is hit by accident."""
+"""The lowest descriptor of a wire in a process that runs other people's code, which may use low ones by accident."""
 
 
 class Garbled(EOFError):
@@ -286,8 +284,8 @@ class Wire:
         """Return the next message.
 
         Args:
-            seconds: how long to wait for it; None waits without limit, and below 0 a message that has not been read
-                yet is not read either.
+            seconds: how long to wait for it; None waits without limit. Below 0 the socket is not read: only a message
+                that is already here is returned.
             ended: a descriptor or wire that becomes readable when the other side has ended. Waiting for the end of this
                 wire would not do: a process that the other side left behind may hold it open.
 
@@ -328,7 +326,7 @@ class Wire:
 
     def _read(self) -> bool:
         """Read what has arrived, up to a limit; return whether anything had."""
-        # Not by socket.recv_fds, which in Python 3.11 ignores its flags. There is room for four descriptors.
+        # Not socket.recv_fds, which in Python 3.11 ignores its flags. There is room for four descriptors.
         flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         try:
             chunk, extras, _, _ = self._socket.recvmsg(65536, socket.CMSG_SPACE(4 * struct.calcsize("i")), flags)
@@ -356,7 +354,7 @@ class Wire:
 def wait_for(sources: Iterable[Wire | int], seconds: float | None) -> list[Wire | int]:
     """Return the wires and descriptors with something to read, after at most ``seconds``; None waits without limit."""
     sources = list(sources)
-    # A message that has been read and not been taken no longer makes its socket readable.
+    # A message that has been read but not taken no longer makes its socket readable.
     known = [each for each in sources if isinstance(each, Wire) and (each._messages or each.closed)]
     others = [each for each in sources if each not in known]
     with selectors.PollSelector() as selector:

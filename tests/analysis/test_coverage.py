@@ -47,7 +47,7 @@ def test_interval_of_a_step_time_covers_the_truth(processes, noise):
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_interval_of_a_speed_up_covers_the_truth_whatever_the_machine_does(processes, noise):
-    """What slows both modes of a seed alike drops out."""
+    """Whatever slows both modes of a seed cancels out."""
     random = np.random.default_rng([processes, 2])
     drift = np.exp(random.normal(0.0, 0.2, (TRIALS, processes)))
     slow, fast = (drift * medians(random, (TRIALS, processes), noise, truth) for truth in (3.0, 2.0))
@@ -68,7 +68,7 @@ def test_interval_of_a_change_between_runs_covers_the_truth(processes, noise):
 
 
 def test_an_interval_over_blocks_of_one_process_is_too_narrow():
-    """Why no interval here is made of blocks: they do not know what another process would have measured."""
+    """Why intervals are not made from blocks: these do not show how processes differ."""
     random = np.random.default_rng(4)
     times = block_times(random, (TRIALS,), 0.03, 0.01)
     found = [geometric_interval(row) for row in times[:500]]
@@ -80,7 +80,7 @@ def test_an_interval_over_blocks_of_one_process_is_too_narrow():
     ("truth", "wrong"), [(-0.02, "non-inferior"), (0.0, "worse"), (-0.05, "non-inferior"), (0.02, "worse")]
 )
 def test_verdict_on_accuracy_is_rarely_wrong(seeds, truth, wrong):
-    """A loss of exactly the margin passes for harmless in at most 5 % of runs, no loss for one in at most 5 %."""
+    """At most 5 % of runs accept a loss of exactly the margin, and at most 5 % report a loss where there is none."""
     random = np.random.default_rng([seeds, 5])
     differences = random.normal(truth, 0.01, (TRIALS, seeds))
     share = np.mean([judge(row.tolist(), 0.02, True).verdict == wrong for row in differences])

@@ -1,4 +1,4 @@
-"""Which runs make a series, in which order, and what each point of it says."""
+"""Which runs form a series, in which order, and what each point holds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def timed(*times, mode="fp32", **values):
 
 
 def run_of(folder, day, records, device=CPU, cores=2, **info):
-    """A run that was made on that day of January."""
+    """A run made on a day of January."""
     environment = {"device": dict(device), "cpu": {"logical_cores": cores}, **info.pop("environment", {})}
     info = {"name": f"202601{day:02d}T000000Z-x", "started": f"2026-01-{day:02d}T00:00:00+00:00", **info}
     return read_run(write_run(folder, finished(records), device=device, environment=environment, **info))
@@ -143,11 +143,7 @@ def test_series_keys_of_another_form_are_shown_as_they_are():
     [
         ({}, {"device": GPU}, ["Test CPU", "Test GPU"]),
         ({}, {"cores": 1}, ["2 cores", "1 core"]),
-        (
-            {},
-            {"environment": {"variables": {"OMP_NUM_THREADS": "1", "HOME": "/"}}},
-            ["", "OMP_NUM_THREADS=1"],
-        ),
+        ({}, {"environment": {"variables": {"OMP_NUM_THREADS": "1", "HOME": "/"}}}, ["", "OMP_NUM_THREADS=1"]),
         ({}, {"device": {**CPU, "kind": "gpu"}}, ["cpu, 2 cores", "gpu"]),
     ],
 )
@@ -199,8 +195,8 @@ def test_only_requested_workloads_and_modes_are_shown(tmp_path):
     [
         ({"workloads": ["toys"]}, "no run has the workload 'toys'; there are toy"),
         ({"modes": ["tf32"]}, "no run has the mode 'tf32'; there are fp32"),
-        ({"quantity": "gpu_memory"}, "no run knows the GPU memory: trained on a CPU; choose another quantity"),
-        ({"quantity": "speedup"}, "no run knows the speed-up over fp32: no mode but fp32 was measured"),
+        ({"quantity": "gpu_memory"}, "no run has a value of GPU memory: trained on a CPU; choose another quantity"),
+        ({"quantity": "speedup"}, "no run has a value of speed-up over fp32: no mode but fp32 was measured"),
     ],
 )
 def test_an_empty_history_is_an_error_that_lists_what_there_is(tmp_path, options, message):

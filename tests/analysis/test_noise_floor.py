@@ -1,4 +1,4 @@
-"""The noise floor: how much runs of the same code differ, which runs are of the same code, and what follows."""
+"""The noise floor: which runs are of the same code, how much they differ, and what that means for verdicts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FEW = ROWS[:3]
 
 
 def simulated(random, common, own, within, processes=3, rows=ROWS):
-    """A run: its machine's state, each row's own luck, and that of the processes."""
+    """A run: by row, times with an effect of the machine, an effect of the row, and noise of the processes."""
     shift = random.normal(0.0, common)
     return {
         row: np.exp(shift + random.normal(0.0, own) + random.normal(0.0, within, processes)).tolist() for row in rows
@@ -26,7 +26,7 @@ def simulated(random, common, own, within, processes=3, rows=ROWS):
 
 
 def slower_rows(baseline, other, floors, threshold):
-    """Places of the rows that a gate would fire on."""
+    """Indices of the rows that a gate would fire on."""
     changes = [log_change(baseline[row], other[row], floors[row[:2]]) for row in baseline]
     adjusted = holm([change.p_increase() for change in changes])
     return [
@@ -40,9 +40,9 @@ def slower_rows(baseline, other, floors, threshold):
     ("common", "own", "within"),
     [
         pytest.param(0.002, 0.001, 0.004, id="quiet"),
-        pytest.param(0.10, 0.02, 0.02, id="a machine in ever new states"),
-        pytest.param(0.0, 0.03, 0.005, id="each row by itself"),
-        pytest.param(0.0, 0.0, 0.04, id="processes alone"),
+        pytest.param(0.10, 0.02, 0.02, id="a machine that changes between runs"),
+        pytest.param(0.0, 0.03, 0.005, id="rows that change independently"),
+        pytest.param(0.0, 0.0, 0.04, id="only processes differ"),
     ],
 )
 @pytest.mark.parametrize("rows", [FEW, ROWS], ids=len)
@@ -124,7 +124,7 @@ ENVIRONMENT = {
 
 
 def kept(results, number, ms=2.0, *, finish=True, series_key="key", **environment):
-    """A run of two rows with a figure; its name begins with the day."""
+    """A run of two timed rows, named after a day of January."""
     name = f"202601{number:02}T000000Z-test-cpu-abcd"
     cases = [
         record(mode, repeat=repeat, series_key=series_key, step_time_ms_median=ms * factor, device_name="Test CPU")
@@ -132,8 +132,7 @@ def kept(results, number, ms=2.0, *, finish=True, series_key="key", **environmen
         for repeat, factor in enumerate((0.999, 1.001))
     ]
     info = {**ENVIRONMENT, "load_average_at_start": [number, 0.0, 0.0], **environment}
-    path = write_run(results, finished(cases), name=name, finish=finish, environment=info)
-    return path
+    return write_run(results, finished(cases), name=name, finish=finish, environment=info)
 
 
 def test_runs_of_the_same_code_agree_in_everything_but_the_time(tmp_path):
@@ -159,7 +158,7 @@ def test_runs_are_also_looked_for_in_the_results_folder(tmp_path):
 
 
 def changes_of(tmp_path, known, ms):
-    """Step times of a run against the last of ``known`` runs, between which the machine moved by some percent."""
+    """Changes of step time against the last of some runs of the same code, whose times differ by ``known`` factors."""
     before = [kept(tmp_path, number, 2.0 * factor) for number, factor in enumerate(known, 1)][-1]
     after = kept(tmp_path, 20, ms, packages={"tensorflow": "2.22.0"})
     baseline, other = read_run(before), read_run(after)
@@ -170,9 +169,9 @@ def changes_of(tmp_path, known, ms):
 @pytest.mark.parametrize(
     ("known", "ms", "verdict", "runs"),
     [
-        pytest.param([1.0], 2.6, "slower", 0, id="a single run says nothing of the machine's states"),
-        pytest.param([1.0, 1.08, 0.93, 1.05, 0.95, 1.0], 2.16, "cannot-tell", 6, id="which move as much"),
-        pytest.param([1.0, 1.001, 0.999, 1.001, 0.999, 1.0], 2.16, "slower", 6, id="or not"),
+        pytest.param([1.0], 2.6, "slower", 0, id="a single run does not show how the machine changes"),
+        pytest.param([1.0, 1.08, 0.93, 1.05, 0.95, 1.0], 2.16, "cannot-tell", 6, id="the machine changes as much"),
+        pytest.param([1.0, 1.001, 0.999, 1.001, 0.999, 1.0], 2.16, "slower", 6, id="the machine hardly changes"),
         pytest.param([1.0, 1.001, 0.999, 1.0], 2.6, "slower", 0, id="four runs are too few to know"),
         pytest.param([1.0, 1.001, 0.999, 1.001, 1.0], 2.01, "same", 5, id="the same"),
     ],
@@ -192,7 +191,7 @@ def test_a_row_of_another_series_has_no_floor(tmp_path):
 
 
 def test_interleaved_runs_are_compared_pair_by_pair(tmp_path):
-    """Whatever the machine did meanwhile: each pair saw the same."""
+    """Both processes of a pair see the same state of the machine, whatever that is."""
     paths = []
     for number, slower in ((1, 1.0), (2, 1.06)):
         states = np.random.default_rng(6).uniform(0.5, 2.0, 8)

@@ -25,7 +25,7 @@ def processes(random, noise, number=4, slower=1.0):
 
 
 def verdicts(random, noise, rows, slower=1.0):
-    """Of a comparison of which only the first row has changed."""
+    """The verdicts of a comparison in which only the first row has changed."""
     changes = [
         measure_change(processes(random, noise), processes(random, noise, slower=1.0 if row else slower), TIME)
         for row in range(rows)
@@ -63,7 +63,7 @@ def timed(ms, **identity):
             MEMORY,
             [record(host_memory_peak_mib=1.0), record(repeat=1, host_memory_peak_mib=2.0)],
             [1.0],
-            id="memory of trainings alone",
+            id="memory of trainings only",
         ),
         pytest.param(TIME, [timed(1.0, status="crashed"), timed(2.0, seed=1)], [2.0], id="crashed"),
         pytest.param(
@@ -94,7 +94,7 @@ def test_a_figure_that_one_side_lacks_is_named_with_the_reason():
     rows = [[one] for one in (known, lacking)]
     change = measure_change(*rows, COSTS["gpu_memory"])
     assert (change.baseline, change.other, change.change) == (pytest.approx(9.0), None, None)
-    assert change.reason == "not known of the run: the driver gave no process memory"
+    assert change.reason == "unknown for the run: the driver gave no process memory"
     assert with_verdicts([change])[0].verdict is Verdict.CANNOT_TELL
 
 

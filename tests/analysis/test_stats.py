@@ -79,13 +79,6 @@ def test_values_without_a_logarithm_are_refused(value):
         paired_ratio({0: value}, {0: value})
 
 
-def test_nothing_to_compare_is_refused():
-    with pytest.raises(ValueError, match="no value"):
-        geometric_interval([])
-    with pytest.raises(ValueError, match="share no key"):
-        paired_ratio({0: 1.0}, {1: 1.0})
-
-
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0])
 def test_a_confidence_outside_0_and_1_is_refused(confidence):
     with pytest.raises(ValueError, match="confidence"):
@@ -130,7 +123,7 @@ def test_values_without_spread_differ_with_certainty_or_not_at_all(other, p):
 
 def test_a_change_of_the_detectable_size_is_found_as_often_as_the_power_says():
     random, found, n, sigma = np.random.default_rng(1), 0, 5, 0.03
-    # The standard error that is known beforehand, with the degrees that n and n values have.
+    # The expected standard error, with the degrees of freedom of n and n values.
     size = LogChange(0.0, sigma * math.sqrt(2 / n), 2 * n - 2).detectable()
     for _ in range(2000):
         baseline = np.exp(random.normal(0.0, sigma, n))
@@ -187,6 +180,8 @@ def test_how_many_pairs_would_tell(mean, spread, margin, pairs):
 @pytest.mark.parametrize(
     ("use", "message"),
     [
+        (lambda: geometric_interval([]), "no value"),
+        (lambda: paired_ratio({0: 1.0}, {1: 1.0}), "share no key"),
         (lambda: log_change([], [1.0]), "at least one value"),
         (lambda: log_change([1.0], [0.0]), "positive"),
         (lambda: paired_difference([]), "no pair"),

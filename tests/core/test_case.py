@@ -35,7 +35,7 @@ def test_order_of_modes_is_shuffled_and_reproducible():
     assert plan_of(shuffle_seed=1) != plan_of(shuffle_seed=2)
 
 
-def test_case_survives_the_pipe():
+def test_a_case_survives_the_wire():
     case = Case("w", "mixed-dynamic", 1, 0, 3, Settings(dynamic_scale={"initial": 4.0}, jit=False))
     assert Case.from_json(case.to_json()) == case
 

@@ -50,7 +50,7 @@ def test_a_value_replaces_a_reason_and_the_first_reason_stays():
     "act", [lambda r: r.update({"loss": 1}), lambda r: r.miss("loss", REASON), lambda r: r["loss"]]
 )
 def test_unknown_columns_are_refused(act):
-    with pytest.raises(KeyError, match="is no column of a case"):
+    with pytest.raises(KeyError, match="is not a column of a case"):
         act(Record())
 
 

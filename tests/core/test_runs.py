@@ -90,7 +90,7 @@ def test_a_last_line_that_was_cut_off_is_ignored(tmp_path, torn):
 
 
 def test_a_report_is_made_even_if_a_reason_holds_a_lone_surrogate(tmp_path):
-    """Names of files that are not UTF-8 come as lone surrogates; versions before wrote them into the journal."""
+    """Names of files that are not UTF-8 come as lone surrogates; earlier versions wrote them into the journal."""
     events = finished([record(status="error", status_reason="no file"), record(seed=1, step_time_ms_median=1.0)])
     events[1]["record"] |= {"status_reason": "no file d\udcff", "unavailable": {"jit": "because of d\udcff"}}
     path = write_run(tmp_path, events)
@@ -107,7 +107,7 @@ def test_columns_of_another_version_are_dropped(tmp_path):
 
 
 BROKEN_RECORDS = {
-    "a status that there is not": ("status", "fine", "'fine' is no status of a case"),
+    "an unknown status": ("status", "fine", "'fine' is not a status of a case"),
     "no status": ("status", None, "has no status"),
     "no seed": ("seed", None, "has no seed"),
     "a seed that is a text": ("seed", "0", "seed should be int, not '0'"),
@@ -122,13 +122,10 @@ BROKEN_RECORDS = {
     "a word for an accuracy": ("final_accuracy", "high", "should be float, not 'high'"),
     "a list for a name": ("device_name", ["a"], "should be str, not ['a']"),
     "an object for an order": ("order", {}, "should be int, not {}"),
-    "a count that no table holds": ("parameters", 10**30, "does not fit into 64 bits"),
-    "reasons that are none": ("unavailable", "x", "unavailable should hold reasons by column, not 'x'"),
-    "reasons that are no texts": (
-        "unavailable",
-        {"jit": 1},
-        "a reason should be a text or an object with a text, not 1",
-    ),
+    "a count beyond 64 bits": ("parameters", 10**30, "does not fit into 64 bits"),
+    "a text instead of reasons": ("unavailable", "x", "unavailable should hold reasons by column, not 'x'"),
+    "an empty list of reasons": ("unavailable", [], "unavailable should hold reasons by column, not []"),
+    "a number as a reason": ("unavailable", {"jit": 1}, "a reason should be a text or an object with a text, not 1"),
 }
 
 
@@ -160,11 +157,11 @@ def test_a_broken_record_of_a_failure_keeps_its_status(tmp_path):
 
 
 LINES = {
-    "what is no JSON": ("{oops", "not readable as JSON"),
+    "not JSON": ("{oops", "not readable as JSON"),
     "a number": ("3", "should hold a JSON object, not int"),
-    "an object that is no event": ("{}", "the line lacks 'event'"),
-    "bytes that are no text": (b"\xff\xfe", "not readable as JSON"),
-    "zeros, as a disk leaves that lost power": (b"\x00\x00", "not readable as JSON"),
+    "an object without an event": ("{}", "the line lacks 'event'"),
+    "bytes that are not UTF-8": (b"\xff\xfe", "not readable as JSON"),
+    "zeros, as left by a power failure": (b"\x00\x00", "not readable as JSON"),
     "an end without a record": ('{"event": "case_finished", "case_id": "toy--fp32--s0--r0"}', "lacks 'record'"),
     "an end whose record is a list": (
         '{"event": "case_finished", "case_id": "toy--fp32--s0--r0", "record": [1]}',
@@ -175,15 +172,20 @@ LINES = {
 }
 
 
+def read_with_line(path, number, line):
+    """Read a run after replacing a line of its journal, counted from 1."""
+    journal = path / "journal.jsonl"
+    lines = journal.read_bytes().split(b"\n")
+    lines[number - 1] = line
+    journal.write_bytes(b"\n".join(lines))
+    return read_run(path)
+
+
 @pytest.mark.parametrize("what", LINES)
 def test_a_broken_line_costs_only_the_running_case(tmp_path, what):
     line, message = LINES[what]
     path = write_run(tmp_path, finished([record(), record(seed=1), record(seed=2)]))
-    journal = path / "journal.jsonl"
-    lines = journal.read_bytes().split(b"\n")
-    lines[4] = line if isinstance(line, bytes) else line.replace("s0", "s1").encode()
-    journal.write_bytes(b"\n".join(lines))
-    run = read_run(path)
+    run = read_with_line(path, 5, line if isinstance(line, bytes) else line.replace("s0", "s1").encode())
     assert [(r["seed"], r["status"]) for r in run.records] == [(0, "ok"), (1, "invalid"), (2, "ok")]
     assert run.records[1]["status_reason"].startswith("journal.jsonl, line 5: ")
     assert message in run.records[1]["status_reason"]
@@ -194,22 +196,14 @@ def test_a_broken_line_costs_only_the_running_case(tmp_path, what):
 
 def test_a_complete_attempt_replaces_a_broken_line(tmp_path):
     path = write_run(tmp_path, [*finished([record()]), *finished([record(attempts=2)])])
-    journal = path / "journal.jsonl"
-    lines = journal.read_bytes().split(b"\n")
-    lines[2] = b"{oops"
-    journal.write_bytes(b"\n".join(lines))
-    run = read_run(path)
+    run = read_with_line(path, 3, b"{oops")
     assert [(r["status"], r["attempts"]) for r in run.records] == [("ok", 2)]
     assert len(run.problems) == 1
 
 
 def test_a_result_counts_even_if_the_start_of_the_case_is_broken(tmp_path):
     path = write_run(tmp_path, finished([record(), record("mixed-static", seed=3)]))
-    journal = path / "journal.jsonl"
-    lines = journal.read_bytes().split(b"\n")
-    lines[3] = b'{"event": "case_started", "case_id": "toy--mixed-static--s3--r0"}'
-    journal.write_bytes(b"\n".join(lines))
-    run = read_run(path)
+    run = read_with_line(path, 4, b'{"event": "case_started", "case_id": "toy--mixed-static--s3--r0"}')
     assert [(r["mode"], r["status"]) for r in run.records] == [("fp32", "ok"), ("mixed-static", "ok")]
     assert "line 4: the event lacks 'case'" in run.problems[0]
 
@@ -278,22 +272,14 @@ def test_steps_keep_nan_losses_and_leave_unknown_empty(tmp_path):
     assert steps["overflow"].tolist() == [False, True, False]
     assert steps["loss_scale"].tolist() == [128.0, 128.0, 64.0]
     assert steps["loss"].isna().tolist() == [False, True, False]
-    assert {name: str(dtype) for name, dtype in steps.dtypes.items()} == {
-        "step": "Int64",
-        "loss": "float64",
-        "loss_scale": "float64",
-        "overflow": "boolean",
-    }
+    assert [str(dtype) for dtype in steps.dtypes] == ["Int64", "float64", "float64", "boolean"]
+    assert list(steps.columns) == ["step", "loss", "loss_scale", "overflow"]
     assert run.step_columns("toy--mixed-static--s0--r0")["overflow"] == [False, True, False]
     unchecked = run.steps("toy--fp32--s0--r0")
     assert unchecked["overflow"].isna().all()
     assert unchecked["loss_scale"].isna().all()
-    assert run.step_columns("toy--fp32--s0--r0") == {
-        "step": [0],
-        "loss": [2.5],
-        "loss_scale": [None],
-        "overflow": [None],
-    }
+    unknown = {"loss_scale": [None], "overflow": [None]}
+    assert run.step_columns("toy--fp32--s0--r0") == {"step": [0], "loss": [2.5], **unknown}
 
 
 def test_missing_steps_are_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Messages between real processes, whatever becomes of the one that sends them."""
+"""Messages between real processes, whatever happens to the sender."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LONG = 10_000_000
 
 @pytest.fixture
 def child():
-    """Starts a process that says its number and then does what it is told to."""
+    """Start a process that sends its id and then runs the given code."""
     made = []
 
     def start(does, output=None):
@@ -79,7 +79,7 @@ def test_an_event_arrives_as_it_was_sent(event):
 
 
 @pytest.mark.parametrize("message", [{}, {"event": "party"}, {"event": "phase", "phase": "lunch"}, {"event": "blocks"}])
-def test_what_is_no_event_is_garbled(message):
+def test_other_messages_are_garbled(message):
     with pytest.raises(Garbled):
         event_of(message, WORKER_EVENTS)
 
@@ -92,7 +92,7 @@ def test_a_message_of_any_length_arrives_whole(child):
     assert process.wait(60) == 0
 
 
-# The other side lives on in none of these, but something holds its socket open.
+# The other side has ended in all of these, but a process that it left behind may hold its socket open.
 HOLD = "\nif os.fork() == 0:\n    time.sleep(600)\n"
 
 
@@ -109,13 +109,13 @@ HOLD = "\nif os.fork() == 0:\n    time.sleep(600)\n"
         ),
     ],
 )
-def test_the_end_of_a_process_ends_the_conversation_and_what_was_said_before_is_read(child, does, code):
+def test_a_wire_ends_with_its_process_and_earlier_messages_are_read(child, does, code):
     process = child("wire.send({'last': 1}); wire.send({'last': 2}); " + does)
     assert [process.receive(60), process.receive(60)] == [{"last": 1}, {"last": 2}]
     with pytest.raises(EOFError):
         process.receive(60)
     assert process.wait(60) == code
-    # What it left behind goes with its session.
+    # What it left behind ends with its session.
     process.kill()
     end = time.monotonic() + 20
     while session_of(process.pid):
@@ -142,7 +142,7 @@ def session_of(leader):
         pytest.param("while True: os.write(wire.fileno(), b'x' * 1000)", id="inside an endless message"),
     ],
 )
-def test_time_runs_out(child, does):
+def test_receiving_times_out(child, does):
     process = child(does)
     with pytest.raises(TimeoutError):
         process.receive(0.3)
@@ -156,7 +156,7 @@ def test_messages_without_end_do_not_outlast_a_deadline(child):
 
 
 @pytest.mark.parametrize("said", ["b'hello\\n'", "b'[1]\\n'", "bytes(range(256)) + b'\\n'"])
-def test_what_is_no_message_is_said_to_be_none(child, said):
+def test_anything_but_messages_is_garbled(child, said):
     process = child(f"wire.send({{'last': 1}}); os.write(wire.fileno(), {said}); time.sleep(600)")
     assert process.receive(60) == {"last": 1}
     with pytest.raises(Garbled):

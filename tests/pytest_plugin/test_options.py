@@ -58,7 +58,7 @@ def test_dynamic_scale_is_refused_in_the_words_of_its_class(text, values):
     ("option", "text", "message"),
     [
         ("--mp-dynamic-scale", "hysteresis", "expected a number such as 1024 or 2**24"),
-        ("--mp-dynamic-scale", "start=4", "'start' is none of initial"),
+        ("--mp-dynamic-scale", "start=4", "'start' is not one of initial"),
         ("--mp-static-scale", "large", "expected a number such as 1024 or 2**24"),
         ("--mp-seeds", "0", "expected an integer of at least 1"),
         ("--mp-repeats", "some", "expected an integer of at least 0"),

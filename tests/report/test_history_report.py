@@ -96,7 +96,7 @@ def test_series_of_several_machines_are_distinguished(tmp_path):
     [
         ("speedup", "speed-up over fp32", "2.00x [2.00, 2.00]"),
         ("gpu_memory", "GPU memory", "1200 [1200, 1200] MiB"),
-        ("energy", "energy a step", "0.250 [0.250, 0.250] J"),
+        ("energy", "energy per step", "0.250 [0.250, 0.250] J"),
         ("metric", "final metric", "90.00 % [80.00 %, 100.00 %]"),
         ("overflow_rate", "overflow rate", "0.00 %"),
     ],

@@ -129,7 +129,7 @@ def test_settings_as_text(text, arguments):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("start=4", "'start' is none of initial, growth_factor"),
+        ("start=4", "'start' is not one of initial, growth_factor"),
         ("hysteresis", "expected a number such as 1024 or 2\\*\\*24, not ''"),
         ("initial=2**9999", "expected a number"),
         ("hysteresis=1.5", "hysteresis must be an integer of at least 1, not 1.5"),

@@ -131,7 +131,7 @@ REFUSED = {
     "semicolons": (lambda text: text.replace(",", ";").encode(), "separated by semicolons"),
     "tabs": (lambda text: text.replace(",", "\t").encode(), "separated by tabs"),
     "UTF-16": (lambda text: text.encode("utf-16"), "is not UTF-8 but UTF-16"),
-    "UTF-16 without a mark": (lambda text: text.encode("utf-16-be"), "holds bytes of 0"),
+    "UTF-16 without a mark": (lambda text: text.encode("utf-16-be"), "holds zero bytes"),
     "Latin-1": (lambda text: text.replace("toy", "töy").encode("latin-1", "replace"), "line 2: .*with the byte 0xf6"),
     "a spreadsheet": (lambda _: b"PK\x03\x04", "a zip archive, as spreadsheets"),
     "gzip": (lambda _: b"\x1f\x8b\x08", "compressed with gzip"),

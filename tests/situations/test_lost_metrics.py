@@ -125,6 +125,16 @@ def test_a_seed_that_was_planned_and_not_started_did_not_do_well(tmp_path, gate)
     assert "planned, but not started" in findings[0].text
 
 
+@pytest.mark.parametrize("workload", ["c++", "module:attribute"])
+def test_a_workload_of_which_nothing_was_started_was_planned_all_the_same(tmp_path, workload):
+    cases = trainings("fp32", GOOD[:1], workload=workload)
+    before = run_of(tmp_path, *cases, *trainings("fp32", GOOD), name="before")
+    planned = [f"{workload.replace(':', '+')}--fp32--s0--r0"]
+    after = run_of(tmp_path, *trainings("fp32", GOOD), name="after", planned=planned, finish=False)
+    row = compare(before, after).rows[0]
+    assert (row.pair.reason, row.pair.not_started[1]) == ("planned, but not started", [(0, 0)])
+
+
 def test_a_table_alone_does_not_say_whether_a_seed_was_planned(tmp_path):
     runs = []
     for name, values in (("a", GOOD), ("b", GOOD[:3])):
@@ -155,13 +165,13 @@ def test_a_row_that_failed_in_the_baseline_is_not_skipped(tmp_path, gate):
 @pytest.mark.parametrize(
     ("more", "there", "verdict", "said"),
     [
-        pytest.param({"metric_higher_is_better": None}, {}, "inconclusive", "direction is not known", id="no way"),
+        pytest.param({"metric_higher_is_better": None}, {}, "inconclusive", "direction is unknown", id="no way"),
         pytest.param({"metric_margin": 0.5}, {}, "inconclusive", "the metric's margin: 0.01, 0.5", id="a wider margin"),
         pytest.param({"metric_name": "loss"}, {}, "inconclusive", "name: accuracy, loss", id="another metric"),
         pytest.param({"metric_higher_is_better": False}, {}, "inconclusive", "direction: True, False", id="turned"),
-        pytest.param({"metric_margin": None}, {}, "inconclusive", "margin is not known of seed 4", id="no margin"),
+        pytest.param({"metric_margin": None}, {}, "inconclusive", "margin is unknown for seed 4", id="no margin"),
         pytest.param(
-            {"metric_higher_is_better": None}, {"metric_higher_is_better": None}, "inconclusive", "which way",
+            {"metric_higher_is_better": None}, {"metric_higher_is_better": None}, "inconclusive", "whether a higher",
             id="nobody says which way is better",
         ),
     ],
@@ -304,7 +314,7 @@ def test_the_sentences_of_a_run_that_was_stopped(tmp_path):
     assert "Every case ended well" not in text
     assert "Every case that was started ended well." in text
     assert "over 3 of 5 seeds" in text
-    assert "inconclusive: a loss is ruled out over 3 seeds, and nothing is known of seeds 3, 4" in text
+    assert "inconclusive: a loss is ruled out over 3 seeds, but the outcome of seeds 3, 4 is unknown" in text
     assert "seeds 3, 4: planned, but not started" in text
     assert "cases: ok 3, not started 2" in text
     assert "| ok 3, not started 2 |" in render(document(run))

@@ -244,7 +244,7 @@ MISFITS = {
     "half a step": ({"attempted_steps": 10.5}, "attempted_steps should be int, not 10.5"),
     "no step time": ({"step_time_ms_median": 0.0}, "step_time_ms_median is 0.0; it must be above 0"),
     "an array": ({"metric_value": np.ones(2)}, "metric_value should be float, not array([1., 1.])"),
-    "a status that does not exist": ({"status": "fine"}, "'fine' is no status of a case"),
+    "a status that does not exist": ({"status": "fine"}, "'fine' is not a status of a case"),
     "the seed as a text": ({"seed": "0"}, "seed should be int, not '0'"),
 }
 

@@ -22,7 +22,7 @@ if not sys.argv[2].endswith("/about.py"):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 print('{about}')
 """
-"""An interpreter that reports at once what it contains, because importing TensorFlow takes long."""
+"""An interpreter that reports its packages at once, since importing TensorFlow to find out takes long."""
 
 ABOUT = {
     "turns": 1,

@@ -1,4 +1,4 @@
-"""A case that dies, however it does, has a row that says so, and all other rows are whole."""
+"""A case that dies, in whatever way, has a row that shows how, and all other rows are intact."""
 
 import pandas as pd
 import pytest
@@ -36,7 +36,7 @@ def row(deaths, name):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_row_says_how_its_case_ended_and_keeps_what_was_known(deaths, way):
+def test_a_row_shows_how_its_case_ended_and_keeps_earlier_values(deaths, way):
     status, reason = WAYS[way]
     dead = row(deaths, way)
     assert dead["status"] == status, deaths.output

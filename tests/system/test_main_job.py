@@ -66,7 +66,7 @@ def test_modes_of_a_seed_start_alike(job):
     ("mode", "reason"),
     [("tf32", "compute capability 8.0"), ("graph-rewrite", "capability 7.0 or newer and --mp-jit off")],
 )
-def test_mode_that_the_device_lacks_is_a_row_and_a_skip(job, mode, reason):
+def test_an_unsupported_mode_is_a_row_and_a_skipped_test(job, mode, reason):
     row = pd.read_csv(job.path / "cases.csv").query("mode == @mode").iloc[0]
     assert row["status"] == "unsupported"
     assert reason in row["status_reason"]
@@ -110,7 +110,7 @@ def test_terminal_shows_progress_and_both_tables(job):
     assert "benchmark 'mode=mixed-dynamic'" in job.output
 
 
-def test_benchmark_json_speaks_of_training_steps(job):
+def test_benchmark_json_is_about_training_steps(job):
     benchmarks = json.loads((job.folder / "out.json").read_text())["benchmarks"]
     assert len(benchmarks) == 4
     by_case = {b["extra_info"]["case_id"]: b for b in benchmarks}
@@ -204,7 +204,7 @@ def test_cases_side_by_side_are_refused(run_suite):
         pytest.param(["--mp-preset", "huge"], 4, "invalid choice: 'huge'", id="unknown preset"),
     ],
 )
-def test_without_a_case_nothing_is_left_and_wrong_options_are_answered(tmp_path, monkeypatch, options, code, said):
+def test_no_folder_is_left_if_no_case_runs(tmp_path, monkeypatch, options, code, said):
     write(tmp_path, test_suite=SUITE)
     monkeypatch.chdir(tmp_path)
     found, output = pytest_here(tmp_path, *options)
@@ -213,7 +213,7 @@ def test_without_a_case_nothing_is_left_and_wrong_options_are_answered(tmp_path,
     assert not (tmp_path / "results").exists()
 
 
-def test_mode_without_check_does_not_pretend_to_know(job):
+def test_overflow_is_unknown_in_a_mode_that_checks_no_gradient(job):
     row = job.run.cases.query("mode == 'fp32' and repeat == 0").iloc[0]
     assert pd.isna(row["overflow_steps"])
     assert row["unavailable"]["overflow_steps"] == "fp32 checks no gradient"

@@ -1,4 +1,4 @@
-"""Overflow and loss scale of every step, held against a loop written by hand."""
+"""Overflow and loss scale of every step, compared with a loop written by hand."""
 
 import gzip
 
@@ -13,7 +13,7 @@ from mpscale.worker.training import batches
 
 
 def hand_written(next_scale, scale):
-    """The workload `slow`, seed 0, float16: the scale of each step and whether it overflowed."""
+    """Train the workload `slow` with seed 0 in float16; return the scale of each step and whether it overflowed."""
     workload = suite_workloads.slow
     data = workload.data()
     keras.utils.set_random_seed(0)
@@ -49,7 +49,7 @@ def constant(scale, good, finite):
 
 
 def dynamic(scale, good, finite):
-    """Grows after 10 good steps, so that there is something to follow."""
+    """Grows after 10 good steps, so the scale moves often."""
     if not finite:
         return max(scale / 2, 1.0), 0
     if good + 1 == 10:
