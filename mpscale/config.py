@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import tempfile
 import tomllib
 from collections.abc import Callable, Sequence
@@ -199,6 +200,21 @@ def number(parse: Callable[[str], N], fits: Callable[[N], bool], expected: str) 
 
 seconds = number(parse_number, lambda value: 0 < value < math.inf, "a number of seconds above 0")
 """The type of an option that takes a time."""
+
+
+_UNITS_MIB = {"m": 1.0, "g": 1024.0, "t": 1024.0**2}
+
+
+def memory(text: str) -> float:
+    """The type of an option that takes an amount of memory; in MiB.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not an amount above 0 with a unit.
+    """
+    found = re.fullmatch(r"(\d+\.?\d*)\s*([mgt])(i?b)?", text.strip().casefold())
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected an amount of memory such as 800MiB or 4GiB, not {text!r}")
+    return float(found[1]) * _UNITS_MIB[found[2]]
 
 
 _PROBE = bytes(1 << 16)

@@ -59,6 +59,7 @@ class Settings:
         timing_s: seconds of steady-state timing; 0 for none.
         timing_blocks: the minimum number of timed blocks.
         energy_s: seconds of further steps if the GPU's energy can be measured; 0 to skip energy.
+        repeat_data: fill a batch that is larger than the training set with several copies of it.
     """
 
     jit: bool = True
@@ -69,6 +70,7 @@ class Settings:
     timing_s: float = 2.0
     timing_blocks: int = 50
     energy_s: float = 10.0
+    repeat_data: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain values."""

@@ -33,6 +33,8 @@ class Code(StrEnum):
     """There was nothing to record: no step overflowed, no step was applied."""
     MISFIT = "misfit"
     """A value does not belong in its column, so it was dropped."""
+    OUT_OF_MEMORY = "out-of-memory"
+    """A batch does not fit into the memory."""
 
     # The host and the GPU
     NO_GPU = "no-gpu"

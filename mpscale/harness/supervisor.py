@@ -24,8 +24,9 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
 from mpscale.core.wire import Phase, PhaseReached, StepsDone
 from mpscale.harness.launch import Allocator, ForkLauncher, Launcher, LaunchError, allocators, worker_environment
+from mpscale.harness.memory_limit import MemoryLimit
 from mpscale.telemetry.client import Driver
-from mpscale.telemetry.watch import CaseWatch, WatchResult, WorkerFacts
+from mpscale.telemetry.watch import HOST_COLUMN, CaseWatch, WatchResult, WorkerFacts
 
 Listener = Callable[[Case, wire.Progressed], None]
 """Called with a case and what has just happened in it."""
@@ -55,6 +56,7 @@ class Options:
         cool_down_s: the longest wait before such a retry.
         keep_suspect: keep the status of such cases instead.
         interleaved: for run.json, the run with which this one is interleaved; None if it is alone.
+        memory_limit_mib: resident memory of a worker above which it is killed and the case is ``oom``.
     """
 
     results: Path
@@ -67,6 +69,7 @@ class Options:
     cool_down_s: float = 60.0
     keep_suspect: bool = False
     interleaved: Mapping[str, Any] | None = None
+    memory_limit_mib: float | None = None
 
 
 @dataclass
@@ -220,8 +223,10 @@ class Supervisor:
         self._watch.start(worker.pid, start)
         record.update({"status": "interrupted"})
         talk = _Conversation(worker, case, outcome, start)
+        limit = MemoryLimit(worker.pid, self._options.memory_limit_mib)
         try:
-            self._converse(talk, steps_path)
+            with limit:
+                self._converse(talk, steps_path)
         finally:
             # Also on the user's interrupt: neither the worker nor a process that it left behind outlives its case.
             worker.end(0.0 if record["status"] in ("timeout", "interrupted") else _GRACE_S)
@@ -232,6 +237,9 @@ class Supervisor:
             for column, why in seen.findings.unavailable.items():
                 record.miss(column, why)
         self._judge(outcome, seen)
+        if limit.problem is not None:
+            outcome.signal = None
+            record.update({"status": "oom", "status_reason": limit.problem, HOST_COLUMN: limit.peak_mib})
         if record["status"] not in ("ok", "diverged", "stalled"):
             record.update({"output_tail": _tail(log) or None})
 

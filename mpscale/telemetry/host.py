@@ -71,6 +71,12 @@ VARIABLES = (
 _OTHER_TENSORFLOWS = ("tensorflow-cpu", "tensorflow-cpu-aws", "tf-nightly", "tf-nightly-cpu")
 _GIT_TIMEOUT_S = 5.0
 
+_CONTAINER_MEMORY = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Files with a container's limit and what it uses, in bytes: those of cgroups 2 and 1."""
+
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 _SHORTEST_S = 0.2
 """The kernel counts in hundredths of a second, so a share over less time than this is mostly rounding."""
@@ -103,6 +109,16 @@ def cpu_facts() -> dict[str, Any]:
 def memory_mib() -> float | None:
     """Total memory of the host in MiB. A container's limit may be lower."""
     return _mib(Path("/proc/meminfo"), "MemTotal")
+
+
+def available_mib() -> float | None:
+    """Memory in MiB that new processes can use without swapping, within the limit of a container."""
+    left = [_mib(Path("/proc/meminfo"), "MemAvailable")]
+    for limit, used in _CONTAINER_MEMORY:
+        most, now = _read(limit).strip(), _read(used).strip()
+        if most.isdecimal() and now.isdecimal():
+            left.append(max(int(most) - int(now), 0) / 2**20)
+    return min((mib for mib in left if mib is not None), default=None)
 
 
 def peak_resident_mib(pid: int) -> float | None:

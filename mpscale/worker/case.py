@@ -150,14 +150,14 @@ def _build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
             f"{type(data).__name__}"
         )
     batch, steps = settings.batch_size or workload.batch_size, settings.train_steps or workload.train_steps
-    order = batches(len(data.train_x), batch, steps, case.seed)
+    order = batches(len(data.train_x), batch, steps, case.seed, settings.repeat_data)
     start = time.perf_counter()
     # Set the seed last before the model is built: loading data may draw random numbers, and not in every process.
     keras.utils.set_random_seed(case.seed)
     arithmetic.settle()
     model = models.make_model(workload.model)
     arithmetic.look("the workload's model function")
-    models.build_model(model, data.train_x[:batch])
+    models.build_model(model, data.train_x[:batch] if batch <= len(data.train_x) else data.train_x[order[0]])
     optimizer = models.make_optimizer(workload.optimizer)
     arithmetic.look("the workload's optimizer function")
     optimizer_config = models.optimizer_description(optimizer, steps)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 import traceback
 
+from mpscale.core.out_of_memory import ran_out
 from mpscale.core.wire import Failed
 
 _NO_JIT = "XLA could not compile the train step or the evaluation: --mp-jit off runs them without it"
-_OUT_OF_MEMORY = ("ResourceExhaustedError", "MemoryError")
 
 
 def cause(error: BaseException, jit: bool) -> Failed:
@@ -23,10 +23,7 @@ def cause(error: BaseException, jit: bool) -> Failed:
         message = _without_surroundings(message)
     if not message.strip():
         message = _where(error)
-    names = {type(error).__name__, type(first).__name__}
-    # XLA reports memory that ran out as an internal error; only its text says so.
-    text = _said(error).lower()
-    oom = not names.isdisjoint(_OUT_OF_MEMORY) or "out of memory" in text or "resource_exhausted" in text
+    oom = _is_out_of_memory(error) or _is_out_of_memory(first) or ran_out(_said(error))
     if jit and not oom and _is_operation_error(first) and _refused_by_xla(first):
         message = f"{message.strip()}. {_NO_JIT}"
     return Failed(type(first).__name__, message, oom)
@@ -60,6 +57,11 @@ def _where(error: BaseException) -> str:
     """The line that raised an exception, for one without a message, such as that of a bare ``assert``."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].line} (line {frames[-1].lineno} of {frames[-1].filename})" if frames else ""
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # NumPy derives its own from MemoryError. TensorFlow's is known by name, as it may not have been imported yet.
+    return isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
 
 
 def _is_operation_error(error: BaseException) -> bool:

@@ -38,14 +38,18 @@ _NO_METRICS = {
 """Keras metrics that say nothing about a model, by kind, and why."""
 
 
-def batches(examples: int, batch_size: int, steps: int, seed: int) -> npt.NDArray[np.int64]:
+def batches(examples: int, batch_size: int, steps: int, seed: int, repeat: bool = False) -> npt.NDArray[np.int64]:
     """The order of the data, from the seed alone: indices (steps, batch_size).
 
     Every epoch is a fresh permutation without its incomplete last batch.
 
+    With ``repeat``, a batch that is larger than the training set holds its examples several times.
+
     Raises:
         ValueError: the batch is larger than the training set.
     """
+    if repeat and batch_size > examples:
+        return np.resize(np.random.default_rng(seed).permutation(examples), (steps, batch_size)).astype(np.int64)
     if not 1 <= batch_size <= examples:
         raise ValueError(
             f"a batch of {batch_size} cannot be drawn from a training set of {examples}; "

@@ -1,0 +1,219 @@
+"""Finds the largest batch that trains in each mode. Each try is a case that only times, in a process of its own."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from mpscale.analysis.fit import Fit, Try, Verdict
+from mpscale.core.case import Case, Settings
+from mpscale.core.columns import METHOD_VERSION
+from mpscale.core.device import Device
+from mpscale.core.out_of_memory import may_have_run_out, ran_out
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Record
+from mpscale.harness.run import explain
+from mpscale.harness.supervisor import Outcome
+from mpscale.telemetry.client import Driver
+from mpscale.telemetry.host import available_mib, environment, run_slug
+
+PARTS = 8
+"""The largest power of two that fits is refined in steps of one such part of it."""
+
+SETTINGS = Settings(train_steps=4, timing_s=0.5, timing_blocks=5, energy_s=0.0, repeat_data=True)
+"""Of a try: two dozen steps, as many as it takes to warm up and to get a step time."""
+
+_SHARE = 0.8
+"""Of the memory that is free on a host, what a try may use unless the user says otherwise."""
+
+
+def default_limit_mib(device: Device) -> float | None:
+    """The memory in MiB that a try may use by default; None for any amount, as on a GPU, which has its own limit."""
+    free = available_mib()
+    return None if device.kind == "gpu" or free is None else _SHARE * free
+
+
+def search(tries: Callable[[int], tuple[Verdict, Reason | None]], start: int, most: int) -> Reason | None:
+    """Search for the largest batch that fits: first a power of two, which is then refined by eighths of it.
+
+    Nothing is assumed of batches that were not tried, but that those between the largest that fits and the next one
+    that does not are not worth a try. Whoever keeps the tries knows the result, also after an exception in one.
+
+    Args:
+        tries: tries a batch; returns what became of it, and why it does not fit.
+        start: where to begin; rounded down to a power of two.
+        most: the largest batch to try.
+
+    Returns:
+        None if the limit was found; otherwise why it was not.
+    """
+    batch = _power_of_two(min(start, most))
+    fits, too_large = 0, 0  # 0 as long as it is not known
+    while not (fits and too_large):
+        verdict, reason = tries(batch)
+        match verdict:
+            case Verdict.FAILED:
+                return _failed(batch, reason)
+            case Verdict.FITS if batch == most:
+                return Reason(
+                    Code.NOT_ASKED_FOR,
+                    f"batches above {most:,} were not tried",
+                    f"--max-batch {2 * most} goes on from there",
+                )
+            case Verdict.FITS:
+                fits, batch = batch, min(2 * batch, most)
+            case Verdict.OUT_OF_MEMORY if batch == 1:
+                return Reason(Code.OUT_OF_MEMORY, f"not even a batch of 1 fits: {reason}")
+            case Verdict.OUT_OF_MEMORY:
+                too_large, batch = batch, _power_of_two(batch - 1)
+    part = max(1, fits // PARTS)
+    while too_large - fits > part:
+        batch = fits + part * max(1, (too_large - fits) // part // 2)
+        verdict, reason = tries(batch)
+        match verdict:
+            case Verdict.FAILED:
+                return _failed(batch, reason)
+            case Verdict.FITS:
+                fits = batch
+            case Verdict.OUT_OF_MEMORY:
+                too_large = batch
+    return None
+
+
+def _failed(batch: int, reason: Reason | None) -> Reason:
+    reason = reason or Reason(Code.OTHER, "no reason was given")
+    return reason.worded(f"a batch of {batch:,} failed: {reason}")
+
+
+def _power_of_two(number: int) -> int:
+    """The largest power of two that is not above ``number``."""
+    return 1 << (number.bit_length() - 1)
+
+
+def judge(outcome: Outcome, trained_smaller: bool) -> tuple[Verdict, Reason | None]:
+    """What a try says about its batch.
+
+    Args:
+        outcome: of its case.
+        trained_smaller: whether the mode has trained with a smaller batch, so that nothing but memory is new.
+    """
+    record, status = outcome.record, outcome.record["status"]
+    if status in ("ok", "diverged", "stalled"):
+        return Verdict.FITS, None
+    text = str(record["status_reason"])
+    if status == "oom":
+        return Verdict.OUT_OF_MEMORY, Reason(Code.OUT_OF_MEMORY, text)
+    # An allocation that fails where nothing catches it ends the process; only its output says why.
+    said = f"{text} {record['output_tail'] or ''}" if status in ("error", "crashed") else ""
+    killed = status == "crashed" and outcome.signal == signal.SIGKILL
+    if killed or ran_out(said) or (trained_smaller and may_have_run_out(said)):
+        return Verdict.OUT_OF_MEMORY, Reason(Code.OUT_OF_MEMORY, text)
+    code = Code.UNSUPPORTED if status == "unsupported" else Code.OTHER
+    return Verdict.FAILED, Reason(code, f"{status}: {text}")
+
+
+class Runner(Protocol):
+    """What runs a case: a :class:`~mpscale.harness.supervisor.Supervisor`."""
+
+    def run(self, case: Case, steps_path: None, gpu_path: None, outcome: Outcome, attempt: int = 1) -> None:
+        """Run a case to its end, and say in ``outcome`` what became of it."""
+
+    def close(self) -> None:
+        """End whatever outlives a case."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is searched for.
+
+    Args:
+        start: the first batch to try.
+        most: the largest.
+        settings: of each try, apart from the batch.
+    """
+
+    start: int
+    most: int
+    settings: Settings = SETTINGS
+
+
+class Fitter:
+    """Searches mode by mode. A mode begins where the one before it ended.
+
+    Args:
+        fit: takes the tries.
+        question: what is searched for.
+        runner: runs them.
+        tried: called after each.
+    """
+
+    def __init__(self, fit: Fit, question: Question, runner: Runner, tried: Callable[[Try], None]) -> None:
+        self._fit, self._question, self._runner, self._tried = fit, question, runner, tried
+        self._lost: Reason | None = None
+
+    def run(self) -> None:
+        """Search all modes. After an exception, such as the user's interrupt, ``fit`` holds what is known."""
+        start = self._question.start
+        try:
+            for mode in self._fit.modes:
+                self._fit.ends[mode] = search(partial(self._try, mode), start, self._question.most)
+                largest = self._fit.largest(mode)
+                start = start if largest is None else largest.batch
+        finally:
+            self._runner.close()
+
+    def _try(self, mode: str, batch: int) -> tuple[Verdict, Reason | None]:
+        if self._lost is not None:
+            return Verdict.FAILED, self._lost
+        case = Case(self._fit.workload, mode, 0, 1, len(self._fit.tries), self._settings(batch))
+        outcome = self._attempt(case)
+        if outcome.gpu_lost:
+            self._lost = Reason(Code.GPU_LOST, f"the GPU was lost when {mode} tried a batch of {batch:,}")
+        explain(outcome.record, case)
+        trained = self._fit.largest(mode)
+        verdict, reason = judge(outcome, trained_smaller=trained is not None and trained.batch < batch)
+        this = Try(mode, batch, verdict, reason, outcome.record)
+        self._fit.tries.append(this)
+        self._tried(this)
+        return verdict, reason
+
+    def _attempt(self, case: Case) -> Outcome:
+        """Run a case, again as long as a failure may be due to the allocator that it was started with."""
+        for attempt in range(1, 6):
+            outcome = Outcome(Record({**case.identity(), "batch_size": case.settings.batch_size}))
+            self._runner.run(case, None, None, outcome, attempt)
+            if outcome.again is None:
+                break
+        return outcome
+
+    def _settings(self, batch: int) -> Settings:
+        return replace(self._question.settings, batch_size=batch)
+
+
+def new_folder(results: Path, device: Device, driver: Driver, asked: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Make the folder of a search, ``<results>/fit/<name>/``; return it and what fit.json says about the search.
+
+    It is not among the runs, which are trainings of the batch that a workload asks for: `latest`, comparisons and
+    histories must not meet it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    started = datetime.now(UTC)
+    name = f"{started:%Y%m%dT%H%M%SZ}-{run_slug(device)}-{secrets.token_hex(2)}"
+    folder = results / "fit" / name
+    folder.mkdir(parents=True)
+    return folder, {
+        "fit": name,
+        "method_version": METHOD_VERSION,
+        "started": started.isoformat(timespec="seconds"),
+        "finished": False,
+        "environment": environment(device, driver, Path.cwd()),
+        "settings": dict(asked),
+    }

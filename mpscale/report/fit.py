@@ -1,0 +1,176 @@
+"""The largest batch of each mode, as a table and as the folder that `mpscale fit` leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from mpscale.analysis.fit import ROW, Fit, Try, figures, memory_columns
+from mpscale.core.reason import Reason
+from mpscale.core.record import to_csv
+from mpscale.report.table import DASH, Table, count, escape, json_text, large, number
+
+_CSV = ("workload", "mode", "device_name", "memory_limit_mib", *ROW, "baseline", "unavailable")
+
+_NOTES = (
+    "Each batch was tried in a process of its own, which took two dozen training steps and evaluated nothing. The "
+    "largest power of two that fits was refined by eighths of it: a batch between the largest and the one that ran "
+    "out may fit, too.",
+    "A batch that is larger than the training set contains its examples several times.",
+    "Step times are those of one process, taken for half a second. To judge a speed, make a run with that batch "
+    "(--mp-batch-size), which has intervals.",
+    "The ratios compare the largest batch of a mode with that of the baseline: what the saved memory buys.",
+)
+_NOTE_ON_CPU = (
+    "On a CPU, memory is the resident memory of the process, TensorFlow and its compiler included, and a process that "
+    "exceeds the limit is killed. The CPU emulates float16, so neither batches nor speeds say anything about a GPU."
+)
+_NOTE_ON_GPU = (
+    "Memory is the peak of the whole process. Steps were queued, as in Keras' fit, so memory of more than one step may "
+    "be in use at a time."
+)
+
+
+def table(fit: Fit) -> Table:
+    """A row per mode, for people. The last column says what a reader has to know of the row."""
+    over = f"vs {fit.baseline}" if fit.baseline else "ratio"
+    headers = (
+        "mode", "largest batch", "ran out at", "step time", "examples/s", "peak memory", f"batch {over}",
+        f"examples/s {over}", "note",
+    )  # fmt: skip
+    rows = []
+    for mode in fit.modes:
+        known = figures(fit, mode).values
+        cells = [_whole(known.get("largest_batch")), _whole(known.get("ran_out_at"))]
+        step_ms = known.get("step_time_ms")
+        cells += [DASH if step_ms is None else f"{number(step_ms)} ms", _whole(known.get("examples_per_s"))]
+        cells += [large(known.get("peak_memory_mib"), "MiB")]
+        cells += [_ratio(known.get("batch_ratio")), _ratio(known.get("examples_per_s_ratio"))]
+        rows.append([mode, *cells, "; ".join(_remarks(fit, mode)) or DASH])
+    return Table(headers, rows).without_blank("note")
+
+
+def _remarks(fit: Fit, mode: str) -> Iterator[str]:
+    """What has to be said of a row, each once: why it may not be the largest batch, and why figures are missing."""
+    found, why_open, largest = figures(fit, mode), fit.why_open(mode), fit.largest(mode)
+    if largest is None:
+        yield str(why_open)
+        return
+    if why_open is not None:
+        yield f"at least this: {why_open}{f' ({why_open.cure})' if why_open.cure else ''}"
+    if largest.record["gpu_suspicion"] is not None:
+        yield f"doubtful: {largest.record['gpu_suspicion']}"
+    reasons = [found.unavailable[name] for name in ROW if name in found.unavailable and name != "ran_out_at"]
+    ours = () if why_open is None else (why_open.worded(f"the largest batch of {mode} is not known: {why_open}"),)
+    yield from dict.fromkeys(str(why) for why in reasons if why not in ours)
+
+
+def _whole(value: float | None) -> str:
+    return DASH if value is None else f"{value:,.0f}" if value >= 100 else number(value)
+
+
+def _ratio(value: float | None) -> str:
+    return DASH if value is None else f"{value:.2f}x"
+
+
+def values(fit: Fit) -> list[dict[str, Any]]:
+    """A row per mode, for programs: plain values, None if unknown, and the reasons under ``unavailable``."""
+    rows = []
+    for mode in fit.modes:
+        found = figures(fit, mode)
+        reasons = {name: str(found.unavailable[name]) for name in ROW if name in found.unavailable}
+        row: dict[str, Any] = {"workload": fit.workload, "mode": mode, "device_name": fit.device.name}
+        row |= {"memory_limit_mib": fit.limit_mib, "baseline": fit.baseline, **found.values}
+        rows.append({**row, "unavailable": reasons or None})
+    return rows
+
+
+def render(fit: Fit, form: Literal["table", "markdown", "csv", "json"]) -> str:
+    """The result in one of the formats of the command."""
+    if form == "json":
+        return json_text(values(fit))
+    if form == "csv":
+        rows = [{**row, "unavailable": row["unavailable"] and json.dumps(row["unavailable"])} for row in values(fit)]
+        return Table.of(_CSV, rows).csv()
+    return (table(fit).markdown() if form == "markdown" else table(fit).text()) + "\n"
+
+
+def document(fit: Fit) -> str:
+    """report.md: the result, what it does not say, and every try."""
+    where = f"{fit.device.name} ({fit.device.kind.upper()})"
+    limit = "" if fit.limit_mib is None else f", with up to {fit.limit_mib:,.0f} MiB of memory"
+    on_device = _NOTE_ON_GPU if fit.device.kind == "gpu" else _NOTE_ON_CPU
+    notes = "\n".join(f"- {note}" for note in (*_NOTES, on_device))
+    tries = Table(
+        ("mode", "batch", "result", "step time", "peak memory", "seconds", "why"),
+        [_tried(fit, each) for each in fit.tries],
+    )
+    parts = (
+        f"# Largest batch of {escape(fit.workload)}",
+        f"On {escape(where)}{limit}.",
+        table(fit).markdown(),
+        notes,
+        "## Tries",
+        tries.markdown() or "None.",
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _tried(fit: Fit, each: Try) -> list[str]:
+    record, step_ms = each.record, each.record["step_time_ms_median"]
+    memory = next((record[name] for name in memory_columns(fit.device) if record[name] is not None), None)
+    return [
+        each.mode,
+        count(each.batch),
+        each.verdict,
+        DASH if step_ms is None else f"{number(step_ms)} ms",
+        large(memory, "MiB"),
+        number(record["case_wall_time_s"]),
+        DASH if each.reason is None else each.reason.text,
+    ]
+
+
+def line(each: Try) -> str:
+    """A try in one line, for the terminal."""
+    record = each.record
+    parts = [str(each.verdict) if each.reason is None else f"{each.verdict} ({each.reason})"]
+    if each.reason is None and record["step_time_ms_median"] is not None:
+        parts += [f"{number(record['step_time_ms_median'])} ms a step", f"{record['examples_per_s']:,.0f} examples/s"]
+    wall_s = record["case_wall_time_s"]
+    return f"{each.mode}, batch {each.batch:,}: {', '.join(parts)}" + ("" if wall_s is None else f" ({wall_s:.1f} s)")
+
+
+def write(folder: Path, fit: Fit, about: Mapping[str, Any]) -> None:
+    """Write the files of a search, finished or not: report.md, fit.csv, tries.csv and fit.json.
+
+    Args:
+        folder: exists.
+        fit: the search.
+        about: plain values for fit.json: when, where and what was asked for.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    ends = {mode: _end(why) for mode, why in fit.ends.items()}
+    tries = [
+        {"mode": each.mode, "batch": each.batch, "verdict": each.verdict, "reason": _end(each.reason)}
+        for each in fit.tries
+    ]
+    content = {**about, "workload": fit.workload, "modes": list(fit.modes), "ends": ends, "tries": tries}
+    files = {
+        "fit.json": json_text(content),
+        "tries.csv": to_csv(each.record for each in fit.tries),
+        "fit.csv": render(fit, "csv"),
+        "report.md": document(fit),
+    }
+    for name, text in files.items():
+        # Whole or not at all: the process may be killed at any time.
+        partial = folder / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(folder / name)
+
+
+def _end(why: Reason | None) -> dict[str, str] | None:
+    return None if why is None else why.to_json()
