@@ -82,7 +82,7 @@ def values(fit: Fit) -> list[dict[str, Any]]:
         found = figures(fit, mode)
         reasons = {name: str(found.unavailable[name]) for name in ROW if name in found.unavailable}
         row: dict[str, Any] = {"workload": fit.workload, "mode": mode, "device_name": fit.device.name}
-        row |= {"memory_limit_mib": fit.limit_mib, "baseline": fit.baseline, **found.values}
+        row |= {"memory_limit_mib": fit.limit_mib, "baseline": fit.baseline, **dict.fromkeys(ROW), **found.values}
         rows.append({**row, "unavailable": reasons or None})
     return rows
 

@@ -183,6 +183,27 @@ def test_out_of_memory_is_recognised_by_type_even_inside_a_layer():
 
 
 @pytest.mark.parametrize(
+    ("error", "oom"),
+    [
+        (np.exceptions.AxisError("axis 3 is out of bounds"), False),
+        (tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor"), True),
+        (tf.errors.InternalError(None, None, "Dst tensor is not initialized."), True),
+        (tf.errors.InternalError(None, None, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (tf.errors.InternalError(None, None, "CUBLAS_STATUS_EXECUTION_FAILED"), False),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.22GiB."), True),
+    ],
+)
+def test_out_of_memory_is_recognised_by_what_libraries_say(error, oom):
+    assert cause(error, jit=True).oom is oom
+
+
+def test_numpys_own_memory_error_is_out_of_memory():
+    with pytest.raises(MemoryError) as caught:
+        np.empty(2**62, np.int8)
+    assert cause(caught.value, jit=True).oom
+
+
+@pytest.mark.parametrize(
     ("message", "hint"),
     [
         # What XLA said of a float32 convolution on an H200.

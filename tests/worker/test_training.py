@@ -44,6 +44,13 @@ def test_batch_that_cannot_be_drawn_is_refused(size):
         batches(10, size, 1, 0)
 
 
+def test_a_batch_above_the_training_set_repeats_it_if_asked_to():
+    order = batches(10, 25, 2, seed=0, repeat=True)
+    assert order.shape == (2, 25)
+    assert np.bincount(order.ravel()).tolist() == [5] * 10
+    np.testing.assert_array_equal(batches(10, 5, 6, 0, repeat=True), batches(10, 5, 6, 0))
+
+
 DATA = Data(
     np.arange(40, dtype=np.float32).reshape(20, 2) / 40,
     np.arange(20) % 2,

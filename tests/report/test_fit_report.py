@@ -1,0 +1,75 @@
+"""The result of `mpscale fit`: a row per mode; what is unknown is empty and has a reason."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+from support.runfolder import record
+
+from mpscale.analysis.fit import Fit, Try, Verdict
+from mpscale.core.device import Device
+from mpscale.core.reason import Code, Reason
+from mpscale.report.fit import document, render, table, write
+
+FULL = Reason(Code.OUT_OF_MEMORY, "no room")
+
+
+def tried(mode, batch, fits=True, **values):
+    if fits:
+        values = {"step_time_ms_median": 2.0, "examples_per_s": batch * 500.0, **values}
+        values = {"gpu_memory_process_peak_mib": 900.0, **values}
+    one = record(mode, repeat=1, batch_size=batch, status="ok" if fits else "oom", **values)
+    return Try(mode, batch, Verdict.FITS if fits else Verdict.OUT_OF_MEMORY, None if fits else FULL, one)
+
+
+@pytest.fixture
+def fit():
+    """On a GPU: a limit that was found, one that was not looked for, and a mode that failed."""
+    cap = Reason(Code.NOT_ASKED_FOR, "batches above 4,096 were not tried", "--max-batch 8192 goes on from there")
+    broken = Reason(Code.OTHER, "a batch of 64 failed: error: ValueError")
+    tries = [
+        tried("tf32", 1024),
+        tried("tf32", 1152, fits=False),
+        tried("mixed-bf16", 4096),
+        tried("mixed-static", 1536),
+    ]
+    modes = ["tf32", "mixed-static", "mixed-bf16", "mixed-keras"]
+    ends = {"tf32": None, "mixed-static": None, "mixed-bf16": cap, "mixed-keras": broken}
+    return Fit("toy", modes, Device("gpu", "Test GPU"), None, tries, ends)
+
+
+def test_the_table_shows_what_is_known_and_says_why_the_rest_is_not(fit):
+    shown = table(fit)
+    rows = {row[0]: dict(zip(shown.headers, row, strict=True)) for row in shown.rows}
+    assert rows["tf32"]["largest batch"] == "1,024"
+    assert rows["tf32"]["ran out at"] == "1,152"
+    assert rows["mixed-static"]["batch vs tf32"] == "1.50x"
+    assert rows["mixed-bf16"]["batch vs tf32"] == "–"
+    assert rows["mixed-bf16"]["note"].startswith("at least this: batches above 4,096")
+    assert rows["mixed-keras"]["note"] == "a batch of 64 failed: error: ValueError"
+
+
+def test_csv_and_json_have_reasons_for_empty_cells(fit):
+    rows = {row["mode"]: row for row in csv.DictReader(io.StringIO(render(fit, "csv")))}
+    assert rows["tf32"]["largest_batch"] == "1024"
+    assert rows["mixed-bf16"]["batch_ratio"] == ""
+    assert set(json.loads(rows["mixed-bf16"]["unavailable"])) == {"ran_out_at", "batch_ratio", "examples_per_s_ratio"}
+    assert [row["peak_memory_mib"] for row in json.loads(render(fit, "json"))] == [900.0, 900.0, 900.0, None]
+
+
+def test_a_step_that_is_mostly_dispatch_gives_no_ratio_of_speeds(fit):
+    fit.tries[3] = tried("mixed-static", 1536, dispatch_bound=True)
+    (row,) = [row for row in json.loads(render(fit, "json")) if row["mode"] == "mixed-static"]
+    assert row["batch_ratio"] == 1.5
+    assert "examples_per_s_ratio" in row["unavailable"]
+
+
+def test_the_folder_has_a_report_the_table_and_every_try(fit, tmp_path):
+    write(tmp_path, fit, {"fit": "name"})
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "fit.csv", "tries.csv", "fit.json"}
+    assert table(fit).markdown() in document(fit) == (tmp_path / "report.md").read_text()
+    assert len((tmp_path / "tries.csv").read_text().splitlines()) == 1 + len(fit.tries)
+    assert json.loads((tmp_path / "fit.json").read_text())["tries"][1]["reason"]["code"] == "out-of-memory"
