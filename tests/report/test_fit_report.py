@@ -13,6 +13,7 @@ from mpscale.analysis.fit import Fit, Try, Verdict
 from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
 from mpscale.report.fit import document, render, table, write
+from mpscale.report.table import DASH
 
 FULL = Reason(Code.OUT_OF_MEMORY, "no room")
 
@@ -47,7 +48,7 @@ def test_the_table_shows_what_is_known_and_says_why_the_rest_is_not(fit):
     assert rows["tf32"]["largest batch"] == "1,024"
     assert rows["tf32"]["ran out at"] == "1,152"
     assert rows["mixed-static"]["batch vs tf32"] == "1.50x"
-    assert rows["mixed-bf16"]["batch vs tf32"] == "–"
+    assert rows["mixed-bf16"]["batch vs tf32"] == DASH
     assert rows["mixed-bf16"]["note"].startswith("at least this: batches above 4,096")
     assert rows["mixed-keras"]["note"] == "a batch of 64 failed: error: ValueError"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 
 import pytest
@@ -101,10 +102,8 @@ class Machine:
 
 def run(machine, modes):
     fit, lines = Fit("toy", modes, Device("cpu", "Test CPU"), 2000.0), []
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         Fitter(fit, Question(64, 2**20), machine, lines.append).run()
-    except KeyboardInterrupt:
-        pass
     assert machine.closed
     assert lines == fit.tries
     return fit
