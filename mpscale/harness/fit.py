@@ -42,8 +42,7 @@ def default_limit_mib(device: Device) -> float | None:
 def search(tries: Callable[[int], tuple[Verdict, Reason | None]], start: int, most: int) -> Reason | None:
     """Search for the largest batch that fits: first a power of two, which is then refined by eighths of it.
 
-    Nothing is assumed of batches that were not tried, but that those between the largest that fits and the next one
-    that does not are not worth a try. Whoever keeps the tries knows the result, also after an exception in one.
+    The result is the largest of the tries that fit, so the caller keeps the tries: they also survive an exception.
 
     Args:
         tries: tries a batch; returns what became of it, and why it does not fit.
