@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from mpscale.core.wire import Failed
 from mpscale.harness.supervisor import _one_line
-from mpscale.worker.cause import cause
+from mpscale.worker.__main__ import cause
 
 X = tf.constant([[1.0, 2.0], [2.0, 3.0]])
 NO_JIT = "--mp-jit off runs them without it"
