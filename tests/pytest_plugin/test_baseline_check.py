@@ -74,7 +74,7 @@ def test_what_fails_a_run_and_what_is_said(tmp_path, after, outcome, said, stric
     assert said in text
     assert found.fails == (outcome == "fired" or (strict and outcome == "untold")), text
     if outcome == "untold":
-        assert f"could not be told, which fails {'the run' if strict else 'a run with --mp-strict only'}" in text
+        assert f"could not be judged, which fails {'the run' if strict else 'a run with --mp-strict only'}" in text
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -135,7 +135,7 @@ def test_a_table_of_two_machines_cannot_be_the_baseline(tmp_path):
 
 
 def test_a_table_without_a_machine_cannot_be_the_baseline(tmp_path):
-    with pytest.raises(pytest.UsageError, match="does not say of which machine it is"):
+    with pytest.raises(pytest.UsageError, match="does not name its machine"):
         opened(tmp_path, table(tmp_path, device=None, device_name=None))
 
 
@@ -150,12 +150,12 @@ def test_a_baseline_of_another_machine_in_a_shared_file_does_not_stop_a_run(tmp_
     device = {**CPU, "name": "Another CPU"}
     write_run(tmp_path / "results", finished(cases()), name=BEFORE, device=device, method_version=method)
     if named:
-        with pytest.raises(pytest.UsageError, match="is of Another CPU"):
+        with pytest.raises(pytest.UsageError, match="was made on Another CPU"):
             opened(tmp_path, BEFORE, named=True)
         return
     found = opened(tmp_path, BEFORE)
     (line,) = found.lines()
-    assert "is of Another CPU (cpu)" in line and line.endswith("not compared")
+    assert "was made on Another CPU (cpu)" in line and line.endswith("not compared")
     assert not found.fails
 
 

@@ -72,4 +72,4 @@ def test_a_path_that_pytest_takes_for_its_own_is_found_out(refused, tmp_path_fac
 
 def test_an_unknown_setting_is_named(refused, tmp_path):
     (tmp_path / "pyproject.toml").write_text("[tool.mpscale]\nbase = 3\n")
-    assert "[tool.mpscale] knows no 'base', only baseline, fail-on, strict, threshold" in refused()
+    assert "[tool.mpscale] has no setting 'base', only baseline, fail-on, strict, threshold" in refused()

@@ -1,4 +1,4 @@
-"""The device as TensorFlow and CUDA see it: settings, allocator, and whether CUDA uses the GPU that NVML watches."""
+"""The device as TensorFlow and CUDA see it: settings, allocator, and whether CUDA uses the GPU that is monitored."""
 
 import os
 import shutil
@@ -99,7 +99,7 @@ def libraries(tmp_path_factory):
     [
         ("full", SAME, "00000000:0A:00.0", None),
         ("full", SAME.upper().replace("GPU", "MIG"), "", None),
-        ("full", "GPU-5b0c4a1e-0000-1111-2222-333344445555", "00000000:0A:00.0", "NVML watches GPU-5b0c4a1e"),
+        ("full", "GPU-5b0c4a1e-0000-1111-2222-333344445555", "00000000:0A:00.0", "mpscale monitors GPU-5b0c4a1e"),
         ("old", SAME, "00000000:0A:00.0", None),
         ("old", SAME, "00000000:07:00.0", "at PCI bus 0000:0A:00.0"),
         ("old", SAME, "", None),
@@ -107,7 +107,7 @@ def libraries(tmp_path_factory):
         ("none", SAME, "00000000:07:00.0", None),
     ],
 )
-def test_cuda_has_to_use_the_gpu_that_nvml_watches(libraries, library, uuid, bus, words):
+def test_cuda_must_use_the_gpu_that_is_monitored(libraries, library, uuid, bus, words):
     environment = {**os.environ, "LD_LIBRARY_PATH": libraries[library]}
     done = subprocess.check_output([sys.executable, "-c", CODE, uuid, bus], env=environment, text=True)
     assert (words or "None") in done
