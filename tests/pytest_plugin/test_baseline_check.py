@@ -1,4 +1,4 @@
-"""Gates at the end of a pytest run: what they say if evidence is missing, and whether the run fails."""
+"""Gates at the end of a pytest run: what they report if evidence is missing, and whether the run fails."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check(tmp_path, after, gates="metric,step_time>5%", named=True, strict=False
         pytest.param(cases((0.9,) * 3 + ("timeout", "crashed")), "untold", "seed 3: timeout", id="two seeds died"),
     ],
 )
-def test_what_fails_a_run_and_what_is_said(tmp_path, after, outcome, said, strict):
+def test_which_outcomes_fail_a_run_and_how_they_are_reported(tmp_path, after, outcome, said, strict):
     found = check(tmp_path, after, strict=strict)
     text = "\n".join(found.lines())
     assert said in text
@@ -127,21 +127,18 @@ def table(tmp_path, **changes):
     return path
 
 
-def test_a_table_of_two_machines_cannot_be_the_baseline(tmp_path):
-    with pytest.raises(
-        pytest.UsageError, match=r"baseline: .*holds cases of .*Other CPU.*; compare runs of one device each"
-    ):
-        opened(tmp_path, table(tmp_path, device_name="Other CPU"))
-
-
-def test_a_table_without_a_machine_cannot_be_the_baseline(tmp_path):
-    with pytest.raises(pytest.UsageError, match="does not name its machine"):
-        opened(tmp_path, table(tmp_path, device=None, device_name=None))
-
-
-def test_a_table_of_another_method_is_refused_before_anything_runs(tmp_path):
-    with pytest.raises(pytest.UsageError, match=rf"measured by method {METHOD_VERSION - 1}, and this is method"):
-        opened(tmp_path, table(tmp_path, method_version=METHOD_VERSION - 1))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device_name": "Other CPU"}, "baseline: .*holds cases of .*Other CPU.*; compare runs of one device each"),
+        ({"device": None, "device_name": None}, "does not name its machine"),
+        ({"method_version": METHOD_VERSION - 1}, f"measured by method {METHOD_VERSION - 1}, and this is method"),
+    ],
+    ids=["two machines", "no machine", "another method"],
+)
+def test_an_unusable_table_is_refused_before_anything_runs(tmp_path, changes, message):
+    with pytest.raises(pytest.UsageError, match=message):
+        opened(tmp_path, table(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("method", [METHOD_VERSION, METHOD_VERSION - 1])

@@ -26,6 +26,7 @@ def test_more_work_in_the_step_is_measured_again_and_fails_the_run(run_suite, ba
     assert "cannot-tell: metric: suite_workloads:laboured fp32: inconclusive: +0 over 1 seed" in done.output
     assert [record["status"] for record in done.run.records] == ["ok"] * 9
     text = (done.path / "comparison.md").read_text()
+    assert text.startswith(f"# {done.run.name} against ")
     assert "| missing | passed | B | suite_workloads:laboured fp32 | 9 cases |" in " ".join(text.split())
 
 
@@ -39,7 +40,7 @@ def test_a_row_that_was_slow_by_chance_is_measured_again_and_passes(run_suite, b
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch):
-    """Run pytest with options that it must refuse before it runs anything; return what it says."""
+    """Run pytest with options that it must refuse before it runs anything; return its output."""
     write(tmp_path, test_it=SUITE)
     monkeypatch.chdir(tmp_path)
 
@@ -60,11 +61,11 @@ def refused(tmp_path, monkeypatch):
         (("--mp-fail-on", "metric"), "--mp-fail-on has nothing to compare with: give --mp-baseline RUN"),
     ],
 )
-def test_a_baseline_that_cannot_serve_is_refused_before_anything_runs(refused, options, message):
+def test_an_unusable_baseline_is_refused_before_anything_runs(refused, options, message):
     assert message in refused(*options)
 
 
-def test_a_path_that_pytest_takes_for_its_own_is_found_out(refused, tmp_path_factory):
+def test_a_path_that_pytest_takes_for_a_test_path_is_named(refused, tmp_path_factory):
     earlier = write(tmp_path_factory.mktemp("elsewhere")) / "earlier"
     earlier.mkdir()
     assert f"write --mp-baseline={earlier}" in refused("--mp-baseline", earlier)

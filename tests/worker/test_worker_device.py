@@ -11,7 +11,7 @@ import tensorflow as tf
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code
-from mpscale.worker.device import AllocatorPeak, require, set_arithmetic, touch
+from mpscale.worker.device import AllocatorPeak, require, touch
 
 STAND_IN = Device("gpu", "mpscale stand-in A100", "GPU-1", (8, 0))
 
@@ -48,13 +48,8 @@ def arithmetic():
     ("mode", "expected"), [("fp32", (False, False)), ("mixed-dynamic", (True, False)), ("graph-rewrite", (True, True))]
 )
 def test_mode_sets_what_tensorflow_is_allowed_to_do(arithmetic, mode, expected):
-    set_arithmetic(MODES[mode])
+    touch(Device("cpu", "Some CPU"), MODES[mode])
     assert arithmetic() == expected
-
-
-def test_making_the_device_ready_sets_it(arithmetic):
-    touch(Device("cpu", "Some CPU"), MODES["graph-rewrite"])
-    assert arithmetic() == (True, True)
 
 
 @pytest.mark.parametrize("device", [Device("cpu", "Some CPU"), STAND_IN])
