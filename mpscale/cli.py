@@ -51,7 +51,7 @@ _RESULTS = Path("results")
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # argparse would print the whole usage first.
+        # argparse's own method prints the whole usage first.
         self.exit(_USAGE_ERROR, f"mpscale: error: {message}; see `{self.prog} --help`\n")
 
 
@@ -230,7 +230,7 @@ def _add_comparison_options(parser: argparse.ArgumentParser) -> None:
 
 
 _Rules = tuple[list["Gate"], bool, float | None]
-"""Gates, whether one that cannot tell fails, and the threshold."""
+"""Gates, whether a gate that cannot tell fails, and the threshold."""
 
 
 def _rules(options: argparse.Namespace) -> _Rules:
@@ -273,7 +273,7 @@ def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Na
             "or use --force"
         )
     findings = [finding for each in comparisons for finding in judge_gates(each, gates)] if alike else []
-    _put_out(render(comparisons, findings, options.format), options.output)
+    _write(render(comparisons, findings, options.format), options.output)
     if options.output is not None or options.format in ("csv", "json"):
         # Tables and Markdown show this themselves.
         _warn(unread(comparisons))
@@ -332,7 +332,7 @@ def _ab(options: argparse.Namespace) -> int:
     # Standard output is for the comparison.
     for line in (*environments, differences(environments)):
         print(line, file=sys.stderr)
-    # CI sends SIGTERM to cancel a job: keep what has been measured, as after Ctrl-C.
+    # CI sends SIGTERM to cancel a job: keep what was measured, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     line = LiveLine(_write_error, sys.stderr.isatty(), shutil.get_terminal_size().columns)
     referee = Referee(environments, arguments, Screen(LETTERS, line, time.monotonic), options.start_timeout)
@@ -397,7 +397,7 @@ def _history(options: argparse.Namespace) -> int:
         _say(f"skipped {what}: {reason}")
     if options.figure is not None:
         draw_history(history, options.figure)
-    _put_out(render(history, options.format), options.output)
+    _write(render(history, options.format), options.output)
     return _OK
 
 
@@ -526,7 +526,7 @@ def _search(
     line.update("")
     report.write(folder, fit, {**about, "finished": not interrupted})
     print(f"report: {folder / 'report.md'}\n", file=sys.stderr)
-    _put_out(report.render(fit, options.format), options.output)
+    _write(report.render(fit, options.format), options.output)
     if interrupted:
         return _INTERRUPTED
     return _OK if all(fit.ends.get(mode, True) is None for mode in modes) else _FAILED
@@ -550,7 +550,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to this file, not to the terminal")
 
 
-def _put_out(text: str, file: Path | None) -> None:
+def _write(text: str, file: Path | None) -> None:
     if file is None:
         print(text, end="")
     else:

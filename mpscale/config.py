@@ -72,7 +72,7 @@ DEFAULT_PRESET = "small"
 
 
 class SettingsError(ValueError):
-    """``[tool.mpscale]`` is not valid. The message names the file and the key, and says what is allowed."""
+    """``[tool.mpscale]`` is not valid. The message names the file, the key and what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def load(start: Path) -> ProjectSettings:
         raise SettingsError(f"{path}: cannot be read: {error}") from error
     for key, value in table.items():
         if key not in _KINDS:
-            raise SettingsError(f"{path}: [tool.mpscale] knows no {key!r}, only {', '.join(_KINDS)}")
+            raise SettingsError(f"{path}: [tool.mpscale] has no setting {key!r}, only {', '.join(_KINDS)}")
         if not _fits(key, value):
             raise SettingsError(f"{path}: {key} of [tool.mpscale] must be {_KINDS[key]}, not {value!r}")
     baseline = table.get("baseline")
@@ -153,7 +153,7 @@ def add_results_option(add: Callable[..., Any], prefix: str = "", *, default: Pa
 
 
 def add_gate_options(add: Callable[..., Any], prefix: str = "") -> None:
-    """Add ``--fail-on`` and ``--strict``, which stand above ``[tool.mpscale]``."""
+    """Add ``--fail-on`` and ``--strict``, which override ``[tool.mpscale]``."""
     add(
         f"--{prefix}fail-on",
         action="append",
@@ -183,9 +183,9 @@ def number(parse: Callable[[str], N], fits: Callable[[N], bool], expected: str) 
     """Return the type of an option that takes a number.
 
     Args:
-        parse: makes a number of a text, or raises ValueError.
-        fits: whether the option can have it.
-        expected: what to say if there is no such number.
+        parse: converts a text to a number, or raises ValueError.
+        fits: whether the option accepts the number.
+        expected: describes what it accepts, for the message.
     """
 
     def parsed(text: str) -> N:
@@ -218,13 +218,13 @@ def memory(text: str) -> float:
 
 
 _PROBE = bytes(1 << 16)
-"""More than a file system stores beside a file's name: a full one has no room for it."""
+"""More than file systems store in the entry of a file itself, so it does not fit on a full disk."""
 
 
 def why_not_writable(wanted: Path) -> str | None:
     """Return why no file can be made in the folder ``wanted``, or None if one can. Leaves nothing behind.
 
-    This tries it: for root, permissions allow everything, even in /proc, and they say nothing about a full disk.
+    This makes one to find out: for root, permissions allow everything, even in /proc, and a full disk has them too.
     """
     made: list[Path] = []
     try:

@@ -1,4 +1,4 @@
-"""What a user sees in a terminal: text in any encoding, a line that is updated in place, and how far a run has come."""
+"""Output on a terminal: text in any encoding, a line that is updated in place, and the progress of a run."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ _WORDS = {
     Phase.ENERGY_END: "finishing",
     Phase.DONE: "finishing",
 }
-"""What a case does after it has reached a phase."""
+"""What a case is doing once it has reached a phase."""
 
 
 class Progress:

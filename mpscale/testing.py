@@ -258,7 +258,7 @@ class OverflowInjector:
         self._armed.assign(int(inside))
 
 
-inject_overflow = OverflowInjector  # read as a verb, it is what a test does
+inject_overflow = OverflowInjector  # a verb, which reads better in a test
 
 
 def _per_replica(name: str, initial: int) -> Any:
@@ -289,7 +289,7 @@ def _checked_value(value: Any) -> float:
     except TypeError:
         number = 0.0
     if math.isfinite(number):
-        raise ValueError(f"value must be inf, -inf or nan, not {value!r}; a finite gradient is no overflow")
+        raise ValueError(f"value must be inf, -inf or nan, not {value!r}; a finite gradient is not an overflow")
     return number
 
 

@@ -1,4 +1,4 @@
-"""The `mpscale` command. What needs a process of its own has one: the streams, the exit code, the imports."""
+"""The `mpscale` command. Tests of streams, exit code and imports start a process; the others call `main`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_workloads_lists_what_can_be_trained_and_the_modes(mpscale):
 
 
 @pytest.mark.parametrize("wanted", ["latest", NAME, NAME[:8], f"results/runs/{NAME}"])
-def test_report_rebuilds_the_files_and_says_where_they_are(mpscale, project, wanted):
+def test_report_rebuilds_the_files_and_lists_them(mpscale, project, wanted):
     code, out, err = mpscale("report", wanted)
     assert (code, err) == (0, "")
     paths = [project / line for line in out.splitlines()]
@@ -103,7 +103,7 @@ def test_report_for_github_is_printed_and_writes_nothing(mpscale, project):
         (("history", "--figure", "nowhere/h.svg"), "nowhere/h.svg: No such file or directory"),
     ],
 )
-def test_a_mistake_is_answered_in_one_line(mpscale, project, arguments, message):
+def test_a_mistake_gets_a_message_of_one_line(mpscale, project, arguments, message):
     code, out, err = mpscale(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("mpscale: error: ")
@@ -111,7 +111,7 @@ def test_a_mistake_is_answered_in_one_line(mpscale, project, arguments, message)
     assert message in err
 
 
-def test_a_broken_run_is_answered_in_one_line(mpscale, project):
+def test_a_broken_run_gets_a_message_of_one_line(mpscale, project):
     path = project / "results" / "runs" / NAME / "run.json"
     path.write_text("{")
     code, _, err = mpscale("report", "latest")
@@ -120,7 +120,7 @@ def test_a_broken_run_is_answered_in_one_line(mpscale, project):
     assert err.count("\n") == 1
 
 
-def test_a_folder_that_cannot_be_written_is_answered_in_one_line(mpscale, project):
+def test_a_file_that_cannot_be_written_gets_a_message_of_one_line(mpscale, project):
     # A folder in the place of the file: this fails for root as well, which permissions do not.
     (project / "results" / "runs" / NAME / "report.md").mkdir()
     code, _, err = mpscale("report", "latest")
@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_written_is_answered_in_one_line(mpscale, projec
     assert "report.md: Is a directory" in err
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(project):
+def test_a_closed_pipe_is_not_an_error(project):
     command = f"{sys.executable} -m mpscale.cli report latest --print | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=project, timeout=60)
     assert done.stderr == ""
@@ -154,7 +154,7 @@ def test_history_takes_runs_by_name_and_a_cases_csv(mpscale, project):
     assert NAME in out and path in out
 
 
-def test_history_writes_table_and_figure_where_it_is_told_to(mpscale, project):
+def test_history_writes_table_and_figure_to_the_named_files(mpscale, project):
     code, out, err = mpscale("history", "-o", "h.md", "--format", "markdown", "--figure", "h.svg")
     assert (code, out, err) == (0, "", "")
     assert NAME in (project / "h.md").read_text(encoding="utf-8")

@@ -228,7 +228,7 @@ def test_gates_are_refused_between_devices_unless_forced(compare):
 
 
 @pytest.mark.parametrize(("strict", "code"), [("false", 3), ("true", 1)])
-def test_gates_of_the_project_that_cannot_judge_two_devices_say_so(compare, tmp_path, strict, code):
+def test_gates_of_the_project_are_not_judged_between_two_devices(compare, tmp_path, strict, code):
     (tmp_path / "pyproject.toml").write_text(f'[tool.mpscale]\nfail-on = ["step_time>5%"]\nstrict = {strict}\n')
     found, text = compare(rows(), rows(**ON_GPU), device=GPU)
     assert found == code
@@ -272,7 +272,7 @@ def test_a_cpu_with_fewer_cores_or_instructions_is_another_device(compare, tmp_p
     assert "verdict" not in text
 
 
-def test_a_fact_that_older_runs_lack_is_no_difference_of_the_environments(compare, tmp_path):
+def test_a_fact_that_older_runs_lack_is_not_a_difference_of_the_environments(compare, tmp_path):
     for name, device in (("20260103T000000Z", CPU), ("20260104T000000Z", {**CPU, "vendor": None})):
         write_run(tmp_path / "results", finished(rows()), name=name, environment={"device": device, "os": name})
     _, text = compare.command("20260103", "20260104")
@@ -290,7 +290,7 @@ def test_three_runs_at_once(compare, tmp_path):
     assert "Speed-up over fp32, within each run" in text
 
 
-def test_a_shift_of_all_rows_is_shown_as_what_a_machine_does(compare):
+def test_a_shift_of_all_rows_is_shown_as_their_median(compare):
     modes = ("fp32", "mixed-static", "mixed-dynamic", "mixed-bf16")
     before, after = ([one for mode in modes for one in rows(mode, ms=ms)] for ms in (2.0, 1.6))
     _, text = compare(before, after)

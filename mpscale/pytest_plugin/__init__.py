@@ -52,7 +52,7 @@ class MeasuredCase:
             benchmark: pytest-benchmark's fixture.
 
         Returns:
-            The record of the case. It is in the journal in any case, even if the test is skipped or fails here.
+            The record of the case, which is in the journal even if the test is skipped or fails here.
         """
         outcome = self._session.run(self.case)
         record = outcome.record
@@ -60,7 +60,7 @@ class MeasuredCase:
         if status == "unsupported":
             pytest.skip(reason)
         if _fails(self.case, record):
-            # Used, but without a figure: pytest-benchmark warns about a fixture that was not used.
+            # Use the fixture, though without a figure: otherwise pytest-benchmark warns.
             benchmark.disabled = True
             benchmark.pedantic(lambda: None)
             tail = f"\nIts output ends with:\n{record['output_tail']}" if record["output_tail"] else ""
@@ -82,7 +82,7 @@ _EXTRA_INFO = (
 @pytest.fixture
 def mp_case(request: pytest.FixtureRequest, workload: str, mode: str, seed: int, repeat: int) -> MeasuredCase:
     """One case of the run. A test that asks for it is parametrised over all cases."""
-    # The four parameters only have to be asked for; the case itself is on the test.
+    # pytest demands that the four parameters are requested; the case itself is in the stash of the test.
     if hasattr(request.config, "workerinput"):
         pytest.fail(NO_XDIST)
     return MeasuredCase(request.node.stash[CASE], _session(request.config), request.node.stash[CLOCK])
@@ -101,7 +101,7 @@ def _session(config: pytest.Config) -> Session:
 
 
 def _fails(case: Case, record: Record) -> bool:
-    """Return whether a case fails its test. A rule that is on trial may diverge: that is a result."""
+    """Return whether a case fails its test. A mode on trial may diverge: that is a result."""
     if record["status"] in FAILED:
         return True
     mode = MODES[case.mode]

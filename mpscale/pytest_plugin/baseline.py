@@ -24,7 +24,7 @@ FILE = "comparison.md"
 
 
 def add_options(add: Callable[..., Any]) -> None:
-    """Add the options of the comparison, which stand above ``[tool.mpscale]``."""
+    """Add the options of the comparison, which override ``[tool.mpscale]``."""
     add(
         "--mp-baseline",
         metavar="RUN",
@@ -46,7 +46,7 @@ class BaselineCheck:
     def __init__(self, config: pytest.Config) -> None:
         option = config.getoption
         self._named = option("mp_baseline") is not None
-        """Whether the user chose the baseline for this very run, not in a file that people on other machines share."""
+        """Whether the user named the baseline for this run, and not in a file that is shared with other machines."""
         self._gates: list[Gate] = []
         self._threshold: float | None = None
         try:
@@ -63,14 +63,14 @@ class BaselineCheck:
         self.note: str | None = None
         """Why no gate was judged."""
         self._unjudged = False
-        """Whether a baseline of this very machine could not be compared, whoever chose it."""
+        """Whether a baseline of this machine could not be compared, wherever it was named."""
         self.left_out: list[tuple[str, str]] = []
         """Unreadable runs that ``latest`` skipped: folder and reason."""
         self.findings: list[Finding] = []
         self.comparison: Comparison | None = None
 
     def _parse(self) -> None:
-        # Not in every pytest run of a project that has a baseline: this import is slow.
+        # Imported here, since it is slow, and a project with a baseline has many pytest runs without cases.
         from mpscale.analysis.gates import parse_gates, parse_share
 
         self._gates = parse_gates(self._settings.fail_on)
@@ -80,7 +80,7 @@ class BaselineCheck:
     def open(self, results: Path, device: Device) -> None:
         """Read the baseline, before anything runs.
 
-        A baseline in ``[tool.mpscale]`` that is of another machine, or is not there yet, does not stop the run.
+        A baseline in ``[tool.mpscale]`` that was made on another machine, or does not exist yet, does not stop the run.
 
         Args:
             results: the results folder.
@@ -110,13 +110,11 @@ class BaselineCheck:
         except runs.RunError as error:
             raise pytest.UsageError(f"baseline: {error}") from error
         if there["kind"] is None and there["name"] is None:
-            raise pytest.UsageError(
-                f"baseline {baseline.name} does not say of which machine it is: use the original file"
-            )
+            raise pytest.UsageError(f"baseline {baseline.name} does not name its machine: use the original file")
         here = runs.machine(device.kind, device.name, {"cpu": host.cpu_facts(), "variables": os.environ})
         if not runs.same_machine(there, here):
             machines = f"{runs.machine_words(there)}, and this is {runs.machine_words(here)}"
-            problem = f"baseline {baseline.name} is of {machines}"
+            problem = f"baseline {baseline.name} was made on {machines}"
             if self._named:
                 raise pytest.UsageError(f"{problem}; gates judge one kind of device")
             self.note = f"{problem}: not compared"
@@ -162,7 +160,7 @@ class BaselineCheck:
                 run_more(further_cases(run, first_repeats, settings))
                 self.comparison, self.findings = look(read_run(path), first_repeats)
             if not self.comparison.same_device:
-                self.note = f"baseline {baseline.name} is of another machine: no gate was judged"
+                self.note = f"baseline {baseline.name} was made on another machine: no gate was judged"
         except RunError as error:
             self.note = str(error)
             self.findings = []
@@ -189,7 +187,7 @@ class BaselineCheck:
         return exit_code(self.findings, self._settings.strict) == FIRED
 
     def lines(self) -> list[str]:
-        """Return what the terminal shows of it."""
+        """Return the lines for the terminal."""
         from mpscale.analysis.quantities import Outcome
 
         lines = [f"{folder} cannot be the baseline: {reason}" for folder, reason in self.left_out]
@@ -201,10 +199,9 @@ class BaselineCheck:
         if self.findings:
             outcomes = [finding.outcome for finding in self.findings]
             text = f"{outcomes.count(Outcome.PASSED)} of {len(outcomes)} gated figures passed"
-            untold = outcomes.count(Outcome.CANNOT_TELL)
-            if untold:
+            if unknown := outcomes.count(Outcome.CANNOT_TELL):
                 effect = "fails the run" if self._settings.strict else "fails a run with --mp-strict only"
-                text += f"; {untold} could not be told, which {effect}"
+                text += f"; {unknown} could not be judged, which {effect}"
             lines.append(text)
         if self.comparison is not None:
             from mpscale.report.comparison import unread
@@ -220,12 +217,12 @@ def _next_repeat(run: Run, row: tuple[str, str]) -> int:
 def further_cases(run: Run, first_repeats: Mapping[tuple[str, str], int], settings: Settings) -> list[Case]:
     """Return the cases that measure rows again: twice as many timing-only processes as each row had.
 
-    Rows are interleaved, so that a drift affects them all. Each case uses a seed whose training was not lost: the step
-    times of a lost one do not count.
+    Rows are interleaved, so that a drift affects them all. Each case uses a seed whose training was not lost, since the
+    step times of a lost one do not count.
 
     Args:
         run: the run so far.
-        first_repeats: rows, workload and mode, and the first repeat that is free in each.
+        first_repeats: {(workload, mode): the first repeat that is free}.
         settings: those of the run.
     """
     from mpscale.core.record import of_good_trainings

@@ -1,4 +1,4 @@
-"""The plug-in's options, all under ``--mp-``. Each group stands above the function that makes something of it."""
+"""The plug-in's options, all under ``--mp-``. Each group is followed by the functions that read it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def named_modes(config: pytest.Config) -> tuple[Mode, ...] | None:
 
 
 def workloads(config: pytest.Config) -> list[str]:
-    """Return the names of the workloads. The user's own are only looked up later: that takes the suite's folders."""
+    """Return the names of the workloads. The user's own are looked up later, when the suite's folders are known."""
     from mpscale.workloads import registry
 
     names = list(dict.fromkeys(config.getoption("mp_workloads") or preset(config).workloads))
@@ -305,7 +305,7 @@ def _add_scale_option(add: Add, scaling: Scaling) -> None:
 
 
 def _cores(text: str) -> set[int]:
-    """Parse numbers of cores, such as "0,2-3"; this process must be allowed to use them."""
+    """Parse numbers of cores that this process may use, such as "0,2-3"."""
     match = re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text.replace(" ", ""))
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     cores: set[int] = set()

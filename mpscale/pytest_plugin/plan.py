@@ -55,11 +55,11 @@ class Plan:
 
     Args:
         config: of the session.
-        driver: knows the GPUs.
+        driver: lists the GPUs.
         shuffle_seed: for the order of the cases.
 
     Raises:
-        ValueError: the environment asks for a GPU that is not there.
+        ValueError: the environment selects a GPU that does not exist.
     """
 
     def __init__(self, config: pytest.Config, driver: Driver, shuffle_seed: int) -> None:
@@ -148,7 +148,7 @@ def _measures(item: pytest.Item) -> bool:
 def shuffle_seed(config: pytest.Config) -> int:
     """Return a seed for the order of cases.
 
-    Workers of pytest-xdist must agree on it, or they stop before any test can say that xdist cannot be used.
+    Workers of pytest-xdist must agree on it, or they stop before a test can report that xdist cannot be used.
     """
     worker: dict[str, str] = getattr(config, "workerinput", {})
     return int(worker["testrunuid"], 16) if "testrunuid" in worker else int(time.time())

@@ -1,4 +1,4 @@
-"""One pytest session of mpscale: what happens when, from the plan to the reports, and what the terminal shows of it."""
+"""One pytest session of mpscale, from the plan to the reports, with its output on the terminal."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Output:
 
 
 class LiveRun:
-    """Runs cases, and shows how far it has come.
+    """Runs cases and shows their progress.
 
     Args:
         plan: the chosen cases, and where they run.
@@ -82,7 +82,7 @@ class LiveRun:
         self._progress = Progress(output.live_line(), time.monotonic)
         self._progress.plan(plan.chosen)
         self._run = BenchmarkRun(plan.chosen, plan.device, plan.driver, how, self._progress.event)
-        # A GPU that the driver's library does not find is measured as a CPU; say so.
+        # Without the driver's library, a machine with a GPU is measured as a CPU: explain that.
         no_gpu = f"; no GPU: {plan.driver.reason}" if plan.driver.reason and not plan.on_gpu else ""
         output.say(f"on {plan.device.name} ({plan.device.kind.upper()}){no_gpu}")
         if busy := busy_words():
@@ -120,7 +120,7 @@ class LiveRun:
         self._note_troubles()
 
     def _note_troubles(self) -> None:
-        """Say at once what went wrong with the run's files. It is said again at the end of the session."""
+        """Report new problems with the run's files at once. They are repeated at the end of the session."""
         for trouble in self._run.troubles:
             if trouble not in self.troubles:
                 self.troubles.append(trouble)
@@ -257,7 +257,7 @@ class Session:
                 write_reports(self._finished, to_csv(self._finished.records))
                 self._check.write(run.path)
         except Exception as error:
-            # The tests are done and the journal has their results, whatever goes wrong with a report.
+            # A report that fails must not stop pytest: the journal has all results.
             run.troubles.append(f"no report could be made of {run.path}: {_describe(error)}")
         if run.troubles and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

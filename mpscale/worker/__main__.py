@@ -12,6 +12,10 @@ not, so the session then starts fresh ones.
 The warm parent first sends an empty message. For each case the session sends an empty message with two descriptors:
 the worker's end of its wire, and the file for its output. The parent answers ``{"pid": ...}`` and, when that worker has
 ended, ``{"status": wait status}``. It runs one case at a time, and ends when its wire is closed.
+
+A case that fails reports what the user's code or TensorFlow raised. Keras and AutoGraph replace that exception by one
+of their own, whose message begins with the path to the error or ends with the arguments of a layer. All of it is still
+in the traceback, which the record keeps.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import atexit
 import contextlib
 import functools
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -31,22 +36,32 @@ from typing import Any
 
 from mpscale.core.case import Case
 from mpscale.core.device import Device
+from mpscale.core.out_of_memory import ran_out
 from mpscale.core.process import die_with_parent
-from mpscale.core.wire import Channel, Finished, Wire
-from mpscale.worker.cause import cause
+from mpscale.core.wire import Channel, Failed, Finished, Wire
+
+_NO_JIT = "XLA could not compile the train step or the evaluation: --mp-jit off runs them without it"
+
+_STACK_ABOVE = re.compile(r"\AGraph execution error:.*^  File [^\n]*\n", re.DOTALL | re.MULTILINE)
+_NOTES_BELOW = re.compile(
+    r"\s*(\n\s*Traceback \(most recent call last\)|\n\s*The op is created at|\n\s*Stack trace for op definition"
+    r"|\n\s*\[\[\{\{node|\n\s*tf2xla conversion failed|\[Op:\w).*",
+    re.DOTALL,
+)
+_NODES_WITHIN = re.compile(r"\{\{function_node [^}]*\}\} ?|\[_XlaMustCompile=[^\]]*\]|\{\{node [^}]*\}\}$")
 
 
 def main(wire: Wire) -> int:
     """Run the case that is asked for; return the exit code, 0 even if the training diverged."""
-    # A training is worth no less because its progress bar does not fit the terminal's encoding.
+    # A progress bar that standard output cannot encode must not end a training.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     channel = Channel(wire)
     request = wire.receive()
     try:
         from mpscale.worker.case import execute
 
-        # Python's path as pytest has it, so that a module of the user's is the same file here. After TensorFlow's
-        # import: a module beside a suite must not stand in for one of the same name that TensorFlow needs.
+        # Use pytest's path, so that a user's module is the same file here. Not before TensorFlow has been imported: a
+        # module beside the suite must not hide one of the same name that TensorFlow needs.
         sys.path[:] = dict.fromkeys([*request["sys_path"], *sys.path])
         _keep_generated_files_in(request["scratch"])
         steps_path = request["steps_path"]
@@ -57,7 +72,7 @@ def main(wire: Wire) -> int:
             channel,
             request["energy_s"],
         )
-    except BaseException as error:  # libraries derive their own, to stop or to cancel something
+    except BaseException as error:  # some libraries derive from it, for instance to cancel
         traceback.print_exc()
         channel.send(cause(error, request["case"]["settings"]["jit"]))
         return 1
@@ -81,7 +96,7 @@ def _keep_generated_files_in(folder: str) -> None:
 
 
 def _runtime() -> dict[str, Any]:
-    """What only a process that has imported TensorFlow knows about the environment."""
+    """Facts about the environment that only TensorFlow has."""
     import tensorflow as tf
 
     build = tf.sysconfig.get_build_info()
@@ -139,7 +154,7 @@ def _run_child(parents: Wire, own: int, log: int) -> None:
 
 
 def _forget_exit_handlers() -> None:
-    """Leave the parent's clean-up to the parent; what a case registers from here on runs when it ends."""
+    """Leave the parent's clean-up to the parent. What the case registers later runs when the case ends."""
     atexit._clear()
     finalize: Any = weakref.finalize
     for inherited in list(finalize._registry):
@@ -147,12 +162,98 @@ def _forget_exit_handlers() -> None:
     finalize._registered_with_atexit = False
 
 
+def cause(error: BaseException, jit: bool) -> Failed:
+    """The event that reports an exception. ``jit``: whether XLA compiles train steps."""
+    first = _unwrapped(error)
+    message = _text(first)
+    if _is_operation_error(first):
+        message = _without_surroundings(message)
+    if not message.strip():
+        message = _where(error)
+    oom = _is_out_of_memory(error) or _is_out_of_memory(first) or ran_out(_text(error))
+    if jit and not oom and _is_operation_error(first) and _refused_by_xla(first):
+        message = f"{message.strip()}. {_NO_JIT}"
+    return Failed(type(first).__name__, message, oom)
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """The exception that Keras or AutoGraph has replaced.
+
+    Both raise theirs while they handle the original, so that is the context of theirs. Keras marks its own exceptions;
+    AutoGraph attaches the same metadata to both.
+    """
+    while error.__context__ is not None:
+        metadata = getattr(error, "ag_error_metadata", None)
+        of_autograph = metadata is not None and getattr(error.__context__, "ag_error_metadata", None) is metadata
+        if not of_autograph and not getattr(error, "_keras_call_info_injected", False):
+            break
+        error = error.__context__
+    return error
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        return f"the code of the case called sys.exit({error.code!r})"
+    try:
+        return str(error)
+    except Exception as another:
+        return f"its message cannot be read: {type(another).__name__}"
+
+
+def _where(error: BaseException) -> str:
+    """The line that raised an exception, for one without a message, such as that of a bare ``assert``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].line} (line {frames[-1].lineno} of {frames[-1].filename})" if frames else ""
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # NumPy derives its own from MemoryError. TensorFlow's is known by name, as it may not have been imported yet.
+    return isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
+
+
+def _is_operation_error(error: BaseException) -> bool:
+    """Whether a TensorFlow operation raised it. Looks at names, since TensorFlow may not have been imported yet."""
+    return any(kind.__name__ == "OpError" and kind.__module__.startswith("tensorflow") for kind in type(error).__mro__)
+
+
+def _without_surroundings(message: str) -> str:
+    """The message of an operation's error, without the stack above it and the node, stack and notes below it.
+
+    TensorFlow joins them into one text, which has to be parsed. A message of another form is returned unchanged.
+    """
+    text = _NODES_WITHIN.sub("", _STACK_ABOVE.sub("", _NOTES_BELOW.sub("", message))).strip()
+    return text or message
+
+
+def _refused_by_xla(error: BaseException) -> bool:
+    """Whether XLA could not compile a function.
+
+    No operation of a compiled program fails with one of these codes, so compiling it failed. Whether a function must
+    be compiled is an attribute of its definition, which only the message names. If the definition is gone by now, the
+    message contains the attribute or XLA's device.
+    """
+    from tensorflow.python.eager import context
+    from tensorflow.python.framework import errors
+
+    codes = (errors.INVALID_ARGUMENT, errors.UNIMPLEMENTED, errors.FAILED_PRECONDITION, errors.NOT_FOUND)
+    text = _text(error)
+    if getattr(error, "error_code", None) == errors.INTERNAL:
+        # On a GPU a compiled program can also fail with this code. XLA's autotuner runs before there is a program.
+        return text.startswith("Autotuner ")
+    if getattr(error, "error_code", None) not in codes:
+        return False
+    named = re.search(r"\[Op:(\S+)\]", text)
+    if named is not None and context.context().has_function(named[1]):
+        return bool(context.context().get_function_def(named[1]).attr["_XlaMustCompile"].b)
+    return any(mark in text for mark in ("_XlaMustCompile=true", "XLA_CPU_JIT", "XLA_GPU_JIT"))
+
+
 if __name__ == "__main__":
     die_with_parent()
-    what, descriptor = sys.argv[1:]
-    # A workload's module may look for arguments of its own when it is imported. These are not.
+    option, descriptor = sys.argv[1:]
+    # A workload's module may parse the command line when it is imported.
     del sys.argv[1:]
-    if what == "--serve":
+    if option == "--serve":
         serve(Wire.inherited(int(descriptor)))
     else:
         sys.exit(main(Wire.inherited(int(descriptor))))

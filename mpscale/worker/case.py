@@ -31,12 +31,12 @@ from mpscale.workloads import Data, Workload, registry
 from mpscale.workloads.metric import ACCURACY
 
 _LEAST_MORE_S = 0.5
-"""Least time of steps after the timing for energy: during the timing the counter is read too seldom to end there."""
+"""Shortest time to go on after the timing, to measure energy: during it the counter is read too rarely to end there."""
 
 _NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
 
 Status = tuple[str, str | None]
-"""A status of a case, and why it is not ``ok``."""
+"""The status of a case, and the reason if it is not ``ok``."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Built:
         order: of the data, indices (steps, batch).
         model: built under the mode's policy.
         optimizer: the workload's, without the mode's loss scaling.
-        optimizer_config: describes it as it was before it was wrapped, which each mode does in its own way.
-        noted_loss: the objective, as the train step calls it.
+        optimizer_config: describes the optimizer as it was before the mode wrapped it.
+        noted_loss: the objective as the train step calls it.
     """
 
     case: Case
@@ -79,8 +79,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
         device: where to train; the process must have been started with this device visible.
         steps_path: where to write the log of every step, as gzipped CSV.
         channel: takes the reports.
-        energy_s: how long to take steps, from the start of the timing, so that their energy can be counted; 0 if it
-            is not counted.
+        energy_s: how long to take steps, from the start of the timing, to measure their energy; 0 for no energy.
     """
     mode = MODES[case.mode]
     require(device)
@@ -126,7 +125,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
 
 
 def _put(found: Findings, column: str, value: float | None, missing: Reason) -> None:
-    """Note a figure if it is finite, otherwise why there is none."""
+    """Put a figure if it is finite, otherwise the reason why not; ``missing`` is the reason if there is no value."""
     if value is not None and np.isfinite(value):
         found.values[column] = value
     else:
@@ -152,7 +151,7 @@ def _build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
     batch, steps = settings.batch_size or workload.batch_size, settings.train_steps or workload.train_steps
     order = batches(len(data.train_x), batch, steps, case.seed, settings.repeat_data)
     start = time.perf_counter()
-    # Set the seed last before the model is built: loading data may draw random numbers, and not in every process.
+    # Set the seed just before the model is built: loading data may draw random numbers, but not in every process.
     keras.utils.set_random_seed(case.seed)
     arithmetic.settle()
     model = models.make_model(workload.model)
@@ -237,12 +236,12 @@ def _train(built: Built, steps_path: Path | None, channel: Channel) -> Status:
     _report(channel, found)
     if steps_path is not None:
         _write_steps(steps_path, training.log)
-    # As Keras' fit ends: an optimizer with a moving average of the weights replaces the weights by it.
+    # As at the end of Keras' fit: an optimizer that keeps a moving average of the weights copies it into them.
     built.step.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
     metric, name = evaluate(data.test_x, data.test_y), workload.metric_name
-    found, another = Findings(), Reason(Code.NOT_IN_WORKLOAD, f"the workload's metric is {name}")
-    _put(found, "metric_value", metric, another)
-    _put(found, "final_accuracy", metric if name == ACCURACY else None, another)
+    found, other = Findings(), Reason(Code.NOT_IN_WORKLOAD, f"the workload's metric is {name}")
+    _put(found, "metric_value", metric, other)
+    _put(found, "final_accuracy", metric if name == ACCURACY else None, other)
     # Before anything else is evaluated: a case that dies later keeps its metric.
     _report(channel, found)
     found, unpublished = Findings(), Reason(Code.NOT_IN_WORKLOAD, "the data has no other published test set")
@@ -256,7 +255,7 @@ def _train(built: Built, steps_path: Path | None, channel: Channel) -> Status:
 
 
 def _write_steps(path: Path, log: Log) -> None:
-    """Write loss, loss scale and overflow of every step; what the mode does not have is empty."""
+    """Write loss, loss scale and overflow of every step; columns that the mode does not have are empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     empty = [""] * len(log)

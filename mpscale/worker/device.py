@@ -1,4 +1,4 @@
-"""The device as TensorFlow and CUDA see it. No other module of the worker knows about GPUs."""
+"""The device as TensorFlow and CUDA see it. All code of the worker that concerns GPUs is here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpscale.core.mode import Mode
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 
-_SUCCESS = 0  # of a call to CUDA
+_SUCCESS = 0  # what a call to CUDA returns
 
 
 class AllocatorPeak:
@@ -32,7 +32,7 @@ class AllocatorPeak:
             tf.config.experimental.reset_memory_stats("GPU:0")
 
     def columns(self) -> Findings:
-        """The peaks in MiB; that of the window, if there was one, ends now."""
+        """The peaks in MiB. The window, if one has begun, ends here."""
         whole, timed = "gpu_memory_allocator_peak_mib", "gpu_memory_allocator_timed_peak_mib"
         found = Findings()
         peak = self._peak()
@@ -55,7 +55,7 @@ class AllocatorPeak:
             peak = float(tf.config.experimental.get_memory_info("GPU:0")["peak"])
         except (ValueError, tf.errors.OpError) as error:
             return Reason(Code.ALLOCATOR_SILENT, f"TensorFlow's allocator keeps no statistics: {error}")
-        # A process that has trained did hold memory: an allocator that does not count says 0.
+        # A process that has trained has held memory, so an allocator that reports 0 does not count.
         return peak / 2**20 or Reason(Code.ALLOCATOR_SILENT, "TensorFlow's allocator reports a peak of 0 bytes")
 
 
@@ -73,10 +73,10 @@ def require(device: Device) -> None:
 
 
 def touch(device: Device, mode: Mode) -> Findings:
-    """Make the device that this process was started for ready; return the columns that say how it was set up.
+    """Set up the device that this process was started for; return the columns that describe the setup.
 
     Raises:
-        RuntimeError: TensorFlow uses another GPU than the one that NVML watches.
+        RuntimeError: TensorFlow uses another GPU than the one that is monitored.
     """
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
@@ -109,23 +109,23 @@ def set_arithmetic(mode: Mode) -> None:
 
 
 def mismatch(uuid: str | None, pci_bus_id: str | None) -> str | None:
-    """Why CUDA's first device is not the GPU that NVML watches; None if it is, or if CUDA does not say.
+    """Why CUDA's first device is not the GPU that is monitored; None if it is, or if CUDA does not identify it.
 
-    CUDA and NVML number GPUs differently. This check keeps the figures of one GPU from being reported for another.
-    ``uuid``, of a GPU or a MIG instance, and ``pci_bus_id`` are NVML's.
+    CUDA and the driver number GPUs differently: without this check, figures of one GPU could be reported for another.
+    ``uuid``, of a GPU or a MIG instance, and ``pci_bus_id`` are the driver's.
     """
     cuda_uuid, cuda_bus = _first_device()
     if uuid and cuda_uuid:
         same = uuid.split("-", 1)[-1].replace("-", "").casefold() == cuda_uuid
-        return None if same else f"CUDA uses the GPU with UUID {cuda_uuid}, but NVML watches {uuid}"
+        return None if same else f"CUDA uses the GPU with UUID {cuda_uuid}, but mpscale monitors {uuid}"
     if pci_bus_id and cuda_bus:
         same = _bus(pci_bus_id) == _bus(cuda_bus)
-        return None if same else f"CUDA uses the GPU at PCI bus {cuda_bus}, but NVML watches the one at {pci_bus_id}"
+        return None if same else f"CUDA uses the GPU at PCI bus {cuda_bus}, but mpscale monitors that at {pci_bus_id}"
     return None
 
 
 def _first_device() -> tuple[str | None, str | None]:
-    """UUID (32 hexadecimal digits) and PCI bus id of CUDA's first device; None for what CUDA does not say."""
+    """UUID (32 hexadecimal digits) and PCI bus id of CUDA's first device; None for what CUDA does not report."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
         device = ctypes.c_int()
@@ -134,19 +134,19 @@ def _first_device() -> tuple[str | None, str | None]:
     except (OSError, AttributeError):
         return None, None
 
-    def told(name: str, *arguments: Any) -> bool:
+    def succeeds(name: str, *arguments: Any) -> bool:
         function = getattr(cuda, name, None)
         return function is not None and function(*arguments) == _SUCCESS
 
     raw, text = (ctypes.c_ubyte * 16)(), ctypes.create_string_buffer(32)
     # For a MIG instance, the second version returns its own UUID and the first that of its GPU.
-    has_uuid = told("cuDeviceGetUuid_v2", raw, device) or told("cuDeviceGetUuid", raw, device)
-    has_bus_id = told("cuDeviceGetPCIBusId", text, len(text), device)
+    has_uuid = succeeds("cuDeviceGetUuid_v2", raw, device) or succeeds("cuDeviceGetUuid", raw, device)
+    has_bus_id = succeeds("cuDeviceGetPCIBusId", text, len(text), device)
     return bytes(raw).hex() if has_uuid else None, text.value.decode(errors="replace") if has_bus_id else None
 
 
 def _bus(bus_id: str) -> tuple[int, ...]:
-    """A bus id as numbers: NVML writes the domain with eight digits, CUDA with four."""
+    """A bus id as numbers. The driver writes the domain with eight digits, CUDA with four."""
     domain, bus, rest = bus_id.split(":")
     slot, _, function = rest.partition(".")
     return tuple(int(part or "0", 16) for part in (domain, bus, slot, function))

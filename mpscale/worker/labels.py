@@ -2,9 +2,9 @@
 
 Labels (examples,) and outputs (examples, 1), or (examples, 1) and (examples, classes), broadcast to a matrix of every
 label against every output: nothing fails, and the result is wrong. Keras' own losses and metrics get the shape that
-Keras would give them. A function of the user's own is tried out: its result has to change when the labels are moved,
-which the result of an all-against-all matrix does not. If that does not decide, its result for several examples has to
-be the mean, or the sum, of its results for each one.
+Keras would give them. A function of the user's own is tried out: its result must change when the labels are moved. That
+of an all-against-all matrix does not. If this does not decide, its result for several examples must be the mean, or the
+sum, of its results for each one.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy.typing as npt
 import tensorflow as tf
 
 Shape = Sequence[int | None]
-"""Of one example's label or output; None for a size that is not known."""
+"""Shape of one example's label or output; None for an unknown size."""
 
 Function = Callable[[Any, Any], Any]
 """A loss or a metric: ``(labels, outputs)`` to a number or an array of numbers."""
 
 Form = Callable[[Any], Any]
-"""Turns labels, a NumPy array or a tensor, into the shape that is wanted."""
+"""Reshapes labels, a NumPy array or a tensor, for a loss or metric."""
 
 PROBED = 16
 """Examples on which a function is tried out."""
@@ -48,7 +48,7 @@ def _squeezed(labels: Any) -> Any:
 
 
 def forms(labels: Shape, outputs: Shape) -> list[Form]:
-    """The forms in which labels may be meant, Keras' choice last."""
+    """The forms that labels may be meant to have, Keras' choice last."""
     found: list[Form] = [as_they_are]
     if len(labels) + 1 == len(outputs) and outputs[-1] == 1:
         found.append(_expanded)
@@ -74,7 +74,7 @@ def check_fit(kind: str, labels: Shape, outputs: Shape) -> None:
     """Check labels for a Keras loss or metric, which would broadcast labels that do not fit.
 
     Args:
-        kind: its name in snake case; empty if it is not Keras' own, in which case nothing is known about it.
+        kind: its name in snake case; empty for a function of the user's own, which is not checked.
         labels: in their final form.
         outputs: the model's.
 
@@ -111,24 +111,24 @@ def form_for(function: Function, labels: npt.NDArray[Any], outputs: Shape, what:
         examples: batch size for trying it out.
 
     Raises:
-        ValueError: the forms lead to different results, and it cannot be decided which one is meant.
+        ValueError: the forms lead to different results, and nothing shows which one is meant.
     """
     candidates = forms(labels.shape[1:], outputs)
     if len(candidates) == 1 or None in outputs:
         return candidates[0]
     sample = sample_of(labels, examples)
     draws = [outputs_like(sample, outputs, seed) for seed in range(2)]
-    said = {form: [mean(function, form(sample), draw) for draw in draws] for form in candidates}
-    running = [form for form in candidates if None not in said[form]]
-    pairing = [form for form in running if _pairs(function, form(sample), draws, said[form])]
+    results = {form: [mean(function, form(sample), draw) for draw in draws] for form in candidates}
+    running = [form for form in candidates if None not in results[form]]
+    pairing = [form for form in running if _pairs(function, form(sample), draws, results[form])]
     if len(pairing) == 1:
         return pairing[0]
     running = pairing or running
     for form in running:
-        if all(_adds_up(function, form(sample), draw, said[form][place]) for place, draw in enumerate(draws)):
+        if all(_adds_up(function, form(sample), draw, results[form][place]) for place, draw in enumerate(draws)):
             return form
-    if not running or all(np.allclose(said[form], said[running[0]], _RTOL) for form in running):  # type: ignore[arg-type]
-        # If nothing runs, the error of the first real batch explains it better than one of a probe.
+    if not running or all(np.allclose(results[form], results[running[0]], _RTOL) for form in running):  # type: ignore[arg-type]
+        # If nothing runs, the error of the first real batch is a better explanation than that of a probe.
         return running[0] if running else candidates[0]
     raise ValueError(
         f"the {what} broadcasts labels of shape {_shape(labels.shape[1:])} against outputs of shape {_shape(outputs)}, "
@@ -174,7 +174,7 @@ def sample_of(labels: npt.NDArray[Any], examples: int = PROBED) -> npt.NDArray[A
 
 
 def outputs_like(labels: npt.NDArray[Any], shape: Shape, seed: int) -> npt.NDArray[np.float32]:
-    """Outputs between 0 and 1 of a mostly right model: if all were wrong, every shape would give the same result."""
+    """Outputs between 0 and 1 of a model that is mostly right: if all were wrong, every form would have one result."""
     random = np.random.default_rng(seed)
     outputs = random.uniform(0.05, 0.5, (len(labels), *shape))  # type: ignore[arg-type]
     values = np.nan_to_num(labels.astype(float))
@@ -188,9 +188,9 @@ def outputs_like(labels: npt.NDArray[Any], shape: Shape, seed: int) -> npt.NDArr
     return outputs.astype(np.float32)
 
 
-def _pairs(function: Function, labels: Any, draws: Sequence[Any], said: Sequence[float | None]) -> bool:
+def _pairs(function: Function, labels: Any, draws: Sequence[Any], results: Sequence[float | None]) -> bool:
     """Whether the function's result depends on which label goes with which output."""
-    for draw, whole in zip(draws, said, strict=True):
+    for draw, whole in zip(draws, results, strict=True):
         for shift in _SHIFTS:
             moved = mean(function, np.roll(labels, shift, axis=0), draw)
             if moved is not None and not np.isclose(moved, whole, _RTOL):  # type: ignore[arg-type]

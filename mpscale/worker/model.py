@@ -1,7 +1,7 @@
 """A workload's model and optimizer: made, checked, and described so that the modes can be compared.
 
-A model or optimizer is refused if mpscale's train step would train it in another way than it asks for. A description is
-JSON that is the same in every process and every mode, so it leaves out names of layers, dtypes and addresses.
+A model or optimizer is refused if mpscale's train step would not train it as it asks. A description is JSON that is the
+same in every process and every mode, so it leaves out names of layers, dtypes and addresses.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def make_model(build: Any) -> keras.Model:
 
     Raises:
         TypeError: it is not a Keras model.
-        ValueError: it defines how it is trained, which mpscale would ignore, or has several inputs.
+        ValueError: it defines how it is trained, which mpscale would ignore, or it has several inputs.
     """
     model = build()
     if not isinstance(model, keras.Model):
@@ -61,7 +61,7 @@ def make_model(build: Any) -> keras.Model:
 
 
 def build_model(model: keras.Model, examples: npt.NDArray[Any]) -> None:
-    """Create the weights of a model that creates them when it first sees data, from a batch of examples.
+    """Create the weights of a model that has none before it sees data, from a batch of examples.
 
     Raises:
         ValueError: it has no trainable weights.
@@ -116,7 +116,7 @@ def _copy(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     try:
         copy, settings = type(optimizer).from_config(optimizer.get_config()), _settings(optimizer)
         for name, value in vars(optimizer).items():
-            # The config also lacks settings that were changed later, and which weights are excluded from weight decay.
+            # The config lacks settings that were changed later, and the weights that are excluded from weight decay.
             later = name in settings and name not in ("_built", "name") and vars(copy).get(name) != value
             if later or name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
                 setattr(copy, name, value)
@@ -140,7 +140,7 @@ def _settings(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
 
 
 def _all_inside(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.optimizers.Optimizer]:
-    """The optimizer and those that it holds, under any name."""
+    """The optimizer and those in its attributes, at any depth."""
     yield optimizer
     for held in vars(optimizer).values():
         for inner in held if isinstance(held, list | tuple) else (held,):

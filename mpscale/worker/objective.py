@@ -30,14 +30,14 @@ _NOT_REPEATABLE = re.compile(r"Assign|ResourceScatter|Random|Multinomial|RngRead
 
 
 class Objective:
-    """``(labels, outputs) -> loss``: a scalar in float32 or wider, the same that Keras' ``fit`` computes.
+    """``(labels, outputs) -> loss``: a scalar in float32 or wider, as Keras' ``fit`` computes it.
 
     Labels get the shape that the loss takes (see labels.py). Outputs in half precision are cast to float32 first.
     Losses of single examples are averaged, leaving out what the model masks.
 
     Args:
         loss: as in :class:`~mpscale.workloads.Workload`.
-        labels: of the training set; they are checked, and show which shape the loss takes.
+        labels: of the training set, to check them and to find out which shape the loss takes.
 
     Raises:
         ValueError: Keras knows no loss of that name, or the labels cannot be trained on.
@@ -71,7 +71,7 @@ class Objective:
         if outputs.dtype in (tf.float16, tf.bfloat16):
             outputs = tf.cast(outputs, tf.float32)
         if mask is not None and self._loss is sparse_cross_entropy:
-            # It takes the mean itself, which would count masked places.
+            # It averages by itself, and would count masked places.
             losses = keras.losses.sparse_categorical_crossentropy(labels, outputs, from_logits=True)
         else:
             losses = self._loss(labels, outputs)
@@ -81,7 +81,7 @@ class Objective:
         """For a model with one output, the value at which the loss is the same for labels 0 and 1.
 
         It is 0 for logits and 0.5 for probabilities. None if it is neither, if the loss cannot be computed for one
-        example, or if the loss takes logits although the model ends in a sigmoid, which is a contradiction.
+        example, or if the loss takes logits but the model ends in a sigmoid, a contradiction.
         """
         if None in self.output:
             return None
@@ -135,10 +135,10 @@ class Objective:
         self._form = form if labels.dtype == self._labels.dtype else lambda labels: tf.cast(form(labels), dtype)
 
     def _as_taken(self, loss: Loss, labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Labels in the dtype that a loss of the user's own takes.
+        """Cast labels to the dtype that a loss of the user's own takes.
 
-        Keras casts the labels of every loss to float. Integers stay integers if the loss accepts them with the same
-        result. That rules out uint8 arithmetic, for example, in which 0 - 1 is 255.
+        Keras casts the labels of every loss to float. Integers stay integers if the loss accepts them and its result is
+        the same: in uint8, for example, 0 - 1 is 255.
         """
         outputs = label_forms.outputs_like(labels, self.output, 0)
         floats = labels.astype(np.float32)

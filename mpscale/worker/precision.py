@@ -1,8 +1,8 @@
 """The precision in which a model really computes, and the global settings that decide it.
 
 A mode only asks for a precision: a model function may pin layers to another one or change Keras' policy.
-:class:`Precision` reads from the layers and from the traced train step what will be trained. :class:`Arithmetic` sets
-global settings as the mode has them and notices changes. Both object if that is not what the mode promises.
+:class:`Precision` reads the real one from the layers and the traced train step. :class:`Arithmetic` sets the mode's
+global settings and detects changes. Both object to what the mode does not promise.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _FPMATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "TF_SET_ONE
 _XLA = ("XLA_FLAGS", "TF_XLA_FLAGS")
 _PRECISION_FLAG = re.compile(r"precision|fast_math|fast_min_max|tf32|b?f16|f8|denormal|algorithm|auto_jit|determinis")
 _AT_START = {name: os.environ.get(name, "") for name in _XLA}
-"""As the process was started: this module is imported before the user's."""
+"""At the start of the process: this module is imported before the user's."""
 
 
 class Precision:
@@ -108,7 +108,7 @@ class Precision:
             if dtype in _FLOATS and dtype not in allowed
         ]
         if not wrong:
-            # No product or layer, but something in between may cast to another precision.
+            # Products and layers are as promised, but an operation between them may cast to another precision.
             halves = [(name, dtype) for name, dtype in self._dtypes if dtype in _LOW.values() and dtype != low]
             wrong = [f"{name.removeprefix('gradient_tape/')} in {dtype}" for name, dtype in halves[:1]]
         if wrong:
@@ -134,8 +134,8 @@ class Precision:
     def _computes_in(self, low: str) -> bool:
         """Whether products are in ``low``, or, in a model without them, its layers.
 
-        Looking up a table always counts. In a model with products, other layers in ``low`` do not, such as a
-        normalisation: a layer with products is judged by these and not by its policy.
+        A layer that looks up a table always counts. In a model with products, others in ``low`` do not count, such as a
+        normalisation, and layers with products are judged by these, not by their policy.
         """
         if self.products[low]:
             return True
@@ -157,21 +157,21 @@ class Precision:
 
 
 class Arithmetic:
-    """The global settings that decide precision, set as the mode has them and checked for later changes.
+    """Sets the global settings that decide precision to the mode's, and checks them for later changes.
 
     A workload's module and data function run before the model is built, so their changes are simply overwritten. Later
-    changes cannot be undone, since part of the model may have been made under them. ``jit`` says whether train steps
-    are compiled with XLA.
+    changes cannot be undone, since part of the model may have been made under them. ``jit``: whether XLA compiles train
+    steps.
     """
 
     def __init__(self, mode: Mode, device: Device, jit: bool) -> None:
         self._mode, self._device, self._jit = mode, device, jit
         self.objection: str | None = None
-        """What was found, what the mode promises and what to do; None if all is well."""
+        """What was found, what the mode promises and what to do; None if they agree."""
 
     def settle(self) -> None:
-        """Set everything as the mode has it. Call this last before the model is built."""
-        # Checked first, since it cannot be put right: objects of the user's module may have been made under it.
+        """Set everything to the mode's values. Call this just before the model is built."""
+        # Checked first, since setting it now is too late: the user's module may have made objects under it.
         self.look("the import of the workload or its data function", ("floatx",))
         keras.config.set_floatx("float32")
         keras.config.set_dtype_policy(self._mode.policy)
@@ -188,9 +188,9 @@ class Arithmetic:
             tf.config.run_functions_eagerly(False)
 
     def look(self, after: str, names: tuple[str, ...] | None = None) -> None:
-        """Note the first settings, out of all or those of these names, that differ from the mode's.
+        """Note the first settings that differ from the mode's, out of ``names`` or out of all.
 
-        ``after`` says what ran last, for the message.
+        ``after`` names what ran last, for the message.
         """
         if self.objection is not None:
             return
@@ -212,7 +212,7 @@ class Arithmetic:
         return "; ".join(parts) or "none"
 
     def _settings(self) -> dict[str, tuple[Any, Any]]:
-        """{setting: (its value, the value that the mode has)}."""
+        """{setting: (its value, the mode's value)}."""
         options = tf.config.optimizer.get_experimental_options()
         tf32 = tf.config.experimental.tensor_float_32_execution_enabled
         settings: dict[str, tuple[Any, Any]] = {

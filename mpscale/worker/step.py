@@ -1,4 +1,4 @@
-"""The compiled train step, with the loss scale of each mode. It is taken one by one with a log, or timed in blocks."""
+"""The compiled train step with the mode's loss scale. Steps are taken one by one with a log, or timed in blocks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mpscale.core.mode import Mode
 from mpscale.scaling import ArticleLossScale, LossScaleOptimizer
 
 MOST_UNREAD = 1024
-"""Read the log at least every so many steps: until then each step keeps some of the device's memory."""
+"""Most steps to take between two reads of the log: an unread step keeps some of the device's memory."""
 
 DISPATCH_BOUND = 0.5
-"""Share of dispatch above which a step time says more about Python and TensorFlow than about the device."""
+"""Share of dispatch above which a step time depends more on Python and TensorFlow than on the device."""
 
 _WARM_UP_S = 0.4
 _WARM_UP_BLOCK = 10
@@ -31,7 +31,7 @@ _DISPATCH_CALLS = 40
 
 
 class StepRecord(NamedTuple):
-    """What is known about a step besides its loss. A value of None is not part of the step, so it costs nothing.
+    """The record of a step besides its loss. A value of None is not part of the compiled step, so it costs nothing.
 
     Args:
         scale: the loss scale that the step used, a float32 scalar; None if the mode has none.
@@ -45,8 +45,8 @@ class StepRecord(NamedTuple):
 class StepScaler:
     """The bare optimizer; subclasses scale the loss. ``scale_loss`` and ``apply`` are traced into the train step.
 
-    Modes without scaling use the bare one, since the baseline has to be what a user would run: a wrapper that does
-    nothing would still cost time.
+    Modes without scaling use the bare one, since the baseline must be what a user would run: even a wrapper that does
+    nothing would cost time.
     """
 
     def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
@@ -62,7 +62,7 @@ class StepScaler:
         return StepRecord()
 
     def overflow_steps(self, steps: int) -> int | None:
-        """How many of the first ``steps`` steps overflowed; None if the mode does not check."""
+        """How many of the ``steps`` steps so far overflowed; None if the mode does not check."""
         return None
 
 
@@ -84,7 +84,7 @@ class KerasScaled(StepScaler):
 
     def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
         scale = tf.convert_to_tensor(self.optimizer.dynamic_scale.value)
-        # The scale would not tell: it halves on overflow until it is 0 and then cannot fall any further.
+        # The scale does not always show it: overflow halves the scale, but a scale of 0 stays 0.
         iterations = self.optimizer.inner_optimizer.iterations
         before = tf.identity(iterations.value)
         self.optimizer.apply(grads, variables)
@@ -113,7 +113,7 @@ class ArticleScaled(StepScaler):
 
 
 def scaler_for(mode: Mode, optimizer: keras.optimizers.Optimizer, settings: Settings) -> StepScaler:
-    """Wrap a fresh optimizer as ``mode`` asks, with the arguments of the loss scale from ``settings``."""
+    """Wrap a fresh optimizer in the loss scaling of ``mode``, with its arguments from ``settings``."""
     if mode.scaling is None:
         return StepScaler(optimizer)
     if mode.scaling.rule == "keras":
@@ -141,7 +141,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class Log:
-    """What some steps did, in order.
+    """The log of some steps, in order.
 
     Args:
         loss: float32 (steps,), unscaled.
@@ -189,7 +189,7 @@ class TrainStep:
         self._x, self._y, self._order = tf.constant(batches.x), tf.constant(batches.y), tf.constant(batches.order)
         self._position = tf.Variable(0, dtype=tf.int64, trainable=False)
         self._unread: list[tuple[tf.Tensor, ...]] = []
-        self._logged: tuple[str, ...] = ()  # the columns of the log that the mode has
+        self._logged: tuple[str, ...] = ()  # the log's columns in this mode
         self.added_losses = 0
         """How many losses the model adds itself; known once the step has been traced."""
 
@@ -225,11 +225,12 @@ class TrainStep:
     def block(self, steps: int) -> None:
         """Take ``steps`` steps, at least one, that are not logged. Returns when the device is done with them.
 
-        This is the loop that a user would write: each result is dropped when the next arrives, and the last is awaited.
+        This is the loop that a user would write: each result is dropped when the next one arrives, and only the last
+        one is awaited.
         """
         for _ in range(steps):
             last = self._function()
-        # On a GPU a copy to the host waits for everything on the stream before it, and so for the whole last step.
+        # On a GPU a copy to the host waits for everything before it on the stream, and so for the whole last step.
         last[0].numpy()
 
     def synchronise(self) -> None:

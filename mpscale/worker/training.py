@@ -21,7 +21,7 @@ from mpscale.workloads import Workload
 from mpscale.workloads.metric import ACCURACY, accuracy, is_keras_metric, kind_of
 
 FINAL_LOSSES = 100
-"""Last steps, over which the final training loss is averaged; if none of their losses is finite, training diverged."""
+"""Steps at the end over which the training loss is averaged; if none of their losses is finite, it has diverged."""
 
 STALLED_SHARE = 0.95
 """A training that skips at least this share of its steps has stalled."""
@@ -35,7 +35,7 @@ _NO_METRICS = {
     "mean": "averages values and ignores labels; use a metric of labels and outputs",
     "sum": "adds values up and ignores labels; use a metric of labels and outputs",
 }
-"""Keras metrics that say nothing about a model, by kind, and why."""
+"""Keras metrics that do not measure a model, by kind, and why."""
 
 
 def batches(examples: int, batch_size: int, steps: int, seed: int, repeat: bool = False) -> npt.NDArray[np.int64]:
@@ -63,12 +63,12 @@ def batches(examples: int, batch_size: int, steps: int, seed: int, repeat: bool 
 
 @dataclass(frozen=True)
 class Training:
-    """What a training left behind.
+    """The result of a training.
 
     Args:
         log: of every step.
-        wall_time_s: seconds in steps and in reading their log, without the first step and evaluations.
-        weights_finite: at the end.
+        wall_time_s: seconds spent on steps and on reading their log, without the first step and evaluations.
+        weights_finite: whether all weights are finite at the end.
         steps_to_target: steps after which the metric reached the workload's target; None if it did not.
         time_to_target_s: ``wall_time_s`` at that step.
     """
@@ -123,7 +123,7 @@ class Training:
 
 
 def train(
-    step: TrainStep, steps: int, workload: Workload, look: Callable[[], float], progress: Callable[[int], None]
+    step: TrainStep, steps: int, workload: Workload, evaluate: Callable[[], float], progress: Callable[[int], None]
 ) -> Training:
     """Take the remaining steps of a training whose first step has been taken.
 
@@ -132,8 +132,8 @@ def train(
     Args:
         step: the train step.
         steps: length of the training.
-        workload: says how often to evaluate, and the target.
-        look: returns the metric on the progress set.
+        workload: has the target, and how often to evaluate.
+        evaluate: returns the metric on the progress set.
         progress: called with the number of steps taken, every ``workload.evaluate_every`` of them.
     """
     log = [step.read_log()]
@@ -149,8 +149,8 @@ def train(
         taken += block
         if not np.isfinite(log[-1].loss[-1]) and not step.weights_finite():
             break
-        looks = reached[0] is None and workload.target is not None and taken % workload.evaluate_every == 0
-        if looks and workload.reached(look()):
+        due = reached[0] is None and workload.target is not None and taken % workload.evaluate_every == 0
+        if due and workload.reached(evaluate()):
             reached = (taken, wall)
         progress(taken)
     return Training(Log.joined(log), wall, step.weights_finite(), *reached)
@@ -238,7 +238,7 @@ def score_for(
     """A workload's metric as a function ``(labels, outputs, mask) -> float`` without memory of earlier calls.
 
     The mask (examples, ...) is False at places that the model masks, or None if it masks nothing. A function of the
-    user's own gets all outputs: it can tell from the labels which of them count.
+    user's own gets all outputs: it can see from the labels which of them count.
 
     Args:
         workload: has the metric.

@@ -122,7 +122,7 @@ BROKEN_RECORDS = {
     "a word for an accuracy": ("final_accuracy", "high", "should be float, not 'high'"),
     "a list for a name": ("device_name", ["a"], "should be str, not ['a']"),
     "an object for an order": ("order", {}, "should be int, not {}"),
-    "a count beyond 64 bits": ("parameters", 10**30, "does not fit into 64 bits"),
+    "a count beyond 64 bits": ("parameters", 2**63, "does not fit into 64 bits"),
     "a text instead of reasons": ("unavailable", "x", "unavailable should hold reasons by column, not 'x'"),
     "an empty list of reasons": ("unavailable", [], "unavailable should hold reasons by column, not []"),
     "a number as a reason": ("unavailable", {"jit": 1}, "a reason should be a text or an object with a text, not 1"),

@@ -39,7 +39,7 @@ def ended(status="crashed", signal=None, phase="idle", lost=False):
 
 
 def judged(supervisor, *outcomes):
-    """For cases that end like this: whether each is tried again, and the allocator after it."""
+    """For cases that end like this: why each is tried again, if it is, and the allocator after it."""
     found = []
     for outcome in outcomes:
         supervisor._judge_allocator(outcome)

@@ -1,4 +1,4 @@
-"""Gates at the end of a pytest run: what they say if evidence is missing, and whether the run fails."""
+"""Gates at the end of a pytest run: what they report if evidence is missing, and whether the run fails."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def check(tmp_path, after, gates="metric,step_time>5%", named=True, strict=False
         pytest.param(cases((0.9,) * 3 + ("timeout", "crashed")), "untold", "seed 3: timeout", id="two seeds died"),
     ],
 )
-def test_what_fails_a_run_and_what_is_said(tmp_path, after, outcome, said, strict):
+def test_which_outcomes_fail_a_run_and_how_they_are_reported(tmp_path, after, outcome, said, strict):
     found = check(tmp_path, after, strict=strict)
     text = "\n".join(found.lines())
     assert said in text
     assert found.fails == (outcome == "fired" or (strict and outcome == "untold")), text
     if outcome == "untold":
-        assert f"could not be told, which fails {'the run' if strict else 'a run with --mp-strict only'}" in text
+        assert f"could not be judged, which fails {'the run' if strict else 'a run with --mp-strict only'}" in text
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -127,21 +127,18 @@ def table(tmp_path, **changes):
     return path
 
 
-def test_a_table_of_two_machines_cannot_be_the_baseline(tmp_path):
-    with pytest.raises(
-        pytest.UsageError, match=r"baseline: .*holds cases of .*Other CPU.*; compare runs of one device each"
-    ):
-        opened(tmp_path, table(tmp_path, device_name="Other CPU"))
-
-
-def test_a_table_without_a_machine_cannot_be_the_baseline(tmp_path):
-    with pytest.raises(pytest.UsageError, match="does not say of which machine it is"):
-        opened(tmp_path, table(tmp_path, device=None, device_name=None))
-
-
-def test_a_table_of_another_method_is_refused_before_anything_runs(tmp_path):
-    with pytest.raises(pytest.UsageError, match=rf"measured by method {METHOD_VERSION - 1}, and this is method"):
-        opened(tmp_path, table(tmp_path, method_version=METHOD_VERSION - 1))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device_name": "Other CPU"}, "baseline: .*holds cases of .*Other CPU.*; compare runs of one device each"),
+        ({"device": None, "device_name": None}, "does not name its machine"),
+        ({"method_version": METHOD_VERSION - 1}, f"measured by method {METHOD_VERSION - 1}, and this is method"),
+    ],
+    ids=["two machines", "no machine", "another method"],
+)
+def test_an_unusable_table_is_refused_before_anything_runs(tmp_path, changes, message):
+    with pytest.raises(pytest.UsageError, match=message):
+        opened(tmp_path, table(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("method", [METHOD_VERSION, METHOD_VERSION - 1])
@@ -150,12 +147,12 @@ def test_a_baseline_of_another_machine_in_a_shared_file_does_not_stop_a_run(tmp_
     device = {**CPU, "name": "Another CPU"}
     write_run(tmp_path / "results", finished(cases()), name=BEFORE, device=device, method_version=method)
     if named:
-        with pytest.raises(pytest.UsageError, match="is of Another CPU"):
+        with pytest.raises(pytest.UsageError, match="was made on Another CPU"):
             opened(tmp_path, BEFORE, named=True)
         return
     found = opened(tmp_path, BEFORE)
     (line,) = found.lines()
-    assert "is of Another CPU (cpu)" in line and line.endswith("not compared")
+    assert "was made on Another CPU (cpu)" in line and line.endswith("not compared")
     assert not found.fails
 
 

@@ -1,4 +1,4 @@
-"""The plug-in's options: what they accept, and what they answer to the rest."""
+"""The plug-in's options: which values they accept, and how they refuse others."""
 
 import argparse
 import os
@@ -72,7 +72,7 @@ def test_dynamic_scale_is_refused_in_the_words_of_its_class(text, values):
         ],
     ],
 )
-def test_value_that_cannot_be_is_refused(option, text, message):
+def test_invalid_value_is_refused(option, text, message):
     assert message in refusal(option, text)
 
 

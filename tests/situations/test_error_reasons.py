@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from mpscale.core.wire import Failed
 from mpscale.harness.supervisor import _one_line
-from mpscale.worker.cause import cause
+from mpscale.worker.__main__ import cause
 
 X = tf.constant([[1.0, 2.0], [2.0, 3.0]])
 NO_JIT = "--mp-jit off runs them without it"
@@ -108,18 +108,18 @@ REASONS = {
 }
 
 
-def told(act, jit=False):
-    """The reason that the supervisor records if ``act`` ends a case."""
+def recorded(act, jit=False):
+    """Return the reason that the supervisor records if ``act`` ends a case."""
     with pytest.raises(BaseException) as caught:
         act()
-    said = cause(caught.value, jit)
-    return _one_line(f"{said.type}: {said.message}")
+    event = cause(caught.value, jit)
+    return _one_line(f"{event.type}: {event.message}")
 
 
 @pytest.mark.parametrize("what", REASONS)
 def test_the_reason_is_what_is_wrong_without_its_wrapping(what):
     act, expected = REASONS[what]
-    reason = told(act)
+    reason = recorded(act)
     assert reason.startswith(expected)
     for around in ("in user code", "Exception encountered", "Arguments received", "{{function_node", "[Op:", "File "):
         assert around not in reason
@@ -130,14 +130,14 @@ def test_a_bare_assert_is_named_by_its_line():
     source = "def fail(x):\n    assert len(x) > 3\n"
     names = {}
     exec(compile(source, "loss.py", "exec"), names)
-    assert told(lambda: names["fail"](X)).endswith("(line 2 of loss.py)")
+    assert recorded(lambda: names["fail"](X)).endswith("(line 2 of loss.py)")
 
 
 def test_a_long_message_keeps_its_end():
     def fail():
         raise ValueError("\n".join(["Shapes:", *(f"layer {n} (None, {n})" for n in range(200)), "the last is wrong"]))
 
-    reason = told(fail)
+    reason = recorded(fail)
     assert reason.startswith("ValueError: Shapes: layer 0 (None, 0)")
     assert reason.endswith("layer 199 (None, 199) the last is wrong")
     assert len(reason) <= 503
@@ -159,9 +159,9 @@ NOT_FOR_XLA = {
 
 
 @pytest.mark.parametrize("what", NOT_FOR_XLA)
-def test_a_function_that_xla_cannot_compile_says_what_to_do(what):
+def test_a_function_that_xla_cannot_compile_has_the_advice_to_switch_it_off(what):
     function, named = NOT_FOR_XLA[what]
-    reason = told(lambda: tf.function(function, jit_compile=True)(X), jit=True)
+    reason = recorded(lambda: tf.function(function, jit_compile=True)(X), jit=True)
     assert named in reason
     assert reason.endswith(NO_JIT)
     assert len(reason) <= 503
@@ -169,7 +169,7 @@ def test_a_function_that_xla_cannot_compile_says_what_to_do(what):
 
 @pytest.mark.parametrize("what", ["an assertion in the graph", "an index that is too large", "a missing key"])
 def test_an_error_outside_of_xla_does_not_blame_it(what):
-    assert NO_JIT not in told(REASONS[what][0], jit=True)
+    assert NO_JIT not in recorded(REASONS[what][0], jit=True)
 
 
 def test_out_of_memory_is_recognised_by_type_even_inside_a_layer():

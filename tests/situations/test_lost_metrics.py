@@ -36,7 +36,7 @@ MARGIN = {"metric_name": "accuracy", "metric_margin": 0.01, "metric_higher_is_be
 
 
 def trainings(mode, values, workload="toy", **more):
-    """One training a value: a number, NaN or infinity as an evaluation gives it, or the status of a case that died."""
+    """One training per value: a number, NaN or infinity as from an evaluation, or the status of a case that died."""
     key = series_key(MODES[mode], workload, "sha256:1", 20, 30, Settings())
     found = []
     for seed, value in enumerate(values):
@@ -206,7 +206,7 @@ def test_memory_has_no_ratio_if_a_process_ran_out_of_it():
 
 
 def test_figures_of_some_processes_say_how_many(tmp_path):
-    """Memory, energy and overflow that NVML or a case did not tell, beside those that are known."""
+    """Memory, energy and overflow that the driver or a case did not report, beside those that are known."""
     known = {
         "gpu_memory_nvml_peak_mib": 900.0, "gpu_energy_j_per_step": 4.0, "overflow_steps": 0, "attempted_steps": 100,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""pytest plug-ins switched off: a run works without them, or says which one it needs."""
+"""pytest plug-ins switched off: a run works without them, or names the one it needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def called(tmp_path, monkeypatch):
     ],
     ids=" ".join,
 )
-def test_without_pytest_benchmark_a_case_says_what_to_do(called, options):
+def test_without_pytest_benchmark_a_case_is_refused_with_advice(called, options):
     code, said = called(*options)
     assert code == pytest.ExitCode.USAGE_ERROR
     assert "switched off: leave out `-p no:benchmark`" in said

@@ -1,4 +1,4 @@
-"""Results folders that cannot hold a run: this is found out before the first case, and the attempt leaves nothing."""
+"""Results folders that cannot hold a run: detected before the first case, without leaving anything behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpscale.config import folder, why_not_writable
 
 @pytest.fixture
 def called(tmp_path, monkeypatch):
-    """Run pytest on a suite, in a folder with everything that can be in the way; return exit code and output."""
+    """Run pytest on a suite, in a folder with all kinds of obstacles; return exit code and output."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path, suite___test_it=SUITE)
     (tmp_path / "file").write_text("")

@@ -94,7 +94,7 @@ def test_every_command_prints_the_same_on_every_terminal(project, run, arguments
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_a_mistake_is_answered_on_every_terminal(project, run, encoding):
+def test_an_error_message_can_be_shown_on_every_terminal(project, run, encoding):
     code, out, err = run(encoding, "report", "größe–日本")  # noqa: RUF001
     assert (code, out) == (2, "")
     assert err.startswith("mpscale: error: no run is called 'gr") and err.count("\n") == 1

@@ -105,7 +105,7 @@ def test_the_users_interrupt_is_passed_on(site, text):
     assert main(["workloads"]) == 130
 
 
-def test_a_name_of_ours_stays_ours(site):
+def test_a_built_in_name_cannot_be_replaced(site):
     module, _ = good("mnist1d-mlp")
     site("good", module, theirs="good:w")
     assert registry.get("mnist1d-mlp").data is not None
@@ -209,7 +209,7 @@ def test_a_module_hidden_by_an_installed_one_is_named(here, site, module):
         ("mine_w.part:w", "No module named 'mine_w.part'"),
     ],
 )
-def test_a_slip_in_the_name_is_answered(here, name, message):
+def test_a_mistake_in_the_name_is_explained(here, name, message):
     write(here, suite___test_it=SUITE, suite___mine_w=WORKLOAD)
     code, said = collect(here, "suite", "--mp-workloads", name)
     assert code == 4

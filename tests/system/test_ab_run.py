@@ -5,12 +5,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from support.processes import processes_in
+from support.processes import processes_in, wait_for
 from support.small_suite import environment
 
 import mpscale
@@ -22,7 +21,7 @@ if not sys.argv[2].endswith("/about.py"):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 print('{about}')
 """
-"""An interpreter that reports its packages at once, since importing TensorFlow to find out takes long."""
+"""An interpreter that at once reports what it contains: importing TensorFlow to find out takes long."""
 
 ABOUT = {
     "turns": 1,
@@ -128,7 +127,7 @@ def test_the_same_environment_twice_is_interleaved_and_compared(suite, known):
     assert "passed" in output
 
 
-def test_a_session_whose_partner_is_gone_ends_with_what_it_has(suite, known):
+def test_a_session_whose_partner_has_ended_keeps_what_it_has(suite, known):
     other = interpreter(suite, BREAKS_OFF, known=known)
     options = ("--mp-workloads", "suite_workloads:fine", "--mp-modes", "fp32", "--mp-repeats", "1")
     process = start(suite, known, other, *options)
@@ -154,10 +153,7 @@ def test_stopped_by_the_user_both_runs_keep_what_they_have(suite, known):
         journals = suite.glob("results/runs/*/journal.jsonl")
         return any("hang" in journal.read_text().splitlines()[-1] for journal in journals)
 
-    end = time.monotonic() + 90
-    while not hangs():
-        assert time.monotonic() < end, "waited for the second pair"
-        time.sleep(0.1)
+    wait_for(hangs, "the second pair")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 130

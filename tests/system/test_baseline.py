@@ -26,6 +26,7 @@ def test_more_work_in_the_step_is_measured_again_and_fails_the_run(run_suite, ba
     assert "cannot-tell: metric: suite_workloads:laboured fp32: inconclusive: +0 over 1 seed" in done.output
     assert [record["status"] for record in done.run.records] == ["ok"] * 9
     text = (done.path / "comparison.md").read_text()
+    assert text.startswith(f"# {done.run.name} against ")
     assert "| missing | passed | B | suite_workloads:laboured fp32 | 9 cases |" in " ".join(text.split())
 
 
@@ -64,7 +65,7 @@ def test_an_unusable_baseline_is_refused_before_anything_runs(refused, options, 
     assert message in refused(*options)
 
 
-def test_a_baseline_that_pytest_takes_for_a_test_path_is_noticed(refused, tmp_path_factory):
+def test_a_path_that_pytest_takes_for_a_test_path_is_named(refused, tmp_path_factory):
     earlier = write(tmp_path_factory.mktemp("elsewhere")) / "earlier"
     earlier.mkdir()
     assert f"write --mp-baseline={earlier}" in refused("--mp-baseline", earlier)
@@ -72,4 +73,4 @@ def test_a_baseline_that_pytest_takes_for_a_test_path_is_noticed(refused, tmp_pa
 
 def test_an_unknown_setting_is_named(refused, tmp_path):
     (tmp_path / "pyproject.toml").write_text("[tool.mpscale]\nbase = 3\n")
-    assert "[tool.mpscale] knows no 'base', only baseline, fail-on, strict, threshold" in refused()
+    assert "[tool.mpscale] has no setting 'base', only baseline, fail-on, strict, threshold" in refused()

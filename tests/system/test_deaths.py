@@ -1,4 +1,4 @@
-"""A case that dies, in whatever way, has a row that shows how, and all other rows are intact."""
+"""A case that dies, in whatever way, has a row with the reason, and all other rows are complete."""
 
 import pandas as pd
 import pytest
@@ -36,7 +36,7 @@ def row(deaths, name):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_row_shows_how_its_case_ended_and_keeps_earlier_values(deaths, way):
+def test_a_row_has_the_end_of_its_case_and_what_was_known_before(deaths, way):
     status, reason = WAYS[way]
     dead = row(deaths, way)
     assert dead["status"] == status, deaths.output
@@ -74,7 +74,7 @@ def test_cases_csv_is_intact_whatever_a_case_printed(deaths):
     assert "100%" in cases.set_index("workload").loc["suite_workloads:progress_bar", "output_tail"]
 
 
-def test_output_of_the_dead_is_kept(deaths):
+def test_output_of_dead_cases_is_kept(deaths):
     assert "the metric could not be computed" in row(deaths, "exception")["output_tail"]
     assert "Traceback" in row(deaths, "exception")["output_tail"]
 
@@ -94,7 +94,7 @@ def test_metric_other_than_accuracy_has_its_own_column(deaths):
 
 @pytest.mark.slow
 def test_fresh_interpreters_die_in_the_same_ways(run_suite):
-    """One way for each code path that differs from a forked child's."""
+    """One way per code path that differs from that of a forked child."""
     ways = ("progress_bar", "exception", "orphans")
     done = die(run_suite, ways, "fresh", timeout_s=120)
     expected = ["ok", *(WAYS[way][0] for way in ways), "ok"]

@@ -1,4 +1,4 @@
-"""Whole runs on a simulated GPU: a stand-in replaces the driver, and the CPU trains."""
+"""Whole runs on a machine with a GPU, whose driver is a stand-in and whose training runs on the CPU."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def machine(tmp_path, stand_in_nvml):
 QUICK = ("--mp-preset", "smoke", "--mp-seeds", "1", "--mp-start-method", "fork")
 
 
-def test_cases_have_the_figures_of_the_script(machine):
+def test_main_job_reports_the_peaks_of_the_script(machine):
     machine.script.process("graphics", 4242, 120)
     done = machine.run(
         f"PEAKS = {PEAKS}\n"
@@ -109,8 +109,8 @@ def test_training(mp_case, benchmark):
     assert {"idle", "context-ready", "timing-start", "timing-end", "done"} <= {row.phase for row in samples.rows}
 
 
-def test_states_of_the_gpu_that_spoil_a_case(machine):
-    """Case by case: throttled at first; another process that stays; a changed power limit; a lost GPU; after that."""
+def test_states_of_the_gpu_that_invalidate_a_case(machine):
+    """In turn: throttled, then not; another process that stays; a changed power limit; a lost GPU; one after that."""
     done = machine.run(
         """
 import itertools, threading, time
@@ -178,7 +178,7 @@ def with_energy(tmp_path_factory, stand_in_nvml, write_suite):
     return machine
 
 
-def test_suspect_figures_are_kept_on_request(with_energy):
+def test_suspect_figures_are_kept_if_the_user_wants_them(with_energy):
     (record,) = [event["record"] for event in with_energy.events("case_finished")]
     assert record["status"] == "ok"
     assert "throttled" in record["gpu_suspicion"]

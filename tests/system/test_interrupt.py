@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from support.processes import processes_in
+from support.processes import processes_in, wait_for
 from support.small_suite import command, environment
 
 import mpscale
@@ -27,16 +27,6 @@ def start(folder, *options):
         text=True,
         start_new_session=True,
     )
-
-
-def wait_for(condition, what, seconds=90):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"waited {seconds} s for {what}")
 
 
 def hanging_case(folder):

@@ -62,7 +62,7 @@ def dynamic(scale, good, finite):
     [
         pytest.param(
             "mixed-static", ["--mp-static-scale", "2**24"], constant, 2.0**24, marks=pytest.mark.slow
-        ),  # The other one is harder: the scale moves.
+        ),  # The other one, whose scale changes, is harder.
         (
             "mixed-dynamic",
             ["--mp-dynamic-scale", "initial=2**40,maximum=2**50,growth_interval=10"],

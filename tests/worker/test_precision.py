@@ -147,7 +147,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize(("loss", "code"), LOSSES.values(), ids=LOSSES)
-def test_loss_that_cannot_be_compared_says_why(loss, code):
+def test_loss_that_cannot_be_compared_has_a_reason(loss, code):
     found = noted(loss, tf.float32)
     assert "loss_probe" not in found.values
     assert found.unavailable["loss_probe"].code is code

@@ -1,4 +1,4 @@
-"""The compiled step does what a loop written by hand does, and besides only returns a record of it.
+"""The compiled step does what a loop written by hand does; in addition it only returns a record.
 
 selfcheck/test_fidelity.py compares step times, which are noisy. These tests compare programs, which are exact.
 """

@@ -89,7 +89,7 @@ def make_step(mode="mixed-dynamic", jit=True, layer=hidden, **dynamic):
         ("article", [1.0], None),
     ],
 )
-def test_log_holds_what_the_mode_knows(mode, scale, overflow, jit):
+def test_log_has_the_columns_of_the_mode(mode, scale, overflow, jit):
     step = make_step(mode, jit)
     step()
     log, empty = step.read_log(), step.read_log()
@@ -152,13 +152,13 @@ def workload(**options):
 
 def test_training_notes_when_the_target_was_reached():
     step = make_step()
-    looks = iter([0.1, 0.5, 0.95, 0.2, 0.99])
+    metrics = iter([0.1, 0.5, 0.95, 0.2, 0.99])
     step()
-    done = train(step, 50, workload(target=0.9), lambda: next(looks), lambda taken: None)
+    done = train(step, 50, workload(target=0.9), lambda: next(metrics), lambda taken: None)
     assert done.steps_to_target == 30
     assert 0 < done.time_to_target_s < done.wall_time_s
     assert len(done.log) == 50
-    assert next(looks) == 0.2  # Once the target is reached, nobody looks any more.
+    assert next(metrics) == 0.2  # Nothing is evaluated once the target has been reached.
 
 
 def test_training_ends_when_the_weights_are_lost():
@@ -187,7 +187,7 @@ def log(*columns):
         (log([np.inf] * 100, [8.0] * 100, [1] * 100), True, "stalled"),
     ],
 )
-def test_status_says_what_became_of_the_training(rows, finite, status):
+def test_status_follows_from_losses_overflow_and_weights(rows, finite, status):
     assert Training(rows, 1.0, finite).status[0] == status
 
 

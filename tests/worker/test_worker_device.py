@@ -1,4 +1,4 @@
-"""The device as TensorFlow and CUDA see it: settings, allocator, and whether CUDA uses the GPU that NVML watches."""
+"""The device as TensorFlow and CUDA see it: settings, allocator, and whether CUDA uses the GPU that is monitored."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import tensorflow as tf
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code
-from mpscale.worker.device import AllocatorPeak, require, set_arithmetic, touch
+from mpscale.worker.device import AllocatorPeak, require, touch
 
 STAND_IN = Device("gpu", "mpscale stand-in A100", "GPU-1", (8, 0))
 
@@ -48,13 +48,8 @@ def arithmetic():
     ("mode", "expected"), [("fp32", (False, False)), ("mixed-dynamic", (True, False)), ("graph-rewrite", (True, True))]
 )
 def test_mode_sets_what_tensorflow_is_allowed_to_do(arithmetic, mode, expected):
-    set_arithmetic(MODES[mode])
+    touch(Device("cpu", "Some CPU"), MODES[mode])
     assert arithmetic() == expected
-
-
-def test_making_the_device_ready_sets_it(arithmetic):
-    touch(Device("cpu", "Some CPU"), MODES["graph-rewrite"])
-    assert arithmetic() == (True, True)
 
 
 @pytest.mark.parametrize("device", [Device("cpu", "Some CPU"), STAND_IN])
@@ -99,7 +94,7 @@ def libraries(tmp_path_factory):
     [
         ("full", SAME, "00000000:0A:00.0", None),
         ("full", SAME.upper().replace("GPU", "MIG"), "", None),
-        ("full", "GPU-5b0c4a1e-0000-1111-2222-333344445555", "00000000:0A:00.0", "NVML watches GPU-5b0c4a1e"),
+        ("full", "GPU-5b0c4a1e-0000-1111-2222-333344445555", "00000000:0A:00.0", "mpscale monitors GPU-5b0c4a1e"),
         ("old", SAME, "00000000:0A:00.0", None),
         ("old", SAME, "00000000:07:00.0", "at PCI bus 0000:0A:00.0"),
         ("old", SAME, "", None),
@@ -107,7 +102,7 @@ def libraries(tmp_path_factory):
         ("none", SAME, "00000000:07:00.0", None),
     ],
 )
-def test_cuda_has_to_use_the_gpu_that_nvml_watches(libraries, library, uuid, bus, words):
+def test_cuda_must_use_the_gpu_that_is_monitored(libraries, library, uuid, bus, words):
     environment = {**os.environ, "LD_LIBRARY_PATH": libraries[library]}
     done = subprocess.check_output([sys.executable, "-c", CODE, uuid, bus], env=environment, text=True)
     assert (words or "None") in done
