@@ -25,6 +25,7 @@ from mpscale.core.record import Record
 from mpscale.core.wire import Phase, PhaseReached, StepsDone
 from mpscale.harness.launch import Allocator, ForkLauncher, Launcher, LaunchError, allocators, worker_environment
 from mpscale.telemetry.client import Driver
+from mpscale.telemetry.gpu_memory import AllocatorFacts
 from mpscale.telemetry.watch import CaseWatch, WatchResult, WorkerFacts
 
 Listener = Callable[[Case, wire.Progressed], None]
@@ -314,11 +315,13 @@ class _Conversation:
 
     def facts(self) -> WorkerFacts:
         """What the columns of the GPU need from the worker."""
-        peak = self._outcome.record["gpu_memory_allocator_peak_mib"]
+        record = self._outcome.record
+        peaks = record["gpu_memory_allocator_peak_mib"], record["gpu_memory_allocator_synchronised_peak_mib"]
+        allocator = AllocatorFacts(*peaks, record["gpu_allocator"])
         if self._energy is None:
-            return WorkerFacts(peak, energy_off=self.energy_off)
+            return WorkerFacts(allocator, energy_off=self.energy_off)
         steps, overflows = self._energy.steps, self._energy.overflow_steps
-        return WorkerFacts(peak, steps, None if overflows is None else steps - overflows, self.energy_off)
+        return WorkerFacts(allocator, steps, None if overflows is None else steps - overflows, self.energy_off)
 
     def _where(self) -> str:
         return f"in or after phase {str(self._phase)!r}"

@@ -1,9 +1,15 @@
-"""Memory of a case on a GPU: the headline figure, where it comes from, and whether the figures agree."""
+"""Memory of a case on a GPU: the headline figure, where it comes from, and whether the figures agree.
+
+A process keeps what it has once taken from the driver, so peaks are taken up to a phase, and a stage of the case has a
+peak of its own only if it needed more than the stages before it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
 
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
@@ -11,6 +17,11 @@ from mpscale.telemetry.samples import Reading, Sample, Samples, known
 
 HEADLINE = "gpu_memory_nvml_peak_mib"
 _PROCESS, _DEVICE = "process", "device-minus-idle"
+_WHOLE = {_PROCESS: "gpu_memory_process_peak_mib", _DEVICE: "gpu_memory_device_rise_mib"}
+"""The column with the peak of the whole case, by method."""
+
+Peak = Callable[[str], float | Reason]
+"""The largest memory up to a phase."""
 
 _TOLERATED_S = 0.1
 """How long a reading may fail within a peak: no longer than one look can take anyway. Reported as a gap."""
@@ -30,34 +41,94 @@ _FOREIGN_PID = Reason(
     "namespace of its own, and the id is another process's",
 )
 _INCOMPLETE = Reason(
-    Code.NOT_TOLD, "needs the peak, the context's memory and the allocator's peak, and one of them is unknown"
+    Code.NOT_TOLD, "needs the largest peak, the context's memory and the allocator's peak, and one of them is unknown"
 )
 
+_EXPLAINED = 0.1
+"""A part that neither context nor allocator explains is named if it is a larger share of the largest peak."""
 
-def memory_columns(samples: Samples, allocator_peak_mib: float | None) -> Findings:
+_MOSTLY = 0.5
+"""The share of that part which a cause must account for."""
+
+
+class Cause(StrEnum):
+    """The likely cause of memory that neither context nor allocator explains."""
+
+    POOL = "pool"
+    """The allocator is bfc, whose pool grows by doubling and holds more than is in use."""
+    FIRST_STEP = "first-step"
+    """It was there after the first step: scratch of autotuning in XLA or cuDNN, libraries, compiled programs."""
+    QUEUED_STEPS = "queued-steps"
+    """It came when steps were queued: a step gets its buffers before the step before it has returned its own."""
+    UNCLEAR = "unclear"
+    """None of these accounts for half of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatorFacts:
+    """TensorFlow's allocator, for the reconciliation.
+
+    Args:
+        peak_mib: its peak in the whole process.
+        synchronised_peak_mib: its peak up to the end of the synchronised steps.
+        kind: ``cuda_malloc_async`` or ``bfc``.
+    """
+
+    peak_mib: float | None = None
+    synchronised_peak_mib: float | None = None
+    kind: str | None = None
+
+
+def memory_columns(samples: Samples, allocator: AllocatorFacts = AllocatorFacts()) -> Findings:
     """The columns on memory, except those of TensorFlow's allocator.
 
     Args:
         samples: of the whole case.
-        allocator_peak_mib: the peak of TensorFlow's allocator, for the reconciliation.
+        allocator: what the worker knows of it.
     """
     found = Findings()
     idle = samples.at("idle")
-    process = _process_peak(samples, idle)
-    rise = _device_rise(samples, idle)
+    _, last_s = window = _window(samples, idle)
+    process, rise = _process_peak(samples, idle, last_s), _device_rise(samples, idle, last_s)
     found.put("gpu_memory_process_peak_mib", process)
     found.put("gpu_memory_device_rise_mib", rise)
     found.put("gpu_memory_idle_mib", _at(samples, Reading.MEMORY, "idle"))
     found.put("gpu_memory_reserved_mib", _reserved(samples))
+    synchronised = samples.at("steps-synchronised")
+    if synchronised is not None:
+        until_s = synchronised.time_s
+        process, rise = _process_peak(samples, idle, until_s), _device_rise(samples, idle, until_s)
     headline, method = _headline(samples, process, rise)
+    if synchronised is None and not isinstance(headline, Reason):
+        headline = _unmarked(samples, "steps-synchronised", f"{headline:.0f} MiB was the peak of the whole case")
     found.put(HEADLINE, headline)
     found.put("gpu_memory_method", method)
+
+    def peak(phase: str) -> float | Reason:
+        """The largest memory up to a phase, by the headline's method."""
+        row = samples.at(phase)
+        if isinstance(method, Reason):
+            return method
+        if row is None:
+            return _unmarked(samples, phase)
+        of = _process_peak if method == _PROCESS else _device_rise
+        return of(samples, idle, row.time_s)
+
+    queued = _queued_peak(samples, peak)
+    found.put("gpu_memory_queued_peak_mib", queued)
+    found.put("gpu_memory_evaluation_peak_mib", _evaluation_peak(samples, peak))
     context = _context(samples, method)
     found.put("gpu_memory_context_mib", context)
-    if isinstance(headline, Reason) or isinstance(context, Reason) or allocator_peak_mib is None:
-        found.put("gpu_memory_unexplained_mib", _INCOMPLETE)
+    largest = found.values.get(_WHOLE[method]) if isinstance(method, str) else None
+    if largest is None or isinstance(context, Reason) or allocator.peak_mib is None:
+        found.miss(("gpu_memory_unexplained_mib", "gpu_memory_unexplained_cause"), _INCOMPLETE)
     else:
-        found.put("gpu_memory_unexplained_mib", headline - context - allocator_peak_mib)
+        unexplained = largest - context - allocator.peak_mib
+        found.put("gpu_memory_unexplained_mib", unexplained)
+        first = _minus(peak("compiled"), context + (allocator.synchronised_peak_mib or allocator.peak_mib))
+        came_queued = _minus(queued, headline)
+        cause = _cause(unexplained, largest, first, came_queued, allocator.kind)
+        found.put("gpu_memory_unexplained_cause", cause if isinstance(cause, Reason) else cause.value)
     often = samples.often()
     if not often:
         once = Reason(Code.NOT_REACHED, "the case ended before a second sample")
@@ -66,7 +137,7 @@ def memory_columns(samples: Samples, allocator_peak_mib: float | None) -> Findin
     seconds, looks = sum(since_s for _, since_s in often), sum(row.looks for row, _ in often)
     found.put("gpu_sample_interval_ms", seconds / looks * 1e3)
     # What was tolerated above is reported here.
-    first_s, last_s = _window(samples, idle)
+    first_s, last_s = window
     blind = [*samples.gaps(Reading.MEMORY), *samples.gaps(Reading.PROCESSES, _unlisted(samples))]
     blind_s = [min(gap.to_s, last_s) - gap.from_s for gap in blind if gap.from_s < last_s and gap.to_s > first_s]
     found.put("gpu_sample_gap_ms", max([row.gap_s for row, _ in often] + blind_s) * 1e3)
@@ -74,9 +145,87 @@ def memory_columns(samples: Samples, allocator_peak_mib: float | None) -> Findin
 
 
 def _window(samples: Samples, idle: Sample | None) -> tuple[float, float]:
-    """The time in which the case can have used the GPU: from ``idle`` to ``done``, or to the last sample."""
-    done = samples.at("done") or (samples.rows[-1] if samples.rows else None)
-    return idle.time_s if idle is not None else -math.inf, done.time_s if done is not None else math.inf
+    """The time in which the case can have used the GPU: from ``idle`` to ``done``, or to the last sample.
+
+    It ends before steps are profiled, since the profiler takes memory of its own.
+    """
+    profiled = any(row.phase == "profiled" for row in samples.rows)
+    ends = ("energy-end", "timing-end", "done") if profiled else ("done",)
+    last = next((row for row in map(samples.at, ends) if row is not None), samples.rows[-1] if samples.rows else None)
+    return idle.time_s if idle is not None else -math.inf, last.time_s if last is not None else math.inf
+
+
+def _unmarked(samples: Samples, phase: str, then: str = "") -> Reason:
+    """Why there is no peak up to a phase."""
+    why = samples.not_at(phase)
+    if why.code is Code.NOT_REACHED and samples.at("done") is not None:
+        why = why.worded(f"the case has no phase {phase}, as in versions of mpscale before it, or if it did not train")
+    return why.worded(f"{why}; {then}") if then else why
+
+
+def _queued_peak(samples: Samples, peak: Peak) -> float | Reason:
+    """The largest memory while steps were queued.
+
+    The process keeps what it once took, so of the stages in which steps are queued the last one that needed more than
+    was there counts: what an evaluation took before it is not mistaken for theirs.
+    """
+    stages = [("steps-synchronised", "steps-queued")]
+    if _has(samples, "metric-tried"):
+        stages.append(("metric-tried", "trained"))
+    if _has(samples, "timing-start"):
+        end = "energy-end" if _has(samples, "energy-end") else "timing-end"
+        stages.append(("evaluated" if _has(samples, "evaluated") else "steps-queued", end))
+    found: float | Reason = peak(stages[0][1])
+    for before, after in ((peak(start), peak(end)) for start, end in stages):
+        if isinstance(before, Reason) or isinstance(after, Reason):
+            return before if isinstance(before, Reason) else after
+        found = after if after > before else found
+    return found
+
+
+def _evaluation_peak(samples: Samples, peak: Peak) -> float | Reason:
+    """The largest memory while the model was evaluated, if that needed more than was there."""
+    if not _has(samples, "trained") and (_has(samples, "timing-start") or samples.at("done") is not None):
+        return Reason(Code.NOT_ASKED_FOR, "this process evaluated nothing")
+    sufficient, found = math.inf, None
+    for start, end in (("steps-queued", "metric-tried"), ("trained", "evaluated")):
+        before, after = peak(start), peak(end)
+        if isinstance(before, Reason) or isinstance(after, Reason):
+            return before if isinstance(before, Reason) else after
+        if after > before:
+            found = after
+        sufficient = min(sufficient, before)
+    text = f"it needed no more than the {sufficient:.0f} MiB that the process had taken before it"
+    return Reason(Code.NEVER_HAPPENED, text) if found is None else found
+
+
+def _cause(unexplained: float, largest: float, first: float, queued: float, allocator: str | None) -> Cause | Reason:
+    """Name the likely cause of the unexplained part of the ``largest`` peak.
+
+    Args:
+        unexplained: MiB.
+        largest: MiB.
+        first: unexplained after the first step already, in MiB.
+        queued: came when steps were queued, in MiB.
+        allocator: ``cuda_malloc_async`` or ``bfc``.
+    """
+    if unexplained <= _EXPLAINED * largest:
+        text = f"context and allocator explain all but {max(unexplained, 0.0) / largest:.0%} of the largest peak"
+        return Reason(Code.NEVER_HAPPENED, text)
+    if allocator == "bfc":
+        return Cause.POOL
+    most, cause = max((first, Cause.FIRST_STEP), (queued, Cause.QUEUED_STEPS))
+    return cause if most >= _MOSTLY * unexplained else Cause.UNCLEAR
+
+
+def _minus(value: float | Reason, other: float | Reason) -> float:
+    """The difference of two figures; 0 if one is unknown."""
+    return 0.0 if isinstance(value, Reason) or isinstance(other, Reason) else value - other
+
+
+def _has(samples: Samples, phase: str) -> bool:
+    """Whether the worker came to a phase, even if the sample at it was late."""
+    return phase in samples.late or samples.at(phase) is not None
 
 
 def _tolerated_s(samples: Samples) -> float:
@@ -102,15 +251,16 @@ def _unlisted(samples: Samples) -> Callable[[Sample], bool]:
     return failed
 
 
-def _process_peak(samples: Samples, idle: Sample | None) -> float | Reason:
-    """The largest memory of worker and descendants in the driver's list of processes."""
+def _process_peak(samples: Samples, idle: Sample | None, until_s: float) -> float | Reason:
+    """The largest memory of worker and descendants in the driver's list of processes, up to a time."""
     if idle is not None and idle.listed:
         return _FOREIGN_PID
-    peak: float = max(known(samples.rows, "process_memory_mib"), default=0.0)
+    peak: float = max(known((row for row in samples.rows if row.time_s <= until_s), "process_memory_mib"), default=0.0)
     if samples.silent is not None and not peak:
         return samples.silent.worded(f"{samples.silent}; nothing was seen")
     if peak > 0:
-        unseen = samples.unseen(Reading.PROCESSES, *_window(samples, idle), _tolerated_s(samples), _unlisted(samples))
+        first_s, _ = _window(samples, idle)
+        unseen = samples.unseen(Reading.PROCESSES, first_s, until_s, _tolerated_s(samples), _unlisted(samples))
         return peak if unseen is None else unseen.worded(f"{unseen}; {peak:.0f} MiB was the most {_then(samples)}")
     listed = known(samples.rows, "listed")
     if not listed:
@@ -125,14 +275,14 @@ def _then(samples: Samples) -> str:
     return "that was seen" if samples.silent is None else "until then"
 
 
-def _device_rise(samples: Samples, idle: Sample | None) -> float | Reason:
-    """How far the memory in use on the GPU rose above what it was before the worker touched it."""
+def _device_rise(samples: Samples, idle: Sample | None, until_s: float) -> float | Reason:
+    """How far the memory in use on the GPU rose, up to a time, above what it was before the worker touched it."""
     before = _at(samples, Reading.MEMORY, "idle")
     if idle is None or isinstance(before, Reason):
         return before
-    later = known((row for row in samples.rows if row.time_s > idle.time_s), Reading.MEMORY)
+    later = known((row for row in samples.rows if idle.time_s < row.time_s <= until_s), Reading.MEMORY)
     rise: float = max(later, default=before) - before
-    unseen = samples.unseen(Reading.MEMORY, *_window(samples, idle), _tolerated_s(samples))
+    unseen = samples.unseen(Reading.MEMORY, idle.time_s, until_s, _tolerated_s(samples))
     if unseen is not None:
         return unseen.worded(f"{unseen}; a rise by {rise:.0f} MiB was the most {_then(samples)}")
     no_rise = Reason(Code.NEVER_HAPPENED, "memory in use on the GPU did not rise during the case")
