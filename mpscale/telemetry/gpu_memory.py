@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from mpscale.core.reason import Code, Reason
@@ -88,32 +88,30 @@ def memory_columns(samples: Samples, allocator: AllocatorFacts = AllocatorFacts(
     """
     found = Findings()
     idle = samples.at("idle")
-    _, last_s = window = _window(samples, idle)
-    process, rise = _process_peak(samples, idle, last_s), _device_rise(samples, idle, last_s)
+    whole = _whole(samples)
+    process, rise = _process_peak(whole, idle), _device_rise(whole, idle)
     found.put("gpu_memory_process_peak_mib", process)
     found.put("gpu_memory_device_rise_mib", rise)
     found.put("gpu_memory_idle_mib", _at(samples, Reading.MEMORY, "idle"))
     found.put("gpu_memory_reserved_mib", _reserved(samples))
-    synchronised = samples.at("steps-synchronised")
-    if synchronised is not None:
-        until_s = synchronised.time_s
-        process, rise = _process_peak(samples, idle, until_s), _device_rise(samples, idle, until_s)
-    headline, method = _headline(samples, process, rise)
-    if synchronised is None and not isinstance(headline, Reason):
-        headline = _unmarked(samples, "steps-synchronised", f"{headline:.0f} MiB was the peak of the whole case")
-    found.put(HEADLINE, headline)
-    found.put("gpu_memory_method", method)
+    training = _until(samples, "steps-synchronised")
+    if training is not None:
+        process, rise = _process_peak(training, idle), _device_rise(training, idle)
+    most, method = _headline(samples, process, rise)
 
     def peak(phase: str) -> float | Reason:
         """The largest memory up to a phase, by the headline's method."""
-        row = samples.at(phase)
         if isinstance(method, Reason):
             return method
-        if row is None:
-            return _unmarked(samples, phase)
         of = _process_peak if method == _PROCESS else _device_rise
-        return of(samples, idle, row.time_s)
+        found = _peak_until(samples, phase, lambda some: of(some, idle))
+        return _unmarked(samples, phase) if found is None else found
 
+    headline = peak("steps-synchronised")
+    if training is None and not isinstance(most, Reason) and isinstance(headline, Reason):
+        headline = headline.worded(f"{headline}; {most:.0f} MiB was the peak of the whole case")
+    found.put(HEADLINE, headline)
+    found.put("gpu_memory_method", method)
     queued = _queued_peak(samples, peak)
     found.put("gpu_memory_queued_peak_mib", queued)
     found.put("gpu_memory_evaluation_peak_mib", _evaluation_peak(samples, peak))
@@ -137,30 +135,57 @@ def memory_columns(samples: Samples, allocator: AllocatorFacts = AllocatorFacts(
     seconds, looks = sum(since_s for _, since_s in often), sum(row.looks for row, _ in often)
     found.put("gpu_sample_interval_ms", seconds / looks * 1e3)
     # What was tolerated above is reported here.
-    first_s, last_s = window
+    first_s, last_s = _window(whole, idle)
     blind = [*samples.gaps(Reading.MEMORY), *samples.gaps(Reading.PROCESSES, _unlisted(samples))]
     blind_s = [min(gap.to_s, last_s) - gap.from_s for gap in blind if gap.from_s < last_s and gap.to_s > first_s]
     found.put("gpu_sample_gap_ms", max([row.gap_s for row, _ in often] + blind_s) * 1e3)
     return found
 
 
-def _window(samples: Samples, idle: Sample | None) -> tuple[float, float]:
-    """The time in which the case can have used the GPU: from ``idle`` to ``done``, or to the last sample.
+def _whole(samples: Samples) -> Samples:
+    """The samples of the time in which the case can have used the GPU: up to ``done``, or to the last one.
 
-    It ends before steps are profiled, since the profiler takes memory of its own.
+    Steps that are profiled do not count, since the profiler takes memory of its own.
     """
     profiled = any(row.phase == "profiled" for row in samples.rows)
     ends = ("energy-end", "timing-end", "done") if profiled else ("done",)
-    last = next((row for row in map(samples.at, ends) if row is not None), samples.rows[-1] if samples.rows else None)
-    return idle.time_s if idle is not None else -math.inf, last.time_s if last is not None else math.inf
+    end = next((phase for phase in ends if samples.at(phase) is not None), None)
+    return (None if end is None else _until(samples, end)) or samples
 
 
-def _unmarked(samples: Samples, phase: str, then: str = "") -> Reason:
+def _until(samples: Samples, phase: str) -> Samples | None:
+    """The samples up to the one at a phase, even if that came late; None if there is none."""
+    for number, row in enumerate(samples.rows, 1):
+        if row.phase == phase:
+            # A monitor that died later was there until then.
+            silent = samples.silent if number == len(samples.rows) else None
+            return replace(samples, rows=samples.rows[:number], silent=silent)
+    return None
+
+
+def _peak_until(samples: Samples, phase: str, peak: Callable[[Samples], float | Reason]) -> float | Reason | None:
+    """The peak of the samples up to a phase; None if it is not known.
+
+    If the sample at the phase came late, the peak lies between that up to the phase before and that up to the late
+    sample, so it is known if the two are equal.
+    """
+    some = _until(samples, phase)
+    if some is None:
+        return None
+    found = peak(some)
+    if phase not in samples.late:
+        return found
+    before = next((row.phase for row in reversed(some.rows) if row.phase and row.phase not in samples.late), None)
+    earlier = None if before is None else _until(samples, before)
+    return found if earlier is not None and peak(earlier) == found else None
+
+
+def _unmarked(samples: Samples, phase: str) -> Reason:
     """Why there is no peak up to a phase."""
     why = samples.not_at(phase)
-    if why.code is Code.NOT_REACHED and samples.at("done") is not None:
-        why = why.worded(f"the case has no phase {phase}, as in versions of mpscale before it, or if it did not train")
-    return why.worded(f"{why}; {then}") if then else why
+    if why.code is not Code.NOT_REACHED or samples.at("done") is None:
+        return why
+    return why.worded(f"the case has no phase {phase}, as in versions of mpscale before it, or if it did not train")
 
 
 def _queued_peak(samples: Samples, peak: Peak) -> float | Reason:
@@ -228,6 +253,11 @@ def _has(samples: Samples, phase: str) -> bool:
     return phase in samples.late or samples.at(phase) is not None
 
 
+def _window(samples: Samples, idle: Sample | None) -> tuple[float, float]:
+    """The time from ``idle`` to the last sample."""
+    return -math.inf if idle is None else idle.time_s, samples.rows[-1].time_s if samples.rows else math.inf
+
+
 def _tolerated_s(samples: Samples) -> float:
     return max([_TOLERATED_S, *(row.gap_s for row, _ in samples.often())])
 
@@ -251,16 +281,15 @@ def _unlisted(samples: Samples) -> Callable[[Sample], bool]:
     return failed
 
 
-def _process_peak(samples: Samples, idle: Sample | None, until_s: float) -> float | Reason:
-    """The largest memory of worker and descendants in the driver's list of processes, up to a time."""
+def _process_peak(samples: Samples, idle: Sample | None) -> float | Reason:
+    """The largest memory of worker and descendants in the driver's list of processes."""
     if idle is not None and idle.listed:
         return _FOREIGN_PID
-    peak: float = max(known((row for row in samples.rows if row.time_s <= until_s), "process_memory_mib"), default=0.0)
+    peak: float = max(known(samples.rows, "process_memory_mib"), default=0.0)
     if samples.silent is not None and not peak:
         return samples.silent.worded(f"{samples.silent}; nothing was seen")
     if peak > 0:
-        first_s, _ = _window(samples, idle)
-        unseen = samples.unseen(Reading.PROCESSES, first_s, until_s, _tolerated_s(samples), _unlisted(samples))
+        unseen = samples.unseen(Reading.PROCESSES, *_window(samples, idle), _tolerated_s(samples), _unlisted(samples))
         return peak if unseen is None else unseen.worded(f"{unseen}; {peak:.0f} MiB was the most {_then(samples)}")
     listed = known(samples.rows, "listed")
     if not listed:
@@ -275,14 +304,14 @@ def _then(samples: Samples) -> str:
     return "that was seen" if samples.silent is None else "until then"
 
 
-def _device_rise(samples: Samples, idle: Sample | None, until_s: float) -> float | Reason:
-    """How far the memory in use on the GPU rose, up to a time, above what it was before the worker touched it."""
+def _device_rise(samples: Samples, idle: Sample | None) -> float | Reason:
+    """How far the memory in use on the GPU rose above what it was before the worker touched it."""
     before = _at(samples, Reading.MEMORY, "idle")
     if idle is None or isinstance(before, Reason):
         return before
-    later = known((row for row in samples.rows if idle.time_s < row.time_s <= until_s), Reading.MEMORY)
+    later = known((row for row in samples.rows if row.time_s > idle.time_s), Reading.MEMORY)
     rise: float = max(later, default=before) - before
-    unseen = samples.unseen(Reading.MEMORY, idle.time_s, until_s, _tolerated_s(samples))
+    unseen = samples.unseen(Reading.MEMORY, *_window(samples, idle), _tolerated_s(samples))
     if unseen is not None:
         return unseen.worded(f"{unseen}; a rise by {rise:.0f} MiB was the most {_then(samples)}")
     no_rise = Reason(Code.NEVER_HAPPENED, "memory in use on the GPU did not rise during the case")
