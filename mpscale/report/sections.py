@@ -221,7 +221,7 @@ def memory_parts(run: Run) -> list[Table | str]:
         parts.append(
             f"The first step took more from TensorFlow's allocator than later steps: {', '.join(searched)}. That is "
             "mostly scratch of the search for the fastest kernels. The process keeps it, so the figure for training "
-            "contains it."
+            "contains it; to compare what the steps themselves need, use the allocator's peak while timed."
         )
     return parts
 

@@ -198,26 +198,29 @@ class Evaluator:
         starts = range(0, len(x), self._batch)
         with self._restored(x):
             parts = [self._outputs(x[start : start + self._batch]) for start in starts]
-        outputs, mask = _joined(parts)
-        try:
-            return self._score(y, outputs, mask)
-        except Exception:  # from the user's code, which worked in try_out
-            if np.isfinite(outputs).all():
-                raise
-            # A metric may refuse the outputs of a diverged training, as those of scikit-learn do.
-            return float("nan")
+        return self._value(y, *_joined(parts))
 
     def try_out(self, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> None:
         """Raise now what the metric would raise after the training: call it with all labels and a few outputs."""
         with self._restored(x):
             few = self._outputs(x[np.linspace(0, len(x) - 1, min(self._batch, len(x))).astype(int)])
-        value = self._score(y, *_joined([tuple(np.resize(part, (len(y), *part.shape[1:])) for part in few)]))
+        outputs, mask = _joined([tuple(np.resize(part, (len(y), *part.shape[1:])) for part in few)])
+        value = self._value(y, outputs, mask)
         missing = np.sum(~np.isfinite(y)) if y.dtype.kind == "f" else 0
-        if missing and not np.isfinite(value):
+        if missing and not np.isfinite(value) and np.isfinite(outputs).all():
             raise ValueError(
                 f"{missing} of the test labels are not finite, which makes the metric {value}; leave these examples "
                 "out, or use a metric that ignores them"
             )
+
+    def _value(self, y: npt.NDArray[Any], outputs: npt.NDArray[Any], mask: Mask) -> float:
+        try:
+            return self._score(y, outputs, mask)
+        except Exception:  # from the user's code
+            if np.isfinite(outputs).all():
+                raise
+            # A metric may refuse the outputs of a diverged training, as those of scikit-learn do.
+            return float("nan")
 
     def _outputs(self, x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
         """The outputs, and the mask if there is one, of at most a batch of examples."""

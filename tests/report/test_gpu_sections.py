@@ -52,7 +52,7 @@ def test_parts_energy_and_state_have_their_tables(tmp_path):
 
 
 def test_what_the_first_step_alone_took_is_told(tmp_path):
-    """As for ResNet-50 on an H200, whose figure for training holds the scratch of the search for convolutions."""
+    """Figures of ResNet-50 on an H200, if its allocator's peak fell into the first step as the driver's did."""
     peaks = {"gpu_memory_nvml_peak_mib": 16586.0, "gpu_memory_allocator_synchronised_peak_mib": 15816.9}
     searched = {**FULL, **peaks, "gpu_memory_allocator_timed_peak_mib": 11190.6}
     said = "The first step took more from TensorFlow's allocator than later steps: 4626 MiB for toy fp32."
