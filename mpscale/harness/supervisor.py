@@ -26,6 +26,7 @@ from mpscale.core.wire import Phase, PhaseReached, StepsDone
 from mpscale.harness.launch import Allocator, ForkLauncher, Launcher, LaunchError, allocators, worker_environment
 from mpscale.harness.memory_limit import MemoryLimit
 from mpscale.telemetry.client import Driver
+from mpscale.telemetry.gpu_memory import AllocatorFacts
 from mpscale.telemetry.watch import HOST_COLUMN, CaseWatch, WatchResult, WorkerFacts
 
 Listener = Callable[[Case, wire.Progressed], None]
@@ -322,11 +323,13 @@ class _Conversation:
 
     def facts(self) -> WorkerFacts:
         """What the columns of the GPU need from the worker."""
-        peak = self._outcome.record["gpu_memory_allocator_peak_mib"]
+        record = self._outcome.record
+        peaks = record["gpu_memory_allocator_peak_mib"], record["gpu_memory_allocator_synchronised_peak_mib"]
+        allocator = AllocatorFacts(*peaks, record["gpu_allocator"])
         if self._energy is None:
-            return WorkerFacts(peak, energy_off=self.energy_off)
+            return WorkerFacts(allocator, energy_off=self.energy_off)
         steps, overflows = self._energy.steps, self._energy.overflow_steps
-        return WorkerFacts(peak, steps, None if overflows is None else steps - overflows, self.energy_off)
+        return WorkerFacts(allocator, steps, None if overflows is None else steps - overflows, self.energy_off)
 
     def _where(self) -> str:
         return f"in or after phase {str(self._phase)!r}"

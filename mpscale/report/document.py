@@ -64,7 +64,7 @@ def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
         "Timing quality": sections.timing(run),
         "Step time noise": sections.noise(run, floors),
         "Memory": sections.memory(run),
-        "GPU memory by part (MiB)": [sections.memory_parts(run)],
+        "GPU memory by part (MiB)": sections.memory_parts(run),
         "GPU energy": sections.energy(run),
         "GPU state while steps were timed": [sections.gpu_state(run)],
         "How to read this": [how_to_read(run)],
@@ -257,7 +257,9 @@ _NOTES_ON_CPU = (
 )
 _NOTE_ON_GPU_MEMORY = (
     "GPU memory is what the driver reports for the process, including context and libraries, so the ratio is that of "
-    "whole processes. Host memory is no substitute for it."
+    "whole processes. To compare modes, use the figure for training: steps were awaited one by one. To choose a GPU, "
+    "use the largest figure of the row: a usual training loop queues steps, and evaluates. A process keeps what it "
+    "took, so later figures contain earlier ones. Host memory is no substitute for any of them."
 )
 _NOTE_ON_ENERGY = (
     "Energy is that of the whole GPU and of nothing else in the machine; above idle is what it drew beyond its "

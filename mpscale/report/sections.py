@@ -41,6 +41,8 @@ from mpscale.report.table import (
 _COLUMNS_SHOWN = 8
 _STEP_COUNTS = ("attempted_steps", "applied_steps", "skipped_steps", "overflow_steps", "nonfinite_loss_steps")
 _PLACE = ("workload", "mode")
+_PEAK = "gpu_memory_nvml_peak_mib"
+_ALLOCATOR_PEAKS = ("gpu_memory_allocator_synchronised_peak_mib", "gpu_memory_allocator_timed_peak_mib")
 
 
 def results(run: Run) -> Table:
@@ -190,14 +192,46 @@ def timing(run: Run) -> list[Table | str]:
 
 def memory(run: Run) -> list[Table | str]:
     """Show peaks over the processes of a mode."""
-    needs = ("gpu_memory_nvml_peak_mib", "gpu_memory_allocator_peak_mib", "host_memory_peak_mib")
+    needs = (_PEAK, "gpu_memory_allocator_peak_mib", "host_memory_peak_mib")
     without_ratio = _no_ratio(run, COSTS["gpu_memory"], "gpu_memory_mib", "gpu_memory_ratio")
-    return [_sheet(run, Sheet.MEMORY, *needs), without_ratio]
+    parts: list[Table | str] = [_sheet(run, Sheet.MEMORY, *needs), without_ratio]
+    if any(record[_PEAK] is not None and _before_windows(record) for record in run.records):
+        parts.append(
+            "This run was measured by an older mpscale: the figure for training is the peak of the whole process, with "
+            "steps queued and with evaluation."
+        )
+    return parts
 
 
-def memory_parts(run: Run) -> Table:
+def _before_windows(record: Record) -> bool:
+    """Whether a case was measured before the peaks of synchronised and queued steps were told apart."""
+    column = "gpu_memory_queued_peak_mib"
+    return record[column] is None and record.why_empty(column) is None
+
+
+def memory_parts(run: Run) -> list[Table | str]:
     """Show what the memory that the driver reports is used for."""
-    return _sheet(run, Sheet.MEMORY_PARTS, "gpu_memory_nvml_peak_mib")
+    parts: list[Table | str] = [_sheet(run, Sheet.MEMORY_PARTS, "gpu_memory_process_peak_mib", _PEAK)]
+    searched = [
+        f"{large(max(scratch), 'MiB')} for {workload} {mode}"
+        for workload, mode, records in measured(run, good=True)
+        if (scratch := [most for record in records if (most := _scratch(record)) is not None])
+    ]
+    if searched:
+        parts.append(
+            f"The first step took more from TensorFlow's allocator than later steps: {', '.join(searched)}. That is "
+            "mostly scratch of the search for the fastest kernels. The process keeps it, so the figure for training "
+            "contains it; to compare what the steps themselves need, use the allocator's peak while timed."
+        )
+    return parts
+
+
+def _scratch(record: Record) -> float | None:
+    """What the first steps took from the allocator beyond the timed steps, if it is over a tenth of the peak."""
+    peak, first, timed = (record[name] for name in (_PEAK, *_ALLOCATOR_PEAKS))
+    if peak is None or first is None or timed is None or first - timed <= peak / 10:
+        return None
+    return float(first - timed)
 
 
 def energy(run: Run) -> list[Table | str]:

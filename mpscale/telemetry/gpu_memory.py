@@ -1,9 +1,15 @@
-"""Memory of a case on a GPU: the headline figure, where it comes from, and whether the figures agree."""
+"""Memory of a case on a GPU: the headline figure, where it comes from, and whether the figures agree.
+
+A process keeps what it has once taken from the driver, so peaks are taken up to a phase, and a stage of the case has a
+peak of its own only if it needed more than the stages before it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
@@ -11,6 +17,11 @@ from mpscale.telemetry.samples import Reading, Sample, Samples, known
 
 HEADLINE = "gpu_memory_nvml_peak_mib"
 _PROCESS, _DEVICE = "process", "device-minus-idle"
+_WHOLE = {_PROCESS: "gpu_memory_process_peak_mib", _DEVICE: "gpu_memory_device_rise_mib"}
+"""The column with the peak of the whole case, by method."""
+
+Peak = Callable[[str], float | Reason]
+"""The largest memory up to a phase."""
 
 _TOLERATED_S = 0.1
 """How long a reading may fail within a peak: no longer than one look can take anyway. Reported as a gap."""
@@ -30,34 +41,92 @@ _FOREIGN_PID = Reason(
     "namespace of its own, and the id is another process's",
 )
 _INCOMPLETE = Reason(
-    Code.NOT_TOLD, "needs the peak, the context's memory and the allocator's peak, and one of them is unknown"
+    Code.NOT_TOLD, "needs the largest peak, the context's memory and the allocator's peak, and one of them is unknown"
 )
 
+_EXPLAINED = 0.1
+"""A part that neither context nor allocator explains is named if it is a larger share of the largest peak."""
 
-def memory_columns(samples: Samples, allocator_peak_mib: float | None) -> Findings:
+_MOSTLY = 0.5
+"""The share of that part which a cause must account for."""
+
+
+class Cause(StrEnum):
+    """The likely cause of memory that neither context nor allocator explains."""
+
+    POOL = "pool"
+    """The allocator is bfc, whose pool grows by doubling and holds more than is in use."""
+    FIRST_STEP = "first-step"
+    """It was there after the first step: scratch of autotuning in XLA or cuDNN, libraries, compiled programs."""
+    QUEUED_STEPS = "queued-steps"
+    """It came when steps were queued: a step gets its buffers before the step before it has returned its own."""
+    UNCLEAR = "unclear"
+    """None of these accounts for half of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatorFacts:
+    """TensorFlow's allocator, for the reconciliation.
+
+    Args:
+        peak_mib: its peak in the whole process.
+        synchronised_peak_mib: its peak up to the end of the synchronised steps.
+        kind: ``cuda_malloc_async`` or ``bfc``.
+    """
+
+    peak_mib: float | None = None
+    synchronised_peak_mib: float | None = None
+    kind: str | None = None
+
+
+def memory_columns(samples: Samples, allocator: AllocatorFacts = AllocatorFacts()) -> Findings:
     """The columns on memory, except those of TensorFlow's allocator.
 
     Args:
         samples: of the whole case.
-        allocator_peak_mib: the peak of TensorFlow's allocator, for the reconciliation.
+        allocator: what the worker knows of it.
     """
     found = Findings()
     idle = samples.at("idle")
-    process = _process_peak(samples, idle)
-    rise = _device_rise(samples, idle)
+    whole = _whole(samples)
+    process, rise = _process_peak(whole, idle), _device_rise(whole, idle)
     found.put("gpu_memory_process_peak_mib", process)
     found.put("gpu_memory_device_rise_mib", rise)
     found.put("gpu_memory_idle_mib", _at(samples, Reading.MEMORY, "idle"))
     found.put("gpu_memory_reserved_mib", _reserved(samples))
-    headline, method = _headline(samples, process, rise)
+    training = _until(samples, "steps-synchronised")
+    if training is not None:
+        process, rise = _process_peak(training, idle), _device_rise(training, idle)
+    most, method = _headline(samples, process, rise)
+
+    def peak(phase: str) -> float | Reason:
+        """The largest memory up to a phase, by the headline's method."""
+        if isinstance(method, Reason):
+            return method
+        of = _process_peak if method == _PROCESS else _device_rise
+        found = _peak_until(samples, phase, lambda some: of(some, idle))
+        return _unmarked(samples, phase) if found is None else found
+
+    headline = peak("steps-synchronised")
+    if training is None and not isinstance(most, Reason) and isinstance(headline, Reason):
+        headline = headline.worded(f"{headline}; {most:.0f} MiB was the peak of the whole case")
     found.put(HEADLINE, headline)
     found.put("gpu_memory_method", method)
+    queued = _queued_peak(samples, peak)
+    found.put("gpu_memory_queued_peak_mib", queued)
+    found.put("gpu_memory_evaluation_peak_mib", _evaluation_peak(samples, peak))
     context = _context(samples, method)
     found.put("gpu_memory_context_mib", context)
-    if isinstance(headline, Reason) or isinstance(context, Reason) or allocator_peak_mib is None:
-        found.put("gpu_memory_unexplained_mib", _INCOMPLETE)
+    largest = found.values.get(_WHOLE[method]) if isinstance(method, str) else None
+    if largest is None or isinstance(context, Reason) or allocator.peak_mib is None:
+        found.miss(("gpu_memory_unexplained_mib", "gpu_memory_unexplained_cause"), _INCOMPLETE)
     else:
-        found.put("gpu_memory_unexplained_mib", headline - context - allocator_peak_mib)
+        unexplained = largest - context - allocator.peak_mib
+        found.put("gpu_memory_unexplained_mib", unexplained)
+        first = _minus(peak("compiled"), context + (allocator.synchronised_peak_mib or allocator.peak_mib))
+        came_queued = _minus(queued, headline)
+        cause = _cause(unexplained, largest, first, came_queued, allocator.kind)
+        found.put("gpu_memory_unexplained_cause", cause if isinstance(cause, Reason) else cause.value)
     often = samples.often()
     if not often:
         once = Reason(Code.NOT_REACHED, "the case ended before a second sample")
@@ -66,17 +135,127 @@ def memory_columns(samples: Samples, allocator_peak_mib: float | None) -> Findin
     seconds, looks = sum(since_s for _, since_s in often), sum(row.looks for row, _ in often)
     found.put("gpu_sample_interval_ms", seconds / looks * 1e3)
     # What was tolerated above is reported here.
-    first_s, last_s = _window(samples, idle)
+    first_s, last_s = _window(whole, idle)
     blind = [*samples.gaps(Reading.MEMORY), *samples.gaps(Reading.PROCESSES, _unlisted(samples))]
     blind_s = [min(gap.to_s, last_s) - gap.from_s for gap in blind if gap.from_s < last_s and gap.to_s > first_s]
     found.put("gpu_sample_gap_ms", max([row.gap_s for row, _ in often] + blind_s) * 1e3)
     return found
 
 
+def _whole(samples: Samples) -> Samples:
+    """The samples of the time in which the case can have used the GPU: up to ``done``, or to the last one.
+
+    Steps that are profiled do not count, since the profiler takes memory of its own.
+    """
+    profiled = any(row.phase == "profiled" for row in samples.rows)
+    ends = ("energy-end", "timing-end", "done") if profiled else ("done",)
+    end = next((phase for phase in ends if samples.at(phase) is not None), None)
+    return (None if end is None else _until(samples, end)) or samples
+
+
+def _until(samples: Samples, phase: str) -> Samples | None:
+    """The samples up to the one at a phase, even if that came late; None if there is none."""
+    for number, row in enumerate(samples.rows, 1):
+        if row.phase == phase:
+            # A monitor that died later was there until then.
+            silent = samples.silent if number == len(samples.rows) else None
+            return replace(samples, rows=samples.rows[:number], silent=silent)
+    return None
+
+
+def _peak_until(samples: Samples, phase: str, peak: Callable[[Samples], float | Reason]) -> float | Reason | None:
+    """The peak of the samples up to a phase; None if it is not known.
+
+    If the sample at the phase came late, the peak lies between that up to the phase before and that up to the late
+    sample, so it is known if the two are equal.
+    """
+    some = _until(samples, phase)
+    if some is None:
+        return None
+    found = peak(some)
+    if phase not in samples.late:
+        return found
+    before = next((row.phase for row in reversed(some.rows) if row.phase and row.phase not in samples.late), None)
+    earlier = None if before is None else _until(samples, before)
+    return found if earlier is not None and peak(earlier) == found else None
+
+
+def _unmarked(samples: Samples, phase: str) -> Reason:
+    """Why there is no peak up to a phase."""
+    why = samples.not_at(phase)
+    if why.code is not Code.NOT_REACHED or samples.at("done") is None:
+        return why
+    return why.worded(f"the case has no phase {phase}, as in versions of mpscale before it, or if it did not train")
+
+
+def _queued_peak(samples: Samples, peak: Peak) -> float | Reason:
+    """The largest memory while steps were queued.
+
+    The process keeps what it once took, so of the stages in which steps are queued the last one that needed more than
+    was there counts: what an evaluation took before it is not mistaken for theirs.
+    """
+    stages = [("steps-synchronised", "steps-queued")]
+    if _has(samples, "metric-tried"):
+        stages.append(("metric-tried", "trained"))
+    if _has(samples, "timing-start"):
+        end = "energy-end" if _has(samples, "energy-end") else "timing-end"
+        stages.append(("evaluated" if _has(samples, "evaluated") else "steps-queued", end))
+    found: float | Reason = peak(stages[0][1])
+    for before, after in ((peak(start), peak(end)) for start, end in stages):
+        if isinstance(before, Reason) or isinstance(after, Reason):
+            return before if isinstance(before, Reason) else after
+        found = after if after > before else found
+    return found
+
+
+def _evaluation_peak(samples: Samples, peak: Peak) -> float | Reason:
+    """The largest memory while the model was evaluated, if that needed more than was there."""
+    if not _has(samples, "trained") and (_has(samples, "timing-start") or samples.at("done") is not None):
+        return Reason(Code.NOT_ASKED_FOR, "this process evaluated nothing")
+    sufficient, found = math.inf, None
+    for start, end in (("steps-queued", "metric-tried"), ("trained", "evaluated")):
+        before, after = peak(start), peak(end)
+        if isinstance(before, Reason) or isinstance(after, Reason):
+            return before if isinstance(before, Reason) else after
+        if after > before:
+            found = after
+        sufficient = min(sufficient, before)
+    text = f"it needed no more than the {sufficient:.0f} MiB that the process had taken before it"
+    return Reason(Code.NEVER_HAPPENED, text) if found is None else found
+
+
+def _cause(unexplained: float, largest: float, first: float, queued: float, allocator: str | None) -> Cause | Reason:
+    """Name the likely cause of the unexplained part of the ``largest`` peak.
+
+    Args:
+        unexplained: MiB.
+        largest: MiB.
+        first: unexplained after the first step already, in MiB.
+        queued: came when steps were queued, in MiB.
+        allocator: ``cuda_malloc_async`` or ``bfc``.
+    """
+    if unexplained <= _EXPLAINED * largest:
+        text = f"context and allocator explain all but {max(unexplained, 0.0) / largest:.0%} of the largest peak"
+        return Reason(Code.NEVER_HAPPENED, text)
+    if allocator == "bfc":
+        return Cause.POOL
+    most, cause = max((first, Cause.FIRST_STEP), (queued, Cause.QUEUED_STEPS))
+    return cause if most >= _MOSTLY * unexplained else Cause.UNCLEAR
+
+
+def _minus(value: float | Reason, other: float | Reason) -> float:
+    """The difference of two figures; 0 if one is unknown."""
+    return 0.0 if isinstance(value, Reason) or isinstance(other, Reason) else value - other
+
+
+def _has(samples: Samples, phase: str) -> bool:
+    """Whether the worker came to a phase, even if the sample at it was late."""
+    return phase in samples.late or samples.at(phase) is not None
+
+
 def _window(samples: Samples, idle: Sample | None) -> tuple[float, float]:
-    """The time in which the case can have used the GPU: from ``idle`` to ``done``, or to the last sample."""
-    done = samples.at("done") or (samples.rows[-1] if samples.rows else None)
-    return idle.time_s if idle is not None else -math.inf, done.time_s if done is not None else math.inf
+    """The time from ``idle`` to the last sample."""
+    return -math.inf if idle is None else idle.time_s, samples.rows[-1].time_s if samples.rows else math.inf
 
 
 def _tolerated_s(samples: Samples) -> float:

@@ -36,13 +36,13 @@ class WorkerFacts:
     """What the worker contributes to the columns on the GPU.
 
     Args:
-        allocator_peak_mib: peak of TensorFlow's allocator.
+        allocator: of TensorFlow.
         energy_steps: steps taken while energy was counted.
         energy_applied_steps: those of them that were not skipped; None if the mode does not count them.
         energy_off: why energy was not to be measured; None if it was.
     """
 
-    allocator_peak_mib: float | None = None
+    allocator: gpu_memory.AllocatorFacts = field(default_factory=gpu_memory.AllocatorFacts)
     energy_steps: int | None = None
     energy_applied_steps: int | None = None
     energy_off: Reason | None = None
@@ -145,7 +145,7 @@ class CaseWatch:
             notes = {"silent": silent.to_json()}
         result.lost = self._lost
         samples = self._read_samples(keep, notes)
-        findings.add(gpu_memory.memory_columns(samples, worker.allocator_peak_mib))
+        findings.add(gpu_memory.memory_columns(samples, worker.allocator))
         steps, applied, off = worker.energy_steps, worker.energy_applied_steps, worker.energy_off
         findings.add(energy_columns(samples, steps, applied, self._ways.get(Reading.POWER), off))
         findings.add(state_columns(samples))

@@ -26,12 +26,15 @@ from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.step import Batches, Log, TrainStep, keep_going, scaler_for, time_empty_call, time_steps, warm_up
-from mpscale.worker.training import Evaluator, batches, is_accuracy, score_for, train
+from mpscale.worker.training import Evaluator, batches, first_pause, is_accuracy, score_for, train
 from mpscale.workloads import Data, Workload, registry
 from mpscale.workloads.metric import ACCURACY
 
 _LEAST_MORE_S = 0.5
 """Shortest time to go on after the timing, to measure energy: during it the counter is read too rarely to end there."""
+
+_SYNCHRONISED_STEPS, _QUEUED_STEPS = 3, 4
+"""Steps after the first whose memory is read: so many that are awaited one by one, and then so many that are queued."""
 
 _NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
 
@@ -109,13 +112,14 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     channel.values({"trace_time_s": trace_s, "first_step_s": time.perf_counter() - start})
     channel.phase(Phase.COMPILED)
 
+    peak = AllocatorPeak(device)
+    opening_s = _take_opening_steps(built, peak, channel)
     status: Status = ("ok", None)
     if case.trains:
-        status = _train(built, steps_path, channel)
-        channel.phase(Phase.TRAINED)
+        status = _train(built, opening_s, steps_path, channel)
+        channel.phase(Phase.EVALUATED)
     else:
         step.read_log()
-    peak = AllocatorPeak(device)
     if case.settings.timing_s > 0:
         _time(built, energy_s, peak, channel)
     _report(channel, peak.columns())
@@ -209,6 +213,32 @@ def _described(built: Built) -> Findings:
     return found
 
 
+def _take_opening_steps(built: Built, peak: AllocatorPeak, channel: Channel) -> float:
+    """Take steps for their memory: first synchronised one by one, then queued. Return the seconds that they took.
+
+    They come before anything is evaluated, since TensorFlow keeps the memory that it has once taken from the driver. If
+    the case trains, they are the first steps of the training, at most until it evaluates.
+    """
+    step, left = built.step, _SYNCHRONISED_STEPS + _QUEUED_STEPS
+    if built.case.trains:
+        left = min(left, first_pause(built.workload.evaluate_every, built.steps) - 1)
+    synchronised = min(left, _SYNCHRONISED_STEPS)
+    start = time.perf_counter()
+    for _ in range(synchronised):
+        step()
+        step.synchronise()
+    seconds = time.perf_counter() - start
+    _report(channel, peak.so_far())
+    channel.phase(Phase.STEPS_SYNCHRONISED)
+    start = time.perf_counter()
+    for _ in range(left - synchronised):
+        step()
+    step.synchronise()
+    seconds += time.perf_counter() - start
+    channel.phase(Phase.STEPS_QUEUED)
+    return seconds
+
+
 def _evaluator(built: Built) -> Evaluator:
     """The metric, tried out so that mistakes show before the training."""
     workload, data, objective = built.workload, built.data, built.objective
@@ -221,12 +251,19 @@ def _evaluator(built: Built) -> Evaluator:
     return evaluate
 
 
-def _train(built: Built, steps_path: Path | None, channel: Channel) -> Status:
+def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Channel) -> Status:
     workload, data, steps = built.workload, built.data, built.steps
     evaluate = _evaluator(built)
+    channel.phase(Phase.METRIC_TRIED)
     training = train(
-        built.step, steps, workload, lambda: evaluate(*data.progress), lambda done: channel.progress(done, steps)
+        built.step,
+        steps,
+        workload,
+        lambda: evaluate(*data.progress),
+        lambda done: channel.progress(done, steps),
+        opening_s,
     )
+    channel.phase(Phase.TRAINED)
     found = Findings(training.values())
     not_reached = _NO_TARGET
     if workload.target is not None:

@@ -17,12 +17,18 @@ _SUCCESS = 0  # what a call to CUDA returns
 
 
 class AllocatorPeak:
-    """Peak memory of TensorFlow's allocator, in the whole process and in a window of it."""
+    """Peak memory of TensorFlow's allocator: so far, in a window of the process, and in all of it."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._before: float | None = None
         self._windowed = False
+
+    def so_far(self) -> Findings:
+        """The peak in MiB up to now, which is when a few steps have been synchronised one by one."""
+        found = Findings()
+        found.put("gpu_memory_allocator_synchronised_peak_mib", self._peak())
+        return found
 
     def begin_window(self) -> None:
         self._windowed = True

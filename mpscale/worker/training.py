@@ -122,12 +122,23 @@ class Training:
         return values
 
 
-def train(
-    step: TrainStep, steps: int, workload: Workload, evaluate: Callable[[], float], progress: Callable[[int], None]
-) -> Training:
-    """Take the remaining steps of a training whose first step has been taken.
+def first_pause(evaluate_every: int, steps: int) -> int:
+    """Steps after which a training of ``steps`` first looks at its weights and its metric; not after its first step."""
+    return min(max(evaluate_every, 2), steps)
 
-    It ends early if the weights are no longer finite, since nothing can bring them back.
+
+def train(
+    step: TrainStep,
+    steps: int,
+    workload: Workload,
+    evaluate: Callable[[], float],
+    progress: Callable[[int], None],
+    opening_s: float = 0.0,
+) -> Training:
+    """Take the remaining steps of a training whose opening steps have been taken and are not read yet.
+
+    These are its first step, or more up to :func:`first_pause`; the result does not depend on how many. The training
+    ends early if the weights are no longer finite, since nothing can bring them back.
 
     Args:
         step: the train step.
@@ -135,33 +146,41 @@ def train(
         workload: has the target, and how often to evaluate.
         evaluate: returns the metric on the progress set.
         progress: called with the number of steps taken, every ``workload.evaluate_every`` of them.
+        opening_s: seconds spent on the opening steps after the first.
     """
     log = [step.read_log()]
-    taken, wall = 1, 0.0
+    taken, wall = len(log[0]), opening_s
     reached: tuple[int, float] | tuple[None, None] = (None, None)
-    while taken < steps:
+    pausing = 1 < taken == first_pause(workload.evaluate_every, steps)
+    # The first pause comes after as many steps as if only one had been taken.
+    most = MOST_UNREAD + 1 - taken
+    while True:
+        if pausing:
+            if not np.isfinite(log[-1].loss[-1]) and not step.weights_finite():
+                break
+            due = reached[0] is None and workload.target is not None and taken % workload.evaluate_every == 0
+            if due and workload.reached(evaluate()):
+                reached = (taken, wall)
+            progress(taken)
+        if taken >= steps:
+            break
         start = time.perf_counter()
-        block = min(workload.evaluate_every - taken % workload.evaluate_every, steps - taken, MOST_UNREAD)
+        block = min(workload.evaluate_every - taken % workload.evaluate_every, steps - taken, most)
         for _ in range(block):
             step()
         log.append(step.read_log())
         wall += time.perf_counter() - start
         taken += block
-        if not np.isfinite(log[-1].loss[-1]) and not step.weights_finite():
-            break
-        due = reached[0] is None and workload.target is not None and taken % workload.evaluate_every == 0
-        if due and workload.reached(evaluate()):
-            reached = (taken, wall)
-        progress(taken)
+        pausing, most = True, MOST_UNREAD
     return Training(Log.joined(log), wall, step.weights_finite(), *reached)
 
 
 class Evaluator:
     """A model's metric over whole sets of examples.
 
-    The model runs in batches of the training's size, so it is compiled once, models of fixed batch size work, and the
-    memory peak is the training's. Variables that evaluation changes, such as the state of a recurrent layer, are
-    restored: the training goes on as if nothing had been evaluated. ``jit`` compiles with XLA.
+    The model runs in batches of the training's size, so it is compiled once, models of fixed batch size work, and it
+    needs less memory than a training step. Variables that evaluation changes, such as the state of a recurrent layer,
+    are restored: the training goes on as if nothing had been evaluated. ``jit`` compiles with XLA.
     """
 
     def __init__(self, model: keras.Model, score: Score, jit: bool, batch: int) -> None:
@@ -183,26 +202,29 @@ class Evaluator:
         starts = range(0, len(x), self._batch)
         with self._restored(x):
             parts = [self._outputs(x[start : start + self._batch]) for start in starts]
-        outputs, mask = _joined(parts)
-        try:
-            return self._score(y, outputs, mask)
-        except Exception:  # from the user's code, which worked in try_out
-            if np.isfinite(outputs).all():
-                raise
-            # A metric may refuse the outputs of a diverged training, as those of scikit-learn do.
-            return float("nan")
+        return self._value(y, *_joined(parts))
 
     def try_out(self, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> None:
         """Raise now what the metric would raise after the training: call it with all labels and a few outputs."""
         with self._restored(x):
             few = self._outputs(x[np.linspace(0, len(x) - 1, min(self._batch, len(x))).astype(int)])
-        value = self._score(y, *_joined([tuple(np.resize(part, (len(y), *part.shape[1:])) for part in few)]))
+        outputs, mask = _joined([tuple(np.resize(part, (len(y), *part.shape[1:])) for part in few)])
+        value = self._value(y, outputs, mask)
         missing = np.sum(~np.isfinite(y)) if y.dtype.kind == "f" else 0
-        if missing and not np.isfinite(value):
+        if missing and not np.isfinite(value) and np.isfinite(outputs).all():
             raise ValueError(
                 f"{missing} of the test labels are not finite, which makes the metric {value}; leave these examples "
                 "out, or use a metric that ignores them"
             )
+
+    def _value(self, y: npt.NDArray[Any], outputs: npt.NDArray[Any], mask: Mask) -> float:
+        try:
+            return self._score(y, outputs, mask)
+        except Exception:  # from the user's code
+            if np.isfinite(outputs).all():
+                raise
+            # A metric may refuse the outputs of a diverged training, as those of scikit-learn do.
+            return float("nan")
 
     def _outputs(self, x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
         """The outputs, and the mask if there is one, of at most a batch of examples."""
@@ -278,9 +300,11 @@ def score_for(
     def function(labels: Any, outputs: Any) -> Any:
         if not of_keras:
             return metric(labels, outputs)
-        metric.reset_state()
-        metric.update_state(labels, outputs)
-        return metric.result()
+        # On the host: the outputs of all examples at once might need more of a GPU's memory than the training.
+        with tf.device("CPU:0"):
+            metric.reset_state()
+            metric.update_state(labels, outputs)
+            return metric.result()
 
     if kind:
         form = label_forms.keras_form(kind, labels.shape[1:], outputs)
@@ -292,8 +316,9 @@ def score_for(
         given: Any = outputs
         if of_keras and mask is not None:
             # Where Keras' own evaluation looks for it.
-            given = tf.constant(outputs)
-            given._keras_mask = tf.constant(mask)
+            with tf.device("CPU:0"):
+                given = tf.constant(outputs)
+                given._keras_mask = tf.constant(mask)
         return _number(function(form(labels), given), len(labels), str(workload.metric_name), mask)
 
     return score

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from support.runfolder import GPU, record
 from test_report_markdown import rendered, table
 
@@ -18,6 +19,9 @@ FULL = {
     "gpu_memory_context_mib": 400.0,
     "gpu_memory_allocator_peak_mib": 1200.0,
     "gpu_memory_unexplained_mib": 200.0,
+    "gpu_memory_unexplained_cause": "queued-steps",
+    "gpu_memory_queued_peak_mib": 1800.0,
+    "gpu_memory_process_peak_mib": 2000.0,
     "gpu_energy_j_per_step": 0.5,
     "gpu_energy_net_j_per_step": 0.4,
     "gpu_energy_method": "counter",
@@ -37,12 +41,29 @@ def test_parts_energy_and_state_have_their_tables(tmp_path):
     half = {**FULL, "gpu_energy_j_per_step": 0.25, "gpu_memory_nvml_peak_mib": 1000.0}
     text = rendered(tmp_path, record("fp32", **FULL), record("mixed-dynamic", **half), device=GPU)
     parts = rows(text, "GPU memory by part (MiB)")
-    assert parts[0][2:] == ["400.0", "1200", DASH, "200.0", DASH, DASH, "process", DASH]
+    assert parts[0][2:] == ["400.0", "1200", DASH, "200.0", "queued-steps", DASH, DASH, "process", DASH]
+    row, _ = table(text, "Memory")
+    assert list(row.values())[2:7] == ["1800", "1.00", "1800", DASH, "2000"]
     first, second = rows(text, "GPU energy")
     assert first[2:] == ["0.500", "1.00", DASH, "0.400", "250", DASH, "counter"]
     assert second[2:4] == ["0.250", "0.500"]
     state = rows(text, "GPU state while steps were timed")
     assert state[0][2:] == ["1410", DASH, DASH, "61.0", DASH, "25 %", "software power cap"]
+
+
+def test_what_the_first_step_alone_took_is_told(tmp_path):
+    """Figures of ResNet-50 on an H200, if its allocator's peak fell into the first step as the driver's did."""
+    peaks = {"gpu_memory_nvml_peak_mib": 16586.0, "gpu_memory_allocator_synchronised_peak_mib": 15816.9}
+    searched = {**FULL, **peaks, "gpu_memory_allocator_timed_peak_mib": 11190.6}
+    said = "The first step took more from TensorFlow's allocator than later steps: 4626 MiB for toy fp32."
+    assert said in rendered(tmp_path, record("fp32", **searched), record("tf32", **FULL), device=GPU)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_peak_of_an_older_version_is_told_to_be_of_the_whole_process(tmp_path, old):
+    values = {name: value for name, value in FULL.items() if name != "gpu_memory_queued_peak_mib"} if old else FULL
+    text = rendered(tmp_path, record("fp32", **values), device=GPU)
+    assert ("measured by an older mpscale" in text) == old
 
 
 def test_the_data_dictionary_decides_which_columns_a_table_has(tmp_path, monkeypatch):

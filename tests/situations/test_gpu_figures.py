@@ -156,7 +156,7 @@ def test_driver_that_repeats_an_old_value(gpu_case):
 
 BEGIN = {
     MEMORY: {RISE, "gpu_memory_reserved_mib"},
-    LIST: {PROCESS, "gpu_other_processes"},
+    LIST: {PROCESS, "gpu_memory_queued_peak_mib", "gpu_other_processes"},
     "nvmlDeviceGetGraphicsRunningProcesses_v3": {"gpu_graphics_processes"},
     "nvmlDeviceGetTemperatureV": {"gpu_temperature_c_max"},
     "nvmlDeviceGetClockInfo": {"gpu_sm_clock_mhz_median", "gpu_memory_clock_mhz_median"},
@@ -182,13 +182,12 @@ def test_a_failing_call_empties_only_its_own_columns(case):
             train=lambda symbol=symbol: (time.sleep(0.05), case.script.fail(symbol, 999)),
             added=lambda: time.sleep(0.75),
         )
-        # Without the list of processes the headline is the rise of the GPU's memory, and its method shows that.
         assert columns <= set(found.unavailable), symbol
         assert sound - set(found.values) <= columns, symbol
         for column in columns:
             assert found.unavailable[column].code in (Code.TOO_FEW_SAMPLES, Code.OTHER), symbol
-        if symbol == LIST:
-            assert (found.values[METHOD], found.values[PEAK]) == ("device-minus-idle", 300.0)
+        # It had been measured before the call failed.
+        assert (found.values[METHOD], found.values[PEAK]) == ("process", 300.0)
 
 
 @pytest.mark.parametrize("symbol", [MEMORY, LIST])

@@ -260,7 +260,9 @@ def test_evaluation_never_takes_more_examples_at_once_than_training():
             sizes.add(inputs.shape[0])
             return inputs
 
-    train(workload(sequential(Watches, logits), lambda: DATA, batch_size=8))
+    published = Data(X[:160], Y[:160], X[160:], Y[160:], X[160:201], Y[160:201])
+    outcome = train(workload(sequential(Watches, logits), lambda: published, batch_size=8, target=0.9))
+    assert outcome.row["published_metric_value"] > 0
     assert sizes - {None} == {8}
 
 

@@ -7,18 +7,28 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from support.nvml_stand_in import Script
 
 from mpscale.core.device import Device, find_device
 from mpscale.core.reason import Code, Reason
+from mpscale.core.wire import Phase
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, open_driver
 from mpscale.telemetry.samples import Samples, read_samples
 from mpscale.telemetry.watch import CaseWatch, WatchResult, WorkerFacts
 
+_TRAINING = (
+    Phase.COMPILED,
+    Phase.STEPS_SYNCHRONISED,
+    Phase.STEPS_QUEUED,
+    Phase.METRIC_TRIED,
+    Phase.TRAINED,
+    Phase.EVALUATED,
+)
 ENERGY_OFF = Reason(Code.NOT_ASKED_FOR, "energy was off")
 SLEEPER = "import sys; print(flush=True); sys.stdin.read()"
 
@@ -51,6 +61,7 @@ class GpuCase:
         timed: Callable[[], object] = lambda: None,
         *,
         train: Callable[[], object] = lambda: None,
+        steps: Mapping[Phase, Callable[[], object]] = MappingProxyType({}),
         added: Callable[[], object] | None = None,
         worker: WorkerFacts | None = None,
         keep: Path | None = None,
@@ -60,7 +71,8 @@ class GpuCase:
         Args:
             context: called between ``idle`` and ``context-ready``.
             timed: called between ``timing-start`` and ``timing-end``.
-            train: called between ``context-ready`` and ``timing-start``.
+            train: called between ``context-ready`` and ``compiled``.
+            steps: what to call before a phase from ``compiled`` to ``evaluated``.
             added: called between ``timing-end`` and ``energy-end``; None leaves that phase out.
             worker: what the worker contributes to the columns.
             keep: where to store the samples.
@@ -70,6 +82,9 @@ class GpuCase:
         context()
         self.watch.mark("context-ready")
         train()
+        for phase in _TRAINING:
+            steps.get(phase, lambda: None)()
+            self.watch.mark(phase)
         self.watch.mark("timing-start")
         timed()
         self.watch.mark("timing-end")

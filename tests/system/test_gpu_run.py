@@ -10,6 +10,7 @@ from support.small_suite import SUITE, pytest_in, write
 
 import mpscale
 from mpscale.analysis.summary import summary_of
+from mpscale.core.wire import Phase
 from mpscale.telemetry.samples import known
 
 PEAKS = {"fp32": 3000.0, "tf32": 3100.0, "mixed-static": 1800.0}
@@ -85,6 +86,8 @@ def test_training(mp_case, benchmark):
     assert set(cases.index) == set(PEAKS)
     assert (cases["status"] == "ok").all()
     assert cases["gpu_memory_nvml_peak_mib"].to_dict() == PEAKS
+    assert cases["gpu_memory_queued_peak_mib"].to_dict() == PEAKS
+    assert all("needed no more" in reasons["gpu_memory_evaluation_peak_mib"] for reasons in cases["unavailable"])
     assert set(cases["gpu_memory_method"]) == {"process"}
     assert set(cases["gpu_memory_idle_mib"]) == {570.0}
     assert set(cases["gpu_memory_reserved_mib"]) == {500.0}
@@ -106,7 +109,7 @@ def test_training(mp_case, benchmark):
     kept = machine.path() / "gpu" / "mnist1d-mlp--fp32--s0--r0--a1.jsonl.gz"
     samples = kept_samples(kept)
     assert max(known(samples.rows, "process_memory_mib")) == 3000.0
-    assert {"idle", "context-ready", "timing-start", "timing-end", "done"} <= {row.phase for row in samples.rows}
+    assert {*Phase} - {"energy-end"} <= {row.phase for row in samples.rows}
 
 
 def test_states_of_the_gpu_that_invalidate_a_case(machine):

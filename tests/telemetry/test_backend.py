@@ -68,12 +68,13 @@ def test_readings_become_columns(acme, case):
     acme.state |= {"vram": 1_000_000_000 + 300 * 2**20, "pids": [(os.getpid(), 300 * 2**20)]}
     case("context-ready")
     acme.state |= {"throttle": 1, "celsius": 80}
+    case("steps-synchronised")
     case("timing-start")
     case("")
     case("timing-end")
     case("done")
     samples = case()
-    found = memory_columns(samples, None)
+    found = memory_columns(samples)
     found.add(state_columns(samples))
     assert found.values["gpu_memory_process_peak_mib"] == pytest.approx(300.0)
     assert found.values["gpu_memory_device_rise_mib"] == pytest.approx(300.0)

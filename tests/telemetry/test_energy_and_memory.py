@@ -8,6 +8,7 @@ import time
 import pytest
 from support.gpu_case import ENERGY_OFF, kept_samples
 
+from mpscale.telemetry.gpu_memory import AllocatorFacts
 from mpscale.telemetry.watch import WorkerFacts
 
 
@@ -32,7 +33,7 @@ def test_spike_of_60_ms_in_training_is_caught(gpu_case):
 
 def test_memory_reconciles_with_the_allocator(gpu_case):
     case = gpu_case()
-    worker = WorkerFacts(allocator_peak_mib=1000.0, energy_off=ENERGY_OFF)
+    worker = WorkerFacts(allocator=AllocatorFacts(1000.0), energy_off=ENERGY_OFF)
     seen = case.run(lambda: case.uses(400), lambda: (case.uses(1500), time.sleep(0.05)), worker=worker)
     values = seen.findings.values
     assert values["gpu_memory_context_mib"] == 400.0

@@ -10,13 +10,22 @@ from support.gpu_case import kept_samples
 from mpscale.core.columns import Source, measured_columns
 from mpscale.core.reason import Code, Reason
 from mpscale.telemetry.gpu_energy import energy_columns
-from mpscale.telemetry.gpu_memory import memory_columns
+from mpscale.telemetry.gpu_memory import AllocatorFacts, memory_columns
 from mpscale.telemetry.gpu_state import state_columns, suspicions
 from mpscale.telemetry.samples import ClockEvent, Reading, Sample, Samples
 
 DATA = Path(__file__).parent / "data"
 PEAK, METHOD = "gpu_memory_nvml_peak_mib", "gpu_memory_method"
-PHASES = {10: "idle", 20: "context-ready", 50: "timing-start", 90: "timing-end", 160: "energy-end", 165: "done"}
+STAGES = {PEAK, "gpu_memory_queued_peak_mib", "gpu_memory_evaluation_peak_mib"}
+PHASES = {
+    10: "idle",
+    20: "context-ready",
+    45: "steps-synchronised",
+    50: "timing-start",
+    90: "timing-end",
+    160: "energy-end",
+    165: "done",
+}
 BROKEN = Reason(Code.OTHER, "broken", "repair it")
 
 
@@ -83,10 +92,14 @@ def energy(taken):
     ],
 )
 def test_a_peak_with_a_gap_is_empty(failed, process, rise):
-    found = memory_columns(samples(failed), None)
+    found = memory_columns(samples(failed))
     assert found.values.get("gpu_memory_process_peak_mib") == (300.0 if process else None)
     assert found.values.get("gpu_memory_device_rise_mib") == (300.0 if rise else None)
-    assert found.values.get(METHOD) == ("process" if process else "device-minus-idle" if rise else None)
+    # These two are known from the synchronised steps on.
+    early = max((last for _, last in (failed or {}).values()), default=0) < 50
+    assert early or (found.values[PEAK], found.values[METHOD]) == (300.0, "process")
+    if early:
+        assert found.values.get(METHOD) == ("process" if process else "device-minus-idle" if rise else None)
     for column in ("gpu_memory_process_peak_mib", "gpu_memory_device_rise_mib"):
         if column not in found.values:
             assert found.unavailable[column].code in (Code.TOO_FEW_SAMPLES, BROKEN.code)
@@ -94,7 +107,7 @@ def test_a_peak_with_a_gap_is_empty(failed, process, rise):
 
 
 def test_a_tolerated_gap_is_reported():
-    found = memory_columns(samples({Reading.MEMORY: (55, 57)}), None).values
+    found = memory_columns(samples({Reading.MEMORY: (55, 57)})).values
     assert found["gpu_sample_gap_ms"] == pytest.approx(310, abs=1)
 
 
@@ -110,7 +123,7 @@ def test_a_tolerated_gap_is_reported():
 def test_a_list_that_loses_the_worker(readings, known):
     if "listed" in readings:
         readings["process_memory_mib"] = dict.fromkeys(readings["listed"])
-    found = memory_columns(samples(**readings), None)
+    found = memory_columns(samples(**readings))
     if known:
         assert found.values["gpu_memory_process_peak_mib"] == 300.0
     else:
@@ -227,10 +240,16 @@ def test_idle_power_when_readings_failed():
 
 def test_a_monitor_that_ended_leaves_no_peak_of_anything():
     taken = Samples(samples().rows[:120], silent=Reason(Code.MONITOR_DIED, "it died"))
-    found = memory_columns(taken, None)
+    found = memory_columns(taken)
     found.add(state_columns(taken))
     found.add(energy(taken))
-    for column in (PEAK, "gpu_temperature_c_max", "gpu_other_processes", "gpu_graphics_processes"):
+    assert found.values[PEAK] == 300.0  # which had been measured by then
+    for column in (
+        "gpu_memory_process_peak_mib",
+        "gpu_temperature_c_max",
+        "gpu_other_processes",
+        "gpu_graphics_processes",
+    ):
         assert found.unavailable[column].code is Code.MONITOR_DIED
 
 
@@ -244,12 +263,14 @@ def test_a_window_whose_end_came_late_has_no_energy(phase):
 def test_samples_of_a_real_gpu_lose_nothing():
     """An NVIDIA H200 with driver 580.159.04, and its columns at that time."""
     taken = kept_samples(DATA / "h200-wide-mixed-dynamic.jsonl.gz")
-    found = memory_columns(taken, 3542.651)
+    found = memory_columns(taken, AllocatorFacts(3542.651))
     found.add(energy_columns(taken, 1040, 1040, "instant", None))
     found.add(state_columns(taken))
-    assert found.unavailable == {}
-    assert set(found.values) == set(measured_columns(source=Source.MONITOR))
-    assert found.values[PEAK] == 5252.0
+    # They were taken before the phases that tell these peaks apart.
+    assert set(found.unavailable) == STAGES
+    assert set(found.values) | STAGES == set(measured_columns(source=Source.MONITOR))
+    assert "5252 MiB was the peak of the whole case" in found.unavailable[PEAK].text
+    assert found.values["gpu_memory_process_peak_mib"] == 5252.0
     assert found.values["gpu_memory_device_rise_mib"] == 5257.562
     assert found.values["gpu_memory_idle_mib"] == 3.25
     assert found.values["gpu_memory_reserved_mib"] == 615.062
@@ -266,7 +287,7 @@ def test_samples_of_a_real_gpu_lose_nothing():
 
 def test_samples_of_a_short_case_on_a_real_gpu_lose_nothing():
     taken = kept_samples(DATA / "h200-mnist1d-mlp-fp32.jsonl.gz")
-    found = memory_columns(taken, 49.0)
+    found = memory_columns(taken, AllocatorFacts(49.0))
     found.add(state_columns(taken))
-    assert found.unavailable == {}
-    assert (found.values[PEAK], found.values["gpu_memory_device_rise_mib"]) == (674.0, 679.562)
+    assert set(found.unavailable) == STAGES
+    assert (found.values["gpu_memory_process_peak_mib"], found.values["gpu_memory_device_rise_mib"]) == (674.0, 679.562)

@@ -19,7 +19,7 @@ from mpscale.worker.step import (
     time_steps,
     warm_up,
 )  # fmt: skip
-from mpscale.worker.training import Evaluator, Training, batches, train
+from mpscale.worker.training import Evaluator, Training, batches, first_pause, train
 from mpscale.workloads import Data, Workload
 from mpscale.workloads.workload import sparse_cross_entropy
 
@@ -159,6 +159,29 @@ def test_training_notes_when_the_target_was_reached():
     assert 0 < done.time_to_target_s < done.wall_time_s
     assert len(done.log) == 50
     assert next(metrics) == 0.2  # Nothing is evaluated once the target has been reached.
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["to the end", "until the weights are lost"])
+@pytest.mark.parametrize(
+    ("evaluate_every", "steps"), [(1, 30), (2, 30), (3, 3), (8, 30), (10, 30), (5000, MOST_UNREAD + 60)]
+)
+def test_training_does_not_depend_on_how_many_steps_opened_it(evaluate_every, steps, lost):
+    """The steps before the first evaluation may be taken beforehand."""
+    found = []
+    for opening in {1, min(8, first_pause(evaluate_every, steps))}:
+        layers = []
+        step = make_step("mixed-unscaled", layer=lambda layers=layers: layers.append(hidden()) or layers[0])
+        step()
+        if lost:
+            layers[0].kernel.assign(np.full((2, 4), np.nan))
+        for _ in range(opening - 1):
+            step()
+        metrics, seen = iter(np.arange(40) / 4), []
+        given = workload(target=0.5, evaluate_every=evaluate_every)
+        done = train(step, steps, given, lambda metrics=metrics: next(metrics), seen.append)
+        found.append((str(done.log.loss.tolist()), done.steps_to_target, done.weights_finite, seen))
+    assert len(found) == 2
+    assert found[0] == found[1]
 
 
 def test_training_ends_when_the_weights_are_lost():
