@@ -94,6 +94,7 @@ def test_training(mp_case, benchmark):
     assert set(cases["tf32"].astype(bool) == (cases.index != "fp32")) == {True}
     assert cases["gpu_energy_j_per_step"].isna().all()
     assert all("energy was off" in reasons["gpu_energy_j_per_step"] for reasons in cases["unavailable"])
+    assert all("in place of the stand-in" in reasons["device_busy_share"] for reasons in cases["unavailable"])
     summary = {row["mode"]: row for row in summary_of(run)}
     assert summary["mixed-static"]["gpu_memory_ratio"] == pytest.approx(0.6)
     environment = json.loads((machine.path() / "run.json").read_text())["environment"]
@@ -106,7 +107,9 @@ def test_training(mp_case, benchmark):
     kept = machine.path() / "gpu" / "mnist1d-mlp--fp32--s0--r0--a1.jsonl.gz"
     samples = kept_samples(kept)
     assert max(known(samples.rows, "process_memory_mib")) == 3000.0
-    assert {"idle", "context-ready", "timing-start", "timing-end", "done"} <= {row.phase for row in samples.rows}
+    assert {"idle", "context-ready", "timing-start", "timing-end", "profiled", "done"} <= {
+        row.phase for row in samples.rows
+    }
 
 
 def test_states_of_the_gpu_that_invalidate_a_case(machine):
