@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+from mpscale.core.blocks import FASTER, SLOWER
 from mpscale.core.case import Case
 from mpscale.core.columns import COLUMNS
 from mpscale.core.record import Record
@@ -108,6 +109,7 @@ _WORDS = {
     Phase.TIMING_START: "timing",
     Phase.TIMING_END: "finishing",
     Phase.ENERGY_END: "finishing",
+    Phase.PROFILED: "finishing",
     Phase.DONE: "finishing",
 }
 """What a case is doing once it has reached a phase."""
@@ -191,6 +193,10 @@ class Progress:
             parts.append(str(record["status_reason"]).splitlines()[0][:160])
         if record["step_time_ms_median"] is not None:
             parts.append(f"{record['step_time_ms_median']:.3g} ms a step")
+        if record["device_busy_share"] is not None:
+            parts.append(f"GPU busy {100 * record['device_busy_share']:.0f} % of it")
+        if record[SLOWER] is not None:
+            parts.append(f"jumping between {record[FASTER]:.3g} and {record[SLOWER]:.3g} ms")
         if record["final_accuracy"] is not None:
             parts.append(f"accuracy {100 * record['final_accuracy']:.1f} %")
         elif record["metric_value"] is not None:

@@ -56,7 +56,7 @@ class Point:
             overflow rate, where a ratio says little.
         change_low: lower end of its 95 % interval by Welch; None if a single process gives no spread.
         change_high: upper end.
-        reason: why there is no value; or which seeds or processes are not in it, and why.
+        reason: why there is no value; or which seeds or processes are not in it, or why it is no claim about speed.
     """
 
     run: RunFacts
@@ -71,7 +71,7 @@ class Point:
 
     @property
     def is_incomplete(self) -> bool:
-        """Whether there is a value from which something is missing."""
+        """Whether there is a value with a reservation: something is missing from it, or it is no claim about speed."""
         return self.value is not None and self.reason is not None
 
 

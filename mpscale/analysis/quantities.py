@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
+from mpscale.analysis.claim import conditions, find_doubts
 from mpscale.analysis.trainings import by_reason, overflow_rate, overflow_unknown, trainings, without_figure
 from mpscale.core.columns import COLUMNS
 from mpscale.core.record import Key, Record, of_good_trainings
@@ -178,7 +179,12 @@ class _Speedup(Quantity):
     ) -> list[str]:
         time = COSTS["step_time"]
         theirs = [f"{BASELINE}'s {text}" for text in time.lacking(baseline, ()) if text]
-        return [*time.lacking(cases, (), not_started), *theirs]
+        return [*time.lacking(cases, (), not_started), *theirs, self._doubts(cases, baseline)]
+
+    def _doubts(self, cases: Sequence[Record], baseline: Sequence[Record]) -> str:
+        own, other = (conditions(of_good_trainings(side)) for side in (cases, baseline))
+        doubts = find_doubts(own, other, len(self.sample(cases, baseline)))
+        return f"no claim about speed: {', and '.join(doubt.text for doubt in doubts)}" if doubts else ""
 
 
 class _Metric(Quantity):
@@ -218,6 +224,18 @@ QUANTITIES: dict[str, Quantity] = {
             "step_time",
             "step time",
             "step_time_ms_median",
+            threshold=0.05,
+            more=Verdict.SLOWER,
+            less=Verdict.FASTER,
+            of_trainings=False,
+            drifts=True,
+        ),
+        # Each process profiles a few steps, and which kernels it runs is a choice of its own, so only several processes
+        # show how much the figure varies: it is judged exactly as the step time is.
+        Cost(
+            "device_time",
+            "GPU time per step",
+            "device_busy_ms_per_step",
             threshold=0.05,
             more=Verdict.SLOWER,
             less=Verdict.FASTER,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from mpscale.analysis.claim import conditions, find_doubts
 from mpscale.analysis.quantities import COSTS, Cost, Verdict
 from mpscale.analysis.stats import (
     Interval,
@@ -29,6 +30,7 @@ from mpscale.analysis.trainings import (
     seeds_text,
     trainings,
 )
+from mpscale.core.blocks import SLOWER
 from mpscale.core.columns import MEASURED, STATUSES, SUMMARY
 from mpscale.core.record import Key, Place, Record, common, grouped, of_good_trainings, settle, values_of
 from mpscale.core.runs import Run
@@ -49,7 +51,7 @@ def summarise(records: Iterable[Record], waiting: Mapping[Place, Sequence[Key]] 
     processes, energy their geometric mean. All of these leave out lost seeds: what a lost training costs is of no use.
     ``metric_difference`` is the mean over seeds of the mode's metric minus fp32's with its 90 % interval (one-sided at
     95 %), and ``metric_verdict`` comes from :func:`judge_metric`. Counts are sums; ``loss_scale_final``,
-    ``steps_to_target`` and ``dispatch_share`` are medians over the cases that have them. ``headline_baseline`` is the
+    ``steps_to_target`` and shares are medians over the cases that have them. ``headline_baseline`` is the
     mode that a user would have had by default: tf32 if it was timed, else fp32.
 
     Only cases that ran to the end (:data:`MEASURED`) have figures that count; ``left_out`` names the others.
@@ -76,6 +78,8 @@ class _Mode:
         self.measured = [case for case in cases if case["status"] in MEASURED]
         self.good = of_good_trainings(cases)
         self.times = COSTS["step_time"].by_process(cases)
+        self.device_times = COSTS["device_time"].by_process(cases)
+        self.conditions = conditions(self.good)
         self.seeds = trainings(cases, not_started, plan_known)
 
 
@@ -117,11 +121,6 @@ def _over(function: Callable[[list[Any]], Any], values: list[Any]) -> Any:
     return function(values) if values else None
 
 
-def mostly(flags: Sequence[bool]) -> bool:
-    """Whether more than half are set: one disturbed process says nothing about the mode."""
-    return 2 * sum(flags) > len(flags)
-
-
 def _counts(own: _Mode) -> Row:
     statuses = Counter(str(case["status"]) for case in own.cases)
     return {
@@ -140,16 +139,26 @@ def _times(mode: str, own: _Mode, modes: Mapping[str, _Mode]) -> Row:
     row: Row = {"processes": len(own.times)}
     row |= _columns("step_time_ms", geometric_interval(own.times.values()) if own.times else None)
     for name in ("fp32", "tf32"):
-        baseline = modes[name].times if name in modes else {}
-        if mode == name and own.times:
-            speedup: Interval | None = Interval(1.0, None, None, len(own.times))
-        else:
-            speedup = paired_ratio(baseline, own.times) if baseline.keys() & own.times.keys() else None
-        row |= _columns(f"speedup_{name}", speedup)
-        row[f"speedup_{name}_pairs"] = speedup.n if speedup else 0
-    row["dispatch_share"] = _over(statistics.median, values_of(own.good, "dispatch_share"))
-    row["dispatch_bound"] = _over(mostly, values_of(own.good, "dispatch_bound"))
+        baseline = modes[name] if name in modes else _Mode([])
+        row |= _speedup(f"speedup_{name}", own.times, baseline.times, mode == name)
+        row |= _speedup(f"speedup_device_{name}", own.device_times, baseline.device_times, mode == name)
+        if mode != name and (pairs := row[f"speedup_{name}_pairs"]):
+            doubts = find_doubts(own.conditions, baseline.conditions, pairs)
+            row[f"speedup_{name}_doubts"] = " ".join(doubts) or None
+    row |= own.conditions
+    row["device_busy_ms_per_step"] = _over(statistics.median, values_of(own.good, "device_busy_ms_per_step"))
+    row["two_level_processes"] = len(values_of(own.good, SLOWER))
     return row
+
+
+def _speedup(name: str, own: Mapping[Key, float], baseline: Mapping[Key, float], same: bool) -> Row:
+    """The ratio of a baseline's times to a mode's; ``same`` says whether the two are one mode."""
+    found: Interval | None
+    if same and own:
+        found = Interval(1.0, None, None, len(own))
+    else:
+        found = paired_ratio(baseline, own) if baseline.keys() & own.keys() else None
+    return {**_columns(name, found), f"{name}_pairs": found.n if found else 0}
 
 
 def _columns(name: str, interval: Interval | None) -> Row:

@@ -212,6 +212,7 @@ def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, *cells: C
 _NOT_REACHED = "the case ended before that"
 _NO_TRAINING = "timing-only process (`repeat` above 0), or the case ended before that"
 _NO_TIMING = "timing was off (`--benchmark-disable`), or the case ended before that"
+_NO_PROFILE = "no GPU, the profiler recorded none of its kernels or is in use by the workload (the reason says which), timing was off, or the case ended before that"
 _UNCHECKED = ", ".join(mode.name for mode in MODES.values() if not mode.sees_overflow)
 _NO_CHECK = f"the mode checks no gradient ({_UNCHECKED}), or the case ended before that"
 _NO_SCALE = "the mode has no loss scale, or the case ended before that"
@@ -330,6 +331,10 @@ SECTIONS: tuple[Section, ...] = (
             _measured("timed_overflow_steps", "int", "steps", "steps with a non-finite gradient in them; not in `overflow_steps`", _NO_CHECK + "; or timing was off"),
             _measured("dispatch_share", "float", "share", "time per call of a step with the same variables that does no work, over `step_time_ms_median`", _NO_TIMING, Cell(Sheet.TIMING, 4, "dispatch share", flag=("dispatch_bound", "bound"))),
             _measured("dispatch_bound", "bool", "", "whether `dispatch_share` is above 0.5: the step time then says more about Python and TensorFlow than about the device", _NO_TIMING),
+            _measured("step_time_ms_faster_blocks", "float", "ms", "median of the faster group of blocks, if they fall into two: groups of a tenth or more whose medians differ by a factor of 1.3 or more, and which explain 90 % of the variance of the logarithms", "the blocks form one group, or fewer than 10 were timed; " + _NO_TIMING),
+            _measured("step_time_ms_slower_blocks", "float", "ms", "median of the slower group", "as above"),
+            _measured("device_busy_ms_per_step", "float", "ms", "time per step in which at least one kernel ran on the GPU, from TensorFlow's profile of 3 to 50 steps (about 0.2 s) after everything that is timed", _NO_PROFILE, Cell(Sheet.TIMING, 8, "GPU ms per step"), positive=True),
+            _measured("device_busy_share", "float", "share", "`device_busy_ms_per_step` / `step_time_ms_median`, which was measured without the profiler", "kernels ran for over 1.05 times the step time while profiled; " + _NO_PROFILE, Cell(Sheet.TIMING, 9, "GPU busy")),
             _measured("build_time_s", "float", "s", "building model and optimizer, including the weights", _NOT_REACHED),
             _measured("trace_time_s", "float", "s", "tracing the train step into a graph", _NOT_REACHED, Cell(Sheet.TIMING, 6, "trace s")),
             _measured("first_step_s", "float", "s", "first call of the traced step, including compilation", _NOT_REACHED, Cell(Sheet.TIMING, 7, "first step s")),
@@ -452,6 +457,16 @@ SUMMARY: tuple[Column, ...] = (
     _known("speedup_tf32_low", "float", "", "lower end of its paired interval", "one pair, or tf32 itself"),
     _known("speedup_tf32_high", "float", "", "upper end of its paired interval", "one pair, or tf32 itself"),
     _known("speedup_tf32_pairs", "int", "", "the number of pairs; for tf32 itself, of processes"),
+    _known("speedup_fp32_doubts", "str", "", "why the ratio to fp32 is no claim about speed, separated by blanks: `device-idle` (the GPU computed for less than half of a step), `dispatch-bound`, `busy-machine` (others used over 10 % of the processors' time) in either mode, `one-pair`", "it may be claimed, there is no ratio, or fp32 itself"),
+    _known("speedup_tf32_doubts", "str", "", "the same for the ratio to tf32", "as above, or tf32 itself"),
+    _known("speedup_device_fp32", "float", "", "geometric mean of fp32's `device_busy_ms_per_step` / the mode's, paired by seed and repeat, of seeds that ended well", "no pair of processes was profiled on a GPU", Cell(Sheet.TIMING, 10, "GPU time: fp32 / mode")),
+    _known("speedup_device_fp32_low", "float", "", "lower end of its paired interval", "one pair, or fp32 itself"),
+    _known("speedup_device_fp32_high", "float", "", "upper end of its paired interval", "one pair, or fp32 itself"),
+    _known("speedup_device_fp32_pairs", "int", "", "the number of pairs; for fp32 itself, of processes"),
+    _known("speedup_device_tf32", "float", "", "the same for tf32", "no pair of processes was profiled on a GPU", Cell(Sheet.TIMING, 11, "GPU time: tf32 / mode")),
+    _known("speedup_device_tf32_low", "float", "", "lower end of its paired interval", "one pair, or tf32 itself"),
+    _known("speedup_device_tf32_high", "float", "", "upper end of its paired interval", "one pair, or tf32 itself"),
+    _known("speedup_device_tf32_pairs", "int", "", "the number of pairs; for tf32 itself, of processes"),
     _known("headline_baseline", "str", "", "what a user would have had by default: tf32 if it was timed, else fp32"),
     _known("gpu_memory_mib", "float", "MiB", "largest `gpu_memory_nvml_peak_mib` of any process of a seed that ended well", "no process has it"),
     _known("gpu_memory_processes", "int", "", "processes that have it"),
@@ -485,6 +500,11 @@ SUMMARY: tuple[Column, ...] = (
     _known("loss_scale_final", "float", "", "median over seeds", "the mode has no loss scale", special=Format.LOSS_SCALE),
     _known("dispatch_share", "float", "share", "median over processes", "nothing was timed"),
     _known("dispatch_bound", "bool", "", "whether most processes were dispatch-bound", "nothing was timed"),
+    _known("device_busy_ms_per_step", "float", "ms", "median over processes", "no process was profiled on a GPU"),
+    _known("device_busy_share", "float", "share", "median over processes", "no process was profiled on a GPU"),
+    _known("gpu_utilization", "float", "%", "median of `gpu_utilization_median` over processes; stands in for `device_busy_share` where that is empty", "nothing was timed on a GPU, or the driver does not report it"),
+    _known("host_other_cpu_share", "float", "share", "median over processes", "nothing was timed, or it is unknown"),
+    _known("two_level_processes", "int", "", "processes whose timed blocks fall into two groups"),
     _known("not_started", "int", "", "cases that were planned but not started, as far as is known"),
     _known("cases", "int", "", "cases that were started"),
     _known("ok", "int", "", "how many of them ended well"),

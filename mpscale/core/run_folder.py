@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import tempfile
@@ -16,6 +17,7 @@ from typing import IO, Any
 
 import orjson
 
+from mpscale.core.blocks import FASTER, group_columns
 from mpscale.core.case import Case, CaseId
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.mode import MODES
@@ -343,6 +345,18 @@ def _what_is_left(path: Path) -> str:
     return f"; without its journal a run cannot be read{left}"
 
 
+def _add_groups(record: Record, step_s: Any) -> None:
+    """Fill the columns on groups of blocks in a record of an older mpscale, which kept the blocks but lacks these."""
+    if record[FASTER] is not None or record.why_empty(FASTER) is not None or not isinstance(step_s, list):
+        return
+    times = [time for time in step_s if isinstance(time, float) and math.isfinite(time) and time > 0]
+    if times and len(times) == len(step_s):
+        found = group_columns(times)
+        record.update(found.values)
+        for column, why in found.unavailable.items():
+            record.miss(column, why)
+
+
 _PENDING = Record()
 """Keeps the place of a case that has started until its result comes."""
 
@@ -387,15 +401,15 @@ class _Told:
                 self._start(self.running, case, event.get("attempt"))
             case "case_finished":
                 self.running = _part(event, "case_id", str)
-                self._finish(self.running, _part(event, "record", dict), where)
+                self._finish(self.running, _part(event, "record", dict), where, event.get("step_s"))
                 self.running = None
             case "run_started":
                 self.finished = False
             case "run_finished":
                 self.finished = True
 
-    def _finish(self, case_id: str, row: dict[str, Any], where: str) -> None:
-        """Take the record of a ``case_finished``."""
+    def _finish(self, case_id: str, row: dict[str, Any], where: str, step_s: Any = None) -> None:
+        """Take the record of a ``case_finished``, and the step times of its blocks."""
         odd: list[str] = []
         try:
             record = Record.from_json(row)
@@ -404,6 +418,7 @@ class _Told:
             record = Record.from_json({**row, "unavailable": {}})
         record.update({"case_id": case_id})
         odd += [*record.drop_misfits(), *lacks(record, case_id)]
+        _add_groups(record, step_s)
         if odd:
             self._settle(case_id)
             record.update(self._identity(case_id))

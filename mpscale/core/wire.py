@@ -52,6 +52,8 @@ class Phase(StrEnum):
     TIMING_START = "timing-start"
     TIMING_END = "timing-end"
     ENERGY_END = "energy-end"
+    PROFILED = "profiled"
+    """A few more steps have run under the profiler, after everything that is timed."""
     DONE = "done"
 
 

@@ -289,7 +289,8 @@ class Session:
                 terminalreporter.write_line(self.output.printable(f"mpscale: {trouble}"), red=True, bold=True)
 
     def _show(self, terminalreporter: pytest.TerminalReporter, run: Run) -> None:
-        from mpscale.report.sections import results
+        from mpscale.analysis.summary import summary_of
+        from mpscale.report.sections import doubts_note, results
 
         def show(text: str, **markup: bool) -> None:
             terminalreporter.write_line(self.output.printable(text), **markup)
@@ -298,6 +299,8 @@ class Session:
         with contextlib.suppress(ValueError):
             path = path.relative_to(Path.cwd())
         show(results(run).text())
+        if note := doubts_note(summary_of(run)):
+            show(f"\n{note}")
         lines = self._check.lines()
         if lines:
             show("\n" + "\n".join(lines), red=self._check.fails)

@@ -19,7 +19,7 @@ from mpscale.analysis.summary import Quality, Row, summary_of
 from mpscale.analysis.trainings import by_reason, overflow_unknown
 from mpscale.core.record import common
 from mpscale.core.runs import Run, hardware, machine_words
-from mpscale.report.sections import final_metric, overflow_steps, speedup, step_time
+from mpscale.report.sections import doubts_note, final_metric, overflow_steps, speedup, step_time
 from mpscale.report.table import (
     DASH,
     Table,
@@ -153,6 +153,8 @@ def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]
     summaries = {id(run): {(row["workload"], row["mode"]): row for row in summary_of(run)} for run in runs}
     keys = list(dict.fromkeys(key for rows in summaries.values() for key in rows))
 
+    doubtful = doubts_note([row for rows in summaries.values() for row in rows.values()])
+
     def table(title: str, cell: Callable[[Row], str], note: str) -> Iterator[_Part]:
         found = {key: [cell(row) if (row := summaries[id(run)].get(key)) else DASH for run in runs] for key in keys}
         rows = [[*key, *texts] for key, texts in found.items() if any(text != DASH for text in texts)]
@@ -168,7 +170,11 @@ def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]
         def ratio(row: Row, baseline: str = baseline) -> str:
             return DASH if row["mode"] == baseline else of(row, speedup(row, baseline), f"speedup_{baseline}_pairs")
 
-        yield from table(f"Speed-up over {baseline}, within each run", ratio, "Above 1.00 is faster; 95 % interval.")
+        yield from table(
+            f"Speed-up over {baseline}, within each run",
+            ratio,
+            f"Above 1.00 is faster; 95 % interval. {doubtful}".strip(),
+        )
     yield from table(
         "GPU memory over fp32, within each run",
         lambda row: DASH if row["mode"] == "fp32" else of(row, number(row["gpu_memory_ratio"]), "gpu_memory_processes"),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mpscale.analysis.claim import Doubt, busy_share, doubts_of
 from mpscale.analysis.noise_floor import NO_FLOORS, Floors
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.device import Device
@@ -25,6 +26,7 @@ from mpscale.report.table import (
     of_processes,
     of_seeds,
     plural,
+    share,
     text,
     yes_no,
 )
@@ -55,7 +57,7 @@ def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
         floors: how much runs of the same code differ, if that is known.
     """
     parts: dict[str, list[Table | str]] = {
-        "Results": [sections.results(run)],
+        "Results": [sections.results(run), sections.doubts_note(summary_of(run))],
         "Cases that did not end well": sections.troubles(run),
         "What could not be read": [sections.unread(run, floors.left_out)],
         "Overflow and loss scale": [sections.overflow(run)],
@@ -137,6 +139,9 @@ def _overview(run: Run, rows: Sequence[Row]) -> str:
         sentences.append(f"{plural(left, 'planned case')} {'was' if left == 1 else 'were'} not started.")
     if not run.finished:
         sentences.append("The run was stopped or is still going on: this is what there is so far.")
+    if jumped := sum(row["two_level_processes"] for row in rows):
+        whose = plural(jumped, "process")
+        sentences.append(f"The step time of {whose} jumped between two levels (see Timing quality).")
     if kind == "cpu":
         sentences.append("It ran on a CPU: the speeds below say nothing about a GPU.")
     return " ".join(sentences)
@@ -157,16 +162,49 @@ def _speed(row: Row, rows: Sequence[Row]) -> str | None:
         # Seeds that were lost may have been timed all the same.
         return "no training ended well, so no step time counts" if row["seeds"] and not row["ok"] else None
     baseline = row["headline_baseline"]
-    ratio, low, high = (row[f"speedup_{baseline}{end}"] for end in ("", "_low", "_high"))
-    if ratio is None:
+    if row[f"speedup_{baseline}"] is None:
         beside = any((other["workload"], other["mode"]) == (row["workload"], baseline) for other in rows)
         why = f"with no {baseline}{' that ended well' if beside else ''} to compare it with"
         return f"{number(row['step_time_ms'])} ms per step, {why}"
-    written = f"{ratio:.2f} times the speed of {baseline}{of_processes(row[f'speedup_{baseline}_pairs'], row)}"
+    if doubts := doubts_of(row, baseline):
+        other = next((one for one in rows if (one["workload"], one["mode"]) == (row["workload"], baseline)), row)
+        return "; ".join(filter(None, [_no_claim(row, other, doubts), _by_device_time(row, baseline)]))
+    return _times("the speed", row, f"speedup_{baseline}", baseline)
+
+
+def _times(what: str, row: Row, name: str, baseline: str) -> str:
+    """Write a ratio of speeds with its interval."""
+    ratio, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    written = f"{ratio:.2f} times {what} of {baseline}{of_processes(row[f'{name}_pairs'], row)}"
     if low is None or high is None:
         return f"{written} (one pair of processes, so no interval)"
     verdict = ", so no difference is shown" if low <= 1.0 <= high else ""
     return f"{written} (95 % interval {low:.2f} to {high:.2f}{verdict})"
+
+
+def _no_claim(row: Row, baseline: Row, doubts: Sequence[Doubt]) -> str:
+    """Say why nothing is said about the speed of a mode, with the figures of the side to which it applies most."""
+    reasons = []
+    if Doubt.IDLE in doubts:
+        least, of = min((known, one["mode"]) for one in (row, baseline) if (known := busy_share(one)) is not None)
+        whose = "" if of == row["mode"] else f" of {escape(of)}"
+        reasons.append(f"the GPU was busy {share(least)} of a step{whose} ({sections.TOO_SMALL_CURE})")
+    elif Doubt.DISPATCH in doubts:
+        most, of = max((one["dispatch_share"] or 0.0, one["mode"]) for one in (row, baseline) if one["dispatch_bound"])
+        whose = "" if of == row["mode"] else f" of {escape(of)}"
+        took = f"dispatch in Python and TensorFlow took {share(most)} of a step{whose}"
+        reasons.append(f"{took} ({sections.TOO_SMALL_CURE})")
+    if Doubt.BUSY in doubts:
+        busiest = max(one["host_other_cpu_share"] or 0.0 for one in (row, baseline))
+        reasons.append(f"other processes took {share(busiest)} of the machine's CPU time (run again when it is idle)")
+    if Doubt.ONE_PAIR in doubts:
+        reasons.append(f"there is only one pair of processes ({sections.ONE_PAIR_CURE})")
+    return f"no claim about speed: {', and '.join(reasons)}"
+
+
+def _by_device_time(row: Row, baseline: str) -> str | None:
+    name = f"speedup_device_{baseline}"
+    return None if row[name] is None else f"by GPU time alone {_times('the speed', row, name, baseline)}"
 
 
 def _quality(row: Row) -> str | None:
@@ -307,10 +345,11 @@ def github_summary(run: Run, limit: int = LIMIT, artifacts: str | None = None) -
     where = " ".join(filter(None, [device_name(run), f"({kind.upper()})" if kind else ""]))
     trouble = sections.trouble_table(run)
     trouble = Table(trouble.headers, [[_cut(cell, _CELL) for cell in row] for row in trouble.rows])
+    results = (sections.results(run).markdown(), sections.doubts_note(summary_of(run)))
     parts = [f"# mpscale: {escape(_cut(where or run.name, _NAME))}", _head(findings(run))]
     for title, part in (
         ("What could not be read", sections.unread(run)),
-        ("Results", sections.results(run).markdown()),
+        ("Results", "\n\n".join(filter(None, results))),
         ("Cases that did not end well", trouble.markdown()),
     ):
         if part:

@@ -344,7 +344,7 @@ def _caption(history: History) -> str:
         text = f"Points: geometric mean over {what}. Bars: 95 % interval if there is more than one,"
         text += f" cut off at {_MOST_ABOVE} times the largest value."
     if any(point.is_incomplete for series in history.series for point in series.points):
-        text += " In a ring: a value without some seeds or processes; the table says why."
+        text += " In a ring: a value that lacks seeds or processes, or is no claim about speed; the table says why."
     return f"{text} Times are UTC. A gap in a line: no value."
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from mpscale.analysis.claim import doubts_of
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.columns import FAILED
 from mpscale.core.runs import Run, RunError
@@ -109,6 +110,13 @@ def _panels(rows: Sequence[Row]) -> list[_Panel]:
             neutral=1.0,
             floor=0.0,
         ),
+        _Panel(
+            f"speed-up over {baseline} by GPU time alone",
+            "By GPU time: of rows whose step time shows no speed-up, how much faster the kernels are.",
+            [_device_time(row) for row in rows],
+            neutral=1.0,
+            floor=0.0,
+        ),
         _cost("peak GPU memory over fp32", "Memory", rows, "gpu_memory"),
         _cost("GPU energy over fp32", "Energy", rows, "gpu_energy"),
         _Panel(
@@ -125,7 +133,15 @@ def _panels(rows: Sequence[Row]) -> list[_Panel]:
 
 def _speed(row: Row) -> _Known | None:
     name = f"speedup_{row['headline_baseline']}"
-    if row["mode"] == row["headline_baseline"] or row.get(name) is None:
+    if row["mode"] == row["headline_baseline"] or row.get(name) is None or doubts_of(row, row["headline_baseline"]):
+        return None
+    return _Known(row[name], row[f"{name}_low"], row[f"{name}_high"], _is_of_all(row, f"{name}_pairs"))
+
+
+def _device_time(row: Row) -> _Known | None:
+    """Return the speed-up by GPU time where none by step time is drawn; None also if one pair gives no interval."""
+    name = f"speedup_device_{row['headline_baseline']}"
+    if not doubts_of(row, row["headline_baseline"]) or row[name] is None or row[f"{name}_low"] is None:
         return None
     return _Known(row[name], row[f"{name}_low"], row[f"{name}_high"], _is_of_all(row, f"{name}_pairs"))
 
@@ -152,6 +168,8 @@ def _what_is_missing(rows: Sequence[Row], panels: Sequence[_Panel]) -> Iterator[
         name = f"{short_name(row['workload'])}, {short_name(row['mode'])}"
         if row["mode"] == "fp32" and (row["ok"] != row["cases"] or row["not_started"]):
             yield f"Compared with what is left of {name}: {statuses(row)}."
+        if doubts := doubts_of(row, row["headline_baseline"]):
+            yield f"No speed-up drawn for {name}: {', and '.join(doubt.text for doubt in doubts)}."
         if row["metric_verdict"] is not None and _metric(row) is None:
             yield f"No metric drawn for {name}: {metric_why(row) or 'it is unknown'}."
 

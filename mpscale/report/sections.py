@@ -10,9 +10,11 @@ from functools import lru_cache
 from typing import Any
 
 from mpscale.analysis.change import SINGLE_RUN
+from mpscale.analysis.claim import TOO_SMALL, Doubt, doubts_of, mostly
 from mpscale.analysis.noise_floor import FEWEST_RUNS, Floors, assumed_floor, pooled
 from mpscale.analysis.quantities import COSTS, Cost
-from mpscale.analysis.summary import Row, mostly, summary_of
+from mpscale.analysis.summary import Row, summary_of
+from mpscale.core.blocks import FASTER, SLOWER
 from mpscale.core.columns import COLUMNS, MEASURED, SUMMARY, Cell, Column, Over, Sheet
 from mpscale.core.mode import is_mixed
 from mpscale.core.record import Place, Record, grouped, in_order_of_modes, of_good_trainings, values_of
@@ -29,9 +31,11 @@ from mpscale.report.table import (
     metric,
     metric_difference,
     metric_margin,
+    number,
     of_all,
     of_processes,
     of_seeds,
+    plural,
     share,
     shown,
     span,
@@ -43,6 +47,13 @@ _STEP_COUNTS = ("attempted_steps", "applied_steps", "skipped_steps", "overflow_s
 _PLACE = ("workload", "mode")
 _PEAK = "gpu_memory_nvml_peak_mib"
 _ALLOCATOR_PEAKS = ("gpu_memory_allocator_synchronised_peak_mib", "gpu_memory_allocator_timed_peak_mib")
+_GPU_TIME = tuple(
+    cell.heading
+    for column in (*COLUMNS.values(), *SUMMARY)
+    if column.name.startswith(("device_busy_", "speedup_device_"))
+    for cell in column.cells
+)
+"""Headings of the timing table that are left out without a profile of a GPU."""
 
 
 def results(run: Run) -> Table:
@@ -71,9 +82,28 @@ def step_time(row: Row) -> str:
 
 
 def speedup(row: Row, baseline: str) -> str:
-    """Write the speed-up over ``baseline`` with its interval over pairs of processes."""
+    """Write the speed-up over ``baseline`` with its interval over pairs; in parentheses if there are doubts."""
     low, high = row[f"speedup_{baseline}_low"], row[f"speedup_{baseline}_high"]
-    return interval(row[f"speedup_{baseline}"], low, high, "x")
+    written, doubts = interval(row[f"speedup_{baseline}"], low, high, "x"), doubts_of(row, baseline)
+    return f"({written}: {', '.join(doubts)})" if doubts else written
+
+
+TOO_SMALL_CURE = (
+    "this model and batch are too small to show what a mode does; use a larger batch, or --mp-steps-per-call"
+)
+ONE_PAIR_CURE = "use more seeds, or --mp-repeats"
+
+
+def doubts_note(rows: Sequence[Row]) -> str:
+    """Explain the parentheses that :func:`speedup` puts around ratios of these rows; empty if there are none."""
+    found = {doubt for row in rows for baseline in ("fp32", "tf32") for doubt in doubts_of(row, baseline)}
+    if not found:
+        return ""
+    told = "; ".join(f"{doubt}: {doubt.text}" for doubt in Doubt if doubt in found)
+    cures = [TOO_SMALL_CURE] if found & TOO_SMALL else []
+    cures += [f"for more pairs, {ONE_PAIR_CURE}"] if Doubt.ONE_PAIR in found else []
+    cure = "".join(f" {text[0].upper()}{text[1:]}." for text in cures)
+    return f"A speed-up in parentheses is no claim about the mode, because of the row or its baseline ({told}).{cure}"
 
 
 def peak_memory(row: Row) -> str:
@@ -172,9 +202,10 @@ def _cell(cell: Cell, column: Column, records: Sequence[Record], row: Row) -> st
 
 def timing(run: Run) -> list[Table | str]:
     """Show what the step times are based on."""
-    parts: list[Table | str] = [_sheet(run, Sheet.TIMING, "step_time_ms_median", "trace_time_s", "first_step_s")]
-    if not parts[0]:
+    table = _sheet(run, Sheet.TIMING, "step_time_ms_median", "trace_time_s", "first_step_s")
+    if not table:
         return []
+    parts: list[Table | str] = [table.without_blank(*_GPU_TIME)]
     cases = [records for _, _, records in measured(run, good=True)]
     busiest = max((value for records in cases for value in values_of(records, "host_other_cpu_share")), default=0.0)
     if busiest > (COLUMNS["host_other_cpu_share"].warn_above or math.inf):
@@ -187,7 +218,30 @@ def timing(run: Run) -> list[Table | str]:
             "`bound` means that dispatch in Python and TensorFlow took over half of the step time, rather than the "
             "device. The model or its batch is too small to show what the mode does to the device."
         )
+    if any(values_of(records, "device_busy_ms_per_step") for records in cases):
+        parts.append(
+            "GPU ms per step is the time in which at least one kernel ran, from a profile of a few steps. Ratios of it "
+            "show what a mode does to the kernels, without the time in which the GPU waits for the host. A user sees "
+            "the step time."
+        )
+    parts.append(two_levels(run))
     return parts
+
+
+def two_levels(run: Run) -> str:
+    """Name the processes whose step time jumped between two levels; empty if there are none."""
+    found = [
+        f"{escape(record['case_id'])} ({number(record[FASTER])} and {number(record[SLOWER])} ms)"
+        for _, _, records in measured(run, good=True)
+        for record in records
+        if record[SLOWER] is not None
+    ]
+    if not found:
+        return ""
+    return (
+        f"The step time of {plural(len(found), 'process')} jumped between two levels: {listed(found, _COLUMNS_SHOWN)}. "
+        "Something on the machine changed meanwhile, and the median is one level or the other by chance."
+    )
 
 
 def memory(run: Run) -> list[Table | str]:

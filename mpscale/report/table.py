@@ -215,7 +215,7 @@ def span(texts: Iterable[str]) -> str:
 
 def plural(number: int, noun: str) -> str:
     """Write ``1 row``, ``2 rows``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def listed(names: Sequence[str], most: int) -> str:

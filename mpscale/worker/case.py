@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case, series_key
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
@@ -23,6 +24,7 @@ from mpscale.core.record import Findings
 from mpscale.core.wire import Channel, Phase
 from mpscale.worker import model as models
 from mpscale.worker.device import AllocatorPeak, require, touch
+from mpscale.worker.device_time import profile_steps
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.step import Batches, Log, TrainStep, keep_going, scaler_for, time_empty_call, time_steps, warm_up
@@ -35,6 +37,8 @@ _LEAST_MORE_S = 0.5
 
 _SYNCHRONISED_STEPS, _QUEUED_STEPS = 3, 4
 """Steps after the first whose memory is read: so many that are awaited one by one, and then so many that are queued."""
+_PROFILED_S, _FEWEST_PROFILED, _MOST_PROFILED = 0.2, 3, 50
+"""About how long to profile, and the fewest and most steps of it: the profile grows with every kernel."""
 
 _NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
 
@@ -120,9 +124,11 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
         channel.phase(Phase.EVALUATED)
     else:
         step.read_log()
-    if case.settings.timing_s > 0:
-        _time(built, energy_s, peak, channel)
+    step_ms = _time(built, energy_s, peak, channel) if case.settings.timing_s > 0 else None
     _report(channel, peak.columns())
+    if step_ms is not None:
+        # Last of all: the profiler slows steps and takes memory of the device.
+        _profile(step, step_ms, device, channel)
     channel.phase(Phase.DONE)
     arithmetic.look("training and timing")
     return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
@@ -306,8 +312,8 @@ def _write_steps(path: Path, log: Log) -> None:
     partial.replace(path)
 
 
-def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) -> None:
-    """Time steps in the steady state, and count energy over these and more steps."""
+def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) -> float:
+    """Time steps in the steady state, and count energy over these and more steps. Return the median step time in ms."""
     step, settings = built.step, built.case.settings
     about_s = warm_up(step)
     channel.phase(Phase.WARM)
@@ -324,5 +330,21 @@ def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) 
         steps += more
         overflows = None if overflows is None or more_overflows is None else overflows + more_overflows
     channel.energy(steps, overflows)
-    channel.values(timing.values(built.batch, time_empty_call(step)))
-    channel.blocks(timing.step_s.tolist())
+    values, step_s = timing.values(built.batch, time_empty_call(step)), timing.step_s.tolist()
+    channel.values(values)
+    channel.blocks(step_s)
+    _report(channel, group_columns(step_s))
+    return float(values["step_time_ms_median"])
+
+
+def _profile(step: TrainStep, step_ms: float, device: Device, channel: Channel) -> None:
+    """Take a few more steps under the profiler, for the time in which the GPU computes; ``step_ms`` was timed."""
+    steps = min(max(round(_PROFILED_S * 1e3 / step_ms), _FEWEST_PROFILED), _MOST_PROFILED)
+    busy, found = profile_steps(lambda: step.block(steps), steps, device), Findings()
+    if isinstance(busy, Reason):
+        found.miss(("device_busy_ms_per_step", "device_busy_share"), busy)
+    else:
+        found.put("device_busy_ms_per_step", busy.kernels_ms_per_step)
+        found.put("device_busy_share", busy.share(step_ms))
+    _report(channel, found)
+    channel.phase(Phase.PROFILED)

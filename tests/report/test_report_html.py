@@ -181,7 +181,7 @@ def test_text_stands_out_from_the_page_in_light_and_in_dark(page, scheme):
     ],
 )
 def test_pictures_have_room_for_long_names_and_all_modes(browser, tmp_path, workload, modes):
-    records = [record(mode, workload=workload, step_time_ms_median=1.0) for mode in modes]
+    records = [record(mode, seed, workload=workload, step_time_ms_median=1.0) for mode in modes for seed in (0, 1)]
     path = write_run(tmp_path, finished(records))
     for one in records:
         write_steps(path, one["case_id"], "step,loss,loss_scale,overflow\n0,1.0,8,0\n1,0.5,8,0\n")

@@ -233,9 +233,9 @@ def test_no_cell_breaks_a_table():
 
 
 def test_rebuilding_writes_the_same_files_each_time(tmp_path):
-    path = write_run(
-        tmp_path, finished([record(step_time_ms_median=2.0), record("mixed-static", step_time_ms_median=1.0)])
-    )
+    times = {"fp32": 2.0, "mixed-static": 1.0}
+    records = [record(mode, seed, step_time_ms_median=ms) for mode, ms in times.items() for seed in (0, 1)]
+    path = write_run(tmp_path, finished(records))
     write_steps(path, "toy--mixed-static--s0--r0", "step,loss,loss_scale,overflow\n0,1.5,8,0\n1,1.0,8,0\n")
     assert rebuild(path).name in (path / "report.md").read_text(encoding="utf-8")
     before = [(path / name).read_bytes() for name in WRITTEN]

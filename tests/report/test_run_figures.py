@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from support.runfolder import GPU, finished, record, write_run, write_steps
 
+from mpscale.analysis.claim import Doubt
 from mpscale.core.mode import MODES
 from mpscale.core.runs import read_run
 from mpscale.report.figures import looks
@@ -54,6 +55,11 @@ def timed(mode, ms, seed=0, **values):
     return record(mode, seed, step_time_ms_median=ms, **values)
 
 
+def pair(mode, ms, **values):
+    """Two processes: a single one shows no speed-up."""
+    return [timed(mode, ms, seed, **values) for seed in (0, 1)]
+
+
 def trained(mode, value, seed, higher=True, **values):
     metric = {"metric_value": value, "metric_name": "loss" if not higher else "accuracy"}
     return record(mode, seed, **metric, metric_higher_is_better=higher, metric_margin=0.01, **values)
@@ -61,7 +67,7 @@ def trained(mode, value, seed, higher=True, **values):
 
 @pytest.mark.parametrize(("ms", "side"), [(4.0, 1), (8.0, 0), (16.0, -1)])
 def test_faster_is_right_of_the_line(tmp_path, ms, side):
-    root = root_of(gains(run_of(tmp_path, timed("fp32", 8.0), timed("mixed-static", ms))))
+    root = root_of(gains(run_of(tmp_path, *pair("fp32", 8.0), *pair("mixed-static", ms))))
     found = x_of_point(root, "gain-1-1") - x_of_line(root, "neutral-1")
     assert found == pytest.approx(0, abs=0.01) if side == 0 else found * side > 1
 
@@ -77,27 +83,44 @@ def test_better_is_right_of_the_line_whatever_the_direction_of_the_metric(tmp_pa
 
 
 def test_only_known_quantities_have_a_panel(tmp_path):
-    run = run_of(tmp_path, timed("fp32", 8.0), timed("mixed-static", 4.0))
+    run = run_of(tmp_path, *pair("fp32", 8.0), *pair("mixed-static", 4.0))
     found = titles(root_of(gains(run)))
     assert found.count(" over fp32") == found.count("speed-up over fp32") == 1
     known = {"gpu_memory_nvml_peak_mib": 1000.0, "gpu_energy_j_per_step": 0.5}
-    run = run_of(tmp_path / "gpu", timed("fp32", 8.0, **known), timed("mixed-static", 4.0, **known), device=GPU)
+    run = run_of(tmp_path / "gpu", *pair("fp32", 8.0, **known), *pair("mixed-static", 4.0, **known), device=GPU)
     found = titles(root_of(gains(run)))
     assert all(f"{name} over fp32" in found for name in ("speed-up", "peak GPU memory", "GPU energy"))
     assert "margins" not in found
 
 
 def test_the_baseline_of_the_speed_up_is_the_users_default(tmp_path):
-    run = run_of(tmp_path, timed("fp32", 8.0), timed("tf32", 4.0), timed("mixed-static", 4.0), device=GPU)
+    run = run_of(tmp_path, *pair("fp32", 8.0), *pair("tf32", 4.0), *pair("mixed-static", 4.0), device=GPU)
     root = root_of(gains(run))
     assert "speed-up over tf32" in texts(root)
     assert not groups(root, "gain-1-1")
     assert x_of_point(root, "gain-1-2") == pytest.approx(x_of_line(root, "neutral-1"), abs=0.01)
 
 
+def test_doubtful_speed_ups_are_not_drawn_but_those_by_gpu_time_are(tmp_path):
+    idle = {"device_busy_share": 0.12}
+    times = {"fp32": (8.0, 1.0), "mixed-static": (16.0, 0.5), "mixed-bf16": (4.0, 0.8)}
+    records = [
+        timed(mode, ms, seed, device_busy_ms_per_step=busy, **idle)
+        for mode, (ms, busy) in times.items()
+        for seed in ((0,) if mode == "mixed-bf16" else (0, 1))
+    ]
+    picture = gains(run_of(tmp_path, *records, device=GPU))
+    root = root_of(picture)
+    assert "by GPU time alone" in titles(root)
+    assert x_of_point(root, "gain-1-1") > x_of_line(root, "neutral-1") + 1
+    assert not groups(root, "gain-1-2") + groups(root, "neutral-2")
+    for mode in ("mixed-static", "mixed-bf16"):
+        assert f"No speed-up drawn for toy, {mode}: {Doubt.IDLE.text}" in picture.caption
+
+
 def test_a_mode_without_figures_shows_its_statuses(tmp_path):
     lost = record("mixed-static", status="crashed")
-    root = root_of(gains(run_of(tmp_path, timed("fp32", 8.0), lost, timed("mixed-dynamic", 9.0))))
+    root = root_of(gains(run_of(tmp_path, *pair("fp32", 8.0), lost, *pair("mixed-dynamic", 9.0))))
     assert {"mixed-static (crashed 1)", "mixed-dynamic"} <= set(texts(root))
 
 
@@ -205,7 +228,7 @@ def test_seeds_of_unequal_length_and_unreadable_steps_do_not_prevent_the_picture
 
 def test_names_stay_text(tmp_path):
     name = "<b>&\x07$x$"
-    records = [record(mode, workload=name, step_time_ms_median=1.0) for mode in ("fp32", "mixed-static")]
+    records = [one for mode in ("fp32", "mixed-static") for one in pair(mode, 1.0, workload=name)]
     assert "<b>& $x$" in texts(root_of(gains(run_of(tmp_path, *records))))
 
 
@@ -227,7 +250,7 @@ def luminance(*channels):
 @pytest.mark.parametrize("mode", ["mixed-static", "mode-of-tomorrow"])
 def test_a_mode_has_the_same_colour_in_both_pictures(tmp_path, mode):
     steps = {f"toy--{name}--s0--r0": [(1.0, 8, 0)] * 3 for name in ("fp32", mode)}
-    run = run_of(tmp_path, timed("fp32", 2.0), timed(mode, 1.0), steps=steps)
+    run = run_of(tmp_path, *pair("fp32", 2.0), *pair(mode, 1.0), steps=steps)
     colour = looks([mode])[mode].colour.lower()
     assert f"stroke: {colour}" in gains(run).svg
     assert f"stroke: {colour}" in training(run).svg

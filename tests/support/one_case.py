@@ -66,7 +66,8 @@ def run_case(workload, mode="fp32", seed=0, jit=False, energy_s=0.0, steps_path=
     module = types.ModuleType("situation")
     module.workload = workload
     sys.modules["situation"] = module
-    case = Case("situation:workload", mode, seed, 0, 0, Settings(jit=jit, timing_s=0.0, energy_s=energy_s, **settings))
+    settings = {"timing_s": 0.0, **settings}
+    case = Case("situation:workload", mode, seed, 0, 0, Settings(jit=jit, energy_s=energy_s, **settings))
     outcome = Outcome(case)
     outcome.status, outcome.reason = execute(case, Device("cpu", "CPU"), steps_path, outcome, energy_s)
     return outcome

@@ -97,6 +97,7 @@ def test_training(mp_case, benchmark):
     assert set(cases["tf32"].astype(bool) == (cases.index != "fp32")) == {True}
     assert cases["gpu_energy_j_per_step"].isna().all()
     assert all("energy was off" in reasons["gpu_energy_j_per_step"] for reasons in cases["unavailable"])
+    assert all("in place of the stand-in" in reasons["device_busy_share"] for reasons in cases["unavailable"])
     summary = {row["mode"]: row for row in summary_of(run)}
     assert summary["mixed-static"]["gpu_memory_ratio"] == pytest.approx(0.6)
     environment = json.loads((machine.path() / "run.json").read_text())["environment"]
