@@ -118,6 +118,7 @@ class Cell:
         over: how the values of several processes become one; unused for summary.csv, which has only one.
         partial: whether to note that some processes have no value.
         flag: a yes-or-no column, and a note for the value if that is yes for most processes.
+        apart: a column and a value of it. Processes with that value are counted and shown apart from the others.
     """
 
     sheet: Sheet
@@ -126,6 +127,7 @@ class Cell:
     over: Over = Over.MEDIAN
     partial: bool = False
     flag: tuple[str, str] | None = None
+    apart: tuple[str, str] | None = None
 
 
 class Source(StrEnum):
@@ -209,6 +211,7 @@ def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, *cells: C
 
 
 # fmt: off
+_REUSED = ("autotuning", "reused")
 _NOT_REACHED = "the case ended before that"
 _NO_TRAINING = "timing-only process (`repeat` above 0), or the case ended before that"
 _NO_TIMING = "timing was off (`--benchmark-disable`), or the case ended before that"
@@ -260,6 +263,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("process_settings", "str", "", "settings that affect figures but do not belong to the mode: deterministic operations, XLA's flags; `none` if nothing is set; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("tf32", "bool", "", "whether float32 products may be rounded to TF32, read back from TensorFlow", "the device has no TF32"),
             _measured("gpu_allocator", "str", "", "TensorFlow's allocator: `cuda_malloc_async`, or `bfc` (with growth) if that does not work or was requested", "on a CPU", Cell(Sheet.MEMORY_PARTS, 8, "allocator", Over.EACH)),
+            _measured("autotuning", "str", "", "`tuned`: XLA timed candidates for its kernels in this process; `reused`: it was given the results of an earlier one (`--mp-autotune shared`) and timed only what they lack", "on a CPU, without XLA (`--mp-jit off`), if `XLA_FLAGS` turns autotuning off, or the case ended before the first step"),
             _measured("batch_size", "int", "examples", "examples per step", _NOT_REACHED),
             _measured("optimizer", "str", "", "class of the wrapped Keras optimizer", _NOT_REACHED),
             _measured("parameters", "int", "", "trainable parameters of the model", _NOT_REACHED),
@@ -331,8 +335,8 @@ SECTIONS: tuple[Section, ...] = (
             _measured("dispatch_share", "float", "share", "time per call of a step with the same variables that does no work, over `step_time_ms_median`", _NO_TIMING, Cell(Sheet.TIMING, 4, "dispatch share", flag=("dispatch_bound", "bound"))),
             _measured("dispatch_bound", "bool", "", "whether `dispatch_share` is above 0.5: the step time then says more about Python and TensorFlow than about the device", _NO_TIMING),
             _measured("build_time_s", "float", "s", "building model and optimizer, including the weights", _NOT_REACHED),
-            _measured("trace_time_s", "float", "s", "tracing the train step into a graph", _NOT_REACHED, Cell(Sheet.TIMING, 6, "trace s")),
-            _measured("first_step_s", "float", "s", "first call of the traced step, including compilation", _NOT_REACHED, Cell(Sheet.TIMING, 7, "first step s")),
+            _measured("trace_time_s", "float", "s", "tracing the train step into a graph", _NOT_REACHED, Cell(Sheet.TIMING, 6, "trace s", apart=_REUSED)),
+            _measured("first_step_s", "float", "s", "first call of the traced step, including compilation", _NOT_REACHED, Cell(Sheet.TIMING, 7, "first step s", apart=_REUSED)),
         ),
     ),
     Section(

@@ -75,6 +75,8 @@ class Code(StrEnum):
     """TensorFlow's allocator does not report the figure."""
     PROFILER_SILENT = "profiler-silent"
     """TensorFlow's profiler is in use, or it recorded nothing that can be read."""
+    FORK_UNSAFE = "fork-unsafe"
+    """The process that workers are forked from has touched the GPU, or nothing shows that it has not."""
 
     # The machine, before a run
     SOFTWARE_MISFIT = "software-misfit"

@@ -2,14 +2,16 @@
 
 import json
 import os
+import subprocess
 
 import pytest
 from support.gpu_case import kept_samples
-from support.nvml_stand_in import Script
+from support.nvml_stand_in import UUID, Script
 from support.small_suite import SUITE, pytest_in, write
 
 import mpscale
 from mpscale.analysis.summary import summary_of
+from mpscale.core.reason import Code
 from mpscale.telemetry.samples import known
 
 PEAKS = {"fp32": 3000.0, "tf32": 3100.0, "mixed-static": 1800.0}
@@ -195,8 +197,17 @@ def test_energy_of_steps_that_go_on_for_ten_seconds(with_energy):
     assert kept_samples(file).at("energy-end") is not None
 
 
-PICKY = """
-import importlib.abc, importlib.util, os, sys
+CUSTOMIZE = """
+import importlib.abc, importlib.util, json, os, sys
+
+NAMES = ("CUDA_VISIBLE_DEVICES", "TF_GPU_ALLOCATOR", "XLA_FLAGS")
+"""
+"""A sitecustomize.py that logs who is started with which environment. It may fail with TensorFlow's allocator."""
+
+HOOK = """
+def log(what):
+    with open(os.environ["WATCH_LOG"], "a") as file:
+        file.write(json.dumps([what, os.getppid(), *map(os.environ.get, NAMES)]) + "\\n")
 
 class Hook(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
@@ -208,28 +219,53 @@ class Hook(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            constant = module.tf.constant
+            log("import")
+            constant, require = module.tf.constant, module.require
+
+            def required(device):
+                log("worker")
+                require(device)
 
             def touched(*arguments, **options):
-                if os.environ.get("TF_GPU_ALLOCATOR") == "cuda_malloc_async":
+                if os.environ.get("PICKY") and os.environ.get("TF_GPU_ALLOCATOR") == "cuda_malloc_async":
                     os._exit(3)
                 module.tf.constant = constant
                 return constant(*arguments, **options)
 
-            module.tf.constant = touched
+            module.tf.constant, module.require = touched, required
 
         spec.loader.exec_module = exec_module
         return spec
 
 sys.meta_path.insert(0, Hook())
 """
-"""A sitecustomize.py under which a worker ends when it first touches the GPU with the default allocator."""
+"""Logs environments: when ``mpscale.worker.device`` is imported, and when a worker is about to touch the GPU. If
+``PICKY`` is set, a worker ends when it then touches it with the default allocator."""
+
+
+class Watched:
+    """The environments that the processes of a machine's runs have.
+
+    Args:
+        machine: where they run.
+        code: goes into sitecustomize.py, above the hook that logs.
+    """
+
+    def __init__(self, machine, code=""):
+        (machine.folder / "sitecustomize.py").write_text(CUSTOMIZE + code + HOOK)
+        path = os.pathsep.join([str(machine.folder), os.environ.get("PYTHONPATH", "")])
+        self._log = machine.folder / "watch.log"
+        self.variables = {"PYTHONPATH": path, "WATCH_LOG": str(self._log)}
+
+    def seen(self, what):
+        """For each process that got there: its parent, and the values of ``NAMES``."""
+        lines = map(json.loads, self._log.read_text().splitlines())
+        return [(parent, *values) for name, parent, *values in lines if name == what]
 
 
 def test_allocator_that_does_not_work_is_replaced_once_and_for_all(machine):
-    (machine.folder / "sitecustomize.py").write_text(PICKY)
-    path = os.pathsep.join([str(machine.folder), os.environ.get("PYTHONPATH", "")])
-    done = machine.run(SUITE, *QUICK, "--mp-modes", "fp32,mixed-static", PYTHONPATH=path)
+    watched = Watched(machine)
+    done = machine.run(SUITE, *QUICK, "--mp-modes", "fp32,mixed-static", **watched.variables, PICKY="1")
     assert done.returncode == 0, done.stdout
     finished = [event["record"] for event in machine.events("case_finished")]
     assert [(record["status"], record["attempts"]) for record in finished] == [
@@ -241,6 +277,11 @@ def test_allocator_that_does_not_work_is_replaced_once_and_for_all(machine):
     assert [record.get("gpu_allocator") for record in finished] == [None, None, "bfc", "bfc"]
     assert "failed on touching the GPU" in done.stdout
     assert "failed with cuda_malloc_async" in done.stdout
+    # One parent has forked them all, and each got its own environment.
+    assert len(watched.seen("import")) == 1
+    (parent,) = {parent for parent, *_ in watched.seen("worker")}
+    pools = ["cuda_malloc_async", "cuda_malloc_async", None, None]
+    assert watched.seen("worker") == [(parent, "-1", pool, None) for pool in pools]
 
 
 @pytest.mark.parametrize(("visible", "tf32"), [(None, True), ("-1", False)])
@@ -256,12 +297,27 @@ def test_gpu_that_does_not_exist_is_a_usage_error(machine):
     assert "mpscale stand-in A100" in done.stdout
 
 
-def test_forking_is_refused_on_a_gpu(machine):
+def test_workers_are_fresh_if_the_parent_has_touched_the_gpu(machine):
+    library = machine.folder / "libcuda.so.1"
+    # Under a name of its own, or TensorFlow would use it.
+    command = ["cc", "-shared", "-Wl,-soname,libtouched.so", "-o", str(library), "-x", "c", "/dev/null"]
+    subprocess.run(command, check=True)
+    watched = Watched(machine, f"import ctypes; ctypes.CDLL({str(library)!r})\n")
+    done = machine.run(SUITE, *QUICK, "--mp-modes", "fp32,mixed-static", "--benchmark-disable", **watched.variables)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("has touched the GPU") == 1
+    assert [event["record"]["start_method"] for event in machine.events("case_finished")] == ["fresh", "fresh"]
+    environment = json.loads((machine.path() / "run.json").read_text())["environment"]
+    assert environment["why_not_forked"]["code"] == Code.FORK_UNSAFE
+    assert len(watched.seen("import")) == 3
+
+
+def test_forked_worker_sees_the_gpu_and_its_parent_does_not(machine):
     machine.script.set(name="NVIDIA A100-SXM4-40GB")
-    done = machine.run(SUITE, "--mp-modes", "fp32", "--mp-seeds", "1", "--mp-start-method", "fork")
-    assert done.returncode == 4
-    assert "use fresh or auto" in done.stdout
-    assert not (machine.folder / "results").exists()
+    watched = Watched(machine)
+    machine.run(SUITE, "--mp-modes", "fp32", "--mp-seeds", "1", "--benchmark-disable", **watched.variables)
+    assert [visible for _, visible, _, _ in watched.seen("import")] == ["-1"]
+    assert [values for _, *values in watched.seen("worker")] == [[UUID, "cuda_malloc_async", None]]
 
 
 def test_cpu_figures_never_pass_for_those_of_the_gpu(machine):
@@ -273,7 +329,7 @@ def test_cpu_figures_never_pass_for_those_of_the_gpu(machine):
     info = json.loads((machine.path() / "run.json").read_text())
     assert info["environment"]["device"]["compute_capability"] == [8, 0]
     assert info["environment"]["nvidia_driver"] == "570.86.15"
-    assert info["settings"]["start_method"] == "fresh"
+    assert info["settings"]["start_method"] == "fork"
     (record,) = [event["record"] for event in machine.events("case_finished")]
     assert record["status"] == "error"
     assert "tensorflow[and-cuda]" in record["status_reason"]
