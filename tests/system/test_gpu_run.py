@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 
 import pytest
@@ -198,7 +199,7 @@ def test_energy_of_steps_that_go_on_for_ten_seconds(with_energy):
 
 
 CUSTOMIZE = """
-import importlib.abc, importlib.util, json, os, sys
+import importlib.abc, importlib.util, json, os, re, sys
 
 NAMES = ("CUDA_VISIBLE_DEVICES", "TF_GPU_ALLOCATOR", "XLA_FLAGS")
 """
@@ -224,6 +225,9 @@ class Hook(importlib.abc.MetaPathFinder):
 
             def required(device):
                 log("worker")
+                file = re.search("dump_autotune_results_to='(.*?)'", os.environ.get("XLA_FLAGS", ""))
+                if os.environ.get("SAVES") and file:
+                    open(file[1], "w").write("results")
                 require(device)
 
             def touched(*arguments, **options):
@@ -240,7 +244,8 @@ class Hook(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Hook())
 """
 """Logs environments: when ``mpscale.worker.device`` is imported, and when a worker is about to touch the GPU. If
-``PICKY`` is set, a worker ends when it then touches it with the default allocator."""
+``PICKY`` is set, a worker ends when it then touches it with the default allocator. If ``SAVES`` is set, it saves
+autotuning results, as XLA does on a real GPU."""
 
 
 class Watched:
@@ -284,6 +289,42 @@ def test_allocator_that_does_not_work_is_replaced_once_and_for_all(machine):
     assert watched.seen("worker") == [(parent, "-1", pool, None) for pool in pools]
 
 
+def test_later_processes_reuse_what_the_first_good_one_has_tuned(machine):
+    watched = Watched(machine)
+    shared = ("--mp-modes=fp32", "--mp-seeds=2", "--mp-repeats=1", "--mp-autotune=shared")
+    done = machine.run(SUITE, *QUICK, *shared, **watched.variables, PICKY="1", SAVES="1")
+    assert done.returncode == 0, done.stdout
+    records = [event["record"] for event in machine.events("case_finished")]
+    assert [(record["status"], record.get("autotuning")) for record in records] == [
+        ("error", None),  # saved something and failed before its first step
+        ("error", None),
+        ("ok", "tuned"),
+        ("ok", "reused"),
+        ("ok", "reused"),
+    ]
+    assert ["load" in str(flags) for *_, flags in watched.seen("worker")] == [False, False, False, True, True]
+    assert {record["process_settings"] for record in records[2:]} == {"none"}
+    assert json.loads((machine.path() / "run.json").read_text())["settings"]["autotune"] == "shared"
+    (row,) = re.findall(r"^\| mnist1d-mlp .*reused.*$", (machine.path() / "report.md").read_text(), re.MULTILINE)
+    assert len(re.findall(r"[\d.]+ \(2 reused: [\d.]+\)", row)) == 2
+
+
+def test_on_a_cpu_flags_reach_the_worker_and_nothing_is_tuned(machine):
+    watched = Watched(machine)
+    users = "--xla_cpu_enable_fast_min_max=false"
+    done = machine.run(
+        SUITE, *QUICK, "--mp-modes=fp32", "--mp-autotune=shared", **watched.variables,
+        CUDA_VISIBLE_DEVICES="-1", XLA_FLAGS=users,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    (record,) = [event["record"] for event in machine.events("case_finished")]
+    ((*_, flags),) = watched.seen("worker")
+    assert re.fullmatch(rf"{users} --xla_gpu_dump_autotune_results_to='.*mnist1d-mlp--fp32.*'", flags)
+    assert record["unavailable"]["autotuning"]["code"] == Code.NO_GPU
+    assert record["process_settings"] == f"XLA_FLAGS={users}"
+    assert "autotune=shared" in record["series_key"]
+
+
 @pytest.mark.parametrize(("visible", "tf32"), [(None, True), ("-1", False)])
 def test_ampere_adds_tf32_to_the_plan(machine, visible, tf32):
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
@@ -312,19 +353,15 @@ def test_workers_are_fresh_if_the_parent_has_touched_the_gpu(machine):
     assert len(watched.seen("import")) == 3
 
 
-def test_forked_worker_sees_the_gpu_and_its_parent_does_not(machine):
-    machine.script.set(name="NVIDIA A100-SXM4-40GB")
-    watched = Watched(machine)
-    machine.run(SUITE, "--mp-modes", "fp32", "--mp-seeds", "1", "--benchmark-disable", **watched.variables)
-    assert [visible for _, visible, _, _ in watched.seen("import")] == ["-1"]
-    assert [values for _, *values in watched.seen("worker")] == [[UUID, "cuda_malloc_async", None]]
-
-
 def test_cpu_figures_never_pass_for_those_of_the_gpu(machine):
     """TensorFlow without CUDA beside a real GPU: the case is an error that says what to install."""
     machine.script.set(name="NVIDIA A100-SXM4-40GB")
-    done = machine.run(SUITE, "--mp-modes", "fp32", "--mp-seeds", "1", "--benchmark-disable")
+    watched = Watched(machine)
+    done = machine.run(SUITE, "--mp-modes", "fp32", "--mp-seeds", "1", "--benchmark-disable", **watched.variables)
     assert done.returncode == 1
+    # Only the forked worker saw the GPU, not its parent.
+    assert [visible for _, visible, _, _ in watched.seen("import")] == ["-1"]
+    assert [values for _, *values in watched.seen("worker")] == [[UUID, "cuda_malloc_async", None]]
     assert "-nvidia-a100-sxm4-40gb-" in machine.path().name
     info = json.loads((machine.path() / "run.json").read_text())
     assert info["environment"]["device"]["compute_capability"] == [8, 0]
