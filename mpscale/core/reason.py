@@ -83,6 +83,12 @@ class Code(StrEnum):
     """A package is missing, of a wrong version, or does not fit the GPU."""
     ENVIRONMENT = "environment"
     """An environment variable distorts figures."""
+    MISCOMPILES = "miscompiles"
+    """A compiler is of a version that is known to make wrong programs."""
+    SLOWED = "slowed"
+    """The GPU is kept, or was seen, below the clocks or the power that it is made for."""
+    PROCESSES_HIDDEN = "processes-hidden"
+    """The driver and this process may number processes differently, so that none finds those of the other."""
     BUSY = "busy"
     """Another process computes on the GPU."""
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -19,8 +20,7 @@ def play(tuning, case, status, writes="results"):
         return None
     what, file = re.fullmatch(r"--xla_gpu_(dump|load)_autotune_results_(?:to|from)='(.*)'", flag).groups()
     if what == "dump" and writes is not None:
-        with open(file, "w") as opened:
-            opened.write(writes)
+        Path(file).write_text(writes)
     tuning.ended(case, status)
     return what
 
