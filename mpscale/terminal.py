@@ -13,7 +13,7 @@ from mpscale.core.blocks import FASTER, SLOWER
 from mpscale.core.case import Case
 from mpscale.core.columns import COLUMNS
 from mpscale.core.record import Record
-from mpscale.core.wire import Again, Phase, PhaseReached, Progressed, StepsDone
+from mpscale.core.wire import Again, Noted, Phase, PhaseReached, Progressed, StepsDone
 
 _BUSY = COLUMNS["host_other_cpu_share"]
 _ERRORS = "mpscale"
@@ -148,10 +148,12 @@ class Progress:
             self._line.add(f"{self._head(case)}: starting{self._left()}")
 
     def event(self, case: Case, event: Progressed) -> None:
-        """Show an event of a case: a phase, a number of steps, or another attempt."""
+        """Show an event of a case: a phase, a number of steps, another attempt, or a note."""
         match event:
             case Again(reason):
                 self._line.add(f"{self._head(case)}: {reason}; run again")
+            case Noted(text):
+                self._line.add(text)
             case PhaseReached(phase):
                 self._doing = _WORDS[phase]
                 self._update(case)

@@ -60,6 +60,7 @@ class Settings:
         timing_blocks: the minimum number of timed blocks.
         energy_s: seconds of further steps if the GPU's energy can be measured; 0 to skip energy.
         repeat_data: fill a batch that is larger than the training set with several copies of it.
+        autotune: whether each process lets XLA tune its kernels, or those of a workload and mode share the results.
     """
 
     jit: bool = True
@@ -71,6 +72,7 @@ class Settings:
     timing_blocks: int = 50
     energy_s: float = 10.0
     repeat_data: bool = False
+    autotune: Literal["fresh", "shared"] = "fresh"
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain values."""
@@ -159,11 +161,14 @@ class SeriesKey:
 def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_steps: int, settings: Settings) -> str:
     """The text of the :class:`SeriesKey` of a case.
 
-    It holds settings of a loss scale only for modes that use them: another static scale is no new series of fp32.
+    It holds settings of a loss scale only for modes that use them: another static scale is no new series of fp32. If
+    tuning is shared, it says so, because the choice of kernels is then no longer part of the noise between processes.
     """
     parts = {"batch": str(batch_size), "steps": str(train_steps), "jit": "on" if settings.jit else "off"}
     parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}
     parts |= {name: f"{value:.17g}" for name, value in sorted(mode.scale_arguments(settings).items())}
+    if settings.autotune == "shared" and settings.jit:
+        parts["autotune"] = "shared"
     return str(SeriesKey(workload, digest, mode.name, parts, str(METHOD_VERSION)))
 
 

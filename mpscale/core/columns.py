@@ -118,6 +118,7 @@ class Cell:
         over: how the values of several processes become one; unused for summary.csv, which has only one.
         partial: whether to note that some processes have no value.
         flag: a yes-or-no column, and a note for the value if that is yes for most processes.
+        apart: a column and a value of it. Processes with that value are counted and shown apart from the others.
     """
 
     sheet: Sheet
@@ -126,6 +127,7 @@ class Cell:
     over: Over = Over.MEDIAN
     partial: bool = False
     flag: tuple[str, str] | None = None
+    apart: tuple[str, str] | None = None
 
 
 class Source(StrEnum):
@@ -209,6 +211,7 @@ def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, *cells: C
 
 
 # fmt: off
+_REUSED = ("autotuning", "reused")
 _NOT_REACHED = "the case ended before that"
 _NO_TRAINING = "timing-only process (`repeat` above 0), or the case ended before that"
 _NO_TIMING = "timing was off (`--benchmark-disable`), or the case ended before that"
@@ -261,6 +264,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("process_settings", "str", "", "settings that affect figures but do not belong to the mode: deterministic operations, XLA's flags; `none` if nothing is set; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("tf32", "bool", "", "whether float32 products may be rounded to TF32, read back from TensorFlow", "the device has no TF32"),
             _measured("gpu_allocator", "str", "", "TensorFlow's allocator: `cuda_malloc_async`, or `bfc` (with growth) if that does not work or was requested", "on a CPU", Cell(Sheet.MEMORY_PARTS, 9, "allocator", Over.EACH)),
+            _measured("autotuning", "str", "", "`tuned`: XLA timed candidates for its kernels in this process; `reused`: it was given the results of an earlier one (`--mp-autotune shared`) and timed only what they lack", "on a CPU, without XLA (`--mp-jit off`), if `XLA_FLAGS` turns autotuning off, or the case ended before the first step"),
             _measured("batch_size", "int", "examples", "examples per step", _NOT_REACHED),
             _measured("optimizer", "str", "", "class of the wrapped Keras optimizer", _NOT_REACHED),
             _measured("parameters", "int", "", "trainable parameters of the model", _NOT_REACHED),
@@ -336,8 +340,8 @@ SECTIONS: tuple[Section, ...] = (
             _measured("device_busy_ms_per_step", "float", "ms", "time per step in which at least one kernel ran on the GPU, from TensorFlow's profile of 3 to 50 steps (about 0.2 s) after everything that is timed", _NO_PROFILE, Cell(Sheet.TIMING, 8, "GPU ms per step"), positive=True),
             _measured("device_busy_share", "float", "share", "`device_busy_ms_per_step` / `step_time_ms_median`, which was measured without the profiler", "kernels ran for over 1.05 times the step time while profiled; " + _NO_PROFILE, Cell(Sheet.TIMING, 9, "GPU busy")),
             _measured("build_time_s", "float", "s", "building model and optimizer, including the weights", _NOT_REACHED),
-            _measured("trace_time_s", "float", "s", "tracing the train step into a graph", _NOT_REACHED, Cell(Sheet.TIMING, 6, "trace s")),
-            _measured("first_step_s", "float", "s", "first call of the traced step, including compilation", _NOT_REACHED, Cell(Sheet.TIMING, 7, "first step s")),
+            _measured("trace_time_s", "float", "s", "tracing the train step into a graph", _NOT_REACHED, Cell(Sheet.TIMING, 6, "trace s", apart=_REUSED)),
+            _measured("first_step_s", "float", "s", "first call of the traced step, including compilation", _NOT_REACHED, Cell(Sheet.TIMING, 7, "first step s", apart=_REUSED)),
         ),
     ),
     Section(

@@ -77,12 +77,20 @@ class Code(StrEnum):
     """TensorFlow's allocator does not report the figure."""
     PROFILER_SILENT = "profiler-silent"
     """TensorFlow's profiler is in use, or it recorded nothing that can be read."""
+    FORK_UNSAFE = "fork-unsafe"
+    """The process that workers are forked from has touched the GPU, or nothing shows that it has not."""
 
     # The machine, before a run
     SOFTWARE_MISFIT = "software-misfit"
     """A package is missing, of a wrong version, or does not fit the GPU."""
     ENVIRONMENT = "environment"
     """An environment variable distorts figures."""
+    MISCOMPILES = "miscompiles"
+    """A compiler is of a version that is known to make wrong programs."""
+    SLOWED = "slowed"
+    """The GPU is kept, or was seen, below the clocks or the power that it is made for."""
+    PROCESSES_HIDDEN = "processes-hidden"
+    """The driver and this process may number processes differently, so that none finds those of the other."""
     BUSY = "busy"
     """Another process computes on the GPU."""
 

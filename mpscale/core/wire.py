@@ -174,7 +174,14 @@ class Again(Event, name="again"):
     reason: str
 
 
-Progressed = PhaseReached | StepsDone | Again
+@dataclass(frozen=True)
+class Noted(Event, name="noted"):
+    """Something about the run that its user should know. Only shown as progress, never sent over a wire."""
+
+    text: str
+
+
+Progressed = PhaseReached | StepsDone | Again | Noted
 """What is shown as progress."""
 
 WORKER_EVENTS = (Values, Missed, PhaseReached, StepsDone, Blocks, EnergySteps, Finished, Failed)

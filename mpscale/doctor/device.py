@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from mpscale.core.device import NVIDIA, Device, vendor_of
 from mpscale.core.reason import Code, Reason
+from mpscale.doctor.finding import Caution
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, NoDriver
-from mpscale.telemetry.samples import THROTTLING, Reading
+from mpscale.telemetry.samples import THROTTLING, ClockEvent, Reading
 
 Answer = Literal["yes", "in part", "no"]
 
@@ -21,6 +22,13 @@ SIGNS = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
 
 _NORMAL_WITHOUT_GPU = (Code.NO_LIBRARY, Code.DRIVER_NOT_LOADED, Code.NO_DEVICE)
 _NEAR_SLOWDOWN_C = 20.0
+_FAR_BELOW = 0.8
+_SEE_WHY = "see what nvidia-smi -q -d CLOCK,PERFORMANCE says"
+_IF_HIDDEN = (
+    "If the driver does not list the worker, peak memory is the rise of the whole GPU's memory, which is right as "
+    "long as nobody else uses it"
+)
+_SHARE_NAMESPACE = "start the container with --pid=host, to have memory by process"
 _HOST_NAMESPACE = "pid:[4026531836]"
 """The first PID namespace of every Linux has this number (PROC_PID_INIT_INO)."""
 
@@ -88,16 +96,8 @@ def check_gpu(device: Device, facts: Mapping[str, Any], now: Mapping[str, Any]) 
             "persistence mode is off: the first call to an idle GPU takes seconds, and settings may be lost between "
             "runs (turn it on with nvidia-smi -pm 1, as root)"
         )
-    limit, default = facts["power_limit_w"], facts.get("power_limit_default_w")
-    if limit is not None and default is not None and limit < default:
-        yield f"the power limit is {limit:g} W, below the default of {default:g} W: steps may be slower than elsewhere"
     if device.parent_uuid is not None:
         yield "a MIG instance: figures of the whole GPU, which others share, are left empty"
-    if _has_own_namespace():
-        yield (
-            "this process has its own PID namespace. If the driver lists processes by the host's numbers, peak memory "
-            "is the rise of the whole GPU's memory, which is right as long as nobody else uses it"
-        )
     if now["graphics_processes"]:
         yield f"{_others(now['graphics_processes'])} drew with the GPU just now: step times may vary more"
     temperature, slowdown = now["temperature_c"], facts.get("slowdown_c")
@@ -106,6 +106,77 @@ def check_gpu(device: Device, facts: Mapping[str, Any], now: Mapping[str, Any]) 
     events = [event for event in now["clock_events"] if event in THROTTLING]
     if events:
         yield f"the GPU is throttled just now ({', '.join(events)}): rows would be invalid meanwhile"
+
+
+def check_speed(facts: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Caution]:
+    """Check whether the GPU is kept below what it is made for.
+
+    Args:
+        facts: its properties, from :meth:`Driver.facts`.
+        now: its state, from :meth:`Driver.look`. The clocks of an idle GPU are low and say nothing.
+    """
+    limit, default = facts["power_limit_w"], facts.get("power_limit_default_w")
+    if limit is not None and default is not None and limit < default:
+        text = f"the power limit is {limit:g} W, below the default of {default:g} W: steps may be slower than elsewhere"
+        yield Caution(Code.SLOWED, text, f"nvidia-smi -pl {default:g}, as root")
+    if ClockEvent.APPLICATION_CLOCKS in now["clock_events"]:
+        text = "the clocks are held down by a setting (application clocks): steps are slower than elsewhere"
+        yield Caution(Code.SLOWED, text, "nvidia-smi -rac and nvidia-smi -rgc, as root")
+    elif ClockEvent.IDLE not in now["clock_events"]:
+        yield from check_clock(now["sm_clock_mhz"], facts, "just now, and the driver does not say that it idles")
+        memory, most = now["memory_clock_mhz"], facts.get("max_memory_clock_mhz")
+        if memory is not None and most is not None and memory < _FAR_BELOW * most:
+            yield Caution(Code.SLOWED, f"the GPU's memory runs at {memory:.0f} of {most:.0f} MHz just now", _SEE_WHY)
+
+
+def check_clock(clock_mhz: float | None, facts: Mapping[str, Any], when: str) -> Iterator[Caution]:
+    """Check whether a clock of the multiprocessors is far below the highest one.
+
+    Args:
+        clock_mhz: None if unknown.
+        facts: properties of the GPU, from :meth:`Driver.facts`.
+        when: the clock was seen.
+    """
+    most = facts.get("max_sm_clock_mhz")
+    if clock_mhz is not None and most is not None and clock_mhz < _FAR_BELOW * most:
+        yield Caution(Code.SLOWED, f"the GPU ran at {clock_mhz:.0f} of {most:.0f} MHz {when}", _SEE_WHY)
+
+
+def check_namespace(
+    now: Mapping[str, Any], own: bool | None = None, processes: Path = Path("/proc")
+) -> Iterator[Caution]:
+    """Check whether the driver may number processes otherwise than this machine or container does.
+
+    Only a process that uses the GPU shows for certain whether the driver lists it under its own number.
+
+    Args:
+        now: the state of the GPU, from :meth:`Driver.look`.
+        own: whether this process has a PID namespace of its own; None to find out.
+        processes: the folder with an entry for each process.
+    """
+    if not (_has_own_namespace() if own is None else own):
+        return
+    strange = [pid for pid in now["pids"] if not (processes / str(pid)).exists()]
+    if strange:
+        listed = ", ".join(map(str, strange[:3]))
+        text = f"the driver lists processes that do not exist here ({listed}), so it does not number them as we do"
+    else:
+        text = (
+            "this process has a PID namespace of its own; whether the driver lists a worker under its number there "
+            "shows only when one uses the GPU (mpscale doctor --gpu)"
+        )
+    yield Caution(Code.PROCESSES_HIDDEN, f"{text}. {_IF_HIDDEN}", _SHARE_NAMESPACE)
+
+
+def check_listed(method: str | None, why: Reason | None) -> Iterator[Caution]:
+    """Check whether the driver listed a worker that used the GPU.
+
+    Args:
+        method: its column ``gpu_memory_method``.
+        why: its column ``gpu_memory_process_peak_mib`` is empty; None if it is not.
+    """
+    if why is not None and method is not None:
+        yield Caution(Code.PROCESSES_HIDDEN, f"the short training: {why}. {_IF_HIDDEN}", _SHARE_NAMESPACE)
 
 
 def _has_own_namespace() -> bool:

@@ -17,6 +17,8 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
 from mpscale.doctor import device as devices
 from mpscale.doctor import software
+from mpscale.doctor.finding import Caution, Finding
+from mpscale.doctor.presets import Advice, advice
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, SilentDriver, open_driver
 
@@ -68,7 +70,9 @@ class Examination:
         figures: whether a run can measure each figure.
         precision: which precisions are fast on the device.
         problems: what to change, each with a cure.
+        cautions: what makes figures worse or doubtful, without making a run incomplete.
         notes: other things to know.
+        presets: which preset fits; None if no run can begin.
         software: versions.
         trained: result of the short training, None without one.
     """
@@ -77,7 +81,9 @@ class Examination:
     figures: list[devices.Figure] = field(default_factory=list)
     precision: devices.Precision | None = None
     problems: list[Reason] = field(default_factory=list)
+    cautions: list[Caution] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    presets: Advice | None = None
     software: dict[str, Any] = field(default_factory=dict)
     trained: Trained | None = None
 
@@ -86,10 +92,12 @@ class Examination:
         """The exit code: 1 if something should be changed."""
         return 1 if self.problems else 0
 
-    def add(self, findings: Iterable[Reason | str]) -> None:
-        """Add what a check found: problems as reasons, notes as texts."""
+    def add(self, findings: Iterable[Finding]) -> None:
+        """Add what a check found."""
         for finding in findings:
-            if isinstance(finding, Reason):
+            if isinstance(finding, Caution):
+                self.cautions.append(finding)
+            elif isinstance(finding, Reason):
                 self.problems.append(finding)
             else:
                 self.notes.append(finding)
@@ -102,7 +110,9 @@ class Examination:
             "measured": [figure.to_json() for figure in self.figures],
             "precision": self.precision and dataclasses.asdict(self.precision),
             "problems": [{"problem": each.text, "do": each.cure, "code": each.code} for each in self.problems],
+            "cautions": [{"caution": each.text, "do": each.cure, "code": each.code} for each in self.cautions],
             "notes": self.notes,
+            "presets": self.presets and self.presets.to_json(),
             "software": self.software,
             "trained": self.trained and dataclasses.asdict(self.trained),
         }
@@ -142,8 +152,10 @@ def _examine(found: Examination, driver: Driver, environ: Mapping[str, str], tra
         found.add(devices.check_absence(why_no_gpu, environ))
     found.add(software.check_variables(device, environ))
     found.add(filter(None, [host.busy_words()]))
+    if device is not None:
+        found.presets = advice(device, host.cpu_facts()["logical_cores"])
     if device is not None and device.kind == "gpu":
-        _examine_gpu(found, device, driver)
+        _examine_gpu(found, device, driver, environ, train)
     elif device is not None:
         cpu = host.cpu_facts()
         found.device = {**device.to_json(), "cpu": cpu}
@@ -158,12 +170,14 @@ def _examine(found: Examination, driver: Driver, environ: Mapping[str, str], tra
     _train(found, device, driver)
 
 
-def _examine_gpu(found: Examination, device: Device, driver: Driver) -> None:
+def _examine_gpu(found: Examination, device: Device, driver: Driver, environ: Mapping[str, str], train: bool) -> None:
     """Add the findings about a GPU. If its driver stops answering, no figure of the GPU can be measured."""
     found.device = device.to_json()
     found.precision = devices.precision_of_gpu(device)
     if vendor_of([device]) is NVIDIA:
         found.add(software.check_cuda(device, driver.cuda_version))
+        if not device.is_stand_in:
+            found.add(software.check_ptxas(environ))
     try:
         answer = driver.facts(device)
         now = driver.look(device)
@@ -175,6 +189,9 @@ def _examine_gpu(found: Examination, device: Device, driver: Driver) -> None:
     found.figures = devices.figures_of_gpu(answer["ways"], answer["reasons"])
     found.add(devices.check_figures(found.figures))
     found.add(devices.check_gpu(device, answer["facts"], now))
+    found.add(devices.check_speed(answer["facts"], now))
+    if not train:
+        found.add(devices.check_namespace(now))
 
 
 def _train(found: Examination, device: Device, driver: Driver) -> None:
@@ -195,7 +212,11 @@ def _train(found: Examination, device: Device, driver: Driver) -> None:
     if trained.status in FAILED or trained.status == "unsupported":
         text = f"a short training on {device.name} ended as {trained.status}: {trained.reason}"
         found.add([Reason(Code.OTHER, text, _cure(trained.status, str(record["output_tail"] or "")))])
-    elif _GPU_PEAK in trained.empty:
+        return
+    facts = found.device or {}
+    found.add(devices.check_clock(record["gpu_sm_clock_mhz_median"], facts, "during the short training"))
+    found.add(devices.check_listed(record["gpu_memory_method"], record.unavailable.get("gpu_memory_process_peak_mib")))
+    if _GPU_PEAK in trained.empty:
         reason = trained.empty[_GPU_PEAK]
         found.add([f"the short training left peak GPU memory empty, and so would a run: {reason}"])
 

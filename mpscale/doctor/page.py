@@ -9,6 +9,7 @@ from typing import Any
 
 from mpscale.doctor.device import Figure, Precision
 from mpscale.doctor.examine import Examination, Trained
+from mpscale.doctor.presets import Advice
 from mpscale.report.table import DASH, Table, count, interval, large, number, plural
 
 _WIDTH = 110
@@ -25,8 +26,13 @@ def render(found: Examination, as_json: bool) -> str:
         _section("what is measured", _figures(found.figures)),
         _section("mixed precision", _precision(found.precision)),
         _section("short training", _trained(found.trained)),
+        _section("what to run", _presets(found.presets)),
+        _section("cautions", _with_cures((each.text, each.cure) for each in found.cautions)),
         _section("notes", [line for note in found.notes for line in _wrap(note, "- ")]),
-        _section("to do", _to_do(found)),
+        _section(
+            "to do",
+            _with_cures((each.text, each.cure or "see what the driver's own tools say") for each in found.problems),
+        ),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -118,11 +124,21 @@ def _trained(trained: Trained | None) -> list[str]:
     return lines
 
 
-def _to_do(found: Examination) -> list[str]:
+def _presets(advice: Advice | None) -> list[str]:
+    if advice is None:
+        return []
+    times = "; ".join(map(str, advice.durations))
+    return [
+        *_wrap(f"--mp-preset {advice.preset} fits. {' '.join(advice.words)}"),
+        *_wrap(f"Rough times with the modes that run by default: {times}."),
+    ]
+
+
+def _with_cures(found: Iterable[tuple[str, str | None]]) -> list[str]:
     lines = []
-    for place, problem in enumerate(found.problems, 1):
-        lines += _wrap(problem.text, f"{place}. ")
-        lines += _wrap(problem.cure or "see what the driver's own tools say", "   do: ")
+    for place, (text, cure) in enumerate(found, 1):
+        lines += _wrap(text, f"{place}. ")
+        lines += _wrap(cure, "   do: ") if cure else []
     return lines
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import ctypes
 import importlib.util
+import os
 import platform
+import re
+import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -16,11 +22,16 @@ from packaging.utils import canonicalize_name
 
 from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
+from mpscale.doctor.finding import Caution
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.host import VARIABLES, packages
 
 _SHOWN = ("mpscale", "tensorflow", "keras", "nvidia-ml-py")
 _INSTALL_CUDA = "pip install 'tensorflow[and-cuda]'"
+_NVCC = "nvidia-cuda-nvcc-cu12"
+_GOOD_PTXAS = (12, 6, 85)
+"""The ptxas of CUDA 12.6.3. XLA warns that those of CUDA 12 before it miscompile some cases of clamping."""
+_DATA_DIR = "--xla_gpu_cuda_data_dir="
 _FALSE = ("", "0", "false", "False", "FALSE")
 _MEANING = {
     "CUDA_VISIBLE_DEVICES": "the first GPU that it names is used; -1 selects the CPU",
@@ -99,6 +110,58 @@ def check_cuda(device: Device, cuda_driver: str | None) -> Iterator[Reason | str
         return
     text = f"TensorFlow's CUDA libraries are not installed ({', '.join(missing)}), so it sees no GPU"
     yield Reason(Code.SOFTWARE_MISFIT, text, _INSTALL_CUDA)
+
+
+def check_ptxas(environ: Mapping[str, str]) -> Iterator[Reason | str]:
+    """Check the version of ptxas, the assembler that XLA makes a GPU's programs with.
+
+    Args:
+        environ: environment variables.
+    """
+    for path in _ptxas(environ):
+        version = _ptxas_version(path)
+        if version is None:
+            continue
+        if version < _GOOD_PTXAS:
+            shown = ".".join(map(str, version))
+            yield Caution(
+                Code.MISCOMPILES,
+                f"ptxas {shown} ({path}) makes the programs that XLA compiles. XLA says that CUDA up to 12.6.2 "
+                "miscompiles some cases of clamping, so a result may be wrong",
+                f"pip install '{_NVCC}>={'.'.join(map(str, _GOOD_PTXAS))},<13', or make the ptxas of CUDA 12.6.3 or "
+                "newer the first one that is found",
+            )
+        return
+    built = build_info().get("cuda_version") or "unknown"
+    yield (
+        "no ptxas was found (in XLA_FLAGS, PATH, pip's packages, /usr/local/cuda), so it is not known which one XLA "
+        f"would compile with; TensorFlow was built with CUDA {built}"
+    )
+
+
+def _ptxas(environ: Mapping[str, str]) -> Iterator[Path]:
+    """Yield where a ptxas may be, in the order in which XLA looks for one."""
+    flags = environ.get("XLA_FLAGS", "")
+    with contextlib.suppress(ValueError):
+        folders = [flag.removeprefix(_DATA_DIR) for flag in shlex.split(flags) if flag.startswith(_DATA_DIR)]
+        yield from (Path(folder, "bin", "ptxas") for folder in folders[-1:])
+    on_path = shutil.which("ptxas", path=environ.get("PATH", os.defpath))
+    if on_path is not None:
+        yield Path(on_path)
+    spec = importlib.util.find_spec("tensorflow")
+    if spec is not None and spec.origin is not None:
+        yield Path(spec.origin).parent.parent / "nvidia" / "cuda_nvcc" / "bin" / "ptxas"
+    yield Path("/usr/local/cuda/bin/ptxas")
+
+
+def _ptxas_version(path: Path) -> tuple[int, ...] | None:
+    """The version of a ptxas; None if there is none, or if it does not run."""
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"\bV(\d+)\.(\d+)\.(\d+)", said)
+    return None if found is None else tuple(map(int, found.groups()))
 
 
 def check_variables(device: Device | None, environ: Mapping[str, str]) -> Iterator[Reason | str]:

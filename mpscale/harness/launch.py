@@ -11,6 +11,7 @@ from typing import Literal
 
 from mpscale.core.device import Device
 from mpscale.core.process import KILL_S, Child, Process, kill_session
+from mpscale.core.reason import Reason
 from mpscale.core.wire import Wire
 
 # -P: a file in the working directory must not stand in for a module of the same name.
@@ -24,15 +25,24 @@ class LaunchError(RuntimeError):
     """The process that runs cases could not be started."""
 
 
+class UnsafeFork(LaunchError):
+    """A child of the warm parent might not be able to use the GPU."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.text)
+        self.reason = reason
+
+
 class Launcher:
-    """Starts workers: each a new interpreter, as a GPU needs.
+    """Starts workers: each a new interpreter.
 
     Args:
         environ: the whole environment of the workers.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ = dict(environ)
+        self.environ = dict(environ)
+        """That of the next worker. It may be replaced between two cases."""
 
     def prepare(self) -> None:
         """Do once what would otherwise count as time of the first case.
@@ -56,30 +66,46 @@ class Launcher:
     def _child(self, option: str, log: Path, open_as: Literal["ab", "wb"]) -> Child:
         with log.open(open_as) as output:
             ends = Wire.pair()
-            return Child([*_WORKER, option, str(ends[1].fileno())], self._environ, output, ends=ends)
+            return Child([*_WORKER, option, str(ends[1].fileno())], self._environ_of(option), output, ends=ends)
+
+    def _environ_of(self, option: str) -> Mapping[str, str]:
+        return self.environ
 
 
 class ForkLauncher(Launcher):
     """Has a warm parent fork a child for each case. The parent is started when it is needed, and again if it has died.
 
+    The parent sees no GPU. Each child sets what differs in its own environment before it does anything else, which is
+    early enough: TensorFlow and CUDA read their variables when they first touch a device.
+
     Args:
-        environ: the whole environment of parent and children.
+        environ: the whole environment of the children.
         log: where the parent's own output goes.
+        on_gpu: whether the children use a GPU, so that the parent must not hold one.
     """
 
-    def __init__(self, environ: Mapping[str, str], log: Path) -> None:
+    def __init__(self, environ: Mapping[str, str], log: Path, on_gpu: bool) -> None:
         super().__init__(environ)
-        self._log = log
+        self._log, self._on_gpu = log, on_gpu
         self._parent: Child | None = None
+        self._parents_environ: dict[str, str] = {}
 
     def prepare(self) -> None:
-        """Start the parent, which takes as long as importing TensorFlow does."""
+        """Start the parent, which takes as long as importing TensorFlow does.
+
+        Raises:
+            LaunchError: it did not come up.
+            UnsafeFork: it holds a GPU, or nothing shows that it does not.
+        """
         if self._parent is not None and self._parent.wait(0.0) is None:
             return
         self.close()
         try:
+            self._parents_environ = {**self.environ, "CUDA_VISIBLE_DEVICES": "-1"}
             self._parent = self._child("--serve", self._log, "ab")
-            self._parent.receive(_IMPORT_S)
+            held = self._parent.receive(_IMPORT_S).get("held")
+            if held is not None and self._on_gpu:
+                raise UnsafeFork(Reason.from_json(held))
         except BaseException as error:
             # Also on an interrupt: a half-started parent would answer the next case out of turn.
             self.close()
@@ -87,13 +113,25 @@ class ForkLauncher(Launcher):
                 raise LaunchError(f"the process that imports TensorFlow did not come up{self._tail()}") from error
             raise
 
+    def _environ_of(self, option: str) -> Mapping[str, str]:
+        return self._parents_environ
+
+    def _changes(self) -> dict[str, str | None]:
+        """The variables that a child sets, or with None removes, to get from the parent's environment to its own."""
+        names = self._parents_environ.keys() | self.environ.keys()
+        return {
+            name: self.environ.get(name)
+            for name in sorted(names)
+            if self._parents_environ.get(name) != self.environ.get(name)
+        }
+
     def start(self, log: Path) -> Process:
         self.prepare()
         assert self._parent is not None  # prepare made it
         ours, theirs = Wire.pair()
         try:
             with log.open("wb") as output:
-                self._parent.wire.send({}, [theirs.fileno(), output.fileno()])
+                self._parent.wire.send({"environ": self._changes()}, [theirs.fileno(), output.fileno()])
             pid = int(self._parent.receive(_FORK_S)["pid"])
         except BaseException as error:
             ours.close()

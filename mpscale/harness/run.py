@@ -46,7 +46,7 @@ class BenchmarkRun:
         self._supervisor: Supervisor | None = None
         self._same_start = SameStart()
         self._outcomes: dict[str, Outcome] = {}
-        self._runtime_known = False
+        self._runtime_known = self._not_forked_noted = False
         self._started = 0
         self._gpu_lost_in: str | None = None
 
@@ -123,6 +123,9 @@ class BenchmarkRun:
             outcome.record.update({"status": "interrupted", "status_reason": f"stopped by {type(error).__name__}"})
             self._finish_case(journal, case, outcome)
             raise
+        if supervisor.why_not_forked is not None and not self._not_forked_noted:
+            journal.add_environment({"why_not_forked": supervisor.why_not_forked.to_json()})
+            self._not_forked_noted = True
         if outcome.gpu_lost:
             self._gpu_lost_in = case.id
         if difference := self._same_start.difference(case, outcome.record):

@@ -22,8 +22,17 @@ from mpscale.core.mode import MODES
 from mpscale.core.process import Process, describe_exit
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
-from mpscale.core.wire import Phase, PhaseReached, StepsDone
-from mpscale.harness.launch import Allocator, ForkLauncher, Launcher, LaunchError, allocators, worker_environment
+from mpscale.core.wire import Noted, Phase, PhaseReached, StepsDone
+from mpscale.harness.autotuning import SharedTuning
+from mpscale.harness.launch import (
+    Allocator,
+    ForkLauncher,
+    Launcher,
+    LaunchError,
+    UnsafeFork,
+    allocators,
+    worker_environment,
+)
 from mpscale.harness.memory_limit import MemoryLimit
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.gpu_memory import AllocatorFacts
@@ -121,6 +130,9 @@ class Supervisor:
         self._left = list(self._allocators)
         self._allocator_works, self._failures = False, 0
         self._launcher = self._make_launcher()
+        self._tuning = SharedTuning(Path(self._folder.name))
+        self.why_not_forked: Reason | None = None
+        """Why workers are fresh processes although forked ones were asked for."""
 
     def run(
         self, case: Case, steps_path: Path | None, gpu_path: Path | None, outcome: Outcome, attempt: int = 1
@@ -175,7 +187,8 @@ class Supervisor:
     def _make_launcher(self) -> Launcher:
         environment = worker_environment(os.environ, self._device, self._left[0])
         if self._options.start_method == "fork":
-            return ForkLauncher(environment, Path(self._folder.name) / "parent.log")
+            log = Path(self._folder.name) / "parent.log"
+            return ForkLauncher(environment, log, on_gpu=self._device.kind == "gpu")
         return Launcher(environment)
 
     def _judge_allocator(self, outcome: Outcome) -> None:
@@ -196,8 +209,7 @@ class Supervisor:
             outcome.again = "allocator"
         else:
             self._left = list(self._allocators)
-        self._launcher.close()
-        self._launcher = self._make_launcher()
+        self._launcher.environ = worker_environment(os.environ, self._device, self._left[0])
 
     def _may_be_the_allocator(self, outcome: Outcome) -> bool:
         """Whether the worker failed on touching the GPU, and by itself: nobody killed it, and memory sufficed."""
@@ -211,11 +223,11 @@ class Supervisor:
 
     def _run_process(self, case: Case, steps_path: Path | None, gpu_path: Path | None, outcome: Outcome) -> None:
         record = outcome.record
-        record.update({"start_method": self._options.start_method})
         log = Path(self._folder.name) / "case.log"
         self._scratch.mkdir(exist_ok=True)
         try:
-            self._launcher.prepare()
+            self._prepare(case)
+            record.update({"start_method": "fresh" if self.why_not_forked else self._options.start_method})
             start = time.monotonic()
             worker = self._launcher.start(log)
         except (LaunchError, OSError) as error:
@@ -241,8 +253,20 @@ class Supervisor:
         if limit.problem is not None:
             outcome.signal = None
             record.update({"status": "oom", "status_reason": limit.problem, HOST_COLUMN: limit.peak_mib})
+        self._tuning.ended(case, record["status"])
         if record["status"] not in ("ok", "diverged", "stalled"):
             record.update({"output_tail": _tail(log) or None})
+
+    def _prepare(self, case: Case) -> None:
+        """Have the launcher ready. If no child of the warm parent could use the GPU, all workers will be fresh ones."""
+        try:
+            self._launcher.prepare()
+        except UnsafeFork as unsafe:
+            self.why_not_forked = unsafe.reason
+            self._launcher = Launcher(self._launcher.environ)
+            cure = f" To fork them, {unsafe.reason.cure}." if unsafe.reason.cure else ""
+            text = f"each case imports TensorFlow, which takes longer than to fork its process: {unsafe.reason}.{cure}"
+            self._listener(case, Noted(text))
 
     def _converse(self, talk: _Conversation, steps_path: Path | None) -> None:
         """Have a worker run its case, and look at the machine at each phase."""
@@ -254,6 +278,7 @@ class Supervisor:
             "sys_path": self._sys_path,
             "scratch": str(self._scratch),
             "energy_s": case.settings.energy_s if talk.energy_off is None and self._watch.has_power() else 0.0,
+            "autotuning": self._tuning.flag(case),
         }
         talk.worker.send(request)
         for event in talk.events(self._options.timeout_s):

@@ -127,6 +127,13 @@ def _add_settings(add: Add) -> None:
         "slower on a CPU)",
     )
     add(
+        "--mp-autotune",
+        choices=("fresh", "shared"),
+        default="fresh",
+        help="fresh: on a GPU, XLA tunes its kernels in each process, for up to a minute; shared: the processes of a "
+        "workload and mode share what the first one found, and so all run the same kernels (default: fresh)",
+    )
+    add(
         "--mp-timing",
         type=seconds,
         metavar="SECONDS",
@@ -151,6 +158,7 @@ def settings(config: pytest.Config) -> Settings:
         train_steps=option("mp_steps") or preset(config).train_steps,
         batch_size=option("mp_batch_size"),
         **{str(scaling.setting): option(f"mp_{scaling.setting}") for scaling in SETTABLE},
+        autotune=option("mp_autotune"),
         timing_s=(option("mp_timing") or preset(config).timing_s) if timed else 0.0,
         timing_blocks=preset(config).timing_blocks,
         energy_s=preset(config).energy_s if option("mp_energy") is None else option("mp_energy"),
@@ -170,7 +178,7 @@ def _add_run_options(add: Add) -> None:
         choices=("auto", "fork", "fresh"),
         default="auto",
         help="how the process of a case starts: fork is quick, it copies a process that has imported TensorFlow; fresh "
-        "is a new interpreter (default: auto, which is fork on a CPU and fresh on a GPU)",
+        "is a new interpreter (default: auto, which is fork, unless that process has touched the GPU)",
     )
     add("--mp-timeout", type=seconds, default=900.0, metavar="SECONDS", help="time limit for each case (default: 900)")
     add(
@@ -203,7 +211,6 @@ def _add_run_options(add: Add) -> None:
 def run_options(
     config: pytest.Config,
     results: Path,
-    on_gpu: bool,
     selected: Mapping[str, Any],
     interleaved: Mapping[str, Any] | None,
 ) -> Options:
@@ -212,7 +219,6 @@ def run_options(
     Args:
         config: of the session.
         results: the results folder.
-        on_gpu: whether it runs on a GPU.
         selected: workloads, modes, seeds and repeats; for run.json.
         interleaved: with which run it is interleaved, if with any; for run.json.
     """
@@ -221,7 +227,7 @@ def run_options(
     option = config.getoption
     method = option("mp_start_method")
     if method == "auto":
-        method = "fresh" if on_gpu else "fork"
+        method = "fork"
     return Options(
         results=results,
         project=config.rootpath,

@@ -175,8 +175,6 @@ def check_use(config: pytest.Config, plan: Plan, results: Path) -> None:
         )
     if config.getoption("numprocesses", None):
         raise pytest.UsageError(NO_XDIST)
-    if plan.on_gpu and not plan.device.is_stand_in and config.getoption("mp_start_method") == "fork":
-        raise pytest.UsageError("--mp-start-method fork does not work on a GPU; use fresh or auto")
     if not config.invocation_params.dir.is_relative_to(config.rootpath):
         for option, value in _taken_for_test_paths(config):
             raise pytest.UsageError(

@@ -216,7 +216,7 @@ class Session:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         interleaved = None if self._turns is None else self._turns.entry
         plan = self._plan
-        how = options.run_options(self._config, self._results, plan.on_gpu, plan.selection(), interleaved)
+        how = options.run_options(self._config, self._results, plan.selection(), interleaved)
         return LiveRun(plan, how, self.output)
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:

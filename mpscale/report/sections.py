@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -188,6 +189,16 @@ def _sheet(run: Run, sheet: Sheet, *needs: str, good: bool = True) -> Table:
 def _cell(cell: Cell, column: Column, records: Sequence[Record], row: Row) -> str:
     if COLUMNS.get(column.name) is not column:
         return shown(column, row[column.name])
+    if cell.apart is not None:
+        name, value = cell.apart
+        apart = [record for record in records if record[name] == value and record[column.name] is not None]
+        others = [record for record in records if record[name] != value]
+        if apart:
+            bare = replace(cell, apart=None)
+            written = _cell(bare, column, apart, row)
+            if not values_of(others, column.name):
+                return f"{written} ({value})"
+            return f"{_cell(bare, column, others, row)} ({count(len(apart))} {value}: {written})"
     known = values_of(records, column.name)
     if not known and cell.over is not Over.KNOWN:
         return DASH

@@ -269,12 +269,16 @@ class Sampler:
         processes = gpu.processes([Reading.PROCESSES, Reading.SERVICE_PROCESSES])
         graphics = gpu.processes([Reading.GRAPHICS_PROCESSES])
         memory, temperature, events = map(gpu.read, (Reading.MEMORY, Reading.TEMPERATURE, Reading.CLOCK_EVENTS))
+        clocks = {f"{name}": gpu.read(name) for name in (Reading.SM_CLOCK, Reading.MEMORY_CLOCK)}
+        by_pid = processes.by_pid if isinstance(processes, Processes) else {}
         return {
             "temperature_c": None if isinstance(temperature, Reason) else temperature,
             "clock_events": [] if isinstance(events, Reason) else events,
             "processes": processes.number if isinstance(processes, Processes) else None,
             "graphics_processes": graphics.number if isinstance(graphics, Processes) else None,
+            "pids": [] if isinstance(by_pid, Reason) else sorted(by_pid),
             "used_mib": memory.used_mib if isinstance(memory, Memory) else None,
+            **{name: None if isinstance(clock, Reason) else clock for name, clock in clocks.items()},
             "lost": gpu.lost,
         }
 

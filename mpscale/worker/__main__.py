@@ -1,17 +1,19 @@
 """The process of a case, ``python -m mpscale.worker.__main__ --wire DESCRIPTOR``: takes a request, reports events.
 
-The request is ``{"case": ..., "device": ..., "steps_path": ..., "sys_path": [...], "scratch": ..., "energy_s": ...}``;
-``scratch`` is a folder that the session removes when the worker has ended. The events are those of
-:data:`mpscale.core.wire.WORKER_EVENTS`.
+The request is ``{"case": ..., "device": ..., "steps_path": ..., "sys_path": [...], "scratch": ..., "energy_s": ...,
+"autotuning": ...}``; ``scratch`` is a folder that the session removes when the worker has ended, ``autotuning`` a flag
+for XLA or None. The events are those of :data:`mpscale.core.wire.WORKER_EVENTS`.
 
 With ``--serve DESCRIPTOR`` it is the warm parent instead: a process that has imported TensorFlow, touches no device,
-and forks a worker for each case. Importing TensorFlow takes longer than many a small case. On a CPU, a child forked
-before any device is touched is as good as a fresh interpreter. With a GPU, or a setting that is read on import, it is
-not, so the session then starts fresh ones.
+and forks a worker for each case. Importing TensorFlow takes longer than many a small case. A child forked before any
+device is touched is as good as a fresh interpreter, on a CPU and on a GPU. What TensorFlow reads on import has the same
+value in parent and child.
 
-The warm parent first sends an empty message. For each case the session sends an empty message with two descriptors:
-the worker's end of its wire, and the file for its output. The parent answers ``{"pid": ...}`` and, when that worker has
-ended, ``{"status": wait status}``. It runs one case at a time, and ends when its wire is closed.
+The warm parent first sends ``{"held": reason}``, None if it holds nothing of a GPU; only then can its children use one.
+For each case the session sends ``{"environ": {name: value}}``, the variables that the worker sets or, for None,
+removes, with two descriptors: the worker's end of its wire, and the file for its output. The parent answers
+``{"pid": ...}`` and, when that worker has ended, ``{"status": wait status}``. It runs one case at a time, and ends when
+its wire is closed.
 
 A case that fails reports what the user's code or TensorFlow raised. Keras and AutoGraph replace that exception by one
 of their own, whose message begins with the path to the error or ends with the arguments of a layer. All of it is still
@@ -31,6 +33,7 @@ import tempfile
 import traceback
 import types
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ from mpscale.core.device import Device
 from mpscale.core.out_of_memory import ran_out
 from mpscale.core.process import die_with_parent
 from mpscale.core.wire import Channel, Failed, Finished, Wire
+from mpscale.worker import autotuning
 
 _NO_JIT = "XLA could not compile the train step or the evaluation: --mp-jit off runs them without it"
 
@@ -58,6 +62,8 @@ def main(wire: Wire) -> int:
     channel = Channel(wire)
     request = wire.receive()
     try:
+        # Before a fresh worker imports TensorFlow, though XLA reads its flags only when it is first used.
+        autotuning.begin(request["autotuning"])
         from mpscale.worker.case import execute
 
         # Use pytest's path, so that a user's module is the same file here. Not before TensorFlow has been imported: a
@@ -115,15 +121,17 @@ def serve(wire: Wire) -> None:
     """Fork a worker for each request until the wire is closed."""
     # What a case needs is imported here, once; nothing below may create a TensorFlow context.
     import mpscale.worker.case  # noqa: F401
+    from mpscale.worker.device import held_by_this_process
 
-    wire.send({})
+    held = held_by_this_process()
+    wire.send({"held": None if held is None else held.to_json()})
     with contextlib.suppress(EOFError):
         while True:
-            wire.receive()
+            order = wire.receive()
             (theirs, log), wire.descriptors = wire.descriptors, []
             pid = os.fork()
             if pid == 0:
-                _run_child(wire, theirs, log)
+                _run_child(wire, theirs, log, order["environ"])
             os.close(theirs)
             os.close(log)
             wire.send({"pid": pid})
@@ -131,13 +139,18 @@ def serve(wire: Wire) -> None:
             wire.send({"status": status})
 
 
-def _run_child(parents: Wire, own: int, log: int) -> None:
-    """Be the forked worker; never returns."""
+def _run_child(parents: Wire, own: int, log: int, environ: Mapping[str, str | None]) -> None:
+    """Be the forked worker; never returns. ``environ``: variables to set, or to remove if they are None."""
     code = 1
     _forget_exit_handlers()
     try:
         die_with_parent()
         os.setsid()
+        for name, value in environ.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         parents.close()
         for stream in (1, 2):

@@ -22,6 +22,7 @@ from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.core.wire import Channel, Phase
+from mpscale.worker import autotuning
 from mpscale.worker import model as models
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
@@ -114,6 +115,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     step()
     step.synchronise()
     channel.values({"trace_time_s": trace_s, "first_step_s": time.perf_counter() - start})
+    _report(channel, autotuning.columns(device, case.settings.jit))
     channel.phase(Phase.COMPILED)
 
     peak = AllocatorPeak(device)

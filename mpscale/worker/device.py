@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
@@ -14,6 +16,8 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 
 _SUCCESS = 0  # what a call to CUDA returns
+_GPU_FILES = ("/dev/nvidia", "/dev/dxg")
+"""Beginnings of the names of a GPU's device files; the second one is that of WSL2."""
 
 
 class AllocatorPeak:
@@ -63,6 +67,31 @@ class AllocatorPeak:
             return Reason(Code.ALLOCATOR_SILENT, f"TensorFlow's allocator keeps no statistics: {error}")
         # A process that has trained has held memory, so an allocator that reports 0 does not count.
         return peak / 2**20 or Reason(Code.ALLOCATOR_SILENT, "TensorFlow's allocator reports a peak of 0 bytes")
+
+
+def held_by_this_process(process: Path = Path("/proc/self")) -> Reason | None:
+    """Why a child of this process may be unable to use a GPU; None if this process holds nothing of one.
+
+    CUDA does not survive a fork, and cannot be used without its library and a device file. Only Linux shows which
+    files a process has mapped and opened.
+    """
+    try:
+        mapped = {line.split(maxsplit=5)[5] for line in (process / "maps").read_text().splitlines() if "/" in line}
+        opened = set()
+        for descriptor in (process / "fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # the one by which the folder is read
+                opened.add(str(descriptor.readlink()))
+    except OSError as error:
+        return Reason(Code.FORK_UNSAFE, f"this system does not show whether a process holds a GPU ({error})")
+    libraries = {path for path in mapped if path.rpartition("/")[2].startswith("libcuda.so")}
+    found = sorted(libraries | {path for path in mapped | opened if path.startswith(_GPU_FILES)})
+    if not found:
+        return None
+    return Reason(
+        Code.FORK_UNSAFE,
+        f"something that is imported with TensorFlow has touched the GPU ({', '.join(found[:3])})",
+        "remove what does so, such as a sitecustomize.py, a .pth file or a plug-in of TensorFlow",
+    )
 
 
 def require(device: Device) -> None:

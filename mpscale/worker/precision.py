@@ -22,6 +22,7 @@ from mpscale.core.mode import Mode
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.scaling.skip import all_nodes
+from mpscale.worker.autotuning import users_variable
 from mpscale.worker.device import set_arithmetic
 
 _PRODUCT = re.compile(
@@ -54,7 +55,7 @@ _REWRITES = ("auto_mixed_precision", "auto_mixed_precision_onednn_bfloat16", "au
 _FPMATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "TF_SET_ONEDNN_FPMATH_MODE")
 _XLA = ("XLA_FLAGS", "TF_XLA_FLAGS")
 _PRECISION_FLAG = re.compile(r"precision|fast_math|fast_min_max|tf32|b?f16|f8|denormal|algorithm|auto_jit|determinis")
-_AT_START = {name: os.environ.get(name, "") for name in _XLA}
+_AT_START = {name: users_variable(name) for name in _XLA}
 """At the start of the process: this module is imported before the user's."""
 
 
@@ -208,7 +209,7 @@ class Arithmetic:
     def column(self) -> str:
         """The column process_settings: other settings that affect a figure, which have to be the same in every mode."""
         parts = ["deterministic operations"] if is_op_determinism_enabled() else []
-        parts += [f"{name}={os.environ[name]}" for name in _XLA if os.environ.get(name)]
+        parts += [f"{name}={users_variable(name)}" for name in _XLA if users_variable(name)]
         return "; ".join(parts) or "none"
 
     def _settings(self) -> dict[str, tuple[Any, Any]]:
@@ -234,7 +235,7 @@ class Arithmetic:
         if self._device.has_tf32 and override in ("0", "1") and self._mode.name in ("fp32", "tf32"):
             settings["NVIDIA_TF32_OVERRIDE"] = (override, str(int(self._mode.tf32)))
         for name in _XLA:
-            settings[name] = tuple(map(_precision_flags, (os.environ.get(name, ""), _AT_START[name])))  # type: ignore[assignment]
+            settings[name] = tuple(map(_precision_flags, (users_variable(name), _AT_START[name])))  # type: ignore[assignment]
         return settings
 
 

@@ -96,6 +96,7 @@ def test_series_key_is_byte_for_byte_that_of_earlier_runs():
         ("mixed-logmax", {"dynamic_scale": {"initial": 4.0}}, True),
         ("fp32", {"jit": False}, False),
         ("fp32", {"timing_s": 1.0}, False),
+        ("fp32", {"autotune": "shared"}, False),
     ],
 )
 def test_series_key_changes_only_with_settings_that_move_its_figures(mode, change, same):

@@ -13,9 +13,10 @@ from support.nvml_stand_in import UUID, Script, build
 
 from mpscale.core.device import NVIDIA, Device
 from mpscale.core.reason import Code
-from mpscale.doctor import device
+from mpscale.doctor import device, software
 from mpscale.doctor.examine import Examination, examine
 from mpscale.doctor.page import render
+from mpscale.doctor.presets import advice
 from mpscale.doctor.software import build_info
 from mpscale.telemetry.client import NoDriver
 from mpscale.telemetry.host import VARIABLES
@@ -73,14 +74,16 @@ def test_a_machine_without_gpu_is_complete_for_a_cpu_and_examined_without_tensor
     assert not imported & {"tensorflow", "keras", "matplotlib"}
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("mpscale doctor: a run here is complete for a CPU\n")
-    for words in ("what is measured", "mixed precision", "no GPU: ", "tensorflow 2."):
+    for words in ("what is measured", "mixed precision", "no GPU: ", "tensorflow 2.", "--mp-preset "):
         assert words in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 130
 
 
 def test_json_has_the_same_facts():
     found = facts(CUDA_VISIBLE_DEVICES="-1")
-    assert list(found) == ["verdict", "device", "measured", "precision", "problems", "notes", "software", "trained"]
+    assert list(found) == [
+        "verdict", "device", "measured", "precision", "problems", "cautions", "notes", "presets", "software", "trained"
+    ]  # fmt: skip
     assert (found["device"]["kind"], found["trained"]) == ("cpu", None)
     assert answers(found)["step time"] == answers(found)["overflow"] == "yes"
     assert {row["answer"] for row in found["measured"]} == {"yes", "no"}
@@ -212,9 +215,123 @@ def test_other_processes_on_the_gpu(gpu_here):
 
 def test_settings_and_heat_are_noted(gpu_here):
     gpu_here.script.set(persistence=0, power_limit_w=250, temperature_c=85, event_reasons=0x20)
-    notes = "\n".join(gpu_here()["notes"])
-    for words in ("nvidia-smi -pm 1", "250 W, below the default of 400 W", "85 °C and slows down at 92 °C", "thermal"):
+    found = gpu_here()
+    notes = "\n".join(found["notes"])
+    for words in ("nvidia-smi -pm 1", "85 °C and slows down at 92 °C", "thermal"):
         assert words in notes
+    (slowed,) = [each for each in found["cautions"] if each["code"] == Code.SLOWED]
+    assert "250 W, below the default of 400 W" in slowed["caution"]
+    assert "-pl 400" in slowed["do"]
+    assert found["verdict"] == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ({}, []),
+        ({"sm_clock_mhz": 1200}, []),  # 85 %
+        ({"sm_clock_mhz": 1000}, ["1000 of 1410 MHz"]),
+        ({"sm_clock_mhz": 210, "event_reasons": 0x1}, []),  # an idle GPU
+        ({"sm_clock_mhz": 1000, "event_reasons": 0x2}, ["application clocks"]),
+        ({"mem_clock_mhz": 405}, ["memory runs at 405 of 1215 MHz"]),
+        ({"sm_clock_mhz": None, "max_mem_clock_mhz": None}, []),
+        ({"power_limit_w": 400, "power_limits_w": (100, 700, 700)}, ["400 W, below the default of 700 W"]),
+    ],
+)
+def test_a_gpu_far_below_its_clocks_or_power_is_a_caution(gpu_here, lines, words):
+    gpu_here.script.set(**lines)
+    found = gpu_here()
+    slowed = [each["caution"] for each in found["cautions"] if each["code"] == Code.SLOWED]
+    assert len(slowed) == len(words)
+    assert all(word in text for word, text in zip(words, slowed, strict=True))
+    assert found["verdict"] == 0
+
+
+@pytest.mark.parametrize(
+    ("clock", "most", "number"), [(1680.0, 1980.0, 0), (1200.0, 1980.0, 1), (None, 1980.0, 0), (1200.0, None, 0)]
+)
+def test_a_clock_that_stays_low_under_load_is_a_caution(clock, most, number):
+    found = list(device.check_clock(clock, {"max_sm_clock_mhz": most}, "during the short training"))
+    assert [each.code for each in found] == [Code.SLOWED] * number
+
+
+@pytest.mark.parametrize(
+    ("own", "pids", "words"),
+    [
+        (False, [1], None),
+        (True, [], "shows only when one uses the GPU"),
+        (True, [1], "shows only when one uses the GPU"),
+        (True, [1, 3_999_999], "do not exist here (3999999)"),
+    ],
+)
+def test_a_container_that_may_hide_processes_is_a_caution(tmp_path, own, pids, words):
+    (tmp_path / "1").mkdir()
+    found = list(device.check_namespace({"pids": pids}, own, tmp_path))
+    assert [each.code for each in found] == ([] if words is None else [Code.PROCESSES_HIDDEN])
+    assert all(words in each.text and "--pid=host" in each.cure for each in found)
+
+
+@pytest.fixture
+def ptxas(tmp_path):
+    """Make a ptxas of a version; return the folder of its CUDA."""
+
+    def make(version, name="cuda"):
+        file = tmp_path / name / "bin" / "ptxas"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version[:4]}, V{version}'\n")
+        file.chmod(0o755)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [
+        ("12.5.82", True),
+        ("12.6.77", True),
+        ("12.6.85", False),
+        ("12.9.86", False),
+        ("13.0.88", False),
+        ("11.8.89", True),
+    ],
+)
+def test_a_ptxas_that_miscompiles_is_a_caution(ptxas, version, old):
+    found = list(software.check_ptxas({"PATH": str(ptxas(version) / "bin")}))
+    assert [each.code for each in found] == [Code.MISCOMPILES] * old
+    assert all(f"ptxas {version}" in each.text and "12.6.85" in each.cure for each in found)
+
+
+def test_the_ptxas_that_xla_finds_first_is_the_one_that_counts(ptxas):
+    old, new = ptxas("12.5.82", "old dir"), ptxas("12.9.86", "new")
+    flags = f"--xla_a=1 --xla_gpu_cuda_data_dir='{old}'"
+    (found,) = software.check_ptxas({"XLA_FLAGS": flags, "PATH": str(new / "bin")})
+    assert found.code is Code.MISCOMPILES
+    assert list(software.check_ptxas({"XLA_FLAGS": "--xla_gpu_cuda_data_dir=nowhere", "PATH": str(new / "bin")})) == []
+
+
+def test_ptxas_is_checked_for_a_real_gpu(gpu_here, ptxas):
+    gpu_here.script.set(name="NVIDIA H200")
+    found = gpu_here(XLA_FLAGS=f"--xla_gpu_cuda_data_dir={ptxas('12.5.82')}")
+    assert Code.MISCOMPILES in [each["code"] for each in found["cautions"]]
+
+
+@pytest.mark.parametrize(
+    ("where", "cores", "fits", "words"),
+    [
+        (Device("cpu", "CPU"), 2, "small", "trains as well as fp32"),
+        (Device("cpu", "CPU"), 1, "smoke", "Begin with"),
+        (Device("gpu", "NVIDIA H200", "GPU-1", (9, 0)), 16, "small", "--mp-steps-per-call"),
+    ],
+)
+def test_the_preset_that_fits(where, cores, fits, words):
+    found = advice(where, cores)
+    assert found.preset == fits
+    assert words in " ".join(found.words)
+    seconds = [each.seconds for each in found.durations]
+    assert [each.preset for each in found.durations] == ["smoke", "small", "full"]
+    assert seconds == sorted(seconds)
+    assert 120 < seconds[1] < 1200  # the default takes minutes
 
 
 def test_a_driver_without_energy_readings_should_be_updated(gpu_here, tmp_path_factory):
@@ -343,3 +460,12 @@ def test_a_short_training_on_a_simulated_gpu(gpu_here):
     assert trained["gpu_allocator"] == "cuda_malloc_async"
     assert "the CPU trained in place of the stand-in" in trained["empty"].values()
     assert not [name for name in trained["empty"] if "energy" in name]
+    # It was listed under its own number, so this container hides nothing.
+    assert Code.PROCESSES_HIDDEN not in [each["code"] for each in found["cautions"]]
+
+
+def test_a_short_training_that_the_driver_does_not_list(gpu_here):
+    gpu_here.script.general(offset_pid=1_000_000).process("compute", "@worker", "0:300 1:700")
+    found = gpu_here("--gpu")
+    assert (found["trained"]["status"], found["trained"]["gpu_memory_method"]) == ("ok", "device-minus-idle")
+    assert Code.PROCESSES_HIDDEN in [each["code"] for each in found["cautions"]]

@@ -162,6 +162,23 @@ def test_timing_quality_flags_dispatch_bound_modes(tmp_path):
     assert "`bound` means" in report
 
 
+@pytest.mark.parametrize(
+    ("autotuning", "shown"),
+    [
+        (["tuned", "tuned", "tuned"], "84.0"),
+        (["tuned", "reused", "reused"], "82.0 (2 reused: 85.0)"),
+        (["reused", "reused", "reused"], "84.0 (reused)"),
+        ([None, None, None], "84.0"),
+    ],
+)
+def test_first_steps_that_tuned_and_reused_are_never_averaged(tmp_path, autotuning, shown):
+    cases = [
+        record(seed=seed, step_time_ms_median=1.0, first_step_s=82.0 + 2 * seed, autotuning=value)
+        for seed, value in enumerate(autotuning)
+    ]
+    assert table(rendered(tmp_path, *cases), "Timing quality")[0]["first step s"] == shown
+
+
 def test_a_busy_machine_is_reported_with_its_share(tmp_path):
     calm, busy = (record(seed=seed, step_time_ms_median=1.0, host_other_cpu_share=0.04 + 0.3 * seed) for seed in (0, 1))
     assert "was busy" not in rendered(tmp_path / "calm", calm)

@@ -11,7 +11,7 @@ import tensorflow as tf
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code
-from mpscale.worker.device import AllocatorPeak, require, touch
+from mpscale.worker.device import AllocatorPeak, held_by_this_process, require, touch
 
 STAND_IN = Device("gpu", "mpscale stand-in A100", "GPU-1", (8, 0))
 
@@ -50,6 +50,37 @@ def arithmetic():
 def test_mode_sets_what_tensorflow_is_allowed_to_do(arithmetic, mode, expected):
     touch(Device("cpu", "Some CPU"), MODES[mode])
     assert arithmetic() == expected
+
+
+@pytest.mark.parametrize(
+    ("mapped", "opened", "held"),
+    [
+        ("/usr/lib/libc.so.6", "/dev/null", None),
+        ("/site-packages/nvidia/cuda_runtime/lib/libcudart.so.12", "/tmp/libcuda.so.1", None),
+        ("/usr/lib/x86_64-linux-gnu/libcuda.so.580.159.04", "/dev/null", "libcuda.so.580"),
+        ("/dev/nvidia-uvm", "/dev/null", "nvidia-uvm"),
+        ("/usr/lib/libc.so.6", "/dev/nvidiactl", "nvidiactl"),
+        ("/usr/lib/libc.so.6", "/dev/dxg", "dxg"),
+        (None, "/dev/null", "does not show"),
+    ],
+)
+def test_what_a_process_holds_of_a_gpu(tmp_path, mapped, opened, held):
+    (tmp_path / "fd").mkdir()
+    (tmp_path / "fd" / "3").symlink_to(opened)
+    if mapped is not None:
+        line = "7f0000000000-7f0000001000 r-xp 00000000 fe:00 {} \t{}\n"
+        (tmp_path / "maps").write_text(line.format(1, mapped) + line.format(0, "").rstrip() + "\n")
+    found = held_by_this_process(tmp_path)
+    if held is None:
+        assert found is None
+    else:
+        assert found.code is Code.FORK_UNSAFE
+        assert held in found.text
+
+
+def test_a_process_that_trains_on_a_cpu_holds_nothing_of_a_gpu():
+    tf.constant(0.0).numpy()
+    assert held_by_this_process() is None
 
 
 @pytest.mark.parametrize("device", [Device("cpu", "Some CPU"), STAND_IN])
