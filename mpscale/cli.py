@@ -496,7 +496,7 @@ def _search(
     how = Options(
         results=options.results,
         project=Path.cwd(),
-        start_method="fresh" if device.kind == "gpu" else "fork",
+        start_method="fork",
         timeout_s=options.timeout,
         asked={},
         gpu_allocator=options.gpu_allocator,
