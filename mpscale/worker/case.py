@@ -25,13 +25,26 @@ from mpscale.worker import model as models
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic, Precision
-from mpscale.worker.step import Batches, Log, TrainStep, keep_going, scaler_for, time_empty_call, time_steps, warm_up
+from mpscale.worker.step import (
+    Batches,
+    Log,
+    TrainStep,
+    keep_going,
+    scaler_for,
+    time_empty_call,
+    time_one_per_call,
+    time_steps,
+    warm_up,
+)  # fmt: skip
 from mpscale.worker.training import Evaluator, batches, is_accuracy, score_for, train
 from mpscale.workloads import Data, Workload, registry
 from mpscale.workloads.metric import ACCURACY
 
 _LEAST_MORE_S = 0.5
 """Shortest time to go on after the timing, to measure energy: during it the counter is read too rarely to end there."""
+
+_ONE_PER_CALL_SHARE = 4
+"""With several steps per call, steps of one call each are timed for this part of the time and of the blocks."""
 
 _NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
 
@@ -119,6 +132,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     if case.settings.timing_s > 0:
         _time(built, energy_s, peak, channel)
     _report(channel, peak.columns())
+    _report(channel, _several_per_call(built))
     channel.phase(Phase.DONE)
     arithmetic.look("training and timing")
     return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
@@ -163,7 +177,8 @@ def _build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
     scaler = scaler_for(MODES[case.mode], optimizer, settings)
     objective = Objective(workload.loss, data.train_y)
     loss = NotedLoss(objective)
-    step = TrainStep(model, scaler, loss, Batches(data.train_x, data.train_y, order), settings.jit)
+    shown = Batches(data.train_x, data.train_y, order)
+    step = TrainStep(model, scaler, loss, shown, settings.jit, settings.steps_per_call)
     channel.values({"build_time_s": time.perf_counter() - start})
     return Built(case, workload, data, order, model, optimizer, optimizer_config, objective, loss, step)
 
@@ -272,6 +287,8 @@ def _write_steps(path: Path, log: Log) -> None:
 def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) -> None:
     """Time steps in the steady state, and count energy over these and more steps."""
     step, settings = built.step, built.case.settings
+    if step.first_call(step.steps_per_call):
+        step.read_log()
     about_s = warm_up(step)
     channel.phase(Phase.WARM)
     peak.begin_window()
@@ -289,3 +306,18 @@ def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) 
     channel.energy(steps, overflows)
     channel.values(timing.values(built.batch, time_empty_call(step)))
     channel.blocks(timing.step_s.tolist())
+
+
+def _several_per_call(built: Built) -> Findings:
+    """What only calls of several steps have. Of the case's timed steps, those of one call each come last."""
+    step, settings, found = built.step, built.case.settings, Findings()
+    if step.steps_per_call == 1:
+        why = Reason(Code.NOT_ASKED_FOR, "every call took one step", "use --mp-steps-per-call")
+        found.miss(["first_call_s", "step_time_ms_one_per_call"], why)
+        return found
+    short = f"no {step.steps_per_call} steps came between two evaluations, and timing was off"
+    _put(found, "first_call_s", step.first_call_s, Reason(Code.NEVER_HAPPENED, short))
+    if settings.timing_s > 0:
+        seconds, blocks = settings.timing_s / _ONE_PER_CALL_SHARE, max(settings.timing_blocks // _ONE_PER_CALL_SHARE, 1)
+        found.put("step_time_ms_one_per_call", time_one_per_call(step, seconds, blocks))
+    return found
