@@ -56,6 +56,7 @@ class Settings:
         batch_size: examples per step; None for the workload's default.
         static_scale: loss scale of mixed-static.
         dynamic_scale: arguments of the scale of mixed-dynamic and graph-rewrite that differ from the defaults.
+        steps_per_call: steps that one call of the compiled program takes.
         timing_s: seconds of steady-state timing; 0 for none.
         timing_blocks: the minimum number of timed blocks.
         energy_s: seconds of further steps if the GPU's energy can be measured; 0 to skip energy.
@@ -68,6 +69,7 @@ class Settings:
     batch_size: int | None = None
     static_scale: float = 128.0
     dynamic_scale: Mapping[str, float] = field(default_factory=dict)
+    steps_per_call: int = 1
     timing_s: float = 2.0
     timing_blocks: int = 50
     energy_s: float = 10.0
@@ -161,11 +163,13 @@ class SeriesKey:
 def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_steps: int, settings: Settings) -> str:
     """The text of the :class:`SeriesKey` of a case.
 
-    It holds settings of a loss scale only for modes that use them: another static scale is no new series of fp32. If
-    tuning is shared, it says so, because the choice of kernels is then no longer part of the noise between processes.
+    It holds settings of a loss scale only for modes that use them: another static scale is no new series of fp32. The
+    number of steps per call is left out if it is 1, as in keys from before it could be chosen. If tuning is shared, it
+    says so, because the choice of kernels is then no longer part of the noise between processes.
     """
     parts = {"batch": str(batch_size), "steps": str(train_steps), "jit": "on" if settings.jit else "off"}
     parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}
+    parts |= {"steps_per_call": str(settings.steps_per_call)} if settings.steps_per_call != 1 else {}
     parts |= {name: f"{value:.17g}" for name, value in sorted(mode.scale_arguments(settings).items())}
     if settings.autotune == "shared" and settings.jit:
         parts["autotune"] = "shared"

@@ -21,7 +21,9 @@ SCHEMA_VERSION = 1
 # Version 4: a step returns only values that its mode has, and a timed block keeps none of it.
 # Version 5: a step returns loss, loss scale and overflow separately, because packing them into one tensor slowed
 #   convolutions with a loss scale; and it is compiled from a small function, which is cheaper to call.
-METHOD_VERSION = 5
+# Version 6: the memory of a GPU is that of steps synchronised one by one, before anything is evaluated; queued steps and
+#   evaluation have columns of their own. Seven steps are taken for that before a training is timed.
+METHOD_VERSION = 6
 """Raise this when the way of measuring changes: figures of different versions are not compared."""
 
 Status = Literal[
@@ -258,6 +260,7 @@ SECTIONS: tuple[Section, ...] = (
             _known("device_name", "str", "", "the device's own name"),
             _known("start_method", "str", "", "`fork`: child of a process that has imported TensorFlow and touched no device; `fresh`: an interpreter of its own", "nothing was started"),
             _known("jit", "bool", "", "whether the train step is compiled by XLA; the same for all modes of a run"),
+            _known("steps_per_call", "int", "steps", "steps that one call of the compiled program takes (`--mp-steps-per-call`); the same for all modes of a run", "a run of an older mpscale, which always took 1"),
             _known("policy", "str", "", "Keras dtype policy; float32 for graph-rewrite, which TensorFlow rewrites to float16 below Keras"),
             _measured("layer_dtypes", "str", "", "layers by the dtype that they compute in (`float16 2, float32 1`), without inputs and layers that only hold others; checked against the mode", "the model has no layers, or the case ended before that"),
             _measured("product_dtypes", "str", "", "matrix products, convolutions and recurrent kernels of the traced train step by the dtype of the factors, including gradients, loss and optimizer; checked against the mode. Before TensorFlow's rewrite (graph-rewrite) and before XLA", "the train step multiplies no matrices, or the case ended before that"),
@@ -302,7 +305,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("loss_scale_max", "float", "", "largest loss scale of any step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),
             _measured("train_loss_first", "float", "", "loss of the first step, unscaled", "it was not finite; " + _NO_TRAINING),
             _measured("train_loss_final", "float", "", "mean loss of the last 100 steps, unscaled", "one of them was not finite; " + _NO_TRAINING),
-            _measured("train_wall_time_s", "float", "s", "time in train steps and in reading their log, without the first step and evaluations", _NO_TRAINING),
+            _measured("train_wall_time_s", "float", "s", "time in train steps and in reading their log, without evaluations, the first step and the first call of several steps", _NO_TRAINING),
             _measured("steps_to_target", "int", "steps", "steps after which the metric on the progress set first reached the workload's target", "the target was not reached, the workload has none, or " + _NO_TRAINING),
             _measured("time_to_target_s", "float", "s", "`train_wall_time_s` up to that step", "as `steps_to_target`"),
         ),
@@ -325,7 +328,8 @@ SECTIONS: tuple[Section, ...] = (
         Topic.STEP_TIME,
         "Step time",
         (
-            _measured("step_time_ms_median", "float", "ms", "median over the blocks of (time of a block / its steps), in steady state; the one number of this process", _NO_TIMING, Cell(Sheet.TIMING, 1, "processes", Over.KNOWN), positive=True),
+            _measured("step_time_ms_median", "float", "ms", "median over the blocks of (time of a block / its steps), in steady state; the one number of this process", _NO_TIMING, Cell(Sheet.TIMING, 1, "processes", Over.KNOWN), Cell(Sheet.TIMING, 8, "ms per step"), positive=True),
+            _measured("step_time_ms_one_per_call", "float", "ms", "`step_time_ms_median` of a quarter as many blocks, timed after them in the same process, with one step per call instead of `steps_per_call`: the difference is what starting single steps costs", "every call took one step; " + _NO_TIMING, Cell(Sheet.TIMING, 9, "ms with one step per call"), positive=True),
             _measured("step_time_ms_p10", "float", "ms", "10th percentile over the blocks", _NO_TIMING),
             _measured("step_time_ms_p90", "float", "ms", "90th percentile over the blocks", _NO_TIMING),
             _measured("step_time_ms_per_applied", "float", "ms", "time of all blocks over the steps applied in them: a skipped step is cheaper and gains nothing", "the mode checks no gradient, no step was applied, or timing was off", Cell(Sheet.TIMING, 3, "ms per applied step")),
@@ -333,15 +337,16 @@ SECTIONS: tuple[Section, ...] = (
             _measured("timed_blocks", "int", "blocks", "blocks timed, one synchronisation each", _NO_TIMING, Cell(Sheet.TIMING, 2, "blocks", Over.SUM)),
             _measured("timed_steps", "int", "steps", "steps in them", _NO_TIMING),
             _measured("timed_overflow_steps", "int", "steps", "steps with a non-finite gradient in them; not in `overflow_steps`", _NO_CHECK + "; or timing was off"),
-            _measured("dispatch_share", "float", "share", "time per call of a step with the same variables that does no work, over `step_time_ms_median`", _NO_TIMING, Cell(Sheet.TIMING, 4, "dispatch share", flag=("dispatch_bound", "bound"))),
+            _measured("dispatch_share", "float", "share", "time per call of a step with the same variables that does no work, over `steps_per_call` times `step_time_ms_median`", _NO_TIMING, Cell(Sheet.TIMING, 4, "dispatch share", flag=("dispatch_bound", "bound"))),
             _measured("dispatch_bound", "bool", "", "whether `dispatch_share` is above 0.5: the step time then says more about Python and TensorFlow than about the device", _NO_TIMING),
             _measured("step_time_ms_faster_blocks", "float", "ms", "median of the faster group of blocks, if they fall into two: groups of a tenth or more whose medians differ by a factor of 1.3 or more, and which explain 90 % of the variance of the logarithms", "the blocks form one group, or fewer than 10 were timed; " + _NO_TIMING),
             _measured("step_time_ms_slower_blocks", "float", "ms", "median of the slower group", "as above"),
             _measured("device_busy_ms_per_step", "float", "ms", "time per step in which at least one kernel ran on the GPU, from TensorFlow's profile of 3 to 50 steps (about 0.2 s) after everything that is timed", _NO_PROFILE, Cell(Sheet.TIMING, 8, "GPU ms per step"), positive=True),
             _measured("device_busy_share", "float", "share", "`device_busy_ms_per_step` / `step_time_ms_median`, which was measured without the profiler", "kernels ran for over 1.05 times the step time while profiled; " + _NO_PROFILE, Cell(Sheet.TIMING, 9, "GPU busy")),
             _measured("build_time_s", "float", "s", "building model and optimizer, including the weights", _NOT_REACHED),
-            _measured("trace_time_s", "float", "s", "tracing the train step into a graph", _NOT_REACHED, Cell(Sheet.TIMING, 6, "trace s", apart=_REUSED)),
-            _measured("first_step_s", "float", "s", "first call of the traced step, including compilation", _NOT_REACHED, Cell(Sheet.TIMING, 7, "first step s", apart=_REUSED)),
+            _measured("trace_time_s", "float", "s", "tracing a single train step into a graph, also with several steps per call", _NOT_REACHED, Cell(Sheet.TIMING, 6, "trace s", apart=_REUSED)),
+            _measured("first_step_s", "float", "s", "first call of the traced single step, including compilation, also with several steps per call", _NOT_REACHED, Cell(Sheet.TIMING, 7, "first step s", apart=_REUSED)),
+            _measured("first_call_s", "float", "s", "first call of `steps_per_call` steps, including tracing, compilation and these steps", "every call took one step, no call of several was made, or the case ended before that"),
         ),
     ),
     Section(

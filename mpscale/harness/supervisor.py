@@ -165,6 +165,7 @@ class Supervisor:
                 "device": self._device.kind,
                 "device_name": self._device.name,
                 "jit": case.settings.jit,
+                "steps_per_call": case.settings.steps_per_call,
                 "policy": MODES[case.mode].policy,
             }
         )

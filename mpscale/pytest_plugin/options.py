@@ -134,6 +134,16 @@ def _add_settings(add: Add) -> None:
         "workload and mode share what the first one found, and so all run the same kernels (default: fresh)",
     )
     add(
+        "--mp-steps-per-call",
+        type=_integer(1),
+        default=1,
+        metavar="K",
+        help="steps that one call of the compiled program takes, like Keras' steps_per_execution, so that small steps "
+        "do not wait for Python (default: 1). Everything is still recorded per step, and a CPU computes the same to "
+        "the last bit, except for convolutions under XLA, which also take 2 to 3 times as long in a loop on a CPU; "
+        "comparisons need the same K",
+    )
+    add(
         "--mp-timing",
         type=seconds,
         metavar="SECONDS",
@@ -157,6 +167,7 @@ def settings(config: pytest.Config) -> Settings:
         jit=option("mp_jit") != "off",
         train_steps=option("mp_steps") or preset(config).train_steps,
         batch_size=option("mp_batch_size"),
+        steps_per_call=option("mp_steps_per_call"),
         **{str(scaling.setting): option(f"mp_{scaling.setting}") for scaling in SETTABLE},
         autotune=option("mp_autotune"),
         timing_s=(option("mp_timing") or preset(config).timing_s) if timed else 0.0,

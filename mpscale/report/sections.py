@@ -55,6 +55,13 @@ _GPU_TIME = tuple(
     for cell in column.cells
 )
 """Headings of the timing table that are left out without a profile of a GPU."""
+_PER_CALL = tuple(
+    cell.heading
+    for name in ("step_time_ms_median", "step_time_ms_one_per_call")
+    for cell in COLUMNS[name].cells
+    if cell.over is Over.MEDIAN
+)
+"""Headings of the timing table that are shown side by side, and only if a call took several steps."""
 
 
 def results(run: Run) -> Table:
@@ -216,13 +223,20 @@ def timing(run: Run) -> list[Table | str]:
     table = _sheet(run, Sheet.TIMING, "step_time_ms_median", "trace_time_s", "first_step_s")
     if not table:
         return []
-    parts: list[Table | str] = [table.without_blank(*_GPU_TIME)]
+    several = {record["steps_per_call"] for record in run.records if record["steps_per_call"] not in (None, 1)}
+    table = table.without_blank(*_GPU_TIME)
+    parts: list[Table | str] = [table if several else table.without(*_PER_CALL)]
     cases = [records for _, _, records in measured(run, good=True)]
     busiest = max((value for records in cases for value in values_of(records, "host_other_cpu_share")), default=0.0)
     if busiest > (COLUMNS["host_other_cpu_share"].warn_above or math.inf):
         parts.append(
             f"The machine was busy: other processes took up to {share(busiest)} of its CPU time while steps were "
             "timed. This makes step times longer, and makes them vary more from process to process."
+        )
+    if several:
+        parts.append(
+            f"A call took {span(sorted(map(count, several)))} steps. After them, steps of one call each were timed in "
+            "the same process: the difference is what it costs to start every step from Python."
         )
     if any(mostly(values_of(records, "dispatch_bound")) for records in cases):
         parts.append(

@@ -38,7 +38,11 @@ class Table:
     def without_blank(self, *names: str) -> Table:
         """Leave out those of the named columns that contain only dashes."""
         blank = {name for name in names if all(row[self.headers.index(name)] == DASH for row in self.rows)}
-        kept = [place for place, header in enumerate(self.headers) if header not in blank]
+        return self.without(*blank)
+
+    def without(self, *names: str) -> Table:
+        """Leave out the named columns."""
+        kept = [place for place, header in enumerate(self.headers) if header not in names]
         return Table([self.headers[place] for place in kept], [[row[place] for place in kept] for row in self.rows])
 
     def text(self) -> str:

@@ -28,7 +28,17 @@ from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic, Precision
-from mpscale.worker.step import Batches, Log, TrainStep, keep_going, scaler_for, time_empty_call, time_steps, warm_up
+from mpscale.worker.step import (
+    Batches,
+    Log,
+    TrainStep,
+    keep_going,
+    scaler_for,
+    time_empty_call,
+    time_one_per_call,
+    time_steps,
+    warm_up,
+)  # fmt: skip
 from mpscale.worker.training import Evaluator, batches, first_pause, is_accuracy, score_for, train
 from mpscale.workloads import Data, Workload, registry
 from mpscale.workloads.metric import ACCURACY
@@ -40,6 +50,8 @@ _SYNCHRONISED_STEPS, _QUEUED_STEPS = 3, 4
 """Steps after the first whose memory is read: so many that are awaited one by one, and then so many that are queued."""
 _PROFILED_S, _FEWEST_PROFILED, _MOST_PROFILED = 0.2, 3, 50
 """About how long to profile, and the fewest and most steps of it: the profile grows with every kernel."""
+_ONE_PER_CALL_SHARE = 4
+"""With several steps per call, steps of one call each are timed for this part of the time and of the blocks."""
 
 _NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
 
@@ -128,6 +140,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
         step.read_log()
     step_ms = _time(built, energy_s, peak, channel) if case.settings.timing_s > 0 else None
     _report(channel, peak.columns())
+    _report(channel, _several_per_call(built))
     if step_ms is not None:
         # Last of all: the profiler slows steps and takes memory of the device.
         _profile(step, step_ms, device, channel)
@@ -175,7 +188,8 @@ def _build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
     scaler = scaler_for(MODES[case.mode], optimizer, settings)
     objective = Objective(workload.loss, data.train_y)
     loss = NotedLoss(objective)
-    step = TrainStep(model, scaler, loss, Batches(data.train_x, data.train_y, order), settings.jit)
+    shown = Batches(data.train_x, data.train_y, order)
+    step = TrainStep(model, scaler, loss, shown, settings.jit, settings.steps_per_call)
     channel.values({"build_time_s": time.perf_counter() - start})
     return Built(case, workload, data, order, model, optimizer, optimizer_config, objective, loss, step)
 
@@ -317,6 +331,8 @@ def _write_steps(path: Path, log: Log) -> None:
 def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) -> float:
     """Time steps in the steady state, and count energy over these and more steps. Return the median step time in ms."""
     step, settings = built.step, built.case.settings
+    if step.first_call(step.steps_per_call):
+        step.read_log()
     about_s = warm_up(step)
     channel.phase(Phase.WARM)
     peak.begin_window()
@@ -342,6 +358,7 @@ def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) 
 def _profile(step: TrainStep, step_ms: float, device: Device, channel: Channel) -> None:
     """Take a few more steps under the profiler, for the time in which the GPU computes; ``step_ms`` was timed."""
     steps = min(max(round(_PROFILED_S * 1e3 / step_ms), _FEWEST_PROFILED), _MOST_PROFILED)
+    steps = step.whole_calls(steps)
     busy, found = profile_steps(lambda: step.block(steps), steps, device), Findings()
     if isinstance(busy, Reason):
         found.miss(("device_busy_ms_per_step", "device_busy_share"), busy)
@@ -350,3 +367,18 @@ def _profile(step: TrainStep, step_ms: float, device: Device, channel: Channel) 
         found.put("device_busy_share", busy.share(step_ms))
     _report(channel, found)
     channel.phase(Phase.PROFILED)
+
+
+def _several_per_call(built: Built) -> Findings:
+    """What only calls of several steps have. Of the case's timed steps, those of one call each come last."""
+    step, settings, found = built.step, built.case.settings, Findings()
+    if step.steps_per_call == 1:
+        why = Reason(Code.NOT_ASKED_FOR, "every call took one step", "use --mp-steps-per-call")
+        found.miss(["first_call_s", "step_time_ms_one_per_call"], why)
+        return found
+    short = f"no {step.steps_per_call} steps came between two evaluations, and timing was off"
+    _put(found, "first_call_s", step.first_call_s, Reason(Code.NEVER_HAPPENED, short))
+    if settings.timing_s > 0:
+        seconds, blocks = settings.timing_s / _ONE_PER_CALL_SHARE, max(settings.timing_blocks // _ONE_PER_CALL_SHARE, 1)
+        found.put("step_time_ms_one_per_call", time_one_per_call(step, seconds, blocks))
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -178,12 +179,23 @@ class TrainStep:
         scaler: the mode's scaling, whose optimizer is not built yet.
         loss: ``(labels, outputs) -> scalar``; losses that the model adds itself are added here.
         jit: compile with XLA.
+        steps_per_call: how many steps a call of the compiled program takes in :meth:`take` and :meth:`block`, like
+            Keras' ``steps_per_execution``. The loop over them is part of the program.
     """
 
     def __init__(
-        self, model: keras.Model, scaler: StepScaler, loss: Callable[[Any, Any], Any], batches: Batches, jit: bool
+        self,
+        model: keras.Model,
+        scaler: StepScaler,
+        loss: Callable[[Any, Any], Any],
+        batches: Batches,
+        jit: bool,
+        steps_per_call: int = 1,
     ) -> None:
         self._model, self.scaler, self._loss = model, scaler, loss
+        self.steps_per_call = steps_per_call
+        self.first_call_s: float | None = None
+        """Seconds of the first call of several steps, from :meth:`first_call`; None before it."""
         scaler.optimizer.build(model.trainable_variables)
         # int64 throughout: TensorFlow keeps the int32 tensors of a GPU program in host memory.
         self._x, self._y, self._order = tf.constant(batches.x), tf.constant(batches.y), tf.constant(batches.order)
@@ -198,37 +210,78 @@ class TrainStep:
         def step() -> tuple[tf.Tensor, ...]:
             return self._step()
 
+        def several_steps() -> tuple[tf.Tensor, ...]:
+            return self._several_steps()
+
         def empty_step() -> tf.Tensor:
             return self._empty_step()
 
         self._function = tf.function(step, input_signature=[], jit_compile=jit)
+        self._several = tf.function(several_steps, input_signature=[], jit_compile=jit)
         self._empty_function = tf.function(empty_step, input_signature=[], jit_compile=jit)
 
     def trace(self) -> float:
-        """Trace the step into a graph; return the seconds that took."""
+        """Trace a single step into a graph; return the seconds that took."""
         start = time.perf_counter()
         self._function.get_concrete_function()
         return time.perf_counter() - start
 
     @property
     def graph(self) -> Any:
+        """Of a single step."""
         return self._function.get_concrete_function().graph
 
     def __call__(self) -> None:
         """Take one step. On a GPU this returns once the step is enqueued, before it is done."""
         self._unread.append(self._function())
 
+    def first_call(self, at_most: int) -> int:
+        """Take the first call of several steps, which traces and compiles it, and wait for its end.
+
+        Args:
+            at_most: how many steps may be taken.
+
+        Returns:
+            How many steps were taken: 0 if a call takes one step or too many, or the first call has been taken.
+        """
+        if self.steps_per_call == 1 or self.steps_per_call > at_most or self.first_call_s is not None:
+            return 0
+        self.synchronise()
+        start = time.perf_counter()
+        self._unread.append(self._several())
+        self.synchronise()
+        self.first_call_s = time.perf_counter() - start
+        return self.steps_per_call
+
+    def take(self, steps: int) -> None:
+        """Take ``steps`` steps: in calls of several while enough are left, then one by one."""
+        calls, single = self._calls(steps)
+        self._unread += (self._several() for _ in range(calls))
+        for _ in range(single):
+            self()
+
+    def whole_calls(self, steps: int) -> int:
+        """The multiple of the steps of a call, above 0, that is nearest to ``steps``."""
+        return max(round(steps / self.steps_per_call), 1) * self.steps_per_call
+
+    def _calls(self, steps: int) -> tuple[int, int]:
+        """How many calls of several steps, and how many single steps, make up ``steps``."""
+        return (0, steps) if self.steps_per_call == 1 else divmod(steps, self.steps_per_call)
+
     def empty(self) -> None:
         """Call a function that takes the same variables and tensors and does no work: the cost of dispatch."""
         self._empty_function()
 
-    def block(self, steps: int) -> None:
+    def block(self, steps: int, one_per_call: bool = False) -> None:
         """Take ``steps`` steps, at least one, that are not logged. Returns when the device is done with them.
 
         This is the loop that a user would write: each result is dropped when the next one arrives, and only the last
-        one is awaited.
+        one is awaited. ``one_per_call``: never take several steps in a call.
         """
-        for _ in range(steps):
+        calls, single = (0, steps) if one_per_call else self._calls(steps)
+        for _ in range(calls):
+            last = self._several()
+        for _ in range(single):
             last = self._function()
         # On a GPU a copy to the host waits for everything before it on the stream, and so for the whole last step.
         last[0].numpy()
@@ -248,7 +301,7 @@ class TrainStep:
     def read_log(self) -> Log:
         """Wait for the device; return the log of the steps since the last call."""
         # One copy from the device for each column, whatever the number of steps.
-        columns = [tf.stack(values).numpy() for values in zip(*self._unread, strict=True)]
+        columns = [_flat(values).numpy() for values in zip(*self._unread, strict=True)]
         self._unread.clear()
         known = dict(zip(self._logged, columns or [np.zeros(0, np.float32)] * len(self._logged), strict=True))
         if "overflow" in known:
@@ -275,6 +328,18 @@ class TrainStep:
         # Not stacked into one tensor: XLA fused that with the loss, which made a convolution's step 4 to 9 % slower.
         return tuple(known.values())
 
+    def _several_steps(self) -> tuple[tf.Tensor, ...]:
+        """The steps of a call; each column of the log is a tensor (steps,). A single step has been traced before."""
+
+        def take(number: Any, *columns: Any) -> tuple[Any, ...]:
+            return number + 1, *(c.write(number, value) for c, value in zip(columns, self._step(), strict=True))
+
+        steps = self.steps_per_call
+        # Of int32, which is in host memory: the device need not be asked whether the loop goes on.
+        start = (tf.constant(0), *(tf.TensorArray(tf.float32, steps, element_shape=()) for _ in self._logged))
+        _, *columns = tf.while_loop(lambda number, *_: number < steps, take, start, parallel_iterations=1)
+        return tuple(column.stack() for column in columns)
+
     def _empty_step(self) -> tf.Tensor:
         for variable in (*self._model.variables, *self.scaler.optimizer.variables):
             variable.value.read_value()
@@ -282,6 +347,13 @@ class TrainStep:
             tf.identity(tensor)
         self._position.assign_add(0)
         return tf.zeros(3)
+
+
+def _flat(values: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Scalars, of single steps, and vectors, of calls of several, in one vector."""
+    runs = itertools.groupby(values, lambda value: value.shape.rank)
+    pieces = [tf.concat(list(run), 0) if rank else tf.stack(list(run)) for rank, run in runs]
+    return pieces[0] if len(pieces) == 1 else tf.concat(pieces, 0)
 
 
 @dataclass(frozen=True)
@@ -292,11 +364,13 @@ class Timing:
         block_s: seconds of each block (blocks,).
         steps_per_block: steps in each block.
         overflow_steps: how many of all these steps overflowed; None if the mode does not check.
+        steps_per_call: steps in each call of the compiled program.
     """
 
     block_s: npt.NDArray[np.float64]
     steps_per_block: int
     overflow_steps: int | None
+    steps_per_call: int = 1
 
     @property
     def step_s(self) -> npt.NDArray[np.float64]:
@@ -316,7 +390,7 @@ class Timing:
         """
         step_ms = self.step_s * 1e3
         median = float(np.median(step_ms))
-        share = min(empty_call_s * 1e3 / median, 1.0)
+        share = min(empty_call_s * 1e3 / (self.steps_per_call * median), 1.0)
         values: dict[str, Any] = {
             "step_time_ms_median": median,
             "step_time_ms_p10": float(np.percentile(step_ms, 10)),
@@ -334,24 +408,25 @@ class Timing:
         return values
 
 
-def warm_up(step: TrainStep) -> float:
+def warm_up(step: TrainStep, one_per_call: bool = False) -> float:
     """Take steps until caches and clocks have settled; return about how many seconds a step takes.
 
-    That is the median over the second half of the steps taken.
+    That is the median over the second half of the steps taken. ``one_per_call``: as in :meth:`TrainStep.block`.
     """
+    steps = _WARM_UP_BLOCK if one_per_call else step.whole_calls(_WARM_UP_BLOCK)
     end = time.perf_counter() + _WARM_UP_S
     times: list[float] = []
     while len(times) < 2 or time.perf_counter() < end:
         start = time.perf_counter()
-        step.block(_WARM_UP_BLOCK)
-        times.append((time.perf_counter() - start) / _WARM_UP_BLOCK)
+        step.block(steps, one_per_call)
+        times.append((time.perf_counter() - start) / steps)
     return float(np.median(times[len(times) // 2 :]))
 
 
-def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int) -> Timing:
+def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int, one_per_call: bool = False) -> Timing:
     """Time steps for ``seconds`` and at least ``min_blocks`` blocks.
 
-    A block takes about ``seconds / min_blocks``, or one step if a step takes longer. It ends with one synchronisation,
+    A block takes about ``seconds / min_blocks``, or one call if a call takes longer. It ends with one synchronisation,
     and only the clock is read between two blocks: the first steps after any other work find cold processor caches.
 
     Args:
@@ -359,8 +434,10 @@ def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int)
         about_s: about how many seconds it takes, from :func:`warm_up`.
         seconds: how long to time.
         min_blocks: fewest blocks.
+        one_per_call: as in :meth:`TrainStep.block`.
     """
     per_block = max(1, round(seconds / min_blocks / about_s))
+    per_block = per_block if one_per_call else step.whole_calls(per_block)
     blocks: list[float] = []
     overflows = step.overflow_steps()
     collecting = gc.isenabled()
@@ -369,12 +446,19 @@ def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int)
         end = time.perf_counter() + seconds
         while len(blocks) < min_blocks or time.perf_counter() < end:
             start = time.perf_counter_ns()
-            step.block(per_block)
+            step.block(per_block, one_per_call)
             blocks.append((time.perf_counter_ns() - start) / 1e9)
     finally:
         if collecting:
             gc.enable()
-    return Timing(np.array(blocks), per_block, _overflows_since(overflows, step))
+    steps_per_call = 1 if one_per_call else step.steps_per_call
+    return Timing(np.array(blocks), per_block, _overflows_since(overflows, step), steps_per_call)
+
+
+def time_one_per_call(step: TrainStep, seconds: float, min_blocks: int) -> float:
+    """Milliseconds of a step when each is a call of its own: the median over blocks, as in :func:`time_steps`."""
+    about_s = warm_up(step, one_per_call=True)
+    return float(np.median(time_steps(step, about_s, seconds, min_blocks, one_per_call=True).step_s)) * 1e3
 
 
 def keep_going(step: TrainStep, per_block: int, seconds: float) -> tuple[int, int | None]:

@@ -67,7 +67,8 @@ class Training:
 
     Args:
         log: of every step.
-        wall_time_s: seconds spent on steps and on reading their log, without the first step and evaluations.
+        wall_time_s: seconds spent on steps and on reading their log, without evaluations, the first step and the first
+            call of several steps.
         weights_finite: whether all weights are finite at the end.
         steps_to_target: steps after which the metric reached the workload's target; None if it did not.
         time_to_target_s: ``wall_time_s`` at that step.
@@ -164,10 +165,10 @@ def train(
             progress(taken)
         if taken >= steps:
             break
-        start = time.perf_counter()
         block = min(workload.evaluate_every - taken % workload.evaluate_every, steps - taken, most)
-        for _ in range(block):
-            step()
+        compiled = step.first_call(block)
+        start = time.perf_counter()
+        step.take(block - compiled)
         log.append(step.read_log())
         wall += time.perf_counter() - start
         taken += block

@@ -36,7 +36,7 @@ def test_order_of_modes_is_shuffled_and_reproducible():
 
 
 def test_a_case_survives_the_wire():
-    case = Case("w", "mixed-dynamic", 1, 0, 3, Settings(dynamic_scale={"initial": 4.0}, jit=False))
+    case = Case("w", "mixed-dynamic", 1, 0, 3, Settings(dynamic_scale={"initial": 4.0}, steps_per_call=20))
     assert Case.from_json(case.to_json()) == case
 
 
@@ -97,6 +97,7 @@ def test_series_key_is_byte_for_byte_that_of_earlier_runs():
         ("fp32", {"jit": False}, False),
         ("fp32", {"timing_s": 1.0}, False),
         ("fp32", {"autotune": "shared"}, False),
+        ("fp32", {"steps_per_call": 20}, False),
     ],
 )
 def test_series_key_changes_only_with_settings_that_move_its_figures(mode, change, same):

@@ -63,6 +63,8 @@ def test_dynamic_scale_is_refused_in_the_words_of_its_class(text, values):
         ("--mp-seeds", "0", "expected an integer of at least 1"),
         ("--mp-repeats", "some", "expected an integer of at least 0"),
         ("--mp-timeout", "0", "expected a number of seconds above 0"),
+        ("--mp-steps-per-call", "0", "expected an integer of at least 1, not '0'"),
+        ("--mp-steps-per-call", "2.5", "expected an integer of at least 1"),
         ("--mp-timing", "nan", "expected a number of seconds above 0"),
         *[("--mp-energy", text, "of at least 10") for text in ["5", "9.9", "-1", "soon", "inf"]],
         ("--mp-workloads", " , ", "expected at least one name"),

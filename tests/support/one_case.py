@@ -61,13 +61,13 @@ def train(workload, *arguments, **options):
         tf.config.experimental.enable_tensor_float_32_execution(True)
 
 
-def run_case(workload, mode="fp32", seed=0, jit=False, energy_s=0.0, steps_path=None, **settings):
+def run_case(workload, mode="fp32", seed=0, jit=False, energy_s=0.0, steps_path=None, timing_s=0.0, **settings):
     """Train ``workload`` as a worker would, and leave the settings of the process as they are then."""
     module = types.ModuleType("situation")
     module.workload = workload
     sys.modules["situation"] = module
-    settings = {"timing_s": 0.0, **settings}
-    case = Case("situation:workload", mode, seed, 0, 0, Settings(jit=jit, energy_s=energy_s, **settings))
+    settings = Settings(jit=jit, timing_s=timing_s, energy_s=energy_s, **settings)
+    case = Case("situation:workload", mode, seed, 0, 0, settings)
     outcome = Outcome(case)
     outcome.status, outcome.reason = execute(case, Device("cpu", "CPU"), steps_path, outcome, energy_s)
     return outcome

@@ -26,13 +26,14 @@ TensorFlow moves a Reshape of the finite check before the cast of a gradient to 
 """
 
 
-def graph_of_a_step(scaler):
-    """A train step without XLA and with two layers that the rewrite knows, placed on the GPU."""
+def graph_of_a_step(scaler, steps_per_call):
+    """A train step without XLA and with two layers that the rewrite knows, or a loop of steps, placed on the GPU."""
     layers = [keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(2)]
     model = keras.Sequential([keras.Input((2,)), *layers])
     x, y, order = np.zeros((20, 2), np.float32), np.zeros(20, np.int64), batches(20, 5, 8, seed=0)
-    step = TrainStep(model, scaler, sparse_cross_entropy, Batches(x, y, order), jit=False)
-    graph = step._function.get_concrete_function().graph.as_graph_def()
+    step = TrainStep(model, scaler, sparse_cross_entropy, Batches(x, y, order), False, steps_per_call)
+    step.trace()
+    graph = (step._function if steps_per_call == 1 else step._several).get_concrete_function().graph.as_graph_def()
     for node in all_nodes(graph):
         node.device = GPU
     return graph
@@ -51,19 +52,23 @@ def rewritten(graph):
         tf.graph_util.import_graph_def(graph, name="")
         described = tf.compat.v1.train.export_meta_graph(graph_def=whole.as_graph_def(), graph=whole)
     # Operations that change variables must not be optimised away.
-    effects = [node.name for node in graph.node if "Assign" in node.op or "Scatter" in node.op or "If" in node.op]
+    effects = [
+        node.name for node in graph.node if "Assign" in node.op or "Scatter" in node.op or node.op in ("If", "While")
+    ]
     described.collection_def["train_op"].CopyFrom(
         meta_graph_pb2.CollectionDef(node_list=meta_graph_pb2.CollectionDef.NodeList(value=effects))
     )
     return tf_optimizer.OptimizeGraph(config, described, cluster=cluster.Cluster(devices=[device]))
 
 
-def half_operations():
+def half_operations(steps_per_call=1):
     """The operations of a step of the mode that compute in float16 once it has been rewritten."""
-    graph = rewritten(graph_of_a_step(scaler_for(MODES["graph-rewrite"], keras.optimizers.SGD(0.1), Settings())))
+    scaler = scaler_for(MODES["graph-rewrite"], keras.optimizers.SGD(0.1), Settings())
+    graph = rewritten(graph_of_a_step(scaler, steps_per_call))
     half = tf.float16.as_datatype_enum
     low = [node for node in all_nodes(graph) if half in (node.attr["T"].type, node.attr["Tparams"].type)]
-    return {node.op for node in low} - {"Cast"}
+    # A loop passes the examples on.
+    return {node.op for node in low} - {"Cast", "Enter", "Merge", "Switch", "NextIteration", "Exit"}
 
 
 @pytest.fixture
@@ -75,8 +80,9 @@ def rewrite_is_on():
 
 
 @pytest.mark.usefixtures("rewrite_is_on")
-def test_model_is_rewritten_and_neither_unscaling_nor_the_finite_check_is():
-    assert {"MatMul", "BiasAddGrad"} <= half_operations() <= MODEL
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_model_is_rewritten_and_neither_unscaling_nor_the_finite_check_is(steps_per_call):
+    assert {"MatMul", "BiasAddGrad"} <= half_operations(steps_per_call) <= MODEL
 
 
 def test_without_the_shield_the_rewrite_reaches_them():
