@@ -423,9 +423,7 @@ def warm_up(step: TrainStep, one_per_call: bool = False) -> float:
     return float(np.median(times[len(times) // 2 :]))
 
 
-def time_steps(
-    step: TrainStep, about_s: float, seconds: float, min_blocks: int, one_per_call: bool = False
-) -> Timing:
+def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int, one_per_call: bool = False) -> Timing:
     """Time steps for ``seconds`` and at least ``min_blocks`` blocks.
 
     A block takes about ``seconds / min_blocks``, or one call if a call takes longer. It ends with one synchronisation,

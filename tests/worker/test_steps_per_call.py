@@ -14,8 +14,15 @@ from mpscale.core.case import Settings
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code
 from mpscale.worker.step import (
-    Batches, Timing, TrainStep, keep_going, scaler_for, time_one_per_call, time_steps, warm_up,
-)  # fmt: skip
+    Batches,
+    Timing,
+    TrainStep,
+    keep_going,
+    scaler_for,
+    time_one_per_call,
+    time_steps,
+    warm_up,
+)
 from mpscale.worker.training import batches, train
 from mpscale.workloads import registry
 
@@ -37,16 +44,16 @@ def make_step(steps_per_call, mode="mixed-dynamic", jit=False, name=None, **dyna
     keras.config.set_dtype_policy(MODES[mode].policy)
     scaler = scaler_for(MODES[mode], shown.optimizer(), Settings(dynamic_scale=dynamic))
     order = batches(len(data.train_x), 20, 300, seed=0)
-    return TrainStep(
-        shown.model(), scaler, shown.loss, Batches(data.train_x, data.train_y, order), jit, steps_per_call
-    )
+    return TrainStep(shown.model(), scaler, shown.loss, Batches(data.train_x, data.train_y, order), jit, steps_per_call)
 
 
 def trained(step, steps=65, evaluate_every=100):
     """Train to the end; return the result and the final weights."""
     step()
     progress = []
-    result = train(step, steps, workload(dense(), lambda: BLOBS, evaluate_every=evaluate_every), lambda: 0.0, progress.append)
+    result = train(
+        step, steps, workload(dense(), lambda: BLOBS, evaluate_every=evaluate_every), lambda: 0.0, progress.append
+    )
     return result, progress, [v.numpy() for v in step._model.variables]
 
 
@@ -183,9 +190,9 @@ def test_case_has_the_same_figures_and_steps_and_its_own_columns(tmp_path):
         own, Code.NOT_ASKED_FOR
     )
     assert other.row["timed_steps"] % K == 0
-    assert one.row["series_key"] == other.row["series_key"].replace(f",steps_per_call={K}", "") != other.row[
-        "series_key"
-    ]
+    assert (
+        one.row["series_key"] == other.row["series_key"].replace(f",steps_per_call={K}", "") != other.row["series_key"]
+    )
 
 
 def test_call_that_was_never_made_has_no_first_time(tmp_path):
