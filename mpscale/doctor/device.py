@@ -35,7 +35,8 @@ _HOST_NAMESPACE = "pid:[4026531836]"
 _ADVICE = (
     "For Tensor Cores choose batch, units and channels in multiples of 8.",
     "mpscale compiles steps with XLA; your own program needs jit_compile=True for the same speed.",
-    "Small steps wait for Python, not for the GPU: if a report says dispatch_bound, use a larger batch.",
+    "Small steps wait for Python, not for the GPU: if a report says dispatch_bound, use a larger batch, or "
+    "--mp-steps-per-call.",
 )
 _NO_SPEED = (
     "Figures here show whether training works (overflow, loss scale, accuracy), but not the speed of another device."

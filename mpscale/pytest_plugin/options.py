@@ -139,8 +139,8 @@ def _add_settings(add: Add) -> None:
         default=1,
         metavar="K",
         help="steps that one call of the compiled program takes, like Keras' steps_per_execution, so that small steps "
-        "do not wait for Python (default: 1). Everything is still recorded per step, and a CPU computes the same to "
-        "the last bit, except for convolutions under XLA, which also take 2 to 3 times as long in a loop on a CPU; "
+        "do not wait for Python (default: 1). Everything is still recorded per step. Results are the same to the last "
+        "bit on a CPU, except for convolutions under XLA, whose steps also become 2 to 3 times as slow there; "
         "comparisons need the same K",
     )
     add(

@@ -38,7 +38,7 @@ from mpscale.worker.step import (
     time_one_per_call,
     time_steps,
     warm_up,
-)  # fmt: skip
+)
 from mpscale.worker.training import Evaluator, batches, first_pause, is_accuracy, score_for, train
 from mpscale.workloads import Data, Workload, registry
 from mpscale.workloads.metric import ACCURACY

@@ -179,6 +179,20 @@ def test_first_steps_that_tuned_and_reused_are_never_averaged(tmp_path, autotuni
     assert table(rendered(tmp_path, *cases), "Timing quality")[0]["first step s"] == shown
 
 
+def test_step_times_of_single_and_of_several_steps_per_call_are_side_by_side(tmp_path):
+    figures = {"steps_per_call": 20, "step_time_ms_one_per_call": 3.0}
+    several = rendered(
+        tmp_path / "several", *(record(mode, step_time_ms_median=1.0, **figures) for mode in ("fp32", "mixed-static"))
+    )
+    for row in table(several, "Timing quality"):
+        assert (row["ms per step"], row["ms with one step per call"]) == ("1.00", "3.00")
+    assert "A call took 20 steps." in several
+    for name, steps in {"one": 1, "old": None}.items():
+        report = rendered(tmp_path / name, record(step_time_ms_median=1.0, steps_per_call=steps))
+        assert not {"ms per step", "ms with one step per call"} & set(table(report, "Timing quality")[0])
+        assert "A call took" not in report
+
+
 def test_a_busy_machine_is_reported_with_its_share(tmp_path):
     calm, busy = (record(seed=seed, step_time_ms_median=1.0, host_other_cpu_share=0.04 + 0.3 * seed) for seed in (0, 1))
     assert "was busy" not in rendered(tmp_path / "calm", calm)

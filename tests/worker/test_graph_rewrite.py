@@ -52,9 +52,7 @@ def rewritten(graph):
         tf.graph_util.import_graph_def(graph, name="")
         described = tf.compat.v1.train.export_meta_graph(graph_def=whole.as_graph_def(), graph=whole)
     # Operations that change variables must not be optimised away.
-    effects = [
-        node.name for node in graph.node if "Assign" in node.op or "Scatter" in node.op or node.op in ("If", "While")
-    ]
+    effects = [node.name for node in graph.node if any(x in node.op for x in ("Assign", "Scatter", "If", "While"))]
     described.collection_def["train_op"].CopyFrom(
         meta_graph_pb2.CollectionDef(node_list=meta_graph_pb2.CollectionDef.NodeList(value=effects))
     )

@@ -22,7 +22,7 @@ from mpscale.worker.step import (
     time_one_per_call,
     time_steps,
     warm_up,
-)  # fmt: skip
+)
 from mpscale.worker.training import batches, train
 from mpscale.workloads import registry
 
