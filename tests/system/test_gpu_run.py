@@ -178,7 +178,7 @@ def with_energy(tmp_path_factory, stand_in_nvml, write_suite):
     machine.script.set(power_w=200, event_reasons=0x40)
     done = machine.run(
         SUITE, *QUICK, "--mp-workloads=suite_workloads:laboured", "--mp-modes=mixed-dynamic", "--mp-jit=off",
-        "--mp-energy=10", "--mp-keep-suspect",
+        "--mp-energy=10", "--mp-keep-suspect", "--mp-steps-per-call=4",
         SUITE_LOG=str(machine.folder / "cases.log"), SUITE_SLOW_CASES="0",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -195,6 +195,8 @@ def test_energy_of_steps_that_go_on_for_ten_seconds(with_energy):
     (record,) = [event["record"] for event in with_energy.events("case_finished")]
     assert record["gpu_energy_window_s"] >= 10
     assert record["gpu_energy_steps"] > record["timed_steps"]
+    assert record["gpu_energy_steps"] % 4 == record["timed_steps"] % 4 == 0
+    assert record["step_time_ms_one_per_call"] > 0
     assert record["gpu_energy_counter_j"] == pytest.approx(200 * record["gpu_energy_window_s"], rel=0.01)
     assert record["gpu_energy_j_per_step"] * record["gpu_energy_steps"] == pytest.approx(record["gpu_energy_counter_j"])
     assert "energy-end" in with_energy.events("case_finished")[0]["phases"]
