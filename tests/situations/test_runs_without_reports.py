@@ -50,6 +50,8 @@ def answers(tmp_path, monkeypatch):
 
     def answers(happen):
         class Supervisor:
+            why_not_forked = None
+
             def __init__(self, *_):
                 pass
 
