@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mpscale import __version__
 from mpscale.config import RUN, SettingsError, add_gate_options, add_results_option, load, seconds
-from mpscale.core.run_folder import RunError
+from mpscale.core.journal import RunError
 from mpscale.terminal import LiveLine, Screen, adapt_standard_streams, as_typed
 
 if TYPE_CHECKING:
