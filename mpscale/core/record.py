@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from mpscale.core.columns import COLUMNS, FAILED, LOST, MEASURED, STATUSES
@@ -290,25 +291,30 @@ def grouped(records: Iterable[Record]) -> dict[Place, list[Record]]:
 
 def to_csv(records: Iterable[Record]) -> str:
     """The content of cases.csv: all columns in order, one row per record, unknown cells empty."""
+    *columns, last = COLUMNS
+    assert last == "unavailable"
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    # Most cases of a mode lack the same columns for the same reasons.
-    cells_of_reasons: dict[tuple[tuple[str, str], ...], str] = {}
+    csv.writer(text, lineterminator="\n").writerow(COLUMNS)
+    writer = csv.writer(text, lineterminator=",")
     for record in records:
+        values = record._values.get
         # Progress bars write lone carriage returns. Python's csv leaves them unquoted, and readers end the row there.
-        row = {
-            name: value.replace("\r\n", "\n").replace("\r", "\n") if type(value) is str and "\r" in value else value
-            for name, value in record._values.items()
-        }
-        if record._unavailable:
-            reasons = tuple((name, why.text) for name, why in record._unavailable.items())
-            if reasons not in cells_of_reasons:
-                ordered = {name: record._unavailable[name].text for name in COLUMNS if name in record._unavailable}
-                cells_of_reasons[reasons] = json.dumps(ordered, ensure_ascii=False)
-            row["unavailable"] = cells_of_reasons[reasons]
-        writer.writerow(map(row.get, COLUMNS))
+        writer.writerow(
+            value.replace("\r\n", "\n").replace("\r", "\n") if type(value) is str and "\r" in value else value
+            for value in map(values, columns)
+        )
+        text.write(_last_cell(tuple((name, why.text) for name, why in record._unavailable.items())))
     return text.getvalue()
+
+
+@lru_cache(maxsize=1024)
+def _last_cell(reasons: tuple[tuple[str, str], ...]) -> str:
+    """The cell of the reasons and the end of the row. It is long, and the same in most cases of a mode."""
+    by_column = dict(reasons)
+    ordered = {name: by_column[name] for name in COLUMNS if name in by_column}
+    cell = io.StringIO()
+    csv.writer(cell, lineterminator="\n").writerow([json.dumps(ordered, ensure_ascii=False) if ordered else None, ""])
+    return cell.getvalue().removesuffix(",\n") + "\n"
 
 
 @dataclass(slots=True)
