@@ -289,32 +289,39 @@ def grouped(records: Iterable[Record]) -> dict[Place, list[Record]]:
     }
 
 
+class _Echo:
+    """Makes ``writerow`` return the row."""
+
+    def write(self, text: str) -> str:
+        return text
+
+
+_row = csv.writer(_Echo(), lineterminator="\n").writerow
+
+
 def to_csv(records: Iterable[Record]) -> str:
     """The content of cases.csv: all columns in order, one row per record, unknown cells empty."""
     *columns, last = COLUMNS
     assert last == "unavailable"
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(COLUMNS)
-    writer = csv.writer(text, lineterminator=",")
+    text.write(_row(COLUMNS))
     for record in records:
-        values = record._values.get
         # Progress bars write lone carriage returns. Python's csv leaves them unquoted, and readers end the row there.
-        writer.writerow(
+        row: str = _row(
             value.replace("\r\n", "\n").replace("\r", "\n") if type(value) is str and "\r" in value else value
-            for value in map(values, columns)
+            for value in map(record._values.get, columns)
         )
-        text.write(_last_cell(tuple((name, why.text) for name, why in record._unavailable.items())))
+        reasons = tuple((name, why.text) for name, why in record._unavailable.items())
+        text.write(f"{row[:-1]},{_reasons_cell(reasons)}\n")
     return text.getvalue()
 
 
 @lru_cache(maxsize=1024)
-def _last_cell(reasons: tuple[tuple[str, str], ...]) -> str:
-    """The cell of the reasons and the end of the row. It is long, and the same in most cases of a mode."""
-    by_column = dict(reasons)
-    ordered = {name: by_column[name] for name in COLUMNS if name in by_column}
-    cell = io.StringIO()
-    csv.writer(cell, lineterminator="\n").writerow([json.dumps(ordered, ensure_ascii=False) if ordered else None, ""])
-    return cell.getvalue().removesuffix(",\n") + "\n"
+def _reasons_cell(reasons: tuple[tuple[str, str], ...]) -> str:
+    """The last cell of a row, made once for all that share it: it is long, and the same in most cases of a mode."""
+    texts = dict(reasons)
+    ordered = {name: texts[name] for name in COLUMNS if name in texts}
+    return _row([json.dumps(ordered, ensure_ascii=False)])[:-1] if ordered else ""
 
 
 @dataclass(slots=True)
