@@ -29,7 +29,7 @@ from mpscale.config import (
     seconds,
     why_not_writable,
 )
-from mpscale.core.run_folder import RunError
+from mpscale.core.journal import RunError
 from mpscale.terminal import LiveLine, Screen, adapt_standard_streams, as_typed
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.columns import COLUMNS, SCHEMA_VERSION
+from mpscale.core.journal import IDENTITY, RunError, lacks
 from mpscale.core.reason import Reason
 from mpscale.core.record import Record
-from mpscale.core.run_folder import IDENTITY, RunError, lacks
 
 _NEEDED = (*IDENTITY, "case_id", "status")
 _UNKNOWN = frozenset(

@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from mpscale.core.columns import COLUMNS, FAILED, LOST, MEASURED, STATUSES
@@ -288,27 +289,39 @@ def grouped(records: Iterable[Record]) -> dict[Place, list[Record]]:
     }
 
 
+class _Echo:
+    """Makes ``writerow`` return the row."""
+
+    def write(self, text: str) -> str:
+        return text
+
+
+_row = csv.writer(_Echo(), lineterminator="\n").writerow
+
+
 def to_csv(records: Iterable[Record]) -> str:
     """The content of cases.csv: all columns in order, one row per record, unknown cells empty."""
+    *columns, last = COLUMNS
+    assert last == "unavailable"
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    # Most cases of a mode lack the same columns for the same reasons.
-    cells_of_reasons: dict[tuple[tuple[str, str], ...], str] = {}
+    text.write(_row(COLUMNS))
     for record in records:
         # Progress bars write lone carriage returns. Python's csv leaves them unquoted, and readers end the row there.
-        row = {
-            name: value.replace("\r\n", "\n").replace("\r", "\n") if type(value) is str and "\r" in value else value
-            for name, value in record._values.items()
-        }
-        if record._unavailable:
-            reasons = tuple((name, why.text) for name, why in record._unavailable.items())
-            if reasons not in cells_of_reasons:
-                ordered = {name: record._unavailable[name].text for name in COLUMNS if name in record._unavailable}
-                cells_of_reasons[reasons] = json.dumps(ordered, ensure_ascii=False)
-            row["unavailable"] = cells_of_reasons[reasons]
-        writer.writerow(map(row.get, COLUMNS))
+        row: str = _row(
+            value.replace("\r\n", "\n").replace("\r", "\n") if type(value) is str and "\r" in value else value
+            for value in map(record._values.get, columns)
+        )
+        reasons = tuple((name, why.text) for name, why in record._unavailable.items())
+        text.write(f"{row[:-1]},{_reasons_cell(reasons)}\n")
     return text.getvalue()
+
+
+@lru_cache(maxsize=1024)
+def _reasons_cell(reasons: tuple[tuple[str, str], ...]) -> str:
+    """The last cell of a row, made once for all that share it: it is long, and the same in most cases of a mode."""
+    texts = dict(reasons)
+    ordered = {name: texts[name] for name in COLUMNS if name in texts}
+    return _row([json.dumps(ordered, ensure_ascii=False)])[:-1] if ordered else ""
 
 
 @dataclass(slots=True)

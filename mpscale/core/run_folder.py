@@ -1,40 +1,26 @@
-"""The folder of a run: writes it during the run, and reads its journal, from which everything else can be made."""
+"""The folder of a run, as it is written during the run; :mod:`mpscale.core.journal` reads its journal."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-import orjson
-
-from mpscale.core.blocks import FASTER, group_columns
-from mpscale.core.case import Case, CaseId
+from mpscale.core.case import Case
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
-from mpscale.core.mode import MODES
-from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record, to_csv
 
-IDENTITY = ("workload", "mode", "seed", "repeat")
-"""The columns that say which case a record is of."""
 _QUICK_S = 0.05
 """A cases.csv that is written faster than this, in seconds, is written after every case."""
 _PAUSE = 50
 """A slower one is written again only after this many times as long as writing it took."""
-NO_END = "the journal has no result of this case: the run was stopped, or is still going on"
-
-
-class RunError(Exception):
-    """A run that does not exist, or has a broken file. The message names it, and what to do."""
 
 
 def steps_path(folder: Path, case_id: str) -> Path:
@@ -257,264 +243,3 @@ def _replace(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
-
-
-@dataclass(frozen=True, slots=True)
-class JournalContent:
-    """What a journal holds.
-
-    Args:
-        records: the last attempt of every started case, in the order of the plan.
-        finished: whether the run ended.
-        problems: what in the file could not be read, and what was done about it.
-    """
-
-    records: list[Record]
-    finished: bool
-    problems: list[str]
-
-
-def read_journal(path: Path, info: Mapping[str, Any]) -> JournalContent:
-    """Read a journal. A last line that was cut off is ignored.
-
-    The last event of a case counts: the last of several attempts, even if that has no result. Then the case becomes a
-    record with status ``interrupted``.
-
-    A broken line, or a record with values that do not belong there, costs only its own case, which becomes ``invalid``
-    with the reason.
-
-    Args:
-        path: of ``journal.jsonl``.
-        info: ``run.json``, for the plan and for what the lines of an interrupted case lack.
-
-    Raises:
-        RunError: the file is missing, cannot be read at all, or holds no event; every journal begins with one.
-    """
-    told = _Told(path.name, info)
-    for number, line in _lines(path):
-        told.take(number, line)
-    told.close()
-    if not told.events:
-        why = told.problems[0] if told.problems else "it is empty or was cut off"
-        raise RunError(f"{path}: holds no event that can be read ({why}){_what_is_left(path)}")
-    place = {case_id: index for index, case_id in enumerate(info.get("planned", []))}
-    # sorted() keeps the journal's order for cases that are not in the plan.
-    ordered = sorted(told.records, key=lambda case_id: place.get(case_id, len(place)))
-    return JournalContent([told.records[case_id] for case_id in ordered], told.finished, told.problems)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines with their numbers, one at a time because journals of long runs are large."""
-    try:
-        # As bytes, because a cut can fall inside a character.
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                # A line ends with a newline, so a last line without one was cut off, unless it is complete JSON.
-                if line.strip() and (line.endswith(b"\n") or _is_json(line)):
-                    yield number, line
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such file{_what_is_left(path)}") from None
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}") from error
-
-
-def _parsed(line: bytes) -> Any:
-    """The JSON of a line.
-
-    Raises:
-        ValueError, RecursionError: it is not JSON.
-    """
-    try:
-        return orjson.loads(line)  # four times as fast as json, which is half of the time to read a large run
-    except orjson.JSONDecodeError:
-        # Python writes NaN and lone surrogates, which are not JSON.
-        return json.loads(line.decode("utf-8"))
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        _parsed(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _what_is_left(path: Path) -> str:
-    cases = path.with_name("cases.csv")
-    left = f", but its cases can be compared: {cases}" if cases.is_file() else ""
-    return f"; without its journal a run cannot be read{left}"
-
-
-def _add_groups(record: Record, step_s: Any) -> None:
-    """Fill the columns on groups of blocks in a record of an older mpscale, which kept the blocks but lacks these."""
-    if record[FASTER] is not None or record.why_empty(FASTER) is not None or not isinstance(step_s, list):
-        return
-    times = [time for time in step_s if isinstance(time, float) and math.isfinite(time) and time > 0]
-    if times and len(times) == len(step_s):
-        found = group_columns(times)
-        record.update(found.values)
-        for column, why in found.unavailable.items():
-            record.miss(column, why)
-
-
-_PENDING = Record()
-"""Keeps the place of a case that has started until its result comes."""
-
-
-@dataclass
-class _Told:
-    """What has been read from the lines so far."""
-
-    name: str
-    info: Mapping[str, Any]
-    records: dict[str, Record] = field(default_factory=dict)
-    started: dict[str, tuple[Mapping[str, Any], Any]] = field(default_factory=dict)
-    """Cases whose result has not come: the facts in the event of their start, and the attempt."""
-    without_end: set[str] = field(default_factory=set)
-    finished: bool = False
-    problems: list[str] = field(default_factory=list)
-    events: int = 0
-    running: str | None = None
-    """The case that has started and not ended. Cases run one at a time, so an unreadable line is about this one."""
-
-    def take(self, number: int, line: bytes) -> None:
-        """Take one line, whatever is in it."""
-        where = f"{self.name}, line {number}: "
-        try:
-            event = _parsed(line)
-        except (ValueError, RecursionError) as error:
-            self._broken(f"{where}not readable as JSON: {error}")
-            return
-        try:
-            self._take(event, where)
-        except _Odd as why:
-            self._broken(f"{where}{why}")
-
-    def _take(self, event: Any, where: str) -> None:
-        kind = _part(event, "event", str, "the line")
-        self.events += 1
-        match kind:
-            case "case_started":
-                # Noted before its parts are checked: the case has started even if they are broken.
-                self.running = _part(event, "case_id", str)
-                case = _part(event, "case", dict)
-                self._start(self.running, case, event.get("attempt"))
-            case "case_finished":
-                self.running = _part(event, "case_id", str)
-                self._finish(self.running, _part(event, "record", dict), where, event.get("step_s"))
-                self.running = None
-            case "run_started":
-                self.finished = False
-            case "run_finished":
-                self.finished = True
-
-    def _finish(self, case_id: str, row: dict[str, Any], where: str, step_s: Any = None) -> None:
-        """Take the record of a ``case_finished``, and the step times of its blocks."""
-        odd: list[str] = []
-        try:
-            record = Record.from_json(row)
-        except TypeError as error:
-            odd.append(str(error))
-            record = Record.from_json({**row, "unavailable": {}})
-        record.update({"case_id": case_id})
-        odd += [*record.drop_misfits(), *lacks(record, case_id)]
-        _add_groups(record, step_s)
-        if odd:
-            self._settle(case_id)
-            record.update(self._identity(case_id))
-            record.invalidate(where + "; ".join(odd))
-            self.problems.append(f"{case_id} counts as {record['status']}: {where}{'; '.join(odd)}")
-        self.records[case_id] = record
-        self.started.pop(case_id, None)
-        self.without_end.discard(case_id)
-
-    def _broken(self, why: str) -> None:
-        """Take a line that cannot be used, which costs the running case its result."""
-        self.problems.append(why)
-        if self.running is None:
-            return
-        self._settle(self.running)
-        try:
-            identity = self._identity(self.running)
-        except _Odd:
-            return
-        self._note(self.running, identity, None)
-        self.records[self.running].update({"status": "invalid", "status_reason": why})
-        self.problems[-1] = f"{self.running} counts as invalid: {why}"
-
-    def _identity(self, case_id: str) -> dict[str, Any]:
-        """Which case it is, from an earlier line or from its id; raise ``_Odd`` if neither is of use."""
-        if before := self.records.get(case_id):
-            return {name: before[name] for name in (*IDENTITY, "order", "attempts")}
-        if case := CaseId.parse(case_id):
-            return {name: getattr(case, name) for name in IDENTITY}
-        raise _Odd(f"{case_id!r} does not say which case it is")
-
-    def _start(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> None:
-        """Note a case whose result has not come yet; raise ``_Odd`` if its facts do not say which case it is."""
-        names, numbers = (case.get("workload"), case.get("mode")), (case.get("seed"), case.get("repeat"))
-        rest = (case.get("order"), case.get("attempts") if attempt is None else attempt)
-        known = (*numbers, *(number for number in rest if number is not None))
-        if all(type(name) is str for name in names) and all(type(n) is int and abs(n) < 2**63 for n in known):
-            # Nearly all cases end, so their records without an end would be made for nothing.
-            self.records[case_id] = _PENDING
-            self.started[case_id] = case, attempt
-        else:
-            self._note(case_id, case, attempt)
-
-    def _settle(self, case_id: str) -> None:
-        """Make the record of a case that has started, and whose result has not come."""
-        if case_id in self.started:
-            self._note(case_id, *self.started.pop(case_id))
-
-    def _note(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> None:
-        record = Record(
-            {
-                **{name: case.get(name) for name in (*IDENTITY, "order")},
-                "case_id": case_id,
-                "attempts": case.get("attempts") if attempt is None else attempt,
-                "status": "interrupted",
-                "status_reason": NO_END,
-                "schema_version": self.info.get("schema_version"),
-                "method_version": self.info.get("method_version"),
-            }
-        )
-        odd = [*record.drop_misfits(), *lacks(record, case_id)]
-        if odd:
-            raise _Odd("; ".join(odd))
-        self.records[case_id] = record
-        self.without_end.add(case_id)
-
-    def close(self) -> None:
-        """Complete the records of cases whose result never came with the policy, the device and the reason."""
-        for case_id in list(self.started):
-            self._settle(case_id)
-        environment = self.info.get("environment")
-        device = environment.get("device") if isinstance(environment, dict) else None
-        for record in (self.records[case_id] for case_id in self.without_end):
-            if record["mode"] in MODES:
-                record.update({"policy": MODES[record["mode"]].policy})
-            if isinstance(device, dict):
-                record.update({"device": device.get("kind"), "device_name": device.get("name")})
-                record.drop_misfits()
-            record.complete(Reason(Code.NOT_REACHED, NO_END))
-
-
-class _Odd(Exception):
-    """A line that does not describe an event. The message says why."""
-
-
-def _part(event: Any, name: str, kind: type, what: str = "the event") -> Any:
-    """A part of an event; raise ``_Odd`` if it is missing or of another type."""
-    if not isinstance(event, dict):
-        raise _Odd(f"should hold a JSON object, not {type(event).__name__}")
-    if name not in event:
-        raise _Odd(f"{what} lacks {name!r}")
-    if not isinstance(event[name], kind):
-        raise _Odd(f"{name} should be {kind.__name__}, not {event[name]!r:.200}")
-    return event[name]
-
-
-def lacks(record: Record, case_id: str) -> list[str]:
-    """What a record must say and does not: which case it is and how that ended, one sentence each."""
-    return [f"the record of {case_id} has no {name}" for name in (*IDENTITY, "status") if record[name] is None]

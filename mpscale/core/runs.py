@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from mpscale.core.case import CaseId
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS, DTYPES, METHOD_VERSION, SCHEMA_VERSION
+from mpscale.core.journal import RunError, read_journal
 from mpscale.core.record import Key, Place, Record, misfit, settle
-from mpscale.core.run_folder import RunError, read_journal, steps_path
+from mpscale.core.run_folder import steps_path
 
 if TYPE_CHECKING:
     # Imported where frames are made: reading and judging runs needs no pandas, which takes a second to load.

@@ -65,12 +65,19 @@ def test_json_and_csv_keep_everything():
     assert json.loads(row["unavailable"]) == {"final_accuracy": 'because of "x", and é'}
 
 
-def test_csv_stays_intact_whatever_a_text_contains():
-    tail = '50%\r100%\r\nend, "quoted"'
-    text = to_csv([Record({"case_id": "a", "output_tail": tail}), Record({"case_id": "b"})])
-    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+@pytest.mark.parametrize("text", ["a\nb", "a,b", 'a"b', "a\rb", "a\r\nb", '50%\r100%\r\nend, "quoted"', " ", "\n"])
+@pytest.mark.parametrize("reason", [None, "a\nb", 'because of "x", and é', "a,b"])
+def test_csv_stays_intact_whatever_a_text_contains(text, reason):
+    first, second = Record({"case_id": "a", "output_tail": text}), Record({"case_id": "b"})
+    if reason is not None:
+        first.miss("final_accuracy", Reason(Code.NO_GPU, reason))
+    rows = list(csv.DictReader(io.StringIO(to_csv([first, second]), newline="")))
     assert [row["case_id"] for row in rows] == ["a", "b"]
-    assert rows[0]["output_tail"] == '50%\n100%\nend, "quoted"'
+    assert rows[0]["output_tail"] == text.replace("\r\n", "\n").replace("\r", "\n")
+    assert rows[0]["unavailable"] == (
+        "" if reason is None else json.dumps({"final_accuracy": reason}, ensure_ascii=False)
+    )
+    assert rows[1]["unavailable"] == ""
 
 
 @pytest.mark.parametrize("mode", ["fp32", "mixed-dynamic", "mixed-logmax", "article"])
