@@ -23,6 +23,7 @@ class SharedTuning:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._numbers: dict[tuple[str, str], int] = {}
 
     def flag(self, case: Case) -> str | None:
         """Return the flag for XLA with which a case starts; None if it shares nothing."""
@@ -46,8 +47,10 @@ class SharedTuning:
             self._results(case).unlink(missing_ok=True)
 
     def _results(self, case: Case) -> Path:
+        # A number, because not every name of a workload is one that XLA's flags and the file system can hold.
+        number = self._numbers.setdefault((case.workload, case.mode), len(self._numbers))
         # XLA writes and reads text if the name ends like this.
-        return self._folder / f"{case.workload.replace(':', '+')}--{case.mode}.textproto"
+        return self._folder / f"autotuning-{number}.textproto"
 
     def _unchecked(self, case: Case) -> Path:
         return self._results(case).with_suffix(".new.textproto")

@@ -55,3 +55,10 @@ def test_results_that_a_case_failed_with_are_forgotten(tmp_path):
 @pytest.mark.parametrize("change", [{"autotune": "fresh"}, {"jit": False}])
 def test_nothing_is_shared_unless_asked_for(tmp_path, change):
     assert play(SharedTuning(tmp_path), replace(CASE, settings=replace(CASE.settings, **change)), "ok") is None
+
+
+@pytest.mark.parametrize("name", ["größe", "it's", "a/b", "a" * 250, "\udcc3"])
+def test_a_workload_may_have_any_name(tmp_path, name):
+    tuning, case = SharedTuning(tmp_path), replace(CASE, workload=name)
+    assert [play(tuning, case, "ok"), play(tuning, case, "ok")] == ["dump", "load"]
+    assert all(path.name.isascii() and len(path.name) < 50 for path in tmp_path.iterdir())
