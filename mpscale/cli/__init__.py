@@ -1,0 +1,91 @@
+"""The ``mpscale`` command: reads runs that pytest has made, examines the machine, and drives two pytest sessions.
+
+Each command is a pair of functions in one of the modules here: one adds its arguments to the parser, the other runs
+it. Whatever is slow to import is imported inside them, so that ``mpscale --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from mpscale import __version__
+from mpscale.cli import comparing, fitting, reading
+from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
+from mpscale.config import SettingsError
+from mpscale.core.journal import RunError
+from mpscale.terminal import adapt_standard_streams
+
+_BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE has ended
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse's own method prints the whole usage first.
+        self.exit(USAGE_ERROR, f"mpscale: error: {message}; see `{self.prog} --help`\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line, by default that of the process.
+
+    Returns:
+        0 for success, 2 after an error message; `ab`, `compare` and `doctor` have exit codes of their own.
+    """
+    adapt_standard_streams()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            parser = _parser(arguments)
+            options, unknown = parser.parse_known_args(arguments)
+            if unknown and options.run_command is not comparing.ab:
+                parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+            options.unknown = unknown
+            return int(options.run_command(options))
+        finally:
+            # Not at exit, where a closed pipe could no longer be handled.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough, for instance in `mpscale report latest --print | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (RunError, SettingsError) as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mpscale",
+        description="Compare training in mixed precision with float32: speed, memory, overflow and accuracy. "
+        "pytest makes the runs (`make bench`, or `pytest bench/ --benchmark-only`); this command reads them.",
+    )
+    parser.add_argument("--version", action="version", version=f"mpscale {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, (text, add_arguments, run) in _COMMANDS.items():
+        command = subparsers.add_parser(name, help=text)
+        command.set_defaults(run_command=run)
+        if name == chosen:
+            add_arguments(command)
+    return parser
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "workloads": ("list workloads and modes", reading.workloads_arguments, reading.workloads),
+    "doctor": (
+        "show what can be measured on this machine, and what to change",
+        reading.doctor_arguments,
+        reading.doctor,
+    ),
+    "report": ("make the tables and the report of a run again", reading.report_arguments, reading.report),
+    "compare": ("compare runs with a baseline; can fail a build", comparing.compare_arguments, comparing.compare),
+    "ab": ("run two environments interleaved, and compare them", comparing.ab_arguments, comparing.ab),
+    "fit": ("find the largest batch that trains in each mode", fitting.fit_arguments, fitting.fit),
+    "history": ("show a quantity over runs, as a table and a figure", reading.history_arguments, reading.history),
+}

@@ -1,0 +1,186 @@
+"""The commands ``compare`` and ``ab``: both end with a comparison and its gates."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpscale.cli.output import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    RESULTS,
+    add_output_options,
+    fail,
+    say,
+    warn,
+    write,
+    write_error,
+)
+from mpscale.config import RUN, add_gate_options, add_results_option, load, seconds
+from mpscale.terminal import LiveLine, Screen
+
+if TYPE_CHECKING:
+    from mpscale.analysis.gates import Gate
+
+
+def compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compare runs with a baseline, the first one. Runs on one kind of device get verdicts row by row; runs on "
+        "different devices are shown side by side. Exit code: 0 all well, 1 a gate fired, 2 wrong use, 3 a gate could "
+        "not tell."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"the baseline, then the others: {RUN}")
+    add_results_option(parser.add_argument, default=RESULTS)
+    add_output_options(parser)
+    _add_comparison_options(parser)
+
+
+def compare(options: argparse.Namespace) -> int:
+    from mpscale.core.runs import resolve_run
+
+    try:
+        if len(options.runs) < 2:
+            raise ValueError("compare needs two or more runs, the baseline first")
+        rules = _rules(options)
+        return _print_comparison([resolve_run(name, options.results) for name in options.runs], rules, options)
+    except ValueError as error:
+        return fail(str(error))
+
+
+def _add_comparison_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="compare even if method, settings or device differ")
+    parser.add_argument("--threshold", metavar="5%", help="smallest change of step time worth reporting (default: 5%%)")
+    add_gate_options(parser.add_argument)
+
+
+_Rules = tuple[list["Gate"], bool, float | None]
+"""Gates, whether a gate that cannot tell fails, and the threshold."""
+
+
+def _rules(options: argparse.Namespace) -> _Rules:
+    """Read the rules of a comparison from the command line, or else from ``[tool.mpscale]``.
+
+    Raises:
+        ValueError: one of them is not valid.
+    """
+    from mpscale.analysis.gates import parse_gates, parse_share
+
+    settings = load(Path.cwd()).override(
+        fail_on=options.fail_on, strict=options.strict, threshold=options.threshold or None
+    )
+    threshold = None if settings.threshold is None else parse_share(settings.threshold)
+    return parse_gates(settings.fail_on), settings.strict, threshold
+
+
+def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Namespace) -> int:
+    """Compare runs with the first one, and print the result or write it to a file.
+
+    Returns:
+        The exit code for the outcome of the gates.
+
+    Raises:
+        RunError: a run cannot be read, or they cannot be compared.
+        ValueError: the gates cannot judge them.
+    """
+    from mpscale.analysis.compare import compare_all
+    from mpscale.analysis.gates import COULD_NOT_TELL, FIRED, exit_code, judge_gates
+    from mpscale.core.runs import read_run
+    from mpscale.report.comparison import render, unread
+
+    gates, strict, threshold = rules
+    runs = [read_run(path) for path in paths]
+    comparisons = compare_all(runs, force=options.force, threshold=threshold, results=options.results)
+    alike = options.force or all(comparison.same_device for comparison in comparisons)
+    if gates and not alike and options.fail_on is not None:
+        raise ValueError(
+            "gates judge runs of one kind of device, and these are of different ones; leave out --fail-on, "
+            "or use --force"
+        )
+    findings = [finding for each in comparisons for finding in judge_gates(each, gates)] if alike else []
+    write(render(comparisons, findings, options.format), options.output)
+    if options.output is not None or options.format in ("csv", "json"):
+        # Tables and Markdown show this themselves.
+        warn(unread(comparisons))
+        for finding in findings:
+            if finding.outcome != "passed":
+                say(f"{finding.outcome}: {finding}")
+    if gates and not alike:
+        say("the runs are on different devices: no gate of [tool.mpscale] was judged")
+        return FIRED if strict else COULD_NOT_TELL
+    return exit_code(findings, strict) if findings else OK
+
+
+def ab_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "mpscale ab --python A --python B [options] [options and test paths for pytest]"
+    parser.description = (
+        "Run pytest in two environments, for instance with two versions of TensorFlow, and compare the runs. The two "
+        "are interleaved: each case runs in one environment and right after that in the other, so that whatever slows "
+        "the machine down affects both. Arguments not listed here go to pytest (for its -o, write --override-ini); "
+        "without a test path, `bench` is run if it exists. Exit code: 0 all well, 1 a gate fired or a session failed, "
+        "2 wrong use or nothing to compare, 3 a gate could not tell."
+    )
+    # An option for pytest may be the beginning of one of these.
+    parser.allow_abbrev = False
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="PYTHON",
+        help="interpreter of an environment with mpscale, as a path or a name on PATH: first A, the baseline, then B; "
+        "the same one twice shows the noise of this machine",
+    )
+    add_results_option(parser.add_argument)
+    add_output_options(parser)
+    _add_comparison_options(parser)
+    parser.add_argument(
+        "--start-timeout",
+        type=seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="time limit for an environment to import TensorFlow, and to collect its cases (default: 300)",
+    )
+
+
+def ab(options: argparse.Namespace) -> int:
+    from mpscale.ab.environments import LETTERS, Refused, differences, examine, pytest_arguments
+    from mpscale.ab.referee import Referee
+
+    try:
+        rules = _rules(options)
+        if options.output is not None and not options.output.parent.is_dir():
+            raise Refused(f"--output {options.output}: there is no folder {options.output.parent}")
+        arguments = pytest_arguments(options.unknown, options.results)
+        environments = examine(options.python, options.start_timeout, options.force)
+    except ValueError as error:
+        return fail(str(error))
+    # Standard output is for the comparison.
+    for line in (*environments, differences(environments)):
+        print(line, file=sys.stderr)
+    # CI sends SIGTERM to cancel a job: keep what was measured, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    line = LiveLine(write_error, sys.stderr.isatty(), shutil.get_terminal_size().columns)
+    referee = Referee(environments, arguments, Screen(LETTERS, line, time.monotonic), options.start_timeout)
+    referee.run()
+    for letter, run in zip(LETTERS, referee.runs, strict=True):
+        if run is not None:
+            print(f"{letter}: {run}", file=sys.stderr)
+    for problem in referee.problems:
+        print(f"mpscale: {problem}", file=sys.stderr)
+    if referee.interrupted:
+        return INTERRUPTED
+    paths = [run for run in referee.runs if run is not None]
+    if len(paths) < len(environments):
+        return fail("there is nothing to compare")
+    print(file=sys.stderr)
+    try:
+        code = _print_comparison(paths, rules, options)
+    except ValueError as error:
+        return fail(str(error))
+    return FAILED if referee.problems else code

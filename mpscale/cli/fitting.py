@@ -1,0 +1,156 @@
+"""The command ``fit``, which finds the largest batch that trains in each mode."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpscale.cli.output import FAILED, INTERRUPTED, OK, RESULTS, add_output_options, fail, write, write_error
+from mpscale.config import add_results_option, memory, number, seconds, why_not_writable
+from mpscale.terminal import LiveLine, as_typed
+
+if TYPE_CHECKING:
+    from mpscale.analysis.fit import Try
+    from mpscale.core.case import Case
+    from mpscale.core.device import Device
+    from mpscale.core.wire import Progressed
+    from mpscale.telemetry.client import Driver
+    from mpscale.workloads import Workload
+
+
+def fit_arguments(parser: argparse.ArgumentParser) -> None:
+    from mpscale.core.mode import DEFAULT_MODES, MODES
+
+    parser.description = (
+        "Find the largest batch that trains in each mode, and how many examples per second it trains: what the memory "
+        "that a mode saves is good for. Every batch is tried in a process of its own: powers of two, and then between "
+        "two of them in eighths. The result is kept in the folder fit/ of the results folder. Exit code: 0 the limit "
+        "of every mode was found, 1 not of every mode, 2 wrong use."
+    )
+    parser.add_argument("workload", metavar="WORKLOAD", type=as_typed, help="`mpscale workloads` lists them")
+    parser.add_argument(
+        "--mode",
+        action="append",
+        metavar="B",
+        choices=tuple(MODES),
+        help=f"a mode to search; repeatable (default: {', '.join(DEFAULT_MODES)}, and tf32 on devices that have it)",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=memory,
+        metavar="SIZE",
+        help="memory that a process may use on a CPU, such as 800MiB or 4GiB; TensorFlow alone takes some 700 MiB "
+        "(default: 80 %% of what is free; on a GPU its own memory is the limit)",
+    )
+    at_least_1 = number(int, lambda value: value >= 1, "an integer of at least 1")
+    parser.add_argument(
+        "--max-batch",
+        type=at_least_1,
+        default=2**20,
+        metavar="N",
+        help="largest batch to try (default: 1048576); one that is larger than the training set repeats its examples",
+    )
+    parser.add_argument(
+        "--jit", choices=("auto", "on", "off"), default="auto", help="compile train steps with XLA (default: auto: on)"
+    )
+    parser.add_argument(
+        "--timeout", type=seconds, default=900.0, metavar="SECONDS", help="time limit for each try (default: 900)"
+    )
+    parser.add_argument(
+        "--gpu-allocator",
+        choices=("auto", "cuda_malloc_async", "bfc"),
+        default="auto",
+        help="TensorFlow's GPU memory allocator (default: auto, which is cuda_malloc_async, or bfc if that fails)",
+    )
+    add_results_option(parser.add_argument, default=RESULTS)
+    add_output_options(parser)
+
+
+def fit(options: argparse.Namespace) -> int:
+    from mpscale.core.device import NoSuchDevice, find_device
+    from mpscale.core.mode import default_modes, select_modes
+    from mpscale.telemetry import host
+    from mpscale.telemetry.client import open_driver
+    from mpscale.workloads import registry
+
+    if options.output is not None and not options.output.parent.is_dir():
+        return fail(f"--output {options.output}: there is no folder {options.output.parent}")
+    try:
+        with registry.without_gpus():
+            workload = registry.get(options.workload, [Path.cwd()])
+    except registry.UnknownWorkload as error:
+        return fail(str(error))
+    if why_not := why_not_writable(options.results / "fit"):
+        return fail(f"--results: {options.results} is not a folder that can be written to ({why_not})")
+    # As after Ctrl-C: keep what is known.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    driver = open_driver()
+    try:
+        device = find_device(driver.devices, os.environ, host.cpu())
+        if device.kind == "gpu" and options.memory_limit is not None:
+            return fail("--memory-limit is for a CPU; on a GPU its own memory is the limit")
+        modes = select_modes(options.mode) if options.mode else default_modes(device)
+        return _search(options, workload, [mode.name for mode in modes], device, driver)
+    except NoSuchDevice as error:
+        return fail(str(error))
+    finally:
+        driver.close()
+
+
+def _search(
+    options: argparse.Namespace, workload: Workload, modes: Sequence[str], device: Device, driver: Driver
+) -> int:
+    """Search, show each try on standard error, keep all in a folder, and print the result."""
+    from mpscale.analysis.fit import Fit
+    from mpscale.core.wire import PhaseReached
+    from mpscale.harness import fit as fitting
+    from mpscale.harness.supervisor import Options, Supervisor
+    from mpscale.report import fit as report
+
+    limit_mib = options.memory_limit or fitting.default_limit_mib(device)
+    fit = Fit(options.workload, modes, device, limit_mib)
+    settings = replace(fitting.SETTINGS, jit=options.jit != "off")
+    how = Options(
+        results=options.results,
+        project=Path.cwd(),
+        start_method="fork",
+        timeout_s=options.timeout,
+        asked={},
+        gpu_allocator=options.gpu_allocator,
+        keep_suspect=True,
+        memory_limit_mib=limit_mib,
+    )
+    asked = {**settings.to_json(), "max_batch": options.max_batch, "timeout_s": options.timeout}
+    asked |= {"memory_limit_mib": limit_mib, "gpu_allocator": options.gpu_allocator}
+    folder, about = fitting.new_folder(options.results, device, driver, asked)
+    line = LiveLine(write_error, sys.stderr.isatty(), shutil.get_terminal_size().columns)
+    line.add(f"on {device.name} ({device.kind.upper()})" + (f", up to {limit_mib:,.0f} MiB" if limit_mib else ""))
+
+    def show(case: Case, event: Progressed) -> None:
+        if isinstance(event, PhaseReached):
+            line.update(f"{case.mode}, batch {case.settings.batch_size}: {event.phase}")
+
+    def tried(each: Try) -> None:
+        line.add(report.line(each))
+        report.write(folder, fit, about)
+
+    question = fitting.Question(workload.batch_size, options.max_batch, settings)
+    interrupted = False
+    try:
+        fitting.Fitter(fit, question, Supervisor(device, driver, how, show), tried).run()
+    except KeyboardInterrupt:
+        interrupted = True
+    line.update("")
+    report.write(folder, fit, {**about, "finished": not interrupted})
+    print(f"report: {folder / 'report.md'}\n", file=sys.stderr)
+    write(report.render(fit, options.format), options.output)
+    if interrupted:
+        return INTERRUPTED
+    return OK if all(fit.ends.get(mode, True) is None for mode in modes) else FAILED

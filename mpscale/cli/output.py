@@ -1,0 +1,54 @@
+"""What the commands have in common: exit codes, options for output, and messages."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+OK = 0
+FAILED = 1
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+RESULTS = Path("results")
+"""The default results folder."""
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--format`` and ``--output``."""
+    parser.add_argument(
+        "--format", choices=("table", "markdown", "csv", "json"), default="table", help="output format (default: table)"
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to this file, not to the terminal")
+
+
+def write(text: str, file: Path | None) -> None:
+    """Write a result to a file, or without one to standard output."""
+    if file is None:
+        print(text, end="")
+    else:
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_error(text: str) -> None:
+    """Write a piece of text to standard error, for a live line."""
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+def say(message: str) -> None:
+    """Write a message to standard error, on one line."""
+    print(f"mpscale: {' '.join(message.split())}", file=sys.stderr)
+
+
+def warn(problems: Sequence[str]) -> None:
+    """Warn of problems, a line for each."""
+    for problem in problems:
+        say(f"warning: {problem}")
+
+
+def fail(message: str) -> int:
+    """Write an error message; return the exit code of the command."""
+    say(f"error: {message}")
+    return USAGE_ERROR

@@ -1,0 +1,153 @@
+"""The commands ``workloads``, ``doctor``, ``report`` and ``history``, which show what is there."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from mpscale.cli.output import OK, RESULTS, add_output_options, fail, say, warn, write
+from mpscale.config import RUN, add_results_option
+from mpscale.terminal import as_typed
+
+
+def workloads_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "List workloads and modes."
+    parser.add_argument(
+        "names",
+        nargs="*",
+        type=as_typed,
+        metavar="NAME",
+        help="list only these workloads; module:attribute names one of your own, which is looked for on Python's path "
+        "and then in the working directory",
+    )
+
+
+def workloads(options: argparse.Namespace) -> int:
+    from tabulate import tabulate
+
+    from mpscale.core.mode import DEFAULT_MODES, MODES
+    from mpscale.report.table import DASH
+    from mpscale.workloads import registry
+
+    here = [Path.cwd()]
+    broken: dict[str, str] = {}
+    try:
+        with registry.without_gpus():
+            found = {name: registry.get(name, here) for name in options.names}
+            offered = registry.Offered() if found else registry.offered()
+    except registry.UnknownWorkload as error:
+        return fail(str(error))
+    if not found:
+        found, broken = offered.workloads, offered.broken
+    rows = [
+        (name, w.batch_size, w.train_steps, DASH if w.target is None else f"{w.metric_name} {w.target:g}", w.summary)
+        for name, w in found.items()
+    ]
+    print(tabulate(rows, ["workload", "batch", "steps", "target", "description"], disable_numparse=True))
+    for name in filter(registry.is_own, options.names):
+        print(f"{name} is in {registry.source(name, here)}")
+    for name, why in broken.items():
+        say(f"broken: {name}: {why}")
+    print()
+    by_default = dict.fromkeys(DEFAULT_MODES, "yes") | {"tf32": "with TF32"}
+    modes = [(mode.name, by_default.get(mode.name, "no"), mode.summary) for mode in MODES.values()]
+    print(tabulate(modes, ["mode", "by default", "description"]))
+    return OK
+
+
+def doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Show what a run on this machine would measure, what it could not measure and why, and what to change. "
+        "Exit code: 0 nothing to do, 1 something to do, 2 wrong use."
+    )
+    parser.add_argument("--json", action="store_true", help="print the same facts as a JSON object")
+    parser.add_argument("--gpu", action="store_true", help="also train on the GPU briefly, which may take minutes")
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from mpscale.doctor.examine import examine
+    from mpscale.doctor.page import render
+
+    found = examine(train=options.gpu)
+    print(render(found, options.json), end="")
+    return found.verdict
+
+
+def report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Make the tables and the report of a run again, from its journal."
+    parser.add_argument("run", metavar="RUN", help="name of the run or its first characters, its folder, or `latest`")
+    add_results_option(parser.add_argument, default=RESULTS)
+    parser.add_argument(
+        "--format",
+        choices=("markdown", "github-summary"),
+        default="markdown",
+        help="github-summary writes no files and prints text for $GITHUB_STEP_SUMMARY (default: markdown)",
+    )
+    parser.add_argument("--print", action="store_true", help="print the report instead of the names of its files")
+
+
+def report(options: argparse.Namespace) -> int:
+    from mpscale.core.runs import read_run, resolve_run
+    from mpscale.report.document import artifacts_page, github_summary
+    from mpscale.report.files import WRITTEN, rebuild
+
+    path = resolve_run(options.run, options.results)
+    if options.format == "github-summary":
+        run = read_run(path)
+        print(github_summary(run, artifacts=artifacts_page(os.environ)), end="")
+        warn(run.problems)
+        return OK
+    run = rebuild(path)
+    warn(run.problems)
+    if options.print:
+        print((run.path / "report.md").read_text(encoding="utf-8"), end="")
+    else:
+        print(*(run.path / name for name in WRITTEN), sep="\n")
+    return OK
+
+
+def history_arguments(parser: argparse.ArgumentParser) -> None:
+    from mpscale.analysis.quantities import QUANTITIES
+
+    parser.description = (
+        "Show a quantity over runs, oldest first. Each machine and each set of settings is a series of its own: "
+        "figures that were measured differently are never joined."
+    )
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", help=f"{RUN} (default: all in runs/ and reference/ of the results folder)"
+    )
+    add_results_option(parser.add_argument, default=RESULTS)
+    parser.add_argument(
+        "--workload", action="append", default=[], type=as_typed, metavar="A", help="only this workload; repeatable"
+    )
+    parser.add_argument("--mode", action="append", default=[], metavar="B", help="only this mode; repeatable")
+    parser.add_argument("--quantity", choices=tuple(QUANTITIES), default="step_time", help="default: step_time")
+    add_output_options(parser)
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw it, into a file ending in .svg or .png")
+
+
+def history(options: argparse.Namespace) -> int:
+    from mpscale.analysis.history import make_history, read_folder
+    from mpscale.core.runs import read_run, resolve_run
+    from mpscale.report.figures import FigureError, check_suffix
+    from mpscale.report.history import draw_history, render
+
+    broken: list[tuple[str, str]] = []
+    try:
+        if options.figure is not None:
+            check_suffix(options.figure)
+    except FigureError as error:
+        return fail(str(error))
+    if options.runs:
+        runs = [read_run(resolve_run(name, options.results)) for name in options.runs]
+    else:
+        runs, broken = read_folder(options.results)
+    history = make_history(runs, options.quantity, options.workload, options.mode, broken)
+    warn([problem for run in runs for problem in run.problems])
+    for what, reason in history.skipped:
+        say(f"skipped {what}: {reason}")
+    if options.figure is not None:
+        draw_history(history, options.figure)
+    write(render(history, options.format), options.output)
+    return OK
