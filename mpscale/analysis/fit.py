@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from mpscale.analysis.claim import Doubt, conditions, find_doubts
 from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings, Record
@@ -144,8 +145,10 @@ def _speed_ratio(ours: Record, theirs: Record) -> float | Reason:
     for speed in (our_speed, their_speed):
         if isinstance(speed, Reason):
             return speed
-    if ours["dispatch_bound"] or theirs["dispatch_bound"]:
-        text = "the step time is mostly that of calling the step, which says nothing about the mode"
+    # That each speed comes from one process is said once, of all of them.
+    doubts = [doubt for doubt in find_doubts(conditions([ours]), conditions([theirs]), 1) if doubt != Doubt.ONE_PAIR]
+    if doubts:
+        text = f"no claim about speed: {', and '.join(doubt.text for doubt in doubts)}"
         return Reason(Code.NOT_COMPARABLE, text)
     return float(our_speed / their_speed)
 

@@ -269,7 +269,7 @@ class Sampler:
         processes = gpu.processes([Reading.PROCESSES, Reading.SERVICE_PROCESSES])
         graphics = gpu.processes([Reading.GRAPHICS_PROCESSES])
         memory, temperature, events = map(gpu.read, (Reading.MEMORY, Reading.TEMPERATURE, Reading.CLOCK_EVENTS))
-        clocks = {f"{name}": gpu.read(name) for name in (Reading.SM_CLOCK, Reading.MEMORY_CLOCK)}
+        clocks = {name.value: gpu.read(name) for name in (Reading.SM_CLOCK, Reading.MEMORY_CLOCK)}
         by_pid = processes.by_pid if isinstance(processes, Processes) else {}
         return {
             "temperature_c": None if isinstance(temperature, Reason) else temperature,

@@ -61,8 +61,19 @@ def test_csv_and_json_have_reasons_for_empty_cells(fit):
     assert [row["peak_memory_mib"] for row in json.loads(render(fit, "json"))] == [900.0, 900.0, 900.0, None]
 
 
-def test_a_step_that_is_mostly_dispatch_gives_no_ratio_of_speeds(fit):
-    fit.tries[3] = tried("mixed-static", 1536, dispatch_bound=True)
+@pytest.mark.parametrize("side", [0, 3])
+@pytest.mark.parametrize(
+    "condition",
+    [
+        {"dispatch_bound": True},
+        {"device_busy_share": 0.1},
+        {"gpu_utilization_median": 20},
+        {"host_other_cpu_share": 0.9},
+    ],
+    ids=lambda condition: next(iter(condition)),
+)
+def test_a_step_time_that_says_nothing_about_the_mode_gives_no_ratio_of_speeds(fit, condition, side):
+    fit.tries[side] = tried(fit.tries[side].mode, fit.tries[side].batch, **condition)
     (row,) = [row for row in json.loads(render(fit, "json")) if row["mode"] == "mixed-static"]
     assert row["batch_ratio"] == 1.5
     assert "examples_per_s_ratio" in row["unavailable"]
