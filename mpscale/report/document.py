@@ -142,6 +142,10 @@ def _overview(run: Run, rows: Sequence[Row]) -> str:
     if jumped := sum(row["two_level_processes"] for row in rows):
         whose = plural(jumped, "process")
         sentences.append(f"The step time of {whose} jumped between two levels (see Timing quality).")
+    if sections.without_xla(run):
+        sentences.append(
+            "Steps were not compiled with XLA, which on a GPU can change more than the mode does (see Timing quality)."
+        )
     if kind == "cpu":
         sentences.append("It ran on a CPU: the speeds below say nothing about a GPU.")
     return " ".join(sentences)

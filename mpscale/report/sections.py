@@ -249,8 +249,21 @@ def timing(run: Run) -> list[Table | str]:
             "show what a mode does to the kernels, without the time in which the GPU waits for the host. A user sees "
             "the step time."
         )
+    if without_xla(run):
+        parts.append(
+            "Steps were not compiled with XLA. Each operation on the elements of a tensor, a cast to float16 included, "
+            "is then a kernel of its own that reads and writes the whole tensor, while XLA fuses many into one. Matrix "
+            "products and convolutions, which a mode makes faster, can be a small part of such a step, and casts can "
+            "cost more than is gained. Run the modes with --mp-jit on, too, before you choose one."
+        )
     parts.append(two_levels(run))
     return parts
+
+
+def without_xla(run: Run) -> bool:
+    """Whether a run on a GPU compiled none of the steps that it timed with XLA."""
+    timed = [record for record in run.records if record["step_time_ms_median"] is not None]
+    return {(record["device"], record["jit"]) for record in timed} == {("gpu", False)}
 
 
 def two_levels(run: Run) -> str:

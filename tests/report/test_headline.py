@@ -60,6 +60,21 @@ def test_blocks_in_two_groups_are_said_also_of_a_run_that_had_no_columns_for_the
     assert "mnist1d-mlp--fp32--s0--r0 (0.220 and 0.456 ms)" in render(document(recorded))
 
 
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ("20261126T191040Z-nvidia-h200-32b6", True),
+        ("20261126T191258Z-nvidia-h200-fc37", False),
+        ("20261124T020422Z-amd-epyc-352f", False),
+    ],
+    ids=["GPU without XLA", "GPU with XLA", "CPU"],
+)
+def test_a_gpu_run_without_xla_says_what_that_does(run, said):
+    read = read_run(RECORDED.parents[2] / "results" / "reference" / run)
+    timing = " ".join(part for part in document(read).sections["Timing quality"] if isinstance(part, str))
+    assert ("Steps were not compiled with XLA" in findings(read), "a kernel of its own" in timing) == (said, said)
+
+
 def gpu_run(tmp_path, number=2, **values):
     records = [
         record(
