@@ -47,6 +47,7 @@ class Objective:
         self._labels = labels
         # For these names Keras picks the cross-entropy that fits the shapes.
         self._loss: Loss | None = None if loss in ("crossentropy", "ce") else _resolved(loss)
+        self._traced: Loss | None = None
         self._form: label_forms.Form | None = None
         self.output: tuple[int | None, ...] = ()
         """Shape of one example's output; known once the loss has been traced."""
@@ -64,7 +65,7 @@ class Objective:
         if self._form is None:
             with tf.init_scope():
                 self._settle(outputs)
-        assert self._form is not None and self._loss is not None
+        assert self._form is not None and self._loss is not None and self._traced is not None
         labels, mask = self._form(labels), getattr(outputs, "_keras_mask", None)
         if isinstance(self._loss, keras.losses.Loss):
             return _scalar(self._loss(labels, outputs))
@@ -74,7 +75,7 @@ class Objective:
             # It averages by itself, and would count masked places.
             losses = keras.losses.sparse_categorical_crossentropy(labels, outputs, from_logits=True)
         else:
-            losses = self._loss(labels, outputs)
+            losses = self._traced(labels, outputs)
         return _scalar(_reduced(losses, mask))
 
     def threshold(self) -> float | None:
@@ -110,6 +111,7 @@ class Objective:
         last = getattr(getattr(outputs, "op", None), "type", "")
         self._squashed_by = last.lower() if last in ("Softmax", "Sigmoid") else None
         kind = kind_of(self._loss) if self._loss is not sparse_cross_entropy else "sparse_categorical_crossentropy"
+        self._traced = self._loss if kind else _converted(self._loss)
         if kind:
             self._check_finite()
             self._form = label_forms.keras_form(kind, tail, self.output)
@@ -246,7 +248,7 @@ class NotedLoss:
                 outputs = tf.nest.map_structure(functools.partial(_probed, dtype=dtype), self._outputs)
                 given = tf.nest.map_structure(tf.constant, labels)
                 specs = tf.nest.map_structure(_spec, (given, outputs))
-                traced = tf.function(call).get_concrete_function(*specs)
+                traced = tf.function(call, autograph=False).get_concrete_function(*specs)
                 nodes = all_nodes(traced.graph.as_graph_def())
                 if any(_NOT_REPEATABLE.search(node.op) for node in nodes):
                     return "the loss draws random numbers, changes variables or calls Python"
@@ -290,6 +292,19 @@ def _resolved(given: Loss | str) -> Loss:
             f"{type(loss).__name__} has reduction=None, so it returns no single number; leave reduction out"
         )
     return loss
+
+
+def _converted(loss: Loss) -> Loss:
+    """A loss of the user's own, which may decide by tensors in Python as in a ``tf.function`` of theirs.
+
+    Only this is converted: AutoGraph takes over a second for what is ours, and Keras converts no model either.
+    """
+
+    def call(labels: Any, outputs: Any) -> Any:
+        return loss(labels, outputs)
+
+    converted: Loss = tf.autograph.to_graph(call)
+    return converted
 
 
 def _options(loss: Any) -> dict[str, Any]:

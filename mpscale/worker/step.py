@@ -216,9 +216,9 @@ class TrainStep:
         def empty_step() -> tf.Tensor:
             return self._empty_step()
 
-        self._function = tf.function(step, input_signature=[], jit_compile=jit)
-        self._several = tf.function(several_steps, input_signature=[], jit_compile=jit)
-        self._empty_function = tf.function(empty_step, input_signature=[], jit_compile=jit)
+        self._function = tf.function(step, input_signature=[], jit_compile=jit, autograph=False)
+        self._several = tf.function(several_steps, input_signature=[], jit_compile=jit, autograph=False)
+        self._empty_function = tf.function(empty_step, input_signature=[], jit_compile=jit, autograph=False)
 
     def trace(self) -> float:
         """Trace a single step into a graph; return the seconds that took."""

@@ -196,7 +196,7 @@ class Evaluator:
             fits = mask is not None and mask.shape.rank <= outputs.shape.rank
             return (tf.cast(outputs, tf.float32), mask) if fits else (tf.cast(outputs, tf.float32),)
 
-        self._forward = tf.function(forward, jit_compile=jit)
+        self._forward = tf.function(forward, jit_compile=jit, autograph=False)
 
     def __call__(self, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> float:
         """The metric over all of ``x`` (examples, ...) and ``y`` (examples, ...)."""

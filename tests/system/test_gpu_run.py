@@ -325,7 +325,7 @@ def test_on_a_cpu_flags_reach_the_worker_and_nothing_is_tuned(machine):
     assert done.returncode == 0, done.stdout
     (record,) = [event["record"] for event in machine.events("case_finished")]
     ((*_, flags),) = watched.seen("worker")
-    assert re.fullmatch(rf"{users} --xla_gpu_dump_autotune_results_to='.*mnist1d-mlp--fp32.*'", flags)
+    assert re.fullmatch(rf"{users} --xla_gpu_dump_autotune_results_to='.+'", flags)
     assert record["unavailable"]["autotuning"]["code"] == Code.NO_GPU
     assert record["process_settings"] == f"XLA_FLAGS={users}"
     assert "autotune=shared" in record["series_key"]
@@ -350,13 +350,13 @@ def test_workers_are_fresh_if_the_parent_has_touched_the_gpu(machine):
     command = ["cc", "-shared", "-Wl,-soname,libtouched.so", "-o", str(library), "-x", "c", "/dev/null"]
     subprocess.run(command, check=True)
     watched = Watched(machine, f"import ctypes; ctypes.CDLL({str(library)!r})\n")
-    done = machine.run(SUITE, *QUICK, "--mp-modes", "fp32,mixed-static", "--benchmark-disable", **watched.variables)
+    done = machine.run(SUITE, *QUICK, "--mp-modes", "fp32", "--benchmark-disable", **watched.variables)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("has touched the GPU") == 1
-    assert [event["record"]["start_method"] for event in machine.events("case_finished")] == ["fresh", "fresh"]
+    assert [event["record"]["start_method"] for event in machine.events("case_finished")] == ["fresh"]
     environment = json.loads((machine.path() / "run.json").read_text())["environment"]
     assert environment["why_not_forked"]["code"] == Code.FORK_UNSAFE
-    assert len(watched.seen("import")) == 3
+    assert len(watched.seen("import")) == 2
 
 
 def test_cpu_figures_never_pass_for_those_of_the_gpu(machine):
