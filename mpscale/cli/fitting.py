@@ -149,7 +149,7 @@ def _search(
         interrupted = True
     line.update("")
     report.write(folder, fit, {**about, "finished": not interrupted})
-    print(f"report: {folder / 'report.md'}\n", file=sys.stderr)
+    print(f"report: {folder / 'report.html'}\n", file=sys.stderr)
     write(report.render(fit, options.format), options.output)
     if interrupted:
         return INTERRUPTED

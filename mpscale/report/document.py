@@ -70,12 +70,12 @@ def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
         "GPU energy": sections.energy(run),
         "GPU state while steps were timed": [sections.gpu_state(run)],
         "How to read this": [how_to_read(run)],
-        "Environment": [_facts(run.info.get("environment"))],
-        "Settings": [_facts(run.info.get("settings"))],
+        "Environment": [facts(run.info.get("environment"))],
+        "Settings": [facts(run.info.get("settings"))],
         "Missing values": [sections.missing(run)],
     }
     filled = {title: known for title, some in parts.items() if (known := [part for part in some if part])}
-    return Document(f"mpscale: {run.name}", _when(run), findings(run), filled)
+    return Document(f"mpscale: {run.name}", when(run.info), findings(run), filled)
 
 
 def render(document: Document) -> str:
@@ -86,14 +86,16 @@ def render(document: Document) -> str:
     return "\n\n".join(part if isinstance(part, str) else part.markdown() for part in parts if part) + "\n"
 
 
-def _when(run: Run) -> str:
+def when(info: Mapping[str, Any]) -> str:
+    """Say when a run started, and by which versions of schema and method; empty if ``info`` has none of them."""
     names = {"started": "Started", "schema_version": "schema version", "method_version": "method version"}
-    known = [f"{label} {escape(run.info[name])}" for name, label in names.items() if run.info.get(name) is not None]
+    known = [f"{label} {escape(info[name])}" for name, label in names.items() if info.get(name) is not None]
     return ", ".join(known) + "." if known else ""
 
 
-def _facts(facts: Any) -> Table:
-    return Table(["what", "value"], list(_flat(facts)) if isinstance(facts, Mapping) else [])
+def facts(found: Any) -> Table:
+    """Show nested facts, each named by its path; an empty table if they are not a mapping."""
+    return Table(["what", "value"], list(_flat(found)) if isinstance(found, Mapping) else [])
 
 
 def _flat(facts: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, str]]:

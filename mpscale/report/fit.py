@@ -10,6 +10,9 @@ from typing import Any, Literal
 from mpscale.analysis.fit import ROW, Fit, Try, figures, memory_columns
 from mpscale.core.reason import Reason
 from mpscale.core.record import to_csv
+from mpscale.report.document import Document, facts, when
+from mpscale.report.document import render as as_markdown
+from mpscale.report.files import page
 from mpscale.report.table import DASH, Table, count, escape, json_text, large, number
 
 _CSV = ("workload", "mode", "device_name", "memory_limit_mib", *ROW, "baseline", "unavailable")
@@ -97,25 +100,43 @@ def render(fit: Fit, form: Literal["table", "markdown", "csv", "json"]) -> str:
     return (table(fit).markdown() if form == "markdown" else table(fit).text()) + "\n"
 
 
-def document(fit: Fit) -> str:
-    """report.md: the result, what it does not say, and every try."""
-    where = f"{fit.device.name} ({fit.device.kind.upper()})"
-    limit = "" if fit.limit_mib is None else f", with up to {fit.limit_mib:,.0f} MiB of memory"
+def document(fit: Fit, about: Mapping[str, Any]) -> Document:
+    """The report of a search: the result, what it does not say, and every try.
+
+    Args:
+        fit: the search.
+        about: as in :func:`write`.
+    """
     on_device = _NOTE_ON_GPU if fit.device.kind == "gpu" else _NOTE_ON_CPU
-    notes = "\n".join(f"- {note}" for note in (*_NOTES, on_device))
     tries = Table(
         ("mode", "batch", "result", "step time", "peak memory", "seconds", "why"),
         [_tried(fit, each) for each in fit.tries],
     )
-    parts = (
-        f"# Largest batch of {escape(fit.workload)}",
-        f"On {escape(where)}{limit}.",
-        table(fit).markdown(),
-        notes,
-        "## Tries",
-        tries.markdown() or "None.",
-    )
-    return "\n\n".join(parts) + "\n"
+    parts: dict[str, list[Table | str]] = {
+        "Results": [table(fit)],
+        "How to read this": ["\n".join(f"- {note}" for note in (*_NOTES, on_device))],
+        "Tries": [tries or "None."],
+        "Environment": [facts(about.get("environment"))],
+        "Settings": [facts(about.get("settings"))],
+    }
+    filled = {title: some for title, some in parts.items() if any(some)}
+    return Document(f"mpscale fit: {fit.workload}", when(about), _findings(fit), filled)
+
+
+def _findings(fit: Fit) -> str:
+    where = f"{escape(fit.device.name)} ({fit.device.kind.upper()})"
+    limit = "" if fit.limit_mib is None else f", with up to {fit.limit_mib:,.0f} MiB of memory"
+    lines = []
+    for mode in fit.modes:
+        largest, why_open, ratio = fit.largest(mode), fit.why_open(mode), figures(fit, mode).values.get("batch_ratio")
+        if largest is None:
+            text = "no batch trained"
+        else:
+            least = "" if why_open is None else "at least "
+            times = "" if ratio is None or mode == fit.baseline else f", {ratio:.2f} times that of {fit.baseline}"
+            text = f"the largest batch is {least}{largest.batch:,}{times}"
+        lines.append(f"- **{mode}**: {text}")
+    return f"{escape(fit.workload)} was tried on {where}{limit}.\n\n" + "\n".join(lines)
 
 
 def _tried(fit: Fit, each: Try) -> list[str]:
@@ -143,7 +164,7 @@ def line(each: Try) -> str:
 
 
 def write(folder: Path, fit: Fit, about: Mapping[str, Any]) -> None:
-    """Write the files of a search, finished or not: report.md, fit.csv, tries.csv and fit.json.
+    """Write the files of a search, finished or not: report.html, report.md, fit.csv, tries.csv and fit.json.
 
     Args:
         folder: exists.
@@ -159,11 +180,13 @@ def write(folder: Path, fit: Fit, about: Mapping[str, Any]) -> None:
         for each in fit.tries
     ]
     content = {**about, "workload": fit.workload, "modes": list(fit.modes), "ends": ends, "tries": tries}
+    report = document(fit, about)
     files = {
         "fit.json": json_text(content),
         "tries.csv": to_csv(each.record for each in fit.tries),
         "fit.csv": render(fit, "csv"),
-        "report.md": document(fit),
+        "report.md": as_markdown(report),
+        "report.html": page(report),
     }
     for name, text in files.items():
         # Whole or not at all: the process may be killed at any time.

@@ -12,7 +12,7 @@ from support.runfolder import record
 from mpscale.analysis.fit import Fit, Try, Verdict
 from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
-from mpscale.report.fit import document, render, table, write
+from mpscale.report.fit import render, table, write
 from mpscale.report.table import DASH
 
 FULL = Reason(Code.OUT_OF_MEMORY, "no room")
@@ -81,7 +81,15 @@ def test_a_step_time_that_says_nothing_about_the_mode_gives_no_ratio_of_speeds(f
 
 def test_the_folder_has_a_report_the_table_and_every_try(fit, tmp_path):
     write(tmp_path, fit, {"fit": "name"})
-    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "fit.csv", "tries.csv", "fit.json"}
-    assert table(fit).markdown() in document(fit) == (tmp_path / "report.md").read_text()
+    names = {"report.html", "report.md", "fit.csv", "tries.csv", "fit.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    written = (tmp_path / "report.md").read_text()
+    assert table(fit).markdown() in written
+    assert written.count("\n## ") == 3  # nothing is known of its environment and settings
+    assert "- **mixed-static**: the largest batch is 1,536, 1.50 times that of tf32\n" in written
+    assert "- **mixed-bf16**: the largest batch is at least 4,096\n" in written
+    assert "- **mixed-keras**: no batch trained\n" in written
+    html = (tmp_path / "report.html").read_text()
+    assert all(f"<td>{cell}</td>" in html for row in table(fit).rows for cell in row)
     assert len((tmp_path / "tries.csv").read_text().splitlines()) == 1 + len(fit.tries)
     assert json.loads((tmp_path / "fit.json").read_text())["tries"][1]["reason"]["code"] == "out-of-memory"
