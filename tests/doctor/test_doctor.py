@@ -464,6 +464,7 @@ def test_a_short_training_on_a_simulated_gpu(gpu_here):
     assert Code.PROCESSES_HIDDEN not in [each["code"] for each in found["cautions"]]
 
 
+@pytest.mark.slow
 def test_a_short_training_that_the_driver_does_not_list(gpu_here):
     gpu_here.script.general(offset_pid=1_000_000).process("compute", "@worker", "0:300 1:700")
     found = gpu_here("--gpu")

@@ -315,6 +315,7 @@ def test_later_processes_reuse_what_the_first_good_one_has_tuned(machine):
     assert len(re.findall(r"[\d.]+ \(2 reused: [\d.]+\)", row)) == 2
 
 
+@pytest.mark.slow
 def test_on_a_cpu_flags_reach_the_worker_and_nothing_is_tuned(machine):
     watched = Watched(machine)
     users = "--xla_cpu_enable_fast_min_max=false"

@@ -33,7 +33,7 @@ def hanging_case(folder):
     """The run's folder, once its second case hangs in its training."""
     for journal in folder.glob("results/runs/*/journal.jsonl"):
         if '"case_started"' in journal.read_text() and "hang" in journal.read_text().splitlines()[-1]:
-            time.sleep(3)
+            time.sleep(1)
             return journal.parent
     return None
 

@@ -40,7 +40,7 @@ def test_memory_reconciles_with_the_allocator(gpu_case):
     assert values["gpu_memory_unexplained_mib"] == 100.0
 
 
-@pytest.mark.parametrize("timed_s", [2.0, 9.6])
+@pytest.mark.parametrize("timed_s", [2.0, pytest.param(9.6, marks=pytest.mark.slow)])
 def test_energy_of_ten_seconds_is_within_one_percent(gpu_case, tmp_path, timed_s):
     """Power changes every 0.7 s; the true energy is its integral over the window."""
     case = gpu_case()

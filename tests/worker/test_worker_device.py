@@ -1,5 +1,6 @@
 """The device as TensorFlow and CUDA see it: settings, allocator, and whether CUDA uses the GPU that is monitored."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -26,7 +27,11 @@ int cuDeviceGetPCIBusId(char *id, int length, int device) {
     (void)device; strncpy(id, "0000:0A:00.0", length); return 0;
 }
 """
-CODE = "import sys; from mpscale.worker.device import mismatch; print(mismatch(*[a or None for a in sys.argv[1:]]))"
+CODE = """
+import json, sys
+from mpscale.worker.device import mismatch
+print(json.dumps([mismatch(*asked) for asked in json.loads(sys.argv[1])]))
+"""
 SAME = "GPU-abababab-abab-abab-abab-abababababab"
 
 
@@ -121,19 +126,31 @@ def libraries(tmp_path_factory):
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 @pytest.mark.parametrize(
-    ("library", "uuid", "bus", "words"),
+    ("library", "gpus"),
     [
-        ("full", SAME, "00000000:0A:00.0", None),
-        ("full", SAME.upper().replace("GPU", "MIG"), "", None),
-        ("full", "GPU-5b0c4a1e-0000-1111-2222-333344445555", "00000000:0A:00.0", "mpscale monitors GPU-5b0c4a1e"),
-        ("old", SAME, "00000000:0A:00.0", None),
-        ("old", SAME, "00000000:07:00.0", "at PCI bus 0000:0A:00.0"),
-        ("old", SAME, "", None),
-        ("broken", SAME, "00000000:07:00.0", None),
-        ("none", SAME, "00000000:07:00.0", None),
+        (
+            "full",
+            {
+                (SAME, "00000000:0A:00.0"): None,
+                (SAME.upper().replace("GPU", "MIG"), None): None,
+                ("GPU-5b0c4a1e-0000-1111-2222-333344445555", "00000000:0A:00.0"): "mpscale monitors GPU-5b0c4a1e",
+            },
+        ),
+        (
+            "old",
+            {
+                (SAME, "00000000:0A:00.0"): None,
+                (SAME, "00000000:07:00.0"): "at PCI bus 0000:0A:00.0",
+                (SAME, None): None,
+            },
+        ),
+        ("broken", {(SAME, "00000000:07:00.0"): None}),
+        ("none", {(SAME, "00000000:07:00.0"): None}),
     ],
+    ids=["full", "old", "broken", "none"],
 )
-def test_cuda_must_use_the_gpu_that_is_monitored(libraries, library, uuid, bus, words):
+def test_cuda_must_use_the_gpu_that_is_monitored(libraries, library, gpus):
     environment = {**os.environ, "LD_LIBRARY_PATH": libraries[library]}
-    done = subprocess.check_output([sys.executable, "-c", CODE, uuid, bus], env=environment, text=True)
-    assert (words or "None") in done
+    done = subprocess.check_output([sys.executable, "-c", CODE, json.dumps(list(gpus))], env=environment, text=True)
+    for said, words in zip(json.loads(done), gpus.values(), strict=True):
+        assert (said is None) if words is None else (words in said)
