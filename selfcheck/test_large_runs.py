@@ -22,7 +22,7 @@ from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.mode import MODES
 from mpscale.core.record import Record
 
-REFERENCE = Path(__file__).parents[1] / "results" / "reference" / "20261124T015841Z-amd-epyc-d6eb"
+REFERENCE = Path(__file__).parents[1] / "results" / "reference" / "20261127T062010Z-amd-epyc-b176"
 SEEDS = 1250
 USED = ("fp32", "tf32", "mixed-static", "mixed-dynamic", "mixed-bf16", "mixed-logmax", "mixed-keras", "mixed-unscaled")
 COMMAND = "import sys; from mpscale.cli import main; sys.exit(main(sys.argv[1:]))"

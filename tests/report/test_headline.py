@@ -65,7 +65,7 @@ def test_blocks_in_two_groups_are_said_also_of_a_run_that_had_no_columns_for_the
     [
         ("20261126T191040Z-nvidia-h200-32b6", True),
         ("20261126T191258Z-nvidia-h200-fc37", False),
-        ("20261124T020422Z-amd-epyc-352f", False),
+        ("20261127T062509Z-amd-epyc-e954", False),
     ],
     ids=["GPU without XLA", "GPU with XLA", "CPU"],
 )
