@@ -334,3 +334,59 @@ def test_model_with_one_output_per_example_and_no_axis_for_it():
     outcome = train(workload(model, lambda: split(x, y), loss=keras.losses.BinaryCrossentropy(from_logits=True)))
     assert outcome.row["final_accuracy"] > 0.9
     assert train(workload(model, lambda: split(x, y), loss="crossentropy", metric="mae")).status == "ok"
+
+
+def worst(labels, outputs):
+    return tf.reduce_max(tf.abs(labels - outputs))
+
+
+def by_if(labels, outputs, limit=1.0):
+    """The absolute error while an example is far off, then the squared one."""
+    if worst(labels, outputs) > limit:
+        return tf.reduce_mean(tf.abs(labels - outputs))
+    return tf.reduce_mean((labels - outputs) ** 2)
+
+
+def by_while(labels, outputs):
+    scale = tf.constant(1.0)
+    while scale < tf.stop_gradient(worst(labels, outputs)):
+        scale *= 2.0
+    return tf.reduce_mean(tf.abs(labels - outputs)) * scale
+
+
+class Deciding:
+    def __call__(self, labels, outputs):
+        return by_if(labels, outputs, limit=0.5)
+
+
+def chosen(labels, outputs, limit=1.0):
+    far = tf.reduce_mean(tf.abs(labels - outputs))
+    return tf.where(worst(labels, outputs) > limit, far, tf.reduce_mean((labels - outputs) ** 2))
+
+
+def doubled(labels, outputs):
+    off = tf.stop_gradient(worst(labels, outputs))
+    return tf.reduce_mean(tf.abs(labels - outputs)) * 2.0 ** tf.maximum(
+        tf.math.ceil(tf.math.log(off) / np.log(2.0)), 0.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "same"),
+    [
+        (by_if, chosen),
+        (functools.partial(by_if, limit=2.0), functools.partial(chosen, limit=2.0)),
+        (Deciding(), functools.partial(chosen, limit=0.5)),
+        (by_while, doubled),
+    ],
+    ids=["if", "partial", "object", "while"],
+)
+def test_loss_may_decide_by_tensors_in_python(written, same):
+    """AutoGraph converts it, as in a ``tf.function`` of the user's own."""
+    data = split(X, COLUMN)
+    outcomes = [
+        train(workload(LINE, lambda: data, loss=loss, metric="mse", **LESS, **SHORT)) for loss in (written, same)
+    ]
+    assert [outcome.status for outcome in outcomes] == ["ok", "ok"]
+    values = [outcome.row["train_loss_final"] for outcome in outcomes]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
