@@ -145,6 +145,8 @@ def _speed_ratio(ours: Record, theirs: Record) -> float | Reason:
     for speed in (our_speed, their_speed):
         if isinstance(speed, Reason):
             return speed
+    if ours is theirs:
+        return 1.0
     # That each speed comes from one process is said once, of all of them.
     doubts = [doubt for doubt in find_doubts(conditions([ours]), conditions([theirs]), 1) if doubt != Doubt.ONE_PAIR]
     if doubts:

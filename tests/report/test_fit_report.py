@@ -74,9 +74,10 @@ def test_csv_and_json_have_reasons_for_empty_cells(fit):
 )
 def test_a_step_time_that_says_nothing_about_the_mode_gives_no_ratio_of_speeds(fit, condition, side):
     fit.tries[side] = tried(fit.tries[side].mode, fit.tries[side].batch, **condition)
-    (row,) = [row for row in json.loads(render(fit, "json")) if row["mode"] == "mixed-static"]
-    assert row["batch_ratio"] == 1.5
-    assert "examples_per_s_ratio" in row["unavailable"]
+    rows = {row["mode"]: row for row in json.loads(render(fit, "json"))}
+    assert rows["mixed-static"]["batch_ratio"] == 1.5
+    assert "examples_per_s_ratio" in rows["mixed-static"]["unavailable"]
+    assert (rows["tf32"]["examples_per_s_ratio"], rows["tf32"]["unavailable"]) == (1.0, None)
 
 
 def test_the_folder_has_a_report_the_table_and_every_try(fit, tmp_path):
