@@ -32,7 +32,7 @@ WRITTEN = ("report.html", "report.md", "summary.csv", "cases.csv")
 _FOLDED = ("Environment", "Settings", "Missing values")
 """Sections for looking things up, folded at first."""
 
-_SENTENCES = ("Cases that did not end well", *_FOLDED)
+_SENTENCES = ("Cases that did not end well", "Largest batches", "Tries", *_FOLDED)
 """Sections whose tables have cells long enough to be broken into lines."""
 
 _PICTURES_AFTER = "Results"

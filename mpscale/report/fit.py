@@ -13,7 +13,7 @@ from mpscale.core.record import to_csv
 from mpscale.report.document import Document, facts, when
 from mpscale.report.document import render as as_markdown
 from mpscale.report.files import page
-from mpscale.report.table import DASH, Table, count, escape, json_text, large, number
+from mpscale.report.table import DASH, Table, escape, json_text, large, number
 
 _CSV = ("workload", "mode", "device_name", "memory_limit_mib", *ROW, "baseline", "unavailable")
 
@@ -71,7 +71,10 @@ def _remarks(fit: Fit, mode: str) -> Iterator[str]:
 
 
 def _whole(value: float | None) -> str:
-    return DASH if value is None else f"{value:,.0f}" if value >= 100 else number(value)
+    if value is None:
+        return DASH
+    # A batch is an integer; examples per second may be a few.
+    return f"{value:,.0f}" if isinstance(value, int) or value >= 100 else number(value)
 
 
 def _ratio(value: float | None) -> str:
@@ -113,7 +116,7 @@ def document(fit: Fit, about: Mapping[str, Any]) -> Document:
         [_tried(fit, each) for each in fit.tries],
     )
     parts: dict[str, list[Table | str]] = {
-        "Results": [table(fit)],
+        "Largest batches": [table(fit)],
         "How to read this": ["\n".join(f"- {note}" for note in (*_NOTES, on_device))],
         "Tries": [tries or "None."],
         "Environment": [facts(about.get("environment"))],
@@ -144,7 +147,7 @@ def _tried(fit: Fit, each: Try) -> list[str]:
     memory = next((record[name] for name in memory_columns(fit.device) if record[name] is not None), None)
     return [
         each.mode,
-        count(each.batch),
+        _whole(each.batch),
         each.verdict,
         DASH if step_ms is None else f"{number(step_ms)} ms",
         large(memory, "MiB"),

@@ -53,6 +53,12 @@ def test_the_table_shows_what_is_known_and_says_why_the_rest_is_not(fit):
     assert rows["mixed-keras"]["note"] == "a batch of 64 failed: error: ValueError"
 
 
+def test_a_small_batch_is_an_integer(fit):
+    fit.tries[0] = tried("tf32", 7)
+    fit.tries[1] = tried("tf32", 8, fits=False)
+    assert table(fit).rows[0][1:3] == ["7", "8"]
+
+
 def test_csv_and_json_have_reasons_for_empty_cells(fit):
     rows = {row["mode"]: row for row in csv.DictReader(io.StringIO(render(fit, "csv")))}
     assert rows["tf32"]["largest_batch"] == "1024"
