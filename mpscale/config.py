@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import math
 import os
+import random
 import re
 import tempfile
+import time
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -217,15 +219,40 @@ def memory(text: str) -> float:
     return float(found[1]) * _UNITS_MIB[found[2]]
 
 
+_ATTEMPTS = 20
+"""How often to look whether a folder can be written to, while other sessions may do the same."""
+_PAUSE_S = 0.01
+"""The longest pause between two looks; its length is random, so that two sessions do not meet again."""
 _PROBE = bytes(1 << 16)
 """More than file systems store in the entry of a file itself, so it does not fit on a full disk."""
 
 
 def why_not_writable(wanted: Path) -> str | None:
-    """Return why no file can be made in the folder ``wanted``, or None if one can. Leaves nothing behind.
+    """Return why no file can be made in the folder ``wanted``, or None if one can.
+
+    Leaves nothing behind, except that of sessions which look at the same time one may leave an empty folder.
 
     This makes one to find out: for root, permissions allow everything, even in /proc, and a full disk has them too.
     """
+    for attempt in range(_ATTEMPTS):
+        try:
+            _make_a_file_in(wanted)
+        except OSError as error:
+            culprit = Path(error.filename) if isinstance(error.filename, str) else wanted
+            in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+            if attempt < _ATTEMPTS - 1 and (isinstance(error, FileNotFoundError) or (in_the_way and culprit.is_dir())):
+                # Another session looks at the same time, and has made or removed its folder.
+                time.sleep(random.uniform(0.0, _PAUSE_S))
+                continue
+            # Name the folder or what is in its way, never the temporary file.
+            place = culprit if culprit == wanted or culprit in wanted.parents else wanted
+            return f"{place}: {'it exists and is not a folder' if in_the_way else error.strerror}"
+        else:
+            break
+    return None
+
+
+def _make_a_file_in(wanted: Path) -> None:
     made: list[Path] = []
     try:
         for each in (*reversed(wanted.parents), wanted):
@@ -236,14 +263,7 @@ def why_not_writable(wanted: Path) -> str | None:
             file.write(_PROBE)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        culprit = Path(error.filename) if isinstance(error.filename, str) else wanted
-        # Name the folder or what is in its way, never the temporary file.
-        place = culprit if culprit == wanted or culprit in wanted.parents else wanted
-        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
-        return f"{place}: {'it exists and is not a folder' if in_the_way else error.strerror}"
     finally:
         for each in reversed(made):
             with contextlib.suppress(OSError):
                 each.rmdir()
-    return None

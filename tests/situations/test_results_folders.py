@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,9 @@ def test_a_read_only_file_system_is_noticed(tmp_path, monkeypatch, code):
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert why_not_writable(tmp_path / "new" / "runs") == f"{tmp_path}/new: {os.strerror(code)}"
+
+
+def test_sessions_that_look_at_the_same_time_do_not_refuse_each_other(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: why_not_writable(tmp_path / "new" / "runs"), range(400)))
+    assert set(found) == {None}
