@@ -230,9 +230,8 @@ _PROBE = bytes(1 << 16)
 def why_not_writable(wanted: Path) -> str | None:
     """Return why no file can be made in the folder ``wanted``, or None if one can.
 
-    Leaves nothing behind, except that of sessions which look at the same time one may leave an empty folder.
-
-    This makes one to find out: for root, permissions allow everything, even in /proc, and a full disk has them too.
+    This makes one to find out: for root, permissions allow everything, even in /proc, and a full disk has them too. It
+    leaves nothing behind, unless several sessions look at the same time: then one may leave an empty folder.
     """
     for attempt in range(_ATTEMPTS):
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import signal
 import sys
 import time
@@ -17,14 +16,15 @@ from mpscale.cli.output import (
     OK,
     RESULTS,
     add_output_options,
+    check_output,
     fail,
+    live_line,
     say,
     warn,
     write,
-    write_error,
 )
 from mpscale.config import RUN, add_gate_options, add_results_option, load, seconds
-from mpscale.terminal import LiveLine, Screen
+from mpscale.terminal import Screen
 
 if TYPE_CHECKING:
     from mpscale.analysis.gates import Gate
@@ -149,13 +149,12 @@ def ab_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def ab(options: argparse.Namespace) -> int:
-    from mpscale.ab.environments import LETTERS, Refused, differences, examine, pytest_arguments
+    from mpscale.ab.environments import LETTERS, differences, examine, pytest_arguments
     from mpscale.ab.referee import Referee
 
     try:
         rules = _rules(options)
-        if options.output is not None and not options.output.parent.is_dir():
-            raise Refused(f"--output {options.output}: there is no folder {options.output.parent}")
+        check_output(options.output)
         arguments = pytest_arguments(options.unknown, options.results)
         environments = examine(options.python, options.start_timeout, options.force)
     except ValueError as error:
@@ -165,8 +164,7 @@ def ab(options: argparse.Namespace) -> int:
         print(line, file=sys.stderr)
     # CI sends SIGTERM to cancel a job: keep what was measured, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    line = LiveLine(write_error, sys.stderr.isatty(), shutil.get_terminal_size().columns)
-    referee = Referee(environments, arguments, Screen(LETTERS, line, time.monotonic), options.start_timeout)
+    referee = Referee(environments, arguments, Screen(LETTERS, live_line(), time.monotonic), options.start_timeout)
     referee.run()
     for letter, run in zip(LETTERS, referee.runs, strict=True):
         if run is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,9 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpscale.cli.output import FAILED, INTERRUPTED, OK, RESULTS, add_output_options, fail, write, write_error
+from mpscale.cli.output import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    RESULTS,
+    add_output_options,
+    check_output,
+    fail,
+    live_line,
+    write,
+)
 from mpscale.config import add_results_option, memory, number, seconds, why_not_writable
-from mpscale.terminal import LiveLine, as_typed
+from mpscale.terminal import as_typed
 
 if TYPE_CHECKING:
     from mpscale.analysis.fit import Try
@@ -80,8 +89,7 @@ def fit(options: argparse.Namespace) -> int:
     from mpscale.telemetry.client import open_driver
     from mpscale.workloads import registry
 
-    if options.output is not None and not options.output.parent.is_dir():
-        return fail(f"--output {options.output}: there is no folder {options.output.parent}")
+    check_output(options.output)
     try:
         with registry.without_gpus():
             workload = registry.get(options.workload, [Path.cwd()])
@@ -130,7 +138,7 @@ def _search(
     asked = {**settings.to_json(), "max_batch": options.max_batch, "timeout_s": options.timeout}
     asked |= {"memory_limit_mib": limit_mib, "gpu_allocator": options.gpu_allocator}
     folder, about = fitting.new_folder(options.results, device, driver, asked)
-    line = LiveLine(write_error, sys.stderr.isatty(), shutil.get_terminal_size().columns)
+    line = live_line()
     line.add(f"on {device.name} ({device.kind.upper()})" + (f", up to {limit_mib:,.0f} MiB" if limit_mib else ""))
 
     def show(case: Case, event: Progressed) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from mpscale.config import SettingsError
+from mpscale.terminal import LiveLine
 
 OK = 0
 FAILED = 1
@@ -32,9 +36,23 @@ def write(text: str, file: Path | None) -> None:
         file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def write_error(text: str) -> None:
-    """Write a piece of text to standard error, for a live line."""
-    print(text, end="", file=sys.stderr, flush=True)
+def check_output(file: Path | None) -> None:
+    """Check that the folder of ``--output`` exists, before a command that takes long.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    if file is not None and not file.parent.is_dir():
+        raise SettingsError(f"--output {file}: there is no folder {file.parent}")
+
+
+def live_line() -> LiveLine:
+    """A live line on standard error: standard output is for the result."""
+
+    def write(text: str) -> None:
+        print(text, end="", file=sys.stderr, flush=True)
+
+    return LiveLine(write, sys.stderr.isatty(), shutil.get_terminal_size().columns)
 
 
 def say(message: str) -> None:

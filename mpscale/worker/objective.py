@@ -68,7 +68,7 @@ class Objective:
         assert self._form is not None and self._loss is not None and self._traced is not None
         labels, mask = self._form(labels), getattr(outputs, "_keras_mask", None)
         if isinstance(self._loss, keras.losses.Loss):
-            return _scalar(self._loss(labels, outputs))
+            return _scalar(self._traced(labels, outputs))
         if outputs.dtype in (tf.float16, tf.bfloat16):
             outputs = tf.cast(outputs, tf.float32)
         if mask is not None and self._loss is sparse_cross_entropy:

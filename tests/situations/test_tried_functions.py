@@ -358,6 +358,16 @@ class Deciding:
     def __call__(self, labels, outputs):
         return by_if(labels, outputs, limit=0.5)
 
+    def method(self, labels, outputs):
+        return by_if(labels, outputs, limit=0.5)
+
+
+class Calling(keras.losses.Loss):
+    """Keras' own ``__call__`` does not convert ``call``; this one replaces it."""
+
+    def __call__(self, labels, outputs, sample_weight=None):
+        return by_if(labels, outputs)
+
 
 def chosen(labels, outputs, limit=1.0):
     far = tf.reduce_mean(tf.abs(labels - outputs))
@@ -377,9 +387,11 @@ def doubled(labels, outputs):
         (by_if, chosen),
         (functools.partial(by_if, limit=2.0), functools.partial(chosen, limit=2.0)),
         (Deciding(), functools.partial(chosen, limit=0.5)),
+        (Deciding().method, functools.partial(chosen, limit=0.5)),
+        (Calling(), chosen),
         (by_while, doubled),
     ],
-    ids=["if", "partial", "object", "while"],
+    ids=["if", "partial", "object", "method", "Keras loss", "while"],
 )
 def test_loss_may_decide_by_tensors_in_python(written, same):
     """AutoGraph converts it, as in a ``tf.function`` of the user's own."""
