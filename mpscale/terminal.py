@@ -203,6 +203,8 @@ class Progress:
             parts.append(f"accuracy {100 * record['final_accuracy']:.1f} %")
         elif record["metric_value"] is not None:
             parts.append(f"{record['metric_name']} {record['metric_value']:.4g}")
+        elif record["has_metric"] is False:
+            parts.append("no accuracy: synthetic inputs" if record["synthetic_inputs"] else "no metric")
         if record["overflow_steps"]:
             parts.append(f"{record['overflow_steps']} overflows")
         busy = record[_BUSY.name] or 0.0

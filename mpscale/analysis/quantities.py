@@ -14,7 +14,14 @@ from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
 from mpscale.analysis.claim import conditions, find_doubts
-from mpscale.analysis.trainings import by_reason, overflow_rate, overflow_unknown, trainings, without_figure
+from mpscale.analysis.trainings import (
+    by_reason,
+    have_no_metric,
+    overflow_rate,
+    overflow_unknown,
+    trainings,
+    without_figure,
+)
 from mpscale.core.columns import COLUMNS
 from mpscale.core.record import Key, Record, of_good_trainings
 
@@ -37,6 +44,8 @@ class Outcome(Ranked):
     FIRED = "fired"
     CANNOT_TELL = "cannot-tell"
     PASSED = "passed"
+    NOT_APPLICABLE = "not-applicable"
+    """The row has no such figure, and is not meant to have one."""
 
 
 class Verdict(Ranked):
@@ -197,7 +206,8 @@ class _Metric(Quantity):
         self, cases: Sequence[Record], baseline: Sequence[Record], not_started: Sequence[Key] = ()
     ) -> list[str]:
         seeds = trainings(cases, not_started)
-        return [by_reason({**seeds.lost, **seeds.unknown})]
+        none = "the workload has no metric" if have_no_metric(cases) else ""
+        return [none, by_reason({**seeds.lost, **seeds.unknown})]
 
 
 class _OverflowRate(Quantity):

@@ -26,6 +26,7 @@ from mpscale.analysis.trainings import (
     Trainings,
     by_reason,
     has_overflow,
+    have_no_metric,
     overflow_rate,
     seeds_text,
     trainings,
@@ -217,6 +218,8 @@ def _metric(own: _Mode, fp32: _Mode) -> Row:
     if name is None and any(case["metric_name"] is not None for case in own.measured):
         values, differences = [], []  # several metrics have no common mean
     return {
+        "synthetic_inputs": common(own.cases, "synthetic_inputs"),
+        "has_metric": common(own.cases, "has_metric"),
         "metric_name": name,
         "metric_seeds": len(values),
         "metric_mean": _over(statistics.fmean, values),
@@ -286,6 +289,8 @@ def judge_metric(
 ) -> Quality | None:
     """Whether the metric of ``other`` is as good as the baseline's; None if one of the two was never meant to train.
 
+    A workload without a metric gets no verdict either, unless a seed was lost: then it is ``WORSE``.
+
     This tests for non-inferiority, seed by seed. A difference that is not significant does not show that there is none:
     three seeds hide a loss of two points. So the question is whether a loss of more than the workload's margin can be
     ruled out. Piaggio et al., "Reporting of noninferiority and equivalence randomized trials", JAMA 2012;308:2594.
@@ -304,6 +309,8 @@ def judge_metric(
         return None
     # A seed that is lost in the baseline as well is not the other's fault.
     lost = sorted(after.lost.keys() - before.lost.keys())
+    if have_no_metric((*baseline, *other)):
+        return judge([], None, None, lost) if lost else None
     pairs = [seed for seed in sorted(after.metric) if seed in before.metric and seed not in before.lost]
     left_out = _left_out(before, after, pairs)
     unknown = sorted(_unknown(before, after) - before.lost.keys())
@@ -395,7 +402,7 @@ def _outcome(side: Trainings, seed: int) -> str | None:
     """Why one side does not have a seed, None if it does."""
     if seed in side.lost or seed in side.unknown:
         return side.lost.get(seed) or side.unknown[seed]
-    return None if seed in side.metric else "not planned" if side.plan_known else NO_SUCH_ROW
+    return None if seed in {*side.metric, *side.unscored} else "not planned" if side.plan_known else NO_SUCH_ROW
 
 
 def _names_differ(with_metric: Sequence[Sequence[Record]]) -> bool:

@@ -140,6 +140,8 @@ def _search(
     folder, about = fitting.new_folder(options.results, device, driver, asked)
     line = live_line()
     line.add(f"on {device.name} ({device.kind.upper()})" + (f", up to {limit_mib:,.0f} MiB" if limit_mib else ""))
+    if workload.synthetic:
+        line.add(f"{options.workload} has synthetic inputs")
 
     def show(case: Case, event: Progressed) -> None:
         if isinstance(event, PhaseReached):

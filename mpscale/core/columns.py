@@ -215,6 +215,7 @@ def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, *cells: C
 # fmt: off
 _REUSED = ("autotuning", "reused")
 _NOT_REACHED = "the case ended before that"
+_NO_METRIC = "the workload has no metric (`has_metric`)"
 _NO_TRAINING = "timing-only process (`repeat` above 0), or the case ended before that"
 _NO_TIMING = "timing was off (`--benchmark-disable`), or the case ended before that"
 _NO_PROFILE = "no GPU, the profiler recorded none of its kernels or is in use by the workload (the reason says which), timing was off, or the case ended before that"
@@ -271,6 +272,8 @@ SECTIONS: tuple[Section, ...] = (
             _measured("batch_size", "int", "examples", "examples per step", _NOT_REACHED),
             _measured("optimizer", "str", "", "class of the wrapped Keras optimizer", _NOT_REACHED),
             _measured("parameters", "int", "", "trainable parameters of the model", _NOT_REACHED),
+            _measured("synthetic_inputs", "bool", "", "whether inputs and labels are drawn at random, so that there is nothing to learn and no accuracy; throughput, memory, overflow and loss are as real as any", _NOT_REACHED),
+            _measured("has_metric", "bool", "", "whether the workload has a metric; without one nothing is evaluated, and there is no verdict on the result", "a run of an older mpscale, whose workloads always have one, or the case ended before that"),
         ),
     ),
     Section(
@@ -314,13 +317,13 @@ SECTIONS: tuple[Section, ...] = (
         Topic.RESULT,
         "Result of the training",
         (
-            _measured("final_accuracy", "float", "share", "accuracy on the test set after the last step", "the workload has another metric, or " + _NO_TRAINING),
-            _measured("metric_name", "str", "", "the workload's metric", _NOT_REACHED),
-            _measured("metric_value", "float", "", "that metric on the test set after the last step", "it was not finite, or " + _NO_TRAINING),
-            _measured("metric_higher_is_better", "bool", "", "whether higher is better", _NOT_REACHED),
+            _measured("final_accuracy", "float", "share", "accuracy on the test set after the last step", "the workload has another metric; " + _NO_METRIC + "; " + _NO_TRAINING),
+            _measured("metric_name", "str", "", "the workload's metric", _NO_METRIC + ", or " + _NOT_REACHED),
+            _measured("metric_value", "float", "", "that metric on the test set after the last step", "it was not finite; " + _NO_METRIC + "; " + _NO_TRAINING),
+            _measured("metric_higher_is_better", "bool", "", "whether higher is better", _NO_METRIC + ", or " + _NOT_REACHED),
             _measured("metric_target", "float", "", "value of the metric at which the workload counts as trained", "the workload has none, or the case ended before that"),
-            _measured("metric_margin", "float", "", "how much worse than the baseline still counts as equal, in units of the metric", _NOT_REACHED),
-            _measured("test_examples", "int", "examples", "size of the test set", _NOT_REACHED),
+            _measured("metric_margin", "float", "", "how much worse than the baseline still counts as equal, in units of the metric", "the workload has none, or " + _NOT_REACHED),
+            _measured("test_examples", "int", "examples", "size of the test set", _NO_METRIC + ", or " + _NOT_REACHED),
             _measured("published_metric_value", "float", "", "the metric on the test set of the data's publication, if that is a different one (mnist1d: its 1,000 examples)", "there is no such set, or " + _NO_TRAINING),
         ),
     ),
@@ -489,7 +492,9 @@ SUMMARY: tuple[Column, ...] = (
     _known("skipped_steps", "int", "steps", "sum over the same trainings", "the mode checks no gradient"),
     _known("overflow_rate", "float", "share", "`overflow_steps` / `attempted_steps`", "the mode checks no gradient"),
     _known("overflow_seeds", "int", "", "trainings that have `overflow_steps`: fewer than `seeds_planned` if some do not"),
-    _known("metric_name", "str", "", "the workload's metric", "nothing was trained"),
+    _known("synthetic_inputs", "bool", "", "whether inputs and labels are drawn at random", "no case got that far"),
+    _known("has_metric", "bool", "", "whether the workload has a metric; if not, all columns about one are empty, except for the verdict on a seed that was lost", "no case got that far, or a run of an older mpscale"),
+    _known("metric_name", "str", "", "the workload's metric", "it has none, or nothing was trained"),
     _known("metric_seeds", "int", "", "trainings with a finite metric: fewer than `seeds_planned` if some were lost or failed"),
     _known("metric_mean", "float", "", "mean of `metric_value` over seeds", "no seed has it"),
     _known("metric_min", "float", "", "smallest of any seed", "no seed has it"),
@@ -500,7 +505,7 @@ SUMMARY: tuple[Column, ...] = (
     _known("metric_pairs", "int", "", "seeds with a metric under this mode and fp32, none of them lost in fp32"),
     _known("metric_margin", "float", "", "how much worse than fp32 still counts as equal", "fp32 itself, or no fp32 was trained"),
     _known("metric_higher_is_better", "bool", "", "whether higher is better", "fp32 itself, or it is not known"),
-    _known("metric_verdict", "str", "", "`non-inferior`: a loss of the workload's margin is ruled out, in all seeds; `worse`: a loss beyond it is shown, or a seed was lost (diverged, stalled, no finite metric) that was not in fp32; else `inconclusive`", "fp32 itself, or no fp32 was to be trained"),
+    _known("metric_verdict", "str", "", "`non-inferior`: a loss of the workload's margin is ruled out, in all seeds; `worse`: a loss beyond it is shown, or a seed was lost (diverged, stalled, no finite metric) that was not in fp32; else `inconclusive`", "fp32 itself, no fp32 was to be trained, or the workload has no metric and no seed was lost"),
     _known("metric_reason", "str", "", "the reason of the verdict, if the numbers do not show it", "they show it"),
     _known("metric_left_out", "str", "", "seeds of this mode or fp32 that are not in a pair, with the reason", "all are in one"),
     _known("metric_seeds_needed", "int", "", "seeds needed for a verdict if mean and spread stay the same", "there is a verdict, or a single seed gives no spread"),

@@ -231,12 +231,14 @@ def settle(records: Sequence[Record]) -> list[Record]:
     """The same records, with status ``diverged`` for trainings that have the status ``ok`` but no metric.
 
     Earlier versions of mpscale, and tables from elsewhere, have such trainings: NaN and infinity are empty cells there.
-    A table without any facts about metrics is left as it is.
+    A table without any facts about metrics is left as it is, and so are trainings of a workload without a metric.
     """
     with_metric = {r["workload"] for r in records if r["metric_value"] is not None and r["repeat"] == 0}
 
     def settled(record: Record) -> Record:
         if record["metric_value"] is not None or record["status"] != "ok" or record["repeat"] != 0:
+            return record
+        if record["has_metric"] is False:
             return record
         why = record.why_empty("metric_value")
         told = why is not None or any(record[name] is not None for name in _OF_A_METRIC)

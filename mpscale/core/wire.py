@@ -44,7 +44,7 @@ class Phase(StrEnum):
     STEPS_QUEUED = "steps-queued"
     """A few more are done, queued without waiting. Nothing has been evaluated yet."""
     METRIC_TRIED = "metric-tried"
-    """The model has been evaluated for the first time."""
+    """The model has been evaluated for the first time. Without a metric there is neither this phase nor EVALUATED."""
     TRAINED = "trained"
     """All steps of the training are done; the final evaluation comes next."""
     EVALUATED = "evaluated"

@@ -195,10 +195,14 @@ class BaselineCheck:
             lines.append(self.note)
         if self.comparison is not None:
             lines.append(f"against {self.comparison.baseline.name}:")
-        lines += [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome is not Outcome.PASSED]
+        quiet = (Outcome.PASSED, Outcome.NOT_APPLICABLE)
+        lines += [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome not in quiet]
         if self.findings:
             outcomes = [finding.outcome for finding in self.findings]
-            text = f"{outcomes.count(Outcome.PASSED)} of {len(outcomes)} gated figures passed"
+            apply = len(outcomes) - outcomes.count(Outcome.NOT_APPLICABLE)
+            text = f"{outcomes.count(Outcome.PASSED)} of {apply} gated figures passed"
+            if apply < len(outcomes):
+                text += f"; {len(outcomes) - apply} are not in their workload"
             if unknown := outcomes.count(Outcome.CANNOT_TELL):
                 effect = "fails the run" if self._settings.strict else "fails a run with --mp-strict only"
                 text += f"; {unknown} could not be judged, which {effect}"

@@ -63,6 +63,7 @@ def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
         "Overflow and loss scale": [sections.overflow(run)],
         "Accuracy": sections.accuracy(run),
         "Accuracy against fp32": [sections.against_fp32(run)],
+        "Workloads without a metric": sections.without_metric(run),
         "Timing quality": sections.timing(run),
         "Step time noise": sections.noise(run, floors),
         "Memory": sections.memory(run),
@@ -141,6 +142,7 @@ def _overview(run: Run, rows: Sequence[Row]) -> str:
         sentences.append(f"{plural(left, 'planned case')} {'was' if left == 1 else 'were'} not started.")
     if not run.finished:
         sentences.append("The run was stopped or is still going on: this is what there is so far.")
+    sentences += _no_metric(rows)
     if jumped := sum(row["two_level_processes"] for row in rows):
         whose = plural(jumped, "process")
         sentences.append(f"The step time of {whose} jumped between two levels (see Timing quality).")
@@ -151,6 +153,18 @@ def _overview(run: Run, rows: Sequence[Row]) -> str:
     if kind == "cpu":
         sentences.append("It ran on a CPU: the speeds below say nothing about a GPU.")
     return " ".join(sentences)
+
+
+def _no_metric(rows: Sequence[Row]) -> Iterator[str]:
+    """Say which workloads have no metric, and why."""
+    without = [row for row in rows if row["has_metric"] is False]
+    for synthetic, why in (
+        (True, "synthetic inputs, so no accuracy is given"),
+        (False, "no metric, so nothing was evaluated"),
+    ):
+        names = list(dict.fromkeys(escape(row["workload"]) for row in without if row["synthetic_inputs"] is synthetic))
+        if names:
+            yield f"{_and(names)} {'has' if len(names) == 1 else 'have'} {why}."
 
 
 def _finding(row: Row, rows: Sequence[Row]) -> str:
@@ -290,6 +304,11 @@ _NOTES_ON_METRIC = (
     "Overflow steps have a non-finite gradient. A dash means that the mode does not check gradients: its overflow is "
     "unknown, not zero.",
 )
+_NOTE_ON_NO_METRIC = (
+    "A workload without a metric shows speed, memory, energy and overflow, and whether its training diverges. It shows "
+    "nothing about the accuracy of a mode. Synthetic inputs are drawn at random, so loss scaling is not tested by them "
+    "as it is by real ones."
+)
 _NOTES_ON_CPU = (
     "This run is from a CPU, which emulates float16 by conversions that XLA compiles; without XLA it is slower still, "
     "on some CPUs many times. Step times of float16 modes say nothing about the speed-up on a GPU.",
@@ -318,7 +337,10 @@ def how_to_read(run: Run) -> str:
     notes = list(_NOTES)
     if any(row["headline_baseline"] == "tf32" for row in rows):
         notes.append(_NOTE_ON_TF32)
-    notes += _NOTES_ON_METRIC
+    metrics = [row["has_metric"] is not False for row in rows]
+    notes += _NOTES_ON_METRIC if any(metrics) or not rows else _NOTES_ON_METRIC[1:]
+    if not all(metrics):
+        notes.append(_NOTE_ON_NO_METRIC)
     notes += _NOTES_ON_CPU if device_kind(run) == "cpu" else (_NOTE_ON_GPU_MEMORY,)
     if any(row["gpu_energy_j_per_step"] is not None for row in rows):
         notes.append(_NOTE_ON_ENERGY)

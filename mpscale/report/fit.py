@@ -117,13 +117,18 @@ def document(fit: Fit, about: Mapping[str, Any]) -> Document:
     )
     parts: dict[str, list[Table | str]] = {
         "Largest batches": [table(fit)],
-        "How to read this": ["\n".join(f"- {note}" for note in (*_NOTES, on_device))],
+        "How to read this": ["\n".join(f"- {note}" for note in (*_NOTES, on_device, *_about_inputs(fit)))],
         "Tries": [tries or "None."],
         "Environment": [facts(about.get("environment"))],
         "Settings": [facts(about.get("settings"))],
     }
     filled = {title: some for title, some in parts.items() if any(some)}
     return Document(f"mpscale fit: {fit.workload}", when(about), _findings(fit), filled)
+
+
+def _about_inputs(fit: Fit) -> Iterator[str]:
+    if any(each.record["synthetic_inputs"] for each in fit.tries):
+        yield "The inputs are synthetic: batches and speeds are those of real ones, but nothing is learned."
 
 
 def _findings(fit: Fit) -> str:

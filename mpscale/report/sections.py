@@ -15,6 +15,7 @@ from mpscale.analysis.claim import TOO_SMALL, Doubt, doubts_of, mostly
 from mpscale.analysis.noise_floor import FEWEST_RUNS, Floors, assumed_floor, pooled
 from mpscale.analysis.quantities import COSTS, Cost
 from mpscale.analysis.summary import Row, summary_of
+from mpscale.analysis.trainings import have_no_metric
 from mpscale.core.blocks import FASTER, SLOWER
 from mpscale.core.columns import COLUMNS, MEASURED, SUMMARY, Cell, Column, Over, Sheet
 from mpscale.core.mode import is_mixed
@@ -129,7 +130,9 @@ def overflow_steps(row: Row) -> str:
 
 
 def final_metric(row: Row) -> str:
-    """Write the mean of the metric over seeds, and its range if seeds differ."""
+    """Write the mean of the metric over seeds, and its range if seeds differ; or that the workload has none."""
+    if row["has_metric"] is False:
+        return "none: synthetic inputs" if row["synthetic_inputs"] else "none"
     name = row["metric_name"]
     mean = metric(row["metric_mean"], name)
     ends = span([metric(row["metric_min"], name), metric(row["metric_max"], name)])
@@ -429,6 +432,30 @@ def accuracy(run: Run) -> list[Table | str]:
         if row["target_reached"] is not None
     ]
     return [values, Table([*_PLACE, "seeds that reached the target", "steps to it, median"], reached)]
+
+
+def without_metric(run: Run) -> list[Table | str]:
+    """Show throughput and loss of workloads without a metric, medians over their processes, and why they have none."""
+    rows, synthetic = [], False
+    for workload, mode, records in measured(run):
+        if not have_no_metric(records):
+            continue
+        synthetic = synthetic or any(record["synthetic_inputs"] for record in records)
+        known = {
+            name: statistics.median(values) if (values := values_of(records, name)) else None
+            for name in ("batch_size", "examples_per_s", "train_loss_first", "train_loss_final")
+        }
+        batch = None if known["batch_size"] is None else round(known["batch_size"])
+        rows.append([workload, mode, count(batch), *(number(known[name], 4) for name in list(known)[1:])])
+    if not rows:
+        return []
+    why = (
+        " Synthetic inputs are drawn at random: there is nothing to learn, so no accuracy is given."
+        if synthetic
+        else ""
+    )
+    headers = [*_PLACE, "batch", "examples per second", "loss of the first step", "loss of the last steps"]
+    return [Table(headers, rows), f"Nothing is evaluated, and nothing is said about how well these train.{why}"]
 
 
 def against_fp32(run: Run) -> Table:

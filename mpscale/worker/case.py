@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case, series_key
+from mpscale.core.columns import Topic, measured_columns
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
@@ -52,6 +53,13 @@ _PROFILED_S, _FEWEST_PROFILED, _MOST_PROFILED = 0.2, 3, 50
 """About how long to profile, and the fewest and most steps of it: the profile grows with every kernel."""
 _ONE_PER_CALL_SHARE = 4
 """With several steps per call, steps of one call each are timed for this part of the time and of the blocks."""
+
+_OF_A_METRIC = (
+    *measured_columns(Topic.RESULT),
+    "steps_to_target",
+    "time_to_target_s",
+)
+"""Columns that a workload without a metric does not have."""
 
 _NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
 
@@ -135,7 +143,8 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     status: Status = ("ok", None)
     if case.trains:
         status = _train(built, opening_s, steps_path, channel)
-        channel.phase(Phase.EVALUATED)
+        if built.workload.metric is not None:
+            channel.phase(Phase.EVALUATED)
     else:
         step.read_log()
     step_ms = _time(built, energy_s, peak, channel) if case.settings.timing_s > 0 else None
@@ -206,7 +215,7 @@ def _described(built: Built) -> Findings:
         parameters,
         data_digest,
     ]
-    if not isinstance(workload.metric, FunctionType):
+    if workload.metric is not None and not isinstance(workload.metric, FunctionType):
         parts.append(models.described_object(workload.metric))
     if built.step.added_losses:
         parts.append({"losses that the model adds": built.step.added_losses})
@@ -225,14 +234,29 @@ def _described(built: Built) -> Findings:
             "batch_size": built.batch,
             "optimizer": type(built.optimizer).__name__,
             "parameters": parameters,
-            "metric_name": workload.metric_name,
-            "metric_higher_is_better": workload.metric_higher_is_better,
-            "test_examples": len(built.data.test_x),
+            "synthetic_inputs": workload.synthetic,
+            "has_metric": workload.metric is not None,
         }
     )
+    if workload.metric is None:
+        found.miss(_OF_A_METRIC, _no_metric(workload))
+        return found
+    found.values |= {
+        "metric_name": workload.metric_name,
+        "metric_higher_is_better": workload.metric_higher_is_better,
+        "test_examples": len(built.data.test[0]),
+    }
     _put(found, "metric_target", workload.target, _NO_TARGET)
     _put(found, "metric_margin", workload.margin, Reason(Code.NOT_IN_WORKLOAD, "the workload has no margin"))
     return found
+
+
+def _no_metric(workload: Workload) -> Reason:
+    """Why a workload without a metric has none of the figures that follow from it."""
+    why = (
+        "synthetic inputs: no accuracy" if workload.synthetic else "the workload has no metric, so nothing is evaluated"
+    )
+    return Reason(Code.NOT_IN_WORKLOAD, why)
 
 
 def _take_opening_steps(built: Built, peak: AllocatorPeak, channel: Channel) -> float:
@@ -264,40 +288,46 @@ def _take_opening_steps(built: Built, peak: AllocatorPeak, channel: Channel) -> 
 def _evaluator(built: Built) -> Evaluator:
     """The metric, tried out so that mistakes show before the training."""
     workload, data, objective = built.workload, built.data, built.objective
+    test_x, test_y = data.test
     one_output = not objective.output or objective.output[-1] == 1
     threshold = objective.threshold() if one_output and is_accuracy(workload.metric) else None
-    score = score_for(workload, data.test_y, objective.output, threshold)
+    score = score_for(workload, test_y, objective.output, threshold)
     evaluate = Evaluator(built.model, score, built.case.settings.jit, built.batch)
-    evaluate.try_out(data.test_x, data.test_y)
+    evaluate.try_out(test_x, test_y)
     evaluate.try_out(*data.progress)
     return evaluate
 
 
 def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Channel) -> Status:
     workload, data, steps = built.workload, built.data, built.steps
-    evaluate = _evaluator(built)
-    channel.phase(Phase.METRIC_TRIED)
+    evaluate = None
+    if workload.metric is not None:
+        evaluate = _evaluator(built)
+        channel.phase(Phase.METRIC_TRIED)
     training = train(
         built.step,
         steps,
         workload,
-        lambda: evaluate(*data.progress),
+        None if evaluate is None else lambda: evaluate(*data.progress),
         lambda done: channel.progress(done, steps),
         opening_s,
     )
     channel.phase(Phase.TRAINED)
     found = Findings(training.values())
-    not_reached = _NO_TARGET
-    if workload.target is not None:
-        not_reached = Reason(Code.NEVER_HAPPENED, f"the target of {workload.target:g} was not reached")
-    _put(found, "steps_to_target", training.steps_to_target, not_reached)
-    _put(found, "time_to_target_s", training.time_to_target_s, not_reached)
+    if workload.metric is not None:
+        not_reached = _NO_TARGET
+        if workload.target is not None:
+            not_reached = Reason(Code.NEVER_HAPPENED, f"the target of {workload.target:g} was not reached")
+        _put(found, "steps_to_target", training.steps_to_target, not_reached)
+        _put(found, "time_to_target_s", training.time_to_target_s, not_reached)
     _report(channel, found)
     if steps_path is not None:
         _write_steps(steps_path, training.log)
     # As at the end of Keras' fit: an optimizer that keeps a moving average of the weights copies it into them.
     built.step.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
-    metric, name = evaluate(data.test_x, data.test_y), workload.metric_name
+    if evaluate is None:
+        return training.status
+    metric, name = evaluate(*data.test), workload.metric_name
     found, other = Findings(), Reason(Code.NOT_IN_WORKLOAD, f"the workload's metric is {name}")
     _put(found, "metric_value", metric, other)
     _put(found, "final_accuracy", metric if name == ACCURACY else None, other)
