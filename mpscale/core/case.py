@@ -183,16 +183,17 @@ def plan(
     repeats: int,
     settings: Settings,
     shuffle_seed: int = 0,
+    first: int = 0,
 ) -> Iterator[Case]:
     """The cases of a run, in the order in which they run.
 
     The modes of one workload and seed run next to each other, so that a drift of the machine hits all of them, in an
     order that is shuffled each time, so that none always comes first. Repeats come after the seeds, so that a run that
-    is cut short loses precision rather than results.
+    is cut short loses precision rather than results. ``first`` is the place of the first case in the run.
     """
     random_order = random.Random(shuffle_seed)
     rounds = [(seed, 0) for seed in range(seeds)] + [(0, repeat) for repeat in range(1, repeats + 1)]
-    order = itertools.count()
+    order = itertools.count(first)
     for workload in workloads:
         for seed, repeat in rounds:
             for mode in random_order.sample(list(modes), len(modes)):

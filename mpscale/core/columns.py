@@ -223,7 +223,7 @@ _UNCHECKED = ", ".join(mode.name for mode in MODES.values() if not mode.sees_ove
 _NO_CHECK = f"the mode checks no gradient ({_UNCHECKED}), or the case ended before that"
 _NO_SCALE = "the mode has no loss scale, or the case ended before that"
 _NO_DRIVER = "no GPU, no driver, or the driver does not report it or stopped doing so during the case; the reason says which"
-_NO_ENERGY = "no GPU, the driver reports neither energy nor power or stopped doing so during the case, energy was off (`--mp-energy 0`, preset `smoke`), or the window was shorter than 10 s"
+_NO_ENERGY = "no GPU, the driver reports neither energy nor power or stopped doing so during the case, energy was off (`--mp-energy 0`, or by the preset), or the window was shorter than 10 s"
 
 SECTIONS: tuple[Section, ...] = (
     Section(

@@ -381,7 +381,7 @@ def _energy_off(case: Case) -> Reason | None:
     if case.settings.timing_s == 0:
         return Reason(Code.NOT_ASKED_FOR, "timing was off")
     if case.settings.energy_s == 0:
-        return Reason(Code.NOT_ASKED_FOR, "energy was off (--mp-energy 0, or the preset smoke)")
+        return Reason(Code.NOT_ASKED_FOR, "energy was off (--mp-energy 0, or the preset)")
     return None
 
 

@@ -128,13 +128,13 @@ class BaselineCheck:
             )
         self._baseline = baseline
 
-    def judge(self, path: Path, run_more: Callable[[list[Case]], None], settings: Settings) -> None:
+    def judge(self, path: Path, run_more: Callable[[list[Case]], None], settings_of: Callable[[str], Settings]) -> None:
         """Compare the run with the baseline. Rows that look slower are measured again; only that counts.
 
         Args:
             path: the run's folder; the run is not finished yet.
             run_more: runs further cases of it.
-            settings: those of the run.
+            settings_of: returns those of a workload.
         """
         if self._baseline is None:
             return
@@ -157,7 +157,7 @@ class BaselineCheck:
             again = {found.row for found in fired if found.row and COSTS[found.gate.name].can_be_remeasured}
             if again:
                 first_repeats = {row: _next_repeat(run, row) for row in again}
-                run_more(further_cases(run, first_repeats, settings))
+                run_more(further_cases(run, first_repeats, settings_of))
                 self.comparison, self.findings = look(read_run(path), first_repeats)
             if not self.comparison.same_device:
                 self.note = f"baseline {baseline.name} was made on another machine: no gate was judged"
@@ -218,7 +218,9 @@ def _next_repeat(run: Run, row: tuple[str, str]) -> int:
     return 1 + max(int(r["repeat"]) for r in run.records if (r["workload"], r["mode"]) == row)
 
 
-def further_cases(run: Run, first_repeats: Mapping[tuple[str, str], int], settings: Settings) -> list[Case]:
+def further_cases(
+    run: Run, first_repeats: Mapping[tuple[str, str], int], settings_of: Callable[[str], Settings]
+) -> list[Case]:
     """Return the cases that measure rows again: twice as many timing-only processes as each row had.
 
     Rows are interleaved, so that a drift affects them all. Each case uses a seed whose training was not lost, since the
@@ -227,7 +229,7 @@ def further_cases(run: Run, first_repeats: Mapping[tuple[str, str], int], settin
     Args:
         run: the run so far.
         first_repeats: {(workload, mode): the first repeat that is free}.
-        settings: those of the run.
+        settings_of: returns those of a workload.
     """
     from mpscale.core.record import of_good_trainings
 
@@ -237,5 +239,5 @@ def further_cases(run: Run, first_repeats: Mapping[tuple[str, str], int], settin
         timed = [row for row in good if row["step_time_ms_median"] is not None]
         seed = min((row["seed"] for row in timed), default=0)
         for turn in range(max(2 * len(timed), 2)):
-            cases.append((turn, Case(workload, mode, seed, first + turn, 0, settings)))
+            cases.append((turn, Case(workload, mode, seed, first + turn, 0, settings_of(workload))))
     return [case for _, case in sorted(cases, key=lambda entry: entry[0])]

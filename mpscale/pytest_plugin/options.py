@@ -12,10 +12,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
-from mpscale.config import DEFAULT_PRESET, PRESETS, Preset, add_results_option, number, seconds
+from mpscale.config import (
+    DEFAULT_PRESET,
+    GPU_PRESET,
+    GPU_PRESET_GB,
+    PRESETS,
+    Apart,
+    Preset,
+    add_results_option,
+    number,
+    preset_for,
+    seconds,
+)
 from mpscale.core.case import Settings
+from mpscale.core.device import Device
 from mpscale.core.loss_scale import RULES
-from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, select_modes
+from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, default_modes, select_modes
 from mpscale.terminal import as_typed
 
 if TYPE_CHECKING:
@@ -36,9 +48,8 @@ def _add_selection(add: Add) -> None:
     add(
         "--mp-preset",
         choices=tuple(PRESETS),
-        default=DEFAULT_PRESET,
-        help=f"what to run unless other options say so (default: {DEFAULT_PRESET}). "
-        + "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items()),
+        help=f"what to run unless other options say so (default: {GPU_PRESET} on a GPU of {GPU_PRESET_GB} GB or more, "
+        f"else {DEFAULT_PRESET}). " + "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items()),
     )
     add(
         "--mp-workloads",
@@ -63,21 +74,59 @@ def _add_selection(add: Add) -> None:
     add(
         "--mp-repeats",
         type=_integer(0),
-        default=0,
         metavar="N",
         help="for each workload and mode, add N processes that only measure step times, for narrower intervals "
-        "(default: 0)",
+        f"(default: 0; 1 for the large workloads of the preset {GPU_PRESET})",
     )
 
 
+_CHOSEN = pytest.StashKey[tuple[str, str]]()
+
+
+def choose_preset(config: pytest.Config, device: Device) -> tuple[str, str]:
+    """Choose the preset for a device, once and for the whole session; return its name and why it is that one."""
+    config.stash[_CHOSEN] = chosen = preset_for(device, config.getoption("mp_preset"))
+    return chosen
+
+
 def preset(config: pytest.Config) -> Preset:
-    """Return the preset of the run."""
-    return PRESETS[config.getoption("mp_preset")]
+    """Return the preset of the run, which has been chosen."""
+    return PRESETS[config.stash[_CHOSEN][0]]
 
 
-def seeds(config: pytest.Config) -> int:
-    """Return the number of trainings of each workload in each mode."""
-    return int(config.getoption("mp_seeds") or preset(config).seeds)
+def apart(config: pytest.Config, workload: str) -> Apart:
+    """Return what the preset does otherwise with a workload."""
+    return preset(config).apart.get(workload, Apart())
+
+
+def seeds(config: pytest.Config, workload: str) -> int:
+    """Return the number of trainings of a workload in each mode."""
+    return int(config.getoption("mp_seeds") or apart(config, workload).seeds or preset(config).seeds)
+
+
+def repeats(config: pytest.Config, workload: str) -> int:
+    """Return the number of processes that only time a workload in each mode."""
+    asked = config.getoption("mp_repeats")
+    return apart(config, workload).repeats if asked is None else int(asked)
+
+
+def modes(config: pytest.Config, workload: str, device: Device) -> tuple[Mode, ...]:
+    """Return the modes of a workload: those that the user named, else those of the preset that the device has."""
+    wanted = apart(config, workload).modes
+    by_default = default_modes(device)
+    return named_modes(config) or tuple(mode for mode in by_default if wanted is None or mode.name in wanted)
+
+
+def why_left_out(config: pytest.Config, workload: str, device: Device) -> str | None:
+    """Return why a workload of the preset does not fit the device, and what to do; None if it does."""
+    own = apart(config, workload)
+    if not own.batches or config.getoption("mp_batch_size") or own.batch(device.memory_mib) is not None:
+        return None
+    gb, batch = own.batches[0]
+    return (
+        f"{workload} is left out: a batch of {batch} takes {gb} GB of memory, and {device.name} has "
+        f"{(device.memory_mib or 0.0) / 1024:.1f} GiB; --mp-batch-size sets a smaller one"
+    )
 
 
 def named_modes(config: pytest.Config) -> tuple[Mode, ...] | None:
@@ -129,9 +178,9 @@ def _add_settings(add: Add) -> None:
     add(
         "--mp-autotune",
         choices=("fresh", "shared"),
-        default="fresh",
         help="fresh: on a GPU, XLA tunes its kernels in each process, for up to a minute; shared: the processes of a "
-        "workload and mode share what the first one found, and so all run the same kernels (default: fresh)",
+        "workload and mode share what the first one found, and so all run the same kernels "
+        f"(default: fresh; shared for the large workloads of the preset {GPU_PRESET})",
     )
     add(
         "--mp-steps-per-call",
@@ -158,21 +207,29 @@ def _add_settings(add: Add) -> None:
     )
 
 
-def settings(config: pytest.Config) -> Settings:
-    """Return what all cases of the run have in common."""
-    option = config.getoption
+def settings(config: pytest.Config, workload: str | None = None, memory_mib: float | None = None) -> Settings:
+    """Return what all cases of a workload have in common; without one, what those of the run do.
+
+    Args:
+        config: of the session.
+        workload: name of the workload.
+        memory_mib: memory of the device, for the batch; None if unknown.
+    """
+    option, ours = config.getoption, preset(config)
+    own = Apart() if workload is None else apart(config, workload)
+    energy_s = ours.energy_s if own.energy_s is None else own.energy_s
     # --benchmark-disable asks to test what would be benchmarked: everything but the timing.
     timed = not option("benchmark_disable", False) or option("benchmark_enable", False)
     return Settings(
         jit=option("mp_jit") != "off",
-        train_steps=option("mp_steps") or preset(config).train_steps,
-        batch_size=option("mp_batch_size"),
+        train_steps=option("mp_steps") or own.train_steps or ours.train_steps,
+        batch_size=option("mp_batch_size") or (own.batch(memory_mib) if own.batches else None),
         steps_per_call=option("mp_steps_per_call"),
         **{str(scaling.setting): option(f"mp_{scaling.setting}") for scaling in SETTABLE},
-        autotune=option("mp_autotune"),
-        timing_s=(option("mp_timing") or preset(config).timing_s) if timed else 0.0,
-        timing_blocks=preset(config).timing_blocks,
-        energy_s=preset(config).energy_s if option("mp_energy") is None else option("mp_energy"),
+        autotune=option("mp_autotune") or own.autotune,
+        timing_s=(option("mp_timing") or ours.timing_s) if timed else 0.0,
+        timing_blocks=own.timing_blocks or ours.timing_blocks,
+        energy_s=energy_s if option("mp_energy") is None else option("mp_energy"),
     )
 
 
@@ -239,13 +296,15 @@ def run_options(
     method = option("mp_start_method")
     if method == "auto":
         method = "fork"
+    name, why = config.stash[_CHOSEN]
     return Options(
         results=results,
         project=config.rootpath,
         start_method=method,
         timeout_s=option("mp_timeout"),
         asked={
-            "preset": option("mp_preset"),
+            "preset": name,
+            "preset_reason": why,
             **selected,
             "start_method": method,
             "timeout_s": option("mp_timeout"),

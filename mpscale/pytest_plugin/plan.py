@@ -14,7 +14,6 @@ import pytest
 from mpscale.config import why_not_writable
 from mpscale.core.case import Case, plan
 from mpscale.core.device import find_device
-from mpscale.core.mode import default_modes
 from mpscale.pytest_plugin import options
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class Plan:
         shuffle_seed: for the order of the cases.
 
     Raises:
-        ValueError: the environment selects a GPU that does not exist.
+        ValueError: the environment selects a GPU that does not exist, or no workload fits the device.
     """
 
     def __init__(self, config: pytest.Config, driver: Driver, shuffle_seed: int) -> None:
@@ -67,20 +66,36 @@ class Plan:
 
         self._config, self.driver = config, driver
         self.device = find_device(driver.devices, os.environ, host.cpu())
-        planned = plan(
-            options.workloads(config),
-            options.named_modes(config) or default_modes(self.device),
-            options.seeds(config),
-            config.getoption("mp_repeats"),
-            options.settings(config),
-            shuffle_seed=shuffle_seed,
-        )
-        self._cases = {_parameters(case): case for case in planned}
+        name, why = options.choose_preset(config, self.device)
+        self.preset = f"preset {name}: {why}"
+        """Which preset was chosen, and why."""
+        self.left_out: list[str] = []
+        """Workloads of the preset that do not fit the device: why, and what to do."""
+        self._cases = {_parameters(case): case for case in self._planned(shuffle_seed)}
         self.chosen: list[Case] = []
         self.tests: set[str] = set()
         """Node ids of the tests that measure a chosen case."""
         self.own_workloads: dict[str, str] = {}
         """The user's own workloads that were chosen, and where they are."""
+
+    def _planned(self, shuffle_seed: int) -> list[Case]:
+        config, device, cases = self._config, self.device, list[Case]()
+        for number, name in enumerate(options.workloads(config)):
+            if (why := options.why_left_out(config, name, device)) is not None:
+                self.left_out.append(why)
+                continue
+            cases += plan(
+                [name],
+                options.modes(config, name, device),
+                options.seeds(config, name),
+                options.repeats(config, name),
+                options.settings(config, name, device.memory_mib),
+                shuffle_seed=shuffle_seed + number,
+                first=len(cases),
+            )
+        if not cases:
+            raise ValueError("; ".join(self.left_out))
+        return cases
 
     @property
     def on_gpu(self) -> bool:
@@ -132,9 +147,20 @@ class Plan:
         self.own_workloads = {name: registry.source(name, folders) for name in names}
         return self.chosen
 
-    def selection(self) -> dict[str, list[Any]]:
-        """Return the workloads, modes, seeds and repeats that were chosen."""
-        return {f"{name}s": list(dict.fromkeys(getattr(case, name) for case in self.chosen)) for name in PARAMETERS}
+    def selection(self) -> dict[str, Any]:
+        """Return the workloads, modes, seeds and repeats that were chosen, and what sets single workloads apart."""
+        found = {f"{name}s": list(dict.fromkeys(getattr(case, name) for case in self.chosen)) for name in PARAMETERS}
+        common = options.settings(self._config).to_json()
+        own = {case.workload: case.settings.to_json() for case in self.chosen}
+        apart = {
+            workload: {name: value for name, value in settings.items() if value != common[name]}
+            for workload, settings in own.items()
+        }
+        return {
+            **found,
+            "left_out": self.left_out or None,
+            "set_apart": {workload: values for workload, values in apart.items() if values} or None,
+        }
 
 
 def _parameters(case: Case) -> tuple[Any, ...]:

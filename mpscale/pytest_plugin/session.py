@@ -19,7 +19,7 @@ from mpscale.pytest_plugin.plan import PARAMETERS, Plan, check_use, shuffle_seed
 from mpscale.terminal import LiveLine, Progress, printable
 
 if TYPE_CHECKING:
-    from mpscale.core.case import Case
+    from mpscale.core.case import Case, Settings
     from mpscale.core.runs import Run
     from mpscale.harness.supervisor import Options, Outcome
 
@@ -190,6 +190,15 @@ class Session:
             cases = [{"id": case.id, **{name: getattr(case, name) for name in PARAMETERS}} for case in chosen]
             self._turns.send(turns.Plan(cases, options.longest_turn_s(self._config)))
 
+    def pytest_report_collectionfinish(self) -> list[str]:
+        """Say which preset was chosen and why, unless it is the usual one, and which of its workloads do not fit."""
+        plan = self._plan
+        if plan is None or not plan.chosen or not self.output.exists:
+            return []
+        told = self._config.option.collectonly or (plan.on_gpu and self._config.getoption("mp_preset") is None)
+        lines = [*([plan.preset] if told else []), *plan.left_out]
+        return [self.output.printable(f"mpscale: {line}") for line in lines]
+
     def run(self, case: Case) -> Outcome:
         """Run a case, unless it has run and did not fail."""
         measured = None if self._run is None else self._run.measured(case)
@@ -267,11 +276,16 @@ class Session:
         if run.path is None:
             return exitstatus
         try:
-            self._check.judge(run.path, run.run_again, options.settings(self._config))
+            self._check.judge(run.path, run.run_again, self._settings_of)
         except KeyboardInterrupt:
             self._check.note = "stopped while rows were measured again: no gate was judged"
             return pytest.ExitCode.INTERRUPTED
         return pytest.ExitCode.TESTS_FAILED if self._check.fails else exitstatus
+
+    def _settings_of(self, workload: str) -> Settings:
+        """Return the settings of a workload of the run."""
+        assert self._plan is not None  # the run has cases of it
+        return options.settings(self._config, workload, self._plan.device.memory_mib)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Iterator[None]:

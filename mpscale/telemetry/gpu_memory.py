@@ -212,7 +212,11 @@ def _queued_peak(samples: Samples, peak: Peak) -> float | Reason:
 def _evaluation_peak(samples: Samples, peak: Peak) -> float | Reason:
     """The largest memory while the model was evaluated, if that needed more than was there."""
     over = _has(samples, "timing-start") or samples.at("done") is not None
-    if over and not any(_has(samples, phase) for phase in ("metric-tried", "evaluated")):
+    # A case of an older version has none of the three phases, although it evaluated.
+    unscored = _has(samples, "steps-queued") and not any(
+        _has(samples, phase) for phase in ("metric-tried", "evaluated")
+    )
+    if over and (unscored or not _has(samples, "trained")):
         return Reason(Code.NOT_ASKED_FOR, "this process evaluated nothing")
     sufficient, found = math.inf, None
     for start, end in (("steps-queued", "metric-tried"), ("trained", "evaluated")):

@@ -54,15 +54,15 @@ _TINY = {"blocks": 1, "width": 32, "heads": 2}
 SIZES: Mapping[str, Mapping[str, Size]] = MappingProxyType(
     {
         "resnet50": _sizes(
-            full=Size({"side": 224, "classes": 1000}, examples=1024, batch=256),
+            full=Size({"side": 224, "classes": 1000}, examples=1024, batch=192),
             tiny=Size({"side": 32, "classes": 10, "through": "conv2_block1_out"}, examples=32, batch=8, steps=8),
         ),
         "efficientnet-b0": _sizes(
-            full=Size({"side": 224, "classes": 1000}, examples=1024, batch=256),
+            full=Size({"side": 224, "classes": 1000}, examples=1024, batch=320),
             tiny=Size({"side": 32, "classes": 10, "through": "block1a_project_bn"}, examples=32, batch=8, steps=8),
         ),
         "bert-base": _sizes(
-            full=Size({**_BERT_BASE, **_BASE}, examples=4096, batch=256),
+            full=Size({**_BERT_BASE, **_BASE}, examples=4096, batch=320),
             tiny=Size(
                 {"vocabulary": 128, "positions": 32, "tokens": 16, "masked": (0, 15, 5), **_TINY},
                 examples=32,
@@ -88,7 +88,7 @@ SIZES: Mapping[str, Mapping[str, Size]] = MappingProxyType(
             tiny=Size({"inputs": 784, "hidden": 4, "units": 64, "classes": 10}, examples=256, batch=64, steps=8),
         ),
         "lstm-lm": _sizes(
-            full=Size({"vocabulary": 10_000, "tokens": 35, "recurrent": 2, "units": 1500}, examples=4096, batch=512),
+            full=Size({"vocabulary": 10_000, "tokens": 35, "recurrent": 2, "units": 1500}, examples=4096, batch=2048),
             tiny=Size({"vocabulary": 64, "tokens": 6, "recurrent": 2, "units": 16}, examples=32, batch=8, steps=8),
         ),
     }

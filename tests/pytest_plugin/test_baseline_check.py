@@ -53,7 +53,7 @@ def check(tmp_path, after, gates="metric,step_time>5%", named=True, strict=False
         path.rmdir()
         write_run(tmp_path, lines, name=AFTER, environment=environment)
 
-    found.judge(path, run_more, Settings())
+    found.judge(path, run_more, lambda workload: Settings())
     return found
 
 
@@ -103,7 +103,7 @@ def test_rows_are_measured_again_from_a_seed_that_was_not_lost(tmp_path):
     from mpscale.core.runs import read_run
 
     run = read_run(write_run(tmp_path, finished(cases((math.nan, math.nan, 0.9, 0.9, 0.9)))))
-    further = further_cases(run, {("toy", "fp32"): 1}, Settings())
+    further = further_cases(run, {("toy", "fp32"): 1}, lambda workload: Settings())
     assert {(case.seed, case.trains) for case in further} == {(2, False)}
     assert len(further) == 6
 
