@@ -14,14 +14,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
 from mpscale.analysis.claim import conditions, find_doubts
-from mpscale.analysis.trainings import (
-    by_reason,
-    have_no_metric,
-    overflow_rate,
-    overflow_unknown,
-    trainings,
-    without_figure,
-)
+from mpscale.analysis.trainings import by_reason, overflow_rate, overflow_unknown, trainings, without_figure
 from mpscale.core.columns import COLUMNS
 from mpscale.core.record import Key, Record, of_good_trainings
 
@@ -206,8 +199,7 @@ class _Metric(Quantity):
         self, cases: Sequence[Record], baseline: Sequence[Record], not_started: Sequence[Key] = ()
     ) -> list[str]:
         seeds = trainings(cases, not_started)
-        none = "the workload has no metric" if have_no_metric(cases) else ""
-        return [none, by_reason({**seeds.lost, **seeds.unknown})]
+        return [by_reason({**seeds.lost, **seeds.unknown})]
 
 
 class _OverflowRate(Quantity):

@@ -15,7 +15,7 @@ import pytest
 from mpscale.ab import turns
 from mpscale.pytest_plugin import options
 from mpscale.pytest_plugin.baseline import FILE, BaselineCheck
-from mpscale.pytest_plugin.plan import PARAMETERS, Plan, check_use, shuffle_seed
+from mpscale.pytest_plugin.plan import CASE, PARAMETERS, Plan, check_use, shuffle_seed
 from mpscale.terminal import LiveLine, Progress, printable
 
 if TYPE_CHECKING:
@@ -190,10 +190,11 @@ class Session:
             cases = [{"id": case.id, **{name: getattr(case, name) for name in PARAMETERS}} for case in chosen]
             self._turns.send(turns.Plan(cases, options.longest_turn_s(self._config)))
 
-    def pytest_report_collectionfinish(self) -> list[str]:
+    def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> list[str]:
         """Say which preset was chosen and why, unless it is the usual one, and which of its workloads do not fit."""
         plan = self._plan
-        if plan is None or not plan.chosen or not self.output.exists:
+        # pytest may ask before the cases are chosen.
+        if plan is None or not any(CASE in item.stash for item in items):
             return []
         told = self._config.option.collectonly or (plan.on_gpu and self._config.getoption("mp_preset") is None)
         lines = [*([plan.preset] if told else []), *plan.left_out]
