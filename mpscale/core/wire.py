@@ -135,6 +135,22 @@ class StepsDone(Event, name="progress"):
 
 
 @dataclass(frozen=True)
+class Looked(Event, name="look"):
+    """A look at the gradients of a step.
+
+    Args:
+        step: its number, from 1.
+        loss: its loss.
+        gradients: for each layer and what they belong to, ``{"layer": ..., "of": ...}`` and the values of
+            :class:`~mpscale.core.magnitudes.Magnitudes`.
+    """
+
+    step: int
+    loss: float
+    gradients: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Blocks(Event, name="blocks"):
     """Seconds per step of each timed block."""
 
@@ -181,10 +197,10 @@ class Noted(Event, name="noted"):
     text: str
 
 
-Progressed = PhaseReached | StepsDone | Again | Noted
+Progressed = PhaseReached | StepsDone | Looked | Again | Noted
 """What is shown as progress."""
 
-WORKER_EVENTS = (Values, Missed, PhaseReached, StepsDone, Blocks, EnergySteps, Finished, Failed)
+WORKER_EVENTS = (Values, Missed, PhaseReached, StepsDone, Looked, Blocks, EnergySteps, Finished, Failed)
 """What a worker sends."""
 
 
