@@ -143,11 +143,13 @@ class Looked(Event, name="look"):
         loss: its loss.
         gradients: for each layer and what they belong to, ``{"layer": ..., "of": ...}`` and the values of
             :class:`~mpscale.core.magnitudes.Magnitudes`.
+        in_float32: the layers that mixed precision leaves in float32.
     """
 
     step: int
     loss: float
     gradients: list[dict[str, Any]]
+    in_float32: list[str]
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,13 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
         # Do not train: any figure would be reported under the name of another precision.
         return "invalid", "; ".join(objections)
     if isinstance(step, ProbeStep):
-        return watch(step, built.steps, case.settings.looks, channel)
+
+        def again() -> keras.Model:
+            model = models.make_model(built.workload.model)
+            models.build_model(model, built.data.train_x[built.order[0]])
+            return model
+
+        return watch(step, built.steps, case.settings.looks, again, channel)
     start = time.perf_counter()
     step()
     step.synchronise()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,8 @@ def count(values: Any) -> tuple[Any, Any]:
     # All mantissas as numbers from 1 to 2: comparisons of floats run on every device, and none of these is tiny.
     ones = tf.bitwise.bitwise_or(tf.bitwise.bitwise_and(bits, _MANTISSA), _ONE)
     mantissa = tf.bitcast(ones, tf.float32)
-    place = tf.add_n([tf.cast(beyond, tf.float32) for beyond in (mantissa > 1.0, mantissa >= SECOND, mantissa >= THIRD)])
+    beyond = mantissa > 1.0, mantissa >= SECOND, mantissa >= THIRD
+    place = tf.add_n([tf.cast(each, tf.float32) for each in beyond])
     exponent = tf.bitwise.left_shift(tf.bitwise.right_shift(bits, _MANTISSA_BITS), PLACES.bit_length() - 1)
     number = tf.bitwise.bitwise_or(exponent, tf.cast(place, tf.int32))
     # Not tf.math.bincount, whose size is not a constant, as XLA needs it.
@@ -118,6 +119,8 @@ class _Places:
         self._gradients = gradients
         self._taken: set[int] = set()
         self._owner: dict[int, str] = {}
+        self.layers: dict[str, Any] = {}
+        """The layer of each label that stands for gradients or weights."""
         self.activations: list[tuple[str, Any]] = []
         for call in calls:
             self._visit(call)
@@ -130,7 +133,8 @@ class _Places:
         """Take the gradients of a call; return whether any reaches it."""
         before = dict(self._owner)
         self._own(call)
-        if any([self._visit(each) for each in call.inside]):
+        reached_inside = [self._visit(each) for each in call.inside]
+        if any(reached_inside):
             return True
         # What is within it is not seen by itself.
         self._owner = before
@@ -144,6 +148,7 @@ class _Places:
         return bool(reached)
 
     def _own(self, call: _Call) -> None:
+        self.layers[call.label] = call.layer
         self._owner |= {id(variable): call.label for variable in call.layer.trainable_variables}
 
 
@@ -153,6 +158,7 @@ class ProbeStep(TrainStep):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._counted: list[tuple[str, Of]] = []
+        self._layers: dict[str, Any] = {}
 
         def look() -> tuple[tf.Tensor, ...]:
             return self._look()
@@ -170,6 +176,21 @@ class ProbeStep(TrainStep):
             found.setdefault(place, Magnitudes()).add(Magnitudes(known, float(most)))
         return float(loss), found
 
+    def in_float32(self, again: Callable[[], keras.Model]) -> list[str]:
+        """The layers that mixed precision leaves in float32, because the model asks for it, once the step has looked.
+
+        They do not differ from others in a float32 model, so ``again`` makes the model once more under mixed_float16.
+        """
+        before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy("mixed_float16")
+        try:
+            twins = again()._flatten_layers()
+        finally:
+            keras.config.set_dtype_policy(before)
+        pairs = list(zip(self._model._flatten_layers(), twins, strict=True))
+        kept = {id(ours) for ours, twin in pairs if type(ours) is type(twin) and twin.compute_dtype == "float32"}
+        return [label for label, layer in self._layers.items() if id(layer) in kept]
+
     def _look(self) -> tuple[tf.Tensor, ...]:
         variables, outputs = self._model.trainable_variables, []
         with _noted_calls() as calls:
@@ -183,7 +204,7 @@ class ProbeStep(TrainStep):
         found: list[tuple[str, Of, Any]] = [(layer, "activations", grad) for layer, grad in places.activations]
         weights = zip(variables, grads, strict=True)
         found += [(places.owner(variable), "weights", grad) for variable, grad in weights if grad is not None]
-        self._counted = [(layer, of) for layer, of, _ in found]
+        self._counted, self._layers = [(layer, of) for layer, of, _ in found], places.layers
         # A gradient of looked-up rows alone becomes one of the whole table.
         counted = [count(tf.cast(tf.convert_to_tensor(grad), tf.float32)) for *_, grad in found]
         self.scaler.apply(grads, variables, scaled)
@@ -191,12 +212,22 @@ class ProbeStep(TrainStep):
         return loss, tf.stack(counts), tf.stack(largest)
 
 
-def watch(step: ProbeStep, steps: int, looks: int, channel: Channel) -> tuple[str, str | None]:
+def watch(
+    step: ProbeStep, steps: int, looks: int, again: Callable[[], keras.Model], channel: Channel
+) -> tuple[str, str | None]:
     """Train, and report the gradients of some steps; return the status and why it is not ``ok``.
 
     The training ends if a gradient is not finite: nothing would be learnt about float16 from there on.
+
+    Args:
+        step: has not been taken yet.
+        steps: length of the training.
+        looks: how many steps to look at.
+        again: makes a model that is built as the step's own was.
+        channel: takes the reports.
     """
     due = set(looks_at(steps, looks))
+    kept: list[str] = []
     for number in range(steps):
         if number not in due:
             step()
@@ -205,8 +236,10 @@ def watch(step: ProbeStep, steps: int, looks: int, channel: Channel) -> tuple[st
             continue
         step.read_log()
         loss, found = step.look()
+        if number == 0:
+            kept = step.in_float32(again)
         rows = [{"layer": layer, "of": of, **counted.to_json()} for (layer, of), counted in found.items()]
-        channel.send(Looked(number + 1, loss, rows))
+        channel.send(Looked(number + 1, loss, rows, kept))
         channel.progress(number + 1, steps)
         if number == 0:
             channel.phase(Phase.COMPILED)
