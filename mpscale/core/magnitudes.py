@@ -91,7 +91,7 @@ class Magnitudes:
         """Finite numbers other than zero by the power of two at or below them; -127 has those below 2**-126."""
         found: Counter[int] = Counter()
         for number, count in self.counts.items():
-            if 0 < number < 255 * PLACES:
+            if 0 < number < 255 * PLACES and count:
                 found[number // PLACES - BIAS] += count
         return dict(sorted(found.items()))
 
