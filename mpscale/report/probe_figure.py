@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mpscale.analysis.probe import ALL, Probe
-from mpscale.core.magnitudes import Of
+from mpscale.core.magnitudes import Of, power_of_two
 from mpscale.core.mode import MODES
 from mpscale.report.figures import Picture, as_text, empty_figure, house_style
 from mpscale.report.probe_tables import percent, shown_scale
@@ -36,19 +35,28 @@ def picture(probe: Probe) -> Picture | None:
         return None
     with house_style("probe"):
         svg = as_text(_figure(probe, counts, scale))
+    least, _ = _ends(counts)
     caption = (
         "Shares of the gradients that are not zero, by power of two. In float16, those in the red range on the left "
         "become zero, those in the yellow range lose precision, and those in the red range on the right become "
-        f"infinite. A loss scale of {loss_scale(scale)} moves all of them to the right. The first bar also has what is "
-        "smaller."
+        "infinite."
     )
+    if scale != 1.0:
+        caption += f" A loss scale moves all of them: {loss_scale(scale)} is 2**{power_of_two(scale)}."
+    if any(min(found) < least for found in counts.values()):
+        caption += " The first bar also has what is smaller."
     return Picture("Gradients by power of two", caption, svg)
 
 
-def _figure(probe: Probe, counts: Mapping[Of, Mapping[int, int]], scale: float) -> Figure:
-    shifts = [0] if scale == 1.0 else [0, int(math.log2(scale))]
+def _ends(counts: Mapping[Of, Mapping[int, int]]) -> tuple[int, int]:
+    """The powers of two of the first and the last bar."""
     most = max(max(found) for found in counts.values())
-    least = max(min(min(found) for found in counts.values()), most - _WIDEST)
+    return max(min(min(found) for found in counts.values()), most - _WIDEST), most
+
+
+def _figure(probe: Probe, counts: Mapping[Of, Mapping[int, int]], scale: float) -> Figure:
+    shifts = [0] if scale == 1.0 else [0, power_of_two(scale)]
+    least, most = _ends(counts)
     limits = (min(least + min(shifts), _ZERO - 4) - 0.5, max(most + max(shifts), _INFINITE) + 2.5)
     figure = empty_figure(0.6 + 2.3 * len(counts))
     grid = figure.subplots(len(counts), len(shifts), sharex=True, sharey="row", squeeze=False)

@@ -135,9 +135,10 @@ def _verdict(probe: Probe, advice: Advice) -> Iterator[str]:
     match advice.verdict:
         case Verdict.NOT_NEEDED:
             yield f"float16 needs no loss scale here: without one, {without} would vanish."
-            yield f"A static loss scale of {scale} would do no harm: with it, {with_it} vanish."
+            if advice.scale > 1:
+                yield f"A static loss scale of {scale} would do no harm: with it, {with_it} vanish."
         case Verdict.HELPS:
-            yield f"Recommended static loss scale: {scale}."
+            yield f"Recommended static loss scale: {scale} (--mp-static-scale {scale})."
             yield f"Without a scale, {without} would vanish in float16; with this one, {with_it}."
         case Verdict.TOO_WIDE:
             why = "a larger one would leave too little room for larger gradients"

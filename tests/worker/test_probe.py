@@ -9,8 +9,9 @@ from support.one_case import blobs, dense, split, train, workload
 from mpscale.analysis.probe import HEADROOM, Probe, advise
 from mpscale.core.device import Device
 from mpscale.core.magnitudes import Magnitudes, power_of_two
-from mpscale.harness.probe import note
+from mpscale.harness.probe import LOOKS, STEPS, note
 from mpscale.worker.probe import count, looks_at
+from mpscale.workloads import registry
 
 SCALES = [2.0**power for power in (-30, -3, 0, 1, 7, 24, 60)]
 BORDERS = [
@@ -53,7 +54,7 @@ def test_counts_are_those_of_numpys_float16(jit):
         with np.errstate(over="ignore", under="ignore"):
             rounded = np.abs((values * np.float32(scale)).astype(np.float16))
         own = values != 0
-        expected = (rounded[own] == 0, (0 < rounded[own]) & (rounded[own] < 2.0**-14), np.isinf(rounded[own]))
+        expected = (rounded[own] == 0, (rounded[own] > 0) & (rounded[own] < 2.0**-14), np.isinf(rounded[own]))
         found_here = found.in_float16(scale)
         assert (found_here.vanished, found_here.subnormal, found_here.overflowed) == tuple(map(np.sum, expected)), scale
         assert found_here.of == np.sum(own)
@@ -273,15 +274,31 @@ def test_a_training_that_diverges_ends_and_says_where():
     assert len(outcome.sent) < 12
 
 
+def advice_on(given, looks, **settings):
+    found = Probe("situation", Device("cpu", "CPU"), 60)
+    for event in train(given, looks=looks, **settings).sent:
+        note(found, event)
+    return advise(found)
+
+
 def test_the_recommended_scale_does_not_overflow_in_a_mixed_training():
     given = workload(dense(), lambda: split(*blobs()), train_steps=60)
-    found = Probe("situation", Device("cpu", "CPU"), 60)
-    for event in train(given, looks=6).sent:
-        note(found, event)
-    advice = advise(found)
+    advice = advice_on(given, looks=6)
     assert advice.scale * advice.largest * HEADROOM < 65504 <= 2 * advice.scale * advice.largest * HEADROOM
     run = train(given, "mixed-static", jit=True, static_scale=advice.scale)
     assert (run.status, run.row["overflow_steps"], run.row["attempted_steps"]) == ("ok", 0, 60)
     # The same training with a scale that is a little beyond the border, so that the check above can fail.
     beyond = 2.0 ** np.ceil(np.log2(65520 / advice.largest) + 1)
     assert train(given, "mixed-static", jit=True, static_scale=beyond).row["overflow_steps"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["mnist1d-mlp", "mnist1d-cnn", "mnist1d-gru", "article-mlp"])
+def test_the_recommended_scale_does_not_overflow_in_the_whole_training_of_a_workload(name, record_property):
+    given = registry.get(name)
+    advice = advice_on(given, LOOKS, jit=True, train_steps=STEPS)
+    run = train(given, "mixed-static", jit=True, static_scale=advice.scale)
+    found = {column: run.row[column] for column in ("overflow_steps", "attempted_steps", "metric_value")}
+    record_property("found", {"scale": advice.scale, "largest": advice.largest, "verdict": advice.verdict, **found})
+    assert (run.status, found["overflow_steps"], found["attempted_steps"]) == ("ok", 0, given.train_steps)
