@@ -78,6 +78,7 @@ class Probe:
         looks: in order of their steps.
         problem: why there are not more looks; None if there are all.
         digest: of the workload, None as long as it is not known.
+        unsure: why it is not known which layers stay in float32; all count as float16 then. None if it is known.
     """
 
     workload: str
@@ -87,6 +88,7 @@ class Probe:
     looks: list[Look] = field(default_factory=list)
     problem: Reason | None = None
     digest: str | None = None
+    unsure: Reason | None = None
 
     @property
     def finite(self) -> list[Look]:

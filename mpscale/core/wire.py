@@ -143,13 +143,23 @@ class Looked(Event, name="look"):
         loss: its loss.
         gradients: for each layer and what they belong to, ``{"layer": ..., "of": ...}`` and the values of
             :class:`~mpscale.core.magnitudes.Magnitudes`.
-        in_float32: the layers that mixed precision leaves in float32.
+        in_float32: the layers that mixed precision leaves in float32, or why they are not known.
     """
 
     step: int
     loss: float
     gradients: list[dict[str, Any]]
-    in_float32: list[str]
+    in_float32: list[str] | Reason
+
+    def to_json(self) -> dict[str, Any]:
+        kept = self.in_float32
+        return {**super().to_json(), "in_float32": kept.to_json() if isinstance(kept, Reason) else kept}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        kept = fields["in_float32"]
+        kept = kept if isinstance(kept, list) else Reason.from_json(kept)
+        return cls(fields["step"], fields["loss"], fields["gradients"], kept)
 
 
 @dataclass(frozen=True)

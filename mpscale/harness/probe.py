@@ -48,7 +48,9 @@ def run(probe: Probe, settings: Settings, seed: int, runner: Runner) -> None:
 def note(probe: Probe, event: Looked) -> Look:
     """Add a look to a probe."""
     gradients: dict[Any, Magnitudes] = {(row["layer"], row["of"]): Magnitudes.from_json(row) for row in event.gradients}
-    look = Look(event.step, event.loss, gradients, frozenset(event.in_float32))
+    kept = event.in_float32
+    probe.unsure = kept if isinstance(kept, Reason) else None
+    look = Look(event.step, event.loss, gradients, frozenset(() if isinstance(kept, Reason) else kept))
     # A case that is tried again begins anew.
     probe.looks[:] = [each for each in probe.looks if each.step < look.step]
     probe.looks.append(look)

@@ -17,7 +17,7 @@ from mpscale.report.probe_tables import ROW, looks, percent, sentences, summary,
 from mpscale.report.table import Table, escape, json_text, number
 
 _CSV = ("workload", "device_name", "recommended_scale", *ROW, "unavailable")
-_TERMINAL_LAYERS = 20
+_TERMINAL_LAYERS = 10
 
 _NOTES = (
     "Gradients were computed in float32 and then rounded to float16 once, by count: to the nearest, in doubt to even, "

@@ -116,6 +116,8 @@ def sentences(probe: Probe) -> Iterator[str]:
     if advice is None:
         yield f"There is no advice: {_NO_NUMBERS}."
         return
+    if probe.unsure is not None:
+        yield f"All layers are taken for float16, as it is not known which ask for float32: {probe.unsure}."
     if not probe.all("activations").total:
         yield "No layer's output has a gradient to look at, so this is about weights alone."
     yield from _verdict(probe, advice)

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from mpscale.core.magnitudes import BINS, PLACES, SECOND, THIRD, Magnitudes, Of
+from mpscale.core.reason import Code, Reason
 from mpscale.core.wire import Channel, Looked, Phase
 from mpscale.worker.step import MOST_UNREAD, TrainStep
 
@@ -176,7 +177,7 @@ class ProbeStep(TrainStep):
             found.setdefault(place, Magnitudes()).add(Magnitudes(known, float(most)))
         return float(loss), found
 
-    def in_float32(self, again: Callable[[], keras.Model]) -> list[str]:
+    def in_float32(self, again: Callable[[], keras.Model]) -> list[str] | Reason:
         """The layers that mixed precision leaves in float32, because the model asks for it, once the step has looked.
 
         They do not differ from others in a float32 model, so ``again`` makes the model once more under mixed_float16.
@@ -185,9 +186,11 @@ class ProbeStep(TrainStep):
         keras.config.set_dtype_policy("mixed_float16")
         try:
             twins = again()._flatten_layers()
+            pairs = list(zip(self._model._flatten_layers(), twins, strict=True))
+        except Exception as error:  # from the user's code
+            return Reason(Code.OTHER, f"the model cannot be made again: {type(error).__name__}: {error}")
         finally:
             keras.config.set_dtype_policy(before)
-        pairs = list(zip(self._model._flatten_layers(), twins, strict=True))
         kept = {id(ours) for ours, twin in pairs if type(ours) is type(twin) and twin.compute_dtype == "float32"}
         return [label for label, layer in self._layers.items() if id(layer) in kept]
 
@@ -227,7 +230,7 @@ def watch(
         channel: takes the reports.
     """
     due = set(looks_at(steps, looks))
-    kept: list[str] = []
+    kept: list[str] | Reason = []
     for number in range(steps):
         if number not in due:
             step()

@@ -68,6 +68,7 @@ def test_the_scale_is_the_largest_that_leaves_room(numbers, verdict, scale):
     assert advice.headroom == pytest.approx(65504 / (advice.scale * advice.largest))
     whole = " ".join(sentences(probe(weights(*numbers))))
     assert ("needs no loss scale" in whole) == (verdict is Verdict.NOT_NEEDED)
+    assert "this is about weights alone" in whole
 
 
 def test_a_layer_that_loses_much_counts_although_the_total_does_not():
@@ -135,8 +136,8 @@ def test_the_formats_say_the_same(tmp_path):
 def test_the_terminal_shows_the_layers_that_lose_most_and_how_many_are_left_out():
     looks = {(f"layer{n:02}", "weights"): [1e-9] * n + [0.1] for n in range(30)}
     shown = render(probe(looks), "table")
-    assert "layer29" in shown and "layer10" in shown and "layer09" not in shown
-    assert "the report has 10 more rows" in shown
+    assert "layer29" in shown and "layer20" in shown and "layer19" not in shown
+    assert "the report has 20 more rows" in shown
     assert len(table(probe(looks)).rows) == 31
 
 

@@ -1,5 +1,7 @@
 """What a probe counts is what NumPy's float16 makes of the same gradients, and these are those of Keras' training."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from support.one_case import blobs, dense, split, train, workload
 from mpscale.analysis.probe import HEADROOM, Probe, advise
 from mpscale.core.device import Device
 from mpscale.core.magnitudes import Magnitudes, power_of_two
+from mpscale.core.wire import Looked
 from mpscale.harness.probe import LOOKS, STEPS, note
+from mpscale.report.probe_tables import sentences
 from mpscale.worker.probe import count, looks_at
 from mpscale.workloads import registry
 
@@ -295,10 +299,31 @@ def test_the_recommended_scale_does_not_overflow_in_a_mixed_training():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["mnist1d-mlp", "mnist1d-cnn", "mnist1d-gru", "article-mlp"])
-def test_the_recommended_scale_does_not_overflow_in_the_whole_training_of_a_workload(name, record_property):
+def test_the_recommended_scale_does_not_overflow_in_the_whole_training_of_a_workload(name):
     given = registry.get(name)
     advice = advice_on(given, LOOKS, jit=True, train_steps=STEPS)
     run = train(given, "mixed-static", jit=True, static_scale=advice.scale)
     found = {column: run.row[column] for column in ("overflow_steps", "attempted_steps", "metric_value")}
-    record_property("found", {"scale": advice.scale, "largest": advice.largest, "verdict": advice.verdict, **found})
+    print(name, advice, found)  # pytest -rP shows it
     assert (run.status, found["overflow_steps"], found["attempted_steps"]) == ("ok", 0, given.train_steps)
+
+
+def test_a_model_that_cannot_be_made_again_counts_as_float16_and_says_so():
+    made = []
+
+    def once():
+        made.append(1)
+        if len(made) > 1:
+            raise RuntimeError("only once")
+        return dense()()
+
+    outcome = probe(once)
+    assert outcome.status == "ok"
+    assert "only once" in outcome.sent[0].in_float32.text
+    found = Probe("situation", Device("cpu", "CPU"), 12)
+    again = [Looked.from_json(json.loads(json.dumps(event.to_json()))) for event in outcome.sent]
+    assert again == outcome.sent
+    note(found, again[0])
+    assert found.unsure.text == outcome.sent[0].in_float32.text
+    assert len(found.in_float16()) == len(found.by_layer()) == 4
+    assert any("taken for float16" in sentence for sentence in sentences(found))
