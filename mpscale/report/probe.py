@@ -31,6 +31,8 @@ _NOTES = (
     "or between two layers is not seen. Later steps may have other gradients: a short training does not see the end.",
     "A layer that is marked (float32) asks for float32 by itself, so mixed precision does not round its gradients to "
     "float16. They are left out of all totals and of the recommendation.",
+    "A share says nothing about accuracy: the gradients that vanish are the smallest. A run with mixed-unscaled shows "
+    "what their loss costs.",
     "A layer that is called several times has the gradients of all calls together.",
 )
 

@@ -146,8 +146,9 @@ def _verdict(probe: Probe, advice: Advice) -> Iterator[str]:
             why = "a larger one would leave too little room for larger gradients"
             if advice.scale == MOST_SCALE:
                 why = "none larger is recommended"
-            yield "No static loss scale fits: the gradients span a wider range than float16."
+            yield "No static loss scale keeps all gradients: they span a wider range than float16."
             yield f"The best is {scale}, as {why}; with it, {with_it} vanish all the same, and {without} without it."
+            yield "Those are the smallest gradients; whether they are missed, only a run in mixed precision shows."
         case Verdict.OVERFLOWS:
             yield (
                 f"float16 overflows without a loss scale, so none of at least 1 helps: {_fates(probe, 1.0)}. Make the "
@@ -219,6 +220,6 @@ def _kept_row(kept: Kept) -> list[str]:
 _SHORT = {
     Verdict.NOT_NEEDED: "none is needed",
     Verdict.HELPS: "it helps",
-    Verdict.TOO_WIDE: "not enough",
+    Verdict.TOO_WIDE: "some vanish all the same",
     Verdict.OVERFLOWS: "overflows without one",
 }

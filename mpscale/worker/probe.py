@@ -7,6 +7,7 @@ comparisons, because TensorFlow on a CPU takes numbers below 2**-126 for zero in
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from mpscale.worker.step import MOST_UNREAD, TrainStep
 
 _MAGNITUDE, _MANTISSA, _ONE = 0x7FFFFFFF, 0x007FFFFF, 0x3F800000  # bits of a float32
 _MANTISSA_BITS = 23
+_TEXT = 400  # characters of an exception
 
 
 def looks_at(steps: int, looks: int) -> list[int]:
@@ -188,7 +190,10 @@ class ProbeStep(TrainStep):
             twins = again()._flatten_layers()
             pairs = list(zip(self._model._flatten_layers(), twins, strict=True))
         except Exception as error:  # from the user's code
-            return Reason(Code.OTHER, f"the model cannot be made again: {type(error).__name__}: {error}")
+            # Keras' own messages have several lines, and colours.
+            text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+            why = f"{type(error).__name__}: {text[:_TEXT]}{'…' if len(text) > _TEXT else ''}"
+            return Reason(Code.OTHER, f"the model cannot be made under mixed_float16: {why}")
         finally:
             keras.config.set_dtype_policy(before)
         kept = {id(ours) for ours, twin in pairs if type(ours) is type(twin) and twin.compute_dtype == "float32"}

@@ -289,11 +289,11 @@ def test_the_recommended_scale_does_not_overflow_in_a_mixed_training():
     given = workload(dense(), lambda: split(*blobs()), train_steps=60)
     advice = advice_on(given, looks=6)
     assert advice.scale * advice.largest * HEADROOM < 65504 <= 2 * advice.scale * advice.largest * HEADROOM
-    run = train(given, "mixed-static", jit=True, static_scale=advice.scale)
+    run = train(given, "mixed-static", static_scale=advice.scale)
     assert (run.status, run.row["overflow_steps"], run.row["attempted_steps"]) == ("ok", 0, 60)
     # The same training with a scale that is a little beyond the border, so that the check above can fail.
     beyond = 2.0 ** np.ceil(np.log2(65520 / advice.largest) + 1)
-    assert train(given, "mixed-static", jit=True, static_scale=beyond).row["overflow_steps"] > 0
+    assert train(given, "mixed-static", static_scale=beyond).row["overflow_steps"] > 0
 
 
 @pytest.mark.slow
