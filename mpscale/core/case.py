@@ -61,6 +61,7 @@ class Settings:
         timing_blocks: the minimum number of timed blocks.
         energy_s: seconds of further steps if the GPU's energy can be measured; 0 to skip energy.
         repeat_data: fill a batch that is larger than the training set with several copies of it.
+        looks: at how many steps of a training `mpscale probe` looks at the gradients; 0 for a case of a run.
         autotune: whether each process lets XLA tune its kernels, or those of a workload and mode share the results.
     """
 
@@ -74,6 +75,7 @@ class Settings:
     timing_blocks: int = 50
     energy_s: float = 10.0
     repeat_data: bool = False
+    looks: int = 0
     autotune: Literal["fresh", "shared"] = "fresh"
 
     def to_json(self) -> dict[str, Any]:

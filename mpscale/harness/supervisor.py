@@ -22,7 +22,7 @@ from mpscale.core.mode import MODES
 from mpscale.core.process import Process, describe_exit
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
-from mpscale.core.wire import Noted, Phase, PhaseReached, StepsDone
+from mpscale.core.wire import Looked, Noted, Phase, PhaseReached, StepsDone
 from mpscale.harness.autotuning import SharedTuning
 from mpscale.harness.launch import (
     Allocator,
@@ -313,8 +313,8 @@ class _Conversation:
         self._energy: wire.EnergySteps | None = None
         self.energy_off = _energy_off(case)
 
-    def events(self, timeout_s: float) -> Iterator[PhaseReached | StepsDone]:
-        """Yield phases and progress until the worker has ended; afterwards the record has its status."""
+    def events(self, timeout_s: float) -> Iterator[PhaseReached | StepsDone | Looked]:
+        """Yield phases, progress and looks until the worker has ended; afterwards the record has its status."""
         deadline = self._start + timeout_s
         try:
             while True:
@@ -332,7 +332,7 @@ class _Conversation:
                         self._phase = phase
                         self._outcome.phases[phase.value] = round(time.monotonic() - self._start, 4)
                         yield event
-                    case StepsDone():
+                    case StepsDone() | Looked():
                         yield event
                     case wire.Finished(status, reason, runtime):
                         # What was measured is valid, even if the process then fails on its way out.

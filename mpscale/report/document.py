@@ -9,12 +9,13 @@ from typing import Any
 
 from mpscale.analysis.claim import Doubt, busy_share, doubts_of
 from mpscale.analysis.noise_floor import NO_FLOORS, Floors
+from mpscale.analysis.probe import Kept
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.device import Device
 from mpscale.core.mode import is_mixed
 from mpscale.core.record import Record
 from mpscale.core.runs import Run
-from mpscale.report import sections
+from mpscale.report import probe_tables, sections
 from mpscale.report.sections import metric_why, statuses
 from mpscale.report.table import (
     DASH,
@@ -49,18 +50,20 @@ class Document:
     sections: dict[str, list[Table | str]]
 
 
-def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
+def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) -> Document:
     """Make the report of a run.
 
     Args:
         run: the run.
         floors: how much runs of the same code differ, if that is known.
+        probes: of its workloads.
     """
     parts: dict[str, list[Table | str]] = {
         "Results": [sections.results(run), sections.doubts_note(summary_of(run))],
         "Cases that did not end well": sections.troubles(run),
         "What could not be read": [sections.unread(run, floors.left_out)],
         "Overflow and loss scale": [sections.overflow(run)],
+        "Gradient range": probe_tables.section(probes),
         "Accuracy": sections.accuracy(run),
         "Accuracy against fp32": [sections.against_fp32(run)],
         "Workloads without a metric": sections.without_metric(run),

@@ -12,7 +12,7 @@ from mpscale.core.reason import Reason
 from mpscale.core.record import to_csv
 from mpscale.report.document import Document, facts, when
 from mpscale.report.document import render as as_markdown
-from mpscale.report.files import page
+from mpscale.report.files import page, write_whole
 from mpscale.report.table import DASH, Table, escape, json_text, large, number
 
 _CSV = ("workload", "mode", "device_name", "memory_limit_mib", *ROW, "baseline", "unavailable")
@@ -196,11 +196,7 @@ def write(folder: Path, fit: Fit, about: Mapping[str, Any]) -> None:
         "report.md": as_markdown(report),
         "report.html": page(report),
     }
-    for name, text in files.items():
-        # Whole or not at all: the process may be killed at any time.
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(folder / name)
+    write_whole(folder, files)
 
 
 def _end(why: Reason | None) -> dict[str, str] | None:

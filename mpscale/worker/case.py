@@ -29,6 +29,7 @@ from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic, Precision
+from mpscale.worker.probe import ProbeStep, watch
 from mpscale.worker.step import (
     Batches,
     Log,
@@ -131,6 +132,14 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     if objections:
         # Do not train: any figure would be reported under the name of another precision.
         return "invalid", "; ".join(objections)
+    if isinstance(step, ProbeStep):
+
+        def again() -> keras.Model:
+            model = models.make_model(built.workload.model)
+            models.build_model(model, built.data.train_x[built.order[0]])
+            return model
+
+        return watch(step, built.steps, case.settings.looks, again, channel)
     start = time.perf_counter()
     step()
     step.synchronise()
@@ -198,7 +207,8 @@ def _build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
     objective = Objective(workload.loss, data.train_y)
     loss = NotedLoss(objective)
     shown = Batches(data.train_x, data.train_y, order)
-    step = TrainStep(model, scaler, loss, shown, settings.jit, settings.steps_per_call)
+    kind = ProbeStep if settings.looks else TrainStep
+    step = kind(model, scaler, loss, shown, settings.jit, settings.steps_per_call)
     channel.values({"build_time_s": time.perf_counter() - start})
     return Built(case, workload, data, order, model, optimizer, optimizer_config, objective, loss, step)
 
