@@ -64,6 +64,7 @@ def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
         "Accuracy": sections.accuracy(run),
         "Accuracy against fp32": [sections.against_fp32(run)],
         "Timing quality": sections.timing(run),
+        "Arithmetic": sections.arithmetic(run),
         "Step time noise": sections.noise(run, floors),
         "Memory": sections.memory(run),
         "GPU memory by part (MiB)": sections.memory_parts(run),

@@ -313,10 +313,20 @@ def _convolution(outputs: Callable[[Any], Any], kernel: Callable[[Any], Any], de
     """
 
     def flops(op: Any, wanted: set[int]) -> int:
-        *window, inputs, each = _shape(op, kernel(op))
-        return 2 * _size(op, outputs(op)) * math.prod(window) * (1 if depthwise else inputs)
+        *window, inputs, _ = _shape(op, kernel(op))
+        return 2 * _without_filling(op, outputs(op)) * math.prod(window) * (1 if depthwise else inputs)
 
     return flops
+
+
+def _without_filling(op: Any, tensor: Any) -> int:
+    """The size of outputs. TensorFlow computes a dilated convolution as a plain one of parts, which it fills up."""
+    if tensor.op.type == "SpaceToBatchND":
+        return _size(op, tensor.op.inputs[0])
+    users = tensor.consumers()
+    if len(users) == 1 and users[0].type == "BatchToSpaceND":
+        return _size(op, users[0].outputs[0])
+    return _size(op, tensor)
 
 
 def _input(place: int) -> Callable[[Any], Any]:
@@ -348,7 +358,7 @@ def _cudnn(op: Any, wanted: set[int]) -> int:
 _PRODUCTS: dict[str, Callable[[Any, set[int]], int]] = {
     **dict.fromkeys(("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"), _matrix_product),
     "Einsum": _einsum,
-    **dict.fromkeys(("Conv2D", "Conv3D", "Conv"), _convolution(_output, _input(1), False)),
+    **dict.fromkeys(("Conv2D", "Conv3D"), _convolution(_output, _input(1), False)),
     **dict.fromkeys(
         ("Conv2DBackpropInput", "Conv2DBackpropInputV2", "Conv3DBackpropInputV2"),
         _convolution(_input(2), _input(1), False),
