@@ -70,21 +70,24 @@ class _Frame:
         self._known = {tensor.op.name: known.get(place) for place, tensor in enumerate(graph.inputs)}
         self._places = {tensor.op.name: place for place, tensor in enumerate(graph.inputs)}
         self.needed: set[int] = set()
-        """The places of the arguments that :meth:`flops` came across."""
+        """The places of the arguments that :meth:`flops` needed."""
 
     def flops(self, outputs: Iterable[int]) -> int:
         """The FLOPs that these outputs, and what happens besides them, need."""
-        roots = [self._graph.outputs[place] for place in outputs]
-        wanted: dict[str, set[int]] = {}
+        roots, effects = [self._graph.outputs[place] for place in outputs], self._graph.control_outputs
+        wanted: dict[str, set[int]] = {op.name: set() for op in effects}
         for tensor in roots:
             wanted.setdefault(tensor.op.name, set()).add(tensor.value_index)
         total = 0
-        effects = self._graph.control_outputs
         for op in reversed(_in_order([*effects, *(tensor.op for tensor in roots)])):
-            own, used = self._operation(op, wanted.get(op.name, set()))
+            if op.name not in wanted:
+                continue  # an argument of a function, which does nothing with it that is needed
+            own, used = self._operation(op, wanted[op.name])
             total += own
             for tensor in used:
                 wanted.setdefault(tensor.op.name, set()).add(tensor.value_index)
+            for other in op.control_inputs:
+                wanted.setdefault(other.name, set())
         return total
 
     def _operation(self, op: Any, wanted: set[int]) -> tuple[int, Sequence[Any]]:

@@ -153,6 +153,10 @@ def beside(x, weight):
     return x @ weight
 
 
+def beside_in_a_function(x, weight):
+    return tf.function(lambda y, w, unused: (y @ w, 2 * unused))(x, weight, tf.stop_gradient(x @ weight))[0]
+
+
 ONE = 2 * BATCH * 4 * 4
 """A product with the weight."""
 
@@ -162,12 +166,21 @@ ONE = 2 * BATCH * 4 * 4
     [
         (times, 2),
         (beside, 2),
+        (beside_in_a_function, 2),
         (three_times, 3 + 2 * 3),
         (lambda x, w: tf.function(times)(x, w), 2),
         (if_large(times, lambda x, w: (2 * x) @ w), 2),
         (lambda x, w: tf.einsum("...i,...i->...i", x, x) @ w, 2),
     ],
-    ids=["product", "an unused one beside it", "a loop", "a function", "alike in both branches", "product of elements"],
+    ids=[
+        "product",
+        "an unused one beside it",
+        "an unused argument",
+        "a loop",
+        "a function",
+        "alike in both branches",
+        "product of elements",
+    ],
 )
 def test_what_a_step_needs_is_counted_as_often_as_it_runs(function, products):
     assert counted([Calls(function)], (4,)) == products * ONE
