@@ -5,7 +5,8 @@ L4 give figures with structured sparsity, which are twice as high; they are halv
 Cores. ``fp16`` accumulates in float32, as TensorFlow's products do; on a GeForce that is half of what float16
 accumulation gives. On GPUs without Tensor Cores it is the rate of their ordinary units.
 
-A figure that was not found in a document is left out, even if others suggest it. So are GPUs whose name covers several
+Most figures were taken from pages that quote the document named here, not from the document itself. A figure that was
+not found so is left out, even if others suggest it. So are GPUs whose name covers several
 clocks or power limits, such as those of laptops.
 """
 
@@ -91,6 +92,8 @@ _BLACKWELL_PRO = (
     "NVIDIA RTX PRO Blackwell GPU Architecture, v1.0, table 4, https://www.nvidia.com/content/dam/en-zz/Solutions/"
     "design-visualization/quadro-product-literature/NVIDIA-RTX-Blackwell-PRO-GPU-Architecture-v1.0.pdf"
 )
+_GEFORCE_3090 = f"{_BLACKWELL}; for tf32 {_GA102}"
+_RTX_6000_ADA = f"{_BLACKWELL_PRO}; for fp32 and fp8 the NVIDIA RTX 6000 Ada Generation datasheet"
 
 
 def _peak(source: str, **tflops: float) -> Peak:
@@ -123,10 +126,10 @@ _PEAKS: dict[str, Peak] = {
     "T4": _peak(_T4, fp32=8.1, fp16=65.0),
     "P100-SXM2-16GB": _peak(_GA100, fp32=10.6, fp16=21.2),
     **dict.fromkeys(("P100-PCIE-12GB", "P100-PCIE-16GB"), _peak(_P100_PCIE, fp32=9.3, fp16=18.7)),
-    "GeForce RTX 3090": _peak(_BLACKWELL, fp32=35.6, tf32=35.6, fp16=71.2, bf16=71.2),
+    "GeForce RTX 3090": _peak(_GEFORCE_3090, fp32=35.6, tf32=35.6, fp16=71.2, bf16=71.2),
     "GeForce RTX 4090": _peak(_ADA, fp32=82.6, tf32=82.6, fp16=165.2, bf16=165.2, fp8=330.3),
     "GeForce RTX 5090": _peak(_BLACKWELL, fp32=104.8, fp16=209.5, bf16=209.5, fp8=419.0),
-    "RTX 6000 Ada Generation": _peak(_BLACKWELL_PRO, fp32=91.1, bf16=364.0, fp8=728.5),
+    "RTX 6000 Ada Generation": _peak(_RTX_6000_ADA, fp32=91.1, bf16=364.0, fp8=728.5),
     "RTX PRO 6000 Blackwell Workstation Edition": _peak(_BLACKWELL_PRO, bf16=503.8),
 }
 """By the driver's name without the maker. A name must match as a whole: ``RTX 4090 D`` and ``RTX 4090 Laptop GPU`` are
