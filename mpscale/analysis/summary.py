@@ -148,7 +148,19 @@ def _times(mode: str, own: _Mode, modes: Mapping[str, _Mode]) -> Row:
             row[f"speedup_{name}_doubts"] = " ".join(doubts) or None
     row |= own.conditions
     row["device_busy_ms_per_step"] = _over(statistics.median, values_of(own.good, "device_busy_ms_per_step"))
+    row |= _arithmetic(own)
     row["two_level_processes"] = len(values_of(own.good, SLOWER))
+    return row
+
+
+def _arithmetic(own: _Mode) -> Row:
+    """Geometric means, as of step times. There is no share if that of a process is implausible."""
+    row: Row = {name: common(own.good, name) for name in ("flops_per_step", "tflops_peak")}
+    for suffix in ("", "_while_busy"):
+        rates = values_of(own.good, f"tflops{suffix}")
+        row[f"tflops{suffix}"] = _over(statistics.geometric_mean, rates)
+        shares = values_of(own.good, f"peak_share{suffix}")
+        row[f"peak_share{suffix}"] = _over(statistics.geometric_mean, shares) if len(shares) == len(rates) else None
     return row
 
 

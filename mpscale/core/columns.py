@@ -72,11 +72,13 @@ class Format(StrEnum):
     """Four significant digits: MiB and MHz."""
     SHARE = "share"
     """A share of 1, as percent."""
+    FLOPS = "flops"
+    """A number of operations: ``5.22 T``."""
     LOSS_SCALE = "loss-scale"
     """In full if it is a power of two, as it mostly is."""
 
 
-_FORMATS = {"share": Format.SHARE, "MiB": Format.LARGE, "MHz": Format.LARGE}
+_FORMATS = {"share": Format.SHARE, "MiB": Format.LARGE, "MHz": Format.LARGE, "FLOP": Format.FLOPS}
 """By unit. For units that are not here the kind of the column decides."""
 _FORMATS_BY_KIND: dict[Kind, Format] = {
     "str": Format.TEXT,
@@ -91,6 +93,7 @@ class Sheet(StrEnum):
     """Tables of the report with a row per workload and mode, and a column for each :class:`Cell`."""
 
     TIMING = "timing"
+    ARITHMETIC = "arithmetic"
     MEMORY = "memory"
     MEMORY_PARTS = "memory-parts"
     ENERGY = "energy"
@@ -187,6 +190,7 @@ class Topic(StrEnum):
     TRAINING = "training"
     RESULT = "result"
     STEP_TIME = "step-time"
+    ARITHMETIC = "arithmetic"
     HOST_NOISE = "host-noise"
     MEMORY = "memory"
     ENERGY = "energy"
@@ -219,6 +223,8 @@ _NO_METRIC = "the workload has no metric (`has_metric`)"
 _NO_TRAINING = "timing-only process (`repeat` above 0), or the case ended before that"
 _NO_TIMING = "timing was off (`--benchmark-disable`), or the case ended before that"
 _NO_PROFILE = "no GPU, the profiler recorded none of its kernels or is in use by the workload (the reason says which), timing was off, or the case ended before that"
+_NO_FLOPS = "`flops_per_step` is empty, timing was off, or the case ended before that; on a CPU also in modes below float32, which most CPUs emulate"
+_NO_PEAK = "no GPU, a MIG instance, or mpscale knows no peak of the GPU in this precision"
 _UNCHECKED = ", ".join(mode.name for mode in MODES.values() if not mode.sees_overflow)
 _NO_CHECK = f"the mode checks no gradient ({_UNCHECKED}), or the case ended before that"
 _NO_SCALE = "the mode has no loss scale, or the case ended before that"
@@ -350,6 +356,18 @@ SECTIONS: tuple[Section, ...] = (
             _measured("trace_time_s", "float", "s", "tracing a single train step into a graph, also with several steps per call", _NOT_REACHED, Cell(Sheet.TIMING, 6, "trace s", apart=_REUSED)),
             _measured("first_step_s", "float", "s", "first call of the traced single step, including compilation, also with several steps per call", _NOT_REACHED, Cell(Sheet.TIMING, 7, "first step s", apart=_REUSED)),
             _measured("first_call_s", "float", "s", "first call of `steps_per_call` steps, including tracing, compilation and these steps", "every call took one step, no call of several was made, or the case ended before that"),
+        ),
+    ),
+    Section(
+        Topic.ARITHMETIC,
+        "Arithmetic of a step",
+        (
+            _measured("flops_per_step", "int", "FLOP", "floating-point operations of the products (matrix products, Einsum, convolutions, recurrent kernels) of one step, forward and backward, two for each multiply-add; counted in the traced graph, the same in every mode", "the step multiplies no matrices, or has an operation, a loop or a branch whose FLOPs do not follow from the graph (the reason names it); or the case ended before that", positive=True),
+            _measured("tflops", "float", "TFLOP/s", "`flops_per_step` / `step_time_ms_median`", _NO_FLOPS, positive=True),
+            _measured("tflops_while_busy", "float", "TFLOP/s", "`flops_per_step` / `device_busy_ms_per_step`: without the time in which the GPU waits for the host", "`device_busy_ms_per_step` is empty; " + _NO_FLOPS, positive=True),
+            _measured("tflops_peak", "float", "TFLOP/s", "peak of the GPU for dense products in the precision that the mode is about, from NVIDIA's documents (`mpscale/worker/peaks.py`)", _NO_PEAK, positive=True),
+            _measured("peak_share", "float", "share", "`tflops` / `tflops_peak`, called MFU (model FLOPs utilisation) in the literature", "above 1, which cannot be; `tflops` or `tflops_peak` is empty"),
+            _measured("peak_share_while_busy", "float", "share", "`tflops_while_busy` / `tflops_peak`: what the kernels reach", "above 1, which cannot be; `tflops_while_busy` or `tflops_peak` is empty"),
         ),
     ),
     Section(
@@ -517,6 +535,12 @@ SUMMARY: tuple[Column, ...] = (
     _known("device_busy_ms_per_step", "float", "ms", "median over processes", "no process was profiled on a GPU"),
     _known("device_busy_share", "float", "share", "median over processes", "no process was profiled on a GPU"),
     _known("gpu_utilization", "float", "%", "median of `gpu_utilization_median` over processes; stands in for `device_busy_share` where that is empty", "nothing was timed on a GPU, or the driver does not report it"),
+    _known("flops_per_step", "int", "FLOP", "that of its processes", "no process has it, or they differ", Cell(Sheet.ARITHMETIC, 1, "FLOPs per step")),
+    _known("tflops", "float", "TFLOP/s", "geometric mean over processes of seeds that ended well", "no process has it", Cell(Sheet.ARITHMETIC, 2, "TFLOP/s")),
+    _known("tflops_peak", "float", "TFLOP/s", "peak of the GPU in the precision of the mode", "no process has it, or they differ", Cell(Sheet.ARITHMETIC, 4, "peak TFLOP/s")),
+    _known("peak_share", "float", "share", "`tflops` / `tflops_peak`", "no process has it", Cell(Sheet.ARITHMETIC, 5, "share of peak")),
+    _known("tflops_while_busy", "float", "TFLOP/s", "geometric mean over processes of seeds that ended well", "no process was profiled on a GPU", Cell(Sheet.ARITHMETIC, 3, "TFLOP/s while busy")),
+    _known("peak_share_while_busy", "float", "share", "`tflops_while_busy` / `tflops_peak`", "no process has it", Cell(Sheet.ARITHMETIC, 6, "share while busy")),
     _known("host_other_cpu_share", "float", "share", "median over processes", "nothing was timed, or it is unknown"),
     _known("two_level_processes", "int", "", "processes whose timed blocks fall into two groups"),
     _known("not_started", "int", "", "cases that were planned but not started, as far as is known"),

@@ -10,6 +10,9 @@ from typing import Literal
 
 from mpscale.core.device import Device
 
+Products = Literal["fp32", "tf32", "fp16", "bf16"]
+"""A precision of products, as tables of GPUs' peaks name it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
@@ -64,6 +67,15 @@ class Mode:
     def is_mixed(self) -> bool:
         """Whether part of the training is computed in less than float32."""
         return self.policy != "float32" or self.graph_rewrite
+
+    @property
+    def products(self) -> Products:
+        """The precision of most products, the one that the mode is about; on a GPU without TF32, tf32 means fp32."""
+        if self.graph_rewrite or self.policy == "mixed_float16":
+            return "fp16"
+        if self.policy == "mixed_bfloat16":
+            return "bf16"
+        return "tf32" if self.tf32 else "fp32"
 
     @property
     def sees_overflow(self) -> bool:

@@ -232,7 +232,8 @@ def _contrast(name: str, value: Any, other: Any, mode: str) -> str:
 
 _TRAINING = (*measured_columns(Topic.TRAINING), "metric_value", "final_accuracy", "published_metric_value")
 _UNTIMED = ("build_time_s", "trace_time_s", "first_step_s", "first_call_s")
-_TIMING = tuple(name for name in measured_columns(Topic.STEP_TIME) if name not in _UNTIMED)
+_FROM_TIMES = ("tflops", "tflops_while_busy", "peak_share", "peak_share_while_busy")
+_TIMING = (*(name for name in measured_columns(Topic.STEP_TIME) if name not in _UNTIMED), *_FROM_TIMES)
 _LOSS_SCALE = tuple(name for name in _TRAINING if name.startswith("loss_scale_"))
 _OVERFLOW = (
     "applied_steps",

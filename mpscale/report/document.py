@@ -68,6 +68,7 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
         "Accuracy against fp32": [sections.against_fp32(run)],
         "Workloads without a metric": sections.without_metric(run),
         "Timing quality": sections.timing(run),
+        "Arithmetic": sections.arithmetic(run),
         "Step time noise": sections.noise(run, floors),
         "Memory": sections.memory(run),
         "GPU memory by part (MiB)": sections.memory_parts(run),

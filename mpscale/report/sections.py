@@ -56,6 +56,10 @@ _GPU_TIME = tuple(
     for cell in column.cells
 )
 """Headings of the timing table that are left out without a profile of a GPU."""
+_RATES = tuple(
+    cell.heading for column in SUMMARY if column.name.startswith(("tflops", "peak_share")) for cell in column.cells
+)
+"""Headings of the table of arithmetic that are left out if nothing was timed, or on a CPU."""
 _PER_CALL = tuple(
     cell.heading
     for name in ("step_time_ms_median", "step_time_ms_one_per_call")
@@ -260,6 +264,29 @@ def timing(run: Run) -> list[Table | str]:
             "cost more than is gained. Run the modes with --mp-jit on, too, before you choose one."
         )
     parts.append(two_levels(run))
+    return parts
+
+
+def arithmetic(run: Run) -> list[Table | str]:
+    """Show FLOPs per step, how fast they are computed, and the share of the GPU's peak."""
+    table = _sheet(run, Sheet.ARITHMETIC, "flops_per_step")
+    if not table:
+        return []
+    table = table.without_blank(*_RATES)
+    parts: list[Table | str] = [
+        table,
+        "FLOPs are those of matrix products and convolutions, forward and backward, two for each multiply-add. They "
+        "are a property of the model and its batch, so they are the same in every mode.",
+    ]
+    if any(row["peak_share"] is not None for row in summary_of(run)):
+        parts.append(
+            "Peaks are NVIDIA's, for dense products in the precision that the mode is about. Part of a mixed step is "
+            "float32, and operations on single elements take time without counting as FLOPs, so no training reaches "
+            "its peak: well-tuned ones on large models reach about half. A low share means that something else sets "
+            "the step time: memory, the host, or products that are too small."
+        )
+    elif any(row["device"] == "cpu" and row["tflops"] is not None for row in summary_of(run)):
+        parts.append("Modes below float32 have no TFLOP/s here: most CPUs emulate float16 and bfloat16.")
     return parts
 
 

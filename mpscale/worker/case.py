@@ -41,6 +41,7 @@ from mpscale.worker.step import (
     time_steps,
     warm_up,
 )
+from mpscale.worker.throughput import Throughput
 from mpscale.worker.training import Evaluator, batches, first_pause, is_accuracy, score_for, train
 from mpscale.workloads import Data, Workload, registry
 from mpscale.workloads.metric import ACCURACY
@@ -126,6 +127,8 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     precision = Precision(built.model, step.graph)
     _report(channel, _described(built))
     _report(channel, precision.columns())
+    throughput = Throughput(step.graph, mode, device)
+    _report(channel, throughput.columns())
     _report(channel, built.noted_loss.columns(built.data.train_y[built.order[0]]))
     channel.values({"process_settings": arithmetic.column()})
     objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
@@ -161,7 +164,8 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     _report(channel, _several_per_call(built))
     if step_ms is not None:
         # Last of all: the profiler slows steps and takes memory of the device.
-        _profile(step, step_ms, device, channel)
+        busy_ms = _profile(step, step_ms, device, channel)
+        _report(channel, throughput.timed(step_ms, busy_ms))
     channel.phase(Phase.DONE)
     arithmetic.look("training and timing")
     return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
@@ -395,8 +399,11 @@ def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) 
     return float(values["step_time_ms_median"])
 
 
-def _profile(step: TrainStep, step_ms: float, device: Device, channel: Channel) -> None:
-    """Take a few more steps under the profiler, for the time in which the GPU computes; ``step_ms`` was timed."""
+def _profile(step: TrainStep, step_ms: float, device: Device, channel: Channel) -> float | Reason:
+    """Take a few more steps under the profiler. Return the ms per step in which the GPU computes, or why unknown.
+
+    ``step_ms`` was timed.
+    """
     steps = min(max(round(_PROFILED_S * 1e3 / step_ms), _FEWEST_PROFILED), _MOST_PROFILED)
     steps = step.whole_calls(steps)
     busy, found = profile_steps(lambda: step.block(steps), steps, device), Findings()
@@ -407,6 +414,7 @@ def _profile(step: TrainStep, step_ms: float, device: Device, channel: Channel) 
         found.put("device_busy_share", busy.share(step_ms))
     _report(channel, found)
     channel.phase(Phase.PROFILED)
+    return busy if isinstance(busy, Reason) else busy.kernels_ms_per_step
 
 
 def _several_per_call(built: Built) -> Findings:

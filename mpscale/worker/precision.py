@@ -25,7 +25,7 @@ from mpscale.scaling.skip import all_nodes
 from mpscale.worker.autotuning import users_variable
 from mpscale.worker.device import set_arithmetic
 
-_PRODUCT = re.compile(
+PRODUCT = re.compile(
     r"MatMul|Einsum|Dot(?:V2)?$|Conv(?:\d[Dd]|V\d|$)|CudnnRNN(?!Params|Canonical)|BlockLSTM|LSTMBlock|GRUBlock"
 )
 """Operations that multiply matrices, forward and backward, including convolutions and cuDNN's recurrent layers."""
@@ -75,7 +75,7 @@ class Precision:
             and (_own_rank(layer) >= 0 or not list(layer._flatten_layers(include_self=False)))
         ]
         nodes = all_nodes(graph.as_graph_def())
-        self._products = [(node, _dtype(node)) for node in nodes if _PRODUCT.search(node.op)]
+        self._products = [(node, _dtype(node)) for node in nodes if PRODUCT.search(node.op)]
         self._others = Counter(node.op for node in nodes if _OTHER.match(node.op.removeprefix("Stateless")))
         self._dtypes = [(node.name, _dtype(node)) for node in nodes if not _MOVES.match(node.op)]
         self.layers = Counter(layer.compute_dtype for layer in self._layers)
