@@ -105,8 +105,7 @@ class Mode:
                 "it is compared with, with --mp-jit off"
             )
         if self.float8 and device.kind == "gpu":
-            # XLA has kernels for float8 products from Ada on: gemm_rewriter.cc.
-            if (device.compute_capability or (0, 0)) < (8, 9):
+            if not device.has_float8:
                 return (
                     "float8 products need an NVIDIA GPU of compute capability 8.9 (Ada), 9.0 (Hopper) or newer; this "
                     f"is {_described(device)}"

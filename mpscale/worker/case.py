@@ -114,8 +114,8 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     built = _build(case, arithmetic, channel)
     channel.phase(Phase.MODEL_BUILT)
     float8 = built.float8
-    if float8 is not None and (none_found := float8.none_found()) is not None:
-        return "unsupported", none_found
+    if float8 is not None and (unsupported := float8.unsupported_reason(built.optimizer)) is not None:
+        return "unsupported", unsupported
 
     step = built.step
     trace_s = step.trace()

@@ -67,10 +67,15 @@ class Float8:
 
         layer._float8_call = noted
 
-    def none_found(self) -> str | None:
-        """Why the model cannot train in float8; None if it has layers that can."""
-        if self.layers:
+    def unsupported_reason(self, optimizer: keras.optimizers.Optimizer) -> str | None:
+        """Why Keras cannot train the model in float8 with this optimizer; None if it can."""
+        if self.layers and not optimizer.use_ema:
             return None
+        if self.layers:
+            return (
+                "Keras' optimizers keep no moving averages of float8 scales and fail when they replace weights by their "
+                "averages; use an optimizer without use_ema, or leave out this mode"
+            )
         has = ", ".join(f"{number} {name}" for name, number in sorted(self._weighted.items()))
         return (
             "Keras can only train Dense and EinsumDense layers in float8, and this model has none that is trained, not "
