@@ -73,7 +73,7 @@ class Float8:
             return None
         if self.layers:
             return (
-                "Keras' optimizers keep no moving averages of float8 scales and fail when they replace weights by their "
+                "Keras' optimizers keep no moving averages of float8 scales and fail when they replace weights by "
                 "averages; use an optimizer without use_ema, or leave out this mode"
             )
         has = ", ".join(f"{number} {name}" for name, number in sorted(self._weighted.items()))
