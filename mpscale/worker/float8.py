@@ -51,7 +51,7 @@ class Float8:
             for layer in layers
             if layer.weights and not list(layer._flatten_layers(include_self=False))
         )
-        self._calls: dict[str, list[tuple[Any, bool]]] = {layer.path: [] for layer in self.layers}
+        self._calls: dict[int, list[tuple[Any, bool]]] = {id(layer): [] for layer in self.layers}
         for layer in self.layers:
             # Keras' own check of the type refuses every subclass.
             layer.quantize("float8", type_check=False)
@@ -59,7 +59,7 @@ class Float8:
 
     def _note_calls(self, layer: keras.layers.Layer) -> None:
         """Note for each call the graph that it is traced in, and whether scales are updated."""
-        call, calls = layer._float8_call, self._calls[layer.path]
+        call, calls = layer._float8_call, self._calls[id(layer)]
 
         def noted(inputs: Any, training: bool | None = None) -> Any:
             calls.append((tf.compat.v1.get_default_graph(), bool(training)))
@@ -92,7 +92,7 @@ class Float8:
             graph: the traced graph of the train step.
         """
         for layer in self.layers:
-            calls = self._calls[layer.path]
+            calls = self._calls[id(layer)]
             if not calls:
                 wrong = "not called in the train step, or only its method call is, which does not compute in float8"
             elif len(calls) > 1:
@@ -111,7 +111,15 @@ class Float8:
 
     def columns(self) -> Findings:
         """The column float8_tensors: amax and scale of each tensor at this moment."""
-        return Findings({"float8_tensors": json.dumps({layer.path: _tensors(layer) for layer in self.layers})})
+        found: dict[str, Any] = {}
+        for layer in self.layers:
+            # Layers of a user's own model may share a path.
+            name, number = layer.path, 1
+            while name in found:
+                number += 1
+                name = f"{layer.path} ({number})"
+            found[name] = _tensors(layer)
+        return Findings({"float8_tensors": json.dumps(found)})
 
 
 def _tensors(layer: keras.layers.Layer) -> dict[str, dict[str, float | str]]:

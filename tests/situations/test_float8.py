@@ -118,13 +118,14 @@ class OwnCall(L.Dense):
 class Calling(keras.Model):
     """A model that calls a layer in its own way."""
 
-    def __init__(self, how):
+    def __init__(self, how, more=False):
         super().__init__()
-        self.hidden, self.head, self.how = L.Dense(2), head(), how
+        self.hidden, self.head, self.how = L.Dense(2, name="it"), head(), how
         self.hidden.build((None, 2))
+        self.more = L.Dense(2, name="it") if more else L.Identity()
 
     def call(self, x):
-        return self.head(self.how(self.hidden, x))
+        return self.head(self.more(self.how(self.hidden, x)))
 
 
 def looped(layer, x):
@@ -136,6 +137,8 @@ def looped(layer, x):
     [
         (lambda: stacked(Derived(4)), "float32 3, float8 2"),
         (lambda: stacked(Derived(4), OwnCall(4)), "bfloat16 3, float32 3, float8 2"),
+        # Two layers of one name.
+        (partial(Calling, lambda layer, x: layer(x), more=True), "float8 5, float32 3"),
         # Without training, a scale would stay what it is in the beginning.
         (lambda: stacked(L.Dense(4, trainable=False), L.Dense(4)), "float32 3, float8 3, bfloat16 2"),
     ],
@@ -143,6 +146,19 @@ def looped(layer, x):
 def test_layers_that_float8_cannot_train_stay_in_bfloat16(model, products):
     outcome = train(workload(model, lambda: DATA, train_steps=2), "mixed-fp8")
     assert (outcome.status, outcome.row["product_dtypes"]) == ("ok", products), outcome.reason
+    assert len(tensors(outcome)) == outcome.row["layer_dtypes"].count("float8 2") + 1
+
+
+@pytest.mark.parametrize("mode", ["fp32", "mixed-bf16"])
+def test_float8_of_the_workloads_own_is_refused_in_modes_that_promise_another_precision(mode):
+    def quantized():
+        model = dense()()
+        model.layers[0].quantize("float8")
+        return model
+
+    outcome = train(workload(quantized, lambda: DATA, train_steps=2), mode)
+    assert outcome.status == "invalid"
+    assert "2 products in float8 and 1 layer in float8" in outcome.reason
 
 
 @pytest.mark.parametrize(
