@@ -258,6 +258,8 @@ def explain(record: Record, case: Case) -> None:
         record.miss(_TRAINING, Reason(Code.NOT_ASKED_FOR, "timing-only process"))
     if case.settings.timing_s == 0:
         record.miss(_TIMING, Reason(Code.NOT_ASKED_FOR, "timing was off"))
+    if not mode.float8:
+        record.miss("float8_tensors", Reason(Code.NOT_IN_MODE, f"{mode.name} does not compute in float8"))
     if mode.scaling is None:
         record.miss(_LOSS_SCALE, Reason(Code.NOT_IN_MODE, f"{mode.name} has no loss scale"))
     if not mode.sees_overflow:

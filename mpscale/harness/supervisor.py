@@ -255,7 +255,7 @@ class Supervisor:
             outcome.signal = None
             record.update({"status": "oom", "status_reason": limit.problem, HOST_COLUMN: limit.peak_mib})
         self._tuning.ended(case, record["status"])
-        if record["status"] not in ("ok", "diverged", "stalled"):
+        if record["status"] not in ("ok", "diverged", "stalled", "unsupported"):
             record.update({"output_tail": _tail(log) or None})
 
     def _prepare(self, case: Case) -> None:

@@ -12,10 +12,11 @@ from mpscale.analysis.noise_floor import NO_FLOORS, Floors
 from mpscale.analysis.probe import Kept
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.device import Device
-from mpscale.core.mode import is_mixed
+from mpscale.core.mode import MODES, is_mixed
 from mpscale.core.record import Record
 from mpscale.core.runs import Run
 from mpscale.report import probe_tables, sections
+from mpscale.report.float8 import float8
 from mpscale.report.sections import metric_why, statuses
 from mpscale.report.table import (
     DASH,
@@ -63,6 +64,7 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
         "Cases that did not end well": sections.troubles(run),
         "What could not be read": [sections.unread(run, floors.left_out)],
         "Overflow and loss scale": [sections.overflow(run)],
+        "Scales of float8": float8(run),
         "Gradient range": probe_tables.section(probes),
         "Accuracy": sections.accuracy(run),
         "Accuracy against fp32": [sections.against_fp32(run)],
@@ -322,6 +324,14 @@ _NOTES_ON_CPU = (
     "It says nothing about what mixed precision saves on a GPU, so no ratio is given.",
     "What a CPU run does show is whether training works: overflow, loss scale and final metric.",
 )
+_NOTE_ON_FLOAT8 = (
+    "mixed-fp8 rounds to float8 what Dense and EinsumDense layers multiply. XLA decides for each product if the GPU "
+    "multiplies in float8 or converts back to bfloat16 first: only the step time shows it."
+)
+_NOTE_ON_FLOAT8_ON_CPU = (
+    "A CPU does not multiply in float8: mixed-fp8 rounds to float8 and multiplies in bfloat16. Training and metric are "
+    "those of float8, and the step time says nothing about it."
+)
 _NOTE_ON_GPU_MEMORY = (
     "GPU memory is what the driver reports for the process, including context and libraries, so the ratio is that of "
     "whole processes. To compare modes, use the figure for training: steps were awaited one by one. To choose a GPU, "
@@ -346,6 +356,8 @@ def how_to_read(run: Run) -> str:
     if not all(metrics):
         notes.append(_NOTE_ON_NO_METRIC)
     notes += _NOTES_ON_CPU if device_kind(run) == "cpu" else (_NOTE_ON_GPU_MEMORY,)
+    if any(row["mode"] in MODES and MODES[row["mode"]].float8 for row in rows):
+        notes.append(_NOTE_ON_FLOAT8_ON_CPU if device_kind(run) == "cpu" else _NOTE_ON_FLOAT8)
     if any(row["gpu_energy_j_per_step"] is not None for row in rows):
         notes.append(_NOTE_ON_ENERGY)
     if Device("gpu", device_name(run) or "").is_stand_in:

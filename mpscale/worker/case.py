@@ -27,6 +27,7 @@ from mpscale.worker import autotuning
 from mpscale.worker import model as models
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
+from mpscale.worker.float8 import Float8
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
@@ -79,6 +80,7 @@ class Built:
         optimizer: the workload's, without the mode's loss scaling.
         optimizer_config: describes the optimizer as it was before the mode wrapped it.
         noted_loss: the objective as the train step calls it.
+        float8: the layers that compute in float8; None in other modes.
     """
 
     case: Case
@@ -91,6 +93,7 @@ class Built:
     objective: Objective
     noted_loss: NotedLoss
     step: TrainStep
+    float8: Float8 | None
 
     @property
     def steps(self) -> int:
@@ -120,6 +123,9 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     arithmetic = Arithmetic(mode, device, case.settings.jit)
     built = _build(case, arithmetic, channel)
     channel.phase(Phase.MODEL_BUILT)
+    float8 = built.float8
+    if float8 is not None and (unsupported := float8.unsupported_reason(built.optimizer)) is not None:
+        return "unsupported", unsupported
 
     step = built.step
     trace_s = step.trace()
@@ -131,6 +137,8 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     _report(channel, throughput.columns())
     _report(channel, built.noted_loss.columns(built.data.train_y[built.order[0]]))
     channel.values({"process_settings": arithmetic.column()})
+    if float8 is not None and (misused := float8.misused(step.graph)) is not None:
+        return "unsupported", misused
     objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
     if objections:
         # Do not train: any figure would be reported under the name of another precision.
@@ -204,6 +212,7 @@ def _build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
     model = models.make_model(workload.model)
     arithmetic.look("the workload's model function")
     models.build_model(model, data.train_x[:batch] if batch <= len(data.train_x) else data.train_x[order[0]])
+    float8 = Float8(model) if MODES[case.mode].float8 else None
     optimizer = models.make_optimizer(workload.optimizer)
     arithmetic.look("the workload's optimizer function")
     optimizer_config = models.optimizer_description(optimizer, steps)
@@ -214,14 +223,15 @@ def _build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
     kind = ProbeStep if settings.looks else TrainStep
     step = kind(model, scaler, loss, shown, settings.jit, settings.steps_per_call)
     channel.values({"build_time_s": time.perf_counter() - start})
-    return Built(case, workload, data, order, model, optimizer, optimizer_config, objective, loss, step)
+    return Built(case, workload, data, order, model, optimizer, optimizer_config, objective, loss, step, float8)
 
 
 def _described(built: Built) -> Findings:
     """What is about to be trained, and the digests that have to be the same in every mode."""
     case, workload, model = built.case, built.workload, built.model
     data_digest = built.data.digest()
-    parameters = int(sum(np.prod(v.shape) for v in model.trainable_variables))
+    weights = models.weights_of(model.variables)
+    parameters = int(sum(np.prod(v.shape) for v in models.weights_of(model.trainable_variables)))
     parts: list[Any] = [
         models.model_config(model),
         models.config_of(built.optimizer) or built.optimizer_config,
@@ -241,7 +251,7 @@ def _described(built: Built) -> Findings:
             "workload_digest": f"sha256:{digest}",
             "data_digest": f"sha256:{data_digest}",
             "data_order_digest": f"sha256:{models.arrays_digest([built.order])}",
-            "initial_weights_digest": f"sha256:{models.arrays_digest(v.numpy() for v in model.variables)}",
+            "initial_weights_digest": f"sha256:{models.arrays_digest(v.numpy() for v in weights)}",
             "model_digest": f"sha256:{models.digest(models.model_description(model))}",
             "optimizer_config": json.dumps(built.optimizer_config),
             "series_key": key,
@@ -334,6 +344,8 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
             not_reached = Reason(Code.NEVER_HAPPENED, f"the target of {workload.target:g} was not reached")
         _put(found, "steps_to_target", training.steps_to_target, not_reached)
         _put(found, "time_to_target_s", training.time_to_target_s, not_reached)
+    if built.float8 is not None:
+        found.add(built.float8.columns())
     _report(channel, found)
     if steps_path is not None:
         _write_steps(steps_path, training.log)

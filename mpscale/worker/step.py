@@ -18,6 +18,7 @@ from mpscale.core.case import Settings
 from mpscale.core.loss_scale import RULES
 from mpscale.core.mode import Mode
 from mpscale.scaling import ArticleLossScale, LossScaleOptimizer
+from mpscale.worker.model import weights_of
 
 MOST_UNREAD = 1024
 """Most steps to take between two reads of the log: an unread step keeps some of the device's memory."""
@@ -296,7 +297,7 @@ class TrainStep:
 
     def weights_finite(self) -> bool:
         """Whether every weight of the model is finite, statistics that are not trained included."""
-        return all(bool(np.isfinite(v.numpy()).all()) for v in self._model.variables)
+        return all(bool(np.isfinite(v.numpy()).all()) for v in weights_of(self._model.variables))
 
     def read_log(self) -> Log:
         """Wait for the device; return the log of the steps since the last call."""

@@ -145,27 +145,30 @@ def test_a_broken_driver_library_is_a_problem_unless_the_gpu_is_hidden(tmp_path,
 )
 def test_what_a_cpu_computes_fast(flags, float16, bfloat16, words):
     found = device.precision_of_cpu(flags)
-    assert (found.float16, found.bfloat16, found.tf32) == (float16, bfloat16, False)
+    assert (found.float16, found.bfloat16, found.tf32, found.float8) == (float16, bfloat16, False, "no")
     assert words in " ".join(found.words)
 
 
 @pytest.mark.parametrize(
-    ("capability", "name", "float16", "bfloat16", "tf32"),
+    ("capability", "name", "float16", "bfloat16", "tf32", "float8"),
     [
-        ((9, 0), "NVIDIA H100", "yes", "yes", True),
-        ((8, 0), "NVIDIA A100", "yes", "yes", True),
-        ((7, 0), "Tesla V100", "yes", "no", False),
-        ((7, 5), "NVIDIA GeForce GTX 1660", "in part", "no", False),
-        ((7, 5), "Tesla T4", "yes", "no", False),
-        ((6, 0), "Tesla P100", "in part", "no", False),
-        ((6, 1), "NVIDIA GeForce GTX 1080", "no", "no", False),
-        ((5, 2), "Tesla M40", "no", "no", False),
-        (None, "a GPU", None, None, False),
+        ((12, 0), "NVIDIA GeForce RTX 5090", "yes", "yes", True, "yes"),
+        ((9, 0), "NVIDIA H100", "yes", "yes", True, "yes"),
+        ((8, 9), "NVIDIA L4", "yes", "yes", True, "yes"),
+        ((8, 0), "NVIDIA A100", "yes", "yes", True, "no"),
+        ((7, 0), "Tesla V100", "yes", "no", False, "no"),
+        ((7, 5), "NVIDIA GeForce GTX 1660", "in part", "no", False, "no"),
+        ((7, 5), "Tesla T4", "yes", "no", False, "no"),
+        ((6, 0), "Tesla P100", "in part", "no", False, "no"),
+        ((6, 1), "NVIDIA GeForce GTX 1080", "no", "no", False, "no"),
+        ((5, 2), "Tesla M40", "no", "no", False, "no"),
+        (None, "a GPU", None, None, False, None),
     ],
 )
-def test_what_a_gpu_computes_fast(capability, name, float16, bfloat16, tf32):
+def test_what_a_gpu_computes_fast(capability, name, float16, bfloat16, tf32, float8):
     found = device.precision_of_gpu(Device("gpu", name, "GPU-1", capability))
-    assert (found.float16, found.bfloat16, found.tf32) == (float16, bfloat16, tf32)
+    assert (found.float16, found.bfloat16, found.tf32, found.float8) == (float16, bfloat16, tf32, float8)
+    assert ("float8 run on Tensor Cores" in " ".join(found.words)) == (float8 == "yes")
 
 
 def test_a_busy_machine_is_noted(monkeypatch):

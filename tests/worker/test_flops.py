@@ -9,6 +9,7 @@ from keras import layers
 from mpscale.core.case import Settings
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code
+from mpscale.worker.float8 import Float8
 from mpscale.worker.flops import flops_of
 from mpscale.worker.step import Batches, StepScaler, TrainStep, scaler_for
 
@@ -251,9 +252,9 @@ def default_policy():
     [
         (
             MODES,
-            lambda: [layers.Conv1D(4, 3), layers.Dropout(0.1), layers.Dense(3, dtype="float32")],
+            lambda: [layers.Conv1D(4, 3), layers.Dropout(0.1), layers.Dense(5), layers.Dense(3, dtype="float32")],
             (9, 4),
-            2 * 7 * 4 * (3 * 4) + 3 * 7 * 4 * 3,
+            2 * 7 * 4 * (3 * 4) + 3 * 7 * 4 * 5 + 3 * 7 * 5 * 3,
         ),
         (("mixed-static", "mixed-bf16"), BY_HAND["GRU"][0], BY_HAND["GRU"][1], BY_HAND["GRU"][2]),
     ],
@@ -263,6 +264,8 @@ def test_every_mode_has_the_same_flops(modes, stack, shape, multiply_adds, defau
     def flops_in(mode):
         keras.config.set_dtype_policy(mode.policy)
         model = keras.Sequential([keras.Input(shape), *stack()])
+        if mode.float8:
+            Float8(model)
         scaler = scaler_for(mode, keras.optimizers.SGD(0.1, momentum=0.9, clipnorm=1.0), Settings())
         return flops_of(step_graph(model, np.zeros((BATCH, *shape), np.float32), scaler))
 
