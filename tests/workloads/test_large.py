@@ -27,7 +27,11 @@ PARAMETERS = {
 SLOTS = {"resnet50": 1, "wide-mlp": 1, "lstm-lm": 0}
 """Numbers that the optimizer keeps per parameter; two by default."""
 MODES = ("mixed-static", "mixed-dynamic", "mixed-bf16", "mixed-unscaled", "mixed-keras")
-PAIRS = list(zip(NAMES, (*MODES, "mixed-dynamic", "mixed-static"), strict=True))
+PAIRS = [
+    # EfficientNet is made like ResNet and takes as long, so it comes with the slow tests only.
+    pytest.param(name, mode, marks=[pytest.mark.slow] if name == "efficientnet-b0" else [])
+    for name, mode in zip(NAMES, (*MODES, "mixed-dynamic", "mixed-static"), strict=True)
+]
 
 
 @functools.cache
