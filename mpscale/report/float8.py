@@ -23,13 +23,20 @@ def float8(run: Run) -> list[Table | str]:
     """Show amax and scale of each kind of tensor, over the layers and seeds of each mode that computes in float8."""
     rows = []
     for workload, mode, records in measured(run, trained=True):
-        trainings = [json.loads(text) for text in values_of(records, "float8_tensors")]
-        for tensor, title in _TENSORS.items():
-            found = [layer[tensor] for layers in trainings for layer in layers.values()]
-            if found:
-                spans = [_span(float(each[name]) for each in found) for name in ("amax", "scale")]
-                rows.append([workload, mode, title, count(len(trainings[0])), *spans])
+        known = [layers for text in values_of(records, "float8_tensors") if (layers := _layers(text))]
+        for tensor, title in _TENSORS.items() if known else ():
+            spans = [_span(layer[tensor][place] for layers in known for layer in layers) for place in (0, 1)]
+            rows.append([workload, mode, title, count(len(known[0])), *spans])
     return [Table(["workload", "mode", "tensors", "layers", "amax", "scale"], rows), _NOTE] if rows else []
+
+
+def _layers(text: str) -> list[dict[str, tuple[float, float]]]:
+    """{tensor: (amax, scale)} of each layer; none if the cell holds something else, as in a table edited by hand."""
+    try:
+        found = json.loads(text).values()
+        return [{name: (float(one[name]["amax"]), float(one[name]["scale"])) for name in _TENSORS} for one in found]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return []
 
 
 def _span(values: Iterable[float]) -> str:

@@ -22,6 +22,7 @@ def test_scales_are_shown_over_layers_and_seeds(tmp_path):
         tmp_path,
         record("fp32"),
         record("mixed-fp8", 0, float8_tensors=json.dumps({"a": layer(4.0, 0.5), "b": layer(2.0, 0.25)})),
+        record("mixed-fp8", 2, float8_tensors="edited by hand"),
         record("mixed-fp8", 1, float8_tensors=json.dumps({"a": layer("inf", 8.0), "b": layer(3.0, 0.125)})),
     )
     row = next(line for line in written.splitlines() if "| kernels" in line)
