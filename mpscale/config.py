@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from mpscale.core.device import Device
 from mpscale.core.loss_scale import parse_number
+from mpscale.core.mode import DEFAULT_MODES
 
 N = TypeVar("N", int, float)
 
@@ -31,7 +32,7 @@ class Apart:
         batches: by the memory of the GPU: (GB, the batch for a GPU of that size), rising. Empty: the workload's own.
         seeds: trainings in each mode.
         repeats: further processes that only time.
-        modes: those that the device has of them; None for all default modes.
+        modes: instead of the default modes; devices with TF32 run ``tf32`` too.
         train_steps: steps per training.
         timing_blocks: minimum number of timing blocks.
         energy_s: as in :class:`Preset`.
@@ -41,7 +42,7 @@ class Apart:
     batches: tuple[tuple[int, int], ...] = ()
     seeds: int | None = None
     repeats: int = 0
-    modes: tuple[str, ...] | None = None
+    modes: tuple[str, ...] = DEFAULT_MODES
     train_steps: int | None = None
     timing_blocks: int | None = None
     energy_s: float | None = None
@@ -98,7 +99,7 @@ def _large(*batches: tuple[int, int]) -> Apart:
         batches,
         seeds=1,
         repeats=1,
-        modes=("fp32", "tf32", "mixed-dynamic", "mixed-bf16"),
+        modes=("fp32", "mixed-dynamic", "mixed-bf16"),
         train_steps=20,
         timing_blocks=10,
         autotune="shared",
@@ -120,6 +121,9 @@ _LARGE = {
 _ACCURACY_ALONE = Apart(energy_s=0.0)
 """For workloads that are too small for a GPU: their energy is that of waiting for Python."""
 
+_NEEDS_A_SCALE = {name: Apart(modes=(*DEFAULT_MODES, "mixed-unscaled")) for name in ("padded-gru", "diabetes-sum")}
+"""Workloads that show what a loss scale is for, next to a training without one."""
+
 PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
     {
         "smoke": Preset(
@@ -133,15 +137,17 @@ PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
         ),
         "small": Preset(
             "full trainings, minutes on two cores",
-            workloads=("mnist1d-mlp", "mnist1d-cnn", "article-mlp"),
+            workloads=("padded-gru", "diabetes-sum", "mnist1d-mlp", "mnist1d-cnn", "article-mlp"),
             seeds=3,
             timing_s=2.0,
+            apart=_NEEDS_A_SCALE,
         ),
         "full": Preset(
             "more seeds, longer timing and a recurrent network",
-            workloads=("mnist1d-mlp", "mnist1d-cnn", "mnist1d-gru", "article-mlp"),
+            workloads=("padded-gru", "diabetes-sum", "mnist1d-mlp", "mnist1d-cnn", "mnist1d-gru", "article-mlp"),
             seeds=5,
             timing_s=4.0,
+            apart=_NEEDS_A_SCALE,
         ),
         "gpu": Preset(
             "four networks that keep a GPU busy, with batches that fit its memory, and two small ones for accuracy; "

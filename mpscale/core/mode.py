@@ -251,10 +251,10 @@ def is_mixed(mode: str) -> bool:
     return mode not in MODES or MODES[mode].is_mixed
 
 
-def default_modes(device: Device) -> tuple[Mode, ...]:
-    """The modes that run on ``device`` if the user names none."""
-    names = set(DEFAULT_MODES) | ({"tf32"} if device.has_tf32 else set())
-    return tuple(mode for mode in _ALL if mode.name in names)
+def default_modes(device: Device, names: Iterable[str] = DEFAULT_MODES) -> tuple[Mode, ...]:
+    """The modes that run on ``device`` if the user names none: those in ``names``, and tf32 if the device has it."""
+    wanted = set(names) | ({"tf32"} if device.has_tf32 else set())
+    return tuple(mode for mode in _ALL if mode.name in wanted)
 
 
 def select_modes(names: Iterable[str]) -> tuple[Mode, ...]:

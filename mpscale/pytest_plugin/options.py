@@ -112,9 +112,7 @@ def repeats(config: pytest.Config, workload: str) -> int:
 
 def modes(config: pytest.Config, workload: str, device: Device) -> tuple[Mode, ...]:
     """Return the modes of a workload: those that the user named, else those of the preset that the device has."""
-    wanted = apart(config, workload).modes
-    by_default = default_modes(device)
-    return named_modes(config) or tuple(mode for mode in by_default if wanted is None or mode.name in wanted)
+    return named_modes(config) or default_modes(device, apart(config, workload).modes)
 
 
 def why_left_out(config: pytest.Config, workload: str, device: Device) -> str | None:

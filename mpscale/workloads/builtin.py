@@ -6,6 +6,10 @@ same recipe with another seed gives 10,000 more test examples, standardised with
 
 The article that mpscale began with trains a dense network for ten epochs on MNIST, which would need a download. Here it
 gets the real handwritten digits of scikit-learn: 1,797 images of 8 x 8, scaled up to 28 x 28; 500 are the test set.
+
+Two workloads show what a loss scale is for, one for each end of float16's range; docs/workloads.md explains them. One
+reads the same digits row by row, in padded sequences. The other predicts how far diabetes has progressed in scikit-
+learn's 442 patients (Efron, Hastie, Johnstone and Tibshirani 2004); 142 are the test set.
 """
 
 from __future__ import annotations
@@ -82,6 +86,47 @@ def _make_digits28() -> dict[str, Any]:
     return dict(zip(("train_x", "test_x", "train_y", "test_y"), parts, strict=True))
 
 
+_PADDED = 28
+"""Steps of a padded sequence, of which the eight rows of a digit are the first."""
+
+
+def load_digit_rows() -> Data:
+    """The same digits, a row a step, and then zeros; float32 (examples, 28, 8) from 0 to 1, int64 labels."""
+    return Data(**arrays("digit-rows-v1", _make_digit_rows))
+
+
+def _make_digit_rows() -> dict[str, Any]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    rows = (digits.images / 16.0).astype(np.float32)
+    x = np.pad(rows, ((0, 0), (0, _PADDED - rows.shape[1]), (0, 0)))
+    parts = train_test_split(x, digits.target.astype(np.int64), test_size=500, stratify=digits.target, random_state=0)
+    return dict(zip(("train_x", "test_x", "train_y", "test_y"), parts, strict=True))
+
+
+def load_diabetes() -> Data:
+    """300 patients to train on and 142 to test; float32 (examples, 10), standardised, and (examples, 1), 25 to 346."""
+    return Data(**arrays("diabetes-v1", _make_diabetes))
+
+
+def _make_diabetes() -> dict[str, Any]:
+    from sklearn import datasets
+    from sklearn.model_selection import train_test_split
+
+    diabetes = datasets.load_diabetes(scaled=False)
+    split = train_test_split(diabetes.data, diabetes.target, test_size=142, random_state=0)
+    train_x, test_x, train_y, test_y = (part.astype(np.float32) for part in split)
+    mean, deviation = train_x.mean(axis=0), train_x.std(axis=0)
+    return {
+        "train_x": (train_x - mean) / deviation,
+        "train_y": train_y[:, None],
+        "test_x": (test_x - mean) / deviation,
+        "test_y": test_y[:, None],
+    }
+
+
 def cache_directory() -> Path:
     """``$MPSCALE_CACHE``, else ``$XDG_CACHE_HOME/mpscale``, else ``~/.cache/mpscale``."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -117,6 +162,12 @@ def _adam(learning_rate: float) -> keras.optimizers.Optimizer:
     return keras.optimizers.Adam(learning_rate)
 
 
+def _decayed_adam(learning_rate: float, steps: int) -> keras.optimizers.Optimizer:
+    import keras
+
+    return keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(learning_rate, steps))
+
+
 def _mlp(inputs: int, *hidden: int) -> keras.Model:
     import keras
 
@@ -137,6 +188,25 @@ def _gru() -> keras.Model:
     from keras import Input, Sequential, layers
 
     return Sequential([Input((40,)), layers.Reshape((40, 1)), layers.GRU(64), layers.Dense(10, dtype="float32")])
+
+
+def _padded_gru() -> keras.Model:
+    from keras import Input, Sequential, layers
+
+    return Sequential([Input((_PADDED, 8)), layers.GRU(32), layers.Dense(10, dtype="float32")])
+
+
+def _regression() -> keras.Model:
+    from keras import Input, Sequential, layers
+
+    hidden = [layers.Dense(64, activation="relu") for _ in range(2)]
+    return Sequential([Input((10,)), *hidden, layers.Dense(1, dtype="float32")])
+
+
+def _sum_of_squares(labels: Any, outputs: Any) -> Any:
+    import keras
+
+    return keras.ops.sum(keras.ops.square(labels - outputs))
 
 
 _mnist1d = partial(Workload, data=load_mnist1d, optimizer=partial(_adam, 1e-2))
@@ -174,6 +244,32 @@ WORKLOADS = (
         evaluate_every=40,
         target=0.95,
         margin=0.01,
+    ),
+    Workload(
+        name="padded-gru",
+        summary="digits row by row, padded to 28 steps; a GRU of 32 units, Adam 2e-2: float16 needs a loss scale",
+        model=_padded_gru,
+        data=load_digit_rows,
+        optimizer=partial(_decayed_adam, 2e-2, 400),
+        batch_size=256,
+        train_steps=400,
+        evaluate_every=50,
+        target=0.9,
+        margin=0.05,
+    ),
+    Workload(
+        name="diabetes-sum",
+        summary="scikit-learn's diabetes, sum of squares; dense 10-64-64-1, Adam 3e-3: a scale of 128 is too large",
+        model=_regression,
+        data=load_diabetes,
+        optimizer=partial(_adam, 3e-3),
+        loss=_sum_of_squares,
+        metric="mean_absolute_error",
+        batch_size=50,
+        train_steps=300,
+        evaluate_every=50,
+        target=50.0,
+        margin=2.0,
     ),
 )
 """mpscale's own workloads, in the order in which they are listed."""
