@@ -16,6 +16,7 @@ from mpscale.harness.probe import LOOKS, STEPS, note
 from mpscale.report.probe_tables import sentences
 from mpscale.worker.probe import count, looks_at
 from mpscale.workloads import registry
+from mpscale.workloads.builtin import WORKLOADS
 
 SCALES = [2.0**power for power in (-30, -3, 0, 1, 7, 24, 60)]
 BORDERS = [
@@ -298,7 +299,7 @@ def test_the_recommended_scale_does_not_overflow_in_a_mixed_training():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["mnist1d-mlp", "mnist1d-cnn", "mnist1d-gru", "article-mlp"])
+@pytest.mark.parametrize("name", [workload.name for workload in WORKLOADS])
 def test_the_recommended_scale_does_not_overflow_in_the_whole_training_of_a_workload(name):
     given = registry.get(name)
     advice = advice_on(given, LOOKS, jit=True, train_steps=STEPS)
