@@ -11,6 +11,7 @@ from mpscale.core.mode import Mode, default_modes, is_mixed
 
 _CPU_S = {
     "padded-gru": 6.0,
+    "beam-strain": 3.5,
     "diabetes-sum": 2.0,
     "mnist1d-mlp": 3.5,
     "mnist1d-cnn": 5.0,

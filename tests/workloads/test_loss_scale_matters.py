@@ -1,4 +1,4 @@
-"""The two workloads that show what a loss scale is for, one for each end of float16's range."""
+"""The workloads that leave float16's range at one of its ends, and so show what a loss scale is for."""
 
 import keras
 import numpy as np
@@ -40,6 +40,21 @@ def test_with_a_scale_it_learns(padded):
     assert padded["mixed-dynamic"].row["final_accuracy"] > 0.5
 
 
+@pytest.fixture(scope="module")
+def beam():
+    return {mode: trained("beam-strain", mode, 200) for mode in ("fp32", "mixed-static", "mixed-dynamic")}
+
+
+def test_a_scale_of_128_is_too_small_for_a_loss_of_strain(beam):
+    # Nothing overflows, and the last layer, which is float32, learns.
+    assert (beam["mixed-static"].status, beam["mixed-static"].row["overflow_steps"]) == ("ok", 0)
+    assert beam["mixed-static"].row["metric_value"] < beam["fp32"].row["metric_value"] - 0.2
+
+
+def test_a_dynamic_scale_starts_high_enough_for_it(beam):
+    assert beam["mixed-dynamic"].row["metric_value"] == pytest.approx(beam["fp32"].row["metric_value"], abs=0.01)
+
+
 def test_a_scale_of_128_is_too_large_for_a_sum_of_squares(diabetes):
     assert diabetes["mixed-static"].status == "stalled"
     assert diabetes["mixed-static"].row["overflow_steps"] == 150
@@ -54,6 +69,6 @@ def test_a_dynamic_scale_falls_until_it_fits(diabetes):
 
 @pytest.mark.parametrize("preset", ["small", "full"])
 def test_presets_train_them_without_a_scale_too(preset):
-    for name in ("padded-gru", "diabetes-sum"):
+    for name in ("padded-gru", "beam-strain", "diabetes-sum"):
         assert name in PRESETS[preset].workloads
         assert "mixed-unscaled" in PRESETS[preset].apart[name].modes
