@@ -73,10 +73,11 @@ class MeasuredCase:
 
 
 _EXTRA_INFO = (
-    "case_id", "status", "workload", "mode", "seed", "repeat", "device_name", "jit", "batch_size",
-    "steps_per_call", "dispatch_share", "attempted_steps", "overflow_steps", "skipped_steps", "timed_overflow_steps",
-    "loss_scale_final", "gpu_memory_nvml_peak_mib", "host_memory_peak_mib", "final_accuracy", "metric_name",
-    "metric_value", "synthetic_inputs", "has_metric", "examples_per_s",
+    "case_id", "status", "workload", "mode", "swept_batch", "swept_scale", "seed", "repeat", "device_name",
+    "jit", "batch_size", "steps_per_call", "dispatch_share", "attempted_steps", "overflow_steps",
+    "skipped_steps", "timed_overflow_steps", "loss_scale_final", "gpu_memory_nvml_peak_mib",
+    "host_memory_peak_mib", "final_accuracy", "metric_name", "metric_value", "synthetic_inputs", "has_metric",
+    "examples_per_s",
 )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ class Plan:
         """Which preset was chosen, and why."""
         self.left_out: list[str] = []
         """Workloads of the preset that do not fit the device: why, and what to do."""
-        self._cases = {_parameters(case): case for case in self._planned(shuffle_seed)}
+        self._cases = self._planned(shuffle_seed)
         self.chosen: list[Case] = []
         self.tests: set[str] = set()
         """Node ids of the tests that measure a chosen case."""
@@ -80,6 +80,7 @@ class Plan:
 
     def _planned(self, shuffle_seed: int) -> list[Case]:
         config, device, cases = self._config, self.device, list[Case]()
+        batches, scales = options.swept(config)
         for number, name in enumerate(options.workloads(config)):
             if (why := options.why_left_out(config, name, device)) is not None:
                 self.left_out.append(why)
@@ -92,6 +93,8 @@ class Plan:
                 options.settings(config, name, device.memory_mib),
                 shuffle_seed=shuffle_seed + number,
                 first=len(cases),
+                batches=batches,
+                scales=scales,
             )
         if not cases:
             raise ValueError("; ".join(self.left_out))
@@ -105,11 +108,7 @@ class Plan:
     def parameters(self) -> list[Any]:
         """Return one pytest.param per case, in the order in which they run."""
         return [
-            pytest.param(
-                *parameters,
-                id=f"{case.workload}-{case.mode}-" + (f"seed{case.seed}" if case.trains else f"repeat{case.repeat}"),
-            )
-            for parameters, case in self._cases.items()
+            pytest.param(*(getattr(case, name) for name in PARAMETERS), id=_parameters_id(case)) for case in self._cases
         ]
 
     def prepare(self, items: list[pytest.Item]) -> None:
@@ -117,12 +116,12 @@ class Plan:
         places = [place for place, item in enumerate(items) if _measures(item)]
         ours = [items[place] for place in places]
         for item in ours:
-            parameters = item.callspec.params  # type: ignore[attr-defined]
-            item.stash[CASE] = case = self._cases[tuple(parameters[name] for name in PARAMETERS)]
+            # By number, since cases of a sweep may have the same parameters.
+            item.stash[CASE] = case = self._cases[item.callspec.indices[PARAMETERS[0]]]  # type: ignore[attr-defined]
             item.stash[CLOCK] = ReplayClock()
             if hasattr(self._config.option, "benchmark_disable"):
                 marker = item.get_closest_marker("benchmark")
-                marks = {"group": case.workload, **(marker.kwargs if marker else {}), "timer": item.stash[CLOCK]}
+                marks = {"group": case.place[0], **(marker.kwargs if marker else {}), "timer": item.stash[CLOCK]}
                 # First, since pytest-benchmark uses the closest marker: the test's own options stay, except the timer.
                 item.add_marker(pytest.mark.benchmark(**marks), append=False)
         for place, item in zip(places, sorted(ours, key=lambda item: item.stash[CASE].order), strict=True):
@@ -151,7 +150,10 @@ class Plan:
         """Return the workloads, modes, seeds and repeats that were chosen, and what sets single workloads apart."""
         found = {f"{name}s": list(dict.fromkeys(getattr(case, name) for case in self.chosen)) for name in PARAMETERS}
         common = options.settings(self._config).to_json()
-        own = {case.workload: case.settings.to_json() for case in self.chosen}
+        own = {
+            case.workload: options.settings(self._config, case.workload, self.device.memory_mib).to_json()
+            for case in self.chosen
+        }
         apart = {
             workload: {name: value for name, value in settings.items() if value != common[name]}
             for workload, settings in own.items()
@@ -163,8 +165,9 @@ class Plan:
         }
 
 
-def _parameters(case: Case) -> tuple[Any, ...]:
-    return tuple(getattr(case, name) for name in PARAMETERS)
+def _parameters_id(case: Case) -> str:
+    which = f"seed{case.seed}" if case.trains else f"repeat{case.repeat}"
+    return "-".join([case.workload, case.mode, *case.variant.parts(), which])
 
 
 def _measures(item: pytest.Item) -> bool:

@@ -187,7 +187,10 @@ class Session:
             if self._turns is None:
                 self._check.open(self._results, plan.device)
         if self._turns is not None:
-            cases = [{"id": case.id, **{name: getattr(case, name) for name in PARAMETERS}} for case in chosen]
+            cases = [
+                {"id": case.id, **dict(zip(PARAMETERS, (*case.place, case.seed, case.repeat), strict=True))}
+                for case in chosen
+            ]
             self._turns.send(turns.Plan(cases, options.longest_turn_s(self._config)))
 
     def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> list[str]:

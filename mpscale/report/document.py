@@ -13,7 +13,7 @@ from mpscale.analysis.probe import Kept
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES, is_mixed
-from mpscale.core.record import Record
+from mpscale.core.record import Record, place_of
 from mpscale.core.runs import Run
 from mpscale.report import probe_tables, sections
 from mpscale.report.float8 import float8
@@ -180,7 +180,8 @@ def _finding(row: Row, rows: Sequence[Row]) -> str:
         parts.append(escape(row["left_out"]))
     if row["ok"] != row["cases"] or row["not_started"]:
         parts.append(f"cases: {statuses(row)}")
-    return f"{escape(row['workload'])}, **{escape(row['mode'])}**: {'; '.join(parts) or 'nothing was measured'}."
+    workload, mode = place_of(row)
+    return f"{escape(workload)}, **{escape(mode)}**: {'; '.join(parts) or 'nothing was measured'}."
 
 
 def _speed(row: Row, rows: Sequence[Row]) -> str | None:
@@ -188,12 +189,13 @@ def _speed(row: Row, rows: Sequence[Row]) -> str | None:
         # Seeds that were lost may have been timed all the same.
         return "no training ended well, so no step time counts" if row["seeds"] and not row["ok"] else None
     baseline = row["headline_baseline"]
+    there = (place_of(row)[0], baseline)
     if row[f"speedup_{baseline}"] is None:
-        beside = any((other["workload"], other["mode"]) == (row["workload"], baseline) for other in rows)
+        beside = any(place_of(other) == there for other in rows)
         why = f"with no {baseline}{' that ended well' if beside else ''} to compare it with"
         return f"{number(row['step_time_ms'])} ms per step, {why}"
     if doubts := doubts_of(row, baseline):
-        other = next((one for one in rows if (one["workload"], one["mode"]) == (row["workload"], baseline)), row)
+        other = next((one for one in rows if place_of(one) == there), row)
         return "; ".join(filter(None, [_no_claim(row, other, doubts), _by_device_time(row, baseline)]))
     return _times("the speed", row, f"speedup_{baseline}", baseline)
 

@@ -84,7 +84,7 @@ def test_a_time_may_be_written_as_a_power(text):
 
 
 def test_static_scale_has_the_limits_of_its_class():
-    assert parse("--mp-static-scale", "2**24") == 2.0**24
+    assert parse("--mp-static-scale", "2**24") == (2.0**24,)
     with pytest.raises(ValueError) as meant:
         StaticLossScale(2.0**127)
     assert refusal("--mp-static-scale", "2**127") == str(meant.value)
