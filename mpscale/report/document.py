@@ -62,7 +62,7 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
     parts: dict[str, list[Table | str]] = {
         "Results": [sections.results(run), sections.doubts_note(summary_of(run))],
         "Speed-up over batch": sweep.by_batch(run),
-        "Overflow over loss scale": sweep.by_scale(run),
+        "Static loss scales": sweep.by_scale(run),
         "Cases that did not end well": sections.troubles(run),
         "What could not be read": [sections.unread(run, floors.left_out)],
         "Overflow and loss scale": [sections.overflow(run)],

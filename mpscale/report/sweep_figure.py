@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +18,10 @@ from mpscale.report.table import count
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+_LINE = 84
+"""Characters of panel titles that fit into the width of the figure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +118,14 @@ def _figure(panels: Sequence[_Panel], look_of: Mapping[str, Look]) -> Figure:
     grid = figure.subplots(len(workloads), len(panels), squeeze=False)
     for number, (workload, row) in enumerate(zip(workloads, grid, strict=True), 1):
         for axes, panel in zip(row, panels, strict=True):
-            _draw(axes, panel, panel.points.get(workload, {}), look_of, number)
-            axes.set_title(f"{short_name(workload, 24)}: {panel.title}", loc="left", size=10)
-    for axes in grid[-1]:
-        axes.set_xlabel("batch")
+            if workload not in panel.points:
+                axes.set_axis_off()
+                continue
+            _draw(axes, panel, panel.points[workload], look_of, number)
+            axes.set_title(
+                textwrap.fill(f"{short_name(workload)}: {panel.title}", _LINE // len(row)), loc="left", size=10
+            )
+            axes.set_xlabel("batch")
     drawn = {mode for panel in panels for modes in panel.points.values() for mode in modes}
     shown = {mode: look for mode, look in look_of.items() if mode in drawn}
     handles = [
@@ -151,9 +160,8 @@ def _draw(
     if panel.neutral is not None:
         axes.axhline(panel.neutral, color="#555555", linewidth=0.8, zorder=1)
         values.append(panel.neutral)
-    if values:
-        room = 0.35 * (max(values) - min(values)) or 0.1 * max(values)
-        axes.set_ylim(0.0 if panel.neutral is None else max(0.0, min(values) - room), max(values) + room)
+    room = 0.35 * (max(values) - min(values)) or 0.1 * max(values)
+    axes.set_ylim(0.0 if panel.neutral is None else max(0.0, min(values) - room), max(values) + room)
     batches = sorted({point.batch for points in modes.values() for point in points})
     axes.set_xscale("log", base=2)
     # matplotlib's own ticks are formulas, which browsers cannot draw, and not those of the sweep.
