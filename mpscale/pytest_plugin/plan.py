@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mpscale.telemetry.client import Driver
 
 PARAMETERS = ("workload", "mode", "seed", "repeat")
+VARIANT = "mp_variant"
+"""A further parameter, in a sweep."""
 CASE = pytest.StashKey[Case]()
 CLOCK = pytest.StashKey["ReplayClock"]()
 
@@ -71,7 +73,10 @@ class Plan:
         """Which preset was chosen, and why."""
         self.left_out: list[str] = []
         """Workloads of the preset that do not fit the device: why, and what to do."""
-        self._cases = self._planned(shuffle_seed)
+        cases = self._planned(shuffle_seed)
+        self.parameter_names = (*PARAMETERS, VARIANT) if any(case.variant.parts() for case in cases) else PARAMETERS
+        """The parameters of the tests."""
+        self._cases = {self._parameters(case): case for case in cases}
         self.chosen: list[Case] = []
         self.tests: set[str] = set()
         """Node ids of the tests that measure a chosen case."""
@@ -107,17 +112,19 @@ class Plan:
 
     def parameters(self) -> list[Any]:
         """Return one pytest.param per case, in the order in which they run."""
-        return [
-            pytest.param(*(getattr(case, name) for name in PARAMETERS), id=_parameters_id(case)) for case in self._cases
-        ]
+        return [pytest.param(*parameters, id=_parameters_id(case)) for parameters, case in self._cases.items()]
+
+    def _parameters(self, case: Case) -> tuple[Any, ...]:
+        values = {**{name: getattr(case, name) for name in PARAMETERS}, VARIANT: "-".join(case.variant.parts())}
+        return tuple(values[name] for name in self.parameter_names)
 
     def prepare(self, items: list[pytest.Item]) -> None:
         """Give each test its case and a clock, and restore the order of the cases if a plug-in has changed it."""
         places = [place for place, item in enumerate(items) if _measures(item)]
         ours = [items[place] for place in places]
         for item in ours:
-            # By number, since cases of a sweep may have the same parameters.
-            item.stash[CASE] = case = self._cases[item.callspec.indices[PARAMETERS[0]]]  # type: ignore[attr-defined]
+            parameters = item.callspec.params  # type: ignore[attr-defined]
+            item.stash[CASE] = case = self._cases[tuple(parameters[name] for name in self.parameter_names)]
             item.stash[CLOCK] = ReplayClock()
             if hasattr(self._config.option, "benchmark_disable"):
                 marker = item.get_closest_marker("benchmark")

@@ -27,10 +27,7 @@ Dashes = Literal["-", "--", ":", "-."]
 
 _UNKNOWN_COLOUR = "#666666"
 _UNKNOWN_MARKERS = "dH8"
-"""Markers for modes that this version does not know; no known mode uses them."""
-
-_VARIANT_MARKERS = "1234+x"
-"""Markers for further loss scales of a mode; no known mode uses them."""
+"""Markers for modes that this version does not know, and for further loss scales of one; no known mode uses them."""
 
 _STYLE = {
     "font.size": FONT,
@@ -62,7 +59,7 @@ def looks(modes: Iterable[str] | Mapping[str, str]) -> dict[str, Look]:
             These share the colour and differ in the marker.
     """
     named = modes if isinstance(modes, Mapping) else {mode: mode for mode in in_order_of_modes(modes)}
-    markers, variants = itertools.cycle(_UNKNOWN_MARKERS), itertools.cycle(_VARIANT_MARKERS)
+    markers, variants = itertools.cycle(_UNKNOWN_MARKERS), itertools.cycle(_UNKNOWN_MARKERS)
     found: dict[str, Look] = {}
     seen: set[str] = set()
     for label, mode in named.items():

@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from support.small_suite import pytest_here
+from support.small_suite import pytest_here, write
 
 from mpscale.analysis.summary import summary_of
 from mpscale.cli import main
@@ -120,6 +120,29 @@ def test_a_sweep_can_be_compared_with_itself(job, capsys):
     assert code == 0, printed
     assert "6 rows" in printed
     assert "suite_workloads:fine @40  mixed-static @8" in printed
+
+
+def test_cases_are_told_apart_beside_parameters_of_the_suite(tmp_path, monkeypatch):
+    suite = """import pytest
+
+@pytest.mark.parametrize("own", ["p", "q"])
+def test_training(own, mp_case, mode, mp_variant):
+    print("RUN", own, mp_case.case.id, mp_case.case.mode == mode, mp_variant)
+"""
+    write(tmp_path, test_suite=suite)
+    monkeypatch.chdir(tmp_path)
+    code, output = pytest_here(
+        tmp_path, "-s", "--mp-workloads=mnist1d-mlp", "--mp-modes=fp32,mixed-static", "--mp-batch-size=8,16",
+        "--benchmark-disable",
+    )  # fmt: skip
+    assert code == 0, output
+    ran = [line.partition("RUN ")[2] for line in output.splitlines() if "RUN " in line]
+    assert sorted(ran) == sorted(
+        f"{own} mnist1d-mlp--{mode}--batch{batch}--s0--r0 True batch{batch}"
+        for own in "pq"
+        for mode in ("fp32", "mixed-static")
+        for batch in (8, 16)
+    )
 
 
 def test_a_dry_run_names_swept_cases_and_selects_among_them(tmp_path, monkeypatch, write_suite):
