@@ -228,18 +228,23 @@ def settings(config: pytest.Config, workload: str | None = None, memory_mib: flo
     """
     option, ours = config.getoption, preset(config)
     own = Apart() if workload is None else apart(config, workload)
+    given = option("mp_batch_size")
+    if given:
+        batch = given[0] if len(given) == 1 else None
+    else:
+        batch = own.batch(memory_mib) if own.batches else None
     energy_s = ours.energy_s if own.energy_s is None else own.energy_s
     # --benchmark-disable asks to test what would be benchmarked: everything but the timing.
     timed = not option("benchmark_disable", False) or option("benchmark_enable", False)
     return Settings(
         jit=option("mp_jit") != "off",
         train_steps=option("mp_steps") or own.train_steps or ours.train_steps,
-        batch_size=_only(option("mp_batch_size")) or (own.batch(memory_mib) if own.batches else None),
+        batch_size=batch,
         steps_per_call=option("mp_steps_per_call"),
         **{
-            str(scaling.setting): given if scaling.argument is None else given[0]
+            str(scaling.setting): value if scaling.argument is None else value[0]
             for scaling in SETTABLE
-            for given in [option(f"mp_{scaling.setting}")]
+            for value in [option(f"mp_{scaling.setting}")]
         },
         autotune=option("mp_autotune") or own.autotune,
         timing_s=(option("mp_timing") or ours.timing_s) if timed else 0.0,
@@ -252,10 +257,6 @@ def swept(config: pytest.Config) -> tuple[Sequence[int], Sequence[float]]:
     """Return the batch sizes and the static scales that every workload runs at; none where there is only one."""
     batches, scales = config.getoption("mp_batch_size") or (), config.getoption("mp_static_scale")
     return batches if len(batches) > 1 else (), scales if len(scales) > 1 else ()
-
-
-def _only(values: Sequence[T] | None) -> T | None:
-    return values[0] if values and len(values) == 1 else None
 
 
 def _add_run_options(add: Add) -> None:
