@@ -12,8 +12,8 @@ from mpscale.analysis.compare import ComparedRow, Comparison, State
 from mpscale.analysis.quantities import COSTS, Cost, Outcome
 from mpscale.analysis.stats import holm
 from mpscale.analysis.trainings import by_reason, have_no_metric, overflow_unknown, seeds_text
+from mpscale.core.case import Place
 from mpscale.core.columns import FAILED
-from mpscale.core.record import Place
 
 WELL, FIRED, COULD_NOT_TELL = 0, 1, 3
 """Exit codes. 2 is bad use."""

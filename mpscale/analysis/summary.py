@@ -32,8 +32,9 @@ from mpscale.analysis.trainings import (
     trainings,
 )
 from mpscale.core.blocks import SLOWER
+from mpscale.core.case import Place
 from mpscale.core.columns import MEASURED, STATUSES, SUMMARY
-from mpscale.core.record import Key, Place, Record, common, grouped, of_good_trainings, settle, values_of
+from mpscale.core.record import Key, Record, common, grouped, of_good_trainings, settle, values_of
 from mpscale.core.runs import Run
 
 Row = dict[str, Any]
@@ -46,6 +47,9 @@ _FACTS_OF_A_METRIC = {"metric_name": "name", "metric_margin": "margin", "metric_
 
 def summarise(records: Iterable[Record], waiting: Mapping[Place, Sequence[Key]] | None = None) -> list[Row]:
     """One row per workload, in order of first appearance, and mode, in the order of :data:`mpscale.core.mode.MODES`.
+
+    In a sweep, there is one for each batch size and for each constant loss scale, too. The baseline of a row, fp32 or
+    tf32, is always that of the same batch.
 
     Times are in ms, memory in MiB. ``step_time_ms`` is the geometric mean of the processes' medians with its 95 %
     interval. A speed-up is the baseline's time over the mode's, paired by seed and repeat. Memory is the maximum over
@@ -68,7 +72,7 @@ def summarise(records: Iterable[Record], waiting: Mapping[Place, Sequence[Key]] 
     for (workload, mode), cases in grouped(settle(list(records))).items():
         not_started = (waiting or {}).get((workload, mode), ())
         workloads.setdefault(workload, {})[mode] = _Mode(cases, not_started, plan_known=waiting is not None)
-    return [_row(workload, mode, modes) for workload, modes in workloads.items() for mode in modes]
+    return [_row(mode, modes) for modes in workloads.values() for mode in modes]
 
 
 class _Mode:
@@ -84,10 +88,11 @@ class _Mode:
         self.seeds = trainings(cases, not_started, plan_known)
 
 
-def _row(workload: str, mode: str, modes: Mapping[str, _Mode]) -> Row:
+def _row(mode: str, modes: Mapping[str, _Mode]) -> Row:
     own, fp32 = modes[mode], modes.get("fp32") or _Mode([])
     timed_tf32 = "tf32" in modes and any(case["step_time_ms_median"] is not None for case in modes["tf32"].measured)
-    row: Row = {"workload": workload, "mode": mode, "headline_baseline": "tf32" if timed_tf32 else "fp32"}
+    row: Row = {name: own.cases[0][name] for name in ("workload", "mode", "swept_batch", "swept_scale")}
+    row["headline_baseline"] = "tf32" if timed_tf32 else "fp32"
     row |= _counts(own)
     row |= _times(mode, own, modes)
     row |= _memory(own, fp32)

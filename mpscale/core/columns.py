@@ -217,6 +217,10 @@ def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, *cells: C
 
 
 # fmt: off
+_SWEPT_BATCH = "examples per step that were asked for, in a run with several batch sizes; with `workload`, `mode` and `swept_scale` it says to which row of the tables the case belongs"
+_ONE_BATCH = "the run has one batch size for the workload"
+_SWEPT_SCALE = "the constant loss scale, in a run with several of them"
+_ONE_SCALE = "the run has one, or the mode has no constant loss scale"
 _REUSED = ("autotuning", "reused")
 _NOT_REACHED = "the case ended before that"
 _NO_METRIC = "the workload has no metric (`has_metric`)"
@@ -236,9 +240,11 @@ SECTIONS: tuple[Section, ...] = (
         Topic.CASE,
         "Which case",
         (
-            _known("case_id", "str", "", "`<workload>--<mode>--s<seed>--r<repeat>`; unique in a run"),
+            _known("case_id", "str", "", "`<workload>--<mode>--s<seed>--r<repeat>`; in a sweep `--batch<size>`, `--scale<scale>` or both follow the mode; unique in a run"),
             _known("workload", "str", "", "what was trained"),
             _known("mode", "str", "", "how it was trained"),
+            _known("swept_batch", "int", "", _SWEPT_BATCH, _ONE_BATCH, positive=True),
+            _known("swept_scale", "float", "", _SWEPT_SCALE, _ONE_SCALE, special=Format.LOSS_SCALE, positive=True),
             _known("seed", "int", "", "seed of the initial weights and of the order of the data"),
             _known("repeat", "int", "", "0: trained to the end, then timed; above 0: a process that only times"),
             _known("order", "int", "", "place in the run, from 0; modes of a seed run next to each other, in shuffled order"),
@@ -471,6 +477,8 @@ _NO_BASELINE = "no process of the baseline with the same seed and repeat was tim
 SUMMARY: tuple[Column, ...] = (
     _known("workload", "str", "", "what was trained"),
     _known("mode", "str", "", "how it was trained"),
+    _known("swept_batch", "int", "", "examples per step, in a run with several batch sizes; `fp32` and `tf32` below are those of the same batch", _ONE_BATCH),
+    _known("swept_scale", "float", "", _SWEPT_SCALE, _ONE_SCALE, special=Format.LOSS_SCALE),
     _known("device", "str", "", "`cpu` or `gpu`"),
     _known("jit", "bool", "", "whether train steps were compiled by XLA"),
     _known("processes", "int", "", "processes that gave a step time, of seeds that ended well"),

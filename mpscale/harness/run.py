@@ -201,7 +201,7 @@ class SameStart:
             value = record[name]
             if value is None or (name == "workload_digest" and differing):
                 continue
-            mode, other = first.setdefault(name, (case.mode, value))
+            mode, other = first.setdefault(name, (case.place[1], value))
             if not _equal(value, other):
                 differing.setdefault(mode, []).append(f"{what} ({_contrast(name, value, other, mode)})")
         if not differing:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mpscale import config as project
-from mpscale.core.case import Case
+from mpscale.core.case import Case, Variant
 
 if TYPE_CHECKING:
     from mpscale.analysis.compare import Comparison
@@ -215,7 +215,7 @@ class BaselineCheck:
 
 
 def _next_repeat(run: Run, row: tuple[str, str]) -> int:
-    return 1 + max(int(r["repeat"]) for r in run.records if (r["workload"], r["mode"]) == row)
+    return 1 + max(int(record["repeat"]) for record in run.records if record.place == row)
 
 
 def further_cases(
@@ -228,16 +228,20 @@ def further_cases(
 
     Args:
         run: the run so far.
-        first_repeats: {(workload, mode): the first repeat that is free}.
+        first_repeats: {workload and mode as tables name them: the first repeat that is free}.
         settings_of: returns those of a workload.
     """
     from mpscale.core.record import of_good_trainings
 
     cases: list[tuple[int, Case]] = []
-    for (workload, mode), first in first_repeats.items():
-        good = of_good_trainings(row for row in run.records if (row["workload"], row["mode"]) == (workload, mode))
+    for place, first in first_repeats.items():
+        rows = [row for row in run.records if row.place == place]
+        workload, mode = rows[0]["workload"], rows[0]["mode"]
+        variant = Variant(rows[0]["swept_batch"], rows[0]["swept_scale"])
+        settings = variant.applied_to(settings_of(workload))
+        good = of_good_trainings(rows)
         timed = [row for row in good if row["step_time_ms_median"] is not None]
         seed = min((row["seed"] for row in timed), default=0)
         for turn in range(max(2 * len(timed), 2)):
-            cases.append((turn, Case(workload, mode, seed, first + turn, 0, settings_of(workload))))
+            cases.append((turn, Case(workload, mode, seed, first + turn, 0, settings, variant)))
     return [case for _, case in sorted(cases, key=lambda entry: entry[0])]

@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mpscale.harness.supervisor import Options
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 Add = Callable[..., Any]
 
 
@@ -80,6 +81,8 @@ def _add_selection(add: Add) -> None:
     )
 
 
+_SWEEPABLE = ("batch_size", "static_scale")
+"""Settings of which a run may have several values; see :func:`swept`."""
 _CHOSEN = pytest.StashKey[tuple[str, str]]()
 
 
@@ -163,7 +166,13 @@ def check_workloads(names: Iterable[str], folders: Iterable[Path] = ()) -> None:
 
 def _add_settings(add: Add) -> None:
     add("--mp-steps", type=_integer(1), metavar="N", help="steps per training (default: the workload's own)")
-    add("--mp-batch-size", type=_integer(1), metavar="N", help="examples per step (default: the workload's own)")
+    add(
+        "--mp-batch-size",
+        type=_several(_integer(1)),
+        metavar="N,...",
+        help="examples per step (default: the workload's own). With several, such as 64,256,1024, every workload runs "
+        "in every mode at each, and a mode is compared with fp32 of the same batch",
+    )
     for scaling in SETTABLE:
         _add_scale_option(add, scaling)
     add(
@@ -208,6 +217,8 @@ def _add_settings(add: Add) -> None:
 def settings(config: pytest.Config, workload: str | None = None, memory_mib: float | None = None) -> Settings:
     """Return what all cases of a workload have in common; without one, what those of the run do.
 
+    Of several batch sizes and static scales they have none in common: :func:`swept` returns those.
+
     Args:
         config: of the session.
         workload: name of the workload.
@@ -215,20 +226,35 @@ def settings(config: pytest.Config, workload: str | None = None, memory_mib: flo
     """
     option, ours = config.getoption, preset(config)
     own = Apart() if workload is None else apart(config, workload)
+    given = option("mp_batch_size")
+    if given:
+        batch = given[0] if len(given) == 1 else None
+    else:
+        batch = own.batch(memory_mib) if own.batches else None
     energy_s = ours.energy_s if own.energy_s is None else own.energy_s
     # --benchmark-disable asks to test what would be benchmarked: everything but the timing.
     timed = not option("benchmark_disable", False) or option("benchmark_enable", False)
     return Settings(
         jit=option("mp_jit") != "off",
         train_steps=option("mp_steps") or own.train_steps or ours.train_steps,
-        batch_size=option("mp_batch_size") or (own.batch(memory_mib) if own.batches else None),
+        batch_size=batch,
         steps_per_call=option("mp_steps_per_call"),
-        **{str(scaling.setting): option(f"mp_{scaling.setting}") for scaling in SETTABLE},
+        **{
+            str(scaling.setting): value if scaling.argument is None else value[0]
+            for scaling in SETTABLE
+            for value in [option(f"mp_{scaling.setting}")]
+        },
         autotune=option("mp_autotune") or own.autotune,
         timing_s=(option("mp_timing") or ours.timing_s) if timed else 0.0,
         timing_blocks=own.timing_blocks or ours.timing_blocks,
         energy_s=energy_s if option("mp_energy") is None else option("mp_energy"),
     )
+
+
+def swept(config: pytest.Config) -> tuple[Sequence[int], Sequence[float]]:
+    """Return the batch sizes and the static scales that every workload runs at; none where there is only one."""
+    batches, scales = config.getoption("mp_batch_size") or (), config.getoption("mp_static_scale")
+    return batches if len(batches) > 1 else (), scales if len(scales) > 1 else ()
 
 
 def _add_run_options(add: Add) -> None:
@@ -307,6 +333,7 @@ def run_options(
             "start_method": method,
             "timeout_s": option("mp_timeout"),
             **settings(config).to_json(),
+            **{name: list(several) for name, several in zip(_SWEEPABLE, swept(config), strict=True) if several},
             "gpu_allocator": option("mp_gpu_allocator"),
             "cores": sorted(option("mp_cores") or ()) or None,
         },
@@ -347,6 +374,15 @@ _energy = number(
 )
 
 
+def _several(parse: Callable[[str], N]) -> Callable[[str], tuple[N, ...]]:
+    """Return the type of an option that takes one number or several with commas between; rising, each once."""
+
+    def parsed(text: str) -> tuple[N, ...]:
+        return tuple(sorted({parse(part.strip()) for part in text.split(",")}))
+
+    return parsed
+
+
 def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
     """Show the message of a ValueError, which argparse would replace with its own."""
 
@@ -370,12 +406,15 @@ def _add_scale_option(add: Add, scaling: Scaling) -> None:
         add(option, type=_checked(rule.parse), default={}, metavar="KEY=VALUE,...", help=text)
     else:
         default = rule.defaults()[scaling.argument]
-        text = f"loss scale of {modes}, such as 1024 or 2**24 (default: {default:g})"
+        text = (
+            f"loss scale of {modes}, such as 1024 or 2**24 (default: {default:g}). With several, such as 8,128,2**24, "
+            "it runs at each, and each is compared with the same fp32"
+        )
 
         def parse(given: str) -> float:
             return float(rule.parse(f"{scaling.argument}={given}")[str(scaling.argument)])
 
-        add(option, type=_checked(parse), default=default, metavar="S", help=text)
+        add(option, type=_several(_checked(parse)), default=(default,), metavar="S,...", help=text)
 
 
 def _cores(text: str) -> set[int]:

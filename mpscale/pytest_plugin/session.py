@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,14 +149,14 @@ class Session:
         self._finished: Run | None = None
         self._cleanup = contextlib.ExitStack()
 
-    def parameters(self) -> list[Any]:
-        """Return one pytest.param per case, in the order in which they run."""
+    def parameters(self) -> tuple[Sequence[str], list[Any]]:
+        """Return the names of the parameters, and one pytest.param per case, in the order in which they run."""
         if self._plan is None and self._problem is None:
             try:
                 self._plan = self._make_plan()
             except ValueError as error:
                 self._problem = str(error)
-        return [] if self._plan is None else self._plan.parameters()
+        return (PARAMETERS, []) if self._plan is None else (self._plan.parameter_names, self._plan.parameters())
 
     def _make_plan(self) -> Plan:
         from mpscale.telemetry import client
@@ -187,7 +187,10 @@ class Session:
             if self._turns is None:
                 self._check.open(self._results, plan.device)
         if self._turns is not None:
-            cases = [{"id": case.id, **{name: getattr(case, name) for name in PARAMETERS}} for case in chosen]
+            cases = [
+                {"id": case.id, **dict(zip(PARAMETERS, (*case.place, case.seed, case.repeat), strict=True))}
+                for case in chosen
+            ]
             self._turns.send(turns.Plan(cases, options.longest_turn_s(self._config)))
 
     def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> list[str]:

@@ -13,9 +13,9 @@ from mpscale.analysis.probe import Kept
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES, is_mixed
-from mpscale.core.record import Record
+from mpscale.core.record import Record, place_of
 from mpscale.core.runs import Run
-from mpscale.report import probe_tables, sections
+from mpscale.report import probe_tables, sections, sweep
 from mpscale.report.float8 import float8
 from mpscale.report.sections import metric_why, statuses
 from mpscale.report.table import (
@@ -61,6 +61,8 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
     """
     parts: dict[str, list[Table | str]] = {
         "Results": [sections.results(run), sections.doubts_note(summary_of(run))],
+        "Speed-up over batch": sweep.by_batch(run),
+        "Static loss scales": sweep.by_scale(run),
         "Cases that did not end well": sections.troubles(run),
         "What could not be read": [sections.unread(run, floors.left_out)],
         "Overflow and loss scale": [sections.overflow(run)],
@@ -137,8 +139,9 @@ def _overview(run: Run, rows: Sequence[Row]) -> str:
         return f"No case was started{where}, so there is nothing to report."
     workloads = list(dict.fromkeys(escape(row["workload"]) for row in rows))
     modes = list(dict.fromkeys(escape(row["mode"]) for row in rows))
-    ok, cases = sum(row["ok"] for row in rows), len(run.records)
+    swept, ok, cases = sweep.sentence(rows), sum(row["ok"] for row in rows), len(run.records)
     sentences = [f"{_and(workloads)} {'was' if len(workloads) == 1 else 'were'} run in {_and(modes)}{where}."]
+    sentences += [swept] if swept else []
     started = "" if run.finished and not run.not_started else " that was started"
     sentences.append(
         f"Every case{started} ended well." if ok == cases else f"{cases - ok} of {cases} cases did not end well."
@@ -180,7 +183,8 @@ def _finding(row: Row, rows: Sequence[Row]) -> str:
         parts.append(escape(row["left_out"]))
     if row["ok"] != row["cases"] or row["not_started"]:
         parts.append(f"cases: {statuses(row)}")
-    return f"{escape(row['workload'])}, **{escape(row['mode'])}**: {'; '.join(parts) or 'nothing was measured'}."
+    workload, mode = place_of(row)
+    return f"{escape(workload)}, **{escape(mode)}**: {'; '.join(parts) or 'nothing was measured'}."
 
 
 def _speed(row: Row, rows: Sequence[Row]) -> str | None:
@@ -188,12 +192,13 @@ def _speed(row: Row, rows: Sequence[Row]) -> str | None:
         # Seeds that were lost may have been timed all the same.
         return "no training ended well, so no step time counts" if row["seeds"] and not row["ok"] else None
     baseline = row["headline_baseline"]
+    there = (place_of(row)[0], baseline)
     if row[f"speedup_{baseline}"] is None:
-        beside = any((other["workload"], other["mode"]) == (row["workload"], baseline) for other in rows)
+        beside = any(place_of(other) == there for other in rows)
         why = f"with no {baseline}{' that ended well' if beside else ''} to compare it with"
         return f"{number(row['step_time_ms'])} ms per step, {why}"
     if doubts := doubts_of(row, baseline):
-        other = next((one for one in rows if (one["workload"], one["mode"]) == (row["workload"], baseline)), row)
+        other = next((one for one in rows if place_of(one) == there), row)
         return "; ".join(filter(None, [_no_claim(row, other, doubts), _by_device_time(row, baseline)]))
     return _times("the speed", row, f"speedup_{baseline}", baseline)
 
@@ -315,6 +320,10 @@ _NOTE_ON_NO_METRIC = (
     "nothing about the accuracy of a mode. Synthetic inputs are drawn at random, so loss scaling is not tested by them "
     "as it is by real ones."
 )
+_NOTE_ON_SWEEP = (
+    "@ after a workload is the batch of a sweep, and @ after a mode its constant loss scale. fp32 and tf32, with which "
+    "a mode is compared, are always those of the same batch."
+)
 _NOTES_ON_CPU = (
     "This run is from a CPU, which emulates float16 by conversions that XLA compiles; without XLA it is slower still, "
     "on some CPUs many times. Step times of float16 modes say nothing about the speed-up on a GPU.",
@@ -349,6 +358,8 @@ def how_to_read(run: Run) -> str:
     """List what the figures mean and what they do not show."""
     rows = summary_of(run)
     notes = list(_NOTES)
+    if sweep.sentence(rows):
+        notes.append(_NOTE_ON_SWEEP)
     if any(row["headline_baseline"] == "tf32" for row in rows):
         notes.append(_NOTE_ON_TF32)
     metrics = [row["has_metric"] is not False for row in rows]

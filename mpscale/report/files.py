@@ -25,6 +25,7 @@ from mpscale.core.runs import Run, RunError, read_run
 from mpscale.report.document import Document, document, render
 from mpscale.report.figures import Picture
 from mpscale.report.run_figures import gains, training
+from mpscale.report.sweep_figure import over_batch
 from mpscale.report.table import Table, plural
 
 WRITTEN = ("report.html", "report.md", "summary.csv", "cases.csv")
@@ -75,7 +76,7 @@ def write_reports(run: Run, cases: str | None) -> None:
     report = document(run, floors_of(run), probes_of(run))
     _write(run.path / "report.md", render(report))
     # Pictures come last: they take longest, and if they fail, everything else is written.
-    pictures = [picture for picture in (gains(run), training(run)) if picture is not None]
+    pictures = [picture for picture in (gains(run), over_batch(run), training(run)) if picture is not None]
     _write(run.path / "report.html", page(report, pictures))
 
 

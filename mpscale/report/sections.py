@@ -17,9 +17,18 @@ from mpscale.analysis.quantities import COSTS, Cost
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.analysis.trainings import have_no_metric
 from mpscale.core.blocks import FASTER, SLOWER
+from mpscale.core.case import Place
 from mpscale.core.columns import COLUMNS, MEASURED, SUMMARY, Cell, Column, Over, Sheet
 from mpscale.core.mode import is_mixed
-from mpscale.core.record import Place, Record, grouped, in_order_of_modes, of_good_trainings, values_of
+from mpscale.core.record import (
+    Record,
+    grouped,
+    in_order_of_modes,
+    modes_of,
+    of_good_trainings,
+    place_of,
+    values_of,
+)
 from mpscale.core.runs import Run
 from mpscale.report.table import (
     DASH,
@@ -75,8 +84,8 @@ def results(run: Run) -> Table:
     names = {row["metric_name"] for row in rows if row["metric_name"] is not None}
     all_well = all(row["ok"] == row["cases"] and not row["not_started"] for row in rows)
     cells: dict[str, Callable[[Row], str]] = {
-        "workload": lambda row: row["workload"],
-        "mode": lambda row: row["mode"],
+        "workload": lambda row: place_of(row)[0],
+        "mode": lambda row: place_of(row)[1],
         "step time": step_time,
         "speed-up over fp32": lambda row: speedup(row, "fp32"),
         "speed-up over tf32": lambda row: speedup(row, "tf32"),
@@ -162,7 +171,7 @@ def _groups(run: Run) -> Mapping[Place, Sequence[Record]]:
 
 @lru_cache(maxsize=32)
 def measured(run: Run, trained: bool = False, good: bool = False) -> Sequence[tuple[str, str, list[Record]]]:
-    """Cases whose figures count, by workload and mode, in the order of the summary.
+    """Cases whose figures count, by workload and mode as tables name them, in the order of the summary.
 
     Args:
         run: the run.
@@ -189,7 +198,7 @@ _OVER: dict[Over, Callable[[list[Any]], Any]] = {
 
 def _sheet(run: Run, sheet: Sheet, *needs: str, good: bool = True) -> Table:
     """Return a table of the columns that the data dictionary puts into ``sheet``, for modes with one of ``needs``."""
-    summary = {(row["workload"], row["mode"]): row for row in summary_of(run)}
+    summary = {place_of(row): row for row in summary_of(run)}
     cells = [(cell, column) for column in (*COLUMNS.values(), *SUMMARY) for cell in column.cells if cell.sheet is sheet]
     cells.sort(key=lambda pair: pair[0].place)
     rows = [
@@ -371,11 +380,11 @@ def _no_ratio(run: Run, cost: Cost, figure: str, ratio: str) -> str:
     """Name the rows without a ratio to fp32 because the two figures do not measure the same thing."""
     kinds = {(workload, mode): cost.kinds(records) for workload, mode, records in measured(run, good=True)}
     bare = [
-        f"{row['workload']} {row['mode']}"
+        " ".join(place)
         for row in summary_of(run)
         if row[figure] is not None
         and row[ratio] is None
-        and len(kinds[row["workload"], row["mode"]] | kinds.get((row["workload"], "fp32"), set())) > 1
+        and len(kinds[place := place_of(row)] | kinds.get((place[0], "fp32"), set())) > 1
     ]
     if not bare:
         return ""
@@ -390,7 +399,7 @@ def overflow(run: Run) -> Table:
     """Show applied and skipped steps and the loss scale over the seeds of each mixed mode."""
     rows = []
     for workload, mode, records in measured(run, trained=True):
-        if not is_mixed(mode) or not values_of(records, "attempted_steps"):
+        if not is_mixed(records[0]["mode"]) or not values_of(records, "attempted_steps"):
             continue
         initial, final = _scales(records, "loss_scale_initial"), _scales(records, "loss_scale_final")
         first, last = values_of(records, "first_overflow_step"), values_of(records, "last_overflow_step")
@@ -422,7 +431,7 @@ def _scales(records: Sequence[Record], name: str) -> str:
 def accuracy(run: Run) -> list[Table | str]:
     """Show the metric of every seed in every mode, or its status; and when the target was reached."""
     trained = [record for record in run.records if record["repeat"] == 0 and record["status"] != "unsupported"]
-    modes = in_order_of_modes(record["mode"] for record in trained)
+    modes = modes_of(trained)
     names = {record["workload"]: record["metric_name"] for record in trained if record["metric_name"] is not None}
     found: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
     for record in sorted(trained, key=lambda record: record["seed"]):
@@ -430,8 +439,8 @@ def accuracy(run: Run) -> list[Table | str]:
         ended = record["status"] in MEASURED
 
         def put(label: str, written: str, record: Record = record) -> None:
-            by_seed = found.setdefault((record["workload"], label), {})
-            by_seed.setdefault(record["seed"], {})[record["mode"]] = written
+            workload, mode = record.place
+            found.setdefault((workload, label), {}).setdefault(record["seed"], {})[mode] = written
 
         if ended and record["metric_value"] is not None:
             put(name, metric(record["metric_value"], record["metric_name"]))
@@ -450,8 +459,7 @@ def accuracy(run: Run) -> list[Table | str]:
     )
     reached = [
         [
-            row["workload"],
-            row["mode"],
+            *place_of(row),
             f"{row['target_reached']} of {row['seeds_planned']}",
             count(row["steps_to_target"]),
         ]
@@ -496,8 +504,7 @@ def against_fp32(run: Run) -> Table:
         low, high = row["metric_difference_low"], row["metric_difference_high"]
         rows.append(
             [
-                row["workload"],
-                row["mode"],
+                *place_of(row),
                 metric_difference(row["metric_difference"], low, high, row["metric_name"]),
                 count(row["metric_pairs"]),
                 metric_margin(row["metric_margin"], row["metric_name"]),

@@ -108,6 +108,23 @@ def test_rows_are_measured_again_from_a_seed_that_was_not_lost(tmp_path):
     assert len(further) == 6
 
 
+def test_a_row_of_a_sweep_is_measured_again_with_its_batch_and_scale(tmp_path):
+    from mpscale.core.runs import read_run
+
+    swept = [
+        record("mixed-static", seed, case_id=f"{batch}-{seed}", swept_batch=batch, swept_scale=8.0,
+               step_time_ms_median=1.0)
+        for batch in (64, 256)
+        for seed in (0, 1)
+    ]  # fmt: skip
+    run = read_run(write_run(tmp_path, finished(swept)))
+    further = further_cases(run, {("toy @256", "mixed-static @8"): 1}, lambda workload: Settings(train_steps=7))
+    assert [case.id for case in further] == [f"toy--mixed-static--batch256--scale8--s0--r{n}" for n in (1, 2, 3, 4)]
+    assert {(c.settings.batch_size, c.settings.static_scale, c.settings.train_steps) for c in further} == {
+        (256, 8.0, 7)
+    }
+
+
 def opened(tmp_path, baseline, named=False, gates="metric"):
     """Open a baseline on a machine called Test CPU."""
     (tmp_path / "pyproject.toml").write_text(f'[tool.mpscale]\nbaseline = "{baseline}"\nfail-on = ["{gates}"]\n')

@@ -104,6 +104,17 @@ def test_options_override_the_preset():
     assert [mode.name for mode in options.modes(config, "unet", gpu(81559.0))] == ["mixed-keras"]
 
 
+def test_several_batches_override_those_of_the_preset():
+    config = Config(gpu(81559.0), "--mp-batch-size=64,16", "--mp-static-scale=8,128")
+    assert options.swept(config) == ((16, 64), (8.0, 128.0))
+    assert options.settings(config, "unet", 81559.0).batch_size is None
+    asked = options.run_options(config, Path("results"), {}, None).asked
+    assert (asked["batch_size"], asked["static_scale"]) == ([16, 64], [8.0, 128.0])
+    one = Config(gpu(81559.0), "--mp-batch-size=64")
+    assert options.swept(one) == ((), ())
+    assert options.run_options(one, Path("results"), {}, None).asked["batch_size"] == 64
+
+
 def test_a_workload_that_does_not_fit_is_left_out_unless_its_batch_is_named():
     tiny = gpu(4096.0)
     why = options.why_left_out(Config(tiny, "--mp-preset=gpu"), "bert-base", tiny)
