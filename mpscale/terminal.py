@@ -136,7 +136,7 @@ class Progress:
     def plan(self, cases: Sequence[Case]) -> None:
         """Announce cases, in addition to those announced before."""
         self._total += len(cases)
-        self._remaining.update(case.workload for case in cases)
+        self._remaining.update(case.place[0] for case in cases)
 
     def started(self, case: Case) -> None:
         """Show that a case begins."""
@@ -166,15 +166,15 @@ class Progress:
         seconds = record["case_wall_time_s"] or self._clock() - self._started
         head = self._head(case)
         self._done += 1
-        self._remaining[case.workload] -= 1
-        self._seconds[case.workload].append(seconds)
+        self._remaining[case.place[0]] -= 1
+        self._seconds[case.place[0]].append(seconds)
         self._line.add(f"{head}: {self._result(record)} ({seconds:.1f} s{self._left()})")
 
     def _update(self, case: Case, steps: str = "") -> None:
         self._line.update(f"{self._head(case)}: {self._doing}{steps}{self._left()}")
 
     def _head(self, case: Case) -> str:
-        return _head(self._done + 1, self._total, case.workload, case.mode, case.seed, case.repeat)
+        return _head(self._done + 1, self._total, *case.place, case.seed, case.repeat)
 
     def _left(self) -> str:
         """The time left, estimated by workload once the first case has shown how long one takes."""
@@ -203,6 +203,8 @@ class Progress:
             parts.append(f"accuracy {100 * record['final_accuracy']:.1f} %")
         elif record["metric_value"] is not None:
             parts.append(f"{record['metric_name']} {record['metric_value']:.4g}")
+        elif record["has_metric"] is False:
+            parts.append("no accuracy: synthetic inputs" if record["synthetic_inputs"] else "no metric")
         if record["overflow_steps"]:
             parts.append(f"{record['overflow_steps']} overflows")
         busy = record[_BUSY.name] or 0.0

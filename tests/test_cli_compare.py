@@ -11,13 +11,23 @@ import pytest
 from support.runfolder import CPU, GPU, finished, record, write_run
 
 from mpscale.cli import main
-from mpscale.core.case import Settings, series_key
+from mpscale.core.case import CaseId, Settings, Variant, series_key
 from mpscale.core.columns import METHOD_VERSION
 from mpscale.core.mode import MODES
+from mpscale.core.record import Record
 
 BEFORE, AFTER = "20260101T000000Z-test-cpu-aaaa", "20260102T000000Z-test-cpu-bbbb"
 QUIET = (0.998, 1.0, 1.002, 0.999, 1.001)
 NOISY = (0.8, 1.0, 1.2, 0.9, 1.1)
+
+
+def swept(cases, batch=None, scale=None):
+    """The same rows as a sweep has them."""
+    variant = Variant(batch, scale)
+    return [
+        Record({**one.to_json(), **variant.columns(), "case_id": str(CaseId(*one.place, *one.key, variant))})
+        for one in cases
+    ]
 
 
 def key(mode="fp32", workload="toy", digest="sha256:1", method=METHOD_VERSION, batch=20, steps=30, **settings):
@@ -405,3 +415,53 @@ def test_exit_codes_reach_the_shell(tmp_path):
     for arguments, code in ([], 0), (["--fail-on", "step_time>5%"], 1), (["--fail-on", "no"], 2), (["--no"], 2):
         done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == code, done.stderr
+
+
+def of_batches(*batches, ms=2.0, mode="fp32"):
+    return [one for batch in batches for one in swept(rows(mode, ms, series_key=key(mode, batch=batch)), batch)]
+
+
+SLOWER = ("--fail-on", "step_time>5%")
+
+
+def test_rows_of_two_sweeps_are_compared_batch_by_batch(compare):
+    before = [*of_batches(20), *of_batches(80, ms=4.0)]
+    code, text = compare(before, [*of_batches(20), *of_batches(80, ms=6.0)], *SLOWER)
+    assert code == 1, text
+    assert "2 rows; step time 1 slower, 1 same" in text
+    assert "step_time>5% fired B toy @80 fp32 +50.0%" in " ".join(text.split())
+
+
+def test_rows_of_two_sweeps_are_compared_scale_by_scale(compare):
+    def run(*scales, ms):
+        return [
+            one
+            for scale in scales
+            for one in swept(rows("mixed-static", ms, series_key=key("mixed-static", static_scale=scale)), scale=scale)
+        ]
+
+    code, text = compare(run(8.0, 128.0, ms=2.0), run(128.0, 2.0**24, ms=2.0), "--format", "csv")
+    assert code == 0, text
+    found = {line["mode"]: line["state"] for line in csv.DictReader(text.splitlines())}
+    assert found == {"mixed-static @8": "missing", "mixed-static @128": "paired", "mixed-static @2^24": "new"}
+
+
+@pytest.mark.parametrize("sweep_first", [True, False])
+@pytest.mark.parametrize(("batch", "state"), [(80, "paired"), (50, "missing")])
+def test_a_row_of_a_sweep_is_compared_with_a_run_of_that_batch_alone(compare, sweep_first, batch, state):
+    sweep, alone = of_batches(20, 80), rows(ms=3.0, series_key=key(batch=batch))
+    before, after = (sweep, alone) if sweep_first else (alone, sweep)
+    code, text = compare(before, after, "--format", "csv")
+    assert code == 0, text
+    lines = [line for line in csv.DictReader(text.splitlines()) if line["quantity"] in ("step_time", "")]
+    places = {line["workload"]: line["state"] for line in lines}
+    if state == "paired":
+        named = "toy" if sweep_first else "toy @80"
+        assert places[named] == "paired"
+        assert float(next(line["change"] for line in lines if line["workload"] == named)) == pytest.approx(
+            0.5 if sweep_first else -1 / 3
+        )
+        assert len(places) == 2
+    else:
+        assert set(places) == {"toy", "toy @20", "toy @80"}
+        assert "paired" not in places.values()

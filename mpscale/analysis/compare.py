@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -12,9 +12,9 @@ from mpscale.analysis.noise_floor import NO_FLOORS, Floors, assumed_floor, floor
 from mpscale.analysis.quantities import COSTS, Cost, Ranked, Verdict
 from mpscale.analysis.summary import Quality, judge_metric
 from mpscale.analysis.trainings import NO_SUCH_ROW, NOT_STARTED, Trainings, overflow_rate, trainings
-from mpscale.core.case import SeriesKey
+from mpscale.core.case import Place, SeriesKey
 from mpscale.core.columns import FAILED, MEASURED
-from mpscale.core.record import Key, Place, Record, grouped, of_good_trainings
+from mpscale.core.record import Key, Record, grouped, of_good_trainings
 from mpscale.core.runs import Run, RunError, environment_differences, hardware, same_machine
 
 
@@ -39,8 +39,8 @@ class Pair:
     """The cases of one workload and mode in two runs.
 
     Args:
-        workload: its name.
-        mode: its name.
+        workload: as tables of the other run name it, or of the baseline if only that has it.
+        mode: named in the same way.
         state: whether they can be compared.
         reason: why not, or what is odd although they can.
         baseline: cases of the baseline.
@@ -62,6 +62,11 @@ class Pair:
     def place(self) -> Place:
         """Workload and mode."""
         return self.workload, self.mode
+
+    @property
+    def place_in_baseline(self) -> Place:
+        """What the baseline calls them: other names if only one of the runs is a sweep."""
+        return self.baseline[0].place if self.baseline else self.place
 
     @property
     def seeds(self) -> tuple[Trainings, Trainings]:
@@ -172,7 +177,7 @@ def compare(
                     others[pair.place],
                     cost,
                     len(paired),
-                    floors.get(name, pair.place) or assumed,
+                    floors.get(name, pair.place_in_baseline) or assumed,
                     pairs_of.get(pair.place),
                     pair.not_started,
                 )
@@ -260,9 +265,11 @@ def pair_rows(baseline: Run, other: Run, force: bool = False) -> list[Pair]:
         RunError: a run holds a workload and mode in several series.
     """
     before, after = grouped(baseline.records), grouped(other.records)
+    names = {name: name if name in after else _same_series(before[name], before, after) or name for name in before}
+    new = [name for name in after if name not in names.values()]
     pairs = [
-        _pair(name, before.get(name, []), after.get(name, []), baseline, other, force)
-        for name in [*before, *(name for name in after if name not in before)]
+        _pair(name, before.get(there, []), after.get(name, []), baseline, other, force)
+        for there, name in [*names.items(), *zip(new, new, strict=True)]
     ]
     apart = [pair for pair in pairs if pair.state is State.NOT_COMPARABLE]
     if apart and not any(pair.state is State.PAIRED for pair in pairs):
@@ -271,6 +278,18 @@ def pair_rows(baseline: Run, other: Run, force: bool = False) -> list[Pair]:
             f"{other.name} was not measured as {baseline.name} was: {reasons}; use --force to compare them all the same"
         )
     return pairs
+
+
+def _same_series(
+    cases: Sequence[Record], before: Container[Place], after: Mapping[Place, Sequence[Record]]
+) -> Place | None:
+    """The row of the other run that has the series of a baseline's row under another name.
+
+    A sweep names batch and scale in its rows, and a run with one of each does not. None if there is no such row.
+    """
+    keys = {case["series_key"] for case in cases} - {None}
+    same = (place for place, rows in after.items() if {case["series_key"] for case in rows} - {None} == keys != set())
+    return next((place for place in same if place not in before), None)
 
 
 def _pair(
@@ -292,7 +311,7 @@ def _pair(
     else:
         reason = _apart(_series(measured_before, baseline), _series(measured_after, other))
         state = State.NOT_COMPARABLE if reason and not force else State.PAIRED
-    waiting = (_waiting(baseline, place), _waiting(other, place))
+    waiting = (_waiting(baseline, before[0].place if before else place), _waiting(other, place))
     return Pair(*place, state, reason, before, after, waiting, (baseline.plan_known, other.plan_known))
 
 

@@ -11,9 +11,9 @@ from mpscale.analysis.change import ERROR_RATE, Change
 from mpscale.analysis.compare import ComparedRow, Comparison, State
 from mpscale.analysis.quantities import COSTS, Cost, Outcome
 from mpscale.analysis.stats import holm
-from mpscale.analysis.trainings import by_reason, overflow_unknown, seeds_text
+from mpscale.analysis.trainings import by_reason, have_no_metric, overflow_unknown, seeds_text
+from mpscale.core.case import Place
 from mpscale.core.columns import FAILED
-from mpscale.core.record import Place
 
 WELL, FIRED, COULD_NOT_TELL = 0, 1, 3
 """Exit codes. 2 is bad use."""
@@ -93,7 +93,8 @@ def parse_share(text: str) -> float:
 def judge_gates(comparison: Comparison, gates: Sequence[Gate]) -> list[Finding]:
     """Judge each row of the baseline by each gate.
 
-    New rows are skipped, except that ``metric`` reports those that lost a training as ``cannot-tell``.
+    New rows are skipped, except that ``metric`` reports those that lost a training as ``cannot-tell``. To rows whose
+    workload has no metric, ``metric`` does not apply, except that it fires if they lost a training.
 
     A gate on a cost fires if the change reaches its threshold and is significant at 1 %, one-sided, over all rows
     together (Holm). If it does not fire but the 95 % interval reaches the threshold, it cannot tell.
@@ -140,7 +141,7 @@ def _judge(comparison: Comparison, gate: Gate) -> list[Finding]:
     if gate.name in COSTS:
         return _cost(rows, gate, COSTS[gate.name])
     if gate.name == "metric":
-        judged = [row for row in comparison.rows if _has_metric(row)]
+        judged = [row for row in comparison.rows if _is_trained(row)]
         return [_metric(row, gate) for row in judged] or [_nothing(gate, "has a metric")]
     if gate.name == _RATE:
         rated = [row for row in rows if row.overflow_rates != (None, None)]
@@ -153,7 +154,7 @@ def _is_judged(row: ComparedRow) -> bool:
     return row.pair.state is not State.NEW or any(case["status"] in FAILED for case in row.pair.baseline)
 
 
-def _has_metric(row: ComparedRow) -> bool:
+def _is_trained(row: ComparedRow) -> bool:
     """Whether one of the runs trains the row; a row that is new counts only if it lost a training."""
     before, after = row.pair.seeds
     return bool(before.seeds or after.seeds) if _is_judged(row) else bool(after.lost)
@@ -201,6 +202,8 @@ def _change(row: ComparedRow, gate: Gate, cost: Cost, change: Change | None, p_v
 
 def _metric(row: ComparedRow, gate: Gate) -> Finding:
     quality = row.quality
+    if quality is None and have_no_metric((*row.pair.baseline, *row.pair.other)):
+        return _finding(row, gate, Outcome.NOT_APPLICABLE, "the workload has no metric")
     if row.pair.state is not State.PAIRED or quality is None:
         lost = row.pair.seeds[1].lost
         return _finding(row, gate, Outcome.CANNOT_TELL, _why_not(row) + (f"; {by_reason(lost)}" if lost else ""))

@@ -182,16 +182,19 @@ def make_history(
     ordered = sorted(((_facts(run), run) for run in by_name.values()), key=lambda pair: _age(pair[0]))
     machines = _machines([run for _, run in ordered])
     tables = [(facts, run, grouped(run.records)) for facts, run in ordered]
+    firsts = [cases[0] for *_, table in tables for cases in table.values()]
     there = {
-        "workload": _shown("workload", [workload for *_, table in tables for workload, _ in table], workloads),
-        "mode": _shown("mode", in_order_of_modes(mode for *_, table in tables for _, mode in table), modes),
+        "workload": _shown("workload", [case["workload"] for case in firsts], workloads),
+        "mode": _shown("mode", in_order_of_modes(case["mode"] for case in firsts), modes),
     }
     measure = QUANTITIES[quantity]
     not_shown: list[tuple[str, str]] = []
     found: dict[tuple[str, str, str, str], _Found] = {}
     for facts, run, table in tables:
         machine = machines[run.name]
-        for (workload, mode), cases in table.items():
+        for place, cases in table.items():
+            # A row of a sweep belongs to the series of its batch and scale, whatever the run calls it.
+            workload, mode = cases[0]["workload"], cases[0]["mode"]
             if workload not in there["workload"] or mode not in there["mode"]:
                 continue
             if measure.name == "speedup" and mode == BASELINE:
@@ -199,16 +202,16 @@ def make_history(
             by_key = _by_key(cases)
             # An unsupported mode is not worth a line; one that failed before its model was built is.
             if not by_key and (why := _failure(cases, leave_out=("unsupported",))):
-                not_shown.append((f"{facts.name} {workload} {mode}", f"{why}; so its series is unknown"))
-            baseline = table.get((workload, BASELINE), [])
+                not_shown.append((f"{facts.name} {' '.join(place)}", f"{why}; so its series is unknown"))
+            baseline = table.get((place[0], BASELINE), [])
             for key, members in by_key.items():
-                place = (workload, mode, key, json.dumps(machine, sort_keys=True, default=str))
+                series_of = (workload, mode, key, json.dumps(machine, sort_keys=True, default=str))
                 # A process that never started has no series key, and belongs to the series if there is only one.
-                waiting = run.waiting.get((workload, mode), ()) if len(by_key) == 1 else ()
-                found.setdefault(place, _Found(machine, [])).runs.append((facts, members, baseline, waiting))
+                waiting = run.waiting.get(place, ()) if len(by_key) == 1 else ()
+                found.setdefault(series_of, _Found(machine, [])).runs.append((facts, members, baseline, waiting))
     series = []
-    for place in sorted(found, key=lambda place: (there["workload"].index(place[0]), there["mode"].index(place[1]))):
-        one = Series(*place[:3], found[place].machine, "", found[place].metric_name, _points(measure, found[place]))
+    for which in sorted(found, key=lambda which: (there["workload"].index(which[0]), there["mode"].index(which[1]))):
+        one = Series(*which[:3], found[which].machine, "", found[which].metric_name, _points(measure, found[which]))
         if all(point.value is None for point in one.points):
             not_shown.append(
                 (f"{one.workload} {one.mode}", f"no run has a value of {measure.title}: {one.points[-1].reason}")

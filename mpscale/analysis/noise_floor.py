@@ -18,8 +18,9 @@ from scipy.special import polygamma
 
 from mpscale.analysis.quantities import COSTS, Cost
 from mpscale.analysis.stats import Between
+from mpscale.core.case import Place
 from mpscale.core.columns import MEASURED
-from mpscale.core.record import Place, Record, grouped
+from mpscale.core.record import Record, grouped
 from mpscale.core.runs import Run, environment_differences, read_info, read_run, same_hardware
 
 FEWEST_RUNS = 5

@@ -37,6 +37,8 @@ class Outcome(Ranked):
     FIRED = "fired"
     CANNOT_TELL = "cannot-tell"
     PASSED = "passed"
+    NOT_APPLICABLE = "not-applicable"
+    """The row has no such figure, and is not meant to have one."""
 
 
 class Verdict(Ranked):

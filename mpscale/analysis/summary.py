@@ -26,13 +26,15 @@ from mpscale.analysis.trainings import (
     Trainings,
     by_reason,
     has_overflow,
+    have_no_metric,
     overflow_rate,
     seeds_text,
     trainings,
 )
 from mpscale.core.blocks import SLOWER
+from mpscale.core.case import Place
 from mpscale.core.columns import MEASURED, STATUSES, SUMMARY
-from mpscale.core.record import Key, Place, Record, common, grouped, of_good_trainings, settle, values_of
+from mpscale.core.record import Key, Record, common, grouped, of_good_trainings, settle, values_of
 from mpscale.core.runs import Run
 
 Row = dict[str, Any]
@@ -45,6 +47,9 @@ _FACTS_OF_A_METRIC = {"metric_name": "name", "metric_margin": "margin", "metric_
 
 def summarise(records: Iterable[Record], waiting: Mapping[Place, Sequence[Key]] | None = None) -> list[Row]:
     """One row per workload, in order of first appearance, and mode, in the order of :data:`mpscale.core.mode.MODES`.
+
+    In a sweep, there is one for each batch size and for each constant loss scale, too. The baseline of a row, fp32 or
+    tf32, is always that of the same batch.
 
     Times are in ms, memory in MiB. ``step_time_ms`` is the geometric mean of the processes' medians with its 95 %
     interval. A speed-up is the baseline's time over the mode's, paired by seed and repeat. Memory is the maximum over
@@ -67,7 +72,7 @@ def summarise(records: Iterable[Record], waiting: Mapping[Place, Sequence[Key]] 
     for (workload, mode), cases in grouped(settle(list(records))).items():
         not_started = (waiting or {}).get((workload, mode), ())
         workloads.setdefault(workload, {})[mode] = _Mode(cases, not_started, plan_known=waiting is not None)
-    return [_row(workload, mode, modes) for workload, modes in workloads.items() for mode in modes]
+    return [_row(mode, modes) for modes in workloads.values() for mode in modes]
 
 
 class _Mode:
@@ -83,10 +88,11 @@ class _Mode:
         self.seeds = trainings(cases, not_started, plan_known)
 
 
-def _row(workload: str, mode: str, modes: Mapping[str, _Mode]) -> Row:
+def _row(mode: str, modes: Mapping[str, _Mode]) -> Row:
     own, fp32 = modes[mode], modes.get("fp32") or _Mode([])
     timed_tf32 = "tf32" in modes and any(case["step_time_ms_median"] is not None for case in modes["tf32"].measured)
-    row: Row = {"workload": workload, "mode": mode, "headline_baseline": "tf32" if timed_tf32 else "fp32"}
+    row: Row = {name: own.cases[0][name] for name in ("workload", "mode", "swept_batch", "swept_scale")}
+    row["headline_baseline"] = "tf32" if timed_tf32 else "fp32"
     row |= _counts(own)
     row |= _times(mode, own, modes)
     row |= _memory(own, fp32)
@@ -147,7 +153,19 @@ def _times(mode: str, own: _Mode, modes: Mapping[str, _Mode]) -> Row:
             row[f"speedup_{name}_doubts"] = " ".join(doubts) or None
     row |= own.conditions
     row["device_busy_ms_per_step"] = _over(statistics.median, values_of(own.good, "device_busy_ms_per_step"))
+    row |= _arithmetic(own)
     row["two_level_processes"] = len(values_of(own.good, SLOWER))
+    return row
+
+
+def _arithmetic(own: _Mode) -> Row:
+    """Geometric means, as of step times. There is no share if that of a process is implausible."""
+    row: Row = {name: common(own.good, name) for name in ("flops_per_step", "tflops_peak")}
+    for suffix in ("", "_while_busy"):
+        rates = values_of(own.good, f"tflops{suffix}")
+        row[f"tflops{suffix}"] = _over(statistics.geometric_mean, rates)
+        shares = values_of(own.good, f"peak_share{suffix}")
+        row[f"peak_share{suffix}"] = _over(statistics.geometric_mean, shares) if len(shares) == len(rates) else None
     return row
 
 
@@ -217,6 +235,8 @@ def _metric(own: _Mode, fp32: _Mode) -> Row:
     if name is None and any(case["metric_name"] is not None for case in own.measured):
         values, differences = [], []  # several metrics have no common mean
     return {
+        "synthetic_inputs": common(own.cases, "synthetic_inputs"),
+        "has_metric": common(own.cases, "has_metric"),
         "metric_name": name,
         "metric_seeds": len(values),
         "metric_mean": _over(statistics.fmean, values),
@@ -286,6 +306,8 @@ def judge_metric(
 ) -> Quality | None:
     """Whether the metric of ``other`` is as good as the baseline's; None if one of the two was never meant to train.
 
+    A workload without a metric gets no verdict either, unless a seed was lost: then it is ``WORSE``.
+
     This tests for non-inferiority, seed by seed. A difference that is not significant does not show that there is none:
     three seeds hide a loss of two points. So the question is whether a loss of more than the workload's margin can be
     ruled out. Piaggio et al., "Reporting of noninferiority and equivalence randomized trials", JAMA 2012;308:2594.
@@ -304,6 +326,8 @@ def judge_metric(
         return None
     # A seed that is lost in the baseline as well is not the other's fault.
     lost = sorted(after.lost.keys() - before.lost.keys())
+    if have_no_metric((*baseline, *other)):
+        return judge([], None, None, lost) if lost else None
     pairs = [seed for seed in sorted(after.metric) if seed in before.metric and seed not in before.lost]
     left_out = _left_out(before, after, pairs)
     unknown = sorted(_unknown(before, after) - before.lost.keys())
@@ -395,7 +419,7 @@ def _outcome(side: Trainings, seed: int) -> str | None:
     """Why one side does not have a seed, None if it does."""
     if seed in side.lost or seed in side.unknown:
         return side.lost.get(seed) or side.unknown[seed]
-    return None if seed in side.metric else "not planned" if side.plan_known else NO_SUCH_ROW
+    return None if seed in {*side.metric, *side.unscored} else "not planned" if side.plan_known else NO_SUCH_ROW
 
 
 def _names_differ(with_metric: Sequence[Sequence[Record]]) -> bool:

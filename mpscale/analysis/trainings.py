@@ -27,18 +27,20 @@ class Trainings:
         metric: the final metric of those that have one, including lost ones.
         lost: the status of those that diverged, stalled or ended without a metric.
         unknown: the status of those that did not end, or :data:`NOT_STARTED`.
+        unscored: those that ended well in a workload without a metric.
         plan_known: whether seeds that appear nowhere here were not planned. A cases.csv does not show the plan.
     """
 
     metric: Mapping[int, float]
     lost: Mapping[int, str]
     unknown: Mapping[int, str]
+    unscored: frozenset[int] = frozenset()
     plan_known: bool = False
 
     @property
     def seeds(self) -> set[int]:
         """All seeds that were or should have been trained."""
-        return {*self.metric, *self.lost, *self.unknown}
+        return {*self.metric, *self.lost, *self.unknown, *self.unscored}
 
 
 def trainings(cases: Iterable[Record], not_started: Iterable[Key] = (), plan_known: bool = False) -> Trainings:
@@ -57,8 +59,14 @@ def trainings(cases: Iterable[Record], not_started: Iterable[Key] = (), plan_kno
         {case["seed"]: case["metric_value"] for case in ended if case["metric_value"] is not None},
         {case["seed"]: str(case["status"]) for case in ended if case["status"] in LOST},
         unknown,
+        frozenset(case["seed"] for case in ended if case["status"] not in LOST and case["has_metric"] is False),
         plan_known,
     )
+
+
+def have_no_metric(cases: Iterable[Record]) -> bool:
+    """Whether the workload of these cases has no metric; False also if that is not known."""
+    return any(case["has_metric"] is False for case in cases)
 
 
 def without_figure(

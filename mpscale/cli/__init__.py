@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mpscale import __version__
-from mpscale.cli import comparing, fitting, reading
+from mpscale.cli import comparing, fitting, probing, reading
 from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
 from mpscale.config import SettingsError
 from mpscale.core.journal import RunError
@@ -87,5 +87,10 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "compare": ("compare runs with a baseline; can fail a build", comparing.compare_arguments, comparing.compare),
     "ab": ("run two environments interleaved, and compare them", comparing.ab_arguments, comparing.ab),
     "fit": ("find the largest batch that trains in each mode", fitting.fit_arguments, fitting.fit),
+    "probe": (
+        "show what float16 makes of a workload's gradients, and which static loss scale fits",
+        probing.probe_arguments,
+        probing.probe,
+    ),
     "history": ("show a quantity over runs, as a table and a figure", reading.history_arguments, reading.history),
 }

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpscale.cli.output import (
-    FAILED,
-    INTERRUPTED,
-    OK,
-    RESULTS,
-    add_output_options,
-    check_output,
-    fail,
-    live_line,
-    write,
-)
-from mpscale.config import add_results_option, memory, number, seconds, why_not_writable
-from mpscale.terminal import as_typed
+from mpscale.cli.output import FAILED, INTERRUPTED, OK, fail, live_line, write
+from mpscale.cli.trial import add_training_options, add_workload, at_least_1, prepared, supervisor_options
+from mpscale.config import memory
 
 if TYPE_CHECKING:
     from mpscale.analysis.fit import Try
@@ -43,7 +30,7 @@ def fit_arguments(parser: argparse.ArgumentParser) -> None:
         "two of them in eighths. The result is kept in the folder fit/ of the results folder. Exit code: 0 the limit "
         "of every mode was found, 1 not of every mode, 2 wrong use."
     )
-    parser.add_argument("workload", metavar="WORKLOAD", type=as_typed, help="`mpscale workloads` lists them")
+    add_workload(parser)
     parser.add_argument(
         "--mode",
         action="append",
@@ -58,7 +45,6 @@ def fit_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory that a process may use on a CPU, such as 800MiB or 4GiB; TensorFlow alone takes some 700 MiB "
         "(default: 80 %% of what is free; on a GPU its own memory is the limit)",
     )
-    at_least_1 = number(int, lambda value: value >= 1, "an integer of at least 1")
     parser.add_argument(
         "--max-batch",
         type=at_least_1,
@@ -66,50 +52,17 @@ def fit_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="largest batch to try (default: 1048576); one that is larger than the training set repeats its examples",
     )
-    parser.add_argument(
-        "--jit", choices=("auto", "on", "off"), default="auto", help="compile train steps with XLA (default: auto: on)"
-    )
-    parser.add_argument(
-        "--timeout", type=seconds, default=900.0, metavar="SECONDS", help="time limit for each try (default: 900)"
-    )
-    parser.add_argument(
-        "--gpu-allocator",
-        choices=("auto", "cuda_malloc_async", "bfc"),
-        default="auto",
-        help="TensorFlow's GPU memory allocator (default: auto, which is cuda_malloc_async, or bfc if that fails)",
-    )
-    add_results_option(parser.add_argument, default=RESULTS)
-    add_output_options(parser)
+    add_training_options(parser, "each try")
 
 
 def fit(options: argparse.Namespace) -> int:
-    from mpscale.core.device import NoSuchDevice, find_device
     from mpscale.core.mode import default_modes, select_modes
-    from mpscale.telemetry import host
-    from mpscale.telemetry.client import open_driver
-    from mpscale.workloads import registry
 
-    check_output(options.output)
-    try:
-        with registry.without_gpus():
-            workload = registry.get(options.workload, [Path.cwd()])
-    except registry.UnknownWorkload as error:
-        return fail(str(error))
-    if why_not := why_not_writable(options.results / "fit"):
-        return fail(f"--results: {options.results} is not a folder that can be written to ({why_not})")
-    # As after Ctrl-C: keep what is known.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    driver = open_driver()
-    try:
-        device = find_device(driver.devices, os.environ, host.cpu())
+    with prepared(options, "fit") as (workload, device, driver):
         if device.kind == "gpu" and options.memory_limit is not None:
             return fail("--memory-limit is for a CPU; on a GPU its own memory is the limit")
         modes = select_modes(options.mode) if options.mode else default_modes(device)
         return _search(options, workload, [mode.name for mode in modes], device, driver)
-    except NoSuchDevice as error:
-        return fail(str(error))
-    finally:
-        driver.close()
 
 
 def _search(
@@ -119,27 +72,21 @@ def _search(
     from mpscale.analysis.fit import Fit
     from mpscale.core.wire import PhaseReached
     from mpscale.harness import fit as fitting
-    from mpscale.harness.supervisor import Options, Supervisor
+    from mpscale.harness.supervisor import Supervisor
+    from mpscale.harness.trial import new_folder
     from mpscale.report import fit as report
 
     limit_mib = options.memory_limit or fitting.default_limit_mib(device)
     fit = Fit(options.workload, modes, device, limit_mib)
     settings = replace(fitting.SETTINGS, jit=options.jit != "off")
-    how = Options(
-        results=options.results,
-        project=Path.cwd(),
-        start_method="fork",
-        timeout_s=options.timeout,
-        asked={},
-        gpu_allocator=options.gpu_allocator,
-        keep_suspect=True,
-        memory_limit_mib=limit_mib,
-    )
+    how = supervisor_options(options, limit_mib)
     asked = {**settings.to_json(), "max_batch": options.max_batch, "timeout_s": options.timeout}
     asked |= {"memory_limit_mib": limit_mib, "gpu_allocator": options.gpu_allocator}
-    folder, about = fitting.new_folder(options.results, device, driver, asked)
+    folder, about = new_folder(options.results, "fit", device, driver, asked)
     line = live_line()
     line.add(f"on {device.name} ({device.kind.upper()})" + (f", up to {limit_mib:,.0f} MiB" if limit_mib else ""))
+    if workload.synthetic:
+        line.add(f"{options.workload} has synthetic inputs")
 
     def show(case: Case, event: Progressed) -> None:
         if isinstance(event, PhaseReached):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mpscale.cli.output import OK, RESULTS, add_output_options, fail, say, warn, write
 from mpscale.config import RUN, add_results_option
 from mpscale.terminal import as_typed
+
+if TYPE_CHECKING:
+    from mpscale.workloads import Workload
 
 
 def workloads_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +31,7 @@ def workloads(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
     from mpscale.core.mode import DEFAULT_MODES, MODES
-    from mpscale.report.table import DASH
-    from mpscale.workloads import registry
+    from mpscale.workloads import large, registry
 
     here = [Path.cwd()]
     broken: dict[str, str] = {}
@@ -40,11 +43,15 @@ def workloads(options: argparse.Namespace) -> int:
         return fail(str(error))
     if not found:
         found, broken = offered.workloads, offered.broken
+    small = [] if options.names else [workload.name for workload in large.TINY]
     rows = [
-        (name, w.batch_size, w.train_steps, DASH if w.target is None else f"{w.metric_name} {w.target:g}", w.summary)
-        for name, w in found.items()
+        (name, w.batch_size, w.train_steps, _target(w), w.summary) for name, w in found.items() if name not in small
     ]
+    # Stable: those with synthetic inputs come last.
+    rows.sort(key=lambda row: found[row[0]].synthetic)
     print(tabulate(rows, ["workload", "batch", "steps", "target", "description"], disable_numparse=True))
+    if small:
+        print(f"in small, for tests: {', '.join(small)}")
     for name in filter(registry.is_own, options.names):
         print(f"{name} is in {registry.source(name, here)}")
     for name, why in broken.items():
@@ -54,6 +61,14 @@ def workloads(options: argparse.Namespace) -> int:
     modes = [(mode.name, by_default.get(mode.name, "no"), mode.summary) for mode in MODES.values()]
     print(tabulate(modes, ["mode", "by default", "description"]))
     return OK
+
+
+def _target(workload: Workload) -> str:
+    from mpscale.report.table import DASH
+
+    if workload.metric is None:
+        return "none: synthetic inputs" if workload.synthetic else "none: no metric"
+    return DASH if workload.target is None else f"{workload.metric_name} {workload.target:g}"
 
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from mpscale.core.columns import METHOD_VERSION
@@ -14,21 +15,92 @@ from mpscale.core.mode import Mode
 
 StartMethod = Literal["fork", "fresh"]
 
-_CASE_ID = re.compile(r"(.+)--(.+)--s(\d{1,18})--r(\d{1,18})")
+_CASE_ID = re.compile(
+    r"(.+)--(?!batch\d+--|scale\d[\d.e+-]*--)(.+?)"
+    r"(?:--batch(\d{1,18}))?(?:--scale(\d[\d.e+-]{0,30}))?--s(\d{1,18})--r(\d{1,18})"
+)
 _SERIES_KEY = re.compile(r"(.*)/([^/]*)/([^/]*)/(batch=.*)/method=([^/]*)")
+
+
+Place = tuple[str, str]
+"""Workload and mode as tables name them: what a row of most tables is about. See :meth:`Variant.place`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What a run varies besides workload, mode, seed and repeat: a sweep.
+
+    Args:
+        batch: examples per step, in a run with several batch sizes; None in others.
+        scale: the constant loss scale, in a mode that has one and a run with several; None in others.
+    """
+
+    batch: int | None = None
+    scale: float | None = None
+
+    def place(self, workload: str, mode: str) -> Place:
+        """Name a workload and a mode in this variant: ``toy @64`` and ``mixed-static @2^24``.
+
+        fp32 has no loss scale, so the row with which a mode is compared is that of the same first name and ``fp32``.
+        """
+        if self.batch is not None:
+            workload = f"{workload} @{self.batch}"
+        if self.scale is not None:
+            mode = f"{mode} @{scale_text(self.scale)}"
+        return workload, mode
+
+    def parts(self) -> list[str]:
+        """The variant in ids: ``batch64`` and ``scale16777216``; empty without a sweep."""
+        parts = [] if self.batch is None else [f"batch{self.batch}"]
+        return parts if self.scale is None else [*parts, f"scale{self.scale:.17g}"]
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of a record that tell the variant; none without a sweep."""
+        known = {"swept_batch": self.batch, "swept_scale": self.scale}
+        return {name: value for name, value in known.items() if value is not None}
+
+    def applied_to(self, settings: Settings) -> Settings:
+        """The settings of a case in this variant."""
+        if self.batch is not None:
+            settings = replace(settings, batch_size=self.batch)
+        return settings if self.scale is None else replace(settings, static_scale=self.scale)
+
+
+def scale_text(scale: float) -> str:
+    """Write a loss scale so that no two look alike: large powers of two as ``2^24``, others in full."""
+    mantissa, exponent = math.frexp(scale)
+    if mantissa == 0.5 and exponent > 16:
+        return f"2^{exponent - 1}"
+    return short if float(short := f"{scale:g}") == scale else repr(scale)
 
 
 @dataclass(frozen=True, slots=True)
 class CaseId:
-    """Names a case in its run. The text is ``<workload>--<mode>--s<seed>--r<repeat>`` and usable as a file name."""
+    """Names a case in its run. The text is usable as a file name.
+
+    It is ``<workload>--<mode>--s<seed>--r<repeat>``. In a sweep, ``--batch<size>``, ``--scale<scale>`` or both follow
+    the mode.
+    """
 
     workload: str
     mode: str
     seed: int
     repeat: int
+    variant: Variant = Variant()
 
     def __str__(self) -> str:
-        return f"{self.workload.replace(':', '+')}--{self.mode}--s{self.seed}--r{self.repeat}"
+        parts = [self.workload.replace(":", "+"), self.mode, *self.variant.parts()]
+        return "--".join([*parts, f"s{self.seed}", f"r{self.repeat}"])
+
+    @property
+    def place(self) -> Place:
+        """Workload and mode as tables name them."""
+        return self.variant.place(self.workload, self.mode)
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of a record that say which case it is."""
+        names = ("workload", "mode", "seed", "repeat")
+        return {**{name: getattr(self, name) for name in names}, **self.variant.columns()}
 
     @classmethod
     def parse(cls, text: str, workloads: Iterable[str] = ()) -> CaseId | None:
@@ -41,14 +113,18 @@ class CaseId:
         found = _CASE_ID.fullmatch(text)
         if found is None:
             return None
-        workload, mode, seed, repeat = found.groups()
+        workload, mode, batch, scale, seed, repeat = found.groups()
         known = next((name for name in workloads if name.replace(":", "+") == workload), workload.replace("+", ":"))
-        return cls(known, mode, int(seed), int(repeat))
+        try:
+            variant = Variant(None if batch is None else int(batch), None if scale is None else float(scale))
+        except ValueError:
+            return None
+        return cls(known, mode, int(seed), int(repeat), variant)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cases of a run have in common.
+    """What all cases of a workload have in common, apart from what a sweep varies.
 
     Args:
         jit: compile train steps with XLA, in all modes.
@@ -61,6 +137,7 @@ class Settings:
         timing_blocks: the minimum number of timed blocks.
         energy_s: seconds of further steps if the GPU's energy can be measured; 0 to skip energy.
         repeat_data: fill a batch that is larger than the training set with several copies of it.
+        looks: at how many steps of a training `mpscale probe` looks at the gradients; 0 for a case of a run.
         autotune: whether each process lets XLA tune its kernels, or those of a workload and mode share the results.
     """
 
@@ -74,6 +151,7 @@ class Settings:
     timing_blocks: int = 50
     energy_s: float = 10.0
     repeat_data: bool = False
+    looks: int = 0
     autotune: Literal["fresh", "shared"] = "fresh"
 
     def to_json(self) -> dict[str, Any]:
@@ -85,7 +163,7 @@ class Settings:
 class Case:
     """One process. Repeat 0 trains to the end and times; a repeat above 0 only times.
 
-    ``order`` is its place in the run.
+    ``order`` is its place in the run. The settings are those of its variant.
     """
 
     workload: str
@@ -94,16 +172,27 @@ class Case:
     repeat: int
     order: int
     settings: Settings
+    variant: Variant = Variant()
+
+    @property
+    def named(self) -> CaseId:
+        """Which case it is."""
+        return CaseId(self.workload, self.mode, self.seed, self.repeat, self.variant)
 
     @property
     def id(self) -> str:
         """Unique in a run, and usable as a file name; see :class:`CaseId`."""
-        return str(CaseId(self.workload, self.mode, self.seed, self.repeat))
+        return str(self.named)
+
+    @property
+    def place(self) -> Place:
+        """Workload and mode as tables name them."""
+        return self.named.place
 
     @property
     def group(self) -> tuple[str, int, int]:
-        """Cases of one group start from the same weights and see the same data; only the mode differs."""
-        return (self.workload, self.seed, self.repeat)
+        """Cases of one group start from the same weights and see the same data; only mode and loss scale differ."""
+        return (self.place[0], self.seed, self.repeat)
 
     @property
     def trains(self) -> bool:
@@ -112,8 +201,7 @@ class Case:
 
     def identity(self) -> dict[str, Any]:
         """The columns of a record that say which case it is."""
-        names = ("workload", "mode", "seed", "repeat", "order")
-        return {"case_id": self.id, **{name: getattr(self, name) for name in names}}
+        return {"case_id": self.id, **self.named.columns(), "order": self.order}
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain values."""
@@ -122,7 +210,7 @@ class Case:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Case:
         """The inverse of :meth:`to_json`."""
-        return cls(**{**values, "settings": Settings(**values["settings"])})
+        return cls(**{**values, "settings": Settings(**values["settings"]), "variant": Variant(**values["variant"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,17 +271,32 @@ def plan(
     repeats: int,
     settings: Settings,
     shuffle_seed: int = 0,
+    first: int = 0,
+    batches: Sequence[int] = (),
+    scales: Sequence[float] = (),
 ) -> Iterator[Case]:
     """The cases of a run, in the order in which they run.
 
     The modes of one workload and seed run next to each other, so that a drift of the machine hits all of them, in an
     order that is shuffled each time, so that none always comes first. Repeats come after the seeds, so that a run that
-    is cut short loses precision rather than results.
+    is cut short loses precision rather than results. ``first`` is the place of the first case in the run.
+
+    ``batches`` and ``scales`` make a sweep: each mode runs at every batch, and one with a constant loss scale at every
+    scale, side by side with the modes that it is compared with. Empty: those of the settings, and no sweep.
     """
     random_order = random.Random(shuffle_seed)
     rounds = [(seed, 0) for seed in range(seeds)] + [(0, repeat) for repeat in range(1, repeats + 1)]
-    order = itertools.count()
+    order = itertools.count(first)
+    sizes: Sequence[int | None] = batches or [None]
+    turns = [
+        (mode.name, scale)
+        for mode in modes
+        for scale in (scales if mode.scaling and mode.scaling.setting == "static_scale" and scales else [None])
+    ]
     for workload in workloads:
         for seed, repeat in rounds:
-            for mode in random_order.sample(list(modes), len(modes)):
-                yield Case(workload, mode.name, seed, repeat, next(order), settings)
+            for batch in sizes:
+                for mode_name, scale in random_order.sample(turns, len(turns)):
+                    variant = Variant(batch, scale)
+                    own = variant.applied_to(settings)
+                    yield Case(workload, mode_name, seed, repeat, next(order), own, variant)

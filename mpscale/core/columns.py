@@ -37,7 +37,7 @@ STATUSES: dict[str, str] = {
     "timeout": "did not finish within `--mp-timeout` seconds and was killed",
     "crashed": "the process was ended by a signal",
     "error": "the process ended with an exception",
-    "unsupported": "this device, or this way of compiling train steps, cannot run the mode; nothing was started",
+    "unsupported": "this device, this way of compiling train steps or this model cannot run the mode; nothing was trained",
     "invalid": "ran, but its figures must not be used; `status_reason` says why",
     "interrupted": "stopped by the user before it finished",
 }
@@ -72,11 +72,13 @@ class Format(StrEnum):
     """Four significant digits: MiB and MHz."""
     SHARE = "share"
     """A share of 1, as percent."""
+    FLOPS = "flops"
+    """A number of operations: ``5.22 T``."""
     LOSS_SCALE = "loss-scale"
     """In full if it is a power of two, as it mostly is."""
 
 
-_FORMATS = {"share": Format.SHARE, "MiB": Format.LARGE, "MHz": Format.LARGE}
+_FORMATS = {"share": Format.SHARE, "MiB": Format.LARGE, "MHz": Format.LARGE, "FLOP": Format.FLOPS}
 """By unit. For units that are not here the kind of the column decides."""
 _FORMATS_BY_KIND: dict[Kind, Format] = {
     "str": Format.TEXT,
@@ -91,6 +93,7 @@ class Sheet(StrEnum):
     """Tables of the report with a row per workload and mode, and a column for each :class:`Cell`."""
 
     TIMING = "timing"
+    ARITHMETIC = "arithmetic"
     MEMORY = "memory"
     MEMORY_PARTS = "memory-parts"
     ENERGY = "energy"
@@ -187,6 +190,7 @@ class Topic(StrEnum):
     TRAINING = "training"
     RESULT = "result"
     STEP_TIME = "step-time"
+    ARITHMETIC = "arithmetic"
     HOST_NOISE = "host-noise"
     MEMORY = "memory"
     ENERGY = "energy"
@@ -213,25 +217,34 @@ def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, *cells: C
 
 
 # fmt: off
+_SWEPT_BATCH = "examples per step that were asked for, in a run with several batch sizes; with `workload`, `mode` and `swept_scale` it says to which row of the tables the case belongs"
+_ONE_BATCH = "the run has one batch size for the workload"
+_SWEPT_SCALE = "the constant loss scale, in a run with several of them"
+_ONE_SCALE = "the run has one, or the mode has no constant loss scale"
 _REUSED = ("autotuning", "reused")
 _NOT_REACHED = "the case ended before that"
+_NO_METRIC = "the workload has no metric (`has_metric`)"
 _NO_TRAINING = "timing-only process (`repeat` above 0), or the case ended before that"
 _NO_TIMING = "timing was off (`--benchmark-disable`), or the case ended before that"
 _NO_PROFILE = "no GPU, the profiler recorded none of its kernels or is in use by the workload (the reason says which), timing was off, or the case ended before that"
+_NO_FLOPS = "`flops_per_step` is empty, timing was off, or the case ended before that; on a CPU also in modes below float32, which most CPUs emulate"
+_NO_PEAK = "no GPU, a MIG instance, or mpscale knows no peak of the GPU in this precision"
 _UNCHECKED = ", ".join(mode.name for mode in MODES.values() if not mode.sees_overflow)
 _NO_CHECK = f"the mode checks no gradient ({_UNCHECKED}), or the case ended before that"
 _NO_SCALE = "the mode has no loss scale, or the case ended before that"
 _NO_DRIVER = "no GPU, no driver, or the driver does not report it or stopped doing so during the case; the reason says which"
-_NO_ENERGY = "no GPU, the driver reports neither energy nor power or stopped doing so during the case, energy was off (`--mp-energy 0`, preset `smoke`), or the window was shorter than 10 s"
+_NO_ENERGY = "no GPU, the driver reports neither energy nor power or stopped doing so during the case, energy was off (`--mp-energy 0`, or by the preset), or the window was shorter than 10 s"
 
 SECTIONS: tuple[Section, ...] = (
     Section(
         Topic.CASE,
         "Which case",
         (
-            _known("case_id", "str", "", "`<workload>--<mode>--s<seed>--r<repeat>`; unique in a run"),
+            _known("case_id", "str", "", "`<workload>--<mode>--s<seed>--r<repeat>`; in a sweep `--batch<size>`, `--scale<scale>` or both follow the mode; unique in a run"),
             _known("workload", "str", "", "what was trained"),
             _known("mode", "str", "", "how it was trained"),
+            _known("swept_batch", "int", "", _SWEPT_BATCH, _ONE_BATCH, positive=True),
+            _known("swept_scale", "float", "", _SWEPT_SCALE, _ONE_SCALE, special=Format.LOSS_SCALE, positive=True),
             _known("seed", "int", "", "seed of the initial weights and of the order of the data"),
             _known("repeat", "int", "", "0: trained to the end, then timed; above 0: a process that only times"),
             _known("order", "int", "", "place in the run, from 0; modes of a seed run next to each other, in shuffled order"),
@@ -261,9 +274,9 @@ SECTIONS: tuple[Section, ...] = (
             _known("start_method", "str", "", "`fork`: child of a process that has imported TensorFlow and touched no device; `fresh`: an interpreter of its own", "nothing was started"),
             _known("jit", "bool", "", "whether the train step is compiled by XLA; the same for all modes of a run"),
             _known("steps_per_call", "int", "steps", "steps that one call of the compiled program takes (`--mp-steps-per-call`); the same for all modes of a run", "a run of an older mpscale, which always took 1"),
-            _known("policy", "str", "", "Keras dtype policy; float32 for graph-rewrite, which TensorFlow rewrites to float16 below Keras"),
-            _measured("layer_dtypes", "str", "", "layers by the dtype that they compute in (`float16 2, float32 1`), without inputs and layers that only hold others; checked against the mode", "the model has no layers, or the case ended before that"),
-            _measured("product_dtypes", "str", "", "matrix products, convolutions and recurrent kernels of the traced train step by the dtype of the factors, including gradients, loss and optimizer; checked against the mode. Before TensorFlow's rewrite (graph-rewrite) and before XLA", "the train step multiplies no matrices, or the case ended before that"),
+            _known("policy", "str", "", "Keras dtype policy; float32 for graph-rewrite, which TensorFlow rewrites to float16 below Keras; mixed_bfloat16 for mixed-fp8, some of whose layers Keras then quantizes"),
+            _measured("layer_dtypes", "str", "", "layers by the dtype that they compute in (`float16 2, float32 1`; `float8` if they round what they multiply to it), without inputs and layers that only hold others; checked against the mode", "the model has no layers, or the case ended before that"),
+            _measured("product_dtypes", "str", "", "matrix products, convolutions and recurrent kernels of the traced train step by the dtype of the factors, including gradients, loss and optimizer; `float8` if both factors are rounded to it (E4M3, gradients to E5M2), whatever multiplies them; checked against the mode. Before TensorFlow's rewrite (graph-rewrite) and before XLA", "the train step multiplies no matrices, or the case ended before that"),
             _measured("process_settings", "str", "", "settings that affect figures but do not belong to the mode: deterministic operations, XLA's flags; `none` if nothing is set; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("tf32", "bool", "", "whether float32 products may be rounded to TF32, read back from TensorFlow", "the device has no TF32"),
             _measured("gpu_allocator", "str", "", "TensorFlow's allocator: `cuda_malloc_async`, or `bfc` (with growth) if that does not work or was requested", "on a CPU", Cell(Sheet.MEMORY_PARTS, 9, "allocator", Over.EACH)),
@@ -271,6 +284,8 @@ SECTIONS: tuple[Section, ...] = (
             _measured("batch_size", "int", "examples", "examples per step", _NOT_REACHED),
             _measured("optimizer", "str", "", "class of the wrapped Keras optimizer", _NOT_REACHED),
             _measured("parameters", "int", "", "trainable parameters of the model", _NOT_REACHED),
+            _measured("synthetic_inputs", "bool", "", "whether inputs and labels are drawn at random, so that there is nothing to learn and no accuracy; throughput, memory, overflow and loss are as real as any", _NOT_REACHED),
+            _measured("has_metric", "bool", "", "whether the workload has a metric; without one nothing is evaluated, and there is no verdict on the result", "a run of an older mpscale, whose workloads always have one, or the case ended before that"),
         ),
     ),
     Section(
@@ -303,6 +318,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("loss_scale_final", "float", "", "loss scale of the last step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),
             _measured("loss_scale_min", "float", "", "smallest loss scale of any step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),
             _measured("loss_scale_max", "float", "", "largest loss scale of any step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),
+            _measured("float8_tensors", "str", "", "JSON object {path of a layer: {`inputs`, `kernel` and `outputs_grad` (the gradient of its outputs): {`amax`, `scale`}}} after the last step of the training. `amax`: largest magnitude of the last 1,024 steps. `scale`: what the tensor is divided by before it is rounded to float8. Six digits; `inf` and `nan` as text", "the mode does not compute in float8, or " + _NO_TRAINING),
             _measured("train_loss_first", "float", "", "loss of the first step, unscaled", "it was not finite; " + _NO_TRAINING),
             _measured("train_loss_final", "float", "", "mean loss of the last 100 steps, unscaled", "one of them was not finite; " + _NO_TRAINING),
             _measured("train_wall_time_s", "float", "s", "time in train steps and in reading their log, without evaluations, the first step and the first call of several steps", _NO_TRAINING),
@@ -314,13 +330,13 @@ SECTIONS: tuple[Section, ...] = (
         Topic.RESULT,
         "Result of the training",
         (
-            _measured("final_accuracy", "float", "share", "accuracy on the test set after the last step", "the workload has another metric, or " + _NO_TRAINING),
-            _measured("metric_name", "str", "", "the workload's metric", _NOT_REACHED),
-            _measured("metric_value", "float", "", "that metric on the test set after the last step", "it was not finite, or " + _NO_TRAINING),
-            _measured("metric_higher_is_better", "bool", "", "whether higher is better", _NOT_REACHED),
+            _measured("final_accuracy", "float", "share", "accuracy on the test set after the last step", "the workload has another metric; " + _NO_METRIC + "; " + _NO_TRAINING),
+            _measured("metric_name", "str", "", "the workload's metric", _NO_METRIC + ", or " + _NOT_REACHED),
+            _measured("metric_value", "float", "", "that metric on the test set after the last step", "it was not finite; " + _NO_METRIC + "; " + _NO_TRAINING),
+            _measured("metric_higher_is_better", "bool", "", "whether higher is better", _NO_METRIC + ", or " + _NOT_REACHED),
             _measured("metric_target", "float", "", "value of the metric at which the workload counts as trained", "the workload has none, or the case ended before that"),
-            _measured("metric_margin", "float", "", "how much worse than the baseline still counts as equal, in units of the metric", _NOT_REACHED),
-            _measured("test_examples", "int", "examples", "size of the test set", _NOT_REACHED),
+            _measured("metric_margin", "float", "", "how much worse than the baseline still counts as equal, in units of the metric", "the workload has none, or " + _NOT_REACHED),
+            _measured("test_examples", "int", "examples", "size of the test set", _NO_METRIC + ", or " + _NOT_REACHED),
             _measured("published_metric_value", "float", "", "the metric on the test set of the data's publication, if that is a different one (mnist1d: its 1,000 examples)", "there is no such set, or " + _NO_TRAINING),
         ),
     ),
@@ -347,6 +363,18 @@ SECTIONS: tuple[Section, ...] = (
             _measured("trace_time_s", "float", "s", "tracing a single train step into a graph, also with several steps per call", _NOT_REACHED, Cell(Sheet.TIMING, 6, "trace s", apart=_REUSED)),
             _measured("first_step_s", "float", "s", "first call of the traced single step, including compilation, also with several steps per call", _NOT_REACHED, Cell(Sheet.TIMING, 7, "first step s", apart=_REUSED)),
             _measured("first_call_s", "float", "s", "first call of `steps_per_call` steps, including tracing, compilation and these steps", "every call took one step, no call of several was made, or the case ended before that"),
+        ),
+    ),
+    Section(
+        Topic.ARITHMETIC,
+        "Arithmetic of a step",
+        (
+            _measured("flops_per_step", "int", "FLOP", "floating-point operations of the products (matrix products, Einsum, convolutions, recurrent kernels) of one step, forward and backward, two for each multiply-add; counted in the traced graph, the same in every mode", "the step multiplies no matrices, or has an operation, a loop or a branch whose FLOPs do not follow from the graph (the reason names it); or the case ended before that", positive=True),
+            _measured("tflops", "float", "TFLOP/s", "`flops_per_step` / `step_time_ms_median`", _NO_FLOPS, positive=True),
+            _measured("tflops_while_busy", "float", "TFLOP/s", "`flops_per_step` / `device_busy_ms_per_step`: without the time in which the GPU waits for the host", "`device_busy_ms_per_step` is empty; " + _NO_FLOPS, positive=True),
+            _measured("tflops_peak", "float", "TFLOP/s", "peak of the GPU for dense products in the precision that the mode is about, from NVIDIA's documents (`mpscale/worker/peaks.py`)", _NO_PEAK, positive=True),
+            _measured("peak_share", "float", "share", "`tflops` / `tflops_peak`, called MFU (model FLOPs utilisation) in the literature", "above 1, which cannot be; `tflops` or `tflops_peak` is empty"),
+            _measured("peak_share_while_busy", "float", "share", "`tflops_while_busy` / `tflops_peak`: what the kernels reach", "above 1, which cannot be; `tflops_while_busy` or `tflops_peak` is empty"),
         ),
     ),
     Section(
@@ -449,6 +477,8 @@ _NO_BASELINE = "no process of the baseline with the same seed and repeat was tim
 SUMMARY: tuple[Column, ...] = (
     _known("workload", "str", "", "what was trained"),
     _known("mode", "str", "", "how it was trained"),
+    _known("swept_batch", "int", "", "examples per step, in a run with several batch sizes; `fp32` and `tf32` below are those of the same batch", _ONE_BATCH),
+    _known("swept_scale", "float", "", _SWEPT_SCALE, _ONE_SCALE, special=Format.LOSS_SCALE),
     _known("device", "str", "", "`cpu` or `gpu`"),
     _known("jit", "bool", "", "whether train steps were compiled by XLA"),
     _known("processes", "int", "", "processes that gave a step time, of seeds that ended well"),
@@ -489,7 +519,9 @@ SUMMARY: tuple[Column, ...] = (
     _known("skipped_steps", "int", "steps", "sum over the same trainings", "the mode checks no gradient"),
     _known("overflow_rate", "float", "share", "`overflow_steps` / `attempted_steps`", "the mode checks no gradient"),
     _known("overflow_seeds", "int", "", "trainings that have `overflow_steps`: fewer than `seeds_planned` if some do not"),
-    _known("metric_name", "str", "", "the workload's metric", "nothing was trained"),
+    _known("synthetic_inputs", "bool", "", "whether inputs and labels are drawn at random", "no case got that far"),
+    _known("has_metric", "bool", "", "whether the workload has a metric; if not, all columns about one are empty, except for the verdict on a seed that was lost", "no case got that far, or a run of an older mpscale"),
+    _known("metric_name", "str", "", "the workload's metric", "it has none, or nothing was trained"),
     _known("metric_seeds", "int", "", "trainings with a finite metric: fewer than `seeds_planned` if some were lost or failed"),
     _known("metric_mean", "float", "", "mean of `metric_value` over seeds", "no seed has it"),
     _known("metric_min", "float", "", "smallest of any seed", "no seed has it"),
@@ -500,7 +532,7 @@ SUMMARY: tuple[Column, ...] = (
     _known("metric_pairs", "int", "", "seeds with a metric under this mode and fp32, none of them lost in fp32"),
     _known("metric_margin", "float", "", "how much worse than fp32 still counts as equal", "fp32 itself, or no fp32 was trained"),
     _known("metric_higher_is_better", "bool", "", "whether higher is better", "fp32 itself, or it is not known"),
-    _known("metric_verdict", "str", "", "`non-inferior`: a loss of the workload's margin is ruled out, in all seeds; `worse`: a loss beyond it is shown, or a seed was lost (diverged, stalled, no finite metric) that was not in fp32; else `inconclusive`", "fp32 itself, or no fp32 was to be trained"),
+    _known("metric_verdict", "str", "", "`non-inferior`: a loss of the workload's margin is ruled out, in all seeds; `worse`: a loss beyond it is shown, or a seed was lost (diverged, stalled, no finite metric) that was not in fp32; else `inconclusive`", "fp32 itself, no fp32 was to be trained, or the workload has no metric and no seed was lost"),
     _known("metric_reason", "str", "", "the reason of the verdict, if the numbers do not show it", "they show it"),
     _known("metric_left_out", "str", "", "seeds of this mode or fp32 that are not in a pair, with the reason", "all are in one"),
     _known("metric_seeds_needed", "int", "", "seeds needed for a verdict if mean and spread stay the same", "there is a verdict, or a single seed gives no spread"),
@@ -512,6 +544,12 @@ SUMMARY: tuple[Column, ...] = (
     _known("device_busy_ms_per_step", "float", "ms", "median over processes", "no process was profiled on a GPU"),
     _known("device_busy_share", "float", "share", "median over processes", "no process was profiled on a GPU"),
     _known("gpu_utilization", "float", "%", "median of `gpu_utilization_median` over processes; stands in for `device_busy_share` where that is empty", "nothing was timed on a GPU, or the driver does not report it"),
+    _known("flops_per_step", "int", "FLOP", "that of its processes", "no process has it, or they differ", Cell(Sheet.ARITHMETIC, 1, "FLOPs per step")),
+    _known("tflops", "float", "TFLOP/s", "geometric mean over processes of seeds that ended well", "no process has it", Cell(Sheet.ARITHMETIC, 2, "TFLOP/s")),
+    _known("tflops_peak", "float", "TFLOP/s", "peak of the GPU in the precision of the mode", "no process has it, or they differ", Cell(Sheet.ARITHMETIC, 4, "peak TFLOP/s")),
+    _known("peak_share", "float", "share", "`tflops` / `tflops_peak`", "no process has it", Cell(Sheet.ARITHMETIC, 5, "share of peak")),
+    _known("tflops_while_busy", "float", "TFLOP/s", "geometric mean over processes of seeds that ended well", "no process was profiled on a GPU", Cell(Sheet.ARITHMETIC, 3, "TFLOP/s while busy")),
+    _known("peak_share_while_busy", "float", "share", "`tflops_while_busy` / `tflops_peak`", "no process has it", Cell(Sheet.ARITHMETIC, 6, "share while busy")),
     _known("host_other_cpu_share", "float", "share", "median over processes", "nothing was timed, or it is unknown"),
     _known("two_level_processes", "int", "", "processes whose timed blocks fall into two groups"),
     _known("not_started", "int", "", "cases that were planned but not started, as far as is known"),

@@ -88,6 +88,11 @@ class Device:
         return self.compute_capability is not None and self.compute_capability >= (8, 0)
 
     @property
+    def has_float8(self) -> bool:
+        """Whether XLA has products of float8 for it: NVIDIA's Ada (8.9), Hopper and newer (XLA's gemm_rewriter.cc)."""
+        return self.compute_capability is not None and self.compute_capability >= (8, 9)
+
+    @property
     def is_stand_in(self) -> bool:
         """Whether it is a simulated GPU of the tests; the CPU trains in its place."""
         return self.kind == "gpu" and self.name.startswith(STAND_IN)

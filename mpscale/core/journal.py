@@ -19,6 +19,8 @@ from mpscale.core.record import Record
 
 IDENTITY = ("workload", "mode", "seed", "repeat")
 """The columns that say which case a record is of."""
+SWEPT = ("swept_batch", "swept_scale")
+"""Those that say it besides, in a sweep."""
 NO_END = "the journal has no result of this case: the run was stopped, or is still going on"
 
 
@@ -212,9 +214,9 @@ class _Told:
     def _identity(self, case_id: str) -> dict[str, Any]:
         """Which case it is, from an earlier line or from its id; raise ``_Odd`` if neither is of use."""
         if before := self.records.get(case_id):
-            return {name: before[name] for name in (*IDENTITY, "order", "attempts")}
+            return {name: before[name] for name in (*IDENTITY, *SWEPT, "order", "attempts")}
         if case := CaseId.parse(case_id):
-            return {name: getattr(case, name) for name in IDENTITY}
+            return case.columns()
         raise _Odd(f"{case_id!r} does not say which case it is")
 
     def _start(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> None:
@@ -237,7 +239,7 @@ class _Told:
     def _note(self, case_id: str, case: Mapping[str, Any], attempt: Any) -> None:
         record = Record(
             {
-                **{name: case.get(name) for name in (*IDENTITY, "order")},
+                **{name: case.get(name) for name in (*IDENTITY, *SWEPT, "order")},
                 "case_id": case_id,
                 "attempts": case.get("attempts") if attempt is None else attempt,
                 "status": "interrupted",

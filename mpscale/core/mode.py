@@ -10,6 +10,9 @@ from typing import Literal
 
 from mpscale.core.device import Device
 
+Products = Literal["fp32", "tf32", "fp16", "bf16", "fp8"]
+"""A precision of products, as tables of GPUs' peaks name it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
@@ -48,6 +51,8 @@ class Mode:
         on_trial: the mode exists to show what a rule does, so a training that diverges or stalls is a result and not a
             failure.
         graph_rewrite: whether TensorFlow rewrites its graphs to float16, whatever the policy is.
+        float8: whether Keras rounds the factors of products to float8, in layers that compute in the policy's low
+            precision and that it can quantize.
     """
 
     name: str
@@ -59,11 +64,23 @@ class Mode:
     tf32: bool = True
     on_trial: bool = False
     graph_rewrite: bool = False
+    float8: bool = False
 
     @property
     def is_mixed(self) -> bool:
         """Whether part of the training is computed in less than float32."""
         return self.policy != "float32" or self.graph_rewrite
+
+    @property
+    def products(self) -> Products:
+        """The precision of most products, the one that the mode is about; on a GPU without TF32, tf32 means fp32."""
+        if self.float8:
+            return "fp8"
+        if self.graph_rewrite or self.policy == "mixed_float16":
+            return "fp16"
+        if self.policy == "mixed_bfloat16":
+            return "bf16"
+        return "tf32" if self.tf32 else "fp32"
 
     @property
     def sees_overflow(self) -> bool:
@@ -101,6 +118,17 @@ class Mode:
                 "TensorFlow's rewrite to float16 has no effect on functions compiled by XLA; run this mode, and those "
                 "it is compared with, with --mp-jit off"
             )
+        if self.float8 and device.kind == "gpu":
+            if not device.has_float8:
+                return (
+                    "float8 products need an NVIDIA GPU of compute capability 8.9 (Ada), 9.0 (Hopper) or newer; this "
+                    f"is {_described(device)}"
+                )
+            if not jit:
+                return (
+                    "without XLA, TensorFlow rounds to float8 and multiplies in bfloat16, which only costs time; run "
+                    "this mode, and those it is compared with, with --mp-jit on"
+                )
         return None
 
 
@@ -150,6 +178,15 @@ _ALL = (
         marker="v",
         policy="mixed_bfloat16",
         summary="bfloat16, which has float32's range and needs no loss scale",
+    ),
+    Mode(
+        name="mixed-fp8",
+        colour="#999933",
+        marker="X",
+        policy="mixed_bfloat16",
+        float8=True,
+        on_trial=True,
+        summary="mixed-bf16 with Dense and EinsumDense layers in Keras' float8, which scales each tensor",
     ),
     Mode(
         name="mixed-unscaled",
@@ -214,10 +251,10 @@ def is_mixed(mode: str) -> bool:
     return mode not in MODES or MODES[mode].is_mixed
 
 
-def default_modes(device: Device) -> tuple[Mode, ...]:
-    """The modes that run on ``device`` if the user names none."""
-    names = set(DEFAULT_MODES) | ({"tf32"} if device.has_tf32 else set())
-    return tuple(mode for mode in _ALL if mode.name in names)
+def default_modes(device: Device, names: Iterable[str] = DEFAULT_MODES) -> tuple[Mode, ...]:
+    """The modes that run on ``device`` if the user names none: those in ``names``, and tf32 if the device has it."""
+    wanted = set(names) | ({"tf32"} if device.has_tf32 else set())
+    return tuple(mode for mode in _ALL if mode.name in wanted)
 
 
 def select_modes(names: Iterable[str]) -> tuple[Mode, ...]:

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from mpscale.core.case import Place, Variant
 from mpscale.core.columns import COLUMNS, FAILED, LOST, MEASURED, STATUSES
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason, encodable
 
-Place = tuple[str, str]
-"""Workload and mode: what a row of most tables is about."""
 Key = tuple[int, int]
 """Seed and repeat: a process of a workload and mode."""
 
@@ -128,8 +127,8 @@ class Record:
 
     @property
     def place(self) -> Place:
-        """Workload and mode."""
-        return self["workload"], self["mode"]
+        """Workload and mode as tables name them."""
+        return place_of(self)
 
     @property
     def key(self) -> Key:
@@ -231,12 +230,14 @@ def settle(records: Sequence[Record]) -> list[Record]:
     """The same records, with status ``diverged`` for trainings that have the status ``ok`` but no metric.
 
     Earlier versions of mpscale, and tables from elsewhere, have such trainings: NaN and infinity are empty cells there.
-    A table without any facts about metrics is left as it is.
+    A table without any facts about metrics is left as it is, and so are trainings of a workload without a metric.
     """
     with_metric = {r["workload"] for r in records if r["metric_value"] is not None and r["repeat"] == 0}
 
     def settled(record: Record) -> Record:
         if record["metric_value"] is not None or record["status"] != "ok" or record["repeat"] != 0:
+            return record
+        if record["has_metric"] is False:
             return record
         why = record.why_empty("metric_value")
         told = why is not None or any(record[name] is not None for name in _OF_A_METRIC)
@@ -279,13 +280,32 @@ def in_order_of_modes(names: Iterable[str]) -> list[str]:
     return [mode for mode in MODES if mode in there] + [mode for mode in there if mode not in MODES]
 
 
+def place_of(row: Record | Mapping[str, Any]) -> Place:
+    """Workload and mode of a record, or of a row of the summary, as tables name them; see :class:`Variant`."""
+    batch, scale = row["swept_batch"], row["swept_scale"]
+    if batch is None and scale is None:
+        return row["workload"], row["mode"]
+    return Variant(batch, scale).place(row["workload"], row["mode"])
+
+
+def modes_of(records: Iterable[Record]) -> dict[str, str]:
+    """The modes of records as tables name them, in the order of tables and by loss scale; each with its own name."""
+    found = {record.place[1]: (record["mode"], record["swept_scale"] or 0.0) for record in records}
+    names = in_order_of_modes(mode for mode, _ in found.values())
+    ordered = sorted(found.items(), key=lambda item: (names.index(item[1][0]), item[1][1]))
+    return {label: mode for label, (mode, _) in ordered}
+
+
 def grouped(records: Iterable[Record]) -> dict[Place, list[Record]]:
     """The records of each workload and mode: workloads in order of first appearance, modes in the order of tables."""
     found: dict[str, dict[str, list[Record]]] = {}
     for record in records:
-        found.setdefault(record["workload"], {}).setdefault(record["mode"], []).append(record)
+        workload, mode = record.place
+        found.setdefault(workload, {}).setdefault(mode, []).append(record)
     return {
-        (workload, mode): by_mode[mode] for workload, by_mode in found.items() for mode in in_order_of_modes(by_mode)
+        (workload, mode): by_mode[mode]
+        for workload, by_mode in found.items()
+        for mode in modes_of(cases[0] for cases in by_mode.values())
     }
 
 

@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpscale.core.case import CaseId
+from mpscale.core.case import CaseId, Place
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS, DTYPES, METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.journal import RunError, read_journal
-from mpscale.core.record import Key, Place, Record, misfit, settle
+from mpscale.core.record import Key, Record, misfit, settle
 from mpscale.core.run_folder import steps_path
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Run:
         found: dict[Place, list[Key]] = {}
         for text in self.not_started:
             if case := CaseId.parse(text, workloads):
-                found.setdefault((case.workload, case.mode), []).append((case.seed, case.repeat))
+                found.setdefault(case.place, []).append((case.seed, case.repeat))
         return found
 
     def steps(self, case_id: str) -> pd.DataFrame:

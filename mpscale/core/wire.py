@@ -44,7 +44,7 @@ class Phase(StrEnum):
     STEPS_QUEUED = "steps-queued"
     """A few more are done, queued without waiting. Nothing has been evaluated yet."""
     METRIC_TRIED = "metric-tried"
-    """The model has been evaluated for the first time."""
+    """The model has been evaluated for the first time. Without a metric there is neither this phase nor EVALUATED."""
     TRAINED = "trained"
     """All steps of the training are done; the final evaluation comes next."""
     EVALUATED = "evaluated"
@@ -135,6 +135,34 @@ class StepsDone(Event, name="progress"):
 
 
 @dataclass(frozen=True)
+class Looked(Event, name="look"):
+    """A look at the gradients of a step.
+
+    Args:
+        step: its number, from 1.
+        loss: its loss.
+        gradients: for each layer and what they belong to, ``{"layer": ..., "of": ...}`` and the values of
+            :class:`~mpscale.core.magnitudes.Magnitudes`.
+        in_float32: the layers that mixed precision leaves in float32, or why they are not known.
+    """
+
+    step: int
+    loss: float
+    gradients: list[dict[str, Any]]
+    in_float32: list[str] | Reason
+
+    def to_json(self) -> dict[str, Any]:
+        kept = self.in_float32
+        return {**super().to_json(), "in_float32": kept.to_json() if isinstance(kept, Reason) else kept}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        kept = fields["in_float32"]
+        kept = kept if isinstance(kept, list) else Reason.from_json(kept)
+        return cls(fields["step"], fields["loss"], fields["gradients"], kept)
+
+
+@dataclass(frozen=True)
 class Blocks(Event, name="blocks"):
     """Seconds per step of each timed block."""
 
@@ -181,10 +209,10 @@ class Noted(Event, name="noted"):
     text: str
 
 
-Progressed = PhaseReached | StepsDone | Again | Noted
+Progressed = PhaseReached | StepsDone | Looked | Again | Noted
 """What is shown as progress."""
 
-WORKER_EVENTS = (Values, Missed, PhaseReached, StepsDone, Blocks, EnergySteps, Finished, Failed)
+WORKER_EVENTS = (Values, Missed, PhaseReached, StepsDone, Looked, Blocks, EnergySteps, Finished, Failed)
 """What a worker sends."""
 
 

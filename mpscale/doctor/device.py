@@ -299,12 +299,14 @@ class Precision:
         float16: whether products of float16 are fast.
         bfloat16: whether products of bfloat16 are fast.
         tf32: whether the device can round float32 products to TF32.
+        float8: whether products of float8 are fast.
         words: what that means for a run, in sentences.
     """
 
     float16: Answer | None
     bfloat16: Answer | None
     tf32: bool
+    float8: Answer | None
     words: tuple[str, ...]
 
 
@@ -312,25 +314,27 @@ def precision_of_gpu(device: Device) -> Precision:
     """Return which precisions a GPU computes fast, judged by its generation."""
     capability = device.compute_capability
     if capability is None:
-        return Precision(None, None, False, ("The compute capability is unknown, so nothing can be said about speed.",))
+        unknown = "The compute capability is unknown, so nothing can be said about speed."
+        return Precision(None, None, False, None, (unknown,))
     mine = f"Compute capability {'.'.join(map(str, capability))}"
     if device.has_tf32:
-        fast = f"{mine}: float16, bfloat16 and TF32 run on Tensor Cores."
+        cores = "float16, bfloat16, TF32 and, under XLA, float8" if device.has_float8 else "float16, bfloat16 and TF32"
+        fast = f"{mine}: {cores} run on Tensor Cores."
         baseline = (
             "By default TensorFlow rounds float32 products to TF32 here. Compare mixed modes with tf32, and fp32 with "
             "tf32 to see what TF32 alone gives."
         )
-        return Precision("yes", "yes", True, (fast, baseline, *_ADVICE))
+        return Precision("yes", "yes", True, "yes" if device.has_float8 else "no", (fast, baseline, *_ADVICE))
     converted = "bfloat16 is converted to float32 and back, and TF32 needs 8.0."
     # Compute capability 7.5 is Turing both with and without Tensor Cores; only the name tells them apart.
     if capability >= (7, 0) and not (capability == (7, 5) and "GTX 16" in device.name):
-        return Precision("yes", "no", False, (f"{mine}: float16 runs on Tensor Cores. {converted}", *_ADVICE))
+        return Precision("yes", "no", False, "no", (f"{mine}: float16 runs on Tensor Cores. {converted}", *_ADVICE))
     if capability in ((5, 3), (6, 0), (6, 2), (7, 5)):
         twice = f"{mine}, no Tensor Cores: float16 is up to twice as fast as float32. {converted}"
-        return Precision("in part", "no", False, (twice, *_ADVICE[1:]))
+        return Precision("in part", "no", False, "no", (twice, *_ADVICE[1:]))
     slow = "float16 is far slower than float32" if capability == (6, 1) else "there is no arithmetic for float16"
     nothing = f"{mine}: {slow}, so mixed precision saves memory at most. {converted}"
-    return Precision("no", "no", False, (nothing, _NO_SPEED))
+    return Precision("no", "no", False, "no", (nothing, _NO_SPEED))
 
 
 def precision_of_cpu(flags: Sequence[str] | None) -> Precision:
@@ -341,7 +345,7 @@ def precision_of_cpu(flags: Sequence[str] | None) -> Precision:
     """
     if flags is None:
         unknown = "This system does not report which instructions its CPU has for float16 and bfloat16."
-        return Precision(None, None, False, (unknown, _NO_SPEED))
+        return Precision(None, None, False, "no", (unknown, _NO_SPEED))
     float16: Answer = "yes" if "amx_fp16" in flags else "in part" if "avx512_fp16" in flags else "no"
     bfloat16: Answer = "yes" if "amx_bf16" in flags else "in part" if "avx512_bf16" in flags else "no"
     fast = [name for name, answer in (("bfloat16", bfloat16), ("float16", float16)) if answer != "no"]
@@ -353,4 +357,4 @@ def precision_of_cpu(flags: Sequence[str] | None) -> Precision:
         ]
     if float16 == "no":
         words.append("float16 is emulated; without XLA it may be many times slower than float32.")
-    return Precision(float16, bfloat16, False, (*words, _NO_SPEED))
+    return Precision(float16, bfloat16, False, "no", (*words, _NO_SPEED))

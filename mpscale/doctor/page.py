@@ -100,6 +100,7 @@ def _precision(precision: Precision | None) -> list[str]:
     if precision is None:
         return []
     answers = {"float16": precision.float16, "bfloat16": precision.bfloat16, "TF32": "yes" if precision.tf32 else "no"}
+    answers["float8"] = precision.float8
     fast = ", ".join(f"{name}: {answer or 'unknown'}" for name, answer in answers.items())
     return [f"fast here? {fast}", *(line for words in precision.words for line in _wrap(words))]
 

@@ -48,7 +48,7 @@ class SharedTuning:
 
     def _results(self, case: Case) -> Path:
         # A number, because not every name of a workload is one that XLA's flags and the file system can hold.
-        number = self._numbers.setdefault((case.workload, case.mode), len(self._numbers))
+        number = self._numbers.setdefault(case.place, len(self._numbers))
         # XLA writes and reads text if the name ends like this.
         return self._folder / f"autotuning-{number}.textproto"
 

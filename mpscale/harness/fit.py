@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import secrets
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
 
 from mpscale.analysis.fit import Fit, Try, Verdict
 from mpscale.core.case import Case, Settings
-from mpscale.core.columns import METHOD_VERSION
 from mpscale.core.device import Device
 from mpscale.core.out_of_memory import may_have_run_out, ran_out
 from mpscale.core.reason import Code, Reason
-from mpscale.core.record import Record
 from mpscale.harness.run import explain
 from mpscale.harness.supervisor import Outcome
-from mpscale.telemetry.client import Driver
-from mpscale.telemetry.host import available_mib, environment, run_slug
+from mpscale.harness.trial import Runner, attempt
+from mpscale.telemetry.host import available_mib
 
 PARTS = 8
 """The largest power of two that fits is refined in steps of one such part of it."""
@@ -117,16 +111,6 @@ def judge(outcome: Outcome, trained_smaller: bool) -> tuple[Verdict, Reason | No
     return Verdict.FAILED, Reason(code, f"{status}: {text}")
 
 
-class Runner(Protocol):
-    """What runs a case: a :class:`~mpscale.harness.supervisor.Supervisor`."""
-
-    def run(self, case: Case, steps_path: None, gpu_path: None, outcome: Outcome, attempt: int = 1) -> None:
-        """Run a case to its end, and say in ``outcome`` what became of it."""
-
-    def close(self) -> None:
-        """End whatever outlives a case."""
-
-
 @dataclass(frozen=True)
 class Question:
     """What is searched for.
@@ -171,7 +155,7 @@ class Fitter:
         if self._lost is not None:
             return Verdict.FAILED, self._lost
         case = Case(self._fit.workload, mode, 0, 1, len(self._fit.tries), self._settings(batch))
-        outcome = self._attempt(case)
+        outcome = attempt(self._runner, case)
         if outcome.gpu_lost:
             self._lost = Reason(Code.GPU_LOST, f"the GPU was lost when {mode} tried a batch of {batch:,}")
         explain(outcome.record, case)
@@ -182,37 +166,5 @@ class Fitter:
         self._tried(this)
         return verdict, reason
 
-    def _attempt(self, case: Case) -> Outcome:
-        """Run a case, again as long as a failure may be due to the allocator that it was started with."""
-        for attempt in range(1, 6):
-            outcome = Outcome(Record({**case.identity(), "batch_size": case.settings.batch_size}))
-            self._runner.run(case, None, None, outcome, attempt)
-            if outcome.again is None:
-                break
-        return outcome
-
     def _settings(self, batch: int) -> Settings:
         return replace(self._question.settings, batch_size=batch)
-
-
-def new_folder(results: Path, device: Device, driver: Driver, asked: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Make the folder of a search, ``<results>/fit/<name>/``; return it and what fit.json says about the search.
-
-    It is not among the runs, which are trainings of the batch that a workload asks for: `latest`, comparisons and
-    histories must not meet it.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    started = datetime.now(UTC)
-    name = f"{started:%Y%m%dT%H%M%SZ}-{run_slug(device)}-{secrets.token_hex(2)}"
-    folder = results / "fit" / name
-    folder.mkdir(parents=True)
-    return folder, {
-        "fit": name,
-        "method_version": METHOD_VERSION,
-        "started": started.isoformat(timespec="seconds"),
-        "finished": False,
-        "environment": environment(device, driver, Path.cwd()),
-        "settings": dict(asked),
-    }

@@ -201,7 +201,7 @@ class SameStart:
             value = record[name]
             if value is None or (name == "workload_digest" and differing):
                 continue
-            mode, other = first.setdefault(name, (case.mode, value))
+            mode, other = first.setdefault(name, (case.place[1], value))
             if not _equal(value, other):
                 differing.setdefault(mode, []).append(f"{what} ({_contrast(name, value, other, mode)})")
         if not differing:
@@ -232,7 +232,8 @@ def _contrast(name: str, value: Any, other: Any, mode: str) -> str:
 
 _TRAINING = (*measured_columns(Topic.TRAINING), "metric_value", "final_accuracy", "published_metric_value")
 _UNTIMED = ("build_time_s", "trace_time_s", "first_step_s", "first_call_s")
-_TIMING = tuple(name for name in measured_columns(Topic.STEP_TIME) if name not in _UNTIMED)
+_FROM_TIMES = ("tflops", "tflops_while_busy", "peak_share", "peak_share_while_busy")
+_TIMING = (*(name for name in measured_columns(Topic.STEP_TIME) if name not in _UNTIMED), *_FROM_TIMES)
 _LOSS_SCALE = tuple(name for name in _TRAINING if name.startswith("loss_scale_"))
 _OVERFLOW = (
     "applied_steps",
@@ -257,6 +258,8 @@ def explain(record: Record, case: Case) -> None:
         record.miss(_TRAINING, Reason(Code.NOT_ASKED_FOR, "timing-only process"))
     if case.settings.timing_s == 0:
         record.miss(_TIMING, Reason(Code.NOT_ASKED_FOR, "timing was off"))
+    if not mode.float8:
+        record.miss("float8_tensors", Reason(Code.NOT_IN_MODE, f"{mode.name} does not compute in float8"))
     if mode.scaling is None:
         record.miss(_LOSS_SCALE, Reason(Code.NOT_IN_MODE, f"{mode.name} has no loss scale"))
     if not mode.sees_overflow:

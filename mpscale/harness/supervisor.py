@@ -22,7 +22,7 @@ from mpscale.core.mode import MODES
 from mpscale.core.process import Process, describe_exit
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
-from mpscale.core.wire import Noted, Phase, PhaseReached, StepsDone
+from mpscale.core.wire import Looked, Noted, Phase, PhaseReached, StepsDone
 from mpscale.harness.autotuning import SharedTuning
 from mpscale.harness.launch import (
     Allocator,
@@ -255,7 +255,7 @@ class Supervisor:
             outcome.signal = None
             record.update({"status": "oom", "status_reason": limit.problem, HOST_COLUMN: limit.peak_mib})
         self._tuning.ended(case, record["status"])
-        if record["status"] not in ("ok", "diverged", "stalled"):
+        if record["status"] not in ("ok", "diverged", "stalled", "unsupported"):
             record.update({"output_tail": _tail(log) or None})
 
     def _prepare(self, case: Case) -> None:
@@ -313,8 +313,8 @@ class _Conversation:
         self._energy: wire.EnergySteps | None = None
         self.energy_off = _energy_off(case)
 
-    def events(self, timeout_s: float) -> Iterator[PhaseReached | StepsDone]:
-        """Yield phases and progress until the worker has ended; afterwards the record has its status."""
+    def events(self, timeout_s: float) -> Iterator[PhaseReached | StepsDone | Looked]:
+        """Yield phases, progress and looks until the worker has ended; afterwards the record has its status."""
         deadline = self._start + timeout_s
         try:
             while True:
@@ -332,7 +332,7 @@ class _Conversation:
                         self._phase = phase
                         self._outcome.phases[phase.value] = round(time.monotonic() - self._start, 4)
                         yield event
-                    case StepsDone():
+                    case StepsDone() | Looked():
                         yield event
                     case wire.Finished(status, reason, runtime):
                         # What was measured is valid, even if the process then fails on its way out.
@@ -381,7 +381,7 @@ def _energy_off(case: Case) -> Reason | None:
     if case.settings.timing_s == 0:
         return Reason(Code.NOT_ASKED_FOR, "timing was off")
     if case.settings.energy_s == 0:
-        return Reason(Code.NOT_ASKED_FOR, "energy was off (--mp-energy 0, or the preset smoke)")
+        return Reason(Code.NOT_ASKED_FOR, "energy was off (--mp-energy 0, or the preset)")
     return None
 
 

@@ -13,7 +13,7 @@ import pytest
 from mpscale.core.columns import FAILED
 from mpscale.core.mode import MODES
 from mpscale.pytest_plugin import baseline, options
-from mpscale.pytest_plugin.plan import CASE, CLOCK, NO_XDIST, PARAMETERS, ReplayClock
+from mpscale.pytest_plugin.plan import CASE, CLOCK, NO_XDIST, ReplayClock
 from mpscale.pytest_plugin.session import Session
 
 if TYPE_CHECKING:
@@ -73,17 +73,26 @@ class MeasuredCase:
 
 
 _EXTRA_INFO = (
-    "case_id", "status", "workload", "mode", "seed", "repeat", "device_name", "jit", "batch_size",
-    "steps_per_call", "dispatch_share", "attempted_steps", "overflow_steps", "skipped_steps", "timed_overflow_steps",
-    "loss_scale_final", "gpu_memory_nvml_peak_mib", "host_memory_peak_mib", "final_accuracy", "metric_name",
-    "metric_value",
+    "case_id", "status", "workload", "mode", "swept_batch", "swept_scale", "seed", "repeat", "device_name",
+    "jit", "batch_size", "steps_per_call", "dispatch_share", "attempted_steps", "overflow_steps",
+    "skipped_steps", "timed_overflow_steps", "loss_scale_final", "gpu_memory_nvml_peak_mib",
+    "host_memory_peak_mib", "final_accuracy", "metric_name", "metric_value", "synthetic_inputs", "has_metric",
+    "examples_per_s",
 )  # fmt: skip
 
 
 @pytest.fixture
-def mp_case(request: pytest.FixtureRequest, workload: str, mode: str, seed: int, repeat: int) -> MeasuredCase:
+def mp_variant() -> str:
+    """Batch and loss scale of the case in a sweep, such as `batch64-scale8`; else empty."""
+    return ""
+
+
+@pytest.fixture
+def mp_case(
+    request: pytest.FixtureRequest, workload: str, mode: str, seed: int, repeat: int, mp_variant: str
+) -> MeasuredCase:
     """One case of the run. A test that asks for it is parametrised over all cases."""
-    # pytest demands that the four parameters are requested; the case itself is in the stash of the test.
+    # pytest demands that the parameters are requested; the case itself is in the stash of the test.
     if hasattr(request.config, "workerinput"):
         pytest.fail(NO_XDIST)
     return MeasuredCase(request.node.stash[CASE], _session(request.config), request.node.stash[CLOCK])
@@ -92,7 +101,7 @@ def mp_case(request: pytest.FixtureRequest, workload: str, mode: str, seed: int,
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrise a test that asks for ``mp_case``."""
     if "mp_case" in metafunc.fixturenames:
-        metafunc.parametrize(PARAMETERS, _session(metafunc.config).parameters())
+        metafunc.parametrize(*_session(metafunc.config).parameters())
 
 
 def _session(config: pytest.Config) -> Session:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mpscale import config as project
-from mpscale.core.case import Case
+from mpscale.core.case import Case, Variant
 
 if TYPE_CHECKING:
     from mpscale.analysis.compare import Comparison
@@ -128,13 +128,13 @@ class BaselineCheck:
             )
         self._baseline = baseline
 
-    def judge(self, path: Path, run_more: Callable[[list[Case]], None], settings: Settings) -> None:
+    def judge(self, path: Path, run_more: Callable[[list[Case]], None], settings_of: Callable[[str], Settings]) -> None:
         """Compare the run with the baseline. Rows that look slower are measured again; only that counts.
 
         Args:
             path: the run's folder; the run is not finished yet.
             run_more: runs further cases of it.
-            settings: those of the run.
+            settings_of: returns those of a workload.
         """
         if self._baseline is None:
             return
@@ -157,7 +157,7 @@ class BaselineCheck:
             again = {found.row for found in fired if found.row and COSTS[found.gate.name].can_be_remeasured}
             if again:
                 first_repeats = {row: _next_repeat(run, row) for row in again}
-                run_more(further_cases(run, first_repeats, settings))
+                run_more(further_cases(run, first_repeats, settings_of))
                 self.comparison, self.findings = look(read_run(path), first_repeats)
             if not self.comparison.same_device:
                 self.note = f"baseline {baseline.name} was made on another machine: no gate was judged"
@@ -195,10 +195,14 @@ class BaselineCheck:
             lines.append(self.note)
         if self.comparison is not None:
             lines.append(f"against {self.comparison.baseline.name}:")
-        lines += [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome is not Outcome.PASSED]
+        quiet = (Outcome.PASSED, Outcome.NOT_APPLICABLE)
+        lines += [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome not in quiet]
         if self.findings:
             outcomes = [finding.outcome for finding in self.findings]
-            text = f"{outcomes.count(Outcome.PASSED)} of {len(outcomes)} gated figures passed"
+            apply = len(outcomes) - outcomes.count(Outcome.NOT_APPLICABLE)
+            text = f"{outcomes.count(Outcome.PASSED)} of {apply} gated figures passed"
+            if apply < len(outcomes):
+                text += f"; {len(outcomes) - apply} are not in their workload"
             if unknown := outcomes.count(Outcome.CANNOT_TELL):
                 effect = "fails the run" if self._settings.strict else "fails a run with --mp-strict only"
                 text += f"; {unknown} could not be judged, which {effect}"
@@ -211,10 +215,12 @@ class BaselineCheck:
 
 
 def _next_repeat(run: Run, row: tuple[str, str]) -> int:
-    return 1 + max(int(r["repeat"]) for r in run.records if (r["workload"], r["mode"]) == row)
+    return 1 + max(int(record["repeat"]) for record in run.records if record.place == row)
 
 
-def further_cases(run: Run, first_repeats: Mapping[tuple[str, str], int], settings: Settings) -> list[Case]:
+def further_cases(
+    run: Run, first_repeats: Mapping[tuple[str, str], int], settings_of: Callable[[str], Settings]
+) -> list[Case]:
     """Return the cases that measure rows again: twice as many timing-only processes as each row had.
 
     Rows are interleaved, so that a drift affects them all. Each case uses a seed whose training was not lost, since the
@@ -222,16 +228,20 @@ def further_cases(run: Run, first_repeats: Mapping[tuple[str, str], int], settin
 
     Args:
         run: the run so far.
-        first_repeats: {(workload, mode): the first repeat that is free}.
-        settings: those of the run.
+        first_repeats: {workload and mode as tables name them: the first repeat that is free}.
+        settings_of: returns those of a workload.
     """
     from mpscale.core.record import of_good_trainings
 
     cases: list[tuple[int, Case]] = []
-    for (workload, mode), first in first_repeats.items():
-        good = of_good_trainings(row for row in run.records if (row["workload"], row["mode"]) == (workload, mode))
+    for place, first in first_repeats.items():
+        rows = [row for row in run.records if row.place == place]
+        workload, mode = rows[0]["workload"], rows[0]["mode"]
+        variant = Variant(rows[0]["swept_batch"], rows[0]["swept_scale"])
+        settings = variant.applied_to(settings_of(workload))
+        good = of_good_trainings(rows)
         timed = [row for row in good if row["step_time_ms_median"] is not None]
         seed = min((row["seed"] for row in timed), default=0)
         for turn in range(max(2 * len(timed), 2)):
-            cases.append((turn, Case(workload, mode, seed, first + turn, 0, settings)))
+            cases.append((turn, Case(workload, mode, seed, first + turn, 0, settings, variant)))
     return [case for _, case in sorted(cases, key=lambda entry: entry[0])]

@@ -6,22 +6,35 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
-from mpscale.config import DEFAULT_PRESET, PRESETS, Preset, add_results_option, number, seconds
+from mpscale.config import (
+    DEFAULT_PRESET,
+    GPU_PRESET,
+    GPU_PRESET_GB,
+    PRESETS,
+    Apart,
+    Preset,
+    add_results_option,
+    number,
+    preset_for,
+    seconds,
+)
 from mpscale.core.case import Settings
+from mpscale.core.device import Device
 from mpscale.core.loss_scale import RULES
-from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, select_modes
+from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, default_modes, select_modes
 from mpscale.terminal import as_typed
 
 if TYPE_CHECKING:
     from mpscale.harness.supervisor import Options
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 Add = Callable[..., Any]
 
 
@@ -36,9 +49,8 @@ def _add_selection(add: Add) -> None:
     add(
         "--mp-preset",
         choices=tuple(PRESETS),
-        default=DEFAULT_PRESET,
-        help=f"what to run unless other options say so (default: {DEFAULT_PRESET}). "
-        + "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items()),
+        help=f"what to run unless other options say so (default: {GPU_PRESET} on a GPU of {GPU_PRESET_GB} GB or more, "
+        f"else {DEFAULT_PRESET}). " + "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items()),
     )
     add(
         "--mp-workloads",
@@ -63,21 +75,59 @@ def _add_selection(add: Add) -> None:
     add(
         "--mp-repeats",
         type=_integer(0),
-        default=0,
         metavar="N",
         help="for each workload and mode, add N processes that only measure step times, for narrower intervals "
-        "(default: 0)",
+        f"(default: 0; 1 for the large workloads of the preset {GPU_PRESET})",
     )
 
 
+_SWEEPABLE = ("batch_size", "static_scale")
+"""Settings of which a run may have several values; see :func:`swept`."""
+_CHOSEN = pytest.StashKey[tuple[str, str]]()
+
+
+def choose_preset(config: pytest.Config, device: Device) -> tuple[str, str]:
+    """Choose the preset for a device, once and for the whole session; return its name and why it is that one."""
+    config.stash[_CHOSEN] = chosen = preset_for(device, config.getoption("mp_preset"))
+    return chosen
+
+
 def preset(config: pytest.Config) -> Preset:
-    """Return the preset of the run."""
-    return PRESETS[config.getoption("mp_preset")]
+    """Return the preset of the run, which has been chosen."""
+    return PRESETS[config.stash[_CHOSEN][0]]
 
 
-def seeds(config: pytest.Config) -> int:
-    """Return the number of trainings of each workload in each mode."""
-    return int(config.getoption("mp_seeds") or preset(config).seeds)
+def apart(config: pytest.Config, workload: str) -> Apart:
+    """Return what the preset does otherwise with a workload."""
+    return preset(config).apart.get(workload, Apart())
+
+
+def seeds(config: pytest.Config, workload: str) -> int:
+    """Return the number of trainings of a workload in each mode."""
+    return int(config.getoption("mp_seeds") or apart(config, workload).seeds or preset(config).seeds)
+
+
+def repeats(config: pytest.Config, workload: str) -> int:
+    """Return the number of processes that only time a workload in each mode."""
+    asked = config.getoption("mp_repeats")
+    return apart(config, workload).repeats if asked is None else int(asked)
+
+
+def modes(config: pytest.Config, workload: str, device: Device) -> tuple[Mode, ...]:
+    """Return the modes of a workload: those that the user named, else those of the preset that the device has."""
+    return named_modes(config) or default_modes(device, apart(config, workload).modes)
+
+
+def why_left_out(config: pytest.Config, workload: str, device: Device) -> str | None:
+    """Return why a workload of the preset does not fit the device, and what to do; None if it does."""
+    own = apart(config, workload)
+    if not own.batches or config.getoption("mp_batch_size") or own.batch(device.memory_mib) is not None:
+        return None
+    gb, batch = own.batches[0]
+    return (
+        f"{workload} is left out: a batch of {batch} takes {gb} GB of memory, and {device.name} has "
+        f"{(device.memory_mib or 0.0) / 1024:.1f} GiB; --mp-batch-size sets a smaller one"
+    )
 
 
 def named_modes(config: pytest.Config) -> tuple[Mode, ...] | None:
@@ -116,7 +166,13 @@ def check_workloads(names: Iterable[str], folders: Iterable[Path] = ()) -> None:
 
 def _add_settings(add: Add) -> None:
     add("--mp-steps", type=_integer(1), metavar="N", help="steps per training (default: the workload's own)")
-    add("--mp-batch-size", type=_integer(1), metavar="N", help="examples per step (default: the workload's own)")
+    add(
+        "--mp-batch-size",
+        type=_several(_integer(1)),
+        metavar="N,...",
+        help="examples per step (default: the workload's own). With several, such as 64,256,1024, every workload runs "
+        "in every mode at each, and a mode is compared with fp32 of the same batch",
+    )
     for scaling in SETTABLE:
         _add_scale_option(add, scaling)
     add(
@@ -129,9 +185,9 @@ def _add_settings(add: Add) -> None:
     add(
         "--mp-autotune",
         choices=("fresh", "shared"),
-        default="fresh",
         help="fresh: on a GPU, XLA tunes its kernels in each process, for up to a minute; shared: the processes of a "
-        "workload and mode share what the first one found, and so all run the same kernels (default: fresh)",
+        "workload and mode share what the first one found, and so all run the same kernels "
+        f"(default: fresh; shared for the large workloads of the preset {GPU_PRESET})",
     )
     add(
         "--mp-steps-per-call",
@@ -158,22 +214,47 @@ def _add_settings(add: Add) -> None:
     )
 
 
-def settings(config: pytest.Config) -> Settings:
-    """Return what all cases of the run have in common."""
-    option = config.getoption
+def settings(config: pytest.Config, workload: str | None = None, memory_mib: float | None = None) -> Settings:
+    """Return what all cases of a workload have in common; without one, what those of the run do.
+
+    Of several batch sizes and static scales they have none in common: :func:`swept` returns those.
+
+    Args:
+        config: of the session.
+        workload: name of the workload.
+        memory_mib: memory of the device, for the batch; None if unknown.
+    """
+    option, ours = config.getoption, preset(config)
+    own = Apart() if workload is None else apart(config, workload)
+    given = option("mp_batch_size")
+    if given:
+        batch = given[0] if len(given) == 1 else None
+    else:
+        batch = own.batch(memory_mib) if own.batches else None
+    energy_s = ours.energy_s if own.energy_s is None else own.energy_s
     # --benchmark-disable asks to test what would be benchmarked: everything but the timing.
     timed = not option("benchmark_disable", False) or option("benchmark_enable", False)
     return Settings(
         jit=option("mp_jit") != "off",
-        train_steps=option("mp_steps") or preset(config).train_steps,
-        batch_size=option("mp_batch_size"),
+        train_steps=option("mp_steps") or own.train_steps or ours.train_steps,
+        batch_size=batch,
         steps_per_call=option("mp_steps_per_call"),
-        **{str(scaling.setting): option(f"mp_{scaling.setting}") for scaling in SETTABLE},
-        autotune=option("mp_autotune"),
-        timing_s=(option("mp_timing") or preset(config).timing_s) if timed else 0.0,
-        timing_blocks=preset(config).timing_blocks,
-        energy_s=preset(config).energy_s if option("mp_energy") is None else option("mp_energy"),
+        **{
+            str(scaling.setting): value if scaling.argument is None else value[0]
+            for scaling in SETTABLE
+            for value in [option(f"mp_{scaling.setting}")]
+        },
+        autotune=option("mp_autotune") or own.autotune,
+        timing_s=(option("mp_timing") or ours.timing_s) if timed else 0.0,
+        timing_blocks=own.timing_blocks or ours.timing_blocks,
+        energy_s=energy_s if option("mp_energy") is None else option("mp_energy"),
     )
+
+
+def swept(config: pytest.Config) -> tuple[Sequence[int], Sequence[float]]:
+    """Return the batch sizes and the static scales that every workload runs at; none where there is only one."""
+    batches, scales = config.getoption("mp_batch_size") or (), config.getoption("mp_static_scale")
+    return batches if len(batches) > 1 else (), scales if len(scales) > 1 else ()
 
 
 def _add_run_options(add: Add) -> None:
@@ -239,17 +320,20 @@ def run_options(
     method = option("mp_start_method")
     if method == "auto":
         method = "fork"
+    name, why = config.stash[_CHOSEN]
     return Options(
         results=results,
         project=config.rootpath,
         start_method=method,
         timeout_s=option("mp_timeout"),
         asked={
-            "preset": option("mp_preset"),
+            "preset": name,
+            "preset_reason": why,
             **selected,
             "start_method": method,
             "timeout_s": option("mp_timeout"),
             **settings(config).to_json(),
+            **{name: list(several) for name, several in zip(_SWEEPABLE, swept(config), strict=True) if several},
             "gpu_allocator": option("mp_gpu_allocator"),
             "cores": sorted(option("mp_cores") or ()) or None,
         },
@@ -290,6 +374,15 @@ _energy = number(
 )
 
 
+def _several(parse: Callable[[str], N]) -> Callable[[str], tuple[N, ...]]:
+    """Return the type of an option that takes one number or several with commas between; rising, each once."""
+
+    def parsed(text: str) -> tuple[N, ...]:
+        return tuple(sorted({parse(part.strip()) for part in text.split(",")}))
+
+    return parsed
+
+
 def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
     """Show the message of a ValueError, which argparse would replace with its own."""
 
@@ -313,12 +406,15 @@ def _add_scale_option(add: Add, scaling: Scaling) -> None:
         add(option, type=_checked(rule.parse), default={}, metavar="KEY=VALUE,...", help=text)
     else:
         default = rule.defaults()[scaling.argument]
-        text = f"loss scale of {modes}, such as 1024 or 2**24 (default: {default:g})"
+        text = (
+            f"loss scale of {modes}, such as 1024 or 2**24 (default: {default:g}). With several, such as 8,128,2**24, "
+            "it runs at each, and each is compared with the same fp32"
+        )
 
         def parse(given: str) -> float:
             return float(rule.parse(f"{scaling.argument}={given}")[str(scaling.argument)])
 
-        add(option, type=_checked(parse), default=default, metavar="S", help=text)
+        add(option, type=_several(_checked(parse)), default=(default,), metavar="S,...", help=text)
 
 
 def _cores(text: str) -> set[int]:

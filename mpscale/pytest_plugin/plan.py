@@ -14,13 +14,14 @@ import pytest
 from mpscale.config import why_not_writable
 from mpscale.core.case import Case, plan
 from mpscale.core.device import find_device
-from mpscale.core.mode import default_modes
 from mpscale.pytest_plugin import options
 
 if TYPE_CHECKING:
     from mpscale.telemetry.client import Driver
 
 PARAMETERS = ("workload", "mode", "seed", "repeat")
+VARIANT = "mp_variant"
+"""A further parameter, in a sweep."""
 CASE = pytest.StashKey[Case]()
 CLOCK = pytest.StashKey["ReplayClock"]()
 
@@ -59,7 +60,7 @@ class Plan:
         shuffle_seed: for the order of the cases.
 
     Raises:
-        ValueError: the environment selects a GPU that does not exist.
+        ValueError: the environment selects a GPU that does not exist, or no workload fits the device.
     """
 
     def __init__(self, config: pytest.Config, driver: Driver, shuffle_seed: int) -> None:
@@ -67,20 +68,42 @@ class Plan:
 
         self._config, self.driver = config, driver
         self.device = find_device(driver.devices, os.environ, host.cpu())
-        planned = plan(
-            options.workloads(config),
-            options.named_modes(config) or default_modes(self.device),
-            options.seeds(config),
-            config.getoption("mp_repeats"),
-            options.settings(config),
-            shuffle_seed=shuffle_seed,
-        )
-        self._cases = {_parameters(case): case for case in planned}
+        name, why = options.choose_preset(config, self.device)
+        self.preset = f"preset {name}: {why}"
+        """Which preset was chosen, and why."""
+        self.left_out: list[str] = []
+        """Workloads of the preset that do not fit the device: why, and what to do."""
+        cases = self._planned(shuffle_seed)
+        self.parameter_names = (*PARAMETERS, VARIANT) if any(case.variant.parts() for case in cases) else PARAMETERS
+        """The parameters of the tests."""
+        self._cases = {self._parameters(case): case for case in cases}
         self.chosen: list[Case] = []
         self.tests: set[str] = set()
         """Node ids of the tests that measure a chosen case."""
         self.own_workloads: dict[str, str] = {}
         """The user's own workloads that were chosen, and where they are."""
+
+    def _planned(self, shuffle_seed: int) -> list[Case]:
+        config, device, cases = self._config, self.device, list[Case]()
+        batches, scales = options.swept(config)
+        for number, name in enumerate(options.workloads(config)):
+            if (why := options.why_left_out(config, name, device)) is not None:
+                self.left_out.append(why)
+                continue
+            cases += plan(
+                [name],
+                options.modes(config, name, device),
+                options.seeds(config, name),
+                options.repeats(config, name),
+                options.settings(config, name, device.memory_mib),
+                shuffle_seed=shuffle_seed + number,
+                first=len(cases),
+                batches=batches,
+                scales=scales,
+            )
+        if not cases:
+            raise ValueError("; ".join(self.left_out))
+        return cases
 
     @property
     def on_gpu(self) -> bool:
@@ -89,13 +112,11 @@ class Plan:
 
     def parameters(self) -> list[Any]:
         """Return one pytest.param per case, in the order in which they run."""
-        return [
-            pytest.param(
-                *parameters,
-                id=f"{case.workload}-{case.mode}-" + (f"seed{case.seed}" if case.trains else f"repeat{case.repeat}"),
-            )
-            for parameters, case in self._cases.items()
-        ]
+        return [pytest.param(*parameters, id=_parameters_id(case)) for parameters, case in self._cases.items()]
+
+    def _parameters(self, case: Case) -> tuple[Any, ...]:
+        values = {**{name: getattr(case, name) for name in PARAMETERS}, VARIANT: "-".join(case.variant.parts())}
+        return tuple(values[name] for name in self.parameter_names)
 
     def prepare(self, items: list[pytest.Item]) -> None:
         """Give each test its case and a clock, and restore the order of the cases if a plug-in has changed it."""
@@ -103,11 +124,11 @@ class Plan:
         ours = [items[place] for place in places]
         for item in ours:
             parameters = item.callspec.params  # type: ignore[attr-defined]
-            item.stash[CASE] = case = self._cases[tuple(parameters[name] for name in PARAMETERS)]
+            item.stash[CASE] = case = self._cases[tuple(parameters[name] for name in self.parameter_names)]
             item.stash[CLOCK] = ReplayClock()
             if hasattr(self._config.option, "benchmark_disable"):
                 marker = item.get_closest_marker("benchmark")
-                marks = {"group": case.workload, **(marker.kwargs if marker else {}), "timer": item.stash[CLOCK]}
+                marks = {"group": case.place[0], **(marker.kwargs if marker else {}), "timer": item.stash[CLOCK]}
                 # First, since pytest-benchmark uses the closest marker: the test's own options stay, except the timer.
                 item.add_marker(pytest.mark.benchmark(**marks), append=False)
         for place, item in zip(places, sorted(ours, key=lambda item: item.stash[CASE].order), strict=True):
@@ -132,13 +153,28 @@ class Plan:
         self.own_workloads = {name: registry.source(name, folders) for name in names}
         return self.chosen
 
-    def selection(self) -> dict[str, list[Any]]:
-        """Return the workloads, modes, seeds and repeats that were chosen."""
-        return {f"{name}s": list(dict.fromkeys(getattr(case, name) for case in self.chosen)) for name in PARAMETERS}
+    def selection(self) -> dict[str, Any]:
+        """Return the workloads, modes, seeds and repeats that were chosen, and what sets single workloads apart."""
+        found = {f"{name}s": list(dict.fromkeys(getattr(case, name) for case in self.chosen)) for name in PARAMETERS}
+        common = options.settings(self._config).to_json()
+        own = {
+            case.workload: options.settings(self._config, case.workload, self.device.memory_mib).to_json()
+            for case in self.chosen
+        }
+        apart = {
+            workload: {name: value for name, value in settings.items() if value != common[name]}
+            for workload, settings in own.items()
+        }
+        return {
+            **found,
+            "left_out": self.left_out or None,
+            "set_apart": {workload: values for workload, values in apart.items() if values} or None,
+        }
 
 
-def _parameters(case: Case) -> tuple[Any, ...]:
-    return tuple(getattr(case, name) for name in PARAMETERS)
+def _parameters_id(case: Case) -> str:
+    which = f"seed{case.seed}" if case.trains else f"repeat{case.repeat}"
+    return "-".join([case.workload, case.mode, *case.variant.parts(), which])
 
 
 def _measures(item: pytest.Item) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,11 @@ import pytest
 from mpscale.ab import turns
 from mpscale.pytest_plugin import options
 from mpscale.pytest_plugin.baseline import FILE, BaselineCheck
-from mpscale.pytest_plugin.plan import PARAMETERS, Plan, check_use, shuffle_seed
+from mpscale.pytest_plugin.plan import CASE, PARAMETERS, Plan, check_use, shuffle_seed
 from mpscale.terminal import LiveLine, Progress, printable
 
 if TYPE_CHECKING:
-    from mpscale.core.case import Case
+    from mpscale.core.case import Case, Settings
     from mpscale.core.runs import Run
     from mpscale.harness.supervisor import Options, Outcome
 
@@ -149,14 +149,14 @@ class Session:
         self._finished: Run | None = None
         self._cleanup = contextlib.ExitStack()
 
-    def parameters(self) -> list[Any]:
-        """Return one pytest.param per case, in the order in which they run."""
+    def parameters(self) -> tuple[Sequence[str], list[Any]]:
+        """Return the names of the parameters, and one pytest.param per case, in the order in which they run."""
         if self._plan is None and self._problem is None:
             try:
                 self._plan = self._make_plan()
             except ValueError as error:
                 self._problem = str(error)
-        return [] if self._plan is None else self._plan.parameters()
+        return (PARAMETERS, []) if self._plan is None else (self._plan.parameter_names, self._plan.parameters())
 
     def _make_plan(self) -> Plan:
         from mpscale.telemetry import client
@@ -187,8 +187,21 @@ class Session:
             if self._turns is None:
                 self._check.open(self._results, plan.device)
         if self._turns is not None:
-            cases = [{"id": case.id, **{name: getattr(case, name) for name in PARAMETERS}} for case in chosen]
+            cases = [
+                {"id": case.id, **dict(zip(PARAMETERS, (*case.place, case.seed, case.repeat), strict=True))}
+                for case in chosen
+            ]
             self._turns.send(turns.Plan(cases, options.longest_turn_s(self._config)))
+
+    def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> list[str]:
+        """Say which preset was chosen and why, unless it is the usual one, and which of its workloads do not fit."""
+        plan = self._plan
+        # pytest may ask before the cases are chosen.
+        if plan is None or not any(CASE in item.stash for item in items):
+            return []
+        told = self._config.option.collectonly or (plan.on_gpu and self._config.getoption("mp_preset") is None)
+        lines = [*([plan.preset] if told else []), *plan.left_out]
+        return [self.output.printable(f"mpscale: {line}") for line in lines]
 
     def run(self, case: Case) -> Outcome:
         """Run a case, unless it has run and did not fail."""
@@ -267,11 +280,16 @@ class Session:
         if run.path is None:
             return exitstatus
         try:
-            self._check.judge(run.path, run.run_again, options.settings(self._config))
+            self._check.judge(run.path, run.run_again, self._settings_of)
         except KeyboardInterrupt:
             self._check.note = "stopped while rows were measured again: no gate was judged"
             return pytest.ExitCode.INTERRUPTED
         return pytest.ExitCode.TESTS_FAILED if self._check.fails else exitstatus
+
+    def _settings_of(self, workload: str) -> Settings:
+        """Return the settings of a workload of the run."""
+        assert self._plan is not None  # the run has cases of it
+        return options.settings(self._config, workload, self._plan.device.memory_mib)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Iterator[None]:

@@ -17,7 +17,7 @@ from mpscale.analysis.noise_floor import FEWEST_RUNS
 from mpscale.analysis.quantities import COSTS, Ranked, Verdict
 from mpscale.analysis.summary import Quality, Row, summary_of
 from mpscale.analysis.trainings import by_reason, overflow_unknown
-from mpscale.core.record import common
+from mpscale.core.record import common, place_of
 from mpscale.core.runs import Run, hardware, machine_words
 from mpscale.report.sections import doubts_note, final_metric, overflow_steps, speedup, step_time
 from mpscale.report.table import (
@@ -150,7 +150,7 @@ def _run(run: Run) -> list[str]:
 
 def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]:
     """Ratios within each machine come first: only they may be compared between machines."""
-    summaries = {id(run): {(row["workload"], row["mode"]): row for row in summary_of(run)} for run in runs}
+    summaries = {id(run): {place_of(row): row for row in summary_of(run)} for run in runs}
     keys = list(dict.fromkeys(key for rows in summaries.values() for key in rows))
 
     doubtful = doubts_note([row for rows in summaries.values() for row in rows.values()])

@@ -9,12 +9,14 @@ from typing import Any
 
 from mpscale.analysis.claim import Doubt, busy_share, doubts_of
 from mpscale.analysis.noise_floor import NO_FLOORS, Floors
+from mpscale.analysis.probe import Kept
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.device import Device
-from mpscale.core.mode import is_mixed
-from mpscale.core.record import Record
+from mpscale.core.mode import MODES, is_mixed
+from mpscale.core.record import Record, place_of
 from mpscale.core.runs import Run
-from mpscale.report import sections
+from mpscale.report import probe_tables, sections, sweep
+from mpscale.report.float8 import float8
 from mpscale.report.sections import metric_why, statuses
 from mpscale.report.table import (
     DASH,
@@ -49,21 +51,28 @@ class Document:
     sections: dict[str, list[Table | str]]
 
 
-def document(run: Run, floors: Floors = NO_FLOORS) -> Document:
+def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) -> Document:
     """Make the report of a run.
 
     Args:
         run: the run.
         floors: how much runs of the same code differ, if that is known.
+        probes: of its workloads.
     """
     parts: dict[str, list[Table | str]] = {
         "Results": [sections.results(run), sections.doubts_note(summary_of(run))],
+        "Speed-up over batch": sweep.by_batch(run),
+        "Static loss scales": sweep.by_scale(run),
         "Cases that did not end well": sections.troubles(run),
         "What could not be read": [sections.unread(run, floors.left_out)],
         "Overflow and loss scale": [sections.overflow(run)],
+        "Scales of float8": float8(run),
+        "Gradient range": probe_tables.section(probes),
         "Accuracy": sections.accuracy(run),
         "Accuracy against fp32": [sections.against_fp32(run)],
+        "Workloads without a metric": sections.without_metric(run),
         "Timing quality": sections.timing(run),
+        "Arithmetic": sections.arithmetic(run),
         "Step time noise": sections.noise(run, floors),
         "Memory": sections.memory(run),
         "GPU memory by part (MiB)": sections.memory_parts(run),
@@ -130,8 +139,9 @@ def _overview(run: Run, rows: Sequence[Row]) -> str:
         return f"No case was started{where}, so there is nothing to report."
     workloads = list(dict.fromkeys(escape(row["workload"]) for row in rows))
     modes = list(dict.fromkeys(escape(row["mode"]) for row in rows))
-    ok, cases = sum(row["ok"] for row in rows), len(run.records)
+    swept, ok, cases = sweep.sentence(rows), sum(row["ok"] for row in rows), len(run.records)
     sentences = [f"{_and(workloads)} {'was' if len(workloads) == 1 else 'were'} run in {_and(modes)}{where}."]
+    sentences += [swept] if swept else []
     started = "" if run.finished and not run.not_started else " that was started"
     sentences.append(
         f"Every case{started} ended well." if ok == cases else f"{cases - ok} of {cases} cases did not end well."
@@ -141,6 +151,7 @@ def _overview(run: Run, rows: Sequence[Row]) -> str:
         sentences.append(f"{plural(left, 'planned case')} {'was' if left == 1 else 'were'} not started.")
     if not run.finished:
         sentences.append("The run was stopped or is still going on: this is what there is so far.")
+    sentences += _no_metric(rows)
     if jumped := sum(row["two_level_processes"] for row in rows):
         whose = plural(jumped, "process")
         sentences.append(f"The step time of {whose} jumped between two levels (see Timing quality).")
@@ -153,6 +164,18 @@ def _overview(run: Run, rows: Sequence[Row]) -> str:
     return " ".join(sentences)
 
 
+def _no_metric(rows: Sequence[Row]) -> Iterator[str]:
+    """Say which workloads have no metric, and why."""
+    without = [row for row in rows if row["has_metric"] is False]
+    for synthetic, why in (
+        (True, "synthetic inputs, so no accuracy is given"),
+        (False, "no metric, so nothing was evaluated"),
+    ):
+        names = list(dict.fromkeys(escape(row["workload"]) for row in without if row["synthetic_inputs"] is synthetic))
+        if names:
+            yield f"{_and(names)} {'has' if len(names) == 1 else 'have'} {why}."
+
+
 def _finding(row: Row, rows: Sequence[Row]) -> str:
     parts = [part for part in (_speed(row, rows), _quality(row), _overflow(row), _memory(row)) if part]
     # A verdict on the metric already names the seeds that were left out.
@@ -160,7 +183,8 @@ def _finding(row: Row, rows: Sequence[Row]) -> str:
         parts.append(escape(row["left_out"]))
     if row["ok"] != row["cases"] or row["not_started"]:
         parts.append(f"cases: {statuses(row)}")
-    return f"{escape(row['workload'])}, **{escape(row['mode'])}**: {'; '.join(parts) or 'nothing was measured'}."
+    workload, mode = place_of(row)
+    return f"{escape(workload)}, **{escape(mode)}**: {'; '.join(parts) or 'nothing was measured'}."
 
 
 def _speed(row: Row, rows: Sequence[Row]) -> str | None:
@@ -168,12 +192,13 @@ def _speed(row: Row, rows: Sequence[Row]) -> str | None:
         # Seeds that were lost may have been timed all the same.
         return "no training ended well, so no step time counts" if row["seeds"] and not row["ok"] else None
     baseline = row["headline_baseline"]
+    there = (place_of(row)[0], baseline)
     if row[f"speedup_{baseline}"] is None:
-        beside = any((other["workload"], other["mode"]) == (row["workload"], baseline) for other in rows)
+        beside = any(place_of(other) == there for other in rows)
         why = f"with no {baseline}{' that ended well' if beside else ''} to compare it with"
         return f"{number(row['step_time_ms'])} ms per step, {why}"
     if doubts := doubts_of(row, baseline):
-        other = next((one for one in rows if (one["workload"], one["mode"]) == (row["workload"], baseline)), row)
+        other = next((one for one in rows if place_of(one) == there), row)
         return "; ".join(filter(None, [_no_claim(row, other, doubts), _by_device_time(row, baseline)]))
     return _times("the speed", row, f"speedup_{baseline}", baseline)
 
@@ -290,6 +315,15 @@ _NOTES_ON_METRIC = (
     "Overflow steps have a non-finite gradient. A dash means that the mode does not check gradients: its overflow is "
     "unknown, not zero.",
 )
+_NOTE_ON_NO_METRIC = (
+    "A workload without a metric shows speed, memory, energy and overflow, and whether its training diverges. It shows "
+    "nothing about the accuracy of a mode. Synthetic inputs are drawn at random, so loss scaling is not tested by them "
+    "as it is by real ones."
+)
+_NOTE_ON_SWEEP = (
+    "@ after a workload is the batch of a sweep, and @ after a mode its constant loss scale. fp32 and tf32, with which "
+    "a mode is compared, are always those of the same batch."
+)
 _NOTES_ON_CPU = (
     "This run is from a CPU, which emulates float16 by conversions that XLA compiles; without XLA it is slower still, "
     "on some CPUs many times. Step times of float16 modes say nothing about the speed-up on a GPU.",
@@ -298,6 +332,14 @@ _NOTES_ON_CPU = (
     "Host memory is the resident memory of the process and measures TensorFlow and its compiler more than the model. "
     "It says nothing about what mixed precision saves on a GPU, so no ratio is given.",
     "What a CPU run does show is whether training works: overflow, loss scale and final metric.",
+)
+_NOTE_ON_FLOAT8 = (
+    "mixed-fp8 rounds to float8 what Dense and EinsumDense layers multiply. XLA decides for each product if the GPU "
+    "multiplies in float8 or converts back to bfloat16 first: only the step time shows it."
+)
+_NOTE_ON_FLOAT8_ON_CPU = (
+    "A CPU does not multiply in float8: mixed-fp8 rounds to float8 and multiplies in bfloat16. Training and metric are "
+    "those of float8, and the step time says nothing about it."
 )
 _NOTE_ON_GPU_MEMORY = (
     "GPU memory is what the driver reports for the process, including context and libraries, so the ratio is that of "
@@ -316,10 +358,17 @@ def how_to_read(run: Run) -> str:
     """List what the figures mean and what they do not show."""
     rows = summary_of(run)
     notes = list(_NOTES)
+    if sweep.sentence(rows):
+        notes.append(_NOTE_ON_SWEEP)
     if any(row["headline_baseline"] == "tf32" for row in rows):
         notes.append(_NOTE_ON_TF32)
-    notes += _NOTES_ON_METRIC
+    metrics = [row["has_metric"] is not False for row in rows]
+    notes += _NOTES_ON_METRIC if any(metrics) or not rows else _NOTES_ON_METRIC[1:]
+    if not all(metrics):
+        notes.append(_NOTE_ON_NO_METRIC)
     notes += _NOTES_ON_CPU if device_kind(run) == "cpu" else (_NOTE_ON_GPU_MEMORY,)
+    if any(row["mode"] in MODES and MODES[row["mode"]].float8 for row in rows):
+        notes.append(_NOTE_ON_FLOAT8_ON_CPU if device_kind(run) == "cpu" else _NOTE_ON_FLOAT8)
     if any(row["gpu_energy_j_per_step"] is not None for row in rows):
         notes.append(_NOTE_ON_ENERGY)
     if Device("gpu", device_name(run) or "").is_stand_in:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ Dashes = Literal["-", "--", ":", "-."]
 
 _UNKNOWN_COLOUR = "#666666"
 _UNKNOWN_MARKERS = "dH8"
-"""Markers for modes that this version does not know; no known mode uses them."""
+"""Markers for modes that this version does not know, and for further loss scales of one; no known mode uses them."""
 
 _STYLE = {
     "font.size": FONT,
@@ -51,13 +51,24 @@ class Look:
     marker: str
 
 
-def looks(modes: Iterable[str]) -> dict[str, Look]:
-    """Return the look of each mode, in the order of tables. A known mode looks the same in every picture."""
-    markers = itertools.cycle(_UNKNOWN_MARKERS)
-    return {
-        name: Look(MODES[name].colour, MODES[name].marker) if name in MODES else Look(_UNKNOWN_COLOUR, next(markers))
-        for name in in_order_of_modes(modes)
-    }
+def looks(modes: Iterable[str] | Mapping[str, str]) -> dict[str, Look]:
+    """Return the look of each mode, in the order of tables. A known mode looks the same in every picture.
+
+    Args:
+        modes: their names; or the names in tables, ordered, each with that of the mode, of which a sweep has several.
+            These share the colour and differ in the marker.
+    """
+    named = modes if isinstance(modes, Mapping) else {mode: mode for mode in in_order_of_modes(modes)}
+    markers, variants = itertools.cycle(_UNKNOWN_MARKERS), itertools.cycle(_UNKNOWN_MARKERS)
+    found: dict[str, Look] = {}
+    seen: set[str] = set()
+    for label, mode in named.items():
+        if mode not in MODES:
+            found[label] = Look(_UNKNOWN_COLOUR, next(markers))
+        else:
+            found[label] = Look(MODES[mode].colour, next(variants) if mode in seen else MODES[mode].marker)
+        seen.add(mode)
+    return found
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ can be mailed, kept as an artifact of a nightly build or opened offline.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +16,7 @@ from string import Template
 from markdown_it import MarkdownIt
 
 from mpscale.analysis.noise_floor import floors_of
+from mpscale.analysis.probe import probes_of
 from mpscale.analysis.summary import summary_csv, summary_of
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.record import Record, to_csv
@@ -24,6 +25,7 @@ from mpscale.core.runs import Run, RunError, read_run
 from mpscale.report.document import Document, document, render
 from mpscale.report.figures import Picture
 from mpscale.report.run_figures import gains, training
+from mpscale.report.sweep_figure import over_batch
 from mpscale.report.table import Table, plural
 
 WRITTEN = ("report.html", "report.md", "summary.csv", "cases.csv")
@@ -71,10 +73,10 @@ def write_reports(run: Run, cases: str | None) -> None:
     if cases is not None:
         write_cases(run.path, cases)
     _write(run.path / "summary.csv", summary_csv(summary_of(run)))
-    report = document(run, floors_of(run))
+    report = document(run, floors_of(run), probes_of(run))
     _write(run.path / "report.md", render(report))
     # Pictures come last: they take longest, and if they fail, everything else is written.
-    pictures = [picture for picture in (gains(run), training(run)) if picture is not None]
+    pictures = [picture for picture in (gains(run), over_batch(run), training(run)) if picture is not None]
     _write(run.path / "report.html", page(report, pictures))
 
 
@@ -102,6 +104,18 @@ def _lost_from_the_journal(run: Run, cases: str) -> list[str]:
         return (row["attempts"] or 1) >= (here["attempts"] or 1)
 
     return [row["case_id"] for row in written if is_lost(row)]
+
+
+def write_whole(folder: Path, files: Mapping[str, str]) -> None:
+    """Write files by name, each whole or not at all: the process may be killed at any time.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for name, text in files.items():
+        partial = folder / f".{name}.partial"
+        _write(partial, text)
+        partial.replace(folder / name)
 
 
 def _write(path: Path, text: str) -> None:

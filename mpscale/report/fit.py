@@ -12,7 +12,7 @@ from mpscale.core.reason import Reason
 from mpscale.core.record import to_csv
 from mpscale.report.document import Document, facts, when
 from mpscale.report.document import render as as_markdown
-from mpscale.report.files import page
+from mpscale.report.files import page, write_whole
 from mpscale.report.table import DASH, Table, escape, json_text, large, number
 
 _CSV = ("workload", "mode", "device_name", "memory_limit_mib", *ROW, "baseline", "unavailable")
@@ -117,13 +117,18 @@ def document(fit: Fit, about: Mapping[str, Any]) -> Document:
     )
     parts: dict[str, list[Table | str]] = {
         "Largest batches": [table(fit)],
-        "How to read this": ["\n".join(f"- {note}" for note in (*_NOTES, on_device))],
+        "How to read this": ["\n".join(f"- {note}" for note in (*_NOTES, on_device, *_about_inputs(fit)))],
         "Tries": [tries or "None."],
         "Environment": [facts(about.get("environment"))],
         "Settings": [facts(about.get("settings"))],
     }
     filled = {title: some for title, some in parts.items() if any(some)}
     return Document(f"mpscale fit: {fit.workload}", when(about), _findings(fit), filled)
+
+
+def _about_inputs(fit: Fit) -> Iterator[str]:
+    if any(each.record["synthetic_inputs"] for each in fit.tries):
+        yield "The inputs are synthetic: batches and speeds are those of real ones, but nothing is learned."
 
 
 def _findings(fit: Fit) -> str:
@@ -191,11 +196,7 @@ def write(folder: Path, fit: Fit, about: Mapping[str, Any]) -> None:
         "report.md": as_markdown(report),
         "report.html": page(report),
     }
-    for name, text in files.items():
-        # Whole or not at all: the process may be killed at any time.
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(folder / name)
+    write_whole(folder, files)
 
 
 def _end(why: Reason | None) -> dict[str, str] | None:

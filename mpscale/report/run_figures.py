@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mpscale.analysis.claim import doubts_of
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.columns import FAILED
+from mpscale.core.record import modes_of, place_of
 from mpscale.core.runs import Run, RunError
 from mpscale.report.figures import (
     Look,
@@ -165,7 +166,7 @@ def _what_is_missing(rows: Sequence[Row], panels: Sequence[_Panel]) -> Iterator[
     if any(known is not None and not known.of_all for panel in panels for known in panel.known):
         yield "Hollow: some seeds or processes are not in it, so it may look better than it is."
     for row in rows:
-        name = f"{short_name(row['workload'])}, {short_name(row['mode'])}"
+        name = ", ".join(map(short_name, place_of(row)))
         if row["mode"] == "fp32" and (row["ok"] != row["cases"] or row["not_started"]):
             yield f"Compared with what is left of {name}: {statuses(row)}."
         if doubts := doubts_of(row, row["headline_baseline"]):
@@ -188,8 +189,9 @@ def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
     labels: list[str] = []
     places: list[int] = []
     for number, row in enumerate(rows):
-        if number == 0 or row["workload"] != rows[number - 1]["workload"]:
-            labels.append(short_name(row["workload"]))
+        workload = place_of(row)[0]
+        if number == 0 or workload != place_of(rows[number - 1])[0]:
+            labels.append(short_name(workload))
         places.append(len(labels))
         labels.append(_label(row))
     look_of = looks(row["mode"] for row in rows)
@@ -231,7 +233,7 @@ def _gains_figure(rows: Sequence[Row], panels: Sequence[_Panel]) -> Figure:
 
 def _label(row: Row) -> str:
     """Return the mode, with the statuses of its cases unless all ended well: the figures are of those that did."""
-    name = short_name(row["mode"])
+    name = short_name(place_of(row)[1])
     return name if row["ok"] == row["cases"] and not row["not_started"] else f"{name} ({statuses(row)})"
 
 
@@ -293,8 +295,9 @@ def training(run: Run) -> Picture | None:
             by_workload.setdefault(workload, {})[mode] = steps
     if not by_workload:
         return None
+    look_of = looks(modes_of(record for _, _, records in measured(run, trained=True) for record in records))
     with house_style("training"):
-        figure, scaled, overflowed = _training_figure(by_workload)
+        figure, scaled, overflowed = _training_figure(by_workload, look_of)
         svg = as_text(figure)
     stopped = sum(len(_stopped(seeds)) for modes in by_workload.values() for seeds in modes.values())
     failed = sum(record["repeat"] == 0 and record["status"] in FAILED for record in run.records)
@@ -325,11 +328,14 @@ def _read_steps(run: Run, case_id: str) -> _Steps | None:
     return _Steps(loss, scale, np.array([overflow is True for overflow in columns["overflow"]]))
 
 
-def _training_figure(by_workload: Mapping[str, Mapping[str, Sequence[_Steps]]]) -> tuple[Figure, bool, bool]:
+def _training_figure(
+    by_workload: Mapping[str, Mapping[str, Sequence[_Steps]]], looks_of_all: Mapping[str, Look]
+) -> tuple[Figure, bool, bool]:
     """Return the figure, whether it shows a loss scale, and whether it shows an overflow."""
     from matplotlib.lines import Line2D
 
-    look_of = looks(mode for modes in by_workload.values() for mode in modes)
+    drawn = {mode for modes in by_workload.values() for mode in modes}
+    look_of = {mode: look for mode, look in looks_of_all.items() if mode in drawn}
     scaled = any(steps.has_scale for modes in by_workload.values() for seeds in modes.values() for steps in seeds)
     figure = empty_figure(0.6 + 2.3 * len(by_workload))
     grid = figure.subplots(len(by_workload), 2 if scaled else 1, squeeze=False)

@@ -15,10 +15,20 @@ from mpscale.analysis.claim import TOO_SMALL, Doubt, doubts_of, mostly
 from mpscale.analysis.noise_floor import FEWEST_RUNS, Floors, assumed_floor, pooled
 from mpscale.analysis.quantities import COSTS, Cost
 from mpscale.analysis.summary import Row, summary_of
+from mpscale.analysis.trainings import have_no_metric
 from mpscale.core.blocks import FASTER, SLOWER
+from mpscale.core.case import Place
 from mpscale.core.columns import COLUMNS, MEASURED, SUMMARY, Cell, Column, Over, Sheet
 from mpscale.core.mode import is_mixed
-from mpscale.core.record import Place, Record, grouped, in_order_of_modes, of_good_trainings, values_of
+from mpscale.core.record import (
+    Record,
+    grouped,
+    in_order_of_modes,
+    modes_of,
+    of_good_trainings,
+    place_of,
+    values_of,
+)
 from mpscale.core.runs import Run
 from mpscale.report.table import (
     DASH,
@@ -55,6 +65,10 @@ _GPU_TIME = tuple(
     for cell in column.cells
 )
 """Headings of the timing table that are left out without a profile of a GPU."""
+_RATES = tuple(
+    cell.heading for column in SUMMARY if column.name.startswith(("tflops", "peak_share")) for cell in column.cells
+)
+"""Headings of the table of arithmetic that are left out if nothing was timed, or on a CPU."""
 _PER_CALL = tuple(
     cell.heading
     for name in ("step_time_ms_median", "step_time_ms_one_per_call")
@@ -70,8 +84,8 @@ def results(run: Run) -> Table:
     names = {row["metric_name"] for row in rows if row["metric_name"] is not None}
     all_well = all(row["ok"] == row["cases"] and not row["not_started"] for row in rows)
     cells: dict[str, Callable[[Row], str]] = {
-        "workload": lambda row: row["workload"],
-        "mode": lambda row: row["mode"],
+        "workload": lambda row: place_of(row)[0],
+        "mode": lambda row: place_of(row)[1],
         "step time": step_time,
         "speed-up over fp32": lambda row: speedup(row, "fp32"),
         "speed-up over tf32": lambda row: speedup(row, "tf32"),
@@ -129,7 +143,9 @@ def overflow_steps(row: Row) -> str:
 
 
 def final_metric(row: Row) -> str:
-    """Write the mean of the metric over seeds, and its range if seeds differ."""
+    """Write the mean of the metric over seeds, and its range if seeds differ; or that the workload has none."""
+    if row["has_metric"] is False:
+        return "none: synthetic inputs" if row["synthetic_inputs"] else "none"
     name = row["metric_name"]
     mean = metric(row["metric_mean"], name)
     ends = span([metric(row["metric_min"], name), metric(row["metric_max"], name)])
@@ -155,7 +171,7 @@ def _groups(run: Run) -> Mapping[Place, Sequence[Record]]:
 
 @lru_cache(maxsize=32)
 def measured(run: Run, trained: bool = False, good: bool = False) -> Sequence[tuple[str, str, list[Record]]]:
-    """Cases whose figures count, by workload and mode, in the order of the summary.
+    """Cases whose figures count, by workload and mode as tables name them, in the order of the summary.
 
     Args:
         run: the run.
@@ -182,7 +198,7 @@ _OVER: dict[Over, Callable[[list[Any]], Any]] = {
 
 def _sheet(run: Run, sheet: Sheet, *needs: str, good: bool = True) -> Table:
     """Return a table of the columns that the data dictionary puts into ``sheet``, for modes with one of ``needs``."""
-    summary = {(row["workload"], row["mode"]): row for row in summary_of(run)}
+    summary = {place_of(row): row for row in summary_of(run)}
     cells = [(cell, column) for column in (*COLUMNS.values(), *SUMMARY) for cell in column.cells if cell.sheet is sheet]
     cells.sort(key=lambda pair: pair[0].place)
     rows = [
@@ -257,6 +273,29 @@ def timing(run: Run) -> list[Table | str]:
             "cost more than is gained. Run the modes with --mp-jit on, too, before you choose one."
         )
     parts.append(two_levels(run))
+    return parts
+
+
+def arithmetic(run: Run) -> list[Table | str]:
+    """Show FLOPs per step, how fast they are computed, and the share of the GPU's peak."""
+    table = _sheet(run, Sheet.ARITHMETIC, "flops_per_step")
+    if not table:
+        return []
+    table = table.without_blank(*_RATES)
+    parts: list[Table | str] = [
+        table,
+        "FLOPs are those of matrix products and convolutions, forward and backward, two for each multiply-add. They "
+        "are a property of the model and its batch, so they are the same in every mode.",
+    ]
+    if any(row["peak_share"] is not None for row in summary_of(run)):
+        parts.append(
+            "Peaks are NVIDIA's, for dense products in the precision that the mode is about. Part of a mixed step is "
+            "float32, and operations on single elements take time without counting as FLOPs, so no training reaches "
+            "its peak: well-tuned ones on large models reach about half. A low share means that something else sets "
+            "the step time: memory, the host, or products that are too small."
+        )
+    elif any(row["device"] == "cpu" and row["tflops"] is not None for row in summary_of(run)):
+        parts.append("Modes below float32 have no TFLOP/s here: most CPUs emulate float16 and bfloat16.")
     return parts
 
 
@@ -341,11 +380,11 @@ def _no_ratio(run: Run, cost: Cost, figure: str, ratio: str) -> str:
     """Name the rows without a ratio to fp32 because the two figures do not measure the same thing."""
     kinds = {(workload, mode): cost.kinds(records) for workload, mode, records in measured(run, good=True)}
     bare = [
-        f"{row['workload']} {row['mode']}"
+        " ".join(place)
         for row in summary_of(run)
         if row[figure] is not None
         and row[ratio] is None
-        and len(kinds[row["workload"], row["mode"]] | kinds.get((row["workload"], "fp32"), set())) > 1
+        and len(kinds[place := place_of(row)] | kinds.get((place[0], "fp32"), set())) > 1
     ]
     if not bare:
         return ""
@@ -360,7 +399,7 @@ def overflow(run: Run) -> Table:
     """Show applied and skipped steps and the loss scale over the seeds of each mixed mode."""
     rows = []
     for workload, mode, records in measured(run, trained=True):
-        if not is_mixed(mode) or not values_of(records, "attempted_steps"):
+        if not is_mixed(records[0]["mode"]) or not values_of(records, "attempted_steps"):
             continue
         initial, final = _scales(records, "loss_scale_initial"), _scales(records, "loss_scale_final")
         first, last = values_of(records, "first_overflow_step"), values_of(records, "last_overflow_step")
@@ -392,7 +431,7 @@ def _scales(records: Sequence[Record], name: str) -> str:
 def accuracy(run: Run) -> list[Table | str]:
     """Show the metric of every seed in every mode, or its status; and when the target was reached."""
     trained = [record for record in run.records if record["repeat"] == 0 and record["status"] != "unsupported"]
-    modes = in_order_of_modes(record["mode"] for record in trained)
+    modes = modes_of(trained)
     names = {record["workload"]: record["metric_name"] for record in trained if record["metric_name"] is not None}
     found: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
     for record in sorted(trained, key=lambda record: record["seed"]):
@@ -400,8 +439,8 @@ def accuracy(run: Run) -> list[Table | str]:
         ended = record["status"] in MEASURED
 
         def put(label: str, written: str, record: Record = record) -> None:
-            by_seed = found.setdefault((record["workload"], label), {})
-            by_seed.setdefault(record["seed"], {})[record["mode"]] = written
+            workload, mode = record.place
+            found.setdefault((workload, label), {}).setdefault(record["seed"], {})[mode] = written
 
         if ended and record["metric_value"] is not None:
             put(name, metric(record["metric_value"], record["metric_name"]))
@@ -420,8 +459,7 @@ def accuracy(run: Run) -> list[Table | str]:
     )
     reached = [
         [
-            row["workload"],
-            row["mode"],
+            *place_of(row),
             f"{row['target_reached']} of {row['seeds_planned']}",
             count(row["steps_to_target"]),
         ]
@@ -429,6 +467,30 @@ def accuracy(run: Run) -> list[Table | str]:
         if row["target_reached"] is not None
     ]
     return [values, Table([*_PLACE, "seeds that reached the target", "steps to it, median"], reached)]
+
+
+def without_metric(run: Run) -> list[Table | str]:
+    """Show throughput and loss of workloads without a metric, medians over their processes, and why they have none."""
+    rows, synthetic = [], False
+    for workload, mode, records in measured(run):
+        if not have_no_metric(records):
+            continue
+        synthetic = synthetic or any(record["synthetic_inputs"] for record in records)
+        known = {
+            name: statistics.median(values) if (values := values_of(records, name)) else None
+            for name in ("batch_size", "examples_per_s", "train_loss_first", "train_loss_final")
+        }
+        batch = None if known["batch_size"] is None else round(known["batch_size"])
+        rows.append([workload, mode, count(batch), *(number(known[name], 4) for name in list(known)[1:])])
+    if not rows:
+        return []
+    why = (
+        " Synthetic inputs are drawn at random: there is nothing to learn, so no accuracy is given."
+        if synthetic
+        else ""
+    )
+    headers = [*_PLACE, "batch", "examples per second", "loss of the first step", "loss of the last steps"]
+    return [Table(headers, rows), f"Nothing is evaluated, and nothing is said about how well these train.{why}"]
 
 
 def against_fp32(run: Run) -> Table:
@@ -442,8 +504,7 @@ def against_fp32(run: Run) -> Table:
         low, high = row["metric_difference_low"], row["metric_difference_high"]
         rows.append(
             [
-                row["workload"],
-                row["mode"],
+                *place_of(row),
                 metric_difference(row["metric_difference"], low, high, row["metric_name"]),
                 count(row["metric_pairs"]),
                 metric_margin(row["metric_margin"], row["metric_name"]),

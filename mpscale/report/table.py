@@ -121,6 +121,14 @@ def loss_scale(value: float | None) -> str:
     return f"{value:.0f}" if abs(value) < 1e9 and value == int(value) else f"{value:.6g}"
 
 
+def flops(value: float | None) -> str:
+    """Write a number of operations with three significant digits and a prefix: ``5.22 T``."""
+    if value is None:
+        return DASH
+    power = max((power for power in _PREFIXES if value >= power), default=1)
+    return f"{number(value / power)} {_PREFIXES[power]}".strip()
+
+
 def yes_no(value: bool | None) -> str:
     """Write a truth value."""
     return DASH if value is None else "yes" if value else "no"
@@ -131,6 +139,8 @@ def text(value: Any) -> str:
     return DASH if value is None else str(value)
 
 
+_PREFIXES = {1: "", 10**3: "k", 10**6: "M", 10**9: "G", 10**12: "T", 10**15: "P"}
+
 _FORMATTERS: dict[Format, Callable[[Any], str]] = {
     Format.TEXT: text,
     Format.YES_NO: yes_no,
@@ -138,6 +148,7 @@ _FORMATTERS: dict[Format, Callable[[Any], str]] = {
     Format.NUMBER: number,
     Format.LARGE: large,
     Format.SHARE: share,
+    Format.FLOPS: flops,
     Format.LOSS_SCALE: loss_scale,
 }
 

@@ -199,6 +199,7 @@ def _queued_peak(samples: Samples, peak: Peak) -> float | Reason:
         stages.append(("metric-tried", "trained"))
     if _has(samples, "timing-start"):
         end = "energy-end" if _has(samples, "energy-end") else "timing-end"
+        # Where nothing is evaluated, the steps of the training and of the timing are one stage.
         stages.append(("evaluated" if _has(samples, "evaluated") else "steps-queued", end))
     found: float | Reason = peak(stages[0][1])
     for before, after in ((peak(start), peak(end)) for start, end in stages):
@@ -210,7 +211,12 @@ def _queued_peak(samples: Samples, peak: Peak) -> float | Reason:
 
 def _evaluation_peak(samples: Samples, peak: Peak) -> float | Reason:
     """The largest memory while the model was evaluated, if that needed more than was there."""
-    if not _has(samples, "trained") and (_has(samples, "timing-start") or samples.at("done") is not None):
+    over = _has(samples, "timing-start") or samples.at("done") is not None
+    # A case of an older version has none of the three phases, although it evaluated.
+    unscored = _has(samples, "steps-queued") and not any(
+        _has(samples, phase) for phase in ("metric-tried", "evaluated")
+    )
+    if over and (unscored or not _has(samples, "trained")):
         return Reason(Code.NOT_ASKED_FOR, "this process evaluated nothing")
     sufficient, found = math.inf, None
     for start, end in (("steps-queued", "metric-tried"), ("trained", "evaluated")):

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case, series_key
+from mpscale.core.columns import Topic, measured_columns
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
@@ -26,8 +27,10 @@ from mpscale.worker import autotuning
 from mpscale.worker import model as models
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
+from mpscale.worker.float8 import Float8
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic, Precision
+from mpscale.worker.probe import ProbeStep, watch
 from mpscale.worker.step import (
     Batches,
     Log,
@@ -39,6 +42,7 @@ from mpscale.worker.step import (
     time_steps,
     warm_up,
 )
+from mpscale.worker.throughput import Throughput
 from mpscale.worker.training import Evaluator, batches, first_pause, is_accuracy, score_for, train
 from mpscale.workloads import Data, Workload, registry
 from mpscale.workloads.metric import ACCURACY
@@ -52,6 +56,13 @@ _PROFILED_S, _FEWEST_PROFILED, _MOST_PROFILED = 0.2, 3, 50
 """About how long to profile, and the fewest and most steps of it: the profile grows with every kernel."""
 _ONE_PER_CALL_SHARE = 4
 """With several steps per call, steps of one call each are timed for this part of the time and of the blocks."""
+
+_OF_A_METRIC = (
+    *measured_columns(Topic.RESULT),
+    "steps_to_target",
+    "time_to_target_s",
+)
+"""Columns that a workload without a metric does not have."""
 
 _NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
 
@@ -69,6 +80,7 @@ class Built:
         optimizer: the workload's, without the mode's loss scaling.
         optimizer_config: describes the optimizer as it was before the mode wrapped it.
         noted_loss: the objective as the train step calls it.
+        float8: the layers that compute in float8; None in other modes.
     """
 
     case: Case
@@ -81,6 +93,7 @@ class Built:
     objective: Objective
     noted_loss: NotedLoss
     step: TrainStep
+    float8: Float8 | None
 
     @property
     def steps(self) -> int:
@@ -110,6 +123,9 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     arithmetic = Arithmetic(mode, device, case.settings.jit)
     built = _build(case, arithmetic, channel)
     channel.phase(Phase.MODEL_BUILT)
+    float8 = built.float8
+    if float8 is not None and (unsupported := float8.unsupported_reason(built.optimizer)) is not None:
+        return "unsupported", unsupported
 
     step = built.step
     trace_s = step.trace()
@@ -117,12 +133,24 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     precision = Precision(built.model, step.graph)
     _report(channel, _described(built))
     _report(channel, precision.columns())
+    throughput = Throughput(step.graph, mode, device)
+    _report(channel, throughput.columns())
     _report(channel, built.noted_loss.columns(built.data.train_y[built.order[0]]))
     channel.values({"process_settings": arithmetic.column()})
+    if float8 is not None and (misused := float8.misused(step.graph)) is not None:
+        return "unsupported", misused
     objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
     if objections:
         # Do not train: any figure would be reported under the name of another precision.
         return "invalid", "; ".join(objections)
+    if isinstance(step, ProbeStep):
+
+        def again() -> keras.Model:
+            model = models.make_model(built.workload.model)
+            models.build_model(model, built.data.train_x[built.order[0]])
+            return model
+
+        return watch(step, built.steps, case.settings.looks, again, channel)
     start = time.perf_counter()
     step()
     step.synchronise()
@@ -135,7 +163,8 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     status: Status = ("ok", None)
     if case.trains:
         status = _train(built, opening_s, steps_path, channel)
-        channel.phase(Phase.EVALUATED)
+        if built.workload.metric is not None:
+            channel.phase(Phase.EVALUATED)
     else:
         step.read_log()
     step_ms = _time(built, energy_s, peak, channel) if case.settings.timing_s > 0 else None
@@ -143,7 +172,8 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     _report(channel, _several_per_call(built))
     if step_ms is not None:
         # Last of all: the profiler slows steps and takes memory of the device.
-        _profile(step, step_ms, device, channel)
+        busy_ms = _profile(step, step_ms, device, channel)
+        _report(channel, throughput.timed(step_ms, busy_ms))
     channel.phase(Phase.DONE)
     arithmetic.look("training and timing")
     return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
@@ -182,6 +212,7 @@ def _build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
     model = models.make_model(workload.model)
     arithmetic.look("the workload's model function")
     models.build_model(model, data.train_x[:batch] if batch <= len(data.train_x) else data.train_x[order[0]])
+    float8 = Float8(model) if MODES[case.mode].float8 else None
     optimizer = models.make_optimizer(workload.optimizer)
     arithmetic.look("the workload's optimizer function")
     optimizer_config = models.optimizer_description(optimizer, steps)
@@ -189,16 +220,18 @@ def _build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
     objective = Objective(workload.loss, data.train_y)
     loss = NotedLoss(objective)
     shown = Batches(data.train_x, data.train_y, order)
-    step = TrainStep(model, scaler, loss, shown, settings.jit, settings.steps_per_call)
+    kind = ProbeStep if settings.looks else TrainStep
+    step = kind(model, scaler, loss, shown, settings.jit, settings.steps_per_call)
     channel.values({"build_time_s": time.perf_counter() - start})
-    return Built(case, workload, data, order, model, optimizer, optimizer_config, objective, loss, step)
+    return Built(case, workload, data, order, model, optimizer, optimizer_config, objective, loss, step, float8)
 
 
 def _described(built: Built) -> Findings:
     """What is about to be trained, and the digests that have to be the same in every mode."""
     case, workload, model = built.case, built.workload, built.model
     data_digest = built.data.digest()
-    parameters = int(sum(np.prod(v.shape) for v in model.trainable_variables))
+    weights = models.weights_of(model.variables)
+    parameters = int(sum(np.prod(v.shape) for v in models.weights_of(model.trainable_variables)))
     parts: list[Any] = [
         models.model_config(model),
         models.config_of(built.optimizer) or built.optimizer_config,
@@ -206,7 +239,7 @@ def _described(built: Built) -> Findings:
         parameters,
         data_digest,
     ]
-    if not isinstance(workload.metric, FunctionType):
+    if workload.metric is not None and not isinstance(workload.metric, FunctionType):
         parts.append(models.described_object(workload.metric))
     if built.step.added_losses:
         parts.append({"losses that the model adds": built.step.added_losses})
@@ -218,21 +251,36 @@ def _described(built: Built) -> Findings:
             "workload_digest": f"sha256:{digest}",
             "data_digest": f"sha256:{data_digest}",
             "data_order_digest": f"sha256:{models.arrays_digest([built.order])}",
-            "initial_weights_digest": f"sha256:{models.arrays_digest(v.numpy() for v in model.variables)}",
+            "initial_weights_digest": f"sha256:{models.arrays_digest(v.numpy() for v in weights)}",
             "model_digest": f"sha256:{models.digest(models.model_description(model))}",
             "optimizer_config": json.dumps(built.optimizer_config),
             "series_key": key,
             "batch_size": built.batch,
             "optimizer": type(built.optimizer).__name__,
             "parameters": parameters,
-            "metric_name": workload.metric_name,
-            "metric_higher_is_better": workload.metric_higher_is_better,
-            "test_examples": len(built.data.test_x),
+            "synthetic_inputs": workload.synthetic,
+            "has_metric": workload.metric is not None,
         }
     )
+    if workload.metric is None:
+        found.miss(_OF_A_METRIC, _no_metric(workload))
+        return found
+    found.values |= {
+        "metric_name": workload.metric_name,
+        "metric_higher_is_better": workload.metric_higher_is_better,
+        "test_examples": len(built.data.test[0]),
+    }
     _put(found, "metric_target", workload.target, _NO_TARGET)
     _put(found, "metric_margin", workload.margin, Reason(Code.NOT_IN_WORKLOAD, "the workload has no margin"))
     return found
+
+
+def _no_metric(workload: Workload) -> Reason:
+    """Why a workload without a metric has none of the figures that follow from it."""
+    why = (
+        "synthetic inputs: no accuracy" if workload.synthetic else "the workload has no metric, so nothing is evaluated"
+    )
+    return Reason(Code.NOT_IN_WORKLOAD, why)
 
 
 def _take_opening_steps(built: Built, peak: AllocatorPeak, channel: Channel) -> float:
@@ -264,40 +312,48 @@ def _take_opening_steps(built: Built, peak: AllocatorPeak, channel: Channel) -> 
 def _evaluator(built: Built) -> Evaluator:
     """The metric, tried out so that mistakes show before the training."""
     workload, data, objective = built.workload, built.data, built.objective
+    test_x, test_y = data.test
     one_output = not objective.output or objective.output[-1] == 1
     threshold = objective.threshold() if one_output and is_accuracy(workload.metric) else None
-    score = score_for(workload, data.test_y, objective.output, threshold)
+    score = score_for(workload, test_y, objective.output, threshold)
     evaluate = Evaluator(built.model, score, built.case.settings.jit, built.batch)
-    evaluate.try_out(data.test_x, data.test_y)
+    evaluate.try_out(test_x, test_y)
     evaluate.try_out(*data.progress)
     return evaluate
 
 
 def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Channel) -> Status:
     workload, data, steps = built.workload, built.data, built.steps
-    evaluate = _evaluator(built)
-    channel.phase(Phase.METRIC_TRIED)
+    evaluate = None
+    if workload.metric is not None:
+        evaluate = _evaluator(built)
+        channel.phase(Phase.METRIC_TRIED)
     training = train(
         built.step,
         steps,
         workload,
-        lambda: evaluate(*data.progress),
+        None if evaluate is None else lambda: evaluate(*data.progress),
         lambda done: channel.progress(done, steps),
         opening_s,
     )
     channel.phase(Phase.TRAINED)
     found = Findings(training.values())
-    not_reached = _NO_TARGET
-    if workload.target is not None:
-        not_reached = Reason(Code.NEVER_HAPPENED, f"the target of {workload.target:g} was not reached")
-    _put(found, "steps_to_target", training.steps_to_target, not_reached)
-    _put(found, "time_to_target_s", training.time_to_target_s, not_reached)
+    if workload.metric is not None:
+        not_reached = _NO_TARGET
+        if workload.target is not None:
+            not_reached = Reason(Code.NEVER_HAPPENED, f"the target of {workload.target:g} was not reached")
+        _put(found, "steps_to_target", training.steps_to_target, not_reached)
+        _put(found, "time_to_target_s", training.time_to_target_s, not_reached)
+    if built.float8 is not None:
+        found.add(built.float8.columns())
     _report(channel, found)
     if steps_path is not None:
         _write_steps(steps_path, training.log)
     # As at the end of Keras' fit: an optimizer that keeps a moving average of the weights copies it into them.
     built.step.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
-    metric, name = evaluate(data.test_x, data.test_y), workload.metric_name
+    if evaluate is None:
+        return training.status
+    metric, name = evaluate(*data.test), workload.metric_name
     found, other = Findings(), Reason(Code.NOT_IN_WORKLOAD, f"the workload's metric is {name}")
     _put(found, "metric_value", metric, other)
     _put(found, "final_accuracy", metric if name == ACCURACY else None, other)
@@ -355,8 +411,11 @@ def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) 
     return float(values["step_time_ms_median"])
 
 
-def _profile(step: TrainStep, step_ms: float, device: Device, channel: Channel) -> None:
-    """Take a few more steps under the profiler, for the time in which the GPU computes; ``step_ms`` was timed."""
+def _profile(step: TrainStep, step_ms: float, device: Device, channel: Channel) -> float | Reason:
+    """Take a few more steps under the profiler. Return the ms per step in which the GPU computes, or why unknown.
+
+    ``step_ms`` was timed.
+    """
     steps = min(max(round(_PROFILED_S * 1e3 / step_ms), _FEWEST_PROFILED), _MOST_PROFILED)
     steps = step.whole_calls(steps)
     busy, found = profile_steps(lambda: step.block(steps), steps, device), Findings()
@@ -367,6 +426,7 @@ def _profile(step: TrainStep, step_ms: float, device: Device, channel: Channel) 
         found.put("device_busy_share", busy.share(step_ms))
     _report(channel, found)
     channel.phase(Phase.PROFILED)
+    return busy if isinstance(busy, Reason) else busy.kernels_ms_per_step
 
 
 def _several_per_call(built: Built) -> Findings:

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from mpscale.scaling.gradients import is_overwritten
+
 _STEPS = (
     "train_step", "compute_loss", "_compute_loss", "make_train_function", "train_on_batch", "fit", "test_step",
     "predict_step",
@@ -73,6 +75,11 @@ def build_model(model: keras.Model, examples: npt.NDArray[Any]) -> None:
         model(examples)  # Some layers of a Sequential need real data to know their shapes.
     if not model.trainable_variables:
         raise ValueError("the model has no trainable variables; add a layer with weights, or unfreeze one")
+
+
+def weights_of(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
+    """The variables of a model without those that only its precision adds, such as scales of float8 layers."""
+    return [variable for variable in variables if not is_overwritten(variable)]
 
 
 def make_optimizer(source: Any) -> keras.optimizers.Optimizer:
@@ -189,6 +196,8 @@ def without_precision(config: Any) -> Any:
     if isinstance(config, Mapping):
         if config.get("class_name") == "__lambda__":
             return described_lambda(config["config"])
+        if config.get("class_name") == "Float8QuantizationConfig":
+            return None  # as in the config of a layer that is not quantized
         kept = {key: without_precision(value) for key, value in config.items() if key not in _PRECISION}
         if isinstance(kept.get("kwargs"), dict):
             # Keras lists arguments that are None in some modes only.
@@ -256,7 +265,7 @@ def model_description(model: keras.Model) -> Any:
         [described_object(type(layer)), None if isinstance(layer, keras.Model) else config_of(layer)]
         for layer in layers
     ]
-    shapes = [tuple(v.shape) for v in model.variables]
+    shapes = [tuple(v.shape) for v in weights_of(model.variables)]
     # Regularizers and constraints of a user's own layer are in no config.
     asked = [described_object(each) for v in model.variables for each in (v.regularizer, v.constraint) if each]
     # Configs connect layers by their names, which depend on what else the process has made.

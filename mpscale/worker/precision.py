@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import keras
@@ -25,7 +25,7 @@ from mpscale.scaling.skip import all_nodes
 from mpscale.worker.autotuning import users_variable
 from mpscale.worker.device import set_arithmetic
 
-_PRODUCT = re.compile(
+PRODUCT = re.compile(
     r"MatMul|Einsum|Dot(?:V2)?$|Conv(?:\d[Dd]|V\d|$)|CudnnRNN(?!Params|Canonical)|BlockLSTM|LSTMBlock|GRUBlock"
 )
 """Operations that multiply matrices, forward and backward, including convolutions and cuDNN's recurrent layers."""
@@ -33,7 +33,10 @@ _PRODUCT = re.compile(
 _ELEMENT_TYPES = (
     "T", "DstT", "Ta", "Tb", "T1", "T2", "LhsT", "RhsT", "lhs_type", "rhs_type", "Tlhs", "Trhs", "Tin", "type",
 )  # fmt: skip
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+FLOAT8 = "float8"
+"""Layers and products whose factors are rounded to float8: to E4M3, gradients to E5M2."""
+
+_FLOATS = (FLOAT8, "float16", "bfloat16", "float32", "float64")
 _LOW = {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16"}
 
 _OTHER = re.compile(
@@ -51,6 +54,7 @@ _MOVES = re.compile(
 )
 """Operations that only move numbers. These may be float16 data on the way to a float32 layer."""
 
+_FLOAT8_TYPES = (tf.dtypes.experimental.float8_e4m3fn, tf.dtypes.experimental.float8_e5m2)
 _REWRITES = ("auto_mixed_precision", "auto_mixed_precision_onednn_bfloat16", "auto_mixed_precision_mkl")
 _FPMATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "TF_SET_ONEDNN_FPMATH_MODE")
 _XLA = ("XLA_FLAGS", "TF_XLA_FLAGS")
@@ -74,14 +78,23 @@ class Precision:
             if not isinstance(layer, keras.layers.InputLayer)
             and (_own_rank(layer) >= 0 or not list(layer._flatten_layers(include_self=False)))
         ]
-        nodes = all_nodes(graph.as_graph_def())
-        self._products = [(node, _dtype(node)) for node in nodes if _PRODUCT.search(node.op)]
+        definition = graph.as_graph_def()
+        float8 = [op for op in graph.get_operations() if PRODUCT.search(op.type) and _multiplies_float8(op)]
+        in_float8, unused = {op.name for op in float8}, _unused(float8, {output.op for output in graph.outputs})
+        # Names are unique outside of functions.
+        own = [node for node in definition.node if node.name not in unused]
+        nodes = [*own, *all_nodes(definition)[len(definition.node) :]]
+        self._products = [
+            (node, FLOAT8 if place < len(own) and node.name in in_float8 else _dtype(node))
+            for place, node in enumerate(nodes)
+            if PRODUCT.search(node.op)
+        ]
         self._others = Counter(node.op for node in nodes if _OTHER.match(node.op.removeprefix("Stateless")))
         self._dtypes = [(node.name, _dtype(node)) for node in nodes if not _MOVES.match(node.op)]
-        self.layers = Counter(layer.compute_dtype for layer in self._layers)
+        self.layers = Counter(_layer_dtype(layer) for layer in self._layers)
         """Number of layers by compute dtype, without containers."""
         self.products = Counter(dtype for _, dtype in self._products)
-        """Number of products, gradients included, by the dtype of their factors."""
+        """Number of products, gradients included, by the dtype of their factors; float8 ones may be fused by XLA."""
 
     def columns(self) -> Findings:
         """The columns of a record about the precision."""
@@ -101,7 +114,7 @@ class Precision:
     def objection(self, mode: Mode) -> str | None:
         """What was found, what ``mode`` promises and what to do; None if they agree."""
         low = _LOW.get(mode.policy)
-        allowed = {"float32", low}
+        allowed = {"float32", low} | ({FLOAT8} if mode.float8 else set())
         wrong = [
             f"{number} {'product' if what is self.products else 'layer'}{'s' * (number > 1)} in {dtype}"
             for what in (self.products, self.layers)
@@ -114,16 +127,24 @@ class Precision:
             wrong = [f"{name.removeprefix('gradient_tape/')} in {dtype}" for name, dtype in halves[:1]]
         if wrong:
             promise = f"only {low} and float32" if low else "float32 throughout"
+            if mode.float8:
+                promise = f"only {FLOAT8}, {low} and float32"
             if mode.graph_rewrite:
                 promise = "a float32 model, which TensorFlow rewrites"
-            names = [layer.name for layer in self._layers if layer.compute_dtype in set(_FLOATS) - allowed]
+            names = [layer.name for layer in self._layers if _layer_dtype(layer) in set(_FLOATS) - allowed]
             named = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
             return (
                 f"the train step computes {' and '.join(wrong)}{named}, but {mode.name} promises {promise}; remove "
                 "set_dtype_policy, casts and dtypes other than float32 from the workload, since the mode sets the "
                 "policy"
             )
-        if low and not self._computes_in(low):
+        if mode.float8 and not self.products[FLOAT8]:
+            return (
+                f"{mode.name} promises products in {FLOAT8}, but the train step has none: its products are "
+                f"{_counted(self.products) or 'none'}, its layers are {_counted(self.layers)}; a layer computes in "
+                f"{FLOAT8} only if the model calls it, so leave out this mode or call the layers"
+            )
+        if low and not mode.float8 and not self._computes_in(low):
             found = f"its products are {_counted(self.products)}" if self.products else "it multiplies no matrices"
             return (
                 f"{mode.name} promises to compute in {low}, but the train step does not: {found}, its layers are "
@@ -254,6 +275,36 @@ def _own_rank(layer: keras.layers.Layer) -> int:
     """The largest rank of a layer's own weights, -1 if it has none."""
     below = {id(v) for inner in layer._flatten_layers(include_self=False) for v in inner.weights}
     return max((len(v.shape) for v in layer.weights if id(v) not in below), default=-1)
+
+
+def _layer_dtype(layer: keras.layers.Layer) -> str:
+    return FLOAT8 if layer.quantization_mode == "float8" else str(layer.compute_dtype)
+
+
+def _multiplies_float8(product: tf.Operation) -> bool:
+    """Whether both factors of a product are values that were rounded to float8, scaled back and only moved since."""
+    return all(_was_float8(factor) for factor in product.inputs)
+
+
+def _unused(products: Iterable[tf.Operation], results: Container[tf.Operation]) -> set[str]:
+    """The names of those whose result nothing needs; TensorFlow leaves them out of the program.
+
+    A float8 layer asks for the gradient of its inputs even if these are the examples.
+    """
+
+    def needed(op: tf.Operation) -> bool:
+        users = [user for output in op.outputs for user in output.consumers()]
+        return any(not _MOVES.match(user.type) or needed(user) for user in users) or op in results
+
+    return {op.name for op in products if not needed(op)}
+
+
+def _was_float8(value: tf.Tensor) -> bool:
+    while _MOVES.match(value.op.type) and value.op.inputs:
+        value = value.op.inputs[value.value_index if value.op.type == "IdentityN" else 0]
+    if value.op.type not in ("Mul", "RealDiv"):
+        return False
+    return any(each.op.type == "Cast" and each.op.inputs[0].dtype in _FLOAT8_TYPES for each in value.op.inputs)
 
 
 def _dtype(node: Any) -> str:

@@ -18,6 +18,7 @@ from mpscale.core.case import Settings
 from mpscale.core.loss_scale import RULES
 from mpscale.core.mode import Mode
 from mpscale.scaling import ArticleLossScale, LossScaleOptimizer
+from mpscale.worker.model import weights_of
 
 MOST_UNREAD = 1024
 """Most steps to take between two reads of the log: an unread step keeps some of the device's memory."""
@@ -296,7 +297,7 @@ class TrainStep:
 
     def weights_finite(self) -> bool:
         """Whether every weight of the model is finite, statistics that are not trained included."""
-        return all(bool(np.isfinite(v.numpy()).all()) for v in self._model.variables)
+        return all(bool(np.isfinite(v.numpy()).all()) for v in weights_of(self._model.variables))
 
     def read_log(self) -> Log:
         """Wait for the device; return the log of the steps since the last call."""
@@ -308,7 +309,11 @@ class TrainStep:
             known["overflow"] = known["overflow"] == 1.0
         return Log(**known)
 
-    def _step(self) -> tuple[tf.Tensor, ...]:
+    def _differentiated(self, others: Callable[[], Sequence[Any]] = tuple) -> tuple[Any, Any, list[Any], list[Any]]:
+        """Take the next batch, and return its loss, the scaled loss, and the gradients of this for the weights.
+
+        ``others`` is called when the loss has been traced; the tensors that it returns get their gradients, too.
+        """
         # tf.gather and not order[position]: indexing with a tensor in Python's slice syntax recompiles at every step.
         batch = tf.gather(self._order, self._position % self._order.shape[0])
         self._position.assign_add(1)
@@ -321,7 +326,12 @@ class TrainStep:
             self.added_losses = len(added)
             loss = tf.add_n([loss, *added]) if added else loss
             scaled = self.scaler.scale_loss(loss)
-        grads = tape.gradient(scaled, variables)
+        grads = tape.gradient(scaled, [*variables, *others()])
+        return loss, scaled, grads[: len(variables)], grads[len(variables) :]
+
+    def _step(self) -> tuple[tf.Tensor, ...]:
+        loss, scaled, grads, _ = self._differentiated()
+        variables = self._model.trainable_variables
         row = {"loss": loss, **self.scaler.apply(grads, variables, scaled)._asdict()}
         known = {name: value for name, value in row.items() if value is not None}
         self._logged = tuple(known)

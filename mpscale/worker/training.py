@@ -132,7 +132,7 @@ def train(
     step: TrainStep,
     steps: int,
     workload: Workload,
-    evaluate: Callable[[], float],
+    evaluate: Callable[[], float] | None,
     progress: Callable[[int], None],
     opening_s: float = 0.0,
 ) -> Training:
@@ -145,7 +145,7 @@ def train(
         step: the train step.
         steps: length of the training.
         workload: has the target, and how often to evaluate.
-        evaluate: returns the metric on the progress set.
+        evaluate: returns the metric on the progress set; None if the workload has no metric.
         progress: called with the number of steps taken, every ``workload.evaluate_every`` of them.
         opening_s: seconds spent on the opening steps after the first.
     """
@@ -160,7 +160,7 @@ def train(
             if not np.isfinite(log[-1].loss[-1]) and not step.weights_finite():
                 break
             due = reached[0] is None and workload.target is not None and taken % workload.evaluate_every == 0
-            if due and workload.reached(evaluate()):
+            if due and evaluate is not None and workload.reached(evaluate()):
                 reached = (taken, wall)
             progress(taken)
         if taken >= steps:

@@ -6,6 +6,11 @@ same recipe with another seed gives 10,000 more test examples, standardised with
 
 The article that mpscale began with trains a dense network for ten epochs on MNIST, which would need a download. Here it
 gets the real handwritten digits of scikit-learn: 1,797 images of 8 x 8, scaled up to 28 x 28; 500 are the test set.
+
+Three workloads leave float16's range and show what a loss scale is for; docs/workloads.md explains them. One reads the
+same digits row by row, in padded sequences. One predicts the strain of a loaded steel beam, as a surrogate of a
+simulation. One predicts how far diabetes has progressed in scikit-learn's 442 patients (Efron, Hastie, Johnstone and
+Tibshirani 2004); 142 are the test set.
 """
 
 from __future__ import annotations
@@ -82,6 +87,80 @@ def _make_digits28() -> dict[str, Any]:
     return dict(zip(("train_x", "test_x", "train_y", "test_y"), parts, strict=True))
 
 
+_PADDED = 28
+"""Steps of a padded sequence, of which the eight rows of a digit are the first."""
+
+
+def load_digit_rows() -> Data:
+    """The same digits, a row a step, and then zeros; float32 (examples, 28, 8) from 0 to 1, int64 labels."""
+    return Data(**arrays("digit-rows-v1", _make_digit_rows))
+
+
+def _make_digit_rows() -> dict[str, Any]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    rows = (digits.images / 16.0).astype(np.float32)
+    x = np.pad(rows, ((0, 0), (0, _PADDED - rows.shape[1]), (0, 0)))
+    parts = train_test_split(x, digits.target.astype(np.int64), test_size=500, stratify=digits.target, random_state=0)
+    return dict(zip(("train_x", "test_x", "train_y", "test_y"), parts, strict=True))
+
+
+_SPAN_M, _STEEL_PA, _SECOND_MOMENT_M4, _HALF_DEPTH_M = 4.0, 210e9, 869e-8, 0.08
+"""Span, elastic modulus, second moment of area and half the depth of a simply supported steel beam, an IPE 160."""
+_MOST_LOAD_N, _LOADS, _GAUGES = 10_000.0, 3, 16
+
+
+def load_beam() -> Data:
+    """8,192 loaded beams to train on and 1,024 to test: loads to bending strain, which has no unit.
+
+    Examples are float32 (examples, 6), the places of three point loads and their forces, both standardised. Labels are
+    float32 (examples, 16), the strain of the lower edge at as many gauges: at most about 1e-3, where steel yields.
+    """
+    return Data(**arrays("beam-v1", _make_beam))
+
+
+def _make_beam() -> dict[str, Any]:
+    (train_x, train_y), (test_x, test_y) = _beams(8192, seed=1), _beams(1024, seed=2)
+    return {"train_x": train_x, "train_y": train_y, "test_x": test_x, "test_y": test_y}
+
+
+def _beams(examples: int, seed: int) -> tuple[Any, Any]:
+    draw = np.random.default_rng(seed)
+    places = draw.uniform(0.05, 0.95, (examples, _LOADS))
+    forces = draw.uniform(-1.0, 1.0, (examples, _LOADS))
+    gauge = np.linspace(0.0, 1.0, _GAUGES + 2)[1:-1]
+    at, load = places[:, :, None], forces[:, :, None] * _MOST_LOAD_N
+    # The bending moment of a point load rises from one support to the load and falls to the other.
+    moment = (load * _SPAN_M * np.where(gauge <= at, (1 - at) * gauge, at * (1 - gauge))).sum(axis=1)
+    strain = moment * _HALF_DEPTH_M / (_STEEL_PA * _SECOND_MOMENT_M4)
+    # The mean and deviation of uniform numbers are known.
+    x = np.concatenate([(places - 0.5) / (0.9 / 12**0.5), forces / (2.0 / 12**0.5)], axis=1)
+    return x.astype(np.float32), strain.astype(np.float32)
+
+
+def load_diabetes() -> Data:
+    """300 patients to train on and 142 to test; float32 (examples, 10), standardised, and (examples, 1), 25 to 346."""
+    return Data(**arrays("diabetes-v1", _make_diabetes))
+
+
+def _make_diabetes() -> dict[str, Any]:
+    from sklearn import datasets
+    from sklearn.model_selection import train_test_split
+
+    diabetes = datasets.load_diabetes(scaled=False)
+    split = train_test_split(diabetes.data, diabetes.target, test_size=142, random_state=0)
+    train_x, test_x, train_y, test_y = (part.astype(np.float32) for part in split)
+    mean, deviation = train_x.mean(axis=0), train_x.std(axis=0)
+    return {
+        "train_x": (train_x - mean) / deviation,
+        "train_y": train_y[:, None],
+        "test_x": (test_x - mean) / deviation,
+        "test_y": test_y[:, None],
+    }
+
+
 def cache_directory() -> Path:
     """``$MPSCALE_CACHE``, else ``$XDG_CACHE_HOME/mpscale``, else ``~/.cache/mpscale``."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -117,6 +196,18 @@ def _adam(learning_rate: float) -> keras.optimizers.Optimizer:
     return keras.optimizers.Adam(learning_rate)
 
 
+def _decayed_adam(learning_rate: float, steps: int) -> keras.optimizers.Optimizer:
+    import keras
+
+    return keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(learning_rate, steps))
+
+
+def _decayed_lion(learning_rate: float, steps: int) -> keras.optimizers.Optimizer:
+    import keras
+
+    return keras.optimizers.Lion(keras.optimizers.schedules.CosineDecay(learning_rate, steps))
+
+
 def _mlp(inputs: int, *hidden: int) -> keras.Model:
     import keras
 
@@ -137,6 +228,35 @@ def _gru() -> keras.Model:
     from keras import Input, Sequential, layers
 
     return Sequential([Input((40,)), layers.Reshape((40, 1)), layers.GRU(64), layers.Dense(10, dtype="float32")])
+
+
+def _padded_gru() -> keras.Model:
+    from keras import Input, Sequential, layers
+
+    return Sequential([Input((_PADDED, 8)), layers.GRU(32), layers.Dense(10, dtype="float32")])
+
+
+def _surrogate() -> keras.Model:
+    from keras import Input, Sequential, layers
+
+    hidden = [layers.Dense(64, activation="gelu") for _ in range(3)]
+    variance = float(load_beam().train_y.var(dtype=np.float64))
+    # The network predicts standardised strain; the last layer makes strain of it.
+    physical = layers.Normalization(axis=None, mean=0.0, variance=variance, invert=True, dtype="float32")
+    return Sequential([Input((2 * _LOADS,)), *hidden, layers.Dense(_GAUGES, dtype="float32"), physical])
+
+
+def _regression() -> keras.Model:
+    from keras import Input, Sequential, layers
+
+    hidden = [layers.Dense(64, activation="relu") for _ in range(2)]
+    return Sequential([Input((10,)), *hidden, layers.Dense(1, dtype="float32")])
+
+
+def _sum_of_squares(labels: Any, outputs: Any) -> Any:
+    import keras
+
+    return keras.ops.sum(keras.ops.square(labels - outputs))
 
 
 _mnist1d = partial(Workload, data=load_mnist1d, optimizer=partial(_adam, 1e-2))
@@ -174,6 +294,46 @@ WORKLOADS = (
         evaluate_every=40,
         target=0.95,
         margin=0.01,
+    ),
+    Workload(
+        name="padded-gru",
+        summary="digits row by row, padded to 28 steps; a GRU of 32 units, Adam 2e-2: float16 needs a loss scale",
+        model=_padded_gru,
+        data=load_digit_rows,
+        optimizer=partial(_decayed_adam, 2e-2, 400),
+        batch_size=256,
+        train_steps=400,
+        evaluate_every=50,
+        target=0.9,
+        margin=0.05,
+    ),
+    Workload(
+        name="beam-strain",
+        summary="loads on a steel beam to its strain; dense 6-64-64-64-16, Lion 2e-3: a loss scale of 128 is too small",
+        model=_surrogate,
+        data=load_beam,
+        optimizer=partial(_decayed_lion, 2e-3, 400),
+        loss="mean_squared_error",
+        metric="r2_score",
+        batch_size=256,
+        train_steps=400,
+        evaluate_every=50,
+        target=0.95,
+        margin=0.02,
+    ),
+    Workload(
+        name="diabetes-sum",
+        summary="scikit-learn's diabetes, sum of squares; dense 10-64-64-1, Adam 3e-3: a scale of 128 is too large",
+        model=_regression,
+        data=load_diabetes,
+        optimizer=partial(_adam, 3e-3),
+        loss=_sum_of_squares,
+        metric="mean_absolute_error",
+        batch_size=50,
+        train_steps=300,
+        evaluate_every=50,
+        target=50.0,
+        margin=2.0,
     ),
 )
 """mpscale's own workloads, in the order in which they are listed."""

@@ -19,12 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mpscale.workloads.builtin import WORKLOADS
+from mpscale.workloads import builtin, large
 from mpscale.workloads.workload import Workload
 
 ENTRY_POINT_GROUP = "mpscale.workloads"
 
-_BUILTIN = {workload.name: workload for workload in WORKLOADS}
+_BUILTIN = {workload.name: workload for workload in (*builtin.WORKLOADS, *large.FULL, *large.TINY)}
 
 
 class UnknownWorkload(ValueError):

@@ -46,7 +46,7 @@ class Data:
     Args:
         train_x, train_y: the training set.
         test_x, test_y: the test set, on which the final metric is computed. It should be large: a thousand examples
-            cannot distinguish modes that differ by one percent.
+            cannot distinguish modes that differ by one percent. A workload without a metric needs none.
         published_x, published_y: the test set of the data's publication, if that is another. Progress towards the
             target is then measured on it instead of the test set.
 
@@ -57,19 +57,21 @@ class Data:
 
     train_x: Array
     train_y: Array
-    test_x: Array
-    test_y: Array
+    test_x: Array | None = None
+    test_y: Array | None = None
     published_x: Array | None = None
     published_y: Array | None = None
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             array = getattr(self, name)
-            if array is not None or not name.startswith("published"):
+            if array is not None or name.startswith("train"):
                 object.__setattr__(self, name, _checked(name, array))
         for part in ("train", "test", "published"):
             arrays = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
             x, y = (None if array is None else len(array) for array in arrays)
+            if x is None and y is None:
+                continue
             if x != y or x == 0:
                 raise ValueError(
                     f"{part}_x has {x or 'no'} examples and {part}_y has {y or 'no'}; both need the same number, at "
@@ -83,10 +85,28 @@ class Data:
                     )
 
     @property
+    def test(self) -> tuple[Array, Array]:
+        """The test set.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.test_x is None or self.test_y is None:
+            raise ValueError(
+                "the data has no test set, on which the workload's metric would be computed; add test_x and test_y, or "
+                "set metric=None"
+            )
+        return self.test_x, self.test_y
+
+    @property
     def progress(self) -> tuple[Array, Array]:
-        """The examples on which progress towards the target is measured."""
+        """The examples on which progress towards the target is measured.
+
+        Raises:
+            ValueError: there are none.
+        """
         if self.published_x is None or self.published_y is None:
-            return self.test_x, self.test_y
+            return self.test
         return self.published_x, self.published_y
 
     def digest(self) -> str:
@@ -115,7 +135,8 @@ class Workload:
         loss: a name that Keras knows, a ``keras.losses.Loss``, or a function ``(labels, outputs) -> loss`` in
             TensorFlow or ``keras.ops``. It returns one number, or one per example; these are averaged, as Keras does.
         metric: a name that Keras knows, a ``keras.metrics.Metric``, or a function ``(labels, outputs) -> float`` of
-            NumPy arrays, called with the whole test set.
+            NumPy arrays, called with the whole test set. None for a training of which only loss, speed, memory and
+            overflow are of interest: then nothing is evaluated, and there is no verdict on its result.
         metric_name: ``"accuracy"`` fills the columns final_accuracy and metric_value, any other name only the latter.
             Keras' own metrics have a name; a metric of your own needs one.
         metric_higher_is_better: the metric's direction; needed unless it is known for a Keras metric.
@@ -126,10 +147,12 @@ class Workload:
             if there is none.
         margin: how much worse than the baseline still counts as equal, in units of the metric; 0.01 for an accuracy.
             Without a margin a metric gets no verdict.
+        synthetic: whether inputs and labels are drawn at random, so that nothing can be learned; needs ``metric=None``.
 
     Raises:
         TypeError: a field has the wrong type.
-        ValueError: a field is out of range, or the metric's name or direction is unknown.
+        ValueError: a field is out of range, the metric's name or direction is unknown, or the workload has no metric
+            and a field that is about it.
     """
 
     name: str
@@ -138,7 +161,7 @@ class Workload:
     data: Callable[[], Data]
     optimizer: Callable[[], keras.optimizers.Optimizer] | keras.optimizers.Optimizer | str
     loss: Callable[[Any, Any], Any] | str = sparse_cross_entropy
-    metric: Callable[[Array, Array], float] | keras.metrics.Metric | str = accuracy
+    metric: Callable[[Array, Array], float] | keras.metrics.Metric | str | None = accuracy
     metric_name: str | None = None
     metric_higher_is_better: bool | None = None
     batch_size: int = 100
@@ -146,6 +169,7 @@ class Workload:
     evaluate_every: int = 100
     target: float | None = None
     margin: float | None = None
+    synthetic: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not isinstance(self.summary, str):
@@ -159,6 +183,8 @@ class Workload:
                 raise TypeError(self._wrong(field, "a function without arguments"))
         for field, kind in (("optimizer", "Optimizer"), ("loss", "Loss"), ("metric", "Metric")):
             value = getattr(self, field)
+            if field == "metric" and value is None:
+                continue
             if not (callable(value) or isinstance(value, str) or metrics.is_instance_of_keras(value, kind)):
                 raise TypeError(self._wrong(field, f"the name of one that Keras knows, a Keras {kind}, or a function"))
         for field in ("batch_size", "train_steps", "evaluate_every"):
@@ -166,6 +192,16 @@ class Workload:
             if number is None or number < 1:
                 raise ValueError(f"workload {self.name}: {field} must be at least 1, not {number!r}")
         self._number("target", Real, "a number or None")
+        if not isinstance(self.synthetic, bool):
+            raise TypeError(self._wrong("synthetic", "True or False"))
+        if self.metric is None:
+            self._check_without_metric()
+            return
+        if self.synthetic:
+            raise ValueError(
+                f"workload {self.name}: nothing can be learned from synthetic inputs, so a metric would mean nothing; "
+                "set metric=None, or leave out synthetic"
+            )
         self._describe_metric()
         if self.metric_name == ACCURACY and self.margin is None:
             object.__setattr__(self, "margin", 0.01)
@@ -178,6 +214,11 @@ class Workload:
                 raise ValueError(
                     f"workload {self.name}: {field} of an accuracy must be a share from 0 to 1, not {share:g}"
                 )
+
+    def _check_without_metric(self) -> None:
+        for field in ("metric_name", "metric_higher_is_better", "target", "margin"):
+            if getattr(self, field) is not None:
+                raise ValueError(f"workload {self.name}: {field} belongs to a metric, and metric is None; leave it out")
 
     def reached(self, value: float) -> bool:
         """Whether ``value`` of the metric is at or beyond the target."""

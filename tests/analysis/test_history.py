@@ -338,3 +338,27 @@ def test_a_folder_without_runs_is_an_error_that_says_how_to_make_one(tmp_path):
     (tmp_path / "runs" / "empty").mkdir(parents=True)
     with pytest.raises(RunError, match=r"none of the 1 runs in .* can be read; the first: .*no such file"):
         read_folder(tmp_path)
+
+
+def test_a_row_of_a_sweep_continues_the_series_of_its_batch_and_its_speedup_is_over_fp32_of_that_batch(tmp_path):
+    def rows(batch, fp32, mixed, **columns):
+        return [
+            record(
+                mode, seed, step_time_ms_median=ms, series_key=key(mode, batch_size=batch),
+                case_id=f"{mode}-{batch}-{seed}", **columns,
+            )
+            for mode, ms in (("fp32", fp32), ("mixed-dynamic", mixed))
+            for seed in (0, 1)
+        ]  # fmt: skip
+
+    alone = run_of(tmp_path, 1, rows(100, 2.0, 1.0))
+    sweep = run_of(tmp_path, 2, [*rows(100, 3.0, 1.0, swept_batch=100), *rows(400, 8.0, 1.0, swept_batch=400)])
+    found = make_history([alone, sweep], "speedup", ["toy"], ["mixed-dynamic"])
+    assert [(one.workload, one.mode, one.apart) for one in found.series] == [
+        ("toy", "mixed-dynamic", "batch=100"),
+        ("toy", "mixed-dynamic", "batch=400"),
+    ]
+    assert [[point.value for point in one.points] for one in found.series] == [
+        pytest.approx([2.0, 3.0]),
+        pytest.approx([8.0]),
+    ]

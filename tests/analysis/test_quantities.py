@@ -164,5 +164,5 @@ def test_every_verdict_and_state_is_counted(tmp_path):
 
 def test_the_worst_comes_first():
     assert sorted(Verdict, key=lambda verdict: verdict.rank) == list(Verdict)
-    assert [str(outcome) for outcome in Outcome] == ["fired", "cannot-tell", "passed"]
+    assert [str(outcome) for outcome in Outcome] == ["fired", "cannot-tell", "passed", "not-applicable"]
     assert {v for v in Verdict if v.outcome is Outcome.FIRED} == {Verdict.SLOWER, Verdict.MORE, Verdict.WORSE}

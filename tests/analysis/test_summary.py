@@ -255,3 +255,13 @@ def test_energy_is_a_ratio_to_fp32():
         record("mixed-static", seed=1, gpu_energy_j_per_step=4.0),
     )
     assert (row["gpu_energy_j_per_step"], row["gpu_energy_ratio"]) == (pytest.approx(2.0), pytest.approx(0.5))
+
+
+def test_rates_are_geometric_means_and_a_share_needs_that_of_every_process():
+    known = {"flops_per_step": 8 * 10**12, "tflops_peak": 100.0}
+    first = record(tflops=20.0, peak_share=0.2, tflops_while_busy=40.0, peak_share_while_busy=0.4, **known)
+    second = {"tflops": 80.0, "peak_share": 0.8, "tflops_while_busy": 90.0, **known}
+    row = row_of("fp32", first, record(repeat=1, **second))
+    assert (row["flops_per_step"], row["tflops_peak"]) == (8 * 10**12, 100.0)
+    assert (row["tflops"], row["peak_share"]) == (pytest.approx(40.0), pytest.approx(0.4))
+    assert (row["tflops_while_busy"], row["peak_share_while_busy"]) == (pytest.approx(60.0), None)

@@ -1,8 +1,10 @@
 """The plan of a run and the names of its cases."""
 
+import json
+
 import pytest
 
-from mpscale.core.case import Case, CaseId, SeriesKey, Settings, plan, series_key
+from mpscale.core.case import Case, CaseId, SeriesKey, Settings, Variant, plan, series_key
 from mpscale.core.columns import METHOD_VERSION
 from mpscale.core.mode import MODES
 
@@ -28,6 +30,29 @@ def test_modes_of_a_seed_run_side_by_side():
         assert {case.mode for case in cases[start : start + 4]} == {mode.name for mode in ALL}
 
 
+def test_a_sweep_meets_every_batch_and_only_a_constant_scale_meets_every_scale():
+    batches, scales = (16, 64), (8.0, 128.0, 2.0**24)
+    cases = plan_of(batches=batches, scales=scales)
+    assert len({case.id for case in cases}) == len(cases) == 2 * 2 * (3 + 3) * (3 + 2)
+    for case in cases:
+        assert case.settings.batch_size == case.variant.batch
+        scale = case.settings.static_scale
+        assert case.variant.scale == (scale if case.mode == "mixed-static" else None)
+    # The modes that are compared with each other run side by side, and all batches of a seed before the next seed.
+    groups = [case.group for case in cases]
+    assert groups[:24] == [(f"a @{batch}", seed, 0) for seed in (0, 1) for batch in batches for _ in range(6)]
+    places = {case.place for case in cases[:6]}
+    assert places == {("a @16", mode) for mode in ("fp32", "mixed-dynamic", "mixed-bf16")} | {
+        ("a @16", f"mixed-static @{scale}") for scale in ("8", "128", "2^24")
+    }
+
+
+def test_without_a_sweep_a_case_has_no_variant():
+    (case, *_) = plan_of(settings=Settings(batch_size=64, static_scale=8.0))
+    assert case.identity().keys() == {"case_id", "workload", "mode", "seed", "repeat", "order"}
+    assert case.place == (case.workload, case.mode)
+
+
 def test_order_of_modes_is_shuffled_and_reproducible():
     orders = {tuple(case.mode for case in plan_of()[start : start + 4]) for start in range(0, 40, 4)}
     assert len(orders) > 3
@@ -36,8 +61,10 @@ def test_order_of_modes_is_shuffled_and_reproducible():
 
 
 def test_a_case_survives_the_wire():
-    case = Case("w", "mixed-dynamic", 1, 0, 3, Settings(dynamic_scale={"initial": 4.0}, steps_per_call=20))
-    assert Case.from_json(case.to_json()) == case
+    settings = Settings(dynamic_scale={"initial": 4.0}, steps_per_call=20)
+    for variant in (Variant(), Variant(64, 2.0**24)):
+        case = Case("w", "mixed-dynamic", 1, 0, 3, settings, variant)
+        assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
 
 
 def test_id_is_a_file_name_even_for_a_workload_named_by_module():
@@ -51,12 +78,16 @@ def test_id_is_a_file_name_even_for_a_workload_named_by_module():
         ("pkg.mod+attr--mixed-bf16--s10--r0", [], ("pkg.mod:attr", "mixed-bf16", 10, 0)),
         ("c++--fp32--s0--r0", ["c++"], ("c++", "fp32", 0, 0)),
         ("a--b--fp32--s0--r0", [], ("a--b", "fp32", 0, 0)),
+        ("toy--fp32--batch64--s0--r0", [], ("toy", "fp32", 0, 0, 64)),
+        ("a--b--mixed-static--scale0.5--s1--r0", [], ("a--b", "mixed-static", 1, 0, None, 0.5)),
+        ("toy--mixed-static--batch64--scale1e+30--s0--r2", [], ("toy", "mixed-static", 0, 2, 64, 1e30)),
+        ("a--batch8--fp32--batch64--s0--r0", [], ("a--batch8", "fp32", 0, 0, 64)),
+        ("a--scale8--fp32--s0--r0", [], ("a--scale8", "fp32", 0, 0)),
     ],
 )
 def test_an_id_says_which_case_it_is(text, known, case):
-    found = CaseId.parse(text, known)
-    assert (found.workload, found.mode, found.seed, found.repeat) == case
-    assert str(found) == text
+    assert CaseId.parse(text, known) == CaseId(*case[:4], Variant(*case[4:]))
+    assert str(CaseId.parse(text, known)) == text
 
 
 @pytest.mark.parametrize("text", ["", "toy", "toy--fp32", "toy--fp32--s--r0", "toy--fp32--s0--r0--a1"])

@@ -56,9 +56,26 @@ def test_graph_rewrite_is_unsupported_if_tensorflow_rewrites_nothing(device, jit
         assert ("--mp-jit" in told) is jit
 
 
+@pytest.mark.parametrize(
+    ("device", "jit", "reasons"),
+    [
+        (gpu(8, 6), True, ["compute capability 8.9 (Ada), 9.0 (Hopper) or newer", "this is Some GPU (8.6)"]),
+        (gpu(8, 6), False, ["compute capability 8.9 (Ada), 9.0 (Hopper) or newer", "this is Some GPU (8.6)"]),
+        (Device("gpu", "Unknown GPU"), True, ["this is Unknown GPU"]),
+        (gpu(9, 0), False, ["without XLA", "with --mp-jit on"]),
+        *((gpu(*capability), True, None) for capability in ((8, 9), (9, 0), (10, 0), (12, 0))),
+        (CPU, True, None),
+        (CPU, False, None),
+    ],
+)
+def test_float8_is_unsupported_on_gpus_that_cannot_multiply_in_it(device, jit, reasons):
+    told = MODES["mixed-fp8"].unsupported_reason(device, jit)
+    assert told is None if reasons is None else [reason for reason in reasons if reason not in told] == []
+
+
 def test_every_other_mode_runs_everywhere():
     places = [(device, jit) for device in (CPU, gpu(6, 1)) for jit in (True, False)]
-    for name in MODES.keys() - {"tf32", "graph-rewrite"}:
+    for name in MODES.keys() - {"tf32", "graph-rewrite", "mixed-fp8"}:
         assert [MODES[name].unsupported_reason(*place) for place in places] == [None] * 4
 
 

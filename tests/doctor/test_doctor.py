@@ -145,27 +145,30 @@ def test_a_broken_driver_library_is_a_problem_unless_the_gpu_is_hidden(tmp_path,
 )
 def test_what_a_cpu_computes_fast(flags, float16, bfloat16, words):
     found = device.precision_of_cpu(flags)
-    assert (found.float16, found.bfloat16, found.tf32) == (float16, bfloat16, False)
+    assert (found.float16, found.bfloat16, found.tf32, found.float8) == (float16, bfloat16, False, "no")
     assert words in " ".join(found.words)
 
 
 @pytest.mark.parametrize(
-    ("capability", "name", "float16", "bfloat16", "tf32"),
+    ("capability", "name", "float16", "bfloat16", "tf32", "float8"),
     [
-        ((9, 0), "NVIDIA H100", "yes", "yes", True),
-        ((8, 0), "NVIDIA A100", "yes", "yes", True),
-        ((7, 0), "Tesla V100", "yes", "no", False),
-        ((7, 5), "NVIDIA GeForce GTX 1660", "in part", "no", False),
-        ((7, 5), "Tesla T4", "yes", "no", False),
-        ((6, 0), "Tesla P100", "in part", "no", False),
-        ((6, 1), "NVIDIA GeForce GTX 1080", "no", "no", False),
-        ((5, 2), "Tesla M40", "no", "no", False),
-        (None, "a GPU", None, None, False),
+        ((12, 0), "NVIDIA GeForce RTX 5090", "yes", "yes", True, "yes"),
+        ((9, 0), "NVIDIA H100", "yes", "yes", True, "yes"),
+        ((8, 9), "NVIDIA L4", "yes", "yes", True, "yes"),
+        ((8, 0), "NVIDIA A100", "yes", "yes", True, "no"),
+        ((7, 0), "Tesla V100", "yes", "no", False, "no"),
+        ((7, 5), "NVIDIA GeForce GTX 1660", "in part", "no", False, "no"),
+        ((7, 5), "Tesla T4", "yes", "no", False, "no"),
+        ((6, 0), "Tesla P100", "in part", "no", False, "no"),
+        ((6, 1), "NVIDIA GeForce GTX 1080", "no", "no", False, "no"),
+        ((5, 2), "Tesla M40", "no", "no", False, "no"),
+        (None, "a GPU", None, None, False, None),
     ],
 )
-def test_what_a_gpu_computes_fast(capability, name, float16, bfloat16, tf32):
+def test_what_a_gpu_computes_fast(capability, name, float16, bfloat16, tf32, float8):
     found = device.precision_of_gpu(Device("gpu", name, "GPU-1", capability))
-    assert (found.float16, found.bfloat16, found.tf32) == (float16, bfloat16, tf32)
+    assert (found.float16, found.bfloat16, found.tf32, found.float8) == (float16, bfloat16, tf32, float8)
+    assert ("float8 run on Tensor Cores" in " ".join(found.words)) == (float8 == "yes")
 
 
 def test_a_busy_machine_is_noted(monkeypatch):
@@ -321,17 +324,18 @@ def test_ptxas_is_checked_for_a_real_gpu(gpu_here, ptxas):
     [
         (Device("cpu", "CPU"), 2, "small", "trains as well as fp32"),
         (Device("cpu", "CPU"), 1, "smoke", "Begin with"),
-        (Device("gpu", "NVIDIA H200", "GPU-1", (9, 0)), 16, "small", "--mp-steps-per-call"),
+        (Device("gpu", "NVIDIA H200", "GPU-1", (9, 0), 143771.0), 16, "gpu", "synthetic inputs"),
+        (Device("gpu", "Quadro RTX 3000", "GPU-1", (7, 5), 6144.0), 16, "small", "the GPU has 6.0 GiB"),
     ],
 )
 def test_the_preset_that_fits(where, cores, fits, words):
     found = advice(where, cores)
     assert found.preset == fits
     assert words in " ".join(found.words)
-    seconds = [each.seconds for each in found.durations]
-    assert [each.preset for each in found.durations] == ["smoke", "small", "full"]
-    assert seconds == sorted(seconds)
-    assert 120 < seconds[1] < 1200  # the default takes minutes
+    seconds = {each.preset: each.seconds for each in found.durations}
+    assert list(seconds) == ["smoke", "small", "full", *(["gpu"] if where.kind == "gpu" else [])]
+    assert seconds["smoke"] < seconds["small"] < seconds["full"]
+    assert 120 < seconds[fits if fits != "smoke" else "small"] <= 1800  # minutes, at most half an hour
 
 
 def test_a_driver_without_energy_readings_should_be_updated(gpu_here, tmp_path_factory):

@@ -53,7 +53,7 @@ def check(tmp_path, after, gates="metric,step_time>5%", named=True, strict=False
         path.rmdir()
         write_run(tmp_path, lines, name=AFTER, environment=environment)
 
-    found.judge(path, run_more, Settings())
+    found.judge(path, run_more, lambda workload: Settings())
     return found
 
 
@@ -103,9 +103,26 @@ def test_rows_are_measured_again_from_a_seed_that_was_not_lost(tmp_path):
     from mpscale.core.runs import read_run
 
     run = read_run(write_run(tmp_path, finished(cases((math.nan, math.nan, 0.9, 0.9, 0.9)))))
-    further = further_cases(run, {("toy", "fp32"): 1}, Settings())
+    further = further_cases(run, {("toy", "fp32"): 1}, lambda workload: Settings())
     assert {(case.seed, case.trains) for case in further} == {(2, False)}
     assert len(further) == 6
+
+
+def test_a_row_of_a_sweep_is_measured_again_with_its_batch_and_scale(tmp_path):
+    from mpscale.core.runs import read_run
+
+    swept = [
+        record("mixed-static", seed, case_id=f"{batch}-{seed}", swept_batch=batch, swept_scale=8.0,
+               step_time_ms_median=1.0)
+        for batch in (64, 256)
+        for seed in (0, 1)
+    ]  # fmt: skip
+    run = read_run(write_run(tmp_path, finished(swept)))
+    further = further_cases(run, {("toy @256", "mixed-static @8"): 1}, lambda workload: Settings(train_steps=7))
+    assert [case.id for case in further] == [f"toy--mixed-static--batch256--scale8--s0--r{n}" for n in (1, 2, 3, 4)]
+    assert {(c.settings.batch_size, c.settings.static_scale, c.settings.train_steps) for c in further} == {
+        (256, 8.0, 7)
+    }
 
 
 def opened(tmp_path, baseline, named=False, gates="metric"):

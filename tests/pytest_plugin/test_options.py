@@ -60,6 +60,12 @@ def test_dynamic_scale_is_refused_in_the_words_of_its_class(text, values):
         ("--mp-dynamic-scale", "hysteresis", "expected a number such as 1024 or 2**24"),
         ("--mp-dynamic-scale", "start=4", "'start' is not one of initial"),
         ("--mp-static-scale", "large", "expected a number such as 1024 or 2**24"),
+        *[
+            ("--mp-batch-size", text, "expected an integer of at least 1")
+            for text in ["0", "64,", "8,0", "", "6.5", "a"]
+        ],
+        ("--mp-static-scale", "8,", "expected a number such as 1024 or 2**24"),
+        ("--mp-static-scale", "8,0", "above 0"),
         ("--mp-seeds", "0", "expected an integer of at least 1"),
         ("--mp-repeats", "some", "expected an integer of at least 0"),
         ("--mp-timeout", "0", "expected a number of seconds above 0"),
@@ -84,10 +90,24 @@ def test_a_time_may_be_written_as_a_power(text):
 
 
 def test_static_scale_has_the_limits_of_its_class():
-    assert parse("--mp-static-scale", "2**24") == 2.0**24
+    assert parse("--mp-static-scale", "2**24") == (2.0**24,)
     with pytest.raises(ValueError) as meant:
         StaticLossScale(2.0**127)
     assert refusal("--mp-static-scale", "2**127") == str(meant.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "values"),
+    [
+        ("--mp-batch-size", "64", (64,)),
+        ("--mp-batch-size", "256, 64,1024", (64, 256, 1024)),
+        ("--mp-batch-size", "64,64", (64,)),
+        ("--mp-static-scale", "2**24,8,128", (8.0, 128.0, 2.0**24)),
+        ("--mp-static-scale", "128,2**7", (128.0,)),
+    ],
+)
+def test_several_values_are_rising_and_each_there_once(option, text, values):
+    assert parse(option, text) == values
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot tie processes to cores")

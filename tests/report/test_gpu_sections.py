@@ -89,3 +89,24 @@ def test_a_refused_ratio_is_explained(tmp_path):
 def test_a_stand_in_gpu_is_called_one(tmp_path):
     text = rendered(tmp_path, record("fp32", **FULL), device={**GPU, "name": "mpscale stand-in A100"})
     assert "the CPU trained, and a script" in text
+
+
+RATES = {"flops_per_step": 5_224_693_497_856, "tflops": 535.4, "tflops_while_busy": 560.0}
+SHARES = {"tflops_peak": 989.5, "peak_share": 0.541, "peak_share_while_busy": 0.566}
+
+
+def test_the_arithmetic_of_a_step_has_its_table(tmp_path):
+    text = rendered(tmp_path, record("mixed-dynamic", **FULL, **RATES, **SHARES), device=GPU)
+    assert rows(text, "Arithmetic") == [
+        ["toy", "mixed-dynamic", "5.22 T", "535", "560", "990", "54 %", "57 %"],
+    ]
+    assert "Peaks are NVIDIA's" in text
+
+
+def test_columns_of_the_peak_are_left_out_where_no_row_has_one(tmp_path):
+    fp32 = {"flops_per_step": 4160, "tflops": 0.00025}
+    text = rendered(tmp_path, record("fp32", **fp32), record("mixed-bf16", flops_per_step=4160))
+    assert list(table(text, "Arithmetic")[0]) == ["workload", "mode", "FLOPs per step", "TFLOP/s"]
+    assert rows(text, "Arithmetic")[0][2:] == ["4.16 k", "0.000250"]
+    assert "most CPUs emulate float16" in text
+    assert "## Arithmetic" not in rendered(tmp_path / "older", record("fp32", step_time_ms_median=1.0))

@@ -29,6 +29,7 @@ class Outcome:
     row: dict[str, Any] = field(default_factory=dict)
     missed: dict[str, Reason] = field(default_factory=dict)
     phases: list[str] = field(default_factory=list)
+    sent: list[Any] = field(default_factory=list)
 
     @property
     def record(self):
@@ -41,6 +42,9 @@ class Outcome:
 
     def miss(self, columns, reason):
         self.missed |= dict.fromkeys(columns, reason)
+
+    def send(self, event):
+        self.sent.append(event)
 
     def phase(self, phase):
         self.phases.append(phase)

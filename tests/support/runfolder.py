@@ -46,6 +46,7 @@ def finished(records: Iterable[Record]) -> list[dict[str, Any]]:
 def started(one: Record, attempt: int = 1, order: int = 0) -> dict[str, Any]:
     """The event at the start of a case."""
     identity = {name: one[name] for name in ("workload", "mode", "seed", "repeat")}
+    identity |= {name: one[name] for name in ("swept_batch", "swept_scale") if one[name] is not None}
     return {
         "event": "case_started",
         "case_id": one["case_id"],

@@ -181,7 +181,7 @@ def test_a_dry_run_lists_the_cases(run_suite):
     done = run_suite("--collect-only", "-q")
     assert done.code == 0, done.output
     assert "test_training[mnist1d-cnn-mixed-bf16-seed2]" in done.output
-    assert "36 tests collected" in done.output
+    assert "81 tests collected" in done.output
     assert done.path is None
 
 
@@ -195,8 +195,8 @@ def test_parallel_cases_are_refused(run_suite):
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        pytest.param(["--benchmark-skip"], 0, "3 skipped", id="benchmark-skip"),
-        pytest.param(["-k", "nothing"], 5, "3 deselected", id="nothing chosen"),
+        pytest.param(["--benchmark-skip"], 0, "6 skipped", id="benchmark-skip"),
+        pytest.param(["-k", "nothing"], 5, "6 deselected", id="nothing chosen"),
         pytest.param(["--mp-modes", "fp32,fp61"], 4, "no mode is called 'fp61'", id="unknown mode"),
         pytest.param(["--mp-modes", "mixed-dynamc"], 4, "did you mean mixed-dynamic?", id="misspelt mode"),
         pytest.param(["--mp-workloads", "mnist"], 4, "the workloads are mnist1d-mlp", id="unknown workload"),

@@ -80,6 +80,7 @@ STEPS = ("steps-synchronised", "steps-queued")
     [
         pytest.param(case(without=TRAINING), {EVALUATION: Code.NOT_ASKED_FOR}, id="it only times"),
         pytest.param(case(without=TIMING), {EVALUATION: Code.NEVER_HAPPENED}, id="it only trains"),
+        pytest.param(case(without=("metric-tried", "evaluated")), {EVALUATION: Code.NOT_ASKED_FOR}, id="no metric"),
         pytest.param(
             case(without=(*STEPS, *TRAINING, *TIMING, "done")),
             dict.fromkeys((SYNCHRONISED, QUEUED, EVALUATION), Code.NOT_REACHED),

@@ -75,3 +75,14 @@ def test_a_cpu_has_reasons_and_takes_no_more_steps():
 def test_nothing_is_profiled_without_timing(on_an_h200):
     assert "profiled" not in timed(timing_s=0.0).phases
     assert on_an_h200 == []
+
+
+def test_a_case_knows_its_flops_and_how_fast_they_are_computed(on_an_h200):
+    found = train(workload(dense(), lambda: split(*blobs())), "fp32", timing_s=0.05, timing_blocks=10)
+    (steps,) = on_an_h200
+    # 2 to 8 to 3, 20 examples; nothing needs the gradient of the first layer's inputs.
+    flops = 2 * 20 * (2 * 2 * 8 + 3 * 8 * 3)
+    assert found.row["flops_per_step"] == flops
+    assert found.row["tflops"] == pytest.approx(flops / found.row["step_time_ms_median"] / 1e9)
+    assert found.row["tflops_while_busy"] == pytest.approx(flops / (KERNELS_MS / steps) / 1e9)
+    assert {found.missed[name].code for name in ("tflops_peak", "peak_share")} == {Code.NO_GPU}

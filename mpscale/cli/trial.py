@@ -1,0 +1,94 @@
+"""What the commands that train outside of a run have in common: `fit` and `probe`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mpscale.cli.output import RESULTS, add_output_options, check_output
+from mpscale.config import SettingsError, add_results_option, number, seconds, why_not_writable
+from mpscale.terminal import as_typed
+
+if TYPE_CHECKING:
+    from mpscale.core.device import Device
+    from mpscale.harness.supervisor import Options
+    from mpscale.telemetry.client import Driver
+    from mpscale.workloads import Workload
+
+at_least_1 = number(int, lambda value: value >= 1, "an integer of at least 1")
+"""The type of an option that takes a number of things."""
+
+
+def add_workload(parser: argparse.ArgumentParser) -> None:
+    """Add the workload, an argument that has no option's name."""
+    parser.add_argument("workload", metavar="WORKLOAD", type=as_typed, help="`mpscale workloads` lists them")
+
+
+def add_training_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the options that say how to train and where the result goes; ``what`` has the time limit."""
+    parser.add_argument(
+        "--jit", choices=("auto", "on", "off"), default="auto", help="compile train steps with XLA (default: auto: on)"
+    )
+    parser.add_argument(
+        "--timeout", type=seconds, default=900.0, metavar="SECONDS", help=f"time limit for {what} (default: 900)"
+    )
+    parser.add_argument(
+        "--gpu-allocator",
+        choices=("auto", "cuda_malloc_async", "bfc"),
+        default="auto",
+        help="TensorFlow's GPU memory allocator (default: auto, which is cuda_malloc_async, or bfc if that fails)",
+    )
+    add_results_option(parser.add_argument, default=RESULTS)
+    add_output_options(parser)
+
+
+@contextmanager
+def prepared(options: argparse.Namespace, kind: Literal["fit", "probe"]) -> Iterator[tuple[Workload, Device, Driver]]:
+    """Check what can be checked before a training, and open the driver for as long as it lasts.
+
+    Raises:
+        SettingsError: the workload, the results folder or the device that is asked for cannot be used.
+    """
+    from mpscale.core.device import NoSuchDevice, find_device
+    from mpscale.telemetry import host
+    from mpscale.telemetry.client import open_driver
+    from mpscale.workloads import registry
+
+    check_output(options.output)
+    try:
+        with registry.without_gpus():
+            workload = registry.get(options.workload, [Path.cwd()])
+    except registry.UnknownWorkload as error:
+        raise SettingsError(str(error)) from error
+    if why_not := why_not_writable(options.results / kind):
+        raise SettingsError(f"--results: {options.results} is not a folder that can be written to ({why_not})")
+    # As after Ctrl-C: keep what is known.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    driver = open_driver()
+    try:
+        yield workload, find_device(driver.devices, os.environ, host.cpu()), driver
+    except NoSuchDevice as error:
+        raise SettingsError(str(error)) from error
+    finally:
+        driver.close()
+
+
+def supervisor_options(options: argparse.Namespace, memory_limit_mib: float | None = None) -> Options:
+    """How the cases of a trial are made."""
+    from mpscale.harness.supervisor import Options
+
+    return Options(
+        results=options.results,
+        project=Path.cwd(),
+        start_method="fork",
+        timeout_s=options.timeout,
+        asked={},
+        gpu_allocator=options.gpu_allocator,
+        keep_suspect=True,
+        memory_limit_mib=memory_limit_mib,
+    )

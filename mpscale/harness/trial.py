@@ -1,0 +1,62 @@
+"""Trials: cases that belong to no run, as `mpscale fit` and `mpscale probe` need them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from mpscale.core.case import Case
+from mpscale.core.columns import METHOD_VERSION
+from mpscale.core.device import Device
+from mpscale.core.record import Record
+from mpscale.harness.supervisor import Outcome
+from mpscale.telemetry.client import Driver
+from mpscale.telemetry.host import environment, run_slug
+
+
+class Runner(Protocol):
+    """What runs a case: a :class:`~mpscale.harness.supervisor.Supervisor`."""
+
+    def run(self, case: Case, steps_path: None, gpu_path: None, outcome: Outcome, attempt: int = 1) -> None:
+        """Run a case to its end, and say in ``outcome`` what became of it."""
+
+    def close(self) -> None:
+        """End whatever outlives a case."""
+
+
+def attempt(runner: Runner, case: Case) -> Outcome:
+    """Run a case, again as long as a failure may be due to the allocator that it was started with."""
+    for number in range(1, 6):
+        outcome = Outcome(Record({**case.identity(), "batch_size": case.settings.batch_size}))
+        runner.run(case, None, None, outcome, number)
+        if outcome.again is None:
+            break
+    return outcome
+
+
+def new_folder(
+    results: Path, kind: Literal["fit", "probe"], device: Device, driver: Driver, asked: Mapping[str, Any]
+) -> tuple[Path, dict[str, Any]]:
+    """Make the folder of a trial, ``<results>/<kind>/<name>/``; return it and what its JSON file says about it.
+
+    It is not among the runs, which are trainings as their workloads ask for: `latest`, comparisons and histories must
+    not meet it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    started = datetime.now(UTC)
+    name = f"{started:%Y%m%dT%H%M%SZ}-{run_slug(device)}-{secrets.token_hex(2)}"
+    folder = results / kind / name
+    folder.mkdir(parents=True)
+    return folder, {
+        kind: name,
+        "method_version": METHOD_VERSION,
+        "started": started.isoformat(timespec="seconds"),
+        "finished": False,
+        "environment": environment(device, driver, Path.cwd()),
+        "settings": dict(asked),
+    }

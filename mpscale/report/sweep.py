@@ -1,0 +1,116 @@
+"""The sections of a sweep: what the batch does to speed and memory, and the constant loss scale to training."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+from mpscale.analysis.summary import Row, summary_of
+from mpscale.core.case import scale_text
+from mpscale.core.record import place_of, values_of
+from mpscale.core.runs import Run
+from mpscale.report.sections import (
+    final_metric,
+    measured,
+    metric_why,
+    overflow_steps,
+    peak_memory,
+    speedup,
+    statuses,
+    step_time,
+)
+from mpscale.report.table import DASH, Table, count, metric_difference, number, share
+
+_NOTE_ON_BATCHES = (
+    "A mode is compared with fp32 of the same batch, from the same weights and with the same order of the data. All "
+    "batches take the same number of steps, so a training with a larger one sees more examples: metrics of different "
+    "batches do not show what a mode does. Where a speed-up still grows at the largest batch, a larger one may show "
+    "more; where it is in parentheses, the batch is too small or the measurement too uncertain to show anything."
+)
+_NOTE_ON_SCALES = (
+    "Every scale is compared with the same fp32 training. A scale that is too large overflows, and its steps are "
+    "skipped; one that is too small lets gradients vanish, which no column counts: it shows in the metric, and in "
+    "`mpscale probe`."
+)
+
+
+def by_batch(run: Run) -> list[Table | str]:
+    """Show step time, throughput, speed-up and memory of each mode over the batch; nothing if there is one batch."""
+    rows = of_batches(run)
+    if not rows:
+        return []
+    rates = throughput(run)
+    cells: dict[str, Callable[[Row], str]] = {
+        "workload": lambda row: row["workload"],
+        "mode": lambda row: place_of(row)[1],
+        "batch": lambda row: count(row["swept_batch"]),
+        "step time": step_time,
+        "examples per second": lambda row: number(rates.get(place_of(row)), 4),
+        "speed-up over fp32": lambda row: speedup(row, "fp32"),
+        "speed-up over tf32": lambda row: speedup(row, "tf32"),
+        "peak memory": peak_memory,
+        "GPU memory over fp32": lambda row: number(row["gpu_memory_ratio"]),
+        "status": _status,
+    }
+    table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
+    return [table.without_blank("speed-up over tf32", "GPU memory over fp32", "status"), _NOTE_ON_BATCHES]
+
+
+def by_scale(run: Run) -> list[Table | str]:
+    """Show overflow and metric of each mode over its constant loss scale; nothing if there is one scale."""
+    rows = [row for row in summary_of(run) if row["swept_scale"] is not None]
+    if not rows:
+        return []
+    cells: dict[str, Callable[[Row], str]] = {
+        "workload": lambda row: place_of(row)[0],
+        "mode": lambda row: row["mode"],
+        "loss scale": lambda row: scale_text(row["swept_scale"]),
+        "overflow steps": overflow_steps,
+        "share of steps": lambda row: share(row["overflow_rate"], 1),
+        "final metric": final_metric,
+        "against fp32": lambda row: metric_difference(
+            row["metric_difference"], row["metric_difference_low"], row["metric_difference_high"], row["metric_name"]
+        ),
+        "verdict": lambda row: ": ".join(filter(None, (row["metric_verdict"], metric_why(row)))) or DASH,
+        "status": _status,
+    }
+    table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
+    return [table.without_blank("status"), _NOTE_ON_SCALES]
+
+
+def of_batches(run: Run) -> Sequence[Row]:
+    """Return the rows of a sweep over batches by workload and mode, with rising batch; none without such a sweep."""
+    rows = [row for row in summary_of(run) if row["swept_batch"] is not None]
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    modes = list(dict.fromkeys(place_of(row)[1] for row in rows))
+    return sorted(
+        rows, key=lambda row: (workloads.index(row["workload"]), modes.index(place_of(row)[1]), row["swept_batch"])
+    )
+
+
+def throughput(run: Run) -> Mapping[tuple[str, str], float]:
+    """Return examples per second by row, the geometric mean over processes of seeds that ended well."""
+    rates = {
+        (workload, mode): values_of(records, "examples_per_s") for workload, mode, records in measured(run, good=True)
+    }
+    return {place: statistics.geometric_mean(known) for place, known in rates.items() if known}
+
+
+def _status(row: Row) -> str:
+    return DASH if row["ok"] == row["cases"] and not row["not_started"] else statuses(row)
+
+
+def sentence(rows: Sequence[Row]) -> str:
+    """Say which batches and scales there are, and what a mode is compared with; empty without a sweep."""
+    batches, scales = (sorted({row[name] for row in rows} - {None}) for name in ("swept_batch", "swept_scale"))
+    parts = []
+    if batches:
+        parts.append(f"batches of {_and(list(map(count, batches)))}")
+    if scales:
+        parts.append(f"constant loss scales of {_and(list(map(scale_text, scales)))}")
+    of = " of the same batch" if batches else ""
+    return f"It is a sweep over {', and over '.join(parts)}; a mode is compared with fp32{of}." if parts else ""
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,74 @@
+"""The workloads that leave float16's range at one of its ends, and so show what a loss scale is for."""
+
+import keras
+import numpy as np
+import pytest
+from support import one_case
+
+from mpscale.config import PRESETS
+from mpscale.workloads import registry
+
+CHANCE = np.log(10)
+"""The loss of a model that knows nothing about ten classes."""
+
+
+def trained(name, mode, steps):
+    try:
+        return one_case.train(registry.get(name), mode, jit=True, train_steps=steps)
+    finally:
+        keras.utils.clear_session()
+
+
+@pytest.fixture(scope="module")
+def padded():
+    return {mode: trained("padded-gru", mode, 160) for mode in ("mixed-unscaled", "mixed-dynamic")}
+
+
+@pytest.fixture(scope="module")
+def diabetes():
+    return {mode: trained("diabetes-sum", mode, 150) for mode in ("fp32", "mixed-static", "mixed-dynamic")}
+
+
+def test_without_a_scale_a_recurrent_layer_behind_padding_learns_nothing(padded):
+    assert padded["mixed-unscaled"].status == "ok"  # nothing overflows, so nothing warns of it
+    assert padded["mixed-unscaled"].row["train_loss_final"] == pytest.approx(CHANCE, abs=0.02)
+    assert padded["mixed-unscaled"].row["final_accuracy"] < 0.15
+
+
+def test_with_a_scale_it_learns(padded):
+    assert padded["mixed-dynamic"].row["train_loss_final"] < 2.0
+    assert padded["mixed-dynamic"].row["final_accuracy"] > 0.5
+
+
+@pytest.fixture(scope="module")
+def beam():
+    return {mode: trained("beam-strain", mode, 200) for mode in ("fp32", "mixed-static", "mixed-dynamic")}
+
+
+def test_a_scale_of_128_is_too_small_for_a_loss_of_strain(beam):
+    # Nothing overflows, and the last layer, which is float32, learns.
+    assert (beam["mixed-static"].status, beam["mixed-static"].row["overflow_steps"]) == ("ok", 0)
+    assert beam["mixed-static"].row["metric_value"] < beam["fp32"].row["metric_value"] - 0.2
+
+
+def test_a_dynamic_scale_starts_high_enough_for_it(beam):
+    assert beam["mixed-dynamic"].row["metric_value"] == pytest.approx(beam["fp32"].row["metric_value"], abs=0.01)
+
+
+def test_a_scale_of_128_is_too_large_for_a_sum_of_squares(diabetes):
+    assert diabetes["mixed-static"].status == "stalled"
+    assert diabetes["mixed-static"].row["overflow_steps"] == 150
+
+
+def test_a_dynamic_scale_falls_until_it_fits(diabetes):
+    dynamic = diabetes["mixed-dynamic"].row
+    assert 5 < dynamic["overflow_steps"] < 30
+    assert dynamic["loss_scale_final"] < 128
+    assert dynamic["metric_value"] == pytest.approx(diabetes["fp32"].row["metric_value"], abs=3.0)
+
+
+@pytest.mark.parametrize("preset", ["small", "full"])
+def test_presets_train_them_without_a_scale_too(preset):
+    for name in ("padded-gru", "beam-strain", "diabetes-sum"):
+        assert name in PRESETS[preset].workloads
+        assert "mixed-unscaled" in PRESETS[preset].apart[name].modes
