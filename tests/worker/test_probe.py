@@ -88,6 +88,7 @@ def test_the_first_step_the_last_and_some_between_are_looked_at(steps, looks, ex
 
 
 def probe(model, data=None, looks=2, **options):
+    keras.utils.clear_session()  # Keras numbers the names of layers by what the process has made before.
     given = workload(model, lambda: data or split(*blobs()), train_steps=12, **options)
     return train(given, looks=looks)
 
