@@ -27,6 +27,8 @@ PARAMETERS = {
 SLOTS = {"resnet50": 1, "wide-mlp": 1, "lstm-lm": 0}
 """Numbers that the optimizer keeps per parameter; two by default."""
 MODES = ("mixed-static", "mixed-dynamic", "mixed-bf16", "mixed-unscaled", "mixed-keras")
+ONLY_CONVOLUTIONS = ("resnet50", "efficientnet-b0", "unet")
+"""Networks without a layer that Keras trains in float8; their last one is float32."""
 PAIRS = [
     # EfficientNet is made like ResNet and takes as long, so it comes with the slow tests only.
     pytest.param(name, mode, marks=[pytest.mark.slow] if name == "efficientnet-b0" else [])
@@ -113,7 +115,11 @@ def test_a_tiny_workload_trains_the_same_in_fp32_and_in_another_mode(name, mode)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "mixed-logmax", "article", "mixed-fp8"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tiny_workload_trains_the_same_in_every_mode(name, mode):
-    check(name, mode)
+    if mode == "mixed-fp8" and name in ONLY_CONVOLUTIONS:
+        outcome = trained(name, mode)
+        assert outcome.status == "unsupported" and "Dense and EinsumDense" in outcome.reason
+    else:
+        check(name, mode)
