@@ -15,7 +15,7 @@ from mpscale.core.blocks import FASTER, group_columns
 from mpscale.core.case import CaseId
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
-from mpscale.core.record import Record
+from mpscale.core.record import Record, misfit
 
 IDENTITY = ("workload", "mode", "seed", "repeat")
 """The columns that say which case a record is of."""
@@ -224,7 +224,12 @@ class _Told:
         names, numbers = (case.get("workload"), case.get("mode")), (case.get("seed"), case.get("repeat"))
         rest = (case.get("order"), case.get("attempts") if attempt is None else attempt)
         known = (*numbers, *(number for number in rest if number is not None))
-        if all(type(name) is str for name in names) and all(type(n) is int and abs(n) < 2**63 for n in known):
+        swept = [name for name in SWEPT if case.get(name) is not None]
+        if (
+            all(type(name) is str for name in names)
+            and all(type(n) is int and abs(n) < 2**63 for n in known)
+            and all(misfit(name, case[name]) is None for name in swept)
+        ):
             # Nearly all cases end, so their records without an end would be made for nothing.
             self.records[case_id] = _PENDING
             self.started[case_id] = case, attempt

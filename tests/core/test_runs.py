@@ -208,6 +208,34 @@ def test_a_result_counts_even_if_the_start_of_the_case_is_broken(tmp_path):
     assert "line 4: the event lacks 'case'" in run.problems[0]
 
 
+@pytest.mark.parametrize("end", ["no end", "a broken end", "a good end"])
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("swept_batch", 0),
+        ("swept_batch", True),
+        ("swept_batch", 10**30),
+        ("swept_batch", "64"),
+        ("swept_scale", -1.0),
+        ("swept_scale", [128]),
+        ("seed", 2**63),
+        ("repeat", 0.5),
+        ("order", "first"),
+        ("mode", 3),
+        ("workload", None),
+    ],
+)
+def test_a_start_with_an_odd_fact_costs_no_other_case(tmp_path, fact, value, end):
+    start = started(record(), order=1)
+    start["case"][fact] = value
+    done = {"event": "case_finished", "case_id": record()["case_id"], "record": record().to_json()}
+    ends = {"no end": [], "a broken end": [{**done, "record": {"seed": "zero"}}], "a good end": [done]}
+    run = read_run(write_run(tmp_path, [*finished([record(seed=1)]), start, *ends[end], *finished([record(seed=2)])]))
+    statuses = {one["seed"]: one["status"] for one in run.records}
+    assert statuses == {0: "ok" if end == "a good end" else "invalid", 1: "ok", 2: "ok"}
+    assert fact in "".join(run.problems)
+
+
 def test_a_case_can_be_identified_by_its_id_alone(tmp_path):
     lost = {"event": "case_finished", "case_id": "a+b--mixed-static--s3--r2", "record": {"status": "ok"}}
     nameless = {"event": "case_finished", "case_id": "x", "record": {"status": "ok"}}
