@@ -1,19 +1,9 @@
-"""The files of a report: report.html, report.md, summary.csv and cases.csv, all made from the run's journal.
-
-report.html is complete in itself: it has no script and loads nothing, which its content security policy enforces. It
-can be mailed, kept as an artifact of a nightly build or opened offline.
-"""
+"""The files of a report: report.html, report.md, summary.csv and cases.csv, all made from the run's journal."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
-from importlib.resources import files
+from collections.abc import Mapping
 from pathlib import Path
-from string import Template
-
-from markdown_it import MarkdownIt
 
 from mpscale.analysis.noise_floor import floors_of
 from mpscale.analysis.probe import probes_of
@@ -22,22 +12,14 @@ from mpscale.core.cases_csv import read_cases
 from mpscale.core.record import Record, to_csv
 from mpscale.core.run_folder import write_cases
 from mpscale.core.runs import Run, RunError, read_run
-from mpscale.report.document import Document, document, render
-from mpscale.report.figures import Picture
+from mpscale.report.document import document, render
+from mpscale.report.page import page
 from mpscale.report.run_figures import gains, training
 from mpscale.report.sweep_figure import over_batch
-from mpscale.report.table import Table, plural
+from mpscale.report.table import plural
 
 WRITTEN = ("report.html", "report.md", "summary.csv", "cases.csv")
 """Names of the files; the one to look at comes first."""
-
-_FOLDED = ("Environment", "Settings", "Missing values")
-"""Sections for looking things up, folded at first."""
-
-_SENTENCES = ("Cases that did not end well", "Largest batches", "Tries", *_FOLDED)
-"""Sections whose tables have cells long enough to be broken into lines."""
-
-_PICTURES_AFTER = "Results"
 
 
 def rebuild(run_dir: str | Path) -> Run:
@@ -121,58 +103,3 @@ def write_whole(folder: Path, files: Mapping[str, str]) -> None:
 def _write(path: Path, text: str) -> None:
     # run.json holds names of folders and variables, which need not be valid text.
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
-    """Return the report as one page of HTML.
-
-    Args:
-        document: the report.
-        pictures: shown after the results.
-    """
-    # HTML is shown as text: names come from users' own suites, and a crash may print anything.
-    markdown = MarkdownIt("commonmark", {"html": False})
-    body = [f"<h1>{escape(document.title)}</h1>"]
-    if document.when:
-        body.append(f'<p class="when">{markdown.renderInline(document.when)}</p>')
-    body += [markdown.render(document.findings), _contents(document.sections)]
-    for title, parts in document.sections.items():
-        shown = (_table(part) if isinstance(part, Table) else markdown.render(part) for part in parts)
-        body.append(_section(title, "\n".join(shown)))
-        if title == _PICTURES_AFTER:
-            body += [_figure(picture) for picture in pictures]
-    template, style = (files(__package__).joinpath(name).read_text("utf-8") for name in ("page.html", "page.css"))
-    return Template(template).substitute(title=escape(document.title), style=style, body="\n".join(body))
-
-
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(header)}</th>" for header in table.headers)
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in table.rows)
-    body = f"<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{rows}</tbody>"
-    return f'<div class="wide" tabindex="0"><table>\n{body}\n</table></div>'
-
-
-def _contents(titles: Iterable[str]) -> str:
-    links = "\n".join(f'<li><a href="#{_anchor(title)}">{escape(title)}</a></li>' for title in titles)
-    return f'<nav aria-label="Sections"><ul>\n{links}\n</ul></nav>'
-
-
-def _section(title: str, text: str) -> str:
-    heading = f"<h2>{escape(title)}</h2>"
-    kind = ' class="sentences"' if title in _SENTENCES else ""
-    if title in _FOLDED:
-        # The id is inside the fold, so that a link to it unfolds it.
-        return f'<details><summary>{heading}</summary>\n<div id="{_anchor(title)}"{kind}>{text}</div></details>'
-    return f'<section id="{_anchor(title)}"{kind}>{heading}\n{text}</section>'
-
-
-def _figure(picture: Picture) -> str:
-    svg = picture.svg.replace("<svg", f'<svg role="img" aria-label="{escape(picture.title)}"', 1)
-    return (
-        f'<figure id="{_anchor(picture.title)}"><h3>{escape(picture.title)}</h3>\n<div class="paper">{svg}</div>\n'
-        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
-    )
-
-
-def _anchor(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

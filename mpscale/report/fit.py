@@ -12,7 +12,8 @@ from mpscale.core.reason import Reason
 from mpscale.core.record import to_csv
 from mpscale.report.document import Document, facts, when
 from mpscale.report.document import render as as_markdown
-from mpscale.report.files import page, write_whole
+from mpscale.report.files import write_whole
+from mpscale.report.page import page
 from mpscale.report.table import DASH, Table, escape, json_text, large, number
 
 _CSV = ("workload", "mode", "device_name", "memory_limit_mib", *ROW, "baseline", "unavailable")

@@ -11,7 +11,8 @@ from mpscale.analysis.probe import ALL, HEADROOM, Look, Probe, advise
 from mpscale.core.magnitudes import LARGEST_FLOAT16
 from mpscale.report.document import Document, facts, when
 from mpscale.report.document import render as as_markdown
-from mpscale.report.files import page, write_whole
+from mpscale.report.files import write_whole
+from mpscale.report.page import page
 from mpscale.report.probe_figure import picture
 from mpscale.report.probe_tables import ROW, looks, percent, sentences, summary, table, values
 from mpscale.report.table import Table, escape, json_text, number

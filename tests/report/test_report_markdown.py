@@ -16,7 +16,8 @@ from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.runs import read_run
 from mpscale.report.document import document, render
-from mpscale.report.files import WRITTEN, page, rebuild
+from mpscale.report.files import WRITTEN, rebuild
+from mpscale.report.page import page
 from mpscale.report.run_figures import gains
 from mpscale.report.sections import results
 from mpscale.report.table import DASH, Table, escape
