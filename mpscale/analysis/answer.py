@@ -1,12 +1,186 @@
-"""What a run answers: is mixed precision worth it here, what does it buy, what does it cost, can it be trusted?"""
+"""What a run answers: is mixed precision worth it here, what does it buy, what does it cost, can it be trusted?
+
+This decides, in codes and numbers; report/first_screen.py has the words.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, StrEnum, auto
+from functools import lru_cache
 from typing import Any
 
-from mpscale.analysis.claim import doubts_of
+from mpscale.analysis.claim import Doubt, doubts_of
 from mpscale.analysis.quantities import Verdict
+from mpscale.analysis.summary import Row, summary_of
+from mpscale.core.columns import FAILED, LOST, METHOD_VERSION
+from mpscale.core.device import Device
+from mpscale.core.mode import MODES, Mode, is_mixed
+from mpscale.core.record import place_of
+from mpscale.core.runs import Run
+
+SAVES_MEMORY = 0.95
+"""The ratio of peak memory from which on memory counts as saved: a smaller saving is no reason to change the mode."""
+
+_GAIN = 1.05
+"""An estimate above this may be a gain that wide intervals hide, so the answer is not a plain no."""
+
+
+class Worth(StrEnum):
+    """The answer to: is mixed precision worth it here?"""
+
+    YES = auto()
+    """On every workload, some mode is faster or saves memory and trains as well as fp32."""
+    PARTLY = auto()
+    """On some workloads."""
+    NO = auto()
+    """No mode is faster or saves memory without a loss, and no estimate suggests that more processes would show it."""
+    NOT_SHOWN = auto()
+    """Some estimates suggest a gain, but their intervals or their accuracies show none."""
+    CANNOT_TELL = auto()
+    """No claim can be made about any speed, for the reasons in :attr:`Answer.weaknesses`."""
+    NOTHING = auto()
+    """There is no mixed mode beside a baseline."""
+
+
+class Outcome(Enum):
+    """What a mode does for a workload, all in all."""
+
+    GOOD = auto()
+    BAD = auto()
+    UNKNOWN = auto()
+
+
+class Weakness(StrEnum):
+    """What weakens the figures of a run."""
+
+    EMULATED = auto()
+    """It ran on a CPU, which emulates the low precision."""
+    STAND_IN = auto()
+    """The GPU is a stand-in for tests."""
+    ONE_PROCESS = auto()
+    IDLE = auto()
+    DISPATCH = auto()
+    BUSY = auto()
+    TWO_LEVELS = auto()
+    WITHOUT_XLA = auto()
+    FEW_SEEDS = auto()
+    """Too few seeds to tell if the metric is as good as fp32's."""
+    NO_METRIC = auto()
+    """Workloads without a metric: whether they train as well is not known."""
+    NO_BASELINE = auto()
+    LOST_CASES = auto()
+    """Cases that failed, were interrupted or were left out as suspicious."""
+    NOT_STARTED = auto()
+    UNFINISHED = auto()
+    UNREADABLE = auto()
+    OLDER_METHOD = auto()
+
+
+_OF_DOUBT = {
+    Doubt.IDLE: Weakness.IDLE,
+    Doubt.DISPATCH: Weakness.DISPATCH,
+    Doubt.BUSY: Weakness.BUSY,
+    Doubt.ONE_PAIR: Weakness.ONE_PROCESS,
+}
+
+
+class Advice(StrEnum):
+    """What to do next."""
+
+    USE = auto()
+    """Train with :attr:`Answer.mode`."""
+    STAY = auto()
+    """Stay with float32; :attr:`Answer.mode` is the one for those who train in float16 all the same."""
+    MEASURE = auto()
+    """Measure again, in a way that removes the weaknesses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What a mode does for a workload.
+
+    Args:
+        row: of the summary.
+        speed: the verdict on its speed; None without a ratio.
+        doubts: what speaks against a claim about its speed.
+        quality: the verdict on its metric; None if it has none.
+        lost: how many of its trainings ended without a usable result.
+        outcome: all in all.
+    """
+
+    row: Row
+    speed: Verdict | None
+    doubts: tuple[Doubt, ...]
+    quality: Verdict | None
+    lost: int
+    outcome: Outcome
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as fast as the baseline; None if it is not known."""
+        return _speedup(self.row)[0]
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """The 95 % interval of the ratio; None if a single pair of processes cannot give it."""
+        _, low, high = _speedup(self.row)
+        return None if low is None or high is None else (low, high)
+
+    @property
+    def mode(self) -> Mode | None:
+        """What is known of the mode; None for that of another version."""
+        return MODES.get(self.row["mode"])
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the mode is a control experiment."""
+        return self.mode is not None and self.mode.is_control
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a run answers.
+
+    Args:
+        worth: the answer in a word.
+        advice: what to do.
+        mode: the name of the mode that the advice is about, as tables show it; None if it is about none.
+        baselines: the row that each workload's modes are compared with; None if there is none.
+        cells: by workload and mode, as tables name them; only modes below float32.
+        good: workloads on which some mode is good.
+        weaknesses: what weakens the figures, with the number of rows or cases that it applies to.
+        noise: the median half-width of the intervals of speed-ups, as a ratio minus 1; None if there are none.
+    """
+
+    worth: Worth
+    advice: Advice
+    mode: str | None
+    baselines: Mapping[str, Row | None]
+    cells: Mapping[str, Mapping[str, Cell]]
+    good: tuple[str, ...]
+    weaknesses: Mapping[Weakness, int]
+    noise: float | None
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes of the columns, in order: those of mpscale in its own order, control experiments last."""
+        found = {name: cell for cells in self.cells.values() for name, cell in cells.items()}
+        order = {name: place for place, name in enumerate(MODES)}
+        return tuple(sorted(found, key=lambda name: (found[name].is_control, order.get(found[name].row["mode"], 99))))
+
+    @property
+    def serious(self) -> tuple[Cell, ...]:
+        """The cells of modes that somebody may use: all but control experiments."""
+        return tuple(cell for cells in self.cells.values() for cell in cells.values() if not cell.is_control)
+
+    @property
+    def controls(self) -> tuple[Cell, ...]:
+        """The cells of control experiments."""
+        return tuple(cell for cells in self.cells.values() for cell in cells.values() if cell.is_control)
 
 
 def speed_verdict(row: Mapping[str, Any]) -> Verdict | None:
@@ -15,10 +189,150 @@ def speed_verdict(row: Mapping[str, Any]) -> Verdict | None:
     ``FASTER`` or ``SLOWER`` if the 95 % interval shows it and nothing speaks against the claim, else ``CANNOT_TELL``;
     None for the baseline itself and without a ratio. :func:`doubts_of` says what speaks against a claim.
     """
-    baseline = row["headline_baseline"]
-    ratio, low, high = (row[f"speedup_{baseline}{end}"] for end in ("", "_low", "_high"))
-    if ratio is None or row["mode"] == baseline:
+    ratio, low, high = _speedup(row)
+    if ratio is None or row["mode"] == row["headline_baseline"]:
         return None
-    if doubts_of(row, baseline) or low is None or high is None or low <= 1.0 <= high:
+    if doubts_of(row, row["headline_baseline"]) or low is None or high is None or low <= 1.0 <= high:
         return Verdict.CANNOT_TELL
     return Verdict.FASTER if low > 1.0 else Verdict.SLOWER
+
+
+def _speedup(row: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
+    baseline = row["headline_baseline"]
+    ratio, low, high = (row[f"speedup_{baseline}{end}"] for end in ("", "_low", "_high"))
+    return ratio, low, high
+
+
+@lru_cache(maxsize=8)
+def answer_of(run: Run) -> Answer:
+    """Return what a run answers. Do not change it: it is made once."""
+    baselines: dict[str, Row | None] = {}
+    cells: dict[str, dict[str, Cell]] = {}
+    rows = summary_of(run)
+    for row in rows:
+        workload, mode = place_of(row)
+        baselines.setdefault(workload, None)
+        if row["mode"] == row["headline_baseline"]:
+            baselines[workload] = row
+        elif is_mixed(row["mode"]):
+            cells.setdefault(workload, {})[mode] = _cell(run, row)
+    serious = [cell for by_mode in cells.values() for cell in by_mode.values() if not cell.is_control]
+    good = tuple(
+        workload
+        for workload, by_mode in cells.items()
+        if any(cell.outcome is Outcome.GOOD and not cell.is_control for cell in by_mode.values())
+    )
+    worth = _worth(serious, good, len(cells))
+    advice, advised = _advice(worth, cells)
+    return Answer(worth, advice, advised, baselines, cells, good, _weaknesses(run, rows, serious), _noise(serious))
+
+
+def _cell(run: Run, row: Row) -> Cell:
+    speed, doubts = speed_verdict(row), tuple(doubts_of(row, row["headline_baseline"]))
+    quality: Verdict | None = row["metric_verdict"]
+    place = place_of(row)
+    lost = sum(record["status"] in LOST and record["repeat"] == 0 for record in run.records if record.place == place)
+    return Cell(row, speed, doubts, quality, lost, _outcome(row, speed, quality, lost))
+
+
+def _outcome(row: Row, speed: Verdict | None, quality: Verdict | None, lost: int) -> Outcome:
+    if quality is Verdict.WORSE or lost:
+        return Outcome.BAD
+    saves = row["gpu_memory_ratio"] is not None and row["gpu_memory_ratio"] <= SAVES_MEMORY
+    if speed is Verdict.SLOWER:
+        return Outcome.UNKNOWN if saves else Outcome.BAD
+    # What synthetic inputs cannot show is said beside the answer; a metric that was not compared is missing.
+    trains = quality is Verdict.NON_INFERIOR or row["has_metric"] is False
+    return Outcome.GOOD if trains and (saves or speed is Verdict.FASTER) else Outcome.UNKNOWN
+
+
+def _worth(serious: Sequence[Cell], good: Sequence[str], workloads: int) -> Worth:
+    if all(cell.ratio is None and cell.row["gpu_memory_ratio"] is None and cell.quality is None for cell in serious):
+        return Worth.NOTHING
+    if good:
+        return Worth.YES if len(good) == workloads else Worth.PARTLY
+    claimed = [cell for cell in serious if cell.ratio is not None and not cell.doubts and cell.ends is not None]
+    if not claimed:
+        return Worth.CANNOT_TELL
+    hopeful = [cell for cell in claimed if (cell.ratio or 0.0) > _GAIN and cell.outcome is not Outcome.BAD]
+    return Worth.NOT_SHOWN if hopeful else Worth.NO
+
+
+def _advice(worth: Worth, cells: Mapping[str, Mapping[str, Cell]]) -> tuple[Advice, str | None]:
+    by_mode: dict[str, list[Cell]] = {}
+    for found in cells.values():
+        for name, cell in found.items():
+            if not cell.is_control:
+                by_mode.setdefault(name, []).append(cell)
+    # A mode that is worse anywhere is not advised everywhere.
+    safe = {name: found for name, found in by_mode.items() if not any(_is_worse(cell) for cell in found)}
+    if worth in (Worth.YES, Worth.PARTLY):
+        useful = {name: [cell for cell in found if cell.outcome is Outcome.GOOD] for name, found in safe.items()}
+        chosen = max(safe, key=lambda name: (len(useful[name]), _mean_speedup(useful[name])), default=None)
+        return (Advice.USE, chosen) if chosen is not None and useful[chosen] else (Advice.STAY, None)
+    if worth in (Worth.NO, Worth.NOT_SHOWN):
+        trained = {
+            name: found
+            for name, found in safe.items()
+            if any(cell.quality is Verdict.NON_INFERIOR for cell in found) and _scales(found[0])
+        }
+        # The order of the modes decides: mixed-dynamic comes before the less usual ones.
+        order = sorted(trained, key=lambda name: (-_as_good(trained[name]), _rank(trained[name][0])))
+        return Advice.STAY, order[0] if order else None
+    return Advice.MEASURE, None
+
+
+def _is_worse(cell: Cell) -> bool:
+    return cell.quality is Verdict.WORSE or cell.lost > 0
+
+
+def _as_good(cells: Sequence[Cell]) -> int:
+    return sum(cell.quality is Verdict.NON_INFERIOR for cell in cells)
+
+
+def _scales(cell: Cell) -> bool:
+    """Whether the mode is float16 with a loss scale that reacts to overflow."""
+    mode = cell.mode
+    return mode is not None and mode.scaling is not None and mode.scaling.rule != "static"
+
+
+def _rank(cell: Cell) -> int:
+    return list(MODES).index(cell.row["mode"]) if cell.row["mode"] in MODES else len(MODES)
+
+
+def _mean_speedup(cells: Sequence[Cell]) -> float:
+    known = [cell.ratio for cell in cells if cell.ratio is not None]
+    return statistics.geometric_mean(known) if known else 0.0
+
+
+def _noise(serious: Sequence[Cell]) -> float | None:
+    widths = [
+        math.sqrt(cell.ends[1] / cell.ends[0]) - 1
+        for cell in serious
+        if cell.ends is not None and cell.ends[0] > 0 and math.isfinite(cell.ends[1])
+    ]
+    return statistics.median(widths) if widths else None
+
+
+def _weaknesses(run: Run, rows: Sequence[Row], serious: Sequence[Cell]) -> dict[Weakness, int]:
+    return {weakness: count for weakness, count in _counted(run, rows, serious) if count}
+
+
+def _counted(run: Run, rows: Sequence[Row], serious: Sequence[Cell]) -> Iterator[tuple[Weakness, int]]:
+    on_cpu = [cell for cell in serious if cell.row["device"] == "cpu"]
+    yield Weakness.EMULATED, len(on_cpu)
+    names = {record["device_name"] for record in run.records} | {run.device.get("name")}
+    yield Weakness.STAND_IN, int(any(Device("gpu", str(name)).is_stand_in for name in names if name))
+    for doubt, weakness in _OF_DOUBT.items():
+        yield weakness, sum(doubt in cell.doubts for cell in serious)
+    yield Weakness.TWO_LEVELS, sum(row["two_level_processes"] for row in rows)
+    timed = [record for record in run.records if record["step_time_ms_median"] is not None]
+    yield Weakness.WITHOUT_XLA, int({(one["device"], one["jit"]) for one in timed} == {("gpu", False)})
+    yield Weakness.FEW_SEEDS, sum(cell.quality is Verdict.INCONCLUSIVE for cell in serious)
+    yield Weakness.NO_METRIC, len({cell.row["workload"] for cell in serious if cell.row["has_metric"] is False})
+    yield Weakness.NO_BASELINE, sum(cell.ratio is None and not cell.lost for cell in serious)
+    yield Weakness.LOST_CASES, sum(record["status"] in FAILED for record in run.records)
+    yield Weakness.NOT_STARTED, len(run.not_started)
+    yield Weakness.UNFINISHED, int(not run.finished)
+    yield Weakness.UNREADABLE, len(run.problems)
+    yield Weakness.OLDER_METHOD, int(bool(run.methods) and max(run.methods) < METHOD_VERSION)

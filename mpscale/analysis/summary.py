@@ -95,7 +95,8 @@ def _row(mode: str, modes: Mapping[str, _Mode]) -> Row:
     row["headline_baseline"] = "tf32" if timed_tf32 else "fp32"
     row |= _counts(own)
     row |= _times(mode, own, modes)
-    row |= _memory(own, fp32)
+    # tf32 keeps the same values in memory as fp32.
+    row |= _memory(own, modes.get("fp32") or modes.get("tf32") or _Mode([]))
     row |= _energy(own, fp32)
     row |= _training(own)
     row |= _metric(own, fp32)
@@ -190,14 +191,14 @@ def _alike(cost: Cost, own: _Mode, fp32: _Mode) -> bool:
     return len(cost.kinds(own.good) | cost.kinds(fp32.good)) == 1
 
 
-def _memory(own: _Mode, fp32: _Mode) -> Row:
-    gpu, there = (values_of(mode.good, "gpu_memory_nvml_peak_mib") for mode in (own, fp32))
+def _memory(own: _Mode, float32: _Mode) -> Row:
+    gpu, there = (values_of(mode.good, "gpu_memory_nvml_peak_mib") for mode in (own, float32))
     # A process that ran out of memory needed more than any figure here.
-    valid = gpu and there and not any(case["status"] == "oom" for case in (*own.cases, *fp32.cases))
+    valid = gpu and there and not any(case["status"] == "oom" for case in (*own.cases, *float32.cases))
     return {
         "gpu_memory_mib": _over(max, gpu),
         "gpu_memory_processes": len(gpu),
-        "gpu_memory_ratio": max(gpu) / max(there) if valid and _alike(COSTS["gpu_memory"], own, fp32) else None,
+        "gpu_memory_ratio": max(gpu) / max(there) if valid and _alike(COSTS["gpu_memory"], own, float32) else None,
         "host_memory_mib": _over(max, values_of(own.good, "host_memory_peak_mib")),
     }
 

@@ -509,7 +509,7 @@ SUMMARY: tuple[Column, ...] = (
     _known("headline_baseline", "str", "", "what a user would have had by default: tf32 if it was timed, else fp32"),
     _known("gpu_memory_mib", "float", "MiB", "largest `gpu_memory_nvml_peak_mib` of any process of a seed that ended well", "no process has it"),
     _known("gpu_memory_processes", "int", "", "processes that have it"),
-    _known("gpu_memory_ratio", "float", "", "ratio to fp32's", "either has none, a process of either ran out of memory (it needed more than any figure here), or the processes differ in `gpu_allocator` or `gpu_memory_method`", Cell(Sheet.MEMORY, 2, "over fp32")),
+    _known("gpu_memory_ratio", "float", "", "ratio to fp32's, or to tf32's in a run without fp32: both keep float32 in memory", "either has none, a process of either ran out of memory (it needed more than any figure here), or the processes differ in `gpu_allocator` or `gpu_memory_method`", Cell(Sheet.MEMORY, 2, "over float32")),
     _known("gpu_energy_j_per_step", "float", "J", "geometric mean of the processes of seeds that ended well", "no process has it"),
     _known("gpu_energy_processes", "int", "", "processes that have it"),
     _known("gpu_energy_ratio", "float", "", "ratio to fp32's", "either has none, or the processes differ in `gpu_energy_method`", Cell(Sheet.ENERGY, 2, "over fp32")),

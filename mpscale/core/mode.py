@@ -50,6 +50,8 @@ class Mode:
             only ``fp32`` turns off.
         on_trial: the mode exists to show what a rule does, so a training that diverges or stalls is a result and not a
             failure.
+        is_control: the mode is a control experiment, which shows what happens without a proper loss scale. What it
+            costs is no cost of mixed precision, and nobody is advised to use it.
         graph_rewrite: whether TensorFlow rewrites its graphs to float16, whatever the policy is.
         float8: whether Keras rounds the factors of products to float8, in layers that compute in the policy's low
             precision and that it can quantize.
@@ -63,6 +65,7 @@ class Mode:
     scaling: Scaling | None = None
     tf32: bool = True
     on_trial: bool = False
+    is_control: bool = False
     graph_rewrite: bool = False
     float8: bool = False
 
@@ -194,6 +197,7 @@ _ALL = (
         marker="P",
         policy="mixed_float16",
         on_trial=True,
+        is_control=True,
         summary="float16 without a loss scale: shows what scaling is for",
     ),
     Mode(
@@ -230,6 +234,7 @@ _ALL = (
         policy="mixed_float16",
         scaling=Scaling("article", checks_gradients=False),
         on_trial=True,
+        is_control=True,
         summary="float16 with the rule of the article mpscale began with",
     ),
 )

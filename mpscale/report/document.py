@@ -16,6 +16,7 @@ from mpscale.core.mode import MODES, is_mixed
 from mpscale.core.record import Record, place_of
 from mpscale.core.runs import Run
 from mpscale.report import probe_tables, sections, sweep
+from mpscale.report.first_screen import Screen, first_screen, markdown
 from mpscale.report.float8 import float8
 from mpscale.report.sections import metric_why, statuses
 from mpscale.report.table import (
@@ -43,12 +44,14 @@ class Document:
         when: start of the run, and the versions of schema and method; may be empty.
         findings: the run in words.
         sections: tables and texts by title, in order; empty sections are left out.
+        screen: the first screen; None if there is none.
     """
 
     title: str
     when: str
     findings: str
     sections: dict[str, list[Table | str]]
+    screen: Screen | None = None
 
 
 def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) -> Document:
@@ -84,12 +87,14 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
         "Missing values": [sections.missing(run)],
     }
     filled = {title: known for title, some in parts.items() if (known := [part for part in some if part])}
-    return Document(f"mpscale: {run.name}", when(run.info), findings(run), filled)
+    return Document(f"mpscale: {run.name}", when(run.info), findings(run), filled, first_screen(run))
 
 
 def render(document: Document) -> str:
     """Return the report as markdown."""
-    parts: list[Table | str] = [f"# {escape(document.title)}", document.when, document.findings]
+    parts: list[Table | str] = [f"# {escape(document.title)}"]
+    parts += [] if document.screen is None else [markdown(document.screen)]
+    parts += [document.when, document.findings]
     for title, section in document.sections.items():
         parts += [f"## {title}", *section]
     return "\n\n".join(part if isinstance(part, str) else part.markdown() for part in parts if part) + "\n"

@@ -16,6 +16,7 @@ from markdown_it import MarkdownIt
 
 from mpscale.report.document import Document
 from mpscale.report.figures import Picture
+from mpscale.report.first_screen_page import html_of
 from mpscale.report.table import Table
 
 _FOLDED = ("Environment", "Settings", "Missing values")
@@ -36,7 +37,9 @@ def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
     """
     # HTML is shown as text: names come from users' own suites, and a crash may print anything.
     markdown = MarkdownIt("commonmark", {"html": False})
-    body = [f"<h1>{escape(document.title)}</h1>"]
+    body = [] if document.screen is None else [html_of(document.screen)]
+    level = "h1" if document.screen is None else "h2"
+    body.append(f"<{level}>{escape(document.title)}</{level}>")
     if document.when:
         body.append(f'<p class="when">{markdown.renderInline(document.when)}</p>')
     body += [markdown.render(document.findings), _contents(document.sections)]

@@ -1,0 +1,119 @@
+"""The words of a cell of the verdict matrix: what a mode does for a workload."""
+
+from __future__ import annotations
+
+from mpscale.analysis.answer import Answer, Cell
+from mpscale.analysis.claim import Doubt, busy_share
+from mpscale.analysis.quantities import Verdict
+from mpscale.analysis.summary import Row
+from mpscale.report.table import DASH, count, metric, metric_difference, number, plural, share
+from mpscale.report.words import WORDS
+
+
+def baseline_line(row: Row | None) -> str:
+    """Describe the row that a workload's modes are compared with."""
+    if row is None:
+        return "no baseline"
+    parts = ["no time" if row["step_time_ms"] is None else f"{number(row['step_time_ms'])} ms"]
+    if row["metric_mean"] is not None:
+        parts.append(f"{metric_label(row)} {metric(row['metric_mean'], row['metric_name'])}")
+    return f"{row['mode']}: {', '.join(parts)}"
+
+
+_SHORT = {
+    "mean_absolute_error": "MAE",
+    "mae": "MAE",
+    "mean_squared_error": "MSE",
+    "mse": "MSE",
+    "root_mean_squared_error": "RMSE",
+    "r2_score": "R²",
+    "auc": "AUC",
+}
+_WORDS = {
+    Verdict.CANNOT_TELL: "unclear",
+    Verdict.NON_INFERIOR: "as good",
+    Verdict.WORSE: "worse",
+    Verdict.INCONCLUSIVE: "too few seeds",
+}
+"""Shorter words than those of tables; the caption says what they refer to."""
+
+
+def metric_label(row: Row) -> str:
+    """The name of a metric as people write it."""
+    name = str(row["metric_name"] or "metric")
+    return _SHORT.get(name, name.replace("_", " "))
+
+
+def ratio_text(cell: Cell) -> str:
+    """Write the speed-up; in parentheses if it is no claim."""
+    if cell.ratio is None:
+        return DASH
+    return f"({cell.ratio:.2f}x)" if cell.doubts else f"{cell.ratio:.2f}x"
+
+
+def speed_word(cell: Cell) -> str:
+    """Say in a word what the ratio shows."""
+    if cell.lost and cell.ratio is None:
+        return "no training ended well"
+    if cell.ratio is None:
+        return "not compared"
+    if cell.doubts:
+        return "no claim"
+    return "" if cell.speed is None else _WORDS.get(cell.speed) or WORDS[cell.speed]
+
+
+def quality_line(cell: Cell) -> str:
+    """Say how the metric compares with fp32's."""
+    row = cell.row
+    if row["has_metric"] is False:
+        return "accuracy not measured"
+    if row["metric_mean"] is None and cell.quality is None:
+        return ""
+    difference = metric_difference(row["metric_difference"], None, None, row["metric_name"]).replace("points", "pt")
+    label = metric_label(row)
+    if cell.quality is None:
+        return f"{label} {metric(row['metric_mean'], row['metric_name'])}"
+    told = f" {difference}"
+    if row["metric_difference"] is None:
+        told = "" if row["metric_mean"] is None else f" {metric(row['metric_mean'], row['metric_name'])}"
+    return f"{label}{told}, {_WORDS[cell.quality]}"
+
+
+def overflow_line(cell: Cell) -> str:
+    """Count overflow steps, as far as the mode sees them."""
+    steps, of = cell.row["overflow_steps"], cell.row["attempted_steps"]
+    return "" if steps is None or of is None else f"overflow {count(steps)}/{count(of)}"
+
+
+def memory_line(cell: Cell) -> str:
+    """Compare the peak memory of the GPU with fp32's."""
+    ratio = cell.row["gpu_memory_ratio"]
+    return "" if ratio is None else f"memory {ratio:.2f}x"
+
+
+def chips(cell: Cell) -> list[str]:
+    """Name everything that weakens the figures of a cell, in two or three words each."""
+    row, found = cell.row, []
+    busiest, busy = row["host_other_cpu_share"], busy_share(row)
+    told = {
+        Doubt.IDLE: "GPU idle" if busy is None else f"GPU busy {share(busy)}",
+        Doubt.DISPATCH: "mostly dispatch" if not row["dispatch_bound"] else f"dispatch {share(row['dispatch_share'])}",
+        Doubt.BUSY: f"busy machine {share(busiest)}" if busiest else "busy machine",
+        Doubt.ONE_PAIR: "one process",
+    }
+    found += [told[doubt] for doubt in cell.doubts]
+    if row["ok"] != row["cases"] or row["not_started"]:
+        waiting = f", not started {row['not_started']}" if row["not_started"] else ""
+        found.append(f"{row['statuses']}{waiting}")
+    if row["two_level_processes"]:
+        found.append(f"two levels in {plural(row['two_level_processes'], 'process')}")
+    return found
+
+
+def column_chips(answer: Answer, mode: str) -> list[str]:
+    """Name what weakens all figures of a mode."""
+    cells = [found[mode] for found in answer.cells.values() if mode in found]
+    common = [chip for chip in chips(cells[0]) if all(chip in chips(cell) for cell in cells[1:])]
+    kinds = ["emulated"] if all(cell.row["device"] == "cpu" for cell in cells) else []
+    kinds += ["control"] if all(cell.is_control for cell in cells) else []
+    return [*kinds, *(common if len(cells) > 1 else [])]

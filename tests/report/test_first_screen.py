@@ -1,0 +1,212 @@
+"""The first screen of a report: the words, the code, and the page in a real browser."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from support.answers import case, compared
+from support.browser import emulate
+from support.runfolder import GPU, finished, write_run
+from test_run_figures import luminance
+
+import mpscale
+from mpscale.analysis.answer import answer_of
+from mpscale.core.mode import MODES
+from mpscale.core.runs import read_run
+from mpscale.report.advice import code_of
+from mpscale.report.document import document, render
+from mpscale.report.files import rebuild
+from mpscale.report.first_screen import QUESTION, first_screen
+from mpscale.report.page import page as as_html
+
+REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "20261127T103907Z-amd-epyc-568d"
+H200 = Path(__file__).parents[1] / "data" / "20261126T153730Z-nvidia-h200-1b51"
+FAST = {"fp32": 8.0, "mixed-static": 4.4, "mixed-dynamic": 4.5, "mixed-bf16": 4.1}
+HOSTILE = "<script>document.title='taken'</script>:a_name"
+
+
+def trouble():
+    """Two workloads on a GPU: a static scale that overflows always, a lost seed, and a control experiment."""
+    for seed in range(3):
+        for workload, factor in (("resnet", 1.0), (HOSTILE, 3.0)):
+            for mode, ms in {**FAST, "article": 4.3}.items():
+                values = {"workload": workload, "gpu_memory_nvml_peak_mib": 8000.0 * (1.0 if mode == "fp32" else 0.6)}
+                if mode == "mixed-static" and workload == "resnet":
+                    yield case(mode, seed, None, None, status="stalled", **{**values, "overflow_steps": 400})
+                elif mode == "mixed-bf16" and workload == HOSTILE and seed == 0:
+                    yield case(mode, seed, ms * factor, None, status="diverged", **values)
+                else:
+                    yield case(mode, seed, factor * ms * (1 + 0.02 * seed), 0.3 if mode == "article" else 0.9, **values)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of runs, each with its page."""
+    folder = tmp_path_factory.mktemp("runs")
+    written = {
+        "trouble": finished(trouble()),
+        "one process": finished(compared(FAST, seeds=1)),
+        "gain": finished(compared(FAST)),
+    }
+    found = {name: write_run(folder / name, events, device=GPU) for name, events in written.items()}
+    for path in found.values():
+        rebuild(path)
+    return found
+
+
+def screen_of(path):
+    return first_screen(read_run(path))
+
+
+def test_the_reference_run_on_a_cpu_is_answered():
+    screen = screen_of(REFERENCE)
+    buys, costs, trust = screen.cards
+    assert screen.headline == "No, not on this CPU."
+    assert buys.answer == "0.42\N{EN DASH}0.96x"
+    assert costs.answer == "accuracy, in 2 rows"
+    assert "worse: mixed-static on beam-strain and diabetes-sum" in costs.details
+    assert trust.is_warning
+    assert any("emulated on a CPU" in detail for detail in trust.details)
+    assert "scale with mixed-dynamic: as good as fp32 on 6 of 6 workloads" in screen.advice
+
+
+def test_the_recorded_h200_is_answered():
+    screen = screen_of(H200)
+    assert screen.headline == "Cannot tell: one process a row."
+    assert screen.cards[0].answer == "unknown"
+    assert "--mp-steps-per-call" in screen.code
+
+
+def test_a_run_with_trouble_is_answered(runs):
+    screen = screen_of(runs["trouble"])
+    assert re.fullmatch(
+        r"Yes: 1\.\d\dx? ?.*x as fast with mixed-dynamic\.|Yes: .* with mixed-dynamic[.]", screen.headline
+    )
+    assert screen.cards[1].answer == "accuracy, in 2 rows"
+    assert "mixed-static on resnet" in " ".join(screen.cards[1].details)
+    assert "article" in " ".join(screen.cards[1].details)
+
+
+@pytest.mark.parametrize("name", ["reference", "trouble", "one process", "gain"])
+def test_the_markdown_begins_with_the_answer(runs, name):
+    run = read_run(REFERENCE if name == "reference" else runs[name])
+    screen = first_screen(run)
+    lines = [line for line in render(document(run)).splitlines() if line]
+    assert lines[1] == f"**{QUESTION} {screen.headline}**"
+    assert [line.split("**")[0] for line in lines[2:5]] == [f"- {card.question} " for card in screen.cards]
+
+
+@pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if mode.is_mixed and not mode.is_control])
+def test_the_code_trains_in_the_advised_mode(tmp_path, mode):
+    device = {"jit": mode != "graph-rewrite"}
+    run = read_run(write_run(tmp_path, finished(compared({"fp32": 8.0, mode: 4.0}, **device)), device=GPU))
+    code, language = code_of(answer_of(run), run)
+    assert (answer_of(run).mode, language) == (mode, "python")
+
+    def build():
+        return keras.Sequential([keras.Input((16,)), keras.layers.Dense(16), keras.layers.Dense(1, dtype="float32")])
+
+    names = {"build": build, "optimizer": keras.optimizers.SGD(1e-3), "loss": "mse"}
+    if mode == "graph-rewrite":
+        assert "auto_mixed_precision" in code  # a setting of the whole process, so it is not run here
+        return
+    try:
+        exec(code, names)
+        names["model"].fit(np.ones((16, 16), "float32"), np.ones((16, 1), "float32"), verbose=0)
+        first = names["model"].layers[0]
+        assert first.compute_dtype == {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16"}[MODES[mode].policy]
+        assert (first.quantization_mode == "float8") == MODES[mode].float8
+        scaling = MODES[mode].scaling
+        wrapped = isinstance(names["model"].optimizer, mpscale.LossScaleOptimizer)
+        assert wrapped == (scaling is not None and scaling.rule != "keras")
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("scale", [8.0, 3.5, 2.0**24])
+def test_the_code_has_the_scale_that_was_measured(tmp_path, scale):
+    times = {"fp32": 8.0, "mixed-static": 4.0}
+    records = [*compared(times, swept_scale=None)]
+    for one in records:
+        if one["mode"] == "mixed-static":
+            one.update({"swept_scale": scale})
+    run = read_run(write_run(tmp_path, finished(records), device=GPU))
+    code, _ = code_of(answer_of(run), run)
+    assert eval(re.search(r"StaticLossScale\((.*)\)", code).group(1)) == scale
+
+
+@pytest.fixture
+def page(browser, runs, request, tmp_path_factory):
+    """The page of a run, by name."""
+
+    def opened(name, width=1400, scheme="light"):
+        emulate(browser, width, scheme)
+        path = runs.get(name)
+        if path is None:
+            runs[name] = path = write_run(tmp_path_factory.mktemp("reference"), [])
+            source = read_run(REFERENCE)
+            (path / "report.html").write_text(as_html(document(source)), encoding="utf-8")
+        browser.get((path / "report.html").as_uri())
+        return browser
+
+    return opened
+
+
+@pytest.mark.parametrize("name", ["reference", "trouble", "one process", "gain"])
+def test_the_first_screen_is_above_the_fold(page, name):
+    bottom = page(name).execute_script("return document.querySelector('.screen').getBoundingClientRect().bottom")
+    assert bottom < 950
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["reference", "trouble", "one process"])
+def test_on_a_phone_it_is_cards_and_nothing_scrolls_sideways(page, name, scheme):
+    browser = page(name, 420, scheme)
+    found = browser.execute_script(
+        """const box = one => one.getBoundingClientRect();
+        const beyond = [...document.querySelectorAll('.screen *')]
+            .filter(one => box(one).right > 421 || box(one).left < -1);
+        const seen = one => box(one).width > 0 && box(one).right <= 420;
+        return [document.documentElement.scrollWidth, beyond.map(one => one.outerHTML.slice(0, 80)),
+            [...document.querySelectorAll('.matrix b')].every(seen)];"""
+    )
+    width, *others = found
+    assert width <= 420
+    assert others == [[], True]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["reference", "trouble", "one process"])
+def test_every_text_of_it_stands_out_from_its_ground(page, name, scheme):
+    pairs = page(name, 1400, scheme).execute_script(
+        """const ground = one => { for (let at = one; at; at = at.parentElement) {
+            const colour = getComputedStyle(at).backgroundColor; if (!/, 0\\)$/.test(colour)) return colour; } };
+        return [...document.querySelectorAll('.screen *')]
+            .filter(one => [...one.childNodes].some(node => node.nodeType === 3 && node.textContent.trim()))
+            .filter(one => !one.closest('svg'))
+            .map(one => [one.textContent.slice(0, 40), getComputedStyle(one).color, ground(one)]);"""
+    )
+    assert len(pairs) > 20
+    for text, *colours in pairs:
+        front, back = (luminance(*map(float, re.findall(r"[\d.]+", colour)[:3])) for colour in colours)
+        # WCAG 2.2, contrast ratio of level AA
+        assert (max(front, back) + 0.05) / (min(front, back) + 0.05) >= 4.5, (text, colours)
+
+
+def test_verdicts_are_words_and_signs_as_well_as_colours(page):
+    cells = page("trouble").execute_script(
+        "return [...document.querySelectorAll('.matrix td[data-mode]')].map(td => [td.className, td.textContent])"
+    )
+    assert {kind for kind, _ in cells} == {"good", "bad"}
+    for kind, text in cells:
+        assert ("✓" in text and "▲" in text) if kind == "good" else ("✗" in text)
+
+
+def test_names_of_users_stay_text(page):
+    browser = page("trouble")
+    assert browser.title != "taken"
+    assert HOSTILE in browser.execute_script("return document.querySelector('.matrix').textContent")
