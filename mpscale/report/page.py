@@ -38,8 +38,8 @@ def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
     # HTML is shown as text: names come from users' own suites, and a crash may print anything.
     markdown = MarkdownIt("commonmark", {"html": False})
     body = [] if document.screen is None else [html_of(document.screen)]
-    level = "h1" if document.screen is None else "h2"
-    body.append(f"<{level}>{escape(document.title)}</{level}>")
+    title = escape(document.title)
+    body.append(f"<h1>{title}</h1>" if document.screen is None else f'<h2 class="run">{title}</h2>')
     if document.when:
         body.append(f'<p class="when">{markdown.renderInline(document.when)}</p>')
     body += [markdown.render(document.findings), _contents(document.sections)]
