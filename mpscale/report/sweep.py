@@ -12,14 +12,14 @@ from mpscale.core.runs import Run
 from mpscale.report.sections import (
     final_metric,
     measured,
-    metric_why,
     overflow_steps,
     peak_memory,
     speedup,
     statuses,
     step_time,
+    verdict,
 )
-from mpscale.report.table import DASH, Table, count, metric_difference, number, share
+from mpscale.report.table import DASH, Table, count, joined, metric_difference, number, share
 
 _NOTE_ON_BATCHES = (
     "A mode is compared with fp32 of the same batch, from the same weights and with the same order of the data. All "
@@ -71,7 +71,7 @@ def by_scale(run: Run) -> list[Table | str]:
         "against fp32": lambda row: metric_difference(
             row["metric_difference"], row["metric_difference_low"], row["metric_difference_high"], row["metric_name"]
         ),
-        "verdict": lambda row: ": ".join(filter(None, (row["metric_verdict"], metric_why(row)))) or DASH,
+        "verdict": verdict,
         "status": _status,
     }
     table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
@@ -105,12 +105,8 @@ def sentence(rows: Sequence[Row]) -> str:
     batches, scales = (sorted({row[name] for row in rows} - {None}) for name in ("swept_batch", "swept_scale"))
     parts = []
     if batches:
-        parts.append(f"batches of {_and(list(map(count, batches)))}")
+        parts.append(f"batches of {joined(list(map(count, batches)))}")
     if scales:
-        parts.append(f"constant loss scales of {_and(list(map(scale_text, scales)))}")
+        parts.append(f"constant loss scales of {joined(list(map(scale_text, scales)))}")
     of = " of the same batch" if batches else ""
     return f"It is a sweep over {', and over '.join(parts)}; a mode is compared with fp32{of}." if parts else ""
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
