@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _HEIGHT, _EDGE = 84, 14, 4
+_WIDTH, _HEIGHT, _EDGE = 84, 14, 5
 _MARGINS = 3
 """Margins to either side of no difference."""
 
@@ -38,7 +38,7 @@ class Bar:
         parts = [f"<title>{escape(self.says)}</title>"] if self.says else []
         parts += self._length() if self.line is None else self._point(self.line)
         return (
-            f'<svg class="bar" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img">'
+            f'<svg class="inline" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img">'
             f"{''.join(parts)}</svg>"
         )
 
@@ -57,7 +57,7 @@ class Bar:
             parts.append(_rect(_x(self.at) - 1.5, _x(self.at) + 1.5, 2, 10, "fill"))
         for is_beyond, tip, base in ((low < 0, 0, _EDGE), (high > 1, _WIDTH, _WIDTH - _EDGE)):
             if is_beyond:
-                parts.append(f'<path class="fill" d="M{tip} 7L{base} 3V11Z"/>')
+                parts.append(f'<path d="M{tip} 7L{base} 2.5V11.5Z"/>')
         return parts
 
 

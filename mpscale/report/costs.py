@@ -72,7 +72,7 @@ _OVER: dict[Over, Callable[[list[Any]], Any]] = {
 def _sheet(run: Run, sheet: Sheet, *needs: str, good: bool = True) -> Table:
     """Return a table of the columns that the data dictionary puts into ``sheet``, for modes with one of ``needs``.
 
-    Columns that contain nothing but dashes are left out.
+    Columns that contain nothing but dashes are left out; without any other, so are the rows.
     """
     summary = {place_of(row): row for row in summary_of(run)}
     cells = [(cell, column) for column in (*COLUMNS.values(), *SUMMARY) for cell in column.cells if cell.sheet is sheet]
@@ -90,7 +90,8 @@ def _sheet(run: Run, sheet: Sheet, *needs: str, good: bool = True) -> Table:
             if (most := longest.get((workload, column.name))) is not None and (own := _value(cell, column, records)):
                 row[place] = TableCell(row[place], bar=bars.length(own, most, "the largest of this workload"))
         rows.append([workload, mode, *row])
-    return Table([*PLACE, *(_heading(cell, column) for cell, column in cells)], rows).without_blank()
+    table = Table([*PLACE, *(_heading(cell, column) for cell, column in cells)], rows).without_blank()
+    return table if len(table.headers) > len(PLACE) else Table([], [])
 
 
 def _heading(cell: Cell, column: Column) -> Heading:
@@ -102,13 +103,13 @@ def _heading(cell: Cell, column: Column) -> Heading:
 def _longest(
     places: Sequence[tuple[str, str, Sequence[Record]]], cells: Sequence[tuple[Cell, Column]]
 ) -> dict[tuple[str, str], float]:
-    """The largest value of each workload and column."""
-    found: dict[tuple[str, str], float] = {}
+    """The largest of the values of each workload and column, if there are several to compare."""
+    found: dict[tuple[str, str], list[float]] = {}
     for workload, _, records in places:
         for cell, column in cells:
             if (value := _value(cell, column, records)) is not None:
-                found[workload, column.name] = max(value, found.get((workload, column.name), 0.0))
-    return found
+                found.setdefault((workload, column.name), []).append(value)
+    return {place: max(values) for place, values in found.items() if len(values) > 1}
 
 
 def _value(cell: Cell, column: Column, records: Sequence[Record]) -> float | None:
@@ -321,7 +322,7 @@ def _noise(run: Run, floors: Floors) -> tuple[Table, str]:
     if floors.runs:
         basis = (
             "Noise floor: 95 % limit on the difference between two runs of the same code, from "
-            f"{len(floors.runs)} runs of this code on this machine."
+            f"{plural(len(floors.runs), 'run')} of this code on this machine."
         )
     else:
         basis = (
@@ -329,4 +330,7 @@ def _noise(run: Run, floors: Floors) -> tuple[Table, str]:
             f"{FEWEST_RUNS} of them. Until then, a comparison relies on the spread of processes."
         )
     table = Table([*PLACE, _SPREAD, _FLOOR], rows).without_blank()
-    return table, f"Spread: standard deviation of the processes' step times. {basis}" if rows else ""
+    if not rows:
+        return table, ""
+    spread = "Spread: standard deviation of the processes' step times. " if _SPREAD in table.headers else ""
+    return table, f"{spread}{basis}"

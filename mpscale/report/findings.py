@@ -18,11 +18,9 @@ from mpscale.report.sections import metric_why, statuses
 from mpscale.report.table import (
     escape,
     joined,
-    metric,
     metric_change,
     number,
     of_processes,
-    of_seeds,
     plural,
     share,
 )
@@ -124,8 +122,9 @@ def _workload(group: Sequence[Row], rows: Sequence[Row], told: bool) -> str:
         told: whether the paragraph above has already said which cases did not end well.
     """
     parts = ["; ".join(_speed(group, rows)), *_quality(group), *_overflow(group), *_memory(group), *_cases(group, told)]
-    said = [f"{part[:1].upper()}{part[1:]}" for part in parts if part]
-    return ". ".join(said) or "Nothing was measured"
+    first, *others = [part for part in parts if part] or ["nothing was measured"]
+    # What comes first may begin with the name of a mode.
+    return ". ".join([first, *(f"{part[:1].upper()}{part[1:]}" for part in others)])
 
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -222,14 +221,8 @@ def _quality(group: Sequence[Row]) -> Iterator[str]:
             modes = _modes(some, _evidence)
             cannot_tell = verdict is Verdict.INCONCLUSIVE
             parts.append(f"{WORDS[verdict]} for {modes}" if cannot_tell else f"{modes} {_are(some)} {WORDS[verdict]}")
-        bare = [row for row in rows if row["metric_verdict"] is None and row["metric_mean"] is not None]
-        parts += [_modes(bare, _mean)] if bare else []
         if parts:
             yield f"{escape(metric_name(name))}: {'; '.join(parts)}"
-
-
-def _mean(row: Row) -> str:
-    return metric(row["metric_mean"], row["metric_name"]) + of_seeds(row["metric_seeds"], row)
 
 
 def _evidence(row: Row) -> str:
@@ -244,7 +237,9 @@ def _evidence(row: Row) -> str:
         parts.append(f"{plural(row['metric_seeds_needed'], 'seed')} would decide")
     # The reason is worth the space only if it is not the numbers alone, or seeds were lost or left out.
     if row["left_out"] or row["metric_left_out"] or row["metric_verdict"] is Verdict.INCONCLUSIVE:
-        parts.append(escape(metric_why(row)))
+        # That seeds were lost says all; otherwise those that are left out matter, too.
+        is_lost = row["metric_verdict"] is Verdict.WORSE and row["metric_reason"]
+        parts.append(escape(row["metric_reason"] if is_lost else metric_why(row)))
     return "; ".join(filter(None, parts))
 
 

@@ -9,6 +9,9 @@ from html import escape
 from mpscale.core.case import Place
 from mpscale.report.table import DASH, Table, bar_of, help_of, is_number, look_of
 
+_LONG = 45
+"""Most characters of a cell that is not broken into lines."""
+
 
 def html(table: Table) -> str:
     """Return a table in a box in which it can scroll sideways."""
@@ -129,7 +132,13 @@ def _barred(table: Table) -> set[int]:
 def _cell(header: str, cell: str, is_barred: bool, is_first: bool) -> str:
     look = look_of(cell) or ("unknown" if cell == DASH else "")
     bar = bar_of(cell)
-    names = (("number", is_number(header)), (look, bool(look)), ("first", is_first), ("bare", is_barred and not bar))
+    names = (
+        ("number", is_number(header)),
+        ("long", len(cell) > _LONG),
+        (f"look-{look}", bool(look)),
+        ("first", is_first),
+        ("bare", is_barred and not bar),
+    )
     classes = " ".join(name for name, there in names if there)
     kind = f' class="{classes}"' if classes else ""
     return f"<td{kind}>{escape(cell)}{bar.svg() if bar else ''}</td>"

@@ -70,7 +70,8 @@ def _figures(sections: Sequence[Section], markdown: MarkdownIt) -> str:
         if said:
             notes.append(said if is_first else f'<h3 id="{anchor}">{escape(section.group)}</h3>\n{said}')
     columns = f"<details><summary>What the columns mean</summary>\n<div>{legend(groups)}</div></details>"
-    return _section(Section(sections[0].title, ()), "\n".join([wide(groups), *notes, columns]))
+    below = "\n".join([*notes, columns])
+    return _section(Section(sections[0].title, ()), f'{wide(groups)}\n<div class="notes">{below}</div>')
 
 
 def _contents(titles: Iterable[str]) -> str:

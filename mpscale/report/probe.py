@@ -16,7 +16,7 @@ from mpscale.report.files import write_whole
 from mpscale.report.page import page
 from mpscale.report.probe_figure import picture
 from mpscale.report.probe_tables import ROW, looks, percent, sentences, summary, table, values
-from mpscale.report.table import Table, escape, json_text, number
+from mpscale.report.table import Table, escape, json_text, number, plural
 
 _CSV = ("workload", "device_name", "recommended_scale", *ROW, "unavailable")
 _TERMINAL_LAYERS = 10
@@ -60,7 +60,9 @@ def render(probe: Probe, form: Literal["table", "markdown", "csv", "json"]) -> s
     shown = table(probe, _TERMINAL_LAYERS)
     whole_table = table(probe)
     left_out = len(whole_table.rows) - len(shown.rows)
-    note = f"Layers are those of which most vanishes; the report has {left_out} more rows." if left_out else ""
+    note = (
+        f"Layers are those of which most vanishes; the report has {plural(left_out, 'more row')}." if left_out else ""
+    )
     return "\n\n".join(filter(None, ["\n".join(said), shown.text(), note])) + "\n"
 
 

@@ -86,7 +86,7 @@ def results(run: Run) -> Table:
         _heading("status", "statuses", is_number=False): lambda row: DASH if all_well else statuses(row),
     }
     table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
-    return table.without_blank("speed-up over tf32", _SPEED, _QUALITY, "status")
+    return table.without_blank("speed-up over fp32", "speed-up over tf32", _SPEED, _QUALITY, "status")
 
 
 _BASELINES = ("fp32", "tf32")
@@ -110,11 +110,11 @@ def _heading(text: str, column: str, is_number: bool = True) -> Heading:
 
 
 def _largest(rows: Sequence[Row], name: str) -> Mapping[str, float]:
-    """The largest value of each workload, whatever its batch; 0 if there is none."""
-    found: dict[str, float] = {}
+    """The largest of the values of each workload, whatever its batch; 0 if there is nothing to compare."""
+    found: dict[str, list[float]] = {}
     for row in rows:
-        found[row["workload"]] = max(row[name] or 0.0, found.get(row["workload"], 0.0))
-    return found
+        found.setdefault(row["workload"], []).extend([] if row[name] is None else [row[name]])
+    return {workload: max(values) if len(values) > 1 else 0.0 for workload, values in found.items()}
 
 
 def _with_length(written: str, value: float | None, longest: float, of: str) -> Cell:
@@ -325,7 +325,7 @@ def against_fp32(run: Run) -> Table:
     rows = [
         [
             *place_of(row),
-            _difference(row),
+            _difference(row) if row["metric_verdict"] else DASH,
             count(row["metric_pairs"]) if row["metric_verdict"] else DASH,
             metric_margin(row["metric_margin"], row["metric_name"]),
             verdict(row),
@@ -351,7 +351,7 @@ def _difference(row: Row) -> Cell:
     value, low, high = (row[f"metric_difference{end}"] for end in ("", "_low", "_high"))
     margin, higher = row["metric_margin"], row["metric_higher_is_better"]
     bar = None
-    if value is not None and margin and higher is not None and row["metric_verdict"] is not None:
+    if value is not None and margin and higher is not None:
         bar = bars.difference(value, None if low is None else (low, high), margin, higher)
     return Cell(metric_difference(value, low, high, row["metric_name"]), bar=bar)
 
