@@ -213,34 +213,40 @@ def _of(mode: str, rows: Sequence[Row]) -> str:
 
 
 def _quality(group: Sequence[Row]) -> Iterator[str]:
-    """Say which modes train as well as fp32, which do not, and of which that is unknown; a sentence per metric."""
-    for name, rows in _groups(group, lambda row: row["metric_name"]).items():
-        parts = []
-        judged = [row for row in rows if row["metric_verdict"] is not None]
-        for verdict, some in _groups(judged, lambda row: row["metric_verdict"]).items():
-            modes = _modes(some, _evidence)
-            cannot_tell = verdict is Verdict.INCONCLUSIVE
-            parts.append(f"{WORDS[verdict]} for {modes}" if cannot_tell else f"{modes} {_are(some)} {WORDS[verdict]}")
-        if parts:
-            yield f"{escape(metric_name(name))}: {'; '.join(parts)}"
+    """Say which modes train as well as fp32, which do not, and of which that is unknown."""
+    judged = [row for row in group if row["metric_verdict"] is not None]
+    if not judged:
+        return
+    name = next((row["metric_name"] for row in group if row["metric_name"] is not None), None)
+    parts = []
+    # Modes with the same verdict for the same reason share a part.
+    for (verdict, why), rows in _groups(judged, lambda row: (row["metric_verdict"], _reason(row))).items():
+        because = f": {escape(why)}" if why else ""
+        modes, word = _modes(rows, _evidence), WORDS[verdict]
+        said = f"{word} for {modes}" if verdict is Verdict.INCONCLUSIVE else f"{modes} {_are(rows)} {word}"
+        parts.append(said + because)
+    yield f"{escape(metric_name(name))}: {'; '.join(parts)}"
 
 
 def _evidence(row: Row) -> str:
     """What a verdict on a metric is based on, if it is not plainly that all seeds are as good."""
     parts = []
-    is_good = row["metric_verdict"] is Verdict.NON_INFERIOR
-    if row["metric_difference"] is not None and not is_good:
+    verdict, pairs = row["metric_verdict"], row["metric_pairs"]
+    if row["metric_difference"] is not None and verdict is not Verdict.NON_INFERIOR:
+        few = verdict is Verdict.INCONCLUSIVE or pairs < row["seeds_planned"]
         change = metric_change(row["metric_difference"], row["metric_name"])
-        few = row["metric_verdict"] is Verdict.INCONCLUSIVE or row["metric_pairs"] < row["seeds_planned"]
-        parts.append(f"{change} fp32" + (f" over {plural(row['metric_pairs'], 'seed')}" if few else ""))
+        parts.append(f"{change} fp32" + (f" over {plural(pairs, 'seed')}" if few else ""))
     if row["metric_seeds_needed"] is not None:
         parts.append(f"{plural(row['metric_seeds_needed'], 'seed')} would decide")
-    # The reason is worth the space only if it is not the numbers alone, or seeds were lost or left out.
-    if row["left_out"] or row["metric_left_out"] or row["metric_verdict"] is Verdict.INCONCLUSIVE:
-        # That seeds were lost says all; otherwise those that are left out matter, too.
-        is_lost = row["metric_verdict"] is Verdict.WORSE and row["metric_reason"]
-        parts.append(escape(row["metric_reason"] if is_lost else metric_why(row)))
-    return "; ".join(filter(None, parts))
+    return "; ".join(parts)
+
+
+def _reason(row: Row) -> str:
+    """Why there is such a verdict, if it is not the numbers alone, or if seeds were lost or left out."""
+    if row["metric_verdict"] is Verdict.WORSE and row["metric_reason"]:
+        return str(row["metric_reason"])
+    told = row["left_out"] or row["metric_left_out"] or row["metric_verdict"] is Verdict.INCONCLUSIVE
+    return metric_why(row) if told else ""
 
 
 def _overflow(group: Sequence[Row]) -> Iterator[str]:

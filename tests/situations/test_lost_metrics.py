@@ -294,8 +294,8 @@ def test_the_sentences_of_a_run_that_lost_seeds(tmp_path):
         assert "ran to the end" not in text
         assert "6 of 15 cases did not end well (mixed-static on toy: diverged 5; mixed-dynamic on toy: ok 4," in text
         assert "mixed-static and mixed-dynamic on toy are worse than fp32." in text
-        assert "mixed-dynamic (no different from fp32 over 4 seeds; lost seed 4" in text
-        assert "mixed-static (lost seeds 0, 1, 2, 3, 4" in text
+        assert "mixed-dynamic (no different from fp32 over 4 seeds) is worse than fp32: lost seed 4" in text
+        assert "mixed-static is worse than fp32: lost seeds 0, 1, 2, 3, 4" in text
         assert "no training in mixed-static ended well, so no step time counts" in text
         assert "as good as" not in text
     assert "| toy--mixed-dynamic--s4--r0 | diverged" in github_summary.github_summary(run)
@@ -312,7 +312,7 @@ def test_the_sentences_of_a_run_that_was_stopped(tmp_path):
     run = run_of(tmp_path, *cases[:8], planned=planned, finish=False)
     text = words.findings(run)
     assert "All 8 cases that were started ran to the end. 2 planned cases were not started." in text
-    assert "cannot tell for mixed-dynamic (no different from fp32 over 3 seeds; a loss is ruled out over 3" in text
+    assert "cannot tell for mixed-dynamic (no different from fp32 over 3 seeds): a loss is ruled out over 3" in text
     assert "but the outcome of seeds 3, 4 is unknown" in text
     assert "seeds 3, 4: planned, but not started" in text
     assert "Cases of mixed-dynamic: ok 3, not started 2" in text
