@@ -317,7 +317,9 @@ def _noise(run: Run, floors: Floors) -> tuple[Table, str]:
         variance, degrees = pooled([times])
         known = floors.get(time.name, place)
         floor = known or assumed
-        limit = DASH if floor is None else f"{floor.limit:.1%}{'' if known else '?'}"
+        limit = (
+            DASH if floor is None else TableCell(f"{floor.limit:.1%}{'' if known else '?'}", "" if known else "weak")
+        )
         rows.append([*place, f"{math.sqrt(variance):.1%}" if degrees else DASH, limit])
     if floors.runs:
         basis = (

@@ -56,7 +56,8 @@ def wide(groups: Sequence[Group]) -> str:
             )
             rows.append(f'<tr><th scope="row">{escape(mode)}</th>{cells}</tr>\n')
         bodies.append(f"<tbody>\n{''.join(rows)}</tbody>")
-    return _box("\n".join([_two_rows_of_headings(groups), *bodies]), "wide by-mode")
+    body = "\n".join([_two_rows_of_headings(groups), *bodies])
+    return _box(body, "wide by-mode", ' role="region" aria-label="All figures by workload and mode"')
 
 
 def legend(groups: Sequence[Group]) -> str:
@@ -144,5 +145,5 @@ def _cell(header: str, cell: str, is_barred: bool, is_first: bool) -> str:
     return f"<td{kind}>{escape(cell)}{bar.svg() if bar else ''}</td>"
 
 
-def _box(body: str, kind: str) -> str:
-    return f'<div class="{kind}" tabindex="0"><table>\n{body}\n</table></div>'
+def _box(body: str, kind: str, role: str = "") -> str:
+    return f'<div class="{kind}" tabindex="0"{role}><table>\n{body}\n</table></div>'

@@ -75,18 +75,18 @@ def results(run: Run) -> Table:
     cells: dict[Heading, Callable[[Row], str]] = {
         PLACE[0]: lambda row: place_of(row)[0],
         PLACE[1]: lambda row: place_of(row)[1],
-        _heading("step time", "step_time_ms"): time,
-        _heading("speed-up over fp32", "speedup_fp32"): lambda row: _ratio(row, "fp32", widest),
-        _heading("speed-up over tf32", "speedup_tf32"): lambda row: _ratio(row, "tf32", widest),
+        heading("step time", "step_time_ms"): time,
+        heading("speed-up over fp32", "speedup_fp32"): lambda row: _ratio(row, "fp32", widest),
+        heading("speed-up over tf32", "speedup_tf32"): lambda row: _ratio(row, "tf32", widest),
         _SPEED: speed,
-        _heading("peak memory", "gpu_memory_mib"): memory,
-        _heading("overflow steps", "overflow_steps"): overflow_steps,
-        _heading(final, "metric_mean"): final_metric,
-        _QUALITY: quality,
-        _heading("status", "statuses", is_number=False): lambda row: DASH if all_well else statuses(row),
+        heading("peak memory", "gpu_memory_mib"): memory,
+        heading("overflow steps", "overflow_steps"): overflow_steps,
+        heading(final, "metric_mean"): final_metric,
+        QUALITY: quality,
+        heading("status", "statuses", is_number=False): lambda row: DASH if all_well else statuses(row),
     }
     table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
-    return table.without_blank("speed-up over fp32", "speed-up over tf32", _SPEED, _QUALITY, "status")
+    return table.without_blank("speed-up over fp32", "speed-up over tf32", _SPEED, QUALITY, "status")
 
 
 _BASELINES = ("fp32", "tf32")
@@ -96,7 +96,7 @@ _SPEED = Heading(
     "of the speed-up does not contain 1. No claim: something else than the mode may have decided the step time.",
     is_number=False,
 )
-_QUALITY = Heading(
+QUALITY = Heading(
     "against fp32",
     "Whether the metric is as good as fp32's: a loss of the workload's margin or more is ruled out, in all seeds. "
     "Worse: a loss beyond the margin is shown, or a seed was lost. In CSV: metric_verdict.",
@@ -104,7 +104,7 @@ _QUALITY = Heading(
 )
 
 
-def _heading(text: str, column: str, is_number: bool = True) -> Heading:
+def heading(text: str, column: str, is_number: bool = True) -> Heading:
     """Return a heading with the help of a column of the summary."""
     return Heading(text, _SUMMARY[column].help(), is_number)
 
@@ -336,12 +336,12 @@ def against_fp32(run: Run) -> Table:
         if row["metric_verdict"] is not None or row["target_reached"] is not None
     ]
     headings = [
-        _heading("difference", "metric_difference"),
-        _heading("seeds", "metric_pairs"),
-        _heading("margin", "metric_margin"),
-        Heading("verdict", _QUALITY.help, is_number=False),
-        _heading("reached the target", "target_reached"),
-        _heading("steps to it", "steps_to_target"),
+        heading("difference", "metric_difference"),
+        heading("seeds", "metric_pairs"),
+        heading("margin", "metric_margin"),
+        Heading("verdict", QUALITY.help, is_number=False),
+        heading("reached the target", "target_reached"),
+        heading("steps to it", "steps_to_target"),
     ]
     return Table([*PLACE, *headings], rows).without_blank()
 
