@@ -61,17 +61,19 @@ def _figures(sections: Sequence[Section], markdown: MarkdownIt) -> str:
     """Return the sections with a row per workload and mode as one wide table, with what each says below it."""
     groups, notes = [], []
     for number, section in enumerate(sections):
-        table, *others = section.parts
+        tables = [part for part in section.parts if isinstance(part, Table)][:1]
         is_first = number == 0
-        said = "\n".join(_part(part, markdown) for part in others)
+        said = "\n".join(_part(part, markdown) for part in section.parts if part not in tables)
         anchor = _anchor(section.title) if said and not is_first else ""
-        if isinstance(table, Table):
-            groups.append(Group(section.group, anchor, table))
+        # A section may have something to say about rows that are in no table, because none of them counts.
+        groups += [Group(section.group, anchor, table) for table in tables]
         if said:
             notes.append(said if is_first else f'<h3 id="{anchor}">{escape(section.group)}</h3>\n{said}')
     columns = f"<details><summary>What the columns mean</summary>\n<div>{legend(groups)}</div></details>"
     below = "\n".join([*notes, columns])
-    return _section(Section(sections[0].title, ()), f'{wide(groups)}\n<div class="notes">{below}</div>')
+    return _section(
+        Section(sections[0].title, ()), f'{wide(groups) if groups else ""}\n<div class="notes">{below}</div>'
+    )
 
 
 def _contents(titles: Iterable[str]) -> str:

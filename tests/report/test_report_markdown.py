@@ -379,3 +379,11 @@ def test_one_of_a_kind_is_not_plural(tmp_path):
 def test_the_mean_over_applied_steps_is_not_taken_for_the_median(tmp_path):
     report = rendered(tmp_path, record("mixed-static", step_time_ms_median=1.0, step_time_ms_per_applied=1.3))
     assert table(report, "Timing quality")[0]["mean ms per applied step"] == "1.30"
+
+
+def test_a_page_keeps_what_is_said_of_rows_that_are_in_no_table(tmp_path):
+    lost = record("mixed-static", status="stalled", status_reason="because", gpu_memory_nvml_peak_mib=900.0)
+    run = read_run(write_run(tmp_path, finished([record(), lost]), device=GPU))
+    (said,) = document(run).parts_of("Memory")
+    assert "measured by an older mpscale" in said
+    assert said in page(document(run))
