@@ -347,7 +347,7 @@ def judge_metric(
     if not left_out:
         return found
     total = len(before.seeds | after.seeds)
-    return replace(found, left_out=f"{len(pairs)} of {total} seeds; {by_reason(left_out)}")
+    return replace(found, left_out=f"{len(pairs)} of {total} seed{'' if total == 1 else 's'}; {by_reason(left_out)}")
 
 
 def judge(

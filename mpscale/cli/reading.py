@@ -104,8 +104,8 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def report(options: argparse.Namespace) -> int:
     from mpscale.core.runs import read_run, resolve_run
-    from mpscale.report.document import artifacts_page, github_summary
     from mpscale.report.files import WRITTEN, rebuild
+    from mpscale.report.github_summary import artifacts_page, github_summary
 
     path = resolve_run(options.run, options.results)
     if options.format == "github-summary":

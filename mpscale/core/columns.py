@@ -112,6 +112,16 @@ class Over(StrEnum):
     """Each distinct text once."""
 
 
+_OVER = {
+    Over.MEDIAN: "Here: the median over processes.",
+    Over.MAX: "Here: the largest of any process.",
+    Over.SUM: "Here: the sum over processes.",
+    Over.KNOWN: "Here: how many processes have it.",
+    Over.EACH: "Here: each value of any process, once.",
+}
+"""How a report explains a cell."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """A place in the report for a column.
@@ -124,6 +134,7 @@ class Cell:
         partial: whether to note that some processes have no value.
         flag: a yes-or-no column, and a note for the value if that is yes for most processes.
         apart: a column and a value of it. Processes with that value are counted and shown apart from the others.
+        bar: whether a page draws a bar beside the number, which is not negative.
     """
 
     sheet: Sheet
@@ -133,6 +144,7 @@ class Cell:
     partial: bool = False
     flag: tuple[str, str] | None = None
     apart: tuple[str, str] | None = None
+    bar: bool = False
 
 
 class Source(StrEnum):
@@ -178,6 +190,17 @@ class Column:
     def format(self) -> Format:
         """How people are shown its values."""
         return self.special or _FORMATS.get(self.unit) or _FORMATS_BY_KIND[self.kind]
+
+    def help(self, over: Over | None = None) -> str:
+        """Return what the column is, in plain text, for people who point at it.
+
+        Args:
+            over: how a report makes one value of those of several processes, if it does.
+        """
+        unit = "" if self.unit in ("", "share") else f" Unit: {self.unit}."
+        here = "" if over is None else f" {_OVER[over]}"
+        made = f"{self.made[:1].upper()}{self.made[1:]}".replace("`", "")
+        return f"{made}.{unit}{here} In CSV: {self.name}."
 
 
 class Topic(StrEnum):
@@ -348,7 +371,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("step_time_ms_one_per_call", "float", "ms", "`step_time_ms_median` of a quarter as many blocks, timed after them in the same process, with one step per call instead of `steps_per_call`: the difference is what starting single steps costs", "every call took one step; " + _NO_TIMING, Cell(Sheet.TIMING, 9, "ms with one step per call"), positive=True),
             _measured("step_time_ms_p10", "float", "ms", "10th percentile over the blocks", _NO_TIMING),
             _measured("step_time_ms_p90", "float", "ms", "90th percentile over the blocks", _NO_TIMING),
-            _measured("step_time_ms_per_applied", "float", "ms", "time of all blocks over the steps applied in them: a skipped step is cheaper and gains nothing", "the mode checks no gradient, no step was applied, or timing was off", Cell(Sheet.TIMING, 3, "ms per applied step")),
+            _measured("step_time_ms_per_applied", "float", "ms", "time of all blocks over the steps applied in them, so a mean, and slow blocks count in full; `step_time_ms_median` is a median, which they hardly move. A skipped step is cheaper and gains nothing", "the mode checks no gradient, no step was applied, or timing was off", Cell(Sheet.TIMING, 3, "mean ms per applied step")),
             _measured("examples_per_s", "float", "1/s", "`batch_size` / `step_time_ms_median`", _NO_TIMING),
             _measured("timed_blocks", "int", "blocks", "blocks timed, one synchronisation each", _NO_TIMING, Cell(Sheet.TIMING, 2, "blocks", Over.SUM)),
             _measured("timed_steps", "int", "steps", "steps in them", _NO_TIMING),
@@ -416,7 +439,7 @@ SECTIONS: tuple[Section, ...] = (
         Topic.ENERGY,
         "Energy",
         (
-            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, from its counter if it has one, else from its power, divided by the steps", _NO_ENERGY, Cell(Sheet.ENERGY, 1, "J per step", partial=True), positive=True),
+            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, from its counter if it has one, else from its power, divided by the steps", _NO_ENERGY, Cell(Sheet.ENERGY, 1, "J per step", partial=True, bar=True), positive=True),
             _measured("gpu_energy_method", "str", "", "`counter` or `power`: where the headline comes from", _NO_ENERGY, Cell(Sheet.ENERGY, 7, "by", Over.EACH)),
             _measured("gpu_energy_j_per_applied_step", "float", "J", "the same divided by the steps that were not skipped", "the mode checks no gradient, no step was applied; " + _NO_ENERGY, Cell(Sheet.ENERGY, 3, "J per applied step")),
             _measured("gpu_energy_net_j_per_step", "float", "J", "the headline minus `gpu_idle_power_w` times the window: what training added", "the GPU drew no more than before, or its idle power is unknown; " + _NO_ENERGY, Cell(Sheet.ENERGY, 4, "J per step above idle")),

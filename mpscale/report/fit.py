@@ -10,7 +10,8 @@ from typing import Any, Literal
 from mpscale.analysis.fit import ROW, Fit, Try, figures, memory_columns
 from mpscale.core.reason import Reason
 from mpscale.core.record import to_csv
-from mpscale.report.document import Document, facts, when
+from mpscale.report.about import facts, when
+from mpscale.report.document import Document, Section
 from mpscale.report.document import render as as_markdown
 from mpscale.report.files import write_whole
 from mpscale.report.page import page
@@ -116,15 +117,14 @@ def document(fit: Fit, about: Mapping[str, Any]) -> Document:
         ("mode", "batch", "result", "step time", "peak memory", "seconds", "why"),
         [_tried(fit, each) for each in fit.tries],
     )
-    parts: dict[str, list[Table | str]] = {
-        "Largest batches": [table(fit)],
-        "How to read this": ["\n".join(f"- {note}" for note in (*_NOTES, on_device, *_about_inputs(fit)))],
-        "Tries": [tries or "None."],
-        "Environment": [facts(about.get("environment"))],
-        "Settings": [facts(about.get("settings"))],
-    }
-    filled = {title: some for title, some in parts.items() if any(some)}
-    return Document(f"mpscale fit: {fit.workload}", when(about), _findings(fit), filled)
+    parts = [
+        Section("Largest batches", [table(fit)], sentences=True),
+        Section("How to read this", ["\n".join(f"- {note}" for note in (*_NOTES, on_device, *_about_inputs(fit)))]),
+        Section("Tries", [tries or "None."], sentences=True),
+        Section("Environment", [facts(about.get("environment"))], folded=True, sentences=True),
+        Section("Settings", [facts(about.get("settings"))], folded=True, sentences=True),
+    ]
+    return Document(f"mpscale fit: {fit.workload}", when(about), _findings(fit), parts)
 
 
 def _about_inputs(fit: Fit) -> Iterator[str]:

@@ -14,18 +14,11 @@ from string import Template
 
 from markdown_it import MarkdownIt
 
-from mpscale.report.document import Document
+from mpscale.report.document import Document, Section
 from mpscale.report.figures import Picture
 from mpscale.report.first_screen_page import html_of
+from mpscale.report.html_table import Group, html, legend, wide
 from mpscale.report.table import Table
-
-_FOLDED = ("Environment", "Settings", "Missing values")
-"""Sections for looking things up, folded at first."""
-
-_SENTENCES = ("Cases that did not end well", "Largest batches", "Tries", *_FOLDED)
-"""Sections whose tables have cells long enough to be broken into lines."""
-
-_PICTURES_AFTER = "Results"
 
 
 def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
@@ -33,7 +26,7 @@ def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
 
     Args:
         document: the report.
-        pictures: shown after the results.
+        pictures: shown after the first section.
     """
     # HTML is shown as text: names come from users' own suites, and a crash may print anything.
     markdown = MarkdownIt("commonmark", {"html": False})
@@ -42,12 +35,13 @@ def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
     body.append(f"<h1>{title}</h1>" if document.screen is None else f'<h2 class="run">{title}</h2>')
     if document.when:
         body.append(f'<p class="when">{markdown.renderInline(document.when)}</p>')
-    body += [markdown.render(document.findings), _contents(document.sections)]
-    for title, parts in document.sections.items():
-        shown = (_table(part) if isinstance(part, Table) else markdown.render(part) for part in parts)
-        body.append(_section(title, "\n".join(shown)))
-        if title == _PICTURES_AFTER:
-            body += [_figure(picture) for picture in pictures]
+    body.append(markdown.render(document.findings))
+    by_mode = [section for section in document.sections if section.group]
+    alone = [section for section in document.sections if not section.group]
+    shown = [_figures(by_mode, markdown)] if by_mode else []
+    shown += [_section(section, "\n".join(_part(part, markdown) for part in section.parts)) for section in alone]
+    titles = [*(section.title for section in by_mode[:1]), *(section.title for section in alone)]
+    body += [_contents(titles), *shown[:1], *map(_figure, pictures), *shown[1:]]
     return shell(document.title, "\n".join(body))
 
 
@@ -62,11 +56,27 @@ def shell(title: str, body: str) -> str:
     return Template(template).substitute(title=escape(title), style=style, body=body)
 
 
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(header)}</th>" for header in table.headers)
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in table.rows)
-    body = f"<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{rows}</tbody>"
-    return f'<div class="wide" tabindex="0"><table>\n{body}\n</table></div>'
+def _part(part: Table | str, markdown: MarkdownIt) -> str:
+    return html(part) if isinstance(part, Table) else str(markdown.render(part))
+
+
+def _figures(sections: Sequence[Section], markdown: MarkdownIt) -> str:
+    """Return the sections with a row per workload and mode as one wide table, with what each says below it."""
+    groups, notes = [], []
+    for number, section in enumerate(sections):
+        tables = [part for part in section.parts if isinstance(part, Table)][:1]
+        is_first = number == 0
+        said = "\n".join(_part(part, markdown) for part in section.parts if part not in tables)
+        anchor = _anchor(section.title) if said and not is_first else ""
+        # A section may have something to say about rows that are in no table, because none of them counts.
+        groups += [Group(section.group, anchor, table) for table in tables]
+        if said:
+            notes.append(said if is_first else f'<h3 id="{anchor}">{escape(section.group)}</h3>\n{said}')
+    columns = f"<details><summary>What the columns mean</summary>\n<div>{legend(groups)}</div></details>"
+    below = "\n".join([*notes, columns])
+    return _section(
+        Section(sections[0].title, ()), f'{wide(groups) if groups else ""}\n<div class="notes">{below}</div>'
+    )
 
 
 def _contents(titles: Iterable[str]) -> str:
@@ -74,13 +84,13 @@ def _contents(titles: Iterable[str]) -> str:
     return f'<nav aria-label="Sections"><ul>\n{links}\n</ul></nav>'
 
 
-def _section(title: str, text: str) -> str:
-    heading = f"<h2>{escape(title)}</h2>"
-    kind = ' class="sentences"' if title in _SENTENCES else ""
-    if title in _FOLDED:
+def _section(section: Section, text: str) -> str:
+    heading = f"<h2>{escape(section.title)}</h2>"
+    kind = ' class="sentences"' if section.sentences else ""
+    if section.folded:
         # The id is inside the fold, so that a link to it unfolds it.
-        return f'<details><summary>{heading}</summary>\n<div id="{_anchor(title)}"{kind}>{text}</div></details>'
-    return f'<section id="{_anchor(title)}"{kind}>{heading}\n{text}</section>'
+        return f'<details><summary>{heading}</summary>\n<div id="{_anchor(section.title)}"{kind}>{text}</div></details>'
+    return f'<section id="{_anchor(section.title)}"{kind}>{heading}\n{text}</section>'
 
 
 def _figure(picture: Picture) -> str:

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from mpscale.analysis.probe import ALL, HEADROOM, Look, Probe, advise
 from mpscale.core.magnitudes import LARGEST_FLOAT16
-from mpscale.report.document import Document, facts, when
+from mpscale.report.about import facts, when
+from mpscale.report.document import Document, Section
 from mpscale.report.document import render as as_markdown
 from mpscale.report.files import write_whole
 from mpscale.report.page import page
 from mpscale.report.probe_figure import picture
 from mpscale.report.probe_tables import ROW, looks, percent, sentences, summary, table, values
-from mpscale.report.table import Table, escape, json_text, number
+from mpscale.report.table import Table, escape, json_text, number, plural
 
 _CSV = ("workload", "device_name", "recommended_scale", *ROW, "unavailable")
 _TERMINAL_LAYERS = 10
@@ -59,7 +60,9 @@ def render(probe: Probe, form: Literal["table", "markdown", "csv", "json"]) -> s
     shown = table(probe, _TERMINAL_LAYERS)
     whole_table = table(probe)
     left_out = len(whole_table.rows) - len(shown.rows)
-    note = f"Layers are those of which most vanishes; the report has {left_out} more rows." if left_out else ""
+    note = (
+        f"Layers are those of which most vanishes; the report has {plural(left_out, 'more row')}." if left_out else ""
+    )
     return "\n\n".join(filter(None, ["\n".join(said), shown.text(), note])) + "\n"
 
 
@@ -77,18 +80,17 @@ def document(probe: Probe, about: Mapping[str, Any]) -> Document:
         probe: finished or not.
         about: as in :func:`write`.
     """
-    parts: dict[str, list[Table | str]] = {
-        "Results": [table(probe)],
-        "Looks": [looks(probe)],
-        "How to read this": ["\n".join(f"- {escape(note)}" for note in _NOTES)],
-        "Environment": [facts(about.get("environment"))],
-        "Settings": [facts(about.get("settings"))],
-    }
-    filled = {title: some for title, some in parts.items() if any(some)}
+    parts = [
+        Section("Results", [table(probe)]),
+        Section("Looks", [looks(probe)]),
+        Section("How to read this", ["\n".join(f"- {escape(note)}" for note in _NOTES)]),
+        Section("Environment", [facts(about.get("environment"))], folded=True, sentences=True),
+        Section("Settings", [facts(about.get("settings"))], folded=True, sentences=True),
+    ]
     where = f"{escape(probe.device.name)} ({probe.device.kind.upper()})"
     said = "\n".join(f"- {escape(sentence)}" for sentence in sentences(probe))
     begin = f"{escape(probe.workload)} was trained in float32 on {where}, and its gradients were looked at."
-    return Document(f"mpscale probe: {probe.workload}", when(about), f"{begin}\n\n{said}", filled)
+    return Document(f"mpscale probe: {probe.workload}", when(about), f"{begin}\n\n{said}", parts)
 
 
 def _counts(probe: Probe) -> Iterator[list[Any]]:

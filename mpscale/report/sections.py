@@ -1,43 +1,32 @@
-"""The sections of the report of a run: tables, and texts in markdown. They are empty if there is nothing to report."""
+"""The tables of the results of a run: summary, training and metric. They are empty if there is nothing to report."""
 
 from __future__ import annotations
 
-import math
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
-from mpscale.analysis.change import SINGLE_RUN
-from mpscale.analysis.claim import TOO_SMALL, Doubt, doubts_of, mostly
-from mpscale.analysis.noise_floor import FEWEST_RUNS, Floors, assumed_floor, pooled
-from mpscale.analysis.quantities import COSTS, Cost
+from mpscale.analysis.answer import speed_verdict
+from mpscale.analysis.claim import TOO_SMALL, Doubt, doubts_of
+from mpscale.analysis.quantities import Verdict
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.analysis.trainings import have_no_metric
-from mpscale.core.blocks import FASTER, SLOWER
 from mpscale.core.case import Place
-from mpscale.core.columns import COLUMNS, MEASURED, SUMMARY, Cell, Column, Over, Sheet
+from mpscale.core.columns import COLUMNS, MEASURED, SUMMARY, Over
 from mpscale.core.mode import is_mixed
-from mpscale.core.record import (
-    Record,
-    grouped,
-    in_order_of_modes,
-    modes_of,
-    of_good_trainings,
-    place_of,
-    values_of,
-)
+from mpscale.core.record import Record, grouped, modes_of, of_good_trainings, place_of, values_of
 from mpscale.core.runs import Run
+from mpscale.report import bars
 from mpscale.report.table import (
     DASH,
+    Cell,
+    Heading,
+    Look,
     Table,
     count,
-    escape,
     interval,
     large,
-    listed,
+    look_of,
     loss_scale,
     metric,
     metric_difference,
@@ -47,55 +36,126 @@ from mpscale.report.table import (
     of_processes,
     of_seeds,
     plural,
-    share,
-    shown,
     span,
-    text,
 )
+from mpscale.report.words import DOUBTS, WORDS, metric_name
 
-_COLUMNS_SHOWN = 8
-_STEP_COUNTS = ("attempted_steps", "applied_steps", "skipped_steps", "overflow_steps", "nonfinite_loss_steps")
-_PLACE = ("workload", "mode")
-_PEAK = "gpu_memory_nvml_peak_mib"
-_ALLOCATOR_PEAKS = ("gpu_memory_allocator_synchronised_peak_mib", "gpu_memory_allocator_timed_peak_mib")
-_GPU_TIME = tuple(
-    cell.heading
-    for column in (*COLUMNS.values(), *SUMMARY)
-    if column.name.startswith(("device_busy_", "speedup_device_"))
-    for cell in column.cells
-)
-"""Headings of the timing table that are left out without a profile of a GPU."""
-_RATES = tuple(
-    cell.heading for column in SUMMARY if column.name.startswith(("tflops", "peak_share")) for cell in column.cells
-)
-"""Headings of the table of arithmetic that are left out if nothing was timed, or on a CPU."""
-_PER_CALL = tuple(
-    cell.heading
-    for name in ("step_time_ms_median", "step_time_ms_one_per_call")
-    for cell in COLUMNS[name].cells
-    if cell.over is Over.MEDIAN
-)
-"""Headings of the timing table that are shown side by side, and only if a call took several steps."""
+_STEP_COUNTS = {
+    "attempted": "attempted_steps",
+    "applied": "applied_steps",
+    "skipped": "skipped_steps",
+    "overflow": "overflow_steps",
+    "non-finite loss": "nonfinite_loss_steps",
+}
+"""Columns that are summed over seeds, by their heading."""
+_SUMMARY = {column.name: column for column in SUMMARY}
+
+PLACE = tuple(Heading(name, _SUMMARY[name].help(), is_number=False) for name in ("workload", "mode"))
+"""The headings of what names a row."""
 
 
 def results(run: Run) -> Table:
     """Return a row per workload and mode, for terminal, report and GitHub summary. Blank columns are left out."""
     rows = summary_of(run)
     names = {row["metric_name"] for row in rows if row["metric_name"] is not None}
+    final = f"final {metric_name(names.pop()) if len(names) == 1 else 'metric'}"
     all_well = all(row["ok"] == row["cases"] and not row["not_started"] for row in rows)
-    cells: dict[str, Callable[[Row], str]] = {
-        "workload": lambda row: place_of(row)[0],
-        "mode": lambda row: place_of(row)[1],
-        "step time": step_time,
-        "speed-up over fp32": lambda row: speedup(row, "fp32"),
-        "speed-up over tf32": lambda row: speedup(row, "tf32"),
-        "peak memory": peak_memory,
-        "overflow steps": overflow_steps,
-        f"final {names.pop() if len(names) == 1 else 'metric'}": final_metric,
-        "status": lambda row: DASH if all_well else statuses(row),
+    slowest, largest = _largest(rows, "step_time_ms"), _largest(rows, "gpu_memory_mib")
+    widest = bars.widest(row[f"speedup_{mode}"] for row in rows for mode in _BASELINES if row[f"speedup_{mode}"])
+
+    def time(row: Row) -> Cell:
+        return _with_length(
+            step_time(row), row["step_time_ms"], slowest[row["workload"]], "the slowest of this workload"
+        )
+
+    def memory(row: Row) -> Cell:
+        longest = largest[row["workload"]]
+        return _with_length(peak_memory(row), row["gpu_memory_mib"], longest, "the largest of this workload")
+
+    cells: dict[Heading, Callable[[Row], str]] = {
+        PLACE[0]: lambda row: place_of(row)[0],
+        PLACE[1]: lambda row: place_of(row)[1],
+        heading("step time", "step_time_ms"): time,
+        heading("speed-up over fp32", "speedup_fp32"): lambda row: _ratio(row, "fp32", widest),
+        heading("speed-up over tf32", "speedup_tf32"): lambda row: _ratio(row, "tf32", widest),
+        _SPEED: speed,
+        heading("peak memory", "gpu_memory_mib"): memory,
+        heading("overflow steps", "overflow_steps"): overflow_steps,
+        heading(final, "metric_mean"): final_metric,
+        QUALITY: quality,
+        heading("status", "statuses", is_number=False): lambda row: DASH if all_well else statuses(row),
     }
     table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
-    return table.without_blank("speed-up over tf32", "status")
+    return table.without_blank("speed-up over fp32", "speed-up over tf32", _SPEED, QUALITY, "status")
+
+
+_BASELINES = ("fp32", "tf32")
+_SPEED = Heading(
+    "speed",
+    "Faster or slower than what a user would have had by default (tf32 if it was timed, else fp32): the 95 % interval "
+    "of the speed-up does not contain 1. No claim: something else than the mode may have decided the step time.",
+    is_number=False,
+)
+QUALITY = Heading(
+    "against fp32",
+    "Whether the metric is as good as fp32's: a loss of the workload's margin or more is ruled out, in all seeds. "
+    "Worse: a loss beyond the margin is shown, or a seed was lost. In CSV: metric_verdict.",
+    is_number=False,
+)
+
+
+def heading(text: str, column: str, is_number: bool = True) -> Heading:
+    """Return a heading with the help of a column of the summary."""
+    return Heading(text, _SUMMARY[column].help(), is_number)
+
+
+def _largest(rows: Sequence[Row], name: str) -> Mapping[str, float]:
+    """The largest of the values of each workload, whatever its batch; 0 if there is nothing to compare."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["workload"], []).extend([] if row[name] is None else [row[name]])
+    return {workload: max(values) if len(values) > 1 else 0.0 for workload, values in found.items()}
+
+
+def _with_length(written: str, value: float | None, longest: float, of: str) -> Cell:
+    return Cell(written, bar=None if value is None else bars.length(value, longest, of))
+
+
+def _ratio(row: Row, baseline: str, widest: float) -> Cell:
+    ratio, low, high = (row[f"speedup_{baseline}{end}"] for end in ("", "_low", "_high"))
+    if ratio is None:
+        return Cell(DASH, "unknown")
+    written = interval(ratio, low, high, "x")
+    bar = None if row["mode"] == baseline else bars.ratio(ratio, None if low is None else (low, high), widest)
+    # The column beside it says why a ratio is no claim.
+    return Cell(f"({written})", "weak", bar) if doubts_of(row, baseline) else Cell(written, bar=bar)
+
+
+def speed(row: Row) -> Cell:
+    """Say if a mode is faster or slower than its headline baseline, or why nothing can be claimed."""
+    baseline, verdict = row["headline_baseline"], speed_verdict(row)
+    if verdict is None:
+        is_timed_baseline = row["mode"] == baseline and row["step_time_ms"] is not None
+        return Cell("baseline") if is_timed_baseline else Cell(DASH, "unknown")
+    if doubts := doubts_of(row, baseline):
+        return Cell(f"no claim: {', '.join(DOUBTS[doubt] for doubt in doubts)}", "weak")
+    if verdict is Verdict.CANNOT_TELL:
+        return Cell(WORDS[verdict], "unknown")
+    return Cell(f"{WORDS[verdict]} than {baseline}", "good" if verdict is Verdict.FASTER else "bad")
+
+
+def quality(row: Row) -> Cell:
+    """Say if the metric of a mode is as good as that of fp32."""
+    verdict = row["metric_verdict"]
+    return Cell(DASH if verdict is None else WORDS[verdict], _LOOKS.get(verdict, ""))
+
+
+_LOOKS: Mapping[Verdict | None, Look] = {
+    Verdict.NON_INFERIOR: "good",
+    Verdict.WORSE: "bad",
+    Verdict.INCONCLUSIVE: "unknown",
+    None: "unknown",
+}
 
 
 def step_time(row: Row) -> str:
@@ -103,11 +163,11 @@ def step_time(row: Row) -> str:
     return interval(row["step_time_ms"], row["step_time_ms_low"], row["step_time_ms_high"], " ms")
 
 
-def speedup(row: Row, baseline: str) -> str:
-    """Write the speed-up over ``baseline`` with its interval over pairs; in parentheses if there are doubts."""
+def speedup(row: Row, baseline: str) -> Cell:
+    """Write the speed-up over ``baseline`` with its interval over pairs; if it is no claim, in parentheses with why."""
     low, high = row[f"speedup_{baseline}_low"], row[f"speedup_{baseline}_high"]
     written, doubts = interval(row[f"speedup_{baseline}"], low, high, "x"), doubts_of(row, baseline)
-    return f"({written}: {', '.join(doubts)})" if doubts else written
+    return Cell(f"({written}: {', '.join(DOUBTS[doubt] for doubt in doubts)})", "weak") if doubts else Cell(written)
 
 
 TOO_SMALL_CURE = (
@@ -121,7 +181,7 @@ def doubts_note(rows: Sequence[Row]) -> str:
     found = {doubt for row in rows for baseline in ("fp32", "tf32") for doubt in doubts_of(row, baseline)}
     if not found:
         return ""
-    told = "; ".join(f"{doubt}: {doubt.text}" for doubt in Doubt if doubt in found)
+    told = "; ".join(f"{DOUBTS[doubt]}: {doubt.text}" for doubt in Doubt if doubt in found)
     cures = [TOO_SMALL_CURE] if found & TOO_SMALL else []
     cures += [f"for more pairs, {ONE_PAIR_CURE}"] if Doubt.ONE_PAIR in found else []
     cure = "".join(f" {text[0].upper()}{text[1:]}." for text in cures)
@@ -165,7 +225,8 @@ def metric_why(row: Row) -> str:
 
 
 @lru_cache(maxsize=8)
-def _groups(run: Run) -> Mapping[Place, Sequence[Record]]:
+def by_place(run: Run) -> Mapping[Place, Sequence[Record]]:
+    """The cases of a run by workload and mode, as tables name them. Do not change them: they are made once."""
     return grouped(run.records)
 
 
@@ -179,220 +240,12 @@ def measured(run: Run, trained: bool = False, good: bool = False) -> Sequence[tu
         good: only cases of seeds that were not lost, which the costs of a mode are computed from.
     """
     found = []
-    for (workload, mode), group in _groups(run).items():
+    for (workload, mode), group in by_place(run).items():
         records = of_good_trainings(group) if good else [case for case in group if case["status"] in MEASURED]
         records = [case for case in records if case["repeat"] == 0] if trained else records
         if records:
             found.append((workload, mode, records))
     return found
-
-
-_OVER: dict[Over, Callable[[list[Any]], Any]] = {
-    Over.MEDIAN: statistics.median,
-    Over.MAX: max,
-    Over.SUM: sum,
-    Over.KNOWN: len,
-    Over.EACH: lambda values: "; ".join(dict.fromkeys(values)),
-}
-
-
-def _sheet(run: Run, sheet: Sheet, *needs: str, good: bool = True) -> Table:
-    """Return a table of the columns that the data dictionary puts into ``sheet``, for modes with one of ``needs``."""
-    summary = {place_of(row): row for row in summary_of(run)}
-    cells = [(cell, column) for column in (*COLUMNS.values(), *SUMMARY) for cell in column.cells if cell.sheet is sheet]
-    cells.sort(key=lambda pair: pair[0].place)
-    rows = [
-        [workload, mode, *(_cell(cell, column, records, summary[workload, mode]) for cell, column in cells)]
-        for workload, mode, records in measured(run, good=good)
-        if any(record[name] is not None for record in records for name in needs)
-    ]
-    return Table([*_PLACE, *(cell.heading for cell, _ in cells)], rows)
-
-
-def _cell(cell: Cell, column: Column, records: Sequence[Record], row: Row) -> str:
-    if COLUMNS.get(column.name) is not column:
-        return shown(column, row[column.name])
-    if cell.apart is not None:
-        name, value = cell.apart
-        apart = [record for record in records if record[name] == value and record[column.name] is not None]
-        others = [record for record in records if record[name] != value]
-        if apart:
-            bare = replace(cell, apart=None)
-            written = _cell(bare, column, apart, row)
-            if not values_of(others, column.name):
-                return f"{written} ({value})"
-            return f"{_cell(bare, column, others, row)} ({count(len(apart))} {value}: {written})"
-    known = values_of(records, column.name)
-    if not known and cell.over is not Over.KNOWN:
-        return DASH
-    value = _OVER[cell.over](known)
-    written = count(value) if cell.over is Over.KNOWN else shown(column, value)
-    if cell.partial:
-        written += of_processes(len(known), row)
-    if cell.flag is not None and mostly(values_of(records, cell.flag[0])):
-        written += f" ({cell.flag[1]})"
-    return written
-
-
-def timing(run: Run) -> list[Table | str]:
-    """Show what the step times are based on."""
-    table = _sheet(run, Sheet.TIMING, "step_time_ms_median", "trace_time_s", "first_step_s")
-    if not table:
-        return []
-    several = {record["steps_per_call"] for record in run.records if record["steps_per_call"] not in (None, 1)}
-    table = table.without_blank(*_GPU_TIME)
-    parts: list[Table | str] = [table if several else table.without(*_PER_CALL)]
-    cases = [records for _, _, records in measured(run, good=True)]
-    busiest = max((value for records in cases for value in values_of(records, "host_other_cpu_share")), default=0.0)
-    if busiest > (COLUMNS["host_other_cpu_share"].warn_above or math.inf):
-        parts.append(
-            f"The machine was busy: other processes took up to {share(busiest)} of its CPU time while steps were "
-            "timed. This makes step times longer, and makes them vary more from process to process."
-        )
-    if several:
-        parts.append(
-            f"A call took {span(sorted(map(count, several)))} steps. After them, steps of one call each were timed in "
-            "the same process: the difference is what it costs to start every step from Python."
-        )
-    if any(mostly(values_of(records, "dispatch_bound")) for records in cases):
-        parts.append(
-            "`bound` means that dispatch in Python and TensorFlow took over half of the step time, rather than the "
-            "device. The model or its batch is too small to show what the mode does to the device."
-        )
-    if any(values_of(records, "device_busy_ms_per_step") for records in cases):
-        parts.append(
-            "GPU ms per step is the time in which at least one kernel ran, from a profile of a few steps. Ratios of it "
-            "show what a mode does to the kernels, without the time in which the GPU waits for the host. A user sees "
-            "the step time."
-        )
-    if without_xla(run):
-        parts.append(
-            "Steps were not compiled with XLA. Each operation on the elements of a tensor, a cast to float16 included, "
-            "is then a kernel of its own that reads and writes the whole tensor, while XLA fuses many into one. Matrix "
-            "products and convolutions, which a mode makes faster, can be a small part of such a step, and casts can "
-            "cost more than is gained. Run the modes with --mp-jit on, too, before you choose one."
-        )
-    parts.append(two_levels(run))
-    return parts
-
-
-def arithmetic(run: Run) -> list[Table | str]:
-    """Show FLOPs per step, how fast they are computed, and the share of the GPU's peak."""
-    table = _sheet(run, Sheet.ARITHMETIC, "flops_per_step")
-    if not table:
-        return []
-    table = table.without_blank(*_RATES)
-    parts: list[Table | str] = [
-        table,
-        "FLOPs are those of matrix products and convolutions, forward and backward, two for each multiply-add. They "
-        "are a property of the model and its batch, so they are the same in every mode.",
-    ]
-    if any(row["peak_share"] is not None for row in summary_of(run)):
-        parts.append(
-            "Peaks are NVIDIA's, for dense products in the precision that the mode is about. Part of a mixed step is "
-            "float32, and operations on single elements take time without counting as FLOPs, so no training reaches "
-            "its peak: well-tuned ones on large models reach about half. A low share means that something else sets "
-            "the step time: memory, the host, or products that are too small."
-        )
-    elif any(row["device"] == "cpu" and row["tflops"] is not None for row in summary_of(run)):
-        parts.append("Modes below float32 have no TFLOP/s here: most CPUs emulate float16 and bfloat16.")
-    return parts
-
-
-def without_xla(run: Run) -> bool:
-    """Whether a run on a GPU compiled none of the steps that it timed with XLA."""
-    timed = [record for record in run.records if record["step_time_ms_median"] is not None]
-    return {(record["device"], record["jit"]) for record in timed} == {("gpu", False)}
-
-
-def two_levels(run: Run) -> str:
-    """Name the processes whose step time jumped between two levels; empty if there are none."""
-    found = [
-        f"{escape(record['case_id'])} ({number(record[FASTER])} and {number(record[SLOWER])} ms)"
-        for _, _, records in measured(run, good=True)
-        for record in records
-        if record[SLOWER] is not None
-    ]
-    if not found:
-        return ""
-    return (
-        f"The step time of {plural(len(found), 'process')} jumped between two levels: {listed(found, _COLUMNS_SHOWN)}. "
-        "Something on the machine changed meanwhile, and the median is one level or the other by chance."
-    )
-
-
-def memory(run: Run) -> list[Table | str]:
-    """Show peaks over the processes of a mode."""
-    needs = (_PEAK, "gpu_memory_allocator_peak_mib", "host_memory_peak_mib")
-    without_ratio = _no_ratio(run, COSTS["gpu_memory"], "gpu_memory_mib", "gpu_memory_ratio")
-    parts: list[Table | str] = [_sheet(run, Sheet.MEMORY, *needs), without_ratio]
-    if any(record[_PEAK] is not None and _before_windows(record) for record in run.records):
-        parts.append(
-            "This run was measured by an older mpscale: the figure for training is the peak of the whole process, with "
-            "steps queued and with evaluation."
-        )
-    return parts
-
-
-def _before_windows(record: Record) -> bool:
-    """Whether a case was measured before the peaks of synchronised and queued steps were told apart."""
-    column = "gpu_memory_queued_peak_mib"
-    return record[column] is None and record.why_empty(column) is None
-
-
-def memory_parts(run: Run) -> list[Table | str]:
-    """Show what the memory that the driver reports is used for."""
-    parts: list[Table | str] = [_sheet(run, Sheet.MEMORY_PARTS, "gpu_memory_process_peak_mib", _PEAK)]
-    searched = [
-        f"{large(max(scratch), 'MiB')} for {workload} {mode}"
-        for workload, mode, records in measured(run, good=True)
-        if (scratch := [most for record in records if (most := _scratch(record)) is not None])
-    ]
-    if searched:
-        parts.append(
-            f"The first step took more from TensorFlow's allocator than later steps: {', '.join(searched)}. That is "
-            "mostly scratch of the search for the fastest kernels. The process keeps it, so the figure for training "
-            "contains it; to compare what the steps themselves need, use the allocator's peak while timed."
-        )
-    return parts
-
-
-def _scratch(record: Record) -> float | None:
-    """What the first steps took from the allocator beyond the timed steps, if it is over a tenth of the peak."""
-    peak, first, timed = (record[name] for name in (_PEAK, *_ALLOCATOR_PEAKS))
-    if peak is None or first is None or timed is None or first - timed <= peak / 10:
-        return None
-    return float(first - timed)
-
-
-def energy(run: Run) -> list[Table | str]:
-    """Show the energy of the GPU per step, and its power."""
-    needed = "gpu_energy_j_per_step"
-    return [_sheet(run, Sheet.ENERGY, needed), _no_ratio(run, COSTS["energy"], needed, "gpu_energy_ratio")]
-
-
-def gpu_state(run: Run) -> Table:
-    """Show clocks, temperature and throttling of the GPU while steps were timed."""
-    return _sheet(run, Sheet.GPU_STATE, "gpu_sm_clock_mhz_median", "gpu_temperature_c_max", good=False)
-
-
-def _no_ratio(run: Run, cost: Cost, figure: str, ratio: str) -> str:
-    """Name the rows without a ratio to fp32 because the two figures do not measure the same thing."""
-    kinds = {(workload, mode): cost.kinds(records) for workload, mode, records in measured(run, good=True)}
-    bare = [
-        " ".join(place)
-        for row in summary_of(run)
-        if row[figure] is not None
-        and row[ratio] is None
-        and len(kinds[place := place_of(row)] | kinds.get((place[0], "fp32"), set())) > 1
-    ]
-    if not bare:
-        return ""
-    columns = " or ".join(f"`{column}`" for column in cost.is_of)
-    return (
-        f"No ratio is given for {', '.join(bare)}: its figure and fp32's differ in {columns}, so they do not "
-        "measure the same thing."
-    )
 
 
 def overflow(run: Run) -> Table:
@@ -408,34 +261,42 @@ def overflow(run: Run) -> Table:
             [
                 workload,
                 mode,
-                *(_total(records, name) for name in _STEP_COUNTS),
+                *(_total(records, name) for name in _STEP_COUNTS.values()),
                 count(max(values_of(records, "longest_skip_run"), default=None)),
                 span([count(min(first, default=None)), count(max(last, default=None))]),
                 DASH if initial == final == DASH else f"{initial} -> {final}",
                 span([loss_scale(min(lowest, default=None)), loss_scale(max(highest, default=None))]),
             ]
         )
-    headers = [*_PLACE, "attempted", "applied", "skipped", "overflow", "non-finite loss", "longest skip run"]
-    return Table([*headers, "first to last overflow", "loss scale, first -> last step", "min to max"], rows)
+    headings = [
+        *(Heading(text, COLUMNS[name].help(Over.SUM)) for text, name in _STEP_COUNTS.items()),
+        Heading("longest skip run", COLUMNS["longest_skip_run"].help(Over.MAX)),
+        Heading("first to last overflow", "The first and the last step of any process with a non-finite gradient."),
+        Heading(
+            "loss scale, first -> last step", "The loss scale of the first step and of the last, over the processes."
+        ),
+        Heading("min to max", "The smallest and the largest loss scale of any step of any process."),
+    ]
+    return Table([*PLACE, *headings], rows).without_blank()
 
 
 def _total(records: Sequence[Record], name: str) -> str:
     known = values_of(records, name)
-    return count(sum(known)) + of_all(len(known), len(records), "seeds") if known else DASH
+    return count(sum(known)) + of_all(len(known), len(records), "seed") if known else DASH
 
 
 def _scales(records: Sequence[Record], name: str) -> str:
     return span([loss_scale(value) for value in sorted(values_of(records, name))])
 
 
-def accuracy(run: Run) -> list[Table | str]:
-    """Show the metric of every seed in every mode, or its status; and when the target was reached."""
+def by_seed(run: Run) -> Table:
+    """Show the metric of every seed in every mode, or its status."""
     trained = [record for record in run.records if record["repeat"] == 0 and record["status"] != "unsupported"]
     modes = modes_of(trained)
     names = {record["workload"]: record["metric_name"] for record in trained if record["metric_name"] is not None}
     found: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
     for record in sorted(trained, key=lambda record: record["seed"]):
-        name = names.get(record["workload"]) or "metric"
+        name = metric_name(names.get(record["workload"]))
         ended = record["status"] in MEASURED
 
         def put(label: str, written: str, record: Record = record) -> None:
@@ -449,7 +310,7 @@ def accuracy(run: Run) -> list[Table | str]:
             put(name, str(record["status"]))
         if ended and record["published_metric_value"] is not None:
             put(f"{name}, published test set", metric(record["published_metric_value"], record["metric_name"]))
-    values = Table(
+    return Table(
         ["workload", "metric", "seed", *modes],
         [
             [workload, name, count(seed), *(by_mode.get(mode, DASH) for mode in modes)]
@@ -457,16 +318,49 @@ def accuracy(run: Run) -> list[Table | str]:
             for seed, by_mode in by_seed.items()
         ],
     )
-    reached = [
+
+
+def against_fp32(run: Run) -> Table:
+    """Show whether each mode trains as well as fp32, seed by seed, and how many seeds reached the workload's target."""
+    rows = [
         [
             *place_of(row),
-            f"{row['target_reached']} of {row['seeds_planned']}",
+            _difference(row) if row["metric_verdict"] else DASH,
+            count(row["metric_pairs"]) if row["metric_verdict"] else DASH,
+            metric_margin(row["metric_margin"], row["metric_name"]),
+            verdict(row),
+            DASH if row["target_reached"] is None else f"{row['target_reached']} of {row['seeds_planned']}",
             count(row["steps_to_target"]),
         ]
         for row in summary_of(run)
-        if row["target_reached"] is not None
+        if row["metric_verdict"] is not None or row["target_reached"] is not None
     ]
-    return [values, Table([*_PLACE, "seeds that reached the target", "steps to it, median"], reached)]
+    headings = [
+        heading("difference", "metric_difference"),
+        heading("seeds", "metric_pairs"),
+        heading("margin", "metric_margin"),
+        Heading("verdict", QUALITY.help, is_number=False),
+        heading("reached the target", "target_reached"),
+        heading("steps to it", "steps_to_target"),
+    ]
+    return Table([*PLACE, *headings], rows).without_blank()
+
+
+def _difference(row: Row) -> Cell:
+    """Write the difference of the metric to fp32's, with a bar that has the margin as a band."""
+    value, low, high = (row[f"metric_difference{end}"] for end in ("", "_low", "_high"))
+    margin, higher = row["metric_margin"], row["metric_higher_is_better"]
+    bar = None
+    if value is not None and margin and higher is not None:
+        bar = bars.difference(value, None if low is None else (low, high), margin, higher)
+    return Cell(metric_difference(value, low, high, row["metric_name"]), bar=bar)
+
+
+def verdict(row: Row) -> Cell:
+    """Say if the metric is as good as that of fp32, and why if the numbers do not show it."""
+    needed = row["metric_seeds_needed"]
+    said = quality(row) + ("" if needed is None else f" ({plural(needed, 'seed')} would decide)")
+    return Cell(": ".join(filter(None, (said, metric_why(row)))), look_of(quality(row)))
 
 
 def without_metric(run: Run) -> list[Table | str]:
@@ -489,105 +383,10 @@ def without_metric(run: Run) -> list[Table | str]:
         if synthetic
         else ""
     )
-    headers = [*_PLACE, "batch", "examples per second", "loss of the first step", "loss of the last steps"]
-    return [Table(headers, rows), f"Nothing is evaluated, and nothing is said about how well these train.{why}"]
-
-
-def against_fp32(run: Run) -> Table:
-    """Show whether each mode trains as well as fp32, seed by seed."""
-    rows = []
-    for row in summary_of(run):
-        if row["metric_verdict"] is None:
-            continue
-        needed = row["metric_seeds_needed"]
-        verdict = str(row["metric_verdict"]) + ("" if needed is None else f" ({needed} seeds would decide)")
-        low, high = row["metric_difference_low"], row["metric_difference_high"]
-        rows.append(
-            [
-                *place_of(row),
-                metric_difference(row["metric_difference"], low, high, row["metric_name"]),
-                count(row["metric_pairs"]),
-                metric_margin(row["metric_margin"], row["metric_name"]),
-                ": ".join(filter(None, (verdict, metric_why(row)))),
-            ]
-        )
-    return Table([*_PLACE, "difference", "seeds", "margin", "verdict"], rows)
-
-
-def noise(run: Run, floors: Floors) -> list[Table | str]:
-    """Show the spread of processes and of runs of the same code, to judge whether a change is real."""
-    time, cases = COSTS["step_time"], _groups(run)
-    assumed = assumed_floor([cases], time)
-    rows = []
-    for place, records in cases.items():
-        times = time.sample(records)
-        if not times:
-            continue
-        variance, degrees = pooled([times])
-        known = floors.get(time.name, place)
-        floor = known or assumed
-        limit = DASH if floor is None else f"{floor.limit:.1%}{'' if known else '?'}"
-        rows.append([*place, count(len(times)), f"{math.sqrt(variance):.1%}" if degrees else DASH, limit])
-    if not rows:
-        return []
-    if floors.runs:
-        basis = (
-            "Noise floor: 95 % limit on the difference between two runs of the same code, from "
-            f"{len(floors.runs)} runs of this code on this machine."
-        )
-    else:
-        basis = (
-            f"As a baseline this is a {SINGLE_RUN} (?): how much runs of this code differ is unknown until there are "
-            f"{FEWEST_RUNS} of them. Until then, a comparison relies on the spread of processes."
-        )
-    table = Table([*_PLACE, "processes", "spread of processes", "noise floor"], rows)
-    return [table, f"Spread: standard deviation. {basis}"]
-
-
-def troubles(run: Run) -> list[Table | str]:
-    """Show the cases that are not ok: why, and the last output of each process."""
-    tails = [
-        f"The last lines of {text(record['case_id'])}:\n\n{fenced(record['output_tail'])}"
-        for record in run.records
-        if record["status"] != "ok" and record["output_tail"]
+    names = ("batch_size", "examples_per_s", "train_loss_first", "train_loss_final")
+    texts = ("batch", "examples per second", "loss of the first step", "loss of the last steps")
+    headings = [Heading(text, COLUMNS[name].help(Over.MEDIAN)) for text, name in zip(texts, names, strict=True)]
+    return [
+        Table([*PLACE, *headings], rows),
+        f"Nothing is evaluated, and nothing is said about how well these train.{why}",
     ]
-    return [trouble_table(run), *tails]
-
-
-def trouble_table(run: Run) -> Table:
-    """Return a row per case that is not ok."""
-    names = ("case_id", "status", "status_reason")
-    bad = [record for record in run.records if record["status"] != "ok"]
-    return Table(["case", "status", "reason"], [[text(record[name]) for name in names] for record in bad])
-
-
-def unread(run: Run, left_out: Sequence[tuple[str, str]] = ()) -> str:
-    """List what could not be read in the run's own files, and the folders of other runs, with reasons."""
-    lines = [*run.problems, *(f"{folder} was left out: {reason}" for folder, reason in left_out)]
-    return "\n".join(f"- {escape(line)}" for line in lines)
-
-
-def missing(run: Run) -> Table:
-    """Show the reasons for empty cells, with the columns and modes that they apply to."""
-    cases: dict[tuple[str, str], list[int]] = {}
-    for place, record in enumerate(run.records):
-        for column, reason in record.unavailable.items():
-            cases.setdefault((reason.text, column), []).append(place)
-    # Columns that are empty in the same cases for the same reason share a row.
-    shared: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for (why, column), places in cases.items():
-        shared.setdefault((why, tuple(places)), []).append(column)
-    rows = []
-    for (why, numbers), columns in shared.items():
-        modes = in_order_of_modes(sorted({run.records[number]["mode"] for number in numbers}))
-        rows.append([why, listed(columns, _COLUMNS_SHOWN), ", ".join(modes), f"{len(numbers)} of {len(run.records)}"])
-    rows.sort(key=lambda row: (row[0], row[2]))
-    return Table(["reason", "empty columns", "modes", "cases"], rows)
-
-
-def fenced(text: str) -> str:
-    """Return a code block that nothing in ``text`` can end, without a terminal's colours and bells."""
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.replace("\r\n", "\n").replace("\r", "\n"))
-    plain = "".join(c for c in plain if c in "\n\t" or c.isprintable()).strip("\n")
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", plain))])
-    return f"{fence}text\n{plain}\n{fence}"

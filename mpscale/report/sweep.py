@@ -7,19 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.case import scale_text
+from mpscale.core.columns import COLUMNS
 from mpscale.core.record import place_of, values_of
 from mpscale.core.runs import Run
 from mpscale.report.sections import (
+    PLACE,
+    QUALITY,
     final_metric,
+    heading,
     measured,
-    metric_why,
     overflow_steps,
     peak_memory,
     speedup,
     statuses,
     step_time,
+    verdict,
 )
-from mpscale.report.table import DASH, Table, count, metric_difference, number, share
+from mpscale.report.table import DASH, Heading, Table, count, joined, metric_difference, number, share
 
 _NOTE_ON_BATCHES = (
     "A mode is compared with fp32 of the same batch, from the same weights and with the same order of the data. All "
@@ -40,17 +44,19 @@ def by_batch(run: Run) -> list[Table | str]:
     if not rows:
         return []
     rates = throughput(run)
-    cells: dict[str, Callable[[Row], str]] = {
-        "workload": lambda row: row["workload"],
-        "mode": lambda row: place_of(row)[1],
-        "batch": lambda row: count(row["swept_batch"]),
-        "step time": step_time,
-        "examples per second": lambda row: number(rates.get(place_of(row)), 4),
-        "speed-up over fp32": lambda row: speedup(row, "fp32"),
-        "speed-up over tf32": lambda row: speedup(row, "tf32"),
-        "peak memory": peak_memory,
-        "GPU memory over fp32": lambda row: number(row["gpu_memory_ratio"]),
-        "status": _status,
+    cells: dict[Heading, Callable[[Row], str]] = {
+        PLACE[0]: lambda row: row["workload"],
+        PLACE[1]: lambda row: place_of(row)[1],
+        heading("batch", "swept_batch"): lambda row: count(row["swept_batch"]),
+        heading("step time", "step_time_ms"): step_time,
+        Heading("examples per second", COLUMNS["examples_per_s"].help()): lambda row: number(
+            rates.get(place_of(row)), 4
+        ),
+        heading("speed-up over fp32", "speedup_fp32"): lambda row: speedup(row, "fp32"),
+        heading("speed-up over tf32", "speedup_tf32"): lambda row: speedup(row, "tf32"),
+        heading("peak memory", "gpu_memory_mib"): peak_memory,
+        heading("GPU memory over fp32", "gpu_memory_ratio"): lambda row: number(row["gpu_memory_ratio"]),
+        heading("status", "statuses", is_number=False): _status,
     }
     table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
     return [table.without_blank("speed-up over tf32", "GPU memory over fp32", "status"), _NOTE_ON_BATCHES]
@@ -61,18 +67,18 @@ def by_scale(run: Run) -> list[Table | str]:
     rows = [row for row in summary_of(run) if row["swept_scale"] is not None]
     if not rows:
         return []
-    cells: dict[str, Callable[[Row], str]] = {
-        "workload": lambda row: place_of(row)[0],
-        "mode": lambda row: row["mode"],
-        "loss scale": lambda row: scale_text(row["swept_scale"]),
-        "overflow steps": overflow_steps,
-        "share of steps": lambda row: share(row["overflow_rate"], 1),
-        "final metric": final_metric,
-        "against fp32": lambda row: metric_difference(
+    cells: dict[Heading, Callable[[Row], str]] = {
+        PLACE[0]: lambda row: place_of(row)[0],
+        PLACE[1]: lambda row: row["mode"],
+        heading("loss scale", "swept_scale"): lambda row: scale_text(row["swept_scale"]),
+        heading("overflow steps", "overflow_steps"): overflow_steps,
+        heading("share of steps", "overflow_rate"): lambda row: share(row["overflow_rate"], 1),
+        heading("final metric", "metric_mean"): final_metric,
+        heading("against fp32", "metric_difference"): lambda row: metric_difference(
             row["metric_difference"], row["metric_difference_low"], row["metric_difference_high"], row["metric_name"]
         ),
-        "verdict": lambda row: ": ".join(filter(None, (row["metric_verdict"], metric_why(row)))) or DASH,
-        "status": _status,
+        Heading("verdict", QUALITY.help, is_number=False): verdict,
+        heading("status", "statuses", is_number=False): _status,
     }
     table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
     return [table.without_blank("status"), _NOTE_ON_SCALES]
@@ -105,12 +111,8 @@ def sentence(rows: Sequence[Row]) -> str:
     batches, scales = (sorted({row[name] for row in rows} - {None}) for name in ("swept_batch", "swept_scale"))
     parts = []
     if batches:
-        parts.append(f"batches of {_and(list(map(count, batches)))}")
+        parts.append(f"batches of {joined(list(map(count, batches)))}")
     if scales:
-        parts.append(f"constant loss scales of {_and(list(map(scale_text, scales)))}")
+        parts.append(f"constant loss scales of {joined(list(map(scale_text, scales)))}")
     of = " of the same batch" if batches else ""
     return f"It is a sweep over {', and over '.join(parts)}; a mode is compared with fp32{of}." if parts else ""
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

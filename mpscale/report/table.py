@@ -8,16 +8,71 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tabulate import tabulate
 
 from mpscale.core.columns import Column, Format
+from mpscale.report.bars import Bar
 
 DASH = "–"  # noqa: RUF001
 """Stands for an unknown value."""
 
 _PERCENT_METRICS = ("accuracy",)
+
+
+Look = Literal["", "good", "bad", "weak", "unknown"]
+"""How a cell is shown beside its text: a good or bad result, a weak number, or something unknown; empty: as usual."""
+
+
+class Cell(str):
+    """The text of a cell with its look. CSV, JSON and markdown have the text alone, so it must say the same."""
+
+    __slots__ = ("bar", "look")
+    look: Look
+    bar: Bar | None
+    """What a page draws beside the text."""
+
+    def __new__(cls, text: str, look: Look = "", bar: Bar | None = None) -> Cell:
+        """Give a text a look, and a bar on pages."""
+        cell = super().__new__(cls, text)
+        cell.look, cell.bar = look, bar
+        return cell
+
+
+def look_of(cell: Any) -> Look:
+    """Return the look of a cell; any other value has none."""
+    return cell.look if isinstance(cell, Cell) else ""
+
+
+def bar_of(cell: Any) -> Bar | None:
+    """Return the bar of a cell; any other value has none."""
+    return cell.bar if isinstance(cell, Cell) else None
+
+
+class Heading(str):
+    """The heading of a column with what it means. Terminal and markdown have the text alone."""
+
+    __slots__ = ("help", "is_number")
+    help: str
+    is_number: bool
+    """Whether the cells are numbers, which a page aligns to the right."""
+
+    def __new__(cls, text: str, help: str = "", is_number: bool = True) -> Heading:
+        """Give a heading its explanation, in plain text."""
+        heading = super().__new__(cls, text)
+        heading.help, heading.is_number = help, is_number
+        return heading
+
+
+def help_of(heading: str) -> str:
+    """Return the explanation of a heading; empty if there is none."""
+    return heading.help if isinstance(heading, Heading) else ""
+
+
+def is_number(heading: str) -> bool:
+    """Whether a heading is known to be that of numbers."""
+    return isinstance(heading, Heading) and heading.is_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +91,23 @@ class Table:
         return bool(self.rows)
 
     def without_blank(self, *names: str) -> Table:
-        """Leave out those of the named columns that contain only dashes."""
-        blank = {name for name in names if all(row[self.headers.index(name)] == DASH for row in self.rows)}
-        return self.without(*blank)
+        """Leave out those of the named columns that contain only dashes; without names, any such column."""
+        places = [(name, self.headers.index(name)) for name in names or self.headers]
+        return self.without(*(name for name, place in places if all(row[place] == DASH for row in self.rows)))
 
     def without(self, *names: str) -> Table:
         """Leave out the named columns."""
         kept = [place for place, header in enumerate(self.headers) if header not in names]
         return Table([self.headers[place] for place in kept], [[row[place] for place in kept] for row in self.rows])
+
+    def beside(self, other: Table) -> Table:
+        """Add the columns of another table to the rows that have the same first two cells, dashes to all others."""
+        if not other.rows:
+            return self
+        known = {tuple(row[:2]): row[2:] for row in other.rows}
+        blank = [DASH] * len(other.headers[2:])
+        rows = [[*row, *known.get(tuple(row[:2]), blank)] for row in self.rows]
+        return Table([*self.headers, *other.headers[2:]], rows)
 
     def text(self) -> str:
         """Return the table for a terminal; empty if there are no rows."""
@@ -228,6 +292,11 @@ def span(texts: Iterable[str]) -> str:
     return known[0] if known[0] == known[-1] else f"{known[0]} to {known[-1]}"
 
 
+def joined(names: Sequence[str]) -> str:
+    """Write ``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
 def plural(number: int, noun: str) -> str:
     """Write ``1 row``, ``2 rows``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
@@ -241,17 +310,23 @@ def listed(names: Sequence[str], most: int) -> str:
 
 def of_seeds(known: int, row: Mapping[str, Any]) -> str:
     """Apply :func:`of_all` to the seeds of a row of the summary."""
-    return of_all(known, row["seeds_planned"], "seeds")
+    return of_all(known, row["seeds_planned"], "seed")
 
 
 def of_processes(known: int, row: Mapping[str, Any]) -> str:
     """Apply :func:`of_all` to the processes of a row of the summary."""
-    return of_all(known, row["cases"] + row["not_started"], "processes")
+    return of_all(known, row["cases"] + row["not_started"], "process")
 
 
 def of_all(known: int, planned: int, what: str) -> str:
-    """Write `` (4 of 5 seeds)`` for a figure that does not cover all, else nothing."""
-    return f" ({known} of {planned} {what})" if known < planned else ""
+    """Write `` (4 of 5 seeds)`` for a figure that does not cover all, else nothing.
+
+    Args:
+        known: how many have it.
+        planned: how many there should be.
+        what: singular noun.
+    """
+    return f" ({known} of {plural(planned, what)})" if known < planned else ""
 
 
 def _decimals(value: float, digits: int) -> int:

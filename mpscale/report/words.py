@@ -1,7 +1,8 @@
-"""Verdicts in words that people know. Codes, as in CSV, JSON and gates, stay as they are."""
+"""Verdicts, doubts and metrics in words that people know. Codes, as in CSV, JSON and gates, stay as they are."""
 
 from __future__ import annotations
 
+from mpscale.analysis.claim import Doubt
 from mpscale.analysis.quantities import Verdict
 
 WORDS = {
@@ -14,6 +15,22 @@ WORDS = {
     Verdict.NOT_COMPARABLE: "not comparable",
     Verdict.NON_INFERIOR: "as good as fp32",
     Verdict.WORSE: "worse than fp32",
-    Verdict.INCONCLUSIVE: "too few seeds to tell",
+    # Not "too few seeds": the reason may also be a seed that failed, or a workload without a margin.
+    Verdict.INCONCLUSIVE: "cannot tell",
 }
 """What a report says for each verdict."""
+
+DOUBTS = {
+    Doubt.IDLE: "GPU idle",
+    Doubt.DISPATCH: "dispatch-bound",
+    Doubt.BUSY: "machine busy",
+    Doubt.ONE_PAIR: "one process",
+}
+"""What a cell says for each doubt about a speed-up; :attr:`Doubt.text` says it in full."""
+
+_METRICS = {"r2_score": "R2", "mean_absolute_error": "mean absolute error", "mean_squared_error": "mean squared error"}
+
+
+def metric_name(name: str | None) -> str:
+    """Return the name of a metric as people read it."""
+    return "metric" if name is None else _METRICS.get(name, name.replace("_", " "))

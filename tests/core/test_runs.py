@@ -145,7 +145,7 @@ def test_a_broken_record_is_invalid_and_the_others_stay(tmp_path, what):
     assert run.problems == [f"toy--fp32--s0--r0 counts as invalid: {reason}"]
     row = summary_of(run)[0]
     assert (row["cases"], row["ok"], row["step_time_ms"]) == (3, 2, 2.0)
-    assert "toy--fp32--s0--r0 counts as invalid" in document(run).sections["What could not be read"][0]
+    assert "toy--fp32--s0--r0 counts as invalid" in document(run).parts_of("What could not be read")[0]
 
 
 def test_a_broken_record_of_a_failure_keeps_its_status(tmp_path):
@@ -190,7 +190,7 @@ def test_a_broken_line_costs_only_the_running_case(tmp_path, what):
     assert run.records[1]["status_reason"].startswith("journal.jsonl, line 5: ")
     assert message in run.records[1]["status_reason"]
     assert len(run.problems) == 1
-    assert "journal.jsonl, line 5: " in document(run).sections["What could not be read"][0]
+    assert "journal.jsonl, line 5: " in document(run).parts_of("What could not be read")[0]
     assert run.finished
 
 

@@ -97,6 +97,6 @@ def test_the_folder_has_a_report_the_table_and_every_try(fit, tmp_path):
     assert "- **mixed-bf16**: the largest batch is at least 4,096\n" in written
     assert "- **mixed-keras**: no batch trained\n" in written
     html = (tmp_path / "report.html").read_text()
-    assert all(f"<td>{cell}</td>" in html for row in table(fit).rows for cell in row)
+    assert all(f">{cell}</td>" in html for row in table(fit).rows for cell in row)
     assert len((tmp_path / "tries.csv").read_text().splitlines()) == 1 + len(fit.tries)
     assert json.loads((tmp_path / "fit.json").read_text())["tries"][1]["reason"]["code"] == "out-of-memory"

@@ -14,8 +14,8 @@ from test_report_markdown import record_lists, table, two_seeds
 
 from mpscale.core.record import to_csv
 from mpscale.core.runs import read_run
-from mpscale.report.document import LIMIT, artifacts_page
-from mpscale.report.document import github_summary as render
+from mpscale.report.github_summary import LIMIT, artifacts_page
+from mpscale.report.github_summary import github_summary as render
 
 
 def summary(tmp_path, *records, limit=LIMIT, artifacts=None, **options):
@@ -34,7 +34,7 @@ def test_title_findings_results_time_and_files_in_this_order(tmp_path):
     places = [
         text.index(part)
         for part in (
-            "- toy, **mixed-bf16**: 2.00 times the speed of fp32",
+            "- **toy**: mixed-bf16 is faster than fp32 (2.00 times the speed)",
             "## Results\n",
             "4 cases took 2 min 10 s, one after the other.",
             f"The run is {NAME}: `run.json`, `journal.jsonl`.",

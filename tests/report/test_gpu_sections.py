@@ -9,7 +9,6 @@ from support.runfolder import GPU, record
 from test_report_markdown import rendered, table
 
 from mpscale.core.columns import COLUMNS, Cell, Over, Sheet
-from mpscale.report.table import DASH
 
 FULL = {
     "device": "gpu",
@@ -41,14 +40,14 @@ def test_parts_energy_and_state_have_their_tables(tmp_path):
     half = {**FULL, "gpu_energy_j_per_step": 0.25, "gpu_memory_nvml_peak_mib": 1000.0}
     text = rendered(tmp_path, record("fp32", **FULL), record("mixed-dynamic", **half), device=GPU)
     parts = rows(text, "GPU memory by part (MiB)")
-    assert parts[0][2:] == ["400.0", "1200", DASH, "200.0", "queued-steps", DASH, DASH, "process", DASH]
+    assert parts[0][2:] == ["400.0", "1200", "200.0", "queued-steps", "process"]
     row, _ = table(text, "Memory")
-    assert list(row.values())[2:7] == ["1800", "1.00", "1800", DASH, "2000"]
+    assert list(row.values())[2:6] == ["1800", "1.00", "1800", "2000"]
     first, second = rows(text, "GPU energy")
-    assert first[2:] == ["0.500", "1.00", DASH, "0.400", "250", DASH, "counter"]
+    assert first[2:] == ["0.500", "1.00", "0.400", "250", "counter"]
     assert second[2:4] == ["0.250", "0.500"]
     state = rows(text, "GPU state while steps were timed")
-    assert state[0][2:] == ["1410", DASH, DASH, "61.0", DASH, "25 %", "software power cap"]
+    assert state[0][2:] == ["1410", "61.0", "25 %", "software power cap"]
 
 
 def test_what_the_first_step_alone_took_is_told(tmp_path):

@@ -12,8 +12,10 @@ from test_run_figures import luminance
 
 from mpscale.core.mode import MODES
 from mpscale.core.runs import read_run
+from mpscale.report.document import document
 from mpscale.report.files import rebuild
 from mpscale.report.sections import results
+from mpscale.report.table import Table
 
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 
@@ -55,16 +57,6 @@ def page(browser, run):
     return browser
 
 
-def cells_of(page, heading):
-    """Texts of the first table below a heading, including its header."""
-    return page.execute_script(
-        """const all = [...document.querySelectorAll('section')];
-        const section = all.find(one => one.querySelector('h2').textContent === arguments[0]);
-        return [...section.querySelector('table').rows].map(row => [...row.cells].map(cell => cell.textContent));""",
-        heading,
-    )
-
-
 def test_it_loads_nothing_else_and_logs_no_error(browser, run):
     browser.get_log("browser"), browser.get_log("performance")
     browser.get((run.path / "report.html").as_uri())
@@ -75,24 +67,90 @@ def test_it_loads_nothing_else_and_logs_no_error(browser, run):
     assert browser.get_log("browser") == []
 
 
-def test_its_results_are_the_table_of_the_terminal(page, run):
-    table = results(run)
-    assert cells_of(page, "Results") == [table.headers, *table.rows]
+def wide_rows(page):
+    """For each row of the wide table that is not a heading: its workload, its mode and the texts of its cells."""
+    return page.execute_script(
+        """return [...document.querySelectorAll('.by-mode tbody')].flatMap(body => {
+            const [name, ...rows] = body.rows;
+            return rows.map(row => [name.cells[0].textContent, ...[...row.cells].map(cell => cell.firstChild.data
+                ?? cell.textContent)]);
+        })"""
+    )
+
+
+def test_the_wide_table_begins_with_the_results_and_has_every_table_with_a_row_per_mode(page, run):
+    shown, beside = wide_rows(page), [section for section in document(run).sections if section.group]
+    expected = results(run)
+    assert [row[: len(expected.headers)] for row in shown] == expected.rows
+    joined = Table(expected.headers, expected.rows)
+    for section in beside[1:]:
+        joined = joined.beside(section.parts[0])
+    assert shown == joined.rows
+    groups = page.execute_script(
+        "return [...document.querySelectorAll('.by-mode th[scope=colgroup]')].map(h => [h.textContent, h.colSpan])"
+    )
+    assert groups == [[section.group, len(section.parts[0].headers) - 2] for section in beside]
+    assert {"Metric against fp32", "Overflow and loss scale", "Timing", "Memory", "GPU energy"} < {g for g, _ in groups}
+
+
+def test_each_column_says_what_it_is_to_the_mouse_and_without_one(page):
+    heads = page.execute_script(
+        "return [...document.querySelectorAll('.by-mode thead tr + tr th')].map(h => [h.textContent, h.title])"
+    )
+    assert all(title and "`" not in title for _, title in heads)
+    assert "In CSV: step_time_ms." in dict(heads)["step time"]
+    listed = page.execute_script(
+        "return [...document.querySelectorAll('.notes dt')].map(t => [t.textContent, t.nextSibling.textContent])"
+    )
+    assert listed == heads
+    assert page.execute_script("return document.querySelector('.notes details').open") is False
+
+
+@pytest.mark.parametrize("width", [420, 1400])
+def test_mode_and_headings_stay_in_sight_while_the_table_scrolls(page, width):
+    emulate(page, width)
+    edges = """const box = document.querySelector('.by-mode'), at = box.getBoundingClientRect();
+        box.scrollTo(arguments[0], arguments[1]);
+        return ['thead tr + tr th', 'tbody th[scope=row]', '.workload b'].map(one => {
+            const place = box.querySelector(one).getBoundingClientRect();
+            return [place.left - at.left, place.top - at.top];
+        }).concat([[box.scrollLeft, box.querySelector('tbody th[scope=row]').offsetWidth]])"""
+    before, after = (page.execute_script(edges, x, 0) for x in (0, 300))
+    page.execute_script(edges, 0, 0)
+    assert after[3][0] == 300 and after[3][1] < 180
+    assert [row[0] for row in after[1:3]] == [row[0] for row in before[1:3]]
+    page.execute_script("document.querySelector('.by-mode').style.maxHeight = '120px'")
+    lower = page.execute_script(edges, 0, 60)
+    assert lower[0][1] == before[0][1] and lower[1][1] == before[1][1] - 60
+
+
+def test_bars_say_what_their_axis_is_and_lie_within_their_picture(page):
+    found = page.execute_script(
+        """return [...document.querySelectorAll('.by-mode svg')].map(svg => {
+            const all = svg.getBoundingClientRect();
+            const inside = [...svg.querySelectorAll('rect, path')].map(one => one.getBoundingClientRect())
+                .every(one => one.left >= all.left - 1 && one.right <= all.right + 1);
+            return [svg.querySelector('title').textContent, inside];
+        })"""
+    )
+    assert all(inside for _, inside in found)
+    kinds = {says.split(",")[0].split(" is ")[0] for says, _ in found}
+    assert kinds == {"A full bar", "Logarithmic", "Worse than fp32 to the left"}
 
 
 def test_it_has_every_section_of_the_markdown(page, run):
+    sections = [section.title for section in document(run).sections]
     text = (run.path / "report.md").read_text(encoding="utf-8")
-    sections = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
-    assert (
-        page.execute_script("return [...document.querySelectorAll('h2:not([class])')].map(h => h.textContent)")
-        == sections
-    )
+    assert [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")] == sections
+    alone = [section.title for section in document(run).sections if not section.group]
+    assert page.execute_script("return [...document.querySelectorAll('h2:not([class])')].map(h => h.textContent)") == [
+        "Results", *alone
+    ]  # fmt: skip
     links = page.execute_script(
-        "return [...document.querySelectorAll('nav a')].map(a => a.getAttribute('href').slice(1))"
+        "return [...document.querySelectorAll('nav a, .by-mode a')].map(a => a.getAttribute('href').slice(1))"
     )
-    assert page.execute_script("return arguments[0].map(id => document.getElementById(id) !== null)", links) == [
-        True for _ in sections
-    ]
+    assert len(links) > len(alone)
+    assert page.execute_script("return arguments[0].filter(id => document.getElementById(id) === null)", links) == []
 
 
 def test_foreign_text_stays_text(page):
@@ -144,6 +202,28 @@ def test_text_stands_out_from_the_page_in_light_and_in_dark(page, scheme):
     assert (ground > text) == (scheme == "light")
     # WCAG 2.2, contrast ratio of level AAA
     assert (max(text, ground) + 0.05) / (min(text, ground) + 0.05) > 7
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_cells_of_every_look_stand_out_from_the_page(page, scheme):
+    emulate(page, 1280, scheme)
+    ground, found = page.execute_script(
+        """const looks = ['good', 'bad', 'weak', 'unknown'], cell = document.querySelector('.by-mode td');
+        const of = look => { cell.className = 'look-' + look; return getComputedStyle(cell).color; };
+        return [getComputedStyle(document.body).backgroundColor, looks.map(of)];"""
+    )
+    ground, *found = (luminance(*map(int, re.findall(r"\d+", colour))) for colour in [ground, *found])
+    # WCAG 2.2, contrast ratio of level AA
+    assert all((max(one, ground) + 0.05) / (min(one, ground) + 0.05) > 4.5 for one in found)
+
+
+def test_long_names_do_not_make_the_page_scroll(browser, tmp_path):
+    name = "a.package.of.somebody:" + "a_workload_with_a_long_name_" * 4
+    path = write_run(tmp_path, finished([record(mode, workload=name) for mode in ("fp32", "mixed-static")]))
+    rebuild(path)
+    browser.get((path / "report.html").as_uri())
+    emulate(browser, 420)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 420
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from mpscale.core.cases_csv import read_cases
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import settle, to_csv
 from mpscale.core.runs import RunError, read_run
-from mpscale.report.document import document, github_summary, render
+from mpscale.report.document import document, render
+from mpscale.report.github_summary import github_summary
 from mpscale.workloads import Data
 
 X, Y = blobs()
