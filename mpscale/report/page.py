@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -25,6 +26,8 @@ _SENTENCES = ("Cases that did not end well", "Largest batches", "Tries", *_FOLDE
 """Sections whose tables have cells long enough to be broken into lines."""
 
 _PICTURES_AFTER = "Results"
+
+_FOOTER = "The same text is in report.md, and the CSV files beside this page have the figures."
 
 
 def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
@@ -48,15 +51,22 @@ def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
     return shell(document.title, "\n".join(body))
 
 
-def shell(title: str, body: str) -> str:
+def shell(title: str, body: str, footer: str = _FOOTER, styles: Sequence[str] = ()) -> str:
     """Return a page of HTML around ``body``, with the style of all pages.
 
     Args:
         title: of the browser's tab; plain text.
         body: HTML.
+        footer: plain text.
+        styles: names of further style sheets of this package.
     """
-    template, style = (files(__package__).joinpath(name).read_text("utf-8") for name in ("page.html", "page.css"))
-    return Template(template).substitute(title=escape(title), style=style, body=body)
+    template, *sheets = (_file(name) for name in ("page.html", "page.css", *styles))
+    return Template(template).substitute(title=escape(title), style="".join(sheets), body=body, footer=escape(footer))
+
+
+@cache
+def _file(name: str) -> str:
+    return files(__package__).joinpath(name).read_text("utf-8")
 
 
 def _table(table: Table) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpscale.analysis.overall import Overall
 from mpscale.analysis.quantities import Verdict
 
 WORDS = {
@@ -17,3 +18,19 @@ WORDS = {
     Verdict.INCONCLUSIVE: "too few seeds to tell",
 }
 """What a report says for each verdict."""
+
+AGAINST_RUN = WORDS | {
+    Verdict.NON_INFERIOR: "as good",
+    Verdict.WORSE: "worse",
+    Verdict.INCONCLUSIVE: "too few seeds to tell",
+}
+"""What a comparison says: its metrics are judged against the baseline's run, not against fp32."""
+
+OVERALL = {
+    Overall.WORSE: "worse",
+    Overall.BETTER: "better",
+    Overall.SAME: "the same",
+    Overall.NO_DIFFERENCE: "no difference shown",
+    Overall.CANNOT_TELL: "cannot tell",
+}
+"""What a comparison says about a run as a whole."""
