@@ -176,10 +176,7 @@ def make_history(
     """
     if quantity not in QUANTITIES:
         raise ValueError(f"there is no quantity {quantity!r}; there are {', '.join(QUANTITIES)}")
-    by_name: dict[str, Run] = {}
-    for run in runs:
-        by_name.setdefault(run.name, run)
-    ordered = sorted(((_facts(run), run) for run in by_name.values()), key=lambda pair: _age(pair[0]))
+    ordered = oldest_first(runs)
     machines = _machines([run for _, run in ordered])
     tables = [(facts, run, grouped(run.records)) for facts, run in ordered]
     firsts = [cases[0] for *_, table in tables for cases in table.values()]
@@ -223,6 +220,14 @@ def make_history(
         why = not_shown[-1][1] if not_shown else f"no run has a value of {measure.title}: {there_is_none}"
         raise RunError(f"{why}; choose another quantity with --quantity")
     return History(measure, _labelled(series), [*skipped, *not_shown])
+
+
+def oldest_first(runs: Sequence[Run]) -> list[tuple[RunFacts, Run]]:
+    """Sort runs by age, with what a reader wants to know; if several have the same name, the first counts."""
+    by_name: dict[str, Run] = {}
+    for run in runs:
+        by_name.setdefault(run.name, run)
+    return sorted(((_facts(run), run) for run in by_name.values()), key=lambda pair: _age(pair[0]))
 
 
 @dataclass(frozen=True, slots=True)

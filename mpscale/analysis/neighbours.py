@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from mpscale.analysis.compare import ComparedRow, Comparison, State, compare
-from mpscale.analysis.history import Series
+from mpscale.analysis.history import Series, oldest_first
 from mpscale.analysis.noise_floor import MOST_RUNS, Floors, floors_among
 from mpscale.analysis.quantities import Verdict
+from mpscale.core.record import common
 from mpscale.core.runs import Run, RunError, environment_facts, hardware
 
 
@@ -21,12 +22,11 @@ class Neighbours:
     """Compares runs with each other, each pair once.
 
     Args:
-        runs: oldest first. Their names differ.
+        runs: in any order; if several have the same name, the first counts.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        self._runs = {run.name: run for run in runs}
-        self._places = {name: place for place, name in enumerate(self._runs)}
+        self._runs = {run.name: run for _, run in oldest_first(runs)}
         self._comparisons: dict[tuple[str, str], Comparison | RunError] = {}
         self._rows: dict[tuple[str, str], dict[str, ComparedRow]] = {}
         self._floors: dict[tuple[str, ...], Floors] = {}
@@ -63,8 +63,15 @@ class Neighbours:
         if row is None:
             return None
         if quantity == "metric":
-            return None if row.quality is None else row.quality.verdict
+            return row.quality.verdict if row.quality is not None else None
         return row.changes[quantity].verdict if quantity in row.changes else None
+
+    def higher_is_better(self, series: Series) -> bool | None:
+        """The direction of the metric of a series; None if it is not known or not always the same."""
+        run = self._runs[series.points[-1].run.name]
+        cases = [case for case in run.records if case["workload"] == series.workload]
+        found: bool | None = common(cases, "metric_higher_is_better")
+        return found
 
     def floors(self, name: str, leave_out: str = "") -> Floors:
         """How much runs of the same code as the named one differ, without one of them; from the newest ones."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mpscale.analysis.compare import ComparedRow, Comparison
 from mpscale.analysis.quantities import COSTS, Outcome, Ranked, Verdict
 
-_REAL = (Verdict.SLOWER, Verdict.MORE, Verdict.FASTER, Verdict.LESS, Verdict.WORSE)
+REAL = (Verdict.SLOWER, Verdict.MORE, Verdict.FASTER, Verdict.LESS, Verdict.WORSE)
 """Verdicts that say that something has changed."""
 
 
@@ -92,11 +92,11 @@ def real_changes(row: ComparedRow) -> Iterator[RealChange]:
     """What has changed in a row beyond noise."""
     if row.pair.newly_failed:
         yield RealChange(row, "failed", None, True, None)
-    if row.quality is not None and row.quality.verdict in _REAL:
+    if row.quality is not None and row.quality.verdict in REAL:
         mean = None if row.quality.difference is None else row.quality.difference.mean
         yield RealChange(row, "metric", row.quality.verdict, row.quality.verdict.outcome is Outcome.FIRED, mean)
     for name, change in row.changes.items():
-        if change.verdict in _REAL:
+        if change.verdict in REAL:
             yield RealChange(row, name, change.verdict, change.verdict.outcome is Outcome.FIRED, change.change)
 
 
