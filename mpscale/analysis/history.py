@@ -130,6 +130,20 @@ def read_folder(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]]]:
     Raises:
         RunError: there is no run, or none can be read.
     """
+    runs, skipped = read_what_can_be(results_dir)
+    if not runs:
+        raise RunError(
+            f"none of the {len(skipped)} runs in {results_dir} can be read; the first: {skipped[0][1]}; {MAKE_ONE}"
+        )
+    return runs, skipped
+
+
+def read_what_can_be(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]]]:
+    """As :func:`read_folder`, but it is no error if every run is broken.
+
+    Raises:
+        RunError: there is no run.
+    """
     folders = [
         folder
         for kept in ("runs", "reference")
@@ -147,10 +161,6 @@ def read_folder(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]]]:
             skipped.append((str(folder), str(error)))
         else:
             runs.setdefault(run.name, run)
-    if not runs:
-        raise RunError(
-            f"none of the {len(skipped)} runs in {results_dir} can be read; the first: {skipped[0][1]}; {MAKE_ONE}"
-        )
     return list(runs.values()), skipped
 
 

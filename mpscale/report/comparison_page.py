@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from mpscale.analysis.answer import speed_verdict
 from mpscale.analysis.change import SINGLE_RUN, Change
+from mpscale.analysis.claim import conditions
 from mpscale.analysis.compare import ComparedRow, Comparison, Pair, State
 from mpscale.analysis.gates import Finding
 from mpscale.analysis.overall import Overall, OverallAnswer, RealChange, overall_of
 from mpscale.analysis.quantities import COSTS, Outcome, Verdict
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.columns import COLUMNS, MEASURED
-from mpscale.core.record import common, in_order_of_modes, place_of
+from mpscale.core.record import common, in_order_of_modes, of_good_trainings, place_of
 from mpscale.core.runs import Run, hardware, machine_words
 from mpscale.report import pieces
 from mpscale.report.comparison import compared_runs, parts
@@ -35,18 +37,25 @@ _FOOTER = "The tables are those of `mpscale compare`. Intervals are 95 % interva
 _DIRECTIONS = {Verdict.SLOWER: "slower", Verdict.FASTER: "faster", Verdict.MORE: "more", Verdict.LESS: "less"}
 
 
-def comparison_page(comparisons: Sequence[Comparison], findings: Sequence[Finding] = ()) -> str:
+def comparison_page(
+    comparisons: Sequence[Comparison],
+    findings: Sequence[Finding] = (),
+    links: Mapping[str, str] = MappingProxyType({}),
+    above: str = "",
+) -> str:
     """Return the comparisons of one baseline with one or more runs as a page of HTML.
 
     Args:
         comparisons: all with the same baseline.
         findings: results of the gates; empty if there were none.
+        links: to the reports of the runs, by name, if they have one.
+        above: HTML above the title.
     """
     runs, names = compared_runs(comparisons)
     answers = [overall_of(comparison) for comparison in comparisons]
     letters = [names[id(comparison.other)] for comparison in comparisons]
     baseline = names[id(runs[0])]
-    body = []
+    body = [above]
     if len(comparisons) == 1:
         said = marked(tone_of_overall(answers[0].answer), headline(comparisons[0], answers[0]))
         body.append(f"<h1>Is {letters[0]} as good as {baseline}? {said}</h1>")
@@ -56,7 +65,7 @@ def comparison_page(comparisons: Sequence[Comparison], findings: Sequence[Findin
             said = marked(tone_of_overall(answer.answer), headline(comparison, answer))
             body.append(f'<li><a href="#{_id(letter)}">{letter}</a> {said}</li>')
         body.append("</ul>")
-    body.append(f'<ul class="runs">{"".join(_run(run, names[id(run)]) for run in runs)}</ul>')
+    body.append(f'<ul class="runs">{"".join(_run(run, names[id(run)], links) for run in runs)}</ul>')
     if not all(comparison.same_device for comparison in comparisons):
         body.append(_within_each(runs, names))
     for comparison, answer, letter in zip(comparisons, answers, letters, strict=True):
@@ -113,13 +122,14 @@ def _id(letter: str) -> str:
     return f"run-{letter.lower()}"
 
 
-def _run(run: Run, letter: str) -> str:
+def _run(run: Run, letter: str, links: Mapping[str, str]) -> str:
     git = run.environment.get("git")
     commit = str(git.get("commit") or "")[:7] if isinstance(git, dict) else ""
-    facts = [run.name, machine_words(hardware(run)), plural(len(run.records), "case")]
+    facts = [machine_words(hardware(run)), plural(len(run.records), "case")]
     facts += [f"commit {commit}"] if commit else []
     facts += [] if run.finished else ["not finished"]
-    return f"<li><b>{letter}</b> {' · '.join(text(fact) for fact in facts)}</li>"
+    name = pieces.link(links.get(run.name), run.name)
+    return f"<li><b>{letter}</b> {' · '.join([name, *(text(fact) for fact in facts)])}</li>"
 
 
 def _cards(comparison: Comparison, answer: OverallAnswer, findings: Sequence[Finding]) -> str:
@@ -203,9 +213,10 @@ def _weaknesses(comparison: Comparison) -> Iterator[str]:
     if single:
         yield f"one process on a side in {plural(single, 'row')}: no interval"
     for letter, run in (("the baseline", baseline), ("the run", other)):
-        rows = summary_of(run)
-        if busy := sum((row["host_other_cpu_share"] or 0.0) > _BUSY for row in rows):
-            yield f"other processes kept the machine busy in {busy} of {plural(len(rows), 'row')} of {letter}"
+        sides = [row.pair.baseline if run is baseline else row.pair.other for row in comparison.rows]
+        shares = [conditions(of_good_trainings(cases))["host_other_cpu_share"] or 0.0 for cases in sides if cases]
+        if busy := sum(share > _BUSY for share in shares):
+            yield f"other processes kept the machine busy in {busy} of {plural(len(shares), 'row')} of {letter}"
         if not run.finished:
             yield f"{letter} did not finish"
         if run.problems:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from types import MappingProxyType
 
 from mpscale.analysis.history import History, Point, Series
 from mpscale.analysis.neighbours import Neighbours
@@ -32,7 +34,7 @@ Links = Mapping[str, str]
 
 
 def history_page(
-    histories: Sequence[History], neighbours: Neighbours, links: Links | None = None, above: str = ""
+    histories: Sequence[History], neighbours: Neighbours, links: Links = MappingProxyType({}), above: str = ""
 ) -> str:
     """Return histories of one or more quantities as a page of HTML.
 
@@ -55,7 +57,7 @@ def history_page(
     for history, steps in found:
         if len(found) > 1:
             body.append(f'<h2 id="{history.measure.name}">{text(_heading(history.measure))}</h2>')
-        body += [_about(history), _panels(history, steps, neighbours, links or {}), _once(history)]
+        body += [_about(history), _panels(history, steps, neighbours, links), _once(history)]
     if skipped := list(dict.fromkeys(entry for history in histories for entry in history.skipped)):
         items = (f"<li>{text(what)}: {text(reason)}</li>" for what, reason in skipped)
         body.append(f"<details><summary><h2>Left out</h2></summary><ul>{''.join(items)}</ul></details>")
@@ -82,30 +84,36 @@ def _steps(history: History, neighbours: Neighbours) -> list[list[Step]]:
 
 
 def _latest(history: History, steps: Sequence[Sequence[Step]]) -> str:
-    """What the newest run changed, in a sentence."""
+    """What the newest run of each machine changed, in a sentence."""
     if history.measure.name not in _JUDGED:
         return noted(Tone.UNKNOWN, "comparisons do not judge this quantity, so no change is marked")
-    newest = history.runs[-1].name
+    newest: dict[str, datetime] = {}
+    for series in history.series:
+        for point in series.points:
+            if point.run.started is not None:
+                machine = _machine(series)
+                newest[machine] = max(newest.get(machine, point.run.started), point.run.started)
     worse: list[str] = []
     better: list[str] = []
     total = 0
     for series, found in zip(history.series, steps, strict=True):
         points = known(series)
-        if len(points) < 2 or points[-1].run.name != newest:
+        if len(points) < 2 or points[-1].run.started != newest.get(_machine(series)):
             continue
         total += 1
         if found and found[-1].place == len(points) - 1:
             is_worse = found[-1].verdict.outcome is Outcome.FIRED
             (worse if is_worse else better).append(f"{series.workload} {series.label}")
+    run = "The last run" if len(newest) < 2 else "The last run of each machine"
     if worse:
         named = listed(worse, _SHOWN)
-        return marked(Tone.BAD, f"The last run is worse in {len(worse)} of {plural(total, 'row')}: {named}")
+        return marked(Tone.BAD, f"{run} is worse in {len(worse)} of {plural(total, 'row')}: {named}")
     if better:
         named = listed(better, _SHOWN)
-        return marked(Tone.GOOD, f"The last run is better in {len(better)} of {plural(total, 'row')}: {named}")
+        return marked(Tone.GOOD, f"{run} is better in {len(better)} of {plural(total, 'row')}: {named}")
     if total:
-        return marked(Tone.UNKNOWN, f"The last run shows no change in {plural(total, 'row')}")
-    return marked(Tone.UNKNOWN, "The last run has no earlier one to compare it with")
+        return marked(Tone.UNKNOWN, f"{run} shows no change in {plural(total, 'row')}")
+    return marked(Tone.UNKNOWN, f"{run} has no earlier one to compare it with")
 
 
 def _about(history: History) -> str:
@@ -124,7 +132,7 @@ def _about(history: History) -> str:
             "points to where the value went."
         )
     how = (
-        f"Dot: a run; hollow: the value lacks something. Of more than {MOST_DOTS} runs, bars show several at once, from "
+        f"Dot: a run; hollow: the value lacks something. With over {MOST_DOTS} runs, bars are several runs each, from "
         f"the smallest to the largest value, with the median. {spread} Grey stripe: where 95 % of runs of the code "
         f"before the last run are expected, if there are five such runs.{marks} What was measured in another way or on "
         "another machine has a panel of its own."
@@ -198,9 +206,7 @@ def _change(
 
 def _run(point: Point, links: Links) -> str:
     """Date and commit of a point's run, linked to its report."""
-    words = text(f"{when(point)[:10]} {shown_commit(point.run)}")
-    if point.run.name in links:
-        words = f'<a href="{text(links[point.run.name])}">{words}</a>'
+    words = pieces.link(links.get(point.run.name), f"{when(point)[:10]} {shown_commit(point.run)}")
     return f'<span class="soft" title="{text(point.run.name)}">{words}</span>'
 
 

@@ -59,17 +59,22 @@ def text(words: object) -> str:
     return escape("".join(c if c.isprintable() else " " for c in str(words)))
 
 
+def link(to: str | None, words: str) -> str:
+    """Plain text, as a link if there is somewhere to go."""
+    return text(words) if to is None else f'<a href="{text(to)}">{text(words)}</a>'
+
+
 def card(title: str, headline: str, lines: Sequence[str], tone: Tone | None = None) -> str:
     """A box with a title, a headline and lines below it; all but the title are HTML."""
     items = "".join(f"<li>{line}</li>" for line in lines)
-    kind = f"card {tone}" if tone else "card"
+    kind = f"box {tone}" if tone else "box"
     below = f"<ul>{items}</ul>" if items else ""
     return f'<div class="{kind}"><p class="title">{text(title)}</p><p class="headline">{headline}</p>{below}</div>'
 
 
 def cards(some: Iterable[str]) -> str:
     """Boxes side by side."""
-    return f'<div class="cards">{"".join(some)}</div>'
+    return f'<div class="boxes">{"".join(some)}</div>'
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, sentences: bool = False) -> str:
@@ -104,7 +109,7 @@ def matrix(workloads: Sequence[str], modes: Sequence[str], cells: dict[tuple[str
             kind = f"cell {tone}" if tone else "none"
             of.append(f'<td class="{kind}"><span class="mode">{text(mode)}</span>{inside}</td>')
         rows.append(f'<tr><th scope="row">{text(workload)}</th>{"".join(of)}</tr>')
-    table = f'<table class="matrix"><thead><tr><td></td>{head}</tr></thead>\n<tbody>{"".join(rows)}</tbody></table>'
+    table = f'<table class="changes"><thead><tr><td></td>{head}</tr></thead>\n<tbody>{"".join(rows)}</tbody></table>'
     return f'<div class="wide" tabindex="0">{table}</div>'
 
 
@@ -138,7 +143,7 @@ def bar(estimate: float, low: float | None, high: float | None, span: float, ton
             parts.append(f'<path class="end" d="M{_WIDTH} {middle:g}l-6 -5v10z"/>')
     parts.append(f'<rect class="estimate" x="{place(estimate) - 2:.1f}" y="2" width="4" height="{_HEIGHT - 4}"/>')
     return (
-        f'<svg class="bar {tone}" role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none">'
+        f'<svg class="interval {tone}" role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none">'
         f'<title>{text(said)}</title><path class="axis" d="M0 {middle:g}H{_WIDTH}"/>'
         f'{"".join(parts)}<path class="one" d="M{_WIDTH // 2} 0V{_HEIGHT}"/></svg>'
     )
