@@ -49,5 +49,5 @@ def site(options: argparse.Namespace) -> int:
 def _print(index: Path, runs: int, removed: int) -> None:
     from mpscale.report.table import plural
 
-    gone = f", {plural(removed, 'page')} of runs that are gone removed" if removed else ""
+    gone = f", {plural(removed, 'old page')} removed" if removed else ""
     print(f"{index}: {plural(runs, 'run')}{gone}")

@@ -43,7 +43,7 @@ class Site:
         index: the first page.
         runs: how many runs have a page.
         broken: what could not be shown, and why.
-        removed: pages of runs that are gone.
+        removed: pages of earlier calls that are not needed any more, such as those of runs that are gone.
     """
 
     index: Path
