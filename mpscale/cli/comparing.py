@@ -160,6 +160,7 @@ def ab(options: argparse.Namespace) -> int:
     try:
         rules = _rules(options)
         check_output(options.output)
+        check_output(options.html, "--html")
         arguments = pytest_arguments(options.unknown, options.results)
         environments = examine(options.python, options.start_timeout, options.force)
     except ValueError as error:

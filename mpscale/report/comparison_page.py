@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
@@ -144,11 +146,19 @@ def _changed(comparison: Comparison, answer: OverallAnswer) -> str:
         tone = Tone.BAD if answer.worse else Tone.GOOD
         return card("What changed", f"{plural(len(answer.changes), 'change')} beyond noise", lines, tone)
     times = [row.changes["step_time"] for row in comparison.rows if "step_time" in row.changes]
-    known = [found.change for found in times if found.change is not None]
+    known = {
+        row.pair.place: found
+        for row in comparison.rows
+        if (time := row.changes.get("step_time")) and (found := time.change) is not None
+    }
     if not _has_speed(comparison) or not known:
         return card("What changed", "nothing that can be shown", [])
     visible = [found.detectable for found in times if found.detectable is not None]
-    lines = [f"step time, median of all rows: {text(change(statistics.median(known)))}"]
+    largest = max(known, key=lambda place: abs(math.log1p(known[place])))
+    lines = [
+        f"step time, median of all rows: {text(change(statistics.median(known.values())))}",
+        f"largest: {text(' '.join(largest))} {text(change(known[largest]))}",
+    ]
     if visible:
         lines.append(f"a change of step time below about {statistics.median(visible):.0%} would not have been seen")
     return card("What changed", "nothing beyond noise", lines)
@@ -242,7 +252,8 @@ def _gates(findings: Sequence[Finding]) -> str:
     fired = [finding for finding in findings if finding.outcome is Outcome.FIRED]
     unclear = [finding for finding in findings if finding.outcome is Outcome.CANNOT_TELL]
     lines = [noted(Tone.BAD, f"fired: {_gate(finding)}") for finding in fired]
-    lines += [noted(Tone.UNKNOWN, f"cannot tell: {_gate(finding)}") for finding in unclear]
+    gates = Counter(str(finding.gate) for finding in unclear)
+    lines += [noted(Tone.UNKNOWN, f"cannot tell: {gate}, {plural(of, 'row')}") for gate, of in gates.items()]
     if fired:
         title, tone = f"{len(fired)} of {plural(len(findings), 'check')} fired", Tone.BAD
     elif unclear:

@@ -13,7 +13,7 @@ from mpscale.analysis.answer import speed_verdict
 from mpscale.analysis.history import RunFacts, make_history, oldest_first, read_what_can_be
 from mpscale.analysis.neighbours import Neighbours
 from mpscale.analysis.overall import overall_of
-from mpscale.analysis.quantities import Verdict
+from mpscale.analysis.quantities import QUANTITIES, Verdict
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.runs import Run, RunError, hardware, machine_words
 from mpscale.report import pieces
@@ -136,10 +136,11 @@ def write_site(
             site.write(entry.report, report)
         shown.append(entry)
     links = {entry.run.name: f"../{entry.report}" for entry in shown}
-    compared = {
-        entry.run.name: found for entry in shown if (found := _write_comparison(site, entry, neighbours, links))
-    }
     has_history = _write_history(site, [entry.run for entry in shown], neighbours, links)
+    above = _back("../", has_history)
+    compared = {
+        entry.run.name: found for entry in shown if (found := _write_comparison(site, entry, neighbours, links, above))
+    }
     # The index comes last, and pages of runs that are gone are removed after it: no link leads nowhere.
     site.write("index.html", _index(title, shown, compared, broken, has_history))
     site.write(".nojekyll", "")
@@ -207,14 +208,14 @@ class _Compared:
 
 
 def _write_comparison(
-    site: SiteFolder, entry: _Entry, neighbours: Neighbours, links: dict[str, str]
+    site: SiteFolder, entry: _Entry, neighbours: Neighbours, links: dict[str, str], above: str
 ) -> _Compared | None:
     if entry.before is None or entry.comparison is None:
         return None
     try:
         comparison = neighbours.comparison(entry.before, entry.run.name)
         answer = overall_of(comparison)
-        page = comparison_page([comparison], links=links, above=_back("../"))
+        page = comparison_page([comparison], links=links, above=above)
     except Exception as error:  # as above
         return _Compared(Tone.UNKNOWN, f"not compared: {error}", False)
     site.write(entry.comparison, page)
@@ -225,19 +226,23 @@ def _write_comparison(
 def _write_history(site: SiteFolder, runs: Sequence[Run], neighbours: Neighbours, links: dict[str, str]) -> bool:
     histories = []
     for quantity in _HISTORIES:
+        column = QUANTITIES[quantity].column
+        if not any(record[column] is not None for run in runs for record in run.records):
+            continue
         try:
             histories.append(make_history(runs, quantity))
-        except RunError:  # no run has the quantity
+        except RunError:  # none of these figures counts
             continue
     if not histories:
         return False
     here = {name: to.removeprefix("../") for name, to in links.items()}
-    site.write("history.html", history_page(histories, neighbours, here, above=_back("")))
+    site.write("history.html", history_page(histories, neighbours, here, above=_back("", True)))
     return True
 
 
-def _back(root: str) -> str:
-    return f'<p class="note"><a href="{root}index.html">All runs</a> · <a href="{root}history.html">History</a></p>'
+def _back(root: str, has_history: bool) -> str:
+    history = f' · <a href="{root}history.html">History</a>' if has_history else ""
+    return f'<p class="note"><a href="{root}index.html">All runs</a>{history}</p>'
 
 
 def _answer_of(run: Run) -> _Answer:
