@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mpscale.analysis.compare import ComparedRow, Comparison
+from mpscale.analysis.compare import ComparedRow, Comparison, State
 from mpscale.analysis.quantities import COSTS, Outcome, Ranked, Verdict
 
 REAL = (Verdict.SLOWER, Verdict.MORE, Verdict.FASTER, Verdict.LESS, Verdict.WORSE)
@@ -20,7 +20,7 @@ class Overall(Ranked):
     BETTER = "better"
     """A row is faster or needs less, and none is worse."""
     SAME = "same"
-    """In every row, any difference in step time is ruled out down to the threshold."""
+    """In every row of the baseline, any difference in step time is ruled out down to the threshold."""
     NO_DIFFERENCE = "no-difference"
     """None was shown, and none of a certain size was ruled out either."""
     CANNOT_TELL = "cannot-tell"
@@ -81,7 +81,7 @@ def overall_of(comparison: Comparison) -> OverallAnswer:
         answer = Overall.BETTER
     elif not judged:
         answer = Overall.CANNOT_TELL
-    elif all(_same_time(row) for row in comparison.rows):
+    elif all(_same_time(row) for row in comparison.rows if row.pair.state is not State.NEW):
         answer = Overall.SAME
     else:
         answer = Overall.NO_DIFFERENCE
@@ -90,7 +90,7 @@ def overall_of(comparison: Comparison) -> OverallAnswer:
 
 def real_changes(row: ComparedRow) -> Iterator[RealChange]:
     """What has changed in a row beyond noise."""
-    if row.pair.newly_failed:
+    if failed_here(row):
         yield RealChange(row, "failed", None, True, None)
     if row.quality is not None and row.quality.verdict in REAL:
         mean = None if row.quality.difference is None else row.quality.difference.mean
@@ -100,12 +100,17 @@ def real_changes(row: ComparedRow) -> Iterator[RealChange]:
             yield RealChange(row, name, change.verdict, change.verdict.outcome is Outcome.FIRED, change.change)
 
 
+def failed_here(row: ComparedRow) -> list[str]:
+    """Cases that failed in the other run alone, in a row that the baseline has: a new row cannot have become worse."""
+    return row.pair.newly_failed if row.pair.baseline or row.pair.not_started[0] else []
+
+
 def is_judged(row: ComparedRow) -> bool:
     """Whether a row says anything about a difference: it has a verdict, or an interval that is too wide for one.
 
     A metric alone says nothing about a row whose costs are those of another device.
     """
-    if row.pair.newly_failed:
+    if failed_here(row):
         return True
     if any(change.verdict is Verdict.NOT_COMPARABLE for change in row.changes.values()):
         return False

@@ -14,7 +14,7 @@ from mpscale.analysis.change import SINGLE_RUN, Change
 from mpscale.analysis.claim import conditions
 from mpscale.analysis.compare import ComparedRow, Comparison, Pair, State
 from mpscale.analysis.gates import Finding
-from mpscale.analysis.overall import Overall, OverallAnswer, RealChange, overall_of
+from mpscale.analysis.overall import Overall, OverallAnswer, RealChange, failed_here, overall_of
 from mpscale.analysis.quantities import COSTS, Outcome, Verdict
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.columns import COLUMNS, MEASURED
@@ -95,15 +95,19 @@ def headline(comparison: Comparison, answer: OverallAnswer) -> str:
     if answer.answer is Overall.BETTER:
         return f"Yes: {word} in {answer.better} of {plural(answer.rows, 'row')}, worse in none"
     if answer.answer is Overall.SAME:
-        return f"Yes: {word} in {'all ' if answer.rows > 1 else ''}{plural(answer.rows, 'row')}"
+        return f"Yes: {word} in {_judged(answer)}"
     if answer.answer is Overall.NO_DIFFERENCE:
-        rows = plural(answer.rows, "row")
-        if answer.judged < answer.rows:
-            rows = f"{answer.judged} of {rows}"
-        return f"{word[0].upper()}{word[1:]} in {rows}"
+        return f"{word[0].upper()}{word[1:]} in {_judged(answer)}"
     good = sum(row.quality is not None and row.quality.verdict is Verdict.NON_INFERIOR for row in comparison.rows)
     metric = f"; metric as good in {good} of {plural(answer.rows, 'row')}" if good else ""
     return f"{word[0].upper()}{word[1:]}: {_why_not(comparison)}{metric}"
+
+
+def _judged(answer: OverallAnswer) -> str:
+    rows = plural(answer.rows, "row")
+    if answer.judged < answer.rows:
+        return f"{answer.judged} of {rows}"
+    return f"all {rows}" if answer.rows > 1 else rows
 
 
 def _has_speed(comparison: Comparison) -> bool:
@@ -175,7 +179,7 @@ def _change_line(one: RealChange) -> str:
 
 
 def _failed(row: ComparedRow) -> str:
-    return marked(Tone.BAD, f"{plural(len(row.pair.newly_failed), 'case')} failed")
+    return marked(Tone.BAD, f"{plural(len(failed_here(row)), 'case')} failed")
 
 
 def _metric(row: ComparedRow) -> str:
@@ -296,7 +300,7 @@ def _cell(row: ComparedRow, span: float) -> tuple[Tone, str]:
     if time is not None:
         tones.append(tone_of(time.verdict))
         lines.append(_time(time, span))
-    if row.pair.newly_failed:
+    if failed_here(row):
         tones.append(Tone.BAD)
         lines.append(f"<p>{_failed(row)}</p>")
     small = []

@@ -31,8 +31,25 @@ def answer_of(tmp_path, before, after, device=None, **how):
         ([row(ms=2.0), row(STATIC, 1.0, metric=0.5)], Overall.WORSE, 1, 0),
         ([row(ms=2.0)], Overall.NO_DIFFERENCE, 0, 0),
         ([row("mixed-bf16", 1.0)], Overall.CANNOT_TELL, 0, 0),
+        (
+            [row(ms=2.0), row(STATIC, 1.0), row("mixed-bf16", None, status="crashed", status_reason="x")],
+            Overall.SAME,
+            0,
+            0,
+        ),
     ],
-    ids=["same", "slower", "both", "faster", "noisy", "crashed", "metric", "row-missing", "other-rows"],
+    ids=[
+        "same",
+        "slower",
+        "both",
+        "faster",
+        "noisy",
+        "crashed",
+        "metric",
+        "row-missing",
+        "other-rows",
+        "new-row-crashed",
+    ],
 )
 def test_the_answer(tmp_path, after, answer, worse, better):
     before = [row(ms=2.0), row(STATIC, 1.0)]
