@@ -44,7 +44,8 @@ def history_page(
         links: to their reports, if they have one.
         above: HTML above the title.
     """
-    titles = " and ".join(history.measure.title for history in histories)
+    *others, last = (history.measure.title for history in histories)
+    titles = f"{', '.join(others)} and {last}" if others else last
     body = [above, f"<h1>History of the {text(titles)}</h1>"]
     found = [(history, _steps(history, neighbours)) for history in histories]
     answers = [_latest(history, steps) for history, steps in found]
