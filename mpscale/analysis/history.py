@@ -130,6 +130,20 @@ def read_folder(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]]]:
     Raises:
         RunError: there is no run, or none can be read.
     """
+    runs, skipped = read_what_can_be(results_dir)
+    if not runs:
+        raise RunError(
+            f"none of the {len(skipped)} runs in {results_dir} can be read; the first: {skipped[0][1]}; {MAKE_ONE}"
+        )
+    return runs, skipped
+
+
+def read_what_can_be(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]]]:
+    """As :func:`read_folder`, but it is no error if every run is broken.
+
+    Raises:
+        RunError: there is no run.
+    """
     folders = [
         folder
         for kept in ("runs", "reference")
@@ -147,10 +161,6 @@ def read_folder(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]]]:
             skipped.append((str(folder), str(error)))
         else:
             runs.setdefault(run.name, run)
-    if not runs:
-        raise RunError(
-            f"none of the {len(skipped)} runs in {results_dir} can be read; the first: {skipped[0][1]}; {MAKE_ONE}"
-        )
     return list(runs.values()), skipped
 
 
@@ -176,10 +186,7 @@ def make_history(
     """
     if quantity not in QUANTITIES:
         raise ValueError(f"there is no quantity {quantity!r}; there are {', '.join(QUANTITIES)}")
-    by_name: dict[str, Run] = {}
-    for run in runs:
-        by_name.setdefault(run.name, run)
-    ordered = sorted(((_facts(run), run) for run in by_name.values()), key=lambda pair: _age(pair[0]))
+    ordered = oldest_first(runs)
     machines = _machines([run for _, run in ordered])
     tables = [(facts, run, grouped(run.records)) for facts, run in ordered]
     firsts = [cases[0] for *_, table in tables for cases in table.values()]
@@ -223,6 +230,14 @@ def make_history(
         why = not_shown[-1][1] if not_shown else f"no run has a value of {measure.title}: {there_is_none}"
         raise RunError(f"{why}; choose another quantity with --quantity")
     return History(measure, _labelled(series), [*skipped, *not_shown])
+
+
+def oldest_first(runs: Sequence[Run]) -> list[tuple[RunFacts, Run]]:
+    """Sort runs by age, with what a reader wants to know; if several have the same name, the first counts."""
+    by_name: dict[str, Run] = {}
+    for run in runs:
+        by_name.setdefault(run.name, run)
+    return sorted(((_facts(run), run) for run in by_name.values()), key=lambda pair: _age(pair[0]))
 
 
 @dataclass(frozen=True, slots=True)

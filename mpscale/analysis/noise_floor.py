@@ -65,7 +65,16 @@ def floors_of(baseline: Run, results: Path | None = None, leave_out: Sequence[st
     """The floors that :func:`runs_of_the_same_code` show; none if there are fewer than five runs."""
     unreadable: list[tuple[str, str]] = []
     runs = runs_of_the_same_code(baseline, results, leave_out, unreadable)
-    left_out = tuple(unreadable)
+    return floors_among(runs, tuple(unreadable))
+
+
+def floors_among(runs: Sequence[Run], left_out: tuple[tuple[str, str], ...] = ()) -> Floors:
+    """The floors that runs of the same code, settings and machine show; none if there are fewer than five.
+
+    Args:
+        runs: finished ones.
+        left_out: runs that might belong to them and cannot be read: folder and reason.
+    """
     if len(runs) < FEWEST_RUNS:
         return Floors((), {}, left_out)
     tables = [_by_row(run) for run in runs]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mpscale import __version__
-from mpscale.cli import comparing, fitting, probing, reading
+from mpscale.cli import comparing, fitting, probing, reading, site
 from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
 from mpscale.config import SettingsError
 from mpscale.core.journal import RunError
@@ -93,4 +93,5 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
         probing.probe,
     ),
     "history": ("show a quantity over runs, as a table and a figure", reading.history_arguments, reading.history),
+    "site": ("write static pages over all runs: index, reports, comparisons, history", site.site_arguments, site.site),
 }

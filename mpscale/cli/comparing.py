@@ -55,6 +55,7 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def _add_comparison_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the comparison as a page of HTML")
     parser.add_argument("--force", action="store_true", help="compare even if method, settings or device differ")
     parser.add_argument("--threshold", metavar="5%", help="smallest change of step time worth reporting (default: 5%%)")
     add_gate_options(parser.add_argument)
@@ -105,6 +106,10 @@ def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Na
         )
     findings = [finding for each in comparisons for finding in judge_gates(each, gates)] if alike else []
     write(render(comparisons, findings, options.format), options.output)
+    if options.html is not None:
+        from mpscale.report.comparison_page import comparison_page
+
+        write(comparison_page(comparisons, findings), options.html)
     if options.output is not None or options.format in ("csv", "json"):
         # Tables and Markdown show this themselves.
         warn(unread(comparisons))
@@ -155,6 +160,7 @@ def ab(options: argparse.Namespace) -> int:
     try:
         rules = _rules(options)
         check_output(options.output)
+        check_output(options.html, "--html")
         arguments = pytest_arguments(options.unknown, options.results)
         environments = examine(options.python, options.start_timeout, options.force)
     except ValueError as error:

@@ -36,14 +36,14 @@ def write(text: str, file: Path | None) -> None:
         file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def check_output(file: Path | None) -> None:
-    """Check that the folder of ``--output`` exists, before a command that takes long.
+def check_output(file: Path | None, option: str = "--output") -> None:
+    """Check that the folder of a file to write exists, before a command that takes long.
 
     Raises:
         SettingsError: it does not.
     """
     if file is not None and not file.parent.is_dir():
-        raise SettingsError(f"--output {file}: there is no folder {file.parent}")
+        raise SettingsError(f"{option} {file}: there is no folder {file.parent}")
 
 
 def live_line() -> LiveLine:

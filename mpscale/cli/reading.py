@@ -140,6 +140,7 @@ def history_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantity", choices=tuple(QUANTITIES), default="step_time", help="default: step_time")
     add_output_options(parser)
     parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw it, into a file ending in .svg or .png")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write it as a page of HTML")
 
 
 def history(options: argparse.Namespace) -> int:
@@ -164,5 +165,10 @@ def history(options: argparse.Namespace) -> int:
         say(f"skipped {what}: {reason}")
     if options.figure is not None:
         draw_history(history, options.figure)
+    if options.html is not None:
+        from mpscale.analysis.neighbours import Neighbours
+        from mpscale.report.history_page import history_page
+
+        write(history_page([history], Neighbours(runs)), options.html)
     write(render(history, options.format), options.output)
     return OK

@@ -352,9 +352,14 @@ def machine_words(facts: Mapping[str, Any]) -> str:
 
 def environment_differences(baseline: Run, other: Run) -> list[tuple[str, str, str]]:
     """What differs between the environments of two runs: name, value in the baseline, value in the other run."""
-    one, two = (dict(_facts(run.environment)) for run in (baseline, other))
+    one, two = (dict(environment_facts(run)) for run in (baseline, other))
     names = list(dict.fromkeys([*one, *two])) if one and two else []
     return [(name, one.get(name, ""), two.get(name, "")) for name in names if one.get(name) != two.get(name)]
+
+
+def environment_facts(run: Run) -> list[tuple[str, str]]:
+    """What :func:`environment_differences` compares: name and value; empty for a cases.csv."""
+    return list(_facts(run.environment))
 
 
 def _facts(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

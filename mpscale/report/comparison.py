@@ -60,12 +60,12 @@ def render(comparisons: Sequence[Comparison], findings: Sequence[Finding], outpu
         return Table.of(_COLUMNS, (line for each in comparisons for line in _lines(each))).csv()
     if output == "json":
         return json_text(_content(comparisons, findings))
-    parts = _parts(comparisons, findings)
-    return "\n\n".join(part.markdown() if output == "markdown" else part.text() for part in parts) + "\n"
+    shown = (part.markdown() if output == "markdown" else part.text() for part in parts(comparisons, findings))
+    return "\n\n".join(shown) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """A heading, a table and notes. An empty table is left out, and so are empty notes."""
 
     title: str
@@ -82,12 +82,18 @@ class _Part:
         return "\n\n".join(filter(None, [f"## {self.title}", Table(self.headers, self.rows).markdown(), notes]))
 
 
-def _parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> Iterator[_Part]:
+def compared_runs(comparisons: Sequence[Comparison]) -> tuple[list[Run], dict[int, str]]:
+    """Return the runs, the baseline first, and the letter that tables have for each, by the id of the object."""
     runs = [comparisons[0].baseline, *(comparison.other for comparison in comparisons)]
     letters = itertools.chain(ascii_uppercase, (f"R{number}" for number in itertools.count(len(ascii_uppercase))))
-    names = {id(run): letter for run, letter in zip(runs, letters, strict=False)}
-    yield _Part("Runs", ["", "run", "device", "cases"], [[names[id(run)], *_run(run)] for run in runs])
-    yield _Part("In short", notes=[_in_short(comparison, names) for comparison in comparisons])
+    return runs, {id(run): letter for run, letter in zip(runs, letters, strict=False)}
+
+
+def parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> Iterator[Part]:
+    """Yield the tables and notes of a comparison, for a terminal or a page."""
+    runs, names = compared_runs(comparisons)
+    yield Part("Runs", ["", "run", "device", "cases"], [[names[id(run)], *_run(run)] for run in runs])
+    yield Part("In short", notes=[_in_short(comparison, names) for comparison in comparisons])
     if len(runs) > 2 or not comparisons[0].same_device:
         yield from _side_by_side(runs, names)
     for comparison in comparisons:
@@ -100,7 +106,7 @@ def _parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> It
     if findings:
         yield _gates(findings, {run.name: names[id(run)] for run in runs})
     if notes := unread(comparisons):
-        yield _Part("What could not be read", notes=notes)
+        yield Part("What could not be read", notes=notes)
 
 
 def unread(comparisons: Sequence[Comparison]) -> list[str]:
@@ -148,18 +154,18 @@ def _run(run: Run) -> list[str]:
     return [run.name, machine_words(hardware(run)), started]
 
 
-def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]:
+def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[Part]:
     """Ratios within each machine come first: only they may be compared between machines."""
     summaries = {id(run): {place_of(row): row for row in summary_of(run)} for run in runs}
     keys = list(dict.fromkeys(key for rows in summaries.values() for key in rows))
 
     doubtful = doubts_note([row for rows in summaries.values() for row in rows.values()])
 
-    def table(title: str, cell: Callable[[Row], str], note: str) -> Iterator[_Part]:
+    def table(title: str, cell: Callable[[Row], str], note: str) -> Iterator[Part]:
         found = {key: [cell(row) if (row := summaries[id(run)].get(key)) else DASH for run in runs] for key in keys}
         rows = [[*key, *texts] for key, texts in found.items() if any(text != DASH for text in texts)]
         if rows:
-            yield _Part(title, ["workload", "mode", *(names[id(run)] for run in runs)], rows, [note])
+            yield Part(title, ["workload", "mode", *(names[id(run)] for run in runs)], rows, [note])
 
     def of(row: Row, text: str, processes: str) -> str:
         # These tables have no status column that would show a missing process.
@@ -194,12 +200,12 @@ def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[_Part]
     )
 
 
-def _verdicts(comparison: Comparison, against: str) -> Iterator[_Part]:
+def _verdicts(comparison: Comparison, against: str) -> Iterator[Part]:
     rows = [row for row in comparison.rows if row.pair.state is State.PAIRED]
     for name, cost in COSTS.items():
         changed = [(row, row.changes[name]) for row in rows if name in row.changes]
         if changed:
-            yield _Part(
+            yield Part(
                 f"{against}: {cost.title}",
                 ["workload", "mode", "before", "after", "change", "noise floor", "smallest visible", "verdict"],
                 [[row.pair.workload, row.pair.mode, *_change_cells(change, cost.unit)] for row, change in changed],
@@ -207,14 +213,14 @@ def _verdicts(comparison: Comparison, against: str) -> Iterator[_Part]:
             )
     trained = [(row, row.quality) for row in rows if row.quality is not None]
     if trained:
-        yield _Part(
+        yield Part(
             f"{against}: metric, seed by seed",
             ["workload", "mode", "difference", "seeds", "verdict"],
             [[row.pair.workload, row.pair.mode, *_quality_cells(quality, row)] for row, quality in trained],
         )
     rated = [row for row in rows if row.overflow_rates != (None, None)]
     if rated:
-        yield _Part(
+        yield Part(
             f"{against}: overflow steps of attempted steps",
             ["workload", "mode", "before", "after"],
             [[row.pair.workload, row.pair.mode, *_rates(row)] for row in rated],
@@ -278,7 +284,7 @@ def _rates(row: ComparedRow) -> list[str]:
     return found
 
 
-def _unpaired(comparison: Comparison, against: str) -> Iterator[_Part]:
+def _unpaired(comparison: Comparison, against: str) -> Iterator[Part]:
     pairs = [row.pair for row in comparison.rows]
     rows = [
         [pair.workload, pair.mode, pair.state, pair.reason or ""]
@@ -292,22 +298,22 @@ def _unpaired(comparison: Comparison, against: str) -> Iterator[_Part]:
         for case in pair.newly_failed
     ]
     if rows:
-        yield _Part(f"{against}: rows that cannot be compared as they are", ["workload", "mode", "", "why"], rows)
+        yield Part(f"{against}: rows that cannot be compared as they are", ["workload", "mode", "", "why"], rows)
 
 
-def _environment(comparison: Comparison, against: str) -> Iterator[_Part]:
+def _environment(comparison: Comparison, against: str) -> Iterator[Part]:
     if found := comparison.differences:
         more = [f"and {len(found) - _DIFFERENCES} more"] if len(found) > _DIFFERENCES else []
         title = f"{against}: differences in the environment"
-        yield _Part(title, ["", "before", "after"], found[:_DIFFERENCES], more)
+        yield Part(title, ["", "before", "after"], found[:_DIFFERENCES], more)
 
 
-def _gates(findings: Sequence[Finding], letters: dict[str, str]) -> _Part:
+def _gates(findings: Sequence[Finding], letters: dict[str, str]) -> Part:
     rows = [
         [str(found.gate), found.outcome, letters[found.run], " ".join(found.row or ("no row",)), found.text]
         for found in sorted(findings, key=lambda found: found.outcome.rank)
     ]
-    return _Part("Gates", ["gate", "outcome", "run", "row", "what was found"], rows)
+    return Part("Gates", ["gate", "outcome", "run", "row", "what was found"], rows)
 
 
 def _lines(comparison: Comparison) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ from mpscale.core.cases_csv import read_cases
 from mpscale.core.record import Record, to_csv
 from mpscale.core.run_folder import write_cases
 from mpscale.core.runs import Run, RunError, read_run
-from mpscale.report.document import document, render
+from mpscale.report.document import Document, document, render
 from mpscale.report.page import page
 from mpscale.report.run_figures import gains, training
 from mpscale.report.sweep_figure import over_batch
@@ -58,8 +58,17 @@ def write_reports(run: Run, cases: str | None) -> None:
     report = document(run, floors_of(run), probes_of(run))
     _write(run.path / "report.md", render(report))
     # Pictures come last: they take longest, and if they fail, everything else is written.
+    _write(run.path / "report.html", _page(run, report))
+
+
+def report_page(run: Run) -> str:
+    """Return the content of report.html."""
+    return _page(run, document(run, floors_of(run), probes_of(run)))
+
+
+def _page(run: Run, report: Document) -> str:
     pictures = [picture for picture in (gains(run), over_batch(run), training(run)) if picture is not None]
-    _write(run.path / "report.html", page(report, pictures))
+    return page(report, pictures)
 
 
 def _lost_from_the_journal(run: Run, cases: str) -> list[str]:

@@ -95,33 +95,33 @@ def _table(history: History) -> Table:
         "series": [series.apart or DASH for series, _ in pairs],
         "when (UTC)": [f"{at:%Y-%m-%d %H:%M}" if (at := point.run.started) else DASH for _, point in pairs],
         "run": [point.run.name for _, point in pairs],
-        history.measure.title: [_value(history.measure, series, point) for series, point in pairs],
+        history.measure.title: [shown_value(history.measure, series, point) for series, point in pairs],
         "n": [str(point.n) for _, point in pairs],
-        "change": [_change(point) for _, point in pairs],
-        "commit": [_commit(point.run) for _, point in pairs],
+        "change": [shown_change(point) for _, point in pairs],
+        "commit": [shown_commit(point.run) for _, point in pairs],
         "TensorFlow": [point.run.tensorflow or DASH for _, point in pairs],
         "note": [_note(point) for _, point in pairs],
     }
     return Table(list(columns), list(zip(*columns.values(), strict=True))).without_blank("series", "change", "note")
 
 
-def _value(measure: Quantity, series: Series, point: Point) -> str:
+def shown_value(measure: Quantity, series: Series, point: Point) -> str:
     if measure.spread == "interval":
         unit = measure.unit if measure.unit == "x" else f" {measure.unit}"
         return interval(point.value, point.low, point.high, unit)
-    shown = _single(measure, series)
+    shown = shown_single(measure, series)
     middle, low, high = (shown(part) for part in (point.value, point.low, point.high))
     return middle if low == high else f"{middle} [{low}, {high}]"
 
 
-def _single(measure: Quantity, series: Series) -> Callable[[float | None], str]:
+def shown_single(measure: Quantity, series: Series) -> Callable[[float | None], str]:
     """Return a function that writes a number of a quantity without a unit."""
     if measure.name == "metric":
         return lambda number: metric(number, series.metric_name)
     return lambda number: share(number, 2)
 
 
-def _change(point: Point) -> str:
+def shown_change(point: Point) -> str:
     if point.change is None:
         return DASH
     text = f"{100 * point.change:+.1f} %"
@@ -130,7 +130,7 @@ def _change(point: Point) -> str:
     return f"{text} [{100 * point.change_low:+.1f}, {100 * point.change_high:+.1f}]"
 
 
-def _commit(run: RunFacts) -> str:
+def shown_commit(run: RunFacts) -> str:
     if run.commit is None:
         return DASH
     return run.commit[:_SHORT] + ("-dirty" if run.dirty else "")
@@ -300,7 +300,7 @@ def _panel(
     axes.set_xlim(-0.5, len(runs) - 0.5)
     axes.set_ylabel(_axis(measure, members[0]))
     if not measure.unit:
-        shown = _single(measure, members[0])
+        shown = shown_single(measure, members[0])
         axes.yaxis.set_major_formatter(lambda value, _: shown(value))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -19,6 +20,8 @@ from mpscale.report.figures import Picture
 from mpscale.report.first_screen_page import html_of
 from mpscale.report.html_table import Group, html, legend, wide
 from mpscale.report.table import Table
+
+_FOOTER = "The same text is in report.md, and the CSV files beside this page have the figures."
 
 
 def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
@@ -45,15 +48,22 @@ def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
     return shell(document.title, "\n".join(body))
 
 
-def shell(title: str, body: str) -> str:
+def shell(title: str, body: str, footer: str = _FOOTER, styles: Sequence[str] = ()) -> str:
     """Return a page of HTML around ``body``, with the style of all pages.
 
     Args:
         title: of the browser's tab; plain text.
         body: HTML.
+        footer: plain text.
+        styles: names of further style sheets of this package.
     """
-    template, style = (files(__package__).joinpath(name).read_text("utf-8") for name in ("page.html", "page.css"))
-    return Template(template).substitute(title=escape(title), style=style, body=body)
+    template, *sheets = (_file(name) for name in ("page.html", "page.css", *styles))
+    return Template(template).substitute(title=escape(title), style="".join(sheets), body=body, footer=escape(footer))
+
+
+@cache
+def _file(name: str) -> str:
+    return files(__package__).joinpath(name).read_text("utf-8")
 
 
 def _part(part: Table | str, markdown: MarkdownIt) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mpscale.analysis.claim import Doubt
+from mpscale.analysis.overall import Overall
 from mpscale.analysis.quantities import Verdict
 
 WORDS = {
@@ -34,3 +35,19 @@ _METRICS = {"r2_score": "R2", "mean_absolute_error": "mean absolute error", "mea
 def metric_name(name: str | None) -> str:
     """Return the name of a metric as people read it."""
     return "metric" if name is None else _METRICS.get(name, name.replace("_", " "))
+
+
+AGAINST_RUN = WORDS | {
+    Verdict.NON_INFERIOR: "as good",
+    Verdict.WORSE: "worse",
+}
+"""What a comparison says: its metrics are judged against the baseline's run, not against fp32."""
+
+OVERALL = {
+    Overall.WORSE: "worse",
+    Overall.BETTER: "better",
+    Overall.SAME: "the same",
+    Overall.NO_DIFFERENCE: "no difference shown",
+    Overall.CANNOT_TELL: "cannot tell",
+}
+"""What a comparison says about a run as a whole."""

@@ -1,0 +1,138 @@
+"""The folder of a site: every file in it is written whole, and what others have put there is left alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from mpscale.report.files import write_whole
+
+MANIFEST = "mpscale-site.json"
+"""Lists the files that mpscale has made, the only ones that it replaces or removes."""
+
+_OURS = re.compile(r"(?:(?:runs|comparisons)/)?[A-Za-z0-9_][A-Za-z0-9._-]*\.html|\.nojekyll")
+"""Names that this module makes. A manifest that lists others was changed by somebody."""
+
+_NOT_CONTENT = (".git",)
+"""What a folder may hold and still count as empty: the branch of a repository that pages are published from."""
+
+
+class SiteError(ValueError):
+    """A site cannot be written here. The message says why, and what to do."""
+
+
+class SiteFolder:
+    """A folder to write a site into. Nothing is changed before :meth:`begin`.
+
+    Args:
+        path: of the folder; it need not exist.
+
+    Raises:
+        SiteError: it is not a folder, or it holds something else.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._made: list[str] = []
+        if path.exists() and not path.is_dir():
+            raise SiteError(f"{path}: is not a folder")
+        self._before = self._listed()
+
+    def has(self, name: str) -> bool:
+        """Whether an earlier call has made a file, and it is still there."""
+        return name in self._before and (self.path / name).is_file()
+
+    def begin(self, planned: Iterable[str]) -> None:
+        """Make the folder, and note the names of the files that are going to be written.
+
+        The note comes first: if the process is killed in the middle, the next one knows which files are its own.
+
+        Args:
+            planned: names of files, with the folder that they are in.
+
+        Raises:
+            SiteError: somebody else has a file of such a name there.
+            OSError: the folder cannot be written.
+        """
+        names = list(planned)
+        for name in names:
+            place = self.path / name
+            if name not in self._before and (place.exists() or place.is_symlink()):
+                raise SiteError(
+                    f"{place}: mpscale has not made this file and does not replace it; move it, or name {_NEW}"
+                )
+        for folder in {(self.path / name).parent for name in names}:
+            if folder.is_symlink() and folder != self.path:
+                raise SiteError(f"{folder}: is a link, and mpscale writes only into the folder itself; name {_NEW}")
+            folder.mkdir(parents=True, exist_ok=True)
+        self._note({*self._before, *names})
+
+    def write(self, name: str, content: str) -> None:
+        """Write a file, whole or not at all."""
+        place = self.path / name
+        write_whole(place.parent, {place.name: content})
+        self._made.append(name)
+
+    def copy(self, name: str, source: Path) -> None:
+        """Copy a file, whole or not at all; an equally large copy that is not older is kept."""
+        place = self.path / name
+        if not (self.has(name) and _is_copy(place, source)):
+            partial = place.parent / f".{place.name}.partial"
+            shutil.copyfile(source, partial)
+            partial.replace(place)
+        self._made.append(name)
+
+    def keep(self, name: str) -> None:
+        """Keep a file of an earlier call as it is."""
+        self._made.append(name)
+
+    def finish(self) -> list[str]:
+        """Remove the files of earlier calls that were not made again; return their names."""
+        gone = sorted(self._before - set(self._made))
+        for name in gone:
+            (self.path / name).unlink(missing_ok=True)
+        for name in {*self._before, *self._made}:
+            # Left by a process that was killed.
+            place = self.path / name
+            (place.parent / f".{place.name}.partial").unlink(missing_ok=True)
+        self._note(self._made)
+        return gone
+
+    def _listed(self) -> set[str]:
+        """The files that earlier calls have made here."""
+        manifest = self.path / MANIFEST
+        if not manifest.is_file():
+            others = [each.name for each in self.path.iterdir()] if self.path.is_dir() else []
+            others = sorted(set(others) - set(_NOT_CONTENT))
+            if others:
+                raise SiteError(
+                    f"{self.path}: holds {others[0]}{' and more' if len(others) > 1 else ''} and no site of mpscale, "
+                    f"and is left as it is; name {_NEW}"
+                )
+            return set()
+        try:
+            found = json.loads(manifest.read_text(encoding="utf-8"))
+            names = found["files"]
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("files should be names")
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise SiteError(
+                f"{manifest}: cannot be read ({error}), so what may be replaced is unknown; name {_NEW}"
+            ) from error
+        return {name for name in names if _OURS.fullmatch(name)}
+
+    def _note(self, names: Iterable[str]) -> None:
+        content = {"about": "Files that `mpscale site` has made, and may replace or remove.", "files": sorted(names)}
+        write_whole(self.path, {MANIFEST: json.dumps(content, indent=1) + "\n"})
+
+
+_NEW = "a folder that is new, empty or a site of mpscale"
+
+
+def _is_copy(place: Path, source: Path) -> bool:
+    one, two = place.stat(), source.stat()
+    return one.st_size == two.st_size and one.st_mtime_ns >= two.st_mtime_ns
