@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
@@ -67,8 +68,8 @@ class Weakness(StrEnum):
     BUSY = auto()
     TWO_LEVELS = auto()
     WITHOUT_XLA = auto()
-    FEW_SEEDS = auto()
-    """Too few seeds to tell if the metric is as good as fp32's."""
+    UNJUDGED = auto()
+    """It cannot be told if the metric is as good as fp32's: too few seeds, or a seed is missing."""
     NO_METRIC = auto()
     """Workloads without a metric: whether they train as well is not known."""
     NO_BASELINE = auto()
@@ -209,13 +210,14 @@ def answer_of(run: Run) -> Answer:
     baselines: dict[str, Row | None] = {}
     cells: dict[str, dict[str, Cell]] = {}
     rows = summary_of(run)
+    lost = Counter(record.place for record in run.records if record["status"] in LOST and record["repeat"] == 0)
     for row in rows:
         workload, mode = place_of(row)
         baselines.setdefault(workload, None)
         if row["mode"] == row["headline_baseline"]:
             baselines[workload] = row
         elif is_mixed(row["mode"]):
-            cells.setdefault(workload, {})[mode] = _cell(run, row)
+            cells.setdefault(workload, {})[mode] = _cell(row, lost[workload, mode])
     serious = [cell for by_mode in cells.values() for cell in by_mode.values() if not cell.is_control]
     good = tuple(
         workload
@@ -227,11 +229,9 @@ def answer_of(run: Run) -> Answer:
     return Answer(worth, advice, advised, baselines, cells, good, _weaknesses(run, rows, serious), _noise(serious))
 
 
-def _cell(run: Run, row: Row) -> Cell:
+def _cell(row: Row, lost: int) -> Cell:
     speed, doubts = speed_verdict(row), tuple(doubts_of(row, row["headline_baseline"]))
     quality: Verdict | None = row["metric_verdict"]
-    place = place_of(row)
-    lost = sum(record["status"] in LOST and record["repeat"] == 0 for record in run.records if record.place == place)
     return Cell(row, speed, doubts, quality, lost, _outcome(row, speed, quality, lost))
 
 
@@ -328,7 +328,7 @@ def _counted(run: Run, rows: Sequence[Row], serious: Sequence[Cell]) -> Iterator
     yield Weakness.TWO_LEVELS, sum(row["two_level_processes"] for row in rows)
     timed = [record for record in run.records if record["step_time_ms_median"] is not None]
     yield Weakness.WITHOUT_XLA, int({(one["device"], one["jit"]) for one in timed} == {("gpu", False)})
-    yield Weakness.FEW_SEEDS, sum(cell.quality is Verdict.INCONCLUSIVE for cell in serious)
+    yield Weakness.UNJUDGED, sum(cell.quality is Verdict.INCONCLUSIVE for cell in serious)
     yield Weakness.NO_METRIC, len({cell.row["workload"] for cell in serious if cell.row["has_metric"] is False})
     yield Weakness.NO_BASELINE, sum(cell.ratio is None and not cell.lost for cell in serious)
     yield Weakness.LOST_CASES, sum(record["status"] in FAILED for record in run.records)

@@ -73,12 +73,12 @@ def measure_again(answer: Answer) -> str:
         Weakness.NO_BASELINE: "run fp32 beside the modes",
         Weakness.DISPATCH: "take a larger batch, or several steps per call",
         Weakness.IDLE: "take a larger batch, or several steps per call",
-        Weakness.FEW_SEEDS: "train more seeds",
+        Weakness.UNJUDGED: "train more seeds",
         Weakness.ONE_PROCESS: "run more processes",
         Weakness.BUSY: "wait until the machine is idle",
     }
     there = set(answer.weaknesses)
-    if Weakness.FEW_SEEDS in there:
+    if Weakness.UNJUDGED in there:
         there.discard(Weakness.ONE_PROCESS)  # more seeds are more processes
     found = list(dict.fromkeys(cure for weakness, cure in cures.items() if weakness in there))
     return (
@@ -96,7 +96,7 @@ def _options(answer: Answer) -> list[str]:
         found.append(f"--mp-modes {','.join(name for name in MODES if name in modes | {'fp32'})}")
     if answer.weaknesses.keys() & {Weakness.IDLE, Weakness.DISPATCH}:
         found.append("--mp-steps-per-call 20")
-    if Weakness.FEW_SEEDS in answer.weaknesses:
+    if Weakness.UNJUDGED in answer.weaknesses:
         found.append("--mp-seeds 5")
     elif Weakness.ONE_PROCESS in answer.weaknesses:
         found.append("--mp-repeats 5")

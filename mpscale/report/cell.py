@@ -7,7 +7,7 @@ from mpscale.analysis.claim import Doubt, busy_share
 from mpscale.analysis.quantities import Verdict
 from mpscale.analysis.summary import Row
 from mpscale.report.table import DASH, count, metric, metric_difference, number, plural, share
-from mpscale.report.words import WORDS
+from mpscale.report.words import WORDS, metric_name
 
 
 def baseline_line(row: Row | None) -> str:
@@ -26,22 +26,21 @@ _SHORT = {
     "mean_squared_error": "MSE",
     "mse": "MSE",
     "root_mean_squared_error": "RMSE",
-    "r2_score": "R²",
     "auc": "AUC",
 }
-_WORDS = {
+"""Shorter names than those of tables, for the narrow cells of the matrix."""
+_WORDS = WORDS | {
     Verdict.CANNOT_TELL: "unclear",
     Verdict.NON_INFERIOR: "as good",
     Verdict.WORSE: "worse",
-    Verdict.INCONCLUSIVE: "too few seeds",
 }
-"""Shorter words than those of tables; the caption says what they refer to."""
+"""Shorter words; the caption says what they refer to."""
 
 
 def metric_label(row: Row) -> str:
     """The name of a metric as people write it."""
-    name = str(row["metric_name"] or "metric")
-    return _SHORT.get(name, name.replace("_", " "))
+    name = row["metric_name"]
+    return _SHORT.get(name) or metric_name(name)
 
 
 def ratio_text(cell: Cell) -> str:
@@ -59,7 +58,7 @@ def speed_word(cell: Cell) -> str:
         return "not compared"
     if cell.doubts:
         return "no claim"
-    return "" if cell.speed is None else _WORDS.get(cell.speed) or WORDS[cell.speed]
+    return "" if cell.speed is None else _WORDS[cell.speed]
 
 
 def quality_line(cell: Cell) -> str:
@@ -97,8 +96,8 @@ def chips(cell: Cell) -> list[str]:
     busiest, busy = row["host_other_cpu_share"], busy_share(row)
     told = {
         Doubt.IDLE: "GPU idle" if busy is None else f"GPU busy {share(busy)}",
-        Doubt.DISPATCH: "mostly dispatch" if not row["dispatch_bound"] else f"dispatch {share(row['dispatch_share'])}",
-        Doubt.BUSY: f"busy machine {share(busiest)}" if busiest else "busy machine",
+        Doubt.DISPATCH: "dispatch-bound" if not row["dispatch_bound"] else f"dispatch {share(row['dispatch_share'])}",
+        Doubt.BUSY: f"machine busy {share(busiest)}" if busiest else "machine busy",
         Doubt.ONE_PAIR: "one process",
     }
     found += [told[doubt] for doubt in cell.doubts]

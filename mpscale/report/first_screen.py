@@ -207,7 +207,7 @@ def _costs(answer: Answer) -> Card:
         details.append(f"{as_good} of {plural(len(judged), 'row')} as good as fp32")
         details += [f"worse: {_named(worse)}"] if worse else []
         open_ = len(judged) - as_good - len(worse)
-        details += [f"{open_} with too few seeds to tell"] if open_ else []
+        details += [f"{open_} undecided"] if open_ else []
     elif Weakness.NO_METRIC in answer.weaknesses:
         details.append("synthetic inputs or no metric: accuracy cannot be compared")
     else:
@@ -281,7 +281,7 @@ def _weak_points(weaknesses: Mapping[Weakness, int], rows: int, worth: Worth) ->
         Weakness.NOT_STARTED: lambda n: f"{plural(n, 'planned case')} did not start",
         Weakness.NO_BASELINE: lambda n: f"no speed-up, for want of a baseline or a step time: {of_rows(n)}",
         Weakness.WITHOUT_XLA: lambda n: "without XLA, which can change more than the mode does",
-        Weakness.FEW_SEEDS: lambda n: f"too few seeds to judge the metric: {of_rows(n)}",
+        Weakness.UNJUDGED: lambda n: f"if the metric is as good cannot be told: {of_rows(n)}",
         Weakness.NO_METRIC: lambda n: f"{plural(n, 'workload')} without a metric: accuracy not measured",
         Weakness.TWO_LEVELS: lambda n: f"the step time of {plural(n, 'process')} jumped between two levels",
         Weakness.OLDER_METHOD: lambda n: "measured by an older method",
@@ -309,8 +309,10 @@ def _advice(answer: Answer, run: Run) -> str:
             return f"Stay with float32 on this CPU. To train in float16 on a GPU, scale with {mode}: {evidence}."
         case Advice.STAY if mode is not None:
             return f"Stay with float32 here. If float16 is needed all the same, scale with {mode}: {evidence}."
+        case Advice.STAY if answer.good:
+            return "Stay with float32 here: every mode that gains on one workload loses on another."
         case Advice.STAY:
-            return "Stay with float32 here: no mode is good on one workload without being worse on another."
+            return f"Stay with float32 on this {place(run)}."
     return measure_again(answer)
 
 

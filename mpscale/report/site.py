@@ -9,23 +9,25 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from mpscale.analysis.answer import speed_verdict
+from mpscale.analysis.answer import Outcome
 from mpscale.analysis.history import RunFacts, make_history, oldest_first, read_what_can_be
 from mpscale.analysis.neighbours import Neighbours
 from mpscale.analysis.overall import overall_of
 from mpscale.analysis.quantities import QUANTITIES, Verdict
-from mpscale.analysis.summary import Row, summary_of
+from mpscale.core.record import place_of
 from mpscale.core.runs import Run, RunError, hardware, machine_words
 from mpscale.report import pieces
+from mpscale.report.cell import quality_line, ratio_text, speed_word
 from mpscale.report.comparison_page import comparison_page, headline
 from mpscale.report.files import report_page
+from mpscale.report.first_screen import QUESTION, first_screen
 from mpscale.report.history import shown_commit
 from mpscale.report.history_page import history_page
 from mpscale.report.page import shell
 from mpscale.report.pieces import Tone, card, cards, link, marked, noted, text, tone_of_overall
 from mpscale.report.site_folder import SiteError, SiteFolder
 from mpscale.report.table import DASH, plural
-from mpscale.report.words import OVERALL, WORDS
+from mpscale.report.words import OVERALL
 
 __all__ = ["Site", "SiteError", "write_site"]
 
@@ -33,6 +35,9 @@ _HISTORIES = ("step_time", "gpu_memory", "metric")
 """What the history shows, as far as there is any."""
 
 _FOOTER = "Made by `mpscale site`. Times are UTC."
+
+
+_TONES = {Outcome.GOOD: Tone.GOOD, Outcome.BAD: Tone.BAD, Outcome.UNKNOWN: Tone.UNKNOWN}
 
 
 @dataclass(frozen=True)
@@ -246,37 +251,18 @@ def _back(root: str, has_history: bool) -> str:
 
 
 def _answer_of(run: Run) -> _Answer:
-    """The verdict of a run for the index: on speed, unless some mode trains worse than fp32."""
-    rows = summary_of(run)
-    judged = [(row, verdict) for row in rows if (verdict := speed_verdict(row)) is not None]
-    worse = [row for row in rows if row["metric_verdict"] == Verdict.WORSE]
-    if worse:
-        words = WORDS[Verdict.WORSE]
-        return _Answer(Tone.BAD, f"{words} in {_of(worse, rows)}", f"{_place(worse[0])}: {words}")
-    if not judged:
-        failed = sum(row["ok"] < row["cases"] for row in rows)
-        words = f"cases failed in {failed} of {plural(len(rows), 'row')}" if failed else "no speed-up measured"
-        return _Answer(Tone.BAD if failed else Tone.UNKNOWN, words, DASH)
-    lowest, verdict = min(judged, key=lambda pair: _ratio(pair[0]))
-    worst = f"{_place(lowest)}: {_ratio(lowest):.2f}x, {WORDS[verdict]}"
-    found = {one: [row for row, verdict in judged if verdict is one] for one in (Verdict.FASTER, Verdict.SLOWER)}
-    parts = [f"{WORDS[one]} in {len(some)}" for one, some in found.items() if some]
-    if not parts:
-        return _Answer(Tone.UNKNOWN, f"{WORDS[Verdict.CANNOT_TELL]} in {plural(len(judged), 'row')}", worst)
-    tone = Tone.WARN if len(parts) > 1 else Tone.GOOD if found[Verdict.FASTER] else Tone.BAD
-    return _Answer(tone, f"{', '.join(parts)} of {plural(len(judged), 'row')}", worst)
-
-
-def _of(some: Sequence[Row], rows: Sequence[Row]) -> str:
-    return f"{len(some)} of {plural(len(rows), 'row')}"
-
-
-def _place(row: Row) -> str:
-    return f"{row['workload']} {row['mode']}"
-
-
-def _ratio(row: Row) -> float:
-    return float(row[f"speedup_{row['headline_baseline']}"])
+    """The answer of a run for the index, and the row that looks worst in it."""
+    screen = first_screen(run)
+    cells = screen.answer.serious
+    bad = [cell for cell in cells if cell.quality is Verdict.WORSE or cell.lost]
+    timed = [cell for cell in cells if cell.ratio is not None and not cell.doubts]
+    worst = DASH
+    if bad:
+        worst = f"{' '.join(place_of(bad[0].row))}: {quality_line(bad[0])}"
+    elif timed:
+        lowest = min(timed, key=lambda cell: cell.ratio or 0.0)
+        worst = f"{' '.join(place_of(lowest.row))}: {ratio_text(lowest)} {speed_word(lowest)}"
+    return _Answer(_TONES[screen.outcome], screen.headline.removesuffix("."), worst)
 
 
 def _index(
@@ -299,8 +285,8 @@ def _index(
         headers = ["date (UTC)", "answer", "worst row", "against the run before", "device", "commit", "run"]
         body.append(f"<h2>Runs</h2>{pieces.table(headers, rows, sentences=True)}")
         body.append(
-            '<p class="note">Answer: the speed of the modes over fp32, or over tf32 in runs that have it; or that a '
-            "mode trains worse. The run before is the last one on the same machine with the same preset.</p>"
+            f'<p class="note">Answer: {escape(QUESTION)} The run before is the last one on the same machine with the '
+            "same preset.</p>"
         )
     if broken:
         items = (f"<li>{text(what)}: {text(why)}</li>" for what, why in broken)

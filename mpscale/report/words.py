@@ -29,7 +29,7 @@ DOUBTS = {
 }
 """What a cell says for each doubt about a speed-up; :attr:`Doubt.text` says it in full."""
 
-_METRICS = {"r2_score": "R2", "mean_absolute_error": "mean absolute error", "mean_squared_error": "mean squared error"}
+_METRICS = {"r2_score": "R²", "mean_absolute_error": "mean absolute error", "mean_squared_error": "mean squared error"}
 
 
 def metric_name(name: str | None) -> str:

@@ -97,7 +97,7 @@ WEAK = {
     Weakness.BUSY: lambda: compared(FAST, **BUSY),
     Weakness.DISPATCH: lambda: compared(FAST, dispatch_bound=True, dispatch_share=0.7),
     Weakness.WITHOUT_XLA: lambda: compared(FAST, jit=False),
-    Weakness.FEW_SEEDS: lambda: compared(FAST, seeds=1),
+    Weakness.UNJUDGED: lambda: compared(FAST, seeds=1),
     Weakness.NO_METRIC: lambda: compared(FAST, has_metric=False, metric_value=None),
     Weakness.NO_BASELINE: lambda: compared({"mixed-bf16": 4.0}),
     Weakness.LOST_CASES: lambda: [*compared(FAST), case("mixed-logmax", 0, None, None, status="crashed")],

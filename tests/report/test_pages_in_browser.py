@@ -135,7 +135,9 @@ def test_a_history_shows_what_the_last_run_changed(browser, pages):
 
 def test_the_index_has_the_newest_run_first_with_its_answer(browser, pages):
     first, second, *others = text_of(browser, pages, "index.html", "tbody tr")
-    assert first.startswith("2026-01-09 00:00 ! not finished ✓ faster in 1 of 1 row toy mixed-static: 2.50x, faster")
+    assert first.startswith(
+        "2026-01-09 00:00 ! not finished ✓ Yes: 2.50x as fast with mixed-static toy mixed-static: 2.50x faster"
+    )
     assert second.startswith("2026-01-08 00:00 ✗ worse than fp32 in 1 of 5 rows") and "✗ worse Test CPU" in second
     assert len(others) == 7
     assert HOSTILE.replace("/", "") in text_of(browser, pages, "index.html", "h2 + ul li")[0]

@@ -357,7 +357,7 @@ def test_a_run_that_lost_a_mode_did_not_simply_end_well(tmp_path):
 def test_modes_with_the_same_finding_share_it(tmp_path):
     cases = [one for mode in ("fp32", "mixed-static", "mixed-dynamic", "mixed-bf16") for one in judged(mode, GOOD)]
     lines = rendered(tmp_path, *cases, *judged("mixed-unscaled", BAD)).split("## ")[0].splitlines()
-    assert [line for line in lines if line.startswith("- ")] == [
+    assert [line for line in lines if line.startswith("- **")] == [
         "- **toy**: no difference in speed is shown for mixed-static, mixed-dynamic, mixed-bf16 and mixed-unscaled. "
         "R2: mixed-static, mixed-dynamic and mixed-bf16 are as good as fp32; mixed-unscaled (0.400 below fp32) is "
         "worse than fp32."
