@@ -359,7 +359,7 @@ def test_modes_with_the_same_finding_share_it(tmp_path):
     lines = rendered(tmp_path, *cases, *judged("mixed-unscaled", BAD)).split("## ")[0].splitlines()
     assert [line for line in lines if line.startswith("- **")] == [
         "- **toy**: no difference in speed is shown for mixed-static, mixed-dynamic, mixed-bf16 and mixed-unscaled. "
-        "R2: mixed-static, mixed-dynamic and mixed-bf16 are as good as fp32; mixed-unscaled (0.400 below fp32) is "
+        "R²: mixed-static, mixed-dynamic and mixed-bf16 are as good as fp32; mixed-unscaled (0.400 below fp32) is "
         "worse than fp32."
     ]
 
