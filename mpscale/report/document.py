@@ -17,6 +17,7 @@ from mpscale.core.record import Record, place_of
 from mpscale.core.runs import Run
 from mpscale.report import probe_tables, sections, sweep
 from mpscale.report.float8 import float8
+from mpscale.report.growth import growth
 from mpscale.report.sections import metric_why, statuses
 from mpscale.report.table import (
     DASH,
@@ -65,7 +66,7 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
         "Static loss scales": sweep.by_scale(run),
         "Cases that did not end well": sections.troubles(run),
         "What could not be read": [sections.unread(run, floors.left_out)],
-        "Overflow and loss scale": [sections.overflow(run)],
+        "Overflow and loss scale": [sections.overflow(run), growth(run)],
         "Scales of float8": float8(run),
         "Gradient range": probe_tables.section(probes),
         "Accuracy": sections.accuracy(run),

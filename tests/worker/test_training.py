@@ -100,6 +100,14 @@ def test_log_has_the_columns_of_the_mode(mode, scale, overflow, jit):
         assert found == ([None, None] if expected is None else [expected, []])
 
 
+@pytest.mark.parametrize("mode", ["mixed-dynamic", "mixed-keras"])
+def test_a_dynamic_scale_starts_and_grows_as_the_settings_say(mode):
+    step = make_step(mode, initial=2.0**10, growth_interval=3)
+    for _ in range(7):
+        step()
+    assert step.read_log().scale.tolist() == [2.0**10] * 3 + [2.0**11] * 3 + [2.0**12]
+
+
 def test_overflow_of_keras_is_seen_when_its_scale_cannot_fall_any_further():
     step = make_step("mixed-keras")
     for scale, overflow in ((2.0**15, 0.0), (np.inf, 1.0), (2.0**15, 0.0)):
