@@ -18,7 +18,7 @@ def job(run_suite):
     return run_suite(
         *FINE, *QUICK, "--mp-repeats", "1", "--benchmark-only", "--benchmark-json", "out.json",
         "--benchmark-save", "first", "--benchmark-histogram", "picture", "--benchmark-group-by", "param:mode",
-        "--mp-dynamic-scale", "hysteresis=2",
+        "--mp-dynamic-scale", "maximum=2**16",
     )  # fmt: skip
 
 
@@ -75,11 +75,11 @@ def test_an_unsupported_mode_is_a_row_and_a_skipped_test(job, mode, reason):
 
 def test_arguments_of_the_loss_scale_make_a_series_of_their_own(job):
     keys = job.run.cases.query("repeat == 0").set_index("mode")["series_key"]
-    assert "growth_interval=20,hysteresis=2" in keys["mixed-dynamic"]
-    assert "hysteresis" not in keys["fp32"]
+    assert "growth_interval=20,maximum=65536" in keys["mixed-dynamic"]
+    assert "maximum" not in keys["fp32"]
     settings = json.loads((job.path / "run.json").read_text())["settings"]
-    assert settings["dynamic_scale"] == {"hysteresis": 2}
-    of_the_workload = {"dynamic_scale": {"growth_interval": 20, "hysteresis": 2}}
+    assert settings["dynamic_scale"] == {"maximum": 2**16}
+    of_the_workload = {"dynamic_scale": {"growth_interval": 20, "maximum": 2**16}}
     assert settings["set_apart"] == {"suite_workloads:fine": of_the_workload}
 
 
