@@ -191,7 +191,7 @@ def test_a_dry_run_lists_the_cases(run_suite):
 
 
 def test_parallel_cases_are_refused(run_suite):
-    done = run_suite(*FINE, "-n", "2")
+    done = run_suite(*FINE, "-n", "1")
     assert done.code == 1
     assert "would disturb each other: run without -n" in done.output
     assert done.path is None
