@@ -176,7 +176,16 @@ def test_two_runs_get_verdicts_and_an_exit_code(compare, before, after, argument
         pytest.param(rows(series_key=key(batch=9)), (), "batch 20 against batch 9; use --force", id="batch"),
         pytest.param(rows(series_key=key(jit=False)), (), "jit on against jit off", id="jit"),
         pytest.param(
-            rows(series_key=key(steps_per_call=20)), (), "no steps_per_call against steps_per_call 20", id="calls"
+            rows(series_key=key(steps_per_call=20)),
+            (),
+            "steps_per_call 1 (the default) against steps_per_call 20",
+            id="calls",
+        ),
+        pytest.param(
+            rows(series_key=key("mixed-dynamic", dynamic_scale={"growth_interval": 200})),
+            (),
+            "growth_interval 2000 (the default) against growth_interval 200",
+            id="growth",
         ),
         pytest.param(rows(series_key=key(timing_s=4.0)), (), "timing 2s/50 against timing 4s/50", id="timing"),
         pytest.param(rows(series_key="toy/x"), (), "digest sha256:1 against no digest", id="unreadable key"),

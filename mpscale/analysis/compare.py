@@ -338,6 +338,12 @@ def _series(cases: Sequence[Record], run: Run) -> str | None:
     return keys[0] if keys else None
 
 
+def _side(name: str, fact: str | None, default: str | None) -> str:
+    if fact is not None:
+        return f"{name} {fact}"
+    return f"no {name}" if default is None else f"{name} {default} (the default)"
+
+
 def _apart(before: str | None, after: str | None) -> str | None:
     """How two series differ; None if they are the same."""
     if before == after and before is not None:
@@ -349,7 +355,7 @@ def _apart(before: str | None, after: str | None) -> str | None:
     found = []
     for name in differing:
         what = "the model, its training or its data differ: " if name == "digest" else ""
-        sides = (f"{name} {facts[name]}" if name in facts else f"no {name}" for facts in (one, two))
+        sides = (_side(name, facts.get(name), SeriesKey.unsaid(name)) for facts in (one, two))
         found.append(what + " against ".join(sides))
     # Different keys are different series even if no known fact says why.
     return "; ".join(found) or f"series {before} against {after}"

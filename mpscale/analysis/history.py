@@ -297,7 +297,9 @@ def tell_apart(siblings: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     if len({each.get("on name") for each in facts}) == len(machines):
         # The device's name identifies the machine; more would only make the text longer.
         differing = [name for name in differing if name == "on name" or not name.startswith(_ON)]
-    return [", ".join(_words(name, each[name]) for name in differing if name in each) for each in facts]
+    # A key leaves out what is the default. A fact without one is unknown, or the series has no such thing.
+    known = [{**{name: fact for name in differing if (fact := SeriesKey.unsaid(name))}, **each} for each in facts]
+    return [", ".join(_words(name, each[name]) for name in differing if name in each) for each in known]
 
 
 def _words(name: str, fact: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from mpscale.core.columns import METHOD_VERSION
+from mpscale.core.loss_scale import DynamicLossScale
 from mpscale.core.mode import Mode
 
 StartMethod = Literal["fork", "fresh"]
@@ -131,7 +132,7 @@ class Settings:
         train_steps: steps of a training; None for the workload's default.
         batch_size: examples per step; None for the workload's default.
         static_scale: loss scale of mixed-static.
-        dynamic_scale: arguments of the scale of mixed-dynamic and graph-rewrite that differ from the defaults.
+        dynamic_scale: arguments of a dynamic loss scale that differ from the defaults.
         steps_per_call: steps that one call of the compiled program takes.
         timing_s: seconds of steady-state timing; 0 for none.
         timing_blocks: the minimum number of timed blocks.
@@ -153,6 +154,12 @@ class Settings:
     repeat_data: bool = False
     looks: int = 0
     autotune: Literal["fresh", "shared"] = "fresh"
+
+    def suited_to(self, growth_interval: int | None) -> Settings:
+        """These settings with the growth interval of a workload, if it has one and the user chose none."""
+        if growth_interval is None:
+            return self
+        return replace(self, dynamic_scale={"growth_interval": growth_interval, **self.dynamic_scale})
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain values."""
@@ -246,6 +253,13 @@ class SeriesKey:
         """Digest, settings and method in the text of a key, by name; a text of another form is all of ``series``."""
         key = SeriesKey.parse(text)
         return {"series": text} if key is None else {"digest": key.digest, **key.settings, "method": key.method}
+
+    @staticmethod
+    def unsaid(name: str) -> str | None:
+        """The value of a fact that a key leaves out because it is the default; None if there is no default."""
+        known = {"steps_per_call": "1", "autotune": "fresh"}
+        dynamic = {argument: f"{value:.17g}" for argument, value in DynamicLossScale.defaults().items()}
+        return (known | dynamic).get(name)
 
 
 def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_steps: int, settings: Settings) -> str:

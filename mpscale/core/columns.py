@@ -337,6 +337,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("first_overflow_step", "int", "step, from 0", "first step with a non-finite gradient", "there was none; " + _NO_CHECK + "; or timing-only"),
             _measured("last_overflow_step", "int", "step, from 0", "last step with a non-finite gradient", "there was none; " + _NO_CHECK + "; or timing-only"),
             _measured("nonfinite_loss_steps", "int", "steps", "train steps whose loss was not finite; known in every mode", _NO_TRAINING),
+            _measured("growth_interval", "int", "steps", "steps without overflow after which the loss scale doubles: that of `--mp-dynamic-scale`, else of the workload, else 2,000", "the mode's loss scale does not follow overflow, or " + _NO_TRAINING),
             _measured("loss_scale_initial", "float", "", "loss scale of the first step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),
             _measured("loss_scale_final", "float", "", "loss scale of the last step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),
             _measured("loss_scale_min", "float", "", "smallest loss scale of any step", _NO_SCALE + "; or timing-only", special=Format.LOSS_SCALE),

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from mpscale.core.device import Device
+from mpscale.core.loss_scale import DynamicLossScale
 
 Products = Literal["fp32", "tf32", "fp16", "bf16", "fp8"]
 """A precision of products, as tables of GPUs' peaks name it."""
@@ -23,12 +24,14 @@ class Scaling:
         setting: the field of :class:`~mpscale.core.case.Settings` with the arguments of the rule that the user chose;
             None if the user cannot choose any.
         argument: the argument that this field holds if it is a single number; None if it maps arguments to numbers.
+        takes: the arguments of this field that the rule knows; empty for all.
         checks_gradients: whether it is known for each step if its gradients were finite.
     """
 
     rule: Literal["static", "dynamic", "logmax", "keras", "article"]
     setting: str | None = None
     argument: str | None = None
+    takes: tuple[str, ...] = ()
     checks_gradients: bool = True
 
 
@@ -99,7 +102,19 @@ class Mode:
         if self.scaling is None or self.scaling.setting is None:
             return {}
         chosen = getattr(settings, self.scaling.setting)
-        return dict(chosen) if self.scaling.argument is None else {self.scaling.argument: chosen}
+        if self.scaling.argument is not None:
+            return {self.scaling.argument: chosen}
+        return {name: value for name, value in chosen.items() if name in (self.scaling.takes or chosen)}
+
+    def growth_interval(self, settings: object) -> int | None:
+        """Steps without overflow after which the mode's loss scale grows; None if it has none or never does so.
+
+        Args:
+            settings: a :class:`~mpscale.core.case.Settings`.
+        """
+        if self.scaling is None or self.scaling.rule not in ("dynamic", "keras"):
+            return None
+        return int(self.scale_arguments(settings).get("growth_interval", DynamicLossScale.growth_interval))
 
     def unsupported_reason(self, device: Device, jit: bool) -> str | None:
         """Why the mode cannot run as what its name promises; None if it can.
@@ -214,7 +229,7 @@ _ALL = (
         colour="#882255",
         marker="<",
         policy="mixed_float16",
-        scaling=Scaling("keras"),
+        scaling=Scaling("keras", setting="dynamic_scale", takes=("initial", "growth_interval")),
         on_trial=True,
         summary="float16 with Keras' own LossScaleOptimizer, side by side",
     ),
@@ -243,9 +258,13 @@ MODES: MappingProxyType[str, Mode] = MappingProxyType({mode.name: mode for mode 
 """Every mode by name, in the order in which tables show them."""
 
 SETTABLE = tuple(
-    dict.fromkeys(mode.scaling for mode in _ALL if mode.scaling is not None and mode.scaling.setting is not None)
+    dict.fromkeys(
+        mode.scaling
+        for mode in _ALL
+        if mode.scaling is not None and mode.scaling.setting is not None and not mode.scaling.takes
+    )
 )
-"""The ways of scaling whose arguments the user can set."""
+"""The ways of scaling whose arguments the user can set, each with all its arguments."""
 
 DEFAULT_MODES = ("fp32", "mixed-static", "mixed-dynamic", "mixed-bf16")
 """The modes that run by default; devices with TF32 run ``tf32`` too."""

@@ -262,6 +262,9 @@ def explain(record: Record, case: Case) -> None:
         record.miss("float8_tensors", Reason(Code.NOT_IN_MODE, f"{mode.name} does not compute in float8"))
     if mode.scaling is None:
         record.miss(_LOSS_SCALE, Reason(Code.NOT_IN_MODE, f"{mode.name} has no loss scale"))
+    if mode.growth_interval(case.settings) is None:
+        why = Reason(Code.NOT_IN_MODE, f"{mode.name} has no loss scale that grows after some steps without overflow")
+        record.miss(("growth_interval",), why)
     if not mode.sees_overflow:
         record.miss(_OVERFLOW, Reason(Code.NOT_IN_MODE, f"{mode.name} checks no gradient"))
     elif record["overflow_steps"] == 0:

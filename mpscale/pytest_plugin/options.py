@@ -402,7 +402,15 @@ def _add_scale_option(add: Add, scaling: Scaling) -> None:
     modes = " and ".join(mode.name for mode in MODES.values() if mode.scaling == scaling)
     if scaling.argument is None:
         defaults = ", ".join(f"{name}={value:.10g}" for name, value in rule.defaults().items())
-        text = f"arguments for the loss scale of {modes}; by default {defaults}"
+        others = "".join(
+            f"; {mode.name} takes {' and '.join(mode.scaling.takes)}"
+            for mode in MODES.values()
+            if mode.scaling is not None and mode.scaling.setting == scaling.setting and mode.scaling.takes
+        )
+        text = (
+            f"arguments for the loss scale of {modes}{others}; by default {defaults}, and a growth_interval of the "
+            "workload if it has one"
+        )
         add(option, type=_checked(rule.parse), default={}, metavar="KEY=VALUE,...", help=text)
     else:
         default = rule.defaults()[scaling.argument]

@@ -156,10 +156,14 @@ class Plan:
     def selection(self) -> dict[str, Any]:
         """Return the workloads, modes, seeds and repeats that were chosen, and what sets single workloads apart."""
         found = {f"{name}s": list(dict.fromkeys(getattr(case, name) for case in self.chosen)) for name in PARAMETERS}
+        from mpscale.workloads import registry
+
         common = options.settings(self._config).to_json()
         own = {
-            case.workload: options.settings(self._config, case.workload, self.device.memory_mib).to_json()
-            for case in self.chosen
+            name: options.settings(self._config, name, self.device.memory_mib)
+            .suited_to(registry.get(name).growth_interval)
+            .to_json()
+            for name in found["workloads"]
         }
         apart = {
             workload: {name: value for name, value in settings.items() if value != common[name]}

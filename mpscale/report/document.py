@@ -14,6 +14,7 @@ from mpscale.report.about import facts, when
 from mpscale.report.findings import findings
 from mpscale.report.first_screen import Screen, first_screen, markdown
 from mpscale.report.float8 import float8
+from mpscale.report.growth import growth
 from mpscale.report.notes import how_to_read
 from mpscale.report.table import Table, escape
 
@@ -85,7 +86,7 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
         Section("Cases that did not end well", trouble.troubles(run), sentences=True),
         Section("What could not be read", [trouble.unread(run, floors.left_out)]),
         Section("Accuracy against fp32", [sections.against_fp32(run)], group="Metric against fp32"),
-        Section("Overflow and loss scale", [sections.overflow(run)], group="Overflow and loss scale"),
+        Section("Overflow and loss scale", [sections.overflow(run), growth(run)], group="Overflow and loss scale"),
         Section("Scales of float8", float8(run)),
         Section("Gradient range", probe_tables.section(probes)),
         Section("Workloads without a metric", sections.without_metric(run), group="Throughput and loss"),

@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -195,8 +195,9 @@ def _report(channel: Channel, found: Findings) -> None:
 
 def _build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
     """Make everything that is trained. The device must be ready, since a user's module may use it on import."""
-    settings = case.settings
     workload = registry.get(case.workload)
+    settings = case.settings.suited_to(workload.growth_interval)
+    case = replace(case, settings=settings)
     data = workload.data()
     if not isinstance(data, Data):
         raise TypeError(
@@ -346,6 +347,8 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
         _put(found, "time_to_target_s", training.time_to_target_s, not_reached)
     if built.float8 is not None:
         found.add(built.float8.columns())
+    if (growth_interval := MODES[built.case.mode].growth_interval(built.case.settings)) is not None:
+        found.put("growth_interval", growth_interval)
     _report(channel, found)
     if steps_path is not None:
         _write_steps(steps_path, training.log)

@@ -119,7 +119,9 @@ def scaler_for(mode: Mode, optimizer: keras.optimizers.Optimizer, settings: Sett
     if mode.scaling is None:
         return StepScaler(optimizer)
     if mode.scaling.rule == "keras":
-        return KerasScaled(keras.optimizers.LossScaleOptimizer(optimizer))
+        names = {"initial": "initial_scale", "growth_interval": "dynamic_growth_steps"}
+        chosen = {names[name]: value for name, value in mode.scale_arguments(settings).items()}
+        return KerasScaled(keras.optimizers.LossScaleOptimizer(optimizer, **chosen))
     if mode.scaling.rule == "article":
         return ArticleScaled(optimizer)
     rule = RULES[mode.scaling.rule]

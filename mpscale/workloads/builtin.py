@@ -259,7 +259,8 @@ def _sum_of_squares(labels: Any, outputs: Any) -> Any:
     return keras.ops.sum(keras.ops.square(labels - outputs))
 
 
-_mnist1d = partial(Workload, data=load_mnist1d, optimizer=partial(_adam, 1e-2))
+# These trainings are complete and short. With the usual growth interval of 2,000 steps a dynamic scale could only fall.
+_mnist1d = partial(Workload, data=load_mnist1d, optimizer=partial(_adam, 1e-2), growth_interval=200)
 
 WORKLOADS = (
     _mnist1d(
@@ -291,6 +292,7 @@ WORKLOADS = (
         optimizer=partial(_adam, 1e-3),
         batch_size=32,
         train_steps=10 * (1297 // 32),
+        growth_interval=40,
         evaluate_every=40,
         target=0.95,
         margin=0.01,
@@ -303,6 +305,7 @@ WORKLOADS = (
         optimizer=partial(_decayed_adam, 2e-2, 400),
         batch_size=256,
         train_steps=400,
+        growth_interval=40,
         evaluate_every=50,
         target=0.9,
         margin=0.05,
@@ -317,6 +320,7 @@ WORKLOADS = (
         metric="r2_score",
         batch_size=256,
         train_steps=400,
+        growth_interval=40,
         evaluate_every=50,
         target=0.95,
         margin=0.02,
@@ -331,6 +335,7 @@ WORKLOADS = (
         metric="mean_absolute_error",
         batch_size=50,
         train_steps=300,
+        growth_interval=30,
         evaluate_every=50,
         target=50.0,
         margin=2.0,

@@ -148,6 +148,9 @@ class Workload:
         margin: how much worse than the baseline still counts as equal, in units of the metric; 0.01 for an accuracy.
             Without a margin a metric gets no verdict.
         synthetic: whether inputs and labels are drawn at random, so that nothing can be learned; needs ``metric=None``.
+        growth_interval: steps without overflow after which a dynamic loss scale doubles; None for the usual 2,000. A
+            tenth of ``train_steps`` suits a training that is complete. If the workload is the beginning of a longer
+            training, take that one's interval: a shorter one shows more overflow than the longer training will have.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -170,6 +173,7 @@ class Workload:
     target: float | None = None
     margin: float | None = None
     synthetic: bool = False
+    growth_interval: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not isinstance(self.summary, str):
@@ -191,6 +195,9 @@ class Workload:
             number = self._number(field, Integral, "a whole number")
             if number is None or number < 1:
                 raise ValueError(f"workload {self.name}: {field} must be at least 1, not {number!r}")
+        interval = self._number("growth_interval", Integral, "a whole number or None")
+        if interval is not None and interval < 1:
+            raise ValueError(f"workload {self.name}: growth_interval must be at least 1, not {interval!r}")
         self._number("target", Real, "a number or None")
         if not isinstance(self.synthetic, bool):
             raise TypeError(self._wrong("synthetic", "True or False"))

@@ -106,6 +106,17 @@ def test_series_key_survives_formatting_and_parsing(workload, mode):
     assert SeriesKey.facts(text).keys() >= {"digest", "batch", "steps", "jit", "timing", "method"}
 
 
+def test_a_workload_has_a_growth_interval_of_its_own_unless_the_user_chose_one():
+    own = Settings(dynamic_scale={"hysteresis": 2}).suited_to(200)
+    assert own.dynamic_scale == {"hysteresis": 2, "growth_interval": 200}
+    for mode, interval in (("mixed-dynamic", 200), ("mixed-keras", 200), ("mixed-static", None), ("fp32", None)):
+        assert MODES[mode].growth_interval(own) == interval
+    asked = Settings(dynamic_scale={"growth_interval": 500})
+    assert asked.suited_to(200) == asked
+    usual = Settings().suited_to(None)
+    assert (usual, MODES["mixed-dynamic"].growth_interval(usual)) == (Settings(), 2000)
+
+
 def test_series_key_is_byte_for_byte_that_of_earlier_runs():
     assert series_key(MODES["mixed-static"], "toy", "0aad", 100, 2000, Settings()) == (
         f"toy/0aad/mixed-static/batch=100,steps=2000,jit=on,timing=2s/50,scale=128/method={METHOD_VERSION}"
@@ -125,6 +136,8 @@ def test_series_key_is_byte_for_byte_that_of_earlier_runs():
         ("mixed-dynamic", {"static_scale": 8.0}, True),
         ("graph-rewrite", {"dynamic_scale": {"initial": 4.0}}, False),
         ("mixed-logmax", {"dynamic_scale": {"initial": 4.0}}, True),
+        ("mixed-keras", {"dynamic_scale": {"initial": 4.0}}, False),
+        ("mixed-keras", {"dynamic_scale": {"hysteresis": 2}}, True),
         ("fp32", {"jit": False}, False),
         ("fp32", {"timing_s": 1.0}, False),
         ("fp32", {"autotune": "shared"}, False),

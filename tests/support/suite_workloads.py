@@ -76,7 +76,7 @@ def print_progress():
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-fine = make("fine")
+fine = make("fine", growth_interval=20)
 killed = interrupted("killed", lambda: os.kill(os.getpid(), signal.SIGKILL))
 segfault = interrupted("segfault", lambda: os.kill(os.getpid(), signal.SIGSEGV))
 exception = interrupted("exception", lambda: fail(ValueError("the metric could not be computed")))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from support import small_suite, suite_workloads
+from support.gpu_machine import Machine
 
 import mpscale
 
@@ -47,3 +48,9 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def machine(tmp_path, stand_in_nvml, write_suite):
+    """A machine with one GPU."""
+    return Machine(write_suite(tmp_path), stand_in_nvml)

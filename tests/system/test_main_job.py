@@ -18,7 +18,7 @@ def job(run_suite):
     return run_suite(
         *FINE, *QUICK, "--mp-repeats", "1", "--benchmark-only", "--benchmark-json", "out.json",
         "--benchmark-save", "first", "--benchmark-histogram", "picture", "--benchmark-group-by", "param:mode",
-        "--mp-dynamic-scale", "hysteresis=2",
+        "--mp-dynamic-scale", "maximum=2**16",
     )  # fmt: skip
 
 
@@ -75,9 +75,12 @@ def test_an_unsupported_mode_is_a_row_and_a_skipped_test(job, mode, reason):
 
 def test_arguments_of_the_loss_scale_make_a_series_of_their_own(job):
     keys = job.run.cases.query("repeat == 0").set_index("mode")["series_key"]
-    assert "hysteresis=2" in keys["mixed-dynamic"]
-    assert "hysteresis" not in keys["fp32"]
-    assert json.loads((job.path / "run.json").read_text())["settings"]["dynamic_scale"] == {"hysteresis": 2}
+    assert "growth_interval=20,maximum=65536" in keys["mixed-dynamic"]
+    assert "maximum" not in keys["fp32"]
+    settings = json.loads((job.path / "run.json").read_text())["settings"]
+    assert settings["dynamic_scale"] == {"maximum": 2**16}
+    of_the_workload = {"dynamic_scale": {"growth_interval": 20, "maximum": 2**16}}
+    assert settings["set_apart"] == {"suite_workloads:fine": of_the_workload}
 
 
 def test_steps_of_each_training_are_there(job):
@@ -85,7 +88,9 @@ def test_steps_of_each_training_are_there(job):
     assert list(steps.columns) == ["step", "loss", "loss_scale", "overflow"]
     assert len(steps) == 30
     assert steps["loss"].iloc[-1] < steps["loss"].iloc[0]
-    assert set(steps["loss_scale"]) == {2.0**15}
+    assert steps["loss_scale"].tolist() == [2.0**15] * 20 + [2.0**16] * 10
+    cases = job.run.cases.query("repeat == 0").set_index("mode")
+    assert cases.loc["mixed-dynamic", "growth_interval"] == 20
 
 
 def test_run_json_describes_machine_and_settings(job):
@@ -186,7 +191,7 @@ def test_a_dry_run_lists_the_cases(run_suite):
 
 
 def test_parallel_cases_are_refused(run_suite):
-    done = run_suite(*FINE, "-n", "2")
+    done = run_suite(*FINE, "-n", "1")
     assert done.code == 1
     assert "would disturb each other: run without -n" in done.output
     assert done.path is None

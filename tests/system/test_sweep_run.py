@@ -102,7 +102,7 @@ def test_settings_of_the_run_list_what_was_swept(job):
     settings = json.loads((job.path / "run.json").read_text())["settings"]
     assert settings["batch_size"] == [10, 40]
     assert settings["static_scale"] == [8.0, 2.0**24]
-    assert settings["set_apart"] is None
+    assert settings["set_apart"] == {"suite_workloads:fine": {"dynamic_scale": {"growth_interval": 20}}}
 
 
 def test_the_report_is_made_again_from_the_journal(job, capsys):

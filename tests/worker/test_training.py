@@ -100,6 +100,14 @@ def test_log_has_the_columns_of_the_mode(mode, scale, overflow, jit):
         assert found == ([None, None] if expected is None else [expected, []])
 
 
+@pytest.mark.parametrize("mode", ["mixed-dynamic", "mixed-keras"])
+def test_a_dynamic_scale_starts_and_grows_as_the_settings_say(mode):
+    step = make_step(mode, initial=2.0**10, growth_interval=3)
+    for _ in range(7):
+        step()
+    assert step.read_log().scale.tolist() == [2.0**10] * 3 + [2.0**11] * 3 + [2.0**12]
+
+
 def test_overflow_of_keras_is_seen_when_its_scale_cannot_fall_any_further():
     step = make_step("mixed-keras")
     for scale, overflow in ((2.0**15, 0.0), (np.inf, 1.0), (2.0**15, 0.0)):
@@ -117,7 +125,7 @@ def test_statistics_that_are_not_trained_count_as_weights():
 
 
 def test_log_is_read_in_pieces_and_in_order():
-    step = make_step(growth_interval=1, initial=1.0, growth_factor=1.001)
+    step = make_step(jit=False, growth_interval=1, initial=1.0, growth_factor=1.001)
     pieces = []
     for count in (1, MOST_UNREAD, 0, 30):
         for _ in range(count):
@@ -151,7 +159,7 @@ def workload(**options):
 
 
 def test_training_notes_when_the_target_was_reached():
-    step = make_step()
+    step = make_step(jit=False)
     metrics = iter([0.1, 0.5, 0.95, 0.2, 0.99])
     step()
     done = train(step, 50, workload(target=0.9), lambda: next(metrics), lambda taken: None)
@@ -170,7 +178,7 @@ def test_training_does_not_depend_on_how_many_steps_opened_it(evaluate_every, st
     found = []
     for opening in {1, min(8, first_pause(evaluate_every, steps))}:
         layers = []
-        step = make_step("mixed-unscaled", layer=lambda layers=layers: layers.append(hidden()) or layers[0])
+        step = make_step("mixed-unscaled", False, lambda layers=layers: layers.append(hidden()) or layers[0])
         step()
         if lost:
             layers[0].kernel.assign(np.full((2, 4), np.nan))
@@ -294,10 +302,10 @@ def overflowing_in_keras():
         (overflowing, 20),
         (lambda: make_step(initial=2.0**24, growth_interval=3), "some"),
         (overflowing_in_keras, 20),
-        (lambda: make_step("mixed-keras"), 0),
-        (lambda: make_step("mixed-static"), 0),
-        (lambda: make_step("fp32"), None),
-        (lambda: make_step("article"), None),
+        (lambda: make_step("mixed-keras", jit=False), 0),
+        (lambda: make_step("mixed-static", jit=False), 0),
+        (lambda: make_step("fp32", jit=False), None),
+        (lambda: make_step("article", jit=False), None),
     ],
 )
 def test_overflows_of_a_block_are_counted_without_its_log(make, overflows):
@@ -337,17 +345,22 @@ def test_extra_steps_for_energy_count_their_overflows():
     assert keep_going(overflowing(), 4, seconds=-1.0) == (0, 0)
 
 
+def fifty_losses(mode):
+    """The losses of a small problem that half precision can represent."""
+    step = make_step(mode)
+    for _ in range(50):
+        step()
+    return step.read_log().loss
+
+
+@pytest.fixture(scope="module")
+def float32():
+    return fifty_losses("fp32")
+
+
 @pytest.mark.parametrize("mode", [name for name in MODES if name != "article"])
-def test_every_mode_but_the_articles_follows_float32(mode):
-    """Fifty steps of a small problem that half precision can represent."""
-
-    def losses(mode):
-        step = make_step(mode)
-        for _ in range(50):
-            step()
-        return step.read_log().loss
-
-    np.testing.assert_allclose(losses(mode), losses("fp32"), rtol=0.01)
+def test_every_mode_but_the_articles_follows_float32(float32, mode):
+    np.testing.assert_allclose(fifty_losses(mode), float32, rtol=0.01)
 
 
 def test_articles_rule_multiplies_the_updates():

@@ -1,13 +1,12 @@
 """The device as TensorFlow and CUDA see it: settings, allocator, and whether CUDA uses the GPU that is monitored."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import tensorflow as tf
+from support.forked import run_forked
 
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
@@ -28,9 +27,10 @@ int cuDeviceGetPCIBusId(char *id, int length, int device) {
 }
 """
 CODE = """
-import json, sys
-from mpscale.worker.device import mismatch
-print(json.dumps([mismatch(*asked) for asked in json.loads(sys.argv[1])]))
+import ctypes, json
+for library in {libraries!r}:
+    ctypes.CDLL(library)  # found by its name from now on, as in a folder on LD_LIBRARY_PATH
+print(json.dumps([mismatch(*asked) for asked in {asked!r}]))
 """
 SAME = "GPU-abababab-abab-abab-abab-abababababab"
 
@@ -110,47 +110,41 @@ def test_gpu_that_tensorflow_does_not_see_is_an_error():
     require(Device("cpu", "Some CPU"))
 
 
+SOME = "00000000:07:00.0"
+"""A place on the bus where the GPU is not."""
+LIBRARIES = {"full": ["-DINIT=0", "-DUUID"], "old": ["-DINIT=0"], "broken": ["-DINIT=100"], "none": None}
+GPUS = {
+    "full": {
+        (SAME, "00000000:0A:00.0"): None,
+        (SAME.upper().replace("GPU", "MIG"), None): None,
+        ("GPU-5b0c4a1e-0000-1111-2222-333344445555", "00000000:0A:00.0"): "mpscale monitors GPU-5b0c4a1e",
+    },
+    "old": {(SAME, "00000000:0A:00.0"): None, (SAME, SOME): "at PCI bus 0000:0A:00.0", (SAME, None): None},
+    "broken": {(SAME, SOME): None},
+    "none": {(SAME, SOME): None},
+}
+"""For each of CUDA's libraries: GPUs that are monitored, and what is wrong if CUDA has the one of the library."""
+
+
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory):
-    made = {}
-    for name, options in {"full": ["-DINIT=0", "-DUUID"], "old": ["-DINIT=0"], "broken": ["-DINIT=100"]}.items():
-        folder = tmp_path_factory.mktemp(name)
-        (folder / "cuda.c").write_text(LIBCUDA)
-        library = folder / "libcuda.so.1"
-        command = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", *options, "-o", str(library)]
-        subprocess.run([*command, str(folder / "cuda.c")], check=True)
-        made[name] = str(folder)
-    made["none"] = str(tmp_path_factory.mktemp("none"))
-    return made
+def told(tmp_path_factory):
+    """What each library leads to, in a process of its own."""
+    programs = {}
+    for name, options in LIBRARIES.items():
+        libraries = []
+        if options is not None:
+            folder = tmp_path_factory.mktemp(name)
+            (folder / "cuda.c").write_text(LIBCUDA)
+            libraries = [str(folder / "libcuda.so.1")]
+            command = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", *options, "-o", *libraries]
+            subprocess.run([*command, str(folder / "cuda.c")], check=True)
+        programs[name] = CODE.format(libraries=libraries, asked=list(GPUS[name]))
+    return run_forked("from mpscale.worker.device import mismatch", programs)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-@pytest.mark.parametrize(
-    ("library", "gpus"),
-    [
-        (
-            "full",
-            {
-                (SAME, "00000000:0A:00.0"): None,
-                (SAME.upper().replace("GPU", "MIG"), None): None,
-                ("GPU-5b0c4a1e-0000-1111-2222-333344445555", "00000000:0A:00.0"): "mpscale monitors GPU-5b0c4a1e",
-            },
-        ),
-        (
-            "old",
-            {
-                (SAME, "00000000:0A:00.0"): None,
-                (SAME, "00000000:07:00.0"): "at PCI bus 0000:0A:00.0",
-                (SAME, None): None,
-            },
-        ),
-        ("broken", {(SAME, "00000000:07:00.0"): None}),
-        ("none", {(SAME, "00000000:07:00.0"): None}),
-    ],
-    ids=["full", "old", "broken", "none"],
-)
-def test_cuda_must_use_the_gpu_that_is_monitored(libraries, library, gpus):
-    environment = {**os.environ, "LD_LIBRARY_PATH": libraries[library]}
-    done = subprocess.check_output([sys.executable, "-c", CODE, json.dumps(list(gpus))], env=environment, text=True)
-    for said, words in zip(json.loads(done), gpus.values(), strict=True):
+@pytest.mark.parametrize("library", GPUS)
+def test_cuda_must_use_the_gpu_that_is_monitored(told, library):
+    assert told[library].code == 0, told[library].stderr
+    for said, words in zip(json.loads(told[library].stdout), GPUS[library].values(), strict=True):
         assert (said is None) if words is None else (words in said)

@@ -6,7 +6,7 @@ import pytest
 from support import one_case
 
 from mpscale.config import PRESETS
-from mpscale.workloads import registry
+from mpscale.workloads import builtin, registry
 
 CHANCE = np.log(10)
 """The loss of a model that knows nothing about ten classes."""
@@ -51,8 +51,15 @@ def test_a_scale_of_128_is_too_small_for_a_loss_of_strain(beam):
     assert beam["mixed-static"].row["metric_value"] < 0.7
 
 
-def test_a_dynamic_scale_starts_high_enough_for_it(beam):
-    assert beam["mixed-dynamic"].row["metric_value"] > 0.9
+def test_a_dynamic_scale_starts_high_enough_for_it_and_grows(beam):
+    dynamic = beam["mixed-dynamic"].row
+    assert dynamic["metric_value"] > 0.9
+    assert (dynamic["growth_interval"], dynamic["loss_scale_final"]) == (40, 2.0**19)
+
+
+@pytest.mark.parametrize("workload", builtin.WORKLOADS, ids=lambda w: w.name)
+def test_the_growth_interval_of_a_small_workload_is_a_tenth_of_its_training(workload):
+    assert workload.growth_interval == pytest.approx(workload.train_steps / 10, rel=0.05)
 
 
 def test_a_scale_of_128_is_too_large_for_a_sum_of_squares(diabetes):

@@ -149,6 +149,7 @@ def test_decorator_makes_a_workload():
         ({"name": ""}, "letters, digits"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"train_steps": 0}, "train_steps must be at least 1"),
+        ({"growth_interval": 0}, "growth_interval must be at least 1"),
         ({"train_steps": 10.0}, "train_steps must be a whole number, not 10.0"),
         ({"batch_size": True}, "batch_size must be a whole number, not True"),
         ({"evaluate_every": "10"}, "evaluate_every must be a whole number, not '10'"),
