@@ -23,8 +23,11 @@ WIDTH = 100
 """Columns of the printed help."""
 
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
+_REQUEST = re.compile(r"""<(?:script|img|iframe)\b[^>]*\bsrc=["']?https?:|<link\b[^>]*stylesheet[^>]*https?:""")
 _COMMANDS = "<!-- the help of every command -->"
 _OPTIONS = "<!-- the options of pytest -->"
+_PAGES: Mapping[str, str] = {"README.md": "index.md", "results/reference": "reports.md"}
+"""Pages of the site that stand for something else in the repository."""
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -42,7 +45,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Change links that leave docs/, and print commands and options where a page asks for them."""
     source = page.file.src_uri
-    markdown = _LINK.sub(lambda match: _on_site(match, source), markdown)
+    markdown = _LINK.sub(lambda match: link_on_site(match[0], source), markdown)
     if _COMMANDS in markdown:
         markdown = markdown.replace(_COMMANDS, command_reference())
     if _OPTIONS in markdown:
@@ -52,8 +55,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 def on_post_build(config: Any) -> None:
     """Refuse a site that would request something from elsewhere."""
-    requests = re.compile(r"""<(?:script|img|iframe)\b[^>]*\bsrc=["']?https?:|<link\b[^>]*\brel=["']?stylesheet["']?[^>]*https?:""")
-    found = [str(page) for page in Path(config.site_dir).rglob("*.html") if requests.search(page.read_text("utf-8"))]
+    found = [str(page) for page in Path(config.site_dir).rglob("*.html") if _REQUEST.search(page.read_text("utf-8"))]
     if found:
         from mkdocs.exceptions import PluginError
 
@@ -66,6 +68,23 @@ def place_on_site(target: str) -> str:
         return f"reports/{target.split('/')[2]}.html"
     # Browsers show text files, and download most others. Some servers hide folders that begin with a dot.
     return f"files/{posixpath.basename(target)}.txt"
+
+
+def link_on_site(link: str, source: str) -> str:
+    """What the site has in place of a link on a page, whose path is relative to docs/.
+
+    A link to what does not exist stays as it is, and mkdocs warns about it.
+    """
+    target = _in_repository(source, link.partition("#")[0])
+    if target is None:
+        return link
+    if target in _PAGES:
+        place = _PAGES[target]
+    elif (ROOT / target).is_file():
+        place = place_on_site(target)
+    else:
+        return link
+    return posixpath.relpath(place, posixpath.dirname(source) or ".")
 
 
 def command_reference() -> str:
@@ -113,7 +132,7 @@ def _outside(source: str, markdown: str) -> Iterator[str]:
     """Paths in the repository of the files outside of docs/ that a page links to."""
     for match in _LINK.finditer(markdown):
         target = _in_repository(source, match[1])
-        if target is not None and (ROOT / target).is_file() and target != "README.md":
+        if target is not None and target not in _PAGES and (ROOT / target).is_file():
             yield target
 
 
@@ -123,18 +142,3 @@ def _in_repository(source: str, link: str) -> str | None:
         return None
     target = posixpath.normpath(posixpath.join("docs", posixpath.dirname(source), link))
     return None if target.startswith("docs/") else target
-
-
-_PAGES: Mapping[str, str] = {"README.md": "index.md", "results/reference": "reports.md"}
-"""Pages of the site that stand for something else in the repository."""
-
-
-def _on_site(match: re.Match[str], source: str) -> str:
-    target = _in_repository(source, match[1])
-    if target is None:
-        return match[0]
-    if target in _PAGES:
-        return posixpath.relpath(_PAGES[target], posixpath.dirname(source) or ".")
-    if not (ROOT / target).is_file():
-        return match[0]  # mkdocs warns about it
-    return posixpath.relpath(place_on_site(target), posixpath.dirname(source) or ".")
