@@ -98,7 +98,9 @@ def command_reference() -> str:
         return printed.getvalue().rstrip()
 
     overview = help_of()
-    commands = re.findall(r"^    ([a-z][a-z-]*)\b", overview.split("\ncommands:")[1], re.MULTILINE)
+    commands = re.findall(r"^    ([a-z][a-z-]*)\b", overview.partition("\ncommands:")[2], re.MULTILINE)
+    if not commands:
+        raise ValueError(f"`mpscale --help` lists no commands, or in another way than expected:\n{overview}")
     parts = [f"```text\n{overview}\n```\n"]
     parts += [f"## mpscale {command}\n\n```text\n{help_of(command)}\n```\n" for command in commands]
     return "\n".join(parts)
