@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 # Without --no-loadscope-reorder, files with few tests come last, and those take longest.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: bench test test-all lint types docs clean
+.PHONY: bench test test-all lint types docs docs-site clean
 
 bench: $(INSTALLED)
 	$(BIN)/pytest bench/ --benchmark-only $(ARGS)
@@ -37,10 +37,18 @@ types: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m mpscale.core.columns > docs/metrics.md
 
+# Into build/site; any warning fails, a link that leads nowhere among them.
+docs-site: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" --constraint constraints.txt
+	touch $@
+
+$(VENV)/.installed-docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]" --constraint constraints.txt
 	touch $@
