@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tabulate import tabulate
 
@@ -18,6 +18,28 @@ DASH = "–"  # noqa: RUF001
 """Stands for an unknown value."""
 
 _PERCENT_METRICS = ("accuracy",)
+
+
+Look = Literal["", "good", "bad", "weak", "unknown"]
+"""How a cell is shown beside its text: a good or bad result, a weak number, or something unknown; empty: as usual."""
+
+
+class Cell(str):
+    """The text of a cell with its look. CSV, JSON and markdown have the text alone, so it must say the same."""
+
+    __slots__ = ("look",)
+    look: Look
+
+    def __new__(cls, text: str, look: Look = "") -> Cell:
+        """Give a text a look."""
+        cell = super().__new__(cls, text)
+        cell.look = look
+        return cell
+
+
+def look_of(cell: Any) -> Look:
+    """Return the look of a cell; any other value has none."""
+    return cell.look if isinstance(cell, Cell) else ""
 
 
 @dataclass(frozen=True, slots=True)
