@@ -24,7 +24,7 @@ from mpscale.cli.output import (
     write,
 )
 from mpscale.config import RUN, add_gate_options, add_results_option, load, seconds
-from mpscale.terminal import Screen
+from mpscale.terminal.progress import Screen
 
 if TYPE_CHECKING:
     from mpscale.analysis.gates import Gate

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mpscale.config import SettingsError
-from mpscale.terminal import LiveLine
+from mpscale.terminal.progress import LiveLine
+from mpscale.terminal.streams import PIPE, Surface, surface_of
 
 OK = 0
 FAILED = 1
@@ -26,6 +26,11 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         "--format", choices=("table", "markdown", "csv", "json"), default="table", help="output format (default: table)"
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to this file, not to the terminal")
+
+
+def surface(file: Path | None = None) -> Surface:
+    """What the place of a result can show: a file, or without one standard output."""
+    return PIPE if file is not None else surface_of(sys.stdout)
 
 
 def write(text: str, file: Path | None) -> None:
@@ -52,7 +57,7 @@ def live_line() -> LiveLine:
     def write(text: str) -> None:
         print(text, end="", file=sys.stderr, flush=True)
 
-    return LiveLine(write, sys.stderr.isatty(), shutil.get_terminal_size().columns)
+    return LiveLine(write, surface_of(sys.stderr))
 
 
 def say(message: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mpscale.cli.output import OK, RESULTS, add_output_options, fail, say, warn, write
 from mpscale.config import RUN, add_results_option
-from mpscale.terminal import as_typed
+from mpscale.terminal.streams import as_typed
 
 if TYPE_CHECKING:
     from mpscale.workloads import Workload

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mpscale.cli.output import RESULTS, add_output_options, check_output
 from mpscale.config import SettingsError, add_results_option, number, seconds, why_not_writable
-from mpscale.terminal import as_typed
+from mpscale.terminal.streams import as_typed
 
 if TYPE_CHECKING:
     from mpscale.core.device import Device

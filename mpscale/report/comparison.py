@@ -25,13 +25,14 @@ from mpscale.report.table import (
     Table,
     change,
     count,
-    json_text,
+    json_document,
     large,
     metric_difference,
     number,
     of_processes,
     plural,
 )
+from mpscale.terminal.streams import PIPE, Surface
 
 FORMATS = ("table", "markdown", "csv", "json")
 
@@ -48,20 +49,21 @@ _COLUMNS = (
 """Columns of the CSV."""
 
 
-def render(comparisons: Sequence[Comparison], findings: Sequence[Finding], output: str) -> str:
+def render(comparisons: Sequence[Comparison], findings: Sequence[Finding], output: str, surface: Surface = PIPE) -> str:
     """Show the comparisons of one baseline with one or more runs.
 
     Args:
         comparisons: all with the same baseline.
         findings: results of the gates; empty if there were none.
         output: one of :data:`FORMATS`.
+        surface: where a table will be shown.
     """
     if output == "csv":
         return Table.of(_COLUMNS, (line for each in comparisons for line in _lines(each))).csv()
     if output == "json":
-        return json_text(_content(comparisons, findings))
+        return json_document("compare", _content(comparisons, findings))
     parts = _parts(comparisons, findings)
-    return "\n\n".join(part.markdown() if output == "markdown" else part.text() for part in parts) + "\n"
+    return "\n\n".join(part.markdown() if output == "markdown" else part.text(surface) for part in parts) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +75,10 @@ class _Part:
     rows: Sequence[Sequence[str]] = ()
     notes: Sequence[str] = ()
 
-    def text(self) -> str:
-        table = Table(self.headers, self.rows).text()
-        return "\n\n".join(filter(None, [self.title, table, "\n".join(self.notes)]))
+    def text(self, surface: Surface) -> str:
+        table = Table(self.headers, self.rows).text(surface)
+        notes = "\n".join(map(surface.wrapped, self.notes))
+        return "\n\n".join(filter(None, [surface.paint(surface.wrapped(self.title), "bold"), table, notes]))
 
     def markdown(self) -> str:
         notes = "\n".join(f"- {' '.join(note.split())}" for note in self.notes)

@@ -7,12 +7,14 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tabulate import tabulate
 
 from mpscale.core.columns import Column, Format
+from mpscale.terminal.streams import PIPE, Surface
+from mpscale.terminal.table import fitted
 
 DASH = "–"  # noqa: RUF001
 """Stands for an unknown value."""
@@ -38,16 +40,23 @@ class Cell(str):
 
 
 def look_of(cell: Any) -> Look:
-    """Return the look of a cell; any other value has none."""
-    return cell.look if isinstance(cell, Cell) else ""
+    """Return the look of a cell; of any other value, only a dash has one."""
+    return cell.look if isinstance(cell, Cell) else "unknown" if cell == DASH else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under headers: texts for people, or plain values for programs, None for unknown ones."""
+    """Rows under headers: texts for people, or plain values for programs, None for unknown ones.
+
+    Args:
+        headers: one per column.
+        rows: one value per column. A :class:`Cell` also has a look.
+        spare: headers of columns that a narrow terminal may leave out, the least important first.
+    """
 
     headers: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    spare: Sequence[str] = ()
 
     @classmethod
     def of(cls, headers: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Table:
@@ -65,11 +74,17 @@ class Table:
     def without(self, *names: str) -> Table:
         """Leave out the named columns."""
         kept = [place for place, header in enumerate(self.headers) if header not in names]
-        return Table([self.headers[place] for place in kept], [[row[place] for place in kept] for row in self.rows])
+        rows = [[row[place] for place in kept] for row in self.rows]
+        return replace(self, headers=[self.headers[place] for place in kept], rows=rows)
 
-    def text(self) -> str:
-        """Return the table for a terminal; empty if there are no rows."""
-        return tabulate(self.rows, self.headers, "simple", disable_numparse=True) if self.rows else ""
+    def text(self, surface: Surface = PIPE) -> str:
+        """Return the table in plain text, as wide as it is, or to fit a terminal; empty if there are no rows."""
+        if not self.rows:
+            return ""
+        if surface.columns is None and not surface.colour:
+            return tabulate(self.rows, self.headers, "simple", disable_numparse=True)
+        looks = [[look_of(cell) for cell in row] for row in self.rows]
+        return fitted(self.headers, [[str(cell) for cell in row] for row in self.rows], looks, surface, self.spare)
 
     def markdown(self) -> str:
         """Return the table for GitHub; empty if there are no rows. No cell can break it or act as HTML."""
@@ -85,6 +100,15 @@ class Table:
         writer.writerow(self.headers)
         writer.writerows(["" if value is None else value for value in finite(row)] for row in self.rows)
         return text.getvalue()
+
+
+JSON_VERSION = 1
+"""Of the documents that commands print with ``--json``. A new key does not change it; another meaning of one does."""
+
+
+def json_document(command: str, content: Mapping[str, Any]) -> str:
+    """Return what a command prints with ``--json``: one object, with null for unknown or infinite values."""
+    return json_text({"schema_version": JSON_VERSION, "command": command, **content})
 
 
 def json_text(content: Any) -> str:
