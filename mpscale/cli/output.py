@@ -20,11 +20,20 @@ RESULTS = Path("results")
 """The default results folder."""
 
 
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json`` to a command that has no ``--format``."""
+    parser.add_argument("--json", action="store_true", help=_JSON)
+
+
+_JSON = "print one JSON object"
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--format`` and ``--output``."""
+    """Add ``--format``, ``--json`` and ``--output``."""
     parser.add_argument(
         "--format", choices=("table", "markdown", "csv", "json"), default="table", help="output format (default: table)"
     )
+    parser.add_argument("--json", dest="format", action="store_const", const="json", help=f"{_JSON}: --format json")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to this file, not to the terminal")
 
 

@@ -94,8 +94,12 @@ def results(run: Run) -> Table:
         f"final {names.pop() if len(names) == 1 else 'metric'}": final_metric,
         "status": lambda row: DASH if all_well else statuses(row),
     }
-    table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
+    table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows], _SPARE)
     return table.without_blank("speed-up over tf32", "status")
+
+
+_SPARE = ("peak memory", "overflow steps", "step time")
+"""Columns that a narrow terminal leaves out."""
 
 
 def step_time(row: Row) -> str:

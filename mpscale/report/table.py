@@ -40,8 +40,8 @@ class Cell(str):
 
 
 def look_of(cell: Any) -> Look:
-    """Return the look of a cell; of any other value, only a dash has one."""
-    return cell.look if isinstance(cell, Cell) else "unknown" if cell == DASH else ""
+    """Return the look of a cell; any other value has none."""
+    return cell.look if isinstance(cell, Cell) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Table:
             return ""
         if surface.columns is None and not surface.colour:
             return tabulate(self.rows, self.headers, "simple", disable_numparse=True)
-        looks = [[look_of(cell) for cell in row] for row in self.rows]
+        looks = [["unknown" if cell == DASH else look_of(cell) for cell in row] for row in self.rows]
         return fitted(self.headers, [[str(cell) for cell in row] for row in self.rows], looks, surface, self.spare)
 
     def markdown(self) -> str:
