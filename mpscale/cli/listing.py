@@ -113,19 +113,18 @@ def _table(found: list[dict[str, Any]]) -> Any:
         if about["outcome"] == "unreadable":
             return [about["run"], DASH, DASH, DASH, DASH, DASH, went(about)]
         started, commit = str(about["started"] or DASH), about["commit"]
-        device = f"{about['device_name'] or DASH} ({str(about['device'] or 'unknown').upper()})"
         return [
             about["run"],
-            started[:16].replace("T", " "),
-            device,
+            started[:10],
+            str(about["device_name"] or DASH),
             DASH if commit is None else f"{commit[:8]}{'+' if about['dirty'] else ''}",
             str(about["rows"]),
             str(about["cases"]),
             went(about),
         ]
 
-    headers = ["run", "started (UTC)", "device", "commit", "rows", "cases", "it went"]
-    return Table(headers, [row(about) for about in found], spare=["started (UTC)", "cases", "rows", "device", "commit"])
+    headers = ["run", "date (UTC)", "device", "commit", "rows", "cases", "it went"]
+    return Table(headers, [row(about) for about in found], spare=["date (UTC)", "cases", "rows", "device", "commit"])
 
 
 def open_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from mpscale.terminal.streams import PIPE, Surface
 
 _WIDTH = 110
 _MARK = re.compile(r"- |\d+\. |   do: ")
-_LOOKS: dict[str, Look] = {"yes": "good", "in part": "weak", "no": "bad"}
+_LOOKS: dict[str, Look] = {"yes": "good", "in part": "weak", "no": "unknown"}
 
 
 def render(found: Examination, as_json: bool, surface: Surface = PIPE) -> str:

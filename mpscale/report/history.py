@@ -104,7 +104,12 @@ def _table(history: History) -> Table:
         "TensorFlow": [point.run.tensorflow or DASH for _, point in pairs],
         "note": [_note(point) for _, point in pairs],
     }
-    return Table(list(columns), list(zip(*columns.values(), strict=True))).without_blank("series", "change", "note")
+    rows = list(zip(*columns.values(), strict=True))
+    return Table(list(columns), rows, _SPARE).without_blank("series", "change", "note")
+
+
+_SPARE = ("TensorFlow", "n", "when (UTC)", "commit")
+"""Columns that a narrow terminal leaves out."""
 
 
 def _value(measure: Quantity, series: Series, point: Point) -> str:

@@ -17,3 +17,10 @@ WORDS = {
     Verdict.INCONCLUSIVE: "too few seeds to tell",
 }
 """What a report says for each verdict."""
+
+AGAINST_RUN = WORDS | {
+    Verdict.NON_INFERIOR: "as good",
+    Verdict.WORSE: "worse",
+    Verdict.INCONCLUSIVE: "too few seeds to tell",
+}
+"""What a comparison says: its metrics are judged against the baseline's run, not against fp32."""

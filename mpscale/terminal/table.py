@@ -59,7 +59,10 @@ def fitted(
         return _list(texts, looks, surface)
     kept, left_out = list(range(len(headers))), list[str]()
     optional = [name for name in spare if name in headers]
-    while (widths := _widths([columns[place] for place in kept], surface.columns, 0)) is None and optional:
+    while (
+        not _is_easy(columns, kept, widths := _widths([columns[place] for place in kept], surface.columns, 0))
+        and optional
+    ):
         left_out.append(optional.pop(0))
         kept.remove(list(headers).index(left_out[-1]))
     for level in (1, 2):
@@ -73,6 +76,15 @@ def fitted(
     names = ", ".join(map(surface.printable, left_out))
     note = f"Left out for lack of width: {names}. A pipe, or a terminal of {needed} columns, shows all."
     return f"{drawn}\n\n{surface.paint(surface.wrapped(note), _STYLES['weak'])}"
+
+
+def _is_easy(columns: Sequence[Sequence[str]], kept: Sequence[int], widths: Sequence[int] | None) -> bool:
+    """Whether a table of these widths is easy to read: no cell takes more than two lines."""
+    if widths is None:
+        return False
+    return all(
+        len(_wrap(cell, width)) <= 2 for place, width in zip(kept, widths, strict=True) for cell in columns[place]
+    )
 
 
 def _natural(column: Sequence[str]) -> int:
@@ -94,11 +106,20 @@ def _widths(columns: Sequence[Sequence[str]], limit: int, level: int) -> list[in
     limit -= _GAP * (len(columns) - 1)
     if sum(least) > limit:
         return None
+    steps = [_narrower(column, width) for column, width in zip(columns, widths, strict=True)]
     while sum(widths) > limit:
-        place = max((place for place in range(len(widths)) if widths[place] > least[place]), key=widths.__getitem__)
-        folded = [line for cell in columns[place] for line in _wrap(cell, widths[place] - 1)]
-        widths[place] = max(map(_width, folded))
+        # Fewest lines first, and of those the widest.
+        possible = (place for place in range(len(widths)) if widths[place] > least[place])
+        place = min(possible, key=lambda place: (steps[place][1], -widths[place]))
+        widths[place] = steps[place][0]
+        steps[place] = _narrower(columns[place], widths[place])
     return widths
+
+
+def _narrower(column: Sequence[str], width: int) -> tuple[int, int]:
+    """Return the next width below ``width`` at which the lines of a column can end, and the most lines of a cell."""
+    folded = [_wrap(cell, width - 1) for cell in column]
+    return max(_width(line) for lines in folded for line in lines), max(map(len, folded))
 
 
 @lru_cache(maxsize=20_000)
