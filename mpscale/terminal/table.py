@@ -26,6 +26,9 @@ _NUMBER = re.compile(r"[\d.,+/%x()\[\]:e*?-]+")
 _GROUP = 24
 """Longest text in parentheses that is kept on one line if there is room."""
 
+_EASY = 3
+"""Most lines of a cell that are easy to read."""
+
 _TIED = "\x00"
 """Stands for a space at which no line may end."""
 
@@ -79,11 +82,11 @@ def fitted(
 
 
 def _is_easy(columns: Sequence[Sequence[str]], kept: Sequence[int], widths: Sequence[int] | None) -> bool:
-    """Whether a table of these widths is easy to read: no cell takes more than two lines."""
+    """Whether a table of these widths is easy to read: no cell takes many lines."""
     if widths is None:
         return False
     return all(
-        len(_wrap(cell, width)) <= 2 for place, width in zip(kept, widths, strict=True) for cell in columns[place]
+        len(_wrap(cell, width)) <= _EASY for place, width in zip(kept, widths, strict=True) for cell in columns[place]
     )
 
 

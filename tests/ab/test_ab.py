@@ -321,7 +321,7 @@ def test_stopping_leaves_no_process(tmp_path, interpreter, how):
         (("--pdb",), "nobody could answer"),
         (("--junitxml=x",), "both sessions would write to one place"),
         (("--fail-on", "speed>5%"), "'speed' is not a gate"),
-        (("--threshold", "much"), "'much' is not a share"),
+        (("--threshold", "much"), "'much' is not a percentage above 0"),
         (("-o", "nowhere/x.md"), "there is no folder nowhere"),
         (("--start-timeout", "0"), "expected a number of seconds above 0"),
     ],
