@@ -105,7 +105,7 @@ def _table(found: list[dict[str, Any]]) -> Any:
         more = {
             "unreadable": about["problem"],
             "damaged": about["problem"],
-            "unfinished": f"{plural(about['not_started'] or 0, 'case')} not started",
+            "unfinished": f"{plural(about['not_started'], 'case')} not started" if about["not_started"] else "",
         }.get(outcome) or (f"{about['not_ok']} of {plural(about['cases'], 'case')}" if about["not_ok"] else "")
         return Cell(f"{outcome}: {more}" if more else outcome, looks.get(outcome, "bad"))
 

@@ -55,7 +55,7 @@ class Output:
         return Surface(
             columns=columns if reporter.isatty else None,
             colour=writer.hasmarkup and (bool(asked) or not in_ci(os.environ)),
-            live=reporter.isatty and not is_plain(os.environ),
+            live=bool(reporter.isatty) and not is_plain(os.environ),
             encoding=getattr(getattr(writer, "_file", None), "encoding", None),
         )
 
