@@ -41,6 +41,7 @@ def test_help_names_the_commands_and_imports_nothing_slow():
     assert (done.returncode, done.stderr) == (0, "")
     assert "workloads" in done.stdout
     assert "report" in done.stdout
+    assert "register-python-argcomplete" in done.stdout
     assert not imported & {
         "tensorflow",
         "keras",

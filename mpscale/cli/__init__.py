@@ -70,6 +70,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         prog="mpscale",
         description="Compare training in mixed precision with float32: speed, memory, overflow and accuracy. "
         "pytest makes the runs (`make bench`, or `pytest bench/ --benchmark-only`); this command reads them.",
+        epilog="For completion of commands, options, runs, workloads and modes: pip install argcomplete, and "
+        f"{completion.SWITCH_ON} in ~/.bashrc",
     )
     parser.add_argument("--version", action="version", version=f"mpscale {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
