@@ -21,6 +21,6 @@ WORDS = {
 AGAINST_RUN = WORDS | {
     Verdict.NON_INFERIOR: "as good",
     Verdict.WORSE: "worse",
-    Verdict.INCONCLUSIVE: "too few seeds to tell",
+    Verdict.INCONCLUSIVE: "cannot tell",
 }
 """What a comparison says: its metrics are judged against the baseline's run, not against fp32."""
