@@ -41,7 +41,30 @@ def test_help_names_the_commands_and_imports_nothing_slow():
     assert (done.returncode, done.stderr) == (0, "")
     assert "workloads" in done.stdout
     assert "report" in done.stdout
-    assert not imported & {"tensorflow", "keras", "numpy", "scipy", "pandas", "matplotlib", "pytest", "tabulate"}
+    assert "register-python-argcomplete" in done.stdout
+    assert not imported & {
+        "tensorflow",
+        "keras",
+        "numpy",
+        "scipy",
+        "pandas",
+        "matplotlib",
+        "pytest",
+        "tabulate",
+        "rich",
+    }
+
+
+def test_without_a_command_there_is_help_and_no_success(mpscale):
+    code, out, err = mpscale()
+    assert (code, err) == (2, "")
+    assert out == mpscale("--help")[1]
+
+
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "mpscale", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"mpscale {__version__}\n")
 
 
 def test_version(mpscale):
@@ -81,10 +104,13 @@ def test_report_for_github_is_printed_and_writes_nothing(mpscale, project):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "COMMAND"),
         (("measure",), "invalid choice: 'measure'"),
         (("report",), "RUN"),
         (("report", "latest", "--format", "pdf"), "invalid choice: 'pdf'"),
+        (("report", "latest", "--format", "github-summary", "--json"), "--json does not go with --format"),
+        (("list", "elsewhere"), "there is no run in elsewhere/runs or elsewhere/reference; make one"),
+        (("open",), f"runs/{NAME}/report.html: no such file; `mpscale report latest` makes it"),
+        (("open", "nightly", "--json"), "no run is called 'nightly'"),
         (("report", "nightly", "--format", "github-summary"), "no run is called 'nightly'"),
         (("report", "nightly"), f"no run is called 'nightly'; the newest in results are {NAME}"),
         (("report", "latest", "--results", "elsewhere"), "pytest bench/ --benchmark-only"),

@@ -80,7 +80,7 @@ GATES = ("--fail-on", "step_time>5%,missing,metric")
             GATES,
             1,
             [
-                "B against A: 2 rows; step time 1 slower, 1 same; metric 2 non-inferior",
+                "B against A: 2 rows; step time 1 slower, 1 the same; metric 2 as good",
                 "step_time>5%",
                 "fired",
                 "toy fp32",
@@ -93,7 +93,7 @@ GATES = ("--fail-on", "step_time>5%,missing,metric")
         pytest.param(SAME, [*rows(ms=1.4), *rows("mixed-dynamic")], GATES, 0, ["faster"], id="faster"),
         pytest.param(rows(spread=NOISY), rows(spread=NOISY), GATES, 3, ["too noisy for 5%"], id="noise"),
         pytest.param(rows(spread=NOISY), rows(spread=NOISY), (*GATES, "--strict"), 1, ["cannot-tell"], id="strict"),
-        pytest.param(rows(spread=NOISY), rows(spread=NOISY), (), 0, ["cannot-tell"], id="noise without a gate"),
+        pytest.param(rows(spread=NOISY), rows(spread=NOISY), (), 0, ["no difference shown"], id="noise without a gate"),
         pytest.param(SAME, rows(), GATES, 1, ["missing", "no such row"], id="a row is gone"),
         pytest.param(
             SAME, rows(), ("--fail-on", "step_time>5%"), 3, ["missing: no such row"], id="and only time asked"
@@ -198,11 +198,22 @@ def test_two_runs_get_verdicts_and_an_exit_code(compare, before, after, argument
         pytest.param(rows(), ("--fail-on", "speed"), "'speed' is not a gate", id="gate"),
         pytest.param(rows(), ("--fail-on", "step_tme>5%"), "did you mean step_time?", id="misspelt"),
         pytest.param(rows(), ("--fail-on", "step_time"), "lacks a threshold; write step_time>5%", id="no threshold"),
-        pytest.param(rows(), ("--fail-on", "step_time>0.05"), "write step_time>0.05%", id="no percent sign"),
+        pytest.param(
+            rows(),
+            ("--fail-on", "step_time>0.05"),
+            "write step_time>5%, or 0.05% if you mean that",
+            id="no percent sign",
+        ),
         pytest.param(rows(), ("--fail-on", "metric>1%"), "metric takes no threshold", id="threshold of metric"),
         pytest.param(rows(), ("--fail-on", "overflow_rate>7"), "a rate is at most 1", id="rate"),
         pytest.param(rows(), ("--fail-on", "step_time<5%"), "'step_time<5%' is not a gate", id="sign"),
-        pytest.param(rows(), ("--threshold", "0"), "'0' is not a share", id="threshold"),
+        pytest.param(
+            rows(), ("--threshold", "5"), "'5' has no unit: the threshold is a percentage; write 5%", id="no unit"
+        ),
+        pytest.param(rows(), ("--threshold", "0.05"), "write 5%, or 0.05% if you mean that", id="a share"),
+        pytest.param(
+            rows(), ("--threshold", "0"), "'0' is not a percentage above 0; write one such as 5%", id="threshold"
+        ),
     ],
 )
 def test_wrong_use_is_refused(compare, after, arguments, message):
@@ -437,7 +448,7 @@ def test_rows_of_two_sweeps_are_compared_batch_by_batch(compare):
     before = [*of_batches(20), *of_batches(80, ms=4.0)]
     code, text = compare(before, [*of_batches(20), *of_batches(80, ms=6.0)], *SLOWER)
     assert code == 1, text
-    assert "2 rows; step time 1 slower, 1 same" in text
+    assert "2 rows; step time 1 slower, 1 the same" in text
     assert "step_time>5% fired B toy @80 fp32 +50.0%" in " ".join(text.split())
 
 

@@ -19,7 +19,7 @@ from mpscale.ab.environments import LETTERS, Environment
 from mpscale.core.columns import FAILED
 from mpscale.core.process import Child, describe_exit
 from mpscale.core.wire import Event, Garbled, Wire, event_of, wait_for
-from mpscale.terminal import Screen
+from mpscale.terminal.progress import Screen
 
 _BAD = (*FAILED, "diverged", "stalled")
 _LISTED = 4

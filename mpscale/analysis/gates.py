@@ -78,16 +78,23 @@ def parse_gates(texts: Iterable[str]) -> list[Gate]:
 
 
 def parse_share(text: str) -> float:
-    """Parse a share such as ``5%`` or ``0.05``.
+    """Parse a share such as ``5%``. A number without a unit is refused, as in a gate: 5 could be 5 % or 500 %.
 
     Raises:
-        ValueError: the text is not a share above 0.
+        ValueError: the text is not a percentage above 0.
     """
     match = re.fullmatch(rf"\s*{_SHARE}\s*", text)
-    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
-    if not share > 0:
-        raise ValueError(f"{text.strip()!r} is not a share; write 5% or 0.05")
-    return share
+    if match is None or not float(match[1]) > 0:
+        raise ValueError(f"{text.strip()!r} is not a percentage above 0; write one such as 5%")
+    if not match[2]:
+        raise ValueError(f"{text.strip()!r} has no unit: the threshold is a percentage; write {_percent(match[1])}")
+    return float(match[1]) / 100
+
+
+def _percent(number: str) -> str:
+    """Suggest what a number without a unit was meant to be."""
+    value = float(number)
+    return f"{value:g}%" if value >= 1 else f"{100 * value:g}%, or {value:g}% if you mean that"
 
 
 def judge_gates(comparison: Comparison, gates: Sequence[Gate]) -> list[Finding]:
@@ -130,7 +137,7 @@ def _parse(text: str) -> Gate:
         raise ValueError(f"{text.strip()!r} lacks a threshold; write {name}>{'0.01' if name == _RATE else '5%'}")
     threshold = float(number) / 100 if percent else float(number)
     if name in COSTS and not percent:
-        raise ValueError(f"{text.strip()!r}: the threshold is a percentage; write {name}>{threshold:g}%")
+        raise ValueError(f"{text.strip()!r}: the threshold is a percentage; write {name}>{_percent(number)}")
     if name == _RATE and threshold > 1:
         raise ValueError(f"{text.strip()!r}: a rate is at most 1; write {_RATE}>0.01 or {_RATE}>1%")
     return Gate(name, threshold)

@@ -132,9 +132,8 @@ def read_folder(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]]]:
     """
     runs, skipped = read_what_can_be(results_dir)
     if not runs:
-        raise RunError(
-            f"none of the {len(skipped)} runs in {results_dir} can be read; the first: {skipped[0][1]}; {MAKE_ONE}"
-        )
+        which = "the only run" if len(skipped) == 1 else f"the first of {len(skipped)} runs"
+        raise RunError(f"no run in {results_dir} can be read; {which}: {skipped[0][1]}; {MAKE_ONE}")
     return runs, skipped
 
 

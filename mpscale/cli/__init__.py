@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mpscale import __version__
-from mpscale.cli import comparing, fitting, probing, reading, site
+from mpscale.cli import comparing, completion, fitting, listing, probing, reading, site
 from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
 from mpscale.config import SettingsError
 from mpscale.core.journal import RunError
-from mpscale.terminal import adapt_standard_streams
+from mpscale.terminal.streams import adapt_standard_streams
 
 _BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE has ended
 
@@ -32,13 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of the process.
 
     Returns:
-        0 for success, 2 after an error message; `ab`, `compare` and `doctor` have exit codes of their own.
+        0 for success, 2 after an error message; `ab`, `compare` and `doctor` have exit codes of their own. Without a
+        command, 2 after the help, as git and uv fail: where a script has lost its command, a build must not pass.
     """
     adapt_standard_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         try:
+            if (words := completion.words_to_complete()) is not None:
+                completion.complete(_parser(words))
             parser = _parser(arguments)
+            if not arguments:
+                parser.print_help()
+                return USAGE_ERROR
             options, unknown = parser.parse_known_args(arguments)
             if unknown and options.run_command is not comparing.ab:
                 parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -64,6 +70,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         prog="mpscale",
         description="Compare training in mixed precision with float32: speed, memory, overflow and accuracy. "
         "pytest makes the runs (`make bench`, or `pytest bench/ --benchmark-only`); this command reads them.",
+        epilog="For completion of commands, options, runs, workloads and modes: pip install argcomplete, and "
+        f"{completion.SWITCH_ON} in ~/.bashrc",
     )
     parser.add_argument("--version", action="version", version=f"mpscale {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -84,6 +92,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
         reading.doctor,
     ),
     "report": ("make the tables and the report of a run again", reading.report_arguments, reading.report),
+    "list": ("list runs, and how they went", listing.list_arguments, listing.list_runs),
+    "open": ("open the report of a run in the browser", listing.open_arguments, listing.open_report),
     "compare": ("compare runs with a baseline; can fail a build", comparing.compare_arguments, comparing.compare),
     "ab": ("run two environments interleaved, and compare them", comparing.ab_arguments, comparing.ab),
     "fit": ("find the largest batch that trains in each mode", fitting.fit_arguments, fitting.fit),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpscale.cli import completion
 from mpscale.cli.output import (
     FAILED,
     INTERRUPTED,
@@ -20,11 +21,12 @@ from mpscale.cli.output import (
     fail,
     live_line,
     say,
+    surface,
     warn,
     write,
 )
 from mpscale.config import RUN, add_gate_options, add_results_option, load, seconds
-from mpscale.terminal import Screen
+from mpscale.terminal.progress import Screen
 
 if TYPE_CHECKING:
     from mpscale.analysis.gates import Gate
@@ -36,7 +38,8 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
         "different devices are shown side by side. Exit code: 0 all well, 1 a gate fired, 2 wrong use, 3 a gate could "
         "not tell."
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"the baseline, then the others: {RUN}")
+    runs = parser.add_argument("runs", nargs="+", metavar="RUN", help=f"the baseline, then the others: {RUN}")
+    completion.completed_by(runs, completion.runs)
     add_results_option(parser.add_argument, default=RESULTS)
     add_output_options(parser)
     _add_comparison_options(parser)
@@ -105,7 +108,7 @@ def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Na
             "or use --force"
         )
     findings = [finding for each in comparisons for finding in judge_gates(each, gates)] if alike else []
-    write(render(comparisons, findings, options.format), options.output)
+    write(render(comparisons, findings, options.format, surface(options.output)), options.output)
     if options.html is not None:
         from mpscale.report.comparison_page import comparison_page
 

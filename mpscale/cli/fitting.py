@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mpscale.cli.output import FAILED, INTERRUPTED, OK, fail, live_line, write
+from mpscale.cli.output import FAILED, INTERRUPTED, OK, fail, live_line, surface, write
 from mpscale.cli.trial import add_training_options, add_workload, at_least_1, prepared, supervisor_options
 from mpscale.config import memory
 
@@ -105,7 +105,7 @@ def _search(
     line.update("")
     report.write(folder, fit, {**about, "finished": not interrupted})
     print(f"report: {folder / 'report.html'}\n", file=sys.stderr)
-    write(report.render(fit, options.format), options.output)
+    write(report.render(fit, options.format, surface(options.output)), options.output)
     if interrupted:
         return INTERRUPTED
     return OK if all(fit.ends.get(mode, True) is None for mode in modes) else FAILED

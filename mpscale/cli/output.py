@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mpscale.config import SettingsError
-from mpscale.terminal import LiveLine
+from mpscale.terminal.progress import LiveLine
+from mpscale.terminal.streams import PIPE, Surface, surface_of
 
 OK = 0
 FAILED = 1
@@ -20,12 +20,26 @@ RESULTS = Path("results")
 """The default results folder."""
 
 
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json`` to a command that has no ``--format``."""
+    parser.add_argument("--json", action="store_true", help=_JSON)
+
+
+_JSON = "print one JSON object"
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--format`` and ``--output``."""
+    """Add ``--format``, ``--json`` and ``--output``."""
     parser.add_argument(
         "--format", choices=("table", "markdown", "csv", "json"), default="table", help="output format (default: table)"
     )
+    parser.add_argument("--json", dest="format", action="store_const", const="json", help=f"{_JSON}: --format json")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to this file, not to the terminal")
+
+
+def surface(file: Path | None = None) -> Surface:
+    """What the place of a result can show: a file, or without one standard output."""
+    return PIPE if file is not None else surface_of(sys.stdout)
 
 
 def write(text: str, file: Path | None) -> None:
@@ -52,7 +66,7 @@ def live_line() -> LiveLine:
     def write(text: str) -> None:
         print(text, end="", file=sys.stderr, flush=True)
 
-    return LiveLine(write, sys.stderr.isatty(), shutil.get_terminal_size().columns)
+    return LiveLine(write, surface_of(sys.stderr))
 
 
 def say(message: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from mpscale.cli.output import FAILED, INTERRUPTED, OK, live_line, write
+from mpscale.cli.output import FAILED, INTERRUPTED, OK, live_line, surface, write
 from mpscale.cli.trial import add_training_options, add_workload, at_least_1, prepared, supervisor_options
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _look(options: argparse.Namespace, workload: Workload, device: Device, drive
     line.update("")
     report.write(folder, probe, {**about, "finished": not interrupted})
     print(f"report: {folder / 'report.html'}\n", file=sys.stderr)
-    write(report.render(probe, options.format), options.output)
+    write(report.render(probe, options.format, surface(options.output)), options.output)
     if interrupted:
         return INTERRUPTED
     return OK if probe.problem is None else FAILED

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mpscale.cli.output import OK, RESULTS, add_output_options, fail, say, warn, write
+from mpscale.cli import completion
+from mpscale.cli.output import OK, RESULTS, add_json_option, add_output_options, fail, say, surface, warn, write
 from mpscale.config import RUN, add_results_option
-from mpscale.terminal import as_typed
+from mpscale.terminal.streams import as_typed
 
 if TYPE_CHECKING:
+    from mpscale.core.runs import Run
     from mpscale.workloads import Workload
 
 
 def workloads_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "List workloads and modes."
-    parser.add_argument(
+    names = parser.add_argument(
         "names",
         nargs="*",
         type=as_typed,
@@ -25,12 +28,13 @@ def workloads_arguments(parser: argparse.ArgumentParser) -> None:
         help="list only these workloads; module:attribute names one of your own, which is looked for on Python's path "
         "and then in the working directory",
     )
+    completion.completed_by(names, completion.workloads)
+    add_json_option(parser)
 
 
 def workloads(options: argparse.Namespace) -> int:
-    from tabulate import tabulate
-
     from mpscale.core.mode import DEFAULT_MODES, MODES
+    from mpscale.report.table import Table, json_document
     from mpscale.workloads import large, registry
 
     here = [Path.cwd()]
@@ -43,24 +47,44 @@ def workloads(options: argparse.Namespace) -> int:
         return fail(str(error))
     if not found:
         found, broken = offered.workloads, offered.broken
+    by_default = dict.fromkeys(DEFAULT_MODES, "yes") | {"tf32": "with TF32"}
+    modes = [(mode.name, by_default.get(mode.name, "no"), mode.summary) for mode in MODES.values()]
+    if options.json:
+        content = {
+            "workloads": [_facts(name, workload) for name, workload in found.items()],
+            "broken": [{"workload": name, "problem": why} for name, why in broken.items()],
+            "modes": [{"mode": name, "by_default": default, "description": text} for name, default, text in modes],
+        }
+        print(json_document("workloads", content), end="")
+        return OK
     small = [] if options.names else [workload.name for workload in large.TINY]
     rows = [
         (name, w.batch_size, w.train_steps, _target(w), w.summary) for name, w in found.items() if name not in small
     ]
     # Stable: those with synthetic inputs come last.
     rows.sort(key=lambda row: found[row[0]].synthetic)
-    print(tabulate(rows, ["workload", "batch", "steps", "target", "description"], disable_numparse=True))
+    print(Table(["workload", "batch", "steps", "target", "description"], rows).text(surface()))
     if small:
-        print(f"in small, for tests: {', '.join(small)}")
+        print(surface().wrapped(f"in small, for tests: {', '.join(small)}"))
     for name in filter(registry.is_own, options.names):
         print(f"{name} is in {registry.source(name, here)}")
     for name, why in broken.items():
         say(f"broken: {name}: {why}")
     print()
-    by_default = dict.fromkeys(DEFAULT_MODES, "yes") | {"tf32": "with TF32"}
-    modes = [(mode.name, by_default.get(mode.name, "no"), mode.summary) for mode in MODES.values()]
-    print(tabulate(modes, ["mode", "by default", "description"]))
+    print(Table(["mode", "by default", "description"], modes).text(surface()))
     return OK
+
+
+def _facts(name: str, workload: Workload) -> dict[str, Any]:
+    return {
+        "workload": name,
+        "batch_size": workload.batch_size,
+        "train_steps": workload.train_steps,
+        "metric": workload.metric_name if workload.metric is not None else None,
+        "target": workload.target,
+        "synthetic_inputs": workload.synthetic,
+        "description": workload.summary,
+    }
 
 
 def _target(workload: Workload) -> str:
@@ -76,7 +100,7 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
         "Show what a run on this machine would measure, what it could not measure and why, and what to change. "
         "Exit code: 0 nothing to do, 1 something to do, 2 wrong use."
     )
-    parser.add_argument("--json", action="store_true", help="print the same facts as a JSON object")
+    add_json_option(parser)
     parser.add_argument("--gpu", action="store_true", help="also train on the GPU briefly, which may take minutes")
 
 
@@ -85,13 +109,16 @@ def doctor(options: argparse.Namespace) -> int:
     from mpscale.doctor.page import render
 
     found = examine(train=options.gpu)
-    print(render(found, options.json), end="")
+    print(render(found, options.json, surface()), end="")
     return found.verdict
 
 
 def report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Make the tables and the report of a run again, from its journal."
-    parser.add_argument("run", metavar="RUN", help="name of the run or its first characters, its folder, or `latest`")
+    run = parser.add_argument(
+        "run", metavar="RUN", help="name of the run or its first characters, its folder, or `latest`"
+    )
+    completion.completed_by(run, completion.runs)
     add_results_option(parser.add_argument, default=RESULTS)
     parser.add_argument(
         "--format",
@@ -99,7 +126,13 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
         default="markdown",
         help="github-summary writes no files and prints text for $GITHUB_STEP_SUMMARY (default: markdown)",
     )
-    parser.add_argument("--print", action="store_true", help="print the report instead of the names of its files")
+    parser.add_argument(
+        "--print",
+        action="store_true",
+        help="print the results instead of the names of the files: to a terminal the table of results, to a pipe the "
+        "whole report in markdown",
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
 
 def report(options: argparse.Namespace) -> int:
@@ -107,6 +140,8 @@ def report(options: argparse.Namespace) -> int:
     from mpscale.report.files import WRITTEN, rebuild
     from mpscale.report.github_summary import artifacts_page, github_summary
 
+    if options.json and options.format != "markdown":
+        return fail(f"--json does not go with --format {options.format}: both say what is printed")
     path = resolve_run(options.run, options.results)
     if options.format == "github-summary":
         run = read_run(path)
@@ -115,11 +150,36 @@ def report(options: argparse.Namespace) -> int:
         return OK
     run = rebuild(path)
     warn(run.problems)
-    if options.print:
+    files = [str(run.path / name) for name in WRITTEN]
+    if options.json:
+        print(_summary(run, files), end="")
+    elif not options.print:
+        print(*files, sep="\n")
+    elif surface().columns is None:
         print((run.path / "report.md").read_text(encoding="utf-8"), end="")
     else:
-        print(*(run.path / name for name in WRITTEN), sep="\n")
+        _show(run)
     return OK
+
+
+def _summary(run: Run, files: Sequence[str]) -> str:
+    from mpscale.analysis.answer import speed_verdict
+    from mpscale.analysis.summary import summary_of
+    from mpscale.report.table import json_document
+
+    rows = [{**row, "speed_verdict": speed_verdict(row)} for row in summary_of(run)]
+    about = {"run": run.name, "started": run.info.get("started"), "finished": run.finished, "problems": run.problems}
+    return json_document("report", {**about, "files": files, "rows": rows})
+
+
+def _show(run: Run) -> None:
+    """Print the results of a run for the terminal, and where the rest is."""
+    from mpscale.analysis.summary import summary_of
+    from mpscale.report.sections import doubts_note, results
+
+    here = surface()
+    parts = [run.name, results(run).text(here), here.wrapped(doubts_note(summary_of(run)))]
+    print("\n\n".join(filter(None, [*parts, f"report: {run.path / 'report.html'}"])))
 
 
 def history_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,14 +189,17 @@ def history_arguments(parser: argparse.ArgumentParser) -> None:
         "Show a quantity over runs, oldest first. Each machine and each set of settings is a series of its own: "
         "figures that were measured differently are never joined."
     )
-    parser.add_argument(
+    named = parser.add_argument(
         "runs", nargs="*", metavar="RUN", help=f"{RUN} (default: all in runs/ and reference/ of the results folder)"
     )
+    completion.completed_by(named, completion.runs)
     add_results_option(parser.add_argument, default=RESULTS)
-    parser.add_argument(
+    workload = parser.add_argument(
         "--workload", action="append", default=[], type=as_typed, metavar="A", help="only this workload; repeatable"
     )
-    parser.add_argument("--mode", action="append", default=[], metavar="B", help="only this mode; repeatable")
+    completion.completed_by(workload, completion.workloads)
+    mode = parser.add_argument("--mode", action="append", default=[], metavar="B", help="only this mode; repeatable")
+    completion.completed_by(mode, completion.modes)
     parser.add_argument("--quantity", choices=tuple(QUANTITIES), default="step_time", help="default: step_time")
     add_output_options(parser)
     parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw it, into a file ending in .svg or .png")
@@ -170,5 +233,5 @@ def history(options: argparse.Namespace) -> int:
         from mpscale.report.history_page import history_page
 
         write(history_page([history], Neighbours(runs)), options.html)
-    write(render(history, options.format), options.output)
+    write(render(history, options.format, surface(options.output)), options.output)
     return OK

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mpscale.cli import completion
 from mpscale.cli.output import RESULTS, add_output_options, check_output
 from mpscale.config import SettingsError, add_results_option, number, seconds, why_not_writable
-from mpscale.terminal import as_typed
+from mpscale.terminal.streams import as_typed
 
 if TYPE_CHECKING:
     from mpscale.core.device import Device
@@ -26,7 +27,8 @@ at_least_1 = number(int, lambda value: value >= 1, "an integer of at least 1")
 
 def add_workload(parser: argparse.ArgumentParser) -> None:
     """Add the workload, an argument that has no option's name."""
-    parser.add_argument("workload", metavar="WORKLOAD", type=as_typed, help="`mpscale workloads` lists them")
+    workload = parser.add_argument("workload", metavar="WORKLOAD", type=as_typed, help="`mpscale workloads` lists them")
+    completion.completed_by(workload, completion.workloads)
 
 
 def add_training_options(parser: argparse.ArgumentParser, what: str) -> None:

@@ -132,7 +132,7 @@ class Run:
         """
         if case_id not in self._case_ids:
             close = difflib.get_close_matches(case_id, self._case_ids, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; it has {len(self._case_ids)} others"
+            hint = f"; did you mean {close[0]}?" if close else f"; cases: {len(self._case_ids)}"
             raise RunError(f"{self.name} has no case {case_id!r}{hint}")
         path = steps_path(self.path, case_id)
         if not path.is_file():
@@ -283,7 +283,8 @@ def _latest(made: list[Path], results_dir: str | Path, left_out: list[tuple[str,
             )
         return folder
     if broken:
-        raise RunError(f"none of the {len(broken)} runs in {Path(results_dir) / 'runs'} can be read: {broken[0][1]}")
+        which = "the only run" if len(broken) == 1 else f"the newest of {len(broken)} runs"
+        raise RunError(f"no run in {Path(results_dir) / 'runs'} can be read; {which}: {broken[0][1]}")
     raise NoRunYet(_no_runs(results_dir))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,28 +10,32 @@ from typing import Any
 from mpscale.doctor.device import Figure, Precision
 from mpscale.doctor.examine import Examination, Trained
 from mpscale.doctor.presets import Advice
-from mpscale.report.table import DASH, Table, count, interval, large, number, plural
+from mpscale.report.table import DASH, Cell, Look, Table, count, interval, json_document, large, number, plural
+from mpscale.terminal.streams import PIPE, Surface
 
 _WIDTH = 110
+_MARK = re.compile(r"- |\d+\. |   do: ")
+_LOOKS: dict[str, Look] = {"yes": "good", "in part": "weak", "no": "unknown"}
 
 
-def render(found: Examination, as_json: bool) -> str:
-    """Return the page, or the same facts as a JSON object."""
+def render(found: Examination, as_json: bool, surface: Surface = PIPE) -> str:
+    """Return the page for a surface, or the same facts as a JSON object."""
     if as_json:
-        return json.dumps(found.to_json(), indent=2, ensure_ascii=False, default=str) + "\n"
+        return json_document("doctor", found.to_json())
     parts = [
-        _headline(found),
-        _section("device", _device(found.device)),
-        _section("software", _software(found.software)),
-        _section("what is measured", _figures(found.figures)),
-        _section("mixed precision", _precision(found.precision)),
-        _section("short training", _trained(found.trained)),
-        _section("what to run", _presets(found.presets)),
-        _section("cautions", _with_cures((each.text, each.cure) for each in found.cautions)),
-        _section("notes", [line for note in found.notes for line in _wrap(note, "- ")]),
+        surface.paint(_headline(found), "bold red" if found.problems else "bold green"),
+        _section("device", _device(found.device), surface),
+        _section("software", _software(found.software), surface),
+        _section("what is measured", (), surface, _figures(found.figures, surface)),
+        _section("mixed precision", _precision(found.precision), surface),
+        _section("short training", _trained(found.trained), surface),
+        _section("what to run", _presets(found.presets), surface),
+        _section("cautions", _with_cures((each.text, each.cure) for each in found.cautions), surface),
+        _section("notes", [f"- {note}" for note in found.notes], surface),
         _section(
             "to do",
             _with_cures((each.text, each.cure or "see what the driver's own tools say") for each in found.problems),
+            surface,
         ),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -44,9 +48,18 @@ def _headline(found: Examination) -> str:
     return f"mpscale doctor: a run here is complete for a {kind}"
 
 
-def _section(title: str, lines: Iterable[str]) -> str:
-    body = "\n".join(lines)
-    return f"{title}\n{'-' * len(title)}\n{body}" if body else ""
+def _section(title: str, lines: Iterable[str], surface: Surface, table: str = "") -> str:
+    """Return a section of lines, which are wrapped, and a table."""
+    width = min(surface.columns or _WIDTH, _WIDTH)
+    body = [*(wrapped for line in lines for wrapped in _wrap(line, width)), *([table] if table else [])]
+    return "\n".join([surface.paint(title, "bold"), "-" * len(title), *body]) if body else ""
+
+
+def _wrap(line: str, width: int) -> list[str]:
+    """Break a line between words. What follows is below its first word, not below the mark of a list."""
+    mark = _MARK.match(line)
+    indent = " " * (mark.end() if mark else 0)
+    return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _device(device: Mapping[str, Any] | None) -> list[str]:
@@ -59,7 +72,7 @@ def _device(device: Mapping[str, Any] | None) -> list[str]:
         flags = ", ".join(cpu["flags"] or ()) or "none known"
         return [
             f"{device['name']} (CPU), {cpu['logical_cores']} usable cores{size}",
-            *_wrap(f"instructions that matter here: {flags}"),
+            f"instructions that matter here: {flags}",
         ]
     capability = ".".join(map(str, device["compute_capability"] or ())) or "unknown"
     lines = [f"{device['name']} (GPU), compute capability {capability}{size}"]
@@ -75,25 +88,25 @@ def _software(software: Mapping[str, Any]) -> list[str]:
     if not software:
         return []
     versions = [f"{name} {version or 'not installed'}" for name, version in software["packages"].items()]
-    lines = _wrap(f"Python {software['python']}, {', '.join(versions)}")
+    lines = [f"Python {software['python']}, {', '.join(versions)}"]
     cuda = software["cuda_libraries"]
     lines.append(f"CUDA libraries of pip: {f'{len(cuda)} packages' if cuda else 'none'}")
     if software["nvidia_driver"]:
         lines.append(f"NVIDIA driver {software['nvidia_driver']}, for CUDA up to {software['cuda_driver']}")
     else:
-        lines += _wrap(f"NVIDIA driver: {software['nvml']}")
+        lines.append(f"NVIDIA driver: {software['nvml']}")
     return lines
 
 
-def _figures(figures: Sequence[Figure]) -> list[str]:
+def _figures(figures: Sequence[Figure], surface: Surface) -> str:
     rows, last = [], ""
     for figure in figures:
         reason = str(figure.reason or "")
         shown = "as above" if reason and reason == last else reason
-        way, why = ("\n".join(_wrap(text, width=width)) for text, width in ((figure.way or "", 36), (shown, 60)))
-        rows.append([figure.name, figure.answer, way, why])
+        way, why = ("\n".join(textwrap.wrap(text, width)) for text, width in ((figure.way or "", 36), (shown, 60)))
+        rows.append([figure.name, Cell(figure.answer, _LOOKS[figure.answer]), way, why])
         last = reason
-    return [Table(["figure", "measured", "how", "why not"], rows).text()] if rows else []
+    return Table(["figure", "measured", "how", "why not"], rows).text(surface)
 
 
 def _precision(precision: Precision | None) -> list[str]:
@@ -102,7 +115,7 @@ def _precision(precision: Precision | None) -> list[str]:
     answers = {"float16": precision.float16, "bfloat16": precision.bfloat16, "TF32": "yes" if precision.tf32 else "no"}
     answers["float8"] = precision.float8
     fast = ", ".join(f"{name}: {answer or 'unknown'}" for name, answer in answers.items())
-    return [f"fast here? {fast}", *(line for words in precision.words for line in _wrap(words))]
+    return [f"fast here? {fast}", *precision.words]
 
 
 def _trained(trained: Trained | None) -> list[str]:
@@ -112,7 +125,7 @@ def _trained(trained: Trained | None) -> list[str]:
     memory = large(trained.gpu_memory_mib, "MiB")
     method = f" ({trained.gpu_memory_method})" if trained.gpu_memory_method else ""
     lines = [
-        *_wrap(f"{trained.status}{reason}"),
+        f"{trained.status}{reason}",
         f"on {trained.device_name}, {number(trained.wall_time_s)} s in all",
         f"step time {interval(trained.step_time_ms, None, None, ' ms')}, peak GPU memory {memory}{method}, "
         f"allocator {trained.gpu_allocator or DASH}",
@@ -120,8 +133,7 @@ def _trained(trained: Trained | None) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for column, why in trained.empty.items():
         by_reason.setdefault(why, []).append(column)
-    for why, columns in by_reason.items():
-        lines += _wrap(f"empty: {', '.join(columns)}: {why}")
+    lines += [f"empty: {', '.join(columns)}: {why}" for why, columns in by_reason.items()]
     return lines
 
 
@@ -130,24 +142,18 @@ def _presets(advice: Advice | None) -> list[str]:
         return []
     times = "; ".join(map(str, advice.durations))
     return [
-        *_wrap(f"--mp-preset {advice.preset} fits. {' '.join(advice.words)}"),
-        *_wrap(f"Rough times with the modes that run by default: {times}."),
+        f"--mp-preset {advice.preset} fits. {' '.join(advice.words)}",
+        f"Rough times with the modes that run by default: {times}.",
     ]
 
 
 def _with_cures(found: Iterable[tuple[str, str | None]]) -> list[str]:
     lines = []
     for place, (text, cure) in enumerate(found, 1):
-        lines += _wrap(text, f"{place}. ")
-        lines += _wrap(cure, "   do: ") if cure else []
+        lines.append(f"{place}. {text}")
+        lines += [f"   do: {cure}"] if cure else []
     return lines
 
 
 def _switch(value: bool | None) -> str:
     return "unknown" if value is None else "on" if value else "off"
-
-
-def _wrap(text: str, mark: str = "", width: int = _WIDTH) -> list[str]:
-    indent = " " * len(mark)
-    wrapper = textwrap.TextWrapper(width, mark, indent, break_long_words=False, break_on_hyphens=False)
-    return wrapper.wrap(text)

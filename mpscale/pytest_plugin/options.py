@@ -28,7 +28,7 @@ from mpscale.core.case import Settings
 from mpscale.core.device import Device
 from mpscale.core.loss_scale import RULES
 from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, default_modes, select_modes
-from mpscale.terminal import as_typed
+from mpscale.terminal.streams import as_typed
 
 if TYPE_CHECKING:
     from mpscale.harness.supervisor import Options
@@ -297,6 +297,12 @@ def _add_run_options(add: Add) -> None:
         "--mp-keep-suspect",
         action="store_true",
         help="keep the status of such a case, rather than marking it invalid; its column gpu_suspicion has the reason",
+    )
+    add(
+        "--mp-benchmark-table",
+        action="store_true",
+        help="also show pytest-benchmark's table of the step times, some 225 columns wide; it is always shown with "
+        "those of its options that are about it, such as --benchmark-compare and --benchmark-histogram",
     )
 
 

@@ -51,6 +51,27 @@ class ReplayClock:
         return self._now
 
 
+_ABOUT_THE_TABLE = {
+    "compare": None,
+    "compare_fail": None,
+    "histogram": None,
+    "cprofile": None,
+    "verbose": None,
+    "columns": None,
+    "sort": "min",
+    "group_by": "group",
+    "name": "normal",
+}
+"""Options of pytest-benchmark that its table is needed for, with their defaults if those are not empty."""
+
+
+def shows_benchmark_table(config: pytest.Config) -> bool:
+    """Whether cases belong into pytest-benchmark's table."""
+    given = {name: config.getoption(f"benchmark_{name}", None) for name in _ABOUT_THE_TABLE}
+    asked = any(value and value != _ABOUT_THE_TABLE[name] for name, value in given.items())
+    return asked or bool(config.getoption("mp_benchmark_table"))
+
+
 class Plan:
     """The device of a session, its cases, and those of them that were chosen.
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,10 @@ import pytest
 from mpscale.ab import turns
 from mpscale.pytest_plugin import options
 from mpscale.pytest_plugin.baseline import FILE, BaselineCheck
-from mpscale.pytest_plugin.plan import CASE, PARAMETERS, Plan, check_use, shuffle_seed
-from mpscale.terminal import LiveLine, Progress, printable
+from mpscale.pytest_plugin.plan import CASE, PARAMETERS, Plan, check_use, shows_benchmark_table, shuffle_seed
+from mpscale.pytest_plugin.so_far import SoFar
+from mpscale.terminal.progress import LiveLine, Progress
+from mpscale.terminal.streams import PIPE, Surface, in_ci, is_plain
 
 if TYPE_CHECKING:
     from mpscale.core.case import Case, Settings
@@ -38,15 +40,35 @@ class Output:
 
     def printable(self, text: str) -> str:
         """Return ``text`` as the terminal can show it. pytest would write all of it as escapes, even line ends."""
-        return printable(text, getattr(self._config.get_terminal_writer(), "_file", None)) if self.exists else text
+        return self.surface.printable(text)
+
+    @property
+    def surface(self) -> Surface:
+        """What the terminal can show. pytest decides on colours, except that CI has none unless they are asked for."""
+        reporter = self._config.pluginmanager.getplugin("terminalreporter")
+        if reporter is None:
+            return PIPE
+        writer = self._config.get_terminal_writer()
+        asked = self._config.option.color == "yes" or os.environ.get("FORCE_COLOR") or os.environ.get("PY_COLORS")
+        with self._uncaptured():  # else there is no terminal, and its width is unknown
+            columns = writer.fullwidth
+        return Surface(
+            columns=columns if reporter.isatty else None,
+            colour=writer.hasmarkup and (bool(asked) or not in_ci(os.environ)),
+            live=bool(reporter.isatty) and not is_plain(os.environ),
+            encoding=getattr(getattr(writer, "_file", None), "encoding", None),
+        )
+
+    def _uncaptured(self) -> contextlib.AbstractContextManager[None]:
+        capture = self._config.pluginmanager.getplugin("capturemanager")
+        return capture.global_and_fixture_disabled() if capture else contextlib.nullcontext()
 
     def write(self, text: str) -> None:
         """Write past pytest's capture of standard output, beginning on a line of its own; nothing if quiet."""
         if not self.exists or self._config.get_verbosity() < 0:
             return
-        capture = self._config.pluginmanager.getplugin("capturemanager")
         terminal = self._config.get_terminal_writer()
-        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+        with self._uncaptured():
             if terminal.width_of_current_line and not self._mid_line:
                 terminal.line()
             terminal.write(self.printable(text), flush=True)
@@ -58,9 +80,7 @@ class Output:
 
     def live_line(self) -> LiveLine:
         """Return a live line on this terminal."""
-        reporter = self._config.pluginmanager.getplugin("terminalreporter")
-        live = reporter is not None and reporter.isatty
-        return LiveLine(self.write, live, self._config.get_terminal_writer().fullwidth if live else 80)
+        return LiveLine(self.write, self.surface)
 
 
 class LiveRun:
@@ -79,7 +99,7 @@ class LiveRun:
         self._output = output
         self.troubles: list[str] = []
         """Why the session fails, even if its tests have passed."""
-        self._progress = Progress(output.live_line(), time.monotonic)
+        self._progress = Progress(output.live_line(), time.monotonic, SoFar())
         self._progress.plan(plan.chosen)
         self._run = BenchmarkRun(plan.chosen, plan.device, plan.driver, how, self._progress.event)
         # Without the driver's library, a machine with a GPU is measured as a CPU: explain that.
@@ -102,14 +122,19 @@ class LiveRun:
     def run(self, case: Case) -> Outcome:
         """Run a case."""
         self._progress.started(case)
-        outcome = self._run.run(case)
+        try:
+            outcome = self._run.run(case)
+        except BaseException:  # Ctrl-C above all
+            self._progress.stopped()
+            raise
         self._progress.finished(case, outcome.record)
         self._note_troubles()
         return outcome
 
     def run_again(self, cases: list[Case]) -> None:
         """Run further cases for rows that look slower than in the baseline."""
-        self._output.say(f"slower than the baseline, measured again in {len(cases)} further processes")
+        processes = f"{len(cases)} further process{'' if len(cases) == 1 else 'es'}"
+        self._output.say(f"slower than the baseline, measured again in {processes}")
         self._progress.plan(cases)
         for case in cases:
             self.run(case)
@@ -291,6 +316,16 @@ class Session:
         assert self._plan is not None  # the run has cases of it
         return options.settings(self._config, workload, self._plan.device.memory_mib)
 
+    @pytest.hookimpl(wrapper=True, optionalhook=True)
+    def pytest_benchmark_group_stats(self) -> Generator[None, Any, Any]:
+        """Leave cases out of pytest-benchmark's table: ours has what it says of them, and fits the terminal."""
+        groups = yield
+        if self._plan is None or shows_benchmark_table(self._config):
+            return groups
+        ours = self._plan.tests
+        others = [(name, [one for one in group if one["fullname"] not in ours]) for name, group in groups]
+        return [(name, group) for name, group in others if group]
+
     @pytest.hookimpl(wrapper=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
         """Show the result table below pytest-benchmark's, even if that raises because of a regression."""
@@ -316,12 +351,13 @@ class Session:
         path = run.path
         with contextlib.suppress(ValueError):
             path = path.relative_to(Path.cwd())
-        show(results(run).text())
+        surface = self.output.surface
+        show(results(run).text(surface))
         if note := doubts_note(summary_of(run)):
-            show(f"\n{note}")
+            show(f"\n{surface.wrapped(note)}")
         lines = self._check.lines()
         if lines:
-            show("\n" + "\n".join(lines), red=self._check.fails)
+            show("\n" + "\n".join(map(surface.wrapped, lines)), red=self._check.fails)
         report = path / "report.html"
         show(f"\nrun: {path}" + (f"\nreport: {report}" if report.is_file() else ""))
         if self._check.comparison is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from string import ascii_uppercase
 from typing import Any
 
@@ -22,21 +22,44 @@ from mpscale.core.runs import Run, hardware, machine_words
 from mpscale.report.sections import doubts_note, final_metric, overflow_steps, speedup, step_time
 from mpscale.report.table import (
     DASH,
+    Cell,
+    Look,
     Table,
     change,
     count,
-    json_text,
+    json_document,
     large,
+    look_of,
     metric_difference,
     number,
     of_processes,
     plural,
 )
+from mpscale.report.words import AGAINST_RUN
+from mpscale.terminal.streams import PIPE, Surface
 
 FORMATS = ("table", "markdown", "csv", "json")
 
 _SEVERAL = 4
 """Fewest rows whose median change is shown, because it tells something about the machine."""
+
+_SPARE = ("smallest visible", "noise floor")
+"""Columns that a narrow terminal leaves out."""
+
+_LOOKS: dict[Verdict, Look] = {
+    Verdict.SLOWER: "bad",
+    Verdict.MORE: "bad",
+    Verdict.WORSE: "bad",
+    Verdict.FASTER: "good",
+    Verdict.LESS: "good",
+    Verdict.NON_INFERIOR: "good",
+    Verdict.CANNOT_TELL: "unknown",
+    Verdict.INCONCLUSIVE: "unknown",
+    Verdict.NOT_COMPARABLE: "unknown",
+}
+
+_MARKS = ("(a)", "(b)", "(c)", "(d)")
+"""Of reasons that are said below a table."""
 
 _DIFFERENCES = 12
 """Most differences in the environment that are listed."""
@@ -48,19 +71,20 @@ _COLUMNS = (
 """Columns of the CSV."""
 
 
-def render(comparisons: Sequence[Comparison], findings: Sequence[Finding], output: str) -> str:
+def render(comparisons: Sequence[Comparison], findings: Sequence[Finding], output: str, surface: Surface = PIPE) -> str:
     """Show the comparisons of one baseline with one or more runs.
 
     Args:
         comparisons: all with the same baseline.
         findings: results of the gates; empty if there were none.
         output: one of :data:`FORMATS`.
+        surface: where a table will be shown.
     """
     if output == "csv":
         return Table.of(_COLUMNS, (line for each in comparisons for line in _lines(each))).csv()
     if output == "json":
-        return json_text(_content(comparisons, findings))
-    shown = (part.markdown() if output == "markdown" else part.text() for part in parts(comparisons, findings))
+        return json_document("compare", _content(comparisons, findings))
+    shown = (part.markdown() if output == "markdown" else part.text(surface) for part in parts(comparisons, findings))
     return "\n\n".join(shown) + "\n"
 
 
@@ -73,9 +97,30 @@ class Part:
     rows: Sequence[Sequence[str]] = ()
     notes: Sequence[str] = ()
 
-    def text(self) -> str:
-        table = Table(self.headers, self.rows).text()
-        return "\n\n".join(filter(None, [self.title, table, "\n".join(self.notes)]))
+    def text(self, surface: Surface) -> str:
+        table = Table(self.headers, self.rows, _SPARE).text(surface)
+        notes = "\n".join(map(surface.wrapped, self.notes))
+        return "\n\n".join(filter(None, [surface.paint(surface.wrapped(self.title), "bold"), table, notes]))
+
+    def with_reasons_below(self) -> Part:
+        """Say a reason that rows share below the table: beside each row it would take most of the space.
+
+        The last column has the reasons, which may be empty.
+        """
+        reasons = list(dict.fromkeys(row[-1] for row in self.rows if row[-1]))
+        shared = [reason for reason in reasons if sum(row[-1] == reason for row in self.rows) > 1]
+        if len(self.rows) == 1 or len(shared) < len(reasons) or len(shared) > len(_MARKS):
+            rows = [[*row[:-1], row[-1] or DASH] for row in self.rows]
+            return replace(self, rows=rows) if reasons else self._without_reasons({})
+        return self._without_reasons(dict(zip(shared, _MARKS if len(shared) > 1 else [""], strict=False)))
+
+    def _without_reasons(self, marks: Mapping[str, str]) -> Part:
+        rows = []
+        for *cells, verdict, reason in self.rows:
+            mark = marks.get(reason, "")
+            rows.append([*cells, Cell(f"{verdict} {mark}", look_of(verdict)) if mark else verdict])
+        said = [f"{mark} {reason[0].upper()}{reason[1:]}.".strip() for reason, mark in marks.items()]
+        return replace(self, headers=self.headers[:-1], rows=rows, notes=[*said, *self.notes])
 
     def markdown(self) -> str:
         notes = "\n".join(f"- {' '.join(note.split())}" for note in self.notes)
@@ -142,7 +187,12 @@ def _in_short(comparison: Comparison, names: dict[int, str]) -> str:
 
 def _numbers(counts: Counter[Ranked]) -> str:
     """Return all counts, ordered by rank."""
-    return ", ".join(f"{counts[word]} {word}" for word in sorted(counts, key=lambda word: word.rank))
+    ranked = sorted(counts, key=lambda word: word.rank)
+    return ", ".join(f"{counts[word]} {AGAINST_RUN[word] if isinstance(word, Verdict) else word}" for word in ranked)
+
+
+def _verdict(verdict: Verdict) -> Cell:
+    return Cell(AGAINST_RUN[verdict], _LOOKS.get(verdict, ""))
 
 
 def _run(run: Run) -> list[str]:
@@ -207,17 +257,17 @@ def _verdicts(comparison: Comparison, against: str) -> Iterator[Part]:
         if changed:
             yield Part(
                 f"{against}: {cost.title}",
-                ["workload", "mode", "before", "after", "change", "noise floor", "smallest visible", "verdict"],
+                ["workload", "mode", "before", "after", "change", "noise floor", "smallest visible", "verdict", "why"],
                 [[row.pair.workload, row.pair.mode, *_change_cells(change, cost.unit)] for row, change in changed],
                 _noise(comparison, [change for _, change in changed]),
-            )
+            ).with_reasons_below()
     trained = [(row, row.quality) for row in rows if row.quality is not None]
     if trained:
         yield Part(
             f"{against}: metric, seed by seed",
-            ["workload", "mode", "difference", "seeds", "verdict"],
+            ["workload", "mode", "difference", "seeds", "verdict", "why"],
             [[row.pair.workload, row.pair.mode, *_quality_cells(quality, row)] for row, quality in trained],
-        )
+        ).with_reasons_below()
     rated = [row for row in rows if row.overflow_rates != (None, None)]
     if rated:
         yield Part(
@@ -229,14 +279,14 @@ def _verdicts(comparison: Comparison, against: str) -> Iterator[Part]:
 
 def _change_cells(found: Change, unit: str) -> list[str]:
     floor, visible = (DASH if share is None else f"{share:.1%}" for share in (found.noise_floor, found.detectable))
-    why = _why(found)
     return [
         large(found.baseline, unit),
         large(found.other, unit),
         change(found.change, found.low, found.high),
         f"{floor}?" if found.floor_runs == 0 else floor,
         visible,
-        f"{found.verdict}: {why}" if why else found.verdict,
+        _verdict(found.verdict),
+        _why(found),
     ]
 
 
@@ -271,7 +321,7 @@ def _quality_cells(quality: Quality, row: ComparedRow) -> list[str]:
     seeds = DASH if found is None else count(found.n)
     needed = f"{quality.seeds} seeds would decide" if quality.seeds else ""
     more = "; ".join(filter(None, (needed, quality.why)))
-    return [difference, seeds, f"{quality.verdict}: {more}" if more else quality.verdict]
+    return [difference, seeds, _verdict(quality.verdict), more]
 
 
 def _rates(row: ComparedRow) -> list[str]:

@@ -15,7 +15,8 @@ from mpscale.report.document import Document, Section
 from mpscale.report.document import render as as_markdown
 from mpscale.report.files import write_whole
 from mpscale.report.page import page
-from mpscale.report.table import DASH, Table, escape, json_text, large, number
+from mpscale.report.table import DASH, Table, escape, json_document, json_text, large, number
+from mpscale.terminal.streams import PIPE, Surface
 
 _CSV = ("workload", "mode", "device_name", "memory_limit_mib", *ROW, "baseline", "unavailable")
 
@@ -95,14 +96,14 @@ def values(fit: Fit) -> list[dict[str, Any]]:
     return rows
 
 
-def render(fit: Fit, form: Literal["table", "markdown", "csv", "json"]) -> str:
+def render(fit: Fit, form: Literal["table", "markdown", "csv", "json"], surface: Surface = PIPE) -> str:
     """The result in one of the formats of the command."""
     if form == "json":
-        return json_text(values(fit))
+        return json_document("fit", {"workload": fit.workload, "modes": values(fit)})
     if form == "csv":
         rows = [{**row, "unavailable": row["unavailable"] and json.dumps(row["unavailable"])} for row in values(fit)]
         return Table.of(_CSV, rows).csv()
-    return (table(fit).markdown() if form == "markdown" else table(fit).text()) + "\n"
+    return (table(fit).markdown() if form == "markdown" else table(fit).text(surface)) + "\n"
 
 
 def document(fit: Fit, about: Mapping[str, Any]) -> Document:

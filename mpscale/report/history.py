@@ -23,7 +23,8 @@ from mpscale.report.figures import (
     short_name,
     text_width,
 )
-from mpscale.report.table import DASH, Table, interval, json_text, metric, share
+from mpscale.report.table import DASH, Table, interval, json_document, metric, share
+from mpscale.terminal.streams import PIPE, Surface
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,23 +54,24 @@ _MOST_ABOVE = 2
 _DASHES: tuple[Dashes, ...] = ("-", "--", ":", "-.")
 
 
-def render(history: History, output: str) -> str:
+def render(history: History, output: str, surface: Surface = PIPE) -> str:
     """Show the history, with a row per series and run.
 
     Args:
         history: what is shown.
         output: one of :data:`FORMATS`. CSV and JSON hold numbers in full, times as ISO 8601 in UTC and changes as
             shares of 1. Unknown values, and ends of intervals that no float can hold, are empty or null.
+        surface: where a table will be shown.
     """
     if output == "csv":
         return Table.of(_COLUMNS, _lines(history)).csv()
     if output == "json":
-        return json_text(_content(history))
+        return json_document("history", _content(history))
     table = _table(history)
     note = _note_below(history.measure, table.headers)
     if output == "markdown":
         return f"## History of the {history.measure.title}\n\n{table.markdown()}\n\n{note}\n"
-    return f"{table.text()}\n\n{note}\n"
+    return f"{table.text(surface)}\n\n{surface.wrapped(note)}\n"
 
 
 def _note_below(measure: Quantity, headers: Sequence[str]) -> str:
@@ -102,7 +104,12 @@ def _table(history: History) -> Table:
         "TensorFlow": [point.run.tensorflow or DASH for _, point in pairs],
         "note": [_note(point) for _, point in pairs],
     }
-    return Table(list(columns), list(zip(*columns.values(), strict=True))).without_blank("series", "change", "note")
+    rows = list(zip(*columns.values(), strict=True))
+    return Table(list(columns), rows, _SPARE).without_blank("series", "change", "note")
+
+
+_SPARE = ("TensorFlow", "n", "when (UTC)", "commit")
+"""Columns that a narrow terminal leaves out."""
 
 
 def shown_value(measure: Quantity, series: Series, point: Point) -> str:

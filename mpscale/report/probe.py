@@ -16,7 +16,8 @@ from mpscale.report.files import write_whole
 from mpscale.report.page import page
 from mpscale.report.probe_figure import picture
 from mpscale.report.probe_tables import ROW, looks, percent, sentences, summary, table, values
-from mpscale.report.table import Table, escape, json_text, number, plural
+from mpscale.report.table import Table, escape, json_document, json_text, number, plural
+from mpscale.terminal.streams import PIPE, Surface
 
 _CSV = ("workload", "device_name", "recommended_scale", *ROW, "unavailable")
 _TERMINAL_LAYERS = 10
@@ -39,7 +40,7 @@ _NOTES = (
 )
 
 
-def render(probe: Probe, form: Literal["table", "markdown", "csv", "json"]) -> str:
+def render(probe: Probe, form: Literal["table", "markdown", "csv", "json"], surface: Surface = PIPE) -> str:
     """The result in one of the formats of the command."""
     advice = advise(probe)
     about: dict[str, Any] = {"workload": probe.workload, "device_name": probe.device.name}
@@ -47,7 +48,7 @@ def render(probe: Probe, form: Literal["table", "markdown", "csv", "json"]) -> s
     if form == "json":
         about |= {"verdict": None if advice is None else advice.verdict, "looks": len(probe.finite)}
         about["problem"] = None if probe.problem is None else probe.problem.to_json()
-        return json_text({**about, "gradients": values(probe)})
+        return json_document("probe", {**about, "gradients": values(probe)})
     if form == "csv":
         rows = (
             {**about, **row, "unavailable": row["unavailable"] and json.dumps(row["unavailable"])}
@@ -63,7 +64,8 @@ def render(probe: Probe, form: Literal["table", "markdown", "csv", "json"]) -> s
     note = (
         f"Layers are those of which most vanishes; the report has {plural(left_out, 'more row')}." if left_out else ""
     )
-    return "\n\n".join(filter(None, ["\n".join(said), shown.text(), note])) + "\n"
+    texts = (surface.wrapped("\n".join(said)), shown.text(surface), surface.wrapped(note))
+    return "\n\n".join(filter(None, texts)) + "\n"
 
 
 def line(look: Look) -> str:

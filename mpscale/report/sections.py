@@ -85,7 +85,7 @@ def results(run: Run) -> Table:
         QUALITY: quality,
         heading("status", "statuses", is_number=False): lambda row: DASH if all_well else statuses(row),
     }
-    table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
+    table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows], _SPARE)
     return table.without_blank("speed-up over fp32", "speed-up over tf32", _SPEED, QUALITY, "status")
 
 
@@ -156,6 +156,10 @@ _LOOKS: Mapping[Verdict | None, Look] = {
     Verdict.INCONCLUSIVE: "unknown",
     None: "unknown",
 }
+
+
+_SPARE = ("peak memory", "overflow steps", "step time")
+"""Columns that a narrow terminal leaves out."""
 
 
 def step_time(row: Row) -> str:

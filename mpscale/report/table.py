@@ -7,13 +7,15 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tabulate import tabulate
 
 from mpscale.core.columns import Column, Format
 from mpscale.report.bars import Bar
+from mpscale.terminal.streams import PIPE, Surface
+from mpscale.terminal.table import fitted
 
 DASH = "–"  # noqa: RUF001
 """Stands for an unknown value."""
@@ -77,10 +79,17 @@ def is_number(heading: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under headers: texts for people, or plain values for programs, None for unknown ones."""
+    """Rows under headers: texts for people, or plain values for programs, None for unknown ones.
+
+    Args:
+        headers: one per column.
+        rows: one value per column. A :class:`Cell` also has a look.
+        spare: headers of columns that a narrow terminal may leave out, the least important first.
+    """
 
     headers: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    spare: Sequence[str] = ()
 
     @classmethod
     def of(cls, headers: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Table:
@@ -98,7 +107,8 @@ class Table:
     def without(self, *names: str) -> Table:
         """Leave out the named columns."""
         kept = [place for place, header in enumerate(self.headers) if header not in names]
-        return Table([self.headers[place] for place in kept], [[row[place] for place in kept] for row in self.rows])
+        rows = [[row[place] for place in kept] for row in self.rows]
+        return replace(self, headers=[self.headers[place] for place in kept], rows=rows)
 
     def beside(self, other: Table) -> Table:
         """Add the columns of another table to the rows that have the same first two cells, dashes to all others."""
@@ -107,11 +117,16 @@ class Table:
         known = {tuple(row[:2]): row[2:] for row in other.rows}
         blank = [DASH] * len(other.headers[2:])
         rows = [[*row, *known.get(tuple(row[:2]), blank)] for row in self.rows]
-        return Table([*self.headers, *other.headers[2:]], rows)
+        return replace(self, headers=[*self.headers, *other.headers[2:]], rows=rows)
 
-    def text(self) -> str:
-        """Return the table for a terminal; empty if there are no rows."""
-        return tabulate(self.rows, self.headers, "simple", disable_numparse=True) if self.rows else ""
+    def text(self, surface: Surface = PIPE) -> str:
+        """Return the table in plain text, as wide as it is, or to fit a terminal; empty if there are no rows."""
+        if not self.rows:
+            return ""
+        if surface.columns is None and not surface.colour:
+            return tabulate(self.rows, self.headers, "simple", disable_numparse=True)
+        looks = [["unknown" if cell == DASH else look_of(cell) for cell in row] for row in self.rows]
+        return fitted(self.headers, [[str(cell) for cell in row] for row in self.rows], looks, surface, self.spare)
 
     def markdown(self) -> str:
         """Return the table for GitHub; empty if there are no rows. No cell can break it or act as HTML."""
@@ -127,6 +142,15 @@ class Table:
         writer.writerow(self.headers)
         writer.writerows(["" if value is None else value for value in finite(row)] for row in self.rows)
         return text.getvalue()
+
+
+JSON_VERSION = 1
+"""Of the documents that commands print with ``--json``. A new key does not change it; another meaning of one does."""
+
+
+def json_document(command: str, content: Mapping[str, Any]) -> str:
+    """Return what a command prints with ``--json``: one object, with null for unknown or infinite values."""
+    return json_text({"schema_version": JSON_VERSION, "command": command, **content})
 
 
 def json_text(content: Any) -> str:

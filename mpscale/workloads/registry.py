@@ -44,6 +44,14 @@ class Offered:
     broken: dict[str, str] = field(default_factory=dict)
 
 
+def names() -> list[str]:
+    """The names of mpscale's workloads and those of entry points, without importing anybody's code."""
+    found = list(_BUILTIN)
+    with contextlib.suppress(Exception):  # one package whose list of entry points cannot be read
+        found += sorted(entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))
+    return list(dict.fromkeys(found))
+
+
 def offered() -> Offered:
     """The workloads of mpscale and those that installed packages offer by entry point, including broken ones."""
     found = Offered(dict(_BUILTIN))

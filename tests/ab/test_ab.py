@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from mpscale.cli import main
-from mpscale.terminal import LiveLine, Screen
+from mpscale.terminal.progress import LiveLine, Screen
+from mpscale.terminal.streams import Surface
 
 CASES = [("fp32", 0), ("mixed-dynamic", 0), ("fp32", 1), ("mixed-dynamic", 1)]
 
@@ -320,7 +321,7 @@ def test_stopping_leaves_no_process(tmp_path, interpreter, how):
         (("--pdb",), "nobody could answer"),
         (("--junitxml=x",), "both sessions would write to one place"),
         (("--fail-on", "speed>5%"), "'speed' is not a gate"),
-        (("--threshold", "much"), "'much' is not a share"),
+        (("--threshold", "much"), "'much' is not a percentage above 0"),
         (("-o", "nowhere/x.md"), "there is no folder nowhere"),
         (("--start-timeout", "0"), "expected a number of seconds above 0"),
     ],
@@ -373,7 +374,7 @@ def test_unknown_arguments_go_to_pytest(tmp_path, interpreter, ab, given, passed
 
 def test_a_terminal_shows_the_running_pair_on_a_live_line():
     text = []
-    screen = Screen(("A", "B"), LiveLine(text.append, live=True, columns=60), lambda: 0.0)
+    screen = Screen(("A", "B"), LiveLine(text.append, Surface(60, live=True)), lambda: 0.0)
     case = {"id": "c", "workload": "w", "mode": "fp32", "seed": 0, "repeat": 1}
     screen.plan([case])
     screen.running("B", "c")

@@ -336,7 +336,7 @@ def test_a_folder_without_runs_is_an_error_that_says_how_to_make_one(tmp_path):
     with pytest.raises(RunError, match=r"there is no run in .*; make one with"):
         read_folder(tmp_path)
     (tmp_path / "runs" / "empty").mkdir(parents=True)
-    with pytest.raises(RunError, match=r"none of the 1 runs in .* can be read; the first: .*no such file"):
+    with pytest.raises(RunError, match=r"no run in .* can be read; the only run: .*no such file"):
         read_folder(tmp_path)
 
 

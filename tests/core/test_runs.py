@@ -360,7 +360,7 @@ def test_latest_skips_unreadable_runs_only_on_request(results):
     assert resolve_run("latest", results, left_out).name == NAMES[0]
     assert [Path(folder).name for folder, _ in left_out] == [NAMES[2], NAMES[1]]
     (results / "runs" / NAMES[0] / "run.json").write_text("{")
-    with pytest.raises(RunError, match=r"none of the 3 runs in .* can be read"):
+    with pytest.raises(RunError, match=r"no run in .* can be read; the newest of 3 runs: "):
         resolve_run("latest", results, left_out)
 
 

@@ -82,7 +82,8 @@ def test_a_machine_without_gpu_is_complete_for_a_cpu_and_examined_without_tensor
 def test_json_has_the_same_facts():
     found = facts(CUDA_VISIBLE_DEVICES="-1")
     assert list(found) == [
-        "verdict", "device", "measured", "precision", "problems", "cautions", "notes", "presets", "software", "trained"
+        "schema_version", "command", "verdict", "device", "measured", "precision", "problems", "cautions", "notes",
+        "presets", "software", "trained",
     ]  # fmt: skip
     assert (found["device"]["kind"], found["trained"]) == ("cpu", None)
     assert answers(found)["step time"] == answers(found)["overflow"] == "yes"

@@ -182,7 +182,7 @@ def test_the_latest_run_as_baseline_does_not_stop_the_first_run(tmp_path):
     broken = tmp_path / "results" / "runs" / BEFORE
     broken.mkdir(parents=True)
     (broken / "run.json").write_text("{")
-    with pytest.raises(pytest.UsageError, match="none of the 1 runs"):
+    with pytest.raises(pytest.UsageError, match="the only run: "):
         opened(tmp_path, "latest")
 
 

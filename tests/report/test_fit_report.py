@@ -64,7 +64,7 @@ def test_csv_and_json_have_reasons_for_empty_cells(fit):
     assert rows["tf32"]["largest_batch"] == "1024"
     assert rows["mixed-bf16"]["batch_ratio"] == ""
     assert set(json.loads(rows["mixed-bf16"]["unavailable"])) == {"ran_out_at", "batch_ratio", "examples_per_s_ratio"}
-    assert [row["peak_memory_mib"] for row in json.loads(render(fit, "json"))] == [900.0, 900.0, 900.0, None]
+    assert [row["peak_memory_mib"] for row in json.loads(render(fit, "json"))["modes"]] == [900.0, 900.0, 900.0, None]
 
 
 @pytest.mark.parametrize("side", [0, 3])
@@ -80,7 +80,7 @@ def test_csv_and_json_have_reasons_for_empty_cells(fit):
 )
 def test_a_step_time_that_says_nothing_about_the_mode_gives_no_ratio_of_speeds(fit, condition, side):
     fit.tries[side] = tried(fit.tries[side].mode, fit.tries[side].batch, **condition)
-    rows = {row["mode"]: row for row in json.loads(render(fit, "json"))}
+    rows = {row["mode"]: row for row in json.loads(render(fit, "json"))["modes"]}
     assert rows["mixed-static"]["batch_ratio"] == 1.5
     assert "examples_per_s_ratio" in rows["mixed-static"]["unavailable"]
     assert (rows["tf32"]["examples_per_s_ratio"], rows["tf32"]["unavailable"]) == (1.0, None)

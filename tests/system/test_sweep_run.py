@@ -86,7 +86,7 @@ def test_terminal_and_report_name_batch_and_scale(job):
     assert "batches of 10 and 40, and over constant loss scales of 8 and 2^24" in report
     assert "## Speed-up over batch" in report and "## Static loss scales" in report
     assert 'id="throughput-1"' in (job.path / "report.html").read_text()
-    assert "[1/6] suite_workloads:fine @" in job.output
+    assert "[1/6]  suite_workloads:fine @" in job.output
 
 
 def test_benchmarks_are_named_and_grouped_by_batch(job):

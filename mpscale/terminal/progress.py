@@ -1,82 +1,44 @@
-"""Output on a terminal: text in any encoding, a line that is updated in place, and the progress of a run."""
+"""The progress of a run: a line that is updated in place, and a line for each case that has ended."""
 
 from __future__ import annotations
 
-import codecs
-import os
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from mpscale.core.blocks import FASTER, SLOWER
 from mpscale.core.case import Case
 from mpscale.core.columns import COLUMNS
 from mpscale.core.record import Record
 from mpscale.core.wire import Again, Noted, Phase, PhaseReached, Progressed, StepsDone
+from mpscale.terminal.streams import PIPE, Surface
 
 _BUSY = COLUMNS["host_other_cpu_share"]
-_ERRORS = "mpscale"
-"""Name of the error handler: without it, Python stops at a character that the terminal's encoding lacks."""
-
-_REPLACEMENTS = {"–": "-", "—": "-", "−": "-", "…": "...", "°": "deg ", "×": "x", "±": "+/-"}  # noqa: RUF001
-"""Any other character that the encoding lacks is shown as an escape such as \\xf6."""
-
-
-def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    first = error.object[error.start]
-    if first in _REPLACEMENTS:
-        return _REPLACEMENTS[first], error.start + 1
-    return codecs.backslashreplace_errors(
-        UnicodeEncodeError(error.encoding, error.object, error.start, error.start + 1, error.reason)
-    )
-
-
-codecs.register_error(_ERRORS, _replace)
-
-
-def adapt_standard_streams() -> None:
-    """Make standard output and standard error replace characters that their encoding lacks."""
-    for stream in (sys.stdout, sys.stderr):
-        # Absent if the process has no such stream, or if it was replaced by some other object.
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors=_ERRORS)
-
-
-def printable(text: str, stream: TextIO | None) -> str:
-    """Return ``text`` as ``stream`` can show it; unchanged if the encoding of the stream is unknown."""
-    encoding = getattr(stream, "encoding", None)
-    return text.encode(encoding, _ERRORS).decode(encoding) if encoding else text
-
-
-def as_typed(text: str) -> str:
-    """Return a command-line argument as the user typed it, even if Python mistook a UTF-8 terminal for ASCII."""
-    try:
-        return os.fsencode(text).decode("utf-8")
-    except UnicodeError:
-        return text
+_WIDTH = 99
+"""Longest line of a case that has ended."""
+_NAME = 20
+"""Widest column of names: a longer one pushes what follows to the right."""
 
 
 class LiveLine:
     """Permanent lines, and below them, on a terminal, one that is updated in place.
 
+    Nothing is drawn in the background, as rich would do: the session starts processes, and those must not be copies of
+    one with threads.
+
     Args:
         write: writes a piece of text, line ends included.
-        live: whether the output is a terminal. If not, only permanent lines are written.
-        columns: width of the terminal. The live line is cut there: one that wraps could not be overwritten.
+        surface: where it is written. The live line is cut to its width: one that wraps could not be overwritten.
     """
 
-    def __init__(self, write: Callable[[str], None], live: bool, columns: int = 80) -> None:
-        self._write, self.live, self._columns = write, live, columns
+    def __init__(self, write: Callable[[str], None], surface: Surface = PIPE) -> None:
+        self._write, self.surface = write, surface
         self._width = 0
 
     def update(self, text: str) -> None:
         """Replace the live line; an empty text removes it."""
-        if self.live:
-            text = text[: self._columns - 1]
+        if self.surface.live and (text or self._width):
+            text = _cut(self.surface.printable(text), (self.surface.columns or 80) - 1)
             self._write("\r" + text.ljust(self._width) + ("" if text else "\r"))
             self._width = len(text)
 
@@ -86,13 +48,20 @@ class LiveLine:
         self._write(text + "\n")
 
 
+def _cut(text: str, width: int) -> str:
+    """Return the beginning of a text. It ends with a word where it can, since half a number is another number."""
+    if len(text) <= width:
+        return text
+    whole, _, rest = text[: width + 1].rpartition(" ")
+    return (whole if whole and rest != text else text[:width]).rstrip(" ,;:")
+
+
 def _time_left(seconds: float) -> str:
     return f"about {int(seconds) // 60}:{int(seconds) % 60:02d} left" if seconds >= 1 else ""
 
 
-def _head(number: int, total: int, workload: str, mode: str, seed: int, repeat: int) -> str:
-    which = f"repeat {repeat}" if repeat else f"seed {seed}"
-    return f"[{number:>{len(str(total))}}/{total}] {workload} {mode} {which}"
+def _which(seed: int, repeat: int) -> str:
+    return f"repeat {repeat}" if repeat else f"seed {seed}"
 
 
 _WORDS = {
@@ -115,43 +84,58 @@ _WORDS = {
 """What a case is doing once it has reached a phase."""
 
 
+class _Part(NamedTuple):
+    """A part of the line of a case that has ended, with its style."""
+
+    text: str
+    style: str = ""
+    may_be_cut: bool = False
+
+
 class Progress:
     """The cases of one run: a permanent line for each that has ended, the live line for the one that is running.
-
-    Without a terminal each case has a permanent line when it starts, too.
 
     Args:
         line: where the lines go.
         clock: returns seconds; for the time left.
+        judge: returns a word on the speed of the mode of a case that has ended, and its look (``good``, ``bad`` or
+            empty), as far as the cases so far show it; empty texts if they do not.
     """
 
-    def __init__(self, line: LiveLine, clock: Callable[[], float]) -> None:
-        self._line, self._clock = line, clock
+    def __init__(
+        self,
+        line: LiveLine,
+        clock: Callable[[], float],
+        judge: Callable[[Record], tuple[str, str]] = lambda record: ("", ""),
+    ) -> None:
+        self._line, self._clock, self._judge = line, clock, judge
         self._total = self._done = 0
         self._started = 0.0
         self._doing = ""
         self._seconds: dict[str, list[float]] = defaultdict(list)
         self._remaining: Counter[str] = Counter()
+        self._widths = [0, 0, 0]
 
     def plan(self, cases: Sequence[Case]) -> None:
         """Announce cases, in addition to those announced before."""
         self._total += len(cases)
         self._remaining.update(case.place[0] for case in cases)
+        for case in cases:
+            self._widths = [
+                max(wide, min(len(text), _NAME)) for wide, text in zip(self._widths, _names(case), strict=True)
+            ]
 
     def started(self, case: Case) -> None:
         """Show that a case begins."""
         self._started = self._clock()
         self._doing = "starting"
-        if self._line.live:
-            self._update(case)
-        else:
-            self._line.add(f"{self._head(case)}: starting{self._left()}")
+        self._update(case)
 
     def event(self, case: Case, event: Progressed) -> None:
         """Show an event of a case: a phase, a number of steps, another attempt, or a note."""
         match event:
             case Again(reason):
-                self._line.add(f"{self._head(case)}: {reason}; run again")
+                self._line.add(f"{self._head(case)}  {reason}; run again")
             case Noted(text):
                 self._line.add(text)
             case PhaseReached(phase):
@@ -159,6 +143,10 @@ class Progress:
                 self._update(case)
             case StepsDone(done, total):
                 self._update(case, f" {done}/{total}")
+
+    def stopped(self) -> None:
+        """Remove the live line: the case that was running will not end."""
+        self._line.update("")
 
     def finished(self, case: Case, record: Record) -> None:
         """Show the result of a case."""
@@ -168,13 +156,34 @@ class Progress:
         self._done += 1
         self._remaining[case.place[0]] -= 1
         self._seconds[case.place[0]].append(seconds)
-        self._line.add(f"{head}: {self._result(record)} ({seconds:.1f} s{self._left()})")
+        parts = list(self._result(record))
+        if not self._line.surface.live and (left := self._left()):
+            parts.append(_Part(left, "dim"))
+        width = min(_WIDTH, (self._line.surface.columns or _WIDTH + 1) - 1)
+        self._line.add(head + "  " + self._fitting(parts, width - len(head) - 2))
+
+    def _fitting(self, parts: Iterable[_Part], width: int) -> str:
+        """Join as many parts as fit, the first ones first."""
+        shown: list[str] = []
+        for part in parts:
+            text = self._line.surface.printable(part.text)
+            if part.may_be_cut and 0 < width < len(text):
+                text = _cut(text, width)
+            if len(text) > width:
+                break
+            shown.append(self._line.surface.paint(text, part.style))
+            width -= len(text) + 2
+        return ", ".join(shown)
 
     def _update(self, case: Case, steps: str = "") -> None:
-        self._line.update(f"{self._head(case)}: {self._doing}{steps}{self._left()}")
+        left = self._left()
+        done = f"{self._done} of {self._total} done" + (f", {left}" if left else "")
+        self._line.update(f"{done}; {' '.join(_names(case))}: {self._doing}{steps}")
 
     def _head(self, case: Case) -> str:
-        return _head(self._done + 1, self._total, *case.place, case.seed, case.repeat)
+        number = f"[{self._done + 1:>{len(str(self._total))}}/{self._total}]"
+        columns = (text.ljust(wide) for text, wide in zip(_names(case), self._widths, strict=True))
+        return "  ".join([number, *columns])
 
     def _left(self) -> str:
         """The time left, estimated by workload once the first case has shown how long one takes."""
@@ -186,31 +195,39 @@ class Progress:
         for workload, cases in self._remaining.items():
             own = self._seconds.get(workload)
             left += cases * (sum(own) / len(own) if own else mean)
-        text = _time_left(left)
-        return f", {text}" if text else ""
+        return _time_left(left)
 
-    def _result(self, record: Record) -> str:
-        parts = [str(record["status"])]
-        if record["status_reason"]:
-            parts.append(str(record["status_reason"]).splitlines()[0][:160])
+    def _result(self, record: Record) -> Iterator[_Part]:
+        """Yield what a case has shown, the most important first."""
+        yield _Part(str(record["status"]), "" if record["status"] == "ok" else "red")
         if record["step_time_ms_median"] is not None:
-            parts.append(f"{record['step_time_ms_median']:.3g} ms a step")
-        if record["device_busy_share"] is not None:
-            parts.append(f"GPU busy {100 * record['device_busy_share']:.0f} % of it")
-        if record[SLOWER] is not None:
-            parts.append(f"jumping between {record[FASTER]:.3g} and {record[SLOWER]:.3g} ms")
+            yield _Part(f"{record['step_time_ms_median']:.3g} ms")
+        word, look = self._judge(record)
+        if word:
+            yield _Part(word, {"good": "green", "bad": "red"}.get(look, "dim"))
         if record["final_accuracy"] is not None:
-            parts.append(f"accuracy {100 * record['final_accuracy']:.1f} %")
+            yield _Part(f"accuracy {100 * record['final_accuracy']:.1f} %")
         elif record["metric_value"] is not None:
-            parts.append(f"{record['metric_name']} {record['metric_value']:.4g}")
+            yield _Part(f"{record['metric_name']} {record['metric_value']:.4g}")
         elif record["has_metric"] is False:
-            parts.append("no accuracy: synthetic inputs" if record["synthetic_inputs"] else "no metric")
-        if record["overflow_steps"]:
-            parts.append(f"{record['overflow_steps']} overflows")
+            yield _Part("synthetic inputs" if record["synthetic_inputs"] else "no metric", "dim")
+        if overflows := record["overflow_steps"]:
+            yield _Part(f"{overflows} overflow{'' if overflows == 1 else 's'}", "yellow")
+        elif overflows == 0:
+            yield _Part("no overflow")
+        if record["status_reason"]:
+            yield _Part(str(record["status_reason"]).splitlines()[0], may_be_cut=True)
         busy = record[_BUSY.name] or 0.0
         if busy > (_BUSY.warn_above or 1.0):
-            parts.append(f"busy machine: other processes took {100 * busy:.0f} % of its CPU time")
-        return ", ".join(parts)
+            yield _Part(f"busy machine ({100 * busy:.0f} %)", "yellow")
+        if record[SLOWER] is not None:
+            yield _Part(f"jumps between {record[FASTER]:.3g} and {record[SLOWER]:.3g} ms", "yellow")
+        if record["device_busy_share"] is not None:
+            yield _Part(f"GPU busy {100 * record['device_busy_share']:.0f} %")
+
+
+def _names(case: Case) -> tuple[str, str, str]:
+    return *case.place, _which(case.seed, case.repeat)
 
 
 class Screen:
@@ -232,8 +249,8 @@ class Screen:
     def plan(self, cases: Sequence[Mapping[str, Any]]) -> None:
         """Announce the cases, each of which every session will run."""
         for number, case in enumerate(cases, 1):
-            names = (case[name] for name in ("workload", "mode", "seed", "repeat"))
-            self._names[case["id"]] = _head(number, len(cases), *names)
+            names = f"{case['workload']} {case['mode']} {_which(case['seed'], case['repeat'])}"
+            self._names[case["id"]] = f"[{number:>{len(str(len(cases)))}}/{len(cases)}] {names}"
         self._begun = self._clock()
         self._line.add(f"{len(cases)} pair{'' if len(cases) == 1 else 's'} of cases, interleaved")
 
