@@ -13,10 +13,12 @@ from mpscale.core.record import Record, to_csv
 from mpscale.core.run_folder import write_cases
 from mpscale.core.runs import Run, RunError, read_run
 from mpscale.report.document import document, render
+from mpscale.report.gains_figure import gains
+from mpscale.report.memory_figure import memory_over_time
 from mpscale.report.page import page
-from mpscale.report.run_figures import gains, training
 from mpscale.report.sweep_figure import over_batch
 from mpscale.report.table import plural
+from mpscale.report.training_figure import training
 
 WRITTEN = ("report.html", "report.md", "summary.csv", "cases.csv")
 """Names of the files; the one to look at comes first."""
@@ -58,8 +60,13 @@ def write_reports(run: Run, cases: str | None) -> None:
     report = document(run, floors_of(run), probes_of(run))
     _write(run.path / "report.md", render(report))
     # Pictures come last: they take longest, and if they fail, everything else is written.
-    pictures = [picture for picture in (gains(run), over_batch(run), training(run)) if picture is not None]
-    _write(run.path / "report.html", page(report, pictures))
+    drawn = [
+        gains(run),
+        over_batch(run),
+        training(run),
+        memory_over_time(run),
+    ]
+    _write(run.path / "report.html", page(report, [picture for picture in drawn if picture is not None]))
 
 
 def _lost_from_the_journal(run: Run, cases: str) -> list[str]:

@@ -11,7 +11,7 @@ from support.runfolder import GPU, finished, record, write_run
 from mpscale.analysis.claim import Doubt
 from mpscale.core.runs import read_run
 from mpscale.report.document import document, findings, github_summary, render
-from mpscale.report.run_figures import gains
+from mpscale.report.gains_figure import gains
 from mpscale.report.sections import doubts_note, results
 from mpscale.report.table import Table
 

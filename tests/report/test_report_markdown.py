@@ -18,7 +18,7 @@ from mpscale.core.runs import read_run
 from mpscale.report.document import document, render
 from mpscale.report.files import WRITTEN, rebuild
 from mpscale.report.page import page
-from mpscale.report.run_figures import gains
+from mpscale.report.gains_figure import gains
 from mpscale.report.sections import results
 from mpscale.report.table import DASH, Table, escape
 

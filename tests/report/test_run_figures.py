@@ -11,7 +11,8 @@ from mpscale.analysis.claim import Doubt
 from mpscale.core.mode import MODES
 from mpscale.core.runs import read_run
 from mpscale.report.figures import looks
-from mpscale.report.run_figures import gains, training
+from mpscale.report.gains_figure import gains
+from mpscale.report.training_figure import training
 
 SVG = "{http://www.w3.org/2000/svg}"
 

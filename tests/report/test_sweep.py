@@ -12,7 +12,7 @@ from mpscale.core.case import CaseId, Variant, scale_text
 from mpscale.core.record import place_of
 from mpscale.core.runs import read_run
 from mpscale.report.document import document, findings, render
-from mpscale.report.run_figures import gains
+from mpscale.report.gains_figure import gains
 from mpscale.report.sweep import by_batch, by_scale
 from mpscale.report.sweep_figure import over_batch
 from mpscale.report.table import DASH

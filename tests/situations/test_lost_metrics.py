@@ -28,7 +28,8 @@ from mpscale.report import document as words
 from mpscale.report.document import document, render
 from mpscale.report.files import rebuild
 from mpscale.report.history import render as render_history
-from mpscale.report.run_figures import gains, training
+from mpscale.report.gains_figure import gains
+from mpscale.report.training_figure import training
 
 NAN = math.nan
 GOOD = (0.9, 0.9, 0.9, 0.9, 0.9)
