@@ -33,6 +33,9 @@ Dashes = Literal["-", "--", ":", "-."]
 TEXT, SOFT, LINE, PAPER = "#1b1f24", "#555555", "#d0d7de", "#ffffff"
 """Colours of text, of axes and remarks, of the grid, and of what is behind them."""
 
+_ROLES = {TEXT: ("text", "#e6edf3"), SOFT: ("soft", "#9aa4af"), LINE: ("line", "#3d444d"), PAPER: ("page", "#0d1117")}
+"""The custom property of a page for each of them, and its value on a dark one."""
+
 TINTS = {
     "margin": ("#dfe9f5", "#18293e"),
     "lost": ("#f4c7c3", "#4f2523"),

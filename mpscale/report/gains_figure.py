@@ -103,8 +103,8 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
         _cost("GPU energy over fp32", "Energy", rows, "gpu_energy"),
         _Column(
             "metric against fp32",
-            "Metric: right of the line is better. The shaded band is the workload's margin, ± the number above it: a bar that stays right of "
-            "the band's left end rules out a loss of the margin.",
+            "Metric: right of the line is better. The shaded band is the workload's margin, ± the number above it: a "
+            "bar that stays right of the band's left end rules out a loss of the margin.",
             [difference(row) for row in rows],
             is_ratio=False,
         ),

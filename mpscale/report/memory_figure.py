@@ -151,9 +151,7 @@ def _figure(by_workload: Mapping[str, Mapping[str, _Process]], look_of: Mapping[
     shown = {name for modes in by_workload.values() for process in modes.values() for name, _, _ in process.windows}
     numbers = {name: number for number, name in enumerate((name for name in _WINDOWS if name in shown), 1)}
     units = {workload: _unit(modes) for workload, modes in by_workload.items()}
-    groups = [
-        Group(name, f"GPU memory in {units[name][0]}", len(modes), (1.15,)) for name, modes in by_workload.items()
-    ]
+    groups = [Group(name, f"in {units[name][0]}", len(modes), (1.15,)) for name, modes in by_workload.items()]
     figure, panels = multiples(groups, foot=0.5)
     for place, ((workload, modes), axes_of) in enumerate(zip(by_workload.items(), panels, strict=True), 1):
         unit, divisor = units[workload]

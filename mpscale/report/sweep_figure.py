@@ -123,9 +123,9 @@ def _figure(panels: Sequence[_Panel], look_of: Mapping[str, Look]) -> Figure:
                 axes.set_axis_off()
                 continue
             _draw(axes, panel, panel.points[workload], look_of, number)
-            axes.set_title(
-                textwrap.fill(f"{short_name(workload)}: {panel.title}", _LINE // len(row)), loc="left", size=10
-            )
+            line = _LINE // len(row)
+            title = textwrap.fill(f"{short_name(workload, line - 2)}: {panel.title}", line)
+            axes.set_title(title, loc="left", size=10)
             axes.set_xlabel("batch")
     drawn = {mode for panel in panels for modes in panel.points.values() for mode in modes}
     shown = {mode: look for mode, look in look_of.items() if mode in drawn}
@@ -151,17 +151,19 @@ def _draw(
         axes.set_ylim(0.0, 1.15 * max(point.value for point in drawn) or 1.0)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
-    for mode, points in modes.items():
-        look = look_of[mode]
+    # Points of a batch are shifted sideways, or their intervals would hide each other.
+    gap = min(0.09, 0.5 / len(modes)) if any(point.low is not None for point in drawn) else 0.0
+    for which, (mode, points) in enumerate(modes.items()):
+        look, shift = look_of[mode], 2.0 ** (gap * (which - (len(modes) - 1) / 2))
         axes.plot(
-            [point.batch for point in points], [point.value for point in points], color=look.colour, linewidth=1.3,
-            gid=f"{panel.name}-{number}",
+            [point.batch * shift for point in points], [point.value for point in points], color=look.colour,
+            linewidth=1.3, gid=f"{panel.name}-{number}",
         )  # fmt: skip
         for point in points:
             if point.low is not None and point.high is not None:
-                _bar(axes, point.batch, (point.low, point.high), look)
+                _bar(axes, point.batch * shift, (point.low, point.high), look)
             axes.plot(
-                [point.batch], [point.value], color=look.colour, marker=look.marker, markersize=5,
+                [point.batch * shift], [point.value], color=look.colour, marker=look.marker, markersize=5,
                 markerfacecolor=look.colour if point.claimed else "white",
             )  # fmt: skip
     batches = sorted({point.batch for point in drawn})
@@ -173,7 +175,7 @@ def _draw(
     axes.tick_params(labelsize=SMALL)
 
 
-def _bar(axes: Axes, batch: int, ends: tuple[float, float], look: Look) -> None:
+def _bar(axes: Axes, batch: float, ends: tuple[float, float], look: Look) -> None:
     """Draw an interval; an end beyond the axis is an arrow head."""
     low, high = axes.get_ylim()
     shown = [max(ends[0], low), min(ends[1], high)]

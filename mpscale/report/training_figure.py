@@ -46,6 +46,9 @@ _TICKS = 120
 _FLATTENED = 4.0
 """How many times the typical mode's difference an axis shows: a lost training must not flatten the others."""
 
+_KEPT = 0.1
+"""Differences of up to this share of what training takes off fp32's loss are always within the axis."""
+
 _OF_THE_FALL = 0.02
 """The least that an axis of differences shows, as a share of what training takes off fp32's loss."""
 
@@ -271,8 +274,10 @@ def _reach(workload: _Workload) -> float:
     """Return how far from 0 the differences of a workload are drawn; infinite for a loss itself."""
     if not workload.is_difference:
         return math.inf
-    each = [line.reach() for line in workload.lines.values()]
-    return max(min(max(each), _FLATTENED * statistics.median_low(each)), _OF_THE_FALL * workload.fall) or 1.0
+    each = [reach for line in workload.lines.values() if (reach := line.reach())]
+    if not each:
+        return 1.0
+    return min(max(each), max(_FLATTENED * statistics.median(each), _KEPT * workload.fall))
 
 
 def _figure(workloads: Sequence[_Workload], look_of: Mapping[str, Look]) -> Figure:
@@ -310,7 +315,9 @@ def _figure(workloads: Sequence[_Workload], look_of: Mapping[str, Look]) -> Figu
 def _step_ticks(axes: Axes, pixels: float) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=max(2, int(pixels // 50)), integer=True))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(nbins=min(10, max(2, int(pixels // 50))), steps=[1, 2, 5, 10], integer=True)
+    )
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 

@@ -17,8 +17,8 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.runs import read_run
 from mpscale.report.document import document, render
 from mpscale.report.files import WRITTEN, rebuild
-from mpscale.report.page import page
 from mpscale.report.gains_figure import gains
+from mpscale.report.page import page
 from mpscale.report.sections import results
 from mpscale.report.table import DASH, Table, escape
 
