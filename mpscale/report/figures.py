@@ -230,7 +230,7 @@ def _svg(figure: Figure, title: str) -> str:
 
 
 def _colours(svg: str) -> str:
-    """Return a ``<style>`` that replaces the colours of ``svg`` where the reader prefers dark."""
+    """Return a ``<style>`` that replaces the colours of ``svg`` on a screen whose reader prefers dark."""
     roles = {
         TEXT: ("text", "#e6edf3"),
         SOFT: ("soft", "#9aa4af"),
@@ -250,4 +250,4 @@ def _colours(svg: str) -> str:
     # matplotlib leaves out a fill that is black.
     rules.append(f".{_CLASS} {{ fill: {MODES['fp32'].on_dark} }}")
     text = f".{_CLASS} text {{ font-family: system-ui, sans-serif !important }}"
-    return f"<style>{text} @media (prefers-color-scheme: dark) {{ {' '.join(rules)} }}</style>"
+    return f"<style>{text} @media screen and (prefers-color-scheme: dark) {{ {' '.join(rules)} }}</style>"

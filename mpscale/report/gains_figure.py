@@ -228,7 +228,7 @@ def _figure(rows: Sequence[Row], columns: Sequence[_Column]) -> Figure:
     limits = [ratio_limits(known for known in column.known if known is not None) for column in columns]
     top = height - head
     for block, (workload, members) in enumerate(blocks, 1):
-        tall = _LINE * (len(members) + 1)
+        tall, below = _LINE * (len(members) + 1), len(members) / (len(members) + 1)
         for number, (column, ends) in enumerate(zip(columns, limits, strict=True), 1):
             x = left + (number - 1) * (wide + _GAP)
             axes = figure.add_axes((x / WIDTH, (top - tall) / height, wide / WIDTH, tall / height))
@@ -249,11 +249,11 @@ def _figure(rows: Sequence[Row], columns: Sequence[_Column]) -> Figure:
                 continue
             if column.is_ratio:
                 ratio_axis(axes, "x", ends, most=int(wide * DPI // 42))
-                neutral_line(axes, 1.0, f"neutral-{number}-{block}")
+                neutral_line(axes, 1.0, f"neutral-{number}-{block}", until=below)
             else:
                 first = next(rows[place] for place, known in zip(members, shown, strict=True) if known is not None)
                 _metric_axis(figure, axes, some, first, wide * DPI, block)
-                neutral_line(axes, 0.0, f"neutral-{number}-{block}")
+                neutral_line(axes, 0.0, f"neutral-{number}-{block}", until=below)
             for line, (place, known) in enumerate(zip(members, shown, strict=True), 1):
                 if known is not None:
                     text = signed(known.value)

@@ -157,7 +157,7 @@ def _figure(by_workload: Mapping[str, Mapping[str, _Process]], look_of: Mapping[
         unit, divisor = units[workload]
         top = 1.22 * max(process.peak for process in modes.values()) / divisor
         for which, ((mode, process), (axes,)) in enumerate(zip(modes.items(), axes_of, strict=True), 1):
-            panel_title(figure, axes, mode, f"peak {process.peak / divisor:,.4g} {unit}")
+            panel_title(figure, axes, mode, f"peak {process.peak / divisor:,.{2 if unit == 'GiB' else 0}f} {unit}")
             axes.plot(
                 process.times, [value / divisor for value in process.mib], color=look_of[mode].colour, linewidth=1.4,
                 drawstyle="steps-post", gid=f"gpu-memory-{place}-{which}",

@@ -155,10 +155,10 @@ def draw_known(axes: Axes, known: Known, place: float, look: Look, gid: str, tex
     )  # fmt: skip
 
 
-def neutral_line(axes: Axes, place: float, gid: str, across: Literal["x", "y"] = "x") -> None:
-    """Draw the line of no difference."""
+def neutral_line(axes: Axes, place: float, gid: str, across: Literal["x", "y"] = "x", until: float = 1.0) -> None:
+    """Draw the line of no difference, over a share of the panel that leaves room for a remark."""
     line = axes.axvline if across == "x" else axes.axhline
-    line(place, color=SOFT, linewidth=0.9, zorder=1, gid=gid)
+    line(place, 0.0, until, color=SOFT, linewidth=0.9, zorder=1, gid=gid)
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def _draw(
     row = members[0].row
     around = margin(row)
     low, high = metric_limits([point.metric for point in members], around)
-    ratio_axis(axes, "x", ends, most=max(2, int(pixels // 32)))
+    ratio_axis(axes, "x", ends, most=max(3, int(pixels // 32)))
     better_is_up = row["metric_higher_is_better"]
     axes.set_ylim(*((low, high) if better_is_up else (high, low)))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))

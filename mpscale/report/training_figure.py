@@ -154,6 +154,7 @@ def training(run: Run) -> Picture | None:
     captions = {
         "Loss minus that of fp32 with the same seed: mean over seeds and neighbouring steps; below 0, the loss is "
         "lower than fp32's.": any(workload.is_difference for workload in workloads),
+        "Loss: mean over seeds and neighbouring steps.": not any(workload.is_difference for workload in workloads),
         "The area reaches from the lowest to the highest seed.": any((line.low < line.high).any() for line in lines),
         f"Drawn: the first {_SEEDS} seeds of each mode.": limited,
         f"A star is the last finite loss of a seed ({stars} of them); from there on the line is the mean of the "

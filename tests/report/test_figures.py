@@ -87,6 +87,20 @@ def test_a_browser_draws_lines_markers_and_hollow_points_in_the_colours_of_the_s
     assert (int(WHITE[1:], 16) in seen) == (scheme == "light")
 
 
+def test_it_is_printed_in_the_colours_of_paper(browser, tmp_path):
+    with house_style("x"):
+        svg = as_text(drawn(), "x")
+    (tmp_path / "page.html").write_text(svg, encoding="utf-8")
+    browser.get((tmp_path / "page.html").as_uri())
+    shown = {}
+    for media in ("print", "screen"):
+        dark = {"name": "prefers-color-scheme", "value": "dark"}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [dark]})
+        shown[media] = browser.execute_script("return getComputedStyle(document.querySelector('svg text')).fill")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert shown == {"print": "rgb(27, 31, 36)", "screen": "rgb(230, 237, 243)"}
+
+
 @pytest.mark.parametrize(
     ("low", "high", "most", "ticks"),
     [

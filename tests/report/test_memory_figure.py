@@ -68,7 +68,7 @@ def test_much_memory_is_in_gib(tmp_path):
     assert "in GiB" not in found  # 1,100 MiB are not much
     rows = [Sample(0.0, "idle", process_memory_mib=0.0), Sample(1.0, process_memory_mib=3072.0)]
     found = texts(root_of(memory_over_time(run_with(tmp_path / "much", {("fp32", 0, 1): rows}))))
-    assert {"in GiB", "peak 3 GiB"} <= set(found)
+    assert {"in GiB", "peak 3.00 GiB"} <= set(found)
 
 
 @pytest.mark.parametrize("text", [b"no samples\n", b'{"time_s": 1.0, "phase": ["x"]}\n{"time_s": "x"}\n'])
