@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -83,8 +83,14 @@ def _octaves(ratio: float) -> float:
     return math.log2(min(max(ratio, 2.0**-300), 2.0**300))
 
 
-def ratio_axis(axes: Axes, across: Literal["x", "y"], ends: tuple[float, float], most: int) -> None:
-    """Make an axis one of ratios between two ends, with at most ``most`` ticks."""
+def ratio_axis(
+    axes: Axes,
+    across: Literal["x", "y"],
+    ends: tuple[float, float],
+    most: int,
+    text: Callable[[float], str] = ratio_text,
+) -> None:
+    """Make an axis one of ratios between two ends, with at most ``most`` ticks, written with ``text``."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     # matplotlib's own numbers of a logarithmic axis are formulas, which browsers cannot draw.
@@ -97,7 +103,7 @@ def ratio_axis(axes: Axes, across: Literal["x", "y"], ends: tuple[float, float],
         axes.set_ylim(*ends)
     axis.set_minor_locator(NullLocator())
     axis.set_major_locator(FixedLocator(ratio_ticks(*ends, most)))
-    axis.set_major_formatter(lambda value, _: ratio_text(value))
+    axis.set_major_formatter(lambda value, _: text(value))
 
 
 def power_ticks(low: float, high: float, most: int) -> list[float]:

@@ -41,7 +41,7 @@ def picture(probe: Probe) -> Picture | None:
         "infinite."
     )
     if scale != 1.0:
-        caption += f" A loss scale moves all of them: {loss_scale(scale)} is 2**{power_of_two(scale)}."
+        caption += f" A loss scale moves all of them: {loss_scale(scale)} is 2^{power_of_two(scale)}."
     if any(min(found) < least for found in counts.values()):
         caption += " The first bar also has what is smaller."
     return Picture("Gradients by power of two", caption, svg)
@@ -70,6 +70,7 @@ def _figure(probe: Probe, counts: Mapping[Of, Mapping[int, int]], scale: float) 
             # A bar covers the numbers of its power of two, from 2**n to below 2**(n + 1).
             places = [power + shift + 0.5 for power in shown]
             bars = axes.bar(places, list(shown.values()), width=0.86, color=colour)
+            axes.margins(y=0.16)  # room for the names of the ranges
             for bar in bars:
                 bar.set_gid(f"bars-{of}-{number}")
             fate = probe.all(of).in_float16(2.0**shift)

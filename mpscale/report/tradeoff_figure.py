@@ -27,7 +27,7 @@ from mpscale.report.figures import (
     text_width,
 )
 from mpscale.report.gains_figure import baseline_name, difference, margin, metric_limits, speed, unit_of
-from mpscale.report.panels import SMALL, Known, neutral_line, ratio_axis, ratio_limits, signed
+from mpscale.report.panels import SMALL, Known, neutral_line, ratio_axis, ratio_limits, ratio_text, signed
 from mpscale.report.table import plural
 
 if TYPE_CHECKING:
@@ -204,7 +204,8 @@ def _draw(
     row = members[0].row
     around = margin(row)
     low, high = metric_limits([point.metric for point in members], around)
-    ratio_axis(axes, "x", ends, most=max(3, int(pixels // 32)))
+    # Numbers alone are short enough for a narrow panel; what they are is below the panels.
+    ratio_axis(axes, "x", ends, max(3, int(pixels // 30)), lambda ratio: ratio_text(ratio).removesuffix("x"))
     better_is_up = row["metric_higher_is_better"]
     axes.set_ylim(*((low, high) if better_is_up else (high, low)))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
