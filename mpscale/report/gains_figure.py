@@ -30,6 +30,7 @@ from mpscale.report.figures import (
 from mpscale.report.panels import (
     SMALL,
     Known,
+    difference_axis,
     draw_known,
     neutral_line,
     ratio_axis,
@@ -279,13 +280,10 @@ def _label(row: Row) -> str:
 
 def _metric_axis(figure: Figure, axes: Axes, known: Sequence[Known], row: Row, pixels: float, block: int) -> None:
     """Make an axis of differences, on which better is right, with the margin as a band."""
-    from matplotlib.ticker import MaxNLocator
-
     around = margin(row)
     low, high = metric_limits(known, around)
     axes.set_xlim(*((low, high) if row["metric_higher_is_better"] else (high, low)))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=max(2, int(pixels // 55)), steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(lambda value, _: signed(round(value, 10)))
+    difference_axis(axes, "x", max(2, int(pixels // 55)))
     if around:
         axes.axvspan(-around, around, color=TINTS["margin"][0], linewidth=0, zorder=0, gid=f"margin-{block}")
     words = f" ±{around:.3g}" if around else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def _read(run: Run, record: Record) -> _Process | None:
     known = [
         (row.time_s, float(value))
         for row in samples.rows
-        if (value := getattr(row, name)) is not None and row.time_s >= start
+        if (value := getattr(row, name)) is not None and math.isfinite(value) and start <= row.time_s < math.inf
     ]
     if not any(value > 0 for _, value in known):
         return None

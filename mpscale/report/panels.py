@@ -106,6 +106,16 @@ def ratio_axis(
     axis.set_major_formatter(lambda value, _: text(value))
 
 
+def difference_axis(axes: Axes, across: Literal["x", "y"], most: int) -> None:
+    """Give an axis of differences, whose limits are set, about ``most`` ticks with a sign."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis, (low, high) = (axes.xaxis, axes.get_xlim()) if across == "x" else (axes.yaxis, axes.get_ylim())
+    nothing = 1e-9 * max(abs(low), abs(high))  # a tick at 0 may be off by rounding
+    axis.set_major_locator(MaxNLocator(nbins=most, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(lambda value, _: "0" if abs(value) < nothing else signed(float(value)))
+
+
 def power_ticks(low: float, high: float, most: int) -> list[float]:
     """Return at most ``most`` powers of two between two positive numbers, evenly spaced."""
     first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))

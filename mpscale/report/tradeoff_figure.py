@@ -27,7 +27,16 @@ from mpscale.report.figures import (
     text_width,
 )
 from mpscale.report.gains_figure import baseline_name, difference, margin, metric_limits, speed, unit_of
-from mpscale.report.panels import SMALL, Known, neutral_line, ratio_axis, ratio_limits, ratio_text, signed
+from mpscale.report.panels import (
+    SMALL,
+    Known,
+    difference_axis,
+    neutral_line,
+    ratio_axis,
+    ratio_limits,
+    ratio_text,
+    signed,
+)
 from mpscale.report.table import plural
 
 if TYPE_CHECKING:
@@ -199,7 +208,6 @@ def _draw(
     pixels: float,
     number: int,
 ) -> None:
-    from matplotlib.ticker import MaxNLocator
 
     row = members[0].row
     around = margin(row)
@@ -208,8 +216,7 @@ def _draw(
     ratio_axis(axes, "x", ends, max(3, int(pixels // 30)), lambda ratio: ratio_text(ratio).removesuffix("x"))
     better_is_up = row["metric_higher_is_better"]
     axes.set_ylim(*((low, high) if better_is_up else (high, low)))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(lambda value, _: signed(round(value, 10)))
+    difference_axis(axes, "y", 4)
     axes.tick_params(labelsize=7.5, length=2, pad=1.5)
     axes.grid(visible=False)
     if around:

@@ -19,6 +19,7 @@ from mpscale.report.figures import SOFT, Look, Picture, as_text, house_style, lo
 from mpscale.report.panels import (
     SMALL,
     Group,
+    difference_axis,
     multiples,
     neutral_line,
     panel_title,
@@ -359,8 +360,7 @@ def _draw_losses(
     if workload.is_difference:
         neutral_line(axes, 0.0, f"same-{gid}", "y")
         axes.set_ylim(low, high)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(lambda value, _: signed(round(value, 12)))
+        difference_axis(axes, "y", 4)
         _point_beyond(axes, line, look)
     elif positive and positive > 0 and high > 20 * positive:
         axes.set_yscale("log")

@@ -7,6 +7,7 @@ import re
 
 import pytest
 from support.browser import emulate
+from support.runfolder import GPU, record
 from support.svg import contrast, pair, run_of
 
 from mpscale.core.mode import MODES
@@ -14,6 +15,8 @@ from mpscale.report.figures import TINTS, as_text, empty_figure, fitting, house_
 from mpscale.report.gains_figure import gains
 from mpscale.report.page import shell
 from mpscale.report.panels import Known, power_ticks, ratio_limits, ratio_text, ratio_ticks, scale_label
+from mpscale.report.tradeoff_figure import tradeoff
+from mpscale.report.training_figure import training
 
 GROUND = r'id="patch_1">\s*<path [^>]*fill: #ffffff'
 WHITE, DARK = "#ffffff", "#0d1117"
@@ -85,6 +88,39 @@ def test_a_browser_draws_lines_markers_and_hollow_points_in_the_colours_of_the_s
         }
         assert shown == {"light": scheme == "light", "dark": scheme == "dark"}
     assert (int(WHITE[1:], 16) in seen) == (scheme == "light")
+
+
+def test_no_text_touches_another_with_long_names_and_eight_modes(browser, tmp_path):
+    metric = {"metric_name": "accuracy", "metric_higher_is_better": True, "metric_margin": 0.01}
+    records = [
+        record(mode, seed, workload=name, step_time_ms_median=8.0 / (1 + place / 5), gpu_memory_nvml_peak_mib=1e3,
+               gpu_energy_j_per_step=1.0, metric_value=0.9 + place / 2000, **metric)
+        for name in ("somebody.package:" + "a_long_name_" * 5, "toy", "c", "d", "e")
+        for place, mode in enumerate([*MODES][:8])
+        for seed in (0, 1)
+    ]  # fmt: skip
+    lost = {"step_time_ms_median": 90.0, "metric_value": 0.1, **metric}
+    records += [record("article", seed, workload="toy", **lost) for seed in (0, 1)]
+    steps = {
+        one["case_id"]: [(1.0 + one["seed"], 2.0 ** (number // 4), 0) for number in range(60)]
+        for one in records
+        if len(one["workload"]) == 3
+    }
+    run = run_of(tmp_path, *records, steps=steps, device=GPU)
+    page = "".join(f"<figure>{draw(run).svg}</figure>" for draw in (gains, training, tradeoff))
+    (tmp_path / "page.html").write_text(shell("x", page), encoding="utf-8")
+    emulate(browser, 1280)
+    browser.get((tmp_path / "page.html").as_uri())
+    boxes = browser.execute_script(
+        """return [...document.querySelectorAll('svg')].map(svg => [...svg.querySelectorAll('text')].map(text => {
+            const box = text.getBoundingClientRect();
+            return [text.textContent, box.left + 1, box.right - 1, box.top + 1.5, box.bottom - 1.5]; }))"""
+    )
+    assert [len(texts) > 20 for texts in boxes] == [True] * 3
+    for texts in boxes:
+        for place, (text, left, right, top, bottom) in enumerate(texts):
+            for other, *box in texts[:place]:
+                assert not (left < box[1] and box[0] < right and top < box[3] and box[2] < bottom), (text, other)
 
 
 def test_it_is_printed_in_the_colours_of_paper(browser, tmp_path):

@@ -71,14 +71,22 @@ def test_much_memory_is_in_gib(tmp_path):
     assert {"in GiB", "peak 3.00 GiB"} <= set(found)
 
 
-@pytest.mark.parametrize("text", [b"no samples\n", b'{"time_s": 1.0, "phase": ["x"]}\n{"time_s": "x"}\n'])
+@pytest.mark.parametrize("text", [b"no samples\n", b'{"time_s": "x"}\n'])
 def test_a_broken_file_is_counted_and_costs_only_its_line(tmp_path, text):
     picture = memory_over_time(run_with(tmp_path, {("fp32", 0, 1): samples(), ("tf32", 0, 1): text}))
     assert picture.caption.endswith("Not drawn: 1 process whose samples cannot be read.")
     assert not groups(root_of(picture), "gpu-memory-1-2")
 
 
-@pytest.mark.parametrize("rows", [[], [Sample(0.0, "idle", device_memory_mib=0.0)], [Sample(0.0, power_w=1.0)]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [Sample(0.0, "idle", device_memory_mib=0.0)],
+        [Sample(0.0, power_w=1.0)],
+        [Sample(0.0, device_memory_mib=float("nan")), Sample(float("inf"), device_memory_mib=1.0)],
+    ],
+)
 def test_without_memory_in_the_samples_there_is_no_picture(tmp_path, rows):
     assert memory_over_time(run_with(tmp_path, {("fp32", 0, 1): rows})) is None
 
