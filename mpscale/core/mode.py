@@ -46,6 +46,7 @@ class Mode:
         name: what the user types and every table shows.
         summary: one line for ``mpscale workloads`` and the reports.
         colour: of its line in every picture, as ``#RRGGBB``; its contrast with white is at least 3.
+        on_dark: the same on a dark page, ``#0d1117``; its contrast with that is at least 3.
         marker: of its points in every picture, as matplotlib names it.
         policy: the Keras dtype policy under which the model is built.
         scaling: how the loss is scaled; None trains with the bare optimizer.
@@ -63,6 +64,7 @@ class Mode:
     name: str
     summary: str
     colour: str
+    on_dark: str
     marker: str
     policy: Literal["float32", "mixed_float16", "mixed_bfloat16"]
     scaling: Scaling | None = None
@@ -161,6 +163,7 @@ _ALL = (
     Mode(
         name="fp32",
         colour="#000000",
+        on_dark="#e6edf3",
         marker="o",
         policy="float32",
         tf32=False,
@@ -169,6 +172,7 @@ _ALL = (
     Mode(
         name="tf32",
         colour="#661100",
+        on_dark="#c98d6f",
         marker="s",
         policy="float32",
         summary="float32 with TF32 products, TensorFlow's default on Ampere and newer",
@@ -176,6 +180,7 @@ _ALL = (
     Mode(
         name="mixed-static",
         colour="#D55E00",
+        on_dark="#ff8a3d",
         marker="D",
         policy="mixed_float16",
         scaling=Scaling("static", setting="static_scale", argument="scale"),
@@ -185,6 +190,7 @@ _ALL = (
     Mode(
         name="mixed-dynamic",
         colour="#0072B2",
+        on_dark="#56b4e9",
         marker="^",
         policy="mixed_float16",
         scaling=_DYNAMIC,
@@ -193,6 +199,7 @@ _ALL = (
     Mode(
         name="mixed-bf16",
         colour="#009E73",
+        on_dark="#2fcf9f",
         marker="v",
         policy="mixed_bfloat16",
         summary="bfloat16, which has float32's range and needs no loss scale",
@@ -200,6 +207,7 @@ _ALL = (
     Mode(
         name="mixed-fp8",
         colour="#999933",
+        on_dark="#d9d76b",
         marker="X",
         policy="mixed_bfloat16",
         float8=True,
@@ -209,6 +217,7 @@ _ALL = (
     Mode(
         name="mixed-unscaled",
         colour="#CC79A7",
+        on_dark="#f3a8d0",
         marker="P",
         policy="mixed_float16",
         on_trial=True,
@@ -218,6 +227,7 @@ _ALL = (
     Mode(
         name="mixed-logmax",
         colour="#785EF0",
+        on_dark="#a797ff",
         marker="h",
         policy="mixed_float16",
         scaling=Scaling("logmax"),
@@ -227,6 +237,7 @@ _ALL = (
     Mode(
         name="mixed-keras",
         colour="#882255",
+        on_dark="#e5709f",
         marker="<",
         policy="mixed_float16",
         scaling=Scaling("keras", setting="dynamic_scale", takes=("initial", "growth_interval")),
@@ -236,6 +247,7 @@ _ALL = (
     Mode(
         name="graph-rewrite",
         colour="#117733",
+        on_dark="#62c073",
         marker=">",
         policy="float32",
         scaling=_DYNAMIC,
@@ -245,6 +257,7 @@ _ALL = (
     Mode(
         name="article",
         colour="#4B0092",
+        on_dark="#c78dff",
         marker="p",
         policy="mixed_float16",
         scaling=Scaling("article", checks_gradients=False),

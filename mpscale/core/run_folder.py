@@ -28,6 +28,11 @@ def steps_path(folder: Path, case_id: str) -> Path:
     return folder / "steps" / f"{_file_name(case_id)}.csv.gz"
 
 
+def gpu_path(folder: Path, case_id: str, attempt: int) -> Path:
+    """Where the samples of the GPU during an attempt of a case are."""
+    return folder / "gpu" / f"{_file_name(case_id)}--a{attempt}.jsonl.gz"
+
+
 def write_cases(folder: Path, content: str) -> None:
     """Write cases.csv, whole or not at all.
 
@@ -99,7 +104,7 @@ class Journal:
 
     def gpu_path(self, case: Case, attempt: int) -> Path:
         """Where the samples of the GPU go, one file per attempt."""
-        return self.path / "gpu" / f"{_file_name(case.id)}--a{attempt}.jsonl.gz"
+        return gpu_path(self.path, case.id, attempt)
 
     def add_environment(self, facts: Mapping[str, Any]) -> None:
         """Add to the environment what only a worker can find out."""

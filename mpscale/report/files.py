@@ -13,10 +13,12 @@ from mpscale.core.record import Record, to_csv
 from mpscale.core.run_folder import write_cases
 from mpscale.core.runs import Run, RunError, read_run
 from mpscale.report.document import Document, document, render
+from mpscale.report.gains_figure import gains
+from mpscale.report.memory_figure import memory_over_time
 from mpscale.report.page import page
-from mpscale.report.run_figures import gains, training
 from mpscale.report.sweep_figure import over_batch
 from mpscale.report.table import plural
+from mpscale.report.training_figure import training
 
 WRITTEN = ("report.html", "report.md", "summary.csv", "cases.csv")
 """Names of the files; the one to look at comes first."""
@@ -67,8 +69,8 @@ def report_page(run: Run) -> str:
 
 
 def _page(run: Run, report: Document) -> str:
-    pictures = [picture for picture in (gains(run), over_batch(run), training(run)) if picture is not None]
-    return page(report, pictures)
+    drawn = (gains(run), over_batch(run), training(run), memory_over_time(run))
+    return page(report, [picture for picture in drawn if picture is not None])
 
 
 def _lost_from_the_journal(run: Run, cases: str) -> list[str]:

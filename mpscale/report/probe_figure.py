@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mpscale.analysis.probe import ALL, Probe
 from mpscale.core.magnitudes import Of, power_of_two
 from mpscale.core.mode import MODES
-from mpscale.report.figures import Picture, as_text, empty_figure, house_style
+from mpscale.report.figures import SOFT, TINTS, Picture, as_text, empty_figure, house_style
 from mpscale.report.probe_tables import percent, shown_scale
 from mpscale.report.table import loss_scale
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LOST, _ROUGH = "#f4c7c3", "#fbe9b7"
 _ZERO, _NORMAL, _INFINITE = -25, -14, 16
 """Powers of two at which float16 begins to hold numbers, holds them with all bits, and overflows."""
 _WIDEST = 48
@@ -34,7 +33,7 @@ def picture(probe: Probe) -> Picture | None:
     if scale is None or not counts:
         return None
     with house_style("probe"):
-        svg = as_text(_figure(probe, counts, scale))
+        svg = as_text(_figure(probe, counts, scale), "Gradients by power of two, over what float16 can hold")
     least, _ = _ends(counts)
     caption = (
         "Shares of the gradients that are not zero, by power of two. In float16, those in the red range on the left "
@@ -42,7 +41,7 @@ def picture(probe: Probe) -> Picture | None:
         "infinite."
     )
     if scale != 1.0:
-        caption += f" A loss scale moves all of them: {loss_scale(scale)} is 2**{power_of_two(scale)}."
+        caption += f" A loss scale moves all of them: {loss_scale(scale)} is 2^{power_of_two(scale)}."
     if any(min(found) < least for found in counts.values()):
         caption += " The first bar also has what is smaller."
     return Picture("Gradients by power of two", caption, svg)
@@ -71,6 +70,7 @@ def _figure(probe: Probe, counts: Mapping[Of, Mapping[int, int]], scale: float) 
             # A bar covers the numbers of its power of two, from 2**n to below 2**(n + 1).
             places = [power + shift + 0.5 for power in shown]
             bars = axes.bar(places, list(shown.values()), width=0.86, color=colour)
+            axes.margins(y=0.16)  # room for the names of the ranges
             for bar in bars:
                 bar.set_gid(f"bars-{of}-{number}")
             fate = probe.all(of).in_float16(2.0**shift)
@@ -79,8 +79,9 @@ def _figure(probe: Probe, counts: Mapping[Of, Mapping[int, int]], scale: float) 
             axes.set_title(f"{of}, {what}: {lost} vanish", loc="left", size=10)
     for axes in grid[-1]:
         axes.set_xlim(*limits)
-        axes.set_xlabel("magnitude of the gradient, as a power of two")
+        axes.set_xlabel("magnitude of the gradient")
         axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_formatter(lambda power, _: f"2^{power:.0f}")
     for axes in grid[:, 0]:
         axes.set_ylabel("% of the gradients")
     return figure
@@ -88,14 +89,12 @@ def _figure(probe: Probe, counts: Mapping[Of, Mapping[int, int]], scale: float) 
 
 def _ranges(axes: Axes, limits: tuple[float, float]) -> None:
     """Shade what float16 loses."""
-    axes.axvspan(limits[0], _ZERO, color=_LOST, linewidth=0, zorder=0)
-    axes.axvspan(_ZERO, _NORMAL, color=_ROUGH, linewidth=0, zorder=0)
-    axes.axvspan(_INFINITE, limits[1], color=_LOST, linewidth=0, zorder=0)
+    axes.axvspan(limits[0], _ZERO, color=TINTS["lost"][0], linewidth=0, zorder=0)
+    axes.axvspan(_ZERO, _NORMAL, color=TINTS["rough"][0], linewidth=0, zorder=0)
+    axes.axvspan(_INFINITE, limits[1], color=TINTS["lost"][0], linewidth=0, zorder=0)
     for place, text in (
         ((limits[0] + _ZERO) / 2, "zero"),
         ((_ZERO + _NORMAL) / 2, "subnormal"),
         ((_INFINITE + limits[1]) / 2, "inf"),
     ):
-        axes.text(
-            place, 0.97, text, transform=axes.get_xaxis_transform(), ha="center", va="top", color="#555555", size=8
-        )
+        axes.text(place, 0.97, text, transform=axes.get_xaxis_transform(), ha="center", va="top", color=SOFT, size=8)

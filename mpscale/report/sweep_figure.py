@@ -12,6 +12,8 @@ from mpscale.analysis.summary import Row
 from mpscale.core.record import place_of
 from mpscale.core.runs import Run
 from mpscale.report.figures import Look, Picture, as_text, empty_figure, house_style, legend_columns, looks, short_name
+from mpscale.report.gains_figure import baseline_name
+from mpscale.report.panels import SMALL, Known, neutral_line, ratio_axis, ratio_limits
 from mpscale.report.sweep import of_batches, throughput
 from mpscale.report.table import count
 
@@ -42,13 +44,13 @@ class _Panel:
         name: of its lines in the SVG.
         title: with the unit.
         points: by workload, then by mode, with rising batch.
-        neutral: the value of no difference, which gets a line; None if there is none.
+        is_ratio: whether 1 is no difference.
     """
 
     name: str
     title: str
     points: Mapping[str, Mapping[str, Sequence[_Point]]]
-    neutral: float | None = None
+    is_ratio: bool = False
 
 
 def over_batch(run: Run) -> Picture | None:
@@ -62,13 +64,12 @@ def over_batch(run: Run) -> Picture | None:
         return None
     look_of = looks({place_of(row)[1]: row["mode"] for row in rows})
     with house_style("sweep"):
-        svg = as_text(_figure(panels, look_of))
+        svg = as_text(_figure(panels, look_of), f"Over the batch: {', '.join(panel.title for panel in panels)}")
     return Picture("Speed-up over batch", " ".join(_captions(panels)), svg)
 
 
 def _panels(run: Run, rows: Sequence[Row]) -> Iterator[_Panel]:
-    baselines = {row["headline_baseline"] for row in rows}
-    over = baselines.pop() if len(baselines) == 1 else "the default"
+    over = baseline_name(rows)
     rates = throughput(run)
 
     def points(of: Mapping[int, _Point | None]) -> dict[str, dict[str, list[_Point]]]:
@@ -81,7 +82,7 @@ def _panels(run: Run, rows: Sequence[Row]) -> Iterator[_Panel]:
     def plain(row: Row, value: float | None) -> _Point | None:
         return None if value is None else _Point(row["swept_batch"], value)
 
-    yield _Panel("speedup", f"speed-up over {over}", points({id(row): _speedup(row) for row in rows}), 1.0)
+    yield _Panel("speedup", f"speed-up over {over}", points({id(row): _speedup(row) for row in rows}), True)
     yield _Panel(
         "throughput", "examples per second", points({id(row): plain(row, rates.get(place_of(row))) for row in rows})
     )
@@ -104,7 +105,7 @@ def _captions(panels: Sequence[_Panel]) -> Iterator[str]:
     if any(panel.name == "speedup" for panel in panels):
         yield "Speed-up: above the line is faster than the baseline of the same batch."
     if any(point.low is not None for point in drawn):
-        yield "Bars are 95 % intervals; wide ones are cut off."
+        yield "Bars are 95 % intervals. An arrow: it goes on."
     if any(not point.claimed for point in drawn):
         yield "Hollow: in parentheses in the table, and so no claim about the mode."
     yield "A mode has no point at a batch at which it did not end well."
@@ -122,9 +123,9 @@ def _figure(panels: Sequence[_Panel], look_of: Mapping[str, Look]) -> Figure:
                 axes.set_axis_off()
                 continue
             _draw(axes, panel, panel.points[workload], look_of, number)
-            axes.set_title(
-                textwrap.fill(f"{short_name(workload)}: {panel.title}", _LINE // len(row)), loc="left", size=10
-            )
+            line = _LINE // len(row)
+            title = textwrap.fill(f"{short_name(workload, line - 2)}: {panel.title}", line)
+            axes.set_title(title, loc="left", size=10)
             axes.set_xlabel("batch")
     drawn = {mode for panel in panels for modes in panel.points.values() for mode in modes}
     shown = {mode: look for mode, look in look_of.items() if mode in drawn}
@@ -140,32 +141,44 @@ def _figure(panels: Sequence[_Panel], look_of: Mapping[str, Look]) -> Figure:
 def _draw(
     axes: Axes, panel: _Panel, modes: Mapping[str, Sequence[_Point]], look_of: Mapping[str, Look], number: int
 ) -> None:
-    from matplotlib.ticker import NullFormatter, NullLocator
+    from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
-    for mode, points in modes.items():
-        look = look_of[mode]
+    drawn = [point for points in modes.values() for point in points]
+    if panel.is_ratio:
+        ratio_axis(axes, "y", ratio_limits(Known(point.value, point.low, point.high) for point in drawn), most=8)
+        neutral_line(axes, 1.0, f"{panel.name}-neutral-{number}", "y")
+    else:
+        axes.set_ylim(0.0, 1.15 * max(point.value for point in drawn) or 1.0)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    # Points of a batch are shifted sideways, or their intervals would hide each other.
+    gap = min(0.09, 0.5 / len(modes)) if any(point.low is not None for point in drawn) else 0.0
+    for which, (mode, points) in enumerate(modes.items()):
+        look, shift = look_of[mode], 2.0 ** (gap * (which - (len(modes) - 1) / 2))
         axes.plot(
-            [point.batch for point in points], [point.value for point in points], color=look.colour, linewidth=1.3,
-            gid=f"{panel.name}-{number}",
+            [point.batch * shift for point in points], [point.value for point in points], color=look.colour,
+            linewidth=1.3, gid=f"{panel.name}-{number}",
         )  # fmt: skip
         for point in points:
-            bar = None
             if point.low is not None and point.high is not None:
-                bar = [[point.value - point.low], [point.high - point.value]]
-            axes.errorbar(
-                [point.batch], [point.value], yerr=bar, color=look.colour, marker=look.marker, markersize=5,
-                markerfacecolor=look.colour if point.claimed else "white", elinewidth=0.9, capsize=2.0,
+                _bar(axes, point.batch * shift, (point.low, point.high), look)
+            axes.plot(
+                [point.batch * shift], [point.value], color=look.colour, marker=look.marker, markersize=5,
+                markerfacecolor=look.colour if point.claimed else "white",
             )  # fmt: skip
-    values = [point.value for points in modes.values() for point in points]
-    if panel.neutral is not None:
-        axes.axhline(panel.neutral, color="#555555", linewidth=0.8, zorder=1)
-        values.append(panel.neutral)
-    room = 0.35 * (max(values) - min(values)) or 0.1 * max(values)
-    axes.set_ylim(0.0 if panel.neutral is None else max(0.0, min(values) - room), max(values) + room)
-    batches = sorted({point.batch for points in modes.values() for point in points})
+    batches = sorted({point.batch for point in drawn})
     axes.set_xscale("log", base=2)
     # matplotlib's own ticks are formulas, which browsers cannot draw, and not those of the sweep.
     axes.set_xticks(batches, [count(batch) for batch in batches])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    axes.tick_params(labelsize=SMALL)
+
+
+def _bar(axes: Axes, batch: float, ends: tuple[float, float], look: Look) -> None:
+    """Draw an interval; an end beyond the axis is an arrow head."""
+    low, high = axes.get_ylim()
+    shown = [max(ends[0], low), min(ends[1], high)]
+    axes.plot([batch, batch], shown, color=look.colour, linewidth=0.9)
+    for end, marker in zip(shown, ("v" if ends[0] < low else "_", "^" if ends[1] > high else "_"), strict=True):
+        axes.plot([batch], [end], color=look.colour, marker=marker, markersize=4, clip_on=False)

@@ -272,6 +272,11 @@ def change(value: float | None, low: float | None = None, high: float | None = N
     return f"{value:+.1%}" if low is None or high is None else f"{value:+.1%} [{low:+.1%}, {high:+.1%}]"
 
 
+def in_points(name: str | None) -> bool:
+    """Whether differences of a metric are written in percentage points: it is an accuracy."""
+    return name in _PERCENT_METRICS
+
+
 def metric(value: float | None, name: str | None) -> str:
     """Write a workload's metric, as percent if it is an accuracy."""
     return share(value, 2) if name in _PERCENT_METRICS else number(value, 4)

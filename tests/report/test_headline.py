@@ -12,8 +12,8 @@ from mpscale.analysis.claim import Doubt
 from mpscale.core.runs import read_run
 from mpscale.report.document import document, render
 from mpscale.report.findings import findings
+from mpscale.report.gains_figure import gains
 from mpscale.report.github_summary import github_summary
-from mpscale.report.run_figures import gains
 from mpscale.report.sections import doubts_note, results
 from mpscale.report.table import Table
 from mpscale.report.words import DOUBTS
@@ -55,7 +55,8 @@ def test_the_words_say_how_busy_the_gpu_was_and_what_to_do(recorded):
 def test_no_speed_is_drawn(recorded):
     picture = gains(recorded)
     assert "speed-up over" not in picture.svg
-    assert picture.caption.count(Doubt.IDLE.text) == 4
+    assert "No speed-up drawn for 4 rows (" in picture.caption
+    assert picture.caption.count(Doubt.IDLE.text) == 1
 
 
 def test_blocks_in_two_groups_are_said_also_of_a_run_that_had_no_columns_for_them(recorded):

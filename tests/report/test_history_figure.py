@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 
 import pytest
 from support.runfolder import CPU, GPU, finished, record, write_run
-from test_run_figures import SVG, texts
+from support.svg import SVG, texts
 
 from mpscale.analysis.history import make_history
 from mpscale.core.mode import MODES

@@ -8,7 +8,7 @@ import re
 import pytest
 from support.browser import emulate
 from support.runfolder import GPU, finished, record, write_run, write_steps
-from test_run_figures import luminance
+from support.svg import luminance
 
 from mpscale.core.mode import MODES
 from mpscale.core.runs import read_run

@@ -18,10 +18,11 @@ from mpscale.core.runs import read_run
 from mpscale.report.document import document, render
 from mpscale.report.files import WRITTEN, rebuild
 from mpscale.report.findings import findings
+from mpscale.report.gains_figure import gains
 from mpscale.report.page import page
-from mpscale.report.run_figures import gains
 from mpscale.report.sections import results
 from mpscale.report.table import DASH, Table, escape
+from mpscale.report.tradeoff_figure import tradeoff
 
 
 def rendered(tmp_path, *records, **options):
@@ -314,12 +315,12 @@ def test_every_run_has_a_report(records, device, finish):
 
 @settings(max_examples=15, deadline=None)
 @given(records=record_lists(), device=st.sampled_from([CPU, GPU, {}]))
-def test_every_run_has_a_page_and_its_picture_is_sound(records, device):
+def test_every_run_has_a_page_and_its_pictures_are_sound(records, device):
     with tempfile.TemporaryDirectory() as folder:
         run = read_run(write_run(Path(folder), finished(records), device=device))
-        picture = gains(run)
-        assert picture is None or ET.fromstring(picture.svg).tag.endswith("svg")
-        text = page(document(run), [picture] if picture else [])
+        pictures = [picture for picture in (gains(run), tradeoff(run)) if picture is not None]
+        assert all(ET.fromstring(picture.svg).tag.endswith("svg") for picture in pictures)
+        text = page(document(run), pictures)
         groups = [bool(section.group) for section in document(run).sections]
         assert text.count("<h2>") == any(groups) + groups.count(False)
 

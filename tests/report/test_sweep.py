@@ -13,7 +13,7 @@ from mpscale.core.record import place_of
 from mpscale.core.runs import read_run
 from mpscale.report.document import document, render
 from mpscale.report.findings import findings
-from mpscale.report.run_figures import gains
+from mpscale.report.gains_figure import gains
 from mpscale.report.sweep import by_batch, by_scale
 from mpscale.report.sweep_figure import over_batch
 from mpscale.report.table import DASH

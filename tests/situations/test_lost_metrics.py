@@ -27,8 +27,9 @@ from mpscale.report import findings as words
 from mpscale.report import github_summary
 from mpscale.report.document import document, render
 from mpscale.report.files import rebuild
+from mpscale.report.gains_figure import gains
 from mpscale.report.history import render as render_history
-from mpscale.report.run_figures import gains, training
+from mpscale.report.training_figure import training
 
 NAN = math.nan
 GOOD = (0.9, 0.9, 0.9, 0.9, 0.9)
@@ -344,14 +345,14 @@ def test_pictures_say_what_is_missing(tmp_path):
     write_steps(path, "toy--mixed-dynamic--s4--r0", "step,loss,loss_scale,overflow\n0,4,,\n1,nan,,\n2,nan,,\n")
     run = read_run(path)
     picture = gains(run)
-    assert "Compared with what is left of toy, fp32: ok 4, oom 1." in picture.caption
-    assert "No metric drawn for toy, mixed-static: lost seeds 0, 1, 2, 3, 4" in picture.caption
-    assert "No metric drawn for toy, mixed-bf16" in picture.caption
+    assert "Compared with what is left of toy fp32: ok 4, oom 1." in picture.caption
+    assert "No metric drawn for toy mixed-static: lost seeds 0, 1, 2, 3, 4" in picture.caption
+    assert "No metric drawn for toy mixed-bf16" in picture.caption
     assert "Hollow: some seeds or processes are not in it" in picture.caption
     drawn = training(run)
     assert "A star is the last finite loss of a seed (1 of them)" in drawn.caption
     assert "Failed or not started, and so not in it: 1 training." in drawn.caption
-    assert 'id="lost-1"' in drawn.svg
+    assert 'id="lost-1-1"' in drawn.svg
 
 
 def test_a_history_says_which_seeds_a_value_lacks(tmp_path):
