@@ -7,13 +7,13 @@ ARGS ?=
 BIN := $(VENV)/bin
 comma := ,
 # The extra `gpu` installs TensorFlow's CUDA libraries: gigabytes, so only if there is a driver.
-EXTRAS := test$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)gpu)
+EXTRAS := dev$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)gpu)
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 # Tests, unlike benchmarks, may run in parallel; those of one file share fixtures that are slow to make.
 # Without --no-loadscope-reorder, files with few tests come last, and those take longest.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: bench test test-all lint types docs clean
+.PHONY: bench test test-all lint types package docs clean
 
 bench: $(INSTALLED)
 	$(BIN)/pytest bench/ --benchmark-only $(ARGS)
@@ -33,6 +33,9 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+package: $(INSTALLED)
+	VENV=$(VENV) .ci/package
 
 docs: $(INSTALLED)
 	$(BIN)/python -m mpscale.core.columns > docs/metrics.md

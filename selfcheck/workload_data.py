@@ -1,8 +1,8 @@
 """Make the data files in mpscale/workloads/data again: ``python selfcheck/workload_data.py FOLDER``.
 
 Needs ``pip install mnist1d==0.0.2.post1 scikit-learn==1.9.1``, which mpscale itself does not. The files hold what these
-packages give, bit by bit, in the order in which ``train_test_split`` puts it. mpscale checks the digest of the data that
-it loads, so a change of a file or of NumPy cannot go unnoticed.
+packages give, bit by bit, in the order in which ``train_test_split`` puts it. mpscale checks the digest of what it
+loads, so a change of a file or of NumPy cannot go unnoticed.
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mpscale import __version__
-from mpscale.cli import comparing, fitting, probing, reading
+from mpscale.cli import comparing, fitting, probing, reading, running
 from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
 from mpscale.config import SettingsError
+from mpscale.core import extras
 from mpscale.core.journal import RunError
 from mpscale.terminal import adapt_standard_streams
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             parser = _parser(arguments)
             options, unknown = parser.parse_known_args(arguments)
-            if unknown and options.run_command is not comparing.ab:
+            if unknown and options.run_command not in (comparing.ab, running.run):
                 parser.error(f"unrecognized arguments: {' '.join(unknown)}")
             options.unknown = unknown
             return int(options.run_command(options))
@@ -53,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _BROKEN_PIPE
     except KeyboardInterrupt:
         return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if (why := extras.why_not_imported(error)) is None:
+            raise
+        return fail(why)
     except (RunError, SettingsError) as error:
         return fail(str(error))
     except OSError as error:
@@ -63,7 +68,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="mpscale",
         description="Compare training in mixed precision with float32: speed, memory, overflow and accuracy. "
-        "pytest makes the runs (`make bench`, or `pytest bench/ --benchmark-only`); this command reads them.",
+        "`mpscale run`, or pytest on a suite of your own, makes runs; the other commands read them.",
     )
     parser.add_argument("--version", action="version", version=f"mpscale {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -77,6 +82,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "run": ("train every workload in every mode, and report", running.run_arguments, running.run),
     "workloads": ("list workloads and modes", reading.workloads_arguments, reading.workloads),
     "doctor": (
         "show what can be measured on this machine, and what to change",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mpscale.ab import turns
+from mpscale.core import extras
 from mpscale.pytest_plugin import options
 from mpscale.pytest_plugin.baseline import FILE, BaselineCheck
 from mpscale.pytest_plugin.plan import CASE, PARAMETERS, Plan, check_use, shuffle_seed
@@ -151,6 +152,8 @@ class Session:
 
     def parameters(self) -> tuple[Sequence[str], list[Any]]:
         """Return the names of the parameters, and one pytest.param per case, in the order in which they run."""
+        if packages := extras.missing():
+            self._problem = extras.lacks(packages)
         if self._plan is None and self._problem is None:
             try:
                 self._plan = self._make_plan()
