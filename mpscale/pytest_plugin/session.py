@@ -287,7 +287,19 @@ class Session:
         except KeyboardInterrupt:
             self._check.note = "stopped while rows were measured again: no gate was judged"
             return pytest.ExitCode.INTERRUPTED
+        self._tell_junit()
         return pytest.ExitCode.TESTS_FAILED if self._check.fails else exitstatus
+
+    def _tell_junit(self) -> None:
+        """Make the gates test cases of ``--junitxml``, whose file is written after this.
+
+        Only there: the terminal shows them in its own way, and pytest counts tests.
+        """
+        plugins = self._config.pluginmanager
+        others = [plugin for plugin in plugins.get_plugins() if type(plugin).__name__ != "LogXML"]
+        log = plugins.subset_hook_caller("pytest_runtest_logreport", others)
+        for report in self._check.reports():
+            log(report=report)
 
     def _settings_of(self, workload: str) -> Settings:
         """Return the settings of a workload of the run."""
