@@ -7,13 +7,13 @@ ARGS ?=
 BIN := $(VENV)/bin
 comma := ,
 # The extra `gpu` installs TensorFlow's CUDA libraries: gigabytes, so only if there is a driver.
-EXTRAS := test$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)gpu)
+EXTRAS := dev$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)gpu)
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 # Tests, unlike benchmarks, may run in parallel; those of one file share fixtures that are slow to make.
 # Without --no-loadscope-reorder, files with few tests come last, and those take longest.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: bench test test-all lint types docs docs-site clean
+.PHONY: bench test test-all lint types package docs docs-site clean
 
 bench: $(INSTALLED)
 	$(BIN)/pytest bench/ --benchmark-only $(ARGS)
@@ -29,10 +29,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-actions action.yml
 	$(BIN)/pytest -q -p no:cacheprovider tests/test_architecture.py
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+package: $(INSTALLED)
+	VENV=$(VENV) .ci/package
 
 docs: $(INSTALLED)
 	$(BIN)/python -m mpscale.core.columns > docs/metrics.md

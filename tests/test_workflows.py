@@ -123,7 +123,7 @@ class Job:
         for name in ("pyproject.toml", "constraints.txt"):
             (self.workspace / name).touch()
         shutil.copy(ROOT / "Makefile", self.workspace)
-        for name in (".installed-test", ".installed-test-gpu"):
+        for name in (".installed-dev", ".installed-dev-gpu"):
             (programs.parent / name).touch()  # so that make installs nothing
         self.program(programs / "pytest", _PYTEST.format(python=sys.executable))
         self.program(programs / "mpscale", f'#!/bin/sh\nexec {sys.executable} -m mpscale.cli "$@"\n')

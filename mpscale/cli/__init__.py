@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mpscale import __version__
-from mpscale.cli import comparing, completion, fitting, listing, probing, reading, site
+from mpscale.cli import comparing, completion, fitting, listing, probing, reading, running, site
 from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
 from mpscale.config import SettingsError
+from mpscale.core import extras
 from mpscale.core.journal import RunError
 from mpscale.terminal.streams import adapt_standard_streams
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.print_help()
                 return USAGE_ERROR
             options, unknown = parser.parse_known_args(arguments)
-            if unknown and options.run_command is not comparing.ab:
+            if unknown and options.run_command not in (comparing.ab, running.run):
                 parser.error(f"unrecognized arguments: {' '.join(unknown)}")
             options.unknown = unknown
             return int(options.run_command(options))
@@ -59,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _BROKEN_PIPE
     except KeyboardInterrupt:
         return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if (why := extras.why_not_imported(error)) is None:
+            raise
+        return fail(why)
     except (RunError, SettingsError) as error:
         return fail(str(error))
     except OSError as error:
@@ -69,7 +74,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="mpscale",
         description="Compare training in mixed precision with float32: speed, memory, overflow and accuracy. "
-        "pytest makes the runs (`make bench`, or `pytest bench/ --benchmark-only`); this command reads them.",
+        "`mpscale run`, or pytest on a suite of your own, makes runs; the other commands read them.",
         epilog="For completion of commands, options, runs, workloads and modes: pip install argcomplete, and "
         f"{completion.SWITCH_ON} in ~/.bashrc",
     )
@@ -85,6 +90,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "run": ("train every workload in every mode, and report", running.run_arguments, running.run),
     "workloads": ("list workloads and modes", reading.workloads_arguments, reading.workloads),
     "doctor": (
         "show what can be measured on this machine, and what to change",

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
-
+from mpscale.core import extras
 from mpscale.core.blocks import FASTER, group_columns
 from mpscale.core.case import CaseId
 from mpscale.core.mode import MODES
@@ -92,7 +91,12 @@ def _parsed(line: bytes) -> Any:
 
     Raises:
         ValueError, RecursionError: it is not JSON.
+        RunError: the extra `bench` is not installed.
     """
+    try:
+        import orjson  # here, since the base installation lacks it
+    except ModuleNotFoundError as error:
+        raise RunError(extras.why_not_imported(error) or str(error)) from error
     try:
         return orjson.loads(line)  # not json, which takes almost half of the time to read a large run
     except orjson.JSONDecodeError:

@@ -6,10 +6,12 @@ It is registered by entry point, so every pytest run in an environment with mpsc
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mpscale.core import extras
 from mpscale.core.columns import FAILED
 from mpscale.core.mode import MODES
 from mpscale.pytest_plugin import baseline, options
@@ -26,6 +28,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mpscale", "mpscale: compare mixed precision with float32")
     options.add_options(group.addoption)
     baseline.add_options(group.addoption)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_load_initial_conftests(parser: pytest.Parser, args: list[str]) -> Generator[None, None, None]:
+    """Say what is missing if pytest-benchmark is: without it pytest does not know its options and says only that."""
+    yield
+    lacking = "--benchmark-only" in args and extras.missing()
+    # Another plug-in, or a conftest.py that is loaded now, may have an option of that name.
+    if lacking and not hasattr(parser.parse_known_args(args), "benchmark_only"):
+        raise pytest.UsageError(f"--benchmark-only: {extras.lacks(lacking)}")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mpscale.core.device import Device
     from mpscale.core.runs import Run
 
-FILE = "comparison.md"
+FILE, JSON_FILE = "comparison.md", "comparison.json"
 """In the run's folder."""
 
 
@@ -167,13 +167,37 @@ class BaselineCheck:
             self._unjudged = True
 
     def write(self, path: Path) -> None:
-        """Write the comparison into the run's folder."""
-        if self.comparison is not None:
-            from mpscale.report.comparison import render
+        """Write the comparison into the run's folder, for people and for programs."""
+        from mpscale.report.comparison import of_a_run, render
 
+        compared = [] if self.comparison is None else [self.comparison]
+        if compared or self.note is not None:
+            text = of_a_run(compared, self.findings, self.note, self.fails)
+            (path / JSON_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
+        if self.comparison is not None:
             title = f"# {path.name} against {self.comparison.baseline.name}\n\n"
             text = title + render([self.comparison], self.findings, "markdown")
             (path / FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    def reports(self) -> list[pytest.TestReport]:
+        """Return what the gates found as reports of tests: one for each gate and row, or why they were not judged."""
+        if self.note is not None:
+            return _reports("baseline", "failed" if self.fails else "skipped", self.note)
+        from mpscale.analysis.quantities import Outcome
+
+        outcomes: dict[Outcome, Literal["passed", "failed", "skipped"]]
+        outcomes = {Outcome.FIRED: "failed", Outcome.PASSED: "passed"}
+        outcomes[Outcome.CANNOT_TELL] = "failed" if self._settings.strict else "skipped"
+        return [
+            report
+            for finding in self.findings
+            if finding.outcome in outcomes
+            for report in _reports(
+                f"{finding.gate}[{'-'.join(finding.row or ('no row',))}]",
+                outcomes[finding.outcome],
+                f"{finding.outcome}: {finding}",
+            )
+        ]
 
     @property
     def fails(self) -> bool:
@@ -212,6 +236,17 @@ class BaselineCheck:
 
             lines += unread([self.comparison])
         return lines
+
+
+def _reports(name: str, outcome: Literal["passed", "failed", "skipped"], text: str) -> list[pytest.TestReport]:
+    """Return the two reports of a test that has run: of its call, and of its end."""
+    nodeid = f"mpscale/gates.py::{name}"
+    place = ("mpscale/gates.py", None, name)
+    why = {"passed": None, "failed": text, "skipped": (place[0], 0, text)}[outcome]
+    return [
+        pytest.TestReport(nodeid, place, {}, outcome, why, "call"),
+        pytest.TestReport(nodeid, place, {}, "passed", None, "teardown"),
+    ]
 
 
 def _next_repeat(run: Run, row: tuple[str, str]) -> int:

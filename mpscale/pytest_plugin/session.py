@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mpscale.ab import turns
+from mpscale.core import extras
 from mpscale.pytest_plugin import options
 from mpscale.pytest_plugin.baseline import FILE, BaselineCheck
 from mpscale.pytest_plugin.plan import CASE, PARAMETERS, Plan, check_use, shows_benchmark_table, shuffle_seed
@@ -176,6 +177,8 @@ class Session:
 
     def parameters(self) -> tuple[Sequence[str], list[Any]]:
         """Return the names of the parameters, and one pytest.param per case, in the order in which they run."""
+        if packages := extras.missing():
+            self._problem = extras.lacks(packages)
         if self._plan is None and self._problem is None:
             try:
                 self._plan = self._make_plan()
@@ -309,7 +312,19 @@ class Session:
         except KeyboardInterrupt:
             self._check.note = "stopped while rows were measured again: no gate was judged"
             return pytest.ExitCode.INTERRUPTED
+        self._tell_junit()
         return pytest.ExitCode.TESTS_FAILED if self._check.fails else exitstatus
+
+    def _tell_junit(self) -> None:
+        """Make the gates test cases of ``--junitxml``, whose file is written after this.
+
+        Only there: the terminal shows them in its own way, and pytest counts tests.
+        """
+        plugins = self._config.pluginmanager
+        others = [plugin for plugin in plugins.get_plugins() if type(plugin).__name__ != "LogXML"]
+        log = plugins.subset_hook_caller("pytest_runtest_logreport", others)
+        for report in self._check.reports():
+            log(report=report)
 
     def _settings_of(self, workload: str) -> Settings:
         """Return the settings of a workload of the run."""

@@ -154,6 +154,19 @@ def parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> Ite
         yield Part("What could not be read", notes=notes)
 
 
+def of_a_run(comparisons: Sequence[Comparison], findings: Sequence[Finding], note: str | None, fails: bool) -> str:
+    """The JSON of :func:`render` for a pytest run with a baseline, with what its gates came to.
+
+    Args:
+        comparisons: the run's, or none.
+        findings: results of the gates.
+        note: why no gate was judged.
+        fails: whether the gates fail the run.
+    """
+    content = _content(comparisons, findings) if comparisons else {"baseline": None, "comparisons": [], "gates": []}
+    return json_document("compare", {"fails": fails, "note": note, **content})
+
+
 def unread(comparisons: Sequence[Comparison]) -> list[str]:
     """List what could not be read in the compared runs and in other runs of the baseline's code, a sentence each."""
     runs = [comparisons[0].baseline, *(comparison.other for comparison in comparisons)]

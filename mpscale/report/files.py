@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from mpscale.analysis.noise_floor import floors_of
@@ -18,6 +19,7 @@ from mpscale.report.memory_figure import memory_over_time
 from mpscale.report.page import page
 from mpscale.report.sweep_figure import over_batch
 from mpscale.report.table import plural
+from mpscale.report.tradeoff_figure import tradeoff
 from mpscale.report.training_figure import training
 
 WRITTEN = ("report.html", "report.md", "summary.csv", "cases.csv")
@@ -69,6 +71,8 @@ def report_page(run: Run) -> str:
 
 
 def _page(run: Run, report: Document) -> str:
+    if report.screen is not None:
+        report = replace(report, screen=replace(report.screen, picture=tradeoff(run)))
     drawn = (gains(run), over_batch(run), training(run), memory_over_time(run))
     return page(report, [picture for picture in drawn if picture is not None])
 

@@ -57,7 +57,7 @@ class Screen:
         advice: what to do, in a sentence or two.
         code: lines that do it; empty if there are none.
         language: of the lines.
-        picture: the trade-off; None if there is nothing to draw.
+        picture: the trade-off, which only a page has; None if there is nothing to draw.
     """
 
     headline: str
@@ -80,18 +80,17 @@ class Screen:
         )
 
 
-def first_screen(run: Run, picture: Picture | None = None) -> Screen:
+def first_screen(run: Run) -> Screen:
     """Return the first screen of the report of a run.
 
     Args:
         run: finished or not.
-        picture: the trade-off between speed and accuracy.
     """
     answer = answer_of(run)
     code, language = code_of(answer, run)
     headline, outcome = _headline(answer, run)
     cards = (_buys(answer), _costs(answer), _trust(answer))
-    return Screen(headline, outcome, _facts(run, answer), cards, answer, _advice(answer, run), code, language, picture)
+    return Screen(headline, outcome, _facts(run, answer), cards, answer, _advice(answer, run), code, language)
 
 
 def place(run: Run) -> str:

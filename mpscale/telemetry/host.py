@@ -40,7 +40,6 @@ PACKAGES = (
     "nvidia-ml-py",
     "pytest-benchmark",
     "pandas",
-    "mnist1d",
 )
 
 VARIABLES = (

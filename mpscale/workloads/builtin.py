@@ -1,24 +1,23 @@
-"""The workloads that come with mpscale, and the cache of their data.
+"""The small workloads that come with mpscale. Their data is in the package, so nothing is downloaded.
 
-MNIST-1D (Greydanus and Kobak 2020, arXiv:2011.14439) is forty samples of a distorted digit, in ten classes. The package
-mnist1d generates it, so nothing is downloaded. The published set has 4,000 examples to train on and 1,000 to test. The
-same recipe with another seed gives 10,000 more test examples, standardised with the published mean and deviation.
+MNIST-1D (Greydanus and Kobak 2020, arXiv:2011.14439) is forty samples of a distorted digit, in ten classes. The
+published set has 4,000 examples to train on and 1,000 to test. The same recipe with another seed gives 10,000 more test
+examples, standardised with the published mean and deviation.
 
 The article that mpscale began with trains a dense network for ten epochs on MNIST, which would need a download. Here it
-gets the real handwritten digits of scikit-learn: 1,797 images of 8 x 8, scaled up to 28 x 28; 500 are the test set.
+gets real handwritten digits (Alpaydin and Kaynak 1998): 1,797 images of 8 x 8, scaled up to 28 x 28; 500 are the test
+set.
 
 Three workloads leave float16's range and show what a loss scale is for; docs/workloads.md explains them. One reads the
 same digits row by row, in padded sequences. One predicts the strain of a loaded steel beam, as a surrogate of a
-simulation. One predicts how far diabetes has progressed in scikit-learn's 442 patients (Efron, Hastie, Johnstone and
-Tibshirani 2004); 142 are the test set.
+simulation. One predicts how far diabetes has progressed in 442 patients (Efron, Hastie, Johnstone and Tibshirani 2004);
+142 are the test set.
+
+data/README.md says where the data is from.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,60 +30,68 @@ if TYPE_CHECKING:
     import keras
 
 
+class OtherData(RuntimeError):
+    """The data of a workload is not what it was when mpscale was released, so its figures would be of other data."""
+
+
+def _checked(digest: str, **arrays: Any) -> Data:
+    """Return the data if it has this digest.
+
+    It could have another if a file were damaged, or if another version of NumPy drew other numbers or rounded in
+    another way.
+    """
+    data = Data(**arrays)
+    if data.digest() != digest:
+        raise OtherData(
+            f"the data of this workload has the digest {data.digest()}, not {digest}, so a figure on it could not be "
+            f"compared with any other; install mpscale again, and if that does not help, report this with the versions "
+            f"of mpscale and of NumPy ({np.__version__})"
+        )
+    return data
+
+
+def _stored(name: str) -> dict[str, Any]:
+    with np.load(Path(__file__).with_name("data") / f"{name}.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
 def load_mnist1d() -> Data:
     """The 4,000 and 1,000 published examples and 10,000 more to test; float32 (examples, 40), int64 labels."""
-    return Data(**arrays("mnist1d-v1", _make_mnist1d))
+    stored = _stored("mnist1d")
+    x, y = stored["x"], stored["y"].astype(np.int64)
+    return _checked(
+        "183d348b4bd27449",
+        train_x=x[:4000],
+        train_y=y[:4000],
+        test_x=stored["test_x"],
+        test_y=stored["test_y"].astype(np.int64),
+        published_x=x[4000:],
+        published_y=y[4000:],
+    )
 
 
-def _make_mnist1d() -> dict[str, Any]:
-    x, y = _raw_mnist1d(5000, seed=42)
-    test_x, test_y = _raw_mnist1d(10_000, seed=2011_14439)
-    mean, deviation = x.mean(), x.std()
-    x, test_x = (((samples - mean) / deviation).astype(np.float32) for samples in (x, test_x))
-    y, test_y = y.astype(np.int64), test_y.astype(np.int64)
-    return {
-        "train_x": x[:4000],
-        "train_y": y[:4000],
-        "test_x": test_x,
-        "test_y": test_y,
-        "published_x": x[4000:],
-        "published_y": y[4000:],
-    }
-
-
-def _raw_mnist1d(examples: int, seed: int) -> tuple[Any, Any]:
-    """The examples of ``mnist1d.make_dataset`` before it standardises them."""
-    from mnist1d.data import get_dataset_args, get_templates, set_seed
-    from mnist1d.transform import transform
-
-    args, templates = get_dataset_args(), get_templates()
-    # The package draws from NumPy's global generator, so restore its state.
-    state = np.random.get_state()
-    try:
-        set_seed(seed)
-        labels = np.repeat(templates["y"], examples // len(templates["y"]))
-        samples = np.stack([transform(templates["x"][label], templates["t"], args)[0] for label in labels])
-        shuffle = np.random.permutation(len(labels))
-    finally:
-        np.random.set_state(state)
-    return samples[shuffle], labels[shuffle]
+def _digits() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Images of 1,297 digits to train on and 500 to test, (examples, 8, 8), from 0 to 1; their labels by part."""
+    stored = _stored("digits")
+    images = {part: stored[f"{part}_x"] / 16.0 for part in ("train", "test")}
+    return images, {f"{part}_y": stored[f"{part}_y"].astype(np.int64) for part in images}
 
 
 def load_digits28() -> Data:
     """1,297 digits to train on and 500 to test; float32 (examples, 784) from 0 to 1, int64 labels."""
-    return Data(**arrays("digits28-v1", _make_digits28))
+    images, labels = _digits()
+    x = {f"{part}_x": _enlarged(each, 28).reshape(len(each), -1) for part, each in images.items()}
+    return _checked("4803ff114760e282", **x, **labels)
 
 
-def _make_digits28() -> dict[str, Any]:
-    from scipy.ndimage import zoom
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images = np.clip(zoom(digits.images / 16.0, (1, 3.5, 3.5), order=1), 0, 1).astype(np.float32)
-    x, y = images.reshape(len(images), -1), digits.target.astype(np.int64)
-    parts = train_test_split(x, y, test_size=500, stratify=digits.target, random_state=0)
-    return dict(zip(("train_x", "test_x", "train_y", "test_y"), parts, strict=True))
+def _enlarged(images: Any, size: int) -> Any:
+    """Scale (n, pixels, pixels) up to (n, size, size), by linear interpolation between the centres of pixels."""
+    pixels = images.shape[1]
+    place = np.arange(size) * (pixels - 1) / (size - 1)
+    low = np.minimum(place.astype(int), pixels - 2)
+    share = place - low
+    rows = images[:, low] * (1 - share)[:, None] + images[:, low + 1] * share[:, None]
+    return (rows[:, :, low] * (1 - share) + rows[:, :, low + 1] * share).astype(np.float32)
 
 
 _PADDED = 28
@@ -93,18 +100,10 @@ _PADDED = 28
 
 def load_digit_rows() -> Data:
     """The same digits, a row a step, and then zeros; float32 (examples, 28, 8) from 0 to 1, int64 labels."""
-    return Data(**arrays("digit-rows-v1", _make_digit_rows))
-
-
-def _make_digit_rows() -> dict[str, Any]:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    rows = (digits.images / 16.0).astype(np.float32)
-    x = np.pad(rows, ((0, 0), (0, _PADDED - rows.shape[1]), (0, 0)))
-    parts = train_test_split(x, digits.target.astype(np.int64), test_size=500, stratify=digits.target, random_state=0)
-    return dict(zip(("train_x", "test_x", "train_y", "test_y"), parts, strict=True))
+    images, labels = _digits()
+    padding = ((0, 0), (0, _PADDED - 8), (0, 0))
+    x = {f"{part}_x": np.pad(each.astype(np.float32), padding) for part, each in images.items()}
+    return _checked("783751173fcba3f3", **x, **labels)
 
 
 _SPAN_M, _STEEL_PA, _SECOND_MOMENT_M4, _HALF_DEPTH_M = 4.0, 210e9, 869e-8, 0.08
@@ -118,12 +117,8 @@ def load_beam() -> Data:
     Examples are float32 (examples, 6), the places of three point loads and their forces, both standardised. Labels are
     float32 (examples, 16), the strain of the lower edge at as many gauges: at most about 1e-3, where steel yields.
     """
-    return Data(**arrays("beam-v1", _make_beam))
-
-
-def _make_beam() -> dict[str, Any]:
     (train_x, train_y), (test_x, test_y) = _beams(8192, seed=1), _beams(1024, seed=2)
-    return {"train_x": train_x, "train_y": train_y, "test_x": test_x, "test_y": test_y}
+    return _checked("a049537dd36e3e09", train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y)
 
 
 def _beams(examples: int, seed: int) -> tuple[Any, Any]:
@@ -142,52 +137,10 @@ def _beams(examples: int, seed: int) -> tuple[Any, Any]:
 
 def load_diabetes() -> Data:
     """300 patients to train on and 142 to test; float32 (examples, 10), standardised, and (examples, 1), 25 to 346."""
-    return Data(**arrays("diabetes-v1", _make_diabetes))
-
-
-def _make_diabetes() -> dict[str, Any]:
-    from sklearn import datasets
-    from sklearn.model_selection import train_test_split
-
-    diabetes = datasets.load_diabetes(scaled=False)
-    split = train_test_split(diabetes.data, diabetes.target, test_size=142, random_state=0)
-    train_x, test_x, train_y, test_y = (part.astype(np.float32) for part in split)
-    mean, deviation = train_x.mean(axis=0), train_x.std(axis=0)
-    return {
-        "train_x": (train_x - mean) / deviation,
-        "train_y": train_y[:, None],
-        "test_x": (test_x - mean) / deviation,
-        "test_y": test_y[:, None],
-    }
-
-
-def cache_directory() -> Path:
-    """``$MPSCALE_CACHE``, else ``$XDG_CACHE_HOME/mpscale``, else ``~/.cache/mpscale``."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MPSCALE_CACHE") or Path(caches, "mpscale"))
-
-
-def arrays(name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """The arrays that ``make`` returns, or their copy in the cache, since generating them takes long.
-
-    A file that cannot be read is made again, and a cache that cannot be written is ignored: loading just takes longer.
-    Either way, the record has the digest of the data.
-    """
-    path = cache_directory() / f"{name}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        made = dict(make())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Write a whole file under another name first: a second process must never read half a file.
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as temporary:
-            np.savez(temporary, **made)
-        Path(temporary.name).replace(path)
-    except OSError:
-        pass
-    return made
+    stored = _stored("diabetes")
+    mean, deviation = stored["train_x"].mean(axis=0), stored["train_x"].std(axis=0)
+    x = {f"{part}_x": (stored[f"{part}_x"] - mean) / deviation for part in ("train", "test")}
+    return _checked("e1828dba66eba38a", **x, train_y=stored["train_y"][:, None], test_y=stored["test_y"][:, None])
 
 
 def _adam(learning_rate: float) -> keras.optimizers.Optimizer:
@@ -286,7 +239,7 @@ WORKLOADS = (
     ),
     Workload(
         name="article-mlp",
-        summary="the article's dense 784-128-10, Adam 1e-3, ten epochs of scikit-learn's digits at 28 x 28",
+        summary="the article's dense 784-128-10, Adam 1e-3, ten epochs of handwritten digits at 28 x 28",
         model=partial(_mlp, 784, 128),
         data=load_digits28,
         optimizer=partial(_adam, 1e-3),
@@ -327,7 +280,7 @@ WORKLOADS = (
     ),
     Workload(
         name="diabetes-sum",
-        summary="scikit-learn's diabetes, sum of squares; dense 10-64-64-1, Adam 3e-3: a scale of 128 is too large",
+        summary="progress of diabetes, sum of squares; dense 10-64-64-1, Adam 3e-3: a scale of 128 is too large",
         model=_regression,
         data=load_diabetes,
         optimizer=partial(_adam, 3e-3),

@@ -475,3 +475,11 @@ def test_a_short_training_that_the_driver_does_not_list(gpu_here):
     found = gpu_here("--gpu")
     assert (found["trained"]["status"], found["trained"]["gpu_memory_method"]) == ("ok", "device-minus-idle")
     assert Code.PROCESSES_HIDDEN in [each["code"] for each in found["cautions"]]
+
+
+def test_what_a_run_requires_is_checked_in_the_base_and_in_the_extra_bench(monkeypatch):
+    lines = ["keras>=99", 'nvidia-ml-py>=99; extra == "bench"', 'keras>=999; extra == "dev"', "numpy>=99"]
+    monkeypatch.setattr(software.metadata, "requires", lambda distribution: lines)
+    found = list(software.check_versions())
+    assert [reason.code for reason in found] == [Code.SOFTWARE_MISFIT] * 2
+    assert [reason.cure for reason in found] == ["pip install 'keras>=99'", "pip install 'nvidia-ml-py>=99'"]

@@ -11,7 +11,7 @@ import pytest
 from support.answers import case, compared
 from support.browser import emulate
 from support.runfolder import GPU, finished, write_run
-from test_run_figures import luminance
+from support.svg import luminance
 
 import mpscale
 from mpscale.analysis.answer import answer_of

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from support.trajectories import scales_of
 
 from mpscale.scaling import LogMaxLossScale
+
+hypothesis = pytest.importorskip("hypothesis")
+example, given, settings, st = hypothesis.example, hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 LOG_65504 = math.log2(65504)
 WIDE = {"minimum": 2.0**-100, "maximum": 2.0**100}

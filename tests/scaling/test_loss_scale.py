@@ -6,11 +6,12 @@ import math
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mpscale.core import loss_scale as rules
 from mpscale.scaling import ArticleLossScale, DynamicLossScale, LogMaxLossScale, NoLossScale, StaticLossScale
+
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 
 def run(loss_scale, finites):

@@ -11,7 +11,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tf_keras
 from support.trajectories import scales_of
 
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
@@ -48,6 +47,7 @@ def _of_keras_3(optimizer, scale_of):
 
 
 def of_tf_keras(initial, interval):
+    tf_keras = pytest.importorskip("tf_keras")
     optimizer = tf_keras.mixed_precision.LossScaleOptimizer(
         tf_keras.optimizers.SGD(1.0), initial_scale=initial, dynamic_growth_steps=interval
     )
