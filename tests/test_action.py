@@ -268,9 +268,9 @@ def test_what_the_gates_found_is_said_in_all_places(job, github, run):
     assert (listed, method, path) == (None, "POST", "/repos/some/one/issues/7/comments")
     text = posted["body"]
     assert text.startswith(f"{MARKER}\n### ❌ mpscale: a gate fired\n")
-    changed, within = (" ".join(part.split()) for part in text.split("**Mixed precision in this run**"))
+    changed, within = (" ".join(part.split()) for part in text.split("**Is mixed precision worth it here?"))
     assert re.search(r"\| toy \| \S+ no difference shown \+0\.0% · ✅ trains as well \| ❌ slower \+4\d", changed)
-    assert re.search(r"\| toy \| baseline \| ✅ 1\.3\dx faster · ✅ as good as fp32 \|", within)
+    assert re.search(r"\| toy \| ✅ 1\.3\dx faster · ✅ accuracy [+-]\d\.\d\d pt, as good \|", within)
     assert "a\\|b&lt;!--&#64;team" in text
     assert "@" not in text
     summary = (job.folder / "summary.md").read_text(encoding="utf-8")

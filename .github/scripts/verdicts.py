@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpscale.analysis.answer import speed_verdict
+from mpscale.analysis.answer import Cell
 from mpscale.analysis.quantities import COSTS
-from mpscale.analysis.summary import summary_of
 from mpscale.core.columns import FAILED
 from mpscale.core.runs import Run, RunError, read_run
-from mpscale.report.document import artifacts_page, device_name, github_summary
+from mpscale.report.about import device_name
+from mpscale.report.cell import chips, quality_line, ratio_text, speed_word
+from mpscale.report.first_screen import QUESTION, first_screen
+from mpscale.report.github_summary import artifacts_page, github_summary
 from mpscale.report.table import DASH, Table, escape, plural
 from mpscale.report.words import WORDS
 
@@ -78,18 +80,11 @@ def of_change(row: Mapping[str, Any]) -> str:
     return " · ".join(parts) or f"{UNKNOWN} not measured"
 
 
-def of_mode(row: Mapping[str, Any]) -> str:
+def of_mode(cell: Cell) -> str:
     """What a mode comes to within its run."""
-    baseline = row["headline_baseline"]
-    if row["mode"] == baseline:
-        return "baseline"
-    speed, ratio, trained = speed_verdict(row), row[f"speedup_{baseline}"], row["metric_verdict"]
-    parts = []
-    if speed is not None and ratio is not None:
-        parts.append(f"{symbol(speed)} {ratio:.2f}x {WORDS[speed]}")
-    if trained is not None:
-        parts.append(f"{symbol(trained)} {WORDS[trained]}")
-    return " · ".join(parts) or f"{UNKNOWN} not measured"
+    parts = [f"{symbol(cell.speed or '')} {ratio_text(cell)} {speed_word(cell)}"]
+    parts += [f"{symbol(cell.quality)} {quality_line(cell)}"] if cell.quality is not None else []
+    return " · ".join([*parts, *chips(cell)])
 
 
 def annotations(found: Mapping[str, Any]) -> list[str]:
@@ -144,7 +139,10 @@ def body(run: Run | None, found: Mapping[str, Any] | None, marker: str) -> str:
         parts.append("\n".join(_loud(found["gates"])))
         for compared in found["comparisons"]:
             parts.append(f"**Against the baseline**\n\n{matrix(compared['rows'], of_change)}")
-    parts.append(f"**Mixed precision in this run**\n\n{matrix(summary_of(run), of_mode)}")
+    screen = first_screen(run)
+    cells = [cell for by_mode in screen.answer.cells.values() for cell in by_mode.values()]
+    within = matrix([{"cell": cell, **cell.row} for cell in cells], lambda row: of_mode(row["cell"]))
+    parts.append(f"**{_plain(QUESTION)} {_plain(screen.headline)}**\n\n{within}")
     if page := artifacts_page(os.environ):
         parts.append(f"[Report and files]({page})")
     text = "\n\n".join(filter(None, parts))

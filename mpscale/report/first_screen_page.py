@@ -70,7 +70,8 @@ def _picture(picture: Picture | None) -> str:
     if picture is None:
         return ""
     svg = picture.svg.replace("<svg", f'<svg role="img" aria-label="{escape(picture.title)}"', 1)
-    return f'<figure class="tradeoff">{svg}<figcaption>{escape(picture.caption)}</figcaption></figure>\n'
+    caption = f"<details><summary>How to read it</summary>{escape(picture.caption)}</details>"
+    return f'<figure class="tradeoff">{svg}<figcaption>{caption}</figcaption></figure>\n'
 
 
 def _matrix(screen: Screen) -> str:

@@ -39,6 +39,7 @@ from mpscale.report.panels import (
 )
 from mpscale.report.sections import statuses
 from mpscale.report.table import in_points, listed, plural
+from mpscale.report.words import metric_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -166,7 +167,7 @@ def margin(row: Row) -> float | None:
 
 def unit_of(row: Row) -> str:
     """Name the metric of a row, and its unit if it has one."""
-    name = short_name(row["metric_name"] or "metric")
+    name = short_name(metric_name(row["metric_name"]))
     return f"{name}, points" if in_points(row["metric_name"]) else name
 
 

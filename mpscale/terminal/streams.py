@@ -13,7 +13,7 @@ from typing import Any
 _ERRORS = "mpscale"
 """Name of the error handler: without it, Python stops at a character that the terminal's encoding lacks."""
 
-_REPLACEMENTS = {"–": "-", "—": "-", "−": "-", "…": "...", "°": "deg ", "×": "x", "±": "+/-"}  # noqa: RUF001
+_REPLACEMENTS = {"–": "-", "—": "-", "−": "-", "…": "...", "°": "deg ", "×": "x", "±": "+/-", "²": "2", "·": "|"}  # noqa: RUF001
 """Any other character that the encoding lacks is shown as an escape such as \\xf6."""
 
 

@@ -15,6 +15,7 @@ from mpscale.analysis.stats import log_change
 from mpscale.core.reason import Code, Reason
 from mpscale.core.runs import read_run
 from mpscale.report.comparison import render
+from mpscale.report.words import AGAINST_RUN
 
 TIME, MEMORY = COSTS["step_time"], COSTS["host_memory"]
 
@@ -159,7 +160,8 @@ def test_every_verdict_and_state_is_counted(tmp_path):
     text = render([Comparison(run, other, True, ({}, {}), [], rows=rows)], [], "table")
     line = next(line for line in text.splitlines() if line.startswith("B against A: "))
     for word in (*verdicts, *(state for state in State if state is not State.PAIRED)):
-        assert f"{1 + len(State) if word is Verdict.SAME else 1} {word}" in line
+        said = AGAINST_RUN[word] if isinstance(word, Verdict) else word
+        assert f"{1 + len(State) if word is Verdict.SAME else 1} {said}" in line
 
 
 def test_the_worst_comes_first():

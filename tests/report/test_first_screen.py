@@ -19,9 +19,8 @@ from mpscale.core.mode import MODES
 from mpscale.core.runs import read_run
 from mpscale.report.advice import code_of
 from mpscale.report.document import document, render
-from mpscale.report.files import rebuild
+from mpscale.report.files import rebuild, report_page
 from mpscale.report.first_screen import QUESTION, first_screen
-from mpscale.report.page import page as as_html
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "20261127T103907Z-amd-epyc-568d"
 H200 = Path(__file__).parents[1] / "data" / "20261126T153730Z-nvidia-h200-1b51"
@@ -147,9 +146,8 @@ def page(browser, runs, request, tmp_path_factory):
         emulate(browser, width, scheme)
         path = runs.get(name)
         if path is None:
-            runs[name] = path = write_run(tmp_path_factory.mktemp("reference"), [])
-            source = read_run(REFERENCE)
-            (path / "report.html").write_text(as_html(document(source)), encoding="utf-8")
+            runs[name] = path = tmp_path_factory.mktemp("reference")
+            (path / "report.html").write_text(report_page(read_run(REFERENCE)), encoding="utf-8")
         browser.get((path / "report.html").as_uri())
         return browser
 

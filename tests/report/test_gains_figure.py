@@ -44,7 +44,7 @@ def test_a_difference_of_metrics_is_in_points_with_the_margin_of_its_workload_as
     picture = gains(run_of(tmp_path, *records))
     root = root_of(picture)
     shown = texts(root)
-    assert {"accuracy, points ±2", "r2_score ±0.5", "+2", "+0.5"} <= set(shown)
+    assert {"accuracy, points ±2", "R² ±0.5", "+2", "+0.5"} <= set(shown)
     assert not any("margins" in text for text in shown)
     for workload, where in ((1, 0.75), (2, 0.25)):
         edges = [x for x, _ in path_of(root, f"margin-{workload}")]

@@ -8,8 +8,8 @@ import sys
 import pytest
 from support.runfolder import NAME, finished, record, write_run
 
-from mpscale import terminal
 from mpscale.cli import main
+from mpscale.terminal import streams
 
 pytestmark = pytest.mark.filterwarnings("ignore:Glyph .* missing from font:UserWarning")  # in pictures
 
@@ -78,7 +78,7 @@ COMMANDS = [
 
 
 def as_shown(text, encoding):
-    for character, plain in {"–": "-", "…": "...", "°": "deg ", "×": "x"}.items():  # noqa: RUF001
+    for character, plain in {"–": "-", "…": "...", "°": "deg ", "×": "x", "±": "+/-"}.items():  # noqa: RUF001
         try:
             character.encode(encoding)
         except UnicodeError:
@@ -123,10 +123,10 @@ def test_a_file_is_utf8_whatever_the_terminal_is(project, run, encoding):
 )
 def test_characters_that_a_terminal_lacks_are_replaced(text, encoding, shown):
     stream = io.StringIO() if encoding is None else Terminal(encoding)
-    assert terminal.printable(text, stream) == shown
+    assert streams.surface_of(stream).printable(text) == shown
 
 
 @pytest.mark.parametrize("typed", ["größe", "日本", "plain", "m:größe"])
 def test_a_name_is_what_was_typed_even_if_python_takes_the_terminal_for_ascii(monkeypatch, typed):
-    monkeypatch.setattr(terminal.os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
-    assert terminal.as_typed(typed.encode().decode("ascii", "surrogateescape")) == typed
+    monkeypatch.setattr(streams.os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+    assert streams.as_typed(typed.encode().decode("ascii", "surrogateescape")) == typed
