@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# The run that README shows.
+PICTURED := 20261127T103907Z-amd-epyc-568d
 BIN := $(VENV)/bin
 comma := ,
 # The extra `gpu` installs TensorFlow's CUDA libraries: gigabytes, so only if there is a driver.
@@ -13,7 +15,7 @@ INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 # Without --no-loadscope-reorder, files with few tests come last, and those take longest.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: bench test test-all lint types package docs docs-site clean
+.PHONY: bench test test-all lint types package docs docs-site pictures clean
 
 bench: $(INSTALLED)
 	$(BIN)/pytest bench/ --benchmark-only $(ARGS)
@@ -44,6 +46,10 @@ docs: $(INSTALLED)
 # Into build/site; any warning fails, a link that leads nowhere among them.
 docs-site: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# README's pictures, from the run that it names; needs Chromium.
+pictures: $(INSTALLED)
+	$(BIN)/python docs/_build/pictures.py $(PICTURED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
