@@ -175,10 +175,12 @@ def _summary(run: Run, files: Sequence[str]) -> str:
 def _show(run: Run) -> None:
     """Print the results of a run for the terminal, and where the rest is."""
     from mpscale.analysis.summary import summary_of
+    from mpscale.report.first_screen import first_screen, plain
     from mpscale.report.sections import doubts_note, results
 
     here = surface()
     parts = [run.name, results(run).text(here), here.wrapped(doubts_note(summary_of(run)))]
+    parts.append(here.wrapped(plain(first_screen(run))))
     print("\n\n".join(filter(None, [*parts, f"report: {run.path / 'report.html'}"])))
 
 

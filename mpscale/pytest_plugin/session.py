@@ -358,6 +358,7 @@ class Session:
 
     def _show(self, terminalreporter: pytest.TerminalReporter, run: Run) -> None:
         from mpscale.analysis.summary import summary_of
+        from mpscale.report.first_screen import first_screen, plain
         from mpscale.report.sections import doubts_note, results
 
         def show(text: str, **markup: bool) -> None:
@@ -370,6 +371,7 @@ class Session:
         show(results(run).text(surface))
         if note := doubts_note(summary_of(run)):
             show(f"\n{surface.wrapped(note)}")
+        show(f"\n{surface.wrapped(plain(first_screen(run)))}")
         lines = self._check.lines()
         if lines:
             show("\n" + "\n".join(map(surface.wrapped, lines)), red=self._check.fails)

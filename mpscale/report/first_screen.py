@@ -343,5 +343,12 @@ def markdown(screen: Screen) -> str:
     return "\n\n".join(parts)
 
 
+def plain(screen: Screen) -> str:
+    """Return the first screen for a terminal, without the matrix, which the table of results stands for."""
+    lines = [f"{QUESTION} {screen.headline}"]
+    lines += [f"  {card.question} {card.answer}: {_details(card)}" for card in screen.cards]
+    return "\n".join([*lines, f"  What to do? {screen.advice}"])
+
+
 def _details(card: Card) -> str:
-    return f"{escape('; '.join(card.details))}."
+    return f"{'; '.join(card.details)}."

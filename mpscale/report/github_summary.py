@@ -11,6 +11,7 @@ from mpscale.core.runs import Run
 from mpscale.report import sections, trouble
 from mpscale.report.about import device_kind, device_name
 from mpscale.report.findings import findings
+from mpscale.report.first_screen import first_screen, markdown
 from mpscale.report.table import Table, escape, plural
 
 LIMIT = 1_000_000
@@ -38,7 +39,8 @@ def github_summary(run: Run, limit: int = LIMIT, artifacts: str | None = None) -
     bad = trouble.trouble_table(run)
     bad = Table(bad.headers, [[_cut(cell, _CELL) for cell in row] for row in bad.rows])
     results = (sections.results(run).markdown(), sections.doubts_note(summary_of(run)))
-    parts = [f"# mpscale: {escape(_cut(where or run.name, _NAME))}", _head(findings(run))]
+    parts = [f"# mpscale: {escape(_cut(where or run.name, _NAME))}"]
+    parts += [_head(markdown(first_screen(run))), _head(findings(run))]
     for title, part in (
         ("What could not be read", trouble.unread(run)),
         ("Results", "\n\n".join(filter(None, results))),

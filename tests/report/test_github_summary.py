@@ -30,10 +30,12 @@ def test_title_findings_results_time_and_files_in_this_order(tmp_path):
     fp32 = two_seeds("fp32", (8.0, 8.0), (0.9, 0.9), case_wall_time_s=30.0)
     mixed = two_seeds("mixed-bf16", (4.0, 4.0), (0.9, 0.9), case_wall_time_s=35.0)
     text = summary(tmp_path, *fp32, *mixed, device=GPU)
-    assert text.startswith("# mpscale: Test GPU (GPU)\n\ntoy was run in fp32 and mixed-bf16 on Test GPU (GPU).")
+    assert text.startswith("# mpscale: Test GPU (GPU)\n\n**Is mixed precision worth it here? ")
     places = [
         text.index(part)
         for part in (
+            "- What does it buy? ",
+            "toy was run in fp32 and mixed-bf16 on Test GPU (GPU).",
             "- **toy**: mixed-bf16 is faster than fp32 (2.00 times the speed)",
             "## Results\n",
             "4 cases took 2 min 10 s, one after the other.",
@@ -97,8 +99,8 @@ def test_a_long_output_keeps_its_end(tmp_path):
 def test_a_section_with_many_rows_leaves_room_for_the_next(tmp_path):
     cases = [bad(0, workload=f"w{number:03}") for number in range(700)]
     text = summary(tmp_path, *cases)
-    # Each table has two lines of headers; a paragraph and a blank line precede the list of findings.
-    assert re.findall(r"^\*(\d+) more lines: see the report\.\*$", text, re.M) == ["202"] * 3
+    # Each table has two lines of headers, and more precedes the matrix and the list of findings.
+    assert re.findall(r"^\*(\d+) more lines: see the report\.\*$", text, re.M) == ["214", *["202"] * 3]
     assert len(table(text, "Results")) == len(table(text, "Cases that did not end well")) == 498
 
 
