@@ -175,7 +175,7 @@ def test_a_link_unfolds_its_section(page):
 def drawn_pictures(browser):
     """For each picture: its title, whether it shows something, and the texts that extend beyond it."""
     return browser.execute_script(
-        """return [...document.querySelectorAll('figure')].map(figure => {
+        """return [...document.querySelectorAll('figure:not(.tradeoff)')].map(figure => {
             const svg = figure.querySelector('svg').getBoundingClientRect();
             const texts = [...figure.querySelectorAll('svg text')].map(
                 text => [text.textContent, text.getBoundingClientRect()]);

@@ -34,7 +34,7 @@ def test_the_largest_batch_is_the_last_one_below_the_memory_limit(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout)
+    (row,) = json.loads(done.stdout)["modes"]
     assert 1 <= row["largest_batch"] < row["ran_out_at"] <= 8
     assert 300 < row["peak_memory_mib"] <= 850
     assert row["unavailable"] is None
