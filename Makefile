@@ -49,7 +49,7 @@ docs-site: $(VENV)/.installed-docs
 
 # README's pictures, from the run that it names; needs Chromium.
 pictures: $(INSTALLED)
-	$(BIN)/python docs/_build/pictures.py $(PICTURED)
+	$(BIN)/python docs/tools/pictures.py $(PICTURED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

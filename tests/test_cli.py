@@ -113,7 +113,7 @@ def test_report_for_github_is_printed_and_writes_nothing(mpscale, project):
         (("open", "nightly", "--json"), "no run is called 'nightly'"),
         (("report", "nightly", "--format", "github-summary"), "no run is called 'nightly'"),
         (("report", "nightly"), f"no run is called 'nightly'; the newest in results are {NAME}"),
-        (("report", "latest", "--results", "elsewhere"), "pytest bench/ --benchmark-only"),
+        (("report", "latest", "--results", "elsewhere"), "make one with `mpscale run`"),
         (("report", "."), "holds no run.json"),
         (("history", "--results", "elsewhere"), "there is no run in elsewhere/runs or elsewhere/reference; make one"),
         (("history", "nightly"), f"no run is called 'nightly'; the newest in results are {NAME}"),

@@ -101,7 +101,8 @@ def test_report_prints_the_results_for_a_terminal(project, run_in):
     [
         (["ok", "ok"], True, "well"),
         (["ok", "unsupported"], True, "well"),
-        (["ok", "diverged"], True, "diverged: 1 of 2 cases"),
+        (["ok", "diverged"], True, "training lost: 1 of 2 cases"),
+        (["ok", "stalled"], True, "training lost: 1 of 2 cases"),
         (["diverged", "crashed"], True, "failed: 2 of 2 cases"),
         (["ok"], False, "unfinished"),
     ],

@@ -258,7 +258,7 @@ def commands():
 
 
 def site_hooks():
-    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "_build" / "hooks.py")
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "tools" / "hooks.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -92,13 +92,13 @@ def _outcome(run: Run, statuses: list[str], failed: Sequence[str]) -> str:
         return "unfinished"
     if any(status in failed for status in statuses):
         return "failed"
-    return "well" if all(status in ("ok", "unsupported") for status in statuses) else "diverged"
+    return "well" if all(status in ("ok", "unsupported") for status in statuses) else "lost"
 
 
 def _table(found: list[dict[str, Any]]) -> Any:
     from mpscale.report.table import DASH, Cell, Look, Table, plural
 
-    looks: dict[str, Look] = {"well": "good", "unfinished": "weak", "diverged": "weak"}
+    looks: dict[str, Look] = {"well": "good", "unfinished": "weak", "lost": "weak"}
 
     def went(about: Mapping[str, Any]) -> Cell:
         outcome = about["outcome"]
@@ -107,7 +107,8 @@ def _table(found: list[dict[str, Any]]) -> Any:
             "damaged": about["problem"],
             "unfinished": f"{plural(about['not_started'], 'case')} not started" if about["not_started"] else "",
         }.get(outcome) or (f"{about['not_ok']} of {plural(about['cases'], 'case')}" if about["not_ok"] else "")
-        return Cell(f"{outcome}: {more}" if more else outcome, looks.get(outcome, "bad"))
+        word = "training lost" if outcome == "lost" else outcome
+        return Cell(f"{word}: {more}" if more else word, looks.get(outcome, "bad"))
 
     def row(about: Mapping[str, Any]) -> list[str]:
         if about["outcome"] == "unreadable":

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Run", "RunError", "cases_frame", "read_info", "read_run", "resolve_run"]
 
 _STEP_DTYPES = {"step": "Int64", "loss": "float64", "loss_scale": "float64", "overflow": "boolean"}
-MAKE_ONE = "make one with `make bench` or `pytest bench/ --benchmark-only`"
+MAKE_ONE = "make one with `mpscale run`, or `make bench` in a clone"
 _SHOWN = 5
 """How many runs a message names."""
 _MACHINE_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "TF_ENABLE_ONEDNN_OPTS", "TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")

@@ -1,4 +1,4 @@
-"""Make README's pictures from a run: ``python docs/_build/pictures.py RUN``. Needs Chromium and its driver.
+"""Make README's pictures from a run: ``python docs/tools/pictures.py RUN``. Needs Chromium and its driver.
 
 The first screen of the report, light and dark, and how training went on the three workloads that need a loss scale.
 """
