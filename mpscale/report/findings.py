@@ -263,7 +263,7 @@ def _memory(group: Sequence[Row]) -> Iterator[str]:
     found = [row for row in group if row["gpu_memory_ratio"] is not None]
     if found:
         names = _modes(found, lambda row: of_processes(row["gpu_memory_processes"], row).strip(" ()"))
-        yield f"peak GPU memory {_range([row['gpu_memory_ratio'] for row in found])} times fp32's in {names}"
+        yield f"peak GPU memory {_range([row['gpu_memory_ratio'] for row in found])} times that of float32 in {names}"
 
 
 def _cases(group: Sequence[Row], told: bool) -> Iterator[str]:

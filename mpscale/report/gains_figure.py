@@ -101,7 +101,7 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
             "By GPU time: of rows whose step time shows no speed-up, how much faster the kernels are.",
             [_device_time(row) for row in rows],
         ),
-        _cost("peak GPU memory over fp32", "Memory", rows, "gpu_memory"),
+        _cost("peak GPU memory over float32", "Memory", rows, "gpu_memory"),
         _cost("GPU energy over fp32", "Energy", rows, "gpu_energy"),
         _Column(
             "metric against fp32",

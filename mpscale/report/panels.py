@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,9 @@ def ratio_ticks(low: float, high: float, most: int) -> list[float]:
         candidates = steps if every is None else [[2.0**n for n in octaves if n % every == 0]]
         for ticks in candidates:
             found = sorted({round(tick, 2) if 0.1 < tick < 10 else tick for tick in ticks if low <= tick <= high})
-            if len(found) <= most:
+            gaps = [math.log2(after / before) for before, after in itertools.pairwise(found)]
+            # Of ticks that are much closer than on average, the numbers would overlap.
+            if len(found) <= most and min(gaps, default=math.inf) >= math.log2(high / low) / (1.5 * most):
                 return found
     return found
 

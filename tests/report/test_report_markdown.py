@@ -88,7 +88,7 @@ def test_the_headline_has_accuracy_overflow_and_memory(tmp_path):
     assert (
         "- **toy**: no difference in speed is shown for mixed-dynamic. Accuracy: cannot tell for mixed-dynamic (0.50 "
         "points below fp32 over 2 seeds): the workload has no margin. Overflow in 6 of 200 steps in mixed-dynamic. "
-        "Peak GPU memory 0.64 times fp32's in mixed-dynamic."
+        "Peak GPU memory 0.64 times that of float32 in mixed-dynamic."
     ) in report
 
 

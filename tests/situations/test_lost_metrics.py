@@ -215,7 +215,7 @@ def test_figures_of_some_processes_say_how_many(tmp_path):
     mixed[2] = trainings("mixed-dynamic", GOOD[:3], attempted_steps=100)[2]
     run = run_of(tmp_path, *trainings("fp32", GOOD[:3], **known), *mixed, device=GPU)
     text = render(document(run))
-    assert "times fp32's in mixed-dynamic (2 of 3 processes)" in text
+    assert "times that of float32 in mixed-dynamic (2 of 3 processes)" in text
     assert "900.0 MiB (2 of 3 processes)" in text
     assert "0/200 (2 of 3 seeds)" in text
     assert "| 4.00 (2 of 3 processes)" in text
