@@ -61,6 +61,7 @@ class Weakness(StrEnum):
 
     EMULATED = auto()
     """It ran on a CPU, which emulates the low precision."""
+    UNKNOWN_DEVICE = auto()
     STAND_IN = auto()
     """The GPU is a stand-in for tests."""
     ONE_PROCESS = auto()
@@ -75,6 +76,8 @@ class Weakness(StrEnum):
     """Nor because seeds are missing."""
     UNCLEAR_METRIC = auto()
     """Nor because the metric's margin or direction is unknown, or cases do not agree on them."""
+    UNCOMPARED = auto()
+    """Rows with a speed-up whose metric was not compared with fp32's, although there may be one."""
     NO_METRIC = auto()
     """Workloads without a metric: whether they train as well is not known."""
     NO_BASELINE = auto()
@@ -401,8 +404,11 @@ def _noise(serious: Sequence[Cell]) -> float | None:
 def _counted(
     run: Run, rows: Sequence[Row], serious: Sequence[Cell], baselines: Mapping[str, Row | None], told: _Told
 ) -> Iterator[tuple[Weakness, int]]:
-    on_cpu = [cell for cell in serious if cell.row["device"] == "cpu"]
-    yield Weakness.EMULATED, len(on_cpu)
+    yield Weakness.EMULATED, sum(cell.row["device"] == "cpu" for cell in serious)
+    compared = [cell.row for cell in serious if cell.ratio is not None]
+    yield Weakness.UNKNOWN_DEVICE, sum(row["device"] is None for row in compared)
+    unjudged = [row for row in compared if row["metric_verdict"] is None]
+    yield Weakness.UNCOMPARED, sum(row["has_metric"] is not False for row in unjudged)
     names = {record["device_name"] for record in run.records} | {run.device.get("name")}
     yield Weakness.STAND_IN, int(any(Device("gpu", str(name)).is_stand_in for name in names if name))
     for doubt, weakness in _OF_DOUBT.items():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mpscale.analysis.answer import Advice, Answer, Weakness, Worth
+from mpscale.analysis.summary import Row
 from mpscale.core.case import scale_text
+from mpscale.core.loss_scale import DynamicLossScale
 from mpscale.core.mode import MODES, Mode
 from mpscale.core.record import place_of
 from mpscale.core.runs import Run
@@ -17,7 +20,7 @@ _LARGER = "take a larger batch or several steps per call"
 _STEPS_PER_CALL, _MORE = 20, 5
 """What to measure with: steps per call of the compiled program, and seeds or processes if there were fewer."""
 
-_NOT_BY_MORE = {Weakness.INCOMPLETE, Weakness.UNCLEAR_METRIC}
+_NOT_BY_MORE = {Weakness.INCOMPLETE, Weakness.UNCLEAR_METRIC, Weakness.UNCOMPARED}
 """What more processes do not mend."""
 
 
@@ -32,19 +35,50 @@ def code_of(answer: Answer, run: Run) -> tuple[str, str]:
     if mode is None:
         return "", ""
     jits = {row["jit"] for row in rows}
-    found = {_wrapped(mode, _settings(run, row["workload"]), row["swept_scale"]): row["workload"] for row in rows}
+    found = {_wrapped(mode, _settings(run, row), row["swept_scale"]): row["workload"] for row in rows}
     lines = _python(mode, next(iter(found)), jits.pop() if len(jits) == 1 else None)
     if len(found) > 1:
-        # Two workloads with settings of their own: the code would be wrong for one of them if it did not say so.
+        # The code would be wrong for the others if it did not say so.
         shown, *others = found.values()
-        lines = f"# as measured on {' '.join(shown.split())}; {plural(len(others), 'other setting')} elsewhere\n{lines}"
+        lines = f"# as measured on {shown!r}; {plural(len(others), 'other setting')} elsewhere\n{lines}"
+    if any(_unknown(mode, _settings(run, row), row["swept_scale"]) for row in rows):
+        lines = f"# settings not known: these are defaults\n{lines}"
     return lines, "python"
 
 
-def _settings(run: Run, workload: str) -> Mapping[str, Any]:
-    """The settings of a workload: those of the run and what is set apart for it."""
-    settings = run.info.get("settings") or {}
-    return {**settings, **((settings.get("set_apart") or {}).get(workload) or {})}
+def _settings(run: Run, row: Row) -> dict[str, Any]:
+    """The loss scales of a workload: those of the run and what is set apart for it, as far as they are valid.
+
+    Anything else in a run.json of unknown origin would be copied into code that people run.
+    """
+    own = _mapping(_mapping(_of_run(run).get("set_apart")).get(row["workload"]))
+    settings = {**_of_run(run), **own}
+    known: dict[str, Any] = {}
+    # A constant scale is known from the training, too.
+    for constant in (settings.get("static_scale"), row["loss_scale_final"]):
+        if _is_number(constant):
+            known.setdefault("static_scale", constant)
+    dynamic, names = settings.get("dynamic_scale"), DynamicLossScale.__dataclass_fields__
+    if isinstance(dynamic, Mapping) and all(name in names and _is_number(value) for name, value in dynamic.items()):
+        known["dynamic_scale"] = dynamic
+    return known
+
+
+def _of_run(run: Run) -> Mapping[str, Any]:
+    return _mapping(run.info.get("settings"))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _unknown(mode: Mode, settings: Mapping[str, Any], scale: float | None) -> bool:
+    setting = mode.scaling.setting if mode.scaling is not None else None
+    return setting is not None and setting not in settings and scale is None
 
 
 def _python(mode: Mode, wrapped: str | None, jit: bool | None) -> str:
@@ -112,6 +146,7 @@ def measure_again(answer: Answer) -> str:
     """Return what to change about the measurement, in a sentence."""
     cures = {
         Weakness.NO_BASELINE: "run fp32 beside the modes",
+        Weakness.UNCOMPARED: "train with a metric, in fp32 too",
         Weakness.BASELINE_OOM: "take a smaller batch, at which fp32 fits into memory",
         Weakness.BASELINE_FAILED: "make fp32 end well",
         Weakness.UNTIMED: "make all modes end well, and time them",
@@ -143,10 +178,11 @@ def measure_again(answer: Answer) -> str:
 def _options(answer: Answer, run: Run) -> Iterator[str]:
     """Yield pytest's options that remove weaknesses."""
     there, rows = answer.weaknesses.keys(), [cell.row for cell in answer.serious]
-    if not rows or Weakness.NO_BASELINE in there:
-        modes = {row["mode"] for row in rows} or {"mixed-dynamic", "mixed-bf16"}
+    baselines = {row["mode"] for row in answer.baselines.values() if row is not None}
+    if not rows or Weakness.NO_BASELINE in there or (Weakness.UNCOMPARED in there and "fp32" not in baselines):
+        modes = ({row["mode"] for row in rows} or {"mixed-dynamic", "mixed-bf16"}) | baselines
         yield f"--mp-modes {','.join(name for name in MODES if name in modes | {'fp32'})}"
-    calls = (run.info.get("settings") or {}).get("steps_per_call")
+    calls = _of_run(run).get("steps_per_call")
     if there & {Weakness.IDLE, Weakness.DISPATCH} and not (isinstance(calls, int) and calls >= _STEPS_PER_CALL):
         yield f"--mp-steps-per-call {_STEPS_PER_CALL}"
     if Weakness.UNJUDGED in there:

@@ -311,6 +311,7 @@ def _weak_points(weaknesses: Mapping[Weakness, int], rows: int, worth: Worth) ->
 
     sentences: dict[Weakness, Callable[[int], str]] = {
         Weakness.STAND_IN: lambda _: "the GPU is a stand-in for tests: its figures are invented",
+        Weakness.UNKNOWN_DEVICE: lambda n: f"it is not known on which device it ran: {of_rows(n)}",
         Weakness.EMULATED: lambda n: (
             "low precision is emulated on a CPU: speeds say nothing about a GPU"
             + ("" if n == rows else f" ({of_rows(n)})")
@@ -332,6 +333,7 @@ def _weak_points(weaknesses: Mapping[Weakness, int], rows: int, worth: Worth) ->
         Weakness.UNJUDGED: lambda n: f"too few seeds to judge the metric: {of_rows(n)}",
         Weakness.INCOMPLETE: lambda n: f"seeds are missing, so the metric cannot be judged: {of_rows(n)}",
         Weakness.UNCLEAR_METRIC: lambda n: f"the metric's margin or direction is not clear: {of_rows(n)}",
+        Weakness.UNCOMPARED: lambda n: f"the metric was not compared with fp32's: {of_rows(n)}",
         Weakness.NO_METRIC: lambda n: f"{plural(n, 'workload')} without a metric: accuracy not measured",
         Weakness.TWO_LEVELS: lambda n: f"the step time of {plural(n, 'process')} jumped between two levels",
         Weakness.OLDER_METHOD: lambda n: "measured by an older method",

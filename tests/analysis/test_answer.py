@@ -154,6 +154,8 @@ WEAK = {
     Weakness.UNTIMED: lambda: [*compared(FAST), *ended("crashed", "mixed-logmax")],
     Weakness.INCOMPLETE: lambda: [*compared(FAST), *ended("timeout", "mixed-logmax")],
     Weakness.UNCLEAR_METRIC: lambda: compared(FAST, metric_higher_is_better=None),
+    Weakness.UNKNOWN_DEVICE: lambda: compared(FAST, device=None),
+    Weakness.UNCOMPARED: lambda: compared({"tf32": 8.0, "mixed-bf16": 4.0}),
     Weakness.LOST_CASES: lambda: [*compared(FAST), case("mixed-logmax", 0, None, None, status="crashed")],
 }
 

@@ -258,7 +258,26 @@ def test_the_code_has_the_dynamic_scale_that_was_measured_on_the_workload(tmp_pa
     assert code.endswith("jit_compile=False)")
     others = [*records, *compared({"fp32": 8.0, mode: 4.0}, jit=False, workload="other")]
     code, _ = code_of_run(write_run(tmp_path / "two", finished(others), device=GPU, settings=settings))
-    assert code.startswith("# as measured on toy; 1 other setting elsewhere\n")
+    assert "# as measured on 'toy'; 1 other setting elsewhere\n" in code
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [[1], {"dynamic_scale": {"initial": "x"}}, {"dynamic_scale": {"initial=1); import os; (": 1}},
+     {"dynamic_scale": {"initial": float("inf")}}, {"set_apart": 3}, {}],
+)  # fmt: skip
+def test_settings_that_are_unknown_or_invalid_never_get_into_code(tmp_path, settings):
+    records = compared({"fp32": 8.0, "mixed-dynamic": 4.0})
+    code, _ = code_of_run(write_run(tmp_path, finished(records), device=GPU, settings=settings))
+    assert code.startswith("# settings not known: these are defaults\n")
+    assert "mpscale.DynamicLossScale()" in code
+
+
+def test_the_constant_scale_of_a_run_without_settings_is_that_of_the_training(tmp_path):
+    records = compared({"fp32": 8.0, "mixed-static": 4.0}, loss_scale_final=64.0)
+    code, _ = code_of_run(write_run(tmp_path, finished(records), device=GPU, settings={}))
+    assert "mpscale.StaticLossScale(64)" in code
+    assert "not known" not in code
 
 
 @pytest.mark.parametrize("name", ["reference", "trouble", "one process", "gain"])
