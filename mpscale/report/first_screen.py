@@ -405,7 +405,9 @@ def markdown(screen: Screen) -> str:
     """Return the first screen as markdown."""
     parts = [f"**{escape(QUESTION)} {escape(screen.headline)}**"]
     parts.append(
-        "\n".join(f"- {escape(card.question)} **{escape(card.answer)}** {_details(card)}" for card in screen.cards)
+        "\n".join(
+            f"- {escape(card.question)} **{escape(card.answer)}** {escape(_details(card))}" for card in screen.cards
+        )
     )
     if table := matrix(screen.answer):
         parts.append(table.markdown())
@@ -416,4 +418,4 @@ def markdown(screen: Screen) -> str:
 
 
 def _details(card: Card) -> str:
-    return f"{escape('; '.join(card.details))}."
+    return f"{'; '.join(card.details)}."

@@ -20,7 +20,7 @@ from mpscale.core.runs import read_run
 from mpscale.report.advice import code_of
 from mpscale.report.document import document, render
 from mpscale.report.files import rebuild
-from mpscale.report.first_screen import QUESTION, first_screen, matrix
+from mpscale.report.first_screen import QUESTION, first_screen, markdown, matrix
 from mpscale.report.page import page as as_html
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "20261127T103907Z-amd-epyc-568d"
@@ -326,6 +326,12 @@ def test_the_code_has_the_scale_that_was_measured(tmp_path, scale):
     run = read_run(write_run(tmp_path, finished(records), device=GPU))
     code, _ = code_of(answer_of(run), run)
     assert eval(re.search(r"StaticLossScale\((.*)\)", code).group(1)) == scale
+
+
+def test_no_name_acts_as_html_in_markdown(runs):
+    screen = screen_of(runs["trouble"])
+    assert any(HOSTILE in detail for card in screen.cards for detail in card.details)
+    assert "<script" not in markdown(screen)
 
 
 @pytest.fixture
