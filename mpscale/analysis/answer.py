@@ -9,7 +9,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, StrEnum, auto
 from functools import lru_cache
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from mpscale.analysis.claim import Doubt, doubts_of
 from mpscale.analysis.quantities import Verdict
 from mpscale.analysis.summary import Row, summary_of
+from mpscale.core.case import Place
 from mpscale.core.columns import FAILED, LOST, METHOD_VERSION
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES, Mode, is_mixed
@@ -26,8 +27,8 @@ from mpscale.core.runs import Run
 SAVES_MEMORY = 0.95
 """The ratio of peak memory from which on memory counts as saved: a smaller saving is no reason to change the mode."""
 
-_GAIN = 1.05
-"""An estimate above this may be a gain that wide intervals hide, so the answer is not a plain no."""
+_GAIN, _REACH = 1.05, 2.0
+"""An estimate above the first, or an interval beyond the second, may hide a gain, so the answer is not a plain no."""
 
 
 class Worth(StrEnum):
@@ -60,6 +61,7 @@ class Weakness(StrEnum):
 
     EMULATED = auto()
     """It ran on a CPU, which emulates the low precision."""
+    UNKNOWN_DEVICE = auto()
     STAND_IN = auto()
     """The GPU is a stand-in for tests."""
     ONE_PROCESS = auto()
@@ -69,10 +71,25 @@ class Weakness(StrEnum):
     TWO_LEVELS = auto()
     WITHOUT_XLA = auto()
     UNJUDGED = auto()
-    """It cannot be told if the metric is as good as fp32's: too few seeds, or a seed is missing."""
+    """It cannot be told if the metric is as good as fp32's: too few seeds."""
+    INCOMPLETE = auto()
+    """Nor because seeds are missing."""
+    UNCLEAR_METRIC = auto()
+    """Nor because the metric's margin or direction is unknown, or cases do not agree on them."""
+    UNCOMPARED = auto()
+    """Rows with a speed-up whose metric was not compared with fp32's, although there may be one."""
     NO_METRIC = auto()
     """Workloads without a metric: whether they train as well is not known."""
     NO_BASELINE = auto()
+    """There is no fp32 at all."""
+    BASELINE_FAILED = auto()
+    """There is, but it has no step time."""
+    BASELINE_OOM = auto()
+    """Because it ran out of memory, as the mode did not."""
+    BASELINE_LOST = auto()
+    """Trainings in float32 that diverged or stalled."""
+    UNTIMED = auto()
+    """A mode has no step time."""
     LOST_CASES = auto()
     """Cases that failed, were interrupted or were left out as suspicious."""
     NOT_STARTED = auto()
@@ -93,7 +110,7 @@ class Advice(StrEnum):
     """What to do next."""
 
     USE = auto()
-    """Train with :attr:`Answer.mode`."""
+    """Train with :attr:`Answer.mode`; if that is None, with another mode on each of :attr:`Answer.choices`."""
     STAY = auto()
     """Stay with float32; :attr:`Answer.mode` is the one for those who train in float16 all the same."""
     MEASURE = auto()
@@ -110,6 +127,8 @@ class Cell:
         doubts: what speaks against a claim about its speed.
         quality: the verdict on its metric; None if it has none.
         lost: how many of its trainings ended without a usable result.
+        is_worse: whether its metric is worse, or a training was lost that was not lost in fp32.
+        unsupported: whether nothing was trained because the mode cannot run here.
         outcome: all in all.
     """
 
@@ -118,6 +137,8 @@ class Cell:
     doubts: tuple[Doubt, ...]
     quality: Verdict | None
     lost: int
+    is_worse: bool
+    unsupported: bool
     outcome: Outcome
 
     @property
@@ -130,6 +151,17 @@ class Cell:
         """The 95 % interval of the ratio; None if a single pair of processes cannot give it."""
         _, low, high = _speedup(self.row)
         return None if low is None or high is None else (low, high)
+
+    @property
+    def claimed(self) -> bool:
+        """Whether it has a ratio with an interval, and nothing speaks against a claim."""
+        return self.ratio is not None and not self.doubts and self.ends is not None
+
+    @property
+    def saves_memory(self) -> bool:
+        """Whether it needs clearly less GPU memory than float32."""
+        ratio = self.row["gpu_memory_ratio"]
+        return ratio is not None and ratio <= SAVES_MEMORY
 
     @property
     def mode(self) -> Mode | None:
@@ -152,7 +184,7 @@ class Answer:
         mode: the name of the mode that the advice is about, as tables show it; None if it is about none.
         baselines: the row that each workload's modes are compared with; None if there is none.
         cells: by workload and mode, as tables name them; only modes below float32.
-        good: workloads on which some mode is good.
+        choices: the mode to use on each workload on which some mode is good.
         weaknesses: what weakens the figures, with the number of rows or cases that it applies to.
         noise: the median half-width of the intervals of speed-ups, as a ratio minus 1; None if there are none.
     """
@@ -162,7 +194,7 @@ class Answer:
     mode: str | None
     baselines: Mapping[str, Row | None]
     cells: Mapping[str, Mapping[str, Cell]]
-    good: tuple[str, ...]
+    choices: Mapping[str, str]
     weaknesses: Mapping[Weakness, int]
     noise: float | None
 
@@ -175,8 +207,23 @@ class Answer:
 
     @property
     def serious(self) -> tuple[Cell, ...]:
-        """The cells of modes that somebody may use: all but control experiments."""
-        return tuple(cell for cells in self.cells.values() for cell in cells.values() if not cell.is_control)
+        """The cells of modes that somebody may use: all but control experiments and what cannot run here."""
+        return tuple(cell for cells in self.cells.values() for cell in cells.values() if _is_serious(cell))
+
+    @property
+    def good(self) -> tuple[str, ...]:
+        """Workloads on which some mode is good."""
+        return tuple(self.choices)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Workloads with a mode that somebody may use."""
+        return tuple(name for name, cells in self.cells.items() if any(map(_is_serious, cells.values())))
+
+    @property
+    def chosen(self) -> tuple[Cell, ...]:
+        """The cells of :attr:`choices`."""
+        return tuple(self.cells[workload][mode] for workload, mode in self.choices.items())
 
     @property
     def controls(self) -> tuple[Cell, ...]:
@@ -210,80 +257,120 @@ def answer_of(run: Run) -> Answer:
     baselines: dict[str, Row | None] = {}
     cells: dict[str, dict[str, Cell]] = {}
     rows = summary_of(run)
-    lost = Counter(record.place for record in run.records if record["status"] in LOST and record["repeat"] == 0)
+    told = _Told(run)
     for row in rows:
         workload, mode = place_of(row)
         baselines.setdefault(workload, None)
         if row["mode"] == row["headline_baseline"]:
             baselines[workload] = row
         elif is_mixed(row["mode"]):
-            cells.setdefault(workload, {})[mode] = _cell(row, lost[workload, mode])
-    serious = [cell for by_mode in cells.values() for cell in by_mode.values() if not cell.is_control]
-    good = tuple(
-        workload
-        for workload, by_mode in cells.items()
-        if any(cell.outcome is Outcome.GOOD and not cell.is_control for cell in by_mode.values())
-    )
-    worth = _worth(serious, good, len(cells))
-    advice, advised = _advice(worth, cells)
-    return Answer(worth, advice, advised, baselines, cells, good, _weaknesses(run, rows, serious), _noise(serious))
+            cells.setdefault(workload, {})[mode] = _cell(row, told)
+    serious = [cell for by_mode in cells.values() for cell in by_mode.values() if _is_serious(cell)]
+    choices = _choices(cells)
+    worth = _worth(serious, len(choices), len({place_of(cell.row)[0] for cell in serious}))
+    advice, advised = _advice(worth, serious, choices)
+    weaknesses = {weakness: count for weakness, count in _counted(run, rows, serious, baselines, told) if count}
+    return Answer(worth, advice, advised, baselines, cells, choices, weaknesses, _noise(serious))
 
 
-def _cell(row: Row, lost: int) -> Cell:
+class _Told:
+    """What the records of a run say that rows do not have as numbers, by workload and mode."""
+
+    def __init__(self, run: Run) -> None:
+        lost: dict[Place, set[int]] = {}
+        for record in run.records:
+            if record["status"] in LOST and record["repeat"] == 0:
+                lost.setdefault(record.place, set()).add(record["seed"])
+        self.lost: Mapping[Place, set[int]] = lost
+        self.unsupported = Counter(record.place for record in run.records if record["status"] == "unsupported")
+        self.oom = Counter(record.place for record in run.records if record["status"] == "oom")
+
+
+def _is_serious(cell: Cell) -> bool:
+    return not cell.is_control and not cell.unsupported
+
+
+def _cell(row: Row, told: _Told) -> Cell:
     speed, doubts = speed_verdict(row), tuple(doubts_of(row, row["headline_baseline"]))
     quality: Verdict | None = row["metric_verdict"]
-    return Cell(row, speed, doubts, quality, lost, _outcome(row, speed, quality, lost))
+    workload, mode = place_of(row)
+    lost = told.lost.get((workload, mode), set())
+    # A verdict has weighed the lost seeds against fp32's; without one, each that fp32 did not lose counts.
+    is_worse = quality is Verdict.WORSE or bool(quality is None and lost - told.lost.get((workload, "fp32"), set()))
+    unsupported = told.unsupported[workload, mode] == row["cases"]
+    found = Cell(row, speed, doubts, quality, len(lost), is_worse, unsupported, Outcome.UNKNOWN)
+    return replace(found, outcome=_outcome(found))
 
 
-def _outcome(row: Row, speed: Verdict | None, quality: Verdict | None, lost: int) -> Outcome:
-    if quality is Verdict.WORSE or lost:
+def _outcome(cell: Cell) -> Outcome:
+    row = cell.row
+    if cell.is_worse:
         return Outcome.BAD
-    saves = row["gpu_memory_ratio"] is not None and row["gpu_memory_ratio"] <= SAVES_MEMORY
-    if speed is Verdict.SLOWER:
-        return Outcome.UNKNOWN if saves else Outcome.BAD
+    if cell.speed is Verdict.SLOWER:
+        return Outcome.UNKNOWN if cell.saves_memory else Outcome.BAD
     # What synthetic inputs cannot show is said beside the answer; a metric that was not compared is missing.
-    trains = quality is Verdict.NON_INFERIOR or row["has_metric"] is False
-    return Outcome.GOOD if trains and (saves or speed is Verdict.FASTER) else Outcome.UNKNOWN
+    ended = row["ok"] == row["cases"] and not row["not_started"]
+    trains = cell.quality is Verdict.NON_INFERIOR or (row["has_metric"] is False and ended)
+    return Outcome.GOOD if trains and (cell.saves_memory or cell.speed is Verdict.FASTER) else Outcome.UNKNOWN
 
 
-def _worth(serious: Sequence[Cell], good: Sequence[str], workloads: int) -> Worth:
+def _worth(serious: Sequence[Cell], good: int, workloads: int) -> Worth:
     if all(cell.ratio is None and cell.row["gpu_memory_ratio"] is None and cell.quality is None for cell in serious):
         return Worth.NOTHING
     if good:
-        return Worth.YES if len(good) == workloads else Worth.PARTLY
-    claimed = [cell for cell in serious if cell.ratio is not None and not cell.doubts and cell.ends is not None]
+        return Worth.YES if good == workloads else Worth.PARTLY
+    claimed = [cell for cell in serious if cell.claimed]
     if not claimed:
         return Worth.CANNOT_TELL
-    hopeful = [cell for cell in claimed if (cell.ratio or 0.0) > _GAIN and cell.outcome is not Outcome.BAD]
+    hopeful = [cell for cell in claimed if cell.outcome is not Outcome.BAD and _may_gain(cell)]
     return Worth.NOT_SHOWN if hopeful else Worth.NO
 
 
-def _advice(worth: Worth, cells: Mapping[str, Mapping[str, Cell]]) -> tuple[Advice, str | None]:
+def _may_gain(cell: Cell) -> bool:
+    return (cell.ratio or 0.0) > _GAIN or (cell.ends is not None and cell.ends[1] > _REACH)
+
+
+def _choices(cells: Mapping[str, Mapping[str, Cell]]) -> dict[str, str]:
+    """Return the mode to use by workload: one mode for all if one is good on all, else the fastest good ones."""
+    good = {
+        workload: {mode: cell for mode, cell in found.items() if _is_serious(cell) and cell.outcome is Outcome.GOOD}
+        for workload, found in cells.items()
+    }
+    good = {workload: found for workload, found in good.items() if found}
+    common = [mode for mode in next(iter(good.values()), {}) if all(mode in found for found in good.values())]
+    # One that is worse elsewhere comes last.
+    worse = {mode for found in cells.values() for mode, cell in found.items() if cell.is_worse}
+    best = max(
+        common,
+        key=lambda mode: (mode not in worse, _mean_speedup([found[mode] for found in good.values()])),
+        default=None,
+    )
+    if best is not None:
+        return dict.fromkeys(good, best)
+    return {
+        workload: max(found, key=lambda mode: (mode not in worse, _mean_speedup([found[mode]])))
+        for workload, found in good.items()
+    }
+
+
+def _advice(worth: Worth, serious: Sequence[Cell], choices: Mapping[str, str]) -> tuple[Advice, str | None]:
+    if choices:
+        modes = set(choices.values())
+        return Advice.USE, modes.pop() if len(modes) == 1 else None
+    if worth is not Worth.NO:
+        return Advice.MEASURE, None
     by_mode: dict[str, list[Cell]] = {}
-    for found in cells.values():
-        for name, cell in found.items():
-            if not cell.is_control:
-                by_mode.setdefault(name, []).append(cell)
-    # A mode that is worse anywhere is not advised everywhere.
-    safe = {name: found for name, found in by_mode.items() if not any(_is_worse(cell) for cell in found)}
-    if worth in (Worth.YES, Worth.PARTLY):
-        useful = {name: [cell for cell in found if cell.outcome is Outcome.GOOD] for name, found in safe.items()}
-        chosen = max(safe, key=lambda name: (len(useful[name]), _mean_speedup(useful[name])), default=None)
-        return (Advice.USE, chosen) if chosen is not None and useful[chosen] else (Advice.STAY, None)
-    if worth in (Worth.NO, Worth.NOT_SHOWN):
-        trained = {
-            name: found
-            for name, found in safe.items()
-            if any(cell.quality is Verdict.NON_INFERIOR for cell in found) and _scales(found[0])
-        }
-        # The order of the modes decides: mixed-dynamic comes before the less usual ones.
-        order = sorted(trained, key=lambda name: (-_as_good(trained[name]), _rank(trained[name][0])))
-        return Advice.STAY, order[0] if order else None
-    return Advice.MEASURE, None
-
-
-def _is_worse(cell: Cell) -> bool:
-    return cell.quality is Verdict.WORSE or cell.lost > 0
+    for cell in serious:
+        by_mode.setdefault(place_of(cell.row)[1], []).append(cell)
+    trained = {
+        name: found
+        for name, found in by_mode.items()
+        # A mode that is worse anywhere is not advised everywhere.
+        if not any(cell.is_worse for cell in found) and _as_good(found) and _scales(found[0])
+    }
+    # The order of the modes decides: mixed-dynamic comes before the less usual ones.
+    order = sorted(trained, key=lambda name: (-_as_good(trained[name]), _rank(trained[name][0])))
+    return Advice.STAY, order[0] if order else None
 
 
 def _as_good(cells: Sequence[Cell]) -> int:
@@ -314,13 +401,14 @@ def _noise(serious: Sequence[Cell]) -> float | None:
     return statistics.median(widths) if widths else None
 
 
-def _weaknesses(run: Run, rows: Sequence[Row], serious: Sequence[Cell]) -> dict[Weakness, int]:
-    return {weakness: count for weakness, count in _counted(run, rows, serious) if count}
-
-
-def _counted(run: Run, rows: Sequence[Row], serious: Sequence[Cell]) -> Iterator[tuple[Weakness, int]]:
-    on_cpu = [cell for cell in serious if cell.row["device"] == "cpu"]
-    yield Weakness.EMULATED, len(on_cpu)
+def _counted(
+    run: Run, rows: Sequence[Row], serious: Sequence[Cell], baselines: Mapping[str, Row | None], told: _Told
+) -> Iterator[tuple[Weakness, int]]:
+    yield Weakness.EMULATED, sum(cell.row["device"] == "cpu" for cell in serious)
+    compared = [cell.row for cell in serious if cell.ratio is not None]
+    yield Weakness.UNKNOWN_DEVICE, sum(row["device"] is None for row in compared)
+    unjudged = [row for row in compared if row["metric_verdict"] is None]
+    yield Weakness.UNCOMPARED, sum(row["has_metric"] is not False for row in unjudged)
     names = {record["device_name"] for record in run.records} | {run.device.get("name")}
     yield Weakness.STAND_IN, int(any(Device("gpu", str(name)).is_stand_in for name in names if name))
     for doubt, weakness in _OF_DOUBT.items():
@@ -328,11 +416,35 @@ def _counted(run: Run, rows: Sequence[Row], serious: Sequence[Cell]) -> Iterator
     yield Weakness.TWO_LEVELS, sum(row["two_level_processes"] for row in rows)
     timed = [record for record in run.records if record["step_time_ms_median"] is not None]
     yield Weakness.WITHOUT_XLA, int({(one["device"], one["jit"]) for one in timed} == {("gpu", False)})
-    yield Weakness.UNJUDGED, sum(cell.quality is Verdict.INCONCLUSIVE for cell in serious)
+    yield from Counter(_why_unjudged(cell.row) for cell in serious if cell.quality is Verdict.INCONCLUSIVE).items()
     yield Weakness.NO_METRIC, len({cell.row["workload"] for cell in serious if cell.row["has_metric"] is False})
-    yield Weakness.NO_BASELINE, sum(cell.ratio is None and not cell.lost for cell in serious)
+    yield from Counter(
+        _why_not_compared(cell, baselines[place_of(cell.row)[0]], told)
+        for cell in serious
+        if cell.ratio is None and not cell.lost
+    ).items()
+    of_float32 = [seeds for (_, mode), seeds in told.lost.items() if not is_mixed(mode)]
+    yield Weakness.BASELINE_LOST, sum(map(len, of_float32))
     yield Weakness.LOST_CASES, sum(record["status"] in FAILED for record in run.records)
     yield Weakness.NOT_STARTED, len(run.not_started)
     yield Weakness.UNFINISHED, int(not run.finished)
     yield Weakness.UNREADABLE, len(run.problems)
     yield Weakness.OLDER_METHOD, int(bool(run.methods) and max(run.methods) < METHOD_VERSION)
+
+
+def _why_unjudged(row: Row) -> Weakness:
+    if row["metric_reason"] is None:
+        return Weakness.UNJUDGED
+    if row["metric_left_out"] is not None or not row["metric_pairs"]:
+        return Weakness.INCOMPLETE
+    unknown = row["metric_margin"] is None or row["metric_higher_is_better"] is None
+    return Weakness.UNJUDGED if row["metric_pairs"] == 1 and not unknown else Weakness.UNCLEAR_METRIC
+
+
+def _why_not_compared(cell: Cell, baseline: Row | None, told: _Told) -> Weakness:
+    if cell.row["step_time_ms"] is None:
+        return Weakness.UNTIMED
+    if baseline is None:
+        return Weakness.NO_BASELINE
+    is_oom = baseline["step_time_ms"] is None and told.oom[place_of(baseline)]
+    return Weakness.BASELINE_OOM if is_oom else Weakness.BASELINE_FAILED

@@ -17,6 +17,7 @@ def baseline_line(row: Row | None) -> str:
     parts = ["no time" if row["step_time_ms"] is None else f"{number(row['step_time_ms'])} ms"]
     if row["metric_mean"] is not None:
         parts.append(f"{metric_label(row)} {metric(row['metric_mean'], row['metric_name'])}")
+    parts += [_endings(row)] if _did_not_all_end(row) else []
     return f"{row['mode']}: {', '.join(parts)}"
 
 
@@ -43,16 +44,23 @@ def metric_label(row: Row) -> str:
     return _SHORT.get(name) or metric_name(name)
 
 
+def times(ratio: float) -> str:
+    """Write a ratio with two decimals; a very small or large one with three digits, so that it is never 0.00x."""
+    return f"{ratio:.2f}x" if 0.1 <= ratio < 1000 else f"{number(ratio)}x"
+
+
 def ratio_text(cell: Cell) -> str:
     """Write the speed-up; in parentheses if it is no claim."""
     if cell.ratio is None:
         return DASH
-    return f"({cell.ratio:.2f}x)" if cell.doubts else f"{cell.ratio:.2f}x"
+    return f"({times(cell.ratio)})" if cell.doubts else times(cell.ratio)
 
 
 def speed_word(cell: Cell) -> str:
     """Say in a word what the ratio shows."""
-    if cell.lost and cell.ratio is None:
+    if cell.unsupported:
+        return "unsupported"
+    if cell.lost and cell.ratio is None and not cell.row["ok"]:
         return "no training ended well"
     if cell.ratio is None:
         return "not compared"
@@ -64,7 +72,9 @@ def speed_word(cell: Cell) -> str:
 def quality_line(cell: Cell) -> str:
     """Say how the metric compares with fp32's."""
     row = cell.row
-    if row["has_metric"] is False:
+    if cell.unsupported:
+        return ""
+    if row["has_metric"] is False and cell.quality is None:
         return "accuracy not measured"
     if row["metric_mean"] is None and cell.quality is None:
         return ""
@@ -72,10 +82,10 @@ def quality_line(cell: Cell) -> str:
     label = metric_label(row)
     if cell.quality is None:
         return f"{label} {metric(row['metric_mean'], row['metric_name'])}"
-    told = f" {difference}"
-    if row["metric_difference"] is None:
-        told = "" if row["metric_mean"] is None else f" {metric(row['metric_mean'], row['metric_name'])}"
-    return f"{label}{told}, {_WORDS[cell.quality]}"
+    if row["metric_difference"] is None and row["metric_mean"] is None:
+        return f"{label} {'unknown' if cell.quality is Verdict.INCONCLUSIVE else _WORDS[cell.quality]}"
+    told = metric(row["metric_mean"], row["metric_name"]) if row["metric_difference"] is None else difference
+    return f"{label} {told}, {_WORDS[cell.quality]}"
 
 
 def overflow_line(cell: Cell) -> str:
@@ -87,7 +97,7 @@ def overflow_line(cell: Cell) -> str:
 def memory_line(cell: Cell) -> str:
     """Compare the peak memory of the GPU with fp32's."""
     ratio = cell.row["gpu_memory_ratio"]
-    return "" if ratio is None else f"memory {ratio:.2f}x"
+    return "" if ratio is None else f"memory {times(ratio)}"
 
 
 def chips(cell: Cell) -> list[str]:
@@ -101,12 +111,20 @@ def chips(cell: Cell) -> list[str]:
         Doubt.ONE_PAIR: "one process",
     }
     found += [told[doubt] for doubt in cell.doubts]
-    if row["ok"] != row["cases"] or row["not_started"]:
-        waiting = f", not started {row['not_started']}" if row["not_started"] else ""
-        found.append(f"{row['statuses']}{waiting}")
+    if _did_not_all_end(row) and not cell.unsupported:
+        found.append(_endings(row))
     if row["two_level_processes"]:
         found.append(f"two levels in {plural(row['two_level_processes'], 'process')}")
     return found
+
+
+def _did_not_all_end(row: Row) -> bool:
+    return bool(row["ok"] != row["cases"] or row["not_started"])
+
+
+def _endings(row: Row) -> str:
+    waiting = f", not started {row['not_started']}" if row["not_started"] else ""
+    return f"{row['statuses']}{waiting}"
 
 
 def column_chips(answer: Answer, mode: str) -> list[str]:

@@ -11,9 +11,9 @@ from mpscale.analysis.quantities import Verdict
 from mpscale.core.record import place_of
 from mpscale.core.runs import Run
 from mpscale.report.advice import code_of, measure_again
-from mpscale.report.cell import chips, quality_line, ratio_text, speed_word
+from mpscale.report.cell import chips, quality_line, ratio_text, speed_word, times
 from mpscale.report.figures import Picture
-from mpscale.report.table import DASH, Table, escape, number, plural
+from mpscale.report.table import DASH, Table, escape, joined, listed, number, plural
 from mpscale.report.words import WORDS
 
 QUESTION = "Is mixed precision worth it here?"
@@ -100,34 +100,63 @@ def place(run: Run) -> str:
 
 
 def _headline(answer: Answer, run: Run) -> tuple[str, Outcome]:
+    said, outcome = _said(answer, run)
+    if Weakness.STAND_IN in answer.weaknesses:
+        return f"{said} But the GPU is a stand-in for tests, so the figures are invented.", Outcome.UNKNOWN
+    incomplete = answer.weaknesses.keys() & {Weakness.UNFINISHED, Weakness.NOT_STARTED}
+    if incomplete and answer.worth in (Worth.YES, Worth.PARTLY, Worth.NO):
+        return f"{said} But the run is not complete.", outcome
+    return said, outcome
+
+
+def _said(answer: Answer, run: Run) -> tuple[str, Outcome]:
     here = place(run)
     match answer.worth:
         case Worth.YES | Worth.PARTLY:
-            where = "" if answer.worth is Worth.YES else f", on {len(answer.good)} of {len(answer.cells)} workloads"
-            return f"Yes{where}{_how(answer)}.", Outcome.GOOD
+            where = "" if answer.worth is Worth.YES else f", on {len(answer.good)} of {len(answer.asked)} workloads"
+            unknown = _unmeasured(answer.chosen)
+            return f"Yes{where}: {_how(answer)}{unknown}.", Outcome.UNKNOWN if unknown else Outcome.GOOD
         case Worth.NO:
+            told = {place_of(cell.row)[0] for cell in answer.serious if cell.claimed or cell.is_worse}
+            if len(told) < len(answer.asked):
+                of = f"{len(told)} of {len(answer.asked)} workloads"
+                return f"No, on {of}; the others cannot be told.", Outcome.UNKNOWN
+            if small := [cell for cell in answer.serious if cell.saves_memory and not cell.is_worse]:
+                saved = _times([cell.row["gpu_memory_ratio"] for cell in small])
+                return f"No for speed on this {here}, but {saved} the memory.", Outcome.UNKNOWN
             return f"No, not on this {here}.", Outcome.BAD
         case Worth.NOT_SHOWN:
+            if any(cell.speed is Verdict.FASTER and not cell.is_worse for cell in answer.serious):
+                return "Not shown yet: faster, but it is not known if it trains as well.", Outcome.UNKNOWN
             return "Not shown yet: no gain is certain.", Outcome.UNKNOWN
         case Worth.CANNOT_TELL:
             return f"Cannot tell: {_main_reason(answer)}.", Outcome.UNKNOWN
-    why = "no mixed mode was measured" if not answer.cells else "nothing could be compared with float32"
+    why = "nothing could be compared with float32"
+    if not answer.serious:
+        unsupported = any(cell.unsupported for cells in answer.cells.values() for cell in cells.values())
+        why = "no mixed mode can run here" if unsupported else "no mixed mode was measured"
     return f"No answer: {why}.", Outcome.UNKNOWN
 
 
 def _how(answer: Answer) -> str:
-    """What the advised mode gains, for the headline."""
-    good = [cells[answer.mode] for cells in answer.cells.values() if answer.mode in cells and answer.mode is not None]
-    good = [cell for cell in good if cell.outcome is Outcome.GOOD]
-    ratios = [cell.ratio for cell in good if cell.ratio is not None and cell.speed is Verdict.FASTER]
+    """What the chosen modes gain, for the headline."""
+    cells = answer.chosen
+    which = f"with {answer.mode}" if answer.mode is not None else "with another mode on each workload"
+    which = which if answer.mode is not None or len(cells) == 2 else "with different modes"
+    ratios = [cell.ratio for cell in cells if cell.ratio is not None and cell.speed is Verdict.FASTER]
     if ratios:
-        return f": {_times(ratios)} as fast with {answer.mode}"
-    saved = [cell.row["gpu_memory_ratio"] for cell in good if cell.row["gpu_memory_ratio"] is not None]
-    return f": {_times(saved)} the memory with {answer.mode}" if saved else ""
+        return f"{_times(ratios)} as fast {which}"
+    unknown = "; its speed is not known" if any(not cell.claimed for cell in cells) else ""
+    return f"{_times([cell.row['gpu_memory_ratio'] for cell in cells])} the memory {which}{unknown}"
 
 
-def _is_good(cell: Cell | None) -> bool:
-    return cell is not None and cell.outcome is Outcome.GOOD
+def _unmeasured(cells: Sequence[Cell]) -> str:
+    """Say that no accuracy was measured, which a plain yes would hide; empty if it was."""
+    without = sum(cell.quality is None for cell in cells)
+    if not without:
+        return ""
+    where = "" if without == len(cells) else f" on {without} of {len(cells)} workloads"
+    return f"; accuracy not measured{where}"
 
 
 def _main_reason(answer: Answer) -> str:
@@ -137,6 +166,9 @@ def _main_reason(answer: Answer) -> str:
         Weakness.DISPATCH: "the steps are too short to show what a mode does",
         Weakness.BUSY: "other processes kept the machine busy",
         Weakness.NO_BASELINE: "there is no fp32 to compare with",
+        Weakness.BASELINE_FAILED: "fp32 has no step time to compare with",
+        Weakness.BASELINE_OOM: "fp32 ran out of memory, but mixed precision did not",
+        Weakness.UNTIMED: "no mixed mode has a step time",
     }
     found = {weakness: answer.weaknesses[weakness] for weakness in reasons if weakness in answer.weaknesses}
     return reasons[max(found, key=lambda weakness: found[weakness])] if found else "no speed could be compared"
@@ -145,7 +177,8 @@ def _main_reason(answer: Answer) -> str:
 def _facts(run: Run, answer: Answer) -> list[str]:
     environment = run.environment
     names = [run.device.get("name"), *(record["device_name"] for record in run.records)]
-    facts = [str(name) for name in names if name][:1]
+    facts = [listed(list(dict.fromkeys(str(name) for name in names if name)), 2)]
+    facts = [fact for fact in facts if fact]
     cores = (environment.get("cpu") or {}).get("physical_cores") if place(run) == "CPU" else None
     facts += [plural(cores, "core")] if isinstance(cores, int) else []
     version = (environment.get("packages") or {}).get("tensorflow")
@@ -164,12 +197,12 @@ def _facts(run: Run, answer: Answer) -> list[str]:
 
 def _times(ratios: Sequence[float]) -> str:
     """Write a range of ratios; one number if both ends look the same."""
-    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
-    return f"{low}x" if low == high else f"{low}{DASH}{high}x"
+    low, high = times(min(ratios)), times(max(ratios))
+    return low if low == high else f"{low.removesuffix('x')}{DASH}{high}"
 
 
 def _buys(answer: Answer) -> Card:
-    claimed = [cell for cell in answer.serious if cell.ratio is not None and not cell.doubts and cell.ends]
+    claimed = [cell for cell in answer.serious if cell.claimed]
     details = []
     if claimed:
         counts = {word: sum(cell.speed is word for cell in claimed) for word in (Verdict.FASTER, Verdict.SLOWER)}
@@ -182,8 +215,10 @@ def _buys(answer: Answer) -> Card:
     for column, what in (("gpu_memory_ratio", "the peak GPU memory"), ("gpu_energy_ratio", "the GPU energy")):
         known = [cell.row[column] for cell in answer.serious if cell.row[column] is not None]
         details += [f"{_times(known)} {what}"] if known else []
+    if claimed and (fits := answer.weaknesses.get(Weakness.BASELINE_OOM)):
+        details.append(f"fp32 ran out of memory where {plural(fits, 'row')} of mixed precision did not")
     if not any(cell.row["gpu_memory_ratio"] is not None for cell in answer.serious):
-        on_cpu = Weakness.EMULATED in answer.weaknesses
+        on_cpu = answer.weaknesses.get(Weakness.EMULATED) == len(answer.serious) > 0
         details.append(f"GPU memory not {'measured (no GPU)' if on_cpu else 'compared'}")
     speeds = {cell.speed for cell in claimed}
     outcome = Outcome.GOOD if answer.good else Outcome.BAD if Verdict.SLOWER in speeds else None
@@ -198,15 +233,17 @@ def _baseline(answer: Answer) -> str:
 
 
 def _costs(answer: Answer) -> Card:
-    judged = [cell for cell in answer.serious if cell.quality is not None or cell.lost]
-    worse = [cell for cell in judged if cell.quality is Verdict.WORSE or cell.lost]
+    rows = answer.serious
+    judged = [cell for cell in rows if cell.quality is not None or cell.is_worse]
+    worse = [cell for cell in judged if cell.is_worse]
     as_good = sum(cell.quality is Verdict.NON_INFERIOR for cell in judged)
     details = []
     if judged:
-        details.append(f"{as_good} of {plural(len(judged), 'row')} as good as fp32")
+        details.append(f"{as_good} of {plural(len(rows), 'row')} as good as fp32")
         details += [f"worse: {_named(worse)}"] if worse else []
         open_ = len(judged) - as_good - len(worse)
         details += [f"{open_} undecided"] if open_ else []
+        details += [f"{len(rows) - len(judged)} not compared"] if len(rows) > len(judged) else []
     elif Weakness.NO_METRIC in answer.weaknesses:
         details.append("synthetic inputs or no metric: accuracy cannot be compared")
     else:
@@ -215,15 +252,18 @@ def _costs(answer: Answer) -> Card:
     if overflowed:
         steps, of = (sum(row[name] for row in overflowed) for name in ("overflow_steps", "attempted_steps"))
         details.append(f"{steps:,} of {of:,} checked steps overflowed")
-    controls = [cell for cell in answer.controls if cell.quality is not None or cell.lost]
-    bad = [cell for cell in controls if cell.quality is Verdict.WORSE or cell.lost]
-    if bad:
-        names = ", ".join(dict.fromkeys(place_of(cell.row)[1] for cell in bad))
-        details.append(f"control experiment ({names}): worse on {len(bad)} of {plural(len(controls), 'row')}")
+    controls: dict[str, list[bool]] = {}
+    for cell in answer.controls:
+        if cell.quality is not None or cell.is_worse:
+            controls.setdefault(place_of(cell.row)[1], []).append(cell.is_worse)
+    for mode, found in controls.items():
+        if any(found):
+            details.append(f"control experiment ({mode}): worse on {sum(found)} of {plural(len(found), 'row')}")
     if worse:
         return Card("What does it cost?", f"accuracy, in {plural(len(worse), 'row')}", details, Outcome.BAD)
-    if not judged or as_good < len(judged):
-        return Card("What does it cost?", "unknown", details)
+    if not judged or as_good < len(rows):
+        where = f", in {len(rows) - as_good} of {plural(len(rows), 'row')}" if as_good else ""
+        return Card("What does it cost?", f"unknown{where}", details)
     return Card("What does it cost?", "no accuracy", details, Outcome.GOOD)
 
 
@@ -236,13 +276,9 @@ def _named(cells: Sequence[Cell]) -> str:
     parts = []
     for mode, workloads in by_mode.items():
         many = len(workloads) > _NAMED
-        parts.append(f"{mode} on {f'{len(workloads)} workloads' if many else _and(workloads)}")
+        parts.append(f"{mode} on {f'{len(workloads)} workloads' if many else joined(workloads)}")
     shown = parts[:_NAMED]
     return "; ".join([*shown, f"{len(parts) - len(shown)} more modes"] if len(parts) > len(shown) else shown)
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _trust(answer: Answer) -> Card:
@@ -251,7 +287,7 @@ def _trust(answer: Answer) -> Card:
     if len(found) > len(details):
         details.append(f"and {plural(len(found) - len(details), 'other point')}: see the chips and the sections below")
     if answer.noise is not None:
-        noise = f"± {number(100 * answer.noise, 2)} %"
+        noise = _noise(100 * answer.noise)
         details.insert(0, "noise of a speed-up (its 95 % interval, median)")
     else:
         details.insert(0, "of a speed-up: no row has an interval")
@@ -259,6 +295,12 @@ def _trust(answer: Answer) -> Card:
     if not found:
         details.append("nothing was found that weakens a figure")
     return Card("Can I trust it?", noise, details, is_warning=bool(found))
+
+
+def _noise(percent: float) -> str:
+    if percent < 0.1:
+        return "± less than 0.1 %"
+    return f"± {number(percent, 2)} %" if percent < 100 else "± more than 100 %"
 
 
 def _weak_points(weaknesses: Mapping[Weakness, int], rows: int, worth: Worth) -> Iterator[str]:
@@ -269,18 +311,29 @@ def _weak_points(weaknesses: Mapping[Weakness, int], rows: int, worth: Worth) ->
 
     sentences: dict[Weakness, Callable[[int], str]] = {
         Weakness.STAND_IN: lambda _: "the GPU is a stand-in for tests: its figures are invented",
-        Weakness.EMULATED: lambda _: "low precision is emulated on a CPU: speeds say nothing about a GPU",
+        Weakness.UNKNOWN_DEVICE: lambda n: f"it is not known on which device it ran: {of_rows(n)}",
+        Weakness.EMULATED: lambda n: (
+            "low precision is emulated on a CPU: speeds say nothing about a GPU"
+            + ("" if n == rows else f" ({of_rows(n)})")
+        ),
         Weakness.UNREADABLE: lambda n: f"{plural(n, 'part')} of the run could not be read",
         Weakness.UNFINISHED: lambda n: "the run was stopped or is still going on",
         Weakness.ONE_PROCESS: lambda n: f"one process, so no interval: {of_rows(n)}",
         Weakness.IDLE: lambda n: f"the GPU was idle for most of a step: {of_rows(n)}",
         Weakness.DISPATCH: lambda n: f"Python took most of a step: {of_rows(n)}",
         Weakness.BUSY: lambda n: f"other processes kept the machine busy: {of_rows(n)}",
+        Weakness.BASELINE_LOST: lambda n: f"{plural(n, 'training')} in float32 diverged or stalled",
+        Weakness.BASELINE_OOM: lambda n: f"fp32 ran out of memory, so nothing to compare with: {of_rows(n)}",
+        Weakness.BASELINE_FAILED: lambda n: f"fp32 has no step time to compare with: {of_rows(n)}",
         Weakness.LOST_CASES: lambda n: f"{plural(n, 'case')} failed or did not end",
         Weakness.NOT_STARTED: lambda n: f"{plural(n, 'planned case')} did not start",
-        Weakness.NO_BASELINE: lambda n: f"no speed-up, for want of a baseline or a step time: {of_rows(n)}",
+        Weakness.NO_BASELINE: lambda n: f"no fp32 to compare with: {of_rows(n)}",
+        Weakness.UNTIMED: lambda n: f"no step time: {of_rows(n)}",
         Weakness.WITHOUT_XLA: lambda n: "without XLA, which can change more than the mode does",
-        Weakness.UNJUDGED: lambda n: f"if the metric is as good cannot be told: {of_rows(n)}",
+        Weakness.UNJUDGED: lambda n: f"too few seeds to judge the metric: {of_rows(n)}",
+        Weakness.INCOMPLETE: lambda n: f"seeds are missing, so the metric cannot be judged: {of_rows(n)}",
+        Weakness.UNCLEAR_METRIC: lambda n: f"the metric's margin or direction is not clear: {of_rows(n)}",
+        Weakness.UNCOMPARED: lambda n: f"the metric was not compared with fp32's: {of_rows(n)}",
         Weakness.NO_METRIC: lambda n: f"{plural(n, 'workload')} without a metric: accuracy not measured",
         Weakness.TWO_LEVELS: lambda n: f"the step time of {plural(n, 'process')} jumped between two levels",
         Weakness.OLDER_METHOD: lambda n: "measured by an older method",
@@ -292,27 +345,46 @@ def _weak_points(weaknesses: Mapping[Weakness, int], rows: int, worth: Worth) ->
 
 def _advice(answer: Answer, run: Run) -> str:
     mode = answer.mode
-    cells = [found[mode] for found in answer.cells.values() if mode is not None and mode in found]
-    as_good = sum(cell.quality is Verdict.NON_INFERIOR for cell in cells)
-    judged = sum(cell.quality is not None for cell in cells)
-    evidence = (
-        f"as good as fp32 on {as_good} of {plural(judged, 'workload')}" if judged else "its accuracy is not known"
-    )
     match answer.advice:
+        case Advice.USE if mode is None:
+            modes = answer.choices.values()
+            chosen = {name: [place for place, one in answer.choices.items() if one == name] for name in modes}
+            parts = [f"{name} on {_listed(where)}" for name, where in chosen.items()]
+            return f"Choose by workload: {'; '.join(parts)}.{_elsewhere(answer)}"
         case Advice.USE:
-            good = [name for name, found in answer.cells.items() if _is_good(found.get(str(mode)))]
-            where = "" if len(good) == len(answer.cells) else f" on {_and(good[:_NAMED])}"
-            where += f" and {len(good) - _NAMED} more" if len(good) > _NAMED and where else ""
-            return f"Train with {mode}{where}: {evidence}."
-        case Advice.STAY if mode is not None and place(run) == "CPU":
-            return f"Stay with float32 on this CPU. To train in float16 on a GPU, scale with {mode}: {evidence}."
-        case Advice.STAY if mode is not None:
-            return f"Stay with float32 here. If float16 is needed all the same, scale with {mode}: {evidence}."
-        case Advice.STAY if answer.good:
-            return "Stay with float32 here: every mode that gains on one workload loses on another."
+            where = f" on {_listed(answer.good)}" if len(answer.good) < len(answer.asked) else ""
+            return f"Train with {mode}{where}: {_evidence(answer.chosen)}.{_elsewhere(answer)}"
         case Advice.STAY:
-            return f"Stay with float32 on this {place(run)}."
+            small = any(cell.saves_memory and not cell.is_worse for cell in answer.serious)
+            stay = f"Stay with float32 on this {place(run)}{', unless memory is short' if small else ''}."
+            if mode is None:
+                return stay
+            evidence = _evidence([found[mode] for found in answer.cells.values() if mode in found])
+            if place(run) == "CPU":
+                return f"{stay} To train in float16 on a GPU, scale with {mode}: {evidence}."
+            return f"{stay} If float16 is needed all the same, scale with {mode}: {evidence}."
     return measure_again(answer)
+
+
+def _evidence(cells: Sequence[Cell]) -> str:
+    """Say how well a mode trains, over all workloads that the advice is about."""
+    as_good = sum(cell.quality is Verdict.NON_INFERIOR for cell in cells)
+    if not as_good:
+        return "its accuracy is not known"
+    unknown = sum(cell.quality is None for cell in cells)
+    rest = f", not compared on {unknown}" if unknown else ""
+    return "as good as fp32" if len(cells) == 1 else f"as good as fp32 on {as_good} of {len(cells)} workloads{rest}"
+
+
+def _elsewhere(answer: Answer) -> str:
+    """Say what to do on all other workloads; float32 is no answer where it ran out of memory."""
+    others = len(answer.good) < len(answer.asked)
+    return " Keep float32 elsewhere." if others and Weakness.BASELINE_OOM not in answer.weaknesses else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return f"{', '.join(names[:_NAMED])} and {more} more" if more > 0 else joined(names)
 
 
 def matrix(answer: Answer) -> Table:
@@ -333,7 +405,9 @@ def markdown(screen: Screen) -> str:
     """Return the first screen as markdown."""
     parts = [f"**{escape(QUESTION)} {escape(screen.headline)}**"]
     parts.append(
-        "\n".join(f"- {escape(card.question)} **{escape(card.answer)}** {_details(card)}" for card in screen.cards)
+        "\n".join(
+            f"- {escape(card.question)} **{escape(card.answer)}** {escape(_details(card))}" for card in screen.cards
+        )
     )
     if table := matrix(screen.answer):
         parts.append(table.markdown())

@@ -31,6 +31,9 @@ _OPEN = ("unknown", "●")
 _NAME_WIDTH, _CELL_WIDTH = 9, 9.5
 """Least widths of the columns of the matrix, in rem; a page that is too narrow scrolls it."""
 
+_LONGEST = 80
+"""Most characters of a workload's name in the matrix; the title has it in full."""
+
 _WIDEST = 4.0
 """The axis reaches at most from a fourth of the baseline's speed to four times it; what is beyond has an arrow."""
 
@@ -97,7 +100,8 @@ def _mode(answer: Answer, mode: str) -> str:
 def _row(answer: Answer, workload: str, modes: Sequence[str], scale: _Axis) -> str:
     cells = answer.cells[workload]
     baseline = escape(baseline_line(answer.baselines[workload]))
-    head = f'<th scope="row">{_breakable(workload)}<small>{baseline}</small></th>'
+    name = workload if len(workload) <= _LONGEST else f"{workload[: _LONGEST // 2]}…{workload[-_LONGEST // 2 :]}"
+    head = f'<th scope="row" title="{escape(workload)}"><bdi>{_breakable(name)}</bdi><small>{baseline}</small></th>'
     shown = (_cell(answer, mode, cells.get(mode), scale) for mode in modes)
     return f"<tr>{head}{''.join(shown)}</tr>"
 
@@ -113,7 +117,7 @@ def _cell(answer: Answer, mode: str, cell: Cell | None, scale: _Axis) -> str:
     weak = " weak" if cell.doubts or cell.ends is None else ""
     hoisted = column_chips(answer, mode)
     kind, sign = _SPEEDS.get(cell.speed or Verdict.CANNOT_TELL, _OPEN)
-    if cell.quality is Verdict.WORSE:
+    if cell.is_worse:
         kind = "unknown"  # to be fast is no good news then
     quality_kind, quality_sign = _QUALITIES.get(cell.quality or Verdict.INCONCLUSIVE, ("", ""))
     lines = [(f"{quality_kind}-text" if quality_kind == "bad" else "", f"{quality_sign} {quality_line(cell)}".strip())]

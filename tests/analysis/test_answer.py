@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.answers import case, compared
+from support.answers import case, compared, ended
 from support.runfolder import GPU, finished, write_run
 
 from mpscale.analysis.answer import Advice, Outcome, Weakness, Worth, answer_of
@@ -14,6 +14,11 @@ FAST = {"fp32": 8.0, "mixed-static": 4.4, "mixed-dynamic": 4.5, "mixed-bf16": 4.
 SLOW = {"fp32": 8.0, "mixed-dynamic": 11.0, "mixed-bf16": 12.0}
 IDLE = {"device_busy_share": 0.2}
 BUSY = {"host_other_cpu_share": 0.8}
+
+
+NO_METRIC = {"has_metric": False, "metric_name": None}
+CRASH = {("mixed-bf16", 0, "crashed"), ("mixed-bf16", 1, "crashed"), ("mixed-bf16", 2, "ok")}
+"""What to leave out of complete and of crashed cases, so that one of three crashed."""
 
 
 def answer(tmp_path, *records, **written):
@@ -39,7 +44,38 @@ SCENARIOS = {
     "perhaps faster": (
         lambda: (case(mode, seed, ms) for mode, three in {"fp32": (8, 9, 7), "mixed-bf16": (6, 7, 8)}.items()
                  for seed, ms in enumerate(map(float, three))),
-        Worth.NOT_SHOWN, Advice.STAY, None,
+        Worth.NOT_SHOWN, Advice.MEASURE, None,
+    ),
+    "as fast, but an interval reaches twice the speed": (
+        lambda: (case(mode, seed, ms) for mode, three in {"fp32": (4, 8, 16), "mixed-bf16": (8, 8, 8)}.items()
+                 for seed, ms in enumerate(map(float, three))),
+        Worth.NOT_SHOWN, Advice.MEASURE, None,
+    ),
+    "faster, but the workload has no margin": (
+        lambda: compared(FAST, metric_margin=None), Worth.NOT_SHOWN, Advice.MEASURE, None,
+    ),
+    "no mode can run": (
+        lambda: [*compared({"fp32": 8.0}), *ended("unsupported", "mixed-fp8")], Worth.NOTHING, Advice.MEASURE, None,
+    ),
+    "a mode that cannot run beside one that is faster": (
+        lambda: [*compared({"fp32": 8.0, "mixed-bf16": 4.1}), *ended("unsupported", "mixed-fp8", workload="other"),
+                 *compared({"fp32": 8.0, "mixed-bf16": 4.1}, workload="other")],
+        Worth.YES, Advice.USE, "mixed-bf16",
+    ),
+    "a workload of control experiments alone counts for nothing": (
+        lambda: [*compared(FAST), *compared({"fp32": 8.0, "article": 9.0}, workload="other")],
+        Worth.YES, Advice.USE, "mixed-bf16",
+    ),
+    "each mode is good on one workload and worse on the other": (
+        lambda: [*compared(FAST, accuracy={"mixed-static": 0.2, "mixed-dynamic": 0.2}),
+                 *compared(FAST, accuracy={"mixed-bf16": 0.2}, workload="other")],
+        Worth.YES, Advice.USE, None,
+    ),
+    "faster without a metric, but a process crashed": (
+        lambda: [one for one in [*compared(FAST | {"mixed-static": 9.0, "mixed-dynamic": 9.0}, **NO_METRIC),
+                                 *ended("crashed", "mixed-bf16", **NO_METRIC)]
+                 if (one["mode"], one["seed"], one["status"]) not in CRASH],
+        Worth.NOT_SHOWN, Advice.MEASURE, None,
     ),
     "one process": (lambda: compared(FAST, seeds=1), Worth.CANNOT_TELL, Advice.MEASURE, None),
     "an idle GPU": (lambda: compared(FAST, **IDLE), Worth.CANNOT_TELL, Advice.MEASURE, None),
@@ -90,6 +126,18 @@ def test_a_mode_that_loses_a_seed_is_bad_and_never_advised(tmp_path, status):
     assert (found.advice, found.mode) == (Advice.USE, "mixed-static")
 
 
+def test_each_workload_has_its_own_mode_if_none_is_good_on_all(tmp_path):
+    records, *_ = SCENARIOS["each mode is good on one workload and worse on the other"]
+    assert answer(tmp_path, *records()).choices == {"toy": "mixed-bf16", "other": "mixed-static"}
+
+
+def test_a_training_that_fp32_lost_too_is_no_fault_of_a_mode(tmp_path):
+    found = answer(tmp_path, *(case(mode, seed, 8.0, None, status="diverged") for mode in FAST for seed in range(3)))
+    assert not any(cell.is_worse for cell in found.serious)
+    alone = answer(tmp_path / "alone", *ended("diverged", "mixed-bf16"))
+    assert all(cell.is_worse for cell in alone.serious)
+
+
 WEAK = {
     Weakness.EMULATED: lambda: compared(FAST, device="cpu"),
     Weakness.ONE_PROCESS: lambda: compared(FAST, seeds=1),
@@ -100,6 +148,14 @@ WEAK = {
     Weakness.UNJUDGED: lambda: compared(FAST, seeds=1),
     Weakness.NO_METRIC: lambda: compared(FAST, has_metric=False, metric_value=None),
     Weakness.NO_BASELINE: lambda: compared({"mixed-bf16": 4.0}),
+    Weakness.BASELINE_FAILED: lambda: [*ended("crashed", "fp32"), *compared({"mixed-bf16": 4.0})],
+    Weakness.BASELINE_OOM: lambda: [*ended("oom", "fp32"), *compared({"mixed-bf16": 4.0})],
+    Weakness.BASELINE_LOST: lambda: [*ended("diverged", "fp32"), *compared({"mixed-bf16": 4.0})],
+    Weakness.UNTIMED: lambda: [*compared(FAST), *ended("crashed", "mixed-logmax")],
+    Weakness.INCOMPLETE: lambda: [*compared(FAST), *ended("timeout", "mixed-logmax")],
+    Weakness.UNCLEAR_METRIC: lambda: compared(FAST, metric_higher_is_better=None),
+    Weakness.UNKNOWN_DEVICE: lambda: compared(FAST, device=None),
+    Weakness.UNCOMPARED: lambda: compared({"tf32": 8.0, "mixed-bf16": 4.0}),
     Weakness.LOST_CASES: lambda: [*compared(FAST), case("mixed-logmax", 0, None, None, status="crashed")],
 }
 
@@ -107,7 +163,7 @@ WEAK = {
 @pytest.mark.parametrize("weakness", WEAK)
 def test_what_weakens_the_figures_is_found(tmp_path, weakness):
     assert weakness in answer(tmp_path, *WEAK[weakness]()).weaknesses
-    sound = answer(tmp_path / "sound", *compared(FAST)).weaknesses
+    sound = answer(tmp_path / "sound", *compared(FAST), *ended("unsupported", "mixed-fp8")).weaknesses
     assert weakness not in sound
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from support.answers import case, compared
+from support.answers import case, compared, ended
 from support.browser import emulate
 from support.runfolder import GPU, finished, write_run
 from support.svg import luminance
@@ -20,11 +20,12 @@ from mpscale.core.runs import read_run
 from mpscale.report.advice import code_of
 from mpscale.report.document import document, render
 from mpscale.report.files import rebuild, report_page
-from mpscale.report.first_screen import QUESTION, first_screen
+from mpscale.report.first_screen import QUESTION, first_screen, markdown, matrix
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "20261127T103907Z-amd-epyc-568d"
 H200 = Path(__file__).parents[1] / "data" / "20261126T153730Z-nvidia-h200-1b51"
 FAST = {"fp32": 8.0, "mixed-static": 4.4, "mixed-dynamic": 4.5, "mixed-bf16": 4.1}
+SLOW = {"fp32": 8.0, "mixed-dynamic": 11.0, "mixed-bf16": 12.0}
 HOSTILE = "<script>document.title='taken'</script>:a_name"
 
 
@@ -90,6 +91,194 @@ def test_a_run_with_trouble_is_answered(runs):
     assert "article" in " ".join(screen.cards[1].details)
 
 
+def small(factor, **values):
+    """Modes that need six tenths of the memory, and the time of fp32 by a factor."""
+    for one in compared({"fp32": 8.0, "mixed-bf16": 8.0 * factor}, **values):
+        one.update({"gpu_memory_nvml_peak_mib": 8000.0 if one["mode"] == "fp32" else 4800.0})
+        yield one
+
+
+NO_METRIC = {"has_metric": False, "metric_value": None, "metric_name": None}
+IDLE = {"device_busy_share": 0.1}
+SAID = {
+    "no accuracy": (
+        lambda: compared(FAST, **NO_METRIC),
+        "Yes: 1.95x as fast with mixed-bf16; accuracy not measured.",
+        "unknown",
+        "Train with mixed-bf16: its accuracy is not known.",
+    ),
+    "accuracy on one workload only": (
+        lambda: [*compared(FAST), *compared(FAST, workload="other", **NO_METRIC)],
+        "Yes: 1.95x as fast with mixed-bf16; accuracy not measured on 1 of 2 workloads.",
+        "unknown, in 3 of 6 rows",
+        "Train with mixed-bf16: as good as fp32 on 1 of 2 workloads, not compared on 1.",
+    ),
+    "a gain on one workload": (
+        lambda: [*compared(FAST), *compared(SLOW, workload="other")],
+        "Yes, on 1 of 2 workloads: 1.95x as fast with mixed-bf16.",
+        "no accuracy",
+        "Train with mixed-bf16 on toy: as good as fp32. Keep float32 elsewhere.",
+    ),
+    "no mode for all workloads": (
+        lambda: [
+            *compared({"fp32": 8.0, "mixed-dynamic": 4.0, "mixed-bf16": 9.0}),
+            *compared({"fp32": 8.0, "mixed-dynamic": 9.0, "mixed-bf16": 4.0}, workload="other"),
+        ],
+        "Yes: 2.00x as fast with another mode on each workload.",
+        "no accuracy",
+        "Choose by workload: mixed-dynamic on toy; mixed-bf16 on other.",
+    ),
+    "faster without a margin": (
+        lambda: compared(FAST, metric_margin=None),
+        "Not shown yet: faster, but it is not known if it trains as well.",
+        "unknown",
+        "Measure again: state the margin and the direction of each metric.",
+    ),
+    "less memory, but slower": (
+        lambda: small(1.5),
+        "No for speed on this GPU, but 0.60x the memory.",
+        "no accuracy",
+        "Stay with float32 on this GPU, unless memory is short.",
+    ),
+    "less memory on an idle GPU": (
+        lambda: small(1.0, **IDLE),
+        "Yes: 0.60x the memory with mixed-bf16; its speed is not known.",
+        "no accuracy",
+        "Train with mixed-bf16: as good as fp32.",
+    ),
+    "slower on one workload, no claim about another": (
+        lambda: [*compared(SLOW), *compared(FAST, workload="other", **IDLE)],
+        "No, on 1 of 2 workloads; the others cannot be told.",
+        "no accuracy",
+        "Stay with float32 on this GPU. If float16 is needed all the same, scale with mixed-dynamic: "
+        "as good as fp32 on 2 of 2 workloads.",
+    ),
+    "fp32 ran out of memory": (
+        lambda: [*ended("oom", "fp32"), *compared({"mixed-bf16": 4.0})],
+        "Cannot tell: fp32 ran out of memory, but mixed precision did not.",
+        "unknown",
+        "Measure again: take a smaller batch, at which fp32 fits into memory.",
+    ),
+    "fp32 crashed": (
+        lambda: [*ended("crashed", "fp32"), *compared({"mixed-bf16": 4.0})],
+        "Cannot tell: fp32 has no step time to compare with.",
+        "unknown",
+        "Measure again: make fp32 end well.",
+    ),
+    "all modes crashed": (
+        lambda: [*compared({"fp32": 8.0}), *ended("crashed", "mixed-bf16")],
+        "Cannot tell: no mixed mode has a step time.",
+        "unknown",
+        "Measure again: make all modes end well, and time them.",
+    ),
+    "all trainings diverged": (
+        lambda: [*ended("diverged", "fp32"), *ended("diverged", "mixed-bf16")],
+        "Cannot tell: no speed could be compared.",
+        "unknown",
+        "Measure again: make all seeds end well.",
+    ),
+    "no mode can run": (
+        lambda: [*compared({"fp32": 8.0}), *ended("unsupported", "mixed-fp8")],
+        "No answer: no mixed mode can run here.",
+        "unknown",
+        "Measure again, with fp32 and a mixed mode that runs here.",
+    ),
+    "a stand-in": (
+        lambda: compared(FAST, device_name="mpscale stand-in H200"),
+        "Yes: 1.95x as fast with mixed-bf16. But the GPU is a stand-in for tests, so the figures are invented.",
+        "no accuracy",
+        "Train with mixed-bf16: as good as fp32.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_headline_cost_and_advice_agree(tmp_path, name):
+    records, *said = SAID[name]
+    screen = screen_of(write_run(tmp_path, finished(records()), device=GPU))
+    assert [screen.headline, screen.cards[1].answer, screen.advice] == said
+
+
+def test_a_run_that_is_not_complete_says_so_in_the_headline(tmp_path):
+    screen = screen_of(write_run(tmp_path, finished(compared(FAST)), device=GPU, finish=False))
+    assert screen.headline.endswith("with mixed-bf16. But the run is not complete.")
+
+
+def test_a_mode_that_cannot_run_is_called_unsupported_and_weakens_nothing(tmp_path):
+    records = [*compared(FAST), *ended("unsupported", "mixed-fp8")]
+    screen = screen_of(write_run(tmp_path, finished(records), device=GPU))
+    assert matrix(screen.answer).rows[0][-1] == "unsupported"
+    assert not screen.cards[2].is_warning
+
+
+@pytest.mark.parametrize(("ms", "shown"), [(8000.0, "0.00100x"), (0.001, "8000x"), (4.0, "2.00x")])
+def test_no_ratio_looks_like_zero(tmp_path, ms, shown):
+    records = [case(mode, seed, time) for mode, time in {"fp32": 8.0, "mixed-bf16": ms}.items() for seed in range(3)]
+    screen = screen_of(write_run(tmp_path, finished(records), device=GPU))
+    assert screen.cards[0].answer == shown
+    assert matrix(screen.answer).rows[0][1].startswith(shown)
+
+
+@pytest.mark.parametrize("seeds", [1, 6])
+def test_the_command_asks_for_more_seeds_than_there_were(tmp_path, seeds):
+    records = list(compared(FAST, seeds=seeds, **IDLE))
+    for one in records:
+        one.update({"metric_value": 0.9 + 0.02 * ((one["seed"] + len(one["mode"])) % 3)})
+    code, _ = code_of_run(write_run(tmp_path, finished(records), device=GPU))
+    assert int(re.search(r"--mp-seeds (\d+)", code).group(1)) >= max(5, seeds + 1)
+
+
+@pytest.mark.parametrize("calls", [1, 50])
+def test_the_command_asks_for_more_steps_per_call_only_if_there_were_fewer(tmp_path, calls):
+    run = write_run(tmp_path, finished(compared(FAST, **IDLE)), device=GPU, settings={"steps_per_call": calls})
+    assert ("--mp-steps-per-call 20" in code_of_run(run)[0]) == (calls == 1)
+
+
+def code_of_run(path):
+    run = read_run(path)
+    return code_of(answer_of(run), run)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("mixed-dynamic", "mpscale.DynamicLossScale(initial=16777216, growth_interval=2500000, growth_factor=1.5)"),
+        ("mixed-keras", "keras.optimizers.LossScaleOptimizer(\n    optimizer, initial_scale=16777216, "
+         "dynamic_growth_steps=2500000\n)"),
+        ("graph-rewrite", "mpscale.DynamicLossScale(initial=16777216, growth_interval=2500000, growth_factor=1.5)"),
+    ],
+)  # fmt: skip
+def test_the_code_has_the_dynamic_scale_that_was_measured_on_the_workload(tmp_path, mode, expected):
+    own = {"dynamic_scale": {"initial": 2.0**24, "growth_interval": 2500000, "growth_factor": 1.5}}
+    settings = {"dynamic_scale": {}, "set_apart": {"toy": own}}
+    records = list(compared({"fp32": 8.0, mode: 4.0}, jit=False))
+    code, _ = code_of_run(write_run(tmp_path, finished(records), device=GPU, settings=settings))
+    assert expected in code
+    assert code.endswith("jit_compile=False)")
+    others = [*records, *compared({"fp32": 8.0, mode: 4.0}, jit=False, workload="other")]
+    code, _ = code_of_run(write_run(tmp_path / "two", finished(others), device=GPU, settings=settings))
+    assert "# as measured on 'toy'; 1 other setting elsewhere\n" in code
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [[1], {"dynamic_scale": {"initial": "x"}}, {"dynamic_scale": {"initial=1); import os; (": 1}},
+     {"dynamic_scale": {"initial": float("inf")}}, {"set_apart": 3}, {}],
+)  # fmt: skip
+def test_settings_that_are_unknown_or_invalid_never_get_into_code(tmp_path, settings):
+    records = compared({"fp32": 8.0, "mixed-dynamic": 4.0})
+    code, _ = code_of_run(write_run(tmp_path, finished(records), device=GPU, settings=settings))
+    assert code.startswith("# settings not known: these are defaults\n")
+    assert "mpscale.DynamicLossScale()" in code
+
+
+def test_the_constant_scale_of_a_run_without_settings_is_that_of_the_training(tmp_path):
+    records = compared({"fp32": 8.0, "mixed-static": 4.0}, loss_scale_final=64.0)
+    code, _ = code_of_run(write_run(tmp_path, finished(records), device=GPU, settings={}))
+    assert "mpscale.StaticLossScale(64)" in code
+    assert "not known" not in code
+
+
 @pytest.mark.parametrize("name", ["reference", "trouble", "one process", "gain"])
 def test_the_markdown_begins_with_the_answer(runs, name):
     run = read_run(REFERENCE if name == "reference" else runs[name])
@@ -136,6 +325,12 @@ def test_the_code_has_the_scale_that_was_measured(tmp_path, scale):
     run = read_run(write_run(tmp_path, finished(records), device=GPU))
     code, _ = code_of(answer_of(run), run)
     assert eval(re.search(r"StaticLossScale\((.*)\)", code).group(1)) == scale
+
+
+def test_no_name_acts_as_html_in_markdown(runs):
+    screen = screen_of(runs["trouble"])
+    assert any(HOSTILE in detail for card in screen.cards for detail in card.details)
+    assert "<script" not in markdown(screen)
 
 
 @pytest.fixture

@@ -136,7 +136,8 @@ def test_a_history_shows_what_the_last_run_changed(browser, pages):
 def test_the_index_has_the_newest_run_first_with_its_answer(browser, pages):
     first, second, *others = text_of(browser, pages, "index.html", "tbody tr")
     assert first.startswith(
-        "2026-01-09 00:00 ! not finished ✓ Yes: 2.50x as fast with mixed-static toy mixed-static: 2.50x faster"
+        "2026-01-09 00:00 ! not finished ✓ Yes: 2.50x as fast with mixed-static. But the run is not complete "
+        "toy mixed-static: 2.50x faster"
     )
     answer = "✓ Yes, on 1 of 2 workloads: 2.00x as fast with mixed-dynamic"
     assert second.startswith(f"2026-01-08 00:00 {answer}") and "✗ worse Test CPU" in second

@@ -44,3 +44,9 @@ def compared(
         for place, (mode, ms) in enumerate(times.items()):
             found = (accuracy or {}).get(mode, 0.9) + 0.001 * seed
             yield case(mode, seed, ms * (1 + 0.01 * ((seed + place) % 3)), found, **values)
+
+
+def ended(status: str, mode: str, seeds: int = 3, **values: Any) -> Iterator[Record]:
+    """A mode whose trainings all ended with a status, without a figure."""
+    for seed in range(seeds):
+        yield case(mode, seed, None, None, **{"status": status, "overflow_steps": None, **values})
