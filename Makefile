@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 # The run that README shows.
-PICTURED := 20261127T103907Z-amd-epyc-568d
+PICTURED := 20261127T134739Z-amd-epyc-04e5
 BIN := $(VENV)/bin
 comma := ,
 # The extra `gpu` installs TensorFlow's CUDA libraries: gigabytes, so only if there is a driver.

@@ -221,6 +221,12 @@ class Answer:
         return tuple(name for name, cells in self.cells.items() if any(map(_is_serious, cells.values())))
 
     @property
+    def refused(self) -> tuple[str, ...]:
+        """Workloads on which no mode gains anything, and no estimate suggests that more processes would show it."""
+        told = {_workload(cell) for cell in self.serious if cell.claimed or cell.is_worse}
+        return tuple(sorted(told - {_workload(cell) for cell in self.serious if _may_gain(cell)}))
+
+    @property
     def chosen(self) -> tuple[Cell, ...]:
         """The cells of :attr:`choices`."""
         return tuple(self.cells[workload][mode] for workload, mode in self.choices.items())
@@ -322,11 +328,18 @@ def _worth(serious: Sequence[Cell], good: int, workloads: int) -> Worth:
     claimed = [cell for cell in serious if cell.claimed]
     if not claimed:
         return Worth.CANNOT_TELL
-    hopeful = [cell for cell in claimed if cell.outcome is not Outcome.BAD and _may_gain(cell)]
-    return Worth.NOT_SHOWN if hopeful else Worth.NO
+    undecided = {_workload(cell) for cell in claimed if _may_gain(cell)}
+    return Worth.NOT_SHOWN if undecided == {_workload(cell) for cell in claimed} else Worth.NO
+
+
+def _workload(cell: Cell) -> str:
+    return place_of(cell.row)[0]
 
 
 def _may_gain(cell: Cell) -> bool:
+    """Whether its estimate or its interval suggests a gain that is not shown."""
+    if cell.outcome is Outcome.BAD or not cell.claimed:
+        return False
     return (cell.ratio or 0.0) > _GAIN or (cell.ends is not None and cell.ends[1] > _REACH)
 
 

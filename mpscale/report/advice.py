@@ -35,8 +35,18 @@ def code_of(answer: Answer, run: Run) -> tuple[str, str]:
     if mode is None:
         return "", ""
     jits = {row["jit"] for row in rows}
-    found = {_wrapped(mode, _settings(run, row), row["swept_scale"]): row["workload"] for row in rows}
+    settings = [_settings(run, row) for row in rows]
+    intervals = sorted({_interval(each) for each in settings} - {None}, key=int) if mode.scaling else []
+    if len(intervals) > 1:
+        # They follow the lengths of these trainings, so none of them is right for another.
+        settings = [{**each, "dynamic_scale": _without_interval(each["dynamic_scale"])} for each in settings]
+    found = {
+        _wrapped(mode, each, row["swept_scale"]): row["workload"] for each, row in zip(settings, rows, strict=True)
+    }
     lines = _python(mode, next(iter(found)), jits.pop() if len(jits) == 1 else None)
+    if len(intervals) > 1:
+        each = ", ".join(f"{interval:g}" for interval in intervals)
+        lines = f"# measured with growth intervals of {each} steps\n# 2000 is usual for long trainings\n{lines}"
     if len(found) > 1:
         # The code would be wrong for the others if it did not say so.
         shown, *others = found.values()
@@ -66,6 +76,14 @@ def _settings(run: Run, row: Row) -> dict[str, Any]:
 
 def _of_run(run: Run) -> Mapping[str, Any]:
     return _mapping(run.info.get("settings"))
+
+
+def _interval(settings: Mapping[str, Any]) -> Any:
+    return _mapping(settings.get("dynamic_scale")).get("growth_interval")
+
+
+def _without_interval(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in chosen.items() if name != "growth_interval"}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -131,10 +149,10 @@ def _wrapped(mode: Mode, settings: Mapping[str, Any], scale: float | None) -> st
         case "keras":
             names = {"initial": "initial_scale", "growth_interval": "dynamic_growth_steps"}
             taken = _arguments({names[name]: chosen[name] for name in names if name in chosen})
-            return f"keras.optimizers.LossScaleOptimizer(\n    optimizer, {taken}\n)" if taken else None
+            return f"keras.optimizers.LossScaleOptimizer(\n    optimizer,\n    {taken},\n)" if taken else None
         case _:
             return None
-    return f"mpscale.LossScaleOptimizer(\n    optimizer, mpscale.{rule}\n)"
+    return f"mpscale.LossScaleOptimizer(\n    optimizer,\n    mpscale.{rule},\n)"
 
 
 def _arguments(chosen: Mapping[str, float]) -> str:

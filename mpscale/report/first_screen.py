@@ -117,10 +117,9 @@ def _said(answer: Answer, run: Run) -> tuple[str, Outcome]:
             unknown = _unmeasured(answer.chosen)
             return f"Yes{where}: {_how(answer)}{unknown}.", Outcome.UNKNOWN if unknown else Outcome.GOOD
         case Worth.NO:
-            told = {place_of(cell.row)[0] for cell in answer.serious if cell.claimed or cell.is_worse}
-            if len(told) < len(answer.asked):
-                of = f"{len(told)} of {len(answer.asked)} workloads"
-                return f"No, on {of}; the others cannot be told.", Outcome.UNKNOWN
+            if others := len(answer.asked) - len(answer.refused):
+                of = f"{len(answer.refused)} of {len(answer.asked)} workloads"
+                return f"No, on {of}; the other{'s' if others > 1 else ''} cannot be told.", Outcome.UNKNOWN
             if small := [cell for cell in answer.serious if cell.saves_memory and not cell.is_worse]:
                 saved = _times([cell.row["gpu_memory_ratio"] for cell in small])
                 return f"No for speed on this {here}, but {saved} the memory.", Outcome.UNKNOWN

@@ -148,7 +148,7 @@ SAID = {
     ),
     "slower on one workload, no claim about another": (
         lambda: [*compared(SLOW), *compared(FAST, workload="other", **IDLE)],
-        "No, on 1 of 2 workloads; the others cannot be told.",
+        "No, on 1 of 2 workloads; the other cannot be told.",
         "no accuracy",
         "Stay with float32 on this GPU. If float16 is needed all the same, scale with mixed-dynamic: "
         "as good as fp32 on 2 of 2 workloads.",
@@ -243,8 +243,8 @@ def code_of_run(path):
     ("mode", "expected"),
     [
         ("mixed-dynamic", "mpscale.DynamicLossScale(initial=16777216, growth_interval=2500000, growth_factor=1.5)"),
-        ("mixed-keras", "keras.optimizers.LossScaleOptimizer(\n    optimizer, initial_scale=16777216, "
-         "dynamic_growth_steps=2500000\n)"),
+        ("mixed-keras", "keras.optimizers.LossScaleOptimizer(\n    optimizer,\n    initial_scale=16777216, "
+         "dynamic_growth_steps=2500000,\n)"),
         ("graph-rewrite", "mpscale.DynamicLossScale(initial=16777216, growth_interval=2500000, growth_factor=1.5)"),
     ],
 )  # fmt: skip
@@ -258,6 +258,17 @@ def test_the_code_has_the_dynamic_scale_that_was_measured_on_the_workload(tmp_pa
     others = [*records, *compared({"fp32": 8.0, mode: 4.0}, jit=False, workload="other")]
     code, _ = code_of_run(write_run(tmp_path / "two", finished(others), device=GPU, settings=settings))
     assert "# as measured on 'toy'; 1 other setting elsewhere\n" in code
+
+
+def test_growth_intervals_that_follow_the_length_of_trainings_are_said_and_not_copied(tmp_path):
+    own = {name: {"dynamic_scale": {"growth_interval": steps}} for name, steps in (("toy", 40), ("other", 200))}
+    records = [
+        *compared({"fp32": 8.0, "mixed-dynamic": 4.0}),
+        *compared({"fp32": 8.0, "mixed-dynamic": 4.0}, workload="other"),
+    ]
+    code, _ = code_of_run(write_run(tmp_path, finished(records), device=GPU, settings={"set_apart": own}))
+    assert "growth intervals of 40, 200 steps" in code
+    assert "DynamicLossScale()" in code
 
 
 @pytest.mark.parametrize(
