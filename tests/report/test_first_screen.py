@@ -383,6 +383,23 @@ def test_on_a_phone_it_is_cards_and_nothing_scrolls_sideways(page, name, scheme)
     assert others == [[], True]
 
 
+@pytest.mark.parametrize("name", ["reference", "trouble"])
+def test_it_fits_the_width_of_a_printed_sheet_in_light_colours(page, name):
+    browser = page(name, 718, "dark")
+    features = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": features})
+    try:
+        right, ground = browser.execute_script(
+            """const cells = [...document.querySelectorAll('.screen .card, .matrix td, .tradeoff svg')];
+            return [Math.max(...cells.map(one => one.getBoundingClientRect().right)),
+                getComputedStyle(document.body).backgroundColor];"""
+        )
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert right <= 718
+    assert ground == "rgb(255, 255, 255)"
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["reference", "trouble", "one process"])
 def test_every_text_of_it_stands_out_from_its_ground(page, name, scheme):
