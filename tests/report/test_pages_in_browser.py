@@ -1,20 +1,32 @@
-"""The pages of a comparison, a history and a site in a real browser."""
+"""Every kind of page in a real browser: reports, comparisons, a history, a site, a fit and a probe."""
 
 from __future__ import annotations
 
 import json
 import re
+from functools import partial
+from pathlib import Path
 
 import pytest
 from support.browser import emulate
 from support.nightly import night, row
 from support.runfolder import GPU
+from test_fit_report import tried
+from test_probe_report import probe
 
+from mpscale.analysis.fit import Fit
 from mpscale.cli import main
+from mpscale.core.device import Device
+from mpscale.core.runs import read_run
+from mpscale.report.files import report_page
+from mpscale.report.fit import write as write_fit
+from mpscale.report.probe import write as write_probe
 
 HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
 SITE_PAGES = ("index.html", "history.html", "comparisons/20260108T000000Z-test-cpu-0008.html")
-PAGES = (*SITE_PAGES, "devices.html", "gates.html")
+WITH_HOSTILE = (*SITE_PAGES, "devices.html", "gates.html")
+PAGES = (*WITH_HOSTILE, "run.html", "gpu.html", "fit.html", "probe.html")
+REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 
 NOISY = (0.7, 1.0, 1.5, 0.8, 1.2)
 
@@ -59,6 +71,14 @@ def pages(tmp_path_factory):
     compare = ["compare", "--results", str(results), "-o", str(root / "out.txt"), before, after]
     assert main([*compare, str(other), "--html", str(site / "devices.html")]) == 0
     assert main([*compare, "--html", str(site / "gates.html"), "--fail-on", "step_time>5%,metric,missing"]) == 1
+    for name, run in (("run", "20261127T134739Z-amd-epyc-04e5"), ("gpu", "20261126T191258Z-nvidia-h200-fc37")):
+        (site / f"{name}.html").write_text(report_page(read_run(REFERENCE / run)), encoding="utf-8")
+    gpu_fit = Fit("toy", ["tf32"], Device("gpu", "Test GPU"), None, [tried("tf32", 8)], {"tf32": None})
+    small = probe({("dense", "activations"): [1e-9, 0.0, 1e-3], ("dense", "weights"): [1e-5, 0.5]}, scale=2.0**20)
+    for name, write in (("fit", partial(write_fit, fit=gpu_fit)), ("probe", partial(write_probe, probe=small))):
+        (root / name).mkdir()
+        write(root / name, about={name: "name", "finished": True})
+        (root / name / "report.html").rename(site / f"{name}.html")
     return site
 
 
@@ -73,7 +93,7 @@ def test_a_page_is_readable_on_every_screen_and_loads_nothing(browser, pages, na
             assert browser.execute_script(CONTRAST) == [], (width, scheme)
     assert browser.title != "taken"
     assert browser.execute_script("return document.querySelectorAll('script, img, iframe, link, object').length") == 0
-    assert HOSTILE in browser.execute_script("return document.body.textContent")
+    assert (HOSTILE in browser.execute_script("return document.body.textContent")) == (name in WITH_HOSTILE)
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
     assert asked == [(pages / name).as_uri()]
