@@ -289,7 +289,7 @@ def _trust(answer: Answer) -> Card:
         noise = _noise(100 * answer.noise)
         details.insert(0, "noise of a speed-up (its 95 % interval, median)")
     else:
-        details.insert(0, "of a speed-up: no row has an interval")
+        details.insert(0, "no speed-up has an interval")
         noise = "unknown noise"
     if not found:
         details.append("nothing was found that weakens a figure")
