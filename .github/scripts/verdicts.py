@@ -41,7 +41,7 @@ _SYMBOLS = {
     "slower": BAD, "more": BAD, "worse": BAD, "missing": BAD, "fired": BAD,
     "same": EVEN, "new": EVEN, "not-applicable": EVEN,
 }  # fmt: skip
-_TRAINS = {"worse": "trains worse", "non-inferior": "trains as well", "inconclusive": "too few seeds to tell"}
+_TRAINS = {"worse": "trains worse", "non-inferior": "trains as well", "inconclusive": "cannot tell"}
 """Verdicts on a metric against that of the baseline's run, and not against fp32."""
 
 

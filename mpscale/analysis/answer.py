@@ -48,7 +48,7 @@ class Worth(StrEnum):
     """There is no mixed mode beside a baseline."""
 
 
-class Outcome(Enum):
+class Effect(Enum):
     """What a mode does for a workload, all in all."""
 
     GOOD = auto()
@@ -129,7 +129,7 @@ class Cell:
         lost: how many of its trainings ended without a usable result.
         is_worse: whether its metric is worse, or a training was lost that was not lost in fp32.
         unsupported: whether nothing was trained because the mode cannot run here.
-        outcome: all in all.
+        effect: all in all.
     """
 
     row: Row
@@ -139,7 +139,7 @@ class Cell:
     lost: int
     is_worse: bool
     unsupported: bool
-    outcome: Outcome
+    effect: Effect
 
     @property
     def ratio(self) -> float | None:
@@ -304,20 +304,20 @@ def _cell(row: Row, told: _Told) -> Cell:
     # A verdict has weighed the lost seeds against fp32's; without one, each that fp32 did not lose counts.
     is_worse = quality is Verdict.WORSE or bool(quality is None and lost - told.lost.get((workload, "fp32"), set()))
     unsupported = told.unsupported[workload, mode] == row["cases"]
-    found = Cell(row, speed, doubts, quality, len(lost), is_worse, unsupported, Outcome.UNKNOWN)
-    return replace(found, outcome=_outcome(found))
+    found = Cell(row, speed, doubts, quality, len(lost), is_worse, unsupported, Effect.UNKNOWN)
+    return replace(found, effect=_effect(found))
 
 
-def _outcome(cell: Cell) -> Outcome:
+def _effect(cell: Cell) -> Effect:
     row = cell.row
     if cell.is_worse:
-        return Outcome.BAD
+        return Effect.BAD
     if cell.speed is Verdict.SLOWER:
-        return Outcome.UNKNOWN if cell.saves_memory else Outcome.BAD
+        return Effect.UNKNOWN if cell.saves_memory else Effect.BAD
     # What synthetic inputs cannot show is said beside the answer; a metric that was not compared is missing.
     ended = row["ok"] == row["cases"] and not row["not_started"]
     trains = cell.quality is Verdict.NON_INFERIOR or (row["has_metric"] is False and ended)
-    return Outcome.GOOD if trains and (cell.saves_memory or cell.speed is Verdict.FASTER) else Outcome.UNKNOWN
+    return Effect.GOOD if trains and (cell.saves_memory or cell.speed is Verdict.FASTER) else Effect.UNKNOWN
 
 
 def _worth(serious: Sequence[Cell], good: int, workloads: int) -> Worth:
@@ -338,7 +338,7 @@ def _workload(cell: Cell) -> str:
 
 def _may_gain(cell: Cell) -> bool:
     """Whether its estimate or its interval suggests a gain that is not shown."""
-    if cell.outcome is Outcome.BAD or not cell.claimed:
+    if cell.effect is Effect.BAD or not cell.claimed:
         return False
     return (cell.ratio or 0.0) > _GAIN or (cell.ends is not None and cell.ends[1] > _REACH)
 
@@ -346,7 +346,7 @@ def _may_gain(cell: Cell) -> bool:
 def _choices(cells: Mapping[str, Mapping[str, Cell]]) -> dict[str, str]:
     """Return the mode to use by workload: one mode for all if one is good on all, else the fastest good ones."""
     good = {
-        workload: {mode: cell for mode, cell in found.items() if _is_serious(cell) and cell.outcome is Outcome.GOOD}
+        workload: {mode: cell for mode, cell in found.items() if _is_serious(cell) and cell.effect is Effect.GOOD}
         for workload, found in cells.items()
     }
     good = {workload: found for workload, found in good.items() if found}

@@ -46,7 +46,7 @@ def code_of(answer: Answer, run: Run) -> tuple[str, str]:
     lines = _python(mode, next(iter(found)), jits.pop() if len(jits) == 1 else None)
     if len(intervals) > 1:
         each = ", ".join(f"{interval:g}" for interval in intervals)
-        lines = f"# measured with growth intervals of {each} steps\n# 2000 is usual for long trainings\n{lines}"
+        lines = f"# growth intervals here: {each} steps;\n# 2000 is usual for long trainings\n{lines}"
     if len(found) > 1:
         # The code would be wrong for the others if it did not say so.
         shown, *others = found.values()

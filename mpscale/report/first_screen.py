@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from mpscale.analysis.answer import Advice, Answer, Cell, Outcome, Weakness, Worth, answer_of
+from mpscale.analysis.answer import Advice, Answer, Cell, Effect, Weakness, Worth, answer_of
 from mpscale.analysis.quantities import Verdict
 from mpscale.core.record import place_of
 from mpscale.core.runs import Run
@@ -33,14 +33,14 @@ class Card:
         question: what it answers.
         answer: the short answer.
         details: sentences.
-        outcome: whether the answer is good news; None for a neutral card.
+        effect: whether the answer is good news; None for a neutral card.
         is_warning: whether it weakens the others.
     """
 
     question: str
     answer: str
     details: Sequence[str]
-    outcome: Outcome | None = None
+    effect: Effect | None = None
     is_warning: bool = False
 
 
@@ -50,7 +50,7 @@ class Screen:
 
     Args:
         headline: the answer to :data:`QUESTION`.
-        outcome: whether it is good news.
+        effect: whether it is good news.
         facts: device, software, date and size of the run.
         cards: what it buys, what it costs, can I trust it.
         answer: what the cells of the matrix show.
@@ -61,7 +61,7 @@ class Screen:
     """
 
     headline: str
-    outcome: Outcome
+    effect: Effect
     facts: Sequence[str]
     cards: Sequence[Card]
     answer: Answer
@@ -88,9 +88,9 @@ def first_screen(run: Run) -> Screen:
     """
     answer = answer_of(run)
     code, language = code_of(answer, run)
-    headline, outcome = _headline(answer, run)
+    headline, effect = _headline(answer, run)
     cards = (_buys(answer), _costs(answer), _trust(answer))
-    return Screen(headline, outcome, _facts(run, answer), cards, answer, _advice(answer, run), code, language)
+    return Screen(headline, effect, _facts(run, answer), cards, answer, _advice(answer, run), code, language)
 
 
 def place(run: Run) -> str:
@@ -99,42 +99,42 @@ def place(run: Run) -> str:
     return next((str(kind).upper() for kind in kinds if kind), "machine")
 
 
-def _headline(answer: Answer, run: Run) -> tuple[str, Outcome]:
-    said, outcome = _said(answer, run)
+def _headline(answer: Answer, run: Run) -> tuple[str, Effect]:
+    said, effect = _said(answer, run)
     if Weakness.STAND_IN in answer.weaknesses:
-        return f"{said} But the GPU is a stand-in for tests, so the figures are invented.", Outcome.UNKNOWN
+        return f"{said} But the GPU is a stand-in for tests, so the figures are invented.", Effect.UNKNOWN
     incomplete = answer.weaknesses.keys() & {Weakness.UNFINISHED, Weakness.NOT_STARTED}
     if incomplete and answer.worth in (Worth.YES, Worth.PARTLY, Worth.NO):
-        return f"{said} But the run is not complete.", outcome
-    return said, outcome
+        return f"{said} But the run is not complete.", effect
+    return said, effect
 
 
-def _said(answer: Answer, run: Run) -> tuple[str, Outcome]:
+def _said(answer: Answer, run: Run) -> tuple[str, Effect]:
     here = place(run)
     match answer.worth:
         case Worth.YES | Worth.PARTLY:
             where = "" if answer.worth is Worth.YES else f", on {len(answer.good)} of {len(answer.asked)} workloads"
             unknown = _unmeasured(answer.chosen)
-            return f"Yes{where}: {_how(answer)}{unknown}.", Outcome.UNKNOWN if unknown else Outcome.GOOD
+            return f"Yes{where}: {_how(answer)}{unknown}.", Effect.UNKNOWN if unknown else Effect.GOOD
         case Worth.NO:
             if others := len(answer.asked) - len(answer.refused):
                 of = f"{len(answer.refused)} of {len(answer.asked)} workloads"
-                return f"No, on {of}; the other{'s' if others > 1 else ''} cannot be told.", Outcome.UNKNOWN
+                return f"No, on {of}; the other{'s' if others > 1 else ''} cannot be told.", Effect.UNKNOWN
             if small := [cell for cell in answer.serious if cell.saves_memory and not cell.is_worse]:
                 saved = _times([cell.row["gpu_memory_ratio"] for cell in small])
-                return f"No for speed on this {here}, but {saved} the memory.", Outcome.UNKNOWN
-            return f"No, not on this {here}.", Outcome.BAD
+                return f"No for speed on this {here}, but {saved} the memory.", Effect.UNKNOWN
+            return f"No, not on this {here}.", Effect.BAD
         case Worth.NOT_SHOWN:
             if any(cell.speed is Verdict.FASTER and not cell.is_worse for cell in answer.serious):
-                return "Not shown yet: faster, but it is not known if it trains as well.", Outcome.UNKNOWN
-            return "Not shown yet: no gain is certain.", Outcome.UNKNOWN
+                return "Not shown yet: faster, but it is not known if it trains as well.", Effect.UNKNOWN
+            return "Not shown yet: no gain is certain.", Effect.UNKNOWN
         case Worth.CANNOT_TELL:
-            return f"Cannot tell: {_main_reason(answer)}.", Outcome.UNKNOWN
+            return f"Cannot tell: {_main_reason(answer)}.", Effect.UNKNOWN
     why = "nothing could be compared with float32"
     if not answer.serious:
         unsupported = any(cell.unsupported for cells in answer.cells.values() for cell in cells.values())
         why = "no mixed mode can run here" if unsupported else "no mixed mode was measured"
-    return f"No answer: {why}.", Outcome.UNKNOWN
+    return f"No answer: {why}.", Effect.UNKNOWN
 
 
 def _how(answer: Answer) -> str:
@@ -220,9 +220,9 @@ def _buys(answer: Answer) -> Card:
         on_cpu = answer.weaknesses.get(Weakness.EMULATED) == len(answer.serious) > 0
         details.append(f"GPU memory not {'measured (no GPU)' if on_cpu else 'compared'}")
     speeds = {cell.speed for cell in claimed}
-    outcome = Outcome.GOOD if answer.good else Outcome.BAD if Verdict.SLOWER in speeds else None
+    effect = Effect.GOOD if answer.good else Effect.BAD if Verdict.SLOWER in speeds else None
     return Card(
-        "What does it buy?", _times([cell.ratio or 0.0 for cell in claimed]) if claimed else "unknown", details, outcome
+        "What does it buy?", _times([cell.ratio or 0.0 for cell in claimed]) if claimed else "unknown", details, effect
     )
 
 
@@ -259,11 +259,11 @@ def _costs(answer: Answer) -> Card:
         if any(found):
             details.append(f"control experiment ({mode}): worse on {sum(found)} of {plural(len(found), 'row')}")
     if worse:
-        return Card("What does it cost?", f"accuracy, in {plural(len(worse), 'row')}", details, Outcome.BAD)
+        return Card("What does it cost?", f"accuracy, in {plural(len(worse), 'row')}", details, Effect.BAD)
     if not judged or as_good < len(rows):
         where = f", in {len(rows) - as_good} of {plural(len(rows), 'row')}" if as_good else ""
         return Card("What does it cost?", f"unknown{where}", details)
-    return Card("What does it cost?", "no accuracy", details, Outcome.GOOD)
+    return Card("What does it cost?", "no accuracy", details, Effect.GOOD)
 
 
 def _named(cells: Sequence[Cell]) -> str:

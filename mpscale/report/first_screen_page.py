@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
-from mpscale.analysis.answer import Answer, Cell, Outcome
+from mpscale.analysis.answer import Answer, Cell
 from mpscale.analysis.quantities import Verdict
 from mpscale.report.cell import (
     baseline_line,
@@ -21,12 +20,11 @@ from mpscale.report.cell import (
 )
 from mpscale.report.figures import Picture
 from mpscale.report.first_screen import QUESTION, Card, Screen
+from mpscale.report.pieces import Tone, bar, span_of, tone_of, tone_of_effect
 
-_CLASSES = {Outcome.GOOD: "good", Outcome.BAD: "bad", Outcome.UNKNOWN: "unknown"}
-_SPEEDS = {Verdict.FASTER: ("good", "▲"), Verdict.SLOWER: ("bad", "▼")}
-_QUALITIES = {Verdict.NON_INFERIOR: ("good", "✓"), Verdict.WORSE: ("bad", "✗")}
-"""A class and a sign: a colour alone says nothing to many readers and to printers."""
-_OPEN = ("unknown", "●")
+_SPEEDS = {Verdict.FASTER: (Tone.GOOD, "▲"), Verdict.SLOWER: (Tone.BAD, "▼")}
+_OPEN = (Tone.UNKNOWN, "●")
+"""A colour and a sign: a colour alone says nothing to many readers and to printers."""
 
 _NAME_WIDTH, _CELL_WIDTH = 9, 9.5
 """Least widths of the columns of the matrix, in rem; a page that is too narrow scrolls it."""
@@ -34,14 +32,11 @@ _NAME_WIDTH, _CELL_WIDTH = 9, 9.5
 _LONGEST = 80
 """Most characters of a workload's name in the matrix; the title has it in full."""
 
-_WIDEST = 4.0
-"""The axis reaches at most from a fourth of the baseline's speed to four times it; what is beyond has an arrow."""
-
 
 def html_of(screen: Screen) -> str:
     """Return the first screen as HTML."""
     facts = " · ".join(escape(fact) for fact in screen.facts)
-    headline = f'<span class="{_CLASSES[screen.outcome]}-text">{escape(screen.headline)}</span>'
+    headline = f'<span class="{tone_of_effect(screen.effect)}-text">{escape(screen.headline)}</span>'
     cards = "\n".join(_card(card) for card in screen.cards)
     aside = f'<div class="aside">\n{_advice(screen)}{_picture(screen.picture)}</div>'
     parts = [
@@ -54,7 +49,7 @@ def html_of(screen: Screen) -> str:
 
 
 def _card(card: Card) -> str:
-    kind = " warn" if card.is_warning else "" if card.outcome is None else f" {_CLASSES[card.outcome]}"
+    kind = " warn" if card.is_warning else "" if card.effect is None else f" {tone_of_effect(card.effect)}"
     first, *rest = card.details
     items = "".join(f"<li>{escape(detail)}</li>" for detail in rest)
     more = f"<ul>{items}</ul>" if rest else ""
@@ -82,10 +77,13 @@ def _matrix(screen: Screen) -> str:
     if not answer.cells:
         return ""
     modes = answer.modes
-    heads = "".join(_mode(answer, mode) for mode in modes)
-    scale = _Axis(answer)
-    rows = "\n".join(_row(answer, workload, modes, scale) for workload in answer.cells)
-    caption = f'<p class="caption">{escape(screen.caption)} The axis reaches from {scale.text}.</p>'
+    hoisted = {mode: column_chips(answer, mode) for mode in modes}
+    heads = "".join(f'<th scope="col">{escape(mode)}{_chips(hoisted[mode])}</th>' for mode in modes)
+    cells = [cell for by_mode in answer.cells.values() for cell in by_mode.values()]
+    span = span_of((cell.ratio for cell in cells if cell.ratio), (end for cell in cells for end in cell.ends or ()))
+    rows = "\n".join(_row(answer, workload, hoisted, span) for workload in answer.cells)
+    axis = f"The axis reaches from {1 / span:.2g}x to {span:.2g}x; an arrow means that the interval goes on."
+    caption = f'<p class="caption">{escape(screen.caption)} {axis}</p>'
     width = _NAME_WIDTH + len(modes) * _CELL_WIDTH
     columns = f'<colgroup><col style="width: {_NAME_WIDTH}rem"></colgroup>'
     head = f"<thead><tr><td></td>{heads}</tr></thead>"
@@ -93,16 +91,12 @@ def _matrix(screen: Screen) -> str:
     return f'<div class="verdicts"><div class="wide" tabindex="0">{table}</div>{caption}</div>'
 
 
-def _mode(answer: Answer, mode: str) -> str:
-    return f'<th scope="col">{escape(mode)}{_chips(column_chips(answer, mode))}</th>'
-
-
-def _row(answer: Answer, workload: str, modes: Sequence[str], scale: _Axis) -> str:
+def _row(answer: Answer, workload: str, hoisted: Mapping[str, Sequence[str]], span: float) -> str:
     cells = answer.cells[workload]
     baseline = escape(baseline_line(answer.baselines[workload]))
     name = workload if len(workload) <= _LONGEST else f"{workload[: _LONGEST // 2]}…{workload[-_LONGEST // 2 :]}"
     head = f'<th scope="row" title="{escape(workload)}"><bdi>{_breakable(name)}</bdi><small>{baseline}</small></th>'
-    shown = (_cell(answer, mode, cells.get(mode), scale) for mode in modes)
+    shown = (_cell(mode, cells.get(mode), chips_above, span) for mode, chips_above in hoisted.items())
     return f"<tr>{head}{''.join(shown)}</tr>"
 
 
@@ -111,65 +105,35 @@ def _breakable(name: str) -> str:
     return re.sub(r"([:_./-])(?=.)", r"\1<wbr>", escape(name))
 
 
-def _cell(answer: Answer, mode: str, cell: Cell | None, scale: _Axis) -> str:
+def _cell(mode: str, cell: Cell | None, chips_above: Sequence[str], span: float) -> str:
     if cell is None:
         return f'<td class="none" data-mode="{escape(mode)}"><span class="soft">not run</span></td>'
     weak = " weak" if cell.doubts or cell.ends is None else ""
-    hoisted = column_chips(answer, mode)
-    kind, sign = _SPEEDS.get(cell.speed or Verdict.CANNOT_TELL, _OPEN)
-    if cell.is_worse:
-        kind = "unknown"  # to be fast is no good news then
-    quality_kind, quality_sign = _QUALITIES.get(cell.quality or Verdict.INCONCLUSIVE, ("", ""))
-    lines = [(f"{quality_kind}-text" if quality_kind == "bad" else "", f"{quality_sign} {quality_line(cell)}".strip())]
+    # To be fast is no good news if the training is worse.
+    tone, sign = _SPEEDS.get(cell.speed or Verdict.CANNOT_TELL, _OPEN)
+    tone = Tone.UNKNOWN if cell.is_worse else tone
+    quality = Tone.UNKNOWN if cell.quality is None else tone_of(cell.quality)
+    mark = quality.symbol if quality in (Tone.GOOD, Tone.BAD) else ""
+    lines = [("bad-text" if quality is Tone.BAD else "", f"{mark} {quality_line(cell)}".strip())]
     lines += [("", line) for line in (memory_line(cell), overflow_line(cell))]
     below = "".join(f'<span class="{kind}">{escape(line)}</span>' for kind, line in lines if line)
-    others = [chip for chip in chips(cell) if chip not in hoisted]
+    others = [chip for chip in chips(cell) if chip not in chips_above]
     return (
-        f'<td class="{_CLASSES[cell.outcome]}" data-mode="{escape(mode)}">'
-        f'<div class="{kind}-text"><p class="speed{weak}"><span class="sign" aria-hidden="true">{sign}</span> '
-        f"<b>{ratio_text(cell)}</b> <span>{escape(speed_word(cell))}</span>{_chips(others)}</p>{scale.bar(cell)}</div>"
-        f'<p class="below">{below}</p></td>'
+        f'<td class="{tone_of_effect(cell.effect)}" data-mode="{escape(mode)}">'
+        f'<div class="{tone}-text"><p class="speed{weak}"><span class="sign" aria-hidden="true">{sign}</span> '
+        f"<b>{ratio_text(cell)}</b> <span>{escape(speed_word(cell))}</span>{_chips(others)}</p></div>"
+        f'{_interval(cell, span, tone)}<p class="below">{below}</p></td>'
     )
+
+
+def _interval(cell: Cell, span: float, tone: Tone) -> str:
+    """Draw the ratio of a cell and its interval; nothing if there is no ratio."""
+    if cell.ratio is None:
+        return ""
+    low, high = cell.ends or (None, None)
+    said = f"{cell.ratio:.2f}x" + ("" if low is None else f", 95 % interval {low:.2f}x to {high:.2f}x")
+    return bar(cell.ratio, low, high, span, tone, said)
 
 
 def _chips(texts: Sequence[str]) -> str:
     return "".join(f' <span class="chip">{escape(text)}</span>' for text in texts)
-
-
-class _Axis:
-    """A log axis of speed-ups that all cells share, symmetrical about 1."""
-
-    def __init__(self, answer: Answer) -> None:
-        ratios = [cell.ratio for cells in answer.cells.values() for cell in cells.values() if cell.ratio]
-        # Estimates decide, because one wide interval would make all others short.
-        reach = 1.1 * max((max(ratio, 1 / ratio) for ratio in ratios), default=1.0)
-        self._reach = math.log(min(_WIDEST, max(2.0, reach)))
-        self.text = f"{math.exp(-self._reach):.2g}x to {math.exp(self._reach):.2g}x"
-
-    def _x(self, value: float) -> float:
-        """The place of a value on the axis, from 0 to 100; beyond it if it is off the axis."""
-        return 50.0 + 50.0 * math.log(value) / self._reach if value > 0 else -math.inf
-
-    def bar(self, cell: Cell) -> str:
-        """Draw the ratio of a cell and its interval; nothing if there is no ratio."""
-        if cell.ratio is None:
-            return ""
-        parts = ['<rect class="axis" x="0" y="6.5" width="100" height="1"/>']
-        place = self._x(cell.ratio)
-        title = f"{cell.ratio:.2f}x"
-        if cell.ends is not None:
-            low, high = (self._x(end) for end in cell.ends)
-            left, right = max(0.0, min(low, 100.0)), min(100.0, max(high, 0.0))
-            parts.append(
-                f'<rect class="interval" x="{left:.1f}" y="5" width="{max(0.5, right - left):.1f}" height="4"/>'
-            )
-            parts += ['<path class="arrow" d="M3 3.5 L0 7 L3 10.5"/>'] if low < 0 else []
-            parts += ['<path class="arrow" d="M97 3.5 L100 7 L97 10.5"/>'] if high > 100 else []
-            title += f", 95 % interval {cell.ends[0]:.2f}x to {cell.ends[1]:.2f}x"
-        parts.append('<rect class="one" x="49.7" y="0" width="0.6" height="14"/>')
-        if 0 <= place <= 100:
-            parts.append(f'<rect class="estimate" x="{min(place, 99.0) - 0.8:.1f}" y="2" width="1.6" height="10"/>')
-        return (
-            f'<svg class="bar" viewBox="0 0 100 14" preserveAspectRatio="none" role="img" aria-label="{title}">'
-            f"<title>{title}</title>{''.join(parts)}</svg>"
-        )

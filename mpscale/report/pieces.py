@@ -1,4 +1,4 @@
-"""Pieces of HTML that the pages of comparisons, histories and sites share."""
+"""Pieces of HTML that pages share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from html import escape
 
+from mpscale.analysis.answer import Effect
 from mpscale.analysis.overall import Overall
 from mpscale.analysis.quantities import Outcome, Verdict
 
@@ -36,6 +37,11 @@ def tone_of(verdict: Verdict) -> Tone:
     """The tone of a verdict."""
     tones = {Outcome.FIRED: Tone.BAD, Outcome.PASSED: Tone.GOOD}
     return tones.get(verdict.outcome, Tone.UNKNOWN)
+
+
+def tone_of_effect(effect: Effect) -> Tone:
+    """The tone of what a mode does, or of all of them."""
+    return {Effect.GOOD: Tone.GOOD, Effect.BAD: Tone.BAD, Effect.UNKNOWN: Tone.UNKNOWN}[effect]
 
 
 def tone_of_overall(answer: Overall) -> Tone:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from mpscale.analysis.answer import Outcome
 from mpscale.analysis.history import RunFacts, make_history, oldest_first, read_what_can_be
 from mpscale.analysis.neighbours import Neighbours
 from mpscale.analysis.overall import overall_of
@@ -24,7 +23,7 @@ from mpscale.report.first_screen import QUESTION, first_screen
 from mpscale.report.history import shown_commit
 from mpscale.report.history_page import history_page
 from mpscale.report.page import shell
-from mpscale.report.pieces import Tone, card, cards, link, marked, noted, text, tone_of_overall
+from mpscale.report.pieces import Tone, card, cards, link, marked, noted, text, tone_of_effect, tone_of_overall
 from mpscale.report.site_folder import SiteError, SiteFolder
 from mpscale.report.table import DASH, plural
 from mpscale.report.words import OVERALL
@@ -35,9 +34,6 @@ _HISTORIES = ("step_time", "gpu_memory", "metric")
 """What the history shows, as far as there is any."""
 
 _FOOTER = "Made by `mpscale site`. Times are UTC."
-
-
-_TONES = {Outcome.GOOD: Tone.GOOD, Outcome.BAD: Tone.BAD, Outcome.UNKNOWN: Tone.UNKNOWN}
 
 
 @dataclass(frozen=True)
@@ -262,7 +258,7 @@ def _answer_of(run: Run) -> _Answer:
     elif timed:
         lowest = min(timed, key=lambda cell: cell.ratio or 0.0)
         worst = f"{' '.join(place_of(lowest.row))}: {ratio_text(lowest)} {speed_word(lowest)}"
-    return _Answer(_TONES[screen.outcome], screen.headline.removesuffix("."), worst)
+    return _Answer(tone_of_effect(screen.effect), screen.headline.removesuffix("."), worst)
 
 
 def _index(

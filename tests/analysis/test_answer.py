@@ -6,7 +6,7 @@ import pytest
 from support.answers import case, compared, ended
 from support.runfolder import GPU, finished, write_run
 
-from mpscale.analysis.answer import Advice, Outcome, Weakness, Worth, answer_of
+from mpscale.analysis.answer import Advice, Effect, Weakness, Worth, answer_of
 from mpscale.core.columns import METHOD_VERSION
 from mpscale.core.runs import read_run
 
@@ -99,9 +99,9 @@ def test_the_answer(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("share", "outcome"), [(0.6, Outcome.GOOD), (0.96, Outcome.BAD)], ids=["saves memory", "saves next to nothing"]
+    ("share", "effect"), [(0.6, Effect.GOOD), (0.96, Effect.BAD)], ids=["saves memory", "saves next to nothing"]
 )
-def test_a_slower_mode_that_saves_memory_is_neither_good_nor_bad(tmp_path, share, outcome):
+def test_a_slower_mode_that_saves_memory_is_neither_good_nor_bad(tmp_path, share, effect):
     memory = {"fp32": 8000.0, "mixed-bf16": 8000.0 * share}
     times = {"as fast": 8.0, "slower": 12.0}
     for name, ms in times.items():
@@ -111,10 +111,10 @@ def test_a_slower_mode_that_saves_memory_is_neither_good_nor_bad(tmp_path, share
             for mode, mib in memory.items() for seed in range(3)
         ]  # fmt: skip
         cell = answer(tmp_path / name, *records).cells[name]["mixed-bf16"]
-        expected = {"as fast": Outcome.GOOD, "slower": Outcome.UNKNOWN} if outcome is Outcome.GOOD else {
-            "as fast": Outcome.UNKNOWN, "slower": Outcome.BAD
+        expected = {"as fast": Effect.GOOD, "slower": Effect.UNKNOWN} if effect is Effect.GOOD else {
+            "as fast": Effect.UNKNOWN, "slower": Effect.BAD
         }  # fmt: skip
-        assert cell.outcome is expected[name]
+        assert cell.effect is expected[name]
 
 
 @pytest.mark.parametrize("status", ["diverged", "stalled"])
@@ -122,7 +122,7 @@ def test_a_mode_that_loses_a_seed_is_bad_and_never_advised(tmp_path, status):
     records = [one for one in compared(FAST) if one["case_id"] != "toy--mixed-bf16--s1--r0"]
     lost = case("mixed-bf16", 1, 4.1, None, status=status)
     found = answer(tmp_path, *records, lost)
-    assert found.cells["toy"]["mixed-bf16"].outcome is Outcome.BAD
+    assert found.cells["toy"]["mixed-bf16"].effect is Effect.BAD
     assert (found.advice, found.mode) == (Advice.USE, "mixed-static")
 
 

@@ -267,7 +267,7 @@ def test_growth_intervals_that_follow_the_length_of_trainings_are_said_and_not_c
         *compared({"fp32": 8.0, "mixed-dynamic": 4.0}, workload="other"),
     ]
     code, _ = code_of_run(write_run(tmp_path, finished(records), device=GPU, settings={"set_apart": own}))
-    assert "growth intervals of 40, 200 steps" in code
+    assert "growth intervals here: 40, 200 steps" in code
     assert "DynamicLossScale()" in code
 
 
