@@ -25,7 +25,7 @@ from mpscale.report.comparison import compared_runs, parts
 from mpscale.report.page import shell
 from mpscale.report.pieces import Tone, bar, card, cards, marked, matrix, noted, span_of, text, tone_of, tone_of_overall
 from mpscale.report.table import DASH, change, listed, metric_difference, plural
-from mpscale.report.words import AGAINST_RUN, OVERALL, WORDS
+from mpscale.report.words import AGAINST_RUN, OVERALL, WORDS, metric_name
 
 _SHOWN = 5
 """Most changes, differences and reasons that the first screen lists; the tables have all."""
@@ -186,11 +186,8 @@ def _metric(row: ComparedRow) -> str:
     assert row.quality is not None
     name = common([*row.pair.baseline, *row.pair.other], "metric_name")
     found = row.quality.difference
-    what = str(name or "metric")
-    return (
-        f"{what}{'' if found is None else ' ' + metric_difference(found.mean, None, None, name)}, "
-        + (AGAINST_RUN[row.quality.verdict])
-    )
+    changed = "" if found is None else f" {metric_difference(found.mean, None, None, name)}"
+    return f"{metric_name(name)}{changed}, {AGAINST_RUN[row.quality.verdict]}"
 
 
 def _trust(comparison: Comparison) -> str:
