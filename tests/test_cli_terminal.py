@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import webbrowser
@@ -16,18 +17,27 @@ from support.runfolder import NAME, finished, record, write_run
 
 from mpscale.cli import main
 
-REFERENCE = Path(__file__).parents[1] / "results"
-BEFORE, AFTER = "20261127T062010Z", "20261127T103907Z"
+REFERENCE = Path(__file__).parents[1] / "results" / "reference"
+"""Only what is committed: other runs in results/ depend on who runs the tests."""
+BEFORE, AFTER = (REFERENCE / name for name in ("20261127T062010Z-amd-epyc-b176", "20261127T103907Z-amd-epyc-568d"))
 COMMANDS = {
-    "compare": ("compare", BEFORE, AFTER, "--results", REFERENCE),
-    "list": ("list", REFERENCE),
-    "history": ("history", "--mode", "fp32", "--results", REFERENCE),
+    "compare": ("compare", BEFORE, AFTER),
+    "list": ("list", "RESULTS"),
+    "history": ("history", "--mode", "fp32", *sorted(REFERENCE.glob("2*"))),
     "workloads": ("workloads",),
 }
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A results folder with the committed runs."""
+    folder = tmp_path_factory.mktemp("results")
+    shutil.copytree(REFERENCE, folder / "reference", ignore=shutil.ignore_patterns("*.html", "steps", "figures"))
+    return folder
+
+
 @pytest.fixture
-def run_in(monkeypatch):
+def run_in(monkeypatch, results):
     """Run a command in a terminal; return its exit code and what is on the screen."""
 
     def run_in(columns, *arguments, encoding="utf-8", **environ):
@@ -37,7 +47,7 @@ def run_in(monkeypatch):
             monkeypatch.setenv(name, value)
         with terminal(columns, encoding) as screen, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", screen.stream)
-            code = main([*map(str, arguments)])
+            code = main([str(results if argument == "RESULTS" else argument) for argument in arguments])
             return code, screen.close()
 
     return run_in

@@ -43,8 +43,8 @@ def list_runs(options: argparse.Namespace) -> int:
         return OK
     if not found:
         return fail(f"there is no run in {results / 'runs'} or {results / 'reference'}; {MAKE_ONE}")
-    print(_table(found).text(surface()))
-    print(f"\n{plural(len(found), 'run')} in {results}; `mpscale open RUN` shows the report of one")
+    where = f"{plural(len(found), 'run')} in {results}; `mpscale open RUN` shows the report of one"
+    print(f"{_table(found).text(surface())}\n\n{surface().wrapped(where)}")
     return OK
 
 

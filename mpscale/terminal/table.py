@@ -191,14 +191,19 @@ def _draw(lines: Sequence[Sequence[list[str]]], looks: Sequence[Sequence[str]], 
 
 
 def _list(texts: Sequence[Sequence[str]], looks: Sequence[Sequence[str]], surface: Surface) -> str:
-    """Show a table as a list, a block per row and a line per cell, which a terminal may break as it likes."""
-    wide = max(map(_width, texts[0]))
+    """Show a table as a list: a block per row, with each cell beside its header or, for lack of width, below it."""
+    wide = max(map(_width, texts[0])) + _GAP
+    columns = surface.columns or 0
+    beside = columns - wide >= _NARROW
     blocks = []
     for row, styles in zip(texts[1:], looks, strict=True):
-        blocks.append(
-            "\n".join(
-                f"{surface.paint(header.ljust(wide), 'bold')}  {surface.paint(cell, _STYLES[look])}"
-                for header, cell, look in zip(texts[0], row, styles, strict=True)
-            )
-        )
+        lines = []
+        for header, cell, look in zip(texts[0], row, styles, strict=True):
+            folded = _wrap(cell, columns - wide if beside else columns - _GAP)
+            first = surface.paint(header.ljust(wide) if beside else header, "bold")
+            cells = [surface.paint(line, _STYLES[look]) for line in folded]
+            lines += [f"{first}{cells[0]}", *(" " * wide + cell for cell in cells[1:])] if beside else [
+                first, *(" " * _GAP + cell for cell in cells)
+            ]  # fmt: skip
+        blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
