@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
+from mpscale.core.cause import Cause
 from mpscale.core.mode import MODES
 
 SCHEMA_VERSION = 1
@@ -284,6 +285,7 @@ SECTIONS: tuple[Section, ...] = (
         (
             _known("status", "str", "", "one of the statuses below"),
             _known("status_reason", "str", "", "why the status is not `ok`, in one line", "status is `ok`"),
+            _known("cause", "str", "", "the kind of event that ended the case without a usable result, one of the causes below", "status is `ok`, `unsupported`, `diverged` or `stalled`, or an older mpscale made the run"),
             _known("output_tail", "str", "", "the last lines the process wrote, journal and CSV only", "the case did not fail"),
             _known("case_wall_time_s", "float", "s", "from the start of the process to its end, measured by the supervising process", "nothing was started"),
         ),
@@ -606,6 +608,11 @@ def data_dictionary() -> str:
             table(SUMMARY),
             "## Statuses\n",
             _markdown(("status", "meaning"), [(f"`{status}`", meaning) for status, meaning in STATUSES.items()]),
+            "## Causes\n",
+            _markdown(
+                ("cause", "meaning", "another attempt may succeed"),
+                [(f"`{each}`", each.meaning, "yes" if each.transient else "no") for each in Cause],
+            ),
         ]
     )
 
