@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpscale.config import SettingsError
+from mpscale.core.writing import write_named
 from mpscale.terminal.progress import LiveLine
 from mpscale.terminal.streams import PIPE, Surface, surface_of
 
@@ -47,7 +48,7 @@ def write(text: str, file: Path | None) -> None:
     if file is None:
         print(text, end="")
     else:
-        file.write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_named(file, text)
 
 
 def check_output(file: Path | None, option: str = "--output") -> None:

@@ -148,7 +148,7 @@ def report(options: argparse.Namespace) -> int:
         print(github_summary(run, artifacts=artifacts_page(os.environ)), end="")
         warn(run.problems)
         return OK
-    run = rebuild(path)
+    run = rebuild(path, options.results)
     warn(run.problems)
     files = [str(run.path / name) for name in WRITTEN]
     if options.json:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -16,6 +18,7 @@ from typing import IO, Any
 from mpscale.core.case import Case
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.record import Record, to_csv
+from mpscale.core.writing import open_to_append, write
 
 _QUICK_S = 0.05
 """A cases.csv that is written faster than this, in seconds, is written after every case."""
@@ -39,7 +42,7 @@ def write_cases(folder: Path, content: str) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    _replace(folder / "cases.csv", content.encode())
+    write(folder / "cases.csv", content)
 
 
 class Journal:
@@ -190,9 +193,9 @@ class Journal:
         if self._records:
             self._write_cases()
         journal = self.path / "journal.jsonl"
-        _replace(journal, b"".join(self._lines))
+        write(journal, b"".join(self._lines))
         self._size = sum(map(len, self._lines))
-        self._file = journal.open("ab", buffering=0)
+        self._file = open_to_append(journal)
 
     def _write_cases(self) -> None:
         start = time.monotonic()
@@ -202,7 +205,7 @@ class Journal:
         self._cases_due = end + _PAUSE * took if took > _QUICK_S else 0.0
 
     def _write_info(self) -> None:
-        _replace(self.path / "run.json", (json.dumps(self._info, indent=2) + "\n").encode())
+        write(self.path / "run.json", json.dumps(self._info, indent=2) + "\n")
 
     @contextlib.contextmanager
     def _no_trouble_ends_the_run(self) -> Iterator[None]:
@@ -232,19 +235,17 @@ def _line(event: str, **fields: Any) -> bytes:
     return json.dumps({"event": event, "time": now, **fields}).encode() + b"\n"
 
 
+_LONGEST = 220
+"""Most bytes of a name, so that there is room for what comes behind it: file systems take 255."""
+
+
 def _file_name(case_id: str) -> str:
-    """Names on the disk are UTF-8, even if Python takes the file system for ASCII."""
-    return os.fsdecode(case_id.encode("utf-8"))
+    """Make a name of an id, which may come from a stranger's journal and must not lead out of the folder.
 
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a whole file or none."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError:
-        # A full disk needs the space.
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+    Names on the disk are UTF-8, even if Python takes the file system for ASCII.
+    """
+    name = case_id.encode("utf-8", "surrogatepass")
+    if 0 < len(name) <= _LONGEST and not re.search(r"[/\0\ud800-\udfff]|^\.", case_id):
+        return os.fsdecode(name)
+    plain = re.sub(r"[^A-Za-z0-9_+-]+", "-", case_id)[:60]
+    return f"{plain}-{hashlib.sha256(name).hexdigest()[:16]}"

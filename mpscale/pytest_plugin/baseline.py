@@ -168,16 +168,17 @@ class BaselineCheck:
 
     def write(self, path: Path) -> None:
         """Write the comparison into the run's folder, for people and for programs."""
+        from mpscale.core.writing import write
         from mpscale.report.comparison import of_a_run, render
 
         compared = [] if self.comparison is None else [self.comparison]
         if compared or self.note is not None:
             text = of_a_run(compared, self.findings, self.note, self.fails)
-            (path / JSON_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
+            write(path / JSON_FILE, text)
         if self.comparison is not None:
             title = f"# {path.name} against {self.comparison.baseline.name}\n\n"
             text = title + render([self.comparison], self.findings, "markdown")
-            (path / FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
+            write(path / FILE, text)
 
     def reports(self) -> list[pytest.TestReport]:
         """Return what the gates found as reports of tests: one for each gate and row, or why they were not judged."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mpscale.core.mode import MODES
 from mpscale.core.record import in_order_of_modes
+from mpscale.core.writing import write_named
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,9 +164,11 @@ def empty_figure(height: float = 1.0, width: float = WIDTH) -> Figure:
 def save(figure: Figure, to: Path, suffix: str) -> None:
     """Write ``figure`` to a file as ``svg`` or ``png``, the same bytes each time."""
     if suffix == "svg":
-        to.write_text(_svg(figure, figure.get_suptitle()), encoding="utf-8")
+        write_named(to, _svg(figure, figure.get_suptitle()))
     else:
-        figure.savefig(to, format=suffix, dpi=DPI, metadata={"Software": "mpscale"})
+        file = io.BytesIO()
+        figure.savefig(file, format=suffix, dpi=DPI, metadata={"Software": "mpscale"})
+        write_named(to, file.getvalue())
 
 
 def short_name(text: str, length: int = 32) -> str:

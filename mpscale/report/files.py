@@ -13,6 +13,7 @@ from mpscale.core.cases_csv import read_cases
 from mpscale.core.record import Record, to_csv
 from mpscale.core.run_folder import write_cases
 from mpscale.core.runs import Run, RunError, read_run
+from mpscale.core.writing import write
 from mpscale.report.document import Document, document, render
 from mpscale.report.gains_figure import gains
 from mpscale.report.memory_figure import memory_over_time
@@ -26,14 +27,25 @@ WRITTEN = ("report.html", "report.md", "summary.csv", "cases.csv")
 """Names of the files; the one to look at comes first."""
 
 
-def rebuild(run_dir: str | Path) -> Run:
+def rebuild(run_dir: str | Path, results: Path | None = None) -> Run:
     """Write the files of :data:`WRITTEN` again, from the journal of the run in ``run_dir`` and the steps beside it.
 
+    Args:
+        run_dir: the folder of the run.
+        results: the results folder. A run in it must not be a link that leads out of it; any other may be a link.
+
     Raises:
-        RunError: the folder is not a run, or a file that they are made from is broken.
+        RunError: the folder is not a run, is a link out of the results folder, or a file that they are made from is
+            broken.
         OSError: the folder cannot be written.
     """
     run = read_run(run_dir)
+    found = results is not None and run.path.parent.parent == results and run.path.is_symlink()
+    if found and results is not None and not run.path.resolve().is_relative_to(results.resolve()):
+        raise RunError(
+            f"{run.path}: is a link to {run.path.resolve()}, and mpscale writes no report through a link that leads "
+            "out of the results folder; name that folder instead"
+        )
     if run.path.is_file():
         raise RunError(f"{run.path}: a report is made from a run's journal, and this is a cases.csv alone")
     cases = to_csv(run.records)
@@ -58,11 +70,11 @@ def write_reports(run: Run, cases: str | None) -> None:
     """
     if cases is not None:
         write_cases(run.path, cases)
-    _write(run.path / "summary.csv", summary_csv(summary_of(run)))
+    write(run.path / "summary.csv", summary_csv(summary_of(run)))
     report = document(run, floors_of(run), probes_of(run))
-    _write(run.path / "report.md", render(report))
+    write(run.path / "report.md", render(report))
     # Pictures come last: they take longest, and if they fail, everything else is written.
-    _write(run.path / "report.html", _page(run, report))
+    write(run.path / "report.html", _page(run, report))
 
 
 def report_page(run: Run) -> str:
@@ -110,11 +122,4 @@ def write_whole(folder: Path, files: Mapping[str, str]) -> None:
         OSError: the folder cannot be written.
     """
     for name, text in files.items():
-        partial = folder / f".{name}.partial"
-        _write(partial, text)
-        partial.replace(folder / name)
-
-
-def _write(path: Path, text: str) -> None:
-    # run.json holds names of folders and variables, which need not be valid text.
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        write(folder / name, text)

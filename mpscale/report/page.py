@@ -6,11 +6,15 @@ mailed, kept as an artifact of a nightly build or opened offline.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from functools import cache
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 
 from markdown_it import MarkdownIt
@@ -59,6 +63,28 @@ def shell(title: str, body: str, footer: str = _FOOTER, styles: Sequence[str] = 
     """
     template, *sheets = (_file(name) for name in ("page.html", "page.css", *styles))
     return Template(template).substitute(title=escape(title), style="".join(sheets), body=body, footer=escape(footer))
+
+
+_LARGEST = 1 << 28
+"""Bytes of a page that is read again."""
+
+
+def read_page(path: Path) -> str | None:
+    """Read a page that somebody else may have written; None if it could do more than a page of mpscale does.
+
+    It must begin with the policy of these pages, under which a browser runs and loads nothing, and must not lead to
+    another page by itself. A link is not followed: it may lead to a file that is nobody's business.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(file, encoding="utf-8", newline="") as page:
+            about = os.fstat(file)
+            if stat.S_ISREG(about.st_mode) and about.st_size <= _LARGEST:
+                content = page.read()
+                head = _file("page.html").partition("<meta name")[0]
+                if content.startswith(head) and len(re.findall("http-equiv", content, re.I)) == 1:
+                    return content
+    return None
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from mpscale.report.files import report_page
 from mpscale.report.first_screen import QUESTION, first_screen
 from mpscale.report.history import shown_commit
 from mpscale.report.history_page import history_page
-from mpscale.report.page import shell
+from mpscale.report.page import read_page, shell
 from mpscale.report.pieces import Tone, card, cards, link, marked, noted, text, tone_of_effect, tone_of_overall
 from mpscale.report.site_folder import SiteError, SiteFolder
 from mpscale.report.table import DASH, plural
@@ -98,8 +97,8 @@ def write_site(
     """Write a site over the runs in ``runs/`` and ``reference/`` of some results folders.
 
     Pages of an earlier call are replaced, and those of runs that are gone removed. A report is copied if it is not
-    older than the run's journal, and made otherwise. A run that cannot be read, or whose pages cannot be made, is
-    named on the index.
+    older than the run's journal and can do no more than a page of mpscale does, and made otherwise. A run that cannot
+    be read, or whose pages cannot be made, is named on the index.
 
     Args:
         folder: where to; it is made if it does not exist.
@@ -131,8 +130,6 @@ def write_site(
             continue
         if report is None:
             site.keep(entry.report)
-        elif isinstance(report, Path):
-            site.copy(entry.report, report)
         else:
             site.write(entry.report, report)
         shown.append(entry)
@@ -185,11 +182,11 @@ def _slugs(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _report(site: SiteFolder, entry: _Entry) -> Path | str | None:
-    """The report of a run: a file to copy, the content of a new one, or None if the site has it already."""
+def _report(site: SiteFolder, entry: _Entry) -> str | None:
+    """The report of a run, or None if the site has it already."""
     source, journal = entry.run.path / "report.html", entry.run.path / "journal.jsonl"
-    if os.access(source, os.R_OK) and _is_newer(source, journal):
-        return source
+    if (written := read_page(source)) is not None and _is_newer(source, journal):
+        return written
     if site.has(entry.report) and _is_newer(site.path / entry.report, journal):
         return None
     return report_page(entry.run)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from mpscale.report.files import write_whole
+from mpscale.core.writing import remove, remove_leftovers, write
 
 MANIFEST = "mpscale-site.json"
 """Lists the files that mpscale has made, the only ones that it replaces or removes."""
@@ -73,17 +72,7 @@ class SiteFolder:
 
     def write(self, name: str, content: str) -> None:
         """Write a file, whole or not at all."""
-        place = self.path / name
-        write_whole(place.parent, {place.name: content})
-        self._made.append(name)
-
-    def copy(self, name: str, source: Path) -> None:
-        """Copy a file, whole or not at all; an equally large copy that is not older is kept."""
-        place = self.path / name
-        if not (self.has(name) and _is_copy(place, source)):
-            partial = place.parent / f".{place.name}.partial"
-            shutil.copyfile(source, partial)
-            partial.replace(place)
+        write(self.path / name, content, self.path)
         self._made.append(name)
 
     def keep(self, name: str) -> None:
@@ -94,11 +83,9 @@ class SiteFolder:
         """Remove the files of earlier calls that were not made again; return their names."""
         gone = sorted(self._before - set(self._made))
         for name in gone:
-            (self.path / name).unlink(missing_ok=True)
-        for name in {*self._before, *self._made}:
-            # Left by a process that was killed.
-            place = self.path / name
-            (place.parent / f".{place.name}.partial").unlink(missing_ok=True)
+            remove(self.path / name, self.path)
+        for folder in {(self.path / name).parent for name in (*self._before, *self._made)}:
+            remove_leftovers(folder)
         self._note(self._made)
         return gone
 
@@ -127,12 +114,7 @@ class SiteFolder:
 
     def _note(self, names: Iterable[str]) -> None:
         content = {"about": "Files that `mpscale site` has made, and may replace or remove.", "files": sorted(names)}
-        write_whole(self.path, {MANIFEST: json.dumps(content, indent=1) + "\n"})
+        write(self.path / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
 _NEW = "a folder that is new, empty or a site of mpscale"
-
-
-def _is_copy(place: Path, source: Path) -> bool:
-    one, two = place.stat(), source.stat()
-    return one.st_size == two.st_size and one.st_mtime_ns >= two.st_mtime_ns

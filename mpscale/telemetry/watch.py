@@ -16,6 +16,7 @@ from mpscale.core.columns import Source, measured_columns
 from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
+from mpscale.core.writing import write
 from mpscale.telemetry import gpu_memory
 from mpscale.telemetry.client import Driver, SilentDriver
 from mpscale.telemetry.gpu_energy import energy_columns
@@ -203,8 +204,7 @@ class CaseWatch:
         if keep is not None and text:
             # Losing this file must not fail the case. If the run's folder cannot be written, the journal reports that.
             with contextlib.suppress(OSError):
-                keep.parent.mkdir(parents=True, exist_ok=True)
-                keep.write_bytes(gzip.compress(text.encode(), 6))
+                write(keep, gzip.compress(text.encode(), 6), keep.parent.parent)
         return read_samples(text.splitlines(keepends=True))
 
     def _read_host(self) -> None:

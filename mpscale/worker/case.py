@@ -23,6 +23,7 @@ from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.core.wire import Channel, Phase
+from mpscale.core.writing import replacing
 from mpscale.worker import autotuning
 from mpscale.worker import model as models
 from mpscale.worker.device import AllocatorPeak, require, touch
@@ -374,17 +375,14 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
 
 def _write_steps(path: Path, log: Log) -> None:
     """Write loss, loss scale and overflow of every step; columns that the mode does not have are empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     empty = [""] * len(log)
     scales = empty if log.scale is None else log.scale.tolist()
     overflows = empty if log.overflow is None else log.overflow.astype(int).tolist()
-    with gzip.open(partial, "wt", newline="", compresslevel=5) as file:
+    with replacing(path, path.parent.parent) as whole, gzip.open(whole, "wt", newline="", compresslevel=5) as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["step", "loss", "loss_scale", "overflow"])
         losses = (f"{loss:.9g}" for loss in log.loss.tolist())
         rows.writerows(zip(range(len(log)), losses, scales, overflows, strict=True))
-    partial.replace(path)
 
 
 def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) -> float:

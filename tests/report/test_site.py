@@ -11,6 +11,7 @@ from support.nightly import night, row
 
 from mpscale.cli import main
 from mpscale.report import site as site_module
+from mpscale.report.page import shell
 from mpscale.report.site_folder import MANIFEST
 
 
@@ -28,7 +29,7 @@ def folder(tmp_path):
 def make(results, day, *rows, report=True, **how):
     path = night(results, day, *(rows or [row(ms=2.0), row("mixed-static", 1.0)]), **how)
     if report:
-        (path / "report.html").write_text(f"report of day {day}")
+        (path / "report.html").write_text(shell("mpscale", f"report of day {day}"))
     return path
 
 
@@ -50,7 +51,7 @@ def test_it_writes_a_page_for_each_run_and_comparison(results, folder, capsys):
         [".nojekyll", MANIFEST, "index.html", "history.html", f"runs/{slug(1)}", f"runs/{slug(2)}",
          f"comparisons/{slug(2)}"]
     )  # fmt: skip
-    assert made[f"runs/{slug(1)}"] == "report of day 1"
+    assert "report of day 1" in made[f"runs/{slug(1)}"]
     assert "<h1>Our &lt;runs&gt;</h1>" in made["index.html"]
     index = re.sub(r"<[^>]+>", " ", made["index.html"])
     assert index.index("2026-01-02 00:00") < index.index("2026-01-01 00:00")
@@ -61,7 +62,7 @@ def test_it_is_brought_up_to_date_and_old_pages_go(results, folder, capsys):
     assert main(["site", str(folder)]) == 0
     (folder / "CNAME").write_text("runs.example.org")
     (folder / "runs" / "notes.html").write_text("by somebody else")
-    (second / "report.html").write_text("a newer report")
+    (second / "report.html").write_text(shell("mpscale", "a newer report"))
     for path in first.iterdir():
         path.unlink()
     first.rmdir()
@@ -70,7 +71,7 @@ def test_it_is_brought_up_to_date_and_old_pages_go(results, folder, capsys):
     assert capsys.readouterr().out.endswith("index.html: 2 runs, 2 old pages removed\n")
     made = files_in(folder)
     assert f"runs/{slug(1)}" not in made and f"comparisons/{slug(2)}" not in made
-    assert made[f"runs/{slug(2)}"] == "a newer report"
+    assert "a newer report" in made[f"runs/{slug(2)}"]
     assert (made["CNAME"], made["runs/notes.html"]) == ("runs.example.org", "by somebody else")
     assert "2026-01-01 00:00" not in made["index.html"]
 
@@ -161,12 +162,12 @@ def test_what_is_there_after_an_interruption_is_whole_and_the_next_call_goes_on(
     same = set(before) - {MANIFEST, "history.html"}
     assert {name: there[name] for name in same} == {name: before[name] for name in same}
     assert there["history.html"].endswith("</html>\n") and slug(4) in there["history.html"]
-    assert there[f"runs/{slug(4)}"] == "report of day 4"
-    (folder / "runs" / f".{slug(4)}.partial").write_text("left by a process that was killed")
+    assert "report of day 4" in there[f"runs/{slug(4)}"]
+    (folder / "runs" / f".{slug(4)}.{0:016x}.mpscale-partial").write_text("left by a process that was killed")
     monkeypatch.undo()
     assert main(["site", str(folder), str(results)]) == 0
     after = files_in(folder)
-    assert f"comparisons/{slug(4)}" in after and not [name for name in after if name.endswith(".partial")]
+    assert f"comparisons/{slug(4)}" in after and not [name for name in after if "partial" in name]
 
 
 def test_broken_runs_are_named_on_the_index_and_cost_nothing_else(results, folder, capsys, monkeypatch):
@@ -229,12 +230,44 @@ def test_names_of_runs_become_names_of_files(results, folder):
         path = night(results, day, row(ms=2.0), name=f"run-{day}")
         info = json.loads((path / "run.json").read_text())
         (path / "run.json").write_text(json.dumps(info | {"run": name}))
-        (path / "report.html").write_text(name)
+        (path / "report.html").write_text(shell("mpscale", f"[{name}]"))
     assert main(["site", str(folder)]) == 0
-    assert {name: text for name, text in files_in(folder).items() if name.startswith("runs/")} == {
-        "runs/outside.html": "../../outside", "runs/a-b.html": "a/b", "runs/A-b-2.html": "A-b", "runs/run.html": "...",
-        "runs/run-2.html": "é",
+    pages = {
+        name: re.findall(r"^\[(.*)\]$", text, re.M)
+        for name, text in files_in(folder).items()
+        if name.startswith("runs/")
+    }
+    assert pages == {
+        "runs/outside.html": ["../../outside"], "runs/a-b.html": ["a/b"], "runs/A-b-2.html": ["A-b"],
+        "runs/run.html": ["..."], "runs/run-2.html": ["é"],
     }  # fmt: skip
+
+
+def beyond_our_pages(path):
+    path.write_text(path.read_text().replace("<main>", '<meta HTTP-EQUIV="refresh" content="0; url=//example.org">'))
+
+
+def without_our_policy(path):
+    path.write_text("<script>alert(1)</script>" + path.read_text())
+
+
+def link_to_a_secret(path):
+    secret = path.parents[3] / "secret"
+    path.rename(secret)
+    path.symlink_to(secret)
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("change", [beyond_our_pages, without_our_policy, link_to_a_secret, pipe])
+def test_a_report_that_may_be_anything_is_not_published_but_made(results, folder, monkeypatch, change):
+    monkeypatch.setattr(site_module, "report_page", lambda run: "made")
+    change(make(results, 1) / "report.html")
+    assert main(["site", str(folder)]) == 0
+    assert files_in(folder)[f"runs/{slug(1)}"] == "made"
 
 
 def test_several_results_folders_count_a_run_of_both_once(results, folder, tmp_path, capsys):
