@@ -57,7 +57,7 @@ def matrix(rows: Sequence[Mapping[str, Any]], cell: Callable[[Any], str]) -> str
     workloads = dict.fromkeys(row["workload"] for row in rows)
     lines = [[workload, *(cells.get((workload, mode), DASH) for mode in modes)] for workload in workloads]
     # The table escapes what people named.
-    return Table(["", *modes], lines).markdown().replace("@", "&#64;")
+    return Table(["", *modes], lines).markdown()
 
 
 def of_change(row: Mapping[str, Any]) -> str:
@@ -132,9 +132,9 @@ def body(run: Run | None, found: Mapping[str, Any] | None, marker: str) -> str:
     mark = BAD if fired else GOOD if heading == "no gate fired" else UNKNOWN
     if failed := [record for record in run.records if record["status"] in FAILED]:
         mark, heading = BAD, f"{heading}, {plural(len(failed), 'case')} failed"
-    parts = [f"{marker}\n### {mark} mpscale: {heading}", f"On {_plain(device_name(run) or 'an unknown device')}."]
+    parts = [f"{marker}\n### {mark} mpscale: {heading}", f"On {escape(device_name(run) or 'an unknown device')}."]
     if found is not None:
-        said = _plain(in_short(found))
+        said = escape(in_short(found))
         parts.append(f"{said[:1].upper()}{said[1:]}.")
         parts.append("\n".join(_loud(found["gates"])))
         for compared in found["comparisons"]:
@@ -142,7 +142,7 @@ def body(run: Run | None, found: Mapping[str, Any] | None, marker: str) -> str:
     screen = first_screen(run)
     cells = [cell for by_mode in screen.answer.cells.values() for cell in by_mode.values()]
     within = matrix([{"cell": cell, **cell.row} for cell in cells], lambda row: of_mode(row["cell"]))
-    parts.append(f"**{_plain(QUESTION)} {_plain(screen.headline)}**\n\n{within}")
+    parts.append(f"**{escape(QUESTION)} {escape(screen.headline)}**\n\n{within}")
     if page := artifacts_page(os.environ):
         parts.append(f"[Report and files]({page})")
     text = "\n\n".join(filter(None, parts))
@@ -152,16 +152,12 @@ def body(run: Run | None, found: Mapping[str, Any] | None, marker: str) -> str:
 def _loud(gates: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line for each gate that fired, then for each that could not tell, up to a number."""
     loud = [gate for outcome in ("fired", "cannot-tell") for gate in gates if gate["outcome"] == outcome]
-    lines = [f"- {symbol(g['outcome'])} `{g['gate']}` {_plain(_row(g))}: {_plain(g['text'])}" for g in loud[:LINES]]
+    lines = [f"- {symbol(g['outcome'])} `{g['gate']}` {escape(_row(g))}: {escape(g['text'])}" for g in loud[:LINES]]
     return lines + ([f"- and {len(loud) - LINES} more: see the job summary"] if len(loud) > LINES else [])
 
 
 def _row(gate: Mapping[str, Any]) -> str:
     return " ".join(gate["row"] or ["no row"])
-
-
-def _plain(text: str) -> str:
-    return escape(text).replace("@", "&#64;")
 
 
 class Refused(Exception):

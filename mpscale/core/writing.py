@@ -86,14 +86,15 @@ def write_named(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: the file cannot be written; ``filename`` is its path.
     """
-    real = Path(os.path.realpath(path))
-    if _is_stream(path):
+    try:
+        if not _is_stream(path):
+            write(Path(os.path.realpath(path)), content)
+            return
         sys.stdout.flush()
-        with _named(path), path.open("ab") as stream:
+        with path.open("ab") as stream:
             stream.write(_bytes(content))
-    else:
-        with replacing(real) as file:
-            file.write(_bytes(content))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def open_to_append(path: Path, root: Path | None = None) -> IO[bytes]:

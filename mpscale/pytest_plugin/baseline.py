@@ -170,13 +170,14 @@ class BaselineCheck:
         """Write the comparison into the run's folder, for people and for programs."""
         from mpscale.core.writing import write
         from mpscale.report.comparison import of_a_run, render
+        from mpscale.report.table import escape
 
         compared = [] if self.comparison is None else [self.comparison]
         if compared or self.note is not None:
             text = of_a_run(compared, self.findings, self.note, self.fails)
             write(path / JSON_FILE, text)
         if self.comparison is not None:
-            title = f"# {path.name} against {self.comparison.baseline.name}\n\n"
+            title = f"# {escape(path.name)} against {escape(self.comparison.baseline.name)}\n\n"
             text = title + render([self.comparison], self.findings, "markdown")
             write(path / FILE, text)
 

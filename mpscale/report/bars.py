@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from html import escape
+
+from mpscale.report.pieces import text as escape
 
 _WIDTH, _HEIGHT, _EDGE = 84, 14, 5
 _MARGINS = 3

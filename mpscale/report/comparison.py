@@ -27,6 +27,7 @@ from mpscale.report.table import (
     Table,
     change,
     count,
+    escape,
     json_document,
     large,
     look_of,
@@ -123,8 +124,8 @@ class Part:
         return replace(self, headers=self.headers[:-1], rows=rows, notes=[*said, *self.notes])
 
     def markdown(self) -> str:
-        notes = "\n".join(f"- {' '.join(note.split())}" for note in self.notes)
-        return "\n\n".join(filter(None, [f"## {self.title}", Table(self.headers, self.rows).markdown(), notes]))
+        notes = "\n".join(f"- {escape(note)}" for note in self.notes)
+        return "\n\n".join(filter(None, [f"## {escape(self.title)}", Table(self.headers, self.rows).markdown(), notes]))
 
 
 def compared_runs(comparisons: Sequence[Comparison]) -> tuple[list[Run], dict[int, str]]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from mpscale.core.mode import MODES
 from mpscale.core.record import in_order_of_modes
 from mpscale.core.writing import write_named
+from mpscale.terminal.streams import on_one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,8 +173,8 @@ def save(figure: Figure, to: Path, suffix: str) -> None:
 
 
 def short_name(text: str, length: int = 32) -> str:
-    """Remove characters that fonts or XML lack, and shorten a long text to its end, the most distinctive part."""
-    shown = "".join(c if c.isprintable() else " " for c in str(text))
+    """Escape characters that fonts or XML lack, and shorten a long text to its end, the most distinctive part."""
+    shown = on_one_line(str(text))
     return shown if len(shown) <= length else f"…{shown[1 - length :]}"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 
 from mpscale.analysis.answer import Answer, Cell
 from mpscale.analysis.quantities import Verdict
@@ -21,6 +20,7 @@ from mpscale.report.cell import (
 from mpscale.report.figures import Picture
 from mpscale.report.first_screen import QUESTION, Card, Screen
 from mpscale.report.pieces import Tone, bar, span_of, tone_of, tone_of_effect
+from mpscale.report.pieces import text as escape
 
 _SPEEDS = {Verdict.FASTER: (Tone.GOOD, "▲"), Verdict.SLOWER: (Tone.BAD, "▼")}
 _OPEN = (Tone.UNKNOWN, "●")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Iterator, Mapping
 
 from mpscale.analysis.summary import summary_of
@@ -12,7 +11,8 @@ from mpscale.report import sections, trouble
 from mpscale.report.about import device_kind, device_name
 from mpscale.report.findings import findings
 from mpscale.report.first_screen import first_screen, markdown
-from mpscale.report.table import Table, escape, plural
+from mpscale.report.pieces import text as html
+from mpscale.report.table import Table, escape, plural, without_references
 
 LIMIT = 1_000_000
 """Bytes. GitHub shows nothing of a step that wrote more than 1 MiB, and the step may write something else, too."""
@@ -86,7 +86,8 @@ def _output(record: Record) -> str:
     if len(tail) > _TAIL:
         tail = f"[the beginning is in the report]\n{tail[-_TAIL:]}"
     # Markdown is not read inside <summary>, so HTML's escapes are needed there; it is again after the blank line.
-    summary = f"<summary>The last lines of {html.escape(_cut(str(record['case_id']), _NAME))}</summary>"
+    name = without_references(html(_cut(str(record["case_id"]), _NAME)))
+    summary = f"<summary>The last lines of {name}</summary>"
     return f"<details>\n{summary}\n\n{trouble.fenced(tail)}\n\n</details>"
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from html import escape
 
 from mpscale.core.case import Place
+from mpscale.report.pieces import text as escape
 from mpscale.report.table import DASH, Table, bar_of, help_of, is_number, look_of
 
 _LONG = 45

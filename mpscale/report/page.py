@@ -12,18 +12,19 @@ import re
 import stat
 from collections.abc import Iterable, Sequence
 from functools import cache
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline
 
 from mpscale.report.document import Document, Section
 from mpscale.report.figures import Picture
 from mpscale.report.first_screen_page import html_of
 from mpscale.report.html_table import Group, html, legend, wide
-from mpscale.report.table import Table
+from mpscale.report.pieces import text as escape
+from mpscale.report.table import NOTHING, Table
 
 _FOOTER = "The same text is in report.md, and the CSV files beside this page have the figures."
 
@@ -37,6 +38,7 @@ def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
     """
     # HTML is shown as text: names come from users' own suites, and a crash may print anything.
     markdown = MarkdownIt("commonmark", {"html": False})
+    markdown.inline.ruler.before("html_inline", "nothing", _nothing)
     body = [] if document.screen is None else [html_of(document.screen)]
     title = escape(document.title)
     body.append(f"<h1>{title}</h1>" if document.screen is None else f'<h2 class="run">{title}</h2>')
@@ -50,6 +52,13 @@ def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
     titles = [*(section.title for section in by_mode[:1]), *(section.title for section in alone)]
     body += [_contents(titles), *shown[:1], *map(_figure, pictures), *shown[1:]]
     return shell(document.title, "\n".join(body))
+
+
+def _nothing(state: StateInline, silent: bool) -> bool:
+    """Leave out the comment that parts a text for GitHub."""
+    there = state.src.startswith(NOTHING, state.pos)
+    state.pos += len(NOTHING) if there else 0
+    return there
 
 
 def shell(title: str, body: str, footer: str = _FOOTER, styles: Sequence[str] = ()) -> str:

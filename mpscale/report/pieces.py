@@ -11,6 +11,7 @@ from html import escape
 from mpscale.analysis.answer import Effect
 from mpscale.analysis.overall import Overall
 from mpscale.analysis.quantities import Outcome, Verdict
+from mpscale.terminal.streams import visible
 
 STYLES = ("pieces.css",)
 """For :func:`mpscale.report.page.shell`."""
@@ -61,8 +62,8 @@ def noted(tone: Tone, words: str) -> str:
 
 
 def text(words: object) -> str:
-    """Plain text as HTML. Names come from users' own suites, and may hold anything."""
-    return escape("".join(c if c.isprintable() else " " for c in str(words)))
+    """Plain text as HTML, also within the quotes of an attribute. What nobody sees becomes visible."""
+    return escape(visible(str(words)))
 
 
 def link(to: str | None, words: str) -> str:

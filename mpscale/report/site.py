@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from mpscale.analysis.history import RunFacts, make_history, oldest_first, read_what_can_be
@@ -271,14 +270,14 @@ def _index(
     if broken:
         about += f"; {plural(len(broken), 'folder')} could not be shown"
     history = ' · <a href="history.html">History of all runs</a>' if has_history else ""
-    body = [f"<h1>{escape(title)}</h1>", f'<p class="when">{text(about)}{history}</p>']
+    body = [f"<h1>{text(title)}</h1>", f'<p class="when">{text(about)}{history}</p>']
     if newest_first:
         body.append(cards(_newest(device, newest_first, compared) for device in devices[:_CARDS]))
         rows = (_index_row(entry, compared.get(entry.run.name)) for entry in newest_first)
         headers = ["date (UTC)", "answer", "worst row", "against the run before", "device", "commit", "run"]
         body.append(f"<h2>Runs</h2>{pieces.table(headers, rows, sentences=True)}")
         body.append(
-            f'<p class="note">Answer: {escape(QUESTION)} The run before is the last one on the same machine with the '
+            f'<p class="note">Answer: {text(QUESTION)} The run before is the last one on the same machine with the '
             "same preset.</p>"
         )
     if broken:

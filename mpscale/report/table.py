@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from tabulate import tabulate
 
 from mpscale.core.columns import Column, Format
 from mpscale.report.bars import Bar
-from mpscale.terminal.streams import PIPE, Surface
+from mpscale.terminal.streams import PIPE, Surface, on_one_line, visible
 from mpscale.terminal.table import fitted
 
 DASH = "–"  # noqa: RUF001
@@ -124,7 +125,8 @@ class Table:
         if not self.rows:
             return ""
         if surface.columns is None and not surface.colour:
-            return tabulate(self.rows, self.headers, "simple", disable_numparse=True)
+            rows = [[visible(str(cell)) for cell in row] for row in self.rows]
+            return tabulate(rows, list(map(visible, self.headers)), "simple", disable_numparse=True)
         looks = [["unknown" if cell == DASH else look_of(cell) for cell in row] for row in self.rows]
         return fitted(self.headers, [[str(cell) for cell in row] for row in self.rows], looks, surface, self.spare)
 
@@ -155,7 +157,14 @@ def json_document(command: str, content: Mapping[str, Any]) -> str:
 
 def json_text(content: Any) -> str:
     """Return JSON, with null for unknown or infinite values: JSON has no infinity."""
-    return json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    # Only texts have such characters, and there JSON allows these escapes: a terminal must not obey them.
+    return _NOT_PLAIN.sub(lambda found: json.dumps(found[0])[1:-1], text) + "\n"
+
+
+_NOT_PLAIN = re.compile(
+    "[\x7f-\xa0\xad\u061c\u200b-\u200f\u2028-\u202f\u205f-\u206f\ud800-\udfff\ufeff\U000e0000-\U000e0fff]"
+)
 
 
 def finite(value: Any) -> Any:
@@ -167,13 +176,37 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+NOTHING = "<!-- -->"
+"""A comment, which parts a text so that GitHub finds no mention, reference or address in it. Escapes do not help:
+GitHub looks for these when markdown has already become HTML."""
+
+_MARKDOWN = re.compile(
+    r"[\\`*~|$]"  # code, emphasis, cells, formulas
+    r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # emphasis, but not step_time
+    r"|\](?=[(\[:])|!(?=\[)|^[\[>]"  # links, images, check boxes, quotations
+    r"|^[-+](?=\s|$)|^[-=:](?=[-=: ]*$)|^#(?=#*(?:\s|$))"  # lists, rules, headings
+)
+_NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
+_GITHUB = re.compile(
+    r"@(?=[A-Za-z0-9])|#(?=\d)|\bGH-(?=\d)|:(?=//)|\bwww(?=\.)|:(?=[a-z0-9_+-]*[a-z][a-z0-9_+-]*:)", re.I
+)
+"""Mentions, references to issues, addresses and emojis, up to the place where they are parted."""
+
+
 def escape(text: str) -> str:
-    """Put ``text`` on one line and escape everything that markdown or HTML would interpret."""
-    line = " ".join(str(text).split()).replace("\\", "\\\\")
+    """Put ``text`` on one line and escape everything that markdown, HTML or GitHub would interpret.
+
+    Characters that are not seen become visible. What comes behind the text must not begin with ``(``, ``[`` or ``:``
+    if that could make a link of it.
+    """
+    line = _NUMBERED.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\g<0>", on_one_line(str(text))))
     line = line.replace("&", "&amp;").replace("<", "&lt;")
-    for mark in "|`*~":
-        line = line.replace(mark, "\\" + mark)
-    return line
+    return without_references(line)
+
+
+def without_references(text: str) -> str:
+    """Part what GitHub would make a mention, a reference, a link or an emoji of, in markdown or in HTML."""
+    return _GITHUB.sub(rf"\g<0>{NOTHING}", text)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from mpscale.core.record import in_order_of_modes
 from mpscale.core.runs import Run
 from mpscale.report.table import Table, escape, listed, text
+from mpscale.terminal.streams import visible
 
 _COLUMNS_SHOWN = 8
 
@@ -15,7 +16,7 @@ _COLUMNS_SHOWN = 8
 def troubles(run: Run) -> list[Table | str]:
     """Show the cases that are not ok: why, and the last output of each process."""
     tails = [
-        f"The last lines of {text(record['case_id'])}:\n\n{fenced(record['output_tail'])}"
+        f"The last lines of {escape(record['case_id'])}:\n\n{fenced(record['output_tail'])}"
         for record in run.records
         if record["status"] != "ok" and record["output_tail"]
     ]
@@ -54,8 +55,8 @@ def missing(run: Run) -> Table:
 
 
 def fenced(text: str) -> str:
-    """Return a code block that nothing in ``text`` can end, without a terminal's colours and bells."""
+    """Return a code block that nothing in ``text`` can end, without a terminal's colours; what is not seen is shown."""
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.replace("\r\n", "\n").replace("\r", "\n"))
-    plain = "".join(c for c in plain if c in "\n\t" or c.isprintable()).strip("\n")
+    plain = visible(plain).strip("\n")
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", plain))])
     return f"{fence}text\n{plain}\n{fence}"

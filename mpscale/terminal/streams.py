@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -29,6 +30,32 @@ def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 codecs.register_error(_ERRORS, _replace)
+
+
+_UNSEEN = re.compile(
+    "[\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u2800\\u3164\\ufe00-\\ufe0f\\uffa0\\U000e0100-\\U000e01ef]"
+)
+"""Characters that Python takes for printable and that nobody sees: fillers, joiners, choices of a glyph."""
+
+
+def visible(text: str) -> str:
+    r"""Return ``text`` with an escape such as ``\u202e`` for each character that is not seen, or changes what is seen.
+
+    These are control characters, which a terminal obeys; those that turn the direction of the text; spaces of other
+    kinds and of no width; and what no font has. Line ends and tabs stay. Names and errors come from users' own suites
+    and from strangers' runs, and may hold anything.
+    """
+    if (text.isascii() and text.isprintable()) or (text.isprintable() and not _UNSEEN.search(text)):
+        return text
+    return "".join(
+        c if c in "\n\t" or (c.isprintable() and not _UNSEEN.match(c)) else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def on_one_line(text: str) -> str:
+    """Return ``text`` as :func:`visible` does, on one line: a run of spaces, tabs and line ends becomes a space."""
+    return visible(re.sub(r"[ \t\n\r\f\v]+", " ", text).strip(" "))
 
 
 def adapt_standard_streams() -> None:
@@ -78,7 +105,11 @@ class Surface:
         return Style.parse(style).render(text, color_system=ColorSystem.STANDARD)
 
     def wrapped(self, text: str) -> str:
-        """Return ``text`` with its lines broken between words, where the terminal would break them anywhere."""
+        """Return ``text`` with its lines broken between words, where the terminal would break them anywhere.
+
+        What is not seen becomes visible, as in :func:`visible`.
+        """
+        text = visible(text)
         if self.columns is None:
             return text
         wrapper = textwrap.TextWrapper(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from mpscale.terminal.streams import Surface
+from mpscale.terminal.streams import Surface, visible
 
 _GAP = 2
 """Spaces between two columns."""
@@ -52,7 +52,7 @@ def fitted(
         surface: where it is shown.
         spare: headers of columns that may be left out, the least important first.
     """
-    texts = [[surface.printable(cell) for cell in row] for row in (headers, *rows)]
+    texts = [[surface.printable(visible(cell)) for cell in row] for row in (headers, *rows)]
     if surface.columns is None:
         return _draw([[cell.split("\n") for cell in row] for row in texts], looks, surface)
     texts = [[" ".join(cell.split()) for cell in row] for row in texts]
@@ -76,7 +76,7 @@ def fitted(
     drawn = _draw(wrapped, [[row[place] for place in kept] for row in looks], surface)
     if not left_out:
         return drawn
-    names = ", ".join(map(surface.printable, left_out))
+    names = ", ".join(surface.printable(visible(name)) for name in left_out)
     note = f"Left out for lack of width: {names}. A pipe, or a terminal of {needed} columns, shows all."
     return f"{drawn}\n\n{surface.paint(surface.wrapped(note), _STYLES['weak'])}"
 

@@ -150,7 +150,7 @@ def test_nothing_is_drawn_if_nothing_can_be_compared(tmp_path, records):
 def test_names_stay_text(tmp_path):
     name = "<b>&\x07$x$"
     records = [one for mode in ("fp32", "mixed-static") for one in pair(mode, 1.0, workload=name)]
-    assert "<b>& $x$" in texts(root_of(gains(run_of(tmp_path, *records))))
+    assert r"<b>&\x07$x$" in texts(root_of(gains(run_of(tmp_path, *records))))
 
 
 @pytest.mark.parametrize("mode", ["mixed-static", "mode-of-tomorrow"])
