@@ -34,7 +34,7 @@ from mpscale.analysis.trainings import (
 from mpscale.core.blocks import SLOWER
 from mpscale.core.case import Place
 from mpscale.core.columns import MEASURED, STATUSES, SUMMARY
-from mpscale.core.record import Key, Record, common, grouped, of_good_trainings, settle, values_of
+from mpscale.core.record import Key, Record, common, grouped, of_good_trainings, settle, to_cell, values_of
 from mpscale.core.runs import Run
 
 Row = dict[str, Any]
@@ -119,7 +119,8 @@ def summary_csv(rows: Iterable[Row]) -> str:
     writer.writeheader()
     for row in rows:
         known = {name: value for name, value in row.items() if value is not None}
-        writer.writerow({name: float(value) if name in _FLOATS else value for name, value in known.items()})
+        plain = {name: to_cell(value) if isinstance(value, str) else value for name, value in known.items()}
+        writer.writerow({name: float(value) if name in _FLOATS else value for name, value in plain.items()})
     return text.getvalue()
 
 

@@ -18,7 +18,7 @@ from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
 from mpscale.config import SettingsError
 from mpscale.core import extras
 from mpscale.core.journal import RunError
-from mpscale.terminal.streams import adapt_standard_streams
+from mpscale.terminal.streams import adapt_standard_streams, visible
 
 _BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE has ended
 
@@ -26,7 +26,7 @@ _BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE has ended
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # argparse's own method prints the whole usage first.
-        self.exit(USAGE_ERROR, f"mpscale: error: {message}; see `{self.prog} --help`\n")
+        self.exit(USAGE_ERROR, f"mpscale: error: {visible(message)}; see `{self.prog} --help`\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from mpscale.cli.output import (
 )
 from mpscale.config import RUN, add_gate_options, add_results_option, load, seconds
 from mpscale.terminal.progress import Screen
+from mpscale.terminal.streams import visible
 
 if TYPE_CHECKING:
     from mpscale.analysis.gates import Gate
@@ -108,7 +109,7 @@ def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Na
             "or use --force"
         )
     findings = [finding for each in comparisons for finding in judge_gates(each, gates)] if alike else []
-    write(render(comparisons, findings, options.format, surface(options.output)), options.output)
+    write(render(comparisons, findings, options.format, surface(options.output)), options.output, options.format)
     if options.html is not None:
         from mpscale.report.comparison_page import comparison_page
 
@@ -170,16 +171,16 @@ def ab(options: argparse.Namespace) -> int:
         return fail(str(error))
     # Standard output is for the comparison.
     for line in (*environments, differences(environments)):
-        print(line, file=sys.stderr)
+        print(visible(str(line)), file=sys.stderr)
     # CI sends SIGTERM to cancel a job: keep what was measured, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     referee = Referee(environments, arguments, Screen(LETTERS, live_line(), time.monotonic), options.start_timeout)
     referee.run()
     for letter, run in zip(LETTERS, referee.runs, strict=True):
         if run is not None:
-            print(f"{letter}: {run}", file=sys.stderr)
+            print(visible(f"{letter}: {run}"), file=sys.stderr)
     for problem in referee.problems:
-        print(f"mpscale: {problem}", file=sys.stderr)
+        print(visible(f"mpscale: {problem}"), file=sys.stderr)
     if referee.interrupted:
         return INTERRUPTED
     paths = [run for run in referee.runs if run is not None]

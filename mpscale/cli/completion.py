@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from mpscale.terminal.streams import visible
+
 Completer = Callable[..., Iterable[str]]
 
 SWITCH_ON = 'eval "$(register-python-argcomplete mpscale)"'
@@ -45,7 +47,9 @@ def runs(prefix: str, parsed_args: Any, **_: Any) -> list[str]:
         return [f"{path}/" if path.is_dir() else str(path) for path in sorted(Path().glob(f"{prefix}*"))]
     results = Path(getattr(parsed_args, "results", None) or "results")
     names = {path.parent.name for kept in ("runs", "reference") for path in (results / kept).glob("*/run.json")}
-    return [name for name in ("latest", *sorted(names, reverse=True)) if name.startswith(prefix)]
+    # A shell shows what it is offered, and a line end would be an offer of its own.
+    plain = [name for name in names if visible(name) == name and "\n" not in name and "\t" not in name]
+    return [name for name in ("latest", *sorted(plain, reverse=True)) if name.startswith(prefix)]
 
 
 def workloads(prefix: str, **_: Any) -> list[str]:

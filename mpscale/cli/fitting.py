@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mpscale.cli.output import FAILED, INTERRUPTED, OK, fail, live_line, surface, write
 from mpscale.cli.trial import add_training_options, add_workload, at_least_1, prepared, supervisor_options
 from mpscale.config import memory
+from mpscale.terminal.streams import visible
 
 if TYPE_CHECKING:
     from mpscale.analysis.fit import Try
@@ -84,7 +85,8 @@ def _search(
     asked |= {"memory_limit_mib": limit_mib, "gpu_allocator": options.gpu_allocator}
     folder, about = new_folder(options.results, "fit", device, driver, asked)
     line = live_line()
-    line.add(f"on {device.name} ({device.kind.upper()})" + (f", up to {limit_mib:,.0f} MiB" if limit_mib else ""))
+    limit = f", up to {limit_mib:,.0f} MiB" if limit_mib else ""
+    line.add(visible(f"on {device.name} ({device.kind.upper()}){limit}"))
     if workload.synthetic:
         line.add(f"{options.workload} has synthetic inputs")
 
@@ -93,7 +95,7 @@ def _search(
             line.update(f"{case.mode}, batch {case.settings.batch_size}: {event.phase}")
 
     def tried(each: Try) -> None:
-        line.add(report.line(each))
+        line.add(visible(report.line(each)))
         report.write(folder, fit, about)
 
     question = fitting.Question(workload.batch_size, options.max_batch, settings)
@@ -105,7 +107,7 @@ def _search(
     line.update("")
     report.write(folder, fit, {**about, "finished": not interrupted})
     print(f"report: {folder / 'report.html'}\n", file=sys.stderr)
-    write(report.render(fit, options.format, surface(options.output)), options.output)
+    write(report.render(fit, options.format, surface(options.output)), options.output, options.format)
     if interrupted:
         return INTERRUPTED
     return OK if all(fit.ends.get(mode, True) is None for mode in modes) else FAILED

@@ -13,6 +13,7 @@ from mpscale.cli import completion
 from mpscale.cli.output import OK, RESULTS, add_json_option, fail, say, surface
 from mpscale.config import RUN, add_results_option, folder
 from mpscale.core.journal import RunError
+from mpscale.terminal.streams import visible
 
 if TYPE_CHECKING:
     from mpscale.core.runs import Run
@@ -154,7 +155,7 @@ def open_report(options: argparse.Namespace) -> int:
     if options.json:
         print(json_document("open", {"report": str(page), "opened": opened}), end="")
         return OK
-    print(page)
+    print(visible(str(page)))
     if not (opened or options.print):
         say("no browser could be opened here: open that file in one")
     return OK

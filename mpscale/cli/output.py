@@ -10,7 +10,7 @@ from pathlib import Path
 from mpscale.config import SettingsError
 from mpscale.core.writing import write_named
 from mpscale.terminal.progress import LiveLine
-from mpscale.terminal.streams import PIPE, Surface, surface_of
+from mpscale.terminal.streams import PIPE, Surface, on_one_line, surface_of, visible
 
 OK = 0
 FAILED = 1
@@ -43,10 +43,11 @@ def surface(file: Path | None = None) -> Surface:
     return PIPE if file is not None else surface_of(sys.stdout)
 
 
-def write(text: str, file: Path | None) -> None:
-    """Write a result to a file, or without one to standard output."""
+def write(text: str, file: Path | None, form: str = "table") -> None:
+    """Write a result in one of the output formats to a file, or without one to standard output."""
     if file is None:
-        print(text, end="")
+        # CSV holds names as they are, which a program wants, and a terminal would obey.
+        print(visible(text) if form == "csv" and surface().columns is not None else text, end="")
     else:
         write_named(file, text)
 
@@ -72,7 +73,7 @@ def live_line() -> LiveLine:
 
 def say(message: str) -> None:
     """Write a message to standard error, on one line."""
-    print(f"mpscale: {' '.join(message.split())}", file=sys.stderr)
+    print(f"mpscale: {on_one_line(message)}", file=sys.stderr)
 
 
 def warn(problems: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpscale.cli.output import FAILED, INTERRUPTED, OK, live_line, surface, write
 from mpscale.cli.trial import add_training_options, add_workload, at_least_1, prepared, supervisor_options
+from mpscale.terminal.streams import visible
 
 if TYPE_CHECKING:
     from mpscale.core.case import Case
@@ -95,7 +96,7 @@ def _look(options: argparse.Namespace, workload: Workload, device: Device, drive
     }
     folder, about = new_folder(options.results, "probe", device, driver, asked)
     line = live_line()
-    line.add(f"on {device.name} ({device.kind.upper()}), float32, {steps} steps")
+    line.add(visible(f"on {device.name} ({device.kind.upper()}), float32, {steps} steps"))
 
     def show(case: Case, event: Progressed) -> None:
         match event:
@@ -112,7 +113,7 @@ def _look(options: argparse.Namespace, workload: Workload, device: Device, drive
     line.update("")
     report.write(folder, probe, {**about, "finished": not interrupted})
     print(f"report: {folder / 'report.html'}\n", file=sys.stderr)
-    write(report.render(probe, options.format, surface(options.output)), options.output)
+    write(report.render(probe, options.format, surface(options.output)), options.output, options.format)
     if interrupted:
         return INTERRUPTED
     return OK if probe.problem is None else FAILED

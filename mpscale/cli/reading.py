@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mpscale.cli import completion
 from mpscale.cli.output import OK, RESULTS, add_json_option, add_output_options, fail, say, surface, warn, write
 from mpscale.config import RUN, add_results_option
-from mpscale.terminal.streams import as_typed
+from mpscale.terminal.streams import as_typed, visible
 
 if TYPE_CHECKING:
     from mpscale.core.runs import Run
@@ -154,7 +154,7 @@ def report(options: argparse.Namespace) -> int:
     if options.json:
         print(_summary(run, files), end="")
     elif not options.print:
-        print(*files, sep="\n")
+        print(*map(visible, files), sep="\n")
     elif surface().columns is None:
         print((run.path / "report.md").read_text(encoding="utf-8"), end="")
     else:
@@ -179,9 +179,9 @@ def _show(run: Run) -> None:
     from mpscale.report.sections import doubts_note, results
 
     here = surface()
-    parts = [run.name, results(run).text(here), here.wrapped(doubts_note(summary_of(run)))]
+    parts = [visible(run.name), results(run).text(here), here.wrapped(doubts_note(summary_of(run)))]
     parts.append(here.wrapped(plain(first_screen(run))))
-    print("\n\n".join(filter(None, [*parts, f"report: {run.path / 'report.html'}"])))
+    print("\n\n".join(filter(None, [*parts, visible(f"report: {run.path / 'report.html'}")])))
 
 
 def history_arguments(parser: argparse.ArgumentParser) -> None:
@@ -235,5 +235,5 @@ def history(options: argparse.Namespace) -> int:
         from mpscale.report.history_page import history_page
 
         write(history_page([history], Neighbours(runs)), options.html)
-    write(render(history, options.format, surface(options.output)), options.output)
+    write(render(history, options.format, surface(options.output)), options.output, options.format)
     return OK

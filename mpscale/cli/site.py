@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mpscale.cli.output import OK, RESULTS, fail, live_line, warn
 from mpscale.config import folder
+from mpscale.terminal.streams import visible
 
 
 def site_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,4 +51,4 @@ def _print(index: Path, runs: int, removed: int) -> None:
     from mpscale.report.table import plural
 
     gone = f", {plural(removed, 'old page')} removed" if removed else ""
-    print(f"{index}: {plural(runs, 'run')}{gone}")
+    print(visible(f"{index}") + f": {plural(runs, 'run')}{gone}")

@@ -18,7 +18,7 @@ from typing import Any
 from mpscale.core.columns import COLUMNS, SCHEMA_VERSION
 from mpscale.core.journal import IDENTITY, RunError, lacks
 from mpscale.core.reason import Reason
-from mpscale.core.record import Record
+from mpscale.core.record import Record, from_cell
 
 _NEEDED = (*IDENTITY, "case_id", "status")
 _UNKNOWN = frozenset(
@@ -199,7 +199,7 @@ def _reasons(text: str) -> dict[str, str]:
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
-    "str": str,
+    "str": from_cell,
     "int": _integer,
     "float": _float,
     "bool": _flag,

@@ -286,7 +286,7 @@ SECTIONS: tuple[Section, ...] = (
             _known("status", "str", "", "one of the statuses below"),
             _known("status_reason", "str", "", "why the status is not `ok`, in one line", "status is `ok`"),
             _known("cause", "str", "", "the kind of event that ended the case without a usable result, one of the causes below", "status is `ok`, `unsupported`, `diverged` or `stalled`, or an older mpscale made the run"),
-            _known("output_tail", "str", "", "the last lines the process wrote, journal and CSV only", "the case did not fail"),
+            _known("output_tail", "str", "", "the last lines the process wrote, without secrets of the environment", "the case did not fail"),
             _known("case_wall_time_s", "float", "s", "from the start of the process to its end, measured by the supervising process", "nothing was started"),
         ),
     ),
@@ -599,7 +599,10 @@ def data_dictionary() -> str:
             "# Data dictionary\n",
             "Printed from `mpscale/core/columns.py` by `make docs`: first cases.csv, one row per case, then summary.csv.\n"
             "[method.md](method.md) says how each number is made. An empty cell is unknown, never 0, and the column\n"
-            "`unavailable` says why it is empty.\n"
+            "`unavailable` says why it is empty. A text that a spreadsheet would take for a formula, because it begins with\n"
+            "`=`, `+`, `-`, `@`, a tab or a line end, has an apostrophe before it, in every CSV file that mpscale writes; so has\n"
+            "one that begins with apostrophes and then one of these. mpscale takes one off when it reads the file. Numbers stay\n"
+            "numbers.\n"
             f"This is schema version {SCHEMA_VERSION}, method version {METHOD_VERSION}.\n",
             *(f"## {section.title}\n\n{table(section.columns)}" for section in SECTIONS),
             "## summary.csv\n",

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -309,6 +310,28 @@ def grouped(records: Iterable[Record]) -> dict[Place, list[Record]]:
     }
 
 
+_FORMULA = re.compile("'*[=+\\-@\\t\\r\\n\uff1d\uff0b\uff0d\uff20]")
+"""Beginnings that make a spreadsheet compute a cell; and an apostrophe before them, as it may be in a name."""
+_NUMBER = re.compile(r"[+-]?[\d.,]+(?:e[+-]?\d+)?\s?%?", re.I)
+
+
+def to_cell(text: str) -> str:
+    """Return a text for CSV: with an apostrophe if a spreadsheet would take it for a formula. Numbers stay numbers."""
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def from_cell(cell: str) -> str:
+    """The inverse of :func:`to_cell`."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def _csv_value(value: Any) -> Any:
+    if type(value) is not str:
+        return value
+    # Progress bars write lone carriage returns. Python's csv leaves them unquoted, and readers end the row there.
+    return to_cell(value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value)
+
+
 class _Echo:
     """Makes ``writerow`` return the row."""
 
@@ -320,17 +343,13 @@ _row = csv.writer(_Echo(), lineterminator="\n").writerow
 
 
 def to_csv(records: Iterable[Record]) -> str:
-    """The content of cases.csv: all columns in order, one row per record, unknown cells empty."""
+    """The content of cases.csv: all columns in order, one row per record; texts by :func:`to_cell`."""
     *columns, last = COLUMNS
     assert last == "unavailable"
     text = io.StringIO()
     text.write(_row(COLUMNS))
     for record in records:
-        # Progress bars write lone carriage returns. Python's csv leaves them unquoted, and readers end the row there.
-        row: str = _row(
-            value.replace("\r\n", "\n").replace("\r", "\n") if type(value) is str and "\r" in value else value
-            for value in map(record._values.get, columns)
-        )
+        row: str = _row(map(_csv_value, map(record._values.get, columns)))
         reasons = tuple((name, why.text) for name, why in record._unavailable.items())
         text.write(f"{row[:-1]},{_reasons_cell(reasons)}\n")
     return text.getvalue()

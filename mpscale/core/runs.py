@@ -20,6 +20,7 @@ from mpscale.core.columns import COLUMNS, DTYPES, METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.journal import RunError, read_journal
 from mpscale.core.record import Key, Record, misfit, settle
 from mpscale.core.run_folder import steps_path
+from mpscale.core.variables import recorded
 
 if TYPE_CHECKING:
     # Imported where frames are made: reading and judging runs needs no pandas, which takes a second to load.
@@ -260,6 +261,11 @@ def read_info(path: Path) -> dict[str, Any]:
         raise RunError(
             f"{path}: written with schema version {version}, this mpscale reads up to {SCHEMA_VERSION}; upgrade it"
         )
+    environment = info.get("environment")
+    if isinstance(environment, dict) and "variables" in environment:
+        # Somebody else may have recorded more. Nothing but this list may reach a report.
+        variables = environment["variables"]
+        environment["variables"] = recorded(variables) if isinstance(variables, dict) else {}
     planned = info.setdefault("planned", [])
     if not (isinstance(planned, list) and all(isinstance(case_id, str) for case_id in planned)):
         raise RunError(f"{path}: planned should be a list of case ids")

@@ -11,7 +11,7 @@ from mpscale.doctor.device import Figure, Precision
 from mpscale.doctor.examine import Examination, Trained
 from mpscale.doctor.presets import Advice
 from mpscale.report.table import DASH, Cell, Look, Table, count, interval, json_document, large, number, plural
-from mpscale.terminal.streams import PIPE, Surface
+from mpscale.terminal.streams import PIPE, Surface, visible
 
 _WIDTH = 110
 _MARK = re.compile(r"- |\d+\. |   do: ")
@@ -59,7 +59,7 @@ def _wrap(line: str, width: int) -> list[str]:
     """Break a line between words. What follows is below its first word, not below the mark of a list."""
     mark = _MARK.match(line)
     indent = " " * (mark.end() if mark else 0)
-    return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(visible(line), width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _device(device: Mapping[str, Any] | None) -> list[str]:

@@ -22,9 +22,10 @@ from packaging.utils import canonicalize_name
 
 from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
+from mpscale.core.variables import recorded
 from mpscale.doctor.finding import Caution
 from mpscale.telemetry.client import Driver
-from mpscale.telemetry.host import VARIABLES, packages
+from mpscale.telemetry.host import packages
 
 _SHOWN = ("mpscale", "tensorflow", "keras", "nvidia-ml-py")
 _INSTALL_CUDA = "pip install 'tensorflow[and-cuda]'"
@@ -175,10 +176,10 @@ def check_variables(device: Device | None, environ: Mapping[str, str]) -> Iterat
     harmful = _harmful(device, environ)
     for name, harm in harmful.items():
         yield Reason(Code.ENVIRONMENT, f"{name}={environ[name]}: {harm}", f"unset {name}")
-    for name in VARIABLES:
-        if name in environ and name not in harmful:
+    for name, value in recorded(environ).items():
+        if name not in harmful:
             meaning = f" ({_MEANING[name]})" if name in _MEANING else ""
-            yield f"{name}={environ[name]} is set and will be recorded with each run{meaning}"
+            yield f"{name}={value} is set and will be recorded with each run{meaning}"
     for name, why in _WITHOUT_EFFECT.items():
         if name in environ:
             yield f"{name} does nothing: {why}"

@@ -22,6 +22,7 @@ from mpscale.core.mode import MODES
 from mpscale.core.process import Process, describe_exit
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
+from mpscale.core.variables import without_secrets
 from mpscale.core.wire import Looked, Noted, Phase, PhaseReached, StepsDone
 from mpscale.harness.autotuning import SharedTuning
 from mpscale.harness.launch import (
@@ -388,12 +389,12 @@ def _energy_off(case: Case) -> Reason | None:
 def _tail(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-        return file.read().decode(errors="replace").strip()
+        return without_secrets(file.read().decode(errors="replace").strip(), os.environ)
 
 
 def _one_line(text: str) -> str:
     """Put a text on one line. Of a long one, keep the beginning and more of the end, where the error usually is."""
     # Escapes for colours, which some libraries put into messages, must not reach the user's terminal.
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    text = without_secrets(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text), os.environ)
     line = "".join(c for c in " ".join(text.split()) if c.isprintable() or "\ud800" <= c <= "\udfff")
     return line if len(line) <= _REASON else f"{line[:_BEGINNING]} … {line[_BEGINNING - _REASON :]}"

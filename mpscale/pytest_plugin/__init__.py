@@ -17,6 +17,7 @@ from mpscale.core.mode import MODES
 from mpscale.pytest_plugin import baseline, options
 from mpscale.pytest_plugin.plan import CASE, CLOCK, NO_XDIST, ReplayClock
 from mpscale.pytest_plugin.session import Session
+from mpscale.terminal.streams import visible
 
 if TYPE_CHECKING:
     from mpscale.core.case import Case
@@ -70,14 +71,14 @@ class MeasuredCase:
         record = outcome.record
         status, reason = record["status"], record["status_reason"]
         if status == "unsupported":
-            pytest.skip(reason)
+            pytest.skip(visible(reason))
         if _fails(self.case, record):
             # Use the fixture, though without a figure: otherwise pytest-benchmark warns.
             benchmark.disabled = True
             benchmark.pedantic(lambda: None)
             tail = f"\nIts output ends with:\n{record['output_tail']}" if record["output_tail"] else ""
             text = f"{self.case.id}: {status}: {reason}{tail}"
-            pytest.fail(self._session.output.printable(text), pytrace=False)
+            pytest.fail(self._session.output.printable(visible(text)), pytrace=False)
         benchmark.extra_info.update({name: record[name] for name in _EXTRA_INFO if record[name] is not None})
         self._clock.load(outcome.step_s)
         benchmark.pedantic(lambda: None, rounds=max(len(outcome.step_s), 1))

@@ -11,6 +11,7 @@ import pytest
 
 from mpscale import config as project
 from mpscale.core.case import Case, Variant
+from mpscale.terminal.streams import on_one_line, visible
 
 if TYPE_CHECKING:
     from mpscale.analysis.compare import Comparison
@@ -242,8 +243,10 @@ class BaselineCheck:
 
 def _reports(name: str, outcome: Literal["passed", "failed", "skipped"], text: str) -> list[pytest.TestReport]:
     """Return the two reports of a test that has run: of its call, and of its end."""
+    name = on_one_line(name)
     nodeid = f"mpscale/gates.py::{name}"
     place = ("mpscale/gates.py", None, name)
+    text = visible(text)
     why = {"passed": None, "failed": text, "skipped": (place[0], 0, text)}[outcome]
     return [
         pytest.TestReport(nodeid, place, {}, outcome, why, "call"),

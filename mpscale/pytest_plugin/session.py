@@ -19,7 +19,7 @@ from mpscale.pytest_plugin.baseline import FILE, BaselineCheck
 from mpscale.pytest_plugin.plan import CASE, PARAMETERS, Plan, check_use, shows_benchmark_table, shuffle_seed
 from mpscale.pytest_plugin.so_far import SoFar
 from mpscale.terminal.progress import LiveLine, Progress
-from mpscale.terminal.streams import PIPE, Surface, in_ci, is_plain
+from mpscale.terminal.streams import PIPE, Surface, in_ci, is_plain, visible
 
 if TYPE_CHECKING:
     from mpscale.core.case import Case, Settings
@@ -77,7 +77,7 @@ class Output:
 
     def say(self, text: str) -> None:
         """Write one line with mpscale's name."""
-        self.write(f"mpscale: {text}\n")
+        self.write(f"mpscale: {visible(text)}\n")
 
     def live_line(self) -> LiveLine:
         """Return a live line on this terminal."""
@@ -229,7 +229,7 @@ class Session:
             return []
         told = self._config.option.collectonly or (plan.on_gpu and self._config.getoption("mp_preset") is None)
         lines = [*([plan.preset] if told else []), *plan.left_out]
-        return [self.output.printable(f"mpscale: {line}") for line in lines]
+        return [self.output.printable(visible(f"mpscale: {line}")) for line in lines]
 
     def run(self, case: Case) -> Outcome:
         """Run a case, unless it has run and did not fail."""
@@ -354,7 +354,7 @@ class Session:
                 self._show(terminalreporter, self._finished)
             for trouble in troubles:
                 terminalreporter.line("")
-                terminalreporter.write_line(self.output.printable(f"mpscale: {trouble}"), red=True, bold=True)
+                terminalreporter.write_line(self.output.printable(visible(f"mpscale: {trouble}")), red=True, bold=True)
 
     def _show(self, terminalreporter: pytest.TerminalReporter, run: Run) -> None:
         from mpscale.analysis.summary import summary_of
@@ -376,9 +376,9 @@ class Session:
         if lines:
             show("\n" + "\n".join(map(surface.wrapped, lines)), red=self._check.fails)
         report = path / "report.html"
-        show(f"\nrun: {path}" + (f"\nreport: {report}" if report.is_file() else ""))
+        show(visible(f"\nrun: {path}" + (f"\nreport: {report}" if report.is_file() else "")))
         if self._check.comparison is not None:
-            show(f"comparison: {path / FILE}")
+            show(visible(f"comparison: {path / FILE}"))
 
 
 def _describe(error: Exception) -> str:

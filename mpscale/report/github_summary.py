@@ -13,6 +13,7 @@ from mpscale.report.findings import findings
 from mpscale.report.first_screen import first_screen, markdown
 from mpscale.report.pieces import text as html
 from mpscale.report.table import Table, escape, plural, without_references
+from mpscale.terminal.streams import on_one_line
 
 LIMIT = 1_000_000
 """Bytes. GitHub shows nothing of a step that wrote more than 1 MiB, and the step may write something else, too."""
@@ -86,7 +87,7 @@ def _output(record: Record) -> str:
     if len(tail) > _TAIL:
         tail = f"[the beginning is in the report]\n{tail[-_TAIL:]}"
     # Markdown is not read inside <summary>, so HTML's escapes are needed there; it is again after the blank line.
-    name = without_references(html(_cut(str(record["case_id"]), _NAME)))
+    name = without_references(html(_cut(on_one_line(str(record["case_id"])), _NAME)))
     summary = f"<summary>The last lines of {name}</summary>"
     return f"<details>\n{summary}\n\n{trouble.fenced(tail)}\n\n</details>"
 

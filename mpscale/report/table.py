@@ -14,6 +14,7 @@ from typing import Any, Literal
 from tabulate import tabulate
 
 from mpscale.core.columns import Column, Format
+from mpscale.core.record import to_cell
 from mpscale.report.bars import Bar
 from mpscale.terminal.streams import PIPE, Surface, on_one_line, visible
 from mpscale.terminal.table import fitted
@@ -138,11 +139,14 @@ class Table:
         return tabulate(rows, [escape(header) for header in self.headers], "github", disable_numparse=True)
 
     def csv(self) -> str:
-        """Return the table as CSV, with numbers in full and empty cells for unknown or infinite values."""
+        """Return the table as CSV: numbers in full, unknown or infinite values empty, texts by :func:`to_cell`."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.headers)
-        writer.writerows(["" if value is None else value for value in finite(row)] for row in self.rows)
+        writer.writerows(
+            [to_cell(value) if isinstance(value, str) else "" if value is None else value for value in finite(row)]
+            for row in self.rows
+        )
         return text.getvalue()
 
 
@@ -158,13 +162,10 @@ def json_document(command: str, content: Mapping[str, Any]) -> str:
 def json_text(content: Any) -> str:
     """Return JSON, with null for unknown or infinite values: JSON has no infinity."""
     text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    # Only texts have such characters, and there JSON allows these escapes: a terminal must not obey them.
-    return _NOT_PLAIN.sub(lambda found: json.dumps(found[0])[1:-1], text) + "\n"
-
-
-_NOT_PLAIN = re.compile(
-    "[\x7f-\xa0\xad\u061c\u200b-\u200f\u2028-\u202f\u205f-\u206f\ud800-\udfff\ufeff\U000e0000-\U000e0fff]"
-)
+    if visible(text) != text:
+        # Only texts have such characters, and there JSON allows escapes: a terminal must not obey them.
+        text = "".join(c if visible(c) == c else json.dumps(c)[1:-1] for c in text)
+    return text + "\n"
 
 
 def finite(value: Any) -> Any:
@@ -184,7 +185,7 @@ _MARKDOWN = re.compile(
     r"[\\`*~|$]"  # code, emphasis, cells, formulas
     r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # emphasis, but not step_time
     r"|\](?=[(\[:])|!(?=\[)|^[\[>]"  # links, images, check boxes, quotations
-    r"|^[-+](?=\s|$)|^[-=:](?=[-=: ]*$)|^#(?=#*(?:\s|$))"  # lists, rules, headings
+    r"|^[-+](?=\s|$)|^[-=:](?=[-=: ]*$)|^#(?=#*(?:\s|$))|(?<=\s)#(?=#*$)"  # lists, rules, headings
 )
 _NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 _GITHUB = re.compile(

@@ -15,9 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mpscale.core.device import VENDORS, Device
+from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
+from mpscale.core.variables import recorded
 from mpscale.telemetry.client import Driver, SilentDriver
 
 PRECISION_FLAGS = (
@@ -41,31 +42,6 @@ PACKAGES = (
     "pytest-benchmark",
     "pandas",
 )
-
-VARIABLES = (
-    "CI",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "CUDA_DEVICE_ORDER",
-    "CUDA_LAUNCH_BLOCKING",
-    *(vendor.visible for vendor in VENDORS.values()),
-    "KERAS_BACKEND",
-    "NVIDIA_TF32_OVERRIDE",
-    "OMP_NUM_THREADS",
-    "ONEDNN_MAX_CPU_ISA",
-    "TF_CUDNN_DETERMINISTIC",
-    "TF_CUDNN_USE_AUTOTUNE",
-    "TF_DETERMINISTIC_OPS",
-    "TF_ENABLE_ONEDNN_OPTS",
-    "TF_FORCE_GPU_ALLOW_GROWTH",
-    "TF_GPU_ALLOCATOR",
-    "TF_GPU_THREAD_COUNT",
-    "TF_GPU_THREAD_MODE",
-    "TF_NUM_INTEROP_THREADS",
-    "TF_NUM_INTRAOP_THREADS",
-    "TF_XLA_FLAGS",
-    "XLA_FLAGS",
-)
-"""Environment variables that change results. No others are recorded."""
 
 _OTHER_TENSORFLOWS = ("tensorflow-cpu", "tensorflow-cpu-aws", "tf-nightly", "tf-nightly-cpu")
 _GIT_TIMEOUT_S = 5.0
@@ -255,7 +231,7 @@ def environment(device: Device, driver: Driver, project_dir: Path) -> dict[str, 
         "cuda_driver": driver.cuda_version,
         "gpu": _gpu(device, driver),
         "git": _git(project_dir),
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "variables": recorded(os.environ),
     }
 
 

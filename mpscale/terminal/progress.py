@@ -11,7 +11,7 @@ from mpscale.core.case import Case
 from mpscale.core.columns import COLUMNS
 from mpscale.core.record import Record
 from mpscale.core.wire import Again, Noted, Phase, PhaseReached, Progressed, StepsDone
-from mpscale.terminal.streams import PIPE, Surface
+from mpscale.terminal.streams import PIPE, Surface, on_one_line, visible
 
 _BUSY = COLUMNS["host_other_cpu_share"]
 _WIDTH = 99
@@ -38,12 +38,12 @@ class LiveLine:
     def update(self, text: str) -> None:
         """Replace the live line; an empty text removes it."""
         if self.surface.live and (text or self._width):
-            text = _cut(self.surface.printable(text), (self.surface.columns or 80) - 1)
+            text = _cut(self.surface.printable(on_one_line(text)), (self.surface.columns or 80) - 1)
             self._write("\r" + text.ljust(self._width) + ("" if text else "\r"))
             self._width = len(text)
 
     def add(self, text: str) -> None:
-        """Write a permanent line in place of the live one."""
+        """Write a permanent line, which may have colours, in place of the live one."""
         self.update("")
         self._write(text + "\n")
 
@@ -135,9 +135,9 @@ class Progress:
         """Show an event of a case: a phase, a number of steps, another attempt, or a note."""
         match event:
             case Again(reason):
-                self._line.add(f"{self._head(case)}  {reason}; run again")
+                self._line.add(f"{self._head(case)}  {visible(reason)}; run again")
             case Noted(text):
-                self._line.add(text)
+                self._line.add(visible(text))
             case PhaseReached(phase):
                 self._doing = _WORDS[phase]
                 self._update(case)
@@ -166,7 +166,7 @@ class Progress:
         """Join as many parts as fit, the first ones first."""
         shown: list[str] = []
         for part in parts:
-            text = self._line.surface.printable(part.text)
+            text = self._line.surface.printable(visible(part.text))
             if part.may_be_cut and 0 < width < len(text):
                 text = _cut(text, width)
             if len(text) > width:
@@ -227,7 +227,8 @@ class Progress:
 
 
 def _names(case: Case) -> tuple[str, str, str]:
-    return *case.place, _which(case.seed, case.repeat)
+    workload, mode = map(on_one_line, case.place)
+    return workload, mode, _which(case.seed, case.repeat)
 
 
 class Screen:
@@ -249,7 +250,7 @@ class Screen:
     def plan(self, cases: Sequence[Mapping[str, Any]]) -> None:
         """Announce the cases, each of which every session will run."""
         for number, case in enumerate(cases, 1):
-            names = f"{case['workload']} {case['mode']} {_which(case['seed'], case['repeat'])}"
+            names = on_one_line(f"{case['workload']} {case['mode']} {_which(case['seed'], case['repeat'])}")
             self._names[case["id"]] = f"[{number:>{len(str(len(cases)))}}/{len(cases)}] {names}"
         self._begun = self._clock()
         self._line.add(f"{len(cases)} pair{'' if len(cases) == 1 else 's'} of cases, interleaved")
@@ -277,7 +278,7 @@ class Screen:
 
     def line(self, text: str) -> None:
         """Write a line of its own."""
-        self._line.add(text)
+        self._line.add(visible(text))
 
     def _pair(self, case: str, results: Mapping[str, str]) -> str:
         return f"{self._names[case]}: " + ", ".join(f"{letter} {results[letter]}" for letter in sorted(results))
@@ -291,4 +292,4 @@ def _short_result(case: Mapping[str, Any]) -> str:
     if case["status"] == "ok":
         return time or "ok"
     reason = (str(case["reason"] or "").splitlines() or [""])[0][:120]
-    return " ".join(filter(None, [time, case["status"], f"({reason})" if reason else ""]))
+    return visible(" ".join(filter(None, [time, case["status"], f"({reason})" if reason else ""])))

@@ -14,7 +14,7 @@ import mpscale
 from mpscale.core.case import Case, Settings
 from mpscale.core.columns import COLUMNS, SECTIONS, data_dictionary
 from mpscale.core.reason import Code, Reason
-from mpscale.core.record import Record, to_csv
+from mpscale.core.record import Record, from_cell, to_csv
 from mpscale.harness.run import explain
 
 REASON = Reason(Code.NOT_REACHED, "a reason")
@@ -73,7 +73,7 @@ def test_csv_stays_intact_whatever_a_text_contains(text, reason):
         first.miss("final_accuracy", Reason(Code.NO_GPU, reason))
     rows = list(csv.DictReader(io.StringIO(to_csv([first, second]), newline="")))
     assert [row["case_id"] for row in rows] == ["a", "b"]
-    assert rows[0]["output_tail"] == text.replace("\r\n", "\n").replace("\r", "\n")
+    assert from_cell(rows[0]["output_tail"]) == text.replace("\r\n", "\n").replace("\r", "\n")
     assert rows[0]["unavailable"] == (
         "" if reason is None else json.dumps({"final_accuracy": reason}, ensure_ascii=False)
     )

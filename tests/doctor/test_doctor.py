@@ -13,13 +13,13 @@ from support.nvml_stand_in import UUID, Script, build
 
 from mpscale.core.device import NVIDIA, Device
 from mpscale.core.reason import Code
+from mpscale.core.variables import VARIABLES
 from mpscale.doctor import device, software
 from mpscale.doctor.examine import Examination, examine
 from mpscale.doctor.page import render
 from mpscale.doctor.presets import advice
 from mpscale.doctor.software import build_info
 from mpscale.telemetry.client import NoDriver
-from mpscale.telemetry.host import VARIABLES
 
 CALM = dict.fromkeys(VARIABLES)
 needs_cuda_build = pytest.mark.skipif(not build_info().get("is_cuda_build"), reason="TensorFlow is built without CUDA")
