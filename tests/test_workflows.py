@@ -232,7 +232,7 @@ def test_without_a_baseline_nothing_is_gated_and_the_summary_says_so(job, runs, 
     assert job.output() == ""
     assert "nothing is gated tonight" in job.summary
     assert "Actions, *nightly-gpu*, *Run workflow*" in job.summary
-    assert (f"- {old.name}: ERROR: baseline is of another machine" in job.summary) == there
+    assert (f"- `{old.name}: ERROR: baseline is of another machine" in job.summary) == there
     assert job.run("measure", BASELINE="").returncode == 0
     assert job.pytests[-1] == ["bench/", "--benchmark-only", "--mp-preset", "small", "--mp-repeats", "2"]
 
@@ -259,7 +259,7 @@ def test_a_gpu_night_that_lands_on_the_cpu_fails(tmp_path, runs, kind):
 def test_a_night_that_measured_nothing_fails_and_says_so(job):
     assert job.run("check-device").returncode == 1
     assert job.run("report").returncode == job.run("compare", BASELINE="old").returncode == 0
-    assert job.summary.startswith("There is nothing to show: mpscale: error: there is no run in results/runs")
+    assert job.summary.startswith("There is nothing to show: `mpscale: error: there is no run in results/runs")
 
 
 @needs_make

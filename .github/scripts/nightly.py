@@ -64,7 +64,7 @@ def choose_baseline() -> None:
                 return _output("run", str(info.parent))
             print(done.stdout)
             error = next((line for line in done.stdout.splitlines() if line.startswith("ERROR")), "see the log")
-            refused.append(f"- {info.parent.name}: {error}")
+            refused.append(f"- {_code(f'{info.parent.name}: {error}')}")
     _output("run", "")
     if os.environ["REFRESH"] == "true":
         return _summary("There was no baseline yet. If all goes well, this run is the first.")
@@ -108,7 +108,7 @@ def report() -> None:
     """Put the report of the run into the summary."""
     done = _mpscale("report", "latest", "--format", "github-summary")
     why = done.stderr.strip().rpartition("\n")[2]
-    _summary(done.stdout if done.returncode == 0 else f"There is nothing to show: {why}")
+    _summary(done.stdout if done.returncode == 0 else f"There is nothing to show: {_code(why)}")
 
 
 def compare() -> None:
@@ -120,7 +120,7 @@ def compare() -> None:
         text = (run / "comparison.md").read_text(encoding="utf-8")
     else:
         done = _mpscale("compare", os.environ["BASELINE"], "latest", "--format", "markdown")
-        text = done.stdout + done.stderr
+        text = "\n\n".join([done.stdout, *map(_code, done.stderr.splitlines())])
     # GitHub shows at most 1 MiB of summary a step.
     _summary(text.encode()[:1_000_000].decode(errors="ignore"))
 
@@ -147,7 +147,14 @@ def _baselines() -> Path:
     return Path(os.environ["RUNNER_TEMP"], "mpscale-baseline")
 
 
+def _code(text: str) -> str:
+    """Show a message that may hold anything, so that markdown and GitHub see no more than text in it."""
+    return f"`{text.replace('`', chr(39))}`"
+
+
 def _output(name: str, value: str) -> None:
+    if "\n" in value:
+        sys.exit(f"::error::{name} cannot be {value!r}: a line end would begin another output")
     _append("GITHUB_OUTPUT", f"{name}={value}\n")
 
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 from mpscale.core.case import Case
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.record import Record, to_csv
-from mpscale.core.writing import open_to_append, write
+from mpscale.core.writing import open_to_append, remove_leftovers, write
 
 _QUICK_S = 0.05
 """A cases.csv that is written faster than this, in seconds, is written after every case."""
@@ -151,6 +151,8 @@ class Journal:
             self._write_anew()
         if self._file is not None:
             self._file.close()
+        for folder in (self.path, self.path / "steps", self.path / "gpu"):
+            remove_leftovers(folder)
 
     def _append(self, event: str, **fields: Any) -> None:
         line = _line(event, **fields)

@@ -179,6 +179,16 @@ def test_a_journal_that_becomes_a_link_is_written_anew(tmp_path, secret):
     assert [json.loads(line)["event"] for line in path.open()] == ["run_started", "case_started", "run_finished"]
 
 
+def test_a_run_that_ends_leaves_no_file_that_is_not_whole(tmp_path):
+    journal = Journal(tmp_path, "test", {}, {}, [])
+    left = [journal.path / place / f".x.{0:016x}.mpscale-partial" for place in ("", "steps", "gpu")]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    journal.finish(0)
+    assert not any(path.exists() for path in left)
+
+
 # --- whole or not at all
 
 
