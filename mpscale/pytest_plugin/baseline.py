@@ -59,7 +59,7 @@ class BaselineCheck:
                     raise ValueError("--mp-fail-on has nothing to compare with: give --mp-baseline RUN")
                 self._parse()
         except ValueError as error:
-            raise pytest.UsageError(str(error)) from error
+            raise _refused(str(error)) from error
         self._baseline: Run | None = None
         self.note: str | None = None
         """Why no gate was judged."""
@@ -103,27 +103,27 @@ class BaselineCheck:
             there = runs.hardware(baseline)
         except runs.NoRunYet as error:
             if self._named:
-                raise pytest.UsageError(f"baseline: {error}") from error
+                raise _refused(f"baseline: {error}") from error
             self.note = f"baseline: there is no run in {results / 'runs'} yet: not compared"
             return
         except ValueError as error:
-            raise pytest.UsageError(str(error)) from error
+            raise _refused(str(error)) from error
         except runs.RunError as error:
-            raise pytest.UsageError(f"baseline: {error}") from error
+            raise _refused(f"baseline: {error}") from error
         if there["kind"] is None and there["name"] is None:
-            raise pytest.UsageError(f"baseline {baseline.name} does not name its machine: use the original file")
+            raise _refused(f"baseline {baseline.name} does not name its machine: use the original file")
         here = runs.machine(device.kind, device.name, {"cpu": host.cpu_facts(), "variables": os.environ})
         if not runs.same_machine(there, here):
             machines = f"{runs.machine_words(there)}, and this is {runs.machine_words(here)}"
             problem = f"baseline {baseline.name} was made on {machines}"
             if self._named:
-                raise pytest.UsageError(f"{problem}; gates judge one kind of device")
+                raise _refused(f"{problem}; gates judge one kind of device")
             self.note = f"{problem}: not compared"
             return
         # Checked last: on another machine the method does not matter.
         methods = baseline.methods - {METHOD_VERSION}
         if methods:
-            raise pytest.UsageError(
+            raise _refused(
                 f"baseline {baseline.name} was measured by method {', '.join(map(str, sorted(methods)))}, and this is "
                 f"method {METHOD_VERSION}; make a new baseline"
             )
@@ -239,6 +239,11 @@ class BaselineCheck:
 
             lines += unread([self.comparison])
         return lines
+
+
+def _refused(text: str) -> pytest.UsageError:
+    """Return the error that ends a session before it begins; pytest prints it as it is."""
+    return pytest.UsageError(visible(text))
 
 
 def _reports(name: str, outcome: Literal["passed", "failed", "skipped"], text: str) -> list[pytest.TestReport]:

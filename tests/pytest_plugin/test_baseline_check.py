@@ -148,10 +148,11 @@ def table(tmp_path, **changes):
     ("changes", "message"),
     [
         ({"device_name": "Other CPU"}, "baseline: .*holds cases of .*Other CPU.*; compare runs of one device each"),
+        ({"device_name": "Other \x1b[31mCPU"}, r"holds cases of .*Other \\x1b\[31mCPU"),
         ({"device": None, "device_name": None}, "does not name its machine"),
         ({"method_version": METHOD_VERSION - 1}, f"measured by method {METHOD_VERSION - 1}, and this is method"),
     ],
-    ids=["two machines", "no machine", "another method"],
+    ids=["two machines", "a machine with a command for the terminal", "no machine", "another method"],
 )
 def test_an_unusable_table_is_refused_before_anything_runs(tmp_path, changes, message):
     with pytest.raises(pytest.UsageError, match=message):

@@ -2,6 +2,8 @@
 
 import pytest
 
+from mpscale.terminal.streams import visible
+
 SUITE = """
 import shutil
 from pathlib import Path
@@ -28,7 +30,7 @@ def refusing_model():
             if not self.built_once:
                 self.built_once = True
                 return x
-            raise ValueError(f"{'the way is long; ' * 100}my layer wants three columns")
+            raise ValueError("the way\\x1b[2J\\x9b1m\\u202e\\r is long; " * 100 + "my layer wants three columns")
 
         built_once = False
 
@@ -78,6 +80,12 @@ def test_a_lost_folder_is_reported_at_the_end_and_the_report_exists(done):
     assert "was deleted, moved or changed while the run went on" in done.output.rpartition("= mpscale =")[2]
     assert done.run.problems == []
     assert "TypeError: metric_name should be str, not 5" in (done.path / "report.html").read_text()
+
+
+def test_an_error_sends_no_command_to_the_terminal(done):
+    said = done.output.encode("latin-1").decode("utf-8")  # it was read byte by byte
+    assert "\\x1b[2J\\x9b1m\\u202e" in said
+    assert [c for c in said if visible(c) != c] == []
 
 
 def test_the_whole_traceback_is_kept(done):
