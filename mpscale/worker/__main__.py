@@ -12,8 +12,8 @@ value in parent and child.
 The warm parent first sends ``{"held": reason}``, None if it holds nothing of a GPU; only then can its children use one.
 For each case the session sends ``{"environ": {name: value}}``, the variables that the worker sets or, for None,
 removes, with two descriptors: the worker's end of its wire, and the file for its output. The parent answers
-``{"pid": ...}`` and, when that worker has ended, ``{"status": wait status}``. It runs one case at a time, and ends when
-its wire is closed.
+``{"pid": ...}`` and, when that worker has ended and nothing is left of what it has started, ``{"status": wait
+status}``. It runs one case at a time, and ends when its wire is closed.
 
 A case that fails reports what the user's code or TensorFlow raised. Keras and AutoGraph replace that exception by one
 of their own, whose message begins with the path to the error or ends with the arguments of a layer. All of it is still
@@ -39,8 +39,8 @@ from typing import Any
 
 from mpscale.core.case import Case
 from mpscale.core.device import Device
+from mpscale.core.keeper import adopt_orphans, die_with_parent, end_children, wait_for_child
 from mpscale.core.out_of_memory import ran_out
-from mpscale.core.process import die_with_parent
 from mpscale.core.wire import Channel, Failed, Finished, Wire
 from mpscale.worker import autotuning
 
@@ -96,8 +96,16 @@ def _keep_generated_files_in(folder: str) -> None:
         from tensorflow.python.autograph.pyct import loader
     except ImportError:
         return  # another version of TensorFlow: the files stay where they were
+
+    named_in_folder = functools.partial(tempfile.NamedTemporaryFile, dir=folder)
+
+    def named_file(*arguments: Any, **options: Any) -> Any:
+        # Something that tidies up temporary files may have removed it.
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return named_in_folder(*arguments, **options)
+
     own = types.ModuleType("tempfile", tempfile.__doc__)
-    vars(own).update(vars(tempfile), NamedTemporaryFile=functools.partial(tempfile.NamedTemporaryFile, dir=folder))
+    vars(own).update(vars(tempfile), NamedTemporaryFile=named_file)
     loader.tempfile = own
 
 
@@ -123,6 +131,8 @@ def serve(wire: Wire) -> None:
     import mpscale.worker.case  # noqa: F401
     from mpscale.worker.device import held_by_this_process
 
+    # What a worker leaves behind becomes a child of this process, which has no others.
+    adopt_orphans()
     held = held_by_this_process()
     wire.send({"held": None if held is None else held.to_json()})
     with contextlib.suppress(EOFError):
@@ -135,7 +145,8 @@ def serve(wire: Wire) -> None:
             os.close(theirs)
             os.close(log)
             wire.send({"pid": pid})
-            _, status = os.waitpid(pid, 0)
+            status = wait_for_child(pid)
+            end_children()
             wire.send({"status": status})
 
 
