@@ -186,7 +186,7 @@ def main(descriptor: int, starter: int, command: Sequence[str], own: Sequence[in
         own: descriptors that only the program needs.
     """
     control = socket.socket(fileno=descriptor)
-    control.set_inheritable(False)
+    control.set_inheritable(False)  # or the program would hold it open
     outer = _Keeper(starter)
     outer_pid = os.getpid()
     inner_pid = os.fork()
@@ -195,6 +195,8 @@ def main(descriptor: int, starter: int, command: Sequence[str], own: Sequence[in
             os.close(each)
         outer.keep(inner_pid, control)
         return
+    # Not in the process group of the other, or one signal could end both.
+    os.setsid()
     inner = _Keeper(outer_pid)
     program = os.fork()
     if not program:

@@ -9,28 +9,20 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Protocol
 
 from mpscale.core.case import Case
 from mpscale.core.columns import MEASURED
-
-
-class Folder(Protocol):
-    """A folder that nobody else uses. ``path`` makes it anew if somebody has removed it."""
-
-    @property
-    def path(self) -> Path:
-        """The folder, which exists."""
+from mpscale.core.temporary import TemporaryFolder
 
 
 class SharedTuning:
     """One file of results for each workload and mode of a run, whose cases have everything else in common.
 
     Args:
-        folder: where they are.
+        folder: where they are. If it is removed, cases tune again.
     """
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: TemporaryFolder) -> None:
         self._folder = folder
         self._numbers: dict[tuple[str, str], int] = {}
 

@@ -17,16 +17,18 @@ from mpscale.core.wire import Wire
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has child subreapers")
 
 PROGRAM = """
-import multiprocessing, os, signal, subprocess, sys, time
-from multiprocessing import shared_memory
+import os, signal, subprocess, sys, time
 
 folder = sys.argv[1]
+
+def note(name):
+    open(f"{folder}/{name}-{os.getpid()}", "w").close()
 
 def stay(name, *actions):
     if os.fork() == 0:
         for action in actions:
             action()
-        open(f"{folder}/{name}-{os.getpid()}", "w").close()
+        note(name)
         time.sleep(600)
 
 def ignore(*numbers):
@@ -42,11 +44,11 @@ stay("daemon", os.setsid, fork_again)
 stay("deaf", lambda: ignore(signal.SIGTERM, signal.SIGHUP, signal.SIGINT))
 stay("group", lambda: os.setpgid(0, 0))
 stay("grandchild", lambda: stay("child", os.setsid))
-stay("stopped", lambda: open(f"{folder}/stopped-{os.getpid()}", "w").close(), lambda: os.kill(os.getpid(), signal.SIGSTOP))
+stay("stopped", lambda: note("stopped"), lambda: os.kill(os.getpid(), signal.SIGSTOP))
 subprocess.Popen(["sh", "-c", f"touch {folder}/nohup-$$; exec nohup sleep 600"], env={}, start_new_session=True)
 while len(os.listdir(folder)) < 8:
     time.sleep(0.01)
-open(f"{folder}/main-{os.getpid()}", "w").close()
+note("main")
 os.read(int(sys.argv[2]), 1)
 """
 KINDS = {"session", "daemon", "deaf", "group", "grandchild", "child", "stopped", "nohup", "main"}
@@ -102,6 +104,9 @@ ENDS = {
     "has its session killed": lambda process, pids: os.killpg(pids["main"], signal.SIGKILL),
     "loses its keeper": lambda process, pids: os.kill(parent(pids["main"]), signal.SIGKILL),
     "loses its keeper's keeper": lambda process, pids: os.kill(parent(parent(pids["main"])), signal.SIGKILL),
+    "loses the group of its keeper's keeper": lambda process, pids: os.killpg(
+        parent(parent(pids["main"])), signal.SIGKILL
+    ),
     "is ended by the session": lambda process, pids: process.kill(),
 }
 

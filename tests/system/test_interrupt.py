@@ -55,7 +55,7 @@ def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, write_suite,
         output, _ = run.communicate(timeout=60)
     finally:
         run.kill()
-    wait_for(lambda: not workers(folder), "the workers to end", 20)
+    wait_for(lambda: not processes_in(folder), "the workers and what they have started to end", 20)
 
     subprocess.run([sys.executable, "-m", "mpscale.cli", "report", str(path)], check=True, capture_output=True)
     first, second = mpscale.read_run(path).records
