@@ -15,8 +15,9 @@ been waited for cannot belong to another process, and nothing but descendants of
 There are two, because one may be killed itself. If the inner keeper is, its children become the outer one's. If the
 outer keeper is, the inner one gets a signal, as the outer one does when the session ends. A keeper sleeps until then.
 
-Over the socket DESCRIPTOR the inner keeper sends ``{"pid": ...}`` of the program and, when it has ended and all that it
-started is gone, ``{"status": wait status}``. Anything that arrives there, or its end, makes the outer keeper end all.
+Over the socket DESCRIPTOR the inner keeper sends ``{"pid": ..., "keeper": ...}``, the program's process id and its own,
+and when the program has ended and all that it started is gone, ``{"status": wait status}``. Anything that arrives
+there, or its end, makes the outer keeper end all.
 
 What cannot be caught: a process that somebody else starts on request, such as ``systemd-run`` or ``docker``; one with
 the rights of another user, such as ``sudo``'s; one that a driver does not let die, which is left alone after 10 s; and
@@ -207,15 +208,15 @@ def main(descriptor: int, starter: int, command: Sequence[str], own: Sequence[in
         os._exit(127)
     for each in own:
         os.close(each)
-    _send(control, "pid", program)
+    _send(control, f'{{"pid": {program}, "keeper": {os.getpid()}}}')
     status = inner.keep(program)
     if status is not None:
-        _send(control, "status", status)
+        _send(control, f'{{"status": {status}}}')
 
 
-def _send(control: socket.socket, name: str, value: int) -> None:
+def _send(control: socket.socket, message: str) -> None:
     with contextlib.suppress(OSError):
-        control.sendall(b'{"%s": %d}\n' % (name.encode(), value))
+        control.sendall(f"{message}\n".encode())
 
 
 if __name__ == "__main__":

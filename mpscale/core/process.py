@@ -34,6 +34,11 @@ class Process(ABC):
         ended: becomes readable when the process has ended; see :meth:`Wire.receive`.
     """
 
+    keeper: int | None = None
+    """The process id of its parent, if all that it starts and leaves behind becomes a child of that process."""
+    abandoned: str | None = None
+    """In words, that the end of a process above it has ended it; None as long as that is not known."""
+
     def __init__(self, pid: int, wire: Wire | None, ended: Wire | int | None) -> None:
         self.pid, self._wire, self._ended = pid, wire, ended
 
@@ -77,11 +82,6 @@ class Process(ABC):
     @abstractmethod
     def kill(self, seconds: float = KILL_S) -> int | None:
         """Kill the process and what it has started; return what :meth:`wait` does."""
-
-    @property
-    def abandoned(self) -> str | None:
-        """In words, that the process was ended by the end of its parent; None if it was not."""
-        return None
 
 
 class Child(Process):
@@ -163,6 +163,7 @@ class _Kept(Process):
     ) -> None:
         self._control, theirs = Wire.pair()
         self._code: int | None = None
+        self._killed = False
         passed, starter = ends[1].fileno(), os.getpid()
         script = [sys.executable, "-I", "-S", keeper.__file__, str(theirs.fileno()), str(starter), str(passed)]
         try:
@@ -173,14 +174,15 @@ class _Kept(Process):
         finally:
             theirs.close()
         try:
-            pid = self._control.receive(KILL_S)["pid"]
+            started = self._control.receive(KILL_S)
         except BaseException as error:
             self._control.close()
             code = self._keeper.kill()
             if isinstance(error, TimeoutError | EOFError):
                 raise OSError(f"{command[0]} was not started: its keeper was {describe_exit(code)}") from error
             raise
-        super().__init__(pid, self._keeper.wire, self._control)
+        super().__init__(started["pid"], self._keeper.wire, self._control)
+        self.keeper = started["keeper"]
 
     def wait(self, seconds: float) -> int | None:
         if self._code is None:
@@ -189,12 +191,15 @@ class _Kept(Process):
             except TimeoutError:
                 pass
             except EOFError:
-                # A keeper was killed, or told to end by kill, and has killed the process.
+                # A keeper was killed, or told to end, and with it the process.
                 self._code = -int(signal.SIGKILL)
+                if not self._killed:
+                    self.abandoned = "the process that watches over the worker was killed, and the worker with it"
         return self._code
 
     def kill(self, seconds: float = KILL_S) -> int | None:
         deadline = time.monotonic() + seconds
+        self._killed = True
         self._control.send({"end": True})
         code = self.wait(seconds)
         # Both keepers have the other end, and close it when nothing is left.

@@ -185,7 +185,7 @@ class _Forked(Process):
         super().__init__(pid, wire, parent.wire)
         self._parent = parent
         self._code: int | None = None
-        self._abandoned: str | None = None
+        self.keeper = parent.pid
         self._pidfd: int | None = None
         # As for a child: older kernels have none.
         with contextlib.suppress(OSError, AttributeError):
@@ -201,7 +201,7 @@ class _Forked(Process):
                 # The warm parent itself was killed, and its children with it.
                 self._code = -int(signal.SIGKILL)
                 how = describe_exit(self._parent.wait(1.0))
-                self._abandoned = f"the process that forks workers has died ({how}), and this one with it"
+                self.abandoned = f"the process that forks workers has died ({how}), and the worker with it"
         return self._code
 
     def kill(self, seconds: float = KILL_S) -> int | None:
@@ -217,10 +217,6 @@ class _Forked(Process):
             self._pidfd = None
         self.wire.close()
         return code
-
-    @property
-    def abandoned(self) -> str | None:
-        return self._abandoned
 
 
 def tail(log: IO[bytes], size: int) -> str:

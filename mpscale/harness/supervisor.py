@@ -22,7 +22,7 @@ from mpscale.core.mode import MODES
 from mpscale.core.process import Process, describe_exit
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
-from mpscale.core.temporary import TemporaryFolder, remove_left_behind, temporary_file
+from mpscale.core.temporary import NoTemporaryFile, TemporaryFolder, remove_left_behind, temporary_file
 from mpscale.core.wire import Looked, Noted, Phase, PhaseReached, StepsDone
 from mpscale.harness.autotuning import SharedTuning
 from mpscale.harness.launch import (
@@ -241,10 +241,11 @@ class Supervisor:
             start = time.monotonic()
             worker = self._launcher.start(log)
         except (LaunchError, OSError) as error:
-            record.update({"status": "error", "status_reason": _one_line(str(error)), "cause": Cause.NOT_STARTED})
+            cause = Cause.FILE_SYSTEM if isinstance(error, NoTemporaryFile) else Cause.NOT_STARTED
+            record.update({"status": "error", "status_reason": _one_line(str(error)), "cause": cause})
             self._note_disturbance(outcome, isinstance(error, LaunchError) and error.by_chance)
             return
-        self._watch.start(worker.pid, start)
+        self._watch.start(worker.pid, start, worker.keeper)
         record.update({"status": "interrupted"})
         talk = _Conversation(worker, case, outcome, start, scratch)
         limit = MemoryLimit(worker.pid, self._options.memory_limit_mib)

@@ -84,17 +84,18 @@ class CaseWatch:
         self._slowdown_c: float | None = None
         self._lost = False
 
-    def start(self, pid: int, epoch: float) -> None:
+    def start(self, pid: int, epoch: float, keeper: int | None = None) -> None:
         """Begin to watch a process, and forget the previous one.
 
         Args:
             pid: the process.
             epoch: when it was started, on the monotonic clock.
+            keeper: its parent, if that has no other children than this process and what it leaves behind.
         """
         self._pid, self._host_peak_mib, self._noise = pid, None, HostNoise(pid)
         self._silent_after, self._last_phase, self._lost = None, START, False
         self._late = []
-        self._blind = self._begin(pid, epoch)
+        self._blind = self._begin(pid, epoch, keeper)
 
     def mark(self, phase: str) -> None:
         """Take a sample now; returns once it is taken, or after 0.2 s if the driver does not answer.
@@ -181,7 +182,7 @@ class CaseWatch:
             self._file.close()
         self._folder.close()
 
-    def _begin(self, pid: int, epoch: float) -> Reason | None:
+    def _begin(self, pid: int, epoch: float, keeper: int | None) -> Reason | None:
         """Have the monitor watch a process; return the reason if it cannot."""
         if self._device.kind != "gpu":
             return Reason(Code.NO_GPU, "no GPU")
@@ -194,7 +195,7 @@ class CaseWatch:
             # A new file, because a monitor that hangs may still write to the one before.
             file.unlink(missing_ok=True)
             self._file = file.open("w+b")
-            answer = self._driver.start(self._device, pid, file, epoch)
+            answer = self._driver.start(self._device, pid, file, epoch, keeper)
         except SilentDriver as error:
             return error.reason
         except NoTemporaryFile as error:

@@ -13,6 +13,7 @@ from support.processes import wait_for
 
 from mpscale.core.process import start_kept
 from mpscale.core.wire import Wire
+from mpscale.telemetry.__main__ import Family
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has child subreapers")
 
@@ -116,9 +117,16 @@ def test_nothing_outlives_a_process_that(how, tmp_path, bystander):
     (tmp_path / "pids").mkdir()
     process, pids = begin(tmp_path / "pids")
     assert process.pid == pids["main"]
+    assert process.keeper == parent(process.pid)
+    # The GPU monitor must take none of them for somebody else's.
+    family = Family(process.pid, process.keeper)
+    assert [name for name, pid in pids.items() if pid not in family] == []
+    assert bystander.pid not in family
     ENDS[how](process, pids)
-    code = process.end(10)
+    code = process.wait(10)
+    process.end(10)
     assert code == (0 if how == "ends" else -signal.SIGKILL)
+    assert (process.abandoned is not None) == how.startswith("loses")
     assert [name for name, pid in pids.items() if alive(pid)] == []
     assert bystander.poll() is None
     assert (tmp_path / "log").read_text() == ""
