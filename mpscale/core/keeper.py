@@ -132,6 +132,8 @@ class _Keeper:
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, self._tell)
+        # The starter may have blocked them.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD, signal.SIGTERM))
         adopt_orphans()
         die_with_parent(signal.SIGTERM)
         if os.getppid() != starter:

@@ -152,6 +152,38 @@ def test_exit_code_and_output_are_those_of_the_program(tmp_path):
     assert (tmp_path / "log").read_text() == "x\n"
 
 
+def test_a_program_may_have_processes_of_its_own(tmp_path):
+    body = """
+import multiprocessing, os
+if __name__ == "__main__":
+    for method in multiprocessing.get_all_start_methods():
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            print(pool.map(abs, [-1, -2]), flush=True)
+    print(os.waitpid(os.spawnlp(os.P_NOWAIT, "false", "false"), 0)[1])
+"""
+    (tmp_path / "program.py").write_text(body)
+    ends = Wire.pair()
+    with (tmp_path / "log").open("ab") as log:
+        process = start_kept([sys.executable, tmp_path / "program.py"], os.environ, log, ends)
+    assert process.wait(60) == 0
+    process.kill()
+    assert (tmp_path / "log").read_text() == "[1, 2]\n" * 3 + "256\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGCHLD])
+def test_a_starter_that_has_blocked_a_signal_has_its_processes_kept_all_the_same(number, tmp_path):
+    (tmp_path / "pids").mkdir()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    try:
+        process, pids = begin(tmp_path / "pids")
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    os.kill(parent(parent(pids["main"])), signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL
+    process.kill()
+    assert [name for name, pid in pids.items() if alive(pid)] == []
+
+
 def test_what_ends_by_itself_is_given_a_moment(tmp_path):
     """As Python's own helper of a dead process does, which removes its shared memory."""
     name = f"mpscale-test-{os.getpid()}"
