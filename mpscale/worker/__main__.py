@@ -25,6 +25,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import io
 import os
 import re
 import signal
@@ -57,8 +58,7 @@ _NODES_WITHIN = re.compile(r"\{\{function_node [^}]*\}\} ?|\[_XlaMustCompile=[^\
 
 def main(wire: Wire) -> int:
     """Run the case that is asked for; return the exit code, 0 even if the training diverged."""
-    # A progress bar that standard output cannot encode must not end a training.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = _Output.stream(1), _Output.stream(2)
     channel = Channel(wire)
     request = wire.receive()
     try:
@@ -84,6 +84,23 @@ def main(wire: Wire) -> int:
         return 1
     channel.send(Finished(status, None if reason is None else str(reason), _runtime()))
     return 0
+
+
+class _Output(io.FileIO):
+    """Standard output or error. What its file cannot take is lost: a full disk there must not end a training."""
+
+    @classmethod
+    def stream(cls, descriptor: int) -> io.TextIOWrapper:
+        """An unbuffered stream for text, in which characters that it cannot encode are escaped."""
+        raw: Any = cls(descriptor, "wb", closefd=False)  # as Python's own, if unbuffered
+        return io.TextIOWrapper(raw, sys.stdout.encoding, errors="backslashreplace", write_through=True)
+
+    def write(self, data: Any, /) -> int:
+        """Write what can be written."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
 
 
 def _keep_generated_files_in(folder: str) -> None:

@@ -1,13 +1,16 @@
-"""Cases whose process cannot be started: a row that says why, and no endless tries."""
+"""Workers that cannot be started: a row that says why, and no endless tries. And one whose output has no place."""
 
 import json
+import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
 from mpscale.core.case import Case, Settings
 from mpscale.core.cause import Cause
 from mpscale.core.reason import Code, Reason
+from mpscale.harness.launch import Launcher
 from mpscale.harness.run import BenchmarkRun
 from mpscale.harness.supervisor import Options
 from mpscale.telemetry import host
@@ -46,7 +49,7 @@ def run(tmp_path):
     ("act", "how", "tries"),
     [
         ("os.kill(os.getpid(), 9)", "killed by SIGKILL", [1, 2, 3, 1]),
-        ("os.kill(os.getpid(), 15)", "killed by SIGTERM", [1, 2, 3, 1]),
+        pytest.param("os.kill(os.getpid(), 15)", "killed by SIGTERM", [1, 2, 3, 1], marks=pytest.mark.slow),
         ("print('no library', flush=True); os._exit(7)", "ended with exit code 7", [1, 1]),
     ],
 )
@@ -71,3 +74,12 @@ def test_a_full_disk_for_temporary_files_is_said_with_what_to_do(run, tmp_path, 
         assert (record["status"], record["cause"]) == ("error", Cause.FILE_SYSTEM)
         assert f"no temporary file can be made in {tmp_path / 'file'}: Not a directory" in record["status_reason"]
         assert "set TMPDIR to another folder" in record["status_reason"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_worker_reports_its_end_even_if_it_can_print_nothing():
+    with Path("/dev/full").open("wb") as full:
+        worker = Launcher(os.environ).start(full)
+    worker.send({"case": {"settings": {"jit": False}}})  # the rest is missing, so it fails before it trains
+    assert worker.receive(60) == {"event": "error", "type": "KeyError", "message": "'autotuning'", "oom": False}
+    assert worker.end(60) == 1
