@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from mpscale.ab import turns
 from mpscale.core.columns import SCHEMA_VERSION
 from mpscale.core.process import Child
+from mpscale.core.temporary import TemporaryFolder
 
 LETTERS = ("A", "B")
 
@@ -70,13 +70,13 @@ def examine(pythons: Sequence[str], seconds: float, force: bool) -> list[Environ
     found = [_find(python) for python in pythons]
     asked: list[Child] = []
     environments: list[Environment] = []
-    with tempfile.TemporaryDirectory(prefix="mpscale-ab-") as folder:
+    with TemporaryFolder("ab") as folder:
         try:
             # Both at the same time: each imports TensorFlow.
             for letter, python in zip(LETTERS, found, strict=True):
-                asked.append(_ask(python, Path(folder, letter)))
+                asked.append(_ask(python, folder / letter))
             for letter, given, python, process in zip(LETTERS, pythons, found, asked, strict=True):
-                about = _about(python, Path(folder, letter), process, seconds)
+                about = _about(python, folder / letter, process, seconds)
                 environments.append(Environment(letter, given, python, about))
         finally:
             for process in asked:

@@ -1,18 +1,24 @@
-"""Start processes, exchange messages with them and end them. Nothing that they start outlives them."""
+"""Start processes, exchange messages with them and end them.
+
+Nothing that a process of :func:`start_kept` has started outlives it, or this process, on Linux; see
+:mod:`mpscale.core.keeper`. Elsewhere that holds for what has stayed in its process group.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from mpscale.core import keeper
+from mpscale.core.keeper import die_with_parent as die_with_parent
 from mpscale.core.wire import Wire, wait_for
 
 KILL_S = 15.0
@@ -20,13 +26,18 @@ KILL_S = 15.0
 
 
 class Process(ABC):
-    """A process at the other end of a wire. It leads a session of its own, and whatever it starts ends with it.
+    """A process at the other end of a wire. It leads a session of its own.
 
     Args:
         pid: its process id.
         wire: this process's end, None if it has none.
         ended: becomes readable when the process has ended; see :meth:`Wire.receive`.
     """
+
+    keeper: int | None = None
+    """The process id of its parent, if all that it starts and leaves behind becomes a child of that process."""
+    abandoned: str | None = None
+    """In words, that the end of a process above it has ended it; None as long as that is not known."""
 
     def __init__(self, pid: int, wire: Wire | None, ended: Wire | int | None) -> None:
         self.pid, self._wire, self._ended = pid, wire, ended
@@ -70,11 +81,11 @@ class Process(ABC):
 
     @abstractmethod
     def kill(self, seconds: float = KILL_S) -> int | None:
-        """Kill the process and everything in its session; return what :meth:`wait` does."""
+        """Kill the process and what it has started; return what :meth:`wait` does."""
 
 
 class Child(Process):
-    """A process that this one starts.
+    """A process that this one starts. It is killed with its process group.
 
     Args:
         command: program and arguments.
@@ -82,6 +93,7 @@ class Child(Process):
         output: takes what it prints; None discards it.
         errors: takes what it prints on standard error; None for ``output``.
         ends: a new wire, our end first. The process inherits the other end; ``command`` must name its number.
+        inherited: other descriptors that it inherits.
 
     Raises:
         OSError: it could not be started.
@@ -94,6 +106,7 @@ class Child(Process):
         output: IO[bytes] | None = None,
         errors: IO[bytes] | None = None,
         ends: tuple[Wire, Wire] | None = None,
+        inherited: Sequence[int] = (),
     ) -> None:
         ours, theirs = ends or (None, None)
         try:
@@ -103,7 +116,7 @@ class Child(Process):
                 stdin=subprocess.DEVNULL,
                 stdout=output or subprocess.DEVNULL,
                 stderr=errors or subprocess.STDOUT,
-                pass_fds=[theirs.fileno()] if theirs else [],
+                pass_fds=[*inherited, theirs.fileno()] if theirs else inherited,
                 start_new_session=True,
             )
         except BaseException:
@@ -142,6 +155,76 @@ class Child(Process):
         self._process.send_signal(signal.SIGINT)
 
 
+class _Kept(Process):
+    """A process below two keepers. Where :class:`Child` has arguments of the same name, they are the same."""
+
+    def __init__(
+        self, command: Sequence[str | Path], environ: Mapping[str, str], output: IO[bytes], ends: tuple[Wire, Wire]
+    ) -> None:
+        self._control, theirs = Wire.pair()
+        self._code: int | None = None
+        self._killed = False
+        passed, starter = ends[1].fileno(), os.getpid()
+        script = [sys.executable, "-I", "-S", keeper.__file__, str(theirs.fileno()), str(starter), str(passed)]
+        try:
+            self._keeper = Child([*script, *command], environ, output, ends=ends, inherited=[theirs.fileno()])
+        except BaseException:
+            self._control.close()
+            raise
+        finally:
+            theirs.close()
+        try:
+            started = self._control.receive(KILL_S)
+        except BaseException as error:
+            self._control.close()
+            code = self._keeper.kill()
+            if isinstance(error, TimeoutError | EOFError):
+                raise OSError(f"{command[0]} was not started: its keeper was {describe_exit(code)}") from error
+            raise
+        super().__init__(started["pid"], self._keeper.wire, self._control)
+        self.keeper = started["keeper"]
+
+    def wait(self, seconds: float) -> int | None:
+        if self._code is None:
+            try:
+                self._code = os.waitstatus_to_exitcode(self._control.receive(max(seconds, 0.0))["status"])
+            except TimeoutError:
+                pass
+            except EOFError:
+                # A keeper was killed, or told to end, and with it the process.
+                self._code = -int(signal.SIGKILL)
+                if not self._killed:
+                    self.abandoned = "the process that watches over the worker was killed, and the worker with it"
+        return self._code
+
+    def kill(self, seconds: float = KILL_S) -> int | None:
+        deadline = time.monotonic() + seconds
+        self._killed = True
+        self._control.send({"end": True})
+        code = self.wait(seconds)
+        # Both keepers have the other end, and close it when nothing is left.
+        with contextlib.suppress(TimeoutError, EOFError):
+            while True:
+                self._control.receive(max(deadline - time.monotonic(), 0.0))
+        self._keeper.wait(max(deadline - time.monotonic(), 0.0))
+        self._keeper.kill(0.0)
+        self._control.close()
+        return code
+
+
+def start_kept(
+    command: Sequence[str | Path], environ: Mapping[str, str], output: IO[bytes], ends: tuple[Wire, Wire]
+) -> Process:
+    """Start a process with everything that it starts under control. Arguments and errors are those of :class:`Child`.
+
+    On Linux, :meth:`Process.wait` returns once nothing of that is left.
+    """
+    return (_Kept if _CAN_KEEP else Child)(command, environ, output, ends=ends)
+
+
+_CAN_KEEP = sys.platform == "linux"
+
+
 def kill_session(leader: int, alive: bool) -> None:
     """Kill the processes of a session.
 
@@ -166,9 +249,3 @@ def describe_exit(code: int | None) -> str:
         return f"ended with exit code {code}"
     names = {number.value: number.name for number in signal.Signals}
     return f"killed by {names.get(-code, f'signal {-code}')}"
-
-
-def die_with_parent() -> None:
-    """Have the kernel end this process when its parent ends, however that happens. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

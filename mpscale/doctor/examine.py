@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mpscale.core.case import Case, Settings
@@ -15,6 +13,7 @@ from mpscale.core.columns import COLUMNS, FAILED, Topic, measured_columns
 from mpscale.core.device import NVIDIA, Device, NoSuchDevice, find_device, vendor_of
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
+from mpscale.core.temporary import TemporaryFolder
 from mpscale.doctor import device as devices
 from mpscale.doctor import software
 from mpscale.doctor.finding import Caution, Finding
@@ -201,8 +200,8 @@ def _train(found: Examination, device: Device, driver: Driver) -> None:
     from mpscale.harness.supervisor import Options
 
     case = Case("mnist1d-mlp", "mixed-dynamic", 0, 0, 0, _SETTINGS)
-    with tempfile.TemporaryDirectory(prefix="mpscale-doctor-") as folder:
-        options = Options(Path(folder), Path(folder), "fresh", _TIMEOUT_S, asked={}, gpu_retries=0)
+    with TemporaryFolder("doctor") as folder:
+        options = Options(folder, folder, "fresh", _TIMEOUT_S, asked={}, gpu_retries=0)
         run = BenchmarkRun([case], device, driver, options, lambda case, event: None)
         try:
             record = run.run(case).record

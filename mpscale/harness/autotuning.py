@@ -12,16 +12,17 @@ from pathlib import Path
 
 from mpscale.core.case import Case
 from mpscale.core.columns import MEASURED
+from mpscale.core.temporary import TemporaryFolder
 
 
 class SharedTuning:
     """One file of results for each workload and mode of a run, whose cases have everything else in common.
 
     Args:
-        folder: an existing folder that nobody else uses.
+        folder: where they are. If it is removed, cases tune again.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: TemporaryFolder) -> None:
         self._folder = folder
         self._numbers: dict[tuple[str, str], int] = {}
 
@@ -50,7 +51,7 @@ class SharedTuning:
         # A number, because not every name of a workload is one that XLA's flags and the file system can hold.
         number = self._numbers.setdefault(case.place, len(self._numbers))
         # XLA writes and reads text if the name ends like this.
-        return self._folder / f"autotuning-{number}.textproto"
+        return self._folder.path / f"autotuning-{number}.textproto"
 
     def _unchecked(self, case: Case) -> Path:
         return self._results(case).with_suffix(".new.textproto")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
+from mpscale.core.cause import Cause
 from mpscale.core.device import Device
-from mpscale.core.process import KILL_S, Child, Process, kill_session
+from mpscale.core.process import KILL_S, Process, describe_exit, kill_session, start_kept
 from mpscale.core.reason import Reason
+from mpscale.core.temporary import temporary_file
 from mpscale.core.wire import Wire
 
 # -P: a file in the working directory must not stand in for a module of the same name.
@@ -22,7 +24,18 @@ _CLOSE_S = 5.0
 
 
 class LaunchError(RuntimeError):
-    """The process that runs cases could not be started."""
+    """The process that runs cases could not be started.
+
+    Args:
+        text: why.
+        by_chance: whether another attempt may succeed, since a process was killed or did not answer in time.
+    """
+
+    cause = Cause.NOT_STARTED
+
+    def __init__(self, text: str, by_chance: bool = False) -> None:
+        super().__init__(text)
+        self.by_chance = by_chance
 
 
 class UnsafeFork(LaunchError):
@@ -51,25 +64,22 @@ class Launcher:
             LaunchError: it could not be done.
         """
 
-    def start(self, log: Path) -> Process:
-        """Start a worker, whose standard output and error go to the file ``log``.
+    def start(self, output: IO[bytes]) -> Process:
+        """Start a worker, whose standard output and error go to ``output``.
 
         Raises:
             LaunchError: the process that starts workers failed.
             OSError: the worker could not be started.
         """
-        return self._child("--wire", log, "wb")
+        return self._child("--wire", output)
 
-    def close(self) -> None:
+    def close(self) -> int | None:
         """End whatever outlives a case."""
+        return None
 
-    def _child(self, option: str, log: Path, open_as: Literal["ab", "wb"]) -> Child:
-        with log.open(open_as) as output:
-            ends = Wire.pair()
-            return Child([*_WORKER, option, str(ends[1].fileno())], self._environ_of(option), output, ends=ends)
-
-    def _environ_of(self, option: str) -> Mapping[str, str]:
-        return self.environ
+    def _child(self, option: str, output: IO[bytes], environ: Mapping[str, str] | None = None) -> Process:
+        ends = Wire.pair()
+        return start_kept([*_WORKER, option, str(ends[1].fileno())], environ or self.environ, output, ends)
 
 
 class ForkLauncher(Launcher):
@@ -80,14 +90,15 @@ class ForkLauncher(Launcher):
 
     Args:
         environ: the whole environment of the children.
-        log: where the parent's own output goes.
         on_gpu: whether the children use a GPU, so that the parent must not hold one.
     """
 
-    def __init__(self, environ: Mapping[str, str], log: Path, on_gpu: bool) -> None:
+    def __init__(self, environ: Mapping[str, str], on_gpu: bool) -> None:
         super().__init__(environ)
-        self._log, self._on_gpu = log, on_gpu
-        self._parent: Child | None = None
+        self._on_gpu = on_gpu
+        self._log: IO[bytes] | None = None
+        """Takes the parent's own output."""
+        self._parent: Process | None = None
         self._parents_environ: dict[str, str] = {}
 
     def prepare(self) -> None:
@@ -96,25 +107,27 @@ class ForkLauncher(Launcher):
         Raises:
             LaunchError: it did not come up.
             UnsafeFork: it holds a GPU, or nothing shows that it does not.
+            OSError: it could not be started.
         """
         if self._parent is not None and self._parent.wait(0.0) is None:
             return
         self.close()
+        self._parents_environ = {**self.environ, "CUDA_VISIBLE_DEVICES": "-1"}
+        self._log = temporary_file()
+        self._parent = self._child("--serve", self._log, self._parents_environ)
         try:
-            self._parents_environ = {**self.environ, "CUDA_VISIBLE_DEVICES": "-1"}
-            self._parent = self._child("--serve", self._log, "ab")
             held = self._parent.receive(_IMPORT_S).get("held")
             if held is not None and self._on_gpu:
                 raise UnsafeFork(Reason.from_json(held))
         except BaseException as error:
             # Also on an interrupt: a half-started parent would answer the next case out of turn.
-            self.close()
+            code = self.close()
             if isinstance(error, OSError | EOFError):
-                raise LaunchError(f"the process that imports TensorFlow did not come up{self._tail()}") from error
+                by_chance = code is None or code < 0
+                within = f" within {_IMPORT_S:g} s" if isinstance(error, TimeoutError) else ""
+                text = f"the process that imports TensorFlow did not come up{within} ({describe_exit(code)})"
+                raise LaunchError(f"{text}{self._tail()}", by_chance) from error
             raise
-
-    def _environ_of(self, option: str) -> Mapping[str, str]:
-        return self._parents_environ
 
     def _changes(self) -> dict[str, str | None]:
         """The variables that a child sets, or with None removes, to get from the parent's environment to its own."""
@@ -125,43 +138,58 @@ class ForkLauncher(Launcher):
             if self._parents_environ.get(name) != self.environ.get(name)
         }
 
-    def start(self, log: Path) -> Process:
+    def start(self, output: IO[bytes]) -> Process:
         self.prepare()
+        try:
+            return self._fork(output)
+        except LaunchError:
+            # It was killed between two cases, which costs nothing but the time to start another.
+            self.prepare()
+            return self._fork(output)
+
+    def _fork(self, output: IO[bytes]) -> Process:
         assert self._parent is not None  # prepare made it
         ours, theirs = Wire.pair()
         try:
-            with log.open("wb") as output:
-                self._parent.wire.send({"environ": self._changes()}, [theirs.fileno(), output.fileno()])
+            self._parent.wire.send({"environ": self._changes()}, [theirs.fileno(), output.fileno()])
             pid = int(self._parent.receive(_FORK_S)["pid"])
         except BaseException as error:
             ours.close()
-            self.close()
+            code = self.close()
             if isinstance(error, TimeoutError):
-                raise LaunchError(f"the warm parent did not fork within {_FORK_S:g} s{self._tail()}") from error
+                text = f"the process that forks workers did not do so within {_FORK_S:g} s{self._tail()}"
+                raise LaunchError(text, by_chance=True) from error
             if isinstance(error, OSError | EOFError | KeyError):
-                raise LaunchError(f"the warm parent died: {error}{self._tail()}") from error
+                text = f"the process that forks workers has died ({describe_exit(code)}){self._tail()}"
+                raise LaunchError(text, by_chance=True) from error
             raise
         finally:
             theirs.close()
         return _Forked(pid, ours, self._parent)
 
-    def close(self) -> None:
-        if self._parent is not None:
-            self._parent.end(_CLOSE_S)
+    def close(self) -> int | None:
+        """End the parent; return its exit code, None if there is none."""
+        code = None if self._parent is None else self._parent.end(_CLOSE_S)
         self._parent = None
+        return code
 
     def _tail(self) -> str:
-        output = self._log.read_text(errors="replace") if self._log.exists() else ""
-        return f"; its output ends with\n{output[-2000:]}"
+        output = "" if self._log is None else tail(self._log, 2000)
+        return f"; its output ends with\n{output}" if output else ""
 
 
 class _Forked(Process):
     """A child of the warm parent, which reports when the child has ended."""
 
-    def __init__(self, pid: int, wire: Wire, parent: Child) -> None:
+    def __init__(self, pid: int, wire: Wire, parent: Process) -> None:
         super().__init__(pid, wire, parent.wire)
         self._parent = parent
         self._code: int | None = None
+        self.keeper = parent.pid
+        self._pidfd: int | None = None
+        # As for a child: older kernels have none.
+        with contextlib.suppress(OSError, AttributeError):
+            self._pidfd = os.pidfd_open(pid)
 
     def wait(self, seconds: float) -> int | None:
         if self._code is None:
@@ -172,12 +200,29 @@ class _Forked(Process):
             except EOFError:
                 # The warm parent itself was killed, and its children with it.
                 self._code = -int(signal.SIGKILL)
+                how = describe_exit(self._parent.wait(1.0))
+                self.abandoned = f"the process that forks workers has died ({how}), and the worker with it"
         return self._code
 
     def kill(self, seconds: float = KILL_S) -> int | None:
-        kill_session(self.pid, alive=self._code is None)
+        if self._pidfd is None:
+            kill_session(self.pid, alive=self._code is None)
+        elif self._code is None:
+            # The warm parent ends what it leaves behind.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        code = self.wait(seconds)
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
         self.wire.close()
-        return self.wait(seconds)
+        return code
+
+
+def tail(log: IO[bytes], size: int) -> str:
+    """The last ``size`` bytes of a file. Its position, which another process shares, stays where it is."""
+    end = os.fstat(log.fileno()).st_size
+    return os.pread(log.fileno(), size, max(end - size, 0)).decode(errors="replace").strip()
 
 
 Allocator = Literal["cuda_malloc_async", "bfc"]

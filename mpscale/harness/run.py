@@ -85,6 +85,8 @@ class BenchmarkRun:
                     now = self._open()[1].allocator
                     text = f"TensorFlow failed with cuda_malloc_async twice ({reason}), and is tried with {now}"
                     self._listener(case, Again(text))
+                case "disturbed":
+                    self._listener(case, Again(f"failed, {reason}"))
                 case "touched":
                     self._listener(case, Again(f"failed on touching the GPU ({reason})"))
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +15,14 @@ from typing import Any, Literal
 
 from mpscale.core import wire
 from mpscale.core.case import Case, StartMethod
+from mpscale.core.cause import Cause
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
 from mpscale.core.process import Process, describe_exit
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
+from mpscale.core.temporary import NoTemporaryFile, TemporaryFolder, remove_left_behind, temporary_file
 from mpscale.core.variables import without_secrets
 from mpscale.core.wire import Looked, Noted, Phase, PhaseReached, StepsDone
 from mpscale.harness.autotuning import SharedTuning
@@ -32,6 +33,7 @@ from mpscale.harness.launch import (
     LaunchError,
     UnsafeFork,
     allocators,
+    tail,
     worker_environment,
 )
 from mpscale.harness.memory_limit import MemoryLimit
@@ -48,6 +50,8 @@ _OWN_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, si
 _TAIL_BYTES = 4000
 _REASON, _BEGINNING = 500, 120
 """Characters of a reason, and how many of them are its beginning."""
+_MOST_DISTURBED = 2
+"""How many times in a row a case is tried again because the process that forks workers died."""
 _GRACE_S = 15.0
 """How long a worker may take to end after its last message."""
 
@@ -92,8 +96,9 @@ class Outcome:
         step_s: seconds per step of each timed block.
         phases: when each phase was reached, in seconds from the start of the process.
         runtime: what the worker knows about TensorFlow and its device.
-        again: why to try again, None not to: the GPU has ``cooled``, there is another ``allocator``, or the case failed
-            when it first ``touched`` the GPU, which may pass.
+        again: why to try again, None not to: the GPU has ``cooled``, there is another ``allocator``, the case failed
+            when it first ``touched`` the GPU, which may pass, or it was ``disturbed``: the process that forks workers
+            died, or the folder of temporary files was removed.
         gpu_lost: whether the GPU was lost.
         signal: the signal that killed the worker, None if none did.
     """
@@ -102,7 +107,7 @@ class Outcome:
     step_s: list[float] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
-    again: Literal["cooled", "allocator", "touched"] | None = None
+    again: Literal["cooled", "allocator", "touched", "disturbed"] | None = None
     gpu_lost: bool = False
     signal: int | None = None
 
@@ -123,15 +128,17 @@ class Supervisor:
     def __init__(self, device: Device, driver: Driver, options: Options, listener: Listener) -> None:
         self._device, self._options, self._listener = device, options, listener
         self._watch = CaseWatch(driver, device)
-        self._folder = tempfile.TemporaryDirectory(prefix="mpscale-")
-        self._scratch = Path(self._folder.name) / "scratch"
+        remove_left_behind()
+        self._folder = TemporaryFolder()
+        self._disturbed = 0
+        """How many cases in a row were disturbed."""
         # It includes the folders in which the session has found workloads.
         self._sys_path = [str(Path(entry).absolute()) for entry in sys.path]
         self._allocators = allocators(options.gpu_allocator, os.environ, driver.cuda_version)
         self._left = list(self._allocators)
         self._allocator_works, self._failures = False, 0
         self._launcher = self._make_launcher()
-        self._tuning = SharedTuning(Path(self._folder.name))
+        self._tuning = SharedTuning(self._folder)
         self.why_not_forked: Reason | None = None
         """Why workers are fresh processes although forked ones were asked for."""
 
@@ -179,7 +186,7 @@ class Supervisor:
         """End whatever outlives a case."""
         self._launcher.close()
         self._watch.close()
-        self._folder.cleanup()
+        self._folder.close()
 
     @property
     def allocator(self) -> Allocator | None:
@@ -189,8 +196,7 @@ class Supervisor:
     def _make_launcher(self) -> Launcher:
         environment = worker_environment(os.environ, self._device, self._left[0])
         if self._options.start_method == "fork":
-            log = Path(self._folder.name) / "parent.log"
-            return ForkLauncher(environment, log, on_gpu=self._device.kind == "gpu")
+            return ForkLauncher(environment, on_gpu=self._device.kind == "gpu")
         return Launcher(environment)
 
     def _judge_allocator(self, outcome: Outcome) -> None:
@@ -220,24 +226,29 @@ class Supervisor:
             and Phase.IDLE in outcome.phases
             and outcome.record["status"] in ("crashed", "error")
             and (outcome.signal is None or outcome.signal in _OWN_SIGNALS)
+            and outcome.again != "disturbed"
             and not outcome.gpu_lost
         )
 
     def _run_process(self, case: Case, steps_path: Path | None, gpu_path: Path | None, outcome: Outcome) -> None:
         record = outcome.record
-        log = Path(self._folder.name) / "case.log"
-        self._scratch.mkdir(exist_ok=True)
         try:
+            log = temporary_file()
+            folder = self._folder.path
+            scratch = folder / "scratch"
+            scratch.mkdir(exist_ok=True)
             self._prepare(case)
             record.update({"start_method": "fresh" if self.why_not_forked else self._options.start_method})
             start = time.monotonic()
             worker = self._launcher.start(log)
         except (LaunchError, OSError) as error:
-            record.update({"status": "error", "status_reason": _one_line(str(error))})
+            cause = Cause.FILE_SYSTEM if isinstance(error, NoTemporaryFile) else Cause.NOT_STARTED
+            record.update({"status": "error", "status_reason": _one_line(str(error)), "cause": cause})
+            self._note_disturbance(outcome, isinstance(error, LaunchError) and error.by_chance)
             return
-        self._watch.start(worker.pid, start)
+        self._watch.start(worker.pid, start, worker.keeper)
         record.update({"status": "interrupted"})
-        talk = _Conversation(worker, case, outcome, start)
+        talk = _Conversation(worker, case, outcome, start, scratch)
         limit = MemoryLimit(worker.pid, self._options.memory_limit_mib)
         try:
             with limit:
@@ -246,7 +257,7 @@ class Supervisor:
             # Also on the user's interrupt: neither the worker nor a process that it left behind outlives its case.
             worker.end(0.0 if record["status"] in ("timeout", "interrupted") else _GRACE_S)
             record.update({"case_wall_time_s": time.monotonic() - start})
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
             seen = self._watch.stop(talk.facts(), gpu_path)
             record.update(seen.findings.values)
             for column, why in seen.findings.unavailable.items():
@@ -256,8 +267,18 @@ class Supervisor:
             outcome.signal = None
             record.update({"status": "oom", "status_reason": limit.problem, HOST_COLUMN: limit.peak_mib})
         self._tuning.ended(case, record["status"])
-        if record["status"] not in ("ok", "diverged", "stalled", "unsupported"):
-            record.update({"output_tail": _tail(log) or None})
+        failed = record["status"] not in ("ok", "diverged", "stalled", "unsupported")
+        if failed:
+            record.update({"output_tail": without_secrets(tail(log, _TAIL_BYTES), os.environ) or None})
+        removed = record["status"] in ("error", "crashed") and not folder.exists()
+        self._note_disturbance(outcome, worker.abandoned is not None or removed)
+        log.close()
+
+    def _note_disturbance(self, outcome: Outcome, disturbed: bool) -> None:
+        """Have a case tried again if something outside disturbed it, unless that keeps happening."""
+        self._disturbed = self._disturbed + 1 if disturbed else 0
+        if 0 < self._disturbed <= _MOST_DISTURBED:
+            outcome.again = "disturbed"
 
     def _prepare(self, case: Case) -> None:
         """Have the launcher ready. If no child of the warm parent could use the GPU, all workers will be fresh ones."""
@@ -278,7 +299,7 @@ class Supervisor:
             "device": self._device.to_json(),
             "steps_path": None if steps_path is None else str(steps_path),
             "sys_path": self._sys_path,
-            "scratch": str(self._scratch),
+            "scratch": str(talk.scratch),
             "energy_s": case.settings.energy_s if talk.energy_off is None and self._watch.has_power() else 0.0,
             "autotuning": self._tuning.flag(case),
         }
@@ -308,8 +329,9 @@ class Supervisor:
 class _Conversation:
     """Records in ``outcome`` what a worker reports. ``start`` is when it was started, by the monotonic clock."""
 
-    def __init__(self, worker: Process, case: Case, outcome: Outcome, start: float) -> None:
+    def __init__(self, worker: Process, case: Case, outcome: Outcome, start: float, scratch: Path) -> None:
         self.worker, self.case, self._outcome, self._start = worker, case, outcome, start
+        self.scratch = scratch
         self._phase: Phase | Literal["start"] = "start"
         self._energy: wire.EnergySteps | None = None
         self.energy_off = _energy_off(case)
@@ -367,7 +389,10 @@ class _Conversation:
     def _end_silently(self, deadline: float) -> None:
         """Record what became of a worker that neither finished nor reported an exception."""
         code = self.worker.wait(max(min(_GRACE_S, deadline - time.monotonic()), 0.1))
-        if code is None:
+        if self.worker.abandoned is not None:
+            self._end("crashed", f"{self.worker.abandoned}, {self._where()}")
+            self._outcome.record.update({"cause": Cause.NOT_STARTED})
+        elif code is None:
             self._end("crashed", f"closed its connection {self._where()} and did not end")
         elif code >= 0:
             self._end("error", f"{describe_exit(code)} {self._where()} and without a result")
@@ -384,12 +409,6 @@ def _energy_off(case: Case) -> Reason | None:
     if case.settings.energy_s == 0:
         return Reason(Code.NOT_ASKED_FOR, "energy was off (--mp-energy 0, or the preset)")
     return None
-
-
-def _tail(log: Path) -> str:
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-        return without_secrets(file.read().decode(errors="replace").strip(), os.environ)
 
 
 def _one_line(text: str) -> str:

@@ -5,8 +5,8 @@ crashes. DESCRIPTOR is its end of a wire on which it answers orders; each answer
 
 - ``{"do": "describe"}``: describe the driver and its GPUs, or give the reason why there are none;
 - ``{"do": "facts", "device": ...}``: return the properties of a GPU, and how each reading is taken or why it is not;
-- ``{"do": "start", "device": ..., "pid": ..., "file": ..., "epoch": ...}``: begin to watch a process and write
-  samples to a file, with times counted from ``epoch`` on the monotonic clock;
+- ``{"do": "start", "device": ..., "pid": ..., "keeper": ..., "file": ..., "epoch": ...}``: begin to watch a process and
+  write samples to a file, with times counted from ``epoch`` on the monotonic clock; see :class:`Family` for ``keeper``;
 - ``{"do": "mark", "phase": ...}``: sample everything now; answered when it is on disk;
 - ``{"do": "stop"}``: end the watch;
 - ``{"do": "look", "device": ...}``: return the state of the GPU now.
@@ -50,11 +50,12 @@ class Family:
 
     Args:
         pid: the worker.
+        keeper: its parent, if that has no other children than the worker and what it leaves behind; else None.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, keeper: int | None = None) -> None:
         self._known = {pid: True}
-        self._pid = pid
+        self._pid, self._above = pid, {pid, keeper}
 
     def __contains__(self, pid: int) -> bool:
         # Looked up once per process: walking /proc a hundred times a second would cost more than the driver.
@@ -71,7 +72,7 @@ class Family:
             # The name, in parentheses, may hold anything: the fields count from its end.
             _, parent, _, session = stat.rpartition(")")[2].split()[:4]
             # The worker leads a session of its own, which also holds what it left behind.
-            if int(session) == self._pid or int(parent) == self._pid:
+            if int(session) == self._pid or int(parent) in self._above:
                 return True
             pid = int(parent)
         return False
@@ -82,13 +83,13 @@ class SamplingLoop:
 
     Args:
         gpu: the GPU to read.
-        pid: the worker.
+        family: the worker and its processes.
         file: takes the samples.
         epoch: the time that samples count from, on the monotonic clock.
     """
 
-    def __init__(self, gpu: Gpu, pid: int, file: SampleFile, epoch: float) -> None:
-        self.gpu, self._family, self.file, self._epoch = gpu, Family(pid), file, epoch
+    def __init__(self, gpu: Gpu, family: Family, file: SampleFile, epoch: float) -> None:
+        self.gpu, self._family, self.file, self._epoch = gpu, family, file, epoch
         self._lists = [Reading.PROCESSES]
         self._last: Sample | None = None
         self._energy_j: float | None = None
@@ -243,7 +244,8 @@ class Sampler:
     def _start(self, order: dict[str, Any]) -> dict[str, Any]:
         self._stop(order)
         gpu = self._opened(order)
-        self._watch = SamplingLoop(gpu, order["pid"], SampleFile(Path(order["file"])), order["epoch"])
+        family = Family(order["pid"], order["keeper"])
+        self._watch = SamplingLoop(gpu, family, SampleFile(Path(order["file"])), order["epoch"])
         self._watch.sample()
         return self._state(gpu)
 

@@ -86,7 +86,7 @@ class Driver:
         """
         return self._ask("look", _START_S, device=device.to_json())
 
-    def start(self, device: Device, pid: int, file: Path, epoch: float) -> dict[str, Any]:
+    def start(self, device: Device, pid: int, file: Path, epoch: float, keeper: int | None = None) -> dict[str, Any]:
         """Begin to watch a process; return the GPU's ``settings``, the ``ways`` of readings, whether it is ``lost``.
 
         Args:
@@ -94,11 +94,13 @@ class Driver:
             pid: the process.
             file: where samples go.
             epoch: when the process was started, on the monotonic clock.
+            keeper: its parent, if that has no other children than this process and what it leaves behind.
 
         Raises:
             SilentDriver: the driver does not answer.
         """
-        return self._ask("start", _START_S, device=device.to_json(), pid=pid, file=str(file), epoch=epoch)
+        order = {"device": device.to_json(), "pid": pid, "file": str(file), "epoch": epoch, "keeper": keeper}
+        return self._ask("start", _START_S, **order)
 
     def mark(self, phase: str) -> bool:
         """Take a sample now. Returns once it is taken, or after 0.2 s if the driver does not answer.

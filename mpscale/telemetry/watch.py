@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import gzip
 import math
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mpscale.core.columns import Source, measured_columns
 from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
+from mpscale.core.temporary import NoTemporaryFile, TemporaryFolder
 from mpscale.core.writing import write
 from mpscale.telemetry import gpu_memory
 from mpscale.telemetry.client import Driver, SilentDriver
@@ -68,8 +68,9 @@ class CaseWatch:
 
     def __init__(self, driver: Driver, device: Device) -> None:
         self._driver, self._device = driver, device
-        self._folder = tempfile.TemporaryDirectory(prefix="mpscale-gpu-")
-        self._file = Path(self._folder.name) / "samples.jsonl"
+        self._folder = TemporaryFolder("gpu")
+        self._file: IO[bytes] | None = None
+        """The samples of the present case. It stays open, so that they can be read even if somebody removes it."""
         self._pid: int | None = None
         self._host_peak_mib: float | None = None
         self._noise: HostNoise | None = None
@@ -84,17 +85,18 @@ class CaseWatch:
         self._slowdown_c: float | None = None
         self._lost = False
 
-    def start(self, pid: int, epoch: float) -> None:
+    def start(self, pid: int, epoch: float, keeper: int | None = None) -> None:
         """Begin to watch a process, and forget the previous one.
 
         Args:
             pid: the process.
             epoch: when it was started, on the monotonic clock.
+            keeper: its parent, if that has no other children than this process and what it leaves behind.
         """
         self._pid, self._host_peak_mib, self._noise = pid, None, HostNoise(pid)
         self._silent_after, self._last_phase, self._lost = None, START, False
         self._late = []
-        self._blind = self._begin(pid, epoch)
+        self._blind = self._begin(pid, epoch, keeper)
 
     def mark(self, phase: str) -> None:
         """Take a sample now; returns once it is taken, or after 0.2 s if the driver does not answer.
@@ -177,18 +179,28 @@ class CaseWatch:
 
     def close(self) -> None:
         """Remove temporary files. The driver stays open: it belongs to the caller."""
-        self._folder.cleanup()
+        if self._file is not None:
+            self._file.close()
+        self._folder.close()
 
-    def _begin(self, pid: int, epoch: float) -> Reason | None:
+    def _begin(self, pid: int, epoch: float, keeper: int | None) -> Reason | None:
         """Have the monitor watch a process; return the reason if it cannot."""
         if self._device.kind != "gpu":
             return Reason(Code.NO_GPU, "no GPU")
         try:
             if self._first_settings is None:
                 self._slowdown_c = self._driver.facts(self._device)["facts"].get("slowdown_c")
-            answer = self._driver.start(self._device, pid, self._file, epoch)
+            if self._file is not None:
+                self._file.close()
+            file = self._folder.path / "samples.jsonl"
+            # A new file, because a monitor that hangs may still write to the one before.
+            file.unlink(missing_ok=True)
+            self._file = file.open("w+b")
+            answer = self._driver.start(self._device, pid, file, epoch, keeper)
         except SilentDriver as error:
             return error.reason
+        except NoTemporaryFile as error:
+            return Reason(Code.MONITOR_DIED, f"there is no place for the monitor's file: {error}")
         except OSError as error:
             return Reason(Code.MONITOR_DIED, f"the monitor cannot be started: {error}")
         self._settings, self._ways, self._lost = answer["settings"], answer["ways"], answer["lost"]
@@ -197,7 +209,10 @@ class CaseWatch:
         return None
 
     def _read_samples(self, keep: Path | None, notes: Mapping[str, Any]) -> Samples:
-        text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
+        text = ""
+        if self._file is not None:
+            self._file.seek(0)
+            text = self._file.read().decode("utf-8")
         if notes:
             # The last line may have been cut off when the monitor died.
             text = text[: text.rfind("\n") + 1] + line_of(notes)

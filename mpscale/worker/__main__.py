@@ -12,8 +12,8 @@ value in parent and child.
 The warm parent first sends ``{"held": reason}``, None if it holds nothing of a GPU; only then can its children use one.
 For each case the session sends ``{"environ": {name: value}}``, the variables that the worker sets or, for None,
 removes, with two descriptors: the worker's end of its wire, and the file for its output. The parent answers
-``{"pid": ...}`` and, when that worker has ended, ``{"status": wait status}``. It runs one case at a time, and ends when
-its wire is closed.
+``{"pid": ...}`` and, when that worker has ended and nothing is left of what it has started, ``{"status": wait
+status}``. It runs one case at a time, and ends when its wire is closed.
 
 A case that fails reports what the user's code or TensorFlow raised. Keras and AutoGraph replace that exception by one
 of their own, whose message begins with the path to the error or ends with the arguments of a layer. All of it is still
@@ -25,6 +25,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import io
 import os
 import re
 import signal
@@ -39,8 +40,8 @@ from typing import Any
 
 from mpscale.core.case import Case
 from mpscale.core.device import Device
+from mpscale.core.keeper import adopt_orphans, die_with_parent, end_children, wait_for_child
 from mpscale.core.out_of_memory import ran_out
-from mpscale.core.process import die_with_parent
 from mpscale.core.wire import Channel, Failed, Finished, Wire
 from mpscale.worker import autotuning
 
@@ -57,8 +58,7 @@ _NODES_WITHIN = re.compile(r"\{\{function_node [^}]*\}\} ?|\[_XlaMustCompile=[^\
 
 def main(wire: Wire) -> int:
     """Run the case that is asked for; return the exit code, 0 even if the training diverged."""
-    # A progress bar that standard output cannot encode must not end a training.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = _Output.stream(1), _Output.stream(2)
     channel = Channel(wire)
     request = wire.receive()
     try:
@@ -86,6 +86,23 @@ def main(wire: Wire) -> int:
     return 0
 
 
+class _Output(io.FileIO):
+    """Standard output or error. What its file cannot take is lost: a full disk there must not end a training."""
+
+    @classmethod
+    def stream(cls, descriptor: int) -> io.TextIOWrapper:
+        """An unbuffered stream for text, in which characters that it cannot encode are escaped."""
+        raw: Any = cls(descriptor, "wb", closefd=False)  # as Python's own, if unbuffered
+        return io.TextIOWrapper(raw, sys.stdout.encoding, errors="backslashreplace", write_through=True)
+
+    def write(self, data: Any, /) -> int:
+        """Write what can be written."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 def _keep_generated_files_in(folder: str) -> None:
     """Have TensorFlow put the source files that it generates into ``folder``, which the session removes.
 
@@ -96,8 +113,16 @@ def _keep_generated_files_in(folder: str) -> None:
         from tensorflow.python.autograph.pyct import loader
     except ImportError:
         return  # another version of TensorFlow: the files stay where they were
+
+    named_in_folder = functools.partial(tempfile.NamedTemporaryFile, dir=folder)
+
+    def named_file(*arguments: Any, **options: Any) -> Any:
+        # Something that tidies up temporary files may have removed it.
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return named_in_folder(*arguments, **options)
+
     own = types.ModuleType("tempfile", tempfile.__doc__)
-    vars(own).update(vars(tempfile), NamedTemporaryFile=functools.partial(tempfile.NamedTemporaryFile, dir=folder))
+    vars(own).update(vars(tempfile), NamedTemporaryFile=named_file)
     loader.tempfile = own
 
 
@@ -123,6 +148,8 @@ def serve(wire: Wire) -> None:
     import mpscale.worker.case  # noqa: F401
     from mpscale.worker.device import held_by_this_process
 
+    # What a worker leaves behind becomes a child of this process, which has no others.
+    adopt_orphans()
     held = held_by_this_process()
     wire.send({"held": None if held is None else held.to_json()})
     with contextlib.suppress(EOFError):
@@ -135,7 +162,8 @@ def serve(wire: Wire) -> None:
             os.close(theirs)
             os.close(log)
             wire.send({"pid": pid})
-            _, status = os.waitpid(pid, 0)
+            status = wait_for_child(pid)
+            end_children()
             wire.send({"status": status})
 
 

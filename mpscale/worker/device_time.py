@@ -48,6 +48,7 @@ from tensorflow.tsl.profiler.protobuf.xplane_pb2 import XSpace
 
 from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
+from mpscale.core.temporary import TemporaryFolder
 
 _GPU_PLANE = re.compile(r"/device:GPU:(\d+)")
 _KERNELS = frozenset({"kernel_details", "cuda_graph_exec_id"})
@@ -152,10 +153,11 @@ def first_gpu(profile: Any, steps: int) -> BusyTime | Reason:
 def record(run_steps: Callable[[], None]) -> Any | Reason:
     """Return the XSpace of a call of ``run_steps`` and of all that it starts on a device."""
     try:
-        folder = tempfile.TemporaryDirectory(prefix="mpscale-profile-", ignore_cleanup_errors=True)
+        place = TemporaryFolder("profile")
+        name = str(place.path)
     except OSError as error:
         return _silent(f"TensorFlow's profiler has no place for its file: {error}")
-    with folder as name:
+    with place:
         tf.test.experimental.sync_devices()
         try:
             # Without options: TensorFlow 2.21 ignores them, as a profile's own note of its options shows.

@@ -5,8 +5,10 @@ Keras is imported in functions, so that pytest, which only needs the names, star
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -65,10 +67,43 @@ def fail(error):
     raise error
 
 
-def leave_a_child():
-    if os.fork() == 0:
-        time.sleep(600)
+def leave_children():
+    """Start a child, one in a session of its own, and a daemon, which has forked twice."""
+    for leave in (lambda: None, os.setsid, lambda: os.setsid() or (os.fork() and os._exit(0))):
+        if os.fork() == 0:
+            leave()
+            time.sleep(600)
+
+
+def leave_children_and_die():
+    leave_children()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave_children_and_hang():
+    leave_children()
+    time.sleep(600)
+
+
+def only_once(act):
+    """Call ``act`` in the first attempt."""
+    mark = Path(f"{act.__name__}.done")
+    if not mark.exists():
+        mark.touch()
+        act()
+
+
+def kill_the_parent():
+    """As the kernel may when memory runs out: the process that has forked this one holds TensorFlow."""
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def remove_temporary_files():
+    """As a cleaner of old files does."""
+    assert "SUITE_TIDY" in os.environ  # the folder must be the suite's own
+    for folder in Path(tempfile.gettempdir()).glob("mpscale-*"):
+        shutil.rmtree(folder)
 
 
 def print_progress():
@@ -80,10 +115,12 @@ fine = make("fine", growth_interval=20)
 killed = interrupted("killed", lambda: os.kill(os.getpid(), signal.SIGKILL))
 segfault = interrupted("segfault", lambda: os.kill(os.getpid(), signal.SIGSEGV))
 exception = interrupted("exception", lambda: fail(ValueError("the metric could not be computed")))
-hang = interrupted("hang", lambda: time.sleep(600))
+hang = interrupted("hang", leave_children_and_hang)
 leaves = interrupted("leaves", lambda: os._exit(3))
 memory = interrupted("memory", lambda: fail(MemoryError("no memory left for the metric")))
-orphans = interrupted("orphans", leave_a_child)
+orphans = interrupted("orphans", leave_children_and_die)
+parentless = interrupted("parentless", lambda: only_once(kill_the_parent))
+tidied = interrupted("tidied", lambda: only_once(remove_temporary_files))
 progress_bar = interrupted("progress-bar", print_progress)
 cancelled = interrupted("cancelled", lambda: fail(asyncio.CancelledError("the data were cancelled")))
 exits = interrupted("exits", lambda: sys.exit("no more"))

@@ -1,5 +1,7 @@
 """A case that dies, in whatever way, has a row with the reason, and all other rows are complete."""
 
+import json
+
 import pandas as pd
 import pytest
 from support.processes import processes_in
@@ -16,18 +18,25 @@ WAYS = {
 }
 
 
-def die(run_suite, ways, method, timeout_s):
+DISTURBED = ("parentless", "tidied")
+"""The process that forks workers is killed; the temporary files are removed."""
+
+
+def die(run_suite, ways, method, timeout_s, **variables):
     """A run in which dying cases stand between two healthy ones."""
     workloads = ",".join(f"suite_workloads:{name}" for name in ("fine", *ways, "regression"))
     return run_suite(
         "--mp-workloads", workloads, "--mp-modes", "fp32", "--mp-seeds", "1", "--mp-timing", "0.05",
-        "--mp-timeout", str(timeout_s), "--mp-start-method", method,
+        "--mp-timeout", str(timeout_s), "--mp-start-method", method, **variables,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def deaths(run_suite):
-    return die(run_suite, WAYS, "fork", timeout_s=15)
+def deaths(run_suite, tmp_path_factory):
+    temporary = tmp_path_factory.mktemp("temporary")
+    done = die(run_suite, [*WAYS, *DISTURBED], "fork", timeout_s=15, TMPDIR=str(temporary), SUITE_TIDY="yes")
+    done.temporary = temporary
+    return done
 
 
 def row(deaths, name):
@@ -58,14 +67,35 @@ def test_cases_around_it_are_untouched(deaths):
 
 def test_each_death_fails_its_test_and_nothing_else(deaths):
     assert deaths.code == 1
-    assert f"{len(WAYS)} failed, 2 passed" in deaths.output
+    assert f"{len(WAYS)} failed, {2 + len(DISTURBED)} passed" in deaths.output
     for way in WAYS:
         assert f"FAILED test_suite.py::test_training[suite_workloads:{way}-fp32-seed0]" in deaths.output
     assert "was not used at all" not in deaths.output
 
 
-def test_a_process_left_behind_by_a_case_ends_with_it(deaths):
+def test_processes_left_behind_by_a_case_end_with_it(deaths):
     assert processes_in(deaths.folder) == []
+
+
+@pytest.mark.parametrize(("name", "attempts"), [("parentless", 2), ("tidied", 1)])
+def test_a_disturbed_case_is_not_lost(deaths, name, attempts):
+    case = row(deaths, name)
+    assert (case["status"], case["attempts"]) == ("ok", attempts), deaths.output
+    assert case["step_time_ms_median"] > 0
+
+
+def test_a_killed_parent_is_told_as_that_and_not_as_a_lack_of_memory(deaths):
+    events = map(json.loads, (deaths.path / "journal.jsonl").read_text().splitlines())
+    (first, second) = [
+        event["record"] for event in events if event["event"] == "case_finished" and "parentless" in event["case_id"]
+    ]
+    assert (first["status"], first["cause"], second["status"]) == ("crashed", "not-started", "ok")
+    assert "the process that forks workers has died (killed by SIGKILL)" in first["status_reason"]
+    assert "memory" not in first["status_reason"]
+
+
+def test_no_temporary_file_is_left(deaths):
+    assert list(deaths.temporary.iterdir()) == []
 
 
 def test_cases_csv_is_intact_whatever_a_case_printed(deaths):
@@ -82,7 +112,7 @@ def test_output_of_dead_cases_is_kept(deaths):
 def test_reports_are_still_written(deaths):
     report = (deaths.path / "report.md").read_text()
     assert "SIGSEGV" in report
-    assert len((deaths.path / "summary.csv").read_text().splitlines()) == 1 + len(WAYS) + 2
+    assert len((deaths.path / "summary.csv").read_text().splitlines()) == 1 + len(WAYS) + len(DISTURBED) + 2
 
 
 def test_metric_other_than_accuracy_has_its_own_column(deaths):

@@ -12,7 +12,7 @@ from support.fake_vendor import VENDOR, Acme, AcmeError
 from mpscale.core import device as devices
 from mpscale.core.reason import Code, Reason
 from mpscale.telemetry import host
-from mpscale.telemetry.__main__ import SamplingLoop
+from mpscale.telemetry.__main__ import Family, SamplingLoop
 from mpscale.telemetry.backend import open_backend
 from mpscale.telemetry.gpu_memory import memory_columns
 from mpscale.telemetry.gpu_state import state_columns, suspicions
@@ -34,7 +34,7 @@ def case(acme, tmp_path):
     """Samples a case of this process: phases are marked with ``case(phase)``, and ``case()`` ends it."""
     gpu = acme.gpu(acme.devices()[1])
     path = tmp_path / "samples.jsonl"
-    loop = SamplingLoop(gpu, os.getpid(), SampleFile(path), time.monotonic())
+    loop = SamplingLoop(gpu, Family(os.getpid()), SampleFile(path), time.monotonic())
 
     def step(phase=None):
         if phase is not None:
