@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from mpscale.core.case import Case
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
+from mpscale.core.file_errors import why
 from mpscale.core.record import Record, to_csv
 
 _QUICK_S = 0.05
@@ -94,6 +95,8 @@ class Journal:
         self._file: IO[bytes] | None = None
         """Open for appending; None while it cannot be written."""
         self._size = 0
+        self._has_info = False
+        """Whether run.json has been written."""
         self._cases_due = 0.0
         """When cases.csv may be written again, on the monotonic clock; 0 if after every case."""
         self._write_anew()
@@ -109,7 +112,7 @@ class Journal:
     def add_environment(self, facts: Mapping[str, Any]) -> None:
         """Add to the environment what only a worker can find out."""
         self._environment.update(facts)
-        with self._no_trouble_ends_the_run():
+        with self._table_may_fail():
             self._write_info()
 
     def case_started(self, case: Case, attempt: int) -> None:
@@ -133,13 +136,13 @@ class Journal:
         self._records[case.id] = record
         self._append("case_finished", case_id=case.id, record=record.to_json(), step_s=blocks, phases=dict(phases))
         if time.monotonic() >= self._cases_due:
-            with self._no_trouble_ends_the_run():
+            with self._table_may_fail():
                 self._write_cases()
 
     def finish(self, exit_status: int) -> None:
         """Note the end of the run. Nothing may be written afterwards."""
         if self._cases_due:
-            with self._no_trouble_ends_the_run():
+            with self._table_may_fail():
                 self._write_cases()
         self._append("run_finished", exit_status=exit_status, cases=len(self._records))
         if self._file is None:
@@ -167,13 +170,13 @@ class Journal:
             )
 
     def _is_in_place(self, file: IO[bytes]) -> bool:
-        """Whether the file at the journal's path is the one that was written, and run.json is beside it."""
+        """Whether the file at the journal's path is the one that was written, and run.json, if it was, is beside it."""
         try:
             there, here = (self.path / "journal.jsonl").stat(), os.fstat(file.fileno())
         except OSError:
             return False
         same = (there.st_dev, there.st_ino, there.st_size) == (here.st_dev, here.st_ino, self._size)
-        return same and (self.path / "run.json").is_file()
+        return same and (not self._has_info or (self.path / "run.json").is_file())
 
     def _write(self, file: IO[bytes], data: bytes) -> None:
         left = memoryview(data)
@@ -184,15 +187,17 @@ class Journal:
         self._size += len(data)
 
     def _write_anew(self) -> None:
-        """Write everything that is in memory."""
+        """Write everything that is in memory: the journal, which has all results, and then what can be made of it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write_info()
-        if self._records:
-            self._write_cases()
         journal = self.path / "journal.jsonl"
         _replace(journal, b"".join(self._lines))
         self._size = sum(map(len, self._lines))
         self._file = journal.open("ab", buffering=0)
+        with self._table_may_fail():
+            self._write_info()
+        if self._records:
+            with self._table_may_fail():
+                self._write_cases()
 
     def _write_cases(self) -> None:
         start = time.monotonic()
@@ -202,7 +207,9 @@ class Journal:
         self._cases_due = end + _PAUSE * took if took > _QUICK_S else 0.0
 
     def _write_info(self) -> None:
+        self._has_info = False
         _replace(self.path / "run.json", (json.dumps(self._info, indent=2) + "\n").encode())
+        self._has_info = True
 
     @contextlib.contextmanager
     def _no_trouble_ends_the_run(self) -> Iterator[None]:
@@ -211,10 +218,19 @@ class Journal:
             yield
         except OSError as error:
             self._close()
-            self._say(
-                f"{error.filename or self.path} cannot be written: {error.strerror or error}; the run goes on, and "
-                "writes it as soon as that is possible"
-            )
+            self._say_unwritten(error)
+
+    @contextlib.contextmanager
+    def _table_may_fail(self) -> Iterator[None]:
+        """Note a failure to write a file beside the journal and go on: the journal has what was to be in it."""
+        try:
+            yield
+        except OSError as error:
+            self._say_unwritten(error)
+
+    def _say_unwritten(self, error: OSError) -> None:
+        name = os.fsdecode(error.filename or self.path)
+        self._say(f"{name} cannot be written: {why(error)}; the run goes on, and writes it as soon as that is possible")
 
     def _close(self) -> None:
         if self._file is not None:
@@ -243,8 +259,9 @@ def _replace(path: Path, content: bytes) -> None:
     try:
         partial.write_bytes(content)
         partial.replace(path)
-    except OSError:
-        # A full disk needs the space.
+    except OSError as error:
+        # A full disk needs the space. A write that fails does not say which file it was for.
+        error.filename = str(path)
         with contextlib.suppress(OSError):
             partial.unlink()
         raise

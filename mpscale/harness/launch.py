@@ -12,13 +12,14 @@ from typing import Literal
 from mpscale.core.device import Device
 from mpscale.core.process import KILL_S, Child, Process, kill_session
 from mpscale.core.reason import Reason
-from mpscale.core.wire import Wire
+from mpscale.core.wire import Garbled, Wire
 
 # -P: a file in the working directory must not stand in for a module of the same name.
 _WORKER = (sys.executable, "-P", "-m", "mpscale.worker.__main__")
 _IMPORT_S = 180.0
 _FORK_S = 30.0
 _CLOSE_S = 5.0
+_GARBLED = "something other than mpscale wrote to the connection of the process that imports TensorFlow"
 
 
 class LaunchError(RuntimeError):
@@ -104,11 +105,14 @@ class ForkLauncher(Launcher):
             self._parents_environ = {**self.environ, "CUDA_VISIBLE_DEVICES": "-1"}
             self._parent = self._child("--serve", self._log, "ab")
             held = self._parent.receive(_IMPORT_S).get("held")
-            if held is not None and self._on_gpu:
-                raise UnsafeFork(Reason.from_json(held))
+            reason = None if held is None else Reason.from_json(held)
+            if reason is not None and self._on_gpu:
+                raise UnsafeFork(reason)
         except BaseException as error:
             # Also on an interrupt: a half-started parent would answer the next case out of turn.
             self.close()
+            if isinstance(error, Garbled | TypeError):
+                raise LaunchError(_GARBLED) from Garbled(str(error))
             if isinstance(error, OSError | EOFError):
                 raise LaunchError(f"the process that imports TensorFlow did not come up{self._tail()}") from error
             raise
@@ -138,7 +142,9 @@ class ForkLauncher(Launcher):
             self.close()
             if isinstance(error, TimeoutError):
                 raise LaunchError(f"the warm parent did not fork within {_FORK_S:g} s{self._tail()}") from error
-            if isinstance(error, OSError | EOFError | KeyError):
+            if isinstance(error, Garbled | KeyError | TypeError | ValueError):
+                raise LaunchError(_GARBLED) from Garbled(str(error))
+            if isinstance(error, OSError | EOFError):
                 raise LaunchError(f"the warm parent died: {error}{self._tail()}") from error
             raise
         finally:
@@ -169,7 +175,7 @@ class _Forked(Process):
                 self._code = os.waitstatus_to_exitcode(self._parent.receive(max(seconds, 0.0))["status"])
             except TimeoutError:
                 pass
-            except EOFError:
+            except (EOFError, KeyError, TypeError, ValueError):
                 # The warm parent itself was killed, and its children with it.
                 self._code = -int(signal.SIGKILL)
         return self._code

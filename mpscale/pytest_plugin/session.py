@@ -383,6 +383,9 @@ class Session:
 
 def _describe(error: Exception) -> str:
     """Return the message of an error, with its type unless it was written for people."""
+    from mpscale.core.file_errors import in_words
     from mpscale.core.runs import RunError
 
-    return str(error) if isinstance(error, RunError | OSError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        return in_words(error)
+    return str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"

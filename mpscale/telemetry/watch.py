@@ -14,6 +14,7 @@ from typing import Any
 
 from mpscale.core.columns import Source, measured_columns
 from mpscale.core.device import Device
+from mpscale.core.file_errors import in_words
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.telemetry import gpu_memory
@@ -50,11 +51,15 @@ class WorkerFacts:
 
 @dataclass(slots=True)
 class WatchResult:
-    """The columns of a case, why its figures must not be used, and whether the GPU was lost."""
+    """The columns of a case, why its figures must not be used, and whether the GPU was lost.
+
+    ``not_kept`` is why the samples could not be stored; None if they were, or were not to be.
+    """
 
     findings: Findings = field(default_factory=Findings)
     suspicions: list[Suspicion] = field(default_factory=list)
     lost: bool = False
+    not_kept: str | None = None
 
 
 class CaseWatch:
@@ -144,7 +149,7 @@ class CaseWatch:
             silent = error.reason.worded(f"the GPU driver stopped answering after {since} ({error})")
             notes = {"silent": silent.to_json()}
         result.lost = self._lost
-        samples = self._read_samples(keep, notes)
+        samples, result.not_kept = self._read_samples(keep, notes)
         findings.add(gpu_memory.memory_columns(samples, worker.allocator))
         steps, applied, off = worker.energy_steps, worker.energy_applied_steps, worker.energy_off
         findings.add(energy_columns(samples, steps, applied, self._ways.get(Reading.POWER), off))
@@ -195,17 +200,22 @@ class CaseWatch:
             self._first_settings = self._settings
         return None
 
-    def _read_samples(self, keep: Path | None, notes: Mapping[str, Any]) -> Samples:
+    def _read_samples(self, keep: Path | None, notes: Mapping[str, Any]) -> tuple[Samples, str | None]:
+        """The samples of the case, and why they could not be stored; None if they were."""
         text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
         if notes:
             # The last line may have been cut off when the monitor died.
             text = text[: text.rfind("\n") + 1] + line_of(notes)
+        not_kept = None
         if keep is not None and text:
-            # Losing this file must not fail the case. If the run's folder cannot be written, the journal reports that.
-            with contextlib.suppress(OSError):
+            try:
                 keep.parent.mkdir(parents=True, exist_ok=True)
-                keep.write_bytes(gzip.compress(text.encode(), 6))
-        return read_samples(text.splitlines(keepends=True))
+                _write_whole(keep, gzip.compress(text.encode(), 6))
+            except OSError as error:
+                # Losing this file must not fail the case, whose figures are known.
+                error.filename = error.filename or str(keep)
+                not_kept = in_words(error)
+        return read_samples(text.splitlines(keepends=True)), not_kept
 
     def _read_host(self) -> None:
         # The newest reading is the largest, since the kernel keeps the maximum. It also corrects an early reading that
@@ -213,3 +223,16 @@ class CaseWatch:
         peak = peak_resident_mib(self._pid) if self._pid is not None else None
         if peak is not None:
             self._host_peak_mib = peak
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        # A full disk needs the space.
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import json
@@ -19,10 +20,11 @@ from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case, series_key
 from mpscale.core.columns import Topic, measured_columns
 from mpscale.core.device import Device
+from mpscale.core.file_errors import in_words
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.core.wire import Channel, Phase
+from mpscale.core.wire import Channel, NotKept, Phase
 from mpscale.worker import autotuning
 from mpscale.worker import model as models
 from mpscale.worker.device import AllocatorPeak, require, touch
@@ -351,7 +353,11 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
         found.put("growth_interval", growth_interval)
     _report(channel, found)
     if steps_path is not None:
-        _write_steps(steps_path, training.log)
+        try:
+            _write_steps(steps_path, training.log)
+        except OSError as error:
+            # The training is done, and its figures do not need this file.
+            channel.send(NotKept("its steps", in_words(error)))
     # As at the end of Keras' fit: an optimizer that keeps a moving average of the weights copies it into them.
     built.step.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
     if evaluate is None:
@@ -379,12 +385,19 @@ def _write_steps(path: Path, log: Log) -> None:
     empty = [""] * len(log)
     scales = empty if log.scale is None else log.scale.tolist()
     overflows = empty if log.overflow is None else log.overflow.astype(int).tolist()
-    with gzip.open(partial, "wt", newline="", compresslevel=5) as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["step", "loss", "loss_scale", "overflow"])
-        losses = (f"{loss:.9g}" for loss in log.loss.tolist())
-        rows.writerows(zip(range(len(log)), losses, scales, overflows, strict=True))
-    partial.replace(path)
+    try:
+        with gzip.open(partial, "wt", newline="", compresslevel=5) as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(["step", "loss", "loss_scale", "overflow"])
+            losses = (f"{loss:.9g}" for loss in log.loss.tolist())
+            rows.writerows(zip(range(len(log)), losses, scales, overflows, strict=True))
+        partial.replace(path)
+    except OSError as error:
+        # A full disk needs the space. A write that fails does not say which file it was for.
+        error.filename = error.filename or str(path)
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) -> float:

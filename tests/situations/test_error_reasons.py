@@ -1,12 +1,15 @@
 """The reason of an error is what the user's code or TensorFlow says is wrong, not the path to it."""
 
+import resource
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from mpscale.core.cause import Cause
 from mpscale.core.wire import Failed
 from mpscale.harness.supervisor import _one_line
 from mpscale.worker.__main__ import cause
@@ -179,7 +182,7 @@ def test_out_of_memory_is_recognised_by_type_even_inside_a_layer():
 
     with pytest.raises(Exception, match="no more") as caught:
         traced(Greedy())()
-    assert cause(caught.value, True) == Failed("MemoryError", "no more", oom=True)
+    assert cause(caught.value, True) == Failed("MemoryError", "no more", Cause.OUT_OF_MEMORY)
 
 
 @pytest.mark.parametrize(
@@ -194,13 +197,34 @@ def test_out_of_memory_is_recognised_by_type_even_inside_a_layer():
     ],
 )
 def test_out_of_memory_is_recognised_by_what_libraries_say(error, oom):
-    assert cause(error, jit=True).oom is oom
+    assert (cause(error, jit=True).cause is Cause.OUT_OF_MEMORY) == oom
 
 
 def test_numpys_own_memory_error_is_out_of_memory():
     with pytest.raises(MemoryError) as caught:
         np.empty(2**62, np.int8)
-    assert cause(caught.value, jit=True).oom
+    assert cause(caught.value, jit=True).cause is Cause.OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda: Path("/dev/full").write_text("weights"),
+        # TensorFlow has one type of error for a full disk and for lack of memory.
+        lambda: tf.io.write_file("/dev/full", "weights"),
+        lambda: [Path("/dev/null").open("wb") for _ in range(10_000)],
+    ],
+    ids=["Python", "TensorFlow", "too many open files"],
+)
+def test_a_full_disk_is_not_lack_of_memory(write):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[0], 1000), limits[1]))
+    try:
+        with pytest.raises(Exception, match="No space left|Too many open files") as caught:
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert cause(caught.value, jit=True).cause is Cause.FILE_SYSTEM
 
 
 @pytest.mark.parametrize(
