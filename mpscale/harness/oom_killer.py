@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from mpscale.telemetry.cgroup import ROOT, kills_in, memory_group
 from mpscale.telemetry.host import available_mib
 
 _FIRST_NAMESPACE = "pid:[4026531836]"
@@ -44,11 +45,10 @@ class OomKiller:
         root: where ``/proc`` and ``/dev`` are; another folder in tests.
     """
 
-    def __init__(self, pid: int, root: Path = Path("/")) -> None:
+    def __init__(self, pid: int, root: Path = ROOT) -> None:
         self._pid, self._root = pid, root
-        self._group = _counter_of_group(pid, root)
-        self._machine = root / "proc/vmstat"
-        self._before = (_count(self._group), _count(self._machine))
+        self._group = memory_group(pid, root)
+        self._before = self._kills()
         self._free_mib = available_mib()
         self._log: int | None = None
 
@@ -73,7 +73,7 @@ class OomKiller:
         """
         if self._pid in self._victims():
             return Evidence("the kernel killed it because memory ran out (kernel log)", certain=True)
-        group, machine = _count(self._group), _count(self._machine)
+        group, machine = self._kills()
         if _rose(self._before[0], group):
             return Evidence(
                 "the kernel killed a process of its memory cgroup because the cgroup's or the machine's memory ran out",
@@ -89,6 +89,11 @@ class OomKiller:
             )
             return Evidence(text, certain=False)
         return None
+
+    def _kills(self) -> tuple[int | None, int | None]:
+        """How many processes the kernel has killed so far, in the process's memory cgroup and on the machine."""
+        of_group = None if self._group is None else self._group.oom_kills()
+        return of_group, kills_in(self._root / "proc/vmstat")
 
     def _victims(self) -> set[int]:
         """The processes that the kernel's log has named as killed since the start."""
@@ -110,48 +115,5 @@ class OomKiller:
         return found
 
 
-def _counter_of_group(pid: int, root: Path) -> Path | None:
-    """The file with the counter ``oom_kill`` of a process's memory cgroup, of version 1 or 2; None if there is none."""
-    mounted: dict[str, tuple[str, Path]] = {}
-    for line in _read(root / "proc/self/mountinfo").splitlines():
-        # ID, parent, device, root of the mount, mount point, options, optional fields, -, type, source, options.
-        before, _, after = line.partition(" - ")
-        fields, source = before.split(), after.split()
-        if len(fields) < 5 or len(source) < 3 or source[0] not in ("cgroup", "cgroup2"):
-            continue
-        if source[0] == "cgroup2" or "memory" in source[2].split(","):
-            mounted.setdefault(source[0], (fields[3], root / fields[4].lstrip("/")))
-    for line in _read(root / f"proc/{pid}/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            kind, name = "cgroup", "memory.oom_control"
-        elif not controllers:
-            kind, name = "cgroup2", "memory.events"
-        else:
-            continue
-        if kind not in mounted:
-            continue
-        top, folder = mounted[kind]
-        # In a container the mount may show only a part of the tree, from `top` on.
-        inside = os.path.relpath(path, top) if path.startswith(top) else path.lstrip("/")
-        file = folder / inside / name
-        if _count(file) is not None:
-            return file
-    return None
-
-
-def _count(file: Path | None) -> int | None:
-    """The line ``oom_kill N`` of a file of the kernel, None if it has none."""
-    found = None if file is None else re.search(r"^oom_kill (\d+)$", _read(file), re.MULTILINE)
-    return None if found is None else int(found[1])
-
-
 def _rose(before: int | None, after: int | None) -> bool:
     return before is not None and after is not None and after > before
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

@@ -87,7 +87,8 @@ def test_own_failure_is_retried_with_the_same_allocator_and_then_with_the_next(s
 def test_an_allocator_that_has_worked_is_kept(supervisor):
     worked, failed = ended("ok", phase="context-ready"), [ended("error", Cause.EXCEPTION) for _ in range(3)]
     assert judged(supervisor(), worked, *failed) == [KEPT] * 4
-    later = judged(supervisor(), ended("error"), ended("error"), worked, *failed)
+    own = [ended("error", Cause.EXCEPTION) for _ in range(2)]
+    later = judged(supervisor(), *own, worked, *failed)
     assert later[2:] == [(None, "bfc")] * 4
 
 

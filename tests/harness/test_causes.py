@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import sys
-import time
 
 import pytest
 
@@ -75,14 +72,14 @@ FAILURES = {
 # Junk at every moment, and of every kind that a parser may choke on.
 JUNK = {
     "before the first message": "junk(b'hello\\n')",
-    "in the middle of a message": BEGAN + "junk(b'{\"event\": \"val'); finish()",
+    "in the middle of a message": BEGAN + 'junk(b\'{"event": "val\'); finish()',
     "invalid UTF-8": BEGAN + "junk(b'\\xff\\xfe\\n')",
     "deeply nested": BEGAN + "junk(b'[' * 10**5 + b'\\n')",
     "a number of many digits": BEGAN + "junk(b'{\"event\": ' + b'1' * 10**5 + b'}\\n')",
     "without an end": BEGAN + "junk(b'x' * (2**26 + 2**20)); time.sleep(60)",
     "an object that is no event": BEGAN + "junk(b'{}\\n')",
     "an event of other types": BEGAN + "wire.send({'event': 'values', 'values': {'parameters': 'many'}})",
-    "not a number": BEGAN + "junk(b'{\"event\": \"progress\", \"done\": NaN, \"total\": 3}\\n')",
+    "not a number": BEGAN + 'junk(b\'{"event": "progress", "done": NaN, "total": 3}\\n\')',
     "a log that a C library prints": BEGAN + "junk(b'2026-01-01 I tensorflow/core: started\\n')",
 }
 FAILURES |= {f"junk: {name}": (act, "error", Cause.GARBLED) for name, act in JUNK.items()}

@@ -13,6 +13,7 @@ import pytest
 
 from mpscale.harness import oom_killer
 from mpscale.harness.oom_killer import OomKiller
+from mpscale.telemetry.cgroup import ROOT, memory_group
 
 GREEDY = """
 import sys
@@ -72,6 +73,31 @@ def test_a_real_kill_is_in_the_log_of_the_kernel(group):
     assert "kernel log" in seen.text
 
 
+def test_the_limit_of_a_real_cgroup_is_known(group):
+    command = [sys.executable, "-c", GREEDY, str(group)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        found = memory_group(child.pid, ROOT)
+        child.kill()
+    assert found.limit_mib() == 64.0
+    assert found.left_mib() is not None
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_lowest_limit_on_the_way_to_the_root_counts(tmp_path, version):
+    system(tmp_path, version)
+    limit, used = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
+    group = memory_group(1234, tmp_path)
+    assert (group.limit_mib(), group.left_mib()) == (None, None)
+    for folder, most, now in ((group.top, 300, 250), (group.folder, 200, 100)):
+        (folder / f"memory.{limit}").write_text(f"{most * 2**20}\n")
+        (folder / f"memory.{used}").write_text(f"{now * 2**20}\n")
+    assert (group.limit_mib(), group.left_mib()) == (200.0, 50.0)
+    unlimited = "9223372036854771712\n" if version == 1 else "max\n"
+    (group.folder / f"memory.{limit}").write_text(unlimited)
+    assert group.limit_mib() == 300.0
+
+
 def system(root, version=2, group=0, machine=0, log=None):
     """Make the files of a system: a memory cgroup with this many kills, and that many on the whole machine."""
     folder = root / "sys/fs/cgroup" / ("memory" if version == 1 else "")
@@ -83,6 +109,7 @@ def system(root, version=2, group=0, machine=0, log=None):
         "proc/1234/cgroup": "5:cpu:/\n4:memory:/job\n" if version == 1 else "0::/job\n",
         "proc/vmstat": f"pgfault 5\noom_kill {machine}\n",
         f"{folder.relative_to(root)}/job/{name}": f"{text}oom_kill {group}\n",
+        f"{folder.relative_to(root)}/job/memory.usage_in_bytes": "4096\n",
     }
     if log is not None:
         files["dev/kmsg"] = log

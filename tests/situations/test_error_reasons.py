@@ -1,6 +1,6 @@
 """The reason of an error is what the user's code or TensorFlow says is wrong, not the path to it."""
 
-import resource
+import errno
 import sys
 from pathlib import Path
 
@@ -212,29 +212,15 @@ def test_numpys_own_memory_error_is_out_of_memory():
         lambda: Path("/dev/full").write_text("weights"),
         # TensorFlow has one type of error for a full disk and for lack of memory.
         lambda: tf.io.write_file("/dev/full", "weights"),
-        lambda: [Path("/dev/null").open("wb") for _ in range(10_000)],
     ],
-    ids=["Python", "TensorFlow", "too many open files"],
+    ids=["Python", "TensorFlow"],
 )
 def test_a_full_disk_is_not_lack_of_memory(write):
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[0], 1000), limits[1]))
-    try:
-        with pytest.raises(Exception, match="No space left|Too many open files") as caught:
-            write()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with pytest.raises(Exception, match="No space left") as caught:
+        write()
     assert cause(caught.value, jit=True).cause is Cause.FILE_SYSTEM
 
 
-@pytest.mark.parametrize(
-    ("message", "hint"),
-    [
-        # What XLA said of a float32 convolution on an H200.
-        ("Autotuner could not find any supported configs for HLO: %cudnn-conv-bias-activation.13", True),
-        ("Failed to launch CUDA kernel: an illegal memory access was encountered", False),
-    ],
-)
-def test_an_internal_error_before_there_is_a_program_is_a_refusal_by_xla(message, hint):
-    error = tf.errors.InternalError(None, None, f"{message} [Op:__inference_step_637]")
-    assert (NO_JIT in cause(error, jit=True).message) is hint
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), OSError(errno.EDQUOT, "quota")])
+def test_what_else_may_be_used_up(error):
+    assert cause(error, jit=True).cause is Cause.FILE_SYSTEM
