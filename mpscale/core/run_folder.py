@@ -145,10 +145,12 @@ class Journal:
             with self._table_may_fail():
                 self._write_cases()
         self._append("run_finished", exit_status=exit_status, cases=len(self._records))
-        if self._file is None:
-            self.path = Path(tempfile.mkdtemp(prefix="mpscale-")) / self.name
-            self.troubles.append(f"everything but steps and GPU samples is kept in {self.path}")
-            self._write_anew()
+        if self._file is None or not self._has_info:
+            self._close()
+            with self._no_trouble_ends_the_run():
+                self.path = Path(tempfile.mkdtemp(prefix="mpscale-")) / self.name
+                self._write_anew()
+                self.troubles.append(f"everything but steps and GPU samples is kept in {self.path}")
         if self._file is not None:
             self._file.close()
 
@@ -158,6 +160,9 @@ class Journal:
         with self._no_trouble_ends_the_run():
             if self._file is not None and self._is_in_place(self._file):
                 self._write(self._file, line)
+                if not self._has_info:
+                    with self._table_may_fail():
+                        self._write_info()
                 return
             known = self._file is None
             self._close()
@@ -229,7 +234,8 @@ class Journal:
             self._say_unwritten(error)
 
     def _say_unwritten(self, error: OSError) -> None:
-        name = os.fsdecode(error.filename or self.path)
+        # A write that fails does not say which file it was for; that of the journal is the only one that gets here so.
+        name = os.fsdecode(error.filename or self.path / "journal.jsonl")
         self._say(f"{name} cannot be written: {why(error)}; the run goes on, and writes it as soon as that is possible")
 
     def _close(self) -> None:
@@ -259,9 +265,8 @@ def _replace(path: Path, content: bytes) -> None:
     try:
         partial.write_bytes(content)
         partial.replace(path)
-    except OSError as error:
-        # A full disk needs the space. A write that fails does not say which file it was for.
-        error.filename = str(path)
+    except OSError:
+        # A full disk needs the space.
         with contextlib.suppress(OSError):
             partial.unlink()
         raise

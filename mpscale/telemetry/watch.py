@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import math
 import tempfile
@@ -210,10 +209,9 @@ class CaseWatch:
         if keep is not None and text:
             try:
                 keep.parent.mkdir(parents=True, exist_ok=True)
-                _write_whole(keep, gzip.compress(text.encode(), 6))
+                keep.write_bytes(gzip.compress(text.encode(), 6))
             except OSError as error:
                 # Losing this file must not fail the case, whose figures are known.
-                error.filename = error.filename or str(keep)
                 not_kept = in_words(error)
         return read_samples(text.splitlines(keepends=True)), not_kept
 
@@ -223,16 +221,3 @@ class CaseWatch:
         peak = peak_resident_mib(self._pid) if self._pid is not None else None
         if peak is not None:
             self._host_peak_mib = peak
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError:
-        # A full disk needs the space.
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise

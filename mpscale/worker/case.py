@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
 import json
@@ -385,19 +384,12 @@ def _write_steps(path: Path, log: Log) -> None:
     empty = [""] * len(log)
     scales = empty if log.scale is None else log.scale.tolist()
     overflows = empty if log.overflow is None else log.overflow.astype(int).tolist()
-    try:
-        with gzip.open(partial, "wt", newline="", compresslevel=5) as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["step", "loss", "loss_scale", "overflow"])
-            losses = (f"{loss:.9g}" for loss in log.loss.tolist())
-            rows.writerows(zip(range(len(log)), losses, scales, overflows, strict=True))
-        partial.replace(path)
-    except OSError as error:
-        # A full disk needs the space. A write that fails does not say which file it was for.
-        error.filename = error.filename or str(path)
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+    with gzip.open(partial, "wt", newline="", compresslevel=5) as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["step", "loss", "loss_scale", "overflow"])
+        losses = (f"{loss:.9g}" for loss in log.loss.tolist())
+        rows.writerows(zip(range(len(log)), losses, scales, overflows, strict=True))
+    partial.replace(path)
 
 
 def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) -> float:
