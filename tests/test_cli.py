@@ -132,7 +132,7 @@ def test_report_for_github_is_printed_and_writes_nothing(mpscale, project):
         (("probe", "article-mlp", "--seed", "-1"), "expected an integer from 0 to 2**32 - 1"),
         (("probe", "article-mlp", "--results", "/proc"), "/proc is not a folder that can be written to"),
         (("history", "--figure", "h.pdf"), "h.pdf: '.pdf' files cannot be made; end it in .svg or .png"),
-        (("history", "--figure", "nowhere/h.svg"), "nowhere/h.svg: No such file or directory"),
+        (("history", "--figure", "nowhere/h.svg"), "nowhere/h.svg: there is no such file or folder"),
     ],
 )
 def test_a_mistake_gets_a_message_of_one_line(mpscale, project, arguments, message):
@@ -158,7 +158,7 @@ def test_a_file_that_cannot_be_written_gets_a_message_of_one_line(mpscale, proje
     code, _, err = mpscale("report", "latest")
     assert code == 2
     assert err.startswith("mpscale: error: ")
-    assert "report.md: Is a directory" in err
+    assert "report.md: it is a folder and not a file" in err
 
 
 def test_a_closed_pipe_is_not_an_error(project):

@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RunError, SettingsError) as error:
         return fail(str(error))
     except OSError as error:
-        return fail(in_words(error))
+        # What writes a file says which. Standard output does not.
+        return fail(in_words(error, None if error.filename else "the output cannot be written"))
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

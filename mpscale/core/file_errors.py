@@ -33,7 +33,9 @@ _NO_MEMORY = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT
 
 def why(error: OSError) -> str:
     """The reason without the file's name, such as ``the disk is full: free some space, ...``."""
-    words, cure = _WORDS.get(error.errno or 0, (error.strerror or str(error) or type(error).__name__, ""))
+    said, number = error.strerror or str(error) or type(error).__name__, error.errno or 0
+    # A library may have said more than the system does.
+    words, cure = _WORDS.get(number, (said, "")) if said == os.strerror(number) else (said, "")
     return f"{words}: {cure}" if cure else words
 
 

@@ -265,8 +265,8 @@ def _replace(path: Path, content: bytes) -> None:
     try:
         partial.write_bytes(content)
         partial.replace(path)
-    except OSError:
+    except OSError as error:
         # A full disk needs the space.
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 
 import pytest
 
-from mpscale.core.case import Case, Settings
+from mpscale.core.case import Case
 from mpscale.core.cause import Cause
 from mpscale.core.columns import FAILED
-from mpscale.core.device import Device
-from mpscale.core.reason import Code, Reason
 from mpscale.core.wire import Again
-from mpscale.harness import launch, supervisor
-from mpscale.harness.run import BenchmarkRun
-from mpscale.harness.supervisor import Options
-from mpscale.telemetry.client import NoDriver
+from mpscale.harness import launch
 
-WORKER = """
-import json, os, signal, sys, time
-from mpscale.core.wire import Channel, Failed, Finished, NotKept, Wire
-from mpscale.worker.__main__ import cause
-
-wire = Wire.inherited(int(sys.argv[2]))
-channel, request = Channel(wire), wire.receive()
-
-def junk(data):
-    wire._socket.sendall(data)
-
-def began():
-    channel.values({"parameters": 10})
-    channel.phase("idle")
-
-def finish(status="ok", reason=None):
-    channel.send(Finished(status, reason, {}))
-
-try:
-    exec(request["case"]["workload"])
-except Exception as error:
-    channel.send(cause(error, True))
-    sys.exit(1)
-"""
 BEGAN = "began(); "
 SAY = BEGAN + "print('terminate called after throwing an instance of std::bad_alloc', flush=True); "
 KILL = "os.kill(os.getpid(), signal.SIG{}); time.sleep(60)"
@@ -85,34 +54,6 @@ JUNK = {
 FAILURES |= {f"junk: {name}": (act, "error", Cause.GARBLED) for name, act in JUNK.items()}
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run a case whose workload's name is what the worker does; return its attempts, and the run."""
-    (tmp_path / "worker.py").write_text(WORKER)
-    monkeypatch.setattr(launch, "_WORKER", (sys.executable, "-P", str(tmp_path / "worker.py")))
-    monkeypatch.setattr(supervisor, "_GRACE_S", 0.3)
-    runs = []
-
-    def start(*acts, results=tmp_path / "results", mode="fp32", **options):
-        options = {"timeout_s": 20.0, "retries": 0, **options}
-        cases = [Case(act, mode, 0, 0, 0, Settings(energy_s=0.0)) for act in acts]
-        heard = []
-        driver = NoDriver(Reason(Code.NO_GPU, "no driver"))
-        options = Options(results, tmp_path, "fresh", asked={}, **options)
-        made = BenchmarkRun(cases, Device("cpu", "CPU"), driver, options, lambda _, event: heard.append(event))
-        runs.append(made)
-        return made, cases, heard
-
-    yield start
-    for made in runs:
-        made.finish(1)
-
-
-def attempts(made):
-    lines = (made.path / "journal.jsonl").read_text().splitlines()
-    return [event["record"] for event in map(json.loads, lines) if event["event"] == "case_finished"]
-
-
 @pytest.mark.parametrize("way", FAILURES)
 def test_a_row_has_its_status_its_cause_and_what_was_measured(run, way):
     act, status, cause = FAILURES[way]
@@ -145,7 +86,7 @@ def test_junk_after_the_last_message_costs_nothing(run):
     assert made.run(case).record["status"] == "ok"
 
 
-def test_a_case_that_the_user_stops_is_interrupted(run):
+def test_a_case_that_the_user_stops_is_interrupted(run, attempts):
     made, (case,), _ = run(BEGAN + "time.sleep(60)")
 
     def stop(*_):
@@ -198,7 +139,7 @@ finish()
         ("os.write(os.open('/dev/full', os.O_WRONLY), b'x')", "error", Cause.FILE_SYSTEM),
     ],
 )
-def test_a_transient_cause_is_retried_and_the_row_says_so(run, does, status, cause):
+def test_a_transient_cause_is_retried_and_the_row_says_so(run, attempts, does, status, cause):
     made, (case,), heard = run(ONCE.format(does), retries=1)
     record = made.run(case).record
     first, second = attempts(made)
@@ -218,7 +159,7 @@ def test_a_transient_cause_is_retried_and_the_row_says_so(run, does, status, cau
         (BEGAN + "bytearray(2**60)", 2, ["oom"]),
     ],
 )
-def test_attempts_are_as_many_as_were_asked_for_and_one_for_what_will_not_pass(run, act, retries, expected):
+def test_attempts_are_as_many_as_were_asked_for_and_one_for_what_will_not_pass(run, attempts, act, retries, expected):
     made, (case,), _ = run(act, retries=retries)
     assert made.run(case).record["status"] == expected[-1]
     rows = attempts(made)

@@ -1,0 +1,77 @@
+"""A run whose workers do without TensorFlow: each does what the name of its workload says, in Python."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from mpscale.core.case import Case, Settings
+from mpscale.core.device import Device
+from mpscale.core.reason import Code, Reason
+from mpscale.harness import launch, supervisor
+from mpscale.harness.run import BenchmarkRun
+from mpscale.harness.supervisor import Options
+from mpscale.telemetry.client import NoDriver
+
+WORKER = """
+import json, os, signal, sys, time
+from pathlib import Path
+from mpscale.core.wire import Channel, Failed, Finished, NotKept, Wire
+from mpscale.worker.__main__ import cause
+
+wire = Wire.inherited(int(sys.argv[2]))
+channel, request = Channel(wire), wire.receive()
+
+def junk(data):
+    wire._socket.sendall(data)
+
+def began():
+    channel.values({"parameters": 10, "has_metric": False})
+    channel.phase("idle")
+
+def finish(status="ok", reason=None):
+    channel.send(Finished(status, reason, {}))
+
+try:
+    exec(request["case"]["workload"])
+except Exception as error:
+    channel.send(cause(error, True))
+    sys.exit(1)
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run a case whose workload's name is what the worker does; return its attempts, and the run."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(launch, "_WORKER", (sys.executable, "-P", str(tmp_path / "worker.py")))
+    monkeypatch.setattr(supervisor, "_GRACE_S", 0.3)
+    runs = []
+
+    def start(*acts, results=tmp_path / "results", mode="fp32", **options):
+        options = {"timeout_s": 20.0, "retries": 0, **options}
+        cases = [Case(act, mode, 0, 0, 0, Settings(energy_s=0.0)) for act in acts]
+        heard = []
+        driver = NoDriver(Reason(Code.NO_GPU, "no driver"))
+        options = Options(results, tmp_path, "fresh", asked={}, **options)
+        made = BenchmarkRun(cases, Device("cpu", "CPU"), driver, options, lambda _, event: heard.append(event))
+        runs.append(made)
+        return made, cases, heard
+
+    yield start
+    for made in runs:
+        if made._supervisor is not None:
+            made.finish(1)
+
+
+@pytest.fixture
+def attempts():
+    """The records of all attempts in the journal of a run."""
+
+    def read(made):
+        lines = (made.path / "journal.jsonl").read_text().splitlines()
+        return [event["record"] for event in map(json.loads, lines) if event["event"] == "case_finished"]
+
+    return read
