@@ -15,6 +15,7 @@ from mpscale.harness.run import BenchmarkRun
 from mpscale.harness.supervisor import Options
 from mpscale.telemetry.client import NoDriver
 
+CPU, NO_DRIVER = Device("cpu", "CPU"), NoDriver(Reason(Code.NO_GPU, "no driver"))
 WORKER = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -24,12 +25,23 @@ from mpscale.worker.__main__ import cause
 wire = Wire.inherited(int(sys.argv[2]))
 channel, request = Channel(wire), wire.receive()
 
+PHASES = ("idle", "context-ready", "compiled", "steps-synchronised", "steps-queued", "trained", "timing-start")
+PHASES += ("timing-end", "done")
+
 def junk(data):
     wire._socket.sendall(data)
 
 def began():
     channel.values({"parameters": 10, "has_metric": False})
     channel.phase("idle")
+
+def on_gpu():
+    # The phases of a training, with time for samples after the first three.
+    channel.values({"has_metric": False, "gpu_memory_allocator_peak_mib": 200.0, "gpu_allocator": "cuda_malloc_async"})
+    for phase in PHASES:
+        channel.phase(phase)
+        time.sleep({"idle": 0.05, "context-ready": 0.05, "compiled": 0.25}.get(phase, 0.0))
+    finish()
 
 def finish(status="ok", reason=None):
     channel.send(Finished(status, reason, {}))
@@ -50,13 +62,12 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor, "_GRACE_S", 0.3)
     runs = []
 
-    def start(*acts, results=tmp_path / "results", mode="fp32", **options):
+    def start(*acts, results=tmp_path / "results", device=CPU, driver=NO_DRIVER, **options):
         options = {"timeout_s": 20.0, "retries": 0, **options}
-        cases = [Case(act, mode, 0, 0, 0, Settings(energy_s=0.0)) for act in acts]
+        cases = [Case(act, "fp32", seed, 0, 0, Settings(energy_s=0.0)) for seed, act in enumerate(acts)]
         heard = []
-        driver = NoDriver(Reason(Code.NO_GPU, "no driver"))
         options = Options(results, tmp_path, "fresh", asked={}, **options)
-        made = BenchmarkRun(cases, Device("cpu", "CPU"), driver, options, lambda _, event: heard.append(event))
+        made = BenchmarkRun(cases, device, driver, options, lambda _, event: heard.append(event))
         runs.append(made)
         return made, cases, heard
 
