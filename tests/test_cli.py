@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.imports import run_and_list_imports
@@ -191,3 +192,12 @@ def test_history_writes_table_and_figure_to_the_named_files(mpscale, project):
     assert (code, out, err) == (0, "", "")
     assert NAME in (project / "h.md").read_text(encoding="utf-8")
     assert "line-1-1" in (project / "h.svg").read_text(encoding="utf-8")
+
+
+def test_a_result_that_standard_output_cannot_take_gets_a_message_of_one_line(project):
+    command = [sys.executable, "-m", "mpscale.cli", "list"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=project, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("mpscale: error: the output cannot be written: the disk is full: free some space")
+    assert done.stderr.count("\n") == 1

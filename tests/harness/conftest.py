@@ -62,11 +62,11 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor, "_GRACE_S", 0.3)
     runs = []
 
-    def start(*acts, results=tmp_path / "results", device=CPU, driver=NO_DRIVER, **options):
+    def start(*acts, results=tmp_path / "results", device=CPU, driver=NO_DRIVER, method="fresh", **options):
         options = {"timeout_s": 20.0, "retries": 0, **options}
         cases = [Case(act, "fp32", seed, 0, 0, Settings(energy_s=0.0)) for seed, act in enumerate(acts)]
         heard = []
-        options = Options(results, tmp_path, "fresh", asked={}, **options)
+        options = Options(results, tmp_path, method, asked={}, **options)
         made = BenchmarkRun(cases, device, driver, options, lambda _, event: heard.append(event))
         runs.append(made)
         return made, cases, heard

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 
@@ -173,3 +174,37 @@ def test_a_file_that_cannot_be_kept_is_noted_and_fails_the_run_but_not_the_case(
     record = made.run(case).record
     assert (record["status"], record["note"]) == ("ok", "its steps could not be kept: the disk is full")
     assert made.troubles == [f"{case.id}: its steps could not be kept: the disk is full"]
+
+
+PARENT = """
+import os, sys
+from mpscale.core.wire import Wire
+
+wire, told = Wire.inherited(int(sys.argv[2])), os.environ.get("HELD", '{"held": null}')
+wire._socket.sendall(told.encode() + b"\\n")
+wire.receive()
+wire._socket.sendall(os.environ["ANSWER"].encode() + b"\\n")
+wire.receive()
+"""
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"HELD": "hello"},
+        {"HELD": '{"held": 5}'},
+        {"ANSWER": "hello"},
+        {"ANSWER": "{}"},
+        {"ANSWER": '{"pid": "one"}'},
+        {"ANSWER": '{"pid": null}'},
+    ],
+    ids=str,
+)
+def test_junk_from_the_process_that_forks_workers(run, tmp_path, monkeypatch, said):
+    (tmp_path / "parent.py").write_text(PARENT)
+    made, (case,), _ = run("finish()", method="fork")
+    monkeypatch.setattr(launch, "_WORKER", (sys.executable, "-P", str(tmp_path / "parent.py")))
+    for name, value in {"ANSWER": "{}", **said}.items():
+        monkeypatch.setenv(name, value)
+    record = made.run(case).record
+    assert (record["status"], record["cause"]) == ("error", Cause.GARBLED), record["status_reason"]
