@@ -23,7 +23,6 @@ FAILURES = {
     "runs out of memory": (BEGAN + "bytearray(2**60)", "oom", Cause.OUT_OF_MEMORY),
     "fills the disk": (BEGAN + "os.write(os.open('/dev/full', os.O_WRONLY), b'x')", "error", Cause.FILE_SYSTEM),
     "exits": (BEGAN + "os._exit(0)", "error", Cause.EXITED),
-    "exits with a code": (BEGAN + "os._exit(3)", "error", Cause.EXITED),
     "hangs up": (BEGAN + "wire.close(); time.sleep(60)", "crashed", Cause.EXITED),
     "hangs": (BEGAN + "time.sleep(60)", "timeout", Cause.TIMEOUT),
     "segmentation fault": (BEGAN + KILL.format("SEGV"), "crashed", Cause.FATAL_SIGNAL),
@@ -39,18 +38,14 @@ FAILURES = {
         Cause.OTHER_TRAINING,
     ),
 }
-# Junk at every moment, and of every kind that a parser may choke on.
+# Junk at every moment; test_wire has all kinds that a parser may choke on.
 JUNK = {
     "before the first message": "junk(b'hello\\n')",
     "in the middle of a message": BEGAN + 'junk(b\'{"event": "val\'); finish()',
-    "invalid UTF-8": BEGAN + "junk(b'\\xff\\xfe\\n')",
-    "deeply nested": BEGAN + "junk(b'[' * 10**5 + b'\\n')",
-    "a number of many digits": BEGAN + "junk(b'{\"event\": ' + b'1' * 10**5 + b'}\\n')",
     "without an end": BEGAN + "junk(b'x' * (2**26 + 2**20)); time.sleep(60)",
     "an object that is no event": BEGAN + "junk(b'{}\\n')",
     "an event of other types": BEGAN + "wire.send({'event': 'values', 'values': {'parameters': 'many'}})",
     "not a number": BEGAN + 'junk(b\'{"event": "progress", "done": NaN, "total": 3}\\n\')',
-    "a log that a C library prints": BEGAN + "junk(b'2026-01-01 I tensorflow/core: started\\n')",
 }
 FAILURES |= {f"junk: {name}": (act, "error", Cause.GARBLED) for name, act in JUNK.items()}
 
@@ -58,7 +53,7 @@ FAILURES |= {f"junk: {name}": (act, "error", Cause.GARBLED) for name, act in JUN
 @pytest.mark.parametrize("way", FAILURES)
 def test_a_row_has_its_status_its_cause_and_what_was_measured(run, way):
     act, status, cause = FAILURES[way]
-    made, cases, _ = run(act, timeout_s=1.0 if way == "hangs" else 20.0)
+    made, cases, _ = run(act, timeout_s=0.5 if way == "hangs" else 20.0)
     if cause is Cause.OTHER_TRAINING:
         other = Case(act, "mixed-static", 0, 0, 0, cases[0].settings)
         assert made.run(other).record["status"] == "ok"
