@@ -42,11 +42,7 @@ class MemoryGroup:
 
     def _limits(self) -> list[tuple[float, float]]:
         """The limit of each group that has one, and what its processes use, in MiB."""
-        names = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            if self.version == 1
-            else ("memory.max", "memory.current")
-        )
+        names = ("limit_in_bytes", "usage_in_bytes") if self.version == 1 else ("max", "current")
         found = []
         for folder in (self.folder, *self.folder.parents):
             most, now = (_read(folder / f"memory.{name}").strip() for name in names)
