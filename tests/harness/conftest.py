@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 
 import pytest
 
@@ -58,6 +59,8 @@ except Exception as error:
 def run(tmp_path, monkeypatch):
     """Run a case whose workload's name is what the worker does; return its attempts, and the run."""
     (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(launch, "_WORKER", (sys.executable, "-P", str(tmp_path / "worker.py")))
     monkeypatch.setattr(supervisor, "_GRACE_S", 0.3)
     runs = []
