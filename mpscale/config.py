@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from mpscale.core.device import Device
+from mpscale.core.file_errors import why
 from mpscale.core.loss_scale import parse_number
 from mpscale.core.mode import DEFAULT_MODES
 
@@ -229,7 +230,7 @@ def load(start: Path) -> ProjectSettings:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("mpscale", {})
     except (OSError, ValueError) as error:
-        raise SettingsError(f"{path}: cannot be read: {error}") from error
+        raise SettingsError(f"{path}: cannot be read: {why(error) if isinstance(error, OSError) else error}") from error
     for key, value in table.items():
         if key not in _KINDS:
             raise SettingsError(f"{path}: [tool.mpscale] has no setting {key!r}, only {', '.join(_KINDS)}")
@@ -356,7 +357,7 @@ def why_not_writable(wanted: Path) -> str | None:
                 continue
             # Name the folder or what is in its way, never the temporary file.
             place = culprit if culprit == wanted or culprit in wanted.parents else wanted
-            return f"{place}: {'it exists and is not a folder' if in_the_way else error.strerror}"
+            return f"{place}: {'it exists and is not a folder' if in_the_way else why(error)}"
         else:
             break
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.imports import run_and_list_imports
@@ -132,7 +133,7 @@ def test_report_for_github_is_printed_and_writes_nothing(mpscale, project):
         (("probe", "article-mlp", "--seed", "-1"), "expected an integer from 0 to 2**32 - 1"),
         (("probe", "article-mlp", "--results", "/proc"), "/proc is not a folder that can be written to"),
         (("history", "--figure", "h.pdf"), "h.pdf: '.pdf' files cannot be made; end it in .svg or .png"),
-        (("history", "--figure", "nowhere/h.svg"), "nowhere/h.svg: No such file or directory"),
+        (("history", "--figure", "nowhere/h.svg"), "nowhere/h.svg: there is no such file or folder"),
     ],
 )
 def test_a_mistake_gets_a_message_of_one_line(mpscale, project, arguments, message):
@@ -158,7 +159,7 @@ def test_a_file_that_cannot_be_written_gets_a_message_of_one_line(mpscale, proje
     code, _, err = mpscale("report", "latest")
     assert code == 2
     assert err.startswith("mpscale: error: ")
-    assert "report.md: Is a directory" in err
+    assert "report.md: it is a folder and not a file" in err
 
 
 def test_a_closed_pipe_is_not_an_error(project):
@@ -191,3 +192,12 @@ def test_history_writes_table_and_figure_to_the_named_files(mpscale, project):
     assert (code, out, err) == (0, "", "")
     assert NAME in (project / "h.md").read_text(encoding="utf-8")
     assert "line-1-1" in (project / "h.svg").read_text(encoding="utf-8")
+
+
+def test_a_result_that_standard_output_cannot_take_gets_a_message_of_one_line(project):
+    command = [sys.executable, "-m", "mpscale.cli", "list"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=project, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("mpscale: error: the output cannot be written: the disk is full: free some space")
+    assert done.stderr.count("\n") == 1

@@ -17,6 +17,7 @@ from mpscale.cli import comparing, completion, fitting, listing, probing, readin
 from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
 from mpscale.config import SettingsError
 from mpscale.core import extras
+from mpscale.core.file_errors import in_words
 from mpscale.core.journal import RunError
 from mpscale.terminal.streams import adapt_standard_streams, visible
 
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RunError, SettingsError) as error:
         return fail(str(error))
     except OSError as error:
-        return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        # What writes a file says which. Standard output does not.
+        return fail(in_words(error, None if error.filename else "the output cannot be written"))
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -24,12 +24,19 @@ class Cause(StrEnum):
         member.meaning, member.transient = meaning, transient
         return member
 
+    @classmethod
+    def of(cls, value: object) -> Cause | None:
+        """The cause with this value; None if there is none, for instance in a run of a newer mpscale."""
+        return next((each for each in cls if each.value == value), None)
+
     EXCEPTION = "exception", "the workload's code, Keras or TensorFlow raised an exception", False
     EXITED = "exited", "its process ended by itself, without a result", False
     FATAL_SIGNAL = "fatal-signal", "its process failed with a signal of its own, such as SIGSEGV", False
     OUT_OF_MEMORY = "out-of-memory", "an allocation failed, or the run's memory limit was exceeded", False
+    LIMIT = "limit", "it used more CPU time, or wrote a larger file, than the system allows it (ulimit)", False
     TIMEOUT = "timeout", "it did not finish in time", False
     OTHER_TRAINING = "other-training", "it did not train the same as the other modes of its seed", False
+    OTHER_PRECISION = "other-precision", "it did not compute in the precision of its mode", False
     BAD_RECORD = "bad-record", "a value does not belong in its column, or a line of the journal cannot be read", False
 
     STOPPED = "stopped", "the user, or whoever runs the job, ended the run", True

@@ -12,6 +12,7 @@ from typing import Any
 from mpscale.core import extras
 from mpscale.core.blocks import FASTER, group_columns
 from mpscale.core.case import CaseId
+from mpscale.core.cause import Cause
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record, misfit
@@ -195,7 +196,7 @@ class _Told:
         if odd:
             self._settle(case_id)
             record.update(self._identity(case_id))
-            record.invalidate(where + "; ".join(odd))
+            record.invalidate(where + "; ".join(odd), Cause.BAD_RECORD)
             self.problems.append(f"{case_id} counts as {record['status']}: {where}{'; '.join(odd)}")
         self.records[case_id] = record
         self.started.pop(case_id, None)
@@ -212,7 +213,7 @@ class _Told:
         except _Odd:
             return
         self._note(self.running, identity, None)
-        self.records[self.running].update({"status": "invalid", "status_reason": why})
+        self.records[self.running].end("invalid", why, Cause.BAD_RECORD)
         self.problems[-1] = f"{self.running} counts as invalid: {why}"
 
     def _identity(self, case_id: str) -> dict[str, Any]:
@@ -253,6 +254,7 @@ class _Told:
                 "attempts": case.get("attempts") if attempt is None else attempt,
                 "status": "interrupted",
                 "status_reason": NO_END,
+                "cause": Cause.NO_END.value,
                 "schema_version": self.info.get("schema_version"),
                 "method_version": self.info.get("method_version"),
             }

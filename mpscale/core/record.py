@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from mpscale.core.case import Place, Variant
+from mpscale.core.cause import Cause
 from mpscale.core.columns import COLUMNS, FAILED, LOST, MEASURED, STATUSES
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason, encodable
@@ -105,15 +106,37 @@ class Record:
             self._unavailable[name] = Reason(Code.MISFIT, why)
         return list(misfits.values())
 
-    def invalidate(self, why: str) -> None:
-        """Make the record ``invalid`` so that none of its figures count; a failure keeps its status. Add the reason."""
+    def end(self, status: str, why: str | None = None, cause: Cause | None = None) -> None:
+        """Say how the case ended.
+
+        Args:
+            status: one of :data:`~mpscale.core.columns.STATUSES`.
+            why: in one line, for people; None if the status says it all.
+            cause: the kind of event, for a failure.
+        """
+        self.update({"status": status, "status_reason": why, "cause": None if cause is None else cause.value})
+
+    def invalidate(self, why: str, cause: Cause) -> None:
+        """Make the record ``invalid`` so that none of its figures count, and add the reason.
+
+        A failure keeps its status and its cause.
+        """
         status, said = self["status"], self["status_reason"]
-        self.update(
-            {
-                "status": status if status in (*FAILED, "unsupported") else "invalid",
-                "status_reason": f"{said}; {why}" if said else why,
-            }
-        )
+        reason = f"{said}; {why}" if said else why
+        if status in (*FAILED, "unsupported"):
+            self.update({"status_reason": reason})
+        else:
+            self.end("invalid", reason, cause)
+
+    def note(self, text: str) -> None:
+        """Add to the column ``note``."""
+        said = self["note"]
+        self.update({"note": f"{said}; {text}" if said else text})
+
+    @property
+    def cause(self) -> Cause | None:
+        """Why the case failed; None if it did not, or if only another version of mpscale knows."""
+        return Cause.of(self["cause"])
 
     def copy(self) -> Record:
         """An independent record with the same values and reasons."""

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from mpscale.core.case import Case
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
+from mpscale.core.file_errors import why
 from mpscale.core.record import Record, to_csv
 from mpscale.core.writing import open_to_append, remove_leftovers, write
 
@@ -97,6 +98,8 @@ class Journal:
         self._file: IO[bytes] | None = None
         """Open for appending; None while it cannot be written."""
         self._size = 0
+        self._has_info = False
+        """Whether run.json has been written."""
         self._cases_due = 0.0
         """When cases.csv may be written again, on the monotonic clock; 0 if after every case."""
         self._write_anew()
@@ -112,7 +115,7 @@ class Journal:
     def add_environment(self, facts: Mapping[str, Any]) -> None:
         """Add to the environment what only a worker can find out."""
         self._environment.update(facts)
-        with self._no_trouble_ends_the_run():
+        with self._table_may_fail():
             self._write_info()
 
     def case_started(self, case: Case, attempt: int) -> None:
@@ -136,19 +139,21 @@ class Journal:
         self._records[case.id] = record
         self._append("case_finished", case_id=case.id, record=record.to_json(), step_s=blocks, phases=dict(phases))
         if time.monotonic() >= self._cases_due:
-            with self._no_trouble_ends_the_run():
+            with self._table_may_fail():
                 self._write_cases()
 
     def finish(self, exit_status: int) -> None:
         """Note the end of the run. Nothing may be written afterwards."""
         if self._cases_due:
-            with self._no_trouble_ends_the_run():
+            with self._table_may_fail():
                 self._write_cases()
         self._append("run_finished", exit_status=exit_status, cases=len(self._records))
-        if self._file is None:
-            self.path = Path(tempfile.mkdtemp(prefix="mpscale-")) / self.name
-            self.troubles.append(f"everything but steps and GPU samples is kept in {self.path}")
-            self._write_anew()
+        if self._file is None or not self._has_info:
+            self._close()
+            with self._no_trouble_ends_the_run():
+                self.path = Path(tempfile.mkdtemp(prefix="mpscale-")) / self.name
+                self._write_anew()
+                self.troubles.append(f"everything but steps and GPU samples is kept in {self.path}")
         if self._file is not None:
             self._file.close()
         for folder in (self.path, self.path / "steps", self.path / "gpu"):
@@ -160,6 +165,9 @@ class Journal:
         with self._no_trouble_ends_the_run():
             if self._file is not None and self._is_in_place(self._file):
                 self._write(self._file, line)
+                if not self._has_info:
+                    with self._table_may_fail():
+                        self._write_info()
                 return
             known = self._file is None
             self._close()
@@ -172,13 +180,13 @@ class Journal:
             )
 
     def _is_in_place(self, file: IO[bytes]) -> bool:
-        """Whether the file at the journal's path is the one that was written, and run.json is beside it."""
+        """Whether the file at the journal's path is the one that was written, and run.json, if it was, is beside it."""
         try:
             there, here = (self.path / "journal.jsonl").stat(), os.fstat(file.fileno())
         except OSError:
             return False
         same = (there.st_dev, there.st_ino, there.st_size) == (here.st_dev, here.st_ino, self._size)
-        return same and (self.path / "run.json").is_file()
+        return same and (not self._has_info or (self.path / "run.json").is_file())
 
     def _write(self, file: IO[bytes], data: bytes) -> None:
         left = memoryview(data)
@@ -189,15 +197,17 @@ class Journal:
         self._size += len(data)
 
     def _write_anew(self) -> None:
-        """Write everything that is in memory."""
+        """Write everything that is in memory: the journal, which has all results, and then what can be made of it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write_info()
-        if self._records:
-            self._write_cases()
         journal = self.path / "journal.jsonl"
         write(journal, b"".join(self._lines))
         self._size = sum(map(len, self._lines))
         self._file = open_to_append(journal)
+        with self._table_may_fail():
+            self._write_info()
+        if self._records:
+            with self._table_may_fail():
+                self._write_cases()
 
     def _write_cases(self) -> None:
         start = time.monotonic()
@@ -207,7 +217,9 @@ class Journal:
         self._cases_due = end + _PAUSE * took if took > _QUICK_S else 0.0
 
     def _write_info(self) -> None:
+        self._has_info = False
         write(self.path / "run.json", json.dumps(self._info, indent=2) + "\n")
+        self._has_info = True
 
     @contextlib.contextmanager
     def _no_trouble_ends_the_run(self) -> Iterator[None]:
@@ -216,10 +228,20 @@ class Journal:
             yield
         except OSError as error:
             self._close()
-            self._say(
-                f"{error.filename or self.path} cannot be written: {error.strerror or error}; the run goes on, and "
-                "writes it as soon as that is possible"
-            )
+            self._say_unwritten(error)
+
+    @contextlib.contextmanager
+    def _table_may_fail(self) -> Iterator[None]:
+        """Note a failure to write a file beside the journal and go on: the journal has what was to be in it."""
+        try:
+            yield
+        except OSError as error:
+            self._say_unwritten(error)
+
+    def _say_unwritten(self, error: OSError) -> None:
+        # A write that fails does not say which file it was for; that of the journal is the only one that gets here so.
+        name = os.fsdecode(error.filename or self.path / "journal.jsonl")
+        self._say(f"{name} cannot be written: {why(error)}; the run goes on, and writes it as soon as that is possible")
 
     def _close(self) -> None:
         if self._file is not None:

@@ -34,7 +34,7 @@ _SHOWN = 5
 """How many runs a message names."""
 _MACHINE_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "TF_ENABLE_ONEDNN_OPTS", "TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
 """Environment variables that limit which cores or instructions of a CPU are used."""
-_NOT_FACTS = ("load_average_at_start", "memory_mib", "uuid", "vendor")
+_NOT_FACTS = ("load_average_at_start", "memory_mib", "memory_limit_mib", "uuid", "vendor")
 """Keys of an environment that differ between runs on one machine, or repeat what another key says."""
 
 

@@ -22,11 +22,15 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Self, TypeVar
+from functools import cache
+from types import UnionType
+from typing import Any, ClassVar, Self, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from mpscale.core.cause import Cause
+from mpscale.core.columns import COLUMNS, STATUSES
 from mpscale.core.reason import Reason
 from mpscale.core.record import misfit, plain
 
@@ -74,8 +78,39 @@ class Event:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_json`. Drops unknown fields, because the other side may be newer."""
-        return cls(**{each.name: fields[each.name] for each in dataclasses.fields(cls) if each.name in fields})
+        """The inverse of :meth:`to_json`. Drops unknown fields, because the other side may be newer.
+
+        Raises:
+            KeyError, TypeError, ValueError: a field is missing or of another type.
+        """
+        event = cls(**{each.name: fields[each.name] for each in dataclasses.fields(cls) if each.name in fields})
+        for name, kind in _types(cast(Hashable, cls)).items():
+            if not _is_a(getattr(event, name), kind):
+                raise TypeError(f"{name} is {getattr(event, name)!r:.80}")
+        return event
+
+
+@cache
+def _types(kind: Any) -> dict[str, Any]:
+    """The types of an event's fields."""
+    hints = get_type_hints(kind)
+    return {each.name: hints[each.name] for each in dataclasses.fields(kind)}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, as far as its annotation tells; an int is a float, but a bool is no number."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin is UnionType:
+        return any(_is_a(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_is_a(each, parts[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_a(each, parts[1]) for each in value.values())
+    if kind in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, kind)
 
 
 E = TypeVar("E", bound=Event)
@@ -89,7 +124,7 @@ def event_of(message: Mapping[str, Any], kinds: Iterable[type[E]]) -> E:
     """
     try:
         return {kind.name: kind for kind in kinds}[message["event"]].from_json(message)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Garbled(f"not a message of mpscale: {error}") from error
 
 
@@ -98,6 +133,14 @@ class Values(Event, name="values"):
     """Columns of the record, as soon as they are known, so that a case that dies later keeps them."""
 
     values: dict[str, Any]
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        event = super().from_json(fields)
+        for name, value in event.values.items():
+            if why := misfit(name, value):
+                raise ValueError(why)
+        return event
 
 
 @dataclass(frozen=True)
@@ -112,7 +155,10 @@ class Missed(Event, name="miss"):
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        return cls(fields["columns"], Reason.from_json(fields["reason"]))
+        columns = fields["columns"]
+        if not _is_a(columns, list[str]) or not COLUMNS.keys() >= set(columns):
+            raise ValueError(f"columns are {columns!r:.80}")
+        return cls(columns, Reason.from_json(fields["reason"]))
 
 
 @dataclass(frozen=True)
@@ -159,6 +205,9 @@ class Looked(Event, name="look"):
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         kept = fields["in_float32"]
         kept = kept if isinstance(kept, list) else Reason.from_json(kept)
+        parts = {"step": int, "loss": float, "gradients": list[dict[str, Any]]}
+        if wrong := [name for name, kind in parts.items() if not _is_a(fields[name], kind)]:
+            raise TypeError(f"{wrong[0]} is {fields[wrong[0]]!r:.80}")
         return cls(fields["step"], fields["loss"], fields["gradients"], kept)
 
 
@@ -178,6 +227,19 @@ class EnergySteps(Event, name="energy"):
 
 
 @dataclass(frozen=True)
+class NotKept(Event, name="not-kept"):
+    """A file of the case could not be written. Its figures are known all the same.
+
+    Args:
+        what: was to be in it, such as ``its steps``.
+        why: in words.
+    """
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Finished(Event, name="done"):
     """The case came to its end, with this status. The last message."""
 
@@ -185,14 +247,25 @@ class Finished(Event, name="done"):
     reason: str | None
     runtime: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        event = super().from_json(fields)
+        if event.status not in STATUSES:
+            raise ValueError(f"{event.status!r:.80} is not a status of a case")
+        return event
+
 
 @dataclass(frozen=True)
 class Failed(Event, name="error"):
-    """The case raised an exception: its type, its message, and whether memory ran out. The last message."""
+    """The case raised an exception: its type, its message, and what kind of event that was. The last message."""
 
     type: str
     message: str
-    oom: bool = False
+    cause: Cause = Cause.EXCEPTION
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        return super().from_json({**fields, "cause": Cause.of(fields["cause"])})
 
 
 @dataclass(frozen=True)
@@ -212,7 +285,7 @@ class Noted(Event, name="noted"):
 Progressed = PhaseReached | StepsDone | Looked | Again | Noted
 """What is shown as progress."""
 
-WORKER_EVENTS = (Values, Missed, PhaseReached, StepsDone, Looked, Blocks, EnergySteps, Finished, Failed)
+WORKER_EVENTS = (Values, Missed, PhaseReached, StepsDone, Looked, Blocks, EnergySteps, NotKept, Finished, Failed)
 """What a worker sends."""
 
 
@@ -269,6 +342,10 @@ class Garbled(EOFError):
 
 
 _GARBLED = "what came over the wire is not a message"
+_LONGEST = 2**26
+"""Bytes of the longest line that is read. The longest messages have some millions."""
+_MOST_READS = 2**12
+"""How often to read at a time, lest a side that never stops writing be listened to forever."""
 
 
 class Wire:
@@ -280,7 +357,7 @@ class Wire:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
-        self._unread = b""
+        self._unread = bytearray()
         self._messages: deque[dict[str, Any]] = deque()
         self._garbled = False
         self.closed = False
@@ -357,8 +434,9 @@ class Wire:
 
     def arrived(self) -> list[dict[str, Any]]:
         """Return the messages that have arrived, without waiting; raises as :meth:`receive` does."""
-        while not self.closed and self._read():
-            pass
+        for _ in range(_MOST_READS):
+            if self.closed or not self._read():
+                break
         if self._garbled and not self._messages:
             raise Garbled(_GARBLED)
         messages = list(self._messages)
@@ -384,17 +462,27 @@ class Wire:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self.descriptors += struct.unpack(f"{len(data) // struct.calcsize('i')}i", data)
         self.closed = not chunk
-        *lines, self._unread = (self._unread + chunk).split(b"\n")
+        self._unread += chunk
+        lines: list[bytes] = []
+        if b"\n" in chunk:
+            *lines, rest = bytes(self._unread).split(b"\n")
+            self._unread = bytearray(rest)
         for line in lines:
             try:
                 message = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 message = None
             if not isinstance(message, dict):
-                self._garbled = self.closed = True
+                self._garble()
                 break
             self._messages.append(message)
+        if len(self._unread) > _LONGEST:
+            self._garble()
         return True
+
+    def _garble(self) -> None:
+        self._garbled = self.closed = True
+        self._unread.clear()
 
 
 def wait_for(sources: Iterable[Wire | int], seconds: float | None) -> list[Wire | int]:

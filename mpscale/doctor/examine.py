@@ -201,7 +201,7 @@ def _train(found: Examination, device: Device, driver: Driver) -> None:
 
     case = Case("mnist1d-mlp", "mixed-dynamic", 0, 0, 0, _SETTINGS)
     with TemporaryFolder("doctor") as folder:
-        options = Options(folder, folder, "fresh", _TIMEOUT_S, asked={}, gpu_retries=0)
+        options = Options(folder, folder, "fresh", _TIMEOUT_S, asked={}, retries=0, gpu_retries=0)
         run = BenchmarkRun([case], device, driver, options, lambda case, event: None)
         try:
             record = run.run(case).record

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 from mpscale.analysis.fit import Fit, Try, Verdict
 from mpscale.core.case import Case, Settings
+from mpscale.core.cause import Cause
 from mpscale.core.device import Device
 from mpscale.core.out_of_memory import may_have_run_out, ran_out
 from mpscale.core.reason import Code, Reason
@@ -104,8 +104,7 @@ def judge(outcome: Outcome, trained_smaller: bool) -> tuple[Verdict, Reason | No
         return Verdict.OUT_OF_MEMORY, Reason(Code.OUT_OF_MEMORY, text)
     # An allocation that fails where nothing catches it ends the process; only its output says why.
     said = f"{text} {record['output_tail'] or ''}" if status in ("error", "crashed") else ""
-    killed = status == "crashed" and outcome.signal == signal.SIGKILL
-    if killed or ran_out(said) or (trained_smaller and may_have_run_out(said)):
+    if ran_out(said) or (trained_smaller and may_have_run_out(said)):
         return Verdict.OUT_OF_MEMORY, Reason(Code.OUT_OF_MEMORY, text)
     code = Code.UNSUPPORTED if status == "unsupported" else Code.OTHER
     return Verdict.FAILED, Reason(code, f"{status}: {text}")
@@ -156,7 +155,7 @@ class Fitter:
             return Verdict.FAILED, self._lost
         case = Case(self._fit.workload, mode, 0, 1, len(self._fit.tries), self._settings(batch))
         outcome = attempt(self._runner, case)
-        if outcome.gpu_lost:
+        if outcome.record.cause is Cause.GPU_LOST:
             self._lost = Reason(Code.GPU_LOST, f"the GPU was lost when {mode} tried a batch of {batch:,}")
         explain(outcome.record, case)
         trained = self._fit.largest(mode)

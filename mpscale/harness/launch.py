@@ -14,13 +14,14 @@ from mpscale.core.device import Device
 from mpscale.core.process import KILL_S, Process, describe_exit, kill_session, start_kept
 from mpscale.core.reason import Reason
 from mpscale.core.temporary import temporary_file
-from mpscale.core.wire import Wire
+from mpscale.core.wire import Garbled, Wire
 
 # -P: a file in the working directory must not stand in for a module of the same name.
 _WORKER = (sys.executable, "-P", "-m", "mpscale.worker.__main__")
 _IMPORT_S = 180.0
 _FORK_S = 30.0
 _CLOSE_S = 5.0
+_GARBLED = "something other than mpscale wrote to the connection of the process that imports TensorFlow"
 
 
 class LaunchError(RuntimeError):
@@ -28,21 +29,19 @@ class LaunchError(RuntimeError):
 
     Args:
         text: why.
-        by_chance: whether another attempt may succeed, since a process was killed or did not answer in time.
+        cause: why, for programs.
     """
 
-    cause = Cause.NOT_STARTED
-
-    def __init__(self, text: str, by_chance: bool = False) -> None:
+    def __init__(self, text: str, cause: Cause) -> None:
         super().__init__(text)
-        self.by_chance = by_chance
+        self.cause = cause
 
 
 class UnsafeFork(LaunchError):
     """A child of the warm parent might not be able to use the GPU."""
 
     def __init__(self, reason: Reason) -> None:
-        super().__init__(reason.text)
+        super().__init__(reason.text, Cause.NOT_STARTED)
         self.reason = reason
 
 
@@ -117,16 +116,19 @@ class ForkLauncher(Launcher):
         self._parent = self._child("--serve", self._log, self._parents_environ)
         try:
             held = self._parent.receive(_IMPORT_S).get("held")
-            if held is not None and self._on_gpu:
-                raise UnsafeFork(Reason.from_json(held))
+            reason = None if held is None else Reason.from_json(held)
+            if reason is not None and self._on_gpu:
+                raise UnsafeFork(reason)
         except BaseException as error:
             # Also on an interrupt: a half-started parent would answer the next case out of turn.
             code = self.close()
+            if isinstance(error, Garbled | TypeError):
+                raise LaunchError(_GARBLED, Cause.GARBLED) from error
             if isinstance(error, OSError | EOFError):
-                by_chance = code is None or code < 0
+                cause = Cause.NOT_STARTED if code is None or code < 0 else Cause.EXITED
                 within = f" within {_IMPORT_S:g} s" if isinstance(error, TimeoutError) else ""
                 text = f"the process that imports TensorFlow did not come up{within} ({describe_exit(code)})"
-                raise LaunchError(f"{text}{self._tail()}", by_chance) from error
+                raise LaunchError(f"{text}{self._tail()}", cause) from error
             raise
 
     def _changes(self) -> dict[str, str | None]:
@@ -158,10 +160,12 @@ class ForkLauncher(Launcher):
             code = self.close()
             if isinstance(error, TimeoutError):
                 text = f"the process that forks workers did not do so within {_FORK_S:g} s{self._tail()}"
-                raise LaunchError(text, by_chance=True) from error
-            if isinstance(error, OSError | EOFError | KeyError):
+                raise LaunchError(text, Cause.NOT_STARTED) from error
+            if isinstance(error, Garbled | KeyError | TypeError | ValueError):
+                raise LaunchError(_GARBLED, Cause.GARBLED) from error
+            if isinstance(error, OSError | EOFError):
                 text = f"the process that forks workers has died ({describe_exit(code)}){self._tail()}"
-                raise LaunchError(text, by_chance=True) from error
+                raise LaunchError(text, Cause.NOT_STARTED) from error
             raise
         finally:
             theirs.close()
@@ -197,7 +201,7 @@ class _Forked(Process):
                 self._code = os.waitstatus_to_exitcode(self._parent.receive(max(seconds, 0.0))["status"])
             except TimeoutError:
                 pass
-            except EOFError:
+            except (EOFError, KeyError, TypeError, ValueError):
                 # The warm parent itself was killed, and its children with it.
                 self._code = -int(signal.SIGKILL)
                 how = describe_exit(self._parent.wait(1.0))

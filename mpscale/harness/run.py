@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.case import Case
+from mpscale.core.cause import Cause
 from mpscale.core.columns import FAILED, Topic, measured_columns
 from mpscale.core.device import Device
+from mpscale.core.file_errors import in_words
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
@@ -24,6 +26,14 @@ from mpscale.core.wire import Again
 from mpscale.harness.supervisor import Listener, Options, Outcome, Supervisor
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.host import environment, run_slug
+
+_NOT_WITHIN_A_RUN = (Cause.STOPPED, Cause.NO_END, Cause.GPU_LOST, Cause.GPU_STATE)
+"""Transient causes that have other remedies: a run that goes on later, or a retry after the GPU has cooled down."""
+
+
+def may_pass(record: Record) -> bool:
+    """Whether a case failed for a cause on this machine that may be gone at once, so that it is worth a retry."""
+    return record.cause is not None and record.cause.transient and record.cause not in _NOT_WITHIN_A_RUN
 
 
 class BenchmarkRun:
@@ -46,6 +56,7 @@ class BenchmarkRun:
         self._supervisor: Supervisor | None = None
         self._same_start = SameStart()
         self._outcomes: dict[str, Outcome] = {}
+        self._not_kept: list[str] = []
         self._runtime_known = self._not_forked_noted = False
         self._started = 0
         self._gpu_lost_in: str | None = None
@@ -58,7 +69,7 @@ class BenchmarkRun:
     @property
     def troubles(self) -> list[str]:
         """Problems with the run's files so far, each once. A run with any of them fails."""
-        return [] if self._journal is None else list(self._journal.troubles)
+        return [*self._not_kept, *([] if self._journal is None else self._journal.troubles)]
 
     def measured(self, case: Case) -> Outcome | None:
         """The outcome of a case that has already run and did not fail."""
@@ -68,27 +79,32 @@ class BenchmarkRun:
     def run(self, case: Case) -> Outcome:
         """Run one case and record it. A case that has run before gets another attempt.
 
-        So does one that the state of the GPU has invalidated, after a pause. Every attempt is in the journal.
+        So does one that failed for a cause that may pass, as often as the options say: the state of the GPU, after a
+        pause, or another transient cause. Every attempt is in the journal, and the last one has the reasons of the
+        earlier ones.
         """
-        retries = 0
+        cooled = retried = 0
+        failures: list[str] = []
         while True:
-            outcome = self._attempt(case)
-            if outcome.again is None or (outcome.again == "cooled" and retries >= self._options.gpu_retries):
-                return outcome
+            outcome = self._attempt(case, failures)
             reason = str(outcome.record["status_reason"])
             match outcome.again:
-                case "cooled":
-                    retries += 1
+                case "cooled" if cooled < self._options.gpu_retries:
+                    cooled += 1
                     self._listener(case, Again(f"invalid, {reason}"))
                     self._open()[1].cool_down(self._options.cool_down_s)
                 case "allocator":
                     now = self._open()[1].allocator
                     text = f"TensorFlow failed with cuda_malloc_async twice ({reason}), and is tried with {now}"
                     self._listener(case, Again(text))
-                case "disturbed":
-                    self._listener(case, Again(f"failed, {reason}"))
                 case "touched":
                     self._listener(case, Again(f"failed on touching the GPU ({reason})"))
+                case None if may_pass(outcome.record) and retried < self._options.retries:
+                    retried += 1
+                    self._listener(case, Again(f"{outcome.record['status']}, {reason}"))
+                case _:
+                    return outcome
+            failures.append(_told(outcome.record))
 
     def finish(self, exit_status: int) -> None:
         """End the processes and close the journal.
@@ -102,7 +118,8 @@ class BenchmarkRun:
             self._journal.finish(exit_status)
         self._supervisor = None
 
-    def _attempt(self, case: Case) -> Outcome:
+    def _attempt(self, case: Case, failures: Sequence[str] = ()) -> Outcome:
+        """Run a case once. ``failures`` says how earlier attempts of this run of it failed."""
         journal, supervisor = self._open()
         earlier = self._outcomes.get(case.id)
         attempt = 1 if earlier is None else earlier.record["attempts"] + 1
@@ -111,30 +128,39 @@ class BenchmarkRun:
         self._started += 1
         journal.case_started(case, attempt)
         outcome = Outcome(Record(case.identity()))
+        for failure in failures:
+            outcome.record.note(failure)
         if self._gpu_lost_in is not None:
             reason = f"not started: the GPU was lost in {self._gpu_lost_in}"
             supervisor.describe(case, outcome.record, attempt)
-            outcome.record.update({"status": "error", "status_reason": reason})
+            outcome.record.end("error", reason, Cause.GPU_LOST)
             self._finish_case(journal, case, outcome)
             return outcome
         steps_path = journal.steps_path(case) if case.trains else None
         gpu_path = journal.gpu_path(case, attempt) if self._device.kind == "gpu" else None
         try:
             supervisor.run(case, steps_path, gpu_path, outcome, attempt)
+        except OSError as error:
+            # A file or folder of the session's own. The next case may do without it, or find it again.
+            outcome.record.end("error", in_words(error), Cause.FILE_SYSTEM)
+        except Exception as error:
+            outcome.record.end("error", f"{type(error).__name__}: {error}", Cause.EXCEPTION)
+            self._finish_case(journal, case, outcome)
+            raise
         except BaseException as error:
-            outcome.record.update({"status": "interrupted", "status_reason": f"stopped by {type(error).__name__}"})
+            outcome.record.end("interrupted", f"stopped by {type(error).__name__}", Cause.STOPPED)
             self._finish_case(journal, case, outcome)
             raise
         if supervisor.why_not_forked is not None and not self._not_forked_noted:
             journal.add_environment({"why_not_forked": supervisor.why_not_forked.to_json()})
             self._not_forked_noted = True
-        if outcome.gpu_lost:
+        if outcome.record.cause is Cause.GPU_LOST:
             self._gpu_lost_in = case.id
         if difference := self._same_start.difference(case, outcome.record):
             outcome.again = None
             known = outcome.record["status_reason"] if outcome.record["status"] == "invalid" else None
             reason = f"{known}; {difference}" if known else difference
-            outcome.record.update({"status": "invalid", "status_reason": reason})
+            outcome.record.end("invalid", reason, Cause.OTHER_TRAINING)
         self._finish_case(journal, case, outcome)
         if outcome.runtime and not self._runtime_known:
             journal.add_environment({"runtime": outcome.runtime})
@@ -145,9 +171,10 @@ class BenchmarkRun:
         # Checked here and not when the run is read, so that a value that no reader accepts is reported with its case.
         if misfits := outcome.record.drop_misfits():
             outcome.record.update(case.identity())
-            outcome.record.invalidate("; ".join(misfits))
+            outcome.record.invalidate("; ".join(misfits), Cause.BAD_RECORD)
         explain(outcome.record, case)
         self._outcomes[case.id] = outcome
+        self._not_kept += [f"{case.id}: {text}" for text in outcome.not_kept]
         journal.case_finished(case, outcome.record, outcome.step_s, outcome.phases)
 
     def _open(self) -> tuple[Journal, Supervisor]:
@@ -163,6 +190,12 @@ class BenchmarkRun:
         if self._supervisor is None:
             self._supervisor = Supervisor(self._device, self._driver, self._options, self._listener)
         return self._journal, self._supervisor
+
+
+def _told(record: Record) -> str:
+    """How an attempt failed, for the attempts after it."""
+    cause = f" ({record['cause']})" if record["cause"] else ""
+    return f"attempt {record['attempts']} was {record['status']}{cause}: {record['status_reason']}"
 
 
 _COMPARED = {

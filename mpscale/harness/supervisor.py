@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -16,9 +18,11 @@ from typing import Any, Literal
 from mpscale.core import wire
 from mpscale.core.case import Case, StartMethod
 from mpscale.core.cause import Cause
-from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
+from mpscale.core.columns import FAILED, MEASURED, METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.device import Device
+from mpscale.core.file_errors import in_words, is_of_the_disk
 from mpscale.core.mode import MODES
+from mpscale.core.out_of_memory import ran_out
 from mpscale.core.process import Process, describe_exit
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
@@ -37,6 +41,7 @@ from mpscale.harness.launch import (
     worker_environment,
 )
 from mpscale.harness.memory_limit import MemoryLimit
+from mpscale.harness.oom_killer import OomKiller
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.gpu_memory import AllocatorFacts
 from mpscale.telemetry.watch import HOST_COLUMN, CaseWatch, WatchResult, WorkerFacts
@@ -46,12 +51,13 @@ Listener = Callable[[Case, wire.Progressed], None]
 
 _OWN_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
 """Signals of a program that fails by itself. Others come from people, the kernel's out-of-memory killer or a limit."""
+_SIGNALS_OF_LIMITS = (signal.SIGXCPU, signal.SIGXFSZ)
+_OWN_FAILURES = (Cause.EXCEPTION, Cause.EXITED, Cause.FATAL_SIGNAL)
+"""How a worker fails by itself, while memory suffices and nobody kills it."""
 
 _TAIL_BYTES = 4000
 _REASON, _BEGINNING = 500, 120
 """Characters of a reason, and how many of them are its beginning."""
-_MOST_DISTURBED = 2
-"""How many times in a row a case is tried again because the process that forks workers died."""
 _GRACE_S = 15.0
 """How long a worker may take to end after its last message."""
 
@@ -67,6 +73,7 @@ class Options:
         timeout_s: seconds that a case may take.
         asked: what the user asked for, for run.json.
         gpu_allocator: TensorFlow's allocator on a GPU.
+        retries: how many times to retry a case that failed for another transient cause, see :class:`Cause`.
         gpu_retries: how many times to retry a case invalidated by a transient condition of the GPU.
         cool_down_s: the longest wait before such a retry.
         keep_suspect: do not invalidate such cases.
@@ -80,6 +87,7 @@ class Options:
     timeout_s: float
     asked: dict[str, Any]
     gpu_allocator: Literal["auto", "cuda_malloc_async", "bfc"] = "auto"
+    retries: int = 1
     gpu_retries: int = 2
     cool_down_s: float = 60.0
     keep_suspect: bool = False
@@ -96,20 +104,23 @@ class Outcome:
         step_s: seconds per step of each timed block.
         phases: when each phase was reached, in seconds from the start of the process.
         runtime: what the worker knows about TensorFlow and its device.
-        again: why to try again, None not to: the GPU has ``cooled``, there is another ``allocator``, the case failed
-            when it first ``touched`` the GPU, which may pass, or it was ``disturbed``: the process that forks workers
-            died, or the folder of temporary files was removed.
-        gpu_lost: whether the GPU was lost.
-        signal: the signal that killed the worker, None if none did.
+        again: why to try again, None not to: the GPU has ``cooled``, there is another ``allocator``, or the case failed
+            when it first ``touched`` the GPU, which may pass. The record's cause says whether anything else may pass.
+        not_kept: files of the case that could not be written, and why.
     """
 
     record: Record
     step_s: list[float] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
-    again: Literal["cooled", "allocator", "touched", "disturbed"] | None = None
-    gpu_lost: bool = False
-    signal: int | None = None
+    again: Literal["cooled", "allocator", "touched"] | None = None
+    not_kept: list[str] = field(default_factory=list)
+
+    def keep_not(self, what: str, why: str) -> None:
+        """Note that a file of the case could not be written."""
+        text = f"{what} could not be kept: {why}"
+        self.not_kept.append(text)
+        self.record.note(text)
 
 
 class Supervisor:
@@ -130,8 +141,6 @@ class Supervisor:
         self._watch = CaseWatch(driver, device)
         remove_left_behind()
         self._folder = TemporaryFolder()
-        self._disturbed = 0
-        """How many cases in a row were disturbed."""
         # It includes the folders in which the session has found workloads.
         self._sys_path = [str(Path(entry).absolute()) for entry in sys.path]
         self._allocators = allocators(options.gpu_allocator, os.environ, driver.cuda_version)
@@ -158,7 +167,7 @@ class Supervisor:
         self.describe(case, outcome.record, attempt)
         unsupported = MODES[case.mode].unsupported_reason(self._device, case.settings.jit)
         if unsupported:
-            outcome.record.update({"status": "unsupported", "status_reason": unsupported})
+            outcome.record.end("unsupported", unsupported)
         else:
             self._run_process(case, steps_path, gpu_path, outcome)
             self._judge_allocator(outcome)
@@ -221,14 +230,7 @@ class Supervisor:
 
     def _may_be_the_allocator(self, outcome: Outcome) -> bool:
         """Whether the worker failed on touching the GPU, and by itself: nobody killed it, and memory sufficed."""
-        return (
-            self._device.kind == "gpu"
-            and Phase.IDLE in outcome.phases
-            and outcome.record["status"] in ("crashed", "error")
-            and (outcome.signal is None or outcome.signal in _OWN_SIGNALS)
-            and outcome.again != "disturbed"
-            and not outcome.gpu_lost
-        )
+        return self._device.kind == "gpu" and Phase.IDLE in outcome.phases and outcome.record.cause in _OWN_FAILURES
 
     def _run_process(self, case: Case, steps_path: Path | None, gpu_path: Path | None, outcome: Outcome) -> None:
         record = outcome.record
@@ -241,44 +243,59 @@ class Supervisor:
             record.update({"start_method": "fresh" if self.why_not_forked else self._options.start_method})
             start = time.monotonic()
             worker = self._launcher.start(log)
-        except (LaunchError, OSError) as error:
-            cause = Cause.FILE_SYSTEM if isinstance(error, NoTemporaryFile) else Cause.NOT_STARTED
-            record.update({"status": "error", "status_reason": _one_line(str(error)), "cause": cause})
-            self._note_disturbance(outcome, isinstance(error, LaunchError) and error.by_chance)
+        except LaunchError as error:
+            record.end("error", _one_line(str(error)), error.cause)
+            return
+        except OSError as error:
+            cause = Cause.FILE_SYSTEM if is_of_the_disk(error) else Cause.NOT_STARTED
+            record.end("error", _one_line(in_words(error, "its process could not be started")), cause)
             return
         self._watch.start(worker.pid, start, worker.keeper)
-        record.update({"status": "interrupted"})
+        record.end("interrupted", None, Cause.STOPPED)
         talk = _Conversation(worker, case, outcome, start, scratch)
         limit = MemoryLimit(worker.pid, self._options.memory_limit_mib)
-        try:
-            with limit:
-                self._converse(talk, steps_path)
-        finally:
-            # Also on the user's interrupt: neither the worker nor a process that it left behind outlives its case.
-            worker.end(0.0 if record["status"] in ("timeout", "interrupted") else _GRACE_S)
-            record.update({"case_wall_time_s": time.monotonic() - start})
-            shutil.rmtree(scratch, ignore_errors=True)
-            seen = self._watch.stop(talk.facts(), gpu_path)
-            record.update(seen.findings.values)
-            for column, why in seen.findings.unavailable.items():
-                record.miss(column, why)
+        with OomKiller(worker.pid) as killer, log:
+            try:
+                with limit:
+                    self._converse(talk, steps_path)
+            finally:
+                # Also on the user's interrupt: neither the worker nor a process that it left behind outlives its case.
+                worker.end(0.0 if record["status"] in ("timeout", "interrupted") else _GRACE_S)
+                record.update({"case_wall_time_s": time.monotonic() - start})
+                shutil.rmtree(scratch, ignore_errors=True)
+                seen = self._watch.stop(talk.facts(), gpu_path)
+                record.update(seen.findings.values)
+                for column, why in seen.findings.unavailable.items():
+                    record.miss(column, why)
+            output = without_secrets(tail(log, _TAIL_BYTES), os.environ)
+            if talk.signal is not None:
+                self._judge_signal(record, talk.signal, killer, output)
+        if seen.not_kept is not None:
+            outcome.keep_not("the samples of the GPU", seen.not_kept)
         self._judge(outcome, seen)
         if limit.problem is not None:
-            outcome.signal = None
-            record.update({"status": "oom", "status_reason": limit.problem, HOST_COLUMN: limit.peak_mib})
-        self._tuning.ended(case, record["status"])
-        failed = record["status"] not in ("ok", "diverged", "stalled", "unsupported")
-        if failed:
-            record.update({"output_tail": without_secrets(tail(log, _TAIL_BYTES), os.environ) or None})
-        removed = record["status"] in ("error", "crashed") and not folder.exists()
-        self._note_disturbance(outcome, worker.abandoned is not None or removed)
-        log.close()
+            record.end("oom", limit.problem, Cause.OUT_OF_MEMORY)
+            record.update({HOST_COLUMN: limit.peak_mib})
+        with contextlib.suppress(OSError):  # the next case then tunes its kernels itself
+            self._tuning.ended(case, record["status"])
+        if record["status"] in FAILED:
+            record.update({"output_tail": output or None})
+        if record["status"] in ("error", "crashed") and not folder.exists():
+            reason = f"{record['status_reason']}; its temporary folder was removed"
+            record.end(record["status"], reason, Cause.FILE_SYSTEM)
 
-    def _note_disturbance(self, outcome: Outcome, disturbed: bool) -> None:
-        """Have a case tried again if something outside disturbed it, unless that keeps happening."""
-        self._disturbed = self._disturbed + 1 if disturbed else 0
-        if 0 < self._disturbed <= _MOST_DISTURBED:
-            outcome.again = "disturbed"
+    def _judge_signal(self, record: Record, number: int, killer: OomKiller, output: str) -> None:
+        """Find out why a signal ended the worker; the record says already that one did."""
+        said = str(record["status_reason"])
+        if number == signal.SIGKILL:
+            if (seen := killer.evidence(record[HOST_COLUMN])) is not None:
+                record.end("oom", f"{said}: {seen.text}", Cause.OOM_KILLER)
+        elif number == signal.SIGABRT and ran_out(output):
+            # An allocation failed where nothing catches that. Only what the libraries print shows it.
+            record.end("oom", f"{said}: an allocation failed, see its output", Cause.OUT_OF_MEMORY)
+        elif number in _OWN_SIGNALS and (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+            hint = f"its address space is limited to {limit / 2**20:,.0f} MiB (ulimit -v), which may be the cause"
+            record.update({"status_reason": f"{said}; {hint}"})
 
     def _prepare(self, case: Case) -> None:
         """Have the launcher ready. If no child of the warm parent could use the GPU, all workers will be fresh ones."""
@@ -314,15 +331,14 @@ class Supervisor:
         """Change the status if the GPU was lost, or if its state makes the figures suspect."""
         record = outcome.record
         if seen.lost:
-            outcome.gpu_lost = True
             own = f" (the worker: {record['status_reason']})" if record["status_reason"] else ""
             reason = f"the GPU was lost during the case: it fell off the bus or was reset{own}"
-            record.update({"status": "crashed", "status_reason": reason})
+            record.end("crashed", reason, Cause.GPU_LOST)
         elif seen.suspicions:
             reason = "; ".join(str(suspicion.reason) for suspicion in seen.suspicions)
             record.update({"gpu_suspicion": reason})
-            if record["status"] in ("ok", "diverged", "stalled") and not self._options.keep_suspect:
-                record.update({"status": "invalid", "status_reason": reason})
+            if record["status"] in MEASURED and not self._options.keep_suspect:
+                record.end("invalid", reason, Cause.GPU_STATE)
                 outcome.again = "cooled" if all(suspicion.passes for suspicion in seen.suspicions) else None
 
 
@@ -335,6 +351,8 @@ class _Conversation:
         self._phase: Phase | Literal["start"] = "start"
         self._energy: wire.EnergySteps | None = None
         self.energy_off = _energy_off(case)
+        self.signal: int | None = None
+        """The signal that ended the worker before its last message; None if none did."""
 
     def events(self, timeout_s: float) -> Iterator[PhaseReached | StepsDone | Looked]:
         """Yield phases, progress and looks until the worker has ended; afterwards the record has its status."""
@@ -357,16 +375,20 @@ class _Conversation:
                         yield event
                     case StepsDone() | Looked():
                         yield event
+                    case wire.NotKept(what, why):
+                        self._outcome.keep_not(what, why)
                     case wire.Finished(status, reason, runtime):
                         # What was measured is valid, even if the process then fails on its way out.
                         self._outcome.runtime = runtime
-                        return self._end(status, reason)
-                    case wire.Failed(kind, message, oom):
-                        return self._end("oom" if oom else "error", _one_line(f"{kind}: {message}"))
+                        return self._end(status, reason, Cause.OTHER_PRECISION if status in FAILED else None)
+                    case wire.Failed(kind, message, cause):
+                        status = "oom" if cause is Cause.OUT_OF_MEMORY else "error"
+                        return self._end(status, _one_line(f"{kind}: {message}"), cause)
         except TimeoutError:
-            self._end("timeout", f"not finished after {timeout_s:g} s, killed {self._where()}")
+            self._end("timeout", f"not finished after {timeout_s:g} s, killed {self._where()}", Cause.TIMEOUT)
         except wire.Garbled:
-            self._end("error", f"something other than mpscale wrote to the worker's connection {self._where()}")
+            reason = f"something other than mpscale wrote to the worker's connection {self._where()}"
+            self._end("error", reason, Cause.GARBLED)
         except EOFError:
             self._end_silently(deadline)
 
@@ -383,23 +405,23 @@ class _Conversation:
     def _where(self) -> str:
         return f"in or after phase {str(self._phase)!r}"
 
-    def _end(self, status: str, reason: str | None) -> None:
-        self._outcome.record.update({"status": status, "status_reason": reason})
+    def _end(self, status: str, reason: str | None, cause: Cause | None) -> None:
+        self._outcome.record.end(status, reason, cause)
 
     def _end_silently(self, deadline: float) -> None:
         """Record what became of a worker that neither finished nor reported an exception."""
         code = self.worker.wait(max(min(_GRACE_S, deadline - time.monotonic()), 0.1))
         if self.worker.abandoned is not None:
-            self._end("crashed", f"{self.worker.abandoned}, {self._where()}")
-            self._outcome.record.update({"cause": Cause.NOT_STARTED})
+            self._end("crashed", f"{self.worker.abandoned}, {self._where()}", Cause.NOT_STARTED)
         elif code is None:
-            self._end("crashed", f"closed its connection {self._where()} and did not end")
+            self._end("crashed", f"closed its connection {self._where()} and did not end", Cause.EXITED)
         elif code >= 0:
-            self._end("error", f"{describe_exit(code)} {self._where()} and without a result")
+            self._end("error", f"{describe_exit(code)} {self._where()} and without a result", Cause.EXITED)
         else:
-            self._outcome.signal = -code
-            hint = ", which the kernel sends when memory runs out" if -code == signal.SIGKILL else ""
-            self._end("crashed", f"{describe_exit(code)} {self._where()}{hint}")
+            self.signal = -code
+            cause = Cause.FATAL_SIGNAL if -code in _OWN_SIGNALS else Cause.KILLED
+            cause = Cause.LIMIT if -code in _SIGNALS_OF_LIMITS else cause
+            self._end("crashed", f"{describe_exit(code)} {self._where()}", cause)
 
 
 def _energy_off(case: Case) -> Reason | None:

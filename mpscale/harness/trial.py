@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mpscale.core.case import Case
+from mpscale.core.cause import Cause
 from mpscale.core.columns import METHOD_VERSION
 from mpscale.core.device import Device
 from mpscale.core.record import Record
+from mpscale.harness.run import may_pass
 from mpscale.harness.supervisor import Outcome
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.host import environment, run_slug
@@ -28,12 +30,18 @@ class Runner(Protocol):
 
 
 def attempt(runner: Runner, case: Case) -> Outcome:
-    """Run a case, again as long as a failure may be due to the allocator that it was started with."""
-    for number in range(1, 6):
+    """Run a case, again as long as a failure may be due to the allocator that it was started with.
+
+    Once again, too, if it failed for another cause that may pass, except lack of memory, which may be what is asked.
+    """
+    retried = False
+    for number in range(1, 7):
         outcome = Outcome(Record({**case.identity(), "batch_size": case.settings.batch_size}))
         runner.run(case, None, None, outcome, number)
-        if outcome.again is None:
+        passing = may_pass(outcome.record) and outcome.record.cause is not Cause.OOM_KILLER and not retried
+        if outcome.again is None and not passing:
             break
+        retried = retried or outcome.again is None
     return outcome
 
 

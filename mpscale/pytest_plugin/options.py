@@ -280,6 +280,14 @@ def _add_run_options(add: Add) -> None:
         help="TensorFlow's GPU memory allocator (default: auto, which is cuda_malloc_async, or bfc if that fails)",
     )
     add(
+        "--mp-retries",
+        type=_integer(0),
+        default=1,
+        metavar="N",
+        help="how many times to retry a case that failed for a cause that may pass, such as a kill or a full disk; "
+        "the state of the GPU has its own option, --mp-gpu-retries (default: 1)",
+    )
+    add(
         "--mp-gpu-retries",
         type=_integer(0),
         default=2,
@@ -344,6 +352,7 @@ def run_options(
             "cores": sorted(option("mp_cores") or ()) or None,
         },
         gpu_allocator=option("mp_gpu_allocator"),
+        retries=option("mp_retries"),
         gpu_retries=option("mp_gpu_retries"),
         cool_down_s=option("mp_cool_down"),
         keep_suspect=option("mp_keep_suspect"),
@@ -358,7 +367,7 @@ _OVERHEAD_S = 600.0
 def longest_turn_s(config: pytest.Config) -> float:
     """Return how long a session may be silent while it has the turn."""
     option = config.getoption
-    attempts = option("mp_gpu_retries") + 2
+    attempts = option("mp_gpu_retries") + option("mp_retries") + 2
     return float(attempts * (option("mp_timeout") + option("mp_cool_down")) + _OVERHEAD_S)
 
 

@@ -243,7 +243,12 @@ class Session:
                 pytest.exit(f"mpscale ab: {why}")
         if self._run is None:
             self._run = self._start_run()
-        outcome = self._run.run(case)
+        try:
+            outcome = self._run.run(case)
+        except OSError as error:
+            # Neither a folder of the run nor one for temporary files could be made: nothing was measured.
+            text = f"{case.id} was not started: {_describe(error)}"
+            pytest.fail(self.output.printable(text), pytrace=False)
         if self._turns is not None:
             status, reason, ms = (outcome.record[name] for name in ("status", "status_reason", "step_time_ms_median"))
             self._turns.send(turns.Done(case.id, status, reason, ms, str(self._run.path)))
@@ -383,6 +388,9 @@ class Session:
 
 def _describe(error: Exception) -> str:
     """Return the message of an error, with its type unless it was written for people."""
+    from mpscale.core.file_errors import in_words
     from mpscale.core.runs import RunError
 
-    return str(error) if isinstance(error, RunError | OSError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        return in_words(error)
+    return str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"

@@ -84,6 +84,7 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
         Section("Speed-up over batch", sweep.by_batch(run)),
         Section("Static loss scales", sweep.by_scale(run)),
         Section("Cases that did not end well", trouble.troubles(run), sentences=True),
+        Section("Notes on cases", [trouble.notes(run)], sentences=True),
         Section("What could not be read", [trouble.unread(run, floors.left_out)]),
         Section("Accuracy against fp32", [sections.against_fp32(run)], group="Metric against fp32"),
         Section("Overflow and loss scale", [sections.overflow(run), growth(run)], group="Overflow and loss scale"),

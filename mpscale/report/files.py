@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,15 +66,25 @@ def write_reports(run: Run, cases: str | None) -> None:
         cases: the content of cases.csv; None leaves that file as it is.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: one of them cannot be written; the others are written all the same.
     """
+    failures: list[OSError] = []
+
+    def written(write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            failures.append(error)
+
     if cases is not None:
-        write_cases(run.path, cases)
-    write(run.path / "summary.csv", summary_csv(summary_of(run)))
+        written(lambda: write_cases(run.path, cases))
+    written(lambda: write(run.path / "summary.csv", summary_csv(summary_of(run))))
     report = document(run, floors_of(run), probes_of(run))
-    write(run.path / "report.md", render(report))
+    written(lambda: write(run.path / "report.md", render(report)))
     # Pictures come last: they take longest, and if they fail, everything else is written.
-    write(run.path / "report.html", _page(run, report))
+    written(lambda: write(run.path / "report.html", _page(run, report)))
+    if failures:
+        raise failures[0]
 
 
 def report_page(run: Run) -> str:

@@ -30,6 +30,14 @@ def trouble_table(run: Run) -> Table:
     return Table(["case", "status", "reason"], [[text(record[name]) for name in names] for record in bad])
 
 
+def notes(run: Run) -> Table:
+    """Return a row per case with a note: that earlier attempts failed, or that a file of it could not be kept."""
+    noted = [record for record in run.records if record["note"] is not None]
+    return Table(
+        ["case", "status", "note"], [[text(record[name]) for name in ("case_id", "status", "note")] for record in noted]
+    )
+
+
 def unread(run: Run, left_out: Sequence[tuple[str, str]] = ()) -> str:
     """List what could not be read in the run's own files, and the folders of other runs, with reasons."""
     lines = [*run.problems, *(f"{folder} was left out: {reason}" for folder, reason in left_out)]

@@ -159,8 +159,8 @@ class SamplingLoop:
         return float(value) if reading in RANGES else value
 
     def _note(self, reading: Reading, source: Reading, reason: Reason) -> None:
-        """Note that a reading failed, unless it never worked or the GPU is lost, which fails the whole case."""
-        if self.gpu.asks(source) and not self.gpu.lost:
+        """Note that a reading failed, unless it never worked. A lost GPU is no exception: its last peak is no peak."""
+        if self.gpu.asks(source):
             self._failed.append(reading)
             self._broken = self._broken or source in self.gpu.ways
         self.file.explain({reading: reason})

@@ -17,7 +17,7 @@ from typing import Any
 from mpscale.core.device import VENDORS, Device, Vendor
 from mpscale.core.process import Child, describe_exit
 from mpscale.core.reason import Code, Reason
-from mpscale.core.wire import Wire
+from mpscale.core.wire import Garbled, Wire
 
 # Without persistence mode the driver wakes every GPU for the first call, which takes seconds each.
 _DESCRIBE_S = 60.0
@@ -181,15 +181,22 @@ class Driver:
         while True:
             try:
                 answer = self._monitor.receive(max(deadline - time.monotonic(), 0.0))
+                number = answer["id"]
+                if not isinstance(number, int) or number > self._sent:
+                    raise Garbled("not an answer")
             except TimeoutError:
                 return None
+            except (Garbled, KeyError):
+                self._trouble = _died("got something other than answers on its connection, and was ended")
+                self.close()
+                raise SilentDriver(self._trouble) from None
             except EOFError:
                 code = self._monitor.end(_KILL_S, _KILL_S)
                 self._monitor = None
                 was = "was " if code is not None and code < 0 else ""
                 self._trouble = _died(f"{was}{describe_exit(code)}")
                 raise SilentDriver(self._trouble) from None
-            self._answered = answer["id"]
+            self._answered = number
             if self._answered == self._sent:
                 return answer
 

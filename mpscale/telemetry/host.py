@@ -19,6 +19,7 @@ from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.core.variables import recorded
+from mpscale.telemetry.cgroup import ROOT, memory_group
 from mpscale.telemetry.client import Driver, SilentDriver
 
 PRECISION_FLAGS = (
@@ -45,12 +46,6 @@ PACKAGES = (
 
 _OTHER_TENSORFLOWS = ("tensorflow-cpu", "tensorflow-cpu-aws", "tf-nightly", "tf-nightly-cpu")
 _GIT_TIMEOUT_S = 5.0
-
-_CONTAINER_MEMORY = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-"""Files with a container's limit and what it uses, in bytes: those of cgroups 2 and 1."""
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 _SHORTEST_S = 0.2
@@ -82,17 +77,24 @@ def cpu_facts() -> dict[str, Any]:
 
 
 def memory_mib() -> float | None:
-    """Total memory of the host in MiB. A container's limit may be lower."""
+    """Total memory of the host in MiB. A container's limit may be lower: see :func:`memory_limit_mib`."""
     return _mib(Path("/proc/meminfo"), "MemTotal")
 
 
+def memory_limit_mib() -> float | None:
+    """The limit in MiB on the memory of this process's cgroup, such as that of a container or a batch job.
+
+    None if there is none below the memory of the host.
+    """
+    group, total = memory_group("self", ROOT), memory_mib()
+    limit = None if group is None else group.limit_mib()
+    return None if limit is None or (total is not None and limit >= total) else limit
+
+
 def available_mib() -> float | None:
-    """Memory in MiB that new processes can use without swapping, within the limit of a container."""
-    left = [_mib(Path("/proc/meminfo"), "MemAvailable")]
-    for limit, used in _CONTAINER_MEMORY:
-        most, now = _read(limit).strip(), _read(used).strip()
-        if most.isdecimal() and now.isdecimal():
-            left.append(max(int(most) - int(now), 0) / 2**20)
+    """Memory in MiB that new processes can use without swapping, within the limit of a cgroup."""
+    group = memory_group("self", ROOT)
+    left = (_mib(Path("/proc/meminfo"), "MemAvailable"), None if group is None else group.left_mib())
     return min((mib for mib in left if mib is not None), default=None)
 
 
@@ -224,6 +226,7 @@ def environment(device: Device, driver: Driver, project_dir: Path) -> dict[str, 
         "libc": " ".join(filter(None, platform.libc_ver())) or None,
         "cpu": cpu_facts(),
         "memory_mib": memory_mib(),
+        "memory_limit_mib": memory_limit_mib(),
         "load_average_at_start": load_average(),
         "device": device.to_json(),
         "nvml": "works" if driver.reason is None else str(driver.reason),

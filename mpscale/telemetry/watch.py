@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import math
 import time
@@ -13,6 +12,7 @@ from typing import IO, Any
 
 from mpscale.core.columns import Source, measured_columns
 from mpscale.core.device import Device
+from mpscale.core.file_errors import in_words
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.core.temporary import NoTemporaryFile, TemporaryFolder
@@ -51,11 +51,15 @@ class WorkerFacts:
 
 @dataclass(slots=True)
 class WatchResult:
-    """The columns of a case, why its figures must not be used, and whether the GPU was lost."""
+    """The columns of a case, why its figures must not be used, and whether the GPU was lost.
+
+    ``not_kept`` is why the samples could not be stored; None if they were, or were not to be.
+    """
 
     findings: Findings = field(default_factory=Findings)
     suspicions: list[Suspicion] = field(default_factory=list)
     lost: bool = False
+    not_kept: str | None = None
 
 
 class CaseWatch:
@@ -147,7 +151,7 @@ class CaseWatch:
             silent = error.reason.worded(f"the GPU driver stopped answering after {since} ({error})")
             notes = {"silent": silent.to_json()}
         result.lost = self._lost
-        samples = self._read_samples(keep, notes)
+        samples, result.not_kept = self._read_samples(keep, notes)
         findings.add(gpu_memory.memory_columns(samples, worker.allocator))
         steps, applied, off = worker.energy_steps, worker.energy_applied_steps, worker.energy_off
         findings.add(energy_columns(samples, steps, applied, self._ways.get(Reading.POWER), off))
@@ -208,7 +212,8 @@ class CaseWatch:
             self._first_settings = self._settings
         return None
 
-    def _read_samples(self, keep: Path | None, notes: Mapping[str, Any]) -> Samples:
+    def _read_samples(self, keep: Path | None, notes: Mapping[str, Any]) -> tuple[Samples, str | None]:
+        """The samples of the case, and why they could not be stored; None if they were."""
         text = ""
         if self._file is not None:
             self._file.seek(0)
@@ -216,11 +221,14 @@ class CaseWatch:
         if notes:
             # The last line may have been cut off when the monitor died.
             text = text[: text.rfind("\n") + 1] + line_of(notes)
+        not_kept = None
         if keep is not None and text:
-            # Losing this file must not fail the case. If the run's folder cannot be written, the journal reports that.
-            with contextlib.suppress(OSError):
+            try:
                 write(keep, gzip.compress(text.encode(), 6), keep.parent.parent)
-        return read_samples(text.splitlines(keepends=True))
+            except OSError as error:
+                # Losing this file must not fail the case, whose figures are known.
+                not_kept = in_words(error)
+        return read_samples(text.splitlines(keepends=True)), not_kept
 
     def _read_host(self) -> None:
         # The newest reading is the largest, since the kernel keeps the maximum. It also corrects an early reading that

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -39,7 +40,9 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.case import Case
+from mpscale.core.cause import Cause
 from mpscale.core.device import Device
+from mpscale.core.file_errors import is_of_files
 from mpscale.core.keeper import adopt_orphans, die_with_parent, end_children, wait_for_child
 from mpscale.core.out_of_memory import ran_out
 from mpscale.core.wire import Channel, Failed, Finished, Wire
@@ -211,10 +214,12 @@ def cause(error: BaseException, jit: bool) -> Failed:
         message = _without_surroundings(message)
     if not message.strip():
         message = _where(error)
+    if _is_of_a_file(first):
+        return Failed(type(first).__name__, message, Cause.FILE_SYSTEM)
     oom = _is_out_of_memory(error) or _is_out_of_memory(first) or ran_out(_text(error))
     if jit and not oom and _is_operation_error(first) and _refused_by_xla(first):
         message = f"{message.strip()}. {_NO_JIT}"
-    return Failed(type(first).__name__, message, oom)
+    return Failed(type(first).__name__, message, Cause.OUT_OF_MEMORY if oom else Cause.EXCEPTION)
 
 
 def _unwrapped(error: BaseException) -> BaseException:
@@ -245,6 +250,13 @@ def _where(error: BaseException) -> str:
     """The line that raised an exception, for one without a message, such as that of a bare ``assert``."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].line} (line {frames[-1].lineno} of {frames[-1].filename})" if frames else ""
+
+
+def _is_of_a_file(error: BaseException) -> bool:
+    """Whether the disk, a quota or the number of open files was used up, which may pass."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+    return type(error).__name__ == "ResourceExhaustedError" and is_of_files(_without_surroundings(_text(error)))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

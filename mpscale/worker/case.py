@@ -19,10 +19,11 @@ from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case, series_key
 from mpscale.core.columns import Topic, measured_columns
 from mpscale.core.device import Device
+from mpscale.core.file_errors import in_words
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.core.wire import Channel, Phase
+from mpscale.core.wire import Channel, NotKept, Phase
 from mpscale.core.writing import replacing
 from mpscale.worker import autotuning
 from mpscale.worker import model as models
@@ -352,7 +353,11 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
         found.put("growth_interval", growth_interval)
     _report(channel, found)
     if steps_path is not None:
-        _write_steps(steps_path, training.log)
+        try:
+            _write_steps(steps_path, training.log)
+        except OSError as error:
+            # The training is done, and its figures do not need this file.
+            channel.send(NotKept("its steps", in_words(error)))
     # As at the end of Keras' fit: an optimizer that keeps a moving average of the weights copies it into them.
     built.step.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
     if evaluate is None:

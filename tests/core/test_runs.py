@@ -14,6 +14,7 @@ from mpscale.analysis.summary import summary_of
 from mpscale.cli import main
 from mpscale.core.case import Case, Settings
 from mpscale.core.cases_csv import read_cases
+from mpscale.core.cause import Cause
 from mpscale.core.columns import COLUMNS, SCHEMA_VERSION
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import to_csv
@@ -80,7 +81,7 @@ def test_a_case_without_an_end_is_interrupted(tmp_path):
 def test_a_second_attempt_without_an_end_replaces_the_first(tmp_path):
     one = record(status="crashed")
     run = read_run(write_run(tmp_path, [*finished([one]), started(one, attempt=2)]))
-    assert [(r["status"], r["attempts"]) for r in run.records] == [("interrupted", 2)]
+    assert [(r["status"], r.cause, r["attempts"]) for r in run.records] == [("interrupted", Cause.NO_END, 2)]
 
 
 @pytest.mark.parametrize("torn", [b'{"event": "case_fin', '{"event": "é'.encode()[:-1], b"   "])
@@ -139,6 +140,7 @@ def test_a_broken_record_is_invalid_and_the_others_stay(tmp_path, what):
     run = read_run(path)
     assert [r["status"] for r in run.records] == ["invalid", "ok", "ok"]
     assert [r["seed"] for r in run.records] == [0, 1, 2]
+    assert run.records[0].cause is Cause.BAD_RECORD
     reason = run.records[0]["status_reason"]
     assert reason.startswith("journal.jsonl, line 3: ")
     assert message in reason

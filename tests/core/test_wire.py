@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mpscale.core.cause import Cause
 from mpscale.core.process import Child, describe_exit
 from mpscale.core.reason import Code, Reason
 from mpscale.core.wire import (
@@ -21,6 +22,7 @@ from mpscale.core.wire import (
     Finished,
     Garbled,
     Missed,
+    NotKept,
     Phase,
     PhaseReached,
     StepsDone,
@@ -68,7 +70,8 @@ def child():
         Blocks([0.1, 0.2]),
         EnergySteps(5, None),
         Finished("diverged", "no finite metric", {"cuda": None}),
-        Failed("ValueError", "größe \udcff", oom=True),
+        NotKept("its steps", "the disk is full"),
+        Failed("ValueError", "größe \udcff", Cause.OUT_OF_MEMORY),
     ],
     ids=lambda event: event.name,
 )
@@ -78,7 +81,32 @@ def test_an_event_arrives_as_it_was_sent(event):
     assert event_of(ours.receive(1), WORKER_EVENTS) == event
 
 
-@pytest.mark.parametrize("message", [{}, {"event": "party"}, {"event": "phase", "phase": "lunch"}, {"event": "blocks"}])
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"event": "party"},
+        {"event": ["phase"]},
+        {"event": "phase", "phase": "lunch"},
+        {"event": "blocks"},
+        {"event": "blocks", "step_s": [0.1, "fast"]},
+        {"event": "blocks", "step_s": [10**400]},
+        {"event": "progress", "done": 1.5, "total": 3},
+        {"event": "progress", "done": True, "total": 3},
+        {"event": "values", "values": ["status"]},
+        {"event": "values", "values": {"speed": 1}},
+        {"event": "values", "values": {"step_time_ms_median": "fast"}},
+        {"event": "miss", "columns": ["speed"], "reason": "none"},
+        {"event": "miss", "columns": "status", "reason": "none"},
+        {"event": "miss", "columns": ["metric_target"], "reason": 5},
+        {"event": "look", "step": 1, "loss": "low", "gradients": [], "in_float32": []},
+        {"event": "energy", "steps": None, "overflow_steps": None},
+        {"event": "done", "status": "great", "reason": None},
+        {"event": "done", "status": "ok", "reason": None, "runtime": 3},
+        {"event": "error", "type": "ValueError", "message": "no", "cause": "whim"},
+    ],
+    ids=str,
+)
 def test_other_messages_are_garbled(message):
     with pytest.raises(Garbled):
         event_of(message, WORKER_EVENTS)
@@ -155,9 +183,21 @@ def test_messages_without_end_do_not_outlast_a_deadline(child):
         [process.receive(deadline - time.monotonic()) for _ in itertools.count()]
 
 
-@pytest.mark.parametrize("said", ["b'hello\\n'", "b'[1]\\n'", "bytes(range(256)) + b'\\n'"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "b'hello\\n'",
+        "b'[1]\\n'",
+        "bytes(range(256)) + b'\\n'",
+        "b'{\"a\": ' * 10**5 + b'\\n'",  # nested more deeply than Python's parser goes
+        "b'{\"a\": ' + b'9' * 10**5 + b'}\\n'",  # more digits than Python converts
+        "b'\\xff\\xfe{}\\n'",
+        "b'x' * 2**27",  # longer than any message, without an end
+    ],
+    ids=lambda said: said[:20],
+)
 def test_anything_but_messages_is_garbled(child, said):
-    process = child(f"wire.send({{'last': 1}}); os.write(wire.fileno(), {said}); time.sleep(600)")
+    process = child(f"wire.send({{'last': 1}}); wire._socket.sendall({said}); time.sleep(600)")
     assert process.receive(60) == {"last": 1}
     with pytest.raises(Garbled):
         process.receive(60)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-
 import pytest
 
+from mpscale.core.cause import Cause
 from mpscale.core.device import STAND_IN, Device
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
@@ -31,11 +30,11 @@ def supervisor(tmp_path, monkeypatch):
         each.close()
 
 
-def ended(status="crashed", signal=None, phase="idle", lost=False):
+def ended(status="crashed", cause=None, phase="idle"):
     record = Record({"workload": "toy", "mode": "fp32", "seed": 0, "repeat": 0})
-    record.update({"status": status})
+    record.end(status, "it failed", cause)
     phases = {"idle": 1.0} if phase == "idle" else {"idle": 1.0, phase: 2.0} if phase else {}
-    return Outcome(record, phases=phases, signal=signal, gpu_lost=lost)
+    return Outcome(record, phases=phases)
 
 
 def judged(supervisor, *outcomes):
@@ -53,17 +52,16 @@ KEPT = (None, "cuda_malloc_async")
 @pytest.mark.parametrize(
     "outcome",
     [
-        pytest.param(ended(signal=signal.SIGKILL), id="the kernel's out-of-memory killer"),
-        pytest.param(ended(signal=signal.SIGTERM), id="a batch system"),
-        pytest.param(ended(signal=signal.SIGINT), id="a person at the terminal"),
-        pytest.param(ended(signal=signal.SIGHUP), id="a closed terminal"),
-        pytest.param(ended(signal=signal.SIGXCPU), id="a CPU time limit"),
-        pytest.param(ended("oom"), id="memory held by others"),
-        pytest.param(ended("timeout"), id="the clock"),
-        pytest.param(ended("interrupted"), id="the user's interrupt"),
-        pytest.param(ended(lost=True, signal=signal.SIGABRT), id="a lost GPU"),
-        pytest.param(ended("error", phase=None), id="before touching the GPU"),
-        pytest.param(ended("error", phase="context-ready"), id="after touching the GPU"),
+        pytest.param(ended("oom", Cause.OOM_KILLER), id="the kernel's out-of-memory killer"),
+        pytest.param(ended(cause=Cause.KILLED), id="a batch system, or a person at the terminal"),
+        pytest.param(ended(cause=Cause.LIMIT), id="a CPU time limit"),
+        pytest.param(ended("oom", Cause.OUT_OF_MEMORY), id="memory held by others"),
+        pytest.param(ended("timeout", Cause.TIMEOUT), id="the clock"),
+        pytest.param(ended("interrupted", Cause.STOPPED), id="the user's interrupt"),
+        pytest.param(ended(cause=Cause.GPU_LOST), id="a lost GPU"),
+        pytest.param(ended("error", Cause.GARBLED), id="junk on its connection"),
+        pytest.param(ended("error", Cause.EXCEPTION, phase=None), id="before touching the GPU"),
+        pytest.param(ended("error", Cause.EXCEPTION, phase="context-ready"), id="after touching the GPU"),
     ],
 )
 def test_failures_that_are_not_blamed_on_the_allocator(supervisor, outcome):
@@ -73,12 +71,11 @@ def test_failures_that_are_not_blamed_on_the_allocator(supervisor, outcome):
 @pytest.mark.parametrize(
     "outcome",
     [
-        {"status": "error"},
-        {"signal": signal.SIGABRT},
-        {"signal": signal.SIGSEGV},
-        {"signal": signal.SIGBUS},
+        {"status": "error", "cause": Cause.EXCEPTION},
+        {"status": "error", "cause": Cause.EXITED},
+        {"cause": Cause.FATAL_SIGNAL},
     ],
-    ids=["an exception or exit code", "a failed check", "a wrong address", "a bus error"],
+    ids=["an exception", "an exit code", "a signal of its own"],
 )
 def test_own_failure_is_retried_with_the_same_allocator_and_then_with_the_next(supervisor, outcome):
     found = judged(supervisor(), *(ended(**outcome) for _ in range(3)), ended("ok"))
@@ -88,11 +85,12 @@ def test_own_failure_is_retried_with_the_same_allocator_and_then_with_the_next(s
 
 
 def test_an_allocator_that_has_worked_is_kept(supervisor):
-    worked, failed = ended("ok", phase="context-ready"), [ended("error") for _ in range(3)]
+    worked, failed = ended("ok", phase="context-ready"), [ended("error", Cause.EXCEPTION) for _ in range(3)]
     assert judged(supervisor(), worked, *failed) == [KEPT] * 4
-    later = judged(supervisor(), ended("error"), ended("error"), worked, *failed)
+    own = [ended("error", Cause.EXCEPTION) for _ in range(2)]
+    later = judged(supervisor(), *own, worked, *failed)
     assert later[2:] == [(None, "bfc")] * 4
 
 
 def test_a_requested_allocator_is_kept(supervisor):
-    assert judged(supervisor("cuda_malloc_async"), *(ended("error") for _ in range(3))) == [KEPT] * 3
+    assert judged(supervisor("cuda_malloc_async"), *(ended("error", Cause.EXCEPTION) for _ in range(3))) == [KEPT] * 3

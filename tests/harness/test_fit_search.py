@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 
 import pytest
 from support.runfolder import record
@@ -59,22 +58,22 @@ def test_powers_of_two_come_first_and_then_eighths(tries, start, most, expected,
 
 
 @pytest.mark.parametrize(
-    ("status", "reason", "tail", "sent", "trained", "verdict"),
+    ("status", "reason", "tail", "trained", "verdict"),
     [
-        ("ok", None, None, None, False, Verdict.FITS),
-        ("oom", "ResourceExhaustedError: OOM", None, None, False, Verdict.OUT_OF_MEMORY),
-        ("crashed", "killed by SIGKILL", None, signal.SIGKILL, False, Verdict.OUT_OF_MEMORY),
-        ("crashed", "killed by SIGABRT", "terminate: std::bad_alloc", signal.SIGABRT, False, Verdict.OUT_OF_MEMORY),
-        ("crashed", "killed by SIGABRT", "CUDA_ERROR_OUT_OF_MEMORY", signal.SIGABRT, False, Verdict.OUT_OF_MEMORY),
-        ("error", "InternalError: CUBLAS_STATUS_NOT_INITIALIZED", None, None, True, Verdict.OUT_OF_MEMORY),
-        ("error", "InternalError: CUBLAS_STATUS_NOT_INITIALIZED", None, None, False, Verdict.FAILED),
-        ("crashed", "killed by SIGSEGV", "Segmentation fault", signal.SIGSEGV, True, Verdict.FAILED),
-        ("timeout", "not finished after 9 s", "out of memory", signal.SIGKILL, True, Verdict.FAILED),
-        ("unsupported", "needs a GPU", None, None, False, Verdict.FAILED),
+        ("ok", None, None, False, Verdict.FITS),
+        ("oom", "ResourceExhaustedError: OOM", None, False, Verdict.OUT_OF_MEMORY),
+        ("crashed", "killed by SIGKILL", None, False, Verdict.FAILED),
+        ("crashed", "killed by SIGABRT", "terminate: std::bad_alloc", False, Verdict.OUT_OF_MEMORY),
+        ("crashed", "killed by SIGSEGV", "CUDA_ERROR_OUT_OF_MEMORY", False, Verdict.OUT_OF_MEMORY),
+        ("error", "InternalError: CUBLAS_STATUS_NOT_INITIALIZED", None, True, Verdict.OUT_OF_MEMORY),
+        ("error", "InternalError: CUBLAS_STATUS_NOT_INITIALIZED", None, False, Verdict.FAILED),
+        ("crashed", "killed by SIGSEGV", "Segmentation fault", True, Verdict.FAILED),
+        ("timeout", "not finished after 9 s", "out of memory", True, Verdict.FAILED),
+        ("unsupported", "needs a GPU", None, False, Verdict.FAILED),
     ],
 )
-def test_the_end_of_a_case_tells_lack_of_memory_from_other_failures(status, reason, tail, sent, trained, verdict):
-    outcome = Outcome(record(status=status, status_reason=reason, output_tail=tail), signal=sent)
+def test_the_end_of_a_case_tells_lack_of_memory_from_other_failures(status, reason, tail, trained, verdict):
+    outcome = Outcome(record(status=status, status_reason=reason, output_tail=tail))
     assert judge(outcome, trained)[0] is verdict
 
 

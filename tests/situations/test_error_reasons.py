@@ -1,12 +1,15 @@
 """The reason of an error is what the user's code or TensorFlow says is wrong, not the path to it."""
 
+import errno
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from mpscale.core.cause import Cause
 from mpscale.core.wire import Failed
 from mpscale.harness.supervisor import _one_line
 from mpscale.worker.__main__ import cause
@@ -179,7 +182,7 @@ def test_out_of_memory_is_recognised_by_type_even_inside_a_layer():
 
     with pytest.raises(Exception, match="no more") as caught:
         traced(Greedy())()
-    assert cause(caught.value, True) == Failed("MemoryError", "no more", oom=True)
+    assert cause(caught.value, True) == Failed("MemoryError", "no more", Cause.OUT_OF_MEMORY)
 
 
 @pytest.mark.parametrize(
@@ -194,23 +197,30 @@ def test_out_of_memory_is_recognised_by_type_even_inside_a_layer():
     ],
 )
 def test_out_of_memory_is_recognised_by_what_libraries_say(error, oom):
-    assert cause(error, jit=True).oom is oom
+    assert (cause(error, jit=True).cause is Cause.OUT_OF_MEMORY) == oom
 
 
 def test_numpys_own_memory_error_is_out_of_memory():
     with pytest.raises(MemoryError) as caught:
         np.empty(2**62, np.int8)
-    assert cause(caught.value, jit=True).oom
+    assert cause(caught.value, jit=True).cause is Cause.OUT_OF_MEMORY
 
 
 @pytest.mark.parametrize(
-    ("message", "hint"),
+    "write",
     [
-        # What XLA said of a float32 convolution on an H200.
-        ("Autotuner could not find any supported configs for HLO: %cudnn-conv-bias-activation.13", True),
-        ("Failed to launch CUDA kernel: an illegal memory access was encountered", False),
+        lambda: Path("/dev/full").write_text("weights"),
+        # TensorFlow has one type of error for a full disk and for lack of memory.
+        lambda: tf.io.write_file("/dev/full", "weights"),
     ],
+    ids=["Python", "TensorFlow"],
 )
-def test_an_internal_error_before_there_is_a_program_is_a_refusal_by_xla(message, hint):
-    error = tf.errors.InternalError(None, None, f"{message} [Op:__inference_step_637]")
-    assert (NO_JIT in cause(error, jit=True).message) is hint
+def test_a_full_disk_is_not_lack_of_memory(write):
+    with pytest.raises(Exception, match="No space left") as caught:
+        write()
+    assert cause(caught.value, jit=True).cause is Cause.FILE_SYSTEM
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), OSError(errno.EDQUOT, "quota")])
+def test_what_else_may_be_used_up(error):
+    assert cause(error, jit=True).cause is Cause.FILE_SYSTEM

@@ -12,6 +12,7 @@ import pytest
 from support.small_suite import SUITE, pytest_here, write
 
 from mpscale.config import folder, why_not_writable
+from mpscale.core.file_errors import why
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def called(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ("/proc/nope", "No such file or directory"),
-        ("/proc/self/nope/deeper", "No such file or directory"),
+        ("/proc/nope", "there is no such file or folder"),
+        ("/proc/self/nope/deeper", "there is no such file or folder"),
         ("/sys/nope", ""),
         ("file", "it exists and is not a folder"),
         ("file/below/it", "it exists and is not a folder"),
@@ -39,7 +40,7 @@ def called(tmp_path, monkeypatch):
         ("circle", ""),
         ("broken", "/proc/nowhere"),
         ("held", "it exists and is not a folder"),
-        ("n" * 300, "File name too long"),
+        ("n" * 300, "the name is too long"),
     ],
 )
 def test_an_unusable_folder_is_a_usage_error_before_anything_runs(called, given, why):
@@ -71,13 +72,17 @@ def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path):
     assert why_not_writable(Path(os.path.realpath(tmp_path / "link")) / "runs") is None
 
 
+def words(code):
+    return why(OSError(code, os.strerror(code)))
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO], ids=os.strerror)
 def test_a_full_file_system_is_noticed(tmp_path, monkeypatch, code):
     def refuse(_):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    assert why_not_writable(tmp_path / "new" / "runs") == f"{tmp_path}/new/runs: {os.strerror(code)}"
+    assert why_not_writable(tmp_path / "new" / "runs") == f"{tmp_path}/new/runs: {words(code)}"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -87,7 +92,7 @@ def test_a_read_only_file_system_is_noticed(tmp_path, monkeypatch, code):
         raise OSError(code, os.strerror(code), str(self))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    assert why_not_writable(tmp_path / "new" / "runs") == f"{tmp_path}/new: {os.strerror(code)}"
+    assert why_not_writable(tmp_path / "new" / "runs") == f"{tmp_path}/new: {words(code)}"
 
 
 def test_sessions_that_look_at_the_same_time_do_not_refuse_each_other(tmp_path):

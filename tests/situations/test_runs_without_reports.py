@@ -220,7 +220,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_row(benchmark_run):
         run, _ = benchmark_run(happen)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "cannot be written: File too large; the run goes on" in run.troubles[0]
+    assert "cannot be written: the file would be larger than is allowed" in run.troubles[0]
     assert "can be written again, and its journal is whole" in run.troubles[-1]
     found = only_run()
     assert [r["status"] for r in found.records] == ["ok", "ok"]

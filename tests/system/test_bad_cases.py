@@ -48,6 +48,14 @@ object.__setattr__(misnamed, "metric_name", 5)
 misdirected = s.make("misdirected")
 object.__setattr__(misdirected, "metric_higher_is_better", 0)
 removes = s.interrupted("removes", remove_the_run)
+
+
+def block_its_steps():
+    (run,) = (Path(__file__).parent / "results" / "runs").iterdir()
+    (run / "steps" / "test_suite+unkept--fp32--s0--r0.csv.gz" / "in the way").mkdir(parents=True, exist_ok=True)
+
+
+unkept = s.interrupted("unkept", block_its_steps)
 """
 CASES = {
     "suite_workloads:fine": ("ok", ""),
@@ -56,6 +64,7 @@ CASES = {
     "test_suite:prints": ("error", "--mp-jit off runs them without it"),
     "test_suite:refuses": ("error", "my layer wants three columns"),
     "test_suite:removes": ("ok", ""),
+    "test_suite:unkept": ("ok", ""),
 }
 
 
@@ -76,7 +85,7 @@ def test_each_case_has_its_row_and_its_reason(done):
 
 def test_a_lost_folder_is_reported_at_the_end_and_the_report_exists(done):
     assert done.code == 1
-    assert "4 failed, 2 passed" in done.output
+    assert "4 failed, 3 passed" in done.output
     assert "was deleted, moved or changed while the run went on" in done.output.rpartition("= mpscale =")[2]
     assert done.run.problems == []
     assert "TypeError: metric_name should be str, not 5" in (done.path / "report.html").read_text()
@@ -91,3 +100,13 @@ def test_an_error_sends_no_command_to_the_terminal(done):
 def test_the_whole_traceback_is_kept(done):
     (row,) = (record for record in done.run.records if record["workload"] == "test_suite:refuses")
     assert "Traceback" in row["output_tail"] or "Arguments received by" in row["output_tail"]
+
+
+def test_a_finished_training_whose_steps_cannot_be_written_keeps_its_figures(done):
+    (row,) = (record for record in done.run.records if record["workload"] == "test_suite:unkept")
+    assert row["note"].startswith("its steps could not be kept: ")
+    assert "it is a folder and not a file" in row["note"]
+    assert row["metric_value"] is not None
+    assert row["step_time_ms_median"] > 0
+    assert f"{row['case_id']}: its steps could not be kept" in done.output.rpartition("= mpscale =")[2]
+    assert "its steps could not be kept" in (done.path / "report.md").read_text()

@@ -14,6 +14,7 @@ from support.nvml_stand_in import Script
 from mpscale.core.columns import Source, measured_columns
 from mpscale.core.device import find_device
 from mpscale.core.reason import Code
+from mpscale.core.wire import Wire
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, NoDriver, open_driver
 from mpscale.telemetry.samples import Reading
@@ -365,6 +366,26 @@ def test_driver_that_crashes_in_mid_case(gpu_case):
     assert seen.findings.values[PEAK] == 300.0
     case.script.heal().process("compute", case.pid, None)
     assert case.run(lambda: case.uses(400)).findings.values[PEAK] == 400.0
+
+
+@pytest.mark.parametrize("said", [b"hello\n", b"{}\n", b'{"id": "one"}\n', b'{"id": 999}\n'])
+def test_junk_on_the_monitors_connection_costs_its_figures(script, stand_in_nvml, monkeypatch, said):
+    ours, theirs = Wire.pair()
+    theirs._socket.sendall(said)
+    monkeypatch.setattr(Wire, "pair", lambda: (ours, theirs))
+    driver = open_driver({**os.environ, **script.environ(stand_in_nvml)})
+    assert isinstance(driver, NoDriver)
+    assert driver.reason.code is Code.MONITOR_DIED
+    assert "something other than answers" in driver.reason.text
+
+
+def test_samples_that_cannot_be_kept_cost_no_figure(gpu_case, tmp_path):
+    (tmp_path / "gpu").write_text("in the way")
+    case = gpu_case()
+    seen = case.run(lambda: case.uses(300), keep=tmp_path / "gpu" / "case.jsonl.gz")
+    assert seen.not_kept is not None
+    assert str(tmp_path / "gpu") in seen.not_kept
+    assert seen.findings.values[PEAK] == 300.0
 
 
 def test_driver_that_keeps_crashing_is_not_restarted(gpu_case):
