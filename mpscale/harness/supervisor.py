@@ -26,7 +26,7 @@ from mpscale.core.out_of_memory import ran_out
 from mpscale.core.process import Process, describe_exit
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
-from mpscale.core.temporary import NoTemporaryFile, TemporaryFolder, remove_left_behind, temporary_file
+from mpscale.core.temporary import TemporaryFolder, remove_left_behind, temporary_file
 from mpscale.core.variables import without_secrets
 from mpscale.core.wire import Looked, Noted, Phase, PhaseReached, StepsDone
 from mpscale.harness.autotuning import SharedTuning
