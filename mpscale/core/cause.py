@@ -41,3 +41,7 @@ class Cause(StrEnum):
     FILE_SYSTEM = "file-system", "a file or folder that it needs could not be written", True
     GPU_STATE = "gpu-state", "the GPU was throttled, or other processes used it", True
     GPU_LOST = "gpu-lost", "the GPU fell off the bus or was reset", True
+
+
+TRANSIENT = frozenset(cause.value for cause in Cause if cause.transient)
+"""The values of causes after which another attempt may succeed."""

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from mpscale.core.case import Place, Variant
+from mpscale.core.cause import TRANSIENT
 from mpscale.core.columns import COLUMNS, FAILED, LOST, MEASURED, STATUSES
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason, encodable
@@ -124,6 +125,11 @@ class Record:
     def unavailable(self) -> dict[str, Reason]:
         """The reasons so far, by column."""
         return self._unavailable.copy()
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether another attempt may end otherwise, so that a resumed run makes one."""
+        return self["status"] == "interrupted" or self["cause"] in TRANSIENT
 
     @property
     def place(self) -> Place:

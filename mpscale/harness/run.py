@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.case import Case
-from mpscale.core.columns import FAILED, Topic, measured_columns
+from mpscale.core.columns import FAILED, MEASURED, Topic, measured_columns
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
 from mpscale.core.run_folder import Journal
 from mpscale.core.wire import Again
+from mpscale.harness.resume import Resumed, with_allocator
 from mpscale.harness.supervisor import Listener, Options, Outcome, Supervisor
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.host import environment, run_slug
@@ -35,10 +36,17 @@ class BenchmarkRun:
         driver: gives access to the GPU's driver.
         options: how they run.
         listener: called at each phase and with progress.
+        resumed: the run that goes on; None for a new one.
     """
 
     def __init__(
-        self, cases: Sequence[Case], device: Device, driver: Driver, options: Options, listener: Listener
+        self,
+        cases: Sequence[Case],
+        device: Device,
+        driver: Driver,
+        options: Options,
+        listener: Listener,
+        resumed: Resumed | None = None,
     ) -> None:
         self._cases, self._device, self._driver = list(cases), device, driver
         self._options, self._listener = options, listener
@@ -46,9 +54,24 @@ class BenchmarkRun:
         self._supervisor: Supervisor | None = None
         self._same_start = SameStart()
         self._outcomes: dict[str, Outcome] = {}
+        self._settled: frozenset[str] = frozenset()
+        """Cases of a resumed run that are not run again."""
         self._runtime_known = self._not_forked_noted = False
         self._started = 0
+        self._ended_before = False
+        """Whether the run had ended, so that it stays as it is if no further case runs."""
         self._gpu_lost_in: str | None = None
+        if resumed is not None:
+            self._go_on(resumed)
+
+    def _go_on(self, resumed: Resumed) -> None:
+        self._journal, self._outcomes = resumed.journal, dict(resumed.outcomes)
+        self._settled, self._started, self._ended_before = resumed.settled, resumed.started, resumed.finished
+        settled = [self._outcomes[case_id].record for case_id in sorted(self._settled)]
+        self._options = with_allocator(self._options, settled)
+        for record in sorted(settled, key=lambda record: record["order"] or 0):
+            self._same_start.take(record)
+        self._runtime_known = any(self._outcomes[case_id].record["status"] in MEASURED for case_id in self._settled)
 
     @property
     def path(self) -> Path | None:
@@ -61,9 +84,11 @@ class BenchmarkRun:
         return [] if self._journal is None else list(self._journal.troubles)
 
     def measured(self, case: Case) -> Outcome | None:
-        """The outcome of a case that has already run and did not fail."""
+        """The outcome of a case that has already run and did not fail, or that a resumed run does not run again."""
         outcome = self._outcomes.get(case.id)
-        return None if outcome is None or outcome.record["status"] in FAILED else outcome
+        if case.id in self._settled or outcome is None:
+            return outcome
+        return None if outcome.record["status"] in FAILED else outcome
 
     def run(self, case: Case) -> Outcome:
         """Run one case and record it. A case that has run before gets another attempt.
@@ -97,16 +122,17 @@ class BenchmarkRun:
         if self._supervisor is not None:
             self._supervisor.close()
         if self._journal is not None:
-            self._journal.finish(exit_status)
+            self._journal.finish(exit_status, leave=self._ended_before)
         self._supervisor = None
 
     def _attempt(self, case: Case) -> Outcome:
         journal, supervisor = self._open()
         earlier = self._outcomes.get(case.id)
-        attempt = 1 if earlier is None else earlier.record["attempts"] + 1
+        attempt = 1 if earlier is None else (earlier.record["attempts"] or 0) + 1
         # Its place among the cases that ran, which differs from the plan if a test was left out or run again.
         case = dataclasses.replace(case, order=self._started)
         self._started += 1
+        self._ended_before = False
         journal.case_started(case, attempt)
         outcome = Outcome(Record(case.identity()))
         if self._gpu_lost_in is not None:
@@ -157,6 +183,7 @@ class BenchmarkRun:
                 self._options.asked,
                 self._cases,
                 self._options.interleaved,
+                self._options.invocation,
             )
         if self._supervisor is None:
             self._supervisor = Supervisor(self._device, self._driver, self._options, self._listener)
@@ -189,25 +216,46 @@ class SameStart:
 
     def __init__(self) -> None:
         self._first: dict[tuple[str, int, int], dict[str, tuple[str, Any]]] = {}
+        self._before: dict[str, set[str]] = {}
+        """The workload digests of a run before it was stopped, by workload."""
+
+    def take(self, record: Record) -> None:
+        """Note what a case trained with that ran before the run was stopped."""
+        self._compare((record.place[0], *record.key), record.place[1], record)
+        if record["workload_digest"] is not None and record["status"] in MEASURED:
+            self._before.setdefault(record.place[0], set()).add(record["workload_digest"])
 
     def difference(self, case: Case, record: Record) -> str | None:
         """Return how the training of ``case`` differs from that of an earlier mode of its group; None if it does not.
 
-        A case that died early is judged by what it had by then.
+        A case that died early is judged by what it had by then. In a resumed run, return also how its workload differs
+        from what it was before.
         """
-        first = self._first.setdefault(case.group, {})
+        digest, before = record["workload_digest"], self._before.get(case.place[0], set())
+        # Several digests: the workload depends on the seed.
+        if digest is not None and len(before) == 1 and digest not in before:
+            return (
+                f"not the workload that the run began with: its digest is {digest}, and was {before.copy().pop()} "
+                "before the run was stopped. Restore the workload, or make a new run"
+            )
+        differing = self._compare(case.group, case.place[1], record)
+        if not differing:
+            return None
+        text = "; ".join(f"not the same training as {mode}: other {', '.join(it)}" for mode, it in differing.items())
+        return f"{text}. Modes may only differ in precision: the workload must not ask for the mode or its policy"
+
+    def _compare(self, group: tuple[str, int, int], mode: str, record: Record) -> dict[str, list[str]]:
+        """Return what differs from earlier modes of the group, by mode."""
+        first = self._first.setdefault(group, {})
         differing: dict[str, list[str]] = {}
         for name, what in _COMPARED.items():
             value = record[name]
             if value is None or (name == "workload_digest" and differing):
                 continue
-            mode, other = first.setdefault(name, (case.place[1], value))
+            other_mode, other = first.setdefault(name, (mode, value))
             if not _equal(value, other):
-                differing.setdefault(mode, []).append(f"{what} ({_contrast(name, value, other, mode)})")
-        if not differing:
-            return None
-        text = "; ".join(f"not the same training as {mode}: other {', '.join(it)}" for mode, it in differing.items())
-        return f"{text}. Modes may only differ in precision: the workload must not ask for the mode or its policy"
+                differing.setdefault(other_mode, []).append(f"{what} ({_contrast(name, value, other, other_mode)})")
+        return differing
 
 
 def _equal(value: Any, other: Any) -> bool:
