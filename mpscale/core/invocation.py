@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from mpscale.core.runs import Run
 
 RESUME = "--mp-resume"
+_PROGRAM = re.compile(r"pytest|mpscale run|python[\d.]* -m pytest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +64,27 @@ def resume_command(run: Run, here: Path | None = None) -> str | None:
             run was started, the command begins with a ``cd``.
     """
     invocation = Invocation.of(run.info)
-    if invocation is None or "interleaved" in run.info or run.path.parent.name != "runs":
+    if invocation is None or "interleaved" in run.info or run.path.resolve().parent.name != "runs":
         return None
-    arguments = list(invocation.arguments)
+    # The run may be a stranger's, and the command gets copied into a shell.
+    if not _PROGRAM.fullmatch(invocation.program) or not all(map(str.isprintable, invocation.arguments)):
+        return None
+    arguments = list(_without_limits(invocation.arguments))
     # What comes after -- are paths.
     place = arguments.index("--") if "--" in arguments else len(arguments)
-    arguments.insert(place, f"{RESUME}={run.name}")
+    arguments.insert(place, f"{RESUME}={run.path.resolve().name}")
     command = shlex.join([*invocation.program.split(), *arguments])
     if here is None:
         return command
     folder = Path(os.path.realpath(run.path / invocation.folder))
     return command if folder == Path(os.path.realpath(here)) else f"cd {shlex.quote(str(folder))} && {command}"
+
+
+def _without_limits(arguments: Sequence[str]) -> Iterator[str]:
+    """Leave out options that end pytest at a failure: a case that failed for good would end each session at once."""
+    for before, argument in itertools.pairwise(["", *arguments]):
+        if argument not in ("-x", "--exitfirst", "--maxfail") and "--maxfail" not in (
+            before,
+            argument.partition("=")[0],
+        ):
+            yield argument

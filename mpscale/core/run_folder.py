@@ -182,14 +182,13 @@ class Journal:
                 self._write_cases()
 
     def finish(self, exit_status: int, leave: bool = False) -> None:
-        """Note the end of the run. Nothing may be written afterwards.
+        """Note the end of the run. Nothing but :meth:`free` may follow.
 
         Args:
             exit_status: that of the whole run.
             leave: note nothing, for a run that had ended and was opened again in vain.
         """
         if leave:
-            self._free()
             return
         if self._cases_due:
             with self._no_trouble_ends_the_run():
@@ -201,7 +200,6 @@ class Journal:
             self._write_anew()
         if self._file is not None:
             self._file.close()
-        self._free()
 
     def _append(self, event: str, **fields: Any) -> None:
         if self._resumption is not None:
@@ -259,14 +257,15 @@ class Journal:
         """Write everything that is in memory."""
         self.path.mkdir(parents=True, exist_ok=True)
         if self._lock is None or not self._lock.is_in_place:
-            self._free()
+            self.free()
             with contextlib.suppress(OSError, RunIsHeld):
                 self._lock = RunLock.take(self.path)
+        journal = self.path / "journal.jsonl"
+        _replace(journal, b"".join(self._lines))
+        # After the journal: a folder with a run.json is a run, and must be readable.
         self._write_info()
         if self._records:
             self._write_cases()
-        journal = self.path / "journal.jsonl"
-        _replace(journal, b"".join(self._lines))
         self._size = sum(map(len, self._lines))
         self._file = journal.open("ab", buffering=0)
 
@@ -292,7 +291,8 @@ class Journal:
                 "writes it as soon as that is possible"
             )
 
-    def _free(self) -> None:
+    def free(self) -> None:
+        """Let other processes write the run's folder."""
         if self._lock is not None:
             self._lock.free()
         self._lock = None

@@ -113,17 +113,25 @@ class BenchmarkRun:
                 case "touched":
                     self._listener(case, Again(f"failed on touching the GPU ({reason})"))
 
-    def finish(self, exit_status: int) -> None:
+    def finish(self, exit_status: int, free: bool = True) -> None:
         """End the processes and close the journal.
 
         Args:
             exit_status: that of the whole run, 0 if all went well.
+            free: let other processes write the run's folder; else :meth:`free` has to.
         """
         if self._supervisor is not None:
             self._supervisor.close()
         if self._journal is not None:
             self._journal.finish(exit_status, leave=self._ended_before)
         self._supervisor = None
+        if free:
+            self.free()
+
+    def free(self) -> None:
+        """Let other processes write the run's folder."""
+        if self._journal is not None:
+            self._journal.free()
 
     def _attempt(self, case: Case) -> Outcome:
         journal, supervisor = self._open()

@@ -69,7 +69,7 @@ def invocation(config: pytest.Config) -> dict[str, Any]:
         # What `mpscale run` puts before the user's arguments.
         program, arguments = "mpscale run", arguments[arguments.index(suite) + 1 :]
         arguments.remove("--benchmark-only")
-    elif Path(sys.argv[0]).name == "__main__.py":
+    elif Path(sys.argv[0]).parts[-2:] == ("pytest", "__main__.py"):
         program = f"{Path(sys.executable).name} -m pytest"
     options = {name: value for name, value in given(config).items() if name != RESUME}
     return Invocation(program, arguments, str(config.invocation_params.dir), options).to_json()

@@ -156,8 +156,12 @@ class LiveRun:
 
     def finish(self, exit_status: int) -> None:
         """End the processes and close the journal."""
-        self._run.finish(exit_status)
+        self._run.finish(exit_status, free=False)
         self._note_troubles()
+
+    def free(self) -> None:
+        """Let other processes write the run's folder, once its reports are there."""
+        self._run.free()
 
     def _note_troubles(self) -> None:
         """Report new problems with the run's files at once. They are repeated at the end of the session."""
@@ -289,8 +293,11 @@ class Session:
 
         try:
             resumed = resume(self._resumption.path, plan.chosen, plan.device, plan.driver, how)
-        except (RunError, OSError) as error:
+        except RunError as error:
             raise pytest.UsageError(str(error)) from error
+        except OSError as error:
+            why = f"{self._resumption.path} cannot be written ({error.strerror or error})"
+            raise pytest.UsageError(f"{RESUME}: {why}") from error
         return LiveRun(plan, how, self.output, resumed)
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
@@ -333,6 +340,8 @@ class Session:
         except Exception as error:
             # A report that fails must not stop pytest: the journal has all results.
             run.troubles.append(f"no report could be made of {run.path}: {_describe(error)}")
+        finally:
+            run.free()
         if run.troubles and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -10,6 +10,7 @@ from mpscale.analysis.answer import Advice, Answer, Cell, Effect, Weakness, Wort
 from mpscale.analysis.quantities import Verdict
 from mpscale.core.record import place_of
 from mpscale.core.runs import Run
+from mpscale.report import trouble
 from mpscale.report.advice import code_of, measure_again
 from mpscale.report.cell import chips, quality_line, ratio_text, speed_word, times
 from mpscale.report.figures import Picture
@@ -424,7 +425,7 @@ def markdown(screen: Screen) -> str:
     if screen.lacks:
         parts.append(f"{escape(screen.lacks)} {GO_ON if screen.go_on else ''}".strip())
     if screen.go_on:
-        parts.append(f"```sh\n{screen.go_on}\n```")
+        parts.append(trouble.fenced(screen.go_on))
     return "\n\n".join(parts)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mpscale.core.case import Place
 from mpscale.core.invocation import resume_command
 from mpscale.core.runs import Run
 from mpscale.report.table import plural
+
+_SIDE_BY_SIDE_S = 60
+"""An interruption that is not longer, in seconds, is like the time between two cases."""
 
 _NAMED = 5
 """Most rows that a sentence names; more are counted."""
@@ -46,31 +50,37 @@ def _counted(places: Iterable[Place]) -> str:
 
 def interruptions(run: Run) -> Iterator[str]:
     """Yield what a reader must know of a run that was stopped and went on, one sentence each."""
-    resumed = [one for one in run.info.get("resumed") or () if isinstance(one, dict)]
+    resumed = _dicts(run.info.get("resumed"))
     if not resumed:
         return
     times = ", ".join(str(one.get("time"))[:16].replace("T", " ") for one in resumed)
     yield f"The run was stopped and went on {plural(len(resumed), 'time')} ({times} UTC)."
-    differing = list(dict.fromkeys(name for one in resumed for name in one.get("differs") or ()))
+    differs = (one.get("differs") for one in resumed)
+    differing = list(dict.fromkeys(str(name) for found in differs if isinstance(found, dict) for name in found))
     if differing:
         named = ", ".join(differing[:_NAMED]) + (f" and {len(differing) - _NAMED} more" if differing[_NAMED:] else "")
         yield f"Not the same as before: {named} (run.json has the values)."
     # Of a group that several interruptions fell into, the last one knows when its first modes were measured.
     apart = {
-        (str(group.get("workload")), group.get("seed"), group.get("repeat")): group.get("seconds")
+        tuple(str(group.get(name)) for name in ("workload", "seed", "repeat")): seconds
         for one in resumed
-        for group in one.get("apart") or ()
-        if isinstance(group, dict) and isinstance(group.get("seconds"), int | float)
+        for group in _dicts(one.get("apart"))
+        if isinstance(seconds := group.get("seconds"), int | float) and _SIDE_BY_SIDE_S < seconds < 1e12
     }
     if apart:
-        workload, seed, repeat = max(apart, key=lambda group: apart[group] or 0)
-        which = f"repeat {repeat}" if repeat else f"seed {seed}"
-        longest = _duration(apart[workload, seed, repeat] or 0)
+        longest = max(apart, key=lambda group: apart[group])
+        workload, seed, repeat = longest
+        which = f"seed {seed}" if repeat == "0" else f"repeat {repeat}"
+        more = f", and between those of {plural(len(apart) - 1, 'other seed')}" if len(apart) > 1 else ""
         yield (
-            f"{plural(len(apart), 'pair')} of processes {'was' if len(apart) == 1 else 'were'} not measured side by "
-            f"side: an interruption fell between the modes, of {longest} at most ({workload}, {which}). A drift of the "
-            "machine in that time is part of the ratios of those pairs, and of their intervals."
+            f"An interruption of {_duration(apart[longest])} fell between the modes of {workload}, {which}{more}. What "
+            "changed on the machine in that time is part of that pair of processes, and of its speed-up's interval."
         )
+
+
+def _dicts(found: Any) -> list[dict[str, Any]]:
+    """The dicts in a list from JSON; none if it is no list."""
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def _duration(seconds: float) -> str:
