@@ -224,7 +224,11 @@ class Journal:
     def _go_on(self, noted: Mapping[str, Any]) -> None:
         """Cut off what is no whole line, and note that the run goes on."""
         line = _line("run_resumed", **noted)
-        self._info.setdefault("resumed", []).append({"time": json.loads(line)["time"], **noted})
+        earlier = self._info.get("resumed")
+        self._info["resumed"] = [
+            *(earlier if isinstance(earlier, list) else []),
+            {"time": json.loads(line)["time"], **noted},
+        ]
         (whole,) = self._lines
         self._lines.append(line)
         with self._no_trouble_ends_the_run():

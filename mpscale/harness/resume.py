@@ -28,6 +28,8 @@ _DECIDING_PACKAGES = ("mpscale", "keras", "tensorflow")
 """Packages whose version must be the same; with the last, TensorFlow under any of its names."""
 _FREE_VARIABLES = ("CI", *(vendor.visible for vendor in VENDORS.values()))
 """Recorded variables that may differ: the device that they select is compared itself."""
+_WRITTEN = ("journal.jsonl", "run.json", "steps", "gpu")
+"""What a run that goes on adds to."""
 _FREE_SETTINGS = ("preset_reason", "workloads", "modes", "seeds", "repeats", "left_out", "set_apart")
 """Settings that follow from others, or from the tests that were chosen; the cases themselves are compared."""
 
@@ -101,6 +103,8 @@ def resume(path: Path, chosen: Sequence[Case], device: Device, driver: Driver, o
     except RunIsHeld as held:
         raise RunError(f"{RESUME}: {path.name} is still going on: {held}") from None
     try:
+        if links := [name for name in _WRITTEN if (path / name).is_symlink()]:
+            raise RunError(f"{RESUME}: {path / links[0]} is a link, and a run writes into its own folder only")
         # Read again: only now nobody else writes it.
         run = read_run(path)
         here = environment(device, driver, options.project)
@@ -142,17 +146,17 @@ def with_allocator(options: Options, settled: Sequence[Record]) -> Options:
 
 def _environments(there: Mapping[str, Any], here: Mapping[str, Any], device: Device) -> Iterator[str]:
     """Yield what decides on figures and is not the same."""
-    known = there.get("device") or {}
+    known = _dict(there.get("device"))
     ours = machine(device.kind, device.name, here)
     theirs = machine(known.get("kind"), known.get("name"), there)
     if not same_machine(theirs, ours):
         yield f"the machine is {machine_words(ours)}, and was {machine_words(theirs)}"
-    packages = [side.get("packages") or {} for side in (here, there)]
+    packages = [_dict(side.get("packages")) for side in (here, there)]
     for name in sorted({*packages[0], *packages[1]}):
         now, then = (side.get(name) for side in packages)
         if now != then and (name in _DECIDING_PACKAGES or name.startswith(("tensorflow-", "tf-"))):
             yield f"{name} is {now or 'missing'}, and was {then or 'missing'}"
-    variables = [side.get("variables") or {} for side in (here, there)]
+    variables = [_dict(side.get("variables")) for side in (here, there)]
     for name in sorted({*variables[0], *variables[1]} - {*_FREE_VARIABLES}):
         now, then = (side.get(name) for side in variables)
         if now != then:
@@ -164,11 +168,15 @@ def _settings(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[st
     for name in dict.fromkeys([*here, *there]):
         if name not in _FREE_SETTINGS and here.get(name) != there.get(name):
             yield f"the setting {name} is {_value(here.get(name))}, and was {_value(there.get(name))}"
-    own = [side.get("set_apart") or {} for side in (here, there)]
+    own = [_dict(side.get("set_apart")) for side in (here, there)]
     for workload in here["workloads"]:
         now, then = (side.get(workload) for side in own)
-        if workload in there.get("workloads", ()) and now != then:
+        if now != then:
             yield f"the settings of {workload} alone are {_value(now)}, and were {_value(then)}"
+
+
+def _dict(found: Any) -> Mapping[str, Any]:
+    return found if isinstance(found, Mapping) else {}
 
 
 def _value(value: Any) -> str:
@@ -179,7 +187,7 @@ def _noted(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[tuple[
     """Yield what differs and may: its name, and its values now and then."""
     # What only a worker knows is not known here yet.
     now, then = (dict(facts_of(side)) for side in (here, {name: there[name] for name in here if name in there}))
-    uuids = [(side.get("device") or {}).get("uuid") for side in (here, there)]
+    uuids = [_dict(side.get("device")).get("uuid") for side in (here, there)]
     now["device uuid"], then["device uuid"] = map(str, uuids)
     for name in dict.fromkeys([*now, *then]):
         if now.get(name) != then.get(name):

@@ -37,10 +37,10 @@ class _Parser(argparse.ArgumentParser):
     """A parser of mpscale's options alone, which has no defaults."""
 
     def __init__(self, as_typed: bool) -> None:
-        super().__init__(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        super().__init__(add_help=False, allow_abbrev=False, fromfile_prefix_chars="@")
 
         def add(*names: str, **how: Any) -> None:
-            how.pop("default", None)
+            how["default"] = argparse.SUPPRESS
             if as_typed:
                 how.pop("type", None)
                 how.pop("choices", None)

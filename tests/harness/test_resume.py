@@ -5,12 +5,13 @@ import json
 import shutil
 
 import pytest
-from support.no_training import CASES, CPU, ENVIRONMENT, figures, go_on, new_run, replace_trainings
+from support.no_training import CASES, CPU, ENVIRONMENT, figures, go_on, new_run, options, replace_trainings
 
 from mpscale.core.cause import Cause
+from mpscale.core.record import Record
 from mpscale.core.run_lock import NAME
 from mpscale.core.runs import RunError, read_run
-from mpscale.harness.resume import refuse_other_versions
+from mpscale.harness.resume import refuse_other_versions, with_allocator
 from mpscale.report.findings import findings
 
 IDS = [case.id for case in CASES]
@@ -65,7 +66,7 @@ def place_of_result(whole, number):
 
 
 def content(path):
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
 
 
 def test_killed_anywhere_and_resumed_it_is_the_run_that_nobody_stopped(whole, tmp_path):
@@ -293,6 +294,59 @@ def test_a_run_that_cannot_go_on_is_refused_with_what_is_missing(whole, change, 
     with pytest.raises(RunError) as refused:
         refuse_other_versions(read_run(whole))
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "run.json", "steps"])
+def test_links_out_of_the_folder_are_refused(whole, tmp_path, name):
+    path = stopped(whole, tmp_path, place_of_result(whole, 2))
+    (tmp_path / "outside").mkdir()
+    if (path / name).exists():
+        shutil.move(path / name, tmp_path / "outside" / name)
+    (path / name).symlink_to(tmp_path / "outside" / name)
+    outside = content(tmp_path / "outside")
+    with pytest.raises(RunError, match=f"{name} is a link"):
+        go_on(path)
+    assert content(tmp_path / "outside") == outside
+
+
+def test_a_run_json_with_odd_facts_breaks_nothing(whole, tmp_path):
+    path = stopped(whole, tmp_path, place_of_result(whole, 2))
+    info = json.loads((path / "run.json").read_text())
+    info |= {"resumed": 5}
+    info["settings"] |= {"workloads": 7, "set_apart": [1]}
+    info["environment"] |= {"variables": [], "git": [{}], "kernel": {"a": [1]}}
+    (path / "run.json").write_text(json.dumps(info))
+    assert go_on(path) == IDS[2:]
+    assert len(read_run(path).info["resumed"]) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_refused(whole, tmp_path):
+    path = stopped(whole, tmp_path, place_of_result(whole, 2))
+    (path / NAME).mkdir()
+    before = content(path)
+    with pytest.raises(OSError, match="directory"):
+        go_on(path)
+    assert content(path) == before
+
+
+@pytest.mark.parametrize(
+    ("seen", "asked", "variable", "taken"),
+    [
+        (["bfc", "bfc"], "auto", None, "bfc"),
+        (["cuda_malloc_async", None], "auto", None, "cuda_malloc_async"),
+        ([None], "auto", None, "auto"),
+        (["bfc", "cuda_malloc_async"], "auto", None, "auto"),
+        (["bfc"], "cuda_malloc_async", None, "cuda_malloc_async"),
+        (["bfc"], "auto", "bfc", "auto"),
+    ],
+)
+def test_no_run_mixes_allocators(tmp_path, monkeypatch, seen, asked, variable, taken):
+    """A run that had to take the second allocator does not begin with the first one again."""
+    monkeypatch.delenv("TF_GPU_ALLOCATOR", raising=False)
+    if variable:
+        monkeypatch.setenv("TF_GPU_ALLOCATOR", variable)
+    how = dataclasses.replace(options(tmp_path), gpu_allocator=asked)
+    assert with_allocator(how, [Record({"gpu_allocator": one}) for one in seen]).gpu_allocator == taken
 
 
 def test_a_run_in_reference_is_kept_as_it_is(whole, tmp_path):
