@@ -137,6 +137,17 @@ def test_a_run_that_has_ended_is_left_as_it_is_if_nothing_is_missing(whole):
     assert content(whole) == before
 
 
+def test_a_run_that_had_ended_has_not_ended_while_it_goes_on(whole):
+    journal = whole / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    # Stopped by the user before its last two cases; then its next session is killed.
+    journal.write_bytes(b"".join([*lines[:9], lines[-1]]))
+    assert read_run(whole).finished
+    assert go_on(whole) == IDS[4:]
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
+    assert not read_run(whole).finished
+
+
 def test_a_run_that_was_killed_after_its_last_result_ends(whole, tmp_path):
     path = stopped(whole, tmp_path, place_of_result(whole, len(CASES)))
     assert not read_run(path).finished

@@ -6,8 +6,10 @@ import signal
 import subprocess
 
 import pytest
+from support.gpu_machine import FINE, QUICK
+from support.nvml_stand_in import NAME, UUID
 from support.processes import wait_for
-from support.small_suite import command, environment, pytest_in
+from support.small_suite import SUITE, command, environment, pytest_in
 
 import mpscale
 
@@ -116,3 +118,24 @@ def test_a_workload_that_was_changed_in_between_is_invalid(tmp_path, write_suite
     statuses = [record["status"] for record in mpscale.read_run(path).records]
     assert statuses == ["ok", "ok", "invalid", "invalid"]
     assert "not the workload that the run began with" in done.stdout
+
+
+@pytest.mark.slow
+def test_on_a_gpu_the_name_must_be_the_same_and_the_number_may_differ(machine):
+    options = (FINE, *QUICK, "--mp-modes=fp32,mixed-bf16", "--mp-seeds=2")
+    assert machine.run(SUITE, *options).returncode == 0
+    path = machine.path()
+    before = rows(path)
+    # As a kill in the second case leaves it.
+    journal = path / "journal.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:4])[:-20])
+    machine.script.set(name="NVIDIA Another GPU")
+    other = machine.run(SUITE, FINE, "--mp-resume=latest")
+    assert other.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "the machine is NVIDIA Another GPU (gpu), and was " in other.stdout
+    machine.script.set(name=NAME, uuid=f"{UUID[:-1]}7")
+    done = machine.run(SUITE, FINE, "--mp-resume=latest")
+    assert done.returncode == 0, done.stdout
+    assert rows(path) == before
+    resumed = mpscale.read_run(path).info["resumed"]
+    assert resumed[0]["differs"]["device uuid"] == [f"{UUID[:-1]}7", UUID]
