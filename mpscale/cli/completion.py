@@ -46,7 +46,16 @@ def runs(prefix: str, parsed_args: Any, **_: Any) -> list[str]:
     if "/" in prefix:
         return [f"{path}/" if path.is_dir() else str(path) for path in sorted(Path().glob(f"{prefix}*"))]
     results = Path(getattr(parsed_args, "results", None) or "results")
-    names = {path.parent.name for kept in ("runs", "reference") for path in (results / kept).glob("*/run.json")}
+    return _named(prefix, results / "runs", results / "reference")
+
+
+def made_runs(prefix: str, **_: Any) -> list[str]:
+    """The same without those in ``reference/``, which are kept as they are."""
+    return _named(prefix, Path("results", "runs"))
+
+
+def _named(prefix: str, *folders: Path) -> list[str]:
+    names = {path.parent.name for folder in folders for path in folder.glob("*/run.json")}
     # A shell shows what it is offered, and a line end would be an offer of its own.
     plain = [name for name in names if visible(name) == name and "\n" not in name and "\t" not in name]
     return [name for name in ("latest", *sorted(plain, reverse=True)) if name.startswith(prefix)]

@@ -46,6 +46,9 @@ def list_runs(options: argparse.Namespace) -> int:
         return fail(f"there is no run in {results / 'runs'} or {results / 'reference'}; {MAKE_ONE}")
     where = f"{plural(len(found), 'run')} in {results}; `mpscale open RUN` shows the report of one"
     print(f"{_table(found).text(surface())}\n\n{surface().wrapped(where)}")
+    if stopped := [about for about in found if about["go_on"]]:
+        # Unbroken, to be copied.
+        print(f"to go on with {stopped[-1]['run']}: {stopped[-1]['go_on']}")
     return OK
 
 
@@ -54,6 +57,7 @@ def _described(path: Path) -> dict[str, Any]:
     from mpscale.core.columns import FAILED
     from mpscale.core.record import grouped
     from mpscale.core.runs import hardware, read_run
+    from mpscale.report.missing import go_on
 
     about: dict[str, Any] = dict.fromkeys(_KEYS) | {"run": path.name, "path": str(path)}
     try:
@@ -76,12 +80,13 @@ def _described(path: Path) -> dict[str, Any]:
         "not_ok": sum(status not in ("ok", "unsupported") for status in statuses),
         "outcome": _outcome(run, statuses, FAILED),
         "problem": run.problems[0] if run.problems else None,
+        "go_on": go_on(run, Path.cwd()) or None,
     }
 
 
 _KEYS = (
     "run", "path", "started", "device", "device_name", "commit", "dirty", "rows", "cases", "not_started", "not_ok",
-    "outcome", "problem",
+    "outcome", "problem", "go_on",
 )  # fmt: skip
 
 

@@ -150,6 +150,7 @@ def report(options: argparse.Namespace) -> int:
         return OK
     run = rebuild(path, options.results)
     warn(run.problems)
+    _say_how_it_goes_on(run)
     files = [str(run.path / name) for name in WRITTEN]
     if options.json:
         print(_summary(run, files), end="")
@@ -162,13 +163,24 @@ def report(options: argparse.Namespace) -> int:
     return OK
 
 
+def _say_how_it_goes_on(run: Run) -> None:
+    """Say what a run that was stopped lacks, and the command that goes on with it."""
+    from mpscale.report.missing import go_on, lacks
+
+    if said := lacks(run):
+        command = go_on(run, Path.cwd())
+        say(f"{run.name} is not complete. {said}{f' To go on: {command}' if command else ''}")
+
+
 def _summary(run: Run, files: Sequence[str]) -> str:
     from mpscale.analysis.answer import speed_verdict
     from mpscale.analysis.summary import summary_of
+    from mpscale.report.missing import go_on
     from mpscale.report.table import json_document
 
     rows = [{**row, "speed_verdict": speed_verdict(row)} for row in summary_of(run)]
     about = {"run": run.name, "started": run.info.get("started"), "finished": run.finished, "problems": run.problems}
+    about |= {"go_on": go_on(run, Path.cwd()) or None}
     return json_document("report", {**about, "files": files, "rows": rows})
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from mpscale import suite
+from mpscale.cli import completion
 from mpscale.cli.output import fail
 from mpscale.core import extras
 
@@ -17,13 +18,18 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train every workload in every mode, and leave a run in results/runs/ of the current folder. This is "
         "`pytest --benchmark-only` on a suite that comes with mpscale, so a project needs none of its own. All options "
-        "go to pytest, such as --mp-preset, --mp-workloads, --mp-modes, --mp-baseline, --mp-fail-on and --junitxml; "
+        "go to pytest, such as --mp-preset, --mp-workloads, --mp-modes, --mp-baseline, --mp-fail-on, --mp-resume and "
+        "--junitxml; "
         "`pytest --help` lists them, mpscale's under its name. Settings of pytest in the current folder do not apply; "
         "[tool.mpscale] in its pyproject.toml does. The exit code is pytest's: 0 all well, 1 a case failed or a gate "
         "fired, 2 interrupted, 4 wrong use."
     )
     # An option for pytest may be the beginning of --help.
     parser.allow_abbrev = False
+    if completion.words_to_complete() is not None:
+        # Only for a shell that completes: pytest reads its options itself.
+        for option, completer in (("--mp-resume", completion.made_runs), ("--mp-baseline", completion.runs)):
+            completion.completed_by(parser.add_argument(option), completer)
 
 
 def command(arguments: list[str], here: Path) -> list[str]:

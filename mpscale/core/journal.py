@@ -177,7 +177,7 @@ class _Told:
                 self.running = _part(event, "case_id", str)
                 self._finish(self.running, _part(event, "record", dict), where, event.get("step_s"))
                 self.running = None
-            case "run_started":
+            case "run_started" | "run_resumed":
                 self.finished = False
             case "run_finished":
                 self.finished = True

@@ -150,6 +150,11 @@ class Record:
         return self._unavailable.copy()
 
     @property
+    def may_pass(self) -> bool:
+        """Whether another attempt may end otherwise, so that a resumed run makes one."""
+        return self["status"] == "interrupted" or (self.cause is not None and self.cause.transient)
+
+    @property
     def place(self) -> Place:
         """Workload and mode as tables name them."""
         return place_of(self)

@@ -19,6 +19,7 @@ from mpscale.core.case import Case
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.file_errors import why
 from mpscale.core.record import Record, to_csv
+from mpscale.core.run_lock import RunIsHeld, RunLock
 from mpscale.core.writing import open_to_append, remove_leftovers, write
 
 _QUICK_S = 0.05
@@ -60,6 +61,7 @@ class Journal:
         settings: what was asked for, for run.json.
         cases: the plan.
         interleaved: the other run, if two take turns.
+        invocation: how the run was started, to go on with it; its ``folder`` is an absolute path.
 
     Raises:
         OSError: the folder cannot be written. Nothing has been measured then.
@@ -73,28 +75,72 @@ class Journal:
         settings: Mapping[str, Any],
         cases: list[Case],
         interleaved: Mapping[str, Any] | None = None,
+        invocation: Mapping[str, Any] | None = None,
     ) -> None:
         started = datetime.now(UTC)
-        self.name = f"{started:%Y%m%dT%H%M%SZ}-{device_slug}-{secrets.token_hex(2)}"
-        self.path = results / "runs" / self.name
-        """The run's folder. Only :meth:`finish` changes it."""
-        self.troubles: list[str] = []
-        """What went wrong with the run's files, without repetition."""
-        self.path.mkdir(parents=True)
-        self._environment = dict(environment)
-        self._info: dict[str, Any] = {
-            "run": self.name,
+        name = f"{started:%Y%m%dT%H%M%SZ}-{device_slug}-{secrets.token_hex(2)}"
+        path = results / "runs" / name
+        path.mkdir(parents=True)
+        info: dict[str, Any] = {
+            "run": name,
             "schema_version": SCHEMA_VERSION,
             "method_version": METHOD_VERSION,
             "started": started.isoformat(timespec="seconds"),
-            "environment": self._environment,
+            "environment": dict(environment),
             "settings": dict(settings),
             "planned": [case.id for case in cases],
         }
+        if invocation is not None:
+            info["invocation"] = {**invocation, "folder": os.path.relpath(invocation["folder"], path)}
         if interleaved is not None:
-            self._info["interleaved"] = dict(interleaved)
-        self._records: dict[str, Record] = {}
-        self._lines: list[bytes] = [_line("run_started", run=self.name)]
+            info["interleaved"] = dict(interleaved)
+        self._begin(path, info, [_line("run_started", run=name)], {}, None)
+        self._write_anew()
+
+    @classmethod
+    def reopen(
+        cls, path: Path, info: dict[str, Any], records: Sequence[Record], noted: Mapping[str, Any], lock: RunLock
+    ) -> Journal:
+        """Open the journal of a run that was stopped, to go on in its folder.
+
+        Nothing is written before the first case, except the lock. Then a last line that was cut off goes, lines before
+        it stay as they are, and ``run_resumed`` follows.
+
+        Args:
+            path: the run's folder.
+            info: its run.json.
+            records: what the journal has; the last attempt of every case.
+            noted: what the event says of the resumption; run.json has the same, under ``resumed``.
+            lock: of the folder, which is held.
+
+        Raises:
+            OSError: the journal cannot be read.
+        """
+        whole, cut = whole_lines((path / "journal.jsonl").read_bytes())
+        self = cls.__new__(cls)
+        self._begin(path, info, [whole], {str(record["case_id"]): record for record in records}, lock)
+        self._resumption = {"cut_bytes": cut, **noted}
+        return self
+
+    def _begin(
+        self,
+        path: Path,
+        info: dict[str, Any],
+        lines: list[bytes],
+        records: dict[str, Record],
+        lock: RunLock | None,
+    ) -> None:
+        self.name = path.name
+        self.path = path
+        """The run's folder. Only :meth:`finish` changes it."""
+        self.troubles: list[str] = []
+        """What went wrong with the run's files, without repetition."""
+        self._info = info
+        self._environment: dict[str, Any] = info["environment"]
+        self._records, self._lines = records, lines
+        self._lock = lock
+        self._resumption: dict[str, Any] | None = None
+        """What is to be noted before the next event; None if this run was not resumed, or has been noted."""
         self._file: IO[bytes] | None = None
         """Open for appending; None while it cannot be written."""
         self._size = 0
@@ -102,7 +148,6 @@ class Journal:
         """Whether run.json has been written."""
         self._cases_due = 0.0
         """When cases.csv may be written again, on the monotonic clock; 0 if after every case."""
-        self._write_anew()
 
     def steps_path(self, case: Case) -> Path:
         """Where the case's log of steps goes."""
@@ -142,8 +187,15 @@ class Journal:
             with self._table_may_fail():
                 self._write_cases()
 
-    def finish(self, exit_status: int) -> None:
-        """Note the end of the run. Nothing may be written afterwards."""
+    def finish(self, exit_status: int, leave: bool = False) -> None:
+        """Note the end of the run. Nothing but :meth:`free` may follow.
+
+        Args:
+            exit_status: that of the whole run.
+            leave: note nothing, for a run that had ended and was opened again in vain.
+        """
+        if leave:
+            return
         if self._cases_due:
             with self._table_may_fail():
                 self._write_cases()
@@ -160,6 +212,9 @@ class Journal:
             remove_leftovers(folder)
 
     def _append(self, event: str, **fields: Any) -> None:
+        if self._resumption is not None:
+            noted, self._resumption = self._resumption, None
+            self._go_on(noted)
         line = _line(event, **fields)
         self._lines.append(line)
         with self._no_trouble_ends_the_run():
@@ -178,6 +233,26 @@ class Journal:
                 else f"{self.path} was deleted, moved or changed while the run went on: journal and tables were "
                 "written anew; steps and GPU samples of earlier cases were lost with it"
             )
+
+    def _go_on(self, noted: Mapping[str, Any]) -> None:
+        """Cut off what is no whole line, and note that the run goes on."""
+        line = _line("run_resumed", **noted)
+        earlier = self._info.get("resumed")
+        self._info["resumed"] = [
+            *(earlier if isinstance(earlier, list) else []),
+            {"time": json.loads(line)["time"], **noted},
+        ]
+        (whole,) = self._lines
+        self._lines.append(line)
+        with self._no_trouble_ends_the_run():
+            self._file = open_to_append(self.path / "journal.jsonl")
+            there = os.fstat(self._file.fileno()).st_size
+            if there > len(whole):
+                self._file.truncate(len(whole))
+            self._size = min(there, len(whole))
+            self._write(self._file, whole[self._size :] + line)
+        with self._table_may_fail():
+            self._write_info()
 
     def _is_in_place(self, file: IO[bytes]) -> bool:
         """Whether the file at the journal's path is the one that was written, and run.json, if it was, is beside it."""
@@ -199,6 +274,10 @@ class Journal:
     def _write_anew(self) -> None:
         """Write everything that is in memory: the journal, which has all results, and then what can be made of it."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if self._lock is None or not self._lock.is_in_place:
+            self.free()
+            with contextlib.suppress(OSError, RunIsHeld):
+                self._lock = RunLock.take(self.path)
         journal = self.path / "journal.jsonl"
         write(journal, b"".join(self._lines))
         self._size = sum(map(len, self._lines))
@@ -243,6 +322,12 @@ class Journal:
         name = os.fsdecode(error.filename or self.path / "journal.jsonl")
         self._say(f"{name} cannot be written: {why(error)}; the run goes on, and writes it as soon as that is possible")
 
+    def free(self) -> None:
+        """Let other processes write the run's folder."""
+        if self._lock is not None:
+            self._lock.free()
+        self._lock = None
+
     def _close(self) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):
@@ -252,6 +337,21 @@ class Journal:
     def _say(self, trouble: str) -> None:
         if trouble not in self.troubles:
             self.troubles.append(trouble)
+
+
+def whole_lines(data: bytes) -> tuple[bytes, int]:
+    """Return the lines of a journal that are whole, and how many bytes of another one follow.
+
+    A last line that lacks only its end is whole, and gets it.
+    """
+    *_, rest = data.rpartition(b"\n")
+    if not rest:
+        return data, 0
+    try:
+        json.loads(rest.decode())
+    except (ValueError, RecursionError):
+        return data[: -len(rest)], len(rest)
+    return data + b"\n", 0
 
 
 def _line(event: str, **fields: Any) -> bytes:

@@ -180,7 +180,10 @@ def read_run(path: str | Path) -> Run:
 
 
 def resolve_run(
-    name_or_path: str | Path, results_dir: str | Path, left_out: list[tuple[str, str]] | None = None
+    name_or_path: str | Path,
+    results_dir: str | Path,
+    left_out: list[tuple[str, str]] | None = None,
+    before: str | None = None,
 ) -> Path:
     """Find the folder of a run, or a cases.csv.
 
@@ -190,6 +193,7 @@ def resolve_run(
         results_dir: holds ``runs/`` and ``reference/``. ``latest`` looks only in ``runs/``.
         left_out: receives the folders that ``latest`` skipped because they cannot be read, with the reason. Without it
             ``latest`` skips none: whoever has just made a run that is broken must not be shown the one before it.
+        before: name of a run; ``latest`` is then the newest of those that were begun before it.
 
     Raises:
         RunError: no run matches, or several do, or the latest run cannot be read.
@@ -197,7 +201,8 @@ def resolve_run(
     wanted = str(name_or_path)
     made, kept = (_runs_in(Path(results_dir) / folder) for folder in ("runs", "reference"))
     if wanted == "latest":
-        return _latest(made, results_dir, left_out)
+        earlier = made if before is None else [run for run in made if run.name < before]
+        return _latest(earlier, results_dir, left_out)
     runs = made + kept
     for run in runs:
         if run.name == wanted:
@@ -366,7 +371,12 @@ def environment_differences(baseline: Run, other: Run) -> list[tuple[str, str, s
 
 def environment_facts(run: Run) -> list[tuple[str, str]]:
     """What :func:`environment_differences` compares: name and value; empty for a cases.csv."""
-    return list(_facts(run.environment))
+    return facts_of(run.environment)
+
+
+def facts_of(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The same of an environment as in run.json."""
+    return list(_facts(environment))
 
 
 def _facts(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mpscale.core.case import Case
 from mpscale.core.cause import Cause
-from mpscale.core.columns import FAILED, Topic, measured_columns
+from mpscale.core.columns import FAILED, MEASURED, Topic, measured_columns
 from mpscale.core.device import Device
 from mpscale.core.file_errors import in_words
 from mpscale.core.mode import MODES
@@ -23,6 +23,7 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
 from mpscale.core.run_folder import Journal
 from mpscale.core.wire import Again
+from mpscale.harness.resume import Resumed, with_allocator
 from mpscale.harness.supervisor import Listener, Options, Outcome, Supervisor
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.host import environment, run_slug
@@ -31,7 +32,7 @@ _NOT_WITHIN_A_RUN = (Cause.STOPPED, Cause.NO_END, Cause.GPU_LOST, Cause.GPU_STAT
 """Transient causes that have other remedies: a run that goes on later, or a retry after the GPU has cooled down."""
 
 
-def may_pass(record: Record) -> bool:
+def worth_retrying(record: Record) -> bool:
     """Whether a case failed for a cause on this machine that may be gone at once, so that it is worth a retry."""
     return record.cause is not None and record.cause.transient and record.cause not in _NOT_WITHIN_A_RUN
 
@@ -45,10 +46,17 @@ class BenchmarkRun:
         driver: gives access to the GPU's driver.
         options: how they run.
         listener: called at each phase and with progress.
+        resumed: the run that goes on; None for a new one.
     """
 
     def __init__(
-        self, cases: Sequence[Case], device: Device, driver: Driver, options: Options, listener: Listener
+        self,
+        cases: Sequence[Case],
+        device: Device,
+        driver: Driver,
+        options: Options,
+        listener: Listener,
+        resumed: Resumed | None = None,
     ) -> None:
         self._cases, self._device, self._driver = list(cases), device, driver
         self._options, self._listener = options, listener
@@ -57,9 +65,24 @@ class BenchmarkRun:
         self._same_start = SameStart()
         self._outcomes: dict[str, Outcome] = {}
         self._not_kept: list[str] = []
+        self._settled: frozenset[str] = frozenset()
+        """Cases of a resumed run that are not run again."""
         self._runtime_known = self._not_forked_noted = False
         self._started = 0
+        self._ended_before = False
+        """Whether the run had ended, so that it stays as it is if no further case runs."""
         self._gpu_lost_in: str | None = None
+        if resumed is not None:
+            self._go_on(resumed)
+
+    def _go_on(self, resumed: Resumed) -> None:
+        self._journal, self._outcomes = resumed.journal, dict(resumed.outcomes)
+        self._settled, self._started, self._ended_before = resumed.settled, resumed.started, resumed.finished
+        settled = [self._outcomes[case_id].record for case_id in sorted(self._settled)]
+        self._options = with_allocator(self._options, settled)
+        for record in sorted(settled, key=lambda record: record["order"] or 0):
+            self._same_start.take(record)
+        self._runtime_known = any(self._outcomes[case_id].record["status"] in MEASURED for case_id in self._settled)
 
     @property
     def path(self) -> Path | None:
@@ -72,9 +95,11 @@ class BenchmarkRun:
         return [*self._not_kept, *([] if self._journal is None else self._journal.troubles)]
 
     def measured(self, case: Case) -> Outcome | None:
-        """The outcome of a case that has already run and did not fail."""
+        """The outcome of a case that has already run and did not fail, or that a resumed run does not run again."""
         outcome = self._outcomes.get(case.id)
-        return None if outcome is None or outcome.record["status"] in FAILED else outcome
+        if case.id in self._settled or outcome is None:
+            return outcome
+        return None if outcome.record["status"] in FAILED else outcome
 
     def run(self, case: Case) -> Outcome:
         """Run one case and record it. A case that has run before gets another attempt.
@@ -99,33 +124,42 @@ class BenchmarkRun:
                     self._listener(case, Again(text))
                 case "touched":
                     self._listener(case, Again(f"failed on touching the GPU ({reason})"))
-                case None if may_pass(outcome.record) and retried < self._options.retries:
+                case None if worth_retrying(outcome.record) and retried < self._options.retries:
                     retried += 1
                     self._listener(case, Again(f"{outcome.record['status']}, {reason}"))
                 case _:
                     return outcome
             failures.append(_told(outcome.record))
 
-    def finish(self, exit_status: int) -> None:
+    def finish(self, exit_status: int, free: bool = True) -> None:
         """End the processes and close the journal.
 
         Args:
             exit_status: that of the whole run, 0 if all went well.
+            free: let other processes write the run's folder; else :meth:`free` has to.
         """
         if self._supervisor is not None:
             self._supervisor.close()
         if self._journal is not None:
-            self._journal.finish(exit_status)
+            self._journal.finish(exit_status, leave=self._ended_before)
         self._supervisor = None
+        if free:
+            self.free()
+
+    def free(self) -> None:
+        """Let other processes write the run's folder."""
+        if self._journal is not None:
+            self._journal.free()
 
     def _attempt(self, case: Case, failures: Sequence[str] = ()) -> Outcome:
         """Run a case once. ``failures`` says how earlier attempts of this run of it failed."""
         journal, supervisor = self._open()
         earlier = self._outcomes.get(case.id)
-        attempt = 1 if earlier is None else earlier.record["attempts"] + 1
+        attempt = 1 if earlier is None else (earlier.record["attempts"] or 0) + 1
         # Its place among the cases that ran, which differs from the plan if a test was left out or run again.
         case = dataclasses.replace(case, order=self._started)
         self._started += 1
+        self._ended_before = False
         journal.case_started(case, attempt)
         outcome = Outcome(Record(case.identity()))
         for failure in failures:
@@ -186,6 +220,7 @@ class BenchmarkRun:
                 self._options.asked,
                 self._cases,
                 self._options.interleaved,
+                self._options.invocation,
             )
         if self._supervisor is None:
             self._supervisor = Supervisor(self._device, self._driver, self._options, self._listener)
@@ -224,25 +259,46 @@ class SameStart:
 
     def __init__(self) -> None:
         self._first: dict[tuple[str, int, int], dict[str, tuple[str, Any]]] = {}
+        self._before: dict[str, set[str]] = {}
+        """The workload digests of a run before it was stopped, by workload."""
+
+    def take(self, record: Record) -> None:
+        """Note what a case trained with that ran before the run was stopped."""
+        self._compare((record.place[0], *record.key), record.place[1], record)
+        if record["workload_digest"] is not None and record["status"] in MEASURED:
+            self._before.setdefault(record.place[0], set()).add(record["workload_digest"])
 
     def difference(self, case: Case, record: Record) -> str | None:
         """Return how the training of ``case`` differs from that of an earlier mode of its group; None if it does not.
 
-        A case that died early is judged by what it had by then.
+        A case that died early is judged by what it had by then. In a resumed run, return also how its workload differs
+        from what it was before.
         """
-        first = self._first.setdefault(case.group, {})
+        digest, before = record["workload_digest"], self._before.get(case.place[0], set())
+        # Several digests: the workload depends on the seed.
+        if digest is not None and len(before) == 1 and digest not in before:
+            return (
+                f"not the workload that the run began with: its digest is {digest}, and was {before.copy().pop()} "
+                "before the run was stopped. Restore the workload, or make a new run"
+            )
+        differing = self._compare(case.group, case.place[1], record)
+        if not differing:
+            return None
+        text = "; ".join(f"not the same training as {mode}: other {', '.join(it)}" for mode, it in differing.items())
+        return f"{text}. Modes may only differ in precision: the workload must not ask for the mode or its policy"
+
+    def _compare(self, group: tuple[str, int, int], mode: str, record: Record) -> dict[str, list[str]]:
+        """Return what differs from earlier modes of the group, by mode."""
+        first = self._first.setdefault(group, {})
         differing: dict[str, list[str]] = {}
         for name, what in _COMPARED.items():
             value = record[name]
             if value is None or (name == "workload_digest" and differing):
                 continue
-            mode, other = first.setdefault(name, (case.place[1], value))
+            other_mode, other = first.setdefault(name, (mode, value))
             if not _equal(value, other):
-                differing.setdefault(mode, []).append(f"{what} ({_contrast(name, value, other, mode)})")
-        if not differing:
-            return None
-        text = "; ".join(f"not the same training as {mode}: other {', '.join(it)}" for mode, it in differing.items())
-        return f"{text}. Modes may only differ in precision: the workload must not ask for the mode or its policy"
+                differing.setdefault(other_mode, []).append(f"{what} ({_contrast(name, value, other, other_mode)})")
+        return differing
 
 
 def _equal(value: Any, other: Any) -> bool:

@@ -78,6 +78,7 @@ class Options:
         cool_down_s: the longest wait before such a retry.
         keep_suspect: do not invalidate such cases.
         interleaved: for run.json, the run with which this one is interleaved; None if there is none.
+        invocation: for run.json, how the run was started; None if nobody can go on with it.
         memory_limit_mib: resident memory of a worker above which it is killed and the case is ``oom``.
     """
 
@@ -92,6 +93,7 @@ class Options:
     cool_down_s: float = 60.0
     keep_suspect: bool = False
     interleaved: Mapping[str, Any] | None = None
+    invocation: Mapping[str, Any] | None = None
     memory_limit_mib: float | None = None
 
 

@@ -13,7 +13,7 @@ from mpscale.core.cause import Cause
 from mpscale.core.columns import METHOD_VERSION
 from mpscale.core.device import Device
 from mpscale.core.record import Record
-from mpscale.harness.run import may_pass
+from mpscale.harness.run import worth_retrying
 from mpscale.harness.supervisor import Outcome
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.host import environment, run_slug
@@ -38,7 +38,7 @@ def attempt(runner: Runner, case: Case) -> Outcome:
     for number in range(1, 7):
         outcome = Outcome(Record({**case.identity(), "batch_size": case.settings.batch_size}))
         runner.run(case, None, None, outcome, number)
-        passing = may_pass(outcome.record) and outcome.record.cause is not Cause.OOM_KILLER and not retried
+        passing = worth_retrying(outcome.record) and outcome.record.cause is not Cause.OOM_KILLER and not retried
         if outcome.again is None and not passing:
             break
         retried = retried or outcome.again is None

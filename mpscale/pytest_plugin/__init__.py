@@ -14,7 +14,7 @@ import pytest
 from mpscale.core import extras
 from mpscale.core.columns import FAILED
 from mpscale.core.mode import MODES
-from mpscale.pytest_plugin import baseline, options
+from mpscale.pytest_plugin import baseline, options, resume
 from mpscale.pytest_plugin.plan import CASE, CLOCK, NO_XDIST, ReplayClock
 from mpscale.pytest_plugin.session import Session
 from mpscale.terminal.streams import visible
@@ -29,11 +29,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mpscale", "mpscale: compare mixed precision with float32")
     options.add_options(group.addoption)
     baseline.add_options(group.addoption)
+    resume.add_options(group.addoption)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_load_initial_conftests(parser: pytest.Parser, args: list[str]) -> Generator[None, None, None]:
-    """Say what is missing if pytest-benchmark is: without it pytest does not know its options and says only that."""
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+) -> Generator[None, None, None]:
+    """Note all arguments, and say so if pytest-benchmark is missing: pytest only says that it knows no such option."""
+    early_config.stash[resume.ARGUMENTS] = list(args)
     yield
     lacking = "--benchmark-only" in args and extras.missing()
     # Another plug-in, or a conftest.py that is loaded now, may have an option of that name.
@@ -43,10 +47,11 @@ def pytest_load_initial_conftests(parser: pytest.Parser, args: list[str]) -> Gen
 
 def pytest_configure(config: pytest.Config) -> None:
     """Check the names of modes and workloads, and register the hooks of the session."""
+    resumption = resume.Resumption.of(config)
     options.named_modes(config)
     if config.getoption("mp_workloads") is not None:
         options.workloads(config)
-    config.pluginmanager.register(Session(config), "mpscale-session")
+    config.pluginmanager.register(Session(config, resumption), "mpscale-session")
 
 
 class MeasuredCase:

@@ -78,7 +78,7 @@ class BaselineCheck:
         threshold = self._settings.threshold
         self._threshold = None if threshold is None else parse_share(threshold)
 
-    def open(self, results: Path, device: Device) -> None:
+    def open(self, results: Path, device: Device, before: str | None = None) -> None:
         """Read the baseline, before anything runs.
 
         A baseline in ``[tool.mpscale]`` that was made on another machine, or does not exist yet, does not stop the run.
@@ -86,6 +86,7 @@ class BaselineCheck:
         Args:
             results: the results folder.
             device: where the run will train.
+            before: name of a run that goes on, which is not its own baseline; None for a new one.
 
         Raises:
             pytest.UsageError: the baseline cannot be used.
@@ -99,7 +100,7 @@ class BaselineCheck:
         try:
             self._parse()
             # Resolved now: once this run has begun, it is itself the latest.
-            baseline = runs.read_run(runs.resolve_run(self._settings.baseline, results, self.left_out))
+            baseline = runs.read_run(runs.resolve_run(self._settings.baseline, results, self.left_out, before))
             there = runs.hardware(baseline)
         except runs.NoRunYet as error:
             if self._named:
@@ -110,6 +111,8 @@ class BaselineCheck:
             raise _refused(str(error)) from error
         except runs.RunError as error:
             raise _refused(f"baseline: {error}") from error
+        if baseline.name == before:
+            raise _refused(f"baseline {baseline.name} is the run that goes on: name another")
         if there["kind"] is None and there["name"] is None:
             raise _refused(f"baseline {baseline.name} does not name its machine: use the original file")
         here = runs.machine(device.kind, device.name, {"cpu": host.cpu_facts(), "variables": os.environ})

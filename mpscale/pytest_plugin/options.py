@@ -319,6 +319,7 @@ def run_options(
     results: Path,
     selected: Mapping[str, Any],
     interleaved: Mapping[str, Any] | None,
+    invocation: Mapping[str, Any] | None = None,
 ) -> Options:
     """Return how the run is made.
 
@@ -327,6 +328,7 @@ def run_options(
         results: the results folder.
         selected: workloads, modes, seeds and repeats; for run.json.
         interleaved: with which run it is interleaved, if with any; for run.json.
+        invocation: how the session was started; for run.json.
     """
     from mpscale.harness.supervisor import Options
 
@@ -357,6 +359,7 @@ def run_options(
         cool_down_s=option("mp_cool_down"),
         keep_suspect=option("mp_keep_suspect"),
         interleaved=interleaved,
+        invocation=invocation,
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,12 +80,16 @@ class Plan:
         config: of the session.
         driver: lists the GPUs.
         shuffle_seed: for the order of the cases.
+        planned: ids of the cases of a run that goes on, in order; None for a new run.
 
     Raises:
-        ValueError: the environment selects a GPU that does not exist, or no workload fits the device.
+        ValueError: the environment selects a GPU that does not exist, no workload fits the device, or it cannot run the
+            cases of the run that goes on.
     """
 
-    def __init__(self, config: pytest.Config, driver: Driver, shuffle_seed: int) -> None:
+    def __init__(
+        self, config: pytest.Config, driver: Driver, shuffle_seed: int, planned: Sequence[str] | None = None
+    ) -> None:
         from mpscale.telemetry import host
 
         self._config, self.driver = config, driver
@@ -95,6 +100,8 @@ class Plan:
         self.left_out: list[str] = []
         """Workloads of the preset that do not fit the device: why, and what to do."""
         cases = self._planned(shuffle_seed)
+        if planned is not None:
+            cases = _as_planned(cases, planned)
         self.parameter_names = (*PARAMETERS, VARIANT) if any(case.variant.parts() for case in cases) else PARAMETERS
         """The parameters of the tests."""
         self._cases = {self._parameters(case): case for case in cases}
@@ -197,6 +204,17 @@ class Plan:
         }
 
 
+def _as_planned(cases: list[Case], planned: Sequence[str]) -> list[Case]:
+    """Return the cases of an earlier plan, in its order."""
+    known = {case.id: case for case in cases}
+    if unknown := [case_id for case_id in planned if case_id not in known]:
+        raise ValueError(
+            f"the run that goes on has {len(unknown)} cases that are not planned here, such as {unknown[0]}: workloads "
+            "and modes depend on the device and on the version of mpscale"
+        )
+    return [replace(known[case_id], order=order) for order, case_id in enumerate(dict.fromkeys(planned))]
+
+
 def _parameters_id(case: Case) -> str:
     which = f"seed{case.seed}" if case.trains else f"repeat{case.repeat}"
     return "-".join([case.workload, case.mode, *case.variant.parts(), which])
@@ -254,5 +272,8 @@ def _taken_for_test_paths(config: pytest.Config) -> Iterator[tuple[str, str]]:
     """
     arguments = [str(argument) for argument in config.invocation_params.args]
     for option, value in itertools.pairwise(arguments):
-        if option in ("--mp-results", "--mp-baseline") and Path(config.invocation_params.dir, value).exists():
+        if (
+            option in ("--mp-results", "--mp-baseline", "--mp-resume")
+            and Path(config.invocation_params.dir, value).exists()
+        ):
             yield option, value

@@ -14,9 +14,11 @@ import pytest
 
 from mpscale.ab import turns
 from mpscale.core import extras
+from mpscale.core.invocation import RESUME
 from mpscale.pytest_plugin import options
 from mpscale.pytest_plugin.baseline import FILE, BaselineCheck
 from mpscale.pytest_plugin.plan import CASE, PARAMETERS, Plan, check_use, shows_benchmark_table, shuffle_seed
+from mpscale.pytest_plugin.resume import Resumption, invocation
 from mpscale.pytest_plugin.so_far import SoFar
 from mpscale.terminal.progress import LiveLine, Progress
 from mpscale.terminal.streams import PIPE, Surface, in_ci, is_plain, visible
@@ -24,6 +26,7 @@ from mpscale.terminal.streams import PIPE, Surface, in_ci, is_plain, visible
 if TYPE_CHECKING:
     from mpscale.core.case import Case, Settings
     from mpscale.core.runs import Run
+    from mpscale.harness.resume import Resumed
     from mpscale.harness.supervisor import Options, Outcome
 
 
@@ -91,18 +94,29 @@ class LiveRun:
         plan: the chosen cases, and where they run.
         how: options of the run.
         output: the terminal.
+        resumed: the run that goes on; None for a new one.
     """
 
-    def __init__(self, plan: Plan, how: Options, output: Output) -> None:
+    def __init__(self, plan: Plan, how: Options, output: Output, resumed: Resumed | None = None) -> None:
         from mpscale.harness.run import BenchmarkRun
         from mpscale.telemetry.host import busy_words
 
         self._output = output
         self.troubles: list[str] = []
         """Why the session fails, even if its tests have passed."""
-        self._progress = Progress(output.live_line(), time.monotonic, SoFar())
-        self._progress.plan(plan.chosen)
-        self._run = BenchmarkRun(plan.chosen, plan.device, plan.driver, how, self._progress.event)
+        judge, left = SoFar(), plan.chosen
+        if resumed is not None:
+            left = [case for case in left if case.id not in resumed.settled]
+            many = f"{len(left)} of {len(plan.chosen)} case{'' if len(plan.chosen) == 1 else 's'}"
+            todo = f"{many} to run" if left else "nothing to run, every case has its result"
+            output.say(f"goes on with {resumed.journal.name}: {todo}")
+            for note in resumed.notes:
+                output.say(note)
+            for case_id in resumed.settled:
+                judge.know(resumed.outcomes[case_id].record)
+        self._progress = Progress(output.live_line(), time.monotonic, judge)
+        self._progress.plan(left)
+        self._run = BenchmarkRun(plan.chosen, plan.device, plan.driver, how, self._progress.event, resumed)
         # Without the driver's library, a machine with a GPU is measured as a CPU: explain that.
         no_gpu = f"; no GPU: {plan.driver.reason}" if plan.driver.reason and not plan.on_gpu else ""
         output.say(f"on {plan.device.name} ({plan.device.kind.upper()}){no_gpu}")
@@ -142,8 +156,12 @@ class LiveRun:
 
     def finish(self, exit_status: int) -> None:
         """End the processes and close the journal."""
-        self._run.finish(exit_status)
+        self._run.finish(exit_status, free=False)
         self._note_troubles()
+
+    def free(self) -> None:
+        """Let other processes write the run's folder, once its reports are there."""
+        self._run.free()
 
     def _note_troubles(self) -> None:
         """Report new problems with the run's files at once. They are repeated at the end of the session."""
@@ -158,16 +176,21 @@ class Session:
 
     Args:
         config: of the session.
+        resumption: the run that it goes on with; None for a new one.
     """
 
-    def __init__(self, config: pytest.Config) -> None:
-        self._config = config
+    def __init__(self, config: pytest.Config, resumption: Resumption | None = None) -> None:
+        self._config, self._resumption = config, resumption
         self.output = Output(config)
         # Resolved now: a test may change the working directory. realpath does not raise for a circle of links; such a
         # folder is refused later, together with all others that cannot be written.
         self._results = Path(os.path.realpath(config.getoption("mp_results") or config.rootpath / "results"))
+        if resumption is not None:
+            self._results = resumption.results
         self._check = BaselineCheck(config)
         self._turns = turns.join(os.environ)
+        if resumption is not None and self._turns is not None:
+            raise pytest.UsageError(f"{RESUME}: neither of the two runs of `mpscale ab` can go on alone")
         self._plan: Plan | None = None
         self._problem: str | None = None
         """Why no plan could be made. pytest only reports a UsageError as such if no collector raises it."""
@@ -196,7 +219,8 @@ class Session:
         driver = client.open_driver()
         self._cleanup.callback(driver.close)
         seed = shuffle_seed(self._config) if self._turns is None else self._turns.seed
-        return Plan(self._config, driver, seed)
+        planned = None if self._resumption is None else self._resumption.planned
+        return Plan(self._config, driver, seed, planned)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -213,7 +237,10 @@ class Session:
         if plan is not None and chosen:
             check_use(self._config, plan, self._results)
             if self._turns is None:
-                self._check.open(self._results, plan.device)
+                before = None if self._resumption is None else self._resumption.path.name
+                self._check.open(self._results, plan.device, before)
+            if self._resumption is not None and not self._config.option.collectonly:
+                self._run = self._start_run()
         if self._turns is not None:
             cases = [
                 {"id": case.id, **dict(zip(PARAMETERS, (*case.place, case.seed, case.repeat), strict=True))}
@@ -262,8 +289,21 @@ class Session:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         interleaved = None if self._turns is None else self._turns.entry
         plan = self._plan
-        how = options.run_options(self._config, self._results, plan.selection(), interleaved)
-        return LiveRun(plan, how, self.output)
+        started = invocation(self._config)
+        how = options.run_options(self._config, self._results, plan.selection(), interleaved, started)
+        if self._resumption is None:
+            return LiveRun(plan, how, self.output)
+        from mpscale.core.journal import RunError
+        from mpscale.harness.resume import resume
+
+        try:
+            resumed = resume(self._resumption.path, plan.chosen, plan.device, plan.driver, how)
+        except RunError as error:
+            raise pytest.UsageError(str(error)) from error
+        except OSError as error:
+            why = f"{self._resumption.path} cannot be written ({error.strerror or error})"
+            raise pytest.UsageError(f"{RESUME}: {why}") from error
+        return LiveRun(plan, how, self.output, resumed)
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """Leave out the dot of a case that did not fail: its own line says more."""
@@ -305,6 +345,8 @@ class Session:
         except Exception as error:
             # A report that fails must not stop pytest: the journal has all results.
             run.troubles.append(f"no report could be made of {run.path}: {_describe(error)}")
+        finally:
+            run.free()
         if run.troubles and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -364,6 +406,7 @@ class Session:
     def _show(self, terminalreporter: pytest.TerminalReporter, run: Run) -> None:
         from mpscale.analysis.summary import summary_of
         from mpscale.report.first_screen import first_screen, plain
+        from mpscale.report.missing import go_on
         from mpscale.report.sections import doubts_note, results
 
         def show(text: str, **markup: bool) -> None:
@@ -384,6 +427,9 @@ class Session:
         show(visible(f"\nrun: {path}" + (f"\nreport: {report}" if report.is_file() else "")))
         if self._check.comparison is not None:
             show(visible(f"comparison: {path / FILE}"))
+        if command := go_on(run, Path.cwd()):
+            # Unbroken, to be copied.
+            show(f"to go on: {command}")
 
 
 def _describe(error: Exception) -> str:

@@ -16,6 +16,10 @@ class SoFar:
         self._records: dict[str, list[Record]] = defaultdict(list)
         """By workload, as tables name it: modes are compared within one."""
 
+    def know(self, record: Record) -> None:
+        """Take a case that had ended before the session began."""
+        self._records[record.place[0]].append(record)
+
     def __call__(self, record: Record) -> tuple[str, str]:
         """Return a word and its look; empty as long as the cases show no difference."""
         from mpscale.analysis.answer import speed_verdict

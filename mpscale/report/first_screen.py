@@ -10,13 +10,17 @@ from mpscale.analysis.answer import Advice, Answer, Cell, Effect, Weakness, Wort
 from mpscale.analysis.quantities import Verdict
 from mpscale.core.record import place_of
 from mpscale.core.runs import Run
+from mpscale.report import trouble
 from mpscale.report.advice import code_of, measure_again
 from mpscale.report.cell import chips, quality_line, ratio_text, speed_word, times
 from mpscale.report.figures import Picture
+from mpscale.report.missing import go_on, lacks
 from mpscale.report.table import DASH, Table, escape, joined, listed, number, plural
 from mpscale.report.words import WORDS
 
 QUESTION = "Is mixed precision worth it here?"
+
+GO_ON = "To go on, in the folder where it was started:"
 
 _NAMED = 3
 """Most rows that a card names; more are counted."""
@@ -57,6 +61,8 @@ class Screen:
         advice: what to do, in a sentence or two.
         code: lines that do it; empty if there are none.
         language: of the lines.
+        lacks: which cases of the run have no result; empty if all have one.
+        go_on: the command that runs them; empty if there is none.
         picture: the trade-off, which only a page has; None if there is nothing to draw.
     """
 
@@ -68,6 +74,8 @@ class Screen:
     advice: str
     code: str
     language: str
+    lacks: str = ""
+    go_on: str = ""
     picture: Picture | None = None
 
     @property
@@ -90,7 +98,8 @@ def first_screen(run: Run) -> Screen:
     code, language = code_of(answer, run)
     headline, effect = _headline(answer, run)
     cards = (_buys(answer), _costs(answer), _trust(answer))
-    return Screen(headline, effect, _facts(run, answer), cards, answer, _advice(answer, run), code, language)
+    said = (headline, effect, _facts(run, answer), cards, answer, _advice(answer, run), code, language)
+    return Screen(*said, lacks(run), go_on(run))
 
 
 def place(run: Run) -> str:
@@ -413,6 +422,10 @@ def markdown(screen: Screen) -> str:
     parts.append(escape(screen.advice))
     if screen.code:
         parts.append(f"```{screen.language}\n{screen.code}\n```")
+    if screen.lacks:
+        parts.append(f"{escape(screen.lacks)} {GO_ON if screen.go_on else ''}".strip())
+    if screen.go_on:
+        parts.append(trouble.fenced(screen.go_on))
     return "\n\n".join(parts)
 
 
@@ -420,6 +433,7 @@ def plain(screen: Screen) -> str:
     """Return the first screen for a terminal, without the matrix, which the table of results stands for."""
     lines = [f"{QUESTION} {screen.headline}"]
     lines += [f"  {card.question} {card.answer}: {_details(card)}" for card in screen.cards]
+    lines += [f"  {screen.lacks}"] if screen.lacks else []
     return "\n".join([*lines, f"  What to do? {screen.advice}"])
 
 

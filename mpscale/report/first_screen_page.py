@@ -18,7 +18,7 @@ from mpscale.report.cell import (
     speed_word,
 )
 from mpscale.report.figures import Picture
-from mpscale.report.first_screen import QUESTION, Card, Screen
+from mpscale.report.first_screen import GO_ON, QUESTION, Card, Screen
 from mpscale.report.pieces import Tone, bar, span_of, tone_of, tone_of_effect
 from mpscale.report.pieces import text as escape
 
@@ -42,10 +42,20 @@ def html_of(screen: Screen) -> str:
     parts = [
         f'<h1 class="question">{escape(QUESTION)} {headline}</h1>',
         f'<p class="when">{facts}</p>',
+        _lacks(screen),
         f'<div class="cards">\n{cards}\n</div>',
         f'<div class="answer">\n{_matrix(screen)}\n{aside}\n</div>',
     ]
     return f'<section class="screen" aria-label="The answer">\n{"".join(parts)}</section>'
+
+
+def _lacks(screen: Screen) -> str:
+    """Say what a run that was stopped lacks, and how it goes on."""
+    if not screen.lacks:
+        return ""
+    said = f"<p>{escape(screen.lacks)}{f' {GO_ON}' if screen.go_on else ''}</p>"
+    command = f'<pre tabindex="0"><code>{escape(screen.go_on)}</code></pre>' if screen.go_on else ""
+    return f'<div class="card warn"><h2 class="small">The run is not complete</h2>{said}{command}</div>\n'
 
 
 def _card(card: Card) -> str:

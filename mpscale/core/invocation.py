@@ -1,0 +1,90 @@
+"""How a run was started, as run.json keeps it, and the command that goes on with a run that was stopped."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpscale.core.runs import Run
+
+RESUME = "--mp-resume"
+_PROGRAM = re.compile(r"pytest|mpscale run|python[\d.]* -m pytest")
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """The command of a run.
+
+    Args:
+        program: ``pytest``, ``mpscale run`` or the like.
+        arguments: as they were typed.
+        folder: where it was started, relative to the folder of the run, so that a published run does not tell where
+            its user works.
+        options: mpscale's options that the user gave there, in pytest's settings or in its environment variable, as
+            texts by name: ``{"--mp-seeds": "3"}``. True for one without a value, a list for a repeated one.
+    """
+
+    program: str
+    arguments: Sequence[str]
+    folder: str
+    options: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain values."""
+        return {**asdict(self), "arguments": list(self.arguments), "options": dict(self.options)}
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> Invocation | None:
+        """The invocation in a run.json; None if an older mpscale wrote it, or if it is not as it should be."""
+        found = info.get("invocation")
+        if not isinstance(found, dict):
+            return None
+        program, arguments, folder = (found.get(name) for name in ("program", "arguments", "folder"))
+        options = found.get("options")
+        if not (isinstance(program, str) and isinstance(folder, str) and isinstance(options, dict)):
+            return None
+        if not (isinstance(arguments, list) and all(isinstance(argument, str) for argument in arguments)):
+            return None
+        return cls(program, arguments, folder, options)
+
+
+def resume_command(run: Run, here: Path | None = None) -> str | None:
+    """Return the command that goes on with a run, quoted for a shell; None if there is none.
+
+    Args:
+        run: in its folder.
+        here: the working directory of the reader; None if it is not known. If it is another than that in which the
+            run was started, the command begins with a ``cd``.
+    """
+    invocation = Invocation.of(run.info)
+    if invocation is None or "interleaved" in run.info or run.path.resolve().parent.name != "runs":
+        return None
+    # The run may be a stranger's, and the command gets copied into a shell.
+    if not _PROGRAM.fullmatch(invocation.program) or not all(map(str.isprintable, invocation.arguments)):
+        return None
+    arguments = list(_without_limits(invocation.arguments))
+    # What comes after -- are paths.
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments.insert(place, f"{RESUME}={run.path.resolve().name}")
+    command = shlex.join([*invocation.program.split(), *arguments])
+    if here is None:
+        return command
+    folder = Path(os.path.realpath(run.path / invocation.folder))
+    return command if folder == Path(os.path.realpath(here)) else f"cd {shlex.quote(str(folder))} && {command}"
+
+
+def _without_limits(arguments: Sequence[str]) -> Iterator[str]:
+    """Leave out options that end pytest at a failure: a case that failed for good would end each session at once."""
+    for before, argument in itertools.pairwise(["", *arguments]):
+        if argument not in ("-x", "--exitfirst", "--maxfail") and "--maxfail" not in (
+            before,
+            argument.partition("=")[0],
+        ):
+            yield argument
