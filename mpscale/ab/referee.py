@@ -11,11 +11,13 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mpscale.ab import turns
 from mpscale.ab.environments import LETTERS, Environment
+from mpscale.core import stopping
 from mpscale.core.columns import FAILED
 from mpscale.core.process import Child, describe_exit
 from mpscale.core.wire import Event, Garbled, Wire, event_of, wait_for
@@ -73,16 +75,23 @@ class Referee:
         seed, pair = secrets.randbelow(2**32), secrets.token_hex(8)
         self._random.seed(seed)
         logs = Path(tempfile.mkdtemp(prefix="mpscale-ab-"))
+        remove = partial(shutil.rmtree, logs, ignore_errors=True)
+        forget = stopping.before_ending_at_once(remove)
         try:
             for each in self._environments:
                 log = logs / f"{each.letter}.log"
                 self._sessions.append(Session(each, self._arguments, seed, pair, log, self._start_s))
             self._take_turns()
+        except KeyboardInterrupt:
+            remove()
+            raise
         finally:
-            for session in self._sessions:
-                session.kill()
+            with stopping.held():
+                for session in self._sessions:
+                    session.kill()
         if not self.problems:
-            shutil.rmtree(logs, ignore_errors=True)
+            remove()
+        forget()
 
     def _take_turns(self) -> None:
         while living := [session for session in self._sessions if session.code is None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,8 +68,6 @@ def prepared(options: argparse.Namespace, kind: Literal["fit", "probe"]) -> Iter
         raise SettingsError(str(error)) from error
     if why_not := why_not_writable(options.results / kind):
         raise SettingsError(f"--results: {options.results} is not a folder that can be written to ({why_not})")
-    # As after Ctrl-C: keep what is known.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     driver = open_driver()
     try:
         yield workload, find_device(driver.devices, os.environ, host.cpu()), driver

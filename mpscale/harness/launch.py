@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from mpscale.core.device import Device
-from mpscale.core.process import KILL_S, Child, Process, kill_session
+from mpscale.core.process import Child, Process, kill_session
 from mpscale.core.reason import Reason
 from mpscale.core.wire import Wire
 
@@ -174,7 +174,7 @@ class _Forked(Process):
                 self._code = -int(signal.SIGKILL)
         return self._code
 
-    def kill(self, seconds: float = KILL_S) -> int | None:
+    def _kill(self, seconds: float) -> int | None:
         kill_session(self.pid, alive=self._code is None)
         self.wire.close()
         return self.wait(seconds)

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mpscale.core import stopping
 from mpscale.core.case import Case
+from mpscale.core.cause import Cause
 from mpscale.core.columns import FAILED, Topic, measured_columns
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
@@ -72,7 +74,8 @@ class BenchmarkRun:
         """
         retries = 0
         while True:
-            outcome = self._attempt(case)
+            with stopping.held():
+                outcome = self._attempt(case)
             if outcome.again is None or (outcome.again == "cooled" and retries >= self._options.gpu_retries):
                 return outcome
             reason = str(outcome.record["status_reason"])
@@ -120,7 +123,8 @@ class BenchmarkRun:
         try:
             supervisor.run(case, steps_path, gpu_path, outcome, attempt)
         except BaseException as error:
-            outcome.record.update({"status": "interrupted", "status_reason": f"stopped by {type(error).__name__}"})
+            reason = f"stopped by {stopping.asked() or type(error).__name__}"
+            outcome.record.update({"status": "interrupted", "status_reason": reason, "cause": Cause.STOPPED})
             self._finish_case(journal, case, outcome)
             raise
         if supervisor.why_not_forked is not None and not self._not_forked_noted:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mpscale.core import wire
+from mpscale.core import stopping, wire
 from mpscale.core.case import Case, StartMethod
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.device import Device
@@ -123,6 +123,7 @@ class Supervisor:
         self._device, self._options, self._listener = device, options, listener
         self._watch = CaseWatch(driver, device)
         self._folder = tempfile.TemporaryDirectory(prefix="mpscale-")
+        self._forget = stopping.before_ending_at_once(self._remove)
         self._scratch = Path(self._folder.name) / "scratch"
         # It includes the folders in which the session has found workloads.
         self._sys_path = [str(Path(entry).absolute()) for entry in sys.path]
@@ -152,7 +153,8 @@ class Supervisor:
         if unsupported:
             outcome.record.update({"status": "unsupported", "status_reason": unsupported})
         else:
-            self._run_process(case, steps_path, gpu_path, outcome)
+            with stopping.held():
+                self._run_process(case, steps_path, gpu_path, outcome)
             self._judge_allocator(outcome)
 
     def describe(self, case: Case, record: Record, attempt: int) -> None:
@@ -176,9 +178,16 @@ class Supervisor:
 
     def close(self) -> None:
         """End whatever outlives a case."""
-        self._launcher.close()
-        self._watch.close()
-        self._folder.cleanup()
+        with stopping.held():
+            self._launcher.close()
+            self._watch.close()
+            self._folder.cleanup()
+            self._forget()
+
+    def _remove(self) -> None:
+        """Remove the temporary folders, even if processes still write there."""
+        for folder in (self._folder.name, self._watch.folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def allocator(self) -> Allocator | None:
@@ -239,7 +248,7 @@ class Supervisor:
         talk = _Conversation(worker, case, outcome, start)
         limit = MemoryLimit(worker.pid, self._options.memory_limit_mib)
         try:
-            with limit:
+            with limit, stopping.opened():
                 self._converse(talk, steps_path)
         finally:
             # Also on the user's interrupt: neither the worker nor a process that it left behind outlives its case.
@@ -261,7 +270,8 @@ class Supervisor:
     def _prepare(self, case: Case) -> None:
         """Have the launcher ready. If no child of the warm parent could use the GPU, all workers will be fresh ones."""
         try:
-            self._launcher.prepare()
+            with stopping.opened():
+                self._launcher.prepare()
         except UnsafeFork as unsafe:
             self.why_not_forked = unsafe.reason
             self._launcher = Launcher(self._launcher.environ)

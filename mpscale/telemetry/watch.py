@@ -83,6 +83,11 @@ class CaseWatch:
         self._slowdown_c: float | None = None
         self._lost = False
 
+    @property
+    def folder(self) -> str:
+        """Its temporary folder."""
+        return self._folder.name
+
     def start(self, pid: int, epoch: float) -> None:
         """Begin to watch a process, and forget the previous one.
 
