@@ -76,7 +76,10 @@ class Referee:
         self._random.seed(seed)
         logs = Path(tempfile.mkdtemp(prefix="mpscale-ab-"))
         remove = partial(shutil.rmtree, logs, ignore_errors=True)
-        forget = stopping.before_ending_at_once(remove)
+        forget = (
+            stopping.before_ending_at_once(remove),
+            stopping.before_ending_at_once(self._end_at_once, children_live=True),
+        )
         try:
             for each in self._environments:
                 log = logs / f"{each.letter}.log"
@@ -91,7 +94,8 @@ class Referee:
                     session.kill()
         if not self.problems:
             remove()
-        forget()
+        for forgotten in forget:
+            forgotten()
 
     def _take_turns(self) -> None:
         while living := [session for session in self._sessions if session.code is None]:
@@ -112,6 +116,14 @@ class Referee:
         for session in living:
             if session.wants is None and not session.ending:
                 session.interrupt()
+
+    def _end_at_once(self) -> None:
+        """Have the sessions end at once by themselves, so that they remove what they have made."""
+        for _ in range(2):
+            for session in self._sessions:
+                if session.code is None:
+                    session.interrupt()
+            time.sleep(1.2 * stopping.ONE_S)
 
     def _move(self, living: Sequence[Session]) -> bool:
         """Answer waiting sessions if it is time; return whether any was answered.

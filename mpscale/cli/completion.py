@@ -43,9 +43,12 @@ def runs(prefix: str, parsed_args: Any, **_: Any) -> list[str]:
     """Names of runs, the newest first, and ``latest``; with a slash in the prefix, paths."""
     if "/" in prefix:
         return [f"{path}/" if path.is_dir() else str(path) for path in sorted(Path().glob(f"{prefix}*"))]
+    from mpscale.core.runs import by_age
+
     results = Path(getattr(parsed_args, "results", None) or "results")
-    names = {path.parent.name for kept in ("runs", "reference") for path in (results / kept).glob("*/run.json")}
-    return [name for name in ("latest", *sorted(names, reverse=True)) if name.startswith(prefix)]
+    made = by_age(path.parent for kept in ("runs", "reference") for path in (results / kept).glob("*/run.json"))
+    names = dict.fromkeys(["latest", *(folder.name for folder in reversed(made))])
+    return [name for name in names if name.startswith(prefix)]
 
 
 def workloads(prefix: str, **_: Any) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mpscale.cli import completion
 from mpscale.cli.output import RESULTS, add_output_options, check_output
-from mpscale.config import SettingsError, add_results_option, number, seconds, why_not_writable
+from mpscale.config import SettingsError, add_results_option, seconds, why_not_writable
 from mpscale.terminal.streams import as_typed
 
 if TYPE_CHECKING:
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from mpscale.harness.supervisor import Options
     from mpscale.telemetry.client import Driver
     from mpscale.workloads import Workload
-
-at_least_1 = number(int, lambda value: value >= 1, "an integer of at least 1")
-"""The type of an option that takes a number of things."""
 
 
 def add_workload(parser: argparse.ArgumentParser) -> None:

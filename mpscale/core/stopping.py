@@ -27,7 +27,7 @@ from mpscale.core.process import kill_living
 _SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )  # Windows has no SIGHUP
-_ONE_S = 0.5
+ONE_S = 0.5
 """Signals within this time are one: `timeout` and a shell whose terminal closes send two."""
 _LAST_S = 2.0
 """How long the last actions may take before a process that ends at once."""
@@ -41,6 +41,7 @@ class _Stopping:
         """The handlers that ours replace; empty if there are none of ours."""
         self.signal: signal.Signals | None = None
         """The first signal, None as long as there was none."""
+        self.first: list[Callable[[], object]] = []
         self.actions: list[Callable[[], object]] = []
         self.exit_code = 0
         self.held = self.whole = 0
@@ -59,7 +60,7 @@ class _Stopping:
                 self.waits = True
                 return
             raise KeyboardInterrupt(self.signal.name)
-        if now - self._at < _ONE_S:
+        if now - self._at < ONE_S:
             return
         if self.whole > 0:
             self.ends = True
@@ -85,7 +86,7 @@ class _Stopping:
 
         # Whatever hangs, such as a file system: nothing may keep the process.
         threading.Thread(target=leave, daemon=True).start()
-        for act in (kill_living, *reversed(self.actions), sys.stdout.flush, sys.stderr.flush):
+        for act in (*self.first, kill_living, *reversed(self.actions), sys.stdout.flush, sys.stderr.flush):
             with contextlib.suppress(BaseException):
                 act()
         os._exit(code)
@@ -116,7 +117,7 @@ def listening(exit_code: int) -> Iterator[None]:
     if state.before:  # within another one
         yield
         return
-    state.signal, state.exit_code, state.actions = None, exit_code, []
+    state.signal, state.exit_code, state.first, state.actions = None, exit_code, [], []
     state.held = state.whole = 0
     state.waits = state.ends = False
     try:
@@ -182,17 +183,22 @@ def taken() -> str | None:
     return asked()
 
 
-def before_ending_at_once(act: Callable[[], object]) -> Callable[[], None]:
+def before_ending_at_once(act: Callable[[], object], *, children_live: bool = False) -> Callable[[], None]:
     """Have ``act`` called before a second signal ends the process, if that takes no time.
+
+    Args:
+        act: what to do.
+        children_live: call it before the processes that this one has started are killed, and not after that.
 
     Returns:
         A function that takes this back.
     """
-    _stopping.actions.append(act)
+    actions = _stopping.first if children_live else _stopping.actions
+    actions.append(act)
 
     def forget() -> None:
         with contextlib.suppress(ValueError):
-            _stopping.actions.remove(act)
+            actions.remove(act)
 
     return forget
 

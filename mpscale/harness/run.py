@@ -97,11 +97,14 @@ class BenchmarkRun:
         Args:
             exit_status: that of the whole run, 0 if all went well.
         """
-        if self._supervisor is not None:
-            self._supervisor.close()
-        if self._journal is not None:
-            self._journal.finish(exit_status)
-        self._supervisor = None
+        try:
+            # First: whoever has sent SIGTERM may soon send SIGKILL, and a process may take its time to end.
+            if self._journal is not None:
+                self._journal.finish(exit_status)
+        finally:
+            if self._supervisor is not None:
+                self._supervisor.close()
+            self._supervisor = None
 
     def _attempt(self, case: Case) -> Outcome:
         journal, supervisor = self._open()

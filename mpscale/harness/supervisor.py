@@ -121,7 +121,7 @@ class Supervisor:
 
     def __init__(self, device: Device, driver: Driver, options: Options, listener: Listener) -> None:
         self._device, self._options, self._listener = device, options, listener
-        self._watch = CaseWatch(driver, device)
+        self._watch = CaseWatch(driver, device, (options.interleaved or {}).get("id"))
         self._folder = tempfile.TemporaryDirectory(prefix="mpscale-")
         self._forget = stopping.before_ending_at_once(self._remove)
         self._scratch = Path(self._folder.name) / "scratch"

@@ -96,6 +96,7 @@ class LiveRun:
     def __init__(self, plan: Plan, how: Options, output: Output) -> None:
         from mpscale.harness.run import BenchmarkRun
         from mpscale.telemetry.host import busy_words
+        from mpscale.telemetry.presence import words
 
         self._output = output
         self.troubles: list[str] = []
@@ -108,6 +109,8 @@ class LiveRun:
         output.say(f"on {plan.device.name} ({plan.device.kind.upper()}){no_gpu}")
         if busy := busy_words():
             output.say(busy)
+        if beside := words(plan.device, (how.interleaved or {}).get("id")):
+            output.say(f"{beside}: rows that both disturb become invalid")
         for name, where in plan.own_workloads.items():
             output.say(f"{name} is in {where}")
 
@@ -264,7 +267,8 @@ class Session:
     def run(self, case: Case) -> Outcome:
         """Run a case, unless it has run and did not fail."""
         if stopping.asked() is not None:
-            raise KeyboardInterrupt  # once more: somebody's code has caught the first one and gone on
+            # Once more: somebody's code has caught the first one and gone on.
+            raise KeyboardInterrupt(stopping.asked())
         measured = None if self._run is None else self._run.measured(case)
         if measured is not None:
             return measured

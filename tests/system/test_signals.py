@@ -82,7 +82,7 @@ def stop(run, folder, *signals):
     wait_for((folder / "there").exists, "the moment")
     for number in signals:
         os.kill(run.pid, number)
-        time.sleep(0.6)  # a shorter time makes them one
+        time.sleep(0.6 if len(signals) > 1 else 0.1)  # within half a second they would be one
     if len(signals) == 1:
         (folder / "go-on").touch()
     output, _ = run.communicate(timeout=60)
