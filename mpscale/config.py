@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import os
 import random
 import re
@@ -23,6 +22,9 @@ from mpscale.core.loss_scale import parse_number
 from mpscale.core.mode import DEFAULT_MODES
 
 N = TypeVar("N", int, float)
+
+MOST_SHOWN = 60
+"""Characters of a value that a message repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,13 +231,13 @@ def load(start: Path) -> ProjectSettings:
         return ProjectSettings()
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("mpscale", {})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"{path}: cannot be read: {why(error) if isinstance(error, OSError) else error}") from error
     for key, value in table.items():
         if key not in _KINDS:
-            raise SettingsError(f"{path}: [tool.mpscale] has no setting {key!r}, only {', '.join(_KINDS)}")
+            raise SettingsError(f"{path}: [tool.mpscale] has no setting {shown(key)}, only {', '.join(_KINDS)}")
         if not _fits(key, value):
-            raise SettingsError(f"{path}: {key} of [tool.mpscale] must be {_KINDS[key]}, not {value!r}")
+            raise SettingsError(f"{path}: {key} of [tool.mpscale] must be {_KINDS[key]}, not {value!r:.200}")
     baseline = table.get("baseline")
     # A path in the file is relative to the file, wherever pytest is called.
     if baseline is not None and path.parent != Path.cwd() and (path.parent / baseline).exists():
@@ -250,6 +252,9 @@ def _fits(key: str, value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
     return isinstance(value, bool) if key == "strict" else isinstance(value, str)
 
+
+_LONGEST_PATH = 4096
+"""What Linux allows."""
 
 RUN = "name of a run or its first characters, a run's folder, a cases.csv, or `latest`"
 """Every way to name a run on the command line."""
@@ -286,6 +291,8 @@ def folder(text: str) -> Path:
     """
     if not text:
         raise argparse.ArgumentTypeError("expected a folder, and nothing was given")
+    if len(text) > _LONGEST_PATH or "\0" in text:
+        raise argparse.ArgumentTypeError(f"no folder can have this name: {shown(text)}")
     try:
         # A shell does not expand ~ in --option=~/folder.
         return Path(text).expanduser()
@@ -307,15 +314,51 @@ def number(parse: Callable[[str], N], fits: Callable[[N], bool], expected: str) 
             value = parse(text)
             if fits(value):
                 return value
-        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {shown(text)}")
 
     return parsed
 
 
-seconds = number(parse_number, lambda value: 0 < value < math.inf, "a number of seconds above 0")
+def shown(text: str) -> str:
+    """A value that a message repeats, in quotation marks; of a long one only the beginning."""
+    return repr(text) if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]!r}... ({len(text):,} characters)"
+
+
+def whole_number(text: str) -> int:
+    """Parse a whole number: `int` would also take 1_000 and digits of other scripts.
+
+    Raises:
+        ValueError: it is none, or has more than 30 digits.
+    """
+    if not re.fullmatch(r"[+-]?[0-9]{1,30}", text.strip()):
+        raise ValueError
+    return int(text)
+
+
+def integer(least: int, most: int, why: str = "") -> Callable[[str], int]:
+    """Return the type of an option that takes a whole number.
+
+    Args:
+        least: the smallest.
+        most: the largest.
+        why: the reason for the largest, to follow it.
+    """
+    expected = f"an integer of at least {least} and at most {most}{why and f', {why}'}"
+    return number(whole_number, lambda value: least <= value <= most, expected)
+
+
+WEEK_S = 604_800.0
+seconds = number(
+    parse_number, lambda value: 0 < value <= WEEK_S, "a number of seconds above 0 and at most 604800, a week"
+)
 """The type of an option that takes a time."""
 
+MOST_STEPS = 10_000_000
+training_steps = integer(1, MOST_STEPS, "since each step of a training is recorded")
+batch_size = integer(1, 2**31 - 1, "since TensorFlow counts examples in 32 bits")
 
+_MOST_MIB = 2.0**30
+"""A pebibyte."""
 _UNITS_MIB = {"m": 1.0, "g": 1024.0, "t": 1024.0**2}
 
 
@@ -323,12 +366,15 @@ def memory(text: str) -> float:
     """The type of an option that takes an amount of memory; in MiB.
 
     Raises:
-        argparse.ArgumentTypeError: it is not an amount above 0 with a unit.
+        argparse.ArgumentTypeError: it is not an amount above 0 with a unit, or more than 1024 TiB.
     """
-    found = re.fullmatch(r"(\d+\.?\d*)\s*([mgt])(i?b)?", text.strip().casefold())
-    if found is None or float(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"expected an amount of memory such as 800MiB or 4GiB, not {text!r}")
-    return float(found[1]) * _UNITS_MIB[found[2]]
+    found = re.fullmatch(r"([0-9]{1,30}\.?[0-9]{0,30})\s*([mgt])(i?b)?", text.strip().casefold())
+    mib = 0.0 if found is None else float(found[1]) * _UNITS_MIB[found[2]]
+    if not 0 < mib <= _MOST_MIB:
+        raise argparse.ArgumentTypeError(
+            f"expected an amount of memory such as 800MiB or 4GiB, at most 1024TiB, not {shown(text)}"
+        )
+    return mib
 
 
 _ATTEMPTS = 20

@@ -18,6 +18,14 @@ for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
 pytest_plugins = ["pytester"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_notes(tmp_path_factory):
+    """Keep runs on the stand-in's GPU apart from those of other tests that go on at the same time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPSCALE_NOTES", str(tmp_path_factory.mktemp("notes")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def stand_in_nvml(tmp_path_factory):
     """The folder of a stand-in for NVIDIA's driver library, which answers what an ``nvml_stand_in.Script`` contains."""

@@ -212,7 +212,10 @@ def test_two_runs_get_verdicts_and_an_exit_code(compare, before, after, argument
         ),
         pytest.param(rows(), ("--threshold", "0.05"), "write 5%, or 0.05% if you mean that", id="a share"),
         pytest.param(
-            rows(), ("--threshold", "0"), "'0' is not a percentage above 0; write one such as 5%", id="threshold"
+            rows(),
+            ("--threshold", "0"),
+            "'0' is not a percentage above 0 and at most 10000%; write one such as 5%",
+            id="threshold",
         ),
     ],
 )

@@ -6,6 +6,8 @@ RUNNER_TEMP to a folder.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -60,7 +62,7 @@ def _chosen(baseline: Path, options: list[str]) -> Path | None:
     """
     if not baseline.exists():
         sys.exit(f"::error title=mpscale::the baseline {baseline} does not exist in this checkout")
-    inside = sorted((info.parent for info in baseline.rglob("run.json")), key=lambda run: run.name, reverse=True)
+    inside = sorted((info.parent for info in baseline.rglob("run.json")), key=_age, reverse=True)
     # A folder is a run, or holds some; a file is the cases.csv of one.
     runs = inside if baseline.is_dir() else [baseline]
     for run in runs:
@@ -70,6 +72,13 @@ def _chosen(baseline: Path, options: list[str]) -> Path | None:
         why = [line for line in done.stdout.splitlines() if line.startswith("ERROR")] or [done.stdout]
         _warn(f"{run.name} is not the baseline here: {why[0]}")
     return None
+
+
+def _age(run: Path) -> tuple[str, str]:
+    """Sort key: names have the second in which a run started, and run.json has microseconds."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return run.name[:16], str(json.loads((run / "run.json").read_text(encoding="utf-8")).get("started"))
+    return run.name[:16], ""
 
 
 def _mpscale(arguments: list[str], quiet: bool = False) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ to a folder.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -53,11 +54,18 @@ def find_baseline() -> None:
     _output("run-id", str(max(runs)[1]) if runs else "")
 
 
+def _age(info: Path) -> tuple[str, str]:
+    """Sort key: names have the second in which a run started, and run.json has microseconds."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return info.parent.name[:16], str(json.loads(info.read_text(encoding="utf-8")).get("started"))
+    return info.parent.name[:16], ""
+
+
 def choose_baseline() -> None:
     """Choose the newest run that pytest accepts: one of this device, measured with this method."""
     refused = []
     for folder in (_baselines(), REFERENCE):
-        for info in sorted(folder.rglob("run.json"), reverse=True):
+        for info in sorted(folder.rglob("run.json"), key=_age, reverse=True):
             done = bench("--collect-only", "-q", "--mp-baseline", str(info.parent), quiet=True)
             if done.returncode == 0:
                 print(f"baseline: {info.parent}")

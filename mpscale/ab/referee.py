@@ -11,11 +11,13 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mpscale.ab import turns
 from mpscale.ab.environments import LETTERS, Environment
+from mpscale.core import stopping
 from mpscale.core.columns import FAILED
 from mpscale.core.process import Child, describe_exit
 from mpscale.core.wire import Event, Garbled, Wire, event_of, wait_for
@@ -73,16 +75,27 @@ class Referee:
         seed, pair = secrets.randbelow(2**32), secrets.token_hex(8)
         self._random.seed(seed)
         logs = Path(tempfile.mkdtemp(prefix="mpscale-ab-"))
+        remove = partial(shutil.rmtree, logs, ignore_errors=True)
+        forget = (
+            stopping.before_ending_at_once(remove),
+            stopping.before_ending_at_once(self._end_at_once, children_live=True),
+        )
         try:
             for each in self._environments:
                 log = logs / f"{each.letter}.log"
                 self._sessions.append(Session(each, self._arguments, seed, pair, log, self._start_s))
             self._take_turns()
+        except KeyboardInterrupt:
+            remove()
+            raise
         finally:
-            for session in self._sessions:
-                session.kill()
+            with stopping.held():
+                for session in self._sessions:
+                    session.kill()
         if not self.problems:
-            shutil.rmtree(logs, ignore_errors=True)
+            remove()
+        for forgotten in forget:
+            forgotten()
 
     def _take_turns(self) -> None:
         while living := [session for session in self._sessions if session.code is None]:
@@ -103,6 +116,14 @@ class Referee:
         for session in living:
             if session.wants is None and not session.ending:
                 session.interrupt()
+
+    def _end_at_once(self) -> None:
+        """Have the sessions end at once by themselves, so that they remove what they have made."""
+        for _ in range(2):
+            for session in self._sessions:
+                if session.code is None:
+                    session.interrupt()
+            time.sleep(1.2 * stopping.ONE_S)
 
     def _move(self, living: Sequence[Session]) -> bool:
         """Answer waiting sessions if it is time; return whether any was answered.

@@ -18,7 +18,10 @@ from mpscale.core.columns import FAILED
 WELL, FIRED, COULD_NOT_TELL = 0, 1, 3
 """Exit codes. 2 is bad use."""
 
-_SHARE = r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)"
+_SHARE = r"([0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})\s*(%?)"
+_MOST = 100.0
+"""The largest threshold, 10,000 %: a gate that can never fire is a mistake."""
+_LONGEST, _MOST_GATES = 100, 1000
 _GATE = re.compile(rf"\s*([a-z_]+)\s*(?:>\s*{_SHARE})?\s*")
 _PLAIN = ("metric", "missing")
 _RATE = "overflow_rate"
@@ -73,7 +76,10 @@ def parse_gates(texts: Iterable[str]) -> list[Gate]:
     Raises:
         ValueError: a text is not a gate; the message lists the gates.
     """
-    gates = [_parse(part) for text in texts for part in text.split(",")]
+    parts = [part for text in texts for part in text.split(",")]
+    if len(parts) > _MOST_GATES:
+        raise ValueError(f"expected at most {_MOST_GATES} gates, not {len(parts):,}")
+    gates = [_parse(part) for part in parts]
     return list(dict.fromkeys(gates))
 
 
@@ -84,8 +90,9 @@ def parse_share(text: str) -> float:
         ValueError: the text is not a percentage above 0.
     """
     match = re.fullmatch(rf"\s*{_SHARE}\s*", text)
-    if match is None or not float(match[1]) > 0:
-        raise ValueError(f"{text.strip()!r} is not a percentage above 0; write one such as 5%")
+    if match is None or not 0 < float(match[1]) <= 100 * _MOST:
+        given = text.strip()[:_LONGEST]
+        raise ValueError(f"{given!r} is not a percentage above 0 and at most {100 * _MOST:g}%; write one such as 5%")
     if not match[2]:
         raise ValueError(f"{text.strip()!r} has no unit: the threshold is a percentage; write {_percent(match[1])}")
     return float(match[1]) / 100
@@ -120,10 +127,10 @@ def exit_code(findings: Sequence[Finding], strict: bool = False) -> int:
 
 
 def _parse(text: str) -> Gate:
-    match = _GATE.fullmatch(text)
+    match = _GATE.fullmatch(text) if len(text) <= _LONGEST else None
     examples = f"{', '.join(f'{name}>5%' for name in COSTS)}, {_RATE}>0.01, {', '.join(_PLAIN)}"
     if match is None:
-        raise ValueError(f"{text.strip()!r} is not a gate; the gates are {examples}")
+        raise ValueError(f"{text.strip()[:_LONGEST]!r} is not a gate; the gates are {examples}")
     name, number, percent = match.groups()
     if name not in (*COSTS, *_PLAIN, _RATE):
         close = difflib.get_close_matches(name, (*COSTS, *_PLAIN, _RATE), n=1)
@@ -138,6 +145,8 @@ def _parse(text: str) -> Gate:
     threshold = float(number) / 100 if percent else float(number)
     if name in COSTS and not percent:
         raise ValueError(f"{text.strip()!r}: the threshold is a percentage; write {name}>{_percent(number)}")
+    if name in COSTS and threshold > _MOST:
+        raise ValueError(f"{text.strip()!r}: a threshold is at most {100 * _MOST:g}%: such a gate would never fire")
     if name == _RATE and threshold > 1:
         raise ValueError(f"{text.strip()!r}: a rate is at most 1; write {_RATE}>0.01 or {_RATE}>1%")
     return Gate(name, threshold)

@@ -21,7 +21,7 @@ from mpscale.analysis.stats import Between
 from mpscale.core.case import Place
 from mpscale.core.columns import MEASURED
 from mpscale.core.record import Record, grouped
-from mpscale.core.runs import Run, environment_differences, read_info, read_run, same_hardware
+from mpscale.core.runs import Run, by_age, environment_differences, read_info, read_run, same_hardware
 
 FEWEST_RUNS = 5
 MOST_RUNS = 30
@@ -109,7 +109,7 @@ def runs_of_the_same_code(
         folders += [(results / kept).resolve() for kept in ("runs", "reference")]
     infos = {path.parent.name: path for folder in dict.fromkeys(folders) for path in folder.glob("*/run.json")}
     found = {baseline.name: baseline}
-    for name in sorted(infos, reverse=True):
+    for name in (folder.name for folder in reversed(by_age(path.parent for path in infos.values()))):
         if len(found) >= MOST_RUNS:
             break
         if name in found or name in leave_out:
@@ -128,7 +128,8 @@ def runs_of_the_same_code(
             continue
         if run.finished:
             found[name] = run
-    return [found[name] for name in sorted(found)]
+    by_path = {run.path: run for run in found.values()}
+    return [by_path[path] for path in by_age(by_path)]
 
 
 def assumed_floor(sides: Sequence[Mapping[Place, Sequence[Record]]], cost: Cost) -> Between | None:

@@ -211,7 +211,9 @@ def probes_of(run: Run) -> list[Kept]:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values["finished"] and values["problem"] is None and values["workload_digest"] in wanted:
-                found[values["workload_digest"]] = Kept(path.parent.name, wanted[values["workload_digest"]], values)
+                digest = values["workload_digest"]
+                this = Kept(path.parent.name, wanted[digest], values)
+                found[digest] = max(this, found.get(digest, this), key=lambda kept: str(kept.values.get("started")))
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return [found[digest] for digest in wanted if digest in found]

@@ -16,7 +16,7 @@ from mpscale import __version__
 from mpscale.cli import comparing, completion, fitting, listing, probing, reading, running, site
 from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
 from mpscale.config import SettingsError
-from mpscale.core import extras
+from mpscale.core import extras, stopping
 from mpscale.core.file_errors import in_words
 from mpscale.core.journal import RunError
 from mpscale.terminal.streams import adapt_standard_streams, visible
@@ -34,11 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of the process.
 
     Returns:
-        0 for success, 2 after an error message; `ab`, `compare` and `doctor` have exit codes of their own. Without a
-        command, 2 after the help, as git and uv fail: where a script has lost its command, a build must not pass.
+        0 for success, 2 after an error message, 130 after a signal; `ab`, `compare` and `doctor` have exit codes
+        of their own. Without a command, 2 after the help, as git and uv fail: where a script has lost its command, a
+        build must not pass.
     """
     adapt_standard_streams()
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        with stopping.listening(INTERRUPTED):
+            return _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         try:
             if (words := completion.words_to_complete()) is not None:
@@ -59,8 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has seen enough, for instance in `mpscale report latest --print | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except ModuleNotFoundError as error:
         if (why := extras.why_not_imported(error)) is None:
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -172,8 +171,6 @@ def ab(options: argparse.Namespace) -> int:
     # Standard output is for the comparison.
     for line in (*environments, differences(environments)):
         print(visible(str(line)), file=sys.stderr)
-    # CI sends SIGTERM to cancel a job: keep what was measured, as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     referee = Referee(environments, arguments, Screen(LETTERS, live_line(), time.monotonic), options.start_timeout)
     referee.run()
     for letter, run in zip(LETTERS, referee.runs, strict=True):

@@ -55,10 +55,13 @@ def made_runs(prefix: str, **_: Any) -> list[str]:
 
 
 def _named(prefix: str, *folders: Path) -> list[str]:
-    names = {path.parent.name for folder in folders for path in folder.glob("*/run.json")}
+    from mpscale.core.runs import by_age
+
+    made = by_age(path.parent for folder in folders for path in folder.glob("*/run.json"))
+    names = dict.fromkeys(["latest", *(folder.name for folder in reversed(made))])
     # A shell shows what it is offered, and a line end would be an offer of its own.
     plain = [name for name in names if visible(name) == name and "\n" not in name and "\t" not in name]
-    return [name for name in ("latest", *sorted(plain, reverse=True)) if name.startswith(prefix)]
+    return [name for name in plain if name.startswith(prefix)]
 
 
 def workloads(prefix: str, **_: Any) -> list[str]:

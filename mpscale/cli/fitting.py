@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mpscale.cli.output import FAILED, INTERRUPTED, OK, fail, live_line, surface, write
-from mpscale.cli.trial import add_training_options, add_workload, at_least_1, prepared, supervisor_options
-from mpscale.config import memory
+from mpscale.cli.trial import add_training_options, add_workload, prepared, supervisor_options
+from mpscale.config import batch_size, memory
 from mpscale.terminal.streams import visible
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def fit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-batch",
-        type=at_least_1,
+        type=batch_size,
         default=2**20,
         metavar="N",
         help="largest batch to try (default: 1048576); one that is larger than the training set repeats its examples",
@@ -76,6 +76,7 @@ def _search(
     from mpscale.harness.supervisor import Supervisor
     from mpscale.harness.trial import new_folder
     from mpscale.report import fit as report
+    from mpscale.telemetry.presence import words
 
     limit_mib = options.memory_limit or fitting.default_limit_mib(device)
     fit = Fit(options.workload, modes, device, limit_mib)
@@ -87,6 +88,8 @@ def _search(
     line = live_line()
     limit = f", up to {limit_mib:,.0f} MiB" if limit_mib else ""
     line.add(visible(f"on {device.name} ({device.kind.upper()}){limit}"))
+    if beside := words(device):
+        line.add(visible(beside))
     if workload.synthetic:
         line.add(f"{options.workload} has synthetic inputs")
 

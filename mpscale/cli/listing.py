@@ -31,14 +31,14 @@ def list_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def list_runs(options: argparse.Namespace) -> int:
-    from mpscale.core.runs import MAKE_ONE
+    from mpscale.core.runs import MAKE_ONE, by_age
     from mpscale.report.table import json_document, plural
 
     results = options.folder or options.results
     paths = {
         path.parent.name: path.parent for kept in ("reference", "runs") for path in results.glob(f"{kept}/*/run.json")
     }
-    found = [_described(paths[name]) for name in sorted(paths)]
+    found = [_described(path) for path in by_age(paths.values())]
     if options.json:
         print(json_document("list", {"results": str(results), "runs": found}), end="")
         return OK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ OK = 0
 FAILED = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
+
+_HALF = 1000
+"""Characters of each half of the longest message."""
 
 RESULTS = Path("results")
 """The default results folder."""
@@ -53,13 +57,24 @@ def write(text: str, file: Path | None, form: str = "table") -> None:
 
 
 def check_output(file: Path | None, option: str = "--output") -> None:
-    """Check that the folder of a file to write exists, before a command that takes long.
+    """Check that the folder of a file to write exists and can have such a file, before a command that takes long.
 
     Raises:
-        SettingsError: it does not.
+        SettingsError: it does not, or cannot.
     """
-    if file is not None and not file.parent.is_dir():
-        raise SettingsError(f"{option} {file}: there is no folder {file.parent}")
+    if file is None:
+        return
+    try:
+        if not file.parent.is_dir():
+            raise SettingsError(f"{option} {file}: there is no folder {file.parent}")
+        if stat.S_ISDIR(file.stat().st_mode):
+            raise SettingsError(f"{option} {file}: it is a folder")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        if isinstance(error, SettingsError):
+            raise
+        raise SettingsError(f"{option} {file}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def live_line() -> LiveLine:
@@ -72,8 +87,11 @@ def live_line() -> LiveLine:
 
 
 def say(message: str) -> None:
-    """Write a message to standard error, on one line."""
-    print(f"mpscale: {on_one_line(message)}", file=sys.stderr)
+    """Write a message to standard error, on one line. One that repeats a name without end loses its middle."""
+    line = on_one_line(message)
+    if len(line) > 2 * _HALF:
+        line = f"{line[:_HALF]} ... {line[-_HALF:]}"
+    print(f"mpscale: {line}", file=sys.stderr)
 
 
 def warn(problems: Sequence[str]) -> None:

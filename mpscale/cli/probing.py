@@ -7,7 +7,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from mpscale.cli.output import FAILED, INTERRUPTED, OK, live_line, surface, write
-from mpscale.cli.trial import add_training_options, add_workload, at_least_1, prepared, supervisor_options
+from mpscale.cli.trial import add_training_options, add_workload, prepared, supervisor_options
+from mpscale.config import batch_size, integer, training_steps
 from mpscale.terminal.streams import visible
 
 if TYPE_CHECKING:
@@ -30,13 +31,13 @@ def probe_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload(parser)
     parser.add_argument(
         "--steps",
-        type=at_least_1,
+        type=training_steps,
         metavar="N",
         help=f"steps to train (default: {STEPS}, or the workload's own number if that is smaller)",
     )
     parser.add_argument(
         "--looks",
-        type=at_least_1,
+        type=integer(1, 1000, "since each is shown"),
         default=LOOKS,
         metavar="N",
         help=f"steps whose gradients are looked at: the first, the last and others between (default: {LOOKS})",
@@ -45,8 +46,10 @@ def probe_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale", type=_power_of_two, metavar="S", help="show this loss scale, such as 1024 or 2**10, and not the "
         "recommended one"
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=at_least_1, metavar="N", help="default: the workload's")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of weights and data (default: 0)")
+    parser.add_argument("--batch-size", type=batch_size, metavar="N", help="default: the workload's")
+    parser.add_argument(
+        "--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of weights and data (default: 0)"
+    )
     add_training_options(parser, "the training")
 
 
@@ -59,12 +62,6 @@ def _power_of_two(text: str) -> float:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return scale
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**32 - 1, not {text!r}")
-    return int(text)
 
 
 def probe(options: argparse.Namespace) -> int:
@@ -80,6 +77,7 @@ def _look(options: argparse.Namespace, workload: Workload, device: Device, drive
     from mpscale.harness.supervisor import Supervisor
     from mpscale.harness.trial import new_folder
     from mpscale.report import probe as report
+    from mpscale.telemetry.presence import words
 
     steps = options.steps or min(probing.STEPS, workload.train_steps)
     settings = probing.settings(steps, min(options.looks, steps), options.batch_size, options.jit != "off")
@@ -97,6 +95,8 @@ def _look(options: argparse.Namespace, workload: Workload, device: Device, drive
     folder, about = new_folder(options.results, "probe", device, driver, asked)
     line = live_line()
     line.add(visible(f"on {device.name} ({device.kind.upper()}), float32, {steps} steps"))
+    if beside := words(device):
+        line.add(visible(beside))
 
     def show(case: Case, event: Progressed) -> None:
         match event:

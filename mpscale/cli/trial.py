@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mpscale.cli import completion
 from mpscale.cli.output import RESULTS, add_output_options, check_output
-from mpscale.config import SettingsError, add_results_option, number, seconds, why_not_writable
+from mpscale.config import SettingsError, add_results_option, seconds, why_not_writable
 from mpscale.terminal.streams import as_typed
 
 if TYPE_CHECKING:
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from mpscale.harness.supervisor import Options
     from mpscale.telemetry.client import Driver
     from mpscale.workloads import Workload
-
-at_least_1 = number(int, lambda value: value >= 1, "an integer of at least 1")
-"""The type of an option that takes a number of things."""
 
 
 def add_workload(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +65,6 @@ def prepared(options: argparse.Namespace, kind: Literal["fit", "probe"]) -> Iter
         raise SettingsError(str(error)) from error
     if why_not := why_not_writable(options.results / kind):
         raise SettingsError(f"--results: {options.results} is not a folder that can be written to ({why_not})")
-    # As after Ctrl-C: keep what is known.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     driver = open_driver()
     try:
         yield workload, find_device(driver.devices, os.environ, host.cpu()), driver

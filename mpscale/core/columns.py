@@ -470,7 +470,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("gpu_power_capped_share", "float", "share", "share of the timed window at the power limit: normal under full load", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 6, "at the power limit", Over.MAX)),
             _measured("gpu_other_processes", "int", "", "other processes that computed on the GPU during the case", _NO_DRIVER),
             _measured("gpu_graphics_processes", "int", "", "other processes that used it for graphics", _NO_DRIVER),
-            _known("gpu_suspicion", "str", "", "why the figures of this case must not be used: throttled, hot, a falling clock, other processes, changed settings. The status is `invalid` unless `--mp-keep-suspect` is given", "they can be used, or no GPU"),
+            _known("gpu_suspicion", "str", "", "why the figures of this case must not be used: throttled, hot, a falling clock, other processes, another run, changed settings. The status is `invalid` unless `--mp-keep-suspect` is given", "they can be used, or no GPU"),
         ),
         Source.MONITOR,
     ),

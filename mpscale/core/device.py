@@ -48,6 +48,9 @@ class Vendor:
         return self.selected(environ) in self.hiding
 
 
+_MOST_DIGITS = 9
+"""Of the index of a GPU."""
+
 NVIDIA = Vendor(
     name="NVIDIA",
     backend="mpscale.telemetry.nvidia",
@@ -171,7 +174,7 @@ def find_device(devices: Sequence[Device], environ: Mapping[str, str], cpu: Devi
 
 def _named(entry: str, gpus: Sequence[Device], devices: Sequence[Device], vendor: Vendor) -> Device:
     """The device for an entry of the variable: an index, or a UUID of a GPU or MIG instance or a prefix of one."""
-    if entry.isdecimal():
+    if entry.isascii() and entry.isdecimal() and len(entry) <= _MOST_DIGITS:
         matches = list(gpus[int(entry) : int(entry) + 1])
     else:
         start = entry.casefold()
@@ -186,4 +189,4 @@ def _named(entry: str, gpus: Sequence[Device], devices: Sequence[Device], vendor
         f"{'MIG' if device.parent_uuid else gpus.index(device)}: {device.name}, {device.uuid}" for device in devices
     )
     problem = "matches several GPUs" if matches else "matches no GPU"
-    raise NoSuchDevice(f"{vendor.visible}={entry!r} {problem}", f'name one of them, or "" for the CPU: {there}')
+    raise NoSuchDevice(f"{vendor.visible}={entry!r:.200} {problem}", f'name one of them, or "" for the CPU: {there}')

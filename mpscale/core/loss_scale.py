@@ -82,11 +82,15 @@ class LossScale(ABC):
         for pair in text.split(","):
             key, _, value = (part.strip() for part in pair.partition("="))
             if key not in defaults:
-                raise ValueError(f"{key!r} is not one of {', '.join(defaults)}")
+                raise ValueError(f"{key[:_LONGEST]!r} is not one of {', '.join(defaults)}")
             number = parse_number(value)
             arguments[key] = int(number) if type(defaults[key]) is int and number.is_integer() else number
         cls(**arguments)
         return arguments
+
+
+_LONGEST = 60
+"""Characters of a number."""
 
 
 def parse_number(text: str) -> float:
@@ -95,11 +99,13 @@ def parse_number(text: str) -> float:
     Raises:
         ValueError: ``text`` is not a number, or too large for one.
     """
-    power = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:\*\*|\^)\s*(-?\d+)\s*", text)
+    power = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:\*\*|\^)\s*(-?\d+)\s*", text[:_LONGEST])
     try:
+        if len(text) > _LONGEST or not text.isascii() or "_" in text:
+            raise ValueError  # float would take 1_0 and digits of other scripts
         return float(power[1]) ** int(power[2]) if power else float(text)
     except (ValueError, ArithmeticError):
-        raise ValueError(f"expected a number such as 1024 or 2**24, not {text!r}") from None
+        raise ValueError(f"expected a number such as 1024 or 2**24, not {text[:_LONGEST]!r}") from None
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+from weakref import WeakSet
 
 from mpscale.core import keeper
 from mpscale.core.keeper import die_with_parent as die_with_parent
 from mpscale.core.wire import Wire, wait_for
+
+_living: WeakSet[Process] = WeakSet()
+"""Those that have been started and not yet been killed."""
 
 KILL_S = 15.0
 """How long to wait for a process that has been killed: one inside a hanging driver cannot even be killed."""
@@ -41,6 +45,7 @@ class Process(ABC):
 
     def __init__(self, pid: int, wire: Wire | None, ended: Wire | int | None) -> None:
         self.pid, self._wire, self._ended = pid, wire, ended
+        _living.add(self)
 
     @property
     def wire(self) -> Wire:
@@ -79,9 +84,14 @@ class Process(ABC):
     def wait(self, seconds: float) -> int | None:
         """Return the exit code, negative for a signal; None if the process has not ended within ``seconds``."""
 
-    @abstractmethod
     def kill(self, seconds: float = KILL_S) -> int | None:
         """Kill the process and what it has started; return what :meth:`wait` does."""
+        _living.discard(self)
+        return self._kill(seconds)
+
+    @abstractmethod
+    def _kill(self, seconds: float) -> int | None:
+        """As :meth:`kill`."""
 
 
 class Child(Process):
@@ -140,7 +150,7 @@ class Child(Process):
             return self._process.wait(max(seconds, 0.0))
         return None
 
-    def kill(self, seconds: float = KILL_S) -> int | None:
+    def _kill(self, seconds: float) -> int | None:
         kill_session(self.pid, alive=self._process.poll() is None)
         code = self.wait(seconds)
         if self._wire is not None:
@@ -197,7 +207,7 @@ class _Kept(Process):
                     self.abandoned = "the process that watches over the worker was killed, and the worker with it"
         return self._code
 
-    def kill(self, seconds: float = KILL_S) -> int | None:
+    def _kill(self, seconds: float) -> int | None:
         deadline = time.monotonic() + seconds
         self._killed = True
         self._control.send({"end": True})
@@ -223,6 +233,13 @@ def start_kept(
 
 
 _CAN_KEEP = sys.platform == "linux"
+
+
+def kill_living() -> None:
+    """Kill all that this process has started and not yet ended, without waiting for their end."""
+    for process in list(_living):
+        with contextlib.suppress(Exception):
+            process.kill(0.0)
 
 
 def kill_session(leader: int, alive: bool) -> None:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from mpscale.core import stopping
 from mpscale.core.case import Case
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.file_errors import why
@@ -47,6 +48,29 @@ def write_cases(folder: Path, content: str) -> None:
     write(folder / "cases.csv", content)
 
 
+def new_folder(parent: Path, slug: str) -> tuple[datetime, Path]:
+    """Make a folder whose name begins with the time, and which no other process has.
+
+    Args:
+        parent: where it is made; created if it does not exist.
+        slug: part of the name, between its time and four random characters.
+
+    Returns:
+        The time, which has microseconds and so orders folders that were made in one second, and the folder.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        now = datetime.now(UTC)
+        folder = parent / f"{now:%Y%m%dT%H%M%SZ}-{slug}-{secrets.token_hex(2)}"
+        # Another process may have drawn the same characters in the same second.
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return now, folder
+
+
 class Journal:
     """Writes ``<results>/runs/<run>/``.
 
@@ -77,15 +101,13 @@ class Journal:
         interleaved: Mapping[str, Any] | None = None,
         invocation: Mapping[str, Any] | None = None,
     ) -> None:
-        started = datetime.now(UTC)
-        name = f"{started:%Y%m%dT%H%M%SZ}-{device_slug}-{secrets.token_hex(2)}"
-        path = results / "runs" / name
-        path.mkdir(parents=True)
+        started, path = new_folder(results / "runs", device_slug)
+        name = path.name
         info: dict[str, Any] = {
             "run": name,
             "schema_version": SCHEMA_VERSION,
             "method_version": METHOD_VERSION,
-            "started": started.isoformat(timespec="seconds"),
+            "started": started.isoformat(timespec="microseconds"),
             "environment": dict(environment),
             "settings": dict(settings),
             "planned": [case.id for case in cases],
@@ -265,10 +287,11 @@ class Journal:
 
     def _write(self, file: IO[bytes], data: bytes) -> None:
         left = memoryview(data)
-        while left:
-            # A write may be partial if the disk fills up; the next one then fails.
-            left = left[file.write(left) :]
-        os.fsync(file.fileno())
+        with stopping.whole():
+            while left:
+                # A write may be partial if the disk fills up; the next one then fails.
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
         self._size += len(data)
 
     def _write_anew(self) -> None:

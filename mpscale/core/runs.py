@@ -6,9 +6,11 @@ import csv
 import difflib
 import gzip
 import json
+import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +32,8 @@ __all__ = ["Run", "RunError", "cases_frame", "read_info", "read_run", "resolve_r
 
 _STEP_DTYPES = {"step": "Int64", "loss": "float64", "loss_scale": "float64", "overflow": "boolean"}
 MAKE_ONE = "make one with `mpscale run`, or `make bench` in a clone"
+_LONGEST, _SHOWN_OF_A_NAME = 4096, 60
+"""Characters of a path, and those of one that is too long that a message repeats."""
 _SHOWN = 5
 """How many runs a message names."""
 _MACHINE_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "TF_ENABLE_ONEDNN_OPTS", "TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
@@ -188,8 +192,8 @@ def resolve_run(
     """Find the folder of a run, or a cases.csv.
 
     Args:
-        name_or_path: ``latest``; the name of a run, or a prefix of a single name; or the path of its folder or of a
-            cases.csv.
+        name_or_path: ``latest``, which is the run that started last, even if it is still going on; the name of a run,
+            or a prefix of a single name; or the path of its folder or of a cases.csv.
         results_dir: holds ``runs/`` and ``reference/``. ``latest`` looks only in ``runs/``.
         left_out: receives the folders that ``latest`` skipped because they cannot be read, with the reason. Without it
             ``latest`` skips none: whoever has just made a run that is broken must not be shown the one before it.
@@ -199,9 +203,12 @@ def resolve_run(
         RunError: no run matches, or several do, or the latest run cannot be read.
     """
     wanted = str(name_or_path)
+    if len(wanted) > _LONGEST:
+        raise RunError(f"no run is called {wanted[:_SHOWN_OF_A_NAME]!r}... ({len(wanted):,} characters)")
     made, kept = (_runs_in(Path(results_dir) / folder) for folder in ("runs", "reference"))
     if wanted == "latest":
-        earlier = made if before is None else [run for run in made if run.name < before]
+        names = [run.name for run in made]
+        earlier = made[: names.index(before)] if before in names else made
         return _latest(earlier, results_dir, left_out)
     runs = made + kept
     for run in runs:
@@ -209,10 +216,10 @@ def resolve_run(
             return run
     path = Path(wanted)
     if path.suffix.lower() == ".csv":
-        if path.is_file():
+        if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
             return path
         raise RunError(f"{path}: no such file")
-    if wanted and path.is_dir():
+    if wanted and os.path.isdir(path):  # noqa: PTH112 - as above
         if not (path / "run.json").is_file():
             raise RunError(f"{path}: holds no run.json, so it is not a run")
         return path
@@ -299,12 +306,42 @@ def _latest(made: list[Path], results_dir: str | Path, left_out: list[tuple[str,
     raise NoRunYet(_no_runs(results_dir))
 
 
+def by_age(folders: Iterable[Path]) -> list[Path]:
+    """Sort folders of runs by age: by the second in their names, and within one second by ``started`` in run.json.
+
+    That has microseconds. Folders of one microsecond, and those of older versions that began in one second, are sorted
+    by name, so the order is always the same. Names without a time are sorted by name.
+    """
+    folders = list(folders)
+    shared = Counter(_second(folder) for folder in folders)
+
+    def age(folder: Path) -> tuple[str, str, str]:
+        second = _second(folder)
+        # Nearly all runs have a second to themselves, so few files are read.
+        return second, _started(folder) if shared[second] > 1 else "", folder.name
+
+    return sorted(folders, key=age)
+
+
+def _second(folder: Path) -> str:
+    found = re.match(r"\d{8}T\d{6}Z", folder.name)
+    return found[0] if found else folder.name
+
+
+def _started(folder: Path) -> str:
+    try:
+        # As text: all are in UTC, and "+00:00" sorts before ".000001+00:00".
+        return str(read_info(folder / "run.json").get("started") or "")
+    except (RunError, OSError):
+        return "unknown"  # the newest: `latest` must not pass it over
+
+
 def _runs_in(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob("*/run.json"))
+    return by_age(path.parent for path in folder.glob("*/run.json"))
 
 
 def _newest(runs: list[Path]) -> str:
-    names = sorted({run.name for run in runs}, reverse=True)
+    names = list(dict.fromkeys(run.name for run in reversed(by_age(runs))))
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 

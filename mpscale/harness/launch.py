@@ -11,7 +11,7 @@ from typing import IO, Literal
 
 from mpscale.core.cause import Cause
 from mpscale.core.device import Device
-from mpscale.core.process import KILL_S, Process, describe_exit, kill_session, start_kept
+from mpscale.core.process import Process, describe_exit, kill_session, start_kept
 from mpscale.core.reason import Reason
 from mpscale.core.temporary import temporary_file
 from mpscale.core.wire import Garbled, Wire
@@ -208,7 +208,7 @@ class _Forked(Process):
                 self.abandoned = f"the process that forks workers has died ({how}), and the worker with it"
         return self._code
 
-    def kill(self, seconds: float = KILL_S) -> int | None:
+    def _kill(self, seconds: float) -> int | None:
         if self._pidfd is None:
             kill_session(self.pid, alive=self._code is None)
         elif self._code is None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mpscale.core import stopping
 from mpscale.core.case import Case
 from mpscale.core.cause import Cause
 from mpscale.core.columns import FAILED, MEASURED, Topic, measured_columns
@@ -111,7 +112,8 @@ class BenchmarkRun:
         cooled = retried = 0
         failures: list[str] = []
         while True:
-            outcome = self._attempt(case, failures)
+            with stopping.held():
+                outcome = self._attempt(case, failures)
             reason = str(outcome.record["status_reason"])
             match outcome.again:
                 case "cooled" if cooled < self._options.gpu_retries:
@@ -138,13 +140,16 @@ class BenchmarkRun:
             exit_status: that of the whole run, 0 if all went well.
             free: let other processes write the run's folder; else :meth:`free` has to.
         """
-        if self._supervisor is not None:
-            self._supervisor.close()
-        if self._journal is not None:
-            self._journal.finish(exit_status, leave=self._ended_before)
-        self._supervisor = None
-        if free:
-            self.free()
+        try:
+            # First: whoever has sent SIGTERM may soon send SIGKILL, and a process may take its time to end.
+            if self._journal is not None:
+                self._journal.finish(exit_status, leave=self._ended_before)
+        finally:
+            if self._supervisor is not None:
+                self._supervisor.close()
+            self._supervisor = None
+            if free:
+                self.free()
 
     def free(self) -> None:
         """Let other processes write the run's folder."""
@@ -182,7 +187,8 @@ class BenchmarkRun:
             self._finish_case(journal, case, outcome)
             raise
         except BaseException as error:
-            outcome.record.end("interrupted", f"stopped by {type(error).__name__}", Cause.STOPPED)
+            reason = f"stopped by {stopping.asked() or type(error).__name__}"
+            outcome.record.end("interrupted", reason, Cause.STOPPED)
             self._finish_case(journal, case, outcome)
             raise
         if supervisor.why_not_forked is not None and not self._not_forked_noted:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mpscale.core import wire
+from mpscale.core import stopping, wire
 from mpscale.core.case import Case, StartMethod
 from mpscale.core.cause import Cause
 from mpscale.core.columns import FAILED, MEASURED, METHOD_VERSION, SCHEMA_VERSION
@@ -140,9 +140,10 @@ class Supervisor:
 
     def __init__(self, device: Device, driver: Driver, options: Options, listener: Listener) -> None:
         self._device, self._options, self._listener = device, options, listener
-        self._watch = CaseWatch(driver, device)
+        self._watch = CaseWatch(driver, device, (options.interleaved or {}).get("id"))
         remove_left_behind()
         self._folder = TemporaryFolder()
+        self._forget = stopping.before_ending_at_once(self._remove)
         # It includes the folders in which the session has found workloads.
         self._sys_path = [str(Path(entry).absolute()) for entry in sys.path]
         self._allocators = allocators(options.gpu_allocator, os.environ, driver.cuda_version)
@@ -171,7 +172,8 @@ class Supervisor:
         if unsupported:
             outcome.record.end("unsupported", unsupported)
         else:
-            self._run_process(case, steps_path, gpu_path, outcome)
+            with stopping.held():
+                self._run_process(case, steps_path, gpu_path, outcome)
             self._judge_allocator(outcome)
 
     def describe(self, case: Case, record: Record, attempt: int) -> None:
@@ -195,9 +197,16 @@ class Supervisor:
 
     def close(self) -> None:
         """End whatever outlives a case."""
-        self._launcher.close()
-        self._watch.close()
+        with stopping.held():
+            self._launcher.close()
+            self._watch.close()
+            self._folder.close()
+            self._forget()
+
+    def _remove(self) -> None:
+        """Remove the temporary folders, even if processes still write there."""
         self._folder.close()
+        self._watch.remove()
 
     @property
     def allocator(self) -> Allocator | None:
@@ -258,7 +267,7 @@ class Supervisor:
         limit = MemoryLimit(worker.pid, self._options.memory_limit_mib)
         with OomKiller(worker.pid) as killer, log:
             try:
-                with limit:
+                with limit, stopping.opened():
                     self._converse(talk, steps_path)
             finally:
                 # Also on the user's interrupt: neither the worker nor a process that it left behind outlives its case.
@@ -302,7 +311,8 @@ class Supervisor:
     def _prepare(self, case: Case) -> None:
         """Have the launcher ready. If no child of the warm parent could use the GPU, all workers will be fresh ones."""
         try:
-            self._launcher.prepare()
+            with stopping.opened():
+                self._launcher.prepare()
         except UnsafeFork as unsafe:
             self.why_not_forked = unsafe.reason
             self._launcher = Launcher(self._launcher.environ)

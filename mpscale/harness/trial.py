@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from mpscale.core import run_folder
 from mpscale.core.case import Case
 from mpscale.core.cause import Cause
 from mpscale.core.columns import METHOD_VERSION
@@ -56,15 +55,13 @@ def new_folder(
     Raises:
         OSError: it cannot be made.
     """
-    started = datetime.now(UTC)
-    name = f"{started:%Y%m%dT%H%M%SZ}-{run_slug(device)}-{secrets.token_hex(2)}"
-    folder = results / kind / name
-    folder.mkdir(parents=True)
+    where = environment(device, driver, Path.cwd())  # first: it takes a moment, in which the user may press Ctrl-C
+    started, folder = run_folder.new_folder(results / kind, run_slug(device))
     return folder, {
-        kind: name,
+        kind: folder.name,
         "method_version": METHOD_VERSION,
-        "started": started.isoformat(timespec="seconds"),
+        "started": started.isoformat(timespec="microseconds"),
         "finished": False,
-        "environment": environment(device, driver, Path.cwd()),
+        "environment": where,
         "settings": dict(asked),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,18 +19,40 @@ from mpscale.config import (
     Apart,
     Preset,
     add_results_option,
+    batch_size,
+    integer,
     number,
     preset_for,
     seconds,
+    shown,
+    training_steps,
 )
 from mpscale.core.case import Settings
 from mpscale.core.device import Device
-from mpscale.core.loss_scale import RULES
+from mpscale.core.loss_scale import RULES, parse_number
 from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, default_modes, select_modes
 from mpscale.terminal.streams import as_typed
 
 if TYPE_CHECKING:
     from mpscale.harness.supervisor import Options
+
+_MOST_PROCESSES = 1000
+"""Of a workload and mode; intervals then have 3 % of the width that one process alone would have."""
+_MOST_PER_CALL = 10_000
+_MOST_SWEPT = 100
+_MOST_NAMES, _LONGEST_NAME = 1000, 150
+"""Names of files have at most 255 bytes, and those of a case hold more than its workload."""
+_LONGEST_CORES = 10_000
+_DAY_S = 86_400.0
+
+_measuring = number(
+    parse_number, lambda value: 0 < value <= _DAY_S, "a number of seconds above 0 and at most 86400, a day"
+)
+_energy = number(
+    parse_number,
+    lambda value: value == 0 or 10 <= value <= _DAY_S,
+    "0, or a number of seconds of at least 10, which GPU sensors need, and at most 86400, a day",
+)
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -68,13 +89,13 @@ def _add_selection(add: Add) -> None:
     )
     add(
         "--mp-seeds",
-        type=_integer(1),
+        type=integer(1, _MOST_PROCESSES),
         metavar="N",
         help="train each workload in each mode from seeds 0 to N-1 (default: as the preset says)",
     )
     add(
         "--mp-repeats",
-        type=_integer(0),
+        type=integer(0, _MOST_PROCESSES),
         metavar="N",
         help="for each workload and mode, add N processes that only measure step times, for narrower intervals "
         f"(default: 0; 1 for the large workloads of the preset {GPU_PRESET})",
@@ -165,10 +186,10 @@ def check_workloads(names: Iterable[str], folders: Iterable[Path] = ()) -> None:
 
 
 def _add_settings(add: Add) -> None:
-    add("--mp-steps", type=_integer(1), metavar="N", help="steps per training (default: the workload's own)")
+    add("--mp-steps", type=training_steps, metavar="N", help="steps per training (default: the workload's own)")
     add(
         "--mp-batch-size",
-        type=_several(_integer(1)),
+        type=_several(batch_size),
         metavar="N,...",
         help="examples per step (default: the workload's own). With several, such as 64,256,1024, every workload runs "
         "in every mode at each, and a mode is compared with fp32 of the same batch",
@@ -191,7 +212,7 @@ def _add_settings(add: Add) -> None:
     )
     add(
         "--mp-steps-per-call",
-        type=_integer(1),
+        type=integer(1, _MOST_PER_CALL, "whose data must fit into memory together"),
         default=1,
         metavar="K",
         help="steps that one call of the compiled program takes, like Keras' steps_per_execution, so that small steps "
@@ -201,7 +222,7 @@ def _add_settings(add: Add) -> None:
     )
     add(
         "--mp-timing",
-        type=seconds,
+        type=_measuring,
         metavar="SECONDS",
         help="how long each case measures steady-state step times (default: as the preset says)",
     )
@@ -281,7 +302,7 @@ def _add_run_options(add: Add) -> None:
     )
     add(
         "--mp-retries",
-        type=_integer(0),
+        type=integer(0, 100),
         default=1,
         metavar="N",
         help="how many times to retry a case that failed for a cause that may pass, such as a kill or a full disk; "
@@ -289,7 +310,7 @@ def _add_run_options(add: Add) -> None:
     )
     add(
         "--mp-gpu-retries",
-        type=_integer(0),
+        type=integer(0, 100),
         default=2,
         metavar="N",
         help="how many times to retry a case if the GPU was throttled or was used by other processes (default: 2)",
@@ -375,27 +396,26 @@ def longest_turn_s(config: pytest.Config) -> float:
 
 
 def _names(text: str) -> list[str]:
+    if len(text) > _MOST_NAMES * _LONGEST_NAME:
+        raise argparse.ArgumentTypeError(f"expected at most {_MOST_NAMES} names, not {shown(text)}")
     names = [name.strip() for name in as_typed(text).split(",") if name.strip()]
     if not names:
         raise argparse.ArgumentTypeError("expected at least one name")
+    if long := next((name for name in names if len(name.encode("utf-8", "backslashreplace")) > _LONGEST_NAME), None):
+        raise argparse.ArgumentTypeError(
+            f"a name has at most {_LONGEST_NAME} bytes, since files are named after it, not {shown(long)}"
+        )
     return names
-
-
-def _integer(least: int) -> Callable[[str], int]:
-    return number(int, lambda value: value >= least, f"an integer of at least {least}")
-
-
-_energy = number(
-    float,
-    lambda value: value == 0 or 10 <= value < math.inf,
-    "0, or a number of seconds of at least 10, which GPU sensors need",
-)
 
 
 def _several(parse: Callable[[str], N]) -> Callable[[str], tuple[N, ...]]:
     """Return the type of an option that takes one number or several with commas between; rising, each once."""
 
     def parsed(text: str) -> tuple[N, ...]:
+        if (number := text.count(",") + 1) > _MOST_SWEPT:
+            raise argparse.ArgumentTypeError(
+                f"expected at most {_MOST_SWEPT} values, since every workload runs at each, not {number:,}"
+            )
         return tuple(sorted({parse(part.strip()) for part in text.split(",")}))
 
     return parsed
@@ -445,13 +465,15 @@ def _add_scale_option(add: Add, scaling: Scaling) -> None:
 
 def _cores(text: str) -> set[int]:
     """Parse numbers of cores that this process may use, such as "0,2-3"."""
-    match = re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text.replace(" ", ""))
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     cores: set[int] = set()
-    for part in text.replace(" ", "").split(",") if match else ():
-        first, _, last = part.partition("-")
-        cores |= set(range(int(first), int(last or first) + 1))
-    if not cores or not cores <= usable:
+    fits = len(text) <= _LONGEST_CORES
+    for part in text.replace(" ", "").split(",") if fits else ():
+        match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        fits = fits and first <= last
+        cores |= set(range(first, last + 1))
+    if not fits or not cores <= usable:
         there = ", ".join(map(str, sorted(usable))) or "none, since this system cannot tie processes to cores"
-        raise argparse.ArgumentTypeError(f"expected cores such as 0,2-3 out of {there}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"expected cores such as 0,2-3 out of {there}, not {shown(text)}")
     return cores

@@ -20,6 +20,8 @@ from mpscale.pytest_plugin import options
 if TYPE_CHECKING:
     from mpscale.telemetry.client import Driver
 
+MOST_CASES = 20_000
+"""Of a run. Each takes some seconds."""
 PARAMETERS = ("workload", "mode", "seed", "repeat")
 VARIANT = "mp_variant"
 """A further parameter, in a sweep."""
@@ -118,7 +120,7 @@ class Plan:
             if (why := options.why_left_out(config, name, device)) is not None:
                 self.left_out.append(why)
                 continue
-            cases += plan(
+            planned = plan(
                 [name],
                 options.modes(config, name, device),
                 options.seeds(config, name),
@@ -129,6 +131,13 @@ class Plan:
                 batches=batches,
                 scales=scales,
             )
+            # No further than needed to see that there are too many: it makes them one by one.
+            cases += itertools.islice(planned, MOST_CASES + 1 - len(cases))
+            if len(cases) > MOST_CASES:
+                raise ValueError(
+                    f"more than {MOST_CASES:,} cases, which take more than a day; ask for fewer seeds, repeats, modes, "
+                    "workloads, batch sizes or scales, or split them into several runs"
+                )
         if not cases:
             raise ValueError("; ".join(self.left_out))
         return cases

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mpscale.ab import turns
-from mpscale.core import extras
+from mpscale.core import extras, stopping
 from mpscale.core.invocation import RESUME
+from mpscale.core.process import kill_living
 from mpscale.pytest_plugin import options
 from mpscale.pytest_plugin.baseline import FILE, BaselineCheck
 from mpscale.pytest_plugin.plan import CASE, PARAMETERS, Plan, check_use, shows_benchmark_table, shuffle_seed
@@ -100,6 +100,7 @@ class LiveRun:
     def __init__(self, plan: Plan, how: Options, output: Output, resumed: Resumed | None = None) -> None:
         from mpscale.harness.run import BenchmarkRun
         from mpscale.telemetry.host import busy_words
+        from mpscale.telemetry.presence import words
 
         self._output = output
         self.troubles: list[str] = []
@@ -122,6 +123,8 @@ class LiveRun:
         output.say(f"on {plan.device.name} ({plan.device.kind.upper()}){no_gpu}")
         if busy := busy_words():
             output.say(busy)
+        if beside := words(plan.device, (how.interleaved or {}).get("id")):
+            output.say(f"{beside}: rows that both disturb become invalid")
         for name, where in plan.own_workloads.items():
             output.say(f"{name} is in {where}")
 
@@ -197,9 +200,39 @@ class Session:
         self._run: LiveRun | None = None
         self._finished: Run | None = None
         self._cleanup = contextlib.ExitStack()
+        self._listening = contextlib.ExitStack()
+        self._listens = False
+        self._pytest: pytest.Session | None = None
+        if config.getoption("benchmark_only", False):
+            self._listen()
+
+    def _listen(self) -> None:
+        """Have SIGTERM and SIGHUP do what Ctrl-C does; in a session that may have cases, and in no other."""
+        if self._listens or hasattr(self._config, "workerinput"):
+            return
+        self._listens = True
+        # At the very end: pytest-benchmark and the terminal still write after the reports.
+        self._config.add_cleanup(self._stop_listening)
+        self._listening.enter_context(stopping.listening(int(pytest.ExitCode.INTERRUPTED)))
+        stopping.before_ending_at_once(self._last_word)
+
+    def _stop_listening(self) -> None:
+        stopping.taken()
+        with contextlib.suppress(KeyboardInterrupt):
+            self._listening.close()
+        if stopping.asked() is not None and self._run is not None:
+            kill_living()  # a process may have been started in the moment of the signal
+            if self._pytest is not None:
+                self._pytest.exitstatus = pytest.ExitCode.INTERRUPTED
+
+    def _last_word(self) -> None:
+        path = None if self._run is None else self._run.path
+        kept = "" if path is None else f"; {path} keeps every case that had ended"
+        self.output.say(f"stopped twice, so ended at once{kept}")
 
     def parameters(self) -> tuple[Sequence[str], list[Any]]:
         """Return the names of the parameters, and one pytest.param per case, in the order in which they run."""
+        self._listen()
         if packages := extras.missing():
             self._problem = extras.lacks(packages)
         if self._plan is None and self._problem is None:
@@ -260,6 +293,9 @@ class Session:
 
     def run(self, case: Case) -> Outcome:
         """Run a case, unless it has run and did not fail."""
+        if stopping.asked() is not None:
+            # Once more: somebody's code has caught the first one and gone on.
+            raise KeyboardInterrupt(stopping.asked())
         measured = None if self._run is None else self._run.measured(case)
         if measured is not None:
             return measured
@@ -283,10 +319,6 @@ class Session:
 
     def _start_run(self) -> LiveRun:
         assert self._plan is not None  # a case comes from it
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            # CI sends SIGTERM to cancel a job: end the run as after Ctrl-C.
-            self._cleanup.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
         interleaved = None if self._turns is None else self._turns.entry
         plan = self._plan
         started = invocation(self._config)
@@ -313,13 +345,24 @@ class Session:
             return report.outcome, "", report.outcome.upper()
         return None
 
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, Any, Any]:
+        """After the last case, let signals wait: outside of this loop pytest would end without a report."""
+        self._pytest = session
+        try:
+            return (yield)
+        finally:
+            if self._run is not None:
+                self._listening.enter_context(stopping.held())
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Compare the run with its baseline, end it and write its reports."""
         try:
             if self._turns is not None:
                 path = None if self._run is None else self._run.path
-                self._turns.end(None if path is None else str(path))
+                with contextlib.suppress(KeyboardInterrupt), stopping.opened():
+                    self._turns.end(None if path is None else str(path))
             if self._run is not None:
                 self._end(self._run, session, exitstatus)
         finally:
@@ -331,6 +374,9 @@ class Session:
                 session.exitstatus = self._judge(run, exitstatus)
         except Exception as error:
             run.troubles.append(f"{run.path} could not be compared with its baseline: {_describe(error)}")
+        if stopping.taken() is not None:
+            session.exitstatus = pytest.ExitCode.INTERRUPTED
+            self.output.say(f"stopped by {stopping.asked()}: writing the report; a second signal ends this at once")
         try:
             run.finish(int(session.exitstatus))
             if run.path is not None:
@@ -355,7 +401,8 @@ class Session:
         if run.path is None:
             return exitstatus
         try:
-            self._check.judge(run.path, run.run_again, self._settings_of)
+            with stopping.opened():
+                self._check.judge(run.path, run.run_again, self._settings_of)
         except KeyboardInterrupt:
             self._check.note = "stopped while rows were measured again: no gate was judged"
             return pytest.ExitCode.INTERRUPTED
@@ -424,6 +471,9 @@ class Session:
         if lines:
             show("\n" + "\n".join(map(surface.wrapped, lines)), red=self._check.fails)
         report = path / "report.html"
+        if (signal := stopping.asked()) is not None:
+            lacking = len(run.not_started) + sum(record["status"] == "interrupted" for record in run.records)
+            show(f"\nstopped by {signal}: {lacking} of {len(run.info['planned'])} planned cases have no result")
         show(visible(f"\nrun: {path}" + (f"\nreport: {report}" if report.is_file() else "")))
         if self._check.comparison is not None:
             show(visible(f"comparison: {path / FILE}"))

@@ -17,7 +17,7 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.core.temporary import NoTemporaryFile, TemporaryFolder
 from mpscale.core.writing import write
-from mpscale.telemetry import gpu_memory
+from mpscale.telemetry import gpu_memory, presence
 from mpscale.telemetry.client import Driver, SilentDriver
 from mpscale.telemetry.gpu_energy import energy_columns
 from mpscale.telemetry.gpu_state import Suspicion, state_columns, suspicions
@@ -68,10 +68,14 @@ class CaseWatch:
     Args:
         driver: of the GPU.
         device: where the processes train.
+        pair: the id that two sessions share that take turns; None if there is no other.
     """
 
-    def __init__(self, driver: Driver, device: Device) -> None:
+    def __init__(self, driver: Driver, device: Device, pair: str | None = None) -> None:
         self._driver, self._device = driver, device
+        self._presence = presence.Presence(device, pair)
+        self._beside: dict[presence.Other, None] = {}
+        """Other runs that were seen on the GPU at the beginning or the end of the case."""
         self._folder = TemporaryFolder("gpu")
         self._file: IO[bytes] | None = None
         """The samples of the present case. It stays open, so that they can be read even if somebody removes it."""
@@ -100,6 +104,7 @@ class CaseWatch:
         self._pid, self._host_peak_mib, self._noise = pid, None, HostNoise(pid)
         self._silent_after, self._last_phase, self._lost = None, START, False
         self._late = []
+        self._beside = dict.fromkeys(self._presence.others())
         self._blind = self._begin(pid, epoch, keeper)
 
     def mark(self, phase: str) -> None:
@@ -133,6 +138,9 @@ class CaseWatch:
         findings.put(HOST_COLUMN, unknown if self._host_peak_mib is None else self._host_peak_mib)
         if self._noise is not None:
             findings.add(self._noise.columns())
+        self._beside |= dict.fromkeys(self._presence.others())
+        if beside := presence.beside(list(self._beside)):
+            result.suspicions = [Suspicion(f"{beside}: figures may be of both", True)]
         if self._blind is not None:
             blind = self._blind
             findings.miss(measured_columns(source=Source.MONITOR), blind)
@@ -156,7 +164,7 @@ class CaseWatch:
         steps, applied, off = worker.energy_steps, worker.energy_applied_steps, worker.energy_off
         findings.add(energy_columns(samples, steps, applied, self._ways.get(Reading.POWER), off))
         findings.add(state_columns(samples))
-        result.suspicions = suspicions(samples, (self._settings, after), self._first_settings or {}, self._slowdown_c)
+        result.suspicions += suspicions(samples, (self._settings, after), self._first_settings or {}, self._slowdown_c)
         return result
 
     def has_power(self) -> bool:
@@ -177,12 +185,18 @@ class CaseWatch:
             except SilentDriver:
                 return
             hot = (now["temperature_c"] or 0.0) > warmest_c
-            if not hot and not THROTTLING & set(now["clock_events"]) and not now["processes"]:
+            alone = not now["processes"] and not self._presence.others()
+            if not hot and not THROTTLING & set(now["clock_events"]) and alone:
                 return
             time.sleep(min(1.0, max(end - time.monotonic(), 0.0)))
 
     def close(self) -> None:
-        """Remove temporary files. The driver stays open: it belongs to the caller."""
+        """Remove temporary files and the note on the GPU. The driver stays open: it belongs to the caller."""
+        self._presence.close()
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove temporary files."""
         if self._file is not None:
             self._file.close()
         self._folder.close()

@@ -141,6 +141,10 @@ def surface_of(stream: Any, environ: Mapping[str, str] = os.environ) -> Surface:
     )
 
 
+_MOST_DIGITS = 6
+"""Of a width; no terminal has a million columns."""
+
+
 def is_plain(environ: Mapping[str, str]) -> bool:
     """Whether the environment switches off colours and live lines."""
     return bool(environ.get("NO_COLOR")) or environ.get("TERM") == "dumb" or in_ci(environ)
@@ -153,7 +157,7 @@ def in_ci(environ: Mapping[str, str]) -> bool:
 
 def _columns(stream: Any, environ: Mapping[str, str]) -> int:
     asked = environ.get("COLUMNS", "")
-    if asked.isdecimal() and int(asked) > 0:
+    if asked.isdecimal() and len(asked) <= _MOST_DIGITS and int(asked) > 0:
         return int(asked)
     try:
         # A terminal whose width is unknown says 0.

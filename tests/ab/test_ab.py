@@ -271,7 +271,7 @@ def wait_for(condition, what):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_stopping_leaves_no_process(tmp_path, interpreter, how):
     hangs = {"act": {"case 1": "hang"}}
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -44,7 +44,15 @@ def workers(folder):
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("method", ["fork", pytest.param("fresh", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        signal.SIGKILL,
+    ],
+)
 def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, write_suite, how, method):
     folder = write_suite(tmp_path)
     run = start(folder, "--mp-start-method", method)
@@ -66,6 +74,7 @@ def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, write_suite,
     events = [json.loads(line)["event"] for line in (path / "journal.jsonl").read_text().splitlines()]
     assert events.count("run_finished") == (0 if how == signal.SIGKILL else 1)
     if how != signal.SIGKILL:
+        assert (second["status_reason"], second["cause"]) == (f"stopped by {how.name}", "stopped")
         assert run.returncode == 2
         assert "KeyboardInterrupt" in output
         assert "= mpscale =" in output
