@@ -17,7 +17,7 @@ from mpscale.cli import comparing, completion, fitting, listing, probing, readin
 from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
 from mpscale.config import SettingsError
 from mpscale.core import extras
-from mpscale.core.journal import RunError
+from mpscale.core.reading import RunError
 from mpscale.terminal.streams import adapt_standard_streams
 
 _BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE has ended

@@ -60,6 +60,33 @@ DTYPES: dict[Kind, str] = {
 """The pandas dtype of each kind; all of them can hold missing values."""
 
 
+LARGEST = 1e100
+"""No number is larger: float32 and bfloat16 end at 3.4e38, and squares of this one can still be added."""
+_LONG = 2**63 - 1
+_RANGES: dict[str, tuple[float, float]] = {
+    "ms": (0.0, 1e12),
+    "s": (0.0, 1e10),
+    "1/s": (0.0, 1e18),
+    "steps": (0, _LONG),
+    "step, from 0": (0, _LONG),
+    "blocks": (0, _LONG),
+    "examples": (0, _LONG),
+    "FLOP": (0, _LONG),
+    "TFLOP/s": (0.0, 1e12),
+    "share": (-1e6, 1e6),
+    "MHz": (0.0, 1e9),
+    "MiB": (-1e12, 1e12),
+    "J": (-1e15, 1e15),
+    "W": (0.0, 1e9),
+    "°C": (-274.0, 1e6),
+    "%": (0.0, 1e6),
+}
+"""The smallest and the largest value of each unit. They are far from anything that can be measured: a file with a value
+beyond them was changed or damaged, and its figures would be shown, averaged and compared as if they were real."""
+_SMALLEST = {"": 1e-40}
+"""The smallest value of columns that must be above 0, by unit; 1e-12 of others. A loss scale may be that small."""
+
+
 class Format(StrEnum):
     """How people are shown a value; :mod:`mpscale.report.table` has the formatter of each."""
 
@@ -186,6 +213,14 @@ class Column:
     warn_above: float | None = None
     cells: tuple[Cell, ...] = ()
     source: Source | None = None
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest number that it can hold."""
+        low, high = _RANGES.get(self.unit, (-_LONG - 1, _LONG) if self.kind == "int" else (-LARGEST, LARGEST))
+        if not self.positive:
+            return low, high
+        return (1 if self.kind == "int" else _SMALLEST.get(self.unit, 1e-12)), high
 
     @property
     def format(self) -> Format:

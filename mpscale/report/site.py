@@ -13,6 +13,7 @@ from mpscale.analysis.history import RunFacts, make_history, oldest_first, read_
 from mpscale.analysis.neighbours import Neighbours
 from mpscale.analysis.overall import overall_of
 from mpscale.analysis.quantities import QUANTITIES, Verdict
+from mpscale.core.reading import REPORT
 from mpscale.core.record import place_of
 from mpscale.core.runs import Run, RunError, hardware, machine_words
 from mpscale.report import pieces
@@ -188,7 +189,9 @@ def _slugs(names: Sequence[str]) -> dict[str, str]:
 def _report(site: SiteFolder, entry: _Entry) -> Path | str | None:
     """The report of a run: a file to copy, the content of a new one, or None if the site has it already."""
     source, journal = entry.run.path / "report.html", entry.run.path / "journal.jsonl"
-    if os.access(source, os.R_OK) and _is_newer(source, journal):
+    # A link in a stranger's run may lead to a file that nobody wants to publish, and a device has no end.
+    is_page = source.is_file() and not source.is_symlink() and source.stat().st_size <= REPORT.most
+    if is_page and os.access(source, os.R_OK) and _is_newer(source, journal):
         return source
     if site.has(entry.report) and _is_newer(site.path / entry.report, journal):
         return None
