@@ -388,7 +388,7 @@ class Wire:
         for line in lines:
             try:
                 message = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 message = None
             if not isinstance(message, dict):
                 self._garbled = self.closed = True

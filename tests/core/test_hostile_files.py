@@ -26,6 +26,7 @@ from mpscale.core.columns import COLUMNS
 from mpscale.core.reading import MOST_CASES, MOST_LINE, RunError, parse_json
 from mpscale.core.record import misfit, to_csv
 from mpscale.core.runs import environment_facts, read_run
+from mpscale.report.document import document, render
 from mpscale.report.first_screen import first_screen, plain
 from mpscale.report.site_folder import MANIFEST, SiteError, SiteFolder
 from mpscale.telemetry.samples import read_sample_file
@@ -176,13 +177,32 @@ def test_a_sample_that_cannot_be_is_an_error(tmp_path, line):
         read_sample_file(path)
 
 
-ODD = [1e308, -1e308, 5e-324, -1, 2**63 - 1, -(2**63), 2**63, 10**300, True, [1], {"a": 1}, "x", "", "\udcff", "a\0b"]
+ODD = [
+    0,
+    1e100,
+    1e308,
+    -1e308,
+    5e-324,
+    -1,
+    2**63 - 1,
+    -(2**63),
+    2**63,
+    10**300,
+    True,
+    [1],
+    {"a": 1},
+    "x",
+    "",
+    "\udcff",
+    "a\0b",
+]
 
 
 def use(run):
     """Make what tables and first screen say."""
     for text in (to_csv(run.records), summary_csv(summary_of(run)), plain(first_screen(run)), *run.problems):
         text.encode()
+    render(document(run))
     assert environment_facts(run) is not None
 
 
@@ -191,15 +211,14 @@ def test_an_odd_value_in_any_column_costs_at_most_its_case(tmp_path, odd):
     """One run in which each case has the value in another column, as often as there are columns."""
     events = [json.loads(line) for line in (REFERENCE / SMALL / "journal.jsonl").read_text().splitlines()]
     good = [event["record"] for event in events if event["event"] == "case_finished"]
-    rows = [{**row, "seed": seed, "case_id": case_of(row, seed)} for seed in range(len(COLUMNS)) for row in good]
+    rows = [{**good[0], "seed": seed, "case_id": case_of(good[0], seed)} for seed in range(len(COLUMNS))]
     ends = [{"event": "case_finished", "case_id": row["case_id"], "record": dict(row)} for row in rows]
-    for end, column in zip(ends[:: len(good)], COLUMNS, strict=True):
+    for end, column in zip(ends, COLUMNS, strict=True):
         end["record"][column] = odd
     run = shutil.copytree(REFERENCE / SMALL, tmp_path / "run", ignore=shutil.ignore_patterns("gpu", "steps", "*.csv"))
     (run / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in [{"event": "run_started"}, *ends]))
     found = read_run(run)
     assert [row["case_id"] for row in found.records] == [row["case_id"] for row in rows]
-    assert sum(row["status"] == "ok" for row in found.records) >= len(rows) - len(COLUMNS)
     use(found)
 
 
