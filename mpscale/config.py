@@ -20,6 +20,7 @@ from mpscale.core.device import Device
 from mpscale.core.file_errors import why
 from mpscale.core.loss_scale import parse_number
 from mpscale.core.mode import DEFAULT_MODES
+from mpscale.core.reading import SETTINGS, RunError, read_text
 
 N = TypeVar("N", int, float)
 
@@ -230,9 +231,15 @@ def load(start: Path) -> ProjectSettings:
     if path is None:
         return ProjectSettings()
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("mpscale", {})
-    except (OSError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{path}: cannot be read: {why(error) if isinstance(error, OSError) else error}") from error
+        table = tomllib.loads(read_text(path, SETTINGS))
+        for name in ("tool", "mpscale"):
+            table = table.get(name, {})
+            if not isinstance(table, dict):
+                raise SettingsError(f"{path}: {name} must be a table, not {table!r:.40}")
+    except RunError as error:
+        raise SettingsError(str(error)) from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise SettingsError(f"{path}: cannot be read: {error}") from error
     for key, value in table.items():
         if key not in _KINDS:
             raise SettingsError(f"{path}: [tool.mpscale] has no setting {shown(key)}, only {', '.join(_KINDS)}")

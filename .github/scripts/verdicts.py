@@ -18,6 +18,7 @@ from typing import Any
 
 from mpscale.analysis.answer import Cell
 from mpscale.analysis.quantities import COSTS
+from mpscale.core import reading
 from mpscale.core.columns import FAILED
 from mpscale.core.runs import Run, RunError, read_run
 from mpscale.report.about import device_name
@@ -243,13 +244,19 @@ def main(folder: str) -> None:
     except RunError as error:
         print(command("warning", "mpscale", str(error)))
     if run is not None and (file := run.path / "comparison.json").is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        print("\n".join(annotations(found)))
+        try:
+            found = reading.read_json(file, reading.SUMMARY)
+            print("\n".join(annotations(found)))
+        except RunError as error:
+            print(command("warning", "mpscale", str(error)))
     marker = f"<!-- mpscale: {os.environ['NAME']} -->"
     text = body(run, found, marker)
     parts = [text] + ([] if run is None else [github_summary(run, SUMMARY // 2, artifacts_page(os.environ))])
     if run is not None and (file := run.path / "comparison.md").is_file():
-        parts.append(file.read_text(encoding="utf-8"))
+        try:
+            parts.append(reading.read_text(file, reading.REPORT))
+        except RunError as error:
+            print(command("warning", "mpscale", str(error)))
     with Path(os.environ["GITHUB_STEP_SUMMARY"]).open("a", encoding="utf-8") as summary:
         summary.write("\n\n".join(parts).encode()[:SUMMARY].decode(errors="ignore"))
     if os.environ["COMMENT"] == "true":

@@ -5,7 +5,6 @@ It also checks the arguments that both pytest sessions are started with.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from mpscale.ab import turns
 from mpscale.core.columns import SCHEMA_VERSION
 from mpscale.core.process import Child
+from mpscale.core.reading import parse_json
 from mpscale.core.temporary import TemporaryFolder
 
 LETTERS = ("A", "B")
@@ -148,7 +148,7 @@ def _about(python: Path, folder: Path, process: Child, seconds: float) -> Mappin
         raise Refused(f"{python} did not report what is installed there within {seconds:g} s (--start-timeout)")
     output, errors = ((folder / name).read_text("utf-8", "replace").strip() for name in ("output", "errors"))
     try:
-        about = json.loads(output.splitlines()[-1]) if code == 0 else None  # libraries may have printed before it
+        about = parse_json(output.splitlines()[-1]) if code == 0 else None  # libraries may have printed before it
     except (ValueError, IndexError):
         about = None
     if not isinstance(about, dict):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from mpscale.core.columns import LARGEST
 from mpscale.core.device import Device
 from mpscale.core.magnitudes import LARGEST_FLOAT16, Magnitudes, Of
+from mpscale.core.reading import SUMMARY, RunError, read_json
 from mpscale.core.reason import Reason
 from mpscale.core.runs import Run
 
@@ -209,11 +210,24 @@ def probes_of(run: Run) -> list[Kept]:
     found: dict[str, Kept] = {}
     for path in sorted(run.path.resolve().parent.parent.glob("probe/*/probe.json")):
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["finished"] and values["problem"] is None and values["workload_digest"] in wanted:
+            values = read_json(path, SUMMARY)
+            about_it = values["finished"] and values["problem"] is None and values["workload_digest"] in wanted
+            if about_it and _is_whole(values):
                 digest = values["workload_digest"]
                 this = Kept(path.parent.name, wanted[digest], values)
                 found[digest] = max(this, found.get(digest, this), key=lambda kept: str(kept.values.get("started")))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (RunError, KeyError, TypeError):
             continue
     return [found[digest] for digest in wanted if digest in found]
+
+
+def _is_whole(values: Mapping[str, Any]) -> bool:
+    """Whether a probe.json has what a report shows; raise KeyError or TypeError if a part is missing."""
+    advice = values["advice"]
+    if advice is None:
+        return True
+    shares = [values[name][of] for name in ("vanish_share", "scaled_vanish_share") for of in ALL]
+    numbers = [advice["scale"], advice["largest"], *(share for share in shares if share is not None)]
+    return isinstance(advice["verdict"], str) and all(
+        type(value) in (int, float) and 0 <= value <= LARGEST for value in numbers
+    )

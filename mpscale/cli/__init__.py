@@ -18,7 +18,7 @@ from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
 from mpscale.config import SettingsError
 from mpscale.core import extras, stopping
 from mpscale.core.file_errors import in_words
-from mpscale.core.journal import RunError
+from mpscale.core.reading import RunError
 from mpscale.terminal.streams import adapt_standard_streams, visible
 
 _BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE has ended

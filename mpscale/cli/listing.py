@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from mpscale.cli import completion
 from mpscale.cli.output import OK, RESULTS, add_json_option, fail, say, surface
 from mpscale.config import RUN, add_results_option, folder
-from mpscale.core.journal import RunError
 from mpscale.terminal.streams import visible
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def _described(path: Path) -> dict[str, Any]:
     try:
         run = read_run(path)
         facts = hardware(run)
-    except (RunError, OSError) as error:
+    except Exception as error:  # whatever is wrong with one run must not cost the others their rows
         return about | {"outcome": "unreadable", "problem": str(error)}
     statuses = [str(record["status"]) for record in run.records]
     git = run.environment.get("git")

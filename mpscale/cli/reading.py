@@ -136,6 +136,7 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def report(options: argparse.Namespace) -> int:
+    from mpscale.core.reading import REPORT, read_text
     from mpscale.core.runs import read_run, resolve_run
     from mpscale.report.files import WRITTEN, rebuild
     from mpscale.report.github_summary import artifacts_page, github_summary
@@ -157,7 +158,7 @@ def report(options: argparse.Namespace) -> int:
     elif not options.print:
         print(*map(visible, files), sep="\n")
     elif surface().columns is None:
-        print((run.path / "report.md").read_text(encoding="utf-8"), end="")
+        print(read_text(run.path / "report.md", REPORT), end="")
     else:
         _show(run)
     return OK

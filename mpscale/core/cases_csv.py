@@ -9,14 +9,14 @@ from __future__ import annotations
 import ast
 import csv
 import io
-import json
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpscale.core.columns import COLUMNS, SCHEMA_VERSION
-from mpscale.core.journal import IDENTITY, RunError, lacks
+from mpscale.core.journal import IDENTITY, lacks
+from mpscale.core.reading import CASES, MOST_CASES, MOST_LINE, RunError, check_text, parse_json, read_bytes
 from mpscale.core.reason import Reason
 from mpscale.core.record import Record, from_cell
 
@@ -26,12 +26,6 @@ _UNKNOWN = frozenset(
 )
 """What pandas, R, polars, Julia and spreadsheets write into empty cells, in lower case."""
 _ELSEWHERE = "save it as CSV in UTF-8, with commas between cells and points in numbers, or take the original file"
-_NOT_TEXT = {
-    b"\xff\xfe": "UTF-16, as spreadsheets save `Unicode text`",
-    b"\xfe\xff": "UTF-16, as spreadsheets save `Unicode text`",
-    b"PK": "a zip archive, as spreadsheets save their own files",
-    b"\x1f\x8b": "compressed with gzip",
-}
 
 
 def read_cases(path: Path, only: Iterable[str] = COLUMNS) -> list[Record]:
@@ -69,23 +63,8 @@ def read_cases(path: Path, only: Iterable[str] = COLUMNS) -> list[Record]:
 
 def _content(path: Path) -> bytes:
     """The content of a file, which must be UTF-8."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}") from error
-    for start, what in _NOT_TEXT.items():
-        if content.startswith(start):
-            raise RunError(f"{path}: cannot be read as CSV: it is not UTF-8 but {what}; {_ELSEWHERE}")
-    if b"\0" in content:
-        raise RunError(f"{path}: cannot be read as CSV: it holds zero bytes, as UTF-16 does; {_ELSEWHERE}")
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise RunError(
-            f"{path}, line {line}: cannot be read as CSV: it is not UTF-8, with the byte "
-            f"0x{content[error.start]:02x}; {_ELSEWHERE}"
-        ) from error
+    content = read_bytes(path, CASES)
+    check_text(path, content, f"it cannot be read as CSV: {_ELSEWHERE}")
     return content
 
 
@@ -100,7 +79,10 @@ def _rows(path: Path, content: bytes, wanted: Container[str]) -> tuple[list[str]
             )
     rows: list[tuple[int, list[str]]] = []
     # A StringIO would hold four bytes per character.
-    reader = csv.reader(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline=""), strict=True)
+    text = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
+    reader = csv.reader(_short_rows(path, text), strict=True)
+    # The output of a process, or the scales of a large model, may be longer than csv's own limit of 128 KiB.
+    limit = csv.field_size_limit(MOST_LINE)
     try:
         names = [name.strip() for name in next(reader, [])]
         places = [place for place, name in enumerate(names) if name in wanted and name in COLUMNS]
@@ -110,9 +92,23 @@ def _rows(path: Path, content: bytes, wanted: Container[str]) -> tuple[list[str]
             if len(row) != len(names):
                 raise RunError(f"{path}, line {reader.line_num}: does not have as many cells as the header")
             rows.append((reader.line_num, [row[place] for place in places]))
+            if len(rows) > MOST_CASES:
+                raise RunError(f"{path}: has more than {MOST_CASES:,} rows; a run of so many cases is not read")
     except csv.Error as error:
         raise RunError(f"{path}, line {reader.line_num}: cannot be read as CSV: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
     return names, rows
+
+
+def _short_rows(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
+    """The lines of a file, each no longer than a row may be. A row of nothing but commas would fill the memory."""
+    number = 0
+    while line := text.readline(MOST_LINE):
+        number += 1
+        if len(line) == MOST_LINE:
+            raise RunError(f"{path}, line {number}: is longer than {MOST_LINE:,} characters; no row of a run is")
+        yield line
 
 
 def _words_for_unknown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> frozenset[str]:
@@ -166,27 +162,27 @@ def _float(text: str) -> float:
             return float(text)
     except ValueError:
         pass
-    raise ValueError(f"expected a number such as 1234.5, not {text!r}")
+    raise ValueError(f"expected a number such as 1234.5, not {text!r:.200}")
 
 
 def _integer(text: str) -> int:
     # Spreadsheets and data frames turn 3 into 3.0.
     value = _float(text)
     if not value.is_integer():
-        raise ValueError(f"expected a whole number, not {text!r}")
+        raise ValueError(f"expected a whole number, not {text!r:.200}")
     return int(text) if text.strip().lstrip("+-").isdecimal() else int(value)
 
 
 def _flag(text: str) -> bool:
     flags = {"true": True, "t": True, "1": True, "1.0": True, "false": False, "f": False, "0": False, "0.0": False}
     if text.strip().lower() not in flags:
-        raise ValueError(f"expected True or False, not {text!r}")
+        raise ValueError(f"expected True or False, not {text!r:.200}")
     return flags[text.strip().lower()]
 
 
 def _reasons(text: str) -> dict[str, str]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         # A data frame of a run is saved with dicts as Python shows them.
         try:
@@ -194,7 +190,7 @@ def _reasons(text: str) -> dict[str, str]:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             value = None
     if not isinstance(value, dict) or not all(isinstance(part, str) for pair in value.items() for part in pair):
-        raise ValueError(f"expected a JSON object of texts, not {text!r}")
+        raise ValueError(f"expected a JSON object of texts, not {text!r:.200}")
     return value
 
 

@@ -60,6 +60,33 @@ DTYPES: dict[Kind, str] = {
 """The pandas dtype of each kind; all of them can hold missing values."""
 
 
+LARGEST = 1e100
+"""No number is larger: float32 and bfloat16 end at 3.4e38, and squares of this one can still be added."""
+_LONG = 2**63 - 1
+_RANGES: dict[str, tuple[float, float]] = {
+    "ms": (0.0, 1e12),
+    "s": (0.0, 1e10),
+    "1/s": (0.0, 1e18),
+    "steps": (0, _LONG),
+    "step, from 0": (0, _LONG),
+    "blocks": (0, _LONG),
+    "examples": (0, _LONG),
+    "FLOP": (0, _LONG),
+    "TFLOP/s": (0.0, 1e12),
+    "share": (-1e6, 1e6),
+    "MHz": (0.0, 1e9),
+    "MiB": (-1e12, 1e12),
+    "J": (-1e15, 1e15),
+    "W": (0.0, 1e9),
+    "°C": (-274.0, 1e6),
+    "%": (0.0, 1e6),
+}
+"""The smallest and the largest value of each unit. They are far from anything that can be measured: a file with a value
+beyond them was changed or damaged, and its figures would be shown, averaged and compared as if they were real."""
+_SMALLEST = {"": 1e-40}
+"""The smallest value of columns that must be above 0, by unit; 1e-12 of others. A loss scale may be that small."""
+
+
 class Format(StrEnum):
     """How people are shown a value; :mod:`mpscale.report.table` has the formatter of each."""
 
@@ -186,6 +213,14 @@ class Column:
     warn_above: float | None = None
     cells: tuple[Cell, ...] = ()
     source: Source | None = None
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest number that it can hold."""
+        low, high = _RANGES.get(self.unit, (-_LONG - 1, _LONG) if self.kind == "int" else (-LARGEST, LARGEST))
+        if not self.positive:
+            return low, high
+        return (1 if self.kind == "int" else _SMALLEST.get(self.unit, 1e-12)), high
 
     @property
     def format(self) -> Format:
@@ -376,7 +411,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("step_time_ms_p10", "float", "ms", "10th percentile over the blocks", _NO_TIMING),
             _measured("step_time_ms_p90", "float", "ms", "90th percentile over the blocks", _NO_TIMING),
             _measured("step_time_ms_per_applied", "float", "ms", "time of all blocks over the steps applied in them, so a mean, and slow blocks count in full; `step_time_ms_median` is a median, which they hardly move. A skipped step is cheaper and gains nothing", "the mode checks no gradient, no step was applied, or timing was off", Cell(Sheet.TIMING, 3, "mean ms per applied step")),
-            _measured("examples_per_s", "float", "1/s", "`batch_size` / `step_time_ms_median`", _NO_TIMING),
+            _measured("examples_per_s", "float", "1/s", "`batch_size` / `step_time_ms_median`", _NO_TIMING, positive=True),
             _measured("timed_blocks", "int", "blocks", "blocks timed, one synchronisation each", _NO_TIMING, Cell(Sheet.TIMING, 2, "blocks", Over.SUM)),
             _measured("timed_steps", "int", "steps", "steps in them", _NO_TIMING),
             _measured("timed_overflow_steps", "int", "steps", "steps with a non-finite gradient in them; not in `overflow_steps`", _NO_CHECK + "; or timing was off"),
@@ -400,8 +435,8 @@ SECTIONS: tuple[Section, ...] = (
             _measured("tflops", "float", "TFLOP/s", "`flops_per_step` / `step_time_ms_median`", _NO_FLOPS, positive=True),
             _measured("tflops_while_busy", "float", "TFLOP/s", "`flops_per_step` / `device_busy_ms_per_step`: without the time in which the GPU waits for the host", "`device_busy_ms_per_step` is empty; " + _NO_FLOPS, positive=True),
             _measured("tflops_peak", "float", "TFLOP/s", "peak of the GPU for dense products in the precision that the mode is about, from NVIDIA's documents (`mpscale/worker/peaks.py`)", _NO_PEAK, positive=True),
-            _measured("peak_share", "float", "share", "`tflops` / `tflops_peak`, called MFU (model FLOPs utilisation) in the literature", "above 1, which cannot be; `tflops` or `tflops_peak` is empty"),
-            _measured("peak_share_while_busy", "float", "share", "`tflops_while_busy` / `tflops_peak`: what the kernels reach", "above 1, which cannot be; `tflops_while_busy` or `tflops_peak` is empty"),
+            _measured("peak_share", "float", "share", "`tflops` / `tflops_peak`, called MFU (model FLOPs utilisation) in the literature", "above 1, which cannot be; `tflops` or `tflops_peak` is empty", positive=True),
+            _measured("peak_share_while_busy", "float", "share", "`tflops_while_busy` / `tflops_peak`: what the kernels reach", "above 1, which cannot be; `tflops_while_busy` or `tflops_peak` is empty", positive=True),
         ),
     ),
     Section(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +14,16 @@ from mpscale.core.blocks import FASTER, group_columns
 from mpscale.core.case import CaseId
 from mpscale.core.cause import Cause
 from mpscale.core.mode import MODES
+from mpscale.core.reading import (
+    JOURNAL,
+    MOST_CASES,
+    MOST_LINE,
+    NoSuchFileError,
+    RunError,
+    other_encoding,
+    parse_json,
+    read_lines,
+)
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record, misfit
 
@@ -21,11 +31,13 @@ IDENTITY = ("workload", "mode", "seed", "repeat")
 """The columns that say which case a record is of."""
 SWEPT = ("swept_batch", "swept_scale")
 """Those that say it besides, in a sweep."""
+_MOST_LINES = 20 * MOST_CASES
+"""A case has two lines for each attempt."""
+_MOST_BROKEN = 10_000
+"""More lines than that in a file that is no journal would take minutes."""
+_SHOWN = 20
+"""How many problems are told one by one."""
 NO_END = "the journal has no result of this case: the run was stopped, or is still going on"
-
-
-class RunError(Exception):
-    """A run that does not exist, or has a broken file. The message names it, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +69,28 @@ def read_journal(path: Path, info: Mapping[str, Any]) -> JournalContent:
         info: ``run.json``, for the plan and for what the lines of an interrupted case lack.
 
     Raises:
-        RunError: the file is missing, cannot be read at all, or holds no event; every journal begins with one.
+        RunError: the file is missing, cannot be read at all, is larger than any journal, or holds no event; every
+            journal begins with one.
     """
     told = _Told(path.name, info)
-    for number, line in _lines(path):
-        told.take(number, line)
+    try:
+        for number, line in _lines(path):
+            told.take(number, line)
+            if number == 1 and not told.events and (what := other_encoding(line)) is not None:
+                raise RunError(f"{path}: it is not UTF-8 but {what}{_what_is_left(path)}")
+            if number > _MOST_LINES or len(told.records) > MOST_CASES or told.broken > _MOST_BROKEN:
+                raise RunError(
+                    f"{path}: is no journal of a run: by line {number:,} it has {len(told.records):,} cases, and "
+                    f"{told.broken:,} lines that cannot be read{_what_is_left(path)}"
+                )
+    except NoSuchFileError as error:
+        raise RunError(f"{error}{_what_is_left(path)}") from None
     told.close()
     if not told.events:
         why = told.problems[0] if told.problems else "it is empty or was cut off"
         raise RunError(f"{path}: holds no event that can be read ({why}){_what_is_left(path)}")
+    if (more := told.broken - len(told.problems)) > 0:
+        told.problems.append(f"{path.name}: {more:,} more lines like these")
     place = {case_id: index for index, case_id in enumerate(info.get("planned", []))}
     # sorted() keeps the journal's order for cases that are not in the plan.
     ordered = sorted(told.records, key=lambda case_id: place.get(case_id, len(place)))
@@ -74,24 +99,18 @@ def read_journal(path: Path, info: Mapping[str, Any]) -> JournalContent:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines with their numbers, one at a time because journals of long runs are large."""
-    try:
-        # As bytes, because a cut can fall inside a character.
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                # A line ends with a newline, so a last line without one was cut off, unless it is complete JSON.
-                if line.strip() and (line.endswith(b"\n") or _is_json(line)):
-                    yield number, line
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such file{_what_is_left(path)}") from None
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}") from error
+    # As bytes, because a cut can fall inside a character.
+    for number, (line, whole) in enumerate(read_lines(path, JOURNAL), start=1):
+        # A line ends with a newline, so a last line without one was cut off, unless it is complete JSON.
+        if number > _MOST_LINES or (line.strip() and (not whole or line.endswith(b"\n") or _is_json(line))):
+            yield number, line if whole else b""
 
 
 def _parsed(line: bytes) -> Any:
     """The JSON of a line.
 
     Raises:
-        ValueError, RecursionError: it is not JSON.
+        ValueError: it is not JSON, or is nested too deeply.
         RunError: the extra `bench` is not installed.
     """
     try:
@@ -102,13 +121,13 @@ def _parsed(line: bytes) -> Any:
         return orjson.loads(line)  # not json, which takes almost half of the time to read a large run
     except orjson.JSONDecodeError:
         # Python writes NaN and lone surrogates, which are not JSON.
-        return json.loads(line.decode("utf-8"))
+        return parse_json(line.decode("utf-8"))
 
 
 def _is_json(line: bytes) -> bool:
     try:
         _parsed(line)
-    except (ValueError, RecursionError):
+    except ValueError:
         return False
     return True
 
@@ -147,6 +166,9 @@ class _Told:
     without_end: set[str] = field(default_factory=set)
     finished: bool = False
     problems: list[str] = field(default_factory=list)
+    """Those of the first few lines that had one."""
+    broken: int = 0
+    """How many lines had one."""
     events: int = 0
     running: str | None = None
     """The case that has started and not ended. Cases run one at a time, so an unreadable line is about this one."""
@@ -154,15 +176,20 @@ class _Told:
     def take(self, number: int, line: bytes) -> None:
         """Take one line, whatever is in it."""
         where = f"{self.name}, line {number}: "
+        if not line:
+            self._broken(f"{where}longer than {MOST_LINE:,} bytes")
+            return
         try:
             event = _parsed(line)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             self._broken(f"{where}not readable as JSON: {error}")
             return
         try:
             self._take(event, where)
         except _Odd as why:
             self._broken(f"{where}{why}")
+        except RecursionError:  # Python's own, for instance where a message shows a value
+            self._broken(f"{where}its values are nested too deeply")
 
     def _take(self, event: Any, where: str) -> None:
         kind = _part(event, "event", str, "the line")
@@ -197,24 +224,26 @@ class _Told:
             self._settle(case_id)
             record.update(self._identity(case_id))
             record.invalidate(where + "; ".join(odd), Cause.BAD_RECORD)
-            self.problems.append(f"{case_id} counts as {record['status']}: {where}{'; '.join(odd)}")
+            self._say(f"{case_id} counts as {record['status']}: {where}{'; '.join(odd)}")
         self.records[case_id] = record
         self.started.pop(case_id, None)
         self.without_end.discard(case_id)
 
     def _broken(self, why: str) -> None:
         """Take a line that cannot be used, which costs the running case its result."""
-        self.problems.append(why)
-        if self.running is None:
-            return
-        self._settle(self.running)
-        try:
-            identity = self._identity(self.running)
-        except _Odd:
-            return
-        self._note(self.running, identity, None)
-        self.records[self.running].end("invalid", why, Cause.BAD_RECORD)
-        self.problems[-1] = f"{self.running} counts as invalid: {why}"
+        said = why
+        if self.running is not None:
+            with contextlib.suppress(_Odd):
+                self._settle(self.running)
+                self._note(self.running, self._identity(self.running), None)
+                self.records[self.running].end("invalid", why, Cause.BAD_RECORD)
+                said = f"{self.running} counts as invalid: {why}"
+        self._say(said)
+
+    def _say(self, problem: str) -> None:
+        self.broken += 1
+        if len(self.problems) < _SHOWN:
+            self.problems.append(problem)
 
     def _identity(self, case_id: str) -> dict[str, Any]:
         """Which case it is, from an earlier line or from its id; raise ``_Odd`` if neither is of use."""

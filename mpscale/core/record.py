@@ -28,9 +28,14 @@ _NAMES = {name: name for name in COLUMNS}
 _SURE: dict[str, type] = {
     column.name: _TYPES[column.kind]
     for column in COLUMNS.values()
-    if column.kind != "json" and column.name != "status" and not column.positive
+    if column.kind in ("str", "bool") and column.name != "status"
 }
 """Columns that take any value of one type, which saves a closer look at most values of a file."""
+_NUMBERS: dict[str, tuple[type, float, float]] = {
+    column.name: (_TYPES[column.kind], *column.range) for column in COLUMNS.values() if column.kind in ("int", "float")
+}
+"""The type, the smallest and the largest value of the other columns, for the same reason."""
+_NO_NUMBER = (type(None), 0.0, 0.0)
 _LARGEST = 2**63
 _OF_A_METRIC = ("metric_name", "metric_margin", "metric_higher_is_better", "metric_target")
 
@@ -98,7 +103,8 @@ class Record:
         misfits = {
             name: why
             for name, value in self._values.items()
-            if ((kind := type(value)) is not _SURE.get(name) or (kind is int and not -_LARGEST <= value < _LARGEST))
+            if (kind := type(value)) is not _SURE.get(name)
+            and not (kind is (number := _NUMBERS.get(name, _NO_NUMBER))[0] and number[1] <= value <= number[2])
             and (why := misfit(name, value)) is not None
         }
         for name, why in misfits.items():
@@ -243,6 +249,9 @@ def misfit(name: str, value: Any) -> str | None:
         return f"{value!r} is not a status of a case"
     if COLUMNS[name].positive and value <= 0:
         return f"{name} is {value}; it must be above 0"
+    if name in _NUMBERS and not (bounds := COLUMNS[name].range)[0] <= value <= bounds[1]:
+        unit = COLUMNS[name].unit
+        return f"{name} is {value:g}{f' {unit}' if unit else ''}; it can be from {bounds[0]:g} to {bounds[1]:g}"
     return None
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import difflib
-import gzip
-import json
+import io
+import math
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from mpscale.core.case import CaseId, Place
 from mpscale.core.cases_csv import read_cases
-from mpscale.core.columns import COLUMNS, DTYPES, METHOD_VERSION, SCHEMA_VERSION
-from mpscale.core.journal import RunError, read_journal
+from mpscale.core.columns import COLUMNS, DTYPES, LARGEST, METHOD_VERSION, SCHEMA_VERSION
+from mpscale.core.journal import read_journal
+from mpscale.core.reading import INFO, MOST_CASES, STEPS, NoSuchFileError, RunError, read_json, text_of, unpack
 from mpscale.core.record import Key, Record, misfit, settle
 from mpscale.core.run_folder import steps_path
 from mpscale.core.variables import recorded
@@ -140,17 +140,43 @@ class Run:
             hint = f"; did you mean {close[0]}?" if close else f"; cases: {len(self._case_ids)}"
             raise RunError(f"{self.name} has no case {case_id!r}{hint}")
         path = steps_path(self.path, case_id)
-        if not path.is_file():
-            raise RunError(f"{path}: no such file; only a case that trained to its end has steps")
         try:
-            with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-                header, *rows = csv.reader(file)
-            if missing := [name for name in _STEPS if name not in header]:
-                raise RunError(f"{path}: has no column {', '.join(missing)}")
-            cells = dict(zip(header, zip(*rows, strict=True) if rows else [()] * len(header), strict=True))
-            return {name: [parse(cell) if cell else None for cell in cells[name]] for name, parse in _STEPS.items()}
-        except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
-            raise RunError(f"{path}: cannot be read as gzipped CSV: {error}") from error
+            content = unpack(path, STEPS)
+        except NoSuchFileError as error:
+            raise RunError(f"{error}; only a case that trained to its end has steps") from None
+        return _step_columns(path, text_of(path, content))
+
+
+def _step_columns(path: Path, text: str) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {name: [] for name in _STEPS}
+    reader = csv.reader(io.StringIO(text, newline=""))
+    try:
+        header = next(reader, [])
+        if missing := [name for name in _STEPS if name not in header]:
+            raise RunError(f"{path}: has no column {', '.join(missing)}")
+        places = [(found[name], header.index(name), parse) for name, parse in _STEPS.items()]
+        for row in reader:
+            if len(row) != len(header):
+                raise ValueError("not as many cells as the header")
+            for column, place, parse in places:
+                column.append(parse(cell) if (cell := row[place]) else None)
+    except (ValueError, csv.Error) as error:
+        raise RunError(f"{path}, line {reader.line_num}: cannot be read as a log of steps: {error!s:.200}") from error
+    return found
+
+
+def _step(cell: str) -> int:
+    if not (cell.isascii() and cell.isdecimal() and len(cell) < 16):
+        raise ValueError(f"expected the number of a step, not {cell!r}")
+    return int(cell)
+
+
+def _number(cell: str) -> float:
+    value = float(cell)
+    # Infinity is what a training that diverged has; a number beyond any dtype is a file that was changed.
+    if LARGEST < abs(value) < math.inf:
+        raise ValueError(f"{cell} is beyond the range of any loss or loss scale")
+    return value
 
 
 def _flag(cell: str) -> bool:
@@ -160,7 +186,7 @@ def _flag(cell: str) -> bool:
     return flags[cell]
 
 
-_STEPS: dict[str, Callable[[str], Any]] = {"step": int, "loss": float, "loss_scale": float, "overflow": _flag}
+_STEPS: dict[str, Callable[[str], Any]] = {"step": _step, "loss": _number, "loss_scale": _number, "overflow": _flag}
 
 
 def read_run(path: str | Path) -> Run:
@@ -177,10 +203,11 @@ def read_run(path: str | Path) -> Run:
     folder = Path(path)
     if folder.is_file():
         return Run(folder, str(path), {}, settle(read_cases(folder)), finished=True)
-    info = read_info(folder / "run.json")
+    problems: list[str] = []
+    info = read_info(folder / "run.json", problems)
     journal = read_journal(folder / "journal.jsonl", info)
     name = str(info.get("run") or folder.resolve().name)
-    return Run(folder, name, info, settle(journal.records), journal.finished, journal.problems)
+    return Run(folder, name, info, settle(journal.records), journal.finished, problems + journal.problems)
 
 
 def resolve_run(
@@ -248,18 +275,41 @@ def cases_frame(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def read_info(path: Path) -> dict[str, Any]:
-    """Read a run.json.
+_PARTS: dict[tuple[str, ...], type] = {
+    ("run",): str,
+    ("started",): str,
+    ("settings",): dict,
+    ("interleaved",): dict,
+    ("environment",): dict,
+    ("environment", "device"): dict,
+    ("environment", "device", "kind"): str,
+    ("environment", "device", "name"): str,
+    ("environment", "packages"): dict,
+    ("environment", "variables"): dict,
+    ("environment", "cpu"): dict,
+    ("environment", "cpu", "logical_cores"): int,
+    ("environment", "cpu", "physical_cores"): int,
+    ("environment", "git"): dict,
+    ("environment", "git", "commit"): str,
+    ("environment", "git", "dirty"): bool,
+}
+"""The type of what is read from a run.json; each part may be missing, or null."""
+
+
+def read_info(path: Path, problems: list[str] | None = None) -> dict[str, Any]:
+    """Read a run.json. A part of another type than it should have counts as unknown.
+
+    Args:
+        path: of the file.
+        problems: receives a sentence on each such part.
 
     Raises:
         RunError: there is none, it is broken, or it is of a newer version; the message names the file.
     """
-    if not path.is_file():
-        raise RunError(f"{path}: no such file, so {path.parent} is not a run")
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path}: not readable as JSON: {error}") from error
+        info = read_json(path, INFO)
+    except NoSuchFileError as error:
+        raise RunError(f"{error}, so {path.parent} is not a run") from None
     if not isinstance(info, dict):
         raise RunError(f"{path}: should hold a JSON object, not {type(info).__name__}")
     version = info.get("schema_version")
@@ -281,6 +331,18 @@ def read_info(path: Path) -> dict[str, Any]:
     planned = info.setdefault("planned", [])
     if not (isinstance(planned, list) and all(isinstance(case_id, str) for case_id in planned)):
         raise RunError(f"{path}: planned should be a list of case ids")
+    if len(planned) > MOST_CASES:
+        raise RunError(f"{path}: plans {len(planned):,} cases; a run of more than {MOST_CASES:,} is not read")
+    for names, kind in _PARTS.items():
+        above = info
+        for name in names[:-1]:
+            above = above.get(name) or {}
+        value = above.get(names[-1])
+        if value is not None and type(value) is not kind:
+            del above[names[-1]]
+            if problems is not None:
+                what = f"{path.name}: {'.'.join(names)} should be {kind.__name__}, not {value!r:.40}"
+                problems.append(f"{what}; it counts as unknown")
     return info
 
 

@@ -325,7 +325,7 @@ class Session:
         how = options.run_options(self._config, self._results, plan.selection(), interleaved, started)
         if self._resumption is None:
             return LiveRun(plan, how, self.output)
-        from mpscale.core.journal import RunError
+        from mpscale.core.reading import RunError
         from mpscale.harness.resume import resume
 
         try:

@@ -117,11 +117,13 @@ class Picture:
         title: what it shows.
         caption: what its marks mean, in sentences.
         svg: an ``<svg>`` element, with text as text.
+        unread: how many lines it lacks because their files cannot be read.
     """
 
     title: str
     caption: str
     svg: str
+    unread: int = 0
 
 
 class FigureError(ValueError):

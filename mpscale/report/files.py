@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from mpscale.analysis.noise_floor import floors_of
 from mpscale.analysis.probe import probes_of
 from mpscale.analysis.summary import summary_csv, summary_of
 from mpscale.core.cases_csv import read_cases
+from mpscale.core.reading import CASES, REPORT, NoSuchFileError, read_bytes, read_text
 from mpscale.core.record import Record, to_csv
-from mpscale.core.run_folder import write_cases
 from mpscale.core.runs import Run, RunError, read_run
 from mpscale.core.writing import write
 from mpscale.report.document import Document, document, render
@@ -19,7 +20,7 @@ from mpscale.report.gains_figure import gains
 from mpscale.report.memory_figure import memory_over_time
 from mpscale.report.page import page
 from mpscale.report.sweep_figure import over_batch
-from mpscale.report.table import plural
+from mpscale.report.table import listed, plural
 from mpscale.report.tradeoff_figure import tradeoff
 from mpscale.report.training_figure import training
 
@@ -29,6 +30,9 @@ WRITTEN = ("report.html", "report.md", "summary.csv", "cases.csv")
 
 def rebuild(run_dir: str | Path, results: Path | None = None) -> Run:
     """Write the files of :data:`WRITTEN` again, from the journal of the run in ``run_dir`` and the steps beside it.
+
+    A file that says more than what would replace it stays as it is, and :attr:`Run.problems` says so: the journal may
+    have lost cases since, or the steps be gone.
 
     Args:
         run_dir: the folder of the run.
@@ -49,42 +53,72 @@ def rebuild(run_dir: str | Path, results: Path | None = None) -> Run:
     if run.path.is_file():
         raise RunError(f"{run.path}: a report is made from a run's journal, and this is a cases.csv alone")
     cases = to_csv(run.records)
-    if lost := _lost_from_the_journal(run, cases):
+    kept: list[str] = []
+    if why := _lost_from_the_journal(run, cases):
+        kept = [name for name in WRITTEN if (run.path / name).is_file()]
         run.problems.append(
-            f"journal.jsonl lacks the results of {plural(len(lost), 'case')} that cases.csv has, such as {lost[0]}: "
-            "it was cut off or changed; cases.csv is left as it was"
+            f"{why}; {listed(kept, len(kept))} {'is' if len(kept) == 1 else 'are'} left as before. "
+            "To make them from the journal all the same, move cases.csv away"
         )
-    write_reports(run, None if lost else cases)
+    write_reports(run, cases, kept, keep_more=True)
     return run
 
 
-def write_reports(run: Run, cases: str | None) -> None:
+def write_reports(run: Run, cases: str, kept: Container[str] = (), keep_more: bool = False) -> None:
     """Write the files of :data:`WRITTEN` into the folder of a run.
 
     Args:
         run: the run.
-        cases: the content of cases.csv; None leaves that file as it is.
+        cases: the content of cases.csv.
+        kept: names of files to leave as they are.
+        keep_more: whether to leave a report.html that shows more figures; :attr:`Run.problems` then says so.
 
     Raises:
         OSError: one of them cannot be written; the others are written all the same.
     """
     failures: list[OSError] = []
 
-    def written(write: Callable[[], object]) -> None:
-        try:
-            write()
-        except OSError as error:
-            failures.append(error)
+    def written(name: str, content: Callable[[], str]) -> None:
+        if name not in kept:
+            try:
+                write(run.path / name, content())
+            except OSError as error:
+                failures.append(error)
 
-    if cases is not None:
-        written(lambda: write_cases(run.path, cases))
-    written(lambda: write(run.path / "summary.csv", summary_csv(summary_of(run))))
+    written("cases.csv", lambda: cases)
+    written("summary.csv", lambda: summary_csv(summary_of(run)))
     report = document(run, floors_of(run), probes_of(run))
-    written(lambda: write(run.path / "report.md", render(report)))
-    # Pictures come last: they take longest, and if they fail, everything else is written.
-    written(lambda: write(run.path / "report.html", _page(run, report)))
+    written("report.md", lambda: render(report))
+    if "report.html" not in kept:
+        # Pictures come last: they take longest, and if they fail, everything else is written.
+        html = _page(run, report)
+        if keep_more and (why := _fewer_figures(run.path / "report.html", html)):
+            run.problems.append(why)
+        else:
+            written("report.html", lambda: html)
     if failures:
         raise failures[0]
+
+
+_FIGURE = re.compile(r'<figure id="([^"]+)"(?: data-unread="(\d+)")?>')
+
+
+def _fewer_figures(path: Path, html: str) -> str | None:
+    """Why a report.html stays as it is: a picture or lines of one are in it that cannot be drawn again."""
+    try:
+        before = dict(_FIGURE.findall(read_text(path, REPORT)))
+    except RunError:
+        return None
+    now = dict(_FIGURE.findall(html))
+    gone = [name for name in before if name not in now]
+    less = [name for name in before.keys() & now.keys() if int(now[name] or 0) > int(before[name] or 0)]
+    if not (gone or less):
+        return None
+    what = f"the figures {listed(gone, len(gone))}" if gone else "more lines in its figures"
+    return (
+        f"report.html shows {what}, which can no longer be drawn, since files in steps or gpu are missing or broken; "
+        "it is left as before. To make it without them, move it away"
+    )
 
 
 def report_page(run: Run) -> str:
@@ -99,8 +133,8 @@ def _page(run: Run, report: Document) -> str:
     return page(report, [picture for picture in drawn if picture is not None])
 
 
-def _lost_from_the_journal(run: Run, cases: str) -> list[str]:
-    """Cases whose result is in cases.csv, which is written after the journal, but no longer in the journal.
+def _lost_from_the_journal(run: Run, cases: str) -> str | None:
+    """Why the journal knows less than cases.csv, which is written after it; None if it does not.
 
     Args:
         run: as its journal has it.
@@ -108,21 +142,38 @@ def _lost_from_the_journal(run: Run, cases: str) -> list[str]:
     """
     path = run.path / "cases.csv"
     try:
-        if path.read_bytes() == cases.encode():
-            return []  # the usual case, without parsing a large file
-        written = read_cases(path, only=["attempts"])
-    except (OSError, RunError):
-        return []
+        if read_bytes(path, CASES) == cases.encode():
+            return None  # the usual case, without parsing a large file
+        written = read_cases(path, only=["attempts", *_FIGURES])
+    except NoSuchFileError:
+        return None
+    except RunError as error:
+        # Made anew, unless it may be all that is left.
+        whole = run.finished and not run.problems and not run.not_started
+        return None if whole else f"the run is not whole, and cases.csv, which may have more of it, is broken: {error}"
     known = {record["case_id"]: record for record in run.records}
 
     def is_lost(row: Record) -> bool:
         here = known.get(row["case_id"])
-        if here is None or here["status"] != "interrupted" or row["status"] == "interrupted":
-            return here is None
-        # cases.csv has no row of an attempt that was cut off, only of the attempt before.
-        return (row["attempts"] or 1) >= (here["attempts"] or 1)
+        if here is None:
+            return True
+        if row["status"] == here["status"]:
+            return any(row[name] is not None and here[name] is None for name in _FIGURES)
+        if here["status"] == "interrupted":
+            # cases.csv has no row of an attempt that was cut off, only of the attempt before.
+            return (row["attempts"] or 1) >= (here["attempts"] or 1)
+        return bool(here["status"] == "invalid")
 
-    return [row["case_id"] for row in written if is_lost(row)]
+    if lost := [row["case_id"] for row in written if is_lost(row)]:
+        return (
+            f"journal.jsonl lacks results of {plural(len(lost), 'case')} that cases.csv has, such as {lost[0]}: it was "
+            "cut off or changed"
+        )
+    return None
+
+
+_FIGURES = ("step_time_ms_median", "metric_value", "gpu_memory_nvml_peak_mib")
+"""What a record must not have lost."""
 
 
 def write_whole(folder: Path, files: Mapping[str, str]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 
+from mpscale.core.reading import parse_json
 from mpscale.core.record import values_of
 from mpscale.core.runs import Run
 from mpscale.report.sections import measured
@@ -33,7 +33,7 @@ def float8(run: Run) -> list[Table | str]:
 def _layers(text: str) -> list[dict[str, tuple[float, float]]]:
     """{tensor: (amax, scale)} of each layer; none if the cell holds something else, as in a table edited by hand."""
     try:
-        found = json.loads(text).values()
+        found = parse_json(text).values()
         return [{name: (float(one[name]["amax"]), float(one[name]["scale"])) for name in _TENSORS} for one in found]
     except (AttributeError, KeyError, TypeError, ValueError):
         return []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from mpscale.core.reading import NoSuchFileError, RunError
 from mpscale.core.record import Record, modes_of
 from mpscale.core.run_folder import gpu_path
 from mpscale.core.runs import Run
@@ -18,7 +17,7 @@ from mpscale.report.figures import SOFT, TINTS, Look, Picture, as_text, house_st
 from mpscale.report.panels import SMALL, Group, multiples, panel_title, width_of
 from mpscale.report.sections import measured
 from mpscale.report.table import plural
-from mpscale.telemetry.samples import Sample, read_samples
+from mpscale.telemetry.samples import Sample, read_sample_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +66,7 @@ def memory_over_time(run: Run) -> Picture | None:
         first = min(records, key=lambda record: (record["repeat"], record["seed"]))
         try:
             found = _read(run, first)
-        except (OSError, EOFError, ValueError, TypeError, zlib.error):
+        except RunError:
             unreadable += 1
             continue
         if found is not None:
@@ -86,20 +85,20 @@ def memory_over_time(run: Run) -> Picture | None:
         ),
         f"Not drawn: {plural(unreadable, 'process')} whose samples cannot be read.": unreadable,
     }
-    return Picture(title, " ".join(text for text, applies in captions.items() if applies), svg)
+    return Picture(title, " ".join(text for text, applies in captions.items() if applies), svg, unreadable)
 
 
 def _read(run: Run, record: Record) -> _Process | None:
     """Return the memory of a process; None if no samples were kept, or none of them has it.
 
     Raises:
-        OSError, EOFError, ValueError, TypeError, zlib.error: the file is broken.
+        RunError: the file is broken.
     """
     path = gpu_path(run.path, str(record["case_id"]), record["attempts"] or 1)
-    if not path.is_file():
+    try:
+        samples = read_sample_file(path)
+    except NoSuchFileError:
         return None
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        samples = read_samples(file)
     of_device = all(row.process_memory_mib is None for row in samples.rows)
     name = "device_memory_mib" if of_device else "process_memory_mib"
     # Before there is a context, the process has none.

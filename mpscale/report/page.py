@@ -140,8 +140,11 @@ def _section(section: Section, text: str) -> str:
 
 def _figure(picture: Picture) -> str:
     svg = picture.svg.replace("<svg", f'<svg role="img" aria-label="{escape(picture.title)}"', 1)
+    # Whoever makes the page again must not lose lines: see report.files.
+    unread = f' data-unread="{picture.unread}"' if picture.unread else ""
     return (
-        f'<figure id="{_anchor(picture.title)}"><h3>{escape(picture.title)}</h3>\n<div class="paper">{svg}</div>\n'
+        f'<figure id="{_anchor(picture.title)}"{unread}>'
+        f'<h3>{escape(picture.title)}</h3>\n<div class="paper">{svg}</div>\n'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from mpscale.core.reading import SUMMARY, RunError, read_json
 from mpscale.core.writing import remove, remove_leftovers, write
 
 MANIFEST = "mpscale-site.json"
@@ -92,7 +93,7 @@ class SiteFolder:
     def _listed(self) -> set[str]:
         """The files that earlier calls have made here."""
         manifest = self.path / MANIFEST
-        if not manifest.is_file():
+        if not (manifest.exists() or manifest.is_symlink()):
             others = [each.name for each in self.path.iterdir()] if self.path.is_dir() else []
             others = sorted(set(others) - set(_NOT_CONTENT))
             if others:
@@ -102,11 +103,11 @@ class SiteFolder:
                 )
             return set()
         try:
-            found = json.loads(manifest.read_text(encoding="utf-8"))
+            found = read_json(manifest, SUMMARY)
             names = found["files"]
             if not all(isinstance(name, str) for name in names):
                 raise TypeError("files should be names")
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (RunError, TypeError, KeyError) as error:
             raise SiteError(
                 f"{manifest}: cannot be read ({error}), so what may be replaced is unknown; name {_NEW}"
             ) from error

@@ -169,7 +169,7 @@ def training(run: Run) -> Picture | None:
         f"Not drawn: {plural(unreadable, 'training')} whose steps cannot be read.": unreadable,
         f"Not drawn: {plural(unpaired, 'mode')} without a seed that fp32 has.": unpaired,
     }
-    return Picture(title, " ".join(text for text, applies in captions.items() if applies), svg)
+    return Picture(title, " ".join(text for text, applies in captions.items() if applies), svg, unreadable)
 
 
 def _read_steps(run: Run, case_id: str) -> _Steps | None:

@@ -9,6 +9,7 @@ worker left before their sample was taken.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
+from mpscale.core.reading import SAMPLES, RunError, parse_json, text_of, unpack
 from mpscale.core.reason import Code, Reason
 
 CALM_FROM, CALM_UNTIL = "timing-start", "timing-end"
@@ -131,16 +133,40 @@ class Sample:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Sample:
-        """The inverse of :meth:`to_json`. Fields of a newer version are dropped."""
-        known: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-            if name in _DEFAULTS
-        }
+        """The inverse of :meth:`to_json`. Fields of a newer version are dropped.
+
+        Raises:
+            ValueError: a value is of another type, or beyond anything that can be read.
+        """
+        known: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in _DEFAULTS:
+                continue
+            parts = value if isinstance(value, list) else [value]
+            types, is_many = _TYPES[name]
+            if isinstance(value, list) != is_many or not all(type(part) in types for part in parts):
+                if value is None and _DEFAULTS[name] is None and name != "time_s":
+                    continue
+                raise ValueError(f"{name} of a sample is {value!r:.40}")
+            if any(isinstance(part, float | int) and not abs(part) <= _LARGEST for part in parts):
+                raise ValueError(f"{name} of a sample is {value!r:.40}")
+            known[name] = tuple(value) if is_many else value
         return cls(**known)
 
 
 _DEFAULTS: dict[str, Any] = {f.name: None if f.default is MISSING else f.default for f in fields(Sample)}
+_TYPES: dict[str, tuple[tuple[type, ...], bool]] = {
+    f.name: (
+        tuple(kind for kind in (str, bool, int, float) if kind.__name__ in str(f.type))
+        + ((int,) if "float" in str(f.type) else ()),
+        "tuple" in str(f.type),
+    )
+    for f in fields(Sample)
+}
+"""The types of each field, and whether it has several values."""
+_LARGEST = 1e15
+"""More than any second, MiB, joule, watt or id of a process."""
+_MOST_LINES = 1_000_000
 
 
 class SampleFile:
@@ -347,14 +373,36 @@ def read_samples(lines: Iterable[str]) -> Samples:
     Raises:
         ValueError: it is not a file of samples.
     """
+    try:
+        return _read_samples(lines)
+    except TypeError as error:
+        raise ValueError(f"not a file of GPU samples: {error}") from error
+
+
+def read_sample_file(path: Path) -> Samples:
+    """Read the samples that a run has kept, which were compressed with gzip.
+
+    Raises:
+        RunError: there is no such file, or it cannot be read as that.
+    """
+    text = text_of(path, unpack(path, SAMPLES))
+    try:
+        return read_samples(io.StringIO(text, newline="\n"))
+    except ValueError as error:
+        raise RunError(f"{path}: {error!s:.200}") from error
+
+
+def _read_samples(lines: Iterable[str]) -> Samples:
     rows: list[Sample] = []
     reasons: dict[str, Reason] = {}
     silent: Reason | None = None
     late: tuple[str, ...] = ()
-    for line in lines:
+    for number, line in enumerate(lines):
         if not line.endswith("\n"):
             break
-        match json.loads(line):
+        if number == _MOST_LINES:
+            raise ValueError(f"not a file of GPU samples: it has more than {_MOST_LINES:,} lines")
+        match parse_json(line):
             case {"time_s": float() | int()} as values:
                 rows.append(Sample.from_json(values))
             case {"reasons": dict(found)}:
@@ -362,7 +410,7 @@ def read_samples(lines: Iterable[str]) -> Samples:
             case {"silent": reason}:
                 silent = Reason.from_json(reason)
             case {"late": [*phases]}:
-                late = tuple(phases)
+                late = tuple(str(phase) for phase in phases)
             case _:
                 raise ValueError(f"not a file of GPU samples: {line.strip()[:40]!r}")
     return Samples(rows, reasons, silent, late)

@@ -259,8 +259,8 @@ def test_a_case_can_be_identified_by_its_id_alone(tmp_path):
         (json.dumps({"schema_version": SCHEMA_VERSION, "planned": [1]}), "planned should be"),
         (json.dumps({"schema_version": True}), "schema_version should be an integer, not True"),
         (json.dumps({"schema_version": SCHEMA_VERSION, "method_version": "5"}), "method_version should be an integer"),
-        (json.dumps({"schema_version": SCHEMA_VERSION, "method_version": 10**30}), "method_version should be an integ"),
-        ("[" * 200_000, "not readable as JSON: maximum recursion depth"),
+        (json.dumps({"schema_version": SCHEMA_VERSION, "method_version": 10**30}), "does not fit into 64 bits"),
+        ("[" * 200_000, "not readable as JSON: its values are nested deeper"),
     ],
 )
 def test_a_broken_run_json_is_named(tmp_path, text, message):
@@ -325,7 +325,7 @@ def test_missing_steps_are_named(tmp_path):
     with pytest.raises(RunError, match="has no column loss_scale, overflow"):
         run.steps("toy--fp32--s0--r0")
     (path / "steps" / "toy--fp32--s0--r0.csv.gz").write_bytes(b"not gzip")
-    with pytest.raises(RunError, match="cannot be read as gzipped CSV"):
+    with pytest.raises(RunError, match="not compressed with gzip"):
         run.steps("toy--fp32--s0--r0")
 
 

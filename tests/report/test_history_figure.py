@@ -179,10 +179,10 @@ def test_axes_start_at_0_except_for_a_metric(tmp_path, quantity, values, bottom,
 
 
 def test_an_interval_of_two_processes_that_disagree_does_not_flatten_the_rest(tmp_path):
-    cases = [case("toy", "fp32", seed, time) for seed, time in enumerate((1.0, 1e200))]
-    cases += [case("toy", "tf32", seed, time) for seed, time in enumerate((1e-200, 1e200))]
+    cases = [case("toy", "fp32", seed, time) for seed, time in enumerate((1.0, 1e12))]
+    cases += [case("toy", "tf32", seed, time) for seed, time in enumerate((1e-12, 1e12))]
     figure, _ = laid_out(make_history([read_run(write_run(tmp_path, finished(cases)))]))
-    assert figure.axes[0].get_ylim()[1] == pytest.approx(2.16e100)
+    assert figure.axes[0].get_ylim()[1] == pytest.approx(2.16e6)
 
 
 def test_the_same_history_gives_the_same_file(tmp_path):
