@@ -1,0 +1,91 @@
+"""Disks that are full at random moments: a small file system in memory, and a file that fills it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+from torture.rounds import Blow, Disturb, Session
+
+SIZE_MIB = 8
+_CASE_S = 1.3
+
+
+def why_not() -> str | None:
+    """Why no file system can be mounted here; None if one can."""
+    if shutil.which("mount") is None:
+        return "there is no mount command"
+    probe = ["mount", "-t", "tmpfs", "none", "/mnt"]
+    inner = ["unshare", "-m", *probe]
+    if subprocess.run(inner, capture_output=True, check=False).returncode == 0:
+        return None
+    return "mounting a file system needs root, or user namespaces (unshare -rm)"
+
+
+def enter_namespace() -> None:
+    """Go on as root of a user namespace, in which file systems can be mounted, if this machine has them."""
+    if os.geteuid() == 0 or "MPSCALE_TORTURE_UNSHARED" in os.environ or shutil.which("unshare") is None:
+        return
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0:
+        os.environ["MPSCALE_TORTURE_UNSHARED"] = "1"
+        os.execvp("unshare", ["unshare", "-rm", sys.executable, "-m", "torture", *sys.argv[1:]])
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size_mib: float = SIZE_MIB) -> Iterator[Path]:
+    """Mount a small file system on a folder, which is created."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(size_mib * 1024)}k", "none", folder], check=True)
+    try:
+        yield folder
+    finally:
+        # Lazily: a process that is being killed may still have a file open.
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def plan(rng: Random, cases: int, disk: Path) -> list[Disturb]:
+    """Return how the sessions of a round are disturbed: the disk fills up one to three times in one or two of them."""
+    return [filled(disk, rng.choice([1, 1, 2, 3]), cases) for _ in range(rng.choice([1, 1, 2]))]
+
+
+def filled(disk: Path, times: int, cases: int) -> Disturb:
+    """Return what fills a disk, leaves some bytes or none, and gives the space back after a while or at the end."""
+
+    def disturb(session: Session, rng: Random) -> Iterator[Blow]:
+        filler = disk / "filler"
+        try:
+            for _ in range(times):
+                after = rng.randint(-1, cases)
+                if not session.reach(after, rng.uniform(0, 6.0 if after == 0 else _CASE_S)):
+                    return
+                session.look()
+                free = rng.choice([0, 0, rng.randrange(1 << 14), rng.randrange(1 << 18)])
+                phase, at = session.phase(), time.monotonic() - session.start
+                _fill(filler, free)
+                yield Blow(session.number, round(at, 2), phase, f"{disk.name}: {free} bytes left", "ENOSPC")
+                if rng.random() < 0.4:
+                    session.wait()
+                    return
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    session.process.wait(rng.uniform(0.1, 4.0))
+                filler.unlink(missing_ok=True)
+            session.wait()
+        finally:
+            filler.unlink(missing_ok=True)
+
+    return disturb
+
+
+def _fill(filler: Path, free: int) -> None:
+    """Write a file until the disk is full, and then make it shorter by ``free`` bytes."""
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(1 << 16)) == 1 << 16:
+            pass
+    os.truncate(filler, max(0, filler.stat().st_size - free))
