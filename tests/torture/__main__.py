@@ -109,15 +109,15 @@ class Bench:
     """
 
     def __init__(self, folder: Path, evidence: Path, seed: int, layout: str | None = None) -> None:
-        self._folder, self._evidence, self._seed = folder, evidence, seed
+        self.folder, self._evidence, self._seed = folder, evidence, seed
         self._order = _ORDER if layout is None else (layout,)
-        self._shared = folder / "shared"
-        (self._shared / "cache").mkdir(parents=True)
+        self.shared = folder / "shared"
+        (self.shared / "cache").mkdir(parents=True)
         if shutil.which("cc") is None:
             _say("no GPU monitor is tortured: its driver library needs a C compiler")
             self._order = tuple(each for each in self._order if each != "gpu") or ("fork",)
         else:
-            build(self._shared / "nvml")
+            build(self.shared / "nvml")
         self._references: dict[str, Reference] = {}
         self.undisturbed: list[Result] = []
         """The runs with which others are compared: they, too, may leave something behind."""
@@ -134,7 +134,7 @@ class Bench:
     def reference(self, name: str) -> Reference:
         """The undisturbed run of a layout, which is made when it is first needed."""
         if name not in self._references:
-            place = Place(self._folder / f"undisturbed-{name}", LAYOUTS[name], self._shared)
+            place = Place(self.folder / f"undisturbed-{name}", LAYOUTS[name], self.shared)
             begun = time.monotonic()
             self._references[name], wrong = undisturbed(place)
             seconds = round(time.monotonic() - begun, 1)
@@ -146,14 +146,14 @@ class Bench:
     def kills(self, number: int, disturb: Sequence[Disturb] | None = None) -> Result:
         """Play one round of signals; ``disturb`` replaces what chance would do."""
         name, rng = self._order[number % len(self._order)], Random(f"kills {self._seed} {number}")
-        place = Place(self._folder / f"kills-{self._seed}-{number}-{name}", LAYOUTS[name], self._shared)
+        place = Place(self.folder / f"kills-{self._seed}-{number}-{name}", LAYOUTS[name], self.shared)
         reference = self.reference(name)
         return self._play(place, reference, rng, disturb or kills.plan(rng, len(reference.cases)))
 
     def disks(self, number: int, disturb: Callable[[Path], Sequence[Disturb]] | None = None) -> Result:
         """Play one round of full disks; ``disturb`` replaces what chance would do to a disk."""
         name, rng = self._order[number % len(self._order)], Random(f"disks {self._seed} {number}")
-        place = Place(self._folder / f"disks-{self._seed}-{number}-{name}", LAYOUTS[name], self._shared)
+        place = Place(self.folder / f"disks-{self._seed}-{number}-{name}", LAYOUTS[name], self.shared)
         reference = self.reference(name)
         disk = place.temporary if rng.random() < 0.3 else place.results
         with disks.small_disk(disk):

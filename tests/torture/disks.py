@@ -59,28 +59,43 @@ def filled(disk: Path, times: int, cases: int) -> Disturb:
     """Return what fills a disk, leaves some bytes or none, and gives the space back after a while or at the end."""
 
     def disturb(session: Session, rng: Random) -> Iterator[Blow]:
-        filler = disk / "filler"
-        try:
-            for _ in range(times):
-                after = rng.randint(-1, cases)
-                if not session.reach(after, rng.uniform(0, 6.0 if after == 0 else _CASE_S)):
-                    return
-                session.look()
-                free = rng.choice([0, 0, rng.randrange(1 << 14), rng.randrange(1 << 18)])
-                phase, at = session.phase(), time.monotonic() - session.start
-                _fill(filler, free)
-                yield Blow(session.number, round(at, 2), phase, f"{disk.name}: {free} bytes left", "ENOSPC")
-                if rng.random() < 0.4:
-                    session.wait()
-                    return
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    session.process.wait(rng.uniform(0.1, 4.0))
-                filler.unlink(missing_ok=True)
-            session.wait()
-        finally:
-            filler.unlink(missing_ok=True)
+        for _ in range(times):
+            after = rng.randint(-1, cases)
+            if not session.reach(after, rng.uniform(0, 6.0 if after == 0 else _CASE_S)):
+                return
+            free = rng.choice([0, 0, rng.randrange(1 << 14), rng.randrange(1 << 18)])
+            seconds = None if rng.random() < 0.4 else rng.uniform(0.1, 4.0)
+            yield from _starve(session, disk, free, seconds)
 
     return disturb
+
+
+def filled_for(disk: Path, cases: int, seconds: float) -> Disturb:
+    """Return what fills a disk to the last byte for so many seconds, when so many cases have finished."""
+
+    def disturb(session: Session, rng: Random) -> Iterator[Blow]:
+        if session.reach(cases, 0.1):
+            yield from _starve(session, disk, 0, seconds)
+
+    return disturb
+
+
+def _starve(session: Session, disk: Path, free: int, seconds: float | None) -> Iterator[Blow]:
+    """Fill a disk but for ``free`` bytes, for so many seconds, or with None until the session ends."""
+    session.look()
+    phase, at = session.phase(), time.monotonic() - session.start
+    filler = disk / "filler"
+    try:
+        _fill(filler, free)
+        until = "to the end" if seconds is None else f"for {seconds:.1f} s"
+        yield Blow(session.number, round(at, 2), phase, f"{disk.name} {until}, {free} bytes left", "ENOSPC")
+        if seconds is None:
+            session.wait()
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                session.process.wait(seconds)
+    finally:
+        filler.unlink(missing_ok=True)
 
 
 def _fill(filler: Path, free: int) -> None:
