@@ -77,7 +77,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=int, default=300, metavar="S", help="how long each fuzzer runs (default: 300)")
     add("--seed", type=int, help="of the generator that chooses everything (default: another each time)")
     add("--only", type=int, metavar="I", help="only the round with this number, such as one that found something")
-    add("--layout", choices=list(LAYOUTS), help="what runs in every round (default: %s in turn)" % ", ".join(LAYOUTS))
+    add("--layout", choices=list(LAYOUTS), help="what runs in every round (default: several in turn)")
     add("--jobs", type=int, default=2, metavar="N", help="rounds at the same time (default: 2)")
     add("--evidence", type=Path, default=Path("build/torture"), metavar="FOLDER", help="(default: build/torture)")
     add("--json", type=Path, metavar="FILE", help="write all rounds to a file")
@@ -148,7 +148,7 @@ class Bench:
         name, rng = self._order[number % len(self._order)], Random(f"kills {self._seed} {number}")
         place = Place(self.folder / f"kills-{self._seed}-{number}-{name}", LAYOUTS[name], self.shared)
         reference = self.reference(name)
-        return self._play(place, reference, rng, disturb or kills.plan(rng, len(reference.cases)))
+        return self._play(place, reference, rng, disturb or kills.plan(rng, reference))
 
     def disks(self, number: int, disturb: Callable[[Path], Sequence[Disturb]] | None = None) -> Result:
         """Play one round of full disks; ``disturb`` replaces what chance would do to a disk."""
@@ -157,7 +157,7 @@ class Bench:
         reference = self.reference(name)
         disk = place.temporary if rng.random() < 0.3 else place.results
         with disks.small_disk(disk):
-            chosen = disks.plan(rng, len(reference.cases), disk) if disturb is None else disturb(disk)
+            chosen = disks.plan(rng, reference, disk) if disturb is None else disturb(disk)
             return self._play(place, reference, rng, chosen)
 
     def _play(self, place: Place, reference: Reference, rng: Random, disturb: Sequence[Disturb]) -> Result:

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+from torture.found import Reference
 from torture.rounds import Blow, Disturb, Session
 
 SIZE_MIB = 8
-_CASE_S = 1.3
 
 
 def why_not() -> str | None:
@@ -50,18 +50,20 @@ def small_disk(folder: Path, size_mib: float = SIZE_MIB) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def plan(rng: Random, cases: int, disk: Path) -> list[Disturb]:
+def plan(rng: Random, reference: Reference, disk: Path) -> list[Disturb]:
     """Return how the sessions of a round are disturbed: the disk fills up one to three times in one or two of them."""
-    return [filled(disk, rng.choice([1, 1, 2, 3]), cases) for _ in range(rng.choice([1, 1, 2]))]
+    return [_filled(disk, rng.choice([1, 1, 2, 3]), reference) for _ in range(rng.choice([1, 1, 2]))]
 
 
-def filled(disk: Path, times: int, cases: int) -> Disturb:
+def _filled(disk: Path, times: int, reference: Reference) -> Disturb:
     """Return what fills a disk, leaves some bytes or none, and gives the space back after a while or at the end."""
+    cases = len(reference.cases)
 
     def disturb(session: Session, rng: Random) -> Iterator[Blow]:
+        left = cases - len(session.journal().good())
         for _ in range(times):
-            after = rng.randint(-1, cases)
-            if not session.reach(after, rng.uniform(0, 6.0 if after == 0 else _CASE_S)):
+            after = rng.randint(-1, left)
+            if not session.reach(after, rng.uniform(0, reference.pace.after(after, left))):
                 return
             free = rng.choice([0, 0, rng.randrange(1 << 14), rng.randrange(1 << 18)])
             seconds = None if rng.random() < 0.4 else rng.uniform(0.1, 4.0)

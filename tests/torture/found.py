@@ -8,6 +8,7 @@ import io
 import json
 import zlib
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,42 @@ def steps(folder: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How long the parts of a session take, in seconds.
+
+    Args:
+        start: until its first case starts.
+        first: the first case, which waits until TensorFlow has been imported.
+        case: each further case.
+        end: what comes after the last case.
+    """
+
+    start: float
+    first: float
+    case: float
+    end: float
+
+    @classmethod
+    def of(cls, journal: Journal, begun: float, ended: float) -> Pace:
+        """Measure a session that began and ended at these times since 1970."""
+        started, finished = (
+            [datetime.fromisoformat(each["time"]).timestamp() for each in journal.events if each["event"] == event]
+            for event in ("case_started", "case_finished")
+        )
+        each = (finished[-1] - finished[0]) / max(1, len(finished) - 1)
+        return cls(started[0] - begun, finished[0] - started[0], each, ended - finished[-1])
+
+    def after(self, finished: int, cases: int) -> float:
+        """How long it takes from the end of a case to that of the next.
+
+        Args:
+            finished: how many cases have finished; -1 for the start of a session.
+            cases: how many there are.
+        """
+        return {-1: self.start, 0: self.first, cases: self.end}.get(finished, self.case)
+
+
+@dataclass(frozen=True)
 class Reference:
     """An undisturbed run: what every other must be equal to."""
 
@@ -107,11 +144,13 @@ class Reference:
     steps: dict[str, str]
     names: set[str]
     around: set[str]
+    pace: Pace
 
     @classmethod
-    def of(cls, run: Path) -> Reference:
-        """Read the folder of a run."""
-        return cls(Journal.read(run / "journal.jsonl"), steps(run), _names(run), _around(run))
+    def of(cls, run: Path, begun: float = 0.0, ended: float = 0.0) -> Reference:
+        """Read the folder of a run, which began and ended at these times since 1970."""
+        journal = Journal.read(run / "journal.jsonl")
+        return cls(journal, steps(run), _names(run), _around(run), Pace.of(journal, begun, ended))
 
     @property
     def cases(self) -> set[str]:

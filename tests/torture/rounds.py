@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from torture.found import Journal, Reference, compare, is_complete, kept
+from torture.found import Journal, Reference, compare, is_complete, kept, unfinished_files
 from torture.suite import Place
 from torture.victims import SIGNALS, Victim, left, strike, victims
 
@@ -22,7 +22,6 @@ LIMIT_S = 300.0
 """A session that takes longer hangs."""
 _END_S = 10.0
 """How long processes may take to end when their session has ended."""
-_GRACEFUL = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 EXIT_CODES = (0, 1, 2)
 """All passed, something failed, stopped; docs/ci.md has them."""
 
@@ -64,11 +63,12 @@ class Session:
     Args:
         place: where it runs.
         number: which one of the round it is.
+        cases: how many cases the run has.
         options: for pytest, beside those of the layout.
     """
 
-    def __init__(self, place: Place, number: int, *options: str) -> None:
-        self.place, self.number = place, number
+    def __init__(self, place: Place, number: int, cases: int, *options: str) -> None:
+        self.place, self.number, self._cases = place, number, cases
         self.output = place.folder / f"session-{number}.txt"
         self._earlier = len(self.journal().events)
         self.start = time.monotonic()
@@ -92,9 +92,9 @@ class Session:
             return "start"
         if events[-1] == "run_finished":
             return "reports"
-        if "case_finished" not in events:
-            return "first case"
-        return "case" if events[-1] == "case_started" else "between cases"
+        if events[-1] == "case_started":
+            return "case" if "case_finished" in events else "first case"
+        return "between cases" if len(self.journal().good()) < self._cases else "end"
 
     def reach(self, finished: int, seconds: float) -> bool:
         """Wait until so many cases have finished, and some seconds more; return whether the session still runs.
@@ -136,7 +136,9 @@ class Session:
         if not kinds or (target not in (None, "all at once") and target not in kinds):
             return None
         # The session is what matters most, and the only one that is always there.
-        kind = target or rng.choices([*kinds, "all at once"], [2 if each == "session" else 1 for each in kinds] + [1])[0]
+        kind = (
+            target or rng.choices([*kinds, "all at once"], [2 if each == "session" else 1 for each in kinds] + [1])[0]
+        )
         chosen: Sequence[Victim] = [victim for victim in alive if kind in (victim.kind, "all at once")]
         if kind != "all at once":
             chosen = [rng.choice(chosen)]
@@ -181,7 +183,8 @@ class Round:
         for number in range(MOST_SESSIONS):
             disturbed = number < len(self._disturb)
             runs = self._place.runs()
-            session = Session(self._place, number, *([f"--mp-resume={runs[0].name}"] if runs else []))
+            options = [f"--mp-resume={runs[0].name}"] if runs else []
+            session = Session(self._place, number, len(self._reference.cases), *options)
             session.look()
             blows = []
             for blow in self._disturb[number](session, self._rng) if disturbed else ():
@@ -232,11 +235,14 @@ class Round:
             self._wrong("pytest reports an internal error", session)
         if len(blows) == 1 and own and self._should_be_heard(own[0]):
             self._check_stop(session, code, text)
+        if len(blows) == 1 and own and own[0].phase == "reports" and own[0].signal != "SIGKILL":
+            for why in unfinished_files(self._place.runs()[0]):
+                self._wrong(f"told to stop while it wrote its reports: {why}", session)
 
     @staticmethod
     def _should_be_heard(blow: Blow) -> bool:
         """Whether a session must end in order: it is at work, and the signal can be caught."""
-        return blow.phase in ("first case", "case", "between cases") and blow.signal != "SIGKILL"
+        return blow.phase in ("first case", "case", "between cases", "end") and blow.signal != "SIGKILL"
 
     def _check_stop(self, session: Session, code: int | None, text: str) -> None:
         """Check a session that was told to stop while it was at work."""
@@ -279,9 +285,9 @@ def undisturbed(place: Place) -> tuple[Reference, list[str]]:
     Raises:
         RuntimeError: it failed.
     """
-    around = place.outside()
-    session = Session(place, 0)
-    code = session.wait()
+    around, begun = place.outside(), time.time()
+    session = Session(place, 0, 0)
+    code, ended = session.wait(), time.time()
     wrong = [f"a process is left: {each.kind}, {each.command}" for each in left(place.token, _END_S)]
     wrong += [f"a temporary file is left: {path.name}" for path in place.temporary.iterdir()]
     wrong += [f"written outside the results folder: {name}" for name in sorted(place.outside() ^ around)]
@@ -290,7 +296,7 @@ def undisturbed(place: Place) -> tuple[Reference, list[str]]:
     runs = place.runs()
     if code != 0 or len(runs) != 1:
         raise RuntimeError(f"the undisturbed run failed:\n{session.output.read_text(errors='replace')}")
-    return Reference.of(runs[0]), wrong
+    return Reference.of(runs[0], begun, ended), wrong
 
 
 def keep(place: Place, evidence: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from support.small_suite import SUITE, command, environment, write
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+_TESTED = Path(str(importlib.util.find_spec("mpscale").origin)).parents[1]  # type: ignore[union-attr]
+"""Where the mpscale is that this process would import, and so the runs."""
 MARKER = "MPSCALE_TORTURE"
 """The environment variable by which processes of a run are known. All that a run starts inherit it."""
 
@@ -111,7 +114,7 @@ class Place:
             "XDG_CACHE_HOME": str(self.shared / "cache"),
             "MPLCONFIGDIR": str(self.shared / "cache" / "matplotlib"),
             "KERAS_HOME": str(self.shared / "cache" / "keras"),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(_TESTED),
             "PYTHONDONTWRITEBYTECODE": "1",
             "CUDA_VISIBLE_DEVICES": "-1",
             "TF_CPP_MIN_LOG_LEVEL": "2",

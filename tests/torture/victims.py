@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torture.suite import MARKER
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-KINDS = ("session", "warm parent", "worker", "child of a worker", "GPU monitor", "other", "all at once")
+KINDS = ("session", "warm parent", "worker", "child of a worker", "GPU monitor", "keeper", "other", "all at once")
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,20 @@ def victims(token: str, session: int = -1) -> list[Victim]:
     return [Victim(pid, parent, _kind(pid, found, session), line) for pid, (parent, line) in found.items()]
 
 
-def _kind(pid: int, found: dict[int, tuple[int, str]], session: int) -> str:
+def _kind(pid: int, found: Mapping[int, tuple[int, str]], session: int) -> str:
     parent, line = found[pid]
-    above = found.get(parent, (0, ""))[1]
     if pid == session:
         return "session"
+    if "keeper.py" in line:
+        return "keeper"
     if "mpscale.telemetry.__main__" in line:
         return "GPU monitor"
-    if "mpscale.worker.__main__ --serve" in line:
-        grand = found.get(found.get(parent, (0, ""))[0], (0, ""))[1]
-        if "--serve" not in above:
-            return "warm parent"
-        return "child of a worker" if "--serve" in grand else "worker"
-    if "mpscale.worker.__main__ --wire" in line:
-        return "child of a worker" if "--wire" in above else "worker"
+    if "mpscale.worker.__main__" in line:
+        # A fork has the command line of its parent.
+        above = _kind(parent, found, session) if parent in found else ""
+        if "--serve" in line:
+            return {"warm parent": "worker", "worker": "child of a worker"}.get(above, "warm parent")
+        return "child of a worker" if above == "worker" else "worker"
     return "child of a worker" if "sleep 1000" in line else "other"
 
 
