@@ -10,7 +10,9 @@ import collections
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from torture import disks, kills
 from torture.found import Reference
 from torture.rounds import Disturb, Result, Round, keep, undisturbed
 from torture.suite import LAYOUTS, ROOT, Place
-from torture.victims import KINDS, SIGNALS
+from torture.victims import KINDS, SIGNALS, strike, victims
 
 PARTS = ("kills", "disks", "fuzz")
 _ORDER = ("fork", "gpu", "fork", "fork", "fresh", "fork", "gpu", "fork")
@@ -44,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     results: dict[str, list[Result]] = {}
     fuzzed = 0
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
+        _folders.append(Path(folder))
         bench = Bench(Path(folder), options.evidence, seed, options.layout)
         if "kills" in options.parts:
             results["kills"] = bench.rounds("kills", _chosen(options.kills, options.only), options.jobs)
@@ -66,6 +71,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _say(f"seed {seed}, {time.monotonic() - begun:.0f} s")
     found = sum(len(each.violations) for rounds in results.values() for each in rounds)
     return 1 if found or fuzzed else 0
+
+
+_folders: list[Path] = []
+"""What must go if this program is stopped."""
+
+
+def _stop(number: int, frame: object) -> None:
+    """End at once, and leave nothing."""
+    for folder in _folders:
+        for victim in victims(f"{folder}/"):
+            strike(victim, signal.SIGKILL)
+        disks.unmount_below(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(128 + number)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -116,7 +135,7 @@ class Bench:
         if shutil.which("cc") is None:
             _say("no GPU monitor is tortured: its driver library needs a C compiler")
             self._order = tuple(each for each in self._order if each != "gpu") or ("fork",)
-        else:
+        elif "gpu" in self._order:
             build(self.shared / "nvml")
         self._references: dict[str, Reference] = {}
         self.undisturbed: list[Result] = []

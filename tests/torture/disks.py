@@ -50,6 +50,13 @@ def small_disk(folder: Path, size_mib: float = SIZE_MIB) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+def unmount_below(folder: Path) -> None:
+    """Unmount whatever is mounted in a folder."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        if (point := line.split()[1]).startswith(f"{folder}/"):
+            subprocess.run(["umount", "-l", point], check=False)
+
+
 def plan(rng: Random, reference: Reference, disk: Path) -> list[Disturb]:
     """Return how the sessions of a round are disturbed: the disk fills up one to three times in one or two of them."""
     return [_filled(disk, rng.choice([1, 1, 2, 3]), reference) for _ in range(rng.choice([1, 1, 2]))]

@@ -103,7 +103,7 @@ class Place:
     @property
     def token(self) -> str:
         """The value of :data:`MARKER`."""
-        return f"{self.folder}"
+        return f"{self.folder}/"
 
     def start(self, output: Path, *options: str) -> subprocess.Popen[bytes]:
         """Start a session; what it prints goes to a file."""

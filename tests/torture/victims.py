@@ -29,14 +29,14 @@ def victims(token: str, session: int = -1) -> list[Victim]:
     """Return the processes of a run that are alive.
 
     Args:
-        token: the value of the marker.
+        token: the value of the marker, or how it begins.
         session: the process of pytest.
     """
     mark = f"{MARKER}={token}".encode()
     found: dict[int, tuple[int, str]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if mark not in (entry / "environ").read_bytes().split(b"\0"):
+            if not any(each.startswith(mark) for each in (entry / "environ").read_bytes().split(b"\0")):
                 continue
             state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
