@@ -196,7 +196,7 @@ class Round:
             if code is None:
                 return
             runs = self._place.runs()
-            if runs and is_complete(runs[0], self._reference) and not self._temporary():
+            if runs and is_complete(runs[0], self._reference):
                 break
             if not disturbed and not blows:
                 self._wrong("an undisturbed session did not complete the run", session)
@@ -268,6 +268,10 @@ class Round:
             return
         for why in compare(runs[0], self._reference):
             self._wrong(why)
+        if self._temporary():
+            # Those of a session that was killed are removed by the next run.
+            options = (f"--mp-results={self._place.folder / 'next'}", "--mp-modes=fp32", "--mp-repeats=0")
+            Session(self._place, len(self.result.sessions), len(self._reference.cases), *options).wait()
         if names := self._temporary():
             self._wrong(f"temporary files are left: {names}")
         if names := sorted(self._place.outside() ^ self._around):
