@@ -53,7 +53,7 @@ LAYOUTS = {
     "fork": _layout("steady,lingers", _THREE, 1),
     "fresh": _layout("lingers", _THREE, 0, "--mp-start-method=fresh"),
     "gpu": _layout("steady,lingers", "fp32,mixed-dynamic", 1, gpu=True),
-    "short": _layout("lingers", "fp32,mixed-static", 1),
+    "short": _layout("lingers", _THREE, 0),
 }
 """Each takes 10 to 20 s undisturbed, on two cores without other work."""
 

@@ -31,9 +31,9 @@ def bench(tmp_path_factory):
 
 
 def dies(session, rng):
-    """Kill the warm parent in the first case, and the session in the second."""
+    """Kill the warm parent while it imports TensorFlow for the first case, and the session in the second case."""
     for finished, target in ((0, "warm parent"), (1, "session")):
-        while session.reach(finished, 0.2 if finished else 2.0):
+        while session.reach(finished, 0.3):
             session.look()
             if blow := session.blow(rng, target, signal.SIGKILL):
                 yield blow
