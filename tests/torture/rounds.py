@@ -108,7 +108,7 @@ class Session:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(seconds)
                 break
-            time.sleep(0.02)
+            time.sleep(0.03)
         return self.process.poll() is None
 
     def look(self) -> None:
