@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,26 +17,27 @@ from torture.found import Reference
 from torture.rounds import Blow, Disturb, Session
 
 SIZE_MIB = 8
+_ENTERED = "MPSCALE_TORTURE_UNSHARED"
 
 
 def why_not() -> str | None:
     """Why no file system can be mounted here; None if one can."""
-    if shutil.which("mount") is None:
-        return "there is no mount command"
-    probe = ["mount", "-t", "tmpfs", "none", "/mnt"]
-    inner = ["unshare", "-m", *probe]
-    if subprocess.run(inner, capture_output=True, check=False).returncode == 0:
+    if shutil.which("mount") is None or shutil.which("unshare") is None:
+        return "mount and unshare, of util-linux, are not installed"
+    mount = ["unshare", "-m", "mount", "-t", "tmpfs", "none", tempfile.gettempdir()]
+    if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
         return None
-    return "mounting a file system needs root, or user namespaces (unshare -rm)"
+    return "mounting a file system needs root with CAP_SYS_ADMIN, or user namespaces (unshare -rm)"
 
 
 def enter_namespace() -> None:
-    """Go on as root of a user namespace, in which file systems can be mounted, if this machine has them."""
-    if os.geteuid() == 0 or "MPSCALE_TORTURE_UNSHARED" in os.environ or shutil.which("unshare") is None:
+    """Go on in a namespace whose mounts end with it, as its root if this user is not. Do nothing if there is none."""
+    how = "-m" if os.geteuid() == 0 else "-rm"
+    if _ENTERED in os.environ or shutil.which("unshare") is None:
         return
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0:
-        os.environ["MPSCALE_TORTURE_UNSHARED"] = "1"
-        os.execvp("unshare", ["unshare", "-rm", sys.executable, "-m", "torture", *sys.argv[1:]])
+    if subprocess.run(["unshare", how, "true"], capture_output=True, check=False).returncode == 0:
+        os.environ[_ENTERED] = "1"
+        os.execvp("unshare", ["unshare", how, sys.executable, "-m", "torture", *sys.argv[1:]])
 
 
 @contextlib.contextmanager
