@@ -211,7 +211,9 @@ class Round:
             return
         own = [blow for blow in blows if blow.kind in ("session", "all at once")]
         deaths = {-signal.Signals[blow.signal] for blow in own if not self._should_be_heard(blow)}
-        if code not in EXIT_CODES and code not in deaths:
+        # A results folder on a full disk is refused before anything runs.
+        refused = {4} if any(blow.signal == "ENOSPC" and blow.phase == "start" for blow in blows) else set()
+        if code not in (*EXIT_CODES, *deaths, *refused):
             self._wrong(f"exit code {code}", session)
         if code == 2 and not own:
             self._wrong("it says that it was stopped, and was not", session)
@@ -233,6 +235,9 @@ class Round:
         text = session.output.read_text(errors="replace")
         if "INTERNALERROR" in text:
             self._wrong("pytest reports an internal error", session)
+        # A process that was hit may have said so; what it printed is in the output of the session.
+        if "Traceback (most recent call last)" in text and all(blow in own and blow.phase != "start" for blow in blows):
+            self._wrong("it prints a traceback", session)
         if len(blows) == 1 and own and self._should_be_heard(own[0]):
             self._check_stop(session, code, text)
         if len(blows) == 1 and own and own[0].phase == "reports" and own[0].signal != "SIGKILL":
