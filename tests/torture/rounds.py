@@ -236,7 +236,9 @@ class Round:
         if "INTERNALERROR" in text:
             self._wrong("pytest reports an internal error", session)
         # A process that was hit may have said so; what it printed is in the output of the session.
-        if "Traceback (most recent call last)" in text and all(blow in own and blow.phase != "start" for blow in blows):
+        if "Traceback (most recent call last)" in text and all(
+            blow.kind == "session" and blow.phase != "start" for blow in blows
+        ):
             self._wrong("it prints a traceback", session)
         if len(blows) == 1 and own and self._should_be_heard(own[0]):
             self._check_stop(session, code, text)
