@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import json
 import os
@@ -60,9 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 results["disks"] = bench.rounds("disks", _chosen(options.disks, options.only), options.jobs)
         results["undisturbed"] = bench.undisturbed
     if "fuzz" in options.parts:
-        fuzzed = subprocess.run(
-            [sys.executable, str(ROOT / "tests" / "fuzz" / "run.py"), "--seconds", str(options.seconds)], check=False
-        ).returncode
+        command = [sys.executable, str(ROOT / "tests" / "fuzz" / "run.py"), "--seconds", str(options.seconds)]
+        with subprocess.Popen(command) as fuzzer:
+            _fuzzers.append(fuzzer)
+            fuzzed = fuzzer.wait()
     for part, rounds in results.items():
         _say("\n" + "\n".join(table(part, rounds)))
     if options.json is not None:
@@ -74,11 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _folders: list[Path] = []
+_fuzzers: list[subprocess.Popen[bytes]] = []
 """What must go if this program is stopped."""
 
 
 def _stop(number: int, frame: object) -> None:
     """End at once, and leave nothing."""
+    for fuzzer in _fuzzers:
+        fuzzer.terminate()
     for folder in _folders:
         for victim in victims(f"{folder}/"):
             strike(victim, signal.SIGKILL)
@@ -162,22 +165,25 @@ class Bench:
             _say("\n".join([line(result), *(f"    {each}" for each in wrong)]))
         return self._references[name]
 
-    def kills(self, number: int, disturb: Sequence[Disturb] | None = None) -> Result:
-        """Play one round of signals; ``disturb`` replaces what chance would do."""
+    def kills(self, number: int) -> Result:
+        """Play one round of signals."""
         name, rng = self._order[number % len(self._order)], Random(f"kills {self._seed} {number}")
         place = Place(self.folder / f"kills-{self._seed}-{number}-{name}", LAYOUTS[name], self.shared)
         reference = self.reference(name)
-        return self._play(place, reference, rng, disturb or kills.plan(rng, reference))
+        result = self._play(place, reference, rng, kills.plan(rng, reference))
+        shutil.rmtree(place.folder, ignore_errors=True)
+        return result
 
-    def disks(self, number: int, disturb: Callable[[Path], Sequence[Disturb]] | None = None) -> Result:
-        """Play one round of full disks; ``disturb`` replaces what chance would do to a disk."""
+    def disks(self, number: int) -> Result:
+        """Play one round of full disks."""
         name, rng = self._order[number % len(self._order)], Random(f"disks {self._seed} {number}")
         place = Place(self.folder / f"disks-{self._seed}-{number}-{name}", LAYOUTS[name], self.shared)
         reference = self.reference(name)
         disk = place.temporary if rng.random() < 0.3 else place.results
         with disks.small_disk(disk):
-            chosen = disks.plan(rng, reference, disk) if disturb is None else disturb(disk)
-            return self._play(place, reference, rng, chosen)
+            result = self._play(place, reference, rng, disks.plan(rng, reference, disk))
+        shutil.rmtree(place.folder, ignore_errors=True)
+        return result
 
     def _play(self, place: Place, reference: Reference, rng: Random, disturb: Sequence[Disturb]) -> Result:
         result = Round(place, reference, rng, disturb, place.folder.name).play()
@@ -185,9 +191,6 @@ class Bench:
         if result.violations:
             lines += [f"    {each}" for each in result.violations]
             lines.append(f"    kept in {keep(place, self._evidence)}")
-        else:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(place.folder)
         _say("\n".join(lines))
         return result
 
@@ -197,7 +200,11 @@ def line(result: Result) -> str:
     blows = ", ".join(f"{each.signal} {each.kind} at {each.at_s:g} s ({each.phase})" for each in result.blows)
     ended = f"{len(result.violations)} VIOLATIONS" if result.violations else "complete"
     codes = " ".join(map(str, result.sessions))
-    return f"{result.name}: {blows or 'never hit'}: {ended}, {result.seconds:g} s, exit codes {codes}"
+    resumes = len(result.sessions) - 1
+    return (
+        f"{result.name}: {blows or 'never hit'}: {ended} with {resumes} resume{'' if resumes == 1 else 's'}, "
+        f"exit codes {codes}, {result.seconds:g} s"
+    )
 
 
 def table(part: str, rounds: Sequence[Result]) -> list[str]:

@@ -71,7 +71,7 @@ def _filled(disk: Path, times: int, reference: Reference) -> Disturb:
     def disturb(session: Session, rng: Random) -> Iterator[Blow]:
         left = cases - len(session.journal().good())
         for _ in range(times):
-            after = rng.randint(-1, left)
+            after = rng.choice([-1, *range(left + 1), *range(left + 1)])  # before the run begins, less is at stake
             if not session.reach(after, rng.uniform(0, reference.pace.after(after, left))):
                 return
             free = rng.choice([0, 0, rng.randrange(1 << 14), rng.randrange(1 << 18)])

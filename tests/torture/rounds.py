@@ -173,6 +173,8 @@ class Round:
         begun = time.monotonic()
         try:
             self._play()
+        except Exception as error:  # such as a file that is other than all that is expected: the round is kept
+            self._wrong(f"the round could not be played to its end: {type(error).__name__}: {error}")
         finally:
             for victim in victims(self._place.token):
                 strike(victim, signal.SIGKILL)
