@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 results["disks"] = bench.rounds("disks", _chosen(options.disks, options.only), options.jobs)
         results["undisturbed"] = bench.undisturbed
     if "fuzz" in options.parts:
-        command = [sys.executable, str(ROOT / "tests" / "fuzz" / "run.py"), "--seconds", str(options.seconds)]
+        command = [sys.executable, str(ROOT / "tests" / "fuzz" / "readers.py"), "--seconds", str(options.seconds)]
         with subprocess.Popen(command) as fuzzer:
             _fuzzers.append(fuzzer)
             fuzzed = fuzzer.wait()
