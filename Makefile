@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 # Without --no-loadscope-reorder, files with few tests come last, and those take longest.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: bench test test-all lint types package docs docs-site pictures clean
+.PHONY: bench test test-all torture lint types package docs docs-site pictures clean
 
 bench: $(INSTALLED)
 	$(BIN)/pytest bench/ --benchmark-only $(ARGS)
@@ -25,6 +25,10 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest $(TWO) $(ARGS)
+
+# Takes about an hour; docs/reliability.md has its figures. For example: make torture ARGS="kills --kills 10 --seed 1"
+torture: $(INSTALLED)
+	PYTHONPATH=tests $(BIN)/python -m torture $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
