@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from mpscale.core.file_errors import is_of_the_disk, why
+
 _PREFIX = "mpscale-"
 _MARK = ".made-by-mpscale"
 """The file that marks a folder. It is written once the folder is locked, so a marked folder without a lock is free."""
@@ -97,8 +99,8 @@ def in_words() -> Iterator[None]:
         yield
     except OSError as error:
         where = tempfile.gettempdir() if tempfile.tempdir else "any of the usual folders"
-        text = f"no temporary file can be made in {where}: {error.strerror or error}"
-        raise NoTemporaryFile(f"{text}. Free space there, or set TMPDIR to another folder") from error
+        cure = "; or set TMPDIR to another folder" if is_of_the_disk(error) else ""
+        raise NoTemporaryFile(error.errno, f"no temporary file can be made in {where}: {why(error)}{cure}") from error
 
 
 def remove_left_behind() -> list[Path]:

@@ -146,6 +146,7 @@ def test_no_place_is_an_error_in_words(where, make, tmp_path, monkeypatch, reque
         request.addfinalizer(lambda: subprocess.run(["umount", tmp_path / "full"], check=True))
     with pytest.raises(NoTemporaryFile) as caught:
         make()
-    why = {"gone": "No such file or directory", "file": "Not a directory", "full": "No space left on device"}[where]
-    text = f"no temporary file can be made in {tmp_path / where}: {why}. Free space there, or set TMPDIR to another"
+    why = {"gone": "there is no such", "file": "a part of the path is a file", "full": "the disk is full"}[where]
+    text = f"no temporary file can be made in {tmp_path / where}: {why}"
     assert text in str(caught.value)
+    assert "or set TMPDIR to another folder" in str(caught.value)

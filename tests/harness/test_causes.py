@@ -112,8 +112,15 @@ def test_a_process_that_cannot_be_started(run, monkeypatch):
     made, (case,), _ = run("finish()")
     monkeypatch.setattr(launch, "_WORKER", ("/there/is/no/python",))
     record = made.run(case).record
-    assert (record["status"], record["cause"]) == ("error", Cause.FILE_SYSTEM)
-    assert "/there/is/no/python: there is no such file or folder" in record["status_reason"]
+    assert (record["status"], record["cause"]) == ("error", Cause.EXITED)
+    assert "exit code 127" in record["status_reason"]
+    assert "/there/is/no/python cannot be started" in record["output_tail"]
+
+
+def test_the_output_of_a_failed_case_is_kept_without_secrets(run, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "hush-hush-1234")
+    made, (case,), _ = run(BEGAN + "print('key', os.environ['SOME_TOKEN'], flush=True); os._exit(3)")
+    assert made.run(case).record["output_tail"] == "key <secret>"
 
 
 ONCE = """

@@ -74,7 +74,7 @@ def options(results: Path, **asked):
     """Options of a run, which could be gone on with."""
     invocation = {"program": "pytest", "arguments": ["bench"], "folder": str(results.parent), "options": {}}
     asked = {"workloads": ["toy"], "jit": True, **asked}
-    return harness_run.Options(results.resolve(), Path.cwd(), "fork", 10.0, asked, invocation=invocation)
+    return harness_run.Options(results.resolve(), Path.cwd(), "fork", 10.0, asked, invocation=invocation, retries=0)
 
 
 def new_run(results: Path, cases=CASES):
