@@ -82,7 +82,7 @@ WRITERS = {
     "blank lines and rows of empty cells behind": lambda text: text + "\n" + "," * (len(COLUMNS) - 1) + "\n\n",
     "blanks about the names of columns": lambda text: text.replace(",workload,", ", workload ,", 1),
     "further columns": lambda text: frame(text)
-    .assign(note="NA").to_csv(index=False),
+    .assign(remark="NA").to_csv(index=False),
     "reasons as Python shows a dict": of_a_run,
 }  # fmt: skip
 

@@ -82,7 +82,8 @@ def test_terminal_and_report_name_batch_and_scale(job):
     report = (job.path / "report.md").read_text()
     for workload, mode in PLACES:
         assert any(line.split("  ")[0] == workload and f"  {mode} " in line for line in table.splitlines())
-        assert f"| {workload} | {mode} " in " ".join(report.split())
+        # So that GitHub mentions nobody; readers of the page see neither.
+        assert f"| {workload} | {mode} ".replace("@", "@<!-- -->") in " ".join(report.split())
     assert "batches of 10 and 40, and over constant loss scales of 8 and 2^24" in report
     assert "## Speed-up over batch" in report and "## Static loss scales" in report
     assert 'id="throughput-1"' in (job.path / "report.html").read_text()
