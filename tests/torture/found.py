@@ -232,8 +232,14 @@ def _same(cell: str, value: Any) -> bool:
     return cell == value or cell == f"'{value}"
 
 
-def compare(run: Path, reference: Reference) -> list[str]:
-    """What of a complete run differs from the undisturbed one."""
+def compare(run: Path, reference: Reference, full_disk: bool = False) -> list[str]:
+    """What of a complete run differs from the undisturbed one.
+
+    Args:
+        run: its folder.
+        reference: the undisturbed run.
+        full_disk: whether its disk was full: then a case may lack its log of steps, if it has a note.
+    """
     wrong = []
     journal = Journal.read(run / "journal.jsonl")
     good, expected = journal.good(), reference.journal.good()
@@ -246,23 +252,25 @@ def compare(run: Path, reference: Reference) -> list[str]:
         theirs = expected.get(name, [{}])[0]
         others = [column for column in SAME if records[-1].get(column) != theirs.get(column)]
         wrong += [f"{name}: {each} is {records[-1].get(each)}, not {theirs.get(each)}" for each in others]
-    wrong += _other_steps(run, reference)
+    noted = {name for name, records in good.items() if full_disk and records[-1].get("note")}
+    excused = {name for name in reference.steps.keys() - _names(run) if any(case in name for case in noted)}
+    wrong += _other_steps(run, reference, excused)
     extra = _names(run) - reference.names
     if extra:
         wrong.append(f"files that an undisturbed run does not have: {sorted(extra)}")
-    if lacking := reference.names - _names(run):
+    if lacking := reference.names - _names(run) - excused:
         wrong.append(f"files are missing: {sorted(lacking)}")
     if extra := _around(run) - reference.around:
         wrong.append(f"something else in the results folder: {sorted(extra)}")
     return wrong + unfinished_files(run) + other_cells(run, journal)
 
 
-def _other_steps(run: Path, reference: Reference) -> list[str]:
+def _other_steps(run: Path, reference: Reference, excused: set[str]) -> list[str]:
     try:
         ours = steps(run)
         for path in run.glob("gpu/*"):
             gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         return [f"a file of steps or samples is not whole: {error}"]
-    names = ours.keys() | reference.steps.keys()
+    names = (ours.keys() | reference.steps.keys()) - excused
     return [f"{name} differs" for name in sorted(names) if ours.get(name) != reference.steps.get(name)]

@@ -275,7 +275,8 @@ class Round:
         if not runs:
             self._wrong("there is no run")
             return
-        for why in compare(runs[0], self._reference):
+        full_disk = any(blow.signal == "ENOSPC" for blow in self.result.blows)
+        for why in compare(runs[0], self._reference, full_disk):
             self._wrong(why)
         if self._temporary():
             # Those of a session that was killed are removed by the next run.

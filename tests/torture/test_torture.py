@@ -119,6 +119,20 @@ def test_a_fault_in_a_run_is_noticed(run, spoil, said):
     assert any(said in each for each in compare(run, reference))
 
 
+def test_only_a_case_with_a_note_may_lack_its_steps_and_only_after_a_full_disk(run):
+    reference = Reference.of(run)
+    next((run / "steps").glob(f"*{last_result(run)[2]['case_id']}*")).unlink()
+    assert len(compare(run, reference)) == len(compare(run, reference, full_disk=True)) == 2
+
+    def noted(event, line):
+        event["record"]["note"] = "the log of steps could not be kept"
+        return json.dumps(event).encode() + b"\n"
+
+    change_journal(run, noted)
+    assert not any("steps" in each for each in compare(run, reference, full_disk=True))
+    assert any("steps" in each for each in compare(run, reference))
+
+
 def test_lines_that_a_journal_had_must_stay(run):
     before = Journal.read(run / "journal.jsonl")
     assert kept(before, before) == []
