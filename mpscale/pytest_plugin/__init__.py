@@ -72,15 +72,17 @@ class MeasuredCase:
         Returns:
             The record of the case, which is in the journal even if the test is skipped or fails here.
         """
-        outcome = self._session.run(self.case)
+        try:
+            outcome = self._session.run(self.case)
+        except BaseException:  # Ctrl-C above all
+            _use_without_figure(benchmark)
+            raise
         record = outcome.record
         status, reason = record["status"], record["status_reason"]
         if status == "unsupported":
             pytest.skip(visible(reason))
         if _fails(self.case, record):
-            # Use the fixture, though without a figure: otherwise pytest-benchmark warns.
-            benchmark.disabled = True
-            benchmark.pedantic(lambda: None)
+            _use_without_figure(benchmark)
             tail = f"\nIts output ends with:\n{record['output_tail']}" if record["output_tail"] else ""
             text = f"{self.case.id}: {status}: {reason}{tail}"
             pytest.fail(self._session.output.printable(visible(text)), pytrace=False)
@@ -88,6 +90,12 @@ class MeasuredCase:
         self._clock.load(outcome.step_s)
         benchmark.pedantic(lambda: None, rounds=max(len(outcome.step_s), 1))
         return record
+
+
+def _use_without_figure(benchmark: Any) -> None:
+    """Use the fixture: otherwise pytest-benchmark warns that the test does not."""
+    benchmark.disabled = True
+    benchmark.pedantic(lambda: None)
 
 
 _EXTRA_INFO = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ def when(info: Mapping[str, Any]) -> str:
     """Say when a run started, and by which versions of schema and method; empty if ``info`` has none of them."""
     names = {"started": "Started", "schema_version": "schema version", "method_version": "method version"}
     known = [f"{label} {escape(info[name])}" for name, label in names.items() if info.get(name) is not None]
+    # Fractions of a second only tell runs apart.
+    known = [re.sub(r"(:\d\d)\.\d+", r"\1", words) for words in known]
     return ", ".join(known) + "." if known else ""
 
 

@@ -78,6 +78,7 @@ def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, write_suite,
         assert run.returncode == 2
         assert "KeyboardInterrupt" in output
         assert "= mpscale =" in output
+        assert "was not used at all" not in output
         assert (path / "report.html").exists()
     else:
         # As the next run does.
