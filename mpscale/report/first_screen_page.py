@@ -55,7 +55,7 @@ def _lacks(screen: Screen) -> str:
         return ""
     said = f"<p>{escape(screen.lacks)}{f' {GO_ON}' if screen.go_on else ''}</p>"
     command = f'<pre tabindex="0"><code>{escape(screen.go_on)}</code></pre>' if screen.go_on else ""
-    return f'<div class="card warn"><h2 class="small">The run is not complete</h2>{said}{command}</div>\n'
+    return f'<div class="card warn alone"><h2 class="small">The run is not complete</h2>{said}{command}</div>\n'
 
 
 def _card(card: Card) -> str:
