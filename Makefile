@@ -27,7 +27,7 @@ test-all: $(INSTALLED)
 	$(BIN)/pytest $(TWO) $(ARGS)
 
 # Takes about an hour; docs/reliability.md has its figures. For example: make torture ARGS="kills --kills 10 --seed 1"
-torture: $(INSTALLED)
+torture: $(VENV)/.installed-fuzz
 	PYTHONPATH=tests $(BIN)/python -m torture $(ARGS)
 
 lint: $(INSTALLED)
@@ -63,6 +63,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" --constraint constraints.txt
 	touch $@
 
-$(VENV)/.installed-docs: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --editable ".[docs]" --constraint constraints.txt
+$(VENV)/.installed-docs $(VENV)/.installed-fuzz: $(VENV)/.installed-%: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[$*]" --constraint constraints.txt
 	touch $@
