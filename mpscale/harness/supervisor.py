@@ -204,9 +204,9 @@ class Supervisor:
             self._forget()
 
     def _remove(self) -> None:
-        """Remove the temporary folders, even if processes still write there."""
+        """Remove the temporary folders, even if processes still write there, and the note on the GPU."""
         self._folder.close()
-        self._watch.remove()
+        self._watch.close()
 
     @property
     def allocator(self) -> Allocator | None:
