@@ -335,7 +335,11 @@ class Session:
         except OSError as error:
             text = f"{RESUME}: the run cannot be written: {_describe(error)}"
             raise pytest.UsageError(visible(text)) from error
-        return LiveRun(plan, how, self.output, resumed)
+        try:
+            return LiveRun(plan, how, self.output, resumed)
+        except BaseException:  # a signal above all
+            resumed.journal.free()
+            raise
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """Leave out the dot of a case that did not fail: its own line says more."""

@@ -265,6 +265,19 @@ def test_the_run_of_a_stranger_writes_nothing_of_its_own_to_the_terminal(session
 
 
 @pytest.mark.usefixtures("stopped")
+def test_a_signal_while_the_run_is_opened_leaves_no_lock(session, monkeypatch):
+    before = sorted(the_run().iterdir())
+
+    def signal():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mpscale.telemetry.host.busy_words", signal)
+    code, _ = session("--mp-resume=latest")
+    assert code == pytest.ExitCode.INTERRUPTED
+    assert sorted(the_run().iterdir()) == before
+
+
+@pytest.mark.usefixtures("stopped")
 def test_a_run_on_a_full_disk_is_refused_in_words_and_left_as_it_is(session, monkeypatch):
     before = sorted(the_run().iterdir())
 
