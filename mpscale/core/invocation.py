@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 RESUME = "--mp-resume"
 _PROGRAM = re.compile(r"pytest|mpscale run|python[\d.]* -m pytest")
+_OPTION = re.compile(r"--mp-[a-z0-9-]+")
+_FLAGS = re.compile(r"-[lqsvx]*x[lqsvx]*")
+"""Options of one letter without values, written together, such as ``-xvs``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,20 @@ class Invocation:
             return None
         program, arguments, folder = (found.get(name) for name in ("program", "arguments", "folder"))
         options = found.get("options")
-        if not (isinstance(program, str) and isinstance(folder, str) and isinstance(options, dict)):
+        if not (isinstance(program, str) and isinstance(folder, str)):
+            return None
+        if not (isinstance(options, dict) and all(_is_option(*option) for option in options.items())):
             return None
         if not (isinstance(arguments, list) and all(isinstance(argument, str) for argument in arguments)):
             return None
         return cls(program, arguments, folder, options)
+
+
+def _is_option(name: str, value: Any) -> bool:
+    """Whether an option is as a run writes it. A stranger's could name a file from which options are read."""
+    values = value if isinstance(value, list) else [value]
+    texts = bool(values) and all(isinstance(one, str) for one in values)
+    return _OPTION.fullmatch(name) is not None and (texts or value is True)
 
 
 def resume_command(run: Run, here: Path | None = None) -> str | None:
@@ -67,7 +79,8 @@ def resume_command(run: Run, here: Path | None = None) -> str | None:
     if invocation is None or "interleaved" in run.info or run.path.resolve().parent.name != "runs":
         return None
     # The run may be a stranger's, and the command gets copied into a shell.
-    if not _PROGRAM.fullmatch(invocation.program) or not all(map(str.isprintable, invocation.arguments)):
+    told = (invocation.folder, *invocation.arguments)
+    if not _PROGRAM.fullmatch(invocation.program) or not all(map(str.isprintable, told)):
         return None
     arguments = list(_without_limits(invocation.arguments))
     # What comes after -- are paths.
@@ -83,8 +96,8 @@ def resume_command(run: Run, here: Path | None = None) -> str | None:
 def _without_limits(arguments: Sequence[str]) -> Iterator[str]:
     """Leave out options that end pytest at a failure: a case that failed for good would end each session at once."""
     for before, argument in itertools.pairwise(["", *arguments]):
-        if argument not in ("-x", "--exitfirst", "--maxfail") and "--maxfail" not in (
-            before,
-            argument.partition("=")[0],
-        ):
-            yield argument
+        if argument == "--exitfirst" or "--maxfail" in (before, argument.partition("=")[0]):
+            continue
+        kept = argument.replace("x", "") if _FLAGS.fullmatch(argument) else argument
+        if kept != "-" or argument == "-":
+            yield kept

@@ -292,7 +292,8 @@ class Journal:
                 # A write may be partial if the disk fills up; the next one then fails.
                 left = left[file.write(left) :]
             os.fsync(file.fileno())
-        self._size += len(data)
+            # Within the block: a signal that waited is raised at its end.
+            self._size += len(data)
 
     def _write_anew(self) -> None:
         """Write everything that is in memory: the journal, which has all results, and then what can be made of it."""

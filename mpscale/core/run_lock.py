@@ -51,8 +51,7 @@ class RunLock:
             try:
                 works = _locked(descriptor, path)
                 if _is_at(path, descriptor):
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
+                    _sign(descriptor, path)
                     return cls(path, descriptor, works)
             except BaseException:
                 os.close(descriptor)
@@ -93,6 +92,17 @@ def _locked(descriptor: int, path: Path) -> bool:
     return True
 
 
+def _sign(descriptor: int, path: Path) -> None:
+    """Write into the file who holds the lock; remove it if that is impossible, as on a full disk."""
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _is_at(path: Path, descriptor: int) -> bool:
     try:
         there, here = path.lstat(), os.fstat(descriptor)
@@ -116,7 +126,7 @@ def _start(pid: int) -> str | None:
 def _read(descriptor: int) -> dict[str, Any]:
     try:
         found = json.loads(os.pread(descriptor, 1000, 0))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

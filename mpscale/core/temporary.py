@@ -51,7 +51,7 @@ class TemporaryFolder:
         """
         if self._path is None or not self.exists:
             self.close()
-            with in_words():
+            with _errors_in_words():
                 self._path = Path(tempfile.mkdtemp(prefix=self._prefix))
                 self._lock = _open(self._path)
                 if _locked(self._lock):
@@ -70,7 +70,8 @@ class TemporaryFolder:
     def close(self) -> None:
         """Remove it."""
         if self.exists:
-            shutil.rmtree(self._path or "", ignore_errors=True)
+            assert self._path is not None and self._lock is not None
+            _remove(self._path, self._lock)
         if self._lock is not None:
             os.close(self._lock)
         self._path = self._lock = None
@@ -88,12 +89,12 @@ def temporary_file() -> IO[bytes]:
     Raises:
         NoTemporaryFile: it could not be made.
     """
-    with in_words():
+    with _errors_in_words():
         return tempfile.TemporaryFile("a+b", prefix=_PREFIX, buffering=0)
 
 
 @contextlib.contextmanager
-def in_words() -> Iterator[None]:
+def _errors_in_words() -> Iterator[None]:
     """Raise :class:`NoTemporaryFile` in place of another error of the file system."""
     try:
         yield
@@ -128,13 +129,31 @@ def _remove_if_free(folder: Path) -> bool:
         ours = stat.S_ISREG(mark.st_mode) and mark.st_uid == os.fstat(opened).st_uid == os.geteuid()
         if not ours or not _locked(opened):
             return False
-        # It removes links and not what they lead to, and nothing if another folder has taken this one's place.
-        shutil.rmtree(folder, ignore_errors=True)
+        # It removes links and not what they lead to, and nothing of another folder that has taken this one's place.
+        _remove(folder, opened)
         return not folder.exists()
     except OSError:
         return False
     finally:
         os.close(opened)
+
+
+def _remove(folder: Path, opened: int) -> None:
+    """Remove a folder, its mark last: if this is cut short, or somebody still writes there, the next run goes on."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(opened):
+            if name == _MARK:
+                continue
+            if stat.S_ISDIR(os.stat(name, dir_fd=opened, follow_symlinks=False).st_mode):
+                shutil.rmtree(name, ignore_errors=True, dir_fd=opened)
+            else:
+                os.unlink(name, dir_fd=opened)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(_MARK, dir_fd=opened)
+        try:
+            folder.rmdir()
+        except OSError:
+            os.close(os.open(_MARK, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=opened))
 
 
 def _open(folder: Path) -> int:

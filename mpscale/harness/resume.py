@@ -230,7 +230,7 @@ class _Told:
                     found.started += 1
                 elif kind == "case_finished":
                     found._take(str(event["case_id"]), event)
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 continue  # whoever reads the run says so
         return found
 
@@ -239,4 +239,4 @@ class _Told:
         if isinstance(blocks, list) and all(type(one) in (int, float) for one in blocks):
             self.step_s[case_id] = [float(one) for one in blocks]
         self.phases[case_id] = phases if isinstance(phases, dict) else {}
-        self.ended[case_id] = datetime.fromisoformat(event["time"])
+        self.ended[case_id] = datetime.fromisoformat(event["time"]).astimezone(UTC)

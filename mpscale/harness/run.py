@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class BenchmarkRun:
         self._cases, self._device, self._driver = list(cases), device, driver
         self._options, self._listener = options, listener
         self._journal: Journal | None = None
+        self._forget: Callable[[], None] | None = None
+        """Takes back what is to be done with the journal before a second signal ends the process."""
         self._supervisor: Supervisor | None = None
         self._same_start = SameStart()
         self._outcomes: dict[str, Outcome] = {}
@@ -77,13 +79,20 @@ class BenchmarkRun:
             self._go_on(resumed)
 
     def _go_on(self, resumed: Resumed) -> None:
-        self._journal, self._outcomes = resumed.journal, dict(resumed.outcomes)
+        self._hold(resumed.journal)
+        self._outcomes = dict(resumed.outcomes)
         self._settled, self._started, self._ended_before = resumed.settled, resumed.started, resumed.finished
         settled = [self._outcomes[case_id].record for case_id in sorted(self._settled)]
         self._options = with_allocator(self._options, settled)
         for record in sorted(settled, key=lambda record: record["order"] or 0):
             self._same_start.take(record)
         self._runtime_known = any(self._outcomes[case_id].record["status"] in MEASURED for case_id in self._settled)
+
+    def _hold(self, journal: Journal) -> None:
+        """Write this journal, which is locked."""
+        self._journal = journal
+        # The file of the lock names this host, and folders of runs get published.
+        self._forget = stopping.before_ending_at_once(journal.free)
 
     @property
     def path(self) -> Path | None:
@@ -155,6 +164,8 @@ class BenchmarkRun:
         """Let other processes write the run's folder."""
         if self._journal is not None:
             self._journal.free()
+        if self._forget is not None:
+            self._forget()
 
     def _attempt(self, case: Case, failures: Sequence[str] = ()) -> Outcome:
         """Run a case once. ``failures`` says how earlier attempts of this run of it failed."""
@@ -219,7 +230,7 @@ class BenchmarkRun:
 
     def _open(self) -> tuple[Journal, Supervisor]:
         if self._journal is None:
-            self._journal = Journal(
+            journal = Journal(
                 self._options.results,
                 run_slug(self._device),
                 environment(self._device, self._driver, self._options.project),
@@ -228,6 +239,8 @@ class BenchmarkRun:
                 self._options.interleaved,
                 self._options.invocation,
             )
+            self._hold(journal)
+        assert self._journal is not None
         if self._supervisor is None:
             self._supervisor = Supervisor(self._device, self._driver, self._options, self._listener)
         return self._journal, self._supervisor

@@ -118,7 +118,7 @@ class Outcome:
     again: Literal["cooled", "allocator", "touched"] | None = None
     not_kept: list[str] = field(default_factory=list)
 
-    def keep_not(self, what: str, why: str) -> None:
+    def note_not_kept(self, what: str, why: str) -> None:
         """Note that a file of the case could not be written."""
         text = f"{what} could not be kept: {why}"
         self.not_kept.append(text)
@@ -204,9 +204,9 @@ class Supervisor:
             self._forget()
 
     def _remove(self) -> None:
-        """Remove the temporary folders, even if processes still write there."""
+        """Remove the temporary folders, even if processes still write there, and the note on the GPU."""
         self._folder.close()
-        self._watch.remove()
+        self._watch.close()
 
     @property
     def allocator(self) -> Allocator | None:
@@ -282,7 +282,7 @@ class Supervisor:
             if talk.signal is not None:
                 self._judge_signal(record, talk.signal, killer, output)
         if seen.not_kept is not None:
-            outcome.keep_not("the samples of the GPU", seen.not_kept)
+            outcome.note_not_kept("the samples of the GPU", seen.not_kept)
         self._judge(outcome, seen)
         if limit.problem is not None:
             record.end("oom", limit.problem, Cause.OUT_OF_MEMORY)
@@ -388,7 +388,7 @@ class _Conversation:
                     case StepsDone() | Looked():
                         yield event
                     case wire.NotKept(what, why):
-                        self._outcome.keep_not(what, why)
+                        self._outcome.note_not_kept(what, why)
                     case wire.Finished(status, reason, runtime):
                         # What was measured is valid, even if the process then fails on its way out.
                         self._outcome.runtime = runtime

@@ -15,6 +15,7 @@ import mpscale
 from mpscale.core.invocation import RESUME, Invocation
 from mpscale.pytest_plugin import baseline, options
 from mpscale.pytest_plugin.plan import NO_XDIST
+from mpscale.terminal.streams import visible
 
 ARGUMENTS = pytest.StashKey[list[str]]()
 """All arguments of the session: of the command line, of pytest's settings and of its environment variable."""
@@ -115,7 +116,7 @@ class Resumption:
             refuse_other_versions(run)
         except RunError as error:
             text = str(error)
-            raise pytest.UsageError(text if text.startswith(RESUME) else f"{RESUME}: {text}") from error
+            raise pytest.UsageError(visible(text if text.startswith(RESUME) else f"{RESUME}: {text}")) from error
         recorded = Invocation.of(run.info)
         assert recorded is not None  # just checked
         _take_over(config, run.name, recorded.options)
@@ -128,7 +129,8 @@ def _take_over(config: pytest.Config, name: str, recorded: Mapping[str, Any]) ->
     try:
         values = vars(_Parser(as_typed=False).parse_args(_typed(recorded)))
     except ValueError as error:
-        raise pytest.UsageError(f"{RESUME}: an option in run.json of {name} cannot be used here: {error}") from error
+        text = f"{RESUME}: an option in run.json of {name} cannot be used here: {error}"
+        raise pytest.UsageError(visible(text)) from error
     differing = []
     for option in dict.fromkeys([*now, *recorded]):
         key = option.removeprefix("--").replace("-", "_")
@@ -139,10 +141,11 @@ def _take_over(config: pytest.Config, name: str, recorded: Mapping[str, Any]) ->
             if getattr(config.option, key) != there:
                 differing.append(f"{option} is {_words(now[option])}, and was {_words(recorded.get(option))}")
     if differing:
-        raise pytest.UsageError(
+        text = (
             f"{RESUME}: other options than those of {name}: {'; '.join(differing)}. Leave them out, since a run goes "
             "on with its own, or make a new run"
         )
+        raise pytest.UsageError(visible(text))
 
 
 def _typed(recorded: Mapping[str, Any]) -> list[str]:

@@ -264,7 +264,7 @@ class Session:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Choose the cases, and refuse what cannot work before anything runs."""
         if self._problem is not None:
-            raise pytest.UsageError(self._problem)
+            raise pytest.UsageError(visible(self._problem))
         plan = self._plan
         chosen = [] if plan is None else plan.choose(session.items)
         if plan is not None and chosen:
@@ -331,11 +331,15 @@ class Session:
         try:
             resumed = resume(self._resumption.path, plan.chosen, plan.device, plan.driver, how)
         except RunError as error:
-            raise pytest.UsageError(str(error)) from error
+            raise pytest.UsageError(visible(str(error))) from error
         except OSError as error:
-            why = f"{self._resumption.path} cannot be written ({error.strerror or error})"
-            raise pytest.UsageError(f"{RESUME}: {why}") from error
-        return LiveRun(plan, how, self.output, resumed)
+            text = f"{RESUME}: the run cannot be written: {_describe(error)}"
+            raise pytest.UsageError(visible(text)) from error
+        try:
+            return LiveRun(plan, how, self.output, resumed)
+        except BaseException:  # a signal above all
+            resumed.journal.free()
+            raise
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """Leave out the dot of a case that did not fail: its own line says more."""

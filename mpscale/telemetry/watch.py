@@ -193,10 +193,6 @@ class CaseWatch:
     def close(self) -> None:
         """Remove temporary files and the note on the GPU. The driver stays open: it belongs to the caller."""
         self._presence.close()
-        self.remove()
-
-    def remove(self) -> None:
-        """Remove temporary files."""
         if self._file is not None:
             self._file.close()
         self._folder.close()

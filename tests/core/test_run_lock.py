@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -132,3 +133,25 @@ def test_it_survives_that_its_holder_removes_the_file_while_it_waits(tmp_path, m
     with pytest.raises(RunIsHeld):
         RunLock.take(tmp_path)
     lock.free()
+
+
+def test_a_file_that_cannot_be_written_is_removed_and_named(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(OSError, match=NAME) as caught:
+            RunLock.take(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["[" * 1000, "\0" * 5000, "[]", '{"pid": {}, "host": 1}'])
+def test_a_held_file_of_odd_content_is_held(tmp_path, content):
+    (tmp_path / NAME).write_text(content)
+    with (tmp_path / NAME).open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RunIsHeld):
+            RunLock.take(tmp_path)
+    assert (tmp_path / NAME).read_text() == content

@@ -1,5 +1,6 @@
 """Temporary folders: there whenever they are needed, gone in the end, and nobody else's is touched."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -131,6 +132,24 @@ def test_a_folder_stays_if_it_is(change, holder, place):
     before = sorted(place.rglob("*"))
     assert remove_left_behind() == []
     assert sorted(place.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_removed_yet_is_removed_by_the_next_run(place, monkeypatch):
+    folder = TemporaryFolder()
+    (folder.path / "busy").mkdir()
+    plain = os.rmdir
+
+    def rmdir(path, **how):
+        if Path(path).name == "busy":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        plain(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", rmdir)
+        folder.close()
+    (left,) = place.iterdir()
+    assert remove_left_behind() == [left]
+    assert list(place.iterdir()) == []
 
 
 @pytest.mark.parametrize("make", [lambda: TemporaryFolder().path, temporary_file])

@@ -87,6 +87,17 @@ def test_killed_anywhere_and_resumed_it_is_the_run_that_nobody_stopped(whole, tm
         assert not (path / NAME).exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "odd"), [("time", "2026-01-01T00:00:00"), ("time", "0001-01-01T00:00:00+14:00"), ("step_s", [10**400])]
+)
+def test_odd_values_in_the_journal_of_a_stranger_break_nothing(whole, tmp_path, name, odd):
+    path = stopped(whole, tmp_path, place_of_result(whole, 3))
+    lines = [{**event, name: odd} if event["event"] == "case_finished" else event for event in events(path)]
+    (path / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert go_on(path) == IDS[3:]
+    assert read_run(path).not_started == []
+
+
 def test_the_torn_end_is_noted_and_attempts_count_on(whole, tmp_path):
     size = place_of_result(whole, 2)
     path = stopped(whole, tmp_path, size + len((whole / "journal.jsonl").read_bytes()[size:].splitlines()[0]) + 11)

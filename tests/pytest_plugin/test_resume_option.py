@@ -1,6 +1,8 @@
 """--mp-resume in a session: the options and results of the run, the command that it prints, and what is refused."""
 
+import errno
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -238,6 +240,55 @@ def test_a_run_that_cannot_go_on_is_refused(session, request, named, said):
     assert code == pytest.ExitCode.USAGE_ERROR
     assert said in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("settings", {"\x1b[2J": 1}, "the setting \\x1b[2J is not set"),
+        ("planned", ["\x1b[2J"], "such as \\x1b[2J"),
+        ("invocation", {"options": {"--mp-modes": "\x1b[2J"}}, "\\x1b[2J"),
+        ("invocation", {"options": {"@run.json": True}}, "has no invocation"),
+        ("invocation", {"options": {"--mp-seeds": []}}, "has no invocation"),
+    ],
+)
+@pytest.mark.usefixtures("stopped")
+def test_the_run_of_a_stranger_writes_nothing_of_its_own_to_the_terminal(session, key, value, said):
+    file = the_run() / "run.json"
+    info = json.loads(file.read_text())
+    info[key] = {**info[key], **value} if isinstance(value, dict) else value
+    file.write_text(json.dumps(info))
+    code, output = session("--mp-resume=latest")
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert said in output
+    assert "\x1b[2J" not in output and "Traceback" not in output
+
+
+@pytest.mark.usefixtures("stopped")
+def test_a_signal_while_the_run_is_opened_leaves_no_lock(session, monkeypatch):
+    before = sorted(the_run().iterdir())
+
+    def signal():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mpscale.telemetry.host.busy_words", signal)
+    code, _ = session("--mp-resume=latest")
+    assert code == pytest.ExitCode.INTERRUPTED
+    assert sorted(the_run().iterdir()) == before
+
+
+@pytest.mark.usefixtures("stopped")
+def test_a_run_on_a_full_disk_is_refused_in_words_and_left_as_it_is(session, monkeypatch):
+    before = sorted(the_run().iterdir())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.pwrite", full)
+    code, output = session("--mp-resume=latest")
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert "run.lock: the disk is full: free some space" in output
+    assert sorted(the_run().iterdir()) == before
 
 
 @pytest.mark.usefixtures("stopped")

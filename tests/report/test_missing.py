@@ -14,7 +14,7 @@ from mpscale.report.first_screen_page import html_of
 from mpscale.report.github_summary import github_summary
 from mpscale.report.missing import go_on, interruptions, lacks
 
-TYPED = ["bench", "-x", "--maxfail", "2", "--maxfail=3", "--exitfirst", "-k", "a b", "--mp-seeds=2"]
+TYPED = ["bench", "-x", "-xqv", "--maxfail", "2", "--maxfail=3", "--exitfirst", "-k", "a b", "--mp-seeds=2"]
 INVOCATION = {"program": "pytest", "arguments": TYPED, "folder": "../../..", "options": {"--mp-seeds": "2"}}
 
 
@@ -35,7 +35,7 @@ SAID = (
 
 def test_every_view_names_what_is_missing_and_the_command(tmp_path, monkeypatch, capsys):
     run = stopped(tmp_path)
-    command = f"pytest bench -k 'a b' --mp-seeds=2 --mp-resume={run.name}"
+    command = f"pytest bench -qv -k 'a b' --mp-seeds=2 --mp-resume={run.name}"
     assert lacks(run) == SAID
     assert go_on(run) == command
     whole = document(run)
@@ -76,11 +76,16 @@ def test_a_whole_run_lacks_nothing(tmp_path):
         {**INVOCATION, "arguments": ["a\nb"]},
         {**INVOCATION, "arguments": [1]},
         {**INVOCATION, "options": []},
+        {**INVOCATION, "options": {"@/etc/passwd": True}},
+        {**INVOCATION, "options": {"--mp-seeds": []}},
+        {**INVOCATION, "options": {"--mp-seeds": 2}},
+        {**INVOCATION, "folder": "\x1b[2J"},
+        {**INVOCATION, "folder": "a\0b"},
     ],
 )
 def test_a_run_json_of_a_stranger_gives_no_other_command(tmp_path, invocation):
     run = stopped(tmp_path, invocation)
-    assert (lacks(run), go_on(run)) == (SAID, "")
+    assert (lacks(run), go_on(run), go_on(run, tmp_path)) == (SAID, "", "")
     assert "To go on" not in render(document(run))
 
 

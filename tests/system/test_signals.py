@@ -150,7 +150,7 @@ def test_two_signals_end_a_session_at_once(tmp_path, moment, signals):
     assert "stopped twice, so ended at once" in output
     assert "Traceback" not in output
     assert_nothing_is_left(tmp_path)
-    assert not (path(tmp_path) / "report.html").exists()
+    assert sorted(file.name for file in path(tmp_path).iterdir()) == ["cases.csv", "journal.jsonl", "run.json"]
     assert events(tmp_path).count("case_finished") == 2
 
 
@@ -283,6 +283,61 @@ def test_when_a_signal_is_raised_and_when_it_ends_the_process(script, printed, c
     main = f"{SCRIPT}try:\n  with stopping.listening(5):\n{text}\nexcept KeyboardInterrupt as error: print(error)\n"
     done = subprocess.run([sys.executable, "-c", main], capture_output=True, text=True, timeout=30)
     assert (done.stdout, done.stderr, done.returncode) == (printed, "", code)
+
+
+JOURNAL = """
+import os, pathlib, signal, sys
+from mpscale.core import stopping
+from mpscale.core.case import Case, Settings
+from mpscale.core.run_folder import Journal
+
+case = Case("toy", "fp32", 0, 0, 0, Settings())
+journal, fsync = Journal(pathlib.Path(sys.argv[1]), "cpu", {}, {}, [case]), os.fsync
+
+def interrupted(descriptor):
+    fsync(descriptor)
+    os.kill(os.getpid(), signal.SIGINT)
+
+with stopping.listening(5):
+    os.fsync = interrupted
+    try:
+        journal.case_started(case, 1)
+    except KeyboardInterrupt:
+        print("stopped")
+    os.fsync = fsync
+    journal.finish(2)
+print(journal.troubles)
+"""
+
+
+def test_a_signal_while_a_line_is_written_is_no_trouble_of_the_journal(tmp_path):
+    done = subprocess.run([sys.executable, "-c", JOURNAL, tmp_path], capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr) == ("stopped\n[]\n", "")
+
+
+ON_A_GPU = """
+import pathlib, sys
+from mpscale.core.device import Device
+from mpscale.core.reason import Code, Reason
+from mpscale.harness.supervisor import Options, Supervisor
+from mpscale.telemetry.client import NoDriver
+
+folder = pathlib.Path(sys.argv[1])
+with stopping.listening(5), stopping.held():
+    options = Options(folder, folder, "fresh", 1.0, {})
+    kept = Supervisor(Device("gpu", "A100", uuid="GPU-1"), NoDriver(Reason(Code.NO_LIBRARY, "none")), options, print)
+    print(len(list((folder / "notes").iterdir())), flush=True)
+    send("SIGINT"); late("SIGINT")
+"""
+
+
+def test_two_signals_leave_no_note_on_a_gpu(tmp_path):
+    (tmp_path / "notes").mkdir()
+    environ = environment(MPSCALE_NOTES=str(tmp_path / "notes"), TMPDIR=str(tmp_path))
+    line = [sys.executable, "-c", SCRIPT + ON_A_GPU, tmp_path]
+    done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr, done.returncode) == ("1\n", "", 5)
+    assert list((tmp_path / "notes").iterdir()) == []
 
 
 def handlers():
