@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MEMORY_OVER_TIME = "GPU memory over time"
+"""The title of the figure."""
+
 _WINDOWS = {
     "first step, compiled": ("grey", (Phase.COMPILED,)),
     "synchronised steps": ("blue", (Phase.STEPS_SYNCHRONISED,)),
@@ -75,9 +78,8 @@ def memory_over_time(run: Run) -> Picture | None:
         return None
     processes = [process for modes in by_workload.values() for process in modes.values()]
     look_of = looks(modes_of(record for _, _, records in measured(run) for record in records))
-    title = "GPU memory over time"
     with house_style("memory"):
-        svg = as_text(_figure(by_workload, look_of), f"{title}: the first process of each mode, with what it was doing")
+        svg = as_text(_figure(by_workload, look_of), f"{MEMORY_OVER_TIME}: the first process of each mode, with what it was doing")
     captions = {
         "The first process of each mode; seconds since it was started. Shaded: what it was doing.": True,
         "Memory in use on the whole GPU, where the driver does not tell the process's own.": any(
@@ -85,7 +87,7 @@ def memory_over_time(run: Run) -> Picture | None:
         ),
         f"Not drawn: {plural(unreadable, 'process')} whose samples cannot be read.": unreadable,
     }
-    return Picture(title, " ".join(text for text, applies in captions.items() if applies), svg, unreadable)
+    return Picture(MEMORY_OVER_TIME, " ".join(text for text, applies in captions.items() if applies), svg, unreadable)
 
 
 def _read(run: Run, record: Record) -> _Process | None:

@@ -112,7 +112,7 @@ def _figures(sections: Sequence[Section], markdown: MarkdownIt) -> str:
         tables = [part for part in section.parts if isinstance(part, Table)][:1]
         is_first = number == 0
         said = "\n".join(_part(part, markdown) for part in section.parts if part not in tables)
-        anchor = _anchor(section.title) if said and not is_first else ""
+        anchor = anchor_of(section.title) if said and not is_first else ""
         # A section may have something to say about rows that are in no table, because none of them counts.
         groups += [Group(section.group, anchor, table) for table in tables]
         if said:
@@ -125,7 +125,7 @@ def _figures(sections: Sequence[Section], markdown: MarkdownIt) -> str:
 
 
 def _contents(titles: Iterable[str]) -> str:
-    links = "\n".join(f'<li><a href="#{_anchor(title)}">{escape(title)}</a></li>' for title in titles)
+    links = "\n".join(f'<li><a href="#{anchor_of(title)}">{escape(title)}</a></li>' for title in titles)
     return f'<nav aria-label="Sections"><ul>\n{links}\n</ul></nav>'
 
 
@@ -134,8 +134,8 @@ def _section(section: Section, text: str) -> str:
     kind = ' class="sentences"' if section.sentences else ""
     if section.folded:
         # The id is inside the fold, so that a link to it unfolds it.
-        return f'<details><summary>{heading}</summary>\n<div id="{_anchor(section.title)}"{kind}>{text}</div></details>'
-    return f'<section id="{_anchor(section.title)}"{kind}>{heading}\n{text}</section>'
+        return f'<details><summary>{heading}</summary>\n<div id="{anchor_of(section.title)}"{kind}>{text}</div></details>'
+    return f'<section id="{anchor_of(section.title)}"{kind}>{heading}\n{text}</section>'
 
 
 def _figure(picture: Picture) -> str:
@@ -143,11 +143,12 @@ def _figure(picture: Picture) -> str:
     # Whoever makes the page again must not lose lines: see report.files.
     unread = f' data-unread="{picture.unread}"' if picture.unread else ""
     return (
-        f'<figure id="{_anchor(picture.title)}"{unread}>'
+        f'<figure id="{anchor_of(picture.title)}"{unread}>'
         f'<h3>{escape(picture.title)}</h3>\n<div class="paper">{svg}</div>\n'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
 
 
-def _anchor(title: str) -> str:
+def anchor_of(title: str) -> str:
+    """The id of a section or a figure of a page."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

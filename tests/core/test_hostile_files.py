@@ -22,6 +22,7 @@ from mpscale.analysis.probe import probes_of
 from mpscale.analysis.summary import summary_csv, summary_of
 from mpscale.cli import main
 from mpscale.config import SettingsError, load
+from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS
 from mpscale.core.reading import MOST_CASES, MOST_LINE, RunError, parse_json
 from mpscale.core.record import misfit, to_csv
@@ -411,6 +412,30 @@ def test_a_page_keeps_figures_that_can_no_longer_be_drawn(tmp_path, capsys):
     (path / "report.html").unlink()
     assert main(["report", str(path)]) == 0
     assert len((path / "report.html").read_bytes()) < len(before)
+
+
+def test_a_page_of_another_version_does_not_stay_for_a_figure_that_this_one_does_not_draw(tmp_path, capsys):
+    path = write_run(tmp_path, finished([record(step_time_ms_median=2.0)]))
+    assert main(["report", str(path)]) == 0
+    page = path / "report.html"
+    now = page.read_text()
+    page.write_text(now.replace("</body>", '<figure id="of-another-version"><h3>x</h3></figure></body>'))
+    assert main(["report", str(path)]) == 0
+    assert "left as before" not in capsys.readouterr().err
+    assert page.read_text() == now
+
+
+@pytest.mark.parametrize("before", ["interrupted", "crashed", "invalid"])
+@pytest.mark.parametrize("after", ["invalid", "oom", "interrupted"])
+def test_a_later_attempt_takes_the_place_of_an_earlier_one_in_a_report(tmp_path, capsys, before, after):
+    path = write_run(tmp_path, finished([record(status=before, attempts=1, step_time_ms_median=2.0)]))
+    assert main(["report", str(path)]) == 0
+    events = finished([record(status=after, status_reason="why", attempts=2)])
+    later = write_run(tmp_path / "later", events) / "journal.jsonl"
+    later.replace(path / "journal.jsonl")
+    assert main(["report", str(path)]) == 0
+    assert "left as before" not in capsys.readouterr().err
+    assert [row["status"] for row in read_cases(path / "cases.csv")] == [after]
 
 
 def test_a_row_of_nothing_but_commas_does_not_fill_the_memory(tmp_path):
