@@ -12,7 +12,7 @@ from mpscale.analysis.probe import probes_of
 from mpscale.analysis.summary import summary_csv, summary_of
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import MEASURED
-from mpscale.core.reading import CASES, REPORT, NoSuchFileError, read_bytes, read_text
+from mpscale.core.reading import CASES, REPORT, read_bytes, read_text
 from mpscale.core.record import Record, to_csv
 from mpscale.core.runs import Run, RunError, read_run
 from mpscale.core.writing import write
@@ -143,12 +143,12 @@ def _lost_from_the_journal(run: Run, cases: str) -> str | None:
         cases: the content that cases.csv should have.
     """
     path = run.path / "cases.csv"
+    if not path.is_file():
+        return None  # a pipe or a device has no rows
     try:
         if read_bytes(path, CASES) == cases.encode():
             return None  # the usual case, without parsing a large file
         written = read_cases(path, only=["attempts", *_FIGURES])
-    except NoSuchFileError:
-        return None
     except RunError as error:
         # Made anew, unless it may be all that is left.
         whole = run.finished and not run.problems and not run.not_started

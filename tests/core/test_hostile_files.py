@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.runfolder import finished, record, write_run, write_steps
+from support.runfolder import finished, record, started, write_run, write_steps
 
 from mpscale.analysis.history import read_folder
 from mpscale.analysis.probe import probes_of
@@ -397,6 +397,18 @@ def test_a_report_never_replaces_more_by_less(tmp_path, capsys, lose):
     (path / "cases.csv").rename(path / "mine.csv")
     assert main(["report", str(path)]) == 0
     assert (path / "report.md").read_bytes() != before["report.md"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_is_no_file_is_no_reason_to_leave_reports_as_they_are(tmp_path, capsys, make):
+    one, other = record(step_time_ms_median=2.0), record("mixed-bf16")
+    path = write_run(tmp_path, [*finished([one]), started(other)], finish=False)
+    make(path / "cases.csv")
+    (path / "summary.csv").write_text("old")
+    assert main(["report", str(path)]) == 0
+    assert "left as before" not in capsys.readouterr().err
+    assert len(read_cases(path / "cases.csv")) == 2
+    assert not (path / "cases.csv").is_symlink() and (path / "summary.csv").read_text() != "old"
 
 
 def test_a_page_keeps_figures_that_can_no_longer_be_drawn(tmp_path, capsys):
