@@ -21,15 +21,17 @@ from mpscale.analysis.history import read_folder
 from mpscale.analysis.probe import probes_of
 from mpscale.analysis.summary import summary_csv, summary_of
 from mpscale.cli import main
-from mpscale.config import SettingsError, load
+from mpscale.config import SettingsError, load, training_steps
+from mpscale.core import reading
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS
-from mpscale.core.reading import MOST_CASES, MOST_LINE, RunError, parse_json
+from mpscale.core.reading import MOST_CASES, MOST_LINE, MOST_STEPS, Content, RunError, parse_json, unpack
 from mpscale.core.record import misfit, to_csv
 from mpscale.core.runs import environment_facts, read_run
 from mpscale.report.document import document, render
 from mpscale.report.first_screen import first_screen, plain
 from mpscale.report.site_folder import MANIFEST, SiteError, SiteFolder
+from mpscale.telemetry import samples
 from mpscale.telemetry.samples import read_sample_file
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +141,6 @@ def bomb(mib):
         (lambda data: b"\x1f\x8b\xff" + data[3:], "not compressed with gzip"),
         (lambda data: data + data, "something follows"),
         (lambda data: data + b"\0\0", "something follows"),
-        (lambda data: bomb(65), "larger than 64 MiB"),
     ],
 )
 @pytest.mark.parametrize("name", [name for name in READERS if name.endswith(".gz")])
@@ -149,6 +150,32 @@ def test_a_broken_or_endless_gzip_is_an_error(tmp_path, name, change, why):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(RunError, match=why):
         READERS[name](tmp_path)
+
+
+def test_no_more_is_unpacked_than_such_a_file_can_hold(tmp_path):
+    path = tmp_path / "a.gz"
+    path.write_bytes(bomb(3))
+    with pytest.raises(RunError, match="a.gz: is larger than 2 MiB, and a log is not"):
+        unpack(path, Content("a log", 2))
+    assert len(unpack(path, Content("a log", 3))) == 3 * 2**20
+
+
+def test_the_longest_training_that_can_be_asked_for_has_a_log_that_is_read():
+    longest = "9999999,-1.17549435e-38,1.17549435e-38,False\n"
+    assert len(longest) * MOST_STEPS < reading.STEPS.most
+    assert training_steps(str(MOST_STEPS)) == MOST_STEPS
+
+
+def test_a_case_may_have_more_samples_than_a_file_that_is_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "MOST_SAMPLES", 3)
+    lines = [f'{{"time_s": {second}.0}}\n' for second in range(5)]
+    assert len(samples.read_samples(lines).rows) == 5
+    path = tmp_path / "samples.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(lines).encode()))
+    with pytest.raises(RunError, match="more than 3 samples"):
+        read_sample_file(path)
+    path.write_bytes(gzip.compress("".join(lines[:3]).encode()))
+    assert len(read_sample_file(path).rows) == 3
 
 
 STEPS = {"step": ["-1", "1.5", "9" * 30], "loss": ["1e308", "-1e200", "x"], "loss_scale": ["1e101"], "overflow": ["2"]}
