@@ -106,6 +106,8 @@ _FIGURE = re.compile(r'<figure id="([^"]+)"(?: data-unread="(\d+)")?>')
 
 def _fewer_figures(path: Path, html: str) -> str | None:
     """Why a report.html stays as it is: a picture or lines of one are in it that cannot be drawn again."""
+    if path.is_symlink():
+        return None  # what it leads to stays as it is
     try:
         before = dict(_FIGURE.findall(read_text(path, REPORT)))
     except RunError:

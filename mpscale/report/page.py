@@ -6,10 +6,7 @@ mailed, kept as an artifact of a nightly build or opened offline.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import stat
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
@@ -19,6 +16,7 @@ from string import Template
 from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
 
+from mpscale.core.reading import REPORT, RunError, read_text
 from mpscale.report.document import Document, Section
 from mpscale.report.figures import Picture
 from mpscale.report.first_screen_page import html_of
@@ -74,26 +72,21 @@ def shell(title: str, body: str, footer: str = _FOOTER, styles: Sequence[str] = 
     return Template(template).substitute(title=escape(title), style="".join(sheets), body=body, footer=escape(footer))
 
 
-_LARGEST = 1 << 28
-"""Bytes of a page that is read again."""
-
-
 def read_page(path: Path) -> str | None:
     """Read a page that somebody else may have written; None if it could do more than a page of mpscale does.
 
     It must begin with the policy of these pages, under which a browser runs and loads nothing, and must not lead to
     another page by itself. A link is not followed: it may lead to a file that is nobody's business.
     """
-    with contextlib.suppress(OSError, ValueError):
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(file, encoding="utf-8", newline="") as page:
-            about = os.fstat(file)
-            if stat.S_ISREG(about.st_mode) and about.st_size <= _LARGEST:
-                content = page.read()
-                head = _file("page.html").partition("<meta name")[0]
-                if content.startswith(head) and len(re.findall("http-equiv", content, re.I)) == 1:
-                    return content
-    return None
+    if path.is_symlink():
+        return None
+    try:
+        content = read_text(path, REPORT)
+    except RunError:
+        return None
+    head = _file("page.html").partition("<meta name")[0]
+    can_no_more = content.startswith(head) and len(re.findall("http-equiv", content, re.I)) == 1
+    return content if can_no_more else None
 
 
 @cache

@@ -464,6 +464,15 @@ def test_a_page_of_another_version_does_not_stay_for_a_figure_that_this_one_does
     assert page.read_text() == now
 
 
+def test_a_link_to_a_page_with_more_figures_is_replaced_and_the_page_stays(tmp_path, capsys):
+    path, elsewhere = write_run(tmp_path, finished([record()])), tmp_path / "mine.html"
+    elsewhere.write_text('<figure id="how-training-went">')
+    (path / "report.html").symlink_to(elsewhere)
+    assert main(["report", str(path)]) == 0
+    assert "left as before" not in capsys.readouterr().err
+    assert not (path / "report.html").is_symlink() and elsewhere.read_text() == '<figure id="how-training-went">'
+
+
 @pytest.mark.parametrize("before", ["interrupted", "crashed", "invalid"])
 @pytest.mark.parametrize("after", ["invalid", "oom", "interrupted"])
 def test_a_later_attempt_takes_the_place_of_an_earlier_one_in_a_report(tmp_path, capsys, before, after):
