@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import ast
 import csv
-import io
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 

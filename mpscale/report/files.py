@@ -114,7 +114,9 @@ def _fewer_figures(path: Path, html: str) -> str | None:
         return None
     now = dict(_FIGURE.findall(html))
     # Figures of another version of mpscale, and those made from the journal alone, are no loss.
-    gone = [name for name in map(anchor_of, (HOW_TRAINING_WENT, MEMORY_OVER_TIME)) if name in before and name not in now]
+    gone = [
+        name for name in map(anchor_of, (HOW_TRAINING_WENT, MEMORY_OVER_TIME)) if name in before and name not in now
+    ]
     less = [name for name in before.keys() & now.keys() if int(now[name] or 0) > int(before[name] or 0)]
     if not (gone or less):
         return None

@@ -127,7 +127,9 @@ def _section(section: Section, text: str) -> str:
     kind = ' class="sentences"' if section.sentences else ""
     if section.folded:
         # The id is inside the fold, so that a link to it unfolds it.
-        return f'<details><summary>{heading}</summary>\n<div id="{anchor_of(section.title)}"{kind}>{text}</div></details>'
+        return (
+            f'<details><summary>{heading}</summary>\n<div id="{anchor_of(section.title)}"{kind}>{text}</div></details>'
+        )
     return f'<section id="{anchor_of(section.title)}"{kind}>{heading}\n{text}</section>'
 
 

@@ -148,7 +148,9 @@ def training(run: Run) -> Picture | None:
     workloads = [_workload(name, modes) for name, modes in by_workload.items()]
     shown = [seeds for workload in workloads for seeds in workload.seeds.values()]
     with house_style("training"):
-        svg = as_text(_figure(workloads, look_of), f"{HOW_TRAINING_WENT}: loss, overflows and loss scale of each mode by step")
+        svg = as_text(
+            _figure(workloads, look_of), f"{HOW_TRAINING_WENT}: loss, overflows and loss scale of each mode by step"
+        )
     failed = sum(record["repeat"] == 0 and record["status"] in FAILED for record in run.records)
     failed += sum(repeat == 0 for waiting in run.waiting.values() for _, repeat in waiting)
     stars = sum(len(line.stars) for workload in workloads for line in workload.lines.values())

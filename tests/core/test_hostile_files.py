@@ -155,7 +155,7 @@ def test_a_broken_or_endless_gzip_is_an_error(tmp_path, name, change, why):
 def test_no_more_is_unpacked_than_such_a_file_can_hold(tmp_path):
     path = tmp_path / "a.gz"
     path.write_bytes(bomb(3))
-    with pytest.raises(RunError, match="a.gz: is larger than 2 MiB, and a log is not"):
+    with pytest.raises(RunError, match=r"a\.gz: is larger than 2 MiB, and a log is not"):
         unpack(path, Content("a log", 2))
     assert len(unpack(path, Content("a log", 3))) == 3 * 2**20
 
@@ -424,6 +424,15 @@ def test_a_report_never_replaces_more_by_less(tmp_path, capsys, lose):
     (path / "cases.csv").rename(path / "mine.csv")
     assert main(["report", str(path)]) == 0
     assert (path / "report.md").read_bytes() != before["report.md"]
+
+
+def test_a_page_keeps_lines_of_samples_that_are_gone(tmp_path, capsys):
+    path = shutil.copytree(REFERENCE / "20261126T191040Z-nvidia-h200-32b6", tmp_path / "run")
+    before = (path / "report.html").read_bytes()
+    next(iter(sorted((path / "gpu").iterdir()))).unlink()
+    assert main(["report", str(path)]) == 0
+    assert "report.html shows more lines" in capsys.readouterr().err
+    assert (path / "report.html").read_bytes() == before
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
