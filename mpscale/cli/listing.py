@@ -47,7 +47,7 @@ def list_runs(options: argparse.Namespace) -> int:
     print(f"{_table(found).text(surface())}\n\n{surface().wrapped(where)}")
     if stopped := [about for about in found if about["go_on"]]:
         # Unbroken, to be copied.
-        print(f"to go on with {stopped[-1]['run']}: {stopped[-1]['go_on']}")
+        print(f"to go on with {visible(stopped[-1]['run'])}: {stopped[-1]['go_on']}")
     return OK
 
 

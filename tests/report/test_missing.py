@@ -73,6 +73,8 @@ def test_a_whole_run_lacks_nothing(tmp_path):
         {**INVOCATION, "program": "rm -rf ."},
         {**INVOCATION, "program": "pytest; rm"},
         {**INVOCATION, "arguments": ["a\x1b[2Jb"]},
+        {**INVOCATION, "folder": "../../..\x1b[2J"},
+        {**INVOCATION, "folder": "\0"},
         {**INVOCATION, "arguments": ["a\nb"]},
         {**INVOCATION, "arguments": [1]},
         {**INVOCATION, "options": []},
@@ -80,7 +82,7 @@ def test_a_whole_run_lacks_nothing(tmp_path):
 )
 def test_a_run_json_of_a_stranger_gives_no_other_command(tmp_path, invocation):
     run = stopped(tmp_path, invocation)
-    assert (lacks(run), go_on(run)) == (SAID, "")
+    assert (lacks(run), go_on(run), go_on(run, tmp_path)) == (SAID, "", "")
     assert "To go on" not in render(document(run))
 
 
