@@ -20,7 +20,7 @@ from mpscale.core.device import Device
 from mpscale.core.file_errors import why
 from mpscale.core.loss_scale import parse_number
 from mpscale.core.mode import DEFAULT_MODES
-from mpscale.core.reading import SETTINGS, RunError, read_text
+from mpscale.core.reading import MOST_STEPS, SETTINGS, RunError, read_text
 
 N = TypeVar("N", int, float)
 
@@ -360,7 +360,6 @@ seconds = number(
 )
 """The type of an option that takes a time."""
 
-MOST_STEPS = 10_000_000
 training_steps = integer(1, MOST_STEPS, "since each step of a training is recorded")
 batch_size = integer(1, 2**31 - 1, "since TensorFlow counts examples in 32 bits")
 

@@ -47,27 +47,32 @@ def list_runs(options: argparse.Namespace) -> int:
     print(f"{_table(found).text(surface())}\n\n{surface().wrapped(where)}")
     if stopped := [about for about in found if about["go_on"]]:
         # Unbroken, to be copied.
-        print(f"to go on with {stopped[-1]['run']}: {stopped[-1]['go_on']}")
+        print(f"to go on with {visible(stopped[-1]['run'])}: {stopped[-1]['go_on']}")
     return OK
 
 
 def _described(path: Path) -> dict[str, Any]:
     """Describe a run in plain values; one that cannot be read has only its name and the reason."""
-    from mpscale.core.columns import FAILED
-    from mpscale.core.record import grouped
-    from mpscale.core.runs import hardware, read_run
-    from mpscale.report.missing import go_on
+    from mpscale.core.runs import read_run
 
     about: dict[str, Any] = dict.fromkeys(_KEYS) | {"run": path.name, "path": str(path)}
     try:
-        run = read_run(path)
-        facts = hardware(run)
+        return about | _facts(read_run(path))
     except Exception as error:  # whatever is wrong with one run must not cost the others their rows
         return about | {"outcome": "unreadable", "problem": str(error)}
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    from mpscale.core.columns import FAILED
+    from mpscale.core.record import grouped
+    from mpscale.core.runs import hardware
+    from mpscale.report.missing import go_on
+
+    facts = hardware(run)
     statuses = [str(record["status"]) for record in run.records]
     git = run.environment.get("git")
     commit: Mapping[str, Any] = git if isinstance(git, dict) else {}
-    return about | {
+    return {
         "started": run.info.get("started"),
         "device": facts["kind"],
         "device_name": facts["name"],

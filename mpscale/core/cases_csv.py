@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import ast
 import csv
-import io
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpscale.core.columns import COLUMNS, SCHEMA_VERSION
 from mpscale.core.journal import IDENTITY, lacks
-from mpscale.core.reading import CASES, MOST_CASES, MOST_LINE, RunError, check_text, parse_json, read_bytes
+from mpscale.core.reading import CASES, MOST_CASES, MOST_LINE, RunError, check_text, lines_of, parse_json, read_bytes
 from mpscale.core.reason import Reason
 from mpscale.core.record import Record, from_cell
 
@@ -78,9 +77,7 @@ def _rows(path: Path, content: bytes, wanted: Container[str]) -> tuple[list[str]
                 f"more than a thousand or less than two: {_ELSEWHERE}"
             )
     rows: list[tuple[int, list[str]]] = []
-    # A StringIO would hold four bytes per character.
-    text = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
-    reader = csv.reader(_short_rows(path, text), strict=True)
+    reader = csv.reader(lines_of(path, content), strict=True)
     # The output of a process, or the scales of a large model, may be longer than csv's own limit of 128 KiB.
     limit = csv.field_size_limit(MOST_LINE)
     try:
@@ -99,16 +96,6 @@ def _rows(path: Path, content: bytes, wanted: Container[str]) -> tuple[list[str]
     finally:
         csv.field_size_limit(limit)
     return names, rows
-
-
-def _short_rows(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
-    """The lines of a file, each no longer than a row may be. A row of nothing but commas would fill the memory."""
-    number = 0
-    while line := text.readline(MOST_LINE):
-        number += 1
-        if len(line) == MOST_LINE:
-            raise RunError(f"{path}, line {number}: is longer than {MOST_LINE:,} characters; no row of a run is")
-        yield line
 
 
 def _words_for_unknown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> frozenset[str]:

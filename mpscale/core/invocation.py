@@ -78,9 +78,9 @@ def resume_command(run: Run, here: Path | None = None) -> str | None:
     invocation = Invocation.of(run.info)
     if invocation is None or "interleaved" in run.info or run.path.resolve().parent.name != "runs":
         return None
-    # The run may be a stranger's, and the command gets copied into a shell.
-    told = (invocation.folder, *invocation.arguments)
-    if not _PROGRAM.fullmatch(invocation.program) or not all(map(str.isprintable, told)):
+    # The run may be a stranger's, and the command is shown on a terminal and copied into a shell.
+    texts = (*invocation.arguments, invocation.folder, str(run.path.resolve()))
+    if not _PROGRAM.fullmatch(invocation.program) or not all(map(str.isprintable, texts)):
         return None
     arguments = list(_without_limits(invocation.arguments))
     # What comes after -- are paths.

@@ -43,6 +43,11 @@ _MOMENT_S = 0.2
 """What is left may end by itself in this time. Python's own process that removes shared memory of a dead one does."""
 _GIVE_UP_S = 10.0
 
+_ENDING = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM,
+)  # fmt: skip
+"""Signals that would end both keepers at once if somebody sent them to all processes, and leave what they keep."""
+
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -131,9 +136,11 @@ class _Keeper:
         os.set_blocking(waker, False)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGTERM, self._tell)
+        for number in _ENDING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._tell)
         # The starter may have blocked them.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD, signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD, *_ENDING))
         adopt_orphans()
         die_with_parent(signal.SIGTERM)
         if os.getppid() != starter:

@@ -57,10 +57,15 @@ MOST_LINE = 8 * _MIB
 """The longest line of a journal or row of a table in bytes. A usual one has 5 kB."""
 INFO = Content("a run.json", 16)
 """The plan of 50,000 cases takes 3 MB, and the rest of such a file a few kB."""
-STEPS = Content("a log of steps", 64)
-"""More than a million steps."""
-SAMPLES = Content("a file of GPU samples", 64)
-"""Some 400,000 samples. One that would repeat the one before is not written, so most cases have a few thousand."""
+MOST_STEPS = 10_000_000
+"""The largest number of steps of a training."""
+STEPS = Content("a log of steps", 512)
+"""A step takes up to 50 bytes."""
+MOST_SAMPLES = 1_000_000
+"""The largest number of GPU samples of a file that is read. While power changes all the time, there are 20 a second, so
+that this is half a day; one that would repeat the one before is not written, so most cases have a few thousand."""
+SAMPLES = Content("a file of GPU samples", 256)
+"""A sample takes up to 250 bytes."""
 SETTINGS = Content("a file of settings", 4)
 SUMMARY = Content("a probe.json, comparison.json or list of files", 16)
 REPORT = Content("a report", 256)
@@ -246,6 +251,21 @@ def read_text(path: Path, content: Content) -> str:
         RunError: as :func:`read_bytes` and :func:`text_of`.
     """
     return text_of(path, read_bytes(path, content))
+
+
+def lines_of(path: Path, content: bytes) -> Iterator[str]:
+    """Yield the lines of UTF-8 with their ends, without the text as a whole, which takes up to four times its bytes.
+
+    Raises:
+        RunError: a line is longer than :data:`MOST_LINE`. One of nothing but commas would fill the memory.
+    """
+    text = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
+    number = 0
+    while line := text.readline(MOST_LINE):
+        number += 1
+        if len(line) == MOST_LINE:
+            raise RunError(f"{path}, line {number}: is longer than {MOST_LINE:,} characters; no row of a run is")
+        yield line
 
 
 def read_json(path: Path, content: Content) -> Any:

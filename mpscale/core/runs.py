@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import io
 import math
 import os
 import re
@@ -19,7 +18,18 @@ from mpscale.core.case import CaseId, Place
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS, DTYPES, LARGEST, METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.journal import read_journal
-from mpscale.core.reading import INFO, MOST_CASES, STEPS, NoSuchFileError, RunError, read_json, text_of, unpack
+from mpscale.core.reading import (
+    INFO,
+    MOST_CASES,
+    MOST_STEPS,
+    STEPS,
+    NoSuchFileError,
+    RunError,
+    check_text,
+    lines_of,
+    read_json,
+    unpack,
+)
 from mpscale.core.record import Key, Record, misfit, settle
 from mpscale.core.run_folder import steps_path
 from mpscale.core.variables import recorded
@@ -144,12 +154,13 @@ class Run:
             content = unpack(path, STEPS)
         except NoSuchFileError as error:
             raise RunError(f"{error}; only a case that trained to its end has steps") from None
-        return _step_columns(path, text_of(path, content))
+        check_text(path, content)
+        return _step_columns(path, content)
 
 
-def _step_columns(path: Path, text: str) -> dict[str, list[Any]]:
+def _step_columns(path: Path, content: bytes) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {name: [] for name in _STEPS}
-    reader = csv.reader(io.StringIO(text, newline=""))
+    reader = csv.reader(lines_of(path, content))
     try:
         header = next(reader, [])
         if missing := [name for name in _STEPS if name not in header]:
@@ -158,6 +169,8 @@ def _step_columns(path: Path, text: str) -> dict[str, list[Any]]:
         for row in reader:
             if len(row) != len(header):
                 raise ValueError("not as many cells as the header")
+            if reader.line_num > MOST_STEPS + 1:
+                raise ValueError(f"more than {MOST_STEPS:,} steps; no training has so many")
             for column, place, parse in places:
                 column.append(parse(cell) if (cell := row[place]) else None)
     except (ValueError, csv.Error) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +36,8 @@ VARIABLES = (
 
 _LONGEST = 500
 """Most characters of a value."""
-_PATH = re.compile(r"(?:(?<==)|(?<!\S))[^\s=]*/\S*")
+_PATH = re.compile(r"(?:(?<==)|(?<!\S))(?!MIG-)[^\s=]*/\S*")
+"""A path; not the slice of a GPU, which may be called ``MIG-GPU-<uuid>/1/0``."""
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(?:API|ACCESS|PRIVATE|AUTH|ENCRYPTION|SIGNING)_?KEY|_KEY$", re.I)
 _SHORTEST = 8
@@ -45,8 +47,17 @@ _SHORTEST = 8
 def recorded(environ: Mapping[Any, Any]) -> dict[str, str]:
     """What a run records of an environment, and a report shows: :data:`VARIABLES`, without paths, and cut if long."""
     found = {name: environ[name] for name in VARIABLES if isinstance(environ.get(name), str)}
-    plain = {name: _PATH.sub("<path>", value) for name, value in found.items()}
-    return {name: value if len(value) <= _LONGEST else f"{value[:_LONGEST]}…" for name, value in plain.items()}
+    return {name: _cut(_PATH.sub("<path>", value)) for name, value in found.items()}
+
+
+def _cut(value: str) -> str:
+    """Cut a long value. Its checksum stays, so that two values that differ behind the cut are not taken for equal."""
+    if len(value) <= _LONGEST:
+        return value
+    checksum = hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    rest = f"… ({len(value):,} characters, SHA-256 {checksum})"
+    # No longer than allowed, so that it is not cut again when it is read.
+    return value[: _LONGEST - len(rest)] + rest
 
 
 def without_secrets(text: str, environ: Mapping[str, str]) -> str:

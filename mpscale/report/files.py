@@ -11,18 +11,19 @@ from mpscale.analysis.noise_floor import floors_of
 from mpscale.analysis.probe import probes_of
 from mpscale.analysis.summary import summary_csv, summary_of
 from mpscale.core.cases_csv import read_cases
-from mpscale.core.reading import CASES, REPORT, NoSuchFileError, read_bytes, read_text
+from mpscale.core.columns import MEASURED
+from mpscale.core.reading import CASES, REPORT, read_bytes, read_text
 from mpscale.core.record import Record, to_csv
 from mpscale.core.runs import Run, RunError, read_run
 from mpscale.core.writing import write
 from mpscale.report.document import Document, document, render
 from mpscale.report.gains_figure import gains
-from mpscale.report.memory_figure import memory_over_time
-from mpscale.report.page import page
+from mpscale.report.memory_figure import MEMORY_OVER_TIME, memory_over_time
+from mpscale.report.page import anchor_of, page
 from mpscale.report.sweep_figure import over_batch
 from mpscale.report.table import listed, plural
 from mpscale.report.tradeoff_figure import tradeoff
-from mpscale.report.training_figure import training
+from mpscale.report.training_figure import HOW_TRAINING_WENT, training
 
 WRITTEN = ("report.html", "report.md", "summary.csv", "cases.csv")
 """Names of the files; the one to look at comes first."""
@@ -105,12 +106,17 @@ _FIGURE = re.compile(r'<figure id="([^"]+)"(?: data-unread="(\d+)")?>')
 
 def _fewer_figures(path: Path, html: str) -> str | None:
     """Why a report.html stays as it is: a picture or lines of one are in it that cannot be drawn again."""
+    if path.is_symlink():
+        return None  # what it leads to stays as it is
     try:
         before = dict(_FIGURE.findall(read_text(path, REPORT)))
     except RunError:
         return None
     now = dict(_FIGURE.findall(html))
-    gone = [name for name in before if name not in now]
+    # Figures of another version of mpscale, and those made from the journal alone, are no loss.
+    gone = [
+        name for name in map(anchor_of, (HOW_TRAINING_WENT, MEMORY_OVER_TIME)) if name in before and name not in now
+    ]
     less = [name for name in before.keys() & now.keys() if int(now[name] or 0) > int(before[name] or 0)]
     if not (gone or less):
         return None
@@ -141,12 +147,12 @@ def _lost_from_the_journal(run: Run, cases: str) -> str | None:
         cases: the content that cases.csv should have.
     """
     path = run.path / "cases.csv"
+    if not path.is_file():
+        return None  # a pipe or a device has no rows
     try:
         if read_bytes(path, CASES) == cases.encode():
             return None  # the usual case, without parsing a large file
         written = read_cases(path, only=["attempts", *_FIGURES])
-    except NoSuchFileError:
-        return None
     except RunError as error:
         # Made anew, unless it may be all that is left.
         whole = run.finished and not run.problems and not run.not_started
@@ -157,12 +163,12 @@ def _lost_from_the_journal(run: Run, cases: str) -> str | None:
         here = known.get(row["case_id"])
         if here is None:
             return True
+        is_later = (here["attempts"] or 1) > (row["attempts"] or 1)
+        if row["status"] == "interrupted" or (is_later and row["status"] not in MEASURED):
+            return False  # another attempt was made, since this one had no result
         if row["status"] == here["status"]:
             return any(row[name] is not None and here[name] is None for name in _FIGURES)
-        if here["status"] == "interrupted":
-            # cases.csv has no row of an attempt that was cut off, only of the attempt before.
-            return (row["attempts"] or 1) >= (here["attempts"] or 1)
-        return bool(here["status"] == "invalid")
+        return here["status"] in ("interrupted", "invalid")
 
     if lost := [row["case_id"] for row in written if is_lost(row)]:
         return (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from mpscale.core.reading import NoSuchFileError, RunError
+from mpscale.core.reading import RunError
 from mpscale.core.record import Record, modes_of
 from mpscale.core.run_folder import gpu_path
 from mpscale.core.runs import Run
@@ -22,6 +22,9 @@ from mpscale.telemetry.samples import Sample, read_sample_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+MEMORY_OVER_TIME = "GPU memory over time"
+"""The title of the figure."""
 
 _WINDOWS = {
     "first step, compiled": ("grey", (Phase.COMPILED,)),
@@ -75,9 +78,9 @@ def memory_over_time(run: Run) -> Picture | None:
         return None
     processes = [process for modes in by_workload.values() for process in modes.values()]
     look_of = looks(modes_of(record for _, _, records in measured(run) for record in records))
-    title = "GPU memory over time"
     with house_style("memory"):
-        svg = as_text(_figure(by_workload, look_of), f"{title}: the first process of each mode, with what it was doing")
+        what = f"{MEMORY_OVER_TIME}: the first process of each mode, with what it was doing"
+        svg = as_text(_figure(by_workload, look_of), what)
     captions = {
         "The first process of each mode; seconds since it was started. Shaded: what it was doing.": True,
         "Memory in use on the whole GPU, where the driver does not tell the process's own.": any(
@@ -85,20 +88,16 @@ def memory_over_time(run: Run) -> Picture | None:
         ),
         f"Not drawn: {plural(unreadable, 'process')} whose samples cannot be read.": unreadable,
     }
-    return Picture(title, " ".join(text for text, applies in captions.items() if applies), svg, unreadable)
+    return Picture(MEMORY_OVER_TIME, " ".join(text for text, applies in captions.items() if applies), svg, unreadable)
 
 
 def _read(run: Run, record: Record) -> _Process | None:
-    """Return the memory of a process; None if no samples were kept, or none of them has it.
+    """Return the memory of a process; None if no sample has it.
 
     Raises:
-        RunError: the file is broken.
+        RunError: the file is missing or broken.
     """
-    path = gpu_path(run.path, str(record["case_id"]), record["attempts"] or 1)
-    try:
-        samples = read_sample_file(path)
-    except NoSuchFileError:
-        return None
+    samples = read_sample_file(gpu_path(run.path, str(record["case_id"]), record["attempts"] or 1))
     of_device = all(row.process_memory_mib is None for row in samples.rows)
     name = "device_memory_mib" if of_device else "process_memory_mib"
     # Before there is a context, the process has none.

@@ -6,10 +6,7 @@ mailed, kept as an artifact of a nightly build or opened offline.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import stat
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
@@ -19,6 +16,7 @@ from string import Template
 from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
 
+from mpscale.core.reading import REPORT, RunError, read_text
 from mpscale.report.document import Document, Section
 from mpscale.report.figures import Picture
 from mpscale.report.first_screen_page import html_of
@@ -74,26 +72,21 @@ def shell(title: str, body: str, footer: str = _FOOTER, styles: Sequence[str] = 
     return Template(template).substitute(title=escape(title), style="".join(sheets), body=body, footer=escape(footer))
 
 
-_LARGEST = 1 << 28
-"""Bytes of a page that is read again."""
-
-
 def read_page(path: Path) -> str | None:
     """Read a page that somebody else may have written; None if it could do more than a page of mpscale does.
 
     It must begin with the policy of these pages, under which a browser runs and loads nothing, and must not lead to
     another page by itself. A link is not followed: it may lead to a file that is nobody's business.
     """
-    with contextlib.suppress(OSError, ValueError):
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(file, encoding="utf-8", newline="") as page:
-            about = os.fstat(file)
-            if stat.S_ISREG(about.st_mode) and about.st_size <= _LARGEST:
-                content = page.read()
-                head = _file("page.html").partition("<meta name")[0]
-                if content.startswith(head) and len(re.findall("http-equiv", content, re.I)) == 1:
-                    return content
-    return None
+    if path.is_symlink():
+        return None
+    try:
+        content = read_text(path, REPORT)
+    except RunError:
+        return None
+    head = _file("page.html").partition("<meta name")[0]
+    can_no_more = content.startswith(head) and len(re.findall("http-equiv", content, re.I)) == 1
+    return content if can_no_more else None
 
 
 @cache
@@ -112,7 +105,7 @@ def _figures(sections: Sequence[Section], markdown: MarkdownIt) -> str:
         tables = [part for part in section.parts if isinstance(part, Table)][:1]
         is_first = number == 0
         said = "\n".join(_part(part, markdown) for part in section.parts if part not in tables)
-        anchor = _anchor(section.title) if said and not is_first else ""
+        anchor = anchor_of(section.title) if said and not is_first else ""
         # A section may have something to say about rows that are in no table, because none of them counts.
         groups += [Group(section.group, anchor, table) for table in tables]
         if said:
@@ -125,7 +118,7 @@ def _figures(sections: Sequence[Section], markdown: MarkdownIt) -> str:
 
 
 def _contents(titles: Iterable[str]) -> str:
-    links = "\n".join(f'<li><a href="#{_anchor(title)}">{escape(title)}</a></li>' for title in titles)
+    links = "\n".join(f'<li><a href="#{anchor_of(title)}">{escape(title)}</a></li>' for title in titles)
     return f'<nav aria-label="Sections"><ul>\n{links}\n</ul></nav>'
 
 
@@ -134,8 +127,10 @@ def _section(section: Section, text: str) -> str:
     kind = ' class="sentences"' if section.sentences else ""
     if section.folded:
         # The id is inside the fold, so that a link to it unfolds it.
-        return f'<details><summary>{heading}</summary>\n<div id="{_anchor(section.title)}"{kind}>{text}</div></details>'
-    return f'<section id="{_anchor(section.title)}"{kind}>{heading}\n{text}</section>'
+        return (
+            f'<details><summary>{heading}</summary>\n<div id="{anchor_of(section.title)}"{kind}>{text}</div></details>'
+        )
+    return f'<section id="{anchor_of(section.title)}"{kind}>{heading}\n{text}</section>'
 
 
 def _figure(picture: Picture) -> str:
@@ -143,11 +138,12 @@ def _figure(picture: Picture) -> str:
     # Whoever makes the page again must not lose lines: see report.files.
     unread = f' data-unread="{picture.unread}"' if picture.unread else ""
     return (
-        f'<figure id="{_anchor(picture.title)}"{unread}>'
+        f'<figure id="{anchor_of(picture.title)}"{unread}>'
         f'<h3>{escape(picture.title)}</h3>\n<div class="paper">{svg}</div>\n'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
 
 
-def _anchor(title: str) -> str:
+def anchor_of(title: str) -> str:
+    """The id of a section or a figure of a page."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

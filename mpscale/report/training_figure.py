@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+HOW_TRAINING_WENT = "How training went"
+"""The title of the figure."""
+
 _SEEDS = 10
 """Most seeds that are drawn per workload and mode: more lines would be indistinguishable, and slow to read."""
 
@@ -143,10 +146,11 @@ def training(run: Run) -> Picture | None:
         return None
     look_of = looks(modes_of(record for _, _, records in measured(run, trained=True) for record in records))
     workloads = [_workload(name, modes) for name, modes in by_workload.items()]
-    title = "How training went"
     shown = [seeds for workload in workloads for seeds in workload.seeds.values()]
     with house_style("training"):
-        svg = as_text(_figure(workloads, look_of), f"{title}: loss, overflows and loss scale of each mode by step")
+        svg = as_text(
+            _figure(workloads, look_of), f"{HOW_TRAINING_WENT}: loss, overflows and loss scale of each mode by step"
+        )
     failed = sum(record["repeat"] == 0 and record["status"] in FAILED for record in run.records)
     failed += sum(repeat == 0 for waiting in run.waiting.values() for _, repeat in waiting)
     stars = sum(len(line.stars) for workload in workloads for line in workload.lines.values())
@@ -169,7 +173,7 @@ def training(run: Run) -> Picture | None:
         f"Not drawn: {plural(unreadable, 'training')} whose steps cannot be read.": unreadable,
         f"Not drawn: {plural(unpaired, 'mode')} without a seed that fp32 has.": unpaired,
     }
-    return Picture(title, " ".join(text for text, applies in captions.items() if applies), svg, unreadable)
+    return Picture(HOW_TRAINING_WENT, " ".join(text for text, applies in captions.items() if applies), svg, unreadable)
 
 
 def _read_steps(run: Run, case_id: str) -> _Steps | None:

@@ -9,7 +9,6 @@ worker left before their sample was taken.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
-from mpscale.core.reading import SAMPLES, RunError, parse_json, text_of, unpack
+from mpscale.core.reading import MOST_SAMPLES, SAMPLES, RunError, check_text, lines_of, parse_json, unpack
 from mpscale.core.reason import Code, Reason
 
 CALM_FROM, CALM_UNTIL = "timing-start", "timing-end"
@@ -166,7 +165,6 @@ _TYPES: dict[str, tuple[tuple[type, ...], bool]] = {
 """The types of each field, and whether it has several values."""
 _LARGEST = 1e15
 """More than any second, MiB, joule, watt or id of a process."""
-_MOST_LINES = 1_000_000
 
 
 class SampleFile:
@@ -385,9 +383,12 @@ def read_sample_file(path: Path) -> Samples:
     Raises:
         RunError: there is no such file, or it cannot be read as that.
     """
-    text = text_of(path, unpack(path, SAMPLES))
+    content = unpack(path, SAMPLES)
+    check_text(path, content)
+    if content.count(b"\n") > MOST_SAMPLES:
+        raise RunError(f"{path}: has more than {MOST_SAMPLES:,} samples, and so many are not read")
     try:
-        return read_samples(io.StringIO(text, newline="\n"))
+        return read_samples(lines_of(path, content))
     except ValueError as error:
         raise RunError(f"{path}: {error!s:.200}") from error
 
@@ -397,11 +398,9 @@ def _read_samples(lines: Iterable[str]) -> Samples:
     reasons: dict[str, Reason] = {}
     silent: Reason | None = None
     late: tuple[str, ...] = ()
-    for number, line in enumerate(lines):
+    for line in lines:
         if not line.endswith("\n"):
             break
-        if number == _MOST_LINES:
-            raise ValueError(f"not a file of GPU samples: it has more than {_MOST_LINES:,} lines")
         match parse_json(line):
             case {"time_s": float() | int()} as values:
                 rows.append(Sample.from_json(values))

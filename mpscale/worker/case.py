@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case, series_key
-from mpscale.core.columns import Topic, measured_columns
+from mpscale.core.columns import LARGEST, Topic, measured_columns
 from mpscale.core.device import Device
 from mpscale.core.file_errors import in_words
 from mpscale.core.mode import MODES
@@ -183,10 +183,15 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
 
 def _put(found: Findings, column: str, value: float | None, missing: Reason) -> None:
     """Put a figure if it is finite, otherwise the reason why not; ``missing`` is the reason if there is no value."""
-    if value is not None and np.isfinite(value):
+    if value is not None and _is_finite(value):
         found.values[column] = value
     else:
         found.miss([column], missing if value is None else Reason(Code.NOT_FINITE, "not finite"))
+
+
+def _is_finite(value: float) -> bool:
+    """Whether a column can hold it: a perplexity of 1e130 says no more than an infinite one."""
+    return abs(value) <= LARGEST
 
 
 def _report(channel: Channel, found: Findings) -> None:
@@ -373,7 +378,7 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
     _put(found, "published_metric_value", published, unpublished)
     _report(channel, found)
     status, reason = training.status
-    if status == "ok" and not np.isfinite(metric):
+    if status == "ok" and not _is_finite(metric):
         return "diverged", f"the {name} on the test set was {metric} after {len(training.log)} steps"
     return status, reason
 

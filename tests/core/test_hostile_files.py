@@ -15,20 +15,23 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.runfolder import finished, record, write_run, write_steps
+from support.runfolder import finished, record, started, write_run, write_steps
 
 from mpscale.analysis.history import read_folder
 from mpscale.analysis.probe import probes_of
 from mpscale.analysis.summary import summary_csv, summary_of
 from mpscale.cli import main
-from mpscale.config import SettingsError, load
+from mpscale.config import SettingsError, load, training_steps
+from mpscale.core import reading
+from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS
-from mpscale.core.reading import MOST_CASES, MOST_LINE, RunError, parse_json
+from mpscale.core.reading import MOST_CASES, MOST_LINE, MOST_STEPS, Content, RunError, parse_json, unpack
 from mpscale.core.record import misfit, to_csv
 from mpscale.core.runs import environment_facts, read_run
 from mpscale.report.document import document, render
 from mpscale.report.first_screen import first_screen, plain
 from mpscale.report.site_folder import MANIFEST, SiteError, SiteFolder
+from mpscale.telemetry import samples
 from mpscale.telemetry.samples import read_sample_file
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +141,6 @@ def bomb(mib):
         (lambda data: b"\x1f\x8b\xff" + data[3:], "not compressed with gzip"),
         (lambda data: data + data, "something follows"),
         (lambda data: data + b"\0\0", "something follows"),
-        (lambda data: bomb(65), "larger than 64 MiB"),
     ],
 )
 @pytest.mark.parametrize("name", [name for name in READERS if name.endswith(".gz")])
@@ -148,6 +150,32 @@ def test_a_broken_or_endless_gzip_is_an_error(tmp_path, name, change, why):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(RunError, match=why):
         READERS[name](tmp_path)
+
+
+def test_no_more_is_unpacked_than_such_a_file_can_hold(tmp_path):
+    path = tmp_path / "a.gz"
+    path.write_bytes(bomb(3))
+    with pytest.raises(RunError, match=r"a\.gz: is larger than 2 MiB, and a log is not"):
+        unpack(path, Content("a log", 2))
+    assert len(unpack(path, Content("a log", 3))) == 3 * 2**20
+
+
+def test_the_longest_training_that_can_be_asked_for_has_a_log_that_is_read():
+    longest = "9999999,-1.17549435e-38,1.17549435e-38,False\n"
+    assert len(longest) * MOST_STEPS < reading.STEPS.most
+    assert training_steps(str(MOST_STEPS)) == MOST_STEPS
+
+
+def test_a_case_may_have_more_samples_than_a_file_that_is_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "MOST_SAMPLES", 3)
+    lines = [f'{{"time_s": {second}.0}}\n' for second in range(5)]
+    assert len(samples.read_samples(lines).rows) == 5
+    path = tmp_path / "samples.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(lines).encode()))
+    with pytest.raises(RunError, match="more than 3 samples"):
+        read_sample_file(path)
+    path.write_bytes(gzip.compress("".join(lines[:3]).encode()))
+    assert len(read_sample_file(path).rows) == 3
 
 
 STEPS = {"step": ["-1", "1.5", "9" * 30], "loss": ["1e308", "-1e200", "x"], "loss_scale": ["1e101"], "overflow": ["2"]}
@@ -398,6 +426,27 @@ def test_a_report_never_replaces_more_by_less(tmp_path, capsys, lose):
     assert (path / "report.md").read_bytes() != before["report.md"]
 
 
+def test_a_page_keeps_lines_of_samples_that_are_gone(tmp_path, capsys):
+    path = shutil.copytree(REFERENCE / "20261126T191040Z-nvidia-h200-32b6", tmp_path / "run")
+    before = (path / "report.html").read_bytes()
+    next(iter(sorted((path / "gpu").iterdir()))).unlink()
+    assert main(["report", str(path)]) == 0
+    assert "report.html shows more lines" in capsys.readouterr().err
+    assert (path / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_is_no_file_is_no_reason_to_leave_reports_as_they_are(tmp_path, capsys, make):
+    one, other = record(step_time_ms_median=2.0), record("mixed-bf16")
+    path = write_run(tmp_path, [*finished([one]), started(other)], finish=False)
+    make(path / "cases.csv")
+    (path / "summary.csv").write_text("old")
+    assert main(["report", str(path)]) == 0
+    assert "left as before" not in capsys.readouterr().err
+    assert len(read_cases(path / "cases.csv")) == 2
+    assert not (path / "cases.csv").is_symlink() and (path / "summary.csv").read_text() != "old"
+
+
 def test_a_page_keeps_figures_that_can_no_longer_be_drawn(tmp_path, capsys):
     path = shutil.copytree(REFERENCE / "20261126T190729Z-nvidia-h200-e964", tmp_path / "run")
     assert main(["report", str(path)]) == 0
@@ -411,6 +460,39 @@ def test_a_page_keeps_figures_that_can_no_longer_be_drawn(tmp_path, capsys):
     (path / "report.html").unlink()
     assert main(["report", str(path)]) == 0
     assert len((path / "report.html").read_bytes()) < len(before)
+
+
+def test_a_page_of_another_version_does_not_stay_for_a_figure_that_this_one_does_not_draw(tmp_path, capsys):
+    path = write_run(tmp_path, finished([record(step_time_ms_median=2.0)]))
+    assert main(["report", str(path)]) == 0
+    page = path / "report.html"
+    now = page.read_text()
+    page.write_text(now.replace("</body>", '<figure id="of-another-version"><h3>x</h3></figure></body>'))
+    assert main(["report", str(path)]) == 0
+    assert "left as before" not in capsys.readouterr().err
+    assert page.read_text() == now
+
+
+def test_a_link_to_a_page_with_more_figures_is_replaced_and_the_page_stays(tmp_path, capsys):
+    path, elsewhere = write_run(tmp_path, finished([record()])), tmp_path / "mine.html"
+    elsewhere.write_text('<figure id="how-training-went">')
+    (path / "report.html").symlink_to(elsewhere)
+    assert main(["report", str(path)]) == 0
+    assert "left as before" not in capsys.readouterr().err
+    assert not (path / "report.html").is_symlink() and elsewhere.read_text() == '<figure id="how-training-went">'
+
+
+@pytest.mark.parametrize("before", ["interrupted", "crashed", "invalid"])
+@pytest.mark.parametrize("after", ["invalid", "oom", "interrupted"])
+def test_a_later_attempt_takes_the_place_of_an_earlier_one_in_a_report(tmp_path, capsys, before, after):
+    path = write_run(tmp_path, finished([record(status=before, attempts=1, step_time_ms_median=2.0)]))
+    assert main(["report", str(path)]) == 0
+    events = finished([record(status=after, status_reason="why", attempts=2)])
+    later = write_run(tmp_path / "later", events) / "journal.jsonl"
+    later.replace(path / "journal.jsonl")
+    assert main(["report", str(path)]) == 0
+    assert "left as before" not in capsys.readouterr().err
+    assert [row["status"] for row in read_cases(path / "cases.csv")] == [after]
 
 
 def test_a_row_of_nothing_but_commas_does_not_fill_the_memory(tmp_path):

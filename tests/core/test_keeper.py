@@ -108,6 +108,12 @@ ENDS = {
     "loses the group of its keeper's keeper": lambda process, pids: os.killpg(
         parent(parent(pids["main"])), signal.SIGKILL
     ),
+    **{
+        f"loses both keepers to {number.name}": lambda process, pids, number=number: [
+            os.kill(keeper, number) for keeper in (parent(parent(pids["main"])), parent(pids["main"]))
+        ]
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+    },
     "is ended by the session": lambda process, pids: process.kill(),
 }
 

@@ -118,9 +118,11 @@ def _use(path: Path) -> None:
     from mpscale.core.record import to_csv
     from mpscale.core.runs import environment_facts, hardware, read_run
     from mpscale.report.first_screen import first_screen, plain
+    from mpscale.report.missing import go_on, interruptions
 
     run = read_run(path)
-    for text in (to_csv(run.records), summary_csv(summary_of(run)), plain(first_screen(run)), *run.problems):
+    about = (plain(first_screen(run)), go_on(run, path.parent), *interruptions(run), *run.problems)
+    for text in (to_csv(run.records), summary_csv(summary_of(run)), *about):
         text.encode()
     hardware(run), environment_facts(run), run.not_started, run.waiting, run.methods
 

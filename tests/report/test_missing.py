@@ -73,6 +73,8 @@ def test_a_whole_run_lacks_nothing(tmp_path):
         {**INVOCATION, "program": "rm -rf ."},
         {**INVOCATION, "program": "pytest; rm"},
         {**INVOCATION, "arguments": ["a\x1b[2Jb"]},
+        {**INVOCATION, "folder": "../../..\x1b[2J"},
+        {**INVOCATION, "folder": "\0"},
         {**INVOCATION, "arguments": ["a\nb"]},
         {**INVOCATION, "arguments": [1]},
         {**INVOCATION, "options": []},

@@ -269,7 +269,7 @@ def test_metric_is_reported_before_the_published_set_is_evaluated(monkeypatch):
     assert events.index("metric_value") < max(place for place, event in enumerate(events) if event == 7)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e130])
 def test_metric_that_is_not_finite_is_a_diverged_training(value):
     outcome = train(workload(dense(), lambda: split(X, Y), metric=lambda y, out: value, **OWN))
     assert outcome.status == "diverged"
