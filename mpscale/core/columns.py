@@ -32,7 +32,7 @@ Status = Literal[
 ]
 STATUSES: dict[str, str] = {
     "ok": "trained and measured",
-    "diverged": "the weights, the loss or the final metric ended non-finite; a result if the mode tries out a loss scale, else a failure",
+    "diverged": "the weights, the loss or the final metric ended non-finite, or the metric beyond 1e100; a result if the mode tries out a loss scale, else a failure",
     "stalled": "at least 95 % of the steps were skipped and next to nothing was learned; judged like `diverged`",
     "oom": "the device or the host ran out of memory",
     "timeout": "did not finish within `--mp-timeout` seconds and was killed",
