@@ -37,10 +37,11 @@ class Cause(StrEnum):
     TIMEOUT = "timeout", "it did not finish in time", False
     OTHER_TRAINING = "other-training", "it did not train the same as the other modes of its seed", False
     OTHER_PRECISION = "other-precision", "it did not compute in the precision of its mode", False
-    BAD_RECORD = "bad-record", "a value does not belong in its column, or a line of the journal cannot be read", False
+    BAD_RECORD = "bad-record", "a value does not belong in its column", False
 
     STOPPED = "stopped", "the user, or whoever runs the job, ended the run", True
     NO_END = "no-end", "the journal has no result: the run was killed, or is still going on", True
+    UNREADABLE = "unreadable", "its line in the journal cannot be read", True
     KILLED = "killed", "somebody killed its process", True
     OOM_KILLER = "oom-killer", "the kernel killed its process because memory ran out, or probably did", True
     GARBLED = "garbled", "something other than mpscale wrote to its connection", True

@@ -236,7 +236,7 @@ class _Told:
             with contextlib.suppress(_Odd):
                 self._settle(self.running)
                 self._note(self.running, self._identity(self.running), None)
-                self.records[self.running].end("invalid", why, Cause.BAD_RECORD)
+                self.records[self.running].end("invalid", why, Cause.UNREADABLE)
                 said = f"{self.running} counts as invalid: {why}"
         self._say(said)
 

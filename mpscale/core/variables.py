@@ -47,7 +47,12 @@ _SHORTEST = 8
 def recorded(environ: Mapping[Any, Any]) -> dict[str, str]:
     """What a run records of an environment, and a report shows: :data:`VARIABLES`, without paths, and cut if long."""
     found = {name: environ[name] for name in VARIABLES if isinstance(environ.get(name), str)}
-    return {name: _cut(_PATH.sub("<path>", value)) for name, value in found.items()}
+    return {name: _cut(_PATH.sub(_hidden, value)) for name, value in found.items()}
+
+
+def _hidden(path: re.Match[str]) -> str:
+    """Hide a path. Its checksum stays, so that two paths are not taken for equal."""
+    return f"<path-{hashlib.sha256(path[0].encode('utf-8', 'surrogatepass')).hexdigest()[:8]}>"
 
 
 def _cut(value: str) -> str:

@@ -29,7 +29,7 @@ from mpscale.harness.supervisor import Listener, Options, Outcome, Supervisor
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.host import environment, run_slug
 
-_NOT_WITHIN_A_RUN = (Cause.STOPPED, Cause.NO_END, Cause.GPU_LOST, Cause.GPU_STATE)
+_NOT_WITHIN_A_RUN = (Cause.STOPPED, Cause.NO_END, Cause.UNREADABLE, Cause.GPU_LOST, Cause.GPU_STATE)
 """Transient causes that have other remedies: a run that goes on later, or a retry after the GPU has cooled down."""
 
 

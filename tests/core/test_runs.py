@@ -189,6 +189,7 @@ def test_a_broken_line_costs_only_the_running_case(tmp_path, what):
     path = write_run(tmp_path, finished([record(), record(seed=1), record(seed=2)]))
     run = read_with_line(path, 5, line if isinstance(line, bytes) else line.replace("s0", "s1").encode())
     assert [(r["seed"], r["status"]) for r in run.records] == [(0, "ok"), (1, "invalid"), (2, "ok")]
+    assert run.records[1].cause is Cause.UNREADABLE
     assert run.records[1]["status_reason"].startswith("journal.jsonl, line 5: ")
     assert message in run.records[1]["status_reason"]
     assert len(run.problems) == 1

@@ -94,7 +94,8 @@ def test_odd_values_in_the_journal_of_a_stranger_break_nothing(whole, tmp_path, 
     path = stopped(whole, tmp_path, place_of_result(whole, 3))
     lines = [{**event, name: odd} if event["event"] == "case_finished" else event for event in events(path)]
     (path / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert go_on(path) == IDS[3:]
+    # A line that cannot be read has lost its case, which runs again.
+    assert go_on(path) == (IDS if name == "step_s" else IDS[3:])
     assert read_run(path).not_started == []
 
 
