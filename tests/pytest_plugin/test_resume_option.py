@@ -188,7 +188,7 @@ def test_the_whole_run_is_compared_with_a_baseline_that_is_not_itself(started, s
         ("--mp-jit=off", "--mp-jit is off, and was not given"),
         ("--mp-keep-suspect", "--mp-keep-suspect is given, and was not given"),
         ("--mp-static-scale=8", "--mp-static-scale is 8, and was not given"),
-        ("--mp-energy=5", "--mp-energy is 5, and was not given"),
+        ("--mp-steps-per-call=2", "--mp-steps-per-call is 2, and was not given"),
         ("--benchmark-disable", "the setting timing_s is 0.0, and was 0.05"),
         ("-n2", "run without -n"),
         ("-oaddopts=--mp-resume=latest", "give it on the command line, not in addopts"),
