@@ -14,7 +14,6 @@ WAYS = {
     "progress_bar": ("crashed", "SIGSEGV"),
     "exits": ("error", "SystemExit: no more"),
     "cancelled": ("error", "CancelledError: the data were cancelled"),
-    "hang": ("timeout", "not finished after 15 s"),
 }
 
 
@@ -34,7 +33,7 @@ def die(run_suite, ways, method, timeout_s, **variables):
 @pytest.fixture(scope="module")
 def deaths(run_suite, tmp_path_factory):
     temporary = tmp_path_factory.mktemp("temporary")
-    done = die(run_suite, [*WAYS, *DISTURBED], "fork", timeout_s=15, TMPDIR=str(temporary), SUITE_TIDY="yes")
+    done = die(run_suite, [*WAYS, *DISTURBED], "fork", timeout_s=60, TMPDIR=str(temporary), SUITE_TIDY="yes")
     done.temporary = temporary
     return done
 
@@ -120,6 +119,14 @@ def test_metric_other_than_accuracy_has_its_own_column(deaths):
     assert case["metric_name"] == "squared_error"
     assert case["metric_value"] < 0.3
     assert case["unavailable"]["final_accuracy"] == "the workload's metric is squared_error"
+
+
+@pytest.mark.slow  # tests/harness/test_causes.py has a worker that hangs
+def test_a_case_that_hangs_is_killed_with_all_that_it_has_started(run_suite):
+    done = die(run_suite, ["hang"], "fork", timeout_s=15)
+    assert done.run.cases["status"].tolist() == ["ok", "timeout", "ok"], done.output
+    assert "not finished after 15 s" in row(done, "hang")["status_reason"]
+    assert processes_in(done.folder) == []
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.gpu_case import kept_samples
-from support.gpu_machine import QUICK, Machine
+from support.gpu_machine import FINE, QUICK, Machine
 from support.small_suite import SUITE
 
 import mpscale
@@ -25,6 +25,7 @@ def test_training(mp_case, benchmark):
     mp_case.measure(benchmark)
 """,
         *QUICK,
+        FINE,
         "--mp-modes=fp32,tf32,mixed-static",
     )
     assert done.returncode == 0, done.stdout
@@ -54,7 +55,7 @@ def test_training(mp_case, benchmark):
     report = (machine.path() / "report.md").read_text()
     assert "mpscale stand-in A100" in report
     # The samples that the peaks were taken from are kept.
-    kept = machine.path() / "gpu" / "mnist1d-mlp--fp32--s0--r0--a1.jsonl.gz"
+    kept = machine.path() / "gpu" / "suite_workloads+fine--fp32--s0--r0--a1.jsonl.gz"
     samples = kept_samples(kept)
     assert max(known(samples.rows, "process_memory_mib")) == 3000.0
     assert {*Phase} - {"energy-end"} <= {row.phase for row in samples.rows}
@@ -89,7 +90,7 @@ def test_training(mp_case, benchmark):
 """,
         *QUICK,
         "--mp-gpu-retries=1",
-        "--mp-cool-down=3",
+        "--mp-cool-down=1",
     )
     assert done.returncode == 1
     finished = [event["record"] for event in machine.events("case_finished")]
