@@ -7,7 +7,7 @@ import pytest
 from support.nvml_stand_in import Script
 from support.small_suite import pytest_in, write
 
-QUICK = ("--mp-preset", "smoke", "--mp-seeds", "1", "--mp-start-method", "fork")
+QUICK = ("--mp-preset", "smoke", "--mp-seeds", "1", "--mp-start-method", "fork", "--mp-jit", "off")
 FINE = "--mp-workloads=suite_workloads:fine"
 """A workload that takes half as long as mnist1d-mlp."""
 

@@ -85,10 +85,11 @@ def test_training(mp_case, benchmark):
         script("power_limit_w .*", "power_limit_w 300")
     if turn == 3:
         script("power_limit_w .*", "power_limit_w 400")
-        threading.Timer(1.5, script, ("temperature_c .*", "temperature_c 40\\nlost 0")).start()
+        threading.Timer(0.5, script, ("temperature_c .*", "temperature_c 40\\nlost 0")).start()
     mp_case.measure(benchmark)
 """,
         *QUICK,
+        FINE,
         "--mp-gpu-retries=1",
         "--mp-cool-down=1",
     )
@@ -122,8 +123,7 @@ def with_energy(tmp_path_factory, stand_in_nvml, write_suite):
     machine = Machine(write_suite(tmp_path_factory.mktemp("energy")), stand_in_nvml)
     machine.script.set(power_w=200, event_reasons=0x40)
     done = machine.run(
-        SUITE, *QUICK, "--mp-workloads=suite_workloads:laboured", "--mp-modes=mixed-dynamic", "--mp-jit=off",
-        "--mp-energy=10", "--mp-keep-suspect", "--mp-steps-per-call=4",
+        SUITE, *QUICK, "--mp-workloads=suite_workloads:laboured", "--mp-modes=mixed-dynamic", "--mp-energy=10", "--mp-keep-suspect", "--mp-steps-per-call=4",
         SUITE_LOG=str(machine.folder / "cases.log"), SUITE_SLOW_CASES="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

@@ -19,7 +19,9 @@ WORKLOADS = "suite_workloads:fine,suite_workloads:hang,suite_workloads:regressio
 def start(folder, *options):
     (folder / "tmp").mkdir()
     return subprocess.Popen(
-        command("--mp-workloads", WORKLOADS, "--mp-modes=fp32", "--mp-seeds=1", "--mp-timing=0.05", *options),
+        command(
+            "--mp-workloads", WORKLOADS, "--mp-modes=fp32", "--mp-seeds=1", "--mp-timing=0.05", "--mp-jit=off", *options
+        ),
         cwd=folder,
         env=environment(TMPDIR=str(folder / "tmp")),
         stdout=subprocess.PIPE,
