@@ -123,7 +123,8 @@ def with_energy(tmp_path_factory, stand_in_nvml, write_suite):
     machine = Machine(write_suite(tmp_path_factory.mktemp("energy")), stand_in_nvml)
     machine.script.set(power_w=200, event_reasons=0x40)
     done = machine.run(
-        SUITE, *QUICK, "--mp-workloads=suite_workloads:laboured", "--mp-modes=mixed-dynamic", "--mp-energy=10", "--mp-keep-suspect", "--mp-steps-per-call=4",
+        SUITE, *QUICK, "--mp-workloads=suite_workloads:laboured", "--mp-modes=mixed-dynamic",
+        "--mp-energy=10", "--mp-keep-suspect", "--mp-steps-per-call=4",
         SUITE_LOG=str(machine.folder / "cases.log"), SUITE_SLOW_CASES="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
