@@ -1,6 +1,7 @@
 """Whole runs on a machine with a GPU, whose driver is a stand-in: its figures, and states that spoil them."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.gpu_case import kept_samples
@@ -61,6 +62,32 @@ def test_training(mp_case, benchmark):
     assert {*Phase} - {"energy-end"} <= {row.phase for row in samples.rows}
 
 
+@pytest.fixture(scope="module")
+def energy(tmp_path_factory, stand_in_nvml, write_suite):
+    """A run of one case, with energy, on a GPU that is throttled all the time.
+
+    Its steps mostly sleep, so it goes on beside another test.
+    """
+    machine = Machine(write_suite(tmp_path_factory.mktemp("energy")), stand_in_nvml)
+    machine.script.set(power_w=200, event_reasons=0x40)
+    with ThreadPoolExecutor(1) as pool:
+        yield machine, pool.submit(
+            machine.run, SUITE, *QUICK, "--mp-workloads=suite_workloads:laboured", "--mp-modes=mixed-dynamic",
+            "--mp-energy=10", "--mp-keep-suspect", "--mp-steps-per-call=4",
+            SUITE_LOG=str(machine.folder / "cases.log"), SUITE_SLOW_CASES="1",
+            MPSCALE_NOTES=str(tmp_path_factory.mktemp("notes")),
+        )  # fmt: skip
+
+
+@pytest.fixture
+def with_energy(energy):
+    machine, run = energy
+    done = run.result()
+    assert done.returncode == 0, done.stdout
+    return machine
+
+
+@pytest.mark.usefixtures("energy")
 def test_states_of_the_gpu_that_invalidate_a_case(machine):
     """In turn: throttled, then not; another process that stays; a changed power limit; a lost GPU; one after that."""
     done = machine.run(
@@ -117,20 +144,6 @@ def test_training(mp_case, benchmark):
     assert len(list((machine.path() / "gpu").iterdir())) == 6
 
 
-@pytest.fixture(scope="module")
-def with_energy(tmp_path_factory, stand_in_nvml, write_suite):
-    """A run of one case, with energy, on a GPU that is throttled all the time. Its steps mostly sleep."""
-    machine = Machine(write_suite(tmp_path_factory.mktemp("energy")), stand_in_nvml)
-    machine.script.set(power_w=200, event_reasons=0x40)
-    done = machine.run(
-        SUITE, *QUICK, "--mp-workloads=suite_workloads:laboured", "--mp-modes=mixed-dynamic",
-        "--mp-energy=10", "--mp-keep-suspect", "--mp-steps-per-call=4",
-        SUITE_LOG=str(machine.folder / "cases.log"), SUITE_SLOW_CASES="1",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return machine
-
-
 def test_suspect_figures_are_kept_if_the_user_wants_them(with_energy):
     (record,) = [event["record"] for event in with_energy.events("case_finished")]
     assert record["status"] == "ok"
@@ -150,6 +163,7 @@ def test_energy_of_steps_that_go_on_for_ten_seconds(with_energy):
     assert kept_samples(file).at("energy-end") is not None
 
 
+@pytest.mark.slow  # the first as in test_presets, the second as in test_main_job
 @pytest.mark.parametrize(("visible", "tf32"), [(None, True), ("-1", False)])
 def test_ampere_adds_tf32_to_the_plan(machine, visible, tf32):
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}

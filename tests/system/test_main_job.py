@@ -157,6 +157,7 @@ def test_a_dry_run_lists_the_cases(run_suite):
     assert done.code == 0, done.output
     assert "test_training[mnist1d-cnn-mixed-bf16-seed2]" in done.output
     assert "81 tests collected" in done.output
+    assert "tf32" not in done.output  # which a CPU lacks
     assert done.path is None
 
 
