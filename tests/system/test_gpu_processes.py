@@ -18,7 +18,8 @@ def picky(tmp_path_factory, stand_in_nvml, write_suite):
     """A run whose workers end on touching the GPU with the default allocator, and save autotuning results."""
     machine = Machine(write_suite(tmp_path_factory.mktemp("picky")), stand_in_nvml)
     watched = Watched(machine)
-    shared = ("--mp-modes=fp32", "--mp-seeds=2", "--mp-repeats=1", "--mp-autotune=shared")
+    # Without XLA there is nothing to tune.
+    shared = ("--mp-jit=on", "--mp-modes=fp32", "--mp-seeds=2", "--mp-repeats=1", "--mp-autotune=shared")
     done = machine.run(SUITE, *QUICK, FINE, *shared, **watched.variables, PICKY="1", SAVES="1")
     assert done.returncode == 0, done.stdout
     records = [event["record"] for event in machine.events("case_finished")]
@@ -59,7 +60,7 @@ def test_on_a_cpu_flags_reach_the_worker_and_nothing_is_tuned(machine):
     watched = Watched(machine)
     users = "--xla_cpu_enable_fast_min_max=false"
     done = machine.run(
-        SUITE, *QUICK, "--mp-modes=fp32", "--mp-autotune=shared", **watched.variables,
+        SUITE, *QUICK, "--mp-jit=on", "--mp-modes=fp32", "--mp-autotune=shared", **watched.variables,
         CUDA_VISIBLE_DEVICES="-1", XLA_FLAGS=users,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
