@@ -251,9 +251,9 @@ def test_a_failing_session_ends_the_other_and_says_so(tmp_path, interpreter, ab,
 
 def test_a_session_that_hangs_at_its_start_is_killed(tmp_path, interpreter, ab):
     hangs = interpreter("two", act={"start": "hang"})
-    code, _, errors = ab("--python", interpreter("one"), "--python", hangs, "--start-timeout", "6")
+    code, _, errors = ab("--python", interpreter("one"), "--python", hangs, "--start-timeout", "4")
     assert code == 2
-    assert "B: it did not collect its cases within 6 s (--start-timeout)" in errors
+    assert "B: it did not collect its cases within 4 s (--start-timeout)" in errors
     assert not alive(int((tmp_path / "hangs").read_text()))
 
 

@@ -1,9 +1,13 @@
-"""When pytest-benchmark shows its table of the cases, which is wider than any terminal."""
+"""When pytest-benchmark shows its table of the cases, which is wider than any terminal, and what it compares."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from support.small_suite import pytest_here, write
+from pytest_benchmark.session import PerformanceRegression
+from support.no_training import replace_trainings
+from support.small_suite import SUITE, pytest_here, write
 
 CASES = """
 def test_training(mp_case, benchmark):
@@ -44,3 +48,24 @@ def test_a_comparison_needs_the_table(tmp_path, monkeypatch):
     )
     assert (tmp_path / "out.json").stat().st_size
     assert "Name (time in" in pytest_here(tmp_path, *options, "--benchmark-compare")[1]
+
+
+def test_a_comparison_is_of_the_times_of_training_steps(tmp_path, monkeypatch):
+    """A saved run whose times are a hundredth of the truth makes this one a regression."""
+    monkeypatch.chdir(tmp_path)
+    replace_trainings(monkeypatch)
+    monkeypatch.setattr("mpscale.report.files._page", lambda run, report: "a page")  # which takes longest
+    write(tmp_path, test_suite=SUITE)
+    options = (tmp_path, "--mp-workloads=mnist1d-mlp", f"--benchmark-storage=file://{tmp_path}/kept")
+    fails = ("--benchmark-compare", "--benchmark-compare-fail=median:500%")
+    assert pytest_here(tmp_path, *options, "--benchmark-save=one")[0] == 0
+    assert pytest_here(tmp_path, *options, *fails)[0] == 0
+    (saved,) = tmp_path.glob("kept/*/*_one.json")
+    stored = json.loads(saved.read_text())
+    (benchmark,) = stored["benchmarks"]
+    assert (benchmark["stats"]["min"], benchmark["stats"]["max"]) == (0.002, 0.003)
+    for name in ("min", "max", "mean", "median"):
+        benchmark["stats"][name] /= 100
+    saved.write_text(json.dumps(stored))
+    with pytest.raises(PerformanceRegression, match="Performance has regressed"):
+        pytest_here(tmp_path, *options, *fails)

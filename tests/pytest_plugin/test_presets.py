@@ -151,6 +151,7 @@ def test_the_plan_on_a_gpu_shows_the_preset_its_cases_and_what_is_left_out(tmp_p
     assert "mpscale: preset gpu: the GPU has 40.0 GiB; --mp-preset names another" in text
     assert sum("[resnet50-" in line for line in text.splitlines()) == 8
     assert sum("[mnist1d-cnn-" in line for line in text.splitlines()) == 15
+    assert "[mnist1d-cnn-tf32-" in text  # which an A100 has
     script.set(memory_mib=6144)
     code, text = collected("--mp-preset=gpu")
     assert code == 0

@@ -15,7 +15,7 @@ X = RNG.normal(size=(40, 6)).astype(np.float32)
 Y = (X.sum(1) > 0).astype(np.float32)
 
 
-def trained(optimizer):
+def trained(optimizer, jit):
     """Return all variables of a model with two float8 layers after eight steps."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
@@ -28,7 +28,7 @@ def trained(optimizer):
     )
     for layer in model.layers[:2]:
         layer.quantize("float8")
-    model.compile(optimizer, keras.losses.BinaryCrossentropy(from_logits=True), jit_compile=True)
+    model.compile(optimizer, keras.losses.BinaryCrossentropy(from_logits=True), jit_compile=jit)
     model.fit(X, Y, batch_size=20, epochs=4, shuffle=False, verbose=0)
     assert sum(variable.overwrite_with_gradient for variable in model.trainable_variables) == 12
     return [variable.numpy() for variable in model.trainable_variables]
@@ -43,10 +43,12 @@ INNER = {
 
 
 @functools.cache
-def trained_by_keras(inner, scale):
-    return trained(keras.optimizers.LossScaleOptimizer(INNER[inner](), initial_scale=scale))
+def trained_by_keras(inner, scale, jit):
+    return trained(keras.optimizers.LossScaleOptimizer(INNER[inner](), initial_scale=scale), jit)
 
 
+# tests/situations/test_float8.py compiles training in float8 by XLA.
+@pytest.mark.parametrize("jit", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("inner", "loss_scale", "options", "overflows"),
     [
@@ -55,11 +57,11 @@ def trained_by_keras(inner, scale):
     ],
     ids=str,
 )
-def test_float8_layers_train_as_with_keras_optimizer(mixed_float16, inner, loss_scale, options, overflows):
+def test_float8_layers_train_as_with_keras_optimizer(mixed_float16, inner, loss_scale, options, overflows, jit):
     optimizer = LossScaleOptimizer(INNER[inner](), loss_scale, **options)
-    ours = trained(optimizer)
+    ours = trained(optimizer, jit)
     scale = loss_scale.initial_state()["scale"]
-    for a, b in zip(ours, trained_by_keras(inner, scale), strict=True):
+    for a, b in zip(ours, trained_by_keras(inner, scale, jit), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     counted = optimizer.counters()["overflow"]
     assert counted == overflows if overflows is not None else 0 < counted < 8

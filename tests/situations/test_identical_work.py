@@ -17,6 +17,8 @@ from mpscale.workloads.workload import sparse_cross_entropy
 
 L = keras.layers
 X = np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32)
+SLOW = pytest.mark.slow
+"""For what another row of the same table finds by the same comparison."""
 DATA = Data(X, np.arange(24) % 3, X, np.arange(24) % 3)
 
 
@@ -132,24 +134,24 @@ low_policy = partial(keras.config.set_dtype_policy, "mixed_float16")
     ("mode", "parts", "found"),
     [
         ("fp32", {"model": under("mixed_float16")}, "float16"),
-        ("graph-rewrite", {"model": under("mixed_float16")}, "float16"),
+        pytest.param("graph-rewrite", {"model": under("mixed_float16")}, "float16", marks=SLOW),
         ("fp32", {"model": under("mixed_float16", back="float32")}, "products in float16"),
         ("mixed-dynamic", {"model": under("float32")}, "float32"),
-        ("mixed-static", {"model": under("float32", back="mixed_float16")}, "float32 5"),
+        pytest.param("mixed-static", {"model": under("float32", back="mixed_float16")}, "float32 5", marks=SLOW),
         ("mixed-static", {"model": under("mixed_bfloat16", back="mixed_float16")}, "products in bfloat16"),
         ("mixed-bf16", {"model": lambda: mlp("float32")}, "promises to compute in bfloat16"),
-        ("mixed-keras", {"model": pinned_but_normalised}, "promises to compute in float16"),
+        pytest.param("mixed-keras", {"model": pinned_but_normalised}, "promises to compute in float16", marks=SLOW),
         ("mixed-unscaled", {"model": casting}, "promises to compute in float16"),
-        ("fp32", {"model": lambda: mlp("float16")}, "products in float16"),
+        pytest.param("fp32", {"model": lambda: mlp("float16")}, "products in float16", marks=SLOW),
         ("fp32", {"model": lambda: looked_up(dtype="mixed_float16")}, "1 layer in float16 (embedding"),
         ("fp32", {"model": lambda: halfway("float16")}, "/Cast in float16"),
-        ("mixed-bf16", {"model": lambda: halfway("float16")}, "/Cast in float16"),
+        pytest.param("mixed-bf16", {"model": lambda: halfway("float16")}, "/Cast in float16", marks=SLOW),
         ("fp32", {"model": lambda: mlp("float64")}, "products in float64"),
         ("fp32", {"loss": loss_with_a_product(tf.bfloat16)}, "products in bfloat16"),
         ("fp32", {"optimizer": after(low_policy, adam)}, "dtype policy"),
         ("fp32", {"model": after(lambda: keras.config.set_floatx("float64"), mlp)}, "floatx is float64"),
         ("fp32", {"data": after(lambda: keras.config.set_floatx("float16"), lambda: DATA)}, "floatx is float16"),
-        ("fp32", {"model": after(tf32_on, mlp)}, "TF32 is on, not off"),
+        pytest.param("fp32", {"model": after(tf32_on, mlp)}, "TF32 is on, not off", marks=SLOW),
         ("tf32", {"optimizer": after(tf32_off, adam)}, "TF32 is off, not on"),
         ("fp32", {"loss": after(tf32_on, sparse_cross_entropy)}, "TF32 is on, not off"),
         ("fp32", {"model": after(rewrite, mlp)}, "auto_mixed_precision is on, not off"),
@@ -276,14 +278,18 @@ def custom_adam(**attributes):
         ({"optimizer": lambda: keras.optimizers.Adam(1e-2 if mixed() else 1e-3)}, "learning_rate 0.01, fp32 had 0.001"),
         ({"optimizer": lambda: keras.optimizers.SGD(Rate(0.2 if mixed() else 0.1))}, "learning_rate"),
         ({"optimizer": lambda: keras.optimizers.SGD(lambda: 0.2 if mixed() else 0.1)}, "learning_rate 0.2"),
-        ({"optimizer": lambda: keras.optimizers.Adam(1e-3, clipnorm=1.0 if mixed() else None)}, "clipnorm 1.0"),
+        pytest.param(
+            {"optimizer": lambda: keras.optimizers.Adam(1e-3, clipnorm=1.0 if mixed() else None)},
+            "clipnorm 1.0",
+            marks=SLOW,
+        ),
         ({"optimizer": lambda: (keras.optimizers.SGD if mixed() else keras.optimizers.Adam)(0.1)}, "class"),
         ({"optimizer": lambda: custom_adam(rho=0.2 if mixed() else 0.1)}, "rho 0.2, fp32 had 0.1"),
         ({"model": lambda: mlp(bias_initializer="zeros" if mixed() else keras.initializers.Constant(0.0))}, "model"),
         ({"model": lambda: Bare(tf.nn.tanh if mixed() else tf.nn.relu)}, "Tanh 1, fp32 had none"),
         ({"model": lambda: Bare(rate=0.5 if mixed() else 0.1)}, "model"),
         ({"loss": with_another_term}, "loss ("),
-        ({"loss": smoothed}, "loss ("),
+        pytest.param({"loss": smoothed}, "loss (", marks=SLOW),
     ],
 )
 def test_workload_that_depends_on_the_mode_is_invalid_in_the_second_one(parts, part):
@@ -323,12 +329,13 @@ def drawing_loss(labels, outputs):
     [
         {"model": branched},
         {"model": recurrent_and_attentive},
-        {"model": Bare},
+        {"model": Bare, "optimizer": lambda: keras.optimizers.SGD(Rate(0.1))},
         pytest.param({"model": logits_of_the_mode}, marks=pytest.mark.slow),
         {"model": logits_of_the_mode, "loss": of_keras},
-        {"optimizer": lambda: keras.optimizers.SGD(Rate(0.1))},
-        {"optimizer": lambda: keras.optimizers.AdamW(lambda: 1e-3, use_ema=True, clipnorm=1.0)},
-        {"loss": drawing_loss},
+        {
+            "loss": drawing_loss,
+            "optimizer": lambda: keras.optimizers.AdamW(lambda: 1e-3, use_ema=True, clipnorm=1.0),
+        },
     ],
 )
 def test_workload_that_is_the_same_in_every_mode_is_valid(parts):

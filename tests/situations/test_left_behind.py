@@ -74,7 +74,10 @@ def suite(folder):
     return {"TMPDIR": str(folder / "tmp"), "SUITE_LOG": str(folder / "log")}
 
 
-QUICK = ("../suite", "--rootdir=..", "--import-mode=importlib", "--mp-timing=0.05", "--mp-modes=fp32", "--mp-retries=0")
+QUICK = (
+    "../suite", "--rootdir=..", "--import-mode=importlib", "--mp-timing=0.05", "--mp-modes=fp32", "--mp-retries=0",
+    "--mp-jit=off",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["fork", pytest.param("fresh", marks=pytest.mark.slow)])

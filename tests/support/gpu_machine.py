@@ -3,11 +3,10 @@
 import json
 import os
 
-import pytest
 from support.nvml_stand_in import Script
 from support.small_suite import pytest_in, write
 
-QUICK = ("--mp-preset", "smoke", "--mp-seeds", "1", "--mp-start-method", "fork")
+QUICK = ("--mp-preset", "smoke", "--mp-seeds", "1", "--mp-start-method", "fork", "--mp-jit", "off")
 FINE = "--mp-workloads=suite_workloads:fine"
 """A workload that takes half as long as mnist1d-mlp."""
 
@@ -43,10 +42,8 @@ class Machine:
 
     def run(self, suite, *options, **variables):
         write(self.folder, test_suite=CHANGE + suite)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-            environ = {**self.script.environ(self.library), **variables}
-            return pytest_in(self.folder, "--mp-workloads=mnist1d-mlp", *options, **environ)
+        environ = {"CUDA_VISIBLE_DEVICES": None, **self.script.environ(self.library), **variables}
+        return pytest_in(self.folder, "--mp-workloads=mnist1d-mlp", *options, **environ)
 
     def path(self):
         (path,) = (self.folder / "results" / "runs").iterdir()

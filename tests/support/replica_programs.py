@@ -115,7 +115,6 @@ def mirrored():
     return {
         "first": train(strategy, ours(), 0),
         "second": train(strategy, ours(), 1),
-        "second, clipped": train(strategy, ours(), 1, clip=True),
         "second, blame": train(strategy, ours(blame=True), 1),
         "second, logmax": train(strategy, ours(LogMaxLossScale()), 1),
         "second, keras": train(strategy, by_keras, 1),

@@ -40,12 +40,13 @@ def command(*options: object) -> list[str]:
     return [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *map(str, options)]
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """Return the environment of this process, without what pytest has set in it."""
-    return {**{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}, **variables}
+def environment(**variables: str | None) -> dict[str, str]:
+    """Return the environment of this process, without what pytest has set in it; None takes a variable away."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    return {name: value for name, value in {**own, **variables}.items() if value is not None}
 
 
-def pytest_in(folder: Path, *options: object, **variables: str) -> subprocess.CompletedProcess[str]:
+def pytest_in(folder: Path, *options: object, **variables: str | None) -> subprocess.CompletedProcess[str]:
     """Run pytest in ``folder``; ``stdout`` of the result holds both outputs."""
     return subprocess.run(
         command(*options),

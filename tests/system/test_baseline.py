@@ -7,7 +7,7 @@ import pytest
 from support.small_suite import SUITE, pytest_here, write
 
 LABOURED = (
-    "--mp-workloads", "suite_workloads:laboured", "--mp-modes", "fp32", "--mp-seeds", "1", "--mp-repeats", "2",
+    "--mp-workloads", "suite_workloads:laboured", "--mp-modes", "fp32", "--mp-seeds", "1", "--mp-repeats", "1",
     "--mp-timing", "0.2", "--mp-jit", "off", "--benchmark-only",
 )  # fmt: skip
 
@@ -22,13 +22,13 @@ def baseline(run_suite):
 def test_more_work_in_the_step_is_measured_again_and_fails_the_run(run_suite, baseline, tmp_path):
     done = run_suite(*LABOURED, *baseline, f"--junitxml={tmp_path / 'junit.xml'}", slow_cases=999)
     assert done.code == 1, done.output
-    assert "mpscale: slower than the baseline, measured again in 6 further processes" in done.output
-    assert "[9/9]" in done.output
+    assert "mpscale: slower than the baseline, measured again in 4 further processes" in done.output
+    assert "[6/6]" in done.output
     assert "fired: step_time>100%: suite_workloads:laboured fp32: +" in done.output
-    assert "3 and 6 processes" in done.output
+    assert "2 and 4 processes" in done.output
     assert "cannot-tell: metric: suite_workloads:laboured fp32: inconclusive: +0 over 1 seed" in done.output
-    assert [record["status"] for record in done.run.records] == ["ok"] * 9
-    assert "3 passed" in done.output
+    assert [record["status"] for record in done.run.records] == ["ok"] * 6
+    assert "2 passed" in done.output
     suite = ElementTree.parse(tmp_path / "junit.xml").getroot()[0]
     gates = {
         each.get("name"): list(each) for each in suite.iter("testcase") if each.get("classname") == "mpscale.gates"
@@ -38,19 +38,19 @@ def test_more_work_in_the_step_is_measured_again_and_fails_the_run(run_suite, ba
     ((fired,), (unknown,)) = gates[f"step_time>100%[{row}]"], gates[f"metric[{row}]"]
     assert (fired.tag, unknown.tag, gates[f"missing[{row}]"]) == ("failure", "skipped", [])
     assert fired.get("message").startswith(f"fired: step_time>100%: {row.replace('d-', 'd ')}: +")
-    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("6", "1", "1")
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("5", "1", "1")
     found = json.loads((done.path / "comparison.json").read_text())
     assert (found["fails"], found["note"], len(found["gates"])) == (True, None, 3)
     text = (done.path / "comparison.md").read_text()
     assert text.startswith(f"# {done.run.name} against ")
-    assert "| missing | passed | B | suite_workloads:laboured fp32 | 9 cases |" in " ".join(text.split())
+    assert "| missing | passed | B | suite_workloads:laboured fp32 | 6 cases |" in " ".join(text.split())
 
 
 @pytest.mark.slow
 def test_a_row_that_was_slow_by_chance_is_measured_again_and_passes(run_suite, baseline):
-    done = run_suite(*LABOURED, *baseline, slow_cases=3)
+    done = run_suite(*LABOURED, *baseline, slow_cases=2)
     assert done.code == 0, done.output
-    assert "measured again in 6 further processes" in done.output
+    assert "measured again in 4 further processes" in done.output
     assert "fired" not in done.output
 
 

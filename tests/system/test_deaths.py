@@ -14,7 +14,6 @@ WAYS = {
     "progress_bar": ("crashed", "SIGSEGV"),
     "exits": ("error", "SystemExit: no more"),
     "cancelled": ("error", "CancelledError: the data were cancelled"),
-    "hang": ("timeout", "not finished after 15 s"),
 }
 
 
@@ -27,14 +26,14 @@ def die(run_suite, ways, method, timeout_s, **variables):
     workloads = ",".join(f"suite_workloads:{name}" for name in ("fine", *ways, "regression"))
     return run_suite(
         "--mp-workloads", workloads, "--mp-modes", "fp32", "--mp-seeds", "1", "--mp-timing", "0.05",
-        "--mp-timeout", str(timeout_s), "--mp-start-method", method, **variables,
+        "--mp-timeout", str(timeout_s), "--mp-start-method", method, "--mp-jit", "off", **variables,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def deaths(run_suite, tmp_path_factory):
     temporary = tmp_path_factory.mktemp("temporary")
-    done = die(run_suite, [*WAYS, *DISTURBED], "fork", timeout_s=15, TMPDIR=str(temporary), SUITE_TIDY="yes")
+    done = die(run_suite, [*WAYS, *DISTURBED], "fork", timeout_s=60, TMPDIR=str(temporary), SUITE_TIDY="yes")
     done.temporary = temporary
     return done
 
@@ -120,6 +119,14 @@ def test_metric_other_than_accuracy_has_its_own_column(deaths):
     assert case["metric_name"] == "squared_error"
     assert case["metric_value"] < 0.3
     assert case["unavailable"]["final_accuracy"] == "the workload's metric is squared_error"
+
+
+@pytest.mark.slow  # tests/harness/test_causes.py has a worker that hangs
+def test_a_case_that_hangs_is_killed_with_all_that_it_has_started(run_suite):
+    done = die(run_suite, ["hang"], "fork", timeout_s=15)
+    assert done.run.cases["status"].tolist() == ["ok", "timeout", "ok"], done.output
+    assert "not finished after 15 s" in row(done, "hang")["status_reason"]
+    assert processes_in(done.folder) == []
 
 
 @pytest.mark.slow

@@ -3,53 +3,55 @@
 import json
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
-from support.gpu_machine import FINE, QUICK, Watched
+from support.gpu_machine import FINE, QUICK, Machine, Watched
 from support.nvml_stand_in import UUID
 from support.small_suite import SUITE
 
 from mpscale.core.reason import Code
 
 
-def test_allocator_that_does_not_work_is_replaced_once_and_for_all(machine):
+@pytest.fixture(scope="module")
+def picky(tmp_path_factory, stand_in_nvml, write_suite):
+    """A run whose workers end on touching the GPU with the default allocator, and save autotuning results."""
+    machine = Machine(write_suite(tmp_path_factory.mktemp("picky")), stand_in_nvml)
     watched = Watched(machine)
-    done = machine.run(SUITE, *QUICK, FINE, "--mp-modes", "fp32,mixed-static", **watched.variables, PICKY="1")
+    # Without XLA there is nothing to tune.
+    shared = ("--mp-jit=on", "--mp-modes=fp32", "--mp-seeds=2", "--mp-repeats=1", "--mp-autotune=shared")
+    done = machine.run(SUITE, *QUICK, FINE, *shared, **watched.variables, PICKY="1", SAVES="1")
     assert done.returncode == 0, done.stdout
-    finished = [event["record"] for event in machine.events("case_finished")]
-    assert [(record["status"], record["attempts"]) for record in finished] == [
+    records = [event["record"] for event in machine.events("case_finished")]
+    return SimpleNamespace(machine=machine, workers=watched.seen("worker"), watched=watched, done=done, records=records)
+
+
+def test_allocator_that_does_not_work_is_replaced_once_and_for_all(picky):
+    assert [(record["status"], record["attempts"]) for record in picky.records] == [
         ("error", 1),
         ("error", 2),
         ("ok", 3),
         ("ok", 1),
+        ("ok", 1),
     ]
-    assert [record.get("gpu_allocator") for record in finished] == [None, None, "bfc", "bfc"]
-    assert "failed on touching the GPU" in done.stdout
-    assert "failed with cuda_malloc_async" in done.stdout
+    assert [record.get("gpu_allocator") for record in picky.records] == [None, None, "bfc", "bfc", "bfc"]
+    assert "failed on touching the GPU" in picky.done.stdout
+    assert "failed with cuda_malloc_async" in picky.done.stdout
     # One parent has forked them all, and each got its own environment.
-    assert len(watched.seen("import")) == 1
-    (parent,) = {parent for parent, *_ in watched.seen("worker")}
-    pools = ["cuda_malloc_async", "cuda_malloc_async", None, None]
-    assert watched.seen("worker") == [(parent, "-1", pool, None) for pool in pools]
+    assert len(picky.watched.seen("import")) == 1
+    (parent,) = {parent for parent, *_ in picky.workers}
+    pools = ["cuda_malloc_async", "cuda_malloc_async", None, None, None]
+    assert [worker[:3] for worker in picky.workers] == [(parent, "-1", pool) for pool in pools]
 
 
-def test_later_processes_reuse_what_the_first_good_one_has_tuned(machine):
-    watched = Watched(machine)
-    shared = ("--mp-modes=fp32", "--mp-seeds=2", "--mp-repeats=1", "--mp-autotune=shared")
-    done = machine.run(SUITE, *QUICK, FINE, *shared, **watched.variables, PICKY="1", SAVES="1")
-    assert done.returncode == 0, done.stdout
-    records = [event["record"] for event in machine.events("case_finished")]
-    assert [(record["status"], record.get("autotuning")) for record in records] == [
-        ("error", None),  # saved something and failed before its first step
-        ("error", None),
-        ("ok", "tuned"),
-        ("ok", "reused"),
-        ("ok", "reused"),
-    ]
-    assert ["load" in str(flags) for *_, flags in watched.seen("worker")] == [False, False, False, True, True]
-    assert {record["process_settings"] for record in records[2:]} == {"none"}
-    assert json.loads((machine.path() / "run.json").read_text())["settings"]["autotune"] == "shared"
-    (row,) = re.findall(r"^\| suite.*fine .*reused.*$", (machine.path() / "report.md").read_text(), re.MULTILINE)
+def test_later_processes_reuse_what_the_first_good_one_has_tuned(picky):
+    # The first two saved something and failed before their first step.
+    assert [record.get("autotuning") for record in picky.records] == [None, None, "tuned", "reused", "reused"]
+    assert ["load" in str(flags) for *_, flags in picky.workers] == [False, False, False, True, True]
+    assert {record["process_settings"] for record in picky.records[2:]} == {"none"}
+    path = picky.machine.path()
+    assert json.loads((path / "run.json").read_text())["settings"]["autotune"] == "shared"
+    (row,) = re.findall(r"^\| suite.*fine .*reused.*$", (path / "report.md").read_text(), re.MULTILINE)
     assert len(re.findall(r"[\d.]+ \(2 reused: [\d.]+\)", row)) == 2
 
 
@@ -58,7 +60,7 @@ def test_on_a_cpu_flags_reach_the_worker_and_nothing_is_tuned(machine):
     watched = Watched(machine)
     users = "--xla_cpu_enable_fast_min_max=false"
     done = machine.run(
-        SUITE, *QUICK, "--mp-modes=fp32", "--mp-autotune=shared", **watched.variables,
+        SUITE, *QUICK, "--mp-jit=on", "--mp-modes=fp32", "--mp-autotune=shared", **watched.variables,
         CUDA_VISIBLE_DEVICES="-1", XLA_FLAGS=users,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

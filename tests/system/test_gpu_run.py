@@ -1,10 +1,11 @@
 """Whole runs on a machine with a GPU, whose driver is a stand-in: its figures, and states that spoil them."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.gpu_case import kept_samples
-from support.gpu_machine import QUICK, Machine
+from support.gpu_machine import FINE, QUICK, Machine
 from support.small_suite import SUITE
 
 import mpscale
@@ -25,6 +26,7 @@ def test_training(mp_case, benchmark):
     mp_case.measure(benchmark)
 """,
         *QUICK,
+        FINE,
         "--mp-modes=fp32,tf32,mixed-static",
     )
     assert done.returncode == 0, done.stdout
@@ -54,12 +56,38 @@ def test_training(mp_case, benchmark):
     report = (machine.path() / "report.md").read_text()
     assert "mpscale stand-in A100" in report
     # The samples that the peaks were taken from are kept.
-    kept = machine.path() / "gpu" / "mnist1d-mlp--fp32--s0--r0--a1.jsonl.gz"
+    kept = machine.path() / "gpu" / "suite_workloads+fine--fp32--s0--r0--a1.jsonl.gz"
     samples = kept_samples(kept)
     assert max(known(samples.rows, "process_memory_mib")) == 3000.0
     assert {*Phase} - {"energy-end"} <= {row.phase for row in samples.rows}
 
 
+@pytest.fixture(scope="module")
+def energy(tmp_path_factory, stand_in_nvml, write_suite):
+    """A run of one case, with energy, on a GPU that is throttled all the time.
+
+    Its steps mostly sleep, so it goes on beside another test.
+    """
+    machine = Machine(write_suite(tmp_path_factory.mktemp("energy")), stand_in_nvml)
+    machine.script.set(power_w=200, event_reasons=0x40)
+    with ThreadPoolExecutor(1) as pool:
+        yield machine, pool.submit(
+            machine.run, SUITE, *QUICK, "--mp-workloads=suite_workloads:laboured", "--mp-modes=mixed-dynamic",
+            "--mp-energy=10", "--mp-keep-suspect", "--mp-steps-per-call=4",
+            SUITE_LOG=str(machine.folder / "cases.log"), SUITE_SLOW_CASES="1",
+            MPSCALE_NOTES=str(tmp_path_factory.mktemp("notes")),
+        )  # fmt: skip
+
+
+@pytest.fixture
+def with_energy(energy):
+    machine, run = energy
+    done = run.result()
+    assert done.returncode == 0, done.stdout
+    return machine
+
+
+@pytest.mark.usefixtures("energy")
 def test_states_of_the_gpu_that_invalidate_a_case(machine):
     """In turn: throttled, then not; another process that stays; a changed power limit; a lost GPU; one after that."""
     done = machine.run(
@@ -84,12 +112,13 @@ def test_training(mp_case, benchmark):
         script("power_limit_w .*", "power_limit_w 300")
     if turn == 3:
         script("power_limit_w .*", "power_limit_w 400")
-        threading.Timer(1.5, script, ("temperature_c .*", "temperature_c 40\\nlost 0")).start()
+        threading.Timer(0.5, script, ("temperature_c .*", "temperature_c 40\\nlost 0")).start()
     mp_case.measure(benchmark)
 """,
         *QUICK,
+        FINE,
         "--mp-gpu-retries=1",
-        "--mp-cool-down=3",
+        "--mp-cool-down=1",
     )
     assert done.returncode == 1
     finished = [event["record"] for event in machine.events("case_finished")]
@@ -115,20 +144,6 @@ def test_training(mp_case, benchmark):
     assert len(list((machine.path() / "gpu").iterdir())) == 6
 
 
-@pytest.fixture(scope="module")
-def with_energy(tmp_path_factory, stand_in_nvml, write_suite):
-    """A run of one case, with energy, on a GPU that is throttled all the time. Its steps mostly sleep."""
-    machine = Machine(write_suite(tmp_path_factory.mktemp("energy")), stand_in_nvml)
-    machine.script.set(power_w=200, event_reasons=0x40)
-    done = machine.run(
-        SUITE, *QUICK, "--mp-workloads=suite_workloads:laboured", "--mp-modes=mixed-dynamic", "--mp-jit=off",
-        "--mp-energy=10", "--mp-keep-suspect", "--mp-steps-per-call=4",
-        SUITE_LOG=str(machine.folder / "cases.log"), SUITE_SLOW_CASES="1",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return machine
-
-
 def test_suspect_figures_are_kept_if_the_user_wants_them(with_energy):
     (record,) = [event["record"] for event in with_energy.events("case_finished")]
     assert record["status"] == "ok"
@@ -148,6 +163,7 @@ def test_energy_of_steps_that_go_on_for_ten_seconds(with_energy):
     assert kept_samples(file).at("energy-end") is not None
 
 
+@pytest.mark.slow  # the first as in test_presets, the second as in test_main_job
 @pytest.mark.parametrize(("visible", "tf32"), [(None, True), ("-1", False)])
 def test_ampere_adds_tf32_to_the_plan(machine, visible, tf32):
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}

@@ -13,7 +13,7 @@ from support.small_suite import SUITE, command, environment, pytest_in
 
 import mpscale
 
-OPTIONS = ("--mp-workloads=suite_workloads:fine", "--mp-modes=fp32,mixed-dynamic", "--mp-timing=0.05")
+OPTIONS = ("--mp-workloads=suite_workloads:fine", "--mp-modes=fp32,mixed-dynamic", "--mp-timing=0.05", "--mp-jit=off")
 SAME = (
     "case_id", "status", "metric_value", "final_accuracy", "initial_weights_digest", "data_order_digest",
     "workload_digest", "model_digest", "loss_probe", "train_loss_final", "applied_steps", "loss_scale_final",

@@ -49,7 +49,8 @@ def test_every_mode_runs_at_every_batch_and_only_the_constant_scale_at_every_sca
 
 def test_each_case_trains_with_its_own_batch_and_scale(job, cases):
     for _, case in cases.iterrows():
-        assert f"batch={case['batch_size']}," in case["series_key"]
+        assert f"batch={case['batch_size']},steps=12" in case["series_key"]
+        assert (case["batch_size"], case["attempted_steps"]) == (case["swept_batch"], 12)
         if case["mode"] == "mixed-static":
             assert f"scale={case['swept_scale']:.0f}/" in case["series_key"]
             steps = job.run.steps(case["case_id"])

@@ -73,17 +73,23 @@ def dynamic(scale, good, finite):
 )
 def test_scale_and_overflow_of_every_step_agree_with_a_loop_by_hand(run_suite, mode, options, rule, start):
     done = run_suite(
-        "--mp-workloads", "suite_workloads:slow", "--mp-modes", mode, "--mp-seeds", "1", "--benchmark-disable", *options
+        "--mp-workloads", "suite_workloads:slow", "--mp-modes", mode, "--mp-seeds", "2", "--benchmark-disable", *options
     )  # fmt: skip
     assert done.code == 0, done.output
     scales, overflows = hand_written(rule, start)
-    (path,) = (done.path / "steps").glob("*.csv.gz")
+    (path,) = (done.path / "steps").glob("*--s0--*.csv.gz")
     with gzip.open(path, "rt") as file:
         steps = pd.read_csv(file)
     assert steps["overflow"].tolist() == overflows
     assert steps["loss_scale"].tolist() == scales
     assert sum(overflows) > 20
-    case = done.run.cases.iloc[0]
+    cases = done.run.cases
+    case = cases.set_index("seed").loc[0]
     assert case["overflow_steps"] == case["skipped_steps"] == sum(overflows)
     assert case["applied_steps"] == len(overflows) - sum(overflows)
     assert case["loss_scale_final"] == scales[-1]
+
+    assert {reasons["step_time_ms_median"] for reasons in cases["unavailable"]} == {"timing was off"}
+    assert cases["order"].tolist() == [0, 1]
+    assert cases["initial_weights_digest"].nunique() == cases["data_order_digest"].nunique() == 2
+    assert cases["data_digest"].nunique() == cases["workload_digest"].nunique() == 1

@@ -42,25 +42,29 @@ def test_memory_reconciles_with_the_allocator(gpu_case):
 
 @pytest.mark.parametrize("timed_s", [2.0, pytest.param(9.6, marks=pytest.mark.slow)])
 def test_energy_of_ten_seconds_is_within_one_percent(gpu_case, tmp_path, timed_s):
-    """Power changes every 0.7 s; the true energy is its integral over the window."""
+    """Power changes every 0.7 s; the true energy is its integral over the window. Idle power has its own column."""
     case = gpu_case()
+    case.script.set(power_w="0:50")
+    time.sleep(0.1)
+    window = []
+    path = tmp_path / "samples.jsonl.gz"
+    case.watch.start(case.pid, time.monotonic())
+    time.sleep(0.8)
+    case.watch.mark("idle")
+    case.uses(300)
+    case.watch.mark("context-ready")
     epoch = case.script.now()
     levels = [(epoch + 0.7 * n, 120.0 + 90.0 * (n % 3)) for n in range(40)]
-    case.script.set(power_w="0:60 " + " ".join(f"{at}:{watt}" for at, watt in levels))
-    window = []
-
-    def timed():
-        window.append(case.script.now())
-        time.sleep(timed_s)
-
-    def added():
-        time.sleep(10.1 - timed_s)
-        window.append(case.script.now())
-
-    path = tmp_path / "samples.jsonl.gz"
-    worker = WorkerFacts(energy_steps=1000, energy_applied_steps=800)
-    seen = case.run(lambda: case.uses(300), timed, added=added, worker=worker, keep=path)
-    values = seen.findings.values
+    case.script.set(power_w="0:50 " + " ".join(f"{at}:{watt}" for at, watt in levels))
+    case.watch.mark("timing-start")
+    window.append(case.script.now())
+    time.sleep(timed_s)
+    case.watch.mark("timing-end")
+    time.sleep(10.1 - timed_s)
+    window.append(case.script.now())
+    case.watch.mark("energy-end")
+    case.watch.mark("done")
+    values = case.watch.stop(WorkerFacts(energy_steps=1000, energy_applied_steps=800), path).findings.values
     ends = [*(at for at, _ in levels[1:]), float("inf")]
     truth = sum(
         watt * max(0.0, min(end, window[1]) - max(at, window[0])) for (at, watt), end in zip(levels, ends, strict=True)
@@ -70,33 +74,14 @@ def test_energy_of_ten_seconds_is_within_one_percent(gpu_case, tmp_path, timed_s
     assert values["gpu_energy_method"] == "counter"
     assert values["gpu_energy_j_per_step"] == pytest.approx(values["gpu_energy_counter_j"] / 1000)
     assert values["gpu_energy_j_per_applied_step"] == pytest.approx(values["gpu_energy_counter_j"] / 800)
+    assert values["gpu_idle_power_w"] == 50.0
+    net = truth - 50 * values["gpu_energy_window_s"]
+    assert values["gpu_energy_net_j_per_step"] == pytest.approx(net / 1000, rel=0.02)
     # The kept file has everything that these were computed from.
     samples = kept_samples(path)
     assert samples.at("energy-end").time_s - samples.at("timing-start").time_s == pytest.approx(
         values["gpu_energy_window_s"]
     )
-
-
-def test_idle_power_is_subtracted_in_a_column_of_its_own(gpu_case):
-    case = gpu_case()
-    case.script.set(power_w="0:50")
-    time.sleep(0.1)
-    case.watch.start(case.pid, time.monotonic())
-    time.sleep(0.8)
-    case.watch.mark("idle")
-    case.watch.mark("context-ready")
-    now = case.script.now()
-    case.script.set(power_w=f"0:50 {now}:250")
-    case.watch.mark("timing-start")
-    time.sleep(10.05)
-    case.watch.mark("timing-end")
-    case.watch.mark("done")
-    values = case.watch.stop(WorkerFacts(energy_steps=100), None).findings.values
-    assert values["gpu_idle_power_w"] == 50.0
-    window = values["gpu_energy_window_s"]
-    assert values["gpu_energy_j_per_step"] == pytest.approx(250 * window / 100, rel=0.01)
-    assert values["gpu_energy_net_j_per_step"] == pytest.approx(200 * window / 100, rel=0.02)
-    assert "gpu_energy_j_per_applied_step" not in values
 
 
 def test_samples_are_taken_between_phases(gpu_case):

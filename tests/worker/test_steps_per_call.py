@@ -86,6 +86,7 @@ def test_training_is_that_of_single_steps_to_the_last_bit(name, mode, jit):
     assert_same_training(*(trained(make_step(k, mode, jit, name)) for k in (1, K)))
 
 
+@pytest.mark.slow  # about TensorFlow; mnist1d-cnn above is about ours
 def test_convolutions_compiled_by_xla_on_a_cpu_are_summed_in_another_order():
     """XLA brings convolutions outside of loops only into the layout of its fast kernels; see docs/method.md."""
     one, other = (trained(make_step(k, "fp32", True, "mnist1d-cnn"), 41)[0].log.loss for k in (1, K))

@@ -74,7 +74,8 @@ def make_step(mode="mixed-dynamic", jit=True, layer=hidden, **dynamic):
     return TrainStep(model, scaler, sparse_cross_entropy, shown, jit)
 
 
-@pytest.mark.parametrize("jit", [True, False])
+# Every mode is compiled by XLA below.
+@pytest.mark.parametrize("jit", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize(
     ("mode", "scale", "overflow"),
     [
@@ -171,7 +172,15 @@ def test_training_notes_when_the_target_was_reached():
 
 @pytest.mark.parametrize("lost", [False, True], ids=["to the end", "until the weights are lost"])
 @pytest.mark.parametrize(
-    ("evaluate_every", "steps"), [(1, 30), (2, 30), (3, 3), (8, 30), (10, 30), (5000, MOST_UNREAD + 60)]
+    ("evaluate_every", "steps"),
+    [
+        (1, 30),
+        pytest.param(2, 30, marks=pytest.mark.slow),  # as 8, also a divisor
+        (3, 3),
+        (8, 30),
+        pytest.param(10, 30, marks=pytest.mark.slow),  # as 8, above the steps that open a training
+        (5000, MOST_UNREAD + 60),
+    ],
 )
 def test_training_does_not_depend_on_how_many_steps_opened_it(evaluate_every, steps, lost):
     """The steps before the first evaluation may be taken beforehand."""
