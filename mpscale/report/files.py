@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import MEASURED
 from mpscale.core.reading import CASES, REPORT, read_bytes, read_text
 from mpscale.core.record import Record, to_csv
+from mpscale.core.run_lock import NAME, RunIsHeld, RunLock
 from mpscale.core.runs import Run, RunError, read_run
 from mpscale.core.writing import write
 from mpscale.report.document import Document, document, render
@@ -53,6 +55,10 @@ def rebuild(run_dir: str | Path, results: Path | None = None) -> Run:
         )
     if run.path.is_file():
         raise RunError(f"{run.path}: a report is made from a run's journal, and this is a cases.csv alone")
+    if (run.path / NAME).is_file():
+        # A process that was killed has left it. If another one writes the run, it stays.
+        with contextlib.suppress(OSError, RunIsHeld):
+            RunLock.take(run.path).free()
     cases = to_csv(run.records)
     kept: list[str] = []
     if why := _lost_from_the_journal(run, cases):

@@ -182,7 +182,6 @@ def _run_child(parents: Wire, own: int, log: int, environ: Mapping[str, str | No
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         parents.close()
         for stream in (1, 2):
             os.dup2(log, stream)
@@ -302,6 +301,8 @@ def _refused_by_xla(error: BaseException) -> bool:
 
 
 if __name__ == "__main__":
+    # Somebody's SIGINT is no exception of the case. Ctrl-C does not get here: the terminal belongs to another session.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_parent()
     option, descriptor = sys.argv[1:]
     # A workload's module may parse the command line when it is imported.

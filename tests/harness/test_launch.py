@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,14 @@ def test_a_worker_reports_its_end_even_if_it_can_print_nothing():
     worker.send({"case": {"settings": {"jit": False}}})  # the rest is missing, so it fails before it trains
     assert worker.receive(60) == {"event": "error", "type": "KeyError", "message": "'autotuning'", "cause": "exception"}
     assert worker.end(60) == 1
+
+
+def test_a_worker_that_somebody_interrupts_reports_no_exception(tmp_path):
+    with (tmp_path / "log").open("wb") as log:
+        worker = Launcher(os.environ).start(log)
+    worker.send({"case": {"settings": {"jit": False}}, "autotuning": None})  # next, it imports TensorFlow
+    time.sleep(1.0)
+    os.kill(worker.pid, signal.SIGINT)
+    assert worker.wait(60) == -signal.SIGINT
+    worker.end(60)
+    assert "Traceback" not in (tmp_path / "log").read_text()

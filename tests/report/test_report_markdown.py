@@ -272,7 +272,9 @@ def test_rebuilding_writes_the_same_files_each_time(tmp_path):
     assert rebuild(path).name in (path / "report.md").read_text(encoding="utf-8")
     before = [(path / name).read_bytes() for name in WRITTEN]
     assert before[WRITTEN.index("report.html")].count(b"<svg role") == 2
+    (path / "run.lock").write_text('{"pid": 1, "host": "elsewhere"}')  # of a process that was killed
     rebuild(path)
+    assert not (path / "run.lock").exists()
     assert [(path / name).read_bytes() for name in WRITTEN] == before
 
 

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -275,6 +276,14 @@ class Round:
         if not runs:
             self._wrong("there is no run")
             return
+        if self.result.sessions[-1] == -signal.SIGKILL:
+            # As its user does, if it was killed when nothing but its reports was left to do.
+            subprocess.run(
+                [sys.executable, "-m", "mpscale", "report", runs[0]],
+                env=self._place.environment(),
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
         full_disk = any(blow.signal == "ENOSPC" for blow in self.result.blows)
         for why in compare(runs[0], self._reference, full_disk):
             self._wrong(why)

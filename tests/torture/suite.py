@@ -105,8 +105,8 @@ class Place:
         """The value of :data:`MARKER`."""
         return f"{self.folder}/"
 
-    def start(self, output: Path, *options: str) -> subprocess.Popen[bytes]:
-        """Start a session; what it prints goes to a file."""
+    def environment(self) -> dict[str, str]:
+        """The environment of a session."""
         variables = {
             MARKER: self.token,
             "TMPDIR": str(self.temporary),
@@ -126,11 +126,15 @@ class Place:
         environ = environment(**variables)
         if self.layout.gpu:
             del environ["CUDA_VISIBLE_DEVICES"]
+        return environ
+
+    def start(self, output: Path, *options: str) -> subprocess.Popen[bytes]:
+        """Start a session; what it prints goes to a file."""
         with output.open("wb") as file:
             return subprocess.Popen(
                 [sys.executable, "-S", "-c", _HEARING, *command(*self.layout.options, *options)],
                 cwd=self.suite,
-                env=environ,
+                env=self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
