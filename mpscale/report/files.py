@@ -12,7 +12,6 @@ from mpscale.analysis.noise_floor import floors_of
 from mpscale.analysis.probe import probes_of
 from mpscale.analysis.summary import summary_csv, summary_of
 from mpscale.core.cases_csv import read_cases
-from mpscale.core.columns import MEASURED
 from mpscale.core.reading import CASES, REPORT, read_bytes, read_text
 from mpscale.core.record import Record, to_csv
 from mpscale.core.run_lock import NAME, RunIsHeld, RunLock
@@ -170,8 +169,8 @@ def _lost_from_the_journal(run: Run, cases: str) -> str | None:
         if here is None:
             return True
         is_later = (here["attempts"] or 1) > (row["attempts"] or 1)
-        if row["status"] == "interrupted" or (is_later and row["status"] not in MEASURED):
-            return False  # another attempt was made, since this one had no result
+        if row["status"] == "interrupted" or is_later:
+            return False  # another attempt was made, and the last one counts
         if row["status"] == here["status"]:
             return any(row[name] is not None and here[name] is None for name in _FIGURES)
         return here["status"] in ("interrupted", "invalid")
