@@ -26,7 +26,7 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/pytest $(TWO) $(ARGS)
 
-# Takes about an hour; docs/reliability.md has its figures. For example: make torture ARGS="kills --kills 10 --seed 1"
+# Takes more than an hour; docs/reliability.md has its figures. For example: make torture ARGS="kills --kills 10 --seed 1"
 torture: $(VENV)/.installed-fuzz
 	PYTHONPATH=tests $(BIN)/python -m torture $(ARGS)
 

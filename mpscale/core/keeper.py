@@ -24,7 +24,7 @@ the rights of another user, such as ``sudo``'s; one that a driver does not let d
 all of it if both keepers are killed in the same moment. Other systems have no such thing: there, what is left is the
 process group of a worker, which the session kills.
 
-It is a script that imports nothing of mpscale, so that it starts in 10 ms.
+It is a script that imports nothing of mpscale, so that it starts fast: 22 ms were measured.
 """
 
 from __future__ import annotations
