@@ -35,7 +35,10 @@ from mpscale.core.mode import DYNAMIC, MODES
 from mpscale.core.process import die_with_parent
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
 from mpscale.worker import case as execute
-from mpscale.worker.step import StepRecord, StepScaler, Timing, TrainStep, time_steps
+from mpscale.worker.scaler import StepRecord
+from mpscale.worker.step import TrainStep
+from mpscale.worker.timing import Timing, time_steps
+from mpscale.worker.update import Update
 from mpscale.workloads import registry
 
 FIRST_STEPS = 10
@@ -146,11 +149,11 @@ class Worker:
         """The loop, ready to be timed."""
         return Loop(self._facts, self._about_s, self._turn)
 
-    def _make(self, model: keras.Model, scaler: StepScaler, *arguments: Any) -> TrainStep:
+    def _make(self, update: Update, *arguments: Any) -> TrainStep:
         if not self._recording:
-            apply = scaler.apply
-            scaler.apply = lambda *gradients: (apply(*gradients), StepRecord())[1]
-        self._step = TrainStep(model, scaler, *arguments)
+            apply = update.scaler.apply
+            update.scaler.apply = lambda *gradients: (apply(*gradients), StepRecord())[1]  # type: ignore[method-assign]
+        self._step = TrainStep(update, *arguments)
         return self._step
 
     def _ready(self, step: TrainStep, about_s: float, *_: Any) -> Timing:

@@ -27,25 +27,19 @@ from mpscale.core.wire import Channel, NotKept, Phase
 from mpscale.core.writing import replacing
 from mpscale.worker import autotuning
 from mpscale.worker import model as models
+from mpscale.worker.batches import Batches
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
 from mpscale.worker.float8 import Float8
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
-from mpscale.worker.step import (
-    Batches,
-    Log,
-    TrainStep,
-    keep_going,
-    scaler_for,
-    time_empty_call,
-    time_one_per_call,
-    time_steps,
-    warm_up,
-)
+from mpscale.worker.scaler import scaler_for
+from mpscale.worker.step import Log, TrainStep
 from mpscale.worker.throughput import Throughput
+from mpscale.worker.timing import keep_going, time_empty_call, time_one_per_call, time_steps, warm_up
 from mpscale.worker.training import Evaluator, batches, first_pause, is_accuracy, score_for, train
+from mpscale.worker.update import Update
 from mpscale.workloads import Data, Workload, registry
 from mpscale.workloads.metric import ACCURACY
 
@@ -78,7 +72,6 @@ class Built:
 
     Args:
         order: of the data, indices (steps, batch).
-        model: built under the mode's policy.
         optimizer: the workload's, without the mode's loss scaling.
         optimizer_config: describes the optimizer as it was before the mode wrapped it.
         noted_loss: the objective as the train step calls it.
@@ -89,13 +82,16 @@ class Built:
     workload: Workload
     data: Data
     order: npt.NDArray[np.int64]
-    model: keras.Model
     optimizer: keras.optimizers.Optimizer
     optimizer_config: dict[str, Any]
     objective: Objective
     noted_loss: NotedLoss
     step: TrainStep
     float8: Float8 | None
+
+    @property
+    def model(self) -> keras.Model:
+        return self.step.update.model
 
     @property
     def steps(self) -> int:
@@ -227,11 +223,10 @@ def _build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
     scaler = scaler_for(MODES[case.mode], optimizer, settings)
     objective = Objective(workload.loss, data.train_y)
     loss = NotedLoss(objective)
-    shown = Batches(data.train_x, data.train_y, order)
-    kind = ProbeStep if settings.looks else TrainStep
-    step = kind(model, scaler, loss, shown, settings.jit, settings.steps_per_call)
+    kind, update = ProbeStep if settings.looks else TrainStep, Update(model, scaler, loss)
+    step = kind(update, Batches((data.train_x, data.train_y), order), settings.jit, settings.steps_per_call)
     channel.values({"build_time_s": time.perf_counter() - start})
-    return Built(case, workload, data, order, model, optimizer, optimizer_config, objective, loss, step, float8)
+    return Built(case, workload, data, order, optimizer, optimizer_config, objective, loss, step, float8)
 
 
 def _described(built: Built) -> Findings:
@@ -249,8 +244,8 @@ def _described(built: Built) -> Findings:
     ]
     if workload.metric is not None and not isinstance(workload.metric, FunctionType):
         parts.append(models.described_object(workload.metric))
-    if built.step.added_losses:
-        parts.append({"losses that the model adds": built.step.added_losses})
+    if added := built.step.update.added_losses:
+        parts.append({"losses that the model adds": added})
     digest = models.digest(models.without_precision(parts))
     key = series_key(MODES[case.mode], case.workload, digest, built.batch, built.steps, case.settings)
     found = Findings(
@@ -364,7 +359,7 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
             # The training is done, and its figures do not need this file.
             channel.send(NotKept("its steps", in_words(error)))
     # As at the end of Keras' fit: an optimizer that keeps a moving average of the weights copies it into them.
-    built.step.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
+    built.step.update.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
     if evaluate is None:
         return training.status
     metric, name = evaluate(*data.test), workload.metric_name
