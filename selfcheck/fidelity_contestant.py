@@ -34,6 +34,7 @@ from mpscale.core.device import Device
 from mpscale.core.mode import DYNAMIC, MODES
 from mpscale.core.process import die_with_parent
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
+from mpscale.worker import built
 from mpscale.worker import case as execute
 from mpscale.worker.scaler import StepRecord
 from mpscale.worker.step import TrainStep
@@ -141,7 +142,11 @@ class Worker:
         self._facts: dict[str, Any] = {}
         # A repeat times without training.
         case = Case(request["workload"], request["mode"], request["seed"], 1, 0, Settings(jit=request["jit"]))
-        with patch.multiple(execute, TrainStep=self._make, time_steps=self._ready), contextlib.suppress(Ready):
+        with (
+            patch.object(built, "TrainStep", self._make),
+            patch.object(execute, "time_steps", self._ready),
+            contextlib.suppress(Ready),
+        ):
             execute.execute(case, Device.from_json(request["device"]), None, self)
 
     @property
