@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from mpscale import __version__
 from mpscale.cli import comparing, completion, fitting, listing, probing, reading, running, site
-from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
+from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail, take_results_of_the_project
 from mpscale.config import SettingsError
 from mpscale.core import extras, stopping
 from mpscale.core.file_errors import in_words
@@ -59,6 +59,7 @@ def _run(arguments: Sequence[str]) -> int:
             if unknown and options.run_command not in (comparing.ab, running.run):
                 parser.error(f"unrecognized arguments: {' '.join(unknown)}")
             options.unknown = unknown
+            take_results_of_the_project(options)
             return int(options.run_command(options))
         finally:
             # Not at exit, where a closed pipe could no longer be handled.

@@ -13,13 +13,13 @@ import pytest
 
 import mpscale
 from mpscale.core.invocation import RESUME, Invocation
-from mpscale.pytest_plugin import baseline, options
+from mpscale.pytest_plugin import baseline, options, origin
 from mpscale.pytest_plugin.plan import NO_XDIST
 from mpscale.terminal.streams import visible
 
 ARGUMENTS = pytest.StashKey[list[str]]()
 """All arguments of the session: of the command line, of pytest's settings and of its environment variable."""
-_MAY_DIFFER = (
+MAY_DIFFER = (
     "--mp-baseline", "--mp-fail-on", "--mp-strict", "--mp-results", "--mp-benchmark-table", "--mp-timeout",
     "--mp-retries", "--mp-gpu-retries", "--mp-cool-down", RESUME,
 )  # fmt: skip
@@ -75,8 +75,11 @@ def invocation(config: pytest.Config) -> dict[str, Any]:
         arguments.remove("--benchmark-only")
     elif Path(sys.argv[0]).parts[-2:] == ("pytest", "__main__.py"):
         program = f"{Path(sys.executable).name} -m pytest"
-    options = {name: value for name, value in given(config).items() if name != RESUME}
-    return Invocation(program, arguments, str(config.invocation_params.dir), options).to_json()
+    project = config.stash.get(origin.PROJECT, None)
+    texts = {} if project is None else {name: text for name, text in project.texts.items() if name not in MAY_DIFFER}
+    # False is a flag that was taken back, which is what it is without being given.
+    used = {name: value for name, value in {**texts, **given(config)}.items() if name != RESUME and value is not False}
+    return Invocation(program, arguments, str(config.invocation_params.dir), used).to_json()
 
 
 class Resumption:
@@ -139,9 +142,9 @@ def _take_over(config: pytest.Config, name: str, recorded: Mapping[str, Any]) ->
         key = option.removeprefix("--").replace("-", "_")
         if option not in now:
             setattr(config.option, key, values[key])
-        elif option not in _MAY_DIFFER:
+        elif option not in MAY_DIFFER:
             there = values[key] if key in values else _default(key)
-            if getattr(config.option, key) != there:
+            if (getattr(config.option, key) or None) != (there or None):
                 differing.append(f"{option} is {_words(now[option])}, and was {_words(recorded.get(option))}")
     if differing:
         text = (
