@@ -32,6 +32,8 @@ class RunFacts:
         commit: of the repository in which it was made; None if unknown.
         dirty: whether there were uncommitted changes; None if unknown.
         tensorflow: its version; None if unknown.
+        given_name: the name that somebody gave the run; None if nobody did.
+        shown: how texts name the run.
     """
 
     name: str
@@ -40,6 +42,8 @@ class RunFacts:
     commit: str | None
     dirty: bool | None
     tensorflow: str | None
+    given_name: str | None
+    shown: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,6 +376,8 @@ def _facts(run: Run) -> RunFacts:
         str(commit) if commit else None,
         dirty if isinstance(dirty, bool) else None,
         next((str(version) for version in versions if version), None),
+        run.given_name,
+        run.shown,
     )
 
 

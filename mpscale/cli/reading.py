@@ -115,9 +115,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 def report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Make the tables and the report of a run again, from its journal."
-    run = parser.add_argument(
-        "run", metavar="RUN", help="name of the run or its first characters, its folder, or `latest`"
-    )
+    run = parser.add_argument("run", metavar="RUN", help=RUN)
     completion.completed_by(run, completion.runs)
     add_results_option(parser.add_argument, default=RESULTS)
     parser.add_argument(
@@ -180,8 +178,8 @@ def _summary(run: Run, files: Sequence[str]) -> str:
     from mpscale.report.table import json_document
 
     rows = [{**row, "speed_verdict": speed_verdict(row)} for row in summary_of(run)]
-    about = {"run": run.name, "started": run.info.get("started"), "finished": run.finished, "problems": run.problems}
-    about |= {"go_on": go_on(run, Path.cwd()) or None}
+    about = {"run": run.name, "name": run.given_name, "note": run.note, "started": run.info.get("started")}
+    about |= {"finished": run.finished, "problems": run.problems, "go_on": go_on(run, Path.cwd()) or None}
     return json_document("report", {**about, "files": files, "rows": rows})
 
 
@@ -192,7 +190,12 @@ def _show(run: Run) -> None:
     from mpscale.report.sections import doubts_note, results
 
     here = surface()
-    parts = [visible(run.name), results(run).text(here), here.wrapped(doubts_note(summary_of(run)))]
+    parts = [
+        visible(run.shown),
+        here.wrapped(run.note or ""),
+        results(run).text(here),
+        here.wrapped(doubts_note(summary_of(run))),
+    ]
     parts.append(here.wrapped(plain(first_screen(run))))
     print("\n\n".join(filter(None, [*parts, visible(f"report: {run.path / 'report.html'}")])))
 

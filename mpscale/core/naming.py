@@ -96,6 +96,13 @@ def called(wanted: str, folders: Iterable[Path]) -> list[Path]:
     return [folder for folder in folders if name_in(folder) == wanted]
 
 
+def others_called(name: str, results: Path, but: Path | None = None) -> list[Path]:
+    """The runs in a results folder that have a name, without the run in the folder ``but``."""
+    files = (path for kept in ("reference", "runs") for path in results.glob(f"{kept}/*/run.json"))
+    found = {path.parent.name: path.parent for path in files}
+    return called(name, [folder for own, folder in found.items() if but is None or own != but.name])
+
+
 def rename(folder: Path, changes: Mapping[str, str]) -> None:
     """Give a run another name or note; an empty one takes it away.
 

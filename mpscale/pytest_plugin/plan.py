@@ -299,13 +299,12 @@ def check_name(config: pytest.Config, results: Path) -> None:
     Raises:
         pytest.UsageError: there is one.
     """
-    from mpscale.core.naming import called
+    from mpscale.core.naming import others_called
 
     name = config.getoption("mp_name")
     if name is None or config.getoption("mp_resume") is not None:
         return
-    folders = (path.parent for kept in ("runs", "reference") for path in results.glob(f"{kept}/*/run.json"))
-    if there := called(name, folders):
+    if there := others_called(name, results):
         raise pytest.UsageError(
             f"--mp-name: {there[0].name} is called {name} already; take another name, or give that run one: "
             f"mpscale name {there[0].name} NAME"

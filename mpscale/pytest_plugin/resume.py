@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import pytest
 
 import mpscale
+from mpscale import config as project
 from mpscale.core.invocation import RESUME, Invocation
 from mpscale.pytest_plugin import baseline, options, origin
 from mpscale.pytest_plugin.plan import NO_XDIST
@@ -32,8 +33,8 @@ def add_options(add: Callable[..., Any]) -> None:
         RESUME,
         metavar="RUN",
         help="go on with a run that was stopped, in its folder: run what has no result, was interrupted, or failed for "
-        "a reason that may pass. Name of a run or its first characters, its folder, or `latest`. Options are those of "
-        "the run; device, versions and workloads must be the same",
+        f"a reason that may pass: {project.RUN}. Options are those of the run; device, versions and workloads must be "
+        "the same",
     )
 
 

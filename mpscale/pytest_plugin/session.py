@@ -479,7 +479,8 @@ class Session:
         if (signal := stopping.asked()) is not None:
             lacking = len(run.not_started) + sum(record["status"] == "interrupted" for record in run.records)
             show(f"\nstopped by {signal}: {lacking} of {len(run.info['planned'])} planned cases have no result")
-        show(visible(f"\nrun: {path}" + (f"\nreport: {report}" if report.is_file() else "")))
+        called = f" ({run.given_name})" if run.given_name else ""
+        show(visible(f"\nrun: {path}{called}" + (f"\nreport: {report}" if report.is_file() else "")))
         if self._check.comparison is not None:
             show(visible(f"comparison: {path / FILE}"))
         if command := go_on(run, Path.cwd()):
