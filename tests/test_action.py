@@ -137,7 +137,7 @@ def test_inputs_become_options(job):
     assert done.returncode == 1
     assert job.calls == [
         [
-            "run", "--mp-preset=small", "--mp-workloads=mine:w,padded-gru", "--mp-modes=fp32,mixed-bf16",
+            "run", "--mp-results=results", "--mp-preset=small", "--mp-workloads=mine:w,padded-gru", "--mp-modes=fp32,mixed-bf16",
             "--mp-seeds", "5", "-k", "a b", "--junitxml=results/mpscale-junit.xml",
         ]
     ]  # fmt: skip

@@ -319,7 +319,7 @@ def _taken_for_test_paths(config: pytest.Config) -> Iterator[tuple[str, str]]:
     arguments = [str(argument) for argument in config.invocation_params.args]
     for option, value in itertools.pairwise(arguments):
         if (
-            option in ("--mp-results", "--mp-baseline", "--mp-resume")
+            option in ("--mp-results", "--mp-baseline", "--mp-resume", "--mp-name")
             and Path(config.invocation_params.dir, value).exists()
         ):
             yield option, value
