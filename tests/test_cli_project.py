@@ -197,7 +197,9 @@ def test_a_session_names_its_run_once(here, pytester, monkeypatch):
     monkeypatch.setattr("mpscale.report.files._page", lambda run, report: "a page")
     monkeypatch.chdir(pytester.path)
     pytester.makepyfile(test_it="from mpscale.suite import test_training")
-    plain = ("--mp-workloads=mnist1d-mlp", "--mp-modes=fp32", "--mp-seeds=1", "--mp-timing=0.05", "-pno:cacheprovider")
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    plain = ("--mp-workloads=mnist1d-mlp", "--mp-modes=fp32", "--mp-seeds=1", "--mp-timing=0.05")
+    plain += ("-pno:cacheprovider", "-pno:hypothesispytest", "-pno:unraisableexception")
 
     def session(*options):
         result = pytester.runpytest_inprocess(*plain, *options)

@@ -22,12 +22,19 @@ from mpscale.report.page import page
 ONE, TWO = "20260101T000000Z-test-cpu-0001", "20260102T000000Z-test-cpu-0002"
 
 
+def made(results, run_id, **info):
+    """Write a run whose run.json holds these entries."""
+    rows = [record(step_time_ms_median=2.0, series_key="toy/abc/fp32/batch=1/method=1")]
+    path = write_run(results, finished(rows), name=run_id)
+    (path / "run.json").write_text(json.dumps(json.loads((path / "run.json").read_text()) | info))
+    return path
+
+
 @pytest.fixture
 def results(tmp_path):
     """Two runs: the first is called before."""
-    rows = [record(step_time_ms_median=2.0, series_key="toy/abc/fp32/batch=1/method=1")]
-    write_run(tmp_path, finished(rows), name=ONE, **{NAME: "before", NOTE: "as in the *paper*"})
-    write_run(tmp_path, finished(rows), name=TWO)
+    made(tmp_path, ONE, name="before", note="as in the *paper*")
+    made(tmp_path, TWO)
     return tmp_path
 
 
@@ -107,7 +114,7 @@ def test_a_name_of_eight_digits_comes_before_the_beginning_of_an_id(results):
     "value", ["../../etc", "latest", "a b", "\x1b[31m", "x" * 100, 3, ["before"], {"a": 1}, True, ""], ids=repr
 )
 def test_a_name_that_no_mpscale_writes_counts_as_unknown(results, value):
-    path = write_run(results, name="20260103T000000Z-test-cpu-0003", **{NAME: value, NOTE: "n" * 501})
+    path = made(results, "20260103T000000Z-test-cpu-0003", name=value, note="n" * 501)
     run = read_run(path)
     assert (run.given_name, run.note, run.shown) == (None, None, run.name)
     assert [problem.partition(" is none")[0] for problem in run.problems] == ["run.json: name", "run.json: note"]
