@@ -15,6 +15,7 @@ from mpscale.analysis.quantities import BASELINE, QUANTITIES, Quantity
 from mpscale.analysis.stats import Interval, geometric_interval, log_change
 from mpscale.core.case import SeriesKey
 from mpscale.core.columns import MEASURED
+from mpscale.core.naming import with_id
 from mpscale.core.record import Key, Record, grouped, in_order_of_modes
 from mpscale.core.runs import MAKE_ONE, Run, RunError, hardware, read_run
 
@@ -33,7 +34,6 @@ class RunFacts:
         dirty: whether there were uncommitted changes; None if unknown.
         tensorflow: its version; None if unknown.
         given_name: the name that somebody gave the run; None if nobody did.
-        shown: how texts name the run.
     """
 
     name: str
@@ -42,8 +42,12 @@ class RunFacts:
     commit: str | None
     dirty: bool | None
     tensorflow: str | None
-    given_name: str | None
-    shown: str
+    given_name: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """How texts name the run."""
+        return with_id(self.name, self.given_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,7 +381,6 @@ def _facts(run: Run) -> RunFacts:
         dirty if isinstance(dirty, bool) else None,
         next((str(version) for version in versions if version), None),
         run.given_name,
-        run.shown,
     )
 
 

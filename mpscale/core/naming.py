@@ -60,6 +60,11 @@ def note_of(text: str) -> str:
     return note
 
 
+def with_id(run_id: str, name: str | None) -> str:
+    """How texts name a run: by the name that it was given, with its id, or by its id alone."""
+    return run_id if name is None else f"{name} ({run_id})"
+
+
 def drop_misfits(info: dict[str, Any], file: str) -> list[str]:
     """Remove a name and a note that no mpscale writes from a run.json; return a sentence on each."""
     said = []

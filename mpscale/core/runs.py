@@ -18,7 +18,7 @@ from mpscale.core.case import CaseId, Place
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS, DTYPES, LARGEST, METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.journal import read_journal
-from mpscale.core.naming import NAME, NOTE, called, drop_misfits, name_in
+from mpscale.core.naming import NAME, NOTE, called, drop_misfits, name_in, with_id
 from mpscale.core.reading import (
     INFO,
     MOST_CASES,
@@ -103,7 +103,7 @@ class Run:
     @property
     def shown(self) -> str:
         """How texts name the run: by the name that it was given, with its id, or by its id alone."""
-        return f"{self.given_name} ({self.name})" if self.given_name else self.name
+        return with_id(self.name, self.given_name)
 
     @property
     def plan_known(self) -> bool:
