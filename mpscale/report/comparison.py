@@ -165,7 +165,7 @@ def of_a_run(comparisons: Sequence[Comparison], findings: Sequence[Finding], not
         note: why no gate was judged.
         fails: whether the gates fail the run.
     """
-    none = {"baseline": None, "baseline_name": None, "comparisons": [], "gates": []}
+    none: dict[str, Any] = {"baseline": None, "baseline_name": None, "comparisons": [], "gates": []}
     content = _content(comparisons, findings) if comparisons else none
     return json_document("compare", {"fails": fails, "note": note, **content})
 
