@@ -110,9 +110,9 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
 
 def render(document: Document) -> str:
     """Return the report as markdown."""
-    parts: list[Table | str] = [f"# {escape(document.title)}"]
+    parts: list[Table | str] = [f"# {escape(document.title)}", escape(document.note)]
     parts += [] if document.screen is None else [markdown(document.screen)]
-    parts += [escape(document.note), document.when, document.findings]
+    parts += [document.when, document.findings]
     for section in document.sections:
         parts += [f"## {section.title}", *section.parts]
     return "\n\n".join(part if isinstance(part, str) else part.markdown() for part in parts if part) + "\n"

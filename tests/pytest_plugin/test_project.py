@@ -105,6 +105,10 @@ def test_what_cannot_be_meant_is_refused_with_what_can(read, table, message):
     assert len(str(refused.value)) < 800
 
 
+def test_a_baseline_of_any_length_is_left_to_whoever_looks_for_the_run(read):
+    assert read(f'baseline = "{"x" * 5000}"') == {}
+
+
 @pytest.fixture
 def session(pytester, monkeypatch):
     """Run pytest in a project whose suite is the two lines of the guide; return its exit code and output."""
