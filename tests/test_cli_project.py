@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.no_training import replace_trainings
 from support.runfolder import finished, record, write_run
-from support.small_suite import environment, pytest_here
+from support.small_suite import environment, forget, pytest_here
 
 from mpscale.cli import main
 
@@ -115,6 +115,29 @@ def test_init_follows_a_link_to_the_settings_and_refuses_one_that_leads_nowhere(
     code, _, err = mpscale("init", "x")
     assert code == 2
     assert "is a link that leads nowhere" in err
+
+
+@pytest.fixture
+def imports(here, monkeypatch):
+    """Modules of the working directory may be imported, and are forgotten afterwards."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    forget(here)
+
+
+@pytest.mark.usefixtures("imports")
+def test_the_workloads_of_a_project_are_listed_with_mpscales(mpscale, here):
+    mpscale("init")
+    text = (here / "pyproject.toml").read_text().replace('signs"]', 'signs", "my_workloads:no", "article-mlp"]')
+    (here / "pyproject.toml").write_text(text)
+    code, out, err = mpscale("workloads", "--json")
+    found = json.loads(out)
+    names = [one["workload"] for one in found["workloads"]]
+    assert (code, err, names.count("article-mlp"), names.count("my_workloads:signs")) == (0, "", 1, 1)
+    assert [one["workload"] for one in found["broken"]] == ["my_workloads:no"]
+    code, out, err = mpscale("workloads")
+    assert f"my_workloads:signs is in {here / 'my_workloads.py'}" in out
+    assert "broken: my_workloads:no: " in err
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def workloads_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "List workloads and modes."
+    parser.description = "List workloads and modes: mpscale's, those of installed packages, and those of the project."
     names = parser.add_argument(
         "names",
         nargs="*",
@@ -46,7 +46,8 @@ def workloads(options: argparse.Namespace) -> int:
     except registry.UnknownWorkload as error:
         return fail(str(error))
     if not found:
-        found, broken = offered.workloads, offered.broken
+        own, broken_here = _of_the_project()
+        found, broken = {**offered.workloads, **own}, {**offered.broken, **broken_here}
     by_default = dict.fromkeys(DEFAULT_MODES, "yes") | {"tf32": "with TF32"}
     modes = [(mode.name, by_default.get(mode.name, "no"), mode.summary) for mode in MODES.values()]
     if options.json:
@@ -66,13 +67,29 @@ def workloads(options: argparse.Namespace) -> int:
     print(Table(["workload", "batch", "steps", "target", "description"], rows).text(surface()))
     if small:
         print(surface().wrapped(f"in small, for tests: {', '.join(small)}"))
-    for name in filter(registry.is_own, options.names):
+    for name in filter(registry.is_own, found):
         print(f"{name} is in {registry.source(name, here)}")
     for name, why in broken.items():
         say(f"broken: {name}: {why}")
     print()
     print(Table(["mode", "by default", "description"], modes).text(surface()))
     return OK
+
+
+def _of_the_project() -> tuple[dict[str, Workload], dict[str, str]]:
+    """The workloads that ``[tool.mpscale]`` names as module:attribute, and why one of them cannot be used."""
+    from mpscale.pytest_plugin import project
+    from mpscale.workloads import registry
+
+    settings, values, _ = project.read(Path.cwd())
+    found, broken = {}, {}
+    with registry.without_gpus():
+        for name in filter(registry.is_own, values.get("workloads", ("", []))[1]):
+            try:
+                found[name] = registry.get(name, [Path.cwd(), *([settings.path.parent] if settings.path else [])])
+            except registry.UnknownWorkload as error:
+                broken[name] = str(error)
+    return found, broken
 
 
 def _facts(name: str, workload: Workload) -> dict[str, Any]:
