@@ -55,7 +55,7 @@ class ProjectSettings:
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
-_KINDS: dict[str, str] = {
+KINDS: dict[str, str] = {
     "baseline": "a string",
     "fail-on": "a list of strings",
     "strict": "true or false",
@@ -87,7 +87,7 @@ def load(start: Path) -> ProjectSettings:
         raise
     except (ValueError, RecursionError) as error:  # also an integer with thousands of digits
         raise SettingsError(f"{path}: cannot be read: {error}") from error
-    for key, words in _KINDS.items():
+    for key, words in KINDS.items():
         if key in table and not _fits(key, table[key]):
             raise SettingsError(f"{path}: {key} of [tool.mpscale] must be {words}, not {table[key]!r:.200}")
     baseline = table.get("baseline")
@@ -101,7 +101,7 @@ def load(start: Path) -> ProjectSettings:
         tuple(table.get("fail-on", ())),
         table.get("strict", False),
         table.get("threshold"),
-        {key: value for key, value in table.items() if key not in _KINDS},
+        {key: value for key, value in table.items() if key not in KINDS},
         path,
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from mpscale.config import (
+    KINDS,
     NAMES,
     NUMBER,
     TEXT,
@@ -27,13 +28,11 @@ from mpscale.config import (
     results_of,
     shown,
 )
-from mpscale.pytest_plugin import baseline, options, origin, resume
+from mpscale.pytest_plugin import origin, resume
 from mpscale.terminal.streams import visible
 
 _PREFIX = "--mp-"
 _FLAG = Written("true or false")
-_OF_A_COMPARISON = ("baseline", "fail-on", "strict", "threshold")
-"""Keys that :mod:`mpscale.config` reads, since `mpscale compare` has them, too."""
 _OF_ONE_RUN = ("resume", "name", "note")
 """Options that name a run, and so are no settings of a project."""
 _OF_A_MACHINE = ("cores",)
@@ -135,9 +134,7 @@ def settings() -> Mapping[str, Setting]:
         if setting.key not in _OF_ONE_RUN:
             found[setting.key] = setting
 
-    options.add_options(add)
-    baseline.add_options(add)
-    resume.add_options(add)
+    resume.add_every_option(add)
     return found
 
 
@@ -174,7 +171,7 @@ def read(start: Path) -> tuple[ProjectSettings, dict[str, tuple[Any, Any]], dict
 def _unknown(key: str) -> str:
     if key in _OF_ONE_RUN:
         return f"{key} of [tool.mpscale] would be that of every run: give it on the command line, {_PREFIX}{key}"
-    keys = dict.fromkeys([*settings(), *_OF_A_COMPARISON])
+    keys = dict.fromkeys([*settings(), *KINDS])
     plain = key.lower().replace("_", "-").removeprefix("--").removeprefix("mp-")
     close = difflib.get_close_matches(plain, keys, n=1)
     hint = f"; did you mean {close[0]}?" if close else f", only {', '.join(sorted(keys))}"
