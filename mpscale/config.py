@@ -1,4 +1,4 @@
-"""Where a user's choices come from: presets, ``[tool.mpscale]``, and options that the plug-in and the command share."""
+"""Where a user's choices come from: ``[tool.mpscale]``, and options that the plug-in and the command share."""
 
 from __future__ import annotations
 
@@ -13,179 +13,17 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
-from mpscale.core.device import Device
 from mpscale.core.file_errors import why
 from mpscale.core.loss_scale import parse_number
-from mpscale.core.mode import DEFAULT_MODES
 from mpscale.core.reading import MOST_STEPS, SETTINGS, RunError, read_text
 
 N = TypeVar("N", int, float)
+T = TypeVar("T", covariant=True)
 
 MOST_SHOWN = 60
 """Characters of a value that a message repeats."""
-
-
-@dataclass(frozen=True, slots=True)
-class Apart:
-    """What a preset does otherwise with one workload. None: as with the others.
-
-    Args:
-        batches: by the memory of the GPU: (GB, the batch for a GPU of that size), rising. Empty: the workload's own.
-        seeds: trainings in each mode.
-        repeats: further processes that only time.
-        modes: instead of the default modes; devices with TF32 run ``tf32`` too.
-        train_steps: steps per training.
-        timing_blocks: minimum number of timing blocks.
-        energy_s: as in :class:`Preset`.
-        autotune: as in :class:`~mpscale.core.case.Settings`.
-    """
-
-    batches: tuple[tuple[int, int], ...] = ()
-    seeds: int | None = None
-    repeats: int = 0
-    modes: tuple[str, ...] = DEFAULT_MODES
-    train_steps: int | None = None
-    timing_blocks: int | None = None
-    energy_s: float | None = None
-    autotune: Literal["fresh", "shared"] = "fresh"
-
-    def batch(self, memory_mib: float | None) -> int | None:
-        """The batch for a GPU of this memory, the smallest if it is unknown; None if there is too little for any."""
-        if memory_mib is None:
-            return self.batches[0][1]
-        return max((batch for gb, batch in self.batches if holds(memory_mib, gb)), default=None)
-
-
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """What a run does unless options say otherwise.
-
-    Args:
-        summary: one line for ``pytest --help``.
-        workloads: names of the workloads.
-        seeds: trainings of each workload in each mode.
-        timing_s: seconds of steady-state timing per case.
-        timing_blocks: minimum number of timing blocks.
-        train_steps: steps per training; None takes the workload's own number.
-        energy_s: seconds over which a GPU's energy is measured; 0 leaves it out.
-        apart: workloads with which it does otherwise.
-    """
-
-    summary: str
-    workloads: tuple[str, ...]
-    seeds: int
-    timing_s: float
-    timing_blocks: int = 50
-    train_steps: int | None = None
-    energy_s: float = 10.0
-    apart: Mapping[str, Apart] = field(default_factory=dict)
-
-
-_SOLD_AS = 0.9
-"""GPUs report a little less memory than they are sold with: 22.5 GiB of 24 GB with error correction."""
-
-
-def holds(memory_mib: float, gb: int) -> bool:
-    """Whether a GPU that reports this memory is one of ``gb`` or more."""
-    return memory_mib >= _SOLD_AS * 1024 * gb
-
-
-def _large(*batches: tuple[int, int]) -> Apart:
-    """One process that trains and one that only times, since a speed-up is claimed from two pairs of processes on.
-
-    There is no accuracy, so a few steps will do, and mixed-static would add nothing to mixed-dynamic. XLA's tuning
-    takes most of the time, so the two processes share it.
-    """
-    return Apart(
-        batches,
-        seeds=1,
-        repeats=1,
-        modes=("fp32", "mixed-dynamic", "mixed-bf16"),
-        train_steps=20,
-        timing_blocks=10,
-        autotune="shared",
-    )
-
-
-# The largest round batch with 600 MiB + state + 2 x batch x activations <= 0.8 x memory. State: weights, gradients and
-# slots of the optimizer. Activations: outputs of all layers of an example in float32, of which a process holds those of
-# two steps if steps are queued. docs/workloads.md has both for each workload, and measurements beside them.
-_LARGE = {
-    "resnet50": _large((8, 16), (16, 32), (24, 64), (40, 96), (80, 192)),
-    "efficientnet-b0": _large((8, 24), (16, 64), (24, 96), (40, 160), (80, 320)),
-    "bert-base": _large((8, 16), (16, 48), (24, 96), (40, 160), (80, 320)),
-    "gpt2-small": _large((8, 2), (16, 4), (24, 8), (40, 16), (80, 32)),
-    "unet": _large((8, 2), (16, 4), (24, 8), (40, 16)),
-    "wide-mlp": _large((8, 8192)),
-    "lstm-lm": _large((8, 256), (16, 512), (24, 1024), (80, 2048)),
-}
-_ACCURACY_ALONE = Apart(energy_s=0.0)
-"""For workloads that are too small for a GPU: their energy is that of waiting for Python."""
-
-_OUT_OF_RANGE = ("padded-gru", "beam-strain", "diabetes-sum")
-_NEEDS_A_SCALE = {name: Apart(modes=(*DEFAULT_MODES, "mixed-unscaled")) for name in _OUT_OF_RANGE}
-"""Workloads that show what a loss scale is for, next to a training without one."""
-
-PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
-    {
-        "smoke": Preset(
-            "seconds per case, to see that everything works (its figures mean little)",
-            workloads=("mnist1d-mlp", "article-mlp"),
-            seeds=1,
-            timing_s=0.3,
-            timing_blocks=10,
-            train_steps=100,
-            energy_s=0.0,
-        ),
-        "small": Preset(
-            "full trainings, minutes on two cores",
-            workloads=(*_OUT_OF_RANGE, "mnist1d-mlp", "mnist1d-cnn", "article-mlp"),
-            seeds=3,
-            timing_s=2.0,
-            apart=_NEEDS_A_SCALE,
-        ),
-        "full": Preset(
-            "more seeds, longer timing and a recurrent network",
-            workloads=(*_OUT_OF_RANGE, "mnist1d-mlp", "mnist1d-cnn", "mnist1d-gru", "article-mlp"),
-            seeds=5,
-            timing_s=4.0,
-            apart=_NEEDS_A_SCALE,
-        ),
-        "gpu": Preset(
-            "four networks that keep a GPU busy, with batches that fit its memory, and two small ones for accuracy; "
-            "about half an hour on an H100",
-            workloads=("resnet50", "bert-base", "unet", "wide-mlp", "mnist1d-cnn", "article-mlp"),
-            seeds=3,
-            timing_s=2.0,
-            apart={**_LARGE, "mnist1d-cnn": _ACCURACY_ALONE, "article-mlp": _ACCURACY_ALONE},
-        ),
-    }
-)
-DEFAULT_PRESET = "small"
-GPU_PRESET, GPU_PRESET_GB = "gpu", 8
-"""The preset for a GPU, and the memory from which on it is the default there."""
-
-
-def preset_for(device: Device, named: str | None = None) -> tuple[str, str]:
-    """Return the name of the preset of a run on ``device``, and why it is that one.
-
-    Args:
-        device: where the run trains.
-        named: the preset that the user named, which wins.
-    """
-    if named is not None:
-        return named, "as asked for"
-    if device.kind == "cpu":
-        return DEFAULT_PRESET, "the default on a CPU"
-    if device.memory_mib is None:
-        return DEFAULT_PRESET, f"the memory of the GPU is unknown, and {GPU_PRESET} needs {GPU_PRESET_GB} GB"
-    size = f"the GPU has {device.memory_mib / 1024:.1f} GiB"
-    if holds(device.memory_mib, GPU_PRESET_GB):
-        return GPU_PRESET, f"{size}; --mp-preset names another"
-    return DEFAULT_PRESET, f"{size}, and {GPU_PRESET} needs {GPU_PRESET_GB} GB"
 
 
 class SettingsError(ValueError):
@@ -201,31 +39,38 @@ class ProjectSettings:
         fail_on: gates.
         strict: whether a gate that cannot tell also fails the build.
         threshold: smallest change of step time worth reporting, as text.
+        others: values of the other keys, which are those of the plug-in's options and are not checked here.
+        path: of the file; None without one.
     """
 
     baseline: str | None = None
     fail_on: Sequence[str] = ()
     strict: bool = False
     threshold: str | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
 
     def override(self, **given: Any) -> ProjectSettings:
         """Return these settings with values from the command line, which win; None means not given."""
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
-_KINDS: dict[str, str] = {
+KINDS: dict[str, str] = {
     "baseline": "a string",
     "fail-on": "a list of strings",
     "strict": "true or false",
     "threshold": 'a string such as "5%"',
 }
+"""Settings that a comparison has, too."""
 
 
 def load(start: Path) -> ProjectSettings:
     """Read the nearest pyproject.toml in ``start`` or above it. Without that file or table, return the defaults.
 
+    Keys other than those of a comparison are returned as they are: :mod:`mpscale.pytest_plugin.project` knows them.
+
     Raises:
-        SettingsError: the file cannot be read, or a setting is unknown or has the wrong type.
+        SettingsError: the file cannot be read, or a setting of a comparison has the wrong type.
     """
     path = next((f / "pyproject.toml" for f in (start, *start.parents) if (f / "pyproject.toml").is_file()), None)
     if path is None:
@@ -238,20 +83,55 @@ def load(start: Path) -> ProjectSettings:
                 raise SettingsError(f"{path}: {name} must be a table, not {table!r:.40}")
     except RunError as error:
         raise SettingsError(str(error)) from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except SettingsError:
+        raise
+    except (ValueError, RecursionError) as error:  # also an integer with thousands of digits
         raise SettingsError(f"{path}: cannot be read: {error}") from error
-    for key, value in table.items():
-        if key not in _KINDS:
-            raise SettingsError(f"{path}: [tool.mpscale] has no setting {shown(key)}, only {', '.join(_KINDS)}")
-        if not _fits(key, value):
-            raise SettingsError(f"{path}: {key} of [tool.mpscale] must be {_KINDS[key]}, not {value!r:.200}")
+    for key, words in KINDS.items():
+        if key in table and not _fits(key, table[key]):
+            raise SettingsError(f"{path}: {key} of [tool.mpscale] must be {words}, not {table[key]!r:.200}")
     baseline = table.get("baseline")
     # A path in the file is relative to the file, wherever pytest is called.
-    if baseline is not None and path.parent != Path.cwd() and (path.parent / baseline).exists():
-        baseline = str(path.parent / baseline)
+    if baseline is not None and path.parent != Path.cwd():
+        beside = path.parent / baseline
+        if os.path.exists(beside):  # noqa: PTH110 - Path.exists raises for a name that is too long
+            baseline = str(beside)
     return ProjectSettings(
-        baseline, tuple(table.get("fail-on", ())), table.get("strict", False), table.get("threshold")
+        baseline,
+        tuple(table.get("fail-on", ())),
+        table.get("strict", False),
+        table.get("threshold"),
+        {key: value for key, value in table.items() if key not in KINDS},
+        path,
     )
+
+
+def results_folder(here: Path) -> Path:
+    """The results folder of the project in ``here``: ``results`` of ``[tool.mpscale]``, else ``results/``.
+
+    Raises:
+        SettingsError: as :func:`load`, or ``results`` names no folder.
+    """
+    found = load(here)
+    if found.path is None or "results" not in found.others:
+        return RESULTS
+    named = results_of(found.path, found.others["results"])
+    # Relative, as the user thinks of it, if it is below.
+    return named.relative_to(here) if named.is_relative_to(here) else named
+
+
+def results_of(path: Path, value: Any) -> Path:
+    """The folder that ``results`` of ``[tool.mpscale]`` in the file ``path`` names, relative to that file.
+
+    Raises:
+        SettingsError: it names no folder.
+    """
+    try:
+        if not isinstance(value, str):
+            raise argparse.ArgumentTypeError(f"expected a string, the name of a folder, not {value!r:.200}")
+        return path.parent / folder(value)
+    except argparse.ArgumentTypeError as error:
+        raise SettingsError(f"{path}: results of [tool.mpscale]: {error}") from error
 
 
 def _fits(key: str, value: Any) -> bool:
@@ -263,18 +143,22 @@ def _fits(key: str, value: Any) -> bool:
 _LONGEST_PATH = 4096
 """What Linux allows."""
 
-RUN = "name of a run or its first characters, a run's folder, a cases.csv, or `latest`"
+RUN = "id of a run or its first characters, the name that it was given, its folder, a cases.csv, or `latest`"
 """Every way to name a run on the command line."""
+
+RESULTS = Path("results")
+"""The default results folder."""
 
 
 def add_results_option(add: Callable[..., Any], prefix: str = "", *, default: Path | None = None) -> None:
-    """Add ``--results``; without a default it is ``results/`` in pytest's root directory."""
+    """Add ``--results``; without a default it is that of the project, or ``results/`` in pytest's root directory."""
     add(
         f"--{prefix}results",
         type=folder,
         default=default,
         metavar="DIR",
-        help=f"results folder (default: {default or 'results/ in the root directory of pytest'})",
+        help="results folder (default: `results` of [tool.mpscale] in pyproject.toml, else "
+        f"{default or 'results/ in the root directory of pytest'})",
     )
 
 
@@ -287,7 +171,8 @@ def add_gate_options(add: Callable[..., Any], prefix: str = "") -> None:
         help="fail if a figure is worse than in the baseline: step_time>5%%, gpu_memory>3%%, host_memory>20%%, "
         "energy>10%%, overflow_rate>0.01, metric or missing; separate several by commas, or repeat the option",
     )
-    add(f"--{prefix}strict", action="store_true", default=None, help="also fail if a gate cannot tell")
+    flag = argparse.BooleanOptionalAction
+    add(f"--{prefix}strict", action=flag, default=None, help="also fail if a gate cannot tell")
 
 
 def folder(text: str) -> Path:
@@ -307,6 +192,45 @@ def folder(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} names the home of a user unknown to this machine") from None
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """How pyproject.toml may have the value of an option, besides as the text of the command line.
+
+    Args:
+        words: what is allowed, for messages.
+        kinds: types of a value.
+        several: whether a list of these, or of strings, may take its place.
+        table: whether a table of these by name may.
+    """
+
+    words: str
+    kinds: tuple[type, ...] = ()
+    several: bool = False
+    table: bool = False
+
+
+TEXT = Written("a string")
+NUMBER = Written("a number", (int, float))
+NUMBERS = Written("a number or a list of numbers", (int, float), several=True)
+NAMES = Written("a list of strings", several=True)
+
+
+@dataclass(frozen=True, slots=True)
+class OptionType(Generic[T]):
+    """The type of an option, which also says how pyproject.toml may have its value.
+
+    Args:
+        parse: converts a text to a value, or raises argparse.ArgumentTypeError.
+        written: in pyproject.toml.
+    """
+
+    parse: Callable[[str], T]
+    written: Written
+
+    def __call__(self, text: str) -> T:
+        return self.parse(text)
+
+
 def number(parse: Callable[[str], N], fits: Callable[[N], bool], expected: str) -> Callable[[str], N]:
     """Return the type of an option that takes a number.
 
@@ -323,7 +247,7 @@ def number(parse: Callable[[str], N], fits: Callable[[N], bool], expected: str) 
                 return value
         raise argparse.ArgumentTypeError(f"expected {expected}, not {shown(text)}")
 
-    return parsed
+    return OptionType(parsed, NUMBER)
 
 
 def shown(text: str) -> str:

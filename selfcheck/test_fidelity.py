@@ -33,9 +33,9 @@ from scipy.special import stdtrit
 from tabulate import tabulate
 
 from mpscale.analysis.stats import Interval, geometric_interval
-from mpscale.config import DEFAULT_PRESET, PRESETS
 from mpscale.core.device import Device, find_device
 from mpscale.harness.launch import worker_environment
+from mpscale.presets import DEFAULT_PRESET, PRESETS
 from mpscale.telemetry import host
 from mpscale.telemetry.client import open_driver
 

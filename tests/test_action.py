@@ -137,8 +137,8 @@ def test_inputs_become_options(job):
     assert done.returncode == 1
     assert job.calls == [
         [
-            "run", "--mp-preset=small", "--mp-workloads=mine:w,padded-gru", "--mp-modes=fp32,mixed-bf16",
-            "--mp-seeds", "5", "-k", "a b", "--junitxml=results/mpscale-junit.xml",
+            "run", "--mp-results=results", "--mp-preset=small", "--mp-workloads=mine:w,padded-gru",
+            "--mp-modes=fp32,mixed-bf16", "--mp-seeds", "5", "-k", "a b", "--junitxml=results/mpscale-junit.xml",
         ]
     ]  # fmt: skip
     assert (job.folder / "output").read_text() == "run=results/runs/20260101T000000Z-new\n"

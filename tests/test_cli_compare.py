@@ -435,7 +435,7 @@ def test_exit_codes_reach_the_shell(tmp_path):
     write_run(tmp_path / "results", finished(rows()), name=BEFORE)
     write_run(tmp_path / "results", finished(rows(ms=2.6)), name=AFTER)
     command = [sys.executable, "-m", "mpscale.cli", "compare", BEFORE, AFTER]
-    for arguments, code in ([], 0), (["--fail-on", "step_time>5%"], 1), (["--fail-on", "no"], 2), (["--no"], 2):
+    for arguments, code in ([], 0), (["--fail-on", "step_time>5%"], 1), (["--fail-on", "no"], 2), (["--unknown"], 2):
         done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == code, done.stderr
 

@@ -52,7 +52,13 @@ def measure() -> None:
 
 def _options() -> list[str]:
     given = {name: os.environ[name.upper()] for name in ("preset", "workloads", "modes")}
-    return [*(f"--mp-{name}={value}" for name, value in given.items() if value), *shlex.split(os.environ["ARGS"])]
+    # The steps of action.yml look there, wherever the project has its results.
+    fixed = "--mp-results=results"
+    return [
+        fixed,
+        *(f"--mp-{name}={value}" for name, value in given.items() if value),
+        *shlex.split(os.environ["ARGS"]),
+    ]
 
 
 def _chosen(baseline: Path, options: list[str]) -> Path | None:

@@ -177,6 +177,7 @@ _BY_AB = {
     "--mp-fail-on": "write --fail-on",
     "--mp-strict": "write --strict",
     "--mp-results": "write --results",
+    "--mp-name": "both runs would have it; `mpscale name` gives each its own",
     "--mp-resume": "its two runs take turns, so neither can go on alone",
 }
 _SIDE_BY_SIDE = ("-n", "--numprocesses", "--dist", "--tx")

@@ -15,6 +15,7 @@ from mpscale.analysis.quantities import BASELINE, QUANTITIES, Quantity
 from mpscale.analysis.stats import Interval, geometric_interval, log_change
 from mpscale.core.case import SeriesKey
 from mpscale.core.columns import MEASURED
+from mpscale.core.naming import with_id
 from mpscale.core.record import Key, Record, grouped, in_order_of_modes
 from mpscale.core.runs import MAKE_ONE, Run, RunError, hardware, read_run
 
@@ -32,6 +33,7 @@ class RunFacts:
         commit: of the repository in which it was made; None if unknown.
         dirty: whether there were uncommitted changes; None if unknown.
         tensorflow: its version; None if unknown.
+        given_name: the name that somebody gave the run; None if nobody did.
     """
 
     name: str
@@ -40,6 +42,12 @@ class RunFacts:
     commit: str | None
     dirty: bool | None
     tensorflow: str | None
+    given_name: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """How texts name the run."""
+        return with_id(self.name, self.given_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,6 +380,7 @@ def _facts(run: Run) -> RunFacts:
         str(commit) if commit else None,
         dirty if isinstance(dirty, bool) else None,
         next((str(version) for version in versions if version), None),
+        run.given_name,
     )
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mpscale import __version__
-from mpscale.cli import comparing, completion, fitting, listing, probing, reading, running, site
-from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
+from mpscale.cli import comparing, completion, fitting, listing, naming, probing, reading, running, site, starting
+from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail, take_results_of_the_project
 from mpscale.config import SettingsError
 from mpscale.core import extras, stopping
 from mpscale.core.file_errors import in_words
@@ -59,6 +59,7 @@ def _run(arguments: Sequence[str]) -> int:
             if unknown and options.run_command not in (comparing.ab, running.run):
                 parser.error(f"unrecognized arguments: {' '.join(unknown)}")
             options.unknown = unknown
+            take_results_of_the_project(options)
             return int(options.run_command(options))
         finally:
             # Not at exit, where a closed pipe could no longer be handled.
@@ -98,6 +99,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "init": ("write settings, a workload and a suite into a project", starting.init_arguments, starting.init),
     "run": ("train every workload in every mode, and report", running.run_arguments, running.run),
     "workloads": ("list workloads and modes", reading.workloads_arguments, reading.workloads),
     "doctor": (
@@ -108,6 +110,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "report": ("make the tables and the report of a run again", reading.report_arguments, reading.report),
     "list": ("list runs, and how they went", listing.list_arguments, listing.list_runs),
     "open": ("open the report of a run in the browser", listing.open_arguments, listing.open_report),
+    "name": ("give a run a name or a note, or show them", naming.name_arguments, naming.name),
     "compare": ("compare runs with a baseline; can fail a build", comparing.compare_arguments, comparing.compare),
     "ab": ("run two environments interleaved, and compare them", comparing.ab_arguments, comparing.ab),
     "fit": ("find the largest batch that trains in each mode", fitting.fit_arguments, fitting.fit),

@@ -24,7 +24,7 @@ from mpscale.cli.output import (
     warn,
     write,
 )
-from mpscale.config import RUN, add_gate_options, add_results_option, load, seconds
+from mpscale.config import RUN, add_gate_options, add_results_option, seconds
 from mpscale.terminal.progress import Screen
 from mpscale.terminal.streams import visible
 
@@ -75,8 +75,9 @@ def _rules(options: argparse.Namespace) -> _Rules:
         ValueError: one of them is not valid.
     """
     from mpscale.analysis.gates import parse_gates, parse_share
+    from mpscale.pytest_plugin import project
 
-    settings = load(Path.cwd()).override(
+    settings = project.read(Path.cwd())[0].override(
         fail_on=options.fail_on, strict=options.strict, threshold=options.threshold or None
     )
     threshold = None if settings.threshold is None else parse_share(settings.threshold)

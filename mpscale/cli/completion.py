@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from mpscale.config import RESULTS, SettingsError, results_folder
 from mpscale.terminal.streams import visible
 
 Completer = Callable[..., Iterable[str]]
@@ -45,20 +46,31 @@ def runs(prefix: str, parsed_args: Any, **_: Any) -> list[str]:
     """Names of runs, the newest first, and ``latest``; with a slash in the prefix, paths."""
     if "/" in prefix:
         return [f"{path}/" if path.is_dir() else str(path) for path in sorted(Path().glob(f"{prefix}*"))]
-    results = Path(getattr(parsed_args, "results", None) or "results")
+    named = getattr(parsed_args, "results", None)
+    results = _results() if named is None or named is RESULTS else Path(named)
     return _named(prefix, results / "runs", results / "reference")
 
 
 def made_runs(prefix: str, **_: Any) -> list[str]:
     """The same without those in ``reference/``, which are kept as they are."""
-    return _named(prefix, Path("results", "runs"))
+    return _named(prefix, _results() / "runs")
+
+
+def _results() -> Path:
+    try:
+        return results_folder(Path.cwd())
+    except SettingsError:  # the command itself will say so
+        return RESULTS
 
 
 def _named(prefix: str, *folders: Path) -> list[str]:
+    from mpscale.core.naming import name_in
     from mpscale.core.runs import by_age
 
     made = by_age(path.parent for folder in folders for path in folder.glob("*/run.json"))
-    names = dict.fromkeys(["latest", *(folder.name for folder in reversed(made))])
+    # Those that people gave come first: they are what somebody types.
+    given = filter(None, map(name_in, reversed(made)))
+    names = dict.fromkeys(["latest", *given, *(folder.name for folder in reversed(made))])
     # A shell shows what it is offered, and a line end would be an offer of its own.
     plain = [name for name in names if visible(name) == name and "\n" not in name and "\t" not in name]
     return [name for name in plain if name.startswith(prefix)]

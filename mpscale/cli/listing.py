@@ -73,6 +73,8 @@ def _facts(run: Run) -> dict[str, Any]:
     git = run.environment.get("git")
     commit: Mapping[str, Any] = git if isinstance(git, dict) else {}
     return {
+        "name": run.given_name,
+        "note": run.note,
         "started": run.info.get("started"),
         "device": facts["kind"],
         "device_name": facts["name"],
@@ -89,8 +91,8 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 _KEYS = (
-    "run", "path", "started", "device", "device_name", "commit", "dirty", "rows", "cases", "not_started", "not_ok",
-    "outcome", "problem", "go_on",
+    "run", "path", "name", "note", "started", "device", "device_name", "commit", "dirty", "rows", "cases",
+    "not_started", "not_ok", "outcome", "problem", "go_on",
 )  # fmt: skip
 
 
@@ -122,20 +124,23 @@ def _table(found: list[dict[str, Any]]) -> Any:
 
     def row(about: Mapping[str, Any]) -> list[str]:
         if about["outcome"] == "unreadable":
-            return [about["run"], DASH, DASH, DASH, DASH, DASH, went(about)]
+            return [about["run"], DASH, DASH, DASH, DASH, DASH, DASH, went(about), DASH]
         started, commit = str(about["started"] or DASH), about["commit"]
         return [
             about["run"],
+            str(about["name"] or DASH),
             started[:10],
             str(about["device_name"] or DASH),
             DASH if commit is None else f"{commit[:8]}{'+' if about['dirty'] else ''}",
             str(about["rows"]),
             str(about["cases"]),
             went(about),
+            str(about["note"] or DASH),
         ]
 
-    headers = ["run", "date (UTC)", "device", "commit", "rows", "cases", "it went"]
-    return Table(headers, [row(about) for about in found], spare=["date (UTC)", "cases", "rows", "device", "commit"])
+    headers = ["run", "name", "date (UTC)", "device", "commit", "rows", "cases", "it went", "note"]
+    spare = ["note", "date (UTC)", "cases", "rows", "device", "commit"]
+    return Table(headers, [row(about) for about in found], spare).without_blank("name", "note")
 
 
 def open_arguments(parser: argparse.ArgumentParser) -> None:

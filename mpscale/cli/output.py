@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpscale.config import SettingsError
+from mpscale.config import RESULTS as RESULTS
+from mpscale.config import SettingsError, results_folder
 from mpscale.core.writing import write_named
 from mpscale.terminal.progress import LiveLine
 from mpscale.terminal.streams import PIPE, Surface, on_one_line, surface_of, visible
@@ -21,8 +22,16 @@ INTERRUPTED = 130
 _HALF = 1000
 """Characters of each half of the longest message."""
 
-RESULTS = Path("results")
-"""The default results folder."""
+
+def take_results_of_the_project(options: argparse.Namespace) -> None:
+    """Replace the default results folder by that of ``[tool.mpscale]``, which is read only if it is needed.
+
+    Raises:
+        SettingsError: it cannot be read.
+    """
+    # By identity: a user who gives the same folder means that one.
+    if getattr(options, "results", None) is RESULTS:
+        options.results = results_folder(Path.cwd())
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def workloads_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "List workloads and modes."
+    parser.description = "List workloads and modes: mpscale's, those of installed packages, and those of the project."
     names = parser.add_argument(
         "names",
         nargs="*",
@@ -47,7 +47,8 @@ def workloads(options: argparse.Namespace) -> int:
     except registry.UnknownWorkload as error:
         return fail(str(error))
     if not found:
-        found, broken = offered.workloads, offered.broken
+        own, broken_here = _of_the_project()
+        found, broken = {**offered.workloads, **own}, {**offered.broken, **broken_here}
     by_default = dict.fromkeys(DEFAULT_MODES, "yes") | {"tf32": "with TF32"}
     modes = [(mode.name, by_default.get(mode.name, "no"), mode.summary) for mode in MODES.values()]
     if options.json:
@@ -67,13 +68,29 @@ def workloads(options: argparse.Namespace) -> int:
     print(Table(["workload", "batch", "steps", "target", "description"], rows).text(surface()))
     if small:
         print(surface().wrapped(f"in small, for tests: {', '.join(small)}"))
-    for name in filter(registry.is_own, options.names):
+    for name in filter(registry.is_own, found):
         print(f"{name} is in {registry.source(name, here)}")
     for name, why in broken.items():
         say(f"broken: {name}: {why}")
     print()
     print(Table(["mode", "by default", "description"], modes).text(surface()))
     return OK
+
+
+def _of_the_project() -> tuple[dict[str, Workload], dict[str, str]]:
+    """The workloads that ``[tool.mpscale]`` names as module:attribute, and why one of them cannot be used."""
+    from mpscale.pytest_plugin import project
+    from mpscale.workloads import registry
+
+    settings, values, _ = project.read(Path.cwd())
+    found, broken = {}, {}
+    with registry.without_gpus():
+        for name in filter(registry.is_own, values.get("workloads", ("", []))[1]):
+            try:
+                found[name] = registry.get(name, [Path.cwd(), *([settings.path.parent] if settings.path else [])])
+            except registry.UnknownWorkload as error:
+                broken[name] = str(error)
+    return found, broken
 
 
 def _facts(name: str, workload: Workload) -> dict[str, Any]:
@@ -116,9 +133,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 def report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Make the tables and the report of a run again, from its journal."
-    run = parser.add_argument(
-        "run", metavar="RUN", help="name of the run or its first characters, its folder, or `latest`"
-    )
+    run = parser.add_argument("run", metavar="RUN", help=RUN)
     completion.completed_by(run, completion.runs)
     add_results_option(parser.add_argument, default=RESULTS)
     parser.add_argument(
@@ -184,8 +199,8 @@ def _summary(run: Run, files: Sequence[str]) -> str:
     from mpscale.report.table import json_document
 
     rows = [{**row, "speed_verdict": speed_verdict(row)} for row in summary_of(run)]
-    about = {"run": run.name, "started": run.info.get("started"), "finished": run.finished, "problems": run.problems}
-    about |= {"go_on": go_on(run, Path.cwd()) or None}
+    about = {"run": run.name, "name": run.given_name, "note": run.note, "started": run.info.get("started")}
+    about |= {"finished": run.finished, "problems": run.problems, "go_on": go_on(run, Path.cwd()) or None}
     return json_document("report", {**about, "files": files, "rows": rows})
 
 
@@ -196,7 +211,12 @@ def _show(run: Run) -> None:
     from mpscale.report.sections import doubts_note, results
 
     here = surface()
-    parts = [visible(run.name), results(run).text(here), here.wrapped(doubts_note(summary_of(run)))]
+    parts = [
+        visible(run.shown),
+        here.wrapped(run.note or ""),
+        results(run).text(here),
+        here.wrapped(doubts_note(summary_of(run))),
+    ]
     parts.append(here.wrapped(plain(first_screen(run))))
     print("\n\n".join(filter(None, [*parts, visible(f"report: {run.path / 'report.html'}")])))
 

@@ -18,8 +18,8 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train every workload in every mode, and leave a run in results/runs/ of the current folder. This is "
         "`pytest --benchmark-only` on a suite that comes with mpscale, so a project needs none of its own. All options "
-        "go to pytest, such as --mp-preset, --mp-workloads, --mp-modes, --mp-baseline, --mp-fail-on, --mp-resume and "
-        "--junitxml; "
+        "go to pytest, such as --mp-preset, --mp-workloads, --mp-modes, --mp-name, --mp-baseline, --mp-fail-on, "
+        "--mp-resume and --junitxml; "
         "`pytest --help` lists them, mpscale's under its name. Settings of pytest in the current folder do not apply; "
         "[tool.mpscale] in its pyproject.toml does. The exit code is pytest's: 0 all well, 1 a case failed or a gate "
         "fired, 2 interrupted, 4 wrong use."

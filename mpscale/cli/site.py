@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from mpscale.cli.output import OK, RESULTS, fail, live_line, warn
-from mpscale.config import folder
+from mpscale.config import folder, results_folder
 from mpscale.terminal.streams import visible
 
 
@@ -21,9 +21,8 @@ def site_arguments(parser: argparse.ArgumentParser) -> None:
         "results",
         nargs="*",
         type=folder,
-        default=[RESULTS],
         metavar="RESULTS",
-        help=f"results folders, which hold runs/ and reference/ (default: {RESULTS})",
+        help=f"results folders, which hold runs/ and reference/ (default: `results` of [tool.mpscale], else {RESULTS})",
     )
     parser.add_argument("--title", default="mpscale", help="title of the index (default: mpscale)")
 
@@ -37,7 +36,7 @@ def site(options: argparse.Namespace) -> int:
         line.update(f"[{done + 1}/{total}] {name}")
 
     try:
-        made = write_site(options.folder, options.results, options.title, progress)
+        made = write_site(options.folder, options.results or [results_folder(Path.cwd())], options.title, progress)
     except SiteError as error:
         return fail(str(error))
     finally:

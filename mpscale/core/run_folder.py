@@ -86,6 +86,7 @@ class Journal:
         cases: the plan.
         interleaved: the other run, if two take turns.
         invocation: how the run was started, to go on with it; its ``folder`` is an absolute path.
+        named: its name and note, as far as it was given them; see :mod:`mpscale.core.naming`.
 
     Raises:
         OSError: the folder cannot be written. Nothing has been measured then.
@@ -100,11 +101,13 @@ class Journal:
         cases: list[Case],
         interleaved: Mapping[str, Any] | None = None,
         invocation: Mapping[str, Any] | None = None,
+        named: Mapping[str, str] | None = None,
     ) -> None:
         started, path = new_folder(results / "runs", device_slug)
         name = path.name
         info: dict[str, Any] = {
             "run": name,
+            **(named or {}),
             "schema_version": SCHEMA_VERSION,
             "method_version": METHOD_VERSION,
             "started": started.isoformat(timespec="microseconds"),

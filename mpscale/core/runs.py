@@ -18,6 +18,7 @@ from mpscale.core.case import CaseId, Place
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS, DTYPES, LARGEST, METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.journal import read_journal
+from mpscale.core.naming import NAME, NOTE, called, drop_misfits, name_in, with_id
 from mpscale.core.reading import (
     INFO,
     MOST_CASES,
@@ -62,7 +63,7 @@ class Run:
 
     Args:
         path: the run's folder, or a cases.csv.
-        name: from ``run.json``; starts with the UTC time of its start.
+        name: its id, from ``run.json``; starts with the UTC time of its start.
         info: ``run.json``: environment, settings, planned cases, schema and method version.
         records: the last attempt of every case that was started, in the order of the plan, after
             :func:`mpscale.core.record.settle`.
@@ -84,6 +85,25 @@ class Run:
         Unknown values are ``pd.NA``, or NaN in float columns; ``unavailable`` holds dicts of texts.
         """
         return cases_frame(self.records)
+
+    @property
+    def given_name(self) -> str | None:
+        """The name that somebody gave the run; None if nobody did."""
+        return self._text(NAME)
+
+    @property
+    def note(self) -> str | None:
+        """What somebody noted about the run; None if nobody did. Any text, on one line."""
+        return self._text(NOTE)
+
+    def _text(self, key: str) -> str | None:
+        found = self.info.get(key)
+        return found if isinstance(found, str) else None
+
+    @property
+    def shown(self) -> str:
+        """How texts name the run: by the name that it was given, with its id, or by its id alone."""
+        return with_id(self.name, self.given_name)
 
     @property
     def plan_known(self) -> bool:
@@ -232,8 +252,9 @@ def resolve_run(
     """Find the folder of a run, or a cases.csv.
 
     Args:
-        name_or_path: ``latest``, which is the run that started last, even if it is still going on; the name of a run,
-            or a prefix of a single name; or the path of its folder or of a cases.csv.
+        name_or_path: ``latest``, which is the run that started last, even if it is still going on; the id of a run;
+            the name that a single run was given; the path of its folder or of a cases.csv; or the first characters of
+            a single id.
         results_dir: holds ``runs/`` and ``reference/``. ``latest`` looks only in ``runs/``.
         left_out: receives the folders that ``latest`` skipped because they cannot be read, with the reason. Without it
             ``latest`` skips none: whoever has just made a run that is broken must not be shown the one before it.
@@ -254,7 +275,19 @@ def resolve_run(
     for run in runs:
         if run.name == wanted:
             return run
+    # A run that is in both folders is one run.
+    runs = list({run.name: run for run in reversed(runs)}.values())[::-1]
     path = Path(wanted)
+    named = called(wanted, runs)
+    if named and (path / "run.json").is_file() and not path.samefile(named[0]):
+        raise RunError(f"{wanted!r} is a folder here, and the name of {named[0].name}: write ./{wanted}, or that id")
+    if len(named) == 1:
+        return named[0]
+    if named:
+        raise RunError(
+            f"{len(named)} runs are called {wanted!r}: {_newest(named)}; take the id of one, or give one another name: "
+            "`mpscale name ID NAME`"
+        )
     if path.suffix.lower() == ".csv":
         if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
             return path
@@ -263,15 +296,17 @@ def resolve_run(
         if not (path / "run.json").is_file():
             raise RunError(f"{path}: holds no run.json, so it is not a run")
         return path
-    # A run that is in both folders is one run.
-    fitting = list({run.name: run for run in reversed(runs) if wanted and run.name.startswith(wanted)}.values())
+    fitting = [run for run in runs if wanted and run.name.startswith(wanted)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         raise RunError(f"{len(fitting)} runs begin with {wanted!r}: {_newest(fitting)}")
     if not runs:
         raise RunError(f"no run is called {wanted!r}; {_no_runs(results_dir)}")
-    raise RunError(f"no run is called {wanted!r}; the newest in {results_dir} are {_newest(runs)}")
+    names = list(filter(None, map(name_in, runs)))
+    close = difflib.get_close_matches(wanted, names, n=1)
+    hint = f"did you mean {close[0]}? The" if close else "the"
+    raise RunError(f"no run is called {wanted!r}; {hint} newest in {results_dir} are {_newest(runs)}")
 
 
 def cases_frame(records: Sequence[Record]) -> pd.DataFrame:
@@ -346,6 +381,9 @@ def read_info(path: Path, problems: list[str] | None = None) -> dict[str, Any]:
         raise RunError(f"{path}: planned should be a list of case ids")
     if len(planned) > MOST_CASES:
         raise RunError(f"{path}: plans {len(planned):,} cases; a run of more than {MOST_CASES:,} is not read")
+    misfits = drop_misfits(info, path.name)
+    if problems is not None:
+        problems += misfits
     for names, kind in _PARTS.items():
         above = info
         for name in names[:-1]:

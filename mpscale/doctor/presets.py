@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpscale.config import DEFAULT_PRESET, GPU_PRESET, PRESETS, Apart, Preset, preset_for
 from mpscale.core.device import Device
 from mpscale.core.mode import Mode, default_modes, is_mixed
+from mpscale.presets import DEFAULT_PRESET, GPU_PRESET, PRESETS, Apart, Preset, preset_for
 
 _CPU_S = {
     "padded-gru": 6.0,

@@ -30,7 +30,9 @@ _FREE_VARIABLES = ("CI", *(vendor.visible for vendor in VENDORS.values()))
 """Recorded variables that may differ: the device that they select is compared itself."""
 _WRITTEN = ("journal.jsonl", "run.json", "steps", "gpu")
 """What a run that goes on adds to."""
-_FREE_SETTINGS = ("preset_reason", "workloads", "modes", "seeds", "repeats", "left_out", "set_apart", "timeout_s")
+_FREE_SETTINGS = (
+    "preset_reason", "workloads", "modes", "seeds", "repeats", "left_out", "set_apart", "timeout_s", "given_by",
+)  # fmt: skip
 """Settings that follow from others, or from the tests that were chosen; the cases themselves are compared."""
 
 

@@ -14,7 +14,7 @@ import pytest
 from mpscale.core import extras
 from mpscale.core.columns import FAILED
 from mpscale.core.mode import MODES
-from mpscale.pytest_plugin import baseline, options, resume
+from mpscale.pytest_plugin import options, origin, project, resume
 from mpscale.pytest_plugin.plan import CASE, CLOCK, NO_XDIST, ReplayClock
 from mpscale.pytest_plugin.session import Session
 from mpscale.terminal.streams import visible
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options, all under ``--mp-``."""
     group = parser.getgroup("mpscale", "mpscale: compare mixed precision with float32")
-    options.add_options(group.addoption)
-    baseline.add_options(group.addoption)
-    resume.add_options(group.addoption)
+    resume.add_every_option(group.addoption)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -46,10 +44,12 @@ def pytest_load_initial_conftests(
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Check the names of modes and workloads, and register the hooks of the session."""
+    """Take the options of the project, check the names of modes and workloads, and register the session's hooks."""
+    project.take(config)
     resumption = resume.Resumption.of(config)
     options.named_modes(config)
-    if config.getoption("mp_workloads") is not None:
+    # Those of the project are imported once a test asks for a case: most sessions of a project do not.
+    if config.getoption("mp_workloads") is not None and not origin.by_project(config, "--mp-workloads"):
         options.workloads(config)
     config.pluginmanager.register(Session(config, resumption), "mpscale-session")
 

@@ -181,7 +181,8 @@ class BaselineCheck:
             text = of_a_run(compared, self.findings, self.note, self.fails)
             write(path / JSON_FILE, text)
         if self.comparison is not None:
-            title = f"# {escape(path.name)} against {escape(self.comparison.baseline.name)}\n\n"
+            runs = self.comparison.other, self.comparison.baseline
+            title = f"# {' against '.join(escape(run.shown) for run in runs)}\n\n"
             text = title + render([self.comparison], self.findings, "markdown")
             write(path / FILE, text)
 
@@ -224,7 +225,7 @@ class BaselineCheck:
         if self.note is not None:
             lines.append(self.note)
         if self.comparison is not None:
-            lines.append(f"against {self.comparison.baseline.name}:")
+            lines.append(f"against {self.comparison.baseline.shown}:")
         quiet = (Outcome.PASSED, Outcome.NOT_APPLICABLE)
         lines += [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome not in quiet]
         if self.findings:

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mpscale.config import (
-    DEFAULT_PRESET,
-    GPU_PRESET,
-    GPU_PRESET_GB,
-    PRESETS,
-    Apart,
-    Preset,
-    add_results_option,
-    batch_size,
-    integer,
-    number,
-    preset_for,
-    seconds,
-    shown,
-    training_steps,
-)
+from mpscale.config import OptionType, Written, add_results_option, batch_size, integer, seconds, training_steps
 from mpscale.core.case import Settings
 from mpscale.core.device import Device
-from mpscale.core.loss_scale import RULES, parse_number
+from mpscale.core.loss_scale import RULES
 from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, default_modes, select_modes
+from mpscale.core.naming import NAME, NOTE, note_of, run_name
+from mpscale.presets import DEFAULT_PRESET, GPU_PRESET, GPU_PRESET_GB, PRESETS, Apart, Preset, preset_for
+from mpscale.pytest_plugin import option_types as types
+from mpscale.pytest_plugin import origin
 from mpscale.terminal.streams import as_typed
 
 if TYPE_CHECKING:
@@ -39,23 +26,6 @@ if TYPE_CHECKING:
 _MOST_PROCESSES = 1000
 """Of a workload and mode; intervals then have 3 % of the width that one process alone would have."""
 _MOST_PER_CALL = 10_000
-_MOST_SWEPT = 100
-_MOST_NAMES, _LONGEST_NAME = 1000, 150
-"""Names of files have at most 255 bytes, and those of a case hold more than its workload."""
-_LONGEST_CORES = 10_000
-_DAY_S = 86_400.0
-
-_measuring = number(
-    parse_number, lambda value: 0 < value <= _DAY_S, "a number of seconds above 0 and at most 86400, a day"
-)
-_energy = number(
-    parse_number,
-    lambda value: value == 0 or 10 <= value <= _DAY_S,
-    "0, or a number of seconds of at least 10, which GPU sensors need, and at most 86400, a day",
-)
-
-T = TypeVar("T")
-N = TypeVar("N", int, float)
 Add = Callable[..., Any]
 
 
@@ -75,14 +45,14 @@ def _add_selection(add: Add) -> None:
     )
     add(
         "--mp-workloads",
-        type=_names,
+        type=types.names,
         metavar="A,B",
         help="workloads to train (default: those of the preset); `mpscale workloads` lists them, module:attribute "
         "names one of your own",
     )
     add(
         "--mp-modes",
-        type=_names,
+        type=types.names,
         metavar="A,B",
         help=f"modes to train in, out of {', '.join(MODES)}; comparisons need fp32 among them (default: "
         f"{', '.join(DEFAULT_MODES)}, and tf32 on devices that have it)",
@@ -157,7 +127,7 @@ def named_modes(config: pytest.Config) -> tuple[Mode, ...] | None:
     try:
         return select_modes(names) if names else None
     except ValueError as error:
-        raise pytest.UsageError(f"--mp-modes: {error}") from error
+        raise pytest.UsageError(f"{origin.of(config, '--mp-modes')}: {error}") from error
 
 
 def workloads(config: pytest.Config) -> list[str]:
@@ -165,11 +135,11 @@ def workloads(config: pytest.Config) -> list[str]:
     from mpscale.workloads import registry
 
     names = list(dict.fromkeys(config.getoption("mp_workloads") or preset(config).workloads))
-    check_workloads([name for name in names if not registry.is_own(name)])
+    check_workloads(config, [name for name in names if not registry.is_own(name)])
     return names
 
 
-def check_workloads(names: Iterable[str], folders: Iterable[Path] = ()) -> None:
+def check_workloads(config: pytest.Config, names: Iterable[str], folders: Iterable[Path] = ()) -> None:
     """Import workloads.
 
     Raises:
@@ -182,14 +152,14 @@ def check_workloads(names: Iterable[str], folders: Iterable[Path] = ()) -> None:
             for name in names:
                 registry.get(name, list(folders))
     except registry.UnknownWorkload as error:
-        raise pytest.UsageError(f"--mp-workloads: {error}") from error
+        raise pytest.UsageError(f"{origin.of(config, '--mp-workloads')}: {error}") from error
 
 
 def _add_settings(add: Add) -> None:
     add("--mp-steps", type=training_steps, metavar="N", help="steps per training (default: the workload's own)")
     add(
         "--mp-batch-size",
-        type=_several(batch_size),
+        type=types.several(batch_size),
         metavar="N,...",
         help="examples per step (default: the workload's own). With several, such as 64,256,1024, every workload runs "
         "in every mode at each, and a mode is compared with fp32 of the same batch",
@@ -222,13 +192,13 @@ def _add_settings(add: Add) -> None:
     )
     add(
         "--mp-timing",
-        type=_measuring,
+        type=types.measuring,
         metavar="SECONDS",
         help="how long each case measures steady-state step times (default: as the preset says)",
     )
     add(
         "--mp-energy",
-        type=_energy,
+        type=types.energy,
         metavar="SECONDS",
         help="how long each case measures the energy of a GPU: at least 10, or 0 to leave it out (default: as the "
         "preset says)",
@@ -281,8 +251,21 @@ def swept(config: pytest.Config) -> tuple[Sequence[int], Sequence[float]]:
 def _add_run_options(add: Add) -> None:
     add_results_option(add, "mp-")
     add(
+        "--mp-name",
+        type=types.checked(run_name),
+        metavar="NAME",
+        help="name the run, so that `mpscale compare before after` finds it: letters, digits and . _ + - (default: "
+        "none; `mpscale name` gives one later)",
+    )
+    add(
+        "--mp-note",
+        type=types.checked(lambda text: note_of(as_typed(text))),
+        metavar="TEXT",
+        help="a note on the run, which its report shows",
+    )
+    add(
         "--mp-cores",
-        type=_cores,
+        type=types.cores,
         metavar="0,2-3",
         help="use only these processor cores (default: all that this process may use)",
     )
@@ -324,12 +307,12 @@ def _add_run_options(add: Add) -> None:
     )
     add(
         "--mp-keep-suspect",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="keep the status of such a case, rather than marking it invalid; its column gpu_suspicion has the reason",
     )
     add(
         "--mp-benchmark-table",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="also show pytest-benchmark's table of the step times, some 225 columns wide; it is always shown with "
         "those of its options that are about it, such as --benchmark-compare and --benchmark-histogram",
     )
@@ -358,6 +341,9 @@ def run_options(
     if method == "auto":
         method = "fork"
     name, why = config.stash[_CHOSEN]
+    project = config.stash.get(origin.PROJECT, None)
+    by_file = {} if project is None else dict.fromkeys(project.texts, project.path.name)
+    by_user = dict.fromkeys((invocation or {}).get("options", ()), "command line")
     return Options(
         results=results,
         project=config.rootpath,
@@ -373,14 +359,16 @@ def run_options(
             **{name: list(several) for name, several in zip(_SWEEPABLE, swept(config), strict=True) if several},
             "gpu_allocator": option("mp_gpu_allocator"),
             "cores": sorted(option("mp_cores") or ()) or None,
+            "given_by": {**by_user, **by_file} or None,
         },
         gpu_allocator=option("mp_gpu_allocator"),
         retries=option("mp_retries"),
         gpu_retries=option("mp_gpu_retries"),
         cool_down_s=option("mp_cool_down"),
-        keep_suspect=option("mp_keep_suspect"),
+        keep_suspect=bool(option("mp_keep_suspect")),
         interleaved=interleaved,
         invocation=invocation,
+        named={key: text for key in (NAME, NOTE) if (text := option(f"mp_{key}"))},
     )
 
 
@@ -393,44 +381,6 @@ def longest_turn_s(config: pytest.Config) -> float:
     option = config.getoption
     attempts = option("mp_gpu_retries") + option("mp_retries") + 2
     return float(attempts * (option("mp_timeout") + option("mp_cool_down")) + _OVERHEAD_S)
-
-
-def _names(text: str) -> list[str]:
-    if len(text) > _MOST_NAMES * _LONGEST_NAME:
-        raise argparse.ArgumentTypeError(f"expected at most {_MOST_NAMES} names, not {shown(text)}")
-    names = [name.strip() for name in as_typed(text).split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("expected at least one name")
-    if long := next((name for name in names if len(name.encode("utf-8", "backslashreplace")) > _LONGEST_NAME), None):
-        raise argparse.ArgumentTypeError(
-            f"a name has at most {_LONGEST_NAME} bytes, since files are named after it, not {shown(long)}"
-        )
-    return names
-
-
-def _several(parse: Callable[[str], N]) -> Callable[[str], tuple[N, ...]]:
-    """Return the type of an option that takes one number or several with commas between; rising, each once."""
-
-    def parsed(text: str) -> tuple[N, ...]:
-        if (number := text.count(",") + 1) > _MOST_SWEPT:
-            raise argparse.ArgumentTypeError(
-                f"expected at most {_MOST_SWEPT} values, since every workload runs at each, not {number:,}"
-            )
-        return tuple(sorted({parse(part.strip()) for part in text.split(",")}))
-
-    return parsed
-
-
-def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """Show the message of a ValueError, which argparse would replace with its own."""
-
-    def checked(text: str) -> T:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return checked
 
 
 def _add_scale_option(add: Add, scaling: Scaling) -> None:
@@ -449,7 +399,8 @@ def _add_scale_option(add: Add, scaling: Scaling) -> None:
             f"arguments for the loss scale of {modes}{others}; by default {defaults}, and a growth_interval of the "
             "workload if it has one"
         )
-        add(option, type=_checked(rule.parse), default={}, metavar="KEY=VALUE,...", help=text)
+        table = Written('a table such as { initial = 1024 }, or a string such as "initial=1024"', (), table=True)
+        add(option, type=OptionType(types.checked(rule.parse), table), default={}, metavar="KEY=VALUE,...", help=text)
     else:
         default = rule.defaults()[scaling.argument]
         text = (
@@ -460,20 +411,4 @@ def _add_scale_option(add: Add, scaling: Scaling) -> None:
         def parse(given: str) -> float:
             return float(rule.parse(f"{scaling.argument}={given}")[str(scaling.argument)])
 
-        add(option, type=_several(_checked(parse)), default=(default,), metavar="S,...", help=text)
-
-
-def _cores(text: str) -> set[int]:
-    """Parse numbers of cores that this process may use, such as "0,2-3"."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    cores: set[int] = set()
-    fits = len(text) <= _LONGEST_CORES
-    for part in text.replace(" ", "").split(",") if fits else ():
-        match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        fits = fits and first <= last
-        cores |= set(range(first, last + 1))
-    if not fits or not cores <= usable:
-        there = ", ".join(map(str, sorted(usable))) or "none, since this system cannot tie processes to cores"
-        raise argparse.ArgumentTypeError(f"expected cores such as 0,2-3 out of {there}, not {shown(text)}")
-    return cores
+        add(option, type=types.several(types.checked(parse)), default=(default,), metavar="S,...", help=text)

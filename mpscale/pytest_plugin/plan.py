@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import mpscale
 from mpscale.config import why_not_writable
 from mpscale.core.case import Case, plan
 from mpscale.core.device import find_device
-from mpscale.pytest_plugin import options
+from mpscale.pytest_plugin import options, origin
 
 if TYPE_CHECKING:
     from mpscale.telemetry.client import Driver
@@ -27,6 +28,10 @@ VARIANT = "mp_variant"
 """A further parameter, in a sweep."""
 CASE = pytest.StashKey[Case]()
 CLOCK = pytest.StashKey["ReplayClock"]()
+
+
+_OURS = Path(mpscale.__file__).parents[1]
+"""Where suites are mpscale's own: in the package, and in a clone."""
 
 
 class ReplayClock:
@@ -97,7 +102,7 @@ class Plan:
         self._config, self.driver = config, driver
         self.device = find_device(driver.devices, os.environ, host.cpu())
         name, why = options.choose_preset(config, self.device)
-        self.preset = f"preset {name}: {why}"
+        self._preset, self.preset = name, f"preset {name}: {why}"
         """Which preset was chosen, and why."""
         self.left_out: list[str] = []
         """Workloads of the preset that do not fit the device: why, and what to do."""
@@ -184,11 +189,23 @@ class Plan:
         self.chosen = list({item.stash[CASE].id: item.stash[CASE] for item in ours}.values())
         beside = sorted({item.path.parent for item in ours})
         # After Python's path; the first folder that has the module wins.
-        folders = list(dict.fromkeys([*beside, self._config.invocation_params.dir, self._config.rootpath]))
+        by_project = origin.by_project(self._config, "--mp-workloads")
+        named_in = [] if by_project is None else [by_project.parent]
+        folders = list(dict.fromkeys([*beside, self._config.invocation_params.dir, self._config.rootpath, *named_in]))
         names = dict.fromkeys(case.workload for case in self.chosen if registry.is_own(case.workload))
-        options.check_workloads(names, folders)
+        options.check_workloads(self._config, names, folders)
         self.own_workloads = {name: registry.source(name, folders) for name in names}
         return self.chosen
+
+    def notes(self, items: Sequence[pytest.Item]) -> list[str]:
+        """Return what may surprise whoever wrote the suite, a sentence each."""
+        own = any(CASE in item.stash and not item.path.is_relative_to(_OURS) for item in items)
+        if not own or self._config.getoption("mp_workloads"):
+            return []
+        return [
+            f"no workloads are named, so mpscale's own are trained, those of the preset {self._preset}; --mp-workloads "
+            "names yours, and so does `workloads` of [tool.mpscale] in pyproject.toml"
+        ]
 
     def selection(self) -> dict[str, Any]:
         """Return the workloads, modes, seeds and repeats that were chosen, and what sets single workloads apart."""
@@ -269,9 +286,29 @@ def check_use(config: pytest.Config, plan: Plan, results: Path) -> None:
                 f"pytest takes {value} for a test path and chooses its root directory by it; write {option}={value}"
             )
     if not config.option.collectonly:
+        check_name(config, results)
         why_not = why_not_writable(results / "runs")
         if why_not is not None:
-            raise pytest.UsageError(f"--mp-results: {results} is not a folder that can be written to ({why_not})")
+            named = origin.of(config, "--mp-results")
+            raise pytest.UsageError(f"{named}: {results} is not a folder that can be written to ({why_not})")
+
+
+def check_name(config: pytest.Config, results: Path) -> None:
+    """Check that no run in the results folder has the name that this one is to have.
+
+    Raises:
+        pytest.UsageError: there is one.
+    """
+    from mpscale.core.naming import others_called
+
+    name = config.getoption("mp_name")
+    if name is None or config.getoption("mp_resume") is not None:
+        return
+    if there := others_called(name, results):
+        raise pytest.UsageError(
+            f"--mp-name: {there[0].name} is called {name} already; take another name, or give that run one: "
+            f"mpscale name {there[0].name} NAME"
+        )
 
 
 def _taken_for_test_paths(config: pytest.Config) -> Iterator[tuple[str, str]]:
@@ -282,7 +319,7 @@ def _taken_for_test_paths(config: pytest.Config) -> Iterator[tuple[str, str]]:
     arguments = [str(argument) for argument in config.invocation_params.args]
     for option, value in itertools.pairwise(arguments):
         if (
-            option in ("--mp-results", "--mp-baseline", "--mp-resume")
+            option in ("--mp-results", "--mp-baseline", "--mp-resume", "--mp-name")
             and Path(config.invocation_params.dir, value).exists()
         ):
             yield option, value

@@ -12,14 +12,15 @@ from typing import Any, NoReturn
 import pytest
 
 import mpscale
+from mpscale import config as project
 from mpscale.core.invocation import RESUME, Invocation
-from mpscale.pytest_plugin import baseline, options
+from mpscale.pytest_plugin import baseline, options, origin
 from mpscale.pytest_plugin.plan import NO_XDIST
 from mpscale.terminal.streams import visible
 
 ARGUMENTS = pytest.StashKey[list[str]]()
 """All arguments of the session: of the command line, of pytest's settings and of its environment variable."""
-_MAY_DIFFER = (
+MAY_DIFFER = (
     "--mp-baseline", "--mp-fail-on", "--mp-strict", "--mp-results", "--mp-benchmark-table", "--mp-timeout",
     "--mp-retries", "--mp-gpu-retries", "--mp-cool-down", RESUME,
 )  # fmt: skip
@@ -32,9 +33,16 @@ def add_options(add: Callable[..., Any]) -> None:
         RESUME,
         metavar="RUN",
         help="go on with a run that was stopped, in its folder: run what has no result, was interrupted, or failed for "
-        "a reason that may pass. Name of a run or its first characters, its folder, or `latest`. Options are those of "
-        "the run; device, versions and workloads must be the same",
+        f"a reason that may pass: {project.RUN}. Options are those of the run; device, versions and workloads must be "
+        "the same",
     )
+
+
+def add_every_option(add: Callable[..., Any]) -> None:
+    """Add all options of the plug-in, to whatever needs to know them: pytest, a run that goes on, pyproject.toml."""
+    options.add_options(add)
+    baseline.add_options(add)
+    add_options(add)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,9 +58,7 @@ class _Parser(argparse.ArgumentParser):
                 how.pop("choices", None)
             self.add_argument(*names, **how)
 
-        options.add_options(add)
-        baseline.add_options(add)
-        add_options(add)
+        add_every_option(add)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -75,8 +81,11 @@ def invocation(config: pytest.Config) -> dict[str, Any]:
         arguments.remove("--benchmark-only")
     elif Path(sys.argv[0]).parts[-2:] == ("pytest", "__main__.py"):
         program = f"{Path(sys.executable).name} -m pytest"
-    options = {name: value for name, value in given(config).items() if name != RESUME}
-    return Invocation(program, arguments, str(config.invocation_params.dir), options).to_json()
+    project = config.stash.get(origin.PROJECT, None)
+    texts = {} if project is None else {name: text for name, text in project.texts.items() if name not in MAY_DIFFER}
+    # False is a flag that was taken back, which is what it is without being given.
+    used = {name: value for name, value in {**texts, **given(config)}.items() if name != RESUME and value is not False}
+    return Invocation(program, arguments, str(config.invocation_params.dir), used).to_json()
 
 
 class Resumption:
@@ -139,9 +148,9 @@ def _take_over(config: pytest.Config, name: str, recorded: Mapping[str, Any]) ->
         key = option.removeprefix("--").replace("-", "_")
         if option not in now:
             setattr(config.option, key, values[key])
-        elif option not in _MAY_DIFFER:
+        elif option not in MAY_DIFFER:
             there = values[key] if key in values else _default(key)
-            if getattr(config.option, key) != there:
+            if (getattr(config.option, key) or None) != (there or None):
                 differing.append(f"{option} is {_words(now[option])}, and was {_words(recorded.get(option))}")
     if differing:
         text = (

@@ -15,7 +15,7 @@ from mpscale.ab import turns
 from mpscale.core import extras, stopping
 from mpscale.core.invocation import RESUME
 from mpscale.core.process import kill_living
-from mpscale.pytest_plugin import options
+from mpscale.pytest_plugin import options, origin
 from mpscale.pytest_plugin.baseline import FILE, BaselineCheck
 from mpscale.pytest_plugin.plan import CASE, PARAMETERS, Plan, check_use, shows_benchmark_table, shuffle_seed
 from mpscale.pytest_plugin.resume import Resumption, invocation
@@ -235,10 +235,11 @@ class Session:
         self._listen()
         if packages := extras.missing():
             self._problem = extras.lacks(packages)
+        self._problem = self._problem or self._config.stash.get(origin.UNFIT, None)
         if self._plan is None and self._problem is None:
             try:
                 self._plan = self._make_plan()
-            except ValueError as error:
+            except (ValueError, pytest.UsageError) as error:
                 self._problem = str(error)
         return (PARAMETERS, []) if self._plan is None else (self._plan.parameter_names, self._plan.parameters())
 
@@ -282,13 +283,13 @@ class Session:
             self._turns.send(turns.Plan(cases, options.longest_turn_s(self._config)))
 
     def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> list[str]:
-        """Say which preset was chosen and why, unless it is the usual one, and which of its workloads do not fit."""
+        """Say what the project sets, which preset was chosen unless it is the usual one, and what will surprise."""
         plan = self._plan
         # pytest may ask before the cases are chosen.
         if plan is None or not any(CASE in item.stash for item in items):
             return []
         told = self._config.option.collectonly or (plan.on_gpu and self._config.getoption("mp_preset") is None)
-        lines = [*([plan.preset] if told else []), *plan.left_out]
+        lines = [*origin.told(self._config), *([plan.preset] if told else []), *plan.left_out, *plan.notes(items)]
         return [self.output.printable(visible(f"mpscale: {line}")) for line in lines]
 
     def run(self, case: Case) -> Outcome:
@@ -478,7 +479,8 @@ class Session:
         if (signal := stopping.asked()) is not None:
             lacking = len(run.not_started) + sum(record["status"] == "interrupted" for record in run.records)
             show(f"\nstopped by {signal}: {lacking} of {len(run.info['planned'])} planned cases have no result")
-        show(visible(f"\nrun: {path}" + (f"\nreport: {report}" if report.is_file() else "")))
+        called = f" ({run.given_name})" if run.given_name else ""
+        show(visible(f"\nrun: {path}{called}" + (f"\nreport: {report}" if report.is_file() else "")))
         if self._check.comparison is not None:
             show(visible(f"comparison: {path / FILE}"))
         if command := go_on(run, Path.cwd()):

@@ -138,7 +138,8 @@ def compared_runs(comparisons: Sequence[Comparison]) -> tuple[list[Run], dict[in
 def parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> Iterator[Part]:
     """Yield the tables and notes of a comparison, for a terminal or a page."""
     runs, names = compared_runs(comparisons)
-    yield Part("Runs", ["", "run", "device", "cases"], [[names[id(run)], *_run(run)] for run in runs])
+    noted = [f"{names[id(run)]}: {run.note}" for run in runs if run.note]
+    yield Part("Runs", ["", "run", "device", "cases"], [[names[id(run)], *_run(run)] for run in runs], noted)
     yield Part("In short", notes=[_in_short(comparison, names) for comparison in comparisons])
     if len(runs) > 2 or not comparisons[0].same_device:
         yield from _side_by_side(runs, names)
@@ -164,7 +165,8 @@ def of_a_run(comparisons: Sequence[Comparison], findings: Sequence[Finding], not
         note: why no gate was judged.
         fails: whether the gates fail the run.
     """
-    content = _content(comparisons, findings) if comparisons else {"baseline": None, "comparisons": [], "gates": []}
+    none: dict[str, Any] = {"baseline": None, "baseline_name": None, "comparisons": [], "gates": []}
+    content = _content(comparisons, findings) if comparisons else none
     return json_document("compare", {"fails": fails, "note": note, **content})
 
 
@@ -215,7 +217,7 @@ def _run(run: Run) -> list[str]:
         started += f" of {len(run.records) + len(run.not_started)}"
     if not run.finished:
         started += ", not finished"
-    return [run.name, machine_words(hardware(run)), started]
+    return [run.shown, machine_words(hardware(run)), started]
 
 
 def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[Part]:
@@ -417,9 +419,11 @@ def _quantities(row: ComparedRow) -> Iterator[dict[str, Any]]:
 def _content(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> dict[str, Any]:
     return {
         "baseline": comparisons[0].baseline.name,
+        "baseline_name": comparisons[0].baseline.given_name,
         "comparisons": [
             {
                 "run": comparison.other.name,
+                "name": comparison.other.given_name,
                 "same_device": comparison.same_device,
                 "in_turns": comparison.in_turns,
                 "floor_runs": comparison.floors.runs,

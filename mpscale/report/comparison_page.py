@@ -82,7 +82,7 @@ def comparison_page(
             rows = ([text(cell) for cell in row] for row in part.rows)
             body.append(pieces.table(part.headers, rows, sentences="why" in part.headers or bool(findings)))
         body.append(f"<ul>{notes}</ul></section>" if notes else "</section>")
-    title = f"mpscale: {', '.join(run.name for run in runs[1:])} against {runs[0].name}"
+    title = f"mpscale: {', '.join(run.shown for run in runs[1:])} against {runs[0].shown}"
     return shell(title, "\n".join(body), _FOOTER, pieces.STYLES)
 
 
@@ -134,7 +134,8 @@ def _run(run: Run, letter: str, links: Mapping[str, str]) -> str:
     facts = [machine_words(hardware(run)), plural(len(run.records), "case")]
     facts += [f"commit {commit}"] if commit else []
     facts += [] if run.finished else ["not finished"]
-    name = pieces.link(links.get(run.name), run.name)
+    facts += [run.note] if run.note else []
+    name = pieces.link(links.get(run.name), run.shown)
     return f"<li><b>{letter}</b> {' · '.join([name, *(text(fact) for fact in facts)])}</li>"
 
 

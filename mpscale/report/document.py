@@ -54,6 +54,7 @@ class Document:
         findings: the run in words.
         sections: in order; empty ones are left out.
         screen: the first screen; None if there is none.
+        note: what somebody noted about the run, plain text; may be empty.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Document:
     findings: str
     sections: Sequence[Section]
     screen: Screen | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         filled = [section for each in self.sections if (section := each.filled()) is not None]
@@ -103,12 +105,12 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
         Section("Settings", [facts(run.info.get("settings"))], folded=True, sentences=True),
         Section("Missing values", [trouble.missing(run)], folded=True, sentences=True),
     ]
-    return Document(f"mpscale: {run.name}", when(run.info), findings(run), parts, first_screen(run))
+    return Document(f"mpscale: {run.shown}", when(run.info), findings(run), parts, first_screen(run), run.note or "")
 
 
 def render(document: Document) -> str:
     """Return the report as markdown."""
-    parts: list[Table | str] = [f"# {escape(document.title)}"]
+    parts: list[Table | str] = [f"# {escape(document.title)}", escape(document.note)]
     parts += [] if document.screen is None else [markdown(document.screen)]
     parts += [document.when, document.findings]
     for section in document.sections:

@@ -200,7 +200,7 @@ def _facts(run: Run, answer: Answer) -> list[str]:
     if counts:
         low, high = min(counts), max(counts)
         facts.append(f"{plural(high, 'process')} a row" if low == high else f"{low} to {high} processes a row")
-    return [*facts, run.name]
+    return [*facts, run.shown]
 
 
 def _times(ratios: Sequence[float]) -> str:

@@ -41,6 +41,7 @@ def github_summary(run: Run, limit: int = LIMIT, artifacts: str | None = None) -
     bad = Table(bad.headers, [[_cut(cell, _CELL) for cell in row] for row in bad.rows])
     results = (sections.results(run).markdown(), sections.doubts_note(summary_of(run)))
     parts = [f"# mpscale: {escape(_cut(where or run.name, _NAME))}"]
+    parts += [escape(run.note)] if run.note else []
     parts += [_head(markdown(first_screen(run))), _head(findings(run))]
     for title, part in (
         ("What could not be read", trouble.unread(run)),
@@ -113,8 +114,8 @@ def _files(run: Run, artifacts: str | None) -> str:
     there = ", ".join(f"`{name}`" for name in names if (run.path / name).is_file())
     where = f" ([files]({artifacts}))" if artifacts else ""
     return (
-        f"The run is {escape(_cut(run.name, _NAME))}{where}: {there}. The report has the rest, and the limits of these "
-        "numbers."
+        f"The run is {escape(_cut(run.shown, _NAME))}{where}: {there}. The report has the rest, and the limits of "
+        "these numbers."
     )
 
 

@@ -96,7 +96,7 @@ def _table(history: History) -> Table:
         "mode": [series.mode for series, _ in pairs],
         "series": [series.apart or DASH for series, _ in pairs],
         "when (UTC)": [f"{at:%Y-%m-%d %H:%M}" if (at := point.run.started) else DASH for _, point in pairs],
-        "run": [point.run.name for _, point in pairs],
+        "run": [point.run.shown for _, point in pairs],
         history.measure.title: [shown_value(history.measure, series, point) for series, point in pairs],
         "n": [str(point.n) for _, point in pairs],
         "change": [shown_change(point) for _, point in pairs],
@@ -187,6 +187,7 @@ def _values(point: Point) -> dict[str, Any]:
     numbers = ("value", "low", "high", "n", "change", "change_low", "change_high")
     return {
         "run": point.run.name,
+        "run_name": point.run.given_name,
         "started": None if point.run.started is None else point.run.started.isoformat(),
         "finished": point.run.finished,
         **{name: getattr(point, name) for name in numbers},

@@ -208,7 +208,7 @@ def _change(
 def _run(point: Point, links: Links) -> str:
     """Date and commit of a point's run, linked to its report."""
     words = pieces.link(links.get(point.run.name), f"{when(point)[:10]} {shown_commit(point.run)}")
-    return f'<span class="soft" title="{text(point.run.name)}">{words}</span>'
+    return f'<span class="soft" title="{text(point.run.shown)}">{words}</span>'
 
 
 def _once(history: History) -> str:
@@ -227,4 +227,4 @@ def _once(history: History) -> str:
 
 def said_when(point: Point) -> str:
     """Date and name of the run of a point."""
-    return f"{when(point)}, {point.run.name}"
+    return f"{when(point)}, {point.run.shown}"

@@ -132,7 +132,7 @@ def panel_svg(measure: Quantity, series: Series, steps: Sequence[Step], band: Ba
 
 def said(measure: Quantity, series: Series, point: Point) -> str:
     """A point in words."""
-    facts = [when(point), point.run.name, shown_commit(point.run), shown_value(measure, series, point)]
+    facts = [when(point), point.run.shown, shown_commit(point.run), shown_value(measure, series, point)]
     if point.change is not None:
         facts.append(f"{shown_change(point)} against the value before")
     if point.reason:

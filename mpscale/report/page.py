@@ -40,6 +40,8 @@ def page(document: Document, pictures: Sequence[Picture] = ()) -> str:
     body = [] if document.screen is None else [html_of(document.screen)]
     title = escape(document.title)
     body.append(f"<h1>{title}</h1>" if document.screen is None else f'<h2 class="run">{title}</h2>')
+    if document.note:
+        body.append(f"<p>{escape(document.note)}</p>")
     if document.when:
         body.append(f'<p class="when">{markdown.renderInline(document.when)}</p>')
     body.append(markdown.render(document.findings))

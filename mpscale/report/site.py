@@ -311,8 +311,12 @@ def _index_row(entry: _Entry, found: _Compared | None) -> list[str]:
         DASH if found is None else _comparison(entry, found),
         text(_device(entry.run)),
         text(shown_commit(entry.facts)),
-        text(entry.run.name),
+        f"{text(entry.run.shown)}{_note(entry.run)}",
     ]
+
+
+def _note(run: Run) -> str:
+    return f'<br><span class="soft">{text(run.note)}</span>' if run.note else ""
 
 
 def _comparison(entry: _Entry, found: _Compared) -> str:

@@ -316,6 +316,7 @@ def test_stopping_leaves_no_process(tmp_path, interpreter, how):
         (("--mp-baseline=x",), "--mp-baseline=x does not go with `mpscale ab`: A is the baseline"),
         (("--mp-fail-on", "metric"), "--mp-fail-on does not go with `mpscale ab`: write --fail-on"),
         (("--mp-results", "x"), "write --results"),
+        (("--mp-name=x",), "both runs would have it; `mpscale name` gives each its own"),
         (("-n4",), "cases side by side would disturb each other"),
         (("--collect-only",), "nothing would be run"),
         (("--pdb",), "nobody could answer"),

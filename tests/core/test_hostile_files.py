@@ -21,13 +21,14 @@ from mpscale.analysis.history import read_folder
 from mpscale.analysis.probe import probes_of
 from mpscale.analysis.summary import summary_csv, summary_of
 from mpscale.cli import main
-from mpscale.config import SettingsError, load, training_steps
+from mpscale.config import SettingsError, training_steps
 from mpscale.core import reading
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS
 from mpscale.core.reading import MOST_CASES, MOST_LINE, MOST_STEPS, Content, RunError, parse_json, unpack
 from mpscale.core.record import misfit, to_csv
 from mpscale.core.runs import environment_facts, read_run
+from mpscale.pytest_plugin.project import read
 from mpscale.report.document import document, render
 from mpscale.report.first_screen import first_screen, plain
 from mpscale.report.site_folder import MANIFEST, SiteError, SiteFolder
@@ -44,7 +45,7 @@ READERS = {
     "runs/one/cases.csv": lambda top: read_run(top / "runs/one/cases.csv"),
     f"runs/one/steps/{CASE}.csv.gz": lambda top: read_run(top / "runs/one").step_columns(CASE),
     "samples.jsonl.gz": lambda top: read_sample_file(top / "samples.jsonl.gz"),
-    "pyproject.toml": load,
+    "pyproject.toml": read,
     MANIFEST: SiteFolder,
 }
 ERRORS = (RunError, SettingsError, SiteError)
@@ -119,7 +120,7 @@ def test_what_is_no_such_file_is_an_error_that_names_it(tmp_path, name, what):
     # Without settings there is nothing to complain about; pytest itself may find another pyproject.toml above.
     without = ("nothing", "a link to itself", "a file that waits for more")
     if name == "pyproject.toml" and (not (tmp_path / name).is_file() or what in without):
-        load(tmp_path)
+        read(tmp_path)
         return
     with pytest.raises(ERRORS) as raised:
         READERS[name](tmp_path)

@@ -88,10 +88,10 @@ def probe(data: bytes, folder: Path) -> None:
 
 def settings(data: bytes, folder: Path) -> None:
     """[tool.mpscale] in pyproject.toml."""
-    from mpscale.config import load
+    from mpscale.pytest_plugin.project import read
 
     (folder / "pyproject.toml").write_bytes(data)
-    load(folder)
+    read(folder)
 
 
 def site(data: bytes, folder: Path) -> None:
@@ -167,6 +167,7 @@ def seeds(target: str) -> Iterable[bytes]:
         yield json.dumps({**facts, "vanish_share": share, "scaled_vanish_share": share}).encode()
     if target == "settings":
         yield b'[tool.mpscale]\nbaseline = "latest"\nfail-on = ["step_time>5%"]\nstrict = true\nthreshold = "5%"\n'
+        yield b'[tool.mpscale]\nworkloads = ["a:b"]\nbatch-size = [1, 2]\ndynamic-scale = { initial = 4 }\njit = "on"\n'
     if target == "site":
         yield b'{"about": "x", "files": ["index.html", "runs/a.html", ".nojekyll"]}'
     yield from (path.read_bytes() for path in sorted(FOUND.glob(f"{target}-*")))

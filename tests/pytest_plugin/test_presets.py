@@ -7,9 +7,9 @@ import pytest
 from support.nvml_stand_in import Script
 from support.small_suite import SUITE, pytest_in, write
 
-from mpscale.config import GPU_PRESET, PRESETS, preset_for
 from mpscale.core.device import Device
 from mpscale.core.mode import default_modes
+from mpscale.presets import GPU_PRESET, PRESETS, preset_for
 from mpscale.pytest_plugin import options
 from mpscale.workloads import registry
 

@@ -122,6 +122,8 @@ def hostile_runs(results, text, count=2):
         info = json.loads((path / "run.json").read_text())
         info |= {
             "run": f"{day} {text}",
+            "name": f"run{day}",
+            "note": " ".join(text.split()),
             "settings": {text: text, "list": [text, 1.5]},
             "started": f"2026-01-0{day} {text}",
         }

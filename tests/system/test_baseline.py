@@ -89,4 +89,4 @@ def test_a_path_that_pytest_takes_for_a_test_path_is_named(refused, tmp_path_fac
 
 def test_an_unknown_setting_is_named(refused, tmp_path):
     (tmp_path / "pyproject.toml").write_text("[tool.mpscale]\nbase = 3\n")
-    assert "[tool.mpscale] has no setting 'base', only baseline, fail-on, strict, threshold" in refused()
+    assert "[tool.mpscale] has no setting 'base'; did you mean baseline?" in refused()

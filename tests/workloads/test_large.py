@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from support.one_case import train
 
-from mpscale.config import PRESETS
 from mpscale.core.columns import Topic, measured_columns
 from mpscale.core.reason import Code
 from mpscale.harness.run import SameStart
+from mpscale.presets import PRESETS
 from mpscale.workloads import large, registry
 
 NAMES = [workload.name for workload in large.FULL]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from support import one_case
 
-from mpscale.config import PRESETS
+from mpscale.presets import PRESETS
 from mpscale.workloads import builtin, registry
 
 CHANCE = np.log(10)
