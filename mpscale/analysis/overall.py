@@ -96,7 +96,7 @@ def real_changes(row: ComparedRow) -> Iterator[RealChange]:
         mean = None if row.quality.difference is None else row.quality.difference.mean
         yield RealChange(row, "metric", row.quality.verdict, row.quality.verdict.outcome is Outcome.FIRED, mean)
     for name, change in row.changes.items():
-        if change.verdict in REAL:
+        if change.verdict in REAL and not COSTS[name].aside:
             yield RealChange(row, name, change.verdict, change.verdict.outcome is Outcome.FIRED, change.change)
 
 

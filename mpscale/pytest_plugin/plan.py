@@ -188,7 +188,23 @@ class Plan:
         names = dict.fromkeys(case.workload for case in self.chosen if registry.is_own(case.workload))
         options.check_workloads(names, folders)
         self.own_workloads = {name: registry.source(name, folders) for name in names}
+        self._check_series()
         return self.chosen
+
+    def _check_series(self) -> None:
+        """Refuse two workloads of one series: later runs could not tell which of them a version belongs to."""
+        from mpscale.workloads import registry
+
+        owners: dict[str, str] = {}
+        for name in dict.fromkeys(case.workload for case in self.chosen):
+            if (series := registry.get(name).series) is None:
+                continue
+            if series in owners:
+                raise pytest.UsageError(
+                    f"the workloads {owners[series]} and {name} have the series {series!r}; give each one of its own, "
+                    "or run them apart"
+                )
+            owners[series] = name
 
     def selection(self) -> dict[str, Any]:
         """Return the workloads, modes, seeds and repeats that were chosen, and what sets single workloads apart."""

@@ -67,6 +67,7 @@ _OF_A_METRIC = (
 """Columns that a workload without a metric does not have."""
 
 _NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
+_NO_SERIES = Reason(Code.NOT_IN_WORKLOAD, "the workload names no series")
 
 Status = tuple[str, str | None]
 """The status of a case, and the reason if it is not ``ok``."""
@@ -265,11 +266,13 @@ def _described(built: Built) -> Findings:
             "series_key": key,
             "batch_size": built.batch,
             "optimizer": type(built.optimizer).__name__,
+            "loss": models.name_of(workload.loss),
             "parameters": parameters,
             "synthetic_inputs": workload.synthetic,
             "has_metric": workload.metric is not None,
         }
     )
+    _put(found, "series", workload.series, _NO_SERIES)
     if workload.metric is None:
         found.miss(_OF_A_METRIC, _no_metric(workload))
         return found
