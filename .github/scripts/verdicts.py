@@ -76,6 +76,8 @@ def of_change(row: Mapping[str, Any]) -> str:
     if row["metric"] is not None:
         verdict = row["metric"]["verdict"]
         parts.append(f"{symbol(verdict)} {_TRAINS.get(verdict, verdict)}")
+    if row.get("model_changes"):
+        parts.append("another version of the model")
     if row["newly_failed"]:
         parts.append(f"{BAD} {len(row['newly_failed'])} failed")
     return " · ".join(parts) or f"{UNKNOWN} not measured"
@@ -90,14 +92,14 @@ def of_mode(cell: Cell) -> str:
 
 def annotations(found: Mapping[str, Any]) -> list[str]:
     """Return the workflow commands that show the gates which fired or could not tell beside the job."""
-    if found["note"]:
-        return [command("error" if found["fails"] else "warning", "mpscale", found["note"])]
-    lines, gates = [], found["gates"]
+    gates = found["gates"]
+    lines = [command("error" if found["fails"] else "warning", "mpscale", found["note"])] if found["note"] else []
     for level, outcome in (("error", "fired"), ("warning", "cannot-tell")):
         those = [gate for gate in gates if gate["outcome"] == outcome]
         shown = those if len(those) <= ANNOTATIONS else those[: ANNOTATIONS - 1]
         for gate in shown:
-            text = f"{outcome}: {_row(gate)}: {gate['text']} (baseline {found['baseline']})"
+            against = f" (baseline {gate['baseline']})" if gate["baseline"] else ""
+            text = f"{outcome}: {_row(gate)}: {gate['text']}{against}"
             lines.append(command(level, f"mpscale {gate['gate']}", text))
         if len(those) > len(shown):
             lines.append(command(level, "mpscale", f"and {len(those) - len(shown)} more: see the job summary"))
@@ -114,14 +116,13 @@ def command(level: str, title: str, text: str) -> str:
 
 def in_short(found: Mapping[str, Any]) -> str:
     """Return what the gates came to, in a sentence."""
-    if found["note"]:
-        return str(found["note"])
     outcomes = [gate["outcome"] for gate in found["gates"] if gate["outcome"] != "not-applicable"]
     if not outcomes:
-        return f"compared with {found['baseline']}; there are no gates"
+        return str(found["note"] or f"compared with {found['baseline']}; there are no gates")
     words = {"fired": "fired", "cannot-tell": "could not tell", "passed": "passed"}
     counted = [f"{outcomes.count(code)} {word}" for code, word in words.items() if code in outcomes]
-    return f"gates against {found['baseline']}: {', '.join(counted)}"
+    against = f" against {found['baseline']}" if found["baseline"] else ""
+    return "; ".join(filter(None, [found["note"], f"gates{against}: {', '.join(counted)}"]))
 
 
 def body(run: Run | None, found: Mapping[str, Any] | None, marker: str) -> str:

@@ -178,8 +178,9 @@ def compare(
 ) -> Comparison:
     """Compare ``other`` with ``baseline``.
 
-    Rows are paired by series key; where a workload names its series, also if the model has changed. Costs on different devices get no verdict: that one GPU is faster than another is not
-    a regression, and only ratios within each can be compared.
+    Rows are paired by series key; where a workload names its series, also if the model has changed. Costs on different
+    devices get no verdict: that one GPU is faster than another is not a regression, and only ratios within each can be
+    compared.
 
     Args:
         baseline: the run to compare with.

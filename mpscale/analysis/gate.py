@@ -211,7 +211,7 @@ def _checked_rows(rows: str, given: str) -> str:
     Raises:
         ValueError: it is empty, or no mode fits.
     """
-    workload, mode = _parts(rows)
+    workload, mode = _parts(rows) if rows else ("", "")
     if not workload or not mode:
         raise ValueError(
             f"{given}: between [ and ] goes a workload, a mode, or workload/mode, with * for any characters, such as "

@@ -15,7 +15,6 @@ from mpscale.analysis.quantities import BASELINE, QUANTITIES, Quantity, failure,
 from mpscale.analysis.stats import Interval, geometric_interval, log_change
 from mpscale.analysis.versions import ANY, ModelChange, model_changes, series_name, versions_key
 from mpscale.core.case import SeriesKey
-from mpscale.core.columns import MEASURED
 from mpscale.core.record import Key, Record, grouped, in_order_of_modes
 from mpscale.core.runs import MAKE_ONE, Run, RunError, hardware, read_run
 
@@ -226,9 +225,8 @@ def make_history(
                 waiting = run.waiting.get(place, ()) if len(by_key) == 1 else ()
                 found.setdefault(series_of, _Found(machine, [])).runs.append((facts, members, baseline, waiting))
     series = []
-    places = {which: (there["workload"].index(of.workload), there["mode"].index(which[1])) for which, of in found.items()}
-    for which in sorted(found, key=lambda which: places[which]):
-        of = found[which]
+    order = {name: place for place, name in enumerate([*there["workload"], *there["mode"]])}
+    for which, of in sorted(found.items(), key=lambda each: (order[each[1].workload], order[each[0][1]])):
         one = Series(of.workload, *which[1:3], of.machine, "", of.metric_name, _points(measure, of))
         if all(point.value is None for point in one.points):
             not_shown.append(

@@ -165,7 +165,9 @@ def _metric(rows: Sequence[RunRow], gate: Gate) -> Iterator[Judged]:
             continue
         if gate.name == METRIC and len(directions) > 1:
             # `metric>=0.95` asks for an accuracy; what it says about an error, nobody knows.
-            why = f"for some workloads a higher metric is better, for others a lower one; write {METRIC}[{row.place[0]}]"
+            why = (
+                f"for some workloads a higher metric is better, for others a lower one; write {METRIC}[{row.place[0]}]"
+            )
             yield row.place, Outcome.CANNOT_TELL, why
             continue
         mean = paired_difference(values, 0.95)

@@ -94,6 +94,8 @@ def model_changes(before: Sequence[Record], after: Sequence[Record]) -> list[Mod
         before: cases of one workload and mode.
         after: cases of the same one in a later run.
     """
+    if (key := common(before, "series_key")) is not None and key == common(after, "series_key"):
+        return []
     found = list(_changes(before, after))
     digests = [common(cases, "workload_digest") or _key_digest(cases) for cases in (before, after)]
     if not found and digests[0] != digests[1] and None not in digests:
