@@ -21,10 +21,10 @@ _NUMBER = r"[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30}"
 _SHARE = rf"({_NUMBER})\s*(%?)"
 _MOST = 100.0
 """The largest threshold, 10,000 %: a gate that can never fire is a mistake."""
-_LONGEST, _MOST_GATES = 300, 1000
+_LONGEST, _SHOWN, _MOST_GATES = 300, 80, 1000
 _GATE = re.compile(
     rf"\s*([a-z_]+)\s*(?:\[([^\[\]]*)\])?\s*(?:(>=|<=|>|<)\s*([+-]?(?:{_NUMBER})(?:e[+-]?[0-9]{{1,3}})?)\s*([a-z%]*))?\s*",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 
 _UNITS: dict[str, dict[str, float]] = {
@@ -112,7 +112,7 @@ def parse_share(text: str) -> float:
     """
     match = re.fullmatch(rf"\s*{_SHARE}\s*", text)
     if match is None or not 0 < float(match[1]) <= 100 * _MOST:
-        given = text.strip()[:_LONGEST]
+        given = text.strip()[:_SHOWN]
         raise ValueError(f"{given!r} is not a percentage above 0 and at most {100 * _MOST:g}%; write one such as 5%")
     if not match[2]:
         raise ValueError(f"{text.strip()!r} has no unit: the threshold is a percentage; write {_percent(match[1])}")
@@ -126,7 +126,7 @@ def _percent(number: str) -> str:
 
 
 def _parse(text: str) -> Gate:
-    match, given = _GATE.fullmatch(text) if len(text) <= _LONGEST else None, repr(text.strip()[:_LONGEST])
+    match, given = _GATE.fullmatch(text) if len(text) <= _LONGEST else None, repr(text.strip()[:_SHOWN])
     examples = ", ".join([*(f"{name}>5%" for name in COSTS), *(f"{name}{limit}" for name, limit in _LIMITS.items())])
     examples = f"{examples}, {METRIC}, {MISSING}; for some rows only, {SPEEDUP}[mixed-*]>=1.5"
     if match is None:
