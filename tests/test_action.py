@@ -160,14 +160,20 @@ def test_the_newest_run_that_mpscale_accepts_is_the_baseline(job, refused, chose
     measured = job.calls[-1]
     if chosen is None:
         assert not [option for option in measured if option.startswith(("--mp-baseline", "--mp-fail-on"))]
-        assert (
-            "::warning title=mpscale::no gate on a change was judged (step_time>5%25, metric): there is no baseline"
-            in done.stdout
-        )
+        said = "no gate on a change was judged (step_time>5%25, metric): there is no baseline"
+        assert f"::warning title=mpscale::{said}" in done.stdout
     else:
         assert measured[-3].endswith(chosen)
         assert measured[-2] == "--mp-fail-on=step_time>5%,metric"
     assert done.stdout.count("is not the baseline here: ERROR: baseline was made on\n") == len(gone)
+
+
+def test_limits_are_judged_without_a_baseline(job):
+    done = job.measure(FAIL_ON="speedup[mixed-*]>=1.5,metric,accuracy>=95%")
+    assert "--mp-fail-on=speedup[mixed-*]>=1.5,accuracy>=95%" in job.calls[-1]
+    assert "(metric): there is no baseline" in done.stdout
+    done = job.measure(FAIL_ON="speed>=1.5")
+    assert (done.returncode, done.stderr.partition(" is not")[0]) == (1, "::error title=mpscale::fail-on: 'speed'")
 
 
 def test_a_baseline_that_does_not_exist_fails_the_job(job):

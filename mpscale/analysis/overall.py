@@ -114,7 +114,7 @@ def is_judged(row: ComparedRow) -> bool:
         return True
     if any(change.verdict is Verdict.NOT_COMPARABLE for change in row.changes.values()):
         return False
-    has_interval = any(change.low is not None for change in row.changes.values())
+    has_interval = any(change.low is not None for name, change in row.changes.items() if not COSTS[name].aside)
     return has_interval or (row.quality is not None and row.quality.verdict is not Verdict.INCONCLUSIVE)
 
 

@@ -56,8 +56,8 @@ def series_name(cases: Sequence[Record], by_name: bool = False) -> str | None:
 def versions_key(case: Record, by_name: bool = False) -> str | None:
     """The key of the series of a case: its ``series_key``; in a named series the same for all versions of the model."""
     key: str | None = case["series_key"]
-    name, parsed = series_name([case], by_name), None if key is None else SeriesKey.parse(key)
-    if name is None or parsed is None:
+    name = case["series"] or (case["workload"] if by_name else None)
+    if key is None or name is None or (parsed := SeriesKey.parse(key)) is None:
         return key
     # In a sweep the batch is part of the row's name.
     batch = {} if case["swept_batch"] is not None else {"batch": ANY}
