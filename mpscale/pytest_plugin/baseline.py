@@ -80,6 +80,8 @@ class BaselineCheck:
         """Why no gate was judged."""
         self._unjudged = False
         """Whether a baseline of this machine could not be compared, wherever it was named."""
+        self._unread = False
+        """Whether the run itself could not be read, so that not even limits were judged."""
         self.left_out: list[tuple[str, str]] = []
         """Unreadable runs that ``latest`` skipped: folder and reason."""
         self.findings: list[Finding] = []
@@ -180,7 +182,7 @@ class BaselineCheck:
                 self._look(read_run(path), first_repeats)
         except RunError as error:
             self._cannot_judge(str(error))
-            self.findings = []
+            self.findings, self._unread = [], True
 
     def _look(self, run: Run, again: Mapping[tuple[str, str], int]) -> None:
         """Compare a run with the baseline, if there is one, and judge it.
@@ -242,7 +244,7 @@ class BaselineCheck:
         reports = []
         if self.note is not None:
             outcome: ReportOutcome = "failed" if self._note_fails else "skipped"
-            reports += as_tests("gates", "baseline", outcome, self.note, counts=bool(self._changes))
+            reports += as_tests("gates", "baseline", outcome, self.note, counts=self._left_gates)
         for finding in self.findings:
             if finding.outcome in outcomes:
                 name = f"{finding.gate}[{'-'.join(finding.row or ('no row',))}]"
@@ -252,7 +254,12 @@ class BaselineCheck:
 
     @property
     def _note_fails(self) -> bool:
-        return self.note is not None and (self._named or self._unjudged) and bool(self._changes)
+        return self.note is not None and (self._named or self._unjudged) and self._left_gates
+
+    @property
+    def _left_gates(self) -> bool:
+        """Whether the note is the reason why a gate was not judged."""
+        return bool(self._gates if self._unread else self._changes)
 
     @property
     def fails(self) -> bool:
