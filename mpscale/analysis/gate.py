@@ -217,7 +217,7 @@ def _checked_rows(rows: str, given: str) -> str:
             f"{given}: between [ and ] goes a workload, a mode, or workload/mode, with * for any characters, such as "
             "[signs/mixed-*]"
         )
-    if not any(_fits(name, mode.partition(" @")[0]) for name in MODES):
+    if not _is_of_modes(mode):
         close: Sequence[str] = difflib.get_close_matches(mode, MODES, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"{given}: no mode is called {mode!r}{hint}; the modes are {', '.join(MODES)}")
@@ -231,7 +231,11 @@ def _parts(rows: str) -> tuple[str, str]:
     workload, slash, mode = rows.rpartition("/")
     if slash:
         return workload.strip(), mode.strip()
-    return ("*", rows) if any(_fits(name, rows) for name in MODES) else (rows, "*")
+    return ("*", rows) if _is_of_modes(rows) else (rows, "*")
+
+
+def _is_of_modes(pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern.partition(" @")[0]) for name in MODES)
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -97,7 +97,7 @@ def model_changes(before: Sequence[Record], after: Sequence[Record]) -> list[Mod
     if (key := common(before, "series_key")) is not None and key == common(after, "series_key"):
         return []
     found = list(_changes(before, after))
-    digests = [common(cases, "workload_digest") or _key_digest(cases) for cases in (before, after)]
+    digests = [_key_digest(cases) or common(cases, "workload_digest") for cases in (before, after)]
     if not found and digests[0] != digests[1] and None not in digests:
         # A rate of dropout, an activation, the code of a loss: the records have only their digest.
         layers = [common(cases, "model_digest") for cases in (before, after)]

@@ -121,7 +121,7 @@ def test_a_limit_on_metrics_of_both_directions_asks_which_are_meant(tmp_path):
     cases = [*rows(), *rows(workload="toi", metric="mae", metric_higher_is_better=False)]
     found = judged(tmp_path, cases, "metric>=0.5")
     assert {each.outcome for each in found.values()} == {"cannot-tell"}
-    assert "name those that are meant, such as metric[toy]" in found["toy fp32"].text
+    assert "for others a lower one; write metric[toy]" in found["toy fp32"].text
     run = read_run(tmp_path / "runs" / next((tmp_path / "runs").iterdir()).name)
     (one,) = judge_alone(run, parse_gates(["metric[toy]>=0.5"]))
     assert (one.row, one.outcome) == (("toy", "fp32"), "passed")
