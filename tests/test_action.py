@@ -340,7 +340,7 @@ def test_a_run_without_a_baseline_is_reported_and_a_comment_is_not_forced(job, r
 def test_github_shows_ten_errors_so_the_last_counts_the_others(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     verdicts = importlib.import_module("verdicts")
-    gate = {"gate": "missing", "row": ["toy", "fp32"], "outcome": "fired", "text": "gone"}
+    gate = {"gate": "missing", "row": ["toy", "fp32"], "outcome": "fired", "text": "gone", "baseline": "old"}
     found = {"note": None, "fails": True, "baseline": "old", "gates": [gate] * 12, "comparisons": []}
     lines = verdicts.annotations(found)
     assert lines[:9] == ["::error title=mpscale missing::fired: toy fp32: gone (baseline old)"] * 9
@@ -348,7 +348,7 @@ def test_github_shows_ten_errors_so_the_last_counts_the_others(monkeypatch):
         "::error title=mpscale::and 3 more: see the job summary",
         "::notice title=mpscale::gates against old: 12 fired",
     ]
-    note = verdicts.annotations({"note": "another\nmachine, 5 %", "fails": False})
+    note = verdicts.annotations({"note": "another\nmachine, 5 %", "fails": False, "gates": []})
     assert note == ["::warning title=mpscale::another%0Amachine, 5 %25"]
     assert verdicts.command("error", "a:b,c%", "x:y,z") == "::error title=a%3Ab%2Cc%25::x:y,z"
 

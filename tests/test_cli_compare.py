@@ -173,7 +173,7 @@ def test_two_runs_get_verdicts_and_an_exit_code(compare, before, after, argument
         pytest.param(
             rows(series_key=key(method=99)), (), f"method {METHOD_VERSION} against method 99; use --force", id="method"
         ),
-        pytest.param(rows(series_key=key(batch=9)), (), "batch 20 against batch 9; use --force", id="batch"),
+        pytest.param(rows(series_key=key(batch=9)), (), "batch 20 against batch 9; use --compare-by name", id="batch"),
         pytest.param(rows(series_key=key(jit=False)), (), "jit on against jit off", id="jit"),
         pytest.param(
             rows(series_key=key(steps_per_call=20)),

@@ -14,8 +14,8 @@ from mpscale.analysis.quantities import COSTS, Cost, Ranked, Verdict
 from mpscale.analysis.summary import Quality, judge_metric
 from mpscale.analysis.trainings import NO_SUCH_ROW, NOT_STARTED, Trainings, overflow_rate, trainings
 from mpscale.analysis.versions import (
+    UNSAID,
     ModelChange,
-    digest_of,
     in_words,
     model_changes,
     one_series,
@@ -381,8 +381,8 @@ def _pair(
             versions = model_changes(measured_before, measured_after)
             if one_series(measured_before, measured_after, by_name) and keys[0] is not None and keys[1] is not None:
                 reason = _apart(without_model(keys[0]), without_model(keys[1]))
-            elif versions and digest_of(keys[0]) != digest_of(keys[1]):
-                reason = f"{reason} ({in_words(versions)})"
+            else:
+                reason = _apart(*keys, told=[change for change in versions if change is not UNSAID])
         state = State.NOT_COMPARABLE if reason and not force else State.PAIRED
     waiting = (_waiting(baseline, before[0].place if before else place), _waiting(other, place))
     known = (baseline.plan_known, other.plan_known)
@@ -418,8 +418,14 @@ def _side(name: str, fact: str | None, default: str | None) -> str:
     return f"no {name}" if default is None else f"{name} {default} (the default)"
 
 
-def _apart(before: str | None, after: str | None) -> str | None:
-    """How two series differ; None if they are the same."""
+def _apart(before: str | None, after: str | None, told: Sequence[ModelChange] = ()) -> str | None:
+    """How two series differ; None if they are the same.
+
+    Args:
+        before: key of the one.
+        after: key of the other.
+        told: how their models differ, in place of the digests and the batch.
+    """
     if before == after and before is not None:
         return None
     if before is None or after is None:
@@ -427,6 +433,9 @@ def _apart(before: str | None, after: str | None) -> str | None:
     one, two = SeriesKey.facts(before), SeriesKey.facts(after)
     differing = [name for name in dict.fromkeys([*one, *two]) if one.get(name) != two.get(name)]
     found = []
+    if told and "digest" in differing:
+        found.append(f"the model, its training or its data differ: {in_words(told)}")
+        differing = [name for name in differing if name not in ("digest", "batch")]
     for name in differing:
         what = "the model, its training or its data differ: " if name == "digest" else ""
         sides = (_side(name, facts.get(name), SeriesKey.unsaid(name)) for facts in (one, two))

@@ -42,6 +42,10 @@ class ModelChange:
         return f"{self.what} {self.before or 'none'} to {self.after or 'none'}"
 
 
+UNSAID = ModelChange("model, training or data")
+"""Something differs, and the records do not say what."""
+
+
 def series_name(cases: Sequence[Record], by_name: bool = False) -> str | None:
     """The name of the series whose versions are compared; None if only the same model may be compared.
 
@@ -81,12 +85,6 @@ def without_model(key: str) -> str:
     return str(replace(parsed, workload=ANY, digest=ANY, settings={**parsed.settings, "batch": ANY}))
 
 
-def digest_of(key: str | None) -> str | None:
-    """The digest of the workload in a series key; None if there is none."""
-    parsed = None if key is None else SeriesKey.parse(key)
-    return None if parsed is None else parsed.digest
-
-
 def model_changes(before: Sequence[Record], after: Sequence[Record]) -> list[ModelChange]:
     """What differs between the models, trainings and data of two rows, in words; empty if nothing does.
 
@@ -101,7 +99,7 @@ def model_changes(before: Sequence[Record], after: Sequence[Record]) -> list[Mod
     if not found and digests[0] != digests[1] and None not in digests:
         # A rate of dropout, an activation, the code of a loss: the records have only their digest.
         layers = [common(cases, "model_digest") for cases in (before, after)]
-        found.append(ModelChange("settings of layers" if layers[0] != layers[1] else "model, training or data"))
+        found.append(ModelChange("settings of layers") if layers[0] != layers[1] else UNSAID)
     return found
 
 
@@ -111,7 +109,9 @@ def in_words(changes: Sequence[ModelChange]) -> str:
 
 
 def _key_digest(cases: Sequence[Record]) -> str | None:
-    return digest_of(common(cases, "series_key"))
+    key = common(cases, "series_key")
+    parsed = None if key is None else SeriesKey.parse(key)
+    return None if parsed is None else parsed.digest
 
 
 def _changes(before: Sequence[Record], after: Sequence[Record]) -> Iterator[ModelChange]:
@@ -194,7 +194,7 @@ _FACTS: tuple[tuple[str, str, _Shown], ...] = (
     ("layers", "layers", _counts),
     ("batch", "batch_size", _plain),
     ("optimizer", "optimizer_config", _settings),
-    ("loss", "loss", _plain),
+    ("loss", "loss_name", _plain),
     ("metric", "metric_name", _plain),
     ("margin", "metric_margin", _plain),
     ("target", "metric_target", _plain),

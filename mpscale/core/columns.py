@@ -345,7 +345,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("autotuning", "str", "", "`tuned`: XLA timed candidates for its kernels in this process; `reused`: it was given the results of an earlier one (`--mp-autotune shared`) and timed only what they lack", "on a CPU, without XLA (`--mp-jit off`), if `XLA_FLAGS` turns autotuning off, or the case ended before the first step"),
             _measured("batch_size", "int", "examples", "examples per step", _NOT_REACHED),
             _measured("optimizer", "str", "", "class of the wrapped Keras optimizer", _NOT_REACHED),
-            _measured("loss", "str", "", "name of the workload's loss", "a run of an older mpscale, or the case ended before that"),
+            _measured("loss_name", "str", "", "name of the workload's loss", "a run of an older mpscale, or the case ended before that"),
             _measured("parameters", "int", "", "trainable parameters of the model", _NOT_REACHED),
             _measured("layers", "str", "", "layers by class (`Conv2D 3, Dense 2`), without inputs and layers that only hold others", "the model has no layers, a run of an older mpscale, or the case ended before that"),
             _measured("synthetic_inputs", "bool", "", "whether inputs and labels are drawn at random, so that there is nothing to learn and no accuracy; throughput, memory, overflow and loss are as real as any", _NOT_REACHED),

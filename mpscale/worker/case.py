@@ -266,7 +266,7 @@ def _described(built: Built) -> Findings:
             "series_key": key,
             "batch_size": built.batch,
             "optimizer": type(built.optimizer).__name__,
-            "loss": models.name_of(workload.loss),
+            "loss_name": models.name_of(workload.loss),
             "parameters": parameters,
             "synthetic_inputs": workload.synthetic,
             "has_metric": workload.metric is not None,

@@ -59,7 +59,7 @@ def run_of(tmp_path):
         pytest.param(version(1, series=None), version(2, series=None), True, "paired", None, id="by name"),
         pytest.param(version(1, series=None), version(2), True, "paired", None, id="by name, with a series since"),
         pytest.param(version(1, series=None), version(2), False, None, "parameters 1.4 M to 1.6 M", id="no series yet"),
-        pytest.param(version(1), version(2, series="t"), True, None, "digest", id="another series"),
+        pytest.param(version(1), version(2, series="t"), True, None, "parameters", id="another series"),
         pytest.param(version(1), version(2, steps=40), False, None, "steps 30 against steps 40", id="other steps"),
         pytest.param(version(1), version(2, jit=False), True, None, "jit on against jit off", id="another jit"),
         pytest.param(version(1), version(1, series="t"), False, "paired", None, id="the same model anyway"),
@@ -92,7 +92,7 @@ def test_which_versions_are_compared(run_of, before, after, by_name, state, why)
         ({"optimizer_config": '{"learning_rate": {"step 0": 0.1, "step 9": 0.01}}'},
          {"optimizer_config": '{"learning_rate": 0.1}'}, "optimizer's learning rate 0.1 ... 0.01 to 0.1"),
         ({"optimizer_config": "{"}, {"optimizer_config": "[]"}, "optimizer"),
-        ({"loss": "mse"}, {"loss": "mae"}, "loss mse to mae"),
+        ({"loss_name": "mse"}, {"loss_name": "mae"}, "loss mse to mae"),
         ({"batch_size": 20}, {"batch_size": 40}, "batch 20 to 40"),
         ({"data_digest": "a", "test_examples": 100}, {"data_digest": "b", "test_examples": 200},
          "test examples 100 to 200; examples or labels"),
@@ -100,7 +100,7 @@ def test_which_versions_are_compared(run_of, before, after, by_name, state, why)
         ({"model_digest": "a", "workload_digest": "a"}, {"model_digest": "b", "workload_digest": "b"},
          "settings of layers"),
         ({"workload_digest": "a"}, {"workload_digest": "b"}, "model, training or data"),
-        ({"loss": None}, {"loss": "mae"}, ""),
+        ({"loss_name": None}, {"loss_name": "mae"}, ""),
     ],
 )  # fmt: skip
 def test_what_changed_is_told_in_words(before, after, said):

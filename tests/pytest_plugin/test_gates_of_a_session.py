@@ -126,7 +126,9 @@ def test_what_compares_with_a_baseline_names_the_options_that_pytest_has(session
     # A limit needs no baseline, so one that cannot be compared does not keep it from being judged.
     assert gates_in_junit() == {"baseline": "failure", "speedup>=0.1[mnist1d-mlp-mixed-bf16]": "passed"}
     for option in ("--mp-compare-by=name", "--mp-force"):
-        code, said, _ = session(f"--mp-baseline={first.name}", option, "--mp-fail-on=host_memory>5%", happen=another_model)
+        code, said, _ = session(
+            f"--mp-baseline={first.name}", option, "--mp-fail-on=host_memory>5%", happen=another_model
+        )
         assert code == 0, said
     newest = max(Path("results/runs").iterdir(), key=lambda path: path.stat().st_mtime)
     assert "| mnist1d-mlp | all" in " ".join((newest / "comparison.md").read_text().split())
