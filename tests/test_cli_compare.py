@@ -456,8 +456,9 @@ def test_by_name_versions_of_a_model_are_compared_and_followed(compare, tmp_path
     assert compare(before, newer)[0] == 2
     code, text = compare.command(BEFORE, AFTER, "--compare-by", "name", "--fail-on", "step_time>5%")
     assert code == 1, text
-    said = "another version of the model: parameters 1000 to 2000; batch 20 to 40"
-    assert said in " ".join(text.split())
+    said = " ".join(text.split())
+    assert "toy all parameters 1000 2000 toy all batch 20 40" in said
+    assert "5 and 5 processes" in said and "; the model changed" in said
     (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\ncompare-by = "name"\n')
     assert compare.command(BEFORE, AFTER)[0] == 0
     assert compare.command(BEFORE, AFTER, "--compare-by", "model")[0] == 2

@@ -18,6 +18,7 @@ from typing import Any
 
 from mpscale.analysis.answer import Cell
 from mpscale.analysis.quantities import COSTS
+from mpscale.analysis.versions import ModelChange, in_words
 from mpscale.core import reading
 from mpscale.core.columns import FAILED
 from mpscale.core.runs import Run, RunError, read_run
@@ -76,8 +77,8 @@ def of_change(row: Mapping[str, Any]) -> str:
     if row["metric"] is not None:
         verdict = row["metric"]["verdict"]
         parts.append(f"{symbol(verdict)} {_TRAINS.get(verdict, verdict)}")
-    if row.get("model_changes"):
-        parts.append("another version of the model")
+    if row["model_changes"]:
+        parts.append("the model changed")
     if row["newly_failed"]:
         parts.append(f"{BAD} {len(row['newly_failed'])} failed")
     return " · ".join(parts) or f"{UNKNOWN} not measured"
@@ -141,6 +142,7 @@ def body(run: Run | None, found: Mapping[str, Any] | None, marker: str) -> str:
         parts.append("\n".join(_loud(found["gates"])))
         for compared in found["comparisons"]:
             parts.append(f"**Against the baseline**\n\n{matrix(compared['rows'], of_change)}")
+            parts.append("\n".join(_models(compared["rows"])))
     screen = first_screen(run)
     cells = [cell for by_mode in screen.answer.cells.values() for cell in by_mode.values()]
     within = matrix([{"cell": cell, **cell.row} for cell in cells], lambda row: of_mode(row["cell"]))
@@ -149,6 +151,12 @@ def body(run: Run | None, found: Mapping[str, Any] | None, marker: str) -> str:
         parts.append(f"[Report and files]({page})")
     text = "\n\n".join(filter(None, parts))
     return (text if len(text) <= COMMENT else text[:COMMENT].rpartition("\n")[0] + "\n\n… cut; see the job") + "\n"
+
+
+def _models(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each workload whose model changed, with what did."""
+    changed = [(row["workload"], in_words([ModelChange(**each) for each in row["model_changes"]])) for row in rows]
+    return [f"- {escape(f'{name}: the model changed: {said}')}" for name, said in dict.fromkeys(changed) if said]
 
 
 def _loud(gates: Sequence[Mapping[str, Any]]) -> list[str]:

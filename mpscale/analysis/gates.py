@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -67,7 +67,7 @@ def judge_gates(
         anew: rows that were measured again, see :func:`mpscale.analysis.compare.compare`.
     """
     baseline, run = comparison.baseline.name, comparison.other.name
-    changed = {row.pair.place: said for row in comparison.rows if (said := row.pair.said)}
+    changed = {row.pair.place for row in comparison.rows if row.pair.versions}
     own = rows_of(comparison.other, anew)
     gone = [row for row in comparison.rows if not row.pair.other and _is_judged(row)]
     before = {row.pair.place: _rate_before(row) for row in comparison.rows}
@@ -116,10 +116,10 @@ def _rate_before(row: ComparedRow) -> str:
     return f", {'an unknown share' if before is None else f'{before:.4g}'} in the baseline"
 
 
-def _beside(finding: Finding, changed: Mapping[Place, str]) -> str:
-    """The text of a finding; with what has changed in the model, so that nobody takes it for a change of the code."""
-    said = changed.get(finding.row or ("", ""), "") if finding.gate.name != MISSING else ""
-    return f"{finding.text}; another version of the model: {said}" if said else finding.text
+def _beside(finding: Finding, changed: Collection[Place]) -> str:
+    """The text of a finding; it says if the model changed, so that nobody takes that for a change of the software."""
+    told = finding.row in changed and finding.gate.name != MISSING
+    return f"{finding.text}; the model changed" if told else finding.text
 
 
 def _judge(comparison: Comparison, gate: Gate) -> list[Finding]:

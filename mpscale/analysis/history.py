@@ -226,8 +226,8 @@ def make_history(
                 found.setdefault(series_of, _Found(machine, [])).runs.append((facts, members, baseline, waiting))
     series = []
     order = {name: place for place, name in enumerate([*there["workload"], *there["mode"]])}
-    for which, of in sorted(found.items(), key=lambda each: (order[each[1].workload], order[each[0][1]])):
-        one = Series(of.workload, *which[1:3], of.machine, "", of.metric_name, _points(measure, of))
+    for (_, mode, key, _), of in sorted(found.items(), key=lambda each: (order[each[1].workload], order[each[0][1]])):
+        one = Series(of.workload, mode, key, of.machine, "", of.metric_name, _points(measure, of))
         if all(point.value is None for point in one.points):
             not_shown.append(
                 (f"{one.workload} {one.mode}", f"no run has a value of {measure.title}: {one.points[-1].reason}")
@@ -354,8 +354,8 @@ def _points(quantity: Quantity, found: _Found) -> list[Point]:
         if before and quantity.spread == "interval":
             compared = log_change(before, sample)
             change = (compared.change, *(compared.interval() or (None, None)))
-        why = "; ".join(filter(None, quantity.lacking(cases, baseline, not_started))) or None
-        points.append(Point(run, value.estimate, value.low, value.high, value.n, *change, why, versions))
+        lacking = "; ".join(filter(None, quantity.lacking(cases, baseline, not_started))) or None
+        points.append(Point(run, value.estimate, value.low, value.high, value.n, *change, lacking, versions))
         before = sample
     return points
 

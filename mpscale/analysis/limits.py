@@ -124,7 +124,7 @@ def _cost(row: RunRow, gate: Gate, cost: Cost) -> Judged:
     # A peak does not vary by chance as times do: the largest is what a GPU must have, and what reports show.
     found = geometric_interval(values) if cost.drifts else Interval(max(values), None, None, len(values))
     without = by_reason(without_figure(cases, cost.column, row.not_started, cost.of_trainings))
-    what = _several(len(values), "process", "processes") + ("" if cost.drifts or len(values) == 1 else ", the largest")
+    what = "processes" if cost.drifts or len(values) == 1 else "processes, the largest"
     return _judged(row, gate, found, cost.unit, what, False, without)
 
 
@@ -139,7 +139,7 @@ def _speedup(row: RunRow, gate: Gate) -> Judged:
     without += [f"{BASELINE}'s {text}" for text in [by_reason(without_figure(row.baseline, quantity.column))] if text]
     doubts = quantity.doubts(row.cases, row.baseline)
     lacking = "; ".join(filter(None, [*without, doubts]))
-    place, outcome, text = _judged(row, gate, found, "x", _several(found.n, "pair", "pairs"), True, lacking)
+    place, outcome, text = _judged(row, gate, found, "x", "pairs", True, lacking)
     # A ratio that is no claim about the mode neither passes nor fires.
     return place, Outcome.CANNOT_TELL if doubts else outcome, text
 
@@ -172,8 +172,8 @@ def _metric(rows: Sequence[RunRow], gate: Gate) -> Iterator[Judged]:
             continue
         mean = paired_difference(values, 0.95)
         found = Interval(mean.mean, mean.low, mean.high, mean.n)
-        what = f"{name}, {_several(found.n, 'seed', 'seeds')}"
-        yield _judged(row, gate, found, "", what, bool(higher), by_reason(seeds.unknown))
+        place, outcome, text = _judged(row, gate, found, "", "seeds", bool(higher), by_reason(seeds.unknown))
+        yield place, outcome, f"{name} {text}" if gate.name == METRIC and name else text
 
 
 def _overflow_rate(row: RunRow, gate: Gate, before: str) -> Judged:
@@ -199,20 +199,25 @@ def _judged(
         gate: has the limit.
         found: the figure.
         unit: of the figure.
-        what: what it is of, and how many.
+        what: what it is over, in the plural.
         higher_is_better: which direction is worse.
         lacking: what is missing from the figure; empty if nothing is.
     """
     ends = "" if found.low is None or found.high is None else f", 95 % interval {found.low:.4g} to {found.high:.4g}"
     space = "" if unit in ("", "x") else " "
-    text = f"{found.estimate:.4g}{space}{unit} ({what}{ends})"
+    over = {"processes": "process", "pairs": "pair", "seeds": "seed"}.get(what, what) if found.n == 1 else what
+    text = f"{found.estimate:.4g}{space}{unit} ({found.n} {over}{ends})"
     low, high = (found.estimate if end is None else end for end in (found.low, found.high))
     worst, best = (low, high) if higher_is_better else (high, low)
     lacks = f"; {lacking}" if lacking else ""
     if not gate.holds(best, higher_is_better):
         return row.place, Outcome.FIRED, text + lacks
     if not gate.holds(worst, higher_is_better):
-        return row.place, Outcome.CANNOT_TELL, f"{text} reaches beyond the limit; more of them would narrow it{lacks}"
+        return (
+            row.place,
+            Outcome.CANNOT_TELL,
+            f"{text}: the limit is in the interval, and more {what} would narrow it{lacks}",
+        )
     return row.place, Outcome.CANNOT_TELL if lacking else Outcome.PASSED, text + lacks
 
 
@@ -221,7 +226,3 @@ def _unknown(row: RunRow, quantity: str) -> str:
         return by_reason(dict.fromkeys(row.not_started, "planned, but not started")) or NO_SUCH_ROW
     found = why_unknown(QUANTITIES[quantity], row.cases, row.baseline)
     return f"unknown: {failure(row.cases) or found}"
-
-
-def _several(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -218,13 +219,15 @@ class BaselineCheck:
     def _cannot_judge(self, why: str) -> None:
         self.note, self._unjudged, self.comparison = why, True, None
 
-    def write(self, path: Path) -> None:
-        """Write the comparison into the run's folder, for people and for programs."""
+    def write(self, run: Run) -> None:
+        """Write the comparison into the folder of the run, which has ended, for people and for programs."""
         from mpscale.core.writing import write
         from mpscale.report.comparison import gates_part, of_a_run, render
         from mpscale.report.table import escape
 
-        compared = [] if self.comparison is None else [self.comparison]
+        path = run.path
+        # It was judged before it ended.
+        compared = [] if self.comparison is None else [replace(self.comparison, other=run)]
         if compared or self.note is not None or self.findings:
             write(path / JSON_FILE, of_a_run(compared, self.findings, self.note, self.fails))
         if compared:
@@ -278,7 +281,9 @@ class BaselineCheck:
         if self.note is not None:
             lines.append(self.note)
         if self.comparison is not None:
-            lines.append(f"against {self.comparison.baseline.name}:")
+            from mpscale.report.comparison import models
+
+            lines += [f"against {self.comparison.baseline.name}:", *models(self.comparison)]
         quiet = (Outcome.PASSED, Outcome.NOT_APPLICABLE)
         lines += [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome not in quiet]
         if self.findings:

@@ -393,7 +393,7 @@ class Session:
                 self._finished = read_run(run.path)
                 run.troubles += self._finished.problems
                 write_reports(self._finished, to_csv(self._finished.records))
-                self._check.write(run.path)
+                self._check.write(self._finished)
         except Exception as error:
             # A report that fails must not stop pytest: the journal has all results.
             run.troubles.append(f"no report could be made of {run.path}: {_describe(error)}")

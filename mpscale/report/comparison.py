@@ -170,6 +170,12 @@ def unread(comparisons: Sequence[Comparison]) -> list[str]:
     return list(dict.fromkeys([*notes, *(f"{folder} was left out: {reason}" for folder, reason in others)]))
 
 
+def models(comparison: Comparison) -> list[str]:
+    """Say what changed in the model of each workload, a sentence each; empty if none did."""
+    pairs = [row.pair for row in comparison.rows]
+    return list(dict.fromkeys(f"{pair.workload}: the model changed: {pair.said}" for pair in pairs if pair.versions))
+
+
 def _in_short(comparison: Comparison, names: dict[int, str]) -> str:
     """Count the rows by verdict, the most important verdict first."""
     rows = comparison.rows

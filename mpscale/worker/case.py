@@ -272,7 +272,7 @@ def _described(built: Built) -> Findings:
             "has_metric": workload.metric is not None,
         }
     )
-    _put(found, "series", workload.series, _NO_SERIES)
+    found.put("series", workload.series or _NO_SERIES)
     if workload.metric is None:
         found.miss(_OF_A_METRIC, _no_metric(workload))
         return found

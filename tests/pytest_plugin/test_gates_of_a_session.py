@@ -130,6 +130,7 @@ def test_what_compares_with_a_baseline_names_the_options_that_pytest_has(session
             f"--mp-baseline={first.name}", option, "--mp-fail-on=host_memory>5%", happen=another_model
         )
         assert code == 0, said
+        assert "mnist1d-mlp: the model changed: parameters 1000 to 2000; batch 20 to 40" in said
     newest = max(Path("results/runs").iterdir(), key=lambda path: path.stat().st_mtime)
     assert "| mnist1d-mlp | all" in " ".join((newest / "comparison.md").read_text().split())
 
