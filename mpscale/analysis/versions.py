@@ -18,8 +18,8 @@ from mpscale.core.record import Record, common
 ANY = "*"
 """In a series key: every version."""
 
-_WORDS = 3
-"""Most entries of a list of layers or settings that are told."""
+_WORDS, _LONGEST = 3, 60
+"""Most entries of a list of layers or settings that are told, and most characters of a setting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def _changes(before: Sequence[Record], after: Sequence[Record]) -> Iterator[Mode
 
 
 def _plain(what: str, before: Any, after: Any) -> Iterator[ModelChange]:
-    yield ModelChange(what, _number(before), _number(after))
+    yield ModelChange(what, *_told(_number, before, after))
 
 
 def _unsaid(what: str, before: Any, after: Any) -> Iterator[ModelChange]:
@@ -145,7 +145,8 @@ def _counted(text: str) -> Counter[str]:
     found: Counter[str] = Counter()
     for part in text.split(", "):
         kind, _, number = part.rpartition(" ")
-        found[kind or number] += int(number) if kind and number.isdecimal() else 1
+        # The file may be a stranger's, and Python refuses numbers of thousands of digits.
+        found[kind or number] += int(number) if kind and number.isdecimal() and len(number) < 10 else 1
     return found
 
 
@@ -153,7 +154,7 @@ def _settings(what: str, before: str, after: str) -> Iterator[ModelChange]:
     """A JSON object: the entries that differ."""
     try:
         one, two = (json.loads(text) for text in (before, after))
-    except ValueError:
+    except (ValueError, RecursionError):
         one, two = None, None
     if not isinstance(one, dict) or not isinstance(two, dict):
         yield ModelChange(what)
@@ -164,9 +165,17 @@ def _settings(what: str, before: str, after: str) -> Iterator[ModelChange]:
         differing = ["class", *(name for name in ("learning_rate",) if name in differing)]
     for name in differing[:_WORDS]:
         called = what if name == "class" else f"{what}'s {name.replace('_', ' ')}"
-        yield ModelChange(called, *(_setting(side.get(name)) for side in (one, two)))
+        yield ModelChange(called, *_told(_setting, one.get(name), two.get(name)))
     if len(differing) > _WORDS:
         yield ModelChange(f"{len(differing) - _WORDS} more settings of the {what}")
+
+
+def _told(shown: Callable[[Any], str], before: Any, after: Any) -> tuple[str, str]:
+    """Two values that differ, in words that differ: if a few digits are the same, all of them."""
+    one, two = shown(before), shown(after)
+    if one == two:
+        one, two = (f"{value:,}" if isinstance(value, int) else str(value)[:_LONGEST] for value in (before, after))
+    return (one, two) if one != two else ("one value", "another")
 
 
 def _setting(value: Any) -> str:
@@ -174,16 +183,19 @@ def _setting(value: Any) -> str:
     if isinstance(value, dict):
         values = list(value.values())
         return f"{_number(values[0])} ... {_number(values[-1])}" if values else "{}"
-    return _number(value)[:40].rpartition(".")[2] if isinstance(value, str) else _number(value)[:40]
+    text = _number(value)[:_LONGEST]
+    return text.rpartition(".")[2] if isinstance(value, str) else text
 
 
 def _number(value: Any) -> str:
     """A number with three or four digits, large ones in thousands or millions; other values as they are."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
-    for size, name in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if abs(value) >= size:
-            return f"{value / min(size, 1e3 if name == ' k' else size):.4g}{name}"
+    if not abs(value) < 1e100:
+        return "a number that is not finite or too large"
+    for least, size, name in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / size:.4g} {name}"
     return f"{value:.6g}"
 
 
