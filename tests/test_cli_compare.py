@@ -461,6 +461,13 @@ def test_by_name_versions_of_a_model_are_compared_and_followed(compare, tmp_path
     assert "5 and 5 processes" in said and "; the model changed" in said
     (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\ncompare-by = "name"\n')
     assert compare.command(BEFORE, AFTER)[0] == 0
+    for command in (["history"], ["site", "public"]):
+        assert main(command) == 0
+    assert (
+        "toy: the model changed: parameters 1000 to 2000"
+        in (tmp_path / "public" / "comparisons" / f"{AFTER}.html").read_text()
+    )
+    assert "another version of the model: parameters 1000 to 2000" in (tmp_path / "public" / "history.html").read_text()
     assert compare.command(BEFORE, AFTER, "--compare-by", "model")[0] == 2
     (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\ncompare-by = "series"\n')
     assert 'compare-by of [tool.mpscale] must be "model" or "name", not' in compare.command(BEFORE, AFTER)[1]

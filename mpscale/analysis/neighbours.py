@@ -28,7 +28,7 @@ class Neighbours:
     """
 
     def __init__(self, runs: Sequence[Run], by_name: bool = False) -> None:
-        self._by_name = by_name
+        self.by_name = by_name
         self._runs = {run.name: run for _, run in oldest_first(runs)}
         self._comparisons: dict[tuple[str, str], Comparison | RunError] = {}
         self._rows: dict[tuple[str, str], dict[str, ComparedRow]] = {}
@@ -45,7 +45,7 @@ class Neighbours:
             try:
                 floors = self.floors(before, leave_out=after)
                 sides = self._runs[before], self._runs[after]
-                self._comparisons[pair] = compare(*sides, floors=floors, by_name=self._by_name)
+                self._comparisons[pair] = compare(*sides, floors=floors, by_name=self.by_name)
             except RunError as error:
                 self._comparisons[pair] = error
         found = self._comparisons[pair]
@@ -123,7 +123,7 @@ class Neighbours:
         return {name: {self._key(case) for case in run.records} - {"None"} for name, run in self._runs.items()}
 
     def _key(self, case: Record) -> str:
-        return str(versions_key(case, self._by_name))
+        return str(versions_key(case, self.by_name))
 
     @cached_property
     def _group_of(self) -> dict[str, str]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from mpscale.cli.output import OK, RESULTS, fail, live_line, warn
-from mpscale.config import folder
+from mpscale.config import add_compare_by_option, folder, load
 from mpscale.terminal.streams import visible
 
 
@@ -26,6 +26,7 @@ def site_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"results folders, which hold runs/ and reference/ (default: {RESULTS})",
     )
     parser.add_argument("--title", default="mpscale", help="title of the index (default: mpscale)")
+    add_compare_by_option(parser.add_argument)
 
 
 def site(options: argparse.Namespace) -> int:
@@ -37,7 +38,8 @@ def site(options: argparse.Namespace) -> int:
         line.update(f"[{done + 1}/{total}] {name}")
 
     try:
-        made = write_site(options.folder, options.results, options.title, progress)
+        by_name = load(Path.cwd()).override(compare_by=options.compare_by).compare_by == "name"
+        made = write_site(options.folder, options.results, options.title, progress, by_name)
     except SiteError as error:
         return fail(str(error))
     finally:
