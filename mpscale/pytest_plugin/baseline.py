@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,9 +17,12 @@ from mpscale.terminal.streams import on_one_line, visible
 if TYPE_CHECKING:
     from mpscale.analysis.compare import Comparison
     from mpscale.analysis.gates import Finding, Gate
-    from mpscale.core.case import Settings
+    from mpscale.core.case import Place, Settings
     from mpscale.core.device import Device
     from mpscale.core.runs import Run
+
+_SHOWN = 5
+"""Most rows that a message names."""
 
 ReportOutcome = Literal["passed", "failed", "skipped"]
 
@@ -100,6 +103,22 @@ class BaselineCheck:
     def _changes(self) -> list[str]:
         """The gates that need a baseline."""
         return [str(gate) for gate in self._gates if gate.needs_baseline]
+
+    def check_rows(self, places: Iterable[Place]) -> None:
+        """Check that limits on the command line are about rows of this run; a file may be shared by several runs.
+
+        Args:
+            places: the rows that will be measured.
+
+        Raises:
+            pytest.UsageError: no row fits one of them.
+        """
+        rows = list(dict.fromkeys(places))
+        for gate in self._gates:
+            if not gate.needs_baseline and not any(gate.covers(row) for row in rows):
+                more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+                there = ", ".join("/".join(row) for row in rows[:_SHOWN])
+                raise _refused(f"--mp-fail-on: {gate}: no row of this run fits [{gate.rows}], only {there}{more}")
 
     def open(self, results: Path, device: Device, before: str | None = None) -> None:
         """Read the baseline, before anything runs.

@@ -273,6 +273,7 @@ class Session:
             check_use(self._config, plan, self._results)
             if self._turns is None:
                 before = None if self._resumption is None else self._resumption.path.name
+                self._check.check_rows([case.place for case in chosen])
                 self._check.open(self._results, plan.device, before)
             if self._resumption is not None and not self._config.option.collectonly:
                 self._run = self._start_run()

@@ -101,6 +101,7 @@ def gates_in_junit():
         pytest.param(("--mp-fail-on=speedup>=1.5",), stopped, 2, "2 passed", "green", {}, id="interrupted"),
         pytest.param(("--mp-fail-on=speedup>5%",), faster, 4, "", "", None, id="no gate at all"),
         pytest.param(("--mp-fail-on=metric,speedup>=2",), faster, 4, "", "", None, id="no baseline"),
+        pytest.param(("--mp-fail-on=speedup[other]>=2",), faster, 4, "", "", None, id="no such row"),
         pytest.param(("--mp-force",), faster, 4, "", "", None, id="nothing to force"),
     ],
 )  # fmt: skip
