@@ -39,6 +39,7 @@ class ProjectSettings:
         fail_on: gates.
         strict: whether a gate that cannot tell also fails the build.
         threshold: smallest change of step time worth reporting, as text.
+        compare_by: ``name`` to compare all versions of a workload, ``model`` to compare only the same model.
         others: values of the other keys, which are those of the plug-in's options and are not checked here.
         path: of the file; None without one.
     """
@@ -47,6 +48,7 @@ class ProjectSettings:
     fail_on: Sequence[str] = ()
     strict: bool = False
     threshold: str | None = None
+    compare_by: str = "model"
     others: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
@@ -60,6 +62,7 @@ KINDS: dict[str, str] = {
     "fail-on": "a list of strings",
     "strict": "true or false",
     "threshold": 'a string such as "5%"',
+    "compare-by": '"model" or "name"',
 }
 """Settings that a comparison has, too."""
 
@@ -101,6 +104,7 @@ def load(start: Path) -> ProjectSettings:
         tuple(table.get("fail-on", ())),
         table.get("strict", False),
         table.get("threshold"),
+        table.get("compare-by", "model"),
         {key: value for key, value in table.items() if key not in KINDS},
         path,
     )
@@ -137,6 +141,8 @@ def results_of(path: Path, value: Any) -> Path:
 def _fits(key: str, value: Any) -> bool:
     if key == "fail-on":
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if key == "compare-by":
+        return value in COMPARE_BY
     return isinstance(value, bool) if key == "strict" else isinstance(value, str)
 
 
@@ -162,17 +168,34 @@ def add_results_option(add: Callable[..., Any], prefix: str = "", *, default: Pa
     )
 
 
+COMPARE_BY = ("model", "name")
+"""What rows of two runs must share, besides mode and settings: the same model, or the name of workload or series."""
+
+
+def add_compare_by_option(add: Callable[..., Any], prefix: str = "") -> None:
+    """Add ``--compare-by``, which overrides ``[tool.mpscale]``."""
+    add(
+        f"--{prefix}compare-by",
+        choices=COMPARE_BY,
+        help="model: compare rows only if model, batch, optimizer, loss and data are the same, unless the workload "
+        "names a series; name: compare all versions of a workload, and say what changed (default: model)",
+    )
+
+
 def add_gate_options(add: Callable[..., Any], prefix: str = "") -> None:
-    """Add ``--fail-on`` and ``--strict``, which override ``[tool.mpscale]``."""
+    """Add ``--fail-on``, ``--strict`` and ``--compare-by``, which override ``[tool.mpscale]``."""
     add(
         f"--{prefix}fail-on",
         action="append",
         metavar="GATE",
         help="fail if a figure is worse than in the baseline: step_time>5%%, gpu_memory>3%%, host_memory>20%%, "
-        "energy>10%%, overflow_rate>0.01, metric or missing; separate several by commas, or repeat the option",
+        "energy>10%%, compile_time>20%%, metric or missing; or beyond a limit, without a baseline: step_time<=12ms, "
+        "gpu_memory<=8000MiB, speedup>=1.5, accuracy>=95%%, metric>=0.9, overflow_rate>0.01; of some rows only: "
+        "speedup[mixed-*]>=1.5, metric[signs/fp32]; separate several by commas, or repeat the option",
     )
     flag = argparse.BooleanOptionalAction
     add(f"--{prefix}strict", action=flag, default=None, help="also fail if a gate cannot tell")
+    add_compare_by_option(add, prefix)
 
 
 def folder(text: str) -> Path:

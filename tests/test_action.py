@@ -160,13 +160,20 @@ def test_the_newest_run_that_mpscale_accepts_is_the_baseline(job, refused, chose
     measured = job.calls[-1]
     if chosen is None:
         assert not [option for option in measured if option.startswith(("--mp-baseline", "--mp-fail-on"))]
-        assert (
-            "::warning title=mpscale::no gate was judged (step_time>5%25,metric): there is no baseline" in done.stdout
-        )
+        said = "no gate on a change was judged (step_time>5%25, metric): there is no baseline"
+        assert f"::warning title=mpscale::{said}" in done.stdout
     else:
         assert measured[-3].endswith(chosen)
         assert measured[-2] == "--mp-fail-on=step_time>5%,metric"
     assert done.stdout.count("is not the baseline here: ERROR: baseline was made on\n") == len(gone)
+
+
+def test_limits_are_judged_without_a_baseline(job):
+    done = job.measure(FAIL_ON="speedup[mixed-*]>=1.5,metric,accuracy>=95%")
+    assert "--mp-fail-on=speedup[mixed-*]>=1.5,accuracy>=95%" in job.calls[-1]
+    assert "(metric): there is no baseline" in done.stdout
+    done = job.measure(FAIL_ON="speed>=1.5")
+    assert (done.returncode, done.stderr.partition(" is not")[0]) == (1, "::error title=mpscale::fail-on: 'speed'")
 
 
 def test_a_baseline_that_does_not_exist_fails_the_job(job):
@@ -333,7 +340,7 @@ def test_a_run_without_a_baseline_is_reported_and_a_comment_is_not_forced(job, r
 def test_github_shows_ten_errors_so_the_last_counts_the_others(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     verdicts = importlib.import_module("verdicts")
-    gate = {"gate": "missing", "row": ["toy", "fp32"], "outcome": "fired", "text": "gone"}
+    gate = {"gate": "missing", "row": ["toy", "fp32"], "outcome": "fired", "text": "gone", "baseline": "old"}
     found = {"note": None, "fails": True, "baseline": "old", "gates": [gate] * 12, "comparisons": []}
     lines = verdicts.annotations(found)
     assert lines[:9] == ["::error title=mpscale missing::fired: toy fp32: gone (baseline old)"] * 9
@@ -341,7 +348,7 @@ def test_github_shows_ten_errors_so_the_last_counts_the_others(monkeypatch):
         "::error title=mpscale::and 3 more: see the job summary",
         "::notice title=mpscale::gates against old: 12 fired",
     ]
-    note = verdicts.annotations({"note": "another\nmachine, 5 %", "fails": False})
+    note = verdicts.annotations({"note": "another\nmachine, 5 %", "fails": False, "gates": []})
     assert note == ["::warning title=mpscale::another%0Amachine, 5 %25"]
     assert verdicts.command("error", "a:b,c%", "x:y,z") == "::error title=a%3Ab%2Cc%25::x:y,z"
 

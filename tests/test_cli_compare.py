@@ -173,7 +173,7 @@ def test_two_runs_get_verdicts_and_an_exit_code(compare, before, after, argument
         pytest.param(
             rows(series_key=key(method=99)), (), f"method {METHOD_VERSION} against method 99; use --force", id="method"
         ),
-        pytest.param(rows(series_key=key(batch=9)), (), "batch 20 against batch 9; use --force", id="batch"),
+        pytest.param(rows(series_key=key(batch=9)), (), "batch 20 against batch 9; use --compare-by name", id="batch"),
         pytest.param(rows(series_key=key(jit=False)), (), "jit on against jit off", id="jit"),
         pytest.param(
             rows(series_key=key(steps_per_call=20)),
@@ -192,7 +192,8 @@ def test_two_runs_get_verdicts_and_an_exit_code(compare, before, after, argument
         pytest.param(
             rows(series_key=key(digest="sha256:2")),
             (),
-            "the model, its training or its data differ: digest sha256:1 against digest sha256:2",
+            "the model, its training or its data differ: digest sha256:1 against digest sha256:2; use --compare-by "
+            "name to judge versions of a model, or --force to compare them all the same",
             id="model",
         ),
         pytest.param(rows(), ("--fail-on", "speed"), "'speed' is not a gate", id="gate"),
@@ -204,9 +205,11 @@ def test_two_runs_get_verdicts_and_an_exit_code(compare, before, after, argument
             "write step_time>5%, or 0.05% if you mean that",
             id="no percent sign",
         ),
-        pytest.param(rows(), ("--fail-on", "metric>1%"), "metric takes no threshold", id="threshold of metric"),
+        pytest.param(
+            rows(), ("--fail-on", "metric>1%"), "a limit of a metric is in its own unit", id="percent of metric"
+        ),
         pytest.param(rows(), ("--fail-on", "overflow_rate>7"), "a rate is at most 1", id="rate"),
-        pytest.param(rows(), ("--fail-on", "step_time<5%"), "'step_time<5%' is not a gate", id="sign"),
+        pytest.param(rows(), ("--fail-on", "step_time=5%"), "'step_time=5%' is not a gate", id="sign"),
         pytest.param(
             rows(), ("--threshold", "5"), "'5' has no unit: the threshold is a percentage; write 5%", id="no unit"
         ),
@@ -258,7 +261,7 @@ def test_different_devices_are_shown_side_by_side_ratios_first(compare):
 def test_gates_are_refused_between_devices_unless_forced(compare):
     code, text = compare(rows(), rows(**ON_GPU), "--fail-on", "step_time>5%", device=GPU)
     assert code == 2
-    assert "gates judge runs of one kind of device" in text
+    assert "gates on a change judge runs of one kind of device" in text
     code, text = compare.command(BEFORE, AFTER, "--fail-on", "step_time>5%", "--force")
     assert code == 0, text
 
@@ -268,7 +271,14 @@ def test_gates_of_the_project_are_not_judged_between_two_devices(compare, tmp_pa
     (tmp_path / "pyproject.toml").write_text(f'[tool.mpscale]\nfail-on = ["step_time>5%"]\nstrict = {strict}\n')
     found, text = compare(rows(), rows(**ON_GPU), device=GPU)
     assert found == code
-    assert "the runs are on different devices: no gate of [tool.mpscale] was judged" in text
+    assert "the runs are on different devices: no gate of [tool.mpscale] on a change was judged" in text
+
+
+@pytest.mark.parametrize(("limit", "code"), [("step_time<=3ms", 0), ("step_time<=1ms", 1)])
+def test_a_limit_is_judged_on_any_device(compare, limit, code):
+    found, text = compare(rows(), rows(**ON_GPU), "--fail-on", limit, "--format=markdown", "-o", "out.md", device=GPU)
+    assert found == code, text
+    assert code == 0 or "fired: step_time<=1ms: toy fp32: 2 ms (5 processes, 95 % interval 1.996 to 2.004)" in text
 
 
 def test_a_table_of_two_devices_is_refused(compare, tmp_path):
@@ -438,6 +448,29 @@ def test_exit_codes_reach_the_shell(tmp_path):
     for arguments, code in ([], 0), (["--fail-on", "step_time>5%"], 1), (["--fail-on", "no"], 2), (["--unknown"], 2):
         done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == code, done.stderr
+
+
+def test_by_name_versions_of_a_model_are_compared_and_followed(compare, tmp_path):
+    newer = rows(ms=3.0, series_key=key(digest="sha256:2", batch=40), parameters=2000, batch_size=40)
+    before = rows(parameters=1000, batch_size=20)
+    assert compare(before, newer)[0] == 2
+    code, text = compare.command(BEFORE, AFTER, "--compare-by", "name", "--fail-on", "step_time>5%")
+    assert code == 1, text
+    said = " ".join(text.split())
+    assert "toy all parameters 1000 2000 toy all batch 20 40" in said
+    assert "5 and 5 processes" in said and "; the model changed" in said
+    (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\ncompare-by = "name"\n')
+    assert compare.command(BEFORE, AFTER)[0] == 0
+    for command in (["history"], ["site", "public"]):
+        assert main(command) == 0
+    assert (
+        "toy: the model changed: parameters 1000 to 2000"
+        in (tmp_path / "public" / "comparisons" / f"{AFTER}.html").read_text()
+    )
+    assert "another version of the model: parameters 1000 to 2000" in (tmp_path / "public" / "history.html").read_text()
+    assert compare.command(BEFORE, AFTER, "--compare-by", "model")[0] == 2
+    (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\ncompare-by = "series"\n')
+    assert 'compare-by of [tool.mpscale] must be "model" or "name", not' in compare.command(BEFORE, AFTER)[1]
 
 
 def of_batches(*batches, ms=2.0, mode="fp32"):

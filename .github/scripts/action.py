@@ -33,6 +33,7 @@ def install() -> None:
 
 def measure() -> None:
     """Run the suite, gated against the baseline if there is one of this machine."""
+    from mpscale.analysis.gates import parse_gates
     from mpscale.config import load
 
     options = _options()
@@ -40,10 +41,18 @@ def measure() -> None:
     baseline = _chosen(Path(named), options) if named else None
     if baseline is not None:
         options.append(f"--mp-baseline={baseline}")
-    if gates and (baseline is not None or (not named and load(Path.cwd()).baseline)):
-        options.append(f"--mp-fail-on={gates}")
-    elif gates:
-        _warn(f"no gate was judged ({gates}): there is no baseline to compare with")
+    judged = gates
+    if gates and baseline is None and (named or not load(Path.cwd()).baseline):
+        # Limits need none.
+        try:
+            judged = ",".join(str(gate) for gate in parse_gates([gates]) if not gate.needs_baseline)
+            unjudged = ", ".join(str(gate) for gate in parse_gates([gates]) if gate.needs_baseline)
+        except ValueError as error:
+            sys.exit(f"::error title=mpscale::fail-on: {error}")
+        if unjudged:
+            _warn(f"no gate on a change was judged ({unjudged}): there is no baseline to compare with")
+    if judged:
+        options.append(f"--mp-fail-on={judged}")
     before = _runs()
     status = _mpscale([*options, "--junitxml=results/mpscale-junit.xml"]).returncode
     _append("GITHUB_OUTPUT", f"run={max(_runs() - before, default='')}")

@@ -18,6 +18,7 @@ from typing import Any
 
 from mpscale.analysis.answer import Cell
 from mpscale.analysis.quantities import COSTS
+from mpscale.analysis.versions import ModelChange, in_words
 from mpscale.core import reading
 from mpscale.core.columns import FAILED
 from mpscale.core.runs import Run, RunError, read_run
@@ -76,6 +77,8 @@ def of_change(row: Mapping[str, Any]) -> str:
     if row["metric"] is not None:
         verdict = row["metric"]["verdict"]
         parts.append(f"{symbol(verdict)} {_TRAINS.get(verdict, verdict)}")
+    if row["model_changes"]:
+        parts.append("the model changed")
     if row["newly_failed"]:
         parts.append(f"{BAD} {len(row['newly_failed'])} failed")
     return " · ".join(parts) or f"{UNKNOWN} not measured"
@@ -90,14 +93,14 @@ def of_mode(cell: Cell) -> str:
 
 def annotations(found: Mapping[str, Any]) -> list[str]:
     """Return the workflow commands that show the gates which fired or could not tell beside the job."""
-    if found["note"]:
-        return [command("error" if found["fails"] else "warning", "mpscale", found["note"])]
-    lines, gates = [], found["gates"]
+    gates = found["gates"]
+    lines = [command("error" if found["fails"] else "warning", "mpscale", found["note"])] if found["note"] else []
     for level, outcome in (("error", "fired"), ("warning", "cannot-tell")):
         those = [gate for gate in gates if gate["outcome"] == outcome]
         shown = those if len(those) <= ANNOTATIONS else those[: ANNOTATIONS - 1]
         for gate in shown:
-            text = f"{outcome}: {_row(gate)}: {gate['text']} (baseline {found['baseline']})"
+            against = f" (baseline {gate['baseline']})" if gate["baseline"] else ""
+            text = f"{outcome}: {_row(gate)}: {gate['text']}{against}"
             lines.append(command(level, f"mpscale {gate['gate']}", text))
         if len(those) > len(shown):
             lines.append(command(level, "mpscale", f"and {len(those) - len(shown)} more: see the job summary"))
@@ -114,14 +117,13 @@ def command(level: str, title: str, text: str) -> str:
 
 def in_short(found: Mapping[str, Any]) -> str:
     """Return what the gates came to, in a sentence."""
-    if found["note"]:
-        return str(found["note"])
     outcomes = [gate["outcome"] for gate in found["gates"] if gate["outcome"] != "not-applicable"]
     if not outcomes:
-        return f"compared with {found['baseline']}; there are no gates"
+        return str(found["note"] or f"compared with {found['baseline']}; there are no gates")
     words = {"fired": "fired", "cannot-tell": "could not tell", "passed": "passed"}
     counted = [f"{outcomes.count(code)} {word}" for code, word in words.items() if code in outcomes]
-    return f"gates against {found['baseline']}: {', '.join(counted)}"
+    against = f" against {found['baseline']}" if found["baseline"] else ""
+    return "; ".join(filter(None, [found["note"], f"gates{against}: {', '.join(counted)}"]))
 
 
 def body(run: Run | None, found: Mapping[str, Any] | None, marker: str) -> str:
@@ -140,6 +142,7 @@ def body(run: Run | None, found: Mapping[str, Any] | None, marker: str) -> str:
         parts.append("\n".join(_loud(found["gates"])))
         for compared in found["comparisons"]:
             parts.append(f"**Against the baseline**\n\n{matrix(compared['rows'], of_change)}")
+            parts.append("\n".join(_models(compared["rows"])))
     screen = first_screen(run)
     cells = [cell for by_mode in screen.answer.cells.values() for cell in by_mode.values()]
     within = matrix([{"cell": cell, **cell.row} for cell in cells], lambda row: of_mode(row["cell"]))
@@ -148,6 +151,12 @@ def body(run: Run | None, found: Mapping[str, Any] | None, marker: str) -> str:
         parts.append(f"[Report and files]({page})")
     text = "\n\n".join(filter(None, parts))
     return (text if len(text) <= COMMENT else text[:COMMENT].rpartition("\n")[0] + "\n\n… cut; see the job") + "\n"
+
+
+def _models(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each workload whose model changed, with what did."""
+    changed = [(row["workload"], in_words([ModelChange(**each) for each in row["model_changes"]])) for row in rows]
+    return [f"- {escape(f'{name}: the model changed: {said}')}" for name, said in dict.fromkeys(changed) if said]
 
 
 def _loud(gates: Sequence[Mapping[str, Any]]) -> list[str]:

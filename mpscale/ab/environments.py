@@ -176,6 +176,8 @@ _BY_AB = {
     "--mp-baseline": "A is the baseline; --fail-on has the gates",
     "--mp-fail-on": "write --fail-on",
     "--mp-strict": "write --strict",
+    "--mp-compare-by": "write --compare-by",
+    "--mp-force": "write --force",
     "--mp-results": "write --results",
     "--mp-name": "both runs would have it; `mpscale name` gives each its own",
     "--mp-resume": "its two runs take turns, so neither can go on alone",

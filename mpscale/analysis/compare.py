@@ -6,15 +6,25 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from mpscale.analysis.change import Change, measure_change, with_verdicts
 from mpscale.analysis.noise_floor import NO_FLOORS, Floors, assumed_floor, floors_of, pair_noise
 from mpscale.analysis.quantities import COSTS, Cost, Ranked, Verdict
 from mpscale.analysis.summary import Quality, judge_metric
 from mpscale.analysis.trainings import NO_SUCH_ROW, NOT_STARTED, Trainings, overflow_rate, trainings
+from mpscale.analysis.versions import (
+    UNSAID,
+    ModelChange,
+    in_words,
+    model_changes,
+    one_series,
+    versions_key,
+    without_model,
+)
 from mpscale.core.case import Place, SeriesKey
 from mpscale.core.columns import FAILED, MEASURED
-from mpscale.core.record import Key, Record, grouped, of_good_trainings
+from mpscale.core.record import Key, Record, common, grouped, of_good_trainings
 from mpscale.core.runs import Run, RunError, environment_differences, hardware, same_machine
 
 
@@ -31,7 +41,25 @@ class State(Ranked):
 
 
 class NotComparable(RunError):
-    """Two runs were measured in different ways. The message says which, and what to do."""
+    """Two runs were measured in different ways. The message says which.
+
+    Args:
+        text: the message.
+        only_models: whether some rows differ in nothing but the model, so that they can be compared by name.
+    """
+
+    def __init__(self, text: str, only_models: bool) -> None:
+        super().__init__(text)
+        self._only_models = only_models
+
+    def with_cure(self, prefix: str = "") -> str:
+        """The message, and what to do.
+
+        Args:
+            prefix: of options where it is shown.
+        """
+        by_name = f"--{prefix}compare-by name to judge versions of a model, or " if self._only_models else ""
+        return f"{self}; use {by_name}--{prefix}force to compare them all the same"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +75,7 @@ class Pair:
         other: cases of the other run.
         not_started: processes that were planned but not started, of the baseline and of the other run.
         plan_known: whether the plan of each is known.
+        versions: how the models of the two differ, if they are compared all the same.
     """
 
     workload: str
@@ -57,6 +86,12 @@ class Pair:
     other: Sequence[Record]
     not_started: tuple[Sequence[Key], Sequence[Key]] = ((), ())
     plan_known: tuple[bool, bool] = (False, False)
+    versions: Sequence[ModelChange] = ()
+
+    @property
+    def said(self) -> str:
+        """How the models differ, in words; empty if they do not."""
+        return in_words(self.versions)
 
     @property
     def place(self) -> Place:
@@ -139,11 +174,13 @@ def compare(
     threshold: float | None = None,
     floors: Floors = NO_FLOORS,
     anew: Mapping[Place, int] = MappingProxyType({}),
+    by_name: bool = False,
 ) -> Comparison:
     """Compare ``other`` with ``baseline``.
 
-    Rows are paired by series key. Costs on different devices get no verdict: that one GPU is faster than another is not
-    a regression, and only ratios within each can be compared.
+    Rows are paired by series key; where a workload names its series, also if the model has changed. Costs on different
+    devices get no verdict: that one GPU is faster than another is not a regression, and only ratios within each can be
+    compared.
 
     Args:
         baseline: the run to compare with.
@@ -153,18 +190,19 @@ def compare(
         threshold: the smallest relative change of step time that matters; 0.05 if None.
         floors: how much runs of the baseline's code differ; assumed where not known.
         anew: rows of ``other`` that were measured again, with the first repeat that counts for costs that drift.
+        by_name: take all versions of a workload of one name for one series.
 
     Raises:
         NotComparable: the runs were measured in different ways; not with ``force``.
     """
-    pairs = pair_rows(baseline, other, force)
+    pairs = pair_rows(baseline, other, force, by_name)
     machines = hardware(baseline), hardware(other)
     same = same_machine(*machines)
     in_turns = ran_in_turns(baseline, other)
     paired = [pair for pair in pairs if pair.state is State.PAIRED]
     changes: dict[str, dict[Place, Change]] = {}
     for name, cost in COSTS.items():
-        others = {pair.place: _since(pair.other, anew.get(pair.place, 0), cost) for pair in paired}
+        others = {pair.place: since(pair.other, anew.get(pair.place, 0), cost) for pair in paired}
         sides = [{pair.place: pair.baseline for pair in paired}, others]
         assumed = assumed_floor(sides, cost)
         pairs_of = pair_noise(sides, cost) if in_turns else {}
@@ -212,7 +250,7 @@ def compare(
     )
 
 
-def _since(cases: Sequence[Record], first: int, cost: Cost) -> Sequence[Record]:
+def since(cases: Sequence[Record], first: int, cost: Cost) -> Sequence[Record]:
     """The cases whose figures count if a row was measured again from repeat ``first`` on.
 
     The row was picked because its first times were long; pooled with the new ones they would bias the mean.
@@ -230,7 +268,12 @@ def ran_in_turns(baseline: Run, other: Run) -> bool:
 
 
 def compare_all(
-    runs: Sequence[Run], *, force: bool = False, threshold: float | None = None, results: Path | None = None
+    runs: Sequence[Run],
+    *,
+    force: bool = False,
+    threshold: float | None = None,
+    results: Path | None = None,
+    by_name: bool = False,
 ) -> list[Comparison]:
     """Compare every run but the first with the first.
 
@@ -239,11 +282,10 @@ def compare_all(
         force: see :func:`compare`.
         threshold: see :func:`compare`.
         results: the results folder, which may hold further runs of the baseline's code.
+        by_name: see :func:`compare`.
     """
-    return [
-        compare(runs[0], other, force=force, threshold=threshold, floors=floors_for(runs[0], other, results))
-        for other in runs[1:]
-    ]
+    how: dict[str, Any] = {"force": force, "threshold": threshold, "by_name": by_name}
+    return [compare(runs[0], other, floors=floors_for(runs[0], other, results), **how) for other in runs[1:]]
 
 
 def floors_for(baseline: Run, other: Run, results: Path | None = None) -> Floors:
@@ -251,52 +293,76 @@ def floors_for(baseline: Run, other: Run, results: Path | None = None) -> Floors
     return floors_of(baseline, results, leave_out=(other.name,))
 
 
-def pair_rows(baseline: Run, other: Run, force: bool = False) -> list[Pair]:
+def pair_rows(baseline: Run, other: Run, force: bool = False, by_name: bool = False) -> list[Pair]:
     """Pair rows by series key: those of the baseline first, in its order. None is left out.
 
     Args:
         baseline: the run to compare with.
         other: the run that is compared.
         force: pair rows of one workload and mode even if their series differ.
+        by_name: see :func:`compare`.
 
     Raises:
         NotComparable: the runs were measured by different methods, or no row of one has its series in the other;
             not with ``force``.
-        RunError: a run holds a workload and mode in several series.
+        RunError: a run holds a workload and mode in several series, or a series in several workloads.
     """
     before, after = grouped(baseline.records), grouped(other.records)
-    names = {name: name if name in after else _same_series(before[name], before, after) or name for name in before}
+    names = {
+        name: name if name in after else _same_series(before[name], before, after, other) or name for name in before
+    }
     new = [name for name in after if name not in names.values()]
     pairs = [
-        _pair(name, before.get(there, []), after.get(name, []), baseline, other, force)
+        _pair(name, before.get(there, []), after.get(name, []), baseline, other, force, by_name)
         for there, name in [*names.items(), *zip(new, new, strict=True)]
     ]
     apart = [pair for pair in pairs if pair.state is State.NOT_COMPARABLE]
     if apart and not any(pair.state is State.PAIRED for pair in pairs):
         reasons = "; ".join(dict.fromkeys(str(pair.reason) for pair in apart))
-        raise NotComparable(
-            f"{other.name} was not measured as {baseline.name} was: {reasons}; use --force to compare them all the same"
-        )
+        by_names = (_pair(pair.place, pair.baseline, pair.other, baseline, other, False, True) for pair in apart)
+        only_models = any(pair.state is State.PAIRED for pair in by_names)
+        raise NotComparable(f"{other.name} was not measured as {baseline.name} was: {reasons}", only_models)
     return pairs
 
 
 def _same_series(
-    cases: Sequence[Record], before: Container[Place], after: Mapping[Place, Sequence[Record]]
+    cases: Sequence[Record], before: Container[Place], after: Mapping[Place, Sequence[Record]], other: Run
 ) -> Place | None:
     """The row of the other run that has the series of a baseline's row under another name.
 
-    A sweep names batch and scale in its rows, and a run with one of each does not. None if there is no such row.
+    A sweep names batch and scale in its rows, and a run with one of each does not; and the workloads of a named series
+    may have different names. None if there is no such row.
+
+    Raises:
+        RunError: several workloads have the series, so it is not clear which is meant.
     """
     keys = {case["series_key"] for case in cases} - {None}
     same = (place for place, rows in after.items() if {case["series_key"] for case in rows} - {None} == keys != set())
-    return next((place for place in same if place not in before), None)
+    if (found := next((place for place in same if place not in before), None)) is not None:
+        return found
+    keys = {versions_key(case) for case in cases} - {None}
+    same = (place for place, rows in after.items() if {versions_key(case) for case in rows} - {None} == keys != set())
+    free = [place for place in same if place not in before]
+    if len(free) > 1:
+        raise RunError(
+            f"{other.path}: the series {common(cases, 'series')} has the workloads "
+            f"{' and '.join(workload for workload, _ in free)}; give each a series of its own"
+        )
+    return free[0] if free else None
 
 
 def _pair(
-    place: Place, before: Sequence[Record], after: Sequence[Record], baseline: Run, other: Run, force: bool
+    place: Place,
+    before: Sequence[Record],
+    after: Sequence[Record],
+    baseline: Run,
+    other: Run,
+    force: bool,
+    by_name: bool,
 ) -> Pair:
     state = State.PAIRED
     reason: str | None = None
+    versions: list[ModelChange] = []
     measured_before, measured_after = (
         [case for case in cases if case["status"] in MEASURED] for cases in (before, after)
     )
@@ -309,10 +375,18 @@ def _pair(
     elif not measured_before:
         state, reason = State.NEW, f"in the baseline: {_why_not(before, place, baseline)}"
     else:
-        reason = _apart(_series(measured_before, baseline), _series(measured_after, other))
+        keys = _series(measured_before, baseline), _series(measured_after, other)
+        reason = _apart(*keys)
+        if reason is not None:
+            versions = model_changes(measured_before, measured_after)
+            if one_series(measured_before, measured_after, by_name) and keys[0] is not None and keys[1] is not None:
+                reason = _apart(without_model(keys[0]), without_model(keys[1]))
+            else:
+                reason = _apart(*keys, told=[change for change in versions if change is not UNSAID])
         state = State.NOT_COMPARABLE if reason and not force else State.PAIRED
     waiting = (_waiting(baseline, before[0].place if before else place), _waiting(other, place))
-    return Pair(*place, state, reason, before, after, waiting, (baseline.plan_known, other.plan_known))
+    known = (baseline.plan_known, other.plan_known)
+    return Pair(*place, state, reason, before, after, waiting, known, versions if state is State.PAIRED else ())
 
 
 def _waiting(run: Run, place: Place) -> Sequence[Key]:
@@ -344,8 +418,14 @@ def _side(name: str, fact: str | None, default: str | None) -> str:
     return f"no {name}" if default is None else f"{name} {default} (the default)"
 
 
-def _apart(before: str | None, after: str | None) -> str | None:
-    """How two series differ; None if they are the same."""
+def _apart(before: str | None, after: str | None, told: Sequence[ModelChange] = ()) -> str | None:
+    """How two series differ; None if they are the same.
+
+    Args:
+        before: key of the one.
+        after: key of the other.
+        told: how their models differ, in place of the digests and the batch.
+    """
     if before == after and before is not None:
         return None
     if before is None or after is None:
@@ -353,6 +433,9 @@ def _apart(before: str | None, after: str | None) -> str | None:
     one, two = SeriesKey.facts(before), SeriesKey.facts(after)
     differing = [name for name in dict.fromkeys([*one, *two]) if one.get(name) != two.get(name)]
     found = []
+    if told and "digest" in differing:
+        found.append(f"the model, its training or its data differ: {in_words(told)}")
+        differing = [name for name in differing if name not in ("digest", "batch")]
     for name in differing:
         what = "the model, its training or its data differ: " if name == "digest" else ""
         sides = (_side(name, facts.get(name), SeriesKey.unsaid(name)) for facts in (one, two))

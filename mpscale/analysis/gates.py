@@ -1,48 +1,26 @@
-"""Conditions on a comparison that fail a build."""
+"""Conditions that fail a build: on a comparison with a baseline, or on the figures of a run alone."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from mpscale.analysis.change import ERROR_RATE, Change
 from mpscale.analysis.compare import ComparedRow, Comparison, State
+from mpscale.analysis.gate import METRIC, MISSING, Gate, parse_gates, parse_share
+from mpscale.analysis.limits import RunRow, judge_limit, rows_of
 from mpscale.analysis.quantities import COSTS, Cost, Outcome
 from mpscale.analysis.stats import holm
-from mpscale.analysis.trainings import by_reason, have_no_metric, overflow_unknown, seeds_text
+from mpscale.analysis.trainings import by_reason, have_no_metric, seeds_text
 from mpscale.core.case import Place
 from mpscale.core.columns import FAILED
+from mpscale.core.runs import Run
+
+__all__ = ["Finding", "Gate", "exit_code", "judge_alone", "judge_gates", "parse_gates", "parse_share"]
 
 WELL, FIRED, COULD_NOT_TELL = 0, 1, 3
 """Exit codes. 2 is bad use."""
-
-_SHARE = r"([0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})\s*(%?)"
-_MOST = 100.0
-"""The largest threshold, 10,000 %: a gate that can never fire is a mistake."""
-_LONGEST, _MOST_GATES = 100, 1000
-_GATE = re.compile(rf"\s*([a-z_]+)\s*(?:>\s*{_SHARE})?\s*")
-_PLAIN = ("metric", "missing")
-_RATE = "overflow_rate"
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """One condition.
-
-    Args:
-        name: one of :data:`COSTS`, ``metric``, ``missing`` or ``overflow_rate``.
-        threshold: for a cost a share of the baseline's value, for ``overflow_rate`` a share of the steps, else None.
-    """
-
-    name: str
-    threshold: float | None = None
-
-    def __str__(self) -> str:
-        if self.threshold is None:
-            return self.name
-        return f"{self.name}>{self.threshold:g}" if self.name == _RATE else f"{self.name}>{100 * self.threshold:g}%"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +32,7 @@ class Finding:
         row: workload and mode; None if the gate found no row to judge.
         outcome: whether it fired.
         text: the number with its interval and the baseline's number, or why the gate cannot tell.
-        baseline: name of the run that was compared with.
+        baseline: name of the run that was compared with; empty if the gate needs none.
         run: name of the run that was judged.
     """
 
@@ -67,55 +45,46 @@ class Finding:
 
     def __str__(self) -> str:
         where = " ".join(self.row) if self.row else "no row"
-        return f"{self.gate}: {where}: {self.text} (baseline {self.baseline})"
+        against = f" (baseline {self.baseline})" if self.baseline else ""
+        return f"{self.gate}: {where}: {self.text}{against}"
 
 
-def parse_gates(texts: Iterable[str]) -> list[Gate]:
-    """Parse gates such as ``step_time>5%`` or ``metric``; a text may hold several, separated by commas.
+def judge_gates(
+    comparison: Comparison, gates: Sequence[Gate], anew: Mapping[Place, int] = MappingProxyType({})
+) -> list[Finding]:
+    """Judge the rows that each gate covers: a change in those of the baseline, a limit in those of the run.
 
-    Raises:
-        ValueError: a text is not a gate; the message lists the gates.
-    """
-    parts = [part for text in texts for part in text.split(",")]
-    if len(parts) > _MOST_GATES:
-        raise ValueError(f"expected at most {_MOST_GATES} gates, not {len(parts):,}")
-    gates = [_parse(part) for part in parts]
-    return list(dict.fromkeys(gates))
+    By a change, new rows are skipped, except that ``metric`` reports those that lost a training as ``cannot-tell``. To
+    rows whose workload has no metric, ``metric`` does not apply, except that it fires if they lost a training.
 
+    A gate on the change of a cost fires if the change reaches its threshold and is significant at 1 %, one-sided, over
+    all rows together (Holm). If it does not fire but the 95 % interval reaches the threshold, it cannot tell. Limits:
+    :func:`mpscale.analysis.limits.judge_limit`.
 
-def parse_share(text: str) -> float:
-    """Parse a share such as ``5%``. A number without a unit is refused, as in a gate: 5 could be 5 % or 500 %.
-
-    Raises:
-        ValueError: the text is not a percentage above 0.
-    """
-    match = re.fullmatch(rf"\s*{_SHARE}\s*", text)
-    if match is None or not 0 < float(match[1]) <= 100 * _MOST:
-        given = text.strip()[:_LONGEST]
-        raise ValueError(f"{given!r} is not a percentage above 0 and at most {100 * _MOST:g}%; write one such as 5%")
-    if not match[2]:
-        raise ValueError(f"{text.strip()!r} has no unit: the threshold is a percentage; write {_percent(match[1])}")
-    return float(match[1]) / 100
-
-
-def _percent(number: str) -> str:
-    """Suggest what a number without a unit was meant to be."""
-    value = float(number)
-    return f"{value:g}%" if value >= 1 else f"{100 * value:g}%, or {value:g}% if you mean that"
-
-
-def judge_gates(comparison: Comparison, gates: Sequence[Gate]) -> list[Finding]:
-    """Judge each row of the baseline by each gate.
-
-    New rows are skipped, except that ``metric`` reports those that lost a training as ``cannot-tell``. To rows whose
-    workload has no metric, ``metric`` does not apply, except that it fires if they lost a training.
-
-    A gate on a cost fires if the change reaches its threshold and is significant at 1 %, one-sided, over all rows
-    together (Holm). If it does not fire but the 95 % interval reaches the threshold, it cannot tell.
+    Args:
+        comparison: of a run with its baseline.
+        gates: the conditions.
+        anew: rows that were measured again, see :func:`mpscale.analysis.compare.compare`.
     """
     baseline, run = comparison.baseline.name, comparison.other.name
-    found = (finding for gate in gates for finding in _judge(comparison, gate))
-    return [replace(finding, baseline=baseline, run=run) for finding in found]
+    changed = {row.pair.place for row in comparison.rows if row.pair.versions}
+    own = rows_of(comparison.other, anew)
+    gone = [row for row in comparison.rows if not row.pair.other and _is_judged(row)]
+    before = {row.pair.place: _rate_before(row) for row in comparison.rows}
+    found = []
+    for gate in gates:
+        if gate.needs_baseline:
+            found += [replace(each, baseline=baseline) for each in _judge(comparison, gate)]
+        else:
+            found += _judge_alone(own, gate, before, gone)
+    return [replace(each, run=run, text=_beside(each, changed)) for each in found]
+
+
+def judge_alone(run: Run, gates: Sequence[Gate], anew: Mapping[Place, int] = MappingProxyType({})) -> list[Finding]:
+    """Judge the figures of a run by the gates that need no baseline; see :func:`judge_gates`."""
+    rows = rows_of(run, anew)
+    found = [each for gate in gates if not gate.needs_baseline for each in _judge_alone(rows, gate)]
+    return [replace(each, run=run.name) for each in found]
 
 
 def exit_code(findings: Sequence[Finding], strict: bool = False) -> int:
@@ -126,43 +95,42 @@ def exit_code(findings: Sequence[Finding], strict: bool = False) -> int:
     return COULD_NOT_TELL if Outcome.CANNOT_TELL in outcomes else WELL
 
 
-def _parse(text: str) -> Gate:
-    match = _GATE.fullmatch(text) if len(text) <= _LONGEST else None
-    examples = f"{', '.join(f'{name}>5%' for name in COSTS)}, {_RATE}>0.01, {', '.join(_PLAIN)}"
-    if match is None:
-        raise ValueError(f"{text.strip()[:_LONGEST]!r} is not a gate; the gates are {examples}")
-    name, number, percent = match.groups()
-    if name not in (*COSTS, *_PLAIN, _RATE):
-        close = difflib.get_close_matches(name, (*COSTS, *_PLAIN, _RATE), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{name!r} is not a gate{hint}; the gates are {examples}")
-    if name in _PLAIN:
-        if number is not None:
-            raise ValueError(f"{text.strip()!r}: {name} takes no threshold; write {name}")
-        return Gate(name)
-    if number is None:
-        raise ValueError(f"{text.strip()!r} lacks a threshold; write {name}>{'0.01' if name == _RATE else '5%'}")
-    threshold = float(number) / 100 if percent else float(number)
-    if name in COSTS and not percent:
-        raise ValueError(f"{text.strip()!r}: the threshold is a percentage; write {name}>{_percent(number)}")
-    if name in COSTS and threshold > _MOST:
-        raise ValueError(f"{text.strip()!r}: a threshold is at most {100 * _MOST:g}%: such a gate would never fire")
-    if name == _RATE and threshold > 1:
-        raise ValueError(f"{text.strip()!r}: a rate is at most 1; write {_RATE}>0.01 or {_RATE}>1%")
-    return Gate(name, threshold)
+def _judge_alone(
+    rows: Sequence[RunRow],
+    gate: Gate,
+    overflow_before: Mapping[Place, str] = MappingProxyType({}),
+    gone: Sequence[ComparedRow] = (),
+) -> list[Finding]:
+    judged = judge_limit([row for row in rows if gate.covers(row.place)], gate, overflow_before)
+    found = [Finding(gate, place, outcome, text) for place, outcome, text in judged]
+    there = {row.place for row in rows}
+    for row in gone:
+        had = judge_limit([RunRow(row.pair.place, row.pair.baseline)], gate)
+        if had and gate.covers(row.pair.place) and row.pair.place not in there:
+            found.append(_finding(row, gate, Outcome.CANNOT_TELL, _why_not(row)))
+    return found or [_nothing(gate, "of the run has such a figure")]
+
+
+def _rate_before(row: ComparedRow) -> str:
+    before = row.overflow_rates[0]
+    return f", {'an unknown share' if before is None else f'{before:.4g}'} in the baseline"
+
+
+def _beside(finding: Finding, changed: Collection[Place]) -> str:
+    """The text of a finding; it says if the model changed, so that nobody takes that for a change of the software."""
+    told = finding.row in changed and finding.gate.name != MISSING
+    return f"{finding.text}; the model changed" if told else finding.text
 
 
 def _judge(comparison: Comparison, gate: Gate) -> list[Finding]:
-    rows = [row for row in comparison.rows if _is_judged(row)]
+    covered = [row for row in comparison.rows if gate.covers(row.pair.place)]
+    rows = [row for row in covered if _is_judged(row)]
     if gate.name in COSTS:
         return _cost(rows, gate, COSTS[gate.name])
-    if gate.name == "metric":
-        judged = [row for row in comparison.rows if _is_trained(row)]
-        return [_metric(row, gate) for row in judged] or [_nothing(gate, "has a metric")]
-    if gate.name == _RATE:
-        rated = [row for row in rows if row.overflow_rates != (None, None)]
-        return [_overflow_rate(row, gate) for row in rated] or [_nothing(gate, "checks a gradient")]
-    return [_missing(row, gate) for row in rows] or [_nothing(gate, "was measured")]
+    if gate.name == METRIC:
+        judged = [row for row in covered if _is_trained(row)]
+        return [_metric(row, gate) for row in judged] or [_nothing(gate, "of the baseline has a metric")]
+    return [_missing(row, gate) for row in rows] or [_nothing(gate, "of the baseline was measured")]
 
 
 def _is_judged(row: ComparedRow) -> bool:
@@ -179,7 +147,7 @@ def _is_trained(row: ComparedRow) -> bool:
 def _cost(rows: Sequence[ComparedRow], gate: Gate, cost: Cost) -> list[Finding]:
     rows = [row for row in rows if _should_have(row, cost)]
     if not rows:
-        return [_nothing(gate, f"has {cost.column}")]
+        return [_nothing(gate, f"of the baseline has {cost.column}")]
     changes = [row.changes.get(cost.name) for row in rows]
     p_values = holm([None if change is None else change.p_increase for change in changes])
     judged = zip(rows, changes, p_values, strict=True)
@@ -193,7 +161,7 @@ def _should_have(row: ComparedRow, cost: Cost) -> bool:
 
 
 def _change(row: ComparedRow, gate: Gate, cost: Cost, change: Change | None, p_value: float | None) -> Finding:
-    threshold = gate.threshold or 0.0
+    threshold = gate.threshold
     if change is None:
         return _finding(row, gate, Outcome.CANNOT_TELL, _why_not(row))
     if change.change is None:
@@ -233,20 +201,6 @@ def _metric(row: ComparedRow, gate: Gate) -> Finding:
     return _finding(row, gate, quality.verdict.outcome, f"{quality.verdict}: {text}")
 
 
-def _overflow_rate(row: ComparedRow, gate: Gate) -> Finding:
-    before, after = row.overflow_rates
-    if row.pair.state is not State.PAIRED or after is None:
-        return _finding(row, gate, Outcome.CANNOT_TELL, _why_not(row))
-    there = "an unknown share" if before is None else f"{before:.4g}"
-    text = f"{after:.4g} of the steps overflowed, {there} in the baseline"
-    unknown = overflow_unknown(row.pair.other, row.pair.not_started[1])
-    if unknown:
-        text += f"; unknown for {by_reason(unknown)}"
-    if after > (gate.threshold or 0.0):
-        return _finding(row, gate, Outcome.FIRED, text)
-    return _finding(row, gate, Outcome.CANNOT_TELL if unknown else Outcome.PASSED, text)
-
-
 def _missing(row: ComparedRow, gate: Gate) -> Finding:
     if row.pair.state is State.NEW:
         return _finding(row, gate, Outcome.PASSED, _why_not(row))
@@ -270,7 +224,7 @@ def _finding(row: ComparedRow, gate: Gate, outcome: Outcome, text: str) -> Findi
 
 
 def _nothing(gate: Gate, what: str) -> Finding:
-    return Finding(gate, None, Outcome.CANNOT_TELL, f"no row of the baseline {what}")
+    return Finding(gate, None, Outcome.CANNOT_TELL, f"no row{f' that fits {gate.rows}' if gate.rows else ''} {what}")
 
 
 def _why_not(row: ComparedRow) -> str:

@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mpscale.analysis.quantities import BASELINE, QUANTITIES, Quantity
+from mpscale.analysis.quantities import BASELINE, QUANTITIES, Quantity, failure, why_unknown
 from mpscale.analysis.stats import Interval, geometric_interval, log_change
+from mpscale.analysis.versions import ANY, ModelChange, model_changes, series_name, versions_key
 from mpscale.core.case import SeriesKey
-from mpscale.core.columns import MEASURED
 from mpscale.core.naming import with_id
 from mpscale.core.record import Key, Record, grouped, in_order_of_modes
 from mpscale.core.runs import MAKE_ONE, Run, RunError, hardware, read_run
@@ -65,6 +65,7 @@ class Point:
         change_low: lower end of its 95 % interval by Welch; None if a single process gives no spread.
         change_high: upper end.
         reason: why there is no value; or which seeds or processes are not in it, or why it is no claim about speed.
+        versions: how the model differs from that of the run before; empty if it is the same.
     """
 
     run: RunFacts
@@ -76,6 +77,7 @@ class Point:
     change_low: float | None = None
     change_high: float | None = None
     reason: str | None = None
+    versions: Sequence[ModelChange] = ()
 
     @property
     def is_incomplete(self) -> bool:
@@ -90,7 +92,7 @@ class Series:
     Args:
         workload: its name.
         mode: its name.
-        key: the series key, see :class:`mpscale.core.case.SeriesKey`.
+        key: the series key, see :class:`mpscale.core.case.SeriesKey`; of a named series for all versions.
         hardware: see :func:`mpscale.core.runs.hardware`; only what is known.
         apart: what distinguishes it from other series of its workload and mode; empty if it is the only one.
         metric_name: of the workload; None if unknown.
@@ -177,6 +179,7 @@ def make_history(
     workloads: Sequence[str] = (),
     modes: Sequence[str] = (),
     skipped: Sequence[tuple[str, str]] = (),
+    by_name: bool = False,
 ) -> History:
     """Line up runs by time.
 
@@ -186,6 +189,7 @@ def make_history(
         workloads: those to show; all if empty.
         modes: those to show; all if empty.
         skipped: runs that could not be read, with the reason; they come first in the history's own list.
+        by_name: take all versions of a workload of one name for one series, also if it names none.
 
     Raises:
         ValueError: there is no such quantity.
@@ -213,19 +217,25 @@ def make_history(
                 continue
             if measure.name == "speedup" and mode == BASELINE:
                 continue  # over itself it is 1 in every run
-            by_key = _by_key(cases)
+            by_key = _by_key(cases, by_name)
             # An unsupported mode is not worth a line; one that failed before its model was built is.
-            if not by_key and (why := _failure(cases, leave_out=("unsupported",))):
+            if not by_key and (why := failure(cases, leave_out=("unsupported",))):
                 not_shown.append((f"{facts.name} {' '.join(place)}", f"{why}; so its series is unknown"))
             baseline = table.get((place[0], BASELINE), [])
             for key, members in by_key.items():
-                series_of = (workload, mode, key, json.dumps(machine, sort_keys=True, default=str))
+                name = series_name(members, by_name) or workload
+                series_of = (name, mode, key, json.dumps(machine, sort_keys=True, default=str))
+                if (seen := found.get(series_of)) and seen.runs[-1][0] is facts:
+                    which = f"{facts.name} {' '.join(place)}"
+                    not_shown.append((which, f"another workload of the run has the series {name}, too"))
+                    continue
                 # A process that never started has no series key, and belongs to the series if there is only one.
                 waiting = run.waiting.get(place, ()) if len(by_key) == 1 else ()
                 found.setdefault(series_of, _Found(machine, [])).runs.append((facts, members, baseline, waiting))
     series = []
-    for which in sorted(found, key=lambda which: (there["workload"].index(which[0]), there["mode"].index(which[1]))):
-        one = Series(*which[:3], found[which].machine, "", found[which].metric_name, _points(measure, found[which]))
+    order = {name: place for place, name in enumerate([*there["workload"], *there["mode"]])}
+    for (_, mode, key, _), of in sorted(found.items(), key=lambda each: (order[each[1].workload], order[each[0][1]])):
+        one = Series(of.workload, mode, key, of.machine, "", of.metric_name, _points(measure, of))
         if all(point.value is None for point in one.points):
             not_shown.append(
                 (f"{one.workload} {one.mode}", f"no run has a value of {measure.title}: {one.points[-1].reason}")
@@ -253,6 +263,11 @@ class _Found:
 
     machine: dict[str, Any]
     runs: list[tuple[RunFacts, list[Record], list[Record], Sequence[Key]]]
+
+    @property
+    def workload(self) -> str:
+        """Its name, which may change from version to version: the newest."""
+        return str(self.runs[-1][1][0]["workload"])
 
     @property
     def metric_name(self) -> str | None:
@@ -314,33 +329,41 @@ def _words(name: str, fact: str) -> str:
         return fact
     if name == "on cores":
         return f"{fact} core" if fact == "1" else f"{fact} cores"
+    if fact == ANY:
+        return "all versions" if name == "digest" else f"any {name}"
     # Eight hex digits tell models apart and leave room for the rest.
     return f"digest {fact[:8]}" if name == "digest" else f"{name.removeprefix(_ON)}={fact}"
 
 
-def _by_key(cases: Sequence[Record]) -> dict[str, list[Record]]:
+def _by_key(cases: Sequence[Record], by_name: bool) -> dict[str, list[Record]]:
     """Cases of one workload and mode by series key. If there is one series, cases that failed too early join it."""
-    keys = list(dict.fromkeys(case["series_key"] for case in cases if case["series_key"] is not None))
+    of_cases = [versions_key(case, by_name) for case in cases]
+    keys = list(dict.fromkeys(key for key in of_cases if key is not None))
     if len(keys) == 1:
         return {keys[0]: list(cases)}
-    return {key: [case for case in cases if case["series_key"] == key] for key in keys}
+    return {key: [case for case, own in zip(cases, of_cases, strict=True) if own == key] for key in keys}
 
 
 def _points(quantity: Quantity, found: _Found) -> list[Point]:
     points = []
     before: list[float] = []
+    model: Sequence[Record] = ()
     for run, cases, baseline, not_started in found.runs:
+        described = [case for case in cases if case["series_key"] is not None]
+        versions = model_changes(model, described) if model and described else []
+        model = described or model
         sample = quantity.sample(cases, baseline)
         if not sample:
-            points.append(Point(run, None, None, None, 0, reason=_why_unknown(quantity, cases, baseline)))
+            why = why_unknown(quantity, cases, baseline)
+            points.append(Point(run, None, None, None, 0, reason=why, versions=versions))
             continue
         value = _estimate(quantity, sample, cases)
         change: tuple[float | None, float | None, float | None] = (None, None, None)
         if before and quantity.spread == "interval":
             compared = log_change(before, sample)
             change = (compared.change, *(compared.interval() or (None, None)))
-        why = "; ".join(filter(None, quantity.lacking(cases, baseline, not_started))) or None
-        points.append(Point(run, value.estimate, value.low, value.high, value.n, *change, reason=why))
+        lacking = "; ".join(filter(None, quantity.lacking(cases, baseline, not_started))) or None
+        points.append(Point(run, value.estimate, value.low, value.high, value.n, *change, lacking, versions))
         before = sample
     return points
 
@@ -350,23 +373,6 @@ def _estimate(quantity: Quantity, sample: list[float], cases: Sequence[Record]) 
         return geometric_interval(sample)
     low, high = (min(sample), max(sample)) if len(sample) > 1 else (None, None)
     return Interval(quantity.mean(sample, cases), low, high, len(sample))
-
-
-def _why_unknown(quantity: Quantity, cases: Sequence[Record], baseline: Sequence[Record]) -> str:
-    for case in cases:
-        if case["status"] in MEASURED and (reason := case.why_empty(quantity.column)):
-            return str(reason)
-    if why := _failure(cases):
-        return why
-    if quantity.name == "speedup":
-        why = _failure(baseline)
-        return f"{BASELINE}: {why}" if why else f"there is no {BASELINE} to compare with"
-    return "no case has it"
-
-
-def _failure(cases: Sequence[Record], leave_out: Sequence[str] = ()) -> str | None:
-    found = [case for case in cases if case["status"] not in ("ok", *leave_out)]
-    return next((f"{case['status']}: {case['status_reason'] or 'no reason was given'}" for case in found), None)
 
 
 def _facts(run: Run) -> RunFacts:

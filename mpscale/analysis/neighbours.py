@@ -14,7 +14,8 @@ from mpscale.analysis.compare import ComparedRow, Comparison, State, compare
 from mpscale.analysis.history import Series, oldest_first
 from mpscale.analysis.noise_floor import MOST_RUNS, Floors, floors_among
 from mpscale.analysis.quantities import Verdict
-from mpscale.core.record import common
+from mpscale.analysis.versions import versions_key
+from mpscale.core.record import Record, common
 from mpscale.core.runs import Run, RunError, environment_facts, hardware
 
 
@@ -23,9 +24,11 @@ class Neighbours:
 
     Args:
         runs: in any order; if several have the same name, the first counts.
+        by_name: see :func:`mpscale.analysis.compare.compare`.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Run], by_name: bool = False) -> None:
+        self.by_name = by_name
         self._runs = {run.name: run for _, run in oldest_first(runs)}
         self._comparisons: dict[tuple[str, str], Comparison | RunError] = {}
         self._rows: dict[tuple[str, str], dict[str, ComparedRow]] = {}
@@ -41,7 +44,8 @@ class Neighbours:
         if pair not in self._comparisons:
             try:
                 floors = self.floors(before, leave_out=after)
-                self._comparisons[pair] = compare(self._runs[before], self._runs[after], floors=floors)
+                sides = self._runs[before], self._runs[after]
+                self._comparisons[pair] = compare(*sides, floors=floors, by_name=self.by_name)
             except RunError as error:
                 self._comparisons[pair] = error
         found = self._comparisons[pair]
@@ -58,7 +62,7 @@ class Neighbours:
         pair = before, after
         if pair not in self._rows:
             paired = [row for row in comparison.rows if row.pair.state is State.PAIRED]
-            self._rows[pair] = {str(case["series_key"]): row for row in paired for case in row.pair.other}
+            self._rows[pair] = {self._key(case): row for row in paired for case in row.pair.other}
         row = self._rows[pair].get(series.key)
         if row is None:
             return None
@@ -116,7 +120,10 @@ class Neighbours:
 
     @cached_property
     def _series(self) -> dict[str, set[str]]:
-        return {name: {str(case["series_key"]) for case in run.records} - {"None"} for name, run in self._runs.items()}
+        return {name: {self._key(case) for case in run.records} - {"None"} for name, run in self._runs.items()}
+
+    def _key(self, case: Record) -> str:
+        return str(versions_key(case, self.by_name))
 
     @cached_property
     def _group_of(self) -> dict[str, str]:

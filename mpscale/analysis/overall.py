@@ -96,7 +96,7 @@ def real_changes(row: ComparedRow) -> Iterator[RealChange]:
         mean = None if row.quality.difference is None else row.quality.difference.mean
         yield RealChange(row, "metric", row.quality.verdict, row.quality.verdict.outcome is Outcome.FIRED, mean)
     for name, change in row.changes.items():
-        if change.verdict in REAL:
+        if change.verdict in REAL and not COSTS[name].aside:
             yield RealChange(row, name, change.verdict, change.verdict.outcome is Outcome.FIRED, change.change)
 
 
@@ -114,7 +114,7 @@ def is_judged(row: ComparedRow) -> bool:
         return True
     if any(change.verdict is Verdict.NOT_COMPARABLE for change in row.changes.values()):
         return False
-    has_interval = any(change.low is not None for change in row.changes.values())
+    has_interval = any(change.low is not None for name, change in row.changes.items() if not COSTS[name].aside)
     return has_interval or (row.quality is not None and row.quality.verdict is not Verdict.INCONCLUSIVE)
 
 

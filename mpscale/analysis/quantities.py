@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from mpscale.analysis.claim import conditions, find_doubts
 from mpscale.analysis.trainings import by_reason, overflow_rate, overflow_unknown, trainings, without_figure
-from mpscale.core.columns import COLUMNS
+from mpscale.core.columns import COLUMNS, MEASURED
 from mpscale.core.record import Key, Record, of_good_trainings
 
 BASELINE = "fp32"
@@ -121,6 +121,7 @@ class Cost(Quantity):
         less: verdict on a decrease.
         of_trainings: only processes that trained count: one that only times holds less memory.
         drifts: changes with the state of the machine, which differs from run to run.
+        aside: a change does not make a run as a whole better or worse: it is told beside the rest.
         is_of: columns that say what exactly was measured; figures that differ in one of them are not compared.
 
     Raises:
@@ -132,6 +133,7 @@ class Cost(Quantity):
     less: Verdict = Verdict.LESS
     of_trainings: bool = True
     drifts: bool = False
+    aside: bool = False
     is_of: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -167,7 +169,7 @@ class Cost(Quantity):
         return [by_reason(trainings(cases).lost), by_reason(without)]
 
 
-class _Speedup(Quantity):
+class Speedup(Quantity):
     """Relative to :data:`BASELINE`. Pairs processes as the summary does, so both show the same number."""
 
     unit = "x"
@@ -181,9 +183,10 @@ class _Speedup(Quantity):
     ) -> list[str]:
         time = COSTS["step_time"]
         theirs = [f"{BASELINE}'s {text}" for text in time.lacking(baseline, ()) if text]
-        return [*time.lacking(cases, (), not_started), *theirs, self._doubts(cases, baseline)]
+        return [*time.lacking(cases, (), not_started), *theirs, self.doubts(cases, baseline)]
 
-    def _doubts(self, cases: Sequence[Record], baseline: Sequence[Record]) -> str:
+    def doubts(self, cases: Sequence[Record], baseline: Sequence[Record]) -> str:
+        """Why the ratio is no claim about the mode, in words; empty if it is one."""
         own, other = (conditions(of_good_trainings(side)) for side in (cases, baseline))
         doubts = find_doubts(own, other, len(self.sample(cases, baseline)))
         return f"no claim about speed: {', and '.join(doubt.text for doubt in doubts)}" if doubts else ""
@@ -262,12 +265,48 @@ QUANTITIES: dict[str, Quantity] = {
             is_of=("gpu_energy_method",),
         ),
         Cost("host_memory", "host memory", "host_memory_peak_mib", threshold=0.20),
+        Cost(
+            "compile_time",
+            "compile time",
+            "first_step_s",
+            threshold=0.20,
+            of_trainings=False,
+            drifts=True,
+            aside=True,
+            # A process that was given the results of an earlier one's tuning compiles much faster.
+            is_of=("autotuning",),
+        ),
         _Metric("metric", "final metric", "metric_value"),
         _OverflowRate("overflow_rate", "overflow rate", "overflow_steps"),
-        _Speedup("speedup", f"speed-up over {BASELINE}", "step_time_ms_median"),
+        Speedup("speedup", f"speed-up over {BASELINE}", "step_time_ms_median"),
     )
 }
 """All quantities, in the order of tables."""
 
 COSTS = {name: quantity for name, quantity in QUANTITIES.items() if isinstance(quantity, Cost)}
 """The quantities by which two runs are compared."""
+
+
+def why_unknown(quantity: Quantity, cases: Sequence[Record], baseline: Sequence[Record]) -> str:
+    """Why no case of a workload and mode has a quantity, in words.
+
+    Args:
+        quantity: which has no sample.
+        cases: of the workload and mode.
+        baseline: those of :data:`BASELINE`.
+    """
+    for case in cases:
+        if case["status"] in MEASURED and (reason := case.why_empty(quantity.column)):
+            return str(reason)
+    if why := failure(cases):
+        return why
+    if quantity.name == "speedup":
+        why = failure(baseline)
+        return f"{BASELINE}: {why}" if why else f"there is no {BASELINE} to compare with"
+    return "no case has it"
+
+
+def failure(cases: Sequence[Record], leave_out: Sequence[str] = ()) -> str | None:
+    """The status of the first case that is not ok, with its reason; None if there is none."""
+    found = [case for case in cases if case["status"] not in ("ok", *leave_out)]
+    return next((f"{case['status']}: {case['status_reason'] or 'no reason was given'}" for case in found), None)

@@ -64,8 +64,8 @@ def _add_comparison_options(parser: argparse.ArgumentParser) -> None:
     add_gate_options(parser.add_argument)
 
 
-_Rules = tuple[list["Gate"], bool, float | None]
-"""Gates, whether a gate that cannot tell fails, and the threshold."""
+_Rules = tuple[list["Gate"], bool, float | None, bool]
+"""Gates, whether a gate that cannot tell fails, the threshold, and whether to compare by name."""
 
 
 def _rules(options: argparse.Namespace) -> _Rules:
@@ -78,10 +78,13 @@ def _rules(options: argparse.Namespace) -> _Rules:
     from mpscale.pytest_plugin import project
 
     settings = project.read(Path.cwd())[0].override(
-        fail_on=options.fail_on, strict=options.strict, threshold=options.threshold or None
+        fail_on=options.fail_on,
+        strict=options.strict,
+        threshold=options.threshold or None,
+        compare_by=options.compare_by,
     )
     threshold = None if settings.threshold is None else parse_share(settings.threshold)
-    return parse_gates(settings.fail_on), settings.strict, threshold
+    return parse_gates(settings.fail_on), settings.strict, threshold, settings.compare_by == "name"
 
 
 def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Namespace) -> int:
@@ -94,21 +97,27 @@ def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Na
         RunError: a run cannot be read, or they cannot be compared.
         ValueError: the gates cannot judge them.
     """
-    from mpscale.analysis.compare import compare_all
+    from mpscale.analysis.compare import NotComparable, compare_all
     from mpscale.analysis.gates import COULD_NOT_TELL, FIRED, exit_code, judge_gates
-    from mpscale.core.runs import read_run
+    from mpscale.core.runs import RunError, read_run
     from mpscale.report.comparison import render, unread
 
-    gates, strict, threshold = rules
+    gates, strict, threshold, by_name = rules
     runs = [read_run(path) for path in paths]
-    comparisons = compare_all(runs, force=options.force, threshold=threshold, results=options.results)
+    how = {"force": options.force, "threshold": threshold, "results": options.results, "by_name": by_name}
+    try:
+        comparisons = compare_all(runs, **how)
+    except NotComparable as error:
+        raise RunError(error.with_cure()) from error
+    # Limits are judged on any device: they are about one run.
     alike = options.force or all(comparison.same_device for comparison in comparisons)
-    if gates and not alike and options.fail_on is not None:
+    judged = [gate for gate in gates if alike or not gate.needs_baseline]
+    if len(judged) < len(gates) and options.fail_on is not None:
         raise ValueError(
-            "gates judge runs of one kind of device, and these are of different ones; leave out --fail-on, "
-            "or use --force"
+            "gates on a change judge runs of one kind of device, and these are of different ones; leave them out of "
+            "--fail-on, or use --force"
         )
-    findings = [finding for each in comparisons for finding in judge_gates(each, gates)] if alike else []
+    findings = [finding for each in comparisons for finding in judge_gates(each, judged)]
     write(render(comparisons, findings, options.format, surface(options.output)), options.output, options.format)
     if options.html is not None:
         from mpscale.report.comparison_page import comparison_page
@@ -120,10 +129,11 @@ def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Na
         for finding in findings:
             if finding.outcome != "passed":
                 say(f"{finding.outcome}: {finding}")
-    if gates and not alike:
-        say("the runs are on different devices: no gate of [tool.mpscale] was judged")
-        return FIRED if strict else COULD_NOT_TELL
-    return exit_code(findings, strict) if findings else OK
+    code = exit_code(findings, strict) if findings else OK
+    if len(judged) < len(gates):
+        say("the runs are on different devices: no gate of [tool.mpscale] on a change was judged")
+        return FIRED if strict or code == FIRED else COULD_NOT_TELL
+    return code
 
 
 def ab_arguments(parser: argparse.ArgumentParser) -> None:

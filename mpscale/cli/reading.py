@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpscale.cli import completion
 from mpscale.cli.output import OK, RESULTS, add_json_option, add_output_options, fail, say, surface, warn, write
-from mpscale.config import RUN, add_results_option
+from mpscale.config import RUN, add_compare_by_option, add_results_option, load
 from mpscale.terminal.streams import as_typed, visible
 
 if TYPE_CHECKING:
@@ -226,7 +226,8 @@ def history_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.description = (
         "Show a quantity over runs, oldest first. Each machine and each set of settings is a series of its own: "
-        "figures that were measured differently are never joined."
+        "figures that were measured differently are never joined. Versions of a model are, if the workload names a "
+        "series, or with --compare-by name."
     )
     named = parser.add_argument(
         "runs", nargs="*", metavar="RUN", help=f"{RUN} (default: all in runs/ and reference/ of the results folder)"
@@ -240,6 +241,7 @@ def history_arguments(parser: argparse.ArgumentParser) -> None:
     mode = parser.add_argument("--mode", action="append", default=[], metavar="B", help="only this mode; repeatable")
     completion.completed_by(mode, completion.modes)
     parser.add_argument("--quantity", choices=tuple(QUANTITIES), default="step_time", help="default: step_time")
+    add_compare_by_option(parser.add_argument)
     add_output_options(parser)
     parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw it, into a file ending in .svg or .png")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write it as a page of HTML")
@@ -261,7 +263,8 @@ def history(options: argparse.Namespace) -> int:
         runs = [read_run(resolve_run(name, options.results)) for name in options.runs]
     else:
         runs, broken = read_folder(options.results)
-    history = make_history(runs, options.quantity, options.workload, options.mode, broken)
+    by_name = load(Path.cwd()).override(compare_by=options.compare_by).compare_by == "name"
+    history = make_history(runs, options.quantity, options.workload, options.mode, broken, by_name)
     warn([problem for run in runs for problem in run.problems])
     for what, reason in history.skipped:
         say(f"skipped {what}: {reason}")
@@ -271,6 +274,6 @@ def history(options: argparse.Namespace) -> int:
         from mpscale.analysis.neighbours import Neighbours
         from mpscale.report.history_page import history_page
 
-        write(history_page([history], Neighbours(runs)), options.html)
+        write(history_page([history], Neighbours(runs, by_name)), options.html)
     write(render(history, options.format, surface(options.output)), options.output, options.format)
     return OK

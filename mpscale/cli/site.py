@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from mpscale.cli.output import OK, RESULTS, fail, live_line, warn
-from mpscale.config import folder, results_folder
+from mpscale.config import add_compare_by_option, folder, load, results_folder
 from mpscale.terminal.streams import visible
 
 
@@ -25,6 +25,7 @@ def site_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"results folders, which hold runs/ and reference/ (default: `results` of [tool.mpscale], else {RESULTS})",
     )
     parser.add_argument("--title", default="mpscale", help="title of the index (default: mpscale)")
+    add_compare_by_option(parser.add_argument)
 
 
 def site(options: argparse.Namespace) -> int:
@@ -36,7 +37,9 @@ def site(options: argparse.Namespace) -> int:
         line.update(f"[{done + 1}/{total}] {name}")
 
     try:
-        made = write_site(options.folder, options.results or [results_folder(Path.cwd())], options.title, progress)
+        by_name = load(Path.cwd()).override(compare_by=options.compare_by).compare_by == "name"
+        results = options.results or [results_folder(Path.cwd())]
+        made = write_site(options.folder, results, options.title, progress, by_name)
     except SiteError as error:
         return fail(str(error))
     finally:

@@ -1,9 +1,10 @@
-"""The end of a pytest run with a baseline: compare, measure again what looks slower, and fail the run."""
+"""The end of a pytest run with gates or a baseline: compare, measure again what looks slower, and fail the run."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,9 +17,14 @@ from mpscale.terminal.streams import on_one_line, visible
 if TYPE_CHECKING:
     from mpscale.analysis.compare import Comparison
     from mpscale.analysis.gates import Finding, Gate
-    from mpscale.core.case import Settings
+    from mpscale.core.case import Place, Settings
     from mpscale.core.device import Device
     from mpscale.core.runs import Run
+
+_SHOWN = 5
+"""Most rows that a message names."""
+
+ReportOutcome = Literal["passed", "failed", "skipped"]
 
 FILE, JSON_FILE = "comparison.md", "comparison.json"
 """In the run's folder."""
@@ -32,6 +38,11 @@ def add_options(add: Callable[..., Any]) -> None:
         help=f"compare with this run at the end, and measure again what looks slower: {project.RUN}",
     )
     project.add_gate_options(add, "mp-")
+    add(
+        "--mp-force",
+        action="store_true",
+        help="compare with the baseline even if method, settings or device differ",
+    )
 
 
 class BaselineCheck:
@@ -41,7 +52,7 @@ class BaselineCheck:
         config: of pytest.
 
     Raises:
-        pytest.UsageError: a gate or a setting is not valid, or there are gates but no baseline.
+        pytest.UsageError: a gate or a setting is not valid, or a gate on a change has no baseline.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -50,14 +61,22 @@ class BaselineCheck:
         """Whether the user named the baseline for this run, and not in a file that is shared with other machines."""
         self._gates: list[Gate] = []
         self._threshold: float | None = None
+        self._force = bool(option("mp_force"))
         try:
             self._settings = project.load(config.rootpath).override(
-                baseline=option("mp_baseline") or None, fail_on=option("mp_fail_on"), strict=option("mp_strict")
+                baseline=option("mp_baseline") or None,
+                fail_on=option("mp_fail_on"),
+                strict=option("mp_strict"),
+                compare_by=option("mp_compare_by"),
             )
             if option("mp_fail_on"):
-                if self._settings.baseline is None:
-                    raise ValueError("--mp-fail-on has nothing to compare with: give --mp-baseline RUN")
                 self._parse()
+                if (changes := self._changes) and self._settings.baseline is None:
+                    raise ValueError(
+                        f"--mp-fail-on has nothing to compare with: give --mp-baseline RUN, for {', '.join(changes)}"
+                    )
+            elif self._force and self._settings.baseline is None:
+                raise ValueError("--mp-force has nothing to compare with: give --mp-baseline RUN")
         except ValueError as error:
             raise _refused(str(error)) from error
         self._baseline: Run | None = None
@@ -65,6 +84,8 @@ class BaselineCheck:
         """Why no gate was judged."""
         self._unjudged = False
         """Whether a baseline of this machine could not be compared, wherever it was named."""
+        self._unread = False
+        """Whether the run itself could not be read, so that not even limits were judged."""
         self.left_out: list[tuple[str, str]] = []
         """Unreadable runs that ``latest`` skipped: folder and reason."""
         self.findings: list[Finding] = []
@@ -77,6 +98,27 @@ class BaselineCheck:
         self._gates = parse_gates(self._settings.fail_on)
         threshold = self._settings.threshold
         self._threshold = None if threshold is None else parse_share(threshold)
+
+    @property
+    def _changes(self) -> list[str]:
+        """The gates that need a baseline."""
+        return [str(gate) for gate in self._gates if gate.needs_baseline]
+
+    def check_rows(self, places: Iterable[Place]) -> None:
+        """Check that limits on the command line are about rows of this run; a file may be shared by several runs.
+
+        Args:
+            places: the rows that will be measured.
+
+        Raises:
+            pytest.UsageError: no row fits one of them.
+        """
+        rows = list(dict.fromkeys(places))
+        for gate in self._gates:
+            if not gate.needs_baseline and not any(gate.covers(row) for row in rows):
+                more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+                there = ", ".join("/".join(row) for row in rows[:_SHOWN])
+                raise _refused(f"--mp-fail-on: {gate}: no row of this run fits [{gate.rows}], only {there}{more}")
 
     def open(self, results: Path, device: Device, before: str | None = None) -> None:
         """Read the baseline, before anything runs.
@@ -91,7 +133,7 @@ class BaselineCheck:
         Raises:
             pytest.UsageError: the baseline cannot be used.
         """
-        if self._settings.baseline is None:
+        if self._settings.baseline is None and not self._settings.fail_on:
             return
         from mpscale.core import runs
         from mpscale.core.columns import METHOD_VERSION
@@ -99,6 +141,10 @@ class BaselineCheck:
 
         try:
             self._parse()
+            if self._settings.baseline is None:
+                if changes := self._changes:
+                    self.note = f"there is no baseline: {', '.join(changes)} not judged"
+                return
             # Resolved now: once this run has begun, it is itself the latest.
             baseline = runs.read_run(runs.resolve_run(self._settings.baseline, results, self.left_out, before))
             there = runs.hardware(baseline)
@@ -116,103 +162,132 @@ class BaselineCheck:
         if there["kind"] is None and there["name"] is None:
             raise _refused(f"baseline {baseline.name} does not name its machine: use the original file")
         here = runs.machine(device.kind, device.name, {"cpu": host.cpu_facts(), "variables": os.environ})
-        if not runs.same_machine(there, here):
+        if not self._force and not runs.same_machine(there, here):
             machines = f"{runs.machine_words(there)}, and this is {runs.machine_words(here)}"
             problem = f"baseline {baseline.name} was made on {machines}"
             if self._named:
-                raise _refused(f"{problem}; gates judge one kind of device")
+                raise _refused(f"{problem}; gates judge one kind of device; --mp-force compares all the same")
             self.note = f"{problem}: not compared"
             return
         # Checked last: on another machine the method does not matter.
         methods = baseline.methods - {METHOD_VERSION}
-        if methods:
+        if methods and not self._force:
             raise _refused(
                 f"baseline {baseline.name} was measured by method {', '.join(map(str, sorted(methods)))}, and this is "
-                f"method {METHOD_VERSION}; make a new baseline"
+                f"method {METHOD_VERSION}; make a new baseline, or use --mp-force to compare all the same"
             )
         self._baseline = baseline
 
     def judge(self, path: Path, run_more: Callable[[list[Case]], None], settings_of: Callable[[str], Settings]) -> None:
-        """Compare the run with the baseline. Rows that look slower are measured again; only that counts.
+        """Judge the run by its gates. Rows that look slower are measured again; only that counts.
 
         Args:
             path: the run's folder; the run is not finished yet.
             run_more: runs further cases of it.
             settings_of: returns those of a workload.
         """
-        if self._baseline is None:
+        if self._baseline is None and len(self._changes) == len(self._gates):
             return
-        from mpscale.analysis.compare import compare, floors_for
-        from mpscale.analysis.gates import judge_gates
         from mpscale.analysis.quantities import COSTS, Outcome
         from mpscale.core.runs import RunError, read_run
 
-        baseline = self._baseline
-
-        def look(run: Run, again: Mapping[tuple[str, str], int]) -> tuple[Comparison, list[Finding]]:
-            comparison = compare(baseline, run, threshold=self._threshold, floors=floors, anew=again)
-            return comparison, judge_gates(comparison, self._gates) if comparison.same_device else []
-
         try:
             run = read_run(path)
-            floors = floors_for(baseline, run, path.parent.parent)
-            self.comparison, self.findings = look(run, {})
+            self._look(run, {})
             fired = [found for found in self.findings if found.outcome is Outcome.FIRED and found.gate.name in COSTS]
             again = {found.row for found in fired if found.row and COSTS[found.gate.name].can_be_remeasured}
             if again:
                 first_repeats = {row: _next_repeat(run, row) for row in again}
                 run_more(further_cases(run, first_repeats, settings_of))
-                self.comparison, self.findings = look(read_run(path), first_repeats)
-            if not self.comparison.same_device:
-                self.note = f"baseline {baseline.name} was made on another machine: no gate was judged"
+                self._look(read_run(path), first_repeats)
         except RunError as error:
-            self.note = str(error)
-            self.findings = []
-            self._unjudged = True
+            self._cannot_judge(str(error))
+            self.findings, self._unread = [], True
 
-    def write(self, path: Path) -> None:
-        """Write the comparison into the run's folder, for people and for programs."""
+    def _look(self, run: Run, again: Mapping[tuple[str, str], int]) -> None:
+        """Compare a run with the baseline, if there is one, and judge it.
+
+        Args:
+            run: as far as it has come.
+            again: rows that were measured again, with the first repeat that counts.
+        """
+        from mpscale.analysis.compare import NotComparable, compare, floors_for
+        from mpscale.analysis.gates import judge_alone, judge_gates
+        from mpscale.core.runs import RunError
+
+        baseline, by_name = self._baseline, self._settings.compare_by == "name"
+        if baseline is not None:
+            floors = floors_for(baseline, run, run.path.parent.parent)
+            how: dict[str, Any] = {"threshold": self._threshold, "floors": floors, "anew": again}
+            try:
+                self.comparison = compare(baseline, run, force=self._force, by_name=by_name, **how)
+            except NotComparable as error:
+                self._cannot_judge(error.with_cure("mp-"))
+            except RunError as error:
+                self._cannot_judge(str(error))
+        if self.comparison is None:
+            # Limits are about the run alone.
+            self.findings = judge_alone(run, self._gates, again)
+            return
+        judged = [gate for gate in self._gates if self._force or self.comparison.same_device or not gate.needs_baseline]
+        self.findings = judge_gates(self.comparison, judged, again)
+        if len(judged) < len(self._gates):
+            name = self.comparison.baseline.name
+            self.note = f"baseline {name} was made on another machine: {', '.join(self._changes)} not judged"
+
+    def _cannot_judge(self, why: str) -> None:
+        self.note, self._unjudged, self.comparison = why, True, None
+
+    def write(self, run: Run) -> None:
+        """Write the comparison into the folder of the run, which has ended, for people and for programs."""
         from mpscale.core.writing import write
-        from mpscale.report.comparison import of_a_run, render
+        from mpscale.report.comparison import gates_part, of_a_run, render
         from mpscale.report.table import escape
 
-        compared = [] if self.comparison is None else [self.comparison]
-        if compared or self.note is not None:
-            text = of_a_run(compared, self.findings, self.note, self.fails)
-            write(path / JSON_FILE, text)
-        if self.comparison is not None:
-            runs = self.comparison.other, self.comparison.baseline
-            title = f"# {' against '.join(escape(run.shown) for run in runs)}\n\n"
-            text = title + render([self.comparison], self.findings, "markdown")
-            write(path / FILE, text)
+        path = run.path
+        # It was judged before it ended.
+        compared = [] if self.comparison is None else [replace(self.comparison, other=run)]
+        if compared or self.note is not None or self.findings:
+            write(path / JSON_FILE, of_a_run(compared, self.findings, self.note, self.fails))
+        if compared:
+            title = f"# {escape(run.shown)} against {escape(compared[0].baseline.shown)}\n\n"
+            write(path / FILE, title + render(compared, self.findings, "markdown"))
+        elif self.findings:
+            shown = gates_part(self.findings, {finding.run: finding.run for finding in self.findings})
+            write(path / FILE, f"# {escape(run.shown)}\n\n{shown.markdown()}\n")
 
     def reports(self) -> list[pytest.TestReport]:
         """Return what the gates found as reports of tests: one for each gate and row, or why they were not judged."""
-        if self.note is not None:
-            return _reports("baseline", "failed" if self.fails else "skipped", self.note)
         from mpscale.analysis.quantities import Outcome
 
-        outcomes: dict[Outcome, Literal["passed", "failed", "skipped"]]
+        outcomes: dict[Outcome, ReportOutcome]
         outcomes = {Outcome.FIRED: "failed", Outcome.PASSED: "passed"}
         outcomes[Outcome.CANNOT_TELL] = "failed" if self._settings.strict else "skipped"
-        return [
-            report
-            for finding in self.findings
-            if finding.outcome in outcomes
-            for report in _reports(
-                f"{finding.gate}[{'-'.join(finding.row or ('no row',))}]",
-                outcomes[finding.outcome],
-                f"{finding.outcome}: {finding}",
-            )
-        ]
+        reports = []
+        if self.note is not None:
+            outcome: ReportOutcome = "failed" if self._note_fails else "skipped"
+            reports += as_tests("gates", "baseline", outcome, self.note, counts=self._left_gates)
+        for finding in self.findings:
+            if finding.outcome in outcomes:
+                name = f"{finding.gate}[{'-'.join(finding.row or ('no row',))}]"
+                text = f"{finding.outcome}: {finding}"
+                reports += as_tests("gates", name, outcomes[finding.outcome], text)
+        return reports
+
+    @property
+    def _note_fails(self) -> bool:
+        return self.note is not None and (self._named or self._unjudged) and self._left_gates
+
+    @property
+    def _left_gates(self) -> bool:
+        """Whether the note is the reason why a gate was not judged."""
+        return bool(self._gates if self._unread else self._changes)
 
     @property
     def fails(self) -> bool:
         """Whether the run fails."""
-        if self.note is not None:
-            return (self._named or self._unjudged) and bool(self._gates)
-        if not self.findings:
-            return False
+        if self._note_fails or not self.findings:
+            return self._note_fails
         from mpscale.analysis.gates import FIRED, exit_code
 
         return exit_code(self.findings, self._settings.strict) == FIRED
@@ -225,7 +300,9 @@ class BaselineCheck:
         if self.note is not None:
             lines.append(self.note)
         if self.comparison is not None:
-            lines.append(f"against {self.comparison.baseline.shown}:")
+            from mpscale.report.comparison import models
+
+            lines += [f"against {self.comparison.baseline.shown}:", *models(self.comparison)]
         quiet = (Outcome.PASSED, Outcome.NOT_APPLICABLE)
         lines += [f"{finding.outcome}: {finding}" for finding in self.findings if finding.outcome not in quiet]
         if self.findings:
@@ -250,17 +327,50 @@ def _refused(text: str) -> pytest.UsageError:
     return pytest.UsageError(visible(text))
 
 
-def _reports(name: str, outcome: Literal["passed", "failed", "skipped"], text: str) -> list[pytest.TestReport]:
-    """Return the two reports of a test that has run: of its call, and of its end."""
+def as_tests(module: str, name: str, outcome: ReportOutcome, text: str, counts: bool = True) -> list[pytest.TestReport]:
+    """Return the two reports of a test that has run: of its call, and of its end.
+
+    Args:
+        module: of mpscale, in which the test would be.
+        name: of the test.
+        outcome: of its call.
+        text: why it failed or was skipped.
+        counts: whether pytest's last line counts it.
+    """
     name = on_one_line(name)
-    nodeid = f"mpscale/gates.py::{name}"
-    place = ("mpscale/gates.py", None, name)
+    place = (f"mpscale/{module}.py", None, name)
+    nodeid = f"{place[0]}::{name}"
     text = visible(text)
     why = {"passed": None, "failed": text, "skipped": (place[0], 0, text)}[outcome]
     return [
-        pytest.TestReport(nodeid, place, {}, outcome, why, "call"),
+        pytest.TestReport(nodeid, place, {}, outcome, why, "call", count_towards_summary=counts),
         pytest.TestReport(nodeid, place, {}, "passed", None, "teardown"),
     ]
+
+
+class InSummary:
+    """Makes pytest's last line tell, and colour, what failed besides tests.
+
+    It adds to pytest's counts after the section FAILURES, which is about tests, and before the short summary, which
+    names all that failed: mpscale's own section has the rest.
+
+    Args:
+        reports: see :func:`as_tests`.
+    """
+
+    def __init__(self, reports: Sequence[pytest.TestReport]) -> None:
+        self._reports = [each for each in reports if each.when == "call" and each.count_towards_summary]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Add what failed to the failures; what is unknown has a count of its own, which makes the line yellow."""
+        failed = [report for report in self._reports if report.outcome == "failed"]
+        unknown = [report for report in self._reports if report.outcome == "skipped"]
+        if failed:
+            terminalreporter.stats.setdefault("failed", []).extend(failed)
+        if unknown:
+            several = "gate" if len(unknown) == 1 else "gates"
+            terminalreporter.stats.setdefault(f"{several} could not tell", []).extend(unknown)
 
 
 def _next_repeat(run: Run, row: tuple[str, str]) -> int:

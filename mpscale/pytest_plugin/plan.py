@@ -195,6 +195,7 @@ class Plan:
         names = dict.fromkeys(case.workload for case in self.chosen if registry.is_own(case.workload))
         options.check_workloads(self._config, names, folders)
         self.own_workloads = {name: registry.source(name, folders) for name in names}
+        self._check_series()
         return self.chosen
 
     def notes(self, items: Sequence[pytest.Item]) -> list[str]:
@@ -206,6 +207,21 @@ class Plan:
             f"no workloads are named, so mpscale's own are trained, those of the preset {self._preset}; --mp-workloads "
             "names yours, and so does `workloads` of [tool.mpscale] in pyproject.toml"
         ]
+
+    def _check_series(self) -> None:
+        """Refuse two workloads of one series: later runs could not tell which of them a version belongs to."""
+        from mpscale.workloads import registry
+
+        owners: dict[str, str] = {}
+        for name in dict.fromkeys(case.workload for case in self.chosen):
+            if (series := registry.get(name).series) is None:
+                continue
+            if series in owners:
+                raise pytest.UsageError(
+                    f"the workloads {owners[series]} and {name} have the series {series!r}; give each one of its own, "
+                    "or run them apart"
+                )
+            owners[series] = name
 
     def selection(self) -> dict[str, Any]:
         """Return the workloads, modes, seeds and repeats that were chosen, and what sets single workloads apart."""

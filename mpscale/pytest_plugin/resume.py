@@ -21,8 +21,8 @@ from mpscale.terminal.streams import visible
 ARGUMENTS = pytest.StashKey[list[str]]()
 """All arguments of the session: of the command line, of pytest's settings and of its environment variable."""
 MAY_DIFFER = (
-    "--mp-baseline", "--mp-fail-on", "--mp-strict", "--mp-results", "--mp-benchmark-table", "--mp-timeout",
-    "--mp-retries", "--mp-gpu-retries", "--mp-cool-down", RESUME,
+    "--mp-baseline", "--mp-fail-on", "--mp-strict", "--mp-compare-by", "--mp-force", "--mp-results",
+    "--mp-benchmark-table", "--mp-timeout", "--mp-retries", "--mp-gpu-retries", "--mp-cool-down", RESUME,
 )  # fmt: skip
 """Options that change no figure: they judge the run, show it, say where it is, or how long a case may take."""
 

@@ -16,7 +16,7 @@ from mpscale.core import extras, stopping
 from mpscale.core.invocation import RESUME
 from mpscale.core.process import kill_living
 from mpscale.pytest_plugin import options, origin
-from mpscale.pytest_plugin.baseline import FILE, BaselineCheck
+from mpscale.pytest_plugin.baseline import FILE, BaselineCheck, InSummary, as_tests
 from mpscale.pytest_plugin.plan import CASE, PARAMETERS, Plan, check_use, shows_benchmark_table, shuffle_seed
 from mpscale.pytest_plugin.resume import Resumption, invocation
 from mpscale.pytest_plugin.so_far import SoFar
@@ -199,6 +199,8 @@ class Session:
         """Why no plan could be made. pytest only reports a UsageError as such if no collector raises it."""
         self._run: LiveRun | None = None
         self._finished: Run | None = None
+        self._judged = False
+        """Whether the gates were judged, or it is known why they could not be."""
         self._cleanup = contextlib.ExitStack()
         self._listening = contextlib.ExitStack()
         self._listens = False
@@ -272,6 +274,7 @@ class Session:
             check_use(self._config, plan, self._results)
             if self._turns is None:
                 before = None if self._resumption is None else self._resumption.path.name
+                self._check.check_rows([case.place for case in chosen])
                 self._check.open(self._results, plan.device, before)
             if self._resumption is not None and not self._config.option.collectonly:
                 self._run = self._start_run()
@@ -392,7 +395,7 @@ class Session:
                 self._finished = read_run(run.path)
                 run.troubles += self._finished.problems
                 write_reports(self._finished, to_csv(self._finished.records))
-                self._check.write(run.path)
+                self._check.write(self._finished)
         except Exception as error:
             # A report that fails must not stop pytest: the journal has all results.
             run.troubles.append(f"no report could be made of {run.path}: {_describe(error)}")
@@ -400,6 +403,7 @@ class Session:
             run.free()
         if run.troubles and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        self._tell_pytest(run.troubles)
 
     def _judge(self, run: LiveRun, exitstatus: int) -> int:
         """Return the exit status of the session, given the gates."""
@@ -411,19 +415,26 @@ class Session:
         except KeyboardInterrupt:
             self._check.note = "stopped while rows were measured again: no gate was judged"
             return pytest.ExitCode.INTERRUPTED
-        self._tell_junit()
+        self._judged = True
         return pytest.ExitCode.TESTS_FAILED if self._check.fails else exitstatus
 
-    def _tell_junit(self) -> None:
-        """Make the gates test cases of ``--junitxml``, whose file is written after this.
+    def _tell_pytest(self, troubles: Sequence[str]) -> None:
+        """Count gates and problems with the run's files in pytest's last line, and as test cases of ``--junitxml``.
 
-        Only there: the terminal shows them in its own way, and pytest counts tests.
+        The file is written after this. Other plug-ins are not told, since these are no tests.
+
+        Args:
+            troubles: why the session fails, even if its tests have passed.
         """
+        reports = self._check.reports() if self._judged else []
+        for trouble in troubles:
+            reports += as_tests("run", "files", "failed", trouble)
         plugins = self._config.pluginmanager
         others = [plugin for plugin in plugins.get_plugins() if type(plugin).__name__ != "LogXML"]
         log = plugins.subset_hook_caller("pytest_runtest_logreport", others)
-        for report in self._check.reports():
+        for report in reports:
             log(report=report)
+        plugins.register(InSummary(reports))
 
     def _settings_of(self, workload: str) -> Settings:
         """Return the settings of a workload of the run."""

@@ -6,9 +6,8 @@ import itertools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from string import ascii_uppercase
-from typing import Any
 
 from mpscale.analysis.change import SINGLE_RUN, Change
 from mpscale.analysis.compare import ComparedRow, Comparison, State
@@ -19,6 +18,7 @@ from mpscale.analysis.summary import Quality, Row, summary_of
 from mpscale.analysis.trainings import by_reason, overflow_unknown
 from mpscale.core.record import common, place_of
 from mpscale.core.runs import Run, hardware, machine_words
+from mpscale.report.comparison_data import COLUMNS, content, lines, why
 from mpscale.report.sections import doubts_note, final_metric, overflow_steps, speedup, step_time
 from mpscale.report.table import (
     DASH,
@@ -65,12 +65,6 @@ _MARKS = ("(a)", "(b)", "(c)", "(d)")
 _DIFFERENCES = 12
 """Most differences in the environment that are listed."""
 
-_COLUMNS = (
-    "baseline_run", "run", "workload", "mode", "state", "state_reason", "quantity", "unit", "baseline", "value",
-    "change", "low", "high", "noise_floor", "floor_runs", "detectable", "verdict", "verdict_reason",
-)  # fmt: skip
-"""Columns of the CSV."""
-
 
 def render(comparisons: Sequence[Comparison], findings: Sequence[Finding], output: str, surface: Surface = PIPE) -> str:
     """Show the comparisons of one baseline with one or more runs.
@@ -82,9 +76,9 @@ def render(comparisons: Sequence[Comparison], findings: Sequence[Finding], outpu
         surface: where a table will be shown.
     """
     if output == "csv":
-        return Table.of(_COLUMNS, (line for each in comparisons for line in _lines(each))).csv()
+        return Table.of(COLUMNS, (line for each in comparisons for line in lines(each))).csv()
     if output == "json":
-        return json_document("compare", _content(comparisons, findings))
+        return json_document("compare", content(comparisons, findings))
     shown = (part.markdown() if output == "markdown" else part.text(surface) for part in parts(comparisons, findings))
     return "\n\n".join(shown) + "\n"
 
@@ -146,12 +140,13 @@ def parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> Ite
     for comparison in comparisons:
         against = f"{names[id(comparison.other)]} against {names[id(comparison.baseline)]}"
         verdicts = {change.verdict for row in comparison.rows for change in row.changes.values()}
+        yield from _versions(comparison, against)
         if Verdict.NOT_COMPARABLE not in verdicts:
             yield from _verdicts(comparison, against)
         yield from _unpaired(comparison, against)
         yield from _environment(comparison, against)
     if findings:
-        yield _gates(findings, {run.name: names[id(run)] for run in runs})
+        yield gates_part(findings, {run.name: names[id(run)] for run in runs})
     if notes := unread(comparisons):
         yield Part("What could not be read", notes=notes)
 
@@ -161,13 +156,11 @@ def of_a_run(comparisons: Sequence[Comparison], findings: Sequence[Finding], not
 
     Args:
         comparisons: the run's, or none.
-        findings: results of the gates.
+        findings: results of the gates, of which some need no comparison.
         note: why no gate was judged.
         fails: whether the gates fail the run.
     """
-    none: dict[str, Any] = {"baseline": None, "baseline_name": None, "comparisons": [], "gates": []}
-    content = _content(comparisons, findings) if comparisons else none
-    return json_document("compare", {"fails": fails, "note": note, **content})
+    return json_document("compare", {"fails": fails, "note": note, **content(comparisons, findings)})
 
 
 def unread(comparisons: Sequence[Comparison]) -> list[str]:
@@ -176,6 +169,12 @@ def unread(comparisons: Sequence[Comparison]) -> list[str]:
     notes = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     others = [left_out for comparison in comparisons for left_out in comparison.floors.left_out]
     return list(dict.fromkeys([*notes, *(f"{folder} was left out: {reason}" for folder, reason in others)]))
+
+
+def models(comparison: Comparison) -> list[str]:
+    """Say what changed in the model of each workload, a sentence each; empty if none did."""
+    pairs = [row.pair for row in comparison.rows]
+    return list(dict.fromkeys(f"{pair.workload}: the model changed: {pair.said}" for pair in pairs if pair.versions))
 
 
 def _in_short(comparison: Comparison, names: dict[int, str]) -> str:
@@ -198,6 +197,8 @@ def _in_short(comparison: Comparison, names: dict[int, str]) -> str:
         parts.append("metric " + _numbers(metrics))
     if states:
         parts.append(_numbers(states))
+    if other := sum(bool(row.pair.versions) for row in rows):
+        parts.append(f"another version of the model in {plural(other, 'row')}")
     return f"{names[id(comparison.other)]} against {names[id(comparison.baseline)]}: {'; '.join(parts)}"
 
 
@@ -266,6 +267,27 @@ def _side_by_side(runs: Sequence[Run], names: dict[int, str]) -> Iterator[Part]:
     )
 
 
+def _versions(comparison: Comparison, against: str) -> Iterator[Part]:
+    """What changed in the models of rows that are compared all the same: once for all modes of which it is true."""
+    found: dict[tuple[str, str, str, str], list[str]] = {}
+    for pair in (row.pair for row in comparison.rows):
+        for one in pair.versions:
+            found.setdefault((pair.workload, one.what, one.before, one.after), []).append(pair.mode)
+    modes = {
+        workload: [row.pair.mode for row in comparison.rows if row.pair.workload == workload and row.pair.versions]
+        for workload, *_ in found
+    }
+    if found:
+        rows = [
+            [workload, "all" if of == modes[workload] else ", ".join(of), what, before or DASH, after or DASH]
+            for (workload, what, before, after), of in found.items()
+        ]
+        note = "The model changed, so a verdict on these rows is about the model as much as about the software."
+        yield Part(
+            f"{against}: what changed in the model", ["workload", "modes", "what", "before", "after"], rows, [note]
+        )
+
+
 def _verdicts(comparison: Comparison, against: str) -> Iterator[Part]:
     rows = [row for row in comparison.rows if row.pair.state is State.PAIRED]
     for name, cost in COSTS.items():
@@ -274,7 +296,7 @@ def _verdicts(comparison: Comparison, against: str) -> Iterator[Part]:
             yield Part(
                 f"{against}: {cost.title}",
                 ["workload", "mode", "before", "after", "change", "noise floor", "smallest visible", "verdict", "why"],
-                [[row.pair.workload, row.pair.mode, *_change_cells(change, cost.unit)] for row, change in changed],
+                [[row.pair.workload, row.pair.mode, *_change_cells(change, cost.unit, row)] for row, change in changed],
                 _noise(comparison, [change for _, change in changed]),
             ).with_reasons_below()
     trained = [(row, row.quality) for row in rows if row.quality is not None]
@@ -293,7 +315,7 @@ def _verdicts(comparison: Comparison, against: str) -> Iterator[Part]:
         )
 
 
-def _change_cells(found: Change, unit: str) -> list[str]:
+def _change_cells(found: Change, unit: str, row: ComparedRow) -> list[str]:
     floor, visible = (DASH if share is None else f"{share:.1%}" for share in (found.noise_floor, found.detectable))
     return [
         large(found.baseline, unit),
@@ -302,13 +324,12 @@ def _change_cells(found: Change, unit: str) -> list[str]:
         f"{floor}?" if found.floor_runs == 0 else floor,
         visible,
         _verdict(found.verdict),
-        _why(found),
+        "; ".join(filter(None, (why(found), _model(row)))),
     ]
 
 
-def _why(found: Change) -> str:
-    """Return the reason for a verdict and what was left out, or one of them if they are the same."""
-    return "; ".join(dict.fromkeys(filter(None, (found.reason, found.left_out))))
+def _model(row: ComparedRow) -> str:
+    return "the model changed" if row.pair.versions else ""
 
 
 def _noise(comparison: Comparison, changes: Sequence[Change]) -> list[str]:
@@ -336,7 +357,7 @@ def _quality_cells(quality: Quality, row: ComparedRow) -> list[str]:
     difference = DASH if found is None else metric_difference(found.mean, found.low, found.high, name)
     seeds = DASH if found is None else count(found.n)
     needed = f"{quality.seeds} seeds would decide" if quality.seeds else ""
-    more = "; ".join(filter(None, (needed, quality.why)))
+    more = "; ".join(filter(None, (needed, quality.why, _model(row))))
     return [difference, seeds, _verdict(quality.verdict), more]
 
 
@@ -374,78 +395,10 @@ def _environment(comparison: Comparison, against: str) -> Iterator[Part]:
         yield Part(title, ["", "before", "after"], found[:_DIFFERENCES], more)
 
 
-def _gates(findings: Sequence[Finding], letters: dict[str, str]) -> Part:
+def gates_part(findings: Sequence[Finding], letters: Mapping[str, str]) -> Part:
+    """What each gate found in each row, what fired first; ``letters`` has that of each run, by name."""
     rows = [
         [str(found.gate), found.outcome, letters[found.run], " ".join(found.row or ("no row",)), found.text]
         for found in sorted(findings, key=lambda found: found.outcome.rank)
     ]
     return Part("Gates", ["gate", "outcome", "run", "row", "what was found"], rows)
-
-
-def _lines(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    """Yield the lines of the CSV: one per quantity of a row, or a single one for a row that is not compared."""
-    for row in comparison.rows:
-        where = {
-            "baseline_run": comparison.baseline.name,
-            "run": comparison.other.name,
-            "workload": row.pair.workload,
-            "mode": row.pair.mode,
-            "state": row.pair.state,
-            "state_reason": row.pair.reason,
-        }
-        for values in list(_quantities(row)) or [{}]:
-            yield where | values
-
-
-def _quantities(row: ComparedRow) -> Iterator[dict[str, Any]]:
-    for name, found in row.changes.items():
-        more = {"unit": COSTS[name].unit, "value": found.other, "verdict_reason": _why(found) or None}
-        yield asdict(found) | more
-    if row.quality is not None:
-        difference = row.quality.difference
-        yield {
-            "quantity": "metric",
-            "change": difference and difference.mean,
-            "low": difference and difference.low,
-            "high": difference and difference.high,
-            "verdict": row.quality.verdict,
-            "verdict_reason": row.quality.why or None,
-        }
-    if row.overflow_rates != (None, None):
-        before, after = row.overflow_rates
-        yield {"quantity": "overflow_rate", "baseline": before, "value": after}
-
-
-def _content(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> dict[str, Any]:
-    return {
-        "baseline": comparisons[0].baseline.name,
-        "baseline_name": comparisons[0].baseline.given_name,
-        "comparisons": [
-            {
-                "run": comparison.other.name,
-                "name": comparison.other.given_name,
-                "same_device": comparison.same_device,
-                "in_turns": comparison.in_turns,
-                "floor_runs": comparison.floors.runs,
-                "hardware": dict(zip(("baseline", "run"), comparison.hardware, strict=True)),
-                "differences": [dict(zip(("name", "baseline", "run"), d, strict=True)) for d in comparison.differences],
-                "rows": [
-                    {
-                        "workload": row.pair.workload,
-                        "mode": row.pair.mode,
-                        "state": row.pair.state,
-                        "reason": row.pair.reason,
-                        "newly_failed": row.pair.newly_failed,
-                        "changes": {name: asdict(change) for name, change in row.changes.items()},
-                        "metric": row.quality and asdict(row.quality),
-                        "overflow_rate": dict(zip(("baseline", "run"), row.overflow_rates, strict=True)),
-                    }
-                    for row in comparison.rows
-                ],
-            }
-            for comparison in comparisons
-        ],
-        "gates": [
-            {"gate": str(f.gate), "run": f.run, "row": f.row, "outcome": f.outcome, "text": f.text} for f in findings
-        ],
-    }

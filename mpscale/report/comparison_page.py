@@ -21,7 +21,7 @@ from mpscale.core.columns import COLUMNS, MEASURED
 from mpscale.core.record import common, in_order_of_modes, of_good_trainings, place_of
 from mpscale.core.runs import Run, hardware, machine_words
 from mpscale.report import pieces
-from mpscale.report.comparison import compared_runs, parts
+from mpscale.report.comparison import compared_runs, models, parts
 from mpscale.report.page import shell
 from mpscale.report.pieces import Tone, bar, card, cards, marked, matrix, noted, span_of, text, tone_of, tone_of_overall
 from mpscale.report.table import DASH, change, listed, metric_difference, plural
@@ -218,6 +218,8 @@ def _weaknesses(comparison: Comparison) -> Iterator[str]:
     apart = list(dict.fromkeys(str(pair.reason) for pair in forced if _measured(pair)))
     if apart:
         yield f"rows are compared although they were measured in different ways: {listed(apart, 2)}"
+    if changed := models(comparison):
+        yield listed(changed, 2)
     changes = [row.changes["step_time"] for row in comparison.rows if "step_time" in row.changes]
     if not comparison.in_turns and comparison.same_device and any(found.floor_runs == 0 for found in changes):
         yield f"{SINGLE_RUN}: how much runs of this code differ is assumed, so only large changes are seen"
@@ -321,6 +323,8 @@ def _cell(row: ComparedRow, span: float) -> tuple[Tone, str]:
     if row.overflow_rates != (None, None):
         before, after = (DASH if rate is None else f"{rate:.2%}" for rate in row.overflow_rates)
         small.append(text(f"overflow {before}" if before == after else f"overflow {before} → {after}"))
+    if row.pair.versions and (lines or small):
+        small.append("another model")
     if not (lines or small):
         return Tone.UNKNOWN, f"<p>{text(row.pair.reason or 'nothing was measured')}</p>"
     lines += [f"<p>{line}</p>" for line in small]

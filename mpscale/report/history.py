@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpscale.analysis.history import History, Point, RunFacts, Series
 from mpscale.analysis.quantities import Quantity
+from mpscale.analysis.versions import in_words
 from mpscale.report.figures import (
     Dashes,
     check_suffix,
@@ -39,6 +40,7 @@ _SHORT = 7
 _COLUMNS = (
     "workload", "mode", "series", "series_key", "hardware", "run", "started", "finished", "quantity", "unit", "value",
     "low", "high", "n", "change", "change_low", "change_high", "git_commit", "git_dirty", "tensorflow", "reason",
+    "model_changes",
 )  # fmt: skip
 """Columns of the CSV."""
 
@@ -144,7 +146,8 @@ def shown_commit(run: RunFacts) -> str:
 
 
 def _note(point: Point) -> str:
-    notes = [point.reason] if point.reason else []
+    notes = [f"another version of the model: {said}"] if (said := in_words(point.versions)) else []
+    notes += [point.reason] if point.reason else []
     if not point.run.finished:
         notes.append("the run did not finish")
     return "; ".join(notes) or DASH
@@ -195,6 +198,7 @@ def _values(point: Point) -> dict[str, Any]:
         "git_dirty": point.run.dirty,
         "tensorflow": point.run.tensorflow,
         "reason": point.reason,
+        "model_changes": in_words(point.versions) or None,
     }
 
 
@@ -302,6 +306,8 @@ def _panel(
                 marker="o", markersize=11, markerfacecolor="none", markeredgecolor=look.colour,
                 gid=f"part-{number}-{which + 1}",
             )  # fmt: skip
+    for place in sorted({places[point.run.name] for one in members for point in one.points if point.versions}):
+        axes.axvline(place, color="#555555", linewidth=0.8, linestyle=":", zorder=1, gid=f"version-{number}-{place}")
     if measure.name == "speedup":
         axes.axhline(1.0, color="#555555", linewidth=0.8, zorder=1)
     axes.set_ylim(bottom, top)
@@ -353,6 +359,8 @@ def _caption(history: History) -> str:
         text += f" cut off at {_MOST_ABOVE} times the largest value."
     if any(point.is_incomplete for series in history.series for point in series.points):
         text += " In a ring: a value that lacks seeds or processes, or is no claim about speed; the table says why."
+    if any(point.versions for series in history.series for point in series.points):
+        text += " Dotted: another version of the model, from there on."
     return f"{text} Times are UTC. A gap in a line: no value."
 
 

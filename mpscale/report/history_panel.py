@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mpscale.analysis.history import Point, Series
 from mpscale.analysis.quantities import Quantity, Verdict
 from mpscale.analysis.stats import Between
+from mpscale.analysis.versions import in_words
 from mpscale.report.history import shown_change, shown_commit, shown_single, shown_value
 from mpscale.report.pieces import text, tone_of
 from mpscale.report.table import number, plural
@@ -112,6 +113,7 @@ def panel_svg(measure: Quantity, series: Series, steps: Sequence[Step], band: Ba
     else:
         parts += _bars(points, shown, x, y)
         dots = iter([len(points) - 1])
+    parts += [_version(x(place), point) for place, point in enumerate(points) if point.versions]
     marks = {step.place: step.verdict for step in steps}
     radius = 3.0 if len(points) <= 60 else 2.0
     for place in dots:
@@ -135,6 +137,8 @@ def said(measure: Quantity, series: Series, point: Point) -> str:
     facts = [when(point), point.run.shown, shown_commit(point.run), shown_value(measure, series, point)]
     if point.change is not None:
         facts.append(f"{shown_change(point)} against the value before")
+    if point.versions:
+        facts.append(f"another version of the model: {in_words(point.versions)}")
     if point.reason:
         facts.append(point.reason)
     return " · ".join(facts)
@@ -218,6 +222,13 @@ def _triangle(x: float, y: float, up: bool, tone: str, words: str) -> str:
     away = -9 if up else 9
     shape = f"M{x:.1f} {y + away / 2:.1f}l5 {-away}h-10z"
     return f'<path class="step {tone}" d="{shape}"><title>{text(words)}</title></path>'
+
+
+def _version(x: float, point: Point) -> str:
+    """A line from top to bottom where another version of the model begins."""
+    words = f"another version of the model: {in_words(point.versions)}"
+    line = f'<path class="axis" stroke-dasharray="2 2" d="M{x:.1f} {_TOP:g}V{_BOTTOM:g}">'
+    return f"{line}<title>{text(words)}</title></path>"
 
 
 def _dates(points: Sequence[Point]) -> str:

@@ -92,6 +92,7 @@ def write_site(
     results: Sequence[Path],
     title: str = "mpscale",
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+    by_name: bool = False,
 ) -> Site:
     """Write a site over the runs in ``runs/`` and ``reference/`` of some results folders.
 
@@ -104,6 +105,7 @@ def write_site(
         results: the results folders; if several have a run of the same name, the first counts.
         title: of the index.
         progress: is told how many of the runs are done, how many there are, and the name of the next.
+        by_name: see :func:`mpscale.analysis.compare.compare`.
 
     Raises:
         SiteError: the folder holds something else. It is left as it is.
@@ -112,7 +114,7 @@ def write_site(
     """
     site = SiteFolder(folder)
     runs, answers, broken = _read(results)
-    neighbours = Neighbours([run for _, run in runs])
+    neighbours = Neighbours([run for _, run in runs], by_name)
     slugs = _slugs([run.name for _, run in runs])
     entries = [
         _Entry(run, facts, answers[run.name], slugs[run.name], neighbours.before(run.name)) for facts, run in runs
@@ -227,7 +229,7 @@ def _write_history(site: SiteFolder, runs: Sequence[Run], neighbours: Neighbours
         if not any(record[column] is not None for run in runs for record in run.records):
             continue
         try:
-            histories.append(make_history(runs, quantity))
+            histories.append(make_history(runs, quantity, by_name=neighbours.by_name))
         except RunError:  # none of these figures counts
             continue
     if not histories:

@@ -38,6 +38,7 @@ _OF_A_METRIC = (
 """Columns that a workload without a metric does not have."""
 
 NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
+_NO_SERIES = Reason(Code.NOT_IN_WORKLOAD, "the workload names no series")
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,13 @@ def described(built: Built) -> Findings:
             "series_key": key,
             "batch_size": built.batch,
             "optimizer": type(built.optimizer).__name__,
+            "loss_name": models.name_of(workload.loss),
             "parameters": parameters,
             "synthetic_inputs": workload.synthetic,
             "has_metric": workload.metric is not None,
         }
     )
+    found.put("series", workload.series or _NO_SERIES)
     if workload.metric is None:
         found.miss(_OF_A_METRIC, _no_metric(workload))
         return found

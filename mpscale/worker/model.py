@@ -232,6 +232,13 @@ def described_object(value: Any) -> Any:
     return [described_object(type(value)), without_precision(config)]
 
 
+def name_of(value: Any) -> str:
+    """The name of a loss as people know it: the name itself, a function's, or the class of an instance."""
+    if isinstance(value, functools.partial):
+        return name_of(value.func)
+    return value if isinstance(value, str) else str(getattr(value, "__name__", type(value).__name__))
+
+
 def described_lambda(config: Any) -> Any:
     """A lambda from a Keras config. Its marshalled code varies between processes; its instructions do not."""
     try:

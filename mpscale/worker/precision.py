@@ -101,6 +101,7 @@ class Precision:
         operations = self._others + Counter(node.op for node, _ in self._products)
         found = Findings()
         for column, numbers, missing in (
+            ("layers", Counter(type(layer).__name__ for layer in self._layers), "the model has no layers"),
             ("layer_dtypes", self.layers, "the model has no layers"),
             ("product_dtypes", self.products, "the train step multiplies no matrices"),
             ("step_operations", operations, "the train step has none of the operations that are counted"),

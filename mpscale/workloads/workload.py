@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -22,6 +23,8 @@ Array = npt.NDArray[Any]
 
 _KINDS = "biufUS"
 """NumPy's kinds of dtype that can be trained on: booleans, integers, floats, and text for models that accept it."""
+
+_SERIES, _LONGEST_SERIES = re.compile(r"[A-Za-z0-9._-]+"), 100
 
 _CURES = {
     "DataFrame": "pass frame.to_numpy(dtype='float32')",
@@ -174,6 +177,7 @@ class Workload:
     margin: float | None = None
     synthetic: bool = False
     growth_interval: int | None = None
+    series: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not isinstance(self.summary, str):
@@ -182,6 +186,14 @@ class Workload:
             raise ValueError(
                 f"a workload's name must consist of letters, digits, dots and single dashes, not {self.name!r}"
             )
+        if self.series is not None:
+            if not isinstance(self.series, str):
+                raise TypeError(self._wrong("series", "text or None"))
+            if len(self.series) > _LONGEST_SERIES or not _SERIES.fullmatch(self.series):
+                raise ValueError(
+                    f"workload {self.name}: series must consist of letters, digits, dots, dashes and underscores, at "
+                    f"most {_LONGEST_SERIES}, not {self.series[:_LONGEST_SERIES]!r}"
+                )
         for field in ("model", "data"):
             if not callable(getattr(self, field)):
                 raise TypeError(self._wrong(field, "a function without arguments"))

@@ -160,7 +160,9 @@ def test_a_row_that_failed_in_the_baseline_is_not_skipped(tmp_path, gate):
     before = run_of(tmp_path, *fp32, *trainings("mixed-dynamic", ("oom",) * 5), name="before")
     after = run_of(tmp_path, *fp32, *trainings("mixed-dynamic", GOOD, **known), name="after")
     outcomes = {f.row[1]: f.outcome for f in judge_gates(compare(before, after), parse_gates([gate]))}
-    assert outcomes == {"mixed-static": "passed", "mixed-dynamic": "cannot-tell"}
+    # The overflow rate is about the run alone.
+    judged = "passed" if gate.startswith("overflow") else "cannot-tell"
+    assert outcomes == {"mixed-static": "passed", "mixed-dynamic": judged}
 
 
 @pytest.mark.parametrize(

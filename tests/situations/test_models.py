@@ -97,6 +97,20 @@ def loss_of_outputs(labels, outputs):
     return float(keras.ops.mean(keras.losses.sparse_categorical_crossentropy(labels, outputs, from_logits=True)))
 
 
+@pytest.mark.parametrize(
+    ("loss", "series", "named"),
+    [(SPARSE, None, "SparseCategoricalCrossentropy"),
+     (functools.partial(sparse_cross_entropy), "s", "sparse_cross_entropy")],
+)  # fmt: skip
+def test_a_row_says_in_words_what_its_model_is(loss, series, named):
+    outcome = train(workload(MODELS["dropout"], lambda: DATA, loss=loss, series=series), "mixed-bf16", train_steps=1)
+    record = outcome.record
+    assert (record["layers"], record["loss_name"], record["series"]) == ("Dense 2, Dropout 1", named, series)
+    assert (series is None) == (outcome.missed.get("series") is not None)
+    # The key has the digest all the same.
+    assert record["workload_digest"].removeprefix("sha256:") in record["series_key"]
+
+
 def test_logged_loss_includes_losses_that_the_model_adds():
     """Here the regularizer is most of the loss."""
     outcome = train(workload(MODELS["a kernel regularizer"], lambda: DATA), train_steps=1)

@@ -28,7 +28,8 @@ def test_more_work_in_the_step_is_measured_again_and_fails_the_run(run_suite, ba
     assert "2 and 4 processes" in done.output
     assert "cannot-tell: metric: suite_workloads:laboured fp32: inconclusive: +0 over 1 seed" in done.output
     assert [record["status"] for record in done.run.records] == ["ok"] * 6
-    assert "2 passed" in done.output
+    assert "1 failed, 2 passed, 1 gate could not tell" in done.output
+    assert "FAILED mpscale/gates.py::step_time>100%[suite_workloads:laboured-fp32]" in done.output
     suite = ElementTree.parse(tmp_path / "junit.xml").getroot()[0]
     gates = {
         each.get("name"): list(each) for each in suite.iter("testcase") if each.get("classname") == "mpscale.gates"
