@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mpscale import __version__
-from mpscale.cli import comparing, completion, fitting, listing, probing, reading, running, site
+from mpscale.cli import comparing, completion, fitting, listing, merging, probing, reading, running, site
 from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
 from mpscale.config import SettingsError
 from mpscale.core import extras, stopping
@@ -105,6 +105,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
         reading.doctor_arguments,
         reading.doctor,
     ),
+    "merge": ("make one run of the parts that several machines have run", merging.merge_arguments, merging.merge),
     "report": ("make the tables and the report of a run again", reading.report_arguments, reading.report),
     "list": ("list runs, and how they went", listing.list_arguments, listing.list_runs),
     "open": ("open the report of a run in the browser", listing.open_arguments, listing.open_report),

@@ -86,6 +86,7 @@ class Journal:
         cases: the plan.
         interleaved: the other run, if two take turns.
         invocation: how the run was started, to go on with it; its ``folder`` is an absolute path.
+        shard: which part of a plan it is, if it is one.
 
     Raises:
         OSError: the folder cannot be written. Nothing has been measured then.
@@ -100,6 +101,7 @@ class Journal:
         cases: list[Case],
         interleaved: Mapping[str, Any] | None = None,
         invocation: Mapping[str, Any] | None = None,
+        shard: Mapping[str, Any] | None = None,
     ) -> None:
         started, path = new_folder(results / "runs", device_slug)
         name = path.name
@@ -116,6 +118,8 @@ class Journal:
             info["invocation"] = {**invocation, "folder": os.path.relpath(invocation["folder"], path)}
         if interleaved is not None:
             info["interleaved"] = dict(interleaved)
+        if shard is not None:
+            info["shard"] = dict(shard)
         self._begin(path, info, [_line("run_started", run=name)], {}, None)
         self._write_anew()
 

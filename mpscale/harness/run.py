@@ -238,6 +238,7 @@ class BenchmarkRun:
                 self._cases,
                 self._options.interleaved,
                 self._options.invocation,
+                self._options.shard,
             )
             self._hold(journal)
         assert self._journal is not None

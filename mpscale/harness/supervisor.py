@@ -80,6 +80,7 @@ class Options:
         interleaved: for run.json, the run with which this one is interleaved; None if there is none.
         invocation: for run.json, how the run was started; None if nobody can go on with it.
         memory_limit_mib: resident memory of a worker above which it is killed and the case is ``oom``.
+        shard: for run.json, the part of a plan that this run has; None if it has the whole.
     """
 
     results: Path
@@ -95,6 +96,7 @@ class Options:
     interleaved: Mapping[str, Any] | None = None
     invocation: Mapping[str, Any] | None = None
     memory_limit_mib: float | None = None
+    shard: Mapping[str, Any] | None = None
 
 
 @dataclass

@@ -31,6 +31,7 @@ from mpscale.core.case import Settings
 from mpscale.core.device import Device
 from mpscale.core.loss_scale import RULES, parse_number
 from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, default_modes, select_modes
+from mpscale.core.shard import Shard, Share
 from mpscale.terminal.streams import as_typed
 
 if TYPE_CHECKING:
@@ -99,6 +100,14 @@ def _add_selection(add: Add) -> None:
         metavar="N",
         help="for each workload and mode, add N processes that only measure step times, for narrower intervals "
         f"(default: 0; 1 for the large workloads of the preset {GPU_PRESET})",
+    )
+    add(
+        "--mp-shard",
+        type=_checked(Shard.parse),
+        metavar="I/N",
+        help="run only part I of N of the cases, such as 2/3, so that several machines share them: sessions with the "
+        "same options and each I from 1 to N run every case once, with all modes of a workload and seed on one "
+        "machine; `mpscale merge` makes one run of theirs (default: all cases)",
     )
 
 
@@ -341,6 +350,7 @@ def run_options(
     selected: Mapping[str, Any],
     interleaved: Mapping[str, Any] | None,
     invocation: Mapping[str, Any] | None = None,
+    share: Share | None = None,
 ) -> Options:
     """Return how the run is made.
 
@@ -350,6 +360,7 @@ def run_options(
         selected: workloads, modes, seeds and repeats; for run.json.
         interleaved: with which run it is interleaved, if with any; for run.json.
         invocation: how the session was started; for run.json.
+        share: the part of a plan that it has, if there are several; for run.json.
     """
     from mpscale.harness.supervisor import Options
 
@@ -381,6 +392,7 @@ def run_options(
         keep_suspect=option("mp_keep_suspect"),
         interleaved=interleaved,
         invocation=invocation,
+        shard=None if share is None else share.to_json(),
     )
 
 
