@@ -382,7 +382,9 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
 def _started(run: Run) -> datetime | None:
     try:
         found = datetime.fromisoformat(str(run.info.get("started")))
-        return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+        found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+        # A name has four digits for the year, and something is added.
+        return found if 1000 <= found.year < 9999 else None
     except (ValueError, OverflowError):
         return None
 

@@ -49,6 +49,9 @@ def sentences(run: Run) -> Iterator[str]:
             "times, memory and energy of a row are over all of their machines, which are of one kind; an interval also "
             "holds how much these machines differ."
         )
+        if len(ratios := _against_the_others(run)) > 1:
+            slowest = max(ratios.values()) / min(ratios.values())
+            yield f"Steps of the slowest part took {slowest:.2f} times as long as those of the fastest."
     missing = found.get("missing_parts")
     numbers = [number for number in missing if type(number) is int] if isinstance(missing, list) else []
     if numbers:
