@@ -7,8 +7,10 @@ from pathlib import Path
 
 from mpscale.cli import completion
 from mpscale.cli.output import OK, RESULTS, say, warn
-from mpscale.config import RUN, add_results_option
+from mpscale.config import add_results_option
 from mpscale.terminal.streams import visible
+
+_RUN = "what to merge: name of a run or its first characters, its folder, or `latest`"
 
 
 def merge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +20,7 @@ def merge_arguments(parser: argparse.ArgumentParser) -> None:
         "are. Refused is what would make figures wrong: other versions, settings or devices, a case twice, parts of "
         "different plans, and missing parts. Exit code: 0 merged, 2 refused."
     )
-    runs = parser.add_argument("runs", nargs="+", metavar="RUN", help=f"what to merge: {RUN}")
+    runs = parser.add_argument("runs", nargs="+", metavar="RUN", help=_RUN)
     completion.completed_by(runs, completion.runs)
     add_results_option(parser.add_argument, default=RESULTS)
     parser.add_argument(

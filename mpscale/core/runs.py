@@ -460,12 +460,10 @@ def hardware(run: Run) -> dict[str, Any]:
     A run that was merged from different devices has no costs, and its machine is all of them.
     """
     if run.merged:
-        known = (
-            _known(run, "device") or [run.device.get("kind")],
-            _known(run, "device_name") or [run.device.get("name")],
-        )
-        kind, name = (" and ".join(sorted(str(value) for value in values if value)) or None for values in known)
-        return machine(kind, name, run.environment)
+        kind = _known(run, "device") or [run.device.get("kind")]
+        names = _known(run, "device_name") or [run.device.get("name")]
+        both = (" and ".join(sorted(str(value) for value in found if value)) or None for found in (kind, names))
+        return machine(*both, run.environment)
     kind, name = (_one_device(run, column) for column in ("device", "device_name"))
     return machine(run.device.get("kind") or kind, run.device.get("name") or name, run.environment)
 
