@@ -459,12 +459,10 @@ def hardware(run: Run) -> dict[str, Any]:
 
     A run that was merged from different devices has no costs, and its machine is all of them.
     """
-    if run.merged:
-        kind = _known(run, "device") or [run.device.get("kind")]
-        names = _known(run, "device_name") or [run.device.get("name")]
-        both = (" and ".join(sorted(str(value) for value in found if value)) or None for found in (kind, names))
-        return machine(*both, run.environment)
-    kind, name = (_one_device(run, column) for column in ("device", "device_name"))
+    found = _joined if run.merged else _one_device
+    kind, name = (found(run, column) for column in ("device", "device_name"))
+    if run.merged and kind and name:
+        return machine(kind, name, run.environment)
     return machine(run.device.get("kind") or kind, run.device.get("name") or name, run.environment)
 
 
@@ -473,6 +471,10 @@ def _one_device(run: Run, column: str) -> str | None:
     if len(known) > 1:
         raise RunError(f"{run.path}: holds cases of {known[0]} and of {known[1]}; compare runs of one device each")
     return known[0] if known else None
+
+
+def _joined(run: Run, column: str) -> str | None:
+    return " and ".join(sorted(map(str, _known(run, column)))) or None
 
 
 def _known(run: Run, column: str) -> list[str]:

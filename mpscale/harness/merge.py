@@ -190,8 +190,8 @@ class Merger:
         row = event.get("record")
         if not isinstance(row, dict):
             return event
-        reasons = row.get("unavailable") if isinstance(row.get("unavailable"), dict) else {}
-        told = {**reasons, **dict.fromkeys(sorted(COSTS), _ELSEWHERE.to_json())}
+        reasons = row.get("unavailable")
+        told = {**(reasons if isinstance(reasons, dict) else {}), **dict.fromkeys(sorted(COSTS), _ELSEWHERE.to_json())}
         kept = {name: value for name, value in row.items() if name not in COSTS}
         return {**event, "record": {**kept, "unavailable": told}, "step_s": [], "phases": {}}
 
