@@ -16,11 +16,10 @@ from typing import Any
 
 from mpscale.core.journal import read_journal
 from mpscale.core.reading import INFO, JOURNAL, SAMPLES, STEPS, Content, RunError, read_bytes
-from mpscale.core.record import to_csv
-from mpscale.core.run_folder import gpu_path, steps_path, write_cases
+from mpscale.core.run_folder import gpu_path, steps_path
 from mpscale.core.run_lock import RunIsHeld, RunLock
-from mpscale.core.runs import read_info, read_run
-from mpscale.core.writing import replacing, write
+from mpscale.core.runs import read_info
+from mpscale.core.writing import replacing, write, write_new
 from mpscale.harness.merge import LINK, Merger, Part
 
 _BEGUN = re.compile(r"\.merging-[0-9a-f]{16}")
@@ -82,11 +81,10 @@ def _write(merger: Merger, folder: Path) -> str:
             if path.is_symlink():
                 raise RunError(f"{path}: {LINK}")
             if path.exists():  # a timing-only process has no steps
-                write(target, read_bytes(path, kind), root=folder)
+                write_new(target, read_bytes(path, kind), root=folder)
     write(folder / "run.json", content)
-    # As its readers will: a run that none can read must not appear.
+    # As its readers will, and as they have read the journal: a run that none can read must not appear.
     read_info(folder / "run.json")
-    write_cases(folder, to_csv(read_run(folder).records))
     return name
 
 

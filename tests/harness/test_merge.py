@@ -269,11 +269,12 @@ def test_a_pipe_in_place_of_a_file_is_an_error(parts, results, name):
     assert content(results) == before
 
 
-@pytest.mark.parametrize("place", ["write_cases", "read_info", "_write_journal"])
+@pytest.mark.parametrize("place", ["write", "write_new", "read_info", "_write_journal"])
 def test_a_merge_that_fails_or_is_interrupted_leaves_nothing(parts, results, monkeypatch, place):
     def stop(*_):
         raise KeyboardInterrupt
 
+    write_steps(parts[0], PLAN[0], "step,loss,loss_scale,overflow\n0,1.5,,0\n")
     monkeypatch.setattr(merged_folder, place, stop)
     before = content(results)
     with pytest.raises(KeyboardInterrupt):
