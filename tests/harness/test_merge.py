@@ -271,7 +271,7 @@ def test_a_pipe_in_place_of_a_file_is_an_error(parts, results, name):
 
 @pytest.mark.parametrize("place", ["write", "write_new", "read_info", "_write_journal"])
 def test_a_merge_that_fails_or_is_interrupted_leaves_nothing(parts, results, monkeypatch, place):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     write_steps(parts[0], PLAN[0], "step,loss,loss_scale,overflow\n0,1.5,,0\n")
