@@ -145,14 +145,16 @@ def test_real_trainings_divided_and_merged_equal_those_that_nobody_divided(bash,
         # Sessions shuffle the modes of a seed.
         return sorted(found, key=lambda row: (row["seed"], row["repeat"], row["mode"]))
 
+    def filled(run):
+        # Whether the short windows of this test show a share of the host's time is chance.
+        return {name for record in run.records for name in record.to_json() if not name.startswith("host_")}
+
     assert rows(merged) == rows(undivided)
     assert [(r["seed"], r["repeat"]) for r in merged.records] == [(r["seed"], r["repeat"]) for r in undivided.records]
     for record in undivided.records:
         if record["repeat"] == 0:
             assert merged.step_columns(record["case_id"]) == undivided.step_columns(record["case_id"])
-    assert {name for row in merged.records for name in row.to_json()} == {
-        name for row in undivided.records for name in row.to_json()
-    }
+    assert filled(merged) == filled(undivided)
     assert (two / "report.html").is_file() and "merged from 2 runs" in (tmp_path / "summary.md").read_text()
     assert json.loads((two / "run.json").read_text())["merged"]["missing_parts"] == []
     compared = subprocess.run(
