@@ -189,7 +189,9 @@ def test_every_command_prints_json_of_one_shape(project, capsys, arguments, key)
     assert found[key]
 
 
-@pytest.mark.parametrize("arguments", [("report", "no"), ("history", "no"), ("open", "no"), ("compare", "no", "no")])
+@pytest.mark.parametrize(
+    "arguments", [("report", "no"), ("history", "no"), ("open", "no"), ("compare", "no", "no"), ("merge", "no")]
+)
 def test_errors_are_told_in_a_line_even_with_json(project, capsys, arguments):
     assert main([*arguments, "--json"]) == 2
     out, err = capsys.readouterr()
@@ -203,6 +205,7 @@ def test_errors_are_told_in_a_line_even_with_json(project, capsys, arguments):
         ("mpscale hi", ["history"]),
         ("mpscale compare --thr", ["--threshold"]),
         ("mpscale compare 2026", [NAME]),
+        ("mpscale merge 2026", [NAME]),
         ("mpscale run --mp-resume 2026", [NAME]),
         ("mpscale run --mp-res", ["--mp-resume"]),
         ("mpscale probe article", ["article-mlp"]),

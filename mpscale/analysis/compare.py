@@ -195,6 +195,12 @@ def compare(
     Raises:
         NotComparable: the runs were measured in different ways; not with ``force``.
     """
+    if baseline.name != other.name and baseline.origins & other.origins and not force:
+        raise NotComparable(
+            f"{baseline.name} and {other.name} hold the same measurements, since one was merged from the other or from "
+            "the same runs; compare with a run that was measured at another time",
+            only_models=False,
+        )
     pairs = pair_rows(baseline, other, force, by_name)
     machines = hardware(baseline), hardware(other)
     same = same_machine(*machines)
@@ -290,7 +296,7 @@ def compare_all(
 
 def floors_for(baseline: Run, other: Run, results: Path | None = None) -> Floors:
     """How much runs of the baseline's code differ, without the run to be judged."""
-    return floors_of(baseline, results, leave_out=(other.name,))
+    return floors_of(baseline, results, leave_out=tuple(other.origins))
 
 
 def pair_rows(baseline: Run, other: Run, force: bool = False, by_name: bool = False) -> list[Pair]:

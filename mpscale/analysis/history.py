@@ -17,7 +17,7 @@ from mpscale.analysis.versions import ANY, ModelChange, model_changes, series_na
 from mpscale.core.case import SeriesKey
 from mpscale.core.naming import with_id
 from mpscale.core.record import Key, Record, grouped, in_order_of_modes
-from mpscale.core.runs import MAKE_ONE, Run, RunError, hardware, read_run
+from mpscale.core.runs import MAKE_ONE, Run, RunError, hardware, read_run, without_parts
 
 _TIME_IN_NAME = re.compile(r"\d{8}T\d{6}Z")
 
@@ -148,7 +148,7 @@ def read_folder(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]]]:
 
 
 def read_what_can_be(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]]]:
-    """As :func:`read_folder`, but it is no error if every run is broken.
+    """As :func:`read_folder`, but it is no error if every run is broken. Of a merged run and its parts, only it counts.
 
     Raises:
         RunError: there is no run.
@@ -170,7 +170,7 @@ def read_what_can_be(results_dir: Path) -> tuple[list[Run], list[tuple[str, str]
             skipped.append((str(folder), str(error)))
         else:
             runs.setdefault(run.name, run)
-    return list(runs.values()), skipped
+    return without_parts(runs.values()), skipped
 
 
 def make_history(

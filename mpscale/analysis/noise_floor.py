@@ -109,6 +109,8 @@ def runs_of_the_same_code(
         folders += [(results / kept).resolve() for kept in ("runs", "reference")]
     infos = {path.parent.name: path for folder in dict.fromkeys(folders) for path in folder.glob("*/run.json")}
     found = {baseline.name: baseline}
+    # What a run was merged from holds the same measurements: as two runs they would not differ at all.
+    taken = {*baseline.origins, *leave_out}
     for name in (folder.name for folder in reversed(by_age(path.parent for path in infos.values()))):
         if len(found) >= MOST_RUNS:
             break
@@ -118,6 +120,8 @@ def runs_of_the_same_code(
         try:
             # Most runs are of other code, and run.json alone shows that.
             info = Run(folder, name, read_info(infos[name]), [], False)
+            if info.origins & taken:
+                continue
             same_method = baseline.info.get("method_version") == info.info.get("method_version")
             if not same_method or not same_hardware(baseline, info) or environment_differences(baseline, info):
                 continue
@@ -128,6 +132,7 @@ def runs_of_the_same_code(
             continue
         if run.finished:
             found[name] = run
+            taken |= run.origins
     by_path = {run.path: run for run in found.values()}
     return [by_path[path] for path in by_age(by_path)]
 

@@ -13,7 +13,19 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mpscale import __version__
-from mpscale.cli import comparing, completion, fitting, listing, naming, probing, reading, running, site, starting
+from mpscale.cli import (
+    comparing,
+    completion,
+    fitting,
+    listing,
+    merging,
+    naming,
+    probing,
+    reading,
+    running,
+    site,
+    starting,
+)
 from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail, take_results_of_the_project
 from mpscale.config import SettingsError
 from mpscale.core import extras, stopping
@@ -107,6 +119,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
         reading.doctor_arguments,
         reading.doctor,
     ),
+    "merge": ("make one run of the parts that several machines have run", merging.merge_arguments, merging.merge),
     "report": ("make the tables and the report of a run again", reading.report_arguments, reading.report),
     "list": ("list runs, and how they went", listing.list_arguments, listing.list_runs),
     "open": ("open the report of a run in the browser", listing.open_arguments, listing.open_report),

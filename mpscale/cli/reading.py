@@ -249,7 +249,7 @@ def history_arguments(parser: argparse.ArgumentParser) -> None:
 
 def history(options: argparse.Namespace) -> int:
     from mpscale.analysis.history import make_history, read_folder
-    from mpscale.core.runs import read_run, resolve_run
+    from mpscale.core.runs import read_run, resolve_run, without_parts
     from mpscale.report.figures import FigureError, check_suffix
     from mpscale.report.history import draw_history, render
 
@@ -260,7 +260,7 @@ def history(options: argparse.Namespace) -> int:
     except FigureError as error:
         return fail(str(error))
     if options.runs:
-        runs = [read_run(resolve_run(name, options.results)) for name in options.runs]
+        runs = without_parts(read_run(resolve_run(name, options.results)) for name in options.runs)
     else:
         runs, broken = read_folder(options.results)
     by_name = load(Path.cwd()).override(compare_by=options.compare_by).compare_by == "name"

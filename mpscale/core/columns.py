@@ -306,7 +306,7 @@ SECTIONS: tuple[Section, ...] = (
             _known("swept_scale", "float", "", _SWEPT_SCALE, _ONE_SCALE, special=Format.LOSS_SCALE, positive=True),
             _known("seed", "int", "", "seed of the initial weights and of the order of the data"),
             _known("repeat", "int", "", "0: trained to the end, then timed; above 0: a process that only times"),
-            _known("order", "int", "", "place in the run, from 0; modes of a seed run next to each other, in shuffled order"),
+            _known("order", "int", "", "place in the run, from 0, or in the part of a merged run; modes of a seed run next to each other, in shuffled order"),
             _known("attempts", "int", "", "how often the case was started; the row is of the last attempt"),
             _measured("series_key", "str", "", "workload, its digest, mode, settings and method version: rows of different runs can be compared if it is equal", "the workload was never built"),
             _measured("series", "str", "", "the workload's `series`: rows with the same one are compared although digest or batch differ, and what differs is told", "the workload names none, a run of an older mpscale, or the workload was never built"),

@@ -87,6 +87,7 @@ class Journal:
         interleaved: the other run, if two take turns.
         invocation: how the run was started, to go on with it; its ``folder`` is an absolute path.
         named: its name and note, as far as it was given them; see :mod:`mpscale.core.naming`.
+        shard: which part of a plan it is, if it is one.
 
     Raises:
         OSError: the folder cannot be written. Nothing has been measured then.
@@ -102,6 +103,7 @@ class Journal:
         interleaved: Mapping[str, Any] | None = None,
         invocation: Mapping[str, Any] | None = None,
         named: Mapping[str, str] | None = None,
+        shard: Mapping[str, Any] | None = None,
     ) -> None:
         started, path = new_folder(results / "runs", device_slug)
         name = path.name
@@ -119,6 +121,8 @@ class Journal:
             info["invocation"] = {**invocation, "folder": os.path.relpath(invocation["folder"], path)}
         if interleaved is not None:
             info["interleaved"] = dict(interleaved)
+        if shard is not None:
+            info["shard"] = dict(shard)
         self._begin(path, info, [_line("run_started", run=name)], {}, None)
         self._write_anew()
 

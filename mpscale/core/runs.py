@@ -130,6 +130,21 @@ class Run:
         return device if isinstance(device, dict) else {}
 
     @property
+    def merged(self) -> list[dict[str, Any]]:
+        """What `mpscale merge` made the run of, in order; empty for a run that a session made.
+
+        Each has the name of a run under ``run``, and may have ``started``, ``shard``, ``environment`` and ``cases``.
+        """
+        found = self.info.get("merged")
+        parts = found.get("parts") if isinstance(found, dict) else None
+        return [one for one in parts if isinstance(one, dict)] if isinstance(parts, list) else []
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """Names of the runs that hold its measurements: its own, and those of what it was merged from."""
+        return frozenset([self.name, *(str(part.get("run")) for part in self.merged)])
+
+    @property
     def not_started(self) -> list[str]:
         """Ids of cases that were planned but are not in the journal."""
         return [case_id for case_id in self.info.get("planned", []) if case_id not in self._case_ids]
@@ -327,6 +342,8 @@ _PARTS: dict[tuple[str, ...], type] = {
     ("run",): str,
     ("started",): str,
     ("settings",): dict,
+    ("shard",): dict,
+    ("merged",): dict,
     ("interleaved",): dict,
     ("environment",): dict,
     ("environment", "device"): dict,
@@ -463,17 +480,43 @@ def _no_runs(results_dir: str | Path) -> str:
     return f"there is no run in {Path(results_dir) / 'runs'}; {MAKE_ONE}"
 
 
+def without_parts(runs: Iterable[Run]) -> list[Run]:
+    """Leave out runs that another of them was merged from: their measurements would count twice."""
+    runs = list(runs)
+    of_parts = {name: run for run in runs if run.merged for name in run.origins - {run.name}}
+
+    def is_within(run: Run) -> bool:
+        whole = of_parts.get(run.name)
+        return whole is not None and run._case_ids.keys() <= whole._case_ids.keys()
+
+    return [run for run in runs if not is_within(run)]
+
+
 def hardware(run: Run) -> dict[str, Any]:
-    """The facts that identify the machine of a run, as far as they are known."""
-    kind, name = (_one_device(run, column) for column in ("device", "device_name"))
+    """The facts that identify the machine of a run, as far as they are known.
+
+    A run that was merged from different devices has no costs, and its machine is all of them.
+    """
+    found = _joined if run.merged else _one_device
+    kind, name = (found(run, column) for column in ("device", "device_name"))
+    if run.merged and kind and name:
+        return machine(kind, name, run.environment)
     return machine(run.device.get("kind") or kind, run.device.get("name") or name, run.environment)
 
 
 def _one_device(run: Run, column: str) -> str | None:
-    known = list(dict.fromkeys(record[column] for record in run.records if record[column] is not None))
+    known = _known(run, column)
     if len(known) > 1:
         raise RunError(f"{run.path}: holds cases of {known[0]} and of {known[1]}; compare runs of one device each")
     return known[0] if known else None
+
+
+def _joined(run: Run, column: str) -> str | None:
+    return " and ".join(sorted(map(str, _known(run, column)))) or None
+
+
+def _known(run: Run, column: str) -> list[str]:
+    return list(dict.fromkeys(record[column] for record in run.records if record[column] is not None))
 
 
 def machine(kind: str | None, name: str | None, environment: Mapping[str, Any]) -> dict[str, Any]:

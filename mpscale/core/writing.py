@@ -77,6 +77,23 @@ def write(path: Path, content: str | bytes, root: Path | None = None) -> None:
         file.write(_bytes(content))
 
 
+def write_new(path: Path, content: bytes, root: Path) -> None:
+    """Write a file that is not there yet, into a folder that nobody reads before it is whole.
+
+    :func:`write` looks for leftovers and waits for the disk each time, which takes minutes for ten thousand files.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        root: as in :func:`replacing`.
+
+    Raises:
+        OSError: the file cannot be written, or is there; ``filename`` is its path.
+    """
+    with _named(path), _opened(path, root) as folder, open(_new(path.name, folder), "wb") as file:
+        file.write(content)
+
+
 def write_named(path: Path, content: str | bytes) -> None:
     """Write a file that the user has named, whole or not at all.
 
@@ -189,11 +206,15 @@ def _opened(path: Path, root: Path | None, make: bool = True) -> Iterator[int]:
         os.close(folder)
 
 
+def _new(name: str, folder: int) -> int:
+    return os.open(name, _NEW_FILE, 0o666, dir_fd=folder)
+
+
 def _new_file(folder: int, name: str) -> tuple[str, IO[bytes]]:
     """Make a file with a name of its own, and lock it, which says that somebody writes it."""
     while True:
         partial = f".{name[:40]}.{secrets.token_hex(8)}.mpscale-partial"
-        file = os.open(partial, _NEW_FILE, 0o666, dir_fd=folder)
+        file = _new(partial, folder)
         with contextlib.suppress(OSError):  # some network drives have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file).st_nlink:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ _FREE_VARIABLES = ("CI", *(vendor.visible for vendor in VENDORS.values()))
 """Recorded variables that may differ: the device that they select is compared itself."""
 _WRITTEN = ("journal.jsonl", "run.json", "steps", "gpu")
 """What a run that goes on adds to."""
-_FREE_SETTINGS = (
+FREE_SETTINGS = (
     "preset_reason", "workloads", "modes", "seeds", "repeats", "left_out", "set_apart", "timeout_s", "given_by",
 )  # fmt: skip
 """Settings that follow from others, or from the tests that were chosen; the cases themselves are compared."""
@@ -68,6 +68,8 @@ def refuse_other_versions(run: Run) -> None:
         raise RunError(f"{RESUME}: {run.path} is not in a folder runs/, so it is kept as it is: make a run of your own")
     if "interleaved" in info:
         raise RunError(f"{RESUME}: {name} was made by `mpscale ab`, whose two runs take turns: neither can go on alone")
+    if run.merged:
+        raise RunError(f"{RESUME}: {name} was merged; go on with the run that lacks something, then merge again")
     for what, here in (("schema_version", SCHEMA_VERSION), ("method_version", METHOD_VERSION)):
         if info.get(what) != here:
             words = what.replace("_", " ")
@@ -111,9 +113,16 @@ def resume(path: Path, chosen: Sequence[Case], device: Device, driver: Driver, o
         run = read_run(path)
         here = environment(device, driver, options.project)
         told = _Told.read(path)
+        asked = json.loads(json.dumps(options.asked))
         if differing := [
-            *_environments(run.environment, here, device),
-            *_settings(run.info["settings"], options.asked),
+            *_machines(run.environment, here, device),
+            *(
+                f"{what} is {now}, and was {then}"
+                for what, now, then in (
+                    *software_differences(here, run.environment),
+                    *settings_differences(asked, run.info["settings"], asked["workloads"]),
+                )
+            ),
         ]:
             raise RunError(
                 f"{RESUME}: {path.name} cannot go on here, because not everything is the same: {'; '.join(differing)}"
@@ -146,35 +155,52 @@ def with_allocator(options: Options, settled: Sequence[Record]) -> Options:
     return dataclasses.replace(options, gpu_allocator=known.pop())
 
 
-def _environments(there: Mapping[str, Any], here: Mapping[str, Any], device: Device) -> Iterator[str]:
-    """Yield what decides on figures and is not the same."""
+def _machines(there: Mapping[str, Any], here: Mapping[str, Any], device: Device) -> Iterator[str]:
+    """Say that the machine is another one."""
     known = _dict(there.get("device"))
     ours = machine(device.kind, device.name, here)
     theirs = machine(known.get("kind"), known.get("name"), there)
     if not same_machine(theirs, ours):
         yield f"the machine is {machine_words(ours)}, and was {machine_words(theirs)}"
-    packages = [_dict(side.get("packages")) for side in (here, there)]
+
+
+Difference = tuple[str, str, str]
+"""What is not the same, and its two values in words."""
+
+
+def software_differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> Iterator[Difference]:
+    """Yield the versions and variables of two environments, as in run.json, that decide on figures and differ."""
+    packages = [_dict(side.get("packages")) for side in (one, two)]
     for name in sorted({*packages[0], *packages[1]}):
-        now, then = (side.get(name) for side in packages)
-        if now != then and (name in _DECIDING_PACKAGES or name.startswith(("tensorflow-", "tf-"))):
-            yield f"{name} is {now or 'missing'}, and was {then or 'missing'}"
-    variables = [_dict(side.get("variables")) for side in (here, there)]
+        values = [side.get(name) for side in packages]
+        if values[0] != values[1] and (name in _DECIDING_PACKAGES or name.startswith(("tensorflow-", "tf-"))):
+            yield name, str(values[0] or "missing"), str(values[1] or "missing")
+    variables = [_dict(side.get("variables")) for side in (one, two)]
     for name in sorted({*variables[0], *variables[1]} - {*_FREE_VARIABLES}):
-        now, then = (side.get(name) for side in variables)
-        if now != then:
-            yield f"the environment variable {name} is {_value(now)}, and was {_value(then)}"
+        values = [side.get(name) for side in variables]
+        if values[0] != values[1]:
+            yield f"the environment variable {name}", _value(values[0]), _value(values[1])
 
 
-def _settings(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
-    here = json.loads(json.dumps(asked))
-    for name in dict.fromkeys([*here, *there]):
-        if name not in _FREE_SETTINGS and here.get(name) != there.get(name):
-            yield f"the setting {name} is {_value(here.get(name))}, and was {_value(there.get(name))}"
-    own = [_dict(side.get("set_apart")) for side in (here, there)]
-    for workload in here["workloads"]:
-        now, then = (side.get(workload) for side in own)
-        if now != then:
-            yield f"the settings of {workload} alone are {_value(now)}, and were {_value(then)}"
+def settings_differences(
+    one: Mapping[str, Any], two: Mapping[str, Any], workloads: Iterable[str], free: Sequence[str] = FREE_SETTINGS
+) -> Iterator[Difference]:
+    """Yield the settings of two runs, as in run.json, that decide on figures and differ.
+
+    Args:
+        one: the settings of a run.
+        two: those of the other.
+        workloads: whose own settings count.
+        free: settings that may differ.
+    """
+    for name in dict.fromkeys([*one, *two]):
+        if name not in free and one.get(name) != two.get(name):
+            yield f"the setting {name}", _value(one.get(name)), _value(two.get(name))
+    own = [_dict(side.get("set_apart")) for side in (one, two)]
+    for workload in workloads:
+        values = [side.get(workload) for side in own]
+        if values[0] != values[1]:
+            yield f"what is set for {workload} alone", _value(values[0]), _value(values[1])
 
 
 def _dict(found: Any) -> Mapping[str, Any]:

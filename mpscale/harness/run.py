@@ -239,6 +239,7 @@ class BenchmarkRun:
                 self._options.interleaved,
                 self._options.invocation,
                 self._options.named,
+                self._options.shard,
             )
             self._hold(journal)
         assert self._journal is not None

@@ -81,6 +81,7 @@ class Options:
         invocation: for run.json, how the run was started; None if nobody can go on with it.
         named: for run.json, name and note of the run, as far as it has them.
         memory_limit_mib: resident memory of a worker above which it is killed and the case is ``oom``.
+        shard: for run.json, the part of a plan that this run has; None if it has the whole.
     """
 
     results: Path
@@ -97,6 +98,7 @@ class Options:
     invocation: Mapping[str, Any] | None = None
     named: Mapping[str, str] | None = None
     memory_limit_mib: float | None = None
+    shard: Mapping[str, Any] | None = None
 
 
 @dataclass

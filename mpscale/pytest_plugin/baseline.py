@@ -57,11 +57,18 @@ class BaselineCheck:
 
     def __init__(self, config: pytest.Config) -> None:
         option = config.getoption
+        self._is_part = option("mp_shard") is not None
         self._named = option("mp_baseline") is not None
         """Whether the user named the baseline for this run, and not in a file that is shared with other machines."""
         self._gates: list[Gate] = []
         self._threshold: float | None = None
         self._force = bool(option("mp_force"))
+        if self._is_part and (self._named or option("mp_fail_on")):
+            given = "--mp-baseline" if self._named else "--mp-fail-on"
+            raise _refused(
+                f"{given} does not go with --mp-shard: a part has too few seeds for a verdict, and lacks rows; run the "
+                "parts without it, then `mpscale merge` them, then `mpscale compare BASELINE RUN --fail-on ...`"
+            )
         try:
             self._settings = project.load(config.rootpath).override(
                 baseline=option("mp_baseline") or None,
@@ -134,6 +141,9 @@ class BaselineCheck:
             pytest.UsageError: the baseline cannot be used.
         """
         if self._settings.baseline is None and not self._settings.fail_on:
+            return
+        if self._is_part:
+            self.note = "a part of a plan is not compared with its baseline: merge the parts, and compare that run"
             return
         from mpscale.core import runs
         from mpscale.core.columns import METHOD_VERSION

@@ -15,6 +15,7 @@ from mpscale.core.device import Device
 from mpscale.core.loss_scale import RULES
 from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, default_modes, select_modes
 from mpscale.core.naming import NAME, NOTE, note_of, run_name
+from mpscale.core.shard import Shard, Share
 from mpscale.presets import DEFAULT_PRESET, GPU_PRESET, GPU_PRESET_GB, PRESETS, Apart, Preset, preset_for
 from mpscale.pytest_plugin import option_types as types
 from mpscale.pytest_plugin import origin
@@ -69,6 +70,14 @@ def _add_selection(add: Add) -> None:
         metavar="N",
         help="for each workload and mode, add N processes that only measure step times, for narrower intervals "
         f"(default: 0; 1 for the large workloads of the preset {GPU_PRESET})",
+    )
+    add(
+        "--mp-shard",
+        type=types.checked(Shard.parse),
+        metavar="I/N",
+        help="run only part I of N of the cases, such as 2/3, so that several machines share them: sessions with the "
+        "same options and each I from 1 to N run every case once, with all modes of a workload and seed on one "
+        "machine; `mpscale merge` makes one run of theirs (default: all cases)",
     )
 
 
@@ -324,6 +333,7 @@ def run_options(
     selected: Mapping[str, Any],
     interleaved: Mapping[str, Any] | None,
     invocation: Mapping[str, Any] | None = None,
+    share: Share | None = None,
 ) -> Options:
     """Return how the run is made.
 
@@ -333,6 +343,7 @@ def run_options(
         selected: workloads, modes, seeds and repeats; for run.json.
         interleaved: with which run it is interleaved, if with any; for run.json.
         invocation: how the session was started; for run.json.
+        share: the part of a plan that it has, if there are several; for run.json.
     """
     from mpscale.harness.supervisor import Options
 
@@ -369,6 +380,7 @@ def run_options(
         interleaved=interleaved,
         invocation=invocation,
         named={key: text for key in (NAME, NOTE) if (text := option(f"mp_{key}"))},
+        shard=None if share is None else share.to_json(),
     )
 
 

@@ -16,6 +16,7 @@ import mpscale
 from mpscale.config import why_not_writable
 from mpscale.core.case import Case, plan
 from mpscale.core.device import find_device
+from mpscale.core.shard import Shard, Share
 from mpscale.pytest_plugin import options, origin
 
 if TYPE_CHECKING:
@@ -112,6 +113,10 @@ class Plan:
         self.parameter_names = (*PARAMETERS, VARIANT) if any(case.variant.parts() for case in cases) else PARAMETERS
         """The parameters of the tests."""
         self._cases = {self._parameters(case): case for case in cases}
+        # A run that goes on has its part already.
+        self._shard: Shard | None = None if planned is not None else config.getoption("mp_shard")
+        self.share: Share | None = None
+        """The part of the cases that this session has, if it has one part of several."""
         self.chosen: list[Case] = []
         self.tests: set[str] = set()
         """Node ids of the tests that measure a chosen case."""
@@ -148,6 +153,11 @@ class Plan:
         return cases
 
     @property
+    def is_empty(self) -> bool:
+        """Whether the session has a part of the plan that has no case."""
+        return self.share is not None and not self.share.own()
+
+    @property
     def on_gpu(self) -> bool:
         """Whether the cases run on a GPU."""
         return self.device.kind == "gpu"
@@ -175,6 +185,20 @@ class Plan:
                 item.add_marker(pytest.mark.benchmark(**marks), append=False)
         for place, item in zip(places, sorted(ours, key=lambda item: item.stash[CASE].order), strict=True):
             items[place] = item
+
+    def deal(self, items: list[pytest.Item]) -> None:
+        """Leave out tests whose case belongs to another part of the plan, if the session has one part of several.
+
+        This comes after -k and -m, so that what they have chosen is dealt evenly.
+        """
+        cases = {item.stash[CASE].order: item.stash[CASE].named for item in items if CASE in item.stash}
+        if self._shard is None or not cases:
+            return
+        self.share = Share.of_plan([cases[order] for order in sorted(cases)], self._shard)
+        own = self.share.own()
+        others = [item for item in items if CASE in item.stash and item.stash[CASE].id not in own]
+        items[:] = [item for item in items if CASE not in item.stash or item.stash[CASE].id in own]
+        self._config.hook.pytest_deselected(items=others)
 
     def choose(self, items: list[pytest.Item]) -> list[Case]:
         """Return the cases left after -k, -m and the like, and look up the user's own workloads among them.

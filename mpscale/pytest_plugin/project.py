@@ -33,8 +33,8 @@ from mpscale.terminal.streams import visible
 
 _PREFIX = "--mp-"
 _FLAG = Written("true or false")
-_OF_ONE_RUN = ("resume", "name", "note")
-"""Options that name a run, and so are no settings of a project."""
+_OF_ONE_RUN = ("resume", "name", "note", "shard")
+"""Options that belong to one run, and so are no settings of a project."""
 _OF_A_MACHINE = ("cores",)
 """People share the file but not the machine: such a value must not stop sessions that measure nothing."""
 

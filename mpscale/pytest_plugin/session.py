@@ -263,6 +263,7 @@ class Session:
         """Give each test its case, in the planned order."""
         if self._plan is not None:
             self._plan.prepare(items)
+            self._plan.deal(items)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Choose the cases, and refuse what cannot work before anything runs."""
@@ -289,10 +290,12 @@ class Session:
         """Say what the project sets, which preset was chosen unless it is the usual one, and what will surprise."""
         plan = self._plan
         # pytest may ask before the cases are chosen.
-        if plan is None or not any(CASE in item.stash for item in items):
+        if plan is None or not (plan.share is not None or any(CASE in item.stash for item in items)):
             return []
         told = self._config.option.collectonly or (plan.on_gpu and self._config.getoption("mp_preset") is None)
-        lines = [*origin.told(self._config), *([plan.preset] if told else []), *plan.left_out, *plan.notes(items)]
+        part = [] if plan.share is None else [plan.share.words()]
+        preset = [plan.preset] if told else []
+        lines = [*origin.told(self._config), *preset, *plan.left_out, *plan.notes(items), *part]
         return [self.output.printable(visible(f"mpscale: {line}")) for line in lines]
 
     def run(self, case: Case) -> Outcome:
@@ -326,7 +329,7 @@ class Session:
         interleaved = None if self._turns is None else self._turns.entry
         plan = self._plan
         started = invocation(self._config)
-        how = options.run_options(self._config, self._results, plan.selection(), interleaved, started)
+        how = options.run_options(self._config, self._results, plan.selection(), interleaved, started, plan.share)
         if self._resumption is None:
             return LiveRun(plan, how, self.output)
         from mpscale.core.reading import RunError
@@ -373,6 +376,9 @@ class Session:
                     self._turns.end(None if path is None else str(path))
             if self._run is not None:
                 self._end(self._run, session, exitstatus)
+            elif exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self._plan is not None and self._plan.is_empty:
+                # A part without cases has done what it should. Else its job of a matrix would fail.
+                session.exitstatus = pytest.ExitCode.OK
         finally:
             self._cleanup.close()
 

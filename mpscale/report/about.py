@@ -43,7 +43,7 @@ def _fact(value: Any) -> str:
 
 
 def device_kind(run: Run) -> str | None:
-    """Return ``cpu`` or ``gpu``; None if neither run.json nor a record has it."""
+    """Return ``cpu`` or ``gpu``; None if neither run.json nor a record has it. A merged run may have both."""
     return _of_device(run, "kind", "device")
 
 
@@ -54,4 +54,6 @@ def device_name(run: Run) -> str | None:
 
 def _of_device(run: Run, key: str, column: str) -> str | None:
     known = (value for value in (run.device.get(key), *(record[column] for record in run.records)) if value is not None)
+    if run.merged:
+        return " and ".join(dict.fromkeys(map(str, known))) or None
     return next(map(str, known), None)

@@ -9,7 +9,7 @@ from mpscale.analysis.noise_floor import NO_FLOORS, Floors
 from mpscale.analysis.probe import Kept
 from mpscale.analysis.summary import summary_of
 from mpscale.core.runs import Run
-from mpscale.report import costs, probe_tables, sections, sweep, trouble
+from mpscale.report import costs, merged, probe_tables, sections, sweep, trouble
 from mpscale.report.about import facts, when
 from mpscale.report.findings import findings
 from mpscale.report.first_screen import Screen, first_screen, markdown
@@ -101,6 +101,7 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
         Section("GPU state while steps were timed", [costs.gpu_state(run)], group="GPU while steps were timed"),
         Section("Metric of each seed", [sections.by_seed(run)], folded=True),
         Section("How to read this", [how_to_read(run)]),
+        Section("Parts", [merged.parts(run)], sentences=True),
         Section("Environment", [facts(run.info.get("environment"))], folded=True, sentences=True),
         Section("Settings", [facts(run.info.get("settings"))], folded=True, sentences=True),
         Section("Missing values", [trouble.missing(run)], folded=True, sentences=True),

@@ -10,7 +10,7 @@ from mpscale.analysis.answer import Advice, Answer, Cell, Effect, Weakness, Wort
 from mpscale.analysis.quantities import Verdict
 from mpscale.core.record import place_of
 from mpscale.core.runs import Run
-from mpscale.report import trouble
+from mpscale.report import merged, trouble
 from mpscale.report.advice import code_of, measure_again
 from mpscale.report.cell import chips, quality_line, ratio_text, speed_word, times
 from mpscale.report.figures import Picture
@@ -200,7 +200,8 @@ def _facts(run: Run, answer: Answer) -> list[str]:
     if counts:
         low, high = min(counts), max(counts)
         facts.append(f"{plural(high, 'process')} a row" if low == high else f"{low} to {high} processes a row")
-    return [*facts, run.shown]
+    part = merged.in_short(run)
+    return [*facts, *([part] if part else []), run.shown]
 
 
 def _times(ratios: Sequence[float]) -> str:

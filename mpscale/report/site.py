@@ -12,7 +12,7 @@ from mpscale.analysis.neighbours import Neighbours
 from mpscale.analysis.overall import overall_of
 from mpscale.analysis.quantities import QUANTITIES, Verdict
 from mpscale.core.record import place_of
-from mpscale.core.runs import Run, RunError, hardware, machine_words
+from mpscale.core.runs import Run, RunError, hardware, machine_words, without_parts
 from mpscale.report import pieces
 from mpscale.report.cell import quality_line, ratio_text, speed_word
 from mpscale.report.comparison_page import comparison_page, headline
@@ -165,7 +165,8 @@ def _read(
                 broken.append((str(run.path), str(error)))
             else:
                 runs.append(run)
-    return oldest_first(runs), answers, broken
+    # The parts of a run may be in another results folder than it.
+    return oldest_first(without_parts(runs)), answers, broken
 
 
 def _slugs(names: Sequence[str]) -> dict[str, str]:

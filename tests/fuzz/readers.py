@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,20 @@ def probe(data: bytes, folder: Path) -> None:
     section(probes_of(read_run(_run(folder))))
 
 
+def part(data: bytes, folder: Path) -> None:
+    """run.json of a run that is merged."""
+    from mpscale.harness.merge import Merger
+    from mpscale.harness.merged_folder import write_merged
+
+    run = _run(folder)
+    (run / "run.json").write_bytes(data)
+    merged = write_merged(Merger.of([run], allow_missing=True, accuracy_only=True), folder / "merged")
+    try:
+        _use(merged)
+    finally:
+        shutil.rmtree(merged)
+
+
 def settings(data: bytes, folder: Path) -> None:
     """[tool.mpscale] in pyproject.toml."""
     from mpscale.pytest_plugin.project import read
@@ -117,11 +132,13 @@ def _use(path: Path) -> None:
     from mpscale.analysis.summary import summary_csv, summary_of
     from mpscale.core.record import to_csv
     from mpscale.core.runs import environment_facts, hardware, read_run
+    from mpscale.report import merged
     from mpscale.report.first_screen import first_screen, plain
     from mpscale.report.missing import go_on, interruptions
 
     run = read_run(path)
     about = (plain(first_screen(run)), go_on(run, path.parent), *interruptions(run), *run.problems)
+    about += (*merged.sentences(run), merged.parts(run).markdown())
     for text in (to_csv(run.records), summary_csv(summary_of(run)), *about):
         text.encode()
     hardware(run), environment_facts(run), run.not_started, run.waiting, run.methods
@@ -134,7 +151,7 @@ def _write_packed(path: Path, data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes, Path], None]] = {
-    each.__name__: each for each in (journal, info, cases, steps, samples, probe, settings, site)
+    each.__name__: each for each in (journal, info, part, cases, steps, samples, probe, settings, site)
 }
 
 
@@ -145,6 +162,7 @@ def seeds(target: str) -> Iterable[bytes]:
         for path in {
             "journal": [run / "journal.jsonl"],
             "info": [run / "run.json"],
+            "part": [run / "run.json"],
             "cases": [run / "cases.csv"],
             "steps": sorted(run.glob("steps/*"))[:2],
             "samples": sorted(run.glob("gpu/*"))[:2],
@@ -165,6 +183,13 @@ def seeds(target: str) -> Iterable[bytes]:
         advice = {"verdict": "helps", "scale": 1024.0, "largest": 0.5}
         facts = {"finished": True, "problem": None, "workload_digest": digest, "advice": advice}
         yield json.dumps({**facts, "vanish_share": share, "scaled_vanish_share": share}).encode()
+    if target in ("info", "part"):
+        info = json.loads((runs[0] / "run.json").read_text())
+        info["planned"] = info["planned"][:3]
+        shard = {"part": 1, "of": 2, "plan": info["planned"]}
+        yield json.dumps({**info, "shard": shard}).encode()
+        one = {"run": "a", "started": info["started"], "shard": shard, "cases": info["planned"], "environment": {}}
+        yield json.dumps({**info, "merged": {"parts": [one, one], "missing_parts": [2]}}).encode()
     if target == "settings":
         yield b'[tool.mpscale]\nbaseline = "latest"\nfail-on = ["step_time>5%"]\nstrict = true\nthreshold = "5%"\n'
         yield b'[tool.mpscale]\nworkloads = ["a:b"]\nbatch-size = [1, 2]\ndynamic-scale = { initial = 4 }\njit = "on"\n'

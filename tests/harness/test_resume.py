@@ -222,7 +222,7 @@ def test_another_environment_is_refused_by_what_differs(whole, trainings, tmp_pa
         (dataclasses.replace(CPU, kind="gpu", name="H100"), {}, "the machine is H100 (gpu), and was Test CPU (cpu)"),
         (CPU, {"jit": False}, "the setting jit is false, and was true"),
         (CPU, {"train_steps": 7}, "the setting train_steps is 7, and was not set"),
-        (CPU, {"set_apart": {"toy": {"autotune": "shared"}}}, "the settings of toy alone are"),
+        (CPU, {"set_apart": {"toy": {"autotune": "shared"}}}, "what is set for toy alone is"),
     ],
 )
 def test_another_device_or_setting_is_refused_by_what_differs(whole, tmp_path, device, asked, said):

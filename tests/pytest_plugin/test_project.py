@@ -14,7 +14,7 @@ from mpscale.config import SettingsError, results_folder
 from mpscale.pytest_plugin import project
 from mpscale.pytest_plugin.options import add_options
 
-OF_ONE_RUN = {"resume", "name", "note"}
+OF_ONE_RUN = {"resume", "name", "note", "shard"}
 
 
 def registered():
