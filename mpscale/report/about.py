@@ -55,3 +55,8 @@ def device_name(run: Run) -> str | None:
 def _of_device(run: Run, key: str, column: str) -> str | None:
     known = (value for value in (run.device.get(key), *(record[column] for record in run.records)) if value is not None)
     return next(map(str, known), None)
+
+
+def without_xla(refused: str | None) -> str:
+    """Say that a trial ran without XLA, and what XLA refused, as a sentence to append; empty if it refused nothing."""
+    return "" if refused is None else f"\n\nXLA was not used, because it cannot compile {escape(refused)}."
