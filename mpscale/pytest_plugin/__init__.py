@@ -98,7 +98,8 @@ class MeasuredCase:
         """Give pytest-benchmark the step times of another attempt, made after the test; return why that failed."""
         record, failed = outcome.record, _fails(self.case, outcome.record)
         if benchmark.stats is not None:  # it is None if pytest-benchmark was disabled, or the test had failed
-            # Without any, pytest-benchmark leaves the test out of its table and files.
+            # Without times it leaves the test out of its table, and with an error out of its files.
+            benchmark.has_error = failed
             benchmark.stats.stats = times = type(benchmark.stats.stats)()
             for seconds in [] if failed else outcome.step_s or [0.0]:
                 times.update(seconds)
