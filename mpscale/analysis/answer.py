@@ -427,8 +427,8 @@ def _counted(
     for doubt, weakness in _OF_DOUBT.items():
         yield weakness, sum(doubt in cell.doubts for cell in serious)
     yield Weakness.TWO_LEVELS, sum(row["two_level_processes"] for row in rows)
-    timed = [record for record in run.records if record["step_time_ms_median"] is not None]
-    yield Weakness.WITHOUT_XLA, int({(one["device"], one["jit"]) for one in timed} == {("gpu", False)})
+    timed = [cell.row for cell in serious if cell.row["step_time_ms"] is not None]
+    yield Weakness.WITHOUT_XLA, sum(row["device"] == "gpu" and row["jit"] is False for row in timed)
     yield from Counter(_why_unjudged(cell.row) for cell in serious if cell.quality is Verdict.INCONCLUSIVE).items()
     yield Weakness.NO_METRIC, len({cell.row["workload"] for cell in serious if cell.row["has_metric"] is False})
     yield from Counter(

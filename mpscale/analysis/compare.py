@@ -389,6 +389,8 @@ def _pair(
                 reason = _apart(without_model(keys[0]), without_model(keys[1]))
             else:
                 reason = _apart(*keys, told=[change for change in versions if change is not UNSAID])
+        if reason and (refused := _refused(measured_before, measured_after)):
+            reason += f" ({refused})"
         state = State.NOT_COMPARABLE if reason and not force else State.PAIRED
     waiting = (_waiting(baseline, before[0].place if before else place), _waiting(other, place))
     known = (baseline.plan_known, other.plan_known)
@@ -406,6 +408,16 @@ def _why_not(cases: Sequence[Record], place: Place, run: Run) -> str:
     if cases:
         return "; ".join(dict.fromkeys(f"{case['status']}: {case['status_reason']}" for case in cases))
     return NOT_STARTED if _waiting(run, place) else NO_SUCH_ROW
+
+
+def _refused(before: Sequence[Record], after: Sequence[Record]) -> str | None:
+    """What XLA refused in one of two runs and not in the other."""
+    if {case["jit"] for case in before} == {case["jit"] for case in after}:
+        return None
+    for cases, where in ((before, "the baseline"), (after, "the other run")):
+        if what := next((case["xla_refused"] for case in cases if case["xla_refused"] is not None), None):
+            return f"in {where} XLA cannot compile {what}"
+    return None
 
 
 def _series(cases: Sequence[Record], run: Run) -> str | None:

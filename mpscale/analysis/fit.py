@@ -61,6 +61,8 @@ class Fit:
         tries: so far, in order.
         ends: how the search of a mode has ended: None if it found the limit, otherwise why it did not. A mode whose
             search has not ended is missing.
+        xla_refused: what XLA cannot compile, because of which all modes are tried without it; None if it compiles them
+            or was off.
     """
 
     workload: str
@@ -69,6 +71,7 @@ class Fit:
     limit_mib: float | None
     tries: list[Try] = field(default_factory=list)
     ends: dict[str, Reason | None] = field(default_factory=dict)
+    xla_refused: str | None = None
 
     @property
     def baseline(self) -> str | None:

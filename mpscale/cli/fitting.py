@@ -101,10 +101,14 @@ def _search(
         line.add(visible(report.line(each)))
         report.write(folder, fit, about)
 
+    def fall_back(what: str) -> None:
+        line.add(visible(f"XLA cannot compile {what}: {options.workload} is tried without XLA, in all modes"))
+
     question = fitting.Question(workload.batch_size, options.max_batch, settings)
     interrupted = False
     try:
-        fitting.Fitter(fit, question, Supervisor(device, driver, how, show), tried).run()
+        runner = Supervisor(device, driver, how, show)
+        fitting.Fitter(fit, question, runner, tried, fall_back if options.jit == "auto" else None).run()
     except KeyboardInterrupt:
         interrupted = True
     line.update("")

@@ -105,9 +105,14 @@ def _look(options: argparse.Namespace, workload: Workload, device: Device, drive
             case Looked():
                 line.add(report.line(probing.note(probe, event)))
 
+    def fall_back(what: str) -> None:
+        line.add(visible(f"XLA cannot compile {what}: {options.workload} is trained without XLA"))
+        about["xla_refused"] = what
+
     interrupted = False
+    runner = Supervisor(device, driver, supervisor_options(options), show)
     try:
-        probing.run(probe, settings, options.seed, Supervisor(device, driver, supervisor_options(options), show))
+        probing.run(probe, settings, options.seed, runner, fall_back if options.jit == "auto" else None)
     except KeyboardInterrupt:
         interrupted = True
     line.update("")

@@ -30,7 +30,10 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
 def add_training_options(parser: argparse.ArgumentParser, what: str) -> None:
     """Add the options that say how to train and where the result goes; ``what`` has the time limit."""
     parser.add_argument(
-        "--jit", choices=("auto", "on", "off"), default="auto", help="compile train steps with XLA (default: auto: on)"
+        "--jit",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compile train steps with XLA; auto: without, if XLA cannot compile them (default: auto)",
     )
     parser.add_argument(
         "--timeout", type=seconds, default=900.0, metavar="SECONDS", help=f"time limit for {what} (default: 900)"

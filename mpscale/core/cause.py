@@ -35,10 +35,12 @@ class Cause(StrEnum):
     OUT_OF_MEMORY = "out-of-memory", "an allocation failed, or the run's memory limit was exceeded", False
     LIMIT = "limit", "it used more CPU time, or wrote a larger file, than the system allows it (ulimit)", False
     TIMEOUT = "timeout", "it did not finish in time", False
+    XLA_REFUSED = "xla-refused", "XLA cannot compile an operation of its train step or its evaluation", False
     OTHER_TRAINING = "other-training", "it did not train the same as the other modes of its seed", False
     OTHER_PRECISION = "other-precision", "it did not compute in the precision of its mode", False
     BAD_RECORD = "bad-record", "a value does not belong in its column", False
 
+    OTHER_COMPILER = "other-compiler", "XLA compiled it and refused another case of its workload", True
     STOPPED = "stopped", "the user, or whoever runs the job, ended the run", True
     NO_END = "no-end", "the journal has no result: the run was killed, or is still going on", True
     UNREADABLE = "unreadable", "its line in the journal cannot be read", True

@@ -133,30 +133,47 @@ class Fitter:
         question: what is searched for.
         runner: runs them.
         tried: called after each.
+        fall_back: called with what XLA refuses, if it does: all modes are then searched without XLA, and tries with it
+            are forgotten. None: such a try fails.
     """
 
-    def __init__(self, fit: Fit, question: Question, runner: Runner, tried: Callable[[Try], None]) -> None:
+    def __init__(
+        self,
+        fit: Fit,
+        question: Question,
+        runner: Runner,
+        tried: Callable[[Try], None],
+        fall_back: Callable[[str], None] | None = None,
+    ) -> None:
         self._fit, self._question, self._runner, self._tried = fit, question, runner, tried
+        self._fall_back = fall_back
         self._lost: Reason | None = None
 
     def run(self) -> None:
         """Search all modes. After an exception, such as the user's interrupt, ``fit`` holds what is known."""
-        start = self._question.start
         try:
-            for mode in self._fit.modes:
-                self._fit.ends[mode] = search(partial(self._try, mode), start, self._question.most)
-                largest = self._fit.largest(mode)
-                start = start if largest is None else largest.batch
+            try:
+                self._search()
+            except _Refused:
+                self._search()
         finally:
             self._runner.close()
+
+    def _search(self) -> None:
+        start = self._question.start
+        for mode in self._fit.modes:
+            self._fit.ends[mode] = search(partial(self._try, mode), start, self._question.most)
+            largest = self._fit.largest(mode)
+            start = start if largest is None else largest.batch
 
     def _try(self, mode: str, batch: int) -> tuple[Verdict, Reason | None]:
         if self._lost is not None:
             return Verdict.FAILED, self._lost
         case = Case(self._fit.workload, mode, 0, 1, len(self._fit.tries), self._settings(batch))
-        outcome = attempt(self._runner, case)
+        outcome = attempt(self._runner, case, self._go_on_without_xla if self._fall_back else None)
         if outcome.record.cause is Cause.GPU_LOST:
             self._lost = Reason(Code.GPU_LOST, f"the GPU was lost when {mode} tried a batch of {batch:,}")
+        outcome.record.update({"xla_refused": self._fit.xla_refused or outcome.record["xla_refused"]})
         explain(outcome.record, case)
         trained = self._fit.largest(mode)
         verdict, reason = judge(outcome, trained_smaller=trained is not None and trained.batch < batch)
@@ -165,5 +182,20 @@ class Fitter:
         self._tried(this)
         return verdict, reason
 
+    def _go_on_without_xla(self, what: str) -> None:
+        """Note what XLA refuses; if there are tries with XLA, raise :class:`_Refused`, since all have to be alike."""
+        assert self._fall_back is not None
+        self._fit.xla_refused = what
+        self._fall_back(what)
+        if self._fit.tries:
+            self._fit.tries.clear()
+            self._fit.ends.clear()
+            raise _Refused
+
     def _settings(self, batch: int) -> Settings:
-        return replace(self._question.settings, batch_size=batch)
+        jit = self._question.settings.jit and self._fit.xla_refused is None
+        return replace(self._question.settings, batch_size=batch, jit=jit)
+
+
+class _Refused(Exception):
+    """The search has to begin anew, without XLA."""

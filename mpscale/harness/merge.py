@@ -277,13 +277,23 @@ def _refuse_differences(one: Part, two: Part) -> None:
 
 
 def _refuse_other_workloads(parts: Sequence[Part]) -> None:
-    """Refuse parts in which a workload was another model or had other data, as far as its digests show that."""
+    """Refuse parts in which a workload was another model, had other data, as its digests show, or other compilers."""
     first: dict[str, tuple[str, set[Any]]] = {}
+    compiled: dict[str, tuple[str, bool]] = {}
     for part in parts:
         found: dict[str, set[Any]] = {}
         for record in part.run.records:
-            if record["status"] in MEASURED:
-                found.setdefault(record.place[0], set()).update(values_of([record], "workload_digest"))
+            if record["status"] not in MEASURED:
+                continue
+            workload = record.place[0]
+            found.setdefault(workload, set()).update(values_of([record], "workload_digest"))
+            name, jit = compiled.setdefault(workload, (part.name, record["jit"]))
+            if jit != record["jit"]:
+                with_xla, without = (name, part.name) if jit else (part.name, name)
+                raise RunError(
+                    f"{workload} was compiled with XLA in {with_xla} and not in {without}; run both parts again with "
+                    "--mp-jit off"
+                )
         for workload, digests in found.items():
             name, known = first.setdefault(workload, (part.name, digests))
             # Several digests: the workload depends on the seed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from mpscale.analysis.probe import Look, Probe
@@ -19,16 +20,19 @@ def settings(steps: int, looks: int, batch: int | None, jit: bool) -> Settings:
     return Settings(jit=jit, train_steps=steps, batch_size=batch, looks=looks, timing_s=0.0, energy_s=0.0)
 
 
-def run(probe: Probe, settings: Settings, seed: int, runner: Runner) -> None:
+def run(
+    probe: Probe, settings: Settings, seed: int, runner: Runner, fall_back: Callable[[str], None] | None = None
+) -> None:
     """Train, while :func:`note` adds the looks; afterwards the probe says whether it has all of them.
 
-    After an exception, such as the user's interrupt, the probe has the looks so far.
+    After an exception, such as the user's interrupt, the probe has the looks so far. ``fall_back``: see
+    :func:`mpscale.harness.trial.attempt`.
     """
     # A repeat, because only those evaluate nothing.
     case = Case(probe.workload, "fp32", seed, 1, 0, settings)
     probe.problem = Reason(Code.NOT_REACHED, "the probe was stopped before its training had ended")
     try:
-        record = attempt(runner, case).record
+        record = attempt(runner, case, fall_back).record
     finally:
         runner.close()
     status, text = record["status"], str(record["status_reason"])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.case import Case
+from mpscale.core.cause import Cause
 from mpscale.core.columns import MEASURED, METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.device import VENDORS, Device
 from mpscale.core.invocation import RESUME, Invocation
@@ -21,6 +22,7 @@ from mpscale.core.run_folder import Journal, whole_lines
 from mpscale.core.run_lock import RunIsHeld, RunLock
 from mpscale.core.runs import Run, facts_of, machine, machine_words, read_run, same_machine
 from mpscale.harness.supervisor import Options, Outcome
+from mpscale.harness.without_xla import what_of
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.host import environment
 
@@ -47,6 +49,7 @@ class Resumed:
         started: how many attempts there were.
         notes: what the user should know, one sentence each.
         finished: whether the run had ended.
+        xla_refused: what XLA refused, by workload.
     """
 
     journal: Journal
@@ -55,6 +58,7 @@ class Resumed:
     started: int
     notes: Sequence[str]
     finished: bool
+    xla_refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def refuse_other_versions(run: Run) -> None:
@@ -128,7 +132,12 @@ def resume(path: Path, chosen: Sequence[Case], device: Device, driver: Driver, o
                 f"{RESUME}: {path.name} cannot go on here, because not everything is the same: {'; '.join(differing)}"
             )
         records = {str(record["case_id"]): record for record in run.records}
-        settled = frozenset(case_id for case_id, record in records.items() if not record.may_pass)
+        without_xla = told.xla_refused if options.jit_fallback else {}
+        settled = frozenset(
+            case_id
+            for case_id, record in records.items()
+            if not record.may_pass and not (record["jit"] and record["workload"] in without_xla)
+        )
         outcomes = {
             case_id: Outcome(record, told.step_s.get(case_id, []), told.phases.get(case_id, {}))
             for case_id, record in records.items()
@@ -144,7 +153,7 @@ def resume(path: Path, chosen: Sequence[Case], device: Device, driver: Driver, o
     notes = list(run.problems)
     if not lock.works:
         notes.append(f"the file system of {path} has no locks: make sure that no other process writes this run")
-    return Resumed(journal, outcomes, settled, told.started, notes, run.finished)
+    return Resumed(journal, outcomes, settled, told.started, notes, run.finished, without_xla)
 
 
 def with_allocator(options: Options, settled: Sequence[Record]) -> Options:
@@ -245,6 +254,7 @@ class _Told:
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
     ended: dict[str, datetime] = field(default_factory=dict)
     started: int = 0
+    xla_refused: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> _Told:
@@ -268,3 +278,6 @@ class _Told:
             self.step_s[case_id] = [float(one) for one in blocks]
         self.phases[case_id] = phases if isinstance(phases, dict) else {}
         self.ended[case_id] = datetime.fromisoformat(event["time"]).astimezone(UTC)
+        if event["record"]["cause"] == Cause.XLA_REFUSED:
+            record = Record.from_json(event["record"])
+            self.xla_refused.setdefault(str(record["workload"]), what_of(record))

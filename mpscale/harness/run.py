@@ -23,9 +23,10 @@ from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
 from mpscale.core.run_folder import Journal
-from mpscale.core.wire import Again
+from mpscale.core.wire import Again, Noted
 from mpscale.harness.resume import Resumed, with_allocator
 from mpscale.harness.supervisor import Listener, Options, Outcome, Supervisor
+from mpscale.harness.without_xla import SLOW_FLOAT16, WithoutXla, case_of, is_outdated, is_slow, outdated, refused
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.host import environment, run_slug
 
@@ -75,6 +76,9 @@ class BenchmarkRun:
         self._ended_before = False
         """Whether the run had ended, so that it stays as it is if no further case runs."""
         self._gpu_lost_in: str | None = None
+        known = {} if resumed is None else resumed.xla_refused
+        self._without_xla = WithoutXla(options.jit_fallback, options.interleaved is not None, known)
+        self._outdated: list[Case] = []
         if resumed is not None:
             self._go_on(resumed)
 
@@ -111,15 +115,29 @@ class BenchmarkRun:
             return outcome
         return None if outcome.record["status"] in FAILED else outcome
 
+    def take_outdated(self) -> list[Case]:
+        """The cases that were measured with XLA and must run again, since their workload goes on without it.
+
+        Until then they are ``invalid``, for a cause that may pass. Each is returned once.
+        """
+        found, self._outdated = self._outdated, []
+        return sorted(found, key=lambda case: case.order)
+
     def run(self, case: Case) -> Outcome:
         """Run one case and record it. A case that has run before gets another attempt.
 
         So does one that failed for a cause that may pass, as often as the options say: the state of the GPU, after a
-        pause, or another transient cause. Every attempt is in the journal, and the last one has the reasons of the
+        pause, or another transient cause. One that XLA refuses runs again without it, if the options say so, and then
+        :meth:`take_outdated` has cases. Every attempt is in the journal, and the last one has the reasons of the
         earlier ones.
         """
         cooled = retried = 0
         failures: list[str] = []
+        if self._without_xla.what(case) is not None:
+            self._set_aside(case)
+        case, earlier = self._without_xla.applied_to(case), self._outcomes.get(case.id)
+        if earlier is not None and earlier.record.cause is Cause.OTHER_COMPILER:
+            failures.append(_told(earlier.record))
         while True:
             with stopping.held():
                 outcome = self._attempt(case, failures)
@@ -135,6 +153,9 @@ class BenchmarkRun:
                     self._listener(case, Again(text))
                 case "touched":
                     self._listener(case, Again(f"failed on touching the GPU ({reason})"))
+                case None if refused(case, outcome.record) and self._without_xla.what(case) is not None:
+                    self._go_on_without_xla(case, outcome.record)
+                    case = self._without_xla.applied_to(case)
                 case None if worth_retrying(outcome.record) and retried < self._options.retries:
                     retried += 1
                     self._listener(case, Again(f"{outcome.record['status']}, {reason}"))
@@ -167,6 +188,33 @@ class BenchmarkRun:
         if self._forget is not None:
             self._forget()
 
+    def _go_on_without_xla(self, case: Case, record: Record) -> None:
+        """Say that the workload of a case goes on without XLA, and set aside what was measured with it."""
+        self._listener(case, Again(f"XLA cannot compile {record['xla_refused']}"))
+        modes = {each.mode for each in self._cases if each.workload == case.workload}
+        slow = f"; {SLOW_FLOAT16}" if is_slow(modes, self._device.kind) else ""
+        self._listener(case, Noted(f"{case.workload} goes on without XLA in all modes{slow}"))
+        self._same_start.forget(case.group)
+        self._set_aside(case)
+
+    def _set_aside(self, case: Case) -> None:
+        """Make the cases of a workload that were measured with XLA ``invalid``: its rows must not mix.
+
+        Before the first of them runs again, so that whatever stops the run leaves no mixture.
+        """
+        what = self._without_xla.what(case)
+        assert what is not None and self._journal is not None
+        for case_id, outcome in list(self._outcomes.items()):
+            if is_outdated(outcome.record, case.workload):
+                again = case_of(outcome.record, case.settings)
+                record = outdated(outcome.record, what)
+                self._outcomes[case_id] = dataclasses.replace(outcome, record=record)
+                self._settled -= {case_id}
+                self._same_start.forget(again.group)
+                self._journal.case_finished(again, record, outcome.step_s, outcome.phases)
+                if case_id != case.id:
+                    self._outdated.append(again)
+
     def _attempt(self, case: Case, failures: Sequence[str] = ()) -> Outcome:
         """Run a case once. ``failures`` says how earlier attempts of this run of it failed."""
         journal, supervisor = self._open()
@@ -177,7 +225,7 @@ class BenchmarkRun:
         self._started += 1
         self._ended_before = False
         journal.case_started(case, attempt)
-        outcome = Outcome(Record(case.identity()))
+        outcome = Outcome(Record({**case.identity(), "xla_refused": self._without_xla.what(case)}))
         for failure in failures:
             outcome.record.note(failure)
         if self._gpu_lost_in is not None:
@@ -223,6 +271,9 @@ class BenchmarkRun:
         if misfits := outcome.record.drop_misfits():
             outcome.record.update(case.identity())
             outcome.record.invalidate("; ".join(misfits), Cause.BAD_RECORD)
+        if refused(case, outcome.record):
+            others = (other.record for case_id, other in self._outcomes.items() if case_id != case.id)
+            self._without_xla.begin(case, outcome.record, others)
         explain(outcome.record, case)
         self._outcomes[case.id] = outcome
         self._not_kept += [f"{case.id}: {text}" for text in outcome.not_kept]
@@ -288,6 +339,10 @@ class SameStart:
         self._compare((record.place[0], *record.key), record.place[1], record)
         if record["workload_digest"] is not None and record["status"] in MEASURED:
             self._before.setdefault(record.place[0], set()).add(record["workload_digest"])
+
+    def forget(self, group: tuple[str, int, int]) -> None:
+        """Forget what a group trained with: its cases run again, compiled in another way."""
+        self._first.pop(group, None)
 
     def difference(self, case: Case, record: Record) -> str | None:
         """Return how the training of ``case`` differs from that of an earlier mode of its group; None if it does not.

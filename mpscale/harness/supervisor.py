@@ -79,6 +79,7 @@ class Options:
         keep_suspect: do not invalidate such cases.
         interleaved: for run.json, the run with which this one is interleaved; None if there is none.
         invocation: for run.json, how the run was started; None if nobody can go on with it.
+        jit_fallback: whether a workload that XLA refuses goes on without it.
         named: for run.json, name and note of the run, as far as it has them.
         memory_limit_mib: resident memory of a worker above which it is killed and the case is ``oom``.
         shard: for run.json, the part of a plan that this run has; None if it has the whole.
@@ -96,6 +97,7 @@ class Options:
     keep_suspect: bool = False
     interleaved: Mapping[str, Any] | None = None
     invocation: Mapping[str, Any] | None = None
+    jit_fallback: bool = False
     named: Mapping[str, str] | None = None
     memory_limit_mib: float | None = None
     shard: Mapping[str, Any] | None = None

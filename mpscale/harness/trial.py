@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,6 +14,7 @@ from mpscale.core.device import Device
 from mpscale.core.record import Record
 from mpscale.harness.run import worth_retrying
 from mpscale.harness.supervisor import Outcome
+from mpscale.harness.without_xla import refused, without_xla
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.host import environment, run_slug
 
@@ -28,15 +29,28 @@ class Runner(Protocol):
         """End whatever outlives a case."""
 
 
-def attempt(runner: Runner, case: Case) -> Outcome:
+def attempt(runner: Runner, case: Case, fall_back: Callable[[str], None] | None = None) -> Outcome:
     """Run a case, again as long as a failure may be due to the allocator that it was started with.
 
     Once again, too, if it failed for another cause that may pass, except lack of memory, which may be what is asked.
+
+    Args:
+        runner: runs it.
+        case: to run.
+        fall_back: called with what XLA refuses, if it does; the case then runs again without XLA. None: it fails.
     """
-    retried = False
+    retried, what = False, None
     for number in range(1, 7):
-        outcome = Outcome(Record({**case.identity(), "batch_size": case.settings.batch_size}))
+        outcome = Outcome(Record({**case.identity(), "batch_size": case.settings.batch_size, "xla_refused": what}))
         runner.run(case, None, None, outcome, number)
+        if refused(case, outcome.record):
+            if fall_back is None:
+                cure = "--jit auto goes on without XLA then, and --jit off never uses it"
+                outcome.record.update({"status_reason": f"{outcome.record['status_reason']}. {cure}"})
+                break
+            case, what = without_xla(case), outcome.record["xla_refused"] or "an operation"
+            fall_back(what)
+            continue
         passing = worth_retrying(outcome.record) and outcome.record.cause is not Cause.OOM_KILLER and not retried
         if outcome.again is None and not passing:
             break

@@ -179,8 +179,8 @@ def _add_settings(add: Add) -> None:
         "--mp-jit",
         choices=("auto", "on", "off"),
         default="auto",
-        help="compile train steps with XLA (default: auto, which means on: without XLA, float16 can be many times "
-        "slower on a CPU)",
+        help="compile train steps and evaluation with XLA; auto: if XLA cannot compile those of a workload in one of "
+        "its modes, all its modes run without; on: such a case fails (default: auto)",
     )
     add(
         "--mp-autotune",
@@ -355,6 +355,7 @@ def run_options(
     project = config.stash.get(origin.PROJECT, None)
     by_file = {} if project is None else dict.fromkeys(project.texts, project.path.name)
     by_user = dict.fromkeys((invocation or {}).get("options", ()), "command line")
+    by_user.pop("--mp-shard", None)  # all parts of a run have the same settings
     return Options(
         results=results,
         project=config.rootpath,
@@ -381,6 +382,7 @@ def run_options(
         invocation=invocation,
         named={key: text for key in (NAME, NOTE) if (text := option(f"mp_{key}"))},
         shard=None if share is None else share.to_json(),
+        jit_fallback=option("mp_jit") == "auto",
     )
 
 
@@ -391,7 +393,7 @@ _OVERHEAD_S = 600.0
 def longest_turn_s(config: pytest.Config) -> float:
     """Return how long a session may be silent while it has the turn."""
     option = config.getoption
-    attempts = option("mp_gpu_retries") + option("mp_retries") + 2
+    attempts = option("mp_gpu_retries") + option("mp_retries") + 3  # one of them for a case that XLA refuses
     return float(attempts * (option("mp_timeout") + option("mp_cool_down")) + _OVERHEAD_S)
 
 

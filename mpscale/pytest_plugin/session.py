@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,8 @@ class LiveRun:
                 judge.know(resumed.outcomes[case_id].record)
         self._progress = Progress(output.live_line(), time.monotonic, judge)
         self._progress.plan(left)
+        self._announced = {case.id for case in left}
+        self._when_replaced: defaultdict[str, list[Callable[[Outcome], str | None]]] = defaultdict(list)
         self._run = BenchmarkRun(plan.chosen, plan.device, plan.driver, how, self._progress.event, resumed)
         # Without the driver's library, a machine with a GPU is measured as a CPU: explain that.
         no_gpu = f"; no GPU: {plan.driver.reason}" if plan.driver.reason and not plan.on_gpu else ""
@@ -137,8 +140,23 @@ class LiveRun:
         """Return the outcome of a case that has already run and did not fail."""
         return self._run.measured(case)
 
+    def when_replaced(self, case: Case, act: Callable[[Outcome], str | None]) -> None:
+        """Have ``act`` called if a case is measured again after its test; it returns what is wrong with it, if any."""
+        self._when_replaced[case.id].append(act)
+
     def run(self, case: Case) -> Outcome:
-        """Run a case."""
+        """Run a case, and after it those of its workload that have to be measured again without XLA."""
+        outcome = self._measure(case)
+        if again := self._run.take_outdated():
+            many = f"{len(again)} case{'' if len(again) == 1 else 's'} of {case.workload}"
+            self._output.say(f"{many} measured with XLA: measured again without it")
+            self._progress.plan([each for each in again if each.id not in self._announced])
+            for each in again:
+                replaced = self._measure(each)
+                self.troubles += filter(None, [act(replaced) for act in self._when_replaced[each.id]])
+        return outcome
+
+    def _measure(self, case: Case) -> Outcome:
         self._progress.started(case)
         try:
             outcome = self._run.run(case)
@@ -146,6 +164,7 @@ class LiveRun:
             self._progress.stopped()
             raise
         self._progress.finished(case, outcome.record)
+        self._announced.discard(case.id)
         self._note_troubles()
         return outcome
 
@@ -323,6 +342,11 @@ class Session:
             status, reason, ms = (outcome.record[name] for name in ("status", "status_reason", "step_time_ms_median"))
             self._turns.send(turns.Done(case.id, status, reason, ms, str(self._run.path)))
         return outcome
+
+    def when_replaced(self, case: Case, act: Callable[[Outcome], str | None]) -> None:
+        """See :meth:`LiveRun.when_replaced`."""
+        if self._run is not None:
+            self._run.when_replaced(case, act)
 
     def _start_run(self) -> LiveRun:
         assert self._plan is not None  # a case comes from it

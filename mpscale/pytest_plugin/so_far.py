@@ -13,12 +13,12 @@ class SoFar:
     """Judges a mode by the cases that have ended, as the table at the end will judge it by all of them."""
 
     def __init__(self) -> None:
-        self._records: dict[str, list[Record]] = defaultdict(list)
-        """By workload, as tables name it: modes are compared within one."""
+        self._records: dict[str, dict[str, Record]] = defaultdict(dict)
+        """The last attempts by workload, as tables name it, and case: modes are compared within a workload."""
 
     def know(self, record: Record) -> None:
         """Take a case that had ended before the session began."""
-        self._records[record.place[0]].append(record)
+        self._records[record.place[0]][str(record["case_id"])] = record
 
     def __call__(self, record: Record) -> tuple[str, str]:
         """Return a word and its look; empty as long as the cases show no difference."""
@@ -28,10 +28,11 @@ class SoFar:
         from mpscale.core.record import place_of
         from mpscale.report.words import WORDS
 
-        records = self._records[record.place[0]]
-        records.append(record)
+        self.know(record)
+        # If a workload goes on without XLA, what was measured with it is about to be measured again.
+        alike = [each for each in self._records[record.place[0]].values() if each["jit"] == record["jit"]]
         try:
-            row = next(row for row in summarise(records) if place_of(row) == record.place)
+            row = next(row for row in summarise(alike) if place_of(row) == record.place)
             verdict = speed_verdict(row)
         except (ValueError, StopIteration):  # such as a step time of 0, which the report will speak of
             return "", ""

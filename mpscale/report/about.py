@@ -57,3 +57,8 @@ def _of_device(run: Run, key: str, column: str) -> str | None:
     if run.merged:
         return " and ".join(dict.fromkeys(map(str, known))) or None
     return next(map(str, known), None)
+
+
+def without_xla(refused: str | None) -> str:
+    """Say that a trial ran without XLA, and what XLA refused, as a sentence to append; empty if it refused nothing."""
+    return "" if refused is None else f"\n\nXLA was not used, because it cannot compile {escape(refused)}."

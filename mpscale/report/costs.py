@@ -180,7 +180,7 @@ def timing(run: Run, floors: Floors) -> list[Table | str]:
             "Steps were not compiled with XLA. Each operation on the elements of a tensor, a cast to float16 included, "
             "is then a kernel of its own that reads and writes the whole tensor, while XLA fuses many into one. Matrix "
             "products and convolutions, which a mode makes faster, can be a small part of such a step, and casts can "
-            "cost more than is gained. Run the modes with --mp-jit on, too, before you choose one."
+            f"cost more than is gained. {_before_choosing(run)}"
         )
     return [*parts, two_levels(run), basis]
 
@@ -211,6 +211,12 @@ def without_xla(run: Run) -> bool:
     """Whether a run on a GPU compiled none of the steps that it timed with XLA."""
     timed = [record for record in run.records if record["step_time_ms_median"] is not None]
     return {(record["device"], record["jit"]) for record in timed} == {("gpu", False)}
+
+
+def _before_choosing(run: Run) -> str:
+    if any(record["xla_refused"] is not None for record in run.records):
+        return "XLA refused some of it: the findings say what to replace, so that the modes can be compared with XLA."
+    return "Run the modes with --mp-jit on, too, before you choose one."
 
 
 def two_levels(run: Run) -> str:

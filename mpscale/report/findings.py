@@ -60,6 +60,7 @@ def _overview(run: Run, rows: Sequence[Row]) -> str:
     if jumped := sum(row["two_level_processes"] for row in rows):
         whose = plural(jumped, "process")
         sentences.append(f"The step time of {whose} jumped between two levels (see Timing quality).")
+    sentences += _refused_by_xla(run)
     if costs.without_xla(run):
         sentences.append(
             "Steps were not compiled with XLA, which on a GPU can change more than the mode does (see Timing quality)."
@@ -114,6 +115,17 @@ def _no_metric(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{joined(names)} {'has' if len(names) == 1 else 'have'} {why}."
 
 
+def _refused_by_xla(run: Run) -> Iterator[str]:
+    """Say which workloads ran without XLA because it refused one of their cases, and what it refused."""
+    refused = [record for record in run.records if record["xla_refused"] is not None and record["jit"] is False]
+    for why, records in _groups(refused, lambda record: record["xla_refused"]).items():
+        names = list(dict.fromkeys(escape(record["workload"]) for record in records))
+        yield f"{joined(names)} ran without XLA in all modes, because it cannot compile {escape(why)}."
+    slow = {record["mode"] for record in refused if record["device"] == "cpu" and record["policy"] == "mixed_float16"}
+    if slow:
+        yield "On a CPU, float16 without XLA can take a hundred times as long, whatever a GPU makes of it."
+
+
 def _workload(group: Sequence[Row], rows: Sequence[Row], told: bool) -> str:
     """Say what the modes of a workload do.
 
@@ -129,11 +141,12 @@ def _workload(group: Sequence[Row], rows: Sequence[Row], told: bool) -> str:
 
 
 _Key = TypeVar("_Key", bound=Hashable)
+_One = TypeVar("_One")
 
 
-def _groups(rows: Iterable[Row], key: Callable[[Row], _Key]) -> dict[_Key, list[Row]]:
+def _groups(rows: Iterable[_One], key: Callable[[_One], _Key]) -> dict[_Key, list[_One]]:
     """The rows by key, in the order in which keys come first."""
-    found: dict[_Key, list[Row]] = {}
+    found: dict[_Key, list[_One]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)
     return found

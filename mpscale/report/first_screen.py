@@ -338,7 +338,9 @@ def _weak_points(weaknesses: Mapping[Weakness, int], rows: int, worth: Worth) ->
         Weakness.NOT_STARTED: lambda n: f"{plural(n, 'planned case')} did not start",
         Weakness.NO_BASELINE: lambda n: f"no fp32 to compare with: {of_rows(n)}",
         Weakness.UNTIMED: lambda n: f"no step time: {of_rows(n)}",
-        Weakness.WITHOUT_XLA: lambda n: "without XLA, which can change more than the mode does",
+        Weakness.WITHOUT_XLA: lambda n: (
+            "without XLA, which can change more than the mode does" + ("" if n == rows else f" ({of_rows(n)})")
+        ),
         Weakness.UNJUDGED: lambda n: f"too few seeds to judge the metric: {of_rows(n)}",
         Weakness.INCOMPLETE: lambda n: f"seeds are missing, so the metric cannot be judged: {of_rows(n)}",
         Weakness.UNCLEAR_METRIC: lambda n: f"the metric's margin or direction is not clear: {of_rows(n)}",

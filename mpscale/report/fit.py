@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mpscale.analysis.fit import ROW, Fit, Try, figures, memory_columns
 from mpscale.core.reason import Reason
 from mpscale.core.record import to_csv
-from mpscale.report.about import facts, when
+from mpscale.report.about import facts, when, without_xla
 from mpscale.report.document import Document, Section
 from mpscale.report.document import render as as_markdown
 from mpscale.report.files import write_whole
@@ -125,7 +125,8 @@ def document(fit: Fit, about: Mapping[str, Any]) -> Document:
         Section("Environment", [facts(about.get("environment"))], folded=True, sentences=True),
         Section("Settings", [facts(about.get("settings"))], folded=True, sentences=True),
     ]
-    return Document(f"mpscale fit: {fit.workload}", when(about), _findings(fit), parts)
+    said = f"{_findings(fit)}{without_xla(fit.xla_refused)}"
+    return Document(f"mpscale fit: {fit.workload}", when(about), said, parts)
 
 
 def _about_inputs(fit: Fit) -> Iterator[str]:
@@ -190,6 +191,7 @@ def write(folder: Path, fit: Fit, about: Mapping[str, Any]) -> None:
         for each in fit.tries
     ]
     content = {**about, "workload": fit.workload, "modes": list(fit.modes), "ends": ends, "tries": tries}
+    content["xla_refused"] = fit.xla_refused
     report = document(fit, about)
     files = {
         "fit.json": json_text(content),

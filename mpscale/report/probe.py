@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mpscale.analysis.probe import ALL, HEADROOM, Look, Probe, advise
 from mpscale.core.magnitudes import LARGEST_FLOAT16
-from mpscale.report.about import facts, when
+from mpscale.report.about import facts, when, without_xla
 from mpscale.report.document import Document, Section
 from mpscale.report.document import render as as_markdown
 from mpscale.report.files import write_whole
@@ -92,6 +92,7 @@ def document(probe: Probe, about: Mapping[str, Any]) -> Document:
     where = f"{escape(probe.device.name)} ({probe.device.kind.upper()})"
     said = "\n".join(f"- {escape(sentence)}" for sentence in sentences(probe))
     begin = f"{escape(probe.workload)} was trained in float32 on {where}, and its gradients were looked at."
+    begin += without_xla(about.get("xla_refused"))
     return Document(f"mpscale probe: {probe.workload}", when(about), f"{begin}\n\n{said}", parts)
 
 

@@ -15,20 +15,16 @@ removes, with two descriptors: the worker's end of its wire, and the file for it
 ``{"pid": ...}`` and, when that worker has ended and nothing is left of what it has started, ``{"status": wait
 status}``. It runs one case at a time, and ends when its wire is closed.
 
-A case that fails reports what the user's code or TensorFlow raised. Keras and AutoGraph replace that exception by one
-of their own, whose message begins with the path to the error or ends with the arguments of a layer. All of it is still
-in the traceback, which the record keeps.
+A case that fails reports what the user's code or TensorFlow raised (:mod:`mpscale.worker.errors`).
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import functools
 import io
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -40,23 +36,11 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.case import Case
-from mpscale.core.cause import Cause
 from mpscale.core.device import Device
-from mpscale.core.file_errors import is_of_files
 from mpscale.core.keeper import adopt_orphans, die_with_parent, end_children, wait_for_child
-from mpscale.core.out_of_memory import ran_out
-from mpscale.core.wire import Channel, Failed, Finished, Wire
+from mpscale.core.wire import Channel, Finished, Wire
 from mpscale.worker import autotuning
-
-_NO_JIT = "XLA could not compile the train step or the evaluation: --mp-jit off runs them without it"
-
-_STACK_ABOVE = re.compile(r"\AGraph execution error:.*^  File [^\n]*\n", re.DOTALL | re.MULTILINE)
-_NOTES_BELOW = re.compile(
-    r"\s*(\n\s*Traceback \(most recent call last\)|\n\s*The op is created at|\n\s*Stack trace for op definition"
-    r"|\n\s*\[\[\{\{node|\n\s*tf2xla conversion failed|\[Op:\w).*",
-    re.DOTALL,
-)
-_NODES_WITHIN = re.compile(r"\{\{function_node [^}]*\}\} ?|\[_XlaMustCompile=[^\]]*\]|\{\{node [^}]*\}\}$")
+from mpscale.worker.errors import cause
 
 
 def main(wire: Wire) -> int:
@@ -83,7 +67,7 @@ def main(wire: Wire) -> int:
         )
     except BaseException as error:  # some libraries derive from it, for instance to cancel
         traceback.print_exc()
-        channel.send(cause(error, request["case"]["settings"]["jit"]))
+        channel.send(cause(error))
         return 1
     channel.send(Finished(status, None if reason is None else str(reason), _runtime()))
     return 0
@@ -203,101 +187,6 @@ def _forget_exit_handlers() -> None:
     for inherited in list(finalize._registry):
         inherited.atexit = False
     finalize._registered_with_atexit = False
-
-
-def cause(error: BaseException, jit: bool) -> Failed:
-    """The event that reports an exception. ``jit``: whether XLA compiles train steps."""
-    first = _unwrapped(error)
-    message = _text(first)
-    if _is_operation_error(first):
-        message = _without_surroundings(message)
-    if not message.strip():
-        message = _where(error)
-    if _is_of_a_file(first):
-        return Failed(type(first).__name__, message, Cause.FILE_SYSTEM)
-    oom = _is_out_of_memory(error) or _is_out_of_memory(first) or ran_out(_text(error))
-    if jit and not oom and _is_operation_error(first) and _refused_by_xla(first):
-        message = f"{message.strip()}. {_NO_JIT}"
-    return Failed(type(first).__name__, message, Cause.OUT_OF_MEMORY if oom else Cause.EXCEPTION)
-
-
-def _unwrapped(error: BaseException) -> BaseException:
-    """The exception that Keras or AutoGraph has replaced.
-
-    Both raise theirs while they handle the original, so that is the context of theirs. Keras marks its own exceptions;
-    AutoGraph attaches the same metadata to both.
-    """
-    while error.__context__ is not None:
-        metadata = getattr(error, "ag_error_metadata", None)
-        of_autograph = metadata is not None and getattr(error.__context__, "ag_error_metadata", None) is metadata
-        if not of_autograph and not getattr(error, "_keras_call_info_injected", False):
-            break
-        error = error.__context__
-    return error
-
-
-def _text(error: BaseException) -> str:
-    if isinstance(error, SystemExit) and not isinstance(error.code, str):
-        return f"the code of the case called sys.exit({error.code!r})"
-    try:
-        return str(error)
-    except Exception as another:
-        return f"its message cannot be read: {type(another).__name__}"
-
-
-def _where(error: BaseException) -> str:
-    """The line that raised an exception, for one without a message, such as that of a bare ``assert``."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].line} (line {frames[-1].lineno} of {frames[-1].filename})" if frames else ""
-
-
-def _is_of_a_file(error: BaseException) -> bool:
-    """Whether the disk, a quota or the number of open files was used up, which may pass."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
-    return type(error).__name__ == "ResourceExhaustedError" and is_of_files(_without_surroundings(_text(error)))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # NumPy derives its own from MemoryError. TensorFlow's is known by name, as it may not have been imported yet.
-    return isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
-
-
-def _is_operation_error(error: BaseException) -> bool:
-    """Whether a TensorFlow operation raised it. Looks at names, since TensorFlow may not have been imported yet."""
-    return any(kind.__name__ == "OpError" and kind.__module__.startswith("tensorflow") for kind in type(error).__mro__)
-
-
-def _without_surroundings(message: str) -> str:
-    """The message of an operation's error, without the stack above it and the node, stack and notes below it.
-
-    TensorFlow joins them into one text, which has to be parsed. A message of another form is returned unchanged.
-    """
-    text = _NODES_WITHIN.sub("", _STACK_ABOVE.sub("", _NOTES_BELOW.sub("", message))).strip()
-    return text or message
-
-
-def _refused_by_xla(error: BaseException) -> bool:
-    """Whether XLA could not compile a function.
-
-    No operation of a compiled program fails with one of these codes, so compiling it failed. Whether a function must
-    be compiled is an attribute of its definition, which only the message names. If the definition is gone by now, the
-    message contains the attribute or XLA's device.
-    """
-    from tensorflow.python.eager import context
-    from tensorflow.python.framework import errors
-
-    codes = (errors.INVALID_ARGUMENT, errors.UNIMPLEMENTED, errors.FAILED_PRECONDITION, errors.NOT_FOUND)
-    text = _text(error)
-    if getattr(error, "error_code", None) == errors.INTERNAL:
-        # On a GPU a compiled program can also fail with this code. XLA's autotuner runs before there is a program.
-        return text.startswith("Autotuner ")
-    if getattr(error, "error_code", None) not in codes:
-        return False
-    named = re.search(r"\[Op:(\S+)\]", text)
-    if named is not None and context.context().has_function(named[1]):
-        return bool(context.context().get_function_def(named[1]).attr["_XlaMustCompile"].b)
-    return any(mark in text for mark in ("_XlaMustCompile=true", "XLA_CPU_JIT", "XLA_GPU_JIT"))
 
 
 if __name__ == "__main__":

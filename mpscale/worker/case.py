@@ -25,6 +25,7 @@ from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
+from mpscale.worker.refusal import refusals_of
 from mpscale.worker.step import Log, TrainStep
 from mpscale.worker.throughput import Throughput
 from mpscale.worker.timing import keep_going, time_empty_call, time_one_per_call, time_steps, warm_up
@@ -64,6 +65,15 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     arithmetic = Arithmetic(mode, device, case.settings.jit)
     built = build(case, arithmetic, channel)
     channel.phase(Phase.MODEL_BUILT)
+    with refusals_of(built.model, case.settings.jit, channel):
+        return _run(built, arithmetic, device, steps_path, channel, energy_s)
+
+
+def _run(
+    built: Built, arithmetic: Arithmetic, device: Device, steps_path: Path | None, channel: Channel, energy_s: float
+) -> Status:
+    """Train and time what is built; arguments as of :func:`execute`."""
+    case, mode = built.case, MODES[built.case.mode]
     float8 = built.float8
     if float8 is not None and (unsupported := float8.unsupported_reason(built.optimizer)) is not None:
         return "unsupported", unsupported

@@ -21,7 +21,7 @@ WORKER = """
 import json, os, signal, sys, time
 from pathlib import Path
 from mpscale.core.wire import Channel, Failed, Finished, NotKept, Wire
-from mpscale.worker.__main__ import cause
+from mpscale.worker.errors import cause
 
 wire = Wire.inherited(int(sys.argv[2]))
 channel, request = Channel(wire), wire.receive()
@@ -50,7 +50,7 @@ def finish(status="ok", reason=None):
 try:
     exec(request["case"]["workload"])
 except Exception as error:
-    channel.send(cause(error, True))
+    channel.send(cause(error))
     sys.exit(1)
 """
 

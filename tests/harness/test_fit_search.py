@@ -8,10 +8,13 @@ import pytest
 from support.runfolder import record
 
 from mpscale.analysis.fit import Fit, Verdict, figures
+from mpscale.core.cause import Cause
 from mpscale.core.device import Device
 from mpscale.core.reason import Code, Reason
 from mpscale.harness.fit import Fitter, Question, judge, search
 from mpscale.harness.supervisor import Outcome
+from mpscale.report.document import render as as_markdown
+from mpscale.report.fit import document
 
 FULL = Verdict.OUT_OF_MEMORY, Reason(Code.OUT_OF_MEMORY, "full")
 BROKEN = Verdict.FAILED, Reason(Code.OTHER, "broken")
@@ -78,16 +81,21 @@ def test_the_end_of_a_case_tells_lack_of_memory_from_other_failures(status, reas
 
 
 class Machine:
-    """Runs cases without processes. ``limits`` is the largest batch of each mode."""
+    """Runs cases without processes. ``limits`` is the largest batch of each mode, ``refused`` the mode that XLA is."""
 
-    def __init__(self, limits, stop_at=None):
-        self._limits, self._stop_at, self.closed = limits, stop_at, False
+    def __init__(self, limits, stop_at=None, refused=None):
+        self._limits, self._stop_at, self._refused, self.closed = limits, stop_at, refused, False
 
     def run(self, case, steps_path, gpu_path, outcome, attempt=1):
         batch = case.settings.batch_size
         if (case.mode, batch) == self._stop_at:
             raise KeyboardInterrupt
         assert case.settings.repeat_data
+        if case.settings.jit and case.mode == self._refused:
+            outcome.record.end("error", "XLA cannot compile Lu", Cause.XLA_REFUSED)
+            outcome.record.update({"xla_refused": "Lu"})
+            return
+        outcome.record.update({"jit": case.settings.jit})
         fits = batch <= self._limits[case.mode]
         outcome.record.update({"status": "ok" if fits else "oom", "status_reason": None if fits else "full"})
         if fits:
@@ -127,3 +135,21 @@ def test_an_interrupted_search_keeps_what_it_has():
     assert stopped.values["largest_batch"] == 1024
     assert {stopped.unavailable[name].code for name in ("ran_out_at", "batch_ratio")} == {Code.NOT_REACHED}
     assert figures(fit, "mixed-static").values == {}
+
+
+@pytest.mark.parametrize("refused", ["fp32", "mixed-bf16"])
+def test_if_xla_refuses_one_mode_all_are_searched_without_it(refused):
+    fit, said = Fit("toy", ["fp32", "mixed-bf16"], Device("cpu", "Test CPU"), 2000.0), []
+    machine = Machine({"fp32": 1000, "mixed-bf16": 2000}, refused=refused)
+    Fitter(fit, Question(64, 2**20), machine, lambda each: None, said.append).run()
+    assert (machine.closed, said, fit.xla_refused) == (True, ["Lu"], "Lu")
+    assert {each.record["jit"] for each in fit.tries} == {False}
+    assert {each.record["xla_refused"] for each in fit.tries} == {"Lu"}
+    assert [fit.largest(mode).batch for mode in fit.modes] == [960, 1920]
+    assert "because it cannot compile Lu" in as_markdown(document(fit, {}))
+
+
+def test_with_xla_demanded_a_refusal_is_the_end_of_its_mode():
+    fit = run(Machine({"fp32": 1000, "mixed-bf16": 2000}, refused="mixed-bf16"), ["fp32", "mixed-bf16"])
+    assert fit.largest("fp32").batch == 960
+    assert "--jit auto" in str(fit.why_open("mixed-bf16"))

@@ -157,6 +157,7 @@ OTHER = [case.replace("toy", "other") for case in PLAN]
         ({"interleaved": {"id": "x"}}, "was made by `mpscale ab`"),
         ({"merged": {"parts": [{"run": "a"}]}}, "was merged itself; name what it was merged from: a"),
         ({"records": [toy("fp32", 1, workload_digest="e")]}, "toy is not the same in"),
+        ({"records": [toy("fp32", 1, jit=False)]}, "toy was compiled with XLA in"),
         ({"records": [toy("fp32", 1)]}, "has no result of toy--mixed-dynamic--s1--r0"),
         ({"records": [toy("fp32", 1, status="interrupted")]}, "go on with it, --mp-resume"),
     ],

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 
 from mpscale.analysis.probe import Probe
+from mpscale.core.cause import Cause
 from mpscale.core.device import Device
 from mpscale.core.reason import Code
 from mpscale.core.wire import Looked
@@ -59,3 +60,20 @@ def test_a_second_attempt_with_another_allocator_begins_anew():
     run(probe, settings(9, 3, None, jit=True), 0, machine)
     assert (machine.attempts, [look.step for look in probe.looks]) == (2, [1, 5, 9])
     assert probe.all("weights").total == 30
+
+
+def test_what_xla_refuses_is_probed_without_it_unless_xla_was_demanded():
+    class Refusing(Machine):
+        def run(self, case, steps_path, gpu_path, outcome, attempt=1):
+            super().run(case, steps_path, gpu_path, outcome, attempt)
+            if case.settings.jit:
+                outcome.record.end("error", "XLA cannot compile Lu", Cause.XLA_REFUSED)
+                outcome.record.update({"xla_refused": "Lu"})
+
+    probe, said = Probe("toy", Device("cpu", "Test CPU"), 9), []
+    machine = Refusing(probe, "ok")
+    run(probe, settings(9, 3, None, jit=True), 0, machine, said.append)
+    assert (machine.attempts, said, probe.problem) == (2, ["Lu"], None)
+    assert [look.step for look in probe.looks] == [1, 5, 9]
+    run(probe, settings(9, 3, None, jit=True), 0, machine)
+    assert "--jit auto" in str(probe.problem)

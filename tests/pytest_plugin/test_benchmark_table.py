@@ -69,3 +69,34 @@ def test_a_comparison_is_of_the_times_of_training_steps(tmp_path, monkeypatch):
     saved.write_text(json.dumps(stored))
     with pytest.raises(PerformanceRegression, match="Performance has regressed"):
         pytest_here(tmp_path, *options, *fails)
+
+
+def test_a_case_that_is_measured_again_without_xla_has_its_last_times_or_fails_the_session(tmp_path, monkeypatch):
+    """XLA refuses seed 1, so both cases of seed 0 are measured again, of which one fails."""
+
+    def happen(case):
+        if case.settings.jit:
+            refused = {"status": "error", "status_reason": "no", "cause": "xla-refused", "xla_refused": "Lu"}
+            return refused if case.seed == 1 else {}
+        failed = {"status": "oom", "status_reason": "no memory", "cause": "out-of-memory"}
+        return failed if (case.seed, case.mode) == (0, "fp32") else {}
+
+    monkeypatch.chdir(tmp_path)
+    replace_trainings(monkeypatch, happen)
+    monkeypatch.setattr("mpscale.report.files._page", lambda run, report: "a page")
+    write(tmp_path, test_suite=SUITE)
+    options = ("--mp-workloads=mnist1d-mlp", "--mp-modes=fp32,mixed-dynamic", "--mp-seeds=2")
+    code, output = pytest_here(tmp_path, tmp_path, *options, "--benchmark-json=out.json")
+    assert (code, "4 passed" in output) == (1, True), output
+    end = output.rpartition("= mpscale =")[2]
+    assert "mnist1d-mlp--fp32--s0--r0, measured again without XLA: oom: no memory" in end
+    (journal,) = tmp_path.glob("results/runs/*/journal.jsonl")
+    ended = [line for line in journal.read_text().splitlines() if '"case_finished"' in line]
+    assert len(ended) == 2 + 1 + 2 + 4  # with XLA, refused, set aside, and without XLA
+    benchmarks = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    found = sorted((one["extra_info"]["case_id"], one["extra_info"]["jit"]) for one in benchmarks)
+    assert found == [
+        ("mnist1d-mlp--fp32--s1--r0", False),
+        ("mnist1d-mlp--mixed-dynamic--s0--r0", False),
+        ("mnist1d-mlp--mixed-dynamic--s1--r0", False),
+    ]

@@ -32,3 +32,14 @@ def test_workloads_are_judged_apart():
         judge(record("fp32", seed, workload="one", step_time_ms_median=2.0 + 0.01 * seed))
         other = judge(record("mixed-bf16", seed, workload="two", step_time_ms_median=1.0))
         assert other == ("", "")
+
+
+def test_a_mode_without_xla_is_not_judged_by_a_baseline_with_it():
+    judge = SoFar()
+    for seed in range(3):
+        judge(record("fp32", seed, step_time_ms_median=2.0 + 0.01 * seed, jit=True))
+    words = [judge(record("mixed-bf16", seed, step_time_ms_median=20.0, jit=False)) for seed in range(3)]
+    assert words == [("", "")] * 3
+    for seed in range(3):  # the baseline again
+        judge(record("fp32", seed, step_time_ms_median=40.0 + 0.2 * seed, jit=False))
+    assert judge(record("mixed-bf16", 0, step_time_ms_median=20.0, jit=False)) == ("faster so far", "good")

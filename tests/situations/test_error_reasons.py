@@ -12,10 +12,10 @@ import tensorflow as tf
 from mpscale.core.cause import Cause
 from mpscale.core.wire import Failed
 from mpscale.harness.supervisor import _one_line
-from mpscale.worker.__main__ import cause
+from mpscale.worker.errors import cause
+from mpscale.worker.refusal import refusals_of
 
 X = tf.constant([[1.0, 2.0], [2.0, 3.0]])
-NO_JIT = "--mp-jit off runs them without it"
 
 
 class NeedsTwo(Exception):
@@ -111,11 +111,20 @@ REASONS = {
 }
 
 
+def reported(act, jit=False):
+    """Return the event that reports the exception if ``act`` is what a case does once its model is built."""
+    with pytest.raises(BaseException) as caught, refusals_of(keras.Sequential(), jit, Channel()):
+        act()
+    return cause(caught.value)
+
+
+class Channel:
+    def values(self, values): ...
+
+
 def recorded(act, jit=False):
     """Return the reason that the supervisor records if ``act`` ends a case."""
-    with pytest.raises(BaseException) as caught:
-        act()
-    event = cause(caught.value, jit)
+    event = reported(act, jit)
     return _one_line(f"{event.type}: {event.message}")
 
 
@@ -162,17 +171,24 @@ NOT_FOR_XLA = {
 
 
 @pytest.mark.parametrize("what", NOT_FOR_XLA)
-def test_a_function_that_xla_cannot_compile_has_the_advice_to_switch_it_off(what):
+def test_a_function_that_xla_cannot_compile_is_a_refusal_that_names_the_operation(what):
     function, named = NOT_FOR_XLA[what]
-    reason = recorded(lambda: tf.function(function, jit_compile=True)(X), jit=True)
+    event = reported(lambda: tf.function(function, jit_compile=True)(X), jit=True)
+    reason = _one_line(f"{event.type}: {event.message}")
+    assert event.cause is Cause.XLA_REFUSED
     assert named in reason
-    assert reason.endswith(NO_JIT)
+    assert "XLA cannot compile" in reason
     assert len(reason) <= 503
 
 
 @pytest.mark.parametrize("what", ["an assertion in the graph", "an index that is too large", "a missing key"])
 def test_an_error_outside_of_xla_does_not_blame_it(what):
-    assert NO_JIT not in recorded(REASONS[what][0], jit=True)
+    assert reported(REASONS[what][0], jit=True).cause is Cause.EXCEPTION
+
+
+def test_a_function_of_the_users_own_that_xla_refuses_is_no_refusal_of_the_case():
+    event = reported(lambda: tf.function(NOT_FOR_XLA["strings"][0], jit_compile=True)(X), jit=False)
+    assert event.cause is Cause.EXCEPTION
 
 
 def test_out_of_memory_is_recognised_by_type_even_inside_a_layer():
@@ -182,7 +198,7 @@ def test_out_of_memory_is_recognised_by_type_even_inside_a_layer():
 
     with pytest.raises(Exception, match="no more") as caught:
         traced(Greedy())()
-    assert cause(caught.value, True) == Failed("MemoryError", "no more", Cause.OUT_OF_MEMORY)
+    assert cause(caught.value) == Failed("MemoryError", "no more", Cause.OUT_OF_MEMORY)
 
 
 @pytest.mark.parametrize(
@@ -197,13 +213,13 @@ def test_out_of_memory_is_recognised_by_type_even_inside_a_layer():
     ],
 )
 def test_out_of_memory_is_recognised_by_what_libraries_say(error, oom):
-    assert (cause(error, jit=True).cause is Cause.OUT_OF_MEMORY) == oom
+    assert (cause(error).cause is Cause.OUT_OF_MEMORY) == oom
 
 
 def test_numpys_own_memory_error_is_out_of_memory():
     with pytest.raises(MemoryError) as caught:
         np.empty(2**62, np.int8)
-    assert cause(caught.value, jit=True).cause is Cause.OUT_OF_MEMORY
+    assert cause(caught.value).cause is Cause.OUT_OF_MEMORY
 
 
 @pytest.mark.parametrize(
@@ -218,9 +234,9 @@ def test_numpys_own_memory_error_is_out_of_memory():
 def test_a_full_disk_is_not_lack_of_memory(write):
     with pytest.raises(Exception, match="No space left") as caught:
         write()
-    assert cause(caught.value, jit=True).cause is Cause.FILE_SYSTEM
+    assert cause(caught.value).cause is Cause.FILE_SYSTEM
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), OSError(errno.EDQUOT, "quota")])
 def test_what_else_may_be_used_up(error):
-    assert cause(error, jit=True).cause is Cause.FILE_SYSTEM
+    assert cause(error).cause is Cause.FILE_SYSTEM

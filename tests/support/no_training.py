@@ -7,6 +7,7 @@ from pathlib import Path
 from mpscale.core.case import Case, Settings
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.device import Device
+from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.harness import resume as harness_resume
 from mpscale.harness import run as harness_run
@@ -54,6 +55,7 @@ def replace_trainings(monkeypatch, happen=lambda case: {}, environment=None):
 
         def describe(self, case, record, attempt):
             record.update({"attempts": attempt, "device": "cpu", "device_name": self.device.name})
+            record.update({"jit": case.settings.jit, "policy": MODES[case.mode].policy})
             record.update({"schema_version": SCHEMA_VERSION, "method_version": METHOD_VERSION})
 
         def run(self, case, steps_path, gpu_path, outcome, attempt=1):
@@ -70,11 +72,12 @@ def replace_trainings(monkeypatch, happen=lambda case: {}, environment=None):
             monkeypatch.setattr(module, "environment", lambda *_: environment)
 
 
-def options(results: Path, **asked):
+def options(results: Path, jit_fallback=False, **asked):
     """Options of a run, which could be gone on with."""
     invocation = {"program": "pytest", "arguments": ["bench"], "folder": str(results.parent), "options": {}}
     asked = {"workloads": ["toy"], "jit": True, **asked}
-    return harness_run.Options(results.resolve(), Path.cwd(), "fork", 10.0, asked, invocation=invocation, retries=0)
+    more = {"invocation": invocation, "retries": 0, "jit_fallback": jit_fallback}
+    return harness_run.Options(results.resolve(), Path.cwd(), "fork", 10.0, asked, **more)
 
 
 def new_run(results: Path, cases=CASES):
