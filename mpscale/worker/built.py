@@ -104,9 +104,10 @@ class Built:
         """The columns of a record about the loss, once a train step has been traced."""
         if self.noted_loss is not None:
             return self.noted_loss.columns(self.data.train_y[self.order[0]])
-        data = self.data
-        parts = (("inputs", data.train_x), ("labels", data.train_y), ("weights", data.train_weight))
-        given = [f"{what} {_shapes(taken(part, self.order[0]))}" for what, part in parts if part is not None]
+        batch = (None if part is None else taken(part, self.order[0]) for part in self.data.train)
+        fed = keras.utils.unpack_x_y_sample_weight(compiling.as_fed(*batch))
+        named = zip(("inputs", "labels", "weights"), fed, strict=True)
+        given = [f"{what} {_shapes(part)}" for what, part in named if part is not None]
         found = Findings({"loss_inputs": "; ".join(given)})
         found.miss(
             ["loss_probe"], Reason(Code.NOT_COMPARABLE, "the loss is part of the model, and does not run by itself")
@@ -176,6 +177,8 @@ def _of_compiled(
     compiled = compiling.make(workload.model)
     arithmetic.look("the workload's model function")
     model = compiled.model
+    if data.train_y is None and model.loss is not None and not models.overrides(model, "train_step"):
+        raise ValueError("the model is compiled with a loss, but train has no labels to compare with: give (x, y)")
     compiling.build_weights(model, taken(data.train_x, order[0]))
     float8 = Float8(model) if MODES[case.mode].float8 else None
     case, remarks = _asked_by(compiled, case)
@@ -184,8 +187,9 @@ def _of_compiled(
     channel.values({"jit": case.settings.jit, "steps_per_call": case.settings.steps_per_call})
     configs = {name: models.optimizer_description(each, steps) for name, each in compiled.optimizers.items()}
     scalers = {name: scaler_for(MODES[case.mode], each, case.settings) for name, each in compiled.optimizers.items()}
-    fed = compiling.as_fed(data.train_x, data.train_y, data.train_weight)
-    update = FitUpdate(model, scalers, taken(fed, order[0]))
+    fed = compiling.as_fed(*data.train)
+    on_trace = float8.forget_calls if float8 is not None else lambda: None
+    update = FitUpdate(model, scalers, taken(fed, order[0]), on_trace)
     used = update.optimizers
     config = configs[used[0]] if len(used) == 1 else {name: configs[name] for name in used}
     kind = ProbeStep if case.settings.looks else TrainStep

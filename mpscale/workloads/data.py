@@ -149,6 +149,11 @@ class Data:
         return length(self.train_x)
 
     @property
+    def train(self) -> tuple[Structure, Structure, Structure]:
+        """Examples, labels and weights of the training set; None for what it does not have."""
+        return self.train_x, self.train_y, self.train_weight
+
+    @property
     def is_plain(self) -> bool:
         """Whether it consists of one array of examples and one of labels, without weights."""
         parts = (self.train_x, self.train_y, self.test_x, self.test_y, self.published_x, self.published_y)
