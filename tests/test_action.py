@@ -337,6 +337,17 @@ def test_a_run_without_a_baseline_is_reported_and_a_comment_is_not_forced(job, r
     assert "### ❔ mpscale: no gate was judged" in (job.folder / "summary.md").read_text(encoding="utf-8")
 
 
+def test_the_comment_says_what_changed_in_a_model(run, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setenv("GITHUB_RUN_ID", "")
+    verdicts = importlib.import_module("verdicts")
+    found = json.loads((run / "comparison.json").read_text())
+    found["comparisons"][0]["rows"][0]["model_changes"] = [{"what": "layers Dense", "before": "", "after": "1"}]
+    text = verdicts.body(read_run(run), found, "<!-- x -->")
+    assert "- toy: the model changed: layers Dense none to 1\n" in text
+    assert text.count("the model changed") == 2  # and in its row
+
+
 def test_github_shows_ten_errors_so_the_last_counts_the_others(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     verdicts = importlib.import_module("verdicts")

@@ -457,8 +457,8 @@ class Session:
             troubles: why the session fails, even if its tests have passed.
         """
         reports = self._check.reports() if self._judged else []
-        for trouble in troubles:
-            reports += as_tests("run", "files", "failed", trouble)
+        if troubles:
+            reports += as_tests("run", "files", "failed", "; ".join(troubles))
         plugins = self._config.pluginmanager
         others = [plugin for plugin in plugins.get_plugins() if type(plugin).__name__ != "LogXML"]
         log = plugins.subset_hook_caller("pytest_runtest_logreport", others)

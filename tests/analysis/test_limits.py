@@ -58,6 +58,9 @@ def judged(tmp_path, cases, gate, **info):
         pytest.param(rows(first_step_s=61.0), "compile_time<=1min", "fired", "61 s", id="compile time"),
         pytest.param(rows(), "accuracy>=85%", "passed", "0.91 (3 seeds, 95 % interval 0.8852", id="accuracy"),
         pytest.param(rows(), "accuracy>=0.95", "fired", "0.91", id="a bad accuracy"),
+        pytest.param(
+            rows(times=(1.0,), metrics=(0.9,)), "accuracy>=0.95", "fired", "0.9 (1 seed)", id="one bad seed"
+        ),
         pytest.param(rows(), "accuracy>=0.91", "cannot-tell", "the limit is in the interval", id="an unclear accuracy"),
         pytest.param(rows(), "accuracy<0.85", "passed", "0.91", id="written from the other side"),
         pytest.param(
