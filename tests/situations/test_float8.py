@@ -12,7 +12,7 @@ from support.one_case import blobs, by_fit, dense, split, train, workload
 
 from mpscale.core.mode import MODES
 from mpscale.harness.run import SameStart, explain
-from mpscale.worker import built
+from mpscale.worker import built as worker_built
 from mpscale.worker import case as worker_case
 from mpscale.workloads.workload import sparse_cross_entropy
 
@@ -28,7 +28,7 @@ def float8_on_float16():
     float8 = dataclasses.replace(MODES["mixed-fp8"], policy="mixed_float16")
     scaled = dataclasses.replace(float8, scaling=MODES["mixed-dynamic"].scaling, name=SCALED)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (built, worker_case):
+        for module in (worker_case, worker_built):
             patch.setattr(module, "MODES", {**MODES, SCALED: scaled, "unscaled": float8})
         yield
 
