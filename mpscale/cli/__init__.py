@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mpscale import __version__
-from mpscale.cli import comparing, completion, fitting, listing, probing, reading, running, site
+from mpscale.cli import comparing, completion, fitting, linting, listing, probing, reading, running, site
 from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail
 from mpscale.config import SettingsError
 from mpscale.core import extras, stopping
@@ -110,6 +110,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "open": ("open the report of a run in the browser", listing.open_arguments, listing.open_report),
     "compare": ("compare runs with a baseline; can fail a build", comparing.compare_arguments, comparing.compare),
     "ab": ("run two environments interleaved, and compare them", comparing.ab_arguments, comparing.ab),
+    "lint": ("find what is wrong or slow about a workload before a run", linting.lint_arguments, linting.lint),
     "fit": ("find the largest batch that trains in each mode", fitting.fit_arguments, fitting.fit),
     "probe": (
         "show what float16 makes of a workload's gradients, and which static loss scale fits",

@@ -20,12 +20,13 @@ from mpscale.core.case import Case, series_key
 from mpscale.core.columns import LARGEST, Topic, measured_columns
 from mpscale.core.device import Device
 from mpscale.core.file_errors import in_words
+from mpscale.core.lint import to_cell
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.core.wire import Channel, NotKept, Phase
 from mpscale.core.writing import replacing
-from mpscale.worker import autotuning
+from mpscale.worker import autotuning, lint
 from mpscale.worker import model as models
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
@@ -123,7 +124,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     channel.phase(Phase.CONTEXT_READY)
 
     arithmetic = Arithmetic(mode, device, case.settings.jit)
-    built = _build(case, arithmetic, channel)
+    built = build(case, registry.get(case.workload), arithmetic, channel)
     channel.phase(Phase.MODEL_BUILT)
     float8 = built.float8
     if float8 is not None and (unsupported := float8.unsupported_reason(built.optimizer)) is not None:
@@ -139,6 +140,9 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     _report(channel, throughput.columns())
     _report(channel, built.noted_loss.columns(built.data.train_y[built.order[0]]))
     channel.values({"process_settings": arithmetic.column()})
+    if case.seed == 0 and case.trains:
+        # The first case of each workload and mode: nothing runs, and other cases would find the same.
+        channel.values({"lint": to_cell(lint.look(built, precision, arithmetic, whole=False))})
     if float8 is not None and (misused := float8.misused(step.graph)) is not None:
         return "unsupported", misused
     objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
@@ -200,9 +204,8 @@ def _report(channel: Channel, found: Findings) -> None:
         channel.miss([column], reason)
 
 
-def _build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
+def build(case: Case, workload: Workload, arithmetic: Arithmetic, channel: Channel) -> Built:
     """Make everything that is trained. The device must be ready, since a user's module may use it on import."""
-    workload = registry.get(case.workload)
     settings = case.settings.suited_to(workload.growth_interval)
     case = replace(case, settings=settings)
     data = workload.data()

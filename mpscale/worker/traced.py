@@ -1,0 +1,282 @@
+"""A traced train step by layers: its forward products with their sizes, what is cast, and which layer does it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import keras
+import numpy.typing as npt
+
+from mpscale.worker.flops import BRANCHES, CALLS, LOOPS, flops_of
+from mpscale.worker.precision import MOVES, PRODUCT
+
+_BACKWARD = "gradient_tape/"
+_NUMBERED = re.compile(r"_\d+\Z")
+"""What TensorFlow adds to the scope of a layer that is called again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A size of a matrix product.
+
+    Args:
+        number: how many.
+        what: such as ``outputs``; for people.
+        given: whether the data or the labels decide it, not the model: features and classes.
+    """
+
+    number: int
+    what: str
+    given: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product of the forward pass.
+
+    Args:
+        op: the operation, possibly in a function.
+        layer: the name of its layer; the operation's own if it is in none.
+        sizes: the sizes of its matrices, as far as they are known; not those of the batch.
+    """
+
+    op: Any
+    layer: str
+    sizes: tuple[Size, ...]
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return str(self.op.outputs[0].dtype.name)
+
+
+class Traced:
+    """The graph of a train step.
+
+    Args:
+        model: the model that it trains.
+        graph: the traced FuncGraph.
+        inputs: the examples that the step draws batches from (examples, ...).
+        outputs: what the model returned in this graph.
+    """
+
+    def __init__(self, model: keras.Model, graph: Any, inputs: npt.NDArray[Any], outputs: Any) -> None:
+        self.graph = graph
+        self._labels, self._owners = _layers(model)
+        self._named: dict[str, list[str]] = {}
+        for label in self._labels.values():
+            self._named.setdefault(label.rpartition("/")[2], []).append(label)
+        variables = {id(v.value.handle): v for v in model.variables if hasattr(v.value, "handle")}
+        self._variables = {
+            inner.op.name: variables[id(outer)] for outer, inner in graph.captures if id(outer) in variables
+        }
+        self.batch = _batch(graph, inputs)
+        """The batch of examples as the step draws it, a tensor; None if it does so in an unknown way."""
+        self.outputs = outputs
+        self.last = self.layer_of(source(outputs))
+        """The layer that computes the outputs."""
+
+    def label(self, layer: keras.layers.Layer) -> str:
+        """The name of a layer, with its path below other layers."""
+        return self._labels.get(id(layer), layer.name)
+
+    def owner(self, variable: Any) -> str:
+        """The label of the layer to which a variable belongs."""
+        return self._owners.get(id(variable), str(variable.path))
+
+    def layer_of(self, op: Any, outer: str = "") -> str:
+        """The label of the layer that an operation belongs to, by its scope; the operation's own name if it has none.
+
+        Args:
+            op: the operation.
+            outer: the name of the operation that calls the function in which it is.
+        """
+        found = ""
+        name = op.name.removeprefix(_BACKWARD)
+        for token in (*outer.removeprefix(_BACKWARD).split("/"), *name.split("/")):
+            labels = self._named.get(token) or self._named.get(_NUMBERED.sub("", token), [])
+            inside = [label for label in labels if label.startswith(f"{found}/")]
+            found = (inside or labels or [found])[0]
+        return found or name
+
+    @cached_property
+    def products(self) -> list[Product]:
+        """The products of the forward pass, in order; recurrent kernels of cuDNN and depthwise ones are left out."""
+        found = []
+        for op, outer in operations(self.graph):
+            if PRODUCT.search(op.type) and not f"{outer}/{op.name}".lstrip("/").startswith(_BACKWARD):
+                weight = next((v for each in op.inputs if (v := self._weight(each)) is not None), None)
+                layer = self.layer_of(op, outer) if weight is None else self.owner(weight)
+                found.append(Product(op, layer, tuple(self._sizes(op, layer, weight is not None))))
+        return found
+
+    @cached_property
+    def casts_of_inputs(self) -> dict[str, str]:
+        """{dtype: the first layer} of what the examples are cast to before anything is computed with them."""
+        found: dict[str, str] = {}
+        todo, seen = ([] if self.batch is None else [self.batch]), set()
+        while todo:
+            tensor = todo.pop(0)
+            for user in tensor.consumers():
+                if user.name in seen:
+                    continue
+                if user.type == "Cast":
+                    found.setdefault(user.outputs[0].dtype.name, self.layer_of(user))
+                elif not (MOVES.match(user.type) and user.inputs[0] is tensor):
+                    continue
+                seen.add(user.name)
+                todo += user.outputs
+        return found
+
+    def share(self, products: list[Product]) -> float | None:
+        """The share of these in the FLOPs of all products of the forward pass; None if it is not known."""
+        all_of, some = ({(id(each.op.graph), each.op.name) for each in of} for of in (self.products, products))
+        total, part = (flops_of(self.graph, lambda op, of=of: (id(op.graph), op.name) in of) for of in (all_of, some))
+        return part / total if isinstance(total, int) and isinstance(part, int) else None
+
+    def share_in(self, dtype: str) -> float | None:
+        """The share of products in ``dtype`` in the FLOPs of all products, gradients included; None if not known."""
+        total = flops_of(self.graph)
+        part = flops_of(self.graph, lambda op: op.outputs[0].dtype.name == dtype)
+        return (part if isinstance(part, int) else 0) / total if isinstance(total, int) else None
+
+    def _weight(self, tensor: Any) -> Any:
+        """The variable that a factor is, cast or moved; None if it is something else."""
+        while tensor.op.inputs and (tensor.op.type == "Cast" or MOVES.match(tensor.op.type)):
+            tensor = tensor.op.inputs[0]
+        return self._variables.get(tensor.op.name)
+
+    def _of_data(self, tensor: Any) -> bool:
+        """Whether a factor is the batch of examples, cast or moved."""
+        while tensor.op.inputs and (tensor.op.type == "Cast" or MOVES.match(tensor.op.type)):
+            if self.batch is not None and tensor.op.name == self.batch.op.name:
+                return True
+            tensor = tensor.op.inputs[0]
+        return False
+
+    def _sizes(self, op: Any, layer: str, weighted: bool) -> Iterator[Size]:
+        """The sizes of a product. ``weighted``: by a weight, so that rows are those of the batch."""
+        numbers = _numbers(op)
+        if numbers is None:
+            return
+        rows, inner, columns = numbers
+        if not weighted:
+            yield from (Size(number, "summed") for number in [inner] if number)
+            yield from (Size(number, "rows and columns") for number in [columns] if number)
+            return
+        if self._weight(op.inputs[0]) is not None and not _is_convolution(op.type):
+            rows, columns = columns, rows  # the weight comes first
+        factors = list(op.inputs)
+        if inner:
+            yield Size(inner, "inputs", any(map(self._of_data, factors)))
+        if columns:
+            yield Size(columns, "outputs", layer == self.last)
+
+
+def operations(graph: Any, outer: str = "") -> Iterator[tuple[Any, str]]:
+    """The operations of a FuncGraph and of the functions that it calls, each with the names of the calls."""
+    for op in graph.get_operations():
+        yield op, outer
+        names: list[str] = []
+        if op.type in CALLS:
+            names = ["f"]
+        elif op.type in LOOPS:
+            names = ["body"]
+        elif op.type in BRANCHES:
+            names = ["then_branch", "else_branch"] if op.type.endswith("If") else ["branches"]
+        for name in names:
+            functions = op.get_attr(name)
+            for function in functions if isinstance(functions, list) else [functions]:
+                inner = graph._get_function(function.name)
+                if inner is not None:
+                    yield from operations(inner.graph, f"{outer}/{op.name}".lstrip("/"))
+
+
+def source(tensor: Any) -> Any:
+    """The operation that computes a tensor, which may be cast or moved since."""
+    while tensor.op.inputs and (tensor.op.type == "Cast" or MOVES.match(tensor.op.type)):
+        tensor = tensor.op.inputs[0]
+    return tensor.op
+
+
+def _layers(model: keras.Model) -> tuple[dict[int, str], dict[int, str]]:
+    """{id of a layer: its label}, and {id of a variable: the label of the innermost layer that has it}."""
+    labels: dict[int, str] = {}
+    owners: dict[int, str] = {}
+
+    def visit(layer: Any, path: str) -> None:
+        for inner in layer._flatten_layers(include_self=False, recursive=False):
+            if id(inner) not in labels:
+                labels[id(inner)] = f"{path}{inner.name}"
+                owners.update({id(variable): labels[id(inner)] for variable in inner.variables})
+                visit(inner, f"{labels[id(inner)]}/")
+
+    visit(model, "")
+    return labels, owners
+
+
+def _batch(graph: Any, inputs: npt.NDArray[Any]) -> Any:
+    """Where a step takes a batch from all examples."""
+    for op in graph.get_operations():
+        if op.type == "GatherV2" and op.inputs[0].shape.is_compatible_with(inputs.shape):
+            return op.outputs[0]
+    return None
+
+
+def _is_convolution(kind: str) -> bool:
+    return kind.startswith("Conv")
+
+
+_Numbers = tuple[int | None, int | None, int | None]
+"""Rows, what is summed over, and columns of a matrix product; None for what is unknown."""
+
+
+def _numbers(op: Any) -> _Numbers | None:
+    """The sizes of a product, None if it runs on no Tensor Core or its form is unknown."""
+    if op.type == "MatMul" or op.type.startswith("BatchMatMul"):
+        first, second = ("transpose_a", "transpose_b") if op.type == "MatMul" else ("adj_x", "adj_y")
+        left, right = (_dims(each) for each in op.inputs)
+        if len(left) < 2 or len(right) < 2:
+            return None
+        rows, inner = (left[-1], left[-2]) if op.get_attr(first) else (left[-2], left[-1])
+        return rows, inner, right[-2] if op.get_attr(second) else right[-1]
+    if op.type == "Einsum" and len(op.inputs) == 2:
+        return _einsum(op)
+    if _is_convolution(op.type):
+        backward = "BackpropInput" in op.type  # of a transposed convolution, whose kernel is (..., outputs, inputs)
+        kernel = _dims(op.inputs[1])
+        if "BackpropFilter" in op.type or len(kernel) < 3:
+            return None
+        return None, kernel[-1 if backward else -2], kernel[-2 if backward else -1]
+    return None
+
+
+def _einsum(op: Any) -> _Numbers | None:
+    """Each group of labels is one size: those of one factor, and those that are summed over."""
+    left, right = op.get_attr("equation").decode().replace(" ", "").split("->")
+    parts = left.split(",")
+    if "..." in left:
+        return None
+    sizes: dict[str, int | None] = {}
+    for part, factor in zip(parts, op.inputs, strict=True):
+        sizes |= dict(zip(part, _dims(factor), strict=True))
+    first, second = map(set, parts)
+
+    def product(labels: set[str]) -> int | None:
+        total = 1
+        for label in labels:
+            if (size := sizes[label]) is None:
+                return None
+            total *= size
+        return total if labels else None
+
+    kept = set(right)
+    return product(first - second), product(first & second - kept), product(second - first)
+
+
+def _dims(tensor: Any) -> list[int | None]:
+    return list(tensor.shape.as_list()) if tensor.shape.rank is not None else []
