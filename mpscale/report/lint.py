@@ -19,8 +19,8 @@ _LOOKS: dict[Severity, Look] = {Severity.PROBLEM: "bad", Severity.CAUTION: "weak
 _STYLES = {Severity.PROBLEM: "bold red", Severity.CAUTION: "bold yellow", Severity.NOTE: "bold"}
 _HEADERS = ("severity", "check", "layers", "modes", "what was found", "what to do")
 _NOTE = (
-    "Found in the first training of each mode, before its first step. `mpscale lint` also takes a step and looks at all "
-    "of the data; its guide explains each check."
+    "Found in the first training of each mode, before its first step. `mpscale lint` also takes a step and looks at "
+    "all of the data; its guide explains each check."
 )
 
 

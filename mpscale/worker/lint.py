@@ -74,8 +74,8 @@ def of_settings(precision: Precision, arithmetic: Arithmetic, mode: Mode) -> Ite
         yield Finding(
             Check.PROCESS_SETTINGS,
             Severity.CAUTION,
-            f"the import of the workload, or its data function, sets Keras' dtype policy to {arithmetic.policy_before}; "
-            "each mode sets its own, but what was made before keeps that one",
+            f"the import of the workload, or its data function, sets Keras' policy to {arithmetic.policy_before}; each "
+            "mode sets its own, but what was made before keeps that one",
             "leave out set_dtype_policy",
         )
     if (objected := precision.objected(mode)) is not None:
@@ -86,22 +86,22 @@ def of_settings(precision: Precision, arithmetic: Arithmetic, mode: Mode) -> Ite
 
 def of_outputs(traced: Traced) -> Iterator[Finding]:
     """Whether float16 reaches softmax or loss."""
-    op = source(traced.outputs)
-    computed, given = op.outputs[0].dtype, traced.outputs.dtype
-    squash = op.type if op.type in _SQUASHES else None
-    half = next((dtype.name for dtype in (computed, given) if dtype in (tf.float16, tf.bfloat16)), None)
-    if half is None or (squash is None and given != half):
-        return
-    what = f"{squash.lower()} is computed in {half}" if squash else f"the outputs reach the loss in {half}"
-    yield Finding(
-        Check.HALF_OUTPUT,
-        Severity.PROBLEM if squash and half == "float16" else Severity.CAUTION,
-        f"{what}, which keeps {11 if half == 'float16' else 8} bits of them: losses and their gradients lose the small "
-        "differences",
-        'give the last layer float32: keras.layers.Dense(..., dtype="float32"), or, to keep a large product in '
-        f'{half}, keras.layers.Activation({(squash or "linear").lower()!r}, dtype="float32") after it',
-        (traced.last,),
-    )
+    for outputs in traced.outputs:
+        op = source(outputs)
+        squash = op.type if op.type in _SQUASHES else None
+        half = op.outputs[0].dtype.name
+        if half not in ("float16", "bfloat16") or (squash is None and outputs.dtype.name != half):
+            continue
+        what = f"{squash.lower()} is computed in {half}" if squash else f"the outputs reach the loss in {half}"
+        yield Finding(
+            Check.HALF_OUTPUT,
+            Severity.PROBLEM if squash and half == "float16" else Severity.CAUTION,
+            f"{what}, which keeps {11 if half == 'float16' else 8} bits of them: losses and their gradients lose the small "
+            "differences",
+            'give the last layer float32: keras.layers.Dense(..., dtype="float32"), or, to keep a large product in '
+            f'{half}, keras.layers.Activation({(squash or "linear").lower()!r}, dtype="float32") after it',
+            (traced.layer_of(op),),
+        )
 
 
 def of_weights(traced: Traced, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Iterator[Finding]:
@@ -142,8 +142,8 @@ def of_float64(traced: Traced) -> Iterator[Finding]:
         yield Finding(
             Check.FLOAT64_LAYER,
             Severity.CAUTION,
-            f"{_layers(layers, 'compute', 'computes')} in float64 ({', '.join(dict.fromkeys(wide.values()))}), in every "
-            "mode; most GPUs are many times slower there",
+            f"{_layers(layers, 'compute', 'computes')} in float64 ({', '.join(dict.fromkeys(wide.values()))}) in "
+            "every mode; most GPUs are many times slower there",
             'cast to float32, or leave out dtype="float64"',
             layers,
         )
@@ -214,8 +214,7 @@ def of_data(data: Data, casts: dict[str, str], most: int | None) -> Iterator[Fin
         yield Finding(
             Check.FLOAT64_DATA,
             Severity.CAUTION,
-            f"{' and '.join(wide)} {'is' if len(wide) == 1 else 'are'} float64, twice the memory, and are cast in every "
-            "step",
+            f"float64: {' and '.join(wide)}; that is twice the memory, and a cast in every step",
             f'pass {wide[0]}.astype("float32")',
         )
     x = data.train_x
@@ -293,8 +292,7 @@ def of_host(data: Data, on_gpu: bool) -> Iterator[Finding]:
         yield Finding(
             Check.DATA_ON_HOST,
             Severity.CAUTION,
-            f"TensorFlow keeps {' and '.join(names)} in host memory, as it does with int32 and text, and copies from it "
-            "to the GPU",
+            f"TensorFlow keeps {' and '.join(names)} in host memory, as it does with int32 and text, and copies them",
             f'pass {names[0]}.astype("int64"), or a float; turn text into numbers before the training',
         )
 

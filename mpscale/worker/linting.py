@@ -30,7 +30,12 @@ from mpscale.worker.step import DISPATCH_BOUND, time_empty_call, warm_up
 from mpscale.worker.traced import Traced, operations
 from mpscale.workloads import Workload, registry
 
-_STOOD_IN: dict[str, Any] = {"optimizer": "sgd", "loss": lambda labels, outputs: tf.reduce_mean(tf.abs(outputs), -1)}
+
+def _any_loss(labels: Any, outputs: Any) -> Any:
+    return tf.reduce_mean(tf.abs(outputs), -1)
+
+
+_STOOD_IN: dict[str, Any] = {"optimizer": "sgd", "loss": _any_loss}
 """What replaces a part of a workload that is refused."""
 _NODE = re.compile(r"\{\{node ([^}]+)\}\}")
 """Names of operations in the error of TensorFlow, which has them nowhere else."""
@@ -84,10 +89,10 @@ def _built(
             built.step.trace()
             return built, stood_in
         except Refused as refused:
-            report([refused.finding])
             part = "optimizer" if refused.finding.check is Check.OPTIMIZER_SCALES else "loss"
-            if part in stood_in or refused.finding.check is Check.OUTPUTS:
+            if part in stood_in:
                 return None, stood_in
+            report([refused.finding])
             stood_in.add(part)
             workload = replace(workload, **{part: _STOOD_IN[part]})
 
@@ -148,7 +153,7 @@ def _first_loss(built: Built) -> Iterator[Finding]:
 
 
 def _first_not_finite(built: Built) -> str | None:
-    """The first layer whose outputs for the first batch are not finite. Weights are new: the step has changed its own."""
+    """The first layer whose outputs for the first batch are not finite, with new weights: the step has changed its."""
     keras.utils.set_random_seed(built.case.seed)
     examples = built.data.train_x[built.order[0]]
     model = models.make_model(built.workload.model)

@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 import numpy.typing as npt
+import tensorflow as tf
 
 from mpscale.worker.flops import BRANCHES, CALLS, LOOPS, flops_of
 from mpscale.worker.precision import MOVES, PRODUCT
@@ -61,7 +62,7 @@ class Traced:
         model: the model that it trains.
         graph: the traced FuncGraph.
         inputs: the examples that the step draws batches from (examples, ...).
-        outputs: what the model returned in this graph.
+        outputs: what the model returned in this graph, a tensor or a structure of them.
     """
 
     def __init__(self, model: keras.Model, graph: Any, inputs: npt.NDArray[Any], outputs: Any) -> None:
@@ -76,9 +77,8 @@ class Traced:
         }
         self.batch = _batch(graph, inputs)
         """The batch of examples as the step draws it, a tensor; None if it does so in an unknown way."""
-        self.outputs = outputs
-        self.last = self.layer_of(source(outputs))
-        """The layer that computes the outputs."""
+        self.outputs: list[Any] = tf.nest.flatten(outputs)
+        """What the model returned."""
 
     def label(self, layer: keras.layers.Layer) -> str:
         """The name of a layer, with its path below other layers."""
@@ -106,12 +106,18 @@ class Traced:
     @cached_property
     def products(self) -> list[Product]:
         """The products of the forward pass, in order; recurrent kernels of cuDNN and depthwise ones are left out."""
+        forward = [
+            (op, outer)
+            for op, outer in operations(self.graph)
+            if PRODUCT.search(op.type) and not f"{outer}/{op.name}".lstrip("/").startswith(_BACKWARD)
+        ]
+        classes = {outputs.shape[-1] for outputs in self.outputs if outputs.shape.rank}
         found = []
-        for op, outer in operations(self.graph):
-            if PRODUCT.search(op.type) and not f"{outer}/{op.name}".lstrip("/").startswith(_BACKWARD):
-                weight = next((v for each in op.inputs if (v := self._weight(each)) is not None), None)
-                layer = self.layer_of(op, outer) if weight is None else self.owner(weight)
-                found.append(Product(op, layer, tuple(self._sizes(op, layer, weight is not None))))
+        for number, (op, outer) in enumerate(forward, 1):
+            weight = next((v for each in op.inputs if (v := self._weight(each)) is not None), None)
+            layer = self.layer_of(op, outer) if weight is None else self.owner(weight)
+            last = classes if number > len(forward) - len(self.outputs) else set()
+            found.append(Product(op, layer, tuple(self._sizes(op, last, weight is not None))))
         return found
 
     @cached_property
@@ -126,7 +132,7 @@ class Traced:
                     continue
                 if user.type == "Cast":
                     found.setdefault(user.outputs[0].dtype.name, self.layer_of(user))
-                elif not (MOVES.match(user.type) and user.inputs[0] is tensor):
+                elif not (_moves(user) and user.inputs[0].name == tensor.name):
                     continue
                 seen.add(user.name)
                 todo += user.outputs
@@ -146,20 +152,28 @@ class Traced:
 
     def _weight(self, tensor: Any) -> Any:
         """The variable that a factor is, cast or moved; None if it is something else."""
-        while tensor.op.inputs and (tensor.op.type == "Cast" or MOVES.match(tensor.op.type)):
+        while tensor.op.inputs and _moves(tensor.op):
             tensor = tensor.op.inputs[0]
         return self._variables.get(tensor.op.name)
 
     def _of_data(self, tensor: Any) -> bool:
         """Whether a factor is the batch of examples, cast or moved."""
-        while tensor.op.inputs and (tensor.op.type == "Cast" or MOVES.match(tensor.op.type)):
-            if self.batch is not None and tensor.op.name == self.batch.op.name:
+        while self.batch is not None:
+            if tensor.op.name == self.batch.op.name:
                 return True
+            if not (tensor.op.inputs and _moves(tensor.op)):
+                break
             tensor = tensor.op.inputs[0]
         return False
 
-    def _sizes(self, op: Any, layer: str, weighted: bool) -> Iterator[Size]:
-        """The sizes of a product. ``weighted``: by a weight, so that rows are those of the batch."""
+    def _sizes(self, op: Any, classes: set[int | None], weighted: bool) -> Iterator[Size]:
+        """The sizes of a product.
+
+        Args:
+            op: the product.
+            classes: numbers of outputs that the labels decide.
+            weighted: whether a factor is a weight, so that rows are those of the batch.
+        """
         numbers = _numbers(op)
         if numbers is None:
             return
@@ -174,7 +188,7 @@ class Traced:
         if inner:
             yield Size(inner, "inputs", any(map(self._of_data, factors)))
         if columns:
-            yield Size(columns, "outputs", layer == self.last)
+            yield Size(columns, "outputs", columns in classes)
 
 
 def operations(graph: Any, outer: str = "") -> Iterator[tuple[Any, str]]:
@@ -198,9 +212,14 @@ def operations(graph: Any, outer: str = "") -> Iterator[tuple[Any, str]]:
 
 def source(tensor: Any) -> Any:
     """The operation that computes a tensor, which may be cast or moved since."""
-    while tensor.op.inputs and (tensor.op.type == "Cast" or MOVES.match(tensor.op.type)):
+    while tensor.op.inputs and _moves(tensor.op):
         tensor = tensor.op.inputs[0]
     return tensor.op
+
+
+def _moves(op: Any) -> bool:
+    """Whether an operation only casts or moves the numbers of its first input; a table that it looks up is none."""
+    return op.type == "Cast" or (MOVES.match(op.type) is not None and "Gather" not in op.type)
 
 
 def _layers(model: keras.Model) -> tuple[dict[int, str], dict[int, str]]:
