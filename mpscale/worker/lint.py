@@ -31,7 +31,7 @@ MOST_BYTES = 2**28
 """How much of an array a case of a run looks at: reading it takes some 0.1 s."""
 _NAMED = 6
 """Most layers that a sentence names; all are in ``layers``."""
-_LITTLE, _HALF = 0.05, 0.5
+_LITTLE, _HALF = 0.1, 0.5
 """Shares of the FLOPs in float32: up to the first there is nothing to say, above the second it is more than a note."""
 _SMALLEST_NORMAL, _SMALLEST = 2.0**-14, 2.0**-24  # of float16
 _EXACT = {"float16": 2**11, "bfloat16": 2**8}
@@ -54,9 +54,9 @@ def look(built: Built, precision: Precision, arithmetic: Arithmetic, whole: bool
     most = None if whole else MOST_BYTES
     return [
         *of_settings(precision, arithmetic, mode),
+        *(of_float64(traced) if "float64" not in precision.misfits(mode).values() else ()),
         *of_outputs(traced),
         *of_weights(traced, built.model, built.optimizer),
-        *of_float64(traced),
         *(of_float32(traced, low) if low else ()),
         *(of_sizes(traced, built.batch, low) if low else ()),
         *of_data(data, traced.casts_of_inputs, most),
@@ -96,11 +96,11 @@ def of_outputs(traced: Traced) -> Iterator[Finding]:
         yield Finding(
             Check.HALF_OUTPUT,
             Severity.PROBLEM if squash and half == "float16" else Severity.CAUTION,
-            f"{what}, which keeps {11 if half == 'float16' else 8} bits of them: losses and their gradients lose the small "
+            f"{what}, which keeps {11 if half == 'float16' else 8} bits of them: losses and gradients lose small "
             "differences",
             'give the last layer float32: keras.layers.Dense(..., dtype="float32"), or, to keep a large product in '
             f'{half}, keras.layers.Activation({(squash or "linear").lower()!r}, dtype="float32") after it',
-            (traced.layer_of(op),),
+            tuple(filter(None, [traced.layer_of(op)])),
         )
 
 
@@ -133,17 +133,19 @@ def of_weights(traced: Traced, model: keras.Model, optimizer: keras.optimizers.O
 
 def of_float64(traced: Traced) -> Iterator[Finding]:
     """Products and other work in float64, for which GPUs have few units or none."""
-    wide: dict[str, str] = {}
-    for op, outer in operations(traced.graph):
-        if op.outputs and op.outputs[0].dtype == tf.float64 and op.type != "Cast" and not MOVES.match(op.type):
-            wide.setdefault(traced.layer_of(op, outer), op.type)
+    wide = [
+        (op.type, traced.layer_of(op, outer))
+        for op, outer in operations(traced.graph)
+        if op.outputs and op.outputs[0].dtype == tf.float64 and op.type != "Cast" and not MOVES.match(op.type)
+    ]
     if wide:
-        layers = tuple(wide)
+        layers = tuple(dict.fromkeys(layer for _, layer in wide if layer))
+        kinds = list(dict.fromkeys(kind for kind, _ in wide))
         yield Finding(
             Check.FLOAT64_LAYER,
             Severity.CAUTION,
-            f"{_layers(layers, 'compute', 'computes')} in float64 ({', '.join(dict.fromkeys(wide.values()))}) in "
-            "every mode; most GPUs are many times slower there",
+            f"{_layers(layers, 'compute', 'computes') if layers else 'the train step computes'} in float64 "
+            f"({_listed(kinds)}) in every mode; most GPUs are many times slower there",
             'cast to float32, or leave out dtype="float64"',
             layers,
         )
@@ -225,7 +227,7 @@ def of_data(data: Data, casts: dict[str, str], most: int | None) -> Iterator[Fin
             Severity.NOTE,
             f"inputs are {x.dtype.name} and are cast to {floats[0]} in every step",
             'pass x.astype("float32") if its memory does not matter; integers take less',
-            (casts[floats[0]],),
+            tuple(filter(None, [casts[floats[0]]])),
         )
     for name in ("train_x", "test_x", "published_x"):
         array = getattr(data, name)
@@ -253,7 +255,7 @@ def _of_values(name: str, array: npt.NDArray[Any], casts: dict[str, str], most: 
         return
     largest = max(-low, high)
     if "float16" in casts:
-        layers = (casts["float16"],)
+        layers = tuple(filter(None, [casts["float16"]]))
         if largest > LARGEST_FLOAT16:
             yield Finding(
                 Check.INPUTS_TOO_LARGE,
@@ -279,7 +281,7 @@ def _of_values(name: str, array: npt.NDArray[Any], casts: dict[str, str], most: 
                 f"{of} has whole numbers up to {largest:,.0f}, and {dtype} rounds those above {_EXACT[dtype]:,}: "
                 "numbers of categories would become others",
                 'for categories, declare keras.Input(shape, dtype="int32"); for quantities, scale the inputs',
-                (casts[dtype],),
+                tuple(filter(None, [casts[dtype]])),
             )
 
 

@@ -118,9 +118,9 @@ def _first_step(built: Built, channel: Channel, arithmetic: Arithmetic) -> tuple
     built.step.synchronise()
     kinds = {op.name: (op, outer) for op, outer in operations(traced.graph)}
     named = [kinds[name] for name in dict.fromkeys(_NODE.findall(text)) if name in kinds][:_MOST_OPERATIONS]
-    places = [(op.type, traced.layer_of(op, outer)) for op, outer in named]
-    layers = tuple(dict.fromkeys(layer for _, layer in places))
-    what = ", ".join(f"{kind} in {layer}" for kind, layer in places) or " ".join(text.split())[:_TEXT]
+    places = [(op.type, traced.layer_of(op, outer), op.name) for op, outer in named]
+    layers = tuple(dict.fromkeys(layer for _, layer, _ in places if layer))
+    what = ", ".join(f"{kind} in {layer or name}" for kind, layer, name in places) or " ".join(text.split())[:_TEXT]
     return built, [
         Finding(
             Check.XLA,

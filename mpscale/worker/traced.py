@@ -89,19 +89,18 @@ class Traced:
         return self._owners.get(id(variable), str(variable.path))
 
     def layer_of(self, op: Any, outer: str = "") -> str:
-        """The label of the layer that an operation belongs to, by its scope; the operation's own name if it has none.
+        """The label of the layer that an operation belongs to, by its scope; empty if it belongs to none.
 
         Args:
             op: the operation.
             outer: the name of the operation that calls the function in which it is.
         """
         found = ""
-        name = op.name.removeprefix(_BACKWARD)
-        for token in (*outer.removeprefix(_BACKWARD).split("/"), *name.split("/")):
+        for token in (*outer.removeprefix(_BACKWARD).split("/"), *op.name.removeprefix(_BACKWARD).split("/")):
             labels = self._named.get(token) or self._named.get(_NUMBERED.sub("", token), [])
             inside = [label for label in labels if label.startswith(f"{found}/")]
             found = (inside or labels or [found])[0]
-        return found or name
+        return found
 
     @cached_property
     def products(self) -> list[Product]:
@@ -115,14 +114,14 @@ class Traced:
         found = []
         for number, (op, outer) in enumerate(forward, 1):
             weight = next((v for each in op.inputs if (v := self._weight(each)) is not None), None)
-            layer = self.layer_of(op, outer) if weight is None else self.owner(weight)
+            layer = (self.layer_of(op, outer) or op.name) if weight is None else self.owner(weight)
             last = classes if number > len(forward) - len(self.outputs) else set()
             found.append(Product(op, layer, tuple(self._sizes(op, last, weight is not None))))
         return found
 
     @cached_property
     def casts_of_inputs(self) -> dict[str, str]:
-        """{dtype: the first layer} of what the examples are cast to before anything is computed with them."""
+        """{dtype: the first layer, or nothing} of what examples are cast to before anything is computed with them."""
         found: dict[str, str] = {}
         todo, seen = ([] if self.batch is None else [self.batch]), set()
         while todo:
@@ -131,12 +130,22 @@ class Traced:
                 if user.name in seen:
                     continue
                 if user.type == "Cast":
-                    found.setdefault(user.outputs[0].dtype.name, self.layer_of(user))
+                    found.setdefault(user.outputs[0].dtype.name, self._reader(user))
                 elif not (_moves(user) and user.inputs[0].name == tensor.name):
                     continue
                 seen.add(user.name)
                 todo += user.outputs
         return found
+
+    def _reader(self, op: Any) -> str:
+        """The layer of an operation, or of the first that uses its outputs: Keras casts before it opens a scope."""
+        todo = [op]
+        for each in todo:
+            if label := self.layer_of(each):
+                return label
+            if _moves(each):
+                todo += [user for output in each.outputs for user in output.consumers()]
+        return ""
 
     def share(self, products: list[Product]) -> float | None:
         """The share of these in the FLOPs of all products of the forward pass; None if it is not known."""
