@@ -62,7 +62,8 @@ def lint(options: argparse.Namespace) -> int:
             interrupted = True
         line.update("")
         shown = surface(options.output)
-        text = report.render(options.workload, device.name, linted.findings, linted.failed, options.format, shown)
+        found = linted.findings, linted.failed
+        text = report.render(options.workload, device.name, modes, *found, options.format, shown)
         write(text, options.output, options.format)
     if interrupted:
         return INTERRUPTED

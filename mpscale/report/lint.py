@@ -10,7 +10,7 @@ from mpscale.core.lint import Finding, InModes, Severity, merged, of_cell
 from mpscale.core.reason import Reason
 from mpscale.core.record import Record, grouped
 from mpscale.core.runs import Run
-from mpscale.report.table import Cell, Look, Table, json_document, listed, plural
+from mpscale.report.table import Cell, Look, Table, joined, json_document, listed, plural
 from mpscale.terminal.streams import PIPE, Surface, visible
 
 _LAYERS = 6
@@ -27,6 +27,7 @@ _NOTE = (
 def render(
     workload: str,
     device: str,
+    modes: Sequence[str],
     findings: Sequence[InModes],
     failed: Mapping[str, Reason],
     form: str,
@@ -37,19 +38,22 @@ def render(
     Args:
         workload: its name.
         device: the name of the device on which it was built.
+        modes: in which it was looked at.
         findings: the worst first.
         failed: {mode: why it could not be looked at to the end}.
         form: ``table``, ``markdown``, ``csv`` or ``json``.
         surface: what the place of the result can show.
     """
     if form == "json":
-        about = {"workload": workload, "device_name": device, "findings": [each.to_json() for each in findings]}
+        about = {"workload": workload, "device_name": device, "modes": list(modes)}
+        about["findings"] = [each.to_json() for each in findings]
         return json_document("lint", about | {"failed": {mode: why.to_json() for mode, why in failed.items()}})
     if form == "csv":
         rows = [[*map(str, _row(each, len(each.finding.layers)))] for each in findings]
         return Table(_HEADERS, rows).csv()
     missing = [f"{mode} could not be looked at to the end: {why}" for mode, why in failed.items()]
-    headline = f"{workload}: {counted(each.finding for each in findings) or 'nothing found'}"
+    found = counted(each.finding for each in findings) or "nothing found"
+    headline = f"{workload} in {joined(modes)} on {device}: {found}"
     if form == "markdown":
         return "\n\n".join(filter(None, [headline, table(findings).markdown(), *missing])) + "\n"
     parts = [surface.paint(surface.wrapped(visible(headline)), "bold")]

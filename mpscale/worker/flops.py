@@ -58,6 +58,14 @@ def flops_of(graph: Any, counts: Callable[[Any], bool] = lambda op: True) -> int
     return found if found else Reason(Code.NEVER_HAPPENED, "the train step multiplies no matrices")
 
 
+def flops_of_product(op: Any) -> int | None:
+    """The FLOPs of a product, each time that it runs; None if they are unknown."""
+    try:
+        return _PRODUCTS[op.type](op, set())
+    except (KeyError, _Uncounted):
+        return None
+
+
 class _Frame:
     """A graph in one call of it.
 

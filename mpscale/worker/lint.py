@@ -154,14 +154,14 @@ def of_float64(traced: Traced) -> Iterator[Finding]:
 def of_float32(traced: Traced, low: str) -> Iterator[Finding]:
     """How much of the work stays in float32 although the mode computes in ``low``."""
     kept = [product for product in traced.products if product.dtype == "float32"]
-    share = traced.share_in("float32") if kept else None
+    share = traced.share(kept) if kept else None
     if share is None or share <= _LITTLE:
         return
     layers = tuple(dict.fromkeys(product.layer for product in kept))
     yield Finding(
         Check.MOSTLY_FLOAT32,
         Severity.CAUTION if share > _HALF else Severity.NOTE,
-        f"{share:.0%} of the FLOPs of a step are in float32 also in modes of mixed precision: {_listed(layers)}",
+        f"{100 * share:.0f} % of the forward FLOPs are in float32 also in modes of mixed precision: {_listed(layers)}",
         'leave out dtype="float32" there; for a large last layer, compute it in 16 bits and put '
         'keras.layers.Activation("linear", dtype="float32") after it',
         layers,
@@ -184,7 +184,7 @@ def of_sizes(traced: Traced, batch: int, low: str) -> Iterator[Finding]:
         if not layers:
             continue
         share = traced.share([product for product in within if product.layer in layers])
-        cost = "" if share is None else f"; {share:.0%} of the forward FLOPs are there"
+        cost = "" if share is None else f"; {100 * share:.0f} % of the forward FLOPs are there"
         yield Finding(
             Check.DIMENSION,
             Severity.NOTE if given else Severity.CAUTION,

@@ -12,7 +12,7 @@ import keras
 import numpy.typing as npt
 import tensorflow as tf
 
-from mpscale.worker.flops import BRANCHES, CALLS, LOOPS, flops_of
+from mpscale.worker.flops import BRANCHES, CALLS, LOOPS, flops_of, flops_of_product
 from mpscale.worker.precision import MOVES, PRODUCT
 
 _BACKWARD = "gradient_tape/"
@@ -43,16 +43,26 @@ class Product:
         op: the operation, possibly in a function.
         layer: the name of its layer; the operation's own if it is in none.
         sizes: the sizes of its matrices, as far as they are known; not those of the batch.
+        inside: whether it is in a function, such as the body of a loop.
     """
 
     op: Any
     layer: str
     sizes: tuple[Size, ...]
+    inside: bool
 
     @property
     def dtype(self) -> str:
         """What it computes in."""
         return str(self.op.outputs[0].dtype.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Sizes that a product may have because of the data: features of an example, and numbers of outputs."""
+
+    features: int | None
+    classes: frozenset[int | None]
 
 
 class Traced:
@@ -75,6 +85,7 @@ class Traced:
         self._variables = {
             inner.op.name: variables[id(outer)] for outer, inner in graph.captures if id(outer) in variables
         }
+        self._features = inputs.shape[-1] if inputs.ndim > 1 else None
         self.batch = _batch(graph, inputs)
         """The batch of examples as the step draws it, a tensor; None if it does so in an unknown way."""
         self.outputs: list[Any] = tf.nest.flatten(outputs)
@@ -110,13 +121,16 @@ class Traced:
             for op, outer in operations(self.graph)
             if PRODUCT.search(op.type) and not f"{outer}/{op.name}".lstrip("/").startswith(_BACKWARD)
         ]
-        classes = {outputs.shape[-1] for outputs in self.outputs if outputs.shape.rank}
+        classes = frozenset(outputs.shape[-1] for outputs in self.outputs if outputs.shape.rank)
         found = []
         for number, (op, outer) in enumerate(forward, 1):
             weight = next((v for each in op.inputs if (v := self._weight(each)) is not None), None)
             layer = (self.layer_of(op, outer) or op.name) if weight is None else self.owner(weight)
-            last = classes if number > len(forward) - len(self.outputs) else set()
-            found.append(Product(op, layer, tuple(self._sizes(op, last, weight is not None))))
+            given = Given(
+                self._features if number == 1 else None,
+                classes if number > len(forward) - len(self.outputs) else frozenset(),
+            )
+            found.append(Product(op, layer, tuple(self._sizes(op, given, weight is not None)), bool(outer)))
         return found
 
     @cached_property
@@ -149,15 +163,16 @@ class Traced:
 
     def share(self, products: list[Product]) -> float | None:
         """The share of these in the FLOPs of all products of the forward pass; None if it is not known."""
-        all_of, some = ({(id(each.op.graph), each.op.name) for each in of} for of in (self.products, products))
-        total, part = (flops_of(self.graph, lambda op, of=of: (id(op.graph), op.name) in of) for of in (all_of, some))
-        return part / total if isinstance(total, int) and isinstance(part, int) else None
-
-    def share_in(self, dtype: str) -> float | None:
-        """The share of products in ``dtype`` in the FLOPs of all products, gradients included; None if not known."""
-        total = flops_of(self.graph)
-        part = flops_of(self.graph, lambda op: op.outputs[0].dtype.name == dtype)
-        return (part if isinstance(part, int) else 0) / total if isinstance(total, int) else None
+        if any(each.inside for each in self.products):
+            # How often a function runs, only a walk through the whole graph tells, which takes longer.
+            sets = ({(id(each.op.graph), each.op.name) for each in of} for of in (self.products, products))
+            total, part = (flops_of(self.graph, lambda op, of=of: (id(op.graph), op.name) in of) for of in sets)
+            return part / total if isinstance(total, int) and isinstance(part, int) else None
+        numbers = {each.op.name: flops_of_product(each.op) for each in self.products}
+        known = [number for number in numbers.values() if number is not None]
+        if len(known) < len(numbers) or not known:
+            return None
+        return sum(numbers[each.op.name] or 0 for each in products) / sum(known)
 
     def _weight(self, tensor: Any) -> Any:
         """The variable that a factor is, cast or moved; None if it is something else."""
@@ -175,12 +190,12 @@ class Traced:
             tensor = tensor.op.inputs[0]
         return False
 
-    def _sizes(self, op: Any, classes: set[int | None], weighted: bool) -> Iterator[Size]:
+    def _sizes(self, op: Any, given: Given, weighted: bool) -> Iterator[Size]:
         """The sizes of a product.
 
         Args:
             op: the product.
-            classes: numbers of outputs that the labels decide.
+            given: which sizes the data decides, if this is the first or the last product.
             weighted: whether a factor is a weight, so that rows are those of the batch.
         """
         numbers = _numbers(op)
@@ -193,11 +208,10 @@ class Traced:
             return
         if self._weight(op.inputs[0]) is not None and not _is_convolution(op.type):
             rows, columns = columns, rows  # the weight comes first
-        factors = list(op.inputs)
         if inner:
-            yield Size(inner, "inputs", any(map(self._of_data, factors)))
+            yield Size(inner, "inputs", inner == given.features or any(map(self._of_data, op.inputs)))
         if columns:
-            yield Size(columns, "outputs", columns in classes)
+            yield Size(columns, "outputs", columns in given.classes)
 
 
 def operations(graph: Any, outer: str = "") -> Iterator[tuple[Any, str]]:

@@ -102,7 +102,8 @@ def test_the_text_names_layer_mode_and_cure(command):
     ends = {"fp32": ([], "ok"), "mixed-bf16": ([OUTPUT], "ok"), "mixed-fp8": ([OUTPUT], "unsupported")}
     code, out = command(ends, "--mode", "mixed-bf16", "--mode", "mixed-fp8")
     assert code == 2
-    assert "article-mlp: 1 caution" in out
+    assert out.startswith("article-mlp in fp32, mixed-bf16 and mixed-fp8 on ")
+    assert ": 1 caution\n" in out
     assert "caution half-output: dense_1, in mixed-bf16 and mixed-fp8" in out
     assert "do: give it float32" in out
     assert "mixed-fp8 could not be looked at to the end: unsupported: why" in out
