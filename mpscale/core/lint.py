@@ -132,15 +132,15 @@ def merged(by_mode: Mapping[str, Sequence[Finding]]) -> list[InModes]:
 
     What the first step shows in fp32 is no matter of precision, so it is not repeated for other modes.
     """
-    found: dict[tuple[Check, tuple[str, ...]], tuple[Finding, list[str]]] = {}
+    found: dict[Finding, list[str]] = {}
     in_fp32 = {finding.check for finding in by_mode.get("fp32", ())}
     for mode, findings in by_mode.items():
         for finding in findings:
             if finding.check is Check.FIRST_LOSS and mode != "fp32" and Check.FIRST_LOSS in in_fp32:
                 continue
-            modes = found.setdefault((finding.check, finding.layers), (finding, []))[1]
+            modes = found.setdefault(finding, [])
             if mode not in modes:
                 modes.append(mode)
     order = list(Severity)
-    told = [InModes(finding, tuple(modes)) for finding, modes in found.values()]
+    told = [InModes(finding, tuple(modes)) for finding, modes in found.items()]
     return sorted(told, key=lambda each: order.index(each.finding.severity))

@@ -60,6 +60,7 @@ def look(built: Built, precision: Precision, arithmetic: Arithmetic, whole: bool
         *(of_float32(traced, low) if low else ()),
         *(of_sizes(traced, built.batch, low) if low else ()),
         *of_data(data, traced.casts_of_inputs, most),
+        *of_test_labels(data, traced.outputs),
         *of_host(data, bool(tf.config.list_logical_devices("GPU"))),
         *of_accumulation(traced, built.model, built.optimizer),
     ]
@@ -282,6 +283,31 @@ def _of_values(name: str, array: npt.NDArray[Any], casts: dict[str, str], most: 
                 "numbers of categories would become others",
                 'for categories, declare keras.Input(shape, dtype="int32"); for quantities, scale the inputs',
                 tuple(filter(None, [casts[dtype]])),
+            )
+
+
+def of_test_labels(data: Data, outputs: list[Any]) -> Iterator[Finding]:
+    """Labels that only the metric sees; those of the training are checked where the loss is made."""
+    for name in ("test_y", "published_y"):
+        labels = getattr(data, name)
+        if labels is None or not labels.size:
+            continue
+        if labels.dtype.kind == "f" and not math.isfinite(float(labels.min())) * math.isfinite(float(labels.max())):
+            yield Finding(
+                Check.LABELS_NOT_FINITE,
+                Severity.CAUTION,
+                f"labels in {name} are not finite, so the metric may not be either",
+                "leave these examples out, or use a metric that ignores them",
+            )
+        (first, *more), classes = outputs, outputs[0].shape[-1]
+        numbered = labels.dtype.kind in "iu" and data.train_y.dtype.kind in "iu" and first.shape.rank == labels.ndim + 1
+        if numbered and not more and classes and classes > 1 and not 0 <= labels.min() <= labels.max() < classes:
+            yield Finding(
+                Check.LABELS_OUT_OF_RANGE,
+                Severity.PROBLEM,
+                f"labels in {name} range from {labels.min()} to {labels.max()}, but a model with {classes} outputs has "
+                f"classes 0 to {classes - 1}",
+                "number the classes from 0, the same in the training and the test set",
             )
 
 

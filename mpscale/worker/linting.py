@@ -185,7 +185,7 @@ def _dispatch(built: Built) -> Iterator[Finding]:
         yield Finding(
             Check.DISPATCH_BOUND,
             Severity.CAUTION,
-            f"dispatch in Python and TensorFlow takes {100 * share:.0f} % of a step of {step_s * 1e3:.3g} ms here: whatever a "
-            "mode gains on the device hardly shows",
+            f"dispatch in Python and TensorFlow takes {100 * share:.0f} % of a step of {step_s * 1e3:.3g} ms here: "
+            "whatever a mode gains on the device hardly shows",
             "use a larger batch, or several steps per call: --mp-steps-per-call 10",
         )
