@@ -45,7 +45,7 @@ def render(
         surface: what the place of the result can show.
     """
     if form == "json":
-        about = {"workload": workload, "device_name": device, "modes": list(modes)}
+        about: dict[str, Any] = {"workload": workload, "device_name": device, "modes": list(modes)}
         about["findings"] = [each.to_json() for each in findings]
         return json_document("lint", about | {"failed": {mode: why.to_json() for mode, why in failed.items()}})
     if form == "csv":

@@ -32,7 +32,8 @@ MOST_BYTES = 2**28
 _NAMED = 6
 """Most layers that a sentence names; all are in ``layers``."""
 _LITTLE, _HALF = 0.1, 0.5
-"""Shares of the FLOPs in float32: up to the first there is nothing to say, above the second it is more than a note."""
+"""Shares of the forward FLOPs. Up to the first, what is in float32 is not worth a word, and above the second it is more
+than a note; up to the first, a size that the data decides is no more than a note."""
 _SMALLEST_NORMAL, _SMALLEST = 2.0**-14, 2.0**-24  # of float16
 _EXACT = {"float16": 2**11, "bfloat16": 2**8}
 """Up to which number every whole number is exact."""
@@ -184,11 +185,13 @@ def of_sizes(traced: Traced, batch: int, low: str) -> Iterator[Finding]:
         layers = {layer: sizes for layer, sizes in odd.items() if all(size.given for size in sizes) is given}
         if not layers:
             continue
+        if not given:
+            layers = {layer: [size for size in sizes if not size.given] for layer, sizes in layers.items()}
         share = traced.share([product for product in within if product.layer in layers])
         cost = "" if share is None else f"; {100 * share:.0f} % of the forward FLOPs are there"
         yield Finding(
             Check.DIMENSION,
-            Severity.NOTE if given else Severity.CAUTION,
+            Severity.NOTE if given and (share or 0.0) <= _LITTLE else Severity.CAUTION,
             f"sizes that are no multiples of {TENSOR_CORES}: {_sized(layers)}{cost}",
             "pad features with zeros and classes with unused ones, if it is worth it"
             if given
@@ -359,9 +362,11 @@ def _layers(names: tuple[str, ...], plural: str, singular: str) -> str:
 
 def _sized(layers: dict[str, list[Size]]) -> str:
     """Such as ``dense (100 outputs), dense_1 (100 inputs)``."""
-    return _listed(
-        f"{name} ({' and '.join(f'{size.number} {size.what}' for size in sizes)})" for name, sizes in layers.items()
-    )
+
+    def told(size: Size) -> str:
+        return f"{size.number} {size.what.removesuffix('s') if size.number == 1 else size.what}"
+
+    return _listed(f"{name} ({' and '.join(map(told, sizes))})" for name, sizes in layers.items())
 
 
 def _up(number: int) -> int:
@@ -369,5 +374,5 @@ def _up(number: int) -> int:
 
 
 def _next(layers: dict[str, list[Size]]) -> str:
-    number = next(size.number for sizes in layers.values() for size in sizes if not size.given)
+    number = next(size.number for sizes in layers.values() for size in sizes)
     return f"{_up(number)} for {number}"

@@ -165,14 +165,19 @@ class Traced:
         """The share of these in the FLOPs of all products of the forward pass; None if it is not known."""
         if any(each.inside for each in self.products):
             # How often a function runs, only a walk through the whole graph tells, which takes longer.
-            sets = ({(id(each.op.graph), each.op.name) for each in of} for of in (self.products, products))
-            total, part = (flops_of(self.graph, lambda op, of=of: (id(op.graph), op.name) in of) for of in sets)
-            return part / total if isinstance(total, int) and isinstance(part, int) else None
+            total, part = self._walked(self.products), self._walked(products)
+            return None if total is None or part is None else part / total
         numbers = {each.op.name: flops_of_product(each.op) for each in self.products}
         known = [number for number in numbers.values() if number is not None]
         if len(known) < len(numbers) or not known:
             return None
         return sum(numbers[each.op.name] or 0 for each in products) / sum(known)
+
+    def _walked(self, products: list[Product]) -> int | None:
+        """The FLOPs of these by a walk through the whole graph; None if they are unknown."""
+        counted = {(id(each.op.graph), each.op.name) for each in products}
+        flops = flops_of(self.graph, lambda op: (id(op.graph), op.name) in counted)
+        return flops if isinstance(flops, int) else None
 
     def _weight(self, tensor: Any) -> Any:
         """The variable that a factor is, cast or moved; None if it is something else."""

@@ -171,9 +171,14 @@ FAULTY = {
         },
     ),
     "features and classes of the data, and logits in bfloat16": (
-        sound(net(*WIDE, shape=(10,), last=dense("last", 7)), data(*features(10, 7))),
+        sound(net(*WIDE, dense("widest"), shape=(10,), last=dense("last", 7)), data(*features(10, 7))),
         "mixed-bf16",
         {(Check.DIMENSION, NOTE, ("wide", "last")), (Check.HALF_OUTPUT, CAUTION, ("last",))},
+    ),
+    "a vocabulary": (
+        sound(net(dense("wide"), last=dense("last", 1001))),
+        "mixed-dynamic",
+        {(Check.DIMENSION, CAUTION, ("last",)), (Check.HALF_OUTPUT, CAUTION, ("last",))},
     ),
     "filters and channels": (
         sound(convolutions(30), data(np.ones((96, 8, 8), np.float32))),
