@@ -44,10 +44,13 @@ def lint(options: argparse.Namespace) -> int:
     from mpscale.harness import lint as linting
     from mpscale.harness.supervisor import Supervisor
     from mpscale.report import lint as report
+    from mpscale.telemetry.host import busy_words
 
     modes = [mode.name for mode in select_modes(dict.fromkeys(["fp32", *(options.mode or ["mixed-dynamic"])]))]
     with prepared(options, None) as (_, device, driver):
         line = live_line()
+        if busy := busy_words():
+            line.add(busy)
 
         def show(case: Case, event: Progressed) -> None:
             if isinstance(event, PhaseReached):

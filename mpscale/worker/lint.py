@@ -19,7 +19,7 @@ from mpscale.core.lint import Check, Finding, Severity
 from mpscale.core.magnitudes import LARGEST_FLOAT16
 from mpscale.core.mode import MODES, Mode
 from mpscale.worker.precision import LOW, MOVES, Arithmetic, Precision
-from mpscale.worker.traced import Product, Size, Traced, operations, source
+from mpscale.worker.traced import WITHIN, Product, Size, Traced, operations, source
 
 if TYPE_CHECKING:
     from mpscale.worker.case import Built
@@ -54,7 +54,7 @@ def look(built: Built, precision: Precision, arithmetic: Arithmetic, whole: bool
     traced = Traced(built.model, built.step.graph, data.train_x, built.noted_loss.outputs)
     most = None if whole else MOST_BYTES
     return [
-        *of_settings(precision, arithmetic, mode),
+        *of_settings(traced, precision, arithmetic, mode),
         *(of_float64(traced) if "float64" not in precision.misfits(mode).values() else ()),
         *of_outputs(traced),
         *of_weights(traced, built.model, built.optimizer),
@@ -67,7 +67,7 @@ def look(built: Built, precision: Precision, arithmetic: Arithmetic, whole: bool
     ]
 
 
-def of_settings(precision: Precision, arithmetic: Arithmetic, mode: Mode) -> Iterator[Finding]:
+def of_settings(traced: Traced, precision: Precision, arithmetic: Arithmetic, mode: Mode) -> Iterator[Finding]:
     """Whether the workload decides its precision itself, so that the modes would not differ as they should."""
     if arithmetic.objection is not None:
         cure = "leave out set_dtype_policy, set_floatx and the like, since the mode sets them"
@@ -83,7 +83,9 @@ def of_settings(precision: Precision, arithmetic: Arithmetic, mode: Mode) -> Ite
     if (objected := precision.objected(mode)) is not None:
         wrong = precision.misfits(mode)
         check = Check.FLOAT64_LAYER if "float64" in wrong.values() else Check.LAYER_DTYPE
-        yield Finding(check, Severity.PROBLEM, *objected, tuple(wrong))
+        # If nothing is wrong by itself, nothing is in the mode's precision, because these layers are in float32.
+        kept = dict.fromkeys(product.layer for product in traced.products if product.dtype == "float32")
+        yield Finding(check, Severity.PROBLEM, *objected, tuple(wrong or kept))
 
 
 def of_outputs(traced: Traced) -> Iterator[Finding]:
@@ -163,7 +165,7 @@ def of_float32(traced: Traced, low: str) -> Iterator[Finding]:
     yield Finding(
         Check.MOSTLY_FLOAT32,
         Severity.CAUTION if share > _HALF else Severity.NOTE,
-        f"{100 * share:.0f} % of the forward FLOPs are in float32 also in modes of mixed precision: {_listed(layers)}",
+        f"{_percent(share)} of the forward FLOPs are in float32 also in modes of mixed precision: {_listed(layers)}",
         'leave out dtype="float32" there; for a large last layer, compute it in 16 bits and put '
         'keras.layers.Activation("linear", dtype="float32") after it',
         layers,
@@ -179,7 +181,9 @@ def of_sizes(traced: Traced, batch: int, low: str) -> Iterator[Finding]:
         sizes = [size for size in product.sizes if size.number % TENSOR_CORES]
         if sizes:
             known = odd.setdefault(product.layer, [])
-            known += [size for size in sizes if size not in known]
+            # What a product within a layer multiplies is often a size of its weights.
+            numbers = {size.number for size in known}
+            known += [s for s in sizes if s not in known and not (s.what == WITHIN and s.number in numbers)]
             within.append(product)
     for given in (False, True):
         layers = {layer: sizes for layer, sizes in odd.items() if all(size.given for size in sizes) is given}
@@ -188,7 +192,7 @@ def of_sizes(traced: Traced, batch: int, low: str) -> Iterator[Finding]:
         if not given:
             layers = {layer: [size for size in sizes if not size.given] for layer, sizes in layers.items()}
         share = traced.share([product for product in within if product.layer in layers])
-        cost = "" if share is None else f"; {100 * share:.0f} % of the forward FLOPs are there"
+        cost = "" if share is None else f"; {_percent(share)} of the forward FLOPs are there"
         yield Finding(
             Check.DIMENSION,
             Severity.NOTE if given and (share or 0.0) <= _LITTLE else Severity.CAUTION,
@@ -363,10 +367,16 @@ def _layers(names: tuple[str, ...], plural: str, singular: str) -> str:
 def _sized(layers: dict[str, list[Size]]) -> str:
     """Such as ``dense (100 outputs), dense_1 (100 inputs)``."""
 
-    def told(size: Size) -> str:
-        return f"{size.number} {size.what.removesuffix('s') if size.number == 1 else size.what}"
+    def told(sizes: list[Size]) -> Iterator[str]:
+        for what in dict.fromkeys(size.what for size in sizes):
+            numbers = [size.number for size in sizes if size.what == what]
+            yield f"{' and '.join(map(str, numbers))} {what.removesuffix('s') if numbers == [1] else what}"
 
-    return _listed(f"{name} ({' and '.join(map(told, sizes))})" for name, sizes in layers.items())
+    return _listed(f"{name} ({', '.join(told(sizes))})" for name, sizes in layers.items())
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else "under 1 %"
 
 
 def _up(number: int) -> int:
@@ -374,5 +384,5 @@ def _up(number: int) -> int:
 
 
 def _next(layers: dict[str, list[Size]]) -> str:
-    number = next(size.number for sizes in layers.values() for size in sizes)
+    number = min(size.number for sizes in layers.values() for size in sizes)
     return f"{_up(number)} for {number}"

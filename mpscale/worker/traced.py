@@ -16,6 +16,8 @@ from mpscale.worker.flops import BRANCHES, CALLS, LOOPS, flops_of, flops_of_prod
 from mpscale.worker.precision import MOVES, PRODUCT
 
 _BACKWARD = "gradient_tape/"
+WITHIN = "within"
+"""What a size is if neither factor is a weight, as in attention."""
 _NUMBERED = re.compile(r"_\d+\Z")
 """What TensorFlow adds to the scope of a layer that is called again."""
 
@@ -208,8 +210,7 @@ class Traced:
             return
         rows, inner, columns = numbers
         if not weighted:
-            yield from (Size(number, "summed") for number in [inner] if number)
-            yield from (Size(number, "rows and columns") for number in [columns] if number)
+            yield from (Size(number, WITHIN) for number in (inner, columns) if number)
             return
         if self._weight(op.inputs[0]) is not None and not _is_convolution(op.type):
             rows, columns = columns, rows  # the weight comes first

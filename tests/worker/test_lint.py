@@ -175,6 +175,19 @@ FAULTY = {
         "mixed-bf16",
         {(Check.DIMENSION, NOTE, ("wide", "last")), (Check.HALF_OUTPUT, CAUTION, ("last",))},
     ),
+    "units of a recurrent layer": (
+        sound(
+            net(lambda: L.Bidirectional(L.LSTM(20, name="memory"), name="both"), *WIDE, shape=(6, 8)),
+            data(np.ones((96, 6, 8), np.float32)),
+        ),
+        "mixed-dynamic",
+        {(Check.DIMENSION, CAUTION, ("both/forward_memory/lstm_cell", "both/backward_memory/lstm_cell"))},
+    ),
+    "a model whose only product is in the last layer": (
+        sound(net(lambda: L.ReLU(name="first"))),
+        "mixed-dynamic",
+        {(Check.LAYER_DTYPE, PROBLEM, ("last",)), (Check.MOSTLY_FLOAT32, CAUTION, ("last",))},
+    ),
     "a vocabulary": (
         sound(net(dense("wide"), last=dense("last", 1001))),
         "mixed-dynamic",
