@@ -51,8 +51,11 @@ def render(
     if form == "csv":
         rows = [[*map(str, _row(each, len(each.finding.layers)))] for each in findings]
         return Table(_HEADERS, rows).csv()
-    missing = [f"{mode} could not be looked at to the end: {why}" for mode, why in failed.items()]
-    found = counted(each.finding for each in findings) or "nothing found"
+    by_reason: dict[str, list[str]] = {}
+    for mode, why in failed.items():
+        by_reason.setdefault(str(why), []).append(mode)
+    missing = [f"{joined(of)} could not be looked at to the end: {why}" for why, of in by_reason.items()]
+    found = counted(each.finding for each in findings) or ("not looked at to the end" if failed else "nothing found")
     headline = f"{workload} in {joined(modes)} on {device}: {found}"
     if form == "markdown":
         return "\n\n".join(filter(None, [headline, table(findings).markdown(), *missing])) + "\n"

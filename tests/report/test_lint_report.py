@@ -110,6 +110,10 @@ def test_the_text_names_layer_mode_and_cure(command):
     for form in ("markdown", "csv"):
         shown = command(ends, "--mode", "mixed-bf16", "--mode", "mixed-fp8", "--format", form)[1]
         assert all(text in shown for text in ("half-output", "dense_1", "give it float32"))
+    both = {"fp32": ([], "error"), "mixed-dynamic": ([], "error")}
+    out = command(both)[1]
+    assert "nothing found" not in out
+    assert "fp32 and mixed-dynamic could not be looked at to the end: error: why" in out
     assert "nothing found" in command({"fp32": ([], "ok"), "mixed-dynamic": ([], "ok")})[1]
 
 
