@@ -34,8 +34,12 @@ from mpscale.core.device import Device
 from mpscale.core.mode import DYNAMIC, MODES
 from mpscale.core.process import die_with_parent
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
+from mpscale.worker import built
 from mpscale.worker import case as execute
-from mpscale.worker.step import StepRecord, StepScaler, Timing, TrainStep, time_steps
+from mpscale.worker.scaler import StepRecord
+from mpscale.worker.step import TrainStep
+from mpscale.worker.timing import Timing, time_steps
+from mpscale.worker.update import Update
 from mpscale.workloads import registry
 
 FIRST_STEPS = 10
@@ -138,7 +142,11 @@ class Worker:
         self._facts: dict[str, Any] = {}
         # A repeat times without training.
         case = Case(request["workload"], request["mode"], request["seed"], 1, 0, Settings(jit=request["jit"]))
-        with patch.multiple(execute, TrainStep=self._make, time_steps=self._ready), contextlib.suppress(Ready):
+        with (
+            patch.object(built, "TrainStep", self._make),
+            patch.object(execute, "time_steps", self._ready),
+            contextlib.suppress(Ready),
+        ):
             execute.execute(case, Device.from_json(request["device"]), None, self)
 
     @property
@@ -146,11 +154,11 @@ class Worker:
         """The loop, ready to be timed."""
         return Loop(self._facts, self._about_s, self._turn)
 
-    def _make(self, model: keras.Model, scaler: StepScaler, *arguments: Any) -> TrainStep:
+    def _make(self, update: Update, *arguments: Any) -> TrainStep:
         if not self._recording:
-            apply = scaler.apply
-            scaler.apply = lambda *gradients: (apply(*gradients), StepRecord())[1]
-        self._step = TrainStep(model, scaler, *arguments)
+            apply = update.scaler.apply
+            update.scaler.apply = lambda *gradients: (apply(*gradients), StepRecord())[1]  # type: ignore[method-assign]
+        self._step = TrainStep(update, *arguments)
         return self._step
 
     def _ready(self, step: TrainStep, about_s: float, *_: Any) -> Timing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,7 +171,10 @@ def _say_how_it_goes_on(run: Run) -> None:
 
     if said := lacks(run):
         command = go_on(run, Path.cwd())
-        say(f"{run.name} is not complete. {said}{f' To go on: {command}' if command else ''}")
+        say(f"{run.name} is not complete. {said}{' To go on:' if command else ''}")
+        if command:
+            # A line of its own, never broken: it is copied.
+            print(visible(command), file=sys.stderr)
 
 
 def _summary(run: Run, files: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ class Scaling:
     """How a mode scales its loss. This is data: the worker turns it into code.
 
     Args:
-        rule: what sets the loss scale; ``worker/step.py`` has the class for each.
+        rule: what sets the loss scale; ``worker/scaler.py`` has the class for each.
         setting: the field of :class:`~mpscale.core.case.Settings` with the arguments of the rule that the user chose;
             None if the user cannot choose any.
         argument: the argument that this field holds if it is a single number; None if it maps arguments to numbers.

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FunctionType
-from typing import Any
 
 import keras
-import numpy as np
-import numpy.typing as npt
 
 from mpscale.core.blocks import group_columns
-from mpscale.core.case import Case, series_key
-from mpscale.core.columns import LARGEST, Topic, measured_columns
+from mpscale.core.case import Case
 from mpscale.core.device import Device
 from mpscale.core.file_errors import in_words
 from mpscale.core.lint import to_cell
@@ -28,26 +21,15 @@ from mpscale.core.wire import Channel, NotKept, Phase
 from mpscale.core.writing import replacing
 from mpscale.worker import autotuning, lint
 from mpscale.worker import model as models
+from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, put
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
-from mpscale.worker.float8 import Float8
-from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
-from mpscale.worker.step import (
-    Batches,
-    Log,
-    TrainStep,
-    keep_going,
-    scaler_for,
-    time_empty_call,
-    time_one_per_call,
-    time_steps,
-    warm_up,
-)
+from mpscale.worker.step import Log, TrainStep
 from mpscale.worker.throughput import Throughput
-from mpscale.worker.training import Evaluator, batches, first_pause, is_accuracy, score_for, train
-from mpscale.workloads import Data, Workload, registry
+from mpscale.worker.timing import keep_going, time_empty_call, time_one_per_call, time_steps, warm_up
+from mpscale.worker.training import Evaluator, first_pause, is_accuracy, score_for, train
 from mpscale.workloads.metric import ACCURACY
 
 _LEAST_MORE_S = 0.5
@@ -60,51 +42,8 @@ _PROFILED_S, _FEWEST_PROFILED, _MOST_PROFILED = 0.2, 3, 50
 _ONE_PER_CALL_SHARE = 4
 """With several steps per call, steps of one call each are timed for this part of the time and of the blocks."""
 
-_OF_A_METRIC = (
-    *measured_columns(Topic.RESULT),
-    "steps_to_target",
-    "time_to_target_s",
-)
-"""Columns that a workload without a metric does not have."""
-
-_NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
-
 Status = tuple[str, str | None]
 """The status of a case, and the reason if it is not ``ok``."""
-
-
-@dataclass(frozen=True)
-class Built:
-    """What a case trains.
-
-    Args:
-        order: of the data, indices (steps, batch).
-        model: built under the mode's policy.
-        optimizer: the workload's, without the mode's loss scaling.
-        optimizer_config: describes the optimizer as it was before the mode wrapped it.
-        noted_loss: the objective as the train step calls it.
-        float8: the layers that compute in float8; None in other modes.
-    """
-
-    case: Case
-    workload: Workload
-    data: Data
-    order: npt.NDArray[np.int64]
-    model: keras.Model
-    optimizer: keras.optimizers.Optimizer
-    optimizer_config: dict[str, Any]
-    objective: Objective
-    noted_loss: NotedLoss
-    step: TrainStep
-    float8: Float8 | None
-
-    @property
-    def steps(self) -> int:
-        return len(self.order)
-
-    @property
-    def batch(self) -> int:
-        return self.order.shape[1]
 
 
 def execute(case: Case, device: Device, steps_path: Path | None, channel: Channel, energy_s: float = 0.0) -> Status:
@@ -124,7 +63,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     channel.phase(Phase.CONTEXT_READY)
 
     arithmetic = Arithmetic(mode, device, case.settings.jit)
-    built = build(case, registry.get(case.workload), arithmetic, channel)
+    built = build(case, arithmetic, channel)
     channel.phase(Phase.MODEL_BUILT)
     float8 = built.float8
     if float8 is not None and (unsupported := float8.unsupported_reason(built.optimizer)) is not None:
@@ -134,7 +73,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     trace_s = step.trace()
     arithmetic.look("the train step was traced")
     precision = Precision(built.model, step.graph)
-    _report(channel, _described(built))
+    _report(channel, described(built))
     _report(channel, precision.columns())
     throughput = Throughput(step.graph, mode, device)
     _report(channel, throughput.columns())
@@ -185,113 +124,10 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
 
 
-def _put(found: Findings, column: str, value: float | None, missing: Reason) -> None:
-    """Put a figure if it is finite, otherwise the reason why not; ``missing`` is the reason if there is no value."""
-    if value is not None and _is_finite(value):
-        found.values[column] = value
-    else:
-        found.miss([column], missing if value is None else Reason(Code.NOT_FINITE, "not finite"))
-
-
-def _is_finite(value: float) -> bool:
-    """Whether a column can hold it: a perplexity of 1e130 says no more than an infinite one."""
-    return abs(value) <= LARGEST
-
-
 def _report(channel: Channel, found: Findings) -> None:
     channel.values(found.values)
     for column, reason in found.unavailable.items():
         channel.miss([column], reason)
-
-
-def build(case: Case, workload: Workload, arithmetic: Arithmetic, channel: Channel) -> Built:
-    """Make everything that is trained. The device must be ready, since a user's module may use it on import."""
-    settings = case.settings.suited_to(workload.growth_interval)
-    case = replace(case, settings=settings)
-    data = workload.data()
-    if not isinstance(data, Data):
-        raise TypeError(
-            f"the data function of {case.workload} must return an mpscale.Data of NumPy arrays, not a "
-            f"{type(data).__name__}"
-        )
-    batch, steps = settings.batch_size or workload.batch_size, settings.train_steps or workload.train_steps
-    order = batches(len(data.train_x), batch, steps, case.seed, settings.repeat_data)
-    start = time.perf_counter()
-    # Set the seed just before the model is built: loading data may draw random numbers, but not in every process.
-    keras.utils.set_random_seed(case.seed)
-    arithmetic.settle()
-    model = models.make_model(workload.model)
-    arithmetic.look("the workload's model function")
-    models.build_model(model, data.train_x[:batch] if batch <= len(data.train_x) else data.train_x[order[0]])
-    float8 = Float8(model) if MODES[case.mode].float8 else None
-    optimizer = models.make_optimizer(workload.optimizer)
-    arithmetic.look("the workload's optimizer function")
-    optimizer_config = models.optimizer_description(optimizer, steps)
-    scaler = scaler_for(MODES[case.mode], optimizer, settings)
-    objective = Objective(workload.loss, data.train_y)
-    loss = NotedLoss(objective)
-    shown = Batches(data.train_x, data.train_y, order)
-    kind = ProbeStep if settings.looks else TrainStep
-    step = kind(model, scaler, loss, shown, settings.jit, settings.steps_per_call)
-    channel.values({"build_time_s": time.perf_counter() - start})
-    return Built(case, workload, data, order, model, optimizer, optimizer_config, objective, loss, step, float8)
-
-
-def _described(built: Built) -> Findings:
-    """What is about to be trained, and the digests that have to be the same in every mode."""
-    case, workload, model = built.case, built.workload, built.model
-    data_digest = built.data.digest()
-    weights = models.weights_of(model.variables)
-    parameters = int(sum(np.prod(v.shape) for v in models.weights_of(model.trainable_variables)))
-    parts: list[Any] = [
-        models.model_config(model),
-        models.config_of(built.optimizer) or built.optimizer_config,
-        models.described_object(workload.loss),
-        parameters,
-        data_digest,
-    ]
-    if workload.metric is not None and not isinstance(workload.metric, FunctionType):
-        parts.append(models.described_object(workload.metric))
-    if built.step.added_losses:
-        parts.append({"losses that the model adds": built.step.added_losses})
-    digest = models.digest(models.without_precision(parts))
-    key = series_key(MODES[case.mode], case.workload, digest, built.batch, built.steps, case.settings)
-    found = Findings(
-        {
-            # The prefix keeps a digest that happens to be all decimal digits from being read as a number.
-            "workload_digest": f"sha256:{digest}",
-            "data_digest": f"sha256:{data_digest}",
-            "data_order_digest": f"sha256:{models.arrays_digest([built.order])}",
-            "initial_weights_digest": f"sha256:{models.arrays_digest(v.numpy() for v in weights)}",
-            "model_digest": f"sha256:{models.digest(models.model_description(model))}",
-            "optimizer_config": json.dumps(built.optimizer_config),
-            "series_key": key,
-            "batch_size": built.batch,
-            "optimizer": type(built.optimizer).__name__,
-            "parameters": parameters,
-            "synthetic_inputs": workload.synthetic,
-            "has_metric": workload.metric is not None,
-        }
-    )
-    if workload.metric is None:
-        found.miss(_OF_A_METRIC, _no_metric(workload))
-        return found
-    found.values |= {
-        "metric_name": workload.metric_name,
-        "metric_higher_is_better": workload.metric_higher_is_better,
-        "test_examples": len(built.data.test[0]),
-    }
-    _put(found, "metric_target", workload.target, _NO_TARGET)
-    _put(found, "metric_margin", workload.margin, Reason(Code.NOT_IN_WORKLOAD, "the workload has no margin"))
-    return found
-
-
-def _no_metric(workload: Workload) -> Reason:
-    """Why a workload without a metric has none of the figures that follow from it."""
-    why = (
-        "synthetic inputs: no accuracy" if workload.synthetic else "the workload has no metric, so nothing is evaluated"
-    )
-    return Reason(Code.NOT_IN_WORKLOAD, why)
 
 
 def _take_opening_steps(built: Built, peak: AllocatorPeak, channel: Channel) -> float:
@@ -350,11 +186,11 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
     channel.phase(Phase.TRAINED)
     found = Findings(training.values())
     if workload.metric is not None:
-        not_reached = _NO_TARGET
+        not_reached = NO_TARGET
         if workload.target is not None:
             not_reached = Reason(Code.NEVER_HAPPENED, f"the target of {workload.target:g} was not reached")
-        _put(found, "steps_to_target", training.steps_to_target, not_reached)
-        _put(found, "time_to_target_s", training.time_to_target_s, not_reached)
+        put(found, "steps_to_target", training.steps_to_target, not_reached)
+        put(found, "time_to_target_s", training.time_to_target_s, not_reached)
     if built.float8 is not None:
         found.add(built.float8.columns())
     if (growth_interval := MODES[built.case.mode].growth_interval(built.case.settings)) is not None:
@@ -367,21 +203,21 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
             # The training is done, and its figures do not need this file.
             channel.send(NotKept("its steps", in_words(error)))
     # As at the end of Keras' fit: an optimizer that keeps a moving average of the weights copies it into them.
-    built.step.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
+    built.step.update.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
     if evaluate is None:
         return training.status
     metric, name = evaluate(*data.test), workload.metric_name
     found, other = Findings(), Reason(Code.NOT_IN_WORKLOAD, f"the workload's metric is {name}")
-    _put(found, "metric_value", metric, other)
-    _put(found, "final_accuracy", metric if name == ACCURACY else None, other)
+    put(found, "metric_value", metric, other)
+    put(found, "final_accuracy", metric if name == ACCURACY else None, other)
     # Before anything else is evaluated: a case that dies later keeps its metric.
     _report(channel, found)
     found, unpublished = Findings(), Reason(Code.NOT_IN_WORKLOAD, "the data has no other published test set")
     published = None if data.published_x is None else evaluate(*data.progress)
-    _put(found, "published_metric_value", published, unpublished)
+    put(found, "published_metric_value", published, unpublished)
     _report(channel, found)
     status, reason = training.status
-    if status == "ok" and not _is_finite(metric):
+    if status == "ok" and not is_finite(metric):
         return "diverged", f"the {name} on the test set was {metric} after {len(training.log)} steps"
     return status, reason
 
@@ -451,7 +287,7 @@ def _several_per_call(built: Built) -> Findings:
         found.miss(["first_call_s", "step_time_ms_one_per_call"], why)
         return found
     short = f"no {step.steps_per_call} steps came between two evaluations, and timing was off"
-    _put(found, "first_call_s", step.first_call_s, Reason(Code.NEVER_HAPPENED, short))
+    put(found, "first_call_s", step.first_call_s, Reason(Code.NEVER_HAPPENED, short))
     if settings.timing_s > 0:
         seconds, blocks = settings.timing_s / _ONE_PER_CALL_SHARE, max(settings.timing_blocks // _ONE_PER_CALL_SHARE, 1)
         found.put("step_time_ms_one_per_call", time_one_per_call(step, seconds, blocks))

@@ -22,7 +22,7 @@ from mpscale.worker.precision import LOW, MOVES, Arithmetic, Precision
 from mpscale.worker.traced import WITHIN, Product, Size, Traced, operations, source
 
 if TYPE_CHECKING:
-    from mpscale.worker.case import Built
+    from mpscale.worker.built import Built
     from mpscale.workloads import Data
 
 TENSOR_CORES = 8

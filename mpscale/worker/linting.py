@@ -21,12 +21,13 @@ from mpscale.core.mode import MODES
 from mpscale.core.wire import Channel, Phase
 from mpscale.worker import lint as checks
 from mpscale.worker import model as models
-from mpscale.worker.case import Built, Status, build
+from mpscale.worker.built import Built, build
+from mpscale.worker.case import Status
 from mpscale.worker.device import require, touch
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import Call, noted_calls
 from mpscale.worker.refused import Refused
-from mpscale.worker.step import DISPATCH_BOUND, time_empty_call, warm_up
+from mpscale.worker.timing import DISPATCH_BOUND, time_empty_call, warm_up
 from mpscale.worker.traced import Traced, operations
 from mpscale.workloads import Workload, registry
 
@@ -85,7 +86,7 @@ def _built(
     stood_in: set[str] = set()
     while True:
         try:
-            built = build(case, workload, arithmetic, channel)
+            built = build(case, arithmetic, channel, workload)
             built.step.trace()
             return built, stood_in
         except Refused as refused:
@@ -113,7 +114,7 @@ def _first_step(built: Built, channel: Channel, arithmetic: Arithmetic) -> tuple
             raise
         text, traced = error.message, _traced(built)
     settings = replace(built.case.settings, jit=False)
-    built = build(replace(built.case, settings=settings), built.workload, arithmetic, channel)
+    built = build(replace(built.case, settings=settings), arithmetic, channel, built.workload)
     built.step()
     built.step.synchronise()
     kinds = {op.name: (op, outer) for op, outer in operations(traced.graph)}

@@ -166,7 +166,7 @@ class ProbeStep(TrainStep):
         def look() -> tuple[tf.Tensor, ...]:
             return self._look()
 
-        jit = options["jit"] if "jit" in options else arguments[4]
+        jit = options["jit"] if "jit" in options else arguments[2]
         self._looking = tf.function(look, input_signature=[], jit_compile=jit, autograph=False)
 
     def look(self) -> tuple[float, dict[tuple[str, Of], Magnitudes]]:
@@ -188,7 +188,7 @@ class ProbeStep(TrainStep):
         keras.config.set_dtype_policy("mixed_float16")
         try:
             twins = again()._flatten_layers()
-            pairs = list(zip(self._model._flatten_layers(), twins, strict=True))
+            pairs = list(zip(self.update.model._flatten_layers(), twins, strict=True))
         except Exception as error:  # from the user's code
             # Keras' own messages have several lines, and colours.
             text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
@@ -200,14 +200,14 @@ class ProbeStep(TrainStep):
         return [label for label, layer in self._layers.items() if id(layer) in kept]
 
     def _look(self) -> tuple[tf.Tensor, ...]:
-        variables, outputs = self._model.trainable_variables, []
+        variables, outputs = self.update.model.trainable_variables, []
         with noted_calls() as calls:
 
             def others() -> Sequence[Any]:
                 outputs.extend(_all_outputs(calls))
                 return outputs
 
-            loss, scaled, grads, more = self._differentiated(others)
+            loss, scaled, grads, more = self.update.differentiated(self.batches.take(), others)
         places = _Places(calls, {id(tensor): grad for tensor, grad in zip(outputs, more, strict=True)})
         found: list[tuple[str, Of, Any]] = [(layer, "activations", grad) for layer, grad in places.activations]
         weights = zip(variables, grads, strict=True)
@@ -215,7 +215,7 @@ class ProbeStep(TrainStep):
         self._counted, self._layers = [(layer, of) for layer, of, _ in found], places.layers
         # A gradient of looked-up rows alone becomes one of the whole table.
         counted = [count(tf.cast(tf.convert_to_tensor(grad), tf.float32)) for *_, grad in found]
-        self.scaler.apply(grads, variables, scaled)
+        self.update.scaler.apply(grads, variables, scaled)
         counts, largest = zip(*counted, strict=True)
         return loss, tf.stack(counts), tf.stack(largest)
 

@@ -14,7 +14,7 @@ from mpscale.report.first_screen_page import html_of
 from mpscale.report.github_summary import github_summary
 from mpscale.report.missing import go_on, interruptions, lacks
 
-TYPED = ["bench", "-x", "-xqv", "--maxfail", "2", "--maxfail=3", "--exitfirst", "-k", "a b", "--mp-seeds=2"]
+TYPED = ["bench", "-x", "-xqv", "--maxfail", "2", "--maxfail=3", "--exitfirst", "-k", "a  b", "--mp-seeds=2"]
 INVOCATION = {"program": "pytest", "arguments": TYPED, "folder": "../../..", "options": {"--mp-seeds": "2"}}
 
 
@@ -35,7 +35,7 @@ SAID = (
 
 def test_every_view_names_what_is_missing_and_the_command(tmp_path, monkeypatch, capsys):
     run = stopped(tmp_path)
-    command = f"pytest bench -qv -k 'a b' --mp-seeds=2 --mp-resume={run.name}"
+    command = f"pytest bench -qv -k 'a  b' --mp-seeds=2 --mp-resume={run.name}"
     assert lacks(run) == SAID
     assert go_on(run) == command
     whole = document(run)
@@ -46,7 +46,7 @@ def test_every_view_names_what_is_missing_and_the_command(tmp_path, monkeypatch,
     assert command in github_summary(run)
     monkeypatch.chdir(tmp_path)
     assert main(["report", "latest"]) == 0
-    assert f"{SAID} To go on: {command}\n" in capsys.readouterr().err
+    assert f"{SAID} To go on:\n{command}\n" in capsys.readouterr().err
     assert main(["list"]) == 0
     assert f"to go on with {run.name}: {command}\n" in capsys.readouterr().out
     assert main(["list", "--json"]) == 0

@@ -14,7 +14,7 @@ from mpscale.core.blocks import FASTER, SLOWER
 from mpscale.core.reason import Code, Reason
 from mpscale.worker import case
 from mpscale.worker.device_time import first_gpu
-from mpscale.worker.step import Timing
+from mpscale.worker.timing import Timing
 
 PROFILE = Path(__file__).parents[1] / "data" / "xspace" / "mnist1d-cnn--mixed-dynamic--jit-on--3.xplane.pb.gz"
 KERNELS_MS = 0.3967

@@ -9,9 +9,12 @@ from keras import layers
 from mpscale.core.case import Settings
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code
+from mpscale.worker.batches import Batches
 from mpscale.worker.float8 import Float8
 from mpscale.worker.flops import flops_of
-from mpscale.worker.step import Batches, StepScaler, TrainStep, scaler_for
+from mpscale.worker.scaler import StepScaler, scaler_for
+from mpscale.worker.step import TrainStep
+from mpscale.worker.update import Update
 
 BATCH = 2
 
@@ -21,8 +24,9 @@ def mean_square(labels, outputs):
 
 
 def step_graph(model, x, scaler=None):
-    batches = Batches(x, np.zeros(len(x), np.float32), np.arange(len(x))[None])
-    return TrainStep(model, scaler or StepScaler(keras.optimizers.SGD(0.1)), mean_square, batches, jit=False).graph
+    batches = Batches((x, np.zeros(len(x), np.float32)), np.arange(len(x))[None])
+    update = Update(model, scaler or StepScaler(keras.optimizers.SGD(0.1)), mean_square)
+    return TrainStep(update, batches, jit=False).graph
 
 
 def counted(stack, shape, dtype=np.float32):

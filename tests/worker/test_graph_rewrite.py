@@ -14,8 +14,11 @@ from tensorflow.python.grappler import cluster, tf_optimizer
 from mpscale.core.case import Settings
 from mpscale.core.mode import MODES
 from mpscale.scaling.skip import all_nodes
-from mpscale.worker.step import Batches, TrainStep, scaler_for
+from mpscale.worker.batches import Batches
+from mpscale.worker.scaler import scaler_for
+from mpscale.worker.step import TrainStep
 from mpscale.worker.training import batches
+from mpscale.worker.update import Update
 from mpscale.workloads.workload import sparse_cross_entropy
 
 GPU = "/job:localhost/replica:0/task:0/device:GPU:0"
@@ -31,7 +34,7 @@ def graph_of_a_step(scaler, steps_per_call):
     layers = [keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(2)]
     model = keras.Sequential([keras.Input((2,)), *layers])
     x, y, order = np.zeros((20, 2), np.float32), np.zeros(20, np.int64), batches(20, 5, 8, seed=0)
-    step = TrainStep(model, scaler, sparse_cross_entropy, Batches(x, y, order), False, steps_per_call)
+    step = TrainStep(Update(model, scaler, sparse_cross_entropy), Batches((x, y), order), False, steps_per_call)
     step.trace()
     graph = (step._function if steps_per_call == 1 else step._several).get_concrete_function().graph.as_graph_def()
     for node in all_nodes(graph):

@@ -14,7 +14,10 @@ import tensorflow as tf
 from mpscale.core.case import Settings
 from mpscale.core.mode import MODES
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
-from mpscale.worker.step import Batches, TrainStep, scaler_for
+from mpscale.worker.batches import Batches
+from mpscale.worker.scaler import scaler_for
+from mpscale.worker.step import TrainStep
+from mpscale.worker.update import Update
 from mpscale.workloads import registry
 
 WORKLOAD = registry.get("mnist1d-mlp")
@@ -33,7 +36,8 @@ def start():
 def mpscales(mode, start, jit):
     keras.config.set_dtype_policy(MODES[mode].policy)
     scaler = scaler_for(MODES[mode], WORKLOAD.optimizer(), Settings())
-    return TrainStep(WORKLOAD.model(), scaler, WORKLOAD.loss, Batches(*start), jit)._function
+    update = Update(WORKLOAD.model(), scaler, WORKLOAD.loss)
+    return TrainStep(update, Batches(start[:2], start[2]), jit)._function
 
 
 def by_hand(mode, start, jit):

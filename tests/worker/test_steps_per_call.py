@@ -13,17 +13,12 @@ from mpscale import testing
 from mpscale.core.case import Settings
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code
-from mpscale.worker.step import (
-    Batches,
-    Timing,
-    TrainStep,
-    keep_going,
-    scaler_for,
-    time_one_per_call,
-    time_steps,
-    warm_up,
-)
+from mpscale.worker.batches import Batches
+from mpscale.worker.scaler import scaler_for
+from mpscale.worker.step import TrainStep
+from mpscale.worker.timing import Timing, keep_going, time_one_per_call, time_steps, warm_up
 from mpscale.worker.training import batches, train
+from mpscale.worker.update import Update
 from mpscale.workloads import registry
 
 K = 20
@@ -44,7 +39,9 @@ def make_step(steps_per_call, mode="mixed-dynamic", jit=False, name=None, **dyna
     keras.config.set_dtype_policy(MODES[mode].policy)
     scaler = scaler_for(MODES[mode], shown.optimizer(), Settings(dynamic_scale=dynamic))
     order = batches(len(data.train_x), 20, 300, seed=0)
-    return TrainStep(shown.model(), scaler, shown.loss, Batches(data.train_x, data.train_y, order), jit, steps_per_call)
+    return TrainStep(
+        Update(shown.model(), scaler, shown.loss), Batches((data.train_x, data.train_y), order), jit, steps_per_call
+    )
 
 
 def trained(step, steps=65, evaluate_every=100):
@@ -54,7 +51,7 @@ def trained(step, steps=65, evaluate_every=100):
     result = train(
         step, steps, workload(dense(), lambda: BLOBS, evaluate_every=evaluate_every), lambda: 0.0, progress.append
     )
-    return result, progress, [v.numpy() for v in step._model.variables]
+    return result, progress, [v.numpy() for v in step.update.model.variables]
 
 
 def assert_same_training(one, other):
@@ -98,8 +95,8 @@ def test_convolutions_compiled_by_xla_on_a_cpu_are_summed_in_another_order():
 def test_overflow_inside_a_call_is_logged_and_counted_at_its_own_step(jit):
     def overflowing(k):
         step = make_step(k, "mixed-dynamic", jit)
-        apply, inject = step.scaler.apply, testing.inject_overflow(step=[7, 30])
-        step.scaler.apply = lambda grads, variables, loss: apply(inject(grads, variables), variables, loss)
+        apply, inject = step.update.scaler.apply, testing.inject_overflow(step=[7, 30])
+        step.update.scaler.apply = lambda grads, variables, loss: apply(inject(grads, variables), variables, loss)
         return step
 
     steps = [overflowing(k) for k in (1, K)]
@@ -110,7 +107,7 @@ def test_overflow_inside_a_call_is_logged_and_counted_at_its_own_step(jit):
     assert log.scale[[7, 8, 30, 31]].tolist() == [2.0**15, 2.0**14, 2.0**14, 2.0**13]
     values = results[1][0].values()
     assert [values[name] for name in ("first_overflow_step", "last_overflow_step", "applied_steps")] == [7, 30, 63]
-    assert steps[1].overflow_steps() == steps[1].scaler.optimizer.counters()["overflow"] == 2
+    assert steps[1].overflow_steps() == steps[1].update.scaler.optimizer.counters()["overflow"] == 2
 
 
 @pytest.mark.parametrize(
@@ -153,7 +150,7 @@ def test_timed_blocks_are_whole_calls_and_count_steps(k, about, per_block):
     assert timing.overflow_steps == timing.steps == len(timing.block_s) * per_block
     steps, overflows = keep_going(step, per_block, seconds=0.01)
     assert steps == overflows > 0
-    assert (step.overflow_steps(), int(step._position)) == (1 + timing.steps + steps,) * 2
+    assert (step.overflow_steps(), int(step.batches.position)) == (1 + timing.steps + steps,) * 2
     assert time_steps(step, 1e-3 / about, 3e-3, 3, one_per_call=True).steps_per_block == about
 
 

@@ -7,19 +7,12 @@ import pytest
 from mpscale.core.case import Settings
 from mpscale.core.mode import MODES
 from mpscale.scaling import LogMaxLossScale
-from mpscale.worker.step import (
-    MOST_UNREAD,
-    Batches,
-    Log,
-    Timing,
-    TrainStep,
-    keep_going,
-    scaler_for,
-    time_empty_call,
-    time_steps,
-    warm_up,
-)  # fmt: skip
+from mpscale.worker.batches import Batches
+from mpscale.worker.scaler import scaler_for
+from mpscale.worker.step import MOST_UNREAD, Log, TrainStep
+from mpscale.worker.timing import Timing, keep_going, time_empty_call, time_steps, warm_up
 from mpscale.worker.training import Evaluator, Training, batches, first_pause, train
+from mpscale.worker.update import Update
 from mpscale.workloads import Data, Workload
 from mpscale.workloads.workload import sparse_cross_entropy
 
@@ -70,8 +63,8 @@ def make_step(mode="mixed-dynamic", jit=True, layer=hidden, **dynamic):
     model = keras.Sequential([keras.Input((2,)), layer(), keras.layers.Dense(2, dtype="float32")])
     keras.config.set_dtype_policy("float32")
     scaler = scaler_for(MODES[mode], keras.optimizers.SGD(0.1), Settings(dynamic_scale=dynamic))
-    shown = Batches(DATA.train_x, DATA.train_y, batches(20, 5, 8, seed=0))
-    return TrainStep(model, scaler, sparse_cross_entropy, shown, jit)
+    shown = Batches((DATA.train_x, DATA.train_y), batches(20, 5, 8, seed=0))
+    return TrainStep(Update(model, scaler, sparse_cross_entropy), shown, jit)
 
 
 # Every mode is compiled by XLA below.
@@ -112,7 +105,7 @@ def test_a_dynamic_scale_starts_and_grows_as_the_settings_say(mode):
 def test_overflow_of_keras_is_seen_when_its_scale_cannot_fall_any_further():
     step = make_step("mixed-keras")
     for scale, overflow in ((2.0**15, 0.0), (np.inf, 1.0), (2.0**15, 0.0)):
-        step.scaler.optimizer.dynamic_scale.assign(scale)
+        step.update.scaler.optimizer.dynamic_scale.assign(scale)
         step()
         assert step.read_log().overflow == [overflow]
 
@@ -255,7 +248,7 @@ def test_log_and_ledger_count_alike():
     step = make_step(initial=2.0**126, maximum=2.0**126, growth_interval=3)
     step()
     done = train(step, 200, workload(), lambda: 0.0, lambda taken: None)
-    counters = step.scaler.optimizer.counters()
+    counters = step.update.scaler.optimizer.counters()
     values = done.values()
     for name in ("attempted", "applied", "skipped", "overflow"):
         assert values[f"{name}_steps"] == counters[name]
@@ -301,7 +294,7 @@ def overflowing():
 
 def overflowing_in_keras():
     step = make_step("mixed-keras")
-    step.scaler.optimizer.dynamic_scale.assign(np.inf)
+    step.update.scaler.optimizer.dynamic_scale.assign(np.inf)
     return step
 
 

@@ -1,0 +1,36 @@
+"""Where a train step gets its batches from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+
+class Batches:
+    """Examples that lie on the device, and the order in which a training sees them.
+
+    Args:
+        examples: a structure of arrays, each (examples, ...), such as ``(x, y)``.
+        order: indices into all of them, int64 (steps, batch); after the last row the first comes again.
+    """
+
+    def __init__(self, examples: Any, order: npt.NDArray[np.int64]) -> None:
+        # int64 throughout: TensorFlow keeps the int32 tensors of a GPU program in host memory.
+        self._examples, self._order = tf.nest.map_structure(tf.constant, examples), tf.constant(order)
+        self.position = tf.Variable(0, dtype=tf.int64, trainable=False)
+        """How many batches have been taken."""
+
+    @property
+    def tensors(self) -> list[Any]:
+        """All that lies on the device, apart from the position."""
+        return [*tf.nest.flatten(self._examples), self._order]
+
+    def take(self) -> Any:
+        """Return the next batch, of the structure of the examples; part of the train step."""
+        # tf.gather and not order[position]: indexing with a tensor in Python's slice syntax recompiles at every step.
+        batch = tf.gather(self._order, self.position % self._order.shape[0])
+        self.position.assign_add(1)
+        return tf.nest.map_structure(lambda examples: tf.gather(examples, batch), self._examples)
