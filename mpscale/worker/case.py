@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import time
+import traceback
 from pathlib import Path
 
 import keras
@@ -81,7 +82,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     channel.values({"process_settings": arithmetic.column()})
     if case.seed == 0 and case.trains:
         # The first case of each workload and mode: nothing runs, and other cases would find the same.
-        channel.values({"lint": to_cell(lint.look(built, precision, arithmetic, whole=False))})
+        _lint(built, precision, arithmetic, channel)
     if float8 is not None and (misused := float8.misused(step.graph)) is not None:
         return "unsupported", misused
     objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
@@ -122,6 +123,14 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     channel.phase(Phase.DONE)
     arithmetic.look("training and timing")
     return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
+
+
+def _lint(built: Built, precision: Precision, arithmetic: Arithmetic, channel: Channel) -> None:
+    """Report what is wrong or slow about the workload. A model that cannot be looked at can be trained all the same."""
+    try:
+        channel.values({"lint": to_cell(lint.look(built, precision, arithmetic, whole=False))})
+    except Exception:
+        traceback.print_exc()
 
 
 def _report(channel: Channel, found: Findings) -> None:

@@ -378,6 +378,12 @@ def test_the_first_training_of_a_run_finds_what_needs_no_step(monkeypatch):
     assert "lint" not in train(work, "fp32", seed=1).row
 
 
+def test_a_model_that_cannot_be_looked_at_is_trained_all_the_same(monkeypatch):
+    monkeypatch.setattr("mpscale.worker.lint.of_outputs", lambda *_: 1 / 0)
+    outcome = train(sound(train_steps=3), "fp32")
+    assert (outcome.status, "lint" in outcome.row) == ("ok", False)
+
+
 def test_a_run_looks_at_the_beginning_of_large_data_only(monkeypatch):
     monkeypatch.setattr("mpscale.worker.lint.MOST_BYTES", 10 * 8 * 4)
     for place, checks in ((9, [Check.INPUTS_NOT_FINITE]), (10, [])):
