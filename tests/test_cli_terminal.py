@@ -208,7 +208,7 @@ def test_errors_are_told_in_a_line_even_with_json(project, capsys, arguments):
         ("mpscale merge 2026", [NAME]),
         ("mpscale run --mp-resume 2026", [NAME]),
         ("mpscale run --mp-res", ["--mp-resume"]),
-        ("mpscale probe article", ["article-mlp"]),
+        ("mpscale lint article", ["article-mlp"]),
         ("mpscale history --mode mixed-b", ["mixed-bf16"]),
     ],
 )

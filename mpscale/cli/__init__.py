@@ -17,6 +17,7 @@ from mpscale.cli import (
     comparing,
     completion,
     fitting,
+    linting,
     listing,
     merging,
     naming,
@@ -126,6 +127,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "name": ("give a run a name or a note, or show them", naming.name_arguments, naming.name),
     "compare": ("compare runs with a baseline; can fail a build", comparing.compare_arguments, comparing.compare),
     "ab": ("run two environments interleaved, and compare them", comparing.ab_arguments, comparing.ab),
+    "lint": ("find what is wrong or slow about a workload before a run", linting.lint_arguments, linting.lint),
     "fit": ("find the largest batch that trains in each mode", fitting.fit_arguments, fitting.fit),
     "probe": (
         "show what float16 makes of a workload's gradients, and which static loss scale fits",

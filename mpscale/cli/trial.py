@@ -1,4 +1,4 @@
-"""What the commands that train outside of a run have in common: `fit` and `probe`."""
+"""What the commands that train outside of a run have in common: `fit`, `probe` and `lint`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,14 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
     completion.completed_by(workload, completion.workloads)
 
 
-def add_training_options(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add the options that say how to train and where the result goes; ``what`` has the time limit."""
+def add_training_options(parser: argparse.ArgumentParser, what: str, results: bool = True) -> None:
+    """Add the options that say how to train and where the result goes.
+
+    Args:
+        parser: of the command.
+        what: has the time limit, for the help.
+        results: whether the command leaves a folder.
+    """
     parser.add_argument(
         "--jit",
         choices=("auto", "on", "off"),
@@ -44,13 +50,18 @@ def add_training_options(parser: argparse.ArgumentParser, what: str) -> None:
         default="auto",
         help="TensorFlow's GPU memory allocator (default: auto, which is cuda_malloc_async, or bfc if that fails)",
     )
-    add_results_option(parser.add_argument, default=RESULTS)
+    if results:
+        add_results_option(parser.add_argument, default=RESULTS)
     add_output_options(parser)
 
 
 @contextmanager
-def prepared(options: argparse.Namespace, kind: Literal["fit", "probe"]) -> Iterator[tuple[Workload, Device, Driver]]:
+def prepared(
+    options: argparse.Namespace, kind: Literal["fit", "probe"] | None
+) -> Iterator[tuple[Workload, Device, Driver]]:
     """Check what can be checked before a training, and open the driver for as long as it lasts.
+
+    ``kind`` names the folder in the results folder; None for a command that leaves none.
 
     Raises:
         SettingsError: the workload, the results folder or the device that is asked for cannot be used.
@@ -66,7 +77,7 @@ def prepared(options: argparse.Namespace, kind: Literal["fit", "probe"]) -> Iter
             workload = registry.get(options.workload, [Path.cwd()])
     except registry.UnknownWorkload as error:
         raise SettingsError(str(error)) from error
-    if why_not := why_not_writable(options.results / kind):
+    if kind is not None and (why_not := why_not_writable(options.results / kind)):
         raise SettingsError(f"--results: {options.results} is not a folder that can be written to ({why_not})")
     driver = open_driver()
     try:
@@ -82,7 +93,7 @@ def supervisor_options(options: argparse.Namespace, memory_limit_mib: float | No
     from mpscale.harness.supervisor import Options
 
     return Options(
-        results=options.results,
+        results=getattr(options, "results", RESULTS),
         project=Path.cwd(),
         start_method="fork",
         timeout_s=options.timeout,

@@ -139,6 +139,7 @@ class Settings:
         energy_s: seconds of further steps if the GPU's energy can be measured; 0 to skip energy.
         repeat_data: fill a batch that is larger than the training set with several copies of it.
         looks: at how many steps of a training `mpscale probe` looks at the gradients; 0 for a case of a run.
+        lint: look for what is wrong or slow about the workload, and take a few steps only for that.
         autotune: whether each process lets XLA tune its kernels, or those of a workload and mode share the results.
     """
 
@@ -153,6 +154,7 @@ class Settings:
     energy_s: float = 10.0
     repeat_data: bool = False
     looks: int = 0
+    lint: bool = False
     autotune: Literal["fresh", "shared"] = "fresh"
 
     def suited_to(self, growth_interval: int | None) -> Settings:

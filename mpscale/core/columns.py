@@ -323,6 +323,7 @@ SECTIONS: tuple[Section, ...] = (
             _known("status_reason", "str", "", "why the status is not `ok`, in one line", "status is `ok`"),
             _known("cause", "str", "", "the kind of event that ended the case without a usable result, one of the causes below", "status is `ok`, `unsupported`, `diverged` or `stalled`, or an older mpscale made the run"),
             _known("note", "str", "", "what else to know: how earlier attempts failed, which files of the case could not be kept, and why, and what a compiled model asked for that its case does otherwise", "there is nothing"),
+            _known("lint", "str", "", "what `mpscale lint` finds without taking a step, as a JSON list of {`check`, `severity`, `text`, `cure`, `layers`}; `[]` if nothing", "only the first training of a workload and mode (seed 0) is looked at, it could not be, the case ended before that, or an older mpscale made the run"),
             _known("output_tail", "str", "", "the last lines the process wrote, without secrets of the environment", "the case did not fail"),
             _known("case_wall_time_s", "float", "s", "from the start of the process to its end, measured by the supervising process", "nothing was started"),
         ),

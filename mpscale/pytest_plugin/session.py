@@ -100,6 +100,7 @@ class LiveRun:
 
     def __init__(self, plan: Plan, how: Options, output: Output, resumed: Resumed | None = None) -> None:
         from mpscale.harness.run import BenchmarkRun
+        from mpscale.report.lint import News
         from mpscale.telemetry.host import busy_words
         from mpscale.telemetry.presence import words
 
@@ -116,6 +117,7 @@ class LiveRun:
                 output.say(note)
             for case_id in resumed.settled:
                 judge.know(resumed.outcomes[case_id].record)
+        self._news = News()
         self._progress = Progress(output.live_line(), time.monotonic, judge)
         self._progress.plan(left)
         self._announced = {case.id for case in left}
@@ -165,6 +167,8 @@ class LiveRun:
             raise
         self._progress.finished(case, outcome.record)
         self._announced.discard(case.id)
+        if news := self._news.of(outcome.record):
+            self._output.say(news)
         self._note_troubles()
         return outcome
 

@@ -9,7 +9,7 @@ from mpscale.analysis.noise_floor import NO_FLOORS, Floors
 from mpscale.analysis.probe import Kept
 from mpscale.analysis.summary import summary_of
 from mpscale.core.runs import Run
-from mpscale.report import costs, merged, probe_tables, sections, sweep, trouble
+from mpscale.report import costs, lint, merged, probe_tables, sections, sweep, trouble
 from mpscale.report.about import facts, when
 from mpscale.report.findings import findings
 from mpscale.report.first_screen import Screen, first_screen, markdown
@@ -86,6 +86,7 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
         Section("Speed-up over batch", sweep.by_batch(run)),
         Section("Static loss scales", sweep.by_scale(run)),
         Section("Cases that did not end well", trouble.troubles(run), sentences=True),
+        Section("Lint", lint.section(run), sentences=True),
         Section("Notes on cases", [trouble.notes(run)], sentences=True),
         Section("What could not be read", [trouble.unread(run, floors.left_out)]),
         Section("Accuracy against fp32", [sections.against_fp32(run)], group="Metric against fp32"),

@@ -12,7 +12,7 @@ from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.mode import is_mixed
 from mpscale.core.record import place_of
 from mpscale.core.runs import Run
-from mpscale.report import costs, merged, missing, sweep
+from mpscale.report import costs, lint, merged, missing, sweep
 from mpscale.report.about import device_kind, device_name
 from mpscale.report.sections import metric_why, statuses
 from mpscale.report.table import (
@@ -57,6 +57,7 @@ def _overview(run: Run, rows: Sequence[Row]) -> str:
         sentences.append("The run was stopped or is still going on: this is what there is so far.")
     sentences += map(escape, filter(None, [missing.lacks(run), *missing.interruptions(run), *merged.sentences(run)]))
     sentences += _no_metric(rows)
+    sentences += map(escape, lint.sentences(run))
     if jumped := sum(row["two_level_processes"] for row in rows):
         whose = plural(jumped, "process")
         sentences.append(f"The step time of {whose} jumped between two levels (see Timing quality).")

@@ -52,19 +52,19 @@ def main(wire: Wire) -> int:
         # Before a fresh worker imports TensorFlow, though XLA reads its flags only when it is first used.
         autotuning.begin(request["autotuning"])
         from mpscale.worker.case import execute
+        from mpscale.worker.linting import lint
 
         # Use pytest's path, so that a user's module is the same file here. Not before TensorFlow has been imported: a
         # module beside the suite must not hide one of the same name that TensorFlow needs.
         sys.path[:] = dict.fromkeys([*request["sys_path"], *sys.path])
         _keep_generated_files_in(request["scratch"])
         steps_path = request["steps_path"]
-        status, reason = execute(
-            Case.from_json(request["case"]),
-            Device.from_json(request["device"]),
-            Path(steps_path) if steps_path else None,
-            channel,
-            request["energy_s"],
-        )
+        case, device = Case.from_json(request["case"]), Device.from_json(request["device"])
+        if case.settings.lint:
+            status, reason = lint(case, device, channel)
+        else:
+            path = Path(steps_path) if steps_path else None
+            status, reason = execute(case, device, path, channel, request["energy_s"])
     except BaseException as error:  # some libraries derive from it, for instance to cancel
         traceback.print_exc()
         channel.send(cause(error))
@@ -132,7 +132,7 @@ def _runtime() -> dict[str, Any]:
 def serve(wire: Wire) -> None:
     """Fork a worker for each request until the wire is closed."""
     # What a case needs is imported here, once; nothing below may create a TensorFlow context.
-    import mpscale.worker.case  # noqa: F401
+    import mpscale.worker.linting  # noqa: F401
     from mpscale.worker.device import held_by_this_process
 
     # What a worker leaves behind becomes a child of this process, which has no others.

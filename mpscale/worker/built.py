@@ -116,9 +116,12 @@ class Built:
         return found
 
 
-def build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
-    """Make everything that is trained. The device must be ready, since a user's module may use it on import."""
-    workload = registry.get(case.workload)
+def build(case: Case, arithmetic: Arithmetic, channel: Channel, workload: Workload | None = None) -> Built:
+    """Make everything that is trained. The device must be ready, since a user's module may use it on import.
+
+    ``workload`` stands in for that of the case.
+    """
+    workload = workload or registry.get(case.workload)
     settings = case.settings.suited_to(workload.growth_interval)
     if workload.compiled is not None:
         # As it would be at the top of a script: what makes the data may draw random numbers.

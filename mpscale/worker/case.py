@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case
 from mpscale.core.device import Device
 from mpscale.core.file_errors import in_words
+from mpscale.core.lint import to_cell
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.core.wire import Channel, NotKept, Phase, Remarked
 from mpscale.core.writing import replacing
-from mpscale.worker import autotuning
+from mpscale.worker import autotuning, lint
 from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, judged, put
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
@@ -93,6 +95,9 @@ def _run(
     _report(channel, throughput.columns())
     _report(channel, built.loss_columns())
     channel.values({"process_settings": arithmetic.column()})
+    if case.seed == 0 and case.trains and built.compiled is None:
+        # The first case of each workload and mode: nothing runs, and other cases would find the same.
+        _lint(built, precision, arithmetic, channel)
     if misused is not None:
         return "unsupported", misused
     objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
@@ -133,6 +138,14 @@ def _run(
     channel.phase(Phase.DONE)
     arithmetic.look("training and timing")
     return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
+
+
+def _lint(built: Built, precision: Precision, arithmetic: Arithmetic, channel: Channel) -> None:
+    """Report what is wrong or slow about the workload. A model that cannot be looked at can be trained all the same."""
+    try:
+        channel.values({"lint": to_cell(lint.look(built, precision, arithmetic, whole=False))})
+    except Exception:
+        traceback.print_exc()
 
 
 def _report(channel: Channel, found: Findings) -> None:

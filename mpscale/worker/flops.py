@@ -25,9 +25,9 @@ import tensorflow as tf
 from mpscale.core.reason import Code, Reason
 from mpscale.worker.precision import PRODUCT
 
-_CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
-_BRANCHES = frozenset({"If", "StatelessIf", "Case", "StatelessCase"})
-_LOOPS = frozenset({"While", "StatelessWhile"})
+CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
+BRANCHES = frozenset({"If", "StatelessIf", "Case", "StatelessCase"})
+LOOPS = frozenset({"While", "StatelessWhile"})
 _OPAQUE = re.compile(
     r"PyFunc|XlaCallModule|XlaCustomCall|FFT|Cholesky|Matrix(?:Inverse|Determinant|Exponential|Logarithm|SquareRoot|"
     r"Solve|SolveLs|TriangularSolve)|TriangularSolve|TridiagonalMatMul|Tridiagonal|Lu$|Qr$|Svd$|Eig|LogMatrixDet"
@@ -44,17 +44,26 @@ class _Uncounted(Exception):
     """An operation whose FLOPs are unknown; the text is for people."""
 
 
-def flops_of(graph: Any) -> int | Reason:
+def flops_of(graph: Any, counts: Callable[[Any], bool] = lambda op: True) -> int | Reason:
     """The FLOPs of one run of a FuncGraph, or the reason why they are unknown. Nothing runs, and no device is used.
 
-    All branches of a condition must have the same FLOPs, and the number of times that a loop runs must follow from
-    constants. Otherwise the number depends on the data, and any figure would be wrong for some steps.
+    ``counts`` says which products count. All branches of a condition must have the same FLOPs, and the number of times
+    that a loop runs must follow from constants. Otherwise the number depends on the data, and any figure would be wrong
+    for some steps.
     """
     try:
-        found = _Frame(graph, {}).flops(range(len(graph.outputs)))
+        found = _Frame(graph, {}, counts).flops(range(len(graph.outputs)))
     except _Uncounted as uncounted:
         return Reason(Code.NOT_COUNTED, f"FLOPs were not counted: {uncounted}")
     return found if found else Reason(Code.NEVER_HAPPENED, "the train step multiplies no matrices")
+
+
+def flops_of_product(op: Any) -> int | None:
+    """The FLOPs of a product, each time that it runs; None if they are unknown."""
+    try:
+        return _PRODUCTS[op.type](op, set())
+    except (KeyError, _Uncounted):
+        return None
 
 
 class _Frame:
@@ -63,10 +72,11 @@ class _Frame:
     Args:
         graph: a FuncGraph.
         known: integers that are known of its arguments, by their place.
+        counts: which products count.
     """
 
-    def __init__(self, graph: Any, known: Mapping[int, int]) -> None:
-        self._graph = graph
+    def __init__(self, graph: Any, known: Mapping[int, int], counts: Callable[[Any], bool]) -> None:
+        self._graph, self._counts = graph, counts
         self._known = {tensor.op.name: known.get(place) for place, tensor in enumerate(graph.inputs)}
         self._places = {tensor.op.name: place for place, tensor in enumerate(graph.inputs)}
         self.needed: set[int] = set()
@@ -96,17 +106,17 @@ class _Frame:
         if op.type == "Placeholder" and op.name in self._places:
             self.needed.add(self._places[op.name])
             return 0, ()
-        if op.type in _CALLS:
+        if op.type in CALLS:
             inner = self._inner(op, "f", inputs)
             return inner.flops(wanted), [inputs[place] for place in inner.needed]
-        if op.type in _BRANCHES:
+        if op.type in BRANCHES:
             return self._branches(op, wanted)
-        if op.type in _LOOPS:
+        if op.type in LOOPS:
             return self._loop(op, wanted)
         if op.type in ("Enter", "RefEnter") or _takes_functions(op.type, op):
             raise _Uncounted(f"how often {_named(op)} runs what it contains is unknown")
         if op.type in _PRODUCTS:
-            return _PRODUCTS[op.type](op, wanted), inputs
+            return _PRODUCTS[op.type](op, wanted) if self._counts(op) else 0, inputs
         if PRODUCT.search(op.type) or _OPAQUE.search(op.type):
             raise _Uncounted(f"there is no formula for {_named(op)}")
         return 0, inputs
@@ -114,7 +124,8 @@ class _Frame:
     def _inner(self, op: Any, attribute: str, inputs: Sequence[Any]) -> _Frame:
         function = op.get_attr(attribute)
         values = {place: self._value(tensor) for place, tensor in enumerate(inputs)}
-        return _Frame(self._function(function.name), {place: v for place, v in values.items() if v is not None})
+        known = {place: v for place, v in values.items() if v is not None}
+        return _Frame(self._function(function.name), known, self._counts)
 
     def _function(self, name: str) -> Any:
         found = self._graph._get_function(name)
@@ -128,7 +139,8 @@ class _Frame:
             frames = [self._inner(op, name, data) for name in ("then_branch", "else_branch")]
         else:
             values = {place: v for place, tensor in enumerate(data) if (v := self._value(tensor)) is not None}
-            frames = [_Frame(self._function(branch.name), values) for branch in op.get_attr("branches")]
+            functions = [self._function(branch.name) for branch in op.get_attr("branches")]
+            frames = [_Frame(function, values, self._counts) for function in functions]
         found = {frame.flops(wanted) for frame in frames}
         if len(found) > 1:
             raise _Uncounted(f"the branches of {_named(op)} have different FLOPs, and which is taken depends on data")
@@ -160,7 +172,8 @@ class _Frame:
             place for place, tensor in enumerate(body.outputs) if _source(tensor).op.name == body.inputs[place].op.name
         ]
         values = {place: v for place in fixed if (v := self._value(op.inputs[place])) is not None}
-        return _Frame(self._function(op.get_attr("cond").name), values), _Frame(body, values)
+        condition = self._function(op.get_attr("cond").name)
+        return _Frame(condition, values, self._counts), _Frame(body, values, self._counts)
 
     def _passes(self, op: Any) -> int | None:
         """How often a loop runs, if its condition is that counters are below limits, all of them known; else None."""
@@ -203,10 +216,10 @@ class _Frame:
         op = _source(tensor).op
         if op.name in self._known:
             return self._known[op.name]
-        if op.type in _CALLS:
+        if op.type in CALLS:
             inner = self._inner(op, "f", op.inputs)
             return inner._value(inner._graph.outputs[_source(tensor).value_index])
-        if op.type in _LOOPS:
+        if op.type in LOOPS:
             place = _source(tensor).value_index
             step, start = self._loop_frames(op)[1]._increment(place), self._value(op.inputs[place])
             passes = None if step is None or start is None else self._passes(op)

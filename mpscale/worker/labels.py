@@ -16,6 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from mpscale.core.lint import Check
+from mpscale.worker.refused import Refused
+
 Shape = Sequence[int | None]
 """Shape of one example's label or output; None for an unknown size."""
 
@@ -85,9 +88,10 @@ def check_fit(kind: str, labels: Shape, outputs: Shape) -> None:
         return
     sparse = _takes_classes(kind)
     if sparse and not outputs:
-        raise ValueError(
-            f"{kind} needs one output per class, but the model's outputs have shape (examples,); end the model with "
-            "one unit per class"
+        raise Refused(
+            Check.LABELS_MISFIT,
+            f"{kind} needs one output per class, but the model's outputs have shape (examples,)",
+            "end the model with one unit per class",
         )
     if not tf.TensorShape(labels).is_compatible_with(outputs[:-1] if sparse else outputs):
         if sparse and len(labels) == len(outputs):
@@ -97,7 +101,8 @@ def check_fit(kind: str, labels: Shape, outputs: Shape) -> None:
         else:
             cure = f"{kind} takes labels of the outputs' shape; for class numbers "
             cure += "use its 'sparse' relative" if kind in _HAVE_SPARSE else "pass keras.utils.to_categorical(labels)"
-        raise ValueError(f"labels of shape {_shape(labels)} do not fit outputs of shape {_shape(outputs)}: {cure}")
+        text = f"labels of shape {_shape(labels)} do not fit outputs of shape {_shape(outputs)}"
+        raise Refused(Check.LABELS_MISFIT, text, cure)
 
 
 def form_for(function: Function, labels: npt.NDArray[Any], outputs: Shape, what: str, examples: int = PROBED) -> Form:
@@ -130,10 +135,11 @@ def form_for(function: Function, labels: npt.NDArray[Any], outputs: Shape, what:
     if not running or all(np.allclose(results[form], results[running[0]], _RTOL) for form in running):  # type: ignore[arg-type]
         # If nothing runs, the error of the first real batch is a better explanation than that of a probe.
         return running[0] if running else candidates[0]
-    raise ValueError(
+    raise Refused(
+        Check.LABELS_MISFIT,
         f"the {what} broadcasts labels of shape {_shape(labels.shape[1:])} against outputs of shape {_shape(outputs)}, "
-        f"and it is unclear what is meant; give the labels the shape {_shape(outputs)}, or reshape one of them in the "
-        f"{what}"
+        "and it is unclear what is meant",
+        f"give the labels the shape {_shape(outputs)}, or reshape one of them in the {what}",
     )
 
 

@@ -20,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from mpscale.core.lint import Check
 from mpscale.scaling.gradients import is_overwritten
+from mpscale.worker.refused import Refused
 
 _STEPS = (
     "train_step", "compute_loss", "_compute_loss", "make_train_function", "train_on_batch", "fit", "test_step",
@@ -113,9 +115,11 @@ def make_optimizer(source: Any) -> keras.optimizers.Optimizer:
         )
     for inner in all_inside(optimizer):
         if scales_loss(inner):
-            raise ValueError(
+            raise Refused(
+                Check.OPTIMIZER_SCALES,
                 f"the workload's optimizer scales the loss itself ({type(inner).__name__}), but mpscale adds the loss "
-                "scaling of each mode; give the inner optimizer, without loss_scale_factor"
+                "scaling of each mode",
+                "give the inner optimizer, without loss_scale_factor",
             )
     return _copy(optimizer) if optimizer is source else optimizer
 

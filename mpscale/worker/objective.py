@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from mpscale.core.lint import Check
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.scaling.skip import all_nodes
 from mpscale.worker import labels as label_forms
 from mpscale.worker.model import COMPILE_IT
 from mpscale.worker.precision import computes_below_float32
+from mpscale.worker.refused import Refused
 from mpscale.workloads.metric import kind_of
 from mpscale.workloads.workload import sparse_cross_entropy
 
@@ -54,7 +56,7 @@ class Objective:
         """Shape of one example's output; known once the loss has been traced."""
         self._squashed_by: str | None = None  # softmax or sigmoid, if the trace shows that the model ends in one
         if labels.dtype.kind in "US":
-            raise ValueError(f"the labels are text ({labels.dtype}); number the classes from 0")
+            raise Refused(Check.LABELS_MISFIT, f"the labels are text ({labels.dtype})", "number the classes from 0")
 
     def __call__(self, labels: Any, outputs: Any) -> Any:
         """The loss of a batch of labels (batch, ...) and the model's outputs.
@@ -171,9 +173,10 @@ class Objective:
     def _check_finite(self) -> None:
         labels = self._labels
         if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-            raise ValueError(
-                f"{np.sum(~np.isfinite(labels))} of the training labels are not finite; leave these examples out, or "
-                "use a loss that ignores them"
+            raise Refused(
+                Check.LABELS_NOT_FINITE,
+                f"{np.sum(~np.isfinite(labels))} of the training labels are not finite",
+                "leave these examples out, or use a loss that ignores them",
             )
 
     def _check_values(self, kind: str) -> None:
@@ -181,25 +184,28 @@ class Objective:
         options = _options(self._loss)
         logits = True if self._loss is sparse_cross_entropy else options.get("from_logits", False)
         if logits and self._squashed_by:
-            raise ValueError(
-                f"the model ends in a {self._squashed_by}, but the loss takes logits and would apply another one; "
-                f"remove the activation, or use a loss with from_logits=False, such as loss={kind!r}"
+            raise Refused(
+                Check.SOFTMAX_TWICE,
+                f"the model ends in a {self._squashed_by}, but the loss takes logits and would apply another one",
+                f"remove the activation, or use a loss with from_logits=False, such as loss={kind!r}",
             )
         labels = self._labels
         low, high = labels.min(), labels.max()
         if kind == "sparse_categorical_crossentropy" and self.output[-1] is not None:
             counted = labels[labels != options["ignore_class"]] if options.get("ignore_class") is not None else labels
             if not ((counted == np.floor(counted)) & (counted >= 0) & (counted < self.output[-1])).all():
-                raise ValueError(
+                raise Refused(
+                    Check.LABELS_OUT_OF_RANGE,
                     f"the training labels range from {low:g} to {high:g}, but a model with {self.output[-1]} outputs "
-                    f"has classes 0 to {self.output[-1] - 1}; number the classes from 0, or, if this is not such a "
-                    "classification, set another loss, for example loss='mse' or "
-                    "loss=keras.losses.BinaryCrossentropy(from_logits=True)"
+                    f"has classes 0 to {self.output[-1] - 1}",
+                    "number the classes from 0, or, if this is not such a classification, set another loss, for "
+                    "example loss='mse' or loss=keras.losses.BinaryCrossentropy(from_logits=True)",
                 )
         if kind in ("binary_crossentropy", "binary_focal_crossentropy") and not 0 <= low <= high <= 1:
-            raise ValueError(
-                f"{kind} takes labels from 0 to 1, but the training labels range from {low:g} to {high:g}; rescale "
-                "them, or use another loss"
+            raise Refused(
+                Check.LABELS_OUT_OF_RANGE,
+                f"{kind} takes labels from 0 to 1, but the training labels range from {low:g} to {high:g}",
+                "rescale them, or use another loss",
             )
 
 
@@ -208,10 +214,13 @@ class NotedLoss:
 
     def __init__(self, loss: Callable[[Any, Any], Any]) -> None:
         self._loss = loss
+        self.outputs: Any = None
+        """The model's outputs, tensors of the graph that was traced last."""
         self._outputs: Any = None
         self._labels: Any = None
 
     def __call__(self, labels: Any, outputs: Any) -> Any:
+        self.outputs = outputs
         self._labels, self._outputs = (tf.nest.map_structure(_spec, value) for value in (labels, outputs))
         return self._loss(labels, outputs)
 
@@ -265,9 +274,11 @@ def check_outputs(outputs: Any) -> None:
         ValueError: it returned something else.
     """
     if isinstance(outputs, dict | list | tuple):
-        raise ValueError(
+        raise Refused(
+            Check.OUTPUTS,
             f"the model returns a {type(outputs).__name__} of {len(outputs)} outputs, but this workload has a loss of "
-            f"one; {COMPILE_IT}"
+            "one",
+            COMPILE_IT,
         )
     if not tf.is_tensor(outputs) or isinstance(outputs, tf.RaggedTensor | tf.SparseTensor):
         found = f"a {type(outputs).__name__}"
@@ -275,9 +286,8 @@ def check_outputs(outputs: Any) -> None:
         found = f"{outputs.dtype.name} of shape {outputs.shape}"
     else:
         return
-    raise ValueError(
-        f"the model returns {found}; it must return one dense tensor of floating-point numbers (examples, ...)"
-    )
+    cure = "it must return one dense tensor of floating-point numbers (examples, ...)"
+    raise Refused(Check.OUTPUTS, f"the model returns {found}", cure)
 
 
 def _resolved(given: Loss | str) -> Loss:

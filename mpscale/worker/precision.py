@@ -37,7 +37,8 @@ FLOAT8 = "float8"
 """Layers and products whose factors are rounded to float8: to E4M3, gradients to E5M2."""
 
 _FLOATS = (FLOAT8, "float16", "bfloat16", "float32", "float64")
-_LOW = {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16"}
+LOW = {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16"}
+"""{policy: the dtype that it computes in below float32}."""
 
 _OTHER = re.compile(
     r"(?:Relu6?|Elu|Selu|LeakyRelu|Softplus|Softsign|Tanh|Sigmoid|Erfc?|Softmax|LogSoftmax|BiasAdd)(?:Grad)?$"
@@ -48,7 +49,7 @@ _OTHER = re.compile(
 Others vary: Keras clips and casts more in float16, and a loss scale adds operations of its own.
 """
 
-_MOVES = re.compile(
+MOVES = re.compile(
     r"(?:Placeholder|Identity|IdentityN|Const|Reshape|ReadVariableOp|ExpandDims|Squeeze|Pack|Unpack|Split|SplitV"
     r"|ConcatV2|Slice|StridedSlice|Transpose|Tile|GatherV2|GatherNd|ResourceGather|PreventGradient|StopGradient)$"
 )
@@ -90,7 +91,7 @@ class Precision:
             if PRODUCT.search(node.op)
         ]
         self._others = Counter(node.op for node in nodes if _OTHER.match(node.op.removeprefix("Stateless")))
-        self._dtypes = [(node.name, _dtype(node)) for node in nodes if not _MOVES.match(node.op)]
+        self._dtypes = [(node.name, _dtype(node)) for node in nodes if not MOVES.match(node.op)]
         self.layers = Counter(_layer_dtype(layer) for layer in self._layers)
         """Number of layers by compute dtype, without containers."""
         self.products = Counter(dtype for _, dtype in self._products)
@@ -114,7 +115,18 @@ class Precision:
 
     def objection(self, mode: Mode) -> str | None:
         """What was found, what ``mode`` promises and what to do; None if they agree."""
-        low = _LOW.get(mode.policy)
+        objected = self.objected(mode)
+        return None if objected is None else "; ".join(objected)
+
+    def misfits(self, mode: Mode) -> dict[str, str]:
+        """{name: dtype} of the layers that compute in what ``mode`` does not promise."""
+        allowed = {"float32", LOW.get(mode.policy)} | ({FLOAT8} if mode.float8 else set())
+        dtypes = {layer.name: _layer_dtype(layer) for layer in self._layers}
+        return {name: dtype for name, dtype in dtypes.items() if dtype in set(_FLOATS) - allowed}
+
+    def objected(self, mode: Mode) -> tuple[str, str] | None:
+        """What was found and ``mode`` promises, and what to do; None if they agree."""
+        low = LOW.get(mode.policy)
         allowed = {"float32", low} | ({FLOAT8} if mode.float8 else set())
         wrong = [
             f"{number} {'product' if what is self.products else 'layer'}{'s' * (number > 1)} in {dtype}"
@@ -124,7 +136,7 @@ class Precision:
         ]
         if not wrong:
             # Products and layers are as promised, but an operation between them may cast to another precision.
-            halves = [(name, dtype) for name, dtype in self._dtypes if dtype in _LOW.values() and dtype != low]
+            halves = [(name, dtype) for name, dtype in self._dtypes if dtype in LOW.values() and dtype != low]
             wrong = [f"{name.removeprefix('gradient_tape/')} in {dtype}" for name, dtype in halves[:1]]
         if wrong:
             promise = f"only {low} and float32" if low else "float32 throughout"
@@ -132,25 +144,26 @@ class Precision:
                 promise = f"only {FLOAT8}, {low} and float32"
             if mode.graph_rewrite:
                 promise = "a float32 model, which TensorFlow rewrites"
-            names = [layer.name for layer in self._layers if _layer_dtype(layer) in set(_FLOATS) - allowed]
+            names = list(self.misfits(mode))
             named = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
             return (
-                f"the train step computes {' and '.join(wrong)}{named}, but {mode.name} promises {promise}; remove "
-                "set_dtype_policy, casts and dtypes other than float32 from the workload, since the mode sets the "
-                "policy"
+                f"the train step computes {' and '.join(wrong)}{named}, but {mode.name} promises {promise}",
+                "remove set_dtype_policy, casts and dtypes other than float32 from the workload, since the mode sets "
+                "the policy",
             )
         if mode.float8 and not self.products[FLOAT8]:
             return (
                 f"{mode.name} promises products in {FLOAT8}, but the train step has none: its products are "
-                f"{_counted(self.products) or 'none'}, its layers are {_counted(self.layers)}; a layer computes in "
-                f"{FLOAT8} only if the model calls it, so leave out this mode or call the layers"
+                f"{_counted(self.products) or 'none'}, its layers are {_counted(self.layers)}",
+                f"a layer computes in {FLOAT8} only if the model calls it, so leave out this mode or call the layers",
             )
         if low and not mode.float8 and not self._computes_in(low):
             found = f"its products are {_counted(self.products)}" if self.products else "it multiplies no matrices"
             return (
                 f"{mode.name} promises to compute in {low}, but the train step does not: {found}, its layers are "
-                f"{_counted(self.layers)}; remove dtype='float32' and set_dtype_policy from the workload, except for "
-                "dtype='float32' in the last layer"
+                f"{_counted(self.layers)}",
+                "remove dtype='float32' and set_dtype_policy from the workload, except for dtype='float32' in the last "
+                "layer",
             )
         return None
 
@@ -191,11 +204,14 @@ class Arithmetic:
         self._mode, self._device, self._jit = mode, device, jit
         self.objection: str | None = None
         """What was found, what the mode promises and what to do; None if they agree."""
+        self.policy_before: str | None = None
+        """Keras' dtype policy before :meth:`settle`, as the import of the workload or its data function left it."""
 
     def settle(self) -> None:
         """Set everything to the mode's values. Call this just before the model is built."""
         # Checked first, since setting it now is too late: the user's module may have made objects under it.
         self.look("the import of the workload or its data function", ("floatx",))
+        self.policy_before = self.policy_before or keras.config.dtype_policy().name
         keras.config.set_floatx("float32")
         keras.config.set_dtype_policy(self._mode.policy)
         set_arithmetic(self._mode)
@@ -263,7 +279,7 @@ class Arithmetic:
 
 def computes_below_float32(nodes: Iterable[Any]) -> bool:
     """Whether one of ``nodes`` of a graph computes in float16 or bfloat16, or rounds to one of them."""
-    return any(_dtype(node) in _LOW.values() for node in nodes if not _MOVES.match(node.op))
+    return any(_dtype(node) in LOW.values() for node in nodes if not MOVES.match(node.op))
 
 
 def _counted(numbers: Counter[str]) -> str:
@@ -295,13 +311,13 @@ def _unused(products: Iterable[tf.Operation], results: Container[tf.Operation]) 
 
     def needed(op: tf.Operation) -> bool:
         users = [user for output in op.outputs for user in output.consumers()]
-        return any(not _MOVES.match(user.type) or needed(user) for user in users) or op in results
+        return any(not MOVES.match(user.type) or needed(user) for user in users) or op in results
 
     return {op.name for op in products if not needed(op)}
 
 
 def _was_float8(value: tf.Tensor) -> bool:
-    while _MOVES.match(value.op.type) and value.op.inputs:
+    while MOVES.match(value.op.type) and value.op.inputs:
         value = value.op.inputs[value.value_index if value.op.type == "IdentityN" else 0]
     if value.op.type not in ("Mul", "RealDiv"):
         return False

@@ -50,21 +50,21 @@ def count(values: Any) -> tuple[Any, Any]:
 
 
 @dataclass(eq=False)
-class _Call:
+class Call:
     """A call of a layer: its outputs in the step's own graph, and the calls within it."""
 
     layer: Any
     label: str
     outputs: list[Any] = field(default_factory=list)
-    inside: list[_Call] = field(default_factory=list)
+    inside: list[Call] = field(default_factory=list)
 
 
 @contextlib.contextmanager
-def _noted_calls() -> Iterator[list[_Call]]:
+def noted_calls() -> Iterator[list[Call]]:
     """Note every call of a layer while a step is traced. The list has the calls that no other call contains."""
     graph = tf.compat.v1.get_default_graph()
-    top: list[_Call] = []
-    stack: list[_Call] = []
+    top: list[Call] = []
+    stack: list[Call] = []
     labels: dict[int, str] = {}
     original = keras.layers.Layer.__call__
 
@@ -77,7 +77,7 @@ def _noted_calls() -> Iterator[list[_Call]]:
         return labels[id(layer)]
 
     def noted(layer: Any, *arguments: Any, **options: Any) -> Any:
-        call = _Call(layer, label_of(layer))
+        call = Call(layer, label_of(layer))
         (stack[-1].inside if stack else top).append(call)
         stack.append(call)
         try:
@@ -99,7 +99,7 @@ def _noted_calls() -> Iterator[list[_Call]]:
         keras.layers.Layer.__call__ = original
 
 
-def _all_outputs(calls: Sequence[_Call]) -> list[Any]:
+def _all_outputs(calls: Sequence[Call]) -> list[Any]:
     """The outputs of all calls, at any depth, each tensor once."""
     found: dict[int, Any] = {}
     for call in calls:
@@ -118,7 +118,7 @@ class _Places:
         gradients: of their outputs, by id of the tensor; None if the loss does not depend on it by a known way.
     """
 
-    def __init__(self, calls: Sequence[_Call], gradients: dict[int, Any]) -> None:
+    def __init__(self, calls: Sequence[Call], gradients: dict[int, Any]) -> None:
         self._gradients = gradients
         self._taken: set[int] = set()
         self._owner: dict[int, str] = {}
@@ -132,7 +132,7 @@ class _Places:
         """The label of the layer to which a weight belongs."""
         return self._owner.get(id(variable)) or str(variable.path).rpartition("/")[0] or str(variable.name)
 
-    def _visit(self, call: _Call) -> bool:
+    def _visit(self, call: Call) -> bool:
         """Take the gradients of a call; return whether any reaches it."""
         before = dict(self._owner)
         self._own(call)
@@ -150,7 +150,7 @@ class _Places:
                 self.activations.append((call.label, self._gradients[id(each)]))
         return bool(reached)
 
-    def _own(self, call: _Call) -> None:
+    def _own(self, call: Call) -> None:
         self.layers[call.label] = call.layer
         self._owner |= {id(variable): call.label for variable in call.layer.trainable_variables}
 
@@ -201,7 +201,7 @@ class ProbeStep(TrainStep):
 
     def _look(self) -> tuple[tf.Tensor, ...]:
         variables, outputs = self.update.model.trainable_variables, []
-        with _noted_calls() as calls:
+        with noted_calls() as calls:
 
             def others() -> Sequence[Any]:
                 outputs.extend(_all_outputs(calls))

@@ -1,0 +1,193 @@
+"""A case that only looks for what is wrong or slow about its workload: `mpscale lint`.
+
+What a run would refuse is noted, replaced by something that cannot be wrong, and the rest is looked at all the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from mpscale.core.case import Case
+from mpscale.core.device import Device
+from mpscale.core.lint import Check, Finding, Severity, to_cell
+from mpscale.core.mode import MODES
+from mpscale.core.wire import Channel, Phase
+from mpscale.worker import lint as checks
+from mpscale.worker import model as models
+from mpscale.worker.built import Built, build
+from mpscale.worker.case import Status
+from mpscale.worker.device import require, touch
+from mpscale.worker.precision import Arithmetic, Precision
+from mpscale.worker.probe import Call, noted_calls
+from mpscale.worker.refused import Refused
+from mpscale.worker.timing import DISPATCH_BOUND, time_empty_call, warm_up
+from mpscale.worker.traced import Traced, operations
+from mpscale.workloads import Workload, registry
+
+
+def _any_loss(labels: Any, outputs: Any) -> Any:
+    return tf.reduce_mean(tf.abs(outputs), -1)
+
+
+_STOOD_IN: dict[str, Any] = {"optimizer": "sgd", "loss": _any_loss}
+"""What replaces a part of a workload that is refused."""
+_NODE = re.compile(r"\{\{node ([^}]+)\}\}")
+"""Names of operations in the error of TensorFlow, which has them nowhere else."""
+_MOST_OPERATIONS = 5
+_TEXT = 300
+"""Characters of an error that names no operation of the graph."""
+
+
+def lint(case: Case, device: Device, channel: Channel) -> Status:
+    """Look at the workload of ``case`` in its mode, and report the findings so far after each part."""
+    mode = MODES[case.mode]
+    require(device)
+    channel.phase(Phase.IDLE)
+    touch(device, mode)
+    channel.phase(Phase.CONTEXT_READY)
+    found: list[Finding] = []
+
+    def report(findings: Any) -> None:
+        found.extend(findings)
+        channel.values({"lint": to_cell(found)})
+
+    report([])
+    workload = registry.get(case.workload)
+    arithmetic = Arithmetic(mode, device, case.settings.jit)
+    built, stood_in = _built(case, workload, arithmetic, channel, report)
+    if built is None:
+        return "ok", None  # the same part is refused again, so there is nothing to look at
+    channel.phase(Phase.MODEL_BUILT)
+    if built.float8 is not None and (unsupported := built.float8.unsupported_reason(built.optimizer)) is not None:
+        return "unsupported", unsupported
+    arithmetic.look("the train step was traced")
+    precision = Precision(built.model, built.step.graph)
+    report(checks.look(built, precision, arithmetic, whole=True))
+    built, refused = _first_step(built, channel, arithmetic)
+    report(refused)
+    channel.phase(Phase.COMPILED)
+    if "loss" not in stood_in:
+        report(_first_loss(built))
+    report(_dispatch(built))
+    return "ok", None
+
+
+def _built(
+    case: Case, workload: Workload, arithmetic: Arithmetic, channel: Channel, report: Any
+) -> tuple[Built | None, set[str]]:
+    """Build and trace, and stand in for what is refused; return also which parts of the workload are not its own."""
+    stood_in: set[str] = set()
+    while True:
+        try:
+            built = build(case, arithmetic, channel, workload)
+            built.step.trace()
+            return built, stood_in
+        except Refused as refused:
+            part = "optimizer" if refused.finding.check is Check.OPTIMIZER_SCALES else "loss"
+            if part in stood_in:
+                return None, stood_in
+            report([refused.finding])
+            stood_in.add(part)
+            workload = replace(workload, **{part: _STOOD_IN[part]})
+
+
+def _first_step(built: Built, channel: Channel, arithmetic: Arithmetic) -> tuple[Built, list[Finding]]:
+    """Take the first step. If XLA refuses it, return what it refuses, and the same without XLA, whose step is taken.
+
+    Whether XLA is to blame shows in the second attempt. An error that both have is the workload's own.
+    """
+    try:
+        built.step()
+        built.step.synchronise()
+        return built, []
+    except (tf.errors.ResourceExhaustedError, MemoryError):
+        raise
+    except tf.errors.OpError as error:
+        if not built.case.settings.jit:
+            raise
+        text, traced = error.message, _traced(built)
+    settings = replace(built.case.settings, jit=False)
+    built = build(replace(built.case, settings=settings), arithmetic, channel, built.workload)
+    built.step()
+    built.step.synchronise()
+    kinds = {op.name: (op, outer) for op, outer in operations(traced.graph)}
+    named = [kinds[name] for name in dict.fromkeys(_NODE.findall(text)) if name in kinds][:_MOST_OPERATIONS]
+    places = [(op.type, traced.layer_of(op, outer), op.name) for op, outer in named]
+    layers = tuple(dict.fromkeys(layer for _, layer, _ in places if layer))
+    what = ", ".join(f"{kind} in {layer or name}" for kind, layer, name in places) or " ".join(text.split())[:_TEXT]
+    return built, [
+        Finding(
+            Check.XLA,
+            Severity.PROBLEM,
+            f"XLA cannot compile the train step: {what}",
+            "move this out of the model, for instance augmentation and text into the data, give it constant shapes, "
+            "or run without XLA: --mp-jit off",
+            layers,
+        )
+    ]
+
+
+def _traced(built: Built) -> Traced:
+    assert built.noted_loss is not None
+    return Traced(built.model, built.step.graph, built.data.train_x, built.noted_loss.outputs)
+
+
+def _first_loss(built: Built) -> Iterator[Finding]:
+    """Whether the loss of the first step is finite, and if not, in which layer that begins."""
+    loss = float(built.step.read_log().loss[0])
+    if np.isfinite(loss):
+        return
+    mode = built.case.mode
+    layer = _first_not_finite(built)
+    where = f"the outputs of {layer} are the first that are not finite" if layer else "the model's outputs are finite"
+    cure = "look at the inputs, the initial weights and the loss"
+    if mode != "fp32":
+        cure = 'if it is finite in fp32, give this layer dtype="float32", or scale what it gets'
+    text = f"the loss of the first step is {loss} in {mode}; {where}"
+    yield Finding(Check.FIRST_LOSS, Severity.PROBLEM, text, cure, (layer,) if layer else ())
+
+
+def _first_not_finite(built: Built) -> str | None:
+    """The first layer whose outputs for the first batch are not finite, with new weights: the step has changed its."""
+    keras.utils.set_random_seed(built.case.seed)
+    examples = built.data.train_x[built.order[0]]
+    model = models.make_model(built.workload.model)
+    models.build_model(model, examples)
+    labels: list[str] = []
+
+    @tf.function(autograph=False)
+    def finite(x: Any) -> Any:
+        def flags(calls: list[Call]) -> Iterator[Any]:
+            for call in calls:
+                yield from flags(call.inside)
+                for tensor in call.outputs:
+                    labels.append(call.label)
+                    yield tf.reduce_all(tf.math.is_finite(tensor))
+
+        with noted_calls() as calls:
+            model(x, training=True)
+        return tf.stack([*flags(calls), tf.constant(True)])
+
+    flags = finite(tf.constant(examples)).numpy()[:-1]
+    return None if flags.all() else labels[int(np.argmin(flags))]
+
+
+def _dispatch(built: Built) -> Iterator[Finding]:
+    """Whether Python and TensorFlow take more of a step than the device does."""
+    step_s = warm_up(built.step)
+    share = min(time_empty_call(built.step) / (built.step.steps_per_call * step_s), 1.0)
+    if share > DISPATCH_BOUND:
+        yield Finding(
+            Check.DISPATCH_BOUND,
+            Severity.CAUTION,
+            f"dispatch in Python and TensorFlow takes {100 * share:.0f} % of a step of {step_s * 1e3:.3g} ms here: "
+            "whatever a mode gains on the device hardly shows",
+            "use a larger batch, or several steps per call: --mp-steps-per-call 10",
+        )
