@@ -1,8 +1,8 @@
 """Whether a train step draws the same random numbers in every mode.
 
-Keras' dropout draws in the dtype of its inputs, and TensorFlow makes a float16 of other bits than a float32. So one seed
-gives other masks in another precision. This cannot be changed without changing what is measured: in float16, drawing in
-float32 would take twice the random bits. It is recorded instead.
+Keras' dropout draws in the dtype of its inputs, and TensorFlow makes a float16 of other bits than a float32. So one
+seed gives other masks in another precision. mpscale does not change this, since it would change what is measured: to
+draw in float32 takes twice the random bits, and users do not do it. It is recorded instead.
 """
 
 from __future__ import annotations

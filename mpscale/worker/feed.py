@@ -91,10 +91,11 @@ class Epochs:
     def forever(self) -> Generator[Batch]:
         """Yield batches, epoch after epoch."""
         while True:
-            count = 0
-            for count, batch in enumerate(self.epoch(), 1):
+            is_empty = True
+            for batch in self.epoch():
+                is_empty = False
                 yield batch
-            if not count:
+            if is_empty:
                 again = (
                     "gives nothing in its second pass, as a generator that is used up; let from_generator call a "
                     "function that makes a new one"
@@ -179,7 +180,7 @@ class Feed:
 
     @property
     def held(self) -> list[Batch]:
-        """Those of the first batches that are held on the device: without smaller ones, such as the last of an epoch."""
+        """Those of the first batches that are held on the device: not smaller ones, such as the last of an epoch."""
         most = max(map(examples_in, self.first))
         return [batch for batch in self.first if examples_in(batch) == most]
 

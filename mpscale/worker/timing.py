@@ -131,8 +131,8 @@ def time_one_per_call(step: TrainStep, seconds: float, min_blocks: int) -> float
 def time_with_input(step: TrainStep, seconds: float, min_blocks: int) -> float:
     """Milliseconds of a step that waits for the pipeline, the mean over blocks that take about ``seconds``.
 
-    The mean and not the median, because the device waits in bursts: for a buffer that has run empty, for the next epoch.
-    Before that steps are taken for as long, and :data:`_BUFFERED` of them if that takes no longer than
+    The mean and not the median, because the device waits in bursts: for a buffer that has run empty, or for the next
+    epoch. Before that steps are taken for as long, and :data:`_BUFFERED` of them if that takes no longer than
     :data:`_LONGEST_DRAIN` times as much, since the buffers of the pipeline have filled up while other steps were timed.
     """
     start, taken = time.perf_counter(), 0
