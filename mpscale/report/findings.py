@@ -189,8 +189,11 @@ def _input(group: Sequence[Row]) -> Iterator[str]:
     for baseline, some in _groups(fed, lambda row: row["headline_baseline"]).items():
         waits = _range([100 * row["input_wait_share"] for row in some], 0)
         said = f"the device waits for input {waits} % of a step in {_modes(some)}"
-        compared = [ratio for row in some if (ratio := row[f"speedup_with_input_{baseline}"]) is not None]
-        yield f"{said}, which with its input is {_range(compared)} times as fast as {baseline}" if compared else said
+        yield said
+        claimed = [row for row in some if row[f"speedup_with_input_{baseline}"] and not doubts_of(row, baseline)]
+        if claimed:
+            ratios = _range([row[f"speedup_with_input_{baseline}"] for row in claimed])
+            yield f"with that wait, training in {_modes(claimed)} is {ratios} times as fast as in {baseline}"
         if bound := [row for row in some if is_input_bound(row)]:
             yield f"{_modes(bound)} {_are(bound)} input-bound: mixed precision cannot help until the pipeline is faster"
 

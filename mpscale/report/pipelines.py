@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from mpscale.analysis.answer import is_input_bound
-from mpscale.analysis.summary import summary_of
+from mpscale.analysis.claim import doubts_of
+from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.columns import Passes
 from mpscale.core.record import place_of, values_of
 from mpscale.core.runs import Run
 from mpscale.report.sections import PLACE, measured, speedup
-from mpscale.report.table import Heading, Table, escape, interval, listed, number, plural, share
+from mpscale.report.table import DASH, Cell, Heading, Table, escape, interval, listed, number, plural, share
 
 _NAMED = 5
+_MANY = 5  # shapes: more than an incomplete last batch, or a few buckets
 _DEVICE = Heading(
     "ms on the device", "Step time with the first batches, which lie on the device: the step time of all other tables."
 )
@@ -29,8 +31,8 @@ def pipelines(run: Run) -> list[Table | str]:
                 number(row["step_time_ms"]),
                 number(row["step_time_ms_with_input"]),
                 share(row["input_wait_share"]),
-                speedup(row, baseline := row["headline_baseline"]),
-                interval(*(row[f"speedup_with_input_{baseline}{end}"] for end in ("", "_low", "_high")), "x"),
+                speedup(row, row["headline_baseline"]),
+                _with_input(row, row["headline_baseline"]),
             ]
             for row in rows
         ],
@@ -45,16 +47,21 @@ def pipelines(run: Run) -> list[Table | str]:
     return [*parts, *_told(run)]
 
 
+def _with_input(row: Row, baseline: str) -> Cell:
+    """Write the speed-up with input; in parentheses where that on the device is no claim either."""
+    written = interval(*(row[f"speedup_with_input_{baseline}{end}"] for end in ("", "_low", "_high")), "x")
+    return Cell(f"({written})", "weak") if doubts_of(row, baseline) and written != DASH else Cell(written)
+
+
 def _told(run: Run) -> list[str]:
     """What else to know about the batches."""
     cases = [(workload, record) for workload, _, records in measured(run) for record in records]
     told = []
     shapes = {w: max(values_of([r for v, r in cases if v == w], "input_shapes"), default=1) for w, _ in cases}
     if several := [f"{workload} ({plural(count, 'shape')})" for workload, count in shapes.items() if count > 1]:
-        told.append(
-            f"Batches of several shapes: {escape(listed(several, _NAMED))}. With XLA, a step was compiled for each of "
-            "them; pad variable lengths to one length or to a few."
-        )
+        many = "" if max(shapes.values()) < _MANY else " Pad variable lengths to one length, or to a few."
+        named = escape(listed(several, _NAMED))
+        told.append(f"Batches of several shapes: {named}. With XLA, a step was compiled for each.{many}")
     words = {
         Passes.DIFFER: "two passes over the first batches differed, which the pipeline allows",
         Passes.ALLOWED: "the pipeline allows its passes to differ",
