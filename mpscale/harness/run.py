@@ -268,7 +268,8 @@ _COMPARED = {
 """What is compared, by column. The workload digest depends on the others, and is named only if they are equal."""
 
 _OF_PASSES = ("first_batches_digest", "data_order_digest")
-"""What a pipeline may be allowed to change from pass to pass; the report says if it did."""
+_OF_FIRST_BATCH = ("loss_inputs", "loss_probe")
+"""What a pipeline may be allowed to change from pass to pass, and figures of its first batch; the report says so."""
 
 _SAME_LOSS = 1e-4
 """The largest relative difference between sums of the same loss that are taken in different orders."""
@@ -320,7 +321,7 @@ class SameStart:
         """Return what differs from earlier modes of the group, in words by mode and column."""
         first = self._first.setdefault(group, {})
         differing: dict[str, dict[str, str]] = {}
-        skipped = _OF_PASSES if record["input_passes"] in MAY_DIFFER else ()
+        skipped = (*_OF_PASSES, *_OF_FIRST_BATCH) if record["input_passes"] in MAY_DIFFER else ()
         for name, what in _COMPARED.items():
             value = record[name]
             if name in skipped:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 
 from mpscale.core.columns import Passes
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.workloads import Data, Pipeline
-from mpscale.workloads.pipeline import check_pipeline, is_dataset, is_py_dataset
+from mpscale.workloads.pipeline import check_pipeline, is_pipeline, is_py_dataset
 
 _LOOKED_AT, _LOOKED_AT_BYTES = 8, 2**29
 """Most batches, and about most bytes, that are looked at before the training and held on the device to time steps."""
@@ -28,8 +29,8 @@ _SHAPES_NAMED = 4
 _LEFT_OUT = 0.1
 """With a larger share of batches that would have to be compiled first, the time with input is unknown."""
 
-Batch = tuple[Any, ...]
-"""``(x, y)`` or ``(x, y, sample_weight)``, of structures of tensors; y may be None."""
+Batch = Any
+"""What Keras' fit takes: x, ``(x, y)`` or ``(x, y, sample_weight)``, of structures of tensors."""
 
 
 class Epochs:
@@ -39,6 +40,7 @@ class Epochs:
         given: a part of a :class:`Pipeline`.
         part: ``"train"`` or ``"test"``.
         seed: of the order in which fit shows the batches of a PyDataset.
+        class_weight: as in fit.
         most: how many batches an epoch has at most; None for all.
 
     Raises:
@@ -46,8 +48,10 @@ class Epochs:
         ValueError: it has no batches, or tensors without a fixed number of axes and sizes.
     """
 
-    def __init__(self, given: Any, part: str, seed: int, most: int | None = None) -> None:
-        if not is_dataset(given) and not is_py_dataset(given):
+    def __init__(
+        self, given: Any, part: str, seed: int, class_weight: Mapping[int, float] | None = None, most: int | None = None
+    ) -> None:
+        if _is_function(given):
             given = given()
             check_pipeline(given, part, made=True)
         self._part, self._seed, self._begun = part, seed, 0
@@ -55,11 +59,11 @@ class Epochs:
         self.kind = "tf.data"
         if is_py_dataset(given):
             self.kind, endless = "PyDataset", given.num_batches is None
-            self._adapter = PyDatasetAdapter(given, shuffle=part == "train")
+            self._adapter = PyDatasetAdapter(given, class_weight, shuffle=part == "train")
             self._dataset = self._adapter.get_tf_dataset()
             self.batches = None if endless else int(given.num_batches)
         else:
-            self._dataset = given
+            self._dataset = TFDatasetAdapter(given, class_weight).get_tf_dataset()
             known = int(given.cardinality())
             endless, self.batches = known == tf.data.INFINITE_CARDINALITY, known if known >= 0 else None
         _check_spec(self._dataset.element_spec, part)
@@ -81,9 +85,7 @@ class Epochs:
             self._adapter.on_epoch_begin()
         self._begun += 1
         try:
-            for batch in self._dataset:
-                x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-                yield (x, y) if weight is None else (x, y, weight)
+            yield from self._dataset
         finally:
             if self._adapter is not None:
                 self._adapter.on_epoch_end()
@@ -138,40 +140,54 @@ class Feed:
         again: that function, called again for each pass if the pipeline consists of objects and not of functions.
         seed: set before each pass is made.
         steps: of the training.
+        class_weight: as in Keras' fit.
 
     Raises:
         TypeError: the pipeline is not what it should be.
         ValueError: it has no batches, its tensors are ragged or sparse, or a pass differs from another.
     """
 
-    def __init__(self, pipeline: Pipeline, again: Callable[[], Any], seed: int, steps: int) -> None:
-        self.steps = steps
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        again: Callable[[], Any],
+        seed: int,
+        steps: int,
+        class_weight: Mapping[int, float] | None = None,
+    ) -> None:
         self.position = tf.Variable(0, dtype=tf.int64, trainable=False)
         self.cycle = 1
 
-        def make() -> tuple[Pipeline, Epochs]:
+        def make() -> tuple[Pipeline, Epochs, Epochs | None]:
             keras.utils.set_random_seed(seed)
             made = pipeline if _is_function(pipeline.train) else again()
             if not isinstance(made, Pipeline):
                 raise TypeError(f"the data function returned a Pipeline first and then a {type(made).__name__}")
-            return made, Epochs(made.train, "train", seed)
+            train = Epochs(made.train, "train", seed, class_weight)
+            test = None if made.test is None else Epochs(made.test, "test", seed, most=made.test_steps)
+            return made, train, test
 
-        with contextlib.closing(make()[1].forever()) as looked:
+        # Not those that are trained on: what is left half read has drawn random numbers ahead, how many is chance.
+        _, train, test = make()
+        with contextlib.closing(train.forever()) as looked:
             self.first = list(_few(looked, steps))
         _check_batch(self.first[0], "train")
-        made, train = make()
+        self.first_test = None if test is None else _first(test)
+        """The first batch of the test set; None without one."""
+        made, train, self._test = make()
         self._batches = train.forever()
         self._peeked = deque(itertools.islice(self._batches, len(self.first)))
         self._first, self._shown = Seen(), Seen()
         for batch in self.first:
             self._first.add(batch)
         self.passes = _compare(self._first, self._peeked, pipeline, made)
-        self._test = None if made.test is None else Epochs(made.test, "test", seed, made.test_steps)
-        self._test_shown = Seen()
+        self._test_shown, self._noted = Seen(), False
+        self.test_examples = 0
+        """Examples in the test batches since :meth:`begin_test`."""
         self._next: Callable[[], Batch] = self._of_training
         self._left_out = self._streamed = 0
         self._description = [*train.description, *([] if self._test is None else self._test.description)]
-        self.kind = train.kind
+        self.kind, self.epoch_steps = train.kind, train.batches
 
     @property
     def batch(self) -> int:
@@ -199,17 +215,10 @@ class Feed:
     def sample(self) -> Data:
         """The examples of the first batches that have the shape of the first one, and of the first test batch."""
         alike = [batch for batch in self.first if _but_first_axis(batch) == _but_first_axis(self.first[0])]
-        x, y, *weight = tf.nest.map_structure(lambda *parts: np.concatenate([_array(part) for part in parts]), *alike)
-        if weight:
-            raise ValueError("the train pipeline has sample weights, which need a model that is compiled")
-        if self._test is None:
-            return Data(x, y)
-        with contextlib.closing(self._test.epoch()) as epoch:
-            batch = next(epoch, None)
-        if batch is None:
-            raise ValueError("the test pipeline is empty")
-        _check_batch(batch, "test")
-        return Data(x, y, *tf.nest.map_structure(_array, batch[:2]))
+        joined = tf.nest.map_structure(lambda *parts: np.concatenate([part.numpy() for part in parts]), *alike)
+        test = None if self.first_test is None else tf.nest.map_structure(_array, self.first_test)
+        (x, y, weight), (test_x, test_y, test_weight) = map(keras.utils.unpack_x_y_sample_weight, (joined, test))
+        return Data(x, y, test_x, test_y, train_weight=weight, test_weight=test_weight)
 
     @property
     def tensors(self) -> list[Any]:
@@ -250,13 +259,23 @@ class Feed:
         """Whether so many batches of :meth:`stream` were left out that it does not stand for the pipeline."""
         return self._left_out > _LEFT_OUT * max(self._streamed, 1)
 
-    def test(self, note: bool = False) -> Iterator[tuple[Any, Any]]:
-        """Yield examples and labels of the test set by batch, as NumPy arrays; ``note``: add them to the digest."""
+    def begin_test(self, noted: bool) -> None:
+        """Before the test set is gone through; ``noted``: its batches are added to the digest."""
+        self.test_examples, self._noted = 0, noted
+
+    def test(self) -> Iterator[Batch]:
+        """Yield the batches of the test set."""
         assert self._test is not None
         for batch in self._test.epoch():
-            if note:
+            self.test_examples += examples_in(batch)
+            if self._noted:
                 self._test_shown.add(batch)
-            x, y = tf.nest.map_structure(_array, batch[:2])
+            yield batch
+
+    def test_arrays(self) -> Iterator[tuple[Any, Any]]:
+        """Yield examples and labels of the test set by batch, as NumPy arrays."""
+        for batch in self.test():
+            x, y, _ = keras.utils.unpack_x_y_sample_weight(tf.nest.map_structure(_array, batch))
             yield x, y
 
     def digest(self) -> str:
@@ -297,6 +316,15 @@ class Feed:
             self._left_out += 1
             if self._left_out > 100 and self.too_many_left_out:
                 return self.first[0]
+
+
+def _first(test: Epochs) -> Batch:
+    with contextlib.closing(test.epoch()) as epoch:
+        batch = next(epoch, None)
+    if batch is None:
+        raise ValueError("the test pipeline is empty")
+    _check_batch(batch, "test")
+    return batch
 
 
 def _few(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
@@ -374,7 +402,7 @@ def _tensors(batch: Batch) -> list[Any]:
 
 
 def _is_function(given: Any) -> bool:
-    return not is_dataset(given) and not is_py_dataset(given)
+    return not is_pipeline(given)
 
 
 def _array(tensor: Any) -> Any:

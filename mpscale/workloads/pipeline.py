@@ -67,6 +67,11 @@ def is_py_dataset(given: Any) -> bool:
     return any(base.__name__ == "PyDataset" and base.__module__.startswith("keras.") for base in type(given).__mro__)
 
 
+def is_pipeline(given: Any) -> bool:
+    """Whether ``given`` is data that is batched by itself. This imports neither TensorFlow nor Keras."""
+    return is_dataset(given) or is_py_dataset(given)
+
+
 def check_pipeline(given: Any, part: str, made: bool = False) -> None:
     """Check a part of a :class:`Pipeline`.
 
@@ -78,7 +83,7 @@ def check_pipeline(given: Any, part: str, made: bool = False) -> None:
     Raises:
         TypeError: it is something else.
     """
-    if is_dataset(given) or is_py_dataset(given) or (callable(given) and not made and not isinstance(given, type)):
+    if is_pipeline(given) or (callable(given) and not made):
         return
     kind = type(given).__name__
     cure = _NOT_PIPELINES.get(kind, "for arrays return mpscale.Data(train_x, train_y, test_x, test_y)")
