@@ -49,7 +49,8 @@ def pipelines(run: Run) -> list[Table | str]:
 
 def _with_input(row: Row, baseline: str) -> Cell:
     """Write the speed-up with input; in parentheses where that on the device is no claim either."""
-    written = interval(*(row[f"speedup_with_input_{baseline}{end}"] for end in ("", "_low", "_high")), "x")
+    estimate, low, high = (row[f"speedup_with_input_{baseline}{end}"] for end in ("", "_low", "_high"))
+    written = interval(estimate, low, high, "x")
     return Cell(f"({written})", "weak") if doubts_of(row, baseline) and written != DASH else Cell(written)
 
 

@@ -21,7 +21,7 @@ from mpscale.core.record import Findings
 from mpscale.core.wire import Channel, Remarked
 from mpscale.worker import compiled as compiling
 from mpscale.worker import model as models
-from mpscale.worker.batches import Batches
+from mpscale.worker.batches import Batches, Source
 from mpscale.worker.compiled import CompiledModel
 from mpscale.worker.course import Course
 from mpscale.worker.feed import Feed
@@ -110,9 +110,13 @@ class Built:
         """The columns of a record about the loss, once a train step has been traced."""
         if self.noted_loss is not None:
             return self.noted_loss.columns(self.data.train_y[self.order[0]])
-        data = self.data
-        parts = (("inputs", data.train_x), ("labels", data.train_y), ("weights", data.train_weight))
-        given = [f"{what} {_shapes(taken(part, self.order[0]))}" for what, part in parts if part is not None]
+        if self.feed is not None:
+            batch = self.feed.first_arrays()
+        else:
+            parts = (None if part is None else taken(part, self.order[0]) for part in self.data.train)
+            batch = compiling.as_fed(*parts)
+        named = zip(("inputs", "labels", "weights"), keras.utils.unpack_x_y_sample_weight(batch), strict=True)
+        given = [f"{what} {_shapes(part)}" for what, part in named if part is not None]
         found = Findings({"loss_inputs": "; ".join(given)})
         found.miss(
             ["loss_probe"], Reason(Code.NOT_COMPARABLE, "the loss is part of the model, and does not run by itself")
@@ -128,14 +132,17 @@ def build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
     if workload.compiled is not None:
         # As it would be at the top of a script: what makes the data may draw random numbers.
         keras.utils.set_random_seed(case.seed)
-    data, steps = workload.data(), settings.train_steps or workload.train_steps
-    feed = _feed(data, workload, case, steps) if isinstance(data, Pipeline) else None
-    if feed is not None:
+    given: Any = workload.data()
+    steps, feed = settings.train_steps or workload.train_steps, None
+    if isinstance(given, Pipeline):
+        feed = _feed(given, workload, case, steps)
         data = feed.sample()
-    elif not isinstance(data, Data):
+    elif isinstance(given, Data):
+        data = given
+    else:
         raise TypeError(
             f"the data function of {case.workload} must return an mpscale.Data of NumPy arrays or an mpscale.Pipeline, "
-            f"not a {type(data).__name__}"
+            f"not a {type(given).__name__}"
         )
     if workload.compiled is None and data.train_y is None:
         raise ValueError("the data has no train_y, which the workload's loss compares with what the model returns")
@@ -224,6 +231,8 @@ def _of_compiled(
     compiled = compiling.make(workload.model)
     arithmetic.look("the workload's model function")
     model = compiled.model
+    if data.train_y is None and model.loss is not None and not models.overrides(model, "train_step"):
+        raise ValueError("the model is compiled with a loss, but train has no labels to compare with: give (x, y)")
     compiling.build_weights(model, taken(data.train_x, order[0]))
     float8 = Float8(model) if MODES[case.mode].float8 else None
     case, remarks = _asked_by(compiled, case)
@@ -235,12 +244,14 @@ def _of_compiled(
     channel.values({"jit": case.settings.jit, "steps_per_call": case.settings.steps_per_call})
     configs = {name: models.optimizer_description(each, steps) for name, each in compiled.optimizers.items()}
     scalers = {name: scaler_for(MODES[case.mode], each, case.settings) for name, each in compiled.optimizers.items()}
+    on_trace = float8.forget_calls if float8 is not None else lambda: None
     if feed is None:
-        fed = compiling.as_fed(data.train_x, data.train_y, data.train_weight)
-        first, shown = taken(fed, order[0]), Batches(fed, order)
+        fed = compiling.as_fed(*data.train)
+        first = taken(fed, order[0])
+        shown: Source = Batches(fed, order)
     else:
         first, shown = feed.first[0], feed
-    update = FitUpdate(model, scalers, first)
+    update = FitUpdate(model, scalers, first, on_trace)
     used = update.optimizers
     config = configs[used[0]] if len(used) == 1 else {name: configs[name] for name in used}
     kind = ProbeStep if case.settings.looks else TrainStep

@@ -77,6 +77,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     step = built.step
     trace_s = step.trace()
     arithmetic.look("the train step was traced")
+    misused = None if float8 is None else float8.misused(step.graph)
     if built.compiled is not None and (unsupported := _unsupported(built, device, channel)) is not None:
         return "unsupported", unsupported
     if not case.settings.looks:
@@ -91,7 +92,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     _report(channel, throughput.columns())
     _report(channel, built.loss_columns())
     channel.values({"process_settings": arithmetic.column()})
-    if float8 is not None and (misused := float8.misused(step.graph)) is not None:
+    if misused is not None:
         return "unsupported", misused
     objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
     if objections:

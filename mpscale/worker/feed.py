@@ -220,6 +220,10 @@ class Feed:
         (x, y, weight), (test_x, test_y, test_weight) = map(keras.utils.unpack_x_y_sample_weight, (joined, test))
         return Data(x, y, test_x, test_y, train_weight=weight, test_weight=test_weight)
 
+    def first_arrays(self) -> Batch:
+        """The first batch, as NumPy arrays."""
+        return tf.nest.map_structure(_array, self.first[0])
+
     @property
     def tensors(self) -> list[Any]:
         """None: a batch is an argument."""

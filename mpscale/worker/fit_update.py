@@ -72,13 +72,21 @@ class FitUpdate(Update):
         model: compiled.
         scalers: the mode's scaling for each of the model's optimizers, by the attribute that holds it.
         batch: the first one, of the structure that ``train_step`` takes. It shows which optimizers are used.
+        on_trace: called when a trace begins. There may be two, of which the second counts: a first trace that makes
+            variables, such as those of metrics, is followed by another.
 
     Raises:
         ValueError: ``train_step`` does not train with an optimizer of the model.
     """
 
-    def __init__(self, model: keras.Model, scalers: Mapping[str, StepScaler], batch: Any) -> None:
-        self.model, self._scalers = model, dict(scalers)
+    def __init__(
+        self,
+        model: keras.Model,
+        scalers: Mapping[str, StepScaler],
+        batch: Any,
+        on_trace: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model, self._scalers, self._on_trace = model, dict(scalers), on_trace
         self.added_losses = 0
         self._applied: list[_Applied] = []
         self._overflows: tf.Variable | None = None
@@ -179,6 +187,7 @@ class FitUpdate(Update):
         self, batch: Any, others: Callable[[], Sequence[Any]] = tuple, only_look: bool = False
     ) -> list[_Applied]:
         """Take the model's train step, or all of it except ``apply``; return the calls of ``apply``."""
+        self._on_trace()
         seen = _Observed()
         with self._observed(seen, others, only_look):
             self.model.train_step(batch)

@@ -83,7 +83,7 @@ class TrainStep:
 
         options = {"jit_compile": jit, "autograph": False}
         # As Keras' fit: the second shape of a batch leads to a trace for all shapes.
-        fed = {"reduce_retracing": True} if batches.specs else {"input_signature": []}
+        fed: dict[str, Any] = {"reduce_retracing": True} if batches.specs else {"input_signature": []}
         self._function = tf.function(step, **fed, **options)
         self._several = tf.function(several_steps, input_signature=[], **options)
         self._empty_function = tf.function(empty_step, **fed, **options)

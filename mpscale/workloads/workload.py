@@ -87,7 +87,7 @@ class Workload:
     name: str
     summary: str
     model: Callable[[], keras.Model]
-    data: Callable[[], Data]
+    data: Callable[[], Data | Pipeline]
     optimizer: Callable[[], keras.optimizers.Optimizer] | keras.optimizers.Optimizer | str
     loss: Callable[[Any, Any], Any] | str = sparse_cross_entropy
     metric: Callable[[Array, Array], float] | keras.metrics.Metric | str | None = accuracy
@@ -355,7 +355,7 @@ class Workload:
 def workload(
     name: str,
     *,
-    data: Callable[[], Data],
+    data: Callable[[], Data | Pipeline],
     optimizer: Callable[[], keras.optimizers.Optimizer] | keras.optimizers.Optimizer | str,
     summary: str = "",
     **options: Any,
