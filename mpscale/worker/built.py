@@ -202,7 +202,7 @@ def _feed(pipeline: Pipeline, workload: Workload, case: Case, steps: int) -> Fee
     """
     settings, compiled = case.settings, workload.compiled
     asked = {
-        "another batch size (--mp-batch-size, --mp-batch-sizes, mpscale fit)": settings.batch_size is not None,
+        "another batch size (--mp-batch-size, mpscale fit)": settings.batch_size is not None,
         "several steps per call (--mp-steps-per-call)": settings.steps_per_call != 1,
     }
     if refused := [what for what, is_asked in asked.items() if is_asked]:
@@ -225,6 +225,7 @@ def _of_compiled(
 ) -> Built:
     """What a compiled model trains by its own train_step."""
     assert workload.compiled is not None
+    callbacks = workload.compiled.callbacks
     steps, batch = order.shape
     epoch = data.examples // batch if feed is None else feed.epoch_steps or _EPOCH
     workload = replace(workload, evaluate_every=workload.evaluate_every or max(epoch, 1))
@@ -257,8 +258,8 @@ def _of_compiled(
     kind = ProbeStep if case.settings.looks else TrainStep
     step = kind(update, shown, case.settings.jit, case.settings.steps_per_call)
     course = None
-    if workload.compiled.callbacks is not None:
-        course = Course(workload.compiled.callbacks(), model, steps, workload.evaluate_every)
+    if callbacks is not None:
+        course = Course(callbacks(), model, steps, workload.evaluate_every)
         arithmetic.look("the workload's callbacks function")
     optimizer = compiled.optimizers[used[0]]
     return Built(case, workload, data, order, optimizer, config, None, None, step, float8, compiled, course, feed=feed)

@@ -8,7 +8,7 @@ import itertools
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import keras
@@ -105,26 +105,34 @@ class Epochs:
                 raise ValueError(f"the {self._part} pipeline {again if self._begun > 1 else 'is empty'}")
 
 
-@dataclass
 class Seen:
-    """A digest of batches and their shapes, in order."""
+    """A digest of batches and their shapes, in order. It is computed in a thread, at most two batches behind."""
 
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         self._total = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
         self.shapes: Counter[str] = Counter()
 
     def add(self, batch: Batch) -> None:
         """Add structure, dtypes, shapes and bytes of a batch."""
         self.shapes[shapes_of(batch)] += 1
-        self._total.update(repr(tf.nest.map_structure(_kind, batch)).encode())
-        for tensor in _tensors(batch):
-            for piece in _bytes_of(tensor.numpy()):
-                self._total.update(piece)
+        if len(self._waiting) > 1:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._add, batch))
 
     @property
     def digest(self) -> str:
         """SHA-256, first 16 hex digits."""
+        while self._waiting:
+            self._waiting.popleft().result()
         return f"sha256:{self._total.hexdigest()[:16]}"
+
+    def _add(self, batch: Batch) -> None:
+        self._total.update(repr(tf.nest.map_structure(_kind, batch)).encode())
+        for tensor in _tensors(batch):
+            for piece in _bytes_of(tensor.numpy()):
+                self._total.update(piece)
 
 
 class Feed:
