@@ -45,6 +45,7 @@ _OF_A_METRIC = (
 )
 """Columns that a workload without a metric does not have."""
 
+_IMPORT_SEED = 0
 _EPOCH = 100  # steps, of a pipeline of unknown length
 
 NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
@@ -126,6 +127,8 @@ class Built:
 
 def build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
     """Make everything that is trained. The device must be ready, since a user's module may use it on import."""
+    # What a module draws at random when it is imported, such as the order of a dataset, is then the same in every case.
+    keras.utils.set_random_seed(_IMPORT_SEED)
     workload = registry.get(case.workload)
     settings = case.settings.suited_to(workload.growth_interval)
     case = replace(case, settings=settings)

@@ -1,5 +1,6 @@
 """Workloads whose data is a pipeline: what is trained, what is refused, and what is recorded."""
 
+import sys
 import time
 
 import keras
@@ -193,6 +194,30 @@ def test_one_object_that_reshuffles_is_found_by_its_digest():
     assert first is None
     assert "first batches of the pipeline" in second
     assert "Pipeline(train=function)" in second
+
+
+MODULE = """
+import keras
+import mpscale
+import tensorflow as tf
+from tests.worker.test_pipelines import MODEL, compiled, held_out, shuffled
+
+train = shuffled()
+workload = mpscale.Workload.from_compiled(compiled(), train=train, validation=held_out, train_steps=16)
+"""
+
+
+def test_an_object_that_a_module_makes_repeats_itself_in_every_process(tmp_path, monkeypatch):
+    """The module is imported anew in each process, under a seed."""
+    (tmp_path / "made_at_import.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = []
+    for mode in ("fp32", "mixed-bf16"):
+        monkeypatch.delitem(sys.modules, "made_at_import", raising=False)
+        rows.append(train("made_at_import:workload", mode))
+    assert [row.row["input_passes"] for row in rows] == ["reshuffled", "reshuffled"]
+    same = SameStart()
+    assert [same.difference(row.case, row.record) for row in rows] == [None, None]
 
 
 def ragged():
