@@ -422,7 +422,8 @@ def _array(tensor: Any) -> Any:
 
 
 def _copied(tensor: Any) -> Any:
-    return None if tensor is None else tf.identity(tensor)
+    # TensorFlow keeps text on the host.
+    return tensor if tensor is None or tensor.dtype == tf.string else tf.identity(tensor)
 
 
 def _spec(tensor: Any) -> Any:

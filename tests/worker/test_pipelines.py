@@ -329,17 +329,16 @@ def test_augmentation_in_the_pipeline_is_the_same_in_every_mode():
     images = np.random.default_rng(0).uniform(size=(48, 8, 8, 3)).astype(np.float32)
 
     def augmented():
-        layers = [keras.layers.RandomFlip(), keras.layers.RandomRotation(0.1), keras.layers.RandomContrast(0.2)]
-        augment = keras.Sequential(layers)
+        augment = keras.Sequential([keras.layers.RandomFlip(), keras.layers.RandomContrast(0.2)])
         sets = tf.data.Dataset.from_tensor_slices((images, Y[:48])).batch(16)
         return sets.map(lambda x, y: (augment(x, training=True), y))
 
     def model():
-        return keras.Sequential(
-            [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(3, dtype="float32")]
-        )
+        dense = keras.layers.Dense(3), keras.layers.Activation("linear", dtype="float32")
+        return keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), *dense])
 
-    rows = [train(fed(augmented, augmented, model), mode) for mode in ("fp32", "graph-rewrite")]
+    rows = [train(fed(augmented, augmented, model), mode) for mode in ("fp32", "mixed-dynamic")]
+    assert [row.status for row in rows] == ["ok", "ok"]
     assert len({row.row["data_order_digest"] for row in rows}) == 1
 
 
