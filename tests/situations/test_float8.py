@@ -12,6 +12,7 @@ from support.one_case import blobs, by_fit, dense, split, train, workload
 
 from mpscale.core.mode import MODES
 from mpscale.harness.run import SameStart, explain
+from mpscale.worker import built as worker_built
 from mpscale.worker import case as worker_case
 from mpscale.workloads.workload import sparse_cross_entropy
 
@@ -27,7 +28,8 @@ def float8_on_float16():
     float8 = dataclasses.replace(MODES["mixed-fp8"], policy="mixed_float16")
     scaled = dataclasses.replace(float8, scaling=MODES["mixed-dynamic"].scaling, name=SCALED)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker_case, "MODES", {**MODES, SCALED: scaled, "unscaled": float8})
+        for module in (worker_case, worker_built):
+            patch.setattr(module, "MODES", {**MODES, SCALED: scaled, "unscaled": float8})
         yield
 
 
