@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,9 +225,28 @@ class Evaluator:
 
     def __call__(self, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> float:
         """The metric over all of ``x`` (examples, ...) and ``y`` (examples, ...)."""
-        starts = range(0, len(x), self._batch)
-        with self._restored(x):
-            parts = [self._outputs(x[start : start + self._batch]) for start in starts]
+        return self.over([(x, y)])
+
+    def over(self, batches: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> float:
+        """The metric over all of some batches of any size.
+
+        Labels and outputs of all batches are kept in host memory, inputs are not.
+
+        Raises:
+            ValueError: the batches differ in the shape of an example's label or output.
+        """
+        labels, parts = [], []
+        for x, y in batches:
+            with self._restored(x):
+                starts = range(0, len(x), self._batch)
+                parts += [self._outputs(x[start : start + self._batch]) for start in starts]
+            labels.append(y)
+        if len({(y.shape[1:], part[0].shape[1:]) for y in labels for part in parts}) > 1:
+            raise ValueError(
+                "batches of the test set differ in the shape of an example's label or output, so there is no metric "
+                "over all of them; pad them to one shape, for example with .padded_batch(n, padded_shapes=...)"
+            )
+        y = labels[0] if len(labels) == 1 else np.concatenate(labels)
         return self._value(y, *_joined(parts))
 
     def try_out(self, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> None:

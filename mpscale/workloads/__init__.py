@@ -2,6 +2,7 @@
 
 from mpscale.workloads.data import Data
 from mpscale.workloads.metric import accuracy
+from mpscale.workloads.pipeline import Pipeline
 from mpscale.workloads.workload import Workload, workload
 
-__all__ = ["Data", "Workload", "accuracy", "workload"]
+__all__ = ["Data", "Pipeline", "Workload", "accuracy", "workload"]

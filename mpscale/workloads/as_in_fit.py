@@ -10,23 +10,32 @@ from typing import Any
 import numpy as np
 
 from mpscale.workloads.data import Array, Data, Structure, mapped
+from mpscale.workloads.pipeline import Pipeline, is_pipeline, is_py_dataset
 
 ClassWeight = Mapping[int, float]
 
 
-def gathered(train: Any, validation: Any, class_weight: ClassWeight | None) -> Data:
+def gathered(train: Any, validation: Any, class_weight: ClassWeight | None, batch_size: int) -> Data | Pipeline:
     """The training and the validation set, as one.
 
     Args:
-        train: ``(x, y)`` or ``(x, y, sample_weight)`` of arrays or structures of them, x alone, or a function without
-            arguments that returns one of these.
-        validation: the same, or None.
-        class_weight: how much examples of each class count in training; 1 for classes that it leaves out.
+        train: ``(x, y)`` or ``(x, y, sample_weight)`` of arrays or structures of them, x alone, a pipeline, or a
+            function without arguments that returns one of these.
+        validation: the same, or None. Arrays beside a pipeline become one, and a pipeline beside arrays is read.
+        class_weight: how much examples of each class count in training; 1 for classes that it leaves out. A pipeline
+            does not take it from here.
+        batch_size: of validation arrays beside a pipeline.
 
     Raises:
         TypeError, ValueError: that is no data, or its parts do not fit together.
     """
-    x, y, weight = _parts("train", train)
+    made = train() if callable(train) else train
+    if isinstance(made, Pipeline):
+        return made
+    if is_pipeline(made):
+        # A function is called again for each pass, under the same seed.
+        return Pipeline(train, None if validation is None else _as_pipeline(validation, batch_size))
+    x, y, weight = _parts("train", made)
     data = Data(x, y, train_weight=weight)
     test_x, test_y, test_weight = (None, None, None) if validation is None else _parts("validation", validation)
     if class_weight is not None:
@@ -56,9 +65,43 @@ def checked_class_weight(given: Any) -> ClassWeight | None:
     return {int(number): float(weight) for number, weight in given.items()}
 
 
+def _as_pipeline(validation: Any, batch_size: int) -> Any:
+    """Validation data beside a training pipeline."""
+    given = validation() if callable(validation) else validation
+    if is_pipeline(given):
+        return validation
+    x, y, weight = _parts("validation", given)
+    Data(x, y, train_weight=weight)  # checks that the parts fit together
+
+    def batched() -> Any:
+        import keras
+        import tensorflow as tf
+
+        parts = (None if part is None else keras.tree.lists_to_tuples(part) for part in (x, y, weight))
+        packed = keras.utils.pack_x_y_sample_weight(*parts)
+        return tf.data.Dataset.from_tensor_slices(packed).batch(batch_size)
+
+    return batched
+
+
+def _read(name: str, pipeline: Any) -> Any:
+    """All batches of a pipeline as arrays."""
+    import keras
+
+    is_dataset = not is_py_dataset(pipeline)
+    count = int(pipeline.cardinality()) if is_dataset else pipeline.num_batches
+    if count in (-1, None):  # -1: tf.data.INFINITE_CARDINALITY
+        raise ValueError(f"{name} is an endless pipeline beside training arrays; leave out its repeat(), or take(n)")
+    batches = list(pipeline) if is_dataset else [pipeline[number] for number in range(count)]
+    if not batches:
+        raise ValueError(f"{name} is an empty pipeline")
+    return keras.tree.map_structure(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *batches)
+
+
 def _parts(name: str, data: Any | Callable[[], Any]) -> tuple[Structure, Structure, Structure]:
     """x, y and sample_weight, the latter two None where there are none."""
     given = data() if callable(data) else data
+    given = _read(name, given) if is_pipeline(given) else given
     parts = tuple(given) if isinstance(given, tuple | list) else (given,)
     if not 1 <= len(parts) <= 3:
         raise ValueError(

@@ -13,6 +13,7 @@ from mpscale.workloads import metric as metrics
 from mpscale.workloads.as_in_fit import checked_class_weight, gathered
 from mpscale.workloads.data import Array, Data
 from mpscale.workloads.metric import ACCURACY, accuracy
+from mpscale.workloads.pipeline import Pipeline
 
 if TYPE_CHECKING:
     import keras
@@ -89,7 +90,7 @@ class Workload:
     name: str
     summary: str
     model: Callable[[], keras.Model]
-    data: Callable[[], Data]
+    data: Callable[[], Data | Pipeline]
     optimizer: Callable[[], keras.optimizers.Optimizer] | keras.optimizers.Optimizer | str
     loss: Callable[[Any, Any], Any] | str = sparse_cross_entropy
     metric: Callable[[Array, Array], float] | keras.metrics.Metric | str | None = accuracy
@@ -137,8 +138,9 @@ class Workload:
             build: makes and compiles a fresh model, without setting a dtype policy or scaling the loss. Its last layer
                 should be float32.
             train: what ``fit`` takes as ``x``, ``y`` and ``sample_weight``: ``(x, y)``, ``(x, y, sample_weight)`` or
-                x alone, of arrays or of nested dictionaries, tuples and lists of arrays. Or a function without
-                arguments that returns it, which is called in the worker.
+                x alone, of arrays or of nested dictionaries, tuples and lists of arrays; a tf.data.Dataset, a
+                keras.utils.PyDataset or an :class:`mpscale.Pipeline`. Or a function without arguments that returns it,
+                which is called in the worker; then what it draws at random is the same in every mode.
             validation: the same, for evaluation; None evaluates nothing, and then there is no verdict on the result.
             name: as for any workload; by default that of ``build``, with dashes.
             summary: one line; by default the first one of the documentation of ``build``.
@@ -147,7 +149,7 @@ class Workload:
             metric_higher_is_better: its direction; needed unless it is known for a Keras metric.
             margin: as for any workload.
             target: as for any workload.
-            batch_size: examples per step, 32 by default.
+            batch_size: examples per step, 32 by default; a pipeline has its own.
             train_steps: steps of a training, 2,000 by default.
             evaluate_every: steps of an epoch, after which callbacks run and ``target`` is looked at; by default one
                 pass over the training data.
@@ -176,13 +178,16 @@ class Workload:
                 f"workload {name}: callbacks must be a function that makes them, because each training needs fresh "
                 f"ones, such as lambda: [keras.callbacks.ReduceLROnPlateau()]; not {callbacks!r}"
             )
+        if isinstance(train, Pipeline) and validation is not None:
+            raise TypeError(f"workload {name}: a Pipeline has its own test set; say Pipeline(train, test) alone")
+        evaluated = validation is not None or (isinstance(train, Pipeline) and train.test is not None)
         weights = checked_class_weight(class_weight)
         line = summary or (build.__doc__ or "").strip().partition("\n")[0]
         return cls(
             name=name,
             summary=line,
             model=build,
-            data=lambda: gathered(train, validation, weights),
+            data=lambda: gathered(train, validation, weights, 32 if batch_size is None else batch_size),
             optimizer="the model's",
             loss="the model's",
             metric=metric.removeprefix("val_") if isinstance(metric, str) else metric,
@@ -195,7 +200,7 @@ class Workload:
             synthetic=synthetic,
             growth_interval=growth_interval,
             series=series,
-            compiled=Compiled(validation is not None, weights, callbacks),
+            compiled=Compiled(evaluated, weights, callbacks),
         )
 
     def __post_init__(self) -> None:
@@ -365,7 +370,7 @@ class Workload:
 def workload(
     name: str,
     *,
-    data: Callable[[], Data],
+    data: Callable[[], Data | Pipeline],
     optimizer: Callable[[], keras.optimizers.Optimizer] | keras.optimizers.Optimizer | str,
     summary: str = "",
     **options: Any,

@@ -66,12 +66,14 @@ def train(workload, *arguments, **options):
 
 
 def run_case(workload, mode="fp32", seed=0, jit=False, energy_s=0.0, steps_path=None, timing_s=0.0, **settings):
-    """Train ``workload`` as a worker would, and leave the settings of the process as they are then."""
-    module = types.ModuleType("situation")
-    module.workload = workload
-    sys.modules["situation"] = module
+    """Train ``workload``, or that of a name, as a worker would; leave the settings of the process as they are then."""
+    name = workload if isinstance(workload, str) else "situation:workload"
+    if name != workload:
+        module = types.ModuleType("situation")
+        module.workload = workload
+        sys.modules["situation"] = module
     settings = Settings(jit=jit, timing_s=timing_s, energy_s=energy_s, **settings)
-    case = Case("situation:workload", mode, seed, 0, 0, settings)
+    case = Case(name, mode, seed, 0, 0, settings)
     outcome = Outcome(case)
     outcome.status, outcome.reason = execute(case, Device("cpu", "CPU"), steps_path, outcome, energy_s)
     return outcome
