@@ -14,7 +14,7 @@ import pytest
 from mpscale.core import extras
 from mpscale.core.columns import FAILED
 from mpscale.core.mode import MODES
-from mpscale.pytest_plugin import baseline, options, resume
+from mpscale.pytest_plugin import baseline, handed, options, resume
 from mpscale.pytest_plugin.plan import CASE, CLOCK, NO_XDIST, ReplayClock
 from mpscale.pytest_plugin.session import Session
 from mpscale.terminal.streams import visible
@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options, all under ``--mp-``."""
     group = parser.getgroup("mpscale", "mpscale: compare mixed precision with float32")
     options.add_options(group.addoption)
+    handed.add_options(group.addoption)
     baseline.add_options(group.addoption)
     resume.add_options(group.addoption)
 
@@ -47,7 +48,9 @@ def pytest_load_initial_conftests(
 
 def pytest_configure(config: pytest.Config) -> None:
     """Check the names of modes and workloads, and register the hooks of the session."""
+    handed.take_parcel()
     resumption = resume.Resumption.of(config)
+    handed.take_data(config)
     options.named_modes(config)
     if config.getoption("mp_workloads") is not None:
         options.workloads(config)

@@ -15,6 +15,7 @@ import pytest
 from mpscale.config import why_not_writable
 from mpscale.core.case import Case, plan
 from mpscale.core.device import find_device
+from mpscale.core.given import given
 from mpscale.pytest_plugin import options
 
 if TYPE_CHECKING:
@@ -187,6 +188,11 @@ class Plan:
         folders = list(dict.fromkeys([*beside, self._config.invocation_params.dir, self._config.rootpath]))
         names = dict.fromkeys(case.workload for case in self.chosen if registry.is_own(case.workload))
         options.check_workloads(names, folders)
+        if (given().train or given().validation) and not any(map(registry.takes_data, names)):
+            raise pytest.UsageError(
+                "--mp-train and --mp-validation name data for functions that return a compiled model, and no workload "
+                "of this run is one; a Workload has its own data"
+            )
         self.own_workloads = {name: registry.source(name, folders) for name in names}
         return self.chosen
 
@@ -198,7 +204,7 @@ class Plan:
         common = options.settings(self._config).to_json()
         own = {
             name: options.settings(self._config, name, self.device.memory_mib)
-            .suited_to(registry.get(name).growth_interval)
+            .suited_to(registry.growth_interval(name))
             .to_json()
             for name in found["workloads"]
         }
