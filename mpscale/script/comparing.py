@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from mpscale.core import extras
+from mpscale.core.file_errors import why
 from mpscale.core.given import VARIABLE, Parcel, given
 from mpscale.core.invocation import RESUME, SCRIPT
 from mpscale.core.temporary import TemporaryFolder
@@ -112,8 +113,8 @@ def compare(
     typed = arguments.as_options({**asked, **{name: more[name] for name in more if name not in of_workload}})
     if resume is not None:
         typed.append(f"{RESUME}={os.fspath(resume)}")
-    if (why := gpu.held()) is not None:
-        raise NotCompared(why)
+    if (held := gpu.held()) is not None:
+        raise NotCompared(held)
     folder = TemporaryFolder("parcel")
     try:
         parcel = _packed(workload, folder.path, {"build": build, "train": train, "validation": validation, **about})
@@ -152,8 +153,12 @@ def _packed(workload: Workload, folder: Path, parts: dict[str, Any]) -> Parcel:
 
     path = [str(Path(entry).absolute()) for entry in sys.path]
     parcel = Parcel(str(folder), os.getpid(), path, {workload.name: workload.growth_interval})
-    sending.send(workload, parcel.file(workload.name), parts)
-    parcel.write()
+    try:
+        sending.send(workload, parcel.file(workload.name), parts)
+        parcel.write()
+    except OSError as error:
+        text = f"the model and its data cannot be written to {folder}: {why(error)}"
+        raise NotCompared(f"{text}; set TMPDIR to another folder, or pass functions that return the data") from error
     return parcel
 
 
@@ -231,6 +236,8 @@ def _judged(code: int, stopped: bool, tail: Sequence[str], path: Path | None) ->
         kept = "" if path is None else f"; {path} keeps every case that had ended"
         raise NotCompared("\n".join([f"`mpscale run` ended with {how}{kept}", *said]).removeprefix("ERROR: "))
     if code == 1:
-        why = comparison.trouble or "`mpscale run` failed although every case went well: see the end of its output"
-        warnings.warn(why, stacklevel=3)
+        trouble = (
+            comparison.trouble or "`mpscale run` failed although every case went well; the end of its output says why"
+        )
+        warnings.warn(trouble, stacklevel=3)
     return comparison

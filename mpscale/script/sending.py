@@ -116,7 +116,8 @@ class _Pickler(cloudpickle.Pickler):
             graph = sent.graph_of(dataset)
         except Exception as error:
             raise _Refused(
-                f"a tf.data pipeline that works only in this process: {error}", "pass a function that returns it"
+                f"a tf.data pipeline that works only in this process ({error})",
+                "pass a function that returns it, which each process calls once its seed is set",
             ) from error
         path = self._new_file("graph")
         if path is not None:
@@ -155,9 +156,10 @@ def _refuse(value: Any) -> None:
             "a Keras model, whose layers keep the precision that they were made with",
             "make it in the function that builds the model",
         )
-    if _is_a(value, "keras", "layers.Layer") and value.trainable_weights:
+    # One that was adapted, such as a Normalization, is data; a mode's precision is nothing to it.
+    if _is_a(value, "keras", "layers.Layer") and (value.trainable_weights or not value.built):
         raise _Refused(
-            "a Keras layer with weights, which keeps the precision that it was made with",
+            "a Keras layer, which keeps the precision that it was made with",
             "make it in the function that builds the model",
         )
     if isinstance(value, io.IOBase) and not isinstance(value, io.BytesIO | io.StringIO):
@@ -169,8 +171,12 @@ def _explain(parts: Mapping[str, Any], error: Exception) -> NoReturn:
     for name, value in parts.items():
         if (found := _culprit(value)) is not None:
             path, why = found
-            where = f"{name} cannot be sent" if not path else f"{name} uses {'.'.join(path)}, which cannot be sent"
-            raise CannotSend(f"{where} to the processes of the cases: it is {why}") from error
+            within = "".join(part if part.startswith("[") else f".{part}" for part in path)
+            if within.startswith("."):
+                name = f"{name} uses {within[1:]}, which"
+            else:
+                name += within
+            raise CannotSend(f"{name} cannot be sent to the processes of the cases: it is {why}") from error
     raise CannotSend(f"the workload cannot be sent to the processes of the cases: {error}") from error
 
 
@@ -189,9 +195,7 @@ def _culprit(value: Any, depth: int = 0) -> tuple[list[str], str] | None:
         return [], f"{what}; {cure}"
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     said = str(error).partition("\n")[0]
-    return [], (
-        f"a {kind} ({said}); make it in the function, or put the function into a module, which each process imports"
-    )
+    return [], f"of type {kind} ({said}); make it in the function, or in a module, which each process imports"
 
 
 def _is_refused_itself(value: Any) -> bool:
@@ -232,9 +236,9 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((name, value.__globals__[name]) for name in names if name in value.__globals__)
         yield from (("", each) for each in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()))
     elif isinstance(value, Mapping):
-        yield from ((repr(name), each) for name, each in list(value.items())[:_MOST_PARTS])
+        yield from ((f"[{name!r}]", each) for name, each in list(value.items())[:_MOST_PARTS])
     elif isinstance(value, list | tuple | set | frozenset):
-        yield from (("", each) for each in list(value)[:_MOST_PARTS])
+        yield from ((f"[{place}]", each) for place, each in enumerate(list(value)[:_MOST_PARTS]))
     elif isinstance(value, type):
         if value.__module__ == "__main__":
             yield from ((name, each) for name, each in vars(value).items() if not name.startswith("__"))

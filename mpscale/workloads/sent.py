@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import pickle
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from mpscale.workloads.workload import Workload
 
 _FAIL = 2
 """TensorFlow's policy for state outside of a graph, such as a table or a generator of random numbers: an error."""
+_OF_TENSORFLOW = re.compile(r"\{\{.*?\}\} ?|\s*\[Op:.*")
+"""What its messages say about itself."""
 _PYTHON = ("PyFunc", "PyFuncStateless", "EagerPyFunc")
 """Operations that call a function of the process that has made them."""
 
@@ -52,11 +56,23 @@ def graph_of(dataset: Any) -> bytes:
         ).numpy()
         graph = tf.compat.v1.GraphDef.FromString(text)
     except tf.errors.OpError as error:
-        raise ValueError(str(error.message).partition("\n")[0]) from error
-    nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
-    if any(node.op in _PYTHON for node in nodes):
-        raise ValueError("it calls a Python function of this process, by from_generator, py_function or numpy_function")
+        raise ValueError(_OF_TENSORFLOW.sub("", str(error.message)).partition("\n")[0]) from error
+    _refuse_what_differs(graph.node)
+    for function in graph.library.function:
+        _refuse_what_differs(function.node_def)
     return bytes(text)
+
+
+def _refuse_what_differs(nodes: Iterable[Any]) -> None:
+    """Refuse operations that would do something else in another process."""
+    known = {node.name: node for node in nodes}
+    for node in known.values():
+        if node.op in _PYTHON:
+            raise ValueError("it calls a Python function of this process")
+        if node.op.startswith("ShuffleDataset"):
+            seeds = [known.get(name.partition(":")[0]) for name in node.input[2:4]]
+            if all(seed is not None and list(seed.attr["value"].tensor.int64_val) == [0] for seed in seeds):
+                raise ValueError("it shuffles without a seed, so each process would see another order")
 
 
 def dataset(path: str, element_spec: Any) -> Any:
