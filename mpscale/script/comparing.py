@@ -236,8 +236,6 @@ def _judged(code: int, stopped: bool, tail: Sequence[str], path: Path | None) ->
         kept = "" if path is None else f"; {path} keeps every case that had ended"
         raise NotCompared("\n".join([f"`mpscale run` ended with {how}{kept}", *said]).removeprefix("ERROR: "))
     if code == 1:
-        trouble = (
-            comparison.trouble or "`mpscale run` failed although every case went well; the end of its output says why"
-        )
+        trouble = comparison.trouble or "`mpscale run` failed, though every case went well; its output says why"
         warnings.warn(trouble, stacklevel=3)
     return comparison
