@@ -81,7 +81,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
     Raises:
         TypeError: there is one; the message has the most similar name.
     """
-    allowed = sorted(known)
+    allowed = sorted(set(known))
     for name in given:
         if name not in allowed:
             close = difflib.get_close_matches(name, allowed, n=1)

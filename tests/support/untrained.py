@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from support import no_training
 
+from mpscale.core import stopping
 from mpscale.core.cause import Cause
 from mpscale.workloads import registry
 
@@ -26,7 +27,8 @@ def happen(case):
     what = json.loads(os.environ.get("HAPPEN", "{}")).get(case.mode)
     if what == "wait":
         Path(os.environ["WAITS"]).touch()
-        time.sleep(60)
+        with stopping.opened():  # as while a worker is waited for
+            time.sleep(60)
     if what == "crashed":
         return {"status": "crashed", "status_reason": "SIGSEGV", "cause": Cause.FATAL_SIGNAL, "metric_value": None}
     return {"metric_value": float(registry.get(case.workload).data().test_x.mean())}
