@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -17,9 +18,14 @@ from mpscale.core.columns import LARGEST, Topic, measured_columns
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.core.wire import Channel
+from mpscale.core.wire import Channel, Remarked
+from mpscale.worker import compiled as compiling
 from mpscale.worker import model as models
 from mpscale.worker.batches import Batches
+from mpscale.worker.compiled import CompiledModel
+from mpscale.worker.course import Course
+from mpscale.worker.fit_evaluator import FitEvaluator, Judge
+from mpscale.worker.fit_update import FitUpdate
 from mpscale.worker.float8 import Float8
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic
@@ -29,6 +35,7 @@ from mpscale.worker.step import TrainStep
 from mpscale.worker.training import batches
 from mpscale.worker.update import Update
 from mpscale.workloads import Data, Workload, registry
+from mpscale.workloads.data import Structure, leaves, length, taken
 
 _OF_A_METRIC = (
     *measured_columns(Topic.RESULT),
@@ -48,8 +55,12 @@ class Built:
         order: of the data, indices (steps, batch).
         optimizer: the workload's, without the mode's loss scaling.
         optimizer_config: describes the optimizer as it was before the mode wrapped it.
+        objective: the workload's loss; None if the model is compiled, and so has one.
         noted_loss: the objective as the train step calls it.
         float8: the layers that compute in float8; None in other modes.
+        compiled: the model as it was compiled; None if the workload trains it.
+        course: the callbacks of a compiled model; None if there are none.
+        judge: the metric of a compiled model; None until a train step has been traced (:func:`judged`).
     """
 
     case: Case
@@ -58,10 +69,13 @@ class Built:
     order: npt.NDArray[np.int64]
     optimizer: keras.optimizers.Optimizer
     optimizer_config: dict[str, Any]
-    objective: Objective
-    noted_loss: NotedLoss
+    objective: Objective | None
+    noted_loss: NotedLoss | None
     step: TrainStep
     float8: Float8 | None
+    compiled: CompiledModel | None = None
+    course: Course | None = None
+    judge: Judge | None = None
 
     @property
     def model(self) -> keras.Model:
@@ -75,38 +89,150 @@ class Built:
     def batch(self) -> int:
         return self.order.shape[1]
 
+    def build_again(self) -> keras.Model:
+        """Make and build the workload's model once more, under the policy that is set now."""
+        examples = taken(self.data.train_x, self.order[0])
+        if self.compiled is None:
+            model = models.make_model(self.workload.model)
+            models.build_model(model, examples)
+        else:
+            model = compiling.make(self.workload.model).model
+            compiling.build_weights(model, examples)
+        return model
+
+    def loss_columns(self) -> Findings:
+        """The columns of a record about the loss, once a train step has been traced."""
+        if self.noted_loss is not None:
+            return self.noted_loss.columns(self.data.train_y[self.order[0]])
+        batch = (None if part is None else taken(part, self.order[0]) for part in self.data.train)
+        fed = keras.utils.unpack_x_y_sample_weight(compiling.as_fed(*batch))
+        named = zip(("inputs", "labels", "weights"), fed, strict=True)
+        given = [f"{what} {_shapes(part)}" for what, part in named if part is not None]
+        found = Findings({"loss_inputs": "; ".join(given)})
+        found.miss(
+            ["loss_probe"], Reason(Code.NOT_COMPARABLE, "the loss is part of the model, and does not run by itself")
+        )
+        return found
+
 
 def build(case: Case, arithmetic: Arithmetic, channel: Channel) -> Built:
     """Make everything that is trained. The device must be ready, since a user's module may use it on import."""
     workload = registry.get(case.workload)
     settings = case.settings.suited_to(workload.growth_interval)
-    case = replace(case, settings=settings)
+    if workload.compiled is not None:
+        # As it would be at the top of a script: what makes the data may draw random numbers.
+        keras.utils.set_random_seed(case.seed)
     data = workload.data()
     if not isinstance(data, Data):
         raise TypeError(
             f"the data function of {case.workload} must return an mpscale.Data of NumPy arrays, not a "
             f"{type(data).__name__}"
         )
+    if workload.compiled is None and data.train_y is None:
+        raise ValueError("the data has no train_y, which the workload's loss compares with what the model returns")
+    if workload.compiled is None and not data.is_plain:
+        raise ValueError(
+            "the data is more than an array of examples and one of labels, but this workload has a loss of one output; "
+            f"{models.COMPILE_IT}"
+        )
     batch, steps = settings.batch_size or workload.batch_size, settings.train_steps or workload.train_steps
-    order = batches(len(data.train_x), batch, steps, case.seed, settings.repeat_data)
+    order = batches(data.examples, batch, steps, case.seed, settings.repeat_data)
     start = time.perf_counter()
     # Set the seed just before the model is built: loading data may draw random numbers, but not in every process.
     keras.utils.set_random_seed(case.seed)
     arithmetic.settle()
+    make = _of_compiled if workload.compiled is not None else _of_workload
+    built = make(replace(case, settings=settings), workload, data, order, arithmetic, channel)
+    channel.values({"build_time_s": time.perf_counter() - start})
+    return built
+
+
+def _of_workload(
+    case: Case, workload: Workload, data: Data, order: npt.NDArray[np.int64], arithmetic: Arithmetic, channel: Channel
+) -> Built:
+    """What a workload trains with its own loss and optimizer."""
+    settings, batch = case.settings, order.shape[1]
     model = models.make_model(workload.model)
     arithmetic.look("the workload's model function")
-    models.build_model(model, data.train_x[:batch] if batch <= len(data.train_x) else data.train_x[order[0]])
+    models.build_model(model, data.train_x[:batch] if batch <= data.examples else data.train_x[order[0]])
     float8 = Float8(model) if MODES[case.mode].float8 else None
     optimizer = models.make_optimizer(workload.optimizer)
     arithmetic.look("the workload's optimizer function")
-    optimizer_config = models.optimizer_description(optimizer, steps)
+    optimizer_config = models.optimizer_description(optimizer, len(order))
     scaler = scaler_for(MODES[case.mode], optimizer, settings)
     objective = Objective(workload.loss, data.train_y)
     loss = NotedLoss(objective)
     kind, update = ProbeStep if settings.looks else TrainStep, Update(model, scaler, loss)
     step = kind(update, Batches((data.train_x, data.train_y), order), settings.jit, settings.steps_per_call)
-    channel.values({"build_time_s": time.perf_counter() - start})
     return Built(case, workload, data, order, optimizer, optimizer_config, objective, loss, step, float8)
+
+
+def _of_compiled(
+    case: Case, workload: Workload, data: Data, order: npt.NDArray[np.int64], arithmetic: Arithmetic, channel: Channel
+) -> Built:
+    """What a compiled model trains by its own train_step."""
+    assert workload.compiled is not None
+    steps, batch = order.shape
+    workload = replace(workload, evaluate_every=workload.evaluate_every or max(data.examples // batch, 1))
+    compiled = compiling.make(workload.model)
+    arithmetic.look("the workload's model function")
+    model = compiled.model
+    if data.train_y is None and model.loss is not None and not models.overrides(model, "train_step"):
+        raise ValueError("the model is compiled with a loss, but train has no labels to compare with: give (x, y)")
+    compiling.build_weights(model, taken(data.train_x, order[0]))
+    float8 = Float8(model) if MODES[case.mode].float8 else None
+    case, remarks = _asked_by(compiled, case)
+    for remark in (*compiled.notes, *remarks):
+        channel.send(Remarked(remark))
+    channel.values({"jit": case.settings.jit, "steps_per_call": case.settings.steps_per_call})
+    configs = {name: models.optimizer_description(each, steps) for name, each in compiled.optimizers.items()}
+    scalers = {name: scaler_for(MODES[case.mode], each, case.settings) for name, each in compiled.optimizers.items()}
+    fed = compiling.as_fed(*data.train)
+    on_trace = float8.forget_calls if float8 is not None else lambda: None
+    update = FitUpdate(model, scalers, taken(fed, order[0]), on_trace)
+    used = update.optimizers
+    config = configs[used[0]] if len(used) == 1 else {name: configs[name] for name in used}
+    kind = ProbeStep if case.settings.looks else TrainStep
+    step = kind(update, Batches(fed, order), case.settings.jit, case.settings.steps_per_call)
+    course = None
+    if workload.compiled.callbacks is not None:
+        course = Course(workload.compiled.callbacks(), model, steps, workload.evaluate_every)
+        arithmetic.look("the workload's callbacks function")
+    optimizer = compiled.optimizers[used[0]]
+    return Built(case, workload, data, order, optimizer, config, None, None, step, float8, compiled, course)
+
+
+def _asked_by(compiled: CompiledModel, case: Case) -> tuple[Case, list[str]]:
+    """The case with what the model was compiled with, unless an option says otherwise; and what to say about that."""
+    settings, remarks = case.settings, []
+    if compiled.jit is False and settings.jit:
+        settings = replace(settings, jit=False)
+        remarks.append("without XLA, because the model is compiled with jit_compile=False")
+    elif compiled.jit and not settings.jit:
+        remarks.append("without XLA, although the model is compiled with jit_compile=True")
+    asked = compiled.steps_per_execution
+    if settings.steps_per_call == 1:
+        settings = replace(settings, steps_per_call=asked)
+    elif asked not in (1, settings.steps_per_call):
+        remarks.append(f"--mp-steps-per-call goes before the {asked} steps_per_execution of the model")
+    return replace(case, settings=settings), remarks
+
+
+def judged(built: Built) -> Built:
+    """The same with the metric by which it is judged; a train step has been traced."""
+    if built.compiled is None or built.workload.compiled is None or not built.workload.compiled.evaluated:
+        return built
+    data, batch = built.data, built.batch
+    fed = compiling.as_fed(*data.test, data.test_weight)
+    examples = length(data.test[0])
+
+    def test_batches() -> Iterator[Any]:
+        for start in range(0, examples, batch):
+            yield taken(fed, slice(start, start + batch))
+
+    evaluator = FitEvaluator(built.model, test_batches, built.case.settings.jit, taken(fed, slice(0, batch)))
+    judge = Judge(built.workload, built.model, evaluator)
+    return replace(built, workload=judge.workload, judge=judge)
 
 
 def described(built: Built) -> Findings:
@@ -118,10 +244,14 @@ def described(built: Built) -> Findings:
     parts: list[Any] = [
         models.model_config(model),
         models.config_of(built.optimizer) or built.optimizer_config,
-        models.described_object(workload.loss),
+        models.described_object(workload.loss) if built.compiled is None else built.compiled.description(),
         parameters,
         data_digest,
     ]
+    if isinstance(built.step.update, FitUpdate) and len(built.step.update.optimizers) > 1:
+        parts.append(built.optimizer_config)
+    if built.course is not None:
+        parts.append({"callbacks": built.course.description()})
     if workload.metric is not None and not isinstance(workload.metric, FunctionType):
         parts.append(models.described_object(workload.metric))
     if added := built.step.update.added_losses:
@@ -151,7 +281,7 @@ def described(built: Built) -> Findings:
     found.values |= {
         "metric_name": workload.metric_name,
         "metric_higher_is_better": workload.metric_higher_is_better,
-        "test_examples": len(built.data.test[0]),
+        "test_examples": length(built.data.test[0]),
     }
     put(found, "metric_target", workload.target, NO_TARGET)
     put(found, "metric_margin", workload.margin, Reason(Code.NOT_IN_WORKLOAD, "the workload has no margin"))
@@ -160,10 +290,18 @@ def described(built: Built) -> Findings:
 
 def _no_metric(workload: Workload) -> Reason:
     """Why a workload without a metric has none of the figures that follow from it."""
-    why = (
-        "synthetic inputs: no accuracy" if workload.synthetic else "the workload has no metric, so nothing is evaluated"
-    )
+    why = "the workload has no metric, so nothing is evaluated"
+    if workload.compiled is not None:
+        why = "the workload has no validation data, so nothing is evaluated"
+    if workload.synthetic:
+        why = "synthetic inputs: no accuracy"
     return Reason(Code.NOT_IN_WORKLOAD, why)
+
+
+def _shapes(part: Structure) -> str:
+    """Dtypes and shapes of a batch, such as ``['ids'] int64 (20, 64) and ['age'] float32 (20,)``."""
+    shapes = [f"{path} {array.dtype} {array.shape}".strip() for path, array in leaves(part)]
+    return " and ".join(shapes)
 
 
 def put(found: Findings, column: str, value: float | None, missing: Reason) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import time
+from collections.abc import Callable
 from pathlib import Path
-
-import keras
+from typing import Any
 
 from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case
@@ -16,13 +16,13 @@ from mpscale.core.file_errors import in_words
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.core.wire import Channel, NotKept, Phase
+from mpscale.core.wire import Channel, NotKept, Phase, Remarked
 from mpscale.core.writing import replacing
 from mpscale.worker import autotuning
-from mpscale.worker import model as models
-from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, put
+from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, judged, put
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
+from mpscale.worker.fit_update import FitUpdate
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
 from mpscale.worker.step import Log, TrainStep
@@ -71,32 +71,37 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     step = built.step
     trace_s = step.trace()
     arithmetic.look("the train step was traced")
+    misused = None if float8 is None else float8.misused(step.graph)
+    if built.compiled is not None and (unsupported := _unsupported(built, device, channel)) is not None:
+        return "unsupported", unsupported
+    if not case.settings.looks:
+        built = judged(built)
     precision = Precision(built.model, step.graph)
     _report(channel, described(built))
     _report(channel, precision.columns())
     throughput = Throughput(step.graph, mode, device)
     _report(channel, throughput.columns())
-    _report(channel, built.noted_loss.columns(built.data.train_y[built.order[0]]))
+    _report(channel, built.loss_columns())
     channel.values({"process_settings": arithmetic.column()})
-    if float8 is not None and (misused := float8.misused(step.graph)) is not None:
+    if misused is not None:
         return "unsupported", misused
     objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
     if objections:
         # Do not train: any figure would be reported under the name of another precision.
         return "invalid", "; ".join(objections)
     if isinstance(step, ProbeStep):
-
-        def again() -> keras.Model:
-            model = models.make_model(built.workload.model)
-            models.build_model(model, built.data.train_x[built.order[0]])
-            return model
-
-        return watch(step, built.steps, case.settings.looks, again, channel)
+        return watch(step, built.steps, case.settings.looks, built.build_again, channel)
+    course = built.course if case.trains else None
+    if course is not None:
+        course.begin()
+        course.begin_step()
     start = time.perf_counter()
     step()
     step.synchronise()
     channel.values({"trace_time_s": trace_s, "first_step_s": time.perf_counter() - start})
-    _report(channel, autotuning.columns(device, case.settings.jit))
+    if course is not None:
+        course.end_step(step.last_loss)
+    _report(channel, autotuning.columns(device, built.case.settings.jit))
     channel.phase(Phase.COMPILED)
 
     peak = AllocatorPeak(device)
@@ -135,6 +140,8 @@ def _take_opening_steps(built: Built, peak: AllocatorPeak, channel: Channel) -> 
     step, left = built.step, _SYNCHRONISED_STEPS + _QUEUED_STEPS
     if built.case.trains:
         left = min(left, first_pause(built.workload.evaluate_every, built.steps) - 1)
+        if built.course is not None and built.course.of_steps:
+            left = 0
     synchronised = min(left, _SYNCHRONISED_STEPS)
     start = time.perf_counter()
     for _ in range(synchronised):
@@ -152,9 +159,27 @@ def _take_opening_steps(built: Built, peak: AllocatorPeak, channel: Channel) -> 
     return seconds
 
 
-def _evaluator(built: Built) -> Evaluator:
+def _unsupported(built: Built, device: Device, channel: Channel) -> str | None:
+    """Why a compiled model cannot be trained in the mode; None if it can. A train step has been traced."""
+    mode, update = MODES[built.case.mode], built.step.update
+    assert isinstance(update, FitUpdate)
+    if (reason := mode.unsupported_reason(device, built.case.settings.jit)) is not None:
+        return reason
+    if mode.scaling is None:
+        return None
+    if update.remark is not None:
+        channel.send(Remarked(update.remark))
+    return update.unsupported_reason(mode.name)
+
+
+def _evaluator(built: Built) -> Callable[[Any, Any], float]:
     """The metric, tried out so that mistakes show before the training."""
     workload, data, objective = built.workload, built.data, built.objective
+    if built.judge is not None:
+        judge = built.judge
+        judge.evaluator.try_out()
+        return lambda x, y: judge()
+    assert objective is not None
     test_x, test_y = data.test
     one_output = not objective.output or objective.output[-1] == 1
     threshold = objective.threshold() if one_output and is_accuracy(workload.metric) else None
@@ -178,6 +203,8 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
         None if evaluate is None else lambda: evaluate(*data.progress),
         lambda done: channel.progress(done, steps),
         opening_s,
+        built.course,
+        None if built.judge is None else built.judge.evaluator,
     )
     channel.phase(Phase.TRAINED)
     found = Findings(training.values())

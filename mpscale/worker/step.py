@@ -157,11 +157,15 @@ class TrainStep:
 
     def overflow_steps(self) -> int | None:
         """Wait for the device; return how many steps overflowed so far, or None if the mode does not check."""
-        return self.update.scaler.overflow_steps(int(self.batches.position.numpy()))
+        return self.update.overflow_steps(int(self.batches.position.numpy()))
 
     def weights_finite(self) -> bool:
         """Whether every weight of the model is finite, statistics that are not trained included."""
         return all(bool(np.isfinite(v.numpy()).all()) for v in weights_of(self.update.model.variables))
+
+    def last_loss(self) -> float:
+        """Wait for the device; return the loss of the latest step, which :meth:`read_log` has not returned yet."""
+        return float(_flat([self._unread[-1][0]]).numpy()[-1])
 
     def read_log(self) -> Log:
         """Wait for the device; return the log of the steps since the last call."""
@@ -192,7 +196,7 @@ class TrainStep:
         return tuple(column.stack() for column in columns)
 
     def _empty_step(self) -> tf.Tensor:
-        for variable in (*self.update.model.variables, *self.update.scaler.optimizer.variables):
+        for variable in self.update.variables:
             variable.value.read_value()
         for tensor in self.batches.tensors:
             tf.identity(tensor)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from mpscale.worker import labels as label_forms
+from mpscale.worker.course import Course
 from mpscale.worker.objective import check_outputs
 from mpscale.worker.step import MOST_UNREAD, Log, TrainStep
 from mpscale.workloads import Workload
@@ -135,6 +136,8 @@ def train(
     evaluate: Callable[[], float] | None,
     progress: Callable[[int], None],
     opening_s: float = 0.0,
+    course: Course | None = None,
+    metrics: Callable[[], dict[str, Any]] | None = None,
 ) -> Training:
     """Take the remaining steps of a training whose opening steps have been taken and are not read yet.
 
@@ -148,6 +151,9 @@ def train(
         evaluate: returns the metric on the progress set; None if the workload has no metric.
         progress: called with the number of steps taken, every ``workload.evaluate_every`` of them.
         opening_s: seconds spent on the opening steps after the first.
+        course: the callbacks, whose training has begun; None if there are none. Their epochs end with each of
+            ``workload.evaluate_every`` steps, and at the end.
+        metrics: returns all metrics on the progress set, for the callbacks; None without such a set.
     """
     log = [step.read_log()]
     taken, wall = len(log[0]), opening_s
@@ -162,18 +168,37 @@ def train(
             due = reached[0] is None and workload.target is not None and taken % workload.evaluate_every == 0
             if due and evaluate is not None and workload.reached(evaluate()):
                 reached = (taken, wall)
+            if course is not None and (taken % workload.evaluate_every == 0 or taken >= steps):
+                course.end_epoch(metrics, taken < steps)
             progress(taken)
         if taken >= steps:
             break
         block = min(workload.evaluate_every - taken % workload.evaluate_every, steps - taken, most)
-        compiled = step.first_call(block)
-        start = time.perf_counter()
-        step.take(block - compiled)
-        log.append(step.read_log())
-        wall += time.perf_counter() - start
+        if course is not None and course.of_steps:
+            wall += _step_by_step(step, course, block)
+            log.append(step.read_log())
+        else:
+            compiled = step.first_call(block)
+            start = time.perf_counter()
+            step.take(block - compiled)
+            log.append(step.read_log())
+            wall += time.perf_counter() - start
         taken += block
         pausing, most = True, MOST_UNREAD
     return Training(Log.joined(log), wall, step.weights_finite(), *reached)
+
+
+def _step_by_step(step: TrainStep, course: Course, steps: int) -> float:
+    """Take steps one by one, with callbacks before and after each; return the seconds of the steps alone."""
+    seconds = 0.0
+    for _ in range(steps):
+        course.begin_step()
+        start = time.perf_counter()
+        step()
+        step.synchronise()
+        seconds += time.perf_counter() - start
+        course.end_step(step.last_loss)
+    return seconds
 
 
 class Evaluator:
