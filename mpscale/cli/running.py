@@ -56,10 +56,12 @@ def in_full(arguments: Sequence[str]) -> list[str]:
     full = [f"--mp-workloads={','.join(named)}"] if named else []
     if named and any(argument.partition("=")[0] == "--mp-workloads" for argument in arguments):
         raise SettingsError(f"workloads are named twice, as {' '.join(named)} and by --mp-workloads; leave out one")
-    for argument in arguments[len(named) :]:
-        name, equals, value = argument.partition("=")
-        full.append(f"--mp-{name[2:]}{equals}{value}" if name[:2] == "--" and name[2:] in _SHORT else argument)
-    return full
+    rest = list(arguments[len(named) :])
+    options = rest[: rest.index("--")] if "--" in rest else rest  # what follows are paths
+    for option in options:
+        name, equals, value = option.partition("=")
+        full.append(f"--mp-{name[2:]}{equals}{value}" if name[:2] == "--" and name[2:] in _SHORT else option)
+    return [*full, *rest[len(options) :]]
 
 
 def _is_workload(argument: str) -> bool:

@@ -145,7 +145,10 @@ def _workload(build: Any, train: Any, validation: Any, about: dict[str, Any]) ->
         )
     if train is None:
         raise TypeError("mpscale.compare: train is missing, the data for training or a function that returns it")
-    return Workload.from_compiled(build, train=train, validation=validation, **about)
+    workload = Workload.from_compiled(build, train=train, validation=validation, **about)
+    if not callable(train) and not callable(validation):
+        workload.data()  # what is wrong with it is said here, rather than by each case
+    return workload
 
 
 def _packed(workload: Workload, folder: Path, parts: dict[str, Any]) -> Parcel:
