@@ -29,9 +29,7 @@ a_workload = mpscale.Workload("a", "", build_net, train_data, "adam")
 
 @pytest.fixture
 def folder(tmp_path):
-    yield small_suite.write(
-        tmp_path, own_models=MODELS, own_data="train_data = (1, 2, 3, 4)\n", test_suite=small_suite.SUITE
-    )
+    yield small_suite.write(tmp_path, own_models=MODELS, test_suite=small_suite.SUITE)
     take(Given())
     small_suite.forget(tmp_path)
 
@@ -109,7 +107,7 @@ def test_the_plan_has_functions_and_workloads_side_by_side(folder, monkeypatch):
         (["--mp-workloads", "m:a", "-k", "fp32"], ["--mp-workloads", "m:a", "-k", "fp32"]),
         (["tests/test_x.py::test_y", "m:a"], ["tests/test_x.py::test_y", "m:a"]),
         (["a-folder", "--timeout=5"], ["a-folder", "--timeout=5"]),
-        (["--", "--steps"], ["--", "--mp-steps"]),
+        (["--steps=3", "--", "--steps"], ["--mp-steps=3", "--", "--steps"]),
         ([], []),
     ],
 )
