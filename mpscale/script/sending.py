@@ -56,7 +56,7 @@ def send(workload: Workload, path: Path, parts: Mapping[str, Any]) -> None:
             _explain(parts, error)
 
 
-class _Pickler(cloudpickle.Pickler):
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles what this process has.
 
     Args:
@@ -100,7 +100,8 @@ class _Pickler(cloudpickle.Pickler):
             self._by_value.add(module)
 
     def _array(self, value: np.ndarray[Any, Any]) -> Any:
-        if isinstance(value, np.memmap) and isinstance(value.base, mmap.mmap) and value.filename is not None:
+        base: Any = value.base
+        if isinstance(value, np.memmap) and isinstance(base, mmap.mmap) and value.filename is not None:
             order = "C" if value.flags.c_contiguous else "F"
             return sent.mapped, (str(Path(value.filename).absolute()), value.dtype, value.offset, value.shape, order)
         plain = type(value) in (np.ndarray, np.memmap) and not value.dtype.hasobject

@@ -56,8 +56,8 @@ def test_a_function_becomes_a_workload_with_the_data_of_the_options(train, valid
 @pytest.mark.parametrize(
     ("name", "given", "said"),
     [
-        ("own_models:build_net", Given(), "name its data with --mp-train own_models:train_data"),
-        ("own_models:build_net", Given(validation="numbers"), "name its data with --mp-train"),
+        ("own_models:build_net", Given(), "name its data, such as --train own_models:train_data"),
+        ("own_models:build_net", Given(validation="numbers"), "name its data, such as --train"),
         ("own_models:build_net", Given("nothing"), "no data at 'nothing' (--mp-train): the module own_models in"),
         ("own_models:build_net", Given("nowhere:x"), "no data at 'nowhere:x' (--mp-train): ModuleNotFoundError"),
         ("own_models:build_net", Given("numbers", "Sets.none"), "no data at 'Sets.none' (--mp-validation)"),
