@@ -168,6 +168,28 @@ def test_the_printed_models_of_your_own_train():
     assert error < 0.7 * error_of_zero
 
 
+COMPILED = blocks("docs/your-model.md")
+
+
+@pytest.mark.parametrize(
+    ("workload", "steps", "metric", "good"),
+    [
+        ("compiled_signs", 500, "accuracy", 0.85),
+        ("house_prices", 400, "heating_accuracy", 0.7),
+        ("smoothed_signs", 500, "accuracy", 0.8),
+        ("coded_signs", 500, "val_loss", 0.85),
+    ],
+)
+def test_the_printed_compiled_models_train(workload, steps, metric, good):
+    module = {"__name__": "compiled_models"}
+    for block in COMPILED:
+        exec(block, module)
+    outcome = train(module[workload], "mixed-dynamic")
+    assert (outcome.status, outcome.row["attempted_steps"], outcome.row["metric_name"]) == ("ok", steps, metric)
+    found = outcome.row["metric_value"]
+    assert found < good if metric == "val_loss" else found > good
+
+
 def without_code(page):
     return re.sub(r"^ *```.*?^ *```$", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
 

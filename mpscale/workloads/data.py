@@ -45,9 +45,7 @@ def mapped(function: Callable[[str, Any], Any], structure: Structure, path: str 
     if isinstance(structure, dict):
         return type(structure)((key, mapped(function, each, f"{path}[{key!r}]")) for key, each in structure.items())
     if isinstance(structure, tuple | list):
-        parts = [mapped(function, each, f"{path}[{number}]") for number, each in enumerate(structure)]
-        # A named tuple takes its fields one by one.
-        return type(structure)(*parts) if hasattr(structure, "_fields") else type(structure)(parts)
+        return _joined(structure, [mapped(function, each, f"{path}[{place}]") for place, each in enumerate(structure)])
     return function(path, structure)
 
 
@@ -210,13 +208,21 @@ def _places(places: dict[str, Any]) -> str:
 
 def _checked(name: str, part: Any) -> Structure:
     """Return a structure of arrays that can be trained on."""
-    if isinstance(part, dict | tuple | list):
-        kind = type(part).__name__
-        if not part:
-            raise TypeError(f"{name} is an empty {kind}; leave it out, or put arrays into it")
-        if not isinstance(part, dict) and any(isinstance(each, bool | int | float | str) for _, each in leaves(part)):
-            raise TypeError(f"{name} must be a NumPy array, not a {kind}; pass np.asarray(...) of it")
-    return mapped(lambda path, array: _checked_array(f"{name}{path}", array), part)
+    if not isinstance(part, dict | tuple | list):
+        return _checked_array(name, part)
+    kind = type(part).__name__
+    if not part:
+        raise TypeError(f"{name} is an empty {kind}; leave it out, or put arrays into it")
+    if isinstance(part, dict):
+        return type(part)((key, _checked(f"{name}[{key!r}]", each)) for key, each in part.items())
+    if any(isinstance(each, bool | int | float | str) for _, each in leaves(part)):
+        raise TypeError(f"{name} must be a NumPy array, not a {kind}; pass np.asarray(...) of it")
+    return _joined(part, [_checked(f"{name}[{number}]", each) for number, each in enumerate(part)])
+
+
+def _joined(like: Any, parts: list[Any]) -> Any:
+    """A tuple or list like another; a named tuple takes its fields one by one."""
+    return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
 
 
 def _checked_array(name: str, array: Any) -> Array:

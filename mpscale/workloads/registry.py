@@ -216,8 +216,8 @@ def _compiled(build: Callable[..., Any], name: str, where: str, folders: Sequenc
     """The workload of a function that returns a compiled model, with the data that the session was given."""
     if given().train is None:
         raise UnknownWorkload(
-            f"{name!r} is {_a(build)}, not an mpscale.Workload{where}; if it returns a compiled model, name its data, such "
-            f"as --train {name.partition(':')[0]}:train_data, or --mp-train for pytest"
+            f"{name!r} is {_a(build)}, not an mpscale.Workload{where}; if it returns a compiled model, name its data, "
+            f"such as --train {name.partition(':')[0]}:train_data, or --mp-train for pytest"
         )
     parts = {}
     for part in ("train", "validation"):
