@@ -66,6 +66,8 @@ class Comparison:
     def _repr_html_(self) -> str:
         """The page, within a frame, so that neither its style nor the notebook's reaches the other."""
         page = read_page(self.report) or report_page(self.run)
+        # The address of what is in the frame; without it, links within the page would lead to the notebook.
+        page = page.replace('href="#', 'href="about:srcdoc#')
         return (
             f"<p>{html.escape(f'{self.trouble} ' if self.trouble else '')}<code>{html.escape(str(self.report))}"
             f'</code></p>\n<iframe srcdoc="{html.escape(page)}" sandbox="" title="Report of mpscale" '

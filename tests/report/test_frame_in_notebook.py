@@ -26,6 +26,7 @@ def test_the_page_is_shown_whole_and_apart_from_the_notebook(browser, tmp_path):
     link = browser.find_element("css selector", "nav a")
     target = browser.find_element("id", link.get_attribute("href").partition("#")[2])
     link.click()
+    assert browser.current_url.endswith("notebook.html")
     assert browser.execute_script("return Math.abs(arguments[0].getBoundingClientRect().top) < 200", target)
     browser.switch_to.default_content()
     assert browser.title == "notebook"
