@@ -19,6 +19,8 @@ from mpscale.terminal.streams import visible
 if TYPE_CHECKING:
     import pandas as pd
 
+_REASON = 200
+"""Characters of a reason that a sentence repeats."""
 _BAD = (*FAILED, "diverged", "stalled")
 
 
@@ -81,7 +83,7 @@ class Comparison:
         if not bad:
             return ""
         first = bad[0]
-        why = f" ({first['status_reason']})" if first["status_reason"] else ""
+        why = f" ({first['status_reason']!s:.{_REASON}})" if first["status_reason"] else ""
         return (
             f"{plural(len(bad), 'case')} of {max(len(self.run.info['planned']), len(bad))} did not end well, the first "
             f"is {first['case_id']}: {first['status']}{why}."

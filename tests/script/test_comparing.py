@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -15,8 +16,10 @@ import pytest
 from support import no_training, small_suite
 
 import mpscale
+from mpscale.analysis.answer import answer_of
 from mpscale.core.given import VARIABLE, Given, NoParcel, Parcel, take
 from mpscale.core.invocation import resume_command
+from mpscale.report.advice import code_of
 from mpscale.script import comparing
 from mpscale.workloads import registry
 
@@ -49,7 +52,7 @@ def script(tmp_path):
         environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
             **{"PYTHONPATH": path, "PYTEST_ADDOPTS": "-p support.untrained", "HAPPEN": json.dumps(happen)},
-            "WAITS": str(tmp_path / "waits"),
+            **{"WAITS": str(tmp_path / "waits"), "USES_DATA": "yes"},
             "TMPDIR": str(tmp_path / "temporary"),
         }
         (tmp_path / "temporary").mkdir(exist_ok=True)
@@ -199,6 +202,14 @@ def test_only_a_private_folder_of_this_user_is_unpickled(make, tmp_path):
         Parcel.read(str(folder))
 
 
+def test_advice_for_the_run_of_a_script_is_a_call():
+    run = mpscale.read_run(ROOT / "results" / "reference" / "20261126T190729Z-nvidia-h200-e964")
+    assert code_of(answer_of(run), run) == ("mpscale run --mp-steps-per-call 20 --mp-seeds 5", "sh")
+    invocation = {"program": "mpscale.compare", "arguments": [], "folder": ".", "options": {}}
+    run = dataclasses.replace(run, info={**run.info, "invocation": invocation})
+    assert code_of(answer_of(run), run) == ("mpscale.compare(..., steps_per_call=20, seeds=5)", "python")
+
+
 @pytest.mark.parametrize(
     ("code", "tail", "said"),
     [
@@ -212,14 +223,14 @@ def test_what_the_session_said_is_in_the_exception(code, tail, said):
     assert said in str(error.value).replace("ERROR: ", "")
 
 
-def test_no_command_goes_on_with_the_run_of_a_script(tmp_path):
+def test_no_command_goes_on_with_the_run_of_a_script(tmp_path, monkeypatch):
+    no_training.replace_trainings(monkeypatch, environment=no_training.ENVIRONMENT)
     path = no_training.new_run(tmp_path / "results")
     info = json.loads((path / "run.json").read_text())
     info["invocation"]["program"] = "mpscale.compare"
     info["planned"].append("toy--fp32--s7--r0")
     (path / "run.json").write_text(json.dumps(info))
-    call = f"mpscale.compare(..., resume={path.name!r})"
-    assert resume_command(mpscale.read_run(path), tmp_path) == call
+    assert resume_command(mpscale.read_run(path), tmp_path) == f"mpscale.compare(..., resume={path.name!r})"
     (tmp_path / "test_suite.py").write_text(small_suite.SUITE)
     code, output = small_suite.pytest_here(tmp_path, f"--rootdir={tmp_path}", tmp_path, f"--mp-resume={path.name}")
     assert code == 4

@@ -1,7 +1,7 @@
 """A plug-in for a session in a process of its own, ``-p support.untrained``: its cases train nothing.
 
-Their metric is the mean of the workload's test set, so a workload that was sent to the session is used there. The
-variable ``HAPPEN`` says what else happens, for each mode: ``crashed``, or ``wait`` for somebody's signal.
+With the variable ``USES_DATA`` their metric is the mean of the workload's test set, so a workload that was sent to the
+session is used there. ``HAPPEN`` says what else happens, for each mode: ``crashed``, or ``wait`` for somebody's signal.
 """
 
 from __future__ import annotations
@@ -31,4 +31,6 @@ def happen(case):
             time.sleep(60)
     if what == "crashed":
         return {"status": "crashed", "status_reason": "SIGSEGV", "cause": Cause.FATAL_SIGNAL, "metric_value": None}
+    if "USES_DATA" not in os.environ:
+        return {}
     return {"metric_value": float(registry.get(case.workload).data().test_x.mean())}
