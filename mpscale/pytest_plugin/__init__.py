@@ -14,7 +14,7 @@ import pytest
 from mpscale.core import extras
 from mpscale.core.columns import FAILED
 from mpscale.core.mode import MODES
-from mpscale.pytest_plugin import baseline, handed, options, resume
+from mpscale.pytest_plugin import handed, options, resume
 from mpscale.pytest_plugin.plan import CASE, CLOCK, NO_XDIST, ReplayClock
 from mpscale.pytest_plugin.session import Session
 from mpscale.terminal.streams import visible
@@ -27,10 +27,7 @@ if TYPE_CHECKING:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options, all under ``--mp-``."""
     group = parser.getgroup("mpscale", "mpscale: compare mixed precision with float32")
-    options.add_options(group.addoption)
-    handed.add_options(group.addoption)
-    baseline.add_options(group.addoption)
-    resume.add_options(group.addoption)
+    resume.add_every_option(group.addoption)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -59,5 +59,20 @@ def take_parcel() -> None:
 
 
 def take_data(config: pytest.Config) -> None:
-    """Take the data that the options name, which may be those of a run that goes on."""
-    take(replace(given(), train=config.getoption("mp_train"), validation=config.getoption("mp_validation")))
+    """Take the data that the options name, which may be those of a run that goes on. A script has sent its own."""
+    if given().parcel is None:
+        take(replace(given(), train=config.getoption("mp_train"), validation=config.getoption("mp_validation")))
+
+
+def refuse_unused(config: pytest.Config, takes_data: bool) -> None:
+    """Refuse data on the command line that no workload of the run takes.
+
+    Raises:
+        pytest.UsageError: there are such.
+    """
+    typed = [str(argument).partition("=")[0] for argument in config.invocation_params.args]
+    if not takes_data and {"--mp-train", "--mp-validation"} & set(typed):
+        raise pytest.UsageError(
+            "--mp-train and --mp-validation name data for functions that return a compiled model, and no workload of "
+            "this run is one; a Workload has its own data"
+        )

@@ -15,8 +15,8 @@ import pytest
 from mpscale.config import why_not_writable
 from mpscale.core.case import Case, plan
 from mpscale.core.device import find_device
-from mpscale.core.given import given
 from mpscale.pytest_plugin import options
+from mpscale.pytest_plugin.handed import refuse_unused
 
 if TYPE_CHECKING:
     from mpscale.telemetry.client import Driver
@@ -188,11 +188,7 @@ class Plan:
         folders = list(dict.fromkeys([*beside, self._config.invocation_params.dir, self._config.rootpath]))
         names = dict.fromkeys(case.workload for case in self.chosen if registry.is_own(case.workload))
         options.check_workloads(names, folders)
-        if (given().train or given().validation) and not any(map(registry.takes_data, names)):
-            raise pytest.UsageError(
-                "--mp-train and --mp-validation name data for functions that return a compiled model, and no workload "
-                "of this run is one; a Workload has its own data"
-            )
+        refuse_unused(self._config, any(map(registry.takes_data, names)))
         self.own_workloads = {name: registry.source(name, folders) for name in names}
         return self.chosen
 

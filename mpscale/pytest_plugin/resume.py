@@ -38,6 +38,14 @@ def add_options(add: Callable[..., Any]) -> None:
     )
 
 
+def add_every_option(add: Callable[..., Any]) -> None:
+    """Add all options of the plug-in, to whatever needs to know them: pytest, a run that goes on, mpscale.compare."""
+    options.add_options(add)
+    handed.add_options(add)
+    baseline.add_options(add)
+    add_options(add)
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser of mpscale's options alone, which has no defaults."""
 
@@ -51,10 +59,7 @@ class _Parser(argparse.ArgumentParser):
                 how.pop("choices", None)
             self.add_argument(*names, **how)
 
-        options.add_options(add)
-        handed.add_options(add)
-        baseline.add_options(add)
-        add_options(add)
+        add_every_option(add)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)

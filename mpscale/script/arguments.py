@@ -9,27 +9,28 @@ from os import PathLike, fspath
 from typing import Any, NoReturn
 
 from mpscale.core.mode import Mode, select_modes
-from mpscale.pytest_plugin import baseline, options
+from mpscale.pytest_plugin.resume import add_every_option
 
-_TAKEN = ("workloads",)
+_TAKEN = ("workloads", "train", "validation", "resume")
 """Options that follow from other arguments."""
+_RENAMED = {"name": "run_name"}
+"""Arguments that would have the name of another one: ``name`` is the workload's."""
 
 
 class _Options(argparse.ArgumentParser):
-    """The options of a run, and how each was declared, by the name of the argument."""
+    """The options of a run; ``table`` has each, and how it was declared, by the name of the argument."""
 
     def __init__(self) -> None:
         super().__init__(add_help=False, allow_abbrev=False)
-        self.table: dict[str, dict[str, Any]] = {}
+        self.table: dict[str, tuple[str, Mapping[str, Any]]] = {}
 
-        def add(name: str, **how: Any) -> None:
-            self.table[name.removeprefix("--mp-").replace("-", "_")] = how
-            self.add_argument(name, **how)
+        def add(option: str, **how: Any) -> None:
+            self.add_argument(option, **how)
+            name = option.removeprefix("--mp-").replace("-", "_")
+            if name not in _TAKEN:
+                self.table[_RENAMED.get(name, name)] = option, how
 
-        options.add_options(add)
-        baseline.add_options(add)
-        for taken in _TAKEN:
-            del self.table[taken]
+        add_every_option(add)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -55,8 +56,8 @@ def as_options(given: Mapping[str, Any]) -> list[str]:
     for name, value in given.items():
         if value is None:
             continue
-        option = f"--mp-{name.replace('_', '-')}"
-        if parser.table[name].get("action") == "store_true":
+        option, how = parser.table[name]
+        if how.get("action") == "store_true":
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, not {value!r}")
             one = [option] if value else []
