@@ -31,7 +31,7 @@ def trouble_table(run: Run) -> Table:
 
 
 def notes(run: Run) -> Table:
-    """Return a row per case with a note: that earlier attempts failed, or that a file of it could not be kept."""
+    """Return a row per case with a note: failed attempts, files that were not kept, what a model asked for in vain."""
     noted = [record for record in run.records if record["note"] is not None]
     return Table(
         ["case", "status", "note"], [[text(record[name]) for name in ("case_id", "status", "note")] for record in noted]

@@ -172,6 +172,7 @@ def _of_compiled(
 ) -> Built:
     """What a compiled model trains by its own train_step."""
     assert workload.compiled is not None
+    callbacks = workload.compiled.callbacks
     steps, batch = order.shape
     workload = replace(workload, evaluate_every=workload.evaluate_every or max(data.examples // batch, 1))
     compiled = compiling.make(workload.model)
@@ -195,8 +196,8 @@ def _of_compiled(
     kind = ProbeStep if case.settings.looks else TrainStep
     step = kind(update, Batches(fed, order), case.settings.jit, case.settings.steps_per_call)
     course = None
-    if workload.compiled.callbacks is not None:
-        course = Course(workload.compiled.callbacks(), model, steps, workload.evaluate_every)
+    if callbacks is not None:
+        course = Course(callbacks(), model, steps, workload.evaluate_every)
         arithmetic.look("the workload's callbacks function")
     optimizer = compiled.optimizers[used[0]]
     return Built(case, workload, data, order, optimizer, config, None, None, step, float8, compiled, course)

@@ -129,7 +129,7 @@ class Judge:
                 "are judged by one number; for F1Score say average='macro', or choose another metric of the model: "
                 "metric='...'"
             )
-        metric = compiled.get(self.key, own.get(self.key))
+        metric: Any = compiled.get(self.key, own.get(self.key))
         name, higher = (None, False) if self.key == "loss" or self.key in losses else _named(metric)
         shown = "val_loss" if self.key == "loss" else self.key
         if name == ACCURACY and self.key == metric.name:

@@ -163,12 +163,12 @@ class FitUpdate(Update):
         bare = sorted({each.name for each in self._applied if not each.was_scaled})
         if not bare:
             return None
-        one = f"self.{bare[0]}"
+        one, all_of = f"self.{bare[0]}", " and ".join(f"self.{name}" for name in bare)
         return (
-            f"{mode} scales the loss, but train_step of {type(self.model).__name__} does not pass it through "
-            f"{' and '.join(f'self.{name}' for name in bare)}: its gradients would be divided by a loss scale that "
-            f"they were never multiplied by. Add `loss = {one}.scale_loss(loss)` in the tape, and apply the gradients "
-            f"of this loss: `{one}.apply_gradients(zip(tape.gradient(loss, weights), weights))`"
+            f"train_step of {type(self.model).__name__} does not call scale_loss of {all_of}: {mode} divides gradients "
+            "by a loss scale, by which they would never have been multiplied. Add "
+            f"`loss = {one}.scale_loss(loss)` in the tape, and apply the gradients of this loss: "
+            f"`{one}.apply_gradients(zip(tape.gradient(loss, weights), weights))`"
         )
 
     @property

@@ -89,7 +89,7 @@ def _weights_of(labels: Structure, class_weight: ClassWeight) -> Array:
             "class_weight needs one class number, or one-hot labels, per example, as in fit; give sample weights: "
             "(x, y, sample_weight)"
         )
-    classes = np.round(labels).astype(np.int64)
+    classes = np.asarray(np.round(labels), np.int64)
     weights = np.ones(len(classes), np.float32)
     for number, weight in class_weight.items():
         weights[classes == number] = weight
