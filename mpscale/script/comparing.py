@@ -137,7 +137,7 @@ def _workload(build: Any, train: Any, validation: Any, about: dict[str, Any]) ->
         if extra := [name for name, value in given_too.items() if value is not None]:
             raise TypeError(f"mpscale.compare: {', '.join(extra)} belong to a function; {build.name} is a Workload")
         return build
-    if not callable(build):
+    if not callable(build) or hasattr(build, "trainable_weights"):  # a model can be called, too
         kind = type(build).__name__
         raise TypeError(
             f"mpscale.compare: build must be a function that returns a compiled Keras model, not a {kind}, since each "

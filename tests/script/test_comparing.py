@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import keras
 import pytest
 from support import no_training, small_suite
 
@@ -101,13 +102,11 @@ def test_a_script_gets_tables_a_page_and_the_answer_and_is_changed_in_nothing(sc
 def test_ctrl_c_stops_in_good_order_and_names_the_call_that_goes_on(script, tmp_path):
     code = (
         "try:\n"
-        '    mpscale.compare(own, modes="fp32,mixed-bf16", seeds=1, resume={resume!r})\n'
+        '    mpscale.compare(own, modes="fp32,mixed-bf16", seeds=1)\n'
         "except KeyboardInterrupt as stopped:\n"
         '    print("STOPPED", stopped, len(stopped.comparison.cases))\n'
-        "else:\n"
-        '    print("DONE")\n'
     )
-    running = script(code.format(resume=None), **{"mixed-bf16": "wait", "fp32": "wait"})
+    running = script(code, **{"mixed-bf16": "wait", "fp32": "wait"})
     deadline = time.monotonic() + 60
     while not (tmp_path / "waits").exists() and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.05)
@@ -122,8 +121,14 @@ def test_ctrl_c_stops_in_good_order_and_names_the_call_that_goes_on(script, tmp_
     assert path.name == named[1]
     assert (path / "report.html").is_file()
     assert not list((tmp_path / "temporary").glob("mpscale-*"))
-    again, _ = script(code.format(resume="latest")).communicate(timeout=60)
-    assert again.endswith("DONE\n")
+    again = (
+        "import contextlib, io\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as cell:\n"  # as in a notebook
+        '    mpscale.compare(own, modes="fp32,mixed-bf16", seeds=1, resume="latest")\n'
+        'print(cell.getvalue().count("seed 0  ok"), "Is mixed precision" in cell.getvalue())\n'
+    )
+    output, _ = script(again).communicate(timeout=60)
+    assert output == "the script runs\n2 True\n"
     assert mpscale.read_run(path).cases.metric_value.tolist() == [0.25, 0.25]
 
 
@@ -164,7 +169,7 @@ def test_arguments_are_checked_before_anything_starts(arguments, error, said, mo
     assert said in str(refused.value)
 
 
-@pytest.mark.parametrize("build", [3, "my_models:build"])
+@pytest.mark.parametrize("build", [3, "my_models:build", pytest.param(keras.Sequential(), id="a model")])
 def test_what_is_no_function_is_refused(build):
     with pytest.raises(TypeError, match="build must be a function that returns a compiled Keras model"):
         mpscale.compare(build, train=[1])
