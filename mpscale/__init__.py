@@ -14,12 +14,15 @@ __version__ = "0.3.0"
 _NAMES = {
     "mpscale.core.mode": ("MODES", "Mode"),
     "mpscale.core.runs": ("Run", "read_run"),
+    "mpscale.script.comparing": ("compare",),
+    "mpscale.script.result": ("Comparison",),
     "mpscale.scaling": ("DynamicLossScale", "LossScaleMonitor", "LossScaleOptimizer", "NoLossScale", "StaticLossScale"),
     "mpscale.workloads": ("Data", "Pipeline", "Workload", "workload"),
 }
 
 __all__ = [
     "MODES",
+    "Comparison",
     "Data",
     "DynamicLossScale",
     "LossScaleMonitor",
@@ -31,6 +34,7 @@ __all__ = [
     "StaticLossScale",
     "Workload",
     "__version__",
+    "compare",
     "read_run",
     "workload",
 ]
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
     from mpscale.core.mode import MODES, Mode
     from mpscale.core.runs import Run, read_run
     from mpscale.scaling import DynamicLossScale, LossScaleMonitor, LossScaleOptimizer, NoLossScale, StaticLossScale
+    from mpscale.script.comparing import compare
+    from mpscale.script.result import Comparison
     from mpscale.workloads import Data, Pipeline, Workload, workload
 
 

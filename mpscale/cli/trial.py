@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from mpscale.cli import completion
 from mpscale.cli.output import RESULTS, add_output_options, check_output
 from mpscale.config import SettingsError, add_results_option, seconds, why_not_writable
+from mpscale.core.given import Given, take
 from mpscale.terminal.streams import as_typed
 
 if TYPE_CHECKING:
@@ -25,6 +26,14 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
     """Add the workload, an argument that has no option's name."""
     workload = parser.add_argument("workload", metavar="WORKLOAD", type=as_typed, help="`mpscale workloads` lists them")
     completion.completed_by(workload, completion.workloads)
+    for part in ("train", "validation"):
+        parser.add_argument(
+            f"--{part}",
+            metavar="DATA",
+            type=as_typed,
+            help=f"data for {part if part == 'validation' else 'training'}, if WORKLOAD is a function that returns a "
+            "compiled model: module:attribute, or an attribute of its module",
+        )
 
 
 def add_training_options(parser: argparse.ArgumentParser, what: str, results: bool = True) -> None:
@@ -72,6 +81,7 @@ def prepared(
     from mpscale.workloads import registry
 
     check_output(options.output)
+    take(Given(options.train, options.validation))
     try:
         with registry.without_gpus():
             workload = registry.get(options.workload, [Path.cwd()])

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from mpscale.core.reason import Code, Reason
+
+_GPU_FILES = ("/dev/nvidia", "/dev/dxg")
+"""Beginnings of the names of a GPU's device files; the second one is that of WSL2."""
+
+
+def gpu_files_of(process: Path) -> list[str]:
+    """Return the GPU's library and device files that a process has mapped or opened, given its folder in /proc.
+
+    CUDA cannot be used without them. A process that has only looked for a GPU may have some, too.
+
+    Raises:
+        OSError: this system does not show that.
+    """
+    mapped = {line.split(maxsplit=5)[5] for line in (process / "maps").read_text().splitlines() if "/" in line}
+    opened = set()
+    for descriptor in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one by which the folder is read
+            opened.add(str(descriptor.readlink()))
+    libraries = {path for path in mapped if path.rpartition("/")[2].startswith("libcuda.so")}
+    return sorted(libraries | {path for path in mapped | opened if path.startswith(_GPU_FILES)})
+
 
 STAND_IN = "mpscale stand-in"
 """Prefix of the names of simulated GPUs in tests: the driver's figures are scripted, and the CPU trains."""

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterable
 
 BENCH = {
+    "cloudpickle": "cloudpickle",
     "markdown_it": "markdown-it-py",
     "matplotlib": "matplotlib",
     "orjson": "orjson",

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from mpscale.core.runs import Run
 
 RESUME = "--mp-resume"
-_PROGRAM = re.compile(r"pytest|mpscale run|python[\d.]* -m pytest")
+SCRIPT = "mpscale.compare"
+"""The program of a run that a script or a notebook has made."""
+_PROGRAM = re.compile(r"pytest|mpscale run|mpscale\.compare|python[\d.]* -m pytest")
 _OPTION = re.compile(r"--mp-[a-z0-9-]+")
 _FLAGS = re.compile(r"-[lqsvx]*x[lqsvx]*")
 """Options of one letter without values, written together, such as ``-xvs``."""
@@ -26,7 +28,7 @@ class Invocation:
     """The command of a run.
 
     Args:
-        program: ``pytest``, ``mpscale run`` or the like.
+        program: ``pytest``, ``mpscale run`` or the like; :data:`SCRIPT` for a run that no command can go on with.
         arguments: as they were typed.
         folder: where it was started, relative to the folder of the run, so that a published run does not tell where
             its user works.
@@ -70,6 +72,8 @@ def _is_option(name: str, value: Any) -> bool:
 def resume_command(run: Run, here: Path | None = None) -> str | None:
     """Return the command that goes on with a run, quoted for a shell; None if there is none.
 
+    For a run of ``mpscale.compare`` it is a call in Python: only the script has the model and the data.
+
     Args:
         run: in its folder.
         here: the working directory of the reader; None if it is not known. If it is another than that in which the
@@ -82,6 +86,8 @@ def resume_command(run: Run, here: Path | None = None) -> str | None:
     texts = (*invocation.arguments, invocation.folder, str(run.path.resolve()))
     if not _PROGRAM.fullmatch(invocation.program) or not all(map(str.isprintable, texts)):
         return None
+    if invocation.program == SCRIPT:
+        return f"{SCRIPT}(..., resume={run.path.resolve().name!r})"
     arguments = list(_without_limits(invocation.arguments))
     # What comes after -- are paths.
     place = arguments.index("--") if "--" in arguments else len(arguments)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpscale.core.case import CaseId, Place
 from mpscale.core.cases_csv import read_cases
-from mpscale.core.columns import COLUMNS, DTYPES, LARGEST, METHOD_VERSION, SCHEMA_VERSION
+from mpscale.core.columns import COLUMNS, DTYPES, LARGEST, METHOD_VERSION, SCHEMA_VERSION, SUMMARY
 from mpscale.core.journal import read_journal
 from mpscale.core.naming import NAME, NOTE, called, drop_misfits, name_in, with_id
 from mpscale.core.reading import (
@@ -336,6 +336,15 @@ def cases_frame(records: Sequence[Record]) -> pd.DataFrame:
         [{name: str(why) for name, why in record.unavailable.items()} for record in records], dtype="object"
     )
     return pd.DataFrame(columns)
+
+
+def summary_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row per row of a summary, with the dtype of each column; see :mod:`mpscale.analysis.summary`."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {column.name: pd.Series([row[column.name] for row in rows], dtype=DTYPES[column.kind]) for column in SUMMARY}
+    )
 
 
 _PARTS: dict[tuple[str, ...], type] = {

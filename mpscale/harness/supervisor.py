@@ -21,6 +21,7 @@ from mpscale.core.cause import Cause
 from mpscale.core.columns import FAILED, MEASURED, METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.device import Device
 from mpscale.core.file_errors import in_words, is_of_the_disk
+from mpscale.core.given import given
 from mpscale.core.mode import MODES
 from mpscale.core.out_of_memory import ran_out
 from mpscale.core.process import Process, describe_exit
@@ -151,7 +152,10 @@ class Supervisor:
         self._folder = TemporaryFolder()
         self._forget = stopping.before_ending_at_once(self._remove)
         # It includes the folders in which the session has found workloads.
-        self._sys_path = [str(Path(entry).absolute()) for entry in sys.path]
+        parcel = given().parcel
+        # A script's modules come first for it, and so must they for its functions.
+        path = [*(() if parcel is None else parcel.python_path), *sys.path]
+        self._sys_path = [str(Path(entry).absolute()) for entry in path]
         self._allocators = allocators(options.gpu_allocator, os.environ, driver.cuda_version)
         self._left = list(self._allocators)
         self._allocator_works, self._failures = False, 0
@@ -337,6 +341,7 @@ class Supervisor:
             "scratch": str(talk.scratch),
             "energy_s": case.settings.energy_s if talk.energy_off is None and self._watch.has_power() else 0.0,
             "autotuning": self._tuning.flag(case),
+            "given": given().to_json(),
         }
         talk.worker.send(request)
         for event in talk.events(self._options.timeout_s):

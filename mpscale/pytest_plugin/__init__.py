@@ -15,7 +15,7 @@ import pytest
 from mpscale.core import extras
 from mpscale.core.columns import FAILED
 from mpscale.core.mode import MODES
-from mpscale.pytest_plugin import options, origin, project, resume
+from mpscale.pytest_plugin import handed, options, origin, project, resume
 from mpscale.pytest_plugin.plan import CASE, CLOCK, NO_XDIST, ReplayClock
 from mpscale.pytest_plugin.session import Session
 from mpscale.terminal.streams import visible
@@ -47,8 +47,10 @@ def pytest_load_initial_conftests(
 
 def pytest_configure(config: pytest.Config) -> None:
     """Take the options of the project, check the names of modes and workloads, and register the session's hooks."""
+    handed.take_parcel()
     project.take(config)
     resumption = resume.Resumption.of(config)
+    handed.take_data(config)
     options.named_modes(config)
     # Those of the project are imported once a test asks for a case: most sessions of a project do not.
     if config.getoption("mp_workloads") is not None and not origin.by_project(config, "--mp-workloads"):

@@ -18,6 +18,7 @@ from mpscale.core.case import Case, plan
 from mpscale.core.device import find_device
 from mpscale.core.shard import Shard, Share
 from mpscale.pytest_plugin import options, origin
+from mpscale.pytest_plugin.handed import refuse_unused
 
 if TYPE_CHECKING:
     from mpscale.telemetry.client import Driver
@@ -218,6 +219,7 @@ class Plan:
         folders = list(dict.fromkeys([*beside, self._config.invocation_params.dir, self._config.rootpath, *named_in]))
         names = dict.fromkeys(case.workload for case in self.chosen if registry.is_own(case.workload))
         options.check_workloads(self._config, names, folders)
+        refuse_unused(self._config, any(map(registry.takes_data, names)))
         self.own_workloads = {name: registry.source(name, folders) for name in names}
         self._check_series()
         return self.chosen
@@ -255,7 +257,7 @@ class Plan:
         common = options.settings(self._config).to_json()
         own = {
             name: options.settings(self._config, name, self.device.memory_mib)
-            .suited_to(registry.get(name).growth_interval)
+            .suited_to(registry.growth_interval(name))
             .to_json()
             for name in found["workloads"]
         }

@@ -13,8 +13,9 @@ import pytest
 
 import mpscale
 from mpscale import config as project
-from mpscale.core.invocation import RESUME, Invocation
-from mpscale.pytest_plugin import baseline, options, origin
+from mpscale.core.given import given as was_given
+from mpscale.core.invocation import RESUME, SCRIPT, Invocation
+from mpscale.pytest_plugin import baseline, handed, options, origin
 from mpscale.pytest_plugin.plan import NO_XDIST
 from mpscale.terminal.streams import visible
 
@@ -39,8 +40,9 @@ def add_options(add: Callable[..., Any]) -> None:
 
 
 def add_every_option(add: Callable[..., Any]) -> None:
-    """Add all options of the plug-in, to whatever needs to know them: pytest, a run that goes on, pyproject.toml."""
+    """Add all options of the plug-in, to whatever needs them: pytest, a run that goes on, pyproject.toml, compare."""
     options.add_options(add)
+    handed.add_options(add)
     baseline.add_options(add)
     add_options(add)
 
@@ -79,6 +81,8 @@ def invocation(config: pytest.Config) -> dict[str, Any]:
         # What `mpscale run` puts before the user's arguments.
         program, arguments = "mpscale run", arguments[arguments.index(suite) + 1 :]
         arguments.remove("--benchmark-only")
+        if was_given().parcel is not None:
+            program = SCRIPT
     elif Path(sys.argv[0]).parts[-2:] == ("pytest", "__main__.py"):
         program = f"{Path(sys.executable).name} -m pytest"
     project = config.stash.get(origin.PROJECT, None)
@@ -131,6 +135,13 @@ class Resumption:
             raise pytest.UsageError(visible(text if text.startswith(RESUME) else f"{RESUME}: {text}")) from error
         recorded = Invocation.of(run.info)
         assert recorded is not None  # just checked
+        if recorded.program == SCRIPT and was_given().parcel is None:
+            raise pytest.UsageError(
+                visible(
+                    f"{RESUME}: {run.name} was made by a script or notebook, and only that has the model and the data: "
+                    f"call {SCRIPT} there again, with resume={run.name!r}"
+                )
+            )
         _take_over(config, run.name, recorded.options)
         return cls(run.path, run.info["planned"])
 

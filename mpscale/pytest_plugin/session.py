@@ -14,6 +14,7 @@ import pytest
 
 from mpscale.ab import turns
 from mpscale.core import extras, stopping
+from mpscale.core.given import given
 from mpscale.core.invocation import RESUME
 from mpscale.core.process import kill_living
 from mpscale.pytest_plugin import options, origin
@@ -207,6 +208,7 @@ class Session:
 
     def __init__(self, config: pytest.Config, resumption: Resumption | None = None) -> None:
         self._config, self._resumption = config, resumption
+        self._parcel = given().parcel
         self.output = Output(config)
         # Resolved now: a test may change the working directory. realpath does not raise for a circle of links; such a
         # folder is refused later, together with all others that cannot be written.
@@ -337,7 +339,11 @@ class Session:
         if self._run is None:
             self._run = self._start_run()
         try:
-            outcome = self._run.run(case)
+            try:
+                outcome = self._run.run(case)
+            finally:
+                if self._parcel is not None and self._run.path is not None:
+                    self._parcel.note_run(self._run.path)
         except OSError as error:
             # Neither a folder of the run nor one for temporary files could be made: nothing was measured.
             text = f"{case.id} was not started: {_describe(error)}"

@@ -9,6 +9,7 @@ from typing import Any
 from mpscale.analysis.answer import Advice, Answer, Weakness, Worth
 from mpscale.analysis.summary import Row
 from mpscale.core.case import scale_text
+from mpscale.core.invocation import SCRIPT, Invocation
 from mpscale.core.loss_scale import DynamicLossScale
 from mpscale.core.mode import MODES, Mode
 from mpscale.core.record import place_of
@@ -28,7 +29,12 @@ def code_of(answer: Answer, run: Run) -> tuple[str, str]:
     """Return lines that follow the advice, and their language: ``python``, ``sh`` or nothing."""
     if answer.mode is None:
         options = list(_options(answer, run)) if answer.advice is Advice.MEASURE else []
-        return (" ".join([_MEASURE, *options]), "sh") if options else ("", "")
+        if not options:
+            return "", ""
+        started = Invocation.of(run.info)
+        if started is not None and started.program == SCRIPT:
+            return f"{SCRIPT}(..., {', '.join(map(_as_argument, options))})", "python"
+        return " ".join([_MEASURE, *options]), "sh"
     rows = [cells[answer.mode].row for cells in answer.cells.values() if answer.mode in cells]
     rows = [row for row in rows if not answer.choices or place_of(row)[0] in answer.choices]
     mode = MODES.get(rows[0]["mode"])
@@ -54,6 +60,12 @@ def code_of(answer: Answer, run: Run) -> tuple[str, str]:
     if any(_unknown(mode, _settings(run, row), row["swept_scale"]) for row in rows):
         lines = f"# settings not known: these are defaults\n{lines}"
     return lines, "python"
+
+
+def _as_argument(option: str) -> str:
+    """An option as an argument of mpscale.compare."""
+    name, _, value = option.removeprefix("--mp-").partition(" ")
+    return f"{name.replace('-', '_')}={value if value.isdecimal() else repr(value)}"
 
 
 def _settings(run: Run, row: Row) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The process of a case, ``python -m mpscale.worker.__main__ --wire DESCRIPTOR``: takes a request, reports events.
 
 The request is ``{"case": ..., "device": ..., "steps_path": ..., "sys_path": [...], "scratch": ..., "energy_s": ...,
-"autotuning": ...}``; ``scratch`` is a folder that the session removes when the worker has ended, ``autotuning`` a flag
-for XLA or None. The events are those of :data:`mpscale.core.wire.WORKER_EVENTS`.
+"autotuning": ..., "given": ...}``; ``scratch`` is a folder that the session removes when the worker has ended,
+``autotuning`` a flag for XLA or None, ``given`` a :class:`mpscale.core.given.Given`. The events are those of
+:data:`mpscale.core.wire.WORKER_EVENTS`.
 
 With ``--serve DESCRIPTOR`` it is the warm parent instead: a process that has imported TensorFlow, touches no device,
 and forks a worker for each case. Importing TensorFlow takes longer than many a small case. A child forked before any
@@ -35,6 +36,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mpscale.core import given
 from mpscale.core.case import Case
 from mpscale.core.device import Device
 from mpscale.core.keeper import adopt_orphans, die_with_parent, end_children, wait_for_child
@@ -58,6 +60,7 @@ def main(wire: Wire) -> int:
         # module beside the suite must not hide one of the same name that TensorFlow needs.
         sys.path[:] = dict.fromkeys([*request["sys_path"], *sys.path])
         _keep_generated_files_in(request["scratch"])
+        given.take(given.Given.from_json(request["given"]))
         steps_path = request["steps_path"]
         case, device = Case.from_json(request["case"]), Device.from_json(request["device"])
         if case.settings.lint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 from pathlib import Path
@@ -10,14 +9,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from mpscale.core.device import Device
+from mpscale.core.device import Device, gpu_files_of
 from mpscale.core.mode import Mode
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 
 _SUCCESS = 0  # what a call to CUDA returns
-_GPU_FILES = ("/dev/nvidia", "/dev/dxg")
-"""Beginnings of the names of a GPU's device files; the second one is that of WSL2."""
 
 
 class AllocatorPeak:
@@ -76,15 +73,9 @@ def held_by_this_process(process: Path = Path("/proc/self")) -> Reason | None:
     files a process has mapped and opened.
     """
     try:
-        mapped = {line.split(maxsplit=5)[5] for line in (process / "maps").read_text().splitlines() if "/" in line}
-        opened = set()
-        for descriptor in (process / "fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # the one by which the folder is read
-                opened.add(str(descriptor.readlink()))
+        found = gpu_files_of(process)
     except OSError as error:
         return Reason(Code.FORK_UNSAFE, f"this system does not show whether a process holds a GPU ({error})")
-    libraries = {path for path in mapped if path.rpartition("/")[2].startswith("libcuda.so")}
-    found = sorted(libraries | {path for path in mapped | opened if path.startswith(_GPU_FILES)})
     if not found:
         return None
     return Reason(

@@ -1,11 +1,13 @@
 """Find workloads by name: mpscale's own, those of installed packages, and any by ``module:attribute``.
 
-This imports other people's code, which may fail in any way. Only what was asked for may fail with it.
+This imports other people's code, which may fail in any way. Only what was asked for may fail with it. What a script or
+a notebook has sent (:mod:`mpscale.core.given`) comes before all others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import difflib
 import importlib
 import importlib.machinery
@@ -19,12 +21,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mpscale.workloads import builtin, large
+from mpscale.core.given import given
+from mpscale.workloads import builtin, large, sent
 from mpscale.workloads.workload import Workload
 
 ENTRY_POINT_GROUP = "mpscale.workloads"
 
 _BUILTIN = {workload.name: workload for workload in (*builtin.WORKLOADS, *large.FULL, *large.TINY)}
+
+
+_looking = contextvars.ContextVar("_looking", default=False)
+
+
+def is_looking() -> bool:
+    """Whether code of other people runs only because a session or a worker looks for a workload in it."""
+    return _looking.get()
 
 
 class UnknownWorkload(ValueError):
@@ -95,6 +106,10 @@ def get(name: str, folders: Iterable[str | Path] = ()) -> Workload:
     Raises:
         UnknownWorkload: there is none, or it cannot be loaded; the message explains why and lists the workloads.
     """
+    parcel = given().parcel
+    if parcel is not None and name in given().sent:
+        sys.path += [folder for folder in parcel.python_path if folder not in sys.path]
+        return _guarded(lambda: sent.load(parcel.file(name)), f"the workload {name!r} cannot be loaded")
     if is_own(name):
         return _own(name, [*map(str, folders)])
     if name in _BUILTIN:
@@ -113,6 +128,11 @@ def get(name: str, folders: Iterable[str | Path] = ()) -> Workload:
     )
 
 
+def growth_interval(name: str) -> int | None:
+    """The growth interval of a workload that :func:`get` knows. One that was sent is not unpickled for it."""
+    return given().sent[name] if name in given().sent else get(name).growth_interval
+
+
 @contextlib.contextmanager
 def without_gpus() -> Iterator[None]:
     """Hide all GPUs from TensorFlow while looking for workloads in a process that will not train them.
@@ -129,6 +149,12 @@ def without_gpus() -> Iterator[None]:
             del os.environ["CUDA_VISIBLE_DEVICES"]
         else:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def takes_data(name: str) -> bool:
+    """Whether a ``module:attribute`` that :func:`get` has found is a function, whose data are named by options."""
+    module, _, attribute = name.partition(":")
+    return not isinstance(operator.attrgetter(attribute)(sys.modules[module]), Workload)
 
 
 def is_own(name: str) -> bool:
@@ -150,6 +176,17 @@ def _own(name: str, folders: Sequence[str]) -> Workload:
         path = Path(module_name)
         meant = f"{path.stem}:{attribute}" if path.suffix == ".py" else "my_workloads:signs"
         raise UnknownWorkload(f"{nothing}: write module:attribute with the name of the module, such as {meant}")
+    module, candidate = _found(module_name, attribute, nothing, folders)
+    where = f", in {_file(module)}{_hidden(module, folders)}"
+    if callable(candidate) and not isinstance(candidate, Workload):
+        return _compiled(candidate, name, where, folders)
+    return _workload(candidate, repr(name), where)
+
+
+def _found(
+    module_name: str, attribute: str, nothing: str, folders: Sequence[str], is_data: bool = False
+) -> tuple[ModuleType, Any]:
+    """A module and its attribute; ``nothing`` is what an error begins with."""
     sys.path += [folder for folder in folders if folder not in sys.path]
     # Files may have been created since Python last looked.
     importlib.invalidate_caches()
@@ -163,17 +200,32 @@ def _own(name: str, folders: Sequence[str]) -> Workload:
             raise UnknownWorkload(f"{error}; {looked}{_hidden(cause, folders)}") from cause
         raise
     try:
-        candidate = _guarded(lambda: operator.attrgetter(attribute)(module), nothing)
+        return module, _guarded(lambda: operator.attrgetter(attribute)(module), nothing)
     except UnknownWorkload as error:
         if not isinstance(error.__cause__, AttributeError):
             raise
         there = [each for each, value in vars(module).items() if isinstance(value, Workload)]
-        has = f"its workloads are {', '.join(there)}" if there else "it has no workloads"
+        has = f"; its workloads are {', '.join(there)}" if there else "; it has no workloads"
         raise UnknownWorkload(
-            f"{nothing}: the module {module_name} in {_file(module)} has no attribute {attribute!r}; "
-            f"{has}{_hidden(module, folders)}"
+            f"{nothing}: the module {module_name} in {_file(module)} has no attribute {attribute!r}"
+            f"{'' if is_data else has}{_hidden(module, folders)}"
         ) from error.__cause__
-    return _workload(candidate, repr(name), f", in {_file(module)}{_hidden(module, folders)}")
+
+
+def _compiled(build: Callable[..., Any], name: str, where: str, folders: Sequence[str]) -> Workload:
+    """The workload of a function that returns a compiled model, with the data that the session was given."""
+    if given().train is None:
+        raise UnknownWorkload(
+            f"{name!r} is {_a(build)}, not an mpscale.Workload{where}; if it returns a compiled model, name its data, "
+            f"such as --train {name.partition(':')[0]}:train_data, or --mp-train for pytest"
+        )
+    parts = {}
+    for part in ("train", "validation"):
+        if (place := getattr(given(), part)) is not None:
+            module_name, _, attribute = place.rpartition(":")
+            nothing = f"no data at {place!r} (--mp-{part})"
+            _, parts[part] = _found(module_name or name.partition(":")[0], attribute, nothing, folders, is_data=True)
+    return _guarded(lambda: Workload.from_compiled(build, **parts), f"the workload {name!r}")
 
 
 def _guarded(run: Callable[[], Any], what: str) -> Any:
@@ -181,12 +233,15 @@ def _guarded(run: Callable[[], Any], what: str) -> Any:
 
     That includes what sys.exit, argparse and pytest.skip raise, which is not an ``Exception``.
     """
+    token = _looking.set(True)
     try:
         return run()
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         raise UnknownWorkload(f"{what}: {_said(error)}") from error
+    finally:
+        _looking.reset(token)
 
 
 def _said(error: BaseException) -> str:
@@ -225,7 +280,10 @@ def _file(module: ModuleType) -> str:
 
 def _workload(candidate: object, origin: str, where: str = "") -> Workload:
     if not isinstance(candidate, Workload):
-        kind = type(candidate).__name__
-        article = "an" if kind[0].lower() in "aeio" else "a"
-        raise UnknownWorkload(f"{origin} is {article} {kind}, not an mpscale.Workload{where}")
+        raise UnknownWorkload(f"{origin} is {_a(candidate)}, not an mpscale.Workload{where}")
     return candidate
+
+
+def _a(candidate: object) -> str:
+    kind = type(candidate).__name__
+    return f"{'an' if kind[0].lower() in 'aeio' else 'a'} {kind}"

@@ -1,0 +1,1 @@
+"""Comparing precisions from a script or a notebook."""
