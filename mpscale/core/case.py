@@ -130,7 +130,7 @@ class Settings:
     Args:
         jit: compile train steps with XLA, in all modes.
         train_steps: steps of a training; None for the workload's default.
-        batch_size: examples per step; None for the workload's default.
+        batch_size: examples per step and replica; None for the workload's default.
         static_scale: loss scale of mixed-static.
         dynamic_scale: arguments of a dynamic loss scale that differ from the defaults.
         steps_per_call: steps that one call of the compiled program takes.
@@ -141,6 +141,8 @@ class Settings:
         looks: at how many steps of a training `mpscale probe` looks at the gradients; 0 for a case of a run.
         lint: look for what is wrong or slow about the workload, and take a few steps only for that.
         autotune: whether each process lets XLA tune its kernels, or those of a workload and mode share the results.
+        strategy: of tf.distribute; ``none`` trains on one device.
+        replicas: on how many devices each step is taken. The batch size is that of a replica.
     """
 
     jit: bool = True
@@ -156,6 +158,8 @@ class Settings:
     looks: int = 0
     lint: bool = False
     autotune: Literal["fresh", "shared"] = "fresh"
+    strategy: Literal["none", "mirrored"] = "none"
+    replicas: int = 1
 
     def suited_to(self, growth_interval: int | None) -> Settings:
         """These settings with the growth interval of a workload, if it has one and the user chose none."""
@@ -259,7 +263,7 @@ class SeriesKey:
     @staticmethod
     def unsaid(name: str) -> str | None:
         """The value of a fact that a key leaves out because it is the default; None if there is no default."""
-        known = {"steps_per_call": "1", "autotune": "fresh"}
+        known = {"steps_per_call": "1", "autotune": "fresh", "strategy": "none", "replicas": "1"}
         dynamic = {argument: f"{value:.17g}" for argument, value in DynamicLossScale.defaults().items()}
         return (known | dynamic).get(name)
 
@@ -269,7 +273,8 @@ def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_st
 
     It holds settings of a loss scale only for modes that use them: another static scale is no new series of fp32. The
     number of steps per call is left out if it is 1, as in keys from before it could be chosen. If tuning is shared, it
-    says so, because the choice of kernels is then no longer part of the noise between processes.
+    says so, because the choice of kernels is then no longer part of the noise between processes. The batch is that of all
+    replicas together; strategy and replicas are left out without a strategy.
     """
     parts = {"batch": str(batch_size), "steps": str(train_steps), "jit": "on" if settings.jit else "off"}
     parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}
@@ -277,6 +282,8 @@ def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_st
     parts |= {name: f"{value:.17g}" for name, value in sorted(mode.scale_arguments(settings).items())}
     if settings.autotune == "shared" and settings.jit:
         parts["autotune"] = "shared"
+    if settings.strategy != "none":
+        parts |= {"strategy": settings.strategy, "replicas": str(settings.replicas)}
     return str(SeriesKey(workload, digest, mode.name, parts, str(METHOD_VERSION)))
 
 

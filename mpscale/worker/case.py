@@ -30,6 +30,7 @@ from mpscale.worker.fit_update import FitUpdate
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
 from mpscale.worker.refusal import refusals_of
+from mpscale.worker.replicas import objection, remarks
 from mpscale.worker.step import Log, TrainStep
 from mpscale.worker.throughput import Throughput
 from mpscale.worker.timing import keep_going, time_empty_call, time_one_per_call, time_steps, time_with_input, warm_up
@@ -67,7 +68,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     mode = MODES[case.mode]
     require(device)
     channel.phase(Phase.IDLE)
-    _report(channel, touch(device, mode))
+    _report(channel, touch(device, mode, case.settings))
     channel.phase(Phase.CONTEXT_READY)
 
     arithmetic = Arithmetic(mode, device, case.settings.jit)
@@ -109,6 +110,8 @@ def _run(
         _lint(built, precision, arithmetic, channel)
     if misused is not None:
         return "unsupported", misused
+    if case.settings.strategy != "none" and (unsupported := _on_replicas(built, channel)) is not None:
+        return "unsupported", unsupported
     objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
     if objections:
         # Do not train: any figure would be reported under the name of another precision.
@@ -160,6 +163,15 @@ def _lint(built: Built, precision: Precision, arithmetic: Arithmetic, channel: C
         channel.values({"lint": to_cell(lint.look(built, precision, arithmetic, whole=False))})
     except Exception:
         traceback.print_exc()
+
+
+def _on_replicas(built: Built, channel: Channel) -> str | None:
+    """Say what replicas do otherwise than one device would; return why they cannot train at all, or None."""
+    labels, replicas, mode = built.data.train_y[built.order[0]], built.case.settings.replicas, MODES[built.case.mode]
+    assert built.noted_loss is not None  # a compiled model has been refused
+    for remark in remarks(built.noted_loss, labels, built.model, built.optimizer, mode, replicas):
+        channel.send(Remarked(remark))
+    return objection(built.noted_loss, labels, replicas)
 
 
 def _report(channel: Channel, found: Findings) -> None:
@@ -221,7 +233,7 @@ def _evaluator(built: Built) -> Callable[[Any, Any], float]:
     one_output = not objective.output or objective.output[-1] == 1
     threshold = objective.threshold() if one_output and is_accuracy(workload.metric) else None
     score = score_for(workload, test_y, objective.output, threshold)
-    batch = built.batch if built.feed is None else len(test_x)
+    batch = built.replica_batch if built.feed is None else len(test_x)
     evaluate = Evaluator(built.model, score, built.case.settings.jit, batch)
     evaluate.try_out(test_x, test_y)
     evaluate.try_out(*data.progress)

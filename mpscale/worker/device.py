@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from mpscale.core.case import Settings
 from mpscale.core.device import Device, gpu_files_of
 from mpscale.core.mode import Mode
 from mpscale.core.reason import Code, Reason
@@ -98,7 +99,7 @@ def require(device: Device) -> None:
         )
 
 
-def touch(device: Device, mode: Mode) -> Findings:
+def touch(device: Device, mode: Mode, settings: Settings) -> Findings:
     """Set up the device that this process was started for; return the columns that describe the setup.
 
     Raises:
@@ -108,6 +109,10 @@ def touch(device: Device, mode: Mode) -> Findings:
         tf.config.experimental.set_memory_growth(gpu, True)
     set_arithmetic(mode)
     on_gpu = device.kind == "gpu"
+    if settings.strategy != "none" and (not on_gpu or device.is_stand_in):
+        # Logical devices, which share the cores and the memory of the CPU; TensorFlow must not have touched it yet.
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * settings.replicas)
     found = Findings()
     if device.has_tf32:
         found.values["tf32"] = tf.config.experimental.tensor_float_32_execution_enabled()
