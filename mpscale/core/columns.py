@@ -292,10 +292,12 @@ def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, *cells: C
 
 
 # fmt: off
-_SWEPT_BATCH = "examples per step that were asked for, in a run with several batch sizes; with `workload`, `mode` and `swept_scale` it says to which row of the tables the case belongs"
+_SWEPT_BATCH = "examples per step and replica that were asked for, in a run with several batch sizes; with `workload`, `mode` and `swept_scale` it says to which row of the tables the case belongs"
 _ONE_BATCH = "the run has one batch size for the workload"
 _SWEPT_SCALE = "the constant loss scale, in a run with several of them"
 _ONE_SCALE = "the run has one, or the mode has no constant loss scale"
+_SWEPT_REPLICAS = "number of replicas, in a run with several such numbers"
+_ONE_NUMBER = "the run has one, or no strategy"
 _REUSED = ("autotuning", "reused")
 _NOT_REACHED = "the case ended before that"
 _NO_METRIC = "the workload has no metric (`has_metric`)"
@@ -317,11 +319,12 @@ SECTIONS: tuple[Section, ...] = (
         Topic.CASE,
         "Which case",
         (
-            _known("case_id", "str", "", "`<workload>--<mode>--s<seed>--r<repeat>`; in a sweep `--batch<size>`, `--scale<scale>` or both follow the mode; unique in a run"),
+            _known("case_id", "str", "", "`<workload>--<mode>--s<seed>--r<repeat>`; in a sweep those of `--batch<size>`, `--scale<scale>` and `--replicas<number>` that vary follow the mode; unique in a run"),
             _known("workload", "str", "", "what was trained"),
             _known("mode", "str", "", "how it was trained"),
             _known("swept_batch", "int", "", _SWEPT_BATCH, _ONE_BATCH, positive=True),
             _known("swept_scale", "float", "", _SWEPT_SCALE, _ONE_SCALE, special=Format.LOSS_SCALE, positive=True),
+            _known("swept_replicas", "int", "", _SWEPT_REPLICAS, _ONE_NUMBER, positive=True),
             _known("seed", "int", "", "seed of the initial weights and of the order of the data"),
             _known("repeat", "int", "", "0: trained to the end, then timed; above 0: a process that only times"),
             _known("order", "int", "", "place in the run, from 0, or in the part of a merged run; modes of a seed run next to each other, in shuffled order"),
@@ -354,7 +357,7 @@ SECTIONS: tuple[Section, ...] = (
             _known("device_name", "str", "", "the device's own name"),
             _known("start_method", "str", "", "`fork`: child of a process that has imported TensorFlow and touched no device; `fresh`: an interpreter of its own", "nothing was started"),
             _known("jit", "bool", "", "whether the train step is compiled by XLA; the same for all modes of a workload in a run"),
-            _known("xla_refused", "str", "", "what XLA cannot compile: operations and their layers. With `--mp-jit auto` all modes of the workload then run without XLA, and have `jit` false; with `--mp-jit on` it is why the case failed", "XLA refused nothing of the workload, or was off"),
+            _known("xla_refused", "str", "", "what XLA cannot compile: operations and their layers. With `--mp-jit auto` all modes of the workload then run without XLA, and have `jit` false; with `--mp-jit on` it is why the case failed", "XLA refused nothing of the workload, or was off for another reason"),
             _known("steps_per_call", "int", "steps", "steps that one call of the compiled program takes (`--mp-steps-per-call`); the same for all modes of a run", "a run of an older mpscale, which always took 1"),
             _known("policy", "str", "", "Keras dtype policy; float32 for graph-rewrite, which TensorFlow rewrites to float16 below Keras; mixed_bfloat16 for mixed-fp8, some of whose layers Keras then quantizes"),
             _measured("layer_dtypes", "str", "", "layers by the dtype that they compute in (`float16 2, float32 1`; `float8` if they round what they multiply to it), without inputs and layers that only hold others; checked against the mode", "the model has no layers, or the case ended before that"),
@@ -363,7 +366,10 @@ SECTIONS: tuple[Section, ...] = (
             _measured("tf32", "bool", "", "whether float32 products may be rounded to TF32, read back from TensorFlow", "the device has no TF32"),
             _measured("gpu_allocator", "str", "", "TensorFlow's allocator: `cuda_malloc_async`, or `bfc` (with growth) if that does not work or was requested", "on a CPU", Cell(Sheet.MEMORY_PARTS, 9, "allocator", Over.EACH)),
             _measured("autotuning", "str", "", "`tuned`: XLA timed candidates for its kernels in this process; `reused`: it was given the results of an earlier one (`--mp-autotune shared`) and timed only what they lack", "on a CPU, without XLA (`--mp-jit off`), if `XLA_FLAGS` turns autotuning off, or the case ended before the first step"),
-            _measured("batch_size", "int", "examples", "examples per step; of a pipeline, in its first batch", _NOT_REACHED),
+            _measured("batch_size", "int", "examples", "examples per step, over all replicas; of a pipeline, in its first batch", _NOT_REACHED),
+            _known("strategy", "str", "", "of tf.distribute (`--mp-strategy`): `mirrored`; `none` for one device", "a run of an older mpscale, which always used one device"),
+            _known("replicas", "int", "", "devices that take each step together: GPUs, or on a CPU logical devices, which share its cores", "as `strategy`", positive=True),
+            _measured("replica_batch_size", "int", "examples", "examples per step of one replica: `batch_size` divided by `replicas`", "a run of an older mpscale, or the case ended before that"),
             _measured("input_kind", "str", "", "`arrays`, which lie on the device; `tf.data` or `PyDataset`: a pipeline", _NOT_REACHED),
             _measured("input_passes", "str", "", "two passes over the first batches of a pipeline, made anew with the same seed: `same`; `reshuffled`: they differ, but the pipeline is one object that was only gone through twice; `allowed`: the same, and later ones may differ (deterministic=False); `differ`: they differ, which deterministic=False allows", _NO_PIPELINE),
             _measured("input_shapes", "int", "", "shapes of the batches of the training; XLA compiles a program for each, the first in `first_step_s`, others in `train_wall_time_s`", _NOT_REACHED),
@@ -572,6 +578,7 @@ SUMMARY: tuple[Column, ...] = (
     _known("mode", "str", "", "how it was trained"),
     _known("swept_batch", "int", "", "examples per step, in a run with several batch sizes; `fp32` and `tf32` below are those of the same batch", _ONE_BATCH),
     _known("swept_scale", "float", "", _SWEPT_SCALE, _ONE_SCALE, special=Format.LOSS_SCALE),
+    _known("swept_replicas", "int", "", _SWEPT_REPLICAS + "; `fp32` and `tf32` below are those of the same number", _ONE_NUMBER),
     _known("device", "str", "", "`cpu` or `gpu`"),
     _known("jit", "bool", "", "whether train steps were compiled by XLA"),
     _known("processes", "int", "", "processes that gave a step time, of seeds that ended well"),

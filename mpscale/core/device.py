@@ -95,8 +95,8 @@ class Device:
     ``uuid`` is the driver's full UUID (``GPU-...``, or ``MIG-...`` for a MIG instance), ``compute_capability`` CUDA's
     ``(major, minor)``; they and ``pci_bus_id`` are None on a CPU. ``memory_mib`` is the total memory of the GPU, or of
     the host on a CPU. ``mig`` is set for a GPU that is divided into MIG instances; for an instance, ``parent_uuid``
-    names its GPU. ``vendor`` is a key of :data:`VENDORS`, None on a CPU. ``beside`` are the UUIDs of further GPUs of the
-    same kind that a case uses at the same time (:func:`find_replicas`).
+    names its GPU. ``vendor`` is a key of :data:`VENDORS`, None on a CPU. ``beside`` are the UUIDs of further GPUs of
+    the same kind that a case uses at the same time (:func:`find_replicas`).
     """
 
     kind: Literal["cpu", "gpu"]
@@ -209,7 +209,9 @@ def find_replicas(
     """Return the device of a run whose cases use several at the same time, and how many of them.
 
     Args:
-        devices: as in :func:`find_device`, and so are ``environ`` and ``cpu``.
+        devices: the GPUs, as in :func:`find_device`.
+        environ: the environment to look in.
+        cpu: this machine's processor.
         wanted: how many; None for all GPUs that the variable leaves.
 
     Raises:

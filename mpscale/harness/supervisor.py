@@ -56,6 +56,8 @@ _SIGNALS_OF_LIMITS = (signal.SIGXCPU, signal.SIGXFSZ)
 _OWN_FAILURES = (Cause.EXCEPTION, Cause.EXITED, Cause.FATAL_SIGNAL)
 """How a worker fails by itself, while memory suffices and nobody kills it."""
 
+_JOINING = "the merge_call by which MirroredStrategy joins replicas"
+"""What XLA cannot compile of any workload under a strategy."""
 _TAIL_BYTES = 4000
 _REASON, _BEGINNING = 500, 120
 """Characters of a reason, and how many of them are its beginning."""
@@ -178,7 +180,8 @@ class Supervisor:
             attempt: how many times the case has been started, including this time.
         """
         self.describe(case, outcome.record, attempt)
-        unsupported = MODES[case.mode].unsupported_reason(self._device, case.settings.jit)
+        settings = case.settings
+        unsupported = MODES[case.mode].unsupported_reason(self._device, settings.jit, settings.strategy != "none")
         if unsupported:
             outcome.record.end("unsupported", unsupported)
         else:
@@ -197,9 +200,13 @@ class Supervisor:
                 "device_name": self._device.name,
                 "jit": case.settings.jit,
                 "steps_per_call": case.settings.steps_per_call,
+                "strategy": case.settings.strategy,
+                "replicas": case.settings.replicas,
                 "policy": MODES[case.mode].policy,
             }
         )
+        if case.settings.strategy != "none":
+            record.update({"xla_refused": _JOINING})
 
     def cool_down(self, seconds: float) -> None:
         """Wait until the GPU is fit for measurements, for at most ``seconds``."""
@@ -423,9 +430,10 @@ class _Conversation:
         peaks = record["gpu_memory_allocator_peak_mib"], record["gpu_memory_allocator_synchronised_peak_mib"]
         allocator = AllocatorFacts(*peaks, record["gpu_allocator"])
         if self._energy is None:
-            return WorkerFacts(allocator, energy_off=self.energy_off)
+            return WorkerFacts(allocator, energy_off=self.energy_off, replicas=self.case.settings.replicas)
         steps, overflows = self._energy.steps, self._energy.overflow_steps
-        return WorkerFacts(allocator, steps, None if overflows is None else steps - overflows, self.energy_off)
+        applied = None if overflows is None else steps - overflows
+        return WorkerFacts(allocator, steps, applied, self.energy_off, self.case.settings.replicas)
 
     def _where(self) -> str:
         return f"in or after phase {str(self._phase)!r}"

@@ -1,4 +1,4 @@
-"""The sections of a sweep: what the batch does to speed and memory, and the constant loss scale to training."""
+"""The sections of a sweep: what batch and replicas do to speed, and the constant loss scale to training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.case import scale_text
 from mpscale.core.columns import COLUMNS
+from mpscale.core.journal import SWEPT
 from mpscale.core.record import place_of, values_of
 from mpscale.core.runs import Run
 from mpscale.report.sections import (
@@ -30,6 +31,18 @@ _NOTE_ON_BATCHES = (
     "batches take the same number of steps, so a training with a larger one sees more examples: metrics of different "
     "batches do not show what a mode does. Where a speed-up still grows at the largest batch, a larger one may show "
     "more; where it is in parentheses, the batch is too small or the measurement too uncertain to show anything."
+)
+_EFFICIENCY = (
+    "Examples per second and replica, over those of the fewest replicas of the run. The batch of a replica stays the "
+    "same, so 100 % means that twice the replicas take twice the examples in the same time (weak scaling)."
+)
+_NOTE_ON_REPLICAS = (
+    f"{_EFFICIENCY} All rows run under the strategy and without XLA, also those of one replica. A mode is compared "
+    "with fp32 on as many replicas. More replicas see more examples in as many steps, so metrics of different numbers "
+    "do not show what a mode does."
+)
+_NOTE_ON_LOGICAL = (
+    "Replicas on a CPU are logical devices that share its cores: their efficiency says nothing about GPUs."
 )
 _NOTE_ON_SCALES = (
     "Every scale is compared with the same fp32 training. A scale that is too large overflows, and its steps are "
@@ -62,6 +75,53 @@ def by_batch(run: Run) -> list[Table | str]:
     return [table.without_blank("speed-up over tf32", "GPU memory over fp32", "status"), _NOTE_ON_BATCHES]
 
 
+def by_replicas(run: Run) -> list[Table | str]:
+    """Show throughput and scaling efficiency of each mode over the number of replicas; nothing if there is one."""
+    rows = _ordered([row for row in summary_of(run) if row["swept_replicas"] is not None], "swept_replicas")
+    if not rows:
+        return []
+    rates = throughput(run)
+    first: dict[tuple[str, int | None, str], Row] = {}
+    for row in rows:
+        first.setdefault(_at_any_number(row), row)
+    cells: dict[Heading, Callable[[Row], str]] = {
+        PLACE[0]: lambda row: place_of(row)[0].rpartition(" @")[0],
+        PLACE[1]: lambda row: place_of(row)[1],
+        heading("replicas", "swept_replicas"): lambda row: count(row["swept_replicas"]),
+        heading("step time", "step_time_ms"): step_time,
+        Heading("examples per second", COLUMNS["examples_per_s"].help()): lambda row: number(
+            rates.get(place_of(row)), 4
+        ),
+        Heading("scaling efficiency", _EFFICIENCY): lambda row: share(
+            efficiency(rates, row, first[_at_any_number(row)]), 1
+        ),
+        heading("speed-up over fp32", "speedup_fp32"): lambda row: speedup(row, "fp32"),
+        heading("status", "statuses", is_number=False): _status,
+    }
+    table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
+    on_cpu = any(row["device"] == "cpu" for row in rows)
+    notes = [_NOTE_ON_REPLICAS, *([_NOTE_ON_LOGICAL] if on_cpu else [])]
+    return [table.without_blank("status"), " ".join(notes)]
+
+
+def efficiency(rates: Mapping[tuple[str, str], float], row: Row, first: Row) -> float | None:
+    """Return the throughput per replica of a row over that of another one; None if one of them is unknown.
+
+    Args:
+        rates: examples per second by row, of :func:`throughput`.
+        row: the one.
+        first: the same workload, batch per replica and mode on the fewest replicas.
+    """
+    many, few = rates.get(place_of(row)), rates.get(place_of(first))
+    if many is None or few is None:
+        return None
+    return (many / row["swept_replicas"]) / (few / first["swept_replicas"])
+
+
+def _at_any_number(row: Row) -> tuple[str, int | None, str]:
+    return row["workload"], row["swept_batch"], place_of(row)[1]
+
+
 def by_scale(run: Run) -> list[Table | str]:
     """Show overflow and metric of each mode over its constant loss scale; nothing if there is one scale."""
     rows = [row for row in summary_of(run) if row["swept_scale"] is not None]
@@ -86,11 +146,21 @@ def by_scale(run: Run) -> list[Table | str]:
 
 def of_batches(run: Run) -> Sequence[Row]:
     """Return the rows of a sweep over batches by workload and mode, with rising batch; none without such a sweep."""
-    rows = [row for row in summary_of(run) if row["swept_batch"] is not None]
+    return _ordered([row for row in summary_of(run) if row["swept_batch"] is not None], "swept_batch")
+
+
+def _ordered(rows: Sequence[Row], column: str) -> list[Row]:
+    """Rows by workload, batch and mode as they come, with a rising ``column``."""
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     modes = list(dict.fromkeys(place_of(row)[1] for row in rows))
     return sorted(
-        rows, key=lambda row: (workloads.index(row["workload"]), modes.index(place_of(row)[1]), row["swept_batch"])
+        rows,
+        key=lambda row: (
+            workloads.index(row["workload"]),
+            modes.index(place_of(row)[1]),
+            row["swept_replicas" if column == "swept_batch" else "swept_batch"] or 0,
+            row[column],
+        ),
     )
 
 
@@ -107,12 +177,15 @@ def _status(row: Row) -> str:
 
 
 def sentence(rows: Sequence[Row]) -> str:
-    """Say which batches and scales there are, and what a mode is compared with; empty without a sweep."""
-    batches, scales = (sorted({row[name] for row in rows} - {None}) for name in ("swept_batch", "swept_scale"))
+    """Say what varies in a sweep, and what a mode is compared with; empty without a sweep."""
+    batches, scales, replicas = (sorted({row[name] for row in rows} - {None}) for name in SWEPT)
     parts = []
     if batches:
         parts.append(f"batches of {joined(list(map(count, batches)))}")
     if scales:
         parts.append(f"constant loss scales of {joined(list(map(scale_text, scales)))}")
+    if replicas:
+        parts.append(f"{joined(list(map(count, replicas)))} replicas")
     of = " of the same batch" if batches else ""
+    of += f"{' and' if of else ' of the same'} number of replicas" if replicas else ""
     return f"It is a sweep over {', and over '.join(parts)}; a mode is compared with fp32{of}." if parts else ""

@@ -364,6 +364,7 @@ def described(built: Built) -> Findings:
             "optimizer_config": json.dumps(built.optimizer_config),
             "series_key": key,
             "batch_size": built.batch,
+            "replica_batch_size": built.replica_batch,
             "optimizer": type(built.optimizer).__name__,
             "loss_name": models.name_of(workload.loss),
             "parameters": parameters,

@@ -101,7 +101,8 @@ def _run(
     found = Findings()
     found.put("random_draws", draws_of(step.graph, case.settings.jit))
     _report(channel, found)
-    throughput = Throughput(step.graph, mode, device, built.feed.varies if built.feed else None)
+    varies = built.feed.varies if built.feed else None
+    throughput = Throughput(step.graph, mode, device, varies, case.settings.replicas)
     _report(channel, throughput.columns())
     _report(channel, built.loss_columns())
     channel.values({"process_settings": arithmetic.column()})
@@ -131,7 +132,7 @@ def _run(
     _report(channel, autotuning.columns(device, built.case.settings.jit))
     channel.phase(Phase.COMPILED)
 
-    peak = AllocatorPeak(device)
+    peak = AllocatorPeak(device, case.settings.replicas)
     opening_s = _take_opening_steps(built, peak, channel)
     status: Status = ("ok", None)
     if case.trains:
@@ -150,7 +151,7 @@ def _run(
         if built.feed is not None:
             _report(channel, _with_input(built.feed, built, step_ms))
         # Last of all: the profiler slows steps and takes memory of the device.
-        busy_ms = _profile(step, step_ms, device, channel)
+        busy_ms = _profile(step, step_ms, device, case.settings.replicas, channel)
         _report(channel, throughput.timed(step_ms, busy_ms))
     channel.phase(Phase.DONE)
     arithmetic.look("training and timing")
@@ -353,14 +354,19 @@ def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) 
     return float(values["step_time_ms_median"])
 
 
-def _profile(step: TrainStep, step_ms: float, device: Device, channel: Channel) -> float | Reason:
+def _profile(step: TrainStep, step_ms: float, device: Device, gpus: int, channel: Channel) -> float | Reason:
     """Take a few more steps under the profiler. Return the ms per step in which the GPU computes, or why unknown.
 
     ``step_ms`` was timed.
     """
     steps = min(max(round(_PROFILED_S * 1e3 / step_ms), _FEWEST_PROFILED), _MOST_PROFILED)
     steps = step.whole_calls(steps)
-    busy, found = profile_steps(lambda: step.block(steps), steps, device), Findings()
+    found = Findings()
+    if gpus == 1:
+        busy = profile_steps(lambda: step.block(steps), steps, device)
+    else:
+        # Kernels of several GPUs overlap, and their sum is the time of none.
+        busy = Reason(Code.NOT_COMPARABLE, "replicas compute at the same time on several devices")
     if isinstance(busy, Reason):
         found.miss(("device_busy_ms_per_step", "device_busy_share"), busy)
     else:

@@ -243,7 +243,7 @@ class NotedLoss:
         return found
 
     def adds_up(self, labels: Any, parts: int) -> bool | None:
-        """Whether the loss of ``labels`` (examples, ...) is the sum of the losses of its ``parts``, as those of replicas.
+        """Whether the loss of ``labels`` (examples, ...) is the sum of the losses of its ``parts``, those of replicas.
 
         False if it is their mean, as of a loss that averages; None if it is neither, or unknown.
         """
