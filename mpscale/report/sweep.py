@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
+from mpscale.analysis.stats import Interval, paired_ratio
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.case import scale_text
 from mpscale.core.columns import COLUMNS
 from mpscale.core.journal import SWEPT
-from mpscale.core.record import place_of, values_of
+from mpscale.core.record import Record, place_of, values_of
 from mpscale.core.runs import Run
 from mpscale.report.sections import (
     PLACE,
@@ -24,7 +25,7 @@ from mpscale.report.sections import (
     step_time,
     verdict,
 )
-from mpscale.report.table import DASH, Heading, Table, count, joined, metric_difference, number, share
+from mpscale.report.table import DASH, Heading, Table, count, interval, joined, metric_difference, number, share
 
 _NOTE_ON_BATCHES = (
     "A mode is compared with fp32 of the same batch, from the same weights and with the same order of the data. All "
@@ -34,7 +35,8 @@ _NOTE_ON_BATCHES = (
 )
 _EFFICIENCY = (
     "Examples per second and replica, over those of the fewest replicas of the run. The batch of a replica stays the "
-    "same, so 100 % means that twice the replicas take twice the examples in the same time (weak scaling)."
+    "same, so 1 means that twice the replicas take twice the examples in the same time (weak scaling). In brackets the "
+    "interval, as of a speed-up."
 )
 _NOTE_ON_REPLICAS = (
     f"{_EFFICIENCY} All rows run under the strategy and without XLA, also those of one replica. A mode is compared "
@@ -81,6 +83,7 @@ def by_replicas(run: Run) -> list[Table | str]:
     if not rows:
         return []
     rates = throughput(run)
+    cases = {(workload, mode): records for workload, mode, records in measured(run, good=True)}
     first: dict[tuple[str, int | None, str], Row] = {}
     for row in rows:
         first.setdefault(_at_any_number(row), row)
@@ -92,8 +95,8 @@ def by_replicas(run: Run) -> list[Table | str]:
         Heading("examples per second", COLUMNS["examples_per_s"].help()): lambda row: number(
             rates.get(place_of(row)), 4
         ),
-        Heading("scaling efficiency", _EFFICIENCY): lambda row: share(
-            efficiency(rates, row, first[_at_any_number(row)]), 1
+        Heading("scaling efficiency", _EFFICIENCY): lambda row: _efficiency(
+            *(cases.get(place_of(each), ()) for each in (first[_at_any_number(row)], row))
         ),
         heading("speed-up over fp32", "speedup_fp32"): lambda row: speedup(row, "fp32"),
         heading("status", "statuses", is_number=False): _status,
@@ -104,18 +107,30 @@ def by_replicas(run: Run) -> list[Table | str]:
     return [table.without_blank("status"), " ".join(notes)]
 
 
-def efficiency(rates: Mapping[tuple[str, str], float], row: Row, first: Row) -> float | None:
-    """Return the throughput per replica of a row over that of another one; None if one of them is unknown.
+def efficiency(few: Sequence[Record], many: Sequence[Record]) -> Interval | None:
+    """Return the examples per second and replica of some processes over those of others, with its 95 % interval.
+
+    Processes are paired by seed and repeat, as for a speed-up.
 
     Args:
-        rates: examples per second by row, of :func:`throughput`.
-        row: the one.
-        first: the same workload, batch per replica and mode on the fewest replicas.
+        few: the processes of a workload, a batch per replica and a mode on the fewest replicas.
+        many: the same on more.
+
+    Returns:
+        None if there is no pair.
     """
-    many, few = rates.get(place_of(row)), rates.get(place_of(first))
-    if many is None or few is None:
-        return None
-    return (many / row["swept_replicas"]) / (few / first["swept_replicas"])
+    baseline, other = (
+        {one.key: one["replicas"] / rate for one in cases if (rate := one["examples_per_s"]) is not None}
+        for cases in (few, many)
+    )
+    return paired_ratio(baseline, other) if baseline.keys() & other.keys() else None
+
+
+def _efficiency(few: Sequence[Record], many: Sequence[Record]) -> str:
+    if few is many:
+        return "1 by definition"
+    found = efficiency(few, many)
+    return DASH if found is None else interval(found.estimate, found.low, found.high, "")
 
 
 def _at_any_number(row: Row) -> tuple[str, int | None, str]:

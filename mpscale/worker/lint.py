@@ -60,7 +60,7 @@ def look(built: Built, precision: Precision, arithmetic: Arithmetic, whole: bool
         *of_outputs(traced),
         *of_weights(traced, built.model, built.optimizer),
         *(of_float32(traced, low) if low else ()),
-        *(of_sizes(traced, built.batch, low) if low else ()),
+        *(of_sizes(traced, built.replica_batch, low) if low else ()),
         *of_data(data, traced.casts_of_inputs, most),
         *of_test_labels(data, traced.outputs),
         *of_host(data, bool(tf.config.list_logical_devices("GPU"))),

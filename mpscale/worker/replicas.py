@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,7 +31,13 @@ def strategy_of(settings: Settings) -> tf.distribute.Strategy | None:
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     if len(devices) < settings.replicas:
         raise RuntimeError(f"{settings.replicas} replicas need as many devices, and TensorFlow sees {len(devices)}")
-    return tf.distribute.MirroredStrategy([device.name for device in devices[: settings.replicas]])
+    return _mirrored(tuple(device.name for device in devices[: settings.replicas]))
+
+
+@functools.cache
+def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
+    """One for the process: each numbers its collective operations from the start, and those of two would be mixed up."""
+    return tf.distribute.MirroredStrategy(list(devices))
 
 
 def under(strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContextManager[Any]:

@@ -78,7 +78,7 @@ def test_rows_are_by_batch_each_with_the_baseline_of_its_own(tmp_path):
     ]
     assert [row["speedup_fp32"] for row in rows] == pytest.approx([1.0, 0.8, 1.0, 1.25, 1.0, 2.0])
     assert {row["workload"] for row in rows} == {"toy"}
-    assert summary_csv(rows).splitlines()[1].startswith("toy,fp32,64,,gpu")
+    assert summary_csv(rows).splitlines()[1].startswith("toy,fp32,64,,,gpu")
 
 
 def test_table_over_the_batch_can_be_read_downwards_mode_by_mode(tmp_path):
