@@ -305,14 +305,14 @@ _NO_TRAINING = "timing-only process (`repeat` above 0), or the case ended before
 _NO_TIMING = "timing was off (`--benchmark-disable`), or the case ended before that"
 _NO_PIPELINE = "the data is arrays, or the case ended before that"
 _NO_INPUT = "the data is arrays, too many batches had shapes that would have been compiled while they were timed, timing was off (`--benchmark-disable`), or the case ended before that"
-_NO_PROFILE = "no GPU, the profiler recorded none of its kernels or is in use by the workload (the reason says which), timing was off, or the case ended before that"
+_NO_PROFILE = "no GPU, replicas (`--mp-strategy`), the profiler recorded none of its kernels or is in use by the workload (the reason says which), timing was off, or the case ended before that"
 _NO_FLOPS = "`flops_per_step` is empty, timing was off, or the case ended before that; on a CPU also in modes below float32, which most CPUs emulate"
 _NO_PEAK = "no GPU, a MIG instance, or mpscale knows no peak of the GPU in this precision"
 _UNCHECKED = ", ".join(mode.name for mode in MODES.values() if not mode.sees_overflow)
 _NO_CHECK = f"the mode checks no gradient ({_UNCHECKED}), or the case ended before that"
 _NO_SCALE = "the mode has no loss scale, or the case ended before that"
-_NO_DRIVER = "no GPU, no driver, or the driver does not report it or stopped doing so during the case; the reason says which"
-_NO_ENERGY = "no GPU, the driver reports neither energy nor power or stopped doing so during the case, energy was off (`--mp-energy 0`, or by the preset), or the window was shorter than 10 s"
+_NO_DRIVER = "no GPU, no driver, several GPUs (`--mp-strategy`), or the driver does not report it or stopped doing so during the case; the reason says which"
+_NO_ENERGY = "no GPU, several GPUs (`--mp-strategy`), the driver reports neither energy nor power or stopped doing so during the case, energy was off (`--mp-energy 0`, or by the preset), or the window was shorter than 10 s"
 
 SECTIONS: tuple[Section, ...] = (
     Section(
@@ -468,10 +468,10 @@ SECTIONS: tuple[Section, ...] = (
         Topic.ARITHMETIC,
         "Arithmetic of a step",
         (
-            _measured("flops_per_step", "int", "FLOP", "floating-point operations of the products (matrix products, Einsum, convolutions, recurrent kernels) of one step, forward and backward, two for each multiply-add; counted in the traced graph, the same in every mode", "the step multiplies no matrices, or has an operation, a loop or a branch whose FLOPs do not follow from the graph (the reason names it); or the case ended before that", positive=True),
+            _measured("flops_per_step", "int", "FLOP", "floating-point operations of the products (matrix products, Einsum, convolutions, recurrent kernels) of one step, forward and backward, of all replicas, two for each multiply-add; counted in the traced graph, the same in every mode", "the step multiplies no matrices, or has an operation, a loop or a branch whose FLOPs do not follow from the graph (the reason names it); or the case ended before that", positive=True),
             _measured("tflops", "float", "TFLOP/s", "`flops_per_step` / `step_time_ms_median`", _NO_FLOPS, positive=True),
             _measured("tflops_while_busy", "float", "TFLOP/s", "`flops_per_step` / `device_busy_ms_per_step`: without the time in which the GPU waits for the host", "`device_busy_ms_per_step` is empty; " + _NO_FLOPS, positive=True),
-            _measured("tflops_peak", "float", "TFLOP/s", "peak of the GPU for dense products in the precision that the mode is about, from NVIDIA's documents (`mpscale/worker/peaks.py`)", _NO_PEAK, positive=True),
+            _measured("tflops_peak", "float", "TFLOP/s", "peak of the GPU, or of all GPUs of the case together, for dense products in the precision that the mode is about, from NVIDIA's documents (`mpscale/worker/peaks.py`)", _NO_PEAK, positive=True),
             _measured("peak_share", "float", "share", "`tflops` / `tflops_peak`, called MFU (model FLOPs utilisation) in the literature", "above 1, which cannot be; `tflops` or `tflops_peak` is empty", positive=True),
             _measured("peak_share_while_busy", "float", "share", "`tflops_while_busy` / `tflops_peak`: what the kernels reach", "above 1, which cannot be; `tflops_while_busy` or `tflops_peak` is empty", positive=True),
         ),
@@ -500,7 +500,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("gpu_memory_idle_mib", "float", "MiB", "memory in use on the whole GPU before the process touched it", _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 6, "in use before the case", Over.MAX)),
             _measured("gpu_memory_context_mib", "float", "MiB", "memory that the process held when it had CUDA's context and nothing else, by the headline's method", _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 1, "context", Over.MAX)),
             _measured("gpu_memory_reserved_mib", "float", "MiB", "memory that the driver keeps for itself; not included in the others", "the driver does not report it separately; " + _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 7, "reserved", Over.MAX)),
-            _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process", "on a CPU, where TensorFlow returns zeros, or not reached", Cell(Sheet.MEMORY, 6, "GPU, allocator (MiB)", Over.MAX), Cell(Sheet.MEMORY_PARTS, 2, "in tensors", Over.MAX), source=Source.WORKER),
+            _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process; of several GPUs, the largest", "on a CPU, where TensorFlow returns zeros, or not reached", Cell(Sheet.MEMORY, 6, "GPU, allocator (MiB)", Over.MAX), Cell(Sheet.MEMORY_PARTS, 2, "in tensors", Over.MAX), source=Source.WORKER),
             _measured("gpu_memory_allocator_synchronised_peak_mib", "float", "MiB", "peak of TensorFlow's allocator up to the end of the steps that are synchronised one by one; far above the next column if the search for the fastest kernels in the first step took more than the steps", "as above", source=Source.WORKER),
             _measured("gpu_memory_allocator_timed_peak_mib", "float", "MiB", "peak of TensorFlow's allocator while steps were timed", "as above, or timing was off", Cell(Sheet.MEMORY_PARTS, 3, "of that, while timed", Over.MAX), source=Source.WORKER),
             _measured("gpu_memory_unexplained_mib", "float", "MiB", "largest memory in the whole case minus context minus the allocator's peak: pools that hold more than is used, libraries, compiled programs; may be negative, because the peaks need not coincide", "one of the three is unknown", Cell(Sheet.MEMORY_PARTS, 4, "unexplained", Over.MAX)),

@@ -120,7 +120,7 @@ def efficiency(few: Sequence[Record], many: Sequence[Record]) -> Interval | None
         None if there is no pair.
     """
     baseline, other = (
-        {one.key: one["replicas"] / rate for one in cases if (rate := one["examples_per_s"]) is not None}
+        {one.key: one["swept_replicas"] / rate for one in cases if (rate := one["examples_per_s"]) is not None}
         for cases in (few, many)
     )
     return paired_ratio(baseline, other) if baseline.keys() & other.keys() else None

