@@ -320,7 +320,8 @@ def plan(
     random_order = random.Random(shuffle_seed)
     rounds = [(seed, 0) for seed in range(seeds)] + [(0, repeat) for repeat in range(1, repeats + 1)]
     order = itertools.count(first)
-    sizes = list(itertools.product(batches or [None], replicas or [None]))
+    several: tuple[Sequence[int | None], Sequence[int | None]] = (batches or [None], replicas or [None])
+    sizes = list(itertools.product(*several))
     turns = [
         (mode.name, scale)
         for mode in modes

@@ -311,8 +311,8 @@ _NO_PEAK = "no GPU, a MIG instance, or mpscale knows no peak of the GPU in this 
 _UNCHECKED = ", ".join(mode.name for mode in MODES.values() if not mode.sees_overflow)
 _NO_CHECK = f"the mode checks no gradient ({_UNCHECKED}), or the case ended before that"
 _NO_SCALE = "the mode has no loss scale, or the case ended before that"
-_NO_DRIVER = "no GPU, no driver, several GPUs (`--mp-strategy`), or the driver does not report it or stopped doing so during the case; the reason says which"
-_NO_ENERGY = "no GPU, several GPUs (`--mp-strategy`), the driver reports neither energy nor power or stopped doing so during the case, energy was off (`--mp-energy 0`, or by the preset), or the window was shorter than 10 s"
+_NO_DRIVER = "no GPU, no driver, or the driver does not report it or stopped doing so during the case; the reason says which"
+_NO_ENERGY = "no GPU, the driver reports neither energy nor power or stopped doing so during the case, energy was off (`--mp-energy 0`, or by the preset), or the window was shorter than 10 s"
 
 SECTIONS: tuple[Section, ...] = (
     Section(
@@ -491,7 +491,7 @@ SECTIONS: tuple[Section, ...] = (
         Topic.MEMORY,
         "Memory",
         (
-            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline, for comparing modes: largest memory up to the end of the steps that are synchronised one by one (the first and up to three more), before anything is queued or evaluated; of the process if that is known, else the rise of the GPU's if nobody else used it; `gpu_memory_method` says which", "the case ended before that; " + _NO_DRIVER, Cell(Sheet.MEMORY, 1, "GPU, training (MiB)", Over.MAX, partial=True), positive=True),
+            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline, for comparing modes: largest memory up to the end of the steps that are synchronised one by one (the first and up to three more), before anything is queued or evaluated; of the process if that is known, else the rise of the GPU's if nobody else used it; `gpu_memory_method` says which; of several GPUs, memory is that of the one with the largest peak", "the case ended before that; " + _NO_DRIVER, Cell(Sheet.MEMORY, 1, "GPU, training (MiB)", Over.MAX, partial=True), positive=True),
             _measured("gpu_memory_queued_peak_mib", "float", "MiB", "largest memory while steps were queued without waiting, as in a usual training loop, by the headline's method; the process keeps what it took before", "as above", Cell(Sheet.MEMORY, 3, "GPU, steps queued (MiB)", Over.MAX)),
             _measured("gpu_memory_evaluation_peak_mib", "float", "MiB", "largest memory while the model was evaluated, if that needed more than the steps before it had taken, by the headline's method", "it needed no more; the process evaluated nothing; or as above", Cell(Sheet.MEMORY, 4, "GPU, evaluation if more (MiB)", Over.MAX)),
             _measured("gpu_memory_method", "str", "", "`process` or `device-minus-idle`: where the headline comes from", _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 8, "peak is of", Over.EACH)),
@@ -515,7 +515,7 @@ SECTIONS: tuple[Section, ...] = (
         Topic.ENERGY,
         "Energy",
         (
-            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, from its counter if it has one, else from its power, divided by the steps", _NO_ENERGY, Cell(Sheet.ENERGY, 1, "J per step", partial=True, bar=True), positive=True),
+            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, from its counter if it has one, else from its power, divided by the steps; of several GPUs (`--mp-strategy`), energy and power are sums", _NO_ENERGY, Cell(Sheet.ENERGY, 1, "J per step", partial=True, bar=True), positive=True),
             _measured("gpu_energy_method", "str", "", "`counter` or `power`: where the headline comes from", _NO_ENERGY, Cell(Sheet.ENERGY, 7, "by", Over.EACH)),
             _measured("gpu_energy_j_per_applied_step", "float", "J", "the same divided by the steps that were not skipped", "the mode checks no gradient, no step was applied; " + _NO_ENERGY, Cell(Sheet.ENERGY, 3, "J per applied step")),
             _measured("gpu_energy_net_j_per_step", "float", "J", "the headline minus `gpu_idle_power_w` times the window: what training added", "the GPU drew no more than before, or its idle power is unknown; " + _NO_ENERGY, Cell(Sheet.ENERGY, 4, "J per step above idle")),
@@ -533,7 +533,7 @@ SECTIONS: tuple[Section, ...] = (
         Topic.GPU_STATE,
         "State of the GPU",
         (
-            _measured("gpu_temperature_c_max", "float", "°C", "highest temperature of the GPU in the case", _NO_DRIVER, Cell(Sheet.GPU_STATE, 4, "hottest (°C)", Over.MAX)),
+            _measured("gpu_temperature_c_max", "float", "°C", "highest temperature of the GPU in the case; of several GPUs, the hottest; clocks and utilization are then those of the lowest", _NO_DRIVER, Cell(Sheet.GPU_STATE, 4, "hottest (°C)", Over.MAX)),
             _measured("gpu_sm_clock_mhz_median", "float", "MHz", "clock of the multiprocessors, median over the timed window", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 1, "SM clock (MHz)")),
             _measured("gpu_memory_clock_mhz_median", "float", "MHz", "clock of the memory, median over the timed window", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 2, "memory clock (MHz)")),
             _measured("gpu_utilization_median", "float", "%", "share of time in which a kernel ran, median over the timed window; it does not say how much of the GPU the kernel used", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 3, "utilisation (%)")),

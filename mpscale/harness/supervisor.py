@@ -45,6 +45,7 @@ from mpscale.harness.memory_limit import MemoryLimit
 from mpscale.harness.oom_killer import OomKiller
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.gpu_memory import AllocatorFacts
+from mpscale.telemetry.replicas import ReplicaWatch
 from mpscale.telemetry.watch import HOST_COLUMN, CaseWatch, WatchResult, WorkerFacts
 
 Listener = Callable[[Case, wire.Progressed], None]
@@ -149,7 +150,8 @@ class Supervisor:
 
     def __init__(self, device: Device, driver: Driver, options: Options, listener: Listener) -> None:
         self._device, self._options, self._listener = device, options, listener
-        self._watch = CaseWatch(driver, device, (options.interleaved or {}).get("id"))
+        watch = ReplicaWatch if device.beside else CaseWatch
+        self._watch = watch(driver, device, (options.interleaved or {}).get("id"))
         remove_left_behind()
         self._folder = TemporaryFolder()
         self._forget = stopping.before_ending_at_once(self._remove)

@@ -29,11 +29,6 @@ _COOL_BY_C = 20.0
 """How far below its slowdown temperature a GPU has to be before a case is run again."""
 
 _NOT_WATCHED = Reason(Code.NOT_REACHED, "no process was watched")
-_OTHERS_UNSEEN = Reason(
-    Code.NOT_COMPARABLE,
-    "the case used several GPUs and the driver was asked about the first of them only",
-    "gpu_memory_allocator_peak_mib has the largest peak of any of them",
-)
 _ENDED = Reason(Code.HOST_SILENT, "the process ended before its memory could be read, or the system has no /proc")
 
 
@@ -46,7 +41,7 @@ class WorkerFacts:
         energy_steps: steps taken while energy was counted.
         energy_applied_steps: those of them that were not skipped; None if the mode does not count them.
         energy_off: why energy was not to be measured; None if it was.
-        replicas: how many GPUs the process used.
+        replicas: how many GPUs the process used, see :class:`~mpscale.telemetry.replicas.ReplicaWatch`.
     """
 
     allocator: gpu_memory.AllocatorFacts = field(default_factory=gpu_memory.AllocatorFacts)
@@ -167,13 +162,10 @@ class CaseWatch:
             notes = {"silent": silent.to_json()}
         result.lost = self._lost
         samples, result.not_kept = self._read_samples(keep, notes)
-        if worker.replicas > 1:
-            findings.miss(measured_columns(source=Source.MONITOR), _OTHERS_UNSEEN)
-        else:
-            findings.add(gpu_memory.memory_columns(samples, worker.allocator))
-            steps, applied, off = worker.energy_steps, worker.energy_applied_steps, worker.energy_off
-            findings.add(energy_columns(samples, steps, applied, self._ways.get(Reading.POWER), off))
-            findings.add(state_columns(samples))
+        findings.add(gpu_memory.memory_columns(samples, worker.allocator))
+        steps, applied, off = worker.energy_steps, worker.energy_applied_steps, worker.energy_off
+        findings.add(energy_columns(samples, steps, applied, self._ways.get(Reading.POWER), off))
+        findings.add(state_columns(samples))
         result.suspicions += suspicions(samples, (self._settings, after), self._first_settings or {}, self._slowdown_c)
         return result
 
