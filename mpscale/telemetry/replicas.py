@@ -84,8 +84,10 @@ class ReplicaWatch:
     def close(self) -> None:
         """Remove temporary files and notes, and end the monitors of the further GPUs."""
         with contextlib.ExitStack() as stack:
-            for closing in (*self._watches, *self._more):
-                stack.callback(closing.close)
+            for watch in self._watches:
+                stack.callback(watch.close)
+            for driver in self._more:
+                stack.callback(driver.close)
 
 
 def _beside(path: Path, number: int) -> Path:

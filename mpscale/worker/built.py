@@ -171,7 +171,14 @@ def build(case: Case, arithmetic: Arithmetic, channel: Channel, workload: Worklo
         # Of a pipeline, the order is only used to find the first batch.
         order = np.broadcast_to(np.arange(feed.batch), (steps, feed.batch))
     else:
-        batch = (settings.batch_size or workload.batch_size) * settings.replicas
+        own = settings.batch_size or workload.batch_size
+        batch = own * settings.replicas
+        if own <= data.examples < batch and not settings.repeat_data:
+            raise ValueError(
+                f"{settings.replicas} replicas with a batch of {own} each take {batch} examples per step, and the "
+                f"training set has {data.examples}; choose a batch of at most {data.examples // settings.replicas}, or "
+                "fewer replicas"
+            )
         order = batches(data.examples, batch, steps, case.seed, settings.repeat_data)
     start = time.perf_counter()
     # Set the seed just before the model is built: loading data may draw random numbers, but not in every process.

@@ -77,6 +77,8 @@ def test_scaling_efficiency_is_of_pairs_and_of_the_fewest_replicas(tmp_path):
     assert "logical devices" in note
     assert "over 1, 2 and 4 replicas; a mode is compared with fp32 of the same number of replicas" in findings(run)
     assert by_replicas(run_of(tmp_path / "other", SCALES)) == []
+    alike = [record("fp32", seed, replicas=2, strategy="mirrored") for seed in (0, 1)]
+    assert "fp32 on CPU, by 2 replicas." in findings(run_of(tmp_path / "alike", alike)).replace("Test CPU (CPU)", "CPU")
 
 
 def cells(table, *names):

@@ -101,6 +101,7 @@ def main(folder):
         "statistics": both(folder, model=with_statistics, optimizer=lambda: keras.optimizers.Adam(0.01, clipnorm=9.0)),
         "Keras' scaling": both(folder, "mixed-keras"),
         "a sum": refused(lambda: train(workload(dense(), data, loss=mean_of_sums()), **two)),
+        "a batch too large": refused(lambda: train(workload(dense(), data, loss=ENTROPY, batch_size=90), **two)),
         "a pipeline": refused(lambda: train(workload(dense(), lambda: mpscale.Pipeline(pipeline, pipeline)), **two)),
         "a compiled model": refused(
             lambda: train(mpscale.Workload.from_compiled(compiled, train=(x, y), batch_size=BATCH), **two)

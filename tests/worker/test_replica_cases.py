@@ -67,7 +67,7 @@ def test_the_rule_of_the_article_follows_the_loss_of_all_replicas(cases):
 
 def test_examples_per_second_are_those_of_all_replicas(cases):
     two, _ = cases["several steps per call"]
-    assert two["timed_blocks"] == 3
+    assert two["timed_blocks"] >= 3
     assert two["examples_per_s"] == pytest.approx(40 / two["step_time_ms_median"] * 1e3)
 
 
@@ -86,6 +86,7 @@ def test_what_replicas_do_otherwise_is_told(cases, name, told):
     ("name", "message"),
     [
         ("a sum", "unsupported: the loss adds up its examples"),
+        ("a batch too large", "take 180 examples per step, and the training set has 160; choose a batch of at most 80"),
         ("a pipeline", "has a pipeline, which mpscale trains on one device"),
         ("a compiled model", "has a compiled model, which mpscale trains on one device"),
     ],
