@@ -15,7 +15,7 @@ _NAMES = {
     "mpscale.core.mode": ("MODES", "Mode"),
     "mpscale.core.runs": ("Run", "read_run"),
     "mpscale.scaling": ("DynamicLossScale", "LossScaleMonitor", "LossScaleOptimizer", "NoLossScale", "StaticLossScale"),
-    "mpscale.workloads": ("Data", "Workload", "workload"),
+    "mpscale.workloads": ("Data", "Pipeline", "Workload", "workload"),
 }
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "LossScaleOptimizer",
     "Mode",
     "NoLossScale",
+    "Pipeline",
     "Run",
     "StaticLossScale",
     "Workload",
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from mpscale.core.mode import MODES, Mode
     from mpscale.core.runs import Run, read_run
     from mpscale.scaling import DynamicLossScale, LossScaleMonitor, LossScaleOptimizer, NoLossScale, StaticLossScale
-    from mpscale.workloads import Data, Workload, workload
+    from mpscale.workloads import Data, Pipeline, Workload, workload
 
 
 def __getattr__(name: str) -> Any:

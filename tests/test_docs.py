@@ -168,6 +168,17 @@ def test_the_printed_models_of_your_own_train():
     assert error < 0.7 * error_of_zero
 
 
+@pytest.mark.slow
+def test_the_printed_program_on_a_pipeline_trains():
+    """MobileNetV2 with augmentation, F1, AdamW with cosine decay and class weights."""
+    module = {}
+    exec(blocks("docs/guides/pipelines.md")[0], module)
+    rows = [train(module["images"], mode, train_steps=24).row for mode in ("fp32", "mixed-dynamic")]
+    assert len({row["data_order_digest"] for row in rows}) == 1
+    assert {row["metric_name"] for row in rows} == {"f1"}
+    assert all(0 <= row["metric_value"] <= 1 and np.isfinite(row["train_loss_final"]) for row in rows)
+
+
 def without_code(page):
     return re.sub(r"^ *```.*?^ *```$", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
 

@@ -31,6 +31,10 @@ _GAIN, _REACH = 1.05, 2.0
 """An estimate above the first, or an interval beyond the second, may hide a gain, so the answer is not a plain no."""
 
 
+WAITS = 0.1
+"""The share of a step from which on the wait for input may be why a training is not faster."""
+
+
 class Worth(StrEnum):
     """The answer to: is mixed precision worth it here?"""
 
@@ -70,6 +74,8 @@ class Weakness(StrEnum):
     BUSY = auto()
     TWO_LEVELS = auto()
     WITHOUT_XLA = auto()
+    INPUT_BOUND = auto()
+    """The mode is faster, but a training that waits for its input pipeline is not shown to be."""
     UNJUDGED = auto()
     """It cannot be told if the metric is as good as fp32's: too few seeds."""
     INCOMPLETE = auto()
@@ -151,6 +157,17 @@ class Cell:
         """The 95 % interval of the ratio; None if a single pair of processes cannot give it."""
         _, low, high = _speedup(self.row)
         return None if low is None or high is None else (low, high)
+
+    @property
+    def with_input(self) -> float | None:
+        """How many times as fast with the input pipeline; None for arrays."""
+        ratio: float | None = self.row[f"speedup_with_input_{self.row['headline_baseline']}"]
+        return ratio
+
+    @property
+    def input_bound(self) -> bool:
+        """See :func:`is_input_bound`."""
+        return is_input_bound(self.row)
 
     @property
     def claimed(self) -> bool:
@@ -251,6 +268,15 @@ def speed_verdict(row: Mapping[str, Any]) -> Verdict | None:
     return Verdict.FASTER if low > 1.0 else Verdict.SLOWER
 
 
+def is_input_bound(row: Mapping[str, Any]) -> bool:
+    """Whether a mode is faster on the device, and the wait for input leaves no gain that is shown."""
+    with_input, waits = f"speedup_with_input_{row['headline_baseline']}", row["input_wait_share"]
+    if row[with_input] is None or waits is None or waits <= WAITS:
+        return False
+    low = row[f"{with_input}_low"]
+    return speed_verdict(row) is Verdict.FASTER and (low is None or low <= 1.0)
+
+
 def _speedup(row: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
     baseline = row["headline_baseline"]
     ratio, low, high = (row[f"speedup_{baseline}{end}"] for end in ("", "_low", "_high"))
@@ -317,7 +343,8 @@ def _effect(cell: Cell) -> Effect:
     # What synthetic inputs cannot show is said beside the answer; a metric that was not compared is missing.
     ended = row["ok"] == row["cases"] and not row["not_started"]
     trains = cell.quality is Verdict.NON_INFERIOR or (row["has_metric"] is False and ended)
-    return Effect.GOOD if trains and (cell.saves_memory or cell.speed is Verdict.FASTER) else Effect.UNKNOWN
+    gains = cell.saves_memory or (cell.speed is Verdict.FASTER and not cell.input_bound)
+    return Effect.GOOD if trains and gains else Effect.UNKNOWN
 
 
 def _worth(serious: Sequence[Cell], good: int, workloads: int) -> Worth:
@@ -338,7 +365,7 @@ def _workload(cell: Cell) -> str:
 
 def _may_gain(cell: Cell) -> bool:
     """Whether its estimate or its interval suggests a gain that is not shown."""
-    if cell.effect is Effect.BAD or not cell.claimed:
+    if cell.effect is Effect.BAD or not cell.claimed or cell.input_bound:
         return False
     return (cell.ratio or 0.0) > _GAIN or (cell.ends is not None and cell.ends[1] > _REACH)
 
@@ -429,6 +456,7 @@ def _counted(
     yield Weakness.TWO_LEVELS, sum(row["two_level_processes"] for row in rows)
     timed = [record for record in run.records if record["step_time_ms_median"] is not None]
     yield Weakness.WITHOUT_XLA, int({(one["device"], one["jit"]) for one in timed} == {("gpu", False)})
+    yield Weakness.INPUT_BOUND, sum(cell.input_bound for cell in serious)
     yield from Counter(_why_unjudged(cell.row) for cell in serious if cell.quality is Verdict.INCONCLUSIVE).items()
     yield Weakness.NO_METRIC, len({cell.row["workload"] for cell in serious if cell.row["has_metric"] is False})
     yield from Counter(

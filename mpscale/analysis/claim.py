@@ -65,6 +65,7 @@ def conditions(cases: Iterable[Record]) -> dict[str, Any]:
         "dispatch_share": median("dispatch_share"),
         "dispatch_bound": mostly(bound) if bound else None,
         "host_other_cpu_share": median(_BUSY.name),
+        "input_wait_share": median("input_wait_share"),
     }
 
 

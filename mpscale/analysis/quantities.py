@@ -232,6 +232,18 @@ QUANTITIES: dict[str, Quantity] = {
             of_trainings=False,
             drifts=True,
         ),
+        # Waiting for input varies more than computing: it depends on the disk and on all processors.
+        Cost(
+            "step_time_with_input",
+            "step time with input",
+            "step_time_ms_with_input",
+            threshold=0.10,
+            more=Verdict.SLOWER,
+            less=Verdict.FASTER,
+            of_trainings=False,
+            drifts=True,
+            is_of=("input_kind",),
+        ),
         # Each process profiles a few steps, and which kernels it runs is a choice of its own, so only several processes
         # show how much the figure varies: it is judged exactly as the step time is.
         Cost(

@@ -84,6 +84,7 @@ class _Mode:
         self.good = of_good_trainings(cases)
         self.times = COSTS["step_time"].by_process(cases)
         self.device_times = COSTS["device_time"].by_process(cases)
+        self.input_times = COSTS["step_time_with_input"].by_process(cases)
         self.conditions = conditions(self.good)
         self.seeds = trainings(cases, not_started, plan_known)
 
@@ -100,6 +101,7 @@ def _row(mode: str, modes: Mapping[str, _Mode]) -> Row:
     row |= _energy(own, fp32)
     row |= _training(own)
     row |= _metric(own, fp32)
+    row |= _alike_trainings(mode, own, "fp32" if "fp32" in modes else "tf32", modes)
     if mode != "fp32":
         row |= _quality(own, fp32)
     row |= _target(own)
@@ -150,12 +152,14 @@ def _times(mode: str, own: _Mode, modes: Mapping[str, _Mode]) -> Row:
         baseline = modes[name] if name in modes else _Mode([])
         row |= _speedup(f"speedup_{name}", own.times, baseline.times, mode == name)
         row |= _speedup(f"speedup_device_{name}", own.device_times, baseline.device_times, mode == name)
+        row |= _speedup(f"speedup_with_input_{name}", own.input_times, baseline.input_times, mode == name)
         if mode != name and (pairs := row[f"speedup_{name}_pairs"]):
             doubts = find_doubts(own.conditions, baseline.conditions, pairs)
             row[f"speedup_{name}_doubts"] = " ".join(doubts) or None
     row |= own.conditions
     row["device_busy_ms_per_step"] = _over(statistics.median, values_of(own.good, "device_busy_ms_per_step"))
     row |= _arithmetic(own)
+    row["step_time_ms_with_input"] = _over(statistics.geometric_mean, list(own.input_times.values()))
     row["two_level_processes"] = len(values_of(own.good, SLOWER))
     return row
 
@@ -247,6 +251,23 @@ def _metric(own: _Mode, fp32: _Mode) -> Row:
         "metric_difference": _over(statistics.fmean, differences),
         "metric_pairs": len(differences),
     }
+
+
+def _alike_trainings(mode: str, own: _Mode, baseline: str, modes: Mapping[str, _Mode]) -> Row:
+    """Whether the trainings drew the same random numbers and saw the same batches as the baseline's, where known."""
+
+    def alike(column: str) -> bool | None:
+        sides = [
+            {case.key: case[column] for case in side.measured if case["repeat"] == 0 and case[column] is not None}
+            for side in (own, modes[baseline])
+        ]
+        pairs = sides[0].keys() & sides[1].keys()
+        return all(sides[0][key] == sides[1][key] for key in pairs) if pairs else None
+
+    if mode == baseline or baseline not in modes:
+        return {}
+    fed = any(case["input_passes"] is not None for case in own.measured)
+    return {"same_draws": alike("random_draws"), "same_batches": alike("data_order_digest") if fed else None}
 
 
 def _quality(own: _Mode, fp32: _Mode) -> Row:

@@ -81,7 +81,7 @@ def _facts(name: str, workload: Workload) -> dict[str, Any]:
         "workload": name,
         "batch_size": workload.batch_size,
         "train_steps": workload.train_steps,
-        "metric": workload.metric_name if workload.metric is not None else None,
+        "metric": workload.metric_name if workload.compiled is None else workload.metric,
         "target": workload.target,
         "synthetic_inputs": workload.synthetic,
         "description": workload.summary,
@@ -91,6 +91,9 @@ def _facts(name: str, workload: Workload) -> dict[str, Any]:
 def _target(workload: Workload) -> str:
     from mpscale.report.table import DASH
 
+    if workload.compiled is not None and workload.compiled.evaluated:
+        # Which metric comes first is known when the model is built.
+        return DASH if workload.target is None else f"{workload.metric or 'first metric'} {workload.target:g}"
     if workload.metric is None:
         return "none: synthetic inputs" if workload.synthetic else "none: no metric"
     return DASH if workload.target is None else f"{workload.metric_name} {workload.target:g}"

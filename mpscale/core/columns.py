@@ -87,6 +87,22 @@ _SMALLEST = {"": 1e-40}
 """The smallest value of columns that must be above 0, by unit; 1e-12 of others. A loss scale may be that small."""
 
 
+class Passes(StrEnum):
+    """What two passes over the first batches of a pipeline showed."""
+
+    SAME = "same"
+    RESHUFFLED = "reshuffled"
+    """They differ, and the pipeline is one object that was only gone through twice, as a shuffle does on purpose."""
+    ALLOWED = "allowed"
+    """They were the same, and later ones may differ: the pipeline says deterministic=False."""
+    DIFFER = "differ"
+    """They differ, which the pipeline allows."""
+
+
+MAY_DIFFER = (Passes.ALLOWED, Passes.DIFFER)
+"""With these, modes may be trained on different batches."""
+
+
 class Format(StrEnum):
     """How people are shown a value; :mod:`mpscale.report.table` has the formatter of each."""
 
@@ -285,6 +301,8 @@ _NOT_REACHED = "the case ended before that"
 _NO_METRIC = "the workload has no metric (`has_metric`)"
 _NO_TRAINING = "timing-only process (`repeat` above 0), or the case ended before that"
 _NO_TIMING = "timing was off (`--benchmark-disable`), or the case ended before that"
+_NO_PIPELINE = "the data is arrays, or the case ended before that"
+_NO_INPUT = "the data is arrays, too many batches had shapes that would have been compiled while they were timed, timing was off (`--benchmark-disable`), or the case ended before that"
 _NO_PROFILE = "no GPU, the profiler recorded none of its kernels or is in use by the workload (the reason says which), timing was off, or the case ended before that"
 _NO_FLOPS = "`flops_per_step` is empty, timing was off, or the case ended before that; on a CPU also in modes below float32, which most CPUs emulate"
 _NO_PEAK = "no GPU, a MIG instance, or mpscale knows no peak of the GPU in this precision"
@@ -343,7 +361,11 @@ SECTIONS: tuple[Section, ...] = (
             _measured("tf32", "bool", "", "whether float32 products may be rounded to TF32, read back from TensorFlow", "the device has no TF32"),
             _measured("gpu_allocator", "str", "", "TensorFlow's allocator: `cuda_malloc_async`, or `bfc` (with growth) if that does not work or was requested", "on a CPU", Cell(Sheet.MEMORY_PARTS, 9, "allocator", Over.EACH)),
             _measured("autotuning", "str", "", "`tuned`: XLA timed candidates for its kernels in this process; `reused`: it was given the results of an earlier one (`--mp-autotune shared`) and timed only what they lack", "on a CPU, without XLA (`--mp-jit off`), if `XLA_FLAGS` turns autotuning off, or the case ended before the first step"),
-            _measured("batch_size", "int", "examples", "examples per step", _NOT_REACHED),
+            _measured("batch_size", "int", "examples", "examples per step; of a pipeline, in its first batch", _NOT_REACHED),
+            _measured("input_kind", "str", "", "`arrays`, which lie on the device; `tf.data` or `PyDataset`: a pipeline", _NOT_REACHED),
+            _measured("input_passes", "str", "", "two passes over the first batches of a pipeline, made anew with the same seed: `same`; `reshuffled`: they differ, but the pipeline is one object that was only gone through twice; `allowed`: the same, and later ones may differ (deterministic=False); `differ`: they differ, which deterministic=False allows", _NO_PIPELINE),
+            _measured("input_shapes", "int", "", "shapes of the batches of the training; XLA compiles a program for each, the first in `first_step_s`, others in `train_wall_time_s`", _NOT_REACHED),
+            _measured("input_batches", "str", "", "the shapes of a pipeline's batches and how often each came, the four most frequent by name: the smaller last batch of an epoch is trained, as in fit", _NO_PIPELINE),
             _measured("optimizer", "str", "", "class of the wrapped Keras optimizer", _NOT_REACHED),
             _measured("parameters", "int", "", "trainable parameters of the model", _NOT_REACHED),
             _measured("synthetic_inputs", "bool", "", "whether inputs and labels are drawn at random, so that there is nothing to learn and no accuracy; throughput, memory, overflow and loss are as real as any", _NOT_REACHED),
@@ -355,12 +377,14 @@ SECTIONS: tuple[Section, ...] = (
         "Same training in every mode?",
         (
             _measured("initial_weights_digest", "str", "", "SHA-256 over the initial weights, first 16 hex digits; checked equal over the modes of a seed", _NOT_REACHED),
-            _measured("data_order_digest", "str", "", "SHA-256 over the order of the examples, first 16 hex digits; checked equal over the modes of a seed", _NOT_REACHED),
-            _measured("data_digest", "str", "", "SHA-256 over all examples and labels, first 16 hex digits; checked equal over the modes of a seed", _NOT_REACHED),
+            _measured("data_order_digest", "str", "", "SHA-256 over the order of the examples, first 16 hex digits; of a pipeline, over all batches of the training and those of the final evaluation (structure, dtypes, shapes, bytes); checked equal over the modes of a seed unless the pipeline says deterministic=False", "the training of a pipeline ended before its last step, or " + _NOT_REACHED),
+            _measured("first_batches_digest", "str", "", "the same over the first batches of a pipeline (8, or fewer beyond 512 MiB), before the training; checked likewise", _NO_PIPELINE),
+            _measured("data_digest", "str", "", "SHA-256 over all examples and labels, first 16 hex digits; of a pipeline, over structure, dtypes, shapes and number of its batches, which do not depend on the seed; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("model_digest", "str", "", "SHA-256 over the configs of the model and of its layers at any depth, without names and dtypes, and the shapes of its weights, first 16 hex digits; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("optimizer_config", "str", "", "class, settings and learning rate of the optimizer as JSON, for a schedule the rates at some steps; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("loss_inputs", "str", "", "dtype and shape of a batch of labels and shape of a batch of outputs; checked equal over the modes of a seed", _NOT_REACHED),
             _measured("loss_probe", "float", "", "the loss for the first batch's labels and outputs that are the same in every mode (multiples of 1/64 between 0 and 1, drawn with seed 17), on the CPU; checked equal to 1e-4 over the modes of a seed", "it was not finite, or the loss uses random numbers, changes variables, computes in less than float32 or does not run by itself; or the case ended before that"),
+            _measured("random_draws", "str", "", "SHA-256 over the random numbers that the operations of the train step draw from one seed, compiled as the step is: which of them are above the median, first 16 hex digits. If two modes differ in it, so do their dropout masks or noise; reported, not refused", "the train step draws none, or with operations whose numbers depend on more than a seed; or the case ended before that"),
             _measured("step_operations", "str", "", "products, activations, poolings and draws of random numbers of the traced train step by kind; checked equal over the modes of a seed", "there are none, or the case ended before that"),
         ),
     ),
@@ -409,10 +433,12 @@ SECTIONS: tuple[Section, ...] = (
         (
             _measured("step_time_ms_median", "float", "ms", "median over the blocks of (time of a block / its steps), in steady state; the one number of this process", _NO_TIMING, Cell(Sheet.TIMING, 1, "processes", Over.KNOWN), Cell(Sheet.TIMING, 8, "ms per step"), positive=True),
             _measured("step_time_ms_one_per_call", "float", "ms", "`step_time_ms_median` of a quarter as many blocks, timed after them in the same process, with one step per call instead of `steps_per_call`: the difference is what starting single steps costs", "every call took one step; " + _NO_TIMING, Cell(Sheet.TIMING, 9, "ms with one step per call"), positive=True),
+            _measured("step_time_ms_with_input", "float", "ms", "time of all blocks over their steps, so a mean, with batches from the pipeline: after the timing, in the same process, for as long again. `step_time_ms_median` shows the first batches in turn, which lie on the device", _NO_INPUT, positive=True),
+            _measured("input_wait_share", "float", "share", "1 - `step_time_ms_median` / `step_time_ms_with_input`: the share of a step in which the device waits for its batch; 0 if the step with input was not longer", _NO_INPUT),
             _measured("step_time_ms_p10", "float", "ms", "10th percentile over the blocks", _NO_TIMING),
             _measured("step_time_ms_p90", "float", "ms", "90th percentile over the blocks", _NO_TIMING),
             _measured("step_time_ms_per_applied", "float", "ms", "time of all blocks over the steps applied in them, so a mean, and slow blocks count in full; `step_time_ms_median` is a median, which they hardly move. A skipped step is cheaper and gains nothing", "the mode checks no gradient, no step was applied, or timing was off", Cell(Sheet.TIMING, 3, "mean ms per applied step")),
-            _measured("examples_per_s", "float", "1/s", "`batch_size` / `step_time_ms_median`", _NO_TIMING, positive=True),
+            _measured("examples_per_s", "float", "1/s", "examples per timed step (`batch_size`; of a pipeline, of its larger batches) / `step_time_ms_median`", _NO_TIMING, positive=True),
             _measured("timed_blocks", "int", "blocks", "blocks timed, one synchronisation each", _NO_TIMING, Cell(Sheet.TIMING, 2, "blocks", Over.SUM)),
             _measured("timed_steps", "int", "steps", "steps in them", _NO_TIMING),
             _measured("timed_overflow_steps", "int", "steps", "steps with a non-finite gradient in them; not in `overflow_steps`", _NO_CHECK + "; or timing was off"),
@@ -569,6 +595,16 @@ SUMMARY: tuple[Column, ...] = (
     _known("speedup_device_tf32_low", "float", "", "lower end of its paired interval", "one pair, or tf32 itself"),
     _known("speedup_device_tf32_high", "float", "", "upper end of its paired interval", "one pair, or tf32 itself"),
     _known("speedup_device_tf32_pairs", "int", "", "the number of pairs; for tf32 itself, of processes"),
+    _known("step_time_ms_with_input", "float", "ms", "geometric mean over processes of seeds that ended well", "the data is arrays, or no process has it"),
+    _known("input_wait_share", "float", "share", "median over processes", "as above"),
+    _known("speedup_with_input_fp32", "float", "", "geometric mean of fp32's `step_time_ms_with_input` / the mode's, paired by seed and repeat, of seeds that ended well: what a training gains that takes its batches from the pipeline", "as above, or in no pair of processes"),
+    _known("speedup_with_input_fp32_low", "float", "", "lower end of its paired interval", "one pair, or fp32 itself"),
+    _known("speedup_with_input_fp32_high", "float", "", "upper end of its paired interval", "one pair, or fp32 itself"),
+    _known("speedup_with_input_fp32_pairs", "int", "", "the number of pairs; for fp32 itself, of processes"),
+    _known("speedup_with_input_tf32", "float", "", "the same for tf32", "as above, or in no pair of processes"),
+    _known("speedup_with_input_tf32_low", "float", "", "lower end of its paired interval", "one pair, or tf32 itself"),
+    _known("speedup_with_input_tf32_high", "float", "", "upper end of its paired interval", "one pair, or tf32 itself"),
+    _known("speedup_with_input_tf32_pairs", "int", "", "the number of pairs; for tf32 itself, of processes"),
     _known("headline_baseline", "str", "", "what a user would have had by default: tf32 if it was timed, else fp32"),
     _known("gpu_memory_mib", "float", "MiB", "largest `gpu_memory_nvml_peak_mib` of any process of a seed that ended well", "no process has it"),
     _known("gpu_memory_processes", "int", "", "processes that have it"),
@@ -598,6 +634,8 @@ SUMMARY: tuple[Column, ...] = (
     _known("metric_verdict", "str", "", "`non-inferior`: a loss of the workload's margin is ruled out, in all seeds; `worse`: a loss beyond it is shown, or a seed was lost (diverged, stalled, no finite metric) that was not in fp32; else `inconclusive`", "fp32 itself, no fp32 was to be trained, or the workload has no metric and no seed was lost"),
     _known("metric_reason", "str", "", "the reason of the verdict, if the numbers do not show it", "they show it"),
     _known("metric_left_out", "str", "", "seeds of this mode or fp32 that are not in a pair, with the reason", "all are in one"),
+    _known("same_draws", "bool", "", "whether the train steps draw the same random numbers as those of fp32 (tf32 in a run without it), by `random_draws`, in all seeds", "they draw none, it is not known, or fp32 itself"),
+    _known("same_batches", "bool", "", "whether the trainings saw the same batches of a pipeline as those of fp32 (tf32 in a run without it), by `data_order_digest`, in all seeds", "the data is arrays, a training ended early, or fp32 itself"),
     _known("metric_seeds_needed", "int", "", "seeds needed for a verdict if mean and spread stay the same", "there is a verdict, or a single seed gives no spread"),
     _known("target_reached", "int", "", "seeds that reached the workload's target and ended well", "it has none"),
     _known("steps_to_target", "float", "steps", "median over the seeds that reached it", "none did"),

@@ -240,6 +240,13 @@ class NotKept(Event, name="not-kept"):
 
 
 @dataclass(frozen=True)
+class Remarked(Event, name="remark"):
+    """What else to know about the case, for the column ``note``."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Finished(Event, name="done"):
     """The case came to its end, with this status. The last message."""
 
@@ -285,7 +292,19 @@ class Noted(Event, name="noted"):
 Progressed = PhaseReached | StepsDone | Looked | Again | Noted
 """What is shown as progress."""
 
-WORKER_EVENTS = (Values, Missed, PhaseReached, StepsDone, Looked, Blocks, EnergySteps, NotKept, Finished, Failed)
+WORKER_EVENTS = (
+    Values,
+    Missed,
+    PhaseReached,
+    StepsDone,
+    Looked,
+    Blocks,
+    EnergySteps,
+    NotKept,
+    Remarked,
+    Finished,
+    Failed,
+)
 """What a worker sends."""
 
 

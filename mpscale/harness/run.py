@@ -16,7 +16,7 @@ from typing import Any
 from mpscale.core import stopping
 from mpscale.core.case import Case
 from mpscale.core.cause import Cause
-from mpscale.core.columns import FAILED, MEASURED, Topic, measured_columns
+from mpscale.core.columns import FAILED, MAY_DIFFER, MEASURED, Topic, measured_columns
 from mpscale.core.device import Device
 from mpscale.core.file_errors import in_words
 from mpscale.core.mode import MODES
@@ -254,6 +254,7 @@ def _told(record: Record) -> str:
 
 _COMPARED = {
     "initial_weights_digest": "initial weights",
+    "first_batches_digest": "first batches of the pipeline",
     "data_order_digest": "order of the data",
     "data_digest": "data",
     "model_digest": "model",
@@ -265,6 +266,10 @@ _COMPARED = {
     "workload_digest": "workload digest",
 }
 """What is compared, by column. The workload digest depends on the others, and is named only if they are equal."""
+
+_OF_PASSES = ("first_batches_digest", "data_order_digest")
+_OF_FIRST_BATCH = ("loss_inputs", "loss_probe")
+"""What a pipeline may be allowed to change from pass to pass, and figures of its first batch; the report says so."""
 
 _SAME_LOSS = 1e-4
 """The largest relative difference between sums of the same loss that are taken in different orders."""
@@ -303,20 +308,30 @@ class SameStart:
         differing = self._compare(case.group, case.place[1], record)
         if not differing:
             return None
-        text = "; ".join(f"not the same training as {mode}: other {', '.join(it)}" for mode, it in differing.items())
+        told = {mode: ", ".join(texts.values()) for mode, texts in differing.items()}
+        text = "; ".join(f"not the same training as {mode}: other {texts}" for mode, texts in told.items())
+        if record["input_passes"] is not None and any(texts.keys() & set(_OF_PASSES) for texts in differing.values()):
+            return (
+                f"{text}. The pipeline gave other batches in each process: make it, and everything random in it, in a "
+                "function (Pipeline(train=function)), with seeds, or allow it with Pipeline(..., deterministic=False)"
+            )
         return f"{text}. Modes may only differ in precision: the workload must not ask for the mode or its policy"
 
-    def _compare(self, group: tuple[str, int, int], mode: str, record: Record) -> dict[str, list[str]]:
-        """Return what differs from earlier modes of the group, by mode."""
+    def _compare(self, group: tuple[str, int, int], mode: str, record: Record) -> dict[str, dict[str, str]]:
+        """Return what differs from earlier modes of the group, in words by mode and column."""
         first = self._first.setdefault(group, {})
-        differing: dict[str, list[str]] = {}
+        differing: dict[str, dict[str, str]] = {}
+        skipped = (*_OF_PASSES, *_OF_FIRST_BATCH) if record["input_passes"] in MAY_DIFFER else ()
         for name, what in _COMPARED.items():
             value = record[name]
+            if name in skipped:
+                continue
             if value is None or (name == "workload_digest" and differing):
                 continue
             other_mode, other = first.setdefault(name, (mode, value))
             if not _equal(value, other):
-                differing.setdefault(other_mode, []).append(f"{what} ({_contrast(name, value, other, other_mode)})")
+                text = f"{what} ({_contrast(name, value, other, other_mode)})"
+                differing.setdefault(other_mode, {})[name] = text
         return differing
 
 

@@ -389,6 +389,8 @@ class _Conversation:
                         yield event
                     case wire.NotKept(what, why):
                         self._outcome.note_not_kept(what, why)
+                    case wire.Remarked(text):
+                        self._outcome.record.note(_one_line(text))
                     case wire.Finished(status, reason, runtime):
                         # What was measured is valid, even if the process then fails on its way out.
                         self._outcome.runtime = runtime

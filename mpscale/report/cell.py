@@ -113,6 +113,8 @@ def chips(cell: Cell) -> list[str]:
     found += [told[doubt] for doubt in cell.doubts]
     if _did_not_all_end(row) and not cell.unsupported:
         found.append(_endings(row))
+    if cell.input_bound:
+        found.append(f"waits for input {share(row['input_wait_share'])}")
     if row["two_level_processes"]:
         found.append(f"two levels in {plural(row['two_level_processes'], 'process')}")
     return found

@@ -9,7 +9,7 @@ from mpscale.analysis.noise_floor import NO_FLOORS, Floors
 from mpscale.analysis.probe import Kept
 from mpscale.analysis.summary import summary_of
 from mpscale.core.runs import Run
-from mpscale.report import costs, lint, probe_tables, sections, sweep, trouble
+from mpscale.report import costs, lint, pipelines, probe_tables, sections, sweep, trouble
 from mpscale.report.about import facts, when
 from mpscale.report.findings import findings
 from mpscale.report.first_screen import Screen, first_screen, markdown
@@ -92,6 +92,7 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
         Section("Scales of float8", float8(run)),
         Section("Gradient range", probe_tables.section(probes)),
         Section("Workloads without a metric", sections.without_metric(run), group="Throughput and loss"),
+        Section("Input pipelines", pipelines.pipelines(run), group="Input"),
         Section("Timing quality", costs.timing(run, floors), group="Timing"),
         Section("Memory", costs.memory(run), group="Memory"),
         Section("GPU memory by part (MiB)", costs.memory_parts(run), group="GPU memory by part (MiB)"),

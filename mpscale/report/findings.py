@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from mpscale.analysis.answer import speed_verdict
+from mpscale.analysis.answer import is_input_bound, speed_verdict
 from mpscale.analysis.claim import Doubt, busy_share, doubts_of
 from mpscale.analysis.quantities import Verdict
 from mpscale.analysis.summary import Row, summary_of
@@ -123,7 +123,8 @@ def _workload(group: Sequence[Row], rows: Sequence[Row], told: bool) -> str:
         rows: all rows of the run.
         told: whether the paragraph above has already said which cases did not end well.
     """
-    parts = ["; ".join(_speed(group, rows)), *_quality(group), *_overflow(group), *_memory(group), *_cases(group, told)]
+    parts = ["; ".join(_speed(group, rows)), "; ".join(_input(group)), *_quality(group)]
+    parts += [*_draws(group), *_overflow(group), *_memory(group), *_cases(group, told)]
     first, *others = [part for part in parts if part] or ["nothing was measured"]
     # What comes first may begin with the name of a mode.
     return ". ".join([first, *(f"{part[:1].upper()}{part[1:]}" for part in others)])
@@ -181,6 +182,21 @@ def _speed(group: Sequence[Row], rows: Sequence[Row]) -> Iterator[str]:
         if doubts and (profiled := [row for row in some if row[f"speedup_device_{baseline}"] is not None]):
             ratios = _range([row[f"speedup_device_{baseline}"] for row in profiled])
             yield f"by GPU time alone {_modes(profiled)} {_are(profiled)} {ratios} times the speed of {baseline}"
+
+
+def _input(group: Sequence[Row]) -> Iterator[str]:
+    """Say what the modes gain with the input pipeline, and how long the device waits for it."""
+    fed = [row for row in group if row["step_time_ms_with_input"] is not None]
+    for baseline, some in _groups(fed, lambda row: row["headline_baseline"]).items():
+        waits = _range([100 * row["input_wait_share"] for row in some], 0)
+        said = f"the device waits for input {waits} % of a step in {_modes(some)}"
+        yield said
+        claimed = [row for row in some if row[f"speedup_with_input_{baseline}"] and not doubts_of(row, baseline)]
+        if claimed:
+            ratios = _range([row[f"speedup_with_input_{baseline}"] for row in claimed])
+            yield f"with that wait, training in {_modes(claimed)} is {ratios} times as fast as in {baseline}"
+        if bound := [row for row in some if is_input_bound(row)]:
+            yield f"{_modes(bound)} {_are(bound)} input-bound: mixed precision cannot help until the pipeline is faster"
 
 
 def _pairs(row: Row) -> str:
@@ -249,6 +265,14 @@ def _reason(row: Row) -> str:
         return str(row["metric_reason"])
     told = row["left_out"] or row["metric_left_out"] or row["metric_verdict"] is Verdict.INCONCLUSIVE
     return metric_why(row) if told else ""
+
+
+def _draws(group: Sequence[Row]) -> Iterator[str]:
+    """Say where random numbers or batches differ from the baseline's: they are part of a difference in the metric."""
+    for column, what in (("same_draws", "dropout masks or other random draws"), ("same_batches", "the batches seen")):
+        if differ := [row for row in group if row[column] is False]:
+            noise = "metric differences include that noise"
+            yield f"{what} in {_modes(differ)} are not those of the baseline: {noise}"
 
 
 def _overflow(group: Sequence[Row]) -> Iterator[str]:

@@ -132,6 +132,8 @@ def _said(answer: Answer, run: Run) -> tuple[str, Effect]:
             if small := [cell for cell in answer.serious if cell.saves_memory and not cell.is_worse]:
                 saved = _times([cell.row["gpu_memory_ratio"] for cell in small])
                 return f"No for speed on this {here}, but {saved} the memory.", Effect.UNKNOWN
+            if Weakness.INPUT_BOUND in answer.weaknesses:
+                return "No, not with this input pipeline: training waits for its batches.", Effect.BAD
             return f"No, not on this {here}.", Effect.BAD
         case Worth.NOT_SHOWN:
             if any(cell.speed is Verdict.FASTER and not cell.is_worse for cell in answer.serious):
@@ -153,7 +155,9 @@ def _how(answer: Answer) -> str:
     which = which if answer.mode is not None or len(cells) == 2 else "with different modes"
     ratios = [cell.ratio for cell in cells if cell.ratio is not None and cell.speed is Verdict.FASTER]
     if ratios:
-        return f"{_times(ratios)} as fast {which}"
+        fed = [cell.with_input for cell in cells if cell.with_input is not None]
+        with_input = f" ({_times(fed)} with the input pipeline)" if fed else ""
+        return f"{_times(ratios)} as fast {which}{with_input}"
     unknown = "; its speed is not known" if any(not cell.claimed for cell in cells) else ""
     return f"{_times([cell.row['gpu_memory_ratio'] for cell in cells])} the memory {which}{unknown}"
 
@@ -217,7 +221,9 @@ def _buys(answer: Answer) -> Card:
         told = [f"{found} {WORDS[word]}" for word, found in counts.items() if found]
         rest = len(claimed) - sum(counts.values())
         told += [f"{rest} unclear"] if rest else []
-        details += [f"the speed of {_baseline(answer)}", f"of {plural(len(claimed), 'row')}: {', '.join(told)}"]
+        fed = [cell.with_input for cell in claimed if cell.with_input is not None]
+        details += [f"the speed of {_baseline(answer)}", *([f"{_times(fed)} with the input pipeline"] if fed else [])]
+        details += [f"of {plural(len(claimed), 'row')}: {', '.join(told)}"]
     else:
         details.append(f"no claim about the speed: {_main_reason(answer)}")
     for column, what in (("gpu_memory_ratio", "the peak GPU memory"), ("gpu_energy_ratio", "the GPU energy")):
@@ -329,6 +335,7 @@ def _weak_points(weaknesses: Mapping[Weakness, int], rows: int, worth: Worth) ->
         Weakness.ONE_PROCESS: lambda n: f"one process, so no interval: {of_rows(n)}",
         Weakness.IDLE: lambda n: f"the GPU was idle for most of a step: {of_rows(n)}",
         Weakness.DISPATCH: lambda n: f"Python took most of a step: {of_rows(n)}",
+        Weakness.INPUT_BOUND: lambda n: f"training waits for its input, so it gains no speed: {of_rows(n)}",
         Weakness.BUSY: lambda n: f"other processes kept the machine busy: {of_rows(n)}",
         Weakness.BASELINE_LOST: lambda n: f"{plural(n, 'training')} in float32 diverged or stalled",
         Weakness.BASELINE_OOM: lambda n: f"fp32 ran out of memory, so nothing to compare with: {of_rows(n)}",
@@ -365,6 +372,11 @@ def _advice(answer: Answer, run: Run) -> str:
         case Advice.STAY:
             small = any(cell.saves_memory and not cell.is_worse for cell in answer.serious)
             stay = f"Stay with float32 on this {place(run)}{', unless memory is short' if small else ''}."
+            if Weakness.INPUT_BOUND in answer.weaknesses:
+                bound = [cell.ratio for cell in answer.serious if cell.input_bound and cell.ratio is not None]
+                stay += (
+                    f" Make the input pipeline faster first: on the device alone, a step is {_times(bound)} as fast."
+                )
             if mode is None:
                 return stay
             evidence = _evidence([found[mode] for found in answer.cells.values() if mode in found])

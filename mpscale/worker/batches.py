@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
+
+
+class Source(Protocol):
+    """What a train step needs to get its batches."""
+
+    position: tf.Variable
+    """How many batches have been taken, int64, on the device."""
+    cycle: int
+    """So many batches are shown in turn and are not alike; 1 if all cost the same."""
+
+    @property
+    def tensors(self) -> list[Any]:
+        """All that lies on the device, apart from the position."""
+
+    @property
+    def specs(self) -> tuple[Any, ...]:
+        """What :meth:`arguments` returns first, as specifications."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments of the next step."""
+
+    def take(self, *arguments: Any) -> Any:
+        """Return the batch of a step; part of the step."""
 
 
 class Batches:
@@ -16,6 +39,9 @@ class Batches:
         examples: a structure of arrays, each (examples, ...), such as ``(x, y)``.
         order: indices into all of them, int64 (steps, batch); after the last row the first comes again.
     """
+
+    cycle = 1
+    specs: tuple[Any, ...] = ()
 
     def __init__(self, examples: Any, order: npt.NDArray[np.int64]) -> None:
         # int64 throughout: TensorFlow keeps the int32 tensors of a GPU program in host memory.
@@ -28,7 +54,11 @@ class Batches:
         """All that lies on the device, apart from the position."""
         return [*tf.nest.flatten(self._examples), self._order]
 
-    def take(self) -> Any:
+    def arguments(self) -> tuple[Any, ...]:
+        """None: a step finds its batch on the device."""
+        return ()
+
+    def take(self, *_: Any) -> Any:
         """Return the next batch, of the structure of the examples; part of the train step."""
         # tf.gather and not order[position]: indexing with a tensor in Python's slice syntax recompiles at every step.
         batch = tf.gather(self._order, self.position % self._order.shape[0])

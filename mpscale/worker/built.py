@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -17,9 +18,15 @@ from mpscale.core.columns import LARGEST, Topic, measured_columns
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.core.wire import Channel
+from mpscale.core.wire import Channel, Remarked
+from mpscale.worker import compiled as compiling
 from mpscale.worker import model as models
-from mpscale.worker.batches import Batches
+from mpscale.worker.batches import Batches, Source
+from mpscale.worker.compiled import CompiledModel
+from mpscale.worker.course import Course
+from mpscale.worker.feed import Feed
+from mpscale.worker.fit_evaluator import FitEvaluator, Judge
+from mpscale.worker.fit_update import FitUpdate
 from mpscale.worker.float8 import Float8
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic
@@ -28,7 +35,8 @@ from mpscale.worker.scaler import scaler_for
 from mpscale.worker.step import TrainStep
 from mpscale.worker.training import batches
 from mpscale.worker.update import Update
-from mpscale.workloads import Data, Workload, registry
+from mpscale.workloads import Data, Pipeline, Workload, registry
+from mpscale.workloads.data import Structure, leaves, length, taken
 
 _OF_A_METRIC = (
     *measured_columns(Topic.RESULT),
@@ -36,6 +44,8 @@ _OF_A_METRIC = (
     "time_to_target_s",
 )
 """Columns that a workload without a metric does not have."""
+
+_EPOCH = 100  # steps, of a pipeline of unknown length
 
 NO_TARGET = Reason(Code.NOT_IN_WORKLOAD, "the workload has no target")
 
@@ -45,11 +55,17 @@ class Built:
     """What a case trains.
 
     Args:
+        data: of a pipeline, its first batches.
         order: of the data, indices (steps, batch).
+        feed: the pipeline; None for arrays.
         optimizer: the workload's, without the mode's loss scaling.
         optimizer_config: describes the optimizer as it was before the mode wrapped it.
+        objective: the workload's loss; None if the model is compiled, and so has one.
         noted_loss: the objective as the train step calls it.
         float8: the layers that compute in float8; None in other modes.
+        compiled: the model as it was compiled; None if the workload trains it.
+        course: the callbacks of a compiled model; None if there are none.
+        judge: the metric of a compiled model; None until a train step has been traced (:func:`judged`).
     """
 
     case: Case
@@ -58,10 +74,14 @@ class Built:
     order: npt.NDArray[np.int64]
     optimizer: keras.optimizers.Optimizer
     optimizer_config: dict[str, Any]
-    objective: Objective
-    noted_loss: NotedLoss
+    objective: Objective | None
+    noted_loss: NotedLoss | None
     step: TrainStep
     float8: Float8 | None
+    compiled: CompiledModel | None = None
+    course: Course | None = None
+    judge: Judge | None = None
+    feed: Feed | None = None
 
     @property
     def model(self) -> keras.Model:
@@ -75,6 +95,34 @@ class Built:
     def batch(self) -> int:
         return self.order.shape[1]
 
+    def build_again(self) -> keras.Model:
+        """Make and build the workload's model once more, under the policy that is set now."""
+        examples = taken(self.data.train_x, self.order[0])
+        if self.compiled is None:
+            model = models.make_model(self.workload.model)
+            models.build_model(model, examples)
+        else:
+            model = compiling.make(self.workload.model).model
+            compiling.build_weights(model, examples)
+        return model
+
+    def loss_columns(self) -> Findings:
+        """The columns of a record about the loss, once a train step has been traced."""
+        if self.noted_loss is not None:
+            return self.noted_loss.columns(self.data.train_y[self.order[0]])
+        if self.feed is not None:
+            batch = self.feed.first_arrays()
+        else:
+            parts = (None if part is None else taken(part, self.order[0]) for part in self.data.train)
+            batch = compiling.as_fed(*parts)
+        named = zip(("inputs", "labels", "weights"), keras.utils.unpack_x_y_sample_weight(batch), strict=True)
+        given = [f"{what} {_shapes(part)}" for what, part in named if part is not None]
+        found = Findings({"loss_inputs": "; ".join(given)})
+        found.miss(
+            ["loss_probe"], Reason(Code.NOT_COMPARABLE, "the loss is part of the model, and does not run by itself")
+        )
+        return found
+
 
 def build(case: Case, arithmetic: Arithmetic, channel: Channel, workload: Workload | None = None) -> Built:
     """Make everything that is trained. The device must be ready, since a user's module may use it on import.
@@ -84,47 +132,194 @@ def build(case: Case, arithmetic: Arithmetic, channel: Channel, workload: Worklo
     workload = workload or registry.get(case.workload)
     settings = case.settings.suited_to(workload.growth_interval)
     case = replace(case, settings=settings)
-    data = workload.data()
-    if not isinstance(data, Data):
+    if workload.compiled is not None:
+        # As it would be at the top of a script: what makes the data may draw random numbers.
+        keras.utils.set_random_seed(case.seed)
+    given: Any = workload.data()
+    steps, feed = settings.train_steps or workload.train_steps, None
+    if isinstance(given, Pipeline):
+        feed = _feed(given, workload, case, steps)
+        data = feed.sample()
+    elif isinstance(given, Data):
+        data = given
+    else:
         raise TypeError(
-            f"the data function of {case.workload} must return an mpscale.Data of NumPy arrays, not a "
-            f"{type(data).__name__}"
+            f"the data function of {case.workload} must return an mpscale.Data of NumPy arrays or an mpscale.Pipeline, "
+            f"not a {type(given).__name__}"
         )
-    batch, steps = settings.batch_size or workload.batch_size, settings.train_steps or workload.train_steps
-    order = batches(len(data.train_x), batch, steps, case.seed, settings.repeat_data)
+    if workload.compiled is None and data.train_y is None:
+        raise ValueError("the data has no train_y, which the workload's loss compares with what the model returns")
+    if workload.compiled is None and not data.is_plain:
+        raise ValueError(
+            "the data is more than an array of examples and one of labels, but this workload has a loss of one output; "
+            f"{models.COMPILE_IT}"
+        )
+    if feed is not None:
+        # Of a pipeline, the order is only used to find the first batch.
+        order = np.broadcast_to(np.arange(feed.batch), (steps, feed.batch))
+    else:
+        batch = settings.batch_size or workload.batch_size
+        order = batches(data.examples, batch, steps, case.seed, settings.repeat_data)
     start = time.perf_counter()
     # Set the seed just before the model is built: loading data may draw random numbers, but not in every process.
     keras.utils.set_random_seed(case.seed)
     arithmetic.settle()
+    make = _of_compiled if workload.compiled is not None else _of_workload
+    built = make(case, workload, data, order, feed, arithmetic, channel)
+    channel.values({"build_time_s": time.perf_counter() - start})
+    return built
+
+
+def _of_workload(
+    case: Case,
+    workload: Workload,
+    data: Data,
+    order: npt.NDArray[np.int64],
+    feed: Feed | None,
+    arithmetic: Arithmetic,
+    channel: Channel,
+) -> Built:
+    """What a workload trains with its own loss and optimizer."""
+    settings, batch = case.settings, order.shape[1]
     model = models.make_model(workload.model)
     arithmetic.look("the workload's model function")
-    models.build_model(model, data.train_x[:batch] if batch <= len(data.train_x) else data.train_x[order[0]])
+    models.build_model(model, data.train_x[:batch] if batch <= data.examples else data.train_x[order[0]])
     float8 = Float8(model) if MODES[case.mode].float8 else None
     optimizer = models.make_optimizer(workload.optimizer)
     arithmetic.look("the workload's optimizer function")
-    optimizer_config = models.optimizer_description(optimizer, steps)
+    optimizer_config = models.optimizer_description(optimizer, len(order))
     scaler = scaler_for(MODES[case.mode], optimizer, settings)
     objective = Objective(workload.loss, data.train_y)
     loss = NotedLoss(objective)
     kind, update = ProbeStep if settings.looks else TrainStep, Update(model, scaler, loss)
-    step = kind(update, Batches((data.train_x, data.train_y), order), settings.jit, settings.steps_per_call)
-    channel.values({"build_time_s": time.perf_counter() - start})
-    return Built(case, workload, data, order, optimizer, optimizer_config, objective, loss, step, float8)
+    shown = feed or Batches((data.train_x, data.train_y), order)
+    step = kind(update, shown, settings.jit, settings.steps_per_call)
+    return Built(case, workload, data, order, optimizer, optimizer_config, objective, loss, step, float8, feed=feed)
+
+
+def _feed(pipeline: Pipeline, workload: Workload, case: Case, steps: int) -> Feed:
+    """The batches of a pipeline.
+
+    Raises:
+        ValueError: the case asks for what only arrays can do.
+    """
+    settings, compiled = case.settings, workload.compiled
+    asked = {
+        "another batch size (--mp-batch-size, --mp-batch-sizes, mpscale fit)": settings.batch_size is not None,
+        "several steps per call (--mp-steps-per-call)": settings.steps_per_call != 1,
+    }
+    if refused := [what for what, is_asked in asked.items() if is_asked]:
+        raise ValueError(
+            f"{case.workload} has a pipeline, which batches its data itself, so {' and '.join(refused)} cannot be "
+            "used; leave it out, change .batch(n) in the pipeline, or return an mpscale.Data of arrays"
+        )
+    class_weight = None if compiled is None else compiled.class_weight
+    return Feed(pipeline, workload.data, case.seed, steps, class_weight)
+
+
+def _of_compiled(
+    case: Case,
+    workload: Workload,
+    data: Data,
+    order: npt.NDArray[np.int64],
+    feed: Feed | None,
+    arithmetic: Arithmetic,
+    channel: Channel,
+) -> Built:
+    """What a compiled model trains by its own train_step."""
+    assert workload.compiled is not None
+    steps, batch = order.shape
+    epoch = data.examples // batch if feed is None else feed.epoch_steps or _EPOCH
+    workload = replace(workload, evaluate_every=workload.evaluate_every or max(epoch, 1))
+    compiled = compiling.make(workload.model)
+    arithmetic.look("the workload's model function")
+    model = compiled.model
+    if data.train_y is None and model.loss is not None and not models.overrides(model, "train_step"):
+        raise ValueError("the model is compiled with a loss, but train has no labels to compare with: give (x, y)")
+    compiling.build_weights(model, taken(data.train_x, order[0]))
+    float8 = Float8(model) if MODES[case.mode].float8 else None
+    case, remarks = _asked_by(compiled, case)
+    if feed is not None and case.settings.steps_per_call != 1:
+        remarks.append("one step per call, although the model has steps_per_execution: a step takes one batch")
+        case = replace(case, settings=replace(case.settings, steps_per_call=1))
+    for remark in (*compiled.notes, *remarks):
+        channel.send(Remarked(remark))
+    channel.values({"jit": case.settings.jit, "steps_per_call": case.settings.steps_per_call})
+    configs = {name: models.optimizer_description(each, steps) for name, each in compiled.optimizers.items()}
+    scalers = {name: scaler_for(MODES[case.mode], each, case.settings) for name, each in compiled.optimizers.items()}
+    on_trace = float8.forget_calls if float8 is not None else lambda: None
+    if feed is None:
+        fed = compiling.as_fed(*data.train)
+        first = taken(fed, order[0])
+        shown: Source = Batches(fed, order)
+    else:
+        first, shown = feed.first[0], feed
+    update = FitUpdate(model, scalers, first, on_trace)
+    used = update.optimizers
+    config = configs[used[0]] if len(used) == 1 else {name: configs[name] for name in used}
+    kind = ProbeStep if case.settings.looks else TrainStep
+    step = kind(update, shown, case.settings.jit, case.settings.steps_per_call)
+    course = None
+    if workload.compiled.callbacks is not None:
+        course = Course(workload.compiled.callbacks(), model, steps, workload.evaluate_every)
+        arithmetic.look("the workload's callbacks function")
+    optimizer = compiled.optimizers[used[0]]
+    return Built(case, workload, data, order, optimizer, config, None, None, step, float8, compiled, course, feed=feed)
+
+
+def _asked_by(compiled: CompiledModel, case: Case) -> tuple[Case, list[str]]:
+    """The case with what the model was compiled with, unless an option says otherwise; and what to say about that."""
+    settings, remarks = case.settings, []
+    if compiled.jit is False and settings.jit:
+        settings = replace(settings, jit=False)
+        remarks.append("without XLA, because the model is compiled with jit_compile=False")
+    elif compiled.jit and not settings.jit:
+        remarks.append("without XLA, although the model is compiled with jit_compile=True")
+    asked = compiled.steps_per_execution
+    if settings.steps_per_call == 1:
+        settings = replace(settings, steps_per_call=asked)
+    elif asked not in (1, settings.steps_per_call):
+        remarks.append(f"--mp-steps-per-call goes before the {asked} steps_per_execution of the model")
+    return replace(case, settings=settings), remarks
+
+
+def judged(built: Built) -> Built:
+    """The same with the metric by which it is judged; a train step has been traced."""
+    if built.compiled is None or built.workload.compiled is None or not built.workload.compiled.evaluated:
+        return built
+    if built.feed is not None:
+        test_batches, first = built.feed.test, built.feed.first_test
+    else:
+        data, batch = built.data, built.batch
+        fed = compiling.as_fed(*data.test, data.test_weight)
+        examples, first = length(data.test[0]), taken(fed, slice(0, batch))
+
+        def test_batches() -> Iterator[Any]:
+            for start in range(0, examples, batch):
+                yield taken(fed, slice(start, start + batch))
+
+    evaluator = FitEvaluator(built.model, test_batches, built.case.settings.jit, first)
+    judge = Judge(built.workload, built.model, evaluator)
+    return replace(built, workload=judge.workload, judge=judge)
 
 
 def described(built: Built) -> Findings:
     """What is about to be trained, and the digests that have to be the same in every mode."""
     case, workload, model = built.case, built.workload, built.model
-    data_digest = built.data.digest()
+    data_digest = (built.feed or built.data).digest()
     weights = models.weights_of(model.variables)
     parameters = int(sum(np.prod(v.shape) for v in models.weights_of(model.trainable_variables)))
     parts: list[Any] = [
         models.model_config(model),
         models.config_of(built.optimizer) or built.optimizer_config,
-        models.described_object(workload.loss),
+        models.described_object(workload.loss) if built.compiled is None else built.compiled.description(),
         parameters,
         data_digest,
     ]
+    if isinstance(built.step.update, FitUpdate) and len(built.step.update.optimizers) > 1:
+        parts.append(built.optimizer_config)
+    if built.course is not None:
+        parts.append({"callbacks": built.course.description()})
     if workload.metric is not None and not isinstance(workload.metric, FunctionType):
         parts.append(models.described_object(workload.metric))
     if added := built.step.update.added_losses:
@@ -136,7 +331,6 @@ def described(built: Built) -> Findings:
             # The prefix keeps a digest that happens to be all decimal digits from being read as a number.
             "workload_digest": f"sha256:{digest}",
             "data_digest": f"sha256:{data_digest}",
-            "data_order_digest": f"sha256:{models.arrays_digest([built.order])}",
             "initial_weights_digest": f"sha256:{models.arrays_digest(v.numpy() for v in weights)}",
             "model_digest": f"sha256:{models.digest(models.model_description(model))}",
             "optimizer_config": json.dumps(built.optimizer_config),
@@ -148,25 +342,50 @@ def described(built: Built) -> Findings:
             "has_metric": workload.metric is not None,
         }
     )
+    if built.feed is not None:
+        found.add(built.feed.columns())
+    else:
+        found.add(_of_arrays(built.order))
     if workload.metric is None:
         found.miss(_OF_A_METRIC, _no_metric(workload))
         return found
     found.values |= {
         "metric_name": workload.metric_name,
         "metric_higher_is_better": workload.metric_higher_is_better,
-        "test_examples": len(built.data.test[0]),
     }
+    if built.feed is None:
+        found.values["test_examples"] = length(built.data.test[0])
     put(found, "metric_target", workload.target, NO_TARGET)
     put(found, "metric_margin", workload.margin, Reason(Code.NOT_IN_WORKLOAD, "the workload has no margin"))
     return found
 
 
+def _of_arrays(order: npt.NDArray[np.int64]) -> Findings:
+    """What a pipeline would have to show batch by batch."""
+    found = Findings(
+        {"data_order_digest": f"sha256:{models.arrays_digest([order])}", "input_kind": "arrays", "input_shapes": 1}
+    )
+    why = Reason(Code.NOT_IN_WORKLOAD, "the data is arrays, which lie on the device")
+    found.miss(
+        ["first_batches_digest", "input_passes", "input_batches", "step_time_ms_with_input", "input_wait_share"], why
+    )
+    return found
+
+
 def _no_metric(workload: Workload) -> Reason:
     """Why a workload without a metric has none of the figures that follow from it."""
-    why = (
-        "synthetic inputs: no accuracy" if workload.synthetic else "the workload has no metric, so nothing is evaluated"
-    )
+    why = "the workload has no metric, so nothing is evaluated"
+    if workload.compiled is not None:
+        why = "the workload has no validation data, so nothing is evaluated"
+    if workload.synthetic:
+        why = "synthetic inputs: no accuracy"
     return Reason(Code.NOT_IN_WORKLOAD, why)
+
+
+def _shapes(part: Structure) -> str:
+    """Dtypes and shapes of a batch, such as ``['ids'] int64 (20, 64) and ['age'] float32 (20,)``."""
+    shapes = [f"{path} {array.dtype} {array.shape}".strip() for path, array in leaves(part)]
+    return " and ".join(shapes)
 
 
 def put(found: Findings, column: str, value: float | None, missing: Reason) -> None:

@@ -6,9 +6,9 @@ import csv
 import gzip
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-
-import keras
+from typing import Any
 
 from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case
@@ -18,19 +18,22 @@ from mpscale.core.lint import to_cell
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.core.wire import Channel, NotKept, Phase
+from mpscale.core.wire import Channel, NotKept, Phase, Remarked
 from mpscale.core.writing import replacing
 from mpscale.worker import autotuning, lint
-from mpscale.worker import model as models
-from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, put
+from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, judged, put
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
+from mpscale.worker.draws import draws_of
+from mpscale.worker.feed import Feed
+from mpscale.worker.fit_update import FitUpdate
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
 from mpscale.worker.step import Log, TrainStep
 from mpscale.worker.throughput import Throughput
-from mpscale.worker.timing import keep_going, time_empty_call, time_one_per_call, time_steps, warm_up
+from mpscale.worker.timing import keep_going, time_empty_call, time_one_per_call, time_steps, time_with_input, warm_up
 from mpscale.worker.training import Evaluator, first_pause, is_accuracy, score_for, train
+from mpscale.workloads.data import length
 from mpscale.workloads.metric import ACCURACY
 
 _LEAST_MORE_S = 0.5
@@ -40,6 +43,9 @@ _SYNCHRONISED_STEPS, _QUEUED_STEPS = 3, 4
 """Steps after the first whose memory is read: so many that are awaited one by one, and then so many that are queued."""
 _PROFILED_S, _FEWEST_PROFILED, _MOST_PROFILED = 0.2, 3, 50
 """About how long to profile, and the fewest and most steps of it: the profile grows with every kernel."""
+_WITH_INPUT_SHARE = 4
+"""Steps with input are timed for as long as those without, in at least this part of the blocks."""
+_SHAPES = "pad batches to one shape, or to a few (bucket_by_sequence_length)"
 _ONE_PER_CALL_SHARE = 4
 """With several steps per call, steps of one call each are timed for this part of the time and of the blocks."""
 
@@ -73,35 +79,43 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     step = built.step
     trace_s = step.trace()
     arithmetic.look("the train step was traced")
+    misused = None if float8 is None else float8.misused(step.graph)
+    if built.compiled is not None and (unsupported := _unsupported(built, device, channel)) is not None:
+        return "unsupported", unsupported
+    if not case.settings.looks:
+        built = judged(built)
     precision = Precision(built.model, step.graph)
     _report(channel, described(built))
     _report(channel, precision.columns())
-    throughput = Throughput(step.graph, mode, device)
+    found = Findings()
+    found.put("random_draws", draws_of(step.graph, case.settings.jit))
+    _report(channel, found)
+    throughput = Throughput(step.graph, mode, device, built.feed.varies if built.feed else None)
     _report(channel, throughput.columns())
-    _report(channel, built.noted_loss.columns(built.data.train_y[built.order[0]]))
+    _report(channel, built.loss_columns())
     channel.values({"process_settings": arithmetic.column()})
     if case.seed == 0 and case.trains:
         # The first case of each workload and mode: nothing runs, and other cases would find the same.
         _lint(built, precision, arithmetic, channel)
-    if float8 is not None and (misused := float8.misused(step.graph)) is not None:
+    if misused is not None:
         return "unsupported", misused
     objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
     if objections:
         # Do not train: any figure would be reported under the name of another precision.
         return "invalid", "; ".join(objections)
     if isinstance(step, ProbeStep):
-
-        def again() -> keras.Model:
-            model = models.make_model(built.workload.model)
-            models.build_model(model, built.data.train_x[built.order[0]])
-            return model
-
-        return watch(step, built.steps, case.settings.looks, again, channel)
+        return watch(step, built.steps, case.settings.looks, built.build_again, channel)
+    course = built.course if case.trains else None
+    if course is not None:
+        course.begin()
+        course.begin_step()
     start = time.perf_counter()
     step()
     step.synchronise()
     channel.values({"trace_time_s": trace_s, "first_step_s": time.perf_counter() - start})
-    _report(channel, autotuning.columns(device, case.settings.jit))
+    if course is not None:
+        course.end_step(step.last_loss)
+    _report(channel, autotuning.columns(device, built.case.settings.jit))
     channel.phase(Phase.COMPILED)
 
     peak = AllocatorPeak(device)
@@ -113,10 +127,15 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
             channel.phase(Phase.EVALUATED)
     else:
         step.read_log()
+    if built.feed is not None:
+        planned = built.steps if case.trains else int(built.feed.position)
+        _report(channel, built.feed.shown(planned))
     step_ms = _time(built, energy_s, peak, channel) if case.settings.timing_s > 0 else None
     _report(channel, peak.columns())
     _report(channel, _several_per_call(built))
     if step_ms is not None:
+        if built.feed is not None:
+            _report(channel, _with_input(built.feed, built, step_ms))
         # Last of all: the profiler slows steps and takes memory of the device.
         busy_ms = _profile(step, step_ms, device, channel)
         _report(channel, throughput.timed(step_ms, busy_ms))
@@ -148,6 +167,8 @@ def _take_opening_steps(built: Built, peak: AllocatorPeak, channel: Channel) -> 
     step, left = built.step, _SYNCHRONISED_STEPS + _QUEUED_STEPS
     if built.case.trains:
         left = min(left, first_pause(built.workload.evaluate_every, built.steps) - 1)
+        if built.course is not None and built.course.of_steps:
+            left = 0
     synchronised = min(left, _SYNCHRONISED_STEPS)
     start = time.perf_counter()
     for _ in range(synchronised):
@@ -165,21 +186,53 @@ def _take_opening_steps(built: Built, peak: AllocatorPeak, channel: Channel) -> 
     return seconds
 
 
-def _evaluator(built: Built) -> Evaluator:
+def _unsupported(built: Built, device: Device, channel: Channel) -> str | None:
+    """Why a compiled model cannot be trained in the mode; None if it can. A train step has been traced."""
+    mode, update = MODES[built.case.mode], built.step.update
+    assert isinstance(update, FitUpdate)
+    if (reason := mode.unsupported_reason(device, built.case.settings.jit)) is not None:
+        return reason
+    if mode.scaling is None:
+        return None
+    if update.remark is not None:
+        channel.send(Remarked(update.remark))
+    return update.unsupported_reason(mode.name)
+
+
+def _evaluator(built: Built) -> Callable[[Any, Any], float]:
     """The metric, tried out so that mistakes show before the training."""
     workload, data, objective = built.workload, built.data, built.objective
+    if built.judge is not None:
+        judge = built.judge
+        judge.evaluator.try_out()
+        return lambda x, y: judge()
+    assert objective is not None
     test_x, test_y = data.test
     one_output = not objective.output or objective.output[-1] == 1
     threshold = objective.threshold() if one_output and is_accuracy(workload.metric) else None
     score = score_for(workload, test_y, objective.output, threshold)
-    evaluate = Evaluator(built.model, score, built.case.settings.jit, built.batch)
+    batch = built.batch if built.feed is None else len(test_x)
+    evaluate = Evaluator(built.model, score, built.case.settings.jit, batch)
     evaluate.try_out(test_x, test_y)
     evaluate.try_out(*data.progress)
     return evaluate
 
 
+def _score(built: Built, evaluate: Callable[[Any, Any], float], final: bool = False) -> tuple[float, int]:
+    """The metric on the progress set or, at the end, on the test set, and the number of its examples."""
+    if built.feed is None:
+        x, y = built.data.test if final else built.data.progress
+        return evaluate(x, y), length(x)
+    built.feed.begin_test(noted=final)
+    if isinstance(evaluate, Evaluator):
+        value = evaluate.over(built.feed.test_arrays())
+    else:
+        value = evaluate(None, None)
+    return value, built.feed.test_examples
+
+
 def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Channel) -> Status:
-    workload, data, steps = built.workload, built.data, built.steps
+    workload, steps = built.workload, built.steps
     evaluate = None
     if workload.metric is not None:
         evaluate = _evaluator(built)
@@ -188,9 +241,11 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
         built.step,
         steps,
         workload,
-        None if evaluate is None else lambda: evaluate(*data.progress),
+        None if evaluate is None else lambda: _score(built, evaluate)[0],
         lambda done: channel.progress(done, steps),
         opening_s,
+        built.course,
+        None if built.judge is None else built.judge.evaluator,
     )
     channel.phase(Phase.TRAINED)
     found = Findings(training.values())
@@ -215,14 +270,17 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
     built.step.update.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
     if evaluate is None:
         return training.status
-    metric, name = evaluate(*data.test), workload.metric_name
-    found, other = Findings(), Reason(Code.NOT_IN_WORKLOAD, f"the workload's metric is {name}")
+    (metric, examples), name = _score(built, evaluate, final=True), workload.metric_name
+    found, other = (
+        Findings({"test_examples": examples}),
+        Reason(Code.NOT_IN_WORKLOAD, f"the workload's metric is {name}"),
+    )
     put(found, "metric_value", metric, other)
     put(found, "final_accuracy", metric if name == ACCURACY else None, other)
     # Before anything else is evaluated: a case that dies later keeps its metric.
     _report(channel, found)
     found, unpublished = Findings(), Reason(Code.NOT_IN_WORKLOAD, "the data has no other published test set")
-    published = None if data.published_x is None else evaluate(*data.progress)
+    published = None if built.data.published_x is None else _score(built, evaluate)[0]
     put(found, "published_metric_value", published, unpublished)
     _report(channel, found)
     status, reason = training.status
@@ -246,6 +304,8 @@ def _write_steps(path: Path, log: Log) -> None:
 def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) -> float:
     """Time steps in the steady state, and count energy over these and more steps. Return the median step time in ms."""
     step, settings = built.step, built.case.settings
+    if built.feed is not None:
+        built.feed.hold()
     if step.first_call(step.steps_per_call):
         step.read_log()
     about_s = warm_up(step)
@@ -263,7 +323,8 @@ def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) 
         steps += more
         overflows = None if overflows is None or more_overflows is None else overflows + more_overflows
     channel.energy(steps, overflows)
-    values, step_s = timing.values(built.batch, time_empty_call(step)), timing.step_s.tolist()
+    examples = built.batch if built.feed is None else built.feed.examples
+    values, step_s = timing.values(examples, time_empty_call(step)), timing.step_s.tolist()
     channel.values(values)
     channel.blocks(step_s)
     _report(channel, group_columns(step_s))
@@ -286,6 +347,25 @@ def _profile(step: TrainStep, step_ms: float, device: Device, channel: Channel) 
     _report(channel, found)
     channel.phase(Phase.PROFILED)
     return busy if isinstance(busy, Reason) else busy.kernels_ms_per_step
+
+
+def _with_input(feed: Feed, built: Built, step_ms: float) -> Findings:
+    """The step time with the pipeline, and the share of it in which the device waits for a batch.
+
+    ``step_ms`` was timed with batches that are held on the device.
+    """
+    settings, found = built.case.settings, Findings()
+    feed.stream()
+    with_input = time_with_input(built.step, settings.timing_s, max(settings.timing_blocks // _WITH_INPUT_SHARE, 1))
+    if feed.too_many_left_out:
+        why = "most batches had shapes for which a step would have been compiled while it was timed"
+        found.miss(["step_time_ms_with_input", "input_wait_share"], Reason(Code.NOT_COMPARABLE, why, _SHAPES))
+    else:
+        found.put("step_time_ms_with_input", with_input)
+        # Noise may make the step with input the shorter one.
+        found.put("input_wait_share", max(1 - step_ms / with_input, 0.0))
+    feed.hold()
+    return found
 
 
 def _several_per_call(built: Built) -> Findings:

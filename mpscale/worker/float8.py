@@ -67,6 +67,11 @@ class Float8:
 
         layer._float8_call = noted
 
+    def forget_calls(self) -> None:
+        """Forget the calls noted so far: the step is traced anew."""
+        for calls in self._calls.values():
+            calls.clear()
+
     def unsupported_reason(self, optimizer: keras.optimizers.Optimizer) -> str | None:
         """Why Keras cannot train the model in float8 with this optimizer; None if it can."""
         if self.layers and not optimizer.use_ema:

@@ -30,6 +30,9 @@ _STEPS = (
 )  # fmt: skip
 """Methods of a Keras model that define how it is trained and evaluated."""
 
+COMPILE_IT = "compile the model and use mpscale.Workload.from_compiled, which trains it as Keras' fit does"
+"""The cure for a model that is more than an input, an output and a loss."""
+
 _SCALARS = (bool, int, float, str)
 _PRECISION = ("name", "dtype", "dtype_policy", "registered_name", "build_config")
 """Entries of a config that differ between modes."""
@@ -44,39 +47,41 @@ def make_model(build: Any) -> keras.Model:
     """
     model = build()
     if not isinstance(model, keras.Model):
-        raise TypeError(f"the workload's model function must return a keras.Model, not {_kind(model)}")
-    own = [name for name in _STEPS if _overrides(model, name)]
+        raise TypeError(f"the workload's model function must return a keras.Model, not {kind_of_object(model)}")
+    own = [name for name in _STEPS if overrides(model, name)]
     if own:
         raise ValueError(
-            f"{type(model).__name__} defines its own {' and '.join(own)}, which mpscale would ignore, since it trains "
-            "and evaluates models itself; move what it adds to the workload's loss or metric, or call add_loss"
+            f"{type(model).__name__} defines its own {' and '.join(own)}, which this workload would ignore, since it "
+            f"has a loss and an optimizer of its own; {COMPILE_IT}"
         )
     if getattr(model, "compiled", False):
         raise ValueError(
-            "the model is compiled, but mpscale trains it with the workload's optimizer, loss and metric; leave out "
-            "model.compile"
+            "the model is compiled, but this workload has an optimizer, a loss and a metric of its own; leave out "
+            "model.compile, or take all of them from the model: mpscale.Workload.from_compiled"
         )
     inputs = model.inputs if model.built and hasattr(model, "inputs") else None
     if inputs is not None and len(inputs) > 1:
-        raise ValueError(
-            f"the model has {len(inputs)} inputs, but mpscale trains models with one; join them into one array"
-        )
+        raise ValueError(f"the model has {len(inputs)} inputs, but this workload takes one; {COMPILE_IT}")
     return model
 
 
-def build_model(model: keras.Model, examples: npt.NDArray[Any]) -> None:
+def build_model(model: keras.Model, examples: Any) -> None:
     """Create the weights of a model that has none before it sees data, from a batch of examples.
 
     Raises:
         ValueError: it has no trainable weights.
     """
     if not model.built:
-        dtype = "string" if examples.dtype.kind in "US" else examples.dtype.name
-        model(keras.KerasTensor(examples.shape, dtype=dtype))
+        model(tf.nest.map_structure(_symbolic, examples))
     if not (model.built and model.weights):
         model(examples)  # Some layers of a Sequential need real data to know their shapes.
     if not model.trainable_variables:
         raise ValueError("the model has no trainable variables; add a layer with weights, or unfreeze one")
+
+
+def _symbolic(examples: npt.NDArray[Any]) -> Any:
+    dtype = "string" if examples.dtype.kind in "US" else examples.dtype.name
+    return keras.KerasTensor(examples.shape, dtype=dtype)
 
 
 def weights_of(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
@@ -106,10 +111,10 @@ def make_optimizer(source: Any) -> keras.optimizers.Optimizer:
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(
             "the workload's optimizer must be a Keras optimizer such as keras.optimizers.Adam(), "
-            f"not {_kind(optimizer)}"
+            f"not {kind_of_object(optimizer)}"
         )
-    for inner in _all_inside(optimizer):
-        if _scales(inner):
+    for inner in all_inside(optimizer):
+        if scales_loss(inner):
             raise Refused(
                 Check.OPTIMIZER_SCALES,
                 f"the workload's optimizer scales the loss itself ({type(inner).__name__}), but mpscale adds the loss "
@@ -150,16 +155,16 @@ def _settings(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
     }
 
 
-def _all_inside(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.optimizers.Optimizer]:
+def all_inside(optimizer: keras.optimizers.Optimizer) -> Iterator[keras.optimizers.Optimizer]:
     """The optimizer and those in its attributes, at any depth."""
     yield optimizer
     for held in vars(optimizer).values():
         for inner in held if isinstance(held, list | tuple) else (held,):
             if isinstance(inner, keras.optimizers.Optimizer):
-                yield from _all_inside(inner)
+                yield from all_inside(inner)
 
 
-def _scales(optimizer: Any) -> bool:
+def scales_loss(optimizer: Any) -> bool:
     """Whether it scales the loss or the gradients."""
     return (
         isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
@@ -169,7 +174,7 @@ def _scales(optimizer: Any) -> bool:
     )
 
 
-def _overrides(model: keras.Model, name: str) -> bool:
+def overrides(model: keras.Model, name: str) -> bool:
     """Whether a user's class, or the instance itself, defines a method of this name."""
     if name in vars(model):
         return not name.startswith("_")
@@ -177,7 +182,7 @@ def _overrides(model: keras.Model, name: str) -> bool:
     return defined is not None and defined.__module__.partition(".")[0] != "keras"
 
 
-def _kind(thing: Any) -> str:
+def kind_of_object(thing: Any) -> str:
     kind = type(thing)
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -247,8 +252,14 @@ def described_lambda(config: Any) -> Any:
 
 def described_code(code: types.CodeType) -> list[Any]:
     """What a function does, regardless of its place in a file."""
-    constants = [described_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
-    return [code.co_code.hex(), constants, list(code.co_names)]
+    return [code.co_code.hex(), [_constant(each) for each in code.co_consts], list(code.co_names)]
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, types.CodeType):
+        return described_code(value)
+    # The order of a set of text differs between processes.
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
 
 
 def model_config(model: keras.Model) -> Any:

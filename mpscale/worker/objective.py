@@ -20,6 +20,7 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.scaling.skip import all_nodes
 from mpscale.worker import labels as label_forms
+from mpscale.worker.model import COMPILE_IT
 from mpscale.worker.precision import computes_below_float32
 from mpscale.worker.refused import Refused
 from mpscale.workloads.metric import kind_of
@@ -275,9 +276,9 @@ def check_outputs(outputs: Any) -> None:
     if isinstance(outputs, dict | list | tuple):
         raise Refused(
             Check.OUTPUTS,
-            f"the model returns a {type(outputs).__name__} of {len(outputs)} outputs, but mpscale trains models with "
+            f"the model returns a {type(outputs).__name__} of {len(outputs)} outputs, but this workload has a loss of "
             "one",
-            "build a model that returns only the output to train",
+            COMPILE_IT,
         )
     if not tf.is_tensor(outputs) or isinstance(outputs, tf.RaggedTensor | tf.SparseTensor):
         found = f"a {type(outputs).__name__}"

@@ -163,15 +163,15 @@ class ProbeStep(TrainStep):
         self._counted: list[tuple[str, Of]] = []
         self._layers: dict[str, Any] = {}
 
-        def look() -> tuple[tf.Tensor, ...]:
-            return self._look()
+        def look(*batch: Any) -> tuple[tf.Tensor, ...]:
+            return self._look(*batch)
 
         jit = options["jit"] if "jit" in options else arguments[2]
-        self._looking = tf.function(look, input_signature=[], jit_compile=jit, autograph=False)
+        self._looking = tf.function(look, jit_compile=jit, autograph=False)
 
     def look(self) -> tuple[float, dict[tuple[str, Of], Magnitudes]]:
         """Take a step; return its loss, and its gradients by layer and by what they belong to."""
-        loss, counts, largest = (tensor.numpy() for tensor in self._looking())
+        loss, counts, largest = (tensor.numpy() for tensor in self._looking(*self.batches.arguments()))
         found: dict[tuple[str, Of], Magnitudes] = {}
         for place, numbers, most in zip(self._counted, counts, largest, strict=True):
             (filled,) = np.nonzero(numbers)
@@ -199,7 +199,7 @@ class ProbeStep(TrainStep):
         kept = {id(ours) for ours, twin in pairs if type(ours) is type(twin) and twin.compute_dtype == "float32"}
         return [label for label, layer in self._layers.items() if id(layer) in kept]
 
-    def _look(self) -> tuple[tf.Tensor, ...]:
+    def _look(self, *batch: Any) -> tuple[tf.Tensor, ...]:
         variables, outputs = self.update.model.trainable_variables, []
         with noted_calls() as calls:
 
@@ -207,7 +207,7 @@ class ProbeStep(TrainStep):
                 outputs.extend(_all_outputs(calls))
                 return outputs
 
-            loss, scaled, grads, more = self.update.differentiated(self.batches.take(), others)
+            loss, scaled, grads, more = self.update.differentiated(self.batches.take(*batch), others)
         places = _Places(calls, {id(tensor): grad for tensor, grad in zip(outputs, more, strict=True)})
         found: list[tuple[str, Of, Any]] = [(layer, "activations", grad) for layer, grad in places.activations]
         weights = zip(variables, grads, strict=True)

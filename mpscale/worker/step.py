@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from mpscale.worker.batches import Batches
+from mpscale.worker.batches import Source
 from mpscale.worker.model import weights_of
 from mpscale.worker.update import Update
 
@@ -45,11 +45,11 @@ class Log:
 
 
 class TrainStep:
-    """One batch and one update, without arguments and without synchronisation.
+    """One batch and one update, without synchronisation.
 
-    Examples, labels and their order lie on the device. The step finds its batch with a counter that lies there too. It
-    returns its loss, and loss scale and overflow if the mode has them, as tensors that stay on the device until
-    :meth:`read_log` fetches those of many steps.
+    Arrays lie on the device with their order, and the step finds its batch with a counter that lies there too. A batch
+    of a pipeline is an argument. The step returns its loss, and loss scale and overflow if the mode has them, as
+    tensors that stay on the device until :meth:`read_log` fetches those of many steps.
 
     It does not write them into a variable: under XLA a scatter into rows is slow, and without XLA TensorFlow optimises
     a function less if it returns nothing. Both were visible in the step time of the smallest workload.
@@ -62,7 +62,7 @@ class TrainStep:
             Keras' ``steps_per_execution``. The loop over them is part of the program.
     """
 
-    def __init__(self, update: Update, batches: Batches, jit: bool, steps_per_call: int = 1) -> None:
+    def __init__(self, update: Update, batches: Source, jit: bool, steps_per_call: int = 1) -> None:
         self.update, self.batches = update, batches
         self.steps_per_call = steps_per_call
         self.first_call_s: float | None = None
@@ -72,33 +72,36 @@ class TrainStep:
 
         # Small functions: on every call TensorFlow's retracing detector looks up the function's code twice, which takes
         # 2 us longer for the code of a whole step.
-        def step() -> tuple[tf.Tensor, ...]:
-            return self._step()
+        def step(*batch: Any) -> tuple[tf.Tensor, ...]:
+            return self._step(*batch)
 
         def several_steps() -> tuple[tf.Tensor, ...]:
             return self._several_steps()
 
-        def empty_step() -> tf.Tensor:
-            return self._empty_step()
+        def empty_step(*batch: Any) -> tf.Tensor:
+            return self._empty_step(*batch)
 
-        self._function = tf.function(step, input_signature=[], jit_compile=jit, autograph=False)
-        self._several = tf.function(several_steps, input_signature=[], jit_compile=jit, autograph=False)
-        self._empty_function = tf.function(empty_step, input_signature=[], jit_compile=jit, autograph=False)
+        options = {"jit_compile": jit, "autograph": False}
+        # As Keras' fit: the second shape of a batch leads to a trace for all shapes.
+        fed: dict[str, Any] = {"reduce_retracing": True} if batches.specs else {"input_signature": []}
+        self._function = tf.function(step, **fed, **options)
+        self._several = tf.function(several_steps, input_signature=[], **options)
+        self._empty_function = tf.function(empty_step, **fed, **options)
 
     def trace(self) -> float:
         """Trace a single step into a graph; return the seconds that took."""
         start = time.perf_counter()
-        self._function.get_concrete_function()
+        self._function.get_concrete_function(*self.batches.specs)
         return time.perf_counter() - start
 
     @property
     def graph(self) -> Any:
-        """Of a single step."""
-        return self._function.get_concrete_function().graph
+        """Of a single step; of a pipeline, with a batch like the first."""
+        return self._function.get_concrete_function(*self.batches.specs).graph
 
     def __call__(self) -> None:
         """Take one step. On a GPU this returns once the step is enqueued, before it is done."""
-        self._unread.append(self._function())
+        self._unread.append(self._function(*self.batches.arguments()))
 
     def first_call(self, at_most: int) -> int:
         """Take the first call of several steps, which traces and compiles it, and wait for its end.
@@ -126,8 +129,12 @@ class TrainStep:
             self()
 
     def whole_calls(self, steps: int) -> int:
-        """The multiple of the steps of a call, above 0, that is nearest to ``steps``."""
-        return max(round(steps / self.steps_per_call), 1) * self.steps_per_call
+        """The multiple of the steps of a call, and of the batches that are shown in turn, that is nearest to ``steps``.
+
+        It is above 0.
+        """
+        whole = self.steps_per_call * self.batches.cycle
+        return max(round(steps / whole), 1) * whole
 
     def _calls(self, steps: int) -> tuple[int, int]:
         """How many calls of several steps, and how many single steps, make up ``steps``."""
@@ -135,7 +142,7 @@ class TrainStep:
 
     def empty(self) -> None:
         """Call a function that takes the same variables and tensors and does no work: the cost of dispatch."""
-        self._empty_function()
+        self._empty_function(*self.batches.arguments())
 
     def block(self, steps: int, one_per_call: bool = False) -> None:
         """Take ``steps`` steps, at least one, that are not logged. Returns when the device is done with them.
@@ -147,7 +154,7 @@ class TrainStep:
         for _ in range(calls):
             last = self._several()
         for _ in range(single):
-            last = self._function()
+            last = self._function(*self.batches.arguments())
         # On a GPU a copy to the host waits for everything before it on the stream, and so for the whole last step.
         last[0].numpy()
 
@@ -157,11 +164,15 @@ class TrainStep:
 
     def overflow_steps(self) -> int | None:
         """Wait for the device; return how many steps overflowed so far, or None if the mode does not check."""
-        return self.update.scaler.overflow_steps(int(self.batches.position.numpy()))
+        return self.update.overflow_steps(int(self.batches.position.numpy()))
 
     def weights_finite(self) -> bool:
         """Whether every weight of the model is finite, statistics that are not trained included."""
         return all(bool(np.isfinite(v.numpy()).all()) for v in weights_of(self.update.model.variables))
+
+    def last_loss(self) -> float:
+        """Wait for the device; return the loss of the latest step, which :meth:`read_log` has not returned yet."""
+        return float(_flat([self._unread[-1][0]]).numpy()[-1])
 
     def read_log(self) -> Log:
         """Wait for the device; return the log of the steps since the last call."""
@@ -173,8 +184,8 @@ class TrainStep:
             known["overflow"] = known["overflow"] == 1.0
         return Log(**known)
 
-    def _step(self) -> tuple[tf.Tensor, ...]:
-        row = self.update(self.batches.take())
+    def _step(self, *batch: Any) -> tuple[tf.Tensor, ...]:
+        row = self.update(self.batches.take(*batch))
         self._logged = tuple(row)
         # Not stacked into one tensor: XLA fused that with the loss, which made a convolution's step 4 to 9 % slower.
         return tuple(row.values())
@@ -191,10 +202,10 @@ class TrainStep:
         _, *columns = tf.while_loop(lambda number, *_: number < steps, take, start, parallel_iterations=1)
         return tuple(column.stack() for column in columns)
 
-    def _empty_step(self) -> tf.Tensor:
-        for variable in (*self.update.model.variables, *self.update.scaler.optimizer.variables):
+    def _empty_step(self, *batch: Any) -> tf.Tensor:
+        for variable in self.update.variables:
             variable.value.read_value()
-        for tensor in self.batches.tensors:
+        for tensor in (*self.batches.tensors, *tf.nest.flatten(batch)):
             tf.identity(tensor)
         self.batches.position.assign_add(0)
         return tf.zeros(3)

@@ -22,11 +22,12 @@ class Throughput:
         graph: the traced graph of the train step.
         mode: the mode of the case.
         device: where it runs.
+        varies: why the FLOPs differ from step to step; None if they do not.
     """
 
-    def __init__(self, graph: Any, mode: Mode, device: Device) -> None:
+    def __init__(self, graph: Any, mode: Mode, device: Device, varies: Reason | None = None) -> None:
         self._mode, self._device = mode, device
-        self._flops = flops_of(graph)
+        self._flops = varies or flops_of(graph)
         self._peak = peak_of(device, mode.products)
 
     def columns(self) -> Findings:

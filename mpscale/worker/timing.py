@@ -17,6 +17,8 @@ DISPATCH_BOUND = 0.5
 
 _WARM_UP_S = 0.4
 _WARM_UP_BLOCK = 10
+_BUFFERED, _LONGEST_DRAIN = 64, 5
+"""More batches than the buffers of most pipelines hold, and for how many times the timing they may be drained."""
 _DISPATCH_BLOCKS = 7
 _DISPATCH_CALLS = 40
 
@@ -46,7 +48,7 @@ class Timing:
     def steps(self) -> int:
         return len(self.block_s) * self.steps_per_block
 
-    def values(self, batch_size: int, empty_call_s: float) -> dict[str, Any]:
+    def values(self, batch_size: float, empty_call_s: float) -> dict[str, Any]:
         """The columns of a record that follow from the timing.
 
         Args:
@@ -124,6 +126,21 @@ def time_one_per_call(step: TrainStep, seconds: float, min_blocks: int) -> float
     """Milliseconds of a step when each is a call of its own: the median over blocks, as in :func:`time_steps`."""
     about_s = warm_up(step, one_per_call=True)
     return float(np.median(time_steps(step, about_s, seconds, min_blocks, one_per_call=True).step_s)) * 1e3
+
+
+def time_with_input(step: TrainStep, seconds: float, min_blocks: int) -> float:
+    """Milliseconds of a step that waits for the pipeline, the mean over blocks that take about ``seconds``.
+
+    The mean and not the median, because the device waits in bursts: for a buffer that has run empty, or for the next
+    epoch. Before that steps are taken for as long, and :data:`_BUFFERED` of them if that takes no longer than
+    :data:`_LONGEST_DRAIN` times as much, since the buffers of the pipeline have filled up while other steps were timed.
+    """
+    start, taken = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < seconds or (taken < _BUFFERED and spent < _LONGEST_DRAIN * seconds):
+        step.block(_WARM_UP_BLOCK)
+        taken += _WARM_UP_BLOCK
+    timing = time_steps(step, spent / taken, seconds, min_blocks)
+    return float(timing.block_s.sum()) * 1e3 / timing.steps
 
 
 def keep_going(step: TrainStep, per_block: int, seconds: float) -> tuple[int, int | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from mpscale.worker import labels as label_forms
+from mpscale.worker.course import Course
 from mpscale.worker.objective import check_outputs
 from mpscale.worker.step import MOST_UNREAD, Log, TrainStep
 from mpscale.workloads import Workload
@@ -135,6 +136,8 @@ def train(
     evaluate: Callable[[], float] | None,
     progress: Callable[[int], None],
     opening_s: float = 0.0,
+    course: Course | None = None,
+    metrics: Callable[[], dict[str, Any]] | None = None,
 ) -> Training:
     """Take the remaining steps of a training whose opening steps have been taken and are not read yet.
 
@@ -148,6 +151,9 @@ def train(
         evaluate: returns the metric on the progress set; None if the workload has no metric.
         progress: called with the number of steps taken, every ``workload.evaluate_every`` of them.
         opening_s: seconds spent on the opening steps after the first.
+        course: the callbacks, whose training has begun; None if there are none. Their epochs end with each of
+            ``workload.evaluate_every`` steps, and at the end.
+        metrics: returns all metrics on the progress set, for the callbacks; None without such a set.
     """
     log = [step.read_log()]
     taken, wall = len(log[0]), opening_s
@@ -162,18 +168,37 @@ def train(
             due = reached[0] is None and workload.target is not None and taken % workload.evaluate_every == 0
             if due and evaluate is not None and workload.reached(evaluate()):
                 reached = (taken, wall)
+            if course is not None and (taken % workload.evaluate_every == 0 or taken >= steps):
+                course.end_epoch(metrics, taken < steps)
             progress(taken)
         if taken >= steps:
             break
         block = min(workload.evaluate_every - taken % workload.evaluate_every, steps - taken, most)
-        compiled = step.first_call(block)
-        start = time.perf_counter()
-        step.take(block - compiled)
-        log.append(step.read_log())
-        wall += time.perf_counter() - start
+        if course is not None and course.of_steps:
+            wall += _step_by_step(step, course, block)
+            log.append(step.read_log())
+        else:
+            compiled = step.first_call(block)
+            start = time.perf_counter()
+            step.take(block - compiled)
+            log.append(step.read_log())
+            wall += time.perf_counter() - start
         taken += block
         pausing, most = True, MOST_UNREAD
     return Training(Log.joined(log), wall, step.weights_finite(), *reached)
+
+
+def _step_by_step(step: TrainStep, course: Course, steps: int) -> float:
+    """Take steps one by one, with callbacks before and after each; return the seconds of the steps alone."""
+    seconds = 0.0
+    for _ in range(steps):
+        course.begin_step()
+        start = time.perf_counter()
+        step()
+        step.synchronise()
+        seconds += time.perf_counter() - start
+        course.end_step(step.last_loss)
+    return seconds
 
 
 class Evaluator:
@@ -200,9 +225,28 @@ class Evaluator:
 
     def __call__(self, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> float:
         """The metric over all of ``x`` (examples, ...) and ``y`` (examples, ...)."""
-        starts = range(0, len(x), self._batch)
-        with self._restored(x):
-            parts = [self._outputs(x[start : start + self._batch]) for start in starts]
+        return self.over([(x, y)])
+
+    def over(self, batches: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> float:
+        """The metric over all of some batches of any size.
+
+        Labels and outputs of all batches are kept in host memory, inputs are not.
+
+        Raises:
+            ValueError: the batches differ in the shape of an example's label or output.
+        """
+        labels, parts = [], []
+        for x, y in batches:
+            with self._restored(x):
+                starts = range(0, len(x), self._batch)
+                parts += [self._outputs(x[start : start + self._batch]) for start in starts]
+            labels.append(y)
+        if len({(y.shape[1:], part[0].shape[1:]) for y in labels for part in parts}) > 1:
+            raise ValueError(
+                "batches of the test set differ in the shape of an example's label or output, so there is no metric "
+                "over all of them; pad them to one shape, for example with .padded_batch(n, padded_shapes=...)"
+            )
+        y = labels[0] if len(labels) == 1 else np.concatenate(labels)
         return self._value(y, *_joined(parts))
 
     def try_out(self, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> None:

@@ -26,6 +26,15 @@ class Update:
         """How many losses the model adds itself; known once the step has been traced."""
         scaler.optimizer.build(model.trainable_variables)
 
+    @property
+    def variables(self) -> list[Any]:
+        """All that a step may read or write."""
+        return [*self.model.variables, *self.scaler.optimizer.variables]
+
+    def overflow_steps(self, steps: int) -> int | None:
+        """How many of the ``steps`` steps so far overflowed; None if the mode does not check."""
+        return self.scaler.overflow_steps(steps)
+
     def __call__(self, batch: Any) -> dict[str, Any]:
         """Train on a batch. Return the row of the log: the loss, and what else the mode has of a ``StepRecord``."""
         loss, scaled, grads, _ = self.differentiated(batch)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpscale.workloads.workload import Data, Workload
+from mpscale.workloads.data import Data
+from mpscale.workloads.workload import Workload
 
 if TYPE_CHECKING:
     import keras

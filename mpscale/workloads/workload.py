@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from mpscale.workloads import metric as metrics
+from mpscale.workloads.as_in_fit import checked_class_weight, gathered
+from mpscale.workloads.data import Array, Data
 from mpscale.workloads.metric import ACCURACY, accuracy
+from mpscale.workloads.pipeline import Pipeline
 
 if TYPE_CHECKING:
     import keras
-
-Array = npt.NDArray[Any]
-
-_KINDS = "biufUS"
-"""NumPy's kinds of dtype that can be trained on: booleans, integers, floats, and text for models that accept it."""
-
-_CURES = {
-    "DataFrame": "pass frame.to_numpy(dtype='float32')",
-    "Series": "pass series.to_numpy()",
-    "dict": "mpscale trains models with one input and one output, so pass one array",
-    "str": "load the file and pass its arrays",
-}
 
 
 def sparse_cross_entropy(labels: Any, logits: Any) -> Any:
@@ -39,90 +26,26 @@ def sparse_cross_entropy(labels: Any, logits: Any) -> Any:
     return keras.ops.mean(losses)
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
-    """Examples and labels. The first axis is the example. All of it is put on the device before the training.
+@dataclass(frozen=True)
+class Compiled:
+    """What only a workload of a compiled model has; see :meth:`Workload.from_compiled`.
 
     Args:
-        train_x, train_y: the training set.
-        test_x, test_y: the test set, on which the final metric is computed. It should be large: a thousand examples
-            cannot distinguish modes that differ by one percent. A workload without a metric needs none.
-        published_x, published_y: the test set of the data's publication, if that is another. Progress towards the
-            target is then measured on it instead of the test set.
-
-    Raises:
-        TypeError: one of them is not a NumPy array of numbers, booleans or text.
-        ValueError: examples and labels do not fit together.
+        evaluated: whether there is validation data.
+        class_weight: how much examples of each class count in training.
+        callbacks: makes the callbacks.
     """
 
-    train_x: Array
-    train_y: Array
-    test_x: Array | None = None
-    test_y: Array | None = None
-    published_x: Array | None = None
-    published_y: Array | None = None
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            array = getattr(self, name)
-            if array is not None or name.startswith("train"):
-                object.__setattr__(self, name, _checked(name, array))
-        for part in ("train", "test", "published"):
-            arrays = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
-            x, y = (None if array is None else len(array) for array in arrays)
-            if x is None and y is None:
-                continue
-            if x != y or x == 0:
-                raise ValueError(
-                    f"{part}_x has {x or 'no'} examples and {part}_y has {y or 'no'}; both need the same number, at "
-                    "least one"
-                )
-            for axis, array, trained in zip("xy", arrays, (self.train_x, self.train_y), strict=True):
-                if array is not None and array.ndim != trained.ndim:
-                    raise ValueError(
-                        f"{part}_{axis} has shape {array.shape} but train_{axis} has {trained.shape}; an example needs "
-                        "as many axes in both"
-                    )
-
-    @property
-    def test(self) -> tuple[Array, Array]:
-        """The test set.
-
-        Raises:
-            ValueError: there is none.
-        """
-        if self.test_x is None or self.test_y is None:
-            raise ValueError(
-                "the data has no test set, on which the workload's metric would be computed; add test_x and test_y, or "
-                "set metric=None"
-            )
-        return self.test_x, self.test_y
-
-    @property
-    def progress(self) -> tuple[Array, Array]:
-        """The examples on which progress towards the target is measured.
-
-        Raises:
-            ValueError: there are none.
-        """
-        if self.published_x is None or self.published_y is None:
-            return self.test
-        return self.published_x, self.published_y
-
-    def digest(self) -> str:
-        """SHA-256 of shapes, dtypes and contents of all arrays, first 16 hex digits."""
-        digest = hashlib.sha256()
-        for name in self.__slots__:
-            array = getattr(self, name)
-            if array is not None:
-                digest.update(f"{name}{array.shape}{array.dtype}".encode())
-                digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()[:16]
+    evaluated: bool
+    class_weight: Mapping[int, float] | None = None
+    callbacks: Callable[[], Sequence[keras.callbacks.Callback]] | None = None
 
 
 @dataclass(frozen=True)
 class Workload:
     """A training to be measured.
+
+    The fields are for a model that mpscale trains by itself. :meth:`from_compiled` takes a compiled model as it is.
 
     Args:
         name: what the user types; letters, digits, dots and single dashes.
@@ -151,6 +74,9 @@ class Workload:
         growth_interval: steps without overflow after which a dynamic loss scale doubles; None for the usual 2,000. A
             tenth of ``train_steps`` suits a training that is complete. If the workload is the beginning of a longer
             training, take that one's interval: a shorter one shows more overflow than the longer training will have.
+        compiled: set by :meth:`from_compiled` alone. Optimizer and loss are then the model's. ``metric`` names the
+            compiled metric that is judged; None until the worker has built the model, if that is to be the first one.
+            ``evaluate_every`` is 0 for one pass over the data.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -161,7 +87,7 @@ class Workload:
     name: str
     summary: str
     model: Callable[[], keras.Model]
-    data: Callable[[], Data]
+    data: Callable[[], Data | Pipeline]
     optimizer: Callable[[], keras.optimizers.Optimizer] | keras.optimizers.Optimizer | str
     loss: Callable[[Any, Any], Any] | str = sparse_cross_entropy
     metric: Callable[[Array, Array], float] | keras.metrics.Metric | str | None = accuracy
@@ -174,6 +100,101 @@ class Workload:
     margin: float | None = None
     synthetic: bool = False
     growth_interval: int | None = None
+    compiled: Compiled | None = None
+
+    @classmethod
+    def from_compiled(
+        cls,
+        build: Callable[[], keras.Model],
+        *,
+        train: Any,
+        validation: Any = None,
+        name: str | None = None,
+        summary: str = "",
+        metric: str | None = None,
+        metric_higher_is_better: bool | None = None,
+        margin: float | None = None,
+        target: float | None = None,
+        batch_size: int | None = None,
+        train_steps: int | None = None,
+        evaluate_every: int | None = None,
+        class_weight: Mapping[int, float] | None = None,
+        callbacks: Callable[[], Sequence[keras.callbacks.Callback]] | None = None,
+        growth_interval: int | None = None,
+        synthetic: bool = False,
+    ) -> Workload:
+        """A workload of a compiled model, which is trained as Keras' ``fit`` would train it.
+
+        ``model.compile`` says everything about the training: loss, loss weights, metrics, optimizer, ``jit_compile``
+        and ``steps_per_execution``. A ``train_step`` or ``compute_loss`` of the model's own is used. The mode sets the
+        dtype policy and wraps the optimizer.
+
+        Args:
+            build: makes and compiles a fresh model, without setting a dtype policy or scaling the loss. Its last layer
+                should be float32.
+            train: what ``fit`` takes as ``x``, ``y`` and ``sample_weight``: ``(x, y)``, ``(x, y, sample_weight)`` or
+                x alone, of arrays or of nested dictionaries, tuples and lists of arrays; a tf.data.Dataset, a
+                keras.utils.PyDataset or an :class:`mpscale.Pipeline`. Or a function without arguments that returns it,
+                which is called in the worker; then what it draws at random is the same in every mode.
+            validation: the same, for evaluation; None evaluates nothing, and then there is no verdict on the result.
+            name: as for any workload; by default that of ``build``, with dashes.
+            summary: one line; by default the first one of the documentation of ``build``.
+            metric: the compiled metric that is judged, by its name in the logs of ``fit``, with or without ``val_``.
+                By default the first compiled metric, or the validation loss (``"loss"``) if there is none.
+            metric_higher_is_better: its direction; needed unless it is known for a Keras metric.
+            margin: as for any workload.
+            target: as for any workload.
+            batch_size: examples per step, 32 by default; a pipeline has its own.
+            train_steps: steps of a training, 2,000 by default.
+            evaluate_every: steps of an epoch, after which callbacks run and ``target`` is looked at; by default one
+                pass over the training data.
+            class_weight: as in ``fit``: ``{class: weight}``.
+            callbacks: a function that makes callbacks which change the training, such as
+                ``keras.callbacks.LearningRateScheduler``.
+            growth_interval: as for any workload.
+            synthetic: as for any workload.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type or is out of range.
+        """
+        if not callable(build):
+            raise TypeError(f"build must be a function that returns a compiled keras.Model, not {build!r}")
+        name = str(getattr(build, "__name__", "")).strip("_").replace("_", "-") if name is None else name
+        if not isinstance(name, str) or not name or name == "<lambda>":
+            raise ValueError("the function that builds the model has no name; give the workload one: name='...'")
+        for role, given in (("train", train), ("validation", validation)):
+            if isinstance(given, Workload):
+                raise TypeError(f"workload {name}: {role} must be data, not a workload")
+        if train is None:
+            raise TypeError(f"workload {name}: train must be data as in Keras' fit, or a function that returns it")
+        if callbacks is not None and not callable(callbacks):
+            raise TypeError(
+                f"workload {name}: callbacks must be a function that makes them, because each training needs fresh "
+                f"ones, such as lambda: [keras.callbacks.ReduceLROnPlateau()]; not {callbacks!r}"
+            )
+        if isinstance(train, Pipeline) and validation is not None:
+            raise TypeError(f"workload {name}: a Pipeline has its own test set; say Pipeline(train, test) alone")
+        evaluated = validation is not None or (isinstance(train, Pipeline) and train.test is not None)
+        weights = checked_class_weight(class_weight)
+        line = summary or (build.__doc__ or "").strip().partition("\n")[0]
+        return cls(
+            name=name,
+            summary=line,
+            model=build,
+            data=lambda: gathered(train, validation, weights, 32 if batch_size is None else batch_size),
+            optimizer="the model's",
+            loss="the model's",
+            metric=metric.removeprefix("val_") if isinstance(metric, str) else metric,
+            metric_higher_is_better=metric_higher_is_better,
+            batch_size=32 if batch_size is None else batch_size,
+            train_steps=2000 if train_steps is None else train_steps,
+            evaluate_every=0 if evaluate_every is None else evaluate_every,
+            target=target,
+            margin=margin,
+            synthetic=synthetic,
+            growth_interval=growth_interval,
+            compiled=Compiled(evaluated, weights, callbacks),
+        )
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not isinstance(self.summary, str):
@@ -187,13 +208,14 @@ class Workload:
                 raise TypeError(self._wrong(field, "a function without arguments"))
         for field, kind in (("optimizer", "Optimizer"), ("loss", "Loss"), ("metric", "Metric")):
             value = getattr(self, field)
-            if field == "metric" and value is None:
+            if (field == "metric" and value is None) or self.compiled is not None:
                 continue
             if not (callable(value) or isinstance(value, str) or metrics.is_instance_of_keras(value, kind)):
                 raise TypeError(self._wrong(field, f"the name of one that Keras knows, a Keras {kind}, or a function"))
         for field in ("batch_size", "train_steps", "evaluate_every"):
             number = self._number(field, Integral, "a whole number")
-            if number is None or number < 1:
+            unset = field == "evaluate_every" and self.compiled is not None and number == 0
+            if number is None or (number < 1 and not unset):
                 raise ValueError(f"workload {self.name}: {field} must be at least 1, not {number!r}")
         interval = self._number("growth_interval", Integral, "a whole number or None")
         if interval is not None and interval < 1:
@@ -201,6 +223,9 @@ class Workload:
         self._number("target", Real, "a number or None")
         if not isinstance(self.synthetic, bool):
             raise TypeError(self._wrong("synthetic", "True or False"))
+        if self.compiled is not None:
+            self._check_compiled(self.compiled)
+            return
         if self.metric is None:
             self._check_without_metric()
             return
@@ -226,6 +251,53 @@ class Workload:
         for field in ("metric_name", "metric_higher_is_better", "target", "margin"):
             if getattr(self, field) is not None:
                 raise ValueError(f"workload {self.name}: {field} belongs to a metric, and metric is None; leave it out")
+
+    def _check_compiled(self, compiled: Compiled) -> None:
+        if self.metric is not None and not isinstance(self.metric, str):
+            raise TypeError(self._wrong("metric", "the name of a metric that the model is compiled with"))
+        if self.metric_higher_is_better is not None and not isinstance(self.metric_higher_is_better, bool):
+            raise TypeError(self._wrong("metric_higher_is_better", "True or False"))
+        margin = self._number("margin", Real, "a number or None")
+        if margin is not None and margin < 0:
+            raise ValueError(f"workload {self.name}: margin must be at least 0, not {margin!r}")
+        if compiled.evaluated and self.synthetic:
+            raise ValueError(
+                f"workload {self.name}: nothing can be learned from synthetic inputs, so an evaluation would mean "
+                "nothing; leave out validation, or synthetic"
+            )
+        if not compiled.evaluated:
+            for field in ("metric", "metric_higher_is_better", "target", "margin"):
+                if getattr(self, field) is not None:
+                    raise ValueError(
+                        f"workload {self.name}: {field} is about the result on validation data, and there is none; "
+                        "give validation, or leave it out"
+                    )
+
+    def judged_by(self, metric: str, higher_is_better: bool | None, is_share: bool) -> Workload:
+        """This workload of a compiled model, once it is known by which metric it is judged.
+
+        Args:
+            metric: its name.
+            higher_is_better: its direction; None if only its author knows it.
+            is_share: whether it is an accuracy, whose margin is 0.01 if none is given.
+
+        Raises:
+            ValueError: its direction is unknown, or another one is given.
+        """
+        given = self.metric_higher_is_better
+        if given is None and higher_is_better is None:
+            raise ValueError(
+                f"workload {self.name}: mpscale does not know if a higher {metric} is better; add "
+                "metric_higher_is_better=True or False, or choose another metric of the model: metric='...'"
+            )
+        if None not in (given, higher_is_better) and given != higher_is_better:
+            raise ValueError(
+                f"workload {self.name}: metric_higher_is_better is {given}, but a "
+                f"{'higher' if higher_is_better else 'lower'} {metric} is better; leave it out"
+            )
+        margin = 0.01 if is_share and self.margin is None else self.margin
+        higher = higher_is_better if given is None else given
+        return replace(self, metric=metric, metric_name=metric, metric_higher_is_better=higher, margin=margin)
 
     def reached(self, value: float) -> bool:
         """Whether ``value`` of the metric is at or beyond the target."""
@@ -283,7 +355,7 @@ class Workload:
 def workload(
     name: str,
     *,
-    data: Callable[[], Data],
+    data: Callable[[], Data | Pipeline],
     optimizer: Callable[[], keras.optimizers.Optimizer] | keras.optimizers.Optimizer | str,
     summary: str = "",
     **options: Any,
@@ -302,40 +374,3 @@ def workload(
         return Workload(name=name, summary=line, model=model, data=data, optimizer=optimizer, **options)
 
     return decorate
-
-
-def _checked(name: str, array: Any) -> Array:
-    """Return ``array`` if it can be trained on; turn an object array of text, as pandas returns it, into one of text.
-
-    The bytes of an object array are pointers, which differ between processes.
-    """
-    if not isinstance(array, np.ndarray):
-        kind = type(array).__name__
-        if any(base.__module__.startswith("tensorflow") and "Dataset" in base.__name__ for base in type(array).__mro__):
-            cure = "read the data set into arrays, for example with np.stack(list(dataset.as_numpy_iterator()))"
-        else:
-            cure = _CURES.get(kind, "pass np.asarray(...) of it")
-        raise TypeError(f"{name} must be a NumPy array, not a {kind}; {cure}")
-    if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, whose mask would be lost; fill or drop the masked values")
-    if array.ndim == 0:
-        raise TypeError(f"{name} is a single value; its first axis must be the example")
-    if array.dtype.kind == "O":
-        kinds = {type(value) for value in array.flat}
-        if kinds in ({str}, {bytes}):
-            return array.astype(kinds.pop())
-        found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
-        raise TypeError(
-            f"{name} is an array of Python objects ({found}); pass only numbers, for example {name}.astype('float32'), "
-            "or only text"
-        )
-    if array.dtype.kind not in _KINDS:
-        raise TypeError(
-            f"{name} has dtype {array.dtype}; pass numbers, booleans or text, for example {name}.astype('float32')"
-        )
-    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
-        raise TypeError(
-            f"{name} has dtype {array.dtype}, which TensorFlow does not support; pass {name}.astype('float32')"
-        )
-    # As a plain array: slices of a np.matrix would keep two axes.
-    return np.asarray(array)

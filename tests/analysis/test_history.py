@@ -257,11 +257,12 @@ def test_every_quantity_is_taken_from_its_column(tmp_path, name):
     columns = {
         "step_time_ms_median": 2.0, "gpu_memory_nvml_peak_mib": 300.0, "gpu_energy_j_per_step": 0.5,
         "host_memory_peak_mib": 400.0, "metric_value": 0.75, "attempted_steps": 8, "overflow_steps": 2,
-        "device_busy_ms_per_step": 1.5,
+        "device_busy_ms_per_step": 1.5, "step_time_ms_with_input": 3.5,
     }  # fmt: skip
     expected = {
         "step_time": 2.0, "gpu_memory": 300.0, "energy": 0.5, "host_memory": 400.0, "metric": 0.75,
         "overflow_rate": 0.25, "speedup": 2.0, "device_time": 1.5,
+        "step_time_with_input": 3.5,
     }  # fmt: skip
     records = [*timed(4.0, metric_value=0.7), record("mixed-static", series_key=key("mixed-static"), **columns)]
     history = make_history([run_of(tmp_path, 1, records)], name, modes=["mixed-static"])

@@ -187,7 +187,7 @@ def two_inputs():
         (several(lambda outputs: outputs), "a list of 2 outputs"),
         (several(lambda outputs: tuple(outputs)), "of 2 outputs"),
         (several(lambda outputs: dict(zip("ab", outputs, strict=True))), "a dict of 2 outputs"),
-        (two_inputs, "has 2 inputs"),
+        (two_inputs, "has 2 inputs, but this workload takes one; compile the model and use mpscale.Workload.from_"),
         (lambda: keras.Sequential([keras.Input((2,)), keras.layers.Activation("tanh")]), "no trainable variables"),
         (lambda: keras.layers.Dense(3), "model function must return a keras.Model, not"),
         (lambda: None, "must return a keras.Model, not builtins.NoneType"),
@@ -349,6 +349,20 @@ def test_optimizer_may_have_every_form_that_keras_takes(optimizer):
 def test_what_is_not_an_optimizer_is_refused(optimizer, message):
     with pytest.raises((TypeError, ValueError), match=message):
         train(workload(dense(), lambda: DATA, optimizer))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Data({"a": X}, Y, {"a": X}, Y), "more than an array of examples and one of labels.*from_compiled"),
+        (Data(X, (Y, Y), X, (Y, Y)), "more than an array of examples"),
+        (Data(X, Y, X, Y, train_weight=np.ones(len(X))), "more than an array of examples"),
+        (Data(X, None, X), "has no train_y"),
+    ],
+)
+def test_data_of_another_structure_than_the_loss_is_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        train(workload(dense(), lambda: data))
 
 
 @pytest.mark.parametrize("given", [None, (X, Y), {"x": X}, tf.data.Dataset.from_tensors((X, Y))], ids=type)

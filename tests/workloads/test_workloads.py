@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import namedtuple
 
 import numpy as np
 import pandas as pd
@@ -222,11 +223,19 @@ class Dataset:
     __module__ = "tensorflow.python.data.ops"
 
 
+Ragged = type("RaggedTensor", (), {})
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ([[0.0], [1.0]], "must be a NumPy array, not a list; pass np.asarray"),
-        ({"a": np.zeros((2, 1))}, "not a dict; mpscale trains models with one input"),
+        ({"a": [0.0, 1.0]}, r"train_x\['a'\] must be a NumPy array, not a list"),
+        ({"a": np.zeros((2, 1)), "b": None}, r"train_x\['b'\] must be a NumPy array, not a NoneType"),
+        ({}, "train_x is an empty dict"),
+        ((np.zeros((2, 1)), pd.Series([0.0, 1.0])), r"train_x\[1\] must be a NumPy array, not a Series"),
+        (np.array([[1], [1, 2]], object), "examples of different length; pad them"),
+        (Ragged(), "not a RaggedTensor; pad it to one length"),
         (pd.DataFrame({"a": [0.0, 1.0]}), r"not a DataFrame; pass frame.to_numpy\(dtype='float32'\)"),
         (pd.Series([0.0, 1.0]), "not a Series; pass series.to_numpy"),
         (Dataset(), "not a Dataset; read the data set into arrays"),
@@ -250,6 +259,88 @@ def test_data_that_is_not_an_array_of_numbers_says_what_is_accepted(given, messa
 def test_test_set_of_another_rank_is_refused():
     with pytest.raises(ValueError, match="as many axes in both"):
         mpscale.Data(np.zeros((2, 3)), np.zeros(2), np.zeros((2, 3, 1)), np.zeros(2))
+
+
+ONES = np.ones((2, 1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"test_x": {"a": ONES, "c": ONES}}, r"test_x has \['a'\], \['c'\], but train_x has \['a'\], \['b'\]"),
+        ({"test_x": ONES}, "test_x has one array, but train_x has"),
+        ({"test_x": {"a": ONES, "b": ONES[:1]}}, r"test_x\['a'\] has 2 examples and test_x\['b'\] has 1"),
+        ({"train_weight": np.ones(3)}, r"train_x\['a'\] has 2 examples and train_weight has 3"),
+        ({"test_y": None}, r"test_x\['a'\] has 2 examples and test_y has no"),
+        ({"train_y": None}, "test_y has"),
+    ],
+)
+def test_parts_of_a_structure_that_do_not_fit_are_named(fields, message):
+    both = {"a": ONES, "b": ONES}
+    fields = {"train_x": both, "train_y": (ONES, ONES), "test_x": both, "test_y": (ONES, ONES), **fields}
+    with pytest.raises(ValueError, match=message):
+        mpscale.Data(**fields)
+
+
+def test_a_structure_has_a_digest_of_its_arrays_and_their_places():
+    point = namedtuple("point", "a b")
+    structures = [
+        {"a": ONES, "b": 2 * ONES},
+        {"a": 2 * ONES, "b": ONES},
+        (ONES, 2 * ONES),
+        {"a": (ONES,), "b": [2 * ONES]},
+        ONES,
+    ]
+    digests = [mpscale.Data(structure, ONES).digest() for structure in structures]
+    assert len(set(digests)) == len(digests)
+    assert digests[0] == mpscale.Data({"b": 2 * ONES, "a": ONES}, ONES).digest()
+    data = mpscale.Data(point(ONES, 2 * ONES), None)
+    assert (type(data.train_x), data.examples, data.is_plain) == (point, 2, False)
+
+
+def build_it():
+    """A small model."""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"build": 3}, "build must be a function"),
+        ({"build": lambda: None}, "give the workload one: name="),
+        ({"train": None}, "train must be data as in Keras' fit"),
+        ({"class_weight": [1.0]}, "class_weight must be a dictionary"),
+        ({"class_weight": {"cat": 1.0}}, "must be the number of a class, not 'cat'"),
+        ({"class_weight": {0: -1.0}}, "class_weight of class 0 must be a number of at least 0"),
+        ({"callbacks": []}, "callbacks must be a function that makes them"),
+        ({"metric": len, "validation": ONES}, "metric must be the name of a metric that the model is compiled with"),
+        ({"metric": "mae"}, "metric is about the result on validation data"),
+        ({"target": 0.9}, "target is about the result on validation data"),
+        ({"synthetic": True, "validation": ONES}, "nothing can be learned from synthetic inputs"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"evaluate_every": -1}, "evaluate_every must be at least 1"),
+        ({"margin": -1, "validation": ONES}, "margin must be at least 0"),
+        ({"metric_higher_is_better": 1, "validation": ONES}, "must be True or False, not 1"),
+    ],
+)
+def test_a_compiled_workload_with_a_wrong_argument_is_refused(options, message):
+    options = {"build": build_it, "train": (ONES, ONES), **options}
+    with pytest.raises((TypeError, ValueError), match=message):
+        mpscale.Workload.from_compiled(options.pop("build"), **options)
+
+
+def test_a_compiled_workload_is_named_after_its_function_and_takes_what_fit_takes():
+    """Data, or a function that returns it; class weights by number, or by the largest entry of one-hot labels."""
+    workload = mpscale.Workload.from_compiled(build_it, train=lambda: (ONES, np.array([0, 1])), class_weight={1: 3})
+    assert (workload.name, workload.summary, workload.batch_size, workload.train_steps) == (
+        *("build-it", "A small model."),
+        *(32, 2000),
+    )
+    assert workload.data().train_weight.tolist() == [1.0, 3.0]
+    for labels in (np.array([[0], [1]]), np.eye(2)):
+        found = mpscale.Workload.from_compiled(build_it, train=(ONES, labels), class_weight={1: 3}).data()
+        assert found.train_weight.tolist() == [1.0, 3.0]
+    alone = mpscale.Workload.from_compiled(build_it, train={"a": ONES}, validation={"a": ONES}).data()
+    assert (alone.train_y, alone.test_y, list(alone.test_x)) == (None, None, ["a"])
 
 
 @pytest.mark.parametrize("kind", [str, bytes])

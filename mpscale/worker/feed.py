@@ -1,0 +1,435 @@
+"""The batches of a pipeline: seen before the training, shown to it, held on the device and streamed to be timed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
+
+from mpscale.core.columns import Passes
+from mpscale.core.reason import Code, Reason
+from mpscale.core.record import Findings
+from mpscale.workloads import Data, Pipeline
+from mpscale.workloads.pipeline import check_pipeline, is_pipeline, is_py_dataset
+
+_LOOKED_AT, _LOOKED_AT_BYTES = 8, 2**29
+"""Most batches, and about most bytes, that are looked at before the training and held on the device to time steps."""
+_SHAPES_NAMED = 4
+_LEFT_OUT = 0.1
+"""With a larger share of batches that would have to be compiled first, the time with input is unknown."""
+
+Batch = Any
+"""What Keras' fit takes: x, ``(x, y)`` or ``(x, y, sample_weight)``, of structures of tensors."""
+
+
+class Epochs:
+    """A part of a pipeline, gone through as Keras' fit does it.
+
+    Args:
+        given: a part of a :class:`Pipeline`.
+        part: ``"train"`` or ``"test"``.
+        seed: of the order in which fit shows the batches of a PyDataset.
+        class_weight: as in fit.
+        most: how many batches an epoch has at most; None for all.
+
+    Raises:
+        TypeError: it is no pipeline.
+        ValueError: it has no batches, or tensors without a fixed number of axes and sizes.
+    """
+
+    def __init__(
+        self, given: Any, part: str, seed: int, class_weight: Mapping[int, float] | None = None, most: int | None = None
+    ) -> None:
+        if _is_function(given):
+            given = given()
+            check_pipeline(given, part, made=True)
+        self._part, self._seed, self._begun = part, seed, 0
+        self._adapter = None
+        self.kind = "tf.data"
+        if is_py_dataset(given):
+            self.kind, endless = "PyDataset", given.num_batches is None
+            self._adapter = PyDatasetAdapter(given, class_weight, shuffle=part == "train")
+            self._dataset = self._adapter.get_tf_dataset()
+            self.batches = None if endless else int(given.num_batches)
+        else:
+            self._dataset = TFDatasetAdapter(given, class_weight).get_tf_dataset()
+            known = int(given.cardinality())
+            endless, self.batches = known == tf.data.INFINITE_CARDINALITY, known if known >= 0 else None
+        _check_spec(self._dataset.element_spec, part)
+        if most is not None:
+            self._dataset = self._dataset.take(most)
+        elif endless and part == "test":
+            raise ValueError("the test pipeline is endless; leave out its repeat(), or say Pipeline(test_steps=...)")
+
+    @property
+    def description(self) -> list[str]:
+        """What it is made of, whatever the seed."""
+        return [self.kind, repr(tf.nest.map_structure(_kind, self._dataset.element_spec)), str(self.batches)]
+
+    def epoch(self) -> Generator[Batch]:
+        """Yield the batches of an epoch."""
+        if self._adapter is not None:
+            # fit shuffles by Python's random numbers, of which the main thread may draw some in one mode only.
+            random.seed(f"{self._seed} {self._begun}")
+            self._adapter.on_epoch_begin()
+        self._begun += 1
+        try:
+            yield from self._dataset
+        finally:
+            if self._adapter is not None:
+                self._adapter.on_epoch_end()
+
+    def forever(self) -> Generator[Batch]:
+        """Yield batches, epoch after epoch."""
+        while True:
+            is_empty = True
+            for batch in self.epoch():
+                is_empty = False
+                yield batch
+            if is_empty:
+                again = (
+                    "gives nothing in its second pass, as a generator that is used up; let from_generator call a "
+                    "function that makes a new one"
+                )
+                raise ValueError(f"the {self._part} pipeline {again if self._begun > 1 else 'is empty'}")
+
+
+@dataclass
+class Seen:
+    """A digest of batches and their shapes, in order."""
+
+    def __post_init__(self) -> None:
+        self._total = hashlib.sha256()
+        self.shapes: Counter[str] = Counter()
+
+    def add(self, batch: Batch) -> None:
+        """Add structure, dtypes, shapes and bytes of a batch."""
+        self.shapes[shapes_of(batch)] += 1
+        self._total.update(repr(tf.nest.map_structure(_kind, batch)).encode())
+        for tensor in _tensors(batch):
+            for piece in _bytes_of(tensor.numpy()):
+                self._total.update(piece)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, first 16 hex digits."""
+        return f"sha256:{self._total.hexdigest()[:16]}"
+
+
+class Feed:
+    """The batches of a pipeline for a train step, which takes each as an argument.
+
+    First these are the batches of the training, whose digest is taken on the way. Then the first of them can be held
+    on the device (:meth:`hold`), or the pipeline can go on without a digest (:meth:`stream`).
+
+    Two passes over the first batches show, before the training, whether the pipeline repeats them.
+
+    Args:
+        pipeline: what the workload's data function has returned.
+        again: that function, called again for each pass if the pipeline consists of objects and not of functions.
+        seed: set before each pass is made.
+        steps: of the training.
+        class_weight: as in Keras' fit.
+
+    Raises:
+        TypeError: the pipeline is not what it should be.
+        ValueError: it has no batches, its tensors are ragged or sparse, or a pass differs from another.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        again: Callable[[], Any],
+        seed: int,
+        steps: int,
+        class_weight: Mapping[int, float] | None = None,
+    ) -> None:
+        self.position = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.cycle = 1
+
+        def make() -> tuple[Pipeline, Epochs, Epochs | None]:
+            keras.utils.set_random_seed(seed)
+            made = pipeline if _is_function(pipeline.train) else again()
+            if not isinstance(made, Pipeline):
+                raise TypeError(f"the data function returned a Pipeline first and then a {type(made).__name__}")
+            train = Epochs(made.train, "train", seed, class_weight)
+            test = None if made.test is None else Epochs(made.test, "test", seed, most=made.test_steps)
+            return made, train, test
+
+        # Not those that are trained on: what is left half read has drawn random numbers ahead, how many is chance.
+        _, train, test = make()
+        with contextlib.closing(train.forever()) as looked:
+            self.first = list(_few(looked, steps))
+        _check_batch(self.first[0], "train")
+        self.first_test = None if test is None else _first(test)
+        """The first batch of the test set; None without one."""
+        made, train, self._test = make()
+        self._batches = train.forever()
+        self._peeked = deque(itertools.islice(self._batches, len(self.first)))
+        self._first, self._shown = Seen(), Seen()
+        for batch in self.first:
+            self._first.add(batch)
+        self.passes = _compare(self._first, self._peeked, pipeline, made)
+        self._test_shown, self._noted = Seen(), False
+        self.test_examples = 0
+        """Examples in the test batches since :meth:`begin_test`."""
+        self._next: Callable[[], Batch] = self._of_training
+        self._left_out = self._streamed = 0
+        self._description = [*train.description, *([] if self._test is None else self._test.description)]
+        self.kind, self.epoch_steps = train.kind, train.batches
+
+    @property
+    def batch(self) -> int:
+        """Examples in the first batch."""
+        return examples_in(self.first[0])
+
+    @property
+    def held(self) -> list[Batch]:
+        """Those of the first batches that are held on the device: not smaller ones, such as the last of an epoch."""
+        most = max(map(examples_in, self.first))
+        return [batch for batch in self.first if examples_in(batch) == most]
+
+    @property
+    def examples(self) -> int:
+        """Examples in a batch that is held."""
+        return examples_in(self.held[0])
+
+    @property
+    def varies(self) -> Reason | None:
+        """Why the FLOPs of a step differ from batch to batch; None if they do not, for those that are held."""
+        if {*map(shapes_of, self.held)} == {shapes_of(self.first[0])}:
+            return None
+        return Reason(Code.NOT_COUNTED, "FLOPs were not counted: the batches of the pipeline have several shapes")
+
+    def sample(self) -> Data:
+        """The examples of the first batches that have the shape of the first one, and of the first test batch."""
+        alike = [batch for batch in self.first if _but_first_axis(batch) == _but_first_axis(self.first[0])]
+        joined = tf.nest.map_structure(lambda *parts: np.concatenate([part.numpy() for part in parts]), *alike)
+        test = None if self.first_test is None else tf.nest.map_structure(_array, self.first_test)
+        (x, y, weight), (test_x, test_y, test_weight) = map(keras.utils.unpack_x_y_sample_weight, (joined, test))
+        return Data(x, y, test_x, test_y, train_weight=weight, test_weight=test_weight)
+
+    def first_arrays(self) -> Batch:
+        """The first batch, as NumPy arrays."""
+        return tf.nest.map_structure(_array, self.first[0])
+
+    @property
+    def tensors(self) -> list[Any]:
+        """None: a batch is an argument."""
+        return []
+
+    @property
+    def specs(self) -> tuple[Any, ...]:
+        """The first batch, as specifications."""
+        return (tf.nest.map_structure(_spec, self.first[0]),)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The next batch."""
+        return (self._next(),)
+
+    def take(self, batch: Batch) -> Batch:
+        """Count a batch; part of the train step."""
+        self.position.assign_add(1)
+        return batch
+
+    def hold(self) -> None:
+        """From now on show the first batches in turn, which lie on the device."""
+        with tf.device("GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"):
+            held = [tf.nest.map_structure(_copied, batch) for batch in self.held]
+        self.cycle = len(held) if len(set(map(shapes_of, held))) > 1 else 1
+        self._next = itertools.cycle(held).__next__
+
+    def stream(self) -> None:
+        """From now on show the batches that the pipeline gives, without a digest.
+
+        Those of a shape that no step was compiled for are left out: it would be compiled while it is timed.
+        """
+        self.cycle, self._next = 1, self._of_stream
+        self._left_out = self._streamed = 0
+
+    @property
+    def too_many_left_out(self) -> bool:
+        """Whether so many batches of :meth:`stream` were left out that it does not stand for the pipeline."""
+        return self._left_out > _LEFT_OUT * max(self._streamed, 1)
+
+    def begin_test(self, noted: bool) -> None:
+        """Before the test set is gone through; ``noted``: its batches are added to the digest."""
+        self.test_examples, self._noted = 0, noted
+
+    def test(self) -> Iterator[Batch]:
+        """Yield the batches of the test set."""
+        assert self._test is not None
+        for batch in self._test.epoch():
+            self.test_examples += examples_in(batch)
+            if self._noted:
+                self._test_shown.add(batch)
+            yield batch
+
+    def test_arrays(self) -> Iterator[tuple[Any, Any]]:
+        """Yield examples and labels of the test set by batch, as NumPy arrays."""
+        for batch in self.test():
+            x, y, _ = keras.utils.unpack_x_y_sample_weight(tf.nest.map_structure(_array, batch))
+            yield x, y
+
+    def digest(self) -> str:
+        """Of what the pipeline is, whatever the seed: its kind, structure, dtypes, shapes and number of batches."""
+        return hashlib.sha256("\n".join(self._description).encode()).hexdigest()[:16]
+
+    def columns(self) -> Findings:
+        """What is known before the training."""
+        digest = self._first.digest
+        return Findings({"input_kind": self.kind, "input_passes": self.passes, "first_batches_digest": digest})
+
+    def shown(self, planned: int) -> Findings:
+        """What is known after the training, in which ``planned`` batches were to be shown."""
+        found, taken = Findings(), self._shown.shapes.total()
+        found.put("input_shapes", len(self._shown.shapes))
+        named = [f"{shape} x{count}" for shape, count in self._shown.shapes.most_common(_SHAPES_NAMED)]
+        more = len(self._shown.shapes) - len(named)
+        found.put("input_batches", "; ".join([*named, f"{more} more"] if more else named))
+        if taken < planned:
+            why = f"the training ended after {taken} of {planned} steps, so it did not see all batches"
+            found.miss(["data_order_digest"], Reason(Code.NOT_REACHED, why))
+        else:
+            both = f"{self._shown.digest} {self._test_shown.digest}".encode()
+            found.put("data_order_digest", f"sha256:{hashlib.sha256(both).hexdigest()[:16]}")
+        return found
+
+    def _of_training(self) -> Batch:
+        batch = self._peeked.popleft() if self._peeked else next(self._batches)
+        self._shown.add(batch)
+        return batch
+
+    def _of_stream(self) -> Batch:
+        while True:
+            batch = self._peeked.popleft() if self._peeked else next(self._batches)
+            self._streamed += 1
+            if shapes_of(batch) in self._shown.shapes:
+                return batch
+            self._left_out += 1
+            if self._left_out > 100 and self.too_many_left_out:
+                return self.first[0]
+
+
+def _first(test: Epochs) -> Batch:
+    with contextlib.closing(test.epoch()) as epoch:
+        batch = next(epoch, None)
+    if batch is None:
+        raise ValueError("the test pipeline is empty")
+    _check_batch(batch, "test")
+    return batch
+
+
+def _few(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+    """Yield the batches that are looked at before the training."""
+    held = 0
+    for batch in itertools.islice(batches, min(most, _LOOKED_AT)):
+        yield batch
+        held += sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in _tensors(batch))
+        if held > _LOOKED_AT_BYTES:
+            return
+
+
+def _compare(first: Seen, second: Iterable[Batch], pipeline: Pipeline, made: Pipeline) -> Passes:
+    """Return what two passes over a pipeline show.
+
+    Raises:
+        ValueError: they differ, and the pipeline does not allow it.
+    """
+    seen = Seen()
+    for batch in second:
+        seen.add(batch)
+    if seen.digest == first.digest:
+        return Passes.SAME if pipeline.deterministic else Passes.ALLOWED
+    if not pipeline.deterministic:
+        return Passes.DIFFER
+    if made.train is pipeline.train and not _is_function(made.train):
+        return Passes.RESHUFFLED
+    raise ValueError(
+        "the train pipeline gives other batches when it is made again with the same seed, so modes would be trained on "
+        "different data; make everything random inside the function that makes the pipeline, with a seed (also "
+        "np.random.default_rng(seed) in a generator), draw random numbers in no map with num_parallel_calls, and leave "
+        "tf.data.Options().deterministic alone; or allow it with mpscale.Pipeline(..., deterministic=False)"
+    )
+
+
+def _check_spec(spec: Any, part: str) -> None:
+    for leaf in tf.nest.flatten(spec):
+        if isinstance(leaf, tf.RaggedTensorSpec | tf.SparseTensorSpec):
+            kind = "ragged" if isinstance(leaf, tf.RaggedTensorSpec) else "sparse"
+            cure = ".padded_batch(n), or .map with to_tensor()" if kind == "ragged" else ".map with tf.sparse.to_dense"
+            raise ValueError(f"the {part} pipeline has {kind} tensors, which a step cannot take; use {cure}")
+        if getattr(leaf, "shape", None) is not None and leaf.shape.rank == 0:
+            raise ValueError(f"the {part} pipeline is not batched: an element has a single value; add .batch(n)")
+
+
+def _check_batch(batch: Batch, part: str) -> None:
+    """Check that the first axis of everything in a batch is the example."""
+    shapes = [tuple(tensor.shape) for tensor in _tensors(batch)]
+    if not all(shapes) or len({shape[0] for shape in shapes}) > 1:
+        named = " and ".join(map(str, shapes))
+        raise ValueError(
+            f"the {part} pipeline is not batched, or its parts have different numbers of examples: an element has "
+            f"shapes {named}; add .batch(n)"
+        )
+    if shapes[0][0] == 0:
+        raise ValueError(f"the first batch of the {part} pipeline has no examples")
+
+
+def examples_in(batch: Batch) -> int:
+    """How many examples a batch has."""
+    return int(_tensors(batch)[0].shape[0])
+
+
+def shapes_of(batch: Batch) -> str:
+    """Shapes and dtypes of a batch, as text."""
+    return ", ".join(f"{tensor.dtype.name} {tuple(tensor.shape)}" for tensor in _tensors(batch))
+
+
+def _but_first_axis(batch: Batch) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape[1:]) for tensor in _tensors(batch)]
+
+
+def _tensors(batch: Batch) -> list[Any]:
+    return [tensor for tensor in tf.nest.flatten(batch) if tensor is not None]
+
+
+def _is_function(given: Any) -> bool:
+    return not is_pipeline(given)
+
+
+def _array(tensor: Any) -> Any:
+    return None if tensor is None else tensor.numpy()
+
+
+def _copied(tensor: Any) -> Any:
+    return None if tensor is None else tf.identity(tensor)
+
+
+def _spec(tensor: Any) -> Any:
+    return None if tensor is None else tf.TensorSpec(tensor.shape, tensor.dtype)
+
+
+def _kind(tensor: Any) -> str:
+    return "" if tensor is None else f"{tensor.dtype.name} {tensor.shape}"
+
+
+def _bytes_of(array: Any) -> Iterator[Any]:
+    """The contents of an array in pieces for a digest; of texts also their lengths."""
+    if array.dtype.kind == "O":
+        for text in array.ravel():
+            yield f"{len(text)} ".encode()
+            yield text
+    else:
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
