@@ -289,7 +289,7 @@ def _of_values(name: str, array: npt.NDArray[Any], casts: dict[str, str], most: 
         yield Finding(
             Check.INPUTS_NOT_FINITE,
             Severity.PROBLEM,
-            f"{bad:,} of {examples:,} examples in {of} are not finite",
+            f"{bad:,} of {examples:,} examples in {of} {'is' if bad == 1 else 'are'} not finite",
             "leave these examples out, or replace the values: numpy.nan_to_num",
         )
         return
