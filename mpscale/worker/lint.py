@@ -20,6 +20,7 @@ from mpscale.core.magnitudes import LARGEST_FLOAT16
 from mpscale.core.mode import MODES, Mode
 from mpscale.worker.precision import LOW, MOVES, Arithmetic, Precision
 from mpscale.worker.traced import WITHIN, Product, Size, Traced, operations, source
+from mpscale.workloads.data import leaves
 
 if TYPE_CHECKING:
     from mpscale.worker.built import Built
@@ -51,21 +52,32 @@ def look(built: Built, precision: Precision, arithmetic: Arithmetic, whole: bool
     """
     mode, data = MODES[built.case.mode], built.data
     low = LOW.get(mode.policy)
-    assert built.noted_loss is not None
-    traced = Traced(built.model, built.step.graph, data.train_x, built.noted_loss.outputs)
+    traced = traced_of(built)
     most = None if whole else MOST_BYTES
     return [
         *of_settings(traced, precision, arithmetic, mode),
         *(of_float64(traced) if "float64" not in precision.misfits(mode).values() else ()),
-        *of_outputs(traced),
+        *(of_outputs(traced) if traced.outputs else of_last_layers(traced, built.model)),
         *of_weights(traced, built.model, built.optimizer),
         *(of_float32(traced, low) if low else ()),
         *(of_sizes(traced, built.batch, low) if low else ()),
-        *of_data(data, traced.casts_of_inputs, most),
+        *of_data(data, traced, most),
         *of_test_labels(data, traced.outputs),
         *of_host(data, bool(tf.config.list_logical_devices("GPU"))),
         *of_accumulation(traced, built.model, built.optimizer),
     ]
+
+
+def traced_of(built: Built) -> Traced:
+    """The traced step of what is built. What the model returned in it is known where the workload has the loss."""
+    outputs = None if built.noted_loss is None else built.noted_loss.outputs
+    return Traced(built.model, built.step.graph, arrays_of(built.data, "train_x"), outputs)
+
+
+def arrays_of(data: Data, *parts: str) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of parts of the data, by name: ``train_x``, or with a path in a structure."""
+    given = {part: getattr(data, part) for part in parts}
+    return {f"{part}{path}": array for part, each in given.items() if each is not None for path, array in leaves(each)}
 
 
 def of_settings(traced: Traced, precision: Precision, arithmetic: Arithmetic, mode: Mode) -> Iterator[Finding]:
@@ -97,16 +109,33 @@ def of_outputs(traced: Traced) -> Iterator[Finding]:
         half = op.outputs[0].dtype.name
         if half not in ("float16", "bfloat16") or (squash is None and outputs.dtype.name != half):
             continue
-        what = f"{squash.lower()} is computed in {half}" if squash else f"the outputs reach the loss in {half}"
-        yield Finding(
-            Check.HALF_OUTPUT,
-            Severity.PROBLEM if squash and half == "float16" else Severity.CAUTION,
-            f"{what}, which keeps {11 if half == 'float16' else 8} bits of them: losses and gradients lose small "
-            "differences",
-            'give the last layer float32: keras.layers.Dense(..., dtype="float32"), or, to keep a large product in '
-            f'{half}, keras.layers.Activation({(squash or "linear").lower()!r}, dtype="float32") after it',
-            tuple(filter(None, [traced.layer_of(op)])),
-        )
+        layers = tuple(filter(None, [traced.layer_of(op)]))
+        yield _half_output(squash.lower() if squash else None, half, layers)
+
+
+def _half_output(squash: str | None, half: str, layers: tuple[str, ...]) -> Finding:
+    what = f"{squash} is computed in {half}" if squash else f"the outputs reach the loss in {half}"
+    return Finding(
+        Check.HALF_OUTPUT,
+        Severity.PROBLEM if squash and half == "float16" else Severity.CAUTION,
+        f"{what}, which keeps {11 if half == 'float16' else 8} bits of them: losses and gradients lose small "
+        "differences",
+        'give the last layer float32: keras.layers.Dense(..., dtype="float32"), or, to keep a large product in '
+        f'{half}, keras.layers.Activation({squash or "linear"!r}, dtype="float32") after it',
+        layers,
+    )
+
+
+def of_last_layers(traced: Traced, model: keras.Model) -> Iterator[Finding]:
+    """The same by the layers of a compiled model, as far as it says which are the last."""
+    for output in getattr(model, "outputs", None) or ():
+        layer = output._keras_history.operation
+        dtype = getattr(layer, "compute_dtype", "float32")
+        if dtype not in ("float16", "bfloat16"):
+            continue
+        name = str(getattr(getattr(layer, "activation", None), "__name__", ""))
+        squash = name in ("softmax", "sigmoid", "log_softmax") or isinstance(layer, keras.layers.Softmax)
+        yield _half_output(name or "softmax" if squash else None, dtype, (traced.label(layer),))
 
 
 def of_weights(traced: Traced, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Iterator[Finding]:
@@ -212,35 +241,37 @@ def of_sizes(traced: Traced, batch: int, low: str) -> Iterator[Finding]:
         )
 
 
-def of_data(data: Data, casts: dict[str, str], most: int | None) -> Iterator[Finding]:
+def of_data(data: Data, traced: Traced, most: int | None) -> Iterator[Finding]:
     """Types and values of inputs and labels.
 
     Args:
         data: all of it.
-        casts: {dtype: layer} of what inputs are cast to before anything is computed with them.
+        traced: the step, which shows what inputs are cast to before anything is computed with them.
         most: how many bytes of an array to look at; None for all.
     """
-    wide = [name for name in ("train_x", "train_y", "test_x", "test_y") if _is(getattr(data, name), "float64")]
-    if wide:
+    every = arrays_of(data, "train_x", "train_y", "test_x", "test_y")
+    if wide := [name for name, array in every.items() if array.dtype == np.float64]:
         yield Finding(
             Check.FLOAT64_DATA,
             Severity.CAUTION,
             f"float64: {' and '.join(wide)}; that is twice the memory, and a cast in every step",
             f'pass {wide[0]}.astype("float32")',
         )
-    x = data.train_x
-    floats = [dtype for dtype in casts if dtype.startswith(("float", "bfloat"))]
-    if x.dtype.kind in "iub" and floats:
-        yield Finding(
-            Check.INTEGER_INPUTS,
-            Severity.NOTE,
-            f"inputs are {x.dtype.name} and are cast to {floats[0]} in every step",
-            'pass x.astype("float32") if its memory does not matter; integers take less',
-            tuple(filter(None, [casts[floats[0]]])),
-        )
-    for name in ("train_x", "test_x", "published_x"):
-        array = getattr(data, name)
-        if array is not None and array.dtype.kind in "biuf" and array.size:
+    for name, x in arrays_of(data, "train_x").items():
+        casts = traced.casts_of(name)
+        floats = [dtype for dtype in casts if dtype.startswith(("float", "bfloat"))]
+        if x.dtype.kind in "iub" and floats:
+            yield Finding(
+                Check.INTEGER_INPUTS,
+                Severity.NOTE,
+                f"{name} is {x.dtype.name} and is cast to {floats[0]} in every step",
+                'pass x.astype("float32") if its memory does not matter; integers take less',
+                tuple(filter(None, [casts[floats[0]]])),
+            )
+    for name, array in arrays_of(data, "train_x", "test_x", "published_x").items():
+        if array.dtype.kind in "biuf" and array.size:
+            # The test set goes the way of the training set.
+            casts = traced.casts_of(f"train_x{name.removeprefix(name[: name.index('_x') + 2])}")
             yield from _of_values(name, array, casts, most)
 
 
@@ -296,9 +327,8 @@ def _of_values(name: str, array: npt.NDArray[Any], casts: dict[str, str], most: 
 
 def of_test_labels(data: Data, outputs: list[Any]) -> Iterator[Finding]:
     """Labels that only the metric sees; those of the training are checked where the loss is made."""
-    for name in ("test_y", "published_y"):
-        labels = getattr(data, name)
-        if labels is None or not labels.size:
+    for name, labels in arrays_of(data, "test_y", "published_y").items():
+        if not labels.size:
             continue
         if labels.dtype.kind == "f" and not math.isfinite(float(labels.min())) * math.isfinite(float(labels.max())):
             yield Finding(
@@ -307,9 +337,10 @@ def of_test_labels(data: Data, outputs: list[Any]) -> Iterator[Finding]:
                 f"labels in {name} are not finite, so the metric may not be either",
                 "leave these examples out, or use a metric that ignores them",
             )
-        (first, *more), classes = outputs, outputs[0].shape[-1]
-        numbered = labels.dtype.kind in "iu" and data.train_y.dtype.kind in "iu" and first.shape.rank == labels.ndim + 1
-        if numbered and not more and classes and classes > 1 and not 0 <= labels.min() <= labels.max() < classes:
+        if len(outputs) != 1 or labels.dtype.kind not in "iu" or outputs[0].shape.rank != labels.ndim + 1:
+            continue
+        classes = outputs[0].shape[-1]
+        if data.train_y.dtype.kind in "iu" and classes > 1 and not 0 <= labels.min() <= labels.max() < classes:
             yield Finding(
                 Check.LABELS_OUT_OF_RANGE,
                 Severity.PROBLEM,
@@ -321,8 +352,8 @@ def of_test_labels(data: Data, outputs: list[Any]) -> Iterator[Finding]:
 
 def of_host(data: Data, on_gpu: bool) -> Iterator[Finding]:
     """Which arrays TensorFlow keeps in host memory although there is a GPU, as it does with int32 and text."""
-    arrays = {"train_x": data.train_x, "train_y": data.train_y}
-    kept = {name: array for name, array in arrays.items() if array.dtype.kind in "US" or _is(array, "int32")}
+    arrays = arrays_of(data, "train_x", "train_y")
+    kept = {name: array for name, array in arrays.items() if array.dtype.kind in "US" or array.dtype == np.int32}
     names = [name for name, array in kept.items() if ":GPU:" not in tf.constant(array[:1]).backing_device]
     if on_gpu and names:
         yield Finding(
@@ -350,10 +381,6 @@ def of_accumulation(traced: Traced, model: keras.Model, optimizer: keras.optimiz
             "use keras.layers.GroupNormalization or LayerNormalization, or a larger batch without accumulation",
             layers,
         )
-
-
-def _is(array: npt.NDArray[Any] | None, dtype: str) -> bool:
-    return array is not None and array.dtype.name == dtype
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -20,7 +20,6 @@ from mpscale.core.lint import Check, Finding, Severity, to_cell
 from mpscale.core.mode import MODES
 from mpscale.core.wire import Channel, Phase
 from mpscale.worker import lint as checks
-from mpscale.worker import model as models
 from mpscale.worker.built import Built, build
 from mpscale.worker.case import Status
 from mpscale.worker.device import require, touch
@@ -28,8 +27,9 @@ from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import Call, noted_calls
 from mpscale.worker.refused import Refused
 from mpscale.worker.timing import DISPATCH_BOUND, time_empty_call, warm_up
-from mpscale.worker.traced import Traced, operations
+from mpscale.worker.traced import operations
 from mpscale.workloads import Workload, registry
+from mpscale.workloads.data import taken
 
 
 def _any_loss(labels: Any, outputs: Any) -> Any:
@@ -75,7 +75,8 @@ def lint(case: Case, device: Device, channel: Channel) -> Status:
     channel.phase(Phase.COMPILED)
     if "loss" not in stood_in:
         report(_first_loss(built))
-    report(_dispatch(built))
+    if built.feed is None:  # with a pipeline, a step also waits for its input
+        report(_dispatch(built))
     return "ok", None
 
 
@@ -90,6 +91,9 @@ def _built(
             built.step.trace()
             return built, stood_in
         except Refused as refused:
+            if workload.compiled is not None:
+                report([refused.finding])
+                return None, stood_in
             part = "optimizer" if refused.finding.check is Check.OPTIMIZER_SCALES else "loss"
             if part in stood_in:
                 return None, stood_in
@@ -112,7 +116,7 @@ def _first_step(built: Built, channel: Channel, arithmetic: Arithmetic) -> tuple
     except tf.errors.OpError as error:
         if not built.case.settings.jit:
             raise
-        text, traced = error.message, _traced(built)
+        text, traced = error.message, checks.traced_of(built)
     settings = replace(built.case.settings, jit=False)
     built = build(replace(built.case, settings=settings), arithmetic, channel, built.workload)
     built.step()
@@ -134,11 +138,6 @@ def _first_step(built: Built, channel: Channel, arithmetic: Arithmetic) -> tuple
     ]
 
 
-def _traced(built: Built) -> Traced:
-    assert built.noted_loss is not None
-    return Traced(built.model, built.step.graph, built.data.train_x, built.noted_loss.outputs)
-
-
 def _first_loss(built: Built) -> Iterator[Finding]:
     """Whether the loss of the first step is finite, and if not, in which layer that begins."""
     loss = float(built.step.read_log().loss[0])
@@ -157,9 +156,8 @@ def _first_loss(built: Built) -> Iterator[Finding]:
 def _first_not_finite(built: Built) -> str | None:
     """The first layer whose outputs for the first batch are not finite, with new weights: the step has changed its."""
     keras.utils.set_random_seed(built.case.seed)
-    examples = built.data.train_x[built.order[0]]
-    model = models.make_model(built.workload.model)
-    models.build_model(model, examples)
+    examples = taken(built.data.train_x, built.order[0])
+    model = built.build_again()
     labels: list[str] = []
 
     @tf.function(autograph=False)
@@ -175,7 +173,7 @@ def _first_not_finite(built: Built) -> str | None:
             model(x, training=True)
         return tf.stack([*flags(calls), tf.constant(True)])
 
-    flags = finite(tf.constant(examples)).numpy()[:-1]
+    flags = finite(tf.nest.map_structure(tf.constant, examples)).numpy()[:-1]
     return None if flags.all() else labels[int(np.argmin(flags))]
 
 

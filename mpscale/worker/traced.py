@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -63,7 +63,7 @@ class Product:
 class Given:
     """Sizes that a product may have because of the data: features of an example, and numbers of outputs."""
 
-    features: int | None
+    features: frozenset[int | None]
     classes: frozenset[int | None]
 
 
@@ -73,11 +73,11 @@ class Traced:
     Args:
         model: the model that it trains.
         graph: the traced FuncGraph.
-        inputs: the examples that the step draws batches from (examples, ...).
-        outputs: what the model returned in this graph, a tensor or a structure of them.
+        inputs: the arrays of examples that the step draws batches from, by name.
+        outputs: what the model returned in this graph, a tensor or a structure of them; None if it is not known.
     """
 
-    def __init__(self, model: keras.Model, graph: Any, inputs: npt.NDArray[Any], outputs: Any) -> None:
+    def __init__(self, model: keras.Model, graph: Any, inputs: Mapping[str, npt.NDArray[Any]], outputs: Any) -> None:
         self.graph = graph
         self._labels, self._owners = _layers(model)
         self._named: dict[str, list[str]] = {}
@@ -87,10 +87,11 @@ class Traced:
         self._variables = {
             inner.op.name: variables[id(outer)] for outer, inner in graph.captures if id(outer) in variables
         }
-        self._features = inputs.shape[-1] if inputs.ndim > 1 else None
-        self.batch = _batch(graph, inputs)
-        """The batch of examples as the step draws it, a tensor; None if it does so in an unknown way."""
-        self.outputs: list[Any] = tf.nest.flatten(outputs)
+        self._features = frozenset(array.shape[-1] for array in inputs.values() if array.ndim > 1)
+        self.batches = _batches(graph, inputs)
+        """{name: the batch of an array of examples as the step draws it}, a tensor each; as far as that is known."""
+        self._drawn = {tensor.name for tensor in self.batches.values()}
+        self.outputs: list[Any] = [] if outputs is None else tf.nest.flatten(outputs)
         """What the model returned."""
 
     def label(self, layer: keras.layers.Layer) -> str:
@@ -129,17 +130,16 @@ class Traced:
             weight = next((v for each in op.inputs if (v := self._weight(each)) is not None), None)
             layer = (self.layer_of(op, outer) or op.name) if weight is None else self.owner(weight)
             given = Given(
-                self._features if number == 1 else None,
+                self._features if number == 1 else frozenset(),
                 classes if number > len(forward) - len(self.outputs) else frozenset(),
             )
             found.append(Product(op, layer, tuple(self._sizes(op, given, weight is not None)), bool(outer)))
         return found
 
-    @cached_property
-    def casts_of_inputs(self) -> dict[str, str]:
+    def casts_of(self, name: str) -> dict[str, str]:
         """{dtype: the first layer, or nothing} of what examples are cast to before anything is computed with them."""
         found: dict[str, str] = {}
-        todo, seen = ([] if self.batch is None else [self.batch]), set()
+        todo, seen = ([self.batches[name]] if name in self.batches else []), set()
         while todo:
             tensor = todo.pop(0)
             for user in tensor.consumers():
@@ -189,13 +189,9 @@ class Traced:
 
     def _of_data(self, tensor: Any) -> bool:
         """Whether a factor is the batch of examples, cast or moved."""
-        while self.batch is not None:
-            if tensor.op.name == self.batch.op.name:
-                return True
-            if not (tensor.op.inputs and _moves(tensor.op)):
-                break
+        while tensor.name not in self._drawn and tensor.op.inputs and _moves(tensor.op):
             tensor = tensor.op.inputs[0]
-        return False
+        return tensor.name in self._drawn
 
     def _sizes(self, op: Any, given: Given, weighted: bool) -> Iterator[Size]:
         """The sizes of a product.
@@ -215,7 +211,7 @@ class Traced:
         if self._weight(op.inputs[0]) is not None and not _is_convolution(op.type):
             rows, columns = columns, rows  # the weight comes first
         if inner:
-            yield Size(inner, "inputs", inner == given.features or any(map(self._of_data, op.inputs)))
+            yield Size(inner, "inputs", inner in given.features or any(map(self._of_data, op.inputs)))
         if columns:
             yield Size(columns, "outputs", columns in given.classes)
 
@@ -267,12 +263,19 @@ def _layers(model: keras.Model) -> tuple[dict[int, str], dict[int, str]]:
     return labels, owners
 
 
-def _batch(graph: Any, inputs: npt.NDArray[Any]) -> Any:
-    """Where a step takes a batch from all examples."""
-    for op in graph.get_operations():
-        if op.type == "GatherV2" and op.inputs[0].shape.is_compatible_with(inputs.shape):
-            return op.outputs[0]
-    return None
+def _batches(graph: Any, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """Where a step takes a batch from all examples, or gets one as an argument."""
+    drawn = [(op.inputs[0], op.outputs[0]) for op in graph.get_operations() if op.type == "GatherV2"]
+    given = [(tensor, tensor) for tensor in graph.inputs if tensor.dtype not in (tf.resource, tf.variant)]
+    found: dict[str, Any] = {}
+    for name, array in inputs.items():
+        taken = {tensor.name for tensor in found.values()}  # another array may have the same shape
+        for places, shape in ((drawn, array.shape), (given, (None, *array.shape[1:]))):
+            for place, batch in places:
+                alike = place.shape.rank and place.shape.is_compatible_with(shape)
+                if alike and place.dtype == tf.as_dtype(array.dtype) and batch.name not in taken:
+                    found.setdefault(name, batch)
+    return found
 
 
 def _is_convolution(kind: str) -> bool:

@@ -11,7 +11,7 @@ from mpscale.core.device import Device
 from mpscale.core.lint import Check, Severity, of_cell
 from mpscale.worker import linting
 from mpscale.worker.lint import of_host
-from mpscale.workloads import Data, registry
+from mpscale.workloads import Data, Workload, registry
 
 L = keras.layers
 CPU = Device("cpu", "CPU")
@@ -389,3 +389,33 @@ def test_a_run_looks_at_the_beginning_of_large_data_only(monkeypatch):
     for place, checks in ((9, [Check.INPUTS_NOT_FINITE]), (10, [])):
         found = of_cell(train(sound(data=with_value(np.nan, place), train_steps=3), "fp32").row["lint"])
         assert [finding.check for finding in found] == checks
+
+
+def two_inputs(last="softmax"):
+    a, b = keras.Input((10,), name="a"), keras.Input((8,), name="b")
+    x = L.Concatenate()([L.Dense(100, name="of_a")(a), L.Dense(64, name="of_b")(b)])
+    first = L.Dense(8, last, name="first")(x)
+    second = L.Dense(1, dtype="float32", name="second")(L.Dense(64, name="wide")(x))
+    model = keras.Model({"a": a, "b": b}, {"first": first, "second": second})
+    model.compile("sgd", loss={"first": "sparse_categorical_crossentropy", "second": "mse"})
+    return model
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_a_compiled_model_is_looked_at_with_each_of_its_inputs_and_outputs(piped, monkeypatch):
+    a, (b, y) = features(10)[0], features()
+    a[3, 2] = np.inf
+    examples = {"a": a, "b": np.round(b * 1e4).astype(np.int64)}, {"first": y, "second": np.ones((96, 1))}
+    train = (lambda: tf.data.Dataset.from_tensor_slices(examples).batch(24).repeat()) if piped else examples
+    size = {} if piped else {"batch_size": 24}
+    work = Workload.from_compiled(two_inputs, name="two", train=train, train_steps=3, **size)
+    findings = [each for each in lint(monkeypatch, work) if each.check is not Check.FIRST_LOSS]
+    assert told(findings) == {
+        (Check.HALF_OUTPUT, PROBLEM, ("first",)),
+        (Check.FLOAT64_DATA, CAUTION, ()),
+        (Check.INPUTS_NOT_FINITE, PROBLEM, ()),
+        (Check.INTEGER_INPUTS, NOTE, ("of_b",)),
+        (Check.INPUTS_ROUNDED, CAUTION, ("of_b",)),
+        (Check.DIMENSION, CAUTION, ("of_a", "wide", "first")),
+    }
+    assert "train_x['a']" in next(each.text for each in findings if each.check is Check.INPUTS_NOT_FINITE)
