@@ -41,7 +41,12 @@ class Parcel:
     growth_intervals: Mapping[str, int | None]
 
     def file(self, name: str) -> Path:
-        """The file with a workload, pickled."""
+        """The file with a workload, pickled.
+
+        Raises:
+            NoParcel: the folder is gone, or somebody else could have written it.
+        """
+        _check(self.folder)
         return Path(self.folder, f"{list(self.growth_intervals).index(name)}.pickle")
 
     def write(self) -> None:
@@ -56,15 +61,10 @@ class Parcel:
         Raises:
             NoParcel: the folder is not a whole parcel, or somebody else could have written it.
         """
+        _check(folder)
         try:
-            state = os.lstat(folder)
-            private = stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid() and not state.st_mode & 0o077
-            if not private:
-                raise NoParcel(f"{VARIABLE}: {folder} is not a folder that only this user can read and write")
             return cls(folder, **json.loads(Path(folder, _CONTENTS).read_bytes()))
         except (OSError, ValueError, TypeError) as error:
-            if isinstance(error, NoParcel):
-                raise
             raise NoParcel(
                 f"{VARIABLE}: {folder} holds no workloads ({error}); mpscale.compare sets this variable itself"
             ) from error
@@ -79,6 +79,16 @@ class Parcel:
         with contextlib.suppress(OSError):
             return Path(Path(self.folder, _RUN).read_text(encoding="utf-8"))
         return None
+
+
+def _check(folder: str) -> None:
+    """Raise NoParcel unless this user alone can write the folder."""
+    try:
+        state = Path(folder).lstat()
+    except OSError as error:
+        raise NoParcel(f"{VARIABLE}: {folder}, in which a script has sent its workload, is gone ({error})") from error
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid() or state.st_mode & 0o077:
+        raise NoParcel(f"{VARIABLE}: {folder} is not a folder that only this user can read and write")
 
 
 @dataclass(frozen=True)
