@@ -29,7 +29,6 @@ from mpscale.config import (
 )
 from mpscale.core.case import Settings
 from mpscale.core.device import Device
-from mpscale.core.given import given
 from mpscale.core.loss_scale import RULES, parse_number
 from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, default_modes, select_modes
 from mpscale.terminal.streams import as_typed
@@ -181,8 +180,7 @@ def check_workloads(names: Iterable[str], folders: Iterable[Path] = ()) -> None:
     try:
         with registry.without_gpus():
             for name in names:
-                if name not in given().sent:  # the script that has sent it has checked it
-                    registry.get(name, list(folders))
+                registry.get(name, list(folders))
     except registry.UnknownWorkload as error:
         raise pytest.UsageError(f"--mp-workloads: {error}") from error
 

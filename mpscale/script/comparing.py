@@ -155,9 +155,10 @@ def _packed(workload: Workload, folder: Path, parts: dict[str, Any]) -> Parcel:
     from mpscale.script import sending
 
     path = [str(Path(entry).absolute()) for entry in sys.path]
-    parcel = Parcel(str(folder), os.getpid(), path, {workload.name: workload.growth_interval})
+    parcel = Parcel(str(folder), os.getpid(), path, [workload.name])
     try:
         sending.send(workload, parcel.file(workload.name), parts)
+        sending.send_outline(workload, parcel.file(workload.name, outline=True))
         parcel.write()
     except OSError as error:
         text = f"the model and its data cannot be written to {folder}: {why(error)}"
