@@ -148,7 +148,8 @@ def test_a_session_gets_only_the_outline_of_a_workload(tmp_path):
         path = tmp_path / f"{workload.name}.outline.pickle"
         sending.send_outline(workload, path)
         code = "import sys; from pathlib import Path; from mpscale.workloads import sent\n"
-        code += "w = sent.load(Path(sys.argv[1])); print(w.name, w.growth_interval, w.margin, 'keras' in sys.modules); w.data()"
+        code += "w = sent.load(Path(sys.argv[1]))\n"
+        code += "print(w.name, w.growth_interval, w.margin, 'keras' in sys.modules); w.data()"
         done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
         assert done.stdout == f"{workload.name} {workload.growth_interval} {workload.margin} False\n", done.stderr
         assert "in the processes of the cases only" in done.stderr
