@@ -171,7 +171,7 @@ def _run(typed: Sequence[str], name: str, parcel: Parcel) -> tuple[int, bool, Se
 
     Its output goes where that of this process goes: to the terminal itself, or line by line to the notebook.
     """
-    command = [sys.executable, "-P", "-m", "mpscale", "run", f"--mp-workloads={name}", *typed]
+    command = [sys.executable, "-P", "-m", "mpscale", "run", f"--mp-workloads={name}", "--no-header", *typed]
     # pytest-benchmark would take the session for one of pytest-xdist's workers, and time nothing.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     direct = _is_own(sys.stdout, 1)
