@@ -119,8 +119,8 @@ class FitUpdate(Update):
         applied = self._train(batch)
         if not all(within_reach(each.loss) and within_reach(each.record.scale) for each in applied):
             raise ValueError(
-                "train_step applies gradients inside of a loop or a branch of TensorFlow, where neither their loss nor "
-                "an overflow can be seen; apply them outside of it"
+                "train_step applies gradients inside of a loop, a branch or a function of TensorFlow, where neither "
+                "their loss nor an overflow can be seen; apply them outside of it"
             )
         # An optimizer that is applied several times per step, or several of them, make one row.
         columns = {
@@ -189,8 +189,10 @@ class FitUpdate(Update):
         """Take the model's train step, or all of it except ``apply``; return the calls of ``apply``."""
         self._on_trace()
         seen = _Observed()
+        # One that is a tf.function would be a graph of its own within this one.
+        train_step = getattr(self.model.train_step, "python_function", self.model.train_step)
         with self._observed(seen, others, only_look):
-            self.model.train_step(batch)
+            train_step(batch)
         if not seen.applied:
             raise ValueError(
                 f"train_step of {type(self.model).__name__} applied no gradients with an optimizer that the model "

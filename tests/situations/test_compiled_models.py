@@ -310,9 +310,9 @@ def gan(discriminator_steps=1):
     return build
 
 
-@pytest.mark.parametrize("discriminator_steps", [1, 2])
-def test_several_optimizers_each_have_a_loss_scale(discriminator_steps, tmp_path):
-    build = gan(discriminator_steps)
+def test_several_optimizers_each_have_a_loss_scale(tmp_path):
+    """Also if one is applied twice in a step."""
+    build = gan(discriminator_steps=2)
     keras.utils.set_random_seed(0)
     model = build()
     order = batches(len(X), BATCH, STEPS, 0)
@@ -325,7 +325,7 @@ def test_several_optimizers_each_have_a_loss_scale(discriminator_steps, tmp_path
     settings = {"dynamic_scale": {"initial": 2.0**20}, "timing_s": 0.02, "timing_blocks": 2}
     outcome, steps = logged(tmp_path, workload(build, X, name="gan"), "mixed-dynamic", **settings)
     assert steps["overflow"][0] == 1.0
-    assert steps["loss_scale"][0] == 2.0 ** (21 - discriminator_steps)
+    assert steps["loss_scale"][0] == 2.0**19  # that of the second update, after the first was skipped
     assert 0 < outcome.row["overflow_steps"] == steps["overflow"].sum() < STEPS
     assert steps["loss_scale"][-1] < 2.0**20
     assert outcome.row["timed_overflow_steps"] == 0
@@ -422,7 +422,7 @@ ONE_HOT = dict.fromkeys(BOTH, (X, np.eye(3)[CLASSES]))
         (own_fit, {}, "OwnFit defines its own fit, which mpscale does not call"),
         (changed(run_eagerly=True), {}, "run_eagerly=True"),
         (outside, {}, "applied no gradients with an optimizer that the model holds"),
-        (branching, {}, "inside of a loop or a branch"),
+        (branching, {}, "inside of a loop, a branch or a function"),
         (classifier, {"data": X, "validation": None}, r"no labels to compare with: give \(x, y\)"),
         (classifier, {"data": X}, "test_y has one array, but train_y has nothing"),
         (classifier, {"data": (X, CLASSES[:5])}, "train_x has 120 examples and train_y has 5"),
@@ -459,7 +459,6 @@ class Stops(keras.callbacks.Callback):
         (classifier, {}, ("accuracy", True, 0.01), True),
         (classifier, {"metric": "val_loss", "margin": 0.1}, ("val_loss", False, 0.1), False),
         (two_by_two, {}, ("kind_accuracy", True, 0.01), False),
-        (two_by_two, {"metric": "size_mae"}, ("size_mae", False, None), False),
         (two_by_two, {"metric": "size_loss"}, ("size_loss", False, None), False),
         (own_step, {}, ("val_loss", False, None), False),
     ],
@@ -575,12 +574,10 @@ def test_digests_are_those_of_what_is_trained():
 
 def test_gradients_of_a_compiled_model_can_be_looked_at():
     """Those of its own train_step, too; not those of several losses."""
-    for build, data in ((classifier, (X, CLASSES)), (own_step, (X, CLASSES))):
-        looks = [event for event in train(workload(build, data), looks=2).sent if isinstance(event, Looked)]
-        assert [look.step for look in looks] == [1, STEPS]
-        assert {(row["layer"].partition("_")[0], row["of"]) for row in looks[0].gradients} == {
-            ("dense", "weights"),
-            ("dense", "activations"),
-        }
+    outcome = train(workload(own_step, (X, CLASSES)), looks=2)
+    looks = [event for event in outcome.sent if isinstance(event, Looked)]
+    assert [look.step for look in looks] == [1, STEPS]
+    found = {(row["layer"].partition("_")[0], row["of"]) for row in looks[0].gradients}
+    assert found == {("dense", "weights"), ("dense", "activations")}
     with pytest.raises(ValueError, match="applies gradients 2 times"):
         train(workload(gan(), X, name="gan"), looks=1)
