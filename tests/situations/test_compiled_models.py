@@ -456,7 +456,7 @@ class Stops(keras.callbacks.Callback):
 @pytest.mark.parametrize(
     ("build", "options", "named", "share"),
     [
-        (classifier, {}, ("accuracy", True, 0.01), True),
+        (classifier, {"target": 0.0}, ("accuracy", True, 0.01), True),
         (classifier, {"metric": "val_loss", "margin": 0.1}, ("val_loss", False, 0.1), False),
         (two_by_two, {}, ("kind_accuracy", True, 0.01), False),
         (two_by_two, {"metric": "size_loss"}, ("size_loss", False, None), False),
@@ -469,7 +469,7 @@ def test_the_judged_metric_is_that_of_keras_own_evaluate(build, options, named, 
     validation = tf.nest.map_structure(lambda array: array[:47], (*data, *([WEIGHT] if build is classifier else [])))
     row = train(workload(build, data, validation, **options)).row
     assert (row["metric_name"], row["metric_higher_is_better"], row.get("metric_margin")) == named
-    assert row["test_examples"] == 47
+    assert (row["test_examples"], row.get("steps_to_target")) == (47, 6 if "target" in options else None)
     model, _ = by_fit(build, data)
     x, y, weight = (*validation, None)[:3]
     # In losses of single outputs, Keras counts a smaller last batch as a single example.
@@ -570,6 +570,12 @@ def test_digests_are_those_of_what_is_trained():
         digests(bare),
     ]
     assert len({found["workload_digest"] for found in different}) == len(different)
+
+
+def test_float8_layers_are_called_once_per_step_although_a_step_is_traced_twice():
+    outcome = train(workload(classifier, (X, CLASSES), (X, CLASSES), train_steps=3), "mixed-fp8")
+    assert outcome.status == "ok", outcome.reason
+    assert "float8" in outcome.row["product_dtypes"]
 
 
 def test_gradients_of_a_compiled_model_can_be_looked_at():
