@@ -70,7 +70,8 @@ class FitUpdate(Update):
 
     Args:
         model: compiled.
-        scalers: the mode's scaling for each of the model's optimizers, by the attribute that holds it.
+        scalers: the mode's scaling for each of the model's optimizers, by the attribute that holds it; those of one
+            optimizer are the same.
         batch: the first one, of the structure that ``train_step`` takes. It shows which optimizers are used.
         on_trace: called when a trace begins. There may be two, of which the second counts: a first trace that makes
             variables, such as those of metrics, is followed by another.
@@ -86,14 +87,17 @@ class FitUpdate(Update):
         batch: Any,
         on_trace: Callable[[], None] = lambda: None,
     ) -> None:
-        self.model, self._scalers, self._on_trace = model, dict(scalers), on_trace
+        self.model, self._on_trace = model, on_trace
+        self._scalers: dict[str, StepScaler] = {}
         self.added_losses = 0
         self._applied: list[_Applied] = []
         self._overflows: tf.Variable | None = None
         for name, scaler in scalers.items():
             setattr(model, name, scaler.optimizer)
+            if scaler not in self._scalers.values():
+                self._scalers[name] = scaler
         main = next(iter(scalers))
-        if len(scalers) == 1 and model.built:
+        if len(self._scalers) == 1 and model.built:
             scalers[main].optimizer.build(model.trainable_variables)
         else:
             # Which optimizer trains which weights only a trace can tell. It builds them, too.

@@ -265,6 +265,32 @@ def test_a_train_step_that_does_not_scale_its_loss_runs_in_modes_that_need_no_sc
         assert "loss = self.optimizer.scale_loss(loss)" in outcome.reason
 
 
+class TwoNames(OwnStep):
+    """The optimizer that it is compiled with has another name, too."""
+
+    def compile(self, optimizer, **options):
+        super().compile(optimizer, **options)
+        self.another_name = optimizer
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            scaled = self.another_name.scale_loss(logits()(y, self(x, training=True)))
+        self.another_name.apply(tape.gradient(scaled, self.trainable_variables), self.trainable_variables)
+        return {}
+
+
+def test_an_optimizer_may_have_two_names():
+    def build():
+        model = TwoNames()
+        model.compile(keras.optimizers.Adam(0.01), jit_compile=False)
+        return model
+
+    outcome = train(workload(build, (X, CLASSES)), "mixed-dynamic")
+    assert (outcome.status, outcome.row["optimizer"]) == ("ok", "Adam")
+    assert outcome.row["train_loss_final"] < outcome.row["train_loss_first"]
+
+
 class Gan(keras.Model):
     """Two optimizers, no call, and a train_step that begins with noise."""
 
