@@ -25,7 +25,7 @@ from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, 
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
 from mpscale.worker.draws import draws_of
-from mpscale.worker.feed import Feed
+from mpscale.worker.feed import Feed, InputFailed
 from mpscale.worker.fit_update import FitUpdate
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
@@ -366,10 +366,18 @@ def _with_input(feed: Feed, built: Built, step_ms: float) -> Findings:
     """
     settings, found = built.case.settings, Findings()
     feed.stream()
-    with_input = time_with_input(built.step, settings.timing_s, max(settings.timing_blocks // _WITH_INPUT_SHARE, 1))
+    columns = ("step_time_ms_with_input", "input_wait_share")
+    try:
+        blocks = max(settings.timing_blocks // _WITH_INPUT_SHARE, 1)
+        with_input = time_with_input(built.step, settings.timing_s, blocks)
+    except InputFailed as error:
+        # The training is done, and its figures do not need this one.
+        found.miss(columns, Reason(Code.NOT_REACHED, f"the pipeline failed while it was timed: {error}"))
+        feed.hold()
+        return found
     if feed.too_many_left_out:
         why = "most batches had shapes for which a step would have been compiled while it was timed"
-        found.miss(["step_time_ms_with_input", "input_wait_share"], Reason(Code.NOT_COMPARABLE, why, _SHAPES))
+        found.miss(columns, Reason(Code.NOT_COMPARABLE, why, _SHAPES))
     else:
         found.put("step_time_ms_with_input", with_input)
         # Noise may make the step with input the shorter one.

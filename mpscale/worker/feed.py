@@ -23,7 +23,7 @@ from mpscale.core.record import Findings
 from mpscale.workloads import Data, Pipeline
 from mpscale.workloads.pipeline import check_pipeline, is_pipeline, is_py_dataset
 
-_LOOKED_AT, _LOOKED_AT_BYTES = 8, 2**29
+_LOOKED_AT, _LOOKED_AT_BYTES = 8, 2**28
 """Most batches, and about most bytes, that are looked at before the training and held on the device to time steps."""
 _SHAPES_NAMED = 4
 _LEFT_OUT = 0.1
@@ -31,6 +31,10 @@ _LEFT_OUT = 0.1
 
 Batch = Any
 """What Keras' fit takes: x, ``(x, y)`` or ``(x, y, sample_weight)``, of structures of tensors."""
+
+
+class InputFailed(Exception):
+    """A pipeline failed after the training, while steps were timed."""
 
 
 class Epochs:
@@ -259,7 +263,7 @@ class Feed:
         self._next = itertools.cycle(held).__next__
 
     def stream(self) -> None:
-        """From now on show the batches that the pipeline gives, without a digest.
+        """From now on show the batches that the pipeline gives, without a digest. Steps may raise :class:`InputFailed`.
 
         Those of a shape that no step was compiled for are left out: it would be compiled while it is timed.
         """
@@ -321,7 +325,10 @@ class Feed:
 
     def _of_stream(self) -> Batch:
         while True:
-            batch = self._peeked.popleft() if self._peeked else next(self._batches)
+            try:
+                batch = self._peeked.popleft() if self._peeked else next(self._batches)
+            except Exception as error:  # from the user's code
+                raise InputFailed(f"{type(error).__name__}: {error}") from error
             self._streamed += 1
             if shapes_of(batch) in self._shown.shapes:
                 return batch

@@ -313,6 +313,19 @@ def test_a_slow_pipeline_shows_in_the_step_time_with_input_alone():
     assert found["examples_per_s"] == pytest.approx(24e3 / found["step_time_ms_median"])
 
 
+def test_a_pipeline_that_fails_after_the_training_loses_nothing_else():
+    def once():
+        # Enough for the training, and made anew for each pass before it; it cannot begin again.
+        examples = iter([(X[:20], Y[:20])] * 20)
+        spec = tf.TensorSpec((None, 2), tf.float32), tf.TensorSpec((None,), tf.int64)
+        return tf.data.Dataset.from_generator(lambda: examples, output_signature=spec)
+
+    found = train(fed(once), timing_s=0.05, timing_blocks=2)
+    assert found.status == "ok"
+    assert found.row["step_time_ms_median"] > 0
+    assert "used up" in found.missed["step_time_ms_with_input"].text
+
+
 def test_a_training_that_ends_early_has_no_digest_of_all_batches():
     def explodes():
         return dataset().map(lambda x, y: (x * 1e30, y))
