@@ -247,7 +247,8 @@ def _of_compiled(
         channel.send(Remarked(remark))
     channel.values({"jit": case.settings.jit, "steps_per_call": case.settings.steps_per_call})
     configs = {name: models.optimizer_description(each, steps) for name, each in compiled.optimizers.items()}
-    scalers = {name: scaler_for(MODES[case.mode], each, case.settings) for name, each in compiled.optimizers.items()}
+    wrapped = {id(each): scaler_for(MODES[case.mode], each, case.settings) for each in compiled.optimizers.values()}
+    scalers = {name: wrapped[id(each)] for name, each in compiled.optimizers.items()}
     on_trace = float8.forget_calls if float8 is not None else lambda: None
     if feed is None:
         fed = compiling.as_fed(*data.train)

@@ -35,8 +35,8 @@ class CompiledModel:
     Args:
         model: may be unbuilt.
         arguments: those of ``compile`` that were given, by name; empty if it was compiled before it was asked for.
-        optimizers: without loss scaling, by the attribute of the model that holds them. One that a model with several
-            was compiled with may be unused.
+        optimizers: without loss scaling, by the attribute of the model that holds them; two may hold the same one. One
+            that a model with several was compiled with may be unused.
         notes: what was taken off, in words.
     """
 
@@ -96,7 +96,7 @@ def make(build: Callable[[], keras.Model]) -> CompiledModel:
     notes: list[str] = []
     optimizers: dict[str, keras.optimizers.Optimizer] = {}
     for name, held in sorted(vars(model).items(), key=lambda each: each[0] != "optimizer"):
-        if isinstance(held, keras.optimizers.Optimizer) and not any(held is each for each in optimizers.values()):
+        if isinstance(held, keras.optimizers.Optimizer):
             optimizers[name] = _bare(held, name, notes)
     if not optimizers:
         raise ValueError("the model is compiled without an optimizer, so it cannot be trained; give compile one")

@@ -70,7 +70,8 @@ class FitUpdate(Update):
 
     Args:
         model: compiled.
-        scalers: the mode's scaling for each of the model's optimizers, by the attribute that holds it.
+        scalers: the mode's scaling for each of the model's optimizers, by the attribute that holds it; those of one
+            optimizer are the same.
         batch: the first one, of the structure that ``train_step`` takes. It shows which optimizers are used.
         on_trace: called when a trace begins. There may be two, of which the second counts: a first trace that makes
             variables, such as those of metrics, is followed by another.
@@ -86,14 +87,17 @@ class FitUpdate(Update):
         batch: Any,
         on_trace: Callable[[], None] = lambda: None,
     ) -> None:
-        self.model, self._scalers, self._on_trace = model, dict(scalers), on_trace
+        self.model, self._on_trace = model, on_trace
+        self._scalers: dict[str, StepScaler] = {}
         self.added_losses = 0
         self._applied: list[_Applied] = []
         self._overflows: tf.Variable | None = None
         for name, scaler in scalers.items():
             setattr(model, name, scaler.optimizer)
+            if scaler not in self._scalers.values():
+                self._scalers[name] = scaler
         main = next(iter(scalers))
-        if len(scalers) == 1 and model.built:
+        if len(self._scalers) == 1 and model.built:
             scalers[main].optimizer.build(model.trainable_variables)
         else:
             # Which optimizer trains which weights only a trace can tell. It builds them, too.
@@ -119,8 +123,8 @@ class FitUpdate(Update):
         applied = self._train(batch)
         if not all(within_reach(each.loss) and within_reach(each.record.scale) for each in applied):
             raise ValueError(
-                "train_step applies gradients inside of a loop or a branch of TensorFlow, where neither their loss nor "
-                "an overflow can be seen; apply them outside of it"
+                "train_step applies gradients inside of a loop, a branch or a function of TensorFlow, where neither "
+                "their loss nor an overflow can be seen; apply them outside of it"
             )
         # An optimizer that is applied several times per step, or several of them, make one row.
         columns = {
@@ -189,8 +193,10 @@ class FitUpdate(Update):
         """Take the model's train step, or all of it except ``apply``; return the calls of ``apply``."""
         self._on_trace()
         seen = _Observed()
+        # One that is a tf.function would be a graph of its own within this one.
+        train_step = getattr(self.model.train_step, "python_function", self.model.train_step)
         with self._observed(seen, others, only_look):
-            self.model.train_step(batch)
+            train_step(batch)
         if not seen.applied:
             raise ValueError(
                 f"train_step of {type(self.model).__name__} applied no gradients with an optimizer that the model "
