@@ -273,6 +273,27 @@ def test_a_part_of_an_endless_held_out():
     assert train(fed(test=lambda: held_out().repeat(), test_steps=2)).row["test_examples"] == 48
 
 
+@pytest.mark.parametrize("as_object", [False, True], ids=["function", "object"])
+def test_how_often_a_mode_was_evaluated_does_not_count(as_object):
+    """A mode that reaches its target early goes through a shuffled test set less often."""
+
+    def shuffled_test():
+        return tf.data.Dataset.from_tensor_slices((X[160:], Y[160:])).shuffle(80, seed=1).batch(24)
+
+    digests = set()
+    for target in (0.0, 1.0):
+        test = shuffled_test() if as_object else shuffled_test
+        options = {"train_steps": 20, "evaluate_every": 5, "target": target}
+        row = train(workload(MODEL, lambda test=test: mpscale.Pipeline(shuffled, test), **options)).row
+        digests.add(row["data_order_digest"])
+    assert len(digests) == 1
+
+
+def test_another_test_set_is_noticed():
+    rows = [train(fed(test=lambda start=start: dataset(start, 240))).row for start in (160, 170)]
+    assert rows[0]["data_order_digest"] != rows[1]["data_order_digest"]
+
+
 def test_batches_of_several_lengths_are_counted():
     """Each length is compiled by itself, and FLOPs differ from step to step."""
 
