@@ -96,6 +96,58 @@ def test_a_compiled_model_trains_as_by_fit(class_weight, as_arrays):
     assert found.row["metric_value"] == pytest.approx(expected)
 
 
+def with_two_inputs():
+    given = {name: keras.Input((2,), name=name) for name in "ab"}
+    hidden = keras.layers.Dense(8)(keras.layers.Concatenate()(list(given.values())))
+    outputs = {
+        name: keras.layers.Dense(size, dtype="float32", name=name)(hidden) for name, size in {"c": 3, "r": 1}.items()
+    }
+    return keras.Model(given, outputs), {"c": keras.losses.SparseCategoricalCrossentropy(from_logits=True), "r": "mse"}
+
+
+def of_text():
+    words = keras.layers.TextVectorization(output_sequence_length=4, vocabulary=["a", "b", "c"])
+    embedded = keras.layers.Embedding(8, 4), keras.layers.GlobalAveragePooling1D()
+    outputs = keras.layers.Dense(3), keras.layers.Activation("linear", dtype="float32")
+    model = keras.Sequential([keras.Input((), dtype="string"), words, *embedded, *outputs])
+    return model, keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+class Autoencoder(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.coder = keras.layers.Dense(2)
+
+    def call(self, x):
+        self.add_loss(tf.reduce_mean((tf.cast(self.coder(x), tf.float32) - tf.cast(x, tf.float32)) ** 2))
+        return self.coder(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (with_two_inputs, ({"a": X, "b": X}, {"c": Y, "r": X[:, :1]})),
+        (of_text, (np.array(["a b", "b c", "c a"])[Y], Y)),
+        (lambda: (Autoencoder(), None), (X,)),
+        (lambda: (MODEL(), "sparse_categorical_crossentropy"), (X.astype(np.float64), Y, X[:, 0] ** 2)),
+    ],
+    ids=["two inputs and outputs", "text", "x alone", "float64 and weights"],
+)
+def test_a_compiled_model_takes_batches_of_any_structure(make, parts):
+    def build():
+        model, loss = make()
+        model.compile("sgd", loss)
+        return model
+
+    def batches():
+        return tf.data.Dataset.from_tensor_slices(parts if len(parts) > 1 else parts[0]).shuffle(9).batch(24)
+
+    options = {"name": "any", "train": batches, "validation": batches, "train_steps": 6}
+    found = train(mpscale.Workload.from_compiled(build, **options), "mixed-dynamic")
+    assert (found.status, found.row["metric_name"], found.row["test_examples"]) == ("ok", "val_loss", 240)
+    assert np.isfinite(found.row["metric_value"])
+
+
 def test_arrays_with_a_pipeline_for_validation():
     given = mpscale.Workload.from_compiled(compiled(), train=(X[:160], Y[:160]), validation=held_out, train_steps=10)
     row = train(given).row
