@@ -233,7 +233,7 @@ def _score(built: Built, evaluate: Callable[[Any, Any], float], final: bool = Fa
     if built.feed is None:
         x, y = built.data.test if final else built.data.progress
         return evaluate(x, y), length(x)
-    built.feed.begin_test(noted=final)
+    built.feed.begin_test(final)
     if isinstance(evaluate, Evaluator):
         value = evaluate.over(built.feed.test_arrays())
     else:

@@ -109,6 +109,16 @@ def build_weights(model: keras.Model, examples: Structure) -> None:
         models.build_model(model, examples)
 
 
+def build_metrics(model: keras.Model, batch: Any) -> None:
+    """Make the variables of compiled metrics, if Keras' own ``train_step`` will use them.
+
+    A trace that makes variables is followed by another one. Where this does not work, that is what happens.
+    """
+    if not models.overrides(model, "train_step") and model.built:
+        with contextlib.suppress(Exception):
+            model._symbolic_build(data_batch=batch)
+
+
 def as_fed(x: Structure, y: Structure, weight: Structure) -> Any:
     """Examples, labels and weights as Keras' ``fit`` hands them to a train step: x, ``(x, y)`` or ``(x, y, weight)``.
 

@@ -505,6 +505,14 @@ def test_the_judged_metric_is_that_of_keras_own_evaluate(build, options, named, 
     assert row.get("final_accuracy") == (row["metric_value"] if share else None)
 
 
+def test_a_training_goes_on_as_if_nothing_had_been_evaluated(tmp_path):
+    """An evaluation draws noise, and resets metrics."""
+    _, alone = logged(tmp_path, workload(vae, X))
+    outcome, evaluated = logged(tmp_path, workload(vae, X, X, target=-1.0, evaluate_every=3))
+    assert outcome.row["metric_name"] == "val_loss"
+    np.testing.assert_array_equal(evaluated["loss"], alone["loss"])
+
+
 @pytest.mark.parametrize(
     ("changes", "settings", "column", "remark"),
     [
