@@ -524,7 +524,7 @@ def test_a_training_goes_on_as_if_nothing_had_been_evaluated(tmp_path):
         ({"optimizer": keras.optimizers.LossScaleOptimizer(SGD(0.1))}, {}, {"optimizer": "SGD"}, "taken off"),
         ({"optimizer": SGD(0.1, loss_scale_factor=8.0)}, {}, {"optimizer": "SGD"}, "loss_scale_factor"),
     ],
-    ids=str,
+    ids=["jit off", "jit on", "jit auto", "steps", "other steps", "wrapped optimizer", "scaling optimizer"],
 )  # fmt: skip
 def test_what_compile_says_is_done_or_remarked_upon(changes, settings, column, remark):
     outcome = train(workload(changed(**changes), (X, CLASSES), train_steps=3), **settings)
