@@ -20,6 +20,7 @@ from mpscale.core.wire import Looked, Remarked
 from mpscale.worker.built import build as build_case
 from mpscale.worker.built import described
 from mpscale.worker.fit_update import FitUpdate
+from mpscale.worker.model import described_code
 from mpscale.worker.precision import Arithmetic
 from mpscale.worker.scaler import scaler_for
 from mpscale.worker.training import batches
@@ -604,6 +605,15 @@ def test_digests_are_those_of_what_is_trained():
         digests(bare),
     ]
     assert len({found["workload_digest"] for found in different}) == len(different)
+
+
+def test_a_set_of_text_in_a_function_is_described_in_one_order():
+    """Its own order differs between processes."""
+
+    def known(name):
+        return name in {"left", "right", "both"}
+
+    assert ["'both'", "'left'", "'right'"] in described_code(known.__code__)[1]
 
 
 def test_float8_layers_are_called_once_per_step_although_a_step_is_traced_twice():
