@@ -259,7 +259,7 @@ def _of_compiled(
     update = FitUpdate(model, scalers, first, on_trace)
     used = update.optimizers
     config = configs[used[0]] if len(used) == 1 else {name: configs[name] for name in used}
-    compiling.build_metrics(model, taken(fed, order[0]))
+    compiling.build_metrics(model, first)
     kind = ProbeStep if case.settings.looks else TrainStep
     step = kind(update, shown, case.settings.jit, case.settings.steps_per_call)
     course = None
