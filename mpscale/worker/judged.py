@@ -18,6 +18,9 @@ from mpscale.worker.traced import source
 from mpscale.workloads.data import Structure, leaves
 from mpscale.workloads.metric import kind_of
 
+_ALL_NUMBERS = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "ExpandDims", "StopGradient", "PreventGradient"})
+"""Operations after which all the numbers are there, as they are not after a slice."""
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:
@@ -27,13 +30,15 @@ class Judged:
         name: of the array, such as ``train_y['kind']``.
         kind: of the loss, its name in snake case.
         options: of the loss.
-        output: the shape of the outputs for one example; None for an unknown size.
+        label: the shape of a label as the loss gets it; None for an unknown size.
+        output: the same of the outputs.
         squashed_by: softmax or sigmoid, if these outputs come from one.
     """
 
     name: str
     kind: str
     options: Mapping[str, Any]
+    label: tuple[int | None, ...]
     output: tuple[int | None, ...]
     squashed_by: str | None
 
@@ -63,7 +68,7 @@ def beyond_classes(step: TrainStep, labels: Structure) -> dict[str, Refused]:
     arrays = {f"train_y{path}": array for path, array in ([] if labels is None else leaves(labels))}
     found = {}
     for each in judged_of(step):
-        if each.classes is not None and arrays[each.name].dtype.kind not in "US":
+        if each.classes is not None and arrays[each.name].size and arrays[each.name].dtype.kind not in "US":
             try:
                 check_values(each.kind, each.options, arrays[each.name], each.classes, f"the labels in {each.name}")
             except Refused as refused:
@@ -74,17 +79,20 @@ def beyond_classes(step: TrainStep, labels: Structure) -> dict[str, Refused]:
 def _judged(compared: Compared, places: dict[tuple[int, str], str]) -> Judged | None:
     """None if it is a loss of the user's own, or gets something else than labels of the data and one tensor."""
     loss, labels, outputs = compared.loss, compared.labels, compared.outputs
+    if not all(tf.is_symbolic_tensor(each) and each.shape.rank for each in (labels, outputs)):
+        return None
     if kind_of(loss) == "loss_function_wrapper":  # Keras' own around a function that compile was given
         loss = functools.partial(loss.fn, **loss._fn_kwargs)
-    kind, given = kind_of(loss), (labels, outputs)
-    if not kind or not all(isinstance(each, tf.Tensor) and each.shape.rank for each in given):
+    kind, name, last = kind_of(loss), places.get(_place(labels)), source(outputs).type
+    if not kind or name is None:
         return None
-    name, last = places.get(_place(labels)), source(outputs).type
     squashed_by = last.lower() if last in ("Softmax", "Sigmoid") else None
-    return None if name is None else Judged(name, kind, options_of(loss), tuple(outputs.shape[1:]), squashed_by)
+    return Judged(name, kind, options_of(loss), tuple(labels.shape[1:]), tuple(outputs.shape[1:]), squashed_by)
 
 
 def _place(tensor: Any) -> tuple[int, str]:
-    """What identifies a tensor, cast or moved, among those of the step and of the functions in it."""
-    op = source(tensor)
+    """What identifies a tensor among those of the step and of the functions in it, whatever its dtype and shape."""
+    op = tensor.op
+    while op.type in _ALL_NUMBERS and op.inputs:
+        op = op.inputs[0].op
     return id(op.graph), op.name

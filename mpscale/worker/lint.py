@@ -82,7 +82,7 @@ def traced_of(built: Built) -> Traced:
         reached: Any = [each.outputs for each in update.compared] or update.returned
     else:
         reached = None if built.noted_loss is None else built.noted_loss.outputs
-    outputs = {id(each): each for each in tf.nest.flatten(reached) if isinstance(each, tf.Tensor)}
+    outputs = {id(each): each for each in tf.nest.flatten(reached) if tf.is_symbolic_tensor(each)}
     return Traced(built.model, built.step.graph, inputs, list(outputs.values()))
 
 

@@ -170,7 +170,7 @@ def of_labels(arrays: Arrays, judged: Sequence[Judged]) -> Iterator[Finding]:
     """Labels and sample weights of a compiled model. A workload with a loss of its own is refused for its labels."""
     given = arrays.of("train_y")
     for each in judged:
-        if given[each.name].dtype.kind not in "US":
+        if given[each.name].size and given[each.name].dtype.kind not in "US":
             yield from _of_judged(each, given[each.name], f"the labels in {arrays.told(each.name)}")
     for name, weights in arrays.of("train_weight").items():
         if weights.dtype.kind == "f" and not np.isfinite(weights).all():
@@ -185,10 +185,11 @@ def of_labels(arrays: Arrays, judged: Sequence[Judged]) -> Iterator[Finding]:
 def _of_judged(judged: Judged, labels: npt.NDArray[Any], what: str) -> Iterator[Finding]:
     """What a workload with a loss of its own is refused for."""
     kind, options = judged.kind, judged.options
-    shape = label_forms.keras_form(kind, labels.shape[1:], judged.output)(labels).shape[1:]
+    form = label_forms.keras_form(kind, judged.label, judged.output)
+    label = form(np.empty((1, *(size or 1 for size in judged.label)))).shape[1:]
     checks: tuple[Callable[[], None], ...] = (
         lambda: check_finite(labels, what),
-        lambda: label_forms.check_fit(kind, shape, judged.output),
+        lambda: None if None in judged.label else label_forms.check_fit(kind, label, judged.output),
         lambda: check_logits(kind, options, judged.squashed_by),
         lambda: check_values(kind, options, labels, judged.classes, what),
     )

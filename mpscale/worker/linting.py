@@ -216,7 +216,9 @@ def _first_not_finite(built: Built) -> str | None:
 
 def _dispatch(built: Built) -> Iterator[Finding]:
     """Whether Python and TensorFlow take more of a step than the device does."""
+    cure = "use a larger batch, or several steps per call: --mp-steps-per-call 10"
     if built.feed is not None:
+        cure = "use a larger batch"  # each step takes one
         built.feed.hold()  # otherwise a step also waits for its input
     step_s = warm_up(built.step)
     share = min(time_empty_call(built.step) / (built.step.steps_per_call * step_s), 1.0)
@@ -226,5 +228,5 @@ def _dispatch(built: Built) -> Iterator[Finding]:
             Severity.CAUTION,
             f"dispatch in Python and TensorFlow takes {100 * share:.0f} % of a step of {step_s * 1e3:.3g} ms here: "
             "whatever a mode gains on the device hardly shows",
-            "use a larger batch, or several steps per call: --mp-steps-per-call 10",
+            cure,
         )

@@ -454,6 +454,27 @@ class Steps(Own):
         return {"loss": loss}
 
 
+class TwoInOne(Own):
+    """Takes class and quantity from one array of labels, and the class in another shape."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            outputs = self(x, training=True)
+            loss = sparse()(y[:, 0], outputs) + keras.losses.MeanSquaredError()(y[:, 1:], outputs[:, :1])
+            loss = self.optimizer.scale_loss(loss)
+        weights = self.trainable_variables
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        return {"loss": loss}
+
+
+class Flattened(Own):
+    """Compares places of sequences one by one."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return sparse()(tf.reshape(y, [-1]), tf.reshape(y_pred, [-1, 8]))
+
+
 class Parts(keras.Model):
     """Nothing calls it as a whole, as a GAN."""
 
@@ -506,6 +527,14 @@ BOTH = {"kind": "sparse_categorical_crossentropy", "share": "binary_crossentropy
 COMPILED = {
     "nothing": (compiled(), set()),
     "nothing in a train_step of its own": (compiled(Steps), set()),
+    "nothing in an array of labels of which the classes are a column": (
+        compiled(TwoInOne, y=np.stack([features()[1], np.full(96, 99)], 1)),
+        set(),
+    ),
+    "class numbers beyond in places of sequences": (
+        compiled(Flattened, np.ones((96, 5, 8), np.float32), np.repeat(BEYOND[:, None], 5, 1)),
+        {(Check.LABELS_OUT_OF_RANGE, PROBLEM, ())},
+    ),
     "softmax in float16 of a class of its own, and labels beyond the classes": (
         compiled(lambda: Own(dtype=None, activation="softmax"), y=BEYOND, loss="sparse_categorical_crossentropy"),
         {(Check.HALF_OUTPUT, PROBLEM, ("last",)), (Check.LABELS_OUT_OF_RANGE, PROBLEM, ())},
