@@ -343,6 +343,9 @@ def test_what_xla_refuses_is_named_and_the_rest_is_looked_at(monkeypatch):
         (Check.BATCH_SIZE, CAUTION, ()),
     }
     assert told(lint(monkeypatch, work)) == {(Check.BATCH_SIZE, CAUTION, ())}
+    (found,) = lint(monkeypatch, compiled(WithText), jit=True)
+    assert (found.check, found.severity, found.layers) == (Check.XLA, PROBLEM, ("outer/texts",))
+    assert "AsString in layer 'texts' (FromText)" in found.text
 
 
 def test_an_error_that_xla_is_not_to_blame_for_is_no_finding(monkeypatch):
@@ -406,9 +409,9 @@ def test_a_compiled_model_is_looked_at_with_each_of_its_inputs_and_outputs(piped
     a, (b, y) = features(10)[0], features()
     a[3, 2] = np.inf
     examples = {"a": a, "b": np.round(b * 1e4).astype(np.int64)}, {"first": y, "second": np.ones((96, 1))}
-    train = (lambda: tf.data.Dataset.from_tensor_slices(examples).batch(24).repeat()) if piped else examples
+    fed = (lambda: tf.data.Dataset.from_tensor_slices(examples).batch(24).repeat()) if piped else examples
     size = {} if piped else {"batch_size": 24}
-    work = Workload.from_compiled(two_inputs, name="two", train=train, train_steps=3, **size)
+    work = Workload.from_compiled(two_inputs, name="two", train=fed, train_steps=3, **size)
     findings = [each for each in lint(monkeypatch, work) if each.check is not Check.FIRST_LOSS]
     # Keras' fit, too, makes float32 of arrays once, but not of batches.
     of_batches = {(Check.FLOAT64_DATA, CAUTION, ()), (Check.FIRST_BATCHES, NOTE, ())}
@@ -420,6 +423,9 @@ def test_a_compiled_model_is_looked_at_with_each_of_its_inputs_and_outputs(piped
         (Check.DIMENSION, CAUTION, ("of_a", "wide", "first")),
         *(of_batches if piped else ()),
     }
+    if piped:
+        keras.config.set_dtype_policy("float32")
+        assert told(of_cell(train(work, "mixed-dynamic").row["lint"])) == told(findings)
     looked = "1 of the first 72 examples of train_x['a'] is" if piped else "1 of 96 examples in train_x['a'] is"
     assert looked in next(each.text for each in findings if each.check is Check.INPUTS_NOT_FINITE)
 
@@ -434,6 +440,15 @@ class Own(keras.Model):
 
     def call(self, inputs):
         return self.last(self.second(self.first(inputs)))
+
+
+class WithText(Own):
+    def __init__(self):
+        super().__init__()
+        self.outer = keras.Sequential([FromText(name="texts")], name="outer")
+
+    def call(self, inputs):
+        return super().call(self.outer(inputs))
 
 
 class Steps(Own):
@@ -501,7 +516,7 @@ def sparse(**options):
 def compiled(model=Own, x=None, y=None, weight=(), test=None, loss=None, optimizer="sgd", **attributes):
     def build():
         made = model()
-        made.compile(optimizer() if callable(optimizer) else optimizer, loss=loss or sparse(), jit_compile=None)
+        made.compile(optimizer() if callable(optimizer) else optimizer, loss=loss or sparse())
         for name, value in attributes.items():
             setattr(made, name, value)
         return made
