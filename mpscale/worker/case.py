@@ -27,6 +27,7 @@ from mpscale.worker.device_time import profile_steps
 from mpscale.worker.draws import draws_of
 from mpscale.worker.feed import Feed, InputFailed
 from mpscale.worker.fit_update import FitUpdate
+from mpscale.worker.judged import beyond_classes
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
 from mpscale.worker.refusal import refusals_of
@@ -92,6 +93,8 @@ def _run(
     misused = None if float8 is None else float8.misused(step.graph)
     if built.compiled is not None and (unsupported := _unsupported(built, device, channel)) is not None:
         return "unsupported", unsupported
+    for refused in beyond_classes(step, built.data.train_y).values():
+        raise refused
     if not case.settings.looks:
         built = judged(built)
     precision = Precision(built.model, step.graph)
@@ -205,8 +208,9 @@ def _unsupported(built: Built, device: Device, channel: Channel) -> str | None:
     if mode.scaling is None:
         return None
     if update.remark is not None:
-        channel.send(Remarked(update.remark))
-    return update.unsupported_reason(mode.name)
+        channel.send(Remarked(": ".join(update.remark)))
+    unscaled = update.unscaled(mode.name)
+    return None if unscaled is None else "; ".join(unscaled)
 
 
 def _evaluator(built: Built) -> Callable[[Any, Any], float]:

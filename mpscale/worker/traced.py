@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import keras
-import numpy.typing as npt
-import tensorflow as tf
 
 from mpscale.worker.flops import BRANCHES, CALLS, LOOPS, flops_of, flops_of_product
 from mpscale.worker.precision import MOVES, PRODUCT
@@ -18,6 +16,8 @@ from mpscale.worker.precision import MOVES, PRODUCT
 _BACKWARD = "gradient_tape/"
 WITHIN = "within"
 """What a size is if neither factor is a weight, as in attention."""
+_ACTIVATES = frozenset({"BiasAdd", "AddV2", "Softmax", "LogSoftmax", "Sigmoid", "Tanh", "Relu", "Softplus", "Exp"})
+"""Operations between the last product of a model and its outputs."""
 _NUMBERED = re.compile(r"_\d+\Z")
 """What TensorFlow adds to the scope of a layer that is called again."""
 
@@ -73,11 +73,11 @@ class Traced:
     Args:
         model: the model that it trains.
         graph: the traced FuncGraph.
-        inputs: the arrays of examples that the step draws batches from, by name.
-        outputs: what the model returned in this graph, a tensor or a structure of them; None if it is not known.
+        inputs: the batches of the arrays of examples in this graph, tensors by name.
+        outputs: what reaches the loss in this graph, tensors; none if that is not known.
     """
 
-    def __init__(self, model: keras.Model, graph: Any, inputs: Mapping[str, npt.NDArray[Any]], outputs: Any) -> None:
+    def __init__(self, model: keras.Model, graph: Any, inputs: Mapping[str, Any], outputs: Sequence[Any]) -> None:
         self.graph = graph
         self._labels, self._owners = _layers(model)
         self._named: dict[str, list[str]] = {}
@@ -87,12 +87,11 @@ class Traced:
         self._variables = {
             inner.op.name: variables[id(outer)] for outer, inner in graph.captures if id(outer) in variables
         }
-        self._features = frozenset(array.shape[-1] for array in inputs.values() if array.ndim > 1)
-        self.batches = _batches(graph, inputs)
-        """{name: the batch of an array of examples as the step draws it}, a tensor each; as far as that is known."""
-        self._drawn = {tensor.name for tensor in self.batches.values()}
-        self.outputs: list[Any] = [] if outputs is None else tf.nest.flatten(outputs)
-        """What the model returned."""
+        self._inputs = inputs
+        self._features = frozenset(tensor.shape[-1] for tensor in inputs.values() if (tensor.shape.rank or 0) > 1)
+        self._drawn = {tensor.name for tensor in inputs.values()}
+        self.outputs = list(outputs)
+        """What reaches the loss."""
 
     def label(self, layer: keras.layers.Layer) -> str:
         """The name of a layer, with its path below other layers."""
@@ -125,13 +124,14 @@ class Traced:
             if PRODUCT.search(op.type) and not f"{outer}/{op.name}".lstrip("/").startswith(_BACKWARD)
         ]
         classes = frozenset(outputs.shape[-1] for outputs in self.outputs if outputs.shape.rank)
+        last = {op.name for op in map(_last_product, self.outputs) if op is not None}
         found = []
         for number, (op, outer) in enumerate(forward, 1):
             weight = next((v for each in op.inputs if (v := self._weight(each)) is not None), None)
             layer = (self.layer_of(op, outer) or op.name) if weight is None else self.owner(weight)
             given = Given(
                 self._features if number == 1 else frozenset(),
-                classes if number > len(forward) - len(self.outputs) else frozenset(),
+                classes if op.name in last or number > len(forward) - len(self.outputs) else frozenset(),
             )
             found.append(Product(op, layer, tuple(self._sizes(op, given, weight is not None)), bool(outer)))
         return found
@@ -139,7 +139,7 @@ class Traced:
     def casts_of(self, name: str) -> dict[str, str]:
         """{dtype: the first layer, or nothing} of what examples are cast to before anything is computed with them."""
         found: dict[str, str] = {}
-        todo, seen = ([self.batches[name]] if name in self.batches else []), set()
+        todo, seen = [self._inputs[name]], set()
         while todo:
             tensor = todo.pop(0)
             for user in tensor.consumers():
@@ -263,19 +263,14 @@ def _layers(model: keras.Model) -> tuple[dict[int, str], dict[int, str]]:
     return labels, owners
 
 
-def _batches(graph: Any, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    """Where a step takes a batch from all examples, or gets one as an argument."""
-    drawn = [(op.inputs[0], op.outputs[0]) for op in graph.get_operations() if op.type == "GatherV2"]
-    given = [(tensor, tensor) for tensor in graph.inputs if tensor.dtype not in (tf.resource, tf.variant)]
-    found: dict[str, Any] = {}
-    for name, array in inputs.items():
-        taken = {tensor.name for tensor in found.values()}  # another array may have the same shape
-        for places, shape in ((drawn, array.shape), (given, (None, *array.shape[1:]))):
-            for place, batch in places:
-                alike = place.shape.rank and place.shape.is_compatible_with(shape)
-                if alike and place.dtype == tf.as_dtype(array.dtype) and batch.name not in taken:
-                    found.setdefault(name, batch)
-    return found
+def _last_product(outputs: Any) -> Any:
+    """The product that outputs come from by an activation and a bias at most; None if there is more between."""
+    op = source(outputs)
+    while not PRODUCT.search(op.type):
+        if op.type not in _ACTIVATES or not op.inputs:
+            return None
+        op = source(op.inputs[0])
+    return op
 
 
 def _is_convolution(kind: str) -> bool:

@@ -141,6 +141,8 @@ ONE_HOT = dict.fromkeys(BOTH, (X, np.eye(3)[CLASSES]))
         (classifier, {"callbacks": lambda: [keras.callbacks.ReduceLROnPlateau("mae")]}, "monitors 'mae', which"),
         (classifier, {"callbacks": lambda: [Stops()]}, "set model.stop_training"),
         (classifier, {"callbacks": list, "evaluate_every": 1}, "raise evaluate_every"),
+        (classifier, dict.fromkeys(BOTH, (X, CLASSES.astype(str))), "labels in train_y are text.*number the classes"),
+        (classifier, {"data": (X, CLASSES - 1)}, "labels in train_y range from -1 to 1.*classes 0 to 2"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_as_it_asks_is_refused(build, given, message):
