@@ -34,6 +34,7 @@ from mpscale.analysis.trainings import (
 from mpscale.core.blocks import SLOWER
 from mpscale.core.case import Place
 from mpscale.core.columns import MEASURED, STATUSES, SUMMARY
+from mpscale.core.journal import SWEPT
 from mpscale.core.record import Key, Record, common, grouped, of_good_trainings, settle, to_cell, values_of
 from mpscale.core.runs import Run
 
@@ -92,7 +93,7 @@ class _Mode:
 def _row(mode: str, modes: Mapping[str, _Mode]) -> Row:
     own, fp32 = modes[mode], modes.get("fp32") or _Mode([])
     timed_tf32 = "tf32" in modes and any(case["step_time_ms_median"] is not None for case in modes["tf32"].measured)
-    row: Row = {name: own.cases[0][name] for name in ("workload", "mode", "swept_batch", "swept_scale")}
+    row: Row = {name: own.cases[0][name] for name in ("workload", "mode", *SWEPT)}
     row["headline_baseline"] = "tf32" if timed_tf32 else "fp32"
     row |= _counts(own)
     row |= _times(mode, own, modes)

@@ -17,8 +17,8 @@ from mpscale.core.mode import Mode
 StartMethod = Literal["fork", "fresh"]
 
 _CASE_ID = re.compile(
-    r"(.+)--(?!batch\d+--|scale\d[\d.e+-]*--)(.+?)"
-    r"(?:--batch(\d{1,18}))?(?:--scale(\d[\d.e+-]{0,30}))?--s(\d{1,18})--r(\d{1,18})"
+    r"(.+)--(?!batch\d+--|scale\d[\d.e+-]*--|replicas\d+--)(.+?)"
+    r"(?:--batch(\d{1,18}))?(?:--scale(\d[\d.e+-]{0,30}))?(?:--replicas(\d{1,9}))?--s(\d{1,18})--r(\d{1,18})"
 )
 _SERIES_KEY = re.compile(r"(.*)/([^/]*)/([^/]*)/(batch=.*)/method=([^/]*)")
 
@@ -34,36 +34,43 @@ class Variant:
     Args:
         batch: examples per step, in a run with several batch sizes; None in others.
         scale: the constant loss scale, in a mode that has one and a run with several; None in others.
+        replicas: on how many devices, in a run with several such numbers; None in others.
     """
 
     batch: int | None = None
     scale: float | None = None
+    replicas: int | None = None
 
     def place(self, workload: str, mode: str) -> Place:
-        """Name a workload and a mode in this variant: ``toy @64`` and ``mixed-static @2^24``.
+        """Name a workload and a mode in this variant: ``toy @64 @x2`` and ``mixed-static @2^24``.
 
         fp32 has no loss scale, so the row with which a mode is compared is that of the same first name and ``fp32``.
         """
         if self.batch is not None:
             workload = f"{workload} @{self.batch}"
+        if self.replicas is not None:
+            workload = f"{workload} @x{self.replicas}"
         if self.scale is not None:
             mode = f"{mode} @{scale_text(self.scale)}"
         return workload, mode
 
     def parts(self) -> list[str]:
-        """The variant in ids: ``batch64`` and ``scale16777216``; empty without a sweep."""
+        """The variant in ids: ``batch64``, ``scale16777216`` and ``replicas2``; empty without a sweep."""
         parts = [] if self.batch is None else [f"batch{self.batch}"]
-        return parts if self.scale is None else [*parts, f"scale{self.scale:.17g}"]
+        parts += [] if self.scale is None else [f"scale{self.scale:.17g}"]
+        return parts if self.replicas is None else [*parts, f"replicas{self.replicas}"]
 
     def columns(self) -> dict[str, Any]:
         """The columns of a record that tell the variant; none without a sweep."""
-        known = {"swept_batch": self.batch, "swept_scale": self.scale}
+        known = {"swept_batch": self.batch, "swept_scale": self.scale, "swept_replicas": self.replicas}
         return {name: value for name, value in known.items() if value is not None}
 
     def applied_to(self, settings: Settings) -> Settings:
         """The settings of a case in this variant."""
         if self.batch is not None:
             settings = replace(settings, batch_size=self.batch)
+        if self.replicas is not None:
+            settings = replace(settings, replicas=self.replicas)
         return settings if self.scale is None else replace(settings, static_scale=self.scale)
 
 
@@ -79,8 +86,8 @@ def scale_text(scale: float) -> str:
 class CaseId:
     """Names a case in its run. The text is usable as a file name.
 
-    It is ``<workload>--<mode>--s<seed>--r<repeat>``. In a sweep, ``--batch<size>``, ``--scale<scale>`` or both follow
-    the mode.
+    It is ``<workload>--<mode>--s<seed>--r<repeat>``. In a sweep, those of ``--batch<size>``, ``--scale<scale>`` and
+    ``--replicas<number>`` that vary follow the mode.
     """
 
     workload: str
@@ -114,10 +121,11 @@ class CaseId:
         found = _CASE_ID.fullmatch(text)
         if found is None:
             return None
-        workload, mode, batch, scale, seed, repeat = found.groups()
+        workload, mode, batch, scale, replicas, seed, repeat = found.groups()
         known = next((name for name in workloads if name.replace(":", "+") == workload), workload.replace("+", ":"))
         try:
-            variant = Variant(None if batch is None else int(batch), None if scale is None else float(scale))
+            numbers = (None if batch is None else int(batch), None if scale is None else float(scale))
+            variant = Variant(*numbers, None if replicas is None else int(replicas))
         except ValueError:
             return None
         return cls(known, mode, int(seed), int(repeat), variant)
@@ -130,7 +138,7 @@ class Settings:
     Args:
         jit: compile train steps with XLA, in all modes.
         train_steps: steps of a training; None for the workload's default.
-        batch_size: examples per step; None for the workload's default.
+        batch_size: examples per step and replica; None for the workload's default.
         static_scale: loss scale of mixed-static.
         dynamic_scale: arguments of a dynamic loss scale that differ from the defaults.
         steps_per_call: steps that one call of the compiled program takes.
@@ -141,6 +149,8 @@ class Settings:
         looks: at how many steps of a training `mpscale probe` looks at the gradients; 0 for a case of a run.
         lint: look for what is wrong or slow about the workload, and take a few steps only for that.
         autotune: whether each process lets XLA tune its kernels, or those of a workload and mode share the results.
+        strategy: of tf.distribute; ``none`` trains on one device.
+        replicas: on how many devices each step is taken. The batch size is that of a replica.
     """
 
     jit: bool = True
@@ -156,6 +166,8 @@ class Settings:
     looks: int = 0
     lint: bool = False
     autotune: Literal["fresh", "shared"] = "fresh"
+    strategy: Literal["none", "mirrored"] = "none"
+    replicas: int = 1
 
     def suited_to(self, growth_interval: int | None) -> Settings:
         """These settings with the growth interval of a workload, if it has one and the user chose none."""
@@ -259,7 +271,7 @@ class SeriesKey:
     @staticmethod
     def unsaid(name: str) -> str | None:
         """The value of a fact that a key leaves out because it is the default; None if there is no default."""
-        known = {"steps_per_call": "1", "autotune": "fresh"}
+        known = {"steps_per_call": "1", "autotune": "fresh", "strategy": "none", "replicas": "1"}
         dynamic = {argument: f"{value:.17g}" for argument, value in DynamicLossScale.defaults().items()}
         return (known | dynamic).get(name)
 
@@ -269,7 +281,8 @@ def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_st
 
     It holds settings of a loss scale only for modes that use them: another static scale is no new series of fp32. The
     number of steps per call is left out if it is 1, as in keys from before it could be chosen. If tuning is shared, it
-    says so, because the choice of kernels is then no longer part of the noise between processes.
+    says so, because the choice of kernels is then no longer part of the noise between processes. The batch is that of
+    all replicas together; strategy and replicas are left out without a strategy.
     """
     parts = {"batch": str(batch_size), "steps": str(train_steps), "jit": "on" if settings.jit else "off"}
     parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}
@@ -277,6 +290,8 @@ def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_st
     parts |= {name: f"{value:.17g}" for name, value in sorted(mode.scale_arguments(settings).items())}
     if settings.autotune == "shared" and settings.jit:
         parts["autotune"] = "shared"
+    if settings.strategy != "none":
+        parts |= {"strategy": settings.strategy, "replicas": str(settings.replicas)}
     return str(SeriesKey(workload, digest, mode.name, parts, str(METHOD_VERSION)))
 
 
@@ -290,6 +305,7 @@ def plan(
     first: int = 0,
     batches: Sequence[int] = (),
     scales: Sequence[float] = (),
+    replicas: Sequence[int] = (),
 ) -> Iterator[Case]:
     """The cases of a run, in the order in which they run.
 
@@ -297,13 +313,15 @@ def plan(
     order that is shuffled each time, so that none always comes first. Repeats come after the seeds, so that a run that
     is cut short loses precision rather than results. ``first`` is the place of the first case in the run.
 
-    ``batches`` and ``scales`` make a sweep: each mode runs at every batch, and one with a constant loss scale at every
-    scale, side by side with the modes that it is compared with. Empty: those of the settings, and no sweep.
+    ``batches``, ``scales`` and ``replicas`` make a sweep: each mode runs at every batch and number of replicas, and one
+    with a constant loss scale at every scale, side by side with the modes that it is compared with. Empty: those of the
+    settings, and no sweep.
     """
     random_order = random.Random(shuffle_seed)
     rounds = [(seed, 0) for seed in range(seeds)] + [(0, repeat) for repeat in range(1, repeats + 1)]
     order = itertools.count(first)
-    sizes: Sequence[int | None] = batches or [None]
+    several: tuple[Sequence[int | None], Sequence[int | None]] = (batches or [None], replicas or [None])
+    sizes = list(itertools.product(*several))
     turns = [
         (mode.name, scale)
         for mode in modes
@@ -311,8 +329,8 @@ def plan(
     ]
     for workload in workloads:
         for seed, repeat in rounds:
-            for batch in sizes:
+            for batch, number in sizes:
                 for mode_name, scale in random_order.sample(turns, len(turns)):
-                    variant = Variant(batch, scale)
+                    variant = Variant(batch, scale, number)
                     own = variant.applied_to(settings)
                     yield Case(workload, mode_name, seed, repeat, next(order), own, variant)

@@ -292,10 +292,12 @@ def _measured(name: str, kind: Kind, unit: str, made: str, empty: str, *cells: C
 
 
 # fmt: off
-_SWEPT_BATCH = "examples per step that were asked for, in a run with several batch sizes; with `workload`, `mode` and `swept_scale` it says to which row of the tables the case belongs"
+_SWEPT_BATCH = "examples per step and replica that were asked for, in a run with several batch sizes; with `workload`, `mode` and `swept_scale` it says to which row of the tables the case belongs"
 _ONE_BATCH = "the run has one batch size for the workload"
 _SWEPT_SCALE = "the constant loss scale, in a run with several of them"
 _ONE_SCALE = "the run has one, or the mode has no constant loss scale"
+_SWEPT_REPLICAS = "number of replicas, in a run with several such numbers"
+_ONE_NUMBER = "the run has one, or no strategy"
 _REUSED = ("autotuning", "reused")
 _NOT_REACHED = "the case ended before that"
 _NO_METRIC = "the workload has no metric (`has_metric`)"
@@ -303,7 +305,7 @@ _NO_TRAINING = "timing-only process (`repeat` above 0), or the case ended before
 _NO_TIMING = "timing was off (`--benchmark-disable`), or the case ended before that"
 _NO_PIPELINE = "the data is arrays, or the case ended before that"
 _NO_INPUT = "the data is arrays, too many batches had shapes that would have been compiled while they were timed, timing was off (`--benchmark-disable`), or the case ended before that"
-_NO_PROFILE = "no GPU, the profiler recorded none of its kernels or is in use by the workload (the reason says which), timing was off, or the case ended before that"
+_NO_PROFILE = "no GPU, replicas (`--mp-strategy`), the profiler recorded none of its kernels or is in use by the workload (the reason says which), timing was off, or the case ended before that"
 _NO_FLOPS = "`flops_per_step` is empty, timing was off, or the case ended before that; on a CPU also in modes below float32, which most CPUs emulate"
 _NO_PEAK = "no GPU, a MIG instance, or mpscale knows no peak of the GPU in this precision"
 _UNCHECKED = ", ".join(mode.name for mode in MODES.values() if not mode.sees_overflow)
@@ -317,11 +319,12 @@ SECTIONS: tuple[Section, ...] = (
         Topic.CASE,
         "Which case",
         (
-            _known("case_id", "str", "", "`<workload>--<mode>--s<seed>--r<repeat>`; in a sweep `--batch<size>`, `--scale<scale>` or both follow the mode; unique in a run"),
+            _known("case_id", "str", "", "`<workload>--<mode>--s<seed>--r<repeat>`; in a sweep those of `--batch<size>`, `--scale<scale>` and `--replicas<number>` that vary follow the mode; unique in a run"),
             _known("workload", "str", "", "what was trained"),
             _known("mode", "str", "", "how it was trained"),
             _known("swept_batch", "int", "", _SWEPT_BATCH, _ONE_BATCH, positive=True),
             _known("swept_scale", "float", "", _SWEPT_SCALE, _ONE_SCALE, special=Format.LOSS_SCALE, positive=True),
+            _known("swept_replicas", "int", "", _SWEPT_REPLICAS, _ONE_NUMBER, positive=True),
             _known("seed", "int", "", "seed of the initial weights and of the order of the data"),
             _known("repeat", "int", "", "0: trained to the end, then timed; above 0: a process that only times"),
             _known("order", "int", "", "place in the run, from 0, or in the part of a merged run; modes of a seed run next to each other, in shuffled order"),
@@ -354,7 +357,7 @@ SECTIONS: tuple[Section, ...] = (
             _known("device_name", "str", "", "the device's own name"),
             _known("start_method", "str", "", "`fork`: child of a process that has imported TensorFlow and touched no device; `fresh`: an interpreter of its own", "nothing was started"),
             _known("jit", "bool", "", "whether the train step is compiled by XLA; the same for all modes of a workload in a run"),
-            _known("xla_refused", "str", "", "what XLA cannot compile: operations and their layers. With `--mp-jit auto` all modes of the workload then run without XLA, and have `jit` false; with `--mp-jit on` it is why the case failed", "XLA refused nothing of the workload, or was off"),
+            _known("xla_refused", "str", "", "what XLA cannot compile: operations and their layers. With `--mp-jit auto` all modes of the workload then run without XLA, and have `jit` false; with `--mp-jit on` it is why the case failed", "XLA refused nothing of the workload, or was off for another reason"),
             _known("steps_per_call", "int", "steps", "steps that one call of the compiled program takes (`--mp-steps-per-call`); the same for all modes of a run", "a run of an older mpscale, which always took 1"),
             _known("policy", "str", "", "Keras dtype policy; float32 for graph-rewrite, which TensorFlow rewrites to float16 below Keras; mixed_bfloat16 for mixed-fp8, some of whose layers Keras then quantizes"),
             _measured("layer_dtypes", "str", "", "layers by the dtype that they compute in (`float16 2, float32 1`; `float8` if they round what they multiply to it), without inputs and layers that only hold others; checked against the mode", "the model has no layers, or the case ended before that"),
@@ -363,7 +366,10 @@ SECTIONS: tuple[Section, ...] = (
             _measured("tf32", "bool", "", "whether float32 products may be rounded to TF32, read back from TensorFlow", "the device has no TF32"),
             _measured("gpu_allocator", "str", "", "TensorFlow's allocator: `cuda_malloc_async`, or `bfc` (with growth) if that does not work or was requested", "on a CPU", Cell(Sheet.MEMORY_PARTS, 9, "allocator", Over.EACH)),
             _measured("autotuning", "str", "", "`tuned`: XLA timed candidates for its kernels in this process; `reused`: it was given the results of an earlier one (`--mp-autotune shared`) and timed only what they lack", "on a CPU, without XLA (`--mp-jit off`), if `XLA_FLAGS` turns autotuning off, or the case ended before the first step"),
-            _measured("batch_size", "int", "examples", "examples per step; of a pipeline, in its first batch", _NOT_REACHED),
+            _measured("batch_size", "int", "examples", "examples per step, over all replicas; of a pipeline, in its first batch", _NOT_REACHED),
+            _known("strategy", "str", "", "of tf.distribute (`--mp-strategy`): `mirrored`; `none` for one device", "a run of an older mpscale, which always used one device"),
+            _known("replicas", "int", "", "devices that take each step together: GPUs, or on a CPU logical devices, which share its cores", "as `strategy`", positive=True),
+            _measured("replica_batch_size", "int", "examples", "examples per step of one replica: `batch_size` divided by `replicas`", "a run of an older mpscale, or the case ended before that"),
             _measured("input_kind", "str", "", "`arrays`, which lie on the device; `tf.data` or `PyDataset`: a pipeline", _NOT_REACHED),
             _measured("input_passes", "str", "", "two passes over the first batches of a pipeline, made anew with the same seed: `same`; `reshuffled`: they differ, but the pipeline is one object that was only gone through twice; `allowed`: the same, and later ones may differ (deterministic=False); `differ`: they differ, which deterministic=False allows", _NO_PIPELINE),
             _measured("input_shapes", "int", "", "shapes of the batches of the training; XLA compiles a program for each, the first in `first_step_s`, others in `train_wall_time_s`", _NOT_REACHED),
@@ -462,10 +468,10 @@ SECTIONS: tuple[Section, ...] = (
         Topic.ARITHMETIC,
         "Arithmetic of a step",
         (
-            _measured("flops_per_step", "int", "FLOP", "floating-point operations of the products (matrix products, Einsum, convolutions, recurrent kernels) of one step, forward and backward, two for each multiply-add; counted in the traced graph, the same in every mode", "the step multiplies no matrices, or has an operation, a loop or a branch whose FLOPs do not follow from the graph (the reason names it); or the case ended before that", positive=True),
+            _measured("flops_per_step", "int", "FLOP", "floating-point operations of the products (matrix products, Einsum, convolutions, recurrent kernels) of one step, forward and backward, of all replicas, two for each multiply-add; counted in the traced graph, the same in every mode", "the step multiplies no matrices, or has an operation, a loop or a branch whose FLOPs do not follow from the graph (the reason names it); or the case ended before that", positive=True),
             _measured("tflops", "float", "TFLOP/s", "`flops_per_step` / `step_time_ms_median`", _NO_FLOPS, positive=True),
             _measured("tflops_while_busy", "float", "TFLOP/s", "`flops_per_step` / `device_busy_ms_per_step`: without the time in which the GPU waits for the host", "`device_busy_ms_per_step` is empty; " + _NO_FLOPS, positive=True),
-            _measured("tflops_peak", "float", "TFLOP/s", "peak of the GPU for dense products in the precision that the mode is about, from NVIDIA's documents (`mpscale/worker/peaks.py`)", _NO_PEAK, positive=True),
+            _measured("tflops_peak", "float", "TFLOP/s", "peak of the GPU, or of all GPUs of the case together, for dense products in the precision that the mode is about, from NVIDIA's documents (`mpscale/worker/peaks.py`)", _NO_PEAK, positive=True),
             _measured("peak_share", "float", "share", "`tflops` / `tflops_peak`, called MFU (model FLOPs utilisation) in the literature", "above 1, which cannot be; `tflops` or `tflops_peak` is empty", positive=True),
             _measured("peak_share_while_busy", "float", "share", "`tflops_while_busy` / `tflops_peak`: what the kernels reach", "above 1, which cannot be; `tflops_while_busy` or `tflops_peak` is empty", positive=True),
         ),
@@ -485,7 +491,7 @@ SECTIONS: tuple[Section, ...] = (
         Topic.MEMORY,
         "Memory",
         (
-            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline, for comparing modes: largest memory up to the end of the steps that are synchronised one by one (the first and up to three more), before anything is queued or evaluated; of the process if that is known, else the rise of the GPU's if nobody else used it; `gpu_memory_method` says which", "the case ended before that; " + _NO_DRIVER, Cell(Sheet.MEMORY, 1, "GPU, training (MiB)", Over.MAX, partial=True), positive=True),
+            _measured("gpu_memory_nvml_peak_mib", "float", "MiB", "the headline, for comparing modes: largest memory up to the end of the steps that are synchronised one by one (the first and up to three more), before anything is queued or evaluated; of the process if that is known, else the rise of the GPU's if nobody else used it; `gpu_memory_method` says which; of several GPUs, memory is that of the one with the largest peak", "the case ended before that; " + _NO_DRIVER, Cell(Sheet.MEMORY, 1, "GPU, training (MiB)", Over.MAX, partial=True), positive=True),
             _measured("gpu_memory_queued_peak_mib", "float", "MiB", "largest memory while steps were queued without waiting, as in a usual training loop, by the headline's method; the process keeps what it took before", "as above", Cell(Sheet.MEMORY, 3, "GPU, steps queued (MiB)", Over.MAX)),
             _measured("gpu_memory_evaluation_peak_mib", "float", "MiB", "largest memory while the model was evaluated, if that needed more than the steps before it had taken, by the headline's method", "it needed no more; the process evaluated nothing; or as above", Cell(Sheet.MEMORY, 4, "GPU, evaluation if more (MiB)", Over.MAX)),
             _measured("gpu_memory_method", "str", "", "`process` or `device-minus-idle`: where the headline comes from", _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 8, "peak is of", Over.EACH)),
@@ -494,7 +500,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("gpu_memory_idle_mib", "float", "MiB", "memory in use on the whole GPU before the process touched it", _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 6, "in use before the case", Over.MAX)),
             _measured("gpu_memory_context_mib", "float", "MiB", "memory that the process held when it had CUDA's context and nothing else, by the headline's method", _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 1, "context", Over.MAX)),
             _measured("gpu_memory_reserved_mib", "float", "MiB", "memory that the driver keeps for itself; not included in the others", "the driver does not report it separately; " + _NO_DRIVER, Cell(Sheet.MEMORY_PARTS, 7, "reserved", Over.MAX)),
-            _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process", "on a CPU, where TensorFlow returns zeros, or not reached", Cell(Sheet.MEMORY, 6, "GPU, allocator (MiB)", Over.MAX), Cell(Sheet.MEMORY_PARTS, 2, "in tensors", Over.MAX), source=Source.WORKER),
+            _measured("gpu_memory_allocator_peak_mib", "float", "MiB", "peak of TensorFlow's allocator in the process; of several GPUs, the largest", "on a CPU, where TensorFlow returns zeros, or not reached", Cell(Sheet.MEMORY, 6, "GPU, allocator (MiB)", Over.MAX), Cell(Sheet.MEMORY_PARTS, 2, "in tensors", Over.MAX), source=Source.WORKER),
             _measured("gpu_memory_allocator_synchronised_peak_mib", "float", "MiB", "peak of TensorFlow's allocator up to the end of the steps that are synchronised one by one; far above the next column if the search for the fastest kernels in the first step took more than the steps", "as above", source=Source.WORKER),
             _measured("gpu_memory_allocator_timed_peak_mib", "float", "MiB", "peak of TensorFlow's allocator while steps were timed", "as above, or timing was off", Cell(Sheet.MEMORY_PARTS, 3, "of that, while timed", Over.MAX), source=Source.WORKER),
             _measured("gpu_memory_unexplained_mib", "float", "MiB", "largest memory in the whole case minus context minus the allocator's peak: pools that hold more than is used, libraries, compiled programs; may be negative, because the peaks need not coincide", "one of the three is unknown", Cell(Sheet.MEMORY_PARTS, 4, "unexplained", Over.MAX)),
@@ -509,7 +515,7 @@ SECTIONS: tuple[Section, ...] = (
         Topic.ENERGY,
         "Energy",
         (
-            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, from its counter if it has one, else from its power, divided by the steps", _NO_ENERGY, Cell(Sheet.ENERGY, 1, "J per step", partial=True, bar=True), positive=True),
+            _measured("gpu_energy_j_per_step", "float", "J", "the headline: energy of the whole GPU over the timed steps, from its counter if it has one, else from its power, divided by the steps; of several GPUs (`--mp-strategy`), energy and power are sums", _NO_ENERGY, Cell(Sheet.ENERGY, 1, "J per step", partial=True, bar=True), positive=True),
             _measured("gpu_energy_method", "str", "", "`counter` or `power`: where the headline comes from", _NO_ENERGY, Cell(Sheet.ENERGY, 7, "by", Over.EACH)),
             _measured("gpu_energy_j_per_applied_step", "float", "J", "the same divided by the steps that were not skipped", "the mode checks no gradient, no step was applied; " + _NO_ENERGY, Cell(Sheet.ENERGY, 3, "J per applied step")),
             _measured("gpu_energy_net_j_per_step", "float", "J", "the headline minus `gpu_idle_power_w` times the window: what training added", "the GPU drew no more than before, or its idle power is unknown; " + _NO_ENERGY, Cell(Sheet.ENERGY, 4, "J per step above idle")),
@@ -527,7 +533,7 @@ SECTIONS: tuple[Section, ...] = (
         Topic.GPU_STATE,
         "State of the GPU",
         (
-            _measured("gpu_temperature_c_max", "float", "°C", "highest temperature of the GPU in the case", _NO_DRIVER, Cell(Sheet.GPU_STATE, 4, "hottest (°C)", Over.MAX)),
+            _measured("gpu_temperature_c_max", "float", "°C", "highest temperature of the GPU in the case; of several GPUs, the hottest; clocks and utilization are then those of the lowest", _NO_DRIVER, Cell(Sheet.GPU_STATE, 4, "hottest (°C)", Over.MAX)),
             _measured("gpu_sm_clock_mhz_median", "float", "MHz", "clock of the multiprocessors, median over the timed window", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 1, "SM clock (MHz)")),
             _measured("gpu_memory_clock_mhz_median", "float", "MHz", "clock of the memory, median over the timed window", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 2, "memory clock (MHz)")),
             _measured("gpu_utilization_median", "float", "%", "share of time in which a kernel ran, median over the timed window; it does not say how much of the GPU the kernel used", "timing was off; " + _NO_DRIVER, Cell(Sheet.GPU_STATE, 3, "utilisation (%)")),
@@ -572,6 +578,7 @@ SUMMARY: tuple[Column, ...] = (
     _known("mode", "str", "", "how it was trained"),
     _known("swept_batch", "int", "", "examples per step, in a run with several batch sizes; `fp32` and `tf32` below are those of the same batch", _ONE_BATCH),
     _known("swept_scale", "float", "", _SWEPT_SCALE, _ONE_SCALE, special=Format.LOSS_SCALE),
+    _known("swept_replicas", "int", "", _SWEPT_REPLICAS + "; `fp32` and `tf32` below are those of the same number", _ONE_NUMBER),
     _known("device", "str", "", "`cpu` or `gpu`"),
     _known("jit", "bool", "", "whether train steps were compiled by XLA"),
     _known("processes", "int", "", "processes that gave a step time, of seeds that ended well"),

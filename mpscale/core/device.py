@@ -95,7 +95,8 @@ class Device:
     ``uuid`` is the driver's full UUID (``GPU-...``, or ``MIG-...`` for a MIG instance), ``compute_capability`` CUDA's
     ``(major, minor)``; they and ``pci_bus_id`` are None on a CPU. ``memory_mib`` is the total memory of the GPU, or of
     the host on a CPU. ``mig`` is set for a GPU that is divided into MIG instances; for an instance, ``parent_uuid``
-    names its GPU. ``vendor`` is a key of :data:`VENDORS`, None on a CPU.
+    names its GPU. ``vendor`` is a key of :data:`VENDORS`, None on a CPU. ``beside`` are the UUIDs of further GPUs of
+    the same kind that a case uses at the same time (:func:`find_replicas`).
     """
 
     kind: Literal["cpu", "gpu"]
@@ -107,6 +108,7 @@ class Device:
     mig: bool = False
     parent_uuid: str | None = None
     vendor: str | None = None
+    beside: tuple[str, ...] = ()
 
     @property
     def has_tf32(self) -> bool:
@@ -141,7 +143,13 @@ class Device:
     def from_json(cls, values: Mapping[str, Any]) -> Device:
         """The inverse of :meth:`to_json`."""
         capability = values.get("compute_capability")
-        return cls(**{**values, "compute_capability": tuple(capability) if capability else None})
+        return cls(
+            **{
+                **values,
+                "compute_capability": tuple(capability) if capability else None,
+                "beside": tuple(values.get("beside", ())),
+            }
+        )
 
 
 class NoSuchDevice(ValueError):
@@ -193,6 +201,51 @@ def find_device(devices: Sequence[Device], environ: Mapping[str, str], cpu: Devi
             f"name another GPU in {vendor.visible}",
         )
     return device
+
+
+def find_replicas(
+    devices: Sequence[Device], environ: Mapping[str, str], cpu: Device, wanted: int | None
+) -> tuple[Device, int]:
+    """Return the device of a run whose cases use several at the same time, and how many of them.
+
+    Args:
+        devices: the GPUs, as in :func:`find_device`.
+        environ: the environment to look in.
+        cpu: this machine's processor.
+        wanted: how many; None for all GPUs that the variable leaves.
+
+    Raises:
+        NoSuchDevice: as there; or there are too few GPUs, they differ in kind, or one is an instance of MIG.
+    """
+    first = find_device(devices, environ, cpu)
+    if first.kind == "cpu":
+        if wanted is None:
+            raise NoSuchDevice(
+                "this machine has no GPU to use, and a CPU is one device", "say how many replicas share it"
+            )
+        return first, wanted
+    vendor, gpus = vendor_of(devices), [device for device in devices if device.parent_uuid is None]
+    entries = environ.get(vendor.visible)
+    found = gpus
+    if entries is not None:
+        found = [_named(entry.strip(), gpus, devices, vendor) for entry in entries.split(",")]
+    number = wanted or len(found)
+    if number > len(found):
+        raise NoSuchDevice(
+            f"{number} replicas need as many GPUs, and {vendor.visible} leaves {len(found)}", "ask for fewer replicas"
+        )
+    used = found[:number]
+    if any(device.mig or device.parent_uuid for device in used):
+        raise NoSuchDevice("one of the GPUs is divided into MIG instances", "name whole GPUs for replicas")
+    uuids = [device.uuid for device in used if device.uuid is not None]
+    if len(set(uuids)) < number:
+        raise NoSuchDevice("a GPU is named twice, or has no UUID", f"name different GPUs in {vendor.visible}")
+    if len({device.name for device in used}) > 1:
+        raise NoSuchDevice(
+            f"the GPUs differ: {', '.join(dict.fromkeys(device.name for device in used))}",
+            f"name GPUs of one kind in {vendor.visible}: the replicas would wait for the slowest",
+        )
+    return dataclasses.replace(first, beside=tuple(uuids[1:])), number
 
 
 def _named(entry: str, gpus: Sequence[Device], devices: Sequence[Device], vendor: Vendor) -> Device:

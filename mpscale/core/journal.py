@@ -29,7 +29,7 @@ from mpscale.core.record import Record, misfit
 
 IDENTITY = ("workload", "mode", "seed", "repeat")
 """The columns that say which case a record is of."""
-SWEPT = ("swept_batch", "swept_scale")
+SWEPT = ("swept_batch", "swept_scale", "swept_replicas")
 """Those that say it besides, in a sweep."""
 _MOST_LINES = 20 * MOST_CASES
 """A case has two lines for each attempt."""

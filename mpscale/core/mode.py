@@ -118,13 +118,16 @@ class Mode:
             return None
         return int(self.scale_arguments(settings).get("growth_interval", DynamicLossScale.growth_interval))
 
-    def unsupported_reason(self, device: Device, jit: bool) -> str | None:
+    def unsupported_reason(self, device: Device, jit: bool, replicated: bool = False) -> str | None:
         """Why the mode cannot run as what its name promises; None if it can.
 
         Args:
             device: where it would run.
             jit: whether train steps are compiled with XLA.
+            replicated: whether a strategy of tf.distribute trains replicas.
         """
+        if replicated and (self.graph_rewrite or self.float8):
+            return f"{self.name} is not measured on replicas; leave the mode out, or run it without --mp-strategy"
         if self.name == "tf32" and not device.has_tf32:
             return f"TF32 needs an NVIDIA GPU of compute capability 8.0 or newer; this is {_described(device)}"
         # NVIDIA's Volta was the first to have units for float16 products.

@@ -320,10 +320,10 @@ def in_order_of_modes(names: Iterable[str]) -> list[str]:
 
 def place_of(row: Record | Mapping[str, Any]) -> Place:
     """Workload and mode of a record, or of a row of the summary, as tables name them; see :class:`Variant`."""
-    batch, scale = row["swept_batch"], row["swept_scale"]
-    if batch is None and scale is None:
+    batch, scale, replicas = row["swept_batch"], row["swept_scale"], row["swept_replicas"]
+    if batch is None and scale is None and replicas is None:
         return row["workload"], row["mode"]
-    return Variant(batch, scale).place(row["workload"], row["mode"])
+    return Variant(batch, scale, replicas).place(row["workload"], row["mode"])
 
 
 def modes_of(records: Iterable[Record]) -> dict[str, str]:

@@ -248,7 +248,7 @@ def worker_environment(environ: Mapping[str, str], device: Device, allocator: Al
     if device.uuid is None or device.is_stand_in:
         environment["CUDA_VISIBLE_DEVICES"] = "-1"
     else:
-        environment["CUDA_VISIBLE_DEVICES"] = device.uuid
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join([device.uuid, *device.beside])
         environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if device.kind == "gpu" and allocator == "cuda_malloc_async":
         environment["TF_GPU_ALLOCATOR"] = allocator

@@ -45,6 +45,7 @@ from mpscale.harness.memory_limit import MemoryLimit
 from mpscale.harness.oom_killer import OomKiller
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.gpu_memory import AllocatorFacts
+from mpscale.telemetry.replicas import ReplicaWatch
 from mpscale.telemetry.watch import HOST_COLUMN, CaseWatch, WatchResult, WorkerFacts
 
 Listener = Callable[[Case, wire.Progressed], None]
@@ -56,6 +57,8 @@ _SIGNALS_OF_LIMITS = (signal.SIGXCPU, signal.SIGXFSZ)
 _OWN_FAILURES = (Cause.EXCEPTION, Cause.EXITED, Cause.FATAL_SIGNAL)
 """How a worker fails by itself, while memory suffices and nobody kills it."""
 
+_JOINING = "the merge_call by which MirroredStrategy joins replicas"
+"""What XLA cannot compile of any workload under a strategy."""
 _TAIL_BYTES = 4000
 _REASON, _BEGINNING = 500, 120
 """Characters of a reason, and how many of them are its beginning."""
@@ -147,7 +150,8 @@ class Supervisor:
 
     def __init__(self, device: Device, driver: Driver, options: Options, listener: Listener) -> None:
         self._device, self._options, self._listener = device, options, listener
-        self._watch = CaseWatch(driver, device, (options.interleaved or {}).get("id"))
+        watch = ReplicaWatch if device.beside else CaseWatch
+        self._watch = watch(driver, device, (options.interleaved or {}).get("id"))
         remove_left_behind()
         self._folder = TemporaryFolder()
         self._forget = stopping.before_ending_at_once(self._remove)
@@ -178,7 +182,8 @@ class Supervisor:
             attempt: how many times the case has been started, including this time.
         """
         self.describe(case, outcome.record, attempt)
-        unsupported = MODES[case.mode].unsupported_reason(self._device, case.settings.jit)
+        settings = case.settings
+        unsupported = MODES[case.mode].unsupported_reason(self._device, settings.jit, settings.strategy != "none")
         if unsupported:
             outcome.record.end("unsupported", unsupported)
         else:
@@ -197,9 +202,13 @@ class Supervisor:
                 "device_name": self._device.name,
                 "jit": case.settings.jit,
                 "steps_per_call": case.settings.steps_per_call,
+                "strategy": case.settings.strategy,
+                "replicas": case.settings.replicas,
                 "policy": MODES[case.mode].policy,
             }
         )
+        if case.settings.strategy != "none":
+            record.update({"xla_refused": _JOINING})
 
     def cool_down(self, seconds: float) -> None:
         """Wait until the GPU is fit for measurements, for at most ``seconds``."""
@@ -423,9 +432,10 @@ class _Conversation:
         peaks = record["gpu_memory_allocator_peak_mib"], record["gpu_memory_allocator_synchronised_peak_mib"]
         allocator = AllocatorFacts(*peaks, record["gpu_allocator"])
         if self._energy is None:
-            return WorkerFacts(allocator, energy_off=self.energy_off)
+            return WorkerFacts(allocator, energy_off=self.energy_off, replicas=self.case.settings.replicas)
         steps, overflows = self._energy.steps, self._energy.overflow_steps
-        return WorkerFacts(allocator, steps, None if overflows is None else steps - overflows, self.energy_off)
+        applied = None if overflows is None else steps - overflows
+        return WorkerFacts(allocator, steps, applied, self.energy_off, self.case.settings.replicas)
 
     def _where(self) -> str:
         return f"in or after phase {str(self._phase)!r}"

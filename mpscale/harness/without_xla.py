@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mpscale.core.case import Case, Settings, Variant
 from mpscale.core.cause import Cause
+from mpscale.core.journal import SWEPT
 from mpscale.core.mode import MODES
 from mpscale.core.record import Record
 
@@ -101,6 +102,6 @@ def case_of(record: Record, settings: Settings) -> Case:
         record: of the run.
         settings: of another case of its workload; what a sweep varies is replaced.
     """
-    variant = Variant(record["swept_batch"], record["swept_scale"])
+    variant = Variant(*(record[name] for name in SWEPT))
     which = (record["workload"], record["mode"], record["seed"], record["repeat"], record["order"] or 0)
     return Case(*which, variant.applied_to(settings), variant)

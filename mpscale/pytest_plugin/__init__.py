@@ -123,7 +123,8 @@ def _use_without_figure(benchmark: Any) -> None:
 
 
 _EXTRA_INFO = (
-    "case_id", "status", "workload", "mode", "swept_batch", "swept_scale", "seed", "repeat", "device_name",
+    "case_id", "status", "workload", "mode", "swept_batch", "swept_scale", "swept_replicas", "seed",
+    "repeat", "device_name", "strategy", "replicas",
     "jit", "xla_refused", "batch_size", "steps_per_call", "dispatch_share", "attempted_steps", "overflow_steps",
     "skipped_steps", "timed_overflow_steps", "loss_scale_final", "gpu_memory_nvml_peak_mib",
     "host_memory_peak_mib", "final_accuracy", "metric_name", "metric_value", "synthetic_inputs", "has_metric",
@@ -133,7 +134,7 @@ _EXTRA_INFO = (
 
 @pytest.fixture
 def mp_variant() -> str:
-    """Batch and loss scale of the case in a sweep, such as `batch64-scale8`; else empty."""
+    """Batch, loss scale and replicas of the case in a sweep, such as `batch64-scale8`; else empty."""
     return ""
 
 

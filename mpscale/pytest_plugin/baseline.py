@@ -400,13 +400,14 @@ def further_cases(
         first_repeats: {workload and mode as tables name them: the first repeat that is free}.
         settings_of: returns those of a workload.
     """
+    from mpscale.core.journal import SWEPT
     from mpscale.core.record import of_good_trainings
 
     cases: list[tuple[int, Case]] = []
     for place, first in first_repeats.items():
         rows = [row for row in run.records if row.place == place]
         workload, mode = rows[0]["workload"], rows[0]["mode"]
-        variant = Variant(rows[0]["swept_batch"], rows[0]["swept_scale"])
+        variant = Variant(*(rows[0][name] for name in SWEPT))
         settings = variant.applied_to(settings_of(workload))
         good = of_good_trainings(rows)
         timed = [row for row in good if row["step_time_ms_median"] is not None]

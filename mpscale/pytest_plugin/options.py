@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import pytest
 
 from mpscale.config import OptionType, Written, add_results_option, batch_size, integer, seconds, training_steps
 from mpscale.core.case import Settings
-from mpscale.core.device import Device
+from mpscale.core.device import Device, NoSuchDevice, find_device, find_replicas
 from mpscale.core.loss_scale import RULES
 from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, default_modes, select_modes
 from mpscale.core.naming import NAME, NOTE, note_of, run_name
@@ -81,9 +82,42 @@ def _add_selection(add: Add) -> None:
     )
 
 
-_SWEEPABLE = ("batch_size", "static_scale")
+_SWEEPABLE = ("batch_size", "static_scale", "replicas")
 """Settings of which a run may have several values; see :func:`swept`."""
 _CHOSEN = pytest.StashKey[tuple[str, str]]()
+_REPLICAS = pytest.StashKey[tuple[int, ...]]()
+_MOST_REPLICAS = 64
+
+
+def choose_device(config: pytest.Config, devices: Sequence[Device], cpu: Device) -> Device:
+    """Choose the device, and on how many of its kind cases train, once and for the whole session.
+
+    Args:
+        config: of the session.
+        devices: the GPUs that the driver lists.
+        cpu: this machine's processor.
+
+    Raises:
+        NoSuchDevice: the environment selects no usable GPU, or too few.
+        pytest.UsageError: options that do not go together.
+    """
+    strategy, wanted = config.getoption("mp_strategy"), config.getoption("mp_replicas")
+    config.stash[_REPLICAS] = (1,)
+    if strategy == "none":
+        if wanted is not None:
+            raise pytest.UsageError(f"{origin.of(config, '--mp-replicas')}: replicas need --mp-strategy mirrored")
+        return find_device(devices, os.environ, cpu)
+    if config.getoption("mp_jit") == "on":
+        raise pytest.UsageError(
+            f"{origin.of(config, '--mp-jit')}: XLA cannot compile the steps of --mp-strategy {strategy}, since "
+            "TensorFlow joins its replicas by merge_call; leave --mp-jit on out"
+        )
+    try:
+        device, number = find_replicas(devices, os.environ, cpu, None if wanted is None else wanted[-1])
+    except NoSuchDevice as error:
+        raise pytest.UsageError(f"--mp-strategy {strategy}, --mp-replicas: {error}") from error
+    config.stash[_REPLICAS] = wanted or (number,)
+    return device
 
 
 def choose_preset(config: pytest.Config, device: Device) -> tuple[str, str]:
@@ -170,8 +204,8 @@ def _add_settings(add: Add) -> None:
         "--mp-batch-size",
         type=types.several(batch_size),
         metavar="N,...",
-        help="examples per step (default: the workload's own). With several, such as 64,256,1024, every workload runs "
-        "in every mode at each, and a mode is compared with fp32 of the same batch",
+        help="examples per step, and per replica (default: the workload's own). With several, such as 64,256,1024, "
+        "every workload runs in every mode at each, and a mode is compared with fp32 of the same batch",
     )
     for scaling in SETTABLE:
         _add_scale_option(add, scaling)
@@ -181,6 +215,21 @@ def _add_settings(add: Add) -> None:
         default="auto",
         help="compile train steps and evaluation with XLA; auto: if XLA cannot compile those of a workload in one of "
         "its modes, all its modes run without; on: such a case fails (default: auto)",
+    )
+    add(
+        "--mp-strategy",
+        choices=("none", "mirrored"),
+        default="none",
+        help="mirrored: every step is taken on several GPUs at once, by tf.distribute.MirroredStrategy and without "
+        "XLA, each with a batch of its own (default: none)",
+    )
+    add(
+        "--mp-replicas",
+        type=types.several(integer(1, _MOST_REPLICAS)),
+        metavar="N,...",
+        help="with --mp-strategy: on how many GPUs; on a CPU, on how many logical devices that share it. With several, "
+        "such as 1,2, every workload runs at each, and the report shows the scaling efficiency (default: all GPUs that "
+        "CUDA_VISIBLE_DEVICES leaves)",
     )
     add(
         "--mp-autotune",
@@ -217,7 +266,7 @@ def _add_settings(add: Add) -> None:
 def settings(config: pytest.Config, workload: str | None = None, memory_mib: float | None = None) -> Settings:
     """Return what all cases of a workload have in common; without one, what those of the run do.
 
-    Of several batch sizes and static scales they have none in common: :func:`swept` returns those.
+    Of several batch sizes, static scales and replicas they have none in common: :func:`swept` returns those.
 
     Args:
         config: of the session.
@@ -235,7 +284,9 @@ def settings(config: pytest.Config, workload: str | None = None, memory_mib: flo
     # --benchmark-disable asks to test what would be benchmarked: everything but the timing.
     timed = not option("benchmark_disable", False) or option("benchmark_enable", False)
     return Settings(
-        jit=option("mp_jit") != "off",
+        jit=option("mp_jit") != "off" and option("mp_strategy") == "none",
+        strategy=option("mp_strategy"),
+        replicas=config.stash[_REPLICAS][0] if len(config.stash[_REPLICAS]) == 1 else 1,
         train_steps=option("mp_steps") or own.train_steps or ours.train_steps,
         batch_size=batch,
         steps_per_call=option("mp_steps_per_call"),
@@ -251,10 +302,15 @@ def settings(config: pytest.Config, workload: str | None = None, memory_mib: flo
     )
 
 
-def swept(config: pytest.Config) -> tuple[Sequence[int], Sequence[float]]:
-    """Return the batch sizes and the static scales that every workload runs at; none where there is only one."""
+def swept(config: pytest.Config) -> tuple[Sequence[int], Sequence[float], Sequence[int]]:
+    """Return batch sizes, static scales and numbers of replicas that every workload runs at; none if there is one."""
     batches, scales = config.getoption("mp_batch_size") or (), config.getoption("mp_static_scale")
-    return batches if len(batches) > 1 else (), scales if len(scales) > 1 else ()
+    replicas = config.stash[_REPLICAS]
+    return (
+        batches if len(batches) > 1 else (),
+        scales if len(scales) > 1 else (),
+        replicas if len(replicas) > 1 else (),
+    )
 
 
 def _add_run_options(add: Add) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +14,6 @@ import pytest
 import mpscale
 from mpscale.config import why_not_writable
 from mpscale.core.case import Case, plan
-from mpscale.core.device import find_device
 from mpscale.core.shard import Shard, Share
 from mpscale.pytest_plugin import options, origin
 from mpscale.pytest_plugin.handed import refuse_unused
@@ -102,7 +100,7 @@ class Plan:
         from mpscale.telemetry import host
 
         self._config, self.driver = config, driver
-        self.device = find_device(driver.devices, os.environ, host.cpu())
+        self.device = options.choose_device(config, driver.devices, host.cpu())
         name, why = options.choose_preset(config, self.device)
         self._preset, self.preset = name, f"preset {name}: {why}"
         """Which preset was chosen, and why."""
@@ -126,7 +124,7 @@ class Plan:
 
     def _planned(self, shuffle_seed: int) -> list[Case]:
         config, device, cases = self._config, self.device, list[Case]()
-        batches, scales = options.swept(config)
+        batches, scales, replicas = options.swept(config)
         for number, name in enumerate(options.workloads(config)):
             if (why := options.why_left_out(config, name, device)) is not None:
                 self.left_out.append(why)
@@ -141,6 +139,7 @@ class Plan:
                 first=len(cases),
                 batches=batches,
                 scales=scales,
+                replicas=replicas,
             )
             # No further than needed to see that there are too many: it makes them one by one.
             cases += itertools.islice(planned, MOST_CASES + 1 - len(cases))
@@ -222,6 +221,7 @@ class Plan:
         refuse_unused(self._config, any(map(registry.takes_data, names)))
         self.own_workloads = {name: registry.source(name, folders) for name in names}
         self._check_series()
+        self._check_replicas()
         return self.chosen
 
     def notes(self, items: Sequence[pytest.Item]) -> list[str]:
@@ -248,6 +248,17 @@ class Plan:
                     "or run them apart"
                 )
             owners[series] = name
+
+    def _check_replicas(self) -> None:
+        """Refuse workloads that cannot be trained on replicas, before anything runs."""
+        from mpscale.workloads import registry
+
+        for case in self.chosen:
+            if case.settings.strategy != "none" and registry.get(case.workload).compiled is not None:
+                raise pytest.UsageError(
+                    f"--mp-strategy: {case.workload} has a compiled model, which mpscale trains on one device; leave "
+                    "the option out, or make a mpscale.Workload of a model that is not compiled"
+                )
 
     def selection(self) -> dict[str, Any]:
         """Return the workloads, modes, seeds and repeats that were chosen, and what sets single workloads apart."""

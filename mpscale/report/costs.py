@@ -214,6 +214,8 @@ def without_xla(run: Run) -> bool:
 
 
 def _before_choosing(run: Run) -> str:
+    if any(record["replicas"] not in (None, 1) for record in run.records):
+        return "With replicas there is no XLA: run the modes on one GPU, too, before you choose one."
     if any(record["xla_refused"] is not None for record in run.records):
         return "XLA refused some of it: the findings say what to replace, so that the modes can be compared with XLA."
     return "Run the modes with --mp-jit on, too, before you choose one."

@@ -84,6 +84,7 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
     parts = [
         Section("Results", [sections.results(run), sections.doubts_note(summary_of(run))], group="In short"),
         Section("Speed-up over batch", sweep.by_batch(run)),
+        Section("Scaling over replicas", sweep.by_replicas(run)),
         Section("Static loss scales", sweep.by_scale(run)),
         Section("Cases that did not end well", trouble.troubles(run), sentences=True),
         Section("Lint", lint.section(run), sentences=True),

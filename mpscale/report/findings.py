@@ -42,6 +42,8 @@ def findings(run: Run) -> str:
 def _overview(run: Run, rows: Sequence[Row]) -> str:
     kind, name = device_kind(run), device_name(run)
     where = (f" on {escape(name)}" if name else "") + (f" ({kind.upper()})" if kind else "")
+    numbers = {record["replicas"] for record in run.records} - {None}
+    where += f", by {numbers.pop()} replicas" if len(numbers) == 1 and numbers != {1} else ""
     if not rows:
         return f"No case was started{where}, so there is nothing to report."
     workloads = list(dict.fromkeys(escape(row["workload"]) for row in rows))

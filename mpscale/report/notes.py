@@ -42,8 +42,8 @@ _NOTE_ON_NO_METRIC = (
     "as it is by real ones."
 )
 _NOTE_ON_SWEEP = (
-    "@ after a workload is the batch of a sweep, and @ after a mode its constant loss scale. fp32 and tf32, with which "
-    "a mode is compared, are always those of the same batch."
+    "@ after a workload is the batch of a sweep, @x its number of replicas, and @ after a mode its constant loss "
+    "scale. fp32 and tf32, with which a mode is compared, are always those of the same batch and number."
 )
 _NOTES_ON_CPU = (
     "This run is from a CPU, which emulates float16 by conversions that XLA compiles; without XLA it is slower still, "

@@ -69,6 +69,10 @@ class Driver:
         self.driver_version, self.cuda_version = described["driver"], described["cuda_driver"]
         self.devices = [Device.from_json(device) for device in described["devices"]]
 
+    def another(self) -> Driver:
+        """Return the same driver with a monitor of its own, to watch another GPU at the same time. Never raises."""
+        return open_driver(self._environ)
+
     def facts(self, device: Device) -> dict[str, Any]:
         """Return the ``facts`` of a GPU, the ``ways`` its readings are taken, and ``reasons`` why some are not.
 
@@ -207,6 +211,9 @@ class NoDriver(Driver):
     def __init__(self, reason: Reason) -> None:
         self.reason, self.devices = reason, []
         self._monitor, self._trouble = None, reason
+
+    def another(self) -> Driver:
+        return NoDriver(self._trouble)
 
     def _ask(self, order: str, seconds: float, **fields: Any) -> dict[str, Any]:
         raise SilentDriver(self._trouble)

@@ -41,12 +41,14 @@ class WorkerFacts:
         energy_steps: steps taken while energy was counted.
         energy_applied_steps: those of them that were not skipped; None if the mode does not count them.
         energy_off: why energy was not to be measured; None if it was.
+        replicas: how many GPUs the process used, see :class:`~mpscale.telemetry.replicas.ReplicaWatch`.
     """
 
     allocator: gpu_memory.AllocatorFacts = field(default_factory=gpu_memory.AllocatorFacts)
     energy_steps: int | None = None
     energy_applied_steps: int | None = None
     energy_off: Reason | None = None
+    replicas: int = 1
 
 
 @dataclass(slots=True)

@@ -31,6 +31,7 @@ from mpscale.worker.float8 import Float8
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic
 from mpscale.worker.probe import ProbeStep
+from mpscale.worker.replicas import ReplicaBatches, ReplicatedStep, strategy_of, under
 from mpscale.worker.scaler import scaler_for
 from mpscale.worker.step import TrainStep
 from mpscale.worker.training import batches
@@ -95,6 +96,7 @@ class Built:
 
     @property
     def batch(self) -> int:
+        """Examples of a step, of all replicas together."""
         return self.order.shape[1]
 
     def first_batch(self) -> tuple[Structure, Structure, Structure]:
@@ -106,6 +108,11 @@ class Built:
             batch = batch if self.compiled is None else compiling.as_fed(*batch)
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         return x, y, weight
+
+    @property
+    def replica_batch(self) -> int:
+        """Examples of a step on one device."""
+        return self.batch // self.case.settings.replicas
 
     def build_again(self) -> keras.Model:
         """Make and build the workload's model once more, under the policy that is set now."""
@@ -163,18 +170,28 @@ def build(case: Case, arithmetic: Arithmetic, channel: Channel, workload: Worklo
             "the data is more than an array of examples and one of labels, but this workload has a loss of one output; "
             f"{models.COMPILE_IT}"
         )
+    if settings.strategy != "none":
+        _refuse_replicas(case, workload, feed)
     if feed is not None:
         # Of a pipeline, the order is only used to find the first batch.
         order = np.broadcast_to(np.arange(feed.batch), (steps, feed.batch))
     else:
-        batch = settings.batch_size or workload.batch_size
+        own = settings.batch_size or workload.batch_size
+        batch = own * settings.replicas
+        if own <= data.examples < batch and not settings.repeat_data:
+            raise ValueError(
+                f"{settings.replicas} replicas with a batch of {own} each take {batch} examples per step, and the "
+                f"training set has {data.examples}; choose a batch of at most {data.examples // settings.replicas}, or "
+                "fewer replicas"
+            )
         order = batches(data.examples, batch, steps, case.seed, settings.repeat_data)
     start = time.perf_counter()
     # Set the seed just before the model is built: loading data may draw random numbers, but not in every process.
     keras.utils.set_random_seed(case.seed)
     arithmetic.settle()
     make = _of_compiled if workload.compiled is not None else _of_workload
-    built = make(case, workload, data, order, feed, arithmetic, channel)
+    with under(strategy_of(settings)):
+        built = make(case, workload, data, order, feed, arithmetic, channel)
     channel.values({"build_time_s": time.perf_counter() - start})
     return built
 
@@ -189,10 +206,10 @@ def _of_workload(
     channel: Channel,
 ) -> Built:
     """What a workload trains with its own loss and optimizer."""
-    settings, batch = case.settings, order.shape[1]
+    settings, batch = case.settings, order.shape[1] // case.settings.replicas
     model = models.make_model(workload.model)
     arithmetic.look("the workload's model function")
-    models.build_model(model, data.train_x[:batch] if batch <= data.examples else data.train_x[order[0]])
+    models.build_model(model, data.train_x[:batch] if batch <= data.examples else data.train_x[order[0][:batch]])
     float8 = Float8(model) if MODES[case.mode].float8 else None
     optimizer = models.make_optimizer(workload.optimizer)
     arithmetic.look("the workload's optimizer function")
@@ -201,8 +218,11 @@ def _of_workload(
     objective = Objective(workload.loss, data.train_y)
     loss = NotedLoss(objective)
     kind, update = ProbeStep if settings.looks else TrainStep, Update(model, scaler, loss)
-    shown = feed or Batches((data.train_x, data.train_y), order)
-    step = kind(update, shown, settings.jit, settings.steps_per_call)
+    if settings.strategy == "none":
+        shown = feed or Batches((data.train_x, data.train_y), order)
+        step = kind(update, shown, settings.jit, settings.steps_per_call)
+    else:
+        step = ReplicatedStep(update, ReplicaBatches((data.train_x, data.train_y), order), settings.steps_per_call)
     return Built(case, workload, data, order, optimizer, optimizer_config, objective, loss, step, float8, feed=feed)
 
 
@@ -224,6 +244,16 @@ def _feed(pipeline: Pipeline, workload: Workload, case: Case, steps: int) -> Fee
         )
     class_weight = None if compiled is None else compiled.class_weight
     return Feed(pipeline, workload.data, case.seed, steps, class_weight)
+
+
+def _refuse_replicas(case: Case, workload: Workload, feed: Feed | None) -> None:
+    """Raise ValueError if a case asks for replicas of what mpscale trains on one device only."""
+    what = "a pipeline" if feed is not None else "a compiled model" if workload.compiled is not None else None
+    if what is not None:
+        raise ValueError(
+            f"{case.workload} has {what}, which mpscale trains on one device: leave out --mp-strategy, or give a "
+            "workload of a model that is not compiled and of arrays"
+        )
 
 
 def _of_compiled(
@@ -347,6 +377,7 @@ def described(built: Built) -> Findings:
             "optimizer_config": json.dumps(built.optimizer_config),
             "series_key": key,
             "batch_size": built.batch,
+            "replica_batch_size": built.replica_batch,
             "optimizer": type(built.optimizer).__name__,
             "loss_name": models.name_of(workload.loss),
             "parameters": parameters,

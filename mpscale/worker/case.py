@@ -31,6 +31,7 @@ from mpscale.worker.judged import beyond_classes
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
 from mpscale.worker.refusal import refusals_of
+from mpscale.worker.replicas import objection, remarks
 from mpscale.worker.step import Log, TrainStep
 from mpscale.worker.throughput import Throughput
 from mpscale.worker.timing import keep_going, time_empty_call, time_one_per_call, time_steps, time_with_input, warm_up
@@ -68,7 +69,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     mode = MODES[case.mode]
     require(device)
     channel.phase(Phase.IDLE)
-    _report(channel, touch(device, mode))
+    _report(channel, touch(device, mode, case.settings))
     channel.phase(Phase.CONTEXT_READY)
 
     arithmetic = Arithmetic(mode, device, case.settings.jit)
@@ -103,7 +104,8 @@ def _run(
     found = Findings()
     found.put("random_draws", draws_of(step.graph, case.settings.jit))
     _report(channel, found)
-    throughput = Throughput(step.graph, mode, device, built.feed.varies if built.feed else None)
+    varies = built.feed.varies if built.feed else None
+    throughput = Throughput(step.graph, mode, device, varies, case.settings.replicas)
     _report(channel, throughput.columns())
     _report(channel, built.loss_columns())
     channel.values({"process_settings": arithmetic.column()})
@@ -112,6 +114,8 @@ def _run(
         _lint(built, precision, arithmetic, channel)
     if misused is not None:
         return "unsupported", misused
+    if case.settings.strategy != "none" and (unsupported := _on_replicas(built, channel)) is not None:
+        return "unsupported", unsupported
     objections = [text for text in (precision.objection(mode), arithmetic.objection) if text is not None]
     if objections:
         # Do not train: any figure would be reported under the name of another precision.
@@ -131,7 +135,7 @@ def _run(
     _report(channel, autotuning.columns(device, built.case.settings.jit))
     channel.phase(Phase.COMPILED)
 
-    peak = AllocatorPeak(device)
+    peak = AllocatorPeak(device, case.settings.replicas)
     opening_s = _take_opening_steps(built, peak, channel)
     status: Status = ("ok", None)
     if case.trains:
@@ -150,7 +154,7 @@ def _run(
         if built.feed is not None:
             _report(channel, _with_input(built.feed, built, step_ms))
         # Last of all: the profiler slows steps and takes memory of the device.
-        busy_ms = _profile(step, step_ms, device, channel)
+        busy_ms = _profile(step, step_ms, device, case.settings.replicas, channel)
         _report(channel, throughput.timed(step_ms, busy_ms))
     channel.phase(Phase.DONE)
     arithmetic.look("training and timing")
@@ -163,6 +167,15 @@ def _lint(built: Built, precision: Precision, arithmetic: Arithmetic, channel: C
         channel.values({"lint": to_cell(lint.look(built, precision, arithmetic, whole=False))})
     except Exception:
         traceback.print_exc()
+
+
+def _on_replicas(built: Built, channel: Channel) -> str | None:
+    """Say what replicas do otherwise than one device would; return why they cannot train at all, or None."""
+    labels, replicas, mode = built.data.train_y[built.order[0]], built.case.settings.replicas, MODES[built.case.mode]
+    assert built.noted_loss is not None  # a compiled model has been refused
+    for remark in remarks(built.noted_loss, labels, built.model, built.optimizer, mode, replicas):
+        channel.send(Remarked(remark))
+    return objection(built.noted_loss, labels, replicas)
 
 
 def _report(channel: Channel, found: Findings) -> None:
@@ -225,7 +238,7 @@ def _evaluator(built: Built) -> Callable[[Any, Any], float]:
     one_output = not objective.output or objective.output[-1] == 1
     threshold = objective.threshold() if one_output and is_accuracy(workload.metric) else None
     score = score_for(workload, test_y, objective.output, threshold)
-    batch = built.batch if built.feed is None else len(test_x)
+    batch = built.replica_batch if built.feed is None else len(test_x)
     evaluate = Evaluator(built.model, score, built.case.settings.jit, batch)
     evaluate.try_out(test_x, test_y)
     evaluate.try_out(*data.progress)
@@ -345,14 +358,19 @@ def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) 
     return float(values["step_time_ms_median"])
 
 
-def _profile(step: TrainStep, step_ms: float, device: Device, channel: Channel) -> float | Reason:
+def _profile(step: TrainStep, step_ms: float, device: Device, gpus: int, channel: Channel) -> float | Reason:
     """Take a few more steps under the profiler. Return the ms per step in which the GPU computes, or why unknown.
 
     ``step_ms`` was timed.
     """
     steps = min(max(round(_PROFILED_S * 1e3 / step_ms), _FEWEST_PROFILED), _MOST_PROFILED)
     steps = step.whole_calls(steps)
-    busy, found = profile_steps(lambda: step.block(steps), steps, device), Findings()
+    found = Findings()
+    if gpus == 1:
+        busy = profile_steps(lambda: step.block(steps), steps, device)
+    else:
+        # Kernels of several GPUs overlap, and their sum is the time of none.
+        busy = Reason(Code.NOT_COMPARABLE, "replicas compute at the same time on several devices")
     if isinstance(busy, Reason):
         found.miss(("device_busy_ms_per_step", "device_busy_share"), busy)
     else:

@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from mpscale.core.case import Settings
 from mpscale.core.device import Device, gpu_files_of
 from mpscale.core.mode import Mode
 from mpscale.core.reason import Code, Reason
@@ -18,10 +19,15 @@ _SUCCESS = 0  # what a call to CUDA returns
 
 
 class AllocatorPeak:
-    """Peak memory of TensorFlow's allocator: so far, in a window of the process, and in all of it."""
+    """Peak memory of TensorFlow's allocator: so far, in a window of the process, and in all of it.
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    Args:
+        device: of the case.
+        gpus: how many it uses; the peak is the largest of any of them.
+    """
+
+    def __init__(self, device: Device, gpus: int = 1) -> None:
+        self._device, self._gpus = device, [f"GPU:{number}" for number in range(gpus)]
         self._before: float | None = None
         self._windowed = False
 
@@ -36,7 +42,8 @@ class AllocatorPeak:
         peak = self._peak()
         if not isinstance(peak, Reason):
             self._before = peak
-            tf.config.experimental.reset_memory_stats("GPU:0")
+            for gpu in self._gpus:
+                tf.config.experimental.reset_memory_stats(gpu)
 
     def columns(self) -> Findings:
         """The peaks in MiB. The window, if one has begun, ends here."""
@@ -59,7 +66,7 @@ class AllocatorPeak:
         if self._device.is_stand_in:
             return Reason(Code.NO_GPU, "the CPU trained in place of the stand-in")
         try:
-            peak = float(tf.config.experimental.get_memory_info("GPU:0")["peak"])
+            peak = max(float(tf.config.experimental.get_memory_info(gpu)["peak"]) for gpu in self._gpus)
         except (ValueError, tf.errors.OpError) as error:
             return Reason(Code.ALLOCATOR_SILENT, f"TensorFlow's allocator keeps no statistics: {error}")
         # A process that has trained has held memory, so an allocator that reports 0 does not count.
@@ -98,7 +105,7 @@ def require(device: Device) -> None:
         )
 
 
-def touch(device: Device, mode: Mode) -> Findings:
+def touch(device: Device, mode: Mode, settings: Settings) -> Findings:
     """Set up the device that this process was started for; return the columns that describe the setup.
 
     Raises:
@@ -108,6 +115,10 @@ def touch(device: Device, mode: Mode) -> Findings:
         tf.config.experimental.set_memory_growth(gpu, True)
     set_arithmetic(mode)
     on_gpu = device.kind == "gpu"
+    if settings.strategy != "none" and (not on_gpu or device.is_stand_in):
+        # Logical devices, which share the cores and the memory of the CPU; TensorFlow must not have touched it yet.
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * settings.replicas)
     found = Findings()
     if device.has_tf32:
         found.values["tf32"] = tf.config.experimental.tensor_float_32_execution_enabled()

@@ -52,7 +52,7 @@ def look(built: Built, precision: Precision, arithmetic: Arithmetic, whole: bool
     traced, judged = traced_of(built), judged_of(built.step)
     # A step of a compiled model gets arrays of float64 as float32, as from Keras' fit, but not so a pipeline's.
     arrays = Arrays(built.data, built.feed is not None, built.compiled is None or built.feed is not None)
-    batch, most = built.batch, None if whole else MOST_BYTES
+    batch, most = built.replica_batch, None if whole else MOST_BYTES
     optimizers = _optimizers(built)
     found = [
         *of_settings(traced, precision, arithmetic, mode),

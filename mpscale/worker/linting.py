@@ -86,7 +86,7 @@ def lint(case: Case, device: Device, channel: Channel) -> Status:
     mode = MODES[case.mode]
     require(device)
     channel.phase(Phase.IDLE)
-    touch(device, mode)
+    touch(device, mode, case.settings)
     channel.phase(Phase.CONTEXT_READY)
     found: list[Finding] = []
 

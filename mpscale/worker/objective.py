@@ -206,8 +206,27 @@ class NotedLoss:
             found.miss(["loss_probe"], Reason(Code.NOT_FINITE, "not finite on outputs between 0 and 1"))
         return found
 
-    def _probe(self, labels: Any) -> float | str:
+    def adds_up(self, labels: Any, parts: int) -> bool | None:
+        """Whether the loss of ``labels`` (examples, ...) is the sum of the losses of its ``parts``, those of replicas.
+
+        False if it is their mean, as of a loss that averages; None if it is neither, or unknown.
+        """
+        width = len(labels) // parts
+        places = [slice(None), *(slice(part * width, (part + 1) * width) for part in range(parts))]
+        try:
+            found = [self._probe(labels, place) for place in places]
+        except Exception:  # from the user's code, away from its model and device
+            return None
+        if not all(isinstance(each, float) for each in found):
+            return None
+        whole, *of_parts = np.asarray(found, float)
+        is_mean, is_sum = (np.isclose(whole, of(of_parts), rtol=1e-4) for of in (np.mean, np.sum))
+        return None if is_mean == is_sum else bool(is_sum)
+
+    def _probe(self, labels: Any, place: slice = slice(None)) -> float | str:
         """The loss of ``labels`` and of outputs that are the same in every mode, or why it cannot be computed.
+
+        ``place`` selects some of the examples.
 
         It is traced first, since a loss that changes its own state must not run. It runs on the CPU to take none of
         the memory that is measured.
@@ -219,8 +238,9 @@ class NotedLoss:
         with tf.device("CPU:0"):
             # First in the precision of the model's outputs, which the loss may require.
             for dtype in (None, tf.float32):
-                outputs = tf.nest.map_structure(functools.partial(_probed, dtype=dtype), self._outputs)
-                given = tf.nest.map_structure(tf.constant, labels)
+                draw = functools.partial(_probed, dtype=dtype, examples=len(labels))
+                outputs = tf.nest.map_structure(lambda spec, draw=draw: draw(spec)[place], self._outputs)
+                given = tf.nest.map_structure(lambda each: tf.constant(each[place]), labels)
                 specs = tf.nest.map_structure(_spec, (given, outputs))
                 traced = tf.function(call, autograph=False).get_concrete_function(*specs)
                 nodes = all_nodes(traced.graph.as_graph_def())
@@ -386,9 +406,13 @@ def _spec(value: Any) -> tf.TensorSpec:
     return tf.TensorSpec(value.shape, value.dtype)
 
 
-def _probed(spec: tf.TensorSpec, dtype: tf.DType | None) -> tf.Tensor:
-    """Outputs that could be probabilities or logits: multiples of 1/64, which every precision represents exactly."""
+def _probed(spec: tf.TensorSpec, dtype: tf.DType | None, examples: int) -> tf.Tensor:
+    """Outputs that could be probabilities or logits: multiples of 1/64, which every precision represents exactly.
+
+    ``spec`` is of a replica's batch, which may be a part of the ``examples``.
+    """
+    shape = [spec.shape[0] and examples, *spec.shape.as_list()[1:]]
     if not spec.dtype.is_floating:
-        return tf.zeros(spec.shape, spec.dtype)
-    values = np.random.default_rng(17).integers(1, 64, spec.shape.as_list()) / 64.0
+        return tf.zeros(shape, spec.dtype)
+    values = np.random.default_rng(17).integers(1, 64, shape) / 64.0
     return tf.constant(values, dtype or spec.dtype)

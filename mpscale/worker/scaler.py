@@ -84,7 +84,12 @@ class ArticleScaled(StepScaler):
     def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
         super().__init__(optimizer)
         self._rule = ArticleLossScale()
-        self._scale = tf.Variable(self._rule.initial_state()["scale"], dtype=tf.float32, trainable=False)
+        self._scale = tf.Variable(
+            self._rule.initial_state()["scale"],
+            dtype=tf.float32,
+            trainable=False,
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,  # all of them compute the same
+        )
 
     def scale_loss(self, loss: Any) -> Any:
         return loss * self._scale
@@ -92,6 +97,9 @@ class ArticleScaled(StepScaler):
     def apply(self, grads: Sequence[Any], variables: Sequence[Any], scaled_loss: Any) -> StepRecord:
         self.optimizer.apply(grads, variables)
         scale = self._scale.read_value()
+        if tf.distribute.has_strategy():
+            # Each replica has its share of the loss.
+            scaled_loss = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, scaled_loss)
         self._scale.assign(self._rule.next_state({"scale": scale}, scaled_loss)["scale"])
         return StepRecord(scale)
 

@@ -23,12 +23,14 @@ class Throughput:
         mode: the mode of the case.
         device: where it runs.
         varies: why the FLOPs differ from step to step; None if they do not.
+        replicas: devices of this kind that take a step together.
     """
 
-    def __init__(self, graph: Any, mode: Mode, device: Device, varies: Reason | None = None) -> None:
+    def __init__(self, graph: Any, mode: Mode, device: Device, varies: Reason | None = None, replicas: int = 1) -> None:
         self._mode, self._device = mode, device
         self._flops = varies or flops_of(graph)
-        self._peak = peak_of(device, mode.products)
+        peak = peak_of(device, mode.products)
+        self._peak = peak if isinstance(peak, Reason) else peak * replicas
 
     def columns(self) -> Findings:
         """The columns that are known before anything is timed."""

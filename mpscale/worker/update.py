@@ -56,6 +56,12 @@ class Update:
             added = [tf.reduce_sum(tf.cast(more, tf.float32)) for more in self.model.losses]
             self.added_losses = len(added)
             loss = tf.add_n([loss, *added]) if added else loss
-            scaled = self.scaler.scale_loss(loss)
+            scaled = self.scaler.scale_loss(_share(loss))
         grads = tape.gradient(scaled, [*variables, *others()])
         return loss, scaled, grads[: len(variables)], grads[len(variables) :]
+
+
+def _share(loss: Any) -> Any:
+    """What this replica contributes to the mean loss of all replicas, whose gradients the optimizer adds up."""
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    return loss if replicas == 1 else loss / replicas

@@ -62,7 +62,7 @@ def test_order_of_modes_is_shuffled_and_reproducible():
 
 def test_a_case_survives_the_wire():
     settings = Settings(dynamic_scale={"initial": 4.0}, steps_per_call=20)
-    for variant in (Variant(), Variant(64, 2.0**24)):
+    for variant in (Variant(), Variant(64, 2.0**24), Variant(replicas=2)):
         case = Case("w", "mixed-dynamic", 1, 0, 3, settings, variant)
         assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
 
@@ -83,6 +83,8 @@ def test_id_is_a_file_name_even_for_a_workload_named_by_module():
         ("toy--mixed-static--batch64--scale1e+30--s0--r2", [], ("toy", "mixed-static", 0, 2, 64, 1e30)),
         ("a--batch8--fp32--batch64--s0--r0", [], ("a--batch8", "fp32", 0, 0, 64)),
         ("a--scale8--fp32--s0--r0", [], ("a--scale8", "fp32", 0, 0)),
+        ("toy--fp32--replicas2--s0--r0", [], ("toy", "fp32", 0, 0, None, None, 2)),
+        ("a--replicas2--fp32--batch8--replicas4--s0--r0", [], ("a--replicas2", "fp32", 0, 0, 8, None, 4)),
     ],
 )
 def test_an_id_says_which_case_it_is(text, known, case):
@@ -142,6 +144,8 @@ def test_series_key_is_byte_for_byte_that_of_earlier_runs():
         ("fp32", {"timing_s": 1.0}, False),
         ("fp32", {"autotune": "shared"}, False),
         ("fp32", {"steps_per_call": 20}, False),
+        ("fp32", {"strategy": "mirrored"}, False),
+        ("fp32", {"strategy": "mirrored", "replicas": 2}, False),
     ],
 )
 def test_series_key_changes_only_with_settings_that_move_its_figures(mode, change, same):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from mpscale.core.device import Device, NoSuchDevice, find_device
+from mpscale.core.device import Device, NoSuchDevice, find_device, find_replicas
 from mpscale.core.reason import Code
 from mpscale.telemetry import host
 
@@ -117,3 +119,51 @@ def test_a_gpu_without_uuid_is_refused() -> None:
 @pytest.mark.parametrize("device", [*GPUS, A100, *MIG, Device("cpu", "Intel", memory_mib=1.5)])
 def test_json_and_back(device: Device) -> None:
     assert Device.from_json(device.to_json()) == device
+
+
+SAME = [Device("gpu", "NVIDIA A100", f"GPU-{n}000") for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("visible", "wanted", "used"),
+    [
+        (None, None, (0, 1, 2)),
+        (None, 2, (0, 1)),
+        ("2,0", None, (2, 0)),
+        ("GPU-1, GPU-0", 1, (1,)),
+        ("1", None, (1,)),
+    ],
+)
+def test_replicas_use_the_visible_gpus_in_their_order(
+    visible: str | None, wanted: int | None, used: tuple[int]
+) -> None:
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    device, number = find_replicas(SAME, environ, host.cpu(), wanted)
+    assert number == len(used)
+    assert (device.uuid, *device.beside) == tuple(SAME[place].uuid for place in used)
+    assert Device.from_json(json.loads(json.dumps(device.to_json()))) == device
+
+
+@pytest.mark.parametrize(
+    ("devices", "visible", "wanted", "message"),
+    [
+        (SAME, "0,1", 3, "3 replicas need as many GPUs, and CUDA_VISIBLE_DEVICES leaves 2"),
+        (SAME, "0,7", None, "'7' matches no GPU"),
+        (SAME, "0,0", None, "a GPU is named twice"),
+        (GPUS[:2], None, None, "the GPUs differ: NVIDIA H200, Tesla V100"),
+        ([*SAME[:1], A100, *MIG], "0,1", None, "MIG"),
+        (SAME, "-1", None, "a CPU is one device; say how many replicas"),
+        ([], None, None, "a CPU is one device; say how many replicas"),
+    ],
+)
+def test_replicas_that_there_are_no_gpus_for(
+    devices: list[Device], visible: str | None, wanted: int | None, message: str
+) -> None:
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    with pytest.raises(NoSuchDevice, match=message):
+        find_replicas(devices, environ, host.cpu(), wanted)
+
+
+def test_replicas_of_a_cpu_are_as_many_as_asked_for() -> None:
+    device, number = find_replicas([], {}, host.cpu(), 4)
+    assert (device.kind, device.beside, number) == ("cpu", (), 4)

@@ -1,5 +1,7 @@
 """The environment in which workers are started."""
 
+from dataclasses import replace
+
 import pytest
 
 from mpscale.core.device import Device
@@ -18,11 +20,12 @@ CPU = Device("cpu", "Intel")
         (GPU, "bfc", GPU.uuid, None),
         (GPU, None, GPU.uuid, "mine"),
         (MIG, "cuda_malloc_async", MIG.uuid, "cuda_malloc_async"),
+        (replace(GPU, beside=("GPU-2", "GPU-3")), "bfc", f"{GPU.uuid},GPU-2,GPU-3", None),
         (STAND_IN, "cuda_malloc_async", "-1", "cuda_malloc_async"),
         (CPU, "cuda_malloc_async", "-1", None),
     ],
 )
-def test_worker_sees_one_device_and_has_one_allocator(device, allocator, visible, pool):
+def test_worker_sees_its_devices_alone_and_has_one_allocator(device, allocator, visible, pool):
     found = worker_environment({"TF_GPU_ALLOCATOR": "mine", "HOME": "/x"}, device, allocator)
     assert found["CUDA_VISIBLE_DEVICES"] == visible
     assert found.get("TF_GPU_ALLOCATOR") == pool

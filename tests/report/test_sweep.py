@@ -14,7 +14,7 @@ from mpscale.core.runs import read_run
 from mpscale.report.document import document, render
 from mpscale.report.findings import findings
 from mpscale.report.gains_figure import gains
-from mpscale.report.sweep import by_batch, by_scale
+from mpscale.report.sweep import by_batch, by_replicas, by_scale
 from mpscale.report.sweep_figure import over_batch
 from mpscale.report.table import DASH
 
@@ -23,8 +23,8 @@ MS = {"fp32": (1.0, 2.0, 8.0), "mixed-dynamic": (1.25, 1.6, 4.0), "mixed-static"
 BATCHES = (64, 256, 1024)
 
 
-def swept(mode, seed=0, batch=None, scale=None, workload="toy", **values):
-    variant = Variant(batch, scale)
+def swept(mode, seed=0, batch=None, scale=None, workload="toy", replicas=None, **values):
+    variant = Variant(batch, scale, replicas)
     case_id = str(CaseId(workload, mode, seed, 0, variant))
     return record(mode, seed, workload=workload, **{**variant.columns(), "case_id": case_id, **values})
 
@@ -57,6 +57,30 @@ def run_of(tmp_path, records, **options):
     return read_run(write_run(tmp_path, finished(records), **options))
 
 
+def scaled(number, ms, seed, mode="fp32"):
+    """A process on some replicas, each with a batch of 10."""
+    facts = {"step_time_ms_median": ms, "examples_per_s": 1e4 * number / ms, "device": "cpu"}
+    return swept(mode, seed, replicas=number, **facts)
+
+
+def test_scaling_efficiency_is_of_pairs_and_of_the_fewest_replicas(tmp_path):
+    times = {("fp32", 1): (1.0, 2.0), ("fp32", 2): (1.25, 2.5), ("fp32", 4): (2.0, 4.4), ("mixed-bf16", 2): (1.0, 1.0)}
+    run = run_of(tmp_path, [scaled(n, ms, seed, mode) for (mode, n), of in times.items() for seed, ms in enumerate(of)])
+    table, note = by_replicas(run)
+    assert cells(table, "workload", "mode", "replicas", "scaling efficiency") == [
+        ("toy", "fp32", "1", "1 by definition"),
+        ("toy", "fp32", "2", "0.800 [0.800, 0.800]"),
+        ("toy", "fp32", "4", "0.477 [0.260, 0.873]"),
+        ("toy", "mixed-bf16", "2", "1 by definition"),
+    ]
+    assert cells(table, "examples per second")[1] == ("11314",)
+    assert "logical devices" in note
+    assert "over 1, 2 and 4 replicas; a mode is compared with fp32 of the same number of replicas" in findings(run)
+    assert by_replicas(run_of(tmp_path / "other", SCALES)) == []
+    alike = [record("fp32", seed, replicas=2, strategy="mirrored") for seed in (0, 1)]
+    assert "fp32 on CPU, by 2 replicas." in findings(run_of(tmp_path / "alike", alike)).replace("Test CPU (CPU)", "CPU")
+
+
 def cells(table, *names):
     places = [list(table.headers).index(name) for name in names]
     return [tuple(row[place] for place in places) for row in table.rows]
@@ -78,7 +102,7 @@ def test_rows_are_by_batch_each_with_the_baseline_of_its_own(tmp_path):
     ]
     assert [row["speedup_fp32"] for row in rows] == pytest.approx([1.0, 0.8, 1.0, 1.25, 1.0, 2.0])
     assert {row["workload"] for row in rows} == {"toy"}
-    assert summary_csv(rows).splitlines()[1].startswith("toy,fp32,64,,gpu")
+    assert summary_csv(rows).splitlines()[1].startswith("toy,fp32,64,,,gpu")
 
 
 def test_table_over_the_batch_can_be_read_downwards_mode_by_mode(tmp_path):

@@ -13,11 +13,12 @@ from types import MappingProxyType
 
 from support.nvml_stand_in import Script
 
-from mpscale.core.device import Device, find_device
+from mpscale.core.device import Device, find_device, find_replicas
 from mpscale.core.reason import Code, Reason
 from mpscale.core.wire import Phase
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, open_driver
+from mpscale.telemetry.replicas import ReplicaWatch
 from mpscale.telemetry.samples import Samples, read_samples
 from mpscale.telemetry.watch import CaseWatch, WatchResult, WorkerFacts
 
@@ -40,9 +41,10 @@ class GpuCase:
         script: what the GPU does.
         library: the folder of the stand-in.
         visible: CUDA_VISIBLE_DEVICES, None for none.
+        several: whether to watch all GPUs.
     """
 
-    def __init__(self, script: Script, library: Path, visible: str | None = None) -> None:
+    def __init__(self, script: Script, library: Path, visible: str | None = None, several: bool = False) -> None:
         self.script = script
         self.child = subprocess.Popen(
             [sys.executable, "-c", SLEEPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
@@ -53,7 +55,9 @@ class GpuCase:
         self.driver: Driver = open_driver({**os.environ, **script.environ(library)})
         environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
         self.device: Device = find_device(self.driver.devices, environ, host.cpu())
-        self.watch = CaseWatch(self.driver, self.device)
+        if several:
+            self.device, _ = find_replicas(self.driver.devices, environ, host.cpu(), None)
+        self.watch = (ReplicaWatch if several else CaseWatch)(self.driver, self.device)
 
     def run(
         self,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
+from mpscale.core.journal import SWEPT
 from mpscale.core.record import Record
 
 CPU = {"kind": "cpu", "name": "Test CPU", "uuid": None, "compute_capability": None, "memory_mib": 8192.0}
@@ -46,7 +47,7 @@ def finished(records: Iterable[Record]) -> list[dict[str, Any]]:
 def started(one: Record, attempt: int = 1, order: int = 0) -> dict[str, Any]:
     """The event at the start of a case."""
     identity = {name: one[name] for name in ("workload", "mode", "seed", "repeat")}
-    identity |= {name: one[name] for name in ("swept_batch", "swept_scale") if one[name] is not None}
+    identity |= {name: one[name] for name in SWEPT if one[name] is not None}
     return {
         "event": "case_started",
         "case_id": one["case_id"],

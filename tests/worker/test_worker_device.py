@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from support.forked import run_forked
 
+from mpscale.core.case import Settings
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
 from mpscale.core.reason import Code
@@ -53,7 +54,7 @@ def arithmetic():
     ("mode", "expected"), [("fp32", (False, False)), ("mixed-dynamic", (True, False)), ("graph-rewrite", (True, True))]
 )
 def test_mode_sets_what_tensorflow_is_allowed_to_do(arithmetic, mode, expected):
-    touch(Device("cpu", "Some CPU"), MODES[mode])
+    touch(Device("cpu", "Some CPU"), MODES[mode], Settings())
     assert arithmetic() == expected
 
 
@@ -98,7 +99,7 @@ def test_allocator_of_a_cpu_has_no_peak(device):
 
 
 def test_stand_in_for_a_gpu_trains_on_the_cpu():
-    found = touch(STAND_IN, MODES["tf32"])
+    found = touch(STAND_IN, MODES["tf32"], Settings())
     assert found.values == {"gpu_allocator": "bfc", "tf32": True}
     assert found.unavailable == {}
 

@@ -1,0 +1,95 @@
+"""Two replicas with a batch of b train as one device with a batch of 2b; what cannot do so is refused or told."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import replica_cases
+
+from mpscale.worker.training import batches
+
+HERE = Path(replica_cases.__file__)
+ALIKE = {
+    "a loss of Keras": 1e-5,
+    "a loss of the user": 1e-5,
+    "regularizers": 1e-5,
+    "several steps per call": 1e-5,
+    "an overflow": 5e-3,
+    "the article's scale": 5e-3,
+}
+"""Cases that train as one device does, and how far losses may differ: by rounding, in float32 or float16."""
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """A process of its own, because logical devices have to be configured before TensorFlow starts."""
+    paths = os.pathsep.join([str(HERE.parents[1]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, str(HERE), str(tmp_path_factory.mktemp("replicas"))],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_two_replicas_train_as_one_device_with_the_double_batch(cases, name):
+    two, one = cases[name]
+    assert (two["status"], one["status"], two["remarks"]) == ("ok", "ok", [])
+    for fact in ("initial_weights_digest", "data_order_digest", "loss_probe", "flops_per_step", "metric_value"):
+        assert two[fact] == one[fact] is not None
+    losses = np.array([[float(loss) for loss in each["loss"]] for each in (two, one)])
+    assert len(losses[0]) == replica_cases.STEPS
+    assert losses[0] == pytest.approx(losses[1], rel=ALIKE[name], nan_ok=True)
+    assert (two["batch_size"], two["replica_batch_size"]) == (40, 20)
+    assert (one["batch_size"], one["replica_batch_size"]) == (40, 40)
+
+
+def test_an_overflow_on_either_replica_is_one_decision_of_both(cases):
+    two, one = cases["an overflow"]
+    order = batches(160, 40, replica_cases.STEPS, 0)
+    steps, columns = np.nonzero(order == order[2, replica_cases.BATCH + 3])
+    assert {column // replica_cases.BATCH for column in columns} == {0, 1}
+    assert [step for step, flag in enumerate(two["overflow"]) if flag == "1"] == steps.tolist()
+    assert (two["scale"], two["overflow"]) == (one["scale"], one["overflow"])
+    assert float(two["scale"][-1]) == 2.0 ** (15 - sum(steps < replica_cases.STEPS - 1))
+
+
+def test_the_rule_of_the_article_follows_the_loss_of_all_replicas(cases):
+    two, one = cases["the article's scale"]
+    assert len(set(two["scale"])) > 2
+    assert np.array(two["scale"], float) == pytest.approx(np.array(one["scale"], float), rel=5e-3)
+
+
+def test_examples_per_second_are_those_of_all_replicas(cases):
+    two, _ = cases["several steps per call"]
+    assert two["timed_blocks"] >= 3
+    assert two["examples_per_s"] == pytest.approx(40 / two["step_time_ms_median"] * 1e3)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("statistics", ["BatchNormalization", "clips the gradients of each"]), ("Keras' scaling", ["of replica 0 alone"])],
+)
+def test_what_replicas_do_otherwise_is_told(cases, name, told):
+    two, one = cases[name]
+    assert (two["status"], two["initial_weights_digest"]) == ("ok", one["initial_weights_digest"])
+    assert len(two["remarks"]) == len(told)
+    assert all(part in remark for part, remark in zip(told, two["remarks"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a sum", "unsupported: the loss adds up its examples"),
+        ("a batch too large", "take 180 examples per step, and the training set has 160; choose a batch of at most 80"),
+        ("a pipeline", "has a pipeline, which mpscale trains on one device"),
+        ("a compiled model", "has a compiled model, which mpscale trains on one device"),
+    ],
+)
+def test_what_replicas_cannot_train_is_refused(cases, name, message):
+    assert message in cases[name]
