@@ -31,7 +31,7 @@ import tensorflow as tf
 
 from mpscale.core.case import Case, Settings
 from mpscale.core.device import Device
-from mpscale.core.mode import DYNAMIC, MODES
+from mpscale.core.mode import MODES
 from mpscale.core.process import die_with_parent
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
 from mpscale.worker import built
@@ -83,7 +83,7 @@ def by_hand(request: dict[str, Any], handed: bool) -> Loop:
     keras.config.set_dtype_policy(mode.policy)
     model, optimizer = workload.model(), workload.optimizer()
     weights = [variable.numpy() for variable in model.variables]
-    if mode.scaling is DYNAMIC:
+    if mode.scaling is not None:
         optimizer = LossScaleOptimizer(optimizer, DynamicLossScale())
     optimizer.build(model.trainable_variables)
 
@@ -183,6 +183,9 @@ class Worker:
 
     def miss(self, *_: Any) -> None:
         """Ignore missing columns, which nobody reads here."""
+
+    def send(self, *_: Any) -> None:
+        """Ignore other events."""
 
 
 class Ready(Exception):

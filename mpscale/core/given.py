@@ -32,17 +32,22 @@ class Parcel:
         folder: only its owner can use it, since what is in it is unpickled.
         sender: id of the process that has made it.
         python_path: where that process looks for modules, in order.
-        growth_intervals: of each workload, by name; None for the usual one.
+        names: of the workloads.
     """
 
     folder: str
     sender: int
     python_path: Sequence[str]
-    growth_intervals: Mapping[str, int | None]
+    names: Sequence[str]
 
-    def file(self, name: str) -> Path:
-        """The file with a workload, pickled."""
-        return Path(self.folder, f"{list(self.growth_intervals).index(name)}.pickle")
+    def file(self, name: str, outline: bool = False) -> Path:
+        """The file with a workload, pickled; ``outline``: without what is not mpscale's, for a session.
+
+        Raises:
+            NoParcel: the folder is gone, or somebody else could have written it.
+        """
+        _check(self.folder)
+        return Path(self.folder, f"{list(self.names).index(name)}{'.outline' if outline else ''}.pickle")
 
     def write(self) -> None:
         """Write the contents, last of all that is in the folder."""
@@ -56,15 +61,10 @@ class Parcel:
         Raises:
             NoParcel: the folder is not a whole parcel, or somebody else could have written it.
         """
+        _check(folder)
         try:
-            state = os.lstat(folder)
-            private = stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid() and not state.st_mode & 0o077
-            if not private:
-                raise NoParcel(f"{VARIABLE}: {folder} is not a folder that only this user can read and write")
             return cls(folder, **json.loads(Path(folder, _CONTENTS).read_bytes()))
         except (OSError, ValueError, TypeError) as error:
-            if isinstance(error, NoParcel):
-                raise
             raise NoParcel(
                 f"{VARIABLE}: {folder} holds no workloads ({error}); mpscale.compare sets this variable itself"
             ) from error
@@ -81,6 +81,16 @@ class Parcel:
         return None
 
 
+def _check(folder: str) -> None:
+    """Raise NoParcel unless this user alone can write the folder."""
+    try:
+        state = Path(folder).lstat()
+    except OSError as error:
+        raise NoParcel(f"{VARIABLE}: {folder}, in which a script has sent its workload, is gone ({error})") from error
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid() or state.st_mode & 0o077:
+        raise NoParcel(f"{VARIABLE}: {folder} is not a folder that only this user can read and write")
+
+
 @dataclass(frozen=True)
 class Given:
     """What a session was given.
@@ -89,11 +99,13 @@ class Given:
         train: where a function's data for training are, as ``module:attribute`` or as an attribute of its module.
         validation: where its data for validation are.
         parcel: None for a session that no script has started.
+        in_worker: whether this process trains, and so needs all of a workload that a script has sent.
     """
 
     train: str | None = None
     validation: str | None = None
     parcel: Parcel | None = None
+    in_worker: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain values."""
@@ -103,12 +115,7 @@ class Given:
     def from_json(cls, values: Mapping[str, Any]) -> Given:
         """The inverse of :meth:`to_json`."""
         parcel = values["parcel"]
-        return cls(values["train"], values["validation"], None if parcel is None else Parcel(**parcel))
-
-    @property
-    def sent(self) -> Mapping[str, int | None]:
-        """The workloads of the parcel, by name, with their growth intervals."""
-        return {} if self.parcel is None else self.parcel.growth_intervals
+        return cls(**{**values, "parcel": None if parcel is None else Parcel(**parcel)})
 
 
 _given = [Given()]

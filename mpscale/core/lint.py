@@ -32,6 +32,7 @@ class Check(StrEnum):
     FLOAT64_DATA = "float64-data"
     INTEGER_INPUTS = "integer-inputs"
     DATA_ON_HOST = "data-on-host"
+    FIRST_BATCHES = "first-batches"
     INPUTS_NOT_FINITE = "inputs-not-finite"
     INPUTS_TOO_LARGE = "inputs-too-large"
     INPUTS_TOO_SMALL = "inputs-too-small"
@@ -45,6 +46,7 @@ class Check(StrEnum):
     FIRST_LOSS = "first-loss"
     # Optimizer
     OPTIMIZER_SCALES = "optimizer-scales"
+    TRAIN_STEP = "train-step"
     EPSILON = "epsilon"
     BATCH_NORM_ACCUMULATION = "batch-norm-accumulation"
 

@@ -13,7 +13,6 @@ import pytest
 from mpscale.config import OptionType, Written, add_results_option, batch_size, integer, seconds, training_steps
 from mpscale.core.case import Settings
 from mpscale.core.device import Device, NoSuchDevice, find_device, find_replicas
-from mpscale.core.given import given
 from mpscale.core.loss_scale import RULES
 from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, default_modes, select_modes
 from mpscale.core.naming import NAME, NOTE, note_of, run_name
@@ -194,8 +193,7 @@ def check_workloads(config: pytest.Config, names: Iterable[str], folders: Iterab
     try:
         with registry.without_gpus():
             for name in names:
-                if name not in given().sent:  # the script that has sent it has checked it
-                    registry.get(name, list(folders))
+                registry.get(name, list(folders))
     except registry.UnknownWorkload as error:
         raise pytest.UsageError(f"{origin.of(config, '--mp-workloads')}: {error}") from error
 

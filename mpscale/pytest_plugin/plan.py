@@ -268,7 +268,7 @@ class Plan:
         common = options.settings(self._config).to_json()
         own = {
             name: options.settings(self._config, name, self.device.memory_mib)
-            .suited_to(registry.growth_interval(name))
+            .suited_to(registry.get(name).growth_interval)
             .to_json()
             for name in found["workloads"]
         }

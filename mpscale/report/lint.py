@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mpscale.core.given import Given, given
 from mpscale.core.lint import Finding, InModes, Severity, merged, of_cell
 from mpscale.core.reason import Reason
 from mpscale.core.record import Record, grouped
@@ -136,4 +137,6 @@ class News:
             return None
         self._told |= {(workload, finding.check) for finding in new}
         checks = ", ".join(dict.fromkeys(finding.check.value for finding in new))
-        return f"{workload} has {counted(new)}: {checks}; `mpscale lint {workload}` or the report says what to do"
+        # The command alone would not find the data of a function, nor what a script has sent.
+        where = f"`mpscale lint {workload}` or the report" if given() == Given() else "the report"
+        return f"{workload} has {counted(new)}: {checks}; {where} says what to do"

@@ -57,10 +57,11 @@ def as_options(given: Mapping[str, Any]) -> list[str]:
         if value is None:
             continue
         option, how = parser.table[name]
-        if how.get("action") == "store_true":
+        if how.get("action") in ("store_true", argparse.BooleanOptionalAction):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, not {value!r}")
-            one = [option] if value else []
+            no = [] if how["action"] == "store_true" else [f"--no-{option[2:]}"]
+            one = [option] if value else no
         else:
             one = [f"{option}={_text(name, value)}"]
         try:

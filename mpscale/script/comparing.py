@@ -155,9 +155,10 @@ def _packed(workload: Workload, folder: Path, parts: dict[str, Any]) -> Parcel:
     from mpscale.script import sending
 
     path = [str(Path(entry).absolute()) for entry in sys.path]
-    parcel = Parcel(str(folder), os.getpid(), path, {workload.name: workload.growth_interval})
+    parcel = Parcel(str(folder), os.getpid(), path, [workload.name])
     try:
         sending.send(workload, parcel.file(workload.name), parts)
+        sending.send_outline(workload, parcel.file(workload.name, outline=True))
         parcel.write()
     except OSError as error:
         text = f"the model and its data cannot be written to {folder}: {why(error)}"
@@ -170,7 +171,7 @@ def _run(typed: Sequence[str], name: str, parcel: Parcel) -> tuple[int, bool, Se
 
     Its output goes where that of this process goes: to the terminal itself, or line by line to the notebook.
     """
-    command = [sys.executable, "-P", "-m", "mpscale", "run", f"--mp-workloads={name}", *typed]
+    command = [sys.executable, "-P", "-m", "mpscale", "run", f"--mp-workloads={name}", "--no-header", *typed]
     # pytest-benchmark would take the session for one of pytest-xdist's workers, and time nothing.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     direct = _is_own(sys.stdout, 1)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import mmap
+import pickle
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -54,6 +55,27 @@ def send(workload: Workload, path: Path, parts: Mapping[str, Any]) -> None:
             raise
         except Exception as error:
             _explain(parts, error)
+
+
+def send_outline(workload: Workload, path: Path) -> None:
+    """Write a workload without what is not mpscale's: its functions, and objects of other libraries.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("wb") as file:
+        _Outliner(file).dump(workload)
+
+
+class _Outliner(pickle.Pickler):
+    """Pickles plain values and what is mpscale's, and a stand-in for anything else."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """Called for all but numbers, texts and their containers."""
+        named = value if isinstance(value, type | types.FunctionType) else type(value)
+        if named.__module__.startswith("mpscale.") and "<locals>" not in named.__qualname__:
+            return NotImplemented
+        return sent.stand_in, ()
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]

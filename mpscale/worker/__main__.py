@@ -33,6 +33,7 @@ import traceback
 import types
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def main(wire: Wire) -> int:
         # module beside the suite must not hide one of the same name that TensorFlow needs.
         sys.path[:] = dict.fromkeys([*request["sys_path"], *sys.path])
         _keep_generated_files_in(request["scratch"])
-        given.take(given.Given.from_json(request["given"]))
+        given.take(replace(given.Given.from_json(request["given"]), in_worker=True))
         steps_path = request["steps_path"]
         case, device = Case.from_json(request["case"]), Device.from_json(request["device"])
         if case.settings.lint:

@@ -99,6 +99,16 @@ class Built:
         """Examples of a step, of all replicas together."""
         return self.order.shape[1]
 
+    def first_batch(self) -> tuple[Structure, Structure, Structure]:
+        """Examples, labels and weights of the first batch as the train step gets them, arrays; None for no such."""
+        if self.feed is not None:
+            batch = self.feed.first_arrays()
+        else:
+            batch = tuple(None if part is None else taken(part, self.order[0]) for part in self.data.train)
+            batch = batch if self.compiled is None else compiling.as_fed(*batch)
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
+        return x, y, weight
+
     @property
     def replica_batch(self) -> int:
         """Examples of a step on one device."""
@@ -119,12 +129,7 @@ class Built:
         """The columns of a record about the loss, once a train step has been traced."""
         if self.noted_loss is not None:
             return self.noted_loss.columns(self.data.train_y[self.order[0]])
-        if self.feed is not None:
-            batch = self.feed.first_arrays()
-        else:
-            parts = (None if part is None else taken(part, self.order[0]) for part in self.data.train)
-            batch = compiling.as_fed(*parts)
-        named = zip(("inputs", "labels", "weights"), keras.utils.unpack_x_y_sample_weight(batch), strict=True)
+        named = zip(("inputs", "labels", "weights"), self.first_batch(), strict=True)
         given = [f"{what} {_shapes(part)}" for what, part in named if part is not None]
         found = Findings({"loss_inputs": "; ".join(given)})
         found.miss(
@@ -269,8 +274,7 @@ def _of_compiled(
     compiled = compiling.make(workload.model)
     arithmetic.look("the workload's model function")
     model = compiled.model
-    if data.train_y is None and model.loss is not None and not models.overrides(model, "train_step"):
-        raise ValueError("the model is compiled with a loss, but train has no labels to compare with: give (x, y)")
+    compiling.check_labels(model, data.train_y)
     compiling.build_weights(model, taken(data.train_x, order[0]))
     float8 = Float8(model) if MODES[case.mode].float8 else None
     case, remarks = _asked_by(compiled, case)
@@ -281,7 +285,8 @@ def _of_compiled(
         channel.send(Remarked(remark))
     channel.values({"jit": case.settings.jit, "steps_per_call": case.settings.steps_per_call})
     configs = {name: models.optimizer_description(each, steps) for name, each in compiled.optimizers.items()}
-    scalers = {name: scaler_for(MODES[case.mode], each, case.settings) for name, each in compiled.optimizers.items()}
+    wrapped = {id(each): scaler_for(MODES[case.mode], each, case.settings) for each in compiled.optimizers.values()}
+    scalers = {name: wrapped[id(each)] for name, each in compiled.optimizers.items()}
     on_trace = float8.forget_calls if float8 is not None else lambda: None
     if feed is None:
         fed = compiling.as_fed(*data.train)
@@ -292,6 +297,7 @@ def _of_compiled(
     update = FitUpdate(model, scalers, first, on_trace)
     used = update.optimizers
     config = configs[used[0]] if len(used) == 1 else {name: configs[name] for name in used}
+    compiling.build_metrics(model, first)
     kind = ProbeStep if case.settings.looks else TrainStep
     step = kind(update, shown, case.settings.jit, case.settings.steps_per_call)
     course = None

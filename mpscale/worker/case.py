@@ -25,8 +25,9 @@ from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, 
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
 from mpscale.worker.draws import draws_of
-from mpscale.worker.feed import Feed
+from mpscale.worker.feed import Feed, InputFailed
 from mpscale.worker.fit_update import FitUpdate
+from mpscale.worker.judged import beyond_classes
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
 from mpscale.worker.refusal import refusals_of
@@ -93,6 +94,8 @@ def _run(
     misused = None if float8 is None else float8.misused(step.graph)
     if built.compiled is not None and (unsupported := _unsupported(built, device, channel)) is not None:
         return "unsupported", unsupported
+    for refused in beyond_classes(step, built.data.train_y).values():
+        raise refused
     if not case.settings.looks:
         built = judged(built)
     precision = Precision(built.model, step.graph)
@@ -106,7 +109,7 @@ def _run(
     _report(channel, throughput.columns())
     _report(channel, built.loss_columns())
     channel.values({"process_settings": arithmetic.column()})
-    if case.seed == 0 and case.trains and built.compiled is None:
+    if case.seed == 0 and case.trains:
         # The first case of each workload and mode: nothing runs, and other cases would find the same.
         _lint(built, precision, arithmetic, channel)
     if misused is not None:
@@ -218,8 +221,9 @@ def _unsupported(built: Built, device: Device, channel: Channel) -> str | None:
     if mode.scaling is None:
         return None
     if update.remark is not None:
-        channel.send(Remarked(update.remark))
-    return update.unsupported_reason(mode.name)
+        channel.send(Remarked(": ".join(update.remark)))
+    unscaled = update.unscaled(mode.name)
+    return None if unscaled is None else "; ".join(unscaled)
 
 
 def _evaluator(built: Built) -> Callable[[Any, Any], float]:
@@ -246,7 +250,7 @@ def _score(built: Built, evaluate: Callable[[Any, Any], float], final: bool = Fa
     if built.feed is None:
         x, y = built.data.test if final else built.data.progress
         return evaluate(x, y), length(x)
-    built.feed.begin_test(noted=final)
+    built.feed.begin_test(final)
     if isinstance(evaluate, Evaluator):
         value = evaluate.over(built.feed.test_arrays())
     else:
@@ -384,10 +388,18 @@ def _with_input(feed: Feed, built: Built, step_ms: float) -> Findings:
     """
     settings, found = built.case.settings, Findings()
     feed.stream()
-    with_input = time_with_input(built.step, settings.timing_s, max(settings.timing_blocks // _WITH_INPUT_SHARE, 1))
+    columns = ("step_time_ms_with_input", "input_wait_share")
+    try:
+        blocks = max(settings.timing_blocks // _WITH_INPUT_SHARE, 1)
+        with_input = time_with_input(built.step, settings.timing_s, blocks)
+    except InputFailed as error:
+        # The training is done, and its figures do not need this one.
+        found.miss(columns, Reason(Code.NOT_REACHED, f"the pipeline failed while it was timed: {error}"))
+        feed.hold()
+        return found
     if feed.too_many_left_out:
         why = "most batches had shapes for which a step would have been compiled while it was timed"
-        found.miss(["step_time_ms_with_input", "input_wait_share"], Reason(Code.NOT_COMPARABLE, why, _SHAPES))
+        found.miss(columns, Reason(Code.NOT_COMPARABLE, why, _SHAPES))
     else:
         found.put("step_time_ms_with_input", with_input)
         # Noise may make the step with input the shorter one.

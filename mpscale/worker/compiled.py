@@ -17,8 +17,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from mpscale.core.lint import Check
 from mpscale.worker import model as models
-from mpscale.workloads.data import Structure, mapped
+from mpscale.worker.refused import Refused
+from mpscale.workloads.data import Structure, leaves, mapped
 
 _REPLACED = ("fit", "train_on_batch", "make_train_function")
 """Methods of a Keras model that decide when a train step is taken, which is for mpscale to do."""
@@ -35,8 +37,8 @@ class CompiledModel:
     Args:
         model: may be unbuilt.
         arguments: those of ``compile`` that were given, by name; empty if it was compiled before it was asked for.
-        optimizers: without loss scaling, by the attribute of the model that holds them. One that a model with several
-            was compiled with may be unused.
+        optimizers: without loss scaling, by the attribute of the model that holds them; two may hold the same one. One
+            that a model with several was compiled with may be unused.
         notes: what was taken off, in words.
     """
 
@@ -96,7 +98,7 @@ def make(build: Callable[[], keras.Model]) -> CompiledModel:
     notes: list[str] = []
     optimizers: dict[str, keras.optimizers.Optimizer] = {}
     for name, held in sorted(vars(model).items(), key=lambda each: each[0] != "optimizer"):
-        if isinstance(held, keras.optimizers.Optimizer) and not any(held is each for each in optimizers.values()):
+        if isinstance(held, keras.optimizers.Optimizer):
             optimizers[name] = _bare(held, name, notes)
     if not optimizers:
         raise ValueError("the model is compiled without an optimizer, so it cannot be trained; give compile one")
@@ -105,8 +107,42 @@ def make(build: Callable[[], keras.Model]) -> CompiledModel:
 
 def build_weights(model: keras.Model, examples: Structure) -> None:
     """Create the weights of a model from a batch of examples, unless it is one that nobody calls, as a GAN."""
-    if models.overrides(model, "call") or _is_of_keras(type(model)) or model.built:
+    if is_callable(model) or model.built:
         models.build_model(model, examples)
+
+
+def build_metrics(model: keras.Model, batch: Any) -> None:
+    """Make the variables of compiled metrics, if Keras' own ``train_step`` will use them.
+
+    A trace that makes variables is followed by another one. Where this does not work, that is what happens.
+    """
+    if not models.overrides(model, "train_step") and model.built:
+        with contextlib.suppress(Exception):
+            model._symbolic_build(data_batch=batch)
+
+
+def is_callable(model: keras.Model) -> bool:
+    """Whether a model can be called as a whole."""
+    return models.overrides(model, "call") or _is_of_keras(type(model))
+
+
+def check_labels(model: keras.Model, labels: Structure) -> None:
+    """Check that a model that compares labels by its compiled loss has some, and that they are numbers.
+
+    Raises:
+        ValueError: it has none, or they are text.
+    """
+    if model.loss is None or models.overrides(model, "train_step"):
+        return
+    if labels is None:
+        raise ValueError("the model is compiled with a loss, but train has no labels to compare with: give (x, y)")
+    texts = [f"train_y{path}" for path, array in leaves(labels) if array.dtype.kind in "US"]
+    if texts and not models.overrides(model, "compute_loss"):
+        raise Refused(
+            Check.LABELS_MISFIT,
+            f"the labels in {' and '.join(texts)} are text, which no loss of Keras takes",
+            "number the classes from 0",
+        )
 
 
 def as_fed(x: Structure, y: Structure, weight: Structure) -> Any:
@@ -173,9 +209,11 @@ def _bare(optimizer: Any, name: str, notes: list[str]) -> keras.optimizers.Optim
         )
     for inner in models.all_inside(optimizer):
         if models.scales_loss(inner):
-            raise ValueError(
+            raise Refused(
+                Check.OPTIMIZER_SCALES,
                 f"the model's {name} scales the loss itself ({type(inner).__name__}), but mpscale adds the loss "
-                "scaling of each mode; compile with an optimizer that does not"
+                "scaling of each mode",
+                "compile with an optimizer that does not",
             )
     return optimizer
 

@@ -5,134 +5,29 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import random
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
-from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 
 from mpscale.core.columns import Passes
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
+from mpscale.worker.epochs import Batch, Epochs, Seen, check_batch, examples_in, is_function, shapes_of, tensors_of
 from mpscale.workloads import Data, Pipeline
-from mpscale.workloads.pipeline import check_pipeline, is_pipeline, is_py_dataset
 
-_LOOKED_AT, _LOOKED_AT_BYTES = 8, 2**29
+_LOOKED_AT, _LOOKED_AT_BYTES = 8, 2**28
 """Most batches, and about most bytes, that are looked at before the training and held on the device to time steps."""
 _SHAPES_NAMED = 4
 _LEFT_OUT = 0.1
 """With a larger share of batches that would have to be compiled first, the time with input is unknown."""
 
-Batch = Any
-"""What Keras' fit takes: x, ``(x, y)`` or ``(x, y, sample_weight)``, of structures of tensors."""
 
-
-class Epochs:
-    """A part of a pipeline, gone through as Keras' fit does it.
-
-    Args:
-        given: a part of a :class:`Pipeline`.
-        part: ``"train"`` or ``"test"``.
-        seed: of the order in which fit shows the batches of a PyDataset.
-        class_weight: as in fit.
-        most: how many batches an epoch has at most; None for all.
-
-    Raises:
-        TypeError: it is no pipeline.
-        ValueError: it has no batches, or tensors without a fixed number of axes and sizes.
-    """
-
-    def __init__(
-        self, given: Any, part: str, seed: int, class_weight: Mapping[int, float] | None = None, most: int | None = None
-    ) -> None:
-        if _is_function(given):
-            given = given()
-            check_pipeline(given, part, made=True)
-        self._part, self._seed, self._begun = part, seed, 0
-        self._adapter = None
-        self.kind = "tf.data"
-        if is_py_dataset(given):
-            self.kind, endless = "PyDataset", given.num_batches is None
-            self._adapter = PyDatasetAdapter(given, class_weight, shuffle=part == "train")
-            self._dataset = self._adapter.get_tf_dataset()
-            self.batches = None if endless else int(given.num_batches)
-        else:
-            self._dataset = TFDatasetAdapter(given, class_weight).get_tf_dataset()
-            known = int(given.cardinality())
-            endless, self.batches = known == tf.data.INFINITE_CARDINALITY, known if known >= 0 else None
-        _check_spec(self._dataset.element_spec, part)
-        if most is not None:
-            self._dataset = self._dataset.take(most)
-        elif endless and part == "test":
-            raise ValueError("the test pipeline is endless; leave out its repeat(), or say Pipeline(test_steps=...)")
-
-    @property
-    def description(self) -> list[str]:
-        """What it is made of, whatever the seed."""
-        return [self.kind, repr(tf.nest.map_structure(_kind, self._dataset.element_spec)), str(self.batches)]
-
-    def epoch(self) -> Generator[Batch]:
-        """Yield the batches of an epoch."""
-        if self._adapter is not None:
-            # fit shuffles by Python's random numbers, of which the main thread may draw some in one mode only.
-            random.seed(f"{self._seed} {self._begun}")
-            self._adapter.on_epoch_begin()
-        self._begun += 1
-        try:
-            yield from self._dataset
-        finally:
-            if self._adapter is not None:
-                self._adapter.on_epoch_end()
-
-    def forever(self) -> Generator[Batch]:
-        """Yield batches, epoch after epoch."""
-        while True:
-            is_empty = True
-            for batch in self.epoch():
-                is_empty = False
-                yield batch
-            if is_empty:
-                again = (
-                    "gives nothing in its second pass, as a generator that is used up; let from_generator call a "
-                    "function that makes a new one"
-                )
-                raise ValueError(f"the {self._part} pipeline {again if self._begun > 1 else 'is empty'}")
-
-
-class Seen:
-    """A digest of batches and their shapes, in order. It is computed in a thread, at most two batches behind."""
-
-    def __init__(self) -> None:
-        self._total = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)
-        self._waiting: deque[Future[None]] = deque()
-        self.shapes: Counter[str] = Counter()
-
-    def add(self, batch: Batch) -> None:
-        """Add structure, dtypes, shapes and bytes of a batch."""
-        self.shapes[shapes_of(batch)] += 1
-        if len(self._waiting) > 1:
-            self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(self._add, batch))
-
-    @property
-    def digest(self) -> str:
-        """SHA-256, first 16 hex digits."""
-        while self._waiting:
-            self._waiting.popleft().result()
-        return f"sha256:{self._total.hexdigest()[:16]}"
-
-    def _add(self, batch: Batch) -> None:
-        self._total.update(repr(tf.nest.map_structure(_kind, batch)).encode())
-        for tensor in _tensors(batch):
-            for piece in _bytes_of(tensor.numpy()):
-                self._total.update(piece)
+class InputFailed(Exception):
+    """A pipeline failed after the training, while steps were timed."""
 
 
 class Feed:
@@ -168,7 +63,7 @@ class Feed:
 
         def make() -> tuple[Pipeline, Epochs, Epochs | None]:
             keras.utils.set_random_seed(seed)
-            made = pipeline if _is_function(pipeline.train) else again()
+            made = pipeline if is_function(pipeline.train) else again()
             if not isinstance(made, Pipeline):
                 raise TypeError(f"the data function returned a Pipeline first and then a {type(made).__name__}")
             train = Epochs(made.train, "train", seed, class_weight)
@@ -179,7 +74,7 @@ class Feed:
         _, train, test = make()
         with contextlib.closing(train.forever()) as looked:
             self.first = list(_few(looked, steps))
-        _check_batch(self.first[0], "train")
+        check_batch(self.first[0], "train")
         self.first_test = None if test is None else _first(test)
         """The first batch of the test set; None without one."""
         made, train, self._test = make()
@@ -189,7 +84,9 @@ class Feed:
         for batch in self.first:
             self._first.add(batch)
         self.passes = _compare(self._first, self._peeked, pipeline, made)
-        self._test_shown, self._noted = Seen(), False
+        # Its own, because modes may have gone through the other one more or less often, until they reached the target.
+        self._final_test = None if made.test is None else Epochs(made.test, "test", seed, most=made.test_steps)
+        self._test_shown, self._is_final = Seen(ordered=False), False
         self.test_examples = 0
         """Examples in the test batches since :meth:`begin_test`."""
         self._next: Callable[[], Batch] = self._of_training
@@ -259,7 +156,7 @@ class Feed:
         self._next = itertools.cycle(held).__next__
 
     def stream(self) -> None:
-        """From now on show the batches that the pipeline gives, without a digest.
+        """From now on show the batches that the pipeline gives, without a digest. Steps may raise :class:`InputFailed`.
 
         Those of a shape that no step was compiled for are left out: it would be compiled while it is timed.
         """
@@ -271,16 +168,17 @@ class Feed:
         """Whether so many batches of :meth:`stream` were left out that it does not stand for the pipeline."""
         return self._left_out > _LEFT_OUT * max(self._streamed, 1)
 
-    def begin_test(self, noted: bool) -> None:
-        """Before the test set is gone through; ``noted``: its batches are added to the digest."""
-        self.test_examples, self._noted = 0, noted
+    def begin_test(self, final: bool) -> None:
+        """Before the test set is gone through; ``final``: at the end, when its examples are added to the digest."""
+        self.test_examples, self._is_final = 0, final
 
     def test(self) -> Iterator[Batch]:
         """Yield the batches of the test set."""
-        assert self._test is not None
-        for batch in self._test.epoch():
+        test = self._final_test if self._is_final else self._test
+        assert test is not None
+        for batch in test.epoch():
             self.test_examples += examples_in(batch)
-            if self._noted:
+            if self._is_final:
                 self._test_shown.add(batch)
             yield batch
 
@@ -321,7 +219,10 @@ class Feed:
 
     def _of_stream(self) -> Batch:
         while True:
-            batch = self._peeked.popleft() if self._peeked else next(self._batches)
+            try:
+                batch = self._peeked.popleft() if self._peeked else next(self._batches)
+            except Exception as error:  # from the user's code
+                raise InputFailed(f"{type(error).__name__}: {error}") from error
             self._streamed += 1
             if shapes_of(batch) in self._shown.shapes:
                 return batch
@@ -335,7 +236,7 @@ def _first(test: Epochs) -> Batch:
         batch = next(epoch, None)
     if batch is None:
         raise ValueError("the test pipeline is empty")
-    _check_batch(batch, "test")
+    check_batch(batch, "test")
     return batch
 
 
@@ -344,7 +245,7 @@ def _few(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
     held = 0
     for batch in itertools.islice(batches, min(most, _LOOKED_AT)):
         yield batch
-        held += sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in _tensors(batch))
+        held += sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in tensors_of(batch))
         if held > _LOOKED_AT_BYTES:
             return
 
@@ -362,7 +263,7 @@ def _compare(first: Seen, second: Iterable[Batch], pipeline: Pipeline, made: Pip
         return Passes.SAME if pipeline.deterministic else Passes.ALLOWED
     if not pipeline.deterministic:
         return Passes.DIFFER
-    if made.train is pipeline.train and not _is_function(made.train):
+    if made.train is pipeline.train and not is_function(made.train):
         return Passes.RESHUFFLED
     raise ValueError(
         "the train pipeline gives other batches when it is made again with the same seed, so modes would be trained on "
@@ -372,49 +273,8 @@ def _compare(first: Seen, second: Iterable[Batch], pipeline: Pipeline, made: Pip
     )
 
 
-def _check_spec(spec: Any, part: str) -> None:
-    for leaf in tf.nest.flatten(spec):
-        if isinstance(leaf, tf.RaggedTensorSpec | tf.SparseTensorSpec):
-            kind = "ragged" if isinstance(leaf, tf.RaggedTensorSpec) else "sparse"
-            cure = ".padded_batch(n), or .map with to_tensor()" if kind == "ragged" else ".map with tf.sparse.to_dense"
-            raise ValueError(f"the {part} pipeline has {kind} tensors, which a step cannot take; use {cure}")
-        if getattr(leaf, "shape", None) is not None and leaf.shape.rank == 0:
-            raise ValueError(f"the {part} pipeline is not batched: an element has a single value; add .batch(n)")
-
-
-def _check_batch(batch: Batch, part: str) -> None:
-    """Check that the first axis of everything in a batch is the example."""
-    shapes = [tuple(tensor.shape) for tensor in _tensors(batch)]
-    if not all(shapes) or len({shape[0] for shape in shapes}) > 1:
-        named = " and ".join(map(str, shapes))
-        raise ValueError(
-            f"the {part} pipeline is not batched, or its parts have different numbers of examples: an element has "
-            f"shapes {named}; add .batch(n)"
-        )
-    if shapes[0][0] == 0:
-        raise ValueError(f"the first batch of the {part} pipeline has no examples")
-
-
-def examples_in(batch: Batch) -> int:
-    """How many examples a batch has."""
-    return int(_tensors(batch)[0].shape[0])
-
-
-def shapes_of(batch: Batch) -> str:
-    """Shapes and dtypes of a batch, as text."""
-    return ", ".join(f"{tensor.dtype.name} {tuple(tensor.shape)}" for tensor in _tensors(batch))
-
-
 def _but_first_axis(batch: Batch) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape[1:]) for tensor in _tensors(batch)]
-
-
-def _tensors(batch: Batch) -> list[Any]:
-    return [tensor for tensor in tf.nest.flatten(batch) if tensor is not None]
-
-
-def _is_function(given: Any) -> bool:
-    return not is_pipeline(given)
+    return [tuple(tensor.shape[1:]) for tensor in tensors_of(batch)]
 
 
 def _array(tensor: Any) -> Any:
@@ -428,17 +288,3 @@ def _copied(tensor: Any) -> Any:
 
 def _spec(tensor: Any) -> Any:
     return None if tensor is None else tf.TensorSpec(tensor.shape, tensor.dtype)
-
-
-def _kind(tensor: Any) -> str:
-    return "" if tensor is None else f"{tensor.dtype.name} {tensor.shape}"
-
-
-def _bytes_of(array: Any) -> Iterator[Any]:
-    """The contents of an array in pieces for a digest; of texts also their lengths."""
-    if array.dtype.kind == "O":
-        for text in array.ravel():
-            yield f"{len(text)} ".encode()
-            yield text
-    else:
-        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)

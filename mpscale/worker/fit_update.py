@@ -53,9 +53,24 @@ class _Applied:
     record: StepRecord = field(default_factory=StepRecord)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A call of a loss of Keras' class.
+
+    Args:
+        loss: the ``keras.losses.Loss``.
+        labels: what it got, as in the trace.
+        outputs: the same.
+    """
+
+    loss: Any
+    labels: Any
+    outputs: Any
+
+
 @dataclass
 class _Observed:
-    """What a train step does with the optimizers, from the first to the last call."""
+    """What a train step does with the optimizers, from the first to the last call, and with losses and the model."""
 
     gradients: list[_Gradients] = field(default_factory=list)
     losses: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
@@ -63,6 +78,10 @@ class _Observed:
     applied: list[_Applied] = field(default_factory=list)
     within: bool = False
     """Whether a call comes from an optimizer itself."""
+    compared: list[Compared] = field(default_factory=list)
+    """The calls of losses that no other loss has made."""
+    returned: Any = None
+    """What the model returned when it was called last."""
 
 
 class FitUpdate(Update):
@@ -70,7 +89,8 @@ class FitUpdate(Update):
 
     Args:
         model: compiled.
-        scalers: the mode's scaling for each of the model's optimizers, by the attribute that holds it.
+        scalers: the mode's scaling for each of the model's optimizers, by the attribute that holds it; those of one
+            optimizer are the same.
         batch: the first one, of the structure that ``train_step`` takes. It shows which optimizers are used.
         on_trace: called when a trace begins. There may be two, of which the second counts: a first trace that makes
             variables, such as those of metrics, is followed by another.
@@ -86,14 +106,21 @@ class FitUpdate(Update):
         batch: Any,
         on_trace: Callable[[], None] = lambda: None,
     ) -> None:
-        self.model, self._scalers, self._on_trace = model, dict(scalers), on_trace
+        self.model, self._on_trace = model, on_trace
+        self._scalers: dict[str, StepScaler] = {}
         self.added_losses = 0
         self._applied: list[_Applied] = []
+        self.compared: list[Compared] = []
+        """What losses were called with; known once a step has been traced, as is the next."""
+        self.returned: Any = None
+        """The outputs of the model; None if nothing calls it as a whole, as a GAN."""
         self._overflows: tf.Variable | None = None
         for name, scaler in scalers.items():
             setattr(model, name, scaler.optimizer)
+            if scaler not in self._scalers.values():
+                self._scalers[name] = scaler
         main = next(iter(scalers))
-        if len(scalers) == 1 and model.built:
+        if len(self._scalers) == 1 and model.built:
             scalers[main].optimizer.build(model.trainable_variables)
         else:
             # Which optimizer trains which weights only a trace can tell. It builds them, too.
@@ -119,8 +146,8 @@ class FitUpdate(Update):
         applied = self._train(batch)
         if not all(within_reach(each.loss) and within_reach(each.record.scale) for each in applied):
             raise ValueError(
-                "train_step applies gradients inside of a loop or a branch of TensorFlow, where neither their loss nor "
-                "an overflow can be seen; apply them outside of it"
+                "train_step applies gradients inside of a loop, a branch or a function of TensorFlow, where neither "
+                "their loss nor an overflow can be seen; apply them outside of it"
             )
         # An optimizer that is applied several times per step, or several of them, make one row.
         columns = {
@@ -158,29 +185,32 @@ class FitUpdate(Update):
         counted = self.scaler.overflow_steps(steps)
         return counted if self._overflows is None or counted is None else int(self._overflows.numpy())
 
-    def unsupported_reason(self, mode: str) -> str | None:
-        """Why ``train_step`` cannot be trained in a mode that scales the loss; None if it can. Known once traced."""
+    def unscaled(self, mode: str) -> tuple[str, str] | None:
+        """Why ``train_step`` cannot be trained in a mode that scales the loss, and what to do; None if it can.
+
+        Known once a step has been traced.
+        """
         bare = sorted({each.name for each in self._applied if not each.was_scaled})
         if not bare:
             return None
         one, all_of = f"self.{bare[0]}", " and ".join(f"self.{name}" for name in bare)
         return (
             f"train_step of {type(self.model).__name__} does not call scale_loss of {all_of}: {mode} divides gradients "
-            "by a loss scale, by which they would never have been multiplied. Add "
-            f"`loss = {one}.scale_loss(loss)` in the tape, and apply the gradients of this loss: "
-            f"`{one}.apply_gradients(zip(tape.gradient(loss, weights), weights))`"
+            "by a loss scale, by which they would never have been multiplied",
+            f"add `loss = {one}.scale_loss(loss)` in the tape, and apply the gradients of this loss: "
+            f"`{one}.apply_gradients(zip(tape.gradient(loss, weights), weights))`",
         )
 
     @property
-    def remark(self) -> str | None:
-        """What to know if ``train_step`` changes scaled gradients; None if it does not. Known once traced."""
+    def remark(self) -> tuple[str, str] | None:
+        """What ``train_step`` does to scaled gradients, and what to do; None if nothing. Known once traced."""
         changed = sorted({each.name for each in self._applied if each.was_scaled and each.was_changed})
         if not changed:
             return None
         return (
             "train_step changes gradients before it applies them. Here they are multiplied by the loss scale, so a "
-            "norm or a limit means something else than in fp32: use clipnorm, global_clipnorm or clipvalue of "
-            f"{' and '.join(changed)}, which take the true gradients"
+            "norm or a limit means something else than in fp32",
+            f"use clipnorm, global_clipnorm or clipvalue of {' and '.join(changed)}, which take the true gradients",
         )
 
     def _train(
@@ -189,8 +219,10 @@ class FitUpdate(Update):
         """Take the model's train step, or all of it except ``apply``; return the calls of ``apply``."""
         self._on_trace()
         seen = _Observed()
+        # One that is a tf.function would be a graph of its own within this one.
+        train_step = getattr(self.model.train_step, "python_function", self.model.train_step)
         with self._observed(seen, others, only_look):
-            self.model.train_step(batch)
+            train_step(batch)
         if not seen.applied:
             raise ValueError(
                 f"train_step of {type(self.model).__name__} applied no gradients with an optimizer that the model "
@@ -202,13 +234,14 @@ class FitUpdate(Update):
                 f"train_step of {type(self.model).__name__} applied gradients that no tf.GradientTape has computed, so "
                 "its loss is not known; compute them with tape.gradient(loss, weights)"
             )
-        self._applied = seen.applied
+        self._applied, self.compared, self.returned = seen.applied, seen.compared, seen.returned
         return seen.applied
 
     @contextlib.contextmanager
     def _observed(self, seen: _Observed, others: Callable[[], Sequence[Any]], only_look: bool) -> Iterator[None]:
-        """Observe the calls of the optimizers and of the tape, while a step is traced."""
-        differentiate = tf.GradientTape.gradient
+        """Observe the calls of optimizers, tape, losses and model, while a step is traced."""
+        differentiate, call_layer = tf.GradientTape.gradient, keras.layers.Layer.__call__
+        call_loss, losses = keras.losses.Loss.__call__, [0]
 
         def gradient(tape: Any, target: Any, sources: Any, *arguments: Any, **options: Any) -> Any:
             flat = tf.nest.flatten(sources)
@@ -221,6 +254,21 @@ class FitUpdate(Update):
             seen.gradients.append(_Gradients(target, flat, tf.nest.flatten(result), found))
             return result
 
+        def called(layer: Any, *arguments: Any, **options: Any) -> Any:
+            outputs = call_layer(layer, *arguments, **options)
+            if layer is self.model:
+                seen.returned = outputs
+            return outputs
+
+        def compared(loss: Any, y_true: Any, y_pred: Any, *arguments: Any, **options: Any) -> Any:
+            if not losses[0]:
+                seen.compared.append(Compared(loss, y_true, y_pred))
+            losses[0] += 1
+            try:
+                return call_loss(loss, y_true, y_pred, *arguments, **options)
+            finally:
+                losses[0] -= 1
+
         with contextlib.ExitStack() as stack:
             for name, scaler in self._scalers.items():
                 held = vars(scaler.optimizer)
@@ -230,6 +278,9 @@ class FitUpdate(Update):
                     stack.callback(held.pop, method)
             tf.GradientTape.gradient = gradient
             stack.callback(setattr, tf.GradientTape, "gradient", differentiate)
+            keras.layers.Layer.__call__, keras.losses.Loss.__call__ = called, compared
+            stack.callback(setattr, keras.layers.Layer, "__call__", call_layer)
+            stack.callback(setattr, keras.losses.Loss, "__call__", call_loss)
             yield
 
     def _hooks(self, seen: _Observed, name: str, scaler: StepScaler, only_look: bool) -> dict[str, Callable[..., Any]]:

@@ -1,4 +1,4 @@
-"""What is wrong or slow about a workload, from its data, its built model, its optimizer and the traced train step.
+"""What is wrong or slow about a workload, from its built model, its optimizers and the traced train step.
 
 Nothing runs on the device. A case of a run makes these checks too, so they look at no more than some of a large data
 set. Whether a workload is refused is decided elsewhere, where the case needs it; here are findings only.
@@ -6,37 +6,35 @@ set. Whether a workload is refused is decided elsewhere, where the case needs it
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 
 from mpscale.core.lint import Check, Finding, Severity
-from mpscale.core.magnitudes import LARGEST_FLOAT16
 from mpscale.core.mode import MODES, Mode
+from mpscale.worker import lint_data as checks
+from mpscale.worker.fit_update import FitUpdate
+from mpscale.worker.judged import Judged, judged_of
+from mpscale.worker.lint_data import Arrays
 from mpscale.worker.precision import LOW, MOVES, Arithmetic, Precision
 from mpscale.worker.traced import WITHIN, Product, Size, Traced, operations, source
+from mpscale.workloads.data import leaves
 
 if TYPE_CHECKING:
     from mpscale.worker.built import Built
-    from mpscale.workloads import Data
 
 TENSOR_CORES = 8
 """Sizes should be multiples of this: 16 bytes in float16 and bfloat16. See docs/guides/lint.md."""
 MOST_BYTES = 2**28
-"""How much of an array a case of a run looks at: reading it takes some 0.1 s."""
+"""How much of a part of the data a case of a run looks at: reading it takes some 0.1 s."""
 _NAMED = 6
 """Most layers that a sentence names; all are in ``layers``."""
 _LITTLE, _HALF = 0.1, 0.5
 """Shares of the forward FLOPs. Up to the first, what is in float32 is not worth a word, and above the second it is more
 than a note; up to the first, a size that the data decides is no more than a note."""
-_SMALLEST_NORMAL, _SMALLEST = 2.0**-14, 2.0**-24  # of float16
-_EXACT = {"float16": 2**11, "bfloat16": 2**8}
-"""Up to which number every whole number is exact."""
 _SQUASHES = ("Softmax", "LogSoftmax", "Sigmoid")
 
 
@@ -49,23 +47,62 @@ def look(built: Built, precision: Precision, arithmetic: Arithmetic, whole: bool
         arithmetic: the settings of the process.
         whole: look at all data, however much that is.
     """
-    mode, data = MODES[built.case.mode], built.data
+    mode = MODES[built.case.mode]
     low = LOW.get(mode.policy)
-    assert built.noted_loss is not None
-    traced = Traced(built.model, built.step.graph, data.train_x, built.noted_loss.outputs)
-    most = None if whole else MOST_BYTES
-    return [
+    traced, judged = traced_of(built), judged_of(built.step)
+    # A step of a compiled model gets arrays of float64 as float32, as from Keras' fit, but not so a pipeline's.
+    arrays = Arrays(built.data, built.feed is not None, built.compiled is None or built.feed is not None)
+    batch, most = built.replica_batch, None if whole else MOST_BYTES
+    optimizers = _optimizers(built)
+    found = [
         *of_settings(traced, precision, arithmetic, mode),
         *(of_float64(traced) if "float64" not in precision.misfits(mode).values() else ()),
         *of_outputs(traced),
-        *of_weights(traced, built.model, built.optimizer),
+        *of_weights(traced, built.model, optimizers),
         *(of_float32(traced, low) if low else ()),
-        *(of_sizes(traced, built.replica_batch, low) if low else ()),
-        *of_data(data, traced.casts_of_inputs, most),
-        *of_test_labels(data, traced.outputs),
-        *of_host(data, bool(tf.config.list_logical_devices("GPU"))),
-        *of_accumulation(traced, built.model, built.optimizer),
+        *(of_sizes(traced, batch, low, arrays.piped) if low else ()),
+        *checks.of_pipeline(arrays),
+        *checks.of_inputs(arrays, traced, most),
+        *checks.of_labels(arrays, judged),
+        *checks.of_test_labels(arrays, _classes(built, traced, judged)),
+        *checks.of_host(arrays, bool(tf.config.list_logical_devices("GPU"))),
+        *of_accumulation(traced, built.model, optimizers),
+        *of_train_step(built, mode),
     ]
+    return list(dict.fromkeys(found))
+
+
+def traced_of(built: Built) -> Traced:
+    """The traced step of what is built."""
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(built.step.batch)
+    inputs = {f"train_x{path}": tensor for path, tensor in leaves(x)}
+    update = built.step.update
+    if isinstance(update, FitUpdate):
+        # A train_step of the user's own may use no loss of Keras' class.
+        reached: Any = [each.outputs for each in update.compared] or update.returned
+    else:
+        reached = None if built.noted_loss is None else built.noted_loss.outputs
+    outputs = {id(each): each for each in tf.nest.flatten(reached) if tf.is_symbolic_tensor(each)}
+    return Traced(built.model, built.step.graph, inputs, list(outputs.values()))
+
+
+def _classes(built: Built, traced: Traced, judged: list[Judged]) -> dict[str, int]:
+    """How many classes there are, by the place in the labels, such as ``['kind']``, where labels are their numbers."""
+    if built.noted_loss is None:
+        known = [each for each in judged if each.classes and each.options.get("ignore_class") is None]
+        return {each.name.removeprefix("train_y"): each.classes or 0 for each in known}
+    labels, outputs = built.data.train_y, traced.outputs
+    numbered = labels.dtype.kind in "iu" and len(outputs) == 1 and outputs[0].shape.rank == labels.ndim + 1
+    classes = outputs[0].shape[-1] if numbered else None
+    return {"": classes} if classes and classes > 1 else {}
+
+
+def _optimizers(built: Built) -> list[keras.optimizers.Optimizer]:
+    """Those that train the model, without loss scaling."""
+    update = built.step.update
+    if built.compiled is None or not isinstance(update, FitUpdate):
+        return [built.optimizer]
+    return [built.compiled.optimizers[name] for name in update.optimizers]
 
 
 def of_settings(traced: Traced, precision: Precision, arithmetic: Arithmetic, mode: Mode) -> Iterator[Finding]:
@@ -109,7 +146,9 @@ def of_outputs(traced: Traced) -> Iterator[Finding]:
         )
 
 
-def of_weights(traced: Traced, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Iterator[Finding]:
+def of_weights(
+    traced: Traced, model: keras.Model, optimizers: Sequence[keras.optimizers.Optimizer]
+) -> Iterator[Finding]:
     """Whether weights are below float32, and what becomes of the optimizer's epsilon then."""
     halves = [v for v in model.trainable_variables if v.dtype in ("float16", "bfloat16")]
     if not halves:
@@ -123,9 +162,9 @@ def of_weights(traced: Traced, model: keras.Model, optimizer: keras.optimizers.O
         "leave out dtype there: the mode's policy computes in 16 bits and keeps weights in float32",
         layers,
     )
-    epsilon = getattr(optimizer, "epsilon", None)
-    if isinstance(epsilon, float) and epsilon > 0 and any(v.dtype == "float16" for v in halves):
-        if float(np.float16(epsilon)) == 0.0:
+    for optimizer in optimizers if any(v.dtype == "float16" for v in halves) else ():
+        epsilon = getattr(optimizer, "epsilon", None)
+        if isinstance(epsilon, float) and epsilon > 0 and float(np.float16(epsilon)) == 0.0:
             yield Finding(
                 Check.EPSILON,
                 Severity.PROBLEM,
@@ -173,7 +212,7 @@ def of_float32(traced: Traced, low: str) -> Iterator[Finding]:
     )
 
 
-def of_sizes(traced: Traced, batch: int, low: str) -> Iterator[Finding]:
+def of_sizes(traced: Traced, batch: int, low: str, piped: bool) -> Iterator[Finding]:
     """Sizes that are no multiples of 8: Tensor Cores are then used in part, or after copies with padding."""
     products = [product for product in traced.products if product.dtype == low]
     odd: dict[str, list[Size]] = {}
@@ -208,140 +247,21 @@ def of_sizes(traced: Traced, batch: int, low: str) -> Iterator[Finding]:
             Check.BATCH_SIZE,
             Severity.CAUTION,
             f"the batch of {batch} is no multiple of {TENSOR_CORES}: the gradients of weights are sums over it",
-            f"choose {_up(batch)}, with batch_size or --mp-batch-size",
+            f"choose {_up(batch)}, with {'.batch in the pipeline' if piped else 'batch_size or --mp-batch-size'}",
         )
 
 
-def of_data(data: Data, casts: dict[str, str], most: int | None) -> Iterator[Finding]:
-    """Types and values of inputs and labels.
-
-    Args:
-        data: all of it.
-        casts: {dtype: layer} of what inputs are cast to before anything is computed with them.
-        most: how many bytes of an array to look at; None for all.
-    """
-    wide = [name for name in ("train_x", "train_y", "test_x", "test_y") if _is(getattr(data, name), "float64")]
-    if wide:
-        yield Finding(
-            Check.FLOAT64_DATA,
-            Severity.CAUTION,
-            f"float64: {' and '.join(wide)}; that is twice the memory, and a cast in every step",
-            f'pass {wide[0]}.astype("float32")',
-        )
-    x = data.train_x
-    floats = [dtype for dtype in casts if dtype.startswith(("float", "bfloat"))]
-    if x.dtype.kind in "iub" and floats:
-        yield Finding(
-            Check.INTEGER_INPUTS,
-            Severity.NOTE,
-            f"inputs are {x.dtype.name} and are cast to {floats[0]} in every step",
-            'pass x.astype("float32") if its memory does not matter; integers take less',
-            tuple(filter(None, [casts[floats[0]]])),
-        )
-    for name in ("train_x", "test_x", "published_x"):
-        array = getattr(data, name)
-        if array is not None and array.dtype.kind in "biuf" and array.size:
-            yield from _of_values(name, array, casts, most)
-
-
-def _of_values(name: str, array: npt.NDArray[Any], casts: dict[str, str], most: int | None) -> Iterator[Finding]:
-    """The values of inputs, of which the first ``most`` bytes are looked at."""
-    examples = len(array) if most is None else max(1, min(len(array), most * len(array) // max(array.nbytes, 1)))
-    part = array[:examples]
-    low, high = (float(extreme) for extreme in (part.min(), part.max()))  # NaN if any is NaN; without a copy
-    of = name if examples == len(array) else f"the first {examples:,} examples of {name}"
-    if not (math.isfinite(low) and math.isfinite(high)):
-        bad = sum(
-            int((~np.isfinite(part[start : start + 1024])).reshape(len(part[start : start + 1024]), -1).any(1).sum())
-            for start in range(0, examples, 1024)
-        )
-        yield Finding(
-            Check.INPUTS_NOT_FINITE,
-            Severity.PROBLEM,
-            f"{bad:,} of {examples:,} examples in {of} {'is' if bad == 1 else 'are'} not finite",
-            "leave these examples out, or replace the values: numpy.nan_to_num",
-        )
-        return
-    largest = max(-low, high)
-    if "float16" in casts:
-        layers = tuple(filter(None, [casts["float16"]]))
-        if largest > LARGEST_FLOAT16:
-            yield Finding(
-                Check.INPUTS_TOO_LARGE,
-                Severity.PROBLEM,
-                f"{of} reaches {largest:g}, and becomes infinite in float16, which ends at {LARGEST_FLOAT16:,.0f}",
-                "scale the inputs, for instance to mean 0 and variance 1, before they reach the model",
-                layers,
-            )
-        elif 0 < largest < _SMALLEST_NORMAL:
-            yield Finding(
-                Check.INPUTS_TOO_SMALL,
-                Severity.PROBLEM if largest < _SMALLEST else Severity.CAUTION,
-                f"{of} is at most {largest:.3g}, and float16 keeps {'nothing' if largest < _SMALLEST else 'few bits'} "
-                f"of what is below {_SMALLEST if largest < _SMALLEST else _SMALLEST_NORMAL:.2g}",
-                "scale the inputs, for instance to mean 0 and variance 1, before they reach the model",
-                layers,
-            )
-    for dtype in _EXACT.keys() & casts.keys():
-        if array.dtype.kind in "iu" and largest > _EXACT[dtype]:
-            yield Finding(
-                Check.INPUTS_ROUNDED,
-                Severity.CAUTION,
-                f"{of} has whole numbers up to {largest:,.0f}, and {dtype} rounds those above {_EXACT[dtype]:,}: "
-                "numbers of categories would become others",
-                'for categories, declare keras.Input(shape, dtype="int32"); for quantities, scale the inputs',
-                tuple(filter(None, [casts[dtype]])),
-            )
-
-
-def of_test_labels(data: Data, outputs: list[Any]) -> Iterator[Finding]:
-    """Labels that only the metric sees; those of the training are checked where the loss is made."""
-    for name in ("test_y", "published_y"):
-        labels = getattr(data, name)
-        if labels is None or not labels.size:
-            continue
-        if labels.dtype.kind == "f" and not math.isfinite(float(labels.min())) * math.isfinite(float(labels.max())):
-            yield Finding(
-                Check.LABELS_NOT_FINITE,
-                Severity.CAUTION,
-                f"labels in {name} are not finite, so the metric may not be either",
-                "leave these examples out, or use a metric that ignores them",
-            )
-        (first, *more), classes = outputs, outputs[0].shape[-1]
-        numbered = labels.dtype.kind in "iu" and data.train_y.dtype.kind in "iu" and first.shape.rank == labels.ndim + 1
-        if numbered and not more and classes and classes > 1 and not 0 <= labels.min() <= labels.max() < classes:
-            yield Finding(
-                Check.LABELS_OUT_OF_RANGE,
-                Severity.PROBLEM,
-                f"labels in {name} range from {labels.min()} to {labels.max()}, but a model with {classes} outputs has "
-                f"classes 0 to {classes - 1}",
-                "number the classes from 0, the same in the training and the test set",
-            )
-
-
-def of_host(data: Data, on_gpu: bool) -> Iterator[Finding]:
-    """Which arrays TensorFlow keeps in host memory although there is a GPU, as it does with int32 and text."""
-    arrays = {"train_x": data.train_x, "train_y": data.train_y}
-    kept = {name: array for name, array in arrays.items() if array.dtype.kind in "US" or _is(array, "int32")}
-    names = [name for name, array in kept.items() if ":GPU:" not in tf.constant(array[:1]).backing_device]
-    if on_gpu and names:
-        yield Finding(
-            Check.DATA_ON_HOST,
-            Severity.CAUTION,
-            f"TensorFlow keeps {' and '.join(names)} in host memory, as it does with int32 and text, and copies them",
-            f'pass {names[0]}.astype("int64"), or a float; turn text into numbers before the training',
-        )
-
-
-def of_accumulation(traced: Traced, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Iterator[Finding]:
+def of_accumulation(
+    traced: Traced, model: keras.Model, optimizers: Sequence[keras.optimizers.Optimizer]
+) -> Iterator[Finding]:
     """BatchNormalization sees each batch alone, however many batches an update is accumulated over."""
-    steps = getattr(optimizer, "gradient_accumulation_steps", None)
+    steps = max(getattr(optimizer, "gradient_accumulation_steps", None) or 1 for optimizer in optimizers)
     layers = tuple(
         traced.label(layer)
         for layer in model._flatten_layers(include_self=False)
         if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
     )
-    if steps and steps > 1 and layers:
+    if steps > 1 and layers:
         yield Finding(
             Check.BATCH_NORM_ACCUMULATION,
             Severity.CAUTION,
@@ -352,8 +272,17 @@ def of_accumulation(traced: Traced, model: keras.Model, optimizer: keras.optimiz
         )
 
 
-def _is(array: npt.NDArray[Any] | None, dtype: str) -> bool:
-    return array is not None and array.dtype.name == dtype
+def of_train_step(built: Built, mode: Mode) -> Iterator[Finding]:
+    """What a compiled model does about the loss scale: in its optimizer, or in a train_step of its own."""
+    update = built.step.update
+    for note in built.compiled.notes if built.compiled is not None else ():
+        yield Finding(Check.OPTIMIZER_SCALES, Severity.NOTE, note, "compile with the inner optimizer alone")
+    if mode.scaling is None or not isinstance(update, FitUpdate):
+        return
+    if (unscaled := update.unscaled(mode.name)) is not None:
+        yield Finding(Check.TRAIN_STEP, Severity.PROBLEM, *unscaled)
+    if update.remark is not None:
+        yield Finding(Check.TRAIN_STEP, Severity.CAUTION, *update.remark)
 
 
 def _listed(names: Iterable[str]) -> str:

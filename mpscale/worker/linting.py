@@ -5,8 +5,7 @@ What a run would refuse is noted, replaced by something that cannot be wrong, an
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,30 +18,67 @@ from mpscale.core.device import Device
 from mpscale.core.lint import Check, Finding, Severity, to_cell
 from mpscale.core.mode import MODES
 from mpscale.core.wire import Channel, Phase
+from mpscale.worker import compiled as compiling
 from mpscale.worker import lint as checks
-from mpscale.worker import model as models
 from mpscale.worker.built import Built, build
 from mpscale.worker.case import Status
 from mpscale.worker.device import require, touch
+from mpscale.worker.judged import beyond_classes
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import Call, noted_calls
+from mpscale.worker.refusal import refusal_in
 from mpscale.worker.refused import Refused
 from mpscale.worker.timing import DISPATCH_BOUND, time_empty_call, warm_up
-from mpscale.worker.traced import Traced, operations
-from mpscale.workloads import Workload, registry
+from mpscale.workloads import Data, Workload, registry
+from mpscale.workloads.data import mapped
 
 
 def _any_loss(labels: Any, outputs: Any) -> Any:
     return tf.reduce_mean(tf.abs(outputs), -1)
 
 
-_STOOD_IN: dict[str, Any] = {"optimizer": "sgd", "loss": _any_loss}
-"""What replaces a part of a workload that is refused."""
-_NODE = re.compile(r"\{\{node ([^}]+)\}\}")
-"""Names of operations in the error of TensorFlow, which has them nowhere else."""
-_MOST_OPERATIONS = 5
-_TEXT = 300
-"""Characters of an error that names no operation of the graph."""
+def _trained_plainly(build: Callable[[], keras.Model]) -> Callable[[], keras.Model]:
+    """Another optimizer for a compiled model, and as many of it."""
+
+    def plain() -> keras.Model:
+        model = build()
+        for name, held in list(vars(model).items()):
+            if isinstance(held, keras.optimizers.Optimizer):
+                setattr(model, name, keras.optimizers.SGD())
+        return model
+
+    return plain
+
+
+def _numbered(make: Callable[[], Any], wrong: Collection[str] = ()) -> Callable[[], Any]:
+    """Class 0 for labels that are text, and for those that are wrong, by the names of their arrays."""
+
+    def number(path: str, array: Any) -> Any:
+        is_refused = array.dtype.kind in "US" or f"train_y{path}" in wrong
+        return np.zeros(array.shape, np.int64) if is_refused else array
+
+    def made() -> Any:
+        data = make()
+        if not isinstance(data, Data):
+            return data
+        parts = {name: getattr(data, name) for name in ("train_y", "test_y")}
+        return replace(data, **{name: mapped(number, part) for name, part in parts.items() if part is not None})
+
+    return made
+
+
+def _standing_in(workload: Workload, check: Check) -> tuple[str, Workload]:
+    """Which part of a workload a check refuses, and the workload with another one that is not refused."""
+    optimizer = check is Check.OPTIMIZER_SCALES
+    if workload.compiled is None:
+        return (
+            ("optimizer", replace(workload, optimizer="sgd"))
+            if optimizer
+            else ("loss", replace(workload, loss=_any_loss))
+        )
+    if optimizer:
+        return "optimizer", replace(workload, model=_trained_plainly(workload.model))
+    return "labels", replace(workload, data=_numbered(workload.data))
 
 
 def lint(case: Case, device: Device, channel: Channel) -> Status:
@@ -65,15 +101,23 @@ def lint(case: Case, device: Device, channel: Channel) -> Status:
     if built is None:
         return "ok", None  # the same part is refused again, so there is nothing to look at
     channel.phase(Phase.MODEL_BUILT)
+    if built.compiled is not None and (unsupported := mode.unsupported_reason(device, built.case.settings.jit)):
+        return "unsupported", unsupported
     if built.float8 is not None and (unsupported := built.float8.unsupported_reason(built.optimizer)) is not None:
         return "unsupported", unsupported
     arithmetic.look("the train step was traced")
     precision = Precision(built.model, built.step.graph)
     report(checks.look(built, precision, arithmetic, whole=True))
+    if beyond := beyond_classes(built.step, built.data.train_y):  # which has been told
+        if built.feed is not None:
+            return "ok", None
+        workload = replace(built.workload, data=_numbered(built.workload.data, beyond))
+        built = build(case, arithmetic, channel, workload)
+        stood_in.add("labels")
     built, refused = _first_step(built, channel, arithmetic)
     report(refused)
     channel.phase(Phase.COMPILED)
-    if "loss" not in stood_in:
+    if not stood_in & {"loss", "labels"}:
         report(_first_loss(built))
     report(_dispatch(built))
     return "ok", None
@@ -90,43 +134,36 @@ def _built(
             built.step.trace()
             return built, stood_in
         except Refused as refused:
-            part = "optimizer" if refused.finding.check is Check.OPTIMIZER_SCALES else "loss"
+            part, workload = _standing_in(workload, refused.finding.check)
             if part in stood_in:
                 return None, stood_in
             report([refused.finding])
             stood_in.add(part)
-            workload = replace(workload, **{part: _STOOD_IN[part]})
 
 
 def _first_step(built: Built, channel: Channel, arithmetic: Arithmetic) -> tuple[Built, list[Finding]]:
     """Take the first step. If XLA refuses it, return what it refuses, and the same without XLA, whose step is taken.
 
-    Whether XLA is to blame shows in the second attempt. An error that both have is the workload's own.
+    An error that both have is the workload's own.
     """
     try:
         built.step()
         built.step.synchronise()
         return built, []
-    except (tf.errors.ResourceExhaustedError, MemoryError):
-        raise
-    except tf.errors.OpError as error:
-        if not built.case.settings.jit:
+    except Exception as error:
+        if (refusal := refusal_in(error, built.model, built.case.settings.jit)) is None:
             raise
-        text, traced = error.message, _traced(built)
+        traced = checks.traced_of(built)
     settings = replace(built.case.settings, jit=False)
     built = build(replace(built.case, settings=settings), arithmetic, channel, built.workload)
     built.step()
     built.step.synchronise()
-    kinds = {op.name: (op, outer) for op, outer in operations(traced.graph)}
-    named = [kinds[name] for name in dict.fromkeys(_NODE.findall(text)) if name in kinds][:_MOST_OPERATIONS]
-    places = [(op.type, traced.layer_of(op, outer), op.name) for op, outer in named]
-    layers = tuple(dict.fromkeys(layer for _, layer, _ in places if layer))
-    what = ", ".join(f"{kind} in {layer or name}" for kind, layer, name in places) or " ".join(text.split())[:_TEXT]
+    layers = tuple(dict.fromkeys(traced.label(each.layer) for each in refusal.operations if each.layer is not None))
     return built, [
         Finding(
             Check.XLA,
             Severity.PROBLEM,
-            f"XLA cannot compile the train step: {what}",
+            f"XLA cannot compile the train step: {refusal}",
             "move this out of the model, for instance augmentation and text into the data, give it constant shapes, "
             "or run without XLA: --mp-jit off",
             layers,
@@ -134,19 +171,18 @@ def _first_step(built: Built, channel: Channel, arithmetic: Arithmetic) -> tuple
     ]
 
 
-def _traced(built: Built) -> Traced:
-    assert built.noted_loss is not None
-    return Traced(built.model, built.step.graph, built.data.train_x, built.noted_loss.outputs)
-
-
 def _first_loss(built: Built) -> Iterator[Finding]:
     """Whether the loss of the first step is finite, and if not, in which layer that begins."""
     loss = float(built.step.read_log().loss[0])
     if np.isfinite(loss):
         return
-    mode = built.case.mode
-    layer = _first_not_finite(built)
-    where = f"the outputs of {layer} are the first that are not finite" if layer else "the model's outputs are finite"
+    mode, layer = built.case.mode, None
+    where = "which layer has the first outputs that are not finite is not known, because nothing calls all of the model"
+    if compiling.is_callable(built.model):
+        layer = _first_not_finite(built)
+        where = "the model's outputs are finite"
+    if layer is not None:
+        where = f"the outputs of {layer} are the first that are not finite"
     cure = "look at the inputs, the initial weights and the loss"
     if mode != "fp32":
         cure = 'if it is finite in fp32, give this layer dtype="float32", or scale what it gets'
@@ -157,9 +193,8 @@ def _first_loss(built: Built) -> Iterator[Finding]:
 def _first_not_finite(built: Built) -> str | None:
     """The first layer whose outputs for the first batch are not finite, with new weights: the step has changed its."""
     keras.utils.set_random_seed(built.case.seed)
-    examples = built.data.train_x[built.order[0]]
-    model = models.make_model(built.workload.model)
-    models.build_model(model, examples)
+    examples, _, _ = built.first_batch()
+    model = built.build_again()
     labels: list[str] = []
 
     @tf.function(autograph=False)
@@ -175,12 +210,16 @@ def _first_not_finite(built: Built) -> str | None:
             model(x, training=True)
         return tf.stack([*flags(calls), tf.constant(True)])
 
-    flags = finite(tf.constant(examples)).numpy()[:-1]
+    flags = finite(tf.nest.map_structure(tf.constant, examples)).numpy()[:-1]
     return None if flags.all() else labels[int(np.argmin(flags))]
 
 
 def _dispatch(built: Built) -> Iterator[Finding]:
     """Whether Python and TensorFlow take more of a step than the device does."""
+    cure = "use a larger batch, or several steps per call: --mp-steps-per-call 10"
+    if built.feed is not None:
+        cure = "use a larger batch"  # each step takes one
+        built.feed.hold()  # otherwise a step also waits for its input
     step_s = warm_up(built.step)
     share = min(time_empty_call(built.step) / (built.step.steps_per_call * step_s), 1.0)
     if share > DISPATCH_BOUND:
@@ -189,5 +228,5 @@ def _dispatch(built: Built) -> Iterator[Finding]:
             Severity.CAUTION,
             f"dispatch in Python and TensorFlow takes {100 * share:.0f} % of a step of {step_s * 1e3:.3g} ms here: "
             "whatever a mode gains on the device hardly shows",
-            "use a larger batch, or several steps per call: --mp-steps-per-call 10",
+            cure,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -116,10 +116,12 @@ class Objective:
         kind = kind_of(self._loss) if self._loss is not sparse_cross_entropy else "sparse_categorical_crossentropy"
         self._traced = self._loss if kind else _converted(self._loss)
         if kind:
-            self._check_finite()
+            check_finite(self._labels)
             self._form = label_forms.keras_form(kind, tail, self.output)
             label_forms.check_fit(kind, self._form(self._labels).shape[1:], self.output)
-            self._check_values(kind)
+            options = {"from_logits": True} if self._loss is sparse_cross_entropy else options_of(self._loss)
+            check_logits(kind, options, self._squashed_by)
+            check_values(kind, options, self._labels, self.output[-1] if self.output else None)
             return
         if None in self.output:
             # Without a shape nothing can be tried out.
@@ -134,7 +136,7 @@ class Objective:
             missing[::2] = np.nan
             forms = label_forms.forms(tail, self.output)
             if all(label_forms.mean(loss, form(missing), draw) is None for form in forms):
-                self._check_finite()
+                check_finite(self._labels)
         form = label_forms.form_for(loss, labels, self.output, "loss", examples)
         dtype = tf.as_dtype(labels.dtype)
         self._form = form if labels.dtype == self._labels.dtype else lambda labels: tf.cast(form(labels), dtype)
@@ -169,44 +171,6 @@ class Objective:
                 if real is not None and (whole is None or not np.isclose(whole, real, rtol=1e-3)):
                     return floats
         return labels
-
-    def _check_finite(self) -> None:
-        labels = self._labels
-        if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-            raise Refused(
-                Check.LABELS_NOT_FINITE,
-                f"{np.sum(~np.isfinite(labels))} of the training labels are not finite",
-                "leave these examples out, or use a loss that ignores them",
-            )
-
-    def _check_values(self, kind: str) -> None:
-        """Check labels and outputs against a Keras loss."""
-        options = _options(self._loss)
-        logits = True if self._loss is sparse_cross_entropy else options.get("from_logits", False)
-        if logits and self._squashed_by:
-            raise Refused(
-                Check.SOFTMAX_TWICE,
-                f"the model ends in a {self._squashed_by}, but the loss takes logits and would apply another one",
-                f"remove the activation, or use a loss with from_logits=False, such as loss={kind!r}",
-            )
-        labels = self._labels
-        low, high = labels.min(), labels.max()
-        if kind == "sparse_categorical_crossentropy" and self.output[-1] is not None:
-            counted = labels[labels != options["ignore_class"]] if options.get("ignore_class") is not None else labels
-            if not ((counted == np.floor(counted)) & (counted >= 0) & (counted < self.output[-1])).all():
-                raise Refused(
-                    Check.LABELS_OUT_OF_RANGE,
-                    f"the training labels range from {low:g} to {high:g}, but a model with {self.output[-1]} outputs "
-                    f"has classes 0 to {self.output[-1] - 1}",
-                    "number the classes from 0, or, if this is not such a classification, set another loss, for "
-                    "example loss='mse' or loss=keras.losses.BinaryCrossentropy(from_logits=True)",
-                )
-        if kind in ("binary_crossentropy", "binary_focal_crossentropy") and not 0 <= low <= high <= 1:
-            raise Refused(
-                Check.LABELS_OUT_OF_RANGE,
-                f"{kind} takes labels from 0 to 1, but the training labels range from {low:g} to {high:g}",
-                "rescale them, or use another loss",
-            )
 
 
 class NotedLoss:
@@ -310,6 +274,77 @@ def check_outputs(outputs: Any) -> None:
     raise Refused(Check.OUTPUTS, f"the model returns {found}", cure)
 
 
+def check_finite(labels: npt.NDArray[Any], what: str = "the training labels") -> None:
+    """Check that labels are finite.
+
+    Raises:
+        Refused: some are not; ``what`` names them.
+    """
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        raise Refused(
+            Check.LABELS_NOT_FINITE,
+            f"{np.sum(~np.isfinite(labels))} of {what} are not finite",
+            "leave these examples out, or use a loss that ignores them",
+        )
+
+
+def check_logits(kind: str, options: Mapping[str, Any], squashed_by: str | None) -> None:
+    """Check that a loss of logits gets some.
+
+    Args:
+        kind: of the loss, its name in snake case.
+        options: of the loss.
+        squashed_by: softmax or sigmoid, if the model ends in one.
+
+    Raises:
+        Refused: the model ends in softmax or sigmoid, and the loss applies another one.
+    """
+    if options.get("from_logits", False) and squashed_by:
+        raise Refused(
+            Check.SOFTMAX_TWICE,
+            f"the model ends in a {squashed_by}, but the loss takes logits and would apply another one",
+            f"remove the activation, or use a loss with from_logits=False, such as loss={kind!r}",
+        )
+
+
+def check_values(
+    kind: str,
+    options: Mapping[str, Any],
+    labels: npt.NDArray[Any],
+    classes: int | None,
+    what: str = "the training labels",
+) -> None:
+    """Check labels against a Keras loss.
+
+    Args:
+        kind: of the loss, its name in snake case.
+        options: of the loss.
+        labels: (examples, ...).
+        classes: how many outputs the model has for each label; None if that is not known.
+        what: names the labels.
+
+    Raises:
+        Refused: some are outside of what the loss takes.
+    """
+    low, high = labels.min(), labels.max()
+    if kind == "sparse_categorical_crossentropy" and classes is not None:
+        counted = labels[labels != options["ignore_class"]] if options.get("ignore_class") is not None else labels
+        if not ((counted == np.floor(counted)) & (counted >= 0) & (counted < classes)).all():
+            raise Refused(
+                Check.LABELS_OUT_OF_RANGE,
+                f"{what} range from {low:g} to {high:g}, but a model with {classes} outputs "
+                f"has classes 0 to {classes - 1}",
+                "number the classes from 0, or, if this is not such a classification, set another loss, for "
+                "example loss='mse' or loss=keras.losses.BinaryCrossentropy(from_logits=True)",
+            )
+    if kind in ("binary_crossentropy", "binary_focal_crossentropy") and not 0 <= low <= high <= 1:
+        raise Refused(
+            Check.LABELS_OUT_OF_RANGE,
+            f"{kind} takes labels from 0 to 1, but {what} range from {low:g} to {high:g}",
+            "rescale them, or use another loss",
+        )
+
+
 def _resolved(given: Loss | str) -> Loss:
     try:
         loss: Loss = keras.losses.get(given) if isinstance(given, str) else given
@@ -338,10 +373,10 @@ def _converted(loss: Loss) -> Loss:
     return converted
 
 
-def _options(loss: Any) -> dict[str, Any]:
+def options_of(loss: Any) -> dict[str, Any]:
     """The options of a Keras loss, as far as they are known."""
     if isinstance(loss, functools.partial):
-        return _options(loss.func) | loss.keywords
+        return options_of(loss.func) | loss.keywords
     return dict(loss.get_config()) if isinstance(loss, keras.losses.Loss) else {}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -24,6 +25,57 @@ _LONGEST = 60
 """Most characters of the name of a layer."""
 
 
+@dataclass(frozen=True)
+class Operation:
+    """An operation that XLA refuses.
+
+    Args:
+        kind: such as ``AsString``; None if it is not known.
+        layer: the innermost that it is in; None if it is in none.
+    """
+
+    kind: str | None
+    layer: keras.layers.Layer | None
+
+    def __str__(self) -> str:
+        what = self.kind or "an operation"
+        if self.layer is None:
+            return f"{what} outside of any layer"
+        return f"{what} in layer {self.layer.name[:_LONGEST]!r} ({type(self.layer).__name__[:_LONGEST]})"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What XLA refuses of a function.
+
+    Args:
+        operations: as far as TensorFlow's message and the functions that it names tell them.
+        error: TensorFlow's.
+    """
+
+    operations: tuple[Operation, ...]
+    error: BaseException
+
+    def __str__(self) -> str:
+        known = list(dict.fromkeys(map(str, self.operations)))
+        more = f" and {len(known) - _NAMED} more" if len(known) > _NAMED else ""
+        return ", ".join(known[:_NAMED]) + more or "an operation that it does not name"
+
+
+def refusal_in(error: BaseException, model: keras.Model, jit: bool) -> Refusal | None:
+    """What XLA refuses if that is what an exception says, else None.
+
+    Args:
+        error: as raised while the model was trained or evaluated.
+        model: its layers are named.
+        jit: whether XLA compiles train step and evaluation; if not, a refusal is that of a function of the user's own.
+    """
+    first = unwrapped(error)
+    if not jit or lacks_memory(error) or not is_of_an_operation(first) or not _is_refusal(first):
+        return None
+    return Refusal(_operations(text_of(first), model), first)
+
+
 @contextlib.contextmanager
 def refusals_of(model: keras.Model, jit: bool, channel: Channel) -> Iterator[None]:
     """Name what XLA refuses while the model is trained and evaluated, and report it.
@@ -32,8 +84,8 @@ def refusals_of(model: keras.Model, jit: bool, channel: Channel) -> Iterator[Non
     or an error of a program that was compiled.
 
     Args:
-        model: its layers are named.
-        jit: whether XLA compiles train step and evaluation; if not, a refusal is that of a function of the user's own.
+        model: as for :func:`refusal_in`.
+        jit: the same.
         channel: takes the column ``xla_refused``.
 
     Raises:
@@ -42,12 +94,10 @@ def refusals_of(model: keras.Model, jit: bool, channel: Channel) -> Iterator[Non
     try:
         yield
     except Exception as error:
-        first = unwrapped(error)
-        if not jit or lacks_memory(error) or not is_of_an_operation(first) or not _is_refusal(first):
+        if (refusal := refusal_in(error, model, jit)) is None:
             raise
-        what = _what(text_of(first), model)
-        channel.values({"xla_refused": what})
-        raise XlaRefused(what, first) from error
+        channel.values({"xla_refused": str(refusal)})
+        raise XlaRefused(str(refusal), refusal.error) from error
 
 
 def _is_refusal(error: BaseException) -> bool:
@@ -69,18 +119,16 @@ def _is_refusal(error: BaseException) -> bool:
     return any(mark in text for mark in ("_XlaMustCompile=true", "XLA_CPU_JIT", "XLA_GPU_JIT"))
 
 
-def _what(text: str, model: keras.Model) -> str:
-    """The operations and their layers, in words, as far as the message and the functions that it names tell them."""
+def _operations(text: str, model: keras.Model) -> tuple[Operation, ...]:
     named, nodes = _FUNCTION.search(text), list(dict.fromkeys(one or other for one, other in _NODE.findall(text)))
     graph = {} if named is None else _nodes(named[1])
+    layers = {layer.name: layer for layer in model._flatten_layers()}
     found = []
     for name in nodes:
-        path, operation = graph.get(name, (name, None))
-        if operation is None or not _calls(operation):
-            found.append(_in_words(operation, path, model))
-    known = list(dict.fromkeys(found))
-    more = f" and {len(known) - _NAMED} more" if len(known) > _NAMED else ""
-    return ", ".join(known[:_NAMED]) + more or "an operation that it does not name"
+        path, node = graph.get(name, (name, None))
+        if node is None or not _calls(node):
+            found.append(Operation(None if node is None else node.op, _layer_of(path, layers)))
+    return tuple(found)
 
 
 def _nodes(function: str) -> dict[str, tuple[str, Any]]:
@@ -111,12 +159,10 @@ def _calls(node: Any) -> list[str]:
     ]
 
 
-def _in_words(node: Any, path: str, model: keras.Model) -> str:
-    operation = "an operation" if node is None else node.op
-    layers = {layer.name: type(layer).__name__ for layer in model._flatten_layers()}
+def _layer_of(path: str, layers: Mapping[str, keras.layers.Layer]) -> keras.layers.Layer | None:
     # From the innermost one. TensorFlow numbers a scope that it enters again.
     for part in reversed(path.split("/")[:-1]):
         for name in (part, _UNIQUE.sub("", part)):
             if name in layers:
-                return f"{operation} in layer {name[:_LONGEST]!r} ({layers[name][:_LONGEST]})"
-    return f"{operation} outside of any layer"
+                return layers[name]
+    return None

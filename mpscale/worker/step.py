@@ -65,6 +65,8 @@ class TrainStep:
     def __init__(self, update: Update, batches: Source, jit: bool, steps_per_call: int = 1) -> None:
         self.update, self.batches = update, batches
         self.steps_per_call = steps_per_call
+        self.batch: Any = None
+        """The batch as the trace has it, tensors of its graph; known once a step has been traced."""
         self.first_call_s: float | None = None
         """Seconds of the first call of several steps, from :meth:`first_call`; None before it."""
         self._unread: list[tuple[tf.Tensor, ...]] = []
@@ -185,7 +187,8 @@ class TrainStep:
         return Log(**known)
 
     def _step(self, *batch: Any) -> tuple[tf.Tensor, ...]:
-        row = self.update(self.batches.take(*batch))
+        self.batch = self.batches.take(*batch)
+        row = self.update(self.batch)
         self._logged = tuple(row)
         # Not stacked into one tensor: XLA fused that with the loss, which made a convolution's step 4 to 9 % slower.
         return tuple(row.values())

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import keras
-import numpy.typing as npt
-import tensorflow as tf
 
 from mpscale.worker.flops import BRANCHES, CALLS, LOOPS, flops_of, flops_of_product
 from mpscale.worker.precision import MOVES, PRODUCT
@@ -18,6 +16,8 @@ from mpscale.worker.precision import MOVES, PRODUCT
 _BACKWARD = "gradient_tape/"
 WITHIN = "within"
 """What a size is if neither factor is a weight, as in attention."""
+_ACTIVATES = frozenset({"BiasAdd", "AddV2", "Softmax", "LogSoftmax", "Sigmoid", "Tanh", "Relu", "Softplus", "Exp"})
+"""Operations between the last product of a model and its outputs."""
 _NUMBERED = re.compile(r"_\d+\Z")
 """What TensorFlow adds to the scope of a layer that is called again."""
 
@@ -63,7 +63,7 @@ class Product:
 class Given:
     """Sizes that a product may have because of the data: features of an example, and numbers of outputs."""
 
-    features: int | None
+    features: frozenset[int | None]
     classes: frozenset[int | None]
 
 
@@ -73,11 +73,11 @@ class Traced:
     Args:
         model: the model that it trains.
         graph: the traced FuncGraph.
-        inputs: the examples that the step draws batches from (examples, ...).
-        outputs: what the model returned in this graph, a tensor or a structure of them.
+        inputs: the batches of the arrays of examples in this graph, tensors by name.
+        outputs: what reaches the loss in this graph, tensors; none if that is not known.
     """
 
-    def __init__(self, model: keras.Model, graph: Any, inputs: npt.NDArray[Any], outputs: Any) -> None:
+    def __init__(self, model: keras.Model, graph: Any, inputs: Mapping[str, Any], outputs: Sequence[Any]) -> None:
         self.graph = graph
         self._labels, self._owners = _layers(model)
         self._named: dict[str, list[str]] = {}
@@ -87,11 +87,11 @@ class Traced:
         self._variables = {
             inner.op.name: variables[id(outer)] for outer, inner in graph.captures if id(outer) in variables
         }
-        self._features = inputs.shape[-1] if inputs.ndim > 1 else None
-        self.batch = _batch(graph, inputs)
-        """The batch of examples as the step draws it, a tensor; None if it does so in an unknown way."""
-        self.outputs: list[Any] = tf.nest.flatten(outputs)
-        """What the model returned."""
+        self._inputs = inputs
+        self._features = frozenset(tensor.shape[-1] for tensor in inputs.values() if (tensor.shape.rank or 0) > 1)
+        self._drawn = {tensor.name for tensor in inputs.values()}
+        self.outputs = list(outputs)
+        """What reaches the loss."""
 
     def label(self, layer: keras.layers.Layer) -> str:
         """The name of a layer, with its path below other layers."""
@@ -124,22 +124,22 @@ class Traced:
             if PRODUCT.search(op.type) and not f"{outer}/{op.name}".lstrip("/").startswith(_BACKWARD)
         ]
         classes = frozenset(outputs.shape[-1] for outputs in self.outputs if outputs.shape.rank)
+        last = {op.name for op in map(_last_product, self.outputs) if op is not None}
         found = []
         for number, (op, outer) in enumerate(forward, 1):
             weight = next((v for each in op.inputs if (v := self._weight(each)) is not None), None)
             layer = (self.layer_of(op, outer) or op.name) if weight is None else self.owner(weight)
             given = Given(
-                self._features if number == 1 else None,
-                classes if number > len(forward) - len(self.outputs) else frozenset(),
+                self._features if number == 1 else frozenset(),
+                classes if op.name in last or number > len(forward) - len(self.outputs) else frozenset(),
             )
             found.append(Product(op, layer, tuple(self._sizes(op, given, weight is not None)), bool(outer)))
         return found
 
-    @cached_property
-    def casts_of_inputs(self) -> dict[str, str]:
+    def casts_of(self, name: str) -> dict[str, str]:
         """{dtype: the first layer, or nothing} of what examples are cast to before anything is computed with them."""
         found: dict[str, str] = {}
-        todo, seen = ([] if self.batch is None else [self.batch]), set()
+        todo, seen = [self._inputs[name]], set()
         while todo:
             tensor = todo.pop(0)
             for user in tensor.consumers():
@@ -189,13 +189,9 @@ class Traced:
 
     def _of_data(self, tensor: Any) -> bool:
         """Whether a factor is the batch of examples, cast or moved."""
-        while self.batch is not None:
-            if tensor.op.name == self.batch.op.name:
-                return True
-            if not (tensor.op.inputs and _moves(tensor.op)):
-                break
+        while tensor.name not in self._drawn and tensor.op.inputs and _moves(tensor.op):
             tensor = tensor.op.inputs[0]
-        return False
+        return tensor.name in self._drawn
 
     def _sizes(self, op: Any, given: Given, weighted: bool) -> Iterator[Size]:
         """The sizes of a product.
@@ -215,7 +211,7 @@ class Traced:
         if self._weight(op.inputs[0]) is not None and not _is_convolution(op.type):
             rows, columns = columns, rows  # the weight comes first
         if inner:
-            yield Size(inner, "inputs", inner == given.features or any(map(self._of_data, op.inputs)))
+            yield Size(inner, "inputs", inner in given.features or any(map(self._of_data, op.inputs)))
         if columns:
             yield Size(columns, "outputs", columns in given.classes)
 
@@ -267,12 +263,14 @@ def _layers(model: keras.Model) -> tuple[dict[int, str], dict[int, str]]:
     return labels, owners
 
 
-def _batch(graph: Any, inputs: npt.NDArray[Any]) -> Any:
-    """Where a step takes a batch from all examples."""
-    for op in graph.get_operations():
-        if op.type == "GatherV2" and op.inputs[0].shape.is_compatible_with(inputs.shape):
-            return op.outputs[0]
-    return None
+def _last_product(outputs: Any) -> Any:
+    """The product that outputs come from by an activation and a bias at most; None if there is more between."""
+    op = source(outputs)
+    while not PRODUCT.search(op.type):
+        if op.type not in _ACTIVATES or not op.inputs:
+            return None
+        op = source(op.inputs[0])
+    return op
 
 
 def _is_convolution(kind: str) -> bool:

@@ -107,9 +107,9 @@ def get(name: str, folders: Iterable[str | Path] = ()) -> Workload:
         UnknownWorkload: there is none, or it cannot be loaded; the message explains why and lists the workloads.
     """
     parcel = given().parcel
-    if parcel is not None and name in given().sent:
-        sys.path += [folder for folder in parcel.python_path if folder not in sys.path]
-        return _guarded(lambda: sent.load(parcel.file(name)), f"the workload {name!r} cannot be loaded")
+    if parcel is not None and name in parcel.names:
+        outline = not given().in_worker
+        return _guarded(lambda: sent.load(parcel.file(name, outline)), f"the workload {name!r} cannot be loaded")
     if is_own(name):
         return _own(name, [*map(str, folders)])
     if name in _BUILTIN:
@@ -126,11 +126,6 @@ def get(name: str, folders: Iterable[str | Path] = ()) -> Workload:
         f"no workload is called {name!r}{hint}; the workloads are {', '.join(found.workloads)}; use module:attribute "
         f"for one of your own{broken}"
     )
-
-
-def growth_interval(name: str) -> int | None:
-    """The growth interval of a workload that :func:`get` knows. One that was sent is not unpickled for it."""
-    return given().sent[name] if name in given().sent else get(name).growth_interval
 
 
 @contextlib.contextmanager

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,16 @@ def load(path: Path) -> Workload:
         found = pickle.load(file)
     assert isinstance(found, Workload)  # the sender has checked it
     return found
+
+
+def elsewhere() -> NoReturn:
+    """Stands in a session for what only a worker may unpickle: it may import anything, and use the GPU."""
+    raise RuntimeError("what a script has sent is in the processes of the cases only")
+
+
+def stand_in() -> Callable[[], NoReturn]:
+    """The function :func:`elsewhere`, for a pickle."""
+    return elsewhere
 
 
 def array(path: str) -> npt.NDArray[Any]:

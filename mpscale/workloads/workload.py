@@ -225,6 +225,11 @@ class Workload:
             value = getattr(self, field)
             if (field == "metric" and value is None) or self.compiled is not None:
                 continue
+            if isinstance(value, dict | list | tuple):
+                raise TypeError(
+                    f"workload {self.name}: this workload has one {field}, not a {type(value).__name__} of them; "
+                    "compile the model with all of them and use mpscale.Workload.from_compiled"
+                )
             if not (callable(value) or isinstance(value, str) or metrics.is_instance_of_keras(value, kind)):
                 raise TypeError(self._wrong(field, f"the name of one that Keras knows, a Keras {kind}, or a function"))
         for field in ("batch_size", "train_steps", "evaluate_every"):

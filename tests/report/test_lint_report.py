@@ -8,6 +8,7 @@ import pytest
 from support.no_training import new_run, replace_trainings
 
 from mpscale import cli
+from mpscale.core.given import Given
 from mpscale.core.lint import Check, Finding, Severity, merged, of_cell, to_cell
 from mpscale.core.record import Record
 from mpscale.core.runs import read_run
@@ -163,7 +164,7 @@ def test_a_run_without_findings_has_no_section(monkeypatch, tmp_path):
     assert "see Lint" not in made.findings
 
 
-def test_the_terminal_tells_each_check_of_a_workload_once():
+def test_the_terminal_tells_each_check_of_a_workload_once(monkeypatch):
     news = News()
 
     def told(workload, *findings):
@@ -176,3 +177,7 @@ def test_the_terminal_tells_each_check_of_a_workload_once():
     assert told("toy", BATCH, OUTPUT) is None
     assert told("another", BATCH) is not None
     assert news.of(Record({"workload": "toy"})) is None
+    assert told("third", BATCH).endswith("; `mpscale lint third` or the report says what to do")
+    # A function's data is not known to that command, nor is what a script has sent.
+    monkeypatch.setattr("mpscale.report.lint.given", lambda: Given(train="data"))
+    assert told("models:build", BATCH).endswith("; the report says what to do")

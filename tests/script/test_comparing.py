@@ -190,7 +190,7 @@ def test_a_module_that_compares_on_import_does_not_start_itself_again(tmp_path, 
 
 
 def test_a_worker_that_imports_the_script_does_not_start_it_again():
-    take(Given(parcel=Parcel("nowhere", 1, [], {})))
+    take(Given(parcel=Parcel("nowhere", 1, [], [])))
     try:
         with pytest.raises(RuntimeError, match="put the call under"):
             mpscale.compare(OWN)

@@ -65,3 +65,50 @@ def test_script_and_command_train_the_same(tmp_path):
         assert by_script[mode]["metric_value"] == by_command[mode]["metric_value"] > 0.5
     assert {record["workload"] for record in runs[0].records} == {"build"}
     assert {record["workload"] for record in runs[1].records} == {"my_project:build"}
+
+
+NOTEBOOK = """
+import keras, numpy as np, mpscale
+
+x = np.random.default_rng(0).normal(size=(600_000, 4)).astype("float32")  # large enough for a file of its own
+x, wide = x[:4000], x
+factor = 2.0
+
+class Doubled(keras.layers.Layer):
+    def call(self, inputs):
+        return factor * inputs
+
+class Own(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.first, self.hidden = Doubled(), keras.layers.Dense(8)
+        self.last = keras.layers.Dense(1, dtype="float32")
+
+    def call(self, inputs):
+        return self.last(self.hidden(self.first(inputs)))
+
+    def train_step(self, data):
+        return super().train_step(data)
+
+def own():
+    assert wide.shape == (600_000, 4)
+    model = Own()
+    model.compile("sgd", loss="mse", metrics=["mae"])
+    return model
+
+y = x.sum(axis=1, keepdims=True)
+result = mpscale.compare(lambda: own(), name="own-model", train=(x, y), validation=(x, y), modes="fp32,mixed-bf16",
+                         seeds=1, steps=60, timing=0.05, jit=False)
+print("ANSWER", result.cases["metric_value"].tolist())
+"""
+
+
+@pytest.mark.slow
+def test_what_only_a_notebook_has_is_trained(tmp_path):
+    """A program from standard input has no file, as a cell has none."""
+    output = run(tmp_path, "-c", NOTEBOOK)
+    first, second = json.loads(re.search(r"^ANSWER (.*)$", output, re.MULTILINE)[1])
+    assert 0 < first < 0.5
+    assert abs(first - second) < 0.1
+    (path,) = (tmp_path / "results" / "runs").iterdir()
+    assert {record["workload"] for record in mpscale.read_run(path).records} == {"own-model"}

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import mpscale
 from mpscale.script import sending
 
 LARGE = np.arange(1 << 19, dtype="float32").reshape(1024, 512)
@@ -136,6 +137,22 @@ def test_what_exists_here_only_is_refused_by_its_name_and_with_a_cure(which, tmp
     assert what in said
     assert "; " in said
     assert "function_node" not in said
+
+
+def test_a_session_gets_only_the_outline_of_a_workload(tmp_path):
+    """A session must not import what a workload uses, and must not use the GPU."""
+    losses = {"loss": keras.losses.MeanSquaredError(), "metric": keras.metrics.MeanAbsoluteError(), "margin": 0.1}
+    ordinary = mpscale.Workload("a", "", lambda: MODEL, lambda: LOCK, "adam", growth_interval=7, **losses)
+    compiled = mpscale.Workload.from_compiled(lambda: 0, train=(SMALL, LARGE), name="b", callbacks=lambda: LOCK)
+    for workload in (ordinary, compiled):
+        path = tmp_path / f"{workload.name}.outline.pickle"
+        sending.send_outline(workload, path)
+        code = "import sys; from pathlib import Path; from mpscale.workloads import sent\n"
+        code += "w = sent.load(Path(sys.argv[1]))\n"
+        code += "print(w.name, w.growth_interval, w.margin, 'keras' in sys.modules); w.data()"
+        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+        assert done.stdout == f"{workload.name} {workload.growth_interval} {workload.margin} False\n", done.stderr
+        assert "in the processes of the cases only" in done.stderr
 
 
 def test_a_function_of_a_module_without_a_file_is_sent_by_value(tmp_path):

@@ -1,6 +1,5 @@
 """Compiled models train as Keras' own ``fit`` trains them: the same losses step by step, whatever they consist of."""
 
-import json
 import sys
 import types
 from collections import Counter
@@ -10,121 +9,39 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras.optimizers import SGD
+from support.compiled_models import (
+    BATCH,
+    CLASSES,
+    NAMED,
+    STEPS,
+    WEIGHT,
+    X,
+    by_fit,
+    changed,
+    classifier,
+    dense,
+    logged,
+    logits,
+    own_step,
+    two_by_two,
+    vae,
+    workload,
+)
 from support.one_case import Outcome, train
 
-from mpscale import Workload
 from mpscale.core.case import Case, Settings
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
-from mpscale.core.wire import Looked, Remarked
+from mpscale.core.wire import Remarked
 from mpscale.worker.built import build as build_case
 from mpscale.worker.built import described
 from mpscale.worker.fit_update import FitUpdate
+from mpscale.worker.model import described_code
 from mpscale.worker.precision import Arithmetic
 from mpscale.worker.scaler import scaler_for
 from mpscale.worker.training import batches
 
-RANDOM = np.random.default_rng(5)
-X = RANDOM.normal(size=(120, 6)).astype(np.float32)
-Z = RANDOM.normal(size=(120, 3)).astype(np.float32)
-CLASSES = ((X[:, 0] + Z[:, 0] > 0).astype(np.int64) + (X[:, 1] > 0)).astype(np.int64)
-SUM = X.sum(1, keepdims=True)
-BATCH, STEPS = 20, 12
 CPU = Device("cpu", "CPU")
-
-
-def dense(units, **options):
-    return keras.layers.Dense(units, **options)
-
-
-def logits():
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
-def two_by_two():
-    """Two inputs and two outputs, with losses and weights by name."""
-    left, right = keras.Input((6,), name="left"), keras.Input((3,), name="right")
-    joined = dense(8, activation="tanh")(keras.layers.Concatenate()([left, right]))
-    kind = dense(3, name="kind", dtype="float32")(joined)
-    size = dense(1, name="size", dtype="float32", kernel_regularizer=keras.regularizers.L2(0.01))(joined)
-    model = keras.Model({"left": left, "right": right}, {"kind": kind, "size": size})
-    model.compile(
-        keras.optimizers.SGD(0.05),
-        loss={"kind": logits(), "size": "mse"},
-        loss_weights={"kind": 1.0, "size": 0.3},
-        metrics={"kind": ["accuracy"], "size": ["mae"]},
-        jit_compile=False,
-    )
-    return model
-
-
-class OwnStep(keras.Model):
-    """Its own train_step, and weights that exist when it has seen data."""
-
-    def __init__(self):
-        super().__init__()
-        self.hidden, self.out = dense(8, activation="tanh"), dense(3, dtype="float32")
-        self.seen = keras.metrics.Mean(name="loss")
-
-    def call(self, inputs, training=False):
-        return self.out(self.hidden(inputs))
-
-    @property
-    def metrics(self):
-        return [self.seen]
-
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            loss = 0.5 * logits()(y, self(x, training=True))
-            scaled = self.optimizer.scale_loss(loss)
-        weights = self.trainable_variables
-        self.optimizer.apply_gradients(zip(tape.gradient(scaled, weights), weights, strict=True))
-        self.seen.update_state(loss)
-        return {"loss": self.seen.result()}
-
-    def test_step(self, data):
-        x, y = data
-        self.seen.update_state(logits()(y, self(x, training=False)))
-        return {"loss": self.seen.result()}
-
-
-def own_step():
-    model = OwnStep()
-    model.compile(keras.optimizers.Adam(0.01), jit_compile=False)
-    return model
-
-
-class Vae(keras.Model):
-    """Losses by add_loss alone, so that it needs no labels."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.decoder = dense(4), dense(6, dtype="float32")
-        self.noise = keras.random.SeedGenerator(3)
-
-    def call(self, inputs):
-        mean, spread = keras.ops.split(self.encoder(inputs), 2, axis=-1)
-        drawn = keras.random.normal(keras.ops.shape(mean), seed=self.noise)
-        found = self.decoder(mean + keras.ops.exp(0.5 * spread) * keras.ops.cast(drawn, mean.dtype))
-        error = keras.ops.mean(keras.ops.square(keras.ops.cast(inputs, "float32") - found))
-        mean, spread = (keras.ops.cast(each, "float32") for each in (mean, spread))
-        self.add_loss(error - 0.05 * keras.ops.mean(1 + spread - mean**2 - keras.ops.exp(spread)))
-        return found
-
-
-def vae():
-    model = Vae()
-    model.compile(keras.optimizers.Adam(0.01), jit_compile=False)
-    return model
-
-
-def classifier():
-    model = keras.Sequential([keras.Input((6,)), dense(8, activation="tanh"), dense(3, dtype="float32")])
-    model.compile(
-        "adam", loss=logits(), metrics=["accuracy"], weighted_metrics=["accuracy", "mse"][:1], jit_compile=False
-    )
-    return model
 
 
 def masked():
@@ -135,9 +52,7 @@ def masked():
     return model
 
 
-NAMED = ({"left": X, "right": Z}, {"kind": CLASSES, "size": SUM})
-WORDS = RANDOM.integers(0, 9, (120, 5))
-WEIGHT = RANDOM.random(120).astype(np.float32)
+WORDS = np.random.default_rng(6).integers(0, 9, (120, 5))
 CASES = {
     "two inputs and two outputs with loss weights": (two_by_two, NAMED, {}),
     "two outputs with one sample weight": (two_by_two, (*NAMED, WEIGHT), {}),
@@ -148,45 +63,6 @@ CASES = {
     "float64": (classifier, (X.astype(np.float64), CLASSES), {}),
     "masks": (masked, (WORDS, WORDS % 3), {}),
 }
-
-
-def workload(build, data, validation=None, **options):
-    options = {"batch_size": BATCH, "train_steps": STEPS, **options}
-    return Workload.from_compiled(build, train=data, validation=validation, **options)
-
-
-class Losses(keras.callbacks.Callback):
-    """The loss of each step of a fit, whose logs have the mean since the beginning of the epoch."""
-
-    def __init__(self):
-        super().__init__()
-        self.means = []
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.means.append(float(logs["loss"]))
-
-    @property
-    def losses(self):
-        sums = np.array(self.means) * np.arange(1, len(self.means) + 1)
-        return np.diff(sums, prepend=0.0)
-
-
-def by_fit(build, data, seed=0, **options):
-    """The same training by Keras' own fit, on the same batches in the same order: its model and its losses."""
-    order = batches(len(X), BATCH, STEPS, seed).ravel()
-    keras.utils.set_random_seed(seed)
-    model, seen = build(), Losses()
-    x, y, weight = (*tf.nest.map_structure(lambda array: array[order], tuple(data)), None, None)[:3]
-    model.fit(x, y, sample_weight=weight, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[seen], **options)
-    return model, seen.losses
-
-
-def logged(tmp_path, *arguments, **options):
-    path = tmp_path / "cases" / "x" / "steps.csv.gz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    outcome = train(*arguments, steps_path=path, **options)
-    assert outcome.status == "ok", outcome.reason
-    return outcome, np.genfromtxt(path, delimiter=",", names=True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -225,180 +101,6 @@ def test_a_float32_step_has_no_operation_that_fit_has_not():
     assert set(theirs - ours) == {"Identity"}
 
 
-def test_overflow_is_logged_and_skips_the_step(tmp_path):
-    outcome, steps = logged(
-        tmp_path, workload(own_step, (X, CLASSES)), "mixed-dynamic", dynamic_scale={"initial": 2.0**24}
-    )
-    skipped = int(steps["overflow"].sum())
-    assert 0 < skipped < STEPS
-    assert steps["loss_scale"][skipped] == 2.0 ** (24 - skipped)
-    assert np.all(np.diff(steps["loss"][: skipped + 1]) != 0) or skipped == 1
-    assert outcome.row["overflow_steps"] == skipped
-
-
-class Bare(OwnStep):
-    """A train_step that does not scale its loss, as most tutorials have it."""
-
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            loss = logits()(y, self(x, training=True))
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
-        return {"loss": loss}
-
-
-def bare():
-    model = Bare()
-    model.compile(keras.optimizers.Adam(0.01), jit_compile=False)
-    return model
-
-
-@pytest.mark.parametrize("mode", ["fp32", "mixed-bf16", "mixed-dynamic", "mixed-keras", "article"])
-def test_a_train_step_that_does_not_scale_its_loss_runs_in_modes_that_need_no_scale(mode):
-    outcome = train(workload(bare, (X, CLASSES)), mode)
-    if MODES[mode].scaling is None:
-        assert outcome.status == "ok"
-        assert outcome.row["train_loss_first"] == pytest.approx(1.05, abs=0.3)
-    else:
-        assert outcome.status == "unsupported"
-        assert "loss = self.optimizer.scale_loss(loss)" in outcome.reason
-
-
-class Gan(keras.Model):
-    """Two optimizers, no call, and a train_step that begins with noise."""
-
-    def __init__(self, discriminator_steps=1):
-        super().__init__()
-        self.generator = keras.Sequential([keras.Input((4,)), dense(8, activation="relu"), dense(6, dtype="float32")])
-        self.judge = keras.Sequential([keras.Input((6,)), dense(8, activation="relu"), dense(1, dtype="float32")])
-        self.discriminator_steps = discriminator_steps
-
-    def compile(self, judge_optimizer, generator_optimizer, **options):
-        super().compile(jit_compile=False, **options)
-        self.judge_optimizer, self.generator_optimizer = judge_optimizer, generator_optimizer
-        self.loss_function = keras.losses.BinaryCrossentropy(from_logits=True)
-
-    def train_step(self, real):
-        def step(part, optimizer, loss_of):
-            with tf.GradientTape() as tape:
-                loss = loss_of()
-                scaled = optimizer.scale_loss(loss)
-            weights = part.trainable_weights
-            optimizer.apply(tape.gradient(scaled, weights), weights)
-            return loss
-
-        noise = tf.ones((BATCH, 4))
-        real_or_not = tf.concat([tf.ones((BATCH, 1)), tf.zeros((BATCH, 1))], 0)
-
-        def judged():
-            return self.loss_function(real_or_not, self.judge(tf.concat([real, self.generator(noise)], 0)))
-
-        def fooled():
-            return self.loss_function(tf.ones((BATCH, 1)), self.judge(self.generator(noise)))
-
-        losses = [step(self.judge, self.judge_optimizer, judged) for _ in range(self.discriminator_steps)]
-        return {"d": losses[-1], "g": step(self.generator, self.generator_optimizer, fooled), "all": sum(losses)}
-
-
-def gan(discriminator_steps=1):
-    def build():
-        model = Gan(discriminator_steps)
-        model.compile(keras.optimizers.SGD(0.1), keras.optimizers.Adam(0.01))
-        return model
-
-    return build
-
-
-@pytest.mark.parametrize("discriminator_steps", [1, 2])
-def test_several_optimizers_each_have_a_loss_scale(discriminator_steps, tmp_path):
-    build = gan(discriminator_steps)
-    keras.utils.set_random_seed(0)
-    model = build()
-    order = batches(len(X), BATCH, STEPS, 0)
-    step = tf.function(model.train_step)
-    expected = [float(found["all"] + found["g"]) for found in (step(tf.constant(X[batch])) for batch in order)]
-    outcome, steps = logged(tmp_path, workload(build, X, name="gan"))
-    np.testing.assert_allclose(steps["loss"], expected, rtol=2e-4)
-    assert outcome.row["optimizer"] == "SGD"
-    assert set(json.loads(outcome.row["optimizer_config"])) == {"judge_optimizer", "generator_optimizer"}
-    settings = {"dynamic_scale": {"initial": 2.0**20}, "timing_s": 0.02, "timing_blocks": 2}
-    outcome, steps = logged(tmp_path, workload(build, X, name="gan"), "mixed-dynamic", **settings)
-    assert steps["overflow"][0] == 1.0
-    assert steps["loss_scale"][0] == 2.0 ** (21 - discriminator_steps)
-    assert 0 < outcome.row["overflow_steps"] == steps["overflow"].sum() < STEPS
-    assert steps["loss_scale"][-1] < 2.0**20
-    assert outcome.row["timed_overflow_steps"] == 0
-
-
-def clipping():
-    class Clips(OwnStep):
-        def train_step(self, data):
-            x, y = data
-            with tf.GradientTape() as tape:
-                scaled = self.optimizer.scale_loss(logits()(y, self(x, training=True)))
-            gradients, _ = tf.clip_by_global_norm(tape.gradient(scaled, self.trainable_variables), 1.0)
-            self.optimizer.apply(gradients, self.trainable_variables)
-            return {}
-
-    model = Clips()
-    model.compile("adam", jit_compile=False)
-    return model
-
-
-@pytest.mark.parametrize("mode", ["fp32", "mixed-dynamic"])
-def test_gradients_that_are_clipped_while_they_are_scaled_are_remarked_upon(mode):
-    outcome = train(workload(clipping, (X, CLASSES)), mode)
-    assert outcome.status == "ok"
-    said = [event.text for event in outcome.sent if isinstance(event, Remarked)]
-    assert [("global_clipnorm" in text) for text in said] == [True] * (mode != "fp32")
-
-
-def outside():
-    """An optimizer that the model does not hold."""
-    optimizer = keras.optimizers.SGD(0.1)
-
-    class Outside(OwnStep):
-        def train_step(self, data):
-            with tf.GradientTape() as tape:
-                loss = logits()(data[1], self(data[0], training=True))
-            optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
-            return {}
-
-    model = Outside()
-    model.compile("adam", jit_compile=False)
-    return model
-
-
-def branching():
-    class Branches(OwnStep):
-        def train_step(self, data):
-            def update():
-                with tf.GradientTape() as tape:
-                    loss = logits()(data[1], self(data[0], training=True))
-                self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
-                return loss
-
-            return {"loss": tf.cond(tf.reduce_sum(data[0]) > 0, update, lambda: 0.0)}
-
-    model = Branches()
-    model.compile("adam", jit_compile=False)
-    return model
-
-
-def changed(**changes):
-    """The classifier, compiled in another way."""
-
-    def model():
-        model = classifier()
-        model.compile(
-            **{"optimizer": "adam", "loss": logits(), "metrics": ["accuracy"], "jit_compile": False, **changes}
-        )
-        return model
-
-    return model
-
-
 def uncompiled():
     return keras.Sequential([keras.Input((6,)), dense(3)])
 
@@ -421,8 +123,6 @@ ONE_HOT = dict.fromkeys(BOTH, (X, np.eye(3)[CLASSES]))
         (lambda: "a model", {"name": "x"}, "compiled keras.Model, not builtins.str"),
         (own_fit, {}, "OwnFit defines its own fit, which mpscale does not call"),
         (changed(run_eagerly=True), {}, "run_eagerly=True"),
-        (outside, {}, "applied no gradients with an optimizer that the model holds"),
-        (branching, {}, "inside of a loop or a branch"),
         (classifier, {"data": X, "validation": None}, r"no labels to compare with: give \(x, y\)"),
         (classifier, {"data": X}, "test_y has one array, but train_y has nothing"),
         (classifier, {"data": (X, CLASSES[:5])}, "train_x has 120 examples and train_y has 5"),
@@ -441,6 +141,8 @@ ONE_HOT = dict.fromkeys(BOTH, (X, np.eye(3)[CLASSES]))
         (classifier, {"callbacks": lambda: [keras.callbacks.ReduceLROnPlateau("mae")]}, "monitors 'mae', which"),
         (classifier, {"callbacks": lambda: [Stops()]}, "set model.stop_training"),
         (classifier, {"callbacks": list, "evaluate_every": 1}, "raise evaluate_every"),
+        (classifier, dict.fromkeys(BOTH, (X, CLASSES.astype(str))), "labels in train_y are text.*number the classes"),
+        (classifier, {"data": (X, CLASSES - 1)}, "labels in train_y range from -1 to 1.*classes 0 to 2"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_as_it_asks_is_refused(build, given, message):
@@ -456,10 +158,9 @@ class Stops(keras.callbacks.Callback):
 @pytest.mark.parametrize(
     ("build", "options", "named", "share"),
     [
-        (classifier, {}, ("accuracy", True, 0.01), True),
+        (classifier, {"target": 0.0}, ("accuracy", True, 0.01), True),
         (classifier, {"metric": "val_loss", "margin": 0.1}, ("val_loss", False, 0.1), False),
         (two_by_two, {}, ("kind_accuracy", True, 0.01), False),
-        (two_by_two, {"metric": "size_mae"}, ("size_mae", False, None), False),
         (two_by_two, {"metric": "size_loss"}, ("size_loss", False, None), False),
         (own_step, {}, ("val_loss", False, None), False),
     ],
@@ -470,7 +171,7 @@ def test_the_judged_metric_is_that_of_keras_own_evaluate(build, options, named, 
     validation = tf.nest.map_structure(lambda array: array[:47], (*data, *([WEIGHT] if build is classifier else [])))
     row = train(workload(build, data, validation, **options)).row
     assert (row["metric_name"], row["metric_higher_is_better"], row.get("metric_margin")) == named
-    assert row["test_examples"] == 47
+    assert (row["test_examples"], row.get("steps_to_target")) == (47, 6 if "target" in options else None)
     model, _ = by_fit(build, data)
     x, y, weight = (*validation, None)[:3]
     # In losses of single outputs, Keras counts a smaller last batch as a single example.
@@ -478,6 +179,14 @@ def test_the_judged_metric_is_that_of_keras_own_evaluate(build, options, named, 
     expected = model.evaluate(x, y, sample_weight=weight, batch_size=batch, verbose=0, return_dict=True)
     assert row["metric_value"] == pytest.approx(expected[named[0].removeprefix("val_")], rel=1e-4)
     assert row.get("final_accuracy") == (row["metric_value"] if share else None)
+
+
+def test_a_training_goes_on_as_if_nothing_had_been_evaluated(tmp_path):
+    """An evaluation draws noise, and resets metrics."""
+    _, alone = logged(tmp_path, workload(vae, X))
+    outcome, evaluated = logged(tmp_path, workload(vae, X, X, target=-1.0, evaluate_every=3))
+    assert outcome.row["metric_name"] == "val_loss"
+    np.testing.assert_array_equal(evaluated["loss"], alone["loss"])
 
 
 @pytest.mark.parametrize(
@@ -491,7 +200,7 @@ def test_the_judged_metric_is_that_of_keras_own_evaluate(build, options, named, 
         ({"optimizer": keras.optimizers.LossScaleOptimizer(SGD(0.1))}, {}, {"optimizer": "SGD"}, "taken off"),
         ({"optimizer": SGD(0.1, loss_scale_factor=8.0)}, {}, {"optimizer": "SGD"}, "loss_scale_factor"),
     ],
-    ids=str,
+    ids=["jit off", "jit on", "jit auto", "steps", "other steps", "wrapped optimizer", "scaling optimizer"],
 )  # fmt: skip
 def test_what_compile_says_is_done_or_remarked_upon(changes, settings, column, remark):
     outcome = train(workload(changed(**changes), (X, CLASSES), train_steps=3), **settings)
@@ -568,19 +277,21 @@ def test_digests_are_those_of_what_is_trained():
         digests(changed(), callbacks=lambda: [keras.callbacks.LearningRateScheduler(lambda epoch: 0.01)]),
         digests(changed(), callbacks=lambda: [keras.callbacks.LearningRateScheduler(lambda epoch: 0.02)]),
         digests(own_step),
-        digests(bare),
+        digests(vae, X),
     ]
     assert len({found["workload_digest"] for found in different}) == len(different)
 
 
-def test_gradients_of_a_compiled_model_can_be_looked_at():
-    """Those of its own train_step, too; not those of several losses."""
-    for build, data in ((classifier, (X, CLASSES)), (own_step, (X, CLASSES))):
-        looks = [event for event in train(workload(build, data), looks=2).sent if isinstance(event, Looked)]
-        assert [look.step for look in looks] == [1, STEPS]
-        assert {(row["layer"].partition("_")[0], row["of"]) for row in looks[0].gradients} == {
-            ("dense", "weights"),
-            ("dense", "activations"),
-        }
-    with pytest.raises(ValueError, match="applies gradients 2 times"):
-        train(workload(gan(), X, name="gan"), looks=1)
+def test_a_set_of_text_in_a_function_is_described_in_one_order():
+    """Its own order differs between processes."""
+
+    def known(name):
+        return name in {"left", "right", "both"}
+
+    assert ["'both'", "'left'", "'right'"] in described_code(known.__code__)[1]
+
+
+def test_float8_layers_are_called_once_per_step_although_a_step_is_traced_twice():
+    outcome = train(workload(classifier, (X, CLASSES), (X, CLASSES), train_steps=3), "mixed-fp8")
+    assert outcome.status == "ok", outcome.reason
+    assert "float8" in outcome.row["product_dtypes"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from support import no_training
 
 from mpscale.core import stopping
 from mpscale.core.cause import Cause
+from mpscale.core.given import given, take
 from mpscale.workloads import registry
 
 
@@ -33,4 +35,5 @@ def happen(case):
         return {"status": "crashed", "status_reason": "SIGSEGV", "cause": Cause.FATAL_SIGNAL, "metric_value": None}
     if "USES_DATA" not in os.environ:
         return {}
+    take(replace(given(), in_worker=True))
     return {"metric_value": float(registry.get(case.workload).data().test_x.mean())}

@@ -10,8 +10,8 @@ from mpscale.core.case import Case, Settings
 from mpscale.core.device import Device
 from mpscale.core.lint import Check, Severity, of_cell
 from mpscale.worker import linting
-from mpscale.worker.lint import of_host
-from mpscale.workloads import Data, registry
+from mpscale.worker.lint_data import Arrays, of_host
+from mpscale.workloads import Data, Workload, registry
 
 L = keras.layers
 CPU = Device("cpu", "CPU")
@@ -343,6 +343,9 @@ def test_what_xla_refuses_is_named_and_the_rest_is_looked_at(monkeypatch):
         (Check.BATCH_SIZE, CAUTION, ()),
     }
     assert told(lint(monkeypatch, work)) == {(Check.BATCH_SIZE, CAUTION, ())}
+    (found,) = lint(monkeypatch, compiled(WithText), jit=True)
+    assert (found.check, found.severity, found.layers) == (Check.XLA, PROBLEM, ("outer/texts",))
+    assert "AsString in layer 'texts' (FromText)" in found.text
 
 
 def test_an_error_that_xla_is_not_to_blame_for_is_no_finding(monkeypatch):
@@ -366,7 +369,7 @@ def test_steps_that_are_mostly_dispatch_are_a_caution(empty_s, checks, monkeypat
 )
 def test_arrays_that_a_gpu_would_read_from_the_host(dtype, on_gpu, found):
     x = np.ones((4, 2)).astype(dtype)
-    findings = list(of_host(Data(train_x=x, train_y=np.zeros(4)), on_gpu))
+    findings = list(of_host(Arrays(Data(train_x=x, train_y=np.zeros(4))), on_gpu))
     assert [finding.check for finding in findings] == [Check.DATA_ON_HOST] * found
 
 
@@ -389,3 +392,212 @@ def test_a_run_looks_at_the_beginning_of_large_data_only(monkeypatch):
     for place, checks in ((9, [Check.INPUTS_NOT_FINITE]), (10, [])):
         found = of_cell(train(sound(data=with_value(np.nan, place), train_steps=3), "fp32").row["lint"])
         assert [finding.check for finding in found] == checks
+
+
+def two_inputs(last="softmax"):
+    a, b = keras.Input((10,), name="a"), keras.Input((8,), name="b")
+    x = L.Concatenate()([L.Dense(100, name="of_a")(a), L.Dense(64, name="of_b")(b)])
+    first = L.Dense(8, last, name="first")(x)
+    second = L.Dense(1, dtype="float32", name="second")(L.Dense(64, name="wide")(x))
+    model = keras.Model({"a": a, "b": b}, {"first": first, "second": second})
+    model.compile("sgd", loss={"first": "sparse_categorical_crossentropy", "second": "mse"})
+    return model
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_a_compiled_model_is_looked_at_with_each_of_its_inputs_and_outputs(piped, monkeypatch):
+    a, (b, y) = features(10)[0], features()
+    a[3, 2] = np.inf
+    examples = {"a": a, "b": np.round(b * 1e4).astype(np.int64)}, {"first": y, "second": np.ones((96, 1))}
+    fed = (lambda: tf.data.Dataset.from_tensor_slices(examples).batch(24).repeat()) if piped else examples
+    size = {} if piped else {"batch_size": 24}
+    work = Workload.from_compiled(two_inputs, name="two", train=fed, train_steps=3, **size)
+    findings = [each for each in lint(monkeypatch, work) if each.check is not Check.FIRST_LOSS]
+    # Keras' fit, too, makes float32 of arrays once, but not of batches.
+    of_batches = {(Check.FLOAT64_DATA, CAUTION, ()), (Check.FIRST_BATCHES, NOTE, ())}
+    assert told(findings) == {
+        (Check.HALF_OUTPUT, PROBLEM, ("first",)),
+        (Check.INPUTS_NOT_FINITE, PROBLEM, ()),
+        (Check.INTEGER_INPUTS, NOTE, ("of_b",)),
+        (Check.INPUTS_ROUNDED, CAUTION, ("of_b",)),
+        (Check.DIMENSION, CAUTION, ("of_a", "wide", "first")),
+        *(of_batches if piped else ()),
+    }
+    if piped:
+        keras.config.set_dtype_policy("float32")
+        assert told(of_cell(train(work, "mixed-dynamic").row["lint"])) == told(findings)
+    looked = "1 of the first 72 examples of train_x['a'] is" if piped else "1 of 96 examples in train_x['a'] is"
+    assert looked in next(each.text for each in findings if each.check is Check.INPUTS_NOT_FINITE)
+
+
+class Own(keras.Model):
+    """Its layers are called in ``call`` alone, so it has no list of outputs."""
+
+    def __init__(self, units=8, **options):
+        super().__init__(name="own")
+        self.first, self.second = WIDE[0](), WIDE[1]()
+        self.last = L.Dense(units, name="last", **{"dtype": "float32", **options})
+
+    def call(self, inputs):
+        return self.last(self.second(self.first(inputs)))
+
+
+class WithText(Own):
+    def __init__(self):
+        super().__init__()
+        self.outer = keras.Sequential([FromText(name="texts")], name="outer")
+
+    def call(self, inputs):
+        return super().call(self.outer(inputs))
+
+
+class Steps(Own):
+    """Its own train_step, with a loss of its own; ``scaled`` and ``clipped`` say what it does with gradients."""
+
+    scaled, clipped = True, False
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            chosen = tf.one_hot(tf.cast(y, tf.int32), 8)
+            loss = -tf.reduce_mean(tf.reduce_sum(chosen * tf.nn.log_softmax(tf.cast(self(x), tf.float32)), -1))
+            loss = self.optimizer.scale_loss(loss) if self.scaled else loss
+        weights = self.trainable_variables
+        gradients = tape.gradient(loss, weights)
+        gradients = tf.clip_by_global_norm(gradients, 1.0)[0] if self.clipped else gradients
+        self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        return {"loss": loss}
+
+
+class TwoInOne(Own):
+    """Takes class and quantity from one array of labels, and the class in another shape."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            outputs = self(x, training=True)
+            loss = sparse()(y[:, 0], outputs) + keras.losses.MeanSquaredError()(y[:, 1:], outputs[:, :1])
+            loss = self.optimizer.scale_loss(loss)
+        weights = self.trainable_variables
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        return {"loss": loss}
+
+
+class Flattened(Own):
+    """Compares places of sequences one by one."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return sparse()(tf.reshape(y, [-1]), tf.reshape(y_pred, [-1, 8]))
+
+
+class Parts(keras.Model):
+    """Nothing calls it as a whole, as a GAN."""
+
+    def __init__(self):
+        super().__init__()
+        self.make = L.Dense(64, name="make", kernel_initializer=keras.initializers.Constant(3e4))
+
+    def train_step(self, data):
+        with tf.GradientTape() as tape:
+            loss = self.optimizer.scale_loss(tf.reduce_mean(tf.cast(self.make(data[0]), tf.float32) ** 2))
+        self.optimizer.apply_gradients([(tape.gradient(loss, self.make.kernel), self.make.kernel)])
+        return {"loss": loss}
+
+
+class Scaling(keras.optimizers.SGD):
+    def scale_loss(self, loss):
+        return loss * 8
+
+
+def sparse(**options):
+    return keras.losses.SparseCategoricalCrossentropy(**{"from_logits": True, **options})
+
+
+def compiled(model=Own, x=None, y=None, weight=(), test=None, loss=None, optimizer="sgd", **attributes):
+    def build():
+        made = model()
+        made.compile(optimizer() if callable(optimizer) else optimizer, loss=loss or sparse())
+        for name, value in attributes.items():
+            setattr(made, name, value)
+        return made
+
+    standard = features()
+    train = (standard[0] if x is None else x, standard[1] if y is None else y, *weight)
+    return Workload.from_compiled(build, name="own", train=train, validation=test, batch_size=24, train_steps=3)
+
+
+def heads(classes=7):
+    """A class and a share for each of 12 places, from a nested structure of examples."""
+    images, (count,) = keras.Input((12, 8), name="images"), [keras.Input((8,), name="count")]
+    x = L.Concatenate()([L.Flatten()(images), count])
+    hidden = L.Dense(128, name="hidden")(L.Dense(256, name="wide")(x))
+    of_class = L.Dense(classes, name="of_class")(hidden)
+    share = L.Dense(1, "sigmoid", name="share", dtype="float32")(L.Dense(64, name="towards")(hidden))
+    return keras.Model({"images": images, "rest": (count,)}, {"kind": of_class, "share": share})
+
+
+HEADS = {"images": np.ones((96, 12, 8), np.float32), "rest": (np.ones((96, 8), np.float32),)}
+OF_HEADS = {"kind": features(classes=7)[1], "share": np.linspace(0, 1.5, 96)}
+BOTH = {"kind": "sparse_categorical_crossentropy", "share": "binary_crossentropy"}
+COMPILED = {
+    "nothing": (compiled(), set()),
+    "nothing in a train_step of its own": (compiled(Steps), set()),
+    "nothing in an array of labels of which the classes are a column": (
+        compiled(TwoInOne, y=np.stack([features()[1], np.full(96, 99)], 1)),
+        set(),
+    ),
+    "class numbers beyond in places of sequences": (
+        compiled(Flattened, np.ones((96, 5, 8), np.float32), np.repeat(BEYOND[:, None], 5, 1)),
+        {(Check.LABELS_OUT_OF_RANGE, PROBLEM, ())},
+    ),
+    "softmax in float16 of a class of its own, and labels beyond the classes": (
+        compiled(lambda: Own(dtype=None, activation="softmax"), y=BEYOND, loss="sparse_categorical_crossentropy"),
+        {(Check.HALF_OUTPUT, PROBLEM, ("last",)), (Check.LABELS_OUT_OF_RANGE, PROBLEM, ())},
+    ),
+    "labels that are beyond the classes where they are not to be ignored": (
+        compiled(y=np.where(BEYOND == 8, -1, BEYOND), loss=sparse(ignore_class=-1)),
+        set(),
+    ),
+    "softmax twice, an optimizer that is wrapped, labels of the test set beyond the classes": (
+        compiled(
+            lambda: Own(activation="softmax"),
+            test=(features()[0], BEYOND),
+            optimizer=lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
+        ),
+        {
+            (Check.SOFTMAX_TWICE, PROBLEM, ()),
+            (Check.OPTIMIZER_SCALES, NOTE, ()),
+            (Check.LABELS_OUT_OF_RANGE, PROBLEM, ()),
+        },
+    ),
+    "an optimizer that scales, and labels that are text": (
+        compiled(y=np.array(["a", "b"] * 48), optimizer=Scaling),
+        {(Check.OPTIMIZER_SCALES, PROBLEM, ()), (Check.LABELS_MISFIT, PROBLEM, ())},
+    ),
+    "labels of another shape, and a weight that is not finite": (
+        compiled(lambda: Own(1), y=np.ones((96, 8), np.float32), weight=[NAN_LABEL], loss="mse"),
+        {
+            (Check.LABELS_MISFIT, PROBLEM, ()),
+            (Check.LABELS_NOT_FINITE, PROBLEM, ()),
+        },
+    ),
+    "a loss that is not scaled": (compiled(Steps, scaled=False), {(Check.TRAIN_STEP, PROBLEM, ())}),
+    "gradients that are clipped while scaled": (compiled(Steps, clipped=True), {(Check.TRAIN_STEP, CAUTION, ())}),
+    "outputs beyond float16 in a part of a model": (compiled(Parts), {(Check.FIRST_LOSS, PROBLEM, ())}),
+    "structures, with labels of one output that are no shares, and classes in another in float16": (
+        compiled(heads, HEADS, OF_HEADS, loss=BOTH),
+        {
+            (Check.LABELS_OUT_OF_RANGE, PROBLEM, ()),
+            (Check.HALF_OUTPUT, CAUTION, ("of_class",)),
+            (Check.DIMENSION, NOTE, ("of_class",)),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_fault_of_a_compiled_model_is_found_and_nothing_else(name, monkeypatch):
+    work, expected = COMPILED[name]
+    findings = lint(monkeypatch, work)
+    assert {each for each in told(findings) if each[0] is not Check.FIRST_LOSS or each in expected} == expected
+    assert all(finding.text and finding.cure for finding in findings)

@@ -96,6 +96,58 @@ def test_a_compiled_model_trains_as_by_fit(class_weight, as_arrays):
     assert found.row["metric_value"] == pytest.approx(expected)
 
 
+def with_two_inputs():
+    given = {name: keras.Input((2,), name=name) for name in "ab"}
+    hidden = keras.layers.Dense(8)(keras.layers.Concatenate()(list(given.values())))
+    outputs = {
+        name: keras.layers.Dense(size, dtype="float32", name=name)(hidden) for name, size in {"c": 3, "r": 1}.items()
+    }
+    return keras.Model(given, outputs), {"c": keras.losses.SparseCategoricalCrossentropy(from_logits=True), "r": "mse"}
+
+
+def of_text():
+    words = keras.layers.TextVectorization(output_sequence_length=4, vocabulary=["a", "b", "c"])
+    embedded = keras.layers.Embedding(8, 4), keras.layers.GlobalAveragePooling1D()
+    outputs = keras.layers.Dense(3), keras.layers.Activation("linear", dtype="float32")
+    model = keras.Sequential([keras.Input((), dtype="string"), words, *embedded, *outputs])
+    return model, keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+class Autoencoder(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.coder = keras.layers.Dense(2)
+
+    def call(self, x):
+        self.add_loss(tf.reduce_mean((tf.cast(self.coder(x), tf.float32) - tf.cast(x, tf.float32)) ** 2))
+        return self.coder(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (with_two_inputs, ({"a": X, "b": X}, {"c": Y, "r": X[:, :1]})),
+        (of_text, (np.array(["a b", "b c", "c a"])[Y], Y)),
+        (lambda: (Autoencoder(), None), (X,)),
+        (lambda: (MODEL(), "sparse_categorical_crossentropy"), (X.astype(np.float64), Y, X[:, 0] ** 2)),
+    ],
+    ids=["two inputs and outputs", "text", "x alone", "float64 and weights"],
+)
+def test_a_compiled_model_takes_batches_of_any_structure(make, parts):
+    def build():
+        model, loss = make()
+        model.compile("sgd", loss)
+        return model
+
+    def batches():
+        return tf.data.Dataset.from_tensor_slices(parts if len(parts) > 1 else parts[0]).shuffle(9).batch(24)
+
+    options = {"name": "any", "train": batches, "validation": batches, "train_steps": 6}
+    found = train(mpscale.Workload.from_compiled(build, **options), "mixed-dynamic")
+    assert (found.status, found.row["metric_name"], found.row["test_examples"]) == ("ok", "val_loss", 240)
+    assert np.isfinite(found.row["metric_value"])
+
+
 def test_arrays_with_a_pipeline_for_validation():
     given = mpscale.Workload.from_compiled(compiled(), train=(X[:160], Y[:160]), validation=held_out, train_steps=10)
     row = train(given).row
@@ -273,6 +325,27 @@ def test_a_part_of_an_endless_held_out():
     assert train(fed(test=lambda: held_out().repeat(), test_steps=2)).row["test_examples"] == 48
 
 
+@pytest.mark.parametrize("as_object", [False, True], ids=["function", "object"])
+def test_how_often_a_mode_was_evaluated_does_not_count(as_object):
+    """A mode that reaches its target early goes through a shuffled test set less often."""
+
+    def shuffled_test():
+        return tf.data.Dataset.from_tensor_slices((X[160:], Y[160:])).shuffle(80, seed=1).batch(24)
+
+    digests = set()
+    for target in (0.0, 1.0):
+        test = shuffled_test() if as_object else shuffled_test
+        options = {"train_steps": 20, "evaluate_every": 5, "target": target}
+        row = train(workload(MODEL, lambda test=test: mpscale.Pipeline(shuffled, test), **options)).row
+        digests.add(row["data_order_digest"])
+    assert len(digests) == 1
+
+
+def test_another_test_set_is_noticed():
+    rows = [train(fed(test=lambda start=start: dataset(start, 240))).row for start in (160, 170)]
+    assert rows[0]["data_order_digest"] != rows[1]["data_order_digest"]
+
+
 def test_batches_of_several_lengths_are_counted():
     """Each length is compiled by itself, and FLOPs differ from step to step."""
 
@@ -313,12 +386,25 @@ def test_a_slow_pipeline_shows_in_the_step_time_with_input_alone():
     assert found["examples_per_s"] == pytest.approx(24e3 / found["step_time_ms_median"])
 
 
+def test_a_pipeline_that_fails_after_the_training_loses_nothing_else():
+    def once():
+        # Enough for the training, and made anew for each pass before it; it cannot begin again.
+        examples = iter([(X[:20], Y[:20])] * 20)
+        spec = tf.TensorSpec((None, 2), tf.float32), tf.TensorSpec((None,), tf.int64)
+        return tf.data.Dataset.from_generator(lambda: examples, output_signature=spec)
+
+    found = train(fed(once), timing_s=0.05, timing_blocks=2)
+    assert found.status == "ok"
+    assert found.row["step_time_ms_median"] > 0
+    assert "used up" in found.missed["step_time_ms_with_input"].text
+
+
 def test_a_training_that_ends_early_has_no_digest_of_all_batches():
     def explodes():
         return dataset().map(lambda x, y: (x * 1e30, y))
 
-    options = {"loss": lambda y, outputs: tf.reduce_mean(outputs**2), "metric": None, "evaluate_every": 10}
-    found = train(workload(MODEL, lambda: mpscale.Pipeline(explodes), lambda: keras.optimizers.SGD(1e3), **options))
+    options = {"loss": "mse", "metric": None, "evaluate_every": 10}
+    found = train(workload(dense(1), lambda: mpscale.Pipeline(explodes), lambda: keras.optimizers.SGD(1e3), **options))
     assert found.status == "diverged"
     assert "ended after" in found.missed["data_order_digest"].text
     assert found.row["first_batches_digest"].startswith("sha256:")

@@ -161,6 +161,8 @@ def test_decorator_makes_a_workload():
         ({"metric": "mae", "metric_name": "accuracy"}, "mae is not an accuracy"),
         ({"metric": 0.5}, "metric must be the name of one that Keras knows, a Keras Metric, or a function, not 0.5"),
         ({"loss": None}, "loss must be the name of one"),
+        ({"loss": {"a": "mse", "b": "mae"}}, "has one loss, not a dict of them.*from_compiled"),
+        ({"metric": ["mae", "mse"]}, "has one metric, not a list of them"),
         ({"optimizer": 1e-3}, "optimizer must be the name of one"),
         ({"model": None}, "model must be a function"),
         ({"data": np.zeros(3)}, "data must be a function"),

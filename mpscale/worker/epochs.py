@@ -1,0 +1,195 @@
+"""A pipeline as epochs of batches, and a digest of batches."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
+
+from mpscale.workloads.pipeline import check_pipeline, is_pipeline, is_py_dataset
+
+Batch = Any
+"""What Keras' fit takes: x, ``(x, y)`` or ``(x, y, sample_weight)``, of structures of tensors."""
+
+
+class Epochs:
+    """A part of a pipeline, gone through as Keras' fit does it.
+
+    Args:
+        given: a part of a :class:`Pipeline`.
+        part: ``"train"`` or ``"test"``.
+        seed: of the order in which fit shows the batches of a PyDataset.
+        class_weight: as in fit.
+        most: how many batches an epoch has at most; None for all.
+
+    Raises:
+        TypeError: it is no pipeline.
+        ValueError: it has no batches, or tensors without a fixed number of axes and sizes.
+    """
+
+    def __init__(
+        self, given: Any, part: str, seed: int, class_weight: Mapping[int, float] | None = None, most: int | None = None
+    ) -> None:
+        if is_function(given):
+            given = given()
+            check_pipeline(given, part, made=True)
+        self._part, self._seed, self._begun = part, seed, 0
+        self._adapter = None
+        self.kind = "tf.data"
+        if is_py_dataset(given):
+            self.kind, endless = "PyDataset", given.num_batches is None
+            self._adapter = PyDatasetAdapter(given, class_weight, shuffle=part == "train")
+            self._dataset = self._adapter.get_tf_dataset()
+            self.batches = None if endless else int(given.num_batches)
+        else:
+            self._dataset = TFDatasetAdapter(given, class_weight).get_tf_dataset()
+            known = int(given.cardinality())
+            endless, self.batches = known == tf.data.INFINITE_CARDINALITY, known if known >= 0 else None
+        _check_spec(self._dataset.element_spec, part)
+        if most is not None:
+            self._dataset = self._dataset.take(most)
+        elif endless and part == "test":
+            raise ValueError("the test pipeline is endless; leave out its repeat(), or say Pipeline(test_steps=...)")
+
+    @property
+    def description(self) -> list[str]:
+        """What it is made of, whatever the seed."""
+        return [self.kind, repr(tf.nest.map_structure(_kind, self._dataset.element_spec)), str(self.batches)]
+
+    def epoch(self) -> Generator[Batch]:
+        """Yield the batches of an epoch."""
+        if self._adapter is not None:
+            # fit shuffles by Python's random numbers, of which the main thread may draw some in one mode only.
+            random.seed(f"{self._seed} {self._begun}")
+            self._adapter.on_epoch_begin()
+        self._begun += 1
+        try:
+            yield from self._dataset
+        finally:
+            if self._adapter is not None:
+                self._adapter.on_epoch_end()
+
+    def forever(self) -> Generator[Batch]:
+        """Yield batches, epoch after epoch."""
+        while True:
+            is_empty = True
+            for batch in self.epoch():
+                is_empty = False
+                yield batch
+            if is_empty:
+                again = (
+                    "gives nothing in its second pass, as a generator that is used up; let from_generator call a "
+                    "function that makes a new one"
+                )
+                raise ValueError(f"the {self._part} pipeline {again if self._begun > 1 else 'is empty'}")
+
+
+class Seen:
+    """A digest of batches and their shapes. It is computed in a thread, at most two batches behind.
+
+    ``ordered``: whether the order of the batches counts. If not, that of their examples does not either.
+    """
+
+    def __init__(self, ordered: bool = True) -> None:
+        self._total, self._sum, self._ordered = hashlib.sha256(), 0, ordered
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+        self.shapes: Counter[str] = Counter()
+
+    def add(self, batch: Batch) -> None:
+        """Add structure, dtypes, shapes and bytes of a batch."""
+        self.shapes[shapes_of(batch)] += 1
+        if len(self._waiting) > 1:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._add, batch))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, first 16 hex digits."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        total = self._total.copy()
+        total.update(str(self._sum).encode())
+        return f"sha256:{total.hexdigest()[:16]}"
+
+    def _add(self, batch: Batch) -> None:
+        arrays = [tensor.numpy() for tensor in tensors_of(batch)]
+        if self._ordered:
+            self._total.update(repr(tf.nest.map_structure(_kind, batch)).encode())
+            _update(self._total, arrays)
+            return
+        for number in range(examples_in(batch)):
+            example = hashlib.sha256()
+            _update(example, [np.asarray(array[number]) for array in arrays])
+            self._sum = (self._sum + int.from_bytes(example.digest(), "big")) % 2**256
+
+
+def _update(total: Any, arrays: list[Any]) -> None:
+    for array in arrays:
+        for piece in _bytes_of(array):
+            total.update(piece)
+
+
+def _check_spec(spec: Any, part: str) -> None:
+    for leaf in tf.nest.flatten(spec):
+        if isinstance(leaf, tf.RaggedTensorSpec | tf.SparseTensorSpec):
+            kind = "ragged" if isinstance(leaf, tf.RaggedTensorSpec) else "sparse"
+            cure = ".padded_batch(n), or .map with to_tensor()" if kind == "ragged" else ".map with tf.sparse.to_dense"
+            raise ValueError(f"the {part} pipeline has {kind} tensors, which a step cannot take; use {cure}")
+        if getattr(leaf, "shape", None) is not None and leaf.shape.rank == 0:
+            raise ValueError(f"the {part} pipeline is not batched: an element has a single value; add .batch(n)")
+
+
+def check_batch(batch: Batch, part: str) -> None:
+    """Check that the first axis of everything in a batch is the example."""
+    shapes = [tuple(tensor.shape) for tensor in tensors_of(batch)]
+    if not all(shapes) or len({shape[0] for shape in shapes}) > 1:
+        named = " and ".join(map(str, shapes))
+        raise ValueError(
+            f"the {part} pipeline is not batched, or its parts have different numbers of examples: an element has "
+            f"shapes {named}; add .batch(n)"
+        )
+    if shapes[0][0] == 0:
+        raise ValueError(f"the first batch of the {part} pipeline has no examples")
+
+
+def examples_in(batch: Batch) -> int:
+    """How many examples a batch has."""
+    return int(tensors_of(batch)[0].shape[0])
+
+
+def shapes_of(batch: Batch) -> str:
+    """Shapes and dtypes of a batch, as text."""
+    return ", ".join(f"{tensor.dtype.name} {tuple(tensor.shape)}" for tensor in tensors_of(batch))
+
+
+def tensors_of(batch: Batch) -> list[Any]:
+    """The tensors of a batch, at any depth."""
+    return [tensor for tensor in tf.nest.flatten(batch) if tensor is not None]
+
+
+def is_function(given: Any) -> bool:
+    """Whether a part of a pipeline is a function that makes it."""
+    return not is_pipeline(given)
+
+
+def _kind(tensor: Any) -> str:
+    return "" if tensor is None else f"{tensor.dtype.name} {tensor.shape}"
+
+
+def _bytes_of(array: Any) -> Iterator[Any]:
+    """The contents of an array in pieces for a digest; of texts also their lengths."""
+    if array.dtype.kind == "O":
+        for text in array.ravel():
+            yield f"{len(text)} ".encode()
+            yield text
+    else:
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
