@@ -3,7 +3,6 @@
 import os
 import shutil
 
-import numpy  # noqa: F401 - a pytest within a test would unload it again, and NumPy cannot be loaded twice
 import pytest
 from support.nvml_stand_in import build
 

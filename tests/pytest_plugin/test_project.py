@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from support.no_training import replace_trainings
 
+import mpscale.report.files  # a pytest within a test would unload what this imports, and NumPy cannot be loaded twice
 import mpscale.suite
 from mpscale import pytest_plugin
 from mpscale.config import SettingsError, results_folder
