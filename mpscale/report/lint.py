@@ -21,7 +21,7 @@ _STYLES = {Severity.PROBLEM: "bold red", Severity.CAUTION: "bold yellow", Severi
 _HEADERS = ("severity", "check", "layers", "modes", "what was found", "what to do")
 _NOTE = (
     "Found in the first training of each mode, before its first step. `mpscale lint` also takes a step and looks at "
-    "all of the data; its guide explains each check."
+    "whole arrays; its guide explains each check."
 )
 
 
