@@ -190,7 +190,7 @@ def _of_judged(judged: Judged, labels: npt.NDArray[Any], what: str) -> Iterator[
     checks: tuple[Callable[[], None], ...] = (
         lambda: check_finite(labels, what),
         lambda: None if None in judged.label else label_forms.check_fit(kind, label, judged.output),
-        lambda: check_logits(kind, options, judged.squashed_by),
+        lambda: check_logits(kind, options, judged.squashed_by, f"the outputs for {judged.name} end"),
         lambda: check_values(kind, options, labels, judged.classes, what),
     )
     for check in checks:

@@ -288,13 +288,14 @@ def check_finite(labels: npt.NDArray[Any], what: str = "the training labels") ->
         )
 
 
-def check_logits(kind: str, options: Mapping[str, Any], squashed_by: str | None) -> None:
+def check_logits(kind: str, options: Mapping[str, Any], squashed_by: str | None, ends: str = "the model ends") -> None:
     """Check that a loss of logits gets some.
 
     Args:
         kind: of the loss, its name in snake case.
         options: of the loss.
         squashed_by: softmax or sigmoid, if the model ends in one.
+        ends: says what ends so.
 
     Raises:
         Refused: the model ends in softmax or sigmoid, and the loss applies another one.
@@ -302,7 +303,7 @@ def check_logits(kind: str, options: Mapping[str, Any], squashed_by: str | None)
     if options.get("from_logits", False) and squashed_by:
         raise Refused(
             Check.SOFTMAX_TWICE,
-            f"the model ends in a {squashed_by}, but the loss takes logits and would apply another one",
+            f"{ends} in a {squashed_by}, but the loss takes logits and would apply another one",
             f"remove the activation, or use a loss with from_logits=False, such as loss={kind!r}",
         )
 
