@@ -31,7 +31,7 @@ from mpscale.worker.judged import beyond_classes
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
 from mpscale.worker.refusal import refusals_of
-from mpscale.worker.replicas import objection, remarks
+from mpscale.worker.replicas import ReplicatedStep, objection, remarks
 from mpscale.worker.step import Log, TrainStep
 from mpscale.worker.throughput import Throughput
 from mpscale.worker.timing import keep_going, time_empty_call, time_one_per_call, time_steps, time_with_input, warm_up
@@ -172,10 +172,11 @@ def _lint(built: Built, precision: Precision, arithmetic: Arithmetic, channel: C
 def _on_replicas(built: Built, channel: Channel) -> str | None:
     """Say what replicas do otherwise than one device would; return why they cannot train at all, or None."""
     labels, replicas, mode = built.data.train_y[built.order[0]], built.case.settings.replicas, MODES[built.case.mode]
-    assert built.noted_loss is not None  # a compiled model has been refused
+    step = built.step
+    assert built.noted_loss is not None and isinstance(step, ReplicatedStep)  # a compiled model has been refused
     for remark in remarks(built.noted_loss, labels, built.model, built.optimizer, mode, replicas):
         channel.send(Remarked(remark))
-    return objection(built.noted_loss, labels, replicas)
+    return objection(built.noted_loss, labels, replicas, step.strategy)
 
 
 def _report(channel: Channel, found: Findings) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -222,6 +223,22 @@ class NotedLoss:
         whole, *of_parts = np.asarray(found, float)
         is_mean, is_sum = (np.isclose(whole, of(of_parts), rtol=1e-4) for of in (np.mean, np.sum))
         return None if is_mean == is_sum else bool(is_sum)
+
+    def differs_within(self, scope: contextlib.AbstractContextManager[Any], labels: Any) -> bool:
+        """Whether the loss of ``labels`` is another one in ``scope``, or refuses to be computed there.
+
+        So it is in the scope of a strategy if the loss itself divides by the number of replicas.
+        """
+        try:
+            alone = self._probe(labels)
+        except Exception:  # from the user's code, away from its model and device
+            return False
+        try:
+            with scope:
+                within = self._probe(labels)
+        except RuntimeError:  # of tf.nn.compute_average_loss and its like
+            return True
+        return isinstance(alone, float) and isinstance(within, float) and not np.isclose(alone, within, rtol=1e-4)
 
     def _probe(self, labels: Any, place: slice = slice(None)) -> float | str:
         """The loss of ``labels`` and of outputs that are the same in every mode, or why it cannot be computed.

@@ -106,7 +106,7 @@ class ReplicatedStep(TrainStep):
     batches: ReplicaBatches
 
     def __init__(self, update: Update, batches: ReplicaBatches, steps_per_call: int = 1) -> None:
-        self._strategy = tf.distribute.get_strategy()
+        self.strategy = tf.distribute.get_strategy()
         # XLA cannot compile the merge_call by which TensorFlow joins replicas (scaling/skip.py).
         super().__init__(update, batches, False, steps_per_call)
 
@@ -122,11 +122,11 @@ class ReplicatedStep(TrainStep):
 
     def _step(self, *_: Any) -> tuple[tf.Tensor, ...]:
         with _losses_as_they_are():
-            row = self._strategy.run(lambda: self.update(self.batches.take()))
+            row = self.strategy.run(lambda: self.update(self.batches.take()))
         self.batches.advance()
         self._logged = tuple(row)
-        loss = self._strategy.reduce(tf.distribute.ReduceOp.MEAN, row.pop("loss"), axis=None)
-        return loss, *(self._strategy.experimental_local_results(value)[0] for value in row.values())
+        loss = self.strategy.reduce(tf.distribute.ReduceOp.MEAN, row.pop("loss"), axis=None)
+        return loss, *(self.strategy.experimental_local_results(value)[0] for value in row.values())
 
     def _empty_step(self, *_: Any) -> tf.Tensor:
         def touch() -> None:
@@ -135,7 +135,7 @@ class ReplicatedStep(TrainStep):
             for tensor in tf.nest.flatten(self.batches.own):
                 tf.identity(tensor)
 
-        self._strategy.run(touch)
+        self.strategy.run(touch)
         self.batches.position.assign_add(0)
         return tf.zeros(3)
 
@@ -155,9 +155,17 @@ def _losses_as_they_are() -> Iterator[None]:
         of_keras.scale_loss_for_distribution = scaling
 
 
-def objection(loss: NotedLoss, labels: Any, replicas: int) -> str | None:
+def objection(loss: NotedLoss, labels: Any, replicas: int, strategy: tf.distribute.Strategy) -> str | None:
     """Why replicas cannot train by a loss; None if they can. It has been traced; ``labels`` are those of a batch."""
-    if replicas == 1 or not loss.adds_up(labels, replicas):
+    if replicas == 1:
+        return None
+    with _losses_as_they_are():
+        if loss.differs_within(strategy.scope(), labels):
+            return (
+                "the loss itself divides by the number of replicas, as tf.nn.compute_average_loss does, and so does "
+                "the train step: use a loss that averages over the examples that it is given, such as tf.reduce_mean"
+            )
+    if not loss.adds_up(labels, replicas):
         return None
     return (
         "the loss adds up its examples, and the replicas average their losses: use a loss that averages over examples, "

@@ -25,6 +25,11 @@ def mean_of_a_function(labels, outputs):
     return tf.reduce_mean(keras.losses.sparse_categorical_crossentropy(labels, outputs, from_logits=True))
 
 
+def share_of_a_replica(labels, outputs):
+    losses = keras.losses.sparse_categorical_crossentropy(labels, outputs, from_logits=True)
+    return tf.nn.compute_average_loss(losses)
+
+
 def regularized():
     regularizer = keras.regularizers.L2(0.01)
     return keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, kernel_regularizer=regularizer)])
@@ -101,6 +106,7 @@ def main(folder):
         "statistics": both(folder, model=with_statistics, optimizer=lambda: keras.optimizers.Adam(0.01, clipnorm=9.0)),
         "Keras' scaling": both(folder, "mixed-keras"),
         "a sum": refused(lambda: train(workload(dense(), data, loss=mean_of_sums()), **two)),
+        "a share": refused(lambda: train(workload(dense(), data, loss=share_of_a_replica), **two)),
         "a batch too large": refused(lambda: train(workload(dense(), data, loss=ENTROPY, batch_size=90), **two)),
         "a pipeline": refused(lambda: train(workload(dense(), lambda: mpscale.Pipeline(pipeline, pipeline)), **two)),
         "a compiled model": refused(

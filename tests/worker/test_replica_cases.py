@@ -86,6 +86,7 @@ def test_what_replicas_do_otherwise_is_told(cases, name, told):
     ("name", "message"),
     [
         ("a sum", "unsupported: the loss adds up its examples"),
+        ("a share", "unsupported: the loss itself divides by the number of replicas"),
         ("a batch too large", "take 180 examples per step, and the training set has 160; choose a batch of at most 80"),
         ("a pipeline", "has a pipeline, which mpscale trains on one device"),
         ("a compiled model", "has a compiled model, which mpscale trains on one device"),
