@@ -201,7 +201,7 @@ def _speed(group: Sequence[Row], rows: Sequence[Row]) -> Iterator[str]:
 
 def _input(group: Sequence[Row]) -> Iterator[str]:
     """Say what the modes gain with the input pipeline, and how long the device waits for it."""
-    fed = [row for row in group if row["step_time_ms_with_input"] is not None]
+    fed = [row for row in group if None not in (row["step_time_ms_with_input"], row["input_wait_share"])]
     for baseline, some in _groups(fed, lambda row: row["headline_baseline"]).items():
         waits = _range([100 * row["input_wait_share"] for row in some], 0)
         said = f"the device waits for input {waits} % of a step in {_modes(some)}"

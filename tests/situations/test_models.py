@@ -381,5 +381,5 @@ def test_data_of_another_structure_than_the_loss_is_refused(data, message):
 
 @pytest.mark.parametrize("given", [None, (X, Y), {"x": X}, tf.data.Dataset.from_tensors((X, Y))], ids=type)
 def test_data_function_that_returns_something_else_says_what_it_should(given):
-    with pytest.raises(TypeError, match=r"must return an mpscale\.Data of NumPy arrays, not a"):
+    with pytest.raises(TypeError, match=r"must return an mpscale\.Data of NumPy arrays or an mpscale\.Pipeline, not a"):
         train(workload(dense(), lambda: given))
