@@ -137,7 +137,7 @@ class Device:
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain values."""
-        return asdict(self)
+        return {**asdict(self), "beside": list(self.beside)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Device:

@@ -283,10 +283,11 @@ def settings(config: pytest.Config, workload: str | None = None, memory_mib: flo
     energy_s = ours.energy_s if own.energy_s is None else own.energy_s
     # --benchmark-disable asks to test what would be benchmarked: everything but the timing.
     timed = not option("benchmark_disable", False) or option("benchmark_enable", False)
+    replicas = config.stash.get(_REPLICAS, (1,))
     return Settings(
         jit=option("mp_jit") != "off" and option("mp_strategy") == "none",
         strategy=option("mp_strategy"),
-        replicas=config.stash[_REPLICAS][0] if len(config.stash[_REPLICAS]) == 1 else 1,
+        replicas=replicas[0] if len(replicas) == 1 else 1,
         train_steps=option("mp_steps") or own.train_steps or ours.train_steps,
         batch_size=batch,
         steps_per_call=option("mp_steps_per_call"),
@@ -305,7 +306,7 @@ def settings(config: pytest.Config, workload: str | None = None, memory_mib: flo
 def swept(config: pytest.Config) -> tuple[Sequence[int], Sequence[float], Sequence[int]]:
     """Return batch sizes, static scales and numbers of replicas that every workload runs at; none if there is one."""
     batches, scales = config.getoption("mp_batch_size") or (), config.getoption("mp_static_scale")
-    replicas = config.stash[_REPLICAS]
+    replicas = config.stash.get(_REPLICAS, (1,))
     return (
         batches if len(batches) > 1 else (),
         scales if len(scales) > 1 else (),

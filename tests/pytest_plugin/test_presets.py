@@ -106,7 +106,7 @@ def test_options_override_the_preset():
 
 def test_several_batches_override_those_of_the_preset():
     config = Config(gpu(81559.0), "--mp-batch-size=64,16", "--mp-static-scale=8,128")
-    assert options.swept(config) == ((16, 64), (8.0, 128.0))
+    assert options.swept(config) == ((16, 64), (8.0, 128.0), ())
     assert options.settings(config, "unet", 81559.0).batch_size is None
     asked = options.run_options(config, Path("results"), {}, None).asked
     assert (asked["batch_size"], asked["static_scale"]) == ([16, 64], [8.0, 128.0])

@@ -37,6 +37,7 @@ def run(folder, *command, **variables):
     return done.stdout
 
 
+@pytest.mark.slow  # test_comparing has the same in parts
 def test_a_newcomer_gets_a_report(tmp_path):
     output = run(tmp_path, "compares.py", PYTEST_ADDOPTS="-p support.untrained")
     assert output.count("Is mixed precision worth it here?") == 2  # what the session says, and the result

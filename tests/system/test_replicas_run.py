@@ -1,10 +1,12 @@
 """A run on one and on two replicas, from the command line to the report."""
 
 import pandas as pd
+import pytest
 
 from mpscale.analysis.summary import summary_of
 
 
+@pytest.mark.slow  # tests/worker/test_replica_cases.py and tests/report/test_sweep.py have its parts
 def test_every_mode_runs_on_each_number_of_replicas_and_the_report_has_their_efficiency(run_suite):
     done = run_suite(
         "--mp-workloads", "suite_workloads:fine", "--mp-modes", "fp32,mixed-bf16,graph-rewrite", "--mp-seeds", "1",

@@ -29,12 +29,14 @@ def diabetes():
     return {mode: trained("diabetes-sum", mode, 150) for mode in ("mixed-static", "mixed-dynamic")}
 
 
+@pytest.mark.slow  # the smaller workloads below show the same; docs/workloads.md has the figures
 def test_without_a_scale_a_recurrent_layer_behind_padding_learns_nothing(padded):
     assert padded["mixed-unscaled"].status == "ok"  # nothing overflows, so nothing warns of it
     assert padded["mixed-unscaled"].row["train_loss_final"] == pytest.approx(CHANCE, abs=0.02)
     assert padded["mixed-unscaled"].row["final_accuracy"] < 0.15
 
 
+@pytest.mark.slow
 def test_with_a_scale_it_learns(padded):
     assert padded["mixed-dynamic"].row["train_loss_final"] < 2.0
     assert padded["mixed-dynamic"].row["final_accuracy"] > 0.5
