@@ -111,7 +111,7 @@ def test_several_batches_override_those_of_the_preset():
     asked = options.run_options(config, Path("results"), {}, None).asked
     assert (asked["batch_size"], asked["static_scale"]) == ([16, 64], [8.0, 128.0])
     one = Config(gpu(81559.0), "--mp-batch-size=64")
-    assert options.swept(one) == ((), ())
+    assert options.swept(one) == ((), (), ())
     assert options.run_options(one, Path("results"), {}, None).asked["batch_size"] == 64
 
 
