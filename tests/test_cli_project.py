@@ -16,7 +16,7 @@ from support.small_suite import environment, forget, pytest_here
 from mpscale.cli import main
 
 ONE, TWO = "20260101T000000Z-test-cpu-0001", "20260102T000000Z-test-cpu-0002"
-WRITTEN = ["my_workloads.py", "bench/test_precision.py", ".gitignore", "pyproject.toml"]
+WRITTEN = ["my_workloads.py", "bench/test_mixed_precision.py", ".gitignore", "pyproject.toml"]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_init_writes_a_project_whose_suite_trains_its_workload(mpscale, here):
     code, said = pytest_here(here, "bench", f"--rootdir={here}", "-c", "pyproject.toml", "--collect-only", "-q")
     assert code == 0, said
     assert [line for line in said.splitlines() if "::" in line] == [
-        "bench/test_precision.py::test_training[my_workloads:signs-fp32-seed0]"
+        "bench/test_mixed_precision.py::test_training[my_workloads:signs-fp32-seed0]"
     ]
 
 
@@ -72,7 +72,7 @@ def test_init_adds_to_what_is_there_and_changes_nothing_of_it(mpscale, here):
     ("name", "content", "message"),
     [
         ("my_workloads.py", "mine", "my_workloads.py is there already, and would be overwritten"),
-        ("bench/test_precision.py", "", "test_precision.py is there already"),
+        ("bench/test_mixed_precision.py", "", "test_mixed_precision.py is there already"),
         ("pyproject.toml", "[tool.mpscale]\nseeds = 1\n", "has a table [tool.mpscale] already"),
         ("pyproject.toml", "tool.mpscale.seeds = 1\n", "has a table [tool.mpscale] already"),
         ("pyproject.toml", "tool = {}\n", "add it by hand"),

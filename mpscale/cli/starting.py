@@ -14,7 +14,7 @@ from mpscale.core.writing import write_named
 from mpscale.terminal.streams import visible
 
 _MODULE, _WORKLOAD = "my_workloads", "signs"
-_SUITE = "bench/test_precision.py"  # a name that a project does not have: pytest refuses two of a name
+_SUITE = "bench/test_mixed_precision.py"  # a name that a project does not have: pytest refuses two of a name
 
 _TABLE = f"""\
 [tool.mpscale]

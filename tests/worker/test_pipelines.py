@@ -7,10 +7,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from support.one_case import blobs, dense, train, workload
 
 import mpscale
 from mpscale.harness.run import SameStart
-from tests.support.one_case import blobs, dense, train, workload
 
 X, Y = blobs()
 
@@ -252,7 +252,7 @@ MODULE = """
 import keras
 import mpscale
 import tensorflow as tf
-from tests.worker.test_pipelines import MODEL, compiled, held_out, shuffled
+from test_pipelines import MODEL, compiled, held_out, shuffled
 
 train = shuffled()
 workload = mpscale.Workload.from_compiled(compiled(), train=train, validation=held_out, train_steps=16)
