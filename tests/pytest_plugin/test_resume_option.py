@@ -8,48 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.no_training import replace_trainings
-from support.small_suite import SUITE
 
 from mpscale.core.runs import read_run
 from mpscale.report.missing import lacks
 
 MODES = "--mp-modes=fp32,mixed-dynamic"
-
-
-@pytest.fixture
-def trainings(monkeypatch):
-    def replace(happen=lambda case: {}):
-        replace_trainings(monkeypatch, happen)
-
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    # A session is about the journal here; pictures take longer than all the rest.
-    monkeypatch.setattr("mpscale.report.files._page", lambda run, report: "a page")
-    monkeypatch.setattr("sys.argv", ["pytest"])
-    replace()
-    return replace
-
-
-@pytest.fixture
-def session(trainings, pytester):
-    """Run pytest on a suite of two seeds and two modes; return its exit code and output."""
-    pytester.makepyfile(test_it=SUITE)
-    pytester.makeini("[pytest]")
-
-    def run(*options):
-        result = pytester.runpytest_inprocess(
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:hypothesispytest",
-            "-p",
-            "no:unraisableexception",
-            *options,
-            no_reraise_ctrlc=True,
-        )
-        return int(result.ret), result.stdout.str() + result.stderr.str()
-
-    return run
 
 
 @pytest.fixture

@@ -2,11 +2,10 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
-from support.no_training import replace_trainings
-from support.small_suite import SUITE
 
 from mpscale.cli import main
 from mpscale.core.runs import read_run
@@ -17,30 +16,10 @@ ABOUT_THE_MACHINE = ("order", "case_wall_time_s", "note")
 
 
 @pytest.fixture
-def trainings(monkeypatch):
-    def replace(happen=lambda case: {}):
-        replace_trainings(monkeypatch, happen)
-
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    monkeypatch.setattr("mpscale.report.files._page", lambda run, report: "a page")
-    monkeypatch.setattr("sys.argv", ["pytest"])
+def session(session, monkeypatch):
+    """Run pytest on two workloads and two modes in the same order each time; return its exit code and output."""
     monkeypatch.setattr(sessions, "shuffle_seed", lambda config: 7)
-    replace()
-    return replace
-
-
-@pytest.fixture
-def session(trainings, pytester):
-    """Run pytest on a suite; return its exit code and output."""
-    pytester.makepyfile(test_it=SUITE)
-    pytester.makeini("[pytest]")
-
-    def run(*options):
-        switched_off = [f"-pno:{name}" for name in ("cacheprovider", "hypothesispytest", "unraisableexception")]
-        result = pytester.runpytest_inprocess(*switched_off, *OPTIONS, *options, no_reraise_ctrlc=True)
-        return int(result.ret), result.stdout.str() + result.stderr.str()
-
-    return run
+    return partial(session, *OPTIONS)
 
 
 def runs(results="results"):
