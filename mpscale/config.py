@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from mpscale.core.file_errors import why
+from mpscale.core.files.errors import why
+from mpscale.core.files.reading import MOST_STEPS, SETTINGS, RunError, read_text
 from mpscale.core.loss_scale import parse_number
-from mpscale.core.reading import MOST_STEPS, SETTINGS, RunError, read_text
 
 N = TypeVar("N", int, float)
 T = TypeVar("T", covariant=True)

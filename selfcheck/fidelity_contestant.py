@@ -32,7 +32,7 @@ import tensorflow as tf
 from mpscale.core.case import Case, Settings
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
-from mpscale.core.process import die_with_parent
+from mpscale.core.processes.process import die_with_parent
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
 from mpscale.worker import built
 from mpscale.worker import case as execute

@@ -17,7 +17,7 @@ import tensorflow as tf
 from fidelity_contestant import FIRST_STEPS, SETTLE_S, Loop, Worker, digest, shuffled
 
 from mpscale.core.mode import MODES
-from mpscale.core.process import die_with_parent
+from mpscale.core.processes.process import die_with_parent
 from mpscale.scaling import LossScaleOptimizer
 from mpscale.workloads import registry
 

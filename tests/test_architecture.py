@@ -13,12 +13,15 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 def files_in_the_tree() -> list[str]:
     """Return the paths that the drawing of the tree shows, from the indentation of its lines."""
     (tree,) = re.findall(r"^mpscale/\n(.*?)^```", PAGE, re.M | re.S)
-    found, folder = [], ""
+    found: list[str] = []
+    folders: list[str] = []
     for indent, name, slash in re.findall(r"^( +)([\w.]+)(/?)\s", tree, re.M):
+        # Two spaces for each folder that it is in.
+        folders = folders[: len(indent) // 2 - 1]
         if slash:
-            folder = f"{name}/"
+            folders.append(name)
         else:
-            found.append(name if len(indent) == 2 else folder + name)
+            found.append("/".join([*folders, name]))
     return found
 
 

@@ -19,8 +19,8 @@ from typing import Any
 from mpscale.analysis.answer import Cell
 from mpscale.analysis.quantities import COSTS
 from mpscale.analysis.versions import ModelChange, in_words
-from mpscale.core import reading
 from mpscale.core.columns import FAILED
+from mpscale.core.files import reading
 from mpscale.core.runs import Run, RunError, read_run
 from mpscale.report.about import device_name
 from mpscale.report.cell import chips, quality_line, ratio_text, speed_word

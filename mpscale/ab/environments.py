@@ -14,9 +14,9 @@ from typing import Any
 
 from mpscale.ab import turns
 from mpscale.core.columns import SCHEMA_VERSION
-from mpscale.core.process import Child
-from mpscale.core.reading import parse_json
-from mpscale.core.temporary import TemporaryFolder
+from mpscale.core.files.reading import parse_json
+from mpscale.core.files.temporary import TemporaryFolder
+from mpscale.core.processes.process import Child
 
 LETTERS = ("A", "B")
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from mpscale.ab import turns
 from mpscale.ab.environments import LETTERS, Environment
-from mpscale.core import stopping
 from mpscale.core.columns import FAILED
-from mpscale.core.process import Child, describe_exit
-from mpscale.core.wire import Event, Garbled, Wire, event_of, wait_for
+from mpscale.core.processes import stopping
+from mpscale.core.processes.process import Child, describe_exit
+from mpscale.core.processes.wire import Event, Garbled, Wire, event_of, wait_for
 from mpscale.terminal.progress import Screen
 
 _BAD = (*FAILED, "diverged", "stalled")

@@ -10,8 +10,8 @@ from typing import Any
 
 from mpscale.core.columns import LARGEST
 from mpscale.core.device import Device
+from mpscale.core.files.reading import SUMMARY, RunError, read_json
 from mpscale.core.magnitudes import LARGEST_FLOAT16, Magnitudes, Of
-from mpscale.core.reading import SUMMARY, RunError, read_json
 from mpscale.core.reason import Reason
 from mpscale.core.runs import Run
 

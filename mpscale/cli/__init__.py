@@ -29,9 +29,10 @@ from mpscale.cli import (
 )
 from mpscale.cli.output import INTERRUPTED, USAGE_ERROR, fail, take_results_of_the_project
 from mpscale.config import SettingsError
-from mpscale.core import extras, stopping
-from mpscale.core.file_errors import in_words
-from mpscale.core.reading import RunError
+from mpscale.core import extras
+from mpscale.core.files.errors import in_words
+from mpscale.core.files.reading import RunError
+from mpscale.core.processes import stopping
 from mpscale.terminal.streams import adapt_standard_streams, visible
 
 _BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE has ended

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mpscale.config import RESULTS as RESULTS
 from mpscale.config import SettingsError, results_folder
-from mpscale.core.writing import write_named
+from mpscale.core.files.writing import write_named
 from mpscale.terminal.progress import LiveLine
 from mpscale.terminal.streams import PIPE, Surface, on_one_line, surface_of, visible
 

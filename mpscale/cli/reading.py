@@ -155,7 +155,7 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def report(options: argparse.Namespace) -> int:
-    from mpscale.core.reading import REPORT, read_text
+    from mpscale.core.files.reading import REPORT, read_text
     from mpscale.core.runs import read_run, resolve_run
     from mpscale.report.files import WRITTEN, rebuild
     from mpscale.report.github_summary import artifacts_page, github_summary

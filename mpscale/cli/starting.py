@@ -8,9 +8,9 @@ from pathlib import Path
 
 from mpscale.cli.output import OK, add_json_option, fail
 from mpscale.config import folder
-from mpscale.core.file_errors import in_words
-from mpscale.core.reading import SETTINGS, NoSuchFileError, RunError, read_bytes, text_of
-from mpscale.core.writing import write_named
+from mpscale.core.files.errors import in_words
+from mpscale.core.files.reading import SETTINGS, NoSuchFileError, RunError, read_bytes, text_of
+from mpscale.core.files.writing import write_named
 from mpscale.terminal.streams import visible
 
 _MODULE, _WORKLOAD = "my_workloads", "signs"

@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.columns import COLUMNS, SCHEMA_VERSION
+from mpscale.core.files.reading import (
+    CASES,
+    MOST_CASES,
+    MOST_LINE,
+    RunError,
+    check_text,
+    lines_of,
+    parse_json,
+    read_bytes,
+)
 from mpscale.core.journal import IDENTITY, lacks
-from mpscale.core.reading import CASES, MOST_CASES, MOST_LINE, RunError, check_text, lines_of, parse_json, read_bytes
 from mpscale.core.reason import Reason
 from mpscale.core.record import Record, from_cell
 

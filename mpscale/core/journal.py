@@ -13,8 +13,7 @@ from mpscale.core import extras
 from mpscale.core.blocks import FASTER, group_columns
 from mpscale.core.case import CaseId
 from mpscale.core.cause import Cause
-from mpscale.core.mode import MODES
-from mpscale.core.reading import (
+from mpscale.core.files.reading import (
     JOURNAL,
     MOST_CASES,
     MOST_LINE,
@@ -24,6 +23,7 @@ from mpscale.core.reading import (
     parse_json,
     read_lines,
 )
+from mpscale.core.mode import MODES
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record, misfit
 

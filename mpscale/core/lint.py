@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from mpscale.core.reading import parse_json
+from mpscale.core.files.reading import parse_json
 from mpscale.core.reason import encodable
 
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpscale.core.reading import INFO, RunError, read_json
+from mpscale.core.files.reading import INFO, RunError, read_json
+from mpscale.core.files.writing import write
 from mpscale.core.reason import encodable
 from mpscale.core.run_lock import RunIsHeld, RunLock
-from mpscale.core.writing import write
 
 NAME, NOTE = "name", "note"
 """Keys of run.json."""

@@ -15,13 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from mpscale.core import stopping
 from mpscale.core.case import Case
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
-from mpscale.core.file_errors import why
+from mpscale.core.files.errors import why
+from mpscale.core.files.writing import open_to_append, remove_leftovers, write
+from mpscale.core.processes import stopping
 from mpscale.core.record import Record, to_csv
 from mpscale.core.run_lock import RunIsHeld, RunLock
-from mpscale.core.writing import open_to_append, remove_leftovers, write
 
 _QUICK_S = 0.05
 """A cases.csv that is written faster than this, in seconds, is written after every case."""

@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mpscale.core.case import CaseId, Place
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS, DTYPES, LARGEST, METHOD_VERSION, SCHEMA_VERSION, SUMMARY
-from mpscale.core.journal import read_journal
-from mpscale.core.naming import NAME, NOTE, called, drop_misfits, name_in, with_id
-from mpscale.core.reading import (
+from mpscale.core.files.reading import (
     INFO,
     MOST_CASES,
     MOST_STEPS,
@@ -31,6 +29,8 @@ from mpscale.core.reading import (
     read_json,
     unpack,
 )
+from mpscale.core.journal import read_journal
+from mpscale.core.naming import NAME, NOTE, called, drop_misfits, name_in, with_id
 from mpscale.core.record import Key, Record, misfit, settle
 from mpscale.core.run_folder import steps_path
 from mpscale.core.variables import recorded

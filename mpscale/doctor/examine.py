@@ -11,9 +11,9 @@ from typing import Any
 from mpscale.core.case import Case, Settings
 from mpscale.core.columns import COLUMNS, FAILED, Topic, measured_columns
 from mpscale.core.device import NVIDIA, Device, NoSuchDevice, find_device, vendor_of
+from mpscale.core.files.temporary import TemporaryFolder
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
-from mpscale.core.temporary import TemporaryFolder
 from mpscale.doctor import device as devices
 from mpscale.doctor import software
 from mpscale.doctor.finding import Caution, Finding

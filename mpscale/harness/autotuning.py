@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mpscale.core.case import Case
 from mpscale.core.columns import MEASURED
-from mpscale.core.temporary import TemporaryFolder
+from mpscale.core.files.temporary import TemporaryFolder
 
 
 class SharedTuning:

@@ -11,10 +11,10 @@ from typing import IO, Literal
 
 from mpscale.core.cause import Cause
 from mpscale.core.device import Device
-from mpscale.core.process import Process, describe_exit, kill_session, start_kept
+from mpscale.core.files.temporary import temporary_file
+from mpscale.core.processes.process import Process, describe_exit, kill_session, start_kept
+from mpscale.core.processes.wire import Garbled, Wire
 from mpscale.core.reason import Reason
-from mpscale.core.temporary import temporary_file
-from mpscale.core.wire import Garbled, Wire
 
 # -P: a file in the working directory must not stand in for a module of the same name.
 _WORKER = (sys.executable, "-P", "-m", "mpscale.worker.__main__")

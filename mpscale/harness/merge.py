@@ -15,7 +15,7 @@ from typing import Any
 
 from mpscale.core.case import CaseId
 from mpscale.core.columns import MEASURED, Topic, measured_columns
-from mpscale.core.reading import JOURNAL, RunError, parse_json, read_lines
+from mpscale.core.files.reading import JOURNAL, RunError, parse_json, read_lines
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record, values_of
 from mpscale.core.runs import Run, hardware, machine_words, read_run, same_machine

@@ -14,12 +14,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from mpscale.core.files.reading import INFO, JOURNAL, SAMPLES, STEPS, Content, RunError, read_bytes
+from mpscale.core.files.writing import replacing, write, write_new
 from mpscale.core.journal import read_journal
-from mpscale.core.reading import INFO, JOURNAL, SAMPLES, STEPS, Content, RunError, read_bytes
 from mpscale.core.run_folder import gpu_path, steps_path
 from mpscale.core.run_lock import RunIsHeld, RunLock
 from mpscale.core.runs import read_info
-from mpscale.core.writing import replacing, write, write_new
 from mpscale.harness.merge import LINK, Merger, Part
 
 _BEGUN = re.compile(r"\.merging-[0-9a-f]{16}")

@@ -8,8 +8,8 @@ from typing import Any
 from mpscale.analysis.probe import Look, Probe
 from mpscale.core.case import Case, Settings
 from mpscale.core.magnitudes import Magnitudes
+from mpscale.core.processes.wire import Looked
 from mpscale.core.reason import Code, Reason
-from mpscale.core.wire import Looked
 from mpscale.harness.trial import Runner, attempt
 
 STEPS, LOOKS = 200, 8

@@ -15,8 +15,8 @@ from mpscale.core.case import Case
 from mpscale.core.cause import Cause
 from mpscale.core.columns import MEASURED, METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.device import VENDORS, Device
+from mpscale.core.files.reading import RunError
 from mpscale.core.invocation import RESUME, Invocation
-from mpscale.core.reading import RunError
 from mpscale.core.record import Record, values_of
 from mpscale.core.run_folder import Journal, whole_lines
 from mpscale.core.run_lock import RunIsHeld, RunLock

@@ -13,17 +13,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpscale.core import stopping
 from mpscale.core.case import Case
 from mpscale.core.cause import Cause
 from mpscale.core.columns import FAILED, MAY_DIFFER, MEASURED, Topic, measured_columns
 from mpscale.core.device import Device
-from mpscale.core.file_errors import in_words
+from mpscale.core.files.errors import in_words
 from mpscale.core.mode import MODES
+from mpscale.core.processes import stopping
+from mpscale.core.processes.wire import Again, Noted
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
 from mpscale.core.run_folder import Journal
-from mpscale.core.wire import Again, Noted
 from mpscale.harness.resume import Resumed, with_allocator
 from mpscale.harness.supervisor import Listener, Options, Outcome, Supervisor
 from mpscale.harness.without_xla import SLOW_FLOAT16, WithoutXla, case_of, is_outdated, is_slow, outdated, refused

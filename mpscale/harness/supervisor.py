@@ -15,21 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mpscale.core import stopping, wire
 from mpscale.core.case import Case, StartMethod
 from mpscale.core.cause import Cause
 from mpscale.core.columns import FAILED, MEASURED, METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.device import Device
-from mpscale.core.file_errors import in_words, is_of_the_disk
+from mpscale.core.files.errors import in_words, is_of_the_disk
+from mpscale.core.files.temporary import TemporaryFolder, remove_left_behind, temporary_file
 from mpscale.core.given import given
 from mpscale.core.mode import MODES
 from mpscale.core.out_of_memory import ran_out
-from mpscale.core.process import Process, describe_exit
+from mpscale.core.processes import stopping, wire
+from mpscale.core.processes.process import Process, describe_exit
+from mpscale.core.processes.wire import Looked, Noted, Phase, PhaseReached, StepsDone
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
-from mpscale.core.temporary import TemporaryFolder, remove_left_behind, temporary_file
 from mpscale.core.variables import without_secrets
-from mpscale.core.wire import Looked, Noted, Phase, PhaseReached, StepsDone
 from mpscale.harness.autotuning import SharedTuning
 from mpscale.harness.launch import (
     Allocator,

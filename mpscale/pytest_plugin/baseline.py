@@ -250,7 +250,7 @@ class BaselineCheck:
 
     def write(self, run: Run) -> None:
         """Write the comparison into the folder of the run, which has ended, for people and for programs."""
-        from mpscale.core.writing import write
+        from mpscale.core.files.writing import write
         from mpscale.report.comparison import gates_part, of_a_run, render
         from mpscale.report.table import escape
 

@@ -13,7 +13,7 @@ import pytest
 
 from mpscale.config import shown
 from mpscale.core.given import VARIABLE, Given, NoParcel, Parcel, given, take
-from mpscale.core.keeper import die_with_parent
+from mpscale.core.processes.keeper import die_with_parent
 from mpscale.terminal.streams import as_typed, visible
 
 _LONGEST = 150

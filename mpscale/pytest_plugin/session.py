@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mpscale.ab import turns
-from mpscale.core import extras, stopping
+from mpscale.core import extras
 from mpscale.core.given import given
 from mpscale.core.invocation import RESUME
-from mpscale.core.process import kill_living
+from mpscale.core.processes import stopping
+from mpscale.core.processes.process import kill_living
 from mpscale.pytest_plugin import options, origin
 from mpscale.pytest_plugin.baseline import FILE, BaselineCheck, InSummary, as_tests
 from mpscale.pytest_plugin.plan import CASE, PARAMETERS, Plan, check_use, shows_benchmark_table, shuffle_seed
@@ -366,7 +367,7 @@ class Session:
         how = options.run_options(self._config, self._results, plan.selection(), interleaved, started, plan.share)
         if self._resumption is None:
             return LiveRun(plan, how, self.output)
-        from mpscale.core.reading import RunError
+        from mpscale.core.files.reading import RunError
         from mpscale.harness.resume import resume
 
         try:
@@ -541,7 +542,7 @@ class Session:
 
 def _describe(error: Exception) -> str:
     """Return the message of an error, with its type unless it was written for people."""
-    from mpscale.core.file_errors import in_words
+    from mpscale.core.files.errors import in_words
     from mpscale.core.runs import RunError
 
     if isinstance(error, OSError):

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mpscale.core.files.writing import write_named
 from mpscale.core.mode import MODES
 from mpscale.core.record import in_order_of_modes
-from mpscale.core.writing import write_named
 from mpscale.terminal.streams import on_one_line
 
 if TYPE_CHECKING:

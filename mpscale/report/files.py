@@ -12,11 +12,11 @@ from mpscale.analysis.noise_floor import floors_of
 from mpscale.analysis.probe import probes_of
 from mpscale.analysis.summary import summary_csv, summary_of
 from mpscale.core.cases_csv import read_cases
-from mpscale.core.reading import CASES, REPORT, read_bytes, read_text
+from mpscale.core.files.reading import CASES, REPORT, read_bytes, read_text
+from mpscale.core.files.writing import write
 from mpscale.core.record import Record, to_csv
 from mpscale.core.run_lock import NAME, RunIsHeld, RunLock
 from mpscale.core.runs import Run, RunError, read_run
-from mpscale.core.writing import write
 from mpscale.report.document import Document, document, render
 from mpscale.report.gains_figure import gains
 from mpscale.report.memory_figure import MEMORY_OVER_TIME, memory_over_time

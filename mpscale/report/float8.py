@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from mpscale.core.reading import parse_json
+from mpscale.core.files.reading import parse_json
 from mpscale.core.record import values_of
 from mpscale.core.runs import Run
 from mpscale.report.sections import measured

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from mpscale.core.reading import RunError
+from mpscale.core.files.reading import RunError
+from mpscale.core.processes.wire import Phase
 from mpscale.core.record import Record, modes_of
 from mpscale.core.run_folder import gpu_path
 from mpscale.core.runs import Run
-from mpscale.core.wire import Phase
 from mpscale.report.figures import SOFT, TINTS, Look, Picture, as_text, house_style, looks
 from mpscale.report.panels import SMALL, Group, multiples, panel_title, width_of
 from mpscale.report.sections import measured

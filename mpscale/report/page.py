@@ -16,7 +16,7 @@ from string import Template
 from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
 
-from mpscale.core.reading import REPORT, RunError, read_text
+from mpscale.core.files.reading import REPORT, RunError, read_text
 from mpscale.report.document import Document, Section
 from mpscale.report.figures import Picture
 from mpscale.report.first_screen_page import html_of

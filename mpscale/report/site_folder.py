@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from mpscale.core.reading import SUMMARY, RunError, read_json
-from mpscale.core.writing import remove, remove_leftovers, write
+from mpscale.core.files.reading import SUMMARY, RunError, read_json
+from mpscale.core.files.writing import remove, remove_leftovers, write
 
 MANIFEST = "mpscale-site.json"
 """Lists the files that mpscale has made, the only ones that it replaces or removes."""

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from mpscale.core import extras
-from mpscale.core.file_errors import why
+from mpscale.core.files.errors import why
+from mpscale.core.files.temporary import TemporaryFolder
 from mpscale.core.given import VARIABLE, Parcel, given
 from mpscale.core.invocation import RESUME, SCRIPT
-from mpscale.core.temporary import TemporaryFolder
 from mpscale.workloads import Workload, registry
 
 if TYPE_CHECKING:

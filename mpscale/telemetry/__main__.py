@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.device import Device
-from mpscale.core.process import die_with_parent
+from mpscale.core.processes.process import die_with_parent
+from mpscale.core.processes.wire import Wire
 from mpscale.core.reason import Reason
-from mpscale.core.wire import Wire
 from mpscale.telemetry.backend import RANGES, Gpu, Memory, Processes, open_backend
 from mpscale.telemetry.samples import CALM_FROM, CALM_S, CALM_UNTIL, Reading, Sample, SampleFile
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mpscale.core.device import VENDORS, Device, Vendor
-from mpscale.core.process import Child, describe_exit
+from mpscale.core.processes.process import Child, describe_exit
+from mpscale.core.processes.wire import Garbled, Wire
 from mpscale.core.reason import Code, Reason
-from mpscale.core.wire import Garbled, Wire
 
 # Without persistence mode the driver wakes every GPU for the first call, which takes seconds each.
 _DESCRIBE_S = 60.0

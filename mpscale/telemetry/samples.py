@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
-from mpscale.core.reading import MOST_SAMPLES, SAMPLES, RunError, check_text, lines_of, parse_json, unpack
+from mpscale.core.files.reading import MOST_SAMPLES, SAMPLES, RunError, check_text, lines_of, parse_json, unpack
 from mpscale.core.reason import Code, Reason
 
 CALM_FROM, CALM_UNTIL = "timing-start", "timing-end"

@@ -12,11 +12,11 @@ from typing import IO, Any
 
 from mpscale.core.columns import Source, measured_columns
 from mpscale.core.device import Device
-from mpscale.core.file_errors import in_words
+from mpscale.core.files.errors import in_words
+from mpscale.core.files.temporary import NoTemporaryFile, TemporaryFolder
+from mpscale.core.files.writing import write
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.core.temporary import NoTemporaryFile, TemporaryFolder
-from mpscale.core.writing import write
 from mpscale.telemetry import gpu_memory, presence
 from mpscale.telemetry.client import Driver, SilentDriver
 from mpscale.telemetry.gpu_energy import energy_columns

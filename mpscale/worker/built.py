@@ -16,17 +16,17 @@ import numpy.typing as npt
 from mpscale.core.case import Case, series_key
 from mpscale.core.columns import LARGEST, Topic, measured_columns
 from mpscale.core.mode import MODES
+from mpscale.core.processes.wire import Channel, Remarked
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.core.wire import Channel, Remarked
-from mpscale.worker import compiled as compiling
 from mpscale.worker import model as models
 from mpscale.worker.batches import Batches, Source
-from mpscale.worker.compiled import CompiledModel
-from mpscale.worker.course import Course
+from mpscale.worker.compiled import model as compiling
+from mpscale.worker.compiled.course import Course
+from mpscale.worker.compiled.evaluator import FitEvaluator, Judge
+from mpscale.worker.compiled.model import CompiledModel
+from mpscale.worker.compiled.update import FitUpdate
 from mpscale.worker.feed import Feed
-from mpscale.worker.fit_evaluator import FitEvaluator, Judge
-from mpscale.worker.fit_update import FitUpdate
 from mpscale.worker.float8 import Float8
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic

@@ -13,21 +13,22 @@ from typing import Any
 from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case
 from mpscale.core.device import Device
-from mpscale.core.file_errors import in_words
+from mpscale.core.files.errors import in_words
+from mpscale.core.files.writing import replacing
 from mpscale.core.lint import to_cell
 from mpscale.core.mode import MODES
+from mpscale.core.processes.wire import Channel, NotKept, Phase, Remarked
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.core.wire import Channel, NotKept, Phase, Remarked
-from mpscale.core.writing import replacing
-from mpscale.worker import autotuning, lint
+from mpscale.worker import autotuning
 from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, judged, put
+from mpscale.worker.compiled.judged import beyond_classes
+from mpscale.worker.compiled.update import FitUpdate
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
 from mpscale.worker.draws import draws_of
 from mpscale.worker.feed import Feed, InputFailed
-from mpscale.worker.fit_update import FitUpdate
-from mpscale.worker.judged import beyond_classes
+from mpscale.worker.lint import look as lint
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
 from mpscale.worker.refusal import refusals_of

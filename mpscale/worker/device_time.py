@@ -47,8 +47,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tensorflow.tsl.profiler.protobuf.xplane_pb2 import XSpace
 
 from mpscale.core.device import Device
+from mpscale.core.files.temporary import TemporaryFolder
 from mpscale.core.reason import Code, Reason
-from mpscale.core.temporary import TemporaryFolder
 
 _GPU_PLANE = re.compile(r"/device:GPU:(\d+)")
 _KERNELS = frozenset({"kernel_details", "cuda_graph_exec_id"})

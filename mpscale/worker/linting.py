@@ -17,13 +17,13 @@ from mpscale.core.case import Case
 from mpscale.core.device import Device
 from mpscale.core.lint import Check, Finding, Severity, to_cell
 from mpscale.core.mode import MODES
-from mpscale.core.wire import Channel, Phase
-from mpscale.worker import compiled as compiling
-from mpscale.worker import lint as checks
+from mpscale.core.processes.wire import Channel, Phase
 from mpscale.worker.built import Built, build
 from mpscale.worker.case import Status
+from mpscale.worker.compiled import model as compiling
+from mpscale.worker.compiled.judged import beyond_classes
 from mpscale.worker.device import require, touch
-from mpscale.worker.judged import beyond_classes
+from mpscale.worker.lint import look as checks
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import Call, noted_calls
 from mpscale.worker.refusal import refusal_in

@@ -18,8 +18,8 @@ import numpy as np
 import tensorflow as tf
 
 from mpscale.core.magnitudes import BINS, PLACES, SECOND, THIRD, Magnitudes, Of
+from mpscale.core.processes.wire import Channel, Looked, Phase
 from mpscale.core.reason import Code, Reason
-from mpscale.core.wire import Channel, Looked, Phase
 from mpscale.worker.step import MOST_UNREAD, TrainStep
 
 _MAGNITUDE, _MANTISSA, _ONE = 0x7FFFFFFF, 0x007FFFFF, 0x3F800000  # bits of a float32

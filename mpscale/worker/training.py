@@ -15,7 +15,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from mpscale.worker import labels as label_forms
-from mpscale.worker.course import Course
+from mpscale.worker.compiled.course import Course
 from mpscale.worker.objective import check_outputs
 from mpscale.worker.step import MOST_UNREAD, Log, TrainStep
 from mpscale.workloads import Workload

@@ -22,10 +22,10 @@ from mpscale.analysis.probe import probes_of
 from mpscale.analysis.summary import summary_csv, summary_of
 from mpscale.cli import main
 from mpscale.config import SettingsError, training_steps
-from mpscale.core import reading
 from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS
-from mpscale.core.reading import MOST_CASES, MOST_LINE, MOST_STEPS, Content, RunError, parse_json, unpack
+from mpscale.core.files import reading
+from mpscale.core.files.reading import MOST_CASES, MOST_LINE, MOST_STEPS, Content, RunError, parse_json, unpack
 from mpscale.core.record import misfit, to_csv
 from mpscale.core.runs import environment_facts, read_run
 from mpscale.pytest_plugin.project import read

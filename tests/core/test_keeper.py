@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from support.processes import wait_for
 
-from mpscale.core.process import start_kept
-from mpscale.core.wire import Wire
+from mpscale.core.processes.process import start_kept
+from mpscale.core.processes.wire import Wire
 from mpscale.telemetry.__main__ import Family
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has child subreapers")
@@ -56,8 +56,8 @@ KINDS = {"session", "daemon", "deaf", "group", "grandchild", "child", "stopped",
 
 STARTER = """
 import os, sys, time
-from mpscale.core.process import start_kept
-from mpscale.core.wire import Wire
+from mpscale.core.processes.process import start_kept
+from mpscale.core.processes.wire import Wire
 
 ends = Wire.pair()
 command = [sys.executable, "-I", "-S", "-c", sys.argv[1], sys.argv[2], str(ends[1].fileno())]

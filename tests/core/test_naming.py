@@ -9,8 +9,8 @@ from support.runfolder import finished, record, write_run
 
 from mpscale.analysis.compare import compare_all
 from mpscale.analysis.history import make_history
+from mpscale.core.files.reading import RunError
 from mpscale.core.naming import NAME, NOTE, called, note_of, rename, run_name
-from mpscale.core.reading import RunError
 from mpscale.core.run_lock import RunLock
 from mpscale.core.runs import read_info, read_run, resolve_run
 from mpscale.report.comparison import render as render_comparison

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from mpscale.core.temporary import NoTemporaryFile, TemporaryFolder, remove_left_behind, temporary_file
+from mpscale.core.files.temporary import NoTemporaryFile, TemporaryFolder, remove_left_behind, temporary_file
 
 HOLDER = """
 import sys, time
-from mpscale.core.temporary import TemporaryFolder
+from mpscale.core.files.temporary import TemporaryFolder
 folder = TemporaryFolder("held")
 (folder.path / "file").touch()
 print(folder.path, flush=True)

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from mpscale.core.cause import Cause
-from mpscale.core.process import Child, describe_exit
-from mpscale.core.reason import Code, Reason
-from mpscale.core.wire import (
+from mpscale.core.processes.process import Child, describe_exit
+from mpscale.core.processes.wire import (
     WORKER_EVENTS,
     Blocks,
     EnergySteps,
@@ -32,10 +31,11 @@ from mpscale.core.wire import (
     event_of,
     wait_for,
 )
+from mpscale.core.reason import Code, Reason
 
 PROGRAM = """
 import os, signal, subprocess, sys, time
-from mpscale.core.wire import Wire
+from mpscale.core.processes.wire import Wire
 
 given = int(sys.argv[1])
 wire = Wire.inherited(given)

@@ -19,9 +19,9 @@ from support.runfolder import NAME, finished, record, write_run, write_steps
 
 from mpscale.cli import main
 from mpscale.core.case import Case, Settings
+from mpscale.core.files.writing import open_to_append, remove, remove_leftovers, replacing, write, write_named
 from mpscale.core.run_folder import Journal, gpu_path, steps_path
 from mpscale.core.runs import RunError, read_run
-from mpscale.core.writing import open_to_append, remove, remove_leftovers, replacing, write, write_named
 
 SECRET = "of the user"
 
@@ -213,7 +213,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file_and_no_other(tmp_path):
     path.write_text("old")
     # In a process of its own, since the limit goes for all files of a process.
     program = (
-        "import resource, sys; from pathlib import Path; from mpscale.core.writing import write\n"
+        "import resource, sys; from pathlib import Path; from mpscale.core.files.writing import write\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n    write(Path(sys.argv[1]), 'x' * 5000)\n"
         "except OSError as error:\n    print(error.errno, error.filename)"
@@ -226,7 +226,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file_and_no_other(tmp_path):
 
 def test_a_torn_gzip_of_a_killed_process_does_not_look_whole_and_the_next_file_clears_it_away(tmp_path):
     program = (
-        "import gzip, os, signal, sys; from pathlib import Path; from mpscale.core.writing import replacing\n"
+        "import gzip, os, signal, sys; from pathlib import Path; from mpscale.core.files.writing import replacing\n"
         "path = Path(sys.argv[1])\n"
         "with replacing(path, path.parent.parent) as whole, gzip.open(whole, 'wt') as file:\n"
         "    file.write('step,loss\\n' * 10**5); file.flush(); whole.flush()\n"
@@ -304,7 +304,7 @@ def test_a_link_that_the_user_names_is_followed(tmp_path):
 @pytest.mark.parametrize("name", ["/dev/stdout", "/proc/self/fd/1"])
 def test_standard_output_may_be_named_and_loses_nothing(tmp_path, name):
     program = (
-        "import sys; from pathlib import Path; from mpscale.core.writing import write_named\n"
+        "import sys; from pathlib import Path; from mpscale.core.files.writing import write_named\n"
         "print('before'); write_named(Path(sys.argv[1]), 'result\\n'); print('after')"
     )
     command = [sys.executable, "-c", program, name]

@@ -215,7 +215,7 @@ def fuzz(target: str, seconds: int, corpus: Path) -> None:
         import mpscale.telemetry.samples
         from mpscale.config import SettingsError
         from mpscale.core.columns import COLUMNS
-        from mpscale.core.reading import RunError
+        from mpscale.core.files.reading import RunError
     folder = Path(tempfile.mkdtemp(dir=corpus.parent))
     words = corpus.parent / "words"
     texts = [text.replace("\\", "\\\\").replace('"', '\\"') for text in (*COLUMNS, *ODD)]

@@ -20,7 +20,7 @@ CPU, NO_DRIVER = Device("cpu", "CPU"), NoDriver(Reason(Code.NO_GPU, "no driver")
 WORKER = """
 import json, os, signal, sys, time
 from pathlib import Path
-from mpscale.core.wire import Channel, Failed, Finished, NotKept, Wire
+from mpscale.core.processes.wire import Channel, Failed, Finished, NotKept, Wire
 from mpscale.worker.errors import cause
 
 wire = Wire.inherited(int(sys.argv[2]))

@@ -10,7 +10,7 @@ import pytest
 from mpscale.core.case import Case
 from mpscale.core.cause import Cause
 from mpscale.core.columns import FAILED
-from mpscale.core.wire import Again
+from mpscale.core.processes.wire import Again
 from mpscale.harness import launch
 
 BEGAN = "began(); "
@@ -183,7 +183,7 @@ def test_a_file_that_cannot_be_kept_is_noted_and_fails_the_run_but_not_the_case(
 
 PARENT = """
 import os, sys
-from mpscale.core.wire import Wire
+from mpscale.core.processes.wire import Wire
 
 wire, told = Wire.inherited(int(sys.argv[2])), os.environ.get("HELD", '{"held": null}')
 wire._socket.sendall(told.encode() + b"\\n")

@@ -12,7 +12,7 @@ from mpscale.analysis.history import read_folder
 from mpscale.analysis.noise_floor import runs_of_the_same_code
 from mpscale.analysis.summary import summary_of
 from mpscale.cli import main
-from mpscale.core.reading import RunError
+from mpscale.core.files.reading import RunError
 from mpscale.core.run_folder import gpu_path, steps_path
 from mpscale.core.runs import hardware, read_run, resolve_run
 from mpscale.core.shard import Shard, Share

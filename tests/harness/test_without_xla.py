@@ -10,8 +10,8 @@ from support.no_training import CASES, CPU, DRIVER, ENVIRONMENT, figures, option
 from mpscale.analysis.compare import State, pair_rows
 from mpscale.core.case import Case, SeriesKey, Settings
 from mpscale.core.cause import Cause
+from mpscale.core.processes.wire import Again, Noted
 from mpscale.core.runs import read_run
-from mpscale.core.wire import Again, Noted
 from mpscale.harness import resume as harness_resume
 from mpscale.harness import run as harness_run
 from mpscale.report.findings import findings

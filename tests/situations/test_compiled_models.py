@@ -32,10 +32,10 @@ from support.one_case import Outcome, train
 from mpscale.core.case import Case, Settings
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
-from mpscale.core.wire import Remarked
+from mpscale.core.processes.wire import Remarked
 from mpscale.worker.built import build as build_case
 from mpscale.worker.built import described
-from mpscale.worker.fit_update import FitUpdate
+from mpscale.worker.compiled.update import FitUpdate
 from mpscale.worker.model import described_code
 from mpscale.worker.precision import Arithmetic
 from mpscale.worker.scaler import scaler_for

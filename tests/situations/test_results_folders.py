@@ -12,7 +12,7 @@ import pytest
 from support.small_suite import SUITE, pytest_here, write
 
 from mpscale.config import folder, why_not_writable
-from mpscale.core.file_errors import why
+from mpscale.core.files.errors import why
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from types import MappingProxyType
 from support.nvml_stand_in import Script
 
 from mpscale.core.device import Device, find_device, find_replicas
+from mpscale.core.processes.wire import Phase
 from mpscale.core.reason import Code, Reason
-from mpscale.core.wire import Phase
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, open_driver
 from mpscale.telemetry.replicas import ReplicaWatch

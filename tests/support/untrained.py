@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from support import no_training
 
-from mpscale.core import stopping
 from mpscale.core.cause import Cause
 from mpscale.core.given import given, take
+from mpscale.core.processes import stopping
 from mpscale.workloads import registry
 
 

@@ -85,6 +85,6 @@ def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, write_suite,
         assert (path / "report.html").exists()
     else:
         # As the next run does.
-        code = "from mpscale.core.temporary import remove_left_behind; remove_left_behind()"
+        code = "from mpscale.core.files.temporary import remove_left_behind; remove_left_behind()"
         subprocess.run([sys.executable, "-c", code], check=True, env=environment(TMPDIR=str(folder / "tmp")))
     assert list((folder / "tmp").iterdir()) == []

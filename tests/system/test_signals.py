@@ -249,7 +249,7 @@ def test_a_terminal_that_is_gone_costs_no_report(tmp_path):
 
 SCRIPT = """
 import os, signal, threading, time
-from mpscale.core import stopping
+from mpscale.core.processes import stopping
 
 def send(name):
     os.kill(os.getpid(), getattr(signal, name))
@@ -287,7 +287,7 @@ def test_when_a_signal_is_raised_and_when_it_ends_the_process(script, printed, c
 
 JOURNAL = """
 import os, pathlib, signal, sys
-from mpscale.core import stopping
+from mpscale.core.processes import stopping
 from mpscale.core.case import Case, Settings
 from mpscale.core.run_folder import Journal
 
@@ -345,7 +345,7 @@ def handlers():
 
 
 def test_handlers_of_the_host_process_stay_or_are_put_back():
-    from mpscale.core import stopping
+    from mpscale.core.processes import stopping
 
     before = handlers()
     ours = signal.signal(signal.SIGTERM, print), signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -361,7 +361,7 @@ def test_handlers_of_the_host_process_stay_or_are_put_back():
 
 
 def test_a_session_in_a_thread_has_no_handlers_and_works():
-    from mpscale.core import stopping
+    from mpscale.core.processes import stopping
 
     found, before = [], handlers()
 

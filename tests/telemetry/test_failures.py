@@ -13,8 +13,8 @@ from support.nvml_stand_in import Script
 
 from mpscale.core.columns import Source, measured_columns
 from mpscale.core.device import find_device
+from mpscale.core.processes.wire import Wire
 from mpscale.core.reason import Code
-from mpscale.core.wire import Wire
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, NoDriver, open_driver
 from mpscale.telemetry.samples import Reading

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from support.gpu_case import ENERGY_OFF, kept_samples
 
+from mpscale.core.processes.wire import Phase
 from mpscale.core.reason import Code
-from mpscale.core.wire import Phase
 from mpscale.telemetry.gpu_memory import AllocatorFacts, memory_columns
 from mpscale.telemetry.samples import Sample, Samples
 from mpscale.telemetry.watch import WorkerFacts

@@ -3,8 +3,8 @@
 import pytest
 
 from mpscale.core.case import Case, Settings
+from mpscale.core.processes.wire import Phase, PhaseReached, StepsDone
 from mpscale.core.record import Record
-from mpscale.core.wire import Phase, PhaseReached, StepsDone
 from mpscale.terminal.progress import LiveLine, Progress
 from mpscale.terminal.streams import PIPE, Surface
 

@@ -10,7 +10,7 @@ from mpscale.core.case import Case, Settings
 from mpscale.core.device import Device
 from mpscale.core.lint import Check, Severity, of_cell
 from mpscale.worker import linting
-from mpscale.worker.lint_data import Arrays, of_host
+from mpscale.worker.lint.data import Arrays, of_host
 from mpscale.workloads import Data, Workload, registry
 
 L = keras.layers
@@ -382,13 +382,13 @@ def test_the_first_training_of_a_run_finds_what_needs_no_step(monkeypatch):
 
 
 def test_a_model_that_cannot_be_looked_at_is_trained_all_the_same(monkeypatch):
-    monkeypatch.setattr("mpscale.worker.lint.of_outputs", lambda *_: 1 / 0)
+    monkeypatch.setattr("mpscale.worker.lint.look.of_outputs", lambda *_: 1 / 0)
     outcome = train(sound(train_steps=3), "fp32")
     assert (outcome.status, "lint" in outcome.row) == ("ok", False)
 
 
 def test_a_run_looks_at_the_beginning_of_large_data_only(monkeypatch):
-    monkeypatch.setattr("mpscale.worker.lint.MOST_BYTES", 10 * 8 * 4)
+    monkeypatch.setattr("mpscale.worker.lint.look.MOST_BYTES", 10 * 8 * 4)
     for place, checks in ((9, [Check.INPUTS_NOT_FINITE]), (10, [])):
         found = of_cell(train(sound(data=with_value(np.nan, place), train_steps=3), "fp32").row["lint"])
         assert [finding.check for finding in found] == checks

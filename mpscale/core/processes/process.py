@@ -1,7 +1,7 @@
 """Start processes, exchange messages with them and end them.
 
 Nothing that a process of :func:`start_kept` has started outlives it, or this process, on Linux; see
-:mod:`mpscale.core.keeper`. Elsewhere that holds for what has stayed in its process group.
+:mod:`mpscale.core.processes.keeper`. Elsewhere that holds for what has stayed in its process group.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 from weakref import WeakSet
 
-from mpscale.core import keeper
-from mpscale.core.keeper import die_with_parent as die_with_parent
-from mpscale.core.wire import Wire, wait_for
+from mpscale.core.processes import keeper
+from mpscale.core.processes.keeper import die_with_parent as die_with_parent
+from mpscale.core.processes.wire import Wire, wait_for
 
 _living: WeakSet[Process] = WeakSet()
 """Those that have been started and not yet been killed."""

@@ -16,7 +16,7 @@ import tensorflow as tf
 from mpscale.core.lint import Check, Finding, Severity
 from mpscale.core.magnitudes import LARGEST_FLOAT16
 from mpscale.worker import labels as label_forms
-from mpscale.worker.judged import Judged
+from mpscale.worker.compiled.judged import Judged
 from mpscale.worker.objective import check_finite, check_logits, check_values
 from mpscale.worker.refused import Refused
 from mpscale.worker.traced import Traced

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from mpscale.core.file_errors import is_of_the_disk, why
+from mpscale.core.files.errors import is_of_the_disk, why
 
 _PREFIX = "mpscale-"
 _MARK = ".made-by-mpscale"

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from mpscale.worker.fit_update import Compared, FitUpdate
+from mpscale.worker.compiled.update import Compared, FitUpdate
 from mpscale.worker.objective import check_values, options_of
 from mpscale.worker.refused import Refused
 from mpscale.worker.step import TrainStep

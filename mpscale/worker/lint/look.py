@@ -15,10 +15,10 @@ import tensorflow as tf
 
 from mpscale.core.lint import Check, Finding, Severity
 from mpscale.core.mode import MODES, Mode
-from mpscale.worker import lint_data as checks
-from mpscale.worker.fit_update import FitUpdate
-from mpscale.worker.judged import Judged, judged_of
-from mpscale.worker.lint_data import Arrays
+from mpscale.worker.compiled.judged import Judged, judged_of
+from mpscale.worker.compiled.update import FitUpdate
+from mpscale.worker.lint import data as checks
+from mpscale.worker.lint.data import Arrays
 from mpscale.worker.precision import LOW, MOVES, Arithmetic, Precision
 from mpscale.worker.traced import WITHIN, Product, Size, Traced, operations, source
 from mpscale.workloads.data import leaves

@@ -1,0 +1,1 @@
+"""Files of unknown origin are read, and files are written whole. Standard library only."""

@@ -1,0 +1,1 @@
+"""Processes: started, watched, spoken with and ended. Standard library only."""

@@ -1,0 +1,1 @@
+"""A compiled model, which trains and evaluates by itself."""

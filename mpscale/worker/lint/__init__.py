@@ -1,0 +1,1 @@
+"""What is wrong or slow about a workload."""
