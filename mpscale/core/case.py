@@ -150,7 +150,7 @@ class Settings:
         lint: look for what is wrong or slow about the workload, and take a few steps only for that.
         autotune: whether each process lets XLA tune its kernels, or those of a workload and mode share the results.
         strategy: of tf.distribute; ``none`` trains on one device.
-        replicas: on how many devices each step is taken. The batch size is that of a replica.
+        replicas: on how many devices each step is taken, over all workers. The batch size is that of a replica.
     """
 
     jit: bool = True
@@ -166,7 +166,7 @@ class Settings:
     looks: int = 0
     lint: bool = False
     autotune: Literal["fresh", "shared"] = "fresh"
-    strategy: Literal["none", "mirrored"] = "none"
+    strategy: Literal["none", "mirrored", "multiworker"] = "none"
     replicas: int = 1
 
     def suited_to(self, growth_interval: int | None) -> Settings:
