@@ -24,8 +24,9 @@ from mpscale.analysis.versions import (
 )
 from mpscale.core.case import Place, SeriesKey
 from mpscale.core.columns import FAILED, MEASURED
+from mpscale.core.machines import environment_differences, hardware, same_machine
 from mpscale.core.record import Key, Record, common, grouped, of_good_trainings
-from mpscale.core.runs import Run, RunError, environment_differences, hardware, same_machine
+from mpscale.core.runs import Run, RunError
 
 
 class State(Ranked):

@@ -15,9 +15,10 @@ from mpscale.analysis.quantities import BASELINE, QUANTITIES, Quantity, failure,
 from mpscale.analysis.stats import Interval, geometric_interval, log_change
 from mpscale.analysis.versions import ANY, ModelChange, model_changes, series_name, versions_key
 from mpscale.core.case import SeriesKey
+from mpscale.core.machines import hardware
 from mpscale.core.naming import with_id
 from mpscale.core.record import Key, Record, grouped, in_order_of_modes
-from mpscale.core.runs import MAKE_ONE, Run, RunError, hardware, read_run, without_parts
+from mpscale.core.runs import MAKE_ONE, Run, RunError, read_run, without_parts
 
 _TIME_IN_NAME = re.compile(r"\d{8}T\d{6}Z")
 
@@ -93,7 +94,7 @@ class Series:
         workload: its name.
         mode: its name.
         key: the series key, see :class:`mpscale.core.case.SeriesKey`; of a named series for all versions.
-        hardware: see :func:`mpscale.core.runs.hardware`; only what is known.
+        hardware: see :func:`mpscale.core.machines.hardware`; only what is known.
         apart: what distinguishes it from other series of its workload and mode; empty if it is the only one.
         metric_name: of the workload; None if unknown.
         points: one per run.

@@ -15,8 +15,9 @@ from mpscale.analysis.history import Series, oldest_first
 from mpscale.analysis.noise_floor import MOST_RUNS, Floors, floors_among
 from mpscale.analysis.quantities import Verdict
 from mpscale.analysis.versions import versions_key
+from mpscale.core.machines import environment_facts, hardware
 from mpscale.core.record import Record, common
-from mpscale.core.runs import Run, RunError, environment_facts, hardware
+from mpscale.core.runs import Run, RunError
 
 
 class Neighbours:

@@ -20,8 +20,9 @@ from mpscale.analysis.quantities import COSTS, Cost
 from mpscale.analysis.stats import Between
 from mpscale.core.case import Place
 from mpscale.core.columns import MEASURED
+from mpscale.core.machines import environment_differences, same_hardware
 from mpscale.core.record import Record, grouped
-from mpscale.core.runs import Run, by_age, environment_differences, read_info, read_run, same_hardware
+from mpscale.core.runs import Run, by_age, read_info, read_run
 
 FEWEST_RUNS = 5
 MOST_RUNS = 30

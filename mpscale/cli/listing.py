@@ -64,8 +64,8 @@ def _described(path: Path) -> dict[str, Any]:
 
 def _facts(run: Run) -> dict[str, Any]:
     from mpscale.core.columns import FAILED
+    from mpscale.core.machines import hardware
     from mpscale.core.record import grouped
-    from mpscale.core.runs import hardware
     from mpscale.report.missing import go_on
 
     facts = hardware(run)

@@ -1,14 +1,12 @@
-"""Read a run from disk: its environment, its records and the steps of its cases; find runs; tell machines apart."""
+"""Read a run from disk: its environment, its records and the steps of its cases; find runs."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,23 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from mpscale.core.case import CaseId, Place
 from mpscale.core.cases_csv import read_cases
-from mpscale.core.columns import COLUMNS, DTYPES, LARGEST, METHOD_VERSION, SCHEMA_VERSION, SUMMARY
+from mpscale.core.columns import COLUMNS, DTYPES, METHOD_VERSION, SCHEMA_VERSION, SUMMARY
 from mpscale.core.files.reading import (
     INFO,
     MOST_CASES,
-    MOST_STEPS,
-    STEPS,
     NoSuchFileError,
     RunError,
-    check_text,
-    lines_of,
     read_json,
-    unpack,
 )
 from mpscale.core.journal import read_journal
 from mpscale.core.naming import NAME, NOTE, called, drop_misfits, name_in, with_id
 from mpscale.core.record import Key, Record, misfit, settle
 from mpscale.core.run_folder import steps_path
+from mpscale.core.steps_csv import read_steps
 from mpscale.core.variables import recorded
 
 if TYPE_CHECKING:
@@ -47,10 +41,6 @@ _LONGEST, _SHOWN_OF_A_NAME = 4096, 60
 """Characters of a path, and those of one that is too long that a message repeats."""
 _SHOWN = 5
 """How many runs a message names."""
-_MACHINE_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "TF_ENABLE_ONEDNN_OPTS", "TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
-"""Environment variables that limit which cores or instructions of a CPU are used."""
-_NOT_FACTS = ("load_average_at_start", "memory_mib", "memory_limit_mib", "uuid", "vendor")
-"""Keys of an environment that differ between runs on one machine, or repeat what another key says."""
 
 
 class NoRunYet(RunError):
@@ -184,57 +174,10 @@ class Run:
             close = difflib.get_close_matches(case_id, self._case_ids, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; cases: {len(self._case_ids)}"
             raise RunError(f"{self.name} has no case {case_id!r}{hint}")
-        path = steps_path(self.path, case_id)
         try:
-            content = unpack(path, STEPS)
+            return read_steps(steps_path(self.path, case_id))
         except NoSuchFileError as error:
             raise RunError(f"{error}; only a case that trained to its end has steps") from None
-        check_text(path, content)
-        return _step_columns(path, content)
-
-
-def _step_columns(path: Path, content: bytes) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {name: [] for name in _STEPS}
-    reader = csv.reader(lines_of(path, content))
-    try:
-        header = next(reader, [])
-        if missing := [name for name in _STEPS if name not in header]:
-            raise RunError(f"{path}: has no column {', '.join(missing)}")
-        places = [(found[name], header.index(name), parse) for name, parse in _STEPS.items()]
-        for row in reader:
-            if len(row) != len(header):
-                raise ValueError("not as many cells as the header")
-            if reader.line_num > MOST_STEPS + 1:
-                raise ValueError(f"more than {MOST_STEPS:,} steps; no training has so many")
-            for column, place, parse in places:
-                column.append(parse(cell) if (cell := row[place]) else None)
-    except (ValueError, csv.Error) as error:
-        raise RunError(f"{path}, line {reader.line_num}: cannot be read as a log of steps: {error!s:.200}") from error
-    return found
-
-
-def _step(cell: str) -> int:
-    if not (cell.isascii() and cell.isdecimal() and len(cell) < 16):
-        raise ValueError(f"expected the number of a step, not {cell!r}")
-    return int(cell)
-
-
-def _number(cell: str) -> float:
-    value = float(cell)
-    # Infinity is what a training that diverged has; a number beyond any dtype is a file that was changed.
-    if LARGEST < abs(value) < math.inf:
-        raise ValueError(f"{cell} is beyond the range of any loss or loss scale")
-    return value
-
-
-def _flag(cell: str) -> bool:
-    flags = {"0": False, "1": True, "False": False, "True": True}
-    if cell not in flags:
-        raise ValueError(f"expected 0 or 1, not {cell!r}")
-    return flags[cell]
-
-
-_STEPS: dict[str, Callable[[str], Any]] = {"step": _step, "loss": _number, "loss_scale": _number, "overflow": _flag}
 
 
 def read_run(path: str | Path) -> Run:
@@ -499,92 +442,3 @@ def without_parts(runs: Iterable[Run]) -> list[Run]:
         return whole is not None and run._case_ids.keys() <= whole._case_ids.keys()
 
     return [run for run in runs if not is_within(run)]
-
-
-def hardware(run: Run) -> dict[str, Any]:
-    """The facts that identify the machine of a run, as far as they are known.
-
-    A run that was merged from different devices has no costs, and its machine is all of them.
-    """
-    found = _joined if run.merged else _one_device
-    kind, name = (found(run, column) for column in ("device", "device_name"))
-    if run.merged and kind and name:
-        return machine(kind, name, run.environment)
-    return machine(run.device.get("kind") or kind, run.device.get("name") or name, run.environment)
-
-
-def _one_device(run: Run, column: str) -> str | None:
-    known = _known(run, column)
-    if len(known) > 1:
-        raise RunError(f"{run.path}: holds cases of {known[0]} and of {known[1]}; compare runs of one device each")
-    return known[0] if known else None
-
-
-def _joined(run: Run, column: str) -> str | None:
-    return " and ".join(sorted(map(str, _known(run, column)))) or None
-
-
-def _known(run: Run, column: str) -> list[str]:
-    return list(dict.fromkeys(record[column] for record in run.records if record[column] is not None))
-
-
-def machine(kind: str | None, name: str | None, environment: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that identify a machine, from a device and an environment as in run.json."""
-    facts: dict[str, Any] = {"kind": kind, "name": name}
-    if kind == "cpu" and environment:
-        cpu, variables = environment.get("cpu"), environment.get("variables")
-        facts["cores"] = cpu.get("logical_cores") if isinstance(cpu, dict) else None
-        if isinstance(variables, Mapping):
-            facts |= {variable: variables[variable] for variable in _MACHINE_VARIABLES if variable in variables}
-            limit = re.search(r"--xla_cpu_max_isa=(\S+)", str(variables.get("XLA_FLAGS", "")))
-            if limit:
-                facts["xla_cpu_max_isa"] = limit[1]
-    return facts
-
-
-def same_hardware(baseline: Run, other: Run) -> bool:
-    """Whether both ran on the same kind of machine. A cases.csv has only the kind and name of the device."""
-    return same_machine(hardware(baseline), hardware(other))
-
-
-def same_machine(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
-    """Whether two results of :func:`hardware` agree in the facts that both have."""
-    known = ("kind", "name") if "cores" not in one or "cores" not in two else one.keys() | two.keys()
-    return all(one.get(name) == two.get(name) for name in known)
-
-
-def machine_words(facts: Mapping[str, Any]) -> str:
-    """The machine in one line, for people."""
-    parts = [f"{facts['name'] or 'unknown'} ({facts['kind'] or 'unknown'})"]
-    for name, value in facts.items():
-        if name == "cores" and value is not None:
-            parts.append(f"{value} core" if value == 1 else f"{value} cores")
-        elif name not in ("kind", "name", "cores"):
-            parts.append(f"{name}={value}")
-    return ", ".join(parts)
-
-
-def environment_differences(baseline: Run, other: Run) -> list[tuple[str, str, str]]:
-    """What differs between the environments of two runs: name, value in the baseline, value in the other run."""
-    one, two = (dict(environment_facts(run)) for run in (baseline, other))
-    names = list(dict.fromkeys([*one, *two])) if one and two else []
-    return [(name, one.get(name, ""), two.get(name, "")) for name in names if one.get(name) != two.get(name)]
-
-
-def environment_facts(run: Run) -> list[tuple[str, str]]:
-    """What :func:`environment_differences` compares: name and value; empty for a cases.csv."""
-    return facts_of(run.environment)
-
-
-def facts_of(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The same of an environment as in run.json."""
-    return list(_facts(environment))
-
-
-def _facts(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in facts.items():
-        name = f"{above} {key}".strip()
-        if isinstance(value, Mapping):
-            yield from _facts(value, name)
-        elif key not in _NOT_FACTS:
-            yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)

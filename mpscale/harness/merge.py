@@ -16,9 +16,10 @@ from typing import Any
 from mpscale.core.case import CaseId
 from mpscale.core.columns import MEASURED, Topic, measured_columns
 from mpscale.core.files.reading import JOURNAL, RunError, parse_json, read_lines
+from mpscale.core.machines import hardware, machine_words, same_machine
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record, values_of
-from mpscale.core.runs import Run, hardware, machine_words, read_run, same_machine
+from mpscale.core.runs import Run, read_run
 from mpscale.core.shard import Share, group_of
 from mpscale.harness.resume import FREE_SETTINGS, settings_differences, software_differences
 

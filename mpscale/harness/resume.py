@@ -17,10 +17,11 @@ from mpscale.core.columns import MEASURED, METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.device import VENDORS, Device
 from mpscale.core.files.reading import RunError
 from mpscale.core.invocation import RESUME, Invocation
+from mpscale.core.machines import facts_of, machine, machine_words, same_machine
 from mpscale.core.record import Record, values_of
 from mpscale.core.run_folder import Journal, whole_lines
 from mpscale.core.run_lock import RunIsHeld, RunLock
-from mpscale.core.runs import Run, facts_of, machine, machine_words, read_run, same_machine
+from mpscale.core.runs import Run, read_run
 from mpscale.harness.supervisor import Options, Outcome
 from mpscale.harness.without_xla import what_of
 from mpscale.telemetry.client import Driver

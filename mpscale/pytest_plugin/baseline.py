@@ -145,7 +145,7 @@ class BaselineCheck:
         if self._is_part:
             self.note = "a part of a plan is not compared with its baseline: merge the parts, and compare that run"
             return
-        from mpscale.core import runs
+        from mpscale.core import machines, runs
         from mpscale.core.columns import METHOD_VERSION
         from mpscale.telemetry import host
 
@@ -157,7 +157,7 @@ class BaselineCheck:
                 return
             # Resolved now: once this run has begun, it is itself the latest.
             baseline = runs.read_run(runs.resolve_run(self._settings.baseline, results, self.left_out, before))
-            there = runs.hardware(baseline)
+            there = machines.hardware(baseline)
         except runs.NoRunYet as error:
             if self._named:
                 raise _refused(f"baseline: {error}") from error
@@ -171,10 +171,10 @@ class BaselineCheck:
             raise _refused(f"baseline {baseline.name} is the run that goes on: name another")
         if there["kind"] is None and there["name"] is None:
             raise _refused(f"baseline {baseline.name} does not name its machine: use the original file")
-        here = runs.machine(device.kind, device.name, {"cpu": host.cpu_facts(), "variables": os.environ})
-        if not self._force and not runs.same_machine(there, here):
-            machines = f"{runs.machine_words(there)}, and this is {runs.machine_words(here)}"
-            problem = f"baseline {baseline.name} was made on {machines}"
+        here = machines.machine(device.kind, device.name, {"cpu": host.cpu_facts(), "variables": os.environ})
+        if not self._force and not machines.same_machine(there, here):
+            both = f"{machines.machine_words(there)}, and this is {machines.machine_words(here)}"
+            problem = f"baseline {baseline.name} was made on {both}"
             if self._named:
                 raise _refused(f"{problem}; gates judge one kind of device; --mp-force compares all the same")
             self.note = f"{problem}: not compared"

@@ -16,8 +16,9 @@ from mpscale.analysis.noise_floor import FEWEST_RUNS
 from mpscale.analysis.quantities import COSTS, Ranked, Verdict
 from mpscale.analysis.summary import Quality, Row, summary_of
 from mpscale.analysis.trainings import by_reason, overflow_unknown
+from mpscale.core.machines import hardware, machine_words
 from mpscale.core.record import common, place_of
-from mpscale.core.runs import Run, hardware, machine_words
+from mpscale.core.runs import Run
 from mpscale.report.comparison_data import COLUMNS, content, lines, why
 from mpscale.report.sections import doubts_note, final_metric, overflow_steps, speedup, step_time
 from mpscale.report.table import (

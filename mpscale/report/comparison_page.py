@@ -18,8 +18,9 @@ from mpscale.analysis.overall import Overall, OverallAnswer, RealChange, failed_
 from mpscale.analysis.quantities import COSTS, Outcome, Verdict
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.columns import COLUMNS, MEASURED
+from mpscale.core.machines import hardware, machine_words
 from mpscale.core.record import common, in_order_of_modes, of_good_trainings, place_of
-from mpscale.core.runs import Run, hardware, machine_words
+from mpscale.core.runs import Run
 from mpscale.report import pieces
 from mpscale.report.comparison import compared_runs, models, parts
 from mpscale.report.page import shell

@@ -10,7 +10,7 @@ from mpscale.analysis.history import History, Point, Series
 from mpscale.analysis.neighbours import Neighbours
 from mpscale.analysis.overall import REAL
 from mpscale.analysis.quantities import COSTS, Outcome, Quantity, Verdict
-from mpscale.core.runs import machine_words
+from mpscale.core.machines import machine_words
 from mpscale.report import pieces
 from mpscale.report.history import shown_change, shown_commit, shown_value
 from mpscale.report.history_panel import MOST_DOTS, Step, band_of, known, panel_svg, when, worst_of

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mpscale.analysis.quantities import COSTS
+from mpscale.core.machines import facts_of
 from mpscale.core.record import Record, grouped
-from mpscale.core.runs import Run, facts_of
+from mpscale.core.runs import Run
 from mpscale.core.shard import Share
 from mpscale.report.table import DASH, Heading, Table, plural, text
 

@@ -11,8 +11,9 @@ from mpscale.analysis.history import RunFacts, make_history, oldest_first, read_
 from mpscale.analysis.neighbours import Neighbours
 from mpscale.analysis.overall import overall_of
 from mpscale.analysis.quantities import QUANTITIES, Verdict
+from mpscale.core.machines import hardware, machine_words
 from mpscale.core.record import place_of
-from mpscale.core.runs import Run, RunError, hardware, machine_words, without_parts
+from mpscale.core.runs import Run, RunError, without_parts
 from mpscale.report import pieces
 from mpscale.report.cell import quality_line, ratio_text, speed_word
 from mpscale.report.comparison_page import comparison_page, headline

@@ -26,8 +26,9 @@ from mpscale.core.cases_csv import read_cases
 from mpscale.core.columns import COLUMNS
 from mpscale.core.files import reading
 from mpscale.core.files.reading import MOST_CASES, MOST_LINE, MOST_STEPS, Content, RunError, parse_json, unpack
+from mpscale.core.machines import environment_facts
 from mpscale.core.record import misfit, to_csv
-from mpscale.core.runs import environment_facts, read_run
+from mpscale.core.runs import read_run
 from mpscale.pytest_plugin.project import read
 from mpscale.report.document import document, render
 from mpscale.report.first_screen import first_screen, plain

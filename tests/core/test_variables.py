@@ -8,7 +8,8 @@ import re
 import pytest
 from support.runfolder import CPU, finished, record, write_run
 
-from mpscale.core.runs import environment_facts, read_run
+from mpscale.core.machines import environment_facts
+from mpscale.core.runs import read_run
 from mpscale.core.variables import VARIABLES, recorded, without_secrets
 from mpscale.harness.supervisor import _one_line
 from mpscale.report.document import document, render

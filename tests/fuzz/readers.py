@@ -130,8 +130,9 @@ def _run(folder: Path) -> Path:
 def _use(path: Path) -> None:
     """Read a run and make what does not take long."""
     from mpscale.analysis.summary import summary_csv, summary_of
+    from mpscale.core.machines import environment_facts, hardware
     from mpscale.core.record import to_csv
-    from mpscale.core.runs import environment_facts, hardware, read_run
+    from mpscale.core.runs import read_run
     from mpscale.report import merged
     from mpscale.report.first_screen import first_screen, plain
     from mpscale.report.missing import go_on, interruptions

@@ -13,8 +13,9 @@ from mpscale.analysis.noise_floor import runs_of_the_same_code
 from mpscale.analysis.summary import summary_of
 from mpscale.cli import main
 from mpscale.core.files.reading import RunError
+from mpscale.core.machines import hardware
 from mpscale.core.run_folder import gpu_path, steps_path
-from mpscale.core.runs import hardware, read_run, resolve_run
+from mpscale.core.runs import read_run, resolve_run
 from mpscale.core.shard import Shard, Share
 from mpscale.harness import merged_folder
 from mpscale.harness.merge import COSTS, Merger
