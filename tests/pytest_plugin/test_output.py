@@ -9,7 +9,7 @@ import pytest
 from _pytest.config import create_terminal_writer
 from support.pseudo_terminal import terminal
 
-from mpscale.pytest_plugin.session import Output
+from mpscale.pytest_plugin.output import Output
 from mpscale.terminal.streams import Surface
 
 
