@@ -24,7 +24,20 @@ from mpscale.core.runs import Run
 from mpscale.report import pieces
 from mpscale.report.comparison import compared_runs, models, parts
 from mpscale.report.page import shell
-from mpscale.report.pieces import Tone, bar, card, cards, marked, matrix, noted, span_of, text, tone_of, tone_of_overall
+from mpscale.report.pieces import (
+    Tone,
+    bar,
+    card,
+    cards,
+    marked,
+    matrix,
+    noted,
+    sentence,
+    span_of,
+    text,
+    tone_of,
+    tone_of_overall,
+)
 from mpscale.report.table import DASH, change, listed, metric_difference, plural
 from mpscale.report.words import AGAINST_RUN, OVERALL, WORDS, metric_name
 
@@ -77,7 +90,7 @@ def comparison_page(
         found = [finding for finding in findings if finding.run == comparison.other.name]
         body += [_cards(comparison, answer, found), _matrix(comparison), _not_compared(comparison)]
     for part in parts(comparisons, findings):
-        notes = "".join(f"<li>{text(note)}</li>" for note in part.notes)
+        notes = "".join(f"<li>{sentence(note)}</li>" for note in part.notes)
         body.append(f"<section><h2>{text(part.title)}</h2>")
         if part.rows:
             rows = ([text(cell) for cell in row] for row in part.rows)

@@ -21,6 +21,7 @@ from mpscale.report.document import Document, Section
 from mpscale.report.figures import Picture
 from mpscale.report.first_screen_page import html_of
 from mpscale.report.html_table import Group, html, legend, wide
+from mpscale.report.pieces import sentence
 from mpscale.report.pieces import text as escape
 from mpscale.report.table import NOTHING, Table
 
@@ -67,11 +68,11 @@ def shell(title: str, body: str, footer: str = _FOOTER, styles: Sequence[str] = 
     Args:
         title: of the browser's tab; plain text.
         body: HTML.
-        footer: plain text.
+        footer: a sentence, see :func:`sentence`.
         styles: names of further style sheets of this package.
     """
     template, *sheets = (_file(name) for name in ("page.html", "page.css", *styles))
-    return Template(template).substitute(title=escape(title), style="".join(sheets), body=body, footer=escape(footer))
+    return Template(template).substitute(title=escape(title), style="".join(sheets), body=body, footer=sentence(footer))
 
 
 def read_page(path: Path) -> str | None:

@@ -66,6 +66,11 @@ def text(words: object) -> str:
     return escape(visible(str(words)))
 
 
+def sentence(words: str) -> str:
+    """A sentence as HTML, in which what stands between backticks is code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", text(words))
+
+
 def link(to: str | None, words: str) -> str:
     """Plain text, as a link if there is somewhere to go."""
     return text(words) if to is None else f'<a href="{text(to)}">{text(words)}</a>'

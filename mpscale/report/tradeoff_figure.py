@@ -49,7 +49,7 @@ _WIDTH = 3.8
 _MOST = 12
 """Most panels."""
 
-_TALL = {1: 2.6, 2: 1.4, 3: 0.95}
+_TALL = {1: 1.5, 2: 1.4, 3: 0.95}
 """Inches of a panel's height, by the number of columns."""
 
 _LEFT, _GAP, _EDGE, _HEAD, _TICKS, _LINE = 0.42, 0.44, 0.1, 0.44, 0.26, 0.19
