@@ -86,7 +86,8 @@ def by_replicas(run: Run) -> list[Table | str]:
     cases = {(workload, mode): records for workload, mode, records in measured(run, good=True)}
     first: dict[tuple[str, int | None, str], Row] = {}
     for row in rows:
-        first.setdefault(_at_any_number(row), row)
+        if rates.get(place_of(row)) is not None:
+            first.setdefault(_at_any_number(row), row)
     cells: dict[Heading, Callable[[Row], str]] = {
         PLACE[0]: lambda row: place_of(row)[0].rpartition(" @")[0],
         PLACE[1]: lambda row: place_of(row)[1],
@@ -96,7 +97,7 @@ def by_replicas(run: Run) -> list[Table | str]:
             rates.get(place_of(row)), 4
         ),
         Heading("scaling efficiency", _EFFICIENCY): lambda row: _efficiency(
-            *(cases.get(place_of(each), ()) for each in (first[_at_any_number(row)], row))
+            *(cases.get(place_of(each), ()) for each in (first.get(_at_any_number(row), row), row))
         ),
         heading("speed-up over fp32", "speedup_fp32"): lambda row: speedup(row, "fp32"),
         heading("status", "statuses", is_number=False): _status,
@@ -128,7 +129,7 @@ def efficiency(few: Sequence[Record], many: Sequence[Record]) -> Interval | None
 
 def _efficiency(few: Sequence[Record], many: Sequence[Record]) -> str:
     if few is many:
-        return "1 by definition"
+        return "1 by definition" if any(one["examples_per_s"] is not None for one in many) else DASH
     found = efficiency(few, many)
     return DASH if found is None else interval(found.estimate, found.low, found.high, "")
 

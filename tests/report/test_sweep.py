@@ -65,13 +65,17 @@ def scaled(number, ms, seed, mode="fp32"):
 
 def test_scaling_efficiency_is_of_pairs_and_of_the_fewest_replicas(tmp_path):
     times = {("fp32", 1): (1.0, 2.0), ("fp32", 2): (1.25, 2.5), ("fp32", 4): (2.0, 4.4), ("mixed-bf16", 2): (1.0, 1.0)}
-    run = run_of(tmp_path, [scaled(n, ms, seed, mode) for (mode, n), of in times.items() for seed, ms in enumerate(of)])
+    known = [scaled(n, ms, seed, mode) for (mode, n), of in times.items() for seed, ms in enumerate(of)]
+    lost = [swept("mixed-bf16", 0, replicas=n, device="cpu", status="error") for n in (1, 4)]
+    run = run_of(tmp_path, known + lost)
     table, note = by_replicas(run)
     assert cells(table, "workload", "mode", "replicas", "scaling efficiency") == [
         ("toy", "fp32", "1", "1 by definition"),
         ("toy", "fp32", "2", "0.800 [0.800, 0.800]"),
         ("toy", "fp32", "4", "0.477 [0.260, 0.873]"),
+        ("toy", "mixed-bf16", "1", "–"),
         ("toy", "mixed-bf16", "2", "1 by definition"),
+        ("toy", "mixed-bf16", "4", "–"),
     ]
     assert cells(table, "examples per second")[1] == ("11314",)
     assert "logical devices" in note
