@@ -73,9 +73,9 @@ def test_scaling_efficiency_is_of_pairs_and_of_the_fewest_replicas(tmp_path):
         ("toy", "fp32", "1", "1 by definition"),
         ("toy", "fp32", "2", "0.800 [0.800, 0.800]"),
         ("toy", "fp32", "4", "0.477 [0.260, 0.873]"),
-        ("toy", "mixed-bf16", "1", "–"),
+        ("toy", "mixed-bf16", "1", DASH),
         ("toy", "mixed-bf16", "2", "1 by definition"),
-        ("toy", "mixed-bf16", "4", "–"),
+        ("toy", "mixed-bf16", "4", DASH),
     ]
     assert cells(table, "examples per second")[1] == ("11314",)
     assert "logical devices" in note
