@@ -44,7 +44,7 @@ FROM_KERAS, LOOP, FROM_TORCH = blocks("docs/guides/faq.md")
 PROGRAMS = {
     f"{module}:{attribute}": code
     for code, module, attribute in re.findall(
-        r"```python\n((?:(?!```).)*)```\n\n(?:and run it:\n\n)?    (?:python|mpscale run) (\w+)[.:](\w+)$",
+        r"```python\n((?:(?!```).)*)```\n\n(?:and run it:\n\n)?    (?:python|mpscale run) (\w+)[.:](\w+)",
         text_of("docs/your-model.md"),
         re.DOTALL | re.MULTILINE,
     )
@@ -182,14 +182,14 @@ def saved(tmp_path, monkeypatch):
 
 
 OWN_MODELS = [
-    ("my_signs:signs", "mixed-bf16", 500, "accuracy", 0.85),
+    ("my_signs:signs", "mixed-bf16", 200, "accuracy", 0.85),
     ("my_houses:prices", "mixed-dynamic", 400, "heating_accuracy", 0.7),
     ("my_reviews:moods", "mixed-dynamic", 300, "accuracy", 0.95),
     ("my_step:signs", "mixed-dynamic", 500, "accuracy", 0.8),
-    ("my_vae:codes", "mixed-dynamic", 500, "val_loss", 0.85),
+    ("my_vae:codes", "mixed-dynamic", 500, "val_loss", 0.15),
     ("my_gan:circles", "mixed-dynamic", 300, None, None),
     ("my_workloads:signs", "fp32", 1500, "accuracy", 0.9),
-    ("my_product:product", "fp32", 1500, "mean_absolute_error", 0.45),
+    ("my_product:product", "fp32", 1500, "mae", 0.3),
 ]
 
 

@@ -78,8 +78,8 @@ def test_script_and_command_train_the_same(tmp_path):
     assert script != PROGRAM
     (tmp_path / "quick.py").write_text(script)
     run(tmp_path, "quick.py")
-    command = COMMAND.replace("--steps 1000", "--batch-size 64 --steps 150 --modes fp32,mixed-dynamic --seeds 1").split()
-    run(tmp_path, "-m", "mpscale", *command, "--mp-timing=0.05", "--mp-jit=off")
+    options = ["--batch-size=64", "--steps=150", "--modes=fp32,mixed-dynamic", "--seeds", "1", "--mp-timing=0.05"]
+    run(tmp_path, "-m", "mpscale", *COMMAND.split(), *options, "--mp-jit=off")
     runs = [mpscale.read_run(path) for path in sorted((tmp_path / "results" / "runs").iterdir())]
     assert [len(each.records) for each in runs] == [2, 2]
     by_script, by_command = ({record["mode"]: record for record in each.records} for each in runs)
