@@ -3,8 +3,11 @@
 import contextlib
 import importlib.util
 import io
+import os
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import keras
@@ -20,6 +23,7 @@ from mpscale.core.columns import STATUSES
 from mpscale.core.mode import MODES
 from mpscale.report.words import WORDS
 from mpscale.scaling import DynamicLossScale, NoLossScale, StaticLossScale
+from mpscale.workloads import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
@@ -37,7 +41,15 @@ def blocks(page):
 
 GUIDE = blocks("docs/scaling.md")
 FROM_KERAS, LOOP, FROM_TORCH = blocks("docs/guides/faq.md")
-OWN_MODEL = blocks("docs/guides/your-model.md")
+PROGRAMS = {
+    f"{module}:{attribute}": code
+    for code, module, attribute in re.findall(
+        r"```python\n((?:(?!```).)*)```\n\n(?:and run it:\n\n)?    (?:python|mpscale run) (\w+)[.:](\w+)",
+        text_of("docs/your-model.md"),
+        re.DOTALL | re.MULTILINE,
+    )
+}
+"""Those of one's own models, by module and workload as the command below each names them."""
 
 
 @pytest.fixture
@@ -157,53 +169,75 @@ def test_the_printed_checkpoint_restores_the_scale(names):
     assert names["optimizer"].counters()["attempted"] == 3
 
 
-def test_the_printed_models_of_your_own_train():
-    module = {}
-    for block in OWN_MODEL[:2]:
-        exec(block, module)
-    accuracy = train(module["signs"]).row["final_accuracy"]
-    assert accuracy > 0.9
-    error = train(module["product"]).row["metric_value"]
-    error_of_zero = float(np.mean(np.abs(module["products"]().test_y)))
-    assert error < 0.7 * error_of_zero
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """The programs as a reader saves them, in a folder from which they can be imported."""
+    modules = {program.partition(":")[0]: code for program, code in PROGRAMS.items()}
+    for module, code in modules.items():
+        (tmp_path / f"{module}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for module in modules:
+        sys.modules.pop(module, None)
 
 
-COMPILED = blocks("docs/your-model.md")
+OWN_MODELS = [
+    ("my_signs:signs", "mixed-bf16", 200, "accuracy", 0.85),
+    ("my_houses:prices", "mixed-dynamic", 400, "heating_accuracy", 0.7),
+    ("my_reviews:moods", "mixed-dynamic", 300, "accuracy", 0.95),
+    ("my_step:signs", "mixed-dynamic", 300, "accuracy", 0.8),
+    ("my_vae:codes", "mixed-dynamic", 300, "val_loss", 0.15),
+    ("my_gan:circles", "mixed-dynamic", 300, None, None),
+    ("my_workloads:signs", "fp32", 1500, "accuracy", 0.9),
+    ("my_product:product", "fp32", 1500, "mae", 0.3),
+]
 
 
-@pytest.mark.parametrize(
-    ("workload", "steps", "metric", "good"),
-    [
-        ("compiled_signs", 500, "accuracy", 0.85),
-        ("house_prices", 400, "heating_accuracy", 0.7),
-        ("smoothed_signs", 500, "accuracy", 0.8),
-        ("coded_signs", 500, "val_loss", 0.85),
-        ("moods", 300, "accuracy", 0.95),
-        ("circles", 300, None, None),
-    ],
-)
-def test_the_printed_compiled_models_train(workload, steps, metric, good):
-    module = {"__name__": "compiled_models"}
-    for block in COMPILED:
-        exec(block, module)
-    outcome = train(module[workload], "mixed-dynamic")
+@pytest.mark.parametrize(("program", "mode", "steps", "metric", "good"), OWN_MODELS)
+def test_the_printed_models_train(saved, program, mode, steps, metric, good):
+    outcome = train(program, mode)
     assert (outcome.status, outcome.row["attempted_steps"], outcome.row.get("metric_name")) == ("ok", steps, metric)
     if metric is None:
         assert outcome.row["train_loss_final"] < outcome.row["train_loss_first"]
         return
     found = outcome.row["metric_value"]
-    assert found < good if metric == "val_loss" else found > good
+    assert found > good if metric.endswith("accuracy") else found < good
+
+
+def test_the_printed_model_of_images_fits_its_pipelines(saved):
+    """MobileNetV2 with augmentation, F1, AdamW with cosine decay and class weights; the next test trains it."""
+    workload = registry.get("my_images:images")
+    model, data = workload.model(), workload.data()
+    for pipeline in (data.train, data.test):
+        (images, labels) = pipeline().element_spec
+        assert (images.shape[1:], labels.shape[1:]) == (model.input_shape[1:], model.output_shape[1:])
+    assert isinstance(model.optimizer, keras.optimizers.AdamW)
 
 
 @pytest.mark.slow
-def test_the_printed_program_on_a_pipeline_trains():
-    """MobileNetV2 with augmentation, F1, AdamW with cosine decay and class weights."""
-    module = {}
-    exec(blocks("docs/guides/pipelines.md")[0], module)
-    rows = [train(module["images"], mode, train_steps=24).row for mode in ("fp32", "mixed-dynamic")]
-    assert len({row["data_order_digest"] for row in rows}) == 1
-    assert {row["metric_name"] for row in rows} == {"f1"}
-    assert all(0 <= row["metric_value"] <= 1 and np.isfinite(row["train_loss_final"]) for row in rows)
+def test_every_printed_program_runs_by_its_command(saved):
+    """All at once: the commands differ in the name of the workload only."""
+    programs = [program for program in PROGRAMS if program != "my_project:py"]
+    assert {*programs} == {"my_images:images", *(row[0] for row in OWN_MODELS)}
+    options = ["--modes", "fp32,mixed-dynamic", "--seeds", "1", "--steps", "24", "--mp-timing=0.05", "--mp-jit=off"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mpscale", "run", *programs, *options],
+        cwd=saved,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout
+    (path,) = (saved / "results" / "runs").iterdir()
+    records = mpscale.read_run(path).records
+    assert [record["status"] for record in records] == ["ok"] * 2 * len(programs)
+    images = [record for record in records if record["workload"] == "my_images:images"]
+    assert len({record["data_order_digest"] for record in images}) == 1
+    assert {record["metric_name"] for record in images} == {"f1"}
+    assert all(0 <= record["metric_value"] <= 1 and np.isfinite(record["train_loss_final"]) for record in images)
 
 
 def without_code(page):

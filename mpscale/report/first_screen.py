@@ -300,7 +300,7 @@ def _trust(answer: Answer) -> Card:
     found = list(_weak_points(answer.weaknesses, len(answer.serious), answer.worth))
     details = found[:_WEAKNESSES]
     if len(found) > len(details):
-        details.append(f"and {plural(len(found) - len(details), 'other point')}: see the chips and the sections below")
+        details.append(f"and {plural(len(found) - len(details), 'other point')}: see labels and sections of the report")
     if answer.noise is not None:
         noise = _noise(100 * answer.noise)
         details.insert(0, "noise of a speed-up (its 95 % interval, median)")
