@@ -28,37 +28,47 @@ seeds = 3
 
 _FILES = {
     f"{_MODULE}.py": f'''\
-"""Workloads of this project. Each is a model with its data, optimizer and metric; edit this one, or add others."""
+"""Workloads of this project. Each is a compiled model with its data; edit this one, or add others."""
 
 import mpscale
 import numpy as np
 
 
-def data():
+def examples():
     x = np.random.default_rng(0).normal(size=(5000, 16)).astype("float32")
-    y = (x[:, 0] * x[:, 1] > 0).astype("int64")
-    return mpscale.Data(train_x=x[:4000], train_y=y[:4000], test_x=x[4000:], test_y=y[4000:])
+    return x, (x[:, 0] * x[:, 1] > 0).astype("int64")
 
 
-def adam():
+def train():
+    x, y = examples()
+    return x[:4000], y[:4000]
+
+
+def validation():
+    x, y = examples()
+    return x[4000:], y[4000:]
+
+
+def build():
     import keras
 
-    return keras.optimizers.Adam(3e-3)
+    hidden = [keras.layers.Dense(512, activation="relu") for _ in range(2)]
+    last = keras.layers.Dense(2, dtype="float32")  # logits in float32, whatever the mode
+    model = keras.Sequential([keras.Input((16,)), *hidden, last])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-3), loss=loss, metrics=["accuracy"])
+    return model
 
 
-@mpscale.workload("{_WORKLOAD}", data=data, optimizer=adam, batch_size=64, train_steps=1500, target=0.9)
-def {_WORKLOAD}():
-    """The sign of a product."""
-    import keras
-
-    return keras.Sequential(
-        [
-            keras.Input((16,)),
-            keras.layers.Dense(64, activation="relu"),
-            keras.layers.Dense(64, activation="relu"),
-            keras.layers.Dense(2, dtype="float32"),  # logits in float32, whatever the mode
-        ]
-    )
+{_WORKLOAD} = mpscale.Workload.from_compiled(
+    build,
+    train=train,
+    validation=validation,
+    name="{_WORKLOAD}",
+    batch_size=64,
+    train_steps=1000,
+    target=0.9,
+)
 ''',
     _SUITE: '''\
 """Trains the workloads in [tool.mpscale] of pyproject.toml: `pytest bench/ --benchmark-only`, or `mpscale run`."""
