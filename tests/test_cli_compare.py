@@ -430,7 +430,8 @@ def test_a_broken_or_foreign_csv_is_named_with_its_line(compare, tmp_path, text,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["one"], "compare needs two or more runs, the baseline first"),
+        (["one"], "one run has nothing to be compared with: name two or more, the baseline first, or judge this one"),
+        (["one", "--fail-on=speedup>=1.5"], "there is no run in"),
         (["nowhere.csv", "nowhere.csv"], "nowhere.csv: no such file"),
         (["latest", "latest"], "there is no run in"),
     ],
@@ -439,6 +440,63 @@ def test_missing_runs_are_named(compare, arguments, message):
     code, text = compare.command(*arguments)
     assert code == 2
     assert message in text
+
+
+ONE = [*rows(), *rows("mixed-bf16", ms=1.0)]
+
+
+@pytest.mark.parametrize(
+    ("cases", "gates", "code", "said"),
+    [
+        pytest.param(ONE, "speedup[mixed-*]>=1.5,accuracy>=0.5", 0, "passed", id="within its limits"),
+        pytest.param(ONE, "speedup>=3", 1, "toy mixed-bf16  2x (5 pairs, 95 % interval", id="beyond one"),
+        pytest.param(ONE[:5], "speedup>=1.5", 3, "no row of the run has such a figure", id="nothing to judge"),
+        pytest.param([*ONE[:5], *ONE[5:9], rows("mixed-bf16", status="oom")[4]], "speedup>=1.5", 3, "oom", id="failed"),
+    ],
+)
+def test_a_run_alone_is_judged_by_limits(compare, cases, gates, code, said, tmp_path):
+    cases = [Record({**case.to_json(), "metric_name": "accuracy"}) for case in cases]
+    write_run(tmp_path / "results", finished(cases), name=AFTER)
+    found, text = compare.command("latest", "--fail-on", gates)
+    assert found == code, text
+    assert said in text and "Test CPU" in text and "baseline" not in text
+    found, text = compare.command("latest", "--fail-on", gates, "--json", "--html", tmp_path / "page.html")
+    printed, _, messages = text.partition("\n}\n")
+    table = json.loads(printed + "}")
+    assert (found, table["baseline"], table["comparisons"]) == (code, None, [])
+    assert {gate["run"] for gate in table["gates"]} == {AFTER}
+    assert (code == 0) == (messages == "")
+    answer = {0: "Yes: all 3 checks passed", 1: "No: 1 of 1 check fired", 3: "Cannot tell: 1 of 1 check cannot"}[code]
+    assert answer in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fail-on=speedup>=1.5,step_time>5%,metric"], "--fail-on: step_time>5%, metric needs a baseline: name it"),
+        (["--fail-on=speedup>=1.5", "--force"], "--force needs a baseline"),
+        (["--fail-on=speedup>=1.5", "--threshold=3%"], "--threshold needs a baseline"),
+        (["--fail-on=speedup>=1.5", "--compare-by=name"], "--compare-by needs a baseline"),
+        (["--fail-on=speedup>=1.5", "--format=csv"], "for limits, use json or markdown"),
+        (["--fail-on=speedup>=fast"], "is not a gate"),
+        (["--strict"], "one run has nothing to be compared with"),
+    ],
+)
+def test_what_takes_two_runs_is_refused_for_one(compare, tmp_path, arguments, message):
+    write_run(tmp_path / "results", finished(ONE), name=AFTER)
+    code, text = compare.command(AFTER, *arguments)
+    assert (code, len(text.splitlines())) == (2, 1)
+    assert message in text
+
+
+@pytest.mark.parametrize(("strict", "limit", "code"), [("false", 1, 3), ("true", 1, 1), ("false", 3, 1)])
+def test_gates_of_the_project_that_need_a_baseline_are_not_judged_in_one_run(compare, tmp_path, strict, limit, code):
+    write_run(tmp_path / "results", finished(ONE), name=AFTER)
+    table = f'[tool.mpscale]\nfail-on = ["missing", "speedup>={limit}"]\nstrict = {strict}\n'
+    (tmp_path / "pyproject.toml").write_text(table)
+    found, text = compare.command(AFTER)
+    assert found == code
+    assert "without a baseline, missing was not judged" in text
 
 
 def test_exit_codes_reach_the_shell(tmp_path):

@@ -67,7 +67,7 @@ class BaselineCheck:
             given = "--mp-baseline" if self._named else "--mp-fail-on"
             raise _refused(
                 f"{given} does not go with --mp-shard: a part has too few seeds for a verdict, and lacks rows; run the "
-                "parts without it, then `mpscale merge` them, then `mpscale compare BASELINE RUN --fail-on ...`"
+                "parts without it, then `mpscale merge` them, then `mpscale compare [BASELINE] RUN --fail-on ...`"
             )
         try:
             self._settings = project.load(config.rootpath).override(
@@ -263,8 +263,7 @@ class BaselineCheck:
             title = f"# {escape(run.shown)} against {escape(compared[0].baseline.shown)}\n\n"
             write(path / FILE, title + render(compared, self.findings, "markdown"))
         elif self.findings:
-            shown = gates_part(self.findings, {finding.run: finding.run for finding in self.findings})
-            write(path / FILE, f"# {escape(run.shown)}\n\n{shown.markdown()}\n")
+            write(path / FILE, f"# {escape(run.shown)}\n\n{gates_part(self.findings).markdown()}\n")
 
     def reports(self) -> list[pytest.TestReport]:
         """Return what the gates found as reports of tests: one for each gate and row, or why they were not judged."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
 
@@ -79,8 +79,22 @@ def render(comparisons: Sequence[Comparison], findings: Sequence[Finding], outpu
         return Table.of(COLUMNS, (line for each in comparisons for line in lines(each))).csv()
     if output == "json":
         return json_document("compare", content(comparisons, findings))
-    shown = (part.markdown() if output == "markdown" else part.text(surface) for part in parts(comparisons, findings))
-    return "\n\n".join(shown) + "\n"
+    return _joined(parts(comparisons, findings), output, surface)
+
+
+def render_alone(run: Run, findings: Sequence[Finding], output: str, surface: Surface = PIPE) -> str:
+    """Show what limits found in a run that is compared with none; see :func:`render`.
+
+    There is no CSV: its lines are those of a comparison.
+    """
+    if output == "json":
+        return json_document("compare", content([], findings))
+    return _joined(parts_alone(run, findings), output, surface)
+
+
+def _joined(shown: Iterable[Part], output: str, surface: Surface) -> str:
+    texts = (part.markdown() if output == "markdown" else part.text(surface) for part in shown)
+    return "\n\n".join(texts) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +163,14 @@ def parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> Ite
         yield gates_part(findings, {run.name: names[id(run)] for run in runs})
     if notes := unread(comparisons):
         yield Part("What could not be read", notes=notes)
+
+
+def parts_alone(run: Run, findings: Sequence[Finding]) -> Iterator[Part]:
+    """Yield the tables of a run that limits judge, for a terminal or a page."""
+    yield Part("Run", ["run", "device", "cases"], [_run(run)], [run.note] if run.note else [])
+    yield gates_part(findings)
+    if run.problems:
+        yield Part("What could not be read", notes=run.problems)
 
 
 def of_a_run(comparisons: Sequence[Comparison], findings: Sequence[Finding], note: str | None, fails: bool) -> str:
@@ -395,10 +417,12 @@ def _environment(comparison: Comparison, against: str) -> Iterator[Part]:
         yield Part(title, ["", "before", "after"], found[:_DIFFERENCES], more)
 
 
-def gates_part(findings: Sequence[Finding], letters: Mapping[str, str]) -> Part:
-    """What each gate found in each row, what fired first; ``letters`` has that of each run, by name."""
+def gates_part(findings: Sequence[Finding], letters: Mapping[str, str] | None = None) -> Part:
+    """What each gate found in each row, what fired first; ``letters`` has that of each run, by name, if several."""
     rows = [
-        [str(found.gate), found.outcome, letters[found.run], " ".join(found.row or ("no row",)), found.text]
+        [str(found.gate), found.outcome]
+        + ([] if letters is None else [letters[found.run]])
+        + [" ".join(found.row or ("no row",)), found.text]
         for found in sorted(findings, key=lambda found: found.outcome.rank)
     ]
-    return Part("Gates", ["gate", "outcome", "run", "row", "what was found"], rows)
+    return Part("Gates", ["gate", "outcome", *([] if letters is None else ["run"]), "row", "what was found"], rows)
