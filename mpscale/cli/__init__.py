@@ -70,7 +70,7 @@ def _run(arguments: Sequence[str]) -> int:
                 parser.print_help()
                 return USAGE_ERROR
             options, unknown = parser.parse_known_args(arguments)
-            if unknown and options.run_command not in (comparing.ab, running.run):
+            if unknown and options.run_command not in (comparing.ab, running.run, reading.doctor):
                 parser.error(f"unrecognized arguments: {' '.join(unknown)}")
             options.unknown = unknown
             take_results_of_the_project(options)

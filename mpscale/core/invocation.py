@@ -69,6 +69,25 @@ def _is_option(name: str, value: Any) -> bool:
     return _OPTION.fullmatch(name) is not None and (texts or value is True)
 
 
+@dataclass(frozen=True, slots=True)
+class GivenOption:
+    """An option that a session would have, as ``mpscale doctor`` shows it.
+
+    Args:
+        option: as it is written there: ``--mp-seeds``, or ``seeds`` in pyproject.toml.
+        value: as text; empty if it has none, or cannot be read.
+        where: it is given: a file, an environment variable, or the command line.
+        problem: why a session refuses it; None if it does not.
+        overridden_by: the place that wins; None if this one does.
+    """
+
+    option: str
+    value: str
+    where: str
+    problem: str | None = None
+    overridden_by: str | None = None
+
+
 def resume_command(run: Run, here: Path | None = None) -> str | None:
     """Return the command that goes on with a run, quoted for a shell; None if there is none.
 

@@ -68,9 +68,17 @@ class _Parser(argparse.ArgumentParser):
 
 def given(config: pytest.Config) -> dict[str, Any]:
     """Return the options of mpscale that the user gave, as texts by name; see :class:`Invocation`."""
-    arguments = config.stash.get(ARGUMENTS, [str(argument) for argument in config.invocation_params.args])
-    found, _ = _Parser(as_typed=True).parse_known_args(arguments)
-    return {f"--{name.replace('_', '-')}": value for name, value in vars(found).items()}
+    return typed(config.stash.get(ARGUMENTS, [str(argument) for argument in config.invocation_params.args]))[0]
+
+
+def typed(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the options of mpscale in arguments of pytest, as :func:`given` does, and the other arguments.
+
+    Raises:
+        ValueError: an option lacks its value, or a file of arguments cannot be read.
+    """
+    found, rest = _Parser(as_typed=True).parse_known_args(arguments)
+    return {f"--{name.replace('_', '-')}": value for name, value in vars(found).items()}, rest
 
 
 def invocation(config: pytest.Config) -> dict[str, Any]:
