@@ -119,8 +119,8 @@ def _target(workload: Workload) -> str:
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Show what a run on this machine would measure, what it could not measure and why, which options it would have "
-        "in this folder and where they come from, and what to change. It takes options of a run, such as --mp-modes, and "
-        "checks them with the others. Exit code: 0 nothing to do, 1 something to do, 2 wrong use."
+        "in this folder and where they come from, and what to change. It takes options of a run, such as --mp-modes, "
+        "and checks them with the others. Exit code: 0 nothing to do, 1 something to do, 2 wrong use."
     )
     parser.usage = "mpscale doctor [-h] [--json] [--gpu] [options of a run]"
     add_json_option(parser)

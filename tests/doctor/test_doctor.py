@@ -163,7 +163,7 @@ def test_options_are_shown_with_their_place_and_what_a_run_makes_of_them(tmp_pat
     [
         ({}, "", ["None is given: no pyproject.toml here or above"]),
         ({"pyproject.toml": "[tool.ruff]"}, "-q", ["None is given: no [tool.mpscale] in ", "/pyproject.toml"]),
-        ({"pyproject.toml": "[tool.mpscale"}, "", ["pyproject.toml has [tool.mpscale], which a run refuses: cannot be"]),
+        ({"pyproject.toml": "[tool.mpscale"}, "", ["has [tool.mpscale], which a run refuses: cannot be"]),
         ({"pytest.ini": "[pytest]\naddopts = --mp-seeds"}, "", ["refused, see below", "expected one argument"]),
         ({"pytest.ini": "addopts"}, "--mp-steps 3", ["settings of pytest has addopts", "--mp-steps  3", "used"]),
         ({}, "-p no_such_plugin", ["No module named 'no_such_plugin'"]),
