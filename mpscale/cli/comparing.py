@@ -29,6 +29,7 @@ from mpscale.terminal.progress import Screen
 from mpscale.terminal.streams import visible
 
 if TYPE_CHECKING:
+    from mpscale.analysis.compare import Comparison
     from mpscale.analysis.gates import Finding, Gate
 
 
@@ -140,8 +141,9 @@ def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Na
         RunError: a run cannot be read, or they cannot be compared.
         ValueError: the gates cannot judge them.
     """
-    from mpscale.analysis.compare import NotComparable, compare_all
+    from mpscale.analysis.compare import compare_all
     from mpscale.analysis.gates import judge_gates
+    from mpscale.analysis.pairs import NotComparable
     from mpscale.core.runs import RunError, read_run
     from mpscale.report.comparison import render, unread
 
@@ -149,16 +151,15 @@ def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Na
     runs = [read_run(path) for path in paths]
     how = {"force": options.force, "threshold": threshold, "results": options.results, "by_name": by_name}
     try:
-        comparisons = compare_all(runs, **how)
+        comparisons = compare_all(runs, **how, over_replicas=True)
     except NotComparable as error:
         raise RunError(error.with_cure()) from error
-    # Limits are judged on any device: they are about one run.
-    alike = options.force or all(comparison.same_device for comparison in comparisons)
-    judged = [gate for gate in gates if alike or not gate.needs_baseline]
+    # Limits are judged whatever the other run is: they are about one run.
+    apart = "" if options.force else _apart(comparisons)
+    judged = [gate for gate in gates if not apart or not gate.needs_baseline]
     if len(judged) < len(gates) and options.fail_on is not None:
         raise ValueError(
-            "gates on a change judge runs of one kind of device, and these are of different ones; leave them out of "
-            "--fail-on, or use --force"
+            f"{apart}, so gates on a change cannot judge them; leave those out of --fail-on, or use --force"
         )
     findings = [finding for each in comparisons for finding in judge_gates(each, judged)]
     write(render(comparisons, findings, options.format, surface(options.output)), options.output, options.format)
@@ -166,8 +167,21 @@ def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Na
         from mpscale.report.comparison_page import comparison_page
 
         write(comparison_page(comparisons, findings), options.html)
-    left = "the runs are on different devices: no gate of [tool.mpscale] on a change was judged"
-    return _outcome(findings, unread(comparisons), rules, options, left if len(judged) < len(gates) else "")
+    left = f"{apart}: no gate of [tool.mpscale] on a change was judged" if len(judged) < len(gates) else ""
+    return _outcome(findings, unread(comparisons), rules, options, left)
+
+
+def _apart(comparisons: Sequence[Comparison]) -> str:
+    """Why gates on a change cannot judge the runs; empty if they can."""
+    from mpscale.analysis.pairs import State
+
+    if not all(comparison.same_device for comparison in comparisons):
+        return "the runs are on different devices"
+    for comparison in comparisons:
+        is_paired = any(row.pair.state is State.PAIRED for row in comparison.rows)
+        if not is_paired and any(row.scaling is not None for row in comparison.rows):
+            return "the runs differ in the number of replicas"
+    return ""
 
 
 def _outcome(

@@ -221,8 +221,9 @@ class BaselineCheck:
             run: as far as it has come.
             again: rows that were measured again, with the first repeat that counts.
         """
-        from mpscale.analysis.compare import NotComparable, compare, floors_for
+        from mpscale.analysis.compare import compare, floors_for
         from mpscale.analysis.gates import judge_alone, judge_gates
+        from mpscale.analysis.pairs import NotComparable
         from mpscale.core.runs import RunError
 
         baseline, by_name = self._baseline, self._settings.compare_by == "name"

@@ -68,7 +68,8 @@ class _Parser(argparse.ArgumentParser):
 
 def given(config: pytest.Config) -> dict[str, Any]:
     """Return the options of mpscale that the user gave, as texts by name; see :class:`Invocation`."""
-    return typed(config.stash.get(ARGUMENTS, [str(argument) for argument in config.invocation_params.args]))[0]
+    arguments = config.stash.get(ARGUMENTS, [str(argument) for argument in config.invocation_params.args])
+    return typed(arguments)[0]
 
 
 def typed(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

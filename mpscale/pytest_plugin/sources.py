@@ -90,7 +90,7 @@ def _of_table(here: Path) -> tuple[Path | None, list[GivenOption]]:
     found = []
     for key, value in table.items():
         assert path is not None
-        problem = None
+        problem: str | None = None
         if key in KINDS:
             problem = why_unfit(key, value)
             text = baseline_of(path, value) if key == "baseline" and problem is None else _text(value)

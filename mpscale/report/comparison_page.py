@@ -12,17 +12,19 @@ from types import MappingProxyType
 from mpscale.analysis.answer import speed_verdict
 from mpscale.analysis.change import SINGLE_RUN, Change
 from mpscale.analysis.claim import conditions
-from mpscale.analysis.compare import ComparedRow, Comparison, Pair, State
+from mpscale.analysis.compare import ComparedRow, Comparison
 from mpscale.analysis.gates import Finding
 from mpscale.analysis.overall import Overall, OverallAnswer, RealChange, failed_here, overall_of
+from mpscale.analysis.pairs import Pair, State
 from mpscale.analysis.quantities import COSTS, Outcome, Verdict
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.columns import COLUMNS, MEASURED
 from mpscale.core.record import common, in_order_of_modes, of_good_trainings, place_of
 from mpscale.core.runs import Run, hardware, machine_words
 from mpscale.report import pieces
-from mpscale.report.comparison import Part, compared_runs, models, parts, parts_alone
+from mpscale.report.comparison import compared_runs, models, parts, parts_alone
 from mpscale.report.page import shell
+from mpscale.report.part import Part
 from mpscale.report.pieces import Tone, bar, card, cards, marked, matrix, noted, span_of, text, tone_of, tone_of_overall
 from mpscale.report.table import DASH, change, listed, metric_difference, plural
 from mpscale.report.words import AGAINST_RUN, OVERALL, WORDS, metric_name
@@ -135,6 +137,8 @@ def _has_speed(comparison: Comparison) -> bool:
 def _why_not(comparison: Comparison) -> str:
     paired = [row for row in comparison.rows if row.pair.state is State.PAIRED]
     if not paired:
+        if any(row.scaling is not None for row in comparison.rows):
+            return "the number of replicas differs, so only the scaling efficiency is shown"
         return "no row of the two runs can be compared"
     if any(change.verdict is Verdict.NOT_COMPARABLE for row in paired for change in row.changes.values()):
         return "another device, so only ratios within each run are shown"
