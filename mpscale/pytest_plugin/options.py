@@ -13,6 +13,7 @@ import pytest
 from mpscale.config import OptionType, Written, add_results_option, batch_size, integer, seconds, training_steps
 from mpscale.core.case import Settings
 from mpscale.core.device import Device, NoSuchDevice, find_device, find_replicas
+from mpscale.core.invocation import SCRIPT
 from mpscale.core.loss_scale import RULES
 from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, default_modes, select_modes
 from mpscale.core.naming import NAME, NOTE, note_of, run_name
@@ -411,7 +412,8 @@ def run_options(
     name, why = config.stash[_CHOSEN]
     project = config.stash.get(origin.PROJECT, None)
     by_file = {} if project is None else dict.fromkeys(project.texts, project.path.name)
-    by_user = dict.fromkeys((invocation or {}).get("options", ()), "command line")
+    started = invocation or {}
+    by_user = dict.fromkeys(started.get("options", ()), SCRIPT if started.get("program") == SCRIPT else "command line")
     by_user.pop("--mp-shard", None)  # all parts of a run have the same settings
     return Options(
         results=results,

@@ -509,12 +509,13 @@ class Session:
 
     def _show(self, terminalreporter: pytest.TerminalReporter, run: Run) -> None:
         from mpscale.analysis.summary import summary_of
+        from mpscale.core.invocation import for_reader
         from mpscale.report.first_screen import first_screen, plain
         from mpscale.report.missing import go_on
         from mpscale.report.sections import doubts_note, results
 
         def show(text: str, **markup: bool) -> None:
-            terminalreporter.write_line(self.output.printable(text), **markup)
+            terminalreporter.write_line(self.output.printable(for_reader(text, run.info)), **markup)
 
         path = run.path
         with contextlib.suppress(ValueError):

@@ -85,8 +85,8 @@ def _of_table(here: Path) -> tuple[Path | None, list[GivenOption]]:
     try:
         path, table = table_of(here)
     except SettingsError as error:
-        file, colon, problem = str(error).partition(": ")
-        return Path(file), [GivenOption("[tool.mpscale]", "", file, problem if colon else file)]
+        file, _, why = str(error).partition(": ")
+        return Path(file), [GivenOption("[tool.mpscale]", "", file, why)]
     found = []
     for key, value in table.items():
         assert path is not None
