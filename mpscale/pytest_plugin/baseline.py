@@ -191,9 +191,12 @@ class BaselineCheck:
     def judge(self, path: Path, run_more: Callable[[list[Case]], None], settings_of: Callable[[str], Settings]) -> None:
         """Judge the run by its gates. Rows that look slower are measured again; only that counts.
 
+        In a run that was stopped while rows were measured again, the same rows are, and only the rest of these cases
+        runs.
+
         Args:
             path: the run's folder; the run is not finished yet.
-            run_more: runs further cases of it.
+            run_more: runs further cases of it that have no result yet.
             settings_of: returns those of a workload.
         """
         if self._baseline is None and len(self._changes) == len(self._gates):
@@ -202,7 +205,7 @@ class BaselineCheck:
         from mpscale.core.runs import RunError, read_run
 
         try:
-            run = read_run(path)
+            run = _as_planned(read_run(path))
             self._look(run, {})
             fired = [found for found in self.findings if found.outcome is Outcome.FIRED and found.gate.name in COSTS]
             again = {found.row for found in fired if found.row and COSTS[found.gate.name].can_be_remeasured}
@@ -381,6 +384,13 @@ class InSummary:
         if unknown:
             several = "gate" if len(unknown) == 1 else "gates"
             terminalreporter.stats.setdefault(f"{several} could not tell", []).extend(unknown)
+
+
+def _as_planned(run: Run) -> Run:
+    """A run without the cases that gates have added to it: which rows look slower is decided without them."""
+    planned = set(run.info.get("planned", []))
+    cases = [record for record in run.records if record["case_id"] in planned]
+    return replace(run, records=cases) if 0 < len(cases) < len(run.records) else run
 
 
 def _next_repeat(run: Run, row: tuple[str, str]) -> int:
