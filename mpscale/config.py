@@ -166,8 +166,10 @@ def why_unfit(key: str, value: Any) -> str | None:
 _LONGEST_PATH = 4096
 """What Linux allows."""
 
-RUN = "id of a run or its first characters, the name that it was given, its folder, a cases.csv, or `latest`"
+RUN = "id of a run or its first characters, the name that it was given, its folder, or `latest`"
 """Every way to name a run on the command line."""
+RUN_OR_CSV = RUN.replace("or `latest`", "a cases.csv, or `latest`")
+"""The same where a table of cases is enough."""
 
 RESULTS = Path("results")
 """The default results folder."""

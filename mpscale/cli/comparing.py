@@ -24,7 +24,7 @@ from mpscale.cli.output import (
     warn,
     write,
 )
-from mpscale.config import RUN, add_gate_options, add_results_option, seconds
+from mpscale.config import RUN_OR_CSV, add_gate_options, add_results_option, seconds
 from mpscale.terminal.progress import Screen
 from mpscale.terminal.streams import visible
 
@@ -41,7 +41,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
         "tell."
     )
     runs = parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help=f"the baseline, then the others; or one run, for limits: {RUN}"
+        "runs", nargs="+", metavar="RUN", help=f"the baseline, then the others; or one run, for limits: {RUN_OR_CSV}"
     )
     completion.completed_by(runs, completion.runs)
     add_results_option(parser.add_argument, default=RESULTS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpscale.cli import completion
 from mpscale.cli.output import OK, RESULTS, add_json_option, add_output_options, fail, say, surface, warn, write
-from mpscale.config import RUN, add_compare_by_option, add_results_option, load
+from mpscale.config import RUN, RUN_OR_CSV, add_compare_by_option, add_results_option, load
 from mpscale.terminal.streams import as_typed, visible
 
 if TYPE_CHECKING:
@@ -240,7 +240,10 @@ def history_arguments(parser: argparse.ArgumentParser) -> None:
         "series, or with --compare-by name."
     )
     named = parser.add_argument(
-        "runs", nargs="*", metavar="RUN", help=f"{RUN} (default: all in runs/ and reference/ of the results folder)"
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help=f"{RUN_OR_CSV} (default: all in runs/ and reference/ of the results folder)",
     )
     completion.completed_by(named, completion.runs)
     add_results_option(parser.add_argument, default=RESULTS)

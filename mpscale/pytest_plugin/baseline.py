@@ -35,7 +35,7 @@ def add_options(add: Callable[..., Any]) -> None:
     add(
         "--mp-baseline",
         metavar="RUN",
-        help=f"compare with this run at the end, and measure again what looks slower: {project.RUN}",
+        help=f"compare with this run at the end, and measure again what looks slower: {project.RUN_OR_CSV}",
     )
     project.add_gate_options(add, "mp-")
     add(

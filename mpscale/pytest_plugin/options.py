@@ -370,12 +370,14 @@ def _add_run_options(add: Add) -> None:
         type=seconds,
         default=60.0,
         metavar="SECONDS",
-        help="how long to wait at most, before such a retry, until the GPU is cool and idle (default: 60)",
+        help="how long to wait at most, before a retry for the state of the GPU, until it is cool and idle (default: "
+        "60)",
     )
     add(
         "--mp-keep-suspect",
         action=argparse.BooleanOptionalAction,
-        help="keep the status of such a case, rather than marking it invalid; its column gpu_suspicion has the reason",
+        help="keep the status of a case whose GPU was throttled or was used by other processes, rather than marking it "
+        "invalid; its column gpu_suspicion has the reason",
     )
     add(
         "--mp-benchmark-table",

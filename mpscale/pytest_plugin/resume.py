@@ -33,9 +33,9 @@ def add_options(add: Callable[..., Any]) -> None:
     add(
         RESUME,
         metavar="RUN",
-        help="go on with a run that was stopped, in its folder: run what has no result, was interrupted, or failed for "
-        f"a reason that may pass: {project.RUN}. Options are those of the run; device, versions and workloads must be "
-        "the same",
+        help=f"go on with a run that was stopped, in its folder ({project.RUN}): run what has no result, was "
+        "interrupted, or failed for a reason that may pass. Options are those of the run; device, versions and "
+        "workloads must be the same",
     )
 
 
