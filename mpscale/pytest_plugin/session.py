@@ -15,7 +15,7 @@ import pytest
 from mpscale.ab import turns
 from mpscale.core import extras
 from mpscale.core.given import given
-from mpscale.core.invocation import RESUME
+from mpscale.core.invocation import RESUME, as_arguments
 from mpscale.core.processes import stopping
 from mpscale.core.processes.process import kill_living
 from mpscale.pytest_plugin import options, origin
@@ -46,8 +46,11 @@ class Output:
         return self._config.pluginmanager.hasplugin("terminalreporter")
 
     def printable(self, text: str) -> str:
-        """Return ``text`` as the terminal can show it. pytest would write all of it as escapes, even line ends."""
-        return self.surface.printable(text)
+        """Return ``text`` as the terminal can show it. pytest would write all of it as escapes, even line ends.
+
+        If a script has started the session, options are its arguments.
+        """
+        return self.surface.printable(text if given().parcel is None else as_arguments(text))
 
     @property
     def surface(self) -> Surface:
@@ -514,13 +517,12 @@ class Session:
 
     def _show(self, terminalreporter: pytest.TerminalReporter, run: Run) -> None:
         from mpscale.analysis.summary import summary_of
-        from mpscale.core.invocation import for_reader
         from mpscale.report.first_screen import first_screen, plain
         from mpscale.report.missing import go_on
         from mpscale.report.sections import doubts_note, results
 
         def show(text: str, **markup: bool) -> None:
-            terminalreporter.write_line(self.output.printable(for_reader(text, run.info)), **markup)
+            terminalreporter.write_line(self.output.printable(text), **markup)
 
         path = run.path
         with contextlib.suppress(ValueError):
