@@ -132,9 +132,10 @@ def test_ctrl_c_stops_in_good_order_and_names_the_call_that_goes_on(script, tmp_
         "with contextlib.redirect_stdout(io.StringIO()) as cell:\n"  # as in a notebook
         '    mpscale.compare(own, modes="fp32,mixed-bf16", seeds=1, resume="latest")\n'
         'print(cell.getvalue().count("seed 0  ok"), "Is mixed precision" in cell.getvalue())\n'
+        'print("more seeds, or repeats" in cell.getvalue(), "--mp-" in cell.getvalue())\n'
     )
     output, _ = script(again).communicate(timeout=60)
-    assert output == "the script runs\n2 True\n"
+    assert output == "the script runs\n2 True\nTrue False\n"
     assert mpscale.read_run(path).cases.metric_value.tolist() == [0.25, 0.25]
 
 
