@@ -25,6 +25,10 @@ _PREFIX = "--mp-"
 _VARIABLE, _COMMAND_LINE = "PYTEST_ADDOPTS", "command line"
 
 
+# With mpscale's plug-in, pytest would end at the first option that has a wrong value.
+_WITHOUT_PLUGINS = ("--disable-plugin-autoload", "-p", "no:mpscale", "-o", "required_plugins=")
+
+
 class _Seen(Exception):
     """Ends a pytest that has read its settings and nothing else."""
 
@@ -57,7 +61,7 @@ def look(here: Path, arguments: Sequence[str], environ: Mapping[str, str]) -> tu
     path, found, notes = *_of_table(here), list[str]()
     config, problem = _settings_of_pytest()
     if problem is not None:
-        found.append(GivenOption("addopts", "", "settings of pytest", problem))
+        found.append(GivenOption("addopts or other settings", "", "pytest", problem))
     elif config is not None:
         typed = [str(one) for one in config.getini("addopts")]
         of_pytest = list(_typed(typed, f"addopts of {config.inipath}")) if config.inipath is not None else []
@@ -108,7 +112,7 @@ def _settings_of_pytest() -> tuple[pytest.Config | None, str | None]:
     found, said = _Look(), io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            pytest.main(["--disable-plugin-autoload"], plugins=[found])
+            pytest.main([*_WITHOUT_PLUGINS], plugins=[found])
     except _Seen:
         return found.config, None
     except Exception as error:  # of a plug-in that addopts names
