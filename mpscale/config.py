@@ -75,9 +75,32 @@ def load(start: Path) -> ProjectSettings:
     Raises:
         SettingsError: the file cannot be read, or a setting of a comparison has the wrong type.
     """
-    path = next((f / "pyproject.toml" for f in (start, *start.parents) if (f / "pyproject.toml").is_file()), None)
+    path, table = table_of(start)
     if path is None:
         return ProjectSettings()
+    for key in KINDS:
+        if key in table and (problem := why_unfit(key, table[key])):
+            raise SettingsError(f"{path}: {problem}")
+    return ProjectSettings(
+        baseline_of(path, table["baseline"]) if "baseline" in table else None,
+        tuple(table.get("fail-on", ())),
+        table.get("strict", False),
+        table.get("threshold"),
+        table.get("compare-by", "model"),
+        {key: value for key, value in table.items() if key not in KINDS},
+        path,
+    )
+
+
+def table_of(start: Path) -> tuple[Path | None, dict[str, Any]]:
+    """Return the nearest pyproject.toml in ``start`` or above it, and its table ``[tool.mpscale]``, empty without one.
+
+    Raises:
+        SettingsError: the file cannot be read.
+    """
+    path = next((f / "pyproject.toml" for f in (start, *start.parents) if (f / "pyproject.toml").is_file()), None)
+    if path is None:
+        return None, {}
     try:
         table = tomllib.loads(read_text(path, SETTINGS))
         for name in ("tool", "mpscale"):
@@ -90,24 +113,15 @@ def load(start: Path) -> ProjectSettings:
         raise
     except (ValueError, RecursionError) as error:  # also an integer with thousands of digits
         raise SettingsError(f"{path}: cannot be read: {error}") from error
-    for key, words in KINDS.items():
-        if key in table and not _fits(key, table[key]):
-            raise SettingsError(f"{path}: {key} of [tool.mpscale] must be {words}, not {table[key]!r:.200}")
-    baseline = table.get("baseline")
-    # A path in the file is relative to the file, wherever pytest is called.
-    if baseline is not None and path.parent != Path.cwd():
-        beside = path.parent / baseline
-        if os.path.exists(beside):  # noqa: PTH110 - Path.exists raises for a name that is too long
-            baseline = str(beside)
-    return ProjectSettings(
-        baseline,
-        tuple(table.get("fail-on", ())),
-        table.get("strict", False),
-        table.get("threshold"),
-        table.get("compare-by", "model"),
-        {key: value for key, value in table.items() if key not in KINDS},
-        path,
-    )
+    return path, table
+
+
+def baseline_of(path: Path, value: str) -> str:
+    """The run that ``baseline`` in the file ``path`` names. A path is relative to the file, wherever it is read."""
+    beside = path.parent / value
+    if path.parent != Path.cwd() and os.path.exists(beside):  # noqa: PTH110 - Path.exists raises for a long name
+        return str(beside)
+    return value
 
 
 def results_folder(here: Path) -> Path:
@@ -138,19 +152,24 @@ def results_of(path: Path, value: Any) -> Path:
         raise SettingsError(f"{path}: results of [tool.mpscale]: {error}") from error
 
 
-def _fits(key: str, value: Any) -> bool:
+def why_unfit(key: str, value: Any) -> str | None:
+    """Return why a setting of a comparison, one of :data:`KINDS`, cannot have a value; None if it can."""
     if key == "fail-on":
-        return isinstance(value, list) and all(isinstance(text, str) for text in value)
-    if key == "compare-by":
-        return value in COMPARE_BY
-    return isinstance(value, bool) if key == "strict" else isinstance(value, str)
+        fits = isinstance(value, list) and all(isinstance(text, str) for text in value)
+    elif key == "compare-by":
+        fits = value in COMPARE_BY
+    else:
+        fits = isinstance(value, bool) if key == "strict" else isinstance(value, str)
+    return None if fits else f"{key} of [tool.mpscale] must be {KINDS[key]}, not {value!r:.200}"
 
 
 _LONGEST_PATH = 4096
 """What Linux allows."""
 
-RUN = "id of a run or its first characters, the name that it was given, its folder, a cases.csv, or `latest`"
+RUN = "id of a run or its first characters, the name that it was given, its folder, or `latest`"
 """Every way to name a run on the command line."""
+RUN_OR_CSV = RUN.replace("or `latest`", "a cases.csv, or `latest`")
+"""The same where a table of cases is enough."""
 
 RESULTS = Path("results")
 """The default results folder."""

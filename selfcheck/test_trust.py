@@ -30,9 +30,10 @@ import pytest
 from tabulate import tabulate
 
 from mpscale.analysis.change import measure_change, with_verdicts
-from mpscale.analysis.compare import ComparedRow, Comparison, Pair, State
+from mpscale.analysis.compare import ComparedRow, Comparison
 from mpscale.analysis.gates import judge_gates, parse_gates
 from mpscale.analysis.noise_floor import FEWEST_RUNS, assumed_floor, floors_from_samples, pair_noise
+from mpscale.analysis.pairs import Pair, State
 from mpscale.analysis.quantities import COSTS, Outcome, Verdict
 from mpscale.analysis.stats import paired_ratio
 from mpscale.core.record import Record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,8 @@ def test_help_names_the_commands_and_imports_nothing_slow():
     assert (done.returncode, done.stderr) == (0, "")
     assert "workloads" in done.stdout
     assert "report" in done.stdout
-    assert "register-python-argcomplete" in done.stdout
+    assert re.search(r"^ {4}workloads +list workloads", done.stdout, re.M)
+    assert '\n    eval "$(register-python-argcomplete mpscale)"' in done.stdout
     assert not imported & {
         "tensorflow",
         "keras",
@@ -54,6 +56,15 @@ def test_help_names_the_commands_and_imports_nothing_slow():
         "tabulate",
         "rich",
     }
+
+
+def test_help_breaks_no_option(mpscale, monkeypatch):
+    for width in range(50, 120, 10):
+        monkeypatch.setenv("COLUMNS", str(width))
+        code, text, err = mpscale("run", "--help")
+        assert (code, err) == (0, "")
+        assert "    mpscale run mnist1d-cnn --modes fp32,mixed-bf16 --seeds 5 --mp-name before\n" in text
+        assert {"--mp-baseline,", "--benchmark-only`", "--batch-size,"} <= set(text.split())
 
 
 def test_without_a_command_there_is_help_and_no_success(mpscale):

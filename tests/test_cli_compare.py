@@ -261,7 +261,7 @@ def test_different_devices_are_shown_side_by_side_ratios_first(compare):
 def test_gates_are_refused_between_devices_unless_forced(compare):
     code, text = compare(rows(), rows(**ON_GPU), "--fail-on", "step_time>5%", device=GPU)
     assert code == 2
-    assert "gates on a change judge runs of one kind of device" in text
+    assert "the runs are on different devices, so gates on a change cannot judge them" in text
     code, text = compare.command(BEFORE, AFTER, "--fail-on", "step_time>5%", "--force")
     assert code == 0, text
 
@@ -430,7 +430,8 @@ def test_a_broken_or_foreign_csv_is_named_with_its_line(compare, tmp_path, text,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["one"], "compare needs two or more runs, the baseline first"),
+        (["one"], "one run has nothing to be compared with: name two or more, the baseline first, or judge this one"),
+        (["one", "--fail-on=speedup>=1.5"], "there is no run in"),
         (["nowhere.csv", "nowhere.csv"], "nowhere.csv: no such file"),
         (["latest", "latest"], "there is no run in"),
     ],
@@ -439,6 +440,125 @@ def test_missing_runs_are_named(compare, arguments, message):
     code, text = compare.command(*arguments)
     assert code == 2
     assert message in text
+
+
+def on(replicas, ms, strategy="mirrored", batch=20, **values):
+    """A row under a strategy, each replica with a batch of its own."""
+    facts = {"strategy": strategy, "replicas": replicas, "jit": False}
+    found = {}
+    for mode in ("fp32", "mixed-bf16"):
+        of_key = key(mode, batch=batch * replicas, **facts)
+        found[mode] = rows(mode, ms, series_key=of_key, replica_batch_size=batch, **facts, **values)
+    return [case for cases in found.values() for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("few", "many"), [(on(1, 2.0), on(2, 2.5)), (on(2, 2.5), on(1, 2.0)), (on(2, 2.0), on(8, 2.5))]
+)
+def test_runs_that_differ_in_replicas_alone_have_a_scaling_efficiency(compare, tmp_path, few, many):
+    page = tmp_path / "page.html"
+    code, text = compare(few, many, "--json", "--html", page)
+    found = [row["scaling"] for row in json.loads(text)["comparisons"][0]["rows"]]
+    assert (code, len(found)) == (0, 2)
+    replicas = [cases[0]["replicas"] for cases in (few, many)]
+    rates = [2e4 * cases[0]["replicas"] / cases[2]["step_time_ms_median"] for cases in (few, many)]
+    for one in found:
+        assert (one["replicas"], one["batch"], one["efficiency"]) == (replicas, 20, pytest.approx(0.8, rel=1e-3))
+        assert 0.5 < one["low"] < 0.8 < one["high"] < 1.0
+        assert one["examples_per_s"] == pytest.approx(rates, rel=5e-3)
+    assert "so only the scaling efficiency is shown" in page.read_text()
+    _, text = compare.command(BEFORE, AFTER)
+    assert "B against A: scaling over replicas" in text and "0.800 [0." in text
+    assert "logical devices" in text and "weak scaling" in text
+    _, text = compare.command(BEFORE, AFTER, "--format=csv")
+    lines = [row for row in csv.DictReader(text.splitlines()) if row["quantity"]]
+    assert [(row["state"], row["quantity"]) for row in lines] == [("not-comparable", "scaling_efficiency")] * 2
+
+
+def test_gates_on_a_change_do_not_judge_runs_with_other_replicas(compare, tmp_path):
+    code, text = compare(on(1, 2.0), on(2, 2.5), "--fail-on", "step_time>5%")
+    assert (code, "the runs differ in the number of replicas, so gates on a change cannot" in text) == (2, True)
+    assert compare.command(BEFORE, AFTER, "--fail-on", "step_time<=3ms")[0] == 0
+    (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nfail-on = ["missing"]\n')
+    code, text = compare.command(BEFORE, AFTER)
+    assert (code, "no gate of [tool.mpscale] on a change was judged" in text) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("other", "device", "message"),
+    [
+        (on(4, 2.5, batch=40), CPU, "no scaling efficiency: batch per replica 20 against 40"),
+        (on(4, 2.5, strategy="multiworker"), CPU, "no scaling efficiency: strategy mirrored against multiworker"),
+        (
+            rows(series_key=key(batch=40, jit=False)),
+            CPU,
+            "mirrored against none; run also --mp-strategy with --mp-replicas 1)",
+        ),
+        (on(4, 2.5, device="gpu", device_name="Test GPU"), GPU, "no scaling efficiency: another device"),
+        ([*on(4, 2.5)[:4], *on(2, 9.0)[5:]], CPU, None),
+    ],
+)
+def test_no_scaling_efficiency_of_runs_that_differ_in_more(compare, other, device, message):
+    code, text = compare(on(2, 2.0), other, device=device)
+    assert (code, message or "scaling over replicas") == (2 if message else 0, message or "scaling over replicas")
+    assert (message or "0.800 [") in text
+
+
+ONE = [*rows(), *rows("mixed-bf16", ms=1.0)]
+
+
+@pytest.mark.parametrize(
+    ("cases", "gates", "code", "said"),
+    [
+        pytest.param(ONE, "speedup[mixed-*]>=1.5,accuracy>=0.5", 0, "passed", id="within its limits"),
+        pytest.param(ONE, "speedup>=3", 1, "toy mixed-bf16  2x (5 pairs, 95 % interval", id="beyond one"),
+        pytest.param(ONE[:5], "speedup>=1.5", 3, "no row of the run has such a figure", id="nothing to judge"),
+        pytest.param([*ONE[:5], *ONE[5:9], rows("mixed-bf16", status="oom")[4]], "speedup>=1.5", 3, "oom", id="failed"),
+    ],
+)
+def test_a_run_alone_is_judged_by_limits(compare, cases, gates, code, said, tmp_path):
+    cases = [Record({**case.to_json(), "metric_name": "accuracy"}) for case in cases]
+    write_run(tmp_path / "results", finished(cases), name=AFTER)
+    found, text = compare.command("latest", "--fail-on", gates)
+    assert found == code, text
+    assert said in text and "Test CPU" in text and "baseline" not in text
+    found, text = compare.command("latest", "--fail-on", gates, "--json", "--html", tmp_path / "page.html")
+    printed, _, messages = text.partition("\n}\n")
+    table = json.loads(printed + "}")
+    assert (found, table["baseline"], table["comparisons"]) == (code, None, [])
+    assert {gate["run"] for gate in table["gates"]} == {AFTER}
+    assert (code == 0) == (messages == "")
+    answer = {0: "Yes: all 3 checks passed", 1: "No: 1 of 1 check fired", 3: "Cannot tell: 1 of 1 check cannot"}[code]
+    assert answer in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fail-on=speedup>=1.5,step_time>5%,metric"], "--fail-on: step_time>5%, metric needs a baseline: name it"),
+        (["--fail-on=speedup>=1.5", "--force"], "--force needs a baseline"),
+        (["--fail-on=speedup>=1.5", "--threshold=3%"], "--threshold needs a baseline"),
+        (["--fail-on=speedup>=1.5", "--compare-by=name"], "--compare-by needs a baseline"),
+        (["--fail-on=speedup>=1.5", "--format=csv"], "for limits, use json or markdown"),
+        (["--fail-on=speedup>=fast"], "is not a gate"),
+        (["--strict"], "one run has nothing to be compared with"),
+    ],
+)
+def test_what_takes_two_runs_is_refused_for_one(compare, tmp_path, arguments, message):
+    write_run(tmp_path / "results", finished(ONE), name=AFTER)
+    code, text = compare.command(AFTER, *arguments)
+    assert (code, len(text.splitlines())) == (2, 1)
+    assert message in text
+
+
+@pytest.mark.parametrize(("strict", "limit", "code"), [("false", 1, 3), ("true", 1, 1), ("false", 3, 1)])
+def test_gates_of_the_project_that_need_a_baseline_are_not_judged_in_one_run(compare, tmp_path, strict, limit, code):
+    write_run(tmp_path / "results", finished(ONE), name=AFTER)
+    table = f'[tool.mpscale]\nfail-on = ["missing", "speedup>={limit}"]\nstrict = {strict}\n'
+    (tmp_path / "pyproject.toml").write_text(table)
+    found, text = compare.command(AFTER)
+    assert found == code
+    assert "without a baseline, missing was not judged" in text
 
 
 def test_exit_codes_reach_the_shell(tmp_path):

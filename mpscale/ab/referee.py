@@ -6,18 +6,16 @@ import contextlib
 import os
 import random
 import secrets
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mpscale.ab import turns
 from mpscale.ab.environments import LETTERS, Environment
 from mpscale.core.columns import FAILED
+from mpscale.core.files.temporary import TemporaryFolder
 from mpscale.core.processes import stopping
 from mpscale.core.processes.process import Child, describe_exit
 from mpscale.core.processes.wire import Event, Garbled, Wire, event_of, wait_for
@@ -74,26 +72,26 @@ class Referee:
         """Start both sessions, and go on until both have ended."""
         seed, pair = secrets.randbelow(2**32), secrets.token_hex(8)
         self._random.seed(seed)
-        logs = Path(tempfile.mkdtemp(prefix="mpscale-ab-"))
-        remove = partial(shutil.rmtree, logs, ignore_errors=True)
+        logs = TemporaryFolder("ab-logs")
         forget = (
-            stopping.before_ending_at_once(remove),
+            stopping.before_ending_at_once(logs.close),
             stopping.before_ending_at_once(self._end_at_once, children_live=True),
         )
         try:
             for each in self._environments:
-                log = logs / f"{each.letter}.log"
+                log = logs.path / f"{each.letter}.log"
                 self._sessions.append(Session(each, self._arguments, seed, pair, log, self._start_s))
             self._take_turns()
         except KeyboardInterrupt:
-            remove()
+            logs.close()
             raise
         finally:
             with stopping.held():
                 for session in self._sessions:
                     session.kill()
-        if not self.problems:
-            remove()
+        if self.problems:
+            logs.keep()
+        logs.close()
         for forgotten in forget:
             forgotten()
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from mpscale.analysis.change import ERROR_RATE, Change
-from mpscale.analysis.compare import ComparedRow, Comparison, State
+from mpscale.analysis.compare import ComparedRow, Comparison
 from mpscale.analysis.gate import METRIC, MISSING, Gate, parse_gates, parse_share
 from mpscale.analysis.limits import RunRow, judge_limit, rows_of
+from mpscale.analysis.pairs import State
 from mpscale.analysis.quantities import COSTS, Cost, Outcome
 from mpscale.analysis.stats import holm
 from mpscale.analysis.trainings import by_reason, have_no_metric, seeds_text

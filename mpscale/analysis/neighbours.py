@@ -10,9 +10,10 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 
-from mpscale.analysis.compare import ComparedRow, Comparison, State, compare
+from mpscale.analysis.compare import ComparedRow, Comparison, compare
 from mpscale.analysis.history import Series, oldest_first
 from mpscale.analysis.noise_floor import MOST_RUNS, Floors, floors_among
+from mpscale.analysis.pairs import State
 from mpscale.analysis.quantities import Verdict
 from mpscale.analysis.versions import versions_key
 from mpscale.core.machines import environment_facts, hardware

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mpscale.analysis.compare import ComparedRow, Comparison, State
+from mpscale.analysis.compare import ComparedRow, Comparison
+from mpscale.analysis.pairs import State
 from mpscale.analysis.quantities import COSTS, Outcome, Ranked, Verdict
 
 REAL = (Verdict.SLOWER, Verdict.MORE, Verdict.FASTER, Verdict.LESS, Verdict.WORSE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -44,6 +45,25 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE_ERROR, f"mpscale: error: {visible(message)}; see `{self.prog} --help`\n")
 
 
+class _Help(argparse.HelpFormatter):
+    """Breaks no line within an option or a command, so that both can be copied; lines with an indent stay as typed."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if action.nargs == argparse.PARSER:
+            # argparse forgets the indent of commands, so the longest would have its text on the next line.
+            self._action_max_length += self._indent_increment
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        for line in text.splitlines():
+            lines += [line] if line.startswith(" ") else self._split_lines(line, width) or [""]
+        return "\n".join(f"{indent}{line}" for line in lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of the process.
 
@@ -70,7 +90,7 @@ def _run(arguments: Sequence[str]) -> int:
                 parser.print_help()
                 return USAGE_ERROR
             options, unknown = parser.parse_known_args(arguments)
-            if unknown and options.run_command not in (comparing.ab, running.run):
+            if unknown and options.run_command not in (comparing.ab, running.run, reading.doctor):
                 parser.error(f"unrecognized arguments: {' '.join(unknown)}")
             options.unknown = unknown
             take_results_of_the_project(options)
@@ -96,16 +116,18 @@ def _run(arguments: Sequence[str]) -> int:
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="mpscale",
+        formatter_class=_Help,
         description="Compare training in mixed precision with float32: speed, memory, overflow and accuracy. "
-        "`mpscale run`, or pytest on a suite of your own, makes runs; the other commands read them.",
-        epilog="For completion of commands, options, runs, workloads and modes: pip install argcomplete, and "
-        f"{completion.SWITCH_ON} in ~/.bashrc",
+        "`mpscale run`, or pytest on a suite of your own, trains and leaves a run. `fit`, `probe` and `lint` try one "
+        "workload, and most other commands read runs. `mpscale COMMAND --help` explains a command.",
+        epilog="In bash and zsh, the Tab key completes commands, options, runs, workloads and modes after\n\n"
+        f'    pip install "mpscale[completion]"\n    {completion.SWITCH_ON}    # in ~/.bashrc or ~/.zshrc',
     )
     parser.add_argument("--version", action="version", version=f"mpscale {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     for name, (text, add_arguments, run) in _COMMANDS.items():
-        command = subparsers.add_parser(name, help=text)
+        command = subparsers.add_parser(name, help=text, formatter_class=_Help)
         command.set_defaults(run_command=run)
         if name == chosen:
             add_arguments(command)
@@ -117,7 +139,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "run": ("train every workload in every mode, and report", running.run_arguments, running.run),
     "workloads": ("list workloads and modes", reading.workloads_arguments, reading.workloads),
     "doctor": (
-        "show what can be measured on this machine, and what to change",
+        "show what a run here would measure, its options, and what to change",
         reading.doctor_arguments,
         reading.doctor,
     ),
@@ -126,7 +148,11 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "list": ("list runs, and how they went", listing.list_arguments, listing.list_runs),
     "open": ("open the report of a run in the browser", listing.open_arguments, listing.open_report),
     "name": ("give a run a name or a note, or show them", naming.name_arguments, naming.name),
-    "compare": ("compare runs with a baseline; can fail a build", comparing.compare_arguments, comparing.compare),
+    "compare": (
+        "compare runs with a baseline, or judge one by limits; can fail a build",
+        comparing.compare_arguments,
+        comparing.compare,
+    ),
     "ab": ("run two environments interleaved, and compare them", comparing.ab_arguments, comparing.ab),
     "lint": ("find what is wrong or slow about a workload before a run", linting.lint_arguments, linting.lint),
     "fit": ("find the largest batch that trains in each mode", fitting.fit_arguments, fitting.fit),

@@ -24,21 +24,25 @@ from mpscale.cli.output import (
     warn,
     write,
 )
-from mpscale.config import RUN, add_gate_options, add_results_option, seconds
+from mpscale.config import RUN_OR_CSV, add_gate_options, add_results_option, seconds
 from mpscale.terminal.progress import Screen
 from mpscale.terminal.streams import visible
 
 if TYPE_CHECKING:
-    from mpscale.analysis.gates import Gate
+    from mpscale.analysis.compare import Comparison
+    from mpscale.analysis.gates import Finding, Gate
 
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Compare runs with a baseline, the first one. Runs on one kind of device get verdicts row by row; runs on "
-        "different devices are shown side by side. Exit code: 0 all well, 1 a gate fired, 2 wrong use, 3 a gate could "
-        "not tell."
+        "different devices are shown side by side. With a single run, judge it by the limits of --fail-on, such as "
+        "speedup>=1.5, which need no baseline. Exit code: 0 all well, 1 a gate fired, 2 wrong use, 3 a gate could not "
+        "tell."
     )
-    runs = parser.add_argument("runs", nargs="+", metavar="RUN", help=f"the baseline, then the others: {RUN}")
+    runs = parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help=f"the baseline, then the others; or one run, for limits: {RUN_OR_CSV}"
+    )
     completion.completed_by(runs, completion.runs)
     add_results_option(parser.add_argument, default=RESULTS)
     add_output_options(parser)
@@ -49,10 +53,10 @@ def compare(options: argparse.Namespace) -> int:
     from mpscale.core.runs import resolve_run
 
     try:
-        if len(options.runs) < 2:
-            raise ValueError("compare needs two or more runs, the baseline first")
         rules = _rules(options)
-        return _print_comparison([resolve_run(name, options.results) for name in options.runs], rules, options)
+        judged = _limits(rules[0], options) if len(options.runs) == 1 else []
+        paths = [resolve_run(name, options.results) for name in options.runs]
+        return _print_limits(paths[0], judged, rules, options) if judged else _print_comparison(paths, rules, options)
     except ValueError as error:
         return fail(str(error))
 
@@ -87,6 +91,46 @@ def _rules(options: argparse.Namespace) -> _Rules:
     return parse_gates(settings.fail_on), settings.strict, threshold, settings.compare_by == "name"
 
 
+def _limits(gates: Sequence[Gate], options: argparse.Namespace) -> list[Gate]:
+    """Return the gates that judge a run alone.
+
+    Raises:
+        ValueError: there is none, or the command line asks for what takes two runs.
+    """
+    name_it = "name it before the run"
+    limits = [gate for gate in gates if not gate.needs_baseline]
+    if not limits and not (gates and options.fail_on):
+        raise ValueError(
+            "one run has nothing to be compared with: name two or more, the baseline first, or judge this one by "
+            'limits, such as --fail-on "speedup>=1.5"'
+        )
+    if options.fail_on and (changes := [str(gate) for gate in gates if gate.needs_baseline]):
+        raise ValueError(f"--fail-on: {', '.join(changes)} needs a baseline: {name_it}")
+    for option in ("--force", "--threshold", "--compare-by"):
+        if getattr(options, option.removeprefix("--").replace("-", "_")):
+            raise ValueError(f"{option} needs a baseline: {name_it}")
+    if options.format == "csv":
+        raise ValueError("--format csv has a line for each change since a baseline: for limits, use json or markdown")
+    return limits
+
+
+def _print_limits(path: Path, limits: Sequence[Gate], rules: _Rules, options: argparse.Namespace) -> int:
+    """Judge a run alone; see :func:`_print_comparison`."""
+    from mpscale.analysis.gates import judge_alone
+    from mpscale.core.runs import read_run
+    from mpscale.report.comparison import render_alone
+
+    run = read_run(path)
+    findings = judge_alone(run, limits)
+    write(render_alone(run, findings, options.format, surface(options.output)), options.output, options.format)
+    if options.html is not None:
+        from mpscale.report.comparison_page import limits_page
+
+        write(limits_page(run, findings), options.html)
+    left = ", ".join(str(gate) for gate in rules[0] if gate.needs_baseline)
+    return _outcome(findings, run.problems, rules, options, left and f"without a baseline, {left} was not judged")
+
+
 def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Namespace) -> int:
     """Compare runs with the first one, and print the result or write it to a file.
 
@@ -97,25 +141,25 @@ def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Na
         RunError: a run cannot be read, or they cannot be compared.
         ValueError: the gates cannot judge them.
     """
-    from mpscale.analysis.compare import NotComparable, compare_all
-    from mpscale.analysis.gates import COULD_NOT_TELL, FIRED, exit_code, judge_gates
+    from mpscale.analysis.compare import compare_all
+    from mpscale.analysis.gates import judge_gates
+    from mpscale.analysis.pairs import NotComparable
     from mpscale.core.runs import RunError, read_run
     from mpscale.report.comparison import render, unread
 
-    gates, strict, threshold, by_name = rules
+    gates, _, threshold, by_name = rules
     runs = [read_run(path) for path in paths]
     how = {"force": options.force, "threshold": threshold, "results": options.results, "by_name": by_name}
     try:
-        comparisons = compare_all(runs, **how)
+        comparisons = compare_all(runs, **how, over_replicas=True)
     except NotComparable as error:
         raise RunError(error.with_cure()) from error
-    # Limits are judged on any device: they are about one run.
-    alike = options.force or all(comparison.same_device for comparison in comparisons)
-    judged = [gate for gate in gates if alike or not gate.needs_baseline]
+    # Limits are judged whatever the other run is: they are about one run.
+    apart = "" if options.force else _apart(comparisons)
+    judged = [gate for gate in gates if not apart or not gate.needs_baseline]
     if len(judged) < len(gates) and options.fail_on is not None:
         raise ValueError(
-            "gates on a change judge runs of one kind of device, and these are of different ones; leave them out of "
-            "--fail-on, or use --force"
+            f"{apart}, so gates on a change cannot judge them; leave those out of --fail-on, or use --force"
         )
     findings = [finding for each in comparisons for finding in judge_gates(each, judged)]
     write(render(comparisons, findings, options.format, surface(options.output)), options.output, options.format)
@@ -123,15 +167,47 @@ def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Na
         from mpscale.report.comparison_page import comparison_page
 
         write(comparison_page(comparisons, findings), options.html)
+    left = f"{apart}: no gate of [tool.mpscale] on a change was judged" if len(judged) < len(gates) else ""
+    return _outcome(findings, unread(comparisons), rules, options, left)
+
+
+def _apart(comparisons: Sequence[Comparison]) -> str:
+    """Why gates on a change cannot judge the runs; empty if they can."""
+    from mpscale.analysis.pairs import State
+
+    if not all(comparison.same_device for comparison in comparisons):
+        return "the runs are on different devices"
+    for comparison in comparisons:
+        is_paired = any(row.pair.state is State.PAIRED for row in comparison.rows)
+        if not is_paired and any(row.scaling is not None for row in comparison.rows):
+            return "the runs differ in the number of replicas"
+    return ""
+
+
+def _outcome(
+    findings: Sequence[Finding], problems: Sequence[str], rules: _Rules, options: argparse.Namespace, left: str
+) -> int:
+    """Say on standard error what the result itself does not show; return the exit code.
+
+    Args:
+        findings: what gates found.
+        problems: what could not be read.
+        rules: of the comparison.
+        options: of the command line.
+        left: why gates of ``[tool.mpscale]`` were not judged; empty if all were.
+    """
+    from mpscale.analysis.gates import COULD_NOT_TELL, FIRED, exit_code
+
     if options.output is not None or options.format in ("csv", "json"):
         # Tables and Markdown show this themselves.
-        warn(unread(comparisons))
+        warn(problems)
         for finding in findings:
             if finding.outcome != "passed":
                 say(f"{finding.outcome}: {finding}")
+    strict = rules[1]
     code = exit_code(findings, strict) if findings else OK
-    if len(judged) < len(gates):
-        say("the runs are on different devices: no gate of [tool.mpscale] on a change was judged")
+    if left:
+        say(left)
         return FIRED if strict or code == FIRED else COULD_NOT_TELL
     return code
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from mpscale.cli import completion
 from mpscale.cli.output import OK, RESULTS, say, warn
-from mpscale.config import add_results_option
+from mpscale.config import RUN, add_results_option
 from mpscale.terminal.streams import visible
 
-_RUN = "what to merge: name of a run or its first characters, its folder, or `latest`"
+_RUN = f"what to merge: {RUN}"
 
 
 def merge_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpscale.cli import completion
 from mpscale.cli.output import OK, RESULTS, add_json_option, add_output_options, fail, say, surface, warn, write
-from mpscale.config import RUN, add_compare_by_option, add_results_option, load
+from mpscale.config import RUN, RUN_OR_CSV, add_compare_by_option, add_results_option, load
 from mpscale.terminal.streams import as_typed, visible
 
 if TYPE_CHECKING:
@@ -118,9 +118,11 @@ def _target(workload: Workload) -> str:
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Show what a run on this machine would measure, what it could not measure and why, and what to change. "
-        "Exit code: 0 nothing to do, 1 something to do, 2 wrong use."
+        "Show what a run on this machine would measure, what it could not measure and why, which options it would have "
+        "in this folder and where they come from, and what to change. It takes options of a run, such as --mp-modes, "
+        "and checks them with the others. Exit code: 0 nothing to do, 1 something to do, 2 wrong use."
     )
+    parser.usage = "mpscale doctor [-h] [--json] [--gpu] [options of a run]"
     add_json_option(parser)
     parser.add_argument("--gpu", action="store_true", help="also train on the GPU briefly, which may take minutes")
 
@@ -128,8 +130,13 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
 def doctor(options: argparse.Namespace) -> int:
     from mpscale.doctor.examine import examine
     from mpscale.doctor.page import render
+    from mpscale.pytest_plugin import sources
 
-    found = examine(train=options.gpu)
+    try:
+        given, about = sources.look(Path.cwd(), options.unknown, os.environ)
+    except ValueError as error:
+        return fail(f"{error}; see `mpscale doctor --help`")
+    found = examine(options.gpu, given, about)
     print(render(found, options.json, surface()), end="")
     return found.verdict
 
@@ -233,7 +240,10 @@ def history_arguments(parser: argparse.ArgumentParser) -> None:
         "series, or with --compare-by name."
     )
     named = parser.add_argument(
-        "runs", nargs="*", metavar="RUN", help=f"{RUN} (default: all in runs/ and reference/ of the results folder)"
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help=f"{RUN_OR_CSV} (default: all in runs/ and reference/ of the results folder)",
     )
     completion.completed_by(named, completion.runs)
     add_results_option(parser.add_argument, default=RESULTS)

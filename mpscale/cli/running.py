@@ -22,17 +22,18 @@ _SHORT = ("train", "validation", "modes", "seeds", "steps", "batch-size", "repea
 def run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "mpscale run [WORKLOAD ...] [--train DATA] [--validation DATA] [options of pytest]"
     parser.description = (
-        "Train every workload in every mode, and leave a run in results/runs/ of the current folder. A WORKLOAD is a "
-        "name, or module:attribute: a workload of yours, or a function that returns a compiled Keras model, and then "
-        "--train names its data: `mpscale run my_models:build --train train_data --validation validation_data --modes "
-        "fp32,mixed-dynamic`. This is "
-        "`pytest --benchmark-only` on a suite that comes with mpscale, so a project needs none of its own. All options "
-        "go to pytest, such as --mp-preset, --mp-modes, --mp-name, --mp-baseline, --mp-fail-on, --mp-resume and "
-        "--junitxml; "
-        "`pytest --help` lists them, mpscale's under its name. "
-        f"{_in_words(_SHORT)} need no mp-. Settings of pytest in the current folder do not apply; "
-        "[tool.mpscale] in its pyproject.toml does. The exit code is pytest's: 0 all well, 1 a case failed or a gate "
-        "fired, 2 interrupted, 4 wrong use."
+        "Train every workload in every mode, and leave a run with its report in the folder runs/ of the results "
+        "folder. A WORKLOAD is one that `mpscale workloads` lists, or module:attribute: a workload of yours, or a "
+        "function that returns a compiled Keras model, and then --train names its data. Without one, those of "
+        "[tool.mpscale] are trained, else those of the preset.\n\n"
+        "    mpscale run\n"
+        "    mpscale run mnist1d-cnn --modes fp32,mixed-bf16 --seeds 5 --mp-name before\n"
+        "    mpscale run my_models:build --train train_data --validation validation_data\n\n"
+        "This is `pytest --benchmark-only` on a suite that comes with mpscale, so a project needs none of its own. "
+        "`pytest --help` lists all options, mpscale's under its name: --mp-name, --mp-baseline, --mp-fail-on, "
+        f"--mp-resume and more. {_in_words(_SHORT)} need no mp-. Settings of pytest in the current folder do not "
+        "apply; [tool.mpscale] in its pyproject.toml does, and `mpscale doctor` shows it.\n\n"
+        "The exit code is pytest's: 0 all well, 1 a case failed or a gate fired, 2 interrupted, 4 wrong use."
     )
     # An option for pytest may be the beginning of --help.
     parser.allow_abbrev = False

@@ -99,7 +99,12 @@ def init_arguments(parser: argparse.ArgumentParser) -> None:
         "unless it is the same, is refused before anything is written."
     )
     parser.add_argument(
-        "folder", nargs="?", type=folder, default=Path(), metavar="FOLDER", help="of the project (default: this one)"
+        "folder",
+        nargs="?",
+        type=folder,
+        default=Path(),
+        metavar="FOLDER",
+        help="the folder of the project (default: the current one)",
     )
     add_json_option(parser)
 

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 def add_workload(parser: argparse.ArgumentParser) -> None:
     """Add the workload, an argument that has no option's name."""
-    workload = parser.add_argument("workload", metavar="WORKLOAD", type=as_typed, help="`mpscale workloads` lists them")
+    workload = parser.add_argument(
+        "workload",
+        metavar="WORKLOAD",
+        type=as_typed,
+        help="one that `mpscale workloads` lists, or module:attribute: a workload of yours, or a function that returns "
+        "a compiled Keras model",
+    )
     completion.completed_by(workload, completion.workloads)
     for part in ("train", "validation"):
         parser.add_argument(

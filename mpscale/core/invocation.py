@@ -18,6 +18,16 @@ RESUME = "--mp-resume"
 SCRIPT = "mpscale.compare"
 """The program of a run that a script or a notebook has made."""
 _PROGRAM = re.compile(r"pytest|mpscale run|mpscale\.compare|python[\d.]* -m pytest")
+RENAMED = {"name": "run_name"}
+"""Options whose argument of :func:`mpscale.compare` has another name: its ``name`` is the workload's."""
+_PREFIX = "--mp-"
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+_SETTING = rf"(?:[a-z_]+=)?{_NUMBER}(?:\*\*[0-9]+)?"
+_MENTION = re.compile(
+    # A value is a number, a list or a table of them, or a word that options have; what else follows is the sentence.
+    rf"--mp-([a-z]+(?:-[a-z]+)*)(?:[ =]({_SETTING}(?:[,/]{_SETTING})*|[a-z0-9-]+(?:,[a-z0-9-]+)+"
+    r"|on|off|auto|fork|fresh|shared|none|mirrored|multiworker)(?![\w-]))?"
+)
 _OPTION = re.compile(r"--mp-[a-z0-9-]+")
 _FLAGS = re.compile(r"-[lqsvx]*x[lqsvx]*")
 """Options of one letter without values, written together, such as ``-xvs``."""
@@ -62,11 +72,55 @@ class Invocation:
         return cls(program, arguments, folder, options)
 
 
+def for_reader(text: str, info: Mapping[str, Any]) -> str:
+    """A text on a run, with options as who made the run gives them: to a script, ``--mp-jit off`` is ``jit='off'``.
+
+    Whoever writes a text, in whatever process, names options of a command line.
+
+    Args:
+        text: for people; not the output of a program.
+        info: the run.json.
+    """
+    if _PREFIX not in text or (found := Invocation.of(info)) is None or found.program != SCRIPT:
+        return text
+    return as_arguments(text)
+
+
+def as_arguments(text: str) -> str:
+    """A text in which each option of a command line is an argument of :func:`mpscale.compare`."""
+    return _MENTION.sub(_as_argument, text)
+
+
+def _as_argument(found: re.Match[str]) -> str:
+    name, value = found.groups()
+    argument = RENAMED.get(name, name.replace("-", "_"))
+    return argument if value is None else f"{argument}={value if re.fullmatch(_NUMBER, value) else repr(value)}"
+
+
 def _is_option(name: str, value: Any) -> bool:
     """Whether an option is as a run writes it. A stranger's could name a file from which options are read."""
     values = value if isinstance(value, list) else [value]
     texts = bool(values) and all(isinstance(one, str) for one in values)
     return _OPTION.fullmatch(name) is not None and (texts or value is True)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenOption:
+    """An option that a session would have, as ``mpscale doctor`` shows it.
+
+    Args:
+        option: as it is written there: ``--mp-seeds``, or ``seeds`` in pyproject.toml.
+        value: as text; empty if it has none, or cannot be read.
+        where: it is given: a file, an environment variable, or the command line.
+        problem: why a session refuses it; None if it does not.
+        overridden_by: the place that wins; None if this one does.
+    """
+
+    option: str
+    value: str
+    where: str
+    problem: str | None = None
+    overridden_by: str | None = None
 
 
 def resume_command(run: Run, here: Path | None = None) -> str | None:

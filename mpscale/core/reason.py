@@ -89,6 +89,8 @@ class Code(StrEnum):
     """A package is missing, of a wrong version, or does not fit the GPU."""
     ENVIRONMENT = "environment"
     """An environment variable distorts figures."""
+    REFUSED_OPTION = "refused-option"
+    """An option that a run would have here is unknown, or has a value that it cannot have."""
     MISCOMPILES = "miscompiles"
     """A compiler is of a version that is known to make wrong programs."""
     SLOWED = "slowed"

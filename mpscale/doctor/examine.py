@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from mpscale.core.case import Case, Settings
 from mpscale.core.columns import COLUMNS, FAILED, Topic, measured_columns
 from mpscale.core.device import NVIDIA, Device, NoSuchDevice, find_device, vendor_of
 from mpscale.core.files.temporary import TemporaryFolder
+from mpscale.core.invocation import GivenOption
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record
 from mpscale.doctor import device as devices
@@ -73,6 +74,8 @@ class Examination:
         notes: other things to know.
         presets: which preset fits; None if no run can begin.
         software: versions.
+        options: that a run here would have, or refuse.
+        about_options: where they were looked for, in sentences.
         trained: result of the short training, None without one.
     """
 
@@ -84,6 +87,8 @@ class Examination:
     notes: list[str] = field(default_factory=list)
     presets: Advice | None = None
     software: dict[str, Any] = field(default_factory=dict)
+    options: Sequence[GivenOption] = ()
+    about_options: Sequence[str] = ()
     trained: Trained | None = None
 
     @property
@@ -113,19 +118,27 @@ class Examination:
             "notes": self.notes,
             "presets": self.presets and self.presets.to_json(),
             "software": self.software,
+            "options": [dataclasses.asdict(each) for each in self.options],
+            "about_options": list(self.about_options),
             "trained": self.trained and dataclasses.asdict(self.trained),
         }
 
 
-def examine(train: bool) -> Examination:
+def examine(train: bool, options: Sequence[GivenOption] = (), about_options: Sequence[str] = ()) -> Examination:
     """Examine this machine.
 
     An unexpected exception becomes one of the problems, and what was found before is still shown.
 
     Args:
         train: whether to train on the GPU for a moment, too.
+        options: that a run here would have.
+        about_options: where they were looked for, in sentences.
     """
-    found = Examination()
+    found = Examination(options=options, about_options=about_options)
+    for each in options:
+        if each.problem is not None:
+            text = f"{each.where} has {each.option}, which a run refuses: {each.problem}"
+            found.add([Reason(Code.REFUSED_OPTION, text, "change it there, or leave it out")])
     driver = open_driver()
     try:
         _examine(found, driver, os.environ, train)

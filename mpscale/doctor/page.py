@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mpscale.core.invocation import GivenOption
 from mpscale.doctor.device import Figure, Precision
 from mpscale.doctor.examine import Examination, Trained
 from mpscale.doctor.presets import Advice
@@ -29,6 +30,7 @@ def render(found: Examination, as_json: bool, surface: Surface = PIPE) -> str:
         _section("what is measured", (), surface, _figures(found.figures, surface)),
         _section("mixed precision", _precision(found.precision), surface),
         _section("short training", _trained(found.trained), surface),
+        _section("options", found.about_options, surface, _options(found.options, surface)),
         _section("what to run", _presets(found.presets), surface),
         _section("cautions", _with_cures((each.text, each.cure) for each in found.cautions), surface),
         _section("notes", [f"- {note}" for note in found.notes], surface),
@@ -135,6 +137,17 @@ def _trained(trained: Trained | None) -> list[str]:
         by_reason.setdefault(why, []).append(column)
     lines += [f"empty: {', '.join(columns)}: {why}" for why, columns in by_reason.items()]
     return lines
+
+
+def _options(options: Sequence[GivenOption], surface: Surface) -> str:
+    rows = []
+    for each in options:
+        if each.problem is not None:
+            outcome = Cell("refused, see below", "bad")
+        else:
+            outcome = Cell(f"overridden by {each.overridden_by}" if each.overridden_by else "used")
+        rows.append([each.option, each.value, each.where, outcome])
+    return Table(["option", "value", "given in", "outcome"], rows).text(surface) if rows else ""
 
 
 def _presets(advice: Advice | None) -> list[str]:

@@ -51,6 +51,7 @@ class Resumed:
         notes: what the user should know, one sentence each.
         finished: whether the run had ended.
         xla_refused: what XLA refused, by workload.
+        added: ids of cases that gates have added to the plan and that have no result.
     """
 
     journal: Journal
@@ -60,6 +61,7 @@ class Resumed:
     notes: Sequence[str]
     finished: bool
     xla_refused: Mapping[str, str] = field(default_factory=dict)
+    added: Sequence[str] = ()
 
 
 def refuse_other_versions(run: Run) -> None:
@@ -154,7 +156,8 @@ def resume(path: Path, chosen: Sequence[Case], device: Device, driver: Driver, o
     notes = list(run.problems)
     if not lock.works:
         notes.append(f"the file system of {path} has no locks: make sure that no other process writes this run")
-    return Resumed(journal, outcomes, settled, told.started, notes, run.finished, without_xla)
+    added = sorted(outcomes.keys() - settled - set(run.info["planned"]))
+    return Resumed(journal, outcomes, settled, told.started, notes, run.finished, without_xla, added)
 
 
 def with_allocator(options: Options, settled: Sequence[Record]) -> Options:

@@ -35,7 +35,7 @@ def add_options(add: Callable[..., Any]) -> None:
     add(
         "--mp-baseline",
         metavar="RUN",
-        help=f"compare with this run at the end, and measure again what looks slower: {project.RUN}",
+        help=f"compare with this run at the end, and measure again what looks slower: {project.RUN_OR_CSV}",
     )
     project.add_gate_options(add, "mp-")
     add(
@@ -67,7 +67,7 @@ class BaselineCheck:
             given = "--mp-baseline" if self._named else "--mp-fail-on"
             raise _refused(
                 f"{given} does not go with --mp-shard: a part has too few seeds for a verdict, and lacks rows; run the "
-                "parts without it, then `mpscale merge` them, then `mpscale compare BASELINE RUN --fail-on ...`"
+                "parts without it, then `mpscale merge` them, then `mpscale compare [BASELINE] RUN --fail-on ...`"
             )
         try:
             self._settings = project.load(config.rootpath).override(
@@ -191,9 +191,12 @@ class BaselineCheck:
     def judge(self, path: Path, run_more: Callable[[list[Case]], None], settings_of: Callable[[str], Settings]) -> None:
         """Judge the run by its gates. Rows that look slower are measured again; only that counts.
 
+        In a run that was stopped while rows were measured again, the same rows are, and only the rest of these cases
+        runs.
+
         Args:
             path: the run's folder; the run is not finished yet.
-            run_more: runs further cases of it.
+            run_more: runs further cases of it that have no result yet.
             settings_of: returns those of a workload.
         """
         if self._baseline is None and len(self._changes) == len(self._gates):
@@ -202,7 +205,7 @@ class BaselineCheck:
         from mpscale.core.runs import RunError, read_run
 
         try:
-            run = read_run(path)
+            run = _as_planned(read_run(path))
             self._look(run, {})
             fired = [found for found in self.findings if found.outcome is Outcome.FIRED and found.gate.name in COSTS]
             again = {found.row for found in fired if found.row and COSTS[found.gate.name].can_be_remeasured}
@@ -221,8 +224,9 @@ class BaselineCheck:
             run: as far as it has come.
             again: rows that were measured again, with the first repeat that counts.
         """
-        from mpscale.analysis.compare import NotComparable, compare, floors_for
+        from mpscale.analysis.compare import compare, floors_for
         from mpscale.analysis.gates import judge_alone, judge_gates
+        from mpscale.analysis.pairs import NotComparable
         from mpscale.core.runs import RunError
 
         baseline, by_name = self._baseline, self._settings.compare_by == "name"
@@ -263,8 +267,7 @@ class BaselineCheck:
             title = f"# {escape(run.shown)} against {escape(compared[0].baseline.shown)}\n\n"
             write(path / FILE, title + render(compared, self.findings, "markdown"))
         elif self.findings:
-            shown = gates_part(self.findings, {finding.run: finding.run for finding in self.findings})
-            write(path / FILE, f"# {escape(run.shown)}\n\n{shown.markdown()}\n")
+            write(path / FILE, f"# {escape(run.shown)}\n\n{gates_part(self.findings).markdown()}\n")
 
     def reports(self) -> list[pytest.TestReport]:
         """Return what the gates found as reports of tests: one for each gate and row, or why they were not judged."""
@@ -381,6 +384,13 @@ class InSummary:
         if unknown:
             several = "gate" if len(unknown) == 1 else "gates"
             terminalreporter.stats.setdefault(f"{several} could not tell", []).extend(unknown)
+
+
+def _as_planned(run: Run) -> Run:
+    """A run without the cases that gates have added to it: which rows look slower is decided without them."""
+    planned = set(run.info.get("planned", []))
+    cases = [record for record in run.records if record["case_id"] in planned]
+    return replace(run, records=cases) if 0 < len(cases) < len(run.records) else run
 
 
 def _next_repeat(run: Run, row: tuple[str, str]) -> int:

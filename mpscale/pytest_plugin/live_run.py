@@ -42,7 +42,10 @@ class LiveRun:
         if resumed is not None:
             left = [case for case in left if case.id not in resumed.settled]
             many = f"{len(left)} of {len(plan.chosen)} case{'' if len(plan.chosen) == 1 else 's'}"
-            todo = f"{many} to run" if left else "nothing to run, every case has its result"
+            none = "nothing to run, every case has its result"
+            if resumed.added:
+                none = "rows are measured again for a gate, and all else has its result"
+            todo = f"{many} to run" if left else none
             output.say(f"goes on with {resumed.journal.name}: {todo}")
             for note in resumed.notes:
                 output.say(note)
@@ -104,7 +107,9 @@ class LiveRun:
         return outcome
 
     def run_again(self, cases: list[Case]) -> None:
-        """Run further cases for rows that look slower than in the baseline."""
+        """Run further cases for rows that look slower than in the baseline, but not again those of a resumed run."""
+        if not (cases := [case for case in cases if self._run.measured(case) is None]):
+            return
         processes = f"{len(cases)} further process{'' if len(cases) == 1 else 'es'}"
         self._output.say(f"slower than the baseline, measured again in {processes}")
         self._progress.plan(cases)

@@ -13,6 +13,7 @@ import pytest
 from mpscale.config import OptionType, Written, add_results_option, batch_size, integer, seconds, training_steps
 from mpscale.core.case import Settings
 from mpscale.core.device import Device, NoSuchDevice, find_device, find_replicas
+from mpscale.core.invocation import SCRIPT
 from mpscale.core.loss_scale import RULES
 from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, default_modes, select_modes
 from mpscale.core.naming import NAME, NOTE, note_of, run_name
@@ -369,12 +370,14 @@ def _add_run_options(add: Add) -> None:
         type=seconds,
         default=60.0,
         metavar="SECONDS",
-        help="how long to wait at most, before such a retry, until the GPU is cool and idle (default: 60)",
+        help="how long to wait at most, before a retry for the state of the GPU, until it is cool and idle (default: "
+        "60)",
     )
     add(
         "--mp-keep-suspect",
         action=argparse.BooleanOptionalAction,
-        help="keep the status of such a case, rather than marking it invalid; its column gpu_suspicion has the reason",
+        help="keep the status of a case whose GPU was throttled or was used by other processes, rather than marking it "
+        "invalid; its column gpu_suspicion has the reason",
     )
     add(
         "--mp-benchmark-table",
@@ -411,7 +414,8 @@ def run_options(
     name, why = config.stash[_CHOSEN]
     project = config.stash.get(origin.PROJECT, None)
     by_file = {} if project is None else dict.fromkeys(project.texts, project.path.name)
-    by_user = dict.fromkeys((invocation or {}).get("options", ()), "command line")
+    started = invocation or {}
+    by_user = dict.fromkeys(started.get("options", ()), SCRIPT if started.get("program") == SCRIPT else "command line")
     by_user.pop("--mp-shard", None)  # all parts of a run have the same settings
     return Options(
         results=results,

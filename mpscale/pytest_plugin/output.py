@@ -7,6 +7,8 @@ import os
 
 import pytest
 
+from mpscale.core.given import given
+from mpscale.core.invocation import as_arguments
 from mpscale.terminal.progress import LiveLine
 from mpscale.terminal.streams import PIPE, Surface, in_ci, is_plain, visible
 
@@ -24,8 +26,11 @@ class Output:
         return self._config.pluginmanager.hasplugin("terminalreporter")
 
     def printable(self, text: str) -> str:
-        """Return ``text`` as the terminal can show it. pytest would write all of it as escapes, even line ends."""
-        return self.surface.printable(text)
+        """Return ``text`` as the terminal can show it. pytest would write all of it as escapes, even line ends.
+
+        If a script has started the session, options are its arguments.
+        """
+        return self.surface.printable(text if given().parcel is None else as_arguments(text))
 
     @property
     def surface(self) -> Surface:

@@ -125,17 +125,21 @@ def _number_or_text(value: Any) -> bool:
 
 
 @cache
-def settings() -> Mapping[str, Setting]:
-    """The settings that are options of the plug-in, by key."""
+def every() -> Mapping[str, Setting]:
+    """All options of the plug-in, by their names."""
     found: dict[str, Setting] = {}
 
     def add(option: str, **how: Any) -> None:
-        setting = Setting(option, how)
-        if setting.key not in _OF_ONE_RUN:
-            found[setting.key] = setting
+        found[option] = Setting(option, how)
 
     resume.add_every_option(add)
     return found
+
+
+@cache
+def settings() -> Mapping[str, Setting]:
+    """The settings that are options of the plug-in, by key."""
+    return {setting.key: setting for setting in every().values() if setting.key not in _OF_ONE_RUN}
 
 
 def read(start: Path) -> tuple[ProjectSettings, dict[str, tuple[Any, Any]], dict[str, str]]:
@@ -150,22 +154,32 @@ def read(start: Path) -> tuple[ProjectSettings, dict[str, tuple[Any, Any]], dict
     """
     found, values, unfit = load(start), dict[str, tuple[Any, Any]](), dict[str, str]()
     for key, given in found.others.items():
-        if (setting := settings().get(key)) is None:
-            raise SettingsError(f"{found.path}: {_unknown(key)}")
         assert found.path is not None
         try:
-            if key == "results":
-                folder = results_of(found.path, given)
-                values[key] = str(folder), folder
-            else:
-                text = setting.text(given)
-                values[key] = text, setting.value(text)
-        except argparse.ArgumentTypeError as error:
-            problem = f"{found.path}: {key} of [tool.mpscale]: {error}"
+            values[key] = parsed(found.path, key, given)
+        except SettingsError as error:
             if key not in _OF_A_MACHINE:
-                raise SettingsError(problem) from error
-            unfit[key] = problem
+                raise
+            unfit[key] = str(error)
     return found, values, unfit
+
+
+def parsed(path: Path, key: str, given: Any) -> tuple[Any, Any]:
+    """Return an option in the table of the file ``path`` as texts of a command line, and as its value.
+
+    Raises:
+        SettingsError: the key is unknown, or has a value that it cannot have.
+    """
+    if (setting := settings().get(key)) is None:
+        raise SettingsError(f"{path}: {_unknown(key)}")
+    if key == "results":
+        folder = results_of(path, given)
+        return str(folder), folder
+    try:
+        text = setting.text(given)
+        return text, setting.value(text)
+    except argparse.ArgumentTypeError as error:
+        raise SettingsError(f"{path}: {key} of [tool.mpscale]: {error}") from error
 
 
 def _unknown(key: str) -> str:

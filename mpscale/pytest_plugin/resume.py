@@ -33,9 +33,9 @@ def add_options(add: Callable[..., Any]) -> None:
     add(
         RESUME,
         metavar="RUN",
-        help="go on with a run that was stopped, in its folder: run what has no result, was interrupted, or failed for "
-        f"a reason that may pass: {project.RUN}. Options are those of the run; device, versions and workloads must be "
-        "the same",
+        help=f"go on with a run that was stopped, in its folder ({project.RUN}): run what has no result, was "
+        "interrupted, or failed for a reason that may pass. Options are those of the run; device, versions and "
+        "workloads must be the same",
     )
 
 
@@ -69,8 +69,17 @@ class _Parser(argparse.ArgumentParser):
 def given(config: pytest.Config) -> dict[str, Any]:
     """Return the options of mpscale that the user gave, as texts by name; see :class:`Invocation`."""
     arguments = config.stash.get(ARGUMENTS, [str(argument) for argument in config.invocation_params.args])
-    found, _ = _Parser(as_typed=True).parse_known_args(arguments)
-    return {f"--{name.replace('_', '-')}": value for name, value in vars(found).items()}
+    return typed(arguments)[0]
+
+
+def typed(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the options of mpscale in arguments of pytest, as :func:`given` does, and the other arguments.
+
+    Raises:
+        ValueError: an option lacks its value, or a file of arguments cannot be read.
+    """
+    found, rest = _Parser(as_typed=True).parse_known_args(arguments)
+    return {f"--{name.replace('_', '-')}": value for name, value in vars(found).items()}, rest
 
 
 def invocation(config: pytest.Config) -> dict[str, Any]:

@@ -285,7 +285,7 @@ class Session:
             with stopping.opened():
                 self._check.judge(run.path, run.run_again, self._settings_of)
         except KeyboardInterrupt:
-            self._check.note = "stopped while rows were measured again: no gate was judged"
+            self._check.note = f"stopped while rows were measured again: no gate was judged; {RESUME} goes on with them"
             return pytest.ExitCode.INTERRUPTED
         self._judged = True
         return pytest.ExitCode.TESTS_FAILED if self._check.fails else exitstatus

@@ -9,7 +9,7 @@ from typing import Any
 from mpscale.analysis.answer import Advice, Answer, Weakness, Worth
 from mpscale.analysis.summary import Row
 from mpscale.core.case import scale_text
-from mpscale.core.invocation import SCRIPT, Invocation
+from mpscale.core.invocation import SCRIPT, Invocation, for_reader
 from mpscale.core.loss_scale import DynamicLossScale
 from mpscale.core.mode import MODES, Mode
 from mpscale.core.record import place_of
@@ -33,7 +33,7 @@ def code_of(answer: Answer, run: Run) -> tuple[str, str]:
             return "", ""
         started = Invocation.of(run.info)
         if started is not None and started.program == SCRIPT:
-            return f"{SCRIPT}(..., {', '.join(map(_as_argument, options))})", "python"
+            return f"{SCRIPT}(..., {', '.join(for_reader(option, run.info) for option in options)})", "python"
         return " ".join([_MEASURE, *options]), "sh"
     rows = [cells[answer.mode].row for cells in answer.cells.values() if answer.mode in cells]
     rows = [row for row in rows if not answer.choices or place_of(row)[0] in answer.choices]
@@ -60,12 +60,6 @@ def code_of(answer: Answer, run: Run) -> tuple[str, str]:
     if any(_unknown(mode, _settings(run, row), row["swept_scale"]) for row in rows):
         lines = f"# settings not known: these are defaults\n{lines}"
     return lines, "python"
-
-
-def _as_argument(option: str) -> str:
-    """An option as an argument of mpscale.compare."""
-    name, _, value = option.removeprefix("--mp-").partition(" ")
-    return f"{name.replace('-', '_')}={value if value.isdecimal() else repr(value)}"
 
 
 def _settings(run: Run, row: Row) -> dict[str, Any]:

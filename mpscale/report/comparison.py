@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from string import ascii_uppercase
 
 from mpscale.analysis.change import SINGLE_RUN, Change
-from mpscale.analysis.compare import ComparedRow, Comparison, State
+from mpscale.analysis.compare import ComparedRow, Comparison
 from mpscale.analysis.gates import Finding
 from mpscale.analysis.noise_floor import FEWEST_RUNS
+from mpscale.analysis.pairs import State
 from mpscale.analysis.quantities import COSTS, Ranked, Verdict
 from mpscale.analysis.summary import Quality, Row, summary_of
 from mpscale.analysis.trainings import by_reason, overflow_unknown
@@ -20,7 +20,9 @@ from mpscale.core.machines import hardware, machine_words
 from mpscale.core.record import common, place_of
 from mpscale.core.runs import Run
 from mpscale.report.comparison_data import COLUMNS, content, lines, why
+from mpscale.report.part import Part
 from mpscale.report.sections import doubts_note, final_metric, overflow_steps, speedup, step_time
+from mpscale.report.sweep import NOTE_ON_LOGICAL
 from mpscale.report.table import (
     DASH,
     Cell,
@@ -28,10 +30,9 @@ from mpscale.report.table import (
     Table,
     change,
     count,
-    escape,
+    interval,
     json_document,
     large,
-    look_of,
     metric_difference,
     number,
     of_processes,
@@ -45,9 +46,6 @@ FORMATS = ("table", "markdown", "csv", "json")
 _SEVERAL = 4
 """Fewest rows whose median change is shown, because it tells something about the machine."""
 
-_SPARE = ("smallest visible", "noise floor")
-"""Columns that a narrow terminal leaves out."""
-
 _LOOKS: dict[Verdict, Look] = {
     Verdict.SLOWER: "bad",
     Verdict.MORE: "bad",
@@ -60,8 +58,11 @@ _LOOKS: dict[Verdict, Look] = {
     Verdict.NOT_COMPARABLE: "unknown",
 }
 
-_MARKS = ("(a)", "(b)", "(c)", "(d)")
-"""Of reasons that are said below a table."""
+_NOTE_ON_SCALING = (
+    "Examples per second and replica of the run with more replicas, over those of the other. The batch of a replica is "
+    "the same, so 1 means that twice the replicas take twice the examples in the same time (weak scaling). The runs "
+    "were made at different times: the interval holds how much two runs differ, which is assumed."
+)
 
 _DIFFERENCES = 12
 """Most differences in the environment that are listed."""
@@ -80,47 +81,22 @@ def render(comparisons: Sequence[Comparison], findings: Sequence[Finding], outpu
         return Table.of(COLUMNS, (line for each in comparisons for line in lines(each))).csv()
     if output == "json":
         return json_document("compare", content(comparisons, findings))
-    shown = (part.markdown() if output == "markdown" else part.text(surface) for part in parts(comparisons, findings))
-    return "\n\n".join(shown) + "\n"
+    return _joined(parts(comparisons, findings), output, surface)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A heading, a table and notes. An empty table is left out, and so are empty notes."""
+def render_alone(run: Run, findings: Sequence[Finding], output: str, surface: Surface = PIPE) -> str:
+    """Show what limits found in a run that is compared with none; see :func:`render`.
 
-    title: str
-    headers: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    notes: Sequence[str] = ()
+    There is no CSV: its lines are those of a comparison.
+    """
+    if output == "json":
+        return json_document("compare", content([], findings))
+    return _joined(parts_alone(run, findings), output, surface)
 
-    def text(self, surface: Surface) -> str:
-        table = Table(self.headers, self.rows, _SPARE).text(surface)
-        notes = "\n".join(map(surface.wrapped, self.notes))
-        return "\n\n".join(filter(None, [surface.paint(surface.wrapped(self.title), "bold"), table, notes]))
 
-    def with_reasons_below(self) -> Part:
-        """Say a reason that rows share below the table: beside each row it would take most of the space.
-
-        The last column has the reasons, which may be empty.
-        """
-        reasons = list(dict.fromkeys(row[-1] for row in self.rows if row[-1]))
-        shared = [reason for reason in reasons if sum(row[-1] == reason for row in self.rows) > 1]
-        if len(self.rows) == 1 or len(shared) < len(reasons) or len(shared) > len(_MARKS):
-            rows = [[*row[:-1], row[-1] or DASH] for row in self.rows]
-            return replace(self, rows=rows) if reasons else self._without_reasons({})
-        return self._without_reasons(dict(zip(shared, _MARKS if len(shared) > 1 else [""], strict=False)))
-
-    def _without_reasons(self, marks: Mapping[str, str]) -> Part:
-        rows = []
-        for *cells, verdict, reason in self.rows:
-            mark = marks.get(reason, "")
-            rows.append([*cells, Cell(f"{verdict} {mark}", look_of(verdict)) if mark else verdict])
-        said = [f"{mark} {reason[0].upper()}{reason[1:]}.".strip() for reason, mark in marks.items()]
-        return replace(self, headers=self.headers[:-1], rows=rows, notes=[*said, *self.notes])
-
-    def markdown(self) -> str:
-        notes = "\n".join(f"- {escape(note)}" for note in self.notes)
-        return "\n\n".join(filter(None, [f"## {escape(self.title)}", Table(self.headers, self.rows).markdown(), notes]))
+def _joined(shown: Iterable[Part], output: str, surface: Surface) -> str:
+    texts = (part.markdown() if output == "markdown" else part.text(surface) for part in shown)
+    return "\n\n".join(texts) + "\n"
 
 
 def compared_runs(comparisons: Sequence[Comparison]) -> tuple[list[Run], dict[int, str]]:
@@ -144,12 +120,21 @@ def parts(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> Ite
         yield from _versions(comparison, against)
         if Verdict.NOT_COMPARABLE not in verdicts:
             yield from _verdicts(comparison, against)
+        yield from _scaling(comparison, against)
         yield from _unpaired(comparison, against)
         yield from _environment(comparison, against)
     if findings:
         yield gates_part(findings, {run.name: names[id(run)] for run in runs})
     if notes := unread(comparisons):
         yield Part("What could not be read", notes=notes)
+
+
+def parts_alone(run: Run, findings: Sequence[Finding]) -> Iterator[Part]:
+    """Yield the tables of a run that limits judge, for a terminal or a page."""
+    yield Part("Run", ["run", "device", "cases"], [_run(run)], [run.note] if run.note else [])
+    yield gates_part(findings)
+    if run.problems:
+        yield Part("What could not be read", notes=run.problems)
 
 
 def of_a_run(comparisons: Sequence[Comparison], findings: Sequence[Finding], note: str | None, fails: bool) -> str:
@@ -372,6 +357,24 @@ def _rates(row: ComparedRow) -> list[str]:
     return found
 
 
+def _scaling(comparison: Comparison, against: str) -> Iterator[Part]:
+    """The scaling efficiency of rows that differ in the number of replicas alone."""
+    found = [(row, row.scaling) for row in comparison.rows if row.scaling is not None]
+    if not found:
+        return
+    sides_of = [f"{what} {when}" for when in ("before", "after") for what in ("replicas", "examples per second")]
+    headers = ["workload", "mode", "batch per replica", *sides_of, "scaling efficiency", "why"]
+    rows = []
+    for row, scaled in found:
+        sides = zip(scaled.replicas, scaled.examples_per_s, strict=True)
+        cells = [cell for replicas, rate in sides for cell in (count(replicas), number(rate, 4))]
+        shown = interval(scaled.efficiency, scaled.low, scaled.high, "")
+        rows.append([*row.pair.place, count(scaled.batch), *cells, shown, scaled.reason or ""])
+    logical = comparison.hardware[1]["kind"] == "cpu"
+    notes = [_NOTE_ON_SCALING, NOTE_ON_LOGICAL] if logical else [_NOTE_ON_SCALING]
+    yield Part(f"{against}: scaling over replicas", headers, rows, notes).with_reasons_below()
+
+
 def _unpaired(comparison: Comparison, against: str) -> Iterator[Part]:
     pairs = [row.pair for row in comparison.rows]
     rows = [
@@ -396,10 +399,12 @@ def _environment(comparison: Comparison, against: str) -> Iterator[Part]:
         yield Part(title, ["", "before", "after"], found[:_DIFFERENCES], more)
 
 
-def gates_part(findings: Sequence[Finding], letters: Mapping[str, str]) -> Part:
-    """What each gate found in each row, what fired first; ``letters`` has that of each run, by name."""
+def gates_part(findings: Sequence[Finding], letters: Mapping[str, str] | None = None) -> Part:
+    """What each gate found in each row, what fired first; ``letters`` has that of each run, by name, if several."""
     rows = [
-        [str(found.gate), found.outcome, letters[found.run], " ".join(found.row or ("no row",)), found.text]
+        [str(found.gate), found.outcome]
+        + ([] if letters is None else [letters[found.run]])
+        + [" ".join(found.row or ("no row",)), found.text]
         for found in sorted(findings, key=lambda found: found.outcome.rank)
     ]
-    return Part("Gates", ["gate", "outcome", "run", "row", "what was found"], rows)
+    return Part("Gates", ["gate", "outcome", *([] if letters is None else ["run"]), "row", "what was found"], rows)

@@ -53,6 +53,14 @@ def _quantities(row: ComparedRow) -> Iterator[dict[str, Any]]:
             "verdict": row.quality.verdict,
             "verdict_reason": row.quality.why or None,
         }
+    if row.scaling is not None:
+        yield {
+            "quantity": "scaling_efficiency",
+            "value": row.scaling.efficiency,
+            "low": row.scaling.low,
+            "high": row.scaling.high,
+            "verdict_reason": row.scaling.reason,
+        }
     if row.overflow_rates != (None, None):
         before, after = row.overflow_rates
         yield {"quantity": "overflow_rate", "baseline": before, "value": after}
@@ -87,6 +95,7 @@ def content(comparisons: Sequence[Comparison], findings: Sequence[Finding]) -> d
                         "model_changes": [asdict(change) for change in row.pair.versions],
                         "changes": {name: asdict(change) for name, change in row.changes.items()},
                         "metric": row.quality and asdict(row.quality),
+                        "scaling": row.scaling and asdict(row.scaling),
                         "overflow_rate": dict(zip(("baseline", "run"), row.overflow_rates, strict=True)),
                     }
                     for row in comparison.rows

@@ -6,15 +6,16 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from mpscale.analysis.answer import speed_verdict
 from mpscale.analysis.change import SINGLE_RUN, Change
 from mpscale.analysis.claim import conditions
-from mpscale.analysis.compare import ComparedRow, Comparison, Pair, State
+from mpscale.analysis.compare import ComparedRow, Comparison
 from mpscale.analysis.gates import Finding
 from mpscale.analysis.overall import Overall, OverallAnswer, RealChange, failed_here, overall_of
+from mpscale.analysis.pairs import Pair, State
 from mpscale.analysis.quantities import COSTS, Outcome, Verdict
 from mpscale.analysis.summary import Row, summary_of
 from mpscale.core.columns import COLUMNS, MEASURED
@@ -22,8 +23,9 @@ from mpscale.core.machines import hardware, machine_words
 from mpscale.core.record import common, in_order_of_modes, of_good_trainings, place_of
 from mpscale.core.runs import Run
 from mpscale.report import pieces
-from mpscale.report.comparison import compared_runs, models, parts
+from mpscale.report.comparison import compared_runs, models, parts, parts_alone
 from mpscale.report.page import shell
+from mpscale.report.part import Part
 from mpscale.report.pieces import (
     Tone,
     bar,
@@ -89,15 +91,32 @@ def comparison_page(
             body.append(f'<h2 id="{_id(letter)}">{letter} against {baseline}</h2>')
         found = [finding for finding in findings if finding.run == comparison.other.name]
         body += [_cards(comparison, answer, found), _matrix(comparison), _not_compared(comparison)]
-    for part in parts(comparisons, findings):
-        notes = "".join(f"<li>{sentence(note)}</li>" for note in part.notes)
-        body.append(f"<section><h2>{text(part.title)}</h2>")
-        if part.rows:
-            rows = ([text(cell) for cell in row] for row in part.rows)
-            body.append(pieces.table(part.headers, rows, sentences="why" in part.headers or bool(findings)))
-        body.append(f"<ul>{notes}</ul></section>" if notes else "</section>")
+    body += _tables(parts(comparisons, findings), bool(findings))
     title = f"mpscale: {', '.join(run.shown for run in runs[1:])} against {runs[0].shown}"
     return shell(title, "\n".join(body), _FOOTER, pieces.STYLES)
+
+
+def limits_page(run: Run, findings: Sequence[Finding]) -> str:
+    """Return what limits found in a run, which is compared with none, as a page of HTML."""
+    tone, said = _outcome(findings)
+    word = {Tone.GOOD: "Yes", Tone.BAD: "No"}.get(tone, "Cannot tell")
+    body = [f"<h1>Does the run keep its limits? {marked(tone, f'{word}: {said}')}</h1>", cards([_gates(findings)])]
+    return shell(
+        f"mpscale: limits of {run.shown}",
+        "\n".join([*body, *_tables(parts_alone(run, findings), True)]),
+        "The tables are those of `mpscale compare RUN`. Intervals are 95 % intervals over processes or seeds.",
+        pieces.STYLES,
+    )
+
+
+def _tables(shown: Iterable[Part], sentences: bool) -> Iterator[str]:
+    for part in shown:
+        notes = "".join(f"<li>{sentence(note)}</li>" for note in part.notes)
+        yield f"<section><h2>{text(part.title)}</h2>"
+        if part.rows:
+            rows = ([text(cell) for cell in row] for row in part.rows)
+            yield pieces.table(part.headers, rows, sentences="why" in part.headers or sentences)
+        yield f"<ul>{notes}</ul></section>" if notes else "</section>"
 
 
 def headline(comparison: Comparison, answer: OverallAnswer) -> str:
@@ -132,6 +151,8 @@ def _has_speed(comparison: Comparison) -> bool:
 def _why_not(comparison: Comparison) -> str:
     paired = [row for row in comparison.rows if row.pair.state is State.PAIRED]
     if not paired:
+        if any(row.scaling is not None for row in comparison.rows):
+            return "the number of replicas differs, so only the scaling efficiency is shown"
         return "no row of the two runs can be compared"
     if any(change.verdict is Verdict.NOT_COMPARABLE for row in paired for change in row.changes.values()):
         return "another device, so only ratios within each run are shown"
@@ -272,14 +293,20 @@ def _gates(findings: Sequence[Finding]) -> str:
     lines = [noted(Tone.BAD, f"fired: {_gate(finding)}") for finding in fired]
     gates = Counter(str(finding.gate) for finding in unclear)
     lines += [noted(Tone.UNKNOWN, f"cannot tell: {gate}, {plural(of, 'row')}") for gate, of in gates.items()]
-    if fired:
-        title, tone = f"{len(fired)} of {plural(len(findings), 'check')} fired", Tone.BAD
-    elif unclear:
-        title, tone = f"{len(unclear)} of {plural(len(findings), 'check')} cannot tell", Tone.WARN
-    else:
-        title, tone = f"all {plural(len(findings), 'check')} passed", Tone.GOOD
+    tone, title = _outcome(findings)
     more = len(lines) - _SHOWN
     return card("Gates", title, [*lines[:_SHOWN], *([f"and {more} more, in the tables"] if more > 0 else [])], tone)
+
+
+def _outcome(findings: Sequence[Finding]) -> tuple[Tone, str]:
+    """What gates came to, in a few words. What no workload has was not checked."""
+    counts = Counter(finding.outcome for finding in findings)
+    checks = plural(len(findings) - counts[Outcome.NOT_APPLICABLE], "check")
+    if fired := counts[Outcome.FIRED]:
+        return Tone.BAD, f"{fired} of {checks} fired"
+    if unclear := counts[Outcome.CANNOT_TELL]:
+        return Tone.WARN, f"{unclear} of {checks} cannot tell"
+    return (Tone.GOOD, f"all {checks} passed") if counts[Outcome.PASSED] else (Tone.UNKNOWN, "nothing to check")
 
 
 def _gate(finding: Finding) -> str:

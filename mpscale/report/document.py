@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpscale.analysis.noise_floor import NO_FLOORS, Floors
 from mpscale.analysis.probe import Kept
 from mpscale.analysis.summary import summary_of
+from mpscale.core.invocation import for_reader
 from mpscale.core.runs import Run
 from mpscale.report import costs, lint, merged, pipelines, probe_tables, sections, sweep, trouble
 from mpscale.report.about import facts, when
@@ -109,7 +110,17 @@ def document(run: Run, floors: Floors = NO_FLOORS, probes: Sequence[Kept] = ()) 
         Section("Settings", [facts(run.info.get("settings"))], folded=True, sentences=True),
         Section("Missing values", [trouble.missing(run)], folded=True, sentences=True),
     ]
-    return Document(f"mpscale: {run.shown}", when(run.info), findings(run), parts, first_screen(run), run.note or "")
+    parts = [replace(each, parts=[_worded(part, run) for part in each.parts]) for each in parts]
+    said = for_reader(findings(run), run.info)
+    return Document(f"mpscale: {run.shown}", when(run.info), said, parts, first_screen(run), run.note or "")
+
+
+def _worded(part: Table | str, run: Run) -> Table | str:
+    """A part in the words of who made the run, except for the output of a case."""
+    if isinstance(part, Table):
+        return part.worded(lambda text: for_reader(text, run.info))
+    said, fence, output = part.partition("```")
+    return f"{for_reader(said, run.info)}{fence}{output}"
 
 
 def render(document: Document) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from mpscale.analysis.summary import summary_of
+from mpscale.core.invocation import for_reader
 from mpscale.core.record import Record
 from mpscale.core.runs import Run
 from mpscale.report import sections, trouble
@@ -42,14 +43,14 @@ def github_summary(run: Run, limit: int = LIMIT, artifacts: str | None = None) -
     results = (sections.results(run).markdown(), sections.doubts_note(summary_of(run)))
     parts = [f"# mpscale: {escape(_cut(where or run.name, _NAME))}"]
     parts += [escape(run.note)] if run.note else []
-    parts += [_head(markdown(first_screen(run))), _head(findings(run))]
+    parts += [_head(markdown(first_screen(run))), _head(for_reader(findings(run), run.info))]
     for title, part in (
         ("What could not be read", trouble.unread(run)),
         ("Results", "\n\n".join(filter(None, results))),
         ("Cases that did not end well", bad.markdown()),
     ):
         if part:
-            parts.append(f"## {title}\n\n{_head(part)}")
+            parts.append(f"## {title}\n\n{_head(for_reader(part, run.info))}")
     parts += [_output(record) for record in run.records if record["status"] != "ok" and record["output_tail"]]
     end = "\n\n".join(filter(None, [_duration(run), _files(run, artifacts)]))
     return "\n\n".join([*_fitting(parts, limit - len(end.encode("utf-8", "replace"))), end]) + "\n"

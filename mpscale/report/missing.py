@@ -22,12 +22,16 @@ _NAMED = 5
 def lacks(run: Run) -> str:
     """Say how many cases of which workload and mode a run lacks, as a sentence; empty if it has all."""
     planned = set(run.info.get("planned", []))
-    again = [record for record in run.records if record.may_pass and record["case_id"] in planned]
+    unsettled = [record for record in run.records if record.may_pass]
+    again = [record for record in unsettled if record["case_id"] in planned]
+    added = [record.place for record in unsettled if record["case_id"] not in planned] if planned else []
     stopped = [record.place for record in again if record["status"] == "interrupted"]
     failed = [record.place for record in again if record["status"] != "interrupted"]
     without = [place for place, keys in run.waiting.items() for _ in keys] + stopped
     parts = [f"No result yet: {_counted(without)}"] if without else []
     parts += [f"{'f' if parts else 'F'}ailed for a reason that may pass: {_counted(failed)}"] if failed else []
+    if added:
+        parts.append(f"{'n' if parts else 'N'}ot measured again for a gate: {_counted(added)}")
     return f"{'; '.join(parts)}." if parts else ""
 
 

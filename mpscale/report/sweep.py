@@ -43,7 +43,7 @@ _NOTE_ON_REPLICAS = (
     "with fp32 on as many replicas. More replicas see more examples in as many steps, so metrics of different numbers "
     "do not show what a mode does."
 )
-_NOTE_ON_LOGICAL = (
+NOTE_ON_LOGICAL = (
     "Replicas on a CPU are logical devices that share its cores: their efficiency says nothing about GPUs."
 )
 _NOTE_ON_SCALES = (
@@ -104,7 +104,7 @@ def by_replicas(run: Run) -> list[Table | str]:
     }
     table = Table(list(cells), [[cell(row) for cell in cells.values()] for row in rows])
     on_cpu = any(row["device"] == "cpu" for row in rows)
-    notes = [_NOTE_ON_REPLICAS, *([_NOTE_ON_LOGICAL] if on_cpu else [])]
+    notes = [_NOTE_ON_REPLICAS, *([NOTE_ON_LOGICAL] if on_cpu else [])]
     return [table.without_blank("status"), " ".join(notes)]
 
 

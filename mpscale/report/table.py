@@ -69,6 +69,12 @@ class Heading(str):
         return heading
 
 
+def _worded(cell: Any, words: Callable[[str], str]) -> Any:
+    if isinstance(cell, Cell):
+        return Cell(words(cell), cell.look, cell.bar)
+    return words(cell) if isinstance(cell, str) else cell
+
+
 def help_of(heading: str) -> str:
     """Return the explanation of a heading; empty if there is none."""
     return heading.help if isinstance(heading, Heading) else ""
@@ -100,6 +106,17 @@ class Table:
 
     def __bool__(self) -> bool:
         return bool(self.rows)
+
+    def worded(self, words: Callable[[str], str]) -> Table:
+        """Change the texts of headings, their help and cells."""
+        headers = [
+            Heading(words(header), words(header.help), header.is_number)
+            if isinstance(header, Heading)
+            else words(header)
+            for header in self.headers
+        ]
+        rows = [[_worded(cell, words) for cell in row] for row in self.rows]
+        return replace(self, headers=headers, rows=rows)
 
     def without_blank(self, *names: str) -> Table:
         """Leave out those of the named columns that contain only dashes; without names, any such column."""

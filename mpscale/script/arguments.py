@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
 from typing import Any, NoReturn
 
+from mpscale.core.invocation import RENAMED
 from mpscale.core.mode import Mode, select_modes
 from mpscale.pytest_plugin.resume import add_every_option
 
 _TAKEN = ("workloads", "train", "validation", "resume")
 """Options that follow from other arguments."""
-_RENAMED = {"name": "run_name"}
-"""Arguments that would have the name of another one: ``name`` is the workload's."""
 
 
 class _Options(argparse.ArgumentParser):
@@ -28,7 +27,7 @@ class _Options(argparse.ArgumentParser):
             self.add_argument(option, **how)
             name = option.removeprefix("--mp-").replace("-", "_")
             if name not in _TAKEN:
-                self.table[_RENAMED.get(name, name)] = option, how
+                self.table[RENAMED.get(name, name)] = option, how
 
         add_every_option(add)
 

@@ -18,7 +18,7 @@ from mpscale.core import extras
 from mpscale.core.files.errors import why
 from mpscale.core.files.temporary import TemporaryFolder
 from mpscale.core.given import VARIABLE, Parcel, given
-from mpscale.core.invocation import RESUME, SCRIPT
+from mpscale.core.invocation import RESUME, SCRIPT, as_arguments
 from mpscale.workloads import Workload, registry
 
 if TYPE_CHECKING:
@@ -238,7 +238,8 @@ def _judged(code: int, stopped: bool, tail: Sequence[str], path: Path | None) ->
         said = [line.strip() for line in tail if line.startswith("ERROR: ")] or [line.strip() for line in tail][-10:]
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         kept = "" if path is None else f"; {path} keeps every case that had ended"
-        raise NotCompared("\n".join([f"`mpscale run` ended with {how}{kept}", *said]).removeprefix("ERROR: "))
+        text = "\n".join([f"`mpscale run` ended with {how}{kept}", *map(as_arguments, said)])
+        raise NotCompared(text.removeprefix("ERROR: "))
     if code == 1:
         trouble = comparison.trouble or "`mpscale run` failed, though every case went well; its output says why"
         warnings.warn(trouble, stacklevel=3)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mpscale.analysis.summary import summary_of
 from mpscale.core.columns import FAILED
+from mpscale.core.invocation import as_arguments
 from mpscale.core.runs import Run, read_run, summary_frame
 from mpscale.report.files import WRITTEN, report_page
 from mpscale.report.first_screen import first_screen, plain
@@ -83,7 +84,7 @@ class Comparison:
         if not bad:
             return ""
         first = bad[0]
-        why = f" ({first['status_reason']!s:.{_REASON}})" if first["status_reason"] else ""
+        why = f" ({as_arguments(str(first['status_reason'])):.{_REASON}})" if first["status_reason"] else ""
         return (
             f"{plural(len(bad), 'case')} of {max(len(self.run.info['planned']), len(bad))} did not end well, the first "
             f"is {first['case_id']}: {first['status']}{why}."

@@ -412,4 +412,8 @@ def _read_samples(lines: Iterable[str]) -> Samples:
                 late = tuple(str(phase) for phase in phases)
             case _:
                 raise ValueError(f"not a file of GPU samples: {line.strip()[:40]!r}")
+    if silent is not None:
+        # What was asked of a driver that has stopped answering is not late: it never came.
+        taken = {row.phase for row in rows}
+        late = tuple(phase for phase in late if phase in taken)
     return Samples(rows, reasons, silent, late)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -151,15 +151,16 @@ class CaseWatch:
                 findings.put(gpu_memory.HEADLINE, why if why == blind else why.worded(f"{blind}: {why}"))
             return result
         after = self._settings
+        # Also of a driver that is silent by now: a sample that it took late is not of its phase.
+        notes: list[dict[str, Any]] = [{"late": self._late}] if self._late else []
         try:
             answer = self._driver.stop()
             after, self._lost = answer["settings"], self._lost or answer["lost"]
             self._ways = answer["ways"]
-            notes: dict[str, Any] = {"late": self._late} if self._late else {}
         except SilentDriver as error:
             since = self._silent_after or self._last_phase
             silent = error.reason.worded(f"the GPU driver stopped answering after {since} ({error})")
-            notes = {"silent": silent.to_json()}
+            notes.append({"silent": silent.to_json()})
         result.lost = self._lost
         samples, result.not_kept = self._read_samples(keep, notes)
         findings.add(gpu_memory.memory_columns(samples, worker.allocator))
@@ -224,7 +225,7 @@ class CaseWatch:
             self._first_settings = self._settings
         return None
 
-    def _read_samples(self, keep: Path | None, notes: Mapping[str, Any]) -> tuple[Samples, str | None]:
+    def _read_samples(self, keep: Path | None, notes: Sequence[Mapping[str, Any]]) -> tuple[Samples, str | None]:
         """The samples of the case, and why they could not be stored; None if they were."""
         text = ""
         if self._file is not None:
@@ -232,7 +233,7 @@ class CaseWatch:
             text = self._file.read().decode("utf-8")
         if notes:
             # The last line may have been cut off when the monitor died.
-            text = text[: text.rfind("\n") + 1] + line_of(notes)
+            text = text[: text.rfind("\n") + 1] + "".join(map(line_of, notes))
         not_kept = None
         if keep is not None and text:
             try:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from mpscale.cli import main
+from mpscale.core.files.temporary import remove_left_behind
 from mpscale.terminal.progress import LiveLine, Screen
 from mpscale.terminal.streams import Surface
 
@@ -246,6 +247,7 @@ def test_a_failing_session_ends_the_other_and_says_so(tmp_path, interpreter, ab,
     assert len(dict.fromkeys(done)) == ran
     assert ("B against A" in output) == (code != 2)
     assert ("what pytest prints" in errors) == ("; its output, " in errors)
+    remove_left_behind()  # as the next run does: what the user was told of stays
     assert bool(list(logs.rglob("?.log"))) == (code != 0)
 
 
@@ -272,7 +274,7 @@ def wait_for(condition, what):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_stopping_leaves_no_process(tmp_path, interpreter, how):
+def test_stopping_leaves_no_process_and_no_file(tmp_path, interpreter, logs, how):
     hangs = {"act": {"case 1": "hang"}}
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -289,6 +291,9 @@ def test_stopping_leaves_no_process(tmp_path, interpreter, how):
         assert "stopping both" in errors
         assert errors.endswith("A: results/runs/A\nB: results/runs/B\n")
         assert sorted(path.name for path in (tmp_path / "results/runs").iterdir()) == ["A", "B"]
+    else:
+        remove_left_behind()
+    assert list(logs.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import pytest
 from support.runfolder import finished, record, write_run
 
 from mpscale.analysis.change import Change, measure_change, with_verdicts
-from mpscale.analysis.compare import ComparedRow, Comparison, Pair, State, compare
+from mpscale.analysis.compare import ComparedRow, Comparison, compare
 from mpscale.analysis.gates import judge_gates, parse_gates
 from mpscale.analysis.history import make_history
+from mpscale.analysis.pairs import Pair, State
 from mpscale.analysis.quantities import COSTS, QUANTITIES, Cost, Outcome, Verdict
 from mpscale.analysis.stats import log_change
 from mpscale.core.reason import Code, Reason

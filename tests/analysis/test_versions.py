@@ -5,10 +5,11 @@ import json
 import pytest
 from support.runfolder import finished, record, write_run
 
-from mpscale.analysis.compare import NotComparable, State, compare
+from mpscale.analysis.compare import compare
 from mpscale.analysis.gates import judge_gates, parse_gates
 from mpscale.analysis.history import make_history
 from mpscale.analysis.neighbours import Neighbours
+from mpscale.analysis.pairs import NotComparable, State
 from mpscale.analysis.quantities import Verdict
 from mpscale.analysis.versions import in_words, model_changes
 from mpscale.core.case import Settings, series_key

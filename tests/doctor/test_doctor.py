@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.imports import run_and_list_imports
 from support.nvml_stand_in import UUID, Script, build
 
+import mpscale.report.files  # noqa: F401  # a pytest within a test would unload what this imports
 from mpscale.core.device import NVIDIA, Device
 from mpscale.core.reason import Code
 from mpscale.core.variables import VARIABLES
@@ -19,6 +21,7 @@ from mpscale.doctor.examine import Examination, examine
 from mpscale.doctor.page import render
 from mpscale.doctor.presets import advice
 from mpscale.doctor.software import build_info
+from mpscale.pytest_plugin import sources
 from mpscale.telemetry.client import NoDriver
 
 CALM = dict.fromkeys(VARIABLES)
@@ -80,12 +83,13 @@ def test_a_machine_without_gpu_is_complete_for_a_cpu_and_examined_without_tensor
 
 
 def test_json_has_the_same_facts():
-    found = facts(CUDA_VISIBLE_DEVICES="-1")
+    found = facts("--mp-seeds=3", CUDA_VISIBLE_DEVICES="-1")
     assert list(found) == [
         "schema_version", "command", "verdict", "device", "measured", "precision", "problems", "cautions", "notes",
-        "presets", "software", "trained",
+        "presets", "software", "options", "about_options", "trained",
     ]  # fmt: skip
     assert (found["device"]["kind"], found["trained"]) == ("cpu", None)
+    assert [(each["option"], each["where"]) for each in found["options"]] == [("--mp-seeds", "command line")]
     assert answers(found)["step time"] == answers(found)["overflow"] == "yes"
     assert {row["answer"] for row in found["measured"]} == {"yes", "no"}
     assert all((row["reason"] is None) == (row["answer"] == "yes") for row in found["measured"])
@@ -97,9 +101,96 @@ def test_training_without_a_gpu_is_a_problem():
     assert found["trained"] is None
 
 
+TABLE = """
+[tool.mpscale]
+seeds = 3
+seed = 4
+modes = ["fp32", "mixed-bf16"]
+batch-size = 64
+fail-on = ["step_time>5%"]
+strict = 3
+workloads = ["my:a", "article-mpl"]
+threshold = "5"
+baseline = "nowhere"
+"""
+
+
+def test_options_are_shown_with_their_place_and_what_a_run_makes_of_them(tmp_path, monkeypatch):
+    table, settings = tmp_path / "pyproject.toml", tmp_path / "pytest.ini"
+    table.write_text(TABLE)
+    settings.write_text("[pytest]\naddopts = --mp-sedes 3 --mp-modes=fp32 --of-a-conftest --mp-resume latest\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-q --mp-seeds 2 --mp-timeout=soon")
+    arguments = ["--mp-modes=fp32,mixed_bf16", "--mp-fail-on", "metric"]
+    found = examine(False, *sources.look(tmp_path, arguments, os.environ)).to_json()
+    ini, typed = f"addopts of {settings}", "command line"
+    assert [(each["option"], each["value"], each["where"], each["overridden_by"]) for each in found["options"]] == [
+        ("seeds", "3", str(table), "PYTEST_ADDOPTS"),
+        ("seed", "4", str(table), None),
+        ("modes", "fp32,mixed-bf16", str(table), typed),
+        ("batch-size", "64", str(table), None),
+        ("fail-on", "step_time>5%", str(table), typed),
+        ("strict", "3", str(table), None),
+        ("workloads", "my:a,article-mpl", str(table), None),
+        ("threshold", "5", str(table), None),
+        ("baseline", "nowhere", str(table), None),
+        ("--mp-modes", "fp32", ini, typed),
+        ("--mp-resume", "latest", ini, None),
+        ("--mp-sedes", "", ini, None),
+        ("--mp-seeds", "2", "PYTEST_ADDOPTS", None),
+        ("--mp-timeout", "soon", "PYTEST_ADDOPTS", None),
+        ("--mp-modes", "fp32,mixed_bf16", typed, None),
+        ("--mp-fail-on", "metric", typed, None),
+    ]
+    said = {each["option"]: each["problem"] for each in found["options"] if each["problem"]}
+    for option, words in {
+        "seed": "did you mean seeds?",
+        "strict": "must be true or false, not 3",
+        "workloads": "did you mean article-mlp?",
+        "threshold": "the threshold is a percentage",
+        "baseline": "no run is called 'nowhere'",
+        "--mp-sedes": "did you mean --mp-seeds?",
+        "--mp-resume": "is for one session",
+        "--mp-timeout": "expected a number of seconds",
+        "--mp-modes": "did you mean mixed-bf16?",
+    }.items():
+        assert words in said.pop(option)
+    assert not said
+    assert codes(found).count(Code.REFUSED_OPTION) == 9
+    assert f"{ini} has --mp-sedes" in problems(found)
+    assert "`mpscale run` does not read the settings of pytest" in " ".join(found["about_options"])
+
+
+@pytest.mark.parametrize(
+    ("files", "variable", "words"),
+    [
+        ({}, "", ["None is given: no pyproject.toml here or above"]),
+        ({"pyproject.toml": "[tool.ruff]"}, "-q", ["None is given: no [tool.mpscale] in ", "/pyproject.toml"]),
+        ({"pyproject.toml": "[tool.mpscale"}, "", ["has [tool.mpscale], which a run refuses: cannot be"]),
+        ({"pytest.ini": "[pytest]\naddopts = --mp-seeds"}, "", ["refused, see below", "expected one argument"]),
+        ({"pytest.ini": "addopts"}, "--mp-steps 3", ["pytest has addopts or other settings", "--mp-steps", "used"]),
+        ({"pytest.ini": "[pytest]\nrequired_plugins = pytest-benchmark"}, "", ["None is given"]),
+        ({}, "-p no_such_plugin", ["No module named 'no_such_plugin'"]),
+        ({}, "--mp-steps '3", ["No closing quotation"]),
+        ({"pytest.ini": "", "in/pyproject.toml": ""}, "", ["takes [tool.mpscale] of no file; `mpscale run` takes"]),
+    ],
+)  # fmt: skip
+def test_where_options_were_looked_for(tmp_path, monkeypatch, files, variable, words):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir((tmp_path / name).parent if files else tmp_path)
+    monkeypatch.setenv("PYTEST_ADDOPTS", variable)
+    page = render(examine(False, *sources.look(Path.cwd(), [], os.environ)), as_json=False)
+    for each in words:
+        assert each in " ".join(page.split()) or each in page
+
+
 def test_wrong_use():
     done = doctor("--gpus")
     assert (done.returncode, done.stdout) == (2, "")
+    with pytest.raises(ValueError, match="unrecognized arguments: results"):
+        sources.look(Path.cwd(), ["--mp-seeds", "2", "results"], {})
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import shutil
 import pytest
 from support.runfolder import CPU, GPU, finished, record, started, write_run, write_steps
 
-from mpscale.analysis.compare import NotComparable, compare
+from mpscale.analysis.compare import compare
 from mpscale.analysis.history import read_folder
 from mpscale.analysis.noise_floor import runs_of_the_same_code
+from mpscale.analysis.pairs import NotComparable
 from mpscale.analysis.summary import summary_of
 from mpscale.cli import main
 from mpscale.core.files.reading import RunError

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from support.no_training import CASES, CPU, DRIVER, ENVIRONMENT, figures, options, replace_trainings
 
-from mpscale.analysis.compare import State, pair_rows
+from mpscale.analysis.pairs import State, pair_rows
 from mpscale.core.case import Case, SeriesKey, Settings
 from mpscale.core.cause import Cause
 from mpscale.core.processes.wire import Again, Noted

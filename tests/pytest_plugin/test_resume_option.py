@@ -143,6 +143,36 @@ def test_the_whole_run_is_compared_with_a_baseline_that_is_not_itself(started, s
     assert "2 of 2 gated figures passed" in said
 
 
+def test_rows_that_are_measured_again_for_a_gate_go_on_where_they_were_stopped(started, session, trainings):
+    started("--mp-modes=fp32")
+    baseline = the_run()
+    baseline.rename(baseline.with_name("20200101T000000Z-test-cpu-abcd"))
+
+    def slower(case):
+        return {"step_time_ms_median": 50.0 + case.repeat / 100}
+
+    stop = stopping(4)
+    trainings(lambda case: stop(case) or slower(case))
+    code, said = started("--mp-modes=fp32", "--mp-baseline=latest", "--mp-fail-on=step_time>5%")
+    assert code == pytest.ExitCode.INTERRUPTED
+    assert "no gate was judged; --mp-resume goes on with them" in said
+    assert "Not measured again for a gate: 1 of mnist1d-mlp in fp32" in said
+    assert "to go on: pytest" in said
+    stopped = max(Path("results/runs").iterdir())
+    ran, happen = counting(slower)
+    trainings(happen)
+    code, said = session("--mp-resume=latest")
+    assert code == pytest.ExitCode.TESTS_FAILED, said
+    assert "rows are measured again for a gate, and all else has its result" in said
+    assert "measured again in 2 further processes" in said
+    assert ran == [f"mnist1d-mlp--fp32--s0--r{repeat}" for repeat in (3, 4)]
+    assert "2 and 4 processes" in said and "fired: step_time>5%" in said
+    assert lacks(read_run(stopped)) == ""
+    trainings(lambda case: pytest.fail("measured again"))
+    code, said = session("--mp-resume=latest")
+    assert (code, "2 and 4 processes" in said) == (pytest.ExitCode.TESTS_FAILED, True)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

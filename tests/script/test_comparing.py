@@ -15,16 +15,22 @@ from pathlib import Path
 import keras
 import pytest
 from support import no_training, small_suite
+from support.runfolder import finished, record, write_run
 
 import mpscale
 from mpscale.analysis.answer import answer_of
 from mpscale.core.given import VARIABLE, Given, NoParcel, Parcel, take
-from mpscale.core.invocation import resume_command
+from mpscale.core.invocation import as_arguments, resume_command
+from mpscale.core.runs import read_run
 from mpscale.report.advice import code_of
+from mpscale.report.document import document, render
+from mpscale.report.files import report_page
+from mpscale.report.github_summary import github_summary
 from mpscale.script import comparing
 from mpscale.workloads import registry
 
 ROOT = Path(__file__).parents[2]
+INVOCATION = {"program": "mpscale.compare", "arguments": [], "folder": ".", "options": {}}
 SCRIPT = """
 import os, random, sys
 import numpy as np
@@ -126,9 +132,10 @@ def test_ctrl_c_stops_in_good_order_and_names_the_call_that_goes_on(script, tmp_
         "with contextlib.redirect_stdout(io.StringIO()) as cell:\n"  # as in a notebook
         '    mpscale.compare(own, modes="fp32,mixed-bf16", seeds=1, resume="latest")\n'
         'print(cell.getvalue().count("seed 0  ok"), "Is mixed precision" in cell.getvalue())\n'
+        'print("more seeds, or repeats" in cell.getvalue(), "--mp-" in cell.getvalue())\n'
     )
     output, _ = script(again).communicate(timeout=60)
-    assert output == "the script runs\n2 True\n"
+    assert output == "the script runs\n2 True\nTrue False\n"
     assert mpscale.read_run(path).cases.metric_value.tolist() == [0.25, 0.25]
 
 
@@ -210,15 +217,54 @@ def test_only_a_private_folder_of_this_user_is_unpickled(make, tmp_path):
 def test_advice_for_the_run_of_a_script_is_a_call():
     run = mpscale.read_run(ROOT / "results" / "reference" / "20261126T190729Z-nvidia-h200-e964")
     assert code_of(answer_of(run), run) == ("mpscale run --mp-steps-per-call 20 --mp-seeds 5", "sh")
-    invocation = {"program": "mpscale.compare", "arguments": [], "folder": ".", "options": {}}
-    run = dataclasses.replace(run, info={**run.info, "invocation": invocation})
+    run = dataclasses.replace(run, info={**run.info, "invocation": INVOCATION})
     assert code_of(answer_of(run), run) == ("mpscale.compare(..., steps_per_call=20, seeds=5)", "python")
+
+
+def test_a_report_names_options_as_they_are_given_to_what_made_the_run(tmp_path):
+    still = {"growth_interval": 2000, "attempted_steps": 40, "step_time_ms_median": 2.0, "note": "with --mp-repeats 3"}
+    bad = {"status_reason": "no XLA; leave --mp-jit on out, or --mp-jit=off", "output_tail": "usage: mine --mp-jit off"}
+    rows = [record("mixed-dynamic", **still), record("fp32", status="error", **bad), record("fp32", 1, device="cpu")]
+    settings = {"given_by": {"--mp-name": "mpscale.compare"}}
+    path = write_run(tmp_path, finished(rows), settings=settings, invocation={**INVOCATION, "program": "pytest"})
+    plain = render(document(read_run(path)))
+    info = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**info, "invocation": INVOCATION}))
+    run = read_run(path)
+    named = [
+        ("`--mp-dynamic-scale growth_interval=4`", "`dynamic_scale='growth_interval=4'`"),
+        ("with --mp-repeats 3", "with repeats=3"),
+        ("leave --mp-jit on out, or --mp-jit=off", "leave jit='on' out, or jit='off'"),
+        ("--mp-name", "run_name"),
+    ]
+    for text in (render(document(run)), report_page(run).replace("&#x27;", "'"), github_summary(run)):
+        assert text.count("--mp-") == text.count("usage: mine --mp-jit off") == 1
+    for option, argument in named:
+        assert option in plain and argument in render(document(run))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("use --mp-steps-per-call, or more", "use steps_per_call, or more"),
+        ("--mp-modes fp32,mixed-bf16.", "modes='fp32,mixed-bf16'."),
+        ("--mp-static-scale 2**24 is", "static_scale='2**24' is"),
+        ("run it with --mp-shard 2/3, or", "run it with shard='2/3', or"),
+        ("--mp-jit auto runs all", "jit='auto' runs all"),
+        ("leave out --mp-strategy none of", "leave out strategy='none' of"),
+        ("without --mp-strategy nonetheless", "without strategy nonetheless"),
+        ("--mp-timing 0.5 s; --mp-seeds 5.", "timing=0.5 s; seeds=5."),
+        ("--mpscale and mp-jit", "--mpscale and mp-jit"),
+    ],
+)
+def test_options_in_a_text_as_arguments(text, expected):
+    assert as_arguments(text) == expected
 
 
 @pytest.mark.parametrize(
     ("code", "tail", "said"),
     [
-        (4, ["collected 0 items\n", "ERROR: --mp-baseline: no run\n", "\n"], "exit code 4\n--mp-baseline: no run"),
+        (4, ["collected 0 items\n", "ERROR: --mp-baseline: no run\n", "\n"], "exit code 4\nbaseline: no run"),
         (-9, ["[1/2]  mine  fp32  ok\n"], "signal 9"),
     ],
 )

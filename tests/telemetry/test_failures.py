@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from support.gpu_case import GpuCase
+from support.gpu_case import ENERGY_OFF, GpuCase
 from support.nvml_stand_in import Script
 
 from mpscale.core.columns import Source, measured_columns
@@ -331,6 +331,28 @@ def test_gpu_lost_in_mid_case_keeps_what_was_measured(gpu_case):
     seen = case.run(lambda: case.uses(300), lambda: case.script.set(lost=0.0) and time.sleep(0.15))
     assert seen.lost
     assert seen.findings.values[PEAK] == 300.0
+
+
+@pytest.mark.timeout(300)  # without a limit on the wait it would hang forever
+def test_sample_that_came_late_is_not_of_its_phase_if_the_driver_hangs_after_it(gpu_case):
+    """The late sample lists the worker, which at that phase would be another process with its id."""
+    case = gpu_case()
+    case.script.latency(MEMORY_V2, 0.5)
+    case.watch.start(case.pid, time.monotonic())
+    case.watch.mark("idle")
+    case.uses(300)
+    case.script.heal()
+    time.sleep(0.6)
+    for phase in ("context-ready", "compiled"):
+        case.watch.mark(phase)
+    case.script.latency(MEMORY_V2, 1e9)
+    for phase in ("steps-synchronised", "done"):
+        case.watch.mark(phase)
+    found = case.watch.stop(WorkerFacts(energy_off=ENERGY_OFF), None).findings
+    for column in (WHOLE, PEAK, "gpu_memory_device_rise_mib"):
+        assert found.unavailable[column].code is Code.DRIVER_SILENT, column
+    assert "late" in found.unavailable["gpu_memory_idle_mib"].text
+    assert "stopped answering after compiled" in found.unavailable[WHOLE].text
 
 
 @pytest.mark.timeout(300)  # without a limit on the wait it would hang forever

@@ -76,6 +76,15 @@ class TemporaryFolder:
             os.close(self._lock)
         self._path = self._lock = None
 
+    def keep(self) -> None:
+        """Leave it to the user: it stays after :meth:`close`, and no run removes it."""
+        if self.exists:
+            assert self._lock is not None
+            with contextlib.suppress(OSError):
+                os.unlink(_MARK, dir_fd=self._lock)
+            os.close(self._lock)
+            self._path = self._lock = None
+
     def __enter__(self) -> Path:
         return self.path
 
