@@ -24,6 +24,7 @@ from mpscale.worker.batches import Batches, Source
 from mpscale.worker.compiled import model as compiling
 from mpscale.worker.compiled.course import Course
 from mpscale.worker.compiled.evaluator import FitEvaluator, Judge
+from mpscale.worker.compiled.judged import probed_loss
 from mpscale.worker.compiled.model import CompiledModel
 from mpscale.worker.compiled.update import FitUpdate
 from mpscale.worker.feed import Feed
@@ -129,12 +130,11 @@ class Built:
         """The columns of a record about the loss, once a train step has been traced."""
         if self.noted_loss is not None:
             return self.noted_loss.columns(self.data.train_y[self.order[0]])
-        named = zip(("inputs", "labels", "weights"), self.first_batch(), strict=True)
+        batch = self.first_batch()
+        named = zip(("inputs", "labels", "weights"), batch, strict=True)
         given = [f"{what} {_shapes(part)}" for what, part in named if part is not None]
         found = Findings({"loss_inputs": "; ".join(given)})
-        found.miss(
-            ["loss_probe"], Reason(Code.NOT_COMPARABLE, "the loss is part of the model, and does not run by itself")
-        )
+        found.put("loss_probe", probed_loss(self.step, batch))
         return found
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from mpscale.core.reason import Code, Reason
 from mpscale.worker.compiled.update import Compared, FitUpdate
-from mpscale.worker.objective import check_values, options_of
+from mpscale.worker.objective import PROBE_SEED, NotedLoss, check_values, options_of
 from mpscale.worker.refused import Refused
 from mpscale.worker.step import TrainStep
 from mpscale.worker.traced import source
@@ -74,6 +76,51 @@ def beyond_classes(step: TrainStep, labels: Structure) -> dict[str, Refused]:
             except Refused as refused:
                 found[each.name] = refused
     return found
+
+
+def probed_loss(step: TrainStep, batch: tuple[Structure, Structure, Structure]) -> float | Reason:
+    """The sum of what a compiled model's losses of Keras' class are for labels and outputs that every mode has.
+
+    These are the labels of the first batch, and outputs that are drawn (:class:`~mpscale.worker.objective.NotedLoss`),
+    for each loss others. A loss that compares a model's outputs with each other has no labels that every mode has.
+
+    Args:
+        step: of a compiled model, traced.
+        batch: examples, labels and weights of the first batch as the step gets them, arrays; None for no such.
+    """
+    update = step.update
+    if not isinstance(update, FitUpdate) or not update.compared:
+        return Reason(Code.NOT_COMPARABLE, "the model computes its loss without a keras.losses.Loss")
+    known: dict[tuple[int, str], Any] = {}
+    for traced, given in zip(keras.utils.unpack_x_y_sample_weight(step.batch), batch, strict=True):
+        if given is not None:
+            arrays = dict(leaves(given))
+            known |= {_place(tensor): arrays[path] for path, tensor in leaves(traced)}
+    total = 0.0
+    for number, each in enumerate(update.compared):
+        labels = _values(each.labels, known)
+        if labels is None or not all(map(tf.is_symbolic_tensor, tf.nest.flatten(each.outputs))):
+            return Reason(Code.NOT_COMPARABLE, f"{each.loss.name} compares with other things than the data")
+        loss = NotedLoss(each.loss)
+        loss.note(each.labels, each.outputs)
+        found = loss.probed(labels, PROBE_SEED + number)
+        if isinstance(found, Reason):
+            return found
+        total += found
+    return total
+
+
+def _values(labels: Any, known: Mapping[tuple[int, str], Any]) -> Any:
+    """The values of labels in the first batch, an array; None if they are not all there."""
+    if not tf.is_tensor(labels) or not labels.shape.rank or None in labels.shape[1:]:
+        return None
+    array = known.get(_place(labels)) if tf.is_symbolic_tensor(labels) else None
+    array = tf.get_static_value(labels) if array is None else array
+    if array is None:
+        return None
+    # What is cast to half precision here is so in some modes alone.
+    dtype = tf.float32 if labels.dtype in (tf.float16, tf.bfloat16) else labels.dtype
+    return np.reshape(array, (-1, *labels.shape[1:])).astype(dtype.as_numpy_dtype)
 
 
 def _judged(compared: Compared, places: dict[tuple[int, str], str]) -> Judged | None:
