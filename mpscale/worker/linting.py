@@ -206,7 +206,7 @@ def _first_not_finite(built: Built) -> str | None:
                     labels.append(call.label)
                     yield tf.reduce_all(tf.math.is_finite(tensor))
 
-        with noted_calls() as calls:
+        with noted_calls(model) as calls:
             model(x, training=True)
         return tf.stack([*flags(calls), tf.constant(True)])
 

@@ -214,11 +214,48 @@ def test_a_train_step_whose_updates_cannot_be_seen_is_refused(build, message):
 
 
 def test_gradients_of_a_compiled_model_can_be_looked_at():
-    """Those of its own train_step, too; not those of several losses."""
+    """Those of its own train_step, too."""
     outcome = train(workload(own_step, (X, CLASSES)), looks=2)
     looks = [event for event in outcome.sent if isinstance(event, Looked)]
     assert [look.step for look in looks] == [1, STEPS]
     found = {(row["layer"].partition("_")[0], row["of"]) for row in looks[0].gradients}
     assert found == {("dense", "weights"), ("dense", "activations")}
-    with pytest.raises(ValueError, match="applies gradients 2 times"):
-        train(workload(gan(), X, name="gan"), looks=1)
+
+
+def test_gradients_of_several_optimizers_are_looked_at_apart():
+    """As the train_step applies them by itself; and none that it does not compute, as those of the discriminator's
+    loss for what the generator returns, although a tape has recorded them."""
+    keras.utils.set_random_seed(0)
+    model, largest = gan(discriminator_steps=2)(), {}
+    for name in ("judge_optimizer", "generator_optimizer"):
+        optimizer = getattr(model, name)
+
+        def applied(grads, weights, apply=optimizer.apply, name=name):
+            largest.setdefault(name, []).extend(float(tf.reduce_max(tf.abs(grad))) for grad in grads)
+            apply(grads, weights)
+
+        optimizer.apply = applied
+    (first, *_), *_ = [batches(len(X), BATCH, STEPS, 0)]
+    losses = model.train_step(tf.constant(X[first]))
+    keras.utils.clear_session()
+    outcome = train(workload(gan(discriminator_steps=2), X, name="gan"), looks=2)
+    looks = [event for event in outcome.sent if isinstance(event, Looked)]
+    assert [look.step for look in looks] == [1, STEPS]
+    assert looks[0].loss == pytest.approx(float(losses["all"] + losses["g"]), rel=1e-5)
+    rows = {(row["layer"], row["of"], row["optimizer"]): row for row in looks[0].gradients}
+    judge, generator = ({f"{part}/{name}" for name in names} for part, names in (
+        ("sequential_1", ("dense_2", "dense_3")), ("sequential", ("dense", "dense_1"))
+    ))  # fmt: skip
+    assert set(rows) == {
+        *((layer, of, "judge_optimizer") for layer in judge for of in ("weights", "activations")),
+        *((layer, of, "generator_optimizer") for layer in generator for of in ("weights", "activations")),
+        *((layer, "activations", "generator_optimizer") for layer in judge),
+    }
+    for name, numbers in largest.items():
+        found = [row["largest"] for (_, of, optimizer), row in rows.items() if (of, optimizer) == ("weights", name)]
+        assert max(found) == pytest.approx(max(numbers), rel=1e-5)
+    counts = {place: sum(row["counts"].values()) for place, row in rows.items()}
+    # Twice, and 2 * BATCH examples, real and generated; then once, and BATCH examples.
+    assert counts["sequential_1/dense_2", "activations", "judge_optimizer"] == 2 * 2 * BATCH * 8
+    assert counts["sequential_1/dense_2", "activations", "generator_optimizer"] == BATCH * 8
+    assert looks[0].in_float32 == ["sequential/dense_1", "sequential_1/dense_3"]

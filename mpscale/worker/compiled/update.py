@@ -7,7 +7,7 @@ observed, which tells the true loss, the loss scale and the overflow of each ste
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,41 +16,35 @@ import tensorflow as tf
 
 from mpscale.scaling.guard import within_reach
 from mpscale.worker.scaler import StepRecord, StepScaler
-from mpscale.worker.update import Update
+from mpscale.worker.update import Applied, Others, Update, key_of
 
 
 @dataclass
 class _Gradients:
-    """A call of ``tf.GradientTape.gradient``: what was differentiated, for what, and the result."""
+    """A call of ``tf.GradientTape.gradient``: what was differentiated, for what, and the result.
+
+    ``others``: other tensors with their gradients.
+    """
 
     target: Any
     sources: list[Any]
     result: list[Any]
-    others: list[Any]
+    others: list[tuple[Any, Any]]
 
 
 @dataclass
-class _Applied:
-    """A call of an optimizer's ``apply``.
+class _Applied(Applied):
+    """A call of ``apply`` in a train_step.
 
     Args:
-        name: the attribute of the model that holds the optimizer.
-        loss: float32 scalar, unscaled; None if it is not known.
         scaled_loss: what was differentiated.
         was_scaled: whether the optimizer scaled the loss.
         was_changed: whether the gradients are others than the tape returned.
-        record: loss scale and overflow.
     """
 
-    name: str
-    grads: list[Any]
-    variables: list[Any]
-    others: list[Any]
-    loss: Any
     scaled_loss: Any
     was_scaled: bool
     was_changed: bool
-    record: StepRecord = field(default_factory=StepRecord)
 
 
 @dataclass(frozen=True)
@@ -167,19 +161,8 @@ class FitUpdate(Update):
             self._overflows.assign_add(tf.cast(row["overflow"], tf.int64))
         return row
 
-    def differentiated(
-        self, batch: Any, others: Callable[[], Sequence[Any]] = tuple
-    ) -> tuple[Any, Any, list[Any], list[Any]]:
-        applied = self._train(batch, others, only_look=True)
-        if len(applied) != 1:
-            raise ValueError(
-                f"train_step applies gradients {len(applied)} times, and those of one loss can be looked at; a model "
-                "with one optimizer that is applied once can be probed"
-            )
-        (one,) = applied
-        known = {_key(variable): grad for variable, grad in zip(one.variables, one.grads, strict=True)}
-        grads = [known.get(_key(variable)) for variable in self.model.trainable_variables]
-        return one.loss, one.scaled_loss, grads, one.others
+    def applied(self, batch: Any, others: Others = lambda _: ()) -> list[Applied]:
+        return list(self._train(batch, others))
 
     def overflow_steps(self, steps: int) -> int | None:
         counted = self.scaler.overflow_steps(steps)
@@ -213,15 +196,13 @@ class FitUpdate(Update):
             f"use clipnorm, global_clipnorm or clipvalue of {' and '.join(changed)}, which take the true gradients",
         )
 
-    def _train(
-        self, batch: Any, others: Callable[[], Sequence[Any]] = tuple, only_look: bool = False
-    ) -> list[_Applied]:
-        """Take the model's train step, or all of it except ``apply``; return the calls of ``apply``."""
+    def _train(self, batch: Any, others: Others = lambda _: ()) -> list[_Applied]:
+        """Take the model's train step; return the calls of ``apply``."""
         self._on_trace()
         seen = _Observed()
         # One that is a tf.function would be a graph of its own within this one.
         train_step = getattr(self.model.train_step, "python_function", self.model.train_step)
-        with self._observed(seen, others, only_look):
+        with self._observed(seen, others):
             train_step(batch)
         if not seen.applied:
             raise ValueError(
@@ -238,20 +219,21 @@ class FitUpdate(Update):
         return seen.applied
 
     @contextlib.contextmanager
-    def _observed(self, seen: _Observed, others: Callable[[], Sequence[Any]], only_look: bool) -> Iterator[None]:
+    def _observed(self, seen: _Observed, others: Others) -> Iterator[None]:
         """Observe the calls of optimizers, tape, losses and model, while a step is traced."""
         differentiate, call_layer = tf.GradientTape.gradient, keras.layers.Layer.__call__
         call_loss, losses = keras.losses.Loss.__call__, [0]
 
         def gradient(tape: Any, target: Any, sources: Any, *arguments: Any, **options: Any) -> Any:
             flat = tf.nest.flatten(sources)
-            trained = {_key(variable) for variable in self.model.trainable_variables}
-            more = list(others()) if any(_key(source) in trained for source in flat) else []
+            trained = {key_of(variable) for variable in self.model.trainable_variables}
+            more = list(others(flat)) if any(key_of(source) in trained for source in flat) else []
             if more:
                 result, found = differentiate(tape, target, [sources, more], *arguments, **options)
             else:
                 result, found = differentiate(tape, target, sources, *arguments, **options), []
-            seen.gradients.append(_Gradients(target, flat, tf.nest.flatten(result), found))
+            of_others = list(zip(more, found, strict=True))
+            seen.gradients.append(_Gradients(target, flat, tf.nest.flatten(result), of_others))
             return result
 
         def called(layer: Any, *arguments: Any, **options: Any) -> Any:
@@ -272,7 +254,7 @@ class FitUpdate(Update):
         with contextlib.ExitStack() as stack:
             for name, scaler in self._scalers.items():
                 held = vars(scaler.optimizer)
-                for method, hook in self._hooks(seen, name, scaler, only_look).items():
+                for method, hook in self._hooks(seen, name, scaler).items():
                     # Past __setattr__, which may track or refuse it.
                     held[method] = hook
                     stack.callback(held.pop, method)
@@ -283,7 +265,7 @@ class FitUpdate(Update):
             stack.callback(setattr, keras.losses.Loss, "__call__", call_loss)
             yield
 
-    def _hooks(self, seen: _Observed, name: str, scaler: StepScaler, only_look: bool) -> dict[str, Callable[..., Any]]:
+    def _hooks(self, seen: _Observed, name: str, scaler: StepScaler) -> dict[str, Callable[..., Any]]:
         """What an optimizer's ``scale_loss`` and ``apply`` do while a step is traced."""
         optimizer = scaler.optimizer
         scale_loss, apply = optimizer.scale_loss, optimizer.apply
@@ -308,9 +290,7 @@ class FitUpdate(Update):
                     optimizer.build(variables)
             this = _applied(seen, name, grads, variables)
             with _within(seen):
-                if only_look:
-                    pass
-                elif finite is None:
+                if finite is None:
                     this.record = scaler.apply(grads, variables, this.scaled_loss)
                 else:
                     # Its train step has unscaled them by itself.
@@ -334,16 +314,18 @@ def _within(seen: _Observed) -> Iterator[None]:
 
 def _applied(seen: _Observed, name: str, grads: list[Any], variables: list[Any]) -> _Applied:
     """The call of ``apply`` that is about to come, with the loss whose gradients it applies."""
-    wanted = {_key(variable) for variable in variables}
-    found = [each for each in seen.gradients if wanted & {_key(source) for source in each.sources}]
+    wanted = {key_of(variable) for variable in variables}
+    found = [each for each in seen.gradients if wanted & {key_of(source) for source in each.sources}]
     seen.gradients = [each for each in seen.gradients if not any(each is taken for taken in found)]
     scaled = seen.losses.pop(name, [])
     losses = [loss for loss, _ in scaled] if scaled else [each.target for each in found]
     after = [loss for _, loss in scaled] if scaled else losses
     computed = {id(grad) for each in found for grad in each.result}
     changed = any(grad is not None and id(grad) not in computed for grad in grads)
-    others = found[0].others if found else []
-    return _Applied(name, grads, variables, others, _total(losses), _total(after), bool(scaled), changed)
+    # A loss that is differentiated twice, for other weights, has the same gradients for the same tensor.
+    others = {(id(each.target), id(tensor)): (tensor, grad) for each in found for tensor, grad in each.others}
+    loss, scaled_loss = _total(losses), _total(after)
+    return _Applied(name, grads, variables, [*others.values()], loss, StepRecord(), scaled_loss, bool(scaled), changed)
 
 
 def _total(losses: list[Any]) -> Any:
@@ -352,11 +334,6 @@ def _total(losses: list[Any]) -> Any:
     flat = [loss if loss.dtype == tf.float32 else tf.cast(loss, tf.float32) for loss in flat]
     flat = [loss if loss.shape.rank == 0 else tf.reduce_sum(loss) for loss in flat]
     return flat[0] if len(flat) == 1 else tf.add_n(flat) if flat else None
-
-
-def _key(variable: Any) -> int:
-    """Identifies a weight, whether it is given as a variable of Keras or as that of TensorFlow which it holds."""
-    return id(getattr(variable, "_value", variable))
 
 
 def _least(values: list[Any]) -> Any:
