@@ -110,7 +110,9 @@ class Probe:
         names = dict.fromkeys(place.optimizer for look in self.looks for place in look.gradients)
         parts = {
             name: [
-                replace(look, gradients={place: each for place, each in look.gradients.items() if place.optimizer == name})
+                replace(
+                    look, gradients={place: each for place, each in look.gradients.items() if place.optimizer == name}
+                )
                 for look in self.finite
             ]
             for name in names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from mpscale.analysis.probe import Look, Probe
 from mpscale.core.case import Case, Settings

@@ -11,8 +11,8 @@ from mpscale.core.reason import Code, Reason
 from mpscale.report.table import DASH, Table, listed, loss_scale, number, plural
 
 ROW = (
-    "layer", "of", "optimizer", "dtype", "gradients", "zero", "largest", "vanish_share", "subnormal_share", "overflow_share",
-    "scale", "scaled_vanish_share", "scaled_subnormal_share", "scaled_overflow_share",
+    "layer", "of", "optimizer", "dtype", "gradients", "zero", "largest", "vanish_share", "subnormal_share",
+    "overflow_share", "scale", "scaled_vanish_share", "scaled_subnormal_share", "scaled_overflow_share",
 )  # fmt: skip
 """The figures of the gradients of a layer. Shares are of those that are not zero; ``dtype`` is that of the layer in
 mixed precision."""
@@ -75,7 +75,13 @@ def table(probe: Probe, most: int | None = None) -> Table:
     shown = []
     for row in rows:
         layer = f"{row['layer']} (float32)" if row["dtype"] == "float32" else row["layer"]
-        cells = [layer, row["of"], *[row["optimizer"]] * several, number(row["largest"]), percent(row["zero"] / row["gradients"])]
+        cells = [
+            layer,
+            row["of"],
+            *[row["optimizer"]] * several,
+            number(row["largest"]),
+            percent(row["zero"] / row["gradients"]),
+        ]
         shown.append([*cells, *(percent(row[name]) for name in shares)])
     return Table(headers, shown)
 

@@ -38,6 +38,7 @@ from mpscale.worker.step import TrainStep
 from mpscale.worker.training import batches
 from mpscale.worker.update import Update
 from mpscale.workloads import Data, Pipeline, Workload, registry
+from mpscale.workloads.as_in_fit import class_weight_remarks
 from mpscale.workloads.data import Structure, leaves, length, taken
 
 _OF_A_METRIC = (
@@ -267,7 +268,7 @@ def _of_compiled(
 ) -> Built:
     """What a compiled model trains by its own train_step."""
     assert workload.compiled is not None
-    callbacks = workload.compiled.callbacks
+    callbacks, class_weight = workload.compiled.callbacks, workload.compiled.class_weight
     steps, batch = order.shape
     epoch = data.examples // batch if feed is None else feed.epoch_steps or _EPOCH
     workload = replace(workload, evaluate_every=workload.evaluate_every or max(epoch, 1))
@@ -281,6 +282,7 @@ def _of_compiled(
     if feed is not None and case.settings.steps_per_call != 1:
         remarks.append("one step per call, although the model has steps_per_execution: a step takes one batch")
         case = replace(case, settings=replace(case.settings, steps_per_call=1))
+    remarks += class_weight_remarks(data.train_y, class_weight, feed is not None)
     for remark in (*compiled.notes, *remarks):
         channel.send(Remarked(remark))
     channel.values({"jit": case.settings.jit, "steps_per_call": case.settings.steps_per_call})

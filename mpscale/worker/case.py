@@ -22,7 +22,7 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.worker import autotuning
 from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, judged, put
-from mpscale.worker.compiled.judged import beyond_classes
+from mpscale.worker.compiled.judged import refused_labels
 from mpscale.worker.compiled.update import FitUpdate
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
@@ -95,8 +95,9 @@ def _run(
     misused = None if float8 is None else float8.misused(step.graph)
     if built.compiled is not None and (unsupported := _unsupported(built, device, channel)) is not None:
         return "unsupported", unsupported
-    for refused in beyond_classes(step, built.data.train_y).values():
-        raise refused
+    if built.compiled is not None:
+        for refused in refused_labels(step, built.data.train_y).values():
+            raise refused
     if not case.settings.looks:
         built = judged(built)
     precision = Precision(built.model, step.graph)

@@ -60,7 +60,7 @@ class Objective:
         """Shape of one example's output; known once the loss has been traced."""
         self._squashed_by: str | None = None  # softmax or sigmoid, if the trace shows that the model ends in one
         if labels.dtype.kind in "US":
-            raise Refused(Check.LABELS_MISFIT, f"the labels are text ({labels.dtype})", "number the classes from 0")
+            raise label_forms.text_labels("the labels")
 
     def __call__(self, labels: Any, outputs: Any) -> Any:
         """The loss of a batch of labels (batch, ...) and the model's outputs.

@@ -172,7 +172,11 @@ def test_the_report_of_a_run_shows_the_newest_probe_of_its_workloads(tmp_path):
 
 
 def test_several_optimizers_are_shown_apart_and_each_has_a_scale():
-    both = {("d", "weights", "of_d"): [1e-9, 0.5], ("d", "activations", "of_g"): [2.0**-20], ("g", "weights", "of_g"): [0.0]}
+    both = {
+        ("d", "weights", "of_d"): [1e-9, 0.5],
+        ("d", "activations", "of_g"): [2.0**-20],
+        ("g", "weights", "of_g"): [0.0],
+    }
     found = probe(both)
     rows = {(row["layer"], row["of"], row["optimizer"]): row["gradients"] for row in values(found)}
     totals = {("all", "weights", "all"): 3, ("all", "activations", "all"): 1, ("all", "weights", "of_d"): 2}

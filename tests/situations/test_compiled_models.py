@@ -135,6 +135,48 @@ def own_fit():
 
 
 BOTH = {"data": (X, CLASSES), "validation": (X, CLASSES)}
+MISSING = np.where(np.arange(120) == 3, np.nan, CLASSES).astype(np.float32)
+
+
+def spoiled(y, outputs):
+    """A loss without a name that Keras knows."""
+    return tf.square(outputs[:, 0] - tf.reshape(y, (-1,)))
+
+
+def ignoring(y, outputs):
+    """The same, but examples without a label count nothing."""
+    known = tf.math.is_finite(tf.reshape(y, (-1,)))
+    return tf.where(known, spoiled(tf.where(known, tf.reshape(y, (-1,)), 0.0), outputs), 0.0)
+
+
+def filtering():
+    """It leaves out what a loss of Keras' makes of examples without a label."""
+
+    class Filters(OwnStep):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                known = tf.math.is_finite(y)
+                losses = keras.losses.MeanSquaredError(reduction=None)(
+                    tf.expand_dims(y, -1), self(x, training=True)[:, :1]
+                )
+                of_known = keras.losses.MeanSquaredError()(tf.where(known, y, 0.0)[:, None], self(x)[:, :1])
+                loss = self.optimizer.scale_loss(
+                    of_known + 0.0 * tf.reduce_sum(tf.where(known, tf.stop_gradient(losses), 0.0))
+                )
+            self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+            return {}
+
+    model = Filters()
+    model.compile("sgd", jit_compile=False)
+    return model
+
+
+@pytest.mark.parametrize("build", [changed(loss=ignoring, metrics=[]), filtering], ids=["a loss", "a train_step"])
+def test_labels_that_are_missing_are_trained_on_if_the_model_leaves_them_out(build):
+    assert train(workload(build, (X, MISSING), train_steps=3)).status == "ok"
+
+
 ONE_HOT = dict.fromkeys(BOTH, (X, np.eye(3)[CLASSES]))
 
 
@@ -164,6 +206,9 @@ ONE_HOT = dict.fromkeys(BOTH, (X, np.eye(3)[CLASSES]))
         (classifier, {"callbacks": lambda: [Stops()]}, "set model.stop_training"),
         (classifier, {"callbacks": list, "evaluate_every": 1}, "raise evaluate_every"),
         (classifier, dict.fromkeys(BOTH, (X, CLASSES.astype(str))), "labels in train_y are text.*number the classes"),
+        (own_step, dict.fromkeys(BOTH, (X, CLASSES.astype(str))), "labels in train_y are text.*StringLookup"),
+        (changed(loss=spoiled, metrics=[]), {"data": (X, MISSING)}, "1 of the labels in train_y are not finite"),
+        (classifier, {"data": (X, MISSING)}, "1 of the labels in train_y are not finite"),
         (classifier, {"data": (X, CLASSES - 1)}, "labels in train_y range from -1 to 1.*classes 0 to 2"),
     ],
 )  # fmt: skip

@@ -223,8 +223,11 @@ def test_gradients_of_a_compiled_model_can_be_looked_at():
 
 
 def test_gradients_of_several_optimizers_are_looked_at_apart():
-    """As the train_step applies them by itself; and none that it does not compute, as those of the discriminator's
-    loss for what the generator returns, although a tape has recorded them."""
+    """As the train_step applies them by itself.
+
+    None are looked at that it does not compute, such as those of the discriminator's loss for what the generator
+    returns, although a tape has recorded them.
+    """
     keras.utils.set_random_seed(0)
     model, largest = gan(discriminator_steps=2)(), {}
     for name in ("judge_optimizer", "generator_optimizer"):

@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from mpscale.core.lint import Check
 from mpscale.worker import model as models
+from mpscale.worker.labels import text_labels
 from mpscale.worker.refused import Refused
 from mpscale.workloads.data import Structure, leaves, mapped
 
@@ -138,11 +139,7 @@ def check_labels(model: keras.Model, labels: Structure) -> None:
         raise ValueError("the model is compiled with a loss, but train has no labels to compare with: give (x, y)")
     texts = [f"train_y{path}" for path, array in leaves(labels) if array.dtype.kind in "US"]
     if texts and not models.overrides(model, "compute_loss"):
-        raise Refused(
-            Check.LABELS_MISFIT,
-            f"the labels in {' and '.join(texts)} are text, which no loss of Keras takes",
-            "number the classes from 0",
-        )
+        raise text_labels(f"the labels in {' and '.join(texts)}")
 
 
 def as_fed(x: Structure, y: Structure, weight: Structure) -> Any:
