@@ -162,15 +162,11 @@ def build(case: Case, arithmetic: Arithmetic, channel: Channel, workload: Worklo
     else:
         raise TypeError(
             f"the data function of {case.workload} must return an mpscale.Data of NumPy arrays or an mpscale.Pipeline, "
-            f"not a {type(given).__name__}"
+            f"not a {type(given).__name__}: mpscale.Data(train_x, train_y, test_x, test_y), or mpscale.Pipeline(train, "
+            "test) of datasets"
         )
-    if workload.compiled is None and data.train_y is None:
-        raise ValueError("the data has no train_y, which the workload's loss compares with what the model returns")
-    if workload.compiled is None and not data.is_plain:
-        raise ValueError(
-            "the data is more than an array of examples and one of labels, but this workload has a loss of one output; "
-            f"{models.COMPILE_IT}"
-        )
+    if workload.compiled is None:
+        models.check_data(data)
     if settings.strategy != "none":
         _refuse_replicas(case, workload, feed)
     if feed is not None:

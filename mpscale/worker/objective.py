@@ -21,11 +21,10 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.scaling.skip import all_nodes
 from mpscale.worker import labels as label_forms
-from mpscale.worker.model import COMPILE_IT
 from mpscale.worker.precision import computes_below_float32
 from mpscale.worker.refused import Refused
 from mpscale.workloads.metric import kind_of
-from mpscale.workloads.workload import sparse_cross_entropy
+from mpscale.workloads.workload import COMPILE_IT, sparse_cross_entropy
 
 Loss = Callable[[Any, Any], Any]
 
