@@ -32,7 +32,7 @@ from mpscale.worker.lint import look as lint
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
 from mpscale.worker.refusal import refusals_of
-from mpscale.worker.replicas import ReplicatedStep, objection, remarks
+from mpscale.worker.replicas import ReplicatedStep, objection, remarks, why_diverged
 from mpscale.worker.step import Log, TrainStep
 from mpscale.worker.throughput import Throughput
 from mpscale.worker.timing import keep_going, time_empty_call, time_one_per_call, time_steps, time_with_input, warm_up
@@ -298,8 +298,11 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
             channel.send(NotKept("its steps", in_words(error)))
     # As at the end of Keras' fit: an optimizer that keeps a moving average of the weights copies it into them.
     built.step.update.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
+    status, reason = training.status
+    if reason is not None and not training.weights_finite:
+        reason = why_diverged(reason, MODES[built.case.mode], built.case.settings.replicas)
     if evaluate is None:
-        return training.status
+        return status, reason
     (metric, examples), name = _score(built, evaluate, final=True), workload.metric_name
     found, other = (
         Findings({"test_examples": examples}),
@@ -313,7 +316,6 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
     published = None if built.data.published_x is None else _score(built, evaluate)[0]
     put(found, "published_metric_value", published, unpublished)
     _report(channel, found)
-    status, reason = training.status
     if status == "ok" and not is_finite(metric):
         return "diverged", f"the {name} on the test set was {metric} after {len(training.log)} steps"
     return status, reason

@@ -155,6 +155,19 @@ def _losses_as_they_are() -> Iterator[None]:
         of_keras.scale_loss_for_distribution = scaling
 
 
+_KERAS_ALONE = (
+    "Keras' loss scaling decides by the gradients of replica 0 alone, so an overflow on another one is applied, which "
+    "makes weights NaN where one device would skip the step"
+)
+
+
+def why_diverged(reason: str, mode: Mode, replicas: int) -> str:
+    """The reason why weights are not finite, with what Keras' loss scaling does on replicas, if the mode uses it."""
+    if replicas == 1 or mode.scaling is None or mode.scaling.rule != "keras":
+        return reason
+    return f"{reason}; {_KERAS_ALONE}. Compare mixed-dynamic, which asks all replicas, before you blame float16"
+
+
 def objection(loss: NotedLoss, labels: Any, replicas: int, strategy: tf.distribute.Strategy) -> str | None:
     """Why replicas cannot train by a loss; None if they can. It has been traced; ``labels`` are those of a batch."""
     if replicas == 1:
@@ -186,5 +199,5 @@ def remarks(loss: NotedLoss, labels: Any, model: keras.Model, optimizer: Any, mo
     if any(getattr(optimizer, name, None) for name in ("clipnorm", "global_clipnorm", "clipvalue")):
         found.append("Keras clips the gradients of each replica, before they are added up")
     if mode.scaling is not None and mode.scaling.rule == "keras":
-        found.append("Keras' loss scaling decides by the gradients of replica 0 alone")
+        found.append(_KERAS_ALONE)
     return found

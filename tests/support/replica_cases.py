@@ -105,6 +105,7 @@ def main(folder):
         "the article's scale": both(folder, "article"),
         "statistics": both(folder, model=with_statistics, optimizer=lambda: keras.optimizers.Adam(0.01, clipnorm=9.0)),
         "Keras' scaling": both(folder, "mixed-keras"),
+        "an overflow that Keras does not see": both(folder, "mixed-keras", poisoned=True),
         "a sum": refused(lambda: train(workload(dense(), data, loss=mean_of_sums()), **two)),
         "a share": refused(lambda: train(workload(dense(), data, loss=share_of_a_replica), **two)),
         "a batch too large": refused(lambda: train(workload(dense(), data, loss=ENTROPY, batch_size=90), **two)),

@@ -82,6 +82,16 @@ def test_what_replicas_do_otherwise_is_told(cases, name, told):
     assert all(part in remark for part, remark in zip(told, two["remarks"], strict=True))
 
 
+def test_an_overflow_that_keras_applies_is_not_taken_for_a_fault_of_float16(cases):
+    two, one = cases["an overflow that Keras does not see"]
+    assert one["status"] == "ok"
+    assert two["status"] == "diverged"
+    assert "weights were not finite" in two["reason"]
+    assert "overflow on another one is applied" in two["reason"]
+    assert "Compare mixed-dynamic, which asks all replicas, before you blame float16" in two["reason"]
+    assert ["of replica 0 alone" in remark for remark in two["remarks"]] == [True]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
