@@ -21,7 +21,7 @@ from mpscale.core.magnitudes import BINS, PLACES, SECOND, THIRD, Magnitudes, Pla
 from mpscale.core.processes.wire import Channel, Looked, Phase
 from mpscale.core.reason import Code, Reason
 from mpscale.worker.step import MOST_UNREAD, TrainStep
-from mpscale.worker.update import key_of
+from mpscale.worker.update import key_of, loss_of
 
 _MAGNITUDE, _MANTISSA, _ONE = 0x7FFFFFFF, 0x007FFFFF, 0x3F800000  # bits of a float32
 _MANTISSA_BITS = 23
@@ -216,8 +216,7 @@ class ProbeStep(TrainStep):
         # A gradient of looked-up rows alone becomes one of the whole table.
         counted = [count(tf.cast(tf.convert_to_tensor(grad), tf.float32)) for _, grad in found]
         counts, largest = zip(*counted, strict=True)
-        losses = [each.loss for each in every]
-        return losses[0] if len(losses) == 1 else tf.add_n(losses), tf.stack(counts), tf.stack(largest)
+        return loss_of(every), tf.stack(counts), tf.stack(largest)
 
 
 def _depending(tensors: Iterable[Any], weights: Sequence[Any]) -> list[Any]:

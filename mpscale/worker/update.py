@@ -24,7 +24,7 @@ class Applied:
         grads: those that were applied, multiplied by the loss scale.
         variables: their weights.
         others: other tensors on which the loss depends, with their gradients; None for a gradient that there is not.
-        loss: float32 scalar, unscaled; None if it is not known.
+        losses: what was differentiated, unscaled; empty if that is not known.
         record: loss scale and overflow.
     """
 
@@ -32,7 +32,7 @@ class Applied:
     grads: list[Any]
     variables: list[Any]
     others: list[tuple[Any, Any]]
-    loss: Any
+    losses: list[Any]
     record: StepRecord
 
 
@@ -63,7 +63,7 @@ class Update:
     def __call__(self, batch: Any) -> dict[str, Any]:
         """Train on a batch. Return the row of the log: the loss, and what else the mode has of a ``StepRecord``."""
         (applied,) = self.applied(batch)
-        row = {"loss": applied.loss, **applied.record._asdict()}
+        row = {"loss": loss_of([applied]), **applied.record._asdict()}
         return {name: value for name, value in row.items() if value is not None}
 
     def applied(self, batch: Any, others: Others = lambda _: ()) -> list[Applied]:
@@ -81,7 +81,20 @@ class Update:
         grads = tape.gradient(scaled, [*variables, *more])
         grads, of_others = grads[: len(variables)], list(zip(more, grads[len(variables) :], strict=True))
         record = self.scaler.apply(grads, variables, scaled)
-        return [Applied("optimizer", grads, variables, of_others, loss, record)]
+        return [Applied("optimizer", grads, variables, of_others, [loss], record)]
+
+
+def loss_of(applied: Iterable[Applied]) -> Any:
+    """The loss of a step, a float32 scalar: the sum of all that was differentiated, each once."""
+    return total([*{id(loss): loss for each in applied for loss in tf.nest.flatten(each.losses)}.values()])
+
+
+def total(losses: list[Any]) -> Any:
+    """The sum of losses, a float32 scalar: what their gradients are those of."""
+    flat = [tf.convert_to_tensor(loss) for loss in tf.nest.flatten(losses)]
+    flat = [loss if loss.dtype == tf.float32 else tf.cast(loss, tf.float32) for loss in flat]
+    flat = [loss if loss.shape.rank == 0 else tf.reduce_sum(loss) for loss in flat]
+    return flat[0] if len(flat) == 1 else tf.add_n(flat)
 
 
 def key_of(variable: Any) -> int:

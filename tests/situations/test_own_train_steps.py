@@ -146,6 +146,51 @@ def test_several_optimizers_each_have_a_loss_scale(tmp_path):
     assert outcome.row["timed_overflow_steps"] == 0
 
 
+class Shared(OwnStep):
+    """An optimizer for each part of the model, and one loss. ``calls``: of tape.gradient."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def compile(self, first, second):
+        super().compile(jit_compile=False)
+        self.first, self.second = first, second
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape(persistent=True) as tape:
+            loss = logits()(y, self(x, training=True))
+            scaled = [each.scale_loss(loss) if self.calls == 2 else loss for each in (self.first, self.second)]
+        first, second = self.hidden.trainable_weights, self.out.trainable_weights
+        if self.calls == 2:
+            gradients = [tape.gradient(scaled[0], first), tape.gradient(scaled[1], second)]
+        else:
+            both = tape.gradient(loss, first + second)
+            gradients = [both[: len(first)], both[len(first) :]]
+        self.first.apply(gradients[0], first)
+        self.second.apply(gradients[1], second)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_one_loss_for_two_optimizers_counts_once(calls, tmp_path):
+    def build():
+        model = Shared(calls)
+        model.compile(keras.optimizers.SGD(0.1), keras.optimizers.Adam(0.01))
+        return model
+
+    keras.utils.set_random_seed(0)
+    model, order = build(), batches(len(X), BATCH, STEPS, 0)
+    step = tf.function(model.train_step)
+    expected = [float(step((tf.constant(X[batch]), tf.constant(CLASSES[batch])))["loss"]) for batch in order]
+    _, steps = logged(tmp_path, workload(build, (X, CLASSES), name="shared"))
+    np.testing.assert_allclose(steps["loss"], expected, rtol=2e-4)
+    scaled = train(workload(build, (X, CLASSES), name="shared", train_steps=2), "mixed-dynamic")
+    assert scaled.status == ("unsupported" if calls == 1 else "ok")
+    assert calls == 2 or "of one call of tape.gradient with second and with another" in scaled.reason
+
+
 def clipping():
     class Clips(OwnStep):
         def train_step(self, data):

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from mpscale.scaling.guard import within_reach
 from mpscale.worker.scaler import StepRecord, StepScaler
-from mpscale.worker.update import Applied, Others, Update, key_of
+from mpscale.worker.update import Applied, Others, Update, key_of, loss_of, total
 
 
 @dataclass
@@ -40,11 +40,13 @@ class _Applied(Applied):
         scaled_loss: what was differentiated.
         was_scaled: whether the optimizer scaled the loss.
         was_changed: whether the gradients are others than the tape returned.
+        was_shared: whether another optimizer has applied gradients of the same call of the tape before.
     """
 
     scaled_loss: Any
     was_scaled: bool
     was_changed: bool
+    was_shared: bool
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class _Observed:
     """What a train step does with the optimizers, from the first to the last call, and with losses and the model."""
 
     gradients: list[_Gradients] = field(default_factory=list)
+    """Those that no optimizer has applied yet."""
+    used: list[_Gradients] = field(default_factory=list)
+    """The others."""
     losses: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
     """The losses that each optimizer has scaled since it last applied gradients, before and after."""
     applied: list[_Applied] = field(default_factory=list)
@@ -119,7 +124,7 @@ class FitUpdate(Update):
         else:
             # Which optimizer trains which weights only a trace can tell. It builds them, too.
             specs = tf.nest.map_structure(lambda array: tf.TensorSpec(array.shape, tf.as_dtype(array.dtype)), batch)
-            tf.function(lambda given: self._train(given)[0].loss, autograph=False).get_concrete_function(specs)
+            tf.function(lambda given: loss_of(self._train(given)), autograph=False).get_concrete_function(specs)
             self._scalers = {each.name: scalers[each.name] for each in self._applied}
             main = self._applied[0].name
         self.scaler = self._scalers[main]
@@ -138,18 +143,18 @@ class FitUpdate(Update):
 
     def __call__(self, batch: Any) -> dict[str, Any]:
         applied = self._train(batch)
-        if not all(within_reach(each.loss) and within_reach(each.record.scale) for each in applied):
+        losses = tf.nest.flatten([each.losses for each in applied])
+        if not all(map(within_reach, (*losses, *(each.record.scale for each in applied)))):
             raise ValueError(
                 "train_step applies gradients inside of a loop, a branch or a function of TensorFlow, where neither "
                 "their loss nor an overflow can be seen; apply them outside of it"
             )
         # An optimizer that is applied several times per step, or several of them, make one row.
         columns = {
-            "loss": (tf.add_n, [each.loss for each in applied]),
             "scale": (_least, [each.record.scale for each in applied]),
             "overflow": (_most, [each.record.overflow for each in applied]),
         }
-        row = {
+        row = {"loss": loss_of(applied)} | {
             name: values[0] if len(values) == 1 else join(values)
             for name, (join, values) in columns.items()
             if all(value is not None for value in values)
@@ -173,6 +178,13 @@ class FitUpdate(Update):
 
         Known once a step has been traced.
         """
+        if shared := sorted({each.name for each in self._applied if each.was_shared}):
+            return (
+                f"train_step of {type(self.model).__name__} applies the result of one call of tape.gradient with "
+                f"{' and '.join(shared)} and with another optimizer, but each divides by a loss scale of its own",
+                "with tf.GradientTape(persistent=True), scale the loss for each optimizer in the tape, and "
+                "differentiate it for each: `tape.gradient(scaled, weights)`",
+            )
         bare = sorted({each.name for each in self._applied if not each.was_scaled})
         if not bare:
             return None
@@ -210,7 +222,7 @@ class FitUpdate(Update):
                 f"holds ({', '.join(self._scalers)}); keep its optimizer in an attribute of the model and call "
                 "apply_gradients on it"
             )
-        if any(each.loss is None for each in seen.applied):
+        if not all(each.losses for each in seen.applied):
             raise ValueError(
                 f"train_step of {type(self.model).__name__} applied gradients that no tf.GradientTape has computed, so "
                 "its loss is not known; compute them with tape.gradient(loss, weights)"
@@ -317,6 +329,9 @@ def _applied(seen: _Observed, name: str, grads: list[Any], variables: list[Any])
     wanted = {key_of(variable) for variable in variables}
     found = [each for each in seen.gradients if wanted & {key_of(source) for source in each.sources}]
     seen.gradients = [each for each in seen.gradients if not any(each is taken for taken in found)]
+    shared = [] if found else [each for each in seen.used if wanted <= {key_of(source) for source in each.sources}][-1:]
+    seen.used += found
+    found += shared
     scaled = seen.losses.pop(name, [])
     losses = [loss for loss, _ in scaled] if scaled else [each.target for each in found]
     after = [loss for _, loss in scaled] if scaled else losses
@@ -324,16 +339,9 @@ def _applied(seen: _Observed, name: str, grads: list[Any], variables: list[Any])
     changed = any(grad is not None and id(grad) not in computed for grad in grads)
     # A loss that is differentiated twice, for other weights, has the same gradients for the same tensor.
     others = {(id(each.target), id(tensor)): (tensor, grad) for each in found for tensor, grad in each.others}
-    loss, scaled_loss = _total(losses), _total(after)
-    return _Applied(name, grads, variables, [*others.values()], loss, StepRecord(), scaled_loss, bool(scaled), changed)
-
-
-def _total(losses: list[Any]) -> Any:
-    """The sum of losses, a float32 scalar: what their gradients are those of."""
-    flat = [tf.convert_to_tensor(loss) for loss in tf.nest.flatten(losses)]
-    flat = [loss if loss.dtype == tf.float32 else tf.cast(loss, tf.float32) for loss in flat]
-    flat = [loss if loss.shape.rank == 0 else tf.reduce_sum(loss) for loss in flat]
-    return flat[0] if len(flat) == 1 else tf.add_n(flat) if flat else None
+    scaled_loss = total(after) if after else None
+    of_fit = scaled_loss, bool(scaled), changed, bool(shared)
+    return _Applied(name, grads, variables, [*others.values()], losses, StepRecord(), *of_fit)
 
 
 def _least(values: list[Any]) -> Any:
