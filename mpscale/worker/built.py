@@ -271,7 +271,7 @@ def _of_compiled(
     compiled = compiling.make(workload.model)
     arithmetic.look("the workload's model function")
     model = compiled.model
-    compiling.check_labels(model, data.train_y)
+    compiling.check_labels(model, data.train_y, data.test_y)
     compiling.build_weights(model, taken(data.train_x, order[0]))
     float8 = Float8(model) if MODES[case.mode].float8 else None
     case, remarks = _asked_by(compiled, case)
