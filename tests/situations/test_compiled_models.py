@@ -208,6 +208,7 @@ ONE_HOT = dict.fromkeys(BOTH, (X, np.eye(3)[CLASSES]))
         (classifier, dict.fromkeys(BOTH, (X, CLASSES.astype(str))), r"in train_y and test_y are text.*number"),
         (classifier, {"validation": (X, CLASSES.astype(str))}, "the labels in test_y are text.*number the classes"),
         (own_step, dict.fromkeys(BOTH, (X, CLASSES.astype(str))), "labels in train_y are text.*StringLookup"),
+        (classifier, {"data": (X.astype(str), CLASSES), "validation": None}, "train_x: examples are text.*TextVector"),
         (changed(loss=spoiled, metrics=[]), {"data": (X, MISSING)}, "1 of the labels in train_y are not finite"),
         (classifier, {"data": (X, MISSING)}, "1 of the labels in train_y are not finite"),
         (classifier, {"data": (X, CLASSES - 1)}, "labels in train_y range from -1 to 1.*classes 0 to 2"),

@@ -71,13 +71,13 @@ def judged_of(step: TrainStep) -> list[Judged]:
     update = step.update
     if not isinstance(update, FitUpdate):
         return []
-    places = _labels(step)
+    places = _named(step, "train_y")
     return [each for compared in update.compared if (each := _judged(compared, places)) is not None]
 
 
-def cast_texts(step: TrainStep) -> list[str]:
-    """The names of labels that are text, and that a traced step casts to numbers, which TensorFlow cannot do."""
-    places = _labels(step)
+def cast_texts(step: TrainStep, part: str = "train_y") -> list[str]:
+    """The names of arrays of a part that are text, and that a traced step casts to numbers, which TensorFlow cannot."""
+    places = _named(step, part)
     texts = (
         op.inputs[0] for op in step.graph.get_operations() if op.type == "Cast" and op.inputs[0].dtype == tf.string
     )
@@ -93,7 +93,16 @@ def refused_labels(step: TrainStep, labels: Structure) -> dict[str, Refused]:
     Args:
         step: of a compiled model.
         labels: those of the training set.
+
+    Raises:
+        ValueError: examples are text, and the model takes numbers.
     """
+    if texts := cast_texts(step, "train_x"):
+        raise ValueError(
+            f"{' and '.join(texts)}: examples are text, and the model casts them to numbers, which TensorFlow cannot; "
+            "make numbers of them where the data is made, for instance with keras.layers.TextVectorization or "
+            "StringLookup, or in a layer of the model"
+        )
     own = any(overrides(step.update.model, name) for name in ("train_step", "compute_loss"))
     arrays = {f"train_y{path}": array for path, array in ([] if labels is None else leaves(labels))}
     found = {name: text_labels(f"the labels in {name}") for name in cast_texts(step)}
@@ -143,10 +152,11 @@ def probed_loss(step: TrainStep, batch: tuple[Structure, Structure, Structure]) 
     return total
 
 
-def _labels(step: TrainStep) -> dict[tuple[int, str], str]:
-    """The names of the labels by their places in the trace."""
-    _, y, _ = keras.utils.unpack_x_y_sample_weight(step.batch)
-    return {_place(tensor): f"train_y{path}" for path, tensor in ([] if y is None else leaves(y))}
+def _named(step: TrainStep, part: str) -> dict[tuple[int, str], str]:
+    """The names of the arrays of a part, ``train_x`` or ``train_y``, by their places in the trace."""
+    x, y, _ = keras.utils.unpack_x_y_sample_weight(step.batch)
+    given = x if part == "train_x" else y
+    return {_place(tensor): f"{part}{path}" for path, tensor in ([] if given is None else leaves(given))}
 
 
 def _values(labels: Any, known: Mapping[tuple[int, str], Any]) -> Any:
