@@ -20,6 +20,9 @@ class Update:
         loss: ``(labels, outputs) -> scalar``; losses that the model adds itself are added here.
     """
 
+    divides = False
+    """Whether a replica's loss is its share of the loss of all of them; otherwise that is their mean."""
+
     def __init__(self, model: keras.Model, scaler: StepScaler, loss: Callable[[Any, Any], Any]) -> None:
         self.model, self.scaler, self._loss = model, scaler, loss
         self.added_losses = 0
