@@ -168,6 +168,16 @@ def _losses_as_they_are() -> Iterator[None]:
         of_keras.scale_loss_for_distribution = scaling
 
 
+class _OneReplica(tf.distribute.ReplicaContext):
+    """A replica that has no other to wait for."""
+
+    def all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
+        return value
+
+    def all_gather(self, value: Any, axis: int, options: Any = None) -> Any:
+        return value
+
+
 @contextlib.contextmanager
 def alone(strategy: tf.distribute.Strategy) -> Iterator[None]:
     """Be the first replica of this process, as if there were no other: nothing is divided by their number.
@@ -177,7 +187,7 @@ def alone(strategy: tf.distribute.Strategy) -> Iterator[None]:
     first = strategy.extended._get_replica_id_in_sync_group(0)
     with (
         strategy.scope(),
-        tf.distribute.ReplicaContext(strategy, first),
+        _OneReplica(strategy, first),
         tf.device(strategy.extended.worker_devices[0]),
         of_one(strategy),
     ):
