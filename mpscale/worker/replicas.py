@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -192,6 +192,15 @@ def alone(strategy: tf.distribute.Strategy) -> Iterator[None]:
         of_one(strategy),
     ):
         yield
+
+
+def look(call: Callable[[Any], Any], specs: Any, strategy: tf.distribute.Strategy) -> None:
+    """Trace a call on one replica, so that the variables that it makes are there: replicas that wait can make none.
+
+    In a graph and not in a ``tf.function``, which could not initialise variables of several replicas.
+    """
+    with tf.__internal__.FuncGraph("look").as_default(), alone(strategy):
+        call(tf.nest.map_structure(lambda spec: tf.compat.v1.placeholder(spec.dtype, spec.shape), specs))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mpscale.worker.replicas import alone, on_replicas, restored
+from mpscale.worker.replicas import alone, look, on_replicas, restored
 from mpscale.workloads import Workload
 from mpscale.workloads import metric as metrics
 from mpscale.workloads.metric import ACCURACY
@@ -52,6 +52,8 @@ class FitEvaluator:
         self._step = tf.function(test_step, jit_compile=jit, autograph=False)
         specs = tf.nest.map_structure(lambda array: tf.TensorSpec(np.shape(array), tf.as_dtype(array.dtype)), first)
         try:
+            if strategy is not None:
+                look(model.test_step, specs, strategy)
             traced = self._step.get_concrete_function(specs)
         except ValueError as error:
             if "No loss to compute" not in str(error):

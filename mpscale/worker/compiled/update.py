@@ -19,7 +19,7 @@ from keras.src.losses import loss as of_keras
 
 from mpscale.scaling.guard import within_reach
 from mpscale.worker.batches import replica_number
-from mpscale.worker.replicas import alone
+from mpscale.worker.replicas import look
 from mpscale.worker.scaler import StepRecord, StepScaler
 from mpscale.worker.update import Update
 
@@ -149,7 +149,7 @@ class FitUpdate(Update):
         specs = tf.nest.map_structure(lambda array: tf.TensorSpec(array.shape, tf.as_dtype(array.dtype)), batch)
         if replicated:
             with contextlib.suppress(Exception) if is_known else contextlib.nullcontext():
-                self._look(specs)
+                look(lambda given: self._train(given, only_look=True), specs, tf.distribute.get_strategy())
         elif not is_known:
             tf.function(lambda given: self._train(given)[0].loss, autograph=False).get_concrete_function(specs)
         if not is_known:
@@ -273,15 +273,6 @@ class FitUpdate(Update):
                 "its loss is not known; compute them with tape.gradient(loss, weights)"
             )
         return seen
-
-    def _look(self, specs: Any) -> None:
-        """Trace a step of one replica, so that whatever it makes is there: replicas that wait for others cannot make it.
-
-        In a graph and not in a ``tf.function``, which could not initialise variables of several replicas.
-        """
-        with tf.__internal__.FuncGraph("look").as_default(), alone(tf.distribute.get_strategy()):
-            given = tf.nest.map_structure(lambda spec: tf.compat.v1.placeholder(spec.dtype, spec.shape), specs)
-            self._train(given, only_look=True)
 
     @staticmethod
     def _counter() -> tf.Variable:
