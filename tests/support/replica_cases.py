@@ -131,7 +131,7 @@ def held_out(batch=16):
 def told(outcome: Outcome, path: Path):
     names = ["initial_weights_digest", "data_order_digest", "metric_value", "batch_size", "replica_batch_size", "jit"]
     names += ["flops_per_step", "loss_probe", "examples_per_s", "step_time_ms_median", "timed_blocks"]
-    names += ["input_batches", "step_time_ms_with_input", "test_examples", "overflow_steps"]
+    names += ["input_batches", "step_time_ms_with_input", "test_examples", "overflow_steps", "lint"]
     found = {name: outcome.row.get(name) for name in names}
     found |= {"status": outcome.status, "reason": outcome.reason, "remarks": [str(one) for one in outcome.sent]}
     if path.exists():

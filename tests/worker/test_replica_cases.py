@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,14 @@ def test_an_overflow_on_either_replica_is_one_decision_of_both(cases, name):
     assert [step for step, flag in enumerate(two["overflow"]) if flag == "1"] == steps.tolist()
     assert (two["scale"], two["overflow"]) == (one["scale"], one["overflow"])
     assert float(two["scale"][-1]) == 2.0 ** (15 - sum(steps < replica_cases.STEPS - 1))
+
+
+@pytest.mark.parametrize("name", ["an overflow", "its own train_step, an overflow"])
+def test_lint_looks_at_one_replica(cases, name):
+    # Keras numbers the layers of a process.
+    cells = [json.loads(re.sub(r"_\d+", "", case["lint"])) for case in cases[name]]
+    found = [[(each["check"], each["layers"]) for each in cell if each["check"] != "batch-size"] for cell in cells]
+    assert found[0] == found[1] != []
 
 
 def test_the_rule_of_the_article_follows_the_loss_of_all_replicas(cases):
