@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import keras
+
 from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case
 from mpscale.core.device import Device
@@ -22,6 +24,7 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.worker import autotuning
 from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, judged, put
+from mpscale.worker.compiled import shares
 from mpscale.worker.compiled.judged import refused_labels
 from mpscale.worker.compiled.update import FitUpdate
 from mpscale.worker.device import AllocatorPeak, require, touch
@@ -149,6 +152,8 @@ def _run(
     if built.feed is not None:
         planned = built.steps if case.trains else int(built.feed.position)
         _report(channel, built.feed.shown(planned))
+        if built.feed.remark is not None:
+            channel.send(Remarked(built.feed.remark))
     step_ms = _time(built, energy_s, peak, channel) if case.settings.timing_s > 0 else None
     _report(channel, peak.columns())
     _report(channel, _several_per_call(built))
@@ -173,12 +178,21 @@ def _lint(built: Built, precision: Precision, arithmetic: Arithmetic, channel: C
 
 def _on_replicas(built: Built, channel: Channel) -> str | None:
     """Say what replicas do otherwise than one device would; return why they cannot train at all, or None."""
-    labels, replicas, mode = built.data.train_y[built.order[0]], built.case.settings.replicas, MODES[built.case.mode]
-    step = built.step
-    assert built.noted_loss is not None and isinstance(step, ReplicatedStep)  # a compiled model has been refused
-    for remark in remarks(built.noted_loss, labels, built.model, built.optimizer, mode, replicas):
+    step, replicas, mode = built.step, built.case.settings.replicas, MODES[built.case.mode]
+    assert isinstance(step, ReplicatedStep)
+    optimizers = [built.optimizer] if built.compiled is None else list(built.compiled.optimizers.values())
+    found, refused = remarks(built.model, optimizers, mode, replicas), None
+    if isinstance(step.update, FitUpdate):
+        batch = keras.utils.pack_x_y_sample_weight(*built.first_batch())
+        found += shares.remarks(step.update, batch, step.strategy)
+    elif built.noted_loss is not None and replicas > 1:
+        labels = built.data.train_y[built.order[0]]
+        if built.noted_loss.adds_up(labels, replicas) is None:
+            found.append("the loss of a batch is not the mean of those of its parts, or that is unknown")
+        refused = objection(built.noted_loss, labels, replicas, step.strategy)
+    for remark in found:
         channel.send(Remarked(remark))
-    return objection(built.noted_loss, labels, replicas, step.strategy)
+    return refused
 
 
 def _report(channel: Channel, found: Findings) -> None:

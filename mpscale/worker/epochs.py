@@ -22,6 +22,10 @@ from mpscale.workloads.pipeline import check_pipeline, is_pipeline, is_py_datase
 
 Batch = Any
 """What Keras' fit takes: x, ``(x, y)`` or ``(x, y, sample_weight)``, of structures of tensors."""
+Taken = tuple[Batch, ...]
+"""The batches of a step, one for each replica."""
+_MOST_LEFT_OUT = 100
+"""So many steps in a row may be left out."""
 
 
 class Epochs:
@@ -47,6 +51,8 @@ class Epochs:
             check_pipeline(given, part, made=True)
         self._part, self._seed, self._begun = part, seed, 0
         self._given, self._class_weight = given, class_weight
+        self.left_out = 0
+        """How many batches :meth:`forever` has left out."""
         self._adapter = None
         self.kind = "tf.data"
         if is_py_dataset(given):
@@ -109,19 +115,44 @@ class Epochs:
                 return int(beyond.flat[0])
         return None
 
-    def forever(self) -> Generator[Batch]:
-        """Yield batches, epoch after epoch."""
+    def forever(self, replicas: int = 1) -> Generator[Taken]:
+        """Yield the batches of each step, as many in a row as there are replicas, epoch after epoch.
+
+        Left out are batches that remain at the end of an epoch, and steps whose batches differ in their number of
+        examples: replicas average their losses, so the examples of the smaller batch would count for more.
+
+        Raises:
+            ValueError: an epoch has no batches, or no step.
+        """
         while True:
-            is_empty = True
+            batches = steps = in_a_row = 0
+            waiting: list[Batch] = []
             for batch in self.epoch():
-                is_empty = False
-                yield batch
-            if is_empty:
+                batches += 1
+                waiting.append(batch)
+                if len(waiting) < replicas:
+                    continue
+                if replicas == 1 or len(set(map(examples_in, waiting))) == 1:
+                    yield tuple(waiting)
+                    steps, in_a_row = steps + 1, 0
+                else:
+                    self.left_out, in_a_row = self.left_out + replicas, in_a_row + 1
+                waiting = []
+                if in_a_row > _MOST_LEFT_OUT:
+                    break
+            self.left_out += len(waiting)
+            if not batches:
                 again = (
                     "gives nothing in its second pass, as a generator that is used up; let from_generator call a "
                     "function that makes a new one"
                 )
                 raise ValueError(f"the {self._part} pipeline {again if self._begun > 1 else 'is empty'}")
+            if not steps or in_a_row > _MOST_LEFT_OUT:
+                raise ValueError(
+                    f"each step takes {replicas} batches of the {self._part} pipeline, one for each replica, and its "
+                    f"first {batches} have no {replicas} in a row with the same number of examples; use smaller "
+                    "batches, .batch(n, drop_remainder=True), or fewer replicas"
+                )
 
 
 class Seen:

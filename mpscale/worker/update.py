@@ -45,6 +45,9 @@ class Update:
         loss: ``(labels, outputs) -> scalar``; losses that the model adds itself are added here.
     """
 
+    divides = False
+    """Whether a replica's loss is its share of the loss of all of them; otherwise that is their mean."""
+
     def __init__(self, model: keras.Model, scaler: StepScaler, loss: Callable[[Any, Any], Any]) -> None:
         self.model, self.scaler, self._loss = model, scaler, loss
         self.added_losses = 0
@@ -98,8 +101,10 @@ def total(losses: list[Any]) -> Any:
 
 
 def key_of(variable: Any) -> int:
-    """Identifies a weight, whether it is given as a variable of Keras or as that of TensorFlow which it holds."""
-    return id(getattr(variable, "_value", variable))
+    """Identifies a weight, given as a variable of Keras, or as that of TensorFlow which it holds, also on a replica."""
+    held = getattr(variable, "_value", variable)
+    of_all = getattr(held, "_distributed_container", None)
+    return id(held if of_all is None else of_all())
 
 
 def _share(loss: Any) -> Any:
