@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from mpscale.core.columns import LARGEST
 from mpscale.core.device import Device
 from mpscale.core.files.reading import SUMMARY, RunError, read_json
-from mpscale.core.magnitudes import LARGEST_FLOAT16, Magnitudes, Of
+from mpscale.core.magnitudes import LARGEST_FLOAT16, Magnitudes, Of, Place
 from mpscale.core.reason import Reason
 from mpscale.core.runs import Run
 
@@ -47,24 +47,24 @@ class Look:
     Args:
         step: its number, from 1.
         loss: its loss.
-        gradients: by layer and what they belong to.
+        gradients: by layer, what they belong to, and optimizer.
         in_float32: the layers that mixed precision leaves in float32, since the model asks for it. Their gradients are
             never in float16.
     """
 
     step: int
     loss: float
-    gradients: Mapping[tuple[str, Of], Magnitudes]
+    gradients: Mapping[Place, Magnitudes]
     in_float32: frozenset[str] = frozenset()
 
     @property
-    def in_float16(self) -> dict[tuple[str, Of], Magnitudes]:
+    def in_float16(self) -> dict[Place, Magnitudes]:
         """The gradients that mixed precision has in float16."""
-        return {place: each for place, each in self.gradients.items() if place[0] not in self.in_float32}
+        return {place: each for place, each in self.gradients.items() if place.layer not in self.in_float32}
 
     def all(self, of: Of) -> Magnitudes:
         """Those of all layers in float16."""
-        return _sum(counted for (_, belongs), counted in self.in_float16.items() if belongs == of)
+        return _sum(counted for place, counted in self.in_float16.items() if place.of == of)
 
 
 @dataclass(slots=True)
@@ -96,23 +96,37 @@ class Probe:
         """The looks at gradients that are finite: others say nothing about float16."""
         return [look for look in self.looks if not any(each.not_finite for each in look.gradients.values())]
 
-    def by_layer(self) -> dict[tuple[str, Of], Magnitudes]:
+    def by_layer(self) -> dict[Place, Magnitudes]:
         """The gradients of all finite looks, layer by layer, activations before weights."""
-        found: dict[tuple[str, Of], Magnitudes] = {}
+        found: dict[Place, Magnitudes] = {}
         for look in self.finite:
             for place, counted in look.gradients.items():
                 found.setdefault(place, Magnitudes()).add(counted)
-        layers = list(dict.fromkeys(layer for layer, _ in found))
-        return dict(sorted(found.items(), key=lambda item: (layers.index(item[0][0]), item[0][1])))
+        layers = list(dict.fromkeys(place.layer for place in found))
+        return dict(sorted(found.items(), key=lambda item: (layers.index(item[0].layer), item[0].of)))
+
+    def by_optimizer(self) -> dict[str, Probe]:
+        """The same of each optimizer, by its name, in the order in which they are applied."""
+        names = dict.fromkeys(place.optimizer for look in self.looks for place in look.gradients)
+        parts = {
+            name: [
+                replace(
+                    look, gradients={place: each for place, each in look.gradients.items() if place.optimizer == name}
+                )
+                for look in self.finite
+            ]
+            for name in names
+        }
+        return {name: replace(self, looks=looks) for name, looks in parts.items()}
 
     @property
     def in_float32(self) -> frozenset[str]:
         """The layers that mixed precision leaves in float32."""
         return self.looks[0].in_float32 if self.looks else frozenset()
 
-    def in_float16(self) -> dict[tuple[str, Of], Magnitudes]:
+    def in_float16(self) -> dict[Place, Magnitudes]:
         """Those of :meth:`by_layer` that mixed precision has in float16."""
-        return {place: each for place, each in self.by_layer().items() if place[0] not in self.in_float32}
+        return {place: each for place, each in self.by_layer().items() if place.layer not in self.in_float32}
 
     def all(self, of: Of) -> Magnitudes:
         """The gradients of all layers in float16, in all finite looks."""
@@ -169,7 +183,7 @@ def _too_many_vanish(probe: Probe, scale: float) -> bool:
     return max(of_all) >= OF_ALL or max(of_layers, default=0.0) >= OF_A_LAYER
 
 
-def worst(probe: Probe, scale: float = 1.0) -> list[tuple[tuple[str, Of], float]]:
+def worst(probe: Probe, scale: float = 1.0) -> list[tuple[Place, float]]:
     """The layers of which most vanishes at a scale, with the share of each; the worst first, without those of none."""
     shares = {
         place: share

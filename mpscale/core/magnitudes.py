@@ -17,7 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 PLACES = 4
 """Bins in each power of two. The number of a bin is ``PLACES`` times float32's biased exponent, plus the place."""
@@ -32,6 +32,20 @@ MOST_POWER = 100
 
 Of = Literal["weights", "activations"]
 """What the gradients belong to."""
+
+
+class Place(NamedTuple):
+    """Where gradients are.
+
+    Args:
+        layer: its path below the model.
+        of: what they belong to.
+        optimizer: of whose loss they are the gradients: the attribute of the model that holds the optimizer.
+    """
+
+    layer: str
+    of: Of
+    optimizer: str = "optimizer"
 
 
 @dataclass(frozen=True, slots=True)

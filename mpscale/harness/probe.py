@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from mpscale.analysis.probe import Look, Probe
 from mpscale.core.case import Case, Settings
-from mpscale.core.magnitudes import Magnitudes
+from mpscale.core.magnitudes import Magnitudes, Place
 from mpscale.core.processes.wire import Looked
 from mpscale.core.reason import Code, Reason
 from mpscale.harness.trial import Runner, attempt
@@ -51,7 +50,7 @@ def run(
 
 def note(probe: Probe, event: Looked) -> Look:
     """Add a look to a probe."""
-    gradients: dict[Any, Magnitudes] = {(row["layer"], row["of"]): Magnitudes.from_json(row) for row in event.gradients}
+    gradients = {Place(*(row[name] for name in Place._fields)): Magnitudes.from_json(row) for row in event.gradients}
     kept = event.in_float32
     probe.unsure = kept if isinstance(kept, Reason) else None
     look = Look(event.step, event.loss, gradients, frozenset(() if isinstance(kept, Reason) else kept))

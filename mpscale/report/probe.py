@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpscale.analysis.probe import ALL, HEADROOM, Look, Probe, advise
-from mpscale.core.magnitudes import LARGEST_FLOAT16
+from mpscale.core.magnitudes import LARGEST_FLOAT16, Place
 from mpscale.report.about import facts, when, without_xla
 from mpscale.report.document import Document, Section
 from mpscale.report.document import render as as_markdown
@@ -36,7 +36,7 @@ _NOTES = (
     "float16. They are left out of all totals and of the recommendation.",
     "A share says nothing about accuracy: the gradients that vanish are the smallest. A run with mixed-unscaled shows "
     "what their loss costs.",
-    "A layer that is called several times has the gradients of all calls together.",
+    "A layer that is called several times has the gradients of all calls together, for each optimizer apart.",
 )
 
 
@@ -97,11 +97,11 @@ def document(probe: Probe, about: Mapping[str, Any]) -> Document:
 
 
 def _counts(probe: Probe) -> Iterator[list[Any]]:
-    for (layer, of), counted in probe.by_layer().items():
+    for place, counted in probe.by_layer().items():
         if counted.zero:
-            yield [layer, of, "zero", None, counted.zero]
+            yield [*place, "zero", None, counted.zero]
         for power, count in counted.by_power().items():
-            yield [layer, of, "number", power, count]
+            yield [*place, "number", power, count]
 
 
 def write(folder: Path, probe: Probe, about: Mapping[str, Any]) -> None:
@@ -129,7 +129,7 @@ def write(folder: Path, probe: Probe, about: Mapping[str, Any]) -> None:
     files = {
         "probe.json": json_text(content),
         "probe.csv": render(probe, "csv"),
-        "gradients.csv": Table(("layer", "of", "kind", "power_of_two", "count"), list(_counts(probe))).csv(),
+        "gradients.csv": Table((*Place._fields, "kind", "power_of_two", "count"), list(_counts(probe))).csv(),
         "report.md": as_markdown(report),
         "report.html": page(report, [] if drawn is None else [drawn]),
     }

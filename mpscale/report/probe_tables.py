@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from mpscale.analysis.probe import ALL, MOST_SCALE, Advice, Kept, Probe, Verdict, advise, worst
-from mpscale.core.magnitudes import LARGEST_FLOAT16, Magnitudes, Of
+from mpscale.core.magnitudes import LARGEST_FLOAT16, Magnitudes, Place
 from mpscale.core.reason import Code, Reason
 from mpscale.report.table import DASH, Table, listed, loss_scale, number, plural
 
 ROW = (
-    "layer", "of", "dtype", "gradients", "zero", "largest", "vanish_share", "subnormal_share", "overflow_share",
-    "scale", "scaled_vanish_share", "scaled_subnormal_share", "scaled_overflow_share",
+    "layer", "of", "optimizer", "dtype", "gradients", "zero", "largest", "vanish_share", "subnormal_share",
+    "overflow_share", "scale", "scaled_vanish_share", "scaled_subnormal_share", "scaled_overflow_share",
 )  # fmt: skip
 """The figures of the gradients of a layer. Shares are of those that are not zero; ``dtype`` is that of the layer in
 mixed precision."""
@@ -34,21 +34,22 @@ def shown_scale(probe: Probe) -> float | None:
 
 
 def values(probe: Probe) -> list[dict[str, Any]]:
-    """A row for all activations in float16, for all such weights, and for those of each layer.
+    """A row for all activations in float16, for all such weights, and for those of each layer, by optimizer.
 
     What is unknown is None, with reasons under ``unavailable``.
     """
-    scale = shown_scale(probe)
-    totals: dict[tuple[str, Of], Magnitudes] = {("all", of): probe.all(of) for of in ALL}
+    scale, parts = shown_scale(probe), probe.by_optimizer()
+    totals = {Place("all", of, "all"): probe.all(of) for of in ALL} if len(parts) > 1 else {}
+    totals |= {Place("all", of, name): part.all(of) for name, part in parts.items() for of in ALL}
     return [
-        _row(layer, of, counted, scale, layer in probe.in_float32)
-        for (layer, of), counted in (totals | probe.by_layer()).items()
+        _row(place, counted, scale, place.layer in probe.in_float32)
+        for place, counted in (totals | probe.by_layer()).items()
         if counted.total
     ]
 
 
-def _row(layer: str, of: Of, counted: Magnitudes, scale: float | None, in_float32: bool) -> dict[str, Any]:
-    row: dict[str, Any] = {"layer": layer, "of": of, "dtype": "float32" if in_float32 else "float16", "scale": scale}
+def _row(place: Place, counted: Magnitudes, scale: float | None, in_float32: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {**place._asdict(), "dtype": "float32" if in_float32 else "float16", "scale": scale}
     row |= {"gradients": counted.total, "zero": counted.zero, "largest": counted.largest}
     for before, by in (("", 1.0), ("scaled_", scale)):
         rounded = None if by is None or in_float32 else counted.in_float16(by)
@@ -61,20 +62,26 @@ def _row(layer: str, of: Of, counted: Magnitudes, scale: float | None, in_float3
 
 def table(probe: Probe, most: int | None = None) -> Table:
     """The rows of :func:`values` for people; of more than ``most`` layers, only those of which most vanishes."""
-    rows, scale = values(probe), shown_scale(probe)
-    layers = list(dict.fromkeys(layer for layer, _ in probe.by_layer()))
+    rows, scale, several = values(probe), shown_scale(probe), len(probe.by_optimizer()) > 1
+    layers = list(dict.fromkeys(place.layer for place in probe.by_layer()))
     if most is not None and len(layers) > most:
-        by_loss = dict.fromkeys([*(layer for (layer, _), _ in worst(probe)), *layers])
+        by_loss = dict.fromkeys([*(place.layer for place, _ in worst(probe)), *layers])
         kept = {"all", *list(by_loss)[:most]}
         rows = [row for row in rows if row["layer"] in kept]
-    headers = ["layer", "gradients of", "largest", "zero", "vanish", "subnormal", "overflow"]
+    headers = ["layer", "gradients of", *["optimizer"] * several, "largest", "zero", "vanish", "subnormal", "overflow"]
     if scale not in (None, 1.0):
         headers += [f"{fate} x {loss_scale(scale)}" for fate in headers[-3:]]
-    shares = [name for name in ROW if name.endswith("_share")][: len(headers) - 4]
+    shares = [name for name in ROW if name.endswith("_share")][: len(headers) - 4 - several]
     shown = []
     for row in rows:
         layer = f"{row['layer']} (float32)" if row["dtype"] == "float32" else row["layer"]
-        cells = [layer, row["of"], number(row["largest"]), percent(row["zero"] / row["gradients"])]
+        cells = [
+            layer,
+            row["of"],
+            *[row["optimizer"]] * several,
+            number(row["largest"]),
+            percent(row["zero"] / row["gradients"]),
+        ]
         shown.append([*cells, *(percent(row[name]) for name in shares)])
     return Table(headers, shown)
 
@@ -121,11 +128,16 @@ def sentences(probe: Probe) -> Iterator[str]:
     if not probe.all("activations").total:
         yield "No layer's output has a gradient to look at, so this is about weights alone."
     yield from _verdict(probe, advice)
+    yield from _by_optimizer(probe)
     yield (
         f"The largest gradient seen is {number(advice.largest)}, {_where(probe, advice.largest)}. Times "
         f"{loss_scale(advice.scale)} it may become {number(advice.headroom, 2)} times as large before it overflows."
     )
-    if names := [f"{layer} ({of}, {percent(share)})" for (layer, of), share in worst(probe)]:
+    several = len(probe.by_optimizer()) > 1
+    if names := [
+        f"{place.layer} ({place.of}, {f'{place.optimizer}, ' * several}{percent(share)})"
+        for place, share in worst(probe)
+    ]:
         yield f"Without a scale, most vanishes in {listed(names, _WORST)}."
     if probe.scale is not None:
         yield f"With the scale {loss_scale(probe.scale)}: {_fates(probe, probe.scale)}."
@@ -156,6 +168,23 @@ def _verdict(probe: Probe, advice: Advice) -> Iterator[str]:
             )
 
 
+def _by_optimizer(probe: Probe) -> Iterator[str]:
+    """What fits each of several optimizers."""
+    parts = probe.by_optimizer()
+    if len(parts) == 1:
+        return
+    fitting = []
+    for name, part in parts.items():
+        advice = advise(part)
+        fits = "none other than zero" if advice is None else f"{number(advice.largest)} ({loss_scale(advice.scale)})"
+        fitting.append(f"{fits} of {name}")
+    yield (
+        f"The largest gradients, and in parentheses the scale that fits them, are {' and '.join(fitting)}. "
+        "mixed-static has one scale for all optimizers, which those with the largest gradients decide; the dynamic "
+        "modes have one for each."
+    )
+
+
 def _vanishing(probe: Probe, scale: float) -> str:
     known = {of: probe.all(of).in_float16(scale).share("vanished") for of in ALL}
     shares = [f"{percent(share)} of the {of}' gradients" for of, share in known.items() if share is not None]
@@ -174,9 +203,9 @@ def _fates(probe: Probe, scale: float) -> str:
 
 def _where(probe: Probe, largest: float) -> str:
     found = (
-        f"in the {of} of {layer} at step {look.step}"
+        f"in the {place.of} of {place.layer} at step {look.step}"
         for look in probe.finite
-        for (layer, of), counted in look.in_float16.items()
+        for place, counted in look.in_float16.items()
         if counted.largest == largest
     )
     return next(found)

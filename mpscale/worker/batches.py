@@ -32,6 +32,15 @@ class Source(Protocol):
         """Return the batch of a step; part of the step."""
 
 
+def replica_number() -> int:
+    """The replica of this process that is traced, from 0; 0 outside of replicas."""
+    context = tf.distribute.get_replica_context()
+    if context is None or not tf.distribute.has_strategy():
+        return 0
+    number = int(tf.get_static_value(tf.convert_to_tensor(context.replica_id_in_sync_group)))
+    return number % len(context.strategy.extended.worker_devices)
+
+
 class Batches:
     """Examples that lie on the device, and the order in which a training sees them.
 

@@ -20,10 +20,11 @@ from mpscale.core.processes.wire import Channel, Remarked
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.worker import model as models
-from mpscale.worker.batches import Batches, Source
+from mpscale.worker.batches import Batches
 from mpscale.worker.compiled import model as compiling
 from mpscale.worker.compiled.course import Course
 from mpscale.worker.compiled.evaluator import FitEvaluator, Judge
+from mpscale.worker.compiled.judged import probed_loss
 from mpscale.worker.compiled.model import CompiledModel
 from mpscale.worker.compiled.update import FitUpdate
 from mpscale.worker.feed import Feed
@@ -31,12 +32,13 @@ from mpscale.worker.float8 import Float8
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic
 from mpscale.worker.probe import ProbeStep
-from mpscale.worker.replicas import ReplicaBatches, ReplicatedStep, strategy_of, under
+from mpscale.worker.replicas import ReplicaBatches, ReplicatedStep, check_optimizers, strategy_of, under
 from mpscale.worker.scaler import scaler_for
 from mpscale.worker.step import TrainStep
 from mpscale.worker.training import batches
 from mpscale.worker.update import Update
 from mpscale.workloads import Data, Pipeline, Workload, registry
+from mpscale.workloads.as_in_fit import class_weight_remarks
 from mpscale.workloads.data import Structure, leaves, length, taken
 
 _OF_A_METRIC = (
@@ -100,11 +102,12 @@ class Built:
         return self.order.shape[1]
 
     def first_batch(self) -> tuple[Structure, Structure, Structure]:
-        """Examples, labels and weights of the first batch as the train step gets them, arrays; None for no such."""
+        """Examples, labels and weights of the first batch as a replica gets them, arrays; None for no such."""
         if self.feed is not None:
             batch = self.feed.first_arrays()
         else:
-            batch = tuple(None if part is None else taken(part, self.order[0]) for part in self.data.train)
+            one = self.order[0][: self.replica_batch]
+            batch = tuple(None if part is None else taken(part, one) for part in self.data.train)
             batch = batch if self.compiled is None else compiling.as_fed(*batch)
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         return x, y, weight
@@ -116,7 +119,7 @@ class Built:
 
     def build_again(self) -> keras.Model:
         """Make and build the workload's model once more, under the policy that is set now."""
-        examples = taken(self.data.train_x, self.order[0])
+        examples = taken(self.data.train_x, self.order[0][: self.replica_batch])
         if self.compiled is None:
             model = models.make_model(self.workload.model)
             models.build_model(model, examples)
@@ -129,12 +132,11 @@ class Built:
         """The columns of a record about the loss, once a train step has been traced."""
         if self.noted_loss is not None:
             return self.noted_loss.columns(self.data.train_y[self.order[0]])
-        named = zip(("inputs", "labels", "weights"), self.first_batch(), strict=True)
+        batch = self.first_batch()
+        named = zip(("inputs", "labels", "weights"), batch, strict=True)
         given = [f"{what} {_shapes(part)}" for what, part in named if part is not None]
         found = Findings({"loss_inputs": "; ".join(given)})
-        found.miss(
-            ["loss_probe"], Reason(Code.NOT_COMPARABLE, "the loss is part of the model, and does not run by itself")
-        )
+        found.put("loss_probe", probed_loss(self.step, batch))
         return found
 
 
@@ -161,20 +163,14 @@ def build(case: Case, arithmetic: Arithmetic, channel: Channel, workload: Worklo
     else:
         raise TypeError(
             f"the data function of {case.workload} must return an mpscale.Data of NumPy arrays or an mpscale.Pipeline, "
-            f"not a {type(given).__name__}"
+            f"not a {type(given).__name__}: mpscale.Data(train_x, train_y, test_x, test_y), or mpscale.Pipeline(train, "
+            "test) of datasets"
         )
-    if workload.compiled is None and data.train_y is None:
-        raise ValueError("the data has no train_y, which the workload's loss compares with what the model returns")
-    if workload.compiled is None and not data.is_plain:
-        raise ValueError(
-            "the data is more than an array of examples and one of labels, but this workload has a loss of one output; "
-            f"{models.COMPILE_IT}"
-        )
-    if settings.strategy != "none":
-        _refuse_replicas(case, workload, feed)
+    if workload.compiled is None:
+        models.check_data(data)
     if feed is not None:
-        # Of a pipeline, the order is only used to find the first batch.
-        order = np.broadcast_to(np.arange(feed.batch), (steps, feed.batch))
+        # Of a pipeline, the order is only used to find the first batch. Those of replicas may have several shapes.
+        order = np.broadcast_to(np.arange(feed.batch) % data.examples, (steps, feed.batch))
     else:
         own = settings.batch_size or workload.batch_size
         batch = own * settings.replicas
@@ -222,7 +218,9 @@ def _of_workload(
         shown = feed or Batches((data.train_x, data.train_y), order)
         step = kind(update, shown, settings.jit, settings.steps_per_call)
     else:
-        step = ReplicatedStep(update, ReplicaBatches((data.train_x, data.train_y), order), settings.steps_per_call)
+        check_optimizers([optimizer])
+        own = feed or ReplicaBatches((data.train_x, data.train_y), order)
+        step = ReplicatedStep(update, own, settings.steps_per_call)
     return Built(case, workload, data, order, optimizer, optimizer_config, objective, loss, step, float8, feed=feed)
 
 
@@ -243,17 +241,7 @@ def _feed(pipeline: Pipeline, workload: Workload, case: Case, steps: int) -> Fee
             "used; leave it out, change .batch(n) in the pipeline, or return an mpscale.Data of arrays"
         )
     class_weight = None if compiled is None else compiled.class_weight
-    return Feed(pipeline, workload.data, case.seed, steps, class_weight)
-
-
-def _refuse_replicas(case: Case, workload: Workload, feed: Feed | None) -> None:
-    """Raise ValueError if a case asks for replicas of what mpscale trains on one device only."""
-    what = "a pipeline" if feed is not None else "a compiled model" if workload.compiled is not None else None
-    if what is not None:
-        raise ValueError(
-            f"{case.workload} has {what}, which mpscale trains on one device: leave out --mp-strategy, or give a "
-            "workload of a model that is not compiled and of arrays"
-        )
+    return Feed(pipeline, workload.data, case.seed, steps, class_weight, strategy_of(settings))
 
 
 def _of_compiled(
@@ -267,20 +255,22 @@ def _of_compiled(
 ) -> Built:
     """What a compiled model trains by its own train_step."""
     assert workload.compiled is not None
-    callbacks = workload.compiled.callbacks
+    callbacks, class_weight = workload.compiled.callbacks, workload.compiled.class_weight
     steps, batch = order.shape
+    one = order[0][: batch // case.settings.replicas]
     epoch = data.examples // batch if feed is None else feed.epoch_steps or _EPOCH
     workload = replace(workload, evaluate_every=workload.evaluate_every or max(epoch, 1))
     compiled = compiling.make(workload.model)
     arithmetic.look("the workload's model function")
     model = compiled.model
-    compiling.check_labels(model, data.train_y)
-    compiling.build_weights(model, taken(data.train_x, order[0]))
+    compiling.check_labels(model, data.train_y, data.test_y)
+    compiling.build_weights(model, taken(data.train_x, one))
     float8 = Float8(model) if MODES[case.mode].float8 else None
     case, remarks = _asked_by(compiled, case)
     if feed is not None and case.settings.steps_per_call != 1:
         remarks.append("one step per call, although the model has steps_per_execution: a step takes one batch")
         case = replace(case, settings=replace(case.settings, steps_per_call=1))
+    remarks += class_weight_remarks(data.train_y, class_weight, feed is not None)
     for remark in (*compiled.notes, *remarks):
         channel.send(Remarked(remark))
     channel.values({"jit": case.settings.jit, "steps_per_call": case.settings.steps_per_call})
@@ -288,18 +278,25 @@ def _of_compiled(
     wrapped = {id(each): scaler_for(MODES[case.mode], each, case.settings) for each in compiled.optimizers.values()}
     scalers = {name: wrapped[id(each)] for name, each in compiled.optimizers.items()}
     on_trace = float8.forget_calls if float8 is not None else lambda: None
+    is_replicated = case.settings.strategy != "none"
+    if is_replicated:
+        check_optimizers(list(compiled.optimizers.values()))
+    shown: Any = feed
     if feed is None:
         fed = compiling.as_fed(*data.train)
-        first = taken(fed, order[0])
-        shown: Source = Batches(fed, order)
+        first = taken(fed, one)
+        shown = ReplicaBatches(fed, order) if is_replicated else Batches(fed, order)
     else:
-        first, shown = feed.first[0], feed
+        first = feed.first[0][0]
     update = FitUpdate(model, scalers, first, on_trace)
     used = update.optimizers
     config = configs[used[0]] if len(used) == 1 else {name: configs[name] for name in used}
     compiling.build_metrics(model, first)
     kind = ProbeStep if case.settings.looks else TrainStep
-    step = kind(update, shown, case.settings.jit, case.settings.steps_per_call)
+    per_call = case.settings.steps_per_call
+    step = (
+        ReplicatedStep(update, shown, per_call) if is_replicated else kind(update, shown, case.settings.jit, per_call)
+    )
     course = None
     if callbacks is not None:
         course = Course(callbacks(), model, steps, workload.evaluate_every)
@@ -331,7 +328,7 @@ def judged(built: Built) -> Built:
     if built.feed is not None:
         test_batches, first = built.feed.test, built.feed.first_test
     else:
-        data, batch = built.data, built.batch
+        data, batch = built.data, built.replica_batch
         fed = compiling.as_fed(*data.test, data.test_weight)
         examples, first = length(data.test[0]), taken(fed, slice(0, batch))
 
@@ -339,7 +336,8 @@ def judged(built: Built) -> Built:
             for start in range(0, examples, batch):
                 yield taken(fed, slice(start, start + batch))
 
-    evaluator = FitEvaluator(built.model, test_batches, built.case.settings.jit, first)
+    strategy = built.step.strategy if isinstance(built.step, ReplicatedStep) else None
+    evaluator = FitEvaluator(built.model, test_batches, built.case.settings.jit, first, strategy)
     judge = Judge(built.workload, built.model, evaluator)
     return replace(built, workload=judge.workload, judge=judge)
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import keras
+
 from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case
 from mpscale.core.device import Device
@@ -22,7 +24,8 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.worker import autotuning
 from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, judged, put
-from mpscale.worker.compiled.judged import beyond_classes
+from mpscale.worker.compiled import shares
+from mpscale.worker.compiled.judged import refused_labels
 from mpscale.worker.compiled.update import FitUpdate
 from mpscale.worker.device import AllocatorPeak, require, touch
 from mpscale.worker.device_time import profile_steps
@@ -32,7 +35,7 @@ from mpscale.worker.lint import look as lint
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
 from mpscale.worker.refusal import refusals_of
-from mpscale.worker.replicas import ReplicatedStep, objection, remarks
+from mpscale.worker.replicas import ReplicatedStep, objection, remarks, why_diverged
 from mpscale.worker.step import Log, TrainStep
 from mpscale.worker.throughput import Throughput
 from mpscale.worker.timing import keep_going, time_empty_call, time_one_per_call, time_steps, time_with_input, warm_up
@@ -95,8 +98,9 @@ def _run(
     misused = None if float8 is None else float8.misused(step.graph)
     if built.compiled is not None and (unsupported := _unsupported(built, device, channel)) is not None:
         return "unsupported", unsupported
-    for refused in beyond_classes(step, built.data.train_y).values():
-        raise refused
+    if built.compiled is not None:
+        for refused in refused_labels(step, built.data.train_y).values():
+            raise refused
     if not case.settings.looks:
         built = judged(built)
     precision = Precision(built.model, step.graph)
@@ -148,6 +152,8 @@ def _run(
     if built.feed is not None:
         planned = built.steps if case.trains else int(built.feed.position)
         _report(channel, built.feed.shown(planned))
+        if built.feed.remark is not None:
+            channel.send(Remarked(built.feed.remark))
     step_ms = _time(built, energy_s, peak, channel) if case.settings.timing_s > 0 else None
     _report(channel, peak.columns())
     _report(channel, _several_per_call(built))
@@ -172,12 +178,21 @@ def _lint(built: Built, precision: Precision, arithmetic: Arithmetic, channel: C
 
 def _on_replicas(built: Built, channel: Channel) -> str | None:
     """Say what replicas do otherwise than one device would; return why they cannot train at all, or None."""
-    labels, replicas, mode = built.data.train_y[built.order[0]], built.case.settings.replicas, MODES[built.case.mode]
-    step = built.step
-    assert built.noted_loss is not None and isinstance(step, ReplicatedStep)  # a compiled model has been refused
-    for remark in remarks(built.noted_loss, labels, built.model, built.optimizer, mode, replicas):
+    step, replicas, mode = built.step, built.case.settings.replicas, MODES[built.case.mode]
+    assert isinstance(step, ReplicatedStep)
+    optimizers = [built.optimizer] if built.compiled is None else list(built.compiled.optimizers.values())
+    found, refused = remarks(built.model, optimizers, mode, replicas), None
+    if isinstance(step.update, FitUpdate):
+        batch = keras.utils.pack_x_y_sample_weight(*built.first_batch())
+        found += shares.remarks(step.update, batch, step.strategy)
+    elif built.noted_loss is not None and replicas > 1:
+        labels = built.data.train_y[built.order[0]]
+        if built.noted_loss.adds_up(labels, replicas) is None:
+            found.append("the loss of a batch is not the mean of those of its parts, or that is unknown")
+        refused = objection(built.noted_loss, labels, replicas, step.strategy)
+    for remark in found:
         channel.send(Remarked(remark))
-    return objection(built.noted_loss, labels, replicas, step.strategy)
+    return refused
 
 
 def _report(channel: Channel, found: Findings) -> None:
@@ -297,8 +312,11 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
             channel.send(NotKept("its steps", in_words(error)))
     # As at the end of Keras' fit: an optimizer that keeps a moving average of the weights copies it into them.
     built.step.update.scaler.optimizer.finalize_variable_values(built.model.trainable_variables)
+    status, reason = training.status
+    if reason is not None and not training.weights_finite:
+        reason = why_diverged(reason, MODES[built.case.mode], built.case.settings.replicas)
     if evaluate is None:
-        return training.status
+        return status, reason
     (metric, examples), name = _score(built, evaluate, final=True), workload.metric_name
     found, other = (
         Findings({"test_examples": examples}),
@@ -312,7 +330,6 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
     published = None if built.data.published_x is None else _score(built, evaluate)[0]
     put(found, "published_metric_value", published, unpublished)
     _report(channel, found)
-    status, reason = training.status
     if status == "ok" and not is_finite(metric):
         return "diverged", f"the {name} on the test set was {metric} after {len(training.log)} steps"
     return status, reason

@@ -9,15 +9,23 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 
+from mpscale.worker.labels import text_labels
+from mpscale.workloads.as_in_fit import check_weighed, classes_of
+from mpscale.workloads.data import leaves
 from mpscale.workloads.pipeline import check_pipeline, is_pipeline, is_py_dataset
 
 Batch = Any
 """What Keras' fit takes: x, ``(x, y)`` or ``(x, y, sample_weight)``, of structures of tensors."""
+Taken = tuple[Batch, ...]
+"""The batches of a step, one for each replica."""
+_MOST_LEFT_OUT = 100
+"""So many steps in a row may be left out."""
 
 
 class Epochs:
@@ -42,14 +50,23 @@ class Epochs:
             given = given()
             check_pipeline(given, part, made=True)
         self._part, self._seed, self._begun = part, seed, 0
+        self._given, self._class_weight = given, class_weight
+        self.left_out = 0
+        """How many batches :meth:`forever` has left out."""
         self._adapter = None
         self.kind = "tf.data"
         if is_py_dataset(given):
             self.kind, endless = "PyDataset", given.num_batches is None
             self._adapter = PyDatasetAdapter(given, class_weight, shuffle=part == "train")
-            self._dataset = self._adapter.get_tf_dataset()
+            try:
+                self._dataset = self._adapter.get_tf_dataset()
+            except (TypeError, ValueError):
+                _check_arrays(given[0], part, class_weight)
+                raise
             self.batches = None if endless else int(given.num_batches)
         else:
+            if class_weight is not None:
+                _check_weighed(given.element_spec)
             self._dataset = TFDatasetAdapter(given, class_weight).get_tf_dataset()
             known = int(given.cardinality())
             endless, self.batches = known == tf.data.INFINITE_CARDINALITY, known if known >= 0 else None
@@ -71,25 +88,71 @@ class Epochs:
             random.seed(f"{self._seed} {self._begun}")
             self._adapter.on_epoch_begin()
         self._begun += 1
+        number = 0
         try:
-            yield from self._dataset
+            for batch in self._dataset:
+                number += 1
+                yield batch
+        except tf.errors.InvalidArgumentError as error:
+            if (beyond := self._without_weight(number)) is None:
+                raise
+            assert self._class_weight is not None
+            raise ValueError(
+                f"a label of the train pipeline is {beyond}, and class_weight ends at class {max(self._class_weight)}, "
+                "where fit fails, too; give every class a weight, 1.0 to leave it as it is, and number classes from 0"
+            ) from error
         finally:
             if self._adapter is not None:
                 self._adapter.on_epoch_end()
 
-    def forever(self) -> Generator[Batch]:
-        """Yield batches, epoch after epoch."""
+    def _without_weight(self, number: int) -> int | None:
+        """A class for which Keras finds no weight, in the batches up to the one after ``number``; None without one."""
+        if self._class_weight is None or self._adapter is not None:
+            return None
+        for batch in self._given.take(number + 1):
+            classes = classes_of(keras.utils.unpack_x_y_sample_weight(batch)[1].numpy())
+            if (beyond := classes[(classes < 0) | (classes > max(self._class_weight))]).size:
+                return int(beyond.flat[0])
+        return None
+
+    def forever(self, replicas: int = 1) -> Generator[Taken]:
+        """Yield the batches of each step, as many in a row as there are replicas, epoch after epoch.
+
+        Left out are batches that remain at the end of an epoch, and steps whose batches differ in their number of
+        examples: replicas average their losses, so the examples of the smaller batch would count for more.
+
+        Raises:
+            ValueError: an epoch has no batches, or no step.
+        """
         while True:
-            is_empty = True
+            batches = steps = in_a_row = 0
+            waiting: list[Batch] = []
             for batch in self.epoch():
-                is_empty = False
-                yield batch
-            if is_empty:
+                batches += 1
+                waiting.append(batch)
+                if len(waiting) < replicas:
+                    continue
+                if replicas == 1 or len(set(map(examples_in, waiting))) == 1:
+                    yield tuple(waiting)
+                    steps, in_a_row = steps + 1, 0
+                else:
+                    self.left_out, in_a_row = self.left_out + replicas, in_a_row + 1
+                waiting = []
+                if in_a_row > _MOST_LEFT_OUT:
+                    break
+            self.left_out += len(waiting)
+            if not batches:
                 again = (
                     "gives nothing in its second pass, as a generator that is used up; let from_generator call a "
                     "function that makes a new one"
                 )
                 raise ValueError(f"the {self._part} pipeline {again if self._begun > 1 else 'is empty'}")
+            if not steps or in_a_row > _MOST_LEFT_OUT:
+                raise ValueError(
+                    f"each step takes {replicas} batches of the {self._part} pipeline, one for each replica, and its "
+                    f"first {batches} have no {replicas} in a row with the same number of examples; use smaller "
+                    "batches, .batch(n, drop_remainder=True), or fewer replicas"
+                )
 
 
 class Seen:
@@ -136,6 +199,35 @@ def _update(total: Any, arrays: list[Any]) -> None:
     for array in arrays:
         for piece in _bytes_of(array):
             total.update(piece)
+
+
+def _check_weighed(spec: Any) -> None:
+    """Check that Keras can give class weights to what a dataset has."""
+    _, labels, weight = keras.utils.unpack_x_y_sample_weight(spec)
+    check_weighed(labels, weight)
+    if labels.dtype == tf.string:
+        raise text_labels("the labels in train_y")
+    if not (labels.dtype.is_floating or labels.dtype in (tf.int8, tf.int16, tf.int32, tf.int64)):
+        raise ValueError(
+            f"the labels are {labels.dtype.name}, which fit cannot round to find their class_weight; cast them: "
+            ".map(lambda x, y: (x, tf.cast(y, tf.int64)))"
+        )
+
+
+def _check_arrays(batch: Any, part: str, class_weight: Mapping[int, float] | None) -> None:
+    """Put into words what Keras has refused about a batch of a PyDataset, if it is known."""
+    parts = keras.utils.unpack_x_y_sample_weight(batch)
+    for name, given in zip(("x", "y", "weight"), parts, strict=True):
+        for path, array in [] if given is None else leaves(given):
+            dtype = np.asarray(array).dtype
+            if dtype.kind in "OUS":
+                what = "objects of Python" if dtype.kind == "O" else "text"
+                raise ValueError(
+                    f"{part}_{name}{path} of the PyDataset is an array of {what} ({dtype}), which Keras cannot make a "
+                    "tensor of; give numbers: for classes, number them from 0; for other text, use a tf.data.Dataset"
+                )
+    if class_weight is not None:
+        check_weighed(*parts[1:])
 
 
 def _check_spec(spec: Any, part: str) -> None:

@@ -16,11 +16,22 @@ import tensorflow as tf
 from mpscale.core.columns import Passes
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.worker.epochs import Batch, Epochs, Seen, check_batch, examples_in, is_function, shapes_of, tensors_of
+from mpscale.worker.batches import replica_number
+from mpscale.worker.epochs import (
+    Batch,
+    Epochs,
+    Seen,
+    Taken,
+    check_batch,
+    examples_in,
+    is_function,
+    shapes_of,
+    tensors_of,
+)
 from mpscale.workloads import Data, Pipeline
 
 _LOOKED_AT, _LOOKED_AT_BYTES = 8, 2**28
-"""Most batches, and about most bytes, that are looked at before the training and held on the device to time steps."""
+"""Batches of most steps, and about most bytes, that are looked at before the training and held to time steps."""
 _SHAPES_NAMED = 4
 _LEFT_OUT = 0.1
 """With a larger share of batches that would have to be compiled first, the time with input is unknown."""
@@ -31,7 +42,7 @@ class InputFailed(Exception):
 
 
 class Feed:
-    """The batches of a pipeline for a train step, which takes each as an argument.
+    """The batches of a pipeline for a train step, which takes as arguments one for each replica of this process.
 
     First these are the batches of the training, whose digest is taken on the way. Then the first of them can be held
     on the device (:meth:`hold`), or the pipeline can go on without a digest (:meth:`stream`).
@@ -44,6 +55,7 @@ class Feed:
         seed: set before each pass is made.
         steps: of the training.
         class_weight: as in Keras' fit.
+        strategy: of replicas, each of which takes a batch of every step; None without one.
 
     Raises:
         TypeError: the pipeline is not what it should be.
@@ -57,7 +69,16 @@ class Feed:
         seed: int,
         steps: int,
         class_weight: Mapping[int, float] | None = None,
+        strategy: tf.distribute.Strategy | None = None,
     ) -> None:
+        self._strategy, self._devices = strategy, ["GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"]
+        self.replicas = replicas = 1 if strategy is None else strategy.num_replicas_in_sync
+        own = 0
+        if strategy is not None:
+            self._devices = list(strategy.extended.worker_devices)
+            own = strategy.extended._get_replica_id_in_sync_group(0)
+        # A process sees the batches of all replicas and trains on those of its own.
+        self._own = slice(own, own + len(self._devices))
         self.position = tf.Variable(0, dtype=tf.int64, trainable=False)
         self.cycle = 1
 
@@ -72,54 +93,59 @@ class Feed:
 
         # Not those that are trained on: what is left half read has drawn random numbers ahead, how many is chance.
         _, train, test = make()
-        with contextlib.closing(train.forever()) as looked:
+        with contextlib.closing(train.forever(replicas)) as looked:
             self.first = list(_few(looked, steps))
-        check_batch(self.first[0], "train")
+        """The batches of the first steps."""
+        check_batch(self.first[0][0], "train")
         self.first_test = None if test is None else _first(test)
         """The first batch of the test set; None without one."""
-        made, train, self._test = make()
-        self._batches = train.forever()
-        self._peeked = deque(itertools.islice(self._batches, len(self.first)))
+        made, self._train, self._test = make()
+        self._steps = self._train.forever(replicas)
+        self._peeked = deque(itertools.islice(self._steps, len(self.first)))
         self._first, self._shown = Seen(), Seen()
-        for batch in self.first:
+        self._compiled: set[str] = set()  # shapes of the batches of a step
+        for batch in itertools.chain(*self.first):
             self._first.add(batch)
-        self.passes = _compare(self._first, self._peeked, pipeline, made)
+        self.passes = _compare(self._first, itertools.chain(*self._peeked), pipeline, made)
         # Its own, because modes may have gone through the other one more or less often, until they reached the target.
         self._final_test = None if made.test is None else Epochs(made.test, "test", seed, most=made.test_steps)
         self._test_shown, self._is_final = Seen(ordered=False), False
         self.test_examples = 0
         """Examples in the test batches since :meth:`begin_test`."""
-        self._next: Callable[[], Batch] = self._of_training
+        self._next: Callable[[], Taken] = self._of_training
         self._left_out = self._streamed = 0
-        self._description = [*train.description, *([] if self._test is None else self._test.description)]
-        self.kind, self.epoch_steps = train.kind, train.batches
+        self._description = [*self._train.description, *([] if self._test is None else self._test.description)]
+        self.kind, batches = self._train.kind, self._train.batches
+        self.epoch_steps = None if batches is None else batches // replicas
+        """Steps of an epoch at most; None if that is unknown or endless."""
 
     @property
     def batch(self) -> int:
-        """Examples in the first batch."""
-        return examples_in(self.first[0])
+        """Examples of the first step."""
+        return self.replicas * examples_in(self.first[0][0])
 
     @property
-    def held(self) -> list[Batch]:
-        """Those of the first batches that are held on the device: not smaller ones, such as the last of an epoch."""
-        most = max(map(examples_in, self.first))
-        return [batch for batch in self.first if examples_in(batch) == most]
+    def held(self) -> list[Taken]:
+        """The first steps whose batches are held on devices: not smaller ones, such as the last of an epoch."""
+        most = max(examples_in(taken[0]) for taken in self.first)
+        return [taken for taken in self.first if examples_in(taken[0]) == most]
 
     @property
     def examples(self) -> int:
-        """Examples in a batch that is held."""
-        return examples_in(self.held[0])
+        """Examples of a step whose batches are held."""
+        return self.replicas * examples_in(self.held[0][0])
 
     @property
     def varies(self) -> Reason | None:
         """Why the FLOPs of a step differ from batch to batch; None if they do not, for those that are held."""
-        if {*map(shapes_of, self.held)} == {shapes_of(self.first[0])}:
+        if {*map(_shapes, self.held)} == {_shapes(self.first[0])}:
             return None
         return Reason(Code.NOT_COUNTED, "FLOPs were not counted: the batches of the pipeline have several shapes")
 
     def sample(self) -> Data:
         """The examples of the first batches that have the shape of the first one, and of the first test batch."""
-        alike = [batch for batch in self.first if _but_first_axis(batch) == _but_first_axis(self.first[0])]
+        shape = _but_first_axis(self.first[0][0])
+        alike = [batch for batch in itertools.chain(*self.first) if _but_first_axis(batch) == shape]
         joined = tf.nest.map_structure(lambda *parts: np.concatenate([part.numpy() for part in parts]), *alike)
         test = None if self.first_test is None else tf.nest.map_structure(_array, self.first_test)
         (x, y, weight), (test_x, test_y, test_weight) = map(keras.utils.unpack_x_y_sample_weight, (joined, test))
@@ -127,7 +153,7 @@ class Feed:
 
     def first_arrays(self) -> Batch:
         """The first batch, as NumPy arrays."""
-        return tf.nest.map_structure(_array, self.first[0])
+        return tf.nest.map_structure(_array, self.first[0][0])
 
     @property
     def tensors(self) -> list[Any]:
@@ -136,23 +162,27 @@ class Feed:
 
     @property
     def specs(self) -> tuple[Any, ...]:
-        """The first batch, as specifications."""
-        return (tf.nest.map_structure(_spec, self.first[0]),)
+        """The batches of the first step, as specifications."""
+        return tf.nest.map_structure(_spec, self.first[0][self._own])
 
     def arguments(self) -> tuple[Any, ...]:
-        """The next batch."""
-        return (self._next(),)
+        """The batches of the next step."""
+        return self._next()[self._own]
 
-    def take(self, batch: Batch) -> Batch:
-        """Count a batch; part of the train step."""
+    def take(self, *batches: Batch) -> Batch:
+        """Return the batch of the replica that is traced; part of the step, which it counts without a strategy."""
+        if self._strategy is None:
+            self.advance()
+        return batches[replica_number()]
+
+    def advance(self) -> None:
+        """Count a step; outside of replicas."""
         self.position.assign_add(1)
-        return batch
 
     def hold(self) -> None:
-        """From now on show the first batches in turn, which lie on the device."""
-        with tf.device("GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"):
-            held = [tf.nest.map_structure(_copied, batch) for batch in self.held]
-        self.cycle = len(held) if len(set(map(shapes_of, held))) > 1 else 1
+        """From now on show the batches of the first steps in turn, each of which lies on the device that takes it."""
+        held = [self._on_devices(taken) for taken in self.held]
+        self.cycle = len(held) if len(set(map(_shapes, held))) > 1 else 1
         self._next = itertools.cycle(held).__next__
 
     def stream(self) -> None:
@@ -197,9 +227,19 @@ class Feed:
         digest = self._first.digest
         return Findings({"input_kind": self.kind, "input_passes": self.passes, "first_batches_digest": digest})
 
+    @property
+    def remark(self) -> str | None:
+        """Which batches replicas did not train on so far; None if on all."""
+        if not self._train.left_out:
+            return None
+        return (
+            f"{self._train.left_out} batches of the pipeline were left out: those that remain at the end of an epoch, "
+            f"where fewer than {self.replicas} are left or their numbers of examples differ"
+        )
+
     def shown(self, planned: int) -> Findings:
-        """What is known after the training, in which ``planned`` batches were to be shown."""
-        found, taken = Findings(), self._shown.shapes.total()
+        """What is known after the training, in which ``planned`` steps were to be taken."""
+        found, taken = Findings(), self._shown.shapes.total() // self.replicas
         found.put("input_shapes", len(self._shown.shapes))
         named = [f"{shape} x{count}" for shape, count in self._shown.shapes.most_common(_SHAPES_NAMED)]
         more = len(self._shown.shapes) - len(named)
@@ -212,23 +252,33 @@ class Feed:
             found.put("data_order_digest", f"sha256:{hashlib.sha256(both).hexdigest()[:16]}")
         return found
 
-    def _of_training(self) -> Batch:
-        batch = self._peeked.popleft() if self._peeked else next(self._batches)
-        self._shown.add(batch)
-        return batch
+    def _of_training(self) -> Taken:
+        taken = self._peeked.popleft() if self._peeked else next(self._steps)
+        for batch in taken:
+            self._shown.add(batch)
+        self._compiled.add(_shapes(taken))
+        return taken
 
-    def _of_stream(self) -> Batch:
+    def _of_stream(self) -> Taken:
         while True:
             try:
-                batch = self._peeked.popleft() if self._peeked else next(self._batches)
+                taken = self._peeked.popleft() if self._peeked else next(self._steps)
             except Exception as error:  # from the user's code
                 raise InputFailed(f"{type(error).__name__}: {error}") from error
             self._streamed += 1
-            if shapes_of(batch) in self._shown.shapes:
-                return batch
+            if _shapes(taken) in self._compiled:
+                return taken
             self._left_out += 1
             if self._left_out > 100 and self.too_many_left_out:
                 return self.first[0]
+
+    def _on_devices(self, taken: Taken) -> Taken:
+        """Copies on the devices of this process; the batches of other processes as they are."""
+        copies = list(taken)
+        for number, device in enumerate(self._devices, self._own.start):
+            with tf.device(device):
+                copies[number] = tf.nest.map_structure(_copied, taken[number])
+        return tuple(copies)
 
 
 def _first(test: Epochs) -> Batch:
@@ -240,12 +290,12 @@ def _first(test: Epochs) -> Batch:
     return batch
 
 
-def _few(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
-    """Yield the batches that are looked at before the training."""
+def _few(steps: Iterable[Taken], most: int) -> Iterator[Taken]:
+    """Yield the batches of the steps that are looked at before the training."""
     held = 0
-    for batch in itertools.islice(batches, min(most, _LOOKED_AT)):
-        yield batch
-        held += sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in tensors_of(batch))
+    for taken in itertools.islice(steps, min(most, _LOOKED_AT)):
+        yield taken
+        held += sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in tensors_of(taken))
         if held > _LOOKED_AT_BYTES:
             return
 
@@ -271,6 +321,10 @@ def _compare(first: Seen, second: Iterable[Batch], pipeline: Pipeline, made: Pip
         "np.random.default_rng(seed) in a generator), draw random numbers in no map with num_parallel_calls, and leave "
         "tf.data.Options().deterministic alone; or allow it with mpscale.Pipeline(..., deterministic=False)"
     )
+
+
+def _shapes(taken: Taken) -> str:
+    return "; ".join(map(shapes_of, taken))
 
 
 def _but_first_axis(batch: Batch) -> list[tuple[int, ...]]:

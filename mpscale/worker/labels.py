@@ -37,6 +37,16 @@ _HAVE_SPARSE = ("categorical_crossentropy", "categorical_accuracy", "top_k_categ
 _SHAPES_OF_THEIR_OWN = ("ctc", "circle", "io_u", "mean_io_u", "one_hot_io_u", "one_hot_mean_io_u")
 
 
+def text_labels(what: str) -> Refused:
+    """Why labels that are text cannot be trained on; ``what`` names them."""
+    return Refused(
+        Check.LABELS_MISFIT,
+        f"{what} are text, which no loss of Keras takes",
+        "number the classes from 0: np.unique(labels, return_inverse=True)[1] of arrays; in a pipeline, map labels by "
+        "keras.layers.StringLookup(vocabulary=[...], num_oov_indices=0)",
+    )
+
+
 def as_they_are(labels: Any) -> Any:
     """Keep labels that fit already."""
     return labels

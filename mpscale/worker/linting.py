@@ -21,7 +21,7 @@ from mpscale.core.processes.wire import Channel, Phase
 from mpscale.worker.built import Built, build
 from mpscale.worker.case import Status
 from mpscale.worker.compiled import model as compiling
-from mpscale.worker.compiled.judged import beyond_classes
+from mpscale.worker.compiled.judged import refused_labels
 from mpscale.worker.device import require, touch
 from mpscale.worker.lint import look as checks
 from mpscale.worker.precision import Arithmetic, Precision
@@ -108,10 +108,10 @@ def lint(case: Case, device: Device, channel: Channel) -> Status:
     arithmetic.look("the train step was traced")
     precision = Precision(built.model, built.step.graph)
     report(checks.look(built, precision, arithmetic, whole=True))
-    if beyond := beyond_classes(built.step, built.data.train_y):  # which has been told
+    if built.compiled is not None and (wrong := refused_labels(built.step, built.data.train_y)):  # which has been told
         if built.feed is not None:
             return "ok", None
-        workload = replace(built.workload, data=_numbered(built.workload.data, beyond))
+        workload = replace(built.workload, data=_numbered(built.workload.data, wrong))
         built = build(case, arithmetic, channel, workload)
         stood_in.add("labels")
     built, refused = _first_step(built, channel, arithmetic)
@@ -206,7 +206,7 @@ def _first_not_finite(built: Built) -> str | None:
                     labels.append(call.label)
                     yield tf.reduce_all(tf.math.is_finite(tensor))
 
-        with noted_calls() as calls:
+        with noted_calls(model) as calls:
             model(x, training=True)
         return tf.stack([*flags(calls), tf.constant(True)])
 

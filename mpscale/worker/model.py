@@ -23,6 +23,8 @@ import tensorflow as tf
 from mpscale.core.lint import Check
 from mpscale.scaling.gradients import is_overwritten
 from mpscale.worker.refused import Refused
+from mpscale.workloads import Data
+from mpscale.workloads.workload import COMPILE_IT
 
 _STEPS = (
     "train_step", "compute_loss", "_compute_loss", "make_train_function", "train_on_batch", "fit", "test_step",
@@ -30,12 +32,27 @@ _STEPS = (
 )  # fmt: skip
 """Methods of a Keras model that define how it is trained and evaluated."""
 
-COMPILE_IT = "compile the model and use mpscale.Workload.from_compiled, which trains it as Keras' fit does"
-"""The cure for a model that is more than an input, an output and a loss."""
-
 _SCALARS = (bool, int, float, str)
 _PRECISION = ("name", "dtype", "dtype_policy", "registered_name", "build_config")
 """Entries of a config that differ between modes."""
+
+
+def check_data(data: Data) -> None:
+    """Check the data of a model that mpscale trains by itself.
+
+    Raises:
+        ValueError: it has no labels, or is more than an array of examples and one of labels.
+    """
+    if data.train_y is None:
+        raise ValueError(
+            "the data has no train_y, which the workload's loss compares with what the model returns; give labels. For "
+            f"a model that needs none, as with add_loss, {COMPILE_IT}"
+        )
+    if more := data.more_than_plain:
+        raise ValueError(
+            "a model that is not compiled takes an array of examples and one of labels, but "
+            f"{' and '.join(more[:2])}; {COMPILE_IT}"
+        )
 
 
 def make_model(build: Any) -> keras.Model:

@@ -21,13 +21,15 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.scaling.skip import all_nodes
 from mpscale.worker import labels as label_forms
-from mpscale.worker.model import COMPILE_IT
 from mpscale.worker.precision import computes_below_float32
 from mpscale.worker.refused import Refused
 from mpscale.workloads.metric import kind_of
-from mpscale.workloads.workload import sparse_cross_entropy
+from mpscale.workloads.workload import COMPILE_IT, sparse_cross_entropy
 
 Loss = Callable[[Any, Any], Any]
+
+PROBE_SEED = 17
+"""Of the outputs for which the losses of modes are compared."""
 
 _NOT_REPEATABLE = re.compile(r"Assign|ResourceScatter|Random|Multinomial|RngRead|RngSkip|PyFunc")
 """Operations that make a loss return another value each time."""
@@ -57,7 +59,7 @@ class Objective:
         """Shape of one example's output; known once the loss has been traced."""
         self._squashed_by: str | None = None  # softmax or sigmoid, if the trace shows that the model ends in one
         if labels.dtype.kind in "US":
-            raise Refused(Check.LABELS_MISFIT, f"the labels are text ({labels.dtype})", "number the classes from 0")
+            raise label_forms.text_labels("the labels")
 
     def __call__(self, labels: Any, outputs: Any) -> Any:
         """The loss of a batch of labels (batch, ...) and the model's outputs.
@@ -185,9 +187,13 @@ class NotedLoss:
         self._labels: Any = None
 
     def __call__(self, labels: Any, outputs: Any) -> Any:
+        self.note(labels, outputs)
+        return self._loss(labels, outputs)
+
+    def note(self, labels: Any, outputs: Any) -> None:
+        """Note the arguments of a call, tensors of a graph."""
         self.outputs = outputs
         self._labels, self._outputs = (tf.nest.map_structure(_spec, value) for value in (labels, outputs))
-        return self._loss(labels, outputs)
 
     def columns(self, labels: Any) -> Findings:
         """The columns of a record about the loss, once it has been traced; ``labels`` are those of the first batch."""
@@ -195,17 +201,18 @@ class NotedLoss:
         given = " and ".join(f"{spec.dtype.name} {tuple(spec.shape)}" for spec in tf.nest.flatten(self._labels))
         outputs = " and ".join(str(tuple(spec.shape)) for spec in tf.nest.flatten(self._outputs))
         found = Findings({"loss_inputs": f"labels {given}; outputs {outputs}"})
+        found.put("loss_probe", self.probed(labels))
+        return found
+
+    def probed(self, labels: Any, seed: int = PROBE_SEED) -> float | Reason:
+        """The loss of ``labels`` and of outputs that are drawn with ``seed``, or why there is none."""
         try:
-            probe = self._probe(labels)
+            probe = self._probe(labels, seed=seed)
         except Exception as error:  # from the user's code, away from its model and device
             probe = f"the loss does not run by itself: {type(error).__name__}"
         if isinstance(probe, str):
-            found.miss(["loss_probe"], Reason(Code.NOT_COMPARABLE, probe))
-        elif np.isfinite(probe):
-            found.values["loss_probe"] = probe
-        else:
-            found.miss(["loss_probe"], Reason(Code.NOT_FINITE, "not finite on outputs between 0 and 1"))
-        return found
+            return Reason(Code.NOT_COMPARABLE, probe)
+        return probe if np.isfinite(probe) else Reason(Code.NOT_FINITE, "not finite on outputs between 0 and 1")
 
     def adds_up(self, labels: Any, parts: int) -> bool | None:
         """Whether the loss of ``labels`` (examples, ...) is the sum of the losses of its ``parts``, those of replicas.
@@ -240,7 +247,7 @@ class NotedLoss:
             return True
         return isinstance(alone, float) and isinstance(within, float) and not np.isclose(alone, within, rtol=1e-4)
 
-    def _probe(self, labels: Any, place: slice = slice(None)) -> float | str:
+    def _probe(self, labels: Any, place: slice = slice(None), seed: int = PROBE_SEED) -> float | str:
         """The loss of ``labels`` and of outputs that are the same in every mode, or why it cannot be computed.
 
         ``place`` selects some of the examples.
@@ -255,7 +262,7 @@ class NotedLoss:
         with tf.device("CPU:0"):
             # First in the precision of the model's outputs, which the loss may require.
             for dtype in (None, tf.float32):
-                draw = functools.partial(_probed, dtype=dtype, examples=len(labels))
+                draw = functools.partial(_probed, dtype=dtype, examples=len(labels), seed=seed)
                 outputs = tf.nest.map_structure(lambda spec, draw=draw: draw(spec)[place], self._outputs)
                 given = tf.nest.map_structure(lambda each: tf.constant(each[place]), labels)
                 specs = tf.nest.map_structure(_spec, (given, outputs))
@@ -424,7 +431,7 @@ def _spec(value: Any) -> tf.TensorSpec:
     return tf.TensorSpec(value.shape, value.dtype)
 
 
-def _probed(spec: tf.TensorSpec, dtype: tf.DType | None, examples: int) -> tf.Tensor:
+def _probed(spec: tf.TensorSpec, dtype: tf.DType | None, examples: int, seed: int) -> tf.Tensor:
     """Outputs that could be probabilities or logits: multiples of 1/64, which every precision represents exactly.
 
     ``spec`` is of a replica's batch, which may be a part of the ``examples``.
@@ -432,5 +439,5 @@ def _probed(spec: tf.TensorSpec, dtype: tf.DType | None, examples: int) -> tf.Te
     shape = [spec.shape[0] and examples, *spec.shape.as_list()[1:]]
     if not spec.dtype.is_floating:
         return tf.zeros(shape, spec.dtype)
-    values = np.random.default_rng(17).integers(1, 64, shape) / 64.0
+    values = np.random.default_rng(seed).integers(1, 64, shape) / 64.0
     return tf.constant(values, dtype or spec.dtype)

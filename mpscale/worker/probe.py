@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mpscale.core.magnitudes import BINS, PLACES, SECOND, THIRD, Magnitudes, Of
+from mpscale.core.magnitudes import BINS, PLACES, SECOND, THIRD, Magnitudes, Place
 from mpscale.core.processes.wire import Channel, Looked, Phase
 from mpscale.core.reason import Code, Reason
 from mpscale.worker.step import MOST_UNREAD, TrainStep
+from mpscale.worker.update import key_of, loss_of
 
 _MAGNITUDE, _MANTISSA, _ONE = 0x7FFFFFFF, 0x007FFFFF, 0x3F800000  # bits of a float32
 _MANTISSA_BITS = 23
@@ -60,8 +61,11 @@ class Call:
 
 
 @contextlib.contextmanager
-def noted_calls() -> Iterator[list[Call]]:
-    """Note every call of a layer while a step is traced. The list has the calls that no other call contains."""
+def noted_calls(model: keras.Model) -> Iterator[list[Call]]:
+    """Note every call of a layer while a step is traced. The list has the calls that no other call contains.
+
+    ``model``: what the paths of layers begin below.
+    """
     graph = tf.compat.v1.get_default_graph()
     top: list[Call] = []
     stack: list[Call] = []
@@ -69,9 +73,9 @@ def noted_calls() -> Iterator[list[Call]]:
     original = keras.layers.Layer.__call__
 
     def label_of(layer: Any) -> str:
-        """The path of a layer below the model. A layer that is called again keeps its own."""
+        """The path of a layer. A layer that is called again keeps its own."""
         if id(layer) not in labels:
-            path = "/".join([*(call.layer.name for call in stack[1:]), layer.name])
+            path = "/".join([*(call.layer.name for call in stack if call.layer is not model), layer.name])
             same = sum(label == path or label.startswith(f"{path} #") for label in labels.values())
             labels[id(layer)] = f"{path} #{same + 1}" if same else path
         return labels[id(layer)]
@@ -129,20 +133,21 @@ class _Places:
             self._visit(call)
 
     def owner(self, variable: Any) -> str:
-        """The label of the layer to which a weight belongs."""
-        return self._owner.get(id(variable)) or str(variable.path).rpartition("/")[0] or str(variable.name)
+        """The label of the layer to which a weight belongs, a variable of Keras or the one of TensorFlow in it."""
+        path = str(getattr(variable, "path", variable.name))
+        return self._owner.get(key_of(variable)) or path.rpartition("/")[0] or path
 
     def _visit(self, call: Call) -> bool:
         """Take the gradients of a call; return whether any reaches it."""
         before = dict(self._owner)
-        self._own(call)
+        own = {key_of(variable): call.label for variable in call.layer.trainable_variables}
+        self.layers[call.label], self._owner = call.layer, before | own
         reached_inside = [self._visit(each) for each in call.inside]
         if any(reached_inside):
             return True
-        # What is within it is not seen by itself.
-        self._owner = before
-        self._own(call)
         reached = [each for each in call.outputs if self._gradients.get(id(each)) is not None]
+        # What is within it is not seen by itself. A call that this loss does not depend on says nothing about others.
+        self._owner = before | own if reached else own | before
         for each in reached:
             # A layer may return what another layer returned.
             if id(each) not in self._taken:
@@ -150,17 +155,13 @@ class _Places:
                 self.activations.append((call.label, self._gradients[id(each)]))
         return bool(reached)
 
-    def _own(self, call: Call) -> None:
-        self.layers[call.label] = call.layer
-        self._owner |= {id(variable): call.label for variable in call.layer.trainable_variables}
-
 
 class ProbeStep(TrainStep):
     """A train step that can also count its gradients, which a program of its own does: the others stay as they are."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._counted: list[tuple[str, Of]] = []
+        self._counted: list[Place] = []
         self._layers: dict[str, Any] = {}
 
         def look(*batch: Any) -> tuple[tf.Tensor, ...]:
@@ -169,10 +170,10 @@ class ProbeStep(TrainStep):
         jit = options["jit"] if "jit" in options else arguments[2]
         self._looking = tf.function(look, jit_compile=jit, autograph=False)
 
-    def look(self) -> tuple[float, dict[tuple[str, Of], Magnitudes]]:
-        """Take a step; return its loss, and its gradients by layer and by what they belong to."""
+    def look(self) -> tuple[float, dict[Place, Magnitudes]]:
+        """Take a step; return its loss, and its gradients by layer, by what they belong to and by optimizer."""
         loss, counts, largest = (tensor.numpy() for tensor in self._looking(*self.batches.arguments()))
-        found: dict[tuple[str, Of], Magnitudes] = {}
+        found: dict[Place, Magnitudes] = {}
         for place, numbers, most in zip(self._counted, counts, largest, strict=True):
             (filled,) = np.nonzero(numbers)
             known = Counter(dict(zip(filled.tolist(), numbers[filled].tolist(), strict=True)))
@@ -200,24 +201,39 @@ class ProbeStep(TrainStep):
         return [label for label, layer in self._layers.items() if id(layer) in kept]
 
     def _look(self, *batch: Any) -> tuple[tf.Tensor, ...]:
-        variables, outputs = self.update.model.trainable_variables, []
-        with noted_calls() as calls:
-
-            def others() -> Sequence[Any]:
-                outputs.extend(_all_outputs(calls))
-                return outputs
-
-            loss, scaled, grads, more = self.update.differentiated(self.batches.take(*batch), others)
-        places = _Places(calls, {id(tensor): grad for tensor, grad in zip(outputs, more, strict=True)})
-        found: list[tuple[str, Of, Any]] = [(layer, "activations", grad) for layer, grad in places.activations]
-        weights = zip(variables, grads, strict=True)
-        found += [(places.owner(variable), "weights", grad) for variable, grad in weights if grad is not None]
-        self._counted, self._layers = [(layer, of) for layer, of, _ in found], places.layers
+        with noted_calls(self.update.model) as calls:
+            every = self.update.applied(
+                self.batches.take(*batch), lambda weights: _depending(_all_outputs(calls), weights)
+            )
+        found: list[tuple[Place, Any]] = []
+        for each in every:
+            places = _Places(calls, {id(tensor): grad for tensor, grad in each.others})
+            found += [(Place(layer, "activations", each.name), grad) for layer, grad in places.activations]
+            weights = zip(each.variables, each.grads, strict=True)
+            found += [(Place(places.owner(v), "weights", each.name), grad) for v, grad in weights if grad is not None]
+            self._layers |= places.layers
+        self._counted = [place for place, _ in found]
         # A gradient of looked-up rows alone becomes one of the whole table.
-        counted = [count(tf.cast(tf.convert_to_tensor(grad), tf.float32)) for *_, grad in found]
-        self.update.scaler.apply(grads, variables, scaled)
+        counted = [count(tf.cast(tf.convert_to_tensor(grad), tf.float32)) for _, grad in found]
         counts, largest = zip(*counted, strict=True)
-        return loss, tf.stack(counts), tf.stack(largest)
+        return loss_of(every), tf.stack(counts), tf.stack(largest)
+
+
+def _depending(tensors: Iterable[Any], weights: Sequence[Any]) -> list[Any]:
+    """Those of the tensors of a graph that depend on one of the weights.
+
+    A training computes no gradients of others for these weights. A tape does if it is asked for them, as of what a
+    GAN's generator returns when its discriminator is trained.
+    """
+    handles = {id(weight.handle) for weight in weights if hasattr(weight, "handle")}
+    captures = tf.compat.v1.get_default_graph().captures
+    left, found = [inner for outer, inner in captures if id(outer) in handles], set()
+    while left:
+        for op in left.pop().consumers():
+            if op not in found and op.type not in ("StopGradient", "PreventGradient"):
+                found.add(op)
+                left += op.outputs
+    return [tensor for tensor in tensors if tensor.op in found]
 
 
 def watch(
@@ -246,12 +262,12 @@ def watch(
         loss, found = step.look()
         if number == 0:
             kept = step.in_float32(again)
-        rows = [{"layer": layer, "of": of, **counted.to_json()} for (layer, of), counted in found.items()]
+        rows = [{**place._asdict(), **counted.to_json()} for place, counted in found.items()]
         channel.send(Looked(number + 1, loss, rows, kept))
         channel.progress(number + 1, steps)
         if number == 0:
             channel.phase(Phase.COMPILED)
-        if bad := [layer for (layer, _), counted in found.items() if counted.not_finite]:
+        if bad := [place.layer for place, counted in found.items() if counted.not_finite]:
             return "diverged", f"gradients were not finite in float32 at step {number + 1}, first in {bad[0]}"
     if not step.weights_finite():
         return "diverged", f"the weights were not finite after {steps} steps in float32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -14,7 +14,8 @@ from keras.src.losses import loss as of_keras
 
 from mpscale.core.case import Settings
 from mpscale.core.mode import Mode
-from mpscale.worker.batches import Batches
+from mpscale.worker.batches import Batches, replica_number
+from mpscale.worker.feed import Feed
 from mpscale.worker.objective import NotedLoss
 from mpscale.worker.step import TrainStep
 from mpscale.worker.update import Update
@@ -76,8 +77,7 @@ class ReplicaBatches(Batches):
     @property
     def own(self) -> tuple[Any, Any]:
         """Examples and order of the replica that is traced."""
-        number = tf.distribute.get_replica_context().replica_id_in_sync_group
-        return self._parts[int(tf.get_static_value(tf.convert_to_tensor(number)))]
+        return self._parts[replica_number()]
 
     def take(self, *_: Any) -> Any:
         """Return the batch of this replica; the position moves when all of them have theirs (:meth:`advance`)."""
@@ -94,19 +94,23 @@ class ReplicatedStep(TrainStep):
     """A train step that every replica takes, each with its part of the batch.
 
     Gradients are added up by the optimizer, and each replica differentiates its share of the loss, so the update is
-    that of the whole batch. The log has the mean of the replicas' losses, and the loss scale and overflow on which
-    they agreed.
+    that of the whole batch. The log has the mean of the replicas' losses, or the sum of shares if the update divides
+    by itself, and the loss scale and overflow on which they agreed.
 
     Args:
         update: what a replica does with its part of a batch.
         batches: of the replicas.
         steps_per_call: as of :class:`TrainStep`.
+
+    Raises:
+        ValueError: a variable belongs to no replica.
     """
 
-    batches: ReplicaBatches
+    batches: ReplicaBatches | Feed
 
-    def __init__(self, update: Update, batches: ReplicaBatches, steps_per_call: int = 1) -> None:
+    def __init__(self, update: Update, batches: ReplicaBatches | Feed, steps_per_call: int = 1) -> None:
         self.strategy = tf.distribute.get_strategy()
+        _check_made_here(update.variables)
         # XLA cannot compile the merge_call by which TensorFlow joins replicas (scaling/skip.py).
         super().__init__(update, batches, False, steps_per_call)
 
@@ -120,20 +124,29 @@ class ReplicatedStep(TrainStep):
         super().synchronise()
         tf.test.experimental.sync_devices()
 
-    def _step(self, *_: Any) -> tuple[tf.Tensor, ...]:
-        with _losses_as_they_are():
-            row = self.strategy.run(lambda: self.update(self.batches.take()))
+    def _step(self, *batches: Any) -> tuple[tf.Tensor, ...]:
+        def step() -> dict[str, Any]:
+            batch = self.batches.take(*batches)
+            if replica_number() == 0:
+                self.batch = batch
+            return self.update(batch)
+
+        with contextlib.nullcontext() if self.update.divides else _losses_as_they_are():
+            row = self.strategy.run(step)
         self.batches.advance()
         self._logged = tuple(row)
-        loss = self.strategy.reduce(tf.distribute.ReduceOp.MEAN, row.pop("loss"), axis=None)
+        how = tf.distribute.ReduceOp.SUM if self.update.divides else tf.distribute.ReduceOp.MEAN
+        loss = self.strategy.reduce(how, row.pop("loss"), axis=None)
         return loss, *(self.strategy.experimental_local_results(value)[0] for value in row.values())
 
-    def _empty_step(self, *_: Any) -> tf.Tensor:
+    def _empty_step(self, *batches: Any) -> tf.Tensor:
         def touch() -> None:
             for variable in self.update.variables:
                 variable.value.read_value()
-            for tensor in tf.nest.flatten(self.batches.own):
-                tf.identity(tensor)
+            fed = self.batches.own if isinstance(self.batches, ReplicaBatches) else self.batches.take(*batches)
+            for tensor in tf.nest.flatten(fed):
+                if tensor is not None:
+                    tf.identity(tensor)
 
         self.strategy.run(touch)
         self.batches.position.assign_add(0)
@@ -155,6 +168,101 @@ def _losses_as_they_are() -> Iterator[None]:
         of_keras.scale_loss_for_distribution = scaling
 
 
+_KERAS_ALONE = (
+    "Keras' loss scaling decides by the gradients of replica 0 alone, so an overflow on another one is applied, which "
+    "makes weights NaN where one device would skip the step"
+)
+
+
+def why_diverged(reason: str, mode: Mode, replicas: int) -> str:
+    """The reason why weights are not finite, with what Keras' loss scaling does on replicas, if the mode uses it."""
+    if replicas == 1 or mode.scaling is None or mode.scaling.rule != "keras":
+        return reason
+    return f"{reason}; {_KERAS_ALONE}. Compare mixed-dynamic, which asks all replicas, before you blame float16"
+
+
+class _OneReplica(tf.distribute.ReplicaContext):
+    """A replica that has no other to wait for."""
+
+    def all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
+        return value
+
+    def all_gather(self, value: Any, axis: int, options: Any = None) -> Any:
+        return value
+
+
+@contextlib.contextmanager
+def alone(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Be the first replica of this process, as if there were no other: nothing is divided by their number.
+
+    Variables are those of this replica, so that nothing is added up over replicas.
+    """
+    first = strategy.extended._get_replica_id_in_sync_group(0)
+    with (
+        strategy.scope(),
+        _OneReplica(strategy, first),
+        tf.device(strategy.extended.worker_devices[0]),
+        of_one(strategy),
+    ):
+        yield
+
+
+def look(call: Callable[[Any], Any], specs: Any, strategy: tf.distribute.Strategy) -> None:
+    """Trace a call on one replica, so that the variables that it makes are there: replicas that wait can make none.
+
+    In a graph and not in a ``tf.function``, which could not initialise variables of several replicas.
+    """
+    with tf.__internal__.FuncGraph("look").as_default(), alone(strategy):
+        call(tf.nest.map_structure(lambda spec: tf.compat.v1.placeholder(spec.dtype, spec.shape), specs))
+
+
+@contextlib.contextmanager
+def of_one(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Let a strategy say that it has one replica, to whatever divides a loss by that."""
+    kind: Any = type(strategy)
+    kind.num_replicas_in_sync = property(lambda _: 1)  # hides that of its base
+    try:
+        yield
+    finally:
+        del kind.num_replicas_in_sync
+
+
+def on_replicas(variable: Any) -> tuple[Any, ...]:
+    """The variables of TensorFlow that are a variable on the replicas of this process; itself if it is on none."""
+    return tuple(variable._values) if isinstance(variable, tf.distribute.DistributedValues) else (variable,)
+
+
+@contextlib.contextmanager
+def restored(variables: Sequence[tf.Variable]) -> Iterator[None]:
+    """Give variables back the values that they have now."""
+    kept = [(variable, variable.numpy()) for variable in variables]
+    try:
+        yield
+    finally:
+        for variable, value in kept:
+            variable.assign(value)
+
+
+def check_optimizers(optimizers: Sequence[Any]) -> None:
+    """Raise ValueError if replicas cannot train with an optimizer."""
+    for optimizer in optimizers:
+        if getattr(optimizer, "gradient_accumulation_steps", None):
+            raise ValueError(
+                f"{type(optimizer).__name__} has gradient_accumulation_steps, which Keras cannot do on replicas: it "
+                "branches where they have to wait for each other; leave it out, or leave out --mp-strategy"
+            )
+
+
+def _check_made_here(variables: Sequence[Any]) -> None:
+    for variable in variables:
+        if not isinstance(variable.value, tf.distribute.DistributedValues):
+            raise ValueError(
+                f"the variable {variable.path} was made before replicas were, for example when the workload's module "
+                "was imported, so each replica would change it again; make all layers, optimizers and metrics inside "
+                "the function of the workload"
+            )
+
+
 def objection(loss: NotedLoss, labels: Any, replicas: int, strategy: tf.distribute.Strategy) -> str | None:
     """Why replicas cannot train by a loss; None if they can. It has been traced; ``labels`` are those of a batch."""
     if replicas == 1:
@@ -173,18 +281,17 @@ def objection(loss: NotedLoss, labels: Any, replicas: int, strategy: tf.distribu
     )
 
 
-def remarks(loss: NotedLoss, labels: Any, model: keras.Model, optimizer: Any, mode: Mode, replicas: int) -> list[str]:
-    """What differs from a training on one device with the whole batch, a phrase each."""
+def remarks(model: keras.Model, optimizers: Sequence[Any], mode: Mode, replicas: int) -> list[str]:
+    """What model and optimizers do otherwise than on one device with the whole batch, a phrase each."""
     if replicas == 1:
         return []
     found = []
-    if loss.adds_up(labels, replicas) is None:
-        found.append("the loss of a batch is not the mean of those of its parts, or that is unknown")
     norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
     if any(not layer.synchronized for layer in norms):
         found.append("BatchNormalization normalises over the batch of a replica (synchronized=True: over all)")
-    if any(getattr(optimizer, name, None) for name in ("clipnorm", "global_clipnorm", "clipvalue")):
+    clips = ("clipnorm", "global_clipnorm", "clipvalue")
+    if any(getattr(optimizer, name, None) for optimizer in optimizers for name in clips):
         found.append("Keras clips the gradients of each replica, before they are added up")
     if mode.scaling is not None and mode.scaling.rule == "keras":
-        found.append("Keras' loss scaling decides by the gradients of replica 0 alone")
+        found.append(_KERAS_ALONE)
     return found

@@ -20,6 +20,8 @@ _ACTIVATES = frozenset({"BiasAdd", "AddV2", "Softmax", "LogSoftmax", "Sigmoid", 
 """Operations between the last product of a model and its outputs."""
 _NUMBERED = re.compile(r"_\d+\Z")
 """What TensorFlow adds to the scope of a layer that is called again."""
+_OF_ANOTHER_REPLICA = re.compile(r"(?:\A|/)replica_[1-9]\d*/")
+"""In the names of operations of all replicas but the first, which do the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,9 @@ class Traced:
         forward = [
             (op, outer)
             for op, outer in operations(self.graph)
-            if PRODUCT.search(op.type) and not f"{outer}/{op.name}".lstrip("/").startswith(_BACKWARD)
+            if PRODUCT.search(op.type)
+            and not (name := f"{outer}/{op.name}".lstrip("/")).startswith(_BACKWARD)
+            and not _OF_ANOTHER_REPLICA.search(name)
         ]
         classes = frozenset(outputs.shape[-1] for outputs in self.outputs if outputs.shape.rank)
         last = {op.name for op in map(_last_product, self.outputs) if op is not None}

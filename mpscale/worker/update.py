@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from mpscale.worker.scaler import StepScaler
+from mpscale.worker.scaler import StepRecord, StepScaler
+
+Others = Callable[[Sequence[Any]], Iterable[Any]]
+"""Called when a loss has been traced, with the weights for which it is about to be differentiated; returns tensors."""
+
+
+@dataclass
+class Applied:
+    """A call of an optimizer's ``apply``.
+
+    Args:
+        name: of the optimizer: the attribute of the model that holds it.
+        grads: those that were applied, multiplied by the loss scale.
+        variables: their weights.
+        others: other tensors on which the loss depends, with their gradients; None for a gradient that there is not.
+        losses: what was differentiated, unscaled; empty if that is not known.
+        record: loss scale and overflow.
+    """
+
+    name: str
+    grads: list[Any]
+    variables: list[Any]
+    others: list[tuple[Any, Any]]
+    losses: list[Any]
+    record: StepRecord
 
 
 class Update:
@@ -19,6 +44,9 @@ class Update:
         scaler: the mode's scaling, whose optimizer is not built yet.
         loss: ``(labels, outputs) -> scalar``; losses that the model adds itself are added here.
     """
+
+    divides = False
+    """Whether a replica's loss is its share of the loss of all of them; otherwise that is their mean."""
 
     def __init__(self, model: keras.Model, scaler: StepScaler, loss: Callable[[Any, Any], Any]) -> None:
         self.model, self.scaler, self._loss = model, scaler, loss
@@ -37,17 +65,12 @@ class Update:
 
     def __call__(self, batch: Any) -> dict[str, Any]:
         """Train on a batch. Return the row of the log: the loss, and what else the mode has of a ``StepRecord``."""
-        loss, scaled, grads, _ = self.differentiated(batch)
-        row = {"loss": loss, **self.scaler.apply(grads, self.model.trainable_variables, scaled)._asdict()}
+        (applied,) = self.applied(batch)
+        row = {"loss": loss_of([applied]), **applied.record._asdict()}
         return {name: value for name, value in row.items() if value is not None}
 
-    def differentiated(
-        self, batch: Any, others: Callable[[], Sequence[Any]] = tuple
-    ) -> tuple[Any, Any, list[Any], list[Any]]:
-        """The loss of a batch, the scaled loss, and the gradients of this for the weights.
-
-        ``others`` is called when the loss has been traced; the tensors that it returns get their gradients, too.
-        """
+    def applied(self, batch: Any, others: Others = lambda _: ()) -> list[Applied]:
+        """Train on a batch. Return what the optimizer has applied; ``others`` get their gradients, too."""
         x, y = batch
         variables = self.model.trainable_variables
         with tf.GradientTape() as tape:
@@ -57,8 +80,31 @@ class Update:
             self.added_losses = len(added)
             loss = tf.add_n([loss, *added]) if added else loss
             scaled = self.scaler.scale_loss(_share(loss))
-        grads = tape.gradient(scaled, [*variables, *others()])
-        return loss, scaled, grads[: len(variables)], grads[len(variables) :]
+        more = list(others(variables))
+        grads = tape.gradient(scaled, [*variables, *more])
+        grads, of_others = grads[: len(variables)], list(zip(more, grads[len(variables) :], strict=True))
+        record = self.scaler.apply(grads, variables, scaled)
+        return [Applied("optimizer", grads, variables, of_others, [loss], record)]
+
+
+def loss_of(applied: Iterable[Applied]) -> Any:
+    """The loss of a step, a float32 scalar: the sum of all that was differentiated, each once."""
+    return total([*{id(loss): loss for each in applied for loss in tf.nest.flatten(each.losses)}.values()])
+
+
+def total(losses: list[Any]) -> Any:
+    """The sum of losses, a float32 scalar: what their gradients are those of."""
+    flat = [tf.convert_to_tensor(loss) for loss in tf.nest.flatten(losses)]
+    flat = [loss if loss.dtype == tf.float32 else tf.cast(loss, tf.float32) for loss in flat]
+    flat = [loss if loss.shape.rank == 0 else tf.reduce_sum(loss) for loss in flat]
+    return flat[0] if len(flat) == 1 else tf.add_n(flat)
+
+
+def key_of(variable: Any) -> int:
+    """Identifies a weight, given as a variable of Keras, or as that of TensorFlow which it holds, also on a replica."""
+    held = getattr(variable, "_value", variable)
+    of_all = getattr(held, "_distributed_container", None)
+    return id(held if of_all is None else of_all())
 
 
 def _share(loss: Any) -> Any:

@@ -14,6 +14,8 @@ from mpscale.workloads.pipeline import Pipeline, is_pipeline, is_py_dataset
 
 ClassWeight = Mapping[int, float]
 
+_MOST_NAMED = 5
+
 
 def gathered(train: Any, validation: Any, class_weight: ClassWeight | None, batch_size: int) -> Data | Pipeline:
     """The training and the validation set, as one.
@@ -39,10 +41,7 @@ def gathered(train: Any, validation: Any, class_weight: ClassWeight | None, batc
     data = Data(x, y, train_weight=weight)
     test_x, test_y, test_weight = (None, None, None) if validation is None else _parts("validation", validation)
     if class_weight is not None:
-        if weight is not None:
-            raise ValueError(
-                "train has sample weights and there is a class_weight, too; multiply them, and leave out class_weight"
-            )
+        check_weighed(data.train_y, weight)
         weight = _weights_of(data.train_y, class_weight)
     return Data(x, y, test_x, test_y, train_weight=weight, test_weight=test_weight)
 
@@ -56,12 +55,18 @@ def checked_class_weight(given: Any) -> ClassWeight | None:
     if given is None:
         return None
     if not isinstance(given, Mapping):
-        raise TypeError(f"class_weight must be a dictionary of class numbers and weights, not {given!r}")
+        cure = "; pass dict(enumerate(...)) of it" if isinstance(given, list | tuple | np.ndarray) else ""
+        raise TypeError(f"class_weight must be a dictionary of class numbers and weights, not {given!r}{cure}")
     for number, weight in given.items():
         if isinstance(number, bool) or not isinstance(number, Integral):
             raise TypeError(f"a key of class_weight must be the number of a class, not {number!r}")
         if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight) or weight < 0:
             raise ValueError(f"class_weight of class {number} must be a number of at least 0, not {weight!r}")
+        if number < 0:
+            raise ValueError(f"a key of class_weight must be the number of a class, from 0, not {number}")
+    if not any(given.values()):
+        what = "is 0 for every class, so nothing would be learned" if given else "is empty"
+        raise ValueError(f"class_weight {what}; leave it out, or give classes a weight above 0")
     return {int(number): float(weight) for number, weight in given.items()}
 
 
@@ -119,20 +124,76 @@ def _as_array(_: str, value: Any) -> Any:
     return value.numpy() if is_tensor else value
 
 
-def _weights_of(labels: Structure, class_weight: ClassWeight) -> Array:
-    """The weight of each example, as Keras' ``fit`` finds it: by class number, or by the largest entry of one-hot."""
-    if not isinstance(labels, np.ndarray):
+def check_weighed(labels: Any, weight: Any) -> None:
+    """Check that class weights can be given to labels, which are arrays, or tensors of a pipeline or their types.
+
+    Raises:
+        ValueError: there are sample weights, too, or there is not one array of labels.
+    """
+    if weight is not None:
+        raise ValueError(
+            "train has sample weights and there is a class_weight, too; multiply them, and leave out class_weight"
+        )
+    if labels is None or isinstance(labels, dict | tuple | list):
         raise ValueError(
             "class_weight needs one array of labels, as in fit; give sample weights: (x, y, sample_weight)"
         )
+
+
+def classes_of(labels: Array) -> Array:
+    """The class of each example, as Keras' ``fit`` finds it: a rounded number, or the place of the largest entry."""
     if labels.ndim > 1:
         labels = labels[..., 0] if labels.shape[-1] == 1 else labels.argmax(axis=-1)
-    if labels.ndim > 1 or labels.dtype.kind not in "biuf":
+    rounded = np.round(labels)
+    return np.where(np.isfinite(rounded), rounded, -1).astype(np.int64)
+
+
+def class_weight_remarks(labels: Array, class_weight: ClassWeight | None, piped: bool) -> list[str]:
+    """What class weights do that nobody would expect, a phrase each.
+
+    Args:
+        labels: of the training set, numbers.
+        class_weight: of some of their classes; None of none.
+        piped: whether the labels are the first ones of a pipeline.
+    """
+    if class_weight is None:
+        return []
+    found, where = [], "in the first batches" if piped else "in the training data"
+    classes = np.unique(classes_of(labels))
+    if without := [int(number) for number in classes if number not in class_weight]:
+        found.append(f"class_weight leaves out {_named(without)} {where}: their examples count as 1, as in fit")
+    if not piped and (unknown := sorted(class_weight.keys() - set(classes.tolist()))):
+        found.append(f"class_weight has {_named(unknown)}, of which the training data has no example")
+    if labels.ndim > 1 and labels.shape[-1] > 1:
+        if labels.min() < 0 or not np.allclose(labels.sum(axis=-1), 1.0, atol=1e-3):
+            found.append(
+                f"labels of shape {labels.shape[1:]} are not one-hot: as in fit, the largest entry of an example, or "
+                "the first of several, is the class whose class_weight counts"
+            )
+    elif labels.dtype.kind == "f" and not (labels == np.round(labels)).all():
+        found.append(f"labels {where} are not whole numbers: as in fit, they are rounded to find their class_weight")
+    return found
+
+
+def _named(classes: list[int]) -> str:
+    """Classes in words."""
+    named = ", ".join(map(str, classes[:_MOST_NAMED])) + (", ..." if len(classes) > _MOST_NAMED else "")
+    return f"class{'es' if len(classes) > 1 else ''} {named}"
+
+
+def _weights_of(labels: Structure, class_weight: ClassWeight) -> Array:
+    """The weight of each example."""
+    classes = None if labels.dtype.kind not in "biuf" else classes_of(labels)
+    if classes is None or classes.ndim > 1:
         raise ValueError(
             "class_weight needs one class number, or one-hot labels, per example, as in fit; give sample weights: "
             "(x, y, sample_weight)"
         )
-    classes = np.asarray(np.round(labels), np.int64)
+    if not np.isin(classes, list(class_weight)).any():
+        raise ValueError(
+            f"class_weight has {_named(sorted(class_weight))}, but the training data has "
+            f"{_named(np.unique(classes).tolist())}, so it would change nothing; number the classes as the labels do"
+        )
     weights = np.ones(len(classes), np.float32)
     for number, weight in class_weight.items():
         weights[classes == number] = weight

@@ -152,11 +152,16 @@ class Data:
         return self.train_x, self.train_y, self.train_weight
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it consists of one array of examples and one of labels, without weights."""
-        parts = (self.train_x, self.train_y, self.test_x, self.test_y, self.published_x, self.published_y)
-        weighted = self.train_weight is not None or self.test_weight is not None
-        return self.train_y is not None and not weighted and not any(isinstance(p, dict | tuple | list) for p in parts)
+    def more_than_plain(self) -> list[str]:
+        """What it has besides one array of examples and one of labels, in words: structures, and weights."""
+        given = {name: getattr(self, name) for name in self.__slots__}
+        return [
+            f"{name} is a {type(part).__name__} of {_places(dict(leaves(part)))}"
+            if isinstance(part, dict | tuple | list)
+            else f"there is a {name}"
+            for name, part in given.items()
+            if isinstance(part, dict | tuple | list) or (part is not None and name.endswith("_weight"))
+        ]
 
     @property
     def test(self) -> tuple[Any, Any]:

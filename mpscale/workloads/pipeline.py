@@ -11,7 +11,7 @@ _NOT_PIPELINES = {
     "DataFrame": "for arrays return mpscale.Data(train_x, train_y, test_x, test_y)",
     "DataLoader": "wrap it in tf.data.Dataset.from_generator(...), or in a keras.utils.PyDataset",
     "generator": "wrap it in tf.data.Dataset.from_generator(...)",
-    "DistributedDataset": "give the tf.data.Dataset itself: mpscale trains on one device",
+    "DistributedDataset": "give the tf.data.Dataset itself: --mp-strategy distributes it",
 }
 
 

@@ -18,6 +18,13 @@ from mpscale.workloads.pipeline import Pipeline
 if TYPE_CHECKING:
     import keras
 
+COMPILE_IT = (
+    "call model.compile(optimizer, loss=..., metrics=[...]) in the function that makes the model, and make the "
+    "workload by mpscale.Workload.from_compiled(function, train=(x, y), validation=(x, y)), which trains it as Keras' "
+    "fit does"
+)
+"""The cure for what is more than an input, an output and a loss."""
+
 _SERIES, _LONGEST_SERIES = re.compile(r"[A-Za-z0-9._-]+"), 100
 
 
@@ -227,8 +234,8 @@ class Workload:
                 continue
             if isinstance(value, dict | list | tuple):
                 raise TypeError(
-                    f"workload {self.name}: this workload has one {field}, not a {type(value).__name__} of them; "
-                    "compile the model with all of them and use mpscale.Workload.from_compiled"
+                    f"workload {self.name}: a workload that is not compiled has one {field}, not a "
+                    f"{type(value).__name__} of them; {COMPILE_IT}"
                 )
             if not (callable(value) or isinstance(value, str) or metrics.is_instance_of_keras(value, kind)):
                 raise TypeError(self._wrong(field, f"the name of one that Keras knows, a Keras {kind}, or a function"))

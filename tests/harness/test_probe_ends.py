@@ -22,7 +22,7 @@ class Machine:
         assert (case.mode, case.trains, case.settings.looks, case.settings.timing_s) == ("fp32", False, 3, 0.0)
         self.attempts = attempt
         for step in (1, 5, 9):
-            row = {"layer": "dense", "of": "weights", "largest": 1.0, "counts": {"508": 10}}
+            row = {"layer": "dense", "of": "weights", "optimizer": "optimizer", "largest": 1.0, "counts": {"508": 10}}
             note(self.probe, Looked(step, 0.5, [row], []))
         if self.end == "interrupt":
             raise KeyboardInterrupt

@@ -13,7 +13,7 @@ from support.runfolder import finished, record, write_run
 
 from mpscale.analysis.probe import Look, Probe, Verdict, advise
 from mpscale.core.device import Device
-from mpscale.core.magnitudes import Magnitudes
+from mpscale.core.magnitudes import Magnitudes, Place
 from mpscale.core.reason import Code, Reason
 from mpscale.report.files import rebuild
 from mpscale.report.probe import render, write
@@ -32,7 +32,7 @@ def counted(values):
 
 def probe(*looks, scale=None, in_float32=(), problem=None, digest="sha256:1"):
     seen = [
-        Look(number, 1.0, {place: counted(numbers) for place, numbers in look.items()}, frozenset(in_float32))
+        Look(number, 1.0, {Place(*place): counted(numbers) for place, numbers in look.items()}, frozenset(in_float32))
         for number, look in enumerate(looks, 1)
     ]
     return Probe("toy", Device("cpu", "Test CPU"), len(seen), scale, seen, problem, digest)
@@ -121,11 +121,11 @@ def test_the_formats_say_the_same(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == names
     counts = list(csv.DictReader(io.StringIO((tmp_path / "gradients.csv").read_text())))
     assert [tuple(row.values()) for row in counts] == [
-        ("dense", "activations", "zero", "", "1"),
-        ("dense", "activations", "number", "-30", "1"),
-        ("dense", "activations", "number", "-10", "1"),
-        ("dense", "weights", "number", "-17", "1"),
-        ("dense", "weights", "number", "-1", "1"),
+        ("dense", "activations", "optimizer", "zero", "", "1"),
+        ("dense", "activations", "optimizer", "number", "-30", "1"),
+        ("dense", "activations", "optimizer", "number", "-10", "1"),
+        ("dense", "weights", "optimizer", "number", "-17", "1"),
+        ("dense", "weights", "optimizer", "number", "-1", "1"),
     ]
     html = (tmp_path / "report.html").read_text()
     drawn = {of: len(re.findall(f'id="bars-{of}', html)) for of in ("activations-1", "activations-2", "weights-2")}
@@ -169,3 +169,21 @@ def test_the_report_of_a_run_shows_the_newest_probe_of_its_workloads(tmp_path):
     (row,) = [line for line in written.splitlines() if "2-new" in line]
     assert "4096 (it helps)" in row
     assert not re.search("1-old|3-other|4-broken", written)
+
+
+def test_several_optimizers_are_shown_apart_and_each_has_a_scale():
+    both = {
+        ("d", "weights", "of_d"): [1e-9, 0.5],
+        ("d", "activations", "of_g"): [2.0**-20],
+        ("g", "weights", "of_g"): [0.0],
+    }
+    found = probe(both)
+    rows = {(row["layer"], row["of"], row["optimizer"]): row["gradients"] for row in values(found)}
+    totals = {("all", "weights", "all"): 3, ("all", "activations", "all"): 1, ("all", "weights", "of_d"): 2}
+    totals |= {("all", "activations", "of_g"): 1, ("all", "weights", "of_g"): 1}
+    assert rows == totals | {place: len(numbers) for place, numbers in both.items()}
+    assert ["d", "weights", "of_d"] in [row[:3] for row in table(found).rows]
+    said = " ".join(sentences(found))
+    assert "0.500 (4096) of of_d and 9.54e-07 (16777216) of of_g" in said
+    assert "most vanishes in d (weights, of_d, 50.0 %)" in said
+    assert "optimizer" not in table(probe(weights(0.1))).headers

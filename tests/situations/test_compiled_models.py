@@ -14,7 +14,9 @@ from support.compiled_models import (
     CLASSES,
     NAMED,
     STEPS,
+    SUM,
     WEIGHT,
+    OwnStep,
     X,
     by_fit,
     changed,
@@ -65,12 +67,30 @@ CASES = {
 }
 
 
+def probed(seed, loss, labels, *shape):
+    """A loss of the first batch, and of outputs that every precision has exactly."""
+    return float(loss(labels[batches(120, BATCH, STEPS, 0)[0]], drawn(seed, *shape)))
+
+
+def drawn(seed, *shape):
+    return np.random.default_rng(seed).integers(1, 64, (BATCH, *shape)) / 64.0
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_loss_is_that_of_keras_own_fit(name, tmp_path):
+    """Its value for labels and outputs that every mode has, too: loss by loss, without weights."""
     build, data, options = CASES[name]
     _, expected = by_fit(build, data, **options)
-    _, steps = logged(tmp_path, workload(build, data, **options))
+    outcome, steps = logged(tmp_path, workload(build, data, **options))
     np.testing.assert_allclose(steps["loss"], expected, rtol=2e-4)
+    if name == "add_loss":
+        assert "without a keras.losses.Loss" in outcome.missed["loss_probe"].text
+    elif build is two_by_two:
+        both = probed(17, logits(), CLASSES, 3), probed(18, keras.losses.MeanSquaredError(), SUM, 1)
+        assert outcome.row["loss_probe"] == pytest.approx(sum(both), rel=1e-5)
+    else:
+        labels, shape = (data[1], (5, 3)) if build is masked else (CLASSES, (3,))
+        assert outcome.row["loss_probe"] == pytest.approx(probed(17, logits(), labels, *shape), rel=1e-5)
 
 
 def test_every_loss_and_scale_is_that_of_keras_own_fit_in_float16(tmp_path):
@@ -82,6 +102,8 @@ def test_every_loss_and_scale_is_that_of_keras_own_fit_in_float16(tmp_path):
     outcome, steps = logged(tmp_path, workload(two_by_two, NAMED), "mixed-keras")
     np.testing.assert_allclose(steps["loss"], expected, rtol=2e-3)
     assert set(steps["loss_scale"]) == {2.0**15}
+    both = probed(17, logits(), CLASSES, 3), probed(18, keras.losses.MeanSquaredError(), SUM, 1)
+    assert outcome.row["loss_probe"] == pytest.approx(sum(both), rel=1e-5)
     assert outcome.row["product_dtypes"].startswith("float32 6, float16 2")
 
 
@@ -113,6 +135,48 @@ def own_fit():
 
 
 BOTH = {"data": (X, CLASSES), "validation": (X, CLASSES)}
+MISSING = np.where(np.arange(120) == 3, np.nan, CLASSES).astype(np.float32)
+
+
+def spoiled(y, outputs):
+    """A loss without a name that Keras knows."""
+    return tf.square(outputs[:, 0] - tf.reshape(y, (-1,)))
+
+
+def ignoring(y, outputs):
+    """The same, but examples without a label count nothing."""
+    known = tf.math.is_finite(tf.reshape(y, (-1,)))
+    return tf.where(known, spoiled(tf.where(known, tf.reshape(y, (-1,)), 0.0), outputs), 0.0)
+
+
+def filtering():
+    """It leaves out what a loss of Keras' makes of examples without a label."""
+
+    class Filters(OwnStep):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                known = tf.math.is_finite(y)
+                losses = keras.losses.MeanSquaredError(reduction=None)(
+                    tf.expand_dims(y, -1), self(x, training=True)[:, :1]
+                )
+                of_known = keras.losses.MeanSquaredError()(tf.where(known, y, 0.0)[:, None], self(x)[:, :1])
+                loss = self.optimizer.scale_loss(
+                    of_known + 0.0 * tf.reduce_sum(tf.where(known, tf.stop_gradient(losses), 0.0))
+                )
+            self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+            return {}
+
+    model = Filters()
+    model.compile("sgd", jit_compile=False)
+    return model
+
+
+@pytest.mark.parametrize("build", [changed(loss=ignoring, metrics=[]), filtering], ids=["a loss", "a train_step"])
+def test_labels_that_are_missing_are_trained_on_if_the_model_leaves_them_out(build):
+    assert train(workload(build, (X, MISSING), train_steps=3)).status == "ok"
+
+
 ONE_HOT = dict.fromkeys(BOTH, (X, np.eye(3)[CLASSES]))
 
 
@@ -141,7 +205,12 @@ ONE_HOT = dict.fromkeys(BOTH, (X, np.eye(3)[CLASSES]))
         (classifier, {"callbacks": lambda: [keras.callbacks.ReduceLROnPlateau("mae")]}, "monitors 'mae', which"),
         (classifier, {"callbacks": lambda: [Stops()]}, "set model.stop_training"),
         (classifier, {"callbacks": list, "evaluate_every": 1}, "raise evaluate_every"),
-        (classifier, dict.fromkeys(BOTH, (X, CLASSES.astype(str))), "labels in train_y are text.*number the classes"),
+        (classifier, dict.fromkeys(BOTH, (X, CLASSES.astype(str))), r"in train_y and test_y are text.*number"),
+        (classifier, {"validation": (X, CLASSES.astype(str))}, "the labels in test_y are text.*number the classes"),
+        (own_step, dict.fromkeys(BOTH, (X, CLASSES.astype(str))), "labels in train_y are text.*StringLookup"),
+        (classifier, {"data": (X.astype(str), CLASSES), "validation": None}, "train_x: examples are text.*TextVector"),
+        (changed(loss=spoiled, metrics=[]), {"data": (X, MISSING)}, "1 of the labels in train_y are not finite"),
+        (classifier, {"data": (X, MISSING)}, "1 of the labels in train_y are not finite"),
         (classifier, {"data": (X, CLASSES - 1)}, "labels in train_y range from -1 to 1.*classes 0 to 2"),
     ],
 )  # fmt: skip
@@ -248,16 +317,21 @@ def test_callbacks_of_steps_see_each_step_once(tmp_path):
     assert [loss for _, loss in seen] == pytest.approx(list(steps["loss"]))
 
 
-def digests(build, data=(X, CLASSES), mode="fp32", **options):
-    """The columns that say what is trained, before it is."""
+def made(look, build, data=(X, CLASSES), mode="fp32", **options):
+    """The columns that ``look`` finds of what is trained, before it is."""
     keras.utils.clear_session(free_memory=False)
     sys.modules["situation"] = module = types.ModuleType("situation")
     module.workload = workload(build, data, **options)
     case = Case("situation:workload", mode, 0, 0, 0, Settings(jit=False))
     try:
-        values = described(build_case(case, Arithmetic(MODES[mode], CPU, jit=False), Outcome(case))).values
+        return look(build_case(case, Arithmetic(MODES[mode], CPU, jit=False), Outcome(case)))
     finally:
         keras.config.set_dtype_policy("float32")
+
+
+def digests(*arguments, **options):
+    """The columns that say what is trained."""
+    values = made(described, *arguments, **options).values
     return {name: values[name] for name in SAME}
 
 
@@ -280,6 +354,58 @@ def test_digests_are_those_of_what_is_trained():
         digests(vae, X),
     ]
     assert len({found["workload_digest"] for found in different}) == len(different)
+
+
+def of_policy(y, outputs):
+    """Another loss in one mode, which no digest shows."""
+    return keras.ops.abs(y - outputs) ** (1 if keras.config.dtype_policy().name == "float32" else 2)
+
+
+class Halves(OwnStep):
+    """It compares labels that it has cast to the precision of the mode, or, with ``mixed``, with each other."""
+
+    def __init__(self, mixed=False):
+        super().__init__()
+        self.mixed = mixed
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            labels = tf.cast(y + y[::-1] if self.mixed else tf.reshape(y, (-1, 1)), self.compute_dtype)
+            loss = self.optimizer.scale_loss(keras.losses.MeanSquaredError()(labels, self(x, training=True)))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {}
+
+
+def halves(**options):
+    def build():
+        model = Halves(**options)
+        model.compile("sgd", jit_compile=False)
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("build", "found"),
+    [
+        (changed(loss=of_policy, metrics=[]), "another in each mode"),
+        (changed(loss=lambda y, outputs: outputs[:, 0] * keras.random.uniform(()), metrics=[]), "random numbers"),
+        (halves(), "the same in each mode"),
+        (halves(mixed=True), "mean_squared_error compares with other things than the data"),
+    ],
+)
+def test_a_loss_that_differs_between_modes_is_told_from_one_that_cannot_be_compared(build, found):
+    def look(built):
+        built.step.trace()
+        return built.loss_columns()
+
+    modes = [made(look, build, (X, SUM), mode) for mode in ("fp32", "mixed-bf16")]
+    probes = [each.values.get("loss_probe") for each in modes]
+    if probes[0] is None:
+        assert [found in each.unavailable["loss_probe"].text for each in modes] == [True, True]
+    else:
+        assert (probes[0] != pytest.approx(probes[1], rel=1e-6)) == (found == "another in each mode")
 
 
 def test_a_set_of_text_in_a_function_is_described_in_one_order():

@@ -201,7 +201,7 @@ def two_inputs():
         (several(lambda outputs: outputs), "a list of 2 outputs"),
         (several(lambda outputs: tuple(outputs)), "of 2 outputs"),
         (several(lambda outputs: dict(zip("ab", outputs, strict=True))), "a dict of 2 outputs"),
-        (two_inputs, "has 2 inputs, but this workload takes one; compile the model and use mpscale.Workload.from_"),
+        (two_inputs, "has 2 inputs, but this workload takes one; call model.compile.*mpscale.Workload.from_"),
         (lambda: keras.Sequential([keras.Input((2,)), keras.layers.Activation("tanh")]), "no trainable variables"),
         (lambda: keras.layers.Dense(3), "model function must return a keras.Model, not"),
         (lambda: None, "must return a keras.Model, not builtins.NoneType"),
@@ -368,9 +368,9 @@ def test_what_is_not_an_optimizer_is_refused(optimizer, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (Data({"a": X}, Y, {"a": X}, Y), "more than an array of examples and one of labels.*from_compiled"),
-        (Data(X, (Y, Y), X, (Y, Y)), "more than an array of examples"),
-        (Data(X, Y, X, Y, train_weight=np.ones(len(X))), "more than an array of examples"),
+        (Data({"a": X}, Y, {"a": X}, Y), r"takes an array.*train_x is a dict of \['a'\].*from_compiled"),
+        (Data(X, (Y, Y), X, (Y, Y)), r"train_y is a tuple of \[0\], \[1\] and test_y is"),
+        (Data(X, Y, X, Y, train_weight=np.ones(len(X))), "there is a train_weight; call model.compile"),
         (Data(X, None, X), "has no train_y"),
     ],
 )

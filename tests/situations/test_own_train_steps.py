@@ -146,6 +146,51 @@ def test_several_optimizers_each_have_a_loss_scale(tmp_path):
     assert outcome.row["timed_overflow_steps"] == 0
 
 
+class Shared(OwnStep):
+    """An optimizer for each part of the model, and one loss. ``calls``: of tape.gradient."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def compile(self, first, second):
+        super().compile(jit_compile=False)
+        self.first, self.second = first, second
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape(persistent=True) as tape:
+            loss = logits()(y, self(x, training=True))
+            scaled = [each.scale_loss(loss) if self.calls == 2 else loss for each in (self.first, self.second)]
+        first, second = self.hidden.trainable_weights, self.out.trainable_weights
+        if self.calls == 2:
+            gradients = [tape.gradient(scaled[0], first), tape.gradient(scaled[1], second)]
+        else:
+            both = tape.gradient(loss, first + second)
+            gradients = [both[: len(first)], both[len(first) :]]
+        self.first.apply(gradients[0], first)
+        self.second.apply(gradients[1], second)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_one_loss_for_two_optimizers_counts_once(calls, tmp_path):
+    def build():
+        model = Shared(calls)
+        model.compile(keras.optimizers.SGD(0.1), keras.optimizers.Adam(0.01))
+        return model
+
+    keras.utils.set_random_seed(0)
+    model, order = build(), batches(len(X), BATCH, STEPS, 0)
+    step = tf.function(model.train_step)
+    expected = [float(step((tf.constant(X[batch]), tf.constant(CLASSES[batch])))["loss"]) for batch in order]
+    _, steps = logged(tmp_path, workload(build, (X, CLASSES), name="shared"))
+    np.testing.assert_allclose(steps["loss"], expected, rtol=2e-4)
+    scaled = train(workload(build, (X, CLASSES), name="shared", train_steps=2), "mixed-dynamic")
+    assert scaled.status == ("unsupported" if calls == 1 else "ok")
+    assert calls == 2 or "of one call of tape.gradient with second and with another" in scaled.reason
+
+
 def clipping():
     class Clips(OwnStep):
         def train_step(self, data):
@@ -214,11 +259,51 @@ def test_a_train_step_whose_updates_cannot_be_seen_is_refused(build, message):
 
 
 def test_gradients_of_a_compiled_model_can_be_looked_at():
-    """Those of its own train_step, too; not those of several losses."""
+    """Those of its own train_step, too."""
     outcome = train(workload(own_step, (X, CLASSES)), looks=2)
     looks = [event for event in outcome.sent if isinstance(event, Looked)]
     assert [look.step for look in looks] == [1, STEPS]
     found = {(row["layer"].partition("_")[0], row["of"]) for row in looks[0].gradients}
     assert found == {("dense", "weights"), ("dense", "activations")}
-    with pytest.raises(ValueError, match="applies gradients 2 times"):
-        train(workload(gan(), X, name="gan"), looks=1)
+
+
+def test_gradients_of_several_optimizers_are_looked_at_apart():
+    """As the train_step applies them by itself.
+
+    None are looked at that it does not compute, such as those of the discriminator's loss for what the generator
+    returns, although a tape has recorded them.
+    """
+    keras.utils.set_random_seed(0)
+    model, largest = gan(discriminator_steps=2)(), {}
+    for name in ("judge_optimizer", "generator_optimizer"):
+        optimizer = getattr(model, name)
+
+        def applied(grads, weights, apply=optimizer.apply, name=name):
+            largest.setdefault(name, []).extend(float(tf.reduce_max(tf.abs(grad))) for grad in grads)
+            apply(grads, weights)
+
+        optimizer.apply = applied
+    (first, *_), *_ = [batches(len(X), BATCH, STEPS, 0)]
+    losses = model.train_step(tf.constant(X[first]))
+    keras.utils.clear_session()
+    outcome = train(workload(gan(discriminator_steps=2), X, name="gan"), looks=2)
+    looks = [event for event in outcome.sent if isinstance(event, Looked)]
+    assert [look.step for look in looks] == [1, STEPS]
+    assert looks[0].loss == pytest.approx(float(losses["all"] + losses["g"]), rel=1e-5)
+    rows = {(row["layer"], row["of"], row["optimizer"]): row for row in looks[0].gradients}
+    judge, generator = ({f"{part}/{name}" for name in names} for part, names in (
+        ("sequential_1", ("dense_2", "dense_3")), ("sequential", ("dense", "dense_1"))
+    ))  # fmt: skip
+    assert set(rows) == {
+        *((layer, of, "judge_optimizer") for layer in judge for of in ("weights", "activations")),
+        *((layer, of, "generator_optimizer") for layer in generator for of in ("weights", "activations")),
+        *((layer, "activations", "generator_optimizer") for layer in judge),
+    }
+    for name, numbers in largest.items():
+        found = [row["largest"] for (_, of, optimizer), row in rows.items() if (of, optimizer) == ("weights", name)]
+        assert max(found) == pytest.approx(max(numbers), rel=1e-5)
+    counts = {place: sum(row["counts"].values()) for place, row in rows.items()}
+    # Twice, and 2 * BATCH examples, real and generated; then once, and BATCH examples.
+    assert counts["sequential_1/dense_2", "activations", "judge_optimizer"] == 2 * 2 * BATCH * 8
+    assert counts["sequential_1/dense_2", "activations", "generator_optimizer"] == BATCH * 8
+    assert looks[0].in_float32 == ["sequential/dense_1", "sequential_1/dense_3"]

@@ -126,6 +126,26 @@ cancelled = interrupted("cancelled", lambda: fail(asyncio.CancelledError("the da
 exits = interrupted("exits", lambda: sys.exit("no more"))
 
 
+def compiled_line():
+    import keras
+
+    model = line()
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    return model
+
+
+def batches_of_twenty():
+    import tensorflow as tf
+
+    data = blobs()
+    return tf.data.Dataset.from_tensor_slices((data.train_x, data.train_y)).batch(20)
+
+
+def test_set():
+    data = blobs()
+    return data.test_x[:37], data.test_y[:37]
+
+
 def perceptron():
     return sequential(
         40,
@@ -159,6 +179,7 @@ def scripted_model():
     return line()
 
 
+fed = mpscale.Workload.from_compiled(compiled_line, train=batches_of_twenty, validation=test_set, train_steps=12)
 unseeded = mpscale.workload("unseeded", data=blobs, optimizer=sgd, batch_size=20, train_steps=30)(unseeded_model)
 scripted = mpscale.workload("scripted", data=blobs, optimizer=sgd, batch_size=20, train_steps=30)(scripted_model)
 

@@ -6,6 +6,23 @@ import pytest
 from mpscale.analysis.summary import summary_of
 
 
+@pytest.mark.slow  # tests/worker/test_replica_cases.py has its parts
+def test_a_compiled_model_and_its_pipeline_run_on_each_number_of_replicas(run_suite):
+    done = run_suite(
+        "--mp-workloads", "suite_workloads:fed", "--mp-modes", "fp32,mixed-dynamic", "--mp-seeds", "1",
+        "--mp-strategy", "mirrored", "--mp-replicas", "1,2", "--mp-timing", "0.05",
+    )  # fmt: skip
+    assert done.code == 0, done.output
+    cases = pd.read_csv(done.path / "cases.csv").sort_values(["swept_replicas", "mode"])
+    assert cases["status"].tolist() == ["ok"] * 4
+    assert cases["batch_size"].tolist() == [20, 20, 40, 40]
+    assert cases["input_batches"].str.endswith(("x12", "x24")).all()
+    assert (cases["test_examples"] == 37).all() and not cases["jit"].any()
+    assert cases["step_time_ms_with_input"].notna().all()
+    for column, kinds in (("initial_weights_digest", 1), ("data_order_digest", 2), ("data_digest", 1)):
+        assert cases[column].nunique() == kinds
+
+
 @pytest.mark.slow  # tests/worker/test_replica_cases.py and tests/report/test_sweep.py have its parts
 def test_every_mode_runs_on_each_number_of_replicas_and_the_report_has_their_efficiency(run_suite):
     done = run_suite(

@@ -581,6 +581,14 @@ COMPILED = {
             (Check.LABELS_NOT_FINITE, PROBLEM, ()),
         },
     ),
+    "labels that are not finite, for a function": (
+        compiled(lambda: Own(1), y=NAN_LABEL, loss=lambda y, outputs: tf.abs(tf.reshape(y, (-1,)) - outputs[:, 0])),
+        {(Check.LABELS_NOT_FINITE, PROBLEM, ())},
+    ),
+    "labels that are text, for a train_step": (
+        compiled(Steps, y=np.array(["a", "b"] * 48)),
+        {(Check.LABELS_MISFIT, PROBLEM, ())},
+    ),
     "a loss that is not scaled": (compiled(Steps, scaled=False), {(Check.TRAIN_STEP, PROBLEM, ())}),
     "gradients that are clipped while scaled": (compiled(Steps, clipped=True), {(Check.TRAIN_STEP, CAUTION, ())}),
     "outputs beyond float16 in a part of a model": (compiled(Parts), {(Check.FIRST_LOSS, PROBLEM, ())}),

@@ -297,7 +297,7 @@ def test_a_structure_has_a_digest_of_its_arrays_and_their_places():
     assert len(set(digests)) == len(digests)
     assert digests[0] == mpscale.Data({"b": 2 * ONES, "a": ONES}, ONES).digest()
     data = mpscale.Data(point(ONES, 2 * ONES), None)
-    assert (type(data.train_x), data.examples, data.is_plain) == (point, 2, False)
+    assert (type(data.train_x), data.examples, data.more_than_plain) == (point, 2, ["train_x is a point of [0], [1]"])
 
 
 def build_it():

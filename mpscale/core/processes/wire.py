@@ -187,8 +187,8 @@ class Looked(Event, name="look"):
     Args:
         step: its number, from 1.
         loss: its loss.
-        gradients: for each layer and what they belong to, ``{"layer": ..., "of": ...}`` and the values of
-            :class:`~mpscale.core.magnitudes.Magnitudes`.
+        gradients: the values of a :class:`~mpscale.core.magnitudes.Place` and of the
+            :class:`~mpscale.core.magnitudes.Magnitudes` there.
         in_float32: the layers that mixed precision leaves in float32, or why they are not known.
     """
 

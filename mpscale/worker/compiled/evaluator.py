@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from mpscale.worker.replicas import alone, look, on_replicas, restored
 from mpscale.workloads import Workload
 from mpscale.workloads import metric as metrics
 from mpscale.workloads.metric import ACCURACY
@@ -26,20 +28,32 @@ class FitEvaluator:
         batches: returns the validation data by batch, of the structure that ``test_step`` takes.
         jit: compile with XLA.
         first: a batch like the first one.
+        strategy: of replicas, of which one evaluates; None without one.
 
     Raises:
         ValueError: ``test_step`` does not run, or returns no metrics.
     """
 
-    def __init__(self, model: keras.Model, batches: Callable[[], Iterable[Any]], jit: bool, first: Any) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        batches: Callable[[], Iterable[Any]],
+        jit: bool,
+        first: Any,
+        strategy: tf.distribute.Strategy | None = None,
+    ) -> None:
         self._model, self._batches, self._first = model, batches, first
+        self._here = contextlib.nullcontext if strategy is None else functools.partial(alone, strategy)
 
         def test_step(batch: Any) -> Any:
-            return model.test_step(batch)
+            with self._here():
+                return model.test_step(batch)
 
         self._step = tf.function(test_step, jit_compile=jit, autograph=False)
         specs = tf.nest.map_structure(lambda array: tf.TensorSpec(np.shape(array), tf.as_dtype(array.dtype)), first)
         try:
+            if strategy is not None:
+                look(model.test_step, specs, strategy)
             traced = self._step.get_concrete_function(specs)
         except ValueError as error:
             if "No loss to compute" not in str(error):
@@ -58,8 +72,8 @@ class FitEvaluator:
             name: tuple(value.shape) for name, value in _flat(found).items()
         }
         """The shapes of the metrics by name, as in the logs of ``fit`` without ``val_``."""
-        trained = {id(variable.value) for variable in model.trainable_variables}
-        state = [variable.value for variable in model.metrics_variables]
+        trained = {id(each) for variable in model.trainable_variables for each in on_replicas(variable.value)}
+        state = [each for variable in model.metrics_variables for each in on_replicas(variable.value)]
         used = {id(each): each for each in (*traced.graph.variables, *state) if id(each) not in trained}
         self._changeable = list(used.values())
 
@@ -73,13 +87,14 @@ class FitEvaluator:
 
     def _over(self, batches: Iterable[Any]) -> dict[str, Any]:
         rows, sizes = [], []
-        with self._restored():
+        with restored(self._changeable):
             self._model.reset_metrics()
             for batch in batches:
                 given = tf.nest.map_structure(tf.convert_to_tensor, batch)
                 rows.append(self._step(given))
                 sizes.append(tf.nest.flatten(given)[0].shape[0])
-            known = _flat(self._model.get_metrics_result())
+            with self._here():
+                known = _flat(self._model.get_metrics_result())
         if not rows:
             raise ValueError("the validation data has no batches")
         if known.keys() == self.shapes.keys():
@@ -91,15 +106,6 @@ class FitEvaluator:
             name: sum(weight * np.asarray(row[name], float) for weight, row in zip(weights, found, strict=True))
             for name in self.shapes
         }
-
-    @contextlib.contextmanager
-    def _restored(self) -> Iterator[None]:
-        kept = [(variable, variable.numpy()) for variable in self._changeable]
-        try:
-            yield
-        finally:
-            for variable, value in kept:
-                variable.assign(value)
 
 
 class Judge:

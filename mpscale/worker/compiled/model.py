@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from mpscale.core.lint import Check
 from mpscale.worker import model as models
+from mpscale.worker.labels import text_labels
 from mpscale.worker.refused import Refused
 from mpscale.workloads.data import Structure, leaves, mapped
 
@@ -126,8 +127,10 @@ def is_callable(model: keras.Model) -> bool:
     return models.overrides(model, "call") or _is_of_keras(type(model))
 
 
-def check_labels(model: keras.Model, labels: Structure) -> None:
+def check_labels(model: keras.Model, labels: Structure, test: Structure = None) -> None:
     """Check that a model that compares labels by its compiled loss has some, and that they are numbers.
+
+    ``test``: those of the test set, if there are any.
 
     Raises:
         ValueError: it has none, or they are text.
@@ -136,13 +139,10 @@ def check_labels(model: keras.Model, labels: Structure) -> None:
         return
     if labels is None:
         raise ValueError("the model is compiled with a loss, but train has no labels to compare with: give (x, y)")
-    texts = [f"train_y{path}" for path, array in leaves(labels) if array.dtype.kind in "US"]
+    given = {"train_y": labels} | ({} if test is None or models.overrides(model, "test_step") else {"test_y": test})
+    texts = [f"{part}{path}" for part in given for path, array in leaves(given[part]) if array.dtype.kind in "US"]
     if texts and not models.overrides(model, "compute_loss"):
-        raise Refused(
-            Check.LABELS_MISFIT,
-            f"the labels in {' and '.join(texts)} are text, which no loss of Keras takes",
-            "number the classes from 0",
-        )
+        raise text_labels(f"the labels in {' and '.join(texts)}")
 
 
 def as_fed(x: Structure, y: Structure, weight: Structure) -> Any:

@@ -6,7 +6,7 @@ Of a pipeline these are its first batches, and the findings say so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -166,12 +166,17 @@ def _of_values(
             )
 
 
-def of_labels(arrays: Arrays, judged: Sequence[Judged]) -> Iterator[Finding]:
-    """Labels and sample weights of a compiled model. A workload with a loss of its own is refused for its labels."""
+def of_labels(arrays: Arrays, judged: Sequence[Judged], texts: Iterable[str]) -> Iterator[Finding]:
+    """Labels and sample weights of a compiled model. A workload with a loss of its own is refused for its labels.
+
+    ``texts``: the labels that are text where the step takes numbers.
+    """
     given = arrays.of("train_y")
+    yield from (label_forms.text_labels(f"the labels in {arrays.told(name)}").finding for name in texts)
     for each in judged:
-        if given[each.name].size and given[each.name].dtype.kind not in "US":
-            yield from _of_judged(each, given[each.name], f"the labels in {arrays.told(each.name)}")
+        labels = given[each.name]
+        if labels.dtype.kind not in "US" and labels.size and (each.kind or each.is_spoiled_by(labels)):
+            yield from _of_judged(each, labels, f"the labels in {arrays.told(each.name)}")
     for name, weights in arrays.of("train_weight").items():
         if weights.dtype.kind == "f" and not np.isfinite(weights).all():
             yield Finding(

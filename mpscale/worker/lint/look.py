@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from mpscale.core.lint import Check, Finding, Severity
 from mpscale.core.mode import MODES, Mode
-from mpscale.worker.compiled.judged import Judged, judged_of
+from mpscale.worker.compiled.judged import Judged, cast_texts, judged_of
 from mpscale.worker.compiled.update import FitUpdate
 from mpscale.worker.lint import data as checks
 from mpscale.worker.lint.data import Arrays
@@ -63,7 +63,7 @@ def look(built: Built, precision: Precision, arithmetic: Arithmetic, whole: bool
         *(of_sizes(traced, batch, low, arrays.piped) if low else ()),
         *checks.of_pipeline(arrays),
         *checks.of_inputs(arrays, traced, most),
-        *checks.of_labels(arrays, judged),
+        *checks.of_labels(arrays, judged, cast_texts(built.step) if built.compiled is not None else ()),
         *checks.of_test_labels(arrays, _classes(built, traced, judged)),
         *checks.of_host(arrays, bool(tf.config.list_logical_devices("GPU"))),
         *of_accumulation(traced, built.model, optimizers),
