@@ -230,6 +230,16 @@ def restored(variables: Sequence[tf.Variable]) -> Iterator[None]:
             variable.assign(value)
 
 
+def check_workers(workload: str, has_pipeline: bool, is_compiled: bool) -> None:
+    """Raise ValueError if several workers are to train what only replicas of one process can."""
+    what = "a pipeline" if has_pipeline else "a compiled model" if is_compiled else None
+    if what is not None:
+        raise ValueError(
+            f"{workload} has {what}, which mpscale trains in one process: use --mp-strategy mirrored, or give a "
+            "workload of a model that is not compiled and of arrays"
+        )
+
+
 def check_optimizers(optimizers: Sequence[Any]) -> None:
     """Raise ValueError if replicas cannot train with an optimizer."""
     for optimizer in optimizers:
