@@ -32,7 +32,7 @@ from mpscale.worker.float8 import Float8
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic
 from mpscale.worker.probe import ProbeStep
-from mpscale.worker.replicas import ReplicaBatches, ReplicatedStep, check_optimizers, strategy_of, under
+from mpscale.worker.replicas import ReplicaBatches, ReplicatedStep, check_optimizers, check_workers, strategy_of, under
 from mpscale.worker.scaler import scaler_for
 from mpscale.worker.step import TrainStep
 from mpscale.worker.training import batches
@@ -168,6 +168,8 @@ def build(case: Case, arithmetic: Arithmetic, channel: Channel, workload: Worklo
         )
     if workload.compiled is None:
         models.check_data(data)
+    if settings.strategy == "multiworker":
+        check_workers(case.workload, feed is not None, workload.compiled is not None)
     if feed is not None:
         # Of a pipeline, the order is only used to find the first batch. Those of replicas may have several shapes.
         order = np.broadcast_to(np.arange(feed.batch) % data.examples, (steps, feed.batch))
@@ -257,7 +259,7 @@ def _of_compiled(
     assert workload.compiled is not None
     callbacks, class_weight = workload.compiled.callbacks, workload.compiled.class_weight
     steps, batch = order.shape
-    one = order[0][: batch // case.settings.replicas]
+    one, is_replicated = order[0][: batch // case.settings.replicas], case.settings.strategy != "none"
     epoch = data.examples // batch if feed is None else feed.epoch_steps or _EPOCH
     workload = replace(workload, evaluate_every=workload.evaluate_every or max(epoch, 1))
     compiled = compiling.make(workload.model)
@@ -278,7 +280,6 @@ def _of_compiled(
     wrapped = {id(each): scaler_for(MODES[case.mode], each, case.settings) for each in compiled.optimizers.values()}
     scalers = {name: wrapped[id(each)] for name, each in compiled.optimizers.items()}
     on_trace = float8.forget_calls if float8 is not None else lambda: None
-    is_replicated = case.settings.strategy != "none"
     if is_replicated:
         check_optimizers(list(compiled.optimizers.values()))
     shown: Any = feed
@@ -293,10 +294,9 @@ def _of_compiled(
     config = configs[used[0]] if len(used) == 1 else {name: configs[name] for name in used}
     compiling.build_metrics(model, first)
     kind = ProbeStep if case.settings.looks else TrainStep
-    per_call = case.settings.steps_per_call
-    step = (
-        ReplicatedStep(update, shown, per_call) if is_replicated else kind(update, shown, case.settings.jit, per_call)
-    )
+    settings, per_call = case.settings, case.settings.steps_per_call
+    step: TrainStep
+    step = ReplicatedStep(update, shown, per_call) if is_replicated else kind(update, shown, settings.jit, per_call)
     course = None
     if callbacks is not None:
         course = Course(callbacks(), model, steps, workload.evaluate_every)

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import keras
-
 from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case
 from mpscale.core.device import Device
@@ -178,21 +176,16 @@ def _lint(built: Built, precision: Precision, arithmetic: Arithmetic, channel: C
 
 def _on_replicas(built: Built, channel: Channel) -> str | None:
     """Say what replicas do otherwise than one device would; return why they cannot train at all, or None."""
-    step, replicas, mode = built.step, built.case.settings.replicas, MODES[built.case.mode]
+    step, loss, replicas, mode = built.step, built.noted_loss, built.case.settings.replicas, MODES[built.case.mode]
     assert isinstance(step, ReplicatedStep)
     optimizers = [built.optimizer] if built.compiled is None else list(built.compiled.optimizers.values())
-    found, refused = remarks(built.model, optimizers, mode, replicas), None
+    labels = None if loss is None else built.data.train_y[built.order[0]]
+    found = remarks(loss, labels, built.model, optimizers, mode, replicas)
     if isinstance(step.update, FitUpdate):
-        batch = keras.utils.pack_x_y_sample_weight(*built.first_batch())
-        found += shares.remarks(step.update, batch, step.strategy)
-    elif built.noted_loss is not None and replicas > 1:
-        labels = built.data.train_y[built.order[0]]
-        if built.noted_loss.adds_up(labels, replicas) is None:
-            found.append("the loss of a batch is not the mean of those of its parts, or that is unknown")
-        refused = objection(built.noted_loss, labels, replicas, step.strategy)
+        found += shares.remarks(step.update, built.first_batch(), step.strategy)
     for remark in found:
         channel.send(Remarked(remark))
-    return refused
+    return None if loss is None else objection(loss, labels, replicas, step.strategy)
 
 
 def _report(channel: Channel, found: Findings) -> None:

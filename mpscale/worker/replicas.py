@@ -243,6 +243,16 @@ def restored(variables: Sequence[tf.Variable]) -> Iterator[None]:
             variable.assign(value)
 
 
+def check_workers(workload: str, has_pipeline: bool, is_compiled: bool) -> None:
+    """Raise ValueError if several workers are to train what only replicas of one process can."""
+    what = "a pipeline" if has_pipeline else "a compiled model" if is_compiled else None
+    if what is not None:
+        raise ValueError(
+            f"{workload} has {what}, which mpscale trains in one process: use --mp-strategy mirrored, or give a "
+            "workload of a model that is not compiled and of arrays"
+        )
+
+
 def check_optimizers(optimizers: Sequence[Any]) -> None:
     """Raise ValueError if replicas cannot train with an optimizer."""
     for optimizer in optimizers:
@@ -281,11 +291,15 @@ def objection(loss: NotedLoss, labels: Any, replicas: int, strategy: tf.distribu
     )
 
 
-def remarks(model: keras.Model, optimizers: Sequence[Any], mode: Mode, replicas: int) -> list[str]:
-    """What model and optimizers do otherwise than on one device with the whole batch, a phrase each."""
+def remarks(
+    loss: NotedLoss | None, labels: Any, model: keras.Model, optimizers: Sequence[Any], mode: Mode, replicas: int
+) -> list[str]:
+    """What differs from a training on one device with the whole batch, a phrase each; ``loss``: None if compiled."""
     if replicas == 1:
         return []
     found = []
+    if loss is not None and loss.adds_up(labels, replicas) is None:
+        found.append("the loss of a batch is not the mean of those of its parts, or that is unknown")
     norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
     if any(not layer.synchronized for layer in norms):
         found.append("BatchNormalization normalises over the batch of a replica (synchronized=True: over all)")

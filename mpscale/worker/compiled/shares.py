@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -21,7 +22,7 @@ _CURE = (
 )
 
 
-def remarks(update: FitUpdate, batch: Any, strategy: tf.distribute.Strategy) -> list[str]:
+def remarks(update: FitUpdate, parts: tuple[Any, Any, Any], strategy: tf.distribute.Strategy) -> list[str]:
     """What the loss does otherwise than on one device with the whole batch, a phrase each.
 
     Keras adds up the gradients of replicas, and divides what its own losses average. Where it is not known to have
@@ -29,7 +30,7 @@ def remarks(update: FitUpdate, batch: Any, strategy: tf.distribute.Strategy) -> 
 
     Args:
         update: a step of it has been traced.
-        batch: that of a replica.
+        parts: examples, labels and weights of a replica's batch; None for no such.
         strategy: of the replicas.
     """
     replicas, found = strategy.num_replicas_in_sync, []
@@ -40,6 +41,7 @@ def remarks(update: FitUpdate, batch: Any, strategy: tf.distribute.Strategy) -> 
     own = [name for name in ("train_step", "compute_loss") if models.overrides(update.model, name)]
     if not own and not update.undivided:
         return found
+    batch = keras.utils.pack_x_y_sample_weight(*parts)
     try:
         share, is_exact = _share(update, batch, strategy)
     except Exception as error:  # from the user's code
