@@ -48,6 +48,7 @@ class Cause(StrEnum):
     OOM_KILLER = "oom-killer", "the kernel killed its process because memory ran out, or probably did", True
     GARBLED = "garbled", "something other than mpscale wrote to its connection", True
     NOT_STARTED = "not-started", "its process could not be started, or the process that starts it died", True
+    PEER_LOST = "peer-lost", "another worker of the case was lost, or never came", True
     FILE_SYSTEM = "file-system", "a file or folder that it needs could not be written", True
     GPU_STATE = "gpu-state", "the GPU was throttled, or other processes used it", True
     GPU_LOST = "gpu-lost", "the GPU fell off the bus or was reset", True

@@ -105,7 +105,7 @@ def choose_device(config: pytest.Config, devices: Sequence[Device], cpu: Device)
     config.stash[_REPLICAS] = (1,)
     if strategy == "none":
         if wanted is not None:
-            raise pytest.UsageError(f"{origin.of(config, '--mp-replicas')}: replicas need --mp-strategy mirrored")
+            raise pytest.UsageError(f"{origin.of(config, '--mp-replicas')}: replicas need --mp-strategy")
         return find_device(devices, os.environ, cpu)
     if config.getoption("mp_jit") == "on":
         raise pytest.UsageError(
@@ -218,18 +218,19 @@ def _add_settings(add: Add) -> None:
     )
     add(
         "--mp-strategy",
-        choices=("none", "mirrored"),
+        choices=("none", "mirrored", "multiworker"),
         default="none",
         help="mirrored: every step is taken on several GPUs at once, by tf.distribute.MirroredStrategy and without "
-        "XLA, each with a batch of its own (default: none)",
+        "XLA, each with a batch of its own; multiworker: the same with a process for each GPU, by "
+        "MultiWorkerMirroredStrategy (default: none)",
     )
     add(
         "--mp-replicas",
         type=types.several(integer(1, _MOST_REPLICAS)),
         metavar="N,...",
-        help="with --mp-strategy: on how many GPUs; on a CPU, on how many logical devices that share it. With several, "
-        "such as 1,2, every workload runs at each, and the report shows the scaling efficiency (default: all GPUs that "
-        "CUDA_VISIBLE_DEVICES leaves)",
+        help="with --mp-strategy: on how many GPUs; on a CPU, on how many logical devices or processes that share it. "
+        "With several, such as 1,2, every workload runs at each, and the report shows the scaling efficiency (default: "
+        "all GPUs that CUDA_VISIBLE_DEVICES leaves)",
     )
     add(
         "--mp-autotune",
@@ -440,6 +441,7 @@ def run_options(
         named={key: text for key in (NAME, NOTE) if (text := option(f"mp_{key}"))},
         shard=None if share is None else share.to_json(),
         jit_fallback=option("mp_jit") == "auto",
+        strategy=option("mp_strategy"),
     )
 
 

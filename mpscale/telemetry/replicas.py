@@ -1,9 +1,8 @@
-"""Watch the process of a case that uses several GPUs: a watch of each, and one set of columns for all."""
+"""Watch a case that uses several GPUs, in one process or in one for each: a watch of each GPU, one set of columns."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,16 +32,18 @@ class ReplicaWatch:
 
     def __init__(self, driver: Driver, device: Device, pair: str | None = None) -> None:
         self._more = [driver.another() for _ in device.beside]
-        known = {each.uuid: each for each in driver.devices}
-        others = [known.get(uuid) or dataclasses.replace(device, uuid=uuid, pci_bus_id=None) for uuid in device.beside]
         drivers = [driver, *self._more]
-        devices = [dataclasses.replace(device, beside=()), *others]
-        self._watches = [CaseWatch(*each, pair) for each in zip(drivers, devices, strict=True)]
+        self._watches = [CaseWatch(*each, pair) for each in zip(drivers, device.apart(driver.devices), strict=True)]
 
-    def start(self, pid: int, epoch: float, keeper: int | None = None) -> None:
-        """Begin to watch a process; arguments as of :meth:`CaseWatch.start`."""
-        for watch in self._watches:
-            watch.start(pid, epoch, keeper)
+    def start(
+        self, pid: int, epoch: float, keeper: int | None = None, beside: Sequence[tuple[int, int | None]] = ()
+    ) -> None:
+        """Begin to watch a process on all GPUs, or one process on each; arguments as of :meth:`CaseWatch.start`."""
+        each = dict(enumerate([(pid, keeper), *beside] if beside else []))
+        for place, watch in enumerate(self._watches):
+            own, parent = each.get(place, (pid, keeper))
+            # Memory and time of the host are those of the first watch.
+            watch.start(own, epoch, parent, [] if place else beside)
 
     def mark(self, phase: str) -> None:
         """Take a sample of each GPU now."""
