@@ -6,12 +6,15 @@ import os
 import re
 import signal
 import socket
+import tempfile
 import time
 
 import pytest
 
 from mpscale.core.cause import Cause
+from mpscale.core.device import Device
 from mpscale.harness import launch, peers
+from mpscale.harness.peers import PeerLauncher
 
 TOGETHER = "began(); meet(); channel.values({'parameters': 10 + place}); finish()"
 LOST = "channel.send(Failed('UnavailableError', 'another worker is gone', Cause.PEER_LOST)); sys.exit(1)"
@@ -163,6 +166,26 @@ def test_a_worker_that_cannot_be_started_leaves_none_behind(run, monkeypatch):
     record = made.run(case).record
     assert (record["status"], record["cause"]) == ("error", Cause.NOT_STARTED), record["status_reason"]
     assert started[0].wait(0.0) == -signal.SIGKILL
+
+
+def test_each_worker_is_given_one_gpu_and_sees_no_other(run):
+    device = Device("gpu", "Real GPU", "GPU-a", (9, 0), 81920.0, "0000:01:00.0", vendor="nvidia", beside=("GPU-b",))
+    known = [device, Device("gpu", "Real GPU", "GPU-b", (9, 0), 81920.0, "0000:02:00.0", vendor="nvidia")]
+    launcher = PeerLauncher(launch.Launcher, launch.worker_environment(os.environ, device, None), device.apart(known))
+    run()
+    launcher.prepare(2)
+    act = (
+        "channel.send(Failed(os.environ['CUDA_VISIBLE_DEVICES'], request['device']['uuid'] + "
+        "request['device']['pci_bus_id'] + str(request['device']['beside']), Cause.PEER_LOST))"
+    )
+    with tempfile.TemporaryFile() as log:
+        group = launcher.start(log)
+        group.begin({"case": {"workload": PRELUDE.replace("began(); ", act)}, "device": None, "steps_path": None})
+        group.receive(30)
+        group.end(0.0)
+        launcher.close()
+    told = [(member.last.type, member.last.message) for member in group._members]
+    assert told == [("GPU-a", "GPU-a0000:01:00.0[]"), ("GPU-b", "GPU-b0000:02:00.0[]")]
 
 
 def test_no_worker_inherits_the_cluster_of_a_scheduler(run, monkeypatch, tmp_path):
