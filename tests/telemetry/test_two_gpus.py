@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from support.gpu_case import TRAINING, ENERGY_OFF, kept_samples
+from support.gpu_case import ENERGY_OFF, TRAINING, kept_samples
 
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
