@@ -18,6 +18,7 @@ from mpscale.core.processes.process import Process, describe_exit
 from mpscale.core.processes.wire import Looked, Phase, PhaseReached, StepsDone
 from mpscale.core.reason import Code, Reason
 from mpscale.core.variables import without_secrets
+from mpscale.harness.peers import Judged
 from mpscale.telemetry.gpu_memory import AllocatorFacts
 from mpscale.telemetry.watch import WorkerFacts
 
@@ -79,6 +80,8 @@ class Conversation:
                         return self._end(status, one_line(f"{self.worker.who}{kind}: {message}"), cause)
         except TimeoutError:
             self._end("timeout", f"not finished after {timeout_s:g} s, killed {self._where()}", Cause.TIMEOUT)
+        except Judged as other:
+            self._end(other.status, one_line(f"{self.worker.who}{other.reason}"), other.cause)
         except wire.Garbled:
             reason = f"something other than mpscale wrote to the worker's connection {self._where()}"
             self._end("error", f"{self.worker.who}{reason}", Cause.GARBLED)

@@ -39,6 +39,20 @@ _EXIT_S = 1.0
 """How long a worker that has failed or hung up may take to end."""
 
 
+class Judged(Exception):
+    """A worker of another machine failed, and the session there has found out how.
+
+    Args:
+        status: of the case.
+        reason: in words.
+        cause: for programs.
+    """
+
+    def __init__(self, status: str, reason: str, cause: Cause | None) -> None:
+        super().__init__(reason)
+        self.status, self.reason, self.cause = status, reason, cause
+
+
 class Member:
     """One of the workers of a case.
 
@@ -51,7 +65,7 @@ class Member:
 
     def __init__(self, name: str, process: Process, log: IO[bytes] | None, changes: Mapping[str, Any]) -> None:
         self.name, self.process, self.log, self.changes = name, process, log, changes
-        self.last: Event | EOFError | None = None
+        self.last: Event | EOFError | Judged | None = None
         """Its last message, or that it ended without one; None as long as it goes on."""
         self.waits = False
         """Whether it waits for the answer to a phase."""
@@ -65,7 +79,7 @@ class Member:
                 event = event_of(message, WORKER_EVENTS)
             except TimeoutError:
                 break
-            except EOFError as error:
+            except (EOFError, Judged) as error:
                 self.last = error
                 break
             found.append(message)
@@ -87,9 +101,9 @@ class Member:
 
     def certainty(self) -> int:
         """How surely its failure followed from none of another worker: 2, 1 or 0."""
-        if isinstance(self.last, Failed):
-            return 0 if self.last.cause is Cause.PEER_LOST else 2
-        # TensorFlow aborts some processes that have lost another one.
+        if isinstance(self.last, Failed | Judged):
+            # TensorFlow aborts some processes that have lost another one.
+            return {Cause.PEER_LOST: 0, Cause.FATAL_SIGNAL: 1}.get(self.last.cause or Cause.EXCEPTION, 2)
         aborted = not isinstance(self.last, Garbled) and self.process.wait(_EXIT_S) == -signal.SIGABRT
         return 1 if aborted else 2
 
@@ -105,7 +119,8 @@ class Group(Process):
         first = members[0].process
         super().__init__(first.pid, first.wire, None)
         self._members, self._first = members, members[0]
-        self.keeper, self.beside = first.keeper, [member.process for member in members[1:]]
+        self.keeper = first.keeper
+        self.beside = [member.process for member in members[1:] if member.process.pid]
         self._news: deque[dict[str, Any]] = deque()
         self._answered = False
         """Whether the first worker has had an answer to a phase."""
@@ -132,6 +147,7 @@ class Group(Process):
 
         Raises:
             TimeoutError, EOFError, Garbled: as :meth:`Process.receive`, the last two for the worker that failed.
+            Judged: that is one of another machine.
         """
         deadline = None if seconds is None else time.monotonic() + seconds
         while True:
@@ -173,7 +189,7 @@ class Group(Process):
         """Return or raise the first failure of those that followed from no other as far as is known."""
         _, self._blamed = max(self._failures, key=lambda failure: (failure[1].certainty(), -failure[0]))
         self.who, self.log = f"{self._blamed.name}: " if len(self._members) > 1 else "", self._blamed.log
-        if isinstance(self._blamed.last, EOFError):
+        if isinstance(self._blamed.last, EOFError | Judged):
             raise self._blamed.last
         assert isinstance(self._blamed.last, Failed)
         return self._blamed.last.to_json()

@@ -9,10 +9,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from mpscale.core.case import Case, StartMethod, Strategy
 from mpscale.core.cause import Cause
@@ -26,7 +26,7 @@ from mpscale.core.out_of_memory import ran_out
 from mpscale.core.processes import stopping, wire
 from mpscale.core.processes.wire import Noted, Phase, PhaseReached
 from mpscale.core.reason import Reason
-from mpscale.core.record import Record
+from mpscale.core.record import Findings, Record
 from mpscale.core.variables import without_secrets
 from mpscale.harness import conversation
 from mpscale.harness.autotuning import SharedTuning
@@ -45,7 +45,7 @@ from mpscale.harness.memory_limit import MemoryLimit
 from mpscale.harness.oom_killer import OomKiller
 from mpscale.harness.peers import PeerLauncher
 from mpscale.telemetry.client import Driver
-from mpscale.telemetry.replicas import ReplicaWatch
+from mpscale.telemetry.replicas import ReplicaWatch, with_other_machines
 from mpscale.telemetry.watch import HOST_COLUMN, CaseWatch, WatchResult
 
 Listener = Callable[[Case, wire.Progressed], None]
@@ -57,6 +57,16 @@ _OWN_FAILURES = (Cause.EXCEPTION, Cause.EXITED, Cause.FATAL_SIGNAL)
 _JOINING = "the merge_call by which TensorFlow joins replicas"
 """What XLA cannot compile of any workload under a strategy."""
 _TAIL_BYTES = 4000
+
+
+class Machines(Protocol):
+    """The other machines that train the same cases, as this one sees them: it leads them, or follows one of them."""
+
+    def launcher(self, own: Launcher) -> Launcher:
+        """Return a launcher that starts this machine's worker by ``own`` when the others start theirs."""
+
+    def seen(self) -> Sequence[tuple[Findings, str | None]]:
+        """What was seen of the GPUs of each other machine in the last case, and why it must not be used."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,7 @@ class Options:
         memory_limit_mib: resident memory of a worker above which it is killed and the case is ``oom``.
         shard: for run.json, the part of a plan that this run has; None if it has the whole.
         strategy: that of all cases.
+        machines: the others that train them, too; None if there is no other.
     """
 
     results: Path
@@ -100,6 +111,7 @@ class Options:
     memory_limit_mib: float | None = None
     shard: Mapping[str, Any] | None = None
     strategy: Strategy = "none"
+    machines: Machines | None = None
 
 
 @dataclass
@@ -234,6 +246,8 @@ class Supervisor:
             return ForkLauncher(environ, on_gpu) if method == "fork" else Launcher(environ)
 
         environment = worker_environment(os.environ, self._device, self._left[0])
+        if self._options.machines is not None:
+            return self._options.machines.launcher(make(environment))
         if self._options.strategy == "multiworker":
             return PeerLauncher(make, environment, self._each)
         return make(environment)
@@ -295,6 +309,8 @@ class Supervisor:
                 record.update({"case_wall_time_s": time.monotonic() - start})
                 shutil.rmtree(scratch, ignore_errors=True)
                 seen = self._watch.stop(talk.facts(), gpu_path)
+                if self._options.machines is not None:
+                    seen = with_other_machines(seen, self._options.machines.seen())
                 record.update(seen.findings.values)
                 for column, why in seen.findings.unavailable.items():
                     record.miss(column, why)

@@ -13,6 +13,7 @@ from mpscale.core.reason import Reason
 from mpscale.core.record import Findings
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.gpu_memory import HEADLINE
+from mpscale.telemetry.gpu_state import Suspicion
 from mpscale.telemetry.watch import CaseWatch, WatchResult, WorkerFacts
 
 _LOWEST = ("gpu_sm_clock_mhz_median", "gpu_memory_clock_mhz_median", "gpu_utilization_median")
@@ -67,10 +68,7 @@ class ReplicaWatch:
             any(each.lost for each in seen),
             next((each.not_kept for each in seen if each.not_kept is not None), None),
         )
-        for column in measured_columns(source=Source.MONITOR):
-            result.findings.values.pop(column, None)
-            result.findings.unavailable.pop(column, None)
-        result.findings.add(together([each.findings for each in seen]))
+        _put_together(result.findings, [each.findings for each in seen])
         return result
 
     def has_power(self) -> bool:
@@ -89,6 +87,28 @@ class ReplicaWatch:
                 stack.callback(watch.close)
             for driver in self._more:
                 stack.callback(driver.close)
+
+
+def with_other_machines(seen: WatchResult, others: Sequence[tuple[Findings, str | None]]) -> WatchResult:
+    """Add what was seen of the GPUs of other machines during the same case.
+
+    Args:
+        seen: on this machine.
+        others: on each other one, and why its figures must not be used.
+    """
+    findings = Findings(dict(seen.findings.values), dict(seen.findings.unavailable))
+    _put_together(findings, [seen.findings, *(found for found, _ in others)])
+    suspicions = [*seen.suspicions, *(Suspicion(why, True) for _, why in others if why is not None)]
+    return WatchResult(findings, suspicions, seen.lost, seen.not_kept)
+
+
+def _put_together(result: Findings, found: Sequence[Findings]) -> None:
+    """Replace the monitor's columns by those of several GPUs as one set."""
+    joined = together(found)
+    for column in measured_columns(source=Source.MONITOR):
+        result.values.pop(column, None)
+        result.unavailable.pop(column, None)
+    result.add(joined)
 
 
 def _beside(path: Path, number: int) -> Path:
