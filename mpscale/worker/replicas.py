@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import keras
+import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 from keras.src.losses import loss as of_keras
@@ -15,8 +17,9 @@ from keras.src.losses import loss as of_keras
 from mpscale.core.case import Settings
 from mpscale.core.mode import Mode
 from mpscale.worker.batches import Batches
+from mpscale.worker.cluster import Cluster, cluster_of
 from mpscale.worker.objective import NotedLoss
-from mpscale.worker.step import TrainStep
+from mpscale.worker.step import Log, TrainStep
 from mpscale.worker.update import Update
 
 
@@ -28,6 +31,9 @@ def strategy_of(settings: Settings) -> tf.distribute.Strategy | None:
     """
     if settings.strategy == "none":
         return None
+    cluster = cluster_of(settings)
+    if cluster is not None:
+        return cluster.strategy
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     if len(devices) < settings.replicas:
         raise RuntimeError(f"{settings.replicas} replicas need as many devices, and TensorFlow sees {len(devices)}")
@@ -57,13 +63,17 @@ class ReplicaBatches(Batches):
     """
 
     def __init__(self, examples: Any, order: npt.NDArray[Any]) -> None:
-        devices = tf.distribute.get_strategy().extended.worker_devices
-        width = order.shape[1] // len(devices)
-        self._parts: list[tuple[Any, Any]] = []
-        for number, device in enumerate(devices):
+        strategy = tf.distribute.get_strategy()
+        width, devices = order.shape[1] // strategy.num_replicas_in_sync, strategy.extended.worker_devices
+        # Numbers count the replicas of all workers, and devices are those of this one.
+        numbers = strategy.experimental_distribute_values_from_function(
+            lambda replica: replica.replica_id_in_sync_group
+        )
+        self._parts: dict[int, tuple[Any, Any]] = {}
+        for number, device in zip(strategy.experimental_local_results(numbers), devices, strict=True):
             with tf.device(device):
                 own = tf.constant(order[:, number * width : (number + 1) * width])
-                self._parts.append((tf.nest.map_structure(tf.constant, examples), own))
+                self._parts[number] = (tf.nest.map_structure(tf.constant, examples), own)
         # One copy on each device, so that no replica reads that of another.
         self.position = tf.Variable(
             0, dtype=tf.int64, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
@@ -71,7 +81,7 @@ class ReplicaBatches(Batches):
 
     @property
     def tensors(self) -> list[Any]:
-        return list(tf.nest.flatten(self._parts))
+        return list(tf.nest.flatten(list(self._parts.values())))
 
     @property
     def own(self) -> tuple[Any, Any]:
@@ -101,32 +111,62 @@ class ReplicatedStep(TrainStep):
         update: what a replica does with its part of a batch.
         batches: of the replicas.
         steps_per_call: as of :class:`TrainStep`.
+        cluster: the workers that train together; None if this process trains alone.
     """
 
     batches: ReplicaBatches
 
-    def __init__(self, update: Update, batches: ReplicaBatches, steps_per_call: int = 1) -> None:
-        self.strategy = tf.distribute.get_strategy()
+    def __init__(
+        self, update: Update, batches: ReplicaBatches, steps_per_call: int = 1, cluster: Cluster | None = None
+    ) -> None:
+        self.strategy, self.cluster = tf.distribute.get_strategy(), cluster
         # XLA cannot compile the merge_call by which TensorFlow joins replicas (scaling/skip.py).
         super().__init__(update, batches, False, steps_per_call)
 
     def block(self, steps: int, one_per_call: bool = False) -> None:
         """Take steps as :class:`TrainStep` does. Returns when every device is done with them."""
         super().block(steps, one_per_call)
-        tf.test.experimental.sync_devices()
+        self._await_devices()
 
     def synchronise(self) -> None:
         """Wait until every device has done all steps."""
         super().synchronise()
-        tf.test.experimental.sync_devices()
+        self._await_devices()
+
+    def _await_devices(self) -> None:
+        """Of this process; tf.test.experimental.sync_devices would also turn to those of other workers."""
+        for device in self.strategy.extended.worker_devices:
+            with tf.device(device):
+                tf.raw_ops.SyncDevice()
+
+    def agreed(self, value: float) -> float:
+        return value if self.cluster is None else self.cluster.agreed(value)
+
+    def weights_finite(self) -> bool:
+        return bool(self.agreed(super().weights_finite()))
+
+    def last_loss(self) -> float:
+        loss = super().last_loss()
+        return loss if self.cluster is None else float(self.cluster.mean(np.float32(loss)))
+
+    def read_log(self) -> Log:
+        log = super().read_log()
+        # Not in the step: a user's step would not wait for the others once more, only for their losses.
+        return log if self.cluster is None else replace(log, loss=self.cluster.mean(log.loss))
 
     def _step(self, *_: Any) -> tuple[tf.Tensor, ...]:
         with _losses_as_they_are():
-            row = self.strategy.run(lambda: self.update(self.batches.take()))
+            row = self.strategy.run(self._of_replica)
         self.batches.advance()
         self._logged = tuple(row)
-        loss = self.strategy.reduce(tf.distribute.ReduceOp.MEAN, row.pop("loss"), axis=None)
-        return loss, *(self.strategy.experimental_local_results(value)[0] for value in row.values())
+        losses = self.strategy.experimental_local_results(row.pop("loss"))
+        return tf.add_n(losses) / len(losses), *(
+            self.strategy.experimental_local_results(value)[0] for value in row.values()
+        )
+
+    def _of_replica(self) -> dict[str, Any]:
+        self.batch = self.batches.take()
+        return self.update(self.batch)
 
     def _empty_step(self, *_: Any) -> tf.Tensor:
         def touch() -> None:

@@ -1,0 +1,242 @@
+"""The workers of a case that trains in several processes: how they join, agree, and notice that one is lost.
+
+Every worker runs the same code, and each collective operation waits for all of them. So a decision that could differ
+between them, such as how many steps take two seconds, is made by the first worker, and the others get it from
+TensorFlow's coordination service (:meth:`Cluster.agreed`). That takes no part in the order of collective operations and
+does not touch a GPU.
+
+TensorFlow aborts what waits for a worker that has died at once, and after ten seconds without a sign of life if nothing
+waits or the worker is stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import signal
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.distribute import collective_all_reduce_strategy as of_tensorflow
+from tensorflow.python.eager import context
+
+from mpscale.core.case import Settings
+from mpscale.worker.errors import PeerLost, message_of, unwrapped
+
+_JOIN_S = 180.0
+"""How long to wait for the other workers, which import TensorFlow first."""
+_ANSWER_S = 600.0
+"""How long to wait for the first worker's word. TensorFlow notices much sooner that it has died."""
+_LOST = (
+    tf.errors.UnavailableError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+)
+"""What TensorFlow raises in a worker that waits for one that is gone, or has said something else."""
+_SHOWN = 60  # characters of a fact
+
+
+class Cluster:
+    """The workers of a case as one of them sees it.
+
+    Args:
+        addresses: ``host:port`` of each worker, the first one first.
+        number: of this worker.
+        replicas: of each worker.
+    """
+
+    def __init__(self, addresses: Sequence[str], number: int, replicas: int) -> None:
+        self.workers, self.number, self.replicas = len(addresses), number, replicas
+        if number == 0:
+            # TensorFlow would wait for ever, and hold Python's lock meanwhile.
+            await_workers(addresses[1:], _JOIN_S)
+        self.strategy = _strategy(replicas)
+        self._asked = 0  # how often the workers have agreed on something
+
+    def agreed(self, value: float) -> float:
+        """The first worker's value. All workers have to call this equally often, and in the same order."""
+        key = self._next_key()
+        if self.number == 0:
+            context.context().set_config_key_value(key, json.dumps(float(value)))
+            return value
+        return float(json.loads(_said(key)))
+
+    def mean(self, values: Any) -> Any:
+        """The mean of the workers' arrays, float32 of any shape; the same on all. All of them have to call this."""
+        own = tf.constant(values)
+        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, own, axis=None).numpy() / np.float32(self.workers)
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Check that all workers know the same ``facts``, values of JSON by name. All have to call this.
+
+        Raises:
+            ValueError: they do not; on all workers.
+        """
+        key = self._next_key()
+        context.context().set_config_key_value(f"{key}/{self.number}", json.dumps(dict(facts)))
+        told = [json.loads(_said(f"{key}/{number}")) for number in range(self.workers)]
+        for number, theirs in enumerate(told):
+            differing = [name for name in told[0] | theirs if told[0].get(name) != theirs.get(name)]
+            if differing:
+                words = "; ".join(f"{name}: {_short(theirs, name)}, not {_short(told[0], name)}" for name in differing)
+                raise ValueError(
+                    f"worker {number} of {self.workers} would not train the same as worker 0 ({words}); give all of "
+                    "them the same workload, data, options and software"
+                )
+
+    def end(self) -> None:
+        """Wait for the others, so that none is gone while another one still needs its answer."""
+        with contextlib.suppress(tf.errors.OpError):  # whoever has lost the others here has all its figures
+            context.context().wait_at_barrier("mpscale/end", int(_ANSWER_S * 1e3))
+
+    def _next_key(self) -> str:
+        self._asked += 1
+        return f"mpscale/{self._asked}"
+
+
+def replicas_here(settings: Settings) -> int:
+    """How many of a case's replicas this process trains.
+
+    Raises:
+        ValueError: TF_CONFIG names no workers, or their number does not divide that of the replicas.
+    """
+    if settings.strategy != "multiworker":
+        return settings.replicas
+    workers = len(_members()[0])
+    if settings.replicas % workers:
+        raise ValueError(
+            f"{settings.replicas} replicas cannot be shared equally by {workers} workers; give --mp-replicas a "
+            f"multiple of {workers}"
+        )
+    return settings.replicas // workers
+
+
+def cluster_of(settings: Settings) -> Cluster | None:
+    """The cluster of a case, joined when this is called first, which must be before TensorFlow touches a device.
+
+    None if the case trains in this process alone.
+
+    Raises:
+        ValueError: as of :func:`replicas_here`.
+        PeerLost: another worker did not come.
+    """
+    return _joined(replicas_here(settings)) if settings.strategy == "multiworker" else None
+
+
+@functools.cache
+def _joined(replicas: int) -> Cluster:
+    """A process can join once, and its strategy numbers the collective operations from the start."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return Cluster(*_members(), replicas)
+    finally:
+        # TensorFlow takes SIGTERM for the notice of a preemption, which nothing here looks at.
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _members() -> tuple[list[str], int]:
+    """The addresses of all workers, the first one first, and the number of this one."""
+    try:
+        resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+        cluster = resolver.cluster_spec()
+        tasks = {
+            (job, number): address
+            for job in _jobs(cluster)
+            for number, address in zip(cluster.task_indices(job), cluster.job_tasks(job), strict=True)
+        }
+        return list(tasks.values()), list(tasks).index((resolver.task_type, resolver.task_id))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "with --mp-strategy multiworker, TF_CONFIG has to name all workers, and which of them this process is: "
+            '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
+        ) from error
+
+
+def await_workers(addresses: Sequence[str], seconds: float) -> None:
+    """Wait until something listens at each of ``addresses``, ``host:port``.
+
+    Raises:
+        PeerLost: that took more than ``seconds``.
+    """
+    end = time.monotonic() + seconds
+    for number, address in enumerate(addresses, 1):
+        host, _, port = address.rpartition(":")
+        while True:
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+                break
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise PeerLost(
+                        f"worker {number} of {len(addresses) + 1} did not come to {address} within {seconds:g} s "
+                        f"({error})"
+                    ) from error
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def noticing_lost_peers(settings: Settings) -> Iterator[None]:
+    """Raise :class:`PeerLost` for what TensorFlow raises because another worker is gone."""
+    try:
+        yield
+    except Exception as error:
+        if settings.strategy != "multiworker" or not isinstance(unwrapped(error), _LOST):
+            raise
+        said = message_of(unwrapped(error)).strip().partition("\n")[0]
+        raise PeerLost(f"another worker of the case ended, or cannot be reached: {said}") from error
+
+
+def _strategy(replicas: int) -> tf.distribute.Strategy:
+    """The strategy of a worker of so many replicas, each on a logical device of its own."""
+    cluster = tf.distribute.cluster_resolver.TFConfigClusterResolver().cluster_spec()
+    jobs = _jobs(cluster)
+    # TensorFlow would wait for an hour.
+    context.context().configure_coordination_service(
+        service_type="standalone",
+        service_leader=f"/job:{jobs[0]}/replica:0/task:0",
+        cluster_register_timeout_in_ms=int(_JOIN_S * 1e3),
+        coordinated_jobs=[
+            context.coordination_config_pb2.CoordinatedJob(name=job, num_tasks=cluster.num_tasks(job)) for job in jobs
+        ],
+    )
+    with _on_logical_cpus(replicas):
+        return tf.distribute.MultiWorkerMirroredStrategy()
+
+
+def _jobs(cluster: Any) -> list[str]:
+    """The kinds of tasks that train, that of the first worker first."""
+    return [job for job in ("chief", "worker") if job in cluster.jobs]
+
+
+@contextlib.contextmanager
+def _on_logical_cpus(number: int) -> Iterator[None]:
+    """Have MultiWorkerMirroredStrategy use this many logical devices of a CPU; it would use one."""
+    kind = of_tensorflow.CollectiveAllReduceExtended
+    local_devices = kind._initialize_local_devices
+
+    def all_devices(self: Any, resolver: Any, worker: str) -> tuple[tuple[str, ...], str]:
+        devices, device_type = local_devices(self, resolver, worker)
+        if device_type == "CPU":
+            devices = tuple(f"{worker}/device:CPU:{place}" for place in range(number))
+        return devices, device_type
+
+    kind._initialize_local_devices = all_devices
+    try:
+        yield
+    finally:
+        kind._initialize_local_devices = local_devices
+
+
+def _said(key: str) -> str:
+    return str(context.context().get_config_key_value(key, int(_ANSWER_S * 1e3)))
+
+
+def _short(facts: Mapping[str, Any], name: str) -> str:
+    text = json.dumps(facts.get(name))
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
