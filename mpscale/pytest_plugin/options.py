@@ -118,8 +118,8 @@ def choose_device(config: pytest.Config, devices: Sequence[Device], cpu: Device)
     workers = 1 if found is None else len(found.workers)
     if found is not None and wanted is not None and (len(wanted) > 1 or wanted[0] % workers):
         raise pytest.UsageError(
-            f"{origin.of(config, '--mp-replicas')}: TF_CONFIG names {workers} workers, with as many replicas each; give "
-            f"one number, a multiple of {workers}, or leave the option out"
+            f"{origin.of(config, '--mp-replicas')}: TF_CONFIG names {workers} workers, with as many replicas each: "
+            f"give one number, a multiple of {workers}, or leave the option out"
         )
     own = None if wanted is None else wanted[-1] // workers
     if own is None and found is not None and find_device(devices, os.environ, cpu).kind == "cpu":
