@@ -21,7 +21,7 @@ from mpscale.core.cluster import VARIABLE, Address, Cluster
 from mpscale.core.columns import STATUSES, Source, measured_columns
 from mpscale.core.files.temporary import temporary_file
 from mpscale.core.processes.process import KILL_S, Process
-from mpscale.core.processes.wire import Event, Finished, Wire, event_of, wait_for
+from mpscale.core.processes.wire import EVER_S, Event, Finished, Wire, event_of, wait_for
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings, misfit
 from mpscale.harness.launch import Launcher, LaunchError
@@ -323,10 +323,10 @@ class _Remote(Process):
             TimeoutError, EOFError, Garbled: as those of :class:`Process`, about the session there.
             Judged: the worker failed.
         """
-        deadline = None if seconds is None else time.monotonic() + seconds
+        deadline = time.monotonic() + (EVER_S if seconds is None else seconds)
         while True:
-            left_s = None if deadline is None else deadline - time.monotonic()
-            ended = event_of(self.wire.receive(left_s), (Ended,))
+            # Below 0 nothing would be read.
+            ended = event_of(self.wire.receive(max(deadline - time.monotonic(), 0.0)), (Ended,))
             if ended.number == self._number:  # else of a case before, which did not wait for it
                 break
         self.ended = ended

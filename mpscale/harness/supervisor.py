@@ -309,7 +309,7 @@ class Supervisor:
                 record.update({"case_wall_time_s": time.monotonic() - start})
                 shutil.rmtree(scratch, ignore_errors=True)
                 seen = self._watch.stop(talk.facts(), gpu_path)
-                if self._options.machines is not None:
+                if self._options.machines is not None and self._device.kind == "gpu":
                     seen = with_other_machines(seen, self._options.machines.seen())
                 record.update(seen.findings.values)
                 for column, why in seen.findings.unavailable.items():
