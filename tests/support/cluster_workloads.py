@@ -1,7 +1,9 @@
 """Workloads that several workers train together."""
 
+import json
+import os
+
 import keras
-import numpy as np
 from support.one_case import blobs, dense, split, workload
 
 from mpscale.worker.training import batches
@@ -17,12 +19,20 @@ def momentum():
     return keras.optimizers.SGD(0.1, momentum=0.9)
 
 
-def data(poisoned=False):
+def data():
+    return split(*blobs())
+
+
+def poisoned():
     x, y = blobs()
-    if poisoned:
-        # Of the first epoch in the third step: once in the part of the second replica, in other epochs elsewhere.
-        x[batches(160, 2 * BATCH, STEPS, 0)[2, BATCH + 3]] = 1e30
+    # Of the first epoch in the third step: once in the part of the second replica, in other epochs elsewhere.
+    x[batches(160, 2 * BATCH, STEPS, 0)[2, BATCH + 3]] = 1e30
     return split(x, y)
+
+
+def other_data():
+    x, y = blobs()
+    return split(x + json.loads(os.environ["TF_CONFIG"])["task"]["index"], y)
 
 
 def with_statistics():
@@ -31,35 +41,6 @@ def with_statistics():
 
 
 plain = workload(dense(), data, momentum, **SHOWN)
-overflowing = workload(dense(), lambda: data(True), momentum, **SHOWN)
-statistics = workload(with_statistics, data, momentum, **SHOWN)
-
-
-def other_data():
-    x, y = blobs()
-    return split(x + number_of_worker(), y)
-
-
-def other_model():
-    return dense(3)() if number_of_worker() == 0 else keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
-
-
-def other_model2():
-    return keras.Sequential([keras.Input((2,)), keras.layers.Dense(5+number_of_worker()), keras.layers.Dense(3)])
-
-
-def failing(labels, outputs):
-    if number_of_worker() == 1:
-        raise ZeroDivisionError("of worker 1")
-    return 0.5
-
-
-def number_of_worker():
-    import json, os
-    return json.loads(os.environ["TF_CONFIG"])["task"]["index"]
-
-
-differing_data = workload(dense(), other_data, momentum, **SHOWN)
-differing_model = workload(other_model, data, momentum, **SHOWN)
-differing_model2 = workload(other_model2, data, momentum, **SHOWN)
-failing_metric = workload(dense(), data, momentum, **{**SHOWN, "metric": failing, "metric_name": "m", "metric_higher_is_better": True})
+overflowing = workload(dense(), poisoned, momentum, **SHOWN)
+statistics = workload(with_statistics, data, momentum, **SHOWN, target=0.5)
+differing = workload(dense(), other_data, momentum, **SHOWN)
