@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from support import worker_groups
 
-from mpscale.worker.cluster import await_workers
+from mpscale.core.case import Settings
+from mpscale.worker.cluster import await_workers, replicas_here
 from mpscale.worker.errors import PeerLost
 
 TOGETHER = {"strategy": "multiworker", "replicas": 2}
@@ -125,3 +126,23 @@ def test_a_worker_that_never_comes_is_named():
     (address,) = worker_groups.free_addresses(1)
     with pytest.raises(PeerLost, match=f"worker 1 of 2 did not come to {address} within 0.1 s"):
         await_workers([address], 0.1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param("", id="none"),
+        pytest.param("{", id="no JSON"),
+        pytest.param("[]", id="no object"),
+        pytest.param('{"task": {"type": "worker", "index": 0}}', id="no cluster"),
+        pytest.param('{"cluster": {"worker": ["a:1"]}}', id="no task"),
+        pytest.param('{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}', id="no such task"),
+        pytest.param('{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "ps", "index": 0}}', id="a server"),
+        pytest.param('{"cluster": {"worker": "a:1"}, "task": {"type": "worker", "index": "one"}}', id="no number"),
+        pytest.param('{"cluster": "a:1", "task": {"type": "worker", "index": 0}}', id="no tasks"),
+    ],
+)
+def test_a_cluster_without_this_process_is_refused(config, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(ValueError, match="TF_CONFIG has to name all workers, and which of them this process is"):
+        replicas_here(Settings(**TOGETHER))
