@@ -15,6 +15,7 @@ from mpscale.core.loss_scale import DynamicLossScale
 from mpscale.core.mode import Mode
 
 StartMethod = Literal["fork", "fresh"]
+Strategy = Literal["none", "mirrored", "multiworker"]
 
 _CASE_ID = re.compile(
     r"(.+)--(?!batch\d+--|scale\d[\d.e+-]*--|replicas\d+--)(.+?)"
@@ -166,7 +167,7 @@ class Settings:
     looks: int = 0
     lint: bool = False
     autotune: Literal["fresh", "shared"] = "fresh"
-    strategy: Literal["none", "mirrored", "multiworker"] = "none"
+    strategy: Strategy = "none"
     replicas: int = 1
 
     def suited_to(self, growth_interval: int | None) -> Settings:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 
 import pytest
-from support.gpu_case import ENERGY_OFF, kept_samples
+from support.gpu_case import ENERGY_OFF, TRAINING, kept_samples
 
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
@@ -52,6 +53,26 @@ def test_a_case_that_uses_one_of_two_gpus_has_the_figures_of_that_one(script, gp
     found = seen.findings.values
     assert (found[PEAK], found[CLOCK], found[HOT]) == (300, 1400, 40)
     assert found[POWER] == pytest.approx(100)
+
+
+def test_each_of_two_processes_is_watched_on_a_gpu_of_its_own(script, gpu_case):
+    second = script.device()
+    case = gpu_case(several=True)
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        case.watch.start(case.pid, time.monotonic(), None, [(other.pid, None)])
+        case.watch.mark("idle")
+        script.process("compute", case.pid, 300)
+        script.process("compute", other.pid, 900, device=second)
+        for phase in ("context-ready", *TRAINING, "done"):
+            case.watch.mark(phase)
+        seen = case.watch.stop(WorkerFacts(energy_off=ENERGY_OFF, replicas=2), None)
+    finally:
+        other.kill()
+        other.wait()
+    # Neither process is somebody else's on its GPU.
+    assert seen.suspicions == []
+    assert seen.findings.values["gpu_memory_process_peak_mib"] == 900
 
 
 def test_what_is_unknown_of_one_gpu_is_unknown_of_both(script, gpu_case):
