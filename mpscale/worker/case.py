@@ -81,7 +81,8 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
         _report(channel, touch(device, mode, settings))
         cluster = cluster_of(settings)
         if cluster is not None:
-            cluster.check_same({**case.to_json(), "TensorFlow": tf.__version__, "Keras": keras.__version__})
+            software = {"TensorFlow": tf.__version__, "Keras": keras.__version__}
+            cluster.check_same({**software, **settings.to_json(), **case.to_json(), "settings": None})
         channel.phase(Phase.CONTEXT_READY)
         arithmetic = Arithmetic(mode, device, settings.jit)
         built = build(case, arithmetic, channel)
@@ -195,7 +196,7 @@ def _on_replicas(built: Built, channel: Channel) -> str | None:
     assert built.noted_loss is not None and isinstance(step, ReplicatedStep)  # a compiled model has been refused
     for remark in remarks(built.noted_loss, labels, built.model, built.optimizer, mode, replicas):
         channel.send(Remarked(remark))
-    return objection(built.noted_loss, labels, replicas, step.strategy)
+    return objection(step, built.noted_loss, labels, mode)
 
 
 def _report(channel: Channel, found: Findings) -> None:

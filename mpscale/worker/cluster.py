@@ -85,13 +85,14 @@ class Cluster:
             differing = [name for name in told[0] | theirs if told[0].get(name) != theirs.get(name)]
             if differing:
                 words = "; ".join(f"{name}: {_short(theirs, name)}, not {_short(told[0], name)}" for name in differing)
+                self.end()
                 raise ValueError(
                     f"worker {number} of {self.workers} would not train the same as worker 0 ({words}); give all of "
                     "them the same workload, data, options and software"
                 )
 
     def end(self) -> None:
-        """Wait for the others, so that none is gone while another one still needs its answer."""
+        """Wait for the others, so that none is gone while another one still waits for its word. Call it once."""
         with contextlib.suppress(tf.errors.OpError):  # whoever has lost the others here has all its figures
             context.context().wait_at_barrier("mpscale/end", int(_ANSWER_S * 1e3))
 

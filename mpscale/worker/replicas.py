@@ -195,10 +195,16 @@ def _losses_as_they_are() -> Iterator[None]:
         of_keras.scale_loss_for_distribution = scaling
 
 
-def objection(loss: NotedLoss, labels: Any, replicas: int, strategy: tf.distribute.Strategy) -> str | None:
-    """Why replicas cannot train by a loss; None if they can. It has been traced; ``labels`` are those of a batch."""
+def objection(step: ReplicatedStep, loss: NotedLoss, labels: Any, mode: Mode) -> str | None:
+    """Why replicas cannot train so; None if they can. The loss has been traced; ``labels`` are those of a batch."""
+    replicas, strategy = step.strategy.num_replicas_in_sync, step.strategy
     if replicas == 1:
         return None
+    if step.cluster is not None and step.cluster.workers > 1 and _decides_by_replica_0(mode):
+        return (
+            f"in {mode.name} Keras decides on each worker by itself whether to skip a step, and workers that decide "
+            "differently would wait for each other for ever; use mixed-dynamic, or --mp-strategy mirrored"
+        )
     with _losses_as_they_are():
         if loss.differs_within(strategy.scope(), labels):
             return (
@@ -225,6 +231,11 @@ def remarks(loss: NotedLoss, labels: Any, model: keras.Model, optimizer: Any, mo
         found.append("BatchNormalization normalises over the batch of a replica (synchronized=True: over all)")
     if any(getattr(optimizer, name, None) for name in ("clipnorm", "global_clipnorm", "clipvalue")):
         found.append("Keras clips the gradients of each replica, before they are added up")
-    if mode.scaling is not None and mode.scaling.rule == "keras":
+    if _decides_by_replica_0(mode):
         found.append("Keras' loss scaling decides by the gradients of replica 0 alone")
     return found
+
+
+def _decides_by_replica_0(mode: Mode) -> bool:
+    """Whether an overflow on another replica of the process goes unnoticed."""
+    return mode.scaling is not None and mode.scaling.rule == "keras"

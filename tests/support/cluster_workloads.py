@@ -1,7 +1,9 @@
 """Workloads that several workers train together."""
 
+import json
+import os
+
 import keras
-import numpy as np
 from support.one_case import blobs, dense, split, workload
 
 from mpscale.worker.training import batches
@@ -17,12 +19,20 @@ def momentum():
     return keras.optimizers.SGD(0.1, momentum=0.9)
 
 
-def data(poisoned=False):
+def data():
+    return split(*blobs())
+
+
+def poisoned():
     x, y = blobs()
-    if poisoned:
-        # Of the first epoch in the third step: once in the part of the second replica, in other epochs elsewhere.
-        x[batches(160, 2 * BATCH, STEPS, 0)[2, BATCH + 3]] = 1e30
+    # Of the first epoch in the third step: once in the part of the second replica, in other epochs elsewhere.
+    x[batches(160, 2 * BATCH, STEPS, 0)[2, BATCH + 3]] = 1e30
     return split(x, y)
+
+
+def other_data():
+    x, y = blobs()
+    return split(x + json.loads(os.environ["TF_CONFIG"])["task"]["index"], y)
 
 
 def with_statistics():
@@ -31,5 +41,6 @@ def with_statistics():
 
 
 plain = workload(dense(), data, momentum, **SHOWN)
-overflowing = workload(dense(), lambda: data(True), momentum, **SHOWN)
-statistics = workload(with_statistics, data, momentum, **SHOWN)
+overflowing = workload(dense(), poisoned, momentum, **SHOWN)
+statistics = workload(with_statistics, data, momentum, **SHOWN, target=0.5)
+differing = workload(dense(), other_data, momentum, **SHOWN)

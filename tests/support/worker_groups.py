@@ -2,12 +2,12 @@
 
     python worker_groups.py FOLDER < groups.json
 
-The input has, for each name, ``{"workers": [settings, ...], "mode": ..., "workload": ..., "kill": number}``. A group of
-one is a case that trains alone. Worker ``kill`` is killed in mid-training. The output has for each name what the workers
-have reported, ``{"row": ..., "end": the last event, "seconds": since another one was killed, ...}``.
+The input has for each name ``{"workload": ..., "mode": ..., "workers": [settings, ...]}``, and may have ``chief``, to
+call the first worker so, and ``kill``: the number of a worker that gets a signal in mid-training, and the signal.
+The output has for each name and worker what it has reported: ``row``, ``remarks``, ``end`` (its last event), the columns
+of its steps, and its exit ``code``; and ``seconds``, how long it outlived one that was killed.
 """
 
-import contextlib
 import gzip
 import json
 import os
@@ -36,71 +36,75 @@ def free_addresses(number):
     return addresses
 
 
-def start(group, folder):
-    """Fork the workers of a group; return the pid, the wire and the log of steps of each."""
-    addresses, started = free_addresses(len(group["workers"])), []
-    for number, settings in enumerate(group["workers"]):
-        ours, theirs = Wire.pair()
-        case = Case(
-            settings.pop("workload", group["workload"]), settings.pop("mode", group.get("mode", "fp32")), 0, 0, 0,
-            Settings(**{**PLAIN, **settings}),
-        )  # fmt: skip
-        steps = folder / "steps" / f"{os.urandom(8).hex()}.csv.gz"
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.setsid()
-                os.dup2(os.open(folder / f"{case.mode}-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-                os.dup2(1, 2)
-                if len(addresses) > 1:
-                    task = {"type": "worker", "index": number}
-                    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
-                code = main(theirs)
-            finally:
-                os._exit(code)
-        theirs.close()
-        request = {
-            "case": case.to_json(), "device": Device("cpu", "CPU").to_json(), "sys_path": sys.path,
-            "steps_path": str(steps) if number == 0 else None, "scratch": str(folder), "energy_s": case.settings.energy_s,
+def tasks(group):
+    """TF_CONFIG of each worker."""
+    addresses = free_addresses(len(group["workers"]))
+    names = [("worker", number) for number in range(len(addresses))]
+    cluster = {"worker": addresses}
+    if group.get("chief"):
+        names = [("chief", 0), *names[:-1]]
+        cluster = {"chief": addresses[:1], "worker": addresses[1:]}
+    return [json.dumps({"cluster": cluster, "task": {"type": kind, "index": number}}) for kind, number in names]
+
+
+def start(group, settings, task, folder):
+    """Fork a worker; return its pid and its wire."""
+    ours, theirs = Wire.pair()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            log = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.environ["TF_CONFIG"] = task
+            code = main(theirs)
+        finally:
+            os._exit(code)
+    theirs.close()
+    case = Case(group["workload"], group.get("mode", "fp32"), 0, 0, 0, Settings(**{**PLAIN, **settings}))
+    ours.send(
+        {
+            "case": case.to_json(), "device": Device("cpu", "CPU").to_json(), "energy_s": case.settings.energy_s,
+            "steps_path": str(folder / "steps" / f"{pid}.csv.gz"), "scratch": str(folder), "sys_path": sys.path,
             "autotuning": None, "given": Given().to_json(),
-        }  # fmt: skip
-        ours.send(request)
-        started.append((pid, ours, steps))
-    return started
+        }
+    )  # fmt: skip
+    return pid, ours
 
 
 def run(group, folder):
-    """Run a group to its end as a session does."""
-    started, end, killed = start(group, folder), time.monotonic() + LIMIT_S, None
+    """Run a group to its end, as a session does."""
+    started = [start(group, *each, folder) for each in zip(group["workers"], tasks(group), strict=True)]
     told = [{"row": {}, "remarks": [], "end": None, "seconds": None} for _ in started]
-    open_ones = {wire: (pid, one) for (pid, wire, _), one in zip(started, told, strict=True)}
-    while open_ones and (left := end - time.monotonic()) > 0:
-        for wire in wait_for(open_ones, left):
-            pid, one = open_ones[wire]
+    of_wire = {wire: number for number, (_, wire) in enumerate(started)}
+    end, killed, (victim, how) = time.monotonic() + LIMIT_S, None, group.get("kill", (None, None))
+    while of_wire and (left := end - time.monotonic()) > 0:
+        for wire in wait_for(of_wire, left):
+            number = of_wire[wire]
             try:
                 event = wire.receive(LIMIT_S)
             except EOFError:
-                del open_ones[wire]
-                one["seconds"] = None if killed is None else time.monotonic() - killed
+                told[number]["seconds"] = None if killed is None else time.monotonic() - killed
+                del of_wire[wire]
                 continue
             kind = event.pop("event")
             if kind == "phase":
                 wire.send({})
             elif kind == "values":
-                one["row"] |= event["values"]
+                told[number]["row"] |= event["values"]
             elif kind == "remark":
-                one["remarks"].append(event["text"])
+                told[number]["remarks"].append(event["text"])
             elif kind in ("done", "error"):
-                one["end"] = event
-            elif kind == "progress" and killed is None and group.get("kill") == told.index(one):
-                os.kill(pid, signal.SIGKILL)
+                told[number]["end"] = event
+            elif kind == "progress" and killed is None and number == victim:
+                os.kill(started[number][0], getattr(signal, how))
                 killed = time.monotonic()
-    for (pid, _, steps), one in zip(started, told, strict=True):
-        if one["end"] is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    for (pid, wire), one in zip(started, told, strict=True):
+        if wire in of_wire:
+            os.kill(pid, signal.SIGKILL)
         one["code"] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        steps = folder / "steps" / f"{pid}.csv.gz"
         if steps.exists():
             lines = gzip.decompress(steps.read_bytes()).decode().split()[1:]
             columns = zip(*[line.split(",") for line in lines], strict=True)
