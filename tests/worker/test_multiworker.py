@@ -91,7 +91,10 @@ def test_a_model_with_statistics_of_batches_is_evaluated_on_all_workers(groups):
 
 @pytest.mark.parametrize(
     ("name", "killed", "code"),
-    [pytest.param("the second killed", 1, -15, id="the second"), pytest.param("the first killed", 0, -9, id="the first")],
+    [
+        pytest.param("the second killed", 1, -15, id="the second"),
+        pytest.param("the first killed", 0, -9, id="the first"),
+    ],
 )
 def test_a_worker_ends_by_itself_soon_after_another_one_was_killed(groups, name, killed, code):
     dead, other = groups[name][killed], groups[name][1 - killed]
@@ -137,7 +140,9 @@ def test_a_worker_that_never_comes_is_named():
         pytest.param('{"task": {"type": "worker", "index": 0}}', id="no cluster"),
         pytest.param('{"cluster": {"worker": ["a:1"]}}', id="no task"),
         pytest.param('{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}', id="no such task"),
-        pytest.param('{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "ps", "index": 0}}', id="a server"),
+        pytest.param(
+            '{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "ps", "index": 0}}', id="a server"
+        ),
         pytest.param('{"cluster": {"worker": "a:1"}, "task": {"type": "worker", "index": "one"}}', id="no number"),
         pytest.param('{"cluster": "a:1", "task": {"type": "worker", "index": 0}}', id="no tasks"),
     ],
