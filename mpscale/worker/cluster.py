@@ -14,10 +14,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from tensorflow.python.distribute import collective_all_reduce_strategy as of_te
 from tensorflow.python.eager import context
 
 from mpscale.core.case import Settings
+from mpscale.core.cluster import VARIABLE, Address, BadCluster, Cluster
 from mpscale.worker.errors import PeerLost, message_of, unwrapped
 
 _JOIN_S = 180.0
@@ -42,27 +44,29 @@ _LOST = (
 _SHOWN = 60  # characters of a fact
 
 
-class Cluster:
+class JoinedCluster:
     """The workers of a case as one of them sees it.
 
     Args:
-        addresses: ``host:port`` of each worker, the first one first.
-        number: of this worker.
+        cluster: who they are, and which of them this process is.
         replicas: of each worker.
+
+    Raises:
+        PeerLost: another worker did not come.
     """
 
-    def __init__(self, addresses: Sequence[str], number: int, replicas: int) -> None:
-        self.workers, self.number, self.replicas = len(addresses), number, replicas
-        if number == 0:
+    def __init__(self, cluster: Cluster, replicas: int) -> None:
+        self.cluster, self.workers, self.replicas = cluster, len(cluster.workers), replicas
+        if cluster.leads:
             # TensorFlow would wait for ever, and hold Python's lock meanwhile.
-            await_workers(addresses[1:], _JOIN_S)
+            await_workers(cluster, _JOIN_S)
         self.strategy = _strategy(replicas)
         self._asked = 0  # how often the workers have agreed on something
 
     def agreed(self, value: float) -> float:
         """The first worker's value. All workers have to call this equally often, and in the same order."""
         key = self._next_key()
-        if self.number == 0:
+        if self.cluster.leads:
             context.context().set_config_key_value(key, json.dumps(float(value)))
             return value
         return float(json.loads(_said(key)))
@@ -79,16 +83,16 @@ class Cluster:
             ValueError: they do not; on all workers.
         """
         key = self._next_key()
-        context.context().set_config_key_value(f"{key}/{self.number}", json.dumps(dict(facts)))
-        told = [json.loads(_said(f"{key}/{number}")) for number in range(self.workers)]
-        for number, theirs in enumerate(told):
+        context.context().set_config_key_value(f"{key}/{self.cluster.place}", json.dumps(dict(facts)))
+        told = [json.loads(_said(f"{key}/{place}")) for place in range(self.workers)]
+        for place, theirs in enumerate(told):
             differing = [name for name in told[0] | theirs if told[0].get(name) != theirs.get(name)]
             if differing:
                 words = "; ".join(f"{name}: {_short(theirs, name)}, not {_short(told[0], name)}" for name in differing)
                 self.end()
                 raise ValueError(
-                    f"worker {number} of {self.workers} would not train the same as worker 0 ({words}); give all of "
-                    "them the same workload, data, options and software"
+                    f"{self.cluster.name(place)} would not train the same as worker 1 ({words}); give all of them the "
+                    "same workload, data, options and software"
                 )
 
     def end(self) -> None:
@@ -105,11 +109,12 @@ def replicas_here(settings: Settings) -> int:
     """How many of a case's replicas this process trains.
 
     Raises:
-        ValueError: TF_CONFIG names no workers, or their number does not divide that of the replicas.
+        BadCluster: TF_CONFIG does not say who trains.
+        ValueError: the number of workers does not divide that of the replicas.
     """
     if settings.strategy != "multiworker":
         return settings.replicas
-    workers = len(_members()[0])
+    workers = len(_cluster().workers)
     if settings.replicas % workers:
         raise ValueError(
             f"{settings.replicas} replicas cannot be shared equally by {workers} workers; give --mp-replicas a "
@@ -118,66 +123,52 @@ def replicas_here(settings: Settings) -> int:
     return settings.replicas // workers
 
 
-def cluster_of(settings: Settings) -> Cluster | None:
+def cluster_of(settings: Settings) -> JoinedCluster | None:
     """The cluster of a case, joined when this is called first, which must be before TensorFlow touches a device.
 
     None if the case trains in this process alone.
 
     Raises:
-        ValueError: as of :func:`replicas_here`.
+        BadCluster, ValueError: as of :func:`replicas_here`.
         PeerLost: another worker did not come.
     """
     return _joined(replicas_here(settings)) if settings.strategy == "multiworker" else None
 
 
 @functools.cache
-def _joined(replicas: int) -> Cluster:
+def _joined(replicas: int) -> JoinedCluster:
     """A process can join once, and its strategy numbers the collective operations from the start."""
     before = signal.getsignal(signal.SIGTERM)
     try:
-        return Cluster(*_members(), replicas)
+        return JoinedCluster(_cluster(), replicas)
     finally:
         # TensorFlow takes SIGTERM for the notice of a preemption, which nothing here looks at.
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _members() -> tuple[list[str], int]:
-    """The addresses of all workers, the first one first, and the number of this one."""
-    try:
-        resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-        cluster = resolver.cluster_spec()
-        tasks = {
-            (job, number): address
-            for job in _jobs(cluster)
-            for number, address in zip(cluster.task_indices(job), cluster.job_tasks(job), strict=True)
-        }
-        return list(tasks.values()), list(tasks).index((resolver.task_type, resolver.task_id))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            "with --mp-strategy multiworker, TF_CONFIG has to name all workers, and which of them this process is: "
-            '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
-        ) from error
+def _cluster() -> Cluster:
+    found = Cluster.of(os.environ)
+    if found is None:
+        raise BadCluster(f"a worker of --mp-strategy multiworker needs {VARIABLE}, which says who trains with it")
+    return found
 
 
-def await_workers(addresses: Sequence[str], seconds: float) -> None:
-    """Wait until something listens at each of ``addresses``, ``host:port``.
+def await_workers(cluster: Cluster, seconds: float) -> None:
+    """Wait until something listens at the address of each worker after the first.
 
     Raises:
         PeerLost: that took more than ``seconds``.
     """
     end = time.monotonic() + seconds
-    for number, address in enumerate(addresses, 1):
-        host, _, port = address.rpartition(":")
+    for place, text in enumerate(cluster.workers[1:], 1):
+        address = Address.parse(text)
         while True:
             try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+                socket.create_connection((address.host, address.port), timeout=1.0).close()
                 break
             except OSError as error:
                 if time.monotonic() > end:
-                    raise PeerLost(
-                        f"worker {number} of {len(addresses) + 1} did not come to {address} within {seconds:g} s "
-                        f"({error})"
-                    ) from error
+                    raise PeerLost(f"{cluster.name(place)} did not come within {seconds:g} s ({error})") from error
             time.sleep(0.05)
 
 
@@ -195,24 +186,20 @@ def noticing_lost_peers(settings: Settings) -> Iterator[None]:
 
 def _strategy(replicas: int) -> tf.distribute.Strategy:
     """The strategy of a worker of so many replicas, each on a logical device of its own."""
-    cluster = tf.distribute.cluster_resolver.TFConfigClusterResolver().cluster_spec()
-    jobs = _jobs(cluster)
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    tasks = resolver.cluster_spec()
+    jobs = [job for job in ("chief", "worker") if job in tasks.jobs]
     # TensorFlow would wait for an hour.
     context.context().configure_coordination_service(
         service_type="standalone",
         service_leader=f"/job:{jobs[0]}/replica:0/task:0",
         cluster_register_timeout_in_ms=int(_JOIN_S * 1e3),
         coordinated_jobs=[
-            context.coordination_config_pb2.CoordinatedJob(name=job, num_tasks=cluster.num_tasks(job)) for job in jobs
+            context.coordination_config_pb2.CoordinatedJob(name=job, num_tasks=tasks.num_tasks(job)) for job in jobs
         ],
     )
     with _on_logical_cpus(replicas):
-        return tf.distribute.MultiWorkerMirroredStrategy()
-
-
-def _jobs(cluster: Any) -> list[str]:
-    """The kinds of tasks that train, that of the first worker first."""
-    return [job for job in ("chief", "worker") if job in cluster.jobs]
+        return tf.distribute.MultiWorkerMirroredStrategy(resolver)
 
 
 @contextlib.contextmanager

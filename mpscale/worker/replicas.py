@@ -17,7 +17,7 @@ from keras.src.losses import loss as of_keras
 from mpscale.core.case import Settings
 from mpscale.core.mode import Mode
 from mpscale.worker.batches import Batches
-from mpscale.worker.cluster import Cluster, cluster_of
+from mpscale.worker.cluster import JoinedCluster, cluster_of
 from mpscale.worker.objective import NotedLoss
 from mpscale.worker.step import Log, TrainStep
 from mpscale.worker.update import Update
@@ -117,7 +117,7 @@ class ReplicatedStep(TrainStep):
     batches: ReplicaBatches
 
     def __init__(
-        self, update: Update, batches: ReplicaBatches, steps_per_call: int = 1, cluster: Cluster | None = None
+        self, update: Update, batches: ReplicaBatches, steps_per_call: int = 1, cluster: JoinedCluster | None = None
     ) -> None:
         self.strategy, self.cluster = tf.distribute.get_strategy(), cluster
         # XLA cannot compile the merge_call by which TensorFlow joins replicas (scaling/skip.py).

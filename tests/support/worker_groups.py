@@ -4,8 +4,8 @@
 
 The input has for each name ``{"workload": ..., "mode": ..., "workers": [settings, ...]}``, and may have ``chief``, to
 call the first worker so, and ``kill``: the number of a worker that gets a signal in mid-training, and the signal.
-The output has for each name and worker what it has reported: ``row``, ``remarks``, ``end`` (its last event), the columns
-of its steps, and its exit ``code``; and ``seconds``, how long it outlived one that was killed.
+The output has for each name and worker what it has reported, ``row``, ``remarks``, ``end`` (its last event) and the
+columns of its steps, its exit ``code``, and ``seconds``, how long it outlived one that was killed.
 """
 
 import gzip

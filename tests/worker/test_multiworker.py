@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from support import worker_groups
 
 from mpscale.core.case import Settings
+from mpscale.core.cluster import BadCluster, Cluster
 from mpscale.worker.cluster import await_workers, replicas_here
 from mpscale.worker.errors import PeerLost
 
@@ -43,10 +45,10 @@ GROUPS = {
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory):
     """Processes of their own, as a worker joins the others before TensorFlow touches a device."""
-    paths = os.pathsep.join([os.path.dirname(os.path.dirname(worker_groups.__file__)), *sys.path])
-    folder = tmp_path_factory.mktemp("cluster")
+    program, folder = Path(worker_groups.__file__), tmp_path_factory.mktemp("cluster")
+    paths = os.pathsep.join([str(program.parents[1]), *sys.path])
     done = subprocess.run(
-        [sys.executable, worker_groups.__file__, str(folder)], input=json.dumps(GROUPS), capture_output=True,
+        [sys.executable, str(program), str(folder)], input=json.dumps(GROUPS), capture_output=True,
         text=True, timeout=300, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -107,8 +109,8 @@ def test_a_worker_ends_by_itself_soon_after_another_one_was_killed(groups, name,
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("other steps", "worker 1 of 2 would not train the same as worker 0 (train_steps: 25, not null)"),
-        ("other replicas", "worker 1 of 2 would not train the same as worker 0 (replicas: 4, not 2)"),
+        ("other steps", "worker 2 of 2 would not train the same as worker 1 (train_steps: 25, not null)"),
+        ("other replicas", "worker 2 of 2 would not train the same as worker 1 (replicas: 4, not 2)"),
         ("other data", "data_digest: "),
         ("shared unequally", "3 replicas cannot be shared equally by 2 workers; give --mp-replicas a multiple of 2"),
     ],
@@ -126,28 +128,15 @@ def test_a_scaling_by_which_workers_would_wait_for_each_other_is_refused(groups)
 
 
 def test_a_worker_that_never_comes_is_named():
-    (address,) = worker_groups.free_addresses(1)
-    with pytest.raises(PeerLost, match=f"worker 1 of 2 did not come to {address} within 0.1 s"):
-        await_workers([address], 0.1)
+    addresses = tuple(worker_groups.free_addresses(2))
+    with pytest.raises(PeerLost, match=r"worker 2 of 2 did not come within 0.1 s \(.*refused\)"):
+        await_workers(Cluster(addresses, 0, ""), 0.1)
 
 
 @pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param("", id="none"),
-        pytest.param("{", id="no JSON"),
-        pytest.param("[]", id="no object"),
-        pytest.param('{"task": {"type": "worker", "index": 0}}', id="no cluster"),
-        pytest.param('{"cluster": {"worker": ["a:1"]}}', id="no task"),
-        pytest.param('{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}', id="no such task"),
-        pytest.param(
-            '{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "ps", "index": 0}}', id="a server"
-        ),
-        pytest.param('{"cluster": {"worker": "a:1"}, "task": {"type": "worker", "index": "one"}}', id="no number"),
-        pytest.param('{"cluster": "a:1", "task": {"type": "worker", "index": 0}}', id="no tasks"),
-    ],
+    "config", ["", "{", '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}']
 )
 def test_a_cluster_without_this_process_is_refused(config, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", config)
-    with pytest.raises(ValueError, match="TF_CONFIG has to name all workers, and which of them this process is"):
+    with pytest.raises(BadCluster, match="TF_CONFIG"):
         replicas_here(Settings(**TOGETHER))
