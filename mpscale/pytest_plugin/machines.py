@@ -81,8 +81,8 @@ def lead(config: pytest.Config, cluster: Cluster, device: Device, say: Callable[
         found = Coordinator(cluster, where, _facts(cluster, device), limit_s)
     except OSError as error:
         raise pytest.UsageError(
-            f"{where}: the sessions of other machines cannot connect here ({error.strerror or error}); name another "
-            "port, with --mp-coordinator HOST:PORT on all machines"
+            f"{where}: the sessions of other machines cannot connect here ({os.strerror(error.errno or 0)}); name "
+            "another port, with --mp-coordinator HOST:PORT on all machines"
         ) from error
     try:
         if found.others:

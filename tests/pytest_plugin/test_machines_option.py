@@ -1,0 +1,148 @@
+"""Sessions that TF_CONFIG makes one of several: what is refused before anything runs, and who is missed."""
+
+import json
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.small_suite import SUITE, command, environment, write
+
+MULTIWORKER = "--mp-strategy=multiworker"
+STAND_IN = """
+import sys
+from pathlib import Path
+from mpscale.harness import launch
+
+launch._WORKER = (sys.executable, "-P", str(Path(__file__).with_name("stand_in.py")))
+"""
+WORKER = """
+import json, os, sys, time
+from mpscale.core.processes.wire import Channel, Finished, Wire
+
+wire = Wire.inherited(int(sys.argv[2]))
+channel, request = Channel(wire), wire.receive()
+task = json.loads(os.environ["TF_CONFIG"])["task"]
+channel.values({"parameters": 10 + task["index"], "has_metric": False})
+channel.phase("idle")
+if request["case"]["seed"] == 1:
+    # The first waits for the second, as in a step that both take.
+    os._exit(3) if task["index"] else time.sleep(60)
+channel.send(Finished("ok", None, {}))
+wire.receive()
+"""
+
+
+def free_ports(number):
+    found = [socket.socket() for _ in range(number)]
+    try:
+        for each in found:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in found]
+    finally:
+        for each in found:
+            each.close()
+
+
+def config(index=0, port=None, kind="worker"):
+    workers = [f"127.0.0.1:{port or free_ports(1)[0]}", "127.0.0.1:9"]
+    return json.dumps({"cluster": {"worker": workers}, "task": {"type": kind, "index": index}})
+
+
+@pytest.mark.parametrize(
+    ("told", "given", "said"),
+    [
+        ("{", (), "TF_CONFIG is no JSON"),
+        (config(kind="ps"), (), "its task is a 'ps'"),
+        (config(index=2), (), "'worker' 2, is not in its cluster"),
+        (config(), ("--mp-replicas=2,4",), "give one number, a multiple of 2"),
+        (config(), ("--mp-replicas=3",), "give one number, a multiple of 2"),
+        (config(), ("--mp-coordinator=here",), "'here' is no HOST:PORT"),
+        (config(), ("--mp-jit=on",), "XLA cannot compile the steps of"),
+        (config(port=65535), (), "has the last port there is; name another with --mp-coordinator"),
+        ("", ("--mp-coordinator=a:1",), "which need --mp-strategy multiworker, and TF_CONFIG"),
+    ],
+)
+def test_what_does_not_fit_is_refused(session, monkeypatch, told, given, said):
+    monkeypatch.setenv("TF_CONFIG", told)
+    code, output = session(MULTIWORKER, "--mp-seeds=1", "--mp-modes=fp32", *(given or ("--mp-replicas=2",)))
+    assert code == pytest.ExitCode.USAGE_ERROR, output
+    assert said in output
+    assert not Path("results").exists()
+
+
+def test_without_the_strategy_the_cluster_of_a_scheduler_is_ignored(session, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", "{")
+    code, output = session("--mp-seeds=1", "--mp-modes=fp32", "--mp-workloads=mnist1d-mlp")
+    assert code == pytest.ExitCode.OK, output
+
+
+QUICK = (MULTIWORKER, "--mp-seeds=1", "--mp-modes=fp32", "--mp-workloads=mnist1d-mlp", "--mp-timeout=0.5")
+
+
+def test_machines_that_do_not_come_are_named(session, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", config())
+    code, output = session(*QUICK)
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert "no session of worker 2 of 2 has connected within 0.5 s; start the same command on every machine" in output
+    assert not Path("results/runs").exists()
+    monkeypatch.setenv("TF_CONFIG", config(index=1))
+    code, output = session(*QUICK)
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert "the session of the first worker was not reached at 127.0.0.1:" in output
+
+
+def test_a_port_that_is_taken_is_refused_and_another_may_be_named(session, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", config())
+    with socket.create_server(("", 0)) as taken:
+        code, output = session(*QUICK, f"--mp-coordinator=127.0.0.1:{taken.getsockname()[1]}")
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert "the sessions of other machines cannot connect here (Address already in use)" in output
+
+
+@pytest.mark.parametrize("versions", ["the same", pytest.param("others", marks=pytest.mark.slow)])
+def test_two_sessions_train_one_case_after_the_other(tmp_path, versions):
+    options = (MULTIWORKER, "--mp-seeds=3", "--mp-modes=fp32", "--mp-workloads=mnist1d-mlp", "--mp-start-method=fresh",
+               "--mp-retries=0", "--benchmark-only", "--mp-timeout=60")  # fmt: skip
+    port, sessions = free_ports(1)[0], []
+    for place in (0, 1):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        other = "from mpscale.telemetry import host\nhost.packages = lambda: {'keras': '3.0'}\n"
+        write(
+            folder,
+            test_it=SUITE,
+            conftest=STAND_IN + (other if versions == "others" and place else ""),
+            stand_in=WORKER,
+        )
+        variables = environment(TF_CONFIG=config(place, port))
+        sessions.append(
+            subprocess.Popen(
+                command(*options),
+                cwd=folder,
+                env=variables,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [session.communicate(timeout=120)[0] for session in sessions]
+    codes = [session.returncode for session in sessions]
+    if versions == "others":
+        assert codes == [pytest.ExitCode.USAGE_ERROR] * 2, outputs
+        assert all("worker 2 of 2 does not fit the first worker: mpscale unknown, not" in output for output in outputs)
+        return
+    assert codes == [pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.OK], outputs
+    # The second session records nothing.
+    assert not (tmp_path / "1" / "results").exists()
+    (run,) = (tmp_path / "0" / "results" / "runs").iterdir()
+    lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    rows = {line["record"]["seed"]: line["record"] for line in lines if line["event"] == "case_finished"}
+    assert [rows[seed]["status"] for seed in (0, 1, 2)] == ["ok", "error", "ok"]
+    assert rows[1]["status_reason"].startswith("worker 2 of 2: ended with exit code 3")
+    assert rows[0]["parameters"] == rows[2]["parameters"] == 10
+    assert {row["replicas"] for row in rows.values()} == {2}
+    assert "worker 2 of 2: mnist1d-mlp--fp32--s1--r0: error, ended with exit code 3" in outputs[1]
+    assert "worker 2 of 2: the run is over" in outputs[1]
+    # Reports get published, and name no machine.
+    assert "127.0.0.1" not in "".join(path.read_text(errors="replace") for path in run.rglob("*") if path.is_file())
