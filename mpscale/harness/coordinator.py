@@ -173,7 +173,7 @@ class Coordinator:
         """Those of the present case, or of the last one."""
 
     def gather(self) -> None:
-        """Wait until all others are connected.
+        """Wait until all others are connected, between two cases.
 
         Raises:
             Refusal: one of them does not fit.
@@ -196,13 +196,10 @@ class Coordinator:
     def _missing(self) -> list[int]:
         """The places of those who are not connected."""
         for place, wire in list(self._wires.items()):
-            if place not in self._busy() and _is_gone(wire):
+            if _is_gone(wire):
                 wire.close()
                 del self._wires[place]
         return [place for place in range(1, len(self._cluster.workers)) if place not in self._wires]
-
-    def _busy(self) -> set[int]:
-        return {worker.place for worker in self._workers if worker.ended is None and not worker.wire.closed}
 
     def _take(self, wire: Wire) -> None:
         """Take in somebody who has connected; whoever is no session of mpscale is hung up on."""

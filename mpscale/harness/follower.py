@@ -106,6 +106,7 @@ class Follower:
         options = dataclasses.replace(options, machines=self, timeout_s=EVER_S)
         supervisor = Supervisor(device, driver, options, lambda *_: None)
         try:
+            supervisor.warm_up()
             while (order := self._next()) is not None:
                 self._run(supervisor, order, tell)
         finally:
@@ -220,6 +221,9 @@ class _Led(Launcher):
     def __init__(self, own: Launcher, follower: Follower) -> None:
         super().__init__(own.environ)
         self._own, self._follower = own, follower
+
+    def begin(self) -> None:
+        self._own.begin()
 
     def prepare(self, workers: int = 1) -> None:
         self._own.prepare()

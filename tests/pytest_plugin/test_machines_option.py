@@ -1,11 +1,13 @@
 """Sessions that TF_CONFIG makes one of several: what is refused before anything runs, and who is missed."""
 
 import json
+import signal
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
+from support.processes import processes_in, wait_for
 from support.small_suite import SUITE, command, environment, write
 
 MULTIWORKER = "--mp-strategy=multiworker"
@@ -25,6 +27,9 @@ channel, request = Channel(wire), wire.receive()
 task = json.loads(os.environ["TF_CONFIG"])["task"]
 channel.values({"parameters": 10 + task["index"], "has_metric": False})
 channel.phase("idle")
+if "SUITE_WAITS" in os.environ:
+    open(os.environ["SUITE_WAITS"] + str(task["index"]), "w").close()
+    time.sleep(600)
 if request["case"]["seed"] == 1:
     # The first waits for the second, as in a step that both take.
     os._exit(3) if task["index"] else time.sleep(60)
@@ -98,6 +103,24 @@ def test_a_port_that_is_taken_is_refused_and_another_may_be_named(session, monke
         code, output = session(*QUICK, f"--mp-coordinator=127.0.0.1:{taken.getsockname()[1]}")
     assert code == pytest.ExitCode.USAGE_ERROR
     assert "the sessions of other machines cannot connect here (Address already in use)" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_session_that_is_ended_leaves_none_of_its_workers(tmp_path, number):
+    write(tmp_path, test_it=SUITE, conftest=STAND_IN, stand_in=WORKER)
+    options = (*QUICK[:-1], "--mp-replicas=2", "--mp-start-method=fresh", "--benchmark-only")
+    variables = environment(SUITE_WAITS=str(tmp_path / "waits"))
+    with (tmp_path / "output").open("wb") as output:
+        session = subprocess.Popen(command(*options), cwd=tmp_path, env=variables, stdout=output, stderr=output)
+    wait_for(lambda: all((tmp_path / f"waits{place}").exists() for place in (0, 1)), "both workers")
+    session.send_signal(number)
+    code = session.wait(60)
+    wait_for(lambda: processes_in(tmp_path) == [], "the end of all processes", 20)
+    if number == signal.SIGTERM:
+        assert code == pytest.ExitCode.INTERRUPTED
+        (journal,) = (tmp_path / "results" / "runs").glob("*/journal.jsonl")
+        (row,) = [event["record"] for event in map(json.loads, journal.open()) if event["event"] == "case_finished"]
+        assert (row["status"], row["status_reason"]) == ("interrupted", "stopped by SIGTERM")
 
 
 @pytest.mark.parametrize("versions", ["the same", pytest.param("others", marks=pytest.mark.slow)])
