@@ -41,6 +41,8 @@ _LOST = (
     tf.errors.CancelledError,
 )
 """What TensorFlow raises in a worker that waits for one that is gone, or has said something else."""
+_SOON_S = 1.0  # how long a connection may take
+_ALL_HERE = b"all here\n"
 _SHOWN = 60  # characters of a fact
 
 
@@ -57,9 +59,7 @@ class JoinedCluster:
 
     def __init__(self, cluster: Cluster, replicas: int) -> None:
         self.cluster, self.workers, self.replicas = cluster, len(cluster.workers), replicas
-        if cluster.leads:
-            # TensorFlow would wait for ever, and hold Python's lock meanwhile.
-            await_workers(cluster, _JOIN_S)
+        meet(cluster, _JOIN_S)
         self.strategy = _strategy(replicas)
         self._asked = 0  # how often the workers have agreed on something
 
@@ -153,23 +153,81 @@ def _cluster() -> Cluster:
     return found
 
 
-def await_workers(cluster: Cluster, seconds: float) -> None:
-    """Wait until something listens at the address of each worker after the first.
+def meet(cluster: Cluster, seconds: float) -> None:
+    """Wait until all workers are there, at the address that the first one's server is about to have.
+
+    TensorFlow itself would wait for ever and not say for whom, and a worker that comes before the first one would try
+    again only after a second.
 
     Raises:
-        PeerLost: that took more than ``seconds``.
+        PeerLost: that took more than ``seconds``, or the first worker has ended.
+        OSError: something else uses the address.
     """
-    end = time.monotonic() + seconds
-    for place, text in enumerate(cluster.workers[1:], 1):
-        address = Address.parse(text)
-        while True:
-            try:
-                socket.create_connection((address.host, address.port), timeout=1.0).close()
-                break
-            except OSError as error:
-                if time.monotonic() > end:
-                    raise PeerLost(f"{cluster.name(place)} did not come within {seconds:g} s ({error})") from error
-            time.sleep(0.05)
+    end, first = time.monotonic() + seconds, Address.parse(cluster.workers[0])
+    if cluster.leads:
+        _receive_workers(cluster, first.port, seconds, end)
+        return
+    late = f"{cluster.name(0)} did not come within {seconds:g} s"
+    with _connection(first, end, late) as door:
+        door.sendall(b"%d\n" % cluster.place)
+        door.settimeout(max(end - time.monotonic(), _SOON_S))
+        try:
+            answer = door.recv(len(_ALL_HERE))
+        except TimeoutError as error:
+            raise PeerLost(f"{cluster.name(0)} still waited for others after {seconds:g} s") from error
+        except OSError:
+            answer = b""
+    if answer != _ALL_HERE:
+        raise PeerLost(f"{cluster.name(0)} ended before all workers had come")
+    # Until its server listens there.
+    _connection(first, end, late).close()
+
+
+def _receive_workers(cluster: Cluster, port: int, seconds: float, end: float) -> None:
+    """Wait for all other workers, as the first one, until ``end``."""
+    missing = set(range(1, len(cluster.workers)))
+    with contextlib.ExitStack() as closing:
+        with _listening(port) as server:
+            doors = []
+            while missing:
+                server.settimeout(max(end - time.monotonic(), _SOON_S))
+                try:
+                    door = closing.enter_context(server.accept()[0])
+                except TimeoutError as error:
+                    names = " and ".join(map(cluster.name, sorted(missing)))
+                    raise PeerLost(f"{names} did not come within {seconds:g} s") from error
+                door.settimeout(1.0)
+                # Whatever else may connect says something else, or nothing.
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    missing.remove(int(door.recv(20)))
+                    doors.append(door)
+        for door in doors:
+            with contextlib.suppress(OSError):
+                door.sendall(_ALL_HERE)
+
+
+def _listening(port: int) -> socket.socket:
+    """A socket at a port of all interfaces, as TensorFlow's server has it; the port may be held for this process."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            both: Any = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+            return socket.create_server(("::", port), reuse_port=True, **both)
+    return socket.create_server(("", port), reuse_port=True)
+
+
+def _connection(address: Address, end: float, late: str) -> socket.socket:
+    """Connect to an address as soon as somebody listens there.
+
+    Raises:
+        PeerLost: nobody did until ``end``; it says ``late``.
+    """
+    while True:
+        try:
+            return socket.create_connection((address.host, address.port), timeout=_SOON_S)
+        except OSError as error:
+            if time.monotonic() > end:
+                raise PeerLost(f"{late} ({error})") from error
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager
@@ -189,7 +247,6 @@ def _strategy(replicas: int) -> tf.distribute.Strategy:
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
     tasks = resolver.cluster_spec()
     jobs = [job for job in ("chief", "worker") if job in tasks.jobs]
-    # TensorFlow would wait for an hour.
     context.context().configure_coordination_service(
         service_type="standalone",
         service_leader=f"/job:{jobs[0]}/replica:0/task:0",

@@ -1,18 +1,23 @@
 """Worker processes that train one case together train as one process does, and none waits for one that is gone."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support import worker_groups
+from support.processes import wait_for
 
 from mpscale.core.case import Settings
 from mpscale.core.cluster import BadCluster, Cluster
-from mpscale.worker.cluster import await_workers, replicas_here
+from mpscale.worker.cluster import meet, replicas_here
 from mpscale.worker.errors import PeerLost
 
 TOGETHER = {"strategy": "multiworker", "replicas": 2}
@@ -127,10 +132,39 @@ def test_a_scaling_by_which_workers_would_wait_for_each_other_is_refused(groups)
         assert "would wait for each other for ever; use mixed-dynamic" in worker["end"]["reason"]
 
 
-def test_a_worker_that_never_comes_is_named():
-    addresses = tuple(worker_groups.free_addresses(2))
-    with pytest.raises(PeerLost, match=r"worker 2 of 2 did not come within 0.1 s \(.*refused\)"):
-        await_workers(Cluster(addresses, 0, ""), 0.1)
+def test_workers_that_never_come_are_named():
+    addresses = tuple(worker_groups.free_addresses(3))
+    with pytest.raises(PeerLost, match=r"^worker 2 of 3 and worker 3 of 3 did not come within 0.1 s$"):
+        meet(Cluster(addresses, 0, ""), 0.1)
+    with pytest.raises(PeerLost, match=r"^worker 1 of 3 did not come within 0.1 s \(.*refused\)$"):
+        meet(Cluster(addresses, 2, ""), 0.1)
+
+
+def test_workers_wait_for_each_other_and_for_nobody_else():
+    cluster = Cluster(tuple(worker_groups.free_addresses(2)), 0, "")
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(meet, cluster, 30.0)
+        host, port = cluster.workers[0].split(":")
+        wait_for(lambda: connects(host, int(port), b"GET / HTTP/1.1\r\n"), "the first worker", 30)
+        second = pool.submit(meet, replace(cluster, place=1), 1.0)
+        assert first.result(30) is None
+        # The first one's server never starts, and the second one says so.
+        assert "worker 1 of 2 did not come within 1 s" in str(second.exception(30))
+
+
+def test_a_worker_says_if_the_first_one_has_ended_before_all_had_come():
+    cluster = Cluster(tuple(worker_groups.free_addresses(2)), 1, "")
+    address = ("127.0.0.1", int(cluster.workers[0].split(":")[1]))
+    with socket.create_server(address) as server, ThreadPoolExecutor() as pool:
+        second = pool.submit(meet, cluster, 30.0)
+        server.accept()[0].close()
+        assert str(second.exception(30)) == "worker 1 of 2 ended before all workers had come"
+
+
+def connects(host, port, words):
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, port)) as connection:
+        connection.sendall(words)
+        return True
 
 
 @pytest.mark.parametrize(
