@@ -64,9 +64,11 @@ FAILURES = {
     "the second sends junk": (each(HANG, "junk(b'hello\\n')"), "error", Cause.GARBLED, 2, "wrote to the"),
     "the first notices early": (each(LOST, "time.sleep(0.5); " + NO), "error", Cause.EXCEPTION, 2, "ValueError: no"),
     "the first is aborted": (each("os.abort()", "time.sleep(0.5); " + KILL), "crashed", Cause.KILLED, 2, "SIGKILL"),
-    "all have lost each other": (each(LOST, LOST), "error", Cause.PEER_LOST, 1, "another worker is gone"),
+    "both have lost each other": (
+        each("time.sleep(0.5); " + LOST, LOST), "error", Cause.PEER_LOST, 2, "another worker is gone",
+    ),
     "one has lost another that goes on": (each(LOST, HANG), "error", Cause.PEER_LOST, 1, "another worker is gone"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", FAILURES)
@@ -182,9 +184,9 @@ def test_each_worker_is_given_one_gpu_and_sees_no_other(run):
         group = launcher.start(log)
         group.begin({"case": {"workload": PRELUDE.replace("began(); ", act)}, "device": None, "steps_path": None})
         group.receive(30)
+        told = [(member.last.type, member.last.message) for member in group._members]
         group.end(0.0)
         launcher.close()
-    told = [(member.last.type, member.last.message) for member in group._members]
     assert told == [("GPU-a", "GPU-a0000:01:00.0[]"), ("GPU-b", "GPU-b0000:02:00.0[]")]
 
 
