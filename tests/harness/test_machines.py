@@ -20,7 +20,7 @@ from mpscale.harness import follower, launch
 from mpscale.harness.coordinator import Coordinator, Refusal
 from mpscale.harness.follower import FirstIsGone, Follower
 
-PRELUDE = "from mpscale.core.cause import Cause; print('place', place, flush=True); "
+PRELUDE = "from mpscale.core.cause import Cause; print('place', place, flush=True); meet(); "
 FACTS = {"tensorflow": "2.21.0", "device": "cpu"}
 
 
@@ -145,9 +145,7 @@ FAILURES = {
 
 
 def test_a_row_names_the_worker_that_failed_and_the_run_goes_on(machines, started):
-    both = machines(
-        *(failure[0] for failure in FAILURES.values()), each("began(); meet(); finish()", "began(); meet(); finish()")
-    )
+    both = machines(*(failure[0] for failure in FAILURES.values()), each("began(); finish()", "began(); finish()"))
     both.follow()
     for case, (way, (_, status, cause, number, text)) in zip(both.cases, FAILURES.items(), strict=False):
         record = both.made.run(case).record
@@ -163,7 +161,7 @@ def test_a_row_names_the_worker_that_failed_and_the_run_goes_on(machines, starte
 
 
 def test_a_second_session_that_is_gone_costs_its_case_and_may_come_back(machines, started):
-    good = each("began(); meet(); finish()", "began(); meet(); finish()")
+    good = each("began(); finish()", "began(); finish()")
     both = machines(HANG, good, good, limit_s=1.0)
     both.follow()
 
@@ -228,7 +226,7 @@ def test_the_first_session_gets_what_the_second_has_seen_of_its_gpus(machines, m
             outcome.record.end("invalid", "throttled by heat", Cause.GPU_STATE)
 
     monkeypatch.setattr(follower, "Supervisor", Supervisor)
-    both = machines(each("began(); meet(); finish()", "began(); meet(); finish()"))
+    both = machines(each("began(); finish()", "began(); finish()"))
     both.follow()
     assert both.made.run(both.cases[0]).record["status"] == "ok"
     ((found, why),) = both.first.seen()
@@ -259,7 +257,7 @@ def test_a_first_session_that_never_comes(machines):
 
 
 def test_whoever_else_connects_is_hung_up_on(machines):
-    good = each("began(); meet(); finish()", "began(); meet(); finish()")
+    good = each("began(); finish()", "began(); finish()")
     both = machines(good)
     strangers = []
     for said in (

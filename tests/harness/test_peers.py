@@ -18,7 +18,7 @@ from mpscale.harness.peers import PeerLauncher
 
 TOGETHER = "began(); meet(); channel.values({'parameters': 10 + place}); finish()"
 LOST = "channel.send(Failed('UnavailableError', 'another worker is gone', Cause.PEER_LOST)); sys.exit(1)"
-PRELUDE = "from mpscale.core.cause import Cause; began(); "
+PRELUDE = "from mpscale.core.cause import Cause; began(); meet(); "
 
 
 def each(*acts):
@@ -182,7 +182,9 @@ def test_each_worker_is_given_one_gpu_and_sees_no_other(run):
     )
     with tempfile.TemporaryFile() as log:
         group = launcher.start(log)
-        group.begin({"case": {"workload": PRELUDE.replace("began(); ", act)}, "device": None, "steps_path": None})
+        group.begin(
+            {"case": {"workload": PRELUDE.replace("began(); meet(); ", act)}, "device": None, "steps_path": None}
+        )
         group.receive(30)
         told = [(member.last.type, member.last.message) for member in group._members]
         group.end(0.0)
