@@ -212,6 +212,7 @@ class Supervisor:
                 "steps_per_call": case.settings.steps_per_call,
                 "strategy": case.settings.strategy,
                 "replicas": case.settings.replicas,
+                "machines": case.settings.machines,
                 "policy": MODES[case.mode].policy,
             }
         )
