@@ -13,6 +13,7 @@ import pytest
 
 from mpscale.core.cause import Cause
 from mpscale.core.device import Device
+from mpscale.core.reason import Code, Reason
 from mpscale.harness import launch, peers
 from mpscale.harness.peers import PeerLauncher
 
@@ -126,6 +127,32 @@ def test_the_memory_of_the_host_is_that_of_all_workers(run):
         assert record["status"] == "ok", record["status_reason"]
         peaks.append(record["host_memory_peak_mib"])
     assert 1.7 < peaks[1] / peaks[0] < 2.3
+
+
+def test_the_others_do_not_begin_before_the_first_has_been_seen_idle(run, tmp_path):
+    first = "time.sleep(0.5); assert not mark.exists(); began(); meet(); finish()"
+    acts = (first, "began(); mark.touch(); meet(); finish()")
+    made, (case,), _ = run(f"mark = Path({str(tmp_path / 'mark')!r}); exec({acts!r}[place])", workers=2)
+    record = made.run(case).record
+    assert record["status"] == "ok", record["status_reason"]
+
+
+def test_one_parent_that_must_not_fork_ends_all_of_them():
+    ended = []
+
+    class Parent(launch.Launcher):
+        def prepare(self, workers=1):
+            if self.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b":
+                raise launch.UnsafeFork(Reason(Code.FORK_UNSAFE, "it has touched the GPU"))
+
+        def close(self):
+            ended.append(self.environ["CUDA_VISIBLE_DEVICES"])
+
+    launcher = PeerLauncher(Parent, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, [Device("cpu", "CPU")])
+    launcher.prepare(1)
+    with pytest.raises(launch.UnsafeFork):
+        launcher.prepare(2)
+    assert ended == ["GPU-a", "GPU-b"]
 
 
 def test_ports_are_held_until_the_workers_have_them(run):
