@@ -30,9 +30,9 @@ channel.phase("idle")
 if "SUITE_WAITS" in os.environ:
     open(os.environ["SUITE_WAITS"] + str(task["index"]), "w").close()
     time.sleep(600)
-if request["case"]["seed"] == 1:
+if request["case"]["seed"] == 1 and "SUITE_RESUMED" not in os.environ:
     # The first waits for the second, as in a step that both take.
-    os._exit(3) if task["index"] else time.sleep(60)
+    os.kill(os.getpid(), 9) if task["index"] else time.sleep(60)
 channel.send(Finished("ok", None, {}))
 wire.receive()
 """
@@ -120,50 +120,61 @@ def test_a_session_that_is_ended_leaves_none_of_its_workers(tmp_path, number):
         assert (row["status"], row["status_reason"]) == ("interrupted", "stopped by SIGTERM")
 
 
-@pytest.mark.parametrize("versions", ["the same", pytest.param("others", marks=pytest.mark.slow)])
-def test_two_sessions_train_one_case_after_the_other(tmp_path, versions):
-    options = (MULTIWORKER, "--mp-seeds=3", "--mp-modes=fp32", "--mp-workloads=mnist1d-mlp", "--mp-start-method=fresh",
-               "--mp-retries=0", "--benchmark-only", "--mp-timeout=60")  # fmt: skip
-    port, sessions = before_a_free_port(), []
-    for place in (0, 1):
-        folder = tmp_path / str(place)
-        folder.mkdir()
-        other = "from mpscale.telemetry import host\nhost.packages = lambda: {'keras': '3.0'}\n"
-        write(
-            folder,
-            test_it=SUITE,
-            conftest=STAND_IN + (other if versions == "others" and place else ""),
-            stand_in=WORKER,
-        )
-        variables = environment(TF_CONFIG=config(place, port))
-        sessions.append(
-            subprocess.Popen(
-                command(*options),
-                cwd=folder,
-                env=variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outputs = [session.communicate(timeout=120)[0] for session in sessions]
-    codes = [session.returncode for session in sessions]
-    if versions == "others":
-        assert codes == [pytest.ExitCode.USAGE_ERROR] * 2, outputs
-        assert all("worker 2 of 2 does not fit the first worker: mpscale unknown, not" in output for output in outputs)
-        return
+OTHER_KERAS = "from mpscale.telemetry import host\nhost.packages = lambda: {'keras': '3.0'}\n"
+
+
+@pytest.fixture
+def sessions(tmp_path):
+    """Run two sessions at the same time, each in a folder of its own; return exit codes and outputs."""
+    options = (
+        MULTIWORKER, "--mp-modes=fp32", "--mp-workloads=mnist1d-mlp", "--mp-start-method=fresh", "--mp-retries=0",
+        "--benchmark-only", "--mp-timeout=60", "--mp-seeds=3",
+    )  # fmt: skip
+
+    def run(*more, second="", **variables):
+        port, started = before_a_free_port(), []
+        for place, (own, conftest) in enumerate(((more, STAND_IN), ((), STAND_IN + second))):
+            folder = tmp_path / str(place)
+            write(folder, test_it=SUITE, conftest=conftest, stand_in=WORKER)
+            environ = environment(TF_CONFIG=config(place, port), **variables)
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            started.append(subprocess.Popen(command(*options, *own), cwd=folder, env=environ, **pipes))
+        outputs = [session.communicate(timeout=120)[0] for session in started]
+        return [session.returncode for session in started], outputs
+
+    return run
+
+
+def test_two_sessions_train_one_case_after_the_other_and_go_on(sessions, tmp_path):
+    codes, outputs = sessions()
     assert codes == [pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.OK], outputs
-    # The second session records nothing.
-    assert not (tmp_path / "1" / "results").exists()
     (run,) = (tmp_path / "0" / "results" / "runs").iterdir()
-    lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
-    rows = {line["record"]["seed"]: line["record"] for line in lines if line["event"] == "case_finished"}
-    assert [rows[seed]["status"] for seed in (0, 1, 2)] == ["ok", "error", "ok"]
-    assert rows[1]["status_reason"].startswith("worker 2 of 2: ended with exit code 3")
-    assert rows[0]["parameters"] == rows[2]["parameters"] == 10
-    assert {(row["replicas"], row["machines"]) for row in rows.values()} == {(2, 2)}
+
+    def rows():
+        events = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+        found = [event["record"] for event in events if event["event"] == "case_finished"]
+        return {row["seed"]: row for row in found}, len(found)
+
+    by_seed, number = rows()
+    assert [by_seed[seed]["status"] for seed in (0, 1, 2)] == ["ok", "crashed", "ok"] and number == 3
+    assert by_seed[1]["status_reason"].startswith("worker 2 of 2: killed by SIGKILL")
+    assert by_seed[0]["parameters"] == by_seed[2]["parameters"] == 10
+    assert {(row["replicas"], row["machines"]) for row in by_seed.values()} == {(2, 2)}
     assert "(CPU), by 2 replicas on 2 machines" in (run / "report.md").read_text()
-    assert "worker 2 of 2: mnist1d-mlp--fp32--s1--r0: error, ended with exit code 3" in outputs[1]
+    assert "worker 2 of 2: mnist1d-mlp--fp32--s1--r0: crashed, killed by SIGKILL" in outputs[1]
     assert "worker 2 of 2: the run is over" in outputs[1]
     # Reports get published, and name no machine.
     assert "127.0.0.1" not in "".join(path.read_text(errors="replace") for path in run.rglob("*") if path.is_file())
+    codes, outputs = sessions("--mp-resume=latest", SUITE_RESUMED="yes")
+    assert codes == [pytest.ExitCode.OK] * 2, outputs
+    by_seed, number = rows()
+    assert by_seed[1]["status"] == "ok" and number == 4
+    # The second session records nothing.
+    assert not (tmp_path / "1" / "results").exists()
+
+
+@pytest.mark.slow  # test_machines has the same without pytest
+def test_two_sessions_with_other_software_are_refused(sessions, tmp_path):
+    codes, outputs = sessions(second=OTHER_KERAS)
+    assert codes == [pytest.ExitCode.USAGE_ERROR] * 2, outputs
+    assert all("worker 2 of 2 does not fit the first worker: mpscale unknown, not" in output for output in outputs)
