@@ -153,20 +153,22 @@ def test_a_worker_does_not_wait_for_ever_for_something_that_is_not_the_first_one
 
 
 def test_workers_wait_for_each_other_and_for_nobody_else():
-    cluster = Cluster(tuple(worker_groups.free_addresses(2)), 0, "")
+    cluster = Cluster(tuple(worker_groups.free_addresses(3)), 0, "")
     host, port = cluster.workers[0].split(":")
     with ThreadPoolExecutor() as pool:
         with socket.create_server((host, int(port))) as of_a_case_before:
-            second = pool.submit(meet, replace(cluster, place=1), 30.0)
+            second = pool.submit(meet, replace(cluster, place=1), 60.0)
             connection, _ = of_a_case_before.accept()
             connection.sendall(b"something else")
             connection.close()
-        first = pool.submit(meet, cluster, 30.0)
+        first = pool.submit(meet, cluster, 60.0)
         wait_for(lambda: connects(host, int(port), b"GET / HTTP/1.1\r\n"), "the first worker", 30)
-        assert first.result(30) is None
+        assert not first.done() and not second.done()
+        third = pool.submit(meet, replace(cluster, place=2), 60.0)
+        assert first.result(60) is None
         # TensorFlow's server comes to the same address.
         with socket.create_server((host, int(port))):
-            assert second.result(30) is None
+            assert second.result(60) is third.result(60) is None
 
 
 def connects(host, port, words):
