@@ -369,6 +369,7 @@ SECTIONS: tuple[Section, ...] = (
             _measured("batch_size", "int", "examples", "examples per step, over all replicas; of a pipeline, in its first batch", _NOT_REACHED),
             _known("strategy", "str", "", "of tf.distribute (`--mp-strategy`): `mirrored`, in one process; `multiworker`, in several; `none` for one device", "a run of an older mpscale, which always used one device"),
             _known("replicas", "int", "", "devices that take each step together: GPUs, or on a CPU logical devices, which share its cores", "as `strategy`", positive=True),
+            _known("machines", "int", "", "machines that train each case together: the workers that TF_CONFIG names; 1 if one session has started all workers", "a run of an older mpscale, which always used one", positive=True),
             _measured("replica_batch_size", "int", "examples", "examples per step of one replica: `batch_size` divided by `replicas`", "a run of an older mpscale, or the case ended before that"),
             _measured("input_kind", "str", "", "`arrays`, which lie on the device; `tf.data` or `PyDataset`: a pipeline", _NOT_REACHED),
             _measured("input_passes", "str", "", "two passes over the first batches of a pipeline, made anew with the same seed: `same`; `reshuffled`: they differ, but the pipeline is one object that was only gone through twice; `allowed`: the same, and later ones may differ (deterministic=False); `differ`: they differ, which deterministic=False allows", _NO_PIPELINE),

@@ -134,6 +134,14 @@ class Refusal(ValueError):
     """The sessions of a run do not fit each other."""
 
 
+def _listening(port: int) -> socket.socket:
+    """A socket that listens on all of this machine's addresses: others may know it by that of any interface."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # where IPv6 is switched off
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
 def tuned(end: socket.socket) -> Wire:
     """A wire over TCP that notices within two minutes that the other machine is gone."""
     end.setblocking(True)
@@ -159,10 +167,7 @@ class Coordinator:
 
     def __init__(self, cluster: Cluster, listens: Address, facts: Mapping[str, Any], limit_s: float) -> None:
         self._cluster, self._facts, self._limit_s = cluster, dict(facts), limit_s
-        dual = ":" in listens.host and socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if dual else socket.AF_INET
-        # On all of this machine's addresses: the name by which others know it may be that of another interface.
-        self._server = socket.create_server(("", listens.port), family=family, dualstack_ipv6=dual)
+        self._server = _listening(listens.port)
         self._server.setblocking(False)
         self._wires: dict[int, Wire] = {}
         """Those of the others, by their places."""
@@ -173,7 +178,7 @@ class Coordinator:
         """Those of the present case, or of the last one."""
 
     def gather(self) -> None:
-        """Wait until all others are connected.
+        """Wait until all others are connected, between two cases.
 
         Raises:
             Refusal: one of them does not fit.
@@ -196,13 +201,10 @@ class Coordinator:
     def _missing(self) -> list[int]:
         """The places of those who are not connected."""
         for place, wire in list(self._wires.items()):
-            if place not in self._busy() and _is_gone(wire):
+            if _is_gone(wire):
                 wire.close()
                 del self._wires[place]
         return [place for place in range(1, len(self._cluster.workers)) if place not in self._wires]
-
-    def _busy(self) -> set[int]:
-        return {worker.place for worker in self._workers if worker.ended is None and not worker.wire.closed}
 
     def _take(self, wire: Wire) -> None:
         """Take in somebody who has connected; whoever is no session of mpscale is hung up on."""

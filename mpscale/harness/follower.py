@@ -106,6 +106,7 @@ class Follower:
         options = dataclasses.replace(options, machines=self, timeout_s=EVER_S)
         supervisor = Supervisor(device, driver, options, lambda *_: None)
         try:
+            supervisor.warm_up()
             while (order := self._next()) is not None:
                 self._run(supervisor, order, tell)
         finally:
@@ -221,6 +222,9 @@ class _Led(Launcher):
         super().__init__(own.environ)
         self._own, self._follower = own, follower
 
+    def begin(self) -> None:
+        self._own.begin()
+
     def prepare(self, workers: int = 1) -> None:
         self._own.prepare()
 
@@ -238,7 +242,7 @@ class _LedWorker(Process):
     def __init__(self, worker: Process, follower: Follower) -> None:
         super().__init__(worker.pid, worker.wire, None)
         self._worker, self._follower, self.keeper = worker, follower, worker.keeper
-        self._failed = False
+        self._failed = self._has_ended = False
 
     def begin(self, order: Mapping[str, Any]) -> None:
         # Only the first worker writes the log of steps, and all measure energy for as long as it does.
@@ -269,7 +273,10 @@ class _LedWorker(Process):
 
     def end(self, seconds: float, kill_s: float = KILL_S) -> int | None:
         # Without the others, one that has failed may wait for them in vain; and the first session waits for its end.
-        return self._worker.end(min(seconds, _EXIT_S) if self._failed else seconds, kill_s)
+        code = self._worker.end(min(seconds, _EXIT_S) if self._failed else seconds, kill_s)
+        self._has_ended = True
+        return code
 
     def _kill(self, seconds: float) -> int | None:
-        return self._worker.kill(seconds)
+        # Its process id may be that of another once it has been waited for.
+        return None if self._has_ended else self._worker.kill(seconds)

@@ -213,11 +213,13 @@ class Group(Process):
                 member.process.end(max(deadline - time.monotonic(), 0.0), kill_s)
         # One that has failed by itself may have something to put in order.
         left_s = min(seconds, _EXIT_S) if self._blamed else deadline - time.monotonic()
-        return last.process.end(max(left_s, 0.0), kill_s)
+        code = last.process.end(max(left_s, 0.0), kill_s)
+        self._members = []  # their process ids may be those of others from now on
+        return code
 
     def _kill(self, seconds: float) -> int | None:
         codes = [member.process.kill(seconds) for member in self._members]
-        return codes[0]
+        return next(iter(codes), None)
 
 
 class PeerLauncher(Launcher):

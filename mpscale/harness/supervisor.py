@@ -212,11 +212,17 @@ class Supervisor:
                 "steps_per_call": case.settings.steps_per_call,
                 "strategy": case.settings.strategy,
                 "replicas": case.settings.replicas,
+                "machines": case.settings.machines,
                 "policy": MODES[case.mode].policy,
             }
         )
         if case.settings.strategy != "none":
             record.update({"xla_refused": _JOINING})
+
+    def warm_up(self) -> None:
+        """Begin what the first case would wait for. If that fails, the case says so."""
+        with contextlib.suppress(OSError):
+            self._launcher.begin()
 
     def cool_down(self, seconds: float) -> None:
         """Wait until the GPU is fit for measurements, for at most ``seconds``."""

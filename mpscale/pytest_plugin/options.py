@@ -314,6 +314,7 @@ def settings(config: pytest.Config, workload: str | None = None, memory_mib: flo
         jit=option("mp_jit") != "off" and option("mp_strategy") == "none",
         strategy=option("mp_strategy"),
         replicas=replicas[0] if len(replicas) == 1 else 1,
+        machines=1 if (workers := cluster(config)) is None else len(workers.workers),
         train_steps=option("mp_steps") or own.train_steps or ours.train_steps,
         batch_size=batch,
         steps_per_call=option("mp_steps_per_call"),

@@ -33,7 +33,7 @@ place, addresses = task["task"]["index"], task["cluster"]["worker"]
 
 def meet():
     # As in a step that all take together.
-    folder = Path(sys.argv[0]).with_name("met" + addresses[0])
+    folder = Path(sys.argv[0]).with_name(f"met-{addresses[0]}-{request['case']['seed']}")
     folder.mkdir(exist_ok=True)
     (folder / str(place)).touch()
     while len(list(folder.iterdir())) < len(addresses):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -14,11 +15,12 @@ from support.processes import wait_for
 from mpscale.core.cause import Cause
 from mpscale.core.cluster import Address, Cluster
 from mpscale.core.processes.wire import EVER_S
-from mpscale.harness import launch
+from mpscale.core.reason import Code
+from mpscale.harness import follower, launch
 from mpscale.harness.coordinator import Coordinator, Refusal
 from mpscale.harness.follower import FirstIsGone, Follower
 
-PRELUDE = "from mpscale.core.cause import Cause; print('place', place, flush=True); "
+PRELUDE = "from mpscale.core.cause import Cause; print('place', place, flush=True); meet(); "
 FACTS = {"tensorflow": "2.21.0", "device": "cpu"}
 
 
@@ -26,6 +28,11 @@ def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
+
+
+def send(stranger, said):
+    with contextlib.suppress(OSError):  # it is hung up on
+        stranger.sendall(said)
 
 
 def each(*acts):
@@ -138,9 +145,7 @@ FAILURES = {
 
 
 def test_a_row_names_the_worker_that_failed_and_the_run_goes_on(machines, started):
-    both = machines(
-        *(failure[0] for failure in FAILURES.values()), each("began(); meet(); finish()", "began(); meet(); finish()")
-    )
+    both = machines(*(failure[0] for failure in FAILURES.values()), each("began(); finish()", "began(); finish()"))
     both.follow()
     for case, (way, (_, status, cause, number, text)) in zip(both.cases, FAILURES.items(), strict=False):
         record = both.made.run(case).record
@@ -156,7 +161,7 @@ def test_a_row_names_the_worker_that_failed_and_the_run_goes_on(machines, starte
 
 
 def test_a_second_session_that_is_gone_costs_its_case_and_may_come_back(machines, started):
-    good = each("began(); meet(); finish()", "began(); meet(); finish()")
+    good = each("began(); finish()", "began(); finish()")
     both = machines(HANG, good, good, limit_s=1.0)
     both.follow()
 
@@ -213,6 +218,23 @@ def test_the_worker_of_the_second_session_ends_with_the_case(machines, started, 
         assert "has ended or cannot be reached" in str(end)
 
 
+def test_the_first_session_gets_what_the_second_has_seen_of_its_gpus(machines, monkeypatch):
+    class Supervisor(follower.Supervisor):
+        def run(self, case, steps_path, gpu_path, outcome, attempt=1):
+            super().run(case, steps_path, gpu_path, outcome, attempt)
+            outcome.record.update({"gpu_power_w_mean": 150.0, "gpu_suspicion": "throttled by heat"})
+            outcome.record.end("invalid", "throttled by heat", Cause.GPU_STATE)
+
+    monkeypatch.setattr(follower, "Supervisor", Supervisor)
+    both = machines(each("began(); finish()", "began(); finish()"))
+    both.follow()
+    assert both.made.run(both.cases[0]).record["status"] == "ok"
+    ((found, why),) = both.first.seen()
+    assert found.values == {"gpu_power_w_mean": 150.0}
+    assert found.unavailable["gpu_energy_j_per_step"].code is Code.NO_GPU
+    assert why == "worker 2 of 2: throttled by heat"
+
+
 def test_sessions_that_do_not_fit_are_refused_by_what_differs(machines):
     both = machines(HANG)
     both.follow({"tensorflow": "2.20.0", "device": "cpu", "keras": "3"})
@@ -235,7 +257,7 @@ def test_a_first_session_that_never_comes(machines):
 
 
 def test_whoever_else_connects_is_hung_up_on(machines):
-    good = each("began(); meet(); finish()", "began(); meet(); finish()")
+    good = each("began(); finish()", "began(); finish()")
     both = machines(good)
     strangers = []
     for said in (
@@ -245,7 +267,7 @@ def test_whoever_else_connects_is_hung_up_on(machines):
     ):  # fmt: skip
         stranger = socket.create_connection(("127.0.0.1", both.port))
         stranger.settimeout(10)
-        threading.Thread(target=stranger.sendall, args=[said], daemon=True).start()
+        threading.Thread(target=send, args=[stranger, said], daemon=True).start()
         if not said:
             stranger.shutdown(socket.SHUT_WR)
         strangers.append(stranger)

@@ -13,12 +13,13 @@ import pytest
 
 from mpscale.core.cause import Cause
 from mpscale.core.device import Device
+from mpscale.core.reason import Code, Reason
 from mpscale.harness import launch, peers
 from mpscale.harness.peers import PeerLauncher
 
 TOGETHER = "began(); meet(); channel.values({'parameters': 10 + place}); finish()"
 LOST = "channel.send(Failed('UnavailableError', 'another worker is gone', Cause.PEER_LOST)); sys.exit(1)"
-PRELUDE = "from mpscale.core.cause import Cause; began(); "
+PRELUDE = "from mpscale.core.cause import Cause; began(); meet(); "
 
 
 def each(*acts):
@@ -64,9 +65,11 @@ FAILURES = {
     "the second sends junk": (each(HANG, "junk(b'hello\\n')"), "error", Cause.GARBLED, 2, "wrote to the"),
     "the first notices early": (each(LOST, "time.sleep(0.5); " + NO), "error", Cause.EXCEPTION, 2, "ValueError: no"),
     "the first is aborted": (each("os.abort()", "time.sleep(0.5); " + KILL), "crashed", Cause.KILLED, 2, "SIGKILL"),
-    "all have lost each other": (each(LOST, LOST), "error", Cause.PEER_LOST, 1, "another worker is gone"),
+    "both have lost each other": (
+        each("time.sleep(0.5); " + LOST, LOST), "error", Cause.PEER_LOST, 2, "another worker is gone",
+    ),
     "one has lost another that goes on": (each(LOST, HANG), "error", Cause.PEER_LOST, 1, "another worker is gone"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", FAILURES)
@@ -126,6 +129,32 @@ def test_the_memory_of_the_host_is_that_of_all_workers(run):
     assert 1.7 < peaks[1] / peaks[0] < 2.3
 
 
+def test_the_others_do_not_begin_before_the_first_has_been_seen_idle(run, tmp_path):
+    first = "time.sleep(0.5); assert not mark.exists(); began(); meet(); finish()"
+    acts = (first, "began(); mark.touch(); meet(); finish()")
+    made, (case,), _ = run(f"mark = Path({str(tmp_path / 'mark')!r}); exec({acts!r}[place])", workers=2)
+    record = made.run(case).record
+    assert record["status"] == "ok", record["status_reason"]
+
+
+def test_one_parent_that_must_not_fork_ends_all_of_them():
+    ended = []
+
+    class Parent(launch.Launcher):
+        def prepare(self, workers=1):
+            if self.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b":
+                raise launch.UnsafeFork(Reason(Code.FORK_UNSAFE, "it has touched the GPU"))
+
+        def close(self):
+            ended.append(self.environ["CUDA_VISIBLE_DEVICES"])
+
+    launcher = PeerLauncher(Parent, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, [Device("cpu", "CPU")])
+    launcher.prepare(1)
+    with pytest.raises(launch.UnsafeFork):
+        launcher.prepare(2)
+    assert ended == ["GPU-a", "GPU-b"]
+
+
 def test_ports_are_held_until_the_workers_have_them(run):
     # As TensorFlow's server does with TF_GRPC_REUSE_PORT.
     bind = (
@@ -180,11 +209,13 @@ def test_each_worker_is_given_one_gpu_and_sees_no_other(run):
     )
     with tempfile.TemporaryFile() as log:
         group = launcher.start(log)
-        group.begin({"case": {"workload": PRELUDE.replace("began(); ", act)}, "device": None, "steps_path": None})
+        group.begin(
+            {"case": {"workload": PRELUDE.replace("began(); meet(); ", act)}, "device": None, "steps_path": None}
+        )
         group.receive(30)
+        told = [(member.last.type, member.last.message) for member in group._members]
         group.end(0.0)
         launcher.close()
-    told = [(member.last.type, member.last.message) for member in group._members]
     assert told == [("GPU-a", "GPU-a0000:01:00.0[]"), ("GPU-b", "GPU-b0000:02:00.0[]")]
 
 

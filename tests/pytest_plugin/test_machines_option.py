@@ -1,11 +1,13 @@
 """Sessions that TF_CONFIG makes one of several: what is refused before anything runs, and who is missed."""
 
 import json
+import signal
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
+from support.processes import processes_in, wait_for
 from support.small_suite import SUITE, command, environment, write
 
 MULTIWORKER = "--mp-strategy=multiworker"
@@ -25,6 +27,9 @@ channel, request = Channel(wire), wire.receive()
 task = json.loads(os.environ["TF_CONFIG"])["task"]
 channel.values({"parameters": 10 + task["index"], "has_metric": False})
 channel.phase("idle")
+if "SUITE_WAITS" in os.environ:
+    open(os.environ["SUITE_WAITS"] + str(task["index"]), "w").close()
+    time.sleep(600)
 if request["case"]["seed"] == 1:
     # The first waits for the second, as in a step that both take.
     os._exit(3) if task["index"] else time.sleep(60)
@@ -33,19 +38,15 @@ wire.receive()
 """
 
 
-def free_ports(number):
-    found = [socket.socket() for _ in range(number)]
-    try:
-        for each in found:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in found]
-    finally:
-        for each in found:
-            each.close()
+def before_a_free_port():
+    """A port after which there is a free one."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1] - 1
 
 
-def config(index=0, port=None, kind="worker"):
-    workers = [f"127.0.0.1:{port or free_ports(1)[0]}", "127.0.0.1:9"]
+def config(index=0, port=2222, kind="worker"):
+    workers = [f"127.0.0.1:{port}", "127.0.0.1:9"]
     return json.dumps({"cluster": {"worker": workers}, "task": {"type": kind, "index": index}})
 
 
@@ -81,12 +82,13 @@ QUICK = (MULTIWORKER, "--mp-seeds=1", "--mp-modes=fp32", "--mp-workloads=mnist1d
 
 
 def test_machines_that_do_not_come_are_named(session, monkeypatch):
-    monkeypatch.setenv("TF_CONFIG", config())
+    port = before_a_free_port()
+    monkeypatch.setenv("TF_CONFIG", config(0, port))
     code, output = session(*QUICK)
     assert code == pytest.ExitCode.USAGE_ERROR
     assert "no session of worker 2 of 2 has connected within 0.5 s; start the same command on every machine" in output
     assert not Path("results/runs").exists()
-    monkeypatch.setenv("TF_CONFIG", config(index=1))
+    monkeypatch.setenv("TF_CONFIG", config(1, port))
     code, output = session(*QUICK)
     assert code == pytest.ExitCode.TESTS_FAILED
     assert "the session of the first worker was not reached at 127.0.0.1:" in output
@@ -100,11 +102,29 @@ def test_a_port_that_is_taken_is_refused_and_another_may_be_named(session, monke
     assert "the sessions of other machines cannot connect here (Address already in use)" in output
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_session_that_is_ended_leaves_none_of_its_workers(tmp_path, number):
+    write(tmp_path, test_it=SUITE, conftest=STAND_IN, stand_in=WORKER)
+    options = (*QUICK[:-1], "--mp-replicas=2", "--mp-start-method=fresh", "--benchmark-only")
+    variables = environment(SUITE_WAITS=str(tmp_path / "waits"))
+    with (tmp_path / "output").open("wb") as output:
+        session = subprocess.Popen(command(*options), cwd=tmp_path, env=variables, stdout=output, stderr=output)
+    wait_for(lambda: all((tmp_path / f"waits{place}").exists() for place in (0, 1)), "both workers")
+    session.send_signal(number)
+    code = session.wait(60)
+    wait_for(lambda: processes_in(tmp_path) == [], "the end of all processes", 20)
+    if number == signal.SIGTERM:
+        assert code == pytest.ExitCode.INTERRUPTED
+        (journal,) = (tmp_path / "results" / "runs").glob("*/journal.jsonl")
+        (row,) = [event["record"] for event in map(json.loads, journal.open()) if event["event"] == "case_finished"]
+        assert (row["status"], row["status_reason"]) == ("interrupted", "stopped by SIGTERM")
+
+
 @pytest.mark.parametrize("versions", ["the same", pytest.param("others", marks=pytest.mark.slow)])
 def test_two_sessions_train_one_case_after_the_other(tmp_path, versions):
     options = (MULTIWORKER, "--mp-seeds=3", "--mp-modes=fp32", "--mp-workloads=mnist1d-mlp", "--mp-start-method=fresh",
                "--mp-retries=0", "--benchmark-only", "--mp-timeout=60")  # fmt: skip
-    port, sessions = free_ports(1)[0], []
+    port, sessions = before_a_free_port(), []
     for place in (0, 1):
         folder = tmp_path / str(place)
         folder.mkdir()
@@ -141,7 +161,8 @@ def test_two_sessions_train_one_case_after_the_other(tmp_path, versions):
     assert [rows[seed]["status"] for seed in (0, 1, 2)] == ["ok", "error", "ok"]
     assert rows[1]["status_reason"].startswith("worker 2 of 2: ended with exit code 3")
     assert rows[0]["parameters"] == rows[2]["parameters"] == 10
-    assert {row["replicas"] for row in rows.values()} == {2}
+    assert {(row["replicas"], row["machines"]) for row in rows.values()} == {(2, 2)}
+    assert "(CPU), by 2 replicas on 2 machines" in (run / "report.md").read_text()
     assert "worker 2 of 2: mnist1d-mlp--fp32--s1--r0: error, ended with exit code 3" in outputs[1]
     assert "worker 2 of 2: the run is over" in outputs[1]
     # Reports get published, and name no machine.

@@ -10,9 +10,9 @@ from support.gpu_case import ENERGY_OFF, TRAINING, kept_samples
 
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.telemetry.replicas import together
+from mpscale.telemetry.replicas import together, with_other_machines
 from mpscale.telemetry.samples import known
-from mpscale.telemetry.watch import HOST_COLUMN, WorkerFacts
+from mpscale.telemetry.watch import HOST_COLUMN, WatchResult, WorkerFacts
 
 PEAK, POWER = "gpu_memory_nvml_peak_mib", "gpu_power_w_mean"
 CLOCK, HOT = "gpu_sm_clock_mhz_median", "gpu_temperature_c_max"
@@ -73,6 +73,20 @@ def test_each_of_two_processes_is_watched_on_a_gpu_of_its_own(script, gpu_case):
     # Neither process is somebody else's on its GPU.
     assert seen.suspicions == []
     assert seen.findings.values["gpu_memory_process_peak_mib"] == 900
+
+
+def test_gpus_of_another_machine_count_as_those_of_this_one():
+    own = Findings({PEAK: 300.0, POWER: 100.0, CLOCK: 1400.0, HOST_COLUMN: 5.0})
+    theirs = Findings({PEAK: 900.0, POWER: 250.0, CLOCK: 1200.0})
+    seen = with_other_machines(WatchResult(own), [(theirs, "worker 2 of 2: throttled")])
+    assert seen.findings.values == {PEAK: 900.0, POWER: 350.0, CLOCK: 1200.0, HOST_COLUMN: 5.0}
+    assert [(one.reason, one.passes) for one in seen.suspicions] == [("worker 2 of 2: throttled", True)]
+    silent = Reason(Code.HOST_SILENT, "worker 2 of 2 did not report its GPUs")
+    unknown = Findings(unavailable=dict.fromkeys((PEAK, POWER, CLOCK), silent))
+    seen = with_other_machines(WatchResult(own), [(unknown, None)])
+    assert seen.findings.values == {HOST_COLUMN: 5.0}
+    assert seen.findings.unavailable[POWER] == silent
+    assert seen.findings.unavailable[PEAK].text == f"which GPU has the largest peak is unknown: {silent.text}"
 
 
 def test_what_is_unknown_of_one_gpu_is_unknown_of_both(script, gpu_case):
