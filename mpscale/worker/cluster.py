@@ -160,48 +160,45 @@ def meet(cluster: Cluster, seconds: float) -> None:
     again only after a second.
 
     Raises:
-        PeerLost: that took more than ``seconds``, or the first worker has ended.
+        PeerLost: that took more than ``seconds``.
         OSError: something else uses the address.
     """
     end, first = time.monotonic() + seconds, Address.parse(cluster.workers[0])
     if cluster.leads:
         _receive_workers(cluster, first.port, seconds, end)
         return
-    late = f"{cluster.name(0)} did not come within {seconds:g} s"
-    with _connection(first, end, late) as door:
-        door.sendall(b"%d\n" % cluster.place)
-        door.settimeout(max(end - time.monotonic(), _SOON_S))
-        try:
+    late, answer = f"{cluster.name(0)} did not come within {seconds:g} s", b""
+    while answer != _ALL_HERE:
+        with _connection(first, end, late) as door, contextlib.suppress(OSError):
+            door.settimeout(max(end - time.monotonic(), _SOON_S))
+            door.sendall(b"%d\n" % cluster.place)
             answer = door.recv(len(_ALL_HERE))
-        except TimeoutError as error:
-            raise PeerLost(f"{cluster.name(0)} still waited for others after {seconds:g} s") from error
-        except OSError:
-            answer = b""
-    if answer != _ALL_HERE:
-        raise PeerLost(f"{cluster.name(0)} ended before all workers had come")
+        # Something else may have answered, such as the server of a case before, or a first worker that ended meanwhile.
+        if answer != _ALL_HERE and time.monotonic() > end:
+            raise PeerLost(late)
     # Until its server listens there.
     _connection(first, end, late).close()
 
 
 def _receive_workers(cluster: Cluster, port: int, seconds: float, end: float) -> None:
     """Wait for all other workers, as the first one, until ``end``."""
-    missing = set(range(1, len(cluster.workers)))
+    others = range(1, len(cluster.workers))
+    doors: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as closing:
         with _listening(port) as server:
-            doors = []
-            while missing:
-                server.settimeout(max(end - time.monotonic(), _SOON_S))
+            while len(doors) < len(others):
+                server.settimeout(max(end - time.monotonic(), 0.01))
                 try:
                     door = closing.enter_context(server.accept()[0])
                 except TimeoutError as error:
-                    names = " and ".join(map(cluster.name, sorted(missing)))
+                    names = " and ".join(cluster.name(place) for place in others if place not in doors)
                     raise PeerLost(f"{names} did not come within {seconds:g} s") from error
-                door.settimeout(1.0)
+                door.settimeout(_SOON_S)
                 # Whatever else may connect says something else, or nothing.
-                with contextlib.suppress(OSError, ValueError, KeyError):
-                    missing.remove(int(door.recv(20)))
-                    doors.append(door)
-        for door in doors:
+                with contextlib.suppress(OSError, ValueError):
+                    if (place := int(door.recv(20))) in others:
+                        doors[place] = door
+        for door in doors.values():
             with contextlib.suppress(OSError):
                 door.sendall(_ALL_HERE)
 
@@ -222,12 +219,12 @@ def _connection(address: Address, end: float, late: str) -> socket.socket:
         PeerLost: nobody did until ``end``; it says ``late``.
     """
     while True:
+        time.sleep(0.02)
         try:
             return socket.create_connection((address.host, address.port), timeout=_SOON_S)
         except OSError as error:
             if time.monotonic() > end:
                 raise PeerLost(f"{late} ({error})") from error
-        time.sleep(0.02)
 
 
 @contextlib.contextmanager
