@@ -15,6 +15,7 @@ from mpscale.core.loss_scale import DynamicLossScale
 from mpscale.core.mode import Mode
 
 StartMethod = Literal["fork", "fresh"]
+Strategy = Literal["none", "mirrored", "multiworker"]
 
 _CASE_ID = re.compile(
     r"(.+)--(?!batch\d+--|scale\d[\d.e+-]*--|replicas\d+--)(.+?)"
@@ -151,6 +152,7 @@ class Settings:
         autotune: whether each process lets XLA tune its kernels, or those of a workload and mode share the results.
         strategy: of tf.distribute; ``none`` trains on one device.
         replicas: on how many devices each step is taken, over all workers. The batch size is that of a replica.
+        machines: how many of them the replicas are on, each with a session of its own.
     """
 
     jit: bool = True
@@ -166,8 +168,9 @@ class Settings:
     looks: int = 0
     lint: bool = False
     autotune: Literal["fresh", "shared"] = "fresh"
-    strategy: Literal["none", "mirrored", "multiworker"] = "none"
+    strategy: Strategy = "none"
     replicas: int = 1
+    machines: int = 1
 
     def suited_to(self, growth_interval: int | None) -> Settings:
         """These settings with the growth interval of a workload, if it has one and the user chose none."""
@@ -271,7 +274,7 @@ class SeriesKey:
     @staticmethod
     def unsaid(name: str) -> str | None:
         """The value of a fact that a key leaves out because it is the default; None if there is no default."""
-        known = {"steps_per_call": "1", "autotune": "fresh", "strategy": "none", "replicas": "1"}
+        known = {"steps_per_call": "1", "autotune": "fresh", "strategy": "none", "replicas": "1", "machines": "1"}
         dynamic = {argument: f"{value:.17g}" for argument, value in DynamicLossScale.defaults().items()}
         return (known | dynamic).get(name)
 
@@ -282,7 +285,7 @@ def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_st
     It holds settings of a loss scale only for modes that use them: another static scale is no new series of fp32. The
     number of steps per call is left out if it is 1, as in keys from before it could be chosen. If tuning is shared, it
     says so, because the choice of kernels is then no longer part of the noise between processes. The batch is that of
-    all replicas together; strategy and replicas are left out without a strategy.
+    all replicas together; strategy and replicas are left out without a strategy, and so is one machine.
     """
     parts = {"batch": str(batch_size), "steps": str(train_steps), "jit": "on" if settings.jit else "off"}
     parts |= {"timing": f"{settings.timing_s:g}s/{settings.timing_blocks}"}
@@ -292,6 +295,7 @@ def series_key(mode: Mode, workload: str, digest: str, batch_size: int, train_st
         parts["autotune"] = "shared"
     if settings.strategy != "none":
         parts |= {"strategy": settings.strategy, "replicas": str(settings.replicas)}
+        parts |= {"machines": str(settings.machines)} if settings.machines != 1 else {}
     return str(SeriesKey(workload, digest, mode.name, parts, str(METHOD_VERSION)))
 
 

@@ -49,5 +49,6 @@ class Cause(StrEnum):
     GARBLED = "garbled", "something other than mpscale wrote to its connection", True
     NOT_STARTED = "not-started", "its process could not be started, or the process that starts it died", True
     FILE_SYSTEM = "file-system", "a file or folder that it needs could not be written", True
+    PEER_LOST = "peer-lost", "another worker of the case ended, did not come, or could not be reached", True
     GPU_STATE = "gpu-state", "the GPU was throttled, or other processes used it", True
     GPU_LOST = "gpu-lost", "the GPU fell off the bus or was reset", True

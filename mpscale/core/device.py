@@ -135,6 +135,16 @@ class Device:
             vendor=gpu.vendor,
         )
 
+    def apart(self, known: Sequence[Device]) -> list[Device]:
+        """Return this device and those beside it, each alone.
+
+        Args:
+            known: the devices that the driver lists. One that it does not list has no address of the bus.
+        """
+        listed = {each.uuid: each for each in known}
+        others = [listed.get(uuid) or dataclasses.replace(self, uuid=uuid, pci_bus_id=None) for uuid in self.beside]
+        return [dataclasses.replace(each, beside=()) for each in (self, *others)]
+
     def to_json(self) -> dict[str, Any]:
         """A dict of plain values."""
         return {**asdict(self), "beside": list(self.beside)}

@@ -56,8 +56,18 @@ class Launcher:
         self.environ = dict(environ)
         """That of the next worker. It may be replaced between two cases."""
 
-    def prepare(self) -> None:
+    def begin(self) -> None:
+        """Begin what :meth:`prepare` waits for, so that several launchers do it at the same time.
+
+        Raises:
+            OSError: a process could not be started.
+        """
+
+    def prepare(self, workers: int = 1) -> None:
         """Do once what would otherwise count as time of the first case.
+
+        Args:
+            workers: how many of them train the next case together; of interest to those who start several.
 
         Raises:
             LaunchError: it could not be done.
@@ -99,8 +109,23 @@ class ForkLauncher(Launcher):
         """Takes the parent's own output."""
         self._parent: Process | None = None
         self._parents_environ: dict[str, str] = {}
+        self._imported = False
+        """Whether the parent has imported TensorFlow, and may fork."""
 
-    def prepare(self) -> None:
+    def begin(self) -> None:
+        """Start the parent, unless it lives.
+
+        Raises:
+            OSError: it could not be started.
+        """
+        if self._parent is not None and self._parent.wait(0.0) is None:
+            return
+        self.close()
+        self._parents_environ = {**self.environ, "CUDA_VISIBLE_DEVICES": "-1"}
+        self._log, self._imported = temporary_file(), False
+        self._parent = self._child("--serve", self._log, self._parents_environ)
+
+    def prepare(self, workers: int = 1) -> None:
         """Start the parent, which takes as long as importing TensorFlow does.
 
         Raises:
@@ -108,17 +133,16 @@ class ForkLauncher(Launcher):
             UnsafeFork: it holds a GPU, or nothing shows that it does not.
             OSError: it could not be started.
         """
-        if self._parent is not None and self._parent.wait(0.0) is None:
+        self.begin()
+        assert self._parent is not None  # it has been begun
+        if self._imported:
             return
-        self.close()
-        self._parents_environ = {**self.environ, "CUDA_VISIBLE_DEVICES": "-1"}
-        self._log = temporary_file()
-        self._parent = self._child("--serve", self._log, self._parents_environ)
         try:
             held = self._parent.receive(_IMPORT_S).get("held")
             reason = None if held is None else Reason.from_json(held)
             if reason is not None and self._on_gpu:
                 raise UnsafeFork(reason)
+            self._imported = True
         except BaseException as error:
             # Also on an interrupt: a half-started parent would answer the next case out of turn.
             code = self.close()
@@ -236,14 +260,15 @@ _FIRST_CUDA = (11, 2)
 
 
 def worker_environment(environ: Mapping[str, str], device: Device, allocator: Allocator | None) -> dict[str, str]:
-    """Return ``environ`` with what a worker needs: one visible device, and an allocator whose peak is meaningful.
+    """Return ``environ`` with what a worker needs: the devices it uses, and an allocator whose peak is meaningful.
 
     Args:
-        environ: that of this process.
-        device: the one device that the worker is to see.
+        environ: that of this process. Its ``TF_CONFIG`` is left out: Keras and TensorFlow would act on it.
+        device: the device that the worker is to see, with those beside it.
         allocator: TensorFlow's allocator on a GPU; None leaves the one that ``environ`` names.
     """
     environment = {**environ, "KERAS_BACKEND": "tensorflow", "PYTHONUNBUFFERED": "1"}
+    environment.pop("TF_CONFIG", None)
     environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     if device.uuid is None or device.is_stand_in:
         environment["CUDA_VISIBLE_DEVICES"] = "-1"

@@ -1,4 +1,4 @@
-"""A limit on the memory of a worker that trains on a CPU.
+"""A limit on the memory of the workers of a case that trains on a CPU.
 
 Without one, the host would swap, or its kernel would kill some process. ``setrlimit`` will not do: without XLA,
 TensorFlow 2.21 crashes (SIGSEGV) when an allocation fails, and address space is not what a host runs out of. So the
@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -21,17 +22,18 @@ _INTERVAL_S = 0.01
 
 
 class MemoryLimit:
-    """Watches one process, in a ``with`` block that ends before the process is waited for.
+    """Watches processes, in a ``with`` block that ends before they are waited for.
 
     Args:
-        pid: the process.
-        limit_mib: what it may use; None for any amount, in which case nothing is watched.
+        pids: the processes. Whoever started them ends the others when the first is killed.
+        limit_mib: what they may use together; None for any amount, in which case nothing is watched.
     """
 
-    def __init__(self, pid: int, limit_mib: float | None) -> None:
-        self._pid, self._limit_mib = pid, limit_mib
+    def __init__(self, pids: Sequence[int], limit_mib: float | None) -> None:
+        self._pids, self._limit_mib = pids, limit_mib
         self.peak_mib = 0.0
         """The most that was seen so far."""
+        self._peaks_mib = dict.fromkeys(pids, 0.0)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="mpscale memory limit")
         self._pidfd: int | None = None
@@ -40,7 +42,7 @@ class MemoryLimit:
         if self._limit_mib is not None:
             # With its number alone, another process could be hit once this one has ended.
             with contextlib.suppress(OSError, AttributeError):
-                self._pidfd = os.pidfd_open(self._pid)
+                self._pidfd = os.pidfd_open(self._pids[0])
             self._thread.start()
         return self
 
@@ -62,7 +64,9 @@ class MemoryLimit:
         assert self._limit_mib is not None  # or the thread was not started
         while True:
             # The peak so far, so that none is missed between two looks.
-            self.peak_mib = max(self.peak_mib, peak_resident_mib(self._pid) or 0.0)
+            for pid, before in self._peaks_mib.items():
+                self._peaks_mib[pid] = max(before, peak_resident_mib(pid) or 0.0)
+            self.peak_mib = sum(self._peaks_mib.values())
             if self.peak_mib > self._limit_mib:
                 self._kill()
                 return
@@ -74,4 +78,4 @@ class MemoryLimit:
             if self._pidfd is not None:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             else:
-                os.kill(self._pid, signal.SIGKILL)
+                os.kill(self._pids[0], signal.SIGKILL)

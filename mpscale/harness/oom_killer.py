@@ -41,13 +41,13 @@ class OomKiller:
     processes in it, that of the machine about all there are.
 
     Args:
-        pid: the process, which must be alive.
+        pids: the processes of a case, which must be alive.
         root: where ``/proc`` and ``/dev`` are; another folder in tests.
     """
 
-    def __init__(self, pid: int, root: Path = ROOT) -> None:
-        self._pid, self._root = pid, root
-        self._group = memory_group(pid, root)
+    def __init__(self, *pids: int, root: Path = ROOT) -> None:
+        self._pids, self._root = set(pids), root
+        self._group = memory_group(pids[0], root)
         self._before = self._kills()
         self._free_mib = available_mib()
         self._log: int | None = None
@@ -69,9 +69,9 @@ class OomKiller:
         """What shows that a process that ended with SIGKILL was killed for lack of memory; None if nothing does.
 
         Args:
-            peak_mib: the largest resident memory of the process that was seen.
+            peak_mib: the largest resident memory of the process, and of those beside it, that was seen.
         """
-        if self._pid in self._victims():
+        if self._pids & self._victims():
             return Evidence("the kernel killed it because memory ran out (kernel log)", certain=True)
         group, machine = self._kills()
         if _rose(self._before[0], group):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import resource
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from mpscale.core.case import Case, StartMethod
+from mpscale.core.case import Case, StartMethod, Strategy
 from mpscale.core.cause import Cause
 from mpscale.core.columns import FAILED, MEASURED, METHOD_VERSION, SCHEMA_VERSION
 from mpscale.core.device import Device
@@ -25,12 +24,13 @@ from mpscale.core.given import given
 from mpscale.core.mode import MODES
 from mpscale.core.out_of_memory import ran_out
 from mpscale.core.processes import stopping, wire
-from mpscale.core.processes.process import Process, describe_exit
-from mpscale.core.processes.wire import Looked, Noted, Phase, PhaseReached, StepsDone
-from mpscale.core.reason import Code, Reason
-from mpscale.core.record import Record
+from mpscale.core.processes.wire import Noted, Phase, PhaseReached
+from mpscale.core.reason import Reason
+from mpscale.core.record import Findings, Record
 from mpscale.core.variables import without_secrets
+from mpscale.harness import conversation
 from mpscale.harness.autotuning import SharedTuning
+from mpscale.harness.conversation import OWN_SIGNALS, Conversation, one_line
 from mpscale.harness.launch import (
     Allocator,
     ForkLauncher,
@@ -43,27 +43,30 @@ from mpscale.harness.launch import (
 )
 from mpscale.harness.memory_limit import MemoryLimit
 from mpscale.harness.oom_killer import OomKiller
+from mpscale.harness.peers import PeerLauncher
 from mpscale.telemetry.client import Driver
-from mpscale.telemetry.gpu_memory import AllocatorFacts
-from mpscale.telemetry.replicas import ReplicaWatch
-from mpscale.telemetry.watch import HOST_COLUMN, CaseWatch, WatchResult, WorkerFacts
+from mpscale.telemetry.replicas import ReplicaWatch, with_other_machines
+from mpscale.telemetry.watch import HOST_COLUMN, CaseWatch, WatchResult
 
 Listener = Callable[[Case, wire.Progressed], None]
 """Called with a case and what has just happened in it."""
 
-_OWN_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
-"""Signals of a program that fails by itself. Others come from people, the kernel's out-of-memory killer or a limit."""
-_SIGNALS_OF_LIMITS = (signal.SIGXCPU, signal.SIGXFSZ)
 _OWN_FAILURES = (Cause.EXCEPTION, Cause.EXITED, Cause.FATAL_SIGNAL)
 """How a worker fails by itself, while memory suffices and nobody kills it."""
 
-_JOINING = "the merge_call by which MirroredStrategy joins replicas"
+_JOINING = "the merge_call by which TensorFlow joins replicas"
 """What XLA cannot compile of any workload under a strategy."""
 _TAIL_BYTES = 4000
-_REASON, _BEGINNING = 500, 120
-"""Characters of a reason, and how many of them are its beginning."""
-_GRACE_S = 15.0
-"""How long a worker may take to end after its last message."""
+
+
+class Machines(Protocol):
+    """The other machines that train the same cases, as this one sees them: it leads them, or follows one of them."""
+
+    def launcher(self, own: Launcher) -> Launcher:
+        """Return a launcher that starts this machine's worker by ``own`` when the others start theirs."""
+
+    def seen(self) -> Sequence[tuple[Findings, str | None]]:
+        """What was seen of the GPUs of each other machine in the last case, and why it must not be used."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Options:
         named: for run.json, name and note of the run, as far as it has them.
         memory_limit_mib: resident memory of a worker above which it is killed and the case is ``oom``.
         shard: for run.json, the part of a plan that this run has; None if it has the whole.
+        strategy: that of all cases.
+        machines: the others that train them, too; None if there is no other.
     """
 
     results: Path
@@ -105,6 +110,8 @@ class Options:
     named: Mapping[str, str] | None = None
     memory_limit_mib: float | None = None
     shard: Mapping[str, Any] | None = None
+    strategy: Strategy = "none"
+    machines: Machines | None = None
 
 
 @dataclass
@@ -136,7 +143,7 @@ class Outcome:
 
 
 class Supervisor:
-    """Runs cases one at a time, each in a process with this one's environment and Python path.
+    """Runs cases one at a time, each in a process, or several, with this one's environment and Python path.
 
     On a GPU it may have several of TensorFlow's allocators to choose from. It takes the next one when a case fails
     twice on touching the GPU, but never after one has worked: a run must not mix figures of two allocators.
@@ -150,6 +157,7 @@ class Supervisor:
 
     def __init__(self, device: Device, driver: Driver, options: Options, listener: Listener) -> None:
         self._device, self._options, self._listener = device, options, listener
+        self._each = device.apart(driver.devices)
         watch = ReplicaWatch if device.beside else CaseWatch
         self._watch = watch(driver, device, (options.interleaved or {}).get("id"))
         remove_left_behind()
@@ -163,7 +171,7 @@ class Supervisor:
         self._allocators = allocators(options.gpu_allocator, os.environ, driver.cuda_version)
         self._left = list(self._allocators)
         self._allocator_works, self._failures = False, 0
-        self._launcher = self._make_launcher()
+        self._launcher = self._make_launcher(options.start_method)
         self._tuning = SharedTuning(self._folder)
         self.why_not_forked: Reason | None = None
         """Why workers are fresh processes although forked ones were asked for."""
@@ -204,11 +212,17 @@ class Supervisor:
                 "steps_per_call": case.settings.steps_per_call,
                 "strategy": case.settings.strategy,
                 "replicas": case.settings.replicas,
+                "machines": case.settings.machines,
                 "policy": MODES[case.mode].policy,
             }
         )
         if case.settings.strategy != "none":
             record.update({"xla_refused": _JOINING})
+
+    def warm_up(self) -> None:
+        """Begin what the first case would wait for. If that fails, the case says so."""
+        with contextlib.suppress(OSError):
+            self._launcher.begin()
 
     def cool_down(self, seconds: float) -> None:
         """Wait until the GPU is fit for measurements, for at most ``seconds``."""
@@ -232,11 +246,17 @@ class Supervisor:
         """The allocator that workers start with; None for the one that the environment names."""
         return self._left[0]
 
-    def _make_launcher(self) -> Launcher:
+    def _make_launcher(self, method: StartMethod) -> Launcher:
+        def make(environ: Mapping[str, str]) -> Launcher:
+            on_gpu = self._device.kind == "gpu"
+            return ForkLauncher(environ, on_gpu) if method == "fork" else Launcher(environ)
+
         environment = worker_environment(os.environ, self._device, self._left[0])
-        if self._options.start_method == "fork":
-            return ForkLauncher(environment, on_gpu=self._device.kind == "gpu")
-        return Launcher(environment)
+        if self._options.machines is not None:
+            return self._options.machines.launcher(make(environment))
+        if self._options.strategy == "multiworker":
+            return PeerLauncher(make, environment, self._each)
+        return make(environment)
 
     def _judge_allocator(self, outcome: Outcome) -> None:
         """Retry a case whose worker failed on first touching the GPU: once as it was, then with the next allocator.
@@ -274,30 +294,33 @@ class Supervisor:
             start = time.monotonic()
             worker = self._launcher.start(log)
         except LaunchError as error:
-            record.end("error", _one_line(str(error)), error.cause)
+            record.end("error", one_line(str(error)), error.cause)
             return
         except OSError as error:
             cause = Cause.FILE_SYSTEM if is_of_the_disk(error) else Cause.NOT_STARTED
-            record.end("error", _one_line(in_words(error, "its process could not be started")), cause)
+            record.end("error", one_line(in_words(error, "its process could not be started")), cause)
             return
-        self._watch.start(worker.pid, start, worker.keeper)
+        self._watch.start(worker.pid, start, worker.keeper, [(each.pid, each.keeper) for each in worker.beside])
         record.end("interrupted", None, Cause.STOPPED)
-        talk = _Conversation(worker, case, outcome, start, scratch)
-        limit = MemoryLimit(worker.pid, self._options.memory_limit_mib)
-        with OomKiller(worker.pid) as killer, log:
+        talk = Conversation(worker, case, outcome, start, scratch)
+        pids = [worker.pid, *(each.pid for each in worker.beside)]
+        limit = MemoryLimit(pids, self._options.memory_limit_mib)
+        with OomKiller(*pids) as killer, log:
             try:
                 with limit, stopping.opened():
                     self._converse(talk, steps_path)
             finally:
                 # Also on the user's interrupt: neither the worker nor a process that it left behind outlives its case.
-                worker.end(0.0 if record["status"] in ("timeout", "interrupted") else _GRACE_S)
+                worker.end(0.0 if record["status"] in ("timeout", "interrupted") else conversation.GRACE_S)
                 record.update({"case_wall_time_s": time.monotonic() - start})
                 shutil.rmtree(scratch, ignore_errors=True)
                 seen = self._watch.stop(talk.facts(), gpu_path)
+                if self._options.machines is not None and self._device.kind == "gpu":
+                    seen = with_other_machines(seen, self._options.machines.seen())
                 record.update(seen.findings.values)
                 for column, why in seen.findings.unavailable.items():
                     record.miss(column, why)
-            output = without_secrets(tail(log, _TAIL_BYTES), os.environ)
+            output = without_secrets(tail(worker.log or log, _TAIL_BYTES), os.environ)
             if talk.signal is not None:
                 self._judge_signal(record, talk.signal, killer, output)
         if seen.not_kept is not None:
@@ -323,7 +346,7 @@ class Supervisor:
         elif number == signal.SIGABRT and ran_out(output):
             # An allocation failed where nothing catches that. Only what the libraries print shows it.
             record.end("oom", f"{said}: an allocation failed, see its output", Cause.OUT_OF_MEMORY)
-        elif number in _OWN_SIGNALS and (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        elif number in OWN_SIGNALS and (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
             hint = f"its address space is limited to {limit / 2**20:,.0f} MiB (ulimit -v), which may be the cause"
             record.update({"status_reason": f"{said}; {hint}"})
 
@@ -331,15 +354,17 @@ class Supervisor:
         """Have the launcher ready. If no child of the warm parent could use the GPU, all workers will be fresh ones."""
         try:
             with stopping.opened():
-                self._launcher.prepare()
+                self._launcher.prepare(case.settings.replicas)
         except UnsafeFork as unsafe:
             self.why_not_forked = unsafe.reason
-            self._launcher = Launcher(self._launcher.environ)
+            self._launcher.close()
+            self._launcher = self._make_launcher("fresh")
+            self._launcher.prepare(case.settings.replicas)
             cure = f" To fork them, {unsafe.reason.cure}." if unsafe.reason.cure else ""
             text = f"each case imports TensorFlow, which takes longer than to fork its process: {unsafe.reason}.{cure}"
             self._listener(case, Noted(text))
 
-    def _converse(self, talk: _Conversation, steps_path: Path | None) -> None:
+    def _converse(self, talk: Conversation, steps_path: Path | None) -> None:
         """Have a worker run its case, and look at the machine at each phase."""
         case = talk.case
         request = {
@@ -352,7 +377,7 @@ class Supervisor:
             "autotuning": self._tuning.flag(case),
             "given": given().to_json(),
         }
-        talk.worker.send(request)
+        talk.worker.begin(request)
         for event in talk.events(self._options.timeout_s):
             if isinstance(event, PhaseReached):
                 self._watch.mark(event.phase)
@@ -372,105 +397,3 @@ class Supervisor:
             if record["status"] in MEASURED and not self._options.keep_suspect:
                 record.end("invalid", reason, Cause.GPU_STATE)
                 outcome.again = "cooled" if all(suspicion.passes for suspicion in seen.suspicions) else None
-
-
-class _Conversation:
-    """Records in ``outcome`` what a worker reports. ``start`` is when it was started, by the monotonic clock."""
-
-    def __init__(self, worker: Process, case: Case, outcome: Outcome, start: float, scratch: Path) -> None:
-        self.worker, self.case, self._outcome, self._start = worker, case, outcome, start
-        self.scratch = scratch
-        self._phase: Phase | Literal["start"] = "start"
-        self._energy: wire.EnergySteps | None = None
-        self.energy_off = _energy_off(case)
-        self.signal: int | None = None
-        """The signal that ended the worker before its last message; None if none did."""
-
-    def events(self, timeout_s: float) -> Iterator[PhaseReached | StepsDone | Looked]:
-        """Yield phases, progress and looks until the worker has ended; afterwards the record has its status."""
-        deadline = self._start + timeout_s
-        try:
-            while True:
-                event = wire.event_of(self.worker.receive(deadline - time.monotonic()), wire.WORKER_EVENTS)
-                match event:
-                    case wire.Values(values):
-                        self._outcome.record.update(values)
-                    case wire.Missed(columns, why):
-                        self._outcome.record.miss(columns, why)
-                    case wire.EnergySteps():
-                        self._energy = event
-                    case wire.Blocks(step_s):
-                        self._outcome.step_s = step_s
-                    case PhaseReached(phase):
-                        self._phase = phase
-                        self._outcome.phases[phase.value] = round(time.monotonic() - self._start, 4)
-                        yield event
-                    case StepsDone() | Looked():
-                        yield event
-                    case wire.NotKept(what, why):
-                        self._outcome.note_not_kept(what, why)
-                    case wire.Remarked(text):
-                        self._outcome.record.note(_one_line(text))
-                    case wire.Finished(status, reason, runtime):
-                        # What was measured is valid, even if the process then fails on its way out.
-                        self._outcome.runtime = runtime
-                        return self._end(status, reason, Cause.OTHER_PRECISION if status in FAILED else None)
-                    case wire.Failed(kind, message, cause):
-                        status = "oom" if cause is Cause.OUT_OF_MEMORY else "error"
-                        return self._end(status, _one_line(f"{kind}: {message}"), cause)
-        except TimeoutError:
-            self._end("timeout", f"not finished after {timeout_s:g} s, killed {self._where()}", Cause.TIMEOUT)
-        except wire.Garbled:
-            reason = f"something other than mpscale wrote to the worker's connection {self._where()}"
-            self._end("error", reason, Cause.GARBLED)
-        except EOFError:
-            self._end_silently(deadline)
-
-    def facts(self) -> WorkerFacts:
-        """What the columns of the GPU need from the worker."""
-        record = self._outcome.record
-        peaks = record["gpu_memory_allocator_peak_mib"], record["gpu_memory_allocator_synchronised_peak_mib"]
-        allocator = AllocatorFacts(*peaks, record["gpu_allocator"])
-        if self._energy is None:
-            return WorkerFacts(allocator, energy_off=self.energy_off, replicas=self.case.settings.replicas)
-        steps, overflows = self._energy.steps, self._energy.overflow_steps
-        applied = None if overflows is None else steps - overflows
-        return WorkerFacts(allocator, steps, applied, self.energy_off, self.case.settings.replicas)
-
-    def _where(self) -> str:
-        return f"in or after phase {str(self._phase)!r}"
-
-    def _end(self, status: str, reason: str | None, cause: Cause | None) -> None:
-        self._outcome.record.end(status, reason, cause)
-
-    def _end_silently(self, deadline: float) -> None:
-        """Record what became of a worker that neither finished nor reported an exception."""
-        code = self.worker.wait(max(min(_GRACE_S, deadline - time.monotonic()), 0.1))
-        if self.worker.abandoned is not None:
-            self._end("crashed", f"{self.worker.abandoned}, {self._where()}", Cause.NOT_STARTED)
-        elif code is None:
-            self._end("crashed", f"closed its connection {self._where()} and did not end", Cause.EXITED)
-        elif code >= 0:
-            self._end("error", f"{describe_exit(code)} {self._where()} and without a result", Cause.EXITED)
-        else:
-            self.signal = -code
-            cause = Cause.FATAL_SIGNAL if -code in _OWN_SIGNALS else Cause.KILLED
-            cause = Cause.LIMIT if -code in _SIGNALS_OF_LIMITS else cause
-            self._end("crashed", f"{describe_exit(code)} {self._where()}", cause)
-
-
-def _energy_off(case: Case) -> Reason | None:
-    """Why a case measures no energy; None if it does."""
-    if case.settings.timing_s == 0:
-        return Reason(Code.NOT_ASKED_FOR, "timing was off")
-    if case.settings.energy_s == 0:
-        return Reason(Code.NOT_ASKED_FOR, "energy was off (--mp-energy 0, or the preset)")
-    return None
-
-
-def _one_line(text: str) -> str:
-    """Put a text on one line. Of a long one, keep the beginning and more of the end, where the error usually is."""
-    # Escapes for colours, which some libraries put into messages, must not reach the user's terminal.
-    text = without_secrets(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text), os.environ)
-    line = "".join(c for c in " ".join(text.split()) if c.isprintable() or "\ud800" <= c <= "\udfff")
-    return line if len(line) <= _REASON else f"{line[:_BEGINNING]} … {line[_BEGINNING - _REASON :]}"

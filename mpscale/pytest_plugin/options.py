@@ -12,6 +12,7 @@ import pytest
 
 from mpscale.config import OptionType, Written, add_results_option, batch_size, integer, seconds, training_steps
 from mpscale.core.case import Settings
+from mpscale.core.cluster import Address, Cluster
 from mpscale.core.device import Device, NoSuchDevice, find_device, find_replicas
 from mpscale.core.invocation import SCRIPT
 from mpscale.core.loss_scale import RULES
@@ -19,12 +20,12 @@ from mpscale.core.mode import DEFAULT_MODES, MODES, SETTABLE, Mode, Scaling, def
 from mpscale.core.naming import NAME, NOTE, note_of, run_name
 from mpscale.core.shard import Shard, Share
 from mpscale.presets import DEFAULT_PRESET, GPU_PRESET, GPU_PRESET_GB, PRESETS, Apart, Preset, preset_for
+from mpscale.pytest_plugin import machines, origin
 from mpscale.pytest_plugin import option_types as types
-from mpscale.pytest_plugin import origin
 from mpscale.terminal.streams import as_typed
 
 if TYPE_CHECKING:
-    from mpscale.harness.supervisor import Options
+    from mpscale.harness.supervisor import Machines, Options
 
 _MOST_PROCESSES = 1000
 """Of a workload and mode; intervals then have 3 % of the width that one process alone would have."""
@@ -87,6 +88,7 @@ _SWEEPABLE = ("batch_size", "static_scale", "replicas")
 """Settings of which a run may have several values; see :func:`swept`."""
 _CHOSEN = pytest.StashKey[tuple[str, str]]()
 _REPLICAS = pytest.StashKey[tuple[int, ...]]()
+_CLUSTER = pytest.StashKey[Cluster | None]()
 _MOST_REPLICAS = 64
 
 
@@ -104,21 +106,36 @@ def choose_device(config: pytest.Config, devices: Sequence[Device], cpu: Device)
     """
     strategy, wanted = config.getoption("mp_strategy"), config.getoption("mp_replicas")
     config.stash[_REPLICAS] = (1,)
+    config.stash[_CLUSTER] = found = machines.cluster_of(config)
     if strategy == "none":
         if wanted is not None:
-            raise pytest.UsageError(f"{origin.of(config, '--mp-replicas')}: replicas need --mp-strategy mirrored")
+            raise pytest.UsageError(f"{origin.of(config, '--mp-replicas')}: replicas need --mp-strategy")
         return find_device(devices, os.environ, cpu)
     if config.getoption("mp_jit") == "on":
         raise pytest.UsageError(
             f"{origin.of(config, '--mp-jit')}: XLA cannot compile the steps of --mp-strategy {strategy}, since "
             "TensorFlow joins its replicas by merge_call; leave --mp-jit on out"
         )
+    workers = 1 if found is None else len(found.workers)
+    if found is not None and wanted is not None and (len(wanted) > 1 or wanted[0] % workers):
+        raise pytest.UsageError(
+            f"{origin.of(config, '--mp-replicas')}: TF_CONFIG names {workers} workers, with as many replicas each: "
+            f"give one number, a multiple of {workers}, or leave the option out"
+        )
+    own = None if wanted is None else wanted[-1] // workers
+    if own is None and found is not None and find_device(devices, os.environ, cpu).kind == "cpu":
+        own = 1
     try:
-        device, number = find_replicas(devices, os.environ, cpu, None if wanted is None else wanted[-1])
+        device, number = find_replicas(devices, os.environ, cpu, own)
     except NoSuchDevice as error:
         raise pytest.UsageError(f"--mp-strategy {strategy}, --mp-replicas: {error}") from error
-    config.stash[_REPLICAS] = wanted or (number,)
+    config.stash[_REPLICAS] = wanted or (number * workers,)
     return device
+
+
+def cluster(config: pytest.Config) -> Cluster | None:
+    """Return the workers of the run on several machines; None if it is on one. The device has been chosen."""
+    return config.stash.get(_CLUSTER, None)
 
 
 def choose_preset(config: pytest.Config, device: Device) -> tuple[str, str]:
@@ -219,18 +236,27 @@ def _add_settings(add: Add) -> None:
     )
     add(
         "--mp-strategy",
-        choices=("none", "mirrored"),
+        choices=("none", "mirrored", "multiworker"),
         default="none",
         help="mirrored: every step is taken on several GPUs at once, by tf.distribute.MirroredStrategy and without "
-        "XLA, each with a batch of its own (default: none)",
+        "XLA, each with a batch of its own; multiworker: the same in several processes, by "
+        "MultiWorkerMirroredStrategy: one for each GPU, or if TF_CONFIG names workers, one on each of their machines, "
+        "where the same command has to be started (default: none)",
     )
     add(
         "--mp-replicas",
         type=types.several(integer(1, _MOST_REPLICAS)),
         metavar="N,...",
-        help="with --mp-strategy: on how many GPUs; on a CPU, on how many logical devices that share it. With several, "
-        "such as 1,2, every workload runs at each, and the report shows the scaling efficiency (default: all GPUs that "
-        "CUDA_VISIBLE_DEVICES leaves)",
+        help="with --mp-strategy: on how many GPUs; on a CPU, on how many logical devices or processes that share it. "
+        "With several, such as 1,2, every workload runs at each, and the report shows the scaling efficiency (default: "
+        "all GPUs that CUDA_VISIBLE_DEVICES leaves)",
+    )
+    add(
+        "--mp-coordinator",
+        type=types.checked(Address.parse),
+        metavar="HOST:PORT",
+        help="with --mp-strategy multiworker and TF_CONFIG: where the session of the first worker waits for those of "
+        "the other machines (default: the host of that worker, and the port after its own)",
     )
     add(
         "--mp-autotune",
@@ -289,6 +315,7 @@ def settings(config: pytest.Config, workload: str | None = None, memory_mib: flo
         jit=option("mp_jit") != "off" and option("mp_strategy") == "none",
         strategy=option("mp_strategy"),
         replicas=replicas[0] if len(replicas) == 1 else 1,
+        machines=1 if (workers := cluster(config)) is None else len(workers.workers),
         train_steps=option("mp_steps") or own.train_steps or ours.train_steps,
         batch_size=batch,
         steps_per_call=option("mp_steps_per_call"),
@@ -394,6 +421,7 @@ def run_options(
     interleaved: Mapping[str, Any] | None,
     invocation: Mapping[str, Any] | None = None,
     share: Share | None = None,
+    others: Machines | None = None,
 ) -> Options:
     """Return how the run is made.
 
@@ -404,6 +432,7 @@ def run_options(
         interleaved: with which run it is interleaved, if with any; for run.json.
         invocation: how the session was started; for run.json.
         share: the part of a plan that it has, if there are several; for run.json.
+        others: the machines that train the same cases.
     """
     from mpscale.harness.supervisor import Options
 
@@ -444,6 +473,8 @@ def run_options(
         named={key: text for key in (NAME, NOTE) if (text := option(f"mp_{key}"))},
         shard=None if share is None else share.to_json(),
         jit_fallback=option("mp_jit") == "auto",
+        strategy=option("mp_strategy"),
+        machines=others,
     )
 
 

@@ -23,7 +23,8 @@ ARGUMENTS = pytest.StashKey[list[str]]()
 """All arguments of the session: of the command line, of pytest's settings and of its environment variable."""
 MAY_DIFFER = (
     "--mp-baseline", "--mp-fail-on", "--mp-strict", "--mp-compare-by", "--mp-force", "--mp-results",
-    "--mp-benchmark-table", "--mp-timeout", "--mp-retries", "--mp-gpu-retries", "--mp-cool-down", RESUME,
+    "--mp-benchmark-table", "--mp-timeout", "--mp-retries", "--mp-gpu-retries", "--mp-cool-down", "--mp-coordinator",
+    RESUME,
 )  # fmt: skip
 """Options that change no figure: they judge the run, show it, say where it is, or how long a case may take."""
 

@@ -19,6 +19,7 @@ from mpscale.core.processes.process import kill_living
 from mpscale.pytest_plugin import options, origin
 from mpscale.pytest_plugin.baseline import FILE, BaselineCheck, InSummary, as_tests
 from mpscale.pytest_plugin.live_run import LiveRun
+from mpscale.pytest_plugin.machines import Following, cluster_of, lead
 from mpscale.pytest_plugin.output import Output
 from mpscale.pytest_plugin.plan import CASE, PARAMETERS, Plan, check_use, shows_benchmark_table, shuffle_seed
 from mpscale.pytest_plugin.resume import Resumption, invocation
@@ -26,7 +27,9 @@ from mpscale.terminal.streams import visible
 
 if TYPE_CHECKING:
     from mpscale.core.case import Case, Settings
+    from mpscale.core.cluster import Cluster
     from mpscale.core.runs import Run
+    from mpscale.harness.coordinator import Coordinator
     from mpscale.harness.supervisor import Outcome
 
 
@@ -49,12 +52,16 @@ class Session:
             self._results = resumption.results
         self._check = BaselineCheck(config)
         self._turns = turns.join(os.environ)
+        if self._turns is not None and cluster_of(config) is not None:
+            raise pytest.UsageError("`mpscale ab` compares runs of one machine: unset TF_CONFIG")
         if resumption is not None and self._turns is not None:
             raise pytest.UsageError(f"{RESUME}: neither of the two runs of `mpscale ab` can go on alone")
         self._plan: Plan | None = None
         self._problem: str | None = None
         """Why no plan could be made. pytest only reports a UsageError as such if no collector raises it."""
         self._run: LiveRun | None = None
+        self._others: Coordinator | None = None
+        """The machines that this session leads."""
         self._finished: Run | None = None
         self._judged = False
         """Whether the gates were judged, or it is known why they could not be."""
@@ -128,12 +135,18 @@ class Session:
             raise pytest.UsageError(visible(self._problem))
         plan = self._plan
         chosen = [] if plan is None else plan.choose(session.items)
-        if plan is not None and chosen:
+        machines = options.cluster(self._config)
+        if plan is not None and chosen and machines is not None and not machines.leads:
+            self._follow(plan, machines)
+        elif plan is not None and chosen:
             check_use(self._config, plan, self._results)
             if self._turns is None:
                 before = None if self._resumption is None else self._resumption.path.name
                 self._check.check_rows([case.place for case in chosen])
                 self._check.open(self._results, plan.device, before)
+            if machines is not None and not self._config.option.collectonly:
+                self._others = lead(self._config, machines, plan.device, self.output.say)
+                self._cleanup.callback(self._others.close)
             if self._resumption is not None and not self._config.option.collectonly:
                 self._run = self._start_run()
         if self._turns is not None:
@@ -142,6 +155,13 @@ class Session:
                 for case in chosen
             ]
             self._turns.send(turns.Plan(cases, options.longest_turn_s(self._config)))
+
+    def _follow(self, plan: Plan, cluster: Cluster) -> None:
+        """Have the session of another machine say which cases run, in place of this one's tests."""
+        if not self._config.option.collectonly:
+            how = options.run_options(self._config, self._results, {}, None)
+            following = Following(self._config, cluster, plan.device, plan.driver, how, self.output.say)
+            self._config.pluginmanager.register(following)
 
     def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> list[str]:
         """Say what the project sets, which preset was chosen unless it is the usual one, and what will surprise."""
@@ -195,7 +215,8 @@ class Session:
         interleaved = None if self._turns is None else self._turns.entry
         plan = self._plan
         started = invocation(self._config)
-        how = options.run_options(self._config, self._results, plan.selection(), interleaved, started, plan.share)
+        selected = plan.selection()
+        how = options.run_options(self._config, self._results, selected, interleaved, started, plan.share, self._others)
         if self._resumption is None:
             return LiveRun(plan, how, self.output)
         from mpscale.core.files.reading import RunError

@@ -44,6 +44,8 @@ def _overview(run: Run, rows: Sequence[Row]) -> str:
     where = (f" on {escape(name)}" if name else "") + (f" ({kind.upper()})" if kind else "")
     numbers = {record["replicas"] for record in run.records} - {None}
     where += f", by {numbers.pop()} replicas" if len(numbers) == 1 and numbers != {1} else ""
+    machines = max((record["machines"] or 1 for record in run.records), default=1)
+    where += f" on {machines} machines" if machines > 1 else ""
     if not rows:
         return f"No case was started{where}, so there is nothing to report."
     workloads = list(dict.fromkeys(escape(row["workload"]) for row in rows))

@@ -138,13 +138,13 @@ def busy_words() -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class CpuTimes:
-    """Seconds that all processors together have spent since the host started, and one process's share.
+    """Seconds that all processors together have spent since the host started, and the share of some processes.
 
     Args:
         busy_s: working for any process.
         steal_s: ready to work while the hypervisor gave the processor to another machine.
         total_s: in all, idle time included.
-        own_s: working for one process and the children that it has waited for.
+        own_s: working for these processes and the children that they have waited for.
     """
 
     busy_s: float
@@ -153,16 +153,17 @@ class CpuTimes:
     own_s: float
 
 
-def cpu_times(pid: int) -> CpuTimes | None:
-    """The times now, ``own_s`` of the process ``pid``; None if it has ended, or without ``/proc``."""
+def cpu_times(*pids: int) -> CpuTimes | None:
+    """The times now, ``own_s`` of the processes ``pids``; None if one of them has ended, or without ``/proc``."""
     first = _read("/proc/stat").partition("\n")[0].split()[1:]
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    if not first or not fields:
+    each = [_read(f"/proc/{pid}/stat").rpartition(")")[2].split() for pid in pids]
+    if not first or not all(each):
         return None
     # user, nice, system, idle, iowait, irq, softirq, steal; guests are in user and nice already (proc_stat(5)).
     user, nice, system, idle, iowait, irq, softirq, steal = (int(field) / _TICKS_PER_S for field in first[:8])
     busy = user + nice + system + irq + softirq
-    own = sum(int(field) for field in fields[11:15]) / _TICKS_PER_S  # utime, stime, and those of children
+    # utime, stime, and those of children
+    own = sum(int(field) for fields in each for field in fields[11:15]) / _TICKS_PER_S
     return CpuTimes(busy, steal, busy + idle + iowait + steal, own)
 
 
@@ -170,11 +171,11 @@ class HostNoise:
     """Measures how busy the host was with other work while a case was timed.
 
     Args:
-        pid: the worker.
+        pids: the workers of the case.
     """
 
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
+    def __init__(self, *pids: int) -> None:
+        self._pids = pids
         self._load = load_average()
         self._start: CpuTimes | None = None
         self._end: CpuTimes | None = None
@@ -183,9 +184,9 @@ class HostNoise:
     def mark(self, phase: str) -> None:
         """Read the times if ``phase``, which the worker has just reached, begins or ends the timed window."""
         if phase == "timing-start":
-            self._start = cpu_times(self._pid)
+            self._start = cpu_times(*self._pids)
         elif phase == "timing-end":
-            self._end = cpu_times(self._pid)
+            self._end = cpu_times(*self._pids)
             self._clock = clock_mhz()
 
     def columns(self) -> Findings:

@@ -1,9 +1,8 @@
-"""Watch the process of a case that uses several GPUs: a watch of each, and one set of columns for all."""
+"""Watch a case that uses several GPUs, in one process or in one for each: a watch of each GPU, one set of columns."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mpscale.core.reason import Reason
 from mpscale.core.record import Findings
 from mpscale.telemetry.client import Driver
 from mpscale.telemetry.gpu_memory import HEADLINE
+from mpscale.telemetry.gpu_state import Suspicion
 from mpscale.telemetry.watch import CaseWatch, WatchResult, WorkerFacts
 
 _LOWEST = ("gpu_sm_clock_mhz_median", "gpu_memory_clock_mhz_median", "gpu_utilization_median")
@@ -33,16 +33,18 @@ class ReplicaWatch:
 
     def __init__(self, driver: Driver, device: Device, pair: str | None = None) -> None:
         self._more = [driver.another() for _ in device.beside]
-        known = {each.uuid: each for each in driver.devices}
-        others = [known.get(uuid) or dataclasses.replace(device, uuid=uuid, pci_bus_id=None) for uuid in device.beside]
         drivers = [driver, *self._more]
-        devices = [dataclasses.replace(device, beside=()), *others]
-        self._watches = [CaseWatch(*each, pair) for each in zip(drivers, devices, strict=True)]
+        self._watches = [CaseWatch(*each, pair) for each in zip(drivers, device.apart(driver.devices), strict=True)]
 
-    def start(self, pid: int, epoch: float, keeper: int | None = None) -> None:
-        """Begin to watch a process; arguments as of :meth:`CaseWatch.start`."""
-        for watch in self._watches:
-            watch.start(pid, epoch, keeper)
+    def start(
+        self, pid: int, epoch: float, keeper: int | None = None, beside: Sequence[tuple[int, int | None]] = ()
+    ) -> None:
+        """Begin to watch a process on all GPUs, or one process on each; arguments as of :meth:`CaseWatch.start`."""
+        each = dict(enumerate([(pid, keeper), *beside] if beside else []))
+        for place, watch in enumerate(self._watches):
+            own, parent = each.get(place, (pid, keeper))
+            # Memory and time of the host are those of the first watch.
+            watch.start(own, epoch, parent, [] if place else beside)
 
     def mark(self, phase: str) -> None:
         """Take a sample of each GPU now."""
@@ -66,10 +68,7 @@ class ReplicaWatch:
             any(each.lost for each in seen),
             next((each.not_kept for each in seen if each.not_kept is not None), None),
         )
-        for column in measured_columns(source=Source.MONITOR):
-            result.findings.values.pop(column, None)
-            result.findings.unavailable.pop(column, None)
-        result.findings.add(together([each.findings for each in seen]))
+        _put_together(result.findings, [each.findings for each in seen])
         return result
 
     def has_power(self) -> bool:
@@ -88,6 +87,28 @@ class ReplicaWatch:
                 stack.callback(watch.close)
             for driver in self._more:
                 stack.callback(driver.close)
+
+
+def with_other_machines(seen: WatchResult, others: Sequence[tuple[Findings, str | None]]) -> WatchResult:
+    """Add what was seen of the GPUs of other machines during the same case.
+
+    Args:
+        seen: on this machine.
+        others: on each other one, and why its figures must not be used.
+    """
+    findings = Findings(dict(seen.findings.values), dict(seen.findings.unavailable))
+    _put_together(findings, [seen.findings, *(found for found, _ in others)])
+    suspicions = [*seen.suspicions, *(Suspicion(why, True) for _, why in others if why is not None)]
+    return WatchResult(findings, suspicions, seen.lost, seen.not_kept)
+
+
+def _put_together(result: Findings, found: Sequence[Findings]) -> None:
+    """Replace the monitor's columns by those of several GPUs as one set."""
+    joined = together(found)
+    for column in measured_columns(source=Source.MONITOR):
+        result.values.pop(column, None)
+        result.unavailable.pop(column, None)
+    result.add(joined)
 
 
 def _beside(path: Path, number: int) -> Path:

@@ -82,7 +82,8 @@ class CaseWatch:
         self._file: IO[bytes] | None = None
         """The samples of the present case. It stays open, so that they can be read even if somebody removes it."""
         self._pid: int | None = None
-        self._host_peak_mib: float | None = None
+        self._host_peaks_mib: dict[int, float | None] = {}
+        """The largest memory of each process of the case that was seen."""
         self._noise: HostNoise | None = None
         self._blind: Reason | None = _NOT_WATCHED
         """Why the GPU cannot be watched; None if it can."""
@@ -95,15 +96,19 @@ class CaseWatch:
         self._slowdown_c: float | None = None
         self._lost = False
 
-    def start(self, pid: int, epoch: float, keeper: int | None = None) -> None:
+    def start(
+        self, pid: int, epoch: float, keeper: int | None = None, beside: Sequence[tuple[int, int | None]] = ()
+    ) -> None:
         """Begin to watch a process, and forget the previous one.
 
         Args:
             pid: the process.
             epoch: when it was started, on the monotonic clock.
             keeper: its parent, if that has no other children than this process and what it leaves behind.
+            beside: further processes of the case and their keepers, whose memory and time on the host count with its.
         """
-        self._pid, self._host_peak_mib, self._noise = pid, None, HostNoise(pid)
+        pids = [pid, *(other for other, _ in beside)]
+        self._pid, self._host_peaks_mib, self._noise = pid, dict.fromkeys(pids), HostNoise(*pids)
         self._silent_after, self._last_phase, self._lost = None, START, False
         self._late = []
         self._beside = dict.fromkeys(self._presence.others())
@@ -137,7 +142,9 @@ class CaseWatch:
         result = WatchResult()
         findings = result.findings
         unknown = _NOT_WATCHED if self._pid is None else _ENDED
-        findings.put(HOST_COLUMN, unknown if self._host_peak_mib is None else self._host_peak_mib)
+        peaks = [peak for peak in self._host_peaks_mib.values() if peak is not None]
+        all_known = bool(peaks) and len(peaks) == len(self._host_peaks_mib)
+        findings.put(HOST_COLUMN, sum(peaks) if all_known else unknown)
         if self._noise is not None:
             findings.add(self._noise.columns())
         self._beside |= dict.fromkeys(self._presence.others())
@@ -246,6 +253,6 @@ class CaseWatch:
     def _read_host(self) -> None:
         # The newest reading is the largest, since the kernel keeps the maximum. It also corrects an early reading that
         # caught the child before exec, when its memory was still that of its parent.
-        peak = peak_resident_mib(self._pid) if self._pid is not None else None
-        if peak is not None:
-            self._host_peak_mib = peak
+        for pid in self._host_peaks_mib:
+            if (peak := peak_resident_mib(pid)) is not None:
+                self._host_peaks_mib[pid] = peak

@@ -21,6 +21,7 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.worker import model as models
 from mpscale.worker.batches import Batches
+from mpscale.worker.cluster import cluster_of
 from mpscale.worker.compiled import model as compiling
 from mpscale.worker.compiled.course import Course
 from mpscale.worker.compiled.evaluator import FitEvaluator, Judge
@@ -222,7 +223,7 @@ def _of_workload(
     else:
         check_optimizers([optimizer])
         own = feed or ReplicaBatches((data.train_x, data.train_y), order)
-        step = ReplicatedStep(update, own, settings.steps_per_call)
+        step = ReplicatedStep(update, own, settings.steps_per_call, cluster_of(settings))
     return Built(case, workload, data, order, optimizer, optimizer_config, objective, loss, step, float8, feed=feed)
 
 

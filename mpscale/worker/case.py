@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import keras
+import tensorflow as tf
+
 from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case
 from mpscale.core.device import Device
@@ -22,6 +25,7 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.worker import autotuning
 from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, judged, put
+from mpscale.worker.cluster import cluster_of, noticing_lost_peers, replicas_here
 from mpscale.worker.compiled import shares
 from mpscale.worker.compiled.judged import refused_labels
 from mpscale.worker.compiled.update import FitUpdate
@@ -54,6 +58,9 @@ _SHAPES = "pad batches to one shape, or to a few (bucket_by_sequence_length)"
 _ONE_PER_CALL_SHARE = 4
 """With several steps per call, steps of one call each are timed for this part of the time and of the blocks."""
 
+_SAME = ("workload_digest", "data_digest", "data_order_digest", "initial_weights_digest", "optimizer_config")
+"""What all workers of a case have in common, besides the case itself and the settings of their processes."""
+
 Status = tuple[str, str | None]
 """The status of a case, and the reason if it is not ``ok``."""
 
@@ -68,17 +75,24 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
         channel: takes the reports.
         energy_s: how long to take steps, from the start of the timing, to measure their energy; 0 for no energy.
     """
-    mode = MODES[case.mode]
+    mode, settings = MODES[case.mode], case.settings
     require(device)
     channel.phase(Phase.IDLE)
-    _report(channel, touch(device, mode, case.settings))
-    channel.phase(Phase.CONTEXT_READY)
-
-    arithmetic = Arithmetic(mode, device, case.settings.jit)
-    built = build(case, arithmetic, channel)
-    channel.phase(Phase.MODEL_BUILT)
-    with refusals_of(built.model, case.settings.jit, channel):
-        return _run(built, arithmetic, device, steps_path, channel, energy_s)
+    with noticing_lost_peers(settings):
+        _report(channel, touch(device, mode, settings))
+        cluster = cluster_of(settings)
+        if cluster is not None:
+            software = {"TensorFlow": tf.__version__, "Keras": keras.__version__}
+            cluster.check_same({**software, **settings.to_json(), **case.to_json(), "settings": None})
+        channel.phase(Phase.CONTEXT_READY)
+        arithmetic = Arithmetic(mode, device, settings.jit)
+        built = build(case, arithmetic, channel)
+        channel.phase(Phase.MODEL_BUILT)
+        with refusals_of(built.model, settings.jit, channel):
+            status = _run(built, arithmetic, device, steps_path, channel, energy_s)
+        if cluster is not None:
+            cluster.end()
+    return status
 
 
 def _run(
@@ -102,13 +116,18 @@ def _run(
     if not case.settings.looks:
         built = judged(built)
     precision = Precision(built.model, step.graph)
-    _report(channel, described(built))
+    what = described(built)
+    cluster = cluster_of(case.settings)
+    if cluster is not None:
+        cluster.check_same({name: what.values.get(name) for name in _SAME} | {"settings": arithmetic.column()})
+    _report(channel, what)
     _report(channel, precision.columns())
     found = Findings()
     found.put("random_draws", draws_of(step.graph, case.settings.jit))
     _report(channel, found)
     varies = built.feed.varies if built.feed else None
-    throughput = Throughput(step.graph, mode, device, varies, case.settings.replicas)
+    replicas = case.settings.replicas
+    throughput = Throughput(step.graph, mode, device, varies, replicas, replicas // replicas_here(case.settings))
     _report(channel, throughput.columns())
     _report(channel, built.loss_columns())
     channel.values({"process_settings": arithmetic.column()})
@@ -138,7 +157,7 @@ def _run(
     _report(channel, autotuning.columns(device, built.case.settings.jit))
     channel.phase(Phase.COMPILED)
 
-    peak = AllocatorPeak(device, case.settings.replicas)
+    peak = AllocatorPeak(device, replicas_here(case.settings))
     opening_s = _take_opening_steps(built, peak, channel)
     status: Status = ("ok", None)
     if case.trains:
@@ -185,7 +204,7 @@ def _on_replicas(built: Built, channel: Channel) -> str | None:
         found += shares.remarks(step.update, built.first_batch(), step.strategy)
     for remark in found:
         channel.send(Remarked(remark))
-    return None if loss is None else objection(loss, labels, replicas, step.strategy)
+    return None if loss is None else objection(step, loss, labels, mode)
 
 
 def _report(channel: Channel, found: Findings) -> None:
@@ -376,7 +395,7 @@ def _profile(step: TrainStep, step_ms: float, device: Device, gpus: int, channel
     ``step_ms`` was timed.
     """
     steps = min(max(round(_PROFILED_S * 1e3 / step_ms), _FEWEST_PROFILED), _MOST_PROFILED)
-    steps = step.whole_calls(steps)
+    steps = int(step.agreed(step.whole_calls(steps)))
     found = Findings()
     if gpus == 1:
         busy = profile_steps(lambda: step.block(steps), steps, device)

@@ -14,6 +14,7 @@ from mpscale.core.device import Device, gpu_files_of
 from mpscale.core.mode import Mode
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
+from mpscale.worker.cluster import cluster_of, replicas_here
 
 _SUCCESS = 0  # what a call to CUDA returns
 
@@ -109,16 +110,22 @@ def touch(device: Device, mode: Mode, settings: Settings) -> Findings:
     """Set up the device that this process was started for; return the columns that describe the setup.
 
     Raises:
-        RuntimeError: TensorFlow uses another GPU than the one that is monitored.
+        RuntimeError: TensorFlow uses another GPU than the one that is monitored, or sees fewer than this process has
+            replicas.
+        ValueError, PeerLost: as of :func:`mpscale.worker.cluster.cluster_of`.
     """
-    for gpu in tf.config.list_physical_devices("GPU"):
+    gpus = tf.config.list_physical_devices("GPU")
+    for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
     set_arithmetic(mode)
     on_gpu = device.kind == "gpu"
     if settings.strategy != "none" and (not on_gpu or device.is_stand_in):
         # Logical devices, which share the cores and the memory of the CPU; TensorFlow must not have touched it yet.
-        cpu = tf.config.list_physical_devices("CPU")[0]
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * settings.replicas)
+        cpu, number = tf.config.list_physical_devices("CPU")[0], replicas_here(settings)
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * number)
+    elif settings.strategy == "multiworker":
+        # Its strategy uses all that it sees.
+        tf.config.set_visible_devices(_enough(gpus, replicas_here(settings)), "GPU")
     found = Findings()
     if device.has_tf32:
         found.values["tf32"] = tf.config.experimental.tensor_float_32_execution_enabled()
@@ -128,11 +135,22 @@ def touch(device: Device, mode: Mode, settings: Settings) -> Findings:
         found.values["gpu_allocator"] = os.environ.get("TF_GPU_ALLOCATOR") or "bfc"
     else:
         found.miss(["gpu_allocator"], Reason(Code.NO_GPU, "no GPU"))
+    cluster_of(settings)  # before TensorFlow touches a device
     tf.constant(0.0).numpy()
     problem = mismatch(device.uuid, device.pci_bus_id) if on_gpu and not device.is_stand_in else None
     if problem is not None:
         raise RuntimeError(f"{problem}; set CUDA_VISIBLE_DEVICES to the UUID of one GPU")
     return found
+
+
+def _enough(gpus: list[Any], replicas: int) -> list[Any]:
+    """The GPUs of this process's replicas."""
+    if len(gpus) < replicas:
+        raise RuntimeError(
+            f"{replicas} replicas of this worker need as many GPUs, and TensorFlow sees {len(gpus)}; show it more of "
+            "them, or ask for fewer replicas"
+        )
+    return gpus[:replicas]
 
 
 def set_arithmetic(mode: Mode) -> None:

@@ -39,8 +39,14 @@ class XlaRefused(Exception):
         self.error = error
 
 
+class PeerLost(RuntimeError):
+    """Another worker of the case ended, did not come, or cannot be reached."""
+
+
 def cause(error: BaseException) -> Failed:
     """The event that reports an exception."""
+    if isinstance(error, PeerLost):
+        return Failed(type(error).__name__, str(error), Cause.PEER_LOST)
     if isinstance(error, XlaRefused):
         return Failed(type(error.error).__name__, str(error), Cause.XLA_REFUSED)
     first = unwrapped(error)

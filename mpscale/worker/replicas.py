@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
+import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 from keras.src.losses import loss as of_keras
@@ -15,9 +17,10 @@ from keras.src.losses import loss as of_keras
 from mpscale.core.case import Settings
 from mpscale.core.mode import Mode
 from mpscale.worker.batches import Batches, replica_number
+from mpscale.worker.cluster import JoinedCluster, cluster_of
 from mpscale.worker.feed import Feed
 from mpscale.worker.objective import NotedLoss
-from mpscale.worker.step import TrainStep
+from mpscale.worker.step import Log, TrainStep
 from mpscale.worker.update import Update
 
 
@@ -29,6 +32,9 @@ def strategy_of(settings: Settings) -> tf.distribute.Strategy | None:
     """
     if settings.strategy == "none":
         return None
+    cluster = cluster_of(settings)
+    if cluster is not None:
+        return cluster.strategy
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     if len(devices) < settings.replicas:
         raise RuntimeError(f"{settings.replicas} replicas need as many devices, and TensorFlow sees {len(devices)}")
@@ -58,10 +64,14 @@ class ReplicaBatches(Batches):
     """
 
     def __init__(self, examples: Any, order: npt.NDArray[Any]) -> None:
-        devices = tf.distribute.get_strategy().extended.worker_devices
-        width = order.shape[1] // len(devices)
+        strategy = tf.distribute.get_strategy()
+        width, devices = order.shape[1] // strategy.num_replicas_in_sync, strategy.extended.worker_devices
+        # Numbers count the replicas of all workers, and devices are those of this one.
+        numbers = strategy.experimental_distribute_values_from_function(
+            lambda replica: replica.replica_id_in_sync_group
+        )
         self._parts: list[tuple[Any, Any]] = []
-        for number, device in enumerate(devices):
+        for number, device in zip(strategy.experimental_local_results(numbers), devices, strict=True):
             with tf.device(device):
                 own = tf.constant(order[:, number * width : (number + 1) * width])
                 self._parts.append((tf.nest.map_structure(tf.constant, examples), own))
@@ -101,6 +111,7 @@ class ReplicatedStep(TrainStep):
         update: what a replica does with its part of a batch.
         batches: of the replicas.
         steps_per_call: as of :class:`TrainStep`.
+        cluster: the workers that train together; None if this process trains alone.
 
     Raises:
         ValueError: a variable belongs to no replica.
@@ -108,8 +119,14 @@ class ReplicatedStep(TrainStep):
 
     batches: ReplicaBatches | Feed
 
-    def __init__(self, update: Update, batches: ReplicaBatches | Feed, steps_per_call: int = 1) -> None:
-        self.strategy = tf.distribute.get_strategy()
+    def __init__(
+        self,
+        update: Update,
+        batches: ReplicaBatches | Feed,
+        steps_per_call: int = 1,
+        cluster: JoinedCluster | None = None,
+    ) -> None:
+        self.strategy, self.cluster = tf.distribute.get_strategy(), cluster
         _check_made_here(update.variables)
         # XLA cannot compile the merge_call by which TensorFlow joins replicas (scaling/skip.py).
         super().__init__(update, batches, False, steps_per_call)
@@ -117,12 +134,33 @@ class ReplicatedStep(TrainStep):
     def block(self, steps: int, one_per_call: bool = False) -> None:
         """Take steps as :class:`TrainStep` does. Returns when every device is done with them."""
         super().block(steps, one_per_call)
-        tf.test.experimental.sync_devices()
+        self._await_devices()
 
     def synchronise(self) -> None:
         """Wait until every device has done all steps."""
         super().synchronise()
-        tf.test.experimental.sync_devices()
+        self._await_devices()
+
+    def _await_devices(self) -> None:
+        """Of this process; tf.test.experimental.sync_devices would also turn to those of other workers."""
+        for device in self.strategy.extended.worker_devices:
+            with tf.device(device):
+                tf.raw_ops.SyncDevice()
+
+    def agreed(self, value: float) -> float:
+        return value if self.cluster is None else self.cluster.agreed(value)
+
+    def weights_finite(self) -> bool:
+        return bool(self.agreed(super().weights_finite()))
+
+    def last_loss(self) -> float:
+        loss = super().last_loss()
+        return loss if self.cluster is None else float(self.cluster.mean(np.float32(loss)))
+
+    def read_log(self) -> Log:
+        log = super().read_log()
+        # Not in the step: a user's step would not wait for the others once more, only for their losses.
+        return log if self.cluster is None else replace(log, loss=self.cluster.mean(log.loss))
 
     def _step(self, *batches: Any) -> tuple[tf.Tensor, ...]:
         def step() -> dict[str, Any]:
@@ -135,8 +173,8 @@ class ReplicatedStep(TrainStep):
             row = self.strategy.run(step)
         self.batches.advance()
         self._logged = tuple(row)
-        how = tf.distribute.ReduceOp.SUM if self.update.divides else tf.distribute.ReduceOp.MEAN
-        loss = self.strategy.reduce(how, row.pop("loss"), axis=None)
+        losses = self.strategy.experimental_local_results(row.pop("loss"))
+        loss = tf.add_n(losses) if self.update.divides else tf.add_n(losses) / len(losses)
         return loss, *(self.strategy.experimental_local_results(value)[0] for value in row.values())
 
     def _empty_step(self, *batches: Any) -> tf.Tensor:
@@ -273,10 +311,16 @@ def _check_made_here(variables: Sequence[Any]) -> None:
             )
 
 
-def objection(loss: NotedLoss, labels: Any, replicas: int, strategy: tf.distribute.Strategy) -> str | None:
-    """Why replicas cannot train by a loss; None if they can. It has been traced; ``labels`` are those of a batch."""
+def objection(step: ReplicatedStep, loss: NotedLoss, labels: Any, mode: Mode) -> str | None:
+    """Why replicas cannot train so; None if they can. The loss has been traced; ``labels`` are those of a batch."""
+    replicas, strategy = step.strategy.num_replicas_in_sync, step.strategy
     if replicas == 1:
         return None
+    if step.cluster is not None and step.cluster.workers > 1 and _decides_by_replica_0(mode):
+        return (
+            f"in {mode.name} Keras decides on each worker by itself whether to skip a step, and workers that decide "
+            "differently would wait for each other for ever; use mixed-dynamic, or --mp-strategy mirrored"
+        )
     with _losses_as_they_are():
         if loss.differs_within(strategy.scope(), labels):
             return (
@@ -306,6 +350,11 @@ def remarks(
     clips = ("clipnorm", "global_clipnorm", "clipvalue")
     if any(getattr(optimizer, name, None) for optimizer in optimizers for name in clips):
         found.append("Keras clips the gradients of each replica, before they are added up")
-    if mode.scaling is not None and mode.scaling.rule == "keras":
+    if _decides_by_replica_0(mode):
         found.append(_KERAS_ALONE)
     return found
+
+
+def _decides_by_replica_0(mode: Mode) -> bool:
+    """Whether an overflow on another replica of the process goes unnoticed."""
+    return mode.scaling is not None and mode.scaling.rule == "keras"

@@ -164,6 +164,13 @@ class TrainStep:
         """Wait until the device has done all steps."""
         self.batches.position.numpy()
 
+    def agreed(self, value: float) -> float:
+        """``value``, or that of the first worker if several processes train together.
+
+        All of them have to take the same steps, so it decides whatever could differ, such as how many take a second.
+        """
+        return value
+
     def overflow_steps(self) -> int | None:
         """Wait for the device; return how many steps overflowed so far, or None if the mode does not check."""
         return self.update.overflow_steps(int(self.batches.position.numpy()))

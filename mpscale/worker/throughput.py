@@ -24,11 +24,15 @@ class Throughput:
         device: where it runs.
         varies: why the FLOPs differ from step to step; None if they do not.
         replicas: devices of this kind that take a step together.
+        workers: processes that take a step together; the graph is of one of them.
     """
 
-    def __init__(self, graph: Any, mode: Mode, device: Device, varies: Reason | None = None, replicas: int = 1) -> None:
+    def __init__(
+        self, graph: Any, mode: Mode, device: Device, varies: Reason | None = None, replicas: int = 1, workers: int = 1
+    ) -> None:
         self._mode, self._device = mode, device
-        self._flops = varies or flops_of(graph)
+        flops = varies or flops_of(graph)
+        self._flops = flops if isinstance(flops, Reason) else flops * workers
         peak = peak_of(device, mode.products)
         self._peak = peak if isinstance(peak, Reason) else peak * replicas
 

@@ -83,11 +83,11 @@ def warm_up(step: TrainStep, one_per_call: bool = False) -> float:
     steps = _WARM_UP_BLOCK if one_per_call else step.whole_calls(_WARM_UP_BLOCK)
     end = time.perf_counter() + _WARM_UP_S
     times: list[float] = []
-    while len(times) < 2 or time.perf_counter() < end:
+    while len(times) < 2 or step.agreed(time.perf_counter() < end):
         start = time.perf_counter()
         step.block(steps, one_per_call)
         times.append((time.perf_counter() - start) / steps)
-    return float(np.median(times[len(times) // 2 :]))
+    return step.agreed(float(np.median(times[len(times) // 2 :])))
 
 
 def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int, one_per_call: bool = False) -> Timing:
@@ -111,7 +111,7 @@ def time_steps(step: TrainStep, about_s: float, seconds: float, min_blocks: int,
     gc.disable()
     try:
         end = time.perf_counter() + seconds
-        while len(blocks) < min_blocks or time.perf_counter() < end:
+        while len(blocks) < min_blocks or step.agreed(time.perf_counter() < end):
             start = time.perf_counter_ns()
             step.block(per_block, one_per_call)
             blocks.append((time.perf_counter_ns() - start) / 1e9)
@@ -136,7 +136,9 @@ def time_with_input(step: TrainStep, seconds: float, min_blocks: int) -> float:
     :data:`_LONGEST_DRAIN` times as much, since the buffers of the pipeline have filled up while other steps were timed.
     """
     start, taken = time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < seconds or (taken < _BUFFERED and spent < _LONGEST_DRAIN * seconds):
+    while (spent := step.agreed(time.perf_counter() - start)) < seconds or (
+        taken < _BUFFERED and spent < _LONGEST_DRAIN * seconds
+    ):
         step.block(_WARM_UP_BLOCK)
         taken += _WARM_UP_BLOCK
     timing = time_steps(step, spent / taken, seconds, min_blocks)
@@ -152,7 +154,7 @@ def keep_going(step: TrainStep, per_block: int, seconds: float) -> tuple[int, in
     steps = 0
     overflows = step.overflow_steps()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    while step.agreed(time.perf_counter() < end):
         step.block(per_block)
         steps += per_block
     return steps, _overflows_since(overflows, step)

@@ -166,7 +166,7 @@ def train(
             if not np.isfinite(log[-1].loss[-1]) and not step.weights_finite():
                 break
             due = reached[0] is None and workload.target is not None and taken % workload.evaluate_every == 0
-            if due and evaluate is not None and workload.reached(evaluate()):
+            if due and evaluate is not None and step.agreed(workload.reached(evaluate())):
                 reached = (taken, wall)
             if course is not None and (taken % workload.evaluate_every == 0 or taken >= steps):
                 course.end_epoch(metrics, taken < steps)

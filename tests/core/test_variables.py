@@ -11,7 +11,7 @@ from support.runfolder import CPU, finished, record, write_run
 from mpscale.core.machines import environment_facts
 from mpscale.core.runs import read_run
 from mpscale.core.variables import VARIABLES, recorded, without_secrets
-from mpscale.harness.supervisor import _one_line
+from mpscale.harness.conversation import one_line
 from mpscale.report.document import document, render
 from mpscale.report.files import report_page
 
@@ -85,4 +85,4 @@ def test_errors_hold_no_secret_of_the_environment(monkeypatch, printed, kept):
     assert without_secrets(printed, ENVIRON) == kept
     for name, value in ENVIRON.items():
         monkeypatch.setenv(name, value)
-    assert _one_line(printed) == kept
+    assert one_line(printed) == kept

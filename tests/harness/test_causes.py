@@ -72,6 +72,7 @@ def test_every_failure_has_a_cause_and_every_cause_that_a_worker_can_have_is_cau
         Cause.OTHER_COMPILER,  # test_without_xla
         Cause.STOPPED,  # below
         Cause.NOT_STARTED,  # below
+        Cause.PEER_LOST,  # test_peers
         Cause.NO_END,  # test_runs
         Cause.UNREADABLE,  # test_runs
         Cause.GPU_STATE,  # test_driver_failures

@@ -133,7 +133,7 @@ OF_GROUP, OF_MACHINE = (True, "a process of its memory cgroup"), (False, "a proc
 )
 def test_counters_tell_whose_kill_it_was(tmp_path, version, after, expected):
     system(tmp_path, version)
-    with OomKiller(1234, tmp_path) as killer:
+    with OomKiller(1234, root=tmp_path) as killer:
         system(tmp_path, version, **after)
         seen = killer.evidence(None)
     assert (None if seen is None else (seen.certain, expected[1] in seen.text)) == (expected and (expected[0], True))
@@ -141,7 +141,7 @@ def test_counters_tell_whose_kill_it_was(tmp_path, version, after, expected):
 
 def test_kills_before_the_case_do_not_count(tmp_path):
     system(tmp_path, group=3, machine=7)
-    with OomKiller(1234, tmp_path) as killer:
+    with OomKiller(1234, root=tmp_path) as killer:
         assert killer.evidence(None) is None
 
 
@@ -158,7 +158,7 @@ def test_only_a_kill_of_this_very_process_counts_in_the_log(tmp_path, line, is_i
     system(tmp_path, log="")
     (tmp_path / "proc/self/ns").mkdir()
     (tmp_path / "proc/self/ns/pid").symlink_to(oom_killer._FIRST_NAMESPACE)
-    with OomKiller(1234, tmp_path) as killer:
+    with OomKiller(1234, root=tmp_path) as killer:
         with (tmp_path / "dev/kmsg").open("a") as log:
             log.write(line)
         seen = killer.evidence(None)
@@ -167,14 +167,14 @@ def test_only_a_kill_of_this_very_process_counts_in_the_log(tmp_path, line, is_i
 
 def test_in_another_namespace_the_log_has_other_process_ids(tmp_path):
     system(tmp_path, log="")
-    with OomKiller(1234, tmp_path) as killer:
+    with OomKiller(1234, root=tmp_path) as killer:
         (tmp_path / "dev/kmsg").write_text("4,1,1,-;Out of memory: Killed process 1234 (python) total-vm:1kB\n")
         assert killer.evidence(None) is None
 
 
 def test_without_any_counter_a_process_that_took_most_of_the_free_memory_probably_ran_out(tmp_path, monkeypatch):
     monkeypatch.setattr(oom_killer, "available_mib", lambda: 1000.0)
-    with OomKiller(1234, tmp_path) as killer:
+    with OomKiller(1234, root=tmp_path) as killer:
         assert killer.evidence(100.0) is None
         seen = killer.evidence(900.0)
     assert not seen.certain
@@ -186,7 +186,7 @@ def test_a_container_shows_its_own_part_of_the_tree(tmp_path):
     mount = "30 20 0:1 /docker/7 /sys/fs/cgroup rw - cgroup2 cgroup2 rw"
     (tmp_path / "proc/self/mountinfo").write_text(mount)
     (tmp_path / "proc/1234/cgroup").write_text("0::/docker/7/job\n")
-    with OomKiller(1234, tmp_path) as killer:
+    with OomKiller(1234, root=tmp_path) as killer:
         system(tmp_path, group=1)
         (tmp_path / "proc/self/mountinfo").write_text(mount)
         assert killer.evidence(None).certain

@@ -89,7 +89,7 @@ def test_tests_without_a_case_run_in_every_part(session, pytester):
         (("--mp-shard=3",), "expected I/N such as 2/3"),
         (("--mp-shard=1/2", "--mp-baseline=latest"), "--mp-baseline does not go with --mp-shard"),
         (("--mp-shard=1/2", "--mp-fail-on=step_time>5%"), "--mp-fail-on does not go with --mp-shard"),
-        (("--mp-replicas=2",), "--mp-replicas: replicas need --mp-strategy mirrored"),
+        (("--mp-replicas=2",), "--mp-replicas: replicas need --mp-strategy"),
         (("--mp-strategy=mirrored", "--mp-replicas=2", "--mp-jit=on"), "XLA cannot compile the steps of"),
         (("--mp-strategy=mirrored",), "a CPU is one device; say how many replicas share it"),
         (("--mp-strategy=mirrored", "--mp-replicas=0"), "--mp-replicas"),

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from mpscale.core.cause import Cause
 from mpscale.core.processes.wire import Failed
-from mpscale.harness.supervisor import _one_line
+from mpscale.harness.conversation import one_line
 from mpscale.worker.errors import cause
 from mpscale.worker.refusal import refusals_of
 
@@ -125,7 +125,7 @@ class Channel:
 def recorded(act, jit=False):
     """Return the reason that the supervisor records if ``act`` ends a case."""
     event = reported(act, jit)
-    return _one_line(f"{event.type}: {event.message}")
+    return one_line(f"{event.type}: {event.message}")
 
 
 @pytest.mark.parametrize("what", REASONS)
@@ -174,7 +174,7 @@ NOT_FOR_XLA = {
 def test_a_function_that_xla_cannot_compile_is_a_refusal_that_names_the_operation(what):
     function, named = NOT_FOR_XLA[what]
     event = reported(lambda: tf.function(function, jit_compile=True)(X), jit=True)
-    reason = _one_line(f"{event.type}: {event.message}")
+    reason = one_line(f"{event.type}: {event.message}")
     assert event.cause is Cause.XLA_REFUSED
     assert named in reason
     assert "XLA cannot compile" in reason

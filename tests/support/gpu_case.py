@@ -22,7 +22,7 @@ from mpscale.telemetry.replicas import ReplicaWatch
 from mpscale.telemetry.samples import Samples, read_samples
 from mpscale.telemetry.watch import CaseWatch, WatchResult, WorkerFacts
 
-_TRAINING = (
+TRAINING = (
     Phase.COMPILED,
     Phase.STEPS_SYNCHRONISED,
     Phase.STEPS_QUEUED,
@@ -86,7 +86,7 @@ class GpuCase:
         context()
         self.watch.mark("context-ready")
         train()
-        for phase in _TRAINING:
+        for phase in TRAINING:
             steps.get(phase, lambda: None)()
             self.watch.mark(phase)
         self.watch.mark("timing-start")

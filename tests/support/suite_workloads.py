@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import mpscale
+from mpscale.core.cluster import Cluster
 from mpscale.workloads import registry
 
 
@@ -106,6 +107,20 @@ def remove_temporary_files():
         shutil.rmtree(folder)
 
 
+def in_second(act):
+    """Call ``act`` in the second of several workers."""
+    if Cluster.of(os.environ).place == 1:
+        act()
+
+
+def wait_in_second():
+    """The second worker waits the first time that it gets here, and says so."""
+    mark = Path(os.environ["SUITE_WAITS"])
+    if not mark.exists():
+        mark.touch()
+        time.sleep(600)
+
+
 def print_progress():
     print("50%\r100%", flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -123,6 +138,9 @@ parentless = interrupted("parentless", lambda: only_once(kill_the_parent))
 tidied = interrupted("tidied", lambda: only_once(remove_temporary_files))
 progress_bar = interrupted("progress-bar", print_progress)
 cancelled = interrupted("cancelled", lambda: fail(asyncio.CancelledError("the data were cancelled")))
+second_killed = interrupted("second-killed", lambda: in_second(lambda: os.kill(os.getpid(), signal.SIGKILL)))
+second_fails = interrupted("second-fails", lambda: in_second(lambda: fail(ValueError("no metric in the second"))))
+second_waits = interrupted("second-waits", lambda: in_second(wait_in_second))
 exits = interrupted("exits", lambda: sys.exit("no more"))
 
 

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from support.small_suite import environment, pytest_in
 
 import mpscale
+from mpscale.core.cluster import Cluster
 from mpscale.core.shard import Shard
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +114,30 @@ def test_the_tasks_of_the_array_cover_every_part_once_and_go_on(bash, tmp_path):
     (run / "run.json").touch()
     (call,) = bash(STAND_IN, EXAMPLES / "shards.sbatch", "--mp-seeds", "8", SLURM_ARRAY_TASK_ID="2")
     assert call == ["run", "--mp-results=shards/part-2", "--mp-resume=latest"]
+
+
+SLURM = {
+    "scontrol": '#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && printf "node1\\nnode2\\n"\n',
+    "srun": '#!/bin/sh\nshift\nfor rank in 0 1; do SLURM_PROCID=$rank "$@" || exit; done\n',
+}
+WITH_TASK = STAND_IN.replace("for one in", 'printf "%s\\n" "$TF_CONFIG" >> "$LOG"\nfor one in')
+
+
+def test_each_node_of_a_job_gets_its_task(bash, tmp_path):
+    for name, program in SLURM.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(program)
+        (tmp_path / "bin" / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[1-2]"}
+    calls = bash(WITH_TASK, EXAMPLES / "multiworker.sbatch", "--mp-seeds", "8", **variables)
+    assert [call[1:] for call in calls] == [["run", "--mp-strategy=multiworker", "--mp-seeds", "8"]] * 2
+    clusters = [Cluster.of({"TF_CONFIG": call[0]}) for call in calls]
+    assert [cluster.place for cluster in clusters] == [0, 1]
+    (workers,) = {cluster.workers for cluster in clusters}
+    hosts, ports = zip(*(worker.split(":") for worker in workers), strict=True)
+    assert hosts == ("node1", "node2")
+    # Below those that Linux gives to whoever asks for any.
+    assert len(set(ports)) == 1 and 20000 <= int(ports[0]) < 32768 - 1
 
 
 TRAINED = (

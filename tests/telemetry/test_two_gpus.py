@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 
 import pytest
-from support.gpu_case import ENERGY_OFF, kept_samples
+from support.gpu_case import ENERGY_OFF, TRAINING, kept_samples
 
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
-from mpscale.telemetry.replicas import together
+from mpscale.telemetry.replicas import together, with_other_machines
 from mpscale.telemetry.samples import known
-from mpscale.telemetry.watch import HOST_COLUMN, WorkerFacts
+from mpscale.telemetry.watch import HOST_COLUMN, WatchResult, WorkerFacts
 
 PEAK, POWER = "gpu_memory_nvml_peak_mib", "gpu_power_w_mean"
 CLOCK, HOT = "gpu_sm_clock_mhz_median", "gpu_temperature_c_max"
@@ -52,6 +53,40 @@ def test_a_case_that_uses_one_of_two_gpus_has_the_figures_of_that_one(script, gp
     found = seen.findings.values
     assert (found[PEAK], found[CLOCK], found[HOT]) == (300, 1400, 40)
     assert found[POWER] == pytest.approx(100)
+
+
+def test_each_of_two_processes_is_watched_on_a_gpu_of_its_own(script, gpu_case):
+    second = script.device()
+    case = gpu_case(several=True)
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        case.watch.start(case.pid, time.monotonic(), None, [(other.pid, None)])
+        case.watch.mark("idle")
+        script.process("compute", case.pid, 300)
+        script.process("compute", other.pid, 900, device=second)
+        for phase in ("context-ready", *TRAINING, "done"):
+            case.watch.mark(phase)
+        seen = case.watch.stop(WorkerFacts(energy_off=ENERGY_OFF, replicas=2), None)
+    finally:
+        other.kill()
+        other.wait()
+    # Neither process is somebody else's on its GPU.
+    assert seen.suspicions == []
+    assert seen.findings.values["gpu_memory_process_peak_mib"] == 900
+
+
+def test_gpus_of_another_machine_count_as_those_of_this_one():
+    own = Findings({PEAK: 300.0, POWER: 100.0, CLOCK: 1400.0, HOST_COLUMN: 5.0})
+    theirs = Findings({PEAK: 900.0, POWER: 250.0, CLOCK: 1200.0})
+    seen = with_other_machines(WatchResult(own), [(theirs, "worker 2 of 2: throttled")])
+    assert seen.findings.values == {PEAK: 900.0, POWER: 350.0, CLOCK: 1200.0, HOST_COLUMN: 5.0}
+    assert [(one.reason, one.passes) for one in seen.suspicions] == [("worker 2 of 2: throttled", True)]
+    silent = Reason(Code.HOST_SILENT, "worker 2 of 2 did not report its GPUs")
+    unknown = Findings(unavailable=dict.fromkeys((PEAK, POWER, CLOCK), silent))
+    seen = with_other_machines(WatchResult(own), [(unknown, None)])
+    assert seen.findings.values == {HOST_COLUMN: 5.0}
+    assert seen.findings.unavailable[POWER] == silent
+    assert seen.findings.unavailable[PEAK].text == f"which GPU has the largest peak is unknown: {silent.text}"
 
 
 def test_what_is_unknown_of_one_gpu_is_unknown_of_both(script, gpu_case):

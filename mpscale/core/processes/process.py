@@ -42,6 +42,12 @@ class Process(ABC):
     """The process id of its parent, if all that it starts and leaves behind becomes a child of that process."""
     abandoned: str | None = None
     """In words, that the end of a process above it has ended it; None as long as that is not known."""
+    beside: Sequence[Process] = ()
+    """Further processes of this machine that do the same work with it."""
+    who = ""
+    """Of several such processes, which one failed, such as ``worker 2 of 2: ``; empty if there is only one."""
+    log: IO[bytes] | None = None
+    """What the one that failed has printed, if that is not in the file that was given for the first."""
 
     def __init__(self, pid: int, wire: Wire | None, ended: Wire | int | None) -> None:
         self.pid, self._wire, self._ended = pid, wire, ended
@@ -56,6 +62,10 @@ class Process(ABC):
     def sources(self) -> list[Wire | int]:
         """What becomes readable when the process has sent something or has ended."""
         return [each for each in (self._wire, self._ended) if each is not None]
+
+    def begin(self, order: Mapping[str, Any]) -> None:
+        """Send the first message, which says what to do."""
+        self.send(order)
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a message."""

@@ -363,6 +363,8 @@ class Garbled(EOFError):
 _GARBLED = "what came over the wire is not a message"
 _LONGEST = 2**26
 """Bytes of the longest line that is read. The longest messages have some millions."""
+EVER_S = 1e6
+"""Longer than any wait. The system counts milliseconds in 32 bits."""
 _MOST_READS = 2**12
 """How often to read at a time, lest a side that never stops writing be listened to forever."""
 
@@ -372,10 +374,11 @@ class Wire:
 
     Args:
         end: the socket, which this object owns.
+        longest: bytes of the longest line that is read.
     """
 
-    def __init__(self, end: socket.socket) -> None:
-        self._socket = end
+    def __init__(self, end: socket.socket, longest: int = _LONGEST) -> None:
+        self._socket, self._longest = end, longest
         self._unread = bytearray()
         self._messages: deque[dict[str, Any]] = deque()
         self._garbled = False
@@ -495,7 +498,7 @@ class Wire:
                 self._garble()
                 break
             self._messages.append(message)
-        if len(self._unread) > _LONGEST:
+        if len(self._unread) > self._longest:
             self._garble()
         return True
 
