@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 import shutil
 
@@ -24,6 +25,16 @@ def own_notes(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MPSCALE_NOTES", str(tmp_path_factory.mktemp("notes")))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage_of_this_file_alone():
+    """Keep what is there by now out of later collections: each would look at all of TensorFlow and at every graph.
+
+    Keras' ``clear_session`` makes a collection.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
