@@ -35,6 +35,13 @@ def write(folder: Path, **files: str) -> Path:
     return folder
 
 
+def without_page(**variables: str | None) -> dict[str, str | None]:
+    """Return the variables with those that keep a session from drawing the page of its run."""
+    paths = [str(Path(__file__).parents[1]), variables.get("PYTHONPATH") or os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(path for path in paths if path)
+    return {**variables, "PYTHONPATH": path, "PYTEST_ADDOPTS": "-p support.no_page"}
+
+
 def command(*options: object) -> list[str]:
     """Return a command line that acts like ``pytest``: the working directory is not on Python's path."""
     return [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *map(str, options)]

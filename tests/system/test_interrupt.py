@@ -12,6 +12,7 @@ from support.processes import processes_in, wait_for
 from support.small_suite import command, environment
 
 import mpscale
+from mpscale.cli import main
 
 WORKLOADS = "suite_workloads:fine,suite_workloads:hang,suite_workloads:regression"
 
@@ -68,7 +69,7 @@ def test_stopped_run_keeps_its_rows_and_leaves_no_process(tmp_path, write_suite,
         run.kill()
     wait_for(lambda: not processes_in(folder), "the workers and what they have started to end", 20)
 
-    subprocess.run([sys.executable, "-m", "mpscale.cli", "report", str(path)], check=True, capture_output=True)
+    assert main(["report", str(path)]) == 0
     first, second = mpscale.read_run(path).records
     assert (first["status"], second["status"]) == ("ok", "interrupted")
     assert first["step_time_ms_median"] > 0
