@@ -18,6 +18,14 @@ for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
 
 pytest_plugins = ["pytester"]
 
+LONG = ("system", "torture", "workloads", "worker", "situations", "scaling")
+"""Folders whose files take longest, which `make test` must not begin last: the other worker would wait for them."""
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.parent.name, len(LONG)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_notes(tmp_path_factory):
