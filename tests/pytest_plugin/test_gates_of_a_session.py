@@ -154,8 +154,8 @@ AGAIN = ("--mp-modes=fp32", "--mp-seeds=1", "--mp-repeats=1", "--color=no")
 def test_a_row_that_looks_slower_is_measured_again_and_fails_the_run(session):
     assert session(*AGAIN, happen=slower(0))[0] == 0
     (before,) = Path("results/runs").iterdir()
-    gates = ("--mp-fail-on=step_time>100%,missing", "--mp-fail-on=metric")
-    code, said, last = session(*AGAIN, BASELINE, *gates, happen=slower(6))
+    judged = ("--mp-fail-on=step_time>100%,missing", "--mp-fail-on=metric")
+    code, said, last = session(*AGAIN, BASELINE, *judged, happen=slower(6))
     assert code == 1, said
     assert "mpscale: slower than the baseline, measured again in 4 further processes" in said
     assert "[6/6]" in said
