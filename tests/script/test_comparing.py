@@ -53,7 +53,7 @@ def script(tmp_path):
         environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
             **{"PYTHONPATH": path, "HAPPEN": json.dumps(happen)},
-            "PYTEST_ADDOPTS": "-p support.untrained" + ("" if page else " -p support.no_page"),
+            "PYTEST_ADDOPTS": "-p no:hypothesispytest -p support.untrained" + ("" if page else " -p support.no_page"),
             **{"WAITS": str(tmp_path / "waits"), "USES_DATA": "yes"},
             "TMPDIR": str(tmp_path / "temporary"),
         }

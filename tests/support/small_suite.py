@@ -21,6 +21,8 @@ from mpscale.workloads import registry
 
 w = mpscale.workload("mine", data=registry.get("mnist1d-mlp").data, optimizer=lambda: None)(lambda: None)
 """
+QUICK = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
+"""Options for a session of its own: Hypothesis takes a second, as long as all the rest of pytest's start and end."""
 ASCII = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 """Environment variables that make Python take terminal and file system for ASCII."""
 
@@ -44,7 +46,7 @@ def without_page(**variables: str | None) -> dict[str, str | None]:
 
 def command(*options: object) -> list[str]:
     """Return a command line that acts like ``pytest``: the working directory is not on Python's path."""
-    return [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *map(str, options)]
+    return [sys.executable, "-P", "-m", "pytest", *QUICK, *map(str, options)]
 
 
 def environment(**variables: str | None) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.processes import processes_in, wait_for
-from support.small_suite import environment, without_page
+from support.small_suite import QUICK, environment, without_page
 
 import mpscale
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
@@ -75,7 +75,7 @@ def suite(tmp_path, write_suite):
 def start(folder, one, other, *options):
     command = [Path(sys.executable).with_name("mpscale"), "ab", "--python", one, "--python", other, "--mp-jit", "off"]
     return subprocess.Popen(
-        [*command, "-p", "no:cacheprovider", "--mp-preset", "smoke", "--mp-timing", "0.05", *options],
+        [*command, *QUICK, "--mp-preset", "smoke", "--mp-timing", "0.05", *options],
         cwd=folder,
         env=environment(TMPDIR=str(folder), **without_page()),
         stdout=subprocess.PIPE,
