@@ -12,7 +12,7 @@ comma := ,
 EXTRAS := dev$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)gpu)
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 # Tests, unlike benchmarks, may run in parallel; those of one file share fixtures that are slow to make.
-# Without --no-loadscope-reorder, files with few tests come last, and those take longest.
+# --no-loadscope-reorder keeps the order of tests/conftest.py: what takes long begins first.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: bench test test-all torture lint types package docs docs-site pictures clean

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 import shutil
 
@@ -17,6 +18,14 @@ for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
 
 pytest_plugins = ["pytester"]
 
+LONG = ("system", "torture", "workloads", "worker", "situations", "scaling")
+"""Folders whose files take longest, which `make test` must not begin last: the other worker would wait for them."""
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.parent.name, len(LONG)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_notes(tmp_path_factory):
@@ -24,6 +33,16 @@ def own_notes(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MPSCALE_NOTES", str(tmp_path_factory.mktemp("notes")))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage_of_this_file_alone():
+    """Keep what is there by now out of later collections: each would look at all of TensorFlow and at every graph.
+
+    Keras' ``clear_session`` makes a collection.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

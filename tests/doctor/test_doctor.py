@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from support.imports import run_and_list_imports
 from support.nvml_stand_in import UUID, Script, build
 
 import mpscale.report.files  # noqa: F401  # a pytest within a test would unload what this imports
+from mpscale.cli import main
 from mpscale.core.device import NVIDIA, Device
 from mpscale.core.reason import Code
 from mpscale.core.variables import VARIABLES
@@ -35,16 +39,29 @@ def calm(**environ):
     return {name: value for name, value in changed.items() if value is not None}
 
 
-def doctor(*arguments, **environ):
+def in_a_process(*arguments, **environ):
     command = [sys.executable, "-m", "mpscale.cli", "doctor", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=calm(**environ), timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env=calm(**environ), timeout=300)
+    return done.returncode, done.stdout, done.stderr
 
 
-def facts(*arguments, **environ):
-    done = doctor("--json", *arguments, **environ)
-    assert done.stderr == ""
-    found = json.loads(done.stdout)
-    assert found["verdict"] == done.returncode == (1 if found["problems"] else 0)
+def here(*arguments, **environ):
+    """The command in this process; the driver is asked in one of its own all the same."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, calm(**environ), clear=True),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code = main(["doctor", *arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def facts(*arguments, run=here, **environ):
+    code, out, err = run("--json", *arguments, **environ)
+    assert err == ""
+    found = json.loads(out)
+    assert found["verdict"] == code == (1 if found["problems"] else 0)
     return found
 
 
@@ -83,7 +100,7 @@ def test_a_machine_without_gpu_is_complete_for_a_cpu_and_examined_without_tensor
 
 
 def test_json_has_the_same_facts():
-    found = facts("--mp-seeds=3", CUDA_VISIBLE_DEVICES="-1")
+    found = facts("--mp-seeds=3", run=in_a_process, CUDA_VISIBLE_DEVICES="-1")
     assert list(found) == [
         "schema_version", "command", "verdict", "device", "measured", "precision", "problems", "cautions", "notes",
         "presets", "software", "options", "about_options", "trained",
@@ -187,8 +204,8 @@ def test_where_options_were_looked_for(tmp_path, monkeypatch, files, variable, w
 
 
 def test_wrong_use():
-    done = doctor("--gpus")
-    assert (done.returncode, done.stdout) == (2, "")
+    code, out, _ = in_a_process("--gpus")
+    assert (code, out) == (2, "")
     with pytest.raises(ValueError, match="unrecognized arguments: results"):
         sources.look(Path.cwd(), ["--mp-seeds", "2", "results"], {})
 
@@ -283,11 +300,11 @@ def test_an_examination_that_found_nothing_can_be_shown():
 
 def test_a_healthy_gpu_is_complete(stand_in_nvml, tmp_path):
     script = Script(tmp_path / "script.txt")
-    done = doctor(**script.environ(stand_in_nvml))
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    assert done.stdout.startswith("mpscale doctor: a run here is complete for a GPU\n")
+    code, out, err = here(**script.environ(stand_in_nvml))
+    assert (code, err) == (0, ""), out
+    assert out.startswith("mpscale doctor: a run here is complete for a GPU\n")
     for words in ("compute capability 8.0", "driver 570.86.15", "ECC on", "process: ", "counter", "TF32: yes"):
-        assert words in done.stdout
+        assert words in out
 
 
 def test_a_healthy_gpu_gives_every_figure(gpu_here):
@@ -546,7 +563,7 @@ def test_a_driver_that_does_not_start_is_a_problem_if_there_must_be_a_gpu(gpu_he
 
 def test_a_short_training_on_a_simulated_gpu(gpu_here):
     gpu_here.script.process("compute", "@worker", "0:300 1:700")
-    found = gpu_here("--gpu")
+    found = gpu_here("--gpu", run=in_a_process)
     trained = found["trained"]
     assert found["verdict"] == 0, problems(found)
     assert (trained["status"], trained["device_name"]) == ("ok", "mpscale stand-in A100")

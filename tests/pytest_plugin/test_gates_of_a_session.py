@@ -1,5 +1,6 @@
 """Gates at the end of a pytest session: its exit code, its last line with the colour, and junit.xml."""
 
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -62,6 +63,17 @@ def session(pytester, monkeypatch):
         return int(result.ret), said, last
 
     return run
+
+
+def slower(cases):
+    """The first cases take three times as long."""
+    seen = []
+
+    def happen(case):
+        seen.append(case)
+        return FACTS | {"step_time_ms_median": (6.0 if len(seen) <= cases else 2.0) + len(seen) / 1000}
+
+    return happen
 
 
 def gates_in_junit():
@@ -134,6 +146,46 @@ def test_what_compares_with_a_baseline_names_the_options_that_pytest_has(session
         assert "mnist1d-mlp: the model changed: parameters 1000 to 2000; batch 20 to 40" in said
     newest = max(Path("results/runs").iterdir(), key=lambda path: path.stat().st_mtime)
     assert "| mnist1d-mlp | all" in " ".join((newest / "comparison.md").read_text().split())
+
+
+AGAIN = ("--mp-modes=fp32", "--mp-seeds=1", "--mp-repeats=1", "--color=no")
+
+
+def test_a_row_that_looks_slower_is_measured_again_and_fails_the_run(session):
+    assert session(*AGAIN, happen=slower(0))[0] == 0
+    (before,) = Path("results/runs").iterdir()
+    judged = ("--mp-fail-on=step_time>100%,missing", "--mp-fail-on=metric")
+    code, said, last = session(*AGAIN, BASELINE, *judged, happen=slower(6))
+    assert code == 1, said
+    assert "mpscale: slower than the baseline, measured again in 4 further processes" in said
+    assert "[6/6]" in said
+    assert "fired: step_time>100%: mnist1d-mlp fp32: +" in said
+    assert "2 and 4 processes" in said
+    assert "cannot-tell: metric: mnist1d-mlp fp32: inconclusive: +0 over 1 seed" in said
+    assert "1 failed, 2 passed, 1 gate could not tell" in last
+    assert "FAILED mpscale/gates.py::step_time>100%[mnist1d-mlp-fp32]" in said
+    assert gates_in_junit() == {
+        f"{gate}[mnist1d-mlp-fp32]": how
+        for gate, how in (("step_time>100%", "failure"), ("missing", "passed"), ("metric", "skipped"))
+    }
+    suite = ElementTree.parse("junit.xml").getroot()[0]
+    (fired,) = suite.iter("failure")
+    assert fired.get("message").startswith("fired: step_time>100%: mnist1d-mlp fp32: +")
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("5", "1", "1")
+    (path,) = set(Path("results/runs").iterdir()) - {before}
+    found = json.loads((path / "comparison.json").read_text())
+    assert (found["fails"], found["note"], len(found["gates"])) == (True, None, 3)
+    text = (path / "comparison.md").read_text()
+    assert text.startswith(f"# {path.name} against ")
+    assert "| missing | passed | B | mnist1d-mlp fp32 | 6 cases |" in " ".join(text.split())
+
+
+def test_a_row_that_was_slow_by_chance_is_measured_again_and_passes(session):
+    assert session(*AGAIN, happen=slower(0))[0] == 0
+    code, said, _ = session(*AGAIN, BASELINE, "--mp-fail-on=step_time>100%", happen=slower(2))
+    assert code == 0, said
+    assert "measured again in 4 further processes" in said
+    assert "fired" not in said
 
 
 def test_a_report_that_cannot_be_made_is_told_in_the_last_line(session, monkeypatch):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from functools import partial
 from pathlib import Path
 
 import pytest
-from support.browser import emulate
+from support.browser import asked_for, emulate
 from support.nightly import night, row
 from support.runfolder import GPU
 from test_fit_report import tried
@@ -84,7 +83,7 @@ def pages(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_readable_on_every_screen_and_loads_nothing(browser, pages, name):
-    browser.get_log("browser"), browser.get_log("performance")
+    browser.get_log("browser"), asked_for(browser)
     browser.get((pages / name).as_uri())
     for width in (1400, 420):
         for scheme in ("light", "dark"):
@@ -94,9 +93,7 @@ def test_a_page_is_readable_on_every_screen_and_loads_nothing(browser, pages, na
     assert browser.title != "taken"
     assert browser.execute_script("return document.querySelectorAll('script, img, iframe, link, object').length") == 0
     assert (HOSTILE in browser.execute_script("return document.body.textContent")) == (name in WITH_HOSTILE)
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    assert asked == [(pages / name).as_uri()]
+    assert asked_for(browser) == [(pages / name).as_uri()]
     assert browser.get_log("browser") == []
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
-from support.browser import emulate
+from support.browser import asked_for, emulate
 from support.runfolder import GPU, finished, record, write_run, write_steps
 from support.svg import luminance
 
@@ -58,12 +57,10 @@ def page(browser, run):
 
 
 def test_it_loads_nothing_else_and_logs_no_error(browser, run):
-    browser.get_log("browser"), browser.get_log("performance")
+    browser.get_log("browser"), asked_for(browser)
     browser.get((run.path / "report.html").as_uri())
     assert browser.title == f"mpscale: {run.name}"
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    assert asked == [(run.path / "report.html").as_uri()]
+    assert asked_for(browser) == [(run.path / "report.html").as_uri()]
     assert browser.get_log("browser") == []
 
 

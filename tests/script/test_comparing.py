@@ -51,14 +51,15 @@ print("the script runs")
 
 @pytest.fixture
 def script(tmp_path):
-    """Start a script; its sessions train nothing."""
+    """Start a script; its sessions train nothing, and without ``page`` draw no page."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 
-    def start(code, **happen):
+    def start(code, page=True, **happen):
         (tmp_path / "script.py").write_text(SCRIPT + code)
         environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
-            **{"PYTHONPATH": path, "PYTEST_ADDOPTS": "-p support.untrained", "HAPPEN": json.dumps(happen)},
+            **{"PYTHONPATH": path, "HAPPEN": json.dumps(happen)},
+            "PYTEST_ADDOPTS": "-p no:hypothesispytest -p support.untrained" + ("" if page else " -p support.no_page"),
             **{"WAITS": str(tmp_path / "waits"), "USES_DATA": "yes"},
             "TMPDIR": str(tmp_path / "temporary"),
         }
@@ -87,7 +88,7 @@ def test_a_script_gets_tables_a_page_and_the_answer_and_is_changed_in_nothing(sc
         'open("frame.html", "w").write(result._repr_html_())\n',
         **{"mixed-static": "crashed"},
     )
-    output, _ = done.communicate(timeout=120)
+    output, _ = done.communicate(timeout=240)
     assert done.returncode == 0, output
     assert output.count("the script runs") == 1
     values = json.loads(re.search(r"^\[(?:0\.25|nan).*\]$", output, re.M)[0].replace("nan", "null"))
@@ -112,12 +113,12 @@ def test_ctrl_c_stops_in_good_order_and_names_the_call_that_goes_on(script, tmp_
         "except KeyboardInterrupt as stopped:\n"
         '    print("STOPPED", stopped, len(stopped.comparison.cases))\n'
     )
-    running = script(code, **{"mixed-bf16": "wait", "fp32": "wait"})
+    running = script(code, page=False, **{"mixed-bf16": "wait", "fp32": "wait"})
     deadline = time.monotonic() + 60
     while not (tmp_path / "waits").exists() and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
-    output, _ = running.communicate(timeout=60)
+    output, _ = running.communicate(timeout=240)
     assert "mpscale: stopped by SIGINT: writing the report" in output
     named = re.search(
         r"STOPPED stopped: .* has 0 of 2 cases; to go on: mpscale\.compare\(\.\.\., resume='(.*?)'\) 1\n", output
@@ -134,7 +135,7 @@ def test_ctrl_c_stops_in_good_order_and_names_the_call_that_goes_on(script, tmp_
         'print(cell.getvalue().count("seed 0  ok"), "Is mixed precision" in cell.getvalue())\n'
         'print("more seeds, or repeats" in cell.getvalue(), "--mp-" in cell.getvalue())\n'
     )
-    output, _ = script(again).communicate(timeout=60)
+    output, _ = script(again, page=False).communicate(timeout=240)
     assert output == "the script runs\n2 True\nTrue False\n"
     assert mpscale.read_run(path).cases.metric_value.tolist() == [0.25, 0.25]
 
@@ -146,7 +147,7 @@ def test_a_session_ends_with_its_script(script, tmp_path):
     while not (tmp_path / "waits").exists() and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.05)
     running.kill()
-    output, _ = running.communicate(timeout=60)  # ends when the session has closed its end, too
+    output, _ = running.communicate(timeout=240)  # ends when the session has closed its end, too
     assert "stopped by SIGTERM" in output
     (path,) = (tmp_path / "results" / "runs").iterdir()
     assert [record["status"] for record in mpscale.read_run(path).records] == ["interrupted"]

@@ -97,10 +97,9 @@ def run(answers, pytester):
 
     def run(happen, *options):
         answers(happen)
-        return pytester.runpytest_inprocess(
-            "-p", "no:cacheprovider", "--mp-workloads", "mnist1d-mlp", "--mp-modes", "fp32", "--mp-seeds", "2",
-            "--color=yes", *options,
-        )  # fmt: skip
+        switched_off = [f"-pno:{name}" for name in ("cacheprovider", "hypothesispytest", "unraisableexception")]
+        cases = ("--mp-workloads", "mnist1d-mlp", "--mp-modes", "fp32", "--mp-seeds", "2")
+        return pytester.runpytest_inprocess(*switched_off, *cases, "--color=yes", *options)
 
     return run
 

@@ -4,7 +4,7 @@ import json
 import os
 
 from support.nvml_stand_in import Script
-from support.small_suite import pytest_in, write
+from support.small_suite import pytest_in, without_page, write
 
 QUICK = ("--mp-preset", "smoke", "--mp-seeds", "1", "--mp-start-method", "fork", "--mp-jit", "off")
 FINE = "--mp-workloads=suite_workloads:fine"
@@ -28,7 +28,7 @@ def worker(*steps):
 
 
 class Machine:
-    """A machine with one GPU, and a suite to run on it.
+    """A machine with one GPU, and a suite to run on it. Pages of its runs are not drawn.
 
     Args:
         folder: where the suite and its results are.
@@ -43,7 +43,7 @@ class Machine:
     def run(self, suite, *options, **variables):
         write(self.folder, test_suite=CHANGE + suite)
         environ = {"CUDA_VISIBLE_DEVICES": None, **self.script.environ(self.library), **variables}
-        return pytest_in(self.folder, "--mp-workloads=mnist1d-mlp", *options, **environ)
+        return pytest_in(self.folder, "--mp-workloads=mnist1d-mlp", *options, **without_page(**environ))
 
     def path(self):
         (path,) = (self.folder / "results" / "runs").iterdir()

@@ -21,6 +21,8 @@ from mpscale.workloads import registry
 
 w = mpscale.workload("mine", data=registry.get("mnist1d-mlp").data, optimizer=lambda: None)(lambda: None)
 """
+QUICK = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
+"""Options for a session of its own: Hypothesis takes a second, as long as all the rest of pytest's start and end."""
 ASCII = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 """Environment variables that make Python take terminal and file system for ASCII."""
 
@@ -35,9 +37,16 @@ def write(folder: Path, **files: str) -> Path:
     return folder
 
 
+def without_page(**variables: str | None) -> dict[str, str | None]:
+    """Return the variables with those that keep a session from drawing the page of its run."""
+    paths = [str(Path(__file__).parents[1]), variables.get("PYTHONPATH") or os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(path for path in paths if path)
+    return {**variables, "PYTHONPATH": path, "PYTEST_ADDOPTS": "-p support.no_page"}
+
+
 def command(*options: object) -> list[str]:
     """Return a command line that acts like ``pytest``: the working directory is not on Python's path."""
-    return [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *map(str, options)]
+    return [sys.executable, "-P", "-m", "pytest", *QUICK, *map(str, options)]
 
 
 def environment(**variables: str | None) -> dict[str, str]:

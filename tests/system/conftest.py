@@ -23,12 +23,16 @@ def write_suite():
 
 @pytest.fixture(scope="session")
 def run_suite(tmp_path_factory, write_suite):
-    """Run pytest with options on a fresh suite; return its output, its exit code, and the run it made, if any."""
+    """Run pytest with options on a fresh suite; return its output, its exit code, and the run it made, if any.
+
+    Without ``page``, the page of the run is not drawn.
+    """
     # The user's own cache is used: generating mnist1d takes longer than a test.
 
-    def run(*options, suite=small_suite.SUITE, slow_cases=0, **more):
+    def run(*options, suite=small_suite.SUITE, slow_cases=0, page=True, **more):
         folder = write_suite(tmp_path_factory.mktemp("suite"), suite)
         variables = {"SUITE_LOG": str(folder / "cases.log"), "SUITE_SLOW_CASES": str(slow_cases), **more}
+        variables = variables if page else small_suite.without_page(**variables)
         done = small_suite.pytest_in(folder, *options, **variables)
         runs = sorted((folder / "results" / "runs").glob("*"))
         return SimpleNamespace(

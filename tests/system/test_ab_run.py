@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.processes import processes_in, wait_for
-from support.small_suite import environment
+from support.small_suite import QUICK, environment, without_page
 
 import mpscale
 from mpscale.core.columns import METHOD_VERSION, SCHEMA_VERSION
@@ -75,9 +75,9 @@ def suite(tmp_path, write_suite):
 def start(folder, one, other, *options):
     command = [Path(sys.executable).with_name("mpscale"), "ab", "--python", one, "--python", other, "--mp-jit", "off"]
     return subprocess.Popen(
-        [*command, "-p", "no:cacheprovider", "--mp-preset", "smoke", "--mp-timing", "0.05", *options],
+        [*command, *QUICK, "--mp-preset", "smoke", "--mp-timing", "0.05", *options],
         cwd=folder,
-        env=environment(TMPDIR=str(folder)),
+        env=environment(TMPDIR=str(folder), **without_page()),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -101,8 +101,10 @@ def cases(run):
     return [(begin, times["case_finished"][case], case) for case, begin in times["case_started"].items()]
 
 
-def test_the_same_environment_twice_is_interleaved_and_compared(suite, known):
-    modes = ("--mp-modes", "fp32,mixed-dynamic")
+@pytest.mark.parametrize("untrained", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_same_environment_twice_is_interleaved_and_compared(suite, known, untrained):
+    """Sessions take turns, whatever a case does."""
+    modes = ("--mp-modes", "fp32,mixed-dynamic", *(("-p", "support.untrained") if untrained else ()))
     process = start(suite, sys.executable, known, "--mp-workloads", "suite_workloads:fine", *modes)
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors

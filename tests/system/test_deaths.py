@@ -26,7 +26,7 @@ def die(run_suite, ways, method, timeout_s, **variables):
     workloads = ",".join(f"suite_workloads:{name}" for name in ("fine", *ways, "regression"))
     return run_suite(
         "--mp-workloads", workloads, "--mp-modes", "fp32", "--mp-seeds", "1", "--mp-timing", "0.05",
-        "--mp-timeout", str(timeout_s), "--mp-start-method", method, "--mp-jit", "off", **variables,
+        "--mp-timeout", str(timeout_s), "--mp-start-method", method, "--mp-jit", "off", page=False, **variables,
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def test_the_largest_batch_is_the_last_one_below_the_memory_limit(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mpscale.cli", "fit", "greedy:greedy", "--mode", "fp32", "--memory-limit", "850MiB",
          "--format", "json"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)["modes"]

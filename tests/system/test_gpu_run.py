@@ -13,7 +13,7 @@ from mpscale.analysis.summary import summary_of
 from mpscale.core.processes.wire import Phase
 from mpscale.telemetry.samples import known
 
-PEAKS = {"fp32": 3000.0, "tf32": 3100.0, "mixed-static": 1800.0}
+PEAKS = {"fp32": 3000.0, "mixed-static": 1800.0}
 
 
 def test_main_job_reports_the_peaks_of_the_script(machine):
@@ -27,7 +27,7 @@ def test_training(mp_case, benchmark):
 """,
         *QUICK,
         FINE,
-        "--mp-modes=fp32,tf32,mixed-static",
+        "--mp-modes=fp32,mixed-static",
     )
     assert done.returncode == 0, done.stdout
     run = mpscale.read_run(machine.path())

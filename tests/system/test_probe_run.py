@@ -37,7 +37,7 @@ def test_a_probe_leaves_its_table_and_a_folder(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mpscale.cli", "probe", "tiny:tiny", "--looks", "3", "--batch-size", "8", "--scale",
          "2**10", "--format", "json", "-o", "out.json"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert [line.split(":")[0] for line in done.stderr.splitlines() if line.startswith("step")] == [

@@ -60,6 +60,8 @@ def rows(path):
     return sorted(tuple(record[name] for name in SAME) for record in mpscale.read_run(path).records)
 
 
+# tests/torture kills a session in its second case, too; tests/harness/test_resume.py has the refusal.
+@pytest.mark.slow
 def test_killed_and_resumed_by_one_session_at_a_time(tmp_path, write_suite):
     folder = write_suite(tmp_path)
     path = killed_in_case(folder, 2, *OPTIONS, "--mp-seeds=1", "--mp-repeats=1")

@@ -73,7 +73,8 @@ def dynamic(scale, good, finite):
 )
 def test_scale_and_overflow_of_every_step_agree_with_a_loop_by_hand(run_suite, mode, options, rule, start):
     done = run_suite(
-        "--mp-workloads", "suite_workloads:slow", "--mp-modes", mode, "--mp-seeds", "2", "--benchmark-disable", *options
+        "--mp-workloads", "suite_workloads:slow", "--mp-modes", mode, "--mp-seeds", "2", "--benchmark-disable",
+        *options, page=False,
     )  # fmt: skip
     assert done.code == 0, done.output
     scales, overflows = hand_written(rule, start)

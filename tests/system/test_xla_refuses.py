@@ -51,12 +51,13 @@ ROTATION = "ImageProjectiveTransformV3 in layer 'rotation' (RandomRotation)"
 
 @pytest.fixture(scope="module")
 def done(run_suite):
-    # All cases of one workload, and one of each other.
-    return run_suite(f"--mp-workloads={WORKLOADS}", *OPTIONS, "-k", "late or (fp32 and seed0)", suite=SUITE)
+    # Of one workload those that tell something, and one case of each other.
+    chosen = "(late and not (dynamic and seed0)) or (fp32 and seed0)"
+    return run_suite(f"--mp-workloads={WORKLOADS}", *OPTIONS, "-k", chosen, suite=SUITE, page=False)
 
 
 def test_rows_of_a_workload_are_alike_and_say_what_was_refused(done):
-    assert (done.code, "6 passed" in done.output) == (0, True), done.output
+    assert (done.code, "5 passed" in done.output) == (0, True), done.output
     rows = done.run.records
     found = {(row["workload"], row["status"], row["jit"], row["xla_refused"]) for row in rows}
     assert found == {
@@ -66,9 +67,10 @@ def test_rows_of_a_workload_are_alike_and_say_what_was_refused(done):
     }
     assert all(f"jit={'on' if row['jit'] else 'off'}" in row["series_key"] for row in rows)
     late = [row for row in rows if row["workload"] == "test_suite:late"]
-    assert len(late) == 4
-    # Both cases of seed 0 were measured with XLA, and one of seed 1 if it came first.
-    assert sum(row["attempts"] == 2 for row in late) >= 3
+    # That of seed 0 was measured with XLA, and fp32 of seed 1 if it came first.
+    attempts = {(row["mode"], row["seed"]): row["attempts"] for row in late}
+    assert attempts.pop(("fp32", 1)) in (1, 2)
+    assert attempts == {("fp32", 0): 2, ("mixed-dynamic", 1): 2}
 
 
 def test_it_is_said_when_it_happens_and_once_in_the_report(done):
@@ -82,7 +84,7 @@ def test_it_is_said_when_it_happens_and_once_in_the_report(done):
 def test_pytest_benchmark_has_the_step_times_without_xla(done):
     benchmarks = json.loads((done.folder / "benchmark.json").read_text())["benchmarks"]
     by_case = {one["extra_info"]["case_id"]: one for one in benchmarks}
-    assert len(by_case) == len(benchmarks) == 6
+    assert len(by_case) == len(benchmarks) == 5
     for row in done.run.records:
         assert by_case[row["case_id"]]["extra_info"]["jit"] is row["jit"]
         median_ms = 1e3 * by_case[row["case_id"]]["stats"]["median"]
