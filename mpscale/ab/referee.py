@@ -17,8 +17,9 @@ from mpscale.ab.environments import LETTERS, Environment
 from mpscale.core.columns import FAILED
 from mpscale.core.files.temporary import TemporaryFolder
 from mpscale.core.processes import stopping
+from mpscale.core.processes.events import Event, event_of
 from mpscale.core.processes.process import Child, describe_exit
-from mpscale.core.processes.wire import Event, Garbled, Wire, event_of, wait_for
+from mpscale.core.processes.wire import Garbled, Wire, wait_for
 from mpscale.terminal.progress import Screen
 
 _BAD = (*FAILED, "diverged", "stalled")

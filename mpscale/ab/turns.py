@@ -14,8 +14,9 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from mpscale.core.processes.events import Event
 from mpscale.core.processes.process import die_with_parent
-from mpscale.core.processes.wire import Event, Wire
+from mpscale.core.processes.wire import Wire
 
 VERSION = 1
 """Version of the protocol. Raise it if two versions would not understand each other."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mpscale.analysis.fit import Try
     from mpscale.core.case import Case
     from mpscale.core.device import Device
-    from mpscale.core.processes.wire import Progressed
+    from mpscale.core.processes.events import Progressed
     from mpscale.telemetry.client import Driver
     from mpscale.workloads import Workload
 
@@ -71,7 +71,7 @@ def _search(
 ) -> int:
     """Search, show each try on standard error, keep all in a folder, and print the result."""
     from mpscale.analysis.fit import Fit
-    from mpscale.core.processes.wire import PhaseReached
+    from mpscale.core.processes.events import PhaseReached
     from mpscale.harness import fit as fitting
     from mpscale.harness.supervisor import Supervisor
     from mpscale.harness.trial import new_folder

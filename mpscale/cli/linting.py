@@ -13,7 +13,7 @@ from mpscale.terminal.streams import visible
 
 if TYPE_CHECKING:
     from mpscale.core.case import Case
-    from mpscale.core.processes.wire import Progressed
+    from mpscale.core.processes.events import Progressed
 
 
 def lint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def lint_arguments(parser: argparse.ArgumentParser) -> None:
 
 def lint(options: argparse.Namespace) -> int:
     from mpscale.core.mode import select_modes
-    from mpscale.core.processes.wire import PhaseReached
+    from mpscale.core.processes.events import PhaseReached
     from mpscale.harness import lint as linting
     from mpscale.harness.supervisor import Supervisor
     from mpscale.report import lint as report

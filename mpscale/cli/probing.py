@@ -14,7 +14,7 @@ from mpscale.terminal.streams import visible
 if TYPE_CHECKING:
     from mpscale.core.case import Case
     from mpscale.core.device import Device
-    from mpscale.core.processes.wire import Progressed
+    from mpscale.core.processes.events import Progressed
     from mpscale.telemetry.client import Driver
     from mpscale.workloads import Workload
 
@@ -72,7 +72,7 @@ def probe(options: argparse.Namespace) -> int:
 def _look(options: argparse.Namespace, workload: Workload, device: Device, driver: Driver) -> int:
     """Train, show each look on standard error, keep all in a folder, and print the result."""
     from mpscale.analysis.probe import Probe
-    from mpscale.core.processes.wire import Looked, PhaseReached
+    from mpscale.core.processes.events import Looked, PhaseReached
     from mpscale.harness import probe as probing
     from mpscale.harness.supervisor import Supervisor
     from mpscale.harness.trial import new_folder

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 from mpscale.core.case import Case
 from mpscale.core.cause import Cause
 from mpscale.core.columns import FAILED
-from mpscale.core.processes import wire
+from mpscale.core.processes import events, wire
+from mpscale.core.processes.events import Looked, Phase, PhaseReached, StepsDone
 from mpscale.core.processes.process import Process, describe_exit
-from mpscale.core.processes.wire import Looked, Phase, PhaseReached, StepsDone
 from mpscale.core.reason import Code, Reason
 from mpscale.core.variables import without_secrets
 from mpscale.harness.peers import Judged
@@ -41,7 +41,7 @@ class Conversation:
         self.worker, self.case, self._outcome, self._start = worker, case, outcome, start
         self.scratch = scratch
         self._phase: Phase | Literal["start"] = "start"
-        self._energy: wire.EnergySteps | None = None
+        self._energy: events.EnergySteps | None = None
         self.energy_off = _energy_off(case)
         self.signal: int | None = None
         """The signal that ended the worker before its last message; None if none did."""
@@ -51,15 +51,15 @@ class Conversation:
         deadline = self._start + timeout_s
         try:
             while True:
-                event = wire.event_of(self.worker.receive(deadline - time.monotonic()), wire.WORKER_EVENTS)
+                event = events.event_of(self.worker.receive(deadline - time.monotonic()), events.WORKER_EVENTS)
                 match event:
-                    case wire.Values(values):
+                    case events.Values(values):
                         self._outcome.record.update(values)
-                    case wire.Missed(columns, why):
+                    case events.Missed(columns, why):
                         self._outcome.record.miss(columns, why)
-                    case wire.EnergySteps():
+                    case events.EnergySteps():
                         self._energy = event
-                    case wire.Blocks(step_s):
+                    case events.Blocks(step_s):
                         self._outcome.step_s = step_s
                     case PhaseReached(phase):
                         self._phase = phase
@@ -67,15 +67,15 @@ class Conversation:
                         yield event
                     case StepsDone() | Looked():
                         yield event
-                    case wire.NotKept(what, why):
+                    case events.NotKept(what, why):
                         self._outcome.note_not_kept(what, why)
-                    case wire.Remarked(text):
+                    case events.Remarked(text):
                         self._outcome.record.note(one_line(text))
-                    case wire.Finished(status, reason, runtime):
+                    case events.Finished(status, reason, runtime):
                         # What was measured is valid, even if the process then fails on its way out.
                         self._outcome.runtime = runtime
                         return self._end(status, reason, Cause.OTHER_PRECISION if status in FAILED else None)
-                    case wire.Failed(kind, message, cause):
+                    case events.Failed(kind, message, cause):
                         status = "oom" if cause is Cause.OUT_OF_MEMORY else "error"
                         return self._end(status, one_line(f"{self.worker.who}{kind}: {message}"), cause)
         except TimeoutError:

@@ -20,8 +20,9 @@ from mpscale.core.cause import Cause
 from mpscale.core.cluster import VARIABLE, Address, Cluster
 from mpscale.core.columns import STATUSES, Source, measured_columns
 from mpscale.core.files.temporary import temporary_file
+from mpscale.core.processes.events import Event, Finished, event_of
 from mpscale.core.processes.process import KILL_S, Process
-from mpscale.core.processes.wire import EVER_S, Event, Finished, Wire, event_of, wait_for
+from mpscale.core.processes.wire import EVER_S, Wire, wait_for
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings, misfit
 from mpscale.harness.launch import Launcher, LaunchError

@@ -12,7 +12,7 @@ from mpscale.core.cause import Cause
 from mpscale.core.device import Device
 from mpscale.core.out_of_memory import may_have_run_out, ran_out
 from mpscale.core.reason import Code, Reason
-from mpscale.harness.run import explain
+from mpscale.harness.empty_columns import explain
 from mpscale.harness.supervisor import Outcome
 from mpscale.harness.trial import Runner, attempt
 from mpscale.telemetry.host import available_mib

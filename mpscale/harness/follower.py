@@ -12,8 +12,9 @@ from mpscale.core.case import Case
 from mpscale.core.cluster import VARIABLE, Address, Cluster
 from mpscale.core.columns import Source, measured_columns
 from mpscale.core.device import Device
+from mpscale.core.processes.events import Event, Failed, event_of
 from mpscale.core.processes.process import KILL_S, Process
-from mpscale.core.processes.wire import EVER_S, Event, Failed, Garbled, Wire, event_of, wait_for
+from mpscale.core.processes.wire import EVER_S, Garbled, Wire, wait_for
 from mpscale.core.record import Findings, Record
 from mpscale.harness.coordinator import Ended, Hello, Order, Over, Refusal, Refused, Stop, Welcome, tuned
 from mpscale.harness.launch import Launcher

@@ -19,18 +19,9 @@ from typing import IO, Any
 from mpscale.core.cause import Cause
 from mpscale.core.device import Device
 from mpscale.core.files.temporary import temporary_file
+from mpscale.core.processes.events import WORKER_EVENTS, Event, Failed, Finished, PhaseReached, event_of
 from mpscale.core.processes.process import KILL_S, Process
-from mpscale.core.processes.wire import (
-    WORKER_EVENTS,
-    Event,
-    Failed,
-    Finished,
-    Garbled,
-    PhaseReached,
-    Wire,
-    event_of,
-    wait_for,
-)
+from mpscale.core.processes.wire import Garbled, Wire, wait_for
 from mpscale.harness.launch import Launcher
 
 _SETTLE_S = 5.0

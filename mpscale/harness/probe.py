@@ -7,7 +7,7 @@ from collections.abc import Callable
 from mpscale.analysis.probe import Look, Probe
 from mpscale.core.case import Case, Settings
 from mpscale.core.magnitudes import Magnitudes, Place
-from mpscale.core.processes.wire import Looked
+from mpscale.core.processes.events import Looked
 from mpscale.core.reason import Code, Reason
 from mpscale.harness.trial import Runner, attempt
 

@@ -7,24 +7,21 @@ reasons (:func:`explain`).
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from mpscale.core.case import Case
 from mpscale.core.cause import Cause
-from mpscale.core.columns import FAILED, MAY_DIFFER, MEASURED, Topic, measured_columns
+from mpscale.core.columns import FAILED, MEASURED
 from mpscale.core.device import Device
 from mpscale.core.files.errors import in_words
-from mpscale.core.mode import MODES
 from mpscale.core.processes import stopping
-from mpscale.core.processes.wire import Again, Noted
-from mpscale.core.reason import Code, Reason
+from mpscale.core.processes.events import Again, Noted
 from mpscale.core.record import Record
 from mpscale.core.run_folder import Journal
+from mpscale.harness.empty_columns import explain
 from mpscale.harness.resume import Resumed, with_allocator
+from mpscale.harness.same_start import SameStart
 from mpscale.harness.supervisor import Listener, Options, Outcome, Supervisor
 from mpscale.harness.without_xla import SLOW_FLOAT16, WithoutXla, case_of, is_outdated, is_slow, outdated, refused
 from mpscale.telemetry.client import Driver
@@ -303,157 +300,3 @@ def _told(record: Record) -> str:
     """How an attempt failed, for the attempts after it."""
     cause = f" ({record['cause']})" if record["cause"] else ""
     return f"attempt {record['attempts']} was {record['status']}{cause}: {record['status_reason']}"
-
-
-_COMPARED = {
-    "initial_weights_digest": "initial weights",
-    "first_batches_digest": "first batches of the pipeline",
-    "data_order_digest": "order of the data",
-    "data_digest": "data",
-    "model_digest": "model",
-    "optimizer_config": "optimizer",
-    "loss_inputs": "labels or outputs",
-    "loss_probe": "loss",
-    "step_operations": "operations in the train step",
-    "process_settings": "settings of the process",
-    "workload_digest": "workload digest",
-}
-"""What is compared, by column. The workload digest depends on the others, and is named only if they are equal."""
-
-_OF_PASSES = ("first_batches_digest", "data_order_digest")
-_OF_FIRST_BATCH = ("loss_inputs", "loss_probe")
-"""What a pipeline may be allowed to change from pass to pass, and figures of its first batch; the report says so."""
-
-_SAME_LOSS = 1e-4
-"""The largest relative difference between sums of the same loss that are taken in different orders."""
-
-
-class SameStart:
-    """Compares what each case of a group trained with what the first one did.
-
-    The modes of a seed must train the same: a difference between them has to come from the precision alone.
-    """
-
-    def __init__(self) -> None:
-        self._first: dict[tuple[str, int, int], dict[str, tuple[str, Any]]] = {}
-        self._before: dict[str, set[str]] = {}
-        """The workload digests of a run before it was stopped, by workload."""
-
-    def take(self, record: Record) -> None:
-        """Note what a case trained with that ran before the run was stopped."""
-        self._compare((record.place[0], *record.key), record.place[1], record)
-        if record["workload_digest"] is not None and record["status"] in MEASURED:
-            self._before.setdefault(record.place[0], set()).add(record["workload_digest"])
-
-    def forget(self, group: tuple[str, int, int]) -> None:
-        """Forget what a group trained with: its cases run again, compiled in another way."""
-        self._first.pop(group, None)
-
-    def difference(self, case: Case, record: Record) -> str | None:
-        """Return how the training of ``case`` differs from that of an earlier mode of its group; None if it does not.
-
-        A case that died early is judged by what it had by then. In a resumed run, return also how its workload differs
-        from what it was before.
-        """
-        digest, before = record["workload_digest"], self._before.get(case.place[0], set())
-        # Several digests: the workload depends on the seed.
-        if digest is not None and len(before) == 1 and digest not in before:
-            return (
-                f"not the workload that the run began with: its digest is {digest}, and was {before.copy().pop()} "
-                "before the run was stopped. Restore the workload, or make a new run"
-            )
-        differing = self._compare(case.group, case.place[1], record)
-        if not differing:
-            return None
-        told = {mode: ", ".join(texts.values()) for mode, texts in differing.items()}
-        text = "; ".join(f"not the same training as {mode}: other {texts}" for mode, texts in told.items())
-        if record["input_passes"] is not None and any(texts.keys() & set(_OF_PASSES) for texts in differing.values()):
-            return (
-                f"{text}. The pipeline gave other batches in each process: make it, and everything random in it, in a "
-                "function (Pipeline(train=function)), with seeds, or allow it with Pipeline(..., deterministic=False)"
-            )
-        return f"{text}. Modes may only differ in precision: the workload must not ask for the mode or its policy"
-
-    def _compare(self, group: tuple[str, int, int], mode: str, record: Record) -> dict[str, dict[str, str]]:
-        """Return what differs from earlier modes of the group, in words by mode and column."""
-        first = self._first.setdefault(group, {})
-        differing: dict[str, dict[str, str]] = {}
-        skipped = (*_OF_PASSES, *_OF_FIRST_BATCH) if record["input_passes"] in MAY_DIFFER else ()
-        for name, what in _COMPARED.items():
-            value = record[name]
-            if name in skipped:
-                continue
-            if value is None or (name == "workload_digest" and differing):
-                continue
-            other_mode, other = first.setdefault(name, (mode, value))
-            if not _equal(value, other):
-                text = f"{what} ({_contrast(name, value, other, other_mode)})"
-                differing.setdefault(other_mode, {})[name] = text
-        return differing
-
-
-def _equal(value: Any, other: Any) -> bool:
-    if isinstance(value, float) and isinstance(other, float):
-        return math.isclose(value, other, rel_tol=_SAME_LOSS, abs_tol=1e-6)
-    return bool(value == other)
-
-
-def _contrast(name: str, value: Any, other: Any, mode: str) -> str:
-    """Describe briefly how two values of a column differ."""
-    if name == "optimizer_config":
-        ours, theirs = json.loads(value), json.loads(other)
-    elif name == "step_operations":
-        ours, theirs = (dict(part.split(" ") for part in text.split(", ")) for text in (value, other))
-    elif isinstance(value, float):
-        return f"{value:.6g} on the same labels and outputs, {mode} had {other:.6g}"
-    else:
-        return f"{value}, {mode} had {other}"
-    keys = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
-    return ", ".join(f"{key} {ours.get(key, 'none')}, {mode} had {theirs.get(key, 'none')}" for key in keys)
-
-
-_TRAINING = (*measured_columns(Topic.TRAINING), "metric_value", "final_accuracy", "published_metric_value")
-_UNTIMED = ("build_time_s", "trace_time_s", "first_step_s", "first_call_s")
-_FROM_TIMES = ("tflops", "tflops_while_busy", "peak_share", "peak_share_while_busy")
-_TIMING = (*(name for name in measured_columns(Topic.STEP_TIME) if name not in _UNTIMED), *_FROM_TIMES)
-_LOSS_SCALE = tuple(name for name in _TRAINING if name.startswith("loss_scale_"))
-_OVERFLOW = (
-    "applied_steps",
-    "skipped_steps",
-    "overflow_steps",
-    "longest_skip_run",
-    "first_overflow_step",
-    "last_overflow_step",
-    "timed_overflow_steps",
-    "step_time_ms_per_applied",
-)
-_MAY_BE_INFINITE = ("train_loss_first", "train_loss_final", "loss_scale_final", "loss_scale_max")
-
-
-def explain(record: Record, case: Case) -> None:
-    """Give every empty measured column of a finished case a reason; that need not be a failure."""
-    mode = MODES[case.mode]
-    if record["status"] == "unsupported":
-        record.complete(Reason(Code.UNSUPPORTED, str(record["status_reason"])))
-        return
-    if not case.trains:
-        record.miss(_TRAINING, Reason(Code.NOT_ASKED_FOR, "timing-only process"))
-    if case.settings.timing_s == 0:
-        record.miss(_TIMING, Reason(Code.NOT_ASKED_FOR, "timing was off"))
-    if not mode.float8:
-        record.miss("float8_tensors", Reason(Code.NOT_IN_MODE, f"{mode.name} does not compute in float8"))
-    if mode.scaling is None:
-        record.miss(_LOSS_SCALE, Reason(Code.NOT_IN_MODE, f"{mode.name} has no loss scale"))
-    if mode.growth_interval(case.settings) is None:
-        why = Reason(Code.NOT_IN_MODE, f"{mode.name} has no loss scale that grows after some steps without overflow")
-        record.miss(("growth_interval",), why)
-    if not mode.sees_overflow:
-        record.miss(_OVERFLOW, Reason(Code.NOT_IN_MODE, f"{mode.name} checks no gradient"))
-    elif record["overflow_steps"] == 0:
-        never = Reason(Code.NEVER_HAPPENED, "no step overflowed")
-        record.miss(("first_overflow_step", "last_overflow_step"), never)
-    if record["attempted_steps"] is not None:
-        record.miss(_MAY_BE_INFINITE, Reason(Code.NOT_FINITE, "not finite"))
-    if record["timed_steps"] is not None:
-        record.miss("step_time_ms_per_applied", Reason(Code.NEVER_HAPPENED, "no timed step was applied"))
-    record.complete(Reason(Code.NOT_REACHED, f"the case ended before that ({record['status']})"))

@@ -23,8 +23,8 @@ from mpscale.core.files.temporary import TemporaryFolder, remove_left_behind, te
 from mpscale.core.given import given
 from mpscale.core.mode import MODES
 from mpscale.core.out_of_memory import ran_out
-from mpscale.core.processes import stopping, wire
-from mpscale.core.processes.wire import Noted, Phase, PhaseReached
+from mpscale.core.processes import events, stopping
+from mpscale.core.processes.events import Noted, Phase, PhaseReached
 from mpscale.core.reason import Reason
 from mpscale.core.record import Findings, Record
 from mpscale.core.variables import without_secrets
@@ -48,7 +48,7 @@ from mpscale.telemetry.client import Driver
 from mpscale.telemetry.replicas import ReplicaWatch, with_other_machines
 from mpscale.telemetry.watch import HOST_COLUMN, CaseWatch, WatchResult
 
-Listener = Callable[[Case, wire.Progressed], None]
+Listener = Callable[[Case, events.Progressed], None]
 """Called with a case and what has just happened in it."""
 
 _OWN_FAILURES = (Cause.EXCEPTION, Cause.EXITED, Cause.FATAL_SIGNAL)

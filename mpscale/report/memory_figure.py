@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from mpscale.core.files.reading import RunError
-from mpscale.core.processes.wire import Phase
+from mpscale.core.processes.events import Phase
 from mpscale.core.record import Record, modes_of
 from mpscale.core.run_folder import gpu_path
 from mpscale.core.runs import Run

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mpscale.core.blocks import FASTER, SLOWER
 from mpscale.core.case import Case
 from mpscale.core.columns import COLUMNS
-from mpscale.core.processes.wire import Again, Noted, Phase, PhaseReached, Progressed, StepsDone
+from mpscale.core.processes.events import Again, Noted, Phase, PhaseReached, Progressed, StepsDone
 from mpscale.core.record import Record
 from mpscale.terminal.streams import PIPE, Surface, on_one_line, visible
 

@@ -3,7 +3,7 @@
 The request is ``{"case": ..., "device": ..., "steps_path": ..., "sys_path": [...], "scratch": ..., "energy_s": ...,
 "autotuning": ..., "given": ...}``; ``scratch`` is a folder that the session removes when the worker has ended,
 ``autotuning`` a flag for XLA or None, ``given`` a :class:`mpscale.core.given.Given`. The events are those of
-:data:`mpscale.core.processes.wire.WORKER_EVENTS`.
+:data:`mpscale.core.processes.events.WORKER_EVENTS`.
 
 With ``--serve DESCRIPTOR`` it is the warm parent instead: a process that has imported TensorFlow, touches no device,
 and forks a worker for each case. Importing TensorFlow takes longer than many a small case. A child forked before any
@@ -40,8 +40,9 @@ from typing import Any
 from mpscale.core import given
 from mpscale.core.case import Case
 from mpscale.core.device import Device
+from mpscale.core.processes.events import Channel, Finished
 from mpscale.core.processes.keeper import adopt_orphans, die_with_parent, end_children, wait_for_child
-from mpscale.core.processes.wire import Channel, Finished, Wire
+from mpscale.core.processes.wire import Wire
 from mpscale.worker import autotuning
 from mpscale.worker.errors import cause
 

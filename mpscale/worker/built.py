@@ -16,7 +16,7 @@ import numpy.typing as npt
 from mpscale.core.case import Case, series_key
 from mpscale.core.columns import LARGEST, Topic, measured_columns
 from mpscale.core.mode import MODES
-from mpscale.core.processes.wire import Channel, Remarked
+from mpscale.core.processes.events import Channel, Remarked
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.worker import model as models

@@ -20,7 +20,7 @@ from mpscale.core.files.errors import in_words
 from mpscale.core.files.writing import replacing
 from mpscale.core.lint import to_cell
 from mpscale.core.mode import MODES
-from mpscale.core.processes.wire import Channel, NotKept, Phase, Remarked
+from mpscale.core.processes.events import Channel, NotKept, Phase, Remarked
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.worker import autotuning

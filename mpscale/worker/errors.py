@@ -15,7 +15,7 @@ import traceback
 from mpscale.core.cause import Cause
 from mpscale.core.files.errors import is_of_files
 from mpscale.core.out_of_memory import ran_out
-from mpscale.core.processes.wire import Failed
+from mpscale.core.processes.events import Failed
 
 _STACK_ABOVE = re.compile(r"\AGraph execution error:.*^  File [^\n]*\n", re.DOTALL | re.MULTILINE)
 _NOTES_BELOW = re.compile(

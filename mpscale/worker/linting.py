@@ -17,7 +17,7 @@ from mpscale.core.case import Case
 from mpscale.core.device import Device
 from mpscale.core.lint import Check, Finding, Severity, to_cell
 from mpscale.core.mode import MODES
-from mpscale.core.processes.wire import Channel, Phase
+from mpscale.core.processes.events import Channel, Phase
 from mpscale.worker.built import Built, build
 from mpscale.worker.case import Status
 from mpscale.worker.compiled import model as compiling

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from mpscale.core.magnitudes import BINS, PLACES, SECOND, THIRD, Magnitudes, Place
-from mpscale.core.processes.wire import Channel, Looked, Phase
+from mpscale.core.processes.events import Channel, Looked, Phase
 from mpscale.core.reason import Code, Reason
 from mpscale.worker.step import MOST_UNREAD, TrainStep
 from mpscale.worker.update import key_of, loss_of

@@ -12,7 +12,7 @@ import keras
 from tensorflow.python.eager import context
 from tensorflow.python.framework import errors
 
-from mpscale.core.processes.wire import Channel
+from mpscale.core.processes.events import Channel
 from mpscale.worker.errors import XlaRefused, is_of_an_operation, lacks_memory, text_of, unwrapped
 
 _REFUSALS = (errors.INVALID_ARGUMENT, errors.UNIMPLEMENTED, errors.FAILED_PRECONDITION, errors.NOT_FOUND)

@@ -15,7 +15,7 @@ from mpscale.core.case import Case, Settings
 from mpscale.core.columns import COLUMNS, SECTIONS, data_dictionary
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Record, from_cell, to_csv
-from mpscale.harness.run import explain
+from mpscale.harness.empty_columns import explain
 
 REASON = Reason(Code.NOT_REACHED, "a reason")
 

@@ -12,14 +12,12 @@ from pathlib import Path
 import pytest
 
 from mpscale.core.cause import Cause
-from mpscale.core.processes.process import Child, describe_exit
-from mpscale.core.processes.wire import (
+from mpscale.core.processes.events import (
     WORKER_EVENTS,
     Blocks,
     EnergySteps,
     Failed,
     Finished,
-    Garbled,
     Missed,
     NotKept,
     Phase,
@@ -27,10 +25,10 @@ from mpscale.core.processes.wire import (
     Remarked,
     StepsDone,
     Values,
-    Wire,
     event_of,
-    wait_for,
 )
+from mpscale.core.processes.process import Child, describe_exit
+from mpscale.core.processes.wire import Garbled, Wire, wait_for
 from mpscale.core.reason import Code, Reason
 
 PROGRAM = """

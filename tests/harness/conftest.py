@@ -20,7 +20,8 @@ CPU, NO_DRIVER = Device("cpu", "CPU"), NoDriver(Reason(Code.NO_GPU, "no driver")
 WORKER = """
 import json, os, signal, sys, time
 from pathlib import Path
-from mpscale.core.processes.wire import Channel, Failed, Finished, NotKept, Wire
+from mpscale.core.processes.events import Channel, Failed, Finished, NotKept
+from mpscale.core.processes.wire import Wire
 from mpscale.worker.errors import cause
 
 wire = Wire.inherited(int(sys.argv[2]))

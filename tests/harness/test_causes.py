@@ -10,7 +10,7 @@ import pytest
 from mpscale.core.case import Case
 from mpscale.core.cause import Cause
 from mpscale.core.columns import FAILED
-from mpscale.core.processes.wire import Again
+from mpscale.core.processes.events import Again
 from mpscale.harness import launch
 
 BEGAN = "began(); "

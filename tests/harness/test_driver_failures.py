@@ -11,7 +11,7 @@ from support.nvml_stand_in import CALLS, Script
 from mpscale.core.cause import Cause
 from mpscale.core.columns import Source, measured_columns
 from mpscale.core.device import find_device
-from mpscale.core.processes.wire import PhaseReached
+from mpscale.core.processes.events import PhaseReached
 from mpscale.core.reason import Code
 from mpscale.telemetry import host
 from mpscale.telemetry.client import open_driver

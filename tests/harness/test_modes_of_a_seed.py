@@ -6,7 +6,7 @@ import pytest
 
 from mpscale.core.case import Case, Settings
 from mpscale.core.record import Record
-from mpscale.harness.run import SameStart
+from mpscale.harness.same_start import SameStart
 
 WORK = {
     "initial_weights_digest": "sha256:a",

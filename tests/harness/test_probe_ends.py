@@ -7,7 +7,7 @@ import pytest
 from mpscale.analysis.probe import Probe
 from mpscale.core.cause import Cause
 from mpscale.core.device import Device
-from mpscale.core.processes.wire import Looked
+from mpscale.core.processes.events import Looked
 from mpscale.core.reason import Code
 from mpscale.harness.probe import note, run, settings
 

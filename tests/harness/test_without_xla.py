@@ -10,7 +10,7 @@ from support.no_training import CASES, CPU, DRIVER, ENVIRONMENT, figures, option
 from mpscale.analysis.pairs import State, pair_rows
 from mpscale.core.case import Case, SeriesKey, Settings
 from mpscale.core.cause import Cause
-from mpscale.core.processes.wire import Again, Noted
+from mpscale.core.processes.events import Again, Noted
 from mpscale.core.runs import read_run
 from mpscale.harness import resume as harness_resume
 from mpscale.harness import run as harness_run

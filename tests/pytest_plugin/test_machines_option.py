@@ -20,7 +20,8 @@ launch._WORKER = (sys.executable, "-P", str(Path(__file__).with_name("stand_in.p
 """
 WORKER = """
 import json, os, sys, time
-from mpscale.core.processes.wire import Channel, Finished, Wire
+from mpscale.core.processes.events import Channel, Finished
+from mpscale.core.processes.wire import Wire
 
 wire = Wire.inherited(int(sys.argv[2]))
 channel, request = Channel(wire), wire.receive()

@@ -288,7 +288,7 @@ def test_json_keeps_every_text_as_it_is():
 @pytest.mark.parametrize("text", NASTY)
 def test_the_lines_of_a_run_have_no_command_from_a_name(text):
     from mpscale.core.case import Case, Settings
-    from mpscale.core.processes.wire import Again, Noted
+    from mpscale.core.processes.events import Again, Noted
 
     said = []
     progress = Progress(LiveLine(said.append), lambda: 0.0)

@@ -7,7 +7,7 @@ import tensorflow as tf
 from support.compiled_models import CLASSES, NAMED, WEIGHT, X, classifier, two_by_two, workload
 from support.one_case import train
 
-from mpscale.core.processes.wire import Remarked
+from mpscale.core.processes.events import Remarked
 from mpscale.workloads.as_in_fit import class_weight_remarks
 
 ONE_HOT, ALL = np.eye(3, dtype=np.float32)[CLASSES], {0: 1.0, 1: 2.0, 2: 3.0}

@@ -34,7 +34,7 @@ from support.one_case import Outcome, train
 from mpscale.core.case import Case, Settings
 from mpscale.core.device import Device
 from mpscale.core.mode import MODES
-from mpscale.core.processes.wire import Remarked
+from mpscale.core.processes.events import Remarked
 from mpscale.worker.built import build as build_case
 from mpscale.worker.built import described
 from mpscale.worker.compiled.update import FitUpdate

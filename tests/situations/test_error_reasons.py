@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from mpscale.core.cause import Cause
-from mpscale.core.processes.wire import Failed
+from mpscale.core.processes.events import Failed
 from mpscale.harness.conversation import one_line
 from mpscale.worker.errors import cause
 from mpscale.worker.refusal import refusals_of

@@ -11,7 +11,8 @@ import tensorflow as tf
 from support.one_case import blobs, by_fit, dense, split, train, workload
 
 from mpscale.core.mode import MODES
-from mpscale.harness.run import SameStart, explain
+from mpscale.harness.empty_columns import explain
+from mpscale.harness.same_start import SameStart
 from mpscale.worker import built as worker_built
 from mpscale.worker import case as worker_case
 from mpscale.workloads.workload import sparse_cross_entropy

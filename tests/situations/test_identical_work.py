@@ -12,7 +12,7 @@ import tensorflow as tf
 from support.one_case import run_case
 
 from mpscale import Data, Workload
-from mpscale.harness.run import SameStart
+from mpscale.harness.same_start import SameStart
 from mpscale.workloads.workload import sparse_cross_entropy
 
 L = keras.layers

@@ -10,7 +10,7 @@ from support.compiled_models import BATCH, CLASSES, STEPS, OwnStep, X, dense, lo
 from support.one_case import train
 
 from mpscale.core.mode import MODES
-from mpscale.core.processes.wire import Looked, Remarked
+from mpscale.core.processes.events import Looked, Remarked
 from mpscale.worker.training import batches
 
 

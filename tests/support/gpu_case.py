@@ -14,7 +14,7 @@ from types import MappingProxyType
 from support.nvml_stand_in import Script
 
 from mpscale.core.device import Device, find_device, find_replicas
-from mpscale.core.processes.wire import Phase
+from mpscale.core.processes.events import Phase
 from mpscale.core.reason import Code, Reason
 from mpscale.telemetry import host
 from mpscale.telemetry.client import Driver, open_driver

@@ -10,7 +10,7 @@ from support.small_suite import SUITE
 
 import mpscale
 from mpscale.analysis.summary import summary_of
-from mpscale.core.processes.wire import Phase
+from mpscale.core.processes.events import Phase
 from mpscale.telemetry.samples import known
 
 PEAKS = {"fp32": 3000.0, "mixed-static": 1800.0}

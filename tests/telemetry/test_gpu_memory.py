@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.gpu_case import ENERGY_OFF, kept_samples
 
-from mpscale.core.processes.wire import Phase
+from mpscale.core.processes.events import Phase
 from mpscale.core.reason import Code
 from mpscale.telemetry.gpu_memory import AllocatorFacts, memory_columns
 from mpscale.telemetry.samples import Sample, Samples

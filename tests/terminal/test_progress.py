@@ -3,7 +3,7 @@
 import pytest
 
 from mpscale.core.case import Case, Settings
-from mpscale.core.processes.wire import Phase, PhaseReached, StepsDone
+from mpscale.core.processes.events import Phase, PhaseReached, StepsDone
 from mpscale.core.record import Record
 from mpscale.terminal.progress import LiveLine, Progress
 from mpscale.terminal.streams import PIPE, Surface

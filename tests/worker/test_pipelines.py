@@ -10,7 +10,7 @@ import tensorflow as tf
 from support.one_case import blobs, dense, train, workload
 
 import mpscale
-from mpscale.harness.run import SameStart
+from mpscale.harness.same_start import SameStart
 
 X, Y = blobs()
 

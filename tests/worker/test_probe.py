@@ -11,7 +11,7 @@ from support.one_case import blobs, dense, split, train, workload
 from mpscale.analysis.probe import HEADROOM, Probe, advise
 from mpscale.core.device import Device
 from mpscale.core.magnitudes import Magnitudes, power_of_two
-from mpscale.core.processes.wire import Looked
+from mpscale.core.processes.events import Looked
 from mpscale.harness.probe import LOOKS, STEPS, note
 from mpscale.report.probe_tables import sentences
 from mpscale.worker.probe import count, looks_at

@@ -10,7 +10,7 @@ from support.one_case import train
 
 from mpscale.core.columns import Topic, measured_columns
 from mpscale.core.reason import Code
-from mpscale.harness.run import SameStart
+from mpscale.harness.same_start import SameStart
 from mpscale.presets import PRESETS
 from mpscale.workloads import large, registry
 
