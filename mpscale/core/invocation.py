@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,24 +133,60 @@ def resume_command(run: Run, here: Path | None = None) -> str | None:
         here: the working directory of the reader; None if it is not known. If it is another than that in which the
             run was started, the command begins with a ``cd``.
     """
-    invocation = Invocation.of(run.info)
-    if invocation is None or "interleaved" in run.info or run.path.resolve().parent.name != "runs":
-        return None
-    # The run may be a stranger's, and the command is shown on a terminal and copied into a shell.
-    texts = (*invocation.arguments, invocation.folder, str(run.path.resolve()))
-    if not _PROGRAM.fullmatch(invocation.program) or not all(map(str.isprintable, texts)):
+    invocation = _shown(run)
+    if invocation is None or run.path.resolve().parent.name != "runs" or not str(run.path.resolve()).isprintable():
         return None
     if invocation.program == SCRIPT:
         return f"{SCRIPT}(..., resume={run.path.resolve().name!r})"
-    arguments = list(_without_limits(invocation.arguments))
-    # What comes after -- are paths.
-    place = arguments.index("--") if "--" in arguments else len(arguments)
-    arguments.insert(place, f"{RESUME}={run.path.resolve().name}")
-    command = shlex.join([*invocation.program.split(), *arguments])
+    command = _command(invocation, _without_limits(invocation.arguments), [f"{RESUME}={run.path.resolve().name}"])
     if here is None:
         return command
     folder = Path(os.path.realpath(run.path / invocation.folder))
     return command if folder == Path(os.path.realpath(here)) else f"cd {shlex.quote(str(folder))} && {command}"
+
+
+def command_with(run: Run, options: Sequence[str]) -> str | None:
+    """Return the command that makes a run once more with other options, quoted for a shell; None if there is none.
+
+    Args:
+        run: it, made by a command; a script has its own way to say so.
+        options: such as ``["--mp-seeds", "16"]``, which replace those of the run.
+    """
+    invocation = _shown(run)
+    if invocation is None or invocation.program == SCRIPT:
+        return None
+    replaced = {RESUME, "--mp-name", "--mp-note", *(option for option in options if option.startswith(_PREFIX))}
+    # `mpscale run` has short forms of some.
+    replaced |= {option.replace(_PREFIX, "--") for option in replaced}
+    return _command(invocation, _without(replaced, invocation.arguments), options)
+
+
+def _shown(run: Run) -> Invocation | None:
+    """The invocation of a run, if it can be shown as a command: it may be a stranger's, and people copy it."""
+    invocation = Invocation.of(run.info)
+    if invocation is None or "interleaved" in run.info or not _PROGRAM.fullmatch(invocation.program):
+        return None
+    return invocation if all(map(str.isprintable, (*invocation.arguments, invocation.folder))) else None
+
+
+def _command(invocation: Invocation, arguments: Iterable[str], more: Sequence[str]) -> str:
+    known = list(arguments)
+    # What comes after -- are paths.
+    place = known.index("--") if "--" in known else len(known)
+    return shlex.join([*invocation.program.split(), *known[:place], *more, *known[place:]])
+
+
+def _without(options: Container[str], arguments: Sequence[str]) -> Iterator[str]:
+    """Leave out options with their values, which may be arguments of their own."""
+    left_out = False
+    for argument in arguments:
+        name, has_value, _ = argument.partition("=")
+        if left_out and not argument.startswith("-"):
+            left_out = False
+            continue
+        left_out = name in options and not has_value
+        if name not in options:
+            yield argument
 
 
 def _without_limits(arguments: Sequence[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from mpscale.analysis.answer import Advice, Answer, Weakness, Worth
 from mpscale.analysis.summary import Row
 from mpscale.core.case import scale_text
-from mpscale.core.invocation import SCRIPT, Invocation, for_reader
+from mpscale.core.invocation import SCRIPT, Invocation, command_with, for_reader
 from mpscale.core.loss_scale import DynamicLossScale
 from mpscale.core.mode import MODES, Mode
 from mpscale.core.record import place_of
@@ -34,7 +34,8 @@ def code_of(answer: Answer, run: Run) -> tuple[str, str]:
         started = Invocation.of(run.info)
         if started is not None and started.program == SCRIPT:
             return f"{SCRIPT}(..., {', '.join(for_reader(option, run.info) for option in options)})", "python"
-        return " ".join([_MEASURE, *options]), "sh"
+        words = " ".join(options).split()
+        return command_with(run, words) or " ".join([_MEASURE, *words]), "sh"
     rows = [cells[answer.mode].row for cells in answer.cells.values() if answer.mode in cells]
     rows = [row for row in rows if not answer.choices or place_of(row)[0] in answer.choices]
     mode = MODES.get(rows[0]["mode"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import keras
@@ -232,6 +233,25 @@ def test_the_command_asks_for_more_seeds_than_there_were(tmp_path, seeds):
 def test_the_command_asks_for_more_steps_per_call_only_if_there_were_fewer(tmp_path, calls):
     run = write_run(tmp_path, finished(compared(FAST, **IDLE)), device=GPU, settings={"steps_per_call": calls})
     assert ("--mp-steps-per-call 20" in code_of_run(run)[0]) == (calls == 1)
+
+
+@pytest.mark.parametrize(
+    ("program", "typed", "command"),
+    [
+        ("mpscale run", "my:net --mp-timing 1", "mpscale run my:net --mp-timing 1 --mp-steps-per-call 20"),
+        ("mpscale run", "my:net --steps-per-call 2 -x", "mpscale run my:net -x --mp-steps-per-call 20"),
+        ("pytest", "bench --mp-steps-per-call=2 -k net", "pytest bench -k net --mp-steps-per-call 20"),
+        ("pytest", "--mp-name one --mp-resume=latest -- a", "pytest --mp-steps-per-call 20 -- a"),
+        ("python3 -m pytest", "'a b'", "python3 -m pytest 'a b' --mp-steps-per-call 20"),
+        ("rm -rf", "my:net", "mpscale run --mp-steps-per-call 20"),
+        ("pytest", "a\x1bb", "mpscale run --mp-steps-per-call 20"),
+        ("mpscale.compare", "", "mpscale.compare(..., steps_per_call=20)"),
+    ],
+)
+def test_the_command_is_that_of_the_run_with_other_options(tmp_path, program, typed, command):
+    invocation = {"program": program, "arguments": shlex.split(typed), "folder": ".", "options": {}}
+    records = finished(compared(FAST, **IDLE))
+    assert code_of_run(write_run(tmp_path, records, device=GPU, invocation=invocation))[0] == command
 
 
 def code_of_run(path):
