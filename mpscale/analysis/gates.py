@@ -109,7 +109,10 @@ def _judge_alone(
         had = judge_limit([RunRow(row.pair.place, row.pair.baseline)], gate)
         if had and gate.covers(row.pair.place) and row.pair.place not in there:
             found.append(_finding(row, gate, Outcome.CANNOT_TELL, _why_not(row)))
-    return found or [_nothing(gate, "of the run has such a figure")]
+    if all(one.outcome is Outcome.NOT_APPLICABLE for one in found):
+        # A limit to which nothing is held has not passed.
+        found.append(_nothing(gate, "of the run has such a figure"))
+    return found
 
 
 def _rate_before(row: ComparedRow) -> str:

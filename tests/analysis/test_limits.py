@@ -76,8 +76,6 @@ def judged(tmp_path, cases, gate, **info):
         pytest.param(
             rows(metric="mae", metric_higher_is_better=False), "metric<=0.5", "fired", "0.91", id="a large error"
         ),
-        pytest.param(rows(metric="f1"), "accuracy>=0.1", "not-applicable", "no accuracy", id="another metric"),
-        pytest.param(rows(metric=None), "metric>=0.1", "not-applicable", "no metric", id="none at all"),
         pytest.param(
             rows(metric_higher_is_better=None), "metric>=0.1", "cannot-tell", "not known whether", id="no direction"
         ),
@@ -111,6 +109,15 @@ def test_a_speed_up_is_over_fp32_and_one_in_doubt_neither_passes_nor_fires(tmp_p
     assert list(found) == ["toy mixed-bf16"]
     assert found["toy mixed-bf16"].outcome == outcome
     assert said in found["toy mixed-bf16"].text
+
+
+@pytest.mark.parametrize(("metric", "gate"), [("f1", "accuracy>=0.1"), (None, "metric>=0.1"), (None, "accuracy<0.9")])
+def test_a_limit_to_which_no_row_is_held_has_not_passed(tmp_path, metric, gate):
+    alone = judged(tmp_path, rows(metric=metric), gate)
+    assert [str(found.outcome) for found in alone.values()] == ["not-applicable", "cannot-tell"]
+    assert "no row of the run has such a figure" in str(list(alone.values())[1])
+    beside = judged(tmp_path / "beside", [*rows(metric=metric), *rows(workload="toi", metric="accuracy")], gate)
+    assert len(beside) == 2 and "no row" not in str(beside)
 
 
 def test_a_dispatch_bound_speed_up_cannot_tell(tmp_path):
