@@ -25,7 +25,7 @@ from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.worker import autotuning
 from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, judged, put
-from mpscale.worker.cluster import cluster_of, noticing_lost_peers, replicas_here
+from mpscale.worker.cluster import check_same, noticing_lost_peers, replicas_here
 from mpscale.worker.compiled import shares
 from mpscale.worker.compiled.judged import refused_labels
 from mpscale.worker.compiled.update import FitUpdate
@@ -80,19 +80,14 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     channel.phase(Phase.IDLE)
     with noticing_lost_peers(settings):
         _report(channel, touch(device, mode, settings))
-        cluster = cluster_of(settings)
-        if cluster is not None:
-            software = {"TensorFlow": tf.__version__, "Keras": keras.__version__}
-            cluster.check_same({**software, **settings.to_json(), **case.to_json(), "settings": None})
+        software = {"TensorFlow": tf.__version__, "Keras": keras.__version__}
+        check_same(settings, {**software, **settings.to_json(), **case.to_json(), "settings": None})
         channel.phase(Phase.CONTEXT_READY)
         arithmetic = Arithmetic(mode, device, settings.jit)
         built = build(case, arithmetic, channel)
         channel.phase(Phase.MODEL_BUILT)
         with refusals_of(built.model, settings.jit, channel):
-            status = _run(built, arithmetic, device, steps_path, channel, energy_s)
-        if cluster is not None:
-            cluster.end()
-    return status
+            return _run(built, arithmetic, device, steps_path, channel, energy_s)
 
 
 def _run(
@@ -117,9 +112,7 @@ def _run(
         built = judged(built)
     precision = Precision(built.model, step.graph)
     what = described(built)
-    cluster = cluster_of(case.settings)
-    if cluster is not None:
-        cluster.check_same({name: what.values.get(name) for name in _SAME} | {"settings": arithmetic.column()})
+    check_same(case.settings, {name: what.values.get(name) for name in _SAME} | {"settings": arithmetic.column()})
     _report(channel, what)
     _report(channel, precision.columns())
     found = Findings()

@@ -135,6 +135,12 @@ def cluster_of(settings: Settings) -> JoinedCluster | None:
     return _joined(replicas_here(settings)) if settings.strategy == "multiworker" else None
 
 
+def check_same(settings: Settings, facts: Mapping[str, Any]) -> None:
+    """As :meth:`JoinedCluster.check_same`; nothing if the case trains in this process alone."""
+    if (cluster := cluster_of(settings)) is not None:
+        cluster.check_same(facts)
+
+
 @functools.cache
 def _joined(replicas: int) -> JoinedCluster:
     """A process can join once, and its strategy numbers the collective operations from the start."""
@@ -229,9 +235,11 @@ def _connection(address: Address, end: float, late: str) -> socket.socket:
 
 @contextlib.contextmanager
 def noticing_lost_peers(settings: Settings) -> Iterator[None]:
-    """Raise :class:`PeerLost` for what TensorFlow raises because another worker is gone."""
+    """Raise :class:`PeerLost` for what TensorFlow raises because another worker is gone; at the end wait for them."""
     try:
         yield
+        if (cluster := cluster_of(settings)) is not None:
+            cluster.end()
     except Exception as error:
         if settings.strategy != "multiworker" or not isinstance(unwrapped(error), _LOST):
             raise
