@@ -170,7 +170,7 @@ def build(case: Case, arithmetic: Arithmetic, channel: Channel, workload: Worklo
     if workload.compiled is None:
         models.check_data(data)
     if settings.strategy == "multiworker":
-        check_workers(case.workload, feed is not None, workload.compiled is not None)
+        check_workers(case.workload, feed is not None)
     if feed is not None:
         # Of a pipeline, the order is only used to find the first batch. Those of replicas may have several shapes.
         order = np.broadcast_to(np.arange(feed.batch) % data.examples, (steps, feed.batch))
@@ -297,7 +297,10 @@ def _of_compiled(
     kind = ProbeStep if case.settings.looks else TrainStep
     settings, per_call = case.settings, case.settings.steps_per_call
     step: TrainStep
-    step = ReplicatedStep(update, shown, per_call) if is_replicated else kind(update, shown, settings.jit, per_call)
+    if is_replicated:
+        step = ReplicatedStep(update, shown, per_call, cluster_of(settings))
+    else:
+        step = kind(update, shown, settings.jit, per_call)
     course = None
     if callbacks is not None:
         course = Course(callbacks(), model, steps, workload.evaluate_every)
@@ -338,7 +341,7 @@ def judged(built: Built) -> Built:
                 yield taken(fed, slice(start, start + batch))
 
     strategy = built.step.strategy if isinstance(built.step, ReplicatedStep) else None
-    evaluator = FitEvaluator(built.model, test_batches, built.case.settings.jit, first, strategy)
+    evaluator = FitEvaluator(built.model, test_batches, built.case.settings.jit, first, strategy, built.step.agreed)
     judge = Judge(built.workload, built.model, evaluator)
     return replace(built, workload=judge.workload, judge=judge)
 

@@ -24,6 +24,7 @@ from mpscale.core.processes.wire import Channel, NotKept, Phase, Remarked
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.worker import autotuning
+from mpscale.worker import model as models
 from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, judged, put
 from mpscale.worker.cluster import cluster_of, noticing_lost_peers, replicas_here
 from mpscale.worker.compiled import shares
@@ -201,10 +202,10 @@ def _on_replicas(built: Built, channel: Channel) -> str | None:
     labels = None if loss is None else built.data.train_y[built.order[0]]
     found = remarks(loss, labels, built.model, optimizers, mode, replicas)
     if isinstance(step.update, FitUpdate):
-        found += shares.remarks(step.update, built.first_batch(), step.strategy)
+        found += shares.remarks(step, step.update, built.first_batch())
     for remark in found:
         channel.send(Remarked(remark))
-    return None if loss is None else objection(step, loss, labels, mode)
+    return objection(step, loss, labels, mode)
 
 
 def _report(channel: Channel, found: Findings) -> None:
@@ -304,6 +305,11 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
         None if built.judge is None else built.judge.evaluator,
     )
     channel.phase(Phase.TRAINED)
+    cluster = cluster_of(built.case.settings)
+    if cluster is not None and built.course is not None and training.weights_finite:
+        # A callback may have decided by something that differs between workers, such as the time.
+        kept = models.weights_of(built.model.variables)
+        cluster.check_same({"weights after the callbacks": models.arrays_digest(each.numpy() for each in kept)})
     found = Findings(training.values())
     if workload.metric is not None:
         not_reached = NO_TARGET

@@ -147,20 +147,25 @@ class ReplicatedStep(TrainStep):
             with tf.device(device):
                 tf.raw_ops.SyncDevice()
 
-    def agreed(self, value: float) -> float:
+    def agreed(self, value: Any) -> Any:
         return value if self.cluster is None else self.cluster.agreed(value)
 
     def weights_finite(self) -> bool:
         return bool(self.agreed(super().weights_finite()))
 
     def last_loss(self) -> float:
-        loss = super().last_loss()
-        return loss if self.cluster is None else float(self.cluster.mean(np.float32(loss)))
+        return float(self._of_workers(np.float32(super().last_loss())))
 
     def read_log(self) -> Log:
         log = super().read_log()
         # Not in the step: a user's step would not wait for the others once more, only for their losses.
-        return log if self.cluster is None else replace(log, loss=self.cluster.mean(log.loss))
+        return replace(log, loss=self._of_workers(log.loss))
+
+    def _of_workers(self, losses: Any) -> Any:
+        """Losses of all workers, from those of this one, float32."""
+        if self.cluster is None:
+            return losses
+        return self.cluster.total(losses) if self.update.divides else self.cluster.mean(losses)
 
     def _step(self, *batches: Any) -> tuple[tf.Tensor, ...]:
         def step() -> dict[str, Any]:
@@ -281,13 +286,12 @@ def restored(variables: Sequence[tf.Variable]) -> Iterator[None]:
             variable.assign(value)
 
 
-def check_workers(workload: str, has_pipeline: bool, is_compiled: bool) -> None:
+def check_workers(workload: str, has_pipeline: bool) -> None:
     """Raise ValueError if several workers are to train what only replicas of one process can."""
-    what = "a pipeline" if has_pipeline else "a compiled model" if is_compiled else None
-    if what is not None:
+    if has_pipeline:
         raise ValueError(
-            f"{workload} has {what}, which mpscale trains in one process: use --mp-strategy mirrored, or give a "
-            "workload of a model that is not compiled and of arrays"
+            f"{workload} has a pipeline, which mpscale trains in one process: use --mp-strategy mirrored, or give "
+            "arrays"
         )
 
 
@@ -311,8 +315,15 @@ def _check_made_here(variables: Sequence[Any]) -> None:
             )
 
 
-def objection(step: ReplicatedStep, loss: NotedLoss, labels: Any, mode: Mode) -> str | None:
-    """Why replicas cannot train so; None if they can. The loss has been traced; ``labels`` are those of a batch."""
+def objection(step: ReplicatedStep, loss: NotedLoss | None, labels: Any, mode: Mode) -> str | None:
+    """Why replicas cannot train so; None if they can.
+
+    Args:
+        step: has been traced.
+        loss: the workload's; None if its model is compiled, which trains as in Keras' fit whatever its loss does.
+        labels: of a batch.
+        mode: of the case.
+    """
     replicas, strategy = step.strategy.num_replicas_in_sync, step.strategy
     if replicas == 1:
         return None
@@ -321,6 +332,8 @@ def objection(step: ReplicatedStep, loss: NotedLoss, labels: Any, mode: Mode) ->
             f"in {mode.name} Keras decides on each worker by itself whether to skip a step, and workers that decide "
             "differently would wait for each other for ever; use mixed-dynamic, or --mp-strategy mirrored"
         )
+    if loss is None:
+        return None
     with _losses_as_they_are():
         if loss.differs_within(strategy.scope(), labels):
             return (

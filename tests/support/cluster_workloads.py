@@ -5,7 +5,9 @@ import os
 
 import keras
 from support.one_case import blobs, dense, split, workload
+from support.replica_cases import TEST, OwnStep, TwoOptimizers, arrays, compiled, regularized
 
+import mpscale
 from mpscale.worker.training import batches
 
 BATCH, STEPS = 20, 24
@@ -44,3 +46,26 @@ plain = workload(dense(), data, momentum, **SHOWN)
 overflowing = workload(dense(), poisoned, momentum, **SHOWN)
 statistics = workload(with_statistics, data, momentum, **SHOWN, target=0.5)
 differing = workload(dense(), other_data, momentum, **SHOWN)
+
+
+class RateOfTheLoss(keras.callbacks.Callback):
+    """Sets the learning rate by the losses of a step and of the validation."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.optimizer.learning_rate = 0.01 / (1 + logs["loss"])
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.optimizer.learning_rate = 0.01 * logs["val_loss"]
+
+
+def of_compiled(build, poisoned=False, **options):
+    x, y = arrays(poisoned)
+    given = {"train": (x[:160], y[:160]), "validation": (x[160 : 160 + TEST], y[160 : 160 + TEST])}
+    return mpscale.Workload.from_compiled(build, batch_size=BATCH, train_steps=STEPS, **given, **options)
+
+
+fitted = of_compiled(
+    compiled(regularized), callbacks=lambda: [RateOfTheLoss()]
+)
+own_step = of_compiled(compiled(OwnStep), poisoned=True)
+two_optimizers = of_compiled(compiled(TwoOptimizers))
