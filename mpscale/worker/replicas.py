@@ -286,15 +286,6 @@ def restored(variables: Sequence[tf.Variable]) -> Iterator[None]:
             variable.assign(value)
 
 
-def check_workers(workload: str, has_pipeline: bool) -> None:
-    """Raise ValueError if several workers are to train what only replicas of one process can."""
-    if has_pipeline:
-        raise ValueError(
-            f"{workload} has a pipeline, which mpscale trains in one process: use --mp-strategy mirrored, or give "
-            "arrays"
-        )
-
-
 def check_optimizers(optimizers: Sequence[Any]) -> None:
     """Raise ValueError if replicas cannot train with an optimizer."""
     for optimizer in optimizers:
