@@ -24,7 +24,6 @@ from mpscale.core.processes.wire import Channel, NotKept, Phase, Remarked
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.worker import autotuning
-from mpscale.worker import model as models
 from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, judged, put
 from mpscale.worker.cluster import cluster_of, noticing_lost_peers, replicas_here
 from mpscale.worker.compiled import shares
@@ -60,13 +59,9 @@ _ONE_PER_CALL_SHARE = 4
 """With several steps per call, steps of one call each are timed for this part of the time and of the blocks."""
 
 _SAME = (
-    "workload_digest",
-    "data_digest",
-    "data_order_digest",
-    "first_batches_digest",
-    "initial_weights_digest",
+    "workload_digest", "data_digest", "data_order_digest", "first_batches_digest", "initial_weights_digest",
     "optimizer_config",
-)
+)  # fmt: skip
 """What all workers of a case have in common, besides the case itself and the settings of their processes."""
 
 Status = tuple[str, str | None]
@@ -315,11 +310,8 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
         None if built.judge is None else built.judge.evaluator,
     )
     channel.phase(Phase.TRAINED)
-    cluster = cluster_of(built.case.settings)
-    if cluster is not None and built.course is not None and training.weights_finite:
-        # A callback may have decided by something that differs between workers, such as the time.
-        kept = models.weights_of(built.model.variables)
-        cluster.check_same({"weights after the callbacks": models.arrays_digest(each.numpy() for each in kept)})
+    if built.course is not None and isinstance(built.step, ReplicatedStep) and training.weights_finite:
+        built.step.check_weights("weights after the callbacks")
     found = Findings(training.values())
     if workload.metric is not None:
         not_reached = NO_TARGET

@@ -73,7 +73,7 @@ class JoinedCluster:
             context.context().set_config_key_value(key, json.dumps(np.asarray(value).tolist()))
             return value
         told = json.loads(_said(key))
-        return np.asarray(told) if isinstance(told, list) else float(told)
+        return np.asarray(told, np.asarray(value).dtype) if isinstance(told, list) else float(told)
 
     def mean(self, values: Any) -> Any:
         """The mean of the workers' arrays, float32 of any shape; the same on all. All of them have to call this."""

@@ -42,11 +42,7 @@ class InputFailed(Exception):
 
 
 class Feed:
-    """The batches of a pipeline for a train step, which takes as arguments one for each replica.
-
-    A process that trains with others goes through the whole pipeline, too, and takes those of its own replicas. The
-    other ones are arguments all the same: whether a step is traced again depends on their shapes, and TensorFlow numbers
-    the collective operations of a trace, so all processes have to trace alike.
+    """The batches of a pipeline for a train step, which takes as arguments one for each replica of this process.
 
     First these are the batches of the training, whose digest is taken on the way. Then the first of them can be held
     on the device (:meth:`hold`), or the pipeline can go on without a digest (:meth:`stream`).
@@ -81,7 +77,8 @@ class Feed:
         if strategy is not None:
             self._devices = list(strategy.extended.worker_devices)
             own = strategy.extended._get_replica_id_in_sync_group(0)
-        self._own = own  # the first replica of this process
+        # A process sees the batches of all replicas and trains on those of its own.
+        self._own = slice(own, own + len(self._devices))
         self.position = tf.Variable(0, dtype=tf.int64, trainable=False)
         self.cycle = 1
 
@@ -166,17 +163,17 @@ class Feed:
     @property
     def specs(self) -> tuple[Any, ...]:
         """The batches of the first step, as specifications."""
-        return tf.nest.map_structure(_spec, self.first[0])
+        return tf.nest.map_structure(_spec, self.first[0][self._own])
 
     def arguments(self) -> tuple[Any, ...]:
         """The batches of the next step."""
-        return self._next()
+        return self._next()[self._own]
 
     def take(self, *batches: Batch) -> Batch:
         """Return the batch of the replica that is traced; part of the step, which it counts without a strategy."""
         if self._strategy is None:
             self.advance()
-        return batches[self._own + replica_number()]
+        return batches[replica_number()]
 
     def advance(self) -> None:
         """Count a step; outside of replicas."""
@@ -278,7 +275,7 @@ class Feed:
     def _on_devices(self, taken: Taken) -> Taken:
         """Copies on the devices of this process; the batches of other processes as they are."""
         copies = list(taken)
-        for number, device in enumerate(self._devices, self._own):
+        for number, device in enumerate(self._devices, self._own.start):
             with tf.device(device):
                 copies[number] = tf.nest.map_structure(_copied, taken[number])
         return tuple(copies)

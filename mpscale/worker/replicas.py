@@ -16,6 +16,7 @@ from keras.src.losses import loss as of_keras
 
 from mpscale.core.case import Settings
 from mpscale.core.mode import Mode
+from mpscale.worker import model as models
 from mpscale.worker.batches import Batches, replica_number
 from mpscale.worker.cluster import JoinedCluster, cluster_of
 from mpscale.worker.feed import Feed
@@ -152,6 +153,18 @@ class ReplicatedStep(TrainStep):
 
     def weights_finite(self) -> bool:
         return bool(self.agreed(super().weights_finite()))
+
+    def check_weights(self, name: str) -> None:
+        """Check that all workers have the same weights, which callbacks can change by what differs, such as the time.
+
+        Statistics of batches, which are not trained, are those of each worker.
+
+        Raises:
+            ValueError: they do not; it calls them ``name``.
+        """
+        if self.cluster is not None:
+            trained = models.weights_of(self.update.model.trainable_variables)
+            self.cluster.check_same({name: models.arrays_digest(each.numpy() for each in trained)})
 
     def last_loss(self) -> float:
         return float(self._of_workers(np.float32(super().last_loss())))

@@ -43,14 +43,15 @@ def remarks(step: ReplicatedStep, update: FitUpdate, parts: tuple[Any, Any, Any]
     if not own and not update.undivided:
         return found
     batch = keras.utils.pack_x_y_sample_weight(*parts)
+    why = "it is 0 or not finite"
     try:
         share, is_exact = _share(update, batch, strategy)
     except Exception as error:  # from the user's code
-        return [*found, f"whether the loss is divided by the number of replicas is unknown ({type(error).__name__})"]
-    # The model may have layers that wait for other replicas, so all workers compute it equally often.
+        share, is_exact, why = np.nan, False, type(error).__name__
+    # A model may have layers that wait for other replicas, so all workers have to compute it equally often.
     share = step.agreed(share)
     if not np.isfinite(share):
-        return [*found, "whether the loss is divided by the number of replicas is unknown: it is 0 or not finite"]
+        return [*found, f"whether the loss is divided by the number of replicas is unknown ({why})"]
     if abs(share * replicas - 1) <= (_ALIKE if is_exact else _ALIKE_IF_DRAWN):
         return found
     if _adds_up(update, batch, strategy):
