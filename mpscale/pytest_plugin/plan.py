@@ -221,7 +221,6 @@ class Plan:
         refuse_unused(self._config, any(map(registry.takes_data, names)))
         self.own_workloads = {name: registry.source(name, folders) for name in names}
         self._check_series()
-        self._check_workers()
         return self.chosen
 
     def notes(self, items: Sequence[pytest.Item]) -> list[str]:
@@ -248,17 +247,6 @@ class Plan:
                     "or run them apart"
                 )
             owners[series] = name
-
-    def _check_workers(self) -> None:
-        """Refuse workloads that several workers cannot train, before anything runs."""
-        from mpscale.workloads import registry
-
-        for case in self.chosen:
-            if case.settings.strategy == "multiworker" and registry.get(case.workload).compiled is not None:
-                raise pytest.UsageError(
-                    f"--mp-strategy: {case.workload} has a compiled model, which mpscale trains in one process; use "
-                    "--mp-strategy mirrored, or make a mpscale.Workload of a model that is not compiled"
-                )
 
     def selection(self) -> dict[str, Any]:
         """Return the workloads, modes, seeds and repeats that were chosen, and what sets single workloads apart."""

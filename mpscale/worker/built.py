@@ -33,7 +33,7 @@ from mpscale.worker.float8 import Float8
 from mpscale.worker.objective import NotedLoss, Objective
 from mpscale.worker.precision import Arithmetic
 from mpscale.worker.probe import ProbeStep
-from mpscale.worker.replicas import ReplicaBatches, ReplicatedStep, check_optimizers, check_workers, strategy_of, under
+from mpscale.worker.replicas import ReplicaBatches, ReplicatedStep, check_optimizers, strategy_of, under
 from mpscale.worker.scaler import scaler_for
 from mpscale.worker.step import TrainStep
 from mpscale.worker.training import batches
@@ -169,8 +169,6 @@ def build(case: Case, arithmetic: Arithmetic, channel: Channel, workload: Worklo
         )
     if workload.compiled is None:
         models.check_data(data)
-    if settings.strategy == "multiworker":
-        check_workers(case.workload, feed is not None, workload.compiled is not None)
     if feed is not None:
         # Of a pipeline, the order is only used to find the first batch. Those of replicas may have several shapes.
         order = np.broadcast_to(np.arange(feed.batch) % data.examples, (steps, feed.batch))
@@ -243,6 +241,11 @@ def _feed(pipeline: Pipeline, workload: Workload, case: Case, steps: int) -> Fee
             f"{case.workload} has a pipeline, which batches its data itself, so {' and '.join(refused)} cannot be "
             "used; leave it out, change .batch(n) in the pipeline, or return an mpscale.Data of arrays"
         )
+    if settings.strategy == "multiworker" and not pipeline.deterministic:
+        raise ValueError(
+            f"{case.workload} has a pipeline with deterministic=False, of which each worker would see other batches; "
+            "make it deterministic, or use --mp-strategy mirrored, where one process takes the batches of all replicas"
+        )
     class_weight = None if compiled is None else compiled.class_weight
     return Feed(pipeline, workload.data, case.seed, steps, class_weight, strategy_of(settings))
 
@@ -297,7 +300,10 @@ def _of_compiled(
     kind = ProbeStep if case.settings.looks else TrainStep
     settings, per_call = case.settings, case.settings.steps_per_call
     step: TrainStep
-    step = ReplicatedStep(update, shown, per_call) if is_replicated else kind(update, shown, settings.jit, per_call)
+    if is_replicated:
+        step = ReplicatedStep(update, shown, per_call, cluster_of(settings))
+    else:
+        step = kind(update, shown, settings.jit, per_call)
     course = None
     if callbacks is not None:
         course = Course(callbacks(), model, steps, workload.evaluate_every)
@@ -338,7 +344,7 @@ def judged(built: Built) -> Built:
                 yield taken(fed, slice(start, start + batch))
 
     strategy = built.step.strategy if isinstance(built.step, ReplicatedStep) else None
-    evaluator = FitEvaluator(built.model, test_batches, built.case.settings.jit, first, strategy)
+    evaluator = FitEvaluator(built.model, test_batches, built.case.settings.jit, first, strategy, built.step.agreed)
     judge = Judge(built.workload, built.model, evaluator)
     return replace(built, workload=judge.workload, judge=judge)
 

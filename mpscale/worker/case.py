@@ -58,7 +58,10 @@ _SHAPES = "pad batches to one shape, or to a few (bucket_by_sequence_length)"
 _ONE_PER_CALL_SHARE = 4
 """With several steps per call, steps of one call each are timed for this part of the time and of the blocks."""
 
-_SAME = ("workload_digest", "data_digest", "data_order_digest", "initial_weights_digest", "optimizer_config")
+_SAME = (
+    "workload_digest", "data_digest", "data_order_digest", "first_batches_digest", "initial_weights_digest",
+    "optimizer_config",
+)  # fmt: skip
 """What all workers of a case have in common, besides the case itself and the settings of their processes."""
 
 Status = tuple[str, str | None]
@@ -161,7 +164,10 @@ def _run(
         step.read_log()
     if built.feed is not None:
         planned = built.steps if case.trains else int(built.feed.position)
-        _report(channel, built.feed.shown(planned))
+        shown = built.feed.shown(planned)
+        if cluster is not None:
+            cluster.check_same({"data_order_digest": shown.values.get("data_order_digest")})
+        _report(channel, shown)
         if built.feed.remark is not None:
             channel.send(Remarked(built.feed.remark))
     step_ms = _time(built, energy_s, peak, channel) if case.settings.timing_s > 0 else None
@@ -194,10 +200,10 @@ def _on_replicas(built: Built, channel: Channel) -> str | None:
     labels = None if loss is None else built.data.train_y[built.order[0]]
     found = remarks(loss, labels, built.model, optimizers, mode, replicas)
     if isinstance(step.update, FitUpdate):
-        found += shares.remarks(step.update, built.first_batch(), step.strategy)
+        found += shares.remarks(step, step.update, built.first_batch())
     for remark in found:
         channel.send(Remarked(remark))
-    return None if loss is None else objection(step, loss, labels, mode)
+    return objection(step, loss, labels, mode)
 
 
 def _report(channel: Channel, found: Findings) -> None:
@@ -297,6 +303,8 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
         None if built.judge is None else built.judge.evaluator,
     )
     channel.phase(Phase.TRAINED)
+    if built.course is not None and isinstance(built.step, ReplicatedStep) and training.weights_finite:
+        built.step.check_weights("weights after the callbacks")
     found = Findings(training.values())
     if workload.metric is not None:
         not_reached = NO_TARGET
@@ -417,6 +425,8 @@ def _with_input(feed: Feed, built: Built, step_ms: float) -> Findings:
         blocks = max(settings.timing_blocks // _WITH_INPUT_SHARE, 1)
         with_input = time_with_input(built.step, settings.timing_s, blocks)
     except InputFailed as error:
+        if replicas_here(settings) < settings.replicas:
+            raise  # the other workers wait for this one's step
         # The training is done, and its figures do not need this one.
         found.miss(columns, Reason(Code.NOT_REACHED, f"the pipeline failed while it was timed: {error}"))
         feed.hold()

@@ -63,18 +63,25 @@ class JoinedCluster:
         self.strategy = _strategy(replicas)
         self._asked = 0  # how often the workers have agreed on something
 
-    def agreed(self, value: float) -> float:
-        """The first worker's value. All workers have to call this equally often, and in the same order."""
+    def agreed(self, value: Any) -> Any:
+        """The first worker's value, a number or an array.
+
+        All workers have to call this equally often, and in the same order.
+        """
         key = self._next_key()
         if self.cluster.leads:
-            context.context().set_config_key_value(key, json.dumps(float(value)))
+            context.context().set_config_key_value(key, json.dumps(np.asarray(value).tolist()))
             return value
-        return float(json.loads(_said(key)))
+        told = json.loads(_said(key))
+        return np.asarray(told, np.asarray(value).dtype) if isinstance(told, list) else float(told)
 
     def mean(self, values: Any) -> Any:
         """The mean of the workers' arrays, float32 of any shape; the same on all. All of them have to call this."""
-        own = tf.constant(values)
-        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, own, axis=None).numpy() / np.float32(self.workers)
+        return self.total(values) / np.float32(self.workers)
+
+    def total(self, values: Any) -> Any:
+        """The sum of the workers' arrays, as :meth:`mean`."""
+        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, tf.constant(values), axis=None).numpy()
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Check that all workers know the same ``facts``, values of JSON by name. All have to call this.

@@ -16,6 +16,7 @@ from keras.src.losses import loss as of_keras
 
 from mpscale.core.case import Settings
 from mpscale.core.mode import Mode
+from mpscale.worker import model as models
 from mpscale.worker.batches import Batches, replica_number
 from mpscale.worker.cluster import JoinedCluster, cluster_of
 from mpscale.worker.feed import Feed
@@ -147,20 +148,37 @@ class ReplicatedStep(TrainStep):
             with tf.device(device):
                 tf.raw_ops.SyncDevice()
 
-    def agreed(self, value: float) -> float:
+    def agreed(self, value: Any) -> Any:
         return value if self.cluster is None else self.cluster.agreed(value)
 
     def weights_finite(self) -> bool:
         return bool(self.agreed(super().weights_finite()))
 
+    def check_weights(self, name: str) -> None:
+        """Check that all workers have the same weights, which callbacks can change by what differs, such as the time.
+
+        Statistics of batches, which are not trained, are those of each worker.
+
+        Raises:
+            ValueError: they do not; it calls them ``name``.
+        """
+        if self.cluster is not None:
+            trained = models.weights_of(self.update.model.trainable_variables)
+            self.cluster.check_same({name: models.arrays_digest(each.numpy() for each in trained)})
+
     def last_loss(self) -> float:
-        loss = super().last_loss()
-        return loss if self.cluster is None else float(self.cluster.mean(np.float32(loss)))
+        return float(self._of_workers(np.float32(super().last_loss())))
 
     def read_log(self) -> Log:
         log = super().read_log()
         # Not in the step: a user's step would not wait for the others once more, only for their losses.
-        return log if self.cluster is None else replace(log, loss=self.cluster.mean(log.loss))
+        return replace(log, loss=self._of_workers(log.loss))
+
+    def _of_workers(self, losses: Any) -> Any:
+        """Losses of all workers, from those of this one, float32."""
+        if self.cluster is None:
+            return losses
+        return self.cluster.total(losses) if self.update.divides else self.cluster.mean(losses)
 
     def _step(self, *batches: Any) -> tuple[tf.Tensor, ...]:
         def step() -> dict[str, Any]:
@@ -281,16 +299,6 @@ def restored(variables: Sequence[tf.Variable]) -> Iterator[None]:
             variable.assign(value)
 
 
-def check_workers(workload: str, has_pipeline: bool, is_compiled: bool) -> None:
-    """Raise ValueError if several workers are to train what only replicas of one process can."""
-    what = "a pipeline" if has_pipeline else "a compiled model" if is_compiled else None
-    if what is not None:
-        raise ValueError(
-            f"{workload} has {what}, which mpscale trains in one process: use --mp-strategy mirrored, or give a "
-            "workload of a model that is not compiled and of arrays"
-        )
-
-
 def check_optimizers(optimizers: Sequence[Any]) -> None:
     """Raise ValueError if replicas cannot train with an optimizer."""
     for optimizer in optimizers:
@@ -311,8 +319,15 @@ def _check_made_here(variables: Sequence[Any]) -> None:
             )
 
 
-def objection(step: ReplicatedStep, loss: NotedLoss, labels: Any, mode: Mode) -> str | None:
-    """Why replicas cannot train so; None if they can. The loss has been traced; ``labels`` are those of a batch."""
+def objection(step: ReplicatedStep, loss: NotedLoss | None, labels: Any, mode: Mode) -> str | None:
+    """Why replicas cannot train so; None if they can.
+
+    Args:
+        step: has been traced.
+        loss: the workload's; None if its model is compiled, which trains as in Keras' fit whatever its loss does.
+        labels: of a batch.
+        mode: of the case.
+    """
     replicas, strategy = step.strategy.num_replicas_in_sync, step.strategy
     if replicas == 1:
         return None
@@ -321,6 +336,8 @@ def objection(step: ReplicatedStep, loss: NotedLoss, labels: Any, mode: Mode) ->
             f"in {mode.name} Keras decides on each worker by itself whether to skip a step, and workers that decide "
             "differently would wait for each other for ever; use mixed-dynamic, or --mp-strategy mirrored"
         )
+    if loss is None:
+        return None
     with _losses_as_they_are():
         if loss.differs_within(strategy.scope(), labels):
             return (

@@ -164,8 +164,8 @@ class TrainStep:
         """Wait until the device has done all steps."""
         self.batches.position.numpy()
 
-    def agreed(self, value: float) -> float:
-        """``value``, or that of the first worker if several processes train together.
+    def agreed(self, value: Any) -> Any:
+        """``value``, a number or an array, or that of the first worker if several processes train together.
 
         All of them have to take the same steps, so it decides whatever could differ, such as how many take a second.
         """

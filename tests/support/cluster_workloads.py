@@ -1,11 +1,16 @@
 """Workloads that several workers train together."""
 
+import functools
 import json
 import os
 
 import keras
+import numpy as np
+import tensorflow as tf
 from support.one_case import blobs, dense, split, workload
+from support.replica_cases import TEST, OwnStep, arrays, compiled, mean_of_a_function, regularized
 
+import mpscale
 from mpscale.worker.training import batches
 
 BATCH, STEPS = 20, 24
@@ -30,9 +35,13 @@ def poisoned():
     return split(x, y)
 
 
+def place():
+    return json.loads(os.environ.get("TF_CONFIG", '{"task": {"index": 0}}'))["task"]["index"]
+
+
 def other_data():
     x, y = blobs()
-    return split(x + json.loads(os.environ["TF_CONFIG"])["task"]["index"], y)
+    return split(x + place(), y)
 
 
 def with_statistics():
@@ -44,3 +53,56 @@ plain = workload(dense(), data, momentum, **SHOWN)
 overflowing = workload(dense(), poisoned, momentum, **SHOWN)
 statistics = workload(with_statistics, data, momentum, **SHOWN, target=0.5)
 differing = workload(dense(), other_data, momentum, **SHOWN)
+
+
+class RateOfTheLoss(keras.callbacks.Callback):
+    """Sets the learning rate by the losses of a step and of the validation."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.optimizer.learning_rate = 0.01 / (1 + logs["loss"])
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.optimizer.learning_rate = 0.01 * logs["val_loss"]
+
+
+class RateOfTheWorker(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None):
+        self.model.optimizer.learning_rate = 0.01 * (1 + place())
+
+
+def lengths():
+    """Batches of which only those of the second replica change their length, so that workers trace unlike."""
+    random = np.random.default_rng(3)
+    for number in range(4 * STEPS):
+        length = 5 + number % 2 * (number // 4 % 3)
+        yield random.normal(size=(BATCH, length, 2)).astype(np.float32), random.integers(0, 3, BATCH)
+
+
+def of_lengths(shown=lengths):
+    return tf.data.Dataset.from_generator(
+        shown, output_signature=(tf.TensorSpec((None, None, 2)), tf.TensorSpec((None,), tf.int64))
+    )
+
+
+def differing_late():
+    """Batches that differ between workers after those that are looked at before the training."""
+    for number, (x, y) in enumerate(lengths()):
+        yield x + (place() if number > 20 else 0), y
+
+
+class OwnStepOfText(OwnStep):
+    def call(self, x, training=False):
+        return self.out(tf.reduce_mean(x, 1))
+
+
+x, y = arrays()
+of_compiled = functools.partial(
+    mpscale.Workload.from_compiled, train_steps=STEPS, validation=(x[160 : 160 + TEST], y[160 : 160 + TEST])
+)
+of_arrays = functools.partial(of_compiled, train=(x[:160], y[:160]), batch_size=BATCH)
+fitted = of_arrays(compiled(regularized), callbacks=lambda: [RateOfTheLoss()])
+own_step = of_compiled(compiled(OwnStep), train=tuple(part[:160] for part in arrays(poisoned=True)), batch_size=BATCH)
+other_rates = of_arrays(compiled(), callbacks=lambda: [RateOfTheWorker()])
+texts = of_compiled(compiled(OwnStepOfText, loss=mean_of_a_function), train=of_lengths, validation=of_lengths)
+other_texts = of_compiled(compiled(OwnStepOfText), train=lambda: of_lengths(differing_late), validation=None)
+unordered = of_compiled(compiled(), train=mpscale.Pipeline(of_lengths, deterministic=False), validation=None)

@@ -22,6 +22,8 @@ from mpscale.worker.errors import PeerLost
 
 TOGETHER = {"strategy": "multiworker", "replicas": 2}
 TIMED = {"steps_per_call": 4, "timing_s": 0.1, "timing_blocks": 3, "energy_s": 0.2}
+MIRRORED = {"strategy": "mirrored", "replicas": 2}
+SHORT = TOGETHER | {"train_steps": 4}
 LONG = TOGETHER | {"train_steps": 100_000}
 
 
@@ -35,7 +37,13 @@ GROUPS = {
     "two of two": group("plain", *[TOGETHER | {"replicas": 4, "batch_size": 10}] * 2, chief=True),
     "one worker": group("plain", TOGETHER | TIMED | {"replicas": 1, "batch_size": 40}),
     "overflow": group("overflowing", *[TOGETHER] * 2, mode="mixed-dynamic"),
-    "overflow, mirrored": group("overflowing", {"strategy": "mirrored", "replicas": 2}, mode="mixed-dynamic"),
+    "overflow, mirrored": group("overflowing", MIRRORED, mode="mixed-dynamic"),
+    "compiled": group("fitted", *[TOGETHER] * 2),
+    "compiled, mirrored": group("fitted", MIRRORED),
+    "its own train_step": group("own_step", *[TOGETHER | TIMED] * 2, mode="mixed-dynamic"),
+    "its own train_step, mirrored": group("own_step", MIRRORED, mode="mixed-dynamic"),
+    "a pipeline": group("texts", *[TOGETHER] * 2),
+    "a pipeline, mirrored": group("texts", MIRRORED),
     "statistics": group("statistics", *[TOGETHER] * 2),
     "the second killed": group("plain", *[LONG] * 2, kill=(1, "SIGTERM")),
     "the first killed": group("plain", *[LONG] * 2, kill=(0, "SIGKILL")),
@@ -43,7 +51,10 @@ GROUPS = {
     "other replicas": group("plain", TOGETHER, TOGETHER | {"replicas": 4}),
     "other data": group("differing", *[TOGETHER] * 2),
     "shared unequally": group("plain", *[TOGETHER | {"replicas": 3}] * 2),
-    "Keras' scaling": group("plain", *[TOGETHER] * 2, mode="mixed-keras"),
+    "other callbacks": group("other_rates", *[SHORT] * 2),
+    "other batches": group("other_texts", *[TOGETHER] * 2),
+    "batches in any order": group("unordered", *[SHORT] * 2),
+    "Keras' scaling": group("own_step", *[SHORT] * 2, mode="mixed-keras"),
 }
 
 
@@ -88,6 +99,24 @@ def test_an_overflow_on_one_worker_is_one_decision_of_all(groups):
         assert losses(worker) == pytest.approx(losses(mirrored), rel=5e-3, nan_ok=True)
 
 
+@pytest.mark.parametrize("name", ["compiled", "its own train_step", "a pipeline"])
+def test_compiled_models_and_pipelines_train_as_on_the_replicas_of_one_process(groups, name):
+    (mirrored,) = groups[f"{name}, mirrored"]
+    # In float16, sums differ by the order in which they are made.
+    precision = 5e-3 if name == "its own train_step" else 1e-6
+    for worker in groups[name]:
+        assert (worker["code"], worker["end"]["status"], worker["remarks"]) == (0, "ok", mirrored["remarks"])
+        assert losses(worker) == pytest.approx(losses(mirrored), rel=precision, nan_ok=True)
+        assert (worker["overflow"], worker["scale"]) == (mirrored["overflow"], mirrored["scale"])
+        assert worker["row"]["metric_value"] == pytest.approx(mirrored["row"]["metric_value"], rel=1e-6)
+        for fact in ("initial_weights_digest", "data_order_digest", "batch_size", "input_shapes"):
+            assert worker["row"][fact] == mirrored["row"][fact] is not None
+    assert len(losses(mirrored)) == 24
+    assert mirrored["overflow"].count("1") == (6 if name == "its own train_step" else 0)
+    told = ["is not divided by the number of replicas" in remark for remark in mirrored["remarks"]]
+    assert told == ([True] if name == "a pipeline" else [])
+
+
 def test_a_model_with_statistics_of_batches_is_evaluated_on_all_workers(groups):
     first, second = groups["statistics"]
     assert (first["end"]["status"], second["end"]["status"]) == ("ok", "ok")
@@ -117,6 +146,9 @@ def test_a_worker_ends_by_itself_soon_after_another_one_was_killed(groups, name,
         ("other steps", "worker 2 of 2 would not train the same as worker 1 (train_steps: 25, not null)"),
         ("other replicas", "worker 2 of 2 would not train the same as worker 1 (replicas: 4, not 2)"),
         ("other data", "data_digest: "),
+        ("other callbacks", "worker 2 of 2 would not train the same as worker 1 (weights after the callbacks: "),
+        ("other batches", "worker 2 of 2 would not train the same as worker 1 (data_order_digest: "),
+        ("batches in any order", "a pipeline with deterministic=False, of which each worker would see other batches"),
         ("shared unequally", "3 replicas cannot be shared equally by 2 workers; give --mp-replicas a multiple of 2"),
     ],
 )

@@ -29,6 +29,8 @@ class FitEvaluator:
         jit: compile with XLA.
         first: a batch like the first one.
         strategy: of replicas, of which one evaluates; None without one.
+        agreed: returns the first worker's value (:meth:`~mpscale.worker.step.TrainStep.agreed`). Each worker evaluates
+            by itself, and callbacks decide by what it finds.
 
     Raises:
         ValueError: ``test_step`` does not run, or returns no metrics.
@@ -41,8 +43,9 @@ class FitEvaluator:
         jit: bool,
         first: Any,
         strategy: tf.distribute.Strategy | None = None,
+        agreed: Callable[[Any], Any] = lambda value: value,
     ) -> None:
-        self._model, self._batches, self._first = model, batches, first
+        self._model, self._batches, self._first, self._agreed = model, batches, first, agreed
         self._here = contextlib.nullcontext if strategy is None else functools.partial(alone, strategy)
 
         def test_step(batch: Any) -> Any:
@@ -79,7 +82,7 @@ class FitEvaluator:
 
     def __call__(self) -> dict[str, Any]:
         """The metrics over all of the validation data, each a number or an array."""
-        return self._over(self._batches())
+        return {name: self._agreed(value) for name, value in self._over(self._batches()).items()}
 
     def try_out(self) -> None:
         """Raise now what an evaluation would raise after the training: evaluate a batch."""

@@ -12,7 +12,7 @@ from mpscale.core.reason import Code, Reason
 from mpscale.worker import model as models
 from mpscale.worker.compiled.update import FitUpdate
 from mpscale.worker.draws import draws_of
-from mpscale.worker.replicas import of_one, on_replicas, restored
+from mpscale.worker.replicas import ReplicatedStep, of_one, on_replicas, restored
 
 _ALIKE, _ALIKE_IF_DRAWN = 0.01, 0.3
 """How far two losses of a batch may differ: by rounding, or because they draw random numbers that differ, too."""
@@ -22,17 +22,18 @@ _CURE = (
 )
 
 
-def remarks(update: FitUpdate, parts: tuple[Any, Any, Any], strategy: tf.distribute.Strategy) -> list[str]:
+def remarks(step: ReplicatedStep, update: FitUpdate, parts: tuple[Any, Any, Any]) -> list[str]:
     """What the loss does otherwise than on one device with the whole batch, a phrase each.
 
     Keras adds up the gradients of replicas, and divides what its own losses average. Where it is not known to have
     done so, the loss is computed twice: with the true number of replicas, and as if there was one.
 
     Args:
-        update: a step of it has been traced.
+        step: has been traced.
+        update: its own.
         parts: examples, labels and weights of a replica's batch; None for no such.
-        strategy: of the replicas.
     """
+    strategy = step.strategy
     replicas, found = strategy.num_replicas_in_sync, []
     if replicas == 1:
         return []
@@ -42,12 +43,15 @@ def remarks(update: FitUpdate, parts: tuple[Any, Any, Any], strategy: tf.distrib
     if not own and not update.undivided:
         return found
     batch = keras.utils.pack_x_y_sample_weight(*parts)
+    why = "it is 0 or not finite"
     try:
         share, is_exact = _share(update, batch, strategy)
     except Exception as error:  # from the user's code
-        return [*found, f"whether the loss is divided by the number of replicas is unknown ({type(error).__name__})"]
+        share, is_exact, why = np.nan, False, type(error).__name__
+    # A model may have layers that wait for other replicas, so all workers have to compute it equally often.
+    share = step.agreed(share)
     if not np.isfinite(share):
-        return [*found, "whether the loss is divided by the number of replicas is unknown: it is 0 or not finite"]
+        return [*found, f"whether the loss is divided by the number of replicas is unknown ({why})"]
     if abs(share * replicas - 1) <= (_ALIKE if is_exact else _ALIKE_IF_DRAWN):
         return found
     if _adds_up(update, batch, strategy):
