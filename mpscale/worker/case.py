@@ -165,8 +165,7 @@ def _run(
     if built.feed is not None:
         planned = built.steps if case.trains else int(built.feed.position)
         shown = built.feed.shown(planned)
-        if cluster is not None:
-            cluster.check_same({"data_order_digest": shown.values.get("data_order_digest")})
+        check_same(case.settings, {"data_order_digest": shown.values.get("data_order_digest")})
         _report(channel, shown)
         if built.feed.remark is not None:
             channel.send(Remarked(built.feed.remark))
