@@ -67,8 +67,8 @@ def text(words: object) -> str:
 
 
 def sentence(words: str) -> str:
-    """A sentence as HTML, in which what stands between backticks is code."""
-    return re.sub("`([^`]+)`", r"<code>\1</code>", text(words))
+    """A sentence as HTML, in which commands of mpscale between backticks are code. People's names may have them, too."""
+    return re.sub("`(mpscale [a-z]+)`", r"<code>\1</code>", text(words))
 
 
 def link(to: str | None, words: str) -> str:

@@ -99,6 +99,12 @@ def begin(folder):
     return process, wait_for(lambda: started(folder), "all processes", 30)
 
 
+def send(pid, number):
+    # When the outer keeper dies, it may take the inner one along before that gets its own signal.
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
 ENDS = {
     "ends": lambda process, pids: process.wire.close(),
     "is killed": lambda process, pids: os.kill(pids["main"], signal.SIGKILL),
@@ -110,7 +116,7 @@ ENDS = {
     ),
     **{
         f"loses both keepers to {number.name}": lambda process, pids, number=number: [
-            os.kill(keeper, number) for keeper in (parent(parent(pids["main"])), parent(pids["main"]))
+            send(keeper, number) for keeper in (parent(parent(pids["main"])), parent(pids["main"]))
         ]
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
     },
