@@ -34,7 +34,7 @@ from mpscale.core.device import Device
 from mpscale.core.mode import MODES
 from mpscale.core.processes.process import die_with_parent
 from mpscale.scaling import DynamicLossScale, LossScaleOptimizer
-from mpscale.worker import built
+from mpscale.worker import built, times
 from mpscale.worker import case as execute
 from mpscale.worker.scaler import StepRecord
 from mpscale.worker.step import TrainStep
@@ -144,7 +144,7 @@ class Worker:
         case = Case(request["workload"], request["mode"], request["seed"], 1, 0, Settings(jit=request["jit"]))
         with (
             patch.object(built, "TrainStep", self._make),
-            patch.object(execute, "time_steps", self._ready),
+            patch.object(times, "time_steps", self._ready),
             contextlib.suppress(Ready),
         ):
             execute.execute(case, Device.from_json(request["device"]), None, self)

@@ -67,7 +67,7 @@ def text(words: object) -> str:
 
 
 def sentence(words: str) -> str:
-    """A sentence as HTML, in which commands of mpscale between backticks are code. People's names may have them, too."""
+    """A sentence as HTML, with commands of mpscale between backticks as code. Names that people give stay so."""
     return re.sub("`(mpscale [a-z]+)`", r"<code>\1</code>", text(words))
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from mpscale.core.blocks import group_columns
 from mpscale.core.case import Case
 from mpscale.core.device import Device
 from mpscale.core.files.errors import in_words
@@ -24,39 +23,29 @@ from mpscale.core.processes.events import Channel, NotKept, Phase, Remarked
 from mpscale.core.reason import Code, Reason
 from mpscale.core.record import Findings
 from mpscale.worker import autotuning
-from mpscale.worker.built import NO_TARGET, Built, build, described, is_finite, judged, put
+from mpscale.worker.built import Built, build, judged
 from mpscale.worker.cluster import check_same, noticing_lost_peers, replicas_here
 from mpscale.worker.compiled import shares
 from mpscale.worker.compiled.judged import refused_labels
 from mpscale.worker.compiled.update import FitUpdate
+from mpscale.worker.described import NO_TARGET, described
 from mpscale.worker.device import AllocatorPeak, require, touch
-from mpscale.worker.device_time import profile_steps
 from mpscale.worker.draws import draws_of
-from mpscale.worker.feed import Feed, InputFailed
+from mpscale.worker.findings import is_finite, put, report
 from mpscale.worker.lint import look as lint
 from mpscale.worker.precision import Arithmetic, Precision
 from mpscale.worker.probe import ProbeStep, watch
 from mpscale.worker.refusal import refusals_of
 from mpscale.worker.replicas import ReplicatedStep, objection, remarks, why_diverged
-from mpscale.worker.step import Log, TrainStep
+from mpscale.worker.step import Log
 from mpscale.worker.throughput import Throughput
-from mpscale.worker.timing import keep_going, time_empty_call, time_one_per_call, time_steps, time_with_input, warm_up
+from mpscale.worker.times import profiled, several_per_call, steady_state, with_input
 from mpscale.worker.training import Evaluator, first_pause, is_accuracy, score_for, train
 from mpscale.workloads.data import length
 from mpscale.workloads.metric import ACCURACY
 
-_LEAST_MORE_S = 0.5
-"""Shortest time to go on after the timing, to measure energy: during it the counter is read too rarely to end there."""
-
 _SYNCHRONISED_STEPS, _QUEUED_STEPS = 3, 4
 """Steps after the first whose memory is read: so many that are awaited one by one, and then so many that are queued."""
-_PROFILED_S, _FEWEST_PROFILED, _MOST_PROFILED = 0.2, 3, 50
-"""About how long to profile, and the fewest and most steps of it: the profile grows with every kernel."""
-_WITH_INPUT_SHARE = 4
-"""Steps with input are timed for as long as those without, in at least this part of the blocks."""
-_SHAPES = "pad batches to one shape, or to a few (bucket_by_sequence_length)"
-_ONE_PER_CALL_SHARE = 4
-"""With several steps per call, steps of one call each are timed for this part of the time and of the blocks."""
 
 _SAME = (
     "workload_digest", "data_digest", "data_order_digest", "first_batches_digest", "initial_weights_digest",
@@ -82,7 +71,7 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     require(device)
     channel.phase(Phase.IDLE)
     with noticing_lost_peers(settings):
-        _report(channel, touch(device, mode, settings))
+        report(channel, touch(device, mode, settings))
         software = {"TensorFlow": tf.__version__, "Keras": keras.__version__}
         check_same(settings, {**software, **settings.to_json(), **case.to_json(), "settings": None})
         channel.phase(Phase.CONTEXT_READY)
@@ -116,16 +105,16 @@ def _run(
     precision = Precision(built.model, step.graph)
     what = described(built)
     check_same(case.settings, {name: what.values.get(name) for name in _SAME} | {"settings": arithmetic.column()})
-    _report(channel, what)
-    _report(channel, precision.columns())
+    report(channel, what)
+    report(channel, precision.columns())
     found = Findings()
     found.put("random_draws", draws_of(step.graph, case.settings.jit))
-    _report(channel, found)
+    report(channel, found)
     varies = built.feed.varies if built.feed else None
     replicas = case.settings.replicas
     throughput = Throughput(step.graph, mode, device, varies, replicas, replicas // replicas_here(case.settings))
-    _report(channel, throughput.columns())
-    _report(channel, built.loss_columns())
+    report(channel, throughput.columns())
+    report(channel, built.loss_columns())
     channel.values({"process_settings": arithmetic.column()})
     if case.seed == 0 and case.trains:
         # The first case of each workload and mode: nothing runs, and other cases would find the same.
@@ -150,7 +139,7 @@ def _run(
     channel.values({"trace_time_s": trace_s, "first_step_s": time.perf_counter() - start})
     if course is not None:
         course.end_step(step.last_loss)
-    _report(channel, autotuning.columns(device, built.case.settings.jit))
+    report(channel, autotuning.columns(device, built.case.settings.jit))
     channel.phase(Phase.COMPILED)
 
     peak = AllocatorPeak(device, replicas_here(case.settings))
@@ -166,18 +155,18 @@ def _run(
         planned = built.steps if case.trains else int(built.feed.position)
         shown = built.feed.shown(planned)
         check_same(case.settings, {"data_order_digest": shown.values.get("data_order_digest")})
-        _report(channel, shown)
+        report(channel, shown)
         if built.feed.remark is not None:
             channel.send(Remarked(built.feed.remark))
-    step_ms = _time(built, energy_s, peak, channel) if case.settings.timing_s > 0 else None
-    _report(channel, peak.columns())
-    _report(channel, _several_per_call(built))
+    step_ms = steady_state(built, energy_s, peak, channel) if case.settings.timing_s > 0 else None
+    report(channel, peak.columns())
+    report(channel, several_per_call(built))
     if step_ms is not None:
         if built.feed is not None:
-            _report(channel, _with_input(built.feed, built, step_ms))
+            report(channel, with_input(built.feed, built, step_ms))
         # Last of all: the profiler slows steps and takes memory of the device.
-        busy_ms = _profile(step, step_ms, device, case.settings.replicas, channel)
-        _report(channel, throughput.timed(step_ms, busy_ms))
+        busy_ms = profiled(step, step_ms, device, case.settings.replicas, channel)
+        report(channel, throughput.timed(step_ms, busy_ms))
     channel.phase(Phase.DONE)
     arithmetic.look("training and timing")
     return status if arithmetic.objection is None else ("invalid", arithmetic.objection)
@@ -205,12 +194,6 @@ def _on_replicas(built: Built, channel: Channel) -> str | None:
     return objection(step, loss, labels, mode)
 
 
-def _report(channel: Channel, found: Findings) -> None:
-    channel.values(found.values)
-    for column, reason in found.unavailable.items():
-        channel.miss([column], reason)
-
-
 def _take_opening_steps(built: Built, peak: AllocatorPeak, channel: Channel) -> float:
     """Take steps for their memory: first synchronised one by one, then queued. Return the seconds that they took.
 
@@ -228,7 +211,7 @@ def _take_opening_steps(built: Built, peak: AllocatorPeak, channel: Channel) -> 
         step()
         step.synchronise()
     seconds = time.perf_counter() - start
-    _report(channel, peak.so_far())
+    report(channel, peak.so_far())
     channel.phase(Phase.STEPS_SYNCHRONISED)
     start = time.perf_counter()
     for _ in range(left - synchronised):
@@ -315,7 +298,7 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
         found.add(built.float8.columns())
     if (growth_interval := MODES[built.case.mode].growth_interval(built.case.settings)) is not None:
         found.put("growth_interval", growth_interval)
-    _report(channel, found)
+    report(channel, found)
     if steps_path is not None:
         try:
             _write_steps(steps_path, training.log)
@@ -337,11 +320,11 @@ def _train(built: Built, opening_s: float, steps_path: Path | None, channel: Cha
     put(found, "metric_value", metric, other)
     put(found, "final_accuracy", metric if name == ACCURACY else None, other)
     # Before anything else is evaluated: a case that dies later keeps its metric.
-    _report(channel, found)
+    report(channel, found)
     found, unpublished = Findings(), Reason(Code.NOT_IN_WORKLOAD, "the data has no other published test set")
     published = None if built.data.published_x is None else _score(built, evaluate)[0]
     put(found, "published_metric_value", published, unpublished)
-    _report(channel, found)
+    report(channel, found)
     if status == "ok" and not is_finite(metric):
         return "diverged", f"the {name} on the test set was {metric} after {len(training.log)} steps"
     return status, reason
@@ -357,100 +340,3 @@ def _write_steps(path: Path, log: Log) -> None:
         rows.writerow(["step", "loss", "loss_scale", "overflow"])
         losses = (f"{loss:.9g}" for loss in log.loss.tolist())
         rows.writerows(zip(range(len(log)), losses, scales, overflows, strict=True))
-
-
-def _time(built: Built, energy_s: float, peak: AllocatorPeak, channel: Channel) -> float:
-    """Time steps in the steady state, and count energy over these and more steps. Return the median step time in ms."""
-    step, settings = built.step, built.case.settings
-    if built.feed is not None:
-        built.feed.hold()
-    if step.first_call(step.steps_per_call):
-        step.read_log()
-    about_s = warm_up(step)
-    channel.phase(Phase.WARM)
-    peak.begin_window()
-    channel.phase(Phase.TIMING_START)
-    start = time.perf_counter()
-    timing = time_steps(step, about_s, settings.timing_s, settings.timing_blocks)
-    channel.phase(Phase.TIMING_END)
-    steps, overflows = timing.steps, timing.overflow_steps
-    if energy_s > 0:
-        left_s = energy_s - (time.perf_counter() - start)
-        more, more_overflows = keep_going(step, timing.steps_per_block, max(left_s, _LEAST_MORE_S))
-        channel.phase(Phase.ENERGY_END)
-        steps += more
-        overflows = None if overflows is None or more_overflows is None else overflows + more_overflows
-    channel.energy(steps, overflows)
-    examples = built.batch if built.feed is None else built.feed.examples
-    values, step_s = timing.values(examples, time_empty_call(step)), timing.step_s.tolist()
-    channel.values(values)
-    channel.blocks(step_s)
-    _report(channel, group_columns(step_s))
-    return float(values["step_time_ms_median"])
-
-
-def _profile(step: TrainStep, step_ms: float, device: Device, gpus: int, channel: Channel) -> float | Reason:
-    """Take a few more steps under the profiler. Return the ms per step in which the GPU computes, or why unknown.
-
-    ``step_ms`` was timed.
-    """
-    steps = min(max(round(_PROFILED_S * 1e3 / step_ms), _FEWEST_PROFILED), _MOST_PROFILED)
-    steps = int(step.agreed(step.whole_calls(steps)))
-    found = Findings()
-    if gpus == 1:
-        busy = profile_steps(lambda: step.block(steps), steps, device)
-    else:
-        # Kernels of several GPUs overlap, and their sum is the time of none.
-        busy = Reason(Code.NOT_COMPARABLE, "replicas compute at the same time on several devices")
-    if isinstance(busy, Reason):
-        found.miss(("device_busy_ms_per_step", "device_busy_share"), busy)
-    else:
-        found.put("device_busy_ms_per_step", busy.kernels_ms_per_step)
-        found.put("device_busy_share", busy.share(step_ms))
-    _report(channel, found)
-    channel.phase(Phase.PROFILED)
-    return busy if isinstance(busy, Reason) else busy.kernels_ms_per_step
-
-
-def _with_input(feed: Feed, built: Built, step_ms: float) -> Findings:
-    """The step time with the pipeline, and the share of it in which the device waits for a batch.
-
-    ``step_ms`` was timed with batches that are held on the device.
-    """
-    settings, found = built.case.settings, Findings()
-    feed.stream()
-    columns = ("step_time_ms_with_input", "input_wait_share")
-    try:
-        blocks = max(settings.timing_blocks // _WITH_INPUT_SHARE, 1)
-        with_input = time_with_input(built.step, settings.timing_s, blocks)
-    except InputFailed as error:
-        if replicas_here(settings) < settings.replicas:
-            raise  # the other workers wait for this one's step
-        # The training is done, and its figures do not need this one.
-        found.miss(columns, Reason(Code.NOT_REACHED, f"the pipeline failed while it was timed: {error}"))
-        feed.hold()
-        return found
-    if feed.too_many_left_out:
-        why = "most batches had shapes for which a step would have been compiled while it was timed"
-        found.miss(columns, Reason(Code.NOT_COMPARABLE, why, _SHAPES))
-    else:
-        found.put("step_time_ms_with_input", with_input)
-        # Noise may make the step with input the shorter one.
-        found.put("input_wait_share", max(1 - step_ms / with_input, 0.0))
-    feed.hold()
-    return found
-
-
-def _several_per_call(built: Built) -> Findings:
-    """What only calls of several steps have. Of the case's timed steps, those of one call each come last."""
-    step, settings, found = built.step, built.case.settings, Findings()
-    if step.steps_per_call == 1:
-        why = Reason(Code.NOT_ASKED_FOR, "every call took one step", "use --mp-steps-per-call")
-        found.miss(["first_call_s", "step_time_ms_one_per_call"], why)
-        return found
-    short = f"no {step.steps_per_call} steps came between two evaluations, and timing was off"
-    put(found, "first_call_s", step.first_call_s, Reason(Code.NEVER_HAPPENED, short))
-    if settings.timing_s > 0:
-        seconds, blocks = settings.timing_s / _ONE_PER_CALL_SHARE, max(settings.timing_blocks // _ONE_PER_CALL_SHARE, 1)
-        found.put("step_time_ms_one_per_call", time_one_per_call(step, seconds, blocks))
-    return found

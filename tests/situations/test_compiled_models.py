@@ -36,8 +36,8 @@ from mpscale.core.device import Device
 from mpscale.core.mode import MODES
 from mpscale.core.processes.events import Remarked
 from mpscale.worker.built import build as build_case
-from mpscale.worker.built import described
 from mpscale.worker.compiled.update import FitUpdate
+from mpscale.worker.described import described
 from mpscale.worker.model import described_code
 from mpscale.worker.precision import Arithmetic
 from mpscale.worker.scaler import scaler_for

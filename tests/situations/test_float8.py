@@ -15,6 +15,7 @@ from mpscale.harness.empty_columns import explain
 from mpscale.harness.same_start import SameStart
 from mpscale.worker import built as worker_built
 from mpscale.worker import case as worker_case
+from mpscale.worker import described as worker_described
 from mpscale.workloads.workload import sparse_cross_entropy
 
 L = keras.layers
@@ -29,7 +30,7 @@ def float8_on_float16():
     float8 = dataclasses.replace(MODES["mixed-fp8"], policy="mixed_float16")
     scaled = dataclasses.replace(float8, scaling=MODES["mixed-dynamic"].scaling, name=SCALED)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (worker_case, worker_built):
+        for module in (worker_case, worker_built, worker_described):
             patch.setattr(module, "MODES", {**MODES, SCALED: scaled, "unscaled": float8})
         yield
 

@@ -12,7 +12,7 @@ from tensorflow.tsl.profiler.protobuf.xplane_pb2 import XSpace
 
 from mpscale.core.blocks import FASTER, SLOWER
 from mpscale.core.reason import Code, Reason
-from mpscale.worker import case
+from mpscale.worker import times
 from mpscale.worker.device_time import first_gpu
 from mpscale.worker.timing import Timing
 
@@ -35,7 +35,7 @@ def on_an_h200(monkeypatch):
         return first_gpu(XSpace.FromString(gzip.decompress(PROFILE.read_bytes())), steps)
 
     found: list[int] = []
-    monkeypatch.setattr(case, "profile_steps", profile_steps)
+    monkeypatch.setattr(times, "profile_steps", profile_steps)
     return found
 
 
@@ -51,7 +51,7 @@ def test_steps_are_profiled_after_everything_that_is_timed(on_an_h200):
 
 def test_a_share_that_cannot_be_leaves_the_time(on_an_h200, monkeypatch):
     in_a_microsecond = Timing(np.full(10, 1e-6), 1, 0)
-    monkeypatch.setattr(case, "time_steps", lambda *_: in_a_microsecond)
+    monkeypatch.setattr(times, "time_steps", lambda *_: in_a_microsecond)
     found = timed()
     assert on_an_h200 == [50]
     assert found.row["device_busy_ms_per_step"] == pytest.approx(KERNELS_MS / 50)
@@ -60,7 +60,7 @@ def test_a_share_that_cannot_be_leaves_the_time(on_an_h200, monkeypatch):
 
 def test_the_profiler_may_fail(monkeypatch):
     silent = Reason(Code.PROFILER_SILENT, "no CUPTI")
-    monkeypatch.setattr(case, "profile_steps", lambda *_: silent)
+    monkeypatch.setattr(times, "profile_steps", lambda *_: silent)
     found = timed()
     assert (found.status, [found.missed[name] for name in BUSY]) == ("ok", [silent, silent])
 
