@@ -475,6 +475,26 @@ def test_runs_that_differ_in_replicas_alone_have_a_scaling_efficiency(compare, t
     assert [(row["state"], row["quantity"]) for row in lines] == [("not-comparable", "scaling_efficiency")] * 2
 
 
+def test_a_mode_that_no_replicas_support_changes_nothing_about_gates(compare, tmp_path):
+    fp8 = rows("mixed-fp8", status="unsupported")
+    (tmp_path / "pyproject.toml").write_text('[tool.mpscale]\nfail-on = ["missing"]\n')
+    page = tmp_path / "page.html"
+    code, text = compare([*on(1, 2.0), *fp8], [*on(2, 2.5), *fp8], "--html", page)
+    assert code == 3 and "the runs differ in the number of replicas: no gate" in text
+    assert "so only the scaling efficiency is shown" in page.read_text()
+
+
+def test_a_table_alone_passes_no_limit_since_cases_may_be_missing(compare, tmp_path):
+    from mpscale.report.files import rebuild
+
+    path = rebuild(write_run(tmp_path / "results", finished(ONE), name=AFTER)).path / "cases.csv"
+    elsewhere = tmp_path / "cases.csv"
+    elsewhere.write_bytes(path.read_bytes())
+    code, text = compare.command(elsewhere, "--fail-on", "speedup>=1.5")
+    assert (code, "does not show which cases were planned" in text) == (3, True)
+    assert compare.command(elsewhere, "--fail-on", "speedup>=3")[0] == 1
+
+
 def test_gates_on_a_change_do_not_judge_runs_with_other_replicas(compare, tmp_path):
     code, text = compare(on(1, 2.0), on(2, 2.5), "--fail-on", "step_time>5%")
     assert (code, "the runs differ in the number of replicas, so gates on a change cannot" in text) == (2, True)

@@ -127,8 +127,11 @@ def _print_limits(path: Path, limits: Sequence[Gate], rules: _Rules, options: ar
         from mpscale.report.comparison_page import limits_page
 
         write(limits_page(run, findings), options.html)
-    left = ", ".join(str(gate) for gate in rules[0] if gate.needs_baseline)
-    return _outcome(findings, run.problems, rules, options, left and f"without a baseline, {left} was not judged")
+    changes = ", ".join(str(gate) for gate in rules[0] if gate.needs_baseline)
+    left = [f"without a baseline, {changes} was not judged"] if changes else []
+    if not run.plan_known:
+        left.append(f"{run.name} does not show which cases were planned, so some may be missing")
+    return _outcome(findings, run.problems, rules, options, "; ".join(left))
 
 
 def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Namespace) -> int:
@@ -174,11 +177,15 @@ def _print_comparison(paths: Sequence[Path], rules: _Rules, options: argparse.Na
 def _apart(comparisons: Sequence[Comparison]) -> str:
     """Why gates on a change cannot judge the runs; empty if they can."""
     from mpscale.analysis.pairs import State
+    from mpscale.core.columns import MEASURED
 
     if not all(comparison.same_device for comparison in comparisons):
         return "the runs are on different devices"
     for comparison in comparisons:
-        is_paired = any(row.pair.state is State.PAIRED for row in comparison.rows)
+        is_paired = any(
+            row.pair.state is State.PAIRED and any(case["status"] in MEASURED for case in row.pair.other)
+            for row in comparison.rows
+        )
         if not is_paired and any(row.scaling is not None for row in comparison.rows):
             return "the runs differ in the number of replicas"
     return ""

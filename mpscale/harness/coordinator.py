@@ -174,6 +174,8 @@ class Coordinator:
         """Those of the others, by their places."""
         self._given_up = False
         """Whether somebody did not come in time, so that nobody waits for it again."""
+        self._refused: str | None = None
+        """Why sessions do not fit each other; then nobody listens any longer. None if they do."""
         self._orders = 0
         self._workers: list[_Remote] = []
         """Those of the present case, or of the last one."""
@@ -185,6 +187,8 @@ class Coordinator:
             Refusal: one of them does not fit.
             TimeoutError: not all of them came in time; the message names those that are missing.
         """
+        if self._refused is not None:
+            raise Refusal(self._refused)
         deadline = time.monotonic() + (0.0 if self._given_up else self._limit_s)
         while missing := self._missing():
             left_s = deadline - time.monotonic()
@@ -225,6 +229,7 @@ class Coordinator:
             for each in (wire, *self._wires.values()):
                 each.send(Refused(reason).to_json())
             wire.close()
+            self._refused = reason
             self.close(over=False)
             raise Refusal(reason)
         self._wires[hello.place] = wire

@@ -89,7 +89,7 @@ def lead(config: pytest.Config, cluster: Cluster, device: Device, say: Callable[
             say(f"waits for {found.others} other session{'' if found.others == 1 else 's'} on port {where.port}")
         found.gather()
     except TimeoutError as error:
-        found.close()
+        found.close(over=False)
         raise pytest.UsageError(
             f"{error}; start the same command on every machine, each with its own task in TF_CONFIG. --mp-timeout is "
             "how long to wait"
@@ -97,7 +97,7 @@ def lead(config: pytest.Config, cluster: Cluster, device: Device, say: Callable[
     except Refusal as error:
         raise pytest.UsageError(visible(str(error))) from error
     except BaseException:
-        found.close()
+        found.close(over=False)
         raise
     return found
 

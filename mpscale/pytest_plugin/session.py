@@ -267,6 +267,10 @@ class Session:
                 # A part without cases has done what it should. Else its job of a matrix would fail.
                 session.exitstatus = pytest.ExitCode.OK
         finally:
+            if self._others is not None:
+                # A run that was stopped may go on, and those that follow have to be started again for it.
+                is_over = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+                self._others.close(over=is_over)
             self._cleanup.close()
 
     def _end(self, run: LiveRun, session: pytest.Session, exitstatus: int) -> None:

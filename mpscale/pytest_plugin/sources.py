@@ -173,28 +173,34 @@ def _checked(one: GivenOption, used: Mapping[str, GivenOption], here: Path) -> G
     adds_up = _key(one) == "fail-on" and one.option == last.option
     if last is not one and not adds_up:
         return replace(one, overridden_by=last.where)
-    return replace(one, problem=_why_refused(_key(one), one.value, used, here))
+    named = one.option.startswith(_PREFIX)
+    return replace(one, problem=_why_refused(_key(one), one.value, used, here, named))
 
 
-def _why_refused(key: str, value: str, used: Mapping[str, GivenOption], here: Path) -> str | None:
-    """Why a session with cases refuses a value that its type allows; None if it does not."""
+def _why_refused(key: str, value: str, used: Mapping[str, GivenOption], here: Path, named: bool) -> str | None:
+    """Why a session with cases refuses a value that its type allows; None if it does not.
+
+    ``named``: whether it is not from a file, but for the next run.
+    """
     from mpscale.analysis.gates import parse_gates, parse_share
     from mpscale.workloads import registry
 
+    names = [name.strip() for name in value.split(",") if name.strip()]
     try:
         if key == "modes":
-            select_modes(value.split(","))
+            select_modes(names)
         elif key == "workloads":
-            for name in value.split(","):
+            for name in names:
                 if not registry.is_own(name) and name not in registry.names():
                     registry.get(name)
         elif key == "fail-on" and value:
             parse_gates([value])
         elif key == "threshold":
             parse_share(value)
-        elif key == "baseline":
+        elif key == "baseline" and value:
             results = used["results"].value if "results" in used else here / RESULTS
-            with contextlib.suppress(NoRunYet):  # the first run has no other before it
+            # That of a file need not exist before the first run.
+            with contextlib.suppress(*[] if named else [NoRunYet]):
                 resolve_run(value, results)
     except (ValueError, RunError, registry.UnknownWorkload) as error:
         return str(error)

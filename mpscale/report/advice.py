@@ -208,7 +208,10 @@ def _options(answer: Answer, run: Run) -> Iterator[str]:
         modes = ({row["mode"] for row in rows} or {"mixed-dynamic", "mixed-bf16"}) | baselines
         yield f"--mp-modes {','.join(name for name in MODES if name in modes | {'fp32'})}"
     calls = _of_run(run).get("steps_per_call")
-    if there & {Weakness.IDLE, Weakness.DISPATCH} and not (isinstance(calls, int) and calls >= _STEPS_PER_CALL):
+    few = not (isinstance(calls, int) and calls >= _STEPS_PER_CALL)
+    # A step of a pipeline takes one batch.
+    piped = any(record["input_kind"] not in (None, "arrays") for record in run.records)
+    if there & {Weakness.IDLE, Weakness.DISPATCH} and few and not piped:
         yield f"--mp-steps-per-call {_STEPS_PER_CALL}"
     if Weakness.UNJUDGED in there:
         seeds = max(row["seeds_planned"] for row in rows)

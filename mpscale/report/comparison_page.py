@@ -150,7 +150,8 @@ def _has_speed(comparison: Comparison) -> bool:
 
 def _why_not(comparison: Comparison) -> str:
     paired = [row for row in comparison.rows if row.pair.state is State.PAIRED]
-    if not paired:
+    # A row that neither run has measured is a pair, too.
+    if not any(case["status"] in MEASURED for row in paired for case in row.pair.other):
         if any(row.scaling is not None for row in comparison.rows):
             return "the number of replicas differs, so only the scaling efficiency is shown"
         return "no row of the two runs can be compared"

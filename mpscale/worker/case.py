@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -73,6 +74,8 @@ def execute(case: Case, device: Device, steps_path: Path | None, channel: Channe
     with noticing_lost_peers(settings):
         report(channel, touch(device, mode, settings))
         software = {"TensorFlow": tf.__version__, "Keras": keras.__version__}
+        if device.kind == "gpu":
+            software["allocator"] = os.environ.get("TF_GPU_ALLOCATOR") or "bfc"
         check_same(settings, {**software, **settings.to_json(), **case.to_json(), "settings": None})
         channel.phase(Phase.CONTEXT_READY)
         arithmetic = Arithmetic(mode, device, settings.jit)

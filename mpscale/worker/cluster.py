@@ -81,6 +81,9 @@ class JoinedCluster:
 
     def total(self, values: Any) -> Any:
         """The sum of the workers' arrays, as :meth:`mean`."""
+        if self.workers == 1:
+            # TensorFlow refuses to add up a tensor of one worker with several devices.
+            return values
         return self.strategy.reduce(tf.distribute.ReduceOp.SUM, tf.constant(values), axis=None).numpy()
 
     def check_same(self, facts: Mapping[str, Any]) -> None:

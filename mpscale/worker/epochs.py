@@ -66,6 +66,8 @@ class Epochs:
             self.batches = None if endless else int(given.num_batches)
         else:
             if class_weight is not None:
+                if min(class_weight) < 0:
+                    raise ValueError("in a tf.data pipeline, the keys of class_weight must be class numbers from 0")
                 _check_weighed(given.element_spec)
             self._dataset = TFDatasetAdapter(given, class_weight).get_tf_dataset()
             known = int(given.cardinality())

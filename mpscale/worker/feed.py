@@ -33,12 +33,14 @@ from mpscale.workloads import Data, Pipeline
 _LOOKED_AT, _LOOKED_AT_BYTES = 8, 2**28
 """Batches of most steps, and about most bytes, that are looked at before the training and held to time steps."""
 _SHAPES_NAMED = 4
+_AS_OF_A_LOST_WORKER = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError)
+"""Errors of a pipeline, such as one that reads over a network, which TensorFlow also raises for a lost worker."""
 _LEFT_OUT = 0.1
 """With a larger share of batches that would have to be compiled first, the time with input is unknown."""
 
 
 class InputFailed(Exception):
-    """A pipeline failed after the training, while steps were timed."""
+    """A pipeline failed while steps were timed, after the training; or in it, by an error as of a lost worker."""
 
 
 class Feed:
@@ -138,13 +140,18 @@ class Feed:
     @property
     def varies(self) -> Reason | None:
         """Why the FLOPs of a step differ from batch to batch; None if they do not, for those that are held."""
-        if {*map(_shapes, self.held)} == {_shapes(self.first[0])}:
+        # The graph is that of this process, and stands for other workers if their batches have the same shapes.
+        is_whole = len(self._devices) == self.replicas or len(set(map(shapes_of, self.first[0]))) == 1
+        if is_whole and {*map(_shapes, self.held)} == {_shapes(self.first[0])}:
             return None
         return Reason(Code.NOT_COUNTED, "FLOPs were not counted: the batches of the pipeline have several shapes")
 
     def sample(self) -> Data:
-        """The examples of the first batches that have the shape of the first one, and of the first test batch."""
-        shape = _but_first_axis(self.first[0][0])
+        """The examples of the first batches that have the shape of the own first one, and of the first test batch.
+
+        The own first one, of this process: the step is traced with it, and other workers may have other shapes.
+        """
+        shape = _but_first_axis(self.first[0][self._own.start])
         alike = [batch for batch in itertools.chain(*self.first) if _but_first_axis(batch) == shape]
         joined = tf.nest.map_structure(lambda *parts: np.concatenate([part.numpy() for part in parts]), *alike)
         test = None if self.first_test is None else tf.nest.map_structure(_array, self.first_test)
@@ -152,8 +159,8 @@ class Feed:
         return Data(x, y, test_x, test_y, train_weight=weight, test_weight=test_weight)
 
     def first_arrays(self) -> Batch:
-        """The first batch, as NumPy arrays."""
-        return tf.nest.map_structure(_array, self.first[0][0])
+        """The first batch of this process, as NumPy arrays."""
+        return tf.nest.map_structure(_array, self.first[0][self._own.start])
 
     @property
     def tensors(self) -> list[Any]:
@@ -253,7 +260,10 @@ class Feed:
         return found
 
     def _of_training(self) -> Taken:
-        taken = self._peeked.popleft() if self._peeked else next(self._steps)
+        try:
+            taken = self._peeked.popleft() if self._peeked else next(self._steps)
+        except _AS_OF_A_LOST_WORKER as error:
+            raise InputFailed(f"{type(error).__name__}: {error}") from error
         for batch in taken:
             self._shown.add(batch)
         self._compiled.add(_shapes(taken))

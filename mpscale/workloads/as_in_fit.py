@@ -62,8 +62,6 @@ def checked_class_weight(given: Any) -> ClassWeight | None:
             raise TypeError(f"a key of class_weight must be the number of a class, not {number!r}")
         if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight) or weight < 0:
             raise ValueError(f"class_weight of class {number} must be a number of at least 0, not {weight!r}")
-        if number < 0:
-            raise ValueError(f"a key of class_weight must be the number of a class, from 0, not {number}")
     if not any(given.values()):
         what = "is 0 for every class, so nothing would be learned" if given else "is empty"
         raise ValueError(f"class_weight {what}; leave it out, or give classes a weight above 0")
@@ -141,11 +139,14 @@ def check_weighed(labels: Any, weight: Any) -> None:
 
 
 def classes_of(labels: Array) -> Array:
-    """The class of each example, as Keras' ``fit`` finds it: a rounded number, or the place of the largest entry."""
+    """The class of each example, as Keras' ``fit`` finds it: a rounded number, or the place of the largest entry.
+
+    A label that is not finite gets a number that no class has, as when ``fit`` casts it.
+    """
     if labels.ndim > 1:
         labels = labels[..., 0] if labels.shape[-1] == 1 else labels.argmax(axis=-1)
-    rounded = np.round(labels)
-    return np.where(np.isfinite(rounded), rounded, -1).astype(np.int64)
+    finite = np.isfinite(labels)
+    return np.where(finite, np.round(np.where(finite, labels, 0)).astype(np.int64), np.iinfo(np.int32).min)
 
 
 def class_weight_remarks(labels: Array, class_weight: ClassWeight | None, piped: bool) -> list[str]:

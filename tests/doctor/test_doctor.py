@@ -179,6 +179,23 @@ def test_options_are_shown_with_their_place_and_what_a_run_makes_of_them(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("argument", "problem"),
+    [
+        ("--mp-modes=fp32, mixed-bf16", None),
+        ("--mp-workloads=article-mlp , diabetes-sum", None),
+        ("--mp-baseline=", None),
+        ("--mp-baseline=latest", "no run"),
+        ("--mp-modes=fp32, mixedbf16", "did you mean mixed-bf16?"),
+    ],
+)
+def test_a_value_is_read_as_a_session_reads_it(tmp_path, monkeypatch, argument, problem):
+    monkeypatch.chdir(tmp_path)
+    (one,) = examine(False, *sources.look(tmp_path, [argument], {})).to_json()["options"]
+    assert (one["problem"] is None) == (problem is None)
+    assert problem is None or problem in one["problem"]
+
+
+@pytest.mark.parametrize(
     ("files", "variable", "words"),
     [
         ({}, "", ["None is given: no pyproject.toml here or above"]),

@@ -242,6 +242,9 @@ def test_sessions_that_do_not_fit_are_refused_by_what_differs(machines):
         both.first.gather()
     said = "worker 2 of 2 does not fit the first worker: tensorflow 2.20.0, not 2.21.0; keras 3, not unknown"
     assert str(refused.value) == said
+    # Nobody listens any more, and a case that is tried again says why.
+    with pytest.raises(Refusal, match="does not fit"):
+        both.first.gather()
     both.thread.join(20)
     assert [str(end) for end in both.ends] == [said]
 

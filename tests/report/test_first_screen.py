@@ -233,6 +233,9 @@ def test_the_command_asks_for_more_seeds_than_there_were(tmp_path, seeds):
 def test_the_command_asks_for_more_steps_per_call_only_if_there_were_fewer(tmp_path, calls):
     run = write_run(tmp_path, finished(compared(FAST, **IDLE)), device=GPU, settings={"steps_per_call": calls})
     assert ("--mp-steps-per-call 20" in code_of_run(run)[0]) == (calls == 1)
+    piped = compared(FAST, **IDLE, input_kind="tf.data")
+    run = write_run(tmp_path / "piped", finished(piped), device=GPU, settings={"steps_per_call": calls})
+    assert "--mp-steps-per-call" not in code_of_run(run)[0]
 
 
 @pytest.mark.parametrize(

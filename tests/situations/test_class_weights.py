@@ -44,7 +44,7 @@ def test_what_fit_does_silently_is_told(labels, weights, piped, told):
         (CLASSES, {0: 0.0, 1: 0}, "0 for every class"),
         (CLASSES, {0: -1.0}, "at least 0, not -1.0"),
         (CLASSES, {0: np.inf}, "at least 0, not inf"),
-        (CLASSES, {-1: 1.0}, "from 0, not -1"),
+        (CLASSES, {-1: 1.0}, "has class -1, but the training data has classes 0, 1, 2"),
         (CLASSES, {"cat": 1.0}, "the number of a class, not 'cat'"),
         (CLASSES, {0.0: 1.0}, "the number of a class, not 0.0"),
         (CLASSES, np.ones(3), r"pass dict\(enumerate"),
@@ -57,6 +57,13 @@ def test_what_fit_does_silently_is_told(labels, weights, piped, told):
 def test_what_cannot_be_meant_is_refused(labels, weights, message):
     with pytest.raises((TypeError, ValueError), match=message):
         workload(classifier, (X, labels) if labels is not None else X, class_weight=weights).data()
+
+
+def test_classes_may_be_negative_as_for_a_hinge_loss():
+    data = workload(classifier, (X, CLASSES - 1), class_weight={-1: 2.0, 1: 3.0}).data()
+    assert {label: set(data.train_weight[label == CLASSES - 1]) for label in (-1, 0, 1)} == {-1: {2}, 0: {1}, 1: {3}}
+    unknown = np.where(CLASSES == 0, np.nan, CLASSES - 1)
+    assert set(workload(classifier, (X, unknown), class_weight={-1: 2.0, 1: 3.0}).data().train_weight) == {1, 3}
 
 
 def slices(*parts):
@@ -88,6 +95,7 @@ NAMES = np.array(["cat", "cow", "dog"])[CLASSES]
         (classifier, slices(X, CLASSES.astype(np.uint8)), ALL, "labels are uint8, .*tf.cast"),
         (classifier, slices(X, CLASSES > 0), ALL, "labels are bool, .*tf.cast"),
         (classifier, slices(X, NAMES), ALL, "are text.*StringLookup"),
+        (classifier, slices(X, CLASSES), {-1: 2.0, 1: 1.0}, "keys of class_weight must be class numbers from 0"),
         (classifier, slices(X, CLASSES, WEIGHT), ALL, "multiply them"),
         (two_by_two, slices(*NAMED), ALL, "one array of labels"),
         (classifier, lambda: Batches(X, CLASSES, WEIGHT), ALL, "multiply them"),

@@ -35,7 +35,7 @@ GROUPS = {
     "one device": group("plain", {"batch_size": 40}),
     "two workers": group("plain", *[TOGETHER | TIMED] * 2),
     "two of two": group("plain", *[TOGETHER | {"replicas": 4, "batch_size": 10}] * 2, chief=True),
-    "one worker": group("plain", TOGETHER | TIMED | {"replicas": 1, "batch_size": 40}),
+    "one worker": group("plain", TOGETHER | TIMED),
     "overflow": group("overflowing", *[TOGETHER] * 2, mode="mixed-dynamic"),
     "overflow, mirrored": group("overflowing", MIRRORED, mode="mixed-dynamic"),
     "compiled": group("fitted", *[TOGETHER] * 2),

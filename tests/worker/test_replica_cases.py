@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from support import replica_cases
 
-from mpscale.worker.replicas import check_workers
 from mpscale.worker.training import batches
 
 HERE = Path(replica_cases.__file__)
@@ -170,10 +169,3 @@ def test_an_overflow_that_keras_applies_is_not_taken_for_a_fault_of_float16(case
 )
 def test_what_replicas_cannot_train_is_refused(cases, name, message):
     assert message in cases[name]
-
-
-@pytest.mark.parametrize(("has_pipeline", "is_compiled"), [(True, False), (False, True), (True, True)])
-def test_several_workers_are_refused_what_replicas_of_one_process_can_train(has_pipeline, is_compiled):
-    with pytest.raises(ValueError, match="which mpscale trains in one process: use --mp-strategy mirrored"):
-        check_workers("mine", has_pipeline, is_compiled)
-    check_workers("mine", False, False)
