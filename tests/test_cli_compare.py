@@ -466,10 +466,12 @@ def test_runs_that_differ_in_replicas_alone_have_a_scaling_efficiency(compare, t
         assert (one["replicas"], one["batch"], one["efficiency"]) == (replicas, 20, pytest.approx(0.8, rel=1e-3))
         assert 0.5 < one["low"] < 0.8 < one["high"] < 1.0
         assert one["examples_per_s"] == pytest.approx(rates, rel=5e-3)
-    assert "so only the scaling efficiency is shown" in page.read_text()
+    shown = page.read_text()
+    assert "so only the scaling efficiency is shown" in shown and "scaling efficiency of toy fp32: 0.80" in shown
+    assert "with 2 reservations" in shown and "nothing speaks against it" not in shown
     _, text = compare.command(BEFORE, AFTER)
     assert "B against A: scaling over replicas" in text and "0.800 [0." in text
-    assert "logical devices" in text and "weak scaling" in text
+    assert "share its cores" in text and "weak scaling" in text
     _, text = compare.command(BEFORE, AFTER, "--format=csv")
     lines = [row for row in csv.DictReader(text.splitlines()) if row["quantity"]]
     assert [(row["state"], row["quantity"]) for row in lines] == [("not-comparable", "scaling_efficiency")] * 2

@@ -40,7 +40,7 @@ from mpscale.report.pieces import (
     tone_of,
     tone_of_overall,
 )
-from mpscale.report.table import DASH, change, listed, metric_difference, plural
+from mpscale.report.table import DASH, change, listed, metric_difference, number, plural
 from mpscale.report.words import AGAINST_RUN, OVERALL, WORDS, metric_name
 
 _SHOWN = 5
@@ -148,10 +148,14 @@ def _has_speed(comparison: Comparison) -> bool:
     return any(change.verdict is not Verdict.NOT_COMPARABLE for change in changes)
 
 
+def _is_compared(comparison: Comparison) -> bool:
+    """Whether any row is. One that neither run has measured is a pair, too."""
+    return any(row.pair.state is State.PAIRED and _measured(row.pair) for row in comparison.rows)
+
+
 def _why_not(comparison: Comparison) -> str:
     paired = [row for row in comparison.rows if row.pair.state is State.PAIRED]
-    # A row that neither run has measured is a pair, too.
-    if not any(case["status"] in MEASURED for row in paired for case in row.pair.other):
+    if not _is_compared(comparison):
         if any(row.scaling is not None for row in comparison.rows):
             return "the number of replicas differs, so only the scaling efficiency is shown"
         return "no row of the two runs can be compared"
@@ -192,6 +196,10 @@ def _changed(comparison: Comparison, answer: OverallAnswer) -> str:
         for row in comparison.rows
         if (time := row.changes.get("step_time")) and (found := time.change) is not None
     }
+    scaled = [(row.pair.place, row.scaling.efficiency) for row in comparison.rows if row.scaling is not None]
+    if efficiencies := [(" ".join(place), one) for place, one in scaled if one is not None]:
+        lines = [f"scaling efficiency of {text(place)}: {number(one)}" for place, one in efficiencies[:_SHOWN]]
+        return card("What changed", "the number of replicas", lines)
     if not _has_speed(comparison) or not known:
         return card("What changed", "nothing that can be shown", [])
     visible = [found.detectable for found in times if found.detectable is not None]
@@ -239,13 +247,18 @@ def _trust(comparison: Comparison) -> str:
     lines = [noted(Tone.WARN, line) for line in weak] + [noted(Tone.GOOD, line) for line in strong]
     if weak:
         return card("Can I trust it?", f"with {plural(len(weak), 'reservation')}", lines, Tone.WARN)
-    return card("Can I trust it?", "nothing speaks against it", lines, Tone.GOOD if strong else None)
+    said = "nothing speaks against it" if _is_compared(comparison) else "nothing was compared"
+    return card("Can I trust it?", said, lines, Tone.GOOD if strong else None)
 
 
 def _weaknesses(comparison: Comparison) -> Iterator[str]:
     baseline, other = comparison.baseline, comparison.other
     if not comparison.same_device:
         yield "other device: times, memory and energy are not judged, only ratios within each run"
+    if any(row.scaling is not None for row in comparison.rows):
+        yield "the runs were made at different times: how much runs differ is assumed in an efficiency's interval"
+        if hardware(other)["kind"] == "cpu":
+            yield "replicas on a CPU share its cores: their efficiency says nothing about GPUs"
     methods = [run.methods for run in (baseline, other)]
     if all(methods) and methods[0] != methods[1]:
         said = " and ".join("/".join(map(str, sorted(method))) for method in methods)

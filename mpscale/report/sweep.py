@@ -43,9 +43,7 @@ _NOTE_ON_REPLICAS = (
     "with fp32 on as many replicas. More replicas see more examples in as many steps, so metrics of different numbers "
     "do not show what a mode does."
 )
-NOTE_ON_LOGICAL = (
-    "Replicas on a CPU are logical devices that share its cores: their efficiency says nothing about GPUs."
-)
+NOTE_ON_LOGICAL = "Replicas on a CPU share its cores: their efficiency says nothing about GPUs."
 _NOTE_ON_SCALES = (
     "Every scale is compared with the same fp32 training. A scale that is too large overflows, and its steps are "
     "skipped; one that is too small lets gradients vanish, which no column counts: it shows in the metric, and in "

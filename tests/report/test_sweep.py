@@ -78,7 +78,7 @@ def test_scaling_efficiency_is_of_pairs_and_of_the_fewest_replicas(tmp_path):
         ("toy", "mixed-bf16", "4", DASH),
     ]
     assert cells(table, "examples per second")[1] == ("11314",)
-    assert "logical devices" in note
+    assert "share its cores" in note
     assert "over 1, 2 and 4 replicas; a mode is compared with fp32 of the same number of replicas" in findings(run)
     assert by_replicas(run_of(tmp_path / "other", SCALES)) == []
     alike = [record("fp32", seed, replicas=2, strategy="mirrored") for seed in (0, 1)]
