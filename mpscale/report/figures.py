@@ -237,13 +237,7 @@ def _svg(figure: Figure, title: str) -> str:
 
 def _colours(svg: str) -> str:
     """Return a ``<style>`` that replaces the colours of ``svg`` on a screen whose reader prefers dark."""
-    roles = {
-        TEXT: ("text", "#e6edf3"),
-        SOFT: ("soft", "#9aa4af"),
-        LINE: ("line", "#3d444d"),
-        PAPER: ("page", "#0d1117"),
-    }
-    dark = {light: f"var(--{name}, {value})" for light, (name, value) in roles.items()}
+    dark = {light: f"var(--{name}, {value})" for light, (name, value) in _ROLES.items()}
     dark |= dict(TINTS.values()) | {_UNKNOWN_COLOUR: _UNKNOWN_ON_DARK}
     dark |= {mode.colour.lower(): mode.on_dark for mode in MODES.values()}
     # Without an ancestor, which a browser would not find from the copies that <use> makes of markers.
