@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +110,19 @@ class Cluster:
     def name(self, place: int) -> str:
         """What a worker is called, from ``worker 1 of 2`` on. Rows get published, so it is without its address."""
         return f"worker {place + 1} of {len(self.workers)}"
+
+
+def listening(port: int, reuse: bool = False) -> socket.socket:
+    """A socket that listens on all addresses of this machine: others may know it by that of any interface.
+
+    Args:
+        port: where.
+        reuse: whether another process of this user may have the port, too.
+    """
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # where IPv6 is switched off
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, reuse_port=reuse)
+    return socket.create_server(("", port), reuse_port=reuse)
 
 
 def _tasks(told: Any) -> dict[tuple[str, int], str]:

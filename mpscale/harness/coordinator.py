@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from mpscale.core.cause import Cause
-from mpscale.core.cluster import VARIABLE, Address, Cluster
+from mpscale.core.cluster import VARIABLE, Address, Cluster, listening
 from mpscale.core.columns import STATUSES, Source, measured_columns
 from mpscale.core.files.temporary import temporary_file
 from mpscale.core.processes.events import Event, Finished, event_of
@@ -135,14 +135,6 @@ class Refusal(ValueError):
     """The sessions of a run do not fit each other."""
 
 
-def _listening(port: int) -> socket.socket:
-    """A socket that listens on all of this machine's addresses: others may know it by that of any interface."""
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):  # where IPv6 is switched off
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", port))
-
-
 def tuned(end: socket.socket) -> Wire:
     """A wire over TCP that notices within two minutes that the other machine is gone."""
     end.setblocking(True)
@@ -168,7 +160,7 @@ class Coordinator:
 
     def __init__(self, cluster: Cluster, listens: Address, facts: Mapping[str, Any], limit_s: float) -> None:
         self._cluster, self._facts, self._limit_s = cluster, dict(facts), limit_s
-        self._server = _listening(listens.port)
+        self._server = listening(listens.port)
         self._server.setblocking(False)
         self._wires: dict[int, Wire] = {}
         """Those of the others, by their places."""

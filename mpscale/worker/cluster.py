@@ -2,8 +2,8 @@
 
 Every worker runs the same code, and each collective operation waits for all of them. So a decision that could differ
 between them, such as how many steps take two seconds, is made by the first worker, and the others get it from
-TensorFlow's coordination service (:meth:`Cluster.agreed`). That takes no part in the order of collective operations and
-does not touch a GPU.
+TensorFlow's coordination service (:meth:`JoinedCluster.agreed`). That takes no part in the order of collective
+operations and does not touch a GPU.
 
 TensorFlow aborts what waits for a worker that has died at once, and after ten seconds without a sign of life if nothing
 waits or the worker is stopped.
@@ -27,7 +27,7 @@ from tensorflow.python.distribute import collective_all_reduce_strategy as of_te
 from tensorflow.python.eager import context
 
 from mpscale.core.case import Settings
-from mpscale.core.cluster import VARIABLE, Address, BadCluster, Cluster
+from mpscale.core.cluster import VARIABLE, Address, BadCluster, Cluster, listening
 from mpscale.worker.errors import PeerLost, message_of, unwrapped
 
 _JOIN_S = 180.0
@@ -201,7 +201,7 @@ def _receive_workers(cluster: Cluster, port: int, seconds: float, end: float) ->
     others = range(1, len(cluster.workers))
     doors: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as closing:
-        with _listening(port) as server:
+        with listening(port, reuse=True) as server:  # the harness may hold it for this process
             while len(doors) < len(others):
                 server.settimeout(max(end - time.monotonic(), 0.01))
                 try:
@@ -217,15 +217,6 @@ def _receive_workers(cluster: Cluster, port: int, seconds: float, end: float) ->
         for door in doors.values():
             with contextlib.suppress(OSError):
                 door.sendall(_ALL_HERE)
-
-
-def _listening(port: int) -> socket.socket:
-    """A socket at a port of all interfaces, as TensorFlow's server has it; the port may be held for this process."""
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):
-            both: Any = {"family": socket.AF_INET6, "dualstack_ipv6": True}
-            return socket.create_server(("::", port), reuse_port=True, **both)
-    return socket.create_server(("", port), reuse_port=True)
 
 
 def _connection(address: Address, end: float, late: str) -> socket.socket:
